@@ -1,0 +1,248 @@
+"""Every option of a run: typed, validated once, and the only place with defaults.
+
+The same options arrive from three sides: Flower's flat run-config (``"pruning.tau": 5.82``), a TOML file with one table
+a section, and ``--set key=value``. All of them go through `from_flat`.
+"""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError, model_validator
+
+from tapfl.errors import ConfigError
+
+Scalar = bool | int | float | str
+
+
+def _kebab(name: str) -> str:
+    return name.replace("_", "-")
+
+
+def _split(value: object) -> object:
+    """Flower's run-config has no lists: ``"0.3,0.5"`` stands for one."""
+    if isinstance(value, str):
+        return [part.strip() for part in value.split(",") if part.strip()]
+    return [value] if isinstance(value, int | float) else value
+
+
+def _join(values: tuple[object, ...]) -> str:
+    return ",".join(str(value) for value in values)
+
+
+Share = Annotated[float, Field(gt=0, le=1)]
+Count = Annotated[int, Field(ge=1)]
+Shares = Annotated[tuple[Share, ...], BeforeValidator(_split), PlainSerializer(_join), Field(min_length=1)]
+Counts = Annotated[tuple[Count, ...], BeforeValidator(_split), PlainSerializer(_join), Field(min_length=1)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(alias_generator=_kebab, populate_by_name=True, extra="forbid", frozen=True)
+
+
+class DataOptions(Section):
+    """Which images there are, and who holds them."""
+
+    source: str = Field("digits", description="`digits`, an .npz file, an image folder, or `hf:NAME`")
+    public: str = Field("", description="a second source for the public pool; empty: a share of `source`")
+    public_share: float = Field(0.5, gt=0, lt=1, description="share of `source` that is the public pool")
+    test_share: float = Field(0.3, gt=0, lt=1, description="share of a device's images that is its test part")
+    image_size: int = Field(0, ge=0, description="pixels a side at which images are kept; 0: what the backbone takes")
+    partition: Literal["pathological", "dirichlet", "iid", "shard"] = Field(
+        "pathological", description="flwr-datasets partitioner of the private images"
+    )
+    classes_per_device: Count = Field(3, description="for `pathological`")
+    shards_per_device: Count = Field(3, description="for `shard`")
+    dirichlet_alpha: float = Field(0.3, gt=0, description="for `dirichlet`; smaller is more uneven")
+
+
+class DeviceOptions(Section):
+    """How many devices there are and what each can do; lists are dealt out in turn."""
+
+    count: int = Field(0, ge=0, description="0: as many as there are nodes")
+    budgets: Shares = Field((0.3, 0.5, 0.7), description="share of the dense model's MACs that a device can afford")
+    ranks: Counts = Field((4, 6, 8), description="LoRA rank that goes with each budget")
+
+    @model_validator(mode="after")
+    def _paired(self) -> DeviceOptions:
+        if len(self.budgets) != len(self.ranks):
+            raise ValueError(f"budgets and ranks go in pairs, got {len(self.budgets)} and {len(self.ranks)} of them")
+        return self
+
+
+class ModelOptions(Section):
+    """The dense backbone, before anything is pruned."""
+
+    name: str = Field("vit_tiny_patch16_224", description="any timm ViT, DeiT or Swin")
+    args: str = Field(
+        "img_size=8,patch_size=2,in_chans=1,embed_dim=64,depth=4,num_heads=4,class_token=False,global_pool=avg",
+        description="arguments for timm's constructor, key=value",
+    )
+    weights: str = Field("", description="empty: trained from scratch; `hub`: timm's hub; else a .safetensors file")
+    head: Literal["train", "rows", "rows+train"] = Field(
+        "train", description="head trained on the public pool, taken row by row from the weights, or both"
+    )
+    head_rows: str = Field("", description="JSON file: class name -> row of the head of `weights`, for head=rows")
+    epochs: Count = Field(60, description="epochs on the public pool (all weights from scratch; the head alone else)")
+    learning_rate: float = Field(3e-3, gt=0)
+    batch: Count = Field(64)
+
+
+class SummaryOptions(Section):
+    """The Gaussian mixture that stands for a device's images."""
+
+    dim: Count = Field(32, description="descriptor length after the PCA of the pool")
+    covariance: Literal["diag", "full"] = "diag"
+    max_components: Count = Field(10, description="the number is chosen by BIC, from 1 to this")
+    min_support: float = Field(5.0, ge=2, description="samples that a component must stand for before it is uploaded")
+
+
+class MetricOptions(Section):
+    """The public images on which a device's task is measured."""
+
+    rule: Literal["density-ratio", "component-quota", "top-likelihood", "random"] = "density-ratio"
+    size: Count = Field(256)
+    batch: Annotated[int, Field(ge=4)] = Field(64, description="images a scoring batch; `size` must hold at least one")
+
+    @model_validator(mode="after")
+    def _whole_batches(self) -> MetricOptions:
+        if self.size % self.batch:
+            raise ValueError(f"size={self.size} must be a multiple of batch={self.batch}")
+        return self
+
+
+class PruningOptions(Section):
+    """How importance becomes widths."""
+
+    ratio: Literal["adaptive", "uniform"] = Field("adaptive", description="layer weights from KL, or all equal")
+    tau: float = Field(5.82, gt=0, description="temperature of the layer softmax")
+    align: Count = Field(4, description="widths are multiples of this (8 suits real backbones)")
+    floor: float = Field(0.05, ge=0, lt=1, description="least share of a layer that is kept")
+
+
+class AdapterOptions(Section):
+    """What is shared after round zero."""
+
+    rule: Literal["fedit", "flex"] = "flex"
+    scale: float = Field(2.0, gt=0, description="s = lora_alpha / rank, the same for every rank")
+
+
+class TrainOptions(Section):
+    """Local work of a round."""
+
+    rounds: Count = 10
+    epochs: Count = Field(3, description="local epochs a round")
+    batch: Count = 16
+    learning_rate: float = Field(3e-3, gt=0)
+    optimizer: Literal["adam", "sgd"] = "adam"
+
+
+class PersonalizeOptions(Section):
+    """What a device keeps for itself."""
+
+    method: Literal["apfl", "fedavg", "local"] = "apfl"
+    alpha: float = Field(0.5, ge=0, le=1, description="share of the personal part at the start")
+    alpha_update: Literal["round", "step", "fixed"] = "round"
+    alpha_learning_rate: float = Field(0.1, ge=0)
+
+
+class RunConfig(Section):
+    """All options of a run."""
+
+    seed: int = Field(0, ge=0, lt=2**63)
+    out: str = Field("", description="the run's folder; empty: a new one, named by date and time")
+    cache: str = Field("", description="cache of trained backbones and decoded images; empty: TAPFL_CACHE or ~/.cache")
+    node_timeout: float = Field(120.0, gt=0, description="seconds to wait for the nodes to be there")
+    message_timeout: float = Field(1800.0, gt=0, description="seconds to wait for the replies of a round")
+    window: Count = Field(16, description="messages in flight at once")
+    data: DataOptions = DataOptions()
+    devices: DeviceOptions = DeviceOptions()
+    model: ModelOptions = ModelOptions()
+    summary: SummaryOptions = SummaryOptions()
+    metric: MetricOptions = MetricOptions()
+    pruning: PruningOptions = PruningOptions()
+    adapters: AdapterOptions = AdapterOptions()
+    train: TrainOptions = TrainOptions()
+    personalize: PersonalizeOptions = PersonalizeOptions()
+
+    @classmethod
+    def from_flat(cls, flat: Mapping[str, Any]) -> RunConfig:
+        """Returns the validated configuration of dotted options such as ``{"pruning.tau": 5.82}``.
+
+        Raises:
+            ConfigError: naming every option that is unknown, of the wrong type or out of range.
+        """
+        nested: dict[str, Any] = {}
+        for key, value in flat.items():
+            table, _, option = key.rpartition(".")
+            (nested.setdefault(table, {}) if table else nested)[option] = value
+        try:
+            return cls.model_validate(nested)
+        except ValidationError as error:
+            raise ConfigError("\n".join(_explain(dict(e)) for e in error.errors())) from None
+
+    def flat(self) -> dict[str, Scalar]:
+        """Returns all options with dotted names, as Flower's run-config has them."""
+        return flatten(self.model_dump(by_alias=True))
+
+
+def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Returns nested tables as one table with dotted names; lists become comma-separated text."""
+    flat: dict[str, Any] = {}
+    for key, value in nested.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = _join(tuple(value)) if isinstance(value, list | tuple) else value
+    return flat
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """Returns the options of a TOML file with dotted names. Raises ConfigError if it is not there or not TOML."""
+    try:
+        return flatten(tomllib.loads(path.read_text(encoding="utf-8")))
+    except OSError as error:
+        raise ConfigError(f"--config {path}: cannot be read ({error.strerror})") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--config {path}: is not TOML ({error})") from None
+
+
+def parse_assignment(text: str) -> tuple[str, Scalar]:
+    """Returns key and value of ``key=value``; the value is read as JSON where it is a number or a boolean.
+
+    Raises:
+        ConfigError: if there is no ``=``.
+    """
+    key, equals, value = text.partition("=")
+    if not equals or not key.strip():
+        raise ConfigError(f"--set {text}: must have the form key=value, such as train.rounds=5")
+    try:
+        parsed = json.loads(value)
+    except json.JSONDecodeError:
+        parsed = value
+    return key.strip(), parsed if isinstance(parsed, bool | int | float) else value
+
+
+def _explain(error: dict[str, Any]) -> str:
+    """One line for one of pydantic's errors: the option as the user writes it, the value, what is accepted."""
+    path = [str(part) for part in error["loc"] if not isinstance(part, int)]
+    option = ".".join(_kebab(part) for part in path) or "configuration"
+    if error["type"] == "extra_forbidden":
+        return f"{option}: is not an option; accepted here: {', '.join(_siblings(path[:-1]))}"
+    message = error["msg"].removeprefix("Value error, ")
+    value = error["input"]
+    shown = "" if isinstance(value, dict | Section) else f" = {value!r}"
+    return f"{option}{shown}: {message[0].lower()}{message[1:]}"
+
+
+def _siblings(tables: list[str]) -> list[str]:
+    section: type[BaseModel] = RunConfig
+    for table in tables:
+        annotation = section.model_fields[table].annotation
+        assert isinstance(annotation, type)
+        section = annotation
+    return [_kebab(name) for name in section.model_fields]

@@ -1,0 +1,110 @@
+"""Who holds which image: the public pool, the devices, and each device's train and test part."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from tapfl.config import DataOptions
+from tapfl.errors import DataError
+from tapfl.seeds import numpy_generator
+
+MIN_TRAIN, MIN_TEST, MIN_PUBLIC_PER_CLASS = 8, 2, 2
+
+
+@dataclass(frozen=True)
+class DeviceSplit:
+    """Positions of a device's images in the private source: fitted and trained on `train`, reported on `test`."""
+
+    train: np.ndarray
+    test: np.ndarray
+
+
+def split_public(labels: np.ndarray, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Returns sorted positions (public, private); each class gives `share` of its images to the pool.
+
+    Raises:
+        DataError: if a class has too few images to serve both sides.
+    """
+    generator = numpy_generator(seed, "public")
+    public: list[np.ndarray] = []
+    for label in np.unique(labels):
+        members = generator.permutation(np.flatnonzero(labels == label))
+        taken = round(share * len(members))
+        if taken < MIN_PUBLIC_PER_CLASS or taken == len(members):
+            raise DataError(
+                f"class {label} has {len(members)} images: too few for data.public-share = {share}; "
+                f"the pool needs at least {MIN_PUBLIC_PER_CLASS} of each class and the devices one"
+            )
+        public.append(members[:taken])
+    pool = np.sort(np.concatenate(public))
+    return pool, np.setdiff1d(np.arange(len(labels)), pool)
+
+
+def partition(labels: np.ndarray, options: DataOptions, devices: int, seed: int) -> list[DeviceSplit]:
+    """Deals the private images out to `devices` devices with a flwr-datasets partitioner, and splits each part.
+
+    Args:
+        labels: int64 (n,), classes of the private images.
+
+    Returns:
+        One split a device; positions refer to `labels`.
+
+    Raises:
+        DataError: if the images do not reach for that many devices.
+    """
+    from datasets import Dataset  # with pyarrow and pandas: seconds, paid once a process
+    from flwr_datasets import partitioner as flwr_partitioners
+
+    common = {"num_partitions": devices, "partition_by": "label"}
+    most = len(labels) // (MIN_TRAIN + MIN_TEST)
+    if devices > most:
+        raise DataError(f"devices.count = {devices}: {len(labels)} private images serve at most {most} devices")
+    drawn = int(numpy_generator(seed, "partition").integers(2**31))
+    if options.partition == "iid":
+        partitioner = flwr_partitioners.IidPartitioner(num_partitions=devices)
+    elif options.partition == "pathological":
+        partitioner = flwr_partitioners.PathologicalPartitioner(
+            **common,
+            num_classes_per_partition=options.classes_per_device,
+            class_assignment_mode="deterministic",
+            shuffle=True,
+            seed=drawn,
+        )
+    elif options.partition == "shard":
+        partitioner = flwr_partitioners.ShardPartitioner(
+            **common, num_shards_per_partition=options.shards_per_device, seed=drawn
+        )
+    else:
+        partitioner = flwr_partitioners.DirichletPartitioner(
+            **common, alpha=options.dirichlet_alpha, min_partition_size=MIN_TRAIN + MIN_TEST, seed=drawn
+        )
+    order = numpy_generator(seed, "order").permutation(len(labels))
+    partitioner.dataset = Dataset.from_dict({"label": labels[order].tolist(), "position": order.tolist()})
+    try:
+        parts = [np.array(partitioner.load_partition(i)["position"], dtype=np.int64) for i in range(devices)]
+    except ValueError as error:
+        raise DataError(f"data.partition = {options.partition!r} for {devices} devices: {error}") from None
+    return [_split_device(np.sort(part), labels, options.test_share, seed, i) for i, part in enumerate(parts)]
+
+
+def _split_device(part: np.ndarray, labels: np.ndarray, test_share: float, seed: int, device: int) -> DeviceSplit:
+    """Splits one device's images, every class by the same share as far as whole images allow."""
+    generator = numpy_generator(seed, "test", device)
+    test: list[int] = []
+    due = 0.0
+    for label in np.unique(labels[part]):
+        members = generator.permutation(part[labels[part] == label])
+        due += test_share * len(members)
+        taken = min(round(due), len(members))
+        due -= taken
+        test.extend(members[:taken].tolist())
+    split = DeviceSplit(np.setdiff1d(part, test), np.sort(np.array(test, dtype=np.int64)))
+    if len(split.train) < MIN_TRAIN or len(split.test) < MIN_TEST:
+        raise DataError(
+            f"device {device} would get {len(split.train)} training and {len(split.test)} test images, "
+            f"it needs {MIN_TRAIN} and {MIN_TEST}: fewer devices (devices.count), another data.partition, "
+            f"or another data.test-share"
+        )
+    return split

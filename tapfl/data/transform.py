@@ -1,0 +1,34 @@
+"""From stored bytes to what a backbone takes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from tapfl.errors import DataError
+
+
+@dataclass(frozen=True)
+class Transform:
+    """uint8 (n, height, width, channels) -> float32 (n, `channels`, `size`, `size`), normalised. No randomness."""
+
+    size: tuple[int, int]
+    channels: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def __call__(self, images: np.ndarray) -> Tensor:
+        """Returns the batch as the backbone takes it. Raises DataError if the channels cannot be matched."""
+        x = torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2).float() / 255
+        if x.shape[1] == 1 and self.channels == 3:
+            x = x.expand(-1, 3, -1, -1)
+        if x.shape[1] != self.channels:
+            raise DataError(f"images have {x.shape[1]} channels, the backbone takes {self.channels}")
+        if x.shape[-2:] != self.size:
+            x = F.interpolate(x, self.size, mode="bicubic", antialias=True, align_corners=False).clamp_(0, 1)
+        mean, std = (torch.tensor(values).view(1, -1, 1, 1) for values in (self.mean, self.std))
+        return ((x - mean) / std).contiguous()

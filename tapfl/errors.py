@@ -1,0 +1,33 @@
+"""Errors a user can act on. Each message names the option or the file, the value, and what is accepted."""
+
+
+class TapflError(Exception):
+    """Base of all errors that are reported in one line, without a traceback."""
+
+
+class ConfigError(TapflError):
+    """An option is unknown, of the wrong type, or outside what is accepted."""
+
+
+class DataError(TapflError):
+    """A data source is missing, unreadable, or cannot serve the federation that was asked for."""
+
+
+class ModelError(TapflError):
+    """A backbone is unknown or not supported, or weights do not fit it."""
+
+
+class BudgetError(TapflError):
+    """A budget cannot be met; the message says which one can."""
+
+
+class PlanError(TapflError):
+    """A pruning plan or a saved model does not fit, is incomplete, or was damaged."""
+
+
+class WireError(TapflError):
+    """A message failed its check and was refused."""
+
+
+class RunError(TapflError):
+    """A federation could not be carried out, or not to its end."""

@@ -1,0 +1,212 @@
+"""timm backbones by name: built, filled with weights, and described without layer names in the algorithms."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import timm
+import timm.data
+import torch
+from pydantic import BaseModel, ConfigDict
+from timm.models.swin_transformer import SwinTransformer
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from tapfl.config import ModelOptions, Scalar
+from tapfl.data.transform import Transform
+from tapfl.errors import ModelError
+from tapfl.store import read_tensors
+
+
+class BackboneSpec(BaseModel):
+    """What it takes to build a backbone again: timm's name, arguments of its constructor, number of classes."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    args: dict[str, Scalar] = {}
+    num_classes: int
+
+
+def parse_args(text: str) -> dict[str, Scalar]:
+    """Returns constructor arguments of ``"img_size=8,class_token=False"``. Raises ModelError if a part is not key=value."""
+    arguments: dict[str, Scalar] = {}
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        key, equals, value = part.partition("=")
+        if not equals:
+            raise ModelError(f"model.args = {text!r}: {part!r} must have the form key=value")
+        literals = {"True": "true", "False": "false"}
+        try:
+            arguments[key.strip()] = json.loads(literals.get(value, value))
+        except json.JSONDecodeError:
+            arguments[key.strip()] = value
+    return arguments
+
+
+def build(spec: BackboneSpec, pretrained: bool = False) -> nn.Module:
+    """Returns the backbone in evaluation mode, with timm's initial weights unless `pretrained`.
+
+    Raises:
+        ModelError: if timm has no such model, its arguments are off, or it is not a ViT, DeiT or Swin.
+    """
+    if not timm.is_model(spec.name):
+        near = ", ".join(timm.list_models(f"*{spec.name.split('_')[0]}*")[:5]) or "see timm.list_models()"
+        raise ModelError(f"model.name = {spec.name!r}: timm has no such model; for instance {near}")
+    try:
+        model = timm.create_model(spec.name, pretrained=pretrained, num_classes=spec.num_classes, **spec.args)
+    except (TypeError, ValueError, AssertionError, RuntimeError) as error:
+        raise ModelError(f"model.args = {spec.args}: timm cannot build {spec.name} with them ({error})") from None
+    if not isinstance(model, VisionTransformer | SwinTransformer):
+        raise ModelError(
+            f"model.name = {spec.name!r}: is a {type(model).__name__}; accepted: timm's ViT, DeiT and Swin"
+        )
+    return model.eval()
+
+
+def transform_of(model: nn.Module) -> Transform:
+    """Returns how images become the input of `model`: its size, channels, mean and standard deviation."""
+    config = timm.data.resolve_data_config(model=model)
+    size = model.patch_embed.img_size or config["input_size"][1:]
+    channels = model.patch_embed.proj.in_channels
+    mean, std = (tuple(float(v) for v in config[key])[:channels] for key in ("mean", "std"))
+    return Transform((int(size[0]), int(size[1])), channels, mean, std)
+
+
+def example_input(model: nn.Module, batch: int = 1) -> Tensor:
+    """Returns zeros in the shape that `model` takes."""
+    transform = transform_of(model)
+    return torch.zeros(batch, transform.channels, *transform.size)
+
+
+def head_names(model: nn.Module) -> tuple[str, ...]:
+    """Returns the module names of the classifier (two for distilled DeiT)."""
+    classifier = model.get_classifier()
+    heads = classifier if isinstance(classifier, tuple) else (classifier,)
+    return tuple(name for name, module in model.named_modules() if any(module is head for head in heads))
+
+
+def segments(model: nn.Module) -> list[tuple[str, Callable[[Tensor], Tensor]]]:
+    """Returns the forward pass as a chain of named steps; applying them in turn equals ``model(x)``.
+
+    The names of blocks are their module paths, so that a pass can be resumed from the input of any block. This and
+    `tapfl.models.units` are the only places that know how timm lays a backbone out.
+    """
+    if isinstance(model, VisionTransformer):
+
+        def stem(x: Tensor) -> Tensor:
+            return model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(x))))
+
+        steps = [(f"blocks.{i}", block) for i, block in enumerate(model.blocks)]
+    elif isinstance(model, SwinTransformer):
+        stem = model.patch_embed
+        steps = []
+        for s, stage in enumerate(model.layers):
+            steps.append((f"layers.{s}.downsample", stage.downsample))
+            steps.extend((f"layers.{s}.blocks.{i}", block) for i, block in enumerate(stage.blocks))
+    else:
+        raise ModelError(f"{type(model).__name__}: accepted are timm's ViT, DeiT and Swin")
+    return [("stem", stem), *steps, ("tail", lambda x: model.forward_head(model.norm(x)))]
+
+
+@torch.no_grad()
+def features(model: nn.Module, batch: Tensor) -> Tensor:
+    """Returns pooled pre-logits features (n, width) of a batch in the backbone's input format."""
+    return model.forward_head(model.forward_features(batch), pre_logits=True)
+
+
+def load_weights(model: nn.Module, file: Path, classes: tuple[str, ...], head_rows: Path | None) -> None:
+    """Fills `model` with the weights of a safetensors file; position embeddings are resampled to the model's size.
+
+    Args:
+        classes: names of the federation's classes, in the order of its labels.
+        head_rows: JSON file of class name -> row of the file's head. Without it the file's head is used if it has one
+            row a class, and left as initialised if not.
+
+    Raises:
+        ModelError: naming the first weights that do not fit.
+    """
+    if not file.is_file():
+        raise ModelError(f"model.weights = {str(file)!r}: there is no such file; accepted: a .safetensors file, or hub")
+    state = read_tensors(file)
+    heads = [f"{name}.{part}" for name in head_names(model) for part in ("weight", "bias")]
+    if head_rows is not None:
+        rows = read_head_rows(head_rows, classes)
+        for key in heads:
+            if key not in state or max(rows) >= len(state[key]):
+                raise ModelError(
+                    f"model.head-rows = {str(head_rows)!r}: row {max(rows)} is not in {key} of {file.name}"
+                )
+            state[key] = state[key][rows]
+    own = model.state_dict()
+    for key in heads:
+        if key in state and state[key].shape != own[key].shape:
+            del state[key]
+    try:
+        filtered = _resampled(state, model)
+        missing, unexpected = model.load_state_dict(filtered, strict=False)
+    except (RuntimeError, KeyError, AttributeError) as error:
+        raise ModelError(
+            f"model.weights = {str(file)!r}: do not fit {type(model).__name__} ({_first(error)})"
+        ) from None
+    lacking = [key for key in missing if key not in heads]
+    if lacking or unexpected:
+        what = f"lack {lacking[0]!r}" if lacking else f"hold {unexpected[0]!r}, which the backbone has not"
+        raise ModelError(f"model.weights = {str(file)!r}: do not fit the backbone: they {what}")
+
+
+def load_hub_weights(model: nn.Module, spec: BackboneSpec, classes: tuple[str, ...], head_rows: Path | None) -> None:
+    """Fills `model` with the weights that timm's hub has for `spec`.
+
+    Raises:
+        ModelError: if the hub cannot be reached or has no weights under that name.
+    """
+    try:
+        rows = read_head_rows(head_rows, classes) if head_rows else None
+        arguments = {"num_classes": None} if rows else {"num_classes": spec.num_classes}
+        source = timm.create_model(
+            spec.name, pretrained=True, **spec.args, **{k: v for k, v in arguments.items() if v is not None}
+        )
+    except ModelError:
+        raise
+    except Exception as error:  # the hub's client raises many types; whatever it is, there are no weights
+        raise ModelError(f"model.weights = 'hub': no weights for {spec.name} to be had ({_first(error)})") from None
+    state = source.state_dict()
+    for name in head_names(model) if rows else ():
+        for part in ("weight", "bias"):
+            state[f"{name}.{part}"] = state[f"{name}.{part}"][rows]
+    model.load_state_dict(state)
+
+
+def read_head_rows(file: Path, classes: tuple[str, ...]) -> list[int]:
+    """Returns the row of the head for each class. Raises ModelError if the file or a class is missing."""
+    try:
+        table = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"model.head-rows = {str(file)!r}: is not a readable JSON file ({error})") from None
+    if not isinstance(table, dict):
+        raise ModelError(f"model.head-rows = {str(file)!r}: must map class names to rows")
+    if lacking := [name for name in classes if not isinstance(table.get(name), int)]:
+        raise ModelError(f"model.head-rows = {str(file)!r}: names no row for class {lacking[0]!r}")
+    return [table[name] for name in classes]
+
+
+def spec_of(options: ModelOptions, classes: tuple[str, ...]) -> BackboneSpec:
+    """Returns the backbone that the options name, with one output a class."""
+    return BackboneSpec(name=options.name, args=parse_args(options.args), num_classes=len(classes))
+
+
+def _resampled(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    if isinstance(model, SwinTransformer):
+        from timm.models.swin_transformer import checkpoint_filter_fn as swin_filter
+
+        return swin_filter(state, model)
+    from timm.models.vision_transformer import checkpoint_filter_fn as vit_filter
+
+    return vit_filter(state, model)
+
+
+def _first(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[1] if len(lines) > 1 and "loading state_dict" in lines[0] else lines[0])[:200] if lines else ""

@@ -1,0 +1,281 @@
+"""Units: what can be pruned in a block, and what goes with it.
+
+A *prunable layer* is one residual branch: an FFN, whose units are its hidden neurons, or an attention, whose units are
+the dims of its heads (one unit = one dim of one head, in q, k and v together). The algorithms see only the interface
+`PrunableLayer`; a new kind of branch is one more subclass here.
+
+Worked example, embedding 6, two heads of three dims: ``units = 6``, unit 4 is dim 1 of head 1; to drop it removes rows
+4, 10 and 16 of qkv and column 4 of proj. Attention needs equal dims a head, so one dim of head 0 has to go with it.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from timm.layers import Attention, Mlp
+from timm.models.swin_transformer import WindowAttention
+from torch import Tensor, nn
+
+from tapfl.errors import ModelError, PlanError
+from tapfl.models.backbone import example_input
+
+Side = Literal["rows", "columns"]
+
+
+@dataclass(frozen=True)
+class LinearCut:
+    """What remains of one linear: `index` into its rows (outputs) or columns (inputs), and a factor for each row."""
+
+    linear: str
+    side: Side
+    index: Tensor
+    scale: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class PrunableLayer(ABC):
+    """One residual branch of a backbone.
+
+    Attributes:
+        name: module path, such as ``blocks.3.attn``.
+        block: module path of the block it belongs to.
+        heads: groups of units that must stay equally large (1 for an FFN).
+        units: number of units when dense.
+        embed_dim: width of the residual stream at this block.
+        tokens: tokens an image, as they pass the branch's linears.
+        span: tokens that attend to each other (0 for an FFN).
+    """
+
+    name: str
+    block: str
+    heads: int
+    units: int
+    embed_dim: int
+    tokens: int
+    span: int
+
+    kind: ClassVar[Literal["attention", "ffn"]]
+    output: ClassVar[str]  # the linear whose input are the units' activations
+
+    @property
+    def units_per_head(self) -> int:
+        return self.units // self.heads
+
+    @property
+    @abstractmethod
+    def macs_per_unit(self) -> int:
+        """Multiply-accumulates an image that one unit costs."""
+
+    @property
+    @abstractmethod
+    def params_per_unit(self) -> int:
+        """Parameters that one unit has."""
+
+    @abstractmethod
+    def cuts(self, kept: Tensor) -> list[LinearCut]:
+        """Returns what remains of the branch's linears when the units `kept` (sorted, int64) stay."""
+
+    @abstractmethod
+    def _resize(self, module: nn.Module, kept: Tensor) -> None:
+        """Sets the attributes of a branch whose linears were cut already."""
+
+    def activations(self, x: Tensor, images: int) -> Tensor:
+        """Returns the input of the output linear as (images, tokens, units): one row of windows an image for Swin."""
+        return x.reshape(images, -1, x.shape[-1])
+
+    def shrink(self, module: nn.Module, kept: Tensor) -> nn.Module:
+        """Returns a smaller copy of the branch that computes what `module` does with all but `kept` masked to 0.
+
+        Raises:
+            PlanError: if `kept` is not sorted, unique and in range, or leaves heads of different size.
+        """
+        self.check(kept)
+        if len(kept) == self.units:
+            return copy.deepcopy(module)
+        if len(kept) == 0:
+            return ConstantBranch(self.output, module.get_submodule(self.output))
+        small = copy.copy(module)
+        small._modules, small._parameters = dict(module._modules), dict(module._parameters)
+        small._buffers = dict(module._buffers)
+        for cut in self.cuts(kept):
+            setattr(small, cut.linear, _cut_linear(module.get_submodule(cut.linear), cut))
+        self._resize(small, kept)
+        return small
+
+    def check(self, kept: Tensor) -> None:
+        """Raises PlanError unless `kept` is sorted, unique, in range and balanced over the heads that stay."""
+        if len(kept) and not (bool((kept[1:] > kept[:-1]).all()) and int(kept[0]) >= 0 and int(kept[-1]) < self.units):
+            raise PlanError(f"{self.name}: kept units must be sorted, unique and lie in 0..{self.units - 1}")
+        if len(set(self._per_head(kept).tolist()) - {0}) > 1:
+            raise PlanError(f"{self.name}: every head that stays must keep the same number of dims")
+
+    def _per_head(self, kept: Tensor) -> Tensor:
+        return torch.bincount(kept // self.units_per_head, minlength=self.heads)
+
+
+@dataclass(frozen=True)
+class Ffn(PrunableLayer):
+    """fc1 -> activation -> fc2."""
+
+    kind: ClassVar[Literal["attention", "ffn"]] = "ffn"
+    output: ClassVar[str] = "fc2"
+
+    @property
+    def macs_per_unit(self) -> int:
+        return 2 * self.tokens * self.embed_dim
+
+    @property
+    def params_per_unit(self) -> int:
+        return 2 * self.embed_dim + 1
+
+    def cuts(self, kept: Tensor) -> list[LinearCut]:
+        return [LinearCut("fc1", "rows", kept), LinearCut("fc2", "columns", kept)]
+
+    def _resize(self, module: nn.Module, kept: Tensor) -> None:
+        pass
+
+
+@dataclass(frozen=True)
+class SelfAttention(PrunableLayer):
+    """qkv -> heads -> proj, the heads attending to `span` tokens (all of an image, or one window of it)."""
+
+    kind: ClassVar[Literal["attention", "ffn"]] = "attention"
+    output: ClassVar[str] = "proj"
+
+    @property
+    def macs_per_unit(self) -> int:
+        return self.tokens * (4 * self.embed_dim + 2 * self.span)
+
+    @property
+    def params_per_unit(self) -> int:
+        return 4 * self.embed_dim + 3
+
+    def cuts(self, kept: Tensor) -> list[LinearCut]:
+        # The softmax divides by sqrt(dims a head). With fewer dims it divides by less, so q takes the difference:
+        # q' = q sqrt(k / d), exact for timm's fused and unfused paths alike.
+        dims = int(self._per_head(kept).max()) if len(kept) else 0
+        factor = math.sqrt(dims / self.units_per_head)
+        ones = torch.ones(len(kept))
+        rows = torch.cat([kept, kept + self.units, kept + 2 * self.units])
+        return [
+            LinearCut("qkv", "rows", rows, torch.cat([ones * factor, ones, ones])),
+            LinearCut("proj", "columns", kept),
+        ]
+
+    def _resize(self, module: nn.Module, kept: Tensor) -> None:
+        sizes = self._per_head(kept)
+        stay = torch.nonzero(sizes).flatten()
+        dims = int(sizes.max())
+        module.num_heads = len(stay)
+        module.head_dim, module.attn_dim = dims, len(kept)
+        module.scale = dims**-0.5
+        if isinstance(module, WindowAttention):
+            table = module.relative_position_bias_table
+            module.relative_position_bias_table = nn.Parameter(table.detach()[:, stay].clone())
+
+
+class ConstantBranch(nn.Module):
+    """What is left of a branch without units: the bias of its output linear. State-dict keys stay as they were."""
+
+    def __init__(self, output: str, linear: nn.Linear) -> None:
+        super().__init__()
+        self.output = output
+        bias = linear.bias.detach().clone() if linear.bias is not None else torch.zeros(linear.out_features)
+        holder = nn.Module()
+        holder.bias = nn.Parameter(bias)
+        self.add_module(output, holder)
+
+    def forward(self, x: Tensor, *_: object, **__: object) -> Tensor:
+        bias: Tensor = self.get_submodule(self.output).bias  # type: ignore[assignment]
+        return bias.expand_as(x)
+
+
+def prunable_layers(model: nn.Module) -> list[PrunableLayer]:
+    """Returns the branches of `model` that can be pruned, in the order in which an image passes them.
+
+    Raises:
+        ModelError: naming a branch of a kind that cannot be pruned exactly (query-key norms, gates, other layouts).
+    """
+    branches = {
+        name: module for name, module in model.named_modules() if isinstance(module, Attention | WindowAttention | Mlp)
+    }
+    shapes: dict[str, torch.Size] = {}
+
+    def record(name: str) -> object:
+        return lambda _module, inputs, _output: shapes.__setitem__(name, inputs[0].shape)
+
+    handles = [module.register_forward_hook(record(name)) for name, module in branches.items()]  # type: ignore[arg-type]
+    try:
+        with torch.no_grad():
+            model(example_input(model))
+    finally:
+        for handle in handles:
+            handle.remove()
+    layers: list[PrunableLayer] = []
+    for name in shapes:
+        module, shape = branches[name], shapes[name]
+        place = {
+            "name": name,
+            "block": name.rpartition(".")[0],
+            "tokens": math.prod(shape[:-1]),
+            "embed_dim": shape[-1],
+        }
+        if isinstance(module, Mlp):
+            _refuse_unless(
+                isinstance(module.fc1, nn.Linear) and isinstance(module.norm, nn.Identity), name, "a plain Mlp"
+            )
+            layers.append(Ffn(**place, heads=1, units=module.fc1.out_features, span=0))
+        else:
+            plain = all(
+                isinstance(getattr(module, part, nn.Identity()), nn.Identity) for part in ("q_norm", "k_norm", "norm")
+            )
+            _refuse_unless(plain and getattr(module, "gate", None) is None, name, "attention without norms or gates")
+            units = module.proj.in_features
+            layers.append(SelfAttention(**place, heads=module.num_heads, units=units, span=shape[-2]))
+    if not layers:
+        raise ModelError(f"{type(model).__name__}: has no attention or FFN that can be pruned")
+    return layers
+
+
+@contextmanager
+def replaced(model: nn.Module, name: str, module: nn.Module) -> Iterator[None]:
+    """Puts `module` in the place `name` of `model` for the duration of the block."""
+    original = model.get_submodule(name)
+    put(model, name, module)
+    try:
+        yield
+    finally:
+        put(model, name, original)
+
+
+def put(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Puts `module` in the place `name` of `model`."""
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, module)
+
+
+def _cut_linear(linear: nn.Linear, cut: LinearCut) -> nn.Linear:
+    weight, bias = linear.weight.detach(), linear.bias.detach() if linear.bias is not None else None
+    if cut.side == "rows":
+        weight, bias = weight[cut.index], bias[cut.index] if bias is not None else None
+        if cut.scale is not None:
+            weight, bias = weight * cut.scale[:, None], bias * cut.scale if bias is not None else None
+    else:
+        weight = weight[:, cut.index]
+    small = nn.utils.skip_init(nn.Linear, weight.shape[1], weight.shape[0], bias=bias is not None)
+    small.weight = nn.Parameter(weight.clone())
+    if bias is not None:
+        small.bias = nn.Parameter(bias.clone())
+    return small
+
+
+def _refuse_unless(condition: bool, name: str, accepted: str) -> None:
+    if not condition:
+        raise ModelError(f"{name}: cannot be pruned exactly; accepted: {accepted}")

@@ -1,0 +1,1 @@
+"""Importance, allocation, plans and surgery: from a backbone and a metric set to a smaller plain timm model."""

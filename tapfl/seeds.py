@@ -1,0 +1,27 @@
+"""Generators derived from what they are for, so that no result depends on the order in which things happen.
+
+A stream is named by the run's seed and a path such as ``("train", round, device)``: two devices, or one device in two
+rounds, never share numbers, and any of them can be drawn again alone.
+"""
+
+from __future__ import annotations
+
+import zlib
+
+import numpy as np
+import torch
+
+
+def _entropy(seed: int, path: tuple[str | int, ...]) -> list[int]:
+    return [seed, *(zlib.crc32(part.encode()) if isinstance(part, str) else part for part in path)]
+
+
+def numpy_generator(seed: int, *path: str | int) -> np.random.Generator:
+    """Returns the numpy generator of the stream `path` of `seed`."""
+    return np.random.default_rng(_entropy(seed, path))
+
+
+def torch_generator(seed: int, *path: str | int) -> torch.Generator:
+    """Returns the torch (CPU) generator of the stream `path` of `seed`."""
+    state = np.random.SeedSequence(_entropy(seed, path)).generate_state(1, np.uint64)[0]
+    return torch.Generator().manual_seed(int(state >> np.uint64(1)))

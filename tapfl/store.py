@@ -1,0 +1,123 @@
+"""Files of a run: written whole or not at all, without pickle.
+
+A file appears under its name only when every byte of it is on disk (temporary file, fsync, rename), so a run that is
+killed at any moment leaves either the old version or the new one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as parse_tensors
+from safetensors.torch import save as serialize_tensors
+
+from tapfl.errors import ConfigError, PlanError
+
+Tensors = Mapping[str, torch.Tensor]
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Writes a file atomically, making its folder if need be."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)  # noqa: PTH101 -- mkstemp makes it private; a run's folder is for reading
+        os.replace(temporary, path)  # noqa: PTH105 -- the atomic rename is the point
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Writes JSON atomically, indented, with a final newline."""
+    write_bytes(path, (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
+
+
+def write_tensors(path: Path, tensors: Tensors, about: Mapping[str, str] | None = None) -> None:
+    """Writes a safetensors file atomically; `about` becomes its metadata."""
+    contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+    write_bytes(path, serialize_tensors(contiguous, metadata=dict(about or {})))
+
+
+def read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """Returns the tensors of a safetensors file. Raises PlanError if it is missing or damaged."""
+    try:
+        return parse_tensors(path.read_bytes())
+    except OSError as error:
+        raise PlanError(f"{path}: cannot be read ({error.strerror})") from None
+    except SafetensorError as error:
+        raise PlanError(f"{path}: is not a whole safetensors file ({error})") from None
+
+
+def content_hash(*parts: bytes | str | Tensors) -> str:
+    """Returns 16 hex digits that name a content: text, bytes, or tensors by name, shape, type and value."""
+    digest = hashlib.sha256()
+    for part in parts:
+        if isinstance(part, Mapping):
+            for name in sorted(part):
+                tensor = part[name].detach().cpu().contiguous()
+                digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+                digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b"")
+        else:
+            digest.update(part.encode() if isinstance(part, str) else part)
+        digest.update(b"\0")
+    return digest.hexdigest()[:16]
+
+
+def cache_folder(option: str = "") -> Path:
+    """Returns the folder of what can be made again: `option`, else TAPFL_CACHE, else ~/.cache/tapfl."""
+    return Path(option or os.environ.get("TAPFL_CACHE") or Path.home() / ".cache" / "tapfl")
+
+
+class RunFolder:
+    """A run's folder.
+
+    ```
+    config.json versions.json     the run as resolved, and with what
+    plans/NN.json summaries/NN.safetensors
+    server/round-NNNN.safetensors the global adapters after each round
+    devices/NN/                   a device's own storage; in a deployment it lies on the device
+    metrics.jsonl summary.json    one line a device a round and one a round; the whole
+    ```
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @classmethod
+    def create(cls, path: Path) -> RunFolder:
+        """Makes the folder. Raises ConfigError if something is there already, so that no run is overwritten."""
+        try:
+            path.mkdir(parents=True)
+        except FileExistsError:
+            raise ConfigError(f"out = {str(path)!r}: exists already; give a folder that does not") from None
+        except OSError as error:
+            raise ConfigError(f"out = {str(path)!r}: cannot be made ({error.strerror})") from None
+        return cls(path)
+
+    def write_versions(self) -> None:
+        """Records the installed version of every package that can change a result."""
+        packages = ("tapfl", "torch", "timm", "peft", "flwr", "flwr-datasets", "ray", "numpy", "scikit-learn")
+        write_json(self.path / "versions.json", {name: metadata.version(name) for name in packages})
+
+    def append_metrics(self, **values: Any) -> None:
+        """Adds one line to metrics.jsonl."""
+        with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(values) + "\n")
+
+    def device(self, partition_id: int) -> Path:
+        """Returns the storage of a device that is simulated on this machine."""
+        return self.path / "devices" / f"{partition_id:02d}"

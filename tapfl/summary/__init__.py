@@ -1,0 +1,1 @@
+"""What a device says about its images, and the public images that it selects."""

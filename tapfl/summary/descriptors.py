@@ -1,0 +1,46 @@
+"""Descriptors φ(x): pooled pre-logits features of the frozen backbone, centred and projected by the pool's PCA."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from sklearn.decomposition import PCA
+from torch import nn
+
+from tapfl.data.transform import Transform
+from tapfl.models.backbone import features, transform_of
+
+
+@dataclass(frozen=True)
+class Projection:
+    """φ = (f - mean) · components; fitted on the public pool alone, so it tells a device nothing of another.
+
+    Attributes:
+        mean: float32 (features,).
+        components: float32 (dim, features), orthonormal rows.
+    """
+
+    mean: np.ndarray
+    components: np.ndarray
+
+    @classmethod
+    def fit(cls, features: np.ndarray, dim: int) -> Projection:
+        """Returns the projection to the first `dim` principal components (fewer if there are fewer) of (n, features)."""
+        dim = min(dim, *features.shape)
+        pca = PCA(n_components=dim, svd_solver="full").fit(features.astype(np.float64))
+        return cls(pca.mean_.astype(np.float32), pca.components_.astype(np.float32))
+
+    def __call__(self, features: np.ndarray) -> np.ndarray:
+        """Returns descriptors, float64 (n, dim)."""
+        return (features.astype(np.float64) - self.mean) @ self.components.T.astype(np.float64)
+
+
+def image_features(
+    model: nn.Module, images: np.ndarray, batch: int = 256, transform: Transform | None = None
+) -> np.ndarray:
+    """Returns pooled pre-logits features, float32 (n, width), of uint8 images (n, height, width, channels)."""
+    transform = transform or transform_of(model)
+    parts = [features(model, transform(images[i : i + batch])) for i in range(0, len(images), batch)]
+    return torch.cat(parts).numpy()

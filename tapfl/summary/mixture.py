@@ -1,0 +1,135 @@
+"""A device's Gaussian mixture: fitted on its training images' descriptors, limited in support, and scored."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.linalg import solve_triangular
+from scipy.special import logsumexp
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.mixture import GaussianMixture
+
+from tapfl.config import SummaryOptions
+from tapfl.errors import DataError
+
+REG_COVAR = 1e-3  # relative to the mean variance of the descriptors
+N_INIT = 3
+
+
+@dataclass(frozen=True)
+class GaussianSummary:
+    """p(x) = Σ_k π_k N(x | μ_k, Σ_k). This, and nothing else about its images, leaves a device.
+
+    Attributes:
+        weights: float64 (K,), π, sum 1.
+        means: float64 (K, d), μ.
+        covariances: float64, (K, d) variances if diagonal, else (K, d, d).
+        n: number of samples the mixture was fitted on.
+    """
+
+    weights: np.ndarray
+    means: np.ndarray
+    covariances: np.ndarray
+    n: int
+
+    def component_log_densities(self, points: np.ndarray) -> np.ndarray:
+        """Returns log π_k + log N(x | μ_k, Σ_k), float64 (n, K), of points (n, d)."""
+        d = self.means.shape[1]
+        columns = []
+        for mean, covariance in zip(self.means, self.covariances, strict=True):
+            centred = points - mean
+            if covariance.ndim == 1:
+                squares, log_det = (centred**2 / covariance).sum(1), np.log(covariance).sum()
+            else:
+                chol = np.linalg.cholesky(covariance)
+                squares = (solve_triangular(chol, centred.T, lower=True) ** 2).sum(0)
+                log_det = 2 * np.log(np.diag(chol)).sum()
+            columns.append(-0.5 * (squares + log_det + d * np.log(2 * np.pi)))
+        with np.errstate(divide="ignore"):
+            return np.stack(columns, axis=1) + np.log(self.weights)
+
+    def log_likelihood(self, points: np.ndarray) -> np.ndarray:
+        """Returns log p(x), float64 (n,), by log-sum-exp over the components."""
+        return logsumexp(self.component_log_densities(points), axis=1)
+
+    def check(self, dim: int, min_support: float) -> None:
+        """Raises DataError unless this is a mixture of dimension `dim` whose components are all supported."""
+        k = len(self.weights)
+        shapes = ((k, dim), (k, dim, dim))
+        if k == 0 or self.weights.ndim != 1 or self.means.shape != shapes[0] or self.covariances.shape not in shapes:
+            raise DataError(
+                f"mixture: shapes {self.weights.shape}, {self.means.shape}, {self.covariances.shape} do not go together "
+                f"in dimension {dim}"
+            )
+        if not all(np.isfinite(part).all() for part in (self.weights, self.means, self.covariances)):
+            raise DataError("mixture: holds values that are not finite")
+        if (self.weights <= 0).any() or abs(self.weights.sum() - 1) > 1e-6:
+            raise DataError(f"mixture: weights must be positive and sum to 1, they sum to {self.weights.sum():.6g}")
+        if self.covariances.ndim == 2:
+            positive = bool((self.covariances > 0).all())
+        else:
+            symmetric = np.allclose(self.covariances, self.covariances.swapaxes(1, 2), rtol=1e-6, atol=1e-9)
+            positive = symmetric and bool((np.linalg.eigvalsh(self.covariances) > 0).all())
+        if not positive:
+            raise DataError("mixture: covariances must be positive definite")
+        if k > 1 and self.n * self.weights.min() < min_support - 1e-6:
+            raise DataError(
+                f"mixture: a component stands for {self.n * self.weights.min():.2f} samples, at least {min_support} needed"
+            )
+
+
+def fit_mixture(points: np.ndarray, options: SummaryOptions, seed: int) -> GaussianSummary:
+    """Returns the mixture of descriptors (n, d) with the lowest BIC over K = 1..max_components.
+
+    Ours (`../docs/method.md`): diagonal covariance by default and `reg_covar` relative to the variance of the
+    descriptors. As published: full covariance, K = 2..10. Components that stand for fewer than `min_support` samples
+    are merged into their nearest neighbour, moments preserved, since the mean of one sample *is* that sample.
+
+    Raises:
+        DataError: if there are fewer samples than `min_support`.
+    """
+    n = len(points)
+    if n < options.min_support:
+        raise DataError(f"mixture: {n} samples are fewer than summary.min-support = {options.min_support}")
+    reg = REG_COVAR * float(points.var(axis=0).mean()) + 1e-12
+    best: GaussianMixture | None = None
+    best_bic = np.inf
+    for k in range(1, min(options.max_components, max(1, int(n / options.min_support))) + 1):
+        mixture = GaussianMixture(
+            k, covariance_type=options.covariance, reg_covar=reg, n_init=N_INIT, random_state=seed
+        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvergenceWarning)
+            bic = mixture.fit(points).bic(points)
+        if bic < best_bic:
+            best, best_bic = mixture, bic
+    assert best is not None
+    summary = GaussianSummary(best.weights_ / best.weights_.sum(), best.means_, best.covariances_, n)
+    return limit_support(summary, options.min_support)
+
+
+def limit_support(summary: GaussianSummary, min_support: float) -> GaussianSummary:
+    """Returns the mixture with every component that stands for fewer than `min_support` samples merged away.
+
+    The weakest component goes into the one with the nearest mean; weight, mean and covariance of the pair are those of
+    their sum, so the first two moments of the whole mixture stay what they were.
+    """
+    weights, means, covariances = summary.weights, summary.means, summary.covariances
+    while len(weights) > 1 and weights.min() * summary.n < min_support:
+        i = int(weights.argmin())
+        distance = ((means - means[i]) ** 2).sum(1)
+        distance[i] = np.inf
+        j = int(distance.argmin())
+        total = weights[i] + weights[j]
+        share = weights[[i, j]] / total
+        mean = share @ means[[i, j]]
+        shift = means[[i, j]] - mean
+        outer = shift**2 if covariances.ndim == 2 else shift[:, :, None] * shift[:, None, :]
+        covariance = np.tensordot(share, covariances[[i, j]] + outer, axes=1)
+        rest = [k for k in range(len(weights)) if k not in (i, j)]
+        weights = np.append(weights[rest], total)
+        means = np.vstack([means[rest], mean])
+        covariances = np.concatenate([covariances[rest], covariance[None]])
+    return GaussianSummary(weights / weights.sum(), means, covariances, summary.n)

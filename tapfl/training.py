@@ -1,0 +1,80 @@
+"""Local training, pure in its state and its generator; and the evaluation that goes with it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+Params = dict[str, Tensor]
+Objective = Callable[[Params, object], Tensor]
+
+
+def batches(size: int, batch: int, epochs: int, generator: np.random.Generator) -> Iterator[np.ndarray]:
+    """Yields positions 0..size-1, shuffled anew each epoch, in batches of nearly equal size (at most `batch`)."""
+    count = -(-size // batch)
+    for _ in range(epochs):
+        yield from np.array_split(generator.permutation(size), count)
+
+
+def optimizer(name: str, params: list[Tensor], learning_rate: float) -> torch.optim.Optimizer:
+    """Returns `adam` or plain `sgd` over leaf tensors; a fresh one each round, so it is no state to carry."""
+    if name == "adam":
+        return torch.optim.Adam(params, lr=learning_rate)
+    return torch.optim.SGD(params, lr=learning_rate)
+
+
+def leaves(params: Params) -> Params:
+    """Returns copies that can be trained, detached from where they came from."""
+    return {name: tensor.detach().clone().requires_grad_(True) for name, tensor in params.items()}
+
+
+@torch.no_grad()
+def predict(model: Callable[[Tensor], Tensor], inputs: Tensor, batch: int = 256) -> Tensor:
+    """Returns the logits (n, classes) of all inputs."""
+    return torch.cat([model(part) for part in inputs.split(batch)])
+
+
+def accuracy(logits: Tensor, labels: Tensor) -> float:
+    """Returns the share of rows whose largest logit is that of the label."""
+    return float((logits.argmax(1) == labels).double().mean())
+
+
+def train_dense(
+    model: nn.Module,
+    params: list[nn.Parameter],
+    inputs: Tensor,
+    labels: Tensor,
+    *,
+    epochs: int,
+    batch: int,
+    learning_rate: float,
+    generator: np.random.Generator,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> None:
+    """Trains `params` of `model` in place with AdamW and one cycle of the learning rate, no data augmentation.
+
+    Args:
+        progress: called after each epoch with (epochs done, epochs in all).
+    """
+    model.eval()  # no dropout, no stochastic depth: the result is a function of data and seed
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    for parameter in params:
+        parameter.requires_grad_(True)
+    steps = epochs * -(-len(labels) // batch)
+    adam = torch.optim.AdamW(params, lr=learning_rate, weight_decay=0.05)
+    cycle = torch.optim.lr_scheduler.OneCycleLR(adam, learning_rate, total_steps=max(steps, 2))
+    for step, chosen in enumerate(batches(len(labels), batch, epochs, generator), start=1):
+        index = torch.from_numpy(chosen)
+        loss = nn.functional.cross_entropy(model(inputs[index]), labels[index])
+        adam.zero_grad()
+        loss.backward()
+        adam.step()
+        cycle.step()
+        if step % (steps // epochs) == 0:
+            progress(step // (steps // epochs), epochs)
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
