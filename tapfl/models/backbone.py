@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import timm
 import timm.data
@@ -31,7 +32,11 @@ class BackboneSpec(BaseModel):
 
 
 def parse_args(text: str) -> dict[str, Scalar]:
-    """Returns constructor arguments of ``"img_size=8,class_token=False"``. Raises ModelError if a part is not key=value."""
+    """Returns constructor arguments of ``"img_size=8,class_token=False"``.
+
+    Raises:
+        ModelError: if a part is not key=value.
+    """
     arguments: dict[str, Scalar] = {}
     for part in filter(None, (part.strip() for part in text.split(","))):
         key, equals, value = part.partition("=")
@@ -65,7 +70,7 @@ def build(spec: BackboneSpec, pretrained: bool = False) -> nn.Module:
     return model.eval()
 
 
-def transform_of(model: nn.Module) -> Transform:
+def transform_of(model: Any) -> Transform:
     """Returns how images become the input of `model`: its size, channels, mean and standard deviation."""
     config = timm.data.resolve_data_config(model=model)
     size = model.patch_embed.img_size or config["input_size"][1:]
@@ -80,7 +85,7 @@ def example_input(model: nn.Module, batch: int = 1) -> Tensor:
     return torch.zeros(batch, transform.channels, *transform.size)
 
 
-def head_names(model: nn.Module) -> tuple[str, ...]:
+def head_names(model: Any) -> tuple[str, ...]:
     """Returns the module names of the classifier (two for distilled DeiT)."""
     classifier = model.get_classifier()
     heads = classifier if isinstance(classifier, tuple) else (classifier,)
@@ -111,7 +116,7 @@ def segments(model: nn.Module) -> list[tuple[str, Callable[[Tensor], Tensor]]]:
 
 
 @torch.no_grad()
-def features(model: nn.Module, batch: Tensor) -> Tensor:
+def features(model: Any, batch: Tensor) -> Tensor:
     """Returns pooled pre-logits features (n, width) of a batch in the backbone's input format."""
     return model.forward_head(model.forward_features(batch), pre_logits=True)
 

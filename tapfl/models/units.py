@@ -13,10 +13,10 @@ from __future__ import annotations
 import copy
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from timm.layers import Attention, Mlp
@@ -83,14 +83,14 @@ class PrunableLayer(ABC):
         """Returns what remains of the branch's linears when the units `kept` (sorted, int64) stay."""
 
     @abstractmethod
-    def _resize(self, module: nn.Module, kept: Tensor) -> None:
+    def _resize(self, module: Any, kept: Tensor) -> None:
         """Sets the attributes of a branch whose linears were cut already."""
 
     def activations(self, x: Tensor, images: int) -> Tensor:
         """Returns the input of the output linear as (images, tokens, units): one row of windows an image for Swin."""
         return x.reshape(images, -1, x.shape[-1])
 
-    def shrink(self, module: nn.Module, kept: Tensor) -> nn.Module:
+    def shrink(self, module: Any, kept: Tensor) -> nn.Module:
         """Returns a smaller copy of the branch that computes what `module` does with all but `kept` masked to 0.
 
         Raises:
@@ -138,7 +138,7 @@ class Ffn(PrunableLayer):
     def cuts(self, kept: Tensor) -> list[LinearCut]:
         return [LinearCut("fc1", "rows", kept), LinearCut("fc2", "columns", kept)]
 
-    def _resize(self, module: nn.Module, kept: Tensor) -> None:
+    def _resize(self, module: Any, kept: Tensor) -> None:
         pass
 
 
@@ -169,7 +169,7 @@ class SelfAttention(PrunableLayer):
             LinearCut("proj", "columns", kept),
         ]
 
-    def _resize(self, module: nn.Module, kept: Tensor) -> None:
+    def _resize(self, module: Any, kept: Tensor) -> None:
         sizes = self._per_head(kept)
         stay = torch.nonzero(sizes).flatten()
         dims = int(sizes.max())
@@ -208,10 +208,10 @@ def prunable_layers(model: nn.Module) -> list[PrunableLayer]:
     }
     shapes: dict[str, torch.Size] = {}
 
-    def record(name: str) -> object:
+    def record(name: str) -> Callable[..., None]:
         return lambda _module, inputs, _output: shapes.__setitem__(name, inputs[0].shape)
 
-    handles = [module.register_forward_hook(record(name)) for name, module in branches.items()]  # type: ignore[arg-type]
+    handles = [module.register_forward_hook(record(name)) for name, module in branches.items()]
     try:
         with torch.no_grad():
             model(example_input(model))
@@ -221,7 +221,7 @@ def prunable_layers(model: nn.Module) -> list[PrunableLayer]:
     layers: list[PrunableLayer] = []
     for name in shapes:
         module, shape = branches[name], shapes[name]
-        place = {
+        place: dict[str, Any] = {
             "name": name,
             "block": name.rpartition(".")[0],
             "tokens": math.prod(shape[:-1]),

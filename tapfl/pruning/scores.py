@@ -14,7 +14,7 @@ one matrix product.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -103,11 +103,11 @@ def record_activations(
     """
     seen: dict[str, Tensor] = {}
 
-    def keep(layer: PrunableLayer) -> object:
+    def keep(layer: PrunableLayer) -> Callable[..., None]:
         return lambda _module, inputs: seen.__setitem__(layer.name, layer.activations(inputs[0], len(batch)))
 
     handles = [
-        model.get_submodule(f"{layer.name}.{layer.output}").register_forward_pre_hook(keep(layer))  # type: ignore[arg-type]
+        model.get_submodule(f"{layer.name}.{layer.output}").register_forward_pre_hook(keep(layer))
         for layer in layers
     ]
     try:

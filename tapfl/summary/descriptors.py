@@ -27,7 +27,7 @@ class Projection:
 
     @classmethod
     def fit(cls, features: np.ndarray, dim: int) -> Projection:
-        """Returns the projection to the first `dim` principal components (fewer if there are fewer) of (n, features)."""
+        """Returns the projection of (n, features) to the first `dim` principal components, or as many as there are."""
         dim = min(dim, *features.shape)
         pca = PCA(n_components=dim, svd_solver="full").fit(features.astype(np.float64))
         return cls(pca.mean_.astype(np.float32), pca.components_.astype(np.float32))

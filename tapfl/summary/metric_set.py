@@ -23,7 +23,7 @@ def top_likelihood(
 def density_ratio(
     device: GaussianSummary, pool: GaussianSummary, points: np.ndarray, size: int, generator: np.random.Generator
 ) -> np.ndarray:
-    """Ours: the samples of largest log p_i(φ(x)) - log p_pool(φ(x)), those that are the device's more than the pool's."""
+    """Ours: the samples of largest log p_i(φ(x)) - log p_pool(φ(x)): more the device's than the pool's."""
     return _largest(device.log_likelihood(points) - pool.log_likelihood(points), size)
 
 

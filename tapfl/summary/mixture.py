@@ -60,8 +60,8 @@ class GaussianSummary:
         shapes = ((k, dim), (k, dim, dim))
         if k == 0 or self.weights.ndim != 1 or self.means.shape != shapes[0] or self.covariances.shape not in shapes:
             raise DataError(
-                f"mixture: shapes {self.weights.shape}, {self.means.shape}, {self.covariances.shape} do not go together "
-                f"in dimension {dim}"
+                f"mixture: shapes {self.weights.shape}, {self.means.shape}, {self.covariances.shape} "
+                f"do not go together in dimension {dim}"
             )
         if not all(np.isfinite(part).all() for part in (self.weights, self.means, self.covariances)):
             raise DataError("mixture: holds values that are not finite")
@@ -76,7 +76,8 @@ class GaussianSummary:
             raise DataError("mixture: covariances must be positive definite")
         if k > 1 and self.n * self.weights.min() < min_support - 1e-6:
             raise DataError(
-                f"mixture: a component stands for {self.n * self.weights.min():.2f} samples, at least {min_support} needed"
+                f"mixture: a component stands for {self.n * self.weights.min():.2f} samples, "
+                f"at least {min_support} needed"
             )
 
 
