@@ -107,8 +107,7 @@ def record_activations(
         return lambda _module, inputs: seen.__setitem__(layer.name, layer.activations(inputs[0], len(batch)))
 
     handles = [
-        model.get_submodule(f"{layer.name}.{layer.output}").register_forward_pre_hook(keep(layer))
-        for layer in layers
+        model.get_submodule(f"{layer.name}.{layer.output}").register_forward_pre_hook(keep(layer)) for layer in layers
     ]
     try:
         with torch.no_grad():
