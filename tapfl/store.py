@@ -82,6 +82,11 @@ def cache_folder(option: str = "") -> Path:
     return Path(option or os.environ.get("TAPFL_CACHE") or Path.home() / ".cache" / "tapfl")
 
 
+def run_path(out: str, run_id: int) -> Path:
+    """Returns a run's folder: `out`, or one that server and devices derive alike from Flower's run id."""
+    return Path(out) if out else Path.home() / "tapfl-runs" / str(run_id)
+
+
 class RunFolder:
     """A run's folder.
 

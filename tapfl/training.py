@@ -44,8 +44,7 @@ def accuracy(logits: Tensor, labels: Tensor) -> float:
 
 def train_dense(
     model: nn.Module,
-    params: list[nn.Parameter],
-    inputs: Tensor,
+    inputs: Callable[[np.ndarray], Tensor],
     labels: Tensor,
     *,
     epochs: int,
@@ -54,27 +53,24 @@ def train_dense(
     generator: np.random.Generator,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> None:
-    """Trains `params` of `model` in place with AdamW and one cycle of the learning rate, no data augmentation.
+    """Trains all parameters of `model` in place with AdamW and one cycle of the learning rate, no data augmentation.
 
     Args:
+        inputs: positions -> what the model takes, so that a large pool need not be in memory as floats.
+        labels: (n,).
         progress: called after each epoch with (epochs done, epochs in all).
     """
     model.eval()  # no dropout, no stochastic depth: the result is a function of data and seed
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
-    for parameter in params:
-        parameter.requires_grad_(True)
+    params = list(model.requires_grad_(True).parameters())
     steps = epochs * -(-len(labels) // batch)
     adam = torch.optim.AdamW(params, lr=learning_rate, weight_decay=0.05)
     cycle = torch.optim.lr_scheduler.OneCycleLR(adam, learning_rate, total_steps=max(steps, 2))
     for step, chosen in enumerate(batches(len(labels), batch, epochs, generator), start=1):
-        index = torch.from_numpy(chosen)
-        loss = nn.functional.cross_entropy(model(inputs[index]), labels[index])
+        loss = nn.functional.cross_entropy(model(inputs(chosen)), labels[torch.from_numpy(chosen)])
         adam.zero_grad()
         loss.backward()
         adam.step()
         cycle.step()
         if step % (steps // epochs) == 0:
             progress(step // (steps // epochs), epochs)
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
+    model.requires_grad_(False)

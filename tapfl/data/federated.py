@@ -10,6 +10,7 @@ import numpy as np
 from tapfl.config import DataOptions
 from tapfl.data.partition import DeviceSplit, partition, split_public
 from tapfl.data.sources import ImageSet, load_images
+from tapfl.data.transform import Transform
 from tapfl.errors import DataError
 
 
@@ -27,12 +28,13 @@ class FederatedImages:
         return partition(self.private.labels, self.options, devices, self.seed)
 
 
-def open_images(options: DataOptions, size: int, seed: int, cache: Path) -> FederatedImages:
-    """Returns the images of a federation.
+def open_images(options: DataOptions, transform: Transform, seed: int, cache: Path) -> FederatedImages:
+    """Returns the images of a federation, kept at `image-size` or else at the size that `transform` makes of them.
 
     Raises:
         DataError: if a source is not there, two sources differ in their classes, or a class has too few images.
     """
+    size = options.image_size or max(transform.size)
     source = load_images(options.source, size, cache)
     if not options.public:
         pool, private = split_public(source.labels, options.public_share, seed)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -32,3 +33,8 @@ class Transform:
             x = F.interpolate(x, self.size, mode="bicubic", antialias=True, align_corners=False).clamp_(0, 1)
         mean, std = (torch.tensor(values).view(1, -1, 1, 1) for values in (self.mean, self.std))
         return ((x - mean) / std).contiguous()
+
+    def batches(self, images: np.ndarray, batch: int = 256) -> Iterator[Tensor]:
+        """Yields all images in order, `batch` at a time."""
+        for start in range(0, len(images), batch):
+            yield self(images[start : start + batch])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,12 @@ def transform_of(model: Any) -> Transform:
     channels = model.patch_embed.proj.in_channels
     mean, std = (tuple(float(v) for v in config[key])[:channels] for key in ("mean", "std"))
     return Transform((int(size[0]), int(size[1])), channels, mean, std)
+
+
+@lru_cache(maxsize=16)
+def input_transform(options: ModelOptions) -> Transform:
+    """Returns how images become the input of the backbone that the options name, whatever its classes."""
+    return transform_of(build(spec_of(options, ("any",))))
 
 
 def example_input(model: nn.Module, batch: int = 1) -> Tensor:

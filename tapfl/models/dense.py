@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import copy
+import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 
 from tapfl.config import ModelOptions
 from tapfl.data.sources import ImageSet
+from tapfl.errors import ModelError
 from tapfl.models.backbone import BackboneSpec, build, head_names, load_hub_weights, load_weights, spec_of, transform_of
 from tapfl.seeds import numpy_generator
-from tapfl.store import content_hash, read_tensors, write_tensors
+from tapfl.store import content_hash, read_tensors, write_bytes, write_tensors
+from tapfl.summary.descriptors import image_features
 from tapfl.training import train_dense
 
 
@@ -37,6 +43,12 @@ class DenseCache:
     def save(self, key: str, state: dict[str, torch.Tensor]) -> None:
         write_tensors(self.path(key), state)
 
+    def receive(self, key: str, weights: bytes) -> None:
+        """Keeps weights that came over the wire, as safetensors. Raises ModelError if the key is not one."""
+        if not re.fullmatch(r"[0-9a-f]{16}", key):
+            raise ModelError(f"backbone key {key!r}: must be 16 hex digits")
+        write_bytes(self.path(key), weights)
+
 
 def dense_key(options: ModelOptions, spec: BackboneSpec, pool: ImageSet, seed: int) -> str:
     """Returns the name of the backbone's content: everything its weights depend on."""
@@ -60,27 +72,37 @@ def dense_backbone(
     spec = spec_of(options, pool.classes)
     key = dense_key(options, spec, pool, seed)
     if not cache.holds(key):
-        torch.manual_seed(
-            int(numpy_generator(seed, "backbone").integers(2**62))
-        )  # timm initialises from the global one
-        model = build(spec)
+        with torch.random.fork_rng(devices=[]):  # timm initialises from the global generator
+            torch.manual_seed(int(numpy_generator(seed, "backbone").integers(2**62)))
+            model = build(spec)
         rows = Path(options.head_rows) if options.head != "train" and options.head_rows else None
         if options.weights == "hub":
             load_hub_weights(model, spec, pool.classes, rows)
         elif options.weights:
             load_weights(model, Path(options.weights), pool.classes, rows)
-        if not options.weights or "train" in options.head:
-            heads = [p for name in head_names(model) for p in model.get_submodule(name).parameters()]
-            train_dense(
-                model,
-                heads if options.weights else list(model.parameters()),
-                transform_of(model)(pool.images),
-                torch.from_numpy(pool.labels),
-                epochs=options.epochs,
-                batch=options.batch,
-                learning_rate=options.learning_rate,
-                generator=numpy_generator(seed, "dense"),
-                progress=progress,
-            )
+        train = partial(
+            train_dense,
+            labels=torch.from_numpy(pool.labels),
+            epochs=options.epochs,
+            batch=options.batch,
+            learning_rate=options.learning_rate,
+            generator=numpy_generator(seed, "dense"),
+            progress=progress,
+        )
+        transform = transform_of(model)
+        if not options.weights:
+            train(model, inputs=lambda index: transform(pool.images[index]))
+        elif "train" in options.head:
+            _train_head(model, image_features(model, transform.batches(pool.images)), train)
         cache.save(key, model.state_dict())
     return key, spec, cache.load(key, spec)
+
+
+def _train_head(model: nn.Module, features: np.ndarray, train: Callable[..., None]) -> None:
+    """Trains the classifier on features that are computed once; both heads of a distilled DeiT become the same."""
+    heads = [model.get_submodule(name) for name in head_names(model)]
+    head = copy.deepcopy(heads[0])
+    inputs = torch.from_numpy(features)
+    train(head, inputs=lambda index: inputs[torch.from_numpy(index)])
+    for own in heads:
+        own.load_state_dict(head.state_dict())

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from sklearn.decomposition import PCA
-from torch import nn
+from torch import Tensor, nn
 
-from tapfl.data.transform import Transform
-from tapfl.models.backbone import features, transform_of
+from tapfl.models.backbone import features
 
 
 @dataclass(frozen=True)
@@ -37,10 +37,6 @@ class Projection:
         return (features.astype(np.float64) - self.mean) @ self.components.T.astype(np.float64)
 
 
-def image_features(
-    model: nn.Module, images: np.ndarray, batch: int = 256, transform: Transform | None = None
-) -> np.ndarray:
-    """Returns pooled pre-logits features, float32 (n, width), of uint8 images (n, height, width, channels)."""
-    transform = transform or transform_of(model)
-    parts = [features(model, transform(images[i : i + batch])) for i in range(0, len(images), batch)]
-    return torch.cat(parts).numpy()
+def image_features(model: nn.Module, inputs: Iterable[Tensor]) -> np.ndarray:
+    """Returns pooled pre-logits features, float32 (n, width), of batches in the backbone's input format."""
+    return torch.cat([features(model, batch) for batch in inputs]).numpy()

@@ -1,0 +1,77 @@
+"""What a worker process keeps between messages, keyed by content: any entry can be dropped at any time.
+
+Kept in an importable module, because Ray pickles by value what lives in `__main__`, and its caches would be empty.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from tapfl.adapters.layout import Layout, device_layout, global_shapes
+from tapfl.adapters.lora import AdaptedModel
+from tapfl.config import RunConfig
+from tapfl.data.federated import FederatedImages, open_images
+from tapfl.data.partition import DeviceSplit
+from tapfl.models.backbone import BackboneSpec, build, input_transform
+from tapfl.models.dense import DenseCache
+from tapfl.models.units import prunable_layers
+from tapfl.pruning.plan import PruningPlan
+from tapfl.pruning.surgery import load_plan, load_pruned
+from tapfl.store import cache_folder
+
+
+@lru_cache(maxsize=4)
+def images(config: RunConfig) -> FederatedImages:
+    """Returns the images of the federation that `config` describes."""
+    return open_images(config.data, input_transform(config.model), config.seed, cache_folder(config.cache))
+
+
+@lru_cache(maxsize=4)
+def splits(config: RunConfig, devices: int) -> list[DeviceSplit]:
+    """Returns who holds which private image."""
+    return images(config).splits(devices)
+
+
+@lru_cache(maxsize=256)
+def part(config: RunConfig, devices: int, partition_id: int, name: str) -> tuple[Tensor, Tensor]:
+    """Returns (inputs, labels) of the `train` or `test` part of one device, ready for its model."""
+    data = images(config)
+    chosen = data.private.subset(getattr(splits(config, devices)[partition_id], name))
+    return input_transform(config.model)(chosen.images), torch.from_numpy(chosen.labels)
+
+
+@lru_cache(maxsize=2)
+def dense(cache: Path, key: str, spec: BackboneSpec) -> nn.Module:
+    """Returns the dense backbone with this key."""
+    return DenseCache(cache).load(key, spec)
+
+
+@dataclass(frozen=True)
+class PrunedDevice:
+    """A device's own model: its plan, where its adapters lie, the model as it is, and as a function of adapters."""
+
+    plan: PruningPlan
+    layout: Layout
+    model: nn.Module
+    adapted: AdaptedModel
+
+
+def pruned(folder: Path, rank: int, scale: float) -> PrunedDevice:
+    """Returns the model in a device's storage. Raises PlanError if it is missing or damaged."""
+    _, checksum = load_plan(folder)
+    return _pruned(folder, checksum, rank, scale)
+
+
+@lru_cache(maxsize=256)
+def _pruned(folder: Path, checksum: str, rank: int, scale: float) -> PrunedDevice:
+    plan, _ = load_plan(folder)
+    model = load_pruned(folder)
+    skeleton = build(plan.backbone)
+    layers = prunable_layers(skeleton)
+    layout = device_layout(global_shapes(skeleton, layers, rank), layers, plan, rank)
+    return PrunedDevice(plan, layout, model, AdaptedModel(model, layout, scale))

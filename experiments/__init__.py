@@ -1,0 +1,1 @@
+"""Federations as a user starts them: command line, engines, comparison, reports."""

@@ -1,0 +1,19 @@
+"""FedIT (arXiv 2305.05644): A and B averaged separately.
+
+Σ p_i B_i Σ p_i A_i is not Σ p_i B_i A_i: the error is Σ p_i (B_i - B̄)(A_i - Ā), and with pruned widths the embed side
+adds its own, because Ā averages devices that do not hold a row. Not exact, cheap, and the usual point of comparison.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from tapfl.adapters.layout import Params, Update, scatter_mean
+
+
+def aggregate(previous: Params, updates: Sequence[Update], fresh: Params) -> Params:
+    """Returns the overlap mean of every tensor by itself. `fresh` is not needed by this rule."""
+    return {
+        name: scatter_mean(theta, [(u.params[name], u.layout[name], u.weight) for u in updates if name in u.layout])
+        for name, theta in previous.items()
+    }

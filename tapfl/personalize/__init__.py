@@ -1,0 +1,1 @@
+"""What a device learns for itself. One method a file, one interface: ``init / step / final / inference``."""
