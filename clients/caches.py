@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from tapfl.adapters.layout import Layout, device_layout, global_shapes
 from tapfl.adapters.lora import AdaptedModel
 from tapfl.config import RunConfig
-from tapfl.data.federated import FederatedImages, open_images
-from tapfl.data.partition import DeviceSplit
+from tapfl.data.federated import open_private
+from tapfl.data.partition import DeviceSplit, partition
+from tapfl.data.sources import ImageSet
 from tapfl.models.backbone import BackboneSpec, build, input_transform
 from tapfl.models.dense import DenseCache
 from tapfl.models.units import prunable_layers
@@ -26,29 +27,28 @@ from tapfl.store import cache_folder
 
 
 @lru_cache(maxsize=4)
-def images(config: RunConfig) -> FederatedImages:
-    """Returns the images of the federation that `config` describes."""
-    return open_images(config.data, input_transform(config.model), config.seed, cache_folder(config.cache))
+def private_images(config: RunConfig) -> ImageSet:
+    """Returns the private images of the federation that `config` describes."""
+    return open_private(config.data, input_transform(config.model), config.seed, cache_folder(config.cache))
 
 
 @lru_cache(maxsize=4)
 def splits(config: RunConfig, devices: int) -> list[DeviceSplit]:
-    """Returns who holds which private image."""
-    return images(config).splits(devices)
+    """Returns who holds which of them."""
+    return partition(private_images(config).labels, config.data, devices, config.seed)
 
 
 @lru_cache(maxsize=256)
 def part(config: RunConfig, devices: int, partition_id: int, name: str) -> tuple[Tensor, Tensor]:
     """Returns (inputs, labels) of the `train` or `test` part of one device, ready for its model."""
-    data = images(config)
-    chosen = data.private.subset(getattr(splits(config, devices)[partition_id], name))
+    chosen = private_images(config).subset(getattr(splits(config, devices)[partition_id], name))
     return input_transform(config.model)(chosen.images), torch.from_numpy(chosen.labels)
 
 
 @lru_cache(maxsize=2)
-def dense(cache: Path, key: str, spec: BackboneSpec) -> nn.Module:
-    """Returns the dense backbone with this key."""
-    return DenseCache(cache).load(key, spec)
+def dense(cache: Path, key: str, spec: str) -> nn.Module:
+    """Returns the dense backbone with this key; `spec` is a BackboneSpec as JSON."""
+    return DenseCache(cache).load(key, BackboneSpec.model_validate_json(spec))
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,6 @@ from tapfl.adapters.layout import Params, pack, unpack
 from tapfl.adapters.peft_format import save_peft
 from tapfl.config import RunConfig
 from tapfl.errors import RunError
-from tapfl.models.backbone import BackboneSpec
 from tapfl.models.cost import measure_cost
 from tapfl.models.dense import DenseCache
 from tapfl.personalize.method import Personal, local_round, method_of
@@ -65,8 +64,7 @@ class Device:
     def summarize(self, message: Summarize) -> SummaryReply:
         """Fits the mixture of the training part; its test part serves the report alone."""
         self._receive_backbone(message)
-        spec = BackboneSpec.model_validate_json(message.backbone_spec)
-        model = caches.dense(self._cache, message.backbone_key, spec)
+        model = caches.dense(self._cache, message.backbone_key, message.backbone_spec)
         project = Projection(message.projection_mean, message.projection_components)
         inputs, labels = self._part("train")
         drawn = int(numpy_generator(self.config.seed, "mixture", self.partition_id).integers(2**31))
@@ -85,7 +83,8 @@ class Device:
     def prune(self, message: Prune) -> PruneReply:
         """Cuts the backbone as the plan says and keeps the smaller model; the dense one is not needed again."""
         plan = PruningPlan.from_json(message.plan)
-        small = shrink(caches.dense(self._cache, message.backbone_key, plan.backbone), plan)
+        dense = caches.dense(self._cache, message.backbone_key, plan.backbone.model_dump_json())
+        small = shrink(dense, plan)
         save_pruned(small, plan, self.storage.pruned)
         cost = measure_cost(small)
         inputs, labels = self._part("test")

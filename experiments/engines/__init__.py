@@ -1,0 +1,1 @@
+"""What runs under a federation: Flower's own simulation on Ray, or one process."""

@@ -1,0 +1,36 @@
+"""The ServerApp: options in, one federation out. The same for simulation, deployment and tests."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from flwr.app import Context
+from flwr.serverapp import Grid, ServerApp
+
+from strategies.federation import Federation
+from tapfl.config import RunConfig
+from tapfl.data.federated import open_pool
+from tapfl.errors import ConfigError
+from tapfl.models.backbone import input_transform
+from tapfl.store import RunFolder, cache_folder, run_path
+
+app = ServerApp()
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    torch.set_num_threads(1)  # the same bits whatever the machine has
+    config = RunConfig.from_flat(context.run_config)
+    _require_absolute_paths(config)
+    pool = open_pool(config.data, input_transform(config.model), config.seed, cache_folder(config.cache))
+    Federation(grid, config, pool, RunFolder.create(run_path(config.out, context.run_id))).run()
+
+
+def _require_absolute_paths(config: RunConfig) -> None:
+    """Flower runs an app in the folder in which its daemon was first started: a relative path would go astray there."""
+    for option in ("out", "cache", "data.source", "data.public", "model.weights", "model.head-rows"):
+        value = str(config.flat()[option])
+        named = value in ("", "digits", "hub") or value.startswith("hf:")
+        if not named and not Path(value).expanduser().is_absolute():
+            raise ConfigError(f"{option} = {value!r}: must be an absolute path, or one that `tapfl run` resolves")
