@@ -6,6 +6,7 @@ As published, keep_l = clip(L · k · w_l, 0, 1), which loses whatever is clippe
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -15,6 +16,7 @@ from tapfl.errors import BudgetError
 from tapfl.models.units import PrunableLayer
 
 TOLERANCE = 0.005
+LEAST_WEIGHT = 1e-12  # of the largest: a softmax may underflow to 0, and c is found by halving 200 times
 
 
 def softmax_weights(kl: np.ndarray, tau: float) -> np.ndarray:
@@ -38,6 +40,8 @@ def water_fill(weights: np.ndarray, cost: np.ndarray, budget: float, floor: floa
     least, most = floor * cost.sum(), cost.sum()
     if not least <= budget <= most * (1 + 1e-12):
         raise BudgetError(f"budget {budget:.6g} cannot be met: between {least:.6g} and {most:.6g} can")
+
+    weights = np.maximum(weights, LEAST_WEIGHT * weights.max())
 
     def keep(c: float) -> np.ndarray:
         return np.clip(c * weights, floor, 1)
@@ -76,15 +80,16 @@ def allocate(
     """
     unit = np.array([layer.macs_per_unit * layer.heads for layer in layers], dtype=np.float64)
     full = np.array([layer.units_per_head for layer in layers])
-    budget = share * dense_macs
+    budget = math.floor(share * dense_macs * (1 + 1e-12))  # costs are whole; a share that was a quotient is met exactly
     fixed = dense_macs - float(unit @ full)
     least = np.minimum(
         np.maximum(np.ceil(options.floor * full / options.align), options.floor > 0) * options.align, full
     )
-    minimum = (fixed + unit @ least) / dense_macs
-    if share < minimum:
+    minimum = fixed + float(unit @ least)
+    if budget < minimum:
         raise BudgetError(
-            f"budget {share:g} of the MACs cannot be met: this backbone can go down to {minimum:.3f} "
+            f"budget {share:g} of the MACs cannot be met: this backbone can go down to "
+            f"{math.ceil(minimum / dense_macs * 1e4) / 1e4:g} "
             f"(pruning.floor = {options.floor:g}, pruning.align = {options.align})"
         )
     spendable = min(max(budget - fixed, options.floor * float(unit @ full)), float(unit @ full))
@@ -127,7 +132,7 @@ def _fill(
         affordable = (steps > 0) & (unit @ widths + unit * steps <= spendable)
         if not affordable.any():
             return widths
-        lack = np.where(affordable, (ideal - widths) / full, -np.inf)
+        lack = np.where(affordable, (ideal - widths) / np.maximum(full, 1), -np.inf)
         i = int(lack.argmax())
         widths[i] += steps[i]
 

@@ -1,0 +1,172 @@
+"""From layer importance and a budget to widths: golden numbers, and the promise on the achieved cost."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import pytest
+from backbones import Tiny, golden
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tapfl.config import PruningOptions
+from tapfl.errors import BudgetError
+from tapfl.models.cost import measure_cost
+from tapfl.models.units import Ffn, PrunableLayer, SelfAttention
+from tapfl.pruning.allocate import allocate, layer_weights, softmax_weights, water_fill
+
+GOLDEN = golden("allocate")
+
+
+def test_softmax_weights_are_the_golden_ones() -> None:
+    np.testing.assert_allclose(softmax_weights(np.array(GOLDEN["kl"]), GOLDEN["tau"]), GOLDEN["weights"], rtol=1e-12)
+
+
+@pytest.mark.parametrize("case", GOLDEN["cases"], ids=lambda case: str(case["share"]))
+def test_water_filling_is_the_golden_one(case: dict) -> None:
+    cost = np.array(GOLDEN["cost_of_full_layer"])
+    budget = case["share"] * cost.sum()
+    c, keep = water_fill(np.array(GOLDEN["weights"]), cost, budget, GOLDEN["floor"])
+    assert c == pytest.approx(case["c"], rel=1e-6)
+    np.testing.assert_allclose(keep, case["keep"], rtol=1e-6)
+    assert cost @ keep == pytest.approx(budget, rel=1e-9)
+
+
+@given(
+    weights=st.lists(st.floats(1e-4, 1.0), min_size=1, max_size=12),
+    share=st.floats(0, 1),
+    floor=st.floats(0, 0.5),
+    seed=st.integers(0, 1000),
+)
+def test_water_filling_spends_the_budget_exactly(weights: list[float], share: float, floor: float, seed: int) -> None:
+    cost = np.random.default_rng(seed).uniform(1, 100, len(weights))
+    budget = (floor + share * (1 - floor)) * cost.sum()
+    budget = min(max(budget, floor * cost.sum()), cost.sum())
+    _, keep = water_fill(np.array(weights), cost, budget, floor)
+    assert ((keep >= floor) & (keep <= 1)).all()
+    assert cost @ keep == pytest.approx(budget, rel=1e-9, abs=1e-9)
+
+
+def test_water_filling_outside_its_range_names_the_range() -> None:
+    with pytest.raises(BudgetError, match="between 5 and 100 can"):
+        water_fill(np.ones(2), np.array([40.0, 60.0]), 4, 0.05)
+
+
+@pytest.mark.parametrize("tau", [5.82, 0.01, 1e-4])
+def test_a_temperature_however_low_gives_an_allocation(tau: float) -> None:
+    """The softmax may underflow to 0; the layer of largest KL is filled first and the budget is met all the same."""
+    weights = softmax_weights(np.array([0.1, 12.0, 3.0]), tau)
+    cost = np.array([10.0, 20.0, 30.0])
+    _, keep = water_fill(weights, cost, 40.0, 0.1)
+    assert cost @ keep == pytest.approx(40, rel=1e-6)
+    assert keep.argmax() == 1
+
+
+@st.composite
+def backbones(draw: st.DrawFn) -> tuple[list[PrunableLayer], int]:
+    """Layers of a made-up backbone and the MACs of all that cannot be pruned."""
+    embed = draw(st.sampled_from([24, 48, 64, 192]))
+    tokens = draw(st.integers(1, 200))
+    heads = draw(st.integers(1, 4))
+    layers: list[PrunableLayer] = []
+    for i in range(draw(st.integers(1, 5))):
+        common = {"block": f"blocks.{i}", "embed_dim": embed, "tokens": tokens}
+        dims = draw(st.integers(4, 64))
+        layers.append(SelfAttention(name=f"blocks.{i}.attn", heads=heads, units=heads * dims, span=tokens, **common))
+        hidden = draw(st.integers(16, 256))
+        layers.append(Ffn(name=f"blocks.{i}.mlp", heads=1, units=hidden, span=0, **common))
+    return layers, draw(st.integers(0, 10)) * embed * embed
+
+
+@given(
+    backbone=backbones(),
+    share=st.floats(0.02, 1.0),
+    align=st.sampled_from([1, 2, 4, 8]),
+    floor=st.sampled_from([0.0, 0.05, 0.3]),
+    seed=st.integers(0, 1000),
+)
+def test_the_achieved_cost_is_within_half_a_percent_below_the_budget_or_it_is_refused(
+    backbone: tuple[list[PrunableLayer], int], share: float, align: int, floor: float, seed: int
+) -> None:
+    layers, fixed = backbone
+    dense = fixed + sum(layer.macs_per_unit * layer.units for layer in layers)
+    options = PruningOptions(align=align, floor=floor)
+    generator = np.random.default_rng(seed)
+    kl = {layer.name: float(generator.exponential(5)) for layer in layers}
+    try:
+        widths = allocate(layers, layer_weights(layers, kl, options), dense, share, options)
+    except BudgetError:
+        return
+    achieved = fixed + sum(layer.macs_per_unit * widths[layer.name] for layer in layers)
+    assert share * 0.995 * (1 - 1e-9) <= achieved / dense <= share * (1 + 1e-9)
+    for layer in layers:
+        per_head, rest = divmod(widths[layer.name], layer.heads)
+        assert rest == 0
+        assert per_head % align == 0 or per_head == layer.units_per_head
+        assert floor * layer.units_per_head - align < per_head <= layer.units_per_head
+        assert per_head > 0 or floor == 0
+
+
+@given(backbone=backbones(), align=st.sampled_from([1, 4]), floor=st.sampled_from([0.0, 0.05, 0.3]))
+def test_what_the_refusal_of_a_small_budget_names_can_be_had(
+    backbone: tuple[list[PrunableLayer], int], align: int, floor: float
+) -> None:
+    layers, fixed = backbone
+    fixed += 1000
+    dense = fixed + sum(layer.macs_per_unit * layer.units for layer in layers)
+    options = PruningOptions(align=align, floor=floor)
+    with pytest.raises(BudgetError, match="cannot be met: this backbone can go down to") as refusal:
+        allocate(layers, np.ones(len(layers)), dense, 1e-9, options)
+    named = re.search(r"down to ([0-9.]+)", str(refusal.value))
+    assert named is not None
+    if (share := float(named[1])) >= 0.05:  # else four decimals are coarser than half a percent
+        allocate(layers, np.ones(len(layers)), dense, share, options)
+
+
+@given(backbone=backbones(), floor=st.sampled_from([0.0, 0.05, 0.3]))
+def test_the_least_budget_itself_can_be_had(backbone: tuple[list[PrunableLayer], int], floor: float) -> None:
+    """Exactly at the limit rounding must neither refuse nor loop."""
+    layers, fixed = backbone
+    fixed += 1000
+    unit_heads = [layer.macs_per_unit * layer.heads for layer in layers]
+    least = [int(np.ceil(floor * layer.units_per_head)) for layer in layers]
+    dense = fixed + sum(layer.macs_per_unit * layer.units for layer in layers)
+    minimum = fixed + sum(u * w for u, w in zip(unit_heads, least, strict=True))
+    widths = allocate(layers, np.ones(len(layers)), dense, minimum / dense, PruningOptions(align=1, floor=floor))
+    assert list(widths.values()) == [w * layer.heads for w, layer in zip(least, layers, strict=True)]
+
+
+def test_the_whole_budget_keeps_everything(vit: Tiny) -> None:
+    dense = measure_cost(vit.model).macs
+    widths = allocate(vit.layers, np.array([3.0, 1.0, 0.1, 2.0]), dense, 1.0, PruningOptions())
+    assert widths == {layer.name: layer.units for layer in vit.layers}
+
+
+def test_uniform_ratio_weighs_all_layers_equally_and_adaptive_by_kind(vit: Tiny) -> None:
+    kl = {"blocks.0.attn": 1.0, "blocks.1.attn": 2.0, "blocks.0.mlp": 9.0, "blocks.1.mlp": 3.0}
+    assert layer_weights(vit.layers, kl, PruningOptions(ratio="uniform")).tolist() == [1, 1, 1, 1]
+    weights = layer_weights(vit.layers, kl, PruningOptions(tau=2.0))
+    attention, ffn = weights[[0, 2]], weights[[1, 3]]
+    np.testing.assert_allclose(attention, 2 * np.exp([0.5, 1.0]) / np.exp([0.5, 1.0]).sum())
+    np.testing.assert_allclose(ffn, 2 * np.exp([4.5, 1.5]) / np.exp([4.5, 1.5]).sum())
+
+
+def test_uniform_ratio_keeps_about_the_same_share_of_every_layer(vit: Tiny) -> None:
+    dense = measure_cost(vit.model).macs
+    widths = allocate(vit.layers, np.ones(4), dense, 0.5, PruningOptions(align=1, ratio="uniform"))
+    shares = [widths[layer.name] / layer.units for layer in vit.layers]
+    assert max(shares) - min(shares) < 0.07
+
+
+def test_an_important_layer_is_wider(vit: Tiny) -> None:
+    dense = measure_cost(vit.model).macs
+    widths = allocate(vit.layers, np.array([1.0, 1.5, 1.0, 0.5]), dense, 0.5, PruningOptions(align=1))
+    assert widths["blocks.0.mlp"] > 2 * widths["blocks.1.mlp"]
+
+
+def test_a_grid_too_coarse_for_the_budget_is_refused_with_what_comes_nearest() -> None:
+    layer = Ffn(name="mlp", block="", heads=1, units=64, embed_dim=8, tokens=1, span=0)
+    dense = layer.macs_per_unit * layer.units
+    with pytest.raises(BudgetError, match=r"the nearest below is 0\.5000; a smaller pruning\.align than 32"):
+        allocate([layer], np.ones(1), dense, 0.6, PruningOptions(align=32))
