@@ -24,7 +24,7 @@ from timm.models.swin_transformer import WindowAttention
 from torch import Tensor, nn
 
 from tapfl.errors import ModelError, PlanError
-from tapfl.models.backbone import example_input
+from tapfl.models.backbone import example_input, segments
 
 Side = Literal["rows", "columns"]
 
@@ -198,13 +198,16 @@ class ConstantBranch(nn.Module):
 
 
 def prunable_layers(model: nn.Module) -> list[PrunableLayer]:
-    """Returns the branches of `model` that can be pruned, in the order in which an image passes them.
+    """Returns the branches of the blocks of `model` that can be pruned, in the order in which an image passes them.
 
     Raises:
         ModelError: naming a branch of a kind that cannot be pruned exactly (query-key norms, gates, other layouts).
     """
+    blocks = {name for name, _ in segments(model)}
     branches = {
-        name: module for name, module in model.named_modules() if isinstance(module, Attention | WindowAttention | Mlp)
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, Attention | WindowAttention | Mlp) and name.rpartition(".")[0] in blocks
     }
     shapes: dict[str, torch.Size] = {}
 

@@ -50,7 +50,7 @@ def load_plan(folder: Path | str) -> tuple[PruningPlan, str]:
         checksum = content.pop("sha256")
     except OSError as error:
         raise PlanError(f"{file}: cannot be read ({error.strerror})") from None
-    except (ValueError, KeyError, AttributeError) as error:
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise PlanError(f"{file}: is not a plan ({error!r})") from None
     return PruningPlan.from_json(json.dumps(content)), str(checksum)
 

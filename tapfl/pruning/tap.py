@@ -7,13 +7,14 @@ from torch import Tensor, nn
 
 from tapfl.config import PruningOptions, Scalar
 from tapfl.models.backbone import BackboneSpec
-from tapfl.models.cost import Cost, measure_cost
+from tapfl.models.cost import measure_cost
 from tapfl.models.units import prunable_layers
 from tapfl.pruning.allocate import allocate, layer_weights
 from tapfl.pruning.layer_importance import layer_importance
 from tapfl.pruning.plan import LayerPlan, PruningPlan
 from tapfl.pruning.scores import neuron_importance
 from tapfl.pruning.select import keep_best
+from tapfl.pruning.surgery import shrink
 
 
 def plan_pruning(
@@ -56,9 +57,5 @@ def plan_pruning(
         )
         for layer in layers
     )
-    dropped = [(layer, layer.units - widths[layer.name]) for layer in layers]
-    cost = Cost(
-        params=dense.params - sum(layer.params_per_unit * count for layer, count in dropped),
-        macs=dense.macs - sum(layer.macs_per_unit * count for layer, count in dropped),
-    )
-    return PruningPlan(backbone=spec, layers=parts, dense=dense, cost=cost, provenance=provenance or {})
+    plan = PruningPlan(backbone=spec, layers=parts, dense=dense, cost=dense, provenance=provenance or {})
+    return plan.model_copy(update={"cost": measure_cost(shrink(model, plan))})
