@@ -1,0 +1,134 @@
+"""The composite importance: golden numbers, and equality with the definition written as loops."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from backbones import Tiny, golden
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tapfl.errors import ModelError
+from tapfl.pruning.scores import TERM_WEIGHTS, composite, neuron_importance, record_activations, terms
+
+
+def loop_kernel(Z: np.ndarray) -> np.ndarray:
+    K = np.zeros((len(Z), len(Z)))
+    for i in range(len(Z)):
+        for j in range(len(Z)):
+            for sigma in (1, 2, 4, 8, 16):
+                K[i, j] += np.exp(-((Z[i] - Z[j]) ** 2).sum() / (2 * sigma**2)) / 5
+    return K
+
+
+def loop_terms(X: np.ndarray, P: np.ndarray, heads: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The definition of `tapfl.pruning.scores`, channel by channel in float64."""
+    B, _, C = X.shape
+    H = np.eye(B) - 1 / B
+    dims = C // max(heads, 1)
+    rel, red, act = np.zeros(C), np.zeros(C), np.zeros(C)
+    for c in range(C):
+        K = H @ loop_kernel(X[:, :, c]) @ H
+        rel[c] = np.trace(K @ H @ P @ P.T @ H)
+        if heads:
+            others = [g for g in range(heads) if g != c // dims]
+            means = [X[:, :, g * dims : (g + 1) * dims].mean(-1) for g in others]
+        else:
+            means = [X.mean(-1)]
+        red[c] = np.mean([np.trace(K @ H @ loop_kernel(m) @ H) for m in means]) if means else 0
+        act[c] = np.abs(X[:, :, c]).sum()
+    return rel, red, act
+
+
+@pytest.mark.parametrize("kind", ["ffn", "attention"])
+def test_terms_and_composite_are_the_golden_ones(kind: str) -> None:
+    case = golden("hsic")[kind]
+    X, logits = torch.tensor(case["activations"]), torch.tensor(case["logits"])
+    parts = terms(X, logits.softmax(-1), case.get("heads", 0))
+    for name in ("rel", "red", "act"):
+        torch.testing.assert_close(getattr(parts, name), torch.tensor(case[name]), rtol=1e-4, atol=1e-6)
+    score = composite(parts, TERM_WEIGHTS[kind])
+    torch.testing.assert_close(score, torch.tensor(case["score"]), rtol=1e-4, atol=1e-5)
+
+
+@given(
+    images=st.integers(2, 7),
+    tokens=st.integers(1, 5),
+    heads=st.integers(0, 3),
+    dims=st.integers(1, 4),
+    chunk=st.integers(1, 13),
+    scale=st.sampled_from([0.01, 1.0, 20.0]),
+    constant=st.booleans(),
+    seed=st.integers(0, 10**6),
+)
+def test_vectorised_form_equals_the_loop(
+    images: int, tokens: int, heads: int, dims: int, chunk: int, scale: float, constant: bool, seed: int
+) -> None:
+    generator = np.random.default_rng(seed)
+    X = scale * generator.standard_normal((images, tokens, max(heads, 1) * dims)).astype(np.float32)
+    if constant:
+        X[:, :, 0] = 3.0
+    P = generator.dirichlet(np.ones(4), images).astype(np.float32)
+    parts = terms(torch.from_numpy(X), torch.from_numpy(P), heads, chunk)
+    expected = loop_terms(X.astype(np.float64), P.astype(np.float64), heads)
+    for got, want in zip((parts.rel, parts.red, parts.act), expected, strict=True):
+        np.testing.assert_allclose(got.numpy(), want, rtol=1e-3, atol=1e-4)
+    for weights in TERM_WEIGHTS.values():
+        score = composite(parts, weights)
+        assert torch.isfinite(score).all()
+        assert ((score >= -1e-6) & (score <= 1 + 1e-6)).all()
+
+
+def test_a_layer_that_is_constant_everywhere_scores_without_nan() -> None:
+    parts = terms(torch.full((4, 3, 6), 2.0), torch.full((4, 5), 0.2), heads=2)
+    assert torch.equal(composite(parts, (0.8, 0.1, 0.1)), torch.full((6,), 0.1))  # 1 - red alone is left
+
+
+def test_importance_is_the_sum_over_whole_batches(vit: Tiny) -> None:
+    inputs = torch.cat([vit.inputs, vit.inputs.flip(0) * 2, vit.inputs[:3]])
+    whole = neuron_importance(vit.model, vit.layers, inputs, batch=4)
+    first, second = (neuron_importance(vit.model, vit.layers, inputs[i : i + 4], 4) for i in (0, 4))
+    for layer in vit.layers:
+        assert whole[layer.name].shape == (layer.units,)
+        torch.testing.assert_close(whole[layer.name], first[layer.name] + second[layer.name])
+
+
+def test_the_composite_of_a_layer_uses_its_activations_and_heads(vit: Tiny) -> None:
+    """The layer's activations, taken by hand, give the scores that `neuron_importance` reports."""
+    layer = next(layer for layer in vit.layers if layer.name == "blocks.1.attn")
+    seen = []
+    handle = vit.model.blocks[1].attn.proj.register_forward_pre_hook(lambda _m, inputs: seen.append(inputs[0]))
+    P = vit.model(vit.inputs).softmax(-1)
+    handle.remove()
+    expected = composite(terms(seen[0], P, heads=2), (0.8, 0.1, 0.1))
+    torch.testing.assert_close(neuron_importance(vit.model, vit.layers, vit.inputs, 4)[layer.name], expected)
+
+
+def test_a_row_of_swin_is_one_image_with_all_its_windows(swin: Tiny) -> None:
+    _, together = record_activations(swin.model, swin.layers, swin.inputs)
+    for layer in swin.layers:
+        assert together[layer.name].shape == (4, layer.tokens, layer.units)
+    for image in range(4):
+        _, alone = record_activations(swin.model, swin.layers, swin.inputs[image : image + 1])
+        for layer in swin.layers:
+            torch.testing.assert_close(together[layer.name][image], alone[layer.name][0], rtol=1e-4, atol=1e-4)
+
+
+def test_activations_that_are_not_finite_are_refused_by_layer(vit: Tiny) -> None:
+    broken = copy.deepcopy(vit.model)
+    broken.blocks[1].mlp.fc1.weight[3, 2] = float("nan")
+    with pytest.raises(ModelError, match=r"blocks\.1\.mlp: activations are not finite"):
+        neuron_importance(broken, vit.layers, vit.inputs, 4)
+
+
+def test_a_metric_set_below_one_batch_is_refused(vit: Tiny) -> None:
+    with pytest.raises(ModelError, match="4 images is smaller than one batch of 8"):
+        neuron_importance(vit.model, vit.layers, vit.inputs, 8)
+
+
+def test_no_hook_stays_behind(vit: Tiny) -> None:
+    record_activations(vit.model, vit.layers, vit.inputs)
+    assert not any(module._forward_pre_hooks for module in vit.model.modules())
