@@ -228,7 +228,7 @@ def a_plan(backbone: Tiny, budget: float = 0.5) -> PruningPlan:
     return plan_pruning(backbone.model, backbone.spec, backbone.inputs, budget, PruningOptions(align=2), batch=4)
 
 
-@pytest.fixture()
+@pytest.fixture
 def saved(vit: Tiny, tmp_path: Path) -> Path:
     plan = a_plan(vit)
     save_pruned(shrink(vit.model, plan), plan, tmp_path / "pruned")

@@ -74,7 +74,7 @@ class GaussianSummary:
             positive = symmetric and bool((np.linalg.eigvalsh(self.covariances) > 0).all())
         if not positive:
             raise DataError("mixture: covariances must be positive definite")
-        if k > 1 and self.n * self.weights.min() < min_support - 1e-6:
+        if self.n * self.weights.min() < min_support - 1e-6:
             raise DataError(
                 f"mixture: a component stands for {self.n * self.weights.min():.2f} samples, "
                 f"at least {min_support} needed"
