@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import TypeVar
@@ -19,6 +20,13 @@ from tapfl.store import RunFolder, run_path
 from tapfl.wire import Evaluate, Hello, Prune, Summarize, Train, WireMessage
 
 app = ClientApp()
+
+# Flower's simulation puts a worker that died back into its pool and never replaces it: every later message to it fails.
+# Ray restarts actors if it is told to, and this module is imported before the pool is built.
+with suppress(ImportError):
+    from flwr.simulation.ray_transport.ray_actor import ClientAppActor
+
+    ClientAppActor._default_options["max_restarts"] = -1
 
 M = TypeVar("M", bound=WireMessage)
 

@@ -29,8 +29,6 @@ def main(grid: Grid, context: Context) -> None:
 
 def _require_absolute_paths(config: RunConfig) -> None:
     """Flower runs an app in the folder in which its daemon was first started: a relative path would go astray there."""
-    for option in ("out", "cache", "data.source", "data.public", "model.weights", "model.head-rows"):
-        value = str(config.flat()[option])
-        named = value in ("", "digits", "hub") or value.startswith("hf:")
-        if not named and not Path(value).expanduser().is_absolute():
+    for option, value in config.paths().items():
+        if not Path(value).expanduser().is_absolute():
             raise ConfigError(f"{option} = {value!r}: must be an absolute path, or one that `tapfl run` resolves")

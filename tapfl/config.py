@@ -18,6 +18,9 @@ from tapfl.errors import ConfigError
 
 Scalar = bool | int | float | str
 
+PATH_OPTIONS = ("out", "cache", "data.source", "data.public", "model.weights", "model.head-rows")
+NOT_PATHS = ("", "digits", "hub")
+
 
 def _kebab(name: str) -> str:
     return name.replace("_", "-")
@@ -188,6 +191,12 @@ class RunConfig(Section):
     def flat(self) -> dict[str, Scalar]:
         """Returns all options with dotted names, as Flower's run-config has them."""
         return flatten(self.model_dump(by_alias=True))
+
+    def paths(self) -> dict[str, str]:
+        """Returns the options that name a file or a folder, with their values."""
+        flat = self.flat()
+        values = {option: str(flat[option]) for option in PATH_OPTIONS}
+        return {k: v for k, v in values.items() if v not in NOT_PATHS and not v.startswith("hf:")}
 
 
 def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

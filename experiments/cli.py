@@ -1,0 +1,128 @@
+"""The `tapfl` command. Exit codes: 0 done, 1 the run failed, 2 the input was refused, 130 interrupted."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from tapfl.config import RunConfig, parse_assignment, read_toml
+from tapfl.errors import RunError, TapflError
+
+DEFAULT_DEVICES = 10
+
+app = typer.Typer(
+    name="tapfl",
+    help="Federated learning of Vision Transformers on devices that differ.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+class Engine(StrEnum):
+    FLOWER = "flower"
+    INPROCESS = "inprocess"
+
+
+@app.callback()
+def _tapfl() -> None:
+    """Makes `run` a command of its own even while it is alone."""
+
+
+@app.command()
+def run(
+    config: Annotated[Path | None, typer.Option(help="options as TOML, one table a section")] = None,
+    set: Annotated[list[str] | None, typer.Option("--set", help="key=value, after and above --config")] = None,
+    out: Annotated[Path | None, typer.Option(help="the run's folder; must not exist")] = None,
+    engine: Annotated[Engine, typer.Option(help="Flower's simulation on Ray, or this process alone")] = Engine.FLOWER,
+    workers: Annotated[int, typer.Option(min=0, help="Ray workers, one CPU each; 0: as many as there are CPUs")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="print one JSON object last, and no table")] = False,
+) -> None:
+    """Carry out one federation: summaries, plans, smaller models, adapter rounds, personal models."""
+    from experiments.preflight import absolute_paths, check
+
+    options = read_toml(config) if config else {}
+    options |= dict(parse_assignment(text) for text in set or [])
+    if out is not None:
+        options["out"] = str(out)
+    if not options.get("out"):
+        options["out"] = f"runs/{datetime.datetime.now():%Y%m%d-%H%M%S}"
+    resolved = absolute_paths(RunConfig.from_flat({"devices.count": DEFAULT_DEVICES, **options}))
+    check(resolved)
+    _carry_out(resolved, engine, workers or os.cpu_count() or 1)
+    folder = Path(resolved.out)
+    summary = json.loads((folder / "summary.json").read_text())
+    if as_json:
+        devices = summary.pop("devices")
+        print(json.dumps({"run": str(folder), "devices": len(devices), **summary}))
+        return
+    from experiments.table import show
+
+    console = Console(width=None if sys.stdout.isatty() else 140)
+    show(summary, console)
+    console.print(f"the run's folder: {folder}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def options() -> None:
+    """List every option of a run with its default; the same names go in --set, in TOML and in flwr's --run-config."""
+    table = Table("option", "default", "meaning")
+    defaults = RunConfig().flat()
+    for name, value in defaults.items():
+        table.add_row(name, str(value) or "(empty)", _describe(name))
+    Console(width=None if sys.stdout.isatty() else 140).print(table)
+
+
+def _describe(name: str) -> str:
+    section, _, option = name.rpartition(".")
+    model = type(getattr(RunConfig(), section)) if section else RunConfig
+    field = model.model_fields[option.replace("-", "_")]
+    choices = getattr(field.annotation, "__args__", ())
+    return field.description or (" | ".join(map(str, choices)) if choices else "")
+
+
+def _carry_out(config: RunConfig, engine: Engine, workers: int) -> None:
+    """Runs the federation; whatever ends it early is reported as a RunError that names the folder left behind."""
+    if engine is Engine.INPROCESS:
+        from clients.client_app import app as client_app
+        from experiments.engines.inprocess import run_inprocess
+        from strategies.server_app import app as server_app
+
+        run_inprocess(server_app, client_app, config.flat(), config.devices.count)
+    else:
+        from experiments.engines.flower import run_flower
+
+        run_flower(config.flat(), config.devices.count, workers)
+    if not (Path(config.out) / "summary.json").is_file():
+        raise RunError(f"the run ended without a result; what there is lies in {config.out}")
+
+
+def main() -> NoReturn:
+    """Entry point: every TapflError becomes one line on standard error and an exit code."""
+    try:
+        app()
+    except RunError as error:
+        _fail(error, 1)
+    except TapflError as error:
+        _fail(error, 2)
+    except KeyboardInterrupt:
+        _fail(RunError("interrupted"), 130)
+    sys.exit(0)
+
+
+def _fail(error: TapflError, code: int) -> NoReturn:
+    print(f"tapfl: {error}", file=sys.stderr)
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,58 @@
+"""The check of a run before anything starts: options against data, weights and backbone. Writes nothing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from tapfl.config import RunConfig
+from tapfl.data.federated import check_classes, open_pool, open_private
+from tapfl.data.partition import partition
+from tapfl.errors import ConfigError, DataError
+from tapfl.models.backbone import build, input_transform, load_weights, read_head_rows, spec_of
+from tapfl.models.cost import measure_cost
+from tapfl.models.units import prunable_layers
+from tapfl.pruning.allocate import allocate
+from tapfl.store import cache_folder
+
+
+def absolute_paths(config: RunConfig) -> RunConfig:
+    """Returns the configuration with every path made absolute: server and devices run in folders of their own."""
+    absolute = {option: str(Path(value).expanduser().absolute()) for option, value in config.paths().items()}
+    return RunConfig.from_flat(config.flat() | absolute)
+
+
+def check(config: RunConfig) -> None:
+    """Raises a TapflError, in one line, for what would only be found out later.
+
+    Args:
+        config: with absolute paths and the number of devices.
+    """
+    if config.out and Path(config.out).exists():
+        raise ConfigError(f"out = {config.out!r}: exists already; give a folder that does not")
+    cache = cache_folder(config.cache)
+    transform = input_transform(config.model)
+    public = open_pool(config.data, transform, config.seed, cache)
+    private = open_private(config.data, transform, config.seed, cache)
+    check_classes(config.data, public, private)
+    transform(public.images[:1])
+    partition(private.labels, config.data, config.devices.count, config.seed)
+    if config.metric.size > len(public):
+        raise DataError(f"metric.size = {config.metric.size}: the public pool has {len(public)} images")
+    _check_backbone(config, public.classes)
+
+
+def _check_backbone(config: RunConfig, classes: tuple[str, ...]) -> None:
+    options = config.model
+    if options.head != "train" and not options.weights:
+        raise ConfigError(f"model.head = {options.head!r}: takes rows of the head of model.weights, which is empty")
+    model = build(spec_of(options, classes))
+    rows = Path(options.head_rows) if options.head_rows else None
+    if options.weights and options.weights != "hub":
+        load_weights(model, Path(options.weights), classes, rows if options.head != "train" else None)
+    elif rows:
+        read_head_rows(rows, classes)
+    layers = prunable_layers(model)
+    for budget in sorted(set(config.devices.budgets)):
+        allocate(layers, np.ones(len(layers)), measure_cost(model).macs, budget, config.pruning)

@@ -1,0 +1,53 @@
+"""The closing table of a run: one line a device, and the means."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+COLUMNS = [
+    "device",
+    "samples",
+    "classes",
+    "budget",
+    "MACs",
+    "params",
+    "dense",
+    "pruned",
+    "global",
+    "personal",
+    "α",
+    "up",
+    "down",
+]
+
+
+def show(summary: Mapping[str, Any], console: Console) -> None:
+    """Prints the table of a run's `summary.json`."""
+    table = Table(title="accuracy on each device's own test part", title_justify="left")
+    for column in COLUMNS:
+        table.add_column(column, justify="right")
+    for record in summary["devices"]:
+        table.add_row(
+            str(record["device"]),
+            f"{record['train_samples']}+{record['test_samples']}",
+            str(record["classes"]),
+            f"{record['budget']:g}",
+            f"{record['macs'] / 1e6:.3g}M {record['macs_share']:.2%}",
+            f"{record['params'] / 1e3:.4g}k {record['params_share']:.0%}",
+            *(f"{record[f'{name}_accuracy']:.3f}" for name in ("dense", "pruned", "global", "personal")),
+            f"{record['alpha']:.3f}",
+            _size(sum(record["bytes_up"].values())),
+            _size(sum(record["bytes_down"].values())),
+        )
+    table.add_section()
+    means = (f"{summary[f'{name}_accuracy']:.3f}" for name in ("dense", "pruned", "global", "personal"))
+    table.add_row("mean", "", "", "", "", "", *means, "", _size(summary["bytes_up"]), _size(summary["bytes_down"]))
+    console.print(table)
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e6:.2f} MB" if count >= 1e6 else f"{count / 1e3:.1f} kB"
