@@ -61,6 +61,11 @@ def partition(labels: np.ndarray, options: DataOptions, devices: int, seed: int)
     most = len(labels) // (MIN_TRAIN + MIN_TEST)
     if devices > most:
         raise DataError(f"devices.count = {devices}: {len(labels)} private images serve at most {most} devices")
+    if options.partition == "shard" and devices * options.shards_per_device > len(labels):
+        raise DataError(
+            f"data.shards-per-device = {options.shards_per_device}: {len(labels)} private images make at most "
+            f"{len(labels) // devices} shards for each of {devices} devices"
+        )
     drawn = int(numpy_generator(seed, "partition").integers(2**31))
     if options.partition == "iid":
         partitioner = flwr_partitioners.IidPartitioner(num_partitions=devices)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import zipfile
+import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,9 +77,9 @@ def _npz(path: Path) -> ImageSet:
         with np.load(path, allow_pickle=False) as arrays:
             images, labels = np.asarray(arrays["images"]), np.asarray(arrays["labels"])
             names = [str(name) for name in arrays["classes"]] if "classes" in arrays else None
-    except OSError as error:
+    except (OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise DataError(f"data source {str(path)!r}: cannot be read ({error})") from None
-    except (KeyError, ValueError) as error:
+    except (KeyError, ValueError, TypeError) as error:
         raise DataError(f"data source {str(path)!r}: needs plain arrays `images` and `labels` ({error})") from None
     if images.ndim == 3:
         images = images[..., None]
@@ -86,10 +88,19 @@ def _npz(path: Path) -> ImageSet:
             f"data source {str(path)!r}: `images` must be uint8 (n, height, width[, 1 or 3]), "
             f"got {images.dtype} {images.shape}"
         )
-    if labels.shape != (len(images),) or not np.issubdtype(labels.dtype, np.integer) or len(labels) == 0:
-        raise DataError(f"data source {str(path)!r}: `labels` must be {len(images)} integers, got {labels.shape}")
-    if labels.min() < 0 or (names is not None and labels.max() >= len(names)):
-        raise DataError(f"data source {str(path)!r}: `labels` must lie in 0..{len(names or []) - 1}")
+    if len(images) == 0:
+        raise DataError(f"data source {str(path)!r}: holds no images")
+    if labels.shape != (len(images),) or not np.issubdtype(labels.dtype, np.integer):
+        raise DataError(
+            f"data source {str(path)!r}: `labels` must be {len(images)} integers, got {labels.dtype} {labels.shape}"
+        )
+    if labels.min() < 0:
+        raise DataError(f"data source {str(path)!r}: `labels` must not be negative, got {labels.min()}")
+    if names is not None and labels.max() >= len(names):
+        raise DataError(
+            f"data source {str(path)!r}: `labels` must lie in 0..{len(names) - 1} as `classes` has {len(names)} names, "
+            f"got {labels.max()}"
+        )
     classes = tuple(names or map(str, range(int(labels.max()) + 1)))
     return ImageSet(images, labels.astype(np.int64), classes)
 

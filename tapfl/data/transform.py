@@ -24,7 +24,7 @@ class Transform:
 
     def __call__(self, images: np.ndarray) -> Tensor:
         """Returns the batch as the backbone takes it. Raises DataError if the channels cannot be matched."""
-        x = torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2).float() / 255
+        x = torch.from_numpy(np.array(images)).permute(0, 3, 1, 2).float() / 255
         if x.shape[1] == 1 and self.channels == 3:
             x = x.expand(-1, 3, -1, -1)
         if x.shape[1] != self.channels:
