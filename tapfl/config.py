@@ -12,7 +12,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from tapfl.errors import ConfigError
 
@@ -44,7 +54,16 @@ Counts = Annotated[tuple[Count, ...], BeforeValidator(_split), PlainSerializer(_
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(alias_generator=_kebab, populate_by_name=True, extra="forbid", frozen=True)
+    model_config = ConfigDict(
+        alias_generator=_kebab, populate_by_name=True, extra="forbid", frozen=True, allow_inf_nan=False
+    )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_number_from_boolean(cls, value: object, info: ValidationInfo) -> object:
+        if isinstance(value, bool) and info.field_name and cls.model_fields[info.field_name].annotation is not bool:
+            raise ValueError("is not a switch, true and false are not accepted")
+        return value
 
 
 class DataOptions(Section):
@@ -182,7 +201,9 @@ class RunConfig(Section):
         nested: dict[str, Any] = {}
         for key, value in flat.items():
             table, _, option = key.rpartition(".")
-            (nested.setdefault(table, {}) if table else nested)[option] = value
+            section = nested.setdefault(table, {}) if table else nested
+            if isinstance(section, dict):  # else a whole section was given a value, which is refused below
+                section[option] = value
         try:
             return cls.model_validate(nested)
         except ValidationError as error:
