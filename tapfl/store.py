@@ -67,13 +67,15 @@ def content_hash(*parts: bytes | str | Tensors) -> str:
     digest = hashlib.sha256()
     for part in parts:
         if isinstance(part, Mapping):
+            digest.update(f"{len(part)} tensors:".encode())
             for name in sorted(part):
                 tensor = part[name].detach().cpu().contiguous()
-                digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+                digest.update(f"{name!r}{tuple(tensor.shape)}{tensor.dtype}".encode())
                 digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b"")
         else:
-            digest.update(part.encode() if isinstance(part, str) else part)
-        digest.update(b"\0")
+            content = part.encode() if isinstance(part, str) else part
+            digest.update(f"{len(content)} bytes:".encode())
+            digest.update(content)
     return digest.hexdigest()[:16]
 
 

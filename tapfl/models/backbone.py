@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from tapfl.config import ModelOptions, Scalar
 from tapfl.data.transform import Transform
-from tapfl.errors import ModelError
+from tapfl.errors import ModelError, PlanError
 from tapfl.store import read_tensors
 
 
@@ -45,9 +45,9 @@ def parse_args(text: str) -> dict[str, Scalar]:
             raise ModelError(f"model.args = {text!r}: {part!r} must have the form key=value")
         literals = {"True": "true", "False": "false"}
         try:
-            arguments[key.strip()] = json.loads(literals.get(value, value))
+            arguments[key.strip()] = json.loads(literals.get(value.strip(), value))
         except json.JSONDecodeError:
-            arguments[key.strip()] = value
+            arguments[key.strip()] = value.strip()
     return arguments
 
 
@@ -62,7 +62,7 @@ def build(spec: BackboneSpec, pretrained: bool = False) -> nn.Module:
         raise ModelError(f"model.name = {spec.name!r}: timm has no such model; for instance {near}")
     try:
         model = timm.create_model(spec.name, pretrained=pretrained, num_classes=spec.num_classes, **spec.args)
-    except (TypeError, ValueError, AssertionError, RuntimeError) as error:
+    except (TypeError, ValueError, ArithmeticError, AssertionError, RuntimeError) as error:
         raise ModelError(f"model.args = {spec.args}: timm cannot build {spec.name} with them ({error})") from None
     if not isinstance(model, VisionTransformer | SwinTransformer):
         raise ModelError(
@@ -141,7 +141,10 @@ def load_weights(model: nn.Module, file: Path, classes: tuple[str, ...], head_ro
     """
     if not file.is_file():
         raise ModelError(f"model.weights = {str(file)!r}: there is no such file; accepted: a .safetensors file, or hub")
-    state = read_tensors(file)
+    try:
+        state = read_tensors(file)
+    except PlanError as error:
+        raise ModelError(f"model.weights = {str(file)!r}: {error}") from None
     heads = [f"{name}.{part}" for name in head_names(model) for part in ("weight", "bias")]
     if head_rows is not None:
         rows = read_head_rows(head_rows, classes)
@@ -199,7 +202,7 @@ def read_head_rows(file: Path, classes: tuple[str, ...]) -> list[int]:
         raise ModelError(f"model.head-rows = {str(file)!r}: is not a readable JSON file ({error})") from None
     if not isinstance(table, dict):
         raise ModelError(f"model.head-rows = {str(file)!r}: must map class names to rows")
-    if lacking := [name for name in classes if not isinstance(table.get(name), int)]:
+    if lacking := [name for name in classes if type(table.get(name)) is not int or table[name] < 0]:
         raise ModelError(f"model.head-rows = {str(file)!r}: names no row for class {lacking[0]!r}")
     return [table[name] for name in classes]
 

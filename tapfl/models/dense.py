@@ -53,8 +53,8 @@ class DenseCache:
 def dense_key(options: ModelOptions, spec: BackboneSpec, pool: ImageSet, seed: int) -> str:
     """Returns the name of the backbone's content: everything its weights depend on."""
     files = [Path(name).read_bytes() for name in (options.weights, options.head_rows) if name and Path(name).is_file()]
-    data = pool.images.tobytes() + pool.labels.tobytes()
-    return content_hash(options.model_dump_json(), spec.model_dump_json(), data, str(seed), *files)
+    data = [str(pool.images.shape).encode(), pool.images.tobytes(), pool.labels.tobytes()]
+    return content_hash(options.model_dump_json(), spec.model_dump_json(), str(seed), *data, *pool.classes, *files)
 
 
 def dense_backbone(

@@ -1,0 +1,278 @@
+"""Backbones: which are accepted, which weights fit, and how a dense one is made once and found again."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from backbones import CLASSES, DEIT, SWIN, VIT, VIT_ARGS, scramble
+
+from tapfl.config import ModelOptions
+from tapfl.data.sources import ImageSet
+from tapfl.errors import ModelError
+from tapfl.models import dense
+from tapfl.models.backbone import (
+    BackboneSpec,
+    build,
+    features,
+    head_names,
+    load_weights,
+    parse_args,
+    read_head_rows,
+    transform_of,
+)
+from tapfl.models.dense import DenseCache, dense_backbone, dense_key
+from tapfl.store import read_tensors, write_tensors
+from tapfl.training import accuracy, predict
+
+NAMES = tuple("abcdefghij")
+ARGS = "img_size=8,patch_size=4,in_chans=1,embed_dim=16,depth=1,num_heads=2"
+
+
+def spec(**changes: object) -> BackboneSpec:
+    return VIT.model_copy(update=changes)
+
+
+# ---------------------------------------------------------------- building
+
+
+def test_arguments_are_read_as_what_they_are() -> None:
+    assert parse_args("img_size=8, class_token=False,global_pool=avg,drop_rate=0.5,") == {
+        "img_size": 8,
+        "class_token": False,
+        "global_pool": "avg",
+        "drop_rate": 0.5,
+    }
+    assert parse_args("class_token = True") == {"class_token": True}
+    assert parse_args("") == {}
+    with pytest.raises(ModelError, match=r"model\.args = 'depth': 'depth' must have the form key=value"):
+        parse_args("depth")
+
+
+def test_an_unknown_model_is_refused_with_what_is_near() -> None:
+    with pytest.raises(ModelError, match=r"model\.name = 'vit_teeny_patch16': timm has no such model; .*vit_"):
+        build(spec(name="vit_teeny_patch16"))
+
+
+@pytest.mark.parametrize(
+    "args", [{"depht": 2}, {"num_heads": 5}, {"num_heads": 0}, {"patch_size": 0}, {"depth": "two"}, {"embed_dim": -4}]
+)
+def test_arguments_that_timm_does_not_take_are_refused(args: dict) -> None:
+    with pytest.raises(ModelError, match=r"model\.args = .*: timm cannot build vit_tiny_patch16_224 with them"):
+        build(spec(args=VIT_ARGS | args))
+
+
+@pytest.mark.parametrize("name", ["resnet18", "mixer_s32_224"])
+def test_what_is_no_vit_is_refused(name: str) -> None:
+    with pytest.raises(ModelError, match=f"model.name = '{name}': is a .*; accepted: timm's ViT, DeiT and Swin"):
+        build(BackboneSpec(name=name, num_classes=2))
+
+
+@pytest.mark.parametrize(
+    ("which", "heads", "size", "channels"),
+    [(VIT, ("head",), (8, 8), 1), (DEIT, ("head", "head_dist"), (32, 32), 3), (SWIN, ("head.fc",), (32, 32), 3)],
+)
+def test_a_backbone_knows_its_input_heads_and_features(
+    which: BackboneSpec, heads: tuple[str, ...], size: tuple[int, int], channels: int
+) -> None:
+    model = build(which)
+    transform = transform_of(model)
+    assert not model.training
+    assert head_names(model) == heads
+    assert (transform.size, transform.channels, len(transform.mean)) == (size, channels, channels)
+    pooled = features(model, torch.zeros(2, channels, *size))
+    assert pooled.shape == (2, model.num_features)
+
+
+# ---------------------------------------------------------------- weights from a file
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("weights") / "vit.safetensors"
+    write_tensors(file, scramble(build(VIT)).state_dict())
+    return file
+
+
+def test_weights_that_fit_are_taken_whole(weights: Path) -> None:
+    model = build(VIT)
+    load_weights(model, weights, NAMES, None)
+    state = read_tensors(weights)
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("args", "name"),
+    [
+        ({"embed_dim": 16}, "cls_token|pos_embed|patch_embed|norm|blocks"),
+        ({"depth": 3}, r"blocks\.2"),
+        ({"depth": 1}, r"blocks\.1"),
+    ],
+)
+def test_weights_of_another_backbone_are_refused_by_name(args: dict, name: str, weights: Path) -> None:
+    with pytest.raises(ModelError, match=rf"model\.weights = '.*vit\.safetensors': do not fit.*({name})"):
+        load_weights(build(spec(args=VIT_ARGS | args)), weights, NAMES, None)
+
+
+def test_weights_of_another_family_are_refused(weights: Path) -> None:
+    with pytest.raises(ModelError, match=r"model\.weights = .*do not fit"):
+        load_weights(build(SWIN), weights, NAMES, None)
+
+
+def test_a_head_of_other_classes_is_left_as_initialised(weights: Path) -> None:
+    model = build(spec(num_classes=3))
+    before = model.head.weight.clone()
+    load_weights(model, weights, NAMES[:3], None)
+    assert torch.equal(model.head.weight, before)
+    assert torch.equal(model.blocks[0].mlp.fc1.weight, read_tensors(weights)["blocks.0.mlp.fc1.weight"])
+
+
+def test_position_embeddings_are_resampled(weights: Path) -> None:
+    model = build(spec(args=VIT_ARGS | {"img_size": 12}))
+    load_weights(model, weights, NAMES, None)
+    assert model.pos_embed.shape == (1, 37, 32)
+    assert torch.equal(model.pos_embed[:, 0], read_tensors(weights)["pos_embed"][:, 0])
+
+
+def rows_file(folder: Path, table: object) -> Path:
+    file = folder / "rows.json"
+    file.write_text(json.dumps(table))
+    return file
+
+
+def test_rows_of_the_head_are_picked_by_class_name(weights: Path, tmp_path: Path) -> None:
+    model = build(spec(num_classes=3))
+    rows = rows_file(tmp_path, {"dog": 7, "cat": 2, "ant": 0, "unused": 5})
+    load_weights(model, weights, ("ant", "cat", "dog"), rows)
+    state = read_tensors(weights)
+    assert torch.equal(model.head.weight, state["head.weight"][[0, 2, 7]])
+    assert torch.equal(model.head.bias, state["head.bias"][[0, 2, 7]])
+
+
+def test_both_heads_of_a_distilled_deit_are_picked(tmp_path: Path) -> None:
+    file = tmp_path / "deit.safetensors"
+    write_tensors(file, scramble(build(DEIT)).state_dict())
+    model = build(DEIT.model_copy(update={"num_classes": 2}))
+    load_weights(model, file, ("x", "y"), rows_file(tmp_path, {"x": 9, "y": 4}))
+    state = read_tensors(file)
+    assert torch.equal(model.head.weight, state["head.weight"][[9, 4]])
+    assert torch.equal(model.head_dist.bias, state["head_dist.bias"][[9, 4]])
+
+
+def test_a_row_that_the_head_has_not_is_refused(weights: Path, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"row 10 is not in head\.weight of vit\.safetensors"):
+        load_weights(build(spec(num_classes=2)), weights, ("x", "y"), rows_file(tmp_path, {"x": 10, "y": 4}))
+
+
+@pytest.mark.parametrize("row", [None, "3", 3.0, -1, True])
+def test_a_class_without_a_row_is_refused(row: object, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"model\.head-rows = .*rows\.json.*: names no row for class 'y'"):
+        read_head_rows(rows_file(tmp_path, {"x": 1, "y": row}), ("x", "y"))
+
+
+def test_a_mapping_that_is_none_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="must map class names to rows"):
+        read_head_rows(rows_file(tmp_path, [1, 2]), ("x",))
+    (tmp_path / "rows.json").write_text("{")
+    with pytest.raises(ModelError, match="is not a readable JSON file"):
+        read_head_rows(tmp_path / "rows.json", ("x",))
+
+
+def test_weights_that_are_not_there_or_damaged_are_refused(weights: Path, tmp_path: Path) -> None:
+    with pytest.raises(
+        ModelError, match=r"model\.weights = .*none.*: there is no such file; accepted: a \.safetensors"
+    ):
+        load_weights(build(VIT), tmp_path / "none", NAMES, None)
+    half = tmp_path / "half.safetensors"
+    half.write_bytes(weights.read_bytes()[:2000])
+    with pytest.raises(ModelError, match=r"model\.weights = .*half\.safetensors.*is not a whole safetensors file"):
+        load_weights(build(VIT), half, NAMES, None)
+
+
+# ---------------------------------------------------------------- the dense backbone, made once
+
+
+def bright_and_dark(n: int = 40, seed: int = 0) -> ImageSet:
+    """Two classes that a linear model tells apart: bright above, or bright below."""
+    generator = np.random.default_rng(seed)
+    labels = np.arange(n) % 2
+    images = generator.integers(0, 60, (n, 8, 8, 1)).astype(np.uint8)
+    images[labels == 0, :4] += 150
+    images[labels == 1, 4:] += 150
+    return ImageSet(images, labels.astype(np.int64), ("above", "below"))
+
+
+def options(**values: object) -> ModelOptions:
+    return ModelOptions.model_validate({"args": ARGS, "epochs": 8, "batch": 10} | values)
+
+
+def test_a_dense_backbone_learns_and_is_frozen(tmp_path: Path) -> None:
+    told: list[tuple[int, int]] = []
+    pool = bright_and_dark()
+    key, made, model = dense_backbone(options(), pool, 0, DenseCache(tmp_path), lambda *done: told.append(done))
+    assert made.num_classes == 2
+    assert accuracy(predict(model, transform_of(model)(pool.images)), torch.from_numpy(pool.labels)) > 0.9
+    assert told == [(i, 8) for i in range(1, 9)]
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    assert DenseCache(tmp_path).holds(key)
+
+
+def test_the_second_call_trains_nothing_and_gives_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache, pool = DenseCache(tmp_path), bright_and_dark()
+    first = dense_backbone(options(), pool, 0, cache)
+    fresh = dense_backbone(options(), pool, 0, DenseCache(tmp_path / "elsewhere"))
+    monkeypatch.setattr(dense, "train_dense", lambda *_, **__: pytest.fail("trained again"))
+    second = dense_backbone(options(), pool, 0, cache)
+    assert first[:2] == second[:2] == fresh[:2]
+    for other in (second, fresh):
+        for name, tensor in first[2].state_dict().items():
+            assert torch.equal(tensor, other[2].state_dict()[name])
+
+
+def test_the_key_changes_with_all_that_the_weights_depend_on(weights: Path, tmp_path: Path) -> None:
+    pool = bright_and_dark()
+    made = BackboneSpec(name=VIT.name, args=parse_args(ARGS), num_classes=2)
+    relabelled = replace(pool, labels=1 - pool.labels)
+    renamed = replace(pool, classes=("left", "right"))  # head rows are found by name
+    reshaped = replace(pool, images=pool.images.reshape(-1, 4, 16, 1))
+    copy = tmp_path / "copy.safetensors"
+    copy.write_bytes(weights.read_bytes())
+    keys = [
+        dense_key(options(), made, pool, 0),
+        dense_key(options(), made, pool, 1),
+        dense_key(options(), made, bright_and_dark(seed=1), 0),
+        dense_key(options(), made, relabelled, 0),
+        dense_key(options(), made, renamed, 0),
+        dense_key(options(), made, reshaped, 0),
+        dense_key(options(epochs=9), made, pool, 0),
+        dense_key(options(), made.model_copy(update={"num_classes": 3}), pool, 0),
+        dense_key(options(weights=str(copy)), made, pool, 0),
+    ]
+    content = bytearray(copy.read_bytes())
+    content[-1] ^= 1
+    copy.write_bytes(bytes(content))
+    keys.append(dense_key(options(weights=str(copy)), made, pool, 0))
+    assert len(set(keys)) == len(keys)
+    assert dense_key(options(), made, bright_and_dark(), 0) == keys[0]
+
+
+def test_with_weights_the_head_alone_is_trained(weights: Path, tmp_path: Path) -> None:
+    text = ",".join(f"{name}={value}" for name, value in VIT_ARGS.items())
+    wanted = options(args=text, weights=str(weights), epochs=3)
+    model = dense_backbone(wanted, bright_and_dark(), 0, DenseCache(tmp_path))[2]
+    state, found = read_tensors(weights), model.state_dict()
+    assert found["head.weight"].shape == (2, 32) != state["head.weight"].shape == (CLASSES, 32)
+    assert all(torch.equal(found[name], state[name]) for name in found if not name.startswith("head."))
+    assert found["head.bias"].abs().max() > 0
+
+
+def test_rows_without_training_are_those_of_the_file(weights: Path, tmp_path: Path) -> None:
+    text = ",".join(f"{name}={value}" for name, value in VIT_ARGS.items())
+    rows = rows_file(tmp_path, {"above": 3, "below": 8})
+    wanted = options(args=text, weights=str(weights), head="rows", head_rows=str(rows))
+    model = dense_backbone(wanted, bright_and_dark(), 0, DenseCache(tmp_path))[2]
+    assert torch.equal(model.head.weight, read_tensors(weights)["head.weight"][[3, 8]])
