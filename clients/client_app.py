@@ -26,7 +26,7 @@ app = ClientApp()
 with suppress(ImportError):
     from flwr.simulation.ray_transport.ray_actor import ClientAppActor
 
-    ClientAppActor._default_options["max_restarts"] = -1
+    ClientAppActor._default_options["max_restarts"] = -1  # type: ignore[attr-defined]
 
 M = TypeVar("M", bound=WireMessage)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -142,9 +143,11 @@ class Device:
         """Accuracy on the test part: of the adapters as received, and of the model that the device would use."""
         inputs, labels = self._part("test")
         used = method_of(self.config.personalize).inference(received, personal)
-        return tuple(  # type: ignore[return-value]
-            accuracy(predict(lambda x, p=params: own.adapted(p, x), inputs), labels) for params in (received, used)
-        )
+
+        def score(params: Params) -> float:
+            return accuracy(predict(partial(own.adapted, params), inputs), labels)
+
+        return score(received), score(used)
 
     def _receive_backbone(self, message: Summarize) -> None:
         cache = DenseCache(self._cache)

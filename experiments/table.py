@@ -8,21 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-COLUMNS = [
-    "device",
-    "samples",
-    "classes",
-    "budget",
-    "MACs",
-    "params",
-    "dense",
-    "pruned",
-    "global",
-    "personal",
-    "α",
-    "up",
-    "down",
-]
+COLUMNS = tuple("device samples classes budget MACs params dense pruned global personal α up down".split())  # noqa: SIM905
 
 
 def show(summary: Mapping[str, Any], console: Console) -> None:

@@ -135,9 +135,9 @@ def _fail(answers: Answers[R], partition_id: int, reason: str) -> None:
     log(logging.WARNING, "device %d: %s", partition_id, reason)
 
 
-def _reason(text: str) -> str:
+def _reason(text: str | None) -> str:
     """The last line of what may be kilobytes of coloured traceback: the exception itself."""
-    plain = re.sub(r"\x1b\[[0-9;]*m", "", text)
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", text or "")
     lines = [line.strip() for line in plain.splitlines() if line.strip()]
     named = [line for line in lines if re.match(r"[\w.]*(Error|Exception)\b", line)]
     return (named or lines or ["no reason given"])[-1][:300]

@@ -21,7 +21,11 @@ def stage(name: str, total: int) -> Iterator[Advance]:
     if sys.stderr.isatty():
         with _bar() as progress:
             task = progress.add_task(name, total=total, note="")
-            yield lambda done, note="": progress.update(task, completed=done, note=note)
+
+            def move(done: int, note: str = "") -> None:
+                progress.update(task, completed=done, note=note)
+
+            yield move
         return
     said = 0
 

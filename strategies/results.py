@@ -64,7 +64,9 @@ def worst_decile(values: list[float]) -> float:
     return float(np.mean(sorted(values)[: -(-len(values) // 10)]))
 
 
-def summarise(records: Mapping[int, DeviceRecord], clock: Clock, dense_params: int, rounds: int) -> dict[str, Any]:
+def summarise(
+    records: Mapping[int, DeviceRecord], seconds: Mapping[str, float], dense_params: int, rounds: int
+) -> dict[str, Any]:
     """Returns the content of `summary.json`.
 
     ``full_model_bytes`` is what one device would send in all if it sent the dense model, fp32, in every round.
@@ -85,6 +87,6 @@ def summarise(records: Mapping[int, DeviceRecord], clock: Clock, dense_params: i
         "adapter_bytes_up_per_round": float(np.mean([r.bytes_up.get("adapters", 0) / rounds for r in done])),
         "full_model_bytes": 4 * dense_params * rounds,
         "failures": sum(record.failures for record in records.values()),
-        "seconds": {name: round(seconds, 3) for name, seconds in clock.seconds.items()},
+        "seconds": {name: round(value, 3) for name, value in seconds.items()},
         "devices": [vars(record) for record in records.values()],
     }

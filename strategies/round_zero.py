@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from torch import nn
 
-from tapfl.config import RunConfig
+from tapfl.config import RunConfig, Scalar
 from tapfl.data.sources import ImageSet
 from tapfl.models.backbone import BackboneSpec, transform_of
 from tapfl.pruning.plan import PruningPlan
@@ -61,7 +61,7 @@ def device_plan(
     generator = numpy_generator(config.seed, "metric", partition_id)
     chosen = pick_metric_set(summary, pool.mixture, pool.points, config.metric, generator)
     inputs = transform_of(model)(pool.images.images[chosen])
-    provenance = {
+    provenance: dict[str, Scalar] = {
         "device": partition_id,
         "budget": budget,
         "metric-rule": config.metric.rule,

@@ -125,6 +125,12 @@ class RunFolder:
         with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(values) + "\n")
 
+    def write_adapters(self, round: int, params: Tensors) -> None:
+        """Keeps the global adapters after `round`, and those of the round before it."""
+        folder = self.path / "server"
+        write_tensors(folder / f"round-{round:04d}.safetensors", params)
+        (folder / f"round-{round - 2:04d}.safetensors").unlink(missing_ok=True)
+
     def device(self, partition_id: int) -> Path:
         """Returns the storage of a device that is simulated on this machine."""
         return self.path / "devices" / f"{partition_id:02d}"

@@ -1,51 +1,55 @@
-"""The images of a federation as its two sides see them: a public pool, and one private part a device."""
+"""The images of a federation as its two sides see them: the server's public pool, and the devices' private images."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from tapfl.config import DataOptions
-from tapfl.data.partition import DeviceSplit, partition, split_public
+from tapfl.data.partition import split_public
 from tapfl.data.sources import ImageSet, load_images
 from tapfl.data.transform import Transform
 from tapfl.errors import DataError
 
 
-@dataclass(frozen=True)
-class FederatedImages:
-    """The pool and the private images; a device opens its own part by `split`."""
+def open_pool(options: DataOptions, transform: Transform, seed: int, cache: Path) -> ImageSet:
+    """Returns the public pool: all of `public`, or else the public share of `source`.
 
-    public: ImageSet
-    private: ImageSet
-    options: DataOptions
-    seed: int
-
-    def splits(self, devices: int) -> list[DeviceSplit]:
-        """Returns the train and test positions of every device in `private`."""
-        return partition(self.private.labels, self.options, devices, self.seed)
-
-
-def open_images(options: DataOptions, transform: Transform, seed: int, cache: Path) -> FederatedImages:
-    """Returns the images of a federation, kept at `image-size` or else at the size that `transform` makes of them.
+    Images are kept at `image-size`, or else at the size that `transform` makes of them.
 
     Raises:
-        DataError: if a source is not there, two sources differ in their classes, or a class has too few images.
+        DataError: if the source is not there, or a class has too few images to be shared out.
     """
-    size = options.image_size or max(transform.size)
-    source = load_images(options.source, size, cache)
-    if not options.public:
-        pool, private = split_public(source.labels, options.public_share, seed)
-        return FederatedImages(source.subset(pool), source.subset(private), options, seed)
-    public = load_images(options.public, size, cache)
-    if public.classes != source.classes:
-        odd = sorted(set(public.classes) ^ set(source.classes)) or ["their order"]
+    if options.public:
+        return load_images(options.public, _size(options, transform), cache)
+    source = load_images(options.source, _size(options, transform), cache)
+    return source.subset(split_public(source.labels, options.public_share, seed)[0])
+
+
+def open_private(options: DataOptions, transform: Transform, seed: int, cache: Path) -> ImageSet:
+    """Returns all private images, of which each device opens its own part only (`tapfl.data.partition`).
+
+    Raises:
+        DataError: as `open_pool`.
+    """
+    source = load_images(options.source, _size(options, transform), cache)
+    if options.public:
+        return source
+    return source.subset(split_public(source.labels, options.public_share, seed)[1])
+
+
+def check_classes(options: DataOptions, public: ImageSet, private: ImageSet) -> None:
+    """Raises DataError unless both sides have the same classes and the pool an image of each private one."""
+    if public.classes != private.classes:
+        odd = sorted(set(public.classes) ^ set(private.classes)) or ["their order"]
         raise DataError(
             f"data.public = {options.public!r} and data.source differ in their classes: {', '.join(odd[:5])}"
         )
-    if missing := sorted(set(np.unique(source.labels)) - set(np.unique(public.labels))):
-        names = ", ".join(source.classes[label] for label in missing[:5])
+    if missing := sorted(set(np.unique(private.labels)) - set(np.unique(public.labels))):
+        names = ", ".join(private.classes[label] for label in missing[:5])
         raise DataError(f"data.public = {options.public!r} has no image of {names}")
-    return FederatedImages(public, source, options, seed)
+
+
+def _size(options: DataOptions, transform: Transform) -> int:
+    return options.image_size or max(transform.size)

@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from tapfl.errors import DataError
+from tapfl.store import cache_folder
 
 IMAGE_ENDINGS = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
 ACCEPTED = "accepted: digits, a .npz file, an image folder, or hf:NAME"
@@ -40,14 +41,14 @@ class ImageSet:
         return ImageSet(self.images[indices], self.labels[indices], self.classes)
 
 
-def load_images(source: str, size: int, cache: Path) -> ImageSet:
+def load_images(source: str, size: int = 224, cache: Path | None = None) -> ImageSet:
     """Returns all images of a source.
 
     Args:
         source: `digits`, the path of an .npz file (`images`, `labels`, optionally `classes`), the path of a folder
             with one folder of images a class (Tiny-ImageNet's layout too), or ``hf:NAME[:SPLIT]``.
         size: pixels a side to which decoded images are scaled and centre-cropped (folders and Hugging Face).
-        cache: where decoded folders are kept, to be memory-mapped by every process.
+        cache: where decoded folders are kept, to be memory-mapped by every process; by default tapfl's own.
 
     Raises:
         DataError: if the source is not there or is not one of these.
@@ -58,7 +59,7 @@ def load_images(source: str, size: int, cache: Path) -> ImageSet:
         return _hugging_face(source.removeprefix("hf:"), size)
     path = Path(source).expanduser()
     if path.is_dir():
-        return _folder(path, size, cache)
+        return _folder(path, size, cache or cache_folder())
     if path.suffix == ".npz":
         return _npz(path)
     raise DataError(f"data source {source!r}: there is no such file or folder; {ACCEPTED}")

@@ -22,7 +22,7 @@ def plan_pruning(
     spec: BackboneSpec,
     inputs: Tensor,
     budget: float,
-    options: PruningOptions,
+    options: PruningOptions | None = None,
     batch: int = 64,
     provenance: dict[str, Scalar] | None = None,
 ) -> PruningPlan:
@@ -36,6 +36,7 @@ def plan_pruning(
     Raises:
         BudgetError: if the budget cannot be met.
     """
+    options = options or PruningOptions()
     layers = prunable_layers(model)
     dense = measure_cost(model)
     scores = neuron_importance(model, layers, inputs, batch)

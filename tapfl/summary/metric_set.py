@@ -64,8 +64,8 @@ def pick_metric_set(
     device: GaussianSummary,
     pool: GaussianSummary,
     points: np.ndarray,
-    options: MetricOptions,
-    generator: np.random.Generator,
+    options: MetricOptions | None = None,
+    generator: np.random.Generator | None = None,
 ) -> np.ndarray:
     """Returns `options.size` different positions in the pool, int64, best first.
 
@@ -77,6 +77,7 @@ def pick_metric_set(
     Raises:
         DataError: if the pool is smaller than the metric set that is asked for.
     """
+    options, generator = options or MetricOptions(), generator or np.random.default_rng(0)
     if options.size > len(points):
         raise DataError(f"metric.size = {options.size}: the public pool has {len(points)} images")
     return RULES[options.rule](device, pool, points, options.size, generator)

@@ -81,16 +81,17 @@ class GaussianSummary:
             )
 
 
-def fit_mixture(points: np.ndarray, options: SummaryOptions, seed: int) -> GaussianSummary:
+def fit_mixture(points: np.ndarray, options: SummaryOptions | None = None, seed: int = 0) -> GaussianSummary:
     """Returns the mixture of descriptors (n, d) with the lowest BIC over K = 1..max_components.
 
-    Ours (`../docs/method.md`): diagonal covariance by default and `reg_covar` relative to the variance of the
+    Ours: diagonal covariance by default and `reg_covar` relative to the variance of the
     descriptors. As published: full covariance, K = 2..10. Components that stand for fewer than `min_support` samples
     are merged into their nearest neighbour, moments preserved, since the mean of one sample *is* that sample.
 
     Raises:
         DataError: if there are fewer samples than `min_support`.
     """
+    options = options or SummaryOptions()
     n = len(points)
     if n < options.min_support:
         raise DataError(f"mixture: {n} samples are fewer than summary.min-support = {options.min_support}")

@@ -1,0 +1,36 @@
+.DEFAULT_GOAL := help
+.PHONY: help run test test-slow lint type clean
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+help: ## show this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+$(READY): pyproject.toml constraints.txt
+	@echo "setting up $(VENV); this happens once and takes a minute or two"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt uv
+	@$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+run: $(READY) ## the main job: ten devices on the embedded digits, no download
+	$(BIN)/tapfl run
+
+test: $(READY) ## the default test suite
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+test-slow: $(READY) ## the long tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow --timeout=1800
+
+lint: $(READY) ## style, and what each floor of the house may import
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+
+type: $(READY) ## types
+	$(BIN)/mypy
+
+clean: ## remove the environment and what tools left behind; runs stay
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -1,0 +1,142 @@
+"""The main job on the in-process engine, from the command line: what a run leaves behind and what it says."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import Result
+from peft import PeftModel
+from safetensors.torch import load_file
+from typer.testing import CliRunner
+
+from experiments import cli
+from tapfl import load_plan, load_pruned
+from tapfl.config import RunConfig
+
+# small enough for seconds: four devices, a backbone trained for two epochs
+TINY = "img_size=8,patch_size=2,in_chans=1,embed_dim=32,depth=2,num_heads=2,class_token=False,global_pool=avg"
+SMALL = [
+    "devices.count=4",
+    f"model.args={TINY}",
+    "model.epochs=2",
+    "train.rounds=2",
+    "train.epochs=1",
+    "metric.size=64",
+    "pruning.align=1",
+]
+
+
+def tapfl(*arguments: str, cache: Path, options: list[str] | None = None) -> Result:
+    sets = [part for option in [*SMALL, f"cache={cache}", *(options or [])] for part in ("--set", option)]
+    return CliRunner().invoke(cli.app, ["run", "--engine", "inprocess", *sets, *arguments], catch_exceptions=False)
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module")
+def finished(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, object]]:
+    folder = tmp_path_factory.mktemp("runs") / "one"
+    done = tapfl("--out", str(folder), "--json", cache=cache)
+    assert done.exit_code == 0, done.output
+    return folder, json.loads(done.stdout.splitlines()[-1])
+
+
+def test_json_is_the_last_line_and_says_what_was_promised(finished: tuple[Path, dict[str, object]]) -> None:
+    folder, said = finished
+    assert said["run"] == str(folder)
+    for key in ("personal_accuracy", "personal_accuracy_worst_decile", "dense_accuracy", "pruned_accuracy"):
+        assert 0 <= said[key] <= 1
+    assert set(said["seconds"]) == {"backbone", "round zero", "rounds", "evaluation"}
+    assert said["bytes_up"] > 0 and said["bytes_down"] > 0 and said["devices"] == 4
+
+
+def test_the_folder_is_complete(finished: tuple[Path, dict[str, object]]) -> None:
+    folder, _ = finished
+    config = RunConfig.from_flat(json.loads((folder / "config.json").read_text()))
+    assert config.devices.count == 4 and config.train.rounds == 2
+    assert {"torch", "timm", "flwr", "tapfl"} <= set(json.loads((folder / "versions.json").read_text()))
+    for i in range(4):
+        assert (folder / "plans" / f"{i:02d}.json").is_file()
+        mixture = load_file(folder / "summaries" / f"{i:02d}.safetensors")
+        assert float(mixture["weights"].sum()) == pytest.approx(1)
+        assert {f.name for f in (folder / "devices" / f"{i:02d}" / "state").iterdir()} == {
+            "round-0001.safetensors",
+            "round-0002.safetensors",
+        }
+    assert (folder / "server" / "round-0002.safetensors").is_file()
+
+
+def test_metrics_have_a_line_a_device_a_round_and_one_a_round(finished: tuple[Path, dict[str, object]]) -> None:
+    folder, _ = finished
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["round"] for line in lines if line["kind"] == "round"] == [0, 1, 2]
+    assert sorted((line["round"], line["device"]) for line in lines if line["kind"] == "device") == [
+        (round, device) for round in range(3) for device in range(4)
+    ]
+
+
+def test_devices_stay_within_their_budgets(finished: tuple[Path, dict[str, object]]) -> None:
+    folder, _ = finished
+    for record in json.loads((folder / "summary.json").read_text())["devices"]:
+        assert record["budget"] * 0.995 <= record["macs_share"] <= record["budget"]
+
+
+def test_the_first_global_adapters_change_nothing(finished: tuple[Path, dict[str, object]]) -> None:
+    """B is zero before the first round, so what a device received first does exactly as well as its pruned model."""
+    folder, _ = finished
+    pruned = {r["device"]: r["pruned_accuracy"] for r in json.loads((folder / "summary.json").read_text())["devices"]}
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        if line["kind"] == "device" and line["round"] == 0:
+            assert line["global_accuracy"] == line["personal_accuracy"] == pruned[line["device"]]
+
+
+def test_a_personal_model_loads_with_stock_peft(finished: tuple[Path, dict[str, object]]) -> None:
+    device = finished[0] / "devices" / "01"
+    plan, _ = load_plan(device / "pruned")
+    base = load_pruned(device / "pruned")
+    x = torch.randn(3, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    before = base(x)
+    personal = PeftModel.from_pretrained(base, str(device / "personal")).eval()
+    assert plan.backbone.num_classes == 10
+    assert (personal(x) - before).abs().max() > 1e-4
+
+
+def test_a_second_run_repeats_to_the_bit_and_finds_the_backbone(
+    finished: tuple[Path, dict[str, object]], cache: Path, tmp_path: Path
+) -> None:
+    done = tapfl("--out", str(tmp_path / "two"), cache=cache)
+    assert done.exit_code == 0, done.output
+    assert "personal" in done.stdout and str(tmp_path / "two") in done.stdout
+    assert content(finished[0]) == content(tmp_path / "two")
+    assert len(list((cache / "backbones").iterdir())) == 1
+
+
+@pytest.mark.parametrize("method", ["fedavg", "local"])
+@pytest.mark.parametrize("rule", ["fedit", "flex"])
+def test_every_method_runs_with_every_rule(cache: Path, tmp_path: Path, method: str, rule: str) -> None:
+    options = [f"personalize.method={method}", f"adapters.rule={rule}", "train.rounds=1", "data.partition=iid"]
+    done = tapfl("--out", str(tmp_path / "run"), "--json", cache=cache, options=options)
+    assert done.exit_code == 0, done.output
+    said = json.loads(done.stdout.splitlines()[-1])
+    if method == "fedavg":
+        assert said["personal_accuracy"] == said["global_accuracy"]
+    else:
+        assert said["adapter_bytes_up_per_round"] < 100
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    """Everything a run computed: tensors, plans and metrics, without the clock and the folder's own name."""
+    files = {
+        str(file.relative_to(folder)): file.read_bytes()
+        for file in sorted(folder.rglob("*"))
+        if (file.is_file() and file.suffix in {".safetensors", ".jsonl"}) or file.parent.name == "plans"
+    }
+    assert len(files) > 10
+    return files

@@ -1,0 +1,115 @@
+"""Each refused input: one line that names option, value and what is accepted; exit code 2; nothing written."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from experiments import cli
+
+REFUSED = {
+    "unknown key": ("train.roundz=3", "train.roundz: is not an option", "rounds"),
+    "unknown section": ("trian.rounds=3", "trian", "train"),
+    "wrong type": ("train.rounds=many", "train.rounds = 'many'", "integer"),
+    "no assignment": ("train.rounds", "train.rounds", "key=value"),
+    "share over 1": ("devices.budgets=1.7", "devices.budgets = 1.7", "less than or equal to 1"),
+    "share of 0": ("data.public-share=0", "data.public-share = 0", "greater than 0"),
+    "choice": ("adapters.rule=median", "adapters.rule = 'median'", "'fedit' or 'flex'"),
+    "unpaired": ("devices.budgets=0.3,0.5", "devices", "pairs"),
+    "too many devices": ("devices.count=400", "devices.count = 400", "at most"),
+    "too many classes": ("data.classes-per-device=11", "pathological", "11"),
+    "class too small": ("data.public-share=0.001", "data.public-share = 0.001", "at least 2"),
+    "no such data": ("data.source=/no/such/place", "/no/such/place", "accepted"),
+    "unknown model": ("model.name=vit_huge_patch99", "vit_huge_patch99", "timm has no such model"),
+    "bad model arguments": ("model.args=img_size", "model.args", "key=value"),
+    "no such weights": ("model.weights=/no/such.safetensors", "/no/such.safetensors", "accepted"),
+    "rows without weights": ("model.head=rows", "model.head = 'rows'", "model.weights"),
+    "metric set over pool": ("metric.size=4096", "metric.size = 4096", "898"),
+    "metric set in parts": ("metric.size=100", "size=100", "multiple of batch=64"),
+    "budget too small": ("devices.budgets=0.01,0.3,0.5", "budget 0.01", "can"),
+    "budget too fine": ("pruning.align=16", "budget 0.3", "pruning.align"),
+}
+
+
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TAPFL_CACHE", str(tmp_path / "cache"))
+
+
+def refused(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *arguments: str) -> str:
+    monkeypatch.setattr("sys.argv", ["tapfl", "run", "--engine", "inprocess", *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    out, err = capsys.readouterr()
+    assert stopped.value.code == 2 and not out
+    assert "Traceback" not in err and len(err.strip().splitlines()) == 1
+    return err
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_options(
+    case: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    option, named, accepted = REFUSED[case]
+    error = refused(capsys, monkeypatch, "--set", option)
+    assert named in error and accepted in error
+    assert not list(tmp_path.iterdir())
+
+
+def test_every_fault_is_named_at_once(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["tapfl", "run", "--set", "seed=-1", "--set", "train.rounds=0"])
+    with pytest.raises(SystemExit):
+        cli.main()
+    error = capsys.readouterr().err
+    assert "seed = -1" in error and "train.rounds = 0" in error
+
+
+def test_an_output_folder_that_exists(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("x")
+    assert "exists already" in refused(capsys, monkeypatch, "--out", "mine")
+    assert [file.name for file in (tmp_path / "mine").iterdir()] == ["thesis.tex"]
+
+
+def test_a_config_that_is_not_there_or_not_toml(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    assert "none.toml" in refused(capsys, monkeypatch, "--config", "none.toml")
+    (tmp_path / "bad.toml").write_text("[train\n")
+    assert "is not TOML" in refused(capsys, monkeypatch, "--config", "bad.toml")
+    (tmp_path / "odd.toml").write_text("[train]\nrounds = 'x'\n")
+    assert "train.rounds = 'x'" in refused(capsys, monkeypatch, "--config", "odd.toml")
+
+
+def test_weights_that_do_not_fit_the_backbone(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    save_file({"blocks.0.attn.qkv.weight": torch.zeros(3, 3)}, tmp_path / "other.safetensors")
+    error = refused(capsys, monkeypatch, "--set", "model.weights=other.safetensors")
+    assert "other.safetensors" in error and "do not fit" in error
+
+
+def test_head_rows_that_lack_a_class(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    save_file({"head.weight": torch.zeros(1000, 64), "head.bias": torch.zeros(1000)}, tmp_path / "w.safetensors")
+    (tmp_path / "rows.json").write_text(json.dumps({str(digit): digit for digit in range(9)}))
+    options = ["model.weights=w.safetensors", "model.head=rows", "model.head-rows=rows.json"]
+    error = refused(capsys, monkeypatch, *(part for option in options for part in ("--set", option)))
+    assert "rows.json" in error and "'9'" in error
+
+
+def test_images_with_other_channels_than_the_backbone(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    images = np.zeros((200, 8, 8, 3), np.uint8)
+    np.savez(tmp_path / "rgb.npz", images=images, labels=np.arange(200) % 4)
+    assert "channels" in refused(capsys, monkeypatch, "--set", "data.source=rgb.npz", "--set", "metric.size=64")
