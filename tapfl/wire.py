@@ -18,6 +18,7 @@ from tapfl.errors import DataError, WireError
 from tapfl.summary.mixture import GaussianSummary
 
 MAX_SAMPLES = 10**9
+MAX_ADAPTER = 1e6  # no trained adapter comes near, and what is made of such values stays finite in float32
 
 
 @dataclass(frozen=True)
@@ -46,18 +47,20 @@ class WireMessage:
             WireError: if a field is missing, unknown, of another type, or not finite.
         """
         arrays, config = content.get("arrays", ArrayRecord()), content.get("config", ConfigRecord())
-        if not isinstance(arrays, ArrayRecord) or not isinstance(config, ConfigRecord) or len(content) > 2:
+        known = set(content) <= {"arrays", "config"}
+        if not isinstance(arrays, ArrayRecord) or not isinstance(config, ConfigRecord) or not known:
             raise WireError(f"{cls.__name__}: records {sorted(content)} are not `arrays` and `config`")
         hints = get_type_hints(cls)
         names = [field.name for field in fields(cls)]
-        if odd := sorted((set(arrays) | set(config)) ^ set(names)):
-            raise WireError(f"{cls.__name__}: fields differ: {', '.join(map(str, odd[:5]))}")
+        in_arrays = {name for name in names if hints[name] is np.ndarray}
+        if odd := sorted((set(arrays) ^ in_arrays) | (set(config) ^ (set(names) - in_arrays))):
+            raise WireError(f"{cls.__name__}: fields differ: {', '.join(odd[:5])}")
         values: dict[str, Any] = {}
         for name in names:
-            if hints[name] is np.ndarray:
-                values[name] = _array(cls.__name__, name, arrays)
-            elif type(config.get(name)) is not hints[name]:
-                raise WireError(f"{cls.__name__}.{name}: must be {hints[name].__name__}, got {config.get(name)!r:.40}")
+            if name in in_arrays:
+                values[name] = _array(f"{cls.__name__}.{name}", arrays[name])
+            elif type(config[name]) is not hints[name]:
+                raise WireError(f"{cls.__name__}.{name}: must be {hints[name].__name__}, got {config[name]!r:.40}")
             else:
                 values[name] = config[name]
         if bad := [n for n, v in values.items() if isinstance(v, float) and not math.isfinite(v)]:
@@ -70,15 +73,15 @@ class WireMessage:
         return sum(_nbytes(getattr(self, field.name)) for field in fields(self))
 
 
-def _array(message: str, name: str, arrays: ArrayRecord) -> np.ndarray:
-    if name not in arrays:
-        raise WireError(f"{message}.{name}: must be an array")
+def _array(field: str, array: Array) -> np.ndarray:
     try:
-        value = arrays[name].numpy()
+        value = array.numpy()
     except Exception as error:  # whatever a stranger's bytes make numpy's reader raise
-        raise WireError(f"{message}.{name}: cannot be read ({type(error).__name__})") from None
+        raise WireError(f"{field}: cannot be read ({type(error).__name__})") from None
+    if not isinstance(value, np.ndarray):  # numpy's reader opens archives as well
+        raise WireError(f"{field}: must be an array, got {type(value).__name__}")
     if value.dtype not in (np.float32, np.float64) or not np.isfinite(value).all():
-        raise WireError(f"{message}.{name}: must be finite float32 or float64, got {value.dtype}")
+        raise WireError(f"{field}: must be finite float32 or float64, got {value.dtype}")
     return value
 
 
@@ -167,10 +170,15 @@ class SummaryReply(WireMessage):
             self.weights.astype(np.float64), self.means.astype(np.float64), self.covariances.astype(np.float64), self.n
         )
         _require(self.n == train_samples, f"mixture of {self.n} samples, {train_samples} were announced")
+        _require(self.weights.ndim == 1, f"mixture: weights have shape {self.weights.shape}")
         try:
             summary.check(dim, min_support)
+            if summary.covariances.ndim == 3:
+                np.linalg.cholesky(summary.covariances)  # the densities need it; positive eigenvalues may not suffice
         except DataError as error:
             raise WireError(str(error)) from None
+        except np.linalg.LinAlgError as error:
+            raise WireError(f"mixture: covariances: {error}") from None
         _require(0 <= self.dense_accuracy <= 1, f"dense accuracy {self.dense_accuracy}")
         _require(1 <= self.test_samples <= MAX_SAMPLES and 1 <= self.classes <= MAX_SAMPLES, "test samples or classes")
         return summary
@@ -243,6 +251,9 @@ class TrainReply(WireMessage):
         _require(self.round == round, f"answers round {self.round}, not {round}")
         expected = (length if uploads else 0,)
         _require(self.adapters.shape == expected, f"adapters have shape {self.adapters.shape}, not {expected}")
+        _require(self.adapters.dtype == np.float32, f"adapters are {self.adapters.dtype}, not float32")
+        largest = float(np.abs(self.adapters).max(initial=0))
+        _require(largest <= MAX_ADAPTER, f"adapters reach {largest:.3g}, at most {MAX_ADAPTER:g} is accepted")
         _check_evaluation(self.alpha, self.global_accuracy, self.personal_accuracy)
 
 
