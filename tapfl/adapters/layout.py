@@ -92,7 +92,7 @@ def device_layout(shapes: Shapes, layers: Sequence[PrunableLayer], plan: Pruning
 
 
 def initial_adapters(shapes: Shapes, model: nn.Module, generator: torch.Generator) -> Params:
-    """Returns the global adapters before the first round: A uniform as in peft (±1/√d_in), B zero, the head as it is."""
+    """Returns the adapters before the first round: A uniform as in peft (±1/√d_in), B zero, the head as it is."""
     params: Params = {}
     for name, shape in shapes.items():
         if name.endswith(LORA_A):

@@ -22,7 +22,7 @@ class MergedLora(torch.autograd.Function):
     """(x, W₀, b, A, B, s) -> x (W₀ + s B A)ᵀ + b, for frozen W₀ and b."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: FunctionCtx, x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, s: float
     ) -> Tensor:
         merged = torch.addmm(weight, B, A, alpha=s)
@@ -31,7 +31,7 @@ class MergedLora(torch.autograd.Function):
         return F.linear(x, merged, bias)
 
     @staticmethod
-    def backward(ctx: FunctionCtx, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: FunctionCtx, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, merged, A, B = ctx.saved_tensors  # type: ignore[attr-defined]
         s: float = ctx.s  # type: ignore[attr-defined]
         rows, flat_dy = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
@@ -53,7 +53,7 @@ class _BoundLinear(nn.Module):
         if weight is not None:
             return F.linear(x, weight, self.bound.get(f"{self.name}.bias"))
         A, B = self.bound[f"{self.name}.{LORA_A}"], self.bound[f"{self.name}.{LORA_B}"]
-        return MergedLora.apply(x, self.linear.weight, self.linear.bias, A, B, self.scale)  # type: ignore[no-any-return]
+        return MergedLora.apply(x, self.linear.weight, self.linear.bias, A, B, self.scale)
 
 
 class AdaptedModel:
