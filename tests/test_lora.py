@@ -1,0 +1,201 @@
+"""Merged LoRA is LoRA, a model is a function of its adapters, and a mixture is one of effective weights."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from backbones import Tiny, plan_of, random_kept
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn import functional as F
+
+from tapfl.adapters.layout import (
+    Layout,
+    Params,
+    device_layout,
+    gather_all,
+    global_shapes,
+    initial_adapters,
+)
+from tapfl.adapters.lora import AdaptedModel, MergedLora, adapted_modules, mix
+from tapfl.pruning.surgery import shrink
+
+FAMILIES = ["vit", "deit", "swin"]
+A, B = "fc.lora_A", "fc.lora_B"
+
+
+def leaves(seed: int, *shapes: tuple[int, ...], dtype: torch.dtype = torch.float64) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(shape, generator=generator, dtype=dtype).requires_grad_() for shape in shapes]
+
+
+def device(backbone: Tiny, share: float, rank: int) -> tuple[AdaptedModel, Layout, Params]:
+    """A pruned model, where its adapters lie, and its initial ones."""
+    plan = plan_of(backbone, random_kept(backbone.layers, share))
+    shapes = global_shapes(backbone.model, backbone.layers, rank)
+    layout = device_layout(shapes, backbone.layers, plan, rank)
+    params = initial_adapters(shapes, backbone.model, torch.Generator().manual_seed(0))
+    return AdaptedModel(shrink(backbone.model, plan), layout, 2.0), layout, gather_all(params, layout)
+
+
+def with_noise(params: Params, seed: int) -> Params:
+    generator = torch.Generator().manual_seed(seed)
+    return {name: theta + 0.3 * torch.randn(theta.shape, generator=generator) for name, theta in params.items()}
+
+
+# -- the merged form --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+@pytest.mark.parametrize("batch", [(5,), (2, 3)], ids=["2-d", "3-d"])
+def test_merged_form_is_plain_lora_forward_and_backward(batch: tuple[int, ...], bias: bool) -> None:
+    x, a, b = leaves(0, (*batch, 4), (2, 4), (3, 2), dtype=torch.float32)
+    weight, offset = (t.detach() for t in leaves(1, (3, 4), (3,), dtype=torch.float32))
+    dy = leaves(2, (*batch, 3), dtype=torch.float32)[0].detach()
+    constant = offset if bias else None
+    plain = F.linear(x, weight, constant) + 1.5 * F.linear(F.linear(x, a), b)
+    got = MergedLora.apply(x, weight, constant, a, b, 1.5)
+    torch.testing.assert_close(got, plain, rtol=1e-6, atol=1e-6)
+    for gradient, want in zip(
+        torch.autograd.grad(got, (x, a, b), dy), torch.autograd.grad(plain, (x, a, b), dy), strict=True
+    ):
+        torch.testing.assert_close(gradient, want, rtol=1e-6, atol=1e-6)
+
+
+def test_gradients_are_those_of_finite_differences() -> None:
+    x, a, b = leaves(0, (2, 3, 4), (2, 4), (3, 2))
+    weight, offset = (t.detach() for t in leaves(1, (3, 4), (3,)))
+    assert torch.autograd.gradcheck(lambda x, a, b: MergedLora.apply(x, weight, offset, a, b, 0.7), (x, a, b))
+
+
+def test_the_base_is_frozen_whatever_it_asks_for() -> None:
+    x, a, b = leaves(0, (2, 4), (2, 4), (3, 2))
+    weight = leaves(1, (3, 4))[0]  # asks for a gradient, but the base is frozen
+    output = MergedLora.apply(x.detach(), weight, None, a.detach(), b, 1.0)
+    assert torch.autograd.grad(output.sum(), weight, allow_unused=True, retain_graph=True) == (None,)
+    (gradient,) = torch.autograd.grad(output.sum(), b)
+    torch.testing.assert_close(gradient, torch.ones(3, 2, dtype=torch.float64) @ (x.detach() @ a.detach().T))
+
+
+# -- a model as a function of its adapters ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_initial_adapters_change_nothing(family: str, families: dict[str, Tiny]) -> None:
+    backbone = families[family]
+    adapted, _, params = device(backbone, 0.5, 3)
+    want = shrink(backbone.model, plan_of(backbone, random_kept(backbone.layers, 0.5)))(backbone.inputs)
+    assert torch.equal(adapted(params, backbone.inputs), want)
+
+
+def test_parameters_of_a_call_do_not_leak_into_the_next(vit: Tiny) -> None:
+    adapted, _, params = device(vit, 0.5, 2)
+    other = with_noise(params, 1)
+    first, second = adapted(params, vit.inputs), adapted(other, vit.inputs)
+    assert (first - second).abs().max() > 0.1
+    assert torch.equal(adapted(params, vit.inputs), first)
+    without = {name: theta for name, theta in other.items() if name != "blocks.1.mlp.fc1.lora_B"}
+    with pytest.raises(KeyError, match=r"blocks\.1\.mlp\.fc1\.lora_B"):
+        adapted(without, vit.inputs)
+    assert torch.equal(adapted(other, vit.inputs), second)  # and a call that failed leaves nothing behind
+
+
+def test_the_model_that_was_given_stays_as_it_is(vit: Tiny) -> None:
+    small = shrink(vit.model, plan_of(vit, random_kept(vit.layers, 0.5)))
+    shapes = global_shapes(vit.model, vit.layers, 2)
+    layout = device_layout(shapes, vit.layers, plan_of(vit, random_kept(vit.layers, 0.5)), 2)
+    before = {name: theta.clone() for name, theta in small.state_dict().items()}
+    want = small(vit.inputs)
+    params = with_noise(gather_all({name: torch.zeros(shape) for name, shape in shapes.items()}, layout), 0)
+    AdaptedModel(small, layout, 2.0)(params, vit.inputs)
+    assert torch.equal(small(vit.inputs), want)
+    assert all(torch.equal(theta, before[name]) for name, theta in small.state_dict().items())
+
+
+def test_every_adapter_is_trained_and_nothing_else(vit: Tiny) -> None:
+    adapted, _, params = device(vit, 0.5, 2)
+    trained = {name: theta.requires_grad_() for name, theta in with_noise(params, 0).items()}
+    adapted(trained, vit.inputs).square().sum().backward()
+    assert all(theta.grad is not None and theta.grad.abs().max() > 0 for theta in trained.values())
+    assert not any(parameter.requires_grad for parameter in adapted._model.parameters())
+
+
+def test_adapted_modules_in_the_order_of_the_layout(vit: Tiny) -> None:
+    _, layout, _ = device(vit, 0.5, 1)
+    linears = [f"blocks.{i}.{part}" for i in range(2) for part in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")]
+    assert adapted_modules(layout) == [*linears, "head"]
+
+
+# -- mixtures ---------------------------------------------------------------------------------------------------------
+
+
+def pair(seed: int) -> tuple[Params, Params]:
+    """Two adapters, of ranks 2 and 3 for one linear, and a head."""
+    va, vb, wa, wb, vh, wh = (t.detach() for t in leaves(seed, (2, 4), (3, 2), (3, 4), (3, 3), (5,), (5,)))
+    return {A: va, B: vb, "head.bias": vh}, {A: wa, B: wb, "head.bias": wh}
+
+
+@given(alpha=st.floats(0, 1), seed=st.integers(0, 999))
+def test_mixture_is_one_of_effective_weights(alpha: float, seed: int) -> None:
+    v, w = pair(seed)
+    mixed = mix(v, w, alpha)
+    assert mixed[A].shape == (5, 4) and mixed[B].shape == (3, 5)
+    torch.testing.assert_close(
+        mixed[B] @ mixed[A], alpha * v[B] @ v[A] + (1 - alpha) * w[B] @ w[A], rtol=1e-12, atol=1e-12
+    )
+    torch.testing.assert_close(mixed["head.bias"], alpha * v["head.bias"] + (1 - alpha) * w["head.bias"])
+
+
+@given(alpha=st.floats(0, 1), seed=st.integers(0, 999), scale=st.floats(0.1, 4))
+def test_mixing_the_factors_themselves_would_be_off_by_a_known_term(alpha: float, seed: int, scale: float) -> None:
+    va, vb, wa, wb = (t.detach() for t in leaves(seed, (2, 4), (3, 2), (2, 4), (3, 2)))
+    mixed = mix({A: va, B: vb}, {A: wa, B: wb}, alpha)
+    raw = (alpha * vb + (1 - alpha) * wb) @ (alpha * va + (1 - alpha) * wa)
+    torch.testing.assert_close(
+        scale * (mixed[B] @ mixed[A] - raw),
+        scale * alpha * (1 - alpha) * (vb - wb) @ (va - wa),
+        rtol=1e-10,
+        atol=1e-10,
+    )
+
+
+def test_ends_of_the_mixture_are_the_two_models(vit: Tiny) -> None:
+    adapted, _, params = device(vit, 0.5, 2)
+    v, w = with_noise(params, 1), with_noise(params, 2)
+    for alpha, alone in ((1.0, v), (0.0, w)):
+        torch.testing.assert_close(
+            adapted(mix(v, w, alpha), vit.inputs), adapted(alone, vit.inputs), rtol=1e-5, atol=1e-5
+        )
+    half = adapted(mix(v, w, 0.5), vit.inputs)
+    logits = (adapted(v, vit.inputs) + adapted(w, vit.inputs)) / 2
+    assert (half - logits).abs().max() > 0.05  # a mixture of models, not of their logits
+
+
+def test_mixing_keeps_the_type_of_the_parameters() -> None:
+    v, w = ({name: theta.float() for name, theta in params.items()} for params in pair(0))
+    mixed = mix(v, w, torch.tensor(0.3, dtype=torch.float64))
+    assert {theta.dtype for theta in mixed.values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("at", [0.0, 0.3, 1.0])
+def test_gradient_of_alpha_is_that_of_finite_differences(vit: Tiny, at: float) -> None:
+    plan = plan_of(vit, random_kept(vit.layers, 0.5))
+    shapes = global_shapes(vit.model, vit.layers, 2)
+    layout = device_layout(shapes, vit.layers, plan, 2)
+    small = shrink(vit.model, plan).double()
+    adapted, x = AdaptedModel(small, layout, 2.0), vit.inputs.double()
+    zero = {name: torch.zeros(placement.shape, dtype=torch.float64) for name, placement in layout.items()}
+    v, w = with_noise(zero, 1), with_noise(zero, 2)
+    labels = torch.tensor([0, 1, 2, 3])
+
+    def loss(alpha: Tensor) -> Tensor:
+        return F.cross_entropy(adapted(mix(v, w, alpha), x), labels)
+
+    alpha = torch.tensor(at, dtype=torch.float64, requires_grad=True)
+    (gradient,) = torch.autograd.grad(loss(alpha), alpha)
+    step = 1e-6
+    with torch.no_grad():
+        difference = (loss(alpha + step) - loss(alpha - step)) / (2 * step)
+    assert abs(float(gradient)) > 1e-2
+    torch.testing.assert_close(gradient, difference, rtol=1e-6, atol=1e-8)
