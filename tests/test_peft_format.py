@@ -1,0 +1,98 @@
+"""A saved personal model is an ordinary peft adapter: stock peft loads it onto the pruned backbone."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from backbones import SWIN, Tiny, plan_of, random_kept, tiny
+
+from tapfl.adapters.layout import Layout, Params, device_layout, gather_all, global_shapes
+from tapfl.adapters.lora import AdaptedModel, mix
+from tapfl.adapters.peft_format import CONFIG_FILE, WEIGHTS_FILE, save_peft
+from tapfl.pruning.plan import PruningPlan
+from tapfl.pruning.surgery import load_pruned, save_pruned, shrink
+from tapfl.store import read_tensors
+
+RANK, SCALE = 2, 1.7
+NOBODY = torch.empty(0, dtype=torch.int64)
+
+
+@pytest.fixture(scope="module")
+def deep_swin() -> Tiny:
+    return tiny(SWIN)  # `load_pruned` builds from the specification, which knows no swin with fewer blocks
+
+
+def device(backbone: Tiny) -> tuple[PruningPlan, Layout]:
+    """A device with half of the units, whose first FFN is gone."""
+    gone = next(layer.name for layer in backbone.layers if layer.kind == "ffn")
+    plan = plan_of(backbone, random_kept(backbone.layers, 0.5) | {gone: NOBODY})
+    return plan, device_layout(global_shapes(backbone.model, backbone.layers, RANK), backbone.layers, plan, RANK)
+
+
+def personal(backbone: Tiny, layout: Layout, seed: int = 0) -> Params:
+    """A mixture of two adapters, of twice their rank, with its head."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = global_shapes(backbone.model, backbone.layers, RANK)
+    v, w = (
+        gather_all({name: 0.3 * torch.randn(shape, generator=generator) for name, shape in shapes.items()}, layout)
+        for _ in range(2)
+    )
+    return mix(v, w, 0.3)
+
+
+@pytest.mark.parametrize("family", ["vit", "deit", "deep_swin"])
+def test_stock_peft_loads_the_personal_model(family: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    from peft import PeftModel
+
+    backbone: Tiny = request.getfixturevalue(family)
+    plan, layout = device(backbone)
+    small = shrink(backbone.model, plan)
+    save_pruned(small, plan, tmp_path / "pruned")
+    params = personal(backbone, layout)
+    save_peft(params, SCALE, tmp_path / "personal", base=str(tmp_path / "pruned"))
+    # peft replaces modules of the model it is given, so it gets one of its own
+    loaded = PeftModel.from_pretrained(load_pruned(tmp_path / "pruned"), str(tmp_path / "personal")).eval()
+    with torch.no_grad():
+        got = loaded(backbone.inputs)
+        want = AdaptedModel(small, layout, SCALE)(params, backbone.inputs)
+        bare = small(backbone.inputs)
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+    assert (want - bare).abs().max() > 0.1
+
+
+def test_configuration_says_what_peft_needs(vit: Tiny, tmp_path: Path) -> None:
+    _, layout = device(vit)
+    save_peft(personal(vit, layout), SCALE, tmp_path, base="pruned")
+    config = json.loads((tmp_path / CONFIG_FILE).read_text())
+    assert config["peft_type"] == "LORA" and config["inference_mode"] is True
+    assert config["r"] == 2 * RANK  # a mixture of two has twice the rank
+    assert config["lora_alpha"] / config["r"] == pytest.approx(SCALE)
+    assert config["base_model_name_or_path"] == "pruned"
+    assert config["modules_to_save"] == ["head"]
+    assert len(config["target_modules"]) == 6  # four linears a block, less the two of the FFN that is gone
+    tensors = read_tensors(tmp_path / WEIGHTS_FILE)
+    assert tensors["base_model.model.blocks.1.attn.qkv.lora_A.weight"].shape == (2 * RANK, 32)
+    assert tensors["base_model.model.head.bias"].shape == (10,)
+    assert len(tensors) == 2 * 6 + 2
+
+
+def test_same_content_gives_the_same_bytes(vit: Tiny, tmp_path: Path) -> None:
+    _, layout = device(vit)
+    params = personal(vit, layout)
+    for folder, content in (("one", params), ("two", dict(reversed(params.items())))):
+        save_peft(content, SCALE, tmp_path / folder, base="pruned")
+        save_peft(content, SCALE, tmp_path / folder, base="pruned")  # over what is there
+    files = [{f.name: f.read_bytes() for f in (tmp_path / folder).iterdir()} for folder in ("one", "two")]
+    assert files[0] == files[1]
+    assert {CONFIG_FILE, WEIGHTS_FILE} == set(files[0])
+
+
+def test_bytes_do_not_depend_on_the_process(vit: Tiny, tmp_path: Path) -> None:
+    """peft keeps the names of modules in a set, whose order changes with the hash seed of the process."""
+    _, layout = device(vit)
+    save_peft(personal(vit, layout), SCALE, tmp_path, base="pruned")
+    names = json.loads((tmp_path / CONFIG_FILE).read_text())["target_modules"]
+    assert names == sorted(names)
