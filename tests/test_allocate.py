@@ -165,6 +165,19 @@ def test_an_important_layer_is_wider(vit: Tiny) -> None:
     assert widths["blocks.0.mlp"] > 2 * widths["blocks.1.mlp"]
 
 
+def test_steps_are_exchanged_where_greedy_filling_misses_the_budget() -> None:
+    """Two layers of 14 and 10 a unit: greedy filling alone ends below every one of these sums."""
+    layers = [
+        Ffn(name=f"mlp{i}", block="", heads=1, units=4, embed_dim=cost, tokens=1, span=0)
+        for i, cost in enumerate((7, 5))
+    ]
+    dense = sum(layer.macs_per_unit * layer.units for layer in layers)
+    options = PruningOptions(align=1, floor=0.0)
+    for spent in (20, 28, 30, 34, 42, 44, 56, 58, 72, 82):
+        widths = allocate(layers, np.array([1.0, 0.4]), dense, spent / dense, options)
+        assert 14 * widths["mlp0"] + 10 * widths["mlp1"] == spent
+
+
 def test_a_grid_too_coarse_for_the_budget_is_refused_with_what_comes_nearest() -> None:
     layer = Ffn(name="mlp", block="", heads=1, units=64, embed_dim=8, tokens=1, span=0)
     dense = layer.macs_per_unit * layer.units
