@@ -6,6 +6,7 @@ import datetime
 import json
 import os
 import sys
+from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, NoReturn
@@ -79,6 +80,35 @@ def options() -> None:
     defaults = RunConfig().flat()
     for name, value in defaults.items():
         table.add_row(name, str(value) or "(empty)", _describe(name))
+    Console(width=None if sys.stdout.isatty() else 140).print(table)
+
+
+bench = typer.Typer(help="Measure speed, as ratios side by side in one run.", no_args_is_help=True)
+app.add_typer(bench, name="bench")
+
+
+@bench.command("scoring")
+def bench_scoring(
+    model: Annotated[list[str], typer.Option(help="timm names")] = ["deit_tiny_patch16_224"],  # noqa: B006
+    size: Annotated[list[int], typer.Option(help="image sizes")] = [64],  # noqa: B006
+    repeats: Annotated[int, typer.Option(min=1)] = 3,
+    as_json: Annotated[bool, typer.Option("--json", help="print one JSON object a row")] = False,
+) -> None:
+    """Composite neuron importance against the per-channel loop and the arithmetic floor; one thread, batch 64."""
+    from experiments.bench.scoring import bench_scoring as measure
+
+    rows = [measure(name, pixels, repeats).row() for name in model for pixels in size]
+    _show_rows(rows, as_json)
+
+
+def _show_rows(rows: Sequence[Mapping[str, str]], as_json: bool) -> None:
+    if as_json:
+        for row in rows:
+            print(json.dumps(row))
+        return
+    table = Table(*rows[0])
+    for row in rows:
+        table.add_row(*row.values())
     Console(width=None if sys.stdout.isatty() else 140).print(table)
 
 

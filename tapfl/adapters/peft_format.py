@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from peft import LoraConfig
-
 from tapfl.adapters.layout import LORA_A, LORA_B, Params
 from tapfl.store import write_bytes, write_tensors
 
@@ -20,6 +18,8 @@ def save_peft(params: Params, scale: float, folder: Path, base: str) -> None:
         scale: s = lora_alpha / r.
         base: where the pruned model is; recorded only.
     """
+    from peft import LoraConfig  # two seconds with all of transformers, and only the last message of a run needs it
+
     linears = [name.removesuffix(f".{LORA_A}") for name in params if name.endswith(LORA_A)]
     heads = sorted({name.rpartition(".")[0] for name in params if not name.endswith((LORA_A, LORA_B))})
     rank = len(params[f"{linears[0]}.{LORA_A}"])

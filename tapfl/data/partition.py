@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 
 import numpy as np
@@ -88,7 +89,9 @@ def partition(labels: np.ndarray, options: DataOptions, devices: int, seed: int)
     order = numpy_generator(seed, "order").permutation(len(labels))
     partitioner.dataset = Dataset.from_dict({"label": labels[order].tolist(), "position": order.tolist()})
     try:
-        parts = [np.array(partitioner.load_partition(i)["position"], dtype=np.int64) for i in range(devices)]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # few devices leave classes to nobody: that is what was asked
+            parts = [np.array(partitioner.load_partition(i)["position"], dtype=np.int64) for i in range(devices)]
     except ValueError as error:
         raise DataError(f"data.partition = {options.partition!r} for {devices} devices: {error}") from None
     return [_split_device(np.sort(part), labels, options.test_share, seed, i) for i, part in enumerate(parts)]

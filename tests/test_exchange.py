@@ -1,0 +1,143 @@
+"""Messages to many devices: what is refused, lost, late, killed or sent twice costs only itself."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from flwr.app import Context, Error, Message, RecordDict
+from flwr.supercore.task_identity import TaskIdentity
+
+from experiments.engines.inprocess import InProcessGrid
+from strategies import exchange as module
+from strategies.exchange import exchange, wait_for_nodes
+from tapfl.errors import RunError
+from tapfl.wire import Train, TrainReply
+
+GOOD = TrainReply(
+    round=1,
+    adapters=np.ones(3, np.float32),
+    loss=0.5,
+    alpha=0.5,
+    global_accuracy=0.9,
+    personal_accuracy=1.0,
+)
+
+Answer = Callable[[int, int], TrainReply | Error | None]
+
+
+class ScriptedGrid(InProcessGrid):
+    """Devices answer as a function of (partition id, attempt); None is no answer at all."""
+
+    def __init__(self, nodes: int, answer: Answer) -> None:
+        TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
+        super().__init__(self._respond, {}, nodes, run_id=1)
+        self.answer, self.attempts, self.in_flight, self.most_in_flight = answer, [0] * nodes, 0, 0
+
+    def _respond(self, message: Message, context: Context) -> Message:
+        i = int(context.node_config["partition-id"])
+        self.attempts[i] += 1
+        answer = self.answer(i, self.attempts[i])
+        if isinstance(answer, TrainReply):
+            return Message(answer.to_records(), reply_to=message)
+        return Message(answer or Error(0, "silent"), reply_to=message)
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        ids = list(super().push_messages(messages))
+        self.in_flight += len(ids)
+        self.most_in_flight = max(self.most_in_flight, self.in_flight)
+        return ids
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        replies = [
+            reply
+            for reply in super().pull_messages(message_ids)
+            if not (reply.has_error() and reply.error.reason == "silent")
+        ]
+        self.in_flight -= len(replies)
+        return replies
+
+
+@pytest.fixture(autouse=True)
+def _hasty(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "RETRY_AFTER", 0.01)
+
+
+def ask(grid: ScriptedGrid, timeout: float = 5.0, window: int = 16) -> module.Answers[TrainReply]:
+    nodes = {int(context.node_config["partition-id"]): node for node, context in grid._contexts.items()}
+    outgoing = {i: (node, Train(1, np.zeros(3, np.float32))) for i, node in nodes.items()}
+    return exchange(
+        grid,
+        outgoing,
+        TrainReply,
+        lambda _, reply: reply.check(1, 3, True),
+        timeout=timeout,
+        window=window,
+        group="1",
+    )
+
+
+@pytest.mark.parametrize(
+    ("bad", "reason"),
+    [
+        (replace(GOOD, adapters=np.array([1, np.nan, 1], np.float32)), "finite"),
+        (replace(GOOD, adapters=np.ones(4, np.float32)), "shape"),
+        (replace(GOOD, adapters=np.ones(3, np.int64)), "float32"),
+        (replace(GOOD, loss=math.inf), "not finite"),
+        (replace(GOOD, alpha=1.5), "alpha"),
+        (replace(GOOD, round=7), "round 7"),
+    ],
+)
+def test_a_bad_upload_is_refused_with_its_reason_and_the_others_count(bad: TrainReply, reason: str) -> None:
+    answers = ask(ScriptedGrid(3, lambda i, _: bad if i == 1 else GOOD))
+    assert sorted(answers.replies) == [0, 2]
+    assert answers.failures[1].startswith("refused") and reason in answers.failures[1]
+
+
+def test_a_lost_worker_is_asked_again_and_a_client_that_raises_is_not() -> None:
+    lost, raised = Error(0, "ActorDiedError"), Error(2, "Traceback\n  line\nValueError: mine\n")
+    grid = ScriptedGrid(3, lambda i, attempt: [GOOD, lost if attempt < 3 else GOOD, raised][i])
+    answers = ask(grid)
+    assert sorted(answers.replies) == [0, 1] and grid.attempts == [1, 3, 1]
+    assert answers.failures == {2: "ValueError: mine"}
+
+
+def test_a_device_that_hangs_costs_only_itself() -> None:
+    answers = ask(ScriptedGrid(3, lambda i, _: None if i == 0 else GOOD), timeout=0.3)
+    assert sorted(answers.replies) == [1, 2] and "no answer within 0.3 s" in answers.failures[0]
+
+
+def test_no_more_than_the_window_is_in_flight() -> None:
+    grid = ScriptedGrid(10, lambda i, _: GOOD)
+    assert len(ask(grid, window=3).replies) == 10
+    assert grid.most_in_flight == 3
+
+
+def test_a_phase_without_any_answer_ends_the_run() -> None:
+    answers = ask(ScriptedGrid(2, lambda i, _: Error(2, "ValueError: mine")))
+    with pytest.raises(RunError, match="no device answered; ValueError: mine"):
+        answers.require_any("round 1")
+
+
+def test_answers_come_in_the_order_of_the_devices() -> None:
+    assert list(ask(ScriptedGrid(12, lambda i, _: GOOD), window=5).require_any("round 1")) == list(range(12))
+
+
+def test_nodes_that_do_not_match_the_number_asked_for() -> None:
+    grid = ScriptedGrid(3, lambda i, _: GOOD)
+    assert len(wait_for_nodes(grid, 0, 5)) == len(wait_for_nodes(grid, 3, 5)) == 3
+    with pytest.raises(RunError, match=r"devices.count = 5, but 3 nodes are there after 0.1 s"):
+        wait_for_nodes(grid, 5, 0.1)
+    with pytest.raises(RunError, match=r"devices.count = 2, but there are 3 nodes"):
+        wait_for_nodes(grid, 2, 5)
+
+
+def test_records_of_a_stranger_are_refused() -> None:
+    class Stranger(ScriptedGrid):
+        def _respond(self, message: Message, context: Context) -> Message:
+            return Message(RecordDict(), reply_to=message)
+
+    assert "refused" in ask(Stranger(1, lambda i, _: GOOD)).failures[0]

@@ -1,0 +1,88 @@
+"""Flower's own simulation on Ray: the same bits as in one process, its true outcome, and nothing left running."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from test_inprocess_run import SMALL, content, tapfl
+
+DRIVER = """
+import sys, json
+from experiments.engines.flower import run_flower
+from experiments.preflight import absolute_paths
+from tapfl.config import RunConfig
+options, workers, apps = json.loads(sys.argv[1]), int(sys.argv[2]), json.loads(sys.argv[3])
+run_flower(absolute_paths(RunConfig.from_flat(options)).flat(), options["devices.count"], workers, **apps)
+"""
+
+
+def simulate(folder: Path, cache: Path, workers: int, **apps: str) -> subprocess.CompletedProcess[str]:
+    options: dict[str, object] = dict(option.split("=", 1) for option in SMALL)
+    options |= {"out": str(folder), "cache": str(cache), "devices.count": 4}
+    environment = os.environ | {"RAY_TMPDIR": "", "PYTHONPATH": str(Path(__file__).parent)}
+    environment.pop("RAY_TMPDIR")
+    return subprocess.run(
+        [sys.executable, "-c", DRIVER, json.dumps(options), str(workers), json.dumps(apps)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+        env=environment,
+    )
+
+
+def left_running(needle: str) -> list[str]:
+    """Command lines of processes that carry `needle` in their arguments or environment."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            text = (process / "cmdline").read_bytes() + (process / "environ").read_bytes()
+        except OSError:
+            continue
+        if needle.encode() in text and process.name != str(os.getpid()):
+            found.append((process / "cmdline").read_bytes().decode(errors="replace"))
+    return found
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module")
+def one_process(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    folder = tmp_path_factory.mktemp("runs") / "inprocess"
+    assert tapfl("--out", str(folder), cache=cache).exit_code == 0
+    return content(folder)
+
+
+def test_one_worker_and_one_process_give_the_same_bits(
+    cache: Path, tmp_path: Path, one_process: dict[str, bytes]
+) -> None:
+    done = simulate(tmp_path / "run", cache, workers=1)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert content(tmp_path / "run") == one_process
+
+
+def test_two_workers_give_the_same_bits_even_if_one_is_killed(
+    cache: Path, tmp_path: Path, one_process: dict[str, bytes]
+) -> None:
+    """The worker that dies takes a message with it; it is restarted, the message is sent again, the round is whole."""
+    done = simulate(tmp_path / "run", cache, workers=2, client_app="faulty_apps:mortal")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert (cache / "died").exists()
+    assert "sent again" in done.stdout + done.stderr
+    assert content(tmp_path / "run") == one_process
+
+
+def test_what_the_server_app_raises_ends_the_run_and_nothing_stays(cache: Path, tmp_path: Path) -> None:
+    done = simulate(tmp_path / "run", cache, workers=1, server_app="faulty_apps:broken_server")
+    assert done.returncode == 1
+    assert "ArithmeticError: the server app raised" in done.stderr
+    assert not left_running(str(tmp_path))
