@@ -266,6 +266,7 @@ def test_pack_and_unpack_are_inverse(vit: Tiny) -> None:
     unpacked = unpack(vector, layout)
     unpacked["head.bias"].zero_()
     assert not np.shares_memory(unpacked["head.bias"].numpy(), vector)
+    assert len({theta.untyped_storage().data_ptr() for theta in unpacked.values()}) == len(unpacked)  # nor each other's
 
 
 @pytest.mark.parametrize("rule", RULES)

@@ -88,11 +88,6 @@ def test_same_content_gives_the_same_bytes(vit: Tiny, tmp_path: Path) -> None:
     files = [{f.name: f.read_bytes() for f in (tmp_path / folder).iterdir()} for folder in ("one", "two")]
     assert files[0] == files[1]
     assert {CONFIG_FILE, WEIGHTS_FILE} == set(files[0])
-
-
-def test_bytes_do_not_depend_on_the_process(vit: Tiny, tmp_path: Path) -> None:
-    """peft keeps the names of modules in a set, whose order changes with the hash seed of the process."""
-    _, layout = device(vit)
-    save_peft(personal(vit, layout), SCALE, tmp_path, base="pruned")
-    names = json.loads((tmp_path / CONFIG_FILE).read_text())["target_modules"]
+    # peft keeps these names in a set, whose order changes from process to process
+    names = json.loads(files[0][CONFIG_FILE])["target_modules"]
     assert names == sorted(names)

@@ -88,7 +88,7 @@ def best_rank(B: Tensor, A: Tensor, fresh_A: Tensor) -> tuple[Tensor, Tensor]:
     root = S.sqrt() * sign
     new_B = torch.zeros(len(B), rank, dtype=torch.float64)
     new_A = fresh_A.double().clone()
-    alive = int((DEAD * S[0] < S).sum()) if S[0] > 0 else 0
+    alive = int((DEAD * S[0] < S).sum())
     new_B[:, :alive] = (U * root)[:, :alive]
     new_A[:alive] = (root[:, None] * Vh)[:alive]
     return new_B.to(fresh_A.dtype), new_A.to(fresh_A.dtype)

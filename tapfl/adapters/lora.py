@@ -73,7 +73,6 @@ class AdaptedModel:
             put(self._model, name, _BoundLinear(name, linear, self._bound, scale))
 
     def __call__(self, params: Params, x: Tensor) -> Tensor:
-        self._bound.clear()
         self._bound.update(params)
         try:
             logits: Tensor = self._model(x)
