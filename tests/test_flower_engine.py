@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 
 import pytest
-
 from test_inprocess_run import SMALL, content, tapfl
 
 DRIVER = """

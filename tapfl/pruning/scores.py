@@ -9,7 +9,7 @@ For a channel c of a layer with activations X (images B, tokens N, channels C), 
     act_c = Σ_{b,n} |X_bnc|                               activeness
 
 Since tr(HKH·HRH) = Σ_ij K_ij (HRH)_ij, only the references R are centred, and all channels against all references are
-one matrix product.
+one matrix product. A constant added to K changes nothing, so K - 1 is what is computed.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from tapfl.models.units import PrunableLayer
 
 # (rel, 1 - red, act); constants of the authors' public code, which the paper follows
 TERM_WEIGHTS = {"ffn": (0.1, 0.1, 0.8), "attention": (0.8, 0.1, 0.1)}
-CHANNELS_AT_ONCE = 64
+CHANNELS_AT_ONCE, STRIP = 64, 16
 
 
 @dataclass(frozen=True)
@@ -37,22 +37,32 @@ class Terms:
     act: Tensor
 
 
-def gaussian_kernel(Z: Tensor) -> Tensor:
-    """Returns K(Z), (..., B, B), of rows (..., B, N): the mean of five Gaussian kernels, σ = 1, 2, 4, 8, 16.
+def distance_factors(Z: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns (C, B, N+2) and (C, N+2, B) whose product is -|z_i - z_j|² / 512, for Z (C, B, N) centred over B.
 
-    One exponential: with e_σ = exp(-d²/2σ²), halving σ is a fourth power. fp32 throughout, because the distances
-    cancel in less; rows are centred first, which leaves distances as they are and the cancellation small.
+    Centring leaves the distances as they are, and the cancellation in them small.
     """
-    Z = Z - Z.mean(dim=-2, keepdim=True)
-    gram = Z @ Z.transpose(-1, -2)
-    norms = gram.diagonal(dim1=-2, dim2=-1)
-    distances = (norms.unsqueeze(-1) + norms.unsqueeze(-2) - 2 * gram).clamp_(min=0)
-    power = distances.mul_(-1 / 512).exp_()
-    kernel = power.clone()
+    Z = Z * (2 / 512) ** 0.5
+    half = (Z * Z).sum(-1, keepdim=True) / 2
+    one = torch.ones_like(half)
+    return torch.cat([Z, -half, -one], dim=-1), torch.cat([Z, one, half], dim=-1).transpose(1, 2)
+
+
+def five_kernels(exponents: Tensor) -> Tensor:
+    """Returns Σ_σ (exp(-d²/2σ²) - 1) over σ = 1, 2, 4, 8, 16, given -d²/512. Overwrites its argument.
+
+    One exponential: halving σ is a fourth power. All in u = exp(x) - 1, squared as (1 + u)² - 1 = u + (u + u²), because
+    centring takes the 1 out anyway, and where activations hardly differ it would take their digits with it.
+    """
+    u = exponents.clamp_(max=0).expm1_()
+    total = u.clone()
+    step = torch.empty_like(u)
     for _ in range(4):
-        power = power.square_().square_()
-        kernel += power
-    return kernel.div_(5)
+        for _ in range(2):
+            torch.addcmul(u, u, u, out=step)
+            u += step
+        total += u
+    return total
 
 
 def centre(R: Tensor) -> Tensor:
@@ -68,23 +78,41 @@ def terms(X: Tensor, P: Tensor, heads: int, chunk: int = CHANNELS_AT_ONCE) -> Te
         P: class probabilities (B, classes).
         heads: 0 for an FFN (one reference for all channels), else the heads of an attention; channels are head-major.
             With one head there is no other head, and redundancy is 0.
-        chunk: channels whose kernels are in memory at once, B² floats each.
+        chunk: channels whose kernels are in memory at once.
     """
     B, _, C = X.shape
     groups = max(heads, 1)
     means = X.reshape(B, -1, groups, C // groups).mean(-1).permute(2, 0, 1)
-    references = centre(torch.cat([(P @ P.T)[None], gaussian_kernel(means)])).reshape(1 + groups, B * B)
-    channels = X.permute(2, 0, 1)
-    traces = torch.cat(
-        [gaussian_kernel(part).reshape(len(part), B * B) @ references.T for part in channels.split(chunk)]
-    )
-    rel, against = traces[:, 0], traces[:, 1:]
+    means = means - means.mean(1, keepdim=True)
+    kernels = five_kernels(torch.bmm(*distance_factors(means))) / 5
+    deviation = P - P.mean(0)  # HP; its Gram matrix is H P Pᵀ H
+    references = torch.cat([(deviation @ deviation.T)[None], centre(kernels)]) / 5
+    # K and R are symmetric: strips of rows from the diagonal on are enough, if what lies right of a strip's square
+    # counts twice
+    strips = [slice(start, min(start + STRIP, B)) for start in range(0, B, STRIP)]
+    weights = [_strip(references, rows) for rows in strips]
+    traces = []
+    for part in X.permute(2, 0, 1).split(chunk):
+        left, right = distance_factors(part - part.mean(1, keepdim=True))
+        against = torch.zeros(1 + groups, len(part), dtype=X.dtype)
+        for rows, weight in zip(strips, weights, strict=True):
+            kernel = five_kernels(torch.bmm(left[:, rows], right[:, :, rows.start :]))
+            against += weight @ kernel.reshape(len(part), -1).T
+        traces.append(against)
+    rel, *by_head = torch.cat(traces, dim=1)
+    red = by_head[0]
     if heads:
-        own = against.gather(1, torch.arange(C).div(C // heads, rounding_mode="floor")[:, None]).squeeze(1)
-        red = (against.sum(1) - own) / (heads - 1) if heads > 1 else torch.zeros(C)
-    else:
-        red = against[:, 0]
+        stacked = torch.stack(by_head)
+        own = stacked.gather(0, torch.arange(C).div(C // heads, rounding_mode="floor")[None])[0]
+        red = (stacked.sum(0) - own) / (heads - 1) if heads > 1 else torch.zeros_like(rel)
     return Terms(rel, red, X.abs().sum((0, 1)))
+
+
+def _strip(references: Tensor, rows: slice) -> Tensor:
+    """Returns rows of (R, B, B) from their own diagonal on, flat, with what lies right of their square doubled."""
+    strip = references[:, rows, rows.start :].clone()
+    strip[:, :, rows.stop - rows.start :] *= 2
+    return strip.reshape(len(references), -1)
 
 
 def composite(parts: Terms, weights: tuple[float, float, float]) -> Tensor:
