@@ -14,6 +14,7 @@ from tapfl.models.backbone import build, input_transform, load_weights, read_hea
 from tapfl.models.cost import measure_cost
 from tapfl.models.units import prunable_layers
 from tapfl.pruning.allocate import allocate
+from tapfl.pruning.criteria.registry import criterion_of
 from tapfl.store import cache_folder
 
 
@@ -53,6 +54,7 @@ def _check_backbone(config: RunConfig, classes: tuple[str, ...]) -> None:
         load_weights(model, Path(options.weights), classes, rows if options.head != "train" else None)
     elif rows:
         read_head_rows(rows, classes)
+    criterion_of(config.pruning.criterion)
     layers = prunable_layers(model)
     for budget in sorted(set(config.devices.budgets)):
         allocate(layers, np.ones(len(layers)), measure_cost(model).macs, budget, config.pruning)

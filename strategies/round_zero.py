@@ -11,7 +11,7 @@ from tapfl.config import RunConfig, Scalar
 from tapfl.data.sources import ImageSet
 from tapfl.models.backbone import BackboneSpec, transform_of
 from tapfl.pruning.plan import PruningPlan
-from tapfl.pruning.tap import plan_pruning
+from tapfl.pruning.planning import plan_pruning
 from tapfl.seeds import numpy_generator
 from tapfl.summary.descriptors import Projection, image_features
 from tapfl.summary.metric_set import pick_metric_set
@@ -66,9 +66,10 @@ def device_plan(
         "budget": budget,
         "metric-rule": config.metric.rule,
         "metric-size": config.metric.size,
+        "criterion": config.pruning.criterion,
         "ratio": config.pruning.ratio,
         "tau": config.pruning.tau,
         "align": config.pruning.align,
         "seed": config.seed,
     }
-    return plan_pruning(model, spec, inputs, budget, config.pruning, config.metric.batch, provenance)
+    return plan_pruning(model, spec, inputs, budget, config.pruning, config.metric.batch, provenance, config.seed)

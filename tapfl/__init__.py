@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from tapfl.models.cost import Cost, measure_cost
     from tapfl.models.units import prunable_layers
     from tapfl.pruning.plan import PruningPlan
+    from tapfl.pruning.planning import plan_pruning
     from tapfl.pruning.surgery import load_plan, load_pruned, save_pruned, shrink
-    from tapfl.pruning.tap import plan_pruning
     from tapfl.summary.descriptors import Projection, image_features
     from tapfl.summary.metric_set import pick_metric_set
     from tapfl.summary.mixture import GaussianSummary, fit_mixture
@@ -41,7 +41,7 @@ _HOMES = {
     "load_pruned": "tapfl.pruning.surgery",
     "measure_cost": "tapfl.models.cost",
     "pick_metric_set": "tapfl.summary.metric_set",
-    "plan_pruning": "tapfl.pruning.tap",
+    "plan_pruning": "tapfl.pruning.planning",
     "prunable_layers": "tapfl.models.units",
     "save_pruned": "tapfl.pruning.surgery",
     "shrink": "tapfl.pruning.surgery",

@@ -19,8 +19,8 @@ from tapfl.models.backbone import BackboneSpec, build, segments
 from tapfl.models.cost import measure_cost
 from tapfl.models.units import LinearCut, SelfAttention, prunable_layers
 from tapfl.pruning.plan import PruningPlan
+from tapfl.pruning.planning import plan_pruning
 from tapfl.pruning.surgery import kept_units, load_plan, load_pruned, save_pruned, shrink
-from tapfl.pruning.tap import plan_pruning
 
 FAMILIES = ["vit", "deit", "swin"]
 

@@ -70,7 +70,22 @@ def layer_weights(layers: Sequence[PrunableLayer], kl: Mapping[str, float], opti
 def allocate(
     layers: Sequence[PrunableLayer], weights: np.ndarray, dense_macs: int, share: float, options: PruningOptions
 ) -> dict[str, int]:
-    """Returns the width (units kept) of each layer, by name.
+    """Returns the width (units kept) of each layer, by name: water-filling by `weights`, then `fit_widths`.
+
+    Raises:
+        BudgetError: as `fit_widths`.
+    """
+    unit, full = slice_costs(layers)
+    most = float(unit @ full)
+    spendable = min(max(share * dense_macs - (dense_macs - most), options.floor * most), most)
+    _, keep = water_fill(weights, unit * full, spendable, options.floor)
+    return fit_widths(layers, keep * full, dense_macs, share, options)
+
+
+def fit_widths(
+    layers: Sequence[PrunableLayer], ideal: np.ndarray, dense_macs: int, share: float, options: PruningOptions
+) -> dict[str, int]:
+    """Returns the width (units kept) of each layer, by name, near `ideal` units a head.
 
     Widths are multiples of `align` (dims a head for an attention), so that the whole model costs at most
     ``share * dense_macs`` and at least 99.5 % of that.
@@ -78,8 +93,7 @@ def allocate(
     Raises:
         BudgetError: if no such widths exist, naming the nearest share that can be had.
     """
-    unit = np.array([layer.macs_per_unit * layer.heads for layer in layers], dtype=np.float64)
-    full = np.array([layer.units_per_head for layer in layers])
+    unit, full = slice_costs(layers)
     budget = math.floor(share * dense_macs * (1 + 1e-12))  # costs are whole; a share that was a quotient is met exactly
     fixed = dense_macs - float(unit @ full)
     least = np.minimum(
@@ -92,9 +106,7 @@ def allocate(
             f"{math.ceil(minimum / dense_macs * 1e4) / 1e4:g} "
             f"(pruning.floor = {options.floor:g}, pruning.align = {options.align})"
         )
-    spendable = min(max(budget - fixed, options.floor * float(unit @ full)), float(unit @ full))
-    _, keep = water_fill(weights, unit * full, spendable, options.floor)
-    ideal = np.maximum(keep * full, least)
+    ideal = np.maximum(ideal, least)
     widths = np.maximum(_round_down(ideal, full, options.align), least)
     while fixed + unit @ widths > budget:  # the least widths may cost more than their layers' shares
         excess = np.where(widths > least, widths - ideal, -np.inf)
@@ -109,6 +121,12 @@ def allocate(
             f"a smaller pruning.align than {options.align} comes nearer"
         )
     return {layer.name: int(width) * layer.heads for layer, width in zip(layers, widths, strict=True)}
+
+
+def slice_costs(layers: Sequence[PrunableLayer]) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the MACs of one unit in every head, and the units a head when dense, for each layer."""
+    unit = np.array([layer.macs_per_unit * layer.heads for layer in layers], dtype=np.float64)
+    return unit, np.array([layer.units_per_head for layer in layers])
 
 
 def _round_down(widths: np.ndarray, full: np.ndarray, align: int) -> np.ndarray:

@@ -1,0 +1,40 @@
+"""The criteria by name: those of this folder, and those that installed packages offer.
+
+A package offers its own by an entry point of the group ``tapfl.criteria``, whose name is the criterion's and whose
+value is a callable `PruningTask -> Selection`.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from importlib.metadata import entry_points
+
+from tapfl.errors import ConfigError
+from tapfl.pruning.criteria.task import Criterion
+
+ENTRY_POINTS = "tapfl.criteria"
+
+# name -> module:function, imported when it is asked for
+BUILT_IN = {
+    "random": "tapfl.pruning.criteria.random_units:random_units",
+    "tap": "tapfl.pruning.criteria.tap:tap",
+}
+
+
+def criterion_names() -> list[str]:
+    """Returns the names of all criteria that can be had, sorted."""
+    return sorted({*BUILT_IN, *(point.name for point in entry_points(group=ENTRY_POINTS))})
+
+
+def criterion_of(name: str) -> Criterion:
+    """Returns the criterion of that name. Raises ConfigError if there is none."""
+    if name in BUILT_IN:
+        module, _, function = BUILT_IN[name].partition(":")
+        criterion: Criterion = getattr(import_module(module), function)
+        return criterion
+    for point in entry_points(group=ENTRY_POINTS, name=name):
+        offered: Criterion = point.load()
+        return offered
+    raise ConfigError(
+        f"pruning.criterion = {name!r}: there is no such criterion; accepted: {', '.join(criterion_names())}"
+    )

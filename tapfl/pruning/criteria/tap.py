@@ -1,0 +1,16 @@
+"""TAP (TAP-ViTs, arXiv 2601.02437): composite neuron importance within layers, KL importance between them.
+
+Differs from the publication in how a budget becomes widths: water-filling and alignment (`tapfl.pruning.allocate`),
+because clipping loses budget and methods then differ in size.
+"""
+
+from __future__ import annotations
+
+from tapfl.pruning.criteria.ranking import by_layer
+from tapfl.pruning.criteria.task import PruningTask, Selection
+from tapfl.pruning.scores import neuron_importance
+
+
+def tap(task: PruningTask) -> Selection:
+    """Needs no labels and no gradients."""
+    return by_layer(task, neuron_importance(task.model, task.layers, task.inputs, task.batch))

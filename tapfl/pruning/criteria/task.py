@@ -1,0 +1,60 @@
+"""What every criterion is given, and what it gives back: the same for all, so that they can be compared."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from tapfl.config import PruningOptions
+from tapfl.models.cost import Cost
+from tapfl.models.units import PrunableLayer
+
+
+@dataclass(frozen=True)
+class PruningTask:
+    """A pruning problem.
+
+    Attributes:
+        model: the dense backbone, frozen and in evaluation mode. A criterion leaves it as it is.
+        layers: its prunable layers, in the order of the forward pass.
+        dense: its cost.
+        inputs: the metric set in the backbone's input format (n, channels, height, width).
+        labels: int64 (n,), or None: criteria that need labels then take the dense model's own predictions.
+        budget: share of the dense model's MACs that may be kept.
+        options: ratio, temperature, alignment, floor.
+        batch: images a batch; n is at least one batch.
+        generator: the only source of chance.
+    """
+
+    model: nn.Module
+    layers: tuple[PrunableLayer, ...]
+    dense: Cost
+    inputs: Tensor
+    labels: Tensor | None
+    budget: float
+    options: PruningOptions
+    batch: int
+    generator: torch.Generator
+
+
+@dataclass(frozen=True)
+class Selection:
+    """A criterion's answer.
+
+    Attributes:
+        kept: the units that stay (sorted, int64), by layer name, of a cost within 0.5 % below the budget.
+        importance: one number a layer where the criterion has one.
+        model: the backbone with the weights that the criterion's own search left, if it trained; else None.
+        steps: gradient steps that the search spent; a fair comparison deducts them from recovery.
+    """
+
+    kept: dict[str, Tensor]
+    importance: dict[str, float] = field(default_factory=dict)
+    model: nn.Module | None = None
+    steps: int = 0
+
+
+Criterion = Callable[[PruningTask], Selection]
