@@ -16,8 +16,15 @@ ENTRY_POINTS = "tapfl.criteria"
 
 # name -> module:function, imported when it is asked for
 BUILT_IN = {
+    "fisher": "tapfl.pruning.criteria.fisher:fisher",
+    "fisher-global": "tapfl.pruning.criteria.fisher:fisher_global",
+    "isomorphic": "tapfl.pruning.criteria.isomorphic:isomorphic",
+    "magnitude": "tapfl.pruning.criteria.magnitude:magnitude",
     "random": "tapfl.pruning.criteria.random_units:random_units",
     "tap": "tapfl.pruning.criteria.tap:tap",
+    "taylor": "tapfl.pruning.criteria.taylor:taylor",
+    "taylor-global": "tapfl.pruning.criteria.taylor:taylor_global",
+    "wanda": "tapfl.pruning.criteria.wanda:wanda",
 }
 
 

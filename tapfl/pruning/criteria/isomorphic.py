@@ -1,0 +1,34 @@
+"""Isomorphic pruning (Fang et al., "Isomorphic pruning for vision models", ECCV 2024): ranked among equals only.
+
+Scores of substructures of different topology follow different distributions, so each type of substructure is ranked
+over all layers alone, and each loses the same share. The types are attention dims and FFN units; as in the public code,
+equality is one of topology and not of size, so the stages of a Swin are ranked together. The score is Taylor's,
+E_b |∂L_b/∂g| (`tapfl.pruning.criteria.taylor`), not divided by what a unit costs.
+
+Differs from the publication: gates on units instead of weight times gradient summed over coupled weights, and the
+third type, the embedding's dims, is not pruned here by any criterion.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from tapfl.models.units import PrunableLayer
+from tapfl.pruning.criteria.gates import mean_over_images
+from tapfl.pruning.criteria.ranking import Scores, across_layers
+from tapfl.pruning.criteria.task import PruningTask, Selection
+
+
+def isomorphic(task: PruningTask) -> Selection:
+    """Ranks all units of a type together; the types share the budget evenly."""
+    return within_types(task, mean_over_images(task, torch.abs))
+
+
+def within_types(task: PruningTask, scores: Scores) -> Selection:
+    """Spends the budget by `scores` (units,), as published."""
+    plain = {layer.name: scores[layer.name] * layer.macs_per_unit for layer in task.layers}  # undoes "a MAC"
+    return across_layers(task, plain, group_of=_type)
+
+
+def _type(layer: PrunableLayer) -> str:
+    return layer.kind

@@ -1,0 +1,202 @@
+"""Rival criteria: what each keeps that deserves its name, and what all of them promise."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from importlib.metadata import EntryPoint
+
+import numpy as np
+import pytest
+import torch
+from backbones import Tiny
+from torch import Tensor
+from torch.nn import functional as F
+
+from tapfl.config import PruningOptions
+from tapfl.errors import ConfigError
+from tapfl.pruning.criteria import fisher, gates, isomorphic, magnitude, registry, taylor, wanda
+from tapfl.pruning.criteria.ranking import across_layers, by_layer
+from tapfl.pruning.criteria.task import PruningTask, Selection
+from tapfl.pruning.planning import plan_of, pruning_task
+
+FAMILIES = ["vit", "deit", "swin"]
+LABELS = torch.tensor([3, 1, 4, 1])
+QUANTISED = {"updp"}  # drops whole branches, so the budget is met from below only
+
+
+def task_of(backbone: Tiny, budget: float = 0.6, batch: int = 2, ratio: str = "uniform", seed: int = 0) -> PruningTask:
+    options = PruningOptions(align=1, ratio=ratio)
+    return pruning_task(backbone.model, backbone.inputs, budget, options, batch, seed=seed)
+
+
+def in_double(task: PruningTask) -> PruningTask:
+    """The same problem in float64, in which finite differences are exact enough."""
+    return replace(task, model=copy.deepcopy(task.model).double(), inputs=task.inputs.double())
+
+
+def same(a: Selection, b: Selection) -> bool:
+    return a.kept.keys() == b.kept.keys() and all(torch.equal(a.kept[name], b.kept[name]) for name in a.kept)
+
+
+def loss_with(task: PruningTask, factors: dict[str, Tensor], labels: Tensor) -> Tensor:
+    """Each image's cross-entropy when the units' activations are multiplied by `factors`; hooks written here anew."""
+    handles = [
+        task.model.get_submodule(f"{layer.name}.{layer.output}").register_forward_pre_hook(
+            lambda _m, x, f=factors[layer.name]: (x[0] * f,)
+        )
+        for layer in task.layers
+        if layer.name in factors
+    ]
+    with torch.no_grad():
+        logits = task.model(task.inputs)
+    for handle in handles:
+        handle.remove()
+    return F.cross_entropy(logits, labels, reduction="none")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("name", sorted(registry.BUILT_IN))
+def test_a_criterion_keeps_its_promises(name: str, family: str, families: dict[str, Tiny]) -> None:
+    """A valid plan within the budget, the same for the same seed, and a dense model that is as it was."""
+    backbone = families[family]
+    state = {key: value.clone() for key, value in backbone.model.state_dict().items()}
+    modules = [id(module) for module in backbone.model.modules()]
+    criterion = registry.criterion_of(name)
+    first = criterion(task_of(backbone))
+    again = criterion(task_of(backbone))
+    assert same(first, again)
+    if first.model is not None:
+        assert again.model is not None and first.steps > 0
+        trained = again.model.state_dict()
+        assert all(torch.equal(value, trained[key]) for key, value in first.model.state_dict().items())
+        assert not any(p.requires_grad for p in first.model.parameters()) and not first.model.training
+        assert not any(module._forward_hooks or module._forward_pre_hooks for module in first.model.modules())
+
+    plan = plan_of(task_of(backbone), first, backbone.spec)
+    assert plan.cost.macs <= 0.6 * plan.dense.macs
+    assert name in QUANTISED or plan.cost.macs >= 0.6 * plan.dense.macs * 0.995
+    assert sum(plan.widths.values()) < sum(layer.units for layer in plan.layers)
+
+    assert [id(module) for module in backbone.model.modules()] == modules
+    assert all(torch.equal(value, state[key]) for key, value in backbone.model.state_dict().items())
+    assert all(p.grad is None and not p.requires_grad for p in backbone.model.parameters())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in backbone.model.modules())
+    assert not backbone.model.training
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_magnitude_is_the_coupled_norm(family: str, families: dict[str, Tiny]) -> None:
+    backbone = families[family]
+    weights = {key: value.double().numpy() for key, value in backbone.model.state_dict().items()}
+    for layer in backbone.layers:
+        found = magnitude.coupled_norm(layer, backbone.model.get_submodule(layer.name)).numpy()
+        for unit in (0, 1, layer.units // 2, layer.units - 1):
+            if layer.kind == "ffn":
+                w1, b1 = weights[f"{layer.name}.fc1.weight"], weights[f"{layer.name}.fc1.bias"]
+                parts = [w1[unit], b1[unit], weights[f"{layer.name}.fc2.weight"][:, unit]]
+            else:
+                qkv, n = weights[f"{layer.name}.qkv.weight"], layer.units
+                parts = [qkv[unit], qkv[n + unit], qkv[2 * n + unit], weights[f"{layer.name}.proj.weight"][:, unit]]
+            assert found[unit] == pytest.approx(sum((part**2).sum() for part in parts), rel=1e-12)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_wanda_is_activation_norm_times_column_norm(family: str, families: dict[str, Tiny]) -> None:
+    backbone = families[family]
+    task = task_of(backbone)
+    seen: dict[str, np.ndarray] = {}
+    handles = [
+        backbone.model.get_submodule(f"{layer.name}.{layer.output}").register_forward_pre_hook(
+            lambda _m, x, name=layer.name: seen.__setitem__(name, x[0].double().flatten(0, -2).numpy())
+        )
+        for layer in backbone.layers
+    ]
+    backbone.model(backbone.inputs)  # all images at once, where the criterion goes by batches of two
+    for handle in handles:
+        handle.remove()
+    for layer in backbone.layers:
+        columns = backbone.model.get_parameter(f"{layer.name}.{layer.output}.weight").double().numpy()
+        expected = np.sqrt((seen[layer.name] ** 2).sum(0)) * np.sqrt((columns**2).sum(0))
+        np.testing.assert_allclose(wanda.output_norms(task)[layer.name].numpy(), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gate_gradients_are_finite_differences_of_each_image(family: str, families: dict[str, Tiny]) -> None:
+    task = replace(in_double(task_of(families[family])), labels=LABELS)
+    batches = list(gates.image_gradients(task))
+    ε = 1e-5
+    for layer in task.layers:
+        found = torch.cat([batch[layer.name] for batch in batches])
+        assert found.shape == (4, layer.units)
+        for unit in (0, layer.units - 1):
+            up, down = torch.ones(layer.units).double(), torch.ones(layer.units).double()
+            up[unit] += ε
+            down[unit] -= ε
+            slope = (loss_with(task, {layer.name: up}, LABELS) - loss_with(task, {layer.name: down}, LABELS)) / (2 * ε)
+            torch.testing.assert_close(found[:, unit], slope, rtol=1e-5, atol=1e-8)
+
+
+def test_taylor_and_fisher_are_means_over_images(vit: Tiny) -> None:
+    task = replace(task_of(vit), labels=LABELS)
+    name = "blocks.0.mlp"
+    each = torch.cat([batch[name] for batch in gates.image_gradients(task)]).double()
+    torch.testing.assert_close(gates.mean_over_images(task, torch.abs)[name], each.abs().mean(0))
+    torch.testing.assert_close(gates.mean_over_images(task, torch.square)[name], (each**2).mean(0))
+    whole = gates.mean_over_images(replace(task, batch=4), torch.abs)[name]  # an image's gradient knows no batch
+    torch.testing.assert_close(whole, each.abs().mean(0), rtol=1e-4, atol=1e-7)
+
+
+def test_without_labels_the_dense_predictions_are_the_targets(vit: Tiny) -> None:
+    task = task_of(vit)
+    assert torch.equal(gates.targets(task), vit.model(vit.inputs).argmax(1))
+    assert torch.equal(gates.targets(replace(task, labels=LABELS)), LABELS)
+
+
+def test_global_ranking_follows_the_scale_of_a_layer_and_ranking_within_layers_does_not(vit: Tiny) -> None:
+    task = task_of(vit)
+    scores = gates.mean_over_images(task, torch.abs)
+    louder = scores | {"blocks.1.mlp": scores["blocks.1.mlp"] * 1e6}
+    assert same(by_layer(task, scores), by_layer(task, louder))
+    assert len(across_layers(task, louder).kept["blocks.1.mlp"]) == 128
+    assert len(across_layers(task, scores).kept["blocks.1.mlp"]) < 128
+    assert same(taylor.taylor_global(task), across_layers(task, scores))
+    assert same(fisher.fisher(task), by_layer(task, gates.mean_over_images(task, torch.square)))
+
+
+@pytest.mark.parametrize("family", ["vit", "swin"])
+def test_isomorphic_ranks_only_within_a_type(family: str, families: dict[str, Tiny]) -> None:
+    task = task_of(families[family], budget=0.5)
+    scores = gates.mean_over_images(task, torch.abs)
+    plain = isomorphic.within_types(task, scores)
+    louder = {layer.name: scores[layer.name] * (1e6 if layer.kind == "ffn" else 1) for layer in task.layers}
+    assert same(plain, isomorphic.within_types(task, louder))
+    first = task.layers[0].name  # within a type, scale counts: a loud layer takes what there is for its type
+    loud = isomorphic.within_types(task, scores | {first: scores[first] * 1e6})
+    assert len(loud.kept[first]) > 0.85 * task.layers[0].units > len(plain.kept[first])
+    others = [layer.name for layer in task.layers if layer.kind == "ffn"]
+    assert sum(len(loud.kept[n]) for n in others) == pytest.approx(sum(len(plain.kept[n]) for n in others), rel=0.05)
+    shares = {}
+    for kind in ("attention", "ffn"):
+        members = [layer for layer in task.layers if layer.kind == kind]
+        spent = sum(len(plain.kept[layer.name]) * layer.macs_per_unit for layer in members)
+        shares[kind] = spent / sum(layer.units * layer.macs_per_unit for layer in members)
+    assert shares["attention"] == pytest.approx(shares["ffn"], abs=0.08)  # slices of an attention are coarse
+
+
+def test_an_unknown_name_is_refused_and_the_known_ones_are_named() -> None:
+    with pytest.raises(ConfigError, match=r"pruning\.criterion = 'tapp'.*magnitude.*tap, .*wanda"):
+        registry.criterion_of("tapp")
+
+
+def test_a_package_may_offer_a_criterion(monkeypatch: pytest.MonkeyPatch) -> None:
+    offered = EntryPoint("mine", "tapfl.pruning.criteria.random_units:random_units", registry.ENTRY_POINTS)
+
+    def entry_points(group: str, name: str | None = None) -> list[EntryPoint]:
+        return [offered] if group == registry.ENTRY_POINTS and name in (None, "mine") else []
+
+    monkeypatch.setattr(registry, "entry_points", entry_points)
+    assert registry.criterion_of("mine") is offered.load()
+    assert "mine" in registry.criterion_names()
+    with pytest.raises(ConfigError, match="mine"):
+        registry.criterion_of("yours")
