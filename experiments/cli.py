@@ -83,6 +83,29 @@ def options() -> None:
     Console(width=None if sys.stdout.isatty() else 140).print(table)
 
 
+@app.command()
+def sweep(
+    config: Annotated[Path, typer.Option(help="TOML with a table [grid] of lists, and the options all runs share")],
+    out: Annotated[Path, typer.Option(help="folder of the runs; finished ones in it are not run again")],
+    engine: Annotated[Engine, typer.Option(help="what each run uses")] = Engine.INPROCESS,
+    jobs: Annotated[int, typer.Option(min=0, help="runs at a time; 0: as many as there are CPUs")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="print one JSON object a row")] = False,
+) -> None:
+    """Carry out a grid of federations and tabulate them: mean ± standard deviation over seeds."""
+    from experiments.sweep import means_over_seeds, read_sweep, run_sweep, write_results
+    from strategies.progress import stage
+
+    cells = read_sweep(config)
+    with stage("runs", len(cells)) as advance:
+        failures = run_sweep(cells, out, engine, jobs or os.cpu_count() or 1, lambda done, _, note: advance(done, note))
+    path = write_results(cells, out)
+    _show_rows(means_over_seeds(cells, out), as_json)
+    print(f"a line a run: {path}", file=sys.stderr)
+    if failures:
+        said = "\n".join(f"  {name}: {error}" for name, error in failures.items())
+        raise RunError(f"{len(failures)} of {len(cells)} runs failed; their logs lie in {out}\n{said}")
+
+
 bench = typer.Typer(help="Measure speed, as ratios side by side in one run.", no_args_is_help=True)
 app.add_typer(bench, name="bench")
 

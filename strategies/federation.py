@@ -6,11 +6,13 @@ by partition id, sums run in that order, and each draws from its own generator.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from flwr.common.logger import log
 from flwr.serverapp import Grid
 from torch import nn
 
@@ -85,6 +87,8 @@ class Federation:
         dense_params = next(iter(plans.values())).dense.params
         summary = summarise(self.fleet.records, clock.seconds, dense_params, self.config.train.rounds)
         write_json(self.folder.path / "summary.json", summary)
+        log(logging.INFO, "mean personal accuracy %.4f", summary["personal_accuracy"])
+        log(logging.INFO, "the run's folder: %s", self.folder.path)
 
     # -- round zero -------------------------------------------------------------------------------------------------
 

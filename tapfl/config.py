@@ -234,8 +234,13 @@ def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def read_toml(path: Path) -> dict[str, Any]:
     """Returns the options of a TOML file with dotted names. Raises ConfigError if it is not there or not TOML."""
+    return flatten(read_toml_tables(path))
+
+
+def read_toml_tables(path: Path) -> dict[str, Any]:
+    """Returns the tables of a TOML file as they are. Raises ConfigError as `read_toml`."""
     try:
-        return flatten(tomllib.loads(path.read_text(encoding="utf-8")))
+        return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"--config {path}: cannot be read ({error.strerror})") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:

@@ -1,0 +1,93 @@
+"""A plain `flwr run .`, as typed in the project's folder: it works, and nothing is installed for it behind the back."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from test_inprocess_run import TINY
+
+ROOT = Path(__file__).parent.parent
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+@pytest.fixture
+def environment(tmp_path: Path) -> Iterator[dict[str, str]]:
+    """Flower in a home and on a port of its own; the SuperLink that `flwr run` leaves behind is ended by its id."""
+    home = tmp_path / "home"
+    yield os.environ | {
+        "FLWR_HOME": str(home),
+        "FLWR_LOCAL_SUPERLINK_HTTP_API_PORT": str(free_port()),
+        "FLWR_TELEMETRY_ENABLED": "0",
+        "FLWR_DISABLE_UPDATE_CHECK": "1",
+        "TAPFL_CACHE": str(tmp_path / "cache"),
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+    }
+    for _ in range(50):
+        left = [pid for pid in processes_of(home) if pid != os.getpid()]
+        if not left:
+            break
+        for pid in left:
+            os.kill(pid, signal.SIGTERM)
+        time.sleep(0.2)
+
+
+def processes_of(home: Path) -> list[int]:
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            if f"FLWR_HOME={home}".encode() in (process / "environ").read_bytes().split(b"\0"):
+                found.append(int(process.name))
+        except OSError:
+            continue
+    return found
+
+
+def flwr(environment: dict[str, str], *arguments: str) -> str:
+    command = ["flwr", *arguments]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    return done.stdout + done.stderr
+
+
+def test_flwr_run_uses_all_nodes_and_installs_nothing(environment: dict[str, str], tmp_path: Path) -> None:
+    environment["FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION"] = "1"
+    options = {
+        "out": str(tmp_path / "run"),
+        "model.args": TINY,
+        "model.epochs": 1,
+        "metric.size": 64,
+        "pruning.align": 1,
+        "train.rounds": 1,
+        "train.epochs": 1,
+        "personalize.method": "fedavg",
+    }
+    overrides = " ".join(f"{key}={json.dumps(value)}" for key, value in options.items())
+    said = flwr(environment, "run", ".", "--stream", "--run-config", overrides)
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert len(summary["devices"]) == 2 and "num-supernodes=10" in said
+    assert str(tmp_path / "run") in said
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["personalize.method"] == "fedavg"
+    runtime = Path(environment["FLWR_HOME"]) / "runtime-envs"
+    assert not runtime.exists() or not list(runtime.iterdir())
+
+
+def test_without_the_export_it_fails_at_once_instead_of_downloading(environment: dict[str, str]) -> None:
+    said = flwr(environment, "run", ".", "--stream")
+    assert "The project is marked as unmanaged" in said
+
+
+def test_an_unknown_option_is_refused(environment: dict[str, str]) -> None:
+    assert "Invalid run configuration" in flwr(environment, "run", ".", "--run-config", "train.roundz=3")
