@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from dataclasses import replace
 from importlib.metadata import EntryPoint
+from itertools import chain, combinations
 
 import numpy as np
 import pytest
@@ -14,11 +15,24 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tapfl.config import PruningOptions
-from tapfl.errors import ConfigError
-from tapfl.pruning.criteria import fisher, gates, isomorphic, magnitude, registry, taylor, wanda
+from tapfl.errors import BudgetError, ConfigError
+from tapfl.models.units import PrunableLayer, replaced
+from tapfl.pruning.criteria import (
+    fisher,
+    gates,
+    isomorphic,
+    magnitude,
+    registry,
+    taylor,
+    updp,
+    upop,
+    upop_oneshot,
+    wanda,
+)
 from tapfl.pruning.criteria.ranking import across_layers, by_layer
 from tapfl.pruning.criteria.task import PruningTask, Selection
 from tapfl.pruning.planning import plan_of, pruning_task
+from tapfl.pruning.surgery import shrink
 
 FAMILIES = ["vit", "deit", "swin"]
 LABELS = torch.tensor([3, 1, 4, 1])
@@ -57,11 +71,14 @@ def loss_with(task: PruningTask, factors: dict[str, Tensor], labels: Tensor) -> 
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("name", sorted(registry.BUILT_IN))
-def test_a_criterion_keeps_its_promises(name: str, family: str, families: dict[str, Tiny]) -> None:
+def test_a_criterion_keeps_its_promises(
+    name: str, family: str, families: dict[str, Tiny], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A valid plan within the budget, the same for the same seed, and a dense model that is as it was."""
     backbone = families[family]
     state = {key: value.clone() for key, value in backbone.model.state_dict().items()}
     modules = [id(module) for module in backbone.model.modules()]
+    monkeypatch.setattr(upop, "STEPS", 10)
     criterion = registry.criterion_of(name)
     first = criterion(task_of(backbone))
     again = criterion(task_of(backbone))
@@ -182,6 +199,160 @@ def test_isomorphic_ranks_only_within_a_type(family: str, families: dict[str, Ti
         spent = sum(len(plain.kept[layer.name]) * layer.macs_per_unit for layer in members)
         shares[kind] = spent / sum(layer.units * layer.macs_per_unit for layer in members)
     assert shares["attention"] == pytest.approx(shares["ffn"], abs=0.08)  # slices of an attention are coarse
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_upop_masks_are_shared_by_heads_and_sit_before_the_activation(family: str, families: dict[str, Tiny]) -> None:
+    """A mask of 0 does what surgery does to the unit, in every head, and its gradient is a finite difference."""
+    task = replace(in_double(task_of(families[family], batch=4)), labels=LABELS)
+    masks = upop_oneshot.open_masks(task.layers, task.inputs)
+    with upop_oneshot.masked(task.model, task.layers, masks):
+        loss = F.cross_entropy(task.model(task.inputs), LABELS)
+    found = dict(zip(masks, torch.autograd.grad(loss, list(masks.values())), strict=True))
+    ε = 1e-5
+    for layer in task.layers[:2]:
+        assert found[layer.name].shape == (layer.units_per_head,)
+        module = task.model.get_submodule(layer.name)
+        first = module.fc1 if layer.kind == "ffn" else module.qkv
+        for k in (0, layer.units_per_head - 1):
+            around = []
+            for value in (1 + ε, 1 - ε):
+                factor = torch.ones(layer.units_per_head).double()
+                factor[k] = value
+                factor = factor.repeat(first.out_features // layer.units_per_head)  # by q, k and v and by head
+                handle = first.register_forward_hook(lambda _m, _x, y, f=factor: y * f)
+                around.append(F.cross_entropy(task.model(task.inputs), LABELS))
+                handle.remove()
+            assert float(found[layer.name][k]) == pytest.approx(
+                float(around[0] - around[1]) / (2 * ε), rel=1e-4, abs=1e-9
+            )
+
+        with torch.no_grad():
+            masks[layer.name][1] = 0
+        heads = torch.arange(layer.heads) * layer.units_per_head
+        stay = torch.tensor(sorted(set(range(layer.units)) - set((heads + 1).tolist())))
+        with upop_oneshot.masked(task.model, [layer], masks):
+            zeroed = task.model(task.inputs)
+        with replaced(task.model, layer.name, layer.shrink(module, stay).double()):
+            torch.testing.assert_close(task.model(task.inputs), zeroed.detach())
+
+
+def test_upop_standardises_within_types_and_ranks_all_types_in_one(vit: Tiny) -> None:
+    gradients = {layer.name: torch.randn(layer.units_per_head, dtype=torch.float64) for layer in vit.layers}
+    z = upop_oneshot.standardise(vit.layers, gradients)
+    for kind in ("attention", "ffn"):
+        members = [layer.name for layer in vit.layers if layer.kind == kind]
+        values = np.concatenate([gradients[name].numpy() for name in members])
+        expected = (values - values.mean()) / values.std(ddof=1)
+        np.testing.assert_allclose(np.concatenate([z[name].numpy() for name in members]), expected, rtol=1e-12)
+
+    task = task_of(vit, budget=0.7)
+    kept = upop_oneshot.unified(task, z).kept
+    worst_kept = {layer.name: float(z[layer.name][_dims(layer, kept)].max()) for layer in vit.layers}
+    ranked = sorted((-float(v), layer.macs_per_unit * layer.heads) for layer in vit.layers for v in z[layer.name])
+    left, threshold = 0.3 * task.dense.macs, 0.0  # by falling z, until the costs sum up to what has to go
+    for value, macs in ranked:
+        threshold, left = -value, left - macs
+        if left < 0:
+            break
+    for layer in vit.layers:  # one threshold for both types, but for the units that make the budget exact
+        count = int((z[layer.name] < threshold).sum())
+        assert abs(len(_dims(layer, kept)) - count) <= 2, (layer.name, worst_kept)
+
+
+def _dims(layer: PrunableLayer, kept: dict[str, Tensor]) -> Tensor:
+    """The dims that stay, which must be the same in every head."""
+    by_head = kept[layer.name].view(layer.heads, -1) - torch.arange(layer.heads)[:, None] * layer.units_per_head
+    assert (by_head == by_head[0]).all()
+    return by_head[0]
+
+
+@pytest.mark.parametrize("name", ["upop", "upop-oneshot"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_upop_keeps_the_same_dims_in_every_head(
+    name: str, family: str, families: dict[str, Tiny], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(upop, "STEPS", 4)
+    kept = registry.criterion_of(name)(task_of(families[family])).kept
+    for layer in families[family].layers:
+        _dims(layer, kept)
+
+
+def test_upop_schedule_runs_from_nothing_to_all() -> None:
+    assert upop.schedule(0, 100, 0.4) == 0
+    assert upop.schedule(100, 100, 0.4) == pytest.approx(0.4, rel=1e-15)
+    assert upop.schedule(50, 100, 0.4) == pytest.approx(0.4 * 0.5**0.5)
+    steps = [upop.schedule(t, 20, 1.0) for t in range(21)]
+    assert steps == sorted(steps)
+
+
+def test_upop_masks_fade_to_nothing_at_a_cost_of_what_has_to_go(vit: Tiny) -> None:
+    task = task_of(vit, budget=0.7)
+    p = upop.share_to_go(task)
+    z = {layer.name: torch.randn(layer.units_per_head, dtype=torch.float64) for layer in vit.layers}
+    whole = sum(layer.units * layer.macs_per_unit for layer in vit.layers)
+    assert p * whole == pytest.approx(0.3 * task.dense.macs)
+    for now in (0.0, p / 2, p):
+        masks = upop.faded(task, z, now, p)
+        gone = sum(int((masks[n.name] < 1).sum()) * n.heads * n.macs_per_unit for n in vit.layers)
+        most = max(layer.heads * layer.macs_per_unit for layer in vit.layers)
+        assert now * whole - most <= gone <= now * whole * (1 + 1e-9)
+        for name, mask in masks.items():
+            below = mask < 1
+            assert (mask[below] == 1 - now / p).all()
+            assert not below.any() or z[name][below].min() > z[name][~below].max()  # the largest z go first
+    assert all(set(mask.tolist()) <= {0.0, 1.0} for mask in upop.faded(task, z, p, p).values())
+
+
+def test_upop_trains_a_copy(vit: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(upop, "STEPS", 7)
+    found = upop.upop(task_of(vit))
+    assert found.steps == 7 and found.model is not None
+    moved = [not torch.equal(a, b) for a, b in zip(found.model.parameters(), vit.model.parameters(), strict=True)]
+    assert all(moved)
+    other = upop.upop(task_of(vit, seed=1)).model
+    assert other is not None and not torch.equal(other.blocks[0].mlp.fc1.weight, found.model.blocks[0].mlp.fc1.weight)
+
+
+@pytest.mark.parametrize(
+    ("family", "budget"), [("vit", 0.85), ("vit", 0.6), ("vit", 0.35), ("vit", 0.15), ("deit", 0.85), ("deit", 0.6)]
+)
+def test_updp_finds_the_best_drop_set(family: str, budget: float, families: dict[str, Tiny]) -> None:
+    """Two blocks have 16 drop sets; of those that only just meet the budget, the one of least divergence is found."""
+    backbone = families[family]
+    task = task_of(backbone, budget)
+    names = [layer.name for layer in task.layers]
+    dense = backbone.model(backbone.inputs).double().log_softmax(-1)
+    divergences = {}
+    for drop in map(set, chain.from_iterable(combinations(names, n) for n in range(5))):
+        kept = {name: torch.arange(0) for name in drop}
+        whole = {layer.name: torch.arange(layer.units) for layer in task.layers}
+        plan = plan_of(task, Selection(whole | kept), backbone.spec)
+        if plan.cost.macs <= budget * task.dense.macs:
+            logits = shrink(backbone.model, plan)(backbone.inputs).double().log_softmax(-1)
+            divergences[frozenset(drop)] = float((dense.exp() * (dense - logits)).sum(1).mean())
+    minimal = {drop: kl for drop, kl in divergences.items() if not any(other < drop for other in divergences)}
+    best = min(minimal, key=lambda drop: minimal[drop])
+    found, alone = updp.search(task, updp.BEAM)
+    assert found == best
+    log_dense = dense.float()
+    for drop, kl in divergences.items():
+        assert updp.divergence_of(task, log_dense, drop) == pytest.approx(kl, rel=1e-4, abs=1e-6)
+    for name, kl in alone.items():
+        assert kl == pytest.approx(updp.divergence_of(task, log_dense, frozenset({name})), rel=1e-5)
+    selection = updp.updp(task)
+    assert {name for name, kept in selection.kept.items() if not len(kept)} == best
+    assert all(len(selection.kept[layer.name]) in (0, layer.units) for layer in task.layers)
+
+
+def test_updp_restores_what_may_stay_and_says_what_can_be_had(vit: Tiny) -> None:
+    task = task_of(vit, 0.6)
+    everything = frozenset(layer.name for layer in vit.layers)
+    smaller = updp._restored(task, everything)
+    assert smaller < everything and updp._minimal(task, smaller) and updp._fits(task, smaller)
+    assert updp.search(task_of(vit, 1.0), 4) == (frozenset(), {})
+    with pytest.raises(BudgetError, match="without any branch"):
+        updp.updp(task_of(vit, 0.001))
 
 
 def test_an_unknown_name_is_refused_and_the_known_ones_are_named() -> None:

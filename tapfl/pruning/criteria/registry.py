@@ -24,6 +24,9 @@ BUILT_IN = {
     "tap": "tapfl.pruning.criteria.tap:tap",
     "taylor": "tapfl.pruning.criteria.taylor:taylor",
     "taylor-global": "tapfl.pruning.criteria.taylor:taylor_global",
+    "updp": "tapfl.pruning.criteria.updp:updp",
+    "upop": "tapfl.pruning.criteria.upop:upop",
+    "upop-oneshot": "tapfl.pruning.criteria.upop_oneshot:upop_oneshot",
     "wanda": "tapfl.pruning.criteria.wanda:wanda",
 }
 
