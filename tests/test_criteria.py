@@ -23,6 +23,7 @@ from tapfl.pruning.criteria import (
     isomorphic,
     magnitude,
     registry,
+    savit,
     taylor,
     updp,
     upop,
@@ -322,14 +323,14 @@ def test_updp_finds_the_best_drop_set(family: str, budget: float, families: dict
     backbone = families[family]
     task = task_of(backbone, budget)
     names = [layer.name for layer in task.layers]
-    dense = backbone.model(backbone.inputs).double().log_softmax(-1)
+    dense = backbone.model(backbone.inputs).detach().double().log_softmax(-1)
     divergences = {}
     for drop in map(set, chain.from_iterable(combinations(names, n) for n in range(5))):
         kept = {name: torch.arange(0) for name in drop}
         whole = {layer.name: torch.arange(layer.units) for layer in task.layers}
         plan = plan_of(task, Selection(whole | kept), backbone.spec)
         if plan.cost.macs <= budget * task.dense.macs:
-            logits = shrink(backbone.model, plan)(backbone.inputs).double().log_softmax(-1)
+            logits = shrink(backbone.model, plan)(backbone.inputs).detach().double().log_softmax(-1)
             divergences[frozenset(drop)] = float((dense.exp() * (dense - logits)).sum(1).mean())
     minimal = {drop: kl for drop, kl in divergences.items() if not any(other < drop for other in divergences)}
     best = min(minimal, key=lambda drop: minimal[drop])
@@ -353,6 +354,74 @@ def test_updp_restores_what_may_stay_and_says_what_can_be_had(vit: Tiny) -> None
     assert updp.search(task_of(vit, 1.0), 4) == (frozenset(), {})
     with pytest.raises(BudgetError, match="without any branch"):
         updp.updp(task_of(vit, 0.001))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_savit_interactions_are_finite_differences_of_gate_gradients(family: str, families: dict[str, Tiny]) -> None:
+    """And its scores are squared gradients of minibatches, of whole heads in attentions."""
+    task = replace(in_double(task_of(families[family], batch=2)), labels=LABELS)
+    scores, S = savit.importance_and_interactions(task)
+    assert (S == S.T).all() and abs(S).min() > 0
+
+    def gradients(factors: dict[str, float], rows: slice) -> dict[str, Tensor]:
+        """Gradients of two images' mean loss where all gates of a type have the value that `factors` names."""
+        gates_ = {
+            n.name: torch.full((n.units,), factors[n.kind], dtype=torch.float64).requires_grad_() for n in task.layers
+        }
+        with gates.gated(task.model, task.layers, gates_):
+            loss = F.cross_entropy(task.model(task.inputs[rows]), LABELS[rows])
+        return dict(zip(gates_, torch.autograd.grad(loss, list(gates_.values())), strict=True))
+
+    ε, halves = 1e-5, (slice(0, 2), slice(2, 4))
+    units = {kind: sum(layer.units for layer in task.layers if layer.kind == kind) for kind in savit.TYPES}
+    one = dict.fromkeys(savit.TYPES, 1.0)
+    for i, moved in enumerate(savit.TYPES):
+        total = dict.fromkeys(savit.TYPES, 0.0)
+        for rows in halves:
+            up, down = gradients(one | {moved: 1 + ε}, rows), gradients(one | {moved: 1 - ε}, rows)
+            for layer in task.layers:
+                total[layer.kind] += float((up[layer.name] - down[layer.name]).sum()) / (2 * ε) / len(halves)
+        for j, kind in enumerate(savit.TYPES):
+            assert S[i, j] == pytest.approx(total[kind] / (units[moved] * units[kind]), rel=1e-4)
+
+    at_one = [gradients(one, rows) for rows in halves]
+    for layer in task.layers:
+        each = torch.stack([part[layer.name] for part in at_one])
+        if layer.kind == "attention":
+            each = each.view(2, layer.heads, -1).sum(2)
+        torch.testing.assert_close(scores[layer.name], each.square().mean(0))
+
+
+@pytest.mark.parametrize("S", [[[3.0, 1.0], [1.0, 2.0]], [[1.0, -0.5], [-0.5, 4.0]], [[-2.0, 0.1], [0.1, -1.0]]])
+def test_savit_split_is_that_of_a_brute_force_grid(S: list[list[float]]) -> None:
+    heads, head_macs, ffn_macs, to_go = 240, 1.0, 480.0, 300.0
+    order = savit.splits(np.array(S), np.full(heads, head_macs), heads, ffn_macs, to_go)
+    a = np.linspace(0, 1, 200_001)
+    b = (to_go - a * heads * head_macs) / ffn_macs
+    objective = np.where((b >= 0) & (b <= 1), S[0][0] * a * a + 2 * S[0][1] * a * b + S[1][1] * b * b, np.inf)
+    assert order[0] / heads == pytest.approx(a[objective.argmin()], abs=0.51 / heads)
+    assert sorted(order) == list(range(241))
+
+
+def test_savit_split_leaves_out_what_the_ffns_cannot_give_or_take() -> None:
+    assert sorted(savit.splits(np.eye(2), np.full(10, 10.0), 10, 100.0, 120.0)) == list(range(2, 11))
+    assert sorted(savit.splits(np.eye(2), np.full(10, 10.0), 10, 100.0, 40.0)) == list(range(5))
+    assert savit.splits(np.eye(2), np.full(10, 10.0), 10, 100.0, 250.0) == []
+
+
+def test_savit_removes_whole_heads_by_one_threshold(swin: Tiny) -> None:
+    task = task_of(swin, budget=0.4)
+    kept = savit.savit(task).kept
+    scores, _ = savit.importance_and_interactions(task)
+    stay, gone = [], []
+    for layer in swin.layers:
+        if layer.kind == "attention":
+            sizes = torch.bincount(kept[layer.name] // layer.units_per_head, minlength=layer.heads)
+            assert set(sizes.tolist()) <= {0, layer.units_per_head} and sizes.any()  # the floor keeps one
+            best = float(scores[layer.name].max())
+            gone += scores[layer.name][sizes == 0].tolist()
+            stay += [score for score in scores[layer.name][sizes > 0].tolist() if score < best]
+    assert gone and (not stay or max(gone) < min(stay))
 
 
 def test_an_unknown_name_is_refused_and_the_known_ones_are_named() -> None:

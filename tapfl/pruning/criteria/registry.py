@@ -21,6 +21,7 @@ BUILT_IN = {
     "isomorphic": "tapfl.pruning.criteria.isomorphic:isomorphic",
     "magnitude": "tapfl.pruning.criteria.magnitude:magnitude",
     "random": "tapfl.pruning.criteria.random_units:random_units",
+    "savit": "tapfl.pruning.criteria.savit:savit",
     "tap": "tapfl.pruning.criteria.tap:tap",
     "taylor": "tapfl.pruning.criteria.taylor:taylor",
     "taylor-global": "tapfl.pruning.criteria.taylor:taylor_global",

@@ -1,0 +1,142 @@
+"""SAViT (Zheng et al., "SAViT: structure-aware vision transformer pruning via collaborative optimization", NeurIPS
+2022): heads and FFN units, with the split between them from how they interact.
+
+Gates g = 1 on whole heads and on FFN units, L the mean cross-entropy of a minibatch.
+
+    score         s = E[(g · ∂L/∂g)²] over minibatches; within a type, one global threshold over all layers
+    interactions  S_ij = E[gᵀ H_ij g] / (n_i n_j),  H_ij = ∂²L/∂g_i∂g_j between all gates of the types i and j, by
+                  Hessian-vector products; n counts units: a head counts as its dims, as in the public code
+    split         the shares ρ of heads and of FFN units that go minimise ρᵀ S ρ under Σ MACs = budget
+
+With two types, the MACs leave one unknown, and since whole heads go it is a number of heads: all of them are tried, so
+the search is exact. FFN units then make the budget exact.
+
+Differs from the publication, whose code (a) also prunes the embedding, as a third type, and so needs an evolutionary
+search, (b) draws one random pair of layers a minibatch for H_ij, where one product with the gates of a whole type gives
+the sum over all pairs (S is the same in expectation, for stages of equal width), and (c) may remove all heads of a
+layer, which here only ``pruning.floor = 0`` allows. S need not be positive, then the best split is at an end of what is
+possible.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from tapfl.errors import BudgetError
+from tapfl.models.cost import Cost
+from tapfl.models.units import PrunableLayer
+from tapfl.pruning.criteria.gates import gated, open_gates, targets
+from tapfl.pruning.criteria.isomorphic import within_types
+from tapfl.pruning.criteria.task import PruningTask, Selection
+
+MINIBATCH = 32  # as published: the expectation is over squared gradients of minibatches, so their size is part of it
+TYPES = ("attention", "ffn")
+
+
+def savit(task: PruningTask) -> Selection:
+    """Whole heads and FFN units go.
+
+    Raises:
+        BudgetError: if no number of heads leaves a budget that FFN widths can meet.
+    """
+    scores, S = importance_and_interactions(task)
+    attentions = [layer for layer in task.layers if layer.kind == "attention"]
+    ffns = tuple(layer for layer in task.layers if layer.kind == "ffn")
+    order = removal_order(attentions, scores, task.options.floor)
+    costs = np.array([layer.units_per_head * layer.macs_per_unit for layer, _ in order], dtype=np.float64)
+    heads = sum(layer.heads for layer in attentions)
+    ffn_macs = float(sum(layer.units * layer.macs_per_unit for layer in ffns))
+    refusal: BudgetError | None = None
+    for count in splits(S, costs, heads, ffn_macs, (1 - task.budget) * task.dense.macs):
+        left = task.dense.macs - int(costs[:count].sum())
+        rest = replace(
+            task, layers=ffns, dense=Cost(params=0, macs=left), budget=min(task.budget * task.dense.macs / left, 1.0)
+        )
+        try:
+            kept = within_types(rest, scores).kept
+        except BudgetError as error:  # the FFNs would have to give more than they can, or cannot meet it to 0.5 %
+            refusal = refusal or error
+            continue
+        gone = {(layer.name, head) for layer, head in order[:count]}
+        for layer in attentions:
+            stay = [head for head in range(layer.heads) if (layer.name, head) not in gone]
+            kept[layer.name] = torch.arange(layer.units).view(layer.heads, -1)[stay].flatten()
+        return Selection({layer.name: kept[layer.name] for layer in task.layers})
+    raise refusal or BudgetError(f"budget {task.budget:g} of the MACs cannot be met by heads and FFN units")
+
+
+def importance_and_interactions(task: PruningTask) -> tuple[dict[str, Tensor], np.ndarray]:
+    """Returns the scores, (heads,) of attentions and (units,) of FFNs by layer name, and S, symmetric (2, 2), float64.
+
+    The gates of S are ordered as `TYPES`.
+    """
+    model = unfused(task.model)
+    size = min(MINIBATCH, task.batch)
+    groups = [[layer.name for layer in task.layers if layer.kind == kind] for kind in TYPES]
+    count = np.array([sum(layer.units for layer in task.layers if layer.kind == kind) for kind in TYPES])
+    scores = {
+        layer.name: torch.zeros(layer.heads if layer.kind == "attention" else layer.units, dtype=torch.float64)
+        for layer in task.layers
+    }
+    S = np.zeros((2, 2))
+    labels, batches = targets(task), len(task.inputs) // size
+    for start in range(0, batches * size, size):  # a smaller rest would have noisier gradients, and larger squares
+        gates = open_gates(task.layers, task.inputs)
+        with torch.enable_grad(), gated(model, task.layers, gates):
+            loss = F.cross_entropy(model(task.inputs[start : start + size]), labels[start : start + size])
+            found = torch.autograd.grad(loss, list(gates.values()), create_graph=True)
+        gradient = dict(zip(gates, found, strict=True))
+        for layer in task.layers:  # a gate on a head is one on all its units: its gradient is the sum of theirs
+            own = gradient[layer.name].detach().double().view(len(scores[layer.name]), -1).sum(1)
+            scores[layer.name] += own.square() / batches
+        for i, names in enumerate(groups):
+            slope = torch.stack([gradient[name].sum() for name in names]).sum()
+            product = torch.autograd.grad(slope, list(gates.values()), retain_graph=True)
+            along = {name: float(part.double().sum()) for name, part in zip(gates, product, strict=True)}
+            for j, others in enumerate(groups):
+                S[i, j] += sum(along[name] for name in others) / (count[i] * count[j] * batches)
+    return scores, (S + S.T) / 2  # symmetric but for rounding
+
+
+def removal_order(
+    attentions: list[PrunableLayer], scores: dict[str, Tensor], floor: float
+) -> list[tuple[PrunableLayer, int]]:
+    """Returns the heads that may go, as (layer, head), by rising score, but for the best `floor` of a layer."""
+    ranked = []
+    for i, layer in enumerate(attentions):
+        safe = int(np.ceil(floor * layer.heads))
+        worst_first = scores[layer.name].argsort(stable=True).tolist()
+        ranked += [(float(scores[layer.name][head]), i, head) for head in worst_first[: layer.heads - safe]]
+    return [(attentions[i], head) for _, i, head in sorted(ranked)]
+
+
+def splits(S: np.ndarray, head_macs: np.ndarray, heads: int, ffn_macs: float, to_go: float) -> list[int]:
+    """Returns the numbers of heads that may go under the MACs equality, by rising ρᵀ S ρ: the first is the best.
+
+    Args:
+        S: interactions of heads and FFN units (2, 2).
+        head_macs: what each head costs, in the order in which heads go.
+        heads: how many there are in all.
+        ffn_macs: what all FFN units cost.
+        to_go: MACs that heads and FFN units together have to give.
+    """
+    by_heads = np.concatenate([[0.0], np.cumsum(head_macs)])
+    ratio = np.stack([np.arange(len(by_heads)) / heads, (to_go - by_heads) / ffn_macs])
+    objective = np.einsum("ik,ij,jk->k", ratio, S, ratio)
+    possible = np.flatnonzero((ratio[1] >= -1e-12) & (ratio[1] <= 1))
+    return sorted((int(k) for k in possible), key=lambda k: (objective[k], k))
+
+
+def unfused(model: nn.Module) -> nn.Module:
+    """Returns a copy of `model` whose attention is written out: the fused kernel has no second derivative."""
+    copied = copy.deepcopy(model)
+    for module in copied.modules():
+        if hasattr(module, "fused_attn"):
+            module.fused_attn = False  # type: ignore[assignment]
+    return copied
