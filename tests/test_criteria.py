@@ -424,6 +424,11 @@ def test_savit_removes_whole_heads_by_one_threshold(swin: Tiny) -> None:
     assert gone and (not stay or max(gone) < min(stay))
 
 
+def test_savit_says_what_heads_and_ffns_cannot_meet(deit: Tiny) -> None:
+    with pytest.raises(BudgetError, match=r"budget 0\.45 of the MACs cannot be met by whole heads and FFN units"):
+        savit.savit(task_of(deit, budget=0.45))
+
+
 def test_an_unknown_name_is_refused_and_the_known_ones_are_named() -> None:
     with pytest.raises(ConfigError, match=r"pruning\.criterion = 'tapp'.*magnitude.*tap, .*wanda"):
         registry.criterion_of("tapp")

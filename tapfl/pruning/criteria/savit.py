@@ -52,7 +52,6 @@ def savit(task: PruningTask) -> Selection:
     costs = np.array([layer.units_per_head * layer.macs_per_unit for layer, _ in order], dtype=np.float64)
     heads = sum(layer.heads for layer in attentions)
     ffn_macs = float(sum(layer.units * layer.macs_per_unit for layer in ffns))
-    refusal: BudgetError | None = None
     for count in splits(S, costs, heads, ffn_macs, (1 - task.budget) * task.dense.macs):
         left = task.dense.macs - int(costs[:count].sum())
         rest = replace(
@@ -60,15 +59,19 @@ def savit(task: PruningTask) -> Selection:
         )
         try:
             kept = within_types(rest, scores).kept
-        except BudgetError as error:  # the FFNs would have to give more than they can, or cannot meet it to 0.5 %
-            refusal = refusal or error
+        except BudgetError:  # the FFNs would have to give more than they can, or no widths are within 0.5 %
             continue
         gone = {(layer.name, head) for layer, head in order[:count]}
         for layer in attentions:
             stay = [head for head in range(layer.heads) if (layer.name, head) not in gone]
             kept[layer.name] = torch.arange(layer.units).view(layer.heads, -1)[stay].flatten()
         return Selection({layer.name: kept[layer.name] for layer in task.layers})
-    raise refusal or BudgetError(f"budget {task.budget:g} of the MACs cannot be met by heads and FFN units")
+    least = task.dense.macs - costs.sum() - (1 - task.options.floor) * ffn_macs
+    raise BudgetError(
+        f"budget {task.budget:g} of the MACs cannot be met by whole heads and FFN units: they can go down to about "
+        f"{least / task.dense.macs:.4f} (pruning.floor = {task.options.floor:g}); "
+        f"above that, a smaller pruning.align than {task.options.align} comes nearer"
+    )
 
 
 def importance_and_interactions(task: PruningTask) -> tuple[dict[str, Tensor], np.ndarray]:
