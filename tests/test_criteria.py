@@ -305,6 +305,27 @@ def test_upop_masks_fade_to_nothing_at_a_cost_of_what_has_to_go(vit: Tiny) -> No
     assert all(set(mask.tolist()) <= {0.0, 1.0} for mask in upop.faded(task, z, p, p).values())
 
 
+def test_upop_adds_up_gradients_from_the_first_step(vit: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With weights and masks that stay, every step has the same gradient: the one-shot variant's."""
+    monkeypatch.setattr(upop, "STEPS", 5)
+    monkeypatch.setattr(upop, "LEARNING_RATE", 0.0)
+    seen: list[dict[str, Tensor]] = []
+
+    def record(layers: list[PrunableLayer], gradients: dict[str, Tensor]) -> dict[str, Tensor]:
+        seen.append({name: gradient.clone() for name, gradient in gradients.items()})
+        return upop_oneshot.standardise(layers, gradients)
+
+    monkeypatch.setattr(upop, "standardise", record)
+    monkeypatch.setattr(upop, "faded", lambda task, z, now, final: {n: torch.ones_like(v) for n, v in z.items()})
+    task = task_of(vit, batch=4)  # one batch is the whole metric set
+    found = upop.upop(task)
+    assert len(seen) == 5
+    for step, gradients in enumerate(seen, start=1):
+        for name, gradient in gradients.items():
+            torch.testing.assert_close(gradient, step * seen[0][name], rtol=1e-3, atol=1e-6)
+    assert same(found, upop_oneshot.upop_oneshot(task))
+
+
 def test_upop_trains_a_copy(vit: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(upop, "STEPS", 7)
     found = upop.upop(task_of(vit))

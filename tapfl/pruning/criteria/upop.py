@@ -6,8 +6,10 @@ training, with p the share of the prunable MACs that has to go in the end,
     p_t = p · sqrt((1 − cos(πt/T)) / 2)
 
 and every T/20 steps the units of largest z, up to a cost of p_t, are selected anew, by the masks' gradients accumulated
-since the last selection. Masks of selected units fall to 1 − p_t/p, those of all others return to 1, while the weights
-keep training. What is selected at the end, when the masks of it are 0, goes.
+since the first step (as in the public code, which never clears them; cleared at each selection, a unit that fades gets
+a gradient of the other sign and comes back, and hardly a unit is selected twice). Masks of selected units fall to
+1 − p_t/p, those of all others return to 1, while the weights keep training. What is selected at the end, when the masks
+of it are 0, goes.
 
 Differs from the publication: T is 100 and not 60 epochs of ImageNet, on the metric set alone, without augmentation or
 distillation, at a constant learning rate; and as said in `upop_oneshot`. The gradient steps are reported, for a fair
@@ -46,7 +48,7 @@ def upop(task: PruningTask) -> Selection:
     interval = max(1, STEPS // SELECTIONS)
     with torch.enable_grad(), masked(model, task.layers, masks):
         for step, chosen in enumerate(_batches(task, STEPS), start=1):
-            optimizer.zero_grad()  # not the masks', which add up until the next selection
+            optimizer.zero_grad()  # not the masks', which add up from the first step on
             F.cross_entropy(model(task.inputs[chosen]), labels[chosen]).backward()
             optimizer.step()
             if step % interval == 0 or step == STEPS:
@@ -54,7 +56,6 @@ def upop(task: PruningTask) -> Selection:
                 now = schedule(step, STEPS, final)
                 for name, values in faded(task, z, now, final).items():
                     masks[name].data.copy_(values)
-                    masks[name].grad = None
     optimizer.zero_grad(set_to_none=True)
     return replace(unified(task, z), model=model.requires_grad_(False), steps=STEPS)
 
