@@ -154,7 +154,11 @@ def _carry_out(config: RunConfig, engine: Engine, workers: int) -> None:
     else:
         from experiments.engines.flower import run_flower
 
-        run_flower(config.flat(), config.devices.count, workers)
+        try:
+            run_flower(config.flat(), config.devices.count, workers)
+        except (KeyboardInterrupt, SystemExit):  # Ctrl-C, or the SIGTERM that Ray turns into an exit
+            print(f"tapfl: interrupted; what there is lies in {config.out}", file=sys.stderr, flush=True)
+            os._exit(130)  # Ray is stopped, but Flower runs the server in a thread that nothing else would end
     if not (Path(config.out) / "summary.json").is_file():
         raise RunError(f"the run ended without a result; what there is lies in {config.out}")
 
@@ -167,8 +171,6 @@ def main() -> NoReturn:
         _fail(error, 1)
     except TapflError as error:
         _fail(error, 2)
-    except KeyboardInterrupt:
-        _fail(RunError("interrupted"), 130)
     sys.exit(0)
 
 

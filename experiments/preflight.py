@@ -51,7 +51,8 @@ def _check_backbone(config: RunConfig, classes: tuple[str, ...]) -> None:
     model = build(spec_of(options, classes))
     rows = Path(options.head_rows) if options.head_rows else None
     if options.weights and options.weights != "hub":
-        load_weights(model, Path(options.weights), classes, rows if options.head != "train" else None)
+        takes_head = options.head != "train"
+        load_weights(model, Path(options.weights), classes, rows if takes_head else None, takes_head)
     elif rows:
         read_head_rows(rows, classes)
     criterion_of(config.pruning.criterion)

@@ -276,3 +276,12 @@ def test_rows_without_training_are_those_of_the_file(weights: Path, tmp_path: Pa
     wanted = options(args=text, weights=str(weights), head="rows", head_rows=str(rows))
     model = dense_backbone(wanted, bright_and_dark(), 0, DenseCache(tmp_path))[2]
     assert torch.equal(model.head.weight, read_tensors(weights)["head.weight"][[3, 8]])
+
+
+def test_rows_of_a_head_that_the_weights_have_not_are_refused(tmp_path: Path) -> None:
+    """`head = rows` trains no head: one that stayed as initialised would only be found out by its accuracy."""
+    file = tmp_path / "other.safetensors"
+    write_tensors(file, build(spec(num_classes=7)).state_dict())
+    load_weights(build(spec()), file, NAMES, None)
+    with pytest.raises(ModelError, match=r"no head.weight for 10 classes; model.head-rows"):
+        load_weights(build(spec()), file, NAMES, None, needs_head=True)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -84,4 +86,28 @@ def test_what_the_server_app_raises_ends_the_run_and_nothing_stays(cache: Path, 
     done = simulate(tmp_path / "run", cache, workers=1, server_app="faulty_apps:broken_server")
     assert done.returncode == 1
     assert "ArithmeticError: the server app raised" in done.stderr
+    assert not left_running(str(tmp_path))
+
+
+def test_ctrl_c_ends_the_run_at_once_and_nothing_stays(cache: Path, tmp_path: Path) -> None:
+    sets = [part for option in [*SMALL, f"cache={cache}", "train.rounds=10000"] for part in ("--set", option)]
+    command = [sys.executable, "-m", "experiments.cli", "run", "--workers", "1", "--out", str(tmp_path / "run"), *sets]
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    try:
+        deadline = time.monotonic() + 200
+        while not (tmp_path / "run" / "server").exists():
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.2)
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 130
+    assert f"interrupted; what there is lies in {tmp_path / 'run'}" in said
     assert not left_running(str(tmp_path))

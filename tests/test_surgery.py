@@ -11,6 +11,7 @@ import torch
 from backbones import SWIN, VIT, VIT_ARGS, Tiny, masked, plan_of, random_kept, scramble, tiny
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
+from timm.layers import SwiGLU
 from torch import Tensor, nn
 
 from tapfl.config import PruningOptions
@@ -318,3 +319,10 @@ def test_a_plan_knows_its_layers(vit: Tiny) -> None:
     assert plan.layer("blocks.1.mlp").units == 128
     with pytest.raises(PlanError, match=r"says nothing of blocks\.7\.mlp"):
         plan.layer("blocks.7.mlp")
+
+
+def test_a_gated_ffn_is_refused_by_name() -> None:
+    model = build(VIT)
+    model.blocks[1].mlp = SwiGLU(model.embed_dim, 16)
+    with pytest.raises(ModelError, match=r"blocks.1.mlp: cannot be pruned exactly"):
+        prunable_layers(model)

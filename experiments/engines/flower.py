@@ -45,6 +45,7 @@ def run_flower(
     """
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+    import ray
     from flwr.app import Context, RecordDict
     from flwr.common.config import get_fused_config_from_dir, get_metadata_from_config, get_project_config
     from flwr.common.constant import SUPERLINK_NODE_ID
@@ -92,14 +93,8 @@ def run_flower(
                 exit_event=EventType.PYTHON_API_RUN_SIMULATION_LEAVE,
             )
         finally:
-            _stop_ray()
+            ray.shutdown()
             shutil.rmtree(ray_folder, ignore_errors=True)
-
-
-def _stop_ray() -> None:
-    import ray
-
-    ray.shutdown()
 
 
 def _app_toml(run_config: dict[str, Scalar], server_app: str, client_app: str) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import zipfile
 import zlib
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -107,8 +106,9 @@ def _npz(path: Path) -> ImageSet:
 
 
 def _folder(path: Path, size: int, cache: Path) -> ImageSet:
-    folders = sorted(child for child in path.iterdir() if child.is_dir())
-    listing = [(index, file) for index, folder in enumerate(folders) for file in _image_files(folder)]
+    held = {child: _image_files(child) for child in sorted(path.iterdir()) if child.is_dir()}
+    folders = [folder for folder, files in held.items() if files]  # a folder without images is no class
+    listing = [(index, file) for index, folder in enumerate(folders) for file in held[folder]]
     if not listing:
         raise DataError(f"data source {str(path)!r}: holds no images; one folder of images a class is expected")
     digest = hashlib.sha256(f"{path.resolve()} {size}".encode())
@@ -126,7 +126,7 @@ def _folder(path: Path, size: int, cache: Path) -> ImageSet:
     return ImageSet(np.load(kept, mmap_mode="r"), labels, tuple(folder.name for folder in folders))
 
 
-def _image_files(folder: Path) -> Iterable[Path]:
+def _image_files(folder: Path) -> list[Path]:
     return sorted(file for file in folder.rglob("*") if file.suffix.lower() in IMAGE_ENDINGS)
 
 

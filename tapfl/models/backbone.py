@@ -128,13 +128,16 @@ def features(model: Any, batch: Tensor) -> Tensor:
     return model.forward_head(model.forward_features(batch), pre_logits=True)
 
 
-def load_weights(model: nn.Module, file: Path, classes: tuple[str, ...], head_rows: Path | None) -> None:
+def load_weights(
+    model: nn.Module, file: Path, classes: tuple[str, ...], head_rows: Path | None, needs_head: bool = False
+) -> None:
     """Fills `model` with the weights of a safetensors file; position embeddings are resampled to the model's size.
 
     Args:
         classes: names of the federation's classes, in the order of its labels.
         head_rows: JSON file of class name -> row of the file's head. Without it the file's head is used if it has one
             row a class, and left as initialised if not.
+        needs_head: refuse weights without a head for these classes, because none will be trained.
 
     Raises:
         ModelError: naming the first weights that do not fit.
@@ -158,6 +161,11 @@ def load_weights(model: nn.Module, file: Path, classes: tuple[str, ...], head_ro
     for key in heads:
         if key in state and state[key].shape != own[key].shape:
             del state[key]
+        if needs_head and key not in state:
+            raise ModelError(
+                f"model.weights = {str(file)!r}: has no {key} for {len(classes)} classes; "
+                f"model.head-rows names the rows to take, model.head=train trains a new one"
+            )
     try:
         filtered = _resampled(state, model)
         missing, unexpected = model.load_state_dict(filtered, strict=False)

@@ -79,7 +79,7 @@ def dense_backbone(
         if options.weights == "hub":
             load_hub_weights(model, spec, pool.classes, rows)
         elif options.weights:
-            load_weights(model, Path(options.weights), pool.classes, rows)
+            load_weights(model, Path(options.weights), pool.classes, rows, needs_head=options.head != "train")
         train = partial(
             train_dense,
             labels=torch.from_numpy(pool.labels),

@@ -73,11 +73,6 @@ class PrunableLayer(ABC):
     def macs_per_unit(self) -> int:
         """Multiply-accumulates an image that one unit costs."""
 
-    @property
-    @abstractmethod
-    def params_per_unit(self) -> int:
-        """Parameters that one unit has."""
-
     @abstractmethod
     def cuts(self, kept: Tensor) -> list[LinearCut]:
         """Returns what remains of the branch's linears when the units `kept` (sorted, int64) stay."""
@@ -131,10 +126,6 @@ class Ffn(PrunableLayer):
     def macs_per_unit(self) -> int:
         return 2 * self.tokens * self.embed_dim
 
-    @property
-    def params_per_unit(self) -> int:
-        return 2 * self.embed_dim + 1
-
     def cuts(self, kept: Tensor) -> list[LinearCut]:
         return [LinearCut("fc1", "rows", kept), LinearCut("fc2", "columns", kept)]
 
@@ -152,10 +143,6 @@ class SelfAttention(PrunableLayer):
     @property
     def macs_per_unit(self) -> int:
         return self.tokens * (4 * self.embed_dim + 2 * self.span)
-
-    @property
-    def params_per_unit(self) -> int:
-        return 4 * self.embed_dim + 3
 
     def cuts(self, kept: Tensor) -> list[LinearCut]:
         # The softmax divides by sqrt(dims a head). With fewer dims it divides by less, so q takes the difference:
@@ -209,6 +196,10 @@ def prunable_layers(model: nn.Module) -> list[PrunableLayer]:
         for name, module in model.named_modules()
         if isinstance(module, Attention | WindowAttention | Mlp) and name.rpartition(".")[0] in blocks
     }
+    for name in {name.rpartition(".")[0] for name in branches}:
+        for child, module in model.get_submodule(name).named_children():
+            linear = any(isinstance(part, nn.Linear) for part in module.modules())
+            _refuse_unless(not linear or f"{name}.{child}" in branches, f"{name}.{child}", "timm's Attention and Mlp")
     shapes: dict[str, torch.Size] = {}
 
     def record(name: str) -> Callable[..., None]:
