@@ -4,12 +4,13 @@ What goes is whole residual branches (an attention or an FFN); which ones is *se
 
     mean over the metric set of KL(P_dense ‖ P_subnet)
 
-A drop set is a solution if it brings the model within the budget and no branch of it could stay: a budget that is paid
-in whole branches is met from below, by up to the price of one, so the achieved cost (`PruningPlan.cost`) is what has to
-be reported. `pruning.floor`, `align` and `ratio` say nothing here.
+on a part of a large metric set, and on all of it between the finalists. A drop set is a solution if it brings the model
+within the budget and no branch of it could stay: a budget that is paid in whole branches is met from below, by up to
+the price of one, so the achieved cost (`PruningPlan.cost`) is what has to be reported. `pruning.floor`, `align` and
+`ratio` say nothing here.
 
-Differs from the publication, which has no public code: the search is over one-shot KL and not by a trained supernet
-and a genetic algorithm, and the re-parameterised block that the paper puts in the place of a dropped one is replaced by
+Differs from the publication, which has no public code: the search is over one-shot KL, where the paper trains a
+supernet first, and the re-parameterised block that the paper puts in the place of a dropped one is replaced by
 identity (plus the constant bias of the branch's output linear, which surgery keeps). The paper's progressive training
 is a matter of recovery: a dropped branch is to fade, x + λ f(x) with λ from 1 to 0 over the first 30 %, and only then
 to go. This criterion says what goes; it does not fade.
@@ -19,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -30,7 +32,8 @@ from tapfl.models.units import PrunableLayer, replaced
 from tapfl.pruning.criteria.task import PruningTask, Selection
 from tapfl.training import predict
 
-BEAM = 4  # drop sets that are pursued; with 12 blocks about 4 x 24 half passes over the metric set a dropped branch
+BEAM = 4  # drop sets that are pursued; with 12 blocks about 4 x 24 half passes over the images a dropped branch
+IMAGES = 64  # of the metric set, evenly spaced, on which is searched; the BEAM best solutions then meet on all of it
 
 DropSet = frozenset[str]
 
@@ -41,13 +44,17 @@ def updp(task: PruningTask) -> Selection:
     Raises:
         BudgetError: if the budget is under the cost without any branch.
     """
-    least = task.dense.macs - sum(branch_macs(layer) for layer in task.layers)
-    if _spent(task, frozenset(layer.name for layer in task.layers)) > task.budget * task.dense.macs:
+    everything = frozenset(layer.name for layer in task.layers)
+    if not _fits(task, everything):
         raise BudgetError(
             f"budget {task.budget:g} of the MACs cannot be met: without any branch this backbone costs "
-            f"{least / task.dense.macs:.4f}"
+            f"{_spent(task, everything) / task.dense.macs:.4f}"
         )
-    drop, importance = search(task, BEAM)
+    solutions, importance = search(_thinned(task, IMAGES), BEAM)
+    drop = solutions[0]
+    if len(task.inputs) > IMAGES:
+        dense = predict(task.model, task.inputs, task.batch).log_softmax(-1)
+        drop = min(solutions[:BEAM], key=lambda each: divergence_of(task, dense, each))
     kept = {layer.name: torch.arange(0 if layer.name in drop else layer.units) for layer in task.layers}
     return Selection(kept, importance)
 
@@ -57,8 +64,8 @@ def branch_macs(layer: PrunableLayer) -> int:
     return layer.units * layer.macs_per_unit
 
 
-def search(task: PruningTask, beam: int) -> tuple[DropSet, dict[str, float]]:
-    """Returns the solution of least divergence that a beam search finds, and the divergence of each branch alone.
+def search(task: PruningTask, beam: int) -> tuple[list[DropSet], dict[str, float]]:
+    """Returns the solutions that a beam search finds, by rising divergence, and the divergence of each branch alone.
 
     Level n of the search holds the `beam` best drop sets of n branches that are still over the budget.
     """
@@ -68,7 +75,7 @@ def search(task: PruningTask, beam: int) -> tuple[DropSet, dict[str, float]]:
     solutions: dict[DropSet, float] = {}
     level: list[DropSet] = [frozenset()]
     if _fits(task, level[0]):
-        return level[0], {}
+        return level, {}
     while level:
         open_sets: dict[DropSet, float] = {}
         for parent in level:
@@ -87,7 +94,7 @@ def search(task: PruningTask, beam: int) -> tuple[DropSet, dict[str, float]]:
                     if smaller not in solutions:
                         solutions[smaller] = divergence_of(task, dense, smaller)
         level = sorted(open_sets, key=lambda drop: (open_sets[drop], sorted(drop)))[:beam]
-    return min(solutions, key=lambda drop: (solutions[drop], sorted(drop))), alone
+    return sorted(solutions, key=lambda drop: (solutions[drop], sorted(drop))), alone
 
 
 @torch.no_grad()
@@ -133,6 +140,13 @@ def dropped(task: PruningTask, names: Iterable[str]) -> Iterator[None]:
             stub = layers[name].shrink(task.model.get_submodule(name), nothing)
             stack.enter_context(replaced(task.model, name, stub.requires_grad_(False)))
         yield
+
+
+def _thinned(task: PruningTask, images: int) -> PruningTask:
+    """The same problem on at most `images` evenly spaced images of the metric set."""
+    count = min(images, len(task.inputs))
+    chosen = torch.arange(count) * len(task.inputs) // count
+    return replace(task, inputs=task.inputs[chosen], labels=None)
 
 
 def _pass(steps: list[tuple[str, Callable[[Tensor], Tensor]]], x: Tensor) -> Tensor:
