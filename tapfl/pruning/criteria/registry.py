@@ -19,6 +19,7 @@ BUILT_IN = {
     "fisher": "tapfl.pruning.criteria.fisher:fisher",
     "fisher-global": "tapfl.pruning.criteria.fisher:fisher_global",
     "isomorphic": "tapfl.pruning.criteria.isomorphic:isomorphic",
+    "lowrank-heads": "tapfl.pruning.criteria.lowrank_heads:lowrank_heads",
     "magnitude": "tapfl.pruning.criteria.magnitude:magnitude",
     "random": "tapfl.pruning.criteria.random_units:random_units",
     "savit": "tapfl.pruning.criteria.savit:savit",

@@ -1,0 +1,160 @@
+"""The canonical basis of heads (ours): the same function, each head's dims ordered by what they carry.
+
+Attention does not change under a change of basis inside a head,
+
+    W_q ← B_qᵀ W_q,  W_k ← B_kᵀ W_k,  B_q B_kᵀ = I        W_v ← E W_v,  W_o ← W_o E⁻¹        (biases alike)
+
+so the basis is chosen by the singular vectors of what the head computes on real inputs: of its logits, and of what it
+adds to the residual stream. Dropping the last dims of both orders is then the best low-rank head (Eckart-Young)
+instead of the removal of arbitrary axes. Computed once on the public pool for all devices, index-aligned aggregation
+of adapters keeps its meaning, because all devices cut in the same basis.
+
+Two constants are taken out first. Of the keys, what all tokens of a span share adds the same number to every logit of
+a query, which the softmax does not see. Of a head's output, the mean μ moves to the biases, b_v -= μ, b_o += W_o μ,
+since attention weights sum to 1: no dim is spent on it.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tapfl.errors import ModelError
+from tapfl.models.units import PrunableLayer
+
+RESOLUTION = 1e-9  # of the mean square of a head's activations: what carries less is rounding
+LEAST = 1e-6  # of the largest singular value: smaller ones set no scale
+MARK = "tapfl_canonical"  # an attribute of the model, which copy.deepcopy preserves
+
+
+class HeadMoments:
+    """Float64 moments of one attention: of the queries, of the keys within their span, and of the heads' outputs."""
+
+    def __init__(self, heads: int, dims: int) -> None:
+        self.query, self.key, self.output = (torch.zeros(heads, dims, dims, dtype=torch.float64) for _ in range(3))
+        self.total = torch.zeros(heads, dims, dtype=torch.float64)
+        self.tokens = 0
+
+    def add_qkv(self, qkv: Tensor) -> None:
+        """Takes the output (images or windows, tokens of a span, 3 units) of qkv."""
+        heads, dims = self.total.shape
+        q, k, _ = qkv.double().unflatten(-1, (3, heads, dims)).unbind(2)
+        self.query += _products(q)
+        self.key += _products(k - k.mean(1, keepdim=True))
+        self.tokens += q.shape[0] * q.shape[1]
+
+    def add_output(self, o: Tensor) -> None:
+        """Takes the input (images or windows, tokens of a span, units) of the output linear."""
+        o = o.double().unflatten(-1, self.total.shape)
+        self.output += _products(o)
+        self.total += o.sum((0, 1))
+
+
+@torch.no_grad()
+def canonical_basis(model: nn.Module, layers: Sequence[PrunableLayer], inputs: Tensor, batch: int) -> nn.Module:
+    """Returns a copy of `model` that computes the same (fp32, 1e-5), its heads in the canonical basis, and marked so.
+
+    Args:
+        model: the dense backbone in evaluation mode; it is left as it is.
+        layers: its prunable layers (units within query-key norms are refused where these are found).
+        inputs: images in the backbone's input format (n, channels, height, width), n >= 1, such as the public pool.
+        batch: images a pass.
+
+    Raises:
+        ModelError: if there is no image, or a layer's activations are not finite.
+    """
+    if not len(inputs):
+        raise ModelError("the canonical basis needs at least one image")
+    turned = copy.deepcopy(model)
+    attentions = [layer for layer in layers if layer.kind == "attention"]
+    moments = {layer.name: HeadMoments(layer.heads, layer.units_per_head) for layer in attentions}
+    handles = []
+    for layer in attentions:
+        module: Any = turned.get_submodule(layer.name)
+        found = moments[layer.name]
+        handles.append(module.qkv.register_forward_hook(lambda _m, _x, y, found=found: found.add_qkv(y)))
+        handles.append(module.proj.register_forward_pre_hook(lambda _m, x, found=found: found.add_output(x[0])))
+    for part in inputs.split(batch):
+        turned(part)
+    for handle in handles:
+        handle.remove()
+    carried = {}
+    for layer in attentions:
+        found = moments[layer.name]
+        if not all(torch.isfinite(part).all() for part in (found.query, found.key, found.output)):
+            raise ModelError(f"{layer.name}: activations are not finite")
+        carried[layer.name] = _turn(turned.get_submodule(layer.name), found).flatten()
+    setattr(turned, MARK, carried)
+    return turned
+
+
+def carried_energy(model: nn.Module) -> dict[str, Tensor] | None:
+    """Returns what every dim of every head carries, by attention, float64 (units,); None unless the basis is canonical.
+
+    A dim's share of its head's energy, Σσ² = 1, the mean over the head's logits and its output: falling within a head,
+    and comparable between heads and layers.
+    """
+    marked: dict[str, Tensor] | None = getattr(model, MARK, None)
+    return marked
+
+
+def _turn(module: Any, found: HeadMoments) -> Tensor:
+    """Changes the basis of one attention in place; returns what each dim carries (heads, dims)."""
+    heads, dims = found.total.shape
+    qkv, proj = module.qkv, module.proj
+    W_q, W_k, W_v = qkv.weight.double().unflatten(0, (3, heads, dims))
+    W_o = proj.weight.double().unflatten(1, (heads, dims)).transpose(0, 1)  # (heads, outputs, dims)
+    foldable = qkv.bias is not None and proj.bias is not None
+    mu = found.total / found.tokens if foldable else torch.zeros_like(found.total)
+
+    B_q, B_k, logits = ordering(found.query / found.tokens, found.key / found.tokens)
+    E_T, E_inverse, outputs = ordering(found.output / found.tokens - _outer(mu), W_o.mT @ W_o)
+    E = E_T.mT
+    qkv.weight.copy_(torch.stack([B_q.mT @ W_q, B_k.mT @ W_k, E @ W_v]).flatten(0, 2))
+    proj.weight.copy_((W_o @ E_inverse).transpose(0, 1).flatten(1))
+    if qkv.bias is not None:
+        b_q, b_k, b_v = qkv.bias.double().unflatten(0, (3, heads, dims))[..., None]
+        qkv.bias.copy_(torch.stack([B_q.mT @ b_q, B_k.mT @ b_k, E @ (b_v - mu[..., None])]).flatten())
+    if foldable:
+        proj.bias += (W_o @ mu[..., None]).sum(0).flatten().to(proj.bias.dtype)
+    return (_shares(logits) + _shares(outputs)) / 2
+
+
+def ordering(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns (B, B', σ), B B'ᵀ = I, that order the products x·y = Σ_c x_c y_c of vectors x and y by what they carry.
+
+    With x ← Bᵀx and y ← B'ᵀy, the products are the same, both second moments are diag(σ), σ falling, and the sum over
+    the first k dims is the best approximation of rank k of the products of all x with all y.
+
+    Args:
+        left, right: second moments (..., dims, dims) of x and of y.
+    """
+    L, R = _root(left), _root(right)
+    U, sigma, _ = torch.linalg.svd(L.mT @ R)
+    D = sigma.clamp(min=LEAST * sigma[..., :1]).sqrt()[..., None, :]
+    return torch.linalg.solve_triangular(L.mT, U * D, upper=True), L @ (U / D), sigma
+
+
+def _root(G: Tensor) -> Tensor:
+    """Returns lower triangular L with L Lᵀ = G, or all but: G may be singular."""
+    size = G.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
+    least = torch.where(size > 0, RESOLUTION * size, 1.0)
+    return torch.linalg.cholesky(G + least * torch.eye(G.shape[-1], dtype=G.dtype))
+
+
+def _products(x: Tensor) -> Tensor:
+    """Returns Σ x xᵀ by head (heads, dims, dims), for x (spans, tokens, heads, dims)."""
+    by_head = x.flatten(0, 1).transpose(0, 1)
+    return by_head.mT @ by_head
+
+
+def _outer(x: Tensor) -> Tensor:
+    return x[..., :, None] * x[..., None, :]
+
+
+def _shares(sigma: Tensor) -> Tensor:
+    return sigma.square() / sigma.square().sum(-1, keepdim=True)
