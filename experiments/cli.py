@@ -106,6 +106,25 @@ def sweep(
         raise RunError(f"{len(failures)} of {len(cells)} runs failed; their logs lie in {out}\n{said}")
 
 
+@app.command()
+def compare(
+    config: Annotated[Path, typer.Option(help="TOML with a table [compare] of lists, and the options of all cells")],
+    out: Annotated[Path, typer.Option(help="folder of results.csv and table.md; finished cells are not run again")],
+    as_json: Annotated[bool, typer.Option("--json", help="print one JSON object a row")] = False,
+) -> None:
+    """Compare pruning criteria one-shot: criteria × budgets × compensation × metric sets × devices × seeds."""
+    from experiments.compare import markdown, read_comparison, run_comparison, table
+    from strategies.progress import stage
+    from tapfl.store import write_bytes
+
+    comparison = read_comparison(config)
+    with stage("cells", len(list(comparison.cells()))) as advance:
+        rows = run_comparison(comparison, out, lambda done, _, note: advance(done, note))
+    shown = table(rows)
+    write_bytes(out / "table.md", markdown(shown).encode())
+    _show_rows(shown, as_json)
+
+
 bench = typer.Typer(help="Measure speed, as ratios side by side in one run.", no_args_is_help=True)
 app.add_typer(bench, name="bench")
 

@@ -1,0 +1,72 @@
+"""Criteria side by side: every cell once, the same test images for all, refusals told."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from test_inprocess_run import SMALL
+from typer.testing import CliRunner
+
+from experiments import cli
+from experiments.compare import read_comparison, run_comparison
+from tapfl.errors import ConfigError
+
+
+def comparison_file(tmp_path: Path, axes: str, options: str = "") -> Path:
+    shared = [option.split("=", 1) for option in SMALL if not option.startswith(("train.", "metric"))]
+    lines = [f'"{key}" = {value if value.isdigit() else json.dumps(value)}' for key, value in shared]
+    lines += [f'"cache" = {json.dumps(str(tmp_path / "cache"))}', '"metric.size" = 128', options]
+    file = tmp_path / "compare.toml"
+    file.write_text("\n".join(lines) + f"\n[compare]\n{axes}\n")
+    return file
+
+
+AXES = 'criterion = ["tap", "lowrank-heads"]\nbudget = [0.5]\ncompensation = ["none", "one-pass", "sequential"]\ndevice = [0, 2]'
+
+
+def test_a_comparison_is_carried_out_once_and_shown(tmp_path: Path) -> None:
+    file, out = comparison_file(tmp_path, AXES), tmp_path / "out"
+    invoked = ["compare", "--config", str(file), "--out", str(out), "--json"]
+    first = CliRunner().invoke(cli.app, invoked, catch_exceptions=False)
+    rows = [json.loads(line) for line in first.stdout.splitlines() if line.startswith("{")]
+    assert [(row["criterion"], row["compensation"]) for row in rows] == [
+        (criterion, how) for criterion in ("tap", "lowrank-heads") for how in ("none", "one-pass", "sequential")
+    ]
+    assert all(row["50% MACs"].endswith("(2)") for row in rows)
+    assert "| tap | none |" in (out / "table.md").read_text()
+    results = (out / "results.csv").read_text()
+    assert len(results.splitlines()) == 1 + 12
+    (out / "results.csv").write_text("".join(results.splitlines(keepends=True)[:5]))  # as a killed one leaves it
+    CliRunner().invoke(cli.app, invoked, catch_exceptions=False)
+    again = [line.rsplit(",", 2)[0] for line in (out / "results.csv").read_text().splitlines()]
+    assert again == [line.rsplit(",", 2)[0] for line in results.splitlines()]  # all but the seconds
+
+
+def test_measures_are_shares_and_a_budget_that_cannot_be_met_is_told(tmp_path: Path) -> None:
+    file = comparison_file(tmp_path, 'criterion = ["tap", "updp"]\nbudget = [0.5, 0.01]\ndevice = [1]')
+    rows = run_comparison(read_comparison(file), tmp_path / "out", lambda *_: None)
+    by_cell = {(row["criterion"], row["budget"]): row for row in rows}
+    assert 0.4975 <= float(by_cell["tap", "0.5"]["macs_share"]) <= 0.5
+    assert float(by_cell["tap", "0.5"]["dense_own"]) >= float(by_cell["tap", "0.5"]["dense"])
+    assert by_cell["tap", "0.5"]["dense"] == by_cell["updp", "0.5"]["dense"]
+    assert "cannot be met" in by_cell["tap", "0.01"]["refused"] and not by_cell["tap", "0.01"]["pruned"]
+
+
+@pytest.mark.parametrize(
+    ("axes", "named"),
+    [
+        ("criterion = 3", "compare"),
+        ('critereon = ["tap"]', "critereon"),
+        ('criterion = ["best"]', "'best'"),
+        ("budget = [1.5]", "1.5"),
+        ('compensation = ["full"]', "'full'"),
+        ("device = [99]", "99"),
+        ('"metric.rule" = ["nearest"]', "metric.rule"),
+        ("seed = [-1]", "seed"),
+    ],
+)
+def test_an_axis_that_is_off_is_refused_before_anything_runs(tmp_path: Path, axes: str, named: str) -> None:
+    with pytest.raises(ConfigError, match=named):
+        read_comparison(comparison_file(tmp_path, axes))
