@@ -9,7 +9,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -51,8 +51,7 @@ def run(
     """Carry out one federation: summaries, plans, smaller models, adapter rounds, personal models."""
     from experiments.preflight import absolute_paths, check
 
-    options = read_toml(config) if config else {}
-    options |= dict(parse_assignment(text) for text in set or [])
+    options = _options(config, set)
     if out is not None:
         options["out"] = str(out)
     if not options.get("out"):
@@ -71,6 +70,10 @@ def run(
     console = Console(width=None if sys.stdout.isatty() else 140)
     show(summary, console)
     console.print(f"the run's folder: {folder}", highlight=False, soft_wrap=True)
+
+
+def _options(config: Path | None, assignments: list[str] | None) -> dict[str, Any]:
+    return (read_toml(config) if config else {}) | dict(parse_assignment(text) for text in assignments or [])
 
 
 @app.command()
@@ -104,6 +107,62 @@ def sweep(
     if failures:
         said = "\n".join(f"  {name}: {error}" for name, error in failures.items())
         raise RunError(f"{len(failures)} of {len(cells)} runs failed; their logs lie in {out}\n{said}")
+
+
+@app.command()
+def prune(
+    budget: Annotated[float, typer.Option(help="share of the dense model's MACs, in (0, 1]")],
+    out: Annotated[Path, typer.Option(help="the smaller model's folder; must not exist")],
+    criterion: Annotated[str, typer.Option(help="what decides which units stay; `tapfl criteria` lists them")] = "tap",
+    compensation: Annotated[str, typer.Option(help="none, one-pass or sequential")] = "none",
+    config: Annotated[Path | None, typer.Option(help="options as TOML, one table a section")] = None,
+    set: Annotated[list[str] | None, typer.Option("--set", help="key=value, after and above --config")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print one JSON object last, and no table")] = False,
+) -> None:
+    """Prune one backbone for the images of data.source; without any federation."""
+    from experiments.preflight import absolute_paths
+    from experiments.prune import prune as carry_out
+
+    options = _options(config, set) | {"pruning.criterion": criterion}
+    carry_out(absolute_paths(RunConfig.from_flat(options)), budget, compensation, out)
+    inspect(out, None, as_json)
+
+
+@app.command()
+def criteria() -> None:
+    """List the pruning criteria, those of installed packages included."""
+    from tapfl.pruning.criteria.registry import criterion_names
+
+    print("\n".join(criterion_names()))
+
+
+@app.command()
+def inspect(
+    folder: Annotated[Path, typer.Argument(help="folder of a pruned model: plan.json and model.safetensors")],
+    picture: Annotated[Path | None, typer.Option(help="PNG of kept widths and layer importance")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print one JSON object last, and no table")] = False,
+) -> None:
+    """Show a pruned model: kept widths, layer importance, cost and latency before and after."""
+    from experiments.prune import inspect as look
+    from experiments.prune import picture as draw
+
+    found = look(folder)
+    if picture:
+        draw(found, picture)
+    if as_json:
+        print(json.dumps({"folder": str(folder), **found}))
+        return
+    table = Table("layer", "kind", "units", "kept", "share", "importance (KL)")
+    for layer in found["layers"]:
+        importance = "" if layer["importance"] is None else f"{layer['importance']:.3g}"
+        share = f"{layer['kept'] / layer['units']:.0%}"
+        table.add_row(layer["name"], layer["kind"], str(layer["units"]), str(layer["kept"]), share, importance)
+    console = Console(width=None if sys.stdout.isatty() else 140)
+    console.print(table)
+    costs = (("macs", "M MACs", 1e6), ("params", "k parameters", 1e3), ("latency_ms", "ms an image", 1.0))
+    for name, unit, scale in costs:
+        dense, small = found[f"{name}_dense"] / scale, found[name] / scale
+        console.print(f"{small:10.4g} of {dense:.4g} {unit} ({small / dense:.1%})", highlight=False)
 
 
 @app.command()

@@ -39,11 +39,10 @@ from tapfl.data.sources import ImageSet
 from tapfl.errors import BudgetError, ConfigError
 from tapfl.models.backbone import BackboneSpec, input_transform
 from tapfl.models.dense import DenseCache, dense_backbone
-from tapfl.pruning.compensation import compensate, compensate_sequentially
+from tapfl.pruning.compensation import COMPENSATIONS, compensated
 from tapfl.pruning.criteria.registry import criterion_of
 from tapfl.pruning.criteria.task import PruningTask, Selection
 from tapfl.pruning.planning import plan_of, pruning_task
-from tapfl.pruning.surgery import shrink
 from tapfl.seeds import numpy_generator
 from tapfl.store import cache_folder
 from tapfl.summary.descriptors import image_features
@@ -59,7 +58,6 @@ AXES: dict[str, list[Any]] = {
     "criterion": ["tap", "random"],
     "compensation": ["none"],
 }
-COMPENSATIONS = ("none", "one-pass", "sequential")
 MEASURES = ("macs_share", "params_share", "dense", "dense_own", "pruned", "pruned_own", "seconds")
 
 
@@ -224,11 +222,7 @@ def _measure(
         return {"refused": selection}
     model = selection.model or task.model
     plan = plan_of(task, selection, view.setting.spec)
-    if compensation == "none":
-        small = shrink(model, plan)
-    else:
-        fit = compensate if compensation == "one-pass" else compensate_sequentially
-        small = fit(model, selection.kept, task.layers, task.inputs, task.batch)
+    small = compensated(model, selection.kept, task.layers, task.inputs, task.batch, compensation)
     pruned, pruned_own = score(small, view.inputs, view.labels, view.classes)
     dense, dense_own = view.dense
     return {

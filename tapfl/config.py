@@ -140,7 +140,7 @@ class MetricOptions(Section):
 class PruningOptions(Section):
     """How importance becomes widths."""
 
-    criterion: str = Field("tap", description="what decides which units stay: tap, random, or a registered one")
+    criterion: str = Field("tap", description="what decides which units stay; `tapfl criteria` lists them")
     ratio: Literal["adaptive", "uniform"] = Field("adaptive", description="layer weights from KL, or all equal")
     tau: float = Field(5.82, gt=0, description="temperature of the layer softmax")
     align: Count = Field(4, description="widths are multiples of this (8 suits real backbones)")

@@ -149,10 +149,17 @@ def test_the_first_dims_of_q_and_k_are_the_best_logits_of_that_rank(family: str,
             whitened[key] = [
                 (left @ W[head * d :][:d].T, right @ W[layer.units + head * d :][:d].T) for head in range(layer.heads)
             ]
-        for (q, k), (q_turned, k_turned) in zip(whitened["dense"], whitened["turned"], strict=True):
-            best = tails(np.linalg.svd(q @ k.T, compute_uv=False)[:d])
+        q, k, _ = seen_by(backbone.model, layer.name, backbone.inputs)[1].unflatten(-1, (3, layer.heads, d)).unbind(2)
+        q_turned, k_turned, _ = (
+            seen_by(turned, layer.name, backbone.inputs)[1].unflatten(-1, (3, layer.heads, d)).unbind(2)
+        )
+        logits = torch.einsum("bnhd,bmhd->bhnm", q, k)
+        difference = torch.einsum("bnhd,bmhd->bhnm", q_turned, k_turned) - logits
+        assert difference.abs().max() < 1e-5 * logits.abs().max()  # key biases too, though the softmax sees them not
+        for (Q, K), (Q_turned, K_turned) in zip(whitened["dense"], whitened["turned"], strict=True):
+            best = tails(np.linalg.svd(Q @ K.T, compute_uv=False)[:d])
             for rank in range(0, d, 3):
-                error = ((q @ k.T - q_turned[:, :rank] @ k_turned[:, :rank].T) ** 2).sum()
+                error = ((Q @ K.T - Q_turned[:, :rank] @ K_turned[:, :rank].T) ** 2).sum()
                 assert error == pytest.approx(best[rank], rel=1e-3, abs=1e-7 * best[0])
 
 

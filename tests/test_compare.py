@@ -23,7 +23,10 @@ def comparison_file(tmp_path: Path, axes: str, options: str = "") -> Path:
     return file
 
 
-AXES = 'criterion = ["tap", "lowrank-heads"]\nbudget = [0.5]\ncompensation = ["none", "one-pass", "sequential"]\ndevice = [0, 2]'
+AXES = """criterion = ["tap", "lowrank-heads"]
+budget = [0.5]
+compensation = ["none", "one-pass", "sequential"]
+device = [0, 2]"""
 
 
 def test_a_comparison_is_carried_out_once_and_shown(tmp_path: Path) -> None:

@@ -19,11 +19,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tapfl.errors import ModelError
+from tapfl.errors import ConfigError, ModelError
 from tapfl.models.backbone import segments
 from tapfl.models.residual import as_branch_output, observe
 from tapfl.models.units import PrunableLayer, put
 
+COMPENSATIONS = ("none", "one-pass", "sequential")
 RIDGE = 1e-3  # λ, of the mean variance of the kept activations
 CORRECTION = 0.25  # γ, share of the drift of the residual stream that a branch is asked to take back
 RESOLUTION = 1e-12  # of the mean square of the kept activations: less variance than that is rounding
@@ -144,6 +145,29 @@ def compensate_sequentially(
             _absorb(small, layer, lost, ridge)
         dense_x, small_x = [dense_step(x) for x in dense_x], [small_step(x) for x in small_x]
     return small.eval()
+
+
+def compensated(
+    model: nn.Module,
+    kept: Mapping[str, Tensor],
+    layers: Sequence[PrunableLayer],
+    inputs: Tensor,
+    batch: int,
+    how: str,
+) -> nn.Module:
+    """Returns `model` shrunk to `kept` and compensated as `how` says: ``none``, ``one-pass`` or ``sequential``.
+
+    Raises:
+        ConfigError: if `how` is none of these.
+    """
+    if how == "none":
+        small = copy.deepcopy(model)
+        for layer in _pruned(layers, kept):
+            put(small, layer.name, layer.shrink(small.get_submodule(layer.name), kept[layer.name]))
+        return small.eval()
+    if how not in COMPENSATIONS:
+        raise ConfigError(f"compensation = {how!r}: accepted are {', '.join(COMPENSATIONS)}")
+    return (compensate if how == "one-pass" else compensate_sequentially)(model, kept, layers, inputs, batch)
 
 
 def _pruned(layers: Sequence[PrunableLayer], kept: Mapping[str, Tensor]) -> list[PrunableLayer]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from tapfl.config import PruningOptions, Scalar
-from tapfl.errors import ModelError
+from tapfl.errors import ConfigError, ModelError
 from tapfl.models.backbone import BackboneSpec
 from tapfl.models.cost import measure_cost
 from tapfl.models.units import prunable_layers
@@ -82,6 +82,11 @@ def plan_pruning(
 
     Raises:
         BudgetError: if the budget cannot be met.
+        ConfigError: if the criterion changes weights (`Selection.model`).
     """
     task = pruning_task(model, inputs, budget, options, batch, seed=seed)
-    return plan_of(task, criterion_of(task.options.criterion)(task), spec, provenance)
+    name = task.options.criterion
+    selection = criterion_of(name)(task)
+    if selection.model is not None:
+        raise ConfigError(f"pruning.criterion = {name!r}: changes the weights, which a plan alone does not carry")
+    return plan_of(task, selection, spec, provenance)
