@@ -20,6 +20,7 @@ from tapfl.models.residual import observe
 from tapfl.pruning.basis import canonical_basis, carried_energy, ordering
 from tapfl.pruning.criteria.registry import criterion_of
 from tapfl.pruning.criteria.wanda import output_norms
+from tapfl.pruning.layer_importance import layer_importance
 from tapfl.pruning.planning import plan_of, pruning_task
 from tapfl.pruning.surgery import shrink
 
@@ -261,3 +262,15 @@ def test_a_shrunk_low_rank_model_costs_what_it_says(vit: Tiny) -> None:
     plan = plan_of(task, selection, vit.spec)
     assert selection.model is not None
     assert sum(p.numel() for p in shrink(selection.model, plan).parameters()) == plan.cost.params
+
+
+def test_layers_are_probed_in_the_basis_in_which_they_are_cut(vit: Tiny) -> None:
+    chosen = {}
+    ratios: tuple[Any, ...] = ("uniform", "adaptive")
+    for ratio in ratios:
+        options = PruningOptions(criterion="lowrank-heads", align=1, ratio=ratio)
+        chosen[ratio] = criterion_of("lowrank-heads")(pruning_task(vit.model, vit.inputs, 0.6, options, batch=4))
+    turned = chosen["adaptive"].model
+    assert turned is not None
+    expected = layer_importance(turned, vit.layers, chosen["uniform"].kept, vit.inputs, batch=4)
+    assert chosen["adaptive"].importance == pytest.approx(expected, rel=1e-4)
