@@ -61,12 +61,16 @@ def scramble(model: nn.Module, seed: int = 0) -> nn.Module:
 
 
 def tiny(spec: BackboneSpec, model: nn.Module | None = None) -> Tiny:
-    model = scramble(build(spec) if model is None else model)
+    if model is None:
+        torch.manual_seed(0)
+        model = build(spec)
+    scramble(model)
     inputs = torch.randn(example_input(model, 4).shape, generator=torch.Generator().manual_seed(1))
     return Tiny(spec, model, prunable_layers(model), inputs)
 
 
 def tiny_of_family(family: str) -> Tiny:
+    torch.manual_seed(0)
     if family == "swin":
         model = timm.create_model(SWIN.name, num_classes=CLASSES, **SMALL_SWIN_ARGS)
         return tiny(BackboneSpec(name=SWIN.name, num_classes=CLASSES), model)

@@ -326,3 +326,16 @@ def test_a_gated_ffn_is_refused_by_name() -> None:
     model.blocks[1].mlp = SwiGLU(model.embed_dim, 16)
     with pytest.raises(ModelError, match=r"blocks.1.mlp: cannot be pruned exactly"):
         prunable_layers(model)
+
+
+def test_a_hook_on_the_dense_branch_is_none_on_the_shrunk_one() -> None:
+    model = build(VIT)
+    layer = prunable_layers(model)[0]
+    seen: list[str] = []
+    branch = model.get_submodule(layer.name)
+    branch.register_forward_hook(lambda *_: seen.append("dense"))
+    small = layer.shrink(branch, torch.arange(0, layer.units, 2))
+    small(torch.zeros(1, layer.tokens, layer.embed_dim))
+    assert not seen
+    branch(torch.zeros(1, layer.tokens, layer.embed_dim))
+    assert seen == ["dense"]

@@ -13,6 +13,7 @@ from __future__ import annotations
 import copy
 import math
 from abc import ABC, abstractmethod
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -99,6 +100,8 @@ class PrunableLayer(ABC):
         small = copy.copy(module)
         small._modules, small._parameters = dict(module._modules), dict(module._parameters)
         small._buffers = dict(module._buffers)
+        for name in [name for name in vars(small) if name.endswith("_hooks")]:
+            setattr(small, name, OrderedDict())  # hooks on the one are not hooks on the other
         for cut in self.cuts(kept):
             setattr(small, cut.linear, _cut_linear(module.get_submodule(cut.linear), cut))
         self._resize(small, kept)
