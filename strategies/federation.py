@@ -97,6 +97,7 @@ class Federation:
             made = dense_backbone(
                 self.config.model, self.images, self.config.seed, self.cache, lambda done, _: advance(done, "epochs")
             )
+            advance(self.config.model.epochs, f"ready: {made[0]}")
         return Backbone(*made)
 
     def _summaries(self, backbone: Backbone, pool: PublicPool) -> dict[int, GaussianSummary]:

@@ -1,0 +1,108 @@
+"""Devices that lie: what they send is refused and told, and the federation goes on with the others."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from flwr.app import Context, Message
+from flwr.clientapp import ClientApp
+from test_inprocess_run import SMALL
+
+from clients import client_app as real
+from experiments.engines.inprocess import run_inprocess
+from strategies.server_app import app as server_app
+from tapfl.config import RunConfig, parse_assignment
+from tapfl.errors import ConfigError, RunError
+from tapfl.wire import HelloReply, PruneReply, SummaryReply, TrainReply, WireMessage
+
+Lie = Callable[[WireMessage], WireMessage]
+
+
+def lying(device: int, kind: type[WireMessage], lie: Lie) -> ClientApp:
+    """A ClientApp that is honest but for one kind of answer of one device."""
+    app = ClientApp()
+
+    def tampered(answer: Callable[[Message, Context], Message], type: type[WireMessage]) -> Callable[..., Message]:
+        def handler(message: Message, context: Context) -> Message:
+            reply = answer(message, context)
+            if context.node_config["partition-id"] != device or type is not kind:
+                return reply
+            return Message(lie(type.from_records(reply.content)).to_records(), reply_to=message)
+
+        return handler
+
+    app.query("hello")(tampered(real.hello, HelloReply))
+    app.query("summarize")(tampered(real.summarize, SummaryReply))
+    app.query("prune")(tampered(real.prune, PruneReply))
+    app.train()(tampered(real.train, TrainReply))
+    app.evaluate()(real.evaluate)
+    return app
+
+
+def nan_adapters(reply: TrainReply) -> TrainReply:
+    return replace(reply, adapters=np.full_like(reply.adapters, np.nan))
+
+
+LIES = {
+    "unknown device": (HelloReply, lambda r: replace(r, partition_id=77), "unknown device"),
+    "π not summing to 1": (SummaryReply, lambda r: replace(r, weights=r.weights * 1.5), "sum to 1"),
+    "covariance not positive": (SummaryReply, lambda r: replace(r, covariances=-r.covariances), "positive"),
+    "means of NaN": (SummaryReply, lambda r: replace(r, means=r.means * np.nan), "finite"),
+    "means of another dimension": (SummaryReply, lambda r: replace(r, means=r.means[:, :3]), "do not go together"),
+    "another model": (PruneReply, lambda r: replace(r, macs=r.macs + 1), "the plan says"),
+    "adapters of NaN": (TrainReply, nan_adapters, "finite"),
+    "adapters too short": (TrainReply, lambda r: replace(r, adapters=r.adapters[:-1]), "shape"),
+}
+
+
+def federation(tmp_path: Path, client_app: ClientApp, **changes: object) -> tuple[Path, list[dict[str, object]]]:
+    folder = tmp_path / "run"
+    options = dict(parse_assignment(option) for option in SMALL) | {
+        "out": str(folder),
+        "cache": str(tmp_path / "cache"),
+    }
+    run_inprocess(server_app, client_app, RunConfig.from_flat(options | changes).flat(), 4)
+    return folder, [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("case", LIES)
+def test_a_lie_is_refused_and_the_federation_goes_on(
+    case: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    kind, lie, reason = LIES[case]
+    folder, lines = federation(tmp_path, lying(1, kind, lie))
+    assert "refused" in caplog.text and reason in caplog.text
+    rounds = [line for line in lines if line["kind"] == "round"]
+    assert len(rounds) == 3 and all(line["devices"] >= 3 for line in rounds)
+    assert np.isfinite(json.loads((folder / "summary.json").read_text())["personal_accuracy"])
+    if kind is not HelloReply:
+        failures = [line for line in lines if line["kind"] == "failure"]
+        assert failures and all(line["device"] == 1 and reason in str(line["reason"]) for line in failures)
+
+
+def test_a_second_device_of_the_same_number_is_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    _, lines = federation(tmp_path, lying(1, HelloReply, lambda r: replace(r, partition_id=0)))
+    assert "is there already; left out" in caplog.text
+    assert {line["devices"] for line in lines if line["kind"] == "round"} == {3}
+
+
+def test_when_all_lie_the_run_ends_with_the_reason(tmp_path: Path) -> None:
+    everyone = ClientApp()
+    everyone.query("hello")(real.hello)
+    with pytest.raises(RunError, match="summaries: no device answered"):
+        federation(tmp_path, everyone)
+
+
+def test_a_relative_path_is_refused_where_flower_chooses_the_folder(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"out = 'somewhere': must be an absolute path"):
+        federation(tmp_path, real.app, out="somewhere")
+
+
+def test_a_number_of_devices_that_the_nodes_do_not_match_ends_the_run(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match=r"devices.count = 5, but 4 nodes are there after 0.2 s"):
+        federation(tmp_path, real.app, **{"devices.count": 5, "node-timeout": 0.2})
