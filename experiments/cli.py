@@ -202,6 +202,19 @@ def bench_scoring(
     _show_rows(rows, as_json)
 
 
+@bench.command("layers")
+def bench_layers(
+    model: Annotated[list[str], typer.Option(help="timm names")] = ["deit_tiny_patch16_224"],  # noqa: B006
+    size: Annotated[list[int], typer.Option(help="image sizes")] = [64],  # noqa: B006
+    repeats: Annotated[int, typer.Option(min=1)] = 3,
+    as_json: Annotated[bool, typer.Option("--json", help="print one JSON object a row")] = False,
+) -> None:
+    """Layer importance with cached prefixes against two whole forward passes a probe; one thread, batch 64."""
+    from experiments.bench.layers import bench_layers as measure
+
+    _show_rows([measure(name, pixels, repeats) for name in model for pixels in size], as_json)
+
+
 def _show_rows(rows: Sequence[Mapping[str, str]], as_json: bool) -> None:
     if as_json:
         for row in rows:
