@@ -9,9 +9,11 @@ import numpy as np
 from tapfl.config import RunConfig
 from tapfl.data.federated import check_classes, open_pool, open_private
 from tapfl.data.partition import partition
+from tapfl.data.sources import ImageSet
 from tapfl.errors import ConfigError, DataError
-from tapfl.models.backbone import build, input_transform, load_weights, read_head_rows, spec_of
+from tapfl.models.backbone import build, input_transform, spec_of
 from tapfl.models.cost import measure_cost
+from tapfl.models.dense import DenseCache, dense_key, fill_weights
 from tapfl.models.units import prunable_layers
 from tapfl.pruning.allocate import allocate
 from tapfl.pruning.criteria.registry import criterion_of
@@ -41,20 +43,18 @@ def check(config: RunConfig) -> None:
     partition(private.labels, config.data, config.devices.count, config.seed)
     if config.metric.size > len(public):
         raise DataError(f"metric.size = {config.metric.size}: the public pool has {len(public)} images")
-    _check_backbone(config, public.classes)
+    _check_backbone(config, public)
 
 
-def _check_backbone(config: RunConfig, classes: tuple[str, ...]) -> None:
+def _check_backbone(config: RunConfig, public: ImageSet) -> None:
     options = config.model
     if options.head != "train" and not options.weights:
         raise ConfigError(f"model.head = {options.head!r}: takes rows of the head of model.weights, which is empty")
-    model = build(spec_of(options, classes))
-    rows = Path(options.head_rows) if options.head_rows else None
-    if options.weights and options.weights != "hub":
-        takes_head = options.head != "train"
-        load_weights(model, Path(options.weights), classes, rows if takes_head else None, takes_head)
-    elif rows:
-        read_head_rows(rows, classes)
+    spec = spec_of(options, public.classes)
+    model = build(spec)
+    key = dense_key(options, spec, public, config.seed)
+    if not DenseCache(cache_folder(config.cache)).holds(key):
+        fill_weights(model, options, spec, public.classes)
     criterion_of(config.pruning.criterion)
     layers = prunable_layers(model)
     for budget in sorted(set(config.devices.budgets)):

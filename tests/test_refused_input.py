@@ -113,3 +113,16 @@ def test_images_with_other_channels_than_the_backbone(
     images = np.zeros((200, 8, 8, 3), np.uint8)
     np.savez(tmp_path / "rgb.npz", images=images, labels=np.arange(200) % 4)
     assert "channels" in refused(capsys, monkeypatch, "--set", "data.source=rgb.npz", "--set", "metric.size=64")
+
+
+def test_a_hub_that_cannot_be_reached_leaves_nothing_behind(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "none"))
+    options = ["model.weights=hub", "model.name=deit_tiny_patch16_224", "model.args=img_size=32", "pruning.align=8"]
+    sets = [part for option in options for part in ("--set", option)]
+    assert "model.weights = 'hub': no weights" in refused(capsys, monkeypatch, *sets, "--out", "run")
+    assert not (tmp_path / "run").exists()
+    sets += ["--set", "model.head=rows"]
+    assert "needs model.head-rows" in refused(capsys, monkeypatch, *sets, "--out", "run")

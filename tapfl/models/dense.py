@@ -57,6 +57,22 @@ def dense_key(options: ModelOptions, spec: BackboneSpec, pool: ImageSet, seed: i
     return content_hash(options.model_dump_json(), spec.model_dump_json(), str(seed), *data, *pool.classes, *files)
 
 
+def fill_weights(model: nn.Module, options: ModelOptions, spec: BackboneSpec, classes: tuple[str, ...]) -> None:
+    """Fills `model` with the weights that the options name, if they name any.
+
+    Raises:
+        ModelError: if they are not to be had, do not fit, or lack the head that is to be taken from them.
+    """
+    takes_head = options.head != "train"
+    rows = Path(options.head_rows) if takes_head and options.head_rows else None
+    if options.weights == "hub":
+        if takes_head and rows is None:
+            raise ModelError(f"model.head = {options.head!r} with model.weights = 'hub': needs model.head-rows")
+        load_hub_weights(model, spec, classes, rows)
+    elif options.weights:
+        load_weights(model, Path(options.weights), classes, rows, needs_head=takes_head)
+
+
 def dense_backbone(
     options: ModelOptions,
     pool: ImageSet,
@@ -75,11 +91,7 @@ def dense_backbone(
         with torch.random.fork_rng(devices=[]):  # timm initialises from the global generator
             torch.manual_seed(int(numpy_generator(seed, "backbone").integers(2**62)))
             model = build(spec)
-        rows = Path(options.head_rows) if options.head != "train" and options.head_rows else None
-        if options.weights == "hub":
-            load_hub_weights(model, spec, pool.classes, rows)
-        elif options.weights:
-            load_weights(model, Path(options.weights), pool.classes, rows, needs_head=options.head != "train")
+        fill_weights(model, options, spec, pool.classes)
         train = partial(
             train_dense,
             labels=torch.from_numpy(pool.labels),
