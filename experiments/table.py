@@ -22,8 +22,8 @@ def show(summary: Mapping[str, Any], console: Console) -> None:
             f"{record['train_samples']}+{record['test_samples']}",
             str(record["classes"]),
             f"{record['budget']:g}",
-            f"{record['macs'] / 1e6:.3g}M {record['macs_share']:.2%}",
-            f"{record['params'] / 1e3:.4g}k {record['params_share']:.0%}",
+            f"{_count(record['macs'])} {record['macs_share']:.2%}",
+            f"{_count(record['params'])} {record['params_share']:.0%}",
             *(f"{record[f'{name}_accuracy']:.3f}" for name in ("dense", "pruned", "global", "personal")),
             f"{record['alpha']:.3f}",
             _size(sum(record["bytes_up"].values())),
@@ -33,6 +33,10 @@ def show(summary: Mapping[str, Any], console: Console) -> None:
     means = (f"{summary[f'{name}_accuracy']:.3f}" for name in ("dense", "pruned", "global", "personal"))
     table.add_row("mean", "", "", "", "", "", *means, "", _size(summary["bytes_up"]), _size(summary["bytes_down"]))
     console.print(table)
+
+
+def _count(number: int) -> str:
+    return f"{number / 1e6:.3g}M" if number >= 1e5 else f"{number / 1e3:.3g}k"
 
 
 def _size(count: int) -> str:
