@@ -36,7 +36,7 @@ def show(summary: Mapping[str, Any], console: Console) -> None:
 
 
 def _count(number: int) -> str:
-    return f"{number / 1e6:.3g}M" if number >= 1e5 else f"{number / 1e3:.3g}k"
+    return f"{number / 1e6:.3g}M" if number >= 1e6 else f"{number / 1e3:.3g}k"
 
 
 def _size(count: int) -> str:
