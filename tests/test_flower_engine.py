@@ -89,6 +89,7 @@ def test_what_the_server_app_raises_ends_the_run_and_nothing_stays(cache: Path, 
     assert not left_running(str(tmp_path))
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_the_run_at_once_and_nothing_stays(cache: Path, tmp_path: Path) -> None:
     sets = [part for option in [*SMALL, f"cache={cache}", "train.rounds=10000"] for part in ("--set", option)]
     command = [sys.executable, "-m", "experiments.cli", "run", "--workers", "1", "--out", str(tmp_path / "run"), *sets]
