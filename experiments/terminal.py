@@ -1,0 +1,36 @@
+"""What the commands share: options as they are given, and tables as they are shown."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from tapfl.config import parse_assignment, read_toml
+
+
+def console() -> Console:
+    """Returns where results go; of a fixed width where nobody looks."""
+    return Console(width=None if sys.stdout.isatty() else 140)
+
+
+def options_of(config: Path | None, assignments: list[str] | None) -> dict[str, Any]:
+    """Returns dotted options: those of --set after and above those of --config."""
+    return (read_toml(config) if config else {}) | dict(parse_assignment(text) for text in assignments or [])
+
+
+def show_rows(rows: Sequence[Mapping[str, str]], as_json: bool) -> None:
+    """Prints rows as a table, or as one JSON object each."""
+    if as_json:
+        for row in rows:
+            print(json.dumps(row))
+        return
+    table = Table(*rows[0])
+    for row in rows:
+        table.add_row(*row.values())
+    console().print(table)
