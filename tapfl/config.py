@@ -74,10 +74,10 @@ class DataOptions(Section):
     public_share: float = Field(0.5, gt=0, lt=1, description="share of `source` that is the public pool")
     test_share: float = Field(0.3, gt=0, lt=1, description="share of a device's images that is its test part")
     image_size: int = Field(0, ge=0, description="pixels a side at which images are kept; 0: what the backbone takes")
-    partition: Literal["pathological", "dirichlet", "iid", "shard"] = Field(
-        "pathological", description="flwr-datasets partitioner of the private images"
+    partition: Literal["pathological", "class-blocks", "dirichlet", "iid", "shard"] = Field(
+        "pathological", description="flwr-datasets partitioner of the private images; `class-blocks` are disjoint"
     )
-    classes_per_device: Count = Field(3, description="for `pathological`")
+    classes_per_device: Count = Field(3, description="for `pathological` and `class-blocks`")
     shards_per_device: Count = Field(3, description="for `shard`")
     dirichlet_alpha: float = Field(0.3, gt=0, description="for `dirichlet`; smaller is more uneven")
 
