@@ -145,6 +145,18 @@ class PruningOptions(Section):
     tau: float = Field(5.82, gt=0, description="temperature of the layer softmax")
     align: Count = Field(4, description="widths are multiples of this (8 suits real backbones)")
     floor: float = Field(0.05, ge=0, lt=1, description="least share of a layer that is kept")
+    labels: Literal["pseudo", "public"] = Field(
+        "pseudo", description="labels of the public images: the dense model's predictions, or the pool's own"
+    )
+    recovery: Literal["none", "fine-tune", "distill"] = Field(
+        "none", description="training after surgery: none, cross-entropy, or that and the dense model's soft targets"
+    )
+    recovery_steps: int = Field(100, ge=0, description="gradient steps; those of a criterion's own search are deducted")
+    recovery_batch: Count = 32
+    recovery_learning_rate: float = Field(1e-4, gt=0, description="of Adam, constant")
+    recovery_size: int = Field(0, ge=0, description="images of the fine-tune set; 0: the metric set itself")
+    distill_temperature: float = Field(4.0, gt=0, description="T, by which both models' logits are divided")
+    distill_share: Share = Field(0.9, description="share of the soft targets in the loss of `distill`")
 
 
 class AdapterOptions(Section):

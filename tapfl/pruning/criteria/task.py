@@ -49,12 +49,14 @@ class Selection:
         importance: one number a layer where the criterion has one.
         model: the backbone with the weights that the criterion's own search left, if it trained; else None.
         steps: gradient steps that the search spent; a fair comparison deducts them from recovery.
+        fades: the branches that are dropped as a whole are to fade during recovery, not to be gone at once.
     """
 
     kept: dict[str, Tensor]
     importance: dict[str, float] = field(default_factory=dict)
     model: nn.Module | None = None
     steps: int = 0
+    fades: bool = False
 
 
 Criterion = Callable[[PruningTask], Selection]

@@ -56,7 +56,7 @@ def updp(task: PruningTask) -> Selection:
         dense = predict(task.model, task.inputs, task.batch).log_softmax(-1)
         drop = min(solutions[:BEAM], key=lambda each: divergence_of(task, dense, each))
     kept = {layer.name: torch.arange(0 if layer.name in drop else layer.units) for layer in task.layers}
-    return Selection(kept, importance)
+    return Selection(kept, importance, fades=True)
 
 
 def branch_macs(layer: PrunableLayer) -> int:
