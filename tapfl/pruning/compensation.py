@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from timm.models.swin_transformer import SwinTransformerBlock
 from torch import Tensor, nn
 
 from tapfl.errors import ConfigError, ModelError
@@ -31,15 +32,21 @@ RESOLUTION = 1e-12  # of the mean square of the kept activations: less variance 
 
 
 class LostOutput:
-    """Float64 moments of a branch's kept activations Z (rows, kept) and of the output r (rows, outputs) it has lost."""
+    """Float64 moments of a branch's kept activations Z (rows, kept) and of the output r (rows, outputs) it has lost.
 
-    def __init__(self, kept: int, outputs: int) -> None:
-        self.kept, self.rows = kept, 0
+    Args:
+        real: bool (tokens,), which tokens of an image count, or None: all.
+    """
+
+    def __init__(self, kept: int, outputs: int, real: Tensor | None = None) -> None:
+        self.kept, self.rows, self.real = kept, 0, real
         self.total = torch.zeros(kept + outputs, dtype=torch.float64)
         self.product = torch.zeros(kept, kept + outputs, dtype=torch.float64)
 
     def add(self, Z: Tensor, r: Tensor) -> None:
         both = torch.cat([part.flatten(0, -2).double() for part in (Z, r)], dim=1)
+        if self.real is not None:
+            both = both[self.real.repeat(len(both) // len(self.real))]
         self.rows += len(both)
         self.total += both.sum(0)
         self.product += both[:, : self.kept].T @ both
@@ -89,7 +96,9 @@ def compensate(
     handles = []
     for layer in pruned:
         linear: Any = model.get_submodule(f"{layer.name}.{layer.output}")
-        found = lost[layer.name] = LostOutput(len(plan_kept[layer.name]), linear.out_features)
+        found = lost[layer.name] = LostOutput(
+            len(plan_kept[layer.name]), linear.out_features, real_tokens(model, layer)
+        )
         put(small, layer.name, layer.shrink(small.get_submodule(layer.name), plan_kept[layer.name]))
         handles.append(linear.register_forward_pre_hook(_split(linear.weight, plan_kept[layer.name], found)))
     try:
@@ -135,7 +144,7 @@ def compensate_sequentially(
         for layer in (layer for layer in pruned if layer.block == block):
             f = model.get_submodule(layer.name)
             put(small, layer.name, layer.shrink(small.get_submodule(layer.name), plan_kept[layer.name]))
-            lost = LostOutput(len(plan_kept[layer.name]), layer.embed_dim)
+            lost = LostOutput(len(plan_kept[layer.name]), layer.embed_dim, real_tokens(model, layer))
             for x, y in zip(dense_x, small_x, strict=True):
                 dense, now = observe(model, layer, dense_step, x), observe(small, layer, small_step, y)
                 args, kwargs = now.arguments
@@ -168,6 +177,18 @@ def compensated(
     if how not in COMPENSATIONS:
         raise ConfigError(f"compensation = {how!r}: accepted are {', '.join(COMPENSATIONS)}")
     return (compensate if how == "one-pass" else compensate_sequentially)(model, kept, layers, inputs, batch)
+
+
+def real_tokens(model: nn.Module, layer: PrunableLayer) -> Tensor | None:
+    """Returns which tokens of an image are not padding (bool, in the order in which the branch sees them); None: all.
+
+    Where windows overhang the grid, a Swin attention fills them up; its block drops what it answers there.
+    """
+    block: Any = model.get_submodule(layer.block)
+    if layer.kind != "attention" or not isinstance(block, SwinTransformerBlock):
+        return None
+    ones = torch.ones(1, *block.input_resolution, layer.embed_dim)
+    return as_branch_output(model, layer, ones)[..., 0].flatten() > 0
 
 
 def _pruned(layers: Sequence[PrunableLayer], kept: Mapping[str, Tensor]) -> list[PrunableLayer]:
