@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -47,9 +48,19 @@ def _join(values: tuple[object, ...]) -> str:
     return ",".join(str(value) for value in values)
 
 
+def _not_all_zero(weights: tuple[float, ...]) -> tuple[float, ...]:
+    if not any(weights):
+        raise ValueError("one of them at least must be above 0")
+    return weights
+
+
 Share = Annotated[float, Field(gt=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
+Weight = Annotated[float, Field(ge=0)]
 Shares = Annotated[tuple[Share, ...], BeforeValidator(_split), PlainSerializer(_join), Field(min_length=1)]
+TermWeights = Annotated[
+    tuple[Weight, Weight, Weight], BeforeValidator(_split), PlainSerializer(_join), AfterValidator(_not_all_zero)
+]
 Counts = Annotated[tuple[Count, ...], BeforeValidator(_split), PlainSerializer(_join), Field(min_length=1)]
 
 
@@ -145,6 +156,14 @@ class PruningOptions(Section):
     tau: float = Field(5.82, gt=0, description="temperature of the layer softmax")
     align: Count = Field(4, description="widths are multiples of this (8 suits real backbones)")
     floor: float = Field(0.05, ge=0, lt=1, description="least share of a layer that is kept")
+    unit_shape: Literal["head-dims", "heads", "both"] = Field(
+        "head-dims",
+        description="what goes of an attention: dims, as many of every head; whole heads; or the better of both",
+    )
+    ffn_terms: TermWeights = Field(
+        (0.1, 0.1, 0.8), description="weights of relevance, 1 - redundancy and activeness in the FFN score of `tap`"
+    )
+    attention_terms: TermWeights = Field((0.8, 0.1, 0.1), description="the same for attentions")
     labels: Literal["pseudo", "public"] = Field(
         "pseudo", description="labels of the public images: the dense model's predictions, or the pool's own"
     )

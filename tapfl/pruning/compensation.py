@@ -24,6 +24,7 @@ from tapfl.errors import ConfigError, ModelError
 from tapfl.models.backbone import segments
 from tapfl.models.residual import as_branch_output, observe
 from tapfl.models.units import PrunableLayer, put
+from tapfl.pruning.scores import refuse_not_finite
 
 COMPENSATIONS = ("none", "one-pass", "sequential")
 RIDGE = 1e-3  # λ, of the mean variance of the kept activations
@@ -86,7 +87,7 @@ def compensate(
         ridge: λ as a share of the mean variance of a layer's kept activations, >= 0.
 
     Raises:
-        ModelError: if there is no image, or a layer's activations are not finite.
+        ModelError: if there is no image, or a layer's activations are not finite, naming layer and batch.
         PlanError: if `plan_kept` does not fit the layers.
     """
     _refuse_none(inputs)
@@ -102,8 +103,10 @@ def compensate(
         put(small, layer.name, layer.shrink(small.get_submodule(layer.name), plan_kept[layer.name]))
         handles.append(linear.register_forward_pre_hook(_split(linear.weight, plan_kept[layer.name], found)))
     try:
-        for part in inputs.split(batch):
+        for number, part in enumerate(inputs.split(batch)):
             model(part)
+            for name, found in lost.items():
+                refuse_not_finite(name, found.total, number)
     finally:
         for handle in handles:
             handle.remove()
@@ -145,12 +148,13 @@ def compensate_sequentially(
             f = model.get_submodule(layer.name)
             put(small, layer.name, layer.shrink(small.get_submodule(layer.name), plan_kept[layer.name]))
             lost = LostOutput(len(plan_kept[layer.name]), layer.embed_dim, real_tokens(model, layer))
-            for x, y in zip(dense_x, small_x, strict=True):
+            for number, (x, y) in enumerate(zip(dense_x, small_x, strict=True)):
                 dense, now = observe(model, layer, dense_step, x), observe(small, layer, small_step, y)
                 args, kwargs = now.arguments
                 own: Tensor = f(*args, **kwargs)
                 drift = as_branch_output(small, layer, dense.stream - now.stream) + dense.output - own
                 lost.add(now.units, own - now.output + correction * drift)
+                refuse_not_finite(layer.name, lost.total, number)
             _absorb(small, layer, lost, ridge)
         dense_x, small_x = [dense_step(x) for x in dense_x], [small_step(x) for x in small_x]
     return small.eval()
@@ -209,8 +213,6 @@ def _split(weight: Tensor, kept: Tensor, lost: LostOutput) -> Callable[[nn.Modul
 
 def _absorb(small: nn.Module, layer: PrunableLayer, lost: LostOutput, ridge: float) -> None:
     """Adds to the output linear of a shrunk branch what its units know of the output that was lost."""
-    if not (torch.isfinite(lost.total).all() and torch.isfinite(lost.product).all()):
-        raise ModelError(f"{layer.name}: activations are not finite")
     linear: Any = small.get_submodule(f"{layer.name}.{layer.output}")
     D, e = lost.regression(ridge, intercept=linear.bias is not None)
     if lost.kept:

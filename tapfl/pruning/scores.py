@@ -14,7 +14,7 @@ one matrix product. A constant added to K changes nothing, so K - 1 is what is c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -122,12 +122,15 @@ def composite(parts: Terms, weights: tuple[float, float, float]) -> Tensor:
 
 
 def record_activations(
-    model: nn.Module, layers: Sequence[PrunableLayer], batch: Tensor
+    model: nn.Module, layers: Sequence[PrunableLayer], batch: Tensor, number: int = 0
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Returns the logits of a batch and, by layer name, the activations (images, tokens, units) of its units.
 
+    Args:
+        number: of the batch, for the error.
+
     Raises:
-        ModelError: naming the layer whose activations are not finite.
+        ModelError: naming the layer whose activations are not finite, and the batch.
     """
     seen: dict[str, Tensor] = {}
 
@@ -144,20 +147,30 @@ def record_activations(
         for handle in handles:
             handle.remove()
     for name, activations in seen.items():
-        if not torch.isfinite(activations).all():
-            raise ModelError(f"{name}: activations are not finite")
+        refuse_not_finite(name, activations, number)
     return logits, seen
+
+
+def refuse_not_finite(name: str, values: Tensor, number: int) -> None:
+    """Raises ModelError, naming the layer and the batch, unless all values are finite."""
+    if not torch.isfinite(values).all():
+        raise ModelError(f"{name}: activations are not finite in batch {number} (counted from 0)")
 
 
 @torch.no_grad()
 def neuron_importance(
-    model: nn.Module, layers: Sequence[PrunableLayer], inputs: Tensor, batch: int
+    model: nn.Module,
+    layers: Sequence[PrunableLayer],
+    inputs: Tensor,
+    batch: int,
+    weights: Mapping[str, tuple[float, float, float]] = TERM_WEIGHTS,
 ) -> dict[str, Tensor]:
     """Returns the composite importance (units,) of every layer, summed over batches; no labels are used.
 
     Args:
         inputs: the metric set in the backbone's input format; a last incomplete batch is left out.
         batch: images a batch; the kernels are B×B.
+        weights: of rel, 1 - red and act, by kind of layer.
 
     Raises:
         ModelError: if there is no whole batch, or activations are not finite.
@@ -165,12 +178,13 @@ def neuron_importance(
     if len(inputs) < batch:
         raise ModelError(f"metric set of {len(inputs)} images is smaller than one batch of {batch}")
     importance = {layer.name: torch.zeros(layer.units) for layer in layers}
-    for start in range(0, len(inputs) - batch + 1, batch):
-        logits, activations = record_activations(model, layers, inputs[start : start + batch])
+    for number in range(len(inputs) // batch):
+        part = inputs[number * batch : (number + 1) * batch]
+        logits, activations = record_activations(model, layers, part, number)
         P = logits.softmax(-1)
         for layer in layers:
             parts = terms(activations.pop(layer.name), P, layer.heads if layer.kind == "attention" else 0)
-            importance[layer.name] += composite(parts, TERM_WEIGHTS[layer.kind])
+            importance[layer.name] += composite(parts, weights[layer.kind])
     return importance
 
 
