@@ -5,7 +5,7 @@ A comparison's TOML has a table `[compare]` and the options that all cells share
 ```toml
 [compare]
 criterion = ["tap", "taylor", "random"]
-budget = [0.5, 0.3]
+budget = [0.5, "params<=0.3"]
 compensation = ["none", "one-pass", "sequential"]
 "metric.rule" = ["density-ratio"]
 seed = [0, 1, 2]
@@ -39,6 +39,7 @@ from tapfl.data.sources import ImageSet
 from tapfl.errors import BudgetError, ConfigError
 from tapfl.models.backbone import BackboneSpec, input_transform
 from tapfl.models.dense import DenseCache, dense_backbone
+from tapfl.pruning.budget import Budget
 from tapfl.pruning.compensation import COMPENSATIONS, compensated
 from tapfl.pruning.criteria.registry import criterion_of
 from tapfl.pruning.criteria.task import PruningTask, Selection
@@ -95,8 +96,7 @@ def read_comparison(file: Path) -> Comparison:
         RunConfig.from_flat({**comparison.options, "metric.rule": rule})
     if bad := [value for value in comparison.axes["compensation"] if value not in COMPENSATIONS]:
         raise ConfigError(f"compensation = {bad[0]!r}: accepted are {', '.join(COMPENSATIONS)}")
-    if bad := [b for b in comparison.axes["budget"] if not isinstance(b, float) or not 0 < b <= 1]:
-        raise ConfigError(f"budget = {bad[0]!r}: is a share and must lie in (0, 1]")
+    comparison.axes["budget"] = [str(Budget.parse(budget)) for budget in comparison.axes["budget"]]
     if bad := [i for i in comparison.axes["device"] if not isinstance(i, int) or not 0 <= i < devices]:
         raise ConfigError(f"device = {bad[0]!r}: must lie in 0..{devices - 1}")
     return comparison
@@ -147,7 +147,7 @@ class DeviceView:
         summary = fit_mixture(points, config.summary, drawn)
         return cls(setting, summary, inputs, labels, classes, score(setting.model, inputs, labels, classes))
 
-    def task(self, device: int, rule: str, budget: float) -> PruningTask:
+    def task(self, device: int, rule: str, budget: str) -> PruningTask:
         """Returns the problem that every criterion is given."""
         config, pool = self.setting.config, self.setting.pool
         metric = config.metric.model_copy(update={"rule": rule})
@@ -250,7 +250,7 @@ def _key(cell: Mapping[str, Any]) -> tuple[str, ...]:
 def table(rows: list[dict[str, str]], measure: str = "pruned_own") -> list[Mapping[str, str]]:
     """Returns one row a criterion and compensation, one column a budget: mean ± sd over devices and seeds."""
     several = [axis for axis in ("metric.rule",) if len({row[axis] for row in rows}) > 1]
-    budgets = sorted({row["budget"] for row in rows}, key=float, reverse=True)
+    budgets = list(dict.fromkeys(row["budget"] for row in rows))
     groups: dict[tuple[str, ...], dict[str, list[float]]] = {}
     for row in rows:
         key = tuple(row[axis] for axis in ("criterion", "compensation", *several))
@@ -260,7 +260,7 @@ def table(rows: list[dict[str, str]], measure: str = "pruned_own") -> list[Mappi
     shown: list[Mapping[str, str]] = []
     for key, by_budget in groups.items():
         named = dict(zip(("criterion", "compensation", *several), key, strict=True))
-        shown.append(named | {f"{float(b):.0%} MACs": _spread(by_budget.get(b, [])) for b in budgets})
+        shown.append(named | {Budget.parse(b).title: _spread(by_budget.get(b, [])) for b in budgets})
     return shown
 
 

@@ -16,7 +16,10 @@ from tapfl.models.cost import measure_cost
 from tapfl.models.dense import DenseCache, dense_key, fill_weights
 from tapfl.models.units import prunable_layers
 from tapfl.pruning.allocate import allocate
+from tapfl.pruning.budget import Budget
+from tapfl.pruning.cost_table import cost_table
 from tapfl.pruning.criteria.registry import criterion_of
+from tapfl.pruning.unit_shape import ladder
 from tapfl.store import cache_folder
 
 
@@ -57,5 +60,8 @@ def _check_backbone(config: RunConfig, public: ImageSet) -> None:
         fill_weights(model, options, spec, public.classes)
     criterion_of(config.pruning.criterion)
     layers = prunable_layers(model)
-    for budget in sorted(set(config.devices.budgets)):
-        allocate(layers, np.ones(len(layers)), measure_cost(model).macs, budget, config.pruning)
+    pruning, cost = config.pruning, measure_cost(model)
+    for share in sorted(set(config.devices.budgets)):
+        table = cost_table(layers, cost, Budget.parse(share))
+        ladders = [ladder(n, table.branches[n.name], pruning.unit_shape, pruning.align) for n in layers]
+        allocate(ladders, np.ones(len(layers)), table, pruning)

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from torch import nn
 
 from tapfl.config import RunConfig, Scalar
 from tapfl.data.sources import load_images
 from tapfl.errors import ConfigError, DataError
-from tapfl.models.backbone import build, example_input, input_transform
+from tapfl.models.backbone import build, input_transform
 from tapfl.models.dense import DenseCache, dense_backbone
+from tapfl.models.latency import latencies_ms
+from tapfl.pruning.budget import Budget
 from tapfl.pruning.compensation import compensated
 from tapfl.pruning.criteria.registry import criterion_of
 from tapfl.pruning.plan import PruningPlan
@@ -25,7 +24,7 @@ from tapfl.seeds import numpy_generator
 from tapfl.store import cache_folder
 
 
-def prune(config: RunConfig, budget: float, compensation: str, out: Path) -> PruningPlan:
+def prune(config: RunConfig, budget: Budget | float | str, compensation: str, out: Path) -> PruningPlan:
     """Prunes the backbone that `config` names for the images of its `data.source`, and saves it to `out`.
 
     The metric set is drawn evenly from those images: they are the task.
@@ -35,8 +34,7 @@ def prune(config: RunConfig, budget: float, compensation: str, out: Path) -> Pru
     """
     if out.exists():
         raise ConfigError(f"out = {str(out)!r}: exists already; give a folder that does not")
-    if not 0 < budget <= 1:
-        raise ConfigError(f"budget = {budget:g}: is a share of the MACs and must lie in (0, 1]")
+    budget = Budget.parse(budget)
     criterion = criterion_of(config.pruning.criterion)
     cache, transform = cache_folder(config.cache), input_transform(config.model)
     images = load_images(config.data.source, config.data.image_size or max(transform.size), cache)
@@ -51,7 +49,7 @@ def prune(config: RunConfig, budget: float, compensation: str, out: Path) -> Pru
     provenance: dict[str, Scalar] = {
         "data": config.data.source,
         "metric-size": size,
-        "budget": budget,
+        "budget": str(budget),
         "criterion": config.pruning.criterion,
         "compensation": compensation,
         "seed": config.seed,
@@ -71,7 +69,7 @@ def inspect(folder: Path, repeats: int = 20) -> dict[str, Any]:
     """
     plan, _ = load_plan(folder)
     small = load_pruned(folder)
-    dense_ms, small_ms = latencies_ms(build(plan.backbone), small, repeats)
+    dense_ms, small_ms = latencies_ms([build(plan.backbone), small], repeats)
     return {
         "backbone": plan.backbone.name,
         "provenance": plan.provenance,
@@ -92,20 +90,6 @@ def inspect(folder: Path, repeats: int = 20) -> dict[str, Any]:
             for layer in plan.layers
         ],
     }
-
-
-@torch.no_grad()
-def latencies_ms(dense: nn.Module, small: nn.Module, repeats: int) -> tuple[float, float]:
-    """Returns the median milliseconds of one image, dense and shrunk, taking turns on one thread."""
-    torch.set_num_threads(1)
-    x = example_input(dense)
-    seconds: dict[str, list[float]] = {"dense": [], "small": []}
-    for _ in range(repeats + 2):
-        for name, model in (("dense", dense), ("small", small)):
-            start = time.perf_counter()
-            model(x)
-            seconds[name].append(time.perf_counter() - start)
-    return tuple(float(np.median(values[2:])) * 1e3 for values in seconds.values())  # type: ignore[return-value]
 
 
 def picture(found: Mapping[str, Any], file: Path) -> None:

@@ -17,7 +17,7 @@ app = typer.Typer()
 
 @app.command()
 def prune(
-    budget: Annotated[float, typer.Option(help="share of the dense model's MACs, in (0, 1]")],
+    budget: Annotated[str, typer.Option(help="share of the MACs, or limits: macs<=0.5,params<=8e6,latency<=5ms")],
     out: Annotated[Path, typer.Option(help="the smaller model's folder; must not exist")],
     criterion: Annotated[str, typer.Option(help="what decides which units stay; `tapfl criteria` lists them")] = "tap",
     compensation: Annotated[str, typer.Option(help="none, one-pass or sequential")] = "none",

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -47,9 +48,19 @@ def _join(values: tuple[object, ...]) -> str:
     return ",".join(str(value) for value in values)
 
 
+def _not_all_zero(weights: tuple[float, ...]) -> tuple[float, ...]:
+    if not any(weights):
+        raise ValueError("one of them at least must be above 0")
+    return weights
+
+
 Share = Annotated[float, Field(gt=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
+Weight = Annotated[float, Field(ge=0)]
 Shares = Annotated[tuple[Share, ...], BeforeValidator(_split), PlainSerializer(_join), Field(min_length=1)]
+TermWeights = Annotated[
+    tuple[Weight, Weight, Weight], BeforeValidator(_split), PlainSerializer(_join), AfterValidator(_not_all_zero)
+]
 Counts = Annotated[tuple[Count, ...], BeforeValidator(_split), PlainSerializer(_join), Field(min_length=1)]
 
 
@@ -74,10 +85,10 @@ class DataOptions(Section):
     public_share: float = Field(0.5, gt=0, lt=1, description="share of `source` that is the public pool")
     test_share: float = Field(0.3, gt=0, lt=1, description="share of a device's images that is its test part")
     image_size: int = Field(0, ge=0, description="pixels a side at which images are kept; 0: what the backbone takes")
-    partition: Literal["pathological", "dirichlet", "iid", "shard"] = Field(
-        "pathological", description="flwr-datasets partitioner of the private images"
+    partition: Literal["pathological", "class-blocks", "dirichlet", "iid", "shard"] = Field(
+        "pathological", description="flwr-datasets partitioner of the private images; `class-blocks` are disjoint"
     )
-    classes_per_device: Count = Field(3, description="for `pathological`")
+    classes_per_device: Count = Field(3, description="for `pathological` and `class-blocks`")
     shards_per_device: Count = Field(3, description="for `shard`")
     dirichlet_alpha: float = Field(0.3, gt=0, description="for `dirichlet`; smaller is more uneven")
 
@@ -145,6 +156,30 @@ class PruningOptions(Section):
     tau: float = Field(5.82, gt=0, description="temperature of the layer softmax")
     align: Count = Field(4, description="widths are multiples of this (8 suits real backbones)")
     floor: float = Field(0.05, ge=0, lt=1, description="least share of a layer that is kept")
+    unit_shape: Literal["head-dims", "heads", "both"] = Field(
+        "head-dims",
+        description="what goes of an attention: dims, as many of every head; whole heads; or the better of both",
+    )
+    ffn_terms: TermWeights = Field(
+        (0.1, 0.1, 0.8), description="weights of relevance, 1 - redundancy and activeness in the FFN score of `tap`"
+    )
+    attention_terms: TermWeights = Field((0.8, 0.1, 0.1), description="the same for attentions")
+    chunk: Count = Field(128, description="channels that the composite score takes at once; fewer need less memory")
+    probe: Literal["own", "pool"] = Field(
+        "own", description="layer importance by masks of the device's own metric set, or of the pool, once for all"
+    )
+    labels: Literal["pseudo", "public"] = Field(
+        "pseudo", description="labels of the public images: the dense model's predictions, or the pool's own"
+    )
+    recovery: Literal["none", "fine-tune", "distill"] = Field(
+        "none", description="training after surgery: none, cross-entropy, or that and the dense model's soft targets"
+    )
+    recovery_steps: int = Field(100, ge=0, description="gradient steps; those of a criterion's own search are deducted")
+    recovery_batch: Count = 32
+    recovery_learning_rate: float = Field(1e-4, gt=0, description="of Adam, constant")
+    recovery_size: int = Field(0, ge=0, description="images of the fine-tune set; 0: the metric set itself")
+    distill_temperature: float = Field(4.0, gt=0, description="T, by which both models' logits are divided")
+    distill_share: Share = Field(0.9, description="share of the soft targets in the loss of `distill`")
 
 
 class AdapterOptions(Section):

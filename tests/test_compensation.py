@@ -210,6 +210,23 @@ def test_a_branch_that_is_gone_leaves_its_mean(form: Form, family: str, families
 
 
 @BOTH
+def test_tokens_that_only_fill_up_a_window_do_not_count(form: Form) -> None:
+    backbone = tiny(VIT, a_backbone("windows that overhang"))
+    for layer in (backbone.layers[0], backbone.layers[2]):  # whole and shifted windows
+        block: Any = backbone.model.get_submodule(layer.block)
+        stream: list[Tensor] = []  # before and after the attention
+        handles = [
+            norm.register_forward_pre_hook(lambda _m, x, stream=stream: stream.append(x[0].flatten(0, -2)))
+            for norm in (block.norm1, block.norm2)
+        ]
+        small: Any = form(backbone.model, {layer.name: NOBODY}, backbone.layers, backbone.inputs, batch=4)
+        for handle in handles:
+            handle.remove()
+        bias = small.get_submodule(layer.name).proj.bias
+        assert torch.allclose(bias, (stream[1] - stream[0]).mean(0), atol=1e-5)
+
+
+@BOTH
 def test_an_output_without_bias_gets_none(form: Form) -> None:
     backbone = tiny(BackboneSpec(name=VIT.name, args=VIT_ARGS | {"proj_bias": False}, num_classes=CLASSES))
     kept = random_kept(backbone.layers, 0.5)

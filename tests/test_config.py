@@ -76,7 +76,10 @@ def test_a_list_of_one_may_be_written_without_a_list(value: object) -> None:
         ({"train.learning-rate": float("inf")}, ["train.learning-rate = inf", "finite"]),
         ({"pruning.tau": float("nan")}, ["pruning.tau = nan"]),
         ({"data.public-share": 1}, ["data.public-share = 1", "less than 1"]),
-        ({"data.partition": "equal"}, ["data.partition = 'equal'", "'pathological', 'dirichlet', 'iid' or 'shard'"]),
+        (
+            {"data.partition": "equal"},
+            ["data.partition = 'equal'", "'pathological', 'class-blocks', 'dirichlet', 'iid' or 'shard'"],
+        ),
         ({"adapters.rule": ""}, ["adapters.rule = ''", "'fedit' or 'flex'"]),
         (
             {"devices.budgets": "0.3,1.7", "devices.ranks": "4,8"},

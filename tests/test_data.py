@@ -64,6 +64,17 @@ def test_pathological_devices_hold_that_many_classes() -> None:
         assert set(LABELS[split.test]) == set(LABELS[split.train])
 
 
+def test_blocks_of_classes_are_disjoint_and_in_order() -> None:
+    splits = partition(LABELS, options(partition="class-blocks", classes_per_device=2), 3, seed=0)
+    assert [set(LABELS[split.train]) for split in splits] == [{0, 1}, {2, 3}, {4, 5}]
+    assert sorted(held(splits).tolist()) == list(range(300))
+
+
+def test_more_blocks_of_classes_than_there_are_is_refused() -> None:
+    with pytest.raises(DataError, match=r"classes-per-device = 2: 6 classes make at most 3 disjoint blocks for 4"):
+        partition(LABELS, options(partition="class-blocks", classes_per_device=2), 4, seed=0)
+
+
 def test_a_device_s_test_part_has_its_classes_in_their_shares() -> None:
     (split,) = partition(LABELS, options(partition="iid", test_share=0.3), 1, seed=0)
     for label in range(6):
@@ -212,6 +223,20 @@ def test_an_image_folder(folder: Path, tmp_path: Path) -> None:
     assert found.images.shape == (3, 6, 6, 3)
     assert found.images.dtype == np.uint8
     assert found.images[:, 3, 3].tolist() == [[0, 0, 50], [200, 0, 0], [100, 0, 0]]
+
+
+def test_the_validation_part_of_tiny_imagenet(tmp_path: Path) -> None:
+    root = tmp_path / "val"
+    for index, level in enumerate((10, 20, 30)):
+        write_image(root / "images" / f"val_{index}.png", 8, 8, (level, 0, 0))
+    annotations = root / "val_annotations.txt"
+    annotations.write_text("val_0.png\tn02\t0\t0\t7\t7\nval_1.png\tn01\t0\t0\t7\t7\nval_2.png\tn02\t0\t0\t7\t7\n")
+    found = load_images(str(root), 8, tmp_path / "cache")
+    assert found.classes == ("n01", "n02") and found.labels.tolist() == [0, 1, 1]
+    assert found.images[:, 0, 0, 0].tolist() == [20, 10, 30]
+    annotations.write_text("val_9.png\tn02\n")
+    with pytest.raises(DataError, match=r"val_annotations.txt': line 1 names no image and class: 'val_9.png"):
+        load_images(str(root), 8, tmp_path / "cache")
 
 
 def test_a_wide_image_is_scaled_and_cropped_in_its_centre(tmp_path: Path) -> None:

@@ -67,6 +67,11 @@ def partition(labels: np.ndarray, options: DataOptions, devices: int, seed: int)
             f"data.shards-per-device = {options.shards_per_device}: {len(labels)} private images make at most "
             f"{len(labels) // devices} shards for each of {devices} devices"
         )
+    if options.partition == "class-blocks" and devices * options.classes_per_device > len(np.unique(labels)):
+        raise DataError(
+            f"data.classes-per-device = {options.classes_per_device}: {len(np.unique(labels))} classes make at most "
+            f"{len(np.unique(labels)) // options.classes_per_device} disjoint blocks for {devices} devices"
+        )
     drawn = int(numpy_generator(seed, "partition").integers(2**31))
     if options.partition == "iid":
         partitioner = flwr_partitioners.IidPartitioner(num_partitions=devices)
@@ -77,6 +82,10 @@ def partition(labels: np.ndarray, options: DataOptions, devices: int, seed: int)
             class_assignment_mode="deterministic",
             shuffle=True,
             seed=drawn,
+        )
+    elif options.partition == "class-blocks":
+        partitioner = flwr_partitioners.GroupedNaturalIdPartitioner(
+            partition_by="label", group_size=options.classes_per_device, sort_unique_ids=True
         )
     elif options.partition == "shard":
         partitioner = flwr_partitioners.ShardPartitioner(

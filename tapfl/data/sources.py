@@ -45,7 +45,7 @@ def load_images(source: str, size: int = 224, cache: Path | None = None) -> Imag
 
     Args:
         source: `digits`, the path of an .npz file (`images`, `labels`, optionally `classes`), the path of a folder
-            with one folder of images a class (Tiny-ImageNet's layout too), or ``hf:NAME[:SPLIT]``.
+            with one folder of images a class (both parts of the Tiny-ImageNet release too), or ``hf:NAME[:SPLIT]``.
         size: pixels a side to which decoded images are scaled and centre-cropped (folders and Hugging Face).
         cache: where decoded folders are kept, to be memory-mapped by every process; by default tapfl's own.
 
@@ -106,9 +106,9 @@ def _npz(path: Path) -> ImageSet:
 
 
 def _folder(path: Path, size: int, cache: Path) -> ImageSet:
-    held = {child: _image_files(child) for child in sorted(path.iterdir()) if child.is_dir()}
-    folders = [folder for folder, files in held.items() if files]  # a folder without images is no class
-    listing = [(index, file) for index, folder in enumerate(folders) for file in held[folder]]
+    held = _annotated(path) or {child.name: _image_files(child) for child in sorted(path.iterdir()) if child.is_dir()}
+    classes = [name for name, files in held.items() if files]  # a folder without images is no class
+    listing = [(index, file) for index, name in enumerate(classes) for file in held[name]]
     if not listing:
         raise DataError(f"data source {str(path)!r}: holds no images; one folder of images a class is expected")
     digest = hashlib.sha256(f"{path.resolve()} {size}".encode())
@@ -123,7 +123,20 @@ def _folder(path: Path, size: int, cache: Path) -> ImageSet:
         np.save(temporary, images)
         temporary.replace(kept)
     labels = np.array([index for index, _ in listing], dtype=np.int64)
-    return ImageSet(np.load(kept, mmap_mode="r"), labels, tuple(folder.name for folder in folders))
+    return ImageSet(np.load(kept, mmap_mode="r"), labels, tuple(classes))
+
+
+def _annotated(path: Path) -> dict[str, list[Path]]:
+    """Returns the files by class of the Tiny-ImageNet release's validation part, which has them in one folder."""
+    table = path / "val_annotations.txt"
+    held: dict[str, list[Path]] = {}
+    if table.is_file():
+        for number, line in enumerate(table.read_text(encoding="utf-8").splitlines(), start=1):
+            name, tab, rest = line.partition("\t")
+            if not tab or not (path / "images" / name).is_file():
+                raise DataError(f"{str(table)!r}: line {number} names no image and class: {line[:80]!r}")
+            held.setdefault(rest.split("\t")[0], []).append(path / "images" / name)
+    return dict(sorted(held.items()))
 
 
 def _image_files(folder: Path) -> list[Path]:

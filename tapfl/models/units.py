@@ -17,7 +17,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from timm.layers import Attention, Mlp
@@ -28,6 +28,17 @@ from tapfl.errors import ModelError, PlanError
 from tapfl.models.backbone import example_input, segments
 
 Side = Literal["rows", "columns"]
+
+
+class Shape(NamedTuple):
+    """How large a layer is: heads that stay (1 or 0 for an FFN), and units in each of them."""
+
+    heads: int
+    dims: int
+
+    @property
+    def units(self) -> int:
+        return self.heads * self.dims
 
 
 @dataclass(frozen=True)
@@ -52,6 +63,9 @@ class PrunableLayer(ABC):
         embed_dim: width of the residual stream at this block.
         tokens: tokens an image, as they pass the branch's linears.
         span: tokens that attend to each other (0 for an FFN).
+        inner_bias: whether the linears that write the units have biases.
+        output_bias: whether the output linear has one.
+        params_per_head: parameters that go with a whole head alone (Swin's column of relative position biases).
     """
 
     name: str
@@ -61,6 +75,9 @@ class PrunableLayer(ABC):
     embed_dim: int
     tokens: int
     span: int
+    inner_bias: bool = True
+    output_bias: bool = True
+    params_per_head: int = 0
 
     kind: ClassVar[Literal["attention", "ffn"]]
     output: ClassVar[str]  # the linear whose input are the units' activations
@@ -73,6 +90,32 @@ class PrunableLayer(ABC):
     @abstractmethod
     def macs_per_unit(self) -> int:
         """Multiply-accumulates an image that one unit costs."""
+
+    @property
+    @abstractmethod
+    def params_per_unit(self) -> int:
+        """Weights and biases that go with one unit."""
+
+    @property
+    def full(self) -> Shape:
+        """The shape when dense."""
+        return Shape(self.heads, self.units_per_head)
+
+    def macs(self, shape: Shape) -> int:
+        """Returns the MACs an image of the branch in that shape."""
+        return shape.units * self.macs_per_unit
+
+    def params(self, shape: Shape) -> int:
+        """Returns the parameters of the branch in that shape; without units it is a `ConstantBranch`."""
+        if shape.units == 0:
+            return self.embed_dim
+        bias = self.embed_dim if self.output_bias else 0
+        return shape.units * self.params_per_unit + shape.heads * self.params_per_head + bias
+
+    def shape_of(self, kept: Tensor) -> Shape:
+        """Returns the shape of the branch when the units `kept` stay, which are balanced over the heads that stay."""
+        sizes = self._per_head(kept)
+        return Shape(int((sizes > 0).sum()), int(sizes.max()))
 
     @abstractmethod
     def cuts(self, kept: Tensor) -> list[LinearCut]:
@@ -129,6 +172,10 @@ class Ffn(PrunableLayer):
     def macs_per_unit(self) -> int:
         return 2 * self.tokens * self.embed_dim
 
+    @property
+    def params_per_unit(self) -> int:
+        return 2 * self.embed_dim + self.inner_bias
+
     def cuts(self, kept: Tensor) -> list[LinearCut]:
         return [LinearCut("fc1", "rows", kept), LinearCut("fc2", "columns", kept)]
 
@@ -146,6 +193,10 @@ class SelfAttention(PrunableLayer):
     @property
     def macs_per_unit(self) -> int:
         return self.tokens * (4 * self.embed_dim + 2 * self.span)
+
+    @property
+    def params_per_unit(self) -> int:
+        return 4 * self.embed_dim + 3 * self.inner_bias
 
     def cuts(self, kept: Tensor) -> list[LinearCut]:
         # The softmax divides by sqrt(dims a head). With fewer dims it divides by less, so q takes the difference:
@@ -228,12 +279,16 @@ def prunable_layers(model: nn.Module) -> list[PrunableLayer]:
             _refuse_unless(
                 isinstance(module.fc1, nn.Linear) and isinstance(module.norm, nn.Identity), name, "a plain Mlp"
             )
+            place |= _biases(module.fc1, module.fc2)
             layers.append(Ffn(**place, heads=1, units=module.fc1.out_features, span=0))
         else:
             plain = all(
                 isinstance(getattr(module, part, nn.Identity()), nn.Identity) for part in ("q_norm", "k_norm", "norm")
             )
             _refuse_unless(plain and getattr(module, "gate", None) is None, name, "attention without norms or gates")
+            place |= _biases(module.qkv, module.proj)
+            if isinstance(module, WindowAttention):
+                place["params_per_head"] = len(module.relative_position_bias_table)
             units = module.proj.in_features
             layers.append(SelfAttention(**place, heads=module.num_heads, units=units, span=shape[-2]))
     if not layers:
@@ -271,6 +326,10 @@ def _cut_linear(linear: nn.Linear, cut: LinearCut) -> nn.Linear:
     if bias is not None:
         small.bias = nn.Parameter(bias.clone())
     return small
+
+
+def _biases(inner: nn.Linear, output: nn.Linear) -> dict[str, bool]:
+    return {"inner_bias": inner.bias is not None, "output_bias": output.bias is not None}
 
 
 def _refuse_unless(condition: bool, name: str, accepted: str) -> None:

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from tapfl.errors import ModelError
 from tapfl.models.units import PrunableLayer
+from tapfl.pruning.scores import refuse_not_finite
 
 RESOLUTION = 1e-9  # of the mean square of a head's activations: what carries less is rounding
 LEAST = 1e-6  # of the largest singular value: smaller ones set no scale
@@ -65,7 +66,7 @@ def canonical_basis(model: nn.Module, layers: Sequence[PrunableLayer], inputs: T
         batch: images a pass.
 
     Raises:
-        ModelError: if there is no image, or a layer's activations are not finite.
+        ModelError: if there is no image, or a layer's activations are not finite, naming layer and batch.
     """
     if not len(inputs):
         raise ModelError("the canonical basis needs at least one image")
@@ -78,16 +79,18 @@ def canonical_basis(model: nn.Module, layers: Sequence[PrunableLayer], inputs: T
         found = moments[layer.name]
         handles.append(module.qkv.register_forward_hook(lambda _m, _x, y, found=found: found.add_qkv(y)))
         handles.append(module.proj.register_forward_pre_hook(lambda _m, x, found=found: found.add_output(x[0])))
-    for part in inputs.split(batch):
-        turned(part)
-    for handle in handles:
-        handle.remove()
+    try:
+        for number, part in enumerate(inputs.split(batch)):
+            turned(part)
+            for name, found in moments.items():
+                for moment in (found.query, found.key, found.output):
+                    refuse_not_finite(name, moment, number)
+    finally:
+        for handle in handles:
+            handle.remove()
     carried = {}
     for layer in attentions:
-        found = moments[layer.name]
-        if not all(torch.isfinite(part).all() for part in (found.query, found.key, found.output)):
-            raise ModelError(f"{layer.name}: activations are not finite")
-        carried[layer.name] = _turn(turned.get_submodule(layer.name), found).flatten()
+        carried[layer.name] = _turn(turned.get_submodule(layer.name), moments[layer.name]).flatten()
     setattr(turned, MARK, carried)
     return turned
 

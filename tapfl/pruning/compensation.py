@@ -17,12 +17,14 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from timm.models.swin_transformer import SwinTransformerBlock
 from torch import Tensor, nn
 
 from tapfl.errors import ConfigError, ModelError
 from tapfl.models.backbone import segments
 from tapfl.models.residual import as_branch_output, observe
 from tapfl.models.units import PrunableLayer, put
+from tapfl.pruning.scores import refuse_not_finite
 
 COMPENSATIONS = ("none", "one-pass", "sequential")
 RIDGE = 1e-3  # λ, of the mean variance of the kept activations
@@ -31,15 +33,21 @@ RESOLUTION = 1e-12  # of the mean square of the kept activations: less variance 
 
 
 class LostOutput:
-    """Float64 moments of a branch's kept activations Z (rows, kept) and of the output r (rows, outputs) it has lost."""
+    """Float64 moments of a branch's kept activations Z (rows, kept) and of the output r (rows, outputs) it has lost.
 
-    def __init__(self, kept: int, outputs: int) -> None:
-        self.kept, self.rows = kept, 0
+    Args:
+        real: bool (tokens,), which tokens of an image count, or None: all.
+    """
+
+    def __init__(self, kept: int, outputs: int, real: Tensor | None = None) -> None:
+        self.kept, self.rows, self.real = kept, 0, real
         self.total = torch.zeros(kept + outputs, dtype=torch.float64)
         self.product = torch.zeros(kept, kept + outputs, dtype=torch.float64)
 
     def add(self, Z: Tensor, r: Tensor) -> None:
         both = torch.cat([part.flatten(0, -2).double() for part in (Z, r)], dim=1)
+        if self.real is not None:
+            both = both[self.real.repeat(len(both) // len(self.real))]
         self.rows += len(both)
         self.total += both.sum(0)
         self.product += both[:, : self.kept].T @ both
@@ -79,7 +87,7 @@ def compensate(
         ridge: λ as a share of the mean variance of a layer's kept activations, >= 0.
 
     Raises:
-        ModelError: if there is no image, or a layer's activations are not finite.
+        ModelError: if there is no image, or a layer's activations are not finite, naming layer and batch.
         PlanError: if `plan_kept` does not fit the layers.
     """
     _refuse_none(inputs)
@@ -89,12 +97,16 @@ def compensate(
     handles = []
     for layer in pruned:
         linear: Any = model.get_submodule(f"{layer.name}.{layer.output}")
-        found = lost[layer.name] = LostOutput(len(plan_kept[layer.name]), linear.out_features)
+        found = lost[layer.name] = LostOutput(
+            len(plan_kept[layer.name]), linear.out_features, real_tokens(model, layer)
+        )
         put(small, layer.name, layer.shrink(small.get_submodule(layer.name), plan_kept[layer.name]))
         handles.append(linear.register_forward_pre_hook(_split(linear.weight, plan_kept[layer.name], found)))
     try:
-        for part in inputs.split(batch):
+        for number, part in enumerate(inputs.split(batch)):
             model(part)
+            for name, found in lost.items():
+                refuse_not_finite(name, found.total, number)
     finally:
         for handle in handles:
             handle.remove()
@@ -135,13 +147,14 @@ def compensate_sequentially(
         for layer in (layer for layer in pruned if layer.block == block):
             f = model.get_submodule(layer.name)
             put(small, layer.name, layer.shrink(small.get_submodule(layer.name), plan_kept[layer.name]))
-            lost = LostOutput(len(plan_kept[layer.name]), layer.embed_dim)
-            for x, y in zip(dense_x, small_x, strict=True):
+            lost = LostOutput(len(plan_kept[layer.name]), layer.embed_dim, real_tokens(model, layer))
+            for number, (x, y) in enumerate(zip(dense_x, small_x, strict=True)):
                 dense, now = observe(model, layer, dense_step, x), observe(small, layer, small_step, y)
                 args, kwargs = now.arguments
                 own: Tensor = f(*args, **kwargs)
                 drift = as_branch_output(small, layer, dense.stream - now.stream) + dense.output - own
                 lost.add(now.units, own - now.output + correction * drift)
+                refuse_not_finite(layer.name, lost.total, number)
             _absorb(small, layer, lost, ridge)
         dense_x, small_x = [dense_step(x) for x in dense_x], [small_step(x) for x in small_x]
     return small.eval()
@@ -170,6 +183,18 @@ def compensated(
     return (compensate if how == "one-pass" else compensate_sequentially)(model, kept, layers, inputs, batch)
 
 
+def real_tokens(model: nn.Module, layer: PrunableLayer) -> Tensor | None:
+    """Returns which tokens of an image are not padding (bool, in the order in which the branch sees them); None: all.
+
+    Where windows overhang the grid, a Swin attention fills them up; its block drops what it answers there.
+    """
+    block: Any = model.get_submodule(layer.block)
+    if layer.kind != "attention" or not isinstance(block, SwinTransformerBlock):
+        return None
+    ones = torch.ones(1, *block.input_resolution, layer.embed_dim)
+    return as_branch_output(model, layer, ones)[..., 0].flatten() > 0
+
+
 def _pruned(layers: Sequence[PrunableLayer], kept: Mapping[str, Tensor]) -> list[PrunableLayer]:
     return [layer for layer in layers if layer.name in kept and len(kept[layer.name]) < layer.units]
 
@@ -188,8 +213,6 @@ def _split(weight: Tensor, kept: Tensor, lost: LostOutput) -> Callable[[nn.Modul
 
 def _absorb(small: nn.Module, layer: PrunableLayer, lost: LostOutput, ridge: float) -> None:
     """Adds to the output linear of a shrunk branch what its units know of the output that was lost."""
-    if not (torch.isfinite(lost.total).all() and torch.isfinite(lost.product).all()):
-        raise ModelError(f"{layer.name}: activations are not finite")
     linear: Any = small.get_submodule(f"{layer.name}.{layer.output}")
     D, e = lost.regression(ridge, intercept=linear.bias is not None)
     if lost.kept:

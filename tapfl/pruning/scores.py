@@ -14,7 +14,7 @@ one matrix product. A constant added to K changes nothing, so K - 1 is what is c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -82,7 +82,7 @@ def terms(X: Tensor, P: Tensor, heads: int, chunk: int = CHANNELS_AT_ONCE) -> Te
         P: class probabilities (B, classes).
         heads: 0 for an FFN (one reference for all channels), else the heads of an attention; channels are head-major.
             With one head there is no other head, and redundancy is 0.
-        chunk: channels whose kernels are in memory at once.
+        chunk: channels in memory at once, `scratch_bytes` of them; it changes nothing else.
     """
     B, N, C = X.shape
     groups = max(heads, 1)
@@ -112,6 +112,11 @@ def terms(X: Tensor, P: Tensor, heads: int, chunk: int = CHANNELS_AT_ONCE) -> Te
     return Terms(rel, red, torch.cat(activeness))
 
 
+def scratch_bytes(batch: int, tokens: int, chunk: int) -> int:
+    """Returns the memory that `terms` takes besides its arguments: a chunk centred and squared, three strips of it."""
+    return 4 * chunk * batch * 3 * (tokens + STRIP)
+
+
 def _strip(references: Tensor, rows: slice) -> Tensor:
     """Returns rows of (R, B, B) from their own diagonal on, flat, with what lies right of their square doubled."""
     strip = references[:, rows, rows.start :].clone()
@@ -126,12 +131,15 @@ def composite(parts: Terms, weights: tuple[float, float, float]) -> Tensor:
 
 
 def record_activations(
-    model: nn.Module, layers: Sequence[PrunableLayer], batch: Tensor
+    model: nn.Module, layers: Sequence[PrunableLayer], batch: Tensor, number: int = 0
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Returns the logits of a batch and, by layer name, the activations (images, tokens, units) of its units.
 
+    Args:
+        number: of the batch, for the error.
+
     Raises:
-        ModelError: naming the layer whose activations are not finite.
+        ModelError: naming the layer whose activations are not finite, and the batch.
     """
     seen: dict[str, Tensor] = {}
 
@@ -148,21 +156,33 @@ def record_activations(
         for handle in handles:
             handle.remove()
     for name, activations in seen.items():
-        # one pass where all is well: a sum is finite only if all its terms are
-        if not (activations.sum().isfinite() or activations.isfinite().all()):
-            raise ModelError(f"{name}: activations are not finite")
+        refuse_not_finite(name, activations, number)
     return logits, seen
+
+
+def refuse_not_finite(name: str, values: Tensor, number: int) -> None:
+    """Raises ModelError, naming the layer and the batch, unless all values are finite."""
+    # one pass where all is well: a sum is finite only if all its terms are
+    if not (values.sum().isfinite() or values.isfinite().all()):
+        raise ModelError(f"{name}: activations are not finite in batch {number} (counted from 0)")
 
 
 @torch.no_grad()
 def neuron_importance(
-    model: nn.Module, layers: Sequence[PrunableLayer], inputs: Tensor, batch: int
+    model: nn.Module,
+    layers: Sequence[PrunableLayer],
+    inputs: Tensor,
+    batch: int,
+    weights: Mapping[str, tuple[float, float, float]] = TERM_WEIGHTS,
+    chunk: int = CHANNELS_AT_ONCE,
 ) -> dict[str, Tensor]:
     """Returns the composite importance (units,) of every layer, summed over batches; no labels are used.
 
     Args:
         inputs: the metric set in the backbone's input format; a last incomplete batch is left out.
         batch: images a batch; the kernels are B×B.
+        weights: of rel, 1 - red and act, by kind of layer.
+        chunk: as in `terms`.
 
     Raises:
         ModelError: if there is no whole batch, or activations are not finite.
@@ -170,12 +190,14 @@ def neuron_importance(
     if len(inputs) < batch:
         raise ModelError(f"metric set of {len(inputs)} images is smaller than one batch of {batch}")
     importance = {layer.name: torch.zeros(layer.units) for layer in layers}
-    for start in range(0, len(inputs) - batch + 1, batch):
-        logits, activations = record_activations(model, layers, inputs[start : start + batch])
+    for number in range(len(inputs) // batch):
+        part = inputs[number * batch : (number + 1) * batch]
+        logits, activations = record_activations(model, layers, part, number)
         P = logits.softmax(-1)
         for layer in layers:
-            parts = terms(activations.pop(layer.name), P, layer.heads if layer.kind == "attention" else 0)
-            importance[layer.name] += composite(parts, TERM_WEIGHTS[layer.kind])
+            heads = layer.heads if layer.kind == "attention" else 0
+            parts = terms(activations.pop(layer.name), P, heads, chunk)
+            importance[layer.name] += composite(parts, weights[layer.kind])
     return importance
 
 

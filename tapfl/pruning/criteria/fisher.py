@@ -21,5 +21,5 @@ def fisher(task: PruningTask) -> Selection:
 
 
 def fisher_global(task: PruningTask) -> Selection:
-    """Ranks all units together, by score a MAC."""
+    """Ranks all units together, by score per cost in the budget's own terms."""
     return across_layers(task, mean_over_images(task, torch.square))

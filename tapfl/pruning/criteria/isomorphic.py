@@ -26,8 +26,7 @@ def isomorphic(task: PruningTask) -> Selection:
 
 def within_types(task: PruningTask, scores: Scores) -> Selection:
     """Spends the budget by `scores` (units,), as published."""
-    plain = {layer.name: scores[layer.name] * layer.macs_per_unit for layer in task.layers}  # undoes "a MAC"
-    return across_layers(task, plain, group_of=_type)
+    return across_layers(task, scores, group_of=_type, per_cost=False)
 
 
 def _type(layer: PrunableLayer) -> str:

@@ -5,76 +5,78 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 import numpy as np
-import torch
 from torch import Tensor
 
-from tapfl.models.units import PrunableLayer
-from tapfl.pruning.allocate import allocate, fit_widths, layer_weights, slice_costs
+from tapfl.models.units import PrunableLayer, Shape
+from tapfl.pruning.allocate import allocate, layer_weights
 from tapfl.pruning.criteria.task import PruningTask, Selection
+from tapfl.pruning.fit import fit_widths
 from tapfl.pruning.layer_importance import layer_importance
+from tapfl.pruning.unit_shape import Ladder, keep_best, ladder, slices
 
 Scores = Mapping[str, Tensor]
 
 
-def keep_best(layer: PrunableLayer, scores: Tensor, width: int) -> Tensor:
-    """Returns the sorted positions of the `width` best units; of an attention, equally many in each head.
-
-    Ties go to the lower position, so the choice depends on nothing but the scores.
-    """
-    per_head = width // layer.heads
-    order = scores.view(layer.heads, layer.units_per_head).argsort(dim=1, descending=True, stable=True)[:, :per_head]
-    first = torch.arange(layer.heads)[:, None] * layer.units_per_head
-    return (order.sort(dim=1).values + first).flatten()
-
-
 def by_layer(task: PruningTask, scores: Scores) -> Selection:
     """Ranks within each layer; the layers' widths are even, or follow their importance (``ratio = adaptive``)."""
-    ones = np.ones(len(task.layers))
-    widths = allocate(task.layers, ones, task.dense.macs, task.budget, task.options)
+    ladders = _ladders(task, scores, task.options.unit_shape)
+    shapes = allocate(ladders, np.ones(len(task.layers)), task.costs, task.options)
     importance: dict[str, float] = {}
     if task.options.ratio == "adaptive":  # each layer is probed at the width that an even cut would give it
-        probe = _keep(task, scores, widths)
+        probe = _keep(task, scores, shapes)
         importance = layer_importance(task.model, task.layers, probe, task.inputs, task.batch)
         weights = layer_weights(task.layers, importance, task.options)
-        widths = allocate(task.layers, weights, task.dense.macs, task.budget, task.options)
-    return Selection(_keep(task, scores, widths), importance)
+        shapes = allocate(ladders, weights, task.costs, task.options)
+    return Selection(_keep(task, scores, shapes), importance)
 
 
 def across_layers(
-    task: PruningTask, scores: Scores, group_of: Callable[[PrunableLayer], str] = lambda layer: "all"
+    task: PruningTask,
+    scores: Scores,
+    group_of: Callable[[PrunableLayer], str] = lambda layer: "all",
+    per_cost: bool = True,
+    unit_shape: str | None = None,
 ) -> Selection:
-    """Ranks all units of a group of layers together, by score a MAC; groups share the budget evenly.
+    """Ranks all units of a group of layers together; groups share the budget evenly.
 
     An attention's heads stay equally large, so what is ranked there are slices: the best dim of every head, the second
-    best of every head, and so on, scored by their sum.
+    best of every head, and so on; or whole heads. A slice scores the mean of its units. Where a layer may be cut both
+    ways, its slices are the steps between those shapes that keep most for their size.
+
+    Args:
+        per_cost: ranks by score per cost in the budget's own terms (`CostTable.price`), else by score.
+        unit_shape: instead of the option of that name.
     """
-    slices = {layer.name: _slices(layer, scores[layer.name]) / layer.macs_per_unit for layer in task.layers}
-    groups: dict[str, list[int]] = {}
-    for i, layer in enumerate(task.layers):
-        groups.setdefault(group_of(layer), []).append(i)
-    unit, full = slice_costs(task.layers)
-    fixed = task.dense.macs - float(unit @ full)
-    share = min(max((task.budget * task.dense.macs - fixed) / float(unit @ full), 0.0), 1.0)
-    ideal = np.zeros(len(task.layers))
+    unit_shape = unit_shape or task.options.unit_shape
+    groups: dict[str, list[PrunableLayer]] = {}
+    for layer in task.layers:
+        groups.setdefault(group_of(layer), []).append(layer)
+    share = task.costs.shares
+    ideal = {layer.name: 0.0 for layer in task.layers}
     for members in groups.values():
-        ranked = sorted(
-            ((float(value), -i, -k) for i in members for k, value in enumerate(slices[task.layers[i].name])),
-            reverse=True,
-        )
-        left = share * float(unit[members] @ full[members])
-        for _, i, _ in ranked:
-            if left < unit[-i]:
+        ranked = []
+        for i, layer in enumerate(members):
+            price = task.costs.price(layer.name) if per_cost else 1.0
+            for k, (worth, units) in enumerate(slices(layer, unit_shape, scores[layer.name])):
+                ranked.append((-worth / price, i, k, units))
+        left = share * sum(layer.units * task.costs.slopes[layer.name] for layer in members)
+        for _, i, _, units in sorted(ranked):
+            cost = units * task.costs.slopes[members[i].name]
+            if (left < cost).any():
                 break
-            ideal[-i] += 1
-            left -= unit[-i]
-    widths = fit_widths(task.layers, ideal, task.dense.macs, task.budget, task.options)
-    return Selection(_keep(task, scores, widths))
+            ideal[members[i].name] += units
+            left = left - cost
+    ladders = _ladders(task, scores, unit_shape)
+    shapes = fit_widths(ladders, np.array(list(ideal.values())), task.costs, task.options)
+    return Selection(_keep(task, scores, shapes))
 
 
-def _slices(layer: PrunableLayer, scores: Tensor) -> Tensor:
-    ranked = scores.view(layer.heads, layer.units_per_head).sort(dim=1, descending=True).values
-    return ranked.double().mean(0)
+def _ladders(task: PruningTask, scores: Scores, unit_shape: str) -> list[Ladder]:
+    return [
+        ladder(layer, task.costs.branches[layer.name], unit_shape, task.options.align, scores[layer.name])
+        for layer in task.layers
+    ]
 
 
-def _keep(task: PruningTask, scores: Scores, widths: Mapping[str, int]) -> dict[str, Tensor]:
-    return {layer.name: keep_best(layer, scores[layer.name], widths[layer.name]) for layer in task.layers}
+def _keep(task: PruningTask, scores: Scores, shapes: Mapping[str, Shape]) -> dict[str, Tensor]:
+    return {layer.name: keep_best(layer, scores[layer.name], shapes[layer.name]) for layer in task.layers}

@@ -6,10 +6,11 @@ Gates g = 1 on whole heads and on FFN units, L the mean cross-entropy of a minib
     score         s = E[(g · ∂L/∂g)²] over minibatches; within a type, one global threshold over all layers
     interactions  S_ij = E[gᵀ H_ij g] / (n_i n_j),  H_ij = ∂²L/∂g_i∂g_j between all gates of the types i and j, by
                   Hessian-vector products; n counts units: a head counts as its dims, as in the public code
-    split         the shares ρ of heads and of FFN units that go minimise ρᵀ S ρ under Σ MACs = budget
+    split         the shares ρ of heads and of FFN units that go minimise ρᵀ S ρ under Σ cost = budget
 
-With two types, the MACs leave one unknown, and since whole heads go it is a number of heads: all of them are tried, so
-the search is exact. FFN units then make the budget exact.
+The cost is in MACs, or in the quantity of the budget's tightest limit. With two types the equality leaves one unknown,
+and since whole heads go it is a number of heads: all of them are tried, so the search is exact. FFN units then make the
+budget exact, within all its limits.
 
 Differs from the publication, whose code (a) also prunes the embedding, as a third type, and so needs an evolutionary
 search, (b) draws one random pair of layers a minibatch for H_ij, where one product with the gates of a whole type gives
@@ -29,8 +30,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tapfl.errors import BudgetError
-from tapfl.models.cost import Cost
 from tapfl.models.units import PrunableLayer
+from tapfl.pruning.cost_table import reached
 from tapfl.pruning.criteria.gates import gated, open_gates, targets
 from tapfl.pruning.criteria.isomorphic import within_types
 from tapfl.pruning.criteria.task import PruningTask, Selection
@@ -49,27 +50,30 @@ def savit(task: PruningTask) -> Selection:
     attentions = [layer for layer in task.layers if layer.kind == "attention"]
     ffns = tuple(layer for layer in task.layers if layer.kind == "ffn")
     order = removal_order(attentions, scores, task.options.floor)
-    costs = np.array([layer.units_per_head * layer.macs_per_unit for layer, _ in order], dtype=np.float64)
+    equality, slopes = task.costs.tightest, task.costs.slopes
+    costs = np.array([layer.units_per_head * slopes[layer.name][equality] for layer, _ in order])
     heads = sum(layer.heads for layer in attentions)
-    ffn_macs = float(sum(layer.units * layer.macs_per_unit for layer in ffns))
-    for count in splits(S, costs, heads, ffn_macs, (1 - task.budget) * task.dense.macs):
-        left = task.dense.macs - int(costs[:count].sum())
-        rest = replace(
-            task, layers=ffns, dense=Cost(params=0, macs=left), budget=min(task.budget * task.dense.macs / left, 1.0)
-        )
-        try:
-            kept = within_types(rest, scores).kept
-        except BudgetError:  # the FFNs would have to give more than they can, or no widths are within 0.5 %
-            continue
+    ffn_cost = float(sum(layer.units * slopes[layer.name][equality] for layer in ffns))
+    to_go = max(float((task.costs.dense - task.costs.allowed)[equality]), 0.0)
+    for count in splits(S, costs, heads, ffn_cost, to_go):
+        kept = {}
         gone = {(layer.name, head) for layer, head in order[:count]}
         for layer in attentions:
             stay = [head for head in range(layer.heads) if (layer.name, head) not in gone]
             kept[layer.name] = torch.arange(layer.units).view(layer.heads, -1)[stay].flatten()
+        settled = task.costs.settled({layer.name: layer.shape_of(kept[layer.name]) for layer in attentions})
+        try:
+            kept |= within_types(replace(task, layers=ffns, costs=settled), scores).kept
+        except BudgetError:  # the FFNs would have to give more than they can, or no widths are within 0.5 %
+            continue
+        if to_go > 0 and not reached(settled.total({n.name: n.shape_of(kept[n.name]) for n in ffns}), settled.allowed):
+            continue  # the FFNs are whole, and the heads gave more than they had to
         return Selection({layer.name: kept[layer.name] for layer in task.layers})
-    least = task.dense.macs - costs.sum() - (1 - task.options.floor) * ffn_macs
+    limit, dense = task.costs.limits[equality], float(task.costs.dense[equality])
+    least = dense - costs.sum() - (1 - task.options.floor) * ffn_cost
     raise BudgetError(
-        f"budget {task.budget:g} of the MACs cannot be met by whole heads and FFN units: they can go down to about "
-        f"{least / task.dense.macs:.4f} (pruning.floor = {task.options.floor:g}); "
+        f"budget {limit.words} cannot be met by whole heads and FFN units: they can go down to about "
+        f"{limit.express(least, dense)} (pruning.floor = {task.options.floor:g}); "
         f"above that, a smaller pruning.align than {task.options.align} comes nearer"
     )
 
@@ -119,18 +123,18 @@ def removal_order(
     return [(attentions[i], head) for _, i, head in sorted(ranked)]
 
 
-def splits(S: np.ndarray, head_macs: np.ndarray, heads: int, ffn_macs: float, to_go: float) -> list[int]:
-    """Returns the numbers of heads that may go under the MACs equality, by rising ρᵀ S ρ: the first is the best.
+def splits(S: np.ndarray, head_costs: np.ndarray, heads: int, ffn_cost: float, to_go: float) -> list[int]:
+    """Returns the numbers of heads that may go under the cost equality, by rising ρᵀ S ρ: the first is the best.
 
     Args:
         S: interactions of heads and FFN units (2, 2).
-        head_macs: what each head costs, in the order in which heads go.
+        head_costs: what each head costs, in the order in which heads go.
         heads: how many there are in all.
-        ffn_macs: what all FFN units cost.
-        to_go: MACs that heads and FFN units together have to give.
+        ffn_cost: what all FFN units cost.
+        to_go: cost that heads and FFN units together have to give.
     """
-    by_heads = np.concatenate([[0.0], np.cumsum(head_macs)])
-    ratio = np.stack([np.arange(len(by_heads)) / heads, (to_go - by_heads) / ffn_macs])
+    by_heads = np.concatenate([[0.0], np.cumsum(head_costs)])
+    ratio = np.stack([np.arange(len(by_heads)) / heads, (to_go - by_heads) / ffn_cost])
     objective = np.einsum("ik,ij,jk->k", ratio, S, ratio)
     possible = np.flatnonzero((ratio[1] >= -1e-12) & (ratio[1] <= 1))
     return sorted((int(k) for k in possible), key=lambda k: (objective[k], k))

@@ -13,4 +13,6 @@ from tapfl.pruning.scores import neuron_importance
 
 def tap(task: PruningTask) -> Selection:
     """Needs no labels and no gradients."""
-    return by_layer(task, neuron_importance(task.model, task.layers, task.inputs, task.batch))
+    weights = {"ffn": task.options.ffn_terms, "attention": task.options.attention_terms}
+    chunk = task.options.chunk
+    return by_layer(task, neuron_importance(task.model, task.layers, task.inputs, task.batch, weights, chunk))

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from tapfl.config import PruningOptions
 from tapfl.models.cost import Cost
 from tapfl.models.units import PrunableLayer
+from tapfl.pruning.budget import Budget
+from tapfl.pruning.cost_table import CostTable
 
 
 @dataclass(frozen=True)
@@ -23,8 +25,9 @@ class PruningTask:
         dense: its cost.
         inputs: the metric set in the backbone's input format (n, channels, height, width).
         labels: int64 (n,), or None: criteria that need labels then take the dense model's own predictions.
-        budget: share of the dense model's MACs that may be kept.
-        options: ratio, temperature, alignment, floor.
+        budget: what may be kept.
+        costs: what every shape of every layer costs, in the quantities of the budget.
+        options: ratio, temperature, alignment, floor, shape of units.
         batch: images a batch; n is at least one batch.
         generator: the only source of chance.
     """
@@ -34,7 +37,8 @@ class PruningTask:
     dense: Cost
     inputs: Tensor
     labels: Tensor | None
-    budget: float
+    budget: Budget
+    costs: CostTable
     options: PruningOptions
     batch: int
     generator: torch.Generator
@@ -45,16 +49,19 @@ class Selection:
     """A criterion's answer.
 
     Attributes:
-        kept: the units that stay (sorted, int64), by layer name, of a cost within 0.5 % below the budget.
+        kept: the units that stay (sorted, int64), by layer name; all limits of the budget hold, and one is reached to
+            99.5 %.
         importance: one number a layer where the criterion has one.
         model: the backbone with the weights that the criterion's own search left, if it trained; else None.
         steps: gradient steps that the search spent; a fair comparison deducts them from recovery.
+        fades: the branches that are dropped as a whole are to fade during recovery, not to be gone at once.
     """
 
     kept: dict[str, Tensor]
     importance: dict[str, float] = field(default_factory=dict)
     model: nn.Module | None = None
     steps: int = 0
+    fades: bool = False
 
 
 Criterion = Callable[[PruningTask], Selection]

@@ -3,7 +3,7 @@
     s = E_b |∂L_b/∂g|,  a gate g = 1 on the unit, L_b the cross-entropy of image b
 
 Differs from the publication in that tokens are summed before the absolute value is taken (a gate is one number an
-image), and in that `taylor-global` ranks by score a MAC where the publication subtracts a FLOPs regulariser.
+image), and in that `taylor-global` ranks by score per cost where the publication subtracts a FLOPs regulariser.
 """
 
 from __future__ import annotations
@@ -21,5 +21,5 @@ def taylor(task: PruningTask) -> Selection:
 
 
 def taylor_global(task: PruningTask) -> Selection:
-    """Ranks all units together, by score a MAC."""
+    """Ranks all units together, by score per cost in the budget's own terms."""
     return across_layers(task, mean_over_images(task, torch.abs))

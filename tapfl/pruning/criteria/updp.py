@@ -6,8 +6,8 @@ What goes is whole residual branches (an attention or an FFN); which ones is *se
 
 on a part of a large metric set, and on all of it between the finalists. A drop set is a solution if it brings the model
 within the budget and no branch of it could stay: a budget that is paid in whole branches is met from below, by up to
-the price of one, so the achieved cost (`PruningPlan.cost`) is what has to be reported. `pruning.floor`, `align` and
-`ratio` say nothing here.
+the price of one, so the achieved cost (`PruningPlan.cost`) is what has to be reported. `pruning.floor`,
+`align`, `ratio` and `unit-shape` say nothing here.
 
 Differs from the publication, which has no public code: the search is over one-shot KL, where the paper trains a
 supernet first, and the re-parameterised block that the paper puts in the place of a dropped one is replaced by
@@ -28,7 +28,7 @@ from torch.nn import functional as F
 
 from tapfl.errors import BudgetError
 from tapfl.models.backbone import segments
-from tapfl.models.units import PrunableLayer, replaced
+from tapfl.models.units import Shape, replaced
 from tapfl.pruning.criteria.task import PruningTask, Selection
 from tapfl.training import predict
 
@@ -46,9 +46,12 @@ def updp(task: PruningTask) -> Selection:
     """
     everything = frozenset(layer.name for layer in task.layers)
     if not _fits(task, everything):
+        least = task.costs.total(_shapes(task, everything))
+        i = int((least / task.costs.allowed).argmax())
+        limit = task.costs.limits[i]
         raise BudgetError(
-            f"budget {task.budget:g} of the MACs cannot be met: without any branch this backbone costs "
-            f"{_spent(task, everything) / task.dense.macs:.4f}"
+            f"budget {limit.words} cannot be met: without any branch this backbone costs "
+            f"{limit.express(least[i], task.costs.dense[i])}"
         )
     solutions, importance = search(_thinned(task, IMAGES), BEAM)
     drop = solutions[0]
@@ -56,12 +59,7 @@ def updp(task: PruningTask) -> Selection:
         dense = predict(task.model, task.inputs, task.batch).log_softmax(-1)
         drop = min(solutions[:BEAM], key=lambda each: divergence_of(task, dense, each))
     kept = {layer.name: torch.arange(0 if layer.name in drop else layer.units) for layer in task.layers}
-    return Selection(kept, importance)
-
-
-def branch_macs(layer: PrunableLayer) -> int:
-    """Returns the MACs an image that go with a branch."""
-    return layer.units * layer.macs_per_unit
+    return Selection(kept, importance, fades=True)
 
 
 def search(task: PruningTask, beam: int) -> tuple[list[DropSet], dict[str, float]]:
@@ -159,13 +157,13 @@ def _kl(dense: Tensor, logits: Tensor) -> float:
     return float(F.kl_div(logits.log_softmax(-1), dense, log_target=True, reduction="sum").double())
 
 
-def _spent(task: PruningTask, drop: Iterable[str]) -> int:
+def _shapes(task: PruningTask, drop: Iterable[str]) -> dict[str, Shape]:
     gone = set(drop)
-    return task.dense.macs - sum(branch_macs(layer) for layer in task.layers if layer.name in gone)
+    return {layer.name: Shape(0, 0) if layer.name in gone else layer.full for layer in task.layers}
 
 
 def _fits(task: PruningTask, drop: Iterable[str]) -> bool:
-    return _spent(task, drop) <= task.budget * task.dense.macs * (1 + 1e-12)
+    return task.costs.satisfied(_shapes(task, drop))
 
 
 def _minimal(task: PruningTask, drop: DropSet) -> bool:
@@ -174,7 +172,7 @@ def _minimal(task: PruningTask, drop: DropSet) -> bool:
 
 def _restored(task: PruningTask, drop: DropSet) -> DropSet:
     """Returns `drop` without the branches that can stay, the most expensive one that can first."""
-    macs = {layer.name: branch_macs(layer) for layer in task.layers}
+    cost = {layer.name: layer.units * task.costs.price(layer.name) for layer in task.layers}
     while free := [name for name in sorted(drop) if _fits(task, drop - {name})]:
-        drop -= {max(free, key=lambda name: macs[name])}
+        drop -= {max(free, key=lambda name: cost[name])}
     return drop

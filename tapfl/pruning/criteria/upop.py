@@ -1,7 +1,8 @@
 """UPop (Shi et al., "UPop: unified and progressive pruning for compressing vision-language transformers", ICML 2023).
 
 The ranking is that of `tapfl.pruning.criteria.upop_oneshot`; this adds the progressive search. Over T steps of
-training, with p the share of the prunable MACs that has to go in the end,
+training, with p the share of what all units cost that has to go in the end (MACs; or the quantity of the budget's
+tightest limit),
 
     p_t = p · sqrt((1 − cos(πt/T)) / 2)
 
@@ -27,7 +28,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tapfl.pruning.allocate import slice_costs
 from tapfl.pruning.criteria.gates import targets
 from tapfl.pruning.criteria.task import PruningTask, Selection
 from tapfl.pruning.criteria.upop_oneshot import masked, open_masks, standardise, unified
@@ -66,9 +66,8 @@ def schedule(t: int, T: int, p: float) -> float:
 
 
 def share_to_go(task: PruningTask) -> float:
-    """Returns p, the share of what all prunable units cost that is over the budget."""
-    unit, full = slice_costs(task.layers)
-    return min(max((1 - task.budget) * task.dense.macs / float(unit @ full), 0.0), 1.0)
+    """Returns p, the share of what all prunable units cost that is over the budget's tightest limit."""
+    return 1 - float(task.costs.shares.min())
 
 
 def faded(task: PruningTask, z: Mapping[str, Tensor], now: float, final: float) -> dict[str, Tensor]:
@@ -76,13 +75,14 @@ def faded(task: PruningTask, z: Mapping[str, Tensor], now: float, final: float) 
 
     A layer never loses all: its unit of smallest z stays at 1, as in the public code.
     """
-    unit, full = slice_costs(task.layers)
+    limit = task.costs.tightest
+    unit = [layer.heads * float(task.costs.slopes[layer.name][limit]) for layer in task.layers]
     values = {layer.name: torch.ones_like(z[layer.name]) for layer in task.layers}
     ranked = sorted(
         ((-float(score), i, k) for i, layer in enumerate(task.layers) for k, score in enumerate(z[layer.name])),
     )
     last = [int(z[layer.name].argmin()) for layer in task.layers]
-    left = now * float(unit @ full) * (1 + 1e-12)
+    left = now * float(task.costs.prunable[limit]) * (1 + 1e-12)
     for _, i, k in ranked:
         if k == last[i]:
             continue

@@ -85,6 +85,5 @@ def standardise(layers: Sequence[PrunableLayer], gradients: Mapping[str, Tensor]
 
 def unified(task: PruningTask, z: Mapping[str, Tensor]) -> Selection:
     """Returns what stays when units go by falling z until the rest is within the budget."""
-    # `across_layers` ranks by score a MAC; this is a ranking by score
-    scores = {layer.name: -z[layer.name].repeat(layer.heads) * layer.macs_per_unit for layer in task.layers}
-    return across_layers(task, scores)
+    scores = {layer.name: -z[layer.name].repeat(layer.heads) for layer in task.layers}
+    return across_layers(task, scores, per_cost=False, unit_shape="head-dims")

@@ -26,8 +26,8 @@ def wanda(task: PruningTask) -> Selection:
 def output_norms(task: PruningTask) -> dict[str, Tensor]:
     """Returns the formula above for every unit, float64 (units,) by layer name."""
     squares = {layer.name: torch.zeros(layer.units, dtype=torch.float64) for layer in task.layers}
-    for images in task.inputs.split(task.batch):
-        _, activations = record_activations(task.model, task.layers, images)
+    for number, images in enumerate(task.inputs.split(task.batch)):
+        _, activations = record_activations(task.model, task.layers, images, number)
         for name, x in activations.items():
             squares[name] += x.double().square().sum((0, 1))
     scores = {}

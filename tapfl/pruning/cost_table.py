@@ -1,0 +1,148 @@
+"""What any shape of any prunable layer costs, in the quantities of a budget: all that an allocation has to know.
+
+MACs and parameters are arithmetic, latency is a table of timings; both become the same thing here, a fixed part and a
+table a layer, so that what is linear and what is not are treated alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import numpy as np
+
+from tapfl.models.cost import Cost
+from tapfl.models.latency import Timings
+from tapfl.models.units import PrunableLayer, Shape
+from tapfl.pruning.budget import Budget, Limit
+
+TOLERANCE = 0.005  # how far below its limit the cost that binds may end
+ROUNDING = 1e-12  # a share that was a quotient of whole costs is met exactly
+
+
+@dataclass(frozen=True, eq=False)
+class CostTable:
+    """A budget over a backbone.
+
+    Attributes:
+        limits: the limits that all have to hold.
+        dense: what the dense model costs, by limit (M,).
+        fixed: what no pruning saves (M,).
+        branches: by layer name, what it costs with so many heads and dims a head (M, heads + 1, dims + 1).
+    """
+
+    limits: tuple[Limit, ...]
+    dense: np.ndarray
+    fixed: np.ndarray
+    branches: Mapping[str, np.ndarray]
+
+    @cached_property
+    def allowed(self) -> np.ndarray:
+        """What the whole model may cost (M,), in the limits' own units."""
+        return np.array([limit.allowed(dense) for limit, dense in zip(self.limits, self.dense, strict=True)])
+
+    @cached_property
+    def slopes(self) -> dict[str, np.ndarray]:
+        """Cost of a unit (M,) by layer name, on average between none and all of them."""
+        return {
+            name: (table[:, -1, -1] - table[:, 0, 0]) / ((table.shape[1] - 1) * (table.shape[2] - 1))
+            for name, table in self.branches.items()
+        }
+
+    @cached_property
+    def prunable(self) -> np.ndarray:
+        """What all units of all layers cost (M,)."""
+        return self._sum(table[:, -1, -1] - table[:, 0, 0] for table in self.branches.values())
+
+    @cached_property
+    def spendable(self) -> np.ndarray:
+        """What may be spent on units (M,), at most all that they cost; negative if a model without any is too much."""
+        least = self.fixed + self._sum(table[:, 0, 0] for table in self.branches.values())
+        return np.minimum(self.allowed - least, self.prunable)
+
+    @property
+    def shares(self) -> np.ndarray:
+        """The share of the units' cost that may stay, in [0, 1], by limit (M,)."""
+        return np.clip(self.spendable / self.prunable, 0, 1)
+
+    @property
+    def tightest(self) -> int:
+        """The position of the limit that leaves the smallest share of the units."""
+        return int(self.shares.argmin())
+
+    def price(self, name: str) -> float:
+        """Returns what a unit of a layer costs in the budget's own terms.
+
+        With one limit that is its quantity, with several the sum of the shares of what each has to spend.
+        """
+        slope = self.slopes[name]
+        return float(slope[0] if len(slope) == 1 else (slope / np.maximum(self.spendable, ROUNDING)).sum())
+
+    def total(self, shapes: Mapping[str, Shape]) -> np.ndarray:
+        """Returns what the whole model costs (M,) when its layers have these shapes."""
+        return self.fixed + self._sum(
+            table[:, shapes[name].heads, shapes[name].dims] for name, table in self.branches.items()
+        )
+
+    def headroom(self, shapes: Mapping[str, Shape]) -> np.ndarray:
+        """Returns what every limit leaves (M,), negative where it does not hold."""
+        return self.allowed - self.total(shapes)
+
+    def satisfied(self, shapes: Mapping[str, Shape]) -> bool:
+        """Returns whether all limits hold."""
+        return within(self.total(shapes), self.allowed)
+
+    def settled(self, shapes: Mapping[str, Shape]) -> CostTable:
+        """Returns the table of the other layers, with the layers that `shapes` names counted as fixed."""
+        rest = {name: table for name, table in self.branches.items() if name not in shapes}
+        return replace(
+            self,
+            fixed=self.fixed + self._sum(self.branches[name][:, s.heads, s.dims] for name, s in shapes.items()),
+            branches=rest,
+        )
+
+    def _sum(self, costs: Iterable[np.ndarray]) -> np.ndarray:
+        return sum(costs, np.zeros(len(self.limits)))
+
+
+def within(cost: np.ndarray, allowed: np.ndarray) -> bool:
+    """Returns whether every cost is at most what is allowed, but for rounding."""
+    return bool((cost <= allowed * (1 + ROUNDING)).all())
+
+
+def reached(cost: np.ndarray, allowed: np.ndarray) -> bool:
+    """Returns whether one cost at least comes within 0.5 % of what is allowed."""
+    return bool((cost >= allowed * (1 - TOLERANCE)).any())
+
+
+def cost_table(
+    layers: Sequence[PrunableLayer], dense: Cost, budget: Budget, timings: Timings | None = None
+) -> CostTable:
+    """Returns the table of a backbone for a budget.
+
+    Args:
+        layers: all its prunable layers.
+        dense: its cost.
+        timings: needed where the budget names latency; the fixed part is the model's time less its branches'.
+    """
+    by_quantity = {limit.quantity: _branches(layers, limit.quantity, timings) for limit in budget.limits}
+    whole = {"macs": float(dense.macs), "params": float(dense.params), "latency": timings.dense if timings else 0.0}
+    pruned = {q: sum(float(table[-1, -1]) for table in tables) for q, tables in by_quantity.items()}
+    fixed = np.array([max(whole.get(q, pruned[q]) - pruned[q], 0.0) for q in by_quantity])
+    branches = {layer.name: np.stack([tables[i] for tables in by_quantity.values()]) for i, layer in enumerate(layers)}
+    return CostTable(budget.limits, fixed + np.array(list(pruned.values())), fixed, branches)
+
+
+def _branches(layers: Sequence[PrunableLayer], quantity: str, timings: Timings | None) -> list[np.ndarray]:
+    if quantity == "latency":
+        assert timings is not None, "a budget that names latency needs timings"
+        return [timings.branches[layer.name] for layer in layers]
+    if quantity == "params":
+        return [_tabulated(layer, layer.params) for layer in layers]
+    return [_tabulated(layer, layer.macs) for layer in layers]
+
+
+def _tabulated(layer: PrunableLayer, cost: Callable[[Shape], int]) -> np.ndarray:
+    heads, dims = layer.full
+    return np.array([[cost(Shape(h, d)) for d in range(dims + 1)] for h in range(heads + 1)], dtype=np.float64)

@@ -1,0 +1,176 @@
+"""Recovery: the training that a pruned model gets after surgery, the same for all criteria.
+
+A fixed number of steps of Adam at a constant learning rate on public images, with no augmentation and no dropout, and
+nothing selected on test data. The loss of logits z with label y and, where the dense model teaches, its logits t is
+
+    fine-tune   CE(z, y)
+    distill     β T² KL(softmax(t/T) ‖ softmax(z/T)) + (1 − β) CE(z, y)            (Hinton et al., arXiv 1503.02531)
+
+As published for TAP-ViTs: fine-tuning on the 6400 top public images, Adam 1e-5, batch 64. The defaults are ours (100
+steps of 32 images at 1e-4), and so is distillation.
+
+A branch f that was dropped as a whole may *fade* (UPDP, AAAI 2024) instead of being gone at once. Surgery leaves its
+constant b, the bias of its output linear, so what fades is what the branch does beyond that:
+
+    x + b + λ (f(x) − b),   λ from 1 to 0 over the first 30 % of the steps
+
+It begins as the dense branch and ends as the shrunk model has it, with no step in between.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Mapping
+from itertools import islice
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from tapfl.config import PruningOptions
+from tapfl.errors import ConfigError, ModelError
+from tapfl.models.units import put
+from tapfl.pruning.criteria.task import Selection
+from tapfl.training import batches, optimizer
+
+FADING_SHARE = 0.3  # of the steps, as published
+
+
+def steps_left(options: PruningOptions, selection: Selection) -> int:
+    """Returns the steps of recovery that remain to a criterion: those its own search has taken are deducted."""
+    return max(options.recovery_steps - selection.steps, 0)
+
+
+def fading_branches(model: nn.Module, selection: Selection) -> dict[str, nn.Module]:
+    """Returns, by name, the branches of the dense `model` that fade: dropped as a whole by a criterion that asks so."""
+    if not selection.fades:
+        return {}
+    return {name: model.get_submodule(name) for name, kept in selection.kept.items() if len(kept) == 0}
+
+
+def recover(
+    model: nn.Module,
+    inputs: Callable[[np.ndarray], Tensor],
+    labels: Tensor,
+    options: PruningOptions,
+    generator: np.random.Generator,
+    *,
+    steps: int,
+    teacher: nn.Module | None = None,
+    fading: Mapping[str, nn.Module] | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> nn.Module:
+    """Returns a trained copy of `model`, frozen and in evaluation mode, with all names and shapes as they were.
+
+    Args:
+        model: the pruned model; it is left as it is, and so are `teacher` and `fading`.
+        inputs: positions -> images in the backbone's input format, so that a large fine-tune set need not be in memory
+            as floats.
+        labels: int64 (n,) of the fine-tune set, n >= 1.
+        options: kind of recovery, batch, learning rate, temperature and share of distillation.
+        generator: the only source of chance: the order of the images. Fewer steps see the first batches of more.
+        steps: gradient steps; with 0, or with ``recovery = none``, the copy is what `model` is.
+        teacher: the dense model, for ``recovery = distill``.
+        fading: dense branches that fade, by name; each must be one of which nothing is left in `model`.
+        progress: called after each step with (steps done, steps in all).
+
+    Raises:
+        ConfigError: if distillation has no teacher.
+        ModelError: if there is no image, or the loss is not finite.
+    """
+    small = copy.deepcopy(model).eval().requires_grad_(True)
+    if steps and options.recovery != "none":
+        order = _order(len(labels), options.recovery_batch, steps, generator)
+        targets = None
+        if options.recovery == "distill":
+            if teacher is None:
+                raise ConfigError("pruning.recovery = 'distill': needs the dense model as teacher")
+            targets = teacher_logits(teacher, inputs, len(labels), order)
+        faders = _put_faders(small, fading or {})
+        adam = optimizer("adam", list(small.parameters()), options.recovery_learning_rate)
+        for step, chosen in enumerate(order):
+            _fade(small, faders, strength(step, steps))
+            index = torch.from_numpy(chosen)
+            logits = small(inputs(chosen))
+            loss = recovery_loss(logits, labels[index], options, None if targets is None else targets[index])
+            if not torch.isfinite(loss):
+                raise ModelError(
+                    f"recovery: the loss is not finite at step {step + 1} of {steps}; "
+                    f"pruning.recovery-learning-rate = {options.recovery_learning_rate:g}"
+                )
+            adam.zero_grad()
+            loss.backward()
+            adam.step()
+            progress(step + 1, steps)
+        _fade(small, faders, 0.0)
+    return small.requires_grad_(False)
+
+
+def recovery_loss(logits: Tensor, labels: Tensor, options: PruningOptions, teacher: Tensor | None = None) -> Tensor:
+    """Returns the mean loss of a batch, as defined above.
+
+    Args:
+        logits: (n, classes) of the pruned model.
+        labels: int64 (n,).
+        teacher: logits (n, classes) of the dense model, or None for cross-entropy alone.
+    """
+    hard = F.cross_entropy(logits, labels)
+    if teacher is None:
+        return hard
+    T, share = options.distill_temperature, options.distill_share
+    soft = F.kl_div((logits / T).log_softmax(-1), (teacher / T).log_softmax(-1), log_target=True, reduction="batchmean")
+    return share * T**2 * soft + (1 - share) * hard
+
+
+@torch.no_grad()
+def teacher_logits(
+    teacher: nn.Module, inputs: Callable[[np.ndarray], Tensor], size: int, order: list[np.ndarray]
+) -> Tensor:
+    """Returns the logits (size, classes) of the images that `order` names, each computed once; the others are NaN."""
+    seen = np.unique(np.concatenate(order))
+    parts = np.array_split(seen, -(-len(seen) // len(order[0])))
+    logits = torch.cat([teacher(inputs(part)) for part in parts])
+    return logits.new_full((size, logits.shape[1]), torch.nan).index_copy_(0, torch.from_numpy(seen), logits)
+
+
+def strength(step: int, steps: int) -> float:
+    """Returns λ at `step` (from 0) of `steps`: 1 at first, and 0 from 30 % of the steps on."""
+    return max(0.0, 1 - step / math.ceil(FADING_SHARE * steps))
+
+
+class FadingBranch(nn.Module):
+    """b + λ (f(x) − b) in the place of a branch f of which only b stays."""
+
+    def __init__(self, branch: nn.Module, constant: nn.Module) -> None:
+        super().__init__()
+        self.branch, self.constant = branch, constant
+        self.strength = 1.0
+
+    def forward(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
+        b: Tensor = self.constant(x)
+        return b + self.strength * (self.branch(x, *args, **kwargs) - b)
+
+
+def _order(size: int, batch: int, steps: int, generator: np.random.Generator) -> list[np.ndarray]:
+    if size == 0:
+        raise ModelError("recovery needs at least one image")
+    a_pass = -(-size // batch)
+    return list(islice(batches(size, batch, -(-steps // a_pass), generator), steps))
+
+
+def _put_faders(small: nn.Module, fading: Mapping[str, nn.Module]) -> dict[str, FadingBranch]:
+    faders = {}
+    for name, branch in fading.items():
+        dense = copy.deepcopy(branch).eval().requires_grad_(True)
+        faders[name] = FadingBranch(dense, small.get_submodule(name))
+        put(small, name, faders[name])
+    return faders
+
+
+def _fade(small: nn.Module, faders: dict[str, FadingBranch], strength: float) -> None:
+    for name, fader in list(faders.items()):
+        fader.strength = strength
+        if strength == 0:
+            put(small, name, faders.pop(name).constant)

@@ -1,0 +1,127 @@
+"""Unit shape: in which sizes a layer can be cut, and which units a size keeps.
+
+    head-dims   equal dims in every head go; all heads stay
+    heads       whole heads go
+    both        heads x dims: of the shapes of a size, the one that keeps the largest sum of scores
+
+An FFN is one head, of which units go under all three.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tapfl.models.units import PrunableLayer, Shape
+
+
+@dataclass(frozen=True, eq=False)
+class Ladder:
+    """The shapes that a layer may take, by rising size.
+
+    Attributes:
+        name: of the layer.
+        shapes: R of them, from none to all units.
+        units: how many each keeps (R,), rising.
+        costs: what each costs, by limit (M, R), never falling.
+    """
+
+    name: str
+    shapes: tuple[Shape, ...]
+    units: np.ndarray
+    costs: np.ndarray
+
+    @property
+    def full(self) -> float:
+        return float(self.units[-1])
+
+    def least(self, floor: float) -> int:
+        """Returns the lowest rung that keeps a share `floor` of the units, and one unit at least if that is above 0."""
+        return int(np.searchsorted(self.units, max(floor * self.full - 1e-9, 1.0 if floor > 0 else 0.0)))
+
+    def below(self, units: float) -> int:
+        """Returns the highest rung of at most so many units, but for rounding."""
+        return int(np.searchsorted(self.units, units + 1e-9 * self.full, side="right")) - 1
+
+
+def ladder(
+    layer: PrunableLayer, table: np.ndarray, unit_shape: str, align: int, scores: Tensor | None = None
+) -> Ladder:
+    """Returns the shapes of a layer whose dims (or units, in an FFN) are multiples of `align`, or all there are.
+
+    Args:
+        table: what each shape costs (M, heads + 1, dims + 1).
+        scores: of the units (units,); only ``both`` needs them, and takes all units to be worth the same without.
+    """
+    heads, full = layer.full
+    dims = [*range(0, full, align), full]
+    if unit_shape == "heads" and layer.kind == "attention":
+        shapes = [Shape(h, full) for h in range(heads + 1)]
+    elif unit_shape == "both" and layer.kind == "attention":
+        shapes = _best_of_each_size(layer, dims, scores)
+    else:
+        shapes = [Shape(heads, d) for d in dims]
+    costs = np.stack([table[:, shape.heads, shape.dims] for shape in shapes], axis=1)
+    # a shape that costs more than a larger one (more heads, fewer dims) is none worth having
+    worth = (costs <= np.minimum.accumulate(costs[:, ::-1], axis=1)[:, ::-1]).all(axis=0)
+    chosen = np.flatnonzero(worth)
+    units = np.array([shapes[i].units for i in chosen], dtype=np.float64)
+    return Ladder(layer.name, tuple(shapes[i] for i in chosen), units, costs[:, chosen])
+
+
+def keep_best(layer: PrunableLayer, scores: Tensor, shape: Shape) -> Tensor:
+    """Returns the sorted positions of the units that stay: the best dims of every head, of the heads best by their sum.
+
+    Ties go to the lower position, so the choice depends on nothing but the scores.
+    """
+    by_head = scores.view(layer.heads, layer.units_per_head)
+    order = by_head.argsort(dim=1, descending=True, stable=True)[:, : shape.dims]
+    worth = by_head.double().gather(1, order).sum(1)
+    stay = worth.argsort(descending=True, stable=True)[: shape.heads].sort().values
+    return (order[stay].sort(dim=1).values + stay[:, None] * layer.units_per_head).flatten()
+
+
+def slices(layer: PrunableLayer, unit_shape: str, scores: Tensor) -> list[tuple[float, float]]:
+    """Returns (mean score, units) of what a layer gains step by step when it grows, the most worthy first.
+
+    The best dim of every head, the second best of every head, and so on; or the best head, the second best; or, where
+    both are possible, the steps between those shapes that keep most for their size (the concave hull).
+    """
+    ranked = scores.view(layer.heads, layer.units_per_head).sort(dim=1, descending=True).values.double()
+    if unit_shape == "heads" and layer.kind == "attention":
+        return [(value, float(layer.units_per_head)) for value in ranked.mean(1).sort(descending=True).values.tolist()]
+    if unit_shape != "both" or layer.kind == "ffn":
+        return [(value, float(layer.heads)) for value in ranked.mean(0).tolist()]
+    shapes = _best_of_each_size(layer, list(range(layer.units_per_head + 1)), scores)
+    sums = _kept_sums(layer, scores)
+    hull: list[tuple[float, float]] = []  # (sum of scores, units) of each step
+    for small, large in pairwise(shapes):
+        step = (float(sums[large] - sums[small]), float(large.units - small.units))
+        while hull and step[0] * hull[-1][1] > hull[-1][0] * step[1]:
+            last = hull.pop()
+            step = (step[0] + last[0], step[1] + last[1])
+        hull.append(step)
+    return [(score / units, units) for score, units in hull]
+
+
+def _kept_sums(layer: PrunableLayer, scores: Tensor) -> np.ndarray:
+    """Returns the sum of scores that `keep_best` keeps, float64 (heads + 1, dims + 1), by heads and dims."""
+    ranked = scores.double().view(layer.heads, layer.units_per_head).sort(dim=1, descending=True).values
+    sums = ranked.cumsum(1).sort(dim=0, descending=True).values.cumsum(0)
+    return torch.nn.functional.pad(sums, (1, 0, 1, 0)).numpy()
+
+
+def _best_of_each_size(layer: PrunableLayer, dims: list[int], scores: Tensor | None) -> list[Shape]:
+    sums = _kept_sums(layer, torch.ones(layer.units) if scores is None else scores)
+    best: dict[int, Shape] = {0: Shape(0, 0)}
+    for heads in range(1, layer.heads + 1):
+        for d in dims[1:]:
+            shape = Shape(heads, d)
+            held = best.setdefault(shape.units, shape)
+            if sums[heads, d] > sums[held.heads, held.dims]:
+                best[shape.units] = shape
+    return [best[units] for units in sorted(best)]

@@ -1,0 +1,296 @@
+"""Recovery: a fixed training after surgery that changes weights and nothing else, and branches that fade first."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from backbones import Tiny, plan_of, random_kept
+from torch import Tensor, nn
+
+from tapfl.config import PruningOptions
+from tapfl.errors import ConfigError, ModelError
+from tapfl.models.backbone import example_input
+from tapfl.pruning.criteria.task import Selection
+from tapfl.pruning.criteria.updp import updp
+from tapfl.pruning.planning import pruning_task
+from tapfl.pruning.recovery import (
+    FadingBranch,
+    fading_branches,
+    recover,
+    recovery_loss,
+    steps_left,
+    strength,
+    teacher_logits,
+)
+from tapfl.pruning.surgery import load_pruned, save_pruned, shrink
+from tapfl.seeds import numpy_generator
+from tapfl.training import predict
+
+FAMILIES = ["vit", "deit", "swin"]
+NOBODY = torch.empty(0, dtype=torch.int64)
+STILL = 1e-12  # a learning rate at which no weight moves
+
+
+def options(**values: object) -> PruningOptions:
+    return PruningOptions.model_validate(
+        {"recovery": "fine-tune", "recovery_batch": 8, "recovery_learning_rate": 1e-2} | values
+    )
+
+
+class Task:
+    """A pruned backbone without two whole branches, and 24 images that the dense model has labelled."""
+
+    def __init__(self, backbone: Tiny) -> None:
+        self.backbone = backbone
+        self.gone = (backbone.layers[0].name, backbone.layers[-1].name)  # an attention and an FFN
+        self.kept = random_kept(backbone.layers, 0.5) | dict.fromkeys(self.gone, NOBODY)
+        self.dense, self.plan = backbone.model, plan_of(backbone, self.kept)
+        self.small = shrink(backbone.model, self.plan)
+        shape = example_input(backbone.model, 24).shape
+        self.images = torch.randn(shape, generator=torch.Generator().manual_seed(5))
+        self.labels = predict(backbone.model, self.images).argmax(1)
+
+    def inputs(self, chosen: np.ndarray) -> Tensor:
+        return self.images[torch.from_numpy(chosen)]
+
+    def recovered(self, steps: int, seed: int = 0, model: nn.Module | None = None, **values: object) -> nn.Module:
+        extra = {name: values.pop(name) for name in ("fading", "progress", "teacher") if name in values}
+        extra = {"teacher": self.dense} | extra
+        generator = numpy_generator(seed, "recovery")
+        model = self.small if model is None else model
+        return recover(model, self.inputs, self.labels, options(**values), generator, steps=steps, **extra)
+
+    def loss(self, model: nn.Module, **values: object) -> float:
+        teacher = predict(self.dense, self.images) if values.get("recovery") == "distill" else None
+        return float(recovery_loss(predict(model, self.images), self.labels, options(**values), teacher))
+
+
+@pytest.fixture(scope="session")
+def tasks(families: dict[str, Tiny]) -> dict[str, Task]:
+    return {family: Task(backbone) for family, backbone in families.items()}
+
+
+def bits(model: nn.Module) -> dict[str, bytes]:
+    return {name: tensor.numpy().tobytes() for name, tensor in model.state_dict().items()}
+
+
+# ---------------------------------------------------------------- training
+
+
+@pytest.mark.parametrize("recovery", ["fine-tune", "distill"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_pruned_model_gets_better_on_its_fine_tune_set(family: str, recovery: str, tasks: dict[str, Task]) -> None:
+    task = tasks[family]
+    model = task.recovered(16, recovery=recovery)
+    assert task.loss(model, recovery=recovery) < 0.7 * task.loss(task.small, recovery=recovery)
+    assert not model.training
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("recovery", ["fine-tune", "distill"])
+def test_what_is_given_is_left_as_it_is(recovery: str, tasks: dict[str, Task]) -> None:
+    task = tasks["swin"]
+    fading = {name: task.dense.get_submodule(name) for name in task.gone}
+    before = bits(task.small), bits(task.dense)
+    task.recovered(4, recovery=recovery, fading=fading)
+    assert (bits(task.small), bits(task.dense)) == before
+
+
+def test_the_same_seed_gives_the_same_bits(tasks: dict[str, Task]) -> None:
+    task = tasks["vit"]
+    torch.manual_seed(1)
+    first = bits(task.recovered(5, recovery="distill"))
+    torch.manual_seed(2)
+    assert bits(task.recovered(5, recovery="distill")) == first
+    assert bits(task.recovered(5, recovery="distill", seed=1)) != first
+
+
+@pytest.mark.parametrize(("recovery", "steps"), [("fine-tune", 0), ("distill", 0), ("none", 9)])
+def test_without_steps_the_copy_is_the_model(recovery: str, steps: int, tasks: dict[str, Task]) -> None:
+    task = tasks["vit"]
+    fading = {name: task.dense.get_submodule(name) for name in task.gone}
+    model = task.recovered(steps, recovery=recovery, fading=fading)
+    assert model is not task.small
+    assert bits(model) == bits(task.small)
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_fewer_steps_see_the_first_batches_of_more(tasks: dict[str, Task]) -> None:
+    """What a criterion's search has taken is deducted at the end, so that all criteria start alike."""
+    task, seen = tasks["vit"], []
+
+    def inputs(chosen: np.ndarray) -> Tensor:
+        seen.append(chosen.tolist())
+        return task.inputs(chosen)
+
+    for steps in (7, 4):
+        recover(task.small, inputs, task.labels, options(), numpy_generator(0, "x"), steps=steps)
+    assert seen[7:] == seen[:4]
+    assert sorted(itertools.chain(*seen[:3])) == list(range(24))  # a pass sees every image once
+    assert seen[:3] != seen[3:6]
+
+
+def test_progress_is_told_and_no_dropout_is_active(tasks: dict[str, Task]) -> None:
+    task, told = tasks["vit"], []
+    lively = copy.deepcopy(task.small).train()
+    for module in lively.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.5
+    model = task.recovered(3, model=lively, progress=lambda *done: told.append(done))
+    assert told == [(1, 3), (2, 3), (3, 3)]
+    assert bits(model) == bits(task.recovered(3))
+    assert lively.training
+
+
+def test_a_recovered_model_can_be_saved(tasks: dict[str, Task], tmp_path: Path) -> None:
+    task = tasks["deit"]
+    model = task.recovered(2, fading={name: task.dense.get_submodule(name) for name in task.gone})
+    save_pruned(model, task.plan, tmp_path)
+    assert torch.equal(load_pruned(tmp_path)(task.images), model(task.images))
+
+
+def test_what_cannot_be_done_is_refused(tasks: dict[str, Task]) -> None:
+    task = tasks["vit"]
+    with pytest.raises(ConfigError, match=r"pruning\.recovery = 'distill': needs the dense model"):
+        task.recovered(1, recovery="distill", teacher=None)
+    with pytest.raises(ModelError, match="at least one image"):
+        recover(task.small, task.inputs, task.labels[:0], options(), numpy_generator(0), steps=1)
+    with pytest.raises(ModelError, match=r"not finite at step \d of 9; pruning.recovery-learning-rate = 1e\+30"):
+        task.recovered(9, recovery_learning_rate=1e30)
+
+
+# ---------------------------------------------------------------- the loss
+
+
+def test_the_loss_and_its_gradient_are_those_of_the_formula() -> None:
+    """z = (0, 0), t = (2 ln 3, 0), T = 2: the teacher says (3/4, 1/4), and label 1 contradicts it."""
+    z = torch.zeros(1, 2, requires_grad=True)
+    teacher = torch.tensor([[2 * np.log(3), 0.0]], dtype=torch.float32)
+    loss = recovery_loss(z, torch.tensor([1]), options(distill_temperature=2, distill_share=0.75), teacher)
+    loss.backward()
+    assert loss.item() == pytest.approx(0.75 * 4 * 0.130812 + 0.25 * 0.693147, abs=1e-5)
+    # T (softmax(z/T) - softmax(t/T)) = (-1/2, 1/2), softmax(z) - y = (1/2, -1/2)
+    assert z.grad is not None
+    assert z.grad.tolist()[0] == pytest.approx([-0.25, 0.25], abs=1e-6)
+
+
+def test_the_loss_is_the_mean_over_images() -> None:
+    z = torch.tensor([[0.0, 0.0], [1.0, 3.0]])
+    teacher, labels = torch.tensor([[1.0, 2.0], [0.0, -1.0]]), torch.tensor([1, 0])
+    for own in (teacher, None):
+        parts = [
+            recovery_loss(z[i : i + 1], labels[i : i + 1], options(), None if own is None else own[i : i + 1])
+            for i in range(2)
+        ]
+        assert recovery_loss(z, labels, options(), own).item() == pytest.approx(float(sum(parts)) / 2)
+    assert recovery_loss(z, labels, options()).item() == pytest.approx((0.693147 + 2.126928) / 2, abs=1e-5)
+
+
+def test_the_teacher_sees_each_image_once_and_only_those_that_are_needed() -> None:
+    seen: list[int] = []
+
+    def inputs(chosen: np.ndarray) -> Tensor:
+        seen.extend(chosen.tolist())
+        return torch.from_numpy(chosen).float()[:, None]
+
+    order = [np.array([5, 1]), np.array([3, 0]), np.array([1, 3])]
+    logits = teacher_logits(nn.Linear(1, 2), inputs, 6, order)
+    assert sorted(seen) == [0, 1, 3, 5]
+    assert logits.shape == (6, 2)
+    assert torch.isfinite(logits).all(1).tolist() == [True, True, False, True, False, True]
+
+
+def test_the_teacher_of_each_image_is_its_own(tasks: dict[str, Task]) -> None:
+    """A model that already is its teacher has nothing to learn from soft targets, in whatever order."""
+    task = tasks["vit"]
+    model = task.recovered(6, model=task.dense, recovery="distill", distill_share=1, recovery_learning_rate=1e-5)
+    assert (predict(model, task.images) - predict(task.dense, task.images)).abs().max() < 0.05
+
+
+# ---------------------------------------------------------------- steps and fading
+
+
+@pytest.mark.parametrize(("spent", "left"), [(0, 100), (30, 70), (100, 0), (300, 0)])
+def test_steps_of_the_search_are_deducted(spent: int, left: int) -> None:
+    assert steps_left(PruningOptions(recovery_steps=100), Selection({}, steps=spent)) == left
+
+
+def test_the_fading_is_linear_over_the_first_30_percent() -> None:
+    assert [strength(step, 10) for step in range(5)] == pytest.approx([1, 2 / 3, 1 / 3, 0, 0])
+    assert [strength(step, 100) for step in (0, 15, 30, 99)] == pytest.approx([1, 0.5, 0, 0])
+    assert strength(0, 1) == 1
+
+
+def test_what_fades_is_what_the_branch_does_beyond_its_constant(vit: Tiny) -> None:
+    layer = vit.layers[0]
+    f = vit.model.get_submodule(layer.name)
+    x = torch.randn(2, layer.tokens, layer.embed_dim)
+    fader = FadingBranch(f, layer.shrink(f, NOBODY))
+    torch.testing.assert_close(fader(x), f(x))
+    fader.strength = 0.25
+    torch.testing.assert_close(fader(x), f.proj.bias + 0.25 * (f(x) - f.proj.bias))
+
+
+def logits_on_the_way(task: Task, steps: int) -> tuple[list[Tensor], Tensor]:
+    """Logits of all images at every step of a recovery in which no weight moves, and those of its result."""
+    kept = dict.fromkeys(task.gone, NOBODY)
+    small = shrink(task.dense, plan_of(task.backbone, kept))
+    seen: list[Tensor] = []
+    small.register_forward_hook(lambda _module, _inputs, output: seen.append(output.detach()))
+    end = recover(
+        small,
+        lambda _chosen: task.images,
+        task.labels,
+        options(recovery_learning_rate=STILL, recovery_batch=24),
+        numpy_generator(0),
+        steps=steps,
+        fading=fading_branches(task.dense, Selection(kept, fades=True)),
+    )
+    return seen, end(task.images)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_fading_leads_from_the_dense_to_the_shrunk_model(family: str, tasks: dict[str, Task]) -> None:
+    task = tasks[family]
+    seen, end = logits_on_the_way(task, steps=10)
+    dense = task.dense(task.images)
+    torch.testing.assert_close(seen[0], dense, rtol=1e-4, atol=1e-4)
+    far = [float((logits - end).abs().mean()) for logits in seen[:10]]
+    assert far[0] > far[1] > far[2] > 1e-2
+    assert max(far[3:]) < 1e-4  # the dense branch is gone at 30 % of the steps
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_fading_ends_in_the_structure_of_the_shrunk_model(family: str, tasks: dict[str, Task]) -> None:
+    task = tasks[family]
+    fading = {name: task.dense.get_submodule(name) for name in task.gone}
+    for steps in (1, 2, 7):
+        model = task.recovered(steps, fading=fading)
+        assert {name: type(m) for name, m in model.named_modules()} == {
+            name: type(m) for name, m in task.small.named_modules()
+        }
+        assert {k: v.shape for k, v in model.state_dict().items()} == {
+            k: v.shape for k, v in task.small.state_dict().items()
+        }
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    assert bits(model) != bits(task.recovered(7))  # to fade makes a difference
+
+
+def test_only_whole_branches_of_a_criterion_that_asks_for_it_fade(tasks: dict[str, Task]) -> None:
+    task = tasks["vit"]
+    fading = fading_branches(task.dense, Selection(task.kept, fades=True))
+    assert set(fading) == set(task.gone)
+    assert fading[task.gone[0]] is task.dense.get_submodule(task.gone[0])
+    assert fading_branches(task.dense, Selection(task.kept)) == {}
+
+
+def test_what_updp_drops_fades(vit: Tiny) -> None:
+    selection = updp(pruning_task(vit.model, vit.inputs, 0.8, batch=4))
+    gone = {name for name, kept in selection.kept.items() if not len(kept)}
+    assert gone
+    assert set(fading_branches(vit.model, selection)) == gone
