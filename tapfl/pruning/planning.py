@@ -115,8 +115,18 @@ def plan_pruning(
         ConfigError: if the budget is none, or the criterion changes weights (`Selection.model`).
     """
     task = pruning_task(model, inputs, budget, options, batch, seed=seed)
+    return plan_of(task, selection_of(task), spec, provenance)
+
+
+def selection_of(task: PruningTask) -> Selection:
+    """Returns what the criterion of the task's options selects, for a plan.
+
+    Raises:
+        BudgetError: if the budget cannot be met.
+        ConfigError: if the criterion changes weights (`Selection.model`).
+    """
     name = task.options.criterion
     selection = criterion_of(name)(task)
     if selection.model is not None:
         raise ConfigError(f"pruning.criterion = {name!r}: changes the weights, which a plan alone does not carry")
-    return plan_of(task, selection, spec, provenance)
+    return selection

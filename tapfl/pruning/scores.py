@@ -14,7 +14,7 @@ one matrix product. A constant added to K changes nothing, so K - 1 is what is c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
