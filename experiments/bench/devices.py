@@ -42,7 +42,7 @@ def bench_devices(counts: Sequence[int], probes: Sequence[str]) -> list[Mapping[
     images = load_images("digits").subset(np.arange(POOL))
     spec = spec_of(RunConfig().model, images.classes)
     model = build(spec).requires_grad_(False)
-    rows = []
+    rows: list[Mapping[str, str]] = []
     for probe in probes:
         config = RunConfig.from_flat({"pruning.probe": probe})
         start = time.process_time()
@@ -76,9 +76,7 @@ def _seconds(
     start = time.process_time()
     common = Shared(config, pool, model) if shared else None
     for i in range(count):
-        device_plan(
-            config, pool, spec, model, synthetic_mixture(pool.points, i), i, budgets[i % len(budgets)], common
-        )
+        device_plan(config, pool, spec, model, synthetic_mixture(pool.points, i), i, budgets[i % len(budgets)], common)
     return time.process_time() - start
 
 

@@ -41,10 +41,9 @@ class Terms:
 def exponents(Z: Tensor, strips: Sequence[slice]) -> Iterator[Tensor]:
     """Yields -|z_i - z_j|² / 512 by strips of rows i, (C, rows, B - start), for Z (C, B, N); j from the start on.
 
-    Centred over the images first, which leaves the distances as they are, and the cancellation in them small.
+    Z should be centred over its images: the distances stay as they are, and the cancellation in them is small.
     """
-    Z = Z - Z.mean(1, keepdim=True)
-    half = Z.square().sum(-1) / 512
+    half = torch.linalg.vector_norm(Z, dim=-1).square() / 512
     for rows in strips:
         sums = half[:, rows, None] + half[:, None, rows.start :]
         yield sums.baddbmm_(Z[:, rows], Z[:, rows.start :].transpose(1, 2), beta=-1, alpha=2 / 512)
@@ -87,6 +86,7 @@ def terms(X: Tensor, P: Tensor, heads: int, chunk: int = CHANNELS_AT_ONCE) -> Te
     B, N, C = X.shape
     groups = max(heads, 1)
     means = X.reshape(B, N, groups, C // groups).mean(-1).permute(2, 0, 1)
+    means = means - means.mean(1, keepdim=True)
     kernels = five_kernels(next(exponents(means, [slice(0, B)]))) / 5
     deviation = P - P.mean(0)  # HP; its Gram matrix is H P Pᵀ H
     references = torch.cat([(deviation @ deviation.T)[None], centre(kernels)]) / 5
@@ -95,10 +95,13 @@ def terms(X: Tensor, P: Tensor, heads: int, chunk: int = CHANNELS_AT_ONCE) -> Te
     strips = [slice(start, min(start + STRIP, B)) for start in range(0, B, STRIP)]
     weights = [_strip(references, rows) for rows in strips]
     traces, activeness = [], []
+    channel_major = X.new_empty(min(chunk, C), B * N)
     for part in X.reshape(B * N, C).split(chunk, dim=1):
-        # contiguous first: the transposition of a whole matrix is what torch has a fast path for
-        Z = part.contiguous().T.contiguous().view(-1, B, N)
-        activeness.append(Z.abs().sum((1, 2)))
+        Z = channel_major[: part.shape[1]]
+        Z.copy_(part.contiguous().T)  # contiguous first: torch is fast at the transposition of a whole matrix
+        activeness.append(Z.abs().sum(1))
+        Z = Z.view(-1, B, N)
+        Z -= Z.mean(1, keepdim=True)
         against = torch.zeros(1 + groups, len(Z), dtype=X.dtype)
         for weight, strip in zip(weights, exponents(Z, strips), strict=True):
             against += weight @ five_kernels(strip).reshape(len(Z), -1).T
@@ -112,9 +115,14 @@ def terms(X: Tensor, P: Tensor, heads: int, chunk: int = CHANNELS_AT_ONCE) -> Te
     return Terms(rel, red, torch.cat(activeness))
 
 
-def scratch_bytes(batch: int, tokens: int, chunk: int) -> int:
-    """Returns the memory that `terms` takes besides its arguments: a chunk centred and squared, three strips of it."""
-    return 4 * chunk * batch * 3 * (tokens + STRIP)
+def scratch_bytes(batch: int, tokens: int, heads: int, chunk: int) -> int:
+    """Returns the memory that the tensors of `terms` take at most, besides its arguments.
+
+    A chunk of channels and one copy of it, three strips of its kernels, and the references with what they are made of.
+    """
+    groups = max(heads, 1)
+    channels = chunk * batch * (2 * tokens + 3 * STRIP)
+    return 4 * (channels + 2 * groups * batch * tokens + 4 * (1 + groups) * batch * batch)
 
 
 def _strip(references: Tensor, rows: slice) -> Tensor:
