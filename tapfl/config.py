@@ -110,10 +110,10 @@ class DeviceOptions(Section):
 class ModelOptions(Section):
     """The dense backbone, before anything is pruned."""
 
-    name: str = Field("vit_tiny_patch16_224", description="any timm ViT, DeiT or Swin")
+    name: str = Field("vit_tiny_patch16_224", description="any timm ViT, DeiT, PiT or Swin")
     args: str = Field(
         "img_size=8,patch_size=2,in_chans=1,embed_dim=64,depth=4,num_heads=4,class_token=False,global_pool=avg",
-        description="arguments for timm's constructor, key=value",
+        description="arguments for timm's constructor, key=value; 2/2 is the tuple (2, 2)",
     )
     weights: str = Field("", description="empty: trained from scratch; `hub`: timm's hub; else a .safetensors file")
     head: Literal["train", "rows", "rows+train"] = Field(

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from backbones import SWIN, VIT, VIT_ARGS, Tiny, masked, plan_of, random_kept, scramble, tiny
+from backbones import VIT, VIT_ARGS, Tiny, masked, plan_of, random_kept, scramble, tiny
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from timm.layers import SwiGLU
@@ -238,7 +238,7 @@ def saved(vit: Tiny, tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_saved_and_loaded_is_the_same_model(family: str, families: dict[str, Tiny], tmp_path: Path) -> None:
-    backbone = tiny(SWIN) if family == "swin" else families[family]
+    backbone = families[family]
     plan = a_plan(backbone, 0.6)
     small = shrink(backbone.model, plan)
     save_pruned(small, plan, tmp_path)
