@@ -46,12 +46,26 @@ def test_a_backbone_is_pruned_saved_and_shown(tmp_path: Path, how: tuple[str, st
     assert (tmp_path / "widths.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_budget_may_have_several_limits_and_is_told(tmp_path: Path) -> None:
+    said = json.loads(prune(tmp_path, "--set", "pruning.unit-shape=both", "--json", budget="macs<=60%, params<=0.5"))
+    assert said["provenance"]["budget"] == "macs<=0.6,params<=0.5"
+    assert said["macs"] <= 0.6 * said["macs_dense"]
+    assert 0.4975 * said["params_dense"] <= said["params"] <= 0.5 * said["params_dense"]
+
+
+def test_a_budget_in_milliseconds_is_measured_here(tmp_path: Path) -> None:
+    said = json.loads(prune(tmp_path, "--criterion", "magnitude", "--json", budget="latency<=1000ms"))
+    assert said["macs"] == said["macs_dense"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "budget", "error"),
     [
         (("--criterion", "best"), "0.5", ConfigError),
         (("--compensation", "full"), "0.5", ConfigError),
         ((), "1.5", ConfigError),
+        ((), "params<=0.5,flops<=0.5", ConfigError),
+        ((), "macs<=0.5,params<=100", BudgetError),
         ((), "0.01", BudgetError),
         (("--set", "metric.size=6400"), "0.5", TapflError),
     ],
