@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -19,8 +21,9 @@ app = typer.Typer()
 def prune(
     budget: Annotated[str, typer.Option(help="share of the MACs, or limits: macs<=0.5,params<=8e6,latency<=5ms")],
     out: Annotated[Path, typer.Option(help="the smaller model's folder; must not exist")],
-    criterion: Annotated[str, typer.Option(help="what decides which units stay; `tapfl criteria` lists them")] = "tap",
-    compensation: Annotated[str, typer.Option(help="none, one-pass or sequential")] = "none",
+    criterion: Annotated[str | None, typer.Option(help="short for --set pruning.criterion=...")] = None,
+    compensation: Annotated[str | None, typer.Option(help="short for --set pruning.compensation=...")] = None,
+    recovery: Annotated[str | None, typer.Option(help="short for --set pruning.recovery=...")] = None,
     config: Annotated[Path | None, typer.Option(help="options as TOML, one table a section")] = None,
     set: Annotated[list[str] | None, typer.Option("--set", help="key=value, after and above --config")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON object last, and no table")] = False,
@@ -29,8 +32,9 @@ def prune(
     from experiments.preflight import absolute_paths
     from experiments.prune import prune as carry_out
 
-    options = options_of(config, set) | {"pruning.criterion": criterion}
-    carry_out(absolute_paths(RunConfig.from_flat(options)), budget, compensation, out)
+    short = {"criterion": criterion, "compensation": compensation, "recovery": recovery}
+    options = options_of(config, set) | {f"pruning.{name}": value for name, value in short.items() if value is not None}
+    carry_out(absolute_paths(RunConfig.from_flat(options)), budget, out)
     inspect(out, None, as_json)
 
 
@@ -74,17 +78,24 @@ def inspect(
 @app.command()
 def compare(
     config: Annotated[Path, typer.Option(help="TOML with a table [compare] of lists, and the options of all cells")],
-    out: Annotated[Path, typer.Option(help="folder of results.csv and table.md; finished cells are not run again")],
+    out: Annotated[Path, typer.Option(help="folder of results, table and picture; finished cells are not run again")],
+    jobs: Annotated[int, typer.Option(min=0, help="devices at a time; 0: as many as there are CPUs")] = 0,
+    measure: Annotated[str, typer.Option(help="what the table and the picture show")] = "pruned_own",
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON object a row")] = False,
 ) -> None:
-    """Compare pruning criteria one-shot: criteria × budgets × compensation × metric sets × devices × seeds."""
-    from experiments.compare import markdown, read_comparison, run_comparison, table
+    """Compare pruning criteria: criteria × budgets × any option × devices × seeds, under one harness."""
+    from experiments.compare.grid import read_comparison
+    from experiments.compare.picture import picture
+    from experiments.compare.run import run_comparison
+    from experiments.compare.table import markdown, table
     from strategies.progress import stage
     from tapfl.store import write_bytes
 
     comparison = read_comparison(config)
     with stage("cells", len(list(comparison.cells()))) as advance:
-        rows = run_comparison(comparison, out, lambda done, _, note: advance(done, note))
-    shown = table(rows)
+        rows = run_comparison(comparison, out, lambda done, _, note: advance(done, note), jobs or os.cpu_count() or 1)
+    shown = table(rows, comparison, measure)
     write_bytes(out / "table.md", markdown(shown).encode())
+    picture(rows, comparison, out / "accuracy-against-macs.png", measure)
     show_rows(shown, as_json)
+    print(f"a line a cell: {out / 'results.csv'}; also table.md and accuracy-against-macs.png", file=sys.stderr)

@@ -10,8 +10,9 @@ from torch import nn
 from tapfl.config import RunConfig, Scalar
 from tapfl.data.sources import ImageSet
 from tapfl.models.backbone import BackboneSpec, transform_of
+from tapfl.pruning.pipeline import prune_model
 from tapfl.pruning.plan import PruningPlan
-from tapfl.pruning.planning import plan_pruning
+from tapfl.pruning.planning import pruning_task
 from tapfl.seeds import numpy_generator
 from tapfl.summary.descriptors import Projection, image_features
 from tapfl.summary.metric_set import pick_metric_set
@@ -72,4 +73,5 @@ def device_plan(
         "align": config.pruning.align,
         "seed": config.seed,
     }
-    return plan_pruning(model, spec, inputs, budget, config.pruning, config.metric.batch, provenance, config.seed)
+    task = pruning_task(model, inputs, budget, config.pruning, config.metric.batch, seed=config.seed)
+    return prune_model(task, spec, provenance=provenance, seed=config.seed).plan

@@ -15,8 +15,10 @@ if TYPE_CHECKING:
     from tapfl.models.backbone import BackboneSpec, build, transform_of
     from tapfl.models.cost import Cost, measure_cost
     from tapfl.models.units import prunable_layers
+    from tapfl.pruning.budget import Budget
+    from tapfl.pruning.pipeline import prune_model
     from tapfl.pruning.plan import PruningPlan
-    from tapfl.pruning.planning import plan_pruning
+    from tapfl.pruning.planning import pruning_task
     from tapfl.pruning.surgery import load_plan, load_pruned, save_pruned, shrink
     from tapfl.summary.descriptors import Projection, image_features
     from tapfl.summary.metric_set import pick_metric_set
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "BackboneSpec": "tapfl.models.backbone",
+    "Budget": "tapfl.pruning.budget",
     "Cost": "tapfl.models.cost",
     "GaussianSummary": "tapfl.summary.mixture",
     "ImageSet": "tapfl.data.sources",
@@ -41,8 +44,9 @@ _HOMES = {
     "load_pruned": "tapfl.pruning.surgery",
     "measure_cost": "tapfl.models.cost",
     "pick_metric_set": "tapfl.summary.metric_set",
-    "plan_pruning": "tapfl.pruning.planning",
+    "prune_model": "tapfl.pruning.pipeline",
     "prunable_layers": "tapfl.models.units",
+    "pruning_task": "tapfl.pruning.planning",
     "save_pruned": "tapfl.pruning.surgery",
     "shrink": "tapfl.pruning.surgery",
     "transform_of": "tapfl.models.backbone",

@@ -12,10 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tapfl.config import PruningOptions
 from tapfl.models.backbone import BackboneSpec, build, example_input
 from tapfl.models.cost import measure_cost
 from tapfl.models.units import PrunableLayer, prunable_layers
+from tapfl.pruning.pipeline import prune_model
 from tapfl.pruning.plan import LayerPlan, PruningPlan
+from tapfl.pruning.planning import pruning_task
 
 CLASSES = 10
 VIT_ARGS: dict[str, Any] = {"img_size": 8, "patch_size": 2, "in_chans": 1, "embed_dim": 32, "depth": 2, "num_heads": 2}
@@ -120,3 +123,10 @@ def plan_of(backbone: Tiny, kept: Mapping[str, Tensor]) -> PruningPlan:
         for layer in backbone.layers
     )
     return PruningPlan(backbone=backbone.spec, layers=layers, dense=cost, cost=cost)
+
+
+def planned(
+    model: nn.Module, spec: BackboneSpec, inputs: Tensor, budget: float | str, options: PruningOptions, batch: int
+) -> PruningPlan:
+    """Returns the plan of the criterion that the options name."""
+    return prune_model(pruning_task(model, inputs, budget, options, batch), spec).plan

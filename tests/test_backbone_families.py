@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import timm
 import torch
-from backbones import CLASSES, Tiny, masked, plan_of, tiny
+from backbones import CLASSES, Tiny, masked, plan_of, planned, tiny
 from timm.layers import Attention
 from timm.models.vision_transformer import ResPostBlock
 from torch import Tensor, nn
@@ -21,7 +21,6 @@ from tapfl.models.cost import measure_cost
 from tapfl.models.units import prunable_layers
 from tapfl.pruning.compensation import compensate, compensate_sequentially
 from tapfl.pruning.plan import PruningPlan
-from tapfl.pruning.planning import plan_pruning
 from tapfl.pruning.surgery import kept_units, load_pruned, save_pruned, shrink
 
 TINY: dict[str, Any] = {"img_size": 32, "embed_dim": 32, "depth": 2, "num_heads": 2}
@@ -89,7 +88,7 @@ def test_shrunk_equals_masked_at_a_share_of_the_macs(backbone: Tiny, fused: bool
     budget = 1 - (1 - share) * prunable / dense.macs  # the same as `share` but for stem, poolings and head
     options = PruningOptions(criterion="random", ratio="uniform", align=1, floor=0)
     model = with_attention(backbone.model, fused)
-    plan = plan_pruning(model, backbone.spec, backbone.inputs, budget, options, batch=4)
+    plan = planned(model, backbone.spec, backbone.inputs, budget, options, batch=4)
     assert 0.995 * budget * dense.macs <= plan.cost.macs <= budget * dense.macs
     assert measure_cost(shrink(model, plan)) == plan.cost
     assert difference(backbone, plan, model) <= 1e-5

@@ -40,8 +40,10 @@ LABELS = torch.tensor([3, 1, 4, 1])
 QUANTISED = {"updp"}  # drops whole branches, so the budget is met from below only
 
 
-def task_of(backbone: Tiny, budget: float = 0.6, batch: int = 2, ratio: str = "uniform", seed: int = 0) -> PruningTask:
-    options = PruningOptions(align=1, ratio=ratio)
+def task_of(
+    backbone: Tiny, budget: float = 0.6, batch: int = 2, ratio: str = "uniform", seed: int = 0, criterion: str = "tap"
+) -> PruningTask:
+    options = PruningOptions(criterion=criterion, align=1, ratio=ratio)
     return pruning_task(backbone.model, backbone.inputs, budget, options, batch, seed=seed)
 
 
@@ -81,8 +83,8 @@ def test_a_criterion_keeps_its_promises(
     modules = [id(module) for module in backbone.model.modules()]
     monkeypatch.setattr(upop, "STEPS", 10)
     criterion = registry.criterion_of(name)
-    first = criterion(task_of(backbone))
-    again = criterion(task_of(backbone))
+    first = criterion(task_of(backbone, criterion=name))
+    again = criterion(task_of(backbone, criterion=name))
     assert same(first, again)
     if first.model is not None:
         assert again.model is not None

@@ -6,16 +6,12 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 from test_inprocess_run import TINY
 from typer.testing import CliRunner
 
 from experiments import cli
 from tapfl import load_pruned
-from tapfl.config import PruningOptions
 from tapfl.errors import BudgetError, ConfigError, PlanError, TapflError
-from tapfl.models.backbone import BackboneSpec, build
-from tapfl.pruning.planning import plan_pruning
 
 
 def tapfl(*arguments: str) -> str:
@@ -81,10 +77,3 @@ def test_what_is_refused_leaves_no_folder(
 def test_a_folder_that_is_no_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(PlanError, match=r"plan.json: cannot be read"):
         tapfl("inspect", str(tmp_path))
-
-
-def test_a_criterion_that_changes_weights_is_refused_where_only_a_plan_is_sent() -> None:
-    spec = BackboneSpec(name="vit_tiny_patch16_224", args={"img_size": 32, "embed_dim": 48, "depth": 2}, num_classes=3)
-    options = PruningOptions(criterion="lowrank-heads", align=1)
-    with pytest.raises(ConfigError, match="changes the weights"):
-        plan_pruning(build(spec), spec, torch.randn(8, 3, 32, 32), 0.7, options, batch=8)

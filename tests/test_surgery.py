@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from backbones import VIT, VIT_ARGS, Tiny, masked, plan_of, random_kept, scramble, tiny
+from backbones import VIT, VIT_ARGS, Tiny, masked, plan_of, planned, random_kept, scramble, tiny
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from timm.layers import SwiGLU
@@ -20,7 +20,6 @@ from tapfl.models.backbone import BackboneSpec, build, segments
 from tapfl.models.cost import measure_cost
 from tapfl.models.units import LinearCut, SelfAttention, prunable_layers
 from tapfl.pruning.plan import PruningPlan
-from tapfl.pruning.planning import plan_pruning
 from tapfl.pruning.surgery import kept_units, load_plan, load_pruned, save_pruned, shrink
 
 FAMILIES = ["vit", "deit", "swin"]
@@ -138,7 +137,7 @@ def test_the_shrunk_model_costs_what_the_plan_says(
 ) -> None:
     backbone = families[family]
     options = PruningOptions(align=1, floor=floor, tau=0.3)
-    plan = plan_pruning(backbone.model, backbone.spec, backbone.inputs, budget, options, batch=4)
+    plan = planned(backbone.model, backbone.spec, backbone.inputs, budget, options, batch=4)
     small = shrink(backbone.model, plan)
     assert measure_cost(small) == plan.cost
     assert measure_cost(backbone.model) == plan.dense
@@ -153,7 +152,7 @@ def test_a_plan_without_some_branches_costs_what_it_says(family: str, families: 
     options = PruningOptions(align=8, floor=0.0, ratio="uniform")
     dense = measure_cost(backbone.model)
     fixed = dense.macs - sum(layer.macs_per_unit * layer.units for layer in backbone.layers)
-    plan = plan_pruning(backbone.model, backbone.spec, backbone.inputs, fixed / dense.macs, options, batch=4)
+    plan = planned(backbone.model, backbone.spec, backbone.inputs, fixed / dense.macs, options, batch=4)
     assert set(plan.widths.values()) == {0}
     assert measure_cost(shrink(backbone.model, plan)) == plan.cost
 
@@ -162,7 +161,7 @@ def test_a_plan_without_some_branches_costs_what_it_says(family: str, families: 
 def test_the_plan_of_a_model_without_some_biases_costs_what_it_says(option: str) -> None:
     spec = BackboneSpec(name=VIT.name, args=VIT_ARGS | {option: False}, num_classes=10)
     backbone = tiny(spec)
-    plan = plan_pruning(backbone.model, spec, backbone.inputs, 0.5, PruningOptions(align=2), batch=4)
+    plan = planned(backbone.model, spec, backbone.inputs, 0.5, PruningOptions(align=2), batch=4)
     assert measure_cost(shrink(backbone.model, plan)) == plan.cost
     assert distance(backbone, kept_units(plan)) <= 1e-5
 
@@ -226,7 +225,7 @@ def test_a_pooling_head_with_its_own_mlp_is_left_alone() -> None:
 
 
 def a_plan(backbone: Tiny, budget: float = 0.5) -> PruningPlan:
-    return plan_pruning(backbone.model, backbone.spec, backbone.inputs, budget, PruningOptions(align=2), batch=4)
+    return planned(backbone.model, backbone.spec, backbone.inputs, budget, PruningOptions(align=2), batch=4)
 
 
 @pytest.fixture

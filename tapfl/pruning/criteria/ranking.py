@@ -18,11 +18,11 @@ Scores = Mapping[str, Tensor]
 
 
 def by_layer(task: PruningTask, scores: Scores) -> Selection:
-    """Ranks within each layer; the layers' widths are even, or follow their importance (``ratio = adaptive``)."""
+    """Ranks within each layer; the layers' widths are even, or follow their importance (`layer_weights`)."""
     ladders = _ladders(task, scores, task.options.unit_shape)
     shapes = allocate(ladders, np.ones(len(task.layers)), task.costs, task.options)
     importance: dict[str, float] = {}
-    if task.options.ratio == "adaptive":  # each layer is probed at the width that an even cut would give it
+    if task.options.ratio != "uniform":  # each layer is probed at the width that an even cut would give it
         probe = _keep(task, scores, shapes)
         importance = layer_importance(task.model, task.layers, probe, task.inputs, task.batch)
         weights = layer_weights(task.layers, importance, task.options)
