@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from io import BytesIO
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from experiments.inspection import costs
 from tapfl.errors import ConfigError
+from tapfl.store import write_bytes
 
 COLOURS = {"attention": "#4477aa", "ffn": "#ee8866"}
 NAMES = {"attention": "attention", "ffn": "FFN"}
@@ -43,17 +45,18 @@ def picture(found: Mapping[str, Any], file: Path) -> None:
         lowest.set_ylabel("importance: KL (nats)")
         kept.tick_params(labelbottom=False)
     lowest.set_xlabel("block")
-    kept.legend(*kept.get_legend_handles_labels(), ncols=2, loc="lower right", bbox_to_anchor=(1, 1), frameon=False)
+    kept.legend(ncols=2, loc="lower right", bbox_to_anchor=(1, 1.04), frameon=False)
     _stages(kept, lowest, layers)
     _costs(figure.add_subplot(grid[:, 1]), found)
     said = ", ".join(f"{key} {found['provenance'][key]}" for key in ("criterion", "data") if key in found["provenance"])
     figure.suptitle(found["backbone"] + (f"   ({said})" if said else ""), x=0.01, ha="left", weight="bold", size=11)
+    image = BytesIO()
+    figure.savefig(image, dpi=130, format="png")
+    plt.close(figure)
     try:
-        figure.savefig(file, dpi=130)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"picture = {str(file)!r}: cannot be written ({error})") from None
-    finally:
-        plt.close(figure)
+        write_bytes(file, image.getvalue())
+    except OSError as error:
+        raise ConfigError(f"picture = {str(file)!r}: cannot be written ({error.strerror})") from None
 
 
 def _block(layer: Mapping[str, Any]) -> str:

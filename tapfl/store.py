@@ -61,12 +61,13 @@ def whole_folder(path: Path, replace: bool = False) -> Iterator[Path]:
     try:
         yield temporary
         temporary.chmod(0o755)
-        if replace and path.exists():
+        there = replace and path.exists()
+        if there:
             path.replace(aside)
         try:
             temporary.replace(path)
         except OSError:
-            if not path.exists():
+            if there:
                 aside.replace(path)
             raise
     finally:
