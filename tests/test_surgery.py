@@ -260,6 +260,14 @@ def test_saved_and_loaded_is_the_same_model(family: str, families: dict[str, Tin
     assert measure_cost(loaded) == plan.cost
 
 
+def test_saved_twice_is_the_same_to_the_bit(saved: Path, vit: Tiny, tmp_path: Path) -> None:
+    plan = a_plan(vit)
+    for attempt in map(str, range(4)):
+        save_pruned(shrink(vit.model, plan), plan, tmp_path / attempt)
+        for file in saved.iterdir():
+            assert file.read_bytes() == (tmp_path / attempt / file.name).read_bytes()
+
+
 def test_the_folder_holds_no_dense_weights(saved: Path, vit: Tiny) -> None:
     assert sorted(file.name for file in saved.iterdir()) == ["model.safetensors", "plan.json"]
     plan, _ = load_plan(saved)

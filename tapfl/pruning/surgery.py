@@ -84,7 +84,8 @@ def save_pruned(model: nn.Module, plan: PruningPlan, folder: Path | str, replace
             accepted = "a new folder, or that of a pruned model alone" if replace else "a folder that does not"
             raise PlanError(f"{folder}: exists already, with {min(there)} in it; give {accepted}")
         with whole_folder(folder, replace) as new:
-            write_tensors(new / WEIGHTS_FILE, state, {"backbone": plan.backbone.name, "plan": plan.checksum})
+            about = {"plan": plan.checksum}  # one key: safetensors writes several in no fixed order
+            write_tensors(new / WEIGHTS_FILE, state, about)
             write_json(new / PLAN_FILE, signed(plan, sha256_of(new / WEIGHTS_FILE)))
     except OSError as error:
         raise PlanError(f"{folder}: cannot be written ({error.strerror})") from None
