@@ -85,8 +85,8 @@ class PruningPlan(BaseModel):
     def _faults(self) -> Iterator[str]:
         """Yields what no backbone could make good."""
         for key, value in self.backbone.args.items():
-            if key.startswith(("pretrained", "checkpoint")):
-                yield f"backbone.args.{key}: a plan names no weights"
+            if key.startswith(("pretrained", "checkpoint", "device", "dtype")):
+                yield f"backbone.args.{key}: a plan names neither weights nor where they lie"
             if isinstance(value, int | float) and not abs(value) <= LARGEST_ARGUMENT:
                 yield f"backbone.args.{key} = {value:.3g}: is beyond {LARGEST_ARGUMENT}"
         names: set[str] = set()

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from tapfl.errors import ModelError, PlanError
+from tapfl.errors import ModelError, PlanError, TapflError
 from tapfl.models.backbone import build
 from tapfl.models.units import prunable_layers, put
 from tapfl.pruning.basis import carried_energy
@@ -128,11 +128,18 @@ def _skeleton(plan: PruningPlan, tensors: int) -> nn.Module:
     Args:
         tensors: how many its weights are; the dense model can have a few a layer more.
     """
-    with torch.device("meta"), _at_most(2 * tensors + 8 * len(plan.layers) + 64):
-        model = build(plan.backbone)
-    if (elements := sum(buffer.numel() for buffer in model.buffers())) > LARGEST_BUFFER:
-        raise PlanError(f"{plan.backbone.name} with {plan.backbone.args} needs {elements:.2g} elements for its masks")
-    return shrink(model, plan)
+    spec = plan.backbone
+    try:
+        with torch.device("meta"), _at_most(2 * tensors + 8 * len(plan.layers) + 64):
+            model = build(spec)
+        if (elements := sum(buffer.numel() for buffer in model.buffers())) > LARGEST_BUFFER:
+            raise PlanError(f"{spec.name} with {spec.args} needs {elements:.2g} elements for its masks")
+        return shrink(model, plan)
+    except TapflError:
+        raise
+    except Exception as error:  # timm does not check what it is given, and fails as it happens
+        said = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise PlanError(f"{spec.name} cannot be built as the plan says, with {spec.args} ({said})") from None
 
 
 @contextmanager
