@@ -107,9 +107,9 @@ def input_transform(options: ModelOptions) -> Transform:
 
 
 def example_input(model: nn.Module, batch: int = 1) -> Tensor:
-    """Returns zeros in the shape that `model` takes."""
+    """Returns zeros in the shape that `model` takes, on its device."""
     transform = transform_of(model)
-    return torch.zeros(batch, transform.channels, *transform.size)
+    return torch.zeros(batch, transform.channels, *transform.size, device=next(model.parameters()).device)
 
 
 def head_names(model: Any) -> tuple[str, ...]:

@@ -348,10 +348,11 @@ def _cut_linear(linear: nn.Linear, cut: LinearCut) -> nn.Linear:
     if cut.side == "rows":
         weight, bias = weight[cut.index], bias[cut.index] if bias is not None else None
         if cut.scale is not None:
-            weight, bias = weight * cut.scale[:, None], bias * cut.scale if bias is not None else None
+            scale = cut.scale.to(weight.device)
+            weight, bias = weight * scale[:, None], bias * scale if bias is not None else None
     else:
         weight = weight[:, cut.index]
-    small = nn.utils.skip_init(nn.Linear, weight.shape[1], weight.shape[0], bias=bias is not None)
+    small = nn.utils.skip_init(nn.Linear, weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
     small.weight = nn.Parameter(weight.clone())
     if bias is not None:
         small.bias = nn.Parameter(bias.clone())
