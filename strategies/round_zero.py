@@ -14,7 +14,8 @@ from tapfl.pruning.pipeline import prune_model
 from tapfl.pruning.plan import PruningPlan
 from tapfl.pruning.planning import pruning_task
 from tapfl.seeds import numpy_generator
-from tapfl.summary.descriptors import Projection, image_features
+from tapfl.store import cache_folder
+from tapfl.summary.descriptors import Projection, cached_features
 from tapfl.summary.metric_set import pick_metric_set
 from tapfl.summary.mixture import GaussianSummary, fit_mixture
 
@@ -38,7 +39,7 @@ class PublicPool:
 
 def describe_pool(config: RunConfig, images: ImageSet, model: nn.Module) -> PublicPool:
     """Returns the pool with its descriptors and mixture."""
-    features = image_features(model, transform_of(model).batches(images.images))
+    features = cached_features(model, images, transform_of(model), cache_folder(config.cache))
     projection = Projection.fit(features, config.summary.dim)
     points = projection(features)
     drawn = int(numpy_generator(config.seed, "pool").integers(2**31))

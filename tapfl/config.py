@@ -156,12 +156,15 @@ class PruningOptions(Section):
         "auto", description="layer weights: softmax(KL/tau), all equal, or KL^gamma; auto: the criterion's own"
     )
     tau: float = Field(5.82, gt=0, description="temperature of the layer softmax")
-    gamma: float = Field(0.5, ge=0, description="exponent of ratio=power, which knows no scale")
+    gamma: float = Field(0.25, ge=0, description="exponent of ratio=power, which knows no scale")
     basis: Literal["auto", "none", "canonical"] = Field(
         "auto", description="basis of the heads before anything is scored; auto: the criterion's own"
     )
     compensation: Literal["auto", "none", "one-pass", "sequential"] = Field(
         "auto", description="kept units take over what they can of what goes; auto: the criterion's own"
+    )
+    compensation_rows: Literal["auto", "even", "sensitivity"] = Field(
+        "auto", description="tokens count alike, or by how much the prediction feels them; auto: the criterion's own"
     )
     align: Count = Field(4, description="widths are multiples of this (8 suits real backbones)")
     floor: float = Field(0.05, ge=0, lt=1, description="least share of a layer that is kept")

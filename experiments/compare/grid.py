@@ -41,7 +41,7 @@ DEFAULTS: dict[str, list[Any]] = {
 }
 ORACLE = "oracle"  # the metric set that no server has: the device's own training images
 # axes by what a change of them costs, behind those of data and backbone: device, metric set, selection, finish
-STAGES = (r"device", r"metric\..*", r"pruning\..*", r"budget", r"pruning\.compensation", r"pruning\.recovery.*")
+STAGES = (r"device", r"metric\..*", r"pruning\..*", r"budget", r"pruning\.compensation.*", r"pruning\.recovery.*")
 
 
 @dataclass(frozen=True)

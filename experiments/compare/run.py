@@ -21,7 +21,7 @@ import torch
 
 from experiments.compare.grid import Cell, Comparison
 from experiments.compare.setting import DeviceView, Setting, score
-from tapfl.config import RunConfig
+from tapfl.config import PruningOptions, RunConfig
 from tapfl.data.sources import ImageSet
 from tapfl.errors import BudgetError, ConfigError
 from tapfl.pruning.criteria.registry import resolved
@@ -30,7 +30,7 @@ from tapfl.pruning.pipeline import cut, recovered, select
 from tapfl.pruning.planning import plan_of
 from tapfl.store import write_bytes
 
-FINISH = ("compensation", "recovery", "recovery_steps", "recovery_batch", "recovery_learning_rate", "recovery_size")
+FINISH = tuple(name for name in PruningOptions.model_fields if name.startswith(("compensation", "recovery", "distill")))
 MEASURES = ("macs_share", "params_share", "dense", "dense_own", "pruned", "pruned_own", "seconds")
 Row = dict[str, str]
 Progress = Callable[[int, int, str], None]
@@ -131,8 +131,8 @@ class Worker:
         found = self._reuse("selection", choice, partial(_select, task))
         if isinstance(found.selection, str):
             return {"refused": found.selection}
-        cutting = (*choice, task.options.compensation)
-        small = self._reuse("cut", cutting, partial(cut, task, found.selection))
+        cutting = (*choice, task.options.compensation, task.options.compensation_rows)
+        small = self._reuse("cut", cutting, partial(cut, task, found.selection, cell.config.seed))
         fine_tune = view.fine_tune_set(metric, options, cell.oracle)
         small = recovered(task, found.selection, small, fine_tune, cell.config.seed)
         plan = plan_of(task, found.selection, setting.spec)

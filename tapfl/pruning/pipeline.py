@@ -24,7 +24,8 @@ from tapfl.pruning.criteria.task import PruningTask, Selection
 from tapfl.pruning.plan import PruningPlan
 from tapfl.pruning.planning import plan_of
 from tapfl.pruning.recovery import fading_branches, recover, steps_left
-from tapfl.seeds import numpy_generator
+from tapfl.pruning.sensitivity import sensitivities
+from tapfl.seeds import numpy_generator, torch_generator
 from tapfl.training import predict
 
 CHANGES = ("basis", "compensation", "recovery")  # what changes weights, unless it is `none`
@@ -81,11 +82,14 @@ def select(task: PruningTask) -> Selection:
     return criterion_of(task.options.criterion)(task)
 
 
-def cut(task: PruningTask, selection: Selection) -> nn.Module:
+def cut(task: PruningTask, selection: Selection, seed: int) -> nn.Module:
     """Returns the smaller model of a selection, compensated as the task's options say."""
-    weights = selection.model or task.model
-    how = task.options.compensation
-    return compensated(weights, selection.kept, task.layers, task.inputs, task.batch, how)
+    weights, options = selection.model or task.model, task.options
+    felt = None
+    if options.compensation != "none" and options.compensation_rows == "sensitivity":
+        generator = torch_generator(seed, "sensitivity")
+        felt = sensitivities(weights, task.layers, task.inputs, task.batch, generator)
+    return compensated(weights, selection.kept, task.layers, task.inputs, task.batch, options.compensation, felt)
 
 
 def recovered(
@@ -124,7 +128,7 @@ def prune_model(
         BudgetError: if the budget cannot be met.
     """
     selection = select(task)
-    small = recovered(task, selection, cut(task, selection), fine_tune, seed)
+    small = recovered(task, selection, cut(task, selection, seed), fine_tune, seed)
     parts = {name: getattr(task.options, name) for name in ("criterion", "ratio", *CHANGES)}
     plan = plan_of(task, selection, spec, {**parts, "seed": seed, **(provenance or {})})
     changed = selection.model is not None or any(parts[name] != "none" for name in CHANGES)

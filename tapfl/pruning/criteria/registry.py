@@ -26,6 +26,7 @@ BUILT_IN = {
     "magnitude": "tapfl.pruning.criteria.magnitude:magnitude",
     "random": "tapfl.pruning.criteria.random_units:random_units",
     "savit": "tapfl.pruning.criteria.savit:savit",
+    "tap+": "tapfl.pruning.criteria.tap_plus:tap_plus",
     "tap": "tapfl.pruning.criteria.tap:tap",
     "taylor": "tapfl.pruning.criteria.taylor:taylor",
     "taylor-global": "tapfl.pruning.criteria.taylor:taylor_global",
@@ -35,7 +36,7 @@ BUILT_IN = {
     "wanda": "tapfl.pruning.criteria.wanda:wanda",
 }
 
-PUBLISHED = {"ratio": "adaptive", "basis": "none", "compensation": "none"}
+PUBLISHED = {"ratio": "adaptive", "basis": "none", "compensation": "none", "compensation_rows": "even"}
 
 
 def criterion_names() -> list[str]:
@@ -58,7 +59,7 @@ def criterion_of(name: str) -> Criterion:
 
 
 def recipe(**options: str) -> Callable[[Criterion], Criterion]:
-    """Marks a criterion as made for these values of ratio, basis and compensation, where they are `auto`."""
+    """Marks a criterion as made for these values of the options that `PUBLISHED` names, where they are `auto`."""
 
     def mark(criterion: Criterion) -> Criterion:
         criterion.recipe = options  # type: ignore[attr-defined]
