@@ -19,7 +19,7 @@ from torch import nn
 from strategies.fleet import Fleet
 from strategies.progress import stage
 from strategies.results import Clock, summarise
-from strategies.round_zero import PublicPool, describe_pool, device_plan
+from strategies.round_zero import PublicPool, Shared, describe_pool, device_plan
 from tapfl.adapters.layout import (
     Layout,
     Params,
@@ -134,10 +134,11 @@ class Federation:
         self, backbone: Backbone, pool: PublicPool, summaries: Mapping[int, GaussianSummary]
     ) -> dict[int, PruningPlan]:
         plans: dict[int, PruningPlan] = {}
+        shared = Shared(self.config, pool, backbone.model)
         with stage("plans", len(summaries)) as advance:
             for done, (i, summary) in enumerate(summaries.items(), start=1):
                 budget = self.fleet.records[i].budget
-                plans[i] = device_plan(self.config, pool, backbone.spec, backbone.model, summary, i, budget)
+                plans[i] = device_plan(self.config, pool, backbone.spec, backbone.model, summary, i, budget, shared)
                 write_bytes(self.folder.path / "plans" / f"{i:02d}.json", plans[i].model_dump_json(indent=1).encode())
                 advance(done, f"device {i}")
         return plans

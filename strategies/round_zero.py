@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 
 import numpy as np
 from torch import nn
 
 from tapfl.config import RunConfig, Scalar
 from tapfl.data.sources import ImageSet
+from tapfl.memo import Memo
 from tapfl.models.backbone import BackboneSpec, transform_of
-from tapfl.pruning.pipeline import prune_model
+from tapfl.models.units import prunable_layers
+from tapfl.pruning.criteria.task import PruningTask, Selection
+from tapfl.pruning.pipeline import select
 from tapfl.pruning.plan import PruningPlan
-from tapfl.pruning.planning import pruning_task
-from tapfl.seeds import numpy_generator
+from tapfl.pruning.planning import plan_of, pruning_task
+from tapfl.pruning.pool_probe import PoolProbe
+from tapfl.seeds import numpy_generator, torch_generator
 from tapfl.store import cache_folder
 from tapfl.summary.descriptors import Projection, cached_features
 from tapfl.summary.metric_set import pick_metric_set
 from tapfl.summary.mixture import GaussianSummary, fit_mixture
+
+BUDGETS, SELECTIONS = 64, 256  # results that are kept; a selection is the kept units of every layer, 90 kB for DeiT-T
 
 
 @dataclass(frozen=True)
@@ -46,6 +53,52 @@ def describe_pool(config: RunConfig, images: ImageSet, model: nn.Module) -> Publ
     return PublicPool(images, points, fit_mixture(points, config.summary, drawn), projection)
 
 
+class Shared:
+    """What the plans of all devices have in common: computed when it is first needed, and once.
+
+    It changes no plan, not by a bit, and holds little: no images and no activations beyond those of the pass at hand.
+    """
+
+    def __init__(self, config: RunConfig, pool: PublicPool, model: nn.Module) -> None:
+        self.config, self.pool, self.model = config, pool, model
+        self.transform = transform_of(model)
+        self._tasks, self._selections = Memo(BUDGETS), Memo(SELECTIONS)
+
+    @cached_property
+    def density(self) -> np.ndarray:
+        """The log-likelihood of the pool's points under the pool's own mixture, float64 (n,)."""
+        return self.pool.mixture.log_likelihood(self.pool.points)
+
+    @cached_property
+    def probe(self) -> PoolProbe:
+        """What the pool says of the layers, for ``pruning.probe = pool``."""
+        config, images = self.config, self.pool.images.images
+        layers = prunable_layers(self.model)
+        return PoolProbe(
+            self.model, layers, lambda: self.transform.batches(images), config.pruning, config.metric.batch
+        )
+
+    def task(self, chosen: np.ndarray, budget: float) -> PruningTask:
+        """Returns the problem of a device; what depends on the backbone and the budget alone is measured once."""
+        config = self.config
+        inputs = self.transform(self.pool.images.images[chosen])
+        task: PruningTask = self._tasks.once(
+            budget,
+            lambda: pruning_task(self.model, inputs, budget, config.pruning, config.metric.batch, seed=config.seed),
+        )
+        return replace(
+            task,
+            inputs=inputs,
+            generator=torch_generator(config.seed, "criterion"),
+            pool_probe=partial(self.probe.importance, chosen=chosen) if config.pruning.probe == "pool" else None,
+        )
+
+    def selection(self, chosen: np.ndarray, budget: float) -> tuple[PruningTask, Selection]:
+        """Returns the problem and its answer; equal metric sets under equal budgets are scored once."""
+        task = self.task(chosen, budget)
+        return task, self._selections.once((chosen.tobytes(), budget), lambda: select(task))
+
+
 def device_plan(
     config: RunConfig,
     pool: PublicPool,
@@ -54,15 +107,20 @@ def device_plan(
     summary: GaussianSummary,
     partition_id: int,
     budget: float,
+    shared: Shared | None = None,
 ) -> PruningPlan:
     """Returns the plan of one device: its metric set, the importance measured on it, its budget.
+
+    Args:
+        shared: of the same configuration, pool and model; without it, all is computed for this device alone.
 
     Raises:
         BudgetError: if this backbone cannot meet the budget.
     """
+    shared = shared or Shared(config, pool, model)
     generator = numpy_generator(config.seed, "metric", partition_id)
-    chosen = pick_metric_set(summary, pool.mixture, pool.points, config.metric, generator)
-    inputs = transform_of(model)(pool.images.images[chosen])
+    chosen = pick_metric_set(summary, shared.density, pool.points, config.metric, generator)
+    task, selection = shared.selection(chosen, budget)
     provenance: dict[str, Scalar] = {
         "device": partition_id,
         "budget": budget,
@@ -74,5 +132,4 @@ def device_plan(
         "align": config.pruning.align,
         "seed": config.seed,
     }
-    task = pruning_task(model, inputs, budget, config.pruning, config.metric.batch, seed=config.seed)
-    return prune_model(task, spec, provenance=provenance, seed=config.seed).plan
+    return plan_of(task, selection, spec, provenance)

@@ -176,6 +176,10 @@ class PruningOptions(Section):
         (0.1, 0.1, 0.8), description="weights of relevance, 1 - redundancy and activeness in the FFN score of `tap`"
     )
     attention_terms: TermWeights = Field((0.8, 0.1, 0.1), description="the same for attentions")
+    chunk: Count = Field(128, description="channels that the composite score takes at once; fewer need less memory")
+    probe: Literal["own", "pool"] = Field(
+        "own", description="layer importance by masks of the device's own metric set, or of the pool, once for all"
+    )
     labels: Literal["pseudo", "public"] = Field(
         "pseudo", description="labels of the public images: the dense model's predictions, or the pool's own"
     )

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 from backbones import Tiny, tiny_of_family
 from torch import Tensor
 
+from experiments.bench import latency
+from experiments.bench.devices import bench_devices
 from experiments.bench.layers import plain_layer_importance
+from experiments.bench.memory import peak_process_bytes, peak_tensor_bytes
+from experiments.bench.probe import MEASURES, bench_probe
 from experiments.bench.scoring import hoisted_loop_terms, loop_terms
 from experiments.bench.side_by_side import side_by_side
 from tapfl.pruning.layer_importance import layer_importance
@@ -27,6 +32,15 @@ def test_the_loops_compute_the_vectorised_terms(heads: int, loop: Callable[[Tens
         torch.testing.assert_close(getattr(fused, name), getattr(reference, name), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("loop", [loop_terms, hoisted_loop_terms])
+def test_a_loop_over_every_third_channel_gives_those_channels(loop: Callable[..., Terms]) -> None:
+    generator = torch.Generator().manual_seed(3)
+    X, P = torch.randn(9, 5, 8, generator=generator), torch.randn(9, 4, generator=generator).softmax(-1)
+    whole, part = loop(X, P, 2), loop(X, P, 2, 3)
+    for name in ("rel", "red", "act"):
+        torch.testing.assert_close(getattr(part, name), getattr(whole, name)[::3])
+
+
 def test_the_plain_way_gives_the_cached_layer_importance() -> None:
     t: Tiny = tiny_of_family("vit")
     kept = {layer.name: torch.arange(0, layer.units, 2) for layer in t.layers}
@@ -39,3 +53,49 @@ def test_variants_take_turns() -> None:
     order: list[str] = []
     seconds = side_by_side({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, repeats=3)
     assert order == ["a", "b"] * 3 and set(seconds) == {"a", "b"}
+
+
+def test_the_memory_of_tensors_is_that_of_those_alive_together() -> None:
+    given = torch.zeros(500)
+
+    def work() -> None:
+        first = torch.zeros(1000) + 1  # two of 4000 bytes for a moment
+        del first
+        second = torch.zeros(1000)
+        second.view(10, 100).add_(given[0])  # no memory of its own
+        assert torch.zeros(100).sum() == 0
+
+    assert peak_tensor_bytes(work) in range(8000, 8010)
+
+
+def test_the_memory_of_the_process_sees_what_is_written() -> None:
+    grown = peak_process_bytes(lambda: torch.ones(10_000_000))
+    assert grown is None or 35e6 < grown < 80e6
+
+
+@pytest.mark.parametrize("probe", ["own", "pool"])
+def test_a_row_for_every_number_of_devices(probe: str) -> None:
+    rows = bench_devices([1, 2], [probe])
+    assert [(row["probe"], row["devices"]) for row in rows] == [(probe, "1"), (probe, "2")]
+    for row in rows:
+        total, plans, pool = (float(row[name]) for name in ("s a device", "plans, s a device", "pool s"))
+        assert total == pytest.approx(plans + pool / int(row["devices"]), abs=0.02)
+
+
+def test_the_probe_bench_compares_both_ways(tmp_path: Path) -> None:
+    options = {"cache": str(tmp_path), "model.epochs": 1, "metric.size": 64}
+    rows = bench_probe([0], 2, [0.5, 0.7], [0.1], options)
+    assert [row["budget"] for row in rows] == ["0.5", "0.7"]
+    for row in rows:
+        own, pool, difference = (float(row[name].split(" ")[0]) for name in MEASURES[-3:])
+        assert pool - own == pytest.approx(difference, abs=2e-3)
+        assert 0.5 < float(row["kept alike"]) <= 1 and -1 <= float(row["ρ ffn"]) <= 1
+
+
+def test_the_latency_bench_has_a_row_for_the_dense_model_and_each_share() -> None:
+    dense, half = latency.bench_latency("deit_tiny_patch16_224", 32, [0.5], [1, 2], repeats=1)
+    assert dense["MACs"] == "100.0%" and dense["torch ×2"].endswith(", 1.00")
+    assert 49.5 <= float(half["MACs"].rstrip("%")) <= 50
+    assert all(
+        half[f"{engine} ×{batch}"].split(" ")[1] == "ms," for engine in ("torch", "onnxruntime") for batch in (1, 2)
+    )

@@ -7,12 +7,23 @@ import copy
 import numpy as np
 import pytest
 import torch
-from backbones import Tiny, golden
+from backbones import Tiny, golden, planned
 from hypothesis import given
 from hypothesis import strategies as st
 
+from experiments.bench.memory import peak_tensor_bytes
+from tapfl.config import PruningOptions
 from tapfl.errors import ModelError
-from tapfl.pruning.scores import TERM_WEIGHTS, composite, neuron_importance, record_activations, terms
+from tapfl.pruning.scores import (
+    TERM_WEIGHTS,
+    Terms,
+    composite,
+    neuron_importance,
+    record_activations,
+    refuse_not_finite,
+    scratch_bytes,
+    terms,
+)
 
 
 def loop_kernel(Z: np.ndarray) -> np.ndarray:
@@ -145,3 +156,42 @@ def test_a_metric_set_below_one_batch_is_refused(vit: Tiny) -> None:
 def test_no_hook_stays_behind(vit: Tiny) -> None:
     record_activations(vit.model, vit.layers, vit.inputs)
     assert not any(module._forward_pre_hooks for module in vit.model.modules())
+
+
+@pytest.mark.parametrize("heads", [0, 3])
+@pytest.mark.parametrize("chunk", [1, 5, 64])
+def test_channels_at_once_change_nothing_but_the_memory(heads: int, chunk: int) -> None:
+    generator = torch.Generator().manual_seed(heads)
+    X = torch.randn(20, 7, 48, generator=generator)
+    P, before = torch.randn(20, 4, generator=generator).softmax(-1), X.clone()
+    whole = terms(X, P, heads, 48)
+    assert peak_tensor_bytes(lambda: terms(X, P, heads, chunk)) <= scratch_bytes(20, 7, heads, chunk)
+    parts = terms(X, P, heads, chunk)
+    for name in ("rel", "red", "act"):
+        torch.testing.assert_close(getattr(parts, name), getattr(whole, name), rtol=1e-5, atol=1e-6)
+    assert torch.equal(X, before)
+
+
+def test_a_smaller_chunk_takes_less_memory() -> None:
+    X, P = torch.randn(64, 50, 256), torch.randn(64, 10).softmax(-1)
+    small, large = (peak_tensor_bytes(lambda chunk=chunk: terms(X, P, 0, chunk)) for chunk in (16, 256))
+    assert small < large / 8
+
+
+def test_the_chunk_of_the_options_reaches_the_scores(vit: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+
+    def spy(X: torch.Tensor, P: torch.Tensor, heads: int, chunk: int) -> Terms:
+        seen.append(chunk)
+        return terms(X, P, heads, chunk)
+
+    monkeypatch.setattr("tapfl.pruning.scores.terms", spy)
+    options = PruningOptions(chunk=7, ratio="uniform", align=1)
+    planned(vit.model, vit.spec, vit.inputs, 0.5, options, batch=4)
+    assert set(seen) == {7}
+
+
+def test_large_activations_are_finite_though_their_sum_is_not() -> None:
+    refuse_not_finite("layer", torch.full((10,), 3e38), 0)
+    with pytest.raises(ModelError, match="layer: activations are not finite in batch 2"):
+        refuse_not_finite("layer", torch.tensor([3e38, 3e38, float("-inf")]), 2)

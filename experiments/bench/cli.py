@@ -6,33 +6,83 @@ from typing import Annotated
 
 import typer
 
-from experiments.terminal import show_rows
+from experiments.terminal import options_of, show_rows
 
 app = typer.Typer(help="Measure speed, as ratios side by side in one run.", no_args_is_help=True)
+
+Models = Annotated[list[str], typer.Option("--model", help="timm names")]
+Sizes = Annotated[list[int], typer.Option("--size", help="image sizes, pixels a side")]
+Repeats = Annotated[int, typer.Option(min=1, help="turns; the median counts")]
+Json = Annotated[bool, typer.Option("--json", help="print one JSON object a row")]
 
 
 @app.command("scoring")
 def bench_scoring(
-    model: Annotated[list[str], typer.Option(help="timm names")] = ["deit_tiny_patch16_224"],  # noqa: B006
-    size: Annotated[list[int], typer.Option(help="image sizes")] = [64],  # noqa: B006
-    repeats: Annotated[int, typer.Option(min=1)] = 3,
-    as_json: Annotated[bool, typer.Option("--json", help="print one JSON object a row")] = False,
+    model: Models = ["deit_tiny_patch16_224"],  # noqa: B006
+    size: Sizes = [64],  # noqa: B006
+    repeats: Repeats = 3,
+    chunk: Annotated[int, typer.Option(min=1, help="channels at once, as pruning.chunk")] = 128,
+    every: Annotated[int, typer.Option(min=1, help="the loops take every n-th channel, scaled up by n")] = 16,
+    as_json: Json = False,
 ) -> None:
     """Composite neuron importance against the per-channel loop and the arithmetic floor; one thread, batch 64."""
     from experiments.bench.scoring import bench_scoring as measure
 
-    rows = [measure(name, pixels, repeats).row() for name in model for pixels in size]
-    show_rows(rows, as_json)
+    show_rows([measure(name, pixels, repeats, chunk, every).row() for name in model for pixels in size], as_json)
 
 
 @app.command("layers")
 def bench_layers(
-    model: Annotated[list[str], typer.Option(help="timm names")] = ["deit_tiny_patch16_224"],  # noqa: B006
-    size: Annotated[list[int], typer.Option(help="image sizes")] = [64],  # noqa: B006
-    repeats: Annotated[int, typer.Option(min=1)] = 3,
-    as_json: Annotated[bool, typer.Option("--json", help="print one JSON object a row")] = False,
+    model: Models = ["deit_tiny_patch16_224"],  # noqa: B006
+    size: Sizes = [64],  # noqa: B006
+    repeats: Repeats = 3,
+    as_json: Json = False,
 ) -> None:
-    """Layer importance with cached prefixes against two whole forward passes a probe; one thread, batch 64."""
+    """Layer importance with all that probes share computed once, against two whole forward passes a probe."""
     from experiments.bench.layers import bench_layers as measure
 
     show_rows([measure(name, pixels, repeats) for name in model for pixels in size], as_json)
+
+
+@app.command("devices")
+def bench_devices(
+    devices: Annotated[list[int], typer.Option(min=1, help="numbers of devices")] = [1, 10, 100],  # noqa: B006
+    probe: Annotated[list[str], typer.Option(help="own or pool, as pruning.probe")] = ["own", "pool"],  # noqa: B006
+    as_json: Json = False,
+) -> None:
+    """Round zero on the server for many devices with one public pool: what a device costs."""
+    from experiments.bench.devices import bench_devices as measure
+
+    show_rows(measure(devices, probe), as_json)
+
+
+@app.command("probe")
+def bench_probe(
+    seed: Annotated[list[int], typer.Option(help="seeds of runs")] = [0],  # noqa: B006
+    devices: Annotated[int, typer.Option(min=1, help="devices of the digits run")] = 10,
+    budget: Annotated[list[float], typer.Option(help="shares of the MACs")] = [0.3, 0.5, 0.7],  # noqa: B006
+    tau: Annotated[list[float], typer.Option(help="temperatures, as pruning.tau")] = [5.82, 0.1],  # noqa: B006
+    set: Annotated[list[str] | None, typer.Option("--set", help="key=value, further options of the runs")] = None,
+    as_json: Json = False,
+) -> None:
+    """Layers probed on the pool once against for every device: ranks, kept units and accuracy on the digits devices."""
+    from experiments.bench.probe import bench_probe as measure
+
+    show_rows(measure(seed, devices, budget, tau, options_of(None, set)), as_json)
+
+
+@app.command("latency")
+def bench_latency(
+    model: Models = ["deit_small_patch16_224"],  # noqa: B006
+    size: Sizes = [224],  # noqa: B006
+    share: Annotated[list[float], typer.Option(help="shares of the MACs")] = [0.75, 0.5, 0.25],  # noqa: B006
+    batch: Annotated[list[int], typer.Option(min=1, help="images at once")] = [1, 8],  # noqa: B006
+    align: Annotated[int, typer.Option(min=1, help="widths are multiples of this")] = 8,
+    repeats: Repeats = 11,
+    as_json: Json = False,
+) -> None:
+    """Latency of dense and shrunk models in torch and onnxruntime, beside the ratio of their MACs; one thread."""
+    from experiments.bench.latency import bench_latency as measure
+
+    rows = [row for name in model for pixels in size for row in measure(name, pixels, share, batch, repeats, align)]
+    show_rows(rows, as_json)

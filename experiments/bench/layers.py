@@ -23,10 +23,10 @@ def plain_layer_importance(
     """KL_l, each probe with a dense pass of its own."""
     divergence = {}
     for layer in layers:
-        dense = model(inputs).log_softmax(-1)
+        dense = model(inputs).double().log_softmax(-1)
         probe = layer.shrink(model.get_submodule(layer.name), kept[layer.name])
         with replaced(model, layer.name, probe):
-            cut = model(inputs).log_softmax(-1)
+            cut = model(inputs).double().log_softmax(-1)
         divergence[layer.name] = float(F.kl_div(cut, dense, log_target=True, reduction="batchmean"))
     return divergence
 

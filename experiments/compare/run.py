@@ -77,6 +77,8 @@ def _rows(cells: Sequence[Cell], jobs: int) -> Iterator[Row]:
         for group in groups.values():
             yield from worker.rows(group)
         return
+    for shared in {key[0]: None for key in groups}:  # trained and described once; the workers find it in the caches
+        Setting.of(shared)
     context = multiprocessing.get_context("spawn")  # a forked torch may hang
     with context.Manager() as manager, ProcessPoolExecutor(jobs, context) as executor:
         queue = manager.Queue()

@@ -141,6 +141,13 @@ def segments(model: nn.Module) -> list[Step]:
     return [*steps, ("tail", lambda x: model.forward_head(model.norm(x)))]
 
 
+def tokens_read(model: Any) -> int | None:
+    """Returns how many of the first tokens the head reads, if it reads no others; None if it pools over the image."""
+    if not isinstance(model, VisionTransformer) or model.global_pool != "token" or model.attn_pool is not None:
+        return None
+    return len(head_names(model))  # the class token, and the distillation token of a second head
+
+
 @torch.no_grad()
 def features(model: Any, batch: Tensor) -> Tensor:
     """Returns pooled pre-logits features (n, width) of a batch in the backbone's input format."""

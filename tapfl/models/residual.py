@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
-from timm.layers import LayerScale
+from timm.layers import Attention, LayerScale
 from timm.models.swin_transformer import SwinTransformerBlock
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from tapfl.errors import ModelError
+from tapfl.models.backbone import segments, tokens_read
 from tapfl.models.units import PrunableLayer, replaced
 
 PLACE = {"attention": "1", "ffn": "2"}  # norm1 and ls1 belong to the attention of a block, norm2 and ls2 to its FFN
@@ -75,6 +77,71 @@ def as_branch_output(model: nn.Module, layer: PrunableLayer, stream: Tensor) -> 
         gamma = scale.gamma
         stream = torch.where(gamma != 0, stream / gamma, 0.0)
     return stream
+
+
+def branch_steps(model: nn.Module) -> list[tuple[str, Callable[[Tensor], Tensor]]]:
+    """Returns `segments` with the blocks taken apart: one step a residual branch, under the branch's name.
+
+    A pass can then be resumed from the stream that enters a branch, whatever module stands in its place by then. The
+    last block of a ViT computes only the tokens that the head reads. Applied in turn the steps equal ``model(x)`` up to
+    rounding, for a model whose branches `prunable_layers` accepts; blocks of other kinds stay whole.
+    """
+    chain = segments(model)
+    last = chain[-2][0]
+    steps: list[tuple[str, Callable[[Tensor], Tensor]]] = []
+    for name, step in chain:
+        if type(step) is Block:  # a subclass may pass its branches in another way
+            read = tokens_read(model) if name == last else None
+            steps.append((f"{name}.attn", partial(_attention_step, step, read)))
+            steps.append((f"{name}.mlp", partial(_ffn_step, step)))
+        elif type(step) is SwinTransformerBlock:
+            steps.append((f"{name}.attn", partial(_window_attention_step, step)))
+            steps.append((f"{name}.mlp", partial(_grid_ffn_step, step)))
+        else:
+            steps.append((name, step))
+    return steps
+
+
+def first_queries(attention: Attention, x: Tensor, count: int) -> Tensor:
+    """Returns ``attention(x)[:, :count]`` without the keys and values of all tokens.
+
+    For few queries it is less work to bring W_k to the query, q·(W_k x) = (W_kᵀ q)·x, and W_v to the mixture,
+    Σ a_n W_v x_n = W_v Σ a_n x_n. The bias of the keys adds the same to all logits of a query and falls out.
+    """
+    shape = (3, attention.num_heads, attention.head_dim)
+    W_q, W_k, W_v = attention.qkv.weight.view(*shape, -1)
+    q = torch.einsum("bkc,hdc->bhkd", x[:, :count], W_q)
+    if attention.qkv.bias is not None:
+        q = q + attention.qkv.bias.view(*shape, 1)[0].transpose(1, 2)
+    logits = torch.einsum("bhkd,hdc->bhkc", q * attention.scale, W_k).flatten(1, 2) @ x.transpose(1, 2)
+    mixed = (logits.softmax(-1) @ x).unflatten(1, (attention.num_heads, count))
+    out = torch.einsum("bhkc,hdc->bkhd", mixed, W_v)
+    if attention.qkv.bias is not None:
+        out = out + attention.qkv.bias.view(*shape)[2]
+    return attention.proj_drop(attention.proj(out.flatten(2)))
+
+
+def _attention_step(block: Any, read: int | None, x: Tensor) -> Tensor:
+    normed = block.norm1(x)
+    if read is None:
+        output = block.attn(normed)
+    elif isinstance(block.attn, Attention):
+        x, output = x[:, :read], first_queries(block.attn, normed, read)
+    else:
+        x, output = x[:, :read], block.attn(normed[:, :read])
+    return x + block.drop_path1(block.ls1(output))
+
+
+def _ffn_step(block: Any, x: Tensor) -> Tensor:
+    return x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
+
+
+def _window_attention_step(block: Any, x: Tensor) -> Tensor:
+    return x + block.drop_path1(block._attn(block.norm1(x)))
+
+
+def _grid_ffn_step(block: Any, x: Tensor) -> Tensor:
+    return (x.flatten(1, 2) + block.drop_path2(block.mlp(block.norm2(x.flatten(1, 2))))).view_as(x)
 
 
 class Echo(nn.Module):

@@ -140,11 +140,7 @@ class PrunableLayer(ABC):
             return copy.deepcopy(module)
         if len(kept) == 0:
             return ConstantBranch(self.output, module.get_submodule(self.output))
-        small = copy.copy(module)
-        small._modules, small._parameters = dict(module._modules), dict(module._parameters)
-        small._buffers = dict(module._buffers)
-        for name in [name for name in vars(small) if name.endswith("_hooks")]:
-            setattr(small, name, OrderedDict())  # hooks on the one are not hooks on the other
+        small = _bare_copy(module)
         for cut in self.cuts(kept):
             setattr(small, cut.linear, _cut_linear(module.get_submodule(cut.linear), cut))
         self._resize(small, kept)
@@ -343,6 +339,16 @@ def put(model: nn.Module, name: str, module: nn.Module) -> None:
     setattr(model.get_submodule(parent), leaf, module)
 
 
+def _bare_copy(module: Any) -> Any:
+    """A module with the same children and parameters, in dictionaries of its own, and without hooks."""
+    bare = copy.copy(module)
+    bare._modules, bare._parameters = dict(module._modules), dict(module._parameters)
+    bare._buffers = dict(module._buffers)
+    for name in [name for name in vars(bare) if name.endswith("_hooks")]:
+        setattr(bare, name, OrderedDict())  # hooks on the one are not hooks on the other
+    return bare
+
+
 def _cut_linear(linear: nn.Linear, cut: LinearCut) -> nn.Linear:
     weight, bias = linear.weight.detach(), linear.bias.detach() if linear.bias is not None else None
     if cut.side == "rows":
@@ -352,7 +358,8 @@ def _cut_linear(linear: nn.Linear, cut: LinearCut) -> nn.Linear:
             weight, bias = weight * scale[:, None], bias * scale if bias is not None else None
     else:
         weight = weight[:, cut.index]
-    small = nn.utils.skip_init(nn.Linear, weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+    small = _bare_copy(linear)  # a new one would be initialised first, on any device
+    small.out_features, small.in_features = weight.shape
     small.weight = nn.Parameter(weight.clone())
     if bias is not None:
         small.bias = nn.Parameter(bias.clone())

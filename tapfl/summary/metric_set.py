@@ -10,25 +10,26 @@ from tapfl.config import MetricOptions
 from tapfl.errors import DataError
 from tapfl.summary.mixture import GaussianSummary
 
-Rule = Callable[[GaussianSummary, GaussianSummary, np.ndarray, int, np.random.Generator], np.ndarray]
+PoolDensity = Callable[[], np.ndarray]
+Rule = Callable[[GaussianSummary, PoolDensity, np.ndarray, int, np.random.Generator], np.ndarray]
 
 
 def top_likelihood(
-    device: GaussianSummary, pool: GaussianSummary, points: np.ndarray, size: int, generator: np.random.Generator
+    device: GaussianSummary, pool: PoolDensity, points: np.ndarray, size: int, generator: np.random.Generator
 ) -> np.ndarray:
     """As published: the samples of largest log p_i(φ(x)). Mode-seeking: it crowds into the densest component."""
     return _largest(device.log_likelihood(points), size)
 
 
 def density_ratio(
-    device: GaussianSummary, pool: GaussianSummary, points: np.ndarray, size: int, generator: np.random.Generator
+    device: GaussianSummary, pool: PoolDensity, points: np.ndarray, size: int, generator: np.random.Generator
 ) -> np.ndarray:
     """Ours: the samples of largest log p_i(φ(x)) - log p_pool(φ(x)): more the device's than the pool's."""
-    return _largest(device.log_likelihood(points) - pool.log_likelihood(points), size)
+    return _largest(device.log_likelihood(points) - pool(), size)
 
 
 def component_quota(
-    device: GaussianSummary, pool: GaussianSummary, points: np.ndarray, size: int, generator: np.random.Generator
+    device: GaussianSummary, pool: PoolDensity, points: np.ndarray, size: int, generator: np.random.Generator
 ) -> np.ndarray:
     """Ours: n_k = round(π_k M) samples a component, the best by responsibility-weighted likelihood, none twice."""
     affinity = device.component_log_densities(points)  # log π_k N_k(x) = log p(x) + log r_k(x)
@@ -46,7 +47,7 @@ def component_quota(
 
 
 def random_set(
-    device: GaussianSummary, pool: GaussianSummary, points: np.ndarray, size: int, generator: np.random.Generator
+    device: GaussianSummary, pool: PoolDensity, points: np.ndarray, size: int, generator: np.random.Generator
 ) -> np.ndarray:
     """A control: `size` samples drawn evenly from the pool."""
     return generator.choice(len(points), size, replace=False)
@@ -62,7 +63,7 @@ RULES: dict[str, Rule] = {
 
 def pick_metric_set(
     device: GaussianSummary,
-    pool: GaussianSummary,
+    pool: GaussianSummary | np.ndarray,
     points: np.ndarray,
     options: MetricOptions | None = None,
     generator: np.random.Generator | None = None,
@@ -71,7 +72,8 @@ def pick_metric_set(
 
     Args:
         device: the device's mixture.
-        pool: a mixture fitted on all of the pool's descriptors.
+        pool: a mixture fitted on all of the pool's descriptors, or, where many devices share it, its log-likelihood at
+            `points`, float64 (n,).
         points: the pool's descriptors, float64 (n, d).
 
     Raises:
@@ -80,7 +82,11 @@ def pick_metric_set(
     options, generator = options or MetricOptions(), generator or np.random.default_rng(0)
     if options.size > len(points):
         raise DataError(f"metric.size = {options.size}: the public pool has {len(points)} images")
-    return RULES[options.rule](device, pool, points, options.size, generator)
+
+    def density() -> np.ndarray:
+        return pool.log_likelihood(points) if isinstance(pool, GaussianSummary) else pool
+
+    return RULES[options.rule](device, density, points, options.size, generator)
 
 
 def _largest(scores: np.ndarray, count: int) -> np.ndarray:

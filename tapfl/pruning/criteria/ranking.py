@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 import numpy as np
 from torch import Tensor
 
+from tapfl.errors import ConfigError
 from tapfl.models.units import PrunableLayer, Shape
 from tapfl.pruning.allocate import allocate, layer_weights
 from tapfl.pruning.criteria.task import PruningTask, Selection
@@ -18,13 +19,16 @@ Scores = Mapping[str, Tensor]
 
 
 def by_layer(task: PruningTask, scores: Scores) -> Selection:
-    """Ranks within each layer; the layers' widths are even, or follow their importance (`layer_weights`)."""
+    """Ranks within each layer; the layers' widths are even, or follow their importance (`layer_weights`).
+
+    Raises:
+        ConfigError: if the importance is to come from a pool that the task does not have.
+    """
     ladders = _ladders(task, scores, task.options.unit_shape)
     shapes = allocate(ladders, np.ones(len(task.layers)), task.costs, task.options)
     importance: dict[str, float] = {}
     if task.options.ratio != "uniform":  # each layer is probed at the width that an even cut would give it
-        probe = _keep(task, scores, shapes)
-        importance = layer_importance(task.model, task.layers, probe, task.inputs, task.batch)
+        importance = _layer_importance(task, scores, shapes)
         weights = layer_weights(task.layers, importance, task.options)
         shapes = allocate(ladders, weights, task.costs, task.options)
     return Selection(_keep(task, scores, shapes), importance)
@@ -69,6 +73,14 @@ def across_layers(
     ladders = _ladders(task, scores, unit_shape)
     shapes = fit_widths(ladders, np.array(list(ideal.values())), task.costs, task.options)
     return Selection(_keep(task, scores, shapes))
+
+
+def _layer_importance(task: PruningTask, scores: Scores, shapes: Mapping[str, Shape]) -> dict[str, float]:
+    if task.options.probe == "own":
+        return layer_importance(task.model, task.layers, _keep(task, scores, shapes), task.inputs, task.batch)
+    if task.pool_probe is None:
+        raise ConfigError("pruning.probe = 'pool': there is no public pool beside the metric set here; accepted: own")
+    return task.pool_probe(shapes)
 
 
 def _ladders(task: PruningTask, scores: Scores, unit_shape: str) -> list[Ladder]:

@@ -14,4 +14,5 @@ from tapfl.pruning.scores import neuron_importance
 def tap(task: PruningTask) -> Selection:
     """Needs no labels and no gradients."""
     weights = {"ffn": task.options.ffn_terms, "attention": task.options.attention_terms}
-    return by_layer(task, neuron_importance(task.model, task.layers, task.inputs, task.batch, weights))
+    chunk = task.options.chunk
+    return by_layer(task, neuron_importance(task.model, task.layers, task.inputs, task.batch, weights, chunk))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from tapfl.config import PruningOptions
 from tapfl.models.cost import Cost
-from tapfl.models.units import PrunableLayer
+from tapfl.models.units import PrunableLayer, Shape
 from tapfl.pruning.budget import Budget
 from tapfl.pruning.cost_table import CostTable
 
@@ -30,6 +30,8 @@ class PruningTask:
         options: ratio, temperature, alignment, floor, shape of units.
         batch: images a batch; n is at least one batch.
         generator: the only source of chance.
+        pool_probe: layer importance (KL by layer name) of layers cut to given shapes, as the public pool tells it; None
+            where there is no pool, or it is not asked for (``pruning.probe``).
     """
 
     model: nn.Module
@@ -42,6 +44,7 @@ class PruningTask:
     options: PruningOptions
     batch: int
     generator: torch.Generator
+    pool_probe: Callable[[Mapping[str, Shape]], dict[str, float]] | None = None
 
 
 @dataclass(frozen=True)

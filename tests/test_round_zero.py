@@ -1,0 +1,133 @@
+"""Round zero: what devices share is computed once and changes no plan; the pool can stand in for their probes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pytest
+import torch
+from backbones import Tiny
+
+from experiments.bench.devices import synthetic_mixture
+from strategies import round_zero
+from strategies.round_zero import PublicPool, Shared, describe_pool, device_plan
+from tapfl.config import PruningOptions, RunConfig
+from tapfl.data.sources import load_images
+from tapfl.errors import ConfigError
+from tapfl.memo import Memo
+from tapfl.models.backbone import BackboneSpec, build, spec_of
+from tapfl.models.units import Shape, prunable_layers
+from tapfl.pruning.criteria.ranking import by_layer
+from tapfl.pruning.layer_importance import layer_importance
+from tapfl.pruning.plan import PruningPlan
+from tapfl.pruning.planning import pruning_task
+from tapfl.pruning.pool_probe import PoolProbe
+from tapfl.pruning.unit_shape import keep_best
+
+BUDGETS = (0.3, 0.5, 0.7)
+
+
+@dataclass(frozen=True)
+class Place:
+    config: RunConfig
+    pool: PublicPool
+    spec: BackboneSpec
+    model: torch.nn.Module
+
+    def plan(self, device: int, shared: Shared | None, mixture: int | None = None) -> PruningPlan:
+        summary = synthetic_mixture(self.pool.points, device if mixture is None else mixture)
+        budget = BUDGETS[device % 3]
+        return device_plan(self.config, self.pool, self.spec, self.model, summary, device, budget, shared)
+
+
+@pytest.fixture(scope="module")
+def place() -> Place:
+    config = RunConfig.from_flat(
+        {
+            "metric.size": 48,
+            "metric.batch": 16,
+            "pruning.tau": 0.01,
+            "pruning.align": 1,
+            "model.args": "img_size=8,patch_size=2,in_chans=1,embed_dim=32,depth=2,num_heads=2",
+        }
+    )
+    images = load_images("digits").subset(np.arange(200))
+    spec = spec_of(config.model, images.classes)
+    torch.manual_seed(0)
+    model = build(spec).requires_grad_(False)
+    return Place(config, describe_pool(config, images, model), spec, model)
+
+
+def with_options(place: Place, **options: object) -> Place:
+    flat = place.config.flat() | {name.replace("__", "."): value for name, value in options.items()}
+    return replace(place, config=RunConfig.from_flat(flat))
+
+
+@pytest.mark.parametrize("probe", ["own", "pool"])
+@pytest.mark.parametrize("rule", ["density-ratio", "top-likelihood", "random"])
+def test_shared_plans_are_unshared_plans_bit_by_bit(place: Place, probe: str, rule: str) -> None:
+    there = with_options(place, pruning__probe=probe, metric__rule=rule)
+    shared = Shared(there.config, there.pool, there.model)
+    together = {device: there.plan(device, shared) for device in (4, 0, 3, 1)}
+    assert all(plan == there.plan(device, None) for device, plan in together.items())
+    assert together[0].layers != together[3].layers  # same budget, another task
+
+
+@pytest.mark.parametrize("criterion", ["random", "taylor"])
+def test_other_criteria_share_as_well(place: Place, criterion: str) -> None:
+    there = with_options(place, pruning__criterion=criterion)
+    shared = Shared(there.config, there.pool, there.model)
+    assert [there.plan(i, shared) for i in range(3)] == [there.plan(i, None) for i in range(3)]
+
+
+def test_equal_metric_sets_under_equal_budgets_are_scored_once(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    scored: list[float] = []
+    select = round_zero.select
+    monkeypatch.setattr(round_zero, "select", lambda task: (scored.append(task.options.tau), select(task))[1])
+    shared = Shared(place.config, place.pool, place.model)
+    plans = [place.plan(device, shared, mixture=9) for device in (0, 3, 1)]  # budgets 0.3, 0.3, 0.5
+    assert len(scored) == 2
+    assert plans[0].layers == plans[1].layers != plans[2].layers
+    assert [plan.provenance["device"] for plan in plans] == [0, 3, 1]
+
+
+def test_the_pool_is_probed_once_for_a_budget(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    there = with_options(place, pruning__probe="pool")
+    passes: list[int] = []
+    measure = PoolProbe._measure
+    monkeypatch.setattr(PoolProbe, "_measure", lambda self, shapes: (passes.append(1), measure(self, shapes))[1])
+    shared = Shared(there.config, there.pool, there.model)
+    for device in range(6):
+        there.plan(device, shared)
+    assert len(passes) == len(BUDGETS)
+
+
+def test_the_pool_gives_the_layer_importance_of_its_samples(vit: Tiny) -> None:
+    """With the same masks, the mean over a part of the pool is the importance measured on that part."""
+    pool = torch.cat([vit.inputs, vit.inputs.flip(-1), vit.inputs[:1]])
+    options = PruningOptions()
+    probe = PoolProbe(vit.model, vit.layers, lambda: pool.split(4), options, batch=4)
+    shapes = {layer.name: Shape(layer.heads, layer.units_per_head // 2) for layer in vit.layers}
+    chosen = np.array([7, 2, 8])
+    kept = {layer.name: keep_best(layer, probe.scores[layer.name], shapes[layer.name]) for layer in vit.layers}
+    expected = layer_importance(vit.model, vit.layers, kept, pool[torch.from_numpy(chosen)], batch=4)
+    assert probe.importance(shapes, chosen) == pytest.approx(expected, rel=1e-4)
+    assert probe.divergences(shapes).shape == (len(vit.layers), 9)
+
+
+def test_probing_on_a_pool_needs_one(vit: Tiny) -> None:
+    task = pruning_task(vit.model, vit.inputs, 0.5, PruningOptions(probe="pool", align=1), batch=4)
+    scores = {layer.name: torch.arange(float(layer.units)) for layer in prunable_layers(vit.model)}
+    with pytest.raises(ConfigError, match=r"pruning\.probe = 'pool': there is no public pool"):
+        by_layer(task, scores)
+
+
+def test_a_memo_keeps_what_was_used_last() -> None:
+    memo, made = Memo(2), []
+    for key in ("a", "b", "a", "c", "a", "b"):
+        assert memo.once(key, lambda key=key: (made.append(key), key.upper())[1]) == key.upper()
+    assert made == ["a", "b", "c", "b"]
+    with pytest.raises(ZeroDivisionError):
+        memo.once("d", lambda: 1 // 0)
+    assert memo.once("d", lambda: 4) == 4
