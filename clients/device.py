@@ -86,7 +86,7 @@ class Device:
         plan = PruningPlan.from_json(message.plan)
         dense = caches.dense(self._cache, message.backbone_key, plan.backbone.model_dump_json())
         small = shrink(dense, plan)
-        save_pruned(small, plan, self.storage.pruned)
+        save_pruned(small, plan, self.storage.pruned, replace=True)
         cost = measure_cost(small)
         inputs, labels = self._part("test")
         return PruneReply(params=cost.params, macs=cost.macs, pruned_accuracy=accuracy(predict(small, inputs), labels))

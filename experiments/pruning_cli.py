@@ -1,37 +1,65 @@
-"""The commands that need no federation: prune, inspect, compare, criteria."""
+"""The commands that need no federation: prune, inspect, export, compare, criteria."""
 
 from __future__ import annotations
 
 import json
+import os
+import sys
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.table import Table
 
 from experiments.terminal import console, options_of, show_rows
 from tapfl.config import RunConfig
+from tapfl.errors import ConfigError
 
 app = typer.Typer()
 
 
 @app.command()
 def prune(
-    budget: Annotated[str, typer.Option(help="share of the MACs, or limits: macs<=0.5,params<=8e6,latency<=5ms")],
     out: Annotated[Path, typer.Option(help="the smaller model's folder; must not exist")],
-    criterion: Annotated[str, typer.Option(help="what decides which units stay; `tapfl criteria` lists them")] = "tap",
-    compensation: Annotated[str, typer.Option(help="none, one-pass or sequential")] = "none",
+    budget: Annotated[
+        str | None, typer.Option(help="share of the MACs, or limits: macs<=0.5,params<=8e6,latency<=5ms")
+    ] = None,
+    criterion: Annotated[str | None, typer.Option(help="short for --set pruning.criterion=...")] = None,
+    compensation: Annotated[str | None, typer.Option(help="short for --set pruning.compensation=...")] = None,
+    recovery: Annotated[str | None, typer.Option(help="short for --set pruning.recovery=...")] = None,
+    plan: Annotated[
+        Path | None, typer.Option(help="plan to apply to model.weights instead: a pruned folder, or a JSON file")
+    ] = None,
     config: Annotated[Path | None, typer.Option(help="options as TOML, one table a section")] = None,
     set: Annotated[list[str] | None, typer.Option("--set", help="key=value, after and above --config")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON object last, and no table")] = False,
 ) -> None:
-    """Prune one backbone for the images of data.source; without any federation."""
+    """Prune one backbone for the images of data.source, or as a plan says that was made before."""
     from experiments.preflight import absolute_paths
-    from experiments.prune import prune as carry_out
 
-    options = options_of(config, set) | {"pruning.criterion": criterion}
-    carry_out(absolute_paths(RunConfig.from_flat(options)), budget, compensation, out)
+    if (plan is None) == (budget is None):
+        raise ConfigError(f"--budget {budget}, --plan {plan}: give one of the two")
+    options = options_of(config, set)
+    if budget is None:
+        assert plan is not None
+        _reapply(plan, options, out)
+    else:
+        from experiments.prune import prune as carry_out
+
+        short = {"criterion": criterion, "compensation": compensation, "recovery": recovery}
+        options |= {f"pruning.{name}": value for name, value in short.items() if value is not None}
+        carry_out(absolute_paths(RunConfig.from_flat(options)), budget, out)
     inspect(out, None, as_json)
+
+
+def _reapply(plan: Path, options: Mapping[str, Any], out: Path) -> None:
+    from experiments.preflight import absolute_paths
+    from experiments.reapply import reapply
+
+    names_backbone = bool({"model.name", "model.args"} & options.keys())
+    for warning in reapply(plan, absolute_paths(RunConfig.from_flat(options)).model, names_backbone, out):
+        print(f"tapfl: {warning}", file=sys.stderr)
 
 
 @app.command()
@@ -44,47 +72,94 @@ def criteria() -> None:
 
 @app.command()
 def inspect(
-    folder: Annotated[Path, typer.Argument(help="folder of a pruned model: plan.json and model.safetensors")],
-    picture: Annotated[Path | None, typer.Option(help="PNG of kept widths and layer importance")] = None,
+    folder: Annotated[
+        Path, typer.Argument(help="a pruned model: plan.json and model.safetensors; or a run's devices/NN")
+    ],
+    picture: Annotated[Path | None, typer.Option(help="PNG of kept widths, layer importance and costs")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON object last, and no table")] = False,
 ) -> None:
-    """Show a pruned model: kept widths, layer importance, cost and latency before and after."""
-    from experiments.prune import inspect as look
-    from experiments.prune import picture as draw
+    """Show a pruned model: kept widths, layer importance, cost and latency before and after, where it comes from."""
+    from experiments.inspection import costs
+    from experiments.inspection import inspect as look
+    from experiments.picture import picture as draw
 
     found = look(folder)
     if picture:
         draw(found, picture)
     if as_json:
-        print(json.dumps({"folder": str(folder), **found}))
+        print(json.dumps(found))
         return
-    table = Table("layer", "kind", "units", "kept", "share", "importance (KL)")
+    screen = console()
+    table = Table("layer", "kind", "dense", "kept", "share", "importance (KL)")
+    stage = found["layers"][0]["stage"]
     for layer in found["layers"]:
+        if layer["stage"] != stage:
+            table.add_section()
+            stage = layer["stage"]
         importance = "" if layer["importance"] is None else f"{layer['importance']:.3g}"
         share = f"{layer['kept'] / layer['units']:.0%}"
-        table.add_row(layer["name"], layer["kind"], str(layer["units"]), str(layer["kept"]), share, importance)
+        table.add_row(layer["name"], layer["kind"], layer["width_dense"], layer["width"], share, importance)
+    screen.print(table)
+    table = Table("", "dense", "pruned", "share")
+    for cost in costs(found):
+        table.add_row(*cost[:3], f"{cost[3]:.1%}")
+    screen.print(table)
+    said = ", ".join(
+        f"{key} = {value}" for key, value in {"backbone": found["backbone"], **found["provenance"]}.items()
+    )
+    screen.print(said, highlight=False, soft_wrap=True)
+
+
+@app.command()
+def export(
+    folder: Annotated[
+        Path, typer.Argument(help="a pruned model: plan.json and model.safetensors; or a run's devices/NN")
+    ],
+    out: Annotated[Path, typer.Option(help="the file to write; must not exist")],
+    format: Annotated[str, typer.Option(help="onnx, torch-export or torchscript")] = "onnx",
+    batch: Annotated[str, typer.Option(help="images a pass: a number, or dynamic")] = "dynamic",
+    opset: Annotated[int | None, typer.Option(help="ONNX operator set; the exporter's own if none is given")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print one JSON object last, and no table")] = False,
+) -> None:
+    """Write a pruned model for other runtimes; it is kept only if it computes the same when read again."""
+    from experiments.exporting import export_folder
+
+    if batch != "dynamic" and not batch.isdecimal():
+        raise ConfigError(f"--batch {batch}: accepted are dynamic, or a number of images")
+    said = export_folder(folder, out, format, None if batch == "dynamic" else int(batch), opset)
+    if as_json:
+        print(json.dumps(said))
+        return
+    table = Table("format", "bytes", "largest difference", "top-1 equal", "ms a pass", "ms in torch")
+    latencies = (f"{said[key]:.3g}" for key in ("latency_ms", "latency_ms_torch"))
+    same = "yes" if said["top1_equal"] else "no"
+    table.add_row(said["format"], f"{said['bytes']:,}", f"{said['max_abs_difference']:.2g}", same, *latencies)
     screen = console()
     screen.print(table)
-    costs = (("macs", "M MACs", 1e6), ("params", "k parameters", 1e3), ("latency_ms", "ms an image", 1.0))
-    for name, unit, scale in costs:
-        dense, small = found[f"{name}_dense"] / scale, found[name] / scale
-        screen.print(f"{small:10.4g} of {dense:.4g} {unit} ({small / dense:.1%})", highlight=False)
+    screen.print(said["file"], highlight=False, soft_wrap=True)
 
 
 @app.command()
 def compare(
     config: Annotated[Path, typer.Option(help="TOML with a table [compare] of lists, and the options of all cells")],
-    out: Annotated[Path, typer.Option(help="folder of results.csv and table.md; finished cells are not run again")],
+    out: Annotated[Path, typer.Option(help="folder of results, table and picture; finished cells are not run again")],
+    jobs: Annotated[int, typer.Option(min=0, help="devices at a time; 0: as many as there are CPUs")] = 0,
+    measure: Annotated[str, typer.Option(help="what the table and the picture show")] = "pruned_own",
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON object a row")] = False,
 ) -> None:
-    """Compare pruning criteria one-shot: criteria × budgets × compensation × metric sets × devices × seeds."""
-    from experiments.compare import markdown, read_comparison, run_comparison, table
+    """Compare pruning criteria: criteria × budgets × any option × devices × seeds, under one harness."""
+    from experiments.compare.grid import read_comparison
+    from experiments.compare.picture import picture
+    from experiments.compare.run import run_comparison
+    from experiments.compare.table import markdown, table
     from strategies.progress import stage
     from tapfl.store import write_bytes
 
     comparison = read_comparison(config)
     with stage("cells", len(list(comparison.cells()))) as advance:
-        rows = run_comparison(comparison, out, lambda done, _, note: advance(done, note))
-    shown = table(rows)
+        rows = run_comparison(comparison, out, lambda done, _, note: advance(done, note), jobs or os.cpu_count() or 1)
+    shown = table(rows, comparison, measure)
     write_bytes(out / "table.md", markdown(shown).encode())
+    picture(rows, comparison, out / "accuracy-against-macs.png", measure)
     show_rows(shown, as_json)
+    print(f"a line a cell: {out / 'results.csv'}; also table.md and accuracy-against-macs.png", file=sys.stderr)

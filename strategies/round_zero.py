@@ -14,11 +14,13 @@ from tapfl.memo import Memo
 from tapfl.models.backbone import BackboneSpec, transform_of
 from tapfl.models.units import prunable_layers
 from tapfl.pruning.criteria.task import PruningTask, Selection
+from tapfl.pruning.pipeline import select
 from tapfl.pruning.plan import PruningPlan
-from tapfl.pruning.planning import plan_of, pruning_task, selection_of
+from tapfl.pruning.planning import plan_of, pruning_task
 from tapfl.pruning.pool_probe import PoolProbe
 from tapfl.seeds import numpy_generator, torch_generator
-from tapfl.summary.descriptors import Projection, image_features
+from tapfl.store import cache_folder
+from tapfl.summary.descriptors import Projection, cached_features
 from tapfl.summary.metric_set import pick_metric_set
 from tapfl.summary.mixture import GaussianSummary, fit_mixture
 
@@ -44,7 +46,7 @@ class PublicPool:
 
 def describe_pool(config: RunConfig, images: ImageSet, model: nn.Module) -> PublicPool:
     """Returns the pool with its descriptors and mixture."""
-    features = image_features(model, transform_of(model).batches(images.images))
+    features = cached_features(model, images, transform_of(model), cache_folder(config.cache))
     projection = Projection.fit(features, config.summary.dim)
     points = projection(features)
     drawn = int(numpy_generator(config.seed, "pool").integers(2**31))
@@ -94,7 +96,7 @@ class Shared:
     def selection(self, chosen: np.ndarray, budget: float) -> tuple[PruningTask, Selection]:
         """Returns the problem and its answer; equal metric sets under equal budgets are scored once."""
         task = self.task(chosen, budget)
-        return task, self._selections.once((chosen.tobytes(), budget), lambda: selection_of(task))
+        return task, self._selections.once((chosen.tobytes(), budget), lambda: select(task))
 
 
 def device_plan(

@@ -15,15 +15,19 @@ if TYPE_CHECKING:
     from tapfl.models.backbone import BackboneSpec, build, transform_of
     from tapfl.models.cost import Cost, measure_cost
     from tapfl.models.units import prunable_layers
-    from tapfl.pruning.plan import PruningPlan
-    from tapfl.pruning.planning import plan_pruning
-    from tapfl.pruning.surgery import load_plan, load_pruned, save_pruned, shrink
+    from tapfl.pruning.budget import Budget
+    from tapfl.pruning.export import export
+    from tapfl.pruning.pipeline import prune_model
+    from tapfl.pruning.plan import PruningPlan, load_plan, read_plan
+    from tapfl.pruning.planning import pruning_task
+    from tapfl.pruning.surgery import apply_plan, load_pruned, save_pruned, shrink
     from tapfl.summary.descriptors import Projection, image_features
     from tapfl.summary.metric_set import pick_metric_set
     from tapfl.summary.mixture import GaussianSummary, fit_mixture
 
 _HOMES = {
     "BackboneSpec": "tapfl.models.backbone",
+    "Budget": "tapfl.pruning.budget",
     "Cost": "tapfl.models.cost",
     "GaussianSummary": "tapfl.summary.mixture",
     "ImageSet": "tapfl.data.sources",
@@ -33,16 +37,20 @@ _HOMES = {
     "PruningPlan": "tapfl.pruning.plan",
     "SummaryOptions": "tapfl.config",
     "TapflError": "tapfl.errors",
+    "apply_plan": "tapfl.pruning.surgery",
     "build": "tapfl.models.backbone",
+    "export": "tapfl.pruning.export",
     "fit_mixture": "tapfl.summary.mixture",
     "image_features": "tapfl.summary.descriptors",
     "load_images": "tapfl.data.sources",
-    "load_plan": "tapfl.pruning.surgery",
+    "load_plan": "tapfl.pruning.plan",
     "load_pruned": "tapfl.pruning.surgery",
     "measure_cost": "tapfl.models.cost",
     "pick_metric_set": "tapfl.summary.metric_set",
-    "plan_pruning": "tapfl.pruning.planning",
+    "prune_model": "tapfl.pruning.pipeline",
     "prunable_layers": "tapfl.models.units",
+    "pruning_task": "tapfl.pruning.planning",
+    "read_plan": "tapfl.pruning.plan",
     "save_pruned": "tapfl.pruning.surgery",
     "shrink": "tapfl.pruning.surgery",
     "transform_of": "tapfl.models.backbone",

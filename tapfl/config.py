@@ -110,10 +110,10 @@ class DeviceOptions(Section):
 class ModelOptions(Section):
     """The dense backbone, before anything is pruned."""
 
-    name: str = Field("vit_tiny_patch16_224", description="any timm ViT, DeiT or Swin")
+    name: str = Field("vit_tiny_patch16_224", description="any timm ViT, DeiT, PiT or Swin")
     args: str = Field(
         "img_size=8,patch_size=2,in_chans=1,embed_dim=64,depth=4,num_heads=4,class_token=False,global_pool=avg",
-        description="arguments for timm's constructor, key=value",
+        description="arguments for timm's constructor, key=value; 2/2 is the tuple (2, 2)",
     )
     weights: str = Field("", description="empty: trained from scratch; `hub`: timm's hub; else a .safetensors file")
     head: Literal["train", "rows", "rows+train"] = Field(
@@ -152,8 +152,20 @@ class PruningOptions(Section):
     """How importance becomes widths."""
 
     criterion: str = Field("tap", description="what decides which units stay; `tapfl criteria` lists them")
-    ratio: Literal["adaptive", "uniform"] = Field("adaptive", description="layer weights from KL, or all equal")
+    ratio: Literal["auto", "adaptive", "uniform", "power"] = Field(
+        "auto", description="layer weights: softmax(KL/tau), all equal, or KL^gamma; auto: the criterion's own"
+    )
     tau: float = Field(5.82, gt=0, description="temperature of the layer softmax")
+    gamma: float = Field(0.25, ge=0, description="exponent of ratio=power, which knows no scale")
+    basis: Literal["auto", "none", "canonical"] = Field(
+        "auto", description="basis of the heads before anything is scored; auto: the criterion's own"
+    )
+    compensation: Literal["auto", "none", "one-pass", "sequential"] = Field(
+        "auto", description="kept units take over what they can of what goes; auto: the criterion's own"
+    )
+    compensation_rows: Literal["auto", "even", "sensitivity"] = Field(
+        "auto", description="tokens count alike, or by how much the prediction feels them; auto: the criterion's own"
+    )
     align: Count = Field(4, description="widths are multiples of this (8 suits real backbones)")
     floor: float = Field(0.05, ge=0, lt=1, description="least share of a layer that is kept")
     unit_shape: Literal["head-dims", "heads", "both"] = Field(

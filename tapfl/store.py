@@ -9,8 +9,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -25,20 +27,58 @@ from tapfl.errors import ConfigError, PlanError
 Tensors = Mapping[str, torch.Tensor]
 
 
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Gives a file to write to that takes the name `path` when the block ends, and is gone if it fails."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.chmod(0o644)  # mkstemp makes it private; a run's folder is for reading
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def whole_folder(path: Path, replace: bool = False) -> Iterator[Path]:
+    """Gives an empty folder to fill that takes the name `path` when the block ends, and is gone if it fails.
+
+    Args:
+        replace: take the place of what is there, which is first moved aside: killed right then, `path` is missing.
+
+    Raises:
+        OSError: if `path` is there with something in it, and must not be replaced.
+    """
+    path = path.resolve()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary, aside = (Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.")) for _ in range(2))
+    try:
+        yield temporary
+        temporary.chmod(0o755)
+        there = replace and path.exists()
+        if there:
+            path.replace(aside)
+        try:
+            temporary.replace(path)
+        except OSError:
+            if there:
+                aside.replace(path)
+            raise
+    finally:
+        for folder in (temporary, aside):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
 def write_bytes(path: Path, content: bytes) -> None:
     """Writes a file atomically, making its folder if need be."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)  # noqa: PTH101 -- mkstemp makes it private; a run's folder is for reading
-        os.replace(temporary, path)  # noqa: PTH105 -- the atomic rename is the point
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    with whole_file(path) as temporary:
+        temporary.write_bytes(content)
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -60,6 +100,12 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
         raise PlanError(f"{path}: cannot be read ({error.strerror})") from None
     except SafetensorError as error:
         raise PlanError(f"{path}: is not a whole safetensors file ({error})") from None
+
+
+def sha256_of(path: Path) -> str:
+    """Returns the SHA-256 of a file, as 64 hex digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def content_hash(*parts: bytes | str | Tensors) -> str:

@@ -9,14 +9,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 from torch import Tensor, nn
 
+from tapfl.config import PruningOptions
 from tapfl.models.backbone import BackboneSpec, build, example_input
 from tapfl.models.cost import measure_cost
 from tapfl.models.units import PrunableLayer, prunable_layers
+from tapfl.pruning.pipeline import prune_model
 from tapfl.pruning.plan import LayerPlan, PruningPlan
+from tapfl.pruning.planning import pruning_task
 
 CLASSES = 10
 VIT_ARGS: dict[str, Any] = {"img_size": 8, "patch_size": 2, "in_chans": 1, "embed_dim": 32, "depth": 2, "num_heads": 2}
@@ -26,13 +28,13 @@ DEIT = BackboneSpec(
     args={"img_size": 32, "embed_dim": 32, "depth": 2, "num_heads": 2},
     num_classes=CLASSES,
 )
-# Swin with its twelve blocks, because a specification holds no tuples; SMALL_SWIN is built directly with four
 SWIN = BackboneSpec(
     name="swin_tiny_patch4_window7_224",
-    args={"img_size": 32, "embed_dim": 24, "window_size": 2},
+    args={"img_size": 32, "embed_dim": 24, "depths": (2, 2), "num_heads": (2, 4), "window_size": 2},
     num_classes=CLASSES,
 )
-SMALL_SWIN_ARGS: dict[str, Any] = {"img_size": 56, "embed_dim": 24, "depths": (2, 2), "num_heads": (2, 4)}
+# with its own windows of 7, which 56 pixels fill
+SMALL_SWIN = SWIN.model_copy(update={"args": SWIN.args | {"img_size": 56, "window_size": 7}})
 
 
 @dataclass(frozen=True)
@@ -70,11 +72,7 @@ def tiny(spec: BackboneSpec, model: nn.Module | None = None) -> Tiny:
 
 
 def tiny_of_family(family: str) -> Tiny:
-    torch.manual_seed(0)
-    if family == "swin":
-        model = timm.create_model(SWIN.name, num_classes=CLASSES, **SMALL_SWIN_ARGS)
-        return tiny(BackboneSpec(name=SWIN.name, num_classes=CLASSES), model)
-    return tiny({"vit": VIT, "deit": DEIT}[family])
+    return tiny({"vit": VIT, "deit": DEIT, "swin": SMALL_SWIN}[family])
 
 
 @contextmanager
@@ -125,3 +123,10 @@ def plan_of(backbone: Tiny, kept: Mapping[str, Tensor]) -> PruningPlan:
         for layer in backbone.layers
     )
     return PruningPlan(backbone=backbone.spec, layers=layers, dense=cost, cost=cost)
+
+
+def planned(
+    model: nn.Module, spec: BackboneSpec, inputs: Tensor, budget: float | str, options: PruningOptions, batch: int
+) -> PruningPlan:
+    """Returns the plan of the criterion that the options name."""
+    return prune_model(pruning_task(model, inputs, budget, options, batch), spec).plan

@@ -68,7 +68,7 @@ def test_arguments_that_timm_does_not_take_are_refused(args: dict) -> None:
 
 @pytest.mark.parametrize("name", ["resnet18", "mixer_s32_224"])
 def test_what_is_no_vit_is_refused(name: str) -> None:
-    with pytest.raises(ModelError, match=f"model.name = '{name}': is a .*; accepted: timm's ViT, DeiT and Swin"):
+    with pytest.raises(ModelError, match=f"model.name = '{name}': is a .*; accepted: timm's ViT, DeiT, PiT and Swin"):
         build(BackboneSpec(name=name, num_classes=2))
 
 

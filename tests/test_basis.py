@@ -14,13 +14,14 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from tapfl.config import PruningOptions
-from tapfl.errors import ModelError
+from tapfl.errors import ConfigError, ModelError
 from tapfl.models.backbone import BackboneSpec, example_input
 from tapfl.models.residual import observe
 from tapfl.pruning.basis import canonical_basis, carried_energy, ordering
 from tapfl.pruning.criteria.registry import criterion_of
 from tapfl.pruning.criteria.wanda import output_norms
 from tapfl.pruning.layer_importance import layer_importance
+from tapfl.pruning.pipeline import prune_model
 from tapfl.pruning.planning import plan_of, pruning_task
 from tapfl.pruning.surgery import shrink
 
@@ -202,8 +203,8 @@ def test_batches_do_not_matter(vit: Tiny) -> None:
 def test_what_cannot_be_is_refused(vit: Tiny) -> None:
     with pytest.raises(ModelError, match="at least one image"):
         canonical_basis(vit.model, vit.layers, vit.inputs[:0], batch=4)
-    with pytest.raises(ModelError, match=r"blocks\.0\.attn: activations are not finite"):
-        canonical_basis(vit.model, vit.layers, vit.inputs * torch.inf, batch=4)
+    with pytest.raises(ModelError, match=r"blocks\.0\.attn: activations are not finite in batch 2"):
+        canonical_basis(vit.model, vit.layers, vit.inputs.index_fill(0, torch.tensor(2), torch.inf), batch=1)
 
 
 @pytest.mark.parametrize("ratio", ["uniform", "adaptive"])
@@ -213,8 +214,8 @@ def test_lowrank_heads_keep_the_first_dims(family: str, ratio: Any, families: di
     options = PruningOptions(criterion="lowrank-heads", align=1, ratio=ratio)
     task = pruning_task(backbone.model, backbone.inputs, 0.6, options, batch=4)
     selection = criterion_of("lowrank-heads")(task)
-    assert selection.model is not None and carried_energy(backbone.model) is None
-    assert largest_difference(selection.model, backbone.model, backbone.inputs) < 1e-5
+    assert selection.model is None and carried_energy(backbone.model) is None
+    assert largest_difference(task.model, backbone.model, backbone.inputs) < 1e-5
     norms = output_norms(task)
     for layer in backbone.layers:
         kept = selection.kept[layer.name]
@@ -231,8 +232,8 @@ def test_lowrank_heads_keep_the_first_dims(family: str, ratio: Any, families: di
 def test_a_model_in_the_basis_is_not_turned_again(vit: Tiny) -> None:
     turned = canonical_basis(vit.model, vit.layers, unseen(vit), batch=5)
     task = pruning_task(turned, vit.inputs, 0.6, PruningOptions(criterion="lowrank-heads", align=1), batch=4)
+    assert task.model is turned
     selection = criterion_of("lowrank-heads")(task)
-    assert selection.model is None
     kept = selection.kept["blocks.0.attn"].view(2, -1)
     assert torch.equal(kept[0], torch.arange(kept.shape[1])) and torch.equal(kept[1], kept[0] + 16)
 
@@ -260,8 +261,7 @@ def test_a_shrunk_low_rank_model_costs_what_it_says(vit: Tiny) -> None:
     task = pruning_task(vit.model, vit.inputs, 0.6, PruningOptions(criterion="lowrank-heads", align=1), batch=4)
     selection = criterion_of("lowrank-heads")(task)
     plan = plan_of(task, selection, vit.spec)
-    assert selection.model is not None
-    assert sum(p.numel() for p in shrink(selection.model, plan).parameters()) == plan.cost.params
+    assert sum(p.numel() for p in shrink(task.model, plan).parameters()) == plan.cost.params
 
 
 def test_layers_are_probed_in_the_basis_in_which_they_are_cut(vit: Tiny) -> None:
@@ -269,8 +269,22 @@ def test_layers_are_probed_in_the_basis_in_which_they_are_cut(vit: Tiny) -> None
     ratios: tuple[Any, ...] = ("uniform", "adaptive")
     for ratio in ratios:
         options = PruningOptions(criterion="lowrank-heads", align=1, ratio=ratio)
-        chosen[ratio] = criterion_of("lowrank-heads")(pruning_task(vit.model, vit.inputs, 0.6, options, batch=4))
-    turned = chosen["adaptive"].model
-    assert turned is not None
-    expected = layer_importance(turned, vit.layers, chosen["uniform"].kept, vit.inputs, batch=4)
+        task = pruning_task(vit.model, vit.inputs, 0.6, options, batch=4)
+        chosen[ratio] = criterion_of("lowrank-heads")(task)
+    expected = layer_importance(task.model, vit.layers, chosen["uniform"].kept, vit.inputs, batch=4)
     assert chosen["adaptive"].importance == pytest.approx(expected, rel=1e-4)
+
+
+def test_lowrank_heads_in_another_basis_are_refused(vit: Tiny) -> None:
+    options = PruningOptions(criterion="lowrank-heads", align=1, basis="none")
+    with pytest.raises(ConfigError, match=r"pruning.basis = 'none': criterion lowrank-heads"):
+        criterion_of("lowrank-heads")(pruning_task(vit.model, vit.inputs, 0.6, options, batch=4))
+
+
+def test_any_criterion_can_be_asked_to_work_in_the_basis(vit: Tiny) -> None:
+    options = PruningOptions(criterion="tap", align=1, basis="canonical")
+    task = pruning_task(vit.model, vit.inputs, 0.6, options, batch=4)
+    assert carried_energy(task.model) is not None
+    pruned = prune_model(task, vit.spec)
+    assert not pruned.exact and pruned.plan.provenance["basis"] == "canonical"
+    assert largest_difference(pruned.model, shrink(task.model, pruned.plan), vit.inputs) == 0

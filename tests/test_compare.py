@@ -10,7 +10,9 @@ from test_inprocess_run import SMALL
 from typer.testing import CliRunner
 
 from experiments import cli
-from experiments.compare import read_comparison, run_comparison
+from experiments.compare.grid import read_comparison
+from experiments.compare.run import run_comparison
+from experiments.compare.table import table
 from tapfl.errors import ConfigError
 
 
@@ -48,12 +50,18 @@ def test_a_comparison_is_carried_out_once_and_shown(tmp_path: Path) -> None:
 
 
 def test_measures_are_shares_and_a_budget_that_cannot_be_met_is_told(tmp_path: Path) -> None:
-    file = comparison_file(tmp_path, 'criterion = ["tap", "updp"]\nbudget = [0.5, 0.01]\ndevice = [1]')
-    rows = run_comparison(read_comparison(file), tmp_path / "out", lambda *_: None)
+    file = comparison_file(
+        tmp_path, 'criterion = ["tap", "updp"]\nbudget = [0.5, 0.01, "macs<=0.9,params<=0.6"]\ndevice = [1]'
+    )
+    comparison = read_comparison(file)
+    rows = run_comparison(comparison, tmp_path / "out", lambda *_: None)
     by_cell = {(row["criterion"], row["budget"]): row for row in rows}
     assert 0.4975 <= float(by_cell["tap", "macs<=0.5"]["macs_share"]) <= 0.5
     assert float(by_cell["tap", "macs<=0.5"]["dense_own"]) >= float(by_cell["tap", "macs<=0.5"]["dense"])
     assert by_cell["tap", "macs<=0.5"]["dense"] == by_cell["updp", "macs<=0.5"]["dense"]
+    both = by_cell["tap", "macs<=0.9,params<=0.6"]
+    assert float(both["macs_share"]) <= 0.9 and 0.597 <= float(both["params_share"]) <= 0.6
+    assert list(table(rows, comparison)[0])[1:] == ["50% MACs", "1% MACs", "90% MACs, 60% parameters"]
     assert "cannot be met" in by_cell["tap", "macs<=0.01"]["refused"] and not by_cell["tap", "macs<=0.01"]["pruned"]
 
 
@@ -64,6 +72,7 @@ def test_measures_are_shares_and_a_budget_that_cannot_be_met_is_told(tmp_path: P
         ('critereon = ["tap"]', "critereon"),
         ('criterion = ["best"]', "'best'"),
         ("budget = [1.5]", "1.5"),
+        ('budget = ["params<=0"]', "params<=0"),
         ('compensation = ["full"]', "'full'"),
         ("device = [99]", "99"),
         ('"metric.rule" = ["nearest"]', "metric.rule"),

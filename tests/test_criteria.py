@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tapfl.config import PruningOptions
-from tapfl.errors import BudgetError, ConfigError
+from tapfl.errors import BudgetError, ConfigError, ModelError
 from tapfl.models.units import PrunableLayer, replaced
 from tapfl.pruning.criteria import (
     fisher,
@@ -40,8 +40,10 @@ LABELS = torch.tensor([3, 1, 4, 1])
 QUANTISED = {"updp"}  # drops whole branches, so the budget is met from below only
 
 
-def task_of(backbone: Tiny, budget: float = 0.6, batch: int = 2, ratio: str = "uniform", seed: int = 0) -> PruningTask:
-    options = PruningOptions(align=1, ratio=ratio)
+def task_of(
+    backbone: Tiny, budget: float = 0.6, batch: int = 2, ratio: str = "uniform", seed: int = 0, criterion: str = "tap"
+) -> PruningTask:
+    options = PruningOptions(criterion=criterion, align=1, ratio=ratio)
     return pruning_task(backbone.model, backbone.inputs, budget, options, batch, seed=seed)
 
 
@@ -81,8 +83,8 @@ def test_a_criterion_keeps_its_promises(
     modules = [id(module) for module in backbone.model.modules()]
     monkeypatch.setattr(upop, "STEPS", 10)
     criterion = registry.criterion_of(name)
-    first = criterion(task_of(backbone))
-    again = criterion(task_of(backbone))
+    first = criterion(task_of(backbone, criterion=name))
+    again = criterion(task_of(backbone, criterion=name))
     assert same(first, again)
     if first.model is not None:
         assert again.model is not None
@@ -479,3 +481,28 @@ def test_a_package_may_offer_a_criterion(monkeypatch: pytest.MonkeyPatch) -> Non
     assert "mine" in registry.criterion_names()
     with pytest.raises(ConfigError, match="mine"):
         registry.criterion_of("yours")
+
+
+def test_tap_weighs_its_terms_by_the_options(vit: Tiny) -> None:
+    criterion = registry.criterion_of("tap")
+    plain, task = criterion(task_of(vit)), task_of(vit)
+    options = PruningOptions(align=1, ratio="uniform", ffn_terms=(1, 0, 0), attention_terms=(0, 0, 1))
+    other = criterion(replace(task, options=options))
+    assert any(not torch.equal(plain.kept[n.name], other.kept[n.name]) for n in vit.layers if n.kind == "ffn")
+    assert any(not torch.equal(plain.kept[n.name], other.kept[n.name]) for n in vit.layers if n.kind == "attention")
+
+
+@pytest.mark.parametrize(
+    ("size", "said"),
+    [
+        ((0, 1, 8, 8), "metric set is empty"),
+        ((3, 1, 8, 8), "metric set of 3 images is smaller than one batch of 4"),
+        ((4, 3, 8, 8), r"images 3×8×8 does not fit the backbone, which takes 1×8×8"),
+        ((4, 1, 8, 9), r"images 1×8×9 does not fit the backbone, which takes 1×8×8"),
+        ((4, 64), r"images 64 does not fit the backbone"),
+        ((4,), r"images without sizes does not fit"),
+    ],
+)
+def test_a_metric_set_that_does_not_fit_is_refused(size: tuple[int, ...], said: str, vit: Tiny) -> None:
+    with pytest.raises(ModelError, match=said):
+        pruning_task(vit.model, torch.zeros(size), 0.5, batch=4)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from backbones import SWIN, Tiny, plan_of, random_kept, tiny
+from backbones import Tiny, plan_of, random_kept
 
 from tapfl.adapters.layout import Layout, Params, device_layout, gather_all, global_shapes
 from tapfl.adapters.lora import AdaptedModel, mix
@@ -18,11 +18,6 @@ from tapfl.store import read_tensors
 
 RANK, SCALE = 2, 1.7
 NOBODY = torch.empty(0, dtype=torch.int64)
-
-
-@pytest.fixture(scope="module")
-def deep_swin() -> Tiny:
-    return tiny(SWIN)  # `load_pruned` builds from the specification, which knows no swin with fewer blocks
 
 
 def device(backbone: Tiny) -> tuple[PruningPlan, Layout]:
@@ -43,7 +38,7 @@ def personal(backbone: Tiny, layout: Layout, seed: int = 0) -> Params:
     return mix(v, w, 0.3)
 
 
-@pytest.mark.parametrize("family", ["vit", "deit", "deep_swin"])
+@pytest.mark.parametrize("family", ["vit", "deit", "swin"])
 def test_stock_peft_loads_the_personal_model(family: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     from peft import PeftModel
 

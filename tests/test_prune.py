@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from backbones import SWIN, VIT, Tiny, plan_of, random_kept, scramble, tiny
 from test_inprocess_run import TINY
 from typer.testing import CliRunner
 
 from experiments import cli
+from experiments.inspection import inspect
+from experiments.picture import picture
+from experiments.reapply import reapply as apply_again
 from tapfl import load_pruned
-from tapfl.config import PruningOptions
+from tapfl.config import ModelOptions
 from tapfl.errors import BudgetError, ConfigError, PlanError, TapflError
-from tapfl.models.backbone import BackboneSpec, build
-from tapfl.pruning.planning import plan_pruning
+from tapfl.models.backbone import build
+from tapfl.pruning.surgery import save_pruned, shrink
+from tapfl.store import write_tensors
 
 
 def tapfl(*arguments: str) -> str:
@@ -42,8 +48,20 @@ def test_a_backbone_is_pruned_saved_and_shown(tmp_path: Path, how: tuple[str, st
     assert said["provenance"]["criterion"] == criterion and said["provenance"]["compensation"] == compensation
     assert sum(parameter.numel() for parameter in load_pruned(tmp_path / "small").parameters()) == said["params"]
     shown = tapfl("inspect", str(tmp_path / "small"), "--picture", str(tmp_path / "widths.png"))
-    assert "blocks.1.mlp" in shown and "ms an image" in shown
+    assert "blocks.1.mlp" in shown and "ms an image" in shown and f"criterion = {criterion}" in shown
     assert (tmp_path / "widths.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_budget_may_have_several_limits_and_is_told(tmp_path: Path) -> None:
+    said = json.loads(prune(tmp_path, "--set", "pruning.unit-shape=both", "--json", budget="macs<=60%, params<=0.5"))
+    assert said["provenance"]["budget"] == "macs<=0.6,params<=0.5"
+    assert said["macs"] <= 0.6 * said["macs_dense"]
+    assert 0.4975 * said["params_dense"] <= said["params"] <= 0.5 * said["params_dense"]
+
+
+def test_a_budget_in_milliseconds_is_measured_here(tmp_path: Path) -> None:
+    said = json.loads(prune(tmp_path, "--criterion", "magnitude", "--json", budget="latency<=1000ms"))
+    assert said["macs"] == said["macs_dense"]
 
 
 @pytest.mark.parametrize(
@@ -52,6 +70,8 @@ def test_a_backbone_is_pruned_saved_and_shown(tmp_path: Path, how: tuple[str, st
         (("--criterion", "best"), "0.5", ConfigError),
         (("--compensation", "full"), "0.5", ConfigError),
         ((), "1.5", ConfigError),
+        ((), "params<=0.5,flops<=0.5", ConfigError),
+        ((), "macs<=0.5,params<=100", BudgetError),
         ((), "0.01", BudgetError),
         (("--set", "metric.size=6400"), "0.5", TapflError),
     ],
@@ -69,8 +89,79 @@ def test_a_folder_that_is_no_model_is_refused(tmp_path: Path) -> None:
         tapfl("inspect", str(tmp_path))
 
 
-def test_a_criterion_that_changes_weights_is_refused_where_only_a_plan_is_sent() -> None:
-    spec = BackboneSpec(name="vit_tiny_patch16_224", args={"img_size": 32, "embed_dim": 48, "depth": 2}, num_classes=3)
-    options = PruningOptions(criterion="lowrank-heads", align=1)
-    with pytest.raises(ConfigError, match="changes the weights"):
-        plan_pruning(build(spec), spec, torch.randn(8, 3, 32, 32), 0.7, options, batch=8)
+@pytest.mark.parametrize("family", ["vit", "swin"])
+def test_a_look_at_a_device_shows_heads_stages_and_costs(family: str, vit: Tiny, tmp_path: Path) -> None:
+    backbone = tiny(SWIN) if family == "swin" else vit
+    attention, ffn = backbone.layers[:2]
+    half = attention.units_per_head // 2
+    kept = {attention.name: torch.arange(half), ffn.name: torch.empty(0, dtype=torch.int64)}
+    plan = plan_of(backbone, kept)
+    importance = tuple(part.model_copy(update={"importance": 0.1}) for part in plan.layers)
+    device = tmp_path / "devices" / "03"
+    save_pruned(shrink(backbone.model, plan), plan.model_copy(update={"layers": importance}), device / "pruned")
+    found = inspect(device, repeats=2)
+    assert found["folder"] == str(device / "pruned")
+    assert found["bytes"] == (device / "pruned" / "model.safetensors").stat().st_size < found["bytes_dense"]
+    widths = {layer["name"]: (layer["width_dense"], layer["width"]) for layer in found["layers"]}
+    assert widths[attention.name] == (f"{attention.heads} x {attention.units_per_head}", f"1 x {half}")
+    assert widths[ffn.name] == (str(ffn.units), "0")
+    assert len({layer["stage"] for layer in found["layers"]}) == (2 if family == "swin" else 1)
+    picture(found, tmp_path / "look.png")
+    assert (tmp_path / "look.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(ConfigError, match=r"picture = .*cannot be written"):
+        picture(found, tmp_path / "look.png" / "look.png")
+
+
+# ---------------------------------------------------------------- a plan applied to other weights
+
+
+def reapply(tmp_path: Path, *sets: str, plan: str = "small", out: str = "other") -> dict[str, Any]:
+    options = [part for option in sets for part in ("--set", option)]
+    said = tapfl("prune", "--plan", str(tmp_path / plan), "--out", str(tmp_path / out), *options, "--json")
+    return json.loads(said)
+
+
+def test_a_plan_is_applied_to_other_weights(vit: Tiny, tmp_path: Path) -> None:
+    plan = plan_of(vit, random_kept(vit.layers, 0.5)).model_copy(update={"provenance": {"compensation": "sequential"}})
+    save_pruned(shrink(vit.model, plan), plan, tmp_path / "small")
+    other = scramble(build(VIT), seed=5)
+    write_tensors(tmp_path / "w.safetensors", other.state_dict())
+    said = reapply(tmp_path, f"model.weights={tmp_path / 'w.safetensors'}")
+    assert said["provenance"]["plan"] == plan.checksum[:16] and "compensation" not in said["provenance"]
+    small = load_pruned(tmp_path / "other")
+    assert torch.equal(small(vit.inputs), shrink(other, plan)(vit.inputs))
+    options = ModelOptions(weights=str(tmp_path / "w.safetensors"))
+    warnings = apply_again(tmp_path / "small", options, names_backbone=False, out=tmp_path / "third")
+    assert len(warnings) == 1 and "compensation = sequential" in warnings[0]
+    assert apply_again(tmp_path / "other", options, names_backbone=False, out=tmp_path / "fourth") == []
+
+
+@pytest.mark.parametrize(
+    ("sets", "message"),
+    [
+        ((), "model.weights = '': --plan needs the weights"),
+        (("model.weights={}/none",), "there is no such file"),
+        (("model.weights={}/small/model.safetensors",), r"blocks\.0\.attn\.qkv\.weight: .*\[48, 32\].*\[96, 32\]"),
+        (("model.weights={}/headless",), r"has no head\.weight for 10 classes"),
+        (("model.weights={}/w", "model.name=deit_tiny_patch16_224"), "the plan is for vit_tiny_patch16_224"),
+        (("model.weights={}/w", "model.head-rows={}/rows.json"), "a plan knows the number of classes"),
+        (("model.weights=hub",), r"their head has \d+ classes, the plan's 10"),
+    ],
+)
+def test_weights_that_a_plan_does_not_fit_are_refused(
+    sets: tuple[str, ...], message: str, vit: Tiny, tmp_path: Path
+) -> None:
+    plan = plan_of(vit, random_kept(vit.layers, 0.5))
+    save_pruned(shrink(vit.model, plan), plan, tmp_path / "small")
+    state = vit.model.state_dict()
+    write_tensors(tmp_path / "w", state)
+    write_tensors(tmp_path / "headless", {name: value for name, value in state.items() if "head" not in name})
+    with pytest.raises(TapflError, match=message):
+        reapply(tmp_path, *(text.format(tmp_path) for text in sets))
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_plan_or_a_budget_but_not_both(tmp_path: Path) -> None:
+    for arguments in (("--plan", "x", "--budget", "0.5"), ()):
+        with pytest.raises(ConfigError, match="give one of the two"):
+            tapfl("prune", "--out", str(tmp_path / "small"), *arguments)

@@ -83,8 +83,8 @@ def test_other_criteria_share_as_well(place: Place, criterion: str) -> None:
 
 def test_equal_metric_sets_under_equal_budgets_are_scored_once(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     scored: list[float] = []
-    select = round_zero.selection_of
-    monkeypatch.setattr(round_zero, "selection_of", lambda task: (scored.append(task.options.tau), select(task))[1])
+    select = round_zero.select
+    monkeypatch.setattr(round_zero, "select", lambda task: (scored.append(task.options.tau), select(task))[1])
     shared = Shared(place.config, place.pool, place.model)
     plans = [place.plan(device, shared, mixture=9) for device in (0, 3, 1)]  # budgets 0.3, 0.3, 0.5
     assert len(scored) == 2

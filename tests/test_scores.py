@@ -7,14 +7,13 @@ import copy
 import numpy as np
 import pytest
 import torch
-from backbones import Tiny, golden
+from backbones import Tiny, golden, planned
 from hypothesis import given
 from hypothesis import strategies as st
 
 from experiments.bench.memory import peak_tensor_bytes
 from tapfl.config import PruningOptions
 from tapfl.errors import ModelError
-from tapfl.pruning.planning import plan_pruning
 from tapfl.pruning.scores import (
     TERM_WEIGHTS,
     Terms,
@@ -132,8 +131,21 @@ def test_a_row_of_swin_is_one_image_with_all_its_windows(swin: Tiny) -> None:
 def test_activations_that_are_not_finite_are_refused_by_layer(vit: Tiny) -> None:
     broken = copy.deepcopy(vit.model)
     broken.blocks[1].mlp.fc1.weight[3, 2] = float("nan")
-    with pytest.raises(ModelError, match=r"blocks\.1\.mlp: activations are not finite"):
+    with pytest.raises(ModelError, match=r"blocks\.1\.mlp: activations are not finite in batch 0"):
         neuron_importance(broken, vit.layers, vit.inputs, 4)
+    inputs = torch.cat([vit.inputs, vit.inputs])
+    inputs[6, 0, 3, 3] = float("inf")
+    with pytest.raises(ModelError, match=r"blocks\.0\.attn: activations are not finite in batch 3"):
+        neuron_importance(vit.model, vit.layers, inputs, 2)
+
+
+def test_the_weights_of_the_terms_are_those_that_are_given(vit: Tiny) -> None:
+    """Activeness alone ranks as the sum of absolute activations does."""
+    found = neuron_importance(vit.model, vit.layers, vit.inputs, 4, dict.fromkeys(("ffn", "attention"), (0, 0, 1)))
+    _, activations = record_activations(vit.model, vit.layers, vit.inputs)
+    for layer in vit.layers:
+        active = activations[layer.name].abs().sum((0, 1))
+        torch.testing.assert_close(found[layer.name], (active - active.min()) / (active.max() - active.min()))
 
 
 def test_a_metric_set_below_one_batch_is_refused(vit: Tiny) -> None:
@@ -175,7 +187,7 @@ def test_the_chunk_of_the_options_reaches_the_scores(vit: Tiny, monkeypatch: pyt
 
     monkeypatch.setattr("tapfl.pruning.scores.terms", spy)
     options = PruningOptions(chunk=7, ratio="uniform", align=1)
-    plan_pruning(vit.model, vit.spec, vit.inputs, 0.5, options, batch=4)
+    planned(vit.model, vit.spec, vit.inputs, 0.5, options, batch=4)
     assert set(seen) == {7}
 
 

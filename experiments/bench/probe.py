@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from scipy.stats import spearmanr
 
-from experiments.compare import DeviceView, Setting, score
+from experiments.compare.setting import DeviceView, Setting, score
 from strategies.round_zero import Shared
 from tapfl.config import RunConfig
 from tapfl.pruning.compensation import compensated

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -12,14 +11,26 @@ import timm
 import timm.data
 import torch
 from pydantic import BaseModel, ConfigDict
-from timm.models.swin_transformer import SwinTransformer
-from timm.models.vision_transformer import VisionTransformer
+from timm.models import (
+    PoolingVisionTransformer,
+    SwinTransformer,
+    VisionTransformer,
+    pit,
+    swin_transformer,
+    vision_transformer,
+)
 from torch import Tensor, nn
 
 from tapfl.config import ModelOptions, Scalar
 from tapfl.data.transform import Transform
 from tapfl.errors import ModelError, PlanError
+from tapfl.models.pit import Step, pit_steps
 from tapfl.store import read_tensors
+
+FAMILIES = VisionTransformer | SwinTransformer | PoolingVisionTransformer
+ACCEPTED = "timm's ViT, DeiT, PiT and Swin"
+
+Argument = Scalar | tuple[int | float, ...]
 
 
 class BackboneSpec(BaseModel):
@@ -28,34 +39,45 @@ class BackboneSpec(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: str
-    args: dict[str, Scalar] = {}
+    args: dict[str, Argument] = {}
     num_classes: int
 
 
-def parse_args(text: str) -> dict[str, Scalar]:
-    """Returns constructor arguments of ``"img_size=8,class_token=False"``.
+def parse_args(text: str) -> dict[str, Argument]:
+    """Returns constructor arguments of ``"img_size=8,class_token=False,depths=2/2"``; ``2/2`` is the tuple (2, 2).
 
     Raises:
         ModelError: if a part is not key=value.
     """
-    arguments: dict[str, Scalar] = {}
+    arguments: dict[str, Argument] = {}
     for part in filter(None, (part.strip() for part in text.split(","))):
         key, equals, value = part.partition("=")
         if not equals:
-            raise ModelError(f"model.args = {text!r}: {part!r} must have the form key=value")
-        literals = {"True": "true", "False": "false"}
-        try:
-            arguments[key.strip()] = json.loads(literals.get(value.strip(), value))
-        except json.JSONDecodeError:
-            arguments[key.strip()] = value.strip()
+            raise ModelError(f"model.args = {text!r}: {part!r} must have the form key=value (a tuple: depths=2/2)")
+        arguments[key.strip()] = _argument(value.strip())
     return arguments
+
+
+def _argument(value: str) -> Argument:
+    numbers = tuple(_literal(part) for part in value.split("/") if part.strip())
+    if "/" in value and numbers and all(type(number) in (int, float) for number in numbers):
+        return numbers  # type: ignore[return-value]
+    return _literal(value)
+
+
+def _literal(text: str) -> Scalar:
+    try:
+        parsed = json.loads({"True": "true", "False": "false"}.get(text, text))
+    except json.JSONDecodeError:
+        return text
+    return parsed if isinstance(parsed, bool | int | float) else text
 
 
 def build(spec: BackboneSpec, pretrained: bool = False) -> nn.Module:
     """Returns the backbone in evaluation mode, with timm's initial weights unless `pretrained`.
 
     Raises:
-        ModelError: if timm has no such model, its arguments are off, or it is not a ViT, DeiT or Swin.
+        ModelError: if timm has no such model, its arguments are off, or it is of another family.
     """
     if not timm.is_model(spec.name):
         near = ", ".join(timm.list_models(f"*{spec.name.split('_')[0]}*")[:5]) or "see timm.list_models()"
@@ -64,10 +86,8 @@ def build(spec: BackboneSpec, pretrained: bool = False) -> nn.Module:
         model = timm.create_model(spec.name, pretrained=pretrained, num_classes=spec.num_classes, **spec.args)
     except (TypeError, ValueError, ArithmeticError, AssertionError, RuntimeError) as error:
         raise ModelError(f"model.args = {spec.args}: timm cannot build {spec.name} with them ({error})") from None
-    if not isinstance(model, VisionTransformer | SwinTransformer):
-        raise ModelError(
-            f"model.name = {spec.name!r}: is a {type(model).__name__}; accepted: timm's ViT, DeiT and Swin"
-        )
+    if not isinstance(model, FAMILIES):
+        raise ModelError(f"model.name = {spec.name!r}: is a {type(model).__name__}; accepted: {ACCEPTED}")
     return model.eval()
 
 
@@ -75,7 +95,7 @@ def transform_of(model: Any) -> Transform:
     """Returns how images become the input of `model`: its size, channels, mean and standard deviation."""
     config = timm.data.resolve_data_config(model=model)
     size = model.patch_embed.img_size or config["input_size"][1:]
-    channels = model.patch_embed.proj.in_channels
+    channels = next(module for module in model.modules() if isinstance(module, nn.Conv2d)).in_channels
     mean, std = (tuple(float(v) for v in config[key])[:channels] for key in ("mean", "std"))
     return Transform((int(size[0]), int(size[1])), channels, mean, std)
 
@@ -87,9 +107,9 @@ def input_transform(options: ModelOptions) -> Transform:
 
 
 def example_input(model: nn.Module, batch: int = 1) -> Tensor:
-    """Returns zeros in the shape that `model` takes."""
+    """Returns zeros in the shape that `model` takes, on its device."""
     transform = transform_of(model)
-    return torch.zeros(batch, transform.channels, *transform.size)
+    return torch.zeros(batch, transform.channels, *transform.size, device=next(model.parameters()).device)
 
 
 def head_names(model: Any) -> tuple[str, ...]:
@@ -99,27 +119,26 @@ def head_names(model: Any) -> tuple[str, ...]:
     return tuple(name for name, module in model.named_modules() if any(module is head for head in heads))
 
 
-def segments(model: nn.Module) -> list[tuple[str, Callable[[Tensor], Tensor]]]:
+def segments(model: nn.Module) -> list[Step]:
     """Returns the forward pass as a chain of named steps; applying them in turn equals ``model(x)``.
 
-    The names of blocks are their module paths, so that a pass can be resumed from the input of any block. This and
-    `tapfl.models.units` are the only places that know how timm lays a backbone out.
+    The names of blocks are their module paths, so that a pass can be resumed from the input of any block. This,
+    `tapfl.models.pit` and `tapfl.models.units` are the only places that know how timm lays a backbone out.
     """
+    steps: list[Step]
     if isinstance(model, VisionTransformer):
-
-        def stem(x: Tensor) -> Tensor:
-            return model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(x))))
-
-        steps = [(f"blocks.{i}", block) for i, block in enumerate(model.blocks)]
+        steps = [("stem", lambda x: model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(x)))))]
+        steps.extend((f"blocks.{i}", block) for i, block in enumerate(model.blocks))
+    elif isinstance(model, PoolingVisionTransformer):
+        steps = pit_steps(model)
     elif isinstance(model, SwinTransformer):
-        stem = model.patch_embed
-        steps = []
+        steps = [("stem", model.patch_embed)]
         for s, stage in enumerate(model.layers):
             steps.append((f"layers.{s}.downsample", stage.downsample))
             steps.extend((f"layers.{s}.blocks.{i}", block) for i, block in enumerate(stage.blocks))
     else:
-        raise ModelError(f"{type(model).__name__}: accepted are timm's ViT, DeiT and Swin")
-    return [("stem", stem), *steps, ("tail", lambda x: model.forward_head(model.norm(x)))]
+        raise ModelError(f"{type(model).__name__}: accepted are {ACCEPTED}")
+    return [*steps, ("tail", lambda x: model.forward_head(model.norm(x)))]
 
 
 def tokens_read(model: Any) -> int | None:
@@ -228,13 +247,15 @@ def spec_of(options: ModelOptions, classes: tuple[str, ...]) -> BackboneSpec:
 
 
 def _resampled(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    if isinstance(model, SwinTransformer):
-        from timm.models.swin_transformer import checkpoint_filter_fn as swin_filter
-
-        return swin_filter(state, model)
-    from timm.models.vision_transformer import checkpoint_filter_fn as vit_filter
-
-    return vit_filter(state, model)
+    """Returns `state` under the names and in the sizes of `model`, as timm's own filter of its family has them."""
+    for family, module in (
+        (SwinTransformer, swin_transformer),
+        (PoolingVisionTransformer, pit),
+        (VisionTransformer, vision_transformer),
+    ):
+        if isinstance(model, family):
+            state = module.checkpoint_filter_fn(state, model)
+    return state
 
 
 def _first(error: BaseException) -> str:

@@ -16,6 +16,7 @@ from tapfl.config import ModelOptions
 from tapfl.data.sources import ImageSet
 from tapfl.errors import ModelError
 from tapfl.models.backbone import BackboneSpec, build, head_names, load_hub_weights, load_weights, spec_of, transform_of
+from tapfl.models.units import prunable_layers
 from tapfl.seeds import numpy_generator
 from tapfl.store import content_hash, read_tensors, write_bytes, write_tensors
 from tapfl.summary.descriptors import image_features
@@ -83,7 +84,7 @@ def dense_backbone(
     """Returns (key, spec, model) of the backbone that the options name, from the cache if it was made before.
 
     Raises:
-        ModelError: if the backbone is unknown or its weights do not fit.
+        ModelError: if the backbone is unknown, cannot be pruned, or its weights do not fit.
     """
     spec = spec_of(options, pool.classes)
     key = dense_key(options, spec, pool, seed)
@@ -91,6 +92,7 @@ def dense_backbone(
         with torch.random.fork_rng(devices=[]):  # timm initialises from the global generator
             torch.manual_seed(int(numpy_generator(seed, "backbone").integers(2**62)))
             model = build(spec)
+        prunable_layers(model)  # what cannot be pruned is refused before it is trained
         fill_weights(model, options, spec, pool.classes)
         train = partial(
             train_dense,

@@ -1,5 +1,8 @@
 """Latency: milliseconds of one image on one thread of this machine, of whole models and of single branches.
 
+Counted in the thread's own time: what other processes take of the core would fall on long calls more than on short
+ones, and a model would then seem slower than its branches together. On an idle core it is the time on the clock.
+
 Measured, so no two runs give the same numbers: what is measured here enters a plan only where a budget names latency.
 """
 
@@ -35,16 +38,16 @@ class Timings:
 
 @torch.no_grad()
 def median_ms(calls: Sequence[Callable[[], object]], repeats: int) -> list[float]:
-    """Returns the median milliseconds of each call, all taking turns, on one thread."""
+    """Returns the median milliseconds of this thread in each call, all taking turns."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     seconds = np.zeros((repeats + WARM_UP, len(calls)))
     try:
         for turn in seconds:
             for i, call in enumerate(calls):
-                start = time.perf_counter()
+                start = time.thread_time()
                 call()
-                turn[i] = time.perf_counter() - start
+                turn[i] = time.thread_time() - start
     finally:
         torch.set_num_threads(threads)
     return [float(value) for value in np.median(seconds[WARM_UP:], axis=0) * 1e3]

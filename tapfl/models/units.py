@@ -240,16 +240,7 @@ def prunable_layers(model: nn.Module) -> list[PrunableLayer]:
     Raises:
         ModelError: naming a branch of a kind that cannot be pruned exactly (query-key norms, gates, other layouts).
     """
-    blocks = {name for name, _ in segments(model)}
-    branches = {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, Attention | WindowAttention | Mlp) and name.rpartition(".")[0] in blocks
-    }
-    for name in {name.rpartition(".")[0] for name in branches}:
-        for child, module in model.get_submodule(name).named_children():
-            linear = any(isinstance(part, nn.Linear) for part in module.modules())
-            _refuse_unless(not linear or f"{name}.{child}" in branches, f"{name}.{child}", "timm's Attention and Mlp")
+    branches = _branches(model)
     shapes: dict[str, torch.Size] = {}
 
     def record(name: str) -> Callable[..., None]:
@@ -272,24 +263,63 @@ def prunable_layers(model: nn.Module) -> list[PrunableLayer]:
             "embed_dim": shape[-1],
         }
         if isinstance(module, Mlp):
-            _refuse_unless(
-                isinstance(module.fc1, nn.Linear) and isinstance(module.norm, nn.Identity), name, "a plain Mlp"
-            )
             place |= _biases(module.fc1, module.fc2)
             layers.append(Ffn(**place, heads=1, units=module.fc1.out_features, span=0))
         else:
-            plain = all(
-                isinstance(getattr(module, part, nn.Identity()), nn.Identity) for part in ("q_norm", "k_norm", "norm")
-            )
-            _refuse_unless(plain and getattr(module, "gate", None) is None, name, "attention without norms or gates")
             place |= _biases(module.qkv, module.proj)
             if isinstance(module, WindowAttention):
                 place["params_per_head"] = len(module.relative_position_bias_table)
             units = module.proj.in_features
             layers.append(SelfAttention(**place, heads=module.num_heads, units=units, span=shape[-2]))
-    if not layers:
-        raise ModelError(f"{type(model).__name__}: has no attention or FFN that can be pruned")
     return layers
+
+
+def _branches(model: nn.Module) -> dict[str, Any]:
+    """Returns the branches of all blocks by name. Raises ModelError, naming the module, if one has to be refused."""
+    branches: dict[str, Any] = {}
+    for block in (name for name, _ in segments(model) if ".blocks." in f".{name}"):
+        module = model.get_submodule(block)
+        own = {
+            f"{block}.{child}": branch
+            for child, branch in module.named_children()
+            if any(isinstance(part, nn.Linear) for part in branch.modules())
+        }
+        if own and not any(map(_is_plain, own.values())):
+            raise ModelError(
+                f"{block}: a {type(module).__name__} has no attention or FFN that can be pruned; "
+                f"accepted: blocks of timm's Attention and Mlp"
+            )
+        for name, branch in own.items():
+            _check_branch(name, branch)
+        branches |= own
+    if not branches:
+        raise ModelError(f"{type(model).__name__}: has no attention or FFN that can be pruned")
+    return branches
+
+
+def _is_plain(branch: nn.Module) -> bool:
+    """Whether it is computed as timm's own classes do: cut, another forward of a subclass may be wrong."""
+    kinds = (kind for kind in (Attention, WindowAttention, Mlp) if isinstance(branch, kind))
+    return any(type(branch).forward is kind.forward for kind in kinds)
+
+
+def _check_branch(name: str, branch: Any) -> None:
+    if not _is_plain(branch):
+        raise _refusal(name, f"it is a {type(branch).__name__}, accepted are timm's Attention and Mlp")
+    if isinstance(branch, Mlp) and not isinstance(branch.fc1, nn.Linear):
+        raise _refusal(name, f"its fc1 is a {type(branch.fc1).__name__}, accepted is a plain Mlp")
+    extras = [part for part in ("q_norm", "k_norm", "norm", "gate") if _does_something(getattr(branch, part, None))]
+    if extras:
+        kind = "a plain Mlp" if isinstance(branch, Mlp) else "attention without norms or gates"
+        raise _refusal(name, f"it has {extras[0]}, accepted is {kind}")
+
+
+def _does_something(module: nn.Module | None) -> bool:
+    return module is not None and not isinstance(module, nn.Identity)
+
+
+def _refusal(name: str, why: str) -> ModelError:
+    return ModelError(f"{name}: cannot be pruned exactly; {why}")
 
 
 @contextmanager
@@ -324,7 +354,8 @@ def _cut_linear(linear: nn.Linear, cut: LinearCut) -> nn.Linear:
     if cut.side == "rows":
         weight, bias = weight[cut.index], bias[cut.index] if bias is not None else None
         if cut.scale is not None:
-            weight, bias = weight * cut.scale[:, None], bias * cut.scale if bias is not None else None
+            scale = cut.scale.to(weight.device)
+            weight, bias = weight * scale[:, None], bias * scale if bias is not None else None
     else:
         weight = weight[:, cut.index]
     small = _bare_copy(linear)  # a new one would be initialised first, on any device
@@ -337,8 +368,3 @@ def _cut_linear(linear: nn.Linear, cut: LinearCut) -> nn.Linear:
 
 def _biases(inner: nn.Linear, output: nn.Linear) -> dict[str, bool]:
     return {"inner_bias": inner.bias is not None, "output_bias": output.bias is not None}
-
-
-def _refuse_unless(condition: bool, name: str, accepted: str) -> None:
-    if not condition:
-        raise ModelError(f"{name}: cannot be pruned exactly; accepted: {accepted}")

@@ -66,16 +66,22 @@ def water_fill(
 
 
 def layer_weights(layers: Sequence[PrunableLayer], kl: Mapping[str, float], options: PruningOptions) -> np.ndarray:
-    """Returns the weight of each layer: softmax(KL/τ) over the FFNs and, separately, over the attentions, mean 1 each.
+    """Returns the weight of each layer, mean 1 over the FFNs and, separately, over the attentions.
 
-    ``ratio = uniform`` gives 1 to all.
+    adaptive    softmax(KL/τ), as published
+    power       KL^γ (ours): knows no scale, where the softmax is nearly even for small KLs
+    uniform     1 for all
     """
     weights = np.ones(len(layers))
-    if options.ratio == "adaptive":
-        for kind in {layer.kind for layer in layers}:
-            members = [i for i, layer in enumerate(layers) if layer.kind == kind]
-            values = np.array([kl[layers[i].name] for i in members])
+    if options.ratio == "uniform":
+        return weights
+    for kind in {layer.kind for layer in layers}:
+        members = [i for i, layer in enumerate(layers) if layer.kind == kind]
+        values = np.array([kl[layers[i].name] for i in members])
+        if options.ratio == "adaptive":
             weights[members] = softmax_weights(values, options.tau) * len(members)
+        elif values.any():
+            weights[members] = values**options.gamma / (values**options.gamma).mean()
     return weights
 
 

@@ -23,12 +23,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tapfl.data.sources import ImageSet
+from tapfl.data.transform import Transform
 from tapfl.errors import ModelError
-from tapfl.models.units import PrunableLayer
+from tapfl.models.units import PrunableLayer, prunable_layers
 from tapfl.pruning.scores import refuse_not_finite
+from tapfl.seeds import numpy_generator
 
 RESOLUTION = 1e-9  # of the mean square of a head's activations: what carries less is rounding
 LEAST = 1e-6  # of the largest singular value: smaller ones set no scale
+POOL_IMAGES, BATCH = 1024, 64
 MARK = "tapfl_canonical"  # an attribute of the model, which copy.deepcopy preserves
 
 
@@ -93,6 +97,15 @@ def canonical_basis(model: nn.Module, layers: Sequence[PrunableLayer], inputs: T
         carried[layer.name] = _turn(turned.get_submodule(layer.name), moments[layer.name]).flatten()
     setattr(turned, MARK, carried)
     return turned
+
+
+def turned_on_pool(model: nn.Module, images: ImageSet, transform: Transform, seed: int) -> nn.Module:
+    """Returns `model` in the canonical basis by images of the public pool: one basis for all devices of a federation.
+
+    The images are drawn evenly by `seed`; a thousand of them have tokens enough for second moments of a head's dims.
+    """
+    drawn = numpy_generator(seed, "basis").permutation(len(images))[:POOL_IMAGES]
+    return canonical_basis(model, prunable_layers(model), transform(images.images[drawn]), BATCH)
 
 
 def carried_energy(model: nn.Module) -> dict[str, Tensor] | None:

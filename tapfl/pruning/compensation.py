@@ -25,6 +25,7 @@ from tapfl.models.backbone import segments
 from tapfl.models.residual import as_branch_output, observe
 from tapfl.models.units import PrunableLayer, put
 from tapfl.pruning.scores import refuse_not_finite
+from tapfl.pruning.sensitivity import Sensitivity
 
 COMPENSATIONS = ("none", "one-pass", "sequential")
 RIDGE = 1e-3  # λ, of the mean variance of the kept activations
@@ -32,25 +33,40 @@ CORRECTION = 0.25  # γ, share of the drift of the residual stream that a branch
 RESOLUTION = 1e-12  # of the mean square of the kept activations: less variance than that is rounding
 
 
+Felt = Mapping[str, Sensitivity] | None
+
+
 class LostOutput:
     """Float64 moments of a branch's kept activations Z (rows, kept) and of the output r (rows, outputs) it has lost.
 
     Args:
         real: bool (tokens,), which tokens of an image count, or None: all.
+        weights: of the rows (rows,), batch by batch, or None: all alike.
     """
 
-    def __init__(self, kept: int, outputs: int, real: Tensor | None = None) -> None:
-        self.kept, self.rows, self.real = kept, 0, real
+    def __init__(
+        self, kept: int, outputs: int, real: Tensor | None = None, weights: Sequence[Tensor] | None = None
+    ) -> None:
+        self.kept, self.rows, self.real = kept, 0.0, real
+        self.weights = None if weights is None else iter(weights)
         self.total = torch.zeros(kept + outputs, dtype=torch.float64)
         self.product = torch.zeros(kept, kept + outputs, dtype=torch.float64)
 
     def add(self, Z: Tensor, r: Tensor) -> None:
         both = torch.cat([part.flatten(0, -2).double() for part in (Z, r)], dim=1)
+        weights = torch.ones(len(both)) if self.weights is None else next(self.weights)
         if self.real is not None:
-            both = both[self.real.repeat(len(both) // len(self.real))]
-        self.rows += len(both)
-        self.total += both.sum(0)
-        self.product += both[:, : self.kept].T @ both
+            real = self.real.repeat(len(both) // len(self.real))
+            both, weights = both[real], weights[real]
+        weighted = weights.double()[:, None] * both
+        self.rows += float(weights.double().sum())
+        self.total += weighted.sum(0)
+        self.product += both[:, : self.kept].T @ weighted
+
+    def covariance(self) -> Tensor:
+        """Returns the covariance of the kept activations, float64 (kept, kept)."""
+        mean = self.total[: self.kept] / self.rows
+        return self.product[:, : self.kept] / self.rows - mean[:, None] * mean
 
     def regression(self, ridge: float = RIDGE, intercept: bool = True) -> tuple[Tensor, Tensor]:
         """Returns D (outputs, kept) and e (outputs) of the ridge regression r ≈ D z + e; e = 0 without intercept."""
@@ -73,6 +89,7 @@ def compensate(
     inputs: Tensor,
     batch: int,
     ridge: float = RIDGE,
+    felt: Felt = None,
 ) -> nn.Module:
     """Returns `model` shrunk to `plan_kept` and compensated, from the statistics of one pass of the dense model.
 
@@ -85,6 +102,7 @@ def compensate(
         inputs: the metric set in the backbone's input format (n, channels, height, width), n >= 1.
         batch: images a pass.
         ridge: λ as a share of the mean variance of a layer's kept activations, >= 0.
+        felt: sensitivities on `inputs` by layer name: rows count by how much the prediction feels them; None: alike.
 
     Raises:
         ModelError: if there is no image, or a layer's activations are not finite, naming layer and batch.
@@ -98,7 +116,7 @@ def compensate(
     for layer in pruned:
         linear: Any = model.get_submodule(f"{layer.name}.{layer.output}")
         found = lost[layer.name] = LostOutput(
-            len(plan_kept[layer.name]), linear.out_features, real_tokens(model, layer)
+            len(plan_kept[layer.name]), linear.out_features, real_tokens(model, layer), _rows(felt, layer)
         )
         put(small, layer.name, layer.shrink(small.get_submodule(layer.name), plan_kept[layer.name]))
         handles.append(linear.register_forward_pre_hook(_split(linear.weight, plan_kept[layer.name], found)))
@@ -124,6 +142,7 @@ def compensate_sequentially(
     batch: int,
     ridge: float = RIDGE,
     correction: float = CORRECTION,
+    felt: Felt = None,
 ) -> nn.Module:
     """Returns `model` shrunk and compensated layer by layer, each with the statistics of the already shrunk prefix.
 
@@ -147,7 +166,8 @@ def compensate_sequentially(
         for layer in (layer for layer in pruned if layer.block == block):
             f = model.get_submodule(layer.name)
             put(small, layer.name, layer.shrink(small.get_submodule(layer.name), plan_kept[layer.name]))
-            lost = LostOutput(len(plan_kept[layer.name]), layer.embed_dim, real_tokens(model, layer))
+            size = len(plan_kept[layer.name])
+            lost = LostOutput(size, layer.embed_dim, real_tokens(model, layer), _rows(felt, layer))
             for number, (x, y) in enumerate(zip(dense_x, small_x, strict=True)):
                 dense, now = observe(model, layer, dense_step, x), observe(small, layer, small_step, y)
                 args, kwargs = now.arguments
@@ -167,6 +187,7 @@ def compensated(
     inputs: Tensor,
     batch: int,
     how: str,
+    felt: Felt = None,
 ) -> nn.Module:
     """Returns `model` shrunk to `kept` and compensated as `how` says: ``none``, ``one-pass`` or ``sequential``.
 
@@ -180,7 +201,7 @@ def compensated(
         return small.eval()
     if how not in COMPENSATIONS:
         raise ConfigError(f"compensation = {how!r}: accepted are {', '.join(COMPENSATIONS)}")
-    return (compensate if how == "one-pass" else compensate_sequentially)(model, kept, layers, inputs, batch)
+    return (compensate if how == "one-pass" else compensate_sequentially)(model, kept, layers, inputs, batch, felt=felt)
 
 
 def real_tokens(model: nn.Module, layer: PrunableLayer) -> Tensor | None:
@@ -193,6 +214,10 @@ def real_tokens(model: nn.Module, layer: PrunableLayer) -> Tensor | None:
         return None
     ones = torch.ones(1, *block.input_resolution, layer.embed_dim)
     return as_branch_output(model, layer, ones)[..., 0].flatten() > 0
+
+
+def _rows(felt: Felt, layer: PrunableLayer) -> tuple[Tensor, ...] | None:
+    return None if felt is None else felt[layer.name].rows
 
 
 def _pruned(layers: Sequence[PrunableLayer], kept: Mapping[str, Tensor]) -> list[PrunableLayer]:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -12,6 +16,9 @@ from tapfl.config import Scalar
 from tapfl.errors import PlanError
 from tapfl.models.backbone import BackboneSpec
 from tapfl.models.cost import Cost
+
+PLAN_FILE = "plan.json"
+LARGEST_ARGUMENT = 2**16  # of a backbone that a plan names: no image, width or depth is larger
 
 
 class LayerPlan(BaseModel):
@@ -42,14 +49,27 @@ class PruningPlan(BaseModel):
     provenance: dict[str, Scalar] = {}
 
     @classmethod
-    def from_json(cls, text: str | bytes) -> PruningPlan:
-        """Raises PlanError, naming the first field that is off."""
+    def from_json(cls, text: str | bytes, source: str = "plan") -> PruningPlan:
+        """Returns a plan from elsewhere. Raises PlanError, naming `source` and the first field that is off."""
         try:
-            return cls.model_validate_json(text)
+            plan = cls.model_validate_json(text)
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(map(str, first["loc"])) or "plan"
-            raise PlanError(f"plan: {where}: {first['msg']}") from None
+            raise PlanError(f"{source}: {where}: {first['msg']}") from None
+        if wrong := next(plan._faults(), None):
+            raise PlanError(f"{source}: {wrong}")
+        return plan
+
+    def content(self) -> dict[str, Any]:
+        """Returns the plan as what JSON can hold."""
+        content: dict[str, Any] = json.loads(self.model_dump_json())
+        return content
+
+    @property
+    def checksum(self) -> str:
+        """What the plan is called in files that belong to it: 64 hex digits of its content."""
+        return checksum_of(self.content())
 
     def layer(self, name: str) -> LayerPlan:
         """Returns the plan of one layer. Raises PlanError if it has none."""
@@ -61,3 +81,68 @@ class PruningPlan(BaseModel):
     @property
     def widths(self) -> dict[str, int]:
         return {layer.name: len(layer.kept) for layer in self.layers}
+
+    def _faults(self) -> Iterator[str]:
+        """Yields what no backbone could make good."""
+        for key, value in self.backbone.args.items():
+            if key.startswith(("pretrained", "checkpoint", "device", "dtype")):
+                yield f"backbone.args.{key}: a plan names neither weights nor where they lie"
+            if isinstance(value, int | float) and not abs(value) <= LARGEST_ARGUMENT:
+                yield f"backbone.args.{key} = {value:.3g}: is beyond {LARGEST_ARGUMENT}"
+        names: set[str] = set()
+        for position, layer in enumerate(self.layers):
+            if layer.name in names:
+                yield f"layers.{position}: {layer.name} is there twice"
+            names.add(layer.name)
+            rising = all(a < b for a, b in zip(layer.kept, layer.kept[1:], strict=False))
+            if layer.kept and not (rising and layer.kept[0] >= 0 and layer.kept[-1] < layer.units):
+                accepted = f"must be sorted, unique and lie in 0..{layer.units - 1}"
+                yield f"layers.{position}.kept: kept units of {layer.name} {accepted}"
+
+
+def checksum_of(content: Mapping[str, Any]) -> str:
+    """Returns 64 hex digits that name a JSON content, whatever the order of its keys and its spaces."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def signed(plan: PruningPlan, weights: str) -> dict[str, Any]:
+    """Returns the content of `plan.json` beside weights with this SHA-256."""
+    return plan.content() | {"checksum": plan.checksum, "sha256": weights}
+
+
+def read_plan(path: Path | str) -> PruningPlan:
+    """Returns the plan of a pruned model's folder, of its `plan.json`, or of a run's `plans/NN.json`.
+
+    Raises:
+        PlanError: if it is missing, damaged, or was edited since it was written.
+    """
+    path = Path(path)
+    return _read(path / PLAN_FILE if path.is_dir() else path, required=())[0]
+
+
+def load_plan(folder: Path | str) -> tuple[PruningPlan, str]:
+    """Returns the plan in `folder` and the SHA-256 of its weights. Raises PlanError as `read_plan` does."""
+    return _read(Path(folder) / PLAN_FILE, required=("checksum", "sha256"))
+
+
+def _read(file: Path, required: tuple[str, ...]) -> tuple[PruningPlan, str]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"), parse_constant=_no_number)
+    except OSError as error:
+        raise PlanError(f"{file}: cannot be read ({error.strerror})") from None
+    except (ValueError, RecursionError) as error:
+        raise PlanError(f"{file}: is not a plan ({error})") from None
+    if not isinstance(content, dict):
+        raise PlanError(f"{file}: is not a plan (a JSON object is expected)")
+    for key in required:
+        if not isinstance(content.get(key), str):
+            raise PlanError(f"{file}: is not the plan of a saved model (it has no {key!r})")
+    own, weights = content.pop("checksum", None), content.pop("sha256", "")
+    plan = PruningPlan.from_json(json.dumps(content), str(file))
+    if own is not None and own != checksum_of(content):
+        raise PlanError(f"{file}: was edited or damaged since it was written (its checksum differs)")
+    return plan, str(weights)
+
+
+def _no_number(text: str) -> float:
+    raise ValueError(f"{text} is no number")

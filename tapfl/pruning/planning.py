@@ -1,18 +1,21 @@
-"""Planning: a criterion's choice on a metric set, under a budget, as a plan."""
+"""The problem that a criterion solves, and its answer as a plan."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 from torch import Tensor, nn
 
 from tapfl.config import PruningOptions, Scalar
-from tapfl.errors import ConfigError, ModelError
+from tapfl.errors import ModelError
 from tapfl.models.backbone import BackboneSpec, example_input
 from tapfl.models.cost import measure_cost
 from tapfl.models.latency import Timings, measure_timings
 from tapfl.models.units import prunable_layers
+from tapfl.pruning.basis import canonical_basis, carried_energy
 from tapfl.pruning.budget import Budget
 from tapfl.pruning.cost_table import cost_table
-from tapfl.pruning.criteria.registry import criterion_of
+from tapfl.pruning.criteria.registry import resolved
 from tapfl.pruning.criteria.task import PruningTask, Selection
 from tapfl.pruning.plan import LayerPlan, PruningPlan
 from tapfl.pruning.surgery import shrink
@@ -31,6 +34,9 @@ def pruning_task(
 ) -> PruningTask:
     """Returns the problem that a criterion solves.
 
+    Options that are `auto` become what the criterion is made for. In the canonical basis the task's model is `model`
+    turned, on the metric set unless `model` was turned before (`turned_on_pool`).
+
     Args:
         timings: of the model, for a budget that names latency; measured here and now where they are not given.
 
@@ -39,8 +45,10 @@ def pruning_task(
         ModelError: if the metric set is empty, smaller than one batch, or not of the backbone's input format.
     """
     check_metric_set(model, inputs, batch)
-    limits, options = Budget.parse(budget), options or PruningOptions()
+    limits, options = Budget.parse(budget), resolved(options or PruningOptions())
     layers, dense = tuple(prunable_layers(model)), measure_cost(model)
+    if options.basis == "canonical" and carried_energy(model) is None:
+        model = canonical_basis(model, layers, inputs, batch)
     if limits.measured and timings is None:
         timings = measure_timings(model, layers, options.align)
     return PruningTask(
@@ -76,7 +84,7 @@ def _sizes(shape: tuple[int, ...]) -> str:
 
 
 def plan_of(
-    task: PruningTask, selection: Selection, spec: BackboneSpec, provenance: dict[str, Scalar] | None = None
+    task: PruningTask, selection: Selection, spec: BackboneSpec, provenance: Mapping[str, Scalar] | None = None
 ) -> PruningPlan:
     """Returns a criterion's selection as a plan, with its cost measured on the shrunk model."""
     parts = tuple(
@@ -89,44 +97,6 @@ def plan_of(
         )
         for layer in task.layers
     )
-    plan = PruningPlan(backbone=spec, layers=parts, dense=task.dense, cost=task.dense, provenance=provenance or {})
+    said = dict(provenance or {})
+    plan = PruningPlan(backbone=spec, layers=parts, dense=task.dense, cost=task.dense, provenance=said)
     return plan.model_copy(update={"cost": measure_cost(shrink(task.model, plan))})
-
-
-def plan_pruning(
-    model: nn.Module,
-    spec: BackboneSpec,
-    inputs: Tensor,
-    budget: Budget | float | str,
-    options: PruningOptions | None = None,
-    batch: int = 64,
-    provenance: dict[str, Scalar] | None = None,
-    seed: int = 0,
-) -> PruningPlan:
-    """Returns the plan that keeps `model` within `budget`, as the criterion chooses on `inputs`.
-
-    Args:
-        model: the dense backbone, as `spec` builds it.
-        inputs: the metric set in the backbone's input format (n, channels, height, width), n >= batch.
-        budget: a share of the whole model's MACs in (0, 1], or limits as `Budget.parse` takes them.
-
-    Raises:
-        BudgetError: if the budget cannot be met.
-        ConfigError: if the budget is none, or the criterion changes weights (`Selection.model`).
-    """
-    task = pruning_task(model, inputs, budget, options, batch, seed=seed)
-    return plan_of(task, selection_of(task), spec, provenance)
-
-
-def selection_of(task: PruningTask) -> Selection:
-    """Returns what the criterion of the task's options selects, for a plan.
-
-    Raises:
-        BudgetError: if the budget cannot be met.
-        ConfigError: if the criterion changes weights (`Selection.model`).
-    """
-    name = task.options.criterion
-    selection = criterion_of(name)(task)
-    if selection.model is not None:
-        raise ConfigError(f"pruning.criterion = {name!r}: changes the weights, which a plan alone does not carry")
-    return selection

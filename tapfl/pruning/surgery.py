@@ -3,78 +3,168 @@
 from __future__ import annotations
 
 import copy
-import hashlib
-import json
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from tapfl.errors import PlanError
+from tapfl.errors import ModelError, PlanError, TapflError
 from tapfl.models.backbone import build
 from tapfl.models.units import prunable_layers, put
-from tapfl.pruning.plan import PruningPlan
-from tapfl.store import read_tensors, write_json, write_tensors
+from tapfl.pruning.basis import carried_energy
+from tapfl.pruning.plan import PLAN_FILE, PruningPlan, load_plan, read_plan, signed
+from tapfl.store import read_tensors, sha256_of, whole_folder, write_json, write_tensors
 
-PLAN_FILE, WEIGHTS_FILE = "plan.json", "model.safetensors"
+WEIGHTS_FILE = "model.safetensors"
+LARGEST_BUFFER = 2**28  # elements of Swin's masks and indices, which no file holds: 1 GB
+TURNED = {"lowrank-heads"}  # criteria that choose among dims of another basis than that of the weights
 
 
 def shrink(model: nn.Module, plan: PruningPlan) -> nn.Module:
     """Returns a smaller copy of `model`, equal (fp32, 1e-5) to it with the dropped units masked to 0.
 
     Raises:
-        PlanError: if the plan was made for a model of other layers or sizes.
+        PlanError: if the plan was made for a model of other layers or sizes; it names the first.
     """
     layers = prunable_layers(model)
-    if [(layer.name, layer.units) for layer in layers] != [(layer.name, layer.units) for layer in plan.layers]:
-        raise PlanError(f"plan for {plan.backbone.name}: does not fit this model, whose layers differ in name or size")
+    found = {layer.name: f"{layer.kind} of {layer.units} units" for layer in layers}
+    expected = {layer.name: f"{layer.kind} of {layer.units} units" for layer in plan.layers}
+    if list(found.items()) != list(expected.items()):
+        names = (name for name in [*expected, *found] if found.get(name) != expected.get(name))
+        name = next(names, "the order of layers")
+        raise PlanError(
+            f"plan for {plan.backbone.name}: does not fit this model ({name}: expected "
+            f"{expected.get(name, 'none')}, found {found.get(name, 'none')})"
+        )
     small = copy.deepcopy(model)
     for layer, part in zip(layers, plan.layers, strict=True):
         put(small, layer.name, layer.shrink(small.get_submodule(layer.name), part.index()))
     return small.eval()
 
 
-def save_pruned(model: nn.Module, plan: PruningPlan, folder: Path | str) -> None:
-    """Writes `plan.json` (with the checksum of the weights) and `model.safetensors` to `folder`."""
-    folder = Path(folder)
-    write_tensors(folder / WEIGHTS_FILE, model.state_dict())
-    checksum = hashlib.sha256((folder / WEIGHTS_FILE).read_bytes()).hexdigest()
-    write_json(folder / PLAN_FILE, json.loads(plan.model_dump_json()) | {"sha256": checksum})
+def apply_plan(plan: PruningPlan | Path | str, model: nn.Module) -> nn.Module:
+    """Returns `model` cut as a plan from elsewhere says: a plan, a pruned model's folder, or a file that holds one.
+
+    A plan holds positions of units alone: weights that were refitted after cutting are not carried over
+    (`provenance["compensation"]` says so).
+
+    Raises:
+        PlanError: if it does not fit the model, or was made among heads' dims in another basis than the model's.
+    """
+    plan = plan if isinstance(plan, PruningPlan) else read_plan(plan)
+    turned = plan.provenance.get("basis") == "canonical" or plan.provenance.get("criterion") in TURNED
+    if turned and carried_energy(model) is None:
+        raise PlanError(
+            f"plan for {plan.backbone.name}: was made in the canonical basis of the heads, so its dims are none of "
+            "these weights' own; prune them anew, or load the pruned model itself"
+        )
+    return shrink(model, plan)
 
 
-def load_plan(folder: Path | str) -> tuple[PruningPlan, str]:
-    """Returns the plan in `folder` and the checksum of its weights. Raises PlanError if it is missing or damaged."""
-    file = Path(folder) / PLAN_FILE
+def save_pruned(model: nn.Module, plan: PruningPlan, folder: Path | str, replace: bool = False) -> None:
+    """Writes `plan.json` and `model.safetensors` to a new `folder`: both whole, or none.
+
+    Args:
+        replace: take the place of a pruned model that is there already. Killed while the two change places, the folder
+            is missing; it never mixes them.
+
+    Raises:
+        PlanError: if something is there (with `replace`: something else than a pruned model), it cannot be written,
+            or the model is not what the plan describes, or not finite.
+    """
+    folder, state = Path(folder), model.state_dict()
+    _check_state(state, _skeleton(plan, len(state)).state_dict(), "model to be saved")
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-        checksum = content.pop("sha256")
+        there = {file.name for file in folder.iterdir()} if folder.exists() else set()
+        if there and not (replace and there <= {PLAN_FILE, WEIGHTS_FILE}):
+            accepted = "a new folder, or that of a pruned model alone" if replace else "a folder that does not"
+            raise PlanError(f"{folder}: exists already, with {min(there)} in it; give {accepted}")
+        with whole_folder(folder, replace) as new:
+            about = {"plan": plan.checksum}  # one key: safetensors writes several in no fixed order
+            write_tensors(new / WEIGHTS_FILE, state, about)
+            write_json(new / PLAN_FILE, signed(plan, sha256_of(new / WEIGHTS_FILE)))
     except OSError as error:
-        raise PlanError(f"{file}: cannot be read ({error.strerror})") from None
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise PlanError(f"{file}: is not a plan ({error!r})") from None
-    return PruningPlan.from_json(json.dumps(content)), str(checksum)
+        raise PlanError(f"{folder}: cannot be written ({error.strerror})") from None
 
 
 def load_pruned(folder: Path | str) -> nn.Module:
     """Returns the pruned model of `folder`, rebuilt from the plan; neither dense weights nor pickle are needed.
 
     Raises:
-        PlanError: if a file is missing, damaged, or not the one that belongs to the plan.
+        PlanError: if a file is missing, damaged, edited, or not the one that belongs to the plan.
     """
     folder = Path(folder)
     plan, checksum = load_plan(folder)
     weights = folder / WEIGHTS_FILE
     state = read_tensors(weights)
-    if hashlib.sha256(weights.read_bytes()).hexdigest() != checksum:
+    if sha256_of(weights) != checksum:
         raise PlanError(f"{weights}: is not the file that {PLAN_FILE} was written with (checksum differs)")
-    model = shrink(build(plan.backbone), plan)
     try:
-        model.load_state_dict(state)
-    except RuntimeError as error:
-        raise PlanError(f"{weights}: does not fit its plan ({str(error).splitlines()[-1].strip()})") from None
+        model = _skeleton(plan, len(state))
+    except (ModelError, PlanError) as error:
+        raise PlanError(f"{folder / PLAN_FILE}: {error}") from None
+    _check_state(state, model.state_dict(), f"{weights}: does not fit its plan")
+    model.to_empty(device="cpu")
+    for module in model.modules():
+        compute = getattr(module, "init_non_persistent_buffers", None)  # timm: what no file holds
+        if callable(compute):
+            compute()
+    model.load_state_dict(state)
     return model.requires_grad_(False)
 
 
 def kept_units(plan: PruningPlan) -> dict[str, torch.Tensor]:
     """Returns the kept units (int64) of every layer of a plan, by name."""
     return {layer.name: layer.index() for layer in plan.layers}
+
+
+def _skeleton(plan: PruningPlan, tensors: int) -> nn.Module:
+    """Returns the pruned model without memory for its weights, on torch's meta device, whatever the plan asks for.
+
+    Args:
+        tensors: how many its weights are; the dense model can have a few a layer more.
+    """
+    spec = plan.backbone
+    try:
+        with torch.device("meta"), _at_most(2 * tensors + 8 * len(plan.layers) + 64):
+            model = build(spec)
+        if (elements := sum(buffer.numel() for buffer in model.buffers())) > LARGEST_BUFFER:
+            raise PlanError(f"{spec.name} with {spec.args} needs {elements:.2g} elements for its masks")
+        return shrink(model, plan)
+    except TapflError:
+        raise
+    except Exception as error:  # timm does not check what it is given, and fails as it happens
+        said = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise PlanError(f"{spec.name} cannot be built as the plan says, with {spec.args} ({said})") from None
+
+
+@contextmanager
+def _at_most(count: int) -> Iterator[None]:
+    """Stops the construction of a model at so many parameter tensors."""
+    thread, registered = threading.get_ident(), 0
+
+    def count_up(*_: object) -> None:
+        nonlocal registered
+        registered += threading.get_ident() == thread
+        if registered > count:
+            raise PlanError(f"the backbone has more than {count} parameter tensors, far more than there are weights")
+
+    handle = register_module_parameter_registration_hook(count_up)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _check_state(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], what: str) -> None:
+    """Raises PlanError, beginning with `what`, for the first tensor that is missing, odd in shape or not finite."""
+    for name in [*expected, *state]:
+        want, got = (list(tensors[name].shape) if name in tensors else "none" for tensors in (expected, state))
+        if want != got:
+            raise PlanError(f"{what} ({name}: expected {want}, found {got})")
+        if not (state[name].is_floating_point() and bool(state[name].isfinite().all())):
+            raise PlanError(f"{what} ({name}: holds values that are no finite numbers)")

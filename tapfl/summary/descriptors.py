@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 from sklearn.decomposition import PCA
 from torch import Tensor, nn
 
+from tapfl.data.sources import ImageSet
+from tapfl.data.transform import Transform
 from tapfl.models.backbone import features
+from tapfl.store import content_hash, read_tensors, write_tensors
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,18 @@ class Projection:
     def __call__(self, features: np.ndarray) -> np.ndarray:
         """Returns descriptors, float64 (n, dim)."""
         return (features.astype(np.float64) - self.mean) @ self.components.T.astype(np.float64)
+
+
+def cached_features(model: nn.Module, images: ImageSet, transform: Transform, cache: Path) -> np.ndarray:
+    """Returns `image_features` of a whole set, from `cache` if the same model has seen the same images before."""
+    seen = f"{transform} {images.images.shape}"
+    key = content_hash(model.state_dict(), seen, np.ascontiguousarray(images.images).tobytes())
+    file = cache / "features" / f"{key}.safetensors"
+    if file.is_file():
+        return read_tensors(file)["features"].numpy()
+    found = image_features(model, transform.batches(images.images))
+    write_tensors(file, {"features": torch.from_numpy(found)})
+    return found
 
 
 def image_features(model: nn.Module, inputs: Iterable[Tensor]) -> np.ndarray:

@@ -19,7 +19,7 @@ Scores = Mapping[str, Tensor]
 
 
 def by_layer(task: PruningTask, scores: Scores) -> Selection:
-    """Ranks within each layer; the layers' widths are even, or follow their importance (``ratio = adaptive``).
+    """Ranks within each layer; the layers' widths are even, or follow their importance (`layer_weights`).
 
     Raises:
         ConfigError: if the importance is to come from a pool that the task does not have.
@@ -27,7 +27,7 @@ def by_layer(task: PruningTask, scores: Scores) -> Selection:
     ladders = _ladders(task, scores, task.options.unit_shape)
     shapes = allocate(ladders, np.ones(len(task.layers)), task.costs, task.options)
     importance: dict[str, float] = {}
-    if task.options.ratio == "adaptive":  # each layer is probed at the width that an even cut would give it
+    if task.options.ratio != "uniform":  # each layer is probed at the width that an even cut would give it
         importance = _layer_importance(task, scores, shapes)
         weights = layer_weights(task.layers, importance, task.options)
         shapes = allocate(ladders, weights, task.costs, task.options)

@@ -1,14 +1,17 @@
-"""The criteria by name: those of this folder, and those that installed packages offer.
+"""The criteria by name: those of this folder, and those that installed packages offer; and what goes with each.
 
 A package offers its own by an entry point of the group ``tapfl.criteria``, whose name is the criterion's and whose
-value is a callable `PruningTask -> Selection`.
+value is a callable `PruningTask -> Selection`. A criterion that is made for other options than the published ones says
+so by the decorator `recipe`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from importlib import import_module
 from importlib.metadata import entry_points
 
+from tapfl.config import PruningOptions
 from tapfl.errors import ConfigError
 from tapfl.pruning.criteria.task import Criterion
 
@@ -23,6 +26,7 @@ BUILT_IN = {
     "magnitude": "tapfl.pruning.criteria.magnitude:magnitude",
     "random": "tapfl.pruning.criteria.random_units:random_units",
     "savit": "tapfl.pruning.criteria.savit:savit",
+    "tap+": "tapfl.pruning.criteria.tap_plus:tap_plus",
     "tap": "tapfl.pruning.criteria.tap:tap",
     "taylor": "tapfl.pruning.criteria.taylor:taylor",
     "taylor-global": "tapfl.pruning.criteria.taylor:taylor_global",
@@ -31,6 +35,8 @@ BUILT_IN = {
     "upop-oneshot": "tapfl.pruning.criteria.upop_oneshot:upop_oneshot",
     "wanda": "tapfl.pruning.criteria.wanda:wanda",
 }
+
+PUBLISHED = {"ratio": "adaptive", "basis": "none", "compensation": "none", "compensation_rows": "even"}
 
 
 def criterion_names() -> list[str]:
@@ -50,3 +56,23 @@ def criterion_of(name: str) -> Criterion:
     raise ConfigError(
         f"pruning.criterion = {name!r}: there is no such criterion; accepted: {', '.join(criterion_names())}"
     )
+
+
+def recipe(**options: str) -> Callable[[Criterion], Criterion]:
+    """Marks a criterion as made for these values of the options that `PUBLISHED` names, where they are `auto`."""
+
+    def mark(criterion: Criterion) -> Criterion:
+        criterion.recipe = options  # type: ignore[attr-defined]
+        return criterion
+
+    return mark
+
+
+def resolved(options: PruningOptions) -> PruningOptions:
+    """Returns the options with every `auto` replaced by what the criterion is made for, or else by what is published.
+
+    Raises:
+        ConfigError: if there is no such criterion.
+    """
+    own = PUBLISHED | getattr(criterion_of(options.criterion), "recipe", {})
+    return options.model_copy(update={name: own[name] for name in PUBLISHED if getattr(options, name) == "auto"})

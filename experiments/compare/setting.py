@@ -1,0 +1,125 @@
+"""What the cells of a comparison have in common: data, backbone, pool; a device of it; the device's metric set."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from strategies.round_zero import PublicPool, describe_pool
+from tapfl.config import MetricOptions, PruningOptions, RunConfig
+from tapfl.data.federated import check_classes, open_pool, open_private
+from tapfl.data.partition import DeviceSplit, partition
+from tapfl.data.sources import ImageSet
+from tapfl.data.transform import Transform
+from tapfl.models.backbone import BackboneSpec, input_transform
+from tapfl.models.dense import DenseCache, dense_backbone
+from tapfl.pruning.basis import turned_on_pool
+from tapfl.pruning.budget import Budget
+from tapfl.pruning.criteria.registry import resolved
+from tapfl.pruning.criteria.task import PruningTask
+from tapfl.pruning.pipeline import FineTuneSet, fine_tune_set, labels_of
+from tapfl.pruning.planning import pruning_task
+from tapfl.seeds import numpy_generator
+from tapfl.store import cache_folder
+from tapfl.summary.descriptors import image_features
+from tapfl.summary.metric_set import pick_metric_set
+from tapfl.summary.mixture import GaussianSummary, fit_mixture
+from tapfl.training import accuracy, predict
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all cells of one seed share."""
+
+    config: RunConfig
+    pool: PublicPool
+    private: ImageSet
+    splits: list[DeviceSplit]
+    spec: BackboneSpec
+    model: nn.Module
+
+    @classmethod
+    def of(cls, config: RunConfig) -> Setting:
+        cache, transform = cache_folder(config.cache), input_transform(config.model)
+        images = open_pool(config.data, transform, config.seed, cache)
+        private = open_private(config.data, transform, config.seed, cache)
+        check_classes(config.data, images, private)
+        splits = partition(private.labels, config.data, config.devices.count, config.seed)
+        _, spec, model = dense_backbone(config.model, images, config.seed, DenseCache(cache))
+        return cls(config, describe_pool(config, images, model), private, splits, spec, model)
+
+    @property
+    def transform(self) -> Transform:
+        return input_transform(self.config.model)
+
+    @cached_property
+    def turned(self) -> nn.Module:
+        """The backbone in the canonical basis of its heads, by images of the whole pool: the same for all devices."""
+        return turned_on_pool(self.model, self.pool.images, self.transform, self.config.seed)
+
+
+@dataclass(frozen=True)
+class DeviceView:
+    """One device of a setting: its mixture, its test part, and how the dense model does on that."""
+
+    setting: Setting
+    device: int
+    summary: GaussianSummary
+    train: ImageSet
+    inputs: Tensor
+    labels: Tensor
+    classes: Tensor
+    dense: tuple[float, float]
+
+    @classmethod
+    def of(cls, setting: Setting, device: int) -> DeviceView:
+        config, split, transform = setting.config, setting.splits[device], setting.transform
+        mine, test = setting.private.subset(split.train), setting.private.subset(split.test)
+        points = setting.pool.projection(image_features(setting.model, transform.batches(mine.images)))
+        drawn = int(numpy_generator(config.seed, "mixture", device).integers(2**31))
+        summary = fit_mixture(points, config.summary, drawn)
+        inputs, labels = transform(test.images), torch.from_numpy(test.labels)
+        classes = torch.from_numpy(np.unique(mine.labels))
+        return cls(
+            setting, device, summary, mine, inputs, labels, classes, score(setting.model, inputs, labels, classes)
+        )
+
+    def public_images(self, options: MetricOptions, size: int, oracle: bool = False) -> ImageSet:
+        """Returns the `size` images that stand for the device's task, best first; see `pick_metric_set`.
+
+        Args:
+            oracle: take them from the device's own training images, evenly drawn, as many as there are.
+        """
+        seed, pool = self.setting.config.seed, self.setting.pool
+        generator = numpy_generator(seed, "metric", self.device)
+        if oracle:
+            count = min(size, len(self.train))  # a rest that fills no batch is no use to scores
+            return self.train.subset(generator.permutation(len(self.train))[:count])
+        chosen = pick_metric_set(
+            self.summary, pool.mixture, pool.points, options.model_copy(update={"size": size}), generator
+        )
+        return pool.images.subset(chosen)
+
+    def task(self, images: ImageSet, budget: Budget, options: PruningOptions, batch: int) -> PruningTask:
+        """Returns the problem that every criterion is given."""
+        setting = self.setting
+        model = setting.turned if resolved(options).basis == "canonical" else setting.model
+        inputs, labels = setting.transform(images.images), labels_of(images, options)
+        return pruning_task(model, inputs, budget, options, batch, labels, setting.config.seed)
+
+    def fine_tune_set(self, metric: MetricOptions, options: PruningOptions, oracle: bool) -> FineTuneSet | None:
+        """Returns the images of recovery, or None where they are the metric set."""
+        images = self.public_images(metric, options.recovery_size or metric.size, oracle)
+        return fine_tune_set(images, self.setting.transform, options)
+
+
+def score(model: nn.Module, inputs: Tensor, labels: Tensor, classes: Tensor) -> tuple[float, float]:
+    """Returns the accuracy among all classes, and among the device's own alone."""
+    logits = predict(model, inputs)
+    own = torch.full_like(logits, -torch.inf)
+    own[:, classes] = logits[:, classes]
+    return accuracy(logits, labels), accuracy(own, labels)

@@ -1,0 +1,229 @@
+"""A pruned model in the formats that others run: ONNX, torch.export and TorchScript.
+
+What is written is read again and compared with the model before it takes its name, so a file that is there computes
+what the model computes.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import metadata
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from tapfl.errors import ConfigError, RunError
+from tapfl.models.backbone import example_input, transform_of
+from tapfl.pruning.plan import PruningPlan
+from tapfl.seeds import torch_generator
+from tapfl.store import whole_file
+
+TOLERANCE = 1e-4  # largest difference of a logit
+ONNX_BYTES = 2**31 - 2**20  # what one protobuf message can hold
+ABOUT = "tapfl.json"  # where the archives of torch keep what ONNX calls metadata
+
+Forward = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written, and how far it is from the model: logits of random inputs at `batches`."""
+
+    file: Path
+    format: str
+    bytes: int
+    batches: tuple[int, ...]
+    max_abs_difference: float
+    top1_equal: bool
+
+
+def export(
+    model: nn.Module,
+    plan: PruningPlan,
+    file: Path | str,
+    format: str = "onnx",
+    batch: int | None = None,
+    opset: int | None = None,
+) -> Exported:
+    """Writes `model` to `file`, with the backbone's name, its input and the plan's checksum as metadata.
+
+    Args:
+        model: as `load_pruned` returns it.
+        plan: what it was pruned by.
+        format: a key of `FORMATS`.
+        batch: images a pass; None leaves it open.
+        opset: ONNX operator set; None takes the exporter's.
+
+    Raises:
+        ConfigError: if an argument is off, a package is missing, or `file` exists or cannot be written.
+        RunError: if the format cannot hold the model or what is read again differs from it; there is no file then.
+    """
+    file = Path(file)
+    if format not in FORMATS:
+        raise ConfigError(f"format = {format!r}: accepted are {', '.join(FORMATS)}")
+    if batch is not None and batch < 1:
+        raise ConfigError(f"batch = {batch}: must be at least 1, or dynamic")
+    if opset is not None and format != "onnx":
+        raise ConfigError(f"opset = {opset}: is for format onnx, not for {format}")
+    if file.exists():
+        raise ConfigError(f"out = {str(file)!r}: exists already; give a file that does not")
+    write, read, packages = FORMATS[format]
+    if lacking := [package for package in packages if find_spec(package) is None]:
+        raise ConfigError(f"format = {format!r}: needs {', '.join(lacking)}; pip install 'tapfl[export]'")
+    try:
+        with whole_file(file) as temporary:
+            with _quiet():
+                write(model, temporary, _about(model, plan), batch, opset)
+                found = _check(model, read(temporary), (batch,) if batch else (1, 3))
+            difference, same = found
+            if not (difference <= TOLERANCE and same):
+                said = f"logits differ by {difference:.2g}" + ("" if same else ", top-1 too")
+                raise RunError(f"{file}: {format} does not compute what the model computes ({said}); not kept")
+            size = temporary.stat().st_size
+    except OSError as error:
+        raise ConfigError(f"out = {str(file)!r}: cannot be written ({error.strerror})") from None
+    return Exported(file, format, size, (batch,) if batch else (1, 3), difference, same)
+
+
+def load_exported(file: Path | str, format: str = "onnx") -> Forward:
+    """Returns an exported model as a function of images (n, channels, height, width); ONNX on one thread."""
+    with _quiet():
+        return FORMATS[format][1](Path(file))
+
+
+def _about(model: nn.Module, plan: PruningPlan) -> dict[str, str]:
+    """Returns what a reader of the file needs besides the weights."""
+    transform = transform_of(model)
+    return {
+        "tapfl": metadata.version("tapfl"),
+        "backbone": plan.backbone.name,
+        "arguments": json.dumps(plan.backbone.args, sort_keys=True),
+        "classes": str(plan.backbone.num_classes),
+        "plan": plan.checksum,
+        "input": json.dumps([transform.channels, *transform.size]),
+        "mean": json.dumps(transform.mean),
+        "std": json.dumps(transform.std),
+    }
+
+
+@torch.no_grad()
+def _check(model: nn.Module, exported: Forward, batches: Sequence[int]) -> tuple[float, bool]:
+    """Returns the largest difference of a logit on normal inputs, and whether the largest logit is always the same."""
+    difference, same = 0.0, True
+    for batch in batches:
+        x = torch.randn(example_input(model, batch).shape, generator=torch_generator(0, "export", batch))
+        want, got = model(x), exported(x)
+        if want.shape != got.shape or not bool(got.isfinite().all()):
+            return float("inf"), False
+        difference = max(difference, float((want - got).abs().max()))
+        same &= bool((want.argmax(1) == got.argmax(1)).all())
+    return difference, same
+
+
+# ---------------------------------------------------------------- the formats
+
+
+def _program(model: nn.Module, batch: int | None) -> torch.export.ExportedProgram:
+    """Returns the graph of `model`; traced with two images if their number is open, as torch takes 1 for a constant."""
+    shapes = None if batch else ({0: torch.export.Dim("batch", min=1)},)
+    try:
+        program = torch.export.export(model, (example_input(model, batch or 2),), dynamic_shapes=shapes)
+    except Exception as error:  # whatever torch raises, there is no graph of this model
+        raise RunError(f"torch.export cannot hold this model ({_first(error)})") from None
+    for node in program.graph.nodes:
+        node.meta.pop("stack_trace", None)  # paths of the machine that exported it
+    return program
+
+
+def _write_program(model: nn.Module, file: Path, about: Mapping[str, str], batch: int | None, _: int | None) -> None:
+    with file.open("wb") as stream:
+        torch.export.save(_program(model, batch), stream, extra_files={ABOUT: json.dumps(about)})
+
+
+def _read_program(file: Path) -> Forward:
+    with file.open("rb") as stream:
+        return torch.export.load(stream).module()
+
+
+def _write_script(model: nn.Module, file: Path, about: Mapping[str, str], batch: int | None, _: int | None) -> None:
+    try:
+        traced = torch.jit.trace(model, example_input(model, batch or 2), check_trace=False)
+    except Exception as error:  # as above
+        raise RunError(f"TorchScript cannot hold this model ({_first(error)})") from None
+    torch.jit.save(traced, str(file), _extra_files={ABOUT: json.dumps(about).encode()})
+
+
+def _read_script(file: Path) -> Forward:
+    script: Forward = torch.jit.load(str(file))
+    return script
+
+
+def _write_onnx(model: nn.Module, file: Path, about: Mapping[str, str], batch: int | None, opset: int | None) -> None:
+    weights = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
+    if weights > ONNX_BYTES:
+        raise RunError(f"onnx: one file holds 2 GB, the weights are {weights / 1e9:.1f} GB")
+    try:
+        program = torch.onnx.export(
+            _program(model, batch), input_names=["images"], output_names=["logits"], opset_version=opset, verbose=False
+        )
+    except RunError:
+        raise
+    except Exception as error:  # as above
+        raise RunError(f"onnx: this model cannot be written (opset = {opset}: {_first(error)})") from None
+    assert program is not None  # it is for the old exporter alone
+    proto = program.model_proto
+    got = next(entry.version for entry in proto.opset_import if entry.domain in ("", "ai.onnx"))
+    if opset is not None and got != opset:
+        raise ConfigError(f"opset = {opset}: torch's exporter does not write it (it wrote {got})")
+    for node in proto.graph.node:
+        del node.metadata_props[:]  # how the exporter came to it, more bytes than a small model's weights
+    for key, value in about.items():
+        entry = proto.metadata_props.add()
+        entry.key, entry.value = key, value
+    file.write_bytes(proto.SerializeToString())
+
+
+def _read_onnx(file: Path) -> Forward:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    try:
+        session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # its types are those of its C++ code
+        raise RunError(f"onnxruntime does not take the file ({_first(error)})") from None
+    (images,) = (entry.name for entry in session.get_inputs())
+    return lambda x: torch.from_numpy(session.run(None, {images: x.numpy()})[0])
+
+
+Writer = Callable[[nn.Module, Path, Mapping[str, str], int | None, int | None], None]
+FORMATS: dict[str, tuple[Writer, Callable[[Path], Forward], tuple[str, ...]]] = {
+    "onnx": (_write_onnx, _read_onnx, ("onnx", "onnxscript", "onnxruntime")),
+    "torch-export": (_write_program, _read_program, ()),
+    "torchscript": (_write_script, _read_script, ()),
+}
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """The exporters' notes are for those who write exporters."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
+
+
+def _first(error: BaseException) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:200]

@@ -1,0 +1,90 @@
+"""Sensitivity (ours): how much the prediction feels what a branch writes, row by row and direction by direction.
+
+With g = ∂L/∂y the gradient of an image's cross-entropy at the output y of a branch, for a label drawn from the model's
+own prediction, E[g gᵀ] is the Fisher information of y: a change δ of the output moves the prediction by about
+½ E[(gᵀδ)²] nats. So no labels are needed, and two things follow:
+
+    rows      s = |g|², one number a row (a token of an image): which rows a regression should get right
+    metric    M = E[g gᵀ]: which directions of the output
+
+Rows are heavy-tailed, so they are used as ρ s/E[s] + (1 − ρ), ρ = 0.7: mean 1, and no row without a say.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from tapfl.models.units import PrunableLayer
+
+TRUST = 0.7  # ρ; 0: all rows alike
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """Of one branch on one set of images.
+
+    Attributes:
+        rows: by batch, float32 (rows,), in the order in which they pass the branch's output linear; mean 1 over all.
+        metric: M, float64 (outputs, outputs).
+    """
+
+    rows: tuple[Tensor, ...]
+    metric: Tensor
+
+
+def sensitivities(
+    model: nn.Module, layers: Sequence[PrunableLayer], inputs: Tensor, batch: int, generator: torch.Generator
+) -> dict[str, Sensitivity]:
+    """Returns the sensitivity of every branch, by layer name.
+
+    Args:
+        model: the dense backbone, frozen and in evaluation mode.
+        inputs: the metric set in the backbone's input format (n, channels, height, width).
+        batch: images a pass; `Sensitivity.rows` is cut alike.
+        generator: draws the labels.
+    """
+    squares: dict[str, list[Tensor]] = {layer.name: [] for layer in layers}
+    products: dict[str, Tensor] = {}
+    for images in inputs.split(batch):
+        for name, gradient in _output_gradients(model, layers, images, generator).items():
+            g = gradient.flatten(0, -2)
+            squares[name].append(g.square().sum(1))
+            products[name] = products.get(name, 0) + g.double().T @ g.double()
+    found = {}
+    for name, parts in squares.items():
+        count = sum(len(part) for part in parts)
+        mean = sum(float(part.double().sum()) for part in parts) / count
+        rows = tuple(TRUST * part / mean + (1 - TRUST) if mean > 0 else torch.ones_like(part) for part in parts)
+        found[name] = Sensitivity(rows, products[name] / count)
+    return found
+
+
+def _output_gradients(
+    model: nn.Module, layers: Sequence[PrunableLayer], images: Tensor, generator: torch.Generator
+) -> dict[str, Tensor]:
+    outputs: dict[str, Tensor] = {}
+
+    def keep(name: str) -> Callable[..., Tensor]:
+        def hook(_module: nn.Module, _inputs: object, output: Tensor) -> Tensor:
+            outputs[name] = output if output.requires_grad else output.detach().requires_grad_()
+            return outputs[name]
+
+        return hook
+
+    handles = [
+        model.get_submodule(f"{layer.name}.{layer.output}").register_forward_hook(keep(layer.name)) for layer in layers
+    ]
+    try:
+        with torch.enable_grad():
+            logits = model(images)
+    finally:
+        for handle in handles:
+            handle.remove()
+    labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
+    loss = F.cross_entropy(logits, labels, reduction="sum")
+    return dict(zip(outputs, torch.autograd.grad(loss, list(outputs.values())), strict=True))

@@ -1,0 +1,157 @@
+"""Export: what is on disk computes what the model computes, says where it comes from, or is not there."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+import torch
+from backbones import VIT, VIT_ARGS, Tiny, plan_of, random_kept, tiny
+from test_prune import tapfl
+from torch import Tensor, nn
+
+from tapfl.errors import ConfigError, PlanError, RunError
+from tapfl.models.backbone import BackboneSpec
+from tapfl.pruning import export as module
+from tapfl.pruning.export import FORMATS, export, load_exported
+from tapfl.pruning.plan import PruningPlan
+from tapfl.pruning.surgery import save_pruned, shrink
+
+
+def cut(backbone: Tiny) -> tuple[nn.Module, PruningPlan]:
+    """Half of the units; of the first attention a head alone, of the first FFN and the last attention nothing."""
+    kept = random_kept(backbone.layers, 0.5)
+    attentions = [layer for layer in backbone.layers if layer.kind == "attention"]
+    kept[attentions[0].name] = torch.arange(attentions[0].units_per_head)
+    kept[attentions[-1].name] = kept[backbone.layers[1].name] = torch.empty(0, dtype=torch.int64)
+    plan = plan_of(backbone, kept)
+    return shrink(backbone.model, plan), plan
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("family", ["vit", "deit", "swin"])
+def test_what_is_exported_computes_the_same_for_any_batch(
+    family: str, format: str, families: dict[str, Tiny], tmp_path: Path
+) -> None:
+    backbone = families[family]
+    model, plan = cut(backbone)
+    written = export(model, plan, tmp_path / "model", format)
+    assert written.max_abs_difference <= 1e-4 and written.top1_equal and written.batches == (1, 3)
+    assert written.bytes == (tmp_path / "model").stat().st_size
+    forward = load_exported(tmp_path / "model", format)
+    for x in (backbone.inputs, backbone.inputs[:1]):
+        torch.testing.assert_close(forward(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+def test_pooled_tokens_and_a_fixed_batch(tmp_path: Path) -> None:
+    spec = BackboneSpec(name=VIT.name, args=VIT_ARGS | {"class_token": False, "global_pool": "avg"}, num_classes=3)
+    backbone = tiny(spec)
+    model, plan = cut(backbone)
+    written = export(model, plan, tmp_path / "fixed.onnx", batch=4, opset=18)
+    assert written.batches == (4,)
+    found = onnx.load(tmp_path / "fixed.onnx")
+    assert [axis.dim_value for axis in found.graph.input[0].type.tensor_type.shape.dim] == [4, 1, 8, 8]
+    assert found.opset_import[0].version == 18
+    torch.testing.assert_close(
+        load_exported(tmp_path / "fixed.onnx")(backbone.inputs), model(backbone.inputs), rtol=1e-4, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_file_says_what_it_is_and_nothing_of_the_machine(format: str, vit: Tiny, tmp_path: Path) -> None:
+    model, plan = cut(vit)
+    file = tmp_path / "model"
+    export(model, plan, file, format)
+    if format == "onnx":
+        about = {entry.key: entry.value for entry in onnx.load(file).metadata_props}
+    elif format == "torch-export":
+        kept = {"tapfl.json": ""}
+        with file.open("rb") as stream:
+            torch.export.load(stream, extra_files=kept)
+        about = json.loads(kept["tapfl.json"])
+    else:
+        kept = {"tapfl.json": ""}
+        torch.jit.load(str(file), _extra_files=kept)
+        about = json.loads(kept["tapfl.json"])
+    assert about["backbone"] == VIT.name and about["classes"] == "10" and about["plan"] == plan.checksum
+    assert json.loads(about["arguments"]) == VIT_ARGS and json.loads(about["input"]) == [1, 8, 8]
+    assert b"site-packages" not in file.read_bytes()
+
+
+@pytest.mark.parametrize("difference", [1e-3, float("nan")])
+@pytest.mark.parametrize("format", FORMATS)
+def test_what_differs_is_not_kept(
+    format: str, difference: float, vit: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write, read, packages = FORMATS[format]
+
+    def off(file: Path) -> Any:
+        forward = read(file)
+        return lambda x: forward(x) + difference
+
+    monkeypatch.setitem(FORMATS, format, (write, off, packages))
+    with pytest.raises(RunError, match=rf"model: {format} does not compute what the model computes"):
+        export(*cut(vit), tmp_path / "model", format)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_another_top_1_is_a_difference_however_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "example_input", lambda _, batch: torch.zeros(batch, 1))
+    tied = torch.tensor([1.0, 1 - 1e-6])
+
+    def constant(logits: Tensor) -> Any:
+        return lambda x: logits.expand(len(x), -1)
+
+    difference, same = module._check(constant(tied), constant(tied.flip(0)), (1, 3))
+    assert difference < 2e-6 and not same
+    assert module._check(constant(tied), constant(tied), (1, 3)) == (0.0, True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"format": "tflite"}, "format = 'tflite': accepted are onnx, torch-export, torchscript"),
+        ({"batch": 0}, "batch = 0: must be at least 1"),
+        ({"format": "torchscript", "opset": 18}, "opset = 18: is for format onnx"),
+        ({"opset": 99}, "opset = 99: "),
+    ],
+)
+def test_arguments_that_are_off_are_refused(arguments: dict[str, Any], message: str, vit: Tiny, tmp_path: Path) -> None:
+    with pytest.raises((ConfigError, RunError), match=message):
+        export(*cut(vit), tmp_path / "model", **arguments)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_there_is_not_overwritten(vit: Tiny, tmp_path: Path) -> None:
+    (tmp_path / "mine").write_text("mine")
+    with pytest.raises(ConfigError, match=r"mine': exists already"):
+        export(*cut(vit), tmp_path / "mine", "torchscript")
+    with pytest.raises(ConfigError, match=r"cannot be written"):
+        export(*cut(vit), tmp_path / "mine" / "model", "torchscript")
+    assert (tmp_path / "mine").read_text() == "mine"
+
+
+def test_without_its_packages_onnx_names_the_extra(vit: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "find_spec", lambda name: None if name == "onnxscript" else object())
+    with pytest.raises(ConfigError, match=r"needs onnxscript; pip install 'tapfl\[export\]'"):
+        export(*cut(vit), tmp_path / "model")
+    export(*cut(vit), tmp_path / "model", "torchscript")
+
+
+def test_from_the_command_line(vit: Tiny, tmp_path: Path) -> None:
+    model, plan = cut(vit)
+    save_pruned(model, plan, tmp_path / "03" / "pruned")
+    said = json.loads(tapfl("export", str(tmp_path / "03"), "--out", str(tmp_path / "m.onnx"), "--json"))
+    assert said["bytes"] == (tmp_path / "m.onnx").stat().st_size and said["plan"] == plan.checksum
+    assert said["top1_equal"] is True and 0 <= said["max_abs_difference"] <= 1e-4
+    assert said["latency_ms"] > 0 and said["latency_ms_torch"] > 0 and said["latency_batch"] == 1
+    pruned = str(tmp_path / "03" / "pruned")
+    shown = tapfl("export", pruned, "--out", str(tmp_path / "m.pt"), "--format", "torchscript", "--batch", "2")
+    assert "torchscript" in shown and "m.pt" in shown
+    with pytest.raises(ConfigError, match=r"--batch some: accepted are dynamic"):
+        tapfl("export", pruned, "--out", str(tmp_path / "n.pt"), "--batch", "some")
+    with pytest.raises(PlanError, match=r"plan\.json: cannot be read"):
+        tapfl("export", str(tmp_path), "--out", str(tmp_path / "n.pt"))

@@ -1,0 +1,183 @@
+"""Several limits at once: all hold, one is reached to 99.5 %, or it is said what can be had."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import pytest
+from backbones import Tiny
+from hypothesis import given
+from hypothesis import strategies as st
+from test_allocate import backbones
+
+from tapfl.config import PruningOptions
+from tapfl.errors import BudgetError
+from tapfl.models.cost import Cost, measure_cost
+from tapfl.models.latency import Timings, interpolated
+from tapfl.models.units import Ffn, PrunableLayer, Shape
+from tapfl.pruning.allocate import allocate
+from tapfl.pruning.budget import Budget
+from tapfl.pruning.cost_table import CostTable, cost_table
+from tapfl.pruning.fit import BINS, Fit, _sums
+from tapfl.pruning.unit_shape import Ladder, ladder
+
+
+def made_up_timings(layers: list[PrunableLayer], seed: int = 0) -> Timings:
+    """Timings with kinks and plateaus, that never fall with a size; the model's fixed part is one of 5 ms."""
+    generator = np.random.default_rng(seed)
+    branches = {}
+    for layer in layers:
+        whole = float(generator.uniform(0.5, 2))
+        heads, dims = sorted({1, layer.heads}), sorted({max(layer.units_per_head // 3, 1), layer.units_per_head})
+        measured = {Shape(h, d): whole * (h / layer.heads) ** 0.5 * (d / dims[-1]) ** 0.7 for h in heads for d in dims}
+        branches[layer.name] = interpolated(measured | {Shape(0, 0): 0.01 * whole})
+    return Timings(5 + sum(float(table[-1, -1]) for table in branches.values()), branches)
+
+
+def problem(
+    layers: list[PrunableLayer], fixed: Cost, budget: str, options: PruningOptions, timings: Timings | None = None
+) -> tuple[list[Ladder], CostTable]:
+    dense = Cost(
+        macs=fixed.macs + sum(layer.macs(layer.full) for layer in layers),
+        params=fixed.params + sum(layer.params(layer.full) for layer in layers),
+    )
+    costs = cost_table(layers, dense, Budget.parse(budget), timings or made_up_timings(layers))
+    return [ladder(n, costs.branches[n.name], options.unit_shape, options.align) for n in layers], costs
+
+
+shares = st.floats(0.1, 1.0).map(lambda share: round(share, 4))
+budgets = st.lists(
+    st.tuples(st.sampled_from(["macs", "params", "latency", "block-macs"]), shares),
+    min_size=1,
+    max_size=4,
+    unique_by=lambda limit: limit[0],
+).map(lambda limits: ",".join(f"{quantity}<={share}" for quantity, share in limits))
+
+
+@given(
+    backbone=backbones(),
+    budget=budgets,
+    align=st.sampled_from([1, 4, 8]),
+    floor=st.sampled_from([0.0, 0.05]),
+    unit_shape=st.sampled_from(["head-dims", "heads", "both"]),
+    seed=st.integers(0, 1000),
+)
+def test_every_limit_holds_and_one_is_reached_or_it_is_refused(
+    backbone: tuple[list[PrunableLayer], int], budget: str, align: int, floor: float, unit_shape: str, seed: int
+) -> None:
+    layers, fixed = backbone
+    options = PruningOptions(align=align, floor=floor, unit_shape=unit_shape)
+    ladders, costs = problem(layers, Cost(macs=fixed, params=fixed), budget, options)
+    try:
+        shapes = allocate(ladders, np.random.default_rng(seed).uniform(0.1, 3, len(layers)), costs, options)
+    except BudgetError:
+        return
+    share = costs.total(shapes) / costs.dense
+    limit = costs.allowed / costs.dense
+    assert (share <= limit * (1 + 1e-9)).all()
+    assert (share >= limit * 0.995 * (1 - 1e-9)).any()
+    for layer in layers:
+        heads, dims = shapes[layer.name]
+        assert heads * dims >= max(floor * layer.units - 1e-6, 1 if floor else 0)
+        assert dims % align == 0 or dims == layer.units_per_head
+        if unit_shape == "head-dims" or layer.kind == "ffn":
+            assert heads == layer.heads
+        elif unit_shape == "heads":
+            assert dims == layer.units_per_head
+
+
+@given(backbone=backbones(), share=shares, align=st.sampled_from([4, 16]), quantity=st.sampled_from(["macs", "params"]))
+def test_what_a_refusal_names_can_be_had(
+    backbone: tuple[list[PrunableLayer], int], share: float, align: int, quantity: str
+) -> None:
+    layers, fixed = backbone[0][:4], backbone[1]
+    options = PruningOptions(align=align)
+    ones = np.ones(len(layers))
+
+    def attempt(budget: str) -> None:
+        ladders, costs = problem(layers, Cost(macs=fixed, params=fixed), budget, options)
+        allocate(ladders, ones, costs, options)
+
+    try:
+        attempt(f"{quantity}<={share}")
+    except BudgetError as refusal:
+        named = re.findall(r"(?:down to|below is|above is) ([0-9.e-]+)", str(refusal))
+        assert named
+        for value in named:
+            attempt(f"{quantity}<={value}")
+
+
+@given(seed=st.integers(0, 10**6), share=st.floats(0.1, 1))
+def test_the_search_finds_every_sum_of_a_small_backbone(seed: int, share: float) -> None:
+    """All sums of three layers, by brute force; and none twice."""
+    generator = np.random.default_rng(seed)
+    layers: list[PrunableLayer] = [
+        Ffn(name=f"mlp{i}", block="", heads=1, units=int(generator.integers(4, 9)), embed_dim=d, tokens=1, span=0)
+        for i, d in enumerate(generator.choice(40, 3, replace=False) + 1)
+    ]
+    options = PruningOptions(align=1, floor=0.0)
+    ladders, costs = problem(layers, Cost(macs=0, params=0), f"macs<={share}", options)
+    fit = Fit(tuple(ladders), costs, np.zeros(3, dtype=np.int64))
+    total, deviation, rungs = _sums(fit, 0, np.zeros(3))
+    spent = [step.costs[0] for step in ladders]
+    expected = {a + b + c for a in spent[0] for b in spent[1] for c in spent[2]}
+    assert len(expected) < BINS
+    assert set(total[:, 0]) == expected
+    for cost, off, chosen in zip(total, deviation, rungs, strict=True):
+        np.testing.assert_allclose(fit.total(chosen), cost)
+        assert off == pytest.approx(sum((r / (len(s.units) - 1)) ** 2 for r, s in zip(chosen, ladders, strict=True)))
+
+
+def test_a_grid_that_greedy_filling_misses_is_met_by_the_search() -> None:
+    """Steps of 12, 20 and 30, all wanted alike: some of their sums need two exchanges at once."""
+    sizes = enumerate((6, 10, 15))
+    layers: list[PrunableLayer] = [
+        Ffn(name=f"mlp{i}", block="", heads=1, units=3, embed_dim=d, tokens=1, span=0) for i, d in sizes
+    ]
+    options = PruningOptions(align=1, floor=0.0)
+    for spent in sorted({12 * a + 20 * b + 30 * c for a in range(4) for b in range(4) for c in range(4)} - {0}):
+        ladders, costs = problem(layers, Cost(macs=0, params=0), f"macs<={spent}", options)
+        assert costs.total(allocate(ladders, np.ones(3), costs, options))[0] == spent
+
+
+def test_limits_that_leave_room_keep_the_model_whole(vit: Tiny) -> None:
+    options = PruningOptions()
+    dense = measure_cost(vit.model)
+    budget = Budget.parse(f"params<={dense.params + 5},macs<=1,latency<=100ms")
+    costs = cost_table(vit.layers, dense, budget, made_up_timings(vit.layers))
+    ladders = [ladder(n, costs.branches[n.name], "head-dims", options.align) for n in vit.layers]
+    assert allocate(ladders, np.ones(4), costs, options) == {layer.name: layer.full for layer in vit.layers}
+
+
+def test_the_limit_that_binds_decides_and_the_others_hold(vit: Tiny) -> None:
+    """The same backbone under params and latency alone, and under both: the wider of the two goes by the narrower."""
+    options, dense = PruningOptions(align=1, floor=0.0), measure_cost(vit.model)
+    found = {}
+    for text in ("params<=0.5", "latency<=0.7", "params<=0.5,latency<=0.7", "latency<=0.7,params<=0.5"):
+        costs = cost_table(vit.layers, dense, Budget.parse(text), made_up_timings(vit.layers))
+        ladders = [ladder(n, costs.branches[n.name], "head-dims", 1) for n in vit.layers]
+        shapes = allocate(ladders, np.ones(4), costs, options)
+        assert costs.satisfied(shapes)
+        found[text] = [shape.units for shape in shapes.values()]
+    both = found["params<=0.5,latency<=0.7"]
+    assert both == found["latency<=0.7,params<=0.5"]
+    assert both in (found["params<=0.5"], found["latency<=0.7"]) and found["params<=0.5"] != found["latency<=0.7"]
+
+
+@pytest.mark.parametrize(
+    ("budget", "said"),
+    [
+        ("params<=100", r"budget 100 parameters cannot be met: this backbone can go down to \d{4} \(pruning"),
+        ("macs<=0.9,params<=0.01", r"budget 0\.01 of the parameters cannot be met: .* down to 0\.\d{2,5} \(pruning"),
+        ("latency<=1ms,macs<=0.9", r"budget 1 ms of latency cannot be met: this backbone can go down to 5\.\d+ ms \("),
+        ("latency<=0.01", r"budget 0\.01 of the latency cannot be met"),
+        ("block-macs<=0.001", r"budget 0\.001 of the block MACs cannot be met"),
+    ],
+)
+def test_the_limit_that_cannot_be_met_is_named(budget: str, said: str, vit: Tiny) -> None:
+    options = PruningOptions()
+    costs = cost_table(vit.layers, measure_cost(vit.model), Budget.parse(budget), made_up_timings(vit.layers))
+    ladders = [ladder(n, costs.branches[n.name], "head-dims", options.align) for n in vit.layers]
+    with pytest.raises(BudgetError, match=said):
+        allocate(ladders, np.ones(4), costs, options)

@@ -1,0 +1,127 @@
+"""TAP+ and its parts: sensitivity, backward elimination, weighted compensation."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from backbones import Tiny
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from tapfl.config import PruningOptions
+from tapfl.pruning.basis import carried_energy
+from tapfl.pruning.compensation import LostOutput
+from tapfl.pruning.criteria.registry import resolved
+from tapfl.pruning.elimination import elimination_order
+from tapfl.pruning.pipeline import prune_model
+from tapfl.pruning.planning import pruning_task
+from tapfl.pruning.sensitivity import TRUST, sensitivities
+
+FAMILIES = ["vit", "deit", "swin"]
+
+
+def covariance(generator: torch.Generator, units: int) -> Tensor:
+    X = torch.randn(4 * units, units, generator=generator, dtype=torch.float64) @ torch.randn(
+        units, units, generator=generator, dtype=torch.float64
+    )
+    return X.T @ X / len(X)
+
+
+def error_left(W: Tensor, C: Tensor, M: Tensor, gone: list[int]) -> float:
+    """tr(M W_S C_S|R W_Sᵀ): what the kept units cannot say of what the others wrote."""
+    stay = [j for j in range(len(C)) if j not in gone]
+    C_SS, C_SR, C_RR = C[gone][:, gone], C[gone][:, stay], C[stay][:, stay]
+    left = C_SS - C_SR @ torch.linalg.solve(C_RR, C_SR.T) if stay else C_SS
+    return float(torch.trace(M @ W[:, gone] @ left @ W[:, gone].T))
+
+
+@given(units=st.integers(1, 12), outputs=st.integers(1, 6), seed=st.integers(0, 1000))
+def test_the_errors_are_those_of_the_best_compensation(units: int, outputs: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    C = covariance(generator, units)
+    M = covariance(generator, outputs)
+    W = torch.randn(outputs, units, generator=generator, dtype=torch.float64)
+    order, errors = elimination_order(W, C, M, ridge=0.0)
+    assert sorted(order.tolist()) == list(range(units))
+    for n in range(1, units + 1):
+        assert float(errors[n - 1]) == pytest.approx(error_left(W, C, M, order[:n].tolist()), rel=1e-6)
+    first = [error_left(W, C, M, [j]) for j in range(units)]
+    assert first[int(order[0])] == pytest.approx(min(first), rel=1e-9)
+
+
+def test_of_two_units_that_say_the_same_one_goes_first_and_the_other_last() -> None:
+    C = torch.diag(torch.tensor([1.0, 1.0, 0.1, 0.2], dtype=torch.float64))
+    C[0, 1] = C[1, 0] = 1 - 1e-9
+    W = torch.ones(1, 4, dtype=torch.float64)
+    order, errors = elimination_order(W, C, torch.eye(1, dtype=torch.float64), ridge=1e-6)
+    assert set(order[[0, -1]].tolist()) == {0, 1}  # ranked by its own norm, unit 0 would be among the last to go
+    assert float(errors[0]) < 1e-4
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_sensitivity_is_the_gradient_of_the_sampled_loss(family: str, families: dict[str, Tiny]) -> None:
+    backbone = families[family]
+    layers = backbone.layers
+    found = sensitivities(backbone.model, layers, backbone.inputs, 4, torch.Generator().manual_seed(3))
+    labels = torch.multinomial(
+        backbone.model(backbone.inputs).softmax(-1), 1, generator=torch.Generator().manual_seed(3)
+    )[:, 0]
+    for layer in (layers[0], layers[-1]):
+        model = copy.deepcopy(backbone.model)
+        linear = model.get_submodule(f"{layer.name}.{layer.output}")
+        assert isinstance(linear, nn.Linear) and linear.bias is not None
+        linear.bias.requires_grad_(True)
+        loss = F.cross_entropy(model(backbone.inputs), labels, reduction="sum")
+        (gradient,) = torch.autograd.grad(loss, linear.bias)  # Σ over rows of g
+        rows, M = found[layer.name].rows, found[layer.name].metric
+        assert len(rows) == 1 and float(rows[0].mean()) == pytest.approx(1, rel=1e-4)
+        assert float(rows[0].min()) >= (1 - TRUST) * 0.999
+        assert torch.linalg.eigvalsh(M).min() > -1e-9 * M.diagonal().max()
+        count = len(rows[0])  # by Cauchy-Schwarz, (Σ g)² <= count Σ g², direction by direction
+        assert (gradient.double().square() <= count * count * M.diagonal() * 1.001 + 1e-12).all()
+    assert not any(module._forward_hooks for module in backbone.model.modules())
+
+
+def test_rows_that_count_more_are_answered_better() -> None:
+    generator = torch.Generator().manual_seed(0)
+    Z, r = torch.randn(200, 3, generator=generator), torch.randn(200, 2, generator=generator)
+    weights = torch.cat([torch.full((100,), 9.0), torch.full((100,), 1.0)])
+
+    def errors(weights: Tensor | None) -> Tensor:
+        lost = LostOutput(3, 2, weights=None if weights is None else [weights])
+        lost.add(Z, r)
+        D, e = lost.regression(ridge=0.0)
+        return (r.double() - Z.double() @ D.T - e).square().sum(1)
+
+    plain, weighted = errors(None), errors(weights)
+    assert weighted[:100].sum() < plain[:100].sum() and weighted[100:].sum() > plain[100:].sum()
+    torch.testing.assert_close(errors(torch.full((200,), 2.5)), plain)  # weights are relative
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_tap_plus_prunes_every_family_and_repeats(family: str, families: dict[str, Tiny]) -> None:
+    backbone = families[family]
+    options = PruningOptions(criterion="tap+", align=1)
+    made = [prune_model(pruning_task(backbone.model, backbone.inputs, 0.6, options, 2), backbone.spec) for _ in "ab"]
+    assert made[0].plan == made[1].plan and not made[0].exact
+    assert 0.597 <= made[0].plan.cost.macs / made[0].plan.dense.macs <= 0.6
+    state = made[1].model.state_dict()
+    assert all(torch.equal(value, state[name]) for name, value in made[0].model.state_dict().items())
+    said = made[0].plan.provenance
+    assert (said["basis"], said["compensation"], said["ratio"]) == ("canonical", "sequential", "power")
+
+
+def test_each_part_of_tap_plus_can_be_taken_out(vit: Tiny) -> None:
+    own = resolved(PruningOptions(criterion="tap+"))
+    assert (own.ratio, own.basis, own.compensation, own.compensation_rows) == (
+        "power", "canonical", "sequential", "sensitivity",
+    )  # fmt: skip
+    assert resolved(PruningOptions(criterion="tap")).compensation == "none"
+    options = PruningOptions(criterion="tap+", align=1, ratio="uniform", basis="none", compensation="none")
+    task = pruning_task(vit.model, vit.inputs, 0.6, options, 4)
+    assert carried_energy(task.model) is None
+    assert prune_model(task, vit.spec).exact
