@@ -30,17 +30,9 @@ CHANGED = {
     "one-pass": ["pruning.compensation=one-pass"],
     "low-rank heads, sequential": ["pruning.criterion=lowrank-heads", "pruning.compensation=sequential"],
     "upop": ["pruning.criterion=upop"],
-    "fine-tune": ["pruning.recovery=fine-tune", "pruning.recovery-steps=3", "pruning.labels=public"],
-    "all of it": [
-        "pruning.criterion=lowrank-heads",
-        "pruning.compensation=one-pass",
-        "pruning.recovery=distill",
-        "pruning.recovery-steps=3",
-        "pruning.recovery-size=100",
-        "adapters.rule=fedit",
-    ],
+    "fine-tune": ["pruning.recovery=fine-tune", "pruning.recovery-steps=3"],
 }
-SHORT = ["devices.count=3", "train.rounds=1"]
+SHORT = ["devices.count=2", "train.rounds=1"]
 
 
 @dataclass
@@ -113,7 +105,7 @@ def test_devices_keep_the_very_models_that_the_server_made(
     case: str, plain: Run, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = carry_out(tmp_path / "run", cache, CHANGED[case], monkeypatch)
-    assert set(run.made) == {0, 1, 2}
+    assert set(run.made) == {0, 1}
     for i, pruned in run.made.items():
         record, folder = run.records[i], run.folder / "devices" / f"{i:02d}" / "pruned"
         assert same(run.kept(i), pruned.model.state_dict())
@@ -162,7 +154,7 @@ def test_recovery_is_on_the_best_public_images_of_the_device(
 def test_a_device_refuses_weights_that_do_not_fit_its_plan(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The first device's plan with weights of the second one's: it keeps nothing, and the others go on."""
+    """The first device's plan with weights of the second one's: it keeps nothing, and the other goes on."""
     first: dict[int, Pruned] = {}
 
     def swap(i: int, pruned: Pruned) -> Pruned:
@@ -176,7 +168,7 @@ def test_a_device_refuses_weights_that_do_not_fit_its_plan(
     assert "weights for vit_tiny_patch16_224: do not fit their plan (blocks.0" in failure["reason"]
     assert "\n" not in failure["reason"]
     assert not (run.folder / "devices" / "01" / "pruned").exists()
-    assert [line["devices"] for line in lines if line["kind"] == "round"] == [2, 2]
+    assert [line["devices"] for line in lines if line["kind"] == "round"] == [1, 1]
 
 
 @pytest.mark.parametrize(
