@@ -21,7 +21,7 @@ from tapfl.models.cost import measure_cost
 from tapfl.models.dense import DenseCache
 from tapfl.personalize.method import Personal, local_round, method_of
 from tapfl.pruning.plan import PruningPlan
-from tapfl.pruning.surgery import save_pruned, shrink
+from tapfl.pruning.surgery import rebuild, save_pruned, shrink
 from tapfl.seeds import numpy_generator
 from tapfl.store import cache_folder
 from tapfl.summary.descriptors import Projection, image_features
@@ -82,10 +82,19 @@ class Device:
         )
 
     def prune(self, message: Prune) -> PruneReply:
-        """Cuts the backbone as the plan says and keeps the smaller model; the dense one is not needed again."""
+        """Keeps the smaller model: the one that was sent, or the backbone cut as the plan says.
+
+        All of it stays as it is but the head, which is trained as a whole and comes with the adapters of each round.
+
+        Raises:
+            PlanError: if the plan does not fit the backbone, or the weights do not fit the plan.
+        """
         plan = PruningPlan.from_json(message.plan)
-        dense = caches.dense(self._cache, message.backbone_key, plan.backbone.model_dump_json())
-        small = shrink(dense, plan)
+        if message.weights:
+            small = rebuild(plan, message.weights)
+        else:
+            dense = caches.dense(self._cache, message.backbone_key, plan.backbone.model_dump_json())
+            small = shrink(dense, plan)
         save_pruned(small, plan, self.storage.pruned, replace=True)
         cost = measure_cost(small)
         inputs, labels = self._part("test")

@@ -18,7 +18,7 @@ from tapfl.models.units import prunable_layers
 from tapfl.pruning.allocate import allocate
 from tapfl.pruning.budget import Budget
 from tapfl.pruning.cost_table import cost_table
-from tapfl.pruning.criteria.registry import criterion_of
+from tapfl.pruning.criteria.registry import resolved
 from tapfl.pruning.unit_shape import ladder
 from tapfl.store import cache_folder
 
@@ -37,6 +37,7 @@ def check(config: RunConfig) -> None:
     """
     if config.out and Path(config.out).exists():
         raise ConfigError(f"out = {config.out!r}: exists already; give a folder that does not")
+    resolved(config.pruning)
     cache = cache_folder(config.cache)
     transform = input_transform(config.model)
     public = open_pool(config.data, transform, config.seed, cache)
@@ -44,8 +45,9 @@ def check(config: RunConfig) -> None:
     check_classes(config.data, public, private)
     transform(public.images[:1])
     partition(private.labels, config.data, config.devices.count, config.seed)
-    if config.metric.size > len(public):
-        raise DataError(f"metric.size = {config.metric.size}: the public pool has {len(public)} images")
+    for name, size in (("metric.size", config.metric.size), ("pruning.recovery-size", config.pruning.recovery_size)):
+        if size > len(public):
+            raise DataError(f"{name} = {size}: the public pool has {len(public)} images")
     _check_backbone(config, public)
 
 
@@ -58,9 +60,8 @@ def _check_backbone(config: RunConfig, public: ImageSet) -> None:
     key = dense_key(options, spec, public, config.seed)
     if not DenseCache(cache_folder(config.cache)).holds(key):
         fill_weights(model, options, spec, public.classes)
-    criterion_of(config.pruning.criterion)
     layers = prunable_layers(model)
-    pruning, cost = config.pruning, measure_cost(model)
+    pruning, cost = resolved(config.pruning), measure_cost(model)
     for share in sorted(set(config.devices.budgets)):
         table = cost_table(layers, cost, Budget.parse(share))
         ladders = [ladder(n, table.branches[n.name], pruning.unit_shape, pruning.align) for n in layers]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tapfl.config import RunConfig
+from tapfl.config import RunConfig, Scalar
 from tapfl.data.sources import load_images
 from tapfl.errors import ConfigError, DataError
 from tapfl.models.backbone import input_transform
@@ -52,7 +52,11 @@ def prune(config: RunConfig, budget: Budget | float | str, out: Path) -> Pruning
         labels_of(metric, options),
         config.seed,
     )
-    provenance = {"data": config.data.source, "metric-size": config.metric.size, "budget": str(budget)}
+    provenance: dict[str, Scalar] = {
+        "data": config.data.source,
+        "metric-size": config.metric.size,
+        "budget": str(budget),
+    }
     pruned = prune_model(task, spec, fine_tune_set(drawn, transform, options), provenance, config.seed)
     save_pruned(pruned.model, pruned.plan, out)
     return pruned.plan

@@ -19,7 +19,7 @@ from torch import nn
 from strategies.fleet import Fleet
 from strategies.progress import stage
 from strategies.results import Clock, summarise
-from strategies.round_zero import PublicPool, Shared, describe_pool, device_plan
+from strategies.round_zero import PublicPool, Shared, describe_pool, device_model
 from tapfl.adapters.layout import (
     Layout,
     Params,
@@ -78,8 +78,8 @@ class Federation:
             self.fleet.meet(backbone.key)
             pool = describe_pool(self.config, self.images, backbone.model)
             summaries = self._summaries(backbone, pool)
-            plans = self._plans(backbone, pool, summaries)
-            initial = self._prune(backbone, plans)
+            plans, smaller = self._smaller_models(backbone, pool, summaries)
+            initial = self._prune(backbone, plans, smaller)
         with clock.phase("rounds"):
             final = self._rounds(initial)
         with clock.phase("evaluation"):
@@ -130,29 +130,37 @@ class Federation:
             write_tensors(self.folder.path / "summaries" / f"{i:02d}.safetensors", arrays, {"n": str(reply.n)})
         return {i: summaries[i] for i in replies}
 
-    def _plans(
+    def _smaller_models(
         self, backbone: Backbone, pool: PublicPool, summaries: Mapping[int, GaussianSummary]
-    ) -> dict[int, PruningPlan]:
+    ) -> tuple[dict[int, PruningPlan], dict[int, Prune]]:
+        """Returns the plans and the messages that bring the devices their models, with weights only where they must."""
         plans: dict[int, PruningPlan] = {}
         shared = Shared(self.config, pool, backbone.model)
-        with stage("plans", len(summaries)) as advance:
+        smaller: dict[int, Prune] = {}
+        with stage("smaller models", len(summaries)) as advance:
             for done, (i, summary) in enumerate(summaries.items(), start=1):
                 budget = self.fleet.records[i].budget
-                plans[i] = device_plan(self.config, pool, backbone.spec, backbone.model, summary, i, budget, shared)
+                pruned = device_model(shared, backbone.spec, summary, i, budget)
+                plans[i] = pruned.plan
+                smaller[i] = Prune(backbone.key, pruned.plan.model_dump_json(), pruned.weights())
                 write_bytes(self.folder.path / "plans" / f"{i:02d}.json", plans[i].model_dump_json(indent=1).encode())
                 advance(done, f"device {i}")
-        return plans
+        return plans, smaller
 
-    def _prune(self, backbone: Backbone, plans: Mapping[int, PruningPlan]) -> Params:
-        """Sends the plans; returns the global adapters before the first round."""
+    def _prune(self, backbone: Backbone, plans: Mapping[int, PruningPlan], smaller: Mapping[int, Prune]) -> Params:
+        """Sends the smaller models; returns the global adapters before the first round.
+
+        Their head is the dense model's. Where recovery or a criterion trained, the devices' models have heads of their
+        own, which give way to the shared one from the first round on: it is trained as a whole anyway, and what they
+        learnt in the rest of the model stays. On digits no device's accuracy changed by it.
+        """
 
         def check(i: int, reply: PruneReply) -> None:
             reply.check(plans[i].cost.params, plans[i].cost.macs)
 
-        outgoing = {i: Prune(backbone.key, plan.model_dump_json()) for i, plan in plans.items()}
         layers = prunable_layers(backbone.model)
         shapes = global_shapes(backbone.model, layers, max(self.config.devices.ranks))
-        for i, reply in self.fleet.ask("surgery", outgoing, PruneReply, check).items():
+        for i, reply in self.fleet.ask("surgery", smaller, PruneReply, check).items():
             record, dense = self.fleet.records[i], plans[i].dense
             record.params, record.params_share = reply.params, reply.params / dense.params
             record.macs, record.macs_share = reply.macs, reply.macs / dense.macs

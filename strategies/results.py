@@ -38,10 +38,10 @@ class DeviceRecord:
     failures: int = 0
 
     def sent(self, message: WireMessage) -> None:
-        self.bytes_down[message.kind] += message.nbytes
+        self.bytes_down += message.bytes_by_kind
 
     def received(self, message: WireMessage) -> None:
-        self.bytes_up[message.kind] += message.nbytes
+        self.bytes_up += message.bytes_by_kind
 
 
 class Clock:

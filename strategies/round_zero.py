@@ -1,4 +1,4 @@
-"""The server's work between the summaries and the plans; pure functions of its pool, its backbone and a mixture."""
+"""The server's work from the summaries to the smaller models; pure functions of pool, backbone and a mixture."""
 
 from __future__ import annotations
 
@@ -8,15 +8,16 @@ from functools import cached_property, partial
 import numpy as np
 from torch import nn
 
-from tapfl.config import RunConfig, Scalar
+from tapfl.config import MetricOptions, RunConfig, Scalar
 from tapfl.data.sources import ImageSet
 from tapfl.memo import Memo
 from tapfl.models.backbone import BackboneSpec, transform_of
 from tapfl.models.units import prunable_layers
+from tapfl.pruning.basis import carried_energy, turned_on_pool
+from tapfl.pruning.criteria.registry import resolved
 from tapfl.pruning.criteria.task import PruningTask, Selection
-from tapfl.pruning.pipeline import select
-from tapfl.pruning.plan import PruningPlan
-from tapfl.pruning.planning import plan_of, pruning_task
+from tapfl.pruning.pipeline import Pruned, fine_tune_set, labels_of, prune_to, select
+from tapfl.pruning.planning import pruning_task
 from tapfl.pruning.pool_probe import PoolProbe
 from tapfl.seeds import numpy_generator, torch_generator
 from tapfl.store import cache_folder
@@ -43,6 +44,11 @@ class PublicPool:
     mixture: GaussianSummary
     projection: Projection
 
+    @cached_property
+    def density(self) -> np.ndarray:
+        """The log-likelihood of the points under the pool's own mixture, float64 (n,)."""
+        return self.mixture.log_likelihood(self.points)
+
 
 def describe_pool(config: RunConfig, images: ImageSet, model: nn.Module) -> PublicPool:
     """Returns the pool with its descriptors and mixture."""
@@ -53,21 +59,40 @@ def describe_pool(config: RunConfig, images: ImageSet, model: nn.Module) -> Publ
     return PublicPool(images, points, fit_mixture(points, config.summary, drawn), projection)
 
 
-class Shared:
-    """What the plans of all devices have in common: computed when it is first needed, and once.
+def model_to_cut(config: RunConfig, pool: PublicPool, model: nn.Module) -> nn.Module:
+    """Returns the model of which all devices' smaller models are parts: `model`, in the basis that the options name.
 
-    It changes no plan, not by a bit, and holds little: no images and no activations beyond those of the pass at hand.
+    The canonical basis is found on the whole pool, never for one device: adapters are aggregated by index, which means
+    something only where a dim is the same dim on every device. A model that was turned before is returned as it is.
+    """
+    if resolved(config.pruning).basis == "canonical" and carried_energy(model) is None:
+        return turned_on_pool(model, pool.images, transform_of(model), config.seed)
+    return model
+
+
+def task_images(
+    pool: PublicPool, summary: GaussianSummary, options: MetricOptions, seed: int, partition_id: int, size: int = 0
+) -> np.ndarray:
+    """Returns the positions in the pool, int64, of the images that stand for a device's task, best first.
+
+    Args:
+        size: how many; 0: as many as the metric set has.
+    """
+    options = options.model_copy(update={"size": size or options.size})
+    generator = numpy_generator(seed, "metric", partition_id)
+    return pick_metric_set(summary, pool.density, pool.points, options, generator)
+
+
+class Shared:
+    """What the smaller models of all devices have in common: computed when it is first needed, and once.
+
+    It changes no model, not by a bit, and holds little: no images and no activations beyond those of the pass at hand.
     """
 
     def __init__(self, config: RunConfig, pool: PublicPool, model: nn.Module) -> None:
-        self.config, self.pool, self.model = config, pool, model
+        self.config, self.pool, self.model = config, pool, model_to_cut(config, pool, model)
         self.transform = transform_of(model)
         self._tasks, self._selections = Memo(BUDGETS), Memo(SELECTIONS)
-
-    @cached_property
-    def density(self) -> np.ndarray:
-        """The log-likelihood of the pool's points under the pool's own mixture, float64 (n,)."""
-        return self.pool.mixture.log_likelihood(self.pool.points)
 
     @cached_property
     def probe(self) -> PoolProbe:
@@ -80,8 +105,8 @@ class Shared:
 
     def task(self, chosen: np.ndarray, budget: float) -> PruningTask:
         """Returns the problem of a device; what depends on the backbone and the budget alone is measured once."""
-        config = self.config
-        inputs = self.transform(self.pool.images.images[chosen])
+        config, metric = self.config, self.pool.images.subset(chosen)
+        inputs, labels = self.transform(metric.images), labels_of(metric, config.pruning)
         task: PruningTask = self._tasks.once(
             budget,
             lambda: pruning_task(self.model, inputs, budget, config.pruning, config.metric.batch, seed=config.seed),
@@ -89,47 +114,41 @@ class Shared:
         return replace(
             task,
             inputs=inputs,
+            labels=labels,
             generator=torch_generator(config.seed, "criterion"),
             pool_probe=partial(self.probe.importance, chosen=chosen) if config.pruning.probe == "pool" else None,
         )
 
     def selection(self, chosen: np.ndarray, budget: float) -> tuple[PruningTask, Selection]:
-        """Returns the problem and its answer; equal metric sets under equal budgets are scored once."""
+        """Returns the problem and its answer; equal metric sets under equal budgets are scored once.
+
+        An answer that carries a trained model is not kept: that would be a whole model a device.
+        """
         task = self.task(chosen, budget)
-        return task, self._selections.once((chosen.tobytes(), budget), lambda: select(task))
+        key = (chosen.tobytes(), budget)
+        return task, self._selections.once(key, lambda: select(task), keep=lambda found: found.model is None)
 
 
-def device_plan(
-    config: RunConfig,
-    pool: PublicPool,
-    spec: BackboneSpec,
-    model: nn.Module,
-    summary: GaussianSummary,
-    partition_id: int,
-    budget: float,
-    shared: Shared | None = None,
-) -> PruningPlan:
-    """Returns the plan of one device: its metric set, the importance measured on it, its budget.
-
-    Args:
-        shared: of the same configuration, pool and model; without it, all is computed for this device alone.
+def device_model(
+    shared: Shared, spec: BackboneSpec, summary: GaussianSummary, partition_id: int, budget: float
+) -> Pruned:
+    """Returns the smaller model of one device and its plan: by the public images of its task, for its budget.
 
     Raises:
         BudgetError: if this backbone cannot meet the budget.
     """
-    shared = shared or Shared(config, pool, model)
-    generator = numpy_generator(config.seed, "metric", partition_id)
-    chosen = pick_metric_set(summary, shared.density, pool.points, config.metric, generator)
+    config, pool, options = shared.config, shared.pool, shared.config.pruning
+    images = partial(task_images, pool, summary, config.metric, config.seed, partition_id)
+    chosen = images()
     task, selection = shared.selection(chosen, budget)
+    best = images(options.recovery_size) if options.recovery_size else chosen
     provenance: dict[str, Scalar] = {
         "device": partition_id,
         "budget": budget,
         "metric-rule": config.metric.rule,
         "metric-size": config.metric.size,
-        "criterion": config.pruning.criterion,
-        "ratio": config.pruning.ratio,
-        "tau": config.pruning.tau,
-        "align": config.pruning.align,
-        "seed": config.seed,
+        "tau": options.tau,
+        "align": options.align,
     }
-    return plan_of(task, selection, spec, provenance)
+    fine_tune = fine_tune_set(pool.images.subset(best), shared.transform, options)
+    return prune_to(task, selection, spec, fine_tune, provenance, config.seed)

@@ -14,11 +14,14 @@ class Memo:
         self.limit = limit
         self._held: OrderedDict[Hashable, Any] = OrderedDict()
 
-    def once(self, key: Hashable, make: Callable[[], Any]) -> Any:
-        """Returns the result of `make`, a function of nothing but `key`; what it raises is not kept."""
-        if key not in self._held:
-            self._held[key] = make()
+    def once(self, key: Hashable, make: Callable[[], Any], keep: Callable[[Any], bool] = lambda result: True) -> Any:
+        """Returns the result of `make`, a function of `key` alone; what it raises, or `keep` denies, is not kept."""
+        if key in self._held:
+            self._held.move_to_end(key)
+            return self._held[key]
+        result = make()
+        if keep(result):
+            self._held[key] = result
             if len(self._held) > self.limit:
                 self._held.popitem(last=False)
-        self._held.move_to_end(key)
-        return self._held[key]
+        return result

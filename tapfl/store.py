@@ -86,20 +86,32 @@ def write_json(path: Path, content: Any) -> None:
     write_bytes(path, (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
 
 
+def pack_tensors(tensors: Tensors, about: Mapping[str, str] | None = None) -> bytes:
+    """Returns the content of a safetensors file; `about` becomes its metadata."""
+    contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+    return serialize_tensors(contiguous, metadata=dict(about or {}))
+
+
 def write_tensors(path: Path, tensors: Tensors, about: Mapping[str, str] | None = None) -> None:
     """Writes a safetensors file atomically; `about` becomes its metadata."""
-    contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
-    write_bytes(path, serialize_tensors(contiguous, metadata=dict(about or {})))
+    write_bytes(path, pack_tensors(tensors, about))
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
     """Returns the tensors of a safetensors file. Raises PlanError if it is missing or damaged."""
     try:
-        return parse_tensors(path.read_bytes())
+        content = path.read_bytes()
     except OSError as error:
         raise PlanError(f"{path}: cannot be read ({error.strerror})") from None
+    return unpack_tensors(content, str(path))
+
+
+def unpack_tensors(content: bytes, source: str) -> dict[str, torch.Tensor]:
+    """Returns the tensors of a safetensors file's content. Raises PlanError, naming `source`, if it is damaged."""
+    try:
+        return parse_tensors(content)
     except SafetensorError as error:
-        raise PlanError(f"{path}: is not a whole safetensors file ({error})") from None
+        raise PlanError(f"{source}: is not a whole safetensors file ({error})") from None
 
 
 def sha256_of(path: Path) -> str:

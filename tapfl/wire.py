@@ -8,7 +8,8 @@ classes named ``...Reply``.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from collections import Counter
+from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Self, get_type_hints
 
 import numpy as np
@@ -26,17 +27,17 @@ class WireMessage:
     """Base of all messages: to and from Flower's records by its fields."""
 
     type: ClassVar[str]  # Flower's message type
-    kind: ClassVar[str]  # under which its bytes are counted
+    kind: ClassVar[str]  # under which its bytes are counted, but for fields that have a kind of their own
 
     def to_records(self) -> RecordDict:
         """Returns the message as Flower sends it."""
         arrays, config = ArrayRecord(), ConfigRecord()
-        for field in fields(self):
-            value = getattr(self, field.name)
+        for each in fields(self):
+            value = getattr(self, each.name)
             if isinstance(value, np.ndarray):
-                arrays[field.name] = Array(np.ascontiguousarray(value))
+                arrays[each.name] = Array(np.ascontiguousarray(value))
             else:
-                config[field.name] = value
+                config[each.name] = value
         return RecordDict({"arrays": arrays, "config": config})
 
     @classmethod
@@ -51,7 +52,7 @@ class WireMessage:
         if not isinstance(arrays, ArrayRecord) or not isinstance(config, ConfigRecord) or not known:
             raise WireError(f"{cls.__name__}: records {sorted(content)} are not `arrays` and `config`")
         hints = get_type_hints(cls)
-        names = [field.name for field in fields(cls)]
+        names = [each.name for each in fields(cls)]
         in_arrays = {name for name in names if hints[name] is np.ndarray}
         if odd := sorted((set(arrays) ^ in_arrays) | (set(config) ^ (set(names) - in_arrays))):
             raise WireError(f"{cls.__name__}: fields differ: {', '.join(odd[:5])}")
@@ -68,9 +69,12 @@ class WireMessage:
         return cls(**values)
 
     @property
-    def nbytes(self) -> int:
-        """Bytes of the fields, without Flower's envelope."""
-        return sum(_nbytes(getattr(self, field.name)) for field in fields(self))
+    def bytes_by_kind(self) -> Counter[str]:
+        """Bytes of the fields, without Flower's envelope; a kind of which there are none is not named."""
+        counted: Counter[str] = Counter()
+        for each in fields(self):
+            counted[each.metadata.get("kind", self.kind)] += _nbytes(getattr(self, each.name))
+        return +counted
 
 
 def _array(field: str, array: Array) -> np.ndarray:
@@ -189,13 +193,17 @@ class SummaryReply(WireMessage):
 
 @dataclass(frozen=True)
 class Prune(WireMessage):
-    """The device's plan for the backbone that it was given."""
+    """The device's plan for the backbone that it was given, and where that alone does not give its model, the weights.
+
+    `weights` is a safetensors file of the smaller model's state dict, or empty: the device then cuts its own backbone.
+    """
 
     type: ClassVar[str] = "query.prune"
     kind: ClassVar[str] = "plan"
 
     backbone_key: str
     plan: str
+    weights: bytes = field(default=b"", metadata={"kind": "weights"})
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -278,7 +279,10 @@ def test_layers_are_probed_in_the_basis_in_which_they_are_cut(vit: Tiny) -> None
 def test_lowrank_heads_in_another_basis_are_refused(vit: Tiny) -> None:
     options = PruningOptions(criterion="lowrank-heads", align=1, basis="none")
     with pytest.raises(ConfigError, match=r"pruning.basis = 'none': criterion lowrank-heads"):
-        criterion_of("lowrank-heads")(pruning_task(vit.model, vit.inputs, 0.6, options, batch=4))
+        pruning_task(vit.model, vit.inputs, 0.6, options, batch=4)
+    task = pruning_task(vit.model, vit.inputs, 0.6, PruningOptions(criterion="lowrank-heads", align=1), batch=4)
+    with pytest.raises(ConfigError, match=r"pruning.basis = 'none': criterion lowrank-heads"):
+        criterion_of("lowrank-heads")(replace(task, model=vit.model))
 
 
 def test_any_criterion_can_be_asked_to_work_in_the_basis(vit: Tiny) -> None:

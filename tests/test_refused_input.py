@@ -32,6 +32,8 @@ REFUSED = {
     "metric set over pool": ("metric.size=4096", "metric.size = 4096", "898"),
     "metric set in parts": ("metric.size=100", "size=100", "multiple of batch=64"),
     "budget too small": ("devices.budgets=0.01,0.3,0.5", "budget 0.01", "can"),
+    "unknown criterion": ("pruning.criterion=tapp", "pruning.criterion = 'tapp'", "tap, taylor"),
+    "fine-tune set over pool": ("pruning.recovery-size=4096", "pruning.recovery-size = 4096", "898"),
     "budget too fine": ("pruning.align=16", "budget 0.3", "pruning.align"),
 }
 
@@ -59,6 +61,15 @@ def test_options(
     option, named, accepted = REFUSED[case]
     error = refused(capsys, monkeypatch, "--set", option)
     assert named in error and accepted in error
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_basis_that_the_criterion_cannot_do_with(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    options = ["--set", "pruning.criterion=lowrank-heads", "--set", "pruning.basis=none"]
+    error = refused(capsys, monkeypatch, *options)
+    assert "pruning.basis = 'none'" in error and "lowrank-heads needs 'canonical'; accepted: auto" in error
     assert not list(tmp_path.iterdir())
 
 

@@ -11,7 +11,7 @@ from backbones import Tiny
 
 from experiments.bench.devices import synthetic_mixture
 from strategies import round_zero
-from strategies.round_zero import PublicPool, Shared, describe_pool, device_plan
+from strategies.round_zero import PublicPool, Shared, describe_pool, device_model
 from tapfl.config import PruningOptions, RunConfig
 from tapfl.data.sources import load_images
 from tapfl.errors import ConfigError
@@ -38,7 +38,8 @@ class Place:
     def plan(self, device: int, shared: Shared | None, mixture: int | None = None) -> PruningPlan:
         summary = synthetic_mixture(self.pool.points, device if mixture is None else mixture)
         budget = BUDGETS[device % 3]
-        return device_plan(self.config, self.pool, self.spec, self.model, summary, device, budget, shared)
+        shared = shared or Shared(self.config, self.pool, self.model)
+        return device_model(shared, self.spec, summary, device, budget).plan
 
 
 @pytest.fixture(scope="module")

@@ -44,7 +44,7 @@ MESSAGES: list[WireMessage] = [
         test_samples=10,
         classes=3,
     ),
-    Prune("a1b2", "{}"),
+    Prune("a1b2", "{}", b"\x00\xff"),
     PruneReply(params=100, macs=2000, pruned_accuracy=0.8),
     Train(ROUND, np.array([1.0, 2.0, 3.0], np.float32)),
     TrainReply(ROUND, np.array([1.0, 2.0, 3.0], np.float32), 0.7, 0.5, 0.8, 0.9),
@@ -121,14 +121,17 @@ def test_what_leaves_a_device() -> None:
     }
 
 
-def test_nbytes() -> None:
-    sizes = {type(message): message.nbytes for message in MESSAGES}
+def test_bytes_are_counted_by_kind_and_weights_apart_from_the_plan() -> None:
+    sizes = {type(message): message.bytes_by_kind.total() for message in MESSAGES}
     assert sizes[Hello] == 4
     assert sizes[HelloReply] == 5 * 8
     assert sizes[Summarize] == 4 + 2 + 2 + 3 * 8 + 6 * 4
     assert sizes[SummaryReply] == (2 + 4 + 4) * 8 + 4 * 8
     assert sizes[TrainReply] == 8 + 3 * 4 + 4 * 8
-    assert Hello("λ").nbytes == 2
+    assert Hello("λ").bytes_by_kind == {"hello": 2}
+    assert Train(1, np.zeros(3, np.float32)).bytes_by_kind == {"adapters": 8 + 12}
+    assert Prune("a1b2", "{}", b"12345").bytes_by_kind == {"plan": 6, "weights": 5}
+    assert Prune("a1b2", "{}").bytes_by_kind == {"plan": 6}
 
 
 # -- what any message is refused for ----------------------------------------------------------------------------------

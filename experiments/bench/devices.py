@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from strategies.round_zero import PublicPool, Shared, describe_pool, device_plan
+from strategies.round_zero import PublicPool, Shared, describe_pool, device_model
 from tapfl.config import RunConfig
 from tapfl.data.sources import load_images
 from tapfl.models.backbone import BackboneSpec, build, spec_of, transform_of
@@ -74,9 +74,10 @@ def _seconds(
 ) -> float:
     budgets = config.devices.budgets
     start = time.process_time()
-    common = Shared(config, pool, model) if shared else None
+    common = Shared(config, pool, model)
     for i in range(count):
-        device_plan(config, pool, spec, model, synthetic_mixture(pool.points, i), i, budgets[i % len(budgets)], common)
+        served = common if shared else Shared(config, pool, model)
+        device_model(served, spec, synthetic_mixture(pool.points, i), i, budgets[i % len(budgets)])
     return time.process_time() - start
 
 

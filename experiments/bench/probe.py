@@ -14,12 +14,10 @@ import torch
 from scipy.stats import spearmanr
 
 from experiments.compare.setting import DeviceView, Setting, score
-from strategies.round_zero import Shared
+from strategies.round_zero import Shared, task_images
 from tapfl.config import RunConfig
 from tapfl.pruning.compensation import compensated
 from tapfl.pruning.criteria.task import PruningTask, Selection
-from tapfl.seeds import numpy_generator
-from tapfl.summary.metric_set import pick_metric_set
 
 MEASURES = ("ρ attention", "ρ ffn", "kept alike", "accuracy own", "accuracy pool", "pool - own")
 
@@ -48,8 +46,7 @@ def bench_probe(
             flat = [config.flat() | {"pruning.tau": tau, "pruning.probe": probe} for probe in ("own", "pool")]
             ways = [Shared(RunConfig.from_flat(each), setting.pool, setting.model) for each in flat]
             for device, view in enumerate(views):
-                generator = numpy_generator(seed, "metric", device)
-                chosen = pick_metric_set(view.summary, ways[0].density, setting.pool.points, config.metric, generator)
+                chosen = task_images(setting.pool, view.summary, config.metric, seed, device)
                 for budget in budgets:
                     found[tau, budget].append(_compare(view, [way.selection(chosen, budget) for way in ways]))
     rows: list[Mapping[str, str]] = []

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from strategies.round_zero import PublicPool, describe_pool
+from strategies.round_zero import PublicPool, describe_pool, task_images
 from tapfl.config import MetricOptions, PruningOptions, RunConfig
 from tapfl.data.federated import check_classes, open_pool, open_private
 from tapfl.data.partition import DeviceSplit, partition
@@ -26,7 +26,6 @@ from tapfl.pruning.planning import pruning_task
 from tapfl.seeds import numpy_generator
 from tapfl.store import cache_folder
 from tapfl.summary.descriptors import image_features
-from tapfl.summary.metric_set import pick_metric_set
 from tapfl.summary.mixture import GaussianSummary, fit_mixture
 from tapfl.training import accuracy, predict
 
@@ -89,20 +88,17 @@ class DeviceView:
         )
 
     def public_images(self, options: MetricOptions, size: int, oracle: bool = False) -> ImageSet:
-        """Returns the `size` images that stand for the device's task, best first; see `pick_metric_set`.
+        """Returns the `size` images that stand for the device's task, best first; see `task_images`.
 
         Args:
             oracle: take them from the device's own training images, evenly drawn, as many as there are.
         """
         seed, pool = self.setting.config.seed, self.setting.pool
-        generator = numpy_generator(seed, "metric", self.device)
         if oracle:
             count = min(size, len(self.train))  # a rest that fills no batch is no use to scores
-            return self.train.subset(generator.permutation(len(self.train))[:count])
-        chosen = pick_metric_set(
-            self.summary, pool.mixture, pool.points, options.model_copy(update={"size": size}), generator
-        )
-        return pool.images.subset(chosen)
+            drawn = numpy_generator(seed, "metric", self.device).permutation(len(self.train))
+            return self.train.subset(drawn[:count])
+        return pool.images.subset(task_images(pool, self.summary, options, seed, self.device, size))
 
     def task(self, images: ImageSet, budget: Budget, options: PruningOptions, batch: int) -> PruningTask:
         """Returns the problem that every criterion is given."""

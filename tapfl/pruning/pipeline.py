@@ -26,6 +26,7 @@ from tapfl.pruning.planning import plan_of
 from tapfl.pruning.recovery import fading_branches, recover, steps_left
 from tapfl.pruning.sensitivity import sensitivities
 from tapfl.seeds import numpy_generator, torch_generator
+from tapfl.store import pack_tensors
 from tapfl.training import predict
 
 CHANGES = ("basis", "compensation", "recovery")  # what changes weights, unless it is `none`
@@ -58,6 +59,13 @@ class Pruned:
     model: nn.Module
     plan: PruningPlan
     exact: bool
+
+    def weights(self) -> bytes:
+        """Returns what has to travel with the plan: nothing where it is exact, else the model's weights as safetensors.
+
+        `tapfl.pruning.surgery.rebuild` makes the model of both.
+        """
+        return b"" if self.exact else pack_tensors(self.model.state_dict())
 
 
 def labels_of(images: ImageSet, options: PruningOptions) -> Tensor | None:
@@ -127,7 +135,18 @@ def prune_model(
     Raises:
         BudgetError: if the budget cannot be met.
     """
-    selection = select(task)
+    return prune_to(task, select(task), spec, fine_tune, provenance, seed)
+
+
+def prune_to(
+    task: PruningTask,
+    selection: Selection,
+    spec: BackboneSpec,
+    fine_tune: FineTuneSet | None = None,
+    provenance: Mapping[str, Scalar] | None = None,
+    seed: int = 0,
+) -> Pruned:
+    """Returns the smaller model of a selection and its plan: what comes after the criterion."""
     small = recovered(task, selection, cut(task, selection, seed), fine_tune, seed)
     parts = {name: getattr(task.options, name) for name in ("criterion", "ratio", *CHANGES)}
     plan = plan_of(task, selection, spec, {**parts, "seed": seed, **(provenance or {})})

@@ -17,7 +17,7 @@ from tapfl.models.backbone import build
 from tapfl.models.units import prunable_layers, put
 from tapfl.pruning.basis import carried_energy
 from tapfl.pruning.plan import PLAN_FILE, PruningPlan, load_plan, read_plan, signed
-from tapfl.store import read_tensors, sha256_of, whole_folder, write_json, write_tensors
+from tapfl.store import read_tensors, sha256_of, unpack_tensors, whole_folder, write_json, write_tensors
 
 WEIGHTS_FILE = "model.safetensors"
 LARGEST_BUFFER = 2**28  # elements of Swin's masks and indices, which no file holds: 1 GB
@@ -107,14 +107,18 @@ def load_pruned(folder: Path | str) -> nn.Module:
         model = _skeleton(plan, len(state))
     except (ModelError, PlanError) as error:
         raise PlanError(f"{folder / PLAN_FILE}: {error}") from None
-    _check_state(state, model.state_dict(), f"{weights}: does not fit its plan")
-    model.to_empty(device="cpu")
-    for module in model.modules():
-        compute = getattr(module, "init_non_persistent_buffers", None)  # timm: what no file holds
-        if callable(compute):
-            compute()
-    model.load_state_dict(state)
-    return model.requires_grad_(False)
+    return _filled(model, state, f"{weights}: does not fit its plan")
+
+
+def rebuild(plan: PruningPlan, weights: bytes) -> nn.Module:
+    """Returns the pruned model of a plan and its weights as they travel, the content of a safetensors file.
+
+    Raises:
+        PlanError: if the weights are damaged, not finite, or not those of the plan's model; it names the first.
+    """
+    source = f"weights for {plan.backbone.name}"
+    state = unpack_tensors(weights, source)
+    return _filled(_skeleton(plan, len(state)), state, f"{source}: do not fit their plan")
 
 
 def kept_units(plan: PruningPlan) -> dict[str, torch.Tensor]:
@@ -140,6 +144,18 @@ def _skeleton(plan: PruningPlan, tensors: int) -> nn.Module:
     except Exception as error:  # timm does not check what it is given, and fails as it happens
         said = f"{type(error).__name__}: {error}".splitlines()[0]
         raise PlanError(f"{spec.name} cannot be built as the plan says, with {spec.args} ({said})") from None
+
+
+def _filled(skeleton: nn.Module, state: Mapping[str, Tensor], what: str) -> nn.Module:
+    """Returns a skeleton as a model with these weights. Raises PlanError, beginning with `what`, if they do not fit."""
+    _check_state(state, skeleton.state_dict(), what)
+    model = skeleton.to_empty(device="cpu")
+    for module in model.modules():
+        compute = getattr(module, "init_non_persistent_buffers", None)  # timm: what no file holds
+        if callable(compute):
+            compute()
+    model.load_state_dict(state)
+    return model.requires_grad_(False)
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from tapfl.pruning.criteria.task import PruningTask, Selection
 from tapfl.pruning.criteria.wanda import output_norms
 
 
-@recipe(basis="canonical")
+@recipe(basis="canonical", needs=("basis",))
 def lowrank_heads(task: PruningTask) -> Selection:
     """Needs no labels and no gradients.
 

@@ -58,11 +58,16 @@ def criterion_of(name: str) -> Criterion:
     )
 
 
-def recipe(**options: str) -> Callable[[Criterion], Criterion]:
-    """Marks a criterion as made for these values of the options that `PUBLISHED` names, where they are `auto`."""
+def recipe(needs: tuple[str, ...] = (), **options: str) -> Callable[[Criterion], Criterion]:
+    """Marks a criterion as made for these values of the options that `PUBLISHED` names, where they are `auto`.
+
+    Args:
+        needs: those of the options that it cannot do without; any other value is refused before anything starts.
+    """
 
     def mark(criterion: Criterion) -> Criterion:
         criterion.recipe = options  # type: ignore[attr-defined]
+        criterion.needs = needs  # type: ignore[attr-defined]
         return criterion
 
     return mark
@@ -72,7 +77,13 @@ def resolved(options: PruningOptions) -> PruningOptions:
     """Returns the options with every `auto` replaced by what the criterion is made for, or else by what is published.
 
     Raises:
-        ConfigError: if there is no such criterion.
+        ConfigError: if there is no such criterion, or it cannot do with one of the options.
     """
-    own = PUBLISHED | getattr(criterion_of(options.criterion), "recipe", {})
+    criterion = criterion_of(options.criterion)
+    own = PUBLISHED | getattr(criterion, "recipe", {})
+    for name in getattr(criterion, "needs", ()):
+        if (value := getattr(options, name)) not in ("auto", own[name]):
+            raise ConfigError(
+                f"pruning.{name} = {value!r}: criterion {options.criterion} needs {own[name]!r}; accepted: auto"
+            )
     return options.model_copy(update={name: own[name] for name in PUBLISHED if getattr(options, name) == "auto"})
