@@ -19,7 +19,7 @@ from tapfl.pruning.allocate import allocate
 from tapfl.pruning.budget import Budget
 from tapfl.pruning.cost_table import cost_table
 from tapfl.pruning.criteria.registry import resolved
-from tapfl.pruning.unit_shape import ladder
+from tapfl.pruning.unit_shape import aligned, ladder
 from tapfl.store import cache_folder
 
 
@@ -61,7 +61,7 @@ def _check_backbone(config: RunConfig, public: ImageSet) -> None:
     if not DenseCache(cache_folder(config.cache)).holds(key):
         fill_weights(model, options, spec, public.classes)
     layers = prunable_layers(model)
-    pruning, cost = resolved(config.pruning), measure_cost(model)
+    pruning, cost = aligned(resolved(config.pruning), layers), measure_cost(model)
     for share in sorted(set(config.devices.budgets)):
         table = cost_table(layers, cost, Budget.parse(share))
         ladders = [ladder(n, table.branches[n.name], pruning.unit_shape, pruning.align) for n in layers]

@@ -148,7 +148,7 @@ def device_model(
         "metric-rule": config.metric.rule,
         "metric-size": config.metric.size,
         "tau": options.tau,
-        "align": options.align,
+        "align": task.options.align,
     }
     fine_tune = fine_tune_set(pool.images.subset(best), shared.transform, options)
     return prune_to(task, selection, spec, fine_tune, provenance, config.seed)

@@ -166,7 +166,7 @@ class PruningOptions(Section):
     compensation_rows: Literal["auto", "even", "sensitivity"] = Field(
         "auto", description="tokens count alike, or by how much the prediction feels them; auto: the criterion's own"
     )
-    align: Count = Field(4, description="widths are multiples of this (8 suits real backbones)")
+    align: int = Field(0, ge=0, description="widths are multiples of this; 0: 8, or 4 where heads have under 32 dims")
     floor: float = Field(0.05, ge=0, lt=1, description="least share of a layer that is kept")
     unit_shape: Literal["head-dims", "heads", "both"] = Field(
         "head-dims",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from tapfl.models.units import Ffn, PrunableLayer, SelfAttention
 from tapfl.pruning.allocate import allocate, layer_weights, softmax_weights, water_fill
 from tapfl.pruning.budget import Budget
 from tapfl.pruning.cost_table import cost_table
-from tapfl.pruning.unit_shape import ladder
+from tapfl.pruning.unit_shape import aligned, ladder
 
 GOLDEN = golden("allocate")
 
@@ -155,17 +156,36 @@ def test_the_least_budget_itself_can_be_had(backbone: tuple[list[PrunableLayer],
 
 def test_the_whole_budget_keeps_everything(vit: Tiny) -> None:
     dense = measure_cost(vit.model).macs
-    widths = widths_of(vit.layers, np.array([3.0, 1.0, 0.1, 2.0]), dense, 1.0, PruningOptions())
+    widths = widths_of(vit.layers, np.array([3.0, 1.0, 0.1, 2.0]), dense, 1.0, PruningOptions(align=4))
     assert widths == {layer.name: layer.units for layer in vit.layers}
 
 
 def test_uniform_ratio_weighs_all_layers_equally_and_adaptive_by_kind(vit: Tiny) -> None:
     kl = {"blocks.0.attn": 1.0, "blocks.1.attn": 2.0, "blocks.0.mlp": 9.0, "blocks.1.mlp": 3.0}
     assert layer_weights(vit.layers, kl, PruningOptions(ratio="uniform")).tolist() == [1, 1, 1, 1]
-    weights = layer_weights(vit.layers, kl, PruningOptions(tau=2.0))
+    weights = layer_weights(vit.layers, kl, PruningOptions(ratio="adaptive", tau=2.0))
     attention, ffn = weights[[0, 2]], weights[[1, 3]]
     np.testing.assert_allclose(attention, 2 * np.exp([0.5, 1.0]) / np.exp([0.5, 1.0]).sum())
     np.testing.assert_allclose(ffn, 2 * np.exp([4.5, 1.5]) / np.exp([4.5, 1.5]).sum())
+
+
+def test_power_ratio_knows_no_scale(vit: Tiny) -> None:
+    kl = {"blocks.0.attn": 1.0, "blocks.1.attn": 4.0, "blocks.0.mlp": 9.0, "blocks.1.mlp": 1.0}
+    options = PruningOptions(ratio="power", gamma=0.5)
+    weights = layer_weights(vit.layers, kl, options)
+    np.testing.assert_allclose(weights, [2 / 3, 1.5, 4 / 3, 0.5])  # attention 1 : 2, FFN 3 : 1, mean 1 each
+    smaller = {name: value * 1e-6 for name, value in kl.items()}
+    np.testing.assert_allclose(layer_weights(vit.layers, smaller, options), weights)
+    nothing = dict.fromkeys(kl, 0.0)
+    assert layer_weights(vit.layers, nothing, options).tolist() == [1, 1, 1, 1]
+
+
+def test_widths_are_aligned_to_8_unless_heads_are_small(vit: Tiny) -> None:
+    assert [layer.units_per_head for layer in vit.layers] == [16, 128, 16, 128]
+    assert aligned(PruningOptions(), vit.layers).align == 4
+    large = [replace(layer, heads=1) for layer in vit.layers]
+    assert aligned(PruningOptions(), large).align == 8
+    assert aligned(PruningOptions(align=3), large).align == 3
 
 
 def test_uniform_ratio_keeps_about_the_same_share_of_every_layer(vit: Tiny) -> None:

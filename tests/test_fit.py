@@ -142,7 +142,7 @@ def test_a_grid_that_greedy_filling_misses_is_met_by_the_search() -> None:
 
 
 def test_limits_that_leave_room_keep_the_model_whole(vit: Tiny) -> None:
-    options = PruningOptions()
+    options = PruningOptions(align=4)
     dense = measure_cost(vit.model)
     budget = Budget.parse(f"params<={dense.params + 5},macs<=1,latency<=100ms")
     costs = cost_table(vit.layers, dense, budget, made_up_timings(vit.layers))
@@ -176,7 +176,7 @@ def test_the_limit_that_binds_decides_and_the_others_hold(vit: Tiny) -> None:
     ],
 )
 def test_the_limit_that_cannot_be_met_is_named(budget: str, said: str, vit: Tiny) -> None:
-    options = PruningOptions()
+    options = PruningOptions(align=4)
     costs = cost_table(vit.layers, measure_cost(vit.model), Budget.parse(budget), made_up_timings(vit.layers))
     ladders = [ladder(n, costs.branches[n.name], "head-dims", options.align) for n in vit.layers]
     with pytest.raises(BudgetError, match=said):

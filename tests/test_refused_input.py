@@ -32,7 +32,7 @@ REFUSED = {
     "metric set over pool": ("metric.size=4096", "metric.size = 4096", "898"),
     "metric set in parts": ("metric.size=100", "size=100", "multiple of batch=64"),
     "budget too small": ("devices.budgets=0.01,0.3,0.5", "budget 0.01", "can"),
-    "unknown criterion": ("pruning.criterion=tapp", "pruning.criterion = 'tapp'", "tap, taylor"),
+    "unknown criterion": ("pruning.criterion=tapp", "pruning.criterion = 'tapp'", "tap, tap+, taylor"),
     "fine-tune set over pool": ("pruning.recovery-size=4096", "pruning.recovery-size = 4096", "898"),
     "budget too fine": ("pruning.align=16", "budget 0.3", "pruning.align"),
 }

@@ -169,7 +169,7 @@ BUDGETS = ["params<=0.6", "macs<=0.6,params<=0.5", "latency<=0.8", "block-macs<=
 @pytest.mark.parametrize("name", sorted(registry.BUILT_IN))
 def test_every_criterion_keeps_every_limit(name: str, budget: str, vit: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(upop, "STEPS", 4)
-    task = task_of(vit, budget)
+    task = task_of(vit, budget, criterion=name)
     selection = registry.criterion_of(name)(task)
     plan = planning.plan_of(task, selection, vit.spec)
     shapes = {layer.name: layer.shape_of(selection.kept[layer.name]) for layer in task.layers}

@@ -19,6 +19,7 @@ from tapfl.pruning.criteria.registry import resolved
 from tapfl.pruning.criteria.task import PruningTask, Selection
 from tapfl.pruning.plan import LayerPlan, PruningPlan
 from tapfl.pruning.surgery import shrink
+from tapfl.pruning.unit_shape import aligned
 from tapfl.seeds import torch_generator
 
 
@@ -47,6 +48,7 @@ def pruning_task(
     check_metric_set(model, inputs, batch)
     limits, options = Budget.parse(budget), resolved(options or PruningOptions())
     layers, dense = tuple(prunable_layers(model)), measure_cost(model)
+    options = aligned(options, layers)
     if options.basis == "canonical" and carried_energy(model) is None:
         model = canonical_basis(model, layers, inputs, batch)
     if limits.measured and timings is None:

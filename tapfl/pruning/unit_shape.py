@@ -9,6 +9,7 @@ An FFN is one head, of which units go under all three.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -16,7 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tapfl.config import PruningOptions
 from tapfl.models.units import PrunableLayer, Shape
+
+SMALL_HEAD = 32  # dims
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,6 +50,14 @@ class Ladder:
     def below(self, units: float) -> int:
         """Returns the highest rung of at most so many units, but for rounding."""
         return int(np.searchsorted(self.units, units + 1e-9 * self.full, side="right")) - 1
+
+
+def aligned(options: PruningOptions, layers: Sequence[PrunableLayer]) -> PruningOptions:
+    """Returns the options with an `align` of 0 replaced: 8 suits kernels, but leaves small heads hardly a choice."""
+    if options.align:
+        return options
+    small = any(layer.units_per_head < SMALL_HEAD for layer in layers if layer.kind == "attention")
+    return options.model_copy(update={"align": 4 if small else 8})
 
 
 def ladder(
