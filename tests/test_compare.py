@@ -33,8 +33,8 @@ device = [0, 2]"""
 
 def test_a_comparison_is_carried_out_once_and_shown(tmp_path: Path) -> None:
     file, out = comparison_file(tmp_path, AXES), tmp_path / "out"
-    invoked = ["compare", "--config", str(file), "--out", str(out), "--json"]
-    first = CliRunner().invoke(cli.app, invoked, catch_exceptions=False)
+    invoked = ["compare", "--config", str(file), "--out", str(out), "--json", "--jobs"]
+    first = CliRunner().invoke(cli.app, [*invoked, "1"], catch_exceptions=False)
     rows = [json.loads(line) for line in first.stdout.splitlines() if line.startswith("{")]
     assert [(row["criterion"], row["compensation"]) for row in rows] == [
         (criterion, how) for criterion in ("tap", "lowrank-heads") for how in ("none", "one-pass", "sequential")
@@ -43,8 +43,10 @@ def test_a_comparison_is_carried_out_once_and_shown(tmp_path: Path) -> None:
     assert "| tap | none |" in (out / "table.md").read_text()
     results = (out / "results.csv").read_text()
     assert len(results.splitlines()) == 1 + 12
-    (out / "results.csv").write_text("".join(results.splitlines(keepends=True)[:5]))  # as a killed one leaves it
-    CliRunner().invoke(cli.app, invoked, catch_exceptions=False)
+    assert (out / "accuracy-against-macs.png").read_bytes().startswith(b"\x89PNG")
+    lines = results.splitlines(keepends=True)
+    (out / "results.csv").write_text("".join(lines[:5]) + lines[5][:20])  # as a killed one leaves it
+    CliRunner().invoke(cli.app, [*invoked, "2"], catch_exceptions=False)
     again = [line.rsplit(",", 2)[0] for line in (out / "results.csv").read_text().splitlines()]
     assert again == [line.rsplit(",", 2)[0] for line in results.splitlines()]  # all but the seconds
 
@@ -63,6 +65,25 @@ def test_measures_are_shares_and_a_budget_that_cannot_be_met_is_told(tmp_path: P
     assert float(both["macs_share"]) <= 0.9 and 0.597 <= float(both["params_share"]) <= 0.6
     assert list(table(rows, comparison)[0])[1:] == ["50% MACs", "1% MACs", "90% MACs, 60% parameters"]
     assert "cannot be met" in by_cell["tap", "macs<=0.01"]["refused"] and not by_cell["tap", "macs<=0.01"]["pruned"]
+
+
+def test_any_option_is_an_axis_and_the_oracle_is_the_device_s_own_images(tmp_path: Path) -> None:
+    axes = """criterion = ["taylor"]
+"metric.rule" = ["density-ratio", "oracle"]
+unit-shape = ["head-dims", "heads"]
+recovery = ["none", "fine-tune"]
+device = [1]"""
+    file = comparison_file(tmp_path, axes, '"pruning.recovery-steps" = 3\n"metric.batch" = 16')
+    comparison = read_comparison(file)
+    rows = run_comparison(comparison, tmp_path / "out", lambda *_: None)
+    assert len(rows) == 8 and all(float(row["macs_share"]) <= 0.5 for row in rows)
+    shown = table(rows, comparison)
+    assert list(shown[0]) == ["criterion", "metric.rule", "unit-shape", "recovery", "50% MACs"]
+    with pytest.raises(ConfigError, match="--measure loss: accepted are macs_share"):
+        table(rows, comparison, "loss")
+    other = read_comparison(comparison_file(tmp_path, 'criterion = ["tap"]\ndevice = [1]'))
+    with pytest.raises(ConfigError, match="is a comparison of other axes"):
+        run_comparison(other, tmp_path / "out", lambda *_: None)
 
 
 @pytest.mark.parametrize(

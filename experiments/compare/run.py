@@ -52,10 +52,9 @@ def run_comparison(comparison: Comparison, out: Path, progress: Progress, jobs: 
     waiting = [cell for cell in cells if _key(comparison, cell.point) not in finished]
     done = len(cells) - len(waiting)
     progress(done, len(cells), "finished before" if done else "")
+    write_bytes(path, _text(list(finished.values()), fields).encode())  # without the half line of a killed run
     with path.open("a", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, fieldnames=fields)
-        if not path.stat().st_size:
-            writer.writeheader()
         for row in _rows(waiting, jobs):
             writer.writerow(row)
             file.flush()
