@@ -20,7 +20,7 @@ from tapfl.data.partition import DeviceSplit, partition
 from tapfl.data.sources import ImageSet
 from tapfl.models.backbone import BackboneSpec, build, input_transform
 from tapfl.models.dense import DenseCache
-from tapfl.models.units import prunable_layers
+from tapfl.models.prunable import prunable_layers
 from tapfl.pruning.plan import PruningPlan
 from tapfl.pruning.surgery import load_plan, load_pruned
 from tapfl.store import cache_folder

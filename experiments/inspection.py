@@ -9,7 +9,8 @@ from typing import Any
 from clients.storage import DeviceStorage
 from tapfl.models.backbone import build
 from tapfl.models.latency import latencies_ms
-from tapfl.models.units import PrunableLayer, prunable_layers
+from tapfl.models.prunable import prunable_layers
+from tapfl.models.units import PrunableLayer
 from tapfl.pruning.plan import PLAN_FILE, LayerPlan, load_plan
 from tapfl.pruning.surgery import WEIGHTS_FILE, load_pruned
 

@@ -14,7 +14,7 @@ from tapfl.errors import ConfigError, DataError
 from tapfl.models.backbone import build, input_transform, spec_of
 from tapfl.models.cost import measure_cost
 from tapfl.models.dense import DenseCache, dense_key, fill_weights
-from tapfl.models.units import prunable_layers
+from tapfl.models.prunable import prunable_layers
 from tapfl.pruning.allocate import allocate
 from tapfl.pruning.budget import Budget
 from tapfl.pruning.cost_table import cost_table

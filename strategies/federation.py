@@ -37,7 +37,7 @@ from tapfl.config import RunConfig
 from tapfl.data.sources import ImageSet
 from tapfl.models.backbone import BackboneSpec
 from tapfl.models.dense import DenseCache, dense_backbone
-from tapfl.models.units import prunable_layers
+from tapfl.models.prunable import prunable_layers
 from tapfl.pruning.plan import PruningPlan
 from tapfl.seeds import torch_generator
 from tapfl.store import RunFolder, cache_folder, write_bytes, write_json, write_tensors

@@ -12,7 +12,7 @@ from tapfl.config import MetricOptions, RunConfig, Scalar
 from tapfl.data.sources import ImageSet
 from tapfl.memo import Memo
 from tapfl.models.backbone import BackboneSpec, transform_of
-from tapfl.models.units import prunable_layers
+from tapfl.models.prunable import prunable_layers
 from tapfl.pruning.basis import carried_energy, turned_on_pool
 from tapfl.pruning.criteria.registry import resolved
 from tapfl.pruning.criteria.task import PruningTask, Selection

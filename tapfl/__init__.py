@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from tapfl.errors import TapflError
     from tapfl.models.backbone import BackboneSpec, build, transform_of
     from tapfl.models.cost import Cost, measure_cost
-    from tapfl.models.units import prunable_layers
+    from tapfl.models.prunable import prunable_layers
     from tapfl.pruning.budget import Budget
     from tapfl.pruning.export import export
     from tapfl.pruning.pipeline import prune_model
@@ -48,7 +48,7 @@ _HOMES = {
     "measure_cost": "tapfl.models.cost",
     "pick_metric_set": "tapfl.summary.metric_set",
     "prune_model": "tapfl.pruning.pipeline",
-    "prunable_layers": "tapfl.models.units",
+    "prunable_layers": "tapfl.models.prunable",
     "pruning_task": "tapfl.pruning.planning",
     "read_plan": "tapfl.pruning.plan",
     "save_pruned": "tapfl.pruning.surgery",

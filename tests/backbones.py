@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from tapfl.config import PruningOptions
 from tapfl.models.backbone import BackboneSpec, build, example_input
 from tapfl.models.cost import measure_cost
-from tapfl.models.units import PrunableLayer, prunable_layers
+from tapfl.models.prunable import prunable_layers
+from tapfl.models.units import PrunableLayer
 from tapfl.pruning.pipeline import prune_model
 from tapfl.pruning.plan import LayerPlan, PruningPlan
 from tapfl.pruning.planning import pruning_task

@@ -18,7 +18,7 @@ from tapfl.config import PruningOptions, RunConfig
 from tapfl.errors import ModelError
 from tapfl.models.backbone import BackboneSpec, build, parse_args, segments, spec_of
 from tapfl.models.cost import measure_cost
-from tapfl.models.units import prunable_layers
+from tapfl.models.prunable import prunable_layers
 from tapfl.pruning.compensation import compensate, compensate_sequentially
 from tapfl.pruning.plan import PruningPlan
 from tapfl.pruning.surgery import kept_units, load_pruned, save_pruned, shrink

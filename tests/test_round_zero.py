@@ -17,7 +17,8 @@ from tapfl.data.sources import load_images
 from tapfl.errors import ConfigError
 from tapfl.memo import Memo
 from tapfl.models.backbone import BackboneSpec, build, spec_of
-from tapfl.models.units import Shape, prunable_layers
+from tapfl.models.prunable import prunable_layers
+from tapfl.models.units import Shape
 from tapfl.pruning.criteria.ranking import by_layer
 from tapfl.pruning.layer_importance import layer_importance
 from tapfl.pruning.plan import PruningPlan

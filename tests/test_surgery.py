@@ -22,7 +22,8 @@ from tapfl.config import PruningOptions
 from tapfl.errors import ModelError, PlanError
 from tapfl.models.backbone import BackboneSpec, build, segments
 from tapfl.models.cost import measure_cost
-from tapfl.models.units import LinearCut, SelfAttention, prunable_layers
+from tapfl.models.prunable import prunable_layers
+from tapfl.models.units import LinearCut, SelfAttention
 from tapfl.pruning.basis import canonical_basis
 from tapfl.pruning.plan import PruningPlan, checksum_of, load_plan, read_plan
 from tapfl.pruning.surgery import apply_plan, kept_units, load_pruned, save_pruned, shrink

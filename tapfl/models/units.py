@@ -14,18 +14,16 @@ import copy
 import math
 from abc import ABC, abstractmethod
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
-from timm.layers import Attention, Mlp
 from timm.models.swin_transformer import WindowAttention
 from torch import Tensor, nn
 
-from tapfl.errors import ModelError, PlanError
-from tapfl.models.backbone import example_input, segments
+from tapfl.errors import PlanError
 
 Side = Literal["rows", "columns"]
 
@@ -234,94 +232,6 @@ class ConstantBranch(nn.Module):
         return bias.expand_as(x)
 
 
-def prunable_layers(model: nn.Module) -> list[PrunableLayer]:
-    """Returns the branches of the blocks of `model` that can be pruned, in the order in which an image passes them.
-
-    Raises:
-        ModelError: naming a branch of a kind that cannot be pruned exactly (query-key norms, gates, other layouts).
-    """
-    branches = _branches(model)
-    shapes: dict[str, torch.Size] = {}
-
-    def record(name: str) -> Callable[..., None]:
-        return lambda _module, inputs, _output: shapes.__setitem__(name, inputs[0].shape)
-
-    handles = [module.register_forward_hook(record(name)) for name, module in branches.items()]
-    try:
-        with torch.no_grad():
-            model(example_input(model))
-    finally:
-        for handle in handles:
-            handle.remove()
-    layers: list[PrunableLayer] = []
-    for name in shapes:
-        module, shape = branches[name], shapes[name]
-        place: dict[str, Any] = {
-            "name": name,
-            "block": name.rpartition(".")[0],
-            "tokens": math.prod(shape[:-1]),
-            "embed_dim": shape[-1],
-        }
-        if isinstance(module, Mlp):
-            place |= _biases(module.fc1, module.fc2)
-            layers.append(Ffn(**place, heads=1, units=module.fc1.out_features, span=0))
-        else:
-            place |= _biases(module.qkv, module.proj)
-            if isinstance(module, WindowAttention):
-                place["params_per_head"] = len(module.relative_position_bias_table)
-            units = module.proj.in_features
-            layers.append(SelfAttention(**place, heads=module.num_heads, units=units, span=shape[-2]))
-    return layers
-
-
-def _branches(model: nn.Module) -> dict[str, Any]:
-    """Returns the branches of all blocks by name. Raises ModelError, naming the module, if one has to be refused."""
-    branches: dict[str, Any] = {}
-    for block in (name for name, _ in segments(model) if ".blocks." in f".{name}"):
-        module = model.get_submodule(block)
-        own = {
-            f"{block}.{child}": branch
-            for child, branch in module.named_children()
-            if any(isinstance(part, nn.Linear) for part in branch.modules())
-        }
-        if own and not any(map(_is_plain, own.values())):
-            raise ModelError(
-                f"{block}: a {type(module).__name__} has no attention or FFN that can be pruned; "
-                f"accepted: blocks of timm's Attention and Mlp"
-            )
-        for name, branch in own.items():
-            _check_branch(name, branch)
-        branches |= own
-    if not branches:
-        raise ModelError(f"{type(model).__name__}: has no attention or FFN that can be pruned")
-    return branches
-
-
-def _is_plain(branch: nn.Module) -> bool:
-    """Whether it is computed as timm's own classes do: cut, another forward of a subclass may be wrong."""
-    kinds = (kind for kind in (Attention, WindowAttention, Mlp) if isinstance(branch, kind))
-    return any(type(branch).forward is kind.forward for kind in kinds)
-
-
-def _check_branch(name: str, branch: Any) -> None:
-    if not _is_plain(branch):
-        raise _refusal(name, f"it is a {type(branch).__name__}, accepted are timm's Attention and Mlp")
-    if isinstance(branch, Mlp) and not isinstance(branch.fc1, nn.Linear):
-        raise _refusal(name, f"its fc1 is a {type(branch.fc1).__name__}, accepted is a plain Mlp")
-    extras = [part for part in ("q_norm", "k_norm", "norm", "gate") if _does_something(getattr(branch, part, None))]
-    if extras:
-        kind = "a plain Mlp" if isinstance(branch, Mlp) else "attention without norms or gates"
-        raise _refusal(name, f"it has {extras[0]}, accepted is {kind}")
-
-
-def _does_something(module: nn.Module | None) -> bool:
-    return module is not None and not isinstance(module, nn.Identity)
-
-
-def _refusal(name: str, why: str) -> ModelError:
-    return ModelError(f"{name}: cannot be pruned exactly; {why}")
-
-
 @contextmanager
 def replaced(model: nn.Module, name: str, module: nn.Module) -> Iterator[None]:
     """Puts `module` in the place `name` of `model` for the duration of the block."""
@@ -364,7 +274,3 @@ def _cut_linear(linear: nn.Linear, cut: LinearCut) -> nn.Linear:
     if bias is not None:
         small.bias = nn.Parameter(bias.clone())
     return small
-
-
-def _biases(inner: nn.Linear, output: nn.Linear) -> dict[str, bool]:
-    return {"inner_bias": inner.bias is not None, "output_bias": output.bias is not None}

@@ -26,7 +26,8 @@ from torch import Tensor, nn
 from tapfl.data.sources import ImageSet
 from tapfl.data.transform import Transform
 from tapfl.errors import ModelError
-from tapfl.models.units import PrunableLayer, prunable_layers
+from tapfl.models.prunable import prunable_layers
+from tapfl.models.units import PrunableLayer
 from tapfl.pruning.scores import refuse_not_finite
 from tapfl.seeds import numpy_generator
 

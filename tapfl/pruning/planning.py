@@ -11,7 +11,7 @@ from tapfl.errors import ModelError
 from tapfl.models.backbone import BackboneSpec, example_input
 from tapfl.models.cost import measure_cost
 from tapfl.models.latency import Timings, measure_timings
-from tapfl.models.units import prunable_layers
+from tapfl.models.prunable import prunable_layers
 from tapfl.pruning.basis import canonical_basis, carried_energy
 from tapfl.pruning.budget import Budget
 from tapfl.pruning.cost_table import cost_table

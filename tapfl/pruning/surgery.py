@@ -14,7 +14,8 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from tapfl.errors import ModelError, PlanError, TapflError
 from tapfl.models.backbone import build
-from tapfl.models.units import prunable_layers, put
+from tapfl.models.prunable import prunable_layers
+from tapfl.models.units import put
 from tapfl.pruning.basis import carried_energy
 from tapfl.pruning.plan import PLAN_FILE, PruningPlan, load_plan, read_plan, signed
 from tapfl.store import read_tensors, sha256_of, unpack_tensors, whole_folder, write_json, write_tensors
