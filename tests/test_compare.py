@@ -86,6 +86,14 @@ device = [1]"""
         run_comparison(other, tmp_path / "out", lambda *_: None)
 
 
+def test_widths_are_aligned_as_heads_allow_where_nothing_is_said(tmp_path: Path) -> None:
+    file = comparison_file(tmp_path, 'criterion = ["magnitude"]\ncompensation = ["none", "one-pass"]\ndevice = [0]')
+    file.write_text("\n".join(line for line in file.read_text().splitlines() if "pruning.align" not in line))
+    rows = run_comparison(read_comparison(file), tmp_path / "out", lambda *_: None)
+    assert [row["compensation"] for row in rows] == ["none", "one-pass"]
+    assert all("a smaller pruning.align than 4" in row["refused"] or row["pruned"] for row in rows)
+
+
 @pytest.mark.parametrize(
     ("axes", "named"),
     [

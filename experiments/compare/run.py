@@ -128,7 +128,8 @@ class Worker:
         chosen: ImageSet = self._reuse("images", images, partial(view.public_images, metric, metric.size, cell.oracle))
         choice = (*images, cell.budget, options.model_copy(update=dict.fromkeys(FINISH)))
         task: PruningTask = self._reuse("task", choice, partial(view.task, chosen, cell.budget, options, metric.batch))
-        task = replace(task, options=resolved(options))
+        finish = {name: getattr(resolved(options), name) for name in FINISH}
+        task = replace(task, options=task.options.model_copy(update=finish))
         found = self._reuse("selection", choice, partial(_select, task))
         if isinstance(found.selection, str):
             return {"refused": found.selection}
