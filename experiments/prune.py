@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import torch
 
+from strategies.progress import stage
 from tapfl.config import RunConfig, Scalar
 from tapfl.data.sources import load_images
 from tapfl.errors import ConfigError, DataError
@@ -30,6 +32,7 @@ def prune(config: RunConfig, budget: Budget | float | str, out: Path) -> Pruning
     Raises:
         TapflError: if an option is off or the budget cannot be met; nothing is written then.
     """
+    torch.set_num_threads(1)  # the same bits whatever the machine has
     if out.exists():
         raise ConfigError(f"out = {str(out)!r}: exists already; give a folder that does not")
     budget, options = Budget.parse(budget), resolved(config.pruning)
@@ -38,7 +41,13 @@ def prune(config: RunConfig, budget: Budget | float | str, out: Path) -> Pruning
     for name, size in (("metric.size", config.metric.size), ("pruning.recovery-size", options.recovery_size)):
         if size > len(images):
             raise DataError(f"{name} = {size}: {config.data.source!r} has {len(images)} images")
-    _, spec, model = dense_backbone(config.model, images, config.seed, DenseCache(cache))
+    epochs = config.model.epochs
+    with stage("dense backbone", epochs) as advance:
+        made = dense_backbone(
+            config.model, images, config.seed, DenseCache(cache), lambda done, _: advance(done, "epochs")
+        )
+        advance(epochs, f"ready: {made[0]}")
+    _, spec, model = made
     if options.basis == "canonical":
         model = turned_on_pool(model, images, transform, config.seed)
     drawn = images.subset(numpy_generator(config.seed, "metric").permutation(len(images)))
