@@ -89,19 +89,45 @@ def test_one_pass_is_ridge_regression_of_pruned_units(family: str, families: dic
     backbone = families[family]
     kept = random_kept(backbone.layers, 0.5)
     small = compensate(backbone.model, kept, backbone.layers, backbone.inputs, batch=3)
-    for layer in (backbone.layers[0], backbone.layers[-1], backbone.layers[-2]):
-        linear: Any = backbone.model.get_submodule(f"{layer.name}.{layer.output}")
-        seen: list[Tensor] = []
-        handle = linear.register_forward_pre_hook(lambda _m, x, seen=seen: seen.append(x[0].flatten(0, -2)))
-        for part in backbone.inputs.split(3):
-            backbone.model(part)
-        handle.remove()
-        X, W2 = torch.cat(seen).double().numpy(), linear.weight.double().numpy()
-        R, S = kept[layer.name].numpy(), others(layer, kept[layer.name]).numpy()
-        A_T, nu = ridge_by_lstsq(X[:, R], X[:, S])
-        found: Any = small.get_submodule(f"{layer.name}.{layer.output}")
-        np.testing.assert_allclose(found.weight.detach().numpy(), W2[:, R] + W2[:, S] @ A_T.T, atol=2e-5)
-        np.testing.assert_allclose(found.bias.detach().numpy(), linear.bias.numpy() + W2[:, S] @ nu, atol=2e-5)
+    layer = backbone.layers[-1]
+    assert layer.kind == "ffn"
+    linear: Any = backbone.model.get_submodule(f"{layer.name}.{layer.output}")
+    seen: list[Tensor] = []
+    handle = linear.register_forward_pre_hook(lambda _m, x: seen.append(x[0].flatten(0, -2)))
+    for part in backbone.inputs.split(3):
+        backbone.model(part)
+    handle.remove()
+    X, W2 = torch.cat(seen).double().numpy(), linear.weight.double().numpy()
+    R, S = kept[layer.name].numpy(), others(layer, kept[layer.name]).numpy()
+    A_T, nu = ridge_by_lstsq(X[:, R], X[:, S])
+    found: Any = small.get_submodule(f"{layer.name}.{layer.output}")
+    np.testing.assert_allclose(found.weight.detach().numpy(), W2[:, R] + W2[:, S] @ A_T.T, atol=2e-5)
+    np.testing.assert_allclose(found.bias.detach().numpy(), linear.bias.numpy() + W2[:, S] @ nu, atol=2e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_one_pass_asks_an_attention_what_its_shrunk_form_lacks(family: str, families: dict[str, Tiny]) -> None:
+    """The logits of a shrunk attention are others, so what it lacks is more than what the dropped dims wrote."""
+    backbone = families[family]
+    layer = backbone.layers[0]
+    assert layer.kind == "attention"
+    kept = {layer.name: random_kept([layer], 0.5)[layer.name]}
+    small = compensate(backbone.model, kept, backbone.layers, backbone.inputs, batch=3)
+    branch: Any = backbone.model.get_submodule(layer.name)
+    shrunk: Any = layer.shrink(branch, kept[layer.name]).requires_grad_(False)
+    Z: list[Tensor] = []
+    r: list[Tensor] = []
+    shrunk.proj.register_forward_pre_hook(lambda _m, x: Z.append(x[0].flatten(0, -2)))
+    handle = branch.register_forward_hook(
+        lambda _m, args, kwargs, y: r.append((y - shrunk(*args, **kwargs)).flatten(0, -2)), with_kwargs=True
+    )
+    with torch.no_grad():
+        backbone.model(backbone.inputs)
+    handle.remove()
+    slope, intercept = ridge_by_lstsq(torch.cat(Z).double().numpy(), torch.cat(r).double().numpy())
+    found: Any = small.get_submodule(layer.name)
+    np.testing.assert_allclose(found.proj.weight.detach().numpy(), shrunk.proj.weight.numpy() + slope.T, atol=2e-5)
+    np.testing.assert_allclose(found.proj.bias.detach().numpy(), shrunk.proj.bias.numpy() + intercept, atol=2e-5)
 
 
 def test_the_sequential_form_by_hand(vit: Tiny) -> None:

@@ -93,7 +93,9 @@ def compensate(
 ) -> nn.Module:
     """Returns `model` shrunk to `plan_kept` and compensated, from the statistics of one pass of the dense model.
 
-    Where a branch has no units left, b2 += W2 μ. An output linear without bias is fitted without intercept.
+    Every shrunk branch answers to the dense model's own input of it: z are its units and r = f(x) - f'(x), which for an
+    FFN is W2_S x_S, and for an attention also what its other logits change. Where a branch has no units left,
+    b2 += W2 μ. An output linear without bias is fitted without intercept.
 
     Args:
         model: the dense backbone in evaluation mode; it is left as it is.
@@ -114,12 +116,13 @@ def compensate(
     lost: dict[str, LostOutput] = {}
     handles = []
     for layer in pruned:
-        linear: Any = model.get_submodule(f"{layer.name}.{layer.output}")
-        found = lost[layer.name] = LostOutput(
-            len(plan_kept[layer.name]), linear.out_features, real_tokens(model, layer), _rows(felt, layer)
-        )
-        put(small, layer.name, layer.shrink(small.get_submodule(layer.name), plan_kept[layer.name]))
-        handles.append(linear.register_forward_pre_hook(_split(linear.weight, plan_kept[layer.name], found)))
+        branch: Any = model.get_submodule(layer.name)
+        outputs = branch.get_submodule(layer.output).out_features
+        found = LostOutput(len(plan_kept[layer.name]), outputs, real_tokens(model, layer), _rows(felt, layer))
+        shrunk = layer.shrink(branch, plan_kept[layer.name])
+        put(small, layer.name, shrunk)
+        lost[layer.name] = found
+        handles.append(branch.register_forward_hook(_compare(shrunk, layer.output, found), with_kwargs=True))
     try:
         for number, part in enumerate(inputs.split(batch)):
             model(part)
@@ -224,14 +227,16 @@ def _pruned(layers: Sequence[PrunableLayer], kept: Mapping[str, Tensor]) -> list
     return [layer for layer in layers if layer.name in kept and len(kept[layer.name]) < layer.units]
 
 
-def _split(weight: Tensor, kept: Tensor, lost: LostOutput) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-    """A hook that adds what a dense output linear reads from the kept units, and what it adds for the others."""
-    gone = torch.ones(weight.shape[1], dtype=torch.bool).index_fill(0, kept, False)
-    W2_S = weight.double()[:, gone]
+def _compare(shrunk: nn.Module, output: str, lost: LostOutput) -> Callable[..., None]:
+    """A hook on a dense branch: the shrunk one answers as well, and what it lacks is added."""
+    linear: Any = shrunk.get_submodule(output)
 
-    def add(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        x = inputs[0].double()
-        lost.add(x[..., kept], x[..., gone] @ W2_S.T)
+    def add(_branch: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dense: Tensor) -> None:
+        seen = [dense[..., :0]]  # a branch without units has none to show
+        handle = linear.register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0]))
+        now: Tensor = shrunk(*args, **kwargs)
+        handle.remove()
+        lost.add(seen[-1], dense - now)
 
     return add
 
