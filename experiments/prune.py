@@ -66,6 +66,12 @@ def prune(config: RunConfig, budget: Budget | float | str, out: Path) -> Pruning
         "metric-size": config.metric.size,
         "budget": str(budget),
     }
-    pruned = prune_model(task, spec, fine_tune_set(drawn, transform, options), provenance, config.seed)
+    pruned = prune_model(
+        task,
+        spec,
+        fine_tune_set(lambda size: drawn.subset(np.arange(size)), transform, options),
+        provenance,
+        config.seed,
+    )
     save_pruned(pruned.model, pruned.plan, out)
     return pruned.plan

@@ -141,7 +141,6 @@ def device_model(
     images = partial(task_images, pool, summary, config.metric, config.seed, partition_id)
     chosen = images()
     task, selection = shared.selection(chosen, budget)
-    best = images(options.recovery_size) if options.recovery_size else chosen
     provenance: dict[str, Scalar] = {
         "device": partition_id,
         "budget": budget,
@@ -150,5 +149,5 @@ def device_model(
         "tau": options.tau,
         "align": task.options.align,
     }
-    fine_tune = fine_tune_set(pool.images.subset(best), shared.transform, options)
+    fine_tune = fine_tune_set(lambda size: pool.images.subset(images(size)), shared.transform, options)
     return prune_to(task, selection, spec, fine_tune, provenance, config.seed)

@@ -109,8 +109,7 @@ class DeviceView:
 
     def fine_tune_set(self, metric: MetricOptions, options: PruningOptions, oracle: bool) -> FineTuneSet | None:
         """Returns the images of recovery, or None where they are the metric set."""
-        images = self.public_images(metric, options.recovery_size or metric.size, oracle)
-        return fine_tune_set(images, self.setting.transform, options)
+        return fine_tune_set(lambda size: self.public_images(metric, size, oracle), self.setting.transform, options)
 
 
 def score(model: nn.Module, inputs: Tensor, labels: Tensor, classes: Tensor) -> tuple[float, float]:

@@ -73,15 +73,15 @@ def labels_of(images: ImageSet, options: PruningOptions) -> Tensor | None:
     return torch.from_numpy(images.labels) if options.labels == "public" else None
 
 
-def fine_tune_set(images: ImageSet, transform: Transform, options: PruningOptions) -> FineTuneSet | None:
-    """Returns the first `recovery-size` of the images; None where recovery is to use the metric set, or there is none.
+def fine_tune_set(pick: Callable[[int], ImageSet], transform: Transform, options: PruningOptions) -> FineTuneSet | None:
+    """Returns `recovery-size` images; None where recovery is to use the metric set, or there is none.
 
     Args:
-        images: public images that look like the task, best first.
+        pick: how many -> so many public images that look like the task; called only if they are needed.
     """
     if options.recovery == "none" or not options.recovery_size:
         return None
-    chosen = images.subset(np.arange(options.recovery_size))
+    chosen = pick(options.recovery_size)
     return FineTuneSet(lambda index: transform(chosen.images[index]), len(chosen), labels_of(chosen, options))
 
 
