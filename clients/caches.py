@@ -12,7 +12,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from tapfl.adapters.layout import Layout, device_layout, global_shapes
+from tapfl.adapters import rules
+from tapfl.adapters.layout import Layout, Params, device_layout, gather, global_shapes
 from tapfl.adapters.lora import AdaptedModel
 from tapfl.config import RunConfig
 from tapfl.data.federated import open_private
@@ -21,8 +22,9 @@ from tapfl.data.sources import ImageSet
 from tapfl.models.backbone import BackboneSpec, build, input_transform
 from tapfl.models.dense import DenseCache
 from tapfl.models.prunable import prunable_layers
-from tapfl.pruning.plan import PruningPlan
+from tapfl.profiles import max_rank
 from tapfl.pruning.surgery import load_plan, load_pruned
+from tapfl.seeds import torch_generator
 from tapfl.store import cache_folder
 
 
@@ -53,25 +55,44 @@ def dense(cache: Path, key: str, spec: str) -> nn.Module:
 
 @dataclass(frozen=True)
 class PrunedDevice:
-    """A device's own model: its plan, where its adapters lie, the model as it is, and as a function of adapters."""
+    """A device's own model: where its adapters lie, and the model as a function of them.
 
-    plan: PruningPlan
+    Attributes:
+        start: what of w does not travel, before the first round: frozen factors, made from the run's seed as the
+            server makes its own, private factors, and a private head, that of the device's model.
+        private: the names in `start` that are trained.
+    """
+
     layout: Layout
-    model: nn.Module
     adapted: AdaptedModel
+    start: Params
+    private: tuple[str, ...]
 
 
-def pruned(folder: Path, rank: int, scale: float) -> PrunedDevice:
+def pruned(folder: Path, rank: int, config: RunConfig) -> PrunedDevice:
     """Returns the model in a device's storage. Raises PlanError if it is missing or damaged."""
     _, checksum = load_plan(folder)
-    return _pruned(folder, checksum, rank, scale)
+    return _pruned(folder, checksum, rank, config)
 
 
 @lru_cache(maxsize=256)
-def _pruned(folder: Path, checksum: str, rank: int, scale: float) -> PrunedDevice:
+def _pruned(folder: Path, checksum: str, rank: int, config: RunConfig) -> PrunedDevice:
     plan, _ = load_plan(folder)
-    model = load_pruned(folder)
-    skeleton = build(plan.backbone)
+    model, skeleton = load_pruned(folder), build(plan.backbone)
     layers = prunable_layers(skeleton)
-    layout = device_layout(global_shapes(skeleton, layers, rank), layers, plan, rank)
-    return PrunedDevice(plan, layout, model, AdaptedModel(model, layout, scale))
+    shapes = global_shapes(skeleton, layers, max_rank(config.devices))
+    layout = device_layout(shapes, layers, plan, rank)
+    options = config.adapters
+    staying = [name for name in layout if name not in rules.down(options, layout)]
+    start: Params = {}
+    if staying:
+        initial = rules.initial(options, shapes, layers, skeleton, torch_generator(config.seed, "adapters"))
+        heads = dict(model.named_parameters())
+        start = {
+            name: heads[name].detach().clone() if layout[name].side == "whole" else gather(initial[name], layout[name])
+            for name in staying
+        }
+    moving = rules.trained(options, layout, 1) | rules.trained(options, layout, 2)
+    return PrunedDevice(
+        layout, AdaptedModel(model, layout, options.scale), start, tuple(name for name in staying if name in moving)
+    )

@@ -15,9 +15,11 @@ from flwr.clientapp import ClientApp
 
 from clients.device import Device
 from clients.storage import DeviceStorage
+from clients.time_limit import time_limit
 from tapfl.config import RunConfig
+from tapfl.profiles import DeviceProfile, profiles_of
 from tapfl.store import RunFolder, run_path
-from tapfl.wire import Evaluate, Hello, Prune, Summarize, Train, WireMessage
+from tapfl.wire import PROFILE_FIELDS, Evaluate, Hello, Prune, Summarize, Train, WireMessage
 
 app = ClientApp()
 
@@ -39,28 +41,32 @@ def _config(run_config: str) -> RunConfig:
 def device_of(context: Context) -> Device:
     """Returns the device that a Flower node is.
 
-    In a simulation budget and rank are dealt out by the run's options; in a deployment a node's own configuration
-    (``--node-config "budget=0.5 rank=6 storage='/data/tapfl'"``) goes before them.
+    In a simulation the profiles are dealt out by the run's options; in a deployment a node's own configuration
+    (``--node-config "budget=0.5 rank=6 upload=1e6 storage='/data/tapfl'"``) goes before them.
     """
     config = _config(json.dumps(dict(context.run_config)))
     node = context.node_config
     i, devices = int(node["partition-id"]), int(node["num-partitions"])
-    options = config.devices
+    dealt = profiles_of(config.devices)
+    own = {name: node[name] for name in PROFILE_FIELDS if name in node}
+    profile = dealt[i % len(dealt)]
     storage = node.get("storage")
     folder = Path(str(storage)) if storage else RunFolder(run_path(config.out, context.run_id)).device(i)
     return Device(
         config=config,
         partition_id=i,
         devices=devices,
-        budget=float(node.get("budget", options.budgets[i % len(options.budgets)])),
-        rank=int(node.get("rank", options.ranks[i % len(options.ranks)])),
+        profile=DeviceProfile.of(profile.model_dump() | own) if own else profile,
         storage=DeviceStorage(folder),
     )
 
 
 def _answer(message: Message, context: Context, type: type[M], handler: Callable[[Device, M], WireMessage]) -> Message:
     torch.set_num_threads(1)  # a worker is one thread: more only spin against each other, and change the last bit
-    reply = handler(device_of(context), type.from_records(message.content))
+    device = device_of(context)
+    what = f"device {device.partition_id}: {message.metadata.message_type}"
+    with time_limit(device.config.faults.device_timeout, what):
+        reply = handler(device, type.from_records(message.content))
     return Message(reply.to_records(), reply_to=message)
 
 

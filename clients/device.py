@@ -12,14 +12,17 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from clients import caches
-from clients.storage import DeviceStorage
-from tapfl.adapters.layout import Params, pack, unpack
+from clients.storage import DeviceState, DeviceStorage
+from tapfl.adapters import rules
+from tapfl.adapters.layout import Params, pack, to_device_scale, to_global_scale, unpack
 from tapfl.adapters.peft_format import save_peft
 from tapfl.config import RunConfig
 from tapfl.errors import RunError
 from tapfl.models.cost import measure_cost
 from tapfl.models.dense import DenseCache
-from tapfl.personalize.method import Personal, local_round, method_of
+from tapfl.personalize.method import LocalResult, Personal, local_round, method_of
+from tapfl.privacy import clip_to_norm
+from tapfl.profiles import DeviceProfile
 from tapfl.pruning.plan import PruningPlan
 from tapfl.pruning.surgery import rebuild, save_pruned, shrink
 from tapfl.seeds import numpy_generator
@@ -28,6 +31,7 @@ from tapfl.summary.descriptors import Projection, image_features
 from tapfl.summary.mixture import fit_mixture
 from tapfl.training import accuracy, batches, predict
 from tapfl.wire import (
+    PROFILE_FIELDS,
     Evaluate,
     EvaluateReply,
     Hello,
@@ -48,16 +52,14 @@ class Device:
     config: RunConfig
     partition_id: int
     devices: int
-    budget: float
-    rank: int
+    profile: DeviceProfile
     storage: DeviceStorage
 
     def hello(self, message: Hello) -> HelloReply:
         """Says who the device is and what it can do."""
         return HelloReply(
             partition_id=self.partition_id,
-            budget=self.budget,
-            rank=self.rank,
+            **{name: getattr(self.profile, name) for name in PROFILE_FIELDS},
             train_samples=len(self._part("train")[1]),
             holds_backbone=DenseCache(self._cache).holds(message.backbone_key),
         )
@@ -79,7 +81,16 @@ class Device:
             dense_accuracy=accuracy(predict(model, test_inputs), test_labels),
             test_samples=len(test_labels),
             classes=len(labels.unique()),
+            held_classes=self._held_classes(labels),
         )
+
+    def _held_classes(self, labels: Tensor) -> np.ndarray:
+        """Returns 0 or 1 for each class of the head; nothing where the server has no use for it."""
+        if self.config.adapters.head != "class-rows":
+            return np.zeros(0, np.float32)
+        held = torch.zeros(len(caches.private_images(self.config).classes))
+        held[labels] = 1
+        return held.numpy()
 
     def prune(self, message: Prune) -> PruneReply:
         """Keeps the smaller model: the one that was sent, or the backbone cut as the plan says.
@@ -101,11 +112,60 @@ class Device:
         return PruneReply(params=cost.params, macs=cost.macs, pruned_accuracy=accuracy(predict(small, inputs), labels))
 
     def train(self, message: Train) -> TrainReply:
-        """Evaluates what arrived, trains on it, keeps the personal part and returns the shared one."""
-        own = self._pruned()
-        received = unpack(message.adapters, own.layout)
-        personal = self.storage.load_state(before=message.round)
-        global_accuracy, personal_accuracy = self._evaluate(own, received, personal)
+        """Evaluates what arrived, trains on it, keeps what is its own and returns what is shared."""
+        own, state = self._pruned(), self._state(message.state_round)
+        received = self._whole(own, state, message.adapters)
+        method = method_of(self.config.personalize)
+        if not method.tunes:
+            accuracies = self._evaluate(own, received, method.inference(received, state.personal))
+        result = self._local_round(own, received, state.personal, message.round)
+        if method.tunes:
+            accuracies = self._evaluate(own, received, method.inference(received, result.personal))
+        trained = result.upload or {}
+        private = {name: trained[name] for name in own.private if name in trained}
+        if method.keeps or own.private:
+            kept = DeviceState(result.personal, private)
+            self.storage.save_state(message.round, kept, before=message.state_round)
+        global_accuracy, personal_accuracy = accuracies
+        return TrainReply(
+            round=message.round,
+            adapters=self._upload(own, received, trained, message.round),
+            loss=result.loss,
+            alpha=result.personal.mean_alpha if result.personal else 0.0,
+            global_accuracy=global_accuracy,
+            personal_accuracy=personal_accuracy,
+        )
+
+    def evaluate(self, message: Evaluate) -> EvaluateReply:
+        """Evaluates what arrived last, and writes the personal model as an adapter that stock peft loads."""
+        own, state = self._pruned(), self._state(message.state_round)
+        received, personal = self._whole(own, state, message.adapters), state.personal
+        method = method_of(self.config.personalize)
+        if method.tunes:
+            personal = self._local_round(own, received, personal, message.round).personal
+        final = method.inference(received, personal)
+        global_accuracy, personal_accuracy = self._evaluate(own, received, final)
+        save_peft(final, self.config.adapters.scale, self.storage.personal, base=str(self.storage.pruned))
+        return EvaluateReply(
+            round=message.round,
+            alpha=state.personal.mean_alpha if state.personal else 0.0,
+            global_accuracy=global_accuracy,
+            personal_accuracy=personal_accuracy,
+        )
+
+    def _state(self, round: int) -> DeviceState:
+        keeps = method_of(self.config.personalize).keeps or self._pruned().private
+        return self.storage.load_state(round) if keeps else DeviceState(None, {})
+
+    def _whole(self, own: caches.PrunedDevice, state: DeviceState, adapters: np.ndarray) -> Params:
+        """Returns all of w: what arrived, and what never travels: frozen or private parts."""
+        arrived = unpack(adapters, rules.down(self.config.adapters, own.layout))
+        whole = own.start | state.private | arrived
+        return {name: whole[name] for name in own.layout}
+
+    def _local_round(
+        self, own: caches.PrunedDevice, received: Params, personal: Personal | None, round: int
+    ) -> LocalResult:
         inputs, labels = self._part("train")
 
         def objective(params: Params, batch: object) -> Tensor:
@@ -113,45 +173,32 @@ class Device:
             return F.cross_entropy(own.adapted(params, inputs[index]), labels[index])
 
         options = self.config.train
-        order = numpy_generator(self.config.seed, "train", message.round, self.partition_id)
-        result = local_round(
+        order = numpy_generator(self.config.seed, "train", round, self.partition_id)
+        return local_round(
             method_of(self.config.personalize),
             objective,
             received,
             personal,
             batches(len(labels), options.batch, options.epochs, order),
             options,
-        )
-        if result.personal is not None:
-            self.storage.save_state(message.round, result.personal)
-        return TrainReply(
-            round=message.round,
-            adapters=np.zeros(0, np.float32) if result.upload is None else pack(result.upload, own.layout),
-            loss=result.loss,
-            alpha=result.personal.alpha if result.personal else 0.0,
-            global_accuracy=global_accuracy,
-            personal_accuracy=personal_accuracy,
+            rules.trained(self.config.adapters, own.layout, round),
         )
 
-    def evaluate(self, message: Evaluate) -> EvaluateReply:
-        """Evaluates what arrived last, and writes the personal model as an adapter that stock peft loads."""
-        own = self._pruned()
-        received = unpack(message.adapters, own.layout)
-        personal = self.storage.load_state(before=message.round)
-        global_accuracy, personal_accuracy = self._evaluate(own, received, personal)
-        final = method_of(self.config.personalize).inference(received, personal)
-        save_peft(final, self.config.adapters.scale, self.storage.personal, base=str(self.storage.pruned))
-        return EvaluateReply(
-            round=message.round,
-            alpha=personal.alpha if personal else 0.0,
-            global_accuracy=global_accuracy,
-            personal_accuracy=personal_accuracy,
-        )
+    def _upload(self, own: caches.PrunedDevice, received: Params, trained: Params, round: int) -> np.ndarray:
+        """Returns what goes up, one flat vector; under differential privacy within `dp-clip` of what came down."""
+        layout = rules.up(self.config.adapters, own.layout, round) if trained else {}
+        shared = {name: trained[name] for name in layout}
+        if shared and self.config.privacy.dp_clip:
+            update = {name: to_global_scale(shared[name] - received[name], place) for name, place in layout.items()}
+            clipped = clip_to_norm(update, self.config.privacy.dp_clip)
+            shared = {
+                name: received[name] + to_device_scale(clipped[name], place).float() for name, place in layout.items()
+            }
+        return pack(shared, layout) if layout else np.zeros(0, np.float32)
 
-    def _evaluate(self, own: caches.PrunedDevice, received: Params, personal: Personal | None) -> tuple[float, float]:
+    def _evaluate(self, own: caches.PrunedDevice, received: Params, used: Params) -> tuple[float, float]:
         """Accuracy on the test part: of the adapters as received, and of the model that the device would use."""
         inputs, labels = self._part("test")
-        used = method_of(self.config.personalize).inference(received, personal)
 
         def score(params: Params) -> float:
             return accuracy(predict(partial(own.adapted, params), inputs), labels)
@@ -169,7 +216,7 @@ class Device:
         return caches.part(self.config, self.devices, self.partition_id, name)
 
     def _pruned(self) -> caches.PrunedDevice:
-        return caches.pruned(self.storage.pruned, self.rank, self.config.adapters.scale)
+        return caches.pruned(self.storage.pruned, self.profile.rank, self.config)
 
     @property
     def _cache(self) -> Path:

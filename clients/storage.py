@@ -1,17 +1,29 @@
-"""A device's own storage: its smaller model, and its personal parameters by round. None of it leaves the device."""
+"""A device's own storage: its smaller model, and its state by round. None of it leaves the device."""
 
 from __future__ import annotations
 
-import re
+from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
+from tapfl.adapters.layout import Params
+from tapfl.errors import RunError
 from tapfl.personalize.method import Personal
-from tapfl.store import read_tensors, write_tensors
+from tapfl.store import Versions, read_tensors, write_tensors
 
-VERSIONS_KEPT = 2
-ALPHA = "alpha"
+ALPHA, OWN, PRIVATE = "alpha", "v:", "w:"
+
+
+@dataclass(frozen=True)
+class DeviceState:
+    """What a device keeps from round to round.
+
+    Attributes:
+        personal: v and α; None where the method has none.
+        private: the parts of w that the aggregation rule does not share.
+    """
+
+    personal: Personal | None
+    private: Params
 
 
 class DeviceStorage:
@@ -19,13 +31,14 @@ class DeviceStorage:
 
     ```
     pruned/     plan.json and model.safetensors, for `tapfl.load_pruned`
-    state/      round-NNNN.safetensors: v and α after that round, the last two rounds
+    state/      round-NNNN.safetensors: the state after that round, the last two
     personal/   the personal model as a peft adapter, written at the end
     ```
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self._state = Versions(folder / "state")
 
     @property
     def pruned(self) -> Path:
@@ -35,28 +48,31 @@ class DeviceStorage:
     def personal(self) -> Path:
         return self.folder / "personal"
 
-    def save_state(self, round: int, state: Personal) -> None:
-        """Writes the state after `round`, and drops versions older than the one before it."""
-        alpha = torch.tensor(state.alpha, dtype=torch.float64)
-        write_tensors(self._version(round), {**state.params, ALPHA: alpha})
-        for older in self._rounds():
-            if older <= round - VERSIONS_KEPT:
-                self._version(older).unlink(missing_ok=True)
+    def save_state(self, round: int, state: DeviceState, before: int) -> None:
+        """Writes the state after `round`; keeps beside it the one after `before`, from which it was made.
 
-    def load_state(self, before: int) -> Personal | None:
-        """Returns the state after the last round before `before` that this device took part in; None if there is none.
-
-        A version of `before` itself, left by a round that the server never finished, is not used.
+        The server will ask for one of the two: for this one if its answer comes through, else for that one.
         """
-        earlier = [round for round in self._rounds() if round < before]
-        if not earlier:
-            return None
-        tensors = read_tensors(self._version(max(earlier)))
-        return Personal(tensors, float(tensors.pop(ALPHA)))
+        tensors = {PRIVATE + name: tensor for name, tensor in state.private.items()}
+        if state.personal is not None:
+            tensors |= {OWN + name: tensor for name, tensor in state.personal.params.items()}
+            tensors[ALPHA] = state.personal.alpha
+        write_tensors(self._state.path(round), tensors)
+        self._state.keep((before, round))
 
-    def _version(self, round: int) -> Path:
-        return self.folder / "state" / f"round-{round:04d}.safetensors"
+    def load_state(self, round: int) -> DeviceState:
+        """Returns the state after `round`; an empty one for 0.
 
-    def _rounds(self) -> list[int]:
-        matches = (re.fullmatch(r"round-(\d+)\.safetensors", file.name) for file in self._version(0).parent.glob("*"))
-        return sorted(int(match[1]) for match in matches if match)
+        Raises:
+            RunError: if it is not there: another device's storage, or a lost one.
+        """
+        if round == 0:
+            return DeviceState(None, {})
+        if not self._state.path(round).exists():
+            raise RunError(f"{self._state.folder}: has no state after round {round}, of which the server has an answer")
+        tensors = read_tensors(self._state.path(round))
+        own, private = (
+            {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+            for prefix in (OWN, PRIVATE)
+        )
+        return DeviceState(Personal(own, tensors[ALPHA]) if own else None, private)

@@ -17,7 +17,8 @@ from experiments import pruning_cli
 from experiments.bench import cli as bench_cli
 from experiments.terminal import console, options_of, show_rows
 from tapfl.config import RunConfig
-from tapfl.errors import RunError, TapflError
+from tapfl.errors import ConfigError, RunError, TapflError
+from tapfl.store import RunFolder
 
 DEFAULT_DEVICES = 10
 
@@ -47,6 +48,7 @@ def run(
     config: Annotated[Path | None, typer.Option(help="options as TOML, one table a section")] = None,
     set: Annotated[list[str] | None, typer.Option("--set", help="key=value, after and above --config")] = None,
     out: Annotated[Path | None, typer.Option(help="the run's folder; must not exist")] = None,
+    resume: Annotated[Path | None, typer.Option(help="go on with the run in this folder")] = None,
     engine: Annotated[Engine, typer.Option(help="Flower's simulation on Ray, or this process alone")] = Engine.FLOWER,
     workers: Annotated[int, typer.Option(min=0, help="Ray workers, one CPU each; 0: as many as there are CPUs")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON object last, and no table")] = False,
@@ -55,7 +57,11 @@ def run(
     from experiments.preflight import absolute_paths, check
 
     options = options_of(config, set)
-    if out is not None:
+    if resume is not None:
+        if out is not None and out.absolute() != resume.absolute():
+            raise ConfigError(f"--out {out}: a run that goes on stays in its folder, {resume}")
+        options = {**RunFolder(resume).config(), **options, "out": str(resume), "resume": True}
+    elif out is not None:
         options["out"] = str(out)
     if not options.get("out"):
         options["out"] = f"runs/{datetime.datetime.now():%Y%m%d-%H%M%S}"
@@ -130,10 +136,10 @@ def _carry_out(config: RunConfig, engine: Engine, workers: int) -> None:
         try:
             run_flower(config.flat(), config.devices.count, workers)
         except (KeyboardInterrupt, SystemExit):  # Ctrl-C, or the SIGTERM that Ray turns into an exit
-            print(f"tapfl: interrupted; what there is lies in {config.out}", file=sys.stderr, flush=True)
+            print(f"tapfl: interrupted; go on with: tapfl run --resume {config.out}", file=sys.stderr, flush=True)
             os._exit(130)  # Ray is stopped, but Flower runs the server in a thread that nothing else would end
     if not (Path(config.out) / "summary.json").is_file():
-        raise RunError(f"the run ended without a result; what there is lies in {config.out}")
+        raise RunError(f"the run ended without a result; go on with: tapfl run --resume {config.out}")
 
 
 def main() -> NoReturn:

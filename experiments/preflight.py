@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from strategies.checkpoint import require_same_options
 from tapfl.config import RunConfig
 from tapfl.data.federated import check_classes, open_pool, open_private
 from tapfl.data.partition import partition
@@ -15,12 +16,13 @@ from tapfl.models.backbone import build, input_transform, spec_of
 from tapfl.models.cost import measure_cost
 from tapfl.models.dense import DenseCache, dense_key, fill_weights
 from tapfl.models.prunable import prunable_layers
+from tapfl.profiles import profiles_of
 from tapfl.pruning.allocate import allocate
 from tapfl.pruning.budget import Budget
 from tapfl.pruning.cost_table import cost_table
 from tapfl.pruning.criteria.registry import resolved
 from tapfl.pruning.unit_shape import aligned, ladder
-from tapfl.store import cache_folder
+from tapfl.store import RunFolder, cache_folder
 
 
 def absolute_paths(config: RunConfig) -> RunConfig:
@@ -35,8 +37,12 @@ def check(config: RunConfig) -> None:
     Args:
         config: with absolute paths and the number of devices.
     """
-    if config.out and Path(config.out).exists():
-        raise ConfigError(f"out = {config.out!r}: exists already; give a folder that does not")
+    if config.resume:
+        require_same_options(RunFolder(Path(config.out)), config)
+    elif config.out and Path(config.out).exists():
+        raise ConfigError(
+            f"out = {config.out!r}: exists already; give a folder that does not, or go on with --resume {config.out}"
+        )
     resolved(config.pruning)
     cache = cache_folder(config.cache)
     transform = input_transform(config.model)
@@ -62,7 +68,7 @@ def _check_backbone(config: RunConfig, public: ImageSet) -> None:
         fill_weights(model, options, spec, public.classes)
     layers = prunable_layers(model)
     pruning, cost = aligned(resolved(config.pruning), layers), measure_cost(model)
-    for share in sorted(set(config.devices.budgets)):
-        table = cost_table(layers, cost, Budget.parse(share))
+    for budget in sorted({profile.budget for profile in profiles_of(config.devices)}):
+        table = cost_table(layers, cost, Budget.parse(budget))
         ladders = [ladder(n, table.branches[n.name], pruning.unit_shape, pruning.align) for n in layers]
         allocate(ladders, np.ones(len(layers)), table, pruning)

@@ -21,7 +21,7 @@ def show(summary: Mapping[str, Any], console: Console) -> None:
             str(record["device"]),
             f"{record['train_samples']}+{record['test_samples']}",
             str(record["classes"]),
-            f"{record['budget']:g}",
+            record["profile"]["budget"],
             f"{_count(record['macs'])} {record['macs_share']:.2%}",
             f"{_count(record['params'])} {record['params_share']:.0%}",
             *(f"{record[f'{name}_accuracy']:.3f}" for name in ("dense", "pruned", "global", "personal")),

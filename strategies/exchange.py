@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import re
 import time
 from collections import deque
@@ -20,8 +21,7 @@ from tapfl.wire import WireMessage
 R = TypeVar("R", bound=WireMessage)
 
 CLIENT_RAISED = 2  # Flower's code for an exception in the ClientApp: it would only be raised again
-ATTEMPTS = 4  # a worker that died is back within seconds; what was sent to it meanwhile is sent again
-RETRY_AFTER = 2.0
+RETRY_AFTER = 2.0  # a worker that died is back within seconds; what was sent to it meanwhile is sent again
 POLL_FIRST, POLL_LAST = 0.01, 0.2
 
 
@@ -32,11 +32,18 @@ class Answers(Generic[R]):
     replies: dict[int, R] = field(default_factory=dict)
     failures: dict[int, str] = field(default_factory=dict)
 
-    def require_any(self, what: str) -> dict[int, R]:
-        """Returns the replies in the order of their partition ids. Raises RunError if there are none."""
-        if not self.replies:
-            reasons = sorted(set(self.failures.values()))
-            raise RunError(f"{what}: no device answered; {reasons[0] if reasons else 'nothing was sent'}")
+    def require(self, what: str, min_success: float) -> dict[int, R]:
+        """Returns the replies in the order of their partition ids.
+
+        Raises:
+            RunError: if there are fewer than the share `min_success` of those that were asked; above 0 that is one
+                at least.
+        """
+        asked = len(self.replies) + len(self.failures)
+        if min_success and (not self.replies or len(self.replies) < min_success * asked):
+            reasons = sorted(set(self.failures.values())) or ["nothing was sent"]
+            few = f"{len(self.replies)} of {asked} devices came through, faults.min-success = {min_success:g}"
+            raise RunError(f"{what}: {few if self.replies else 'no device answered'}; {reasons[0]}")
         return dict(sorted(self.replies.items()))
 
 
@@ -70,8 +77,10 @@ def exchange(
     check: Callable[[int, R], None],
     *,
     timeout: float,
+    retries: int,
     window: int,
     group: str,
+    limit: Callable[[int], float] = lambda partition_id: math.inf,
     arrived: Callable[[int], None] = lambda count: None,
 ) -> Answers[R]:
     """Sends each device its message and returns the answers that pass `check`.
@@ -79,9 +88,11 @@ def exchange(
     Args:
         outgoing: (node id, message) by partition id.
         check: raises WireError for an answer that must not be used.
-        timeout: seconds for all of it; what has not arrived by then counts as failed.
+        timeout: seconds for all of it; what has not arrived by then counts as failed and is not looked at later.
+        retries: how often a message is sent again whose worker was lost.
         window: messages in flight at once; Flower's state slows down with every message that lies in it.
         group: shown by Flower, the round.
+        limit: bytes that an answer of this device may have.
         arrived: called with the number of devices that are done.
     """
     answers: Answers[R] = Answers()
@@ -92,7 +103,7 @@ def exchange(
         now = time.monotonic()
         if now >= end:
             for partition_id in [p for p, *_ in waiting] + [p for p, _ in in_flight.values()]:
-                _fail(answers, partition_id, f"no answer within {timeout:g} s")
+                _fail(answers, partition_id, f"no answer within {timeout:g} s (faults.exchange-timeout)")
             return answers
         ready = [entry for entry in waiting if entry[2] <= now][: window - len(in_flight)]
         for entry in ready:
@@ -103,14 +114,18 @@ def exchange(
             in_flight[message_id] = (entry[0], entry[1])
         replies = list(grid.pull_messages(list(in_flight))) if in_flight else []
         for reply in replies:
-            partition_id, attempt = in_flight.pop(reply.metadata.reply_to_message_id)
-            if reply.has_error() and reply.error.code != CLIENT_RAISED and attempt < ATTEMPTS:
+            flown = in_flight.pop(reply.metadata.reply_to_message_id, None)
+            if flown is None:
+                log(logging.WARNING, "an answer to nothing that was asked, or a second one: not looked at")
+                continue
+            partition_id, attempt = flown
+            if reply.has_error() and reply.error.code != CLIENT_RAISED and attempt <= retries:
                 log(logging.WARNING, "device %d: %s; sent again", partition_id, _reason(reply.error.reason))
                 waiting.append((partition_id, attempt + 1, now + RETRY_AFTER * attempt))
             elif reply.has_error():
                 _fail(answers, partition_id, _reason(reply.error.reason))
             else:
-                _accept(answers, partition_id, reply, reply_type, check)
+                _accept(answers, partition_id, reply, reply_type, check, limit(partition_id))
             arrived(len(answers.replies) + len(answers.failures))
         poll = POLL_FIRST if replies else min(poll * 1.5, POLL_LAST)
         if not replies:
@@ -119,10 +134,15 @@ def exchange(
 
 
 def _accept(
-    answers: Answers[R], partition_id: int, reply: Message, reply_type: type[R], check: Callable[[int, R], None]
+    answers: Answers[R],
+    partition_id: int,
+    reply: Message,
+    reply_type: type[R],
+    check: Callable[[int, R], None],
+    limit: float,
 ) -> None:
     try:
-        answer = reply_type.from_records(reply.content)
+        answer = reply_type.from_records(reply.content, limit)
         check(partition_id, answer)
     except WireError as error:
         _fail(answers, partition_id, f"refused: {error}")

@@ -1,25 +1,29 @@
 """One federation, from the server's side: round zero, then rounds of adapters, then the last evaluation.
 
 Nothing here depends on the order in which replies arrive, on the number of workers or on the engine: devices are known
-by partition id, sums run in that order, and each draws from its own generator.
+by partition id, sums run in that order, and each draws from its own generator. After each round all that the server
+knows is on disk, and a run that was killed goes on from there to the same bits.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from flwr.common.logger import log
 from flwr.serverapp import Grid
-from torch import nn
 
+from strategies.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from strategies.fleet import Fleet
+from strategies.preparation import Backbone, Preparation
 from strategies.progress import stage
 from strategies.results import Clock, summarise
-from strategies.round_zero import PublicPool, Shared, describe_pool, device_model
+from strategies.sampling import turnout
+from strategies.simulated import seconds, training_macs
+from tapfl.adapters import rules
 from tapfl.adapters.layout import (
     Layout,
     Params,
@@ -27,31 +31,23 @@ from tapfl.adapters.layout import (
     device_layout,
     gather_all,
     global_shapes,
-    initial_adapters,
     pack,
     packed_size,
     unpack,
 )
-from tapfl.adapters.rules import RULES
+from tapfl.adapters.rules import ServerState
 from tapfl.config import RunConfig
 from tapfl.data.sources import ImageSet
-from tapfl.models.backbone import BackboneSpec
-from tapfl.models.dense import DenseCache, dense_backbone
 from tapfl.models.prunable import prunable_layers
+from tapfl.personalize.method import method_of
+from tapfl.privacy import epsilon
+from tapfl.profiles import max_rank
 from tapfl.pruning.plan import PruningPlan
 from tapfl.seeds import torch_generator
-from tapfl.store import RunFolder, cache_folder, write_bytes, write_json, write_tensors
-from tapfl.summary.mixture import GaussianSummary
-from tapfl.wire import Evaluate, EvaluateReply, Prune, PruneReply, Summarize, SummaryReply, Train, TrainReply
+from tapfl.store import RunFolder, write_json
+from tapfl.wire import ENVELOPE, Evaluate, EvaluateReply, Prune, Train, TrainReply
 
-
-@dataclass(frozen=True)
-class Backbone:
-    """The dense backbone: its key in the caches, how to build it, and itself."""
-
-    key: str
-    spec: BackboneSpec
-    model: nn.Module
+MEASURES = ("global_accuracy", "personal_accuracy", "alpha")
 
 
 class Federation:
@@ -60,166 +56,237 @@ class Federation:
     def __init__(self, grid: Grid, config: RunConfig, images: ImageSet, folder: RunFolder) -> None:
         self.config, self.images, self.folder = config, images, folder
         self.fleet = Fleet(grid, config, folder)
-        self.cache = DenseCache(cache_folder(config.cache))
-        self.layouts: dict[int, Layout] = {}
+        self.preparation = Preparation(config, images, folder, self.fleet)
+        self.messages: dict[int, Prune] = {}  # what brings each device its model
+        self.layouts: dict[int, Layout] = {}  # of the devices that have theirs
+        self.method = method_of(config.personalize)
+        self.fresh: Params = {}
+        self.curve: list[tuple[float, float]] = []
+        self.clock = Clock(folder.path / "timing.json")
 
     def run(self) -> None:
-        """Carries the federation out and leaves the whole of it in the run's folder.
+        """Carries the federation out, or goes on with it, and leaves the whole of it in the run's folder.
 
         Raises:
-            RunError: if a phase has no device left that answers.
+            RunError: if too few devices come through in a phase; what was reached until then can be gone on with.
+            ConfigError: if the run that goes on had other options or other devices.
         """
-        write_json(self.folder.path / "config.json", self.config.flat())
+        checkpoint = load_checkpoint(self.folder, self.config) if self.config.resume else None
+        if checkpoint and checkpoint.round == self.config.train.rounds and self.folder.summary.exists():
+            log(logging.INFO, "the run is finished: %s", self.folder.path)
+            return
+        self.folder.summary.unlink(missing_ok=True)
+        write_json(self.folder.path / "config.json", self.config.flat() | {"resume": False})
         self.folder.write_versions()
-        clock = Clock()
-        with clock.phase("backbone"):
-            backbone = self._backbone()
-        with clock.phase("round zero"):
-            self.fleet.meet(backbone.key)
-            pool = describe_pool(self.config, self.images, backbone.model)
-            summaries = self._summaries(backbone, pool)
-            plans, smaller = self._smaller_models(backbone, pool, summaries)
-            initial = self._prune(backbone, plans, smaller)
-        with clock.phase("rounds"):
-            final = self._rounds(initial)
-        with clock.phase("evaluation"):
+        self.folder.cut_metrics(checkpoint.metrics_bytes if checkpoint else 0)
+        with self.clock.phase("backbone"):
+            backbone = self.preparation.backbone()
+        with self.clock.phase("round zero"):
+            self.fleet.meet(backbone.key, checkpoint.records if checkpoint else None)
+            if checkpoint:
+                self._restore(backbone, checkpoint)
+            else:
+                self.messages = self.preparation.smaller_models(backbone)
+                self._equip(backbone, self.messages)
+            self.fresh = self._initial(backbone)
+        if checkpoint is None:
+            checkpoint = self._checkpoint(0, ServerState(self.fresh, {}))
+        with self.clock.phase("rounds"):
+            final = self._rounds(backbone, checkpoint)
+        with self.clock.phase("evaluation"):
             self._evaluate(final)
-        dense_params = next(iter(plans.values())).dense.params
-        summary = summarise(self.fleet.records, clock.seconds, dense_params, self.config.train.rounds)
-        write_json(self.folder.path / "summary.json", summary)
+        summary = self._summary()
+        write_json(self.folder.summary, summary)
         log(logging.INFO, "mean personal accuracy %.4f", summary["personal_accuracy"])
         log(logging.INFO, "the run's folder: %s", self.folder.path)
 
-    # -- round zero -------------------------------------------------------------------------------------------------
+    # -- who has a model, and which -----------------------------------------------------------------------------------
 
-    def _backbone(self) -> Backbone:
-        with stage("dense backbone", self.config.model.epochs) as advance:
-            made = dense_backbone(
-                self.config.model, self.images, self.config.seed, self.cache, lambda done, _: advance(done, "epochs")
-            )
-            advance(self.config.model.epochs, f"ready: {made[0]}")
-        return Backbone(*made)
+    def _restore(self, backbone: Backbone, checkpoint: Checkpoint) -> None:
+        self.curve, self.fleet.simulated = list(checkpoint.curve), checkpoint.simulated
+        for i, record in checkpoint.records.items():
+            if (message := self.preparation.planned(backbone, i)) is not None:
+                self.messages[i] = message
+                if record.params:
+                    self._lay_out(backbone, i)
+        log(logging.INFO, "the run goes on after round %d of %d", checkpoint.round, self.config.train.rounds)
 
-    def _summaries(self, backbone: Backbone, pool: PublicPool) -> dict[int, GaussianSummary]:
-        """Asks every device for its mixture; a device that has not got the backbone is sent it."""
-        weights = self.cache.path(backbone.key).read_bytes()
-        held, records = self.fleet.holds_backbone, self.fleet.records
-        outgoing = {
-            i: Summarize(
-                backbone_key=backbone.key,
-                backbone_spec=backbone.spec.model_dump_json(),
-                backbone_weights=b"" if held[i] else weights,
-                projection_mean=pool.projection.mean,
-                projection_components=pool.projection.components,
-            )
-            for i in records
-        }
-        dim, min_support = pool.points.shape[1], self.config.summary.min_support
-        summaries: dict[int, GaussianSummary] = {}
+    def _equip(self, backbone: Backbone, messages: Mapping[int, Prune], min_success: float | None = None) -> None:
+        for i in self.preparation.surgery(messages, min_success):
+            self._lay_out(backbone, i)
 
-        def check(i: int, reply: SummaryReply) -> None:
-            summaries[i] = reply.mixture(dim, min_support, records[i].train_samples)
+    def _lay_out(self, backbone: Backbone, i: int) -> None:
+        plan = PruningPlan.from_json(self.messages[i].plan)
+        layers = prunable_layers(backbone.model)
+        self.layouts[i] = device_layout(self._shapes(backbone), layers, plan, self.fleet.records[i].profile.rank)
+        self.layouts = dict(sorted(self.layouts.items()))
 
-        replies = self.fleet.ask("summaries", outgoing, SummaryReply, check)
-        for i, reply in replies.items():
-            # a device that found the weights in a cache on this machine would have had to download them elsewhere
-            records[i].bytes_down[Summarize.kind] += len(weights) if held[i] else 0
-            records[i].dense_accuracy = reply.dense_accuracy
-            records[i].test_samples, records[i].classes = reply.test_samples, reply.classes
-            arrays = {name: torch.from_numpy(getattr(reply, name)) for name in ("weights", "means", "covariances")}
-            write_tensors(self.folder.path / "summaries" / f"{i:02d}.safetensors", arrays, {"n": str(reply.n)})
-        return {i: summaries[i] for i in replies}
+    def _shapes(self, backbone: Backbone) -> dict[str, tuple[int, ...]]:
+        return global_shapes(backbone.model, prunable_layers(backbone.model), max_rank(self.config.devices))
 
-    def _smaller_models(
-        self, backbone: Backbone, pool: PublicPool, summaries: Mapping[int, GaussianSummary]
-    ) -> tuple[dict[int, PruningPlan], dict[int, Prune]]:
-        """Returns the plans and the messages that bring the devices their models, with weights only where they must."""
-        plans: dict[int, PruningPlan] = {}
-        shared = Shared(self.config, pool, backbone.model)
-        smaller: dict[int, Prune] = {}
-        with stage("smaller models", len(summaries)) as advance:
-            for done, (i, summary) in enumerate(summaries.items(), start=1):
-                budget = self.fleet.records[i].budget
-                pruned = device_model(shared, backbone.spec, summary, i, budget)
-                plans[i] = pruned.plan
-                smaller[i] = Prune(backbone.key, pruned.plan.model_dump_json(), pruned.weights())
-                write_bytes(self.folder.path / "plans" / f"{i:02d}.json", plans[i].model_dump_json(indent=1).encode())
-                advance(done, f"device {i}")
-        return plans, smaller
-
-    def _prune(self, backbone: Backbone, plans: Mapping[int, PruningPlan], smaller: Mapping[int, Prune]) -> Params:
-        """Sends the smaller models; returns the global adapters before the first round.
+    def _initial(self, backbone: Backbone) -> Params:
+        """Returns the global adapters before the first round.
 
         Their head is the dense model's. Where recovery or a criterion trained, the devices' models have heads of their
-        own, which give way to the shared one from the first round on: it is trained as a whole anyway, and what they
+        own, which give way to a shared one from the first round on: it is trained as a whole anyway, and what they
         learnt in the rest of the model stays. On digits no device's accuracy changed by it.
         """
+        layers, generator = prunable_layers(backbone.model), torch_generator(self.config.seed, "adapters")
+        return rules.initial(self.config.adapters, self._shapes(backbone), layers, backbone.model, generator)
 
-        def check(i: int, reply: PruneReply) -> None:
-            reply.check(plans[i].cost.params, plans[i].cost.macs)
+    # -- rounds -------------------------------------------------------------------------------------------------------
 
-        layers = prunable_layers(backbone.model)
-        shapes = global_shapes(backbone.model, layers, max(self.config.devices.ranks))
-        for i, reply in self.fleet.ask("surgery", smaller, PruneReply, check).items():
-            record, dense = self.fleet.records[i], plans[i].dense
-            record.params, record.params_share = reply.params, reply.params / dense.params
-            record.macs, record.macs_share = reply.macs, reply.macs / dense.macs
-            record.pruned_accuracy = reply.pruned_accuracy
-            self.layouts[i] = device_layout(shapes, layers, plans[i], record.rank)
-        return initial_adapters(shapes, backbone.model, torch_generator(self.config.seed, "adapters"))
-
-    # -- rounds -----------------------------------------------------------------------------------------------------
-
-    def _rounds(self, initial: Params) -> Params:
-        """Returns the global adapters after the last round."""
-        current, rounds = initial, self.config.train.rounds
+    def _rounds(self, backbone: Backbone, checkpoint: Checkpoint) -> ServerState:
+        """Returns the server's state after the last round."""
+        state, rounds = checkpoint.state, self.config.train.rounds
         with stage("rounds", rounds) as advance:
-            for t in range(1, rounds + 1):
-                replies = self._train(t, current)
-                current = self._aggregate(current, replies, initial)
-                self.folder.write_adapters(t, current)
-                accuracy = self._record(t - 1, replies)
-                advance(t, f"personal accuracy {accuracy:.3f} after round {t - 1}")
-        return current
+            for t in range(checkpoint.round + 1, rounds + 1):
+                with self.clock.round(t):
+                    self._welcome(backbone)
+                    ended = self.fleet.simulated
+                    replies = self._train(t, state.params)
+                    state = self._aggregate(t, state, replies)
+                    accuracy = self._record(t - 1, replies, ended)
+                    self._checkpoint(t, state)
+                shown = "nobody was there" if accuracy is None else f"personal accuracy {accuracy:.3f}"
+                advance(t, f"{shown} after round {t - 1}")
+        return state
+
+    def _welcome(self, backbone: Backbone) -> None:
+        """Learns nodes that came since the last round, and brings devices their model that have none yet."""
+        self.fleet.meet_again(backbone.key)
+        if missing := {i: message for i, message in self.messages.items() if i not in self.layouts}:
+            self._equip(backbone, missing, min_success=0)
 
     def _train(self, t: int, current: Params) -> dict[int, TrainReply]:
-        uploads = self.config.personalize.method != "local"
+        """Asks the devices of this round; returns the answers, which may be none if nobody is there."""
+        options, records, layouts = self.config.devices, self.fleet.records, self.layouts
+        drawn = turnout({i: records[i].profile for i in layouts}, options, self.config.seed, t)
+        outgoing = {i: self._train_message(t, i, current) for i in (*drawn.asked, *drawn.dropped)}
+        late = {
+            i for i in drawn.asked if options.deadline and self._predicted_seconds(i, outgoing[i]) > options.deadline
+        }
+        for reason, absent in (("away", drawn.away), ("dropped out", drawn.dropped), ("late", sorted(late))):
+            for i in absent:
+                self.folder.append_metrics(kind="absence", round=t, device=i, reason=reason)
+                if i in outgoing:
+                    records[i].sent(outgoing.pop(i))
+        waited = options.deadline if late or drawn.dropped else 0.0
+        if not outgoing:
+            self.fleet.simulated += waited
+            return {}
 
         def check(i: int, reply: TrainReply) -> None:
-            reply.check(t, packed_size(self.layouts[i]), uploads)
+            reply.check(t, self._upload_length(i, t))
 
-        outgoing = {i: Train(t, pack(gather_all(current, layout), layout)) for i, layout in self.layouts.items()}
-        return self.fleet.ask(f"round {t}", outgoing, TrainReply, check, quiet=True)
+        return self.fleet.ask(
+            f"round {t}",
+            outgoing,
+            TrainReply,
+            check,
+            work=self._training_work,
+            limit=lambda i: 4 * self._upload_length(i, t) + ENVELOPE,
+            at_least=waited,
+            round=t,
+            quiet=True,
+        )
 
-    def _aggregate(self, current: Params, replies: Mapping[int, TrainReply], initial: Params) -> Params:
-        updates = [
-            Update(unpack(reply.adapters, self.layouts[i]), self.layouts[i], self.fleet.records[i].train_samples)
-            for i, reply in replies.items()
-            if len(reply.adapters)
-        ]
-        return RULES[self.config.adapters.rule](current, updates, initial) if updates else current
+    def _train_message(self, t: int, i: int, current: Params) -> Train:
+        return Train(t, self.fleet.records[i].last_round, self._down(i, current))
 
-    def _evaluate(self, final: Params) -> None:
-        last = self.config.train.rounds + 1
+    def _down(self, i: int, current: Params) -> np.ndarray:
+        layout = rules.down(self.config.adapters, self.layouts[i])
+        return pack(gather_all(current, layout), layout)
+
+    def _up(self, i: int, t: int) -> Layout:
+        """Where that lies which a device uploads in round `t`."""
+        return rules.up(self.config.adapters, self.layouts[i], t) if self.method.uploads else {}
+
+    def _upload_length(self, i: int, t: int) -> int:
+        return packed_size(self._up(i, t))
+
+    def _training_work(self, i: int) -> float:
+        record, epochs = self.fleet.records[i], self.config.train.epochs
+        return training_macs(record.macs, record.train_samples, record.test_samples, epochs, self.method.passes)
+
+    def _predicted_seconds(self, i: int, message: Train) -> float:
+        up = 4 * self._upload_length(i, message.round)
+        return seconds(self.fleet.records[i].profile, message.bytes_by_kind.total(), self._training_work(i), up)
+
+    def _aggregate(self, t: int, state: ServerState, replies: Mapping[int, TrainReply]) -> ServerState:
+        updates = []
+        for i, reply in replies.items():
+            record, layout = self.fleet.records[i], self._up(i, t)
+            record.rounds, record.last_round = record.rounds + 1, t
+            if layout:
+                classes = None if record.held_classes is None else torch.tensor(record.held_classes)
+                updates.append(Update(unpack(reply.adapters, layout), layout, record.train_samples, classes))
+        if not updates:
+            return state
+        generator = torch_generator(self.config.seed, "aggregate", t)
+        return rules.aggregate(self.config.adapters, self.config.privacy, state, updates, self.fresh, t, generator)
+
+    def _checkpoint(self, t: int, state: ServerState) -> Checkpoint:
+        """Writes all that the server knows after round `t`, and returns it."""
+        size = self.folder.metrics.stat().st_size
+        made = Checkpoint(t, state, self.fleet.records, size, self.curve, self.fleet.simulated)
+        save_checkpoint(self.folder, self.config, made)
+        return made
+
+    # -- what came of it ----------------------------------------------------------------------------------------------
+
+    def _evaluate(self, final: ServerState) -> None:
+        last, records = self.config.train.rounds + 1, self.fleet.records
+        ended = self.fleet.simulated
 
         def check(i: int, reply: EvaluateReply) -> None:
             reply.check(last)
 
-        outgoing = {i: Evaluate(last, pack(gather_all(final, layout), layout)) for i, layout in self.layouts.items()}
-        self._record(last - 1, self.fleet.ask("evaluation", outgoing, EvaluateReply, check))
+        outgoing = {i: Evaluate(last, records[i].last_round, self._down(i, final.params)) for i in self.layouts}
+        replies = self.fleet.ask(
+            "evaluation",
+            outgoing,
+            EvaluateReply,
+            check,
+            work=lambda i: 2 * records[i].macs * records[i].test_samples,
+            limit=lambda i: ENVELOPE,
+            round=last,
+        )
+        self._record(last - 1, replies, ended)
 
-    def _record(self, round: int, replies: Mapping[int, TrainReply] | Mapping[int, EvaluateReply]) -> float:
-        """Notes how every device did after `round`, which it says before it trains again; returns their mean."""
-        measures = ("global_accuracy", "personal_accuracy", "alpha")
+    def _record(
+        self, round: int, replies: Mapping[int, TrainReply] | Mapping[int, EvaluateReply], when: float
+    ) -> float | None:
+        """Notes how every device did after `round`, which it says before it trains again; returns their mean.
+
+        Args:
+            when: simulated seconds since the start at which that round had ended.
+        """
         for i, reply in replies.items():
-            values = {name: getattr(reply, name) for name in measures}
+            values = {name: getattr(reply, name) for name in MEASURES}
             vars(self.fleet.records[i]).update(values)
             loss = {"next_loss": reply.loss} if isinstance(reply, TrainReply) else {}
             self.folder.append_metrics(kind="device", round=round, device=i, **values, **loss)
-        means = {name: float(np.mean([getattr(reply, name) for reply in replies.values()])) for name in measures}
+        means = {name: float(np.mean([getattr(r, name) for r in replies.values()])) for name in MEASURES if replies}
         totals = {
             side: sum(sum(getattr(record, side).values()) for record in self.fleet.records.values())
             for side in ("bytes_up", "bytes_down")
         }
-        self.folder.append_metrics(kind="round", round=round, devices=len(replies), **means, **totals)
+        self.folder.append_metrics(
+            kind="round", round=round, devices=len(replies), simulated_seconds=when, **means, **totals
+        )
+        if not replies:
+            return None
+        self.curve.append((when, means["personal_accuracy"]))
         return means["personal_accuracy"]
+
+    def _summary(self) -> dict[str, Any]:
+        privacy = self.config.privacy
+
+        def spent(rounds: int) -> float | None:
+            return epsilon(privacy.dp_noise, rounds, privacy.dp_delta) if privacy.dp_clip and privacy.dp_noise else None
+
+        dense_params = PruningPlan.from_json(next(iter(self.messages.values())).plan).dense.params
+        return summarise(
+            self.fleet.records, self.clock.seconds, dense_params, self.config.train.rounds, self.curve, spent
+        )

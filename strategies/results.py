@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from strategies.simulated import time_to_accuracy
+from tapfl.profiles import DeviceProfile
+from tapfl.store import write_json
 from tapfl.wire import WireMessage
 
 
@@ -19,11 +24,12 @@ class DeviceRecord:
     """What is known of one device at the end; shares and accuracies in [0, 1]."""
 
     device: int
-    budget: float
-    rank: int
+    profile: DeviceProfile
     train_samples: int
     test_samples: int = 0
     classes: int = 0
+    held_classes: list[bool] | None = None
+    generic: bool = False  # its plan is that of the whole pool, since it gave no mixture
     macs: int = 0
     macs_share: float = 0.0
     params: int = 0
@@ -36,6 +42,8 @@ class DeviceRecord:
     bytes_up: Counter[str] = field(default_factory=Counter)
     bytes_down: Counter[str] = field(default_factory=Counter)
     failures: int = 0
+    rounds: int = 0  # whose answer came through
+    last_round: int = 0  # of these the last: the device goes on from its own state after it
 
     def sent(self, message: WireMessage) -> None:
         self.bytes_down += message.bytes_by_kind
@@ -43,20 +51,45 @@ class DeviceRecord:
     def received(self, message: WireMessage) -> None:
         self.bytes_up += message.bytes_by_kind
 
+    def table(self) -> dict[str, Any]:
+        """Returns the record as JSON holds it; `of_table` is the inverse."""
+        return vars(self) | {"profile": self.profile.model_dump()}
+
+    @classmethod
+    def of_table(cls, table: Mapping[str, Any]) -> DeviceRecord:
+        counters = {side: Counter(table[side]) for side in ("bytes_up", "bytes_down")}
+        return cls(**{**table, **counters, "profile": DeviceProfile.of(table["profile"])})
+
 
 class Clock:
-    """Seconds by phase."""
+    """Wall seconds by phase and by round, kept in ``timing.json``; a run that goes on adds to those that it had."""
 
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
+    def __init__(self, file: Path) -> None:
+        before = json.loads(file.read_text()) if file.exists() else {}
+        self.file = file
+        self.seconds: dict[str, float] = before.get("seconds", {})
+        self.rounds: dict[str, float] = before.get("rounds", {})
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        start = time.monotonic()
+        start, before = time.monotonic(), self.seconds.get(name, 0.0)
         try:
             yield
         finally:
-            self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - start
+            self.seconds[name] = before + time.monotonic() - start
+
+    @contextmanager
+    def round(self, number: int) -> Iterator[None]:
+        """Times a round, and keeps the times when it has ended."""
+        start = time.monotonic()
+        yield
+        took = time.monotonic() - start
+        self.rounds[str(number)] = took
+        write_json(self.file, {"seconds": self.seconds, "rounds": self.rounds})
+
+
+def _mean(values: list[float]) -> float:
+    return float(np.mean(values)) if values else 0.0
 
 
 def worst_decile(values: list[float]) -> float:
@@ -65,21 +98,31 @@ def worst_decile(values: list[float]) -> float:
 
 
 def summarise(
-    records: Mapping[int, DeviceRecord], seconds: Mapping[str, float], dense_params: int, rounds: int
+    records: Mapping[int, DeviceRecord],
+    seconds: Mapping[str, float],
+    dense_params: int,
+    rounds: int,
+    curve: list[tuple[float, float]],
+    epsilon: Callable[[int], float | None],
 ) -> dict[str, Any]:
     """Returns the content of `summary.json`.
 
     ``full_model_bytes`` is what one device would send in all if it sent the dense model, fp32, in every round.
+
+    Args:
+        curve: (simulated seconds since the start, mean personal accuracy) after each round.
+        epsilon: of differential privacy after so many rounds; None: there is no guarantee.
     """
     done = [record for record in records.values() if record.params]
     up, down = (
         {record.device: sum(getattr(record, side).values()) for record in done} for side in ("bytes_up", "bytes_down")
     )
     accuracies = {
-        name: float(np.mean([getattr(record, name) for record in done]))
-        for name in ("dense_accuracy", "pruned_accuracy", "global_accuracy", "personal_accuracy")
+        name: _mean([getattr(record, name) for record in done])
+        for name in ("pruned_accuracy", "global_accuracy", "personal_accuracy")
     }
     return {
+        "dense_accuracy": _mean([record.dense_accuracy for record in done if not record.generic]),
         **accuracies,
         "personal_accuracy_worst_decile": worst_decile([record.personal_accuracy for record in done]),
         "bytes_up": sum(up.values()),
@@ -87,6 +130,9 @@ def summarise(
         "adapter_bytes_up_per_round": float(np.mean([r.bytes_up.get("adapters", 0) / rounds for r in done])),
         "full_model_bytes": 4 * dense_params * rounds,
         "failures": sum(record.failures for record in records.values()),
+        "epsilon": max((e for r in done if (e := epsilon(r.rounds)) is not None), default=None),
+        "simulated_seconds": curve[-1][0],
+        "time_to_accuracy": time_to_accuracy(curve),
         "seconds": {name: round(value, 3) for name, value in seconds.items()},
-        "devices": [vars(record) for record in records.values()],
+        "devices": [record.table() | {"epsilon": epsilon(record.rounds)} for record in records.values()],
     }

@@ -103,7 +103,7 @@ class Shared:
             self.model, layers, lambda: self.transform.batches(images), config.pruning, config.metric.batch
         )
 
-    def task(self, chosen: np.ndarray, budget: float) -> PruningTask:
+    def task(self, chosen: np.ndarray, budget: float | str) -> PruningTask:
         """Returns the problem of a device; what depends on the backbone and the budget alone is measured once."""
         config, metric = self.config, self.pool.images.subset(chosen)
         inputs, labels = self.transform(metric.images), labels_of(metric, config.pruning)
@@ -119,7 +119,7 @@ class Shared:
             pool_probe=partial(self.probe.importance, chosen=chosen) if config.pruning.probe == "pool" else None,
         )
 
-    def selection(self, chosen: np.ndarray, budget: float) -> tuple[PruningTask, Selection]:
+    def selection(self, chosen: np.ndarray, budget: float | str) -> tuple[PruningTask, Selection]:
         """Returns the problem and its answer; equal metric sets under equal budgets are scored once.
 
         An answer that carries a trained model is not kept: that would be a whole model a device.
@@ -130,7 +130,7 @@ class Shared:
 
 
 def device_model(
-    shared: Shared, spec: BackboneSpec, summary: GaussianSummary, partition_id: int, budget: float
+    shared: Shared, spec: BackboneSpec, summary: GaussianSummary, partition_id: int, budget: float | str
 ) -> Pruned:
     """Returns the smaller model of one device and its plan: by the public images of its task, for its budget.
 

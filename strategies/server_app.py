@@ -8,6 +8,7 @@ import torch
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
+from strategies.checkpoint import require_same_options
 from strategies.federation import Federation
 from tapfl.config import RunConfig
 from tapfl.data.federated import open_pool
@@ -22,13 +23,19 @@ app = ServerApp()
 def main(grid: Grid, context: Context) -> None:
     torch.set_num_threads(1)  # the same bits whatever the machine has
     config = RunConfig.from_flat(context.run_config)
-    _require_absolute_paths(config)
+    _require_paths(config)
+    path = run_path(config.out, context.run_id)
+    folder = RunFolder.reopen(path) if config.resume else RunFolder.create(path)
+    if config.resume:
+        require_same_options(folder, config)
     pool = open_pool(config.data, input_transform(config.model), config.seed, cache_folder(config.cache))
-    Federation(grid, config, pool, RunFolder.create(run_path(config.out, context.run_id))).run()
+    Federation(grid, config, pool, folder).run()
 
 
-def _require_absolute_paths(config: RunConfig) -> None:
+def _require_paths(config: RunConfig) -> None:
     """Flower runs an app in the folder in which its daemon was first started: a relative path would go astray there."""
+    if config.resume and not config.out:
+        raise ConfigError("resume = true: needs out, the folder of the run to go on with")
     for option, value in config.paths().items():
         if not Path(value).expanduser().is_absolute():
             raise ConfigError(f"{option} = {value!r}: must be an absolute path, or one that `tapfl run` resolves")

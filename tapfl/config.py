@@ -29,8 +29,9 @@ from tapfl.errors import ConfigError
 
 Scalar = bool | int | float | str
 
-PATH_OPTIONS = ("out", "cache", "data.source", "data.public", "model.weights", "model.head-rows")
-NOT_PATHS = ("", "digits", "hub")
+PATH_OPTIONS = ("out", "cache", "data.source", "data.public", "model.weights", "model.head-rows", "devices.profiles")
+PROFILE_SETS = ("equal", "tiers", "mobile")
+NOT_PATHS = ("", "digits", "hub", *PROFILE_SETS)
 
 
 def _kebab(name: str) -> str:
@@ -94,11 +95,17 @@ class DataOptions(Section):
 
 
 class DeviceOptions(Section):
-    """How many devices there are and what each can do; lists are dealt out in turn."""
+    """How many devices there are, what each can do, and who comes to a round; lists are dealt out in turn."""
 
     count: int = Field(0, ge=0, description="0: as many as there are nodes")
     budgets: Shares = Field((0.3, 0.5, 0.7), description="share of the dense model's MACs that a device can afford")
     ranks: Counts = Field((4, 6, 8), description="LoRA rank that goes with each budget")
+    profiles: str = Field(
+        "", description=f"TOML file of profiles, in place of budgets and ranks, or one of {', '.join(PROFILE_SETS)}"
+    )
+    participation: Share = Field(1.0, description="share of the available devices that is asked in a round")
+    dropout: float = Field(0.0, ge=0, lt=1, description="chance that a device which was asked is lost in that round")
+    deadline: float = Field(0.0, ge=0, description="simulated seconds after which a round goes on without; 0: none")
 
     @model_validator(mode="after")
     def _paired(self) -> DeviceOptions:
@@ -195,10 +202,38 @@ class PruningOptions(Section):
 
 
 class AdapterOptions(Section):
-    """What is shared after round zero."""
+    """What is shared after round zero, and how the server makes one of many."""
 
-    rule: Literal["fedit", "flex"] = "flex"
+    rule: Literal["fedit", "ffa", "rolora", "embed_side", "flex"] = Field(
+        "flex", description="which factors travel, and what is averaged (docs/federation.md)"
+    )
+    hetlora: bool = Field(False, description="fedit weighs devices by the norm of their B A instead of their samples")
     scale: float = Field(2.0, gt=0, description="s = lora_alpha / rank, the same for every rank")
+    head: Literal["class-rows", "mean", "personal"] = Field(
+        "class-rows", description="a class's row is averaged over the devices that hold it, over all, or stays at home"
+    )
+    combine: Literal["mean", "median", "trimmed-mean"] = Field(
+        "mean", description="how the values that the holders of a coordinate sent become one"
+    )
+    trim: float = Field(0.1, ge=0, lt=0.5, description="share that `trimmed-mean` cuts off at each end")
+    clip: float = Field(0.0, ge=0, description="L2 norm to which each device's update is clipped; 0: not at all")
+    server: Literal["none", "momentum", "adam"] = Field(
+        "none", description="what the server makes of a round's change: takes it, FedAvgM, FedAdam"
+    )
+    server_learning_rate: float = Field(0.0, ge=0, description="η of `server`; 0: 1 for momentum, 0.01 for adam")
+    server_momentum: float = Field(0.9, ge=0, lt=1, description="β of FedAvgM, β₁ of FedAdam")
+    server_beta2: float = Field(0.99, ge=0, lt=1, description="β₂ of FedAdam")
+    server_epsilon: float = Field(1e-3, gt=0, description="τ of FedAdam, its degree of adaptivity")
+
+    @model_validator(mode="after")
+    def _hetlora_weighs_what_is_weighed(self) -> AdapterOptions:
+        if self.hetlora and self.rule != "fedit":
+            raise ValueError(
+                f"hetlora=true weighs the factors of rule=fedit, the only one accepted, not of {self.rule}"
+            )
+        if self.hetlora and self.combine != "mean":
+            raise ValueError(f"hetlora=true needs combine=mean, the only one that weighs, not {self.combine}")
+        return self
 
 
 class TrainOptions(Section):
@@ -220,14 +255,37 @@ class PersonalizeOptions(Section):
     alpha_learning_rate: float = Field(0.1, ge=0)
 
 
+class FaultOptions(Section):
+    """What a run puts up with before it stops."""
+
+    min_success: Share = Field(0.5, description="share of the devices asked that must come through, else the run stops")
+    retries: int = Field(3, ge=0, description="how often a message is sent again whose worker was lost")
+    device_timeout: float = Field(900.0, gt=0, description="seconds that a device may work on one message")
+    exchange_timeout: float = Field(3600.0, gt=0, description="seconds to wait for all the replies of a round")
+
+
+class PrivacyOptions(Section):
+    """Client-level differential privacy of the adapters: the Gaussian mechanism on each round's sum of updates."""
+
+    dp_clip: float = Field(0.0, ge=0, description="L2 norm to which a device's whole update is clipped; 0: no privacy")
+    dp_noise: float = Field(0.0, ge=0, description="noise multiplier z: standard deviation of the sum, in clips")
+    dp_delta: float = Field(1e-5, gt=0, lt=1, description="δ at which ε is reported")
+
+    @model_validator(mode="after")
+    def _noise_has_a_scale(self) -> PrivacyOptions:
+        if self.dp_noise and not self.dp_clip:
+            raise ValueError(f"dp-noise={self.dp_noise} is counted in clips and needs dp-clip above 0, got 0")
+        return self
+
+
 class RunConfig(Section):
     """All options of a run."""
 
     seed: int = Field(0, ge=0, lt=2**63)
     out: str = Field("", description="the run's folder; empty: a new one, named by date and time")
+    resume: bool = Field(False, description="go on with the run whose folder `out` is")
     cache: str = Field("", description="cache of trained backbones and decoded images; empty: TAPFL_CACHE or ~/.cache")
     node_timeout: float = Field(120.0, gt=0, description="seconds to wait for the nodes to be there")
-    message_timeout: float = Field(1800.0, gt=0, description="seconds to wait for the replies of a round")
     window: Count = Field(16, description="messages in flight at once")
     data: DataOptions = DataOptions()
     devices: DeviceOptions = DeviceOptions()
@@ -238,6 +296,22 @@ class RunConfig(Section):
     adapters: AdapterOptions = AdapterOptions()
     train: TrainOptions = TrainOptions()
     personalize: PersonalizeOptions = PersonalizeOptions()
+    faults: FaultOptions = FaultOptions()
+    privacy: PrivacyOptions = PrivacyOptions()
+
+    @model_validator(mode="after")
+    def _private_sums_are_linear(self) -> RunConfig:
+        """The noise covers a sum of clipped updates, each counted once: whatever is not such a sum is refused."""
+        adapters, accepted = self.adapters, None
+        if adapters.rule == "flex":
+            accepted = "adapters.rule=flex: accepted are fedit, ffa, rolora and embed_side (products are not linear)"
+        elif adapters.combine != "mean":
+            accepted = f"adapters.combine={adapters.combine}: accepted is mean"
+        elif adapters.hetlora:
+            accepted = "adapters.hetlora=true: accepted is false (each device counts once)"
+        if self.privacy.dp_clip and accepted:
+            raise ValueError(f"privacy.dp-clip={self.privacy.dp_clip} does not go with {accepted}")
+        return self
 
     @classmethod
     def from_flat(cls, flat: Mapping[str, Any]) -> RunConfig:
@@ -284,14 +358,14 @@ def read_toml(path: Path) -> dict[str, Any]:
     return flatten(read_toml_tables(path))
 
 
-def read_toml_tables(path: Path) -> dict[str, Any]:
-    """Returns the tables of a TOML file as they are. Raises ConfigError as `read_toml`."""
+def read_toml_tables(path: Path, option: str = "--config") -> dict[str, Any]:
+    """Returns the tables of a TOML file as they are. Raises ConfigError as `read_toml`, naming `option`."""
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ConfigError(f"--config {path}: cannot be read ({error.strerror})") from None
+        raise ConfigError(f"{option} {path}: cannot be read ({error.strerror})") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--config {path}: is not TOML ({error})") from None
+        raise ConfigError(f"{option} {path}: is not TOML ({error})") from None
 
 
 def parse_assignment(text: str) -> tuple[str, Scalar]:

@@ -6,19 +6,21 @@ killed at any moment leaves either the old version or the new one.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load as parse_tensors
 from safetensors.torch import save as serialize_tensors
 
@@ -106,6 +108,15 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
     return unpack_tensors(content, str(path))
 
 
+def read_about(path: Path) -> dict[str, str]:
+    """Returns the metadata of a safetensors file. Raises PlanError if it is missing or damaged."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return file.metadata() or {}
+    except (OSError, SafetensorError) as error:
+        raise PlanError(f"{path}: is not a whole safetensors file ({error})") from None
+
+
 def unpack_tensors(content: bytes, source: str) -> dict[str, torch.Tensor]:
     """Returns the tensors of a safetensors file's content. Raises PlanError, naming `source`, if it is damaged."""
     try:
@@ -147,20 +158,45 @@ def run_path(out: str, run_id: int) -> Path:
     return Path(out) if out else Path.home() / "tapfl-runs" / str(run_id)
 
 
+class Versions:
+    """Files of a folder by round: ``round-NNNN.safetensors``."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def path(self, round: int) -> Path:
+        return self.folder / f"round-{round:04d}.safetensors"
+
+    def rounds(self) -> list[int]:
+        """Returns the rounds of which there is a version, in order."""
+        matches = (re.fullmatch(r"round-(\d+)\.safetensors", file.name) for file in self.folder.glob("*"))
+        return sorted(int(match[1]) for match in matches if match)
+
+    def keep(self, rounds: Collection[int]) -> None:
+        """Removes all versions but these."""
+        for round in self.rounds():
+            if round not in rounds:
+                self.path(round).unlink(missing_ok=True)
+
+
 class RunFolder:
     """A run's folder.
 
     ```
     config.json versions.json     the run as resolved, and with what
-    plans/NN.json summaries/NN.safetensors
-    server/round-NNNN.safetensors the global adapters after each round
+    summaries/NN.safetensors      what each device said of its images
+    plans/NN.json NN.safetensors  each device's plan, and its weights where the plan alone does not give them
+    server/round-NNNN.safetensors all that the server knows after each round, the last two: `strategies.checkpoint`
     devices/NN/                   a device's own storage; in a deployment it lies on the device
-    metrics.jsonl summary.json    one line a device a round and one a round; the whole
+    metrics.jsonl                 one line a device a round, one a round, one a loss
+    timing.json                   wall seconds by phase and by round
+    summary.json                  the whole, written last
     ```
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._lock: IO[str] | None = None
 
     @classmethod
     def create(cls, path: Path) -> RunFolder:
@@ -171,23 +207,59 @@ class RunFolder:
             raise ConfigError(f"out = {str(path)!r}: exists already; give a folder that does not") from None
         except OSError as error:
             raise ConfigError(f"out = {str(path)!r}: cannot be made ({error.strerror})") from None
-        return cls(path)
+        return cls(path)._hold()
+
+    @classmethod
+    def reopen(cls, path: Path) -> RunFolder:
+        """Returns the folder of a run to go on with. Raises ConfigError if it is none, or if a run is at work in it."""
+        cls(path).config()
+        return cls(path)._hold()
+
+    def config(self) -> dict[str, Any]:
+        """Returns the options of the run. Raises ConfigError if the folder holds no run."""
+        try:
+            found = json.loads((self.path / "config.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"resume: {self.path} is not a run's folder (config.json: {error})") from None
+        if not isinstance(found, dict):
+            raise ConfigError(f"resume: {self.path} is not a run's folder (config.json holds no options)")
+        return found
+
+    def _hold(self) -> RunFolder:
+        """Keeps other processes out until this one ends, however it ends."""
+        self._lock = (self.path / ".lock").open("w")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ConfigError(f"out = {str(self.path)!r}: another run is at work in this folder") from None
+        return self
 
     def write_versions(self) -> None:
         """Records the installed version of every package that can change a result."""
         packages = ("tapfl", "torch", "timm", "peft", "flwr", "flwr-datasets", "ray", "numpy", "scikit-learn")
         write_json(self.path / "versions.json", {name: metadata.version(name) for name in packages})
 
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def summary(self) -> Path:
+        return self.path / "summary.json"
+
     def append_metrics(self, **values: Any) -> None:
         """Adds one line to metrics.jsonl."""
-        with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        with self.metrics.open("a", encoding="utf-8") as file:
             file.write(json.dumps(values) + "\n")
 
-    def write_adapters(self, round: int, params: Tensors) -> None:
-        """Keeps the global adapters after `round`, and those of the round before it."""
-        folder = self.path / "server"
-        write_tensors(folder / f"round-{round:04d}.safetensors", params)
-        (folder / f"round-{round - 2:04d}.safetensors").unlink(missing_ok=True)
+    def cut_metrics(self, size: int) -> None:
+        """Drops what was written after the first `size` bytes: a round that never came to its end."""
+        if self.metrics.exists():
+            os.truncate(self.metrics, size)
+
+    @property
+    def server(self) -> Versions:
+        return Versions(self.path / "server")
 
     def device(self, partition_id: int) -> Path:
         """Returns the storage of a device that is simulated on this machine."""

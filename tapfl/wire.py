@@ -13,13 +13,17 @@ from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Self, get_type_hints
 
 import numpy as np
+import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
-from tapfl.errors import DataError, WireError
+from tapfl.errors import ConfigError, DataError, WireError
+from tapfl.profiles import DeviceProfile
 from tapfl.summary.mixture import GaussianSummary
 
 MAX_SAMPLES = 10**9
 MAX_ADAPTER = 1e6  # no trained adapter comes near, and what is made of such values stays finite in float32
+ENVELOPE = 4096  # bytes that a message may have beyond what is expected of it: names, headers, scalars
+PROFILE_FIELDS = ("budget", "rank", "compute", "upload", "download", "availability")
 
 
 @dataclass(frozen=True)
@@ -41,16 +45,22 @@ class WireMessage:
         return RecordDict({"arrays": arrays, "config": config})
 
     @classmethod
-    def from_records(cls, content: RecordDict) -> Self:
+    def from_records(cls, content: RecordDict, limit: float = math.inf) -> Self:
         """Returns the message that `content` holds.
 
+        Args:
+            limit: bytes of all its arrays and texts together; nothing larger is even looked at.
+
         Raises:
-            WireError: if a field is missing, unknown, of another type, or not finite.
+            WireError: if a field is missing, unknown, of another type, or not finite, or if it is too large.
         """
         arrays, config = content.get("arrays", ArrayRecord()), content.get("config", ConfigRecord())
         known = set(content) <= {"arrays", "config"}
         if not isinstance(arrays, ArrayRecord) or not isinstance(config, ConfigRecord) or not known:
             raise WireError(f"{cls.__name__}: records {sorted(content)} are not `arrays` and `config`")
+        size = sum(len(array.data) for array in arrays.values()) + sum(map(_nbytes, config.values()))
+        if size > limit:
+            raise WireError(f"{cls.__name__}: {size} bytes, at most {limit:.0f} are accepted")
         hints = get_type_hints(cls)
         names = [each.name for each in fields(cls)]
         in_arrays = {name for name in names if hints[name] is np.ndarray}
@@ -92,6 +102,8 @@ def _array(field: str, array: Array) -> np.ndarray:
 def _nbytes(value: object) -> int:
     if isinstance(value, np.ndarray):
         return int(value.nbytes)
+    if isinstance(value, list):
+        return sum(map(_nbytes, value))
     if isinstance(value, str | bytes):
         return len(value.encode() if isinstance(value, str) else value)
     return 8
@@ -117,23 +129,30 @@ class Hello(WireMessage):
 
 @dataclass(frozen=True)
 class HelloReply(WireMessage):
-    """A device's profile."""
+    """A device's profile, as in `tapfl.profiles`."""
 
     type: ClassVar[str] = Hello.type
     kind: ClassVar[str] = "hello"
 
     partition_id: int
-    budget: float
+    budget: str
     rank: int
+    compute: float
+    upload: float
+    download: float
+    availability: float
     train_samples: int
     holds_backbone: bool
 
-    def check(self, devices: int, max_rank: int) -> None:
-        """Raises WireError unless the device is one of `devices` and its profile is possible."""
+    def profile(self, devices: int, max_rank: int) -> DeviceProfile:
+        """Returns the profile. Raises WireError unless the device is one of `devices` and its profile is possible."""
         _require(0 <= self.partition_id < devices, f"unknown device: partition {self.partition_id} of {devices}")
-        _require(0 < self.budget <= 1, f"budget {self.budget} must lie in (0, 1]")
-        _require(1 <= self.rank <= max_rank, f"rank {self.rank} must lie in 1..{max_rank}")
         _require(1 <= self.train_samples <= MAX_SAMPLES, f"{self.train_samples} training samples")
+        _require(self.rank <= max_rank, f"rank {self.rank} must lie in 1..{max_rank}")
+        try:
+            return DeviceProfile.of({name: getattr(self, name) for name in PROFILE_FIELDS})
+        except ConfigError as error:
+            raise WireError(str(error)) from None
 
 
 # -- what do your images look like ----------------------------------------------------------------------------------
@@ -167,6 +186,7 @@ class SummaryReply(WireMessage):
     dense_accuracy: float
     test_samples: int
     classes: int
+    held_classes: np.ndarray
 
     def mixture(self, dim: int, min_support: float, train_samples: int) -> GaussianSummary:
         """Returns the mixture. Raises WireError unless it is one, supported, and of the samples that were announced."""
@@ -186,6 +206,13 @@ class SummaryReply(WireMessage):
         _require(0 <= self.dense_accuracy <= 1, f"dense accuracy {self.dense_accuracy}")
         _require(1 <= self.test_samples <= MAX_SAMPLES and 1 <= self.classes <= MAX_SAMPLES, "test samples or classes")
         return summary
+
+    def held(self, classes: int, asked: bool) -> torch.Tensor | None:
+        """Returns which of `classes` the device holds, bool (classes,); None where the server did not ask."""
+        expected = (classes if asked else 0,)
+        _require(self.held_classes.shape == expected, f"held classes have shape {self.held_classes.shape}")
+        _require(bool(np.isin(self.held_classes, (0, 1)).all()), "held classes must be 0 or 1")
+        return torch.from_numpy(self.held_classes > 0) if asked else None
 
 
 # -- here is your model ---------------------------------------------------------------------------------------------
@@ -231,12 +258,17 @@ class PruneReply(WireMessage):
 
 @dataclass(frozen=True)
 class Train(WireMessage):
-    """The global adapters, cut to the device: evaluate them, train, and answer."""
+    """The global adapters, cut to the device: evaluate them, train, and answer.
+
+    `state_round` is the last round of which the server has this device's answer, 0 for none: the device goes on from
+    its own state after that round, whatever it did in rounds that came to nothing.
+    """
 
     type: ClassVar[str] = "train"
     kind: ClassVar[str] = "adapters"
 
     round: int
+    state_round: int
     adapters: np.ndarray
 
 
@@ -254,11 +286,10 @@ class TrainReply(WireMessage):
     global_accuracy: float
     personal_accuracy: float
 
-    def check(self, round: int, length: int, uploads: bool) -> None:
+    def check(self, round: int, length: int) -> None:
         """Raises WireError unless this answers `round` with adapters of the right length."""
         _require(self.round == round, f"answers round {self.round}, not {round}")
-        expected = (length if uploads else 0,)
-        _require(self.adapters.shape == expected, f"adapters have shape {self.adapters.shape}, not {expected}")
+        _require(self.adapters.shape == (length,), f"adapters have shape {self.adapters.shape}, not {(length,)}")
         _require(self.adapters.dtype == np.float32, f"adapters are {self.adapters.dtype}, not float32")
         largest = float(np.abs(self.adapters).max(initial=0))
         _require(largest <= MAX_ADAPTER, f"adapters reach {largest:.3g}, at most {MAX_ADAPTER:g} is accepted")
@@ -267,12 +298,13 @@ class TrainReply(WireMessage):
 
 @dataclass(frozen=True)
 class Evaluate(WireMessage):
-    """The last global adapters: evaluate them, and keep the personal model."""
+    """The last global adapters: evaluate them, and keep the personal model. `state_round` as in `Train`."""
 
     type: ClassVar[str] = "evaluate"
     kind: ClassVar[str] = "adapters"
 
     round: int
+    state_round: int
     adapters: np.ndarray
 
 

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import os
 import signal
+import time
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
 from clients import client_app as real
+from clients.time_limit import time_limit
+from tapfl.wire import Train, TrainReply
 
 broken_server = ServerApp()
 
@@ -55,3 +60,57 @@ def _train(message: Message, context: Context) -> Message:
 @mortal.evaluate()
 def _evaluate(message: Message, context: Context) -> Message:
     return real.evaluate(message, context)
+
+
+# -- chaos: in every round some devices fail, each in a way of its own -----------------------------------------------
+
+chaos = ClientApp()
+chaos.query("hello")(real.hello)
+chaos.query("summarize")(real.summarize)
+chaos.query("prune")(real.prune)
+chaos.evaluate()(real.evaluate)
+
+FAULTS = ("raises", "killed", "nan", "shapes", "garbage", "hangs", "stale")
+REASONS = {  # what metrics.jsonl says of each; a worker that was killed is asked again and answers
+    "raises": "ArithmeticError: chaos",
+    "nan": "must be finite",
+    "shapes": "adapters have shape",
+    "garbage": "bytes, at most",
+    "hangs": "faults.device-timeout",
+    "stale": "answers round",
+}
+
+
+def fault_of(round: int, partition_id: int, devices: int) -> str | None:
+    """Which way a device fails in a round: one device in five does, and over the rounds each in every way."""
+    step = (partition_id + 3 * round) % devices
+    return FAULTS[(round + step) % len(FAULTS)] if step % 5 == 0 else None
+
+
+@chaos.train()
+def _chaotic_train(message: Message, context: Context) -> Message:
+    asked = Train.from_records(message.content)
+    i, devices = int(context.node_config["partition-id"]), int(context.node_config["num-partitions"])
+    fault = fault_of(asked.round, i, devices)
+    if fault == "raises":
+        raise ArithmeticError("chaos")
+    if fault == "killed":
+        mark = Path(str(context.run_config["cache"])) / f"killed-{asked.round}-{i}"
+        if not mark.exists():
+            mark.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+    if fault == "hangs":
+        client_timeout = float(context.run_config["faults.device-timeout"])
+        with time_limit(client_timeout, f"device {i}: train"):
+            time.sleep(3600)
+    answer = real.train(message, context)
+    reply = TrainReply.from_records(answer.content)
+    if fault == "nan":
+        reply = replace(reply, adapters=np.full_like(reply.adapters, np.nan))
+    elif fault == "shapes":
+        reply = replace(reply, adapters=reply.adapters[:-3])
+    elif fault == "garbage":
+        reply = replace(reply, adapters=np.ones(25_000_000, np.float32))
+    elif fault == "stale":
+        reply = replace(reply, round=asked.round - 1)
+    return Message(reply.to_records(), reply_to=message)

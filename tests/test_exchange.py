@@ -15,7 +15,7 @@ from experiments.engines.inprocess import InProcessGrid
 from strategies import exchange as module
 from strategies.exchange import exchange, wait_for_nodes
 from tapfl.errors import RunError
-from tapfl.wire import Train, TrainReply
+from tapfl.wire import ENVELOPE, Train, TrainReply
 
 GOOD = TrainReply(
     round=1,
@@ -68,14 +68,16 @@ def _hasty(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def ask(grid: ScriptedGrid, timeout: float = 5.0, window: int = 16) -> module.Answers[TrainReply]:
     nodes = {int(context.node_config["partition-id"]): node for node, context in grid._contexts.items()}
-    outgoing = {i: (node, Train(1, np.zeros(3, np.float32))) for i, node in nodes.items()}
+    outgoing = {i: (node, Train(1, 0, np.zeros(3, np.float32))) for i, node in nodes.items()}
     return exchange(
         grid,
         outgoing,
         TrainReply,
-        lambda _, reply: reply.check(1, 3, True),
+        lambda _, reply: reply.check(1, 3),
         timeout=timeout,
+        retries=3,
         window=window,
+        limit=lambda _: 12 + ENVELOPE,
         group="1",
     )
 
@@ -89,6 +91,7 @@ def ask(grid: ScriptedGrid, timeout: float = 5.0, window: int = 16) -> module.An
         (replace(GOOD, loss=math.inf), "not finite"),
         (replace(GOOD, alpha=1.5), "alpha"),
         (replace(GOOD, round=7), "round 7"),
+        (replace(GOOD, adapters=np.ones(25_000_000, np.float32)), "at most 4108 are accepted"),
     ],
 )
 def test_a_bad_upload_is_refused_with_its_reason_and_the_others_count(bad: TrainReply, reason: str) -> None:
@@ -119,11 +122,32 @@ def test_no_more_than_the_window_is_in_flight() -> None:
 def test_a_phase_without_any_answer_ends_the_run() -> None:
     answers = ask(ScriptedGrid(2, lambda i, _: Error(2, "ValueError: mine")))
     with pytest.raises(RunError, match="no device answered; ValueError: mine"):
-        answers.require_any("round 1")
+        answers.require("round 1", 0.1)
+    assert answers.require("round 1", 0) == {}
+
+
+@pytest.mark.parametrize(("share", "enough"), [(0.5, True), (0.75, True), (0.76, False), (1.0, False)])
+def test_fewer_than_the_least_share_end_the_run(share: float, enough: bool) -> None:
+    answers = ask(ScriptedGrid(4, lambda i, _: Error(2, "ValueError: mine") if i == 2 else GOOD))
+    if enough:
+        assert sorted(answers.require("round 1", share)) == [0, 1, 3]
+    else:
+        with pytest.raises(RunError, match=r"3 of 4 devices came through, faults.min-success = .*; ValueError: mine"):
+            answers.require("round 1", share)
+
+
+def test_a_second_answer_to_one_message_and_an_answer_to_none_are_not_looked_at() -> None:
+    class Echo(ScriptedGrid):
+        def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+            replies = list(super().pull_messages(message_ids))
+            return [*replies, *replies]
+
+    grid = Echo(3, lambda i, _: GOOD)
+    assert sorted(ask(grid).replies) == [0, 1, 2] and grid.attempts == [1, 1, 1]
 
 
 def test_answers_come_in_the_order_of_the_devices() -> None:
-    assert list(ask(ScriptedGrid(12, lambda i, _: GOOD), window=5).require_any("round 1")) == list(range(12))
+    assert list(ask(ScriptedGrid(12, lambda i, _: GOOD), window=5).require("round 1", 1.0)) == list(range(12))
 
 
 def test_nodes_that_do_not_match_the_number_asked_for() -> None:

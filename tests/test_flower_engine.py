@@ -23,16 +23,18 @@ run_flower(absolute_paths(RunConfig.from_flat(options)).flat(), options["devices
 """
 
 
-def simulate(folder: Path, cache: Path, workers: int, **apps: str) -> subprocess.CompletedProcess[str]:
-    options: dict[str, object] = dict(option.split("=", 1) for option in SMALL)
-    options |= {"out": str(folder), "cache": str(cache), "devices.count": 4}
+def simulate(
+    folder: Path, cache: Path, workers: int, options: dict[str, object] | None = None, **apps: str
+) -> subprocess.CompletedProcess[str]:
+    given: dict[str, object] = dict(option.split("=", 1) for option in SMALL)
+    options = given | {"devices.count": 4} | (options or {}) | {"out": str(folder), "cache": str(cache)}
     environment = os.environ | {"RAY_TMPDIR": "", "PYTHONPATH": str(Path(__file__).parent)}
     environment.pop("RAY_TMPDIR")
     return subprocess.run(
         [sys.executable, "-c", DRIVER, json.dumps(options), str(workers), json.dumps(apps)],
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=900,
         check=False,
         env=environment,
     )

@@ -33,7 +33,7 @@ from tapfl.wire import (
 DIM, MIN_SUPPORT, LENGTH, ROUND = 2, 5.0, 3, 4
 MESSAGES: list[WireMessage] = [
     Hello("a1b2"),
-    HelloReply(partition_id=2, budget=0.5, rank=4, train_samples=40, holds_backbone=True),
+    HelloReply(2, "0.5", 4, 5e9, 1e6, 5e6, 0.9, train_samples=40, holds_backbone=True),
     Summarize("a1b2", "{}", b"\x00\xff", np.zeros(3), np.ones((2, 3), np.float32)),
     SummaryReply(
         weights=np.array([0.25, 0.75]),
@@ -43,12 +43,13 @@ MESSAGES: list[WireMessage] = [
         dense_accuracy=0.9,
         test_samples=10,
         classes=3,
+        held_classes=np.array([1, 0, 1], np.float32),
     ),
     Prune("a1b2", "{}", b"\x00\xff"),
     PruneReply(params=100, macs=2000, pruned_accuracy=0.8),
-    Train(ROUND, np.array([1.0, 2.0, 3.0], np.float32)),
+    Train(ROUND, 2, np.array([1.0, 2.0, 3.0], np.float32)),
     TrainReply(ROUND, np.array([1.0, 2.0, 3.0], np.float32), 0.7, 0.5, 0.8, 0.9),
-    Evaluate(ROUND, np.array([1.0, 2.0, 3.0], np.float32)),
+    Evaluate(ROUND, 2, np.array([1.0, 2.0, 3.0], np.float32)),
     EvaluateReply(ROUND, 0.5, 0.8, 0.9),
 ]
 HELLO, SUMMARY, PRUNED, TRAINED, EVALUATED = MESSAGES[1::2]
@@ -59,13 +60,14 @@ def accept(kind: type[WireMessage], content: RecordDict) -> WireMessage:
     """Reads and checks a message as the server does."""
     message = kind.from_records(content)
     if isinstance(message, HelloReply):
-        message.check(devices=3, max_rank=8)
+        message.profile(devices=3, max_rank=8)
     elif isinstance(message, SummaryReply):
         message.mixture(DIM, MIN_SUPPORT, train_samples=40)
+        message.held(3, asked=True)
     elif isinstance(message, PruneReply):
         message.check(params=100, macs=2000)
     elif isinstance(message, TrainReply):
-        message.check(ROUND, LENGTH, uploads=True)
+        message.check(ROUND, LENGTH)
     elif isinstance(message, EvaluateReply):
         message.check(ROUND)
     return message
@@ -101,8 +103,8 @@ def test_round_trip(message: WireMessage) -> None:
 
 def test_views_and_empty_vectors_survive_the_trip() -> None:
     every_other = np.arange(6, dtype=np.float32)[::2]
-    assert Train.from_records(Train(1, every_other).to_records()).adapters.tolist() == [0, 2, 4]
-    assert Train.from_records(Train(1, every_other[:0]).to_records()).adapters.shape == (0,)
+    assert Train.from_records(Train(1, 0, every_other).to_records()).adapters.tolist() == [0, 2, 4]
+    assert Train.from_records(Train(1, 0, every_other[:0]).to_records()).adapters.shape == (0,)
 
 
 def test_requests_and_replies_share_their_type() -> None:
@@ -114,8 +116,9 @@ def test_requests_and_replies_share_their_type() -> None:
 def test_what_leaves_a_device() -> None:
     """The README lists it; whoever adds a field here adds it there."""
     assert {field.name for kind in map(type, MESSAGES[1::2]) for field in fields(kind)} == {
-        *("partition_id", "budget", "rank", "train_samples", "holds_backbone"),
-        *("weights", "means", "covariances", "n", "dense_accuracy", "test_samples", "classes"),
+        *("partition_id", "budget", "rank", "compute", "upload", "download", "availability"),
+        *("train_samples", "holds_backbone"),
+        *("weights", "means", "covariances", "n", "dense_accuracy", "test_samples", "classes", "held_classes"),
         *("params", "macs", "pruned_accuracy"),
         *("round", "adapters", "loss", "alpha", "global_accuracy", "personal_accuracy"),
     }
@@ -124,12 +127,12 @@ def test_what_leaves_a_device() -> None:
 def test_bytes_are_counted_by_kind_and_weights_apart_from_the_plan() -> None:
     sizes = {type(message): message.bytes_by_kind.total() for message in MESSAGES}
     assert sizes[Hello] == 4
-    assert sizes[HelloReply] == 5 * 8
+    assert sizes[HelloReply] == 8 * 8 + 3
     assert sizes[Summarize] == 4 + 2 + 2 + 3 * 8 + 6 * 4
-    assert sizes[SummaryReply] == (2 + 4 + 4) * 8 + 4 * 8
+    assert sizes[SummaryReply] == (2 + 4 + 4) * 8 + 4 * 8 + 3 * 4
     assert sizes[TrainReply] == 8 + 3 * 4 + 4 * 8
     assert Hello("λ").bytes_by_kind == {"hello": 2}
-    assert Train(1, np.zeros(3, np.float32)).bytes_by_kind == {"adapters": 8 + 12}
+    assert Train(1, 0, np.zeros(3, np.float32)).bytes_by_kind == {"adapters": 2 * 8 + 12}
     assert Prune("a1b2", "{}", b"12345").bytes_by_kind == {"plan": 6, "weights": 5}
     assert Prune("a1b2", "{}").bytes_by_kind == {"plan": 6}
 
@@ -279,9 +282,13 @@ def test_a_serialisation_that_is_not_numpys() -> None:
     [
         ("unknown device: partition 3 of 3", {"partition_id": 3}),
         ("unknown device", {"partition_id": -1}),
-        ("budget", {"budget": 0.0}),
-        ("budget", {"budget": 1.5}),
+        ("budget", {"budget": "0"}),
+        ("budget", {"budget": "1.5"}),
+        ("latency", {"budget": "latency<=0.5"}),
         ("rank", {"rank": 0}),
+        ("compute", {"compute": 0.0}),
+        ("upload", {"upload": -1.0}),
+        ("availability", {"availability": 1.5}),
         ("rank", {"rank": 9}),
         ("training samples", {"train_samples": 0}),
         ("training samples", {"train_samples": wire.MAX_SAMPLES + 1}),
@@ -403,9 +410,9 @@ def test_adapters_that_would_overflow(value: float) -> None:
 
 def test_a_device_that_trains_for_itself_sends_nothing() -> None:
     assert isinstance(TRAINED, TrainReply)
-    replace(TRAINED, adapters=np.zeros(0, np.float32)).check(ROUND, LENGTH, uploads=False)
+    replace(TRAINED, adapters=np.zeros(0, np.float32)).check(ROUND, 0)
     with pytest.raises(WireError, match="shape"):
-        TRAINED.check(ROUND, LENGTH, uploads=False)
+        TRAINED.check(ROUND, 0)
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -20,10 +21,13 @@ from torch import Tensor, nn
 
 from tapfl.models.backbone import head_names
 from tapfl.models.units import PrunableLayer
+from tapfl.models.units import Side as CutSide
 from tapfl.pruning.plan import PruningPlan
 
 Params = dict[str, Tensor]
 Shapes = dict[str, tuple[int, ...]]
+
+Side = Literal["embed", "width", "whole"]
 
 LORA_A, LORA_B = "lora_A", "lora_B"
 
@@ -32,12 +36,18 @@ LORA_A, LORA_B = "lora_A", "lora_B"
 class Placement:
     """Where one tensor lies in its global tensor: an int64 index vector a dimension.
 
-    `row_scale`, if given, is what the device's rows are multiplied with against the global ones: pruning multiplies
-    the rows of q by sqrt(k/d) (`tapfl.models.units`), so their adapters live on that scale as well.
+    Attributes:
+        index: the global positions along each dimension, sorted.
+        row_scale: what the device's rows are multiplied with against the global ones, if anything: pruning multiplies
+            the rows of q by sqrt(k/d) (`tapfl.models.units`), so their adapters live on that scale as well.
+        side: a linear is pruned on one side only, so one of its two factors has the embedding width, which no device
+            lacks (`embed`: A of qkv and fc1, B of proj and fc2); the other one is as wide as the device (`width`).
+            Heads are `whole`.
     """
 
     index: tuple[Tensor, ...]
     row_scale: Tensor | None = None
+    side: Side = "whole"
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -45,15 +55,24 @@ class Placement:
 
 
 Layout = dict[str, Placement]
+Part = tuple[Tensor, Placement, float]  # a device's values of one tensor, where they lie, its weight
 
 
 @dataclass(frozen=True)
 class Update:
-    """What a device sent: its adapters in its own shapes, where they lie, and its weight (training samples)."""
+    """What a device sent.
+
+    Attributes:
+        params: adapters in the device's own shapes.
+        layout: where they lie; what a rule does not let up is in neither.
+        weight: training samples.
+        classes: bool (C,), the classes of its training samples; None: all of them.
+    """
 
     params: Params
     layout: Layout
     weight: float
+    classes: Tensor | None = None
 
 
 def global_shapes(model: nn.Module, layers: Sequence[PrunableLayer], rank: int) -> Shapes:
@@ -83,36 +102,43 @@ def device_layout(shapes: Shapes, layers: Sequence[PrunableLayer], plan: Pruning
             prefix = torch.arange(rank)
             rows = cut.index if cut.side == "rows" else torch.arange(shapes[f"{name}.{LORA_B}"][0])
             columns = cut.index if cut.side == "columns" else torch.arange(shapes[f"{name}.{LORA_A}"][1])
-            layout[f"{name}.{LORA_A}"] = Placement((prefix, columns))
-            layout[f"{name}.{LORA_B}"] = Placement((rows, prefix), cut.scale)
+            sides = factor_sides(name, cut.side)
+            layout[f"{name}.{LORA_A}"] = Placement((prefix, columns), side=sides[f"{name}.{LORA_A}"])
+            layout[f"{name}.{LORA_B}"] = Placement((rows, prefix), cut.scale, sides[f"{name}.{LORA_B}"])
     for name, shape in shapes.items():
         if not name.endswith((LORA_A, LORA_B)):
             layout[name] = Placement(tuple(torch.arange(size) for size in shape))
     return layout
 
 
-def initial_adapters(shapes: Shapes, model: nn.Module, generator: torch.Generator) -> Params:
-    """Returns the adapters before the first round: A uniform as in peft (±1/√d_in), B zero, the head as it is."""
-    params: Params = {}
-    for name, shape in shapes.items():
-        if name.endswith(LORA_A):
-            params[name] = (torch.rand(shape, generator=generator) * 2 - 1) / shape[1] ** 0.5
-        elif name.endswith(LORA_B):
-            params[name] = torch.zeros(shape)
-        else:
-            params[name] = model.get_parameter(name).detach().clone()
-    return params
+def factor_sides(linear: str, cut: CutSide) -> dict[str, Side]:
+    """Returns which side each factor of a linear is on, when its `cut` side (rows or columns) is pruned."""
+    A, B = f"{linear}.{LORA_A}", f"{linear}.{LORA_B}"
+    return {A: "embed", B: "width"} if cut == "rows" else {A: "width", B: "embed"}
+
+
+def global_sides(layers: Sequence[PrunableLayer]) -> dict[str, Side]:
+    """Returns the side of every factor by name."""
+    sides: dict[str, Side] = {}
+    for layer in layers:
+        for cut in layer.cuts(torch.arange(layer.units)):
+            sides |= factor_sides(f"{layer.name}.{cut.linear}", cut.side)
+    return sides
 
 
 def gather(theta: Tensor, placement: Placement) -> Tensor:
     """Returns the part of a global tensor that a device holds, on the device's scale."""
-    part = theta[torch.meshgrid(*placement.index, indexing="ij")]
-    return part if placement.row_scale is None else part * placement.row_scale[:, None]
+    return to_device_scale(theta[torch.meshgrid(*placement.index, indexing="ij")], placement)
 
 
 def gather_all(params: Mapping[str, Tensor], layout: Layout) -> Params:
     """Returns a device's part of the global adapters."""
     return {name: gather(params[name], placement) for name, placement in layout.items()}
+
+
+def to_device_scale(theta: Tensor, placement: Placement) -> Tensor:
+    """Returns a part of a global tensor on the device's scale: the inverse of `to_global_scale`."""
+    return theta if placement.row_scale is None else theta * placement.row_scale[:, None]
 
 
 def to_global_scale(theta: Tensor, placement: Placement) -> Tensor:
@@ -121,7 +147,7 @@ def to_global_scale(theta: Tensor, placement: Placement) -> Tensor:
     return values if placement.row_scale is None else values / placement.row_scale.double()[:, None]
 
 
-def scatter_mean(previous: Tensor, parts: Iterable[tuple[Tensor, Placement, float]]) -> Tensor:
+def scatter_mean(previous: Tensor, parts: Iterable[Part]) -> Tensor:
     """Returns θ[j] = Σ_{i: j∈S_i} n_i θ_i[j] / Σ_{i: j∈S_i} n_i; where nobody holds j, the previous θ[j] stays.
 
     Args:

@@ -1,0 +1,114 @@
+"""What the server knows after a round, in one file: a run that was killed goes on from the last of them.
+
+``server/round-NNNN.safetensors`` holds the global adapters and the server's optimiser as tensors, and everything else
+as JSON in its metadata, so that it is there as a whole or not at all. The last two are kept.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from strategies.results import DeviceRecord
+from tapfl.adapters.rules import ServerState
+from tapfl.config import RunConfig
+from tapfl.errors import ConfigError
+from tapfl.store import RunFolder, content_hash, read_about, read_tensors, write_tensors
+
+PARAMS, OPTIMIZER = "params:", "optimizer:"
+
+# what may differ when a run goes on: none of them changes a result
+FREE = ("resume", "out", "cache", "node-timeout", "window", "faults.")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The server after `round` rounds; 0: after round zero.
+
+    Attributes:
+        state: global adapters and the server's optimiser.
+        records: of the devices, by partition id.
+        metrics_bytes: length of metrics.jsonl then.
+        curve: (simulated seconds, mean personal accuracy) of the rounds before.
+        simulated: simulated seconds since the start.
+    """
+
+    round: int
+    state: ServerState
+    records: dict[int, DeviceRecord]
+    metrics_bytes: int
+    curve: list[tuple[float, float]]
+    simulated: float
+
+
+def save_checkpoint(folder: RunFolder, config: RunConfig, checkpoint: Checkpoint) -> None:
+    """Writes the checkpoint, and drops those older than the one before it."""
+    tensors = {PARAMS + name: tensor for name, tensor in checkpoint.state.params.items()}
+    tensors |= {OPTIMIZER + name: tensor for name, tensor in checkpoint.state.optimizer.items()}
+    about = {
+        "round": checkpoint.round,
+        "config": config_hash(config.flat()),
+        "records": [record.table() for record in checkpoint.records.values()],
+        "metrics_bytes": checkpoint.metrics_bytes,
+        "curve": checkpoint.curve,
+        "simulated": checkpoint.simulated,
+    }
+    write_tensors(folder.server.path(checkpoint.round), tensors, {"checkpoint": json.dumps(about)})
+    folder.server.keep((checkpoint.round - 1, checkpoint.round))
+
+
+def load_checkpoint(folder: RunFolder, config: RunConfig) -> Checkpoint | None:
+    """Returns the last checkpoint of a run, or None if it did not get through round zero.
+
+    Raises:
+        ConfigError: if it was written under other options, or has more rounds than are wanted now.
+        PlanError: if the file is damaged.
+    """
+    rounds = folder.server.rounds()
+    if not rounds:
+        return None
+    file = folder.server.path(rounds[-1])
+    about = json.loads(read_about(file).get("checkpoint", "{}"))
+    if about.get("config") != config_hash(config.flat()):
+        raise ConfigError(f"resume: {file} was written under other options than those of config.json beside it")
+    if about["round"] > config.train.rounds:
+        raise ConfigError(f"train.rounds = {config.train.rounds}: the run has done {about['round']} already")
+    tensors = read_tensors(file)
+    return Checkpoint(
+        round=about["round"],
+        state=ServerState(_with_prefix(tensors, PARAMS), _with_prefix(tensors, OPTIMIZER)),
+        records={table["device"]: DeviceRecord.of_table(table) for table in about["records"]},
+        metrics_bytes=about["metrics_bytes"],
+        curve=[(when, accuracy) for when, accuracy in about["curve"]],
+        simulated=about["simulated"],
+    )
+
+
+def require_same_options(folder: RunFolder, config: RunConfig) -> None:
+    """Raises ConfigError, naming what changed, unless `config` is that of the run in `folder`.
+
+    What changes no result may differ, and `train.rounds` too: a run may go on for longer.
+    """
+    before, now = folder.config(), config.flat()
+    changed = [
+        f"{option}: {before.get(option, '(not an option then)')!r} then, {now.get(option, '(not an option now)')!r} now"
+        for option in sorted(_binding(before).keys() | _binding(now).keys())
+        if before.get(option) != now.get(option)
+    ]
+    if changed:
+        raise ConfigError(f"resume: the run in {folder.path} has other options: {'; '.join(changed)}")
+
+
+def config_hash(flat: Mapping[str, Any]) -> str:
+    """Returns the name of the options that can change a result."""
+    return content_hash(json.dumps(_binding(flat), sort_keys=True))
+
+
+def _binding(flat: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in flat.items() if not k.startswith(FREE) and k != "train.rounds"}
+
+
+def _with_prefix(tensors: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}

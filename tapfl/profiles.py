@@ -1,0 +1,109 @@
+"""What a device can do: its budget and rank, how fast it computes and sends, and how often it is there.
+
+A set of profiles is TOML; `count` devices have the first profile, the next ones the second, and so on, over and over:
+
+```toml
+[[device]]
+name = "phone"
+count = 3                        # 1 if not given
+budget = "macs<=0.5,params<=4e6" # or a share of the MACs
+rank = 4
+compute = 5e9                    # MAC/s
+upload = 1e6                     # bytes/s
+download = 5e6                   # bytes/s
+availability = 0.8               # chance to be there when a round begins
+```
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, ValidationError, field_validator
+
+from tapfl.config import PROFILE_SETS, Count, DeviceOptions, Section, Share, read_toml_tables
+from tapfl.errors import ConfigError
+from tapfl.pruning.budget import Budget
+
+FOLDER = Path(__file__).parent / "profile_sets"
+
+
+class DeviceProfile(Section):
+    """One device's abilities.
+
+    Attributes:
+        name: for the tables.
+        budget: as `Budget.parse` takes it: a share of the dense MACs, or limits on MACs, block MACs, parameters.
+        rank: LoRA rank.
+        compute: MAC/s in training, of the simulated time.
+        upload, download: bytes/s, of the simulated time.
+        availability: chance in (0, 1] that the device is there when a round begins.
+    """
+
+    name: str = ""
+    budget: str
+    rank: Count
+    compute: float = Field(5e9, gt=0)
+    upload: float = Field(1e6, gt=0)
+    download: float = Field(5e6, gt=0)
+    availability: Share = 1.0
+
+    @field_validator("budget", mode="before")
+    @classmethod
+    def _feasible(cls, value: Any) -> str:
+        try:
+            budget = Budget.parse(value)
+        except ConfigError as error:
+            raise ValueError(str(error)) from None
+        if budget.measured:
+            raise ValueError("latency is the server's own, not the device's; accepted: macs, block-macs, params")
+        return str(value)
+
+    @classmethod
+    def of(cls, table: Mapping[str, Any]) -> DeviceProfile:
+        """Returns the profile of a table. Raises ConfigError naming the entry, its value and what is accepted."""
+        try:
+            return cls.model_validate(table)
+        except ValidationError as error:
+            first = error.errors()[0]
+            message = first["msg"].removeprefix("Value error, ")
+            raise ConfigError(f"{'.'.join(map(str, first['loc']))} = {first['input']!r}: {message}") from None
+
+
+@lru_cache(maxsize=16)
+def profiles_of(options: DeviceOptions) -> tuple[DeviceProfile, ...]:
+    """Returns the profiles that are dealt out in turn: device i has the i-th, modulo their number.
+
+    Raises:
+        ConfigError: if the set is neither built in nor a readable file, or a profile in it is not possible.
+    """
+    if not options.profiles:
+        pairs = zip(options.budgets, options.ranks, strict=True)
+        return tuple(DeviceProfile(budget=repr(budget), rank=rank) for budget, rank in pairs)
+    built_in = options.profiles in PROFILE_SETS
+    return _read(FOLDER / f"{options.profiles}.toml" if built_in else Path(options.profiles).expanduser())
+
+
+def _read(file: Path) -> tuple[DeviceProfile, ...]:
+    tables = read_toml_tables(file, "devices.profiles")
+    devices = tables.pop("device", None)
+    if tables or not isinstance(devices, list) or not devices:
+        raise ConfigError(f"devices.profiles {file}: must hold tables [[device]] and nothing else")
+    profiles: list[DeviceProfile] = []
+    for number, table in enumerate(devices, start=1):
+        count = table.pop("count", 1)
+        if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+            raise ConfigError(f"devices.profiles {file}: device {number}: count = {count!r}: must be at least 1")
+        try:
+            profiles += [DeviceProfile.of(table)] * count
+        except ConfigError as error:
+            raise ConfigError(f"devices.profiles {file}: device {number}: {error}") from None
+    return tuple(profiles)
+
+
+def max_rank(options: DeviceOptions) -> int:
+    """Returns the largest rank among the profiles: the rank of the global adapters."""
+    return max(profile.rank for profile in profiles_of(options))

@@ -1,0 +1,114 @@
+"""A run that was killed at any moment goes on to the bits of one that was not."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_inprocess_run import content, tapfl
+
+OPTIONS = ["train.rounds=3", "devices.participation=0.75", "devices.profiles=tiers", "adapters.server=adam"]
+
+# where the process is killed: right after this function was called for the n-th time
+MOMENTS = {
+    "while the devices sum up": ("clients.device", "Device.summarize", 2),
+    "when a summary is kept": ("strategies.preparation", "Preparation._store_summary", 3),
+    "while plans are made": ("strategies.preparation", "Preparation._keep", 2),
+    "while models are cut": ("clients.device", "Device.prune", 2),
+    "before the first round": ("strategies.federation", "save_checkpoint", 1),
+    "when a device has kept its state": ("clients.storage", "DeviceStorage.save_state", 2),
+    "in the second round": ("clients.storage", "DeviceStorage.save_state", 5),
+    "between a round and its checkpoint": ("strategies.federation", "Federation._aggregate", 2),
+    "after the last round": ("strategies.federation", "save_checkpoint", 4),
+    "in the last evaluation": ("clients.device", "Device.evaluate", 2),
+}
+
+
+def killed_after(module: str, name: str, count: int, act: Callable[[], Any]) -> None:
+    """Carries `act` out in a process of its own that kills itself (SIGKILL) after the n-th call of a function."""
+    child = os.fork()
+    if child == 0:
+        *path, last = name.split(".")
+        owner: Any = importlib.import_module(module)
+        for part in path:
+            owner = getattr(owner, part)
+        real, calls = getattr(owner, last), 0
+
+        def counted(*arguments: Any, **named: Any) -> Any:
+            nonlocal calls
+            result = real(*arguments, **named)
+            calls += 1
+            if calls == count:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return result
+
+        setattr(owner, last, counted)
+        try:
+            act()
+        finally:
+            os._exit(0)  # it was to be killed: the parent sees that it was not
+    _, status = os.waitpid(child, 0)
+    assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL, "the process was not killed"
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    done = tapfl("--out", str(folder), cache=cache, options=OPTIONS)
+    assert done.exit_code == 0, done.output
+    return folder
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_killed_and_resumed_is_uninterrupted(moment: str, uninterrupted: Path, cache: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    killed_after(*MOMENTS[moment], lambda: tapfl("--out", str(folder), cache=cache, options=OPTIONS))
+    assert not (folder / "summary.json").exists()
+    done = tapfl("--resume", str(folder), cache=cache, options=OPTIONS)
+    assert done.exit_code == 0, done.output
+    assert content(folder) == content(uninterrupted)
+    assert measures(folder) == measures(uninterrupted)
+
+
+def test_killed_twice(uninterrupted: Path, cache: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    killed_after(*MOMENTS["while plans are made"], lambda: tapfl("--out", str(folder), cache=cache, options=OPTIONS))
+    killed_after(*MOMENTS["in the second round"], lambda: tapfl("--resume", str(folder), cache=cache, options=OPTIONS))
+    assert tapfl("--resume", str(folder), cache=cache, options=OPTIONS).exit_code == 0
+    assert content(folder) == content(uninterrupted)
+
+
+def test_a_run_may_go_on_for_longer(uninterrupted: Path, cache: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    shorter = [*OPTIONS[1:], "train.rounds=1"]
+    assert tapfl("--out", str(folder), cache=cache, options=shorter).exit_code == 0
+    done = tapfl("--resume", str(folder), cache=cache, options=OPTIONS)
+    assert done.exit_code == 0, done.output
+    assert content(folder) == content(uninterrupted)
+
+
+def test_a_finished_run_is_left_as_it_is(uninterrupted: Path, cache: Path) -> None:
+    before = {file: file.stat().st_mtime_ns for file in uninterrupted.rglob("*") if file.is_file()}
+    done = tapfl("--resume", str(uninterrupted), "--json", cache=cache, options=OPTIONS)
+    assert done.exit_code == 0 and json.loads(done.stdout.splitlines()[-1])["devices"] == 4
+    after = {file: file.stat().st_mtime_ns for file in uninterrupted.rglob("*") if file.is_file()}
+    assert {f: t for f, t in before.items() if f.name != ".lock"} == {
+        f: t for f, t in after.items() if f.name != ".lock"
+    }
+
+
+def measures(folder: Path) -> dict[str, Any]:
+    """The summary without the clock."""
+    summary: dict[str, Any] = json.loads((folder / "summary.json").read_text())
+    return {name: value for name, value in summary.items() if name != "seconds"}
