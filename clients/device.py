@@ -121,6 +121,7 @@ class Device:
             personal,
             batches(len(labels), options.batch, options.epochs, order),
             options,
+            frozenset(own.layout),
         )
         if result.personal is not None:
             self.storage.save_state(message.round, result.personal)
@@ -128,7 +129,7 @@ class Device:
             round=message.round,
             adapters=np.zeros(0, np.float32) if result.upload is None else pack(result.upload, own.layout),
             loss=result.loss,
-            alpha=result.personal.alpha if result.personal else 0.0,
+            alpha=result.personal.mean_alpha if result.personal else 0.0,
             global_accuracy=global_accuracy,
             personal_accuracy=personal_accuracy,
         )
@@ -143,7 +144,7 @@ class Device:
         save_peft(final, self.config.adapters.scale, self.storage.personal, base=str(self.storage.pruned))
         return EvaluateReply(
             round=message.round,
-            alpha=personal.alpha if personal else 0.0,
+            alpha=personal.mean_alpha if personal else 0.0,
             global_accuracy=global_accuracy,
             personal_accuracy=personal_accuracy,
         )

@@ -5,8 +5,6 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-import torch
-
 from tapfl.personalize.method import Personal
 from tapfl.store import read_tensors, write_tensors
 
@@ -37,8 +35,7 @@ class DeviceStorage:
 
     def save_state(self, round: int, state: Personal) -> None:
         """Writes the state after `round`, and drops versions older than the one before it."""
-        alpha = torch.tensor(state.alpha, dtype=torch.float64)
-        write_tensors(self._version(round), {**state.params, ALPHA: alpha})
+        write_tensors(self._version(round), {**state.params, ALPHA: state.alpha})
         for older in self._rounds():
             if older <= round - VERSIONS_KEPT:
                 self._version(older).unlink(missing_ok=True)
@@ -52,7 +49,7 @@ class DeviceStorage:
         if not earlier:
             return None
         tensors = read_tensors(self._version(max(earlier)))
-        return Personal(tensors, float(tensors.pop(ALPHA)))
+        return Personal(tensors, tensors.pop(ALPHA))
 
     def _version(self, round: int) -> Path:
         return self.folder / "state" / f"round-{round:04d}.safetensors"

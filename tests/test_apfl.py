@@ -29,7 +29,12 @@ UPDATES = ["round", "step", "fixed"]
 Moves = Literal["round", "step", "fixed"]
 
 CASE = golden("apfl")
+X = frozenset("x")
 WHOLE = {"x": Placement((torch.arange(2),))}
+
+
+def share(alpha: float) -> Tensor:
+    return torch.tensor(alpha, dtype=torch.float64)
 
 
 def quadratic(device: int) -> Objective:
@@ -49,12 +54,12 @@ def test_golden_runs(update: Moves) -> None:
     for want in CASE["runs"][update]:
         updates = []
         for i, weight in enumerate(CASE["aggregation_weights"]):
-            result = local_round(method, quadratic(i), w, personal[i], range(CASE["local_steps"]), train)
+            result = local_round(method, quadratic(i), w, personal[i], range(CASE["local_steps"]), train, X)
             assert result.upload is not None and result.personal is not None
             updates.append(Update(result.upload, WHOLE, weight))
             personal[i] = result.personal
             np.testing.assert_allclose(result.personal.params["x"], want["v"][i], rtol=1e-10, atol=1e-12)
-            assert result.personal.alpha == pytest.approx(want["alpha"][i], rel=1e-10)
+            assert result.personal.mean_alpha == pytest.approx(want["alpha"][i], rel=1e-10)
         w = fedit.aggregate(w, updates, w)
         np.testing.assert_allclose(w["x"], want["w"], rtol=1e-10, atol=1e-12)
 
@@ -174,16 +179,21 @@ def test_models_are_mixed_not_their_logits() -> None:
     slope = 2 * (np.tanh(mixture) - 1) * (1 - np.tanh(mixture) ** 2)
     logits = alpha * np.tanh(v) + (1 - alpha) * np.tanh(w)
     tensor = {name: {"x": torch.tensor([x], dtype=torch.float64)} for name, x in (("v", v), ("w", w))}
-    result = local_round(Apfl(alpha, "step", 0.1), objective, tensor["w"], Personal(tensor["v"], alpha), [0], SGD)
+    result = local_round(
+        Apfl(alpha, "step", 0.1), objective, tensor["w"], Personal(tensor["v"], share(alpha)), [0], SGD, X
+    )
     assert result.personal is not None
     assert result.loss == pytest.approx((np.tanh(mixture) - 1) ** 2)
-    assert result.personal.alpha == pytest.approx(alpha - 0.1 * slope * (v - w))
+    assert result.personal.mean_alpha == pytest.approx(alpha - 0.1 * slope * (v - w))
     assert float(result.personal.params["x"]) == pytest.approx(v - 0.1 * alpha * slope)
     of_logits = alpha - 0.1 * 2 * (logits - 1) * (np.tanh(v) - np.tanh(w))
-    assert abs(result.personal.alpha - of_logits) > 0.01
+    assert abs(result.personal.mean_alpha - of_logits) > 0.01
 
 
 # -- what holds for any device ----------------------------------------------------------------------------------------
+
+
+ALL = frozenset({"fc.lora_A", "fc.lora_B", "head.weight"})
 
 
 def problem(seed: int) -> tuple[Objective, list[tuple[Tensor, Tensor]], Params, Params]:
@@ -207,7 +217,8 @@ def problem(seed: int) -> tuple[Objective, list[tuple[Tensor, Tensor]], Params, 
 def run(method: Method, seed: int = 0, *, alpha: float | None = None, train: TrainOptions = SGD) -> LocalResult:
     """A round of `method` from w, with v and α from an earlier round unless `alpha` is None."""
     objective, batches, v, w = problem(seed)
-    return local_round(method, objective, w, None if alpha is None else Personal(v, alpha), batches, train)
+    personal = None if alpha is None else Personal(v, share(alpha))
+    return local_round(method, objective, w, personal, batches, train, ALL)
 
 
 def same_bits(one: Params | None, other: Params | None) -> bool:
@@ -232,7 +243,7 @@ def test_w_is_that_of_fedavg_whatever_alpha(alpha: float, update: Moves, optimiz
 def test_alpha_0_is_fedavg_with_v_frozen(train: TrainOptions) -> None:
     method = Apfl(0.0, "fixed")
     objective, batches, v, w = problem(0)
-    result = local_round(method, objective, w, Personal(v, 0.0), batches, train)
+    result = local_round(method, objective, w, Personal(v, share(0.0)), batches, train, ALL)
     assert result.personal is not None and result.personal.alpha == 0
     assert same_bits(result.personal.params, v)
     received = problem(7)[3]
@@ -247,10 +258,10 @@ def test_alpha_0_is_fedavg_with_v_frozen(train: TrainOptions) -> None:
 def test_alpha_1_is_local_training(train: TrainOptions) -> None:
     method = Apfl(1.0, "fixed")
     objective, batches, v, w = problem(0)
-    local = local_round(Local(), objective, w, Personal(v, 1.0), batches, train)
+    local = local_round(Local(), objective, w, Personal(v, share(1.0)), batches, train, ALL)
     assert local.upload is None and local.personal is not None
     for received in (w, problem(7)[3]):  # v does not depend on what w is
-        result = local_round(method, objective, received, Personal(v, 1.0), batches, train)
+        result = local_round(method, objective, received, Personal(v, share(1.0)), batches, train, ALL)
         assert result.personal is not None and result.personal.alpha == 1
         for name, theta in local.personal.params.items():
             torch.testing.assert_close(result.personal.params[name], theta, rtol=1e-4, atol=1e-5)
@@ -279,7 +290,7 @@ def test_alpha_stays_between_0_and_1(start: float, rate: float, update: Moves, s
 def test_the_first_gradient_of_alpha_is_0() -> None:
     # v starts as w, so the mixture is the same for every α
     personal = run(Apfl(0.3, "round", 10.0)).personal
-    assert personal is not None and personal.alpha == pytest.approx(0.3, abs=1e-4)
+    assert personal is not None and personal.mean_alpha == pytest.approx(0.3, abs=1e-4)
 
 
 def test_alpha_moves_once_a_round_or_at_every_step() -> None:
@@ -287,10 +298,10 @@ def test_alpha_moves_once_a_round_or_at_every_step() -> None:
 
     def alphas(update: Moves) -> list[float]:
         method = Apfl(0.5, update, 0.01)
-        state, seen = method.init(w, Personal(v, 0.5), SGD), []
+        state, seen = method.init(w, Personal(v, share(0.5)), SGD, ALL), []
         for batch in batches:
             method.step(state, objective, batch)
-            seen.append(state.alpha)
+            seen.append(float(state.alpha))
         return seen
 
     by_round, by_step = alphas("round"), alphas("step")
@@ -304,9 +315,9 @@ def test_alpha_moves_once_a_round_or_at_every_step() -> None:
 def test_a_round_is_a_function_of_its_arguments(method: Method, train: TrainOptions) -> None:
     objective, batches, v, w = problem(0)
     before = {name: theta.clone() for name, theta in (v | {f"w.{name}": theta for name, theta in w.items()}).items()}
-    first = local_round(method, objective, w, Personal(v, 0.5), batches, train)
+    first = local_round(method, objective, w, Personal(v, share(0.5)), batches, train, ALL)
     torch.rand(3)  # the global generator is not asked
-    second = local_round(method, objective, w, Personal(v, 0.5), batches, train)
+    second = local_round(method, objective, w, Personal(v, share(0.5)), batches, train, ALL)
     assert first.loss == second.loss
     if first.upload is not None:
         assert same_bits(first.upload, second.upload)
@@ -327,7 +338,7 @@ def test_a_device_without_a_past_uses_what_it_received(method: Method) -> None:
 def test_the_loss_is_the_mean_over_the_steps() -> None:
     objective, batches, _, w = problem(0)
     frozen = TrainOptions(optimizer="sgd", learning_rate=1e-12)
-    result = local_round(FedAvg(), objective, w, None, batches, frozen)
+    result = local_round(FedAvg(), objective, w, None, batches, frozen, ALL)
     assert result.loss == pytest.approx(sum(float(objective(w, batch)) for batch in batches) / 3, rel=1e-6)
 
 

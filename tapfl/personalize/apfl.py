@@ -12,15 +12,15 @@ The mixture v̄ is in effective weights (`tapfl.adapters.lora.mix`). Only w goes
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from tapfl.adapters.lora import mix
 from tapfl.config import TrainOptions
-from tapfl.personalize.fedavg import Trainee
 from tapfl.personalize.method import Personal
+from tapfl.personalize.trainee import Trainee
 from tapfl.training import Objective, Params
 
 
@@ -30,7 +30,7 @@ class ApflState:
 
     w: Trainee
     v: Trainee
-    alpha: float
+    alpha: Tensor
     steps: int = field(default=0)
 
 
@@ -42,28 +42,35 @@ class Apfl:
     update: Literal["round", "step", "fixed"] = "round"
     alpha_learning_rate: float = 0.1
 
-    def init(self, received: Params, personal: Personal | None, train: TrainOptions) -> ApflState:
-        personal = personal or Personal(received, self.alpha)
-        return ApflState(Trainee.of(received, train), Trainee.of(personal.params, train), personal.alpha)
+    tunes: ClassVar[bool] = False
+
+    def init(
+        self, received: Params, personal: Personal | None, train: TrainOptions, trained: frozenset[str]
+    ) -> ApflState:
+        personal = personal or self._first(received)
+        return ApflState(
+            Trainee.of(received, train, trained), Trainee.of(personal.params, train, trained), personal.alpha
+        )
 
     def step(self, state: ApflState, objective: Objective, batch: object) -> Tensor:
         w_gradients = state.w.gradients(objective(state.w.params, batch))
         moving = self.update == "step" or (self.update == "round" and state.steps == 0)
-        alpha = torch.tensor(state.alpha, dtype=torch.float64, requires_grad=moving)
-        fixed_w = {name: parameter.detach() for name, parameter in state.w.params.items()}
-        loss = objective(mix(state.v.params, fixed_w, alpha), batch)
-        targets = [*state.v.params.values(), *([alpha] if moving else [])]
-        gradients = torch.autograd.grad(loss, targets)
+        alpha = state.alpha.clone().requires_grad_(moving)
+        loss = objective(mix(state.v.params, state.w.values(), alpha), batch)
+        gradients = torch.autograd.grad(loss, [*state.v.moving.values(), *([alpha] if moving else [])])
         state.w.apply(w_gradients)
-        state.v.apply(gradients[: len(state.v.params)])
+        state.v.apply(gradients[: len(state.v.moving)])
         if moving:
-            state.alpha = min(max(state.alpha - self.alpha_learning_rate * float(gradients[-1]), 0.0), 1.0)
+            state.alpha = (state.alpha - self.alpha_learning_rate * gradients[-1]).clamp(0, 1)
         state.steps += 1
         return loss
 
     def final(self, state: ApflState) -> tuple[Params | None, Personal | None]:
-        return state.w.result(), Personal(state.v.result(), state.alpha)
+        return state.w.values(), Personal(state.v.values(), state.alpha)
 
     def inference(self, received: Params, personal: Personal | None) -> Params:
-        personal = personal or Personal(received, self.alpha)
+        personal = personal or self._first(received)
         return mix(personal.params, received, personal.alpha)
+
+    def _first(self, received: Params) -> Personal:
+        return Personal(received, torch.tensor(self.alpha, dtype=torch.float64))

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from torch import Tensor
 
 from tapfl.config import TrainOptions
-from tapfl.personalize.fedavg import Trainee
-from tapfl.personalize.method import Personal
+from tapfl.personalize.method import Personal, wholly
+from tapfl.personalize.trainee import Trainee
 from tapfl.training import Objective, Params
 
 
 class Local:
     """v ← v - η ∇f(v; ξ)."""
 
-    def init(self, received: Params, personal: Personal | None, train: TrainOptions) -> Trainee:
-        return Trainee.of(personal.params if personal else received, train)
+    tunes: ClassVar[bool] = False
+
+    def init(
+        self, received: Params, personal: Personal | None, train: TrainOptions, trained: frozenset[str]
+    ) -> Trainee:
+        return Trainee.of(personal.params if personal else received, train, trained)
 
     def step(self, state: Trainee, objective: Objective, batch: object) -> Tensor:
         loss = objective(state.params, batch)
@@ -22,7 +28,7 @@ class Local:
         return loss
 
     def final(self, state: Trainee) -> tuple[Params | None, Personal | None]:
-        return None, Personal(state.result(), 1.0)
+        return None, wholly(state.values())
 
     def inference(self, received: Params, personal: Personal | None) -> Params:
         return personal.params if personal else received

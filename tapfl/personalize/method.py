@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
+import torch
 from torch import Tensor
 
 from tapfl.config import PersonalizeOptions, TrainOptions
@@ -14,17 +15,27 @@ from tapfl.training import Objective, Params
 S = TypeVar("S")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Personal:
     """What never leaves a device: its own parameters v, and how much of them it uses.
 
     Attributes:
         params: v, in the shapes of the device.
-        alpha: α in [0, 1].
+        alpha: α in [0, 1], float64: 0-d, or (L,) with one a layer (`tapfl.adapters.lora.layers`).
     """
 
     params: Params
-    alpha: float
+    alpha: Tensor
+
+    @property
+    def mean_alpha(self) -> float:
+        """The mean of α over the layers."""
+        return float(self.alpha.mean())
+
+
+def wholly(params: Params) -> Personal:
+    """Returns what a device keeps that uses its own parameters alone, α = 1."""
+    return Personal(params, torch.ones((), dtype=torch.float64))
 
 
 @dataclass(frozen=True)
@@ -37,10 +48,23 @@ class LocalResult:
 
 
 class Method(Protocol, Generic[S]):
-    """A method as three pure steps around its own state `S`, and the model that the device then uses."""
+    """A method as three pure steps around its own state `S`, and the model that the device then uses.
 
-    def init(self, received: Params, personal: Personal | None, train: TrainOptions) -> S:
-        """Returns the state at the start of a round; `personal` is None in a device's first."""
+    Attributes:
+        tunes: the device uses what local training makes of the w just received, so it is evaluated after training.
+    """
+
+    tunes: ClassVar[bool]
+
+    def init(self, received: Params, personal: Personal | None, train: TrainOptions, trained: frozenset[str]) -> S:
+        """Returns the state at the start of a round.
+
+        Args:
+            received: the device's whole w, its names always in the order of its layout.
+            personal: what stayed after the device's last round; None in its first.
+            trained: the names that move in this round, in w as in v. The others are constants of the round: they stay
+                as they are in `received` and in `personal.params`, to the bit.
+        """
         ...
 
     def step(self, state: S, objective: Objective, batch: object) -> Tensor:
@@ -63,9 +87,10 @@ def local_round(
     personal: Personal | None,
     batches: Iterable[object],
     train: TrainOptions,
+    trained: frozenset[str],
 ) -> LocalResult:
-    """Returns what a device's round gives, a function of its arguments alone."""
-    state = method.init(received, personal, train)
+    """Returns what a device's round gives, a function of its arguments alone (they are those of `Method.init`)."""
+    state = method.init(received, personal, train, trained)
     losses = [method.step(state, objective, batch).detach() for batch in batches]
     upload, stays = method.final(state)
     return LocalResult(upload, stays, float(sum(losses)) / len(losses))
