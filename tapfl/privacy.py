@@ -1,14 +1,23 @@
-"""Client-level differential privacy of the uploaded adapters: the clip, and what the noise is worth."""
+"""Client-level differential privacy of the uploaded adapters: the clip, and what the noise is worth.
+
+Two runs are neighbours if they differ by one device's update in one round, there or not there. The Gaussian mechanism
+(Dwork and Roth 2014, Appendix A) adds N(0, (z · clip)²) to the sum of the clipped updates.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from functools import lru_cache
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 
 from tapfl.adapters.layout import Params
+from tapfl.errors import ConfigError
+
+LEAST_NOISE = 1e-3  # of z/√rounds: ε is above 500,000 there, and e^ε soon no number
 
 
 def clip_to_norm(update: Mapping[str, Tensor], norm: float) -> Params:
@@ -36,3 +45,42 @@ def clip_to_norm(update: Mapping[str, Tensor], norm: float) -> Params:
 def l2_norm(update: Mapping[str, Tensor]) -> float:
     """Returns √Σ x² over all values of all tensors."""
     return math.sqrt(sum(float(value.double().square().sum()) for value in update.values()))
+
+
+def require_accountant() -> None:
+    """Raises ConfigError unless the package is there that says what the noise is worth."""
+    if find_spec("dp_accounting") is None:
+        raise ConfigError("privacy.dp-noise: needs dp-accounting; pip install 'tapfl[dp]'; or leave it at 0")
+
+
+@lru_cache(maxsize=4096)
+def epsilon(noise_multiplier: float, rounds: int, delta: float) -> float:
+    """Returns ε of (ε, δ)-differential privacy for a device whose updates went into `rounds` rounds.
+
+    By the accountant of privacy loss distributions, never below the true value and within 0.1 % of it (where ε is below
+    0.01, within 1e-5). Composition of adaptive rounds is that of Gaussian mechanisms: k of noise z are one of z/√k (Dong,
+    Roth and Su 2019, arXiv 1905.02383, Corollary 3.3). No amplification by sampling.
+
+    Args:
+        noise_multiplier: z, standard deviation of the noise on the sum over the clip.
+        rounds: k, in which the device took part, adaptive as they are.
+        delta: δ in (0, 1).
+
+    Returns:
+        0 for a device that never took part, ∞ without noise or with next to none: no guarantee.
+
+    Raises:
+        ConfigError: without the extra `dp`.
+    """
+    if not rounds:
+        return 0.0
+    z = noise_multiplier / math.sqrt(rounds)
+    if z < LEAST_NOISE:
+        return math.inf
+    require_accountant()
+    from dp_accounting import GaussianDpEvent
+    from dp_accounting.pld import PLDAccountant
+
+    # losses have mean 1/2z²: a grid as fine as this has at most a million points, where a fixed one runs out of memory
+    accountant = PLDAccountant(value_discretization_interval=max(1e-4, 1e-5 / z**2))
+    return float(accountant.compose(GaussianDpEvent(z)).get_epsilon(delta))
