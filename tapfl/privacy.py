@@ -57,9 +57,9 @@ def require_accountant() -> None:
 def epsilon(noise_multiplier: float, rounds: int, delta: float) -> float:
     """Returns ε of (ε, δ)-differential privacy for a device whose updates went into `rounds` rounds.
 
-    By the accountant of privacy loss distributions, never below the true value and within 0.1 % of it (where ε is below
-    0.01, within 1e-5). Composition of adaptive rounds is that of Gaussian mechanisms: k of noise z are one of z/√k (Dong,
-    Roth and Su 2019, arXiv 1905.02383, Corollary 3.3). No amplification by sampling.
+    By the accountant of privacy loss distributions: never below the true value, and above it by at most 0.1 %, or 1e-5.
+    Adaptive rounds compose as Gaussian mechanisms do, k of noise z to one of z/√k (Dong, Roth and Su 2019, arXiv
+    1905.02383, Corollary 3.3). No amplification by sampling.
 
     Args:
         noise_multiplier: z, standard deviation of the noise on the sum over the clip.

@@ -1,4 +1,4 @@
-"""Differential privacy: the clip bounds what one device can change, and ε is what an exact formula says of the noise."""
+"""Differential privacy: the clip bounds what one device can change, and ε is what an exact formula says."""
 
 from __future__ import annotations
 
