@@ -50,7 +50,7 @@ def prune(
         short = {"criterion": criterion, "compensation": compensation, "recovery": recovery}
         options |= {f"pruning.{name}": value for name, value in short.items() if value is not None}
         carry_out(absolute_paths(RunConfig.from_flat(options)), budget, out)
-    inspect(out, None, as_json)
+    _inspect_pruned(out, None, as_json)
 
 
 def _reapply(plan: Path, options: Mapping[str, Any], out: Path) -> None:
@@ -73,12 +73,42 @@ def criteria() -> None:
 @app.command()
 def inspect(
     folder: Annotated[
-        Path, typer.Argument(help="a pruned model: plan.json and model.safetensors; or a run's devices/NN")
-    ],
+        Path | None,
+        typer.Argument(help="a pruned model: plan.json and model.safetensors; or a run's devices/NN"),
+    ] = None,
     picture: Annotated[Path | None, typer.Option(help="PNG of kept widths, layer importance and costs")] = None,
+    uplink: Annotated[
+        bool, typer.Option("--uplink", help="everything that leaves a device; with a run's folder also what was sent")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON object last, and no table")] = False,
 ) -> None:
-    """Show a pruned model: kept widths, layer importance, cost and latency before and after, where it comes from."""
+    """Show a pruned model: kept widths, layer importance, cost and latency, origin; or what leaves a device."""
+    if uplink and picture:
+        raise ConfigError(f"--picture {picture}: is of a pruned model, and does not go with --uplink")
+    if uplink:
+        _inspect_uplink(folder, as_json)
+    elif folder is None:
+        raise ConfigError("inspect: give a pruned model's folder, or --uplink for what leaves a device")
+    else:
+        _inspect_pruned(folder, picture, as_json)
+
+
+def _inspect_uplink(run: Path | None, as_json: bool) -> None:
+    from experiments.uplink import bytes_sent, uplink
+
+    rows, sent = uplink(), bytes_sent(run) if run else []
+    if as_json:
+        print(json.dumps({"uplink": rows, **({"sent": sent} if run else {})}))
+        return
+    show_rows(rows, as_json=False)
+    print("and if a device fails, Flower sends the server its error's class and text")
+    if run:
+        kinds = list(dict.fromkeys(kind for device in sent for kind in device))
+        print("bytes that each device sent, by kind")
+        show_rows([{kind: str(device.get(kind, 0)) for kind in kinds} for device in sent], as_json=False)
+
+
+def _inspect_pruned(folder: Path, picture: Path | None, as_json: bool) -> None:
     from experiments.inspection import costs
     from experiments.inspection import inspect as look
     from experiments.picture import picture as draw

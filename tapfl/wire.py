@@ -2,7 +2,8 @@
 
 One dataclass a message. Arrays travel in an ArrayRecord, everything else in a ConfigRecord, nothing is pickled. This is
 the only module of `tapfl` that knows Flower, and the complete list of what can leave a device: the fields of the
-classes named ``...Reply``.
+classes named ``...Reply``. Each is annotated with what it is, and an array with its shape, which is what
+`tapfl inspect --uplink` shows.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar, Self, get_type_hints
+from typing import Annotated, Any, ClassVar, Self, get_type_hints
 
 import numpy as np
 import torch
@@ -133,16 +134,17 @@ class HelloReply(WireMessage):
 
     type: ClassVar[str] = Hello.type
     kind: ClassVar[str] = "hello"
+    when: ClassVar[str] = "once, first"
 
-    partition_id: int
-    budget: str
-    rank: int
-    compute: float
-    upload: float
-    download: float
-    availability: float
-    train_samples: int
-    holds_backbone: bool
+    partition_id: Annotated[int, "which device this is"]
+    budget: Annotated[str, "what its model may cost"]
+    rank: Annotated[int, "LoRA rank of its adapters"]
+    compute: Annotated[float, "MAC/s, for the simulated time"]
+    upload: Annotated[float, "bytes/s, for the simulated time"]
+    download: Annotated[float, "bytes/s, for the simulated time"]
+    availability: Annotated[float, "chance that it is there when a round begins"]
+    train_samples: Annotated[int, "number of images in its training part"]
+    holds_backbone: Annotated[bool, "whether it has the dense backbone"]
 
     def profile(self, devices: int, max_rank: int) -> DeviceProfile:
         """Returns the profile. Raises WireError unless the device is one of `devices` and its profile is possible."""
@@ -178,22 +180,27 @@ class SummaryReply(WireMessage):
 
     type: ClassVar[str] = Summarize.type
     kind: ClassVar[str] = "summary"
+    when: ClassVar[str] = "once, before pruning"
 
-    weights: np.ndarray
-    means: np.ndarray
-    covariances: np.ndarray
-    n: int
-    dense_accuracy: float
-    test_samples: int
-    classes: int
-    held_classes: np.ndarray
+    weights: Annotated[np.ndarray, "mixture: share π of each component", "K"]
+    means: Annotated[np.ndarray, "mixture: mean μ of each component's descriptors", "K, d"]
+    covariances: Annotated[
+        np.ndarray, "mixture: variances of each component (K, d, d: covariances, if summary.covariance = full)", "K, d"
+    ]
+    n: Annotated[int, "mixture: number of different training images behind it"]
+    dense_accuracy: Annotated[float, "for the report: accuracy of the dense model on the device's test part"]
+    test_samples: Annotated[int, "for the report: number of images in the test part"]
+    classes: Annotated[int, "for the report: number of classes in the training part"]
+    held_classes: Annotated[
+        np.ndarray, "which classes it has images of, 0 or 1; only for adapters.head = class-rows", "C"
+    ]
 
     def mixture(self, dim: int, min_support: float, train_samples: int) -> GaussianSummary:
-        """Returns the mixture. Raises WireError unless it is one, supported, and of the samples that were announced."""
+        """Returns the mixture. Raises WireError unless it is one, supported, and of no more samples than announced."""
         summary = GaussianSummary(
             self.weights.astype(np.float64), self.means.astype(np.float64), self.covariances.astype(np.float64), self.n
         )
-        _require(self.n == train_samples, f"mixture of {self.n} samples, {train_samples} were announced")
+        _require(1 <= self.n <= train_samples, f"mixture of {self.n} samples, {train_samples} were announced")
         _require(self.weights.ndim == 1, f"mixture: weights have shape {self.weights.shape}")
         try:
             summary.check(dim, min_support)
@@ -239,10 +246,11 @@ class PruneReply(WireMessage):
 
     type: ClassVar[str] = Prune.type
     kind: ClassVar[str] = "hello"
+    when: ClassVar[str] = "once, after pruning"
 
-    params: int
-    macs: int
-    pruned_accuracy: float
+    params: Annotated[int, "parameters of the device's model, counted"]
+    macs: Annotated[int, "multiply-accumulates of the device's model, counted"]
+    pruned_accuracy: Annotated[float, "for the report: accuracy of the pruned model on the test part"]
 
     def check(self, params: int, macs: int) -> None:
         """Raises WireError unless the device's model costs what its plan says."""
@@ -278,13 +286,16 @@ class TrainReply(WireMessage):
 
     type: ClassVar[str] = Train.type
     kind: ClassVar[str] = "adapters"
+    when: ClassVar[str] = "every round"
 
-    round: int
-    adapters: np.ndarray
-    loss: float
-    alpha: float
-    global_accuracy: float
-    personal_accuracy: float
+    round: Annotated[int, "which round this answers"]
+    adapters: Annotated[
+        np.ndarray, "shared adapters and head after local training; nothing if the method is local", "parameters"
+    ]
+    loss: Annotated[float, "for the report: training loss of this round"]
+    alpha: Annotated[float, "for the report: share α of the personal part, before training"]
+    global_accuracy: Annotated[float, "for the report: accuracy of what the server sent, on the test part"]
+    personal_accuracy: Annotated[float, "for the report: accuracy of the personal model, on the test part"]
 
     def check(self, round: int, length: int) -> None:
         """Raises WireError unless this answers `round` with adapters of the right length."""
@@ -314,11 +325,12 @@ class EvaluateReply(WireMessage):
 
     type: ClassVar[str] = Evaluate.type
     kind: ClassVar[str] = "hello"
+    when: ClassVar[str] = "once, last"
 
-    round: int
-    alpha: float
-    global_accuracy: float
-    personal_accuracy: float
+    round: Annotated[int, "which round this answers"]
+    alpha: Annotated[float, "for the report: share α of the personal part"]
+    global_accuracy: Annotated[float, "for the report: accuracy of what the server sent, on the test part"]
+    personal_accuracy: Annotated[float, "for the report: accuracy of the personal model, on the test part"]
 
     def check(self, round: int) -> None:
         """Raises WireError unless this answers `round`."""

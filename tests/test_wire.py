@@ -319,7 +319,7 @@ FULL = np.stack([np.eye(2), np.array([[2.0, 0.5], [0.5, 1.0]])])
         ("positive definite", {"covariances": np.stack([np.eye(2), np.ones((2, 2))])}),
         ("at least 5.0 needed", {"weights": np.array([0.1, 0.9])}),
         ("40 were announced", {"n": 41}),
-        ("40 were announced", {"n": -1}),
+        ("40 were announced", {"n": 0}),
         ("dense accuracy", {"dense_accuracy": 1.1}),
         ("test samples", {"test_samples": 0}),
         ("classes", {"classes": 0}),

@@ -1,0 +1,120 @@
+"""What leaves a device is a list made of the messages themselves: nothing can be sent that it does not name."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, fields
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Annotated, Any, ClassVar, get_type_hints
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from clients.device import Device
+from experiments import cli
+from experiments.uplink import uplink
+from tapfl import wire
+from tapfl.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Base:
+    """Stands for a message; a subclass of WireMessage would be one for all tests of this process."""
+
+    when: ClassVar[str] = "never"
+    kind: ClassVar[str] = "odd"
+
+
+def listed(*replies: type) -> list[dict[str, str]]:
+    return uplink(SimpleNamespace(**{reply.__name__: reply for reply in replies}))  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def _stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(wire, "WireMessage", Base)
+
+
+def test_every_answer_of_a_device_is_listed_with_every_field() -> None:
+    answers = [get_type_hints(value).get("return") for name, value in vars(Device).items() if name[0] != "_"]
+    replies = [kind for kind in answers if isinstance(kind, type) and issubclass(kind, wire.WireMessage)]
+    assert len(replies) >= 5
+    rows = uplink()
+    for reply in replies:
+        mine = [row["field"] for row in rows if f"{row['message']}reply" == reply.__name__.lower()]
+        assert mine == [each.name for each in fields(reply)]
+    assert len(rows) == sum(len(fields(reply)) for reply in replies)
+
+
+def test_every_field_says_what_it_is_when_it_is_sent_and_as_what_it_counts() -> None:
+    rows = uplink()
+    assert all(value.strip() for row in rows for value in row.values())
+    by_field = {(row["message"], row["field"]): row for row in rows}
+    assert by_field["summary", "means"]["type"] == "array (K, d)"
+    assert by_field["train", "adapters"]["bytes"] == "adapters"
+    assert by_field["hello", "holds_backbone"]["type"] == "bool"
+    assert {row["bytes"] for row in rows} <= {"hello", "summary", "adapters"}
+
+
+@pytest.mark.usefixtures("_stand_in")
+def test_a_new_reply_is_listed_or_refused() -> None:
+    @dataclass(frozen=True)
+    class ReplyOfALaterDay(Base):
+        images: Annotated[np.ndarray, "all of them", "n, h, w"]
+
+    assert listed(ReplyOfALaterDay) == [
+        {
+            "message": "replyofalaterday",
+            "when": "never",
+            "field": "images",
+            "type": "array (n, h, w)",
+            "what": "all of them",
+            "bytes": "odd",
+        }
+    ]
+
+    @dataclass(frozen=True)
+    class SilentReply(Base):
+        images: int
+
+    @dataclass(frozen=True)
+    class ShapelessReply(Base):
+        images: Annotated[np.ndarray, "all of them"]
+
+    class NoMessageReply:
+        pass
+
+    for reply in (SilentReply, ShapelessReply, NoMessageReply):
+        with pytest.raises(TypeError, match=reply.__name__):
+            listed(reply)
+
+
+def tapfl(*arguments: str) -> Any:
+    return CliRunner().invoke(cli.app, ["inspect", *arguments])
+
+
+def test_the_command_shows_the_list_and_what_a_run_sent(tmp_path: Path) -> None:
+    devices = [{"device": 0, "bytes_up": {"hello": 40, "adapters": 1200}}, {"device": 1, "bytes_up": {"hello": 41}}]
+    (tmp_path / "summary.json").write_text(json.dumps({"devices": devices}))
+    alone, with_run = tapfl("--uplink", "--json"), tapfl(str(tmp_path), "--uplink", "--json")
+    assert json.loads(alone.output) == {"uplink": uplink()}
+    assert json.loads(with_run.output)["sent"] == [
+        {"device": 0, "hello": 40, "adapters": 1200},
+        {"device": 1, "hello": 41},
+    ]
+    table = tapfl(str(tmp_path), "--uplink").output
+    assert "personal_accuracy" in table and "1200" in table
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ((), "give a pruned model's folder, or --uplink"),
+        (("--uplink", "--picture", "a.png"), "--picture a.png"),
+        (("/nowhere", "--uplink"), "/nowhere --uplink: is not the folder of a finished run"),
+    ],
+)
+def test_what_cannot_be_shown_is_refused(arguments: tuple[str, ...], said: str) -> None:
+    found = tapfl(*arguments)
+    assert isinstance(found.exception, ConfigError) and said in str(found.exception)
