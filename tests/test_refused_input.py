@@ -19,7 +19,7 @@ REFUSED = {
     "no assignment": ("train.rounds", "train.rounds", "key=value"),
     "share over 1": ("devices.budgets=1.7", "devices.budgets = 1.7", "less than or equal to 1"),
     "share of 0": ("data.public-share=0", "data.public-share = 0", "greater than 0"),
-    "choice": ("adapters.rule=median", "adapters.rule = 'median'", "'fedit' or 'flex'"),
+    "choice": ("adapters.rule=median", "adapters.rule = 'median'", "'embed_side' or 'flex'"),
     "unpaired": ("devices.budgets=0.3,0.5", "devices", "pairs"),
     "too many devices": ("devices.count=400", "devices.count = 400", "at most"),
     "too many classes": ("data.classes-per-device=11", "pathological", "11"),
@@ -34,6 +34,13 @@ REFUSED = {
     "budget too small": ("devices.budgets=0.01,0.3,0.5", "budget 0.01", "can"),
     "unknown criterion": ("pruning.criterion=tapp", "pruning.criterion = 'tapp'", "tap, tap+, taylor"),
     "fine-tune set over pool": ("pruning.recovery-size=4096", "pruning.recovery-size = 4096", "898"),
+    "nobody asked": ("devices.participation=0", "devices.participation = 0", "greater than 0"),
+    "all drop out": ("devices.dropout=1", "devices.dropout = 1", "less than 1"),
+    "negative deadline": ("devices.deadline=-1", "devices.deadline = -1", "greater than or equal to 0"),
+    "no such profiles": ("devices.profiles=/no/such.toml", "devices.profiles /no/such.toml", "cannot be read"),
+    "success over 1": ("faults.min-success=1.5", "faults.min-success = 1.5", "less than or equal to 1"),
+    "no time at all": ("faults.device-timeout=0", "faults.device-timeout = 0", "greater than 0"),
+    "nothing to go on with": ("resume=true", "resume", "not a run's folder"),
     "budget too fine": ("pruning.align=16", "budget 0.3", "pruning.align"),
 }
 

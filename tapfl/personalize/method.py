@@ -52,9 +52,15 @@ class Method(Protocol, Generic[S]):
 
     Attributes:
         tunes: the device uses what local training makes of the w just received, so it is evaluated after training.
+        keeps: something stays on the device from round to round.
+        uploads: w goes up.
+        passes: models that a step trains.
     """
 
     tunes: ClassVar[bool]
+    keeps: ClassVar[bool]
+    uploads: ClassVar[bool]
+    passes: ClassVar[int]
 
     def init(self, received: Params, personal: Personal | None, train: TrainOptions, trained: frozenset[str]) -> S:
         """Returns the state at the start of a round.
