@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -43,7 +44,11 @@ from tapfl.wire import (
 
 @dataclass(frozen=True)
 class Device:
-    """One device of a federation: which it is, what it can do, and where it keeps what is its own."""
+    """One device of a federation: which it is, what it can do, and where it keeps what is its own.
+
+    Attributes:
+        source: images that are all this device's; empty: its part of the run's `data.source`.
+    """
 
     config: RunConfig
     partition_id: int
@@ -51,6 +56,7 @@ class Device:
     budget: float
     rank: int
     storage: DeviceStorage
+    source: str = ""
 
     def hello(self, message: Hello) -> HelloReply:
         """Says who the device is and what it can do."""
@@ -58,13 +64,15 @@ class Device:
             partition_id=self.partition_id,
             budget=self.budget,
             rank=self.rank,
-            train_samples=len(self._part("train")[1]),
+            train_samples=self._train_samples(),
             holds_backbone=DenseCache(self._cache).holds(message.backbone_key),
         )
 
     def summarize(self, message: Summarize) -> SummaryReply:
         """Fits the mixture of the training part; its test part serves the report alone."""
         self._receive_backbone(message)
+        if self.source:
+            self.storage.save_classes(json.loads(message.classes))
         model = caches.dense(self._cache, message.backbone_key, message.backbone_spec)
         project = Projection(message.projection_mean, message.projection_components)
         inputs, labels = self._part("train")
@@ -165,7 +173,14 @@ class Device:
         elif not cache.holds(message.backbone_key):
             raise RunError(f"device {self.partition_id}: has no backbone {message.backbone_key} and was sent none")
 
+    def _train_samples(self) -> int:
+        if self.source:
+            return len(caches.own_images(self.config, self.source, self.partition_id)[1].train)
+        return len(self._part("train")[1])
+
     def _part(self, name: str) -> tuple[Tensor, Tensor]:
+        if self.source:
+            return caches.own_part(self.config, self.source, self.partition_id, name, self.storage.classes)
         return caches.part(self.config, self.devices, self.partition_id, name)
 
     def _pruned(self) -> caches.PrunedDevice:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
+from tapfl.errors import RunError
 from tapfl.personalize.method import Personal
-from tapfl.store import read_tensors, write_tensors
+from tapfl.store import read_tensors, write_json, write_tensors
 
 VERSIONS_KEPT = 2
 ALPHA = "alpha"
@@ -21,6 +24,7 @@ class DeviceStorage:
     pruned/     plan.json and model.safetensors, for `tapfl.load_pruned`
     state/      round-NNNN.safetensors: v and α after that round, the last two rounds
     personal/   the personal model as a peft adapter, written at the end
+    classes.json  what the backbone's outputs are called, where the device has a source of its own
     ```
     """
 
@@ -34,6 +38,21 @@ class DeviceStorage:
     @property
     def personal(self) -> Path:
         return self.folder / "personal"
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Names of the backbone's outputs. Raises RunError if no summary was ever asked for."""
+        try:
+            return tuple(json.loads(self._classes.read_text(encoding="utf-8")))
+        except OSError as error:
+            raise RunError(f"{self._classes}: cannot be read ({error.strerror})") from None
+
+    def save_classes(self, classes: Sequence[str]) -> None:
+        write_json(self._classes, list(classes))
+
+    @property
+    def _classes(self) -> Path:
+        return self.folder / "classes.json"
 
     def save_state(self, round: int, state: Personal) -> None:
         """Writes the state after `round`, and drops versions older than the one before it."""

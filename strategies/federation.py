@@ -6,6 +6,7 @@ by partition id, sums run in that order, and each draws from its own generator.
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -111,6 +112,7 @@ class Federation:
                 backbone_weights=b"" if held[i] else weights,
                 projection_mean=pool.projection.mean,
                 projection_components=pool.projection.components,
+                classes=json.dumps(self.images.classes),
             )
             for i in records
         }
@@ -142,7 +144,8 @@ class Federation:
                 budget = self.fleet.records[i].budget
                 pruned = device_model(shared, backbone.spec, summary, i, budget)
                 plans[i] = pruned.plan
-                smaller[i] = Prune(backbone.key, pruned.plan.model_dump_json(), pruned.weights())
+                weights = pruned.weights(always=self.config.pruning.send == "weights")
+                smaller[i] = Prune(backbone.key, pruned.plan.model_dump_json(), weights)
                 write_bytes(self.folder.path / "plans" / f"{i:02d}.json", plans[i].model_dump_json(indent=1).encode())
                 advance(done, f"device {i}")
         return plans, smaller
