@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help run test test-slow lint type clean
+.PHONY: help run deploy-demo test test-slow lint type clean
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
@@ -17,6 +17,9 @@ $(READY): pyproject.toml constraints.txt
 
 run: $(READY) ## the main job: ten devices on the embedded digits, no download
 	$(BIN)/tapfl run
+
+deploy-demo: $(READY) ## server and two nodes over TLS with registered keys, on this machine, checked
+	$(BIN)/tapfl deploy-demo
 
 test: $(READY) ## the default test suite
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest

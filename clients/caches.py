@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -16,8 +17,8 @@ from tapfl.adapters import rules
 from tapfl.adapters.layout import Layout, Params, device_layout, gather, global_shapes
 from tapfl.adapters.lora import AdaptedModel
 from tapfl.config import RunConfig
-from tapfl.data.federated import open_private
-from tapfl.data.partition import DeviceSplit, partition
+from tapfl.data.federated import labels_among, open_own, open_private
+from tapfl.data.partition import DeviceSplit, partition, split_device
 from tapfl.data.sources import ImageSet
 from tapfl.models.backbone import BackboneSpec, build, input_transform
 from tapfl.models.dense import DenseCache
@@ -45,6 +46,24 @@ def part(config: RunConfig, devices: int, partition_id: int, name: str) -> tuple
     """Returns (inputs, labels) of the `train` or `test` part of one device, ready for its model."""
     chosen = private_images(config).subset(getattr(splits(config, devices)[partition_id], name))
     return input_transform(config.model)(chosen.images), torch.from_numpy(chosen.labels)
+
+
+@lru_cache(maxsize=4)
+def own_images(config: RunConfig, source: str, partition_id: int) -> tuple[ImageSet, DeviceSplit]:
+    """Returns the images of a device that has a source of its own, and their split."""
+    images = open_own(source, config.data, input_transform(config.model), cache_folder(config.cache))
+    everything = np.arange(len(images))
+    return images, split_device(everything, images.labels, config.data.test_share, config.seed, partition_id)
+
+
+@lru_cache(maxsize=4)
+def own_part(
+    config: RunConfig, source: str, partition_id: int, name: str, classes: tuple[str, ...]
+) -> tuple[Tensor, Tensor]:
+    """Returns what `part` does for such a device; its labels are positions in `classes`."""
+    images, split = own_images(config, source, partition_id)
+    chosen = images.subset(getattr(split, name))
+    return input_transform(config.model)(chosen.images), torch.from_numpy(labels_among(classes, chosen, source))
 
 
 @lru_cache(maxsize=2)

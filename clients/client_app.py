@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
@@ -16,7 +16,8 @@ from flwr.clientapp import ClientApp
 from clients.device import Device
 from clients.storage import DeviceStorage
 from clients.time_limit import time_limit
-from tapfl.config import RunConfig
+from tapfl.config import RunConfig, Scalar, names_path
+from tapfl.errors import ConfigError
 from tapfl.profiles import DeviceProfile, profiles_of
 from tapfl.store import RunFolder, run_path
 from tapfl.wire import PROFILE_FIELDS, Evaluate, Hello, Prune, Summarize, Train, WireMessage
@@ -42,23 +43,39 @@ def device_of(context: Context) -> Device:
     """Returns the device that a Flower node is.
 
     In a simulation the profiles are dealt out by the run's options; in a deployment a node's own configuration
-    (``--node-config "budget=0.5 rank=6 upload=1e6 storage='/data/tapfl'"``) goes before them.
+    (``--node-config "budget=0.5 rank=6 storage='/var/tapfl' cache='/var/cache/tapfl' data='/photos'"``) goes before
+    them. A node that has a storage uses neither `out` nor `cache` of the run, which name folders of the server.
+
+    Raises:
+        ConfigError: if a path of the node's own is not absolute, or its profile is not possible.
     """
     config = _config(json.dumps(dict(context.run_config)))
     node = context.node_config
+    storage, cache, source = (_own_path(node, name) for name in ("storage", "cache", "data"))
+    if storage or cache:
+        config = config.model_copy(update={"cache": cache})
     i, devices = int(node["partition-id"]), int(node["num-partitions"])
     dealt = profiles_of(config.devices)
     own = {name: node[name] for name in PROFILE_FIELDS if name in node}
     profile = dealt[i % len(dealt)]
-    storage = node.get("storage")
-    folder = Path(str(storage)) if storage else RunFolder(run_path(config.out, context.run_id)).device(i)
+    folder = Path(storage) if storage else RunFolder(run_path(config.out, context.run_id)).device(i)
     return Device(
         config=config,
         partition_id=i,
         devices=devices,
         profile=DeviceProfile.of(profile.model_dump() | own) if own else profile,
         storage=DeviceStorage(folder),
+        source=source,
     )
+
+
+def _own_path(node: Mapping[str, Scalar], name: str) -> str:
+    value = str(node.get(name, ""))
+    if not names_path(value):
+        return value
+    if not (path := Path(value).expanduser()).is_absolute():
+        raise ConfigError(f"{name} = {value!r} of the node's configuration: must be an absolute path")
+    return str(path)
 
 
 def _answer(message: Message, context: Context, type: type[M], handler: Callable[[Device, M], WireMessage]) -> Message:

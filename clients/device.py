@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -47,26 +49,33 @@ from tapfl.wire import (
 
 @dataclass(frozen=True)
 class Device:
-    """One device of a federation: which it is, what it can do, and where it keeps what is its own."""
+    """One device of a federation: which it is, what it can do, and where it keeps what is its own.
+
+    Attributes:
+        source: images that are all this device's; empty: its part of the run's `data.source`.
+    """
 
     config: RunConfig
     partition_id: int
     devices: int
     profile: DeviceProfile
     storage: DeviceStorage
+    source: str = ""
 
     def hello(self, message: Hello) -> HelloReply:
         """Says who the device is and what it can do."""
         return HelloReply(
             partition_id=self.partition_id,
             **{name: getattr(self.profile, name) for name in PROFILE_FIELDS},
-            train_samples=len(self._part("train")[1]),
+            train_samples=self._train_samples(),
             holds_backbone=DenseCache(self._cache).holds(message.backbone_key),
         )
 
     def summarize(self, message: Summarize) -> SummaryReply:
         """Fits the mixture of the training part; its test part serves the report alone."""
         self._receive_backbone(message)
+        if self.source:
+            self.storage.save_classes(json.loads(message.classes))
         model = caches.dense(self._cache, message.backbone_key, message.backbone_spec)
         project = Projection(message.projection_mean, message.projection_components)
         inputs, labels = self._part("train")
@@ -81,14 +90,16 @@ class Device:
             dense_accuracy=accuracy(predict(model, test_inputs), test_labels),
             test_samples=len(test_labels),
             classes=len(labels.unique()),
-            held_classes=self._held_classes(labels),
+            held_classes=self._held_classes(
+                labels, BackboneSpec.model_validate_json(message.backbone_spec).num_classes
+            ),
         )
 
-    def _held_classes(self, labels: Tensor) -> np.ndarray:
+    def _held_classes(self, labels: Tensor, classes: Sequence[str]) -> np.ndarray:
         """Returns 0 or 1 for each class of the head; nothing where the server has no use for it."""
         if self.config.adapters.head != "class-rows":
             return np.zeros(0, np.float32)
-        held = torch.zeros(len(caches.private_images(self.config).classes))
+        held = torch.zeros(len(classes))
         held[labels] = 1
         return held.numpy()
 
@@ -212,7 +223,14 @@ class Device:
         elif not cache.holds(message.backbone_key):
             raise RunError(f"device {self.partition_id}: has no backbone {message.backbone_key} and was sent none")
 
+    def _train_samples(self) -> int:
+        if self.source:
+            return len(caches.own_images(self.config, self.source, self.partition_id)[1].train)
+        return len(self._part("train")[1])
+
     def _part(self, name: str) -> tuple[Tensor, Tensor]:
+        if self.source:
+            return caches.own_part(self.config, self.source, self.partition_id, name, self.storage.classes)
         return caches.part(self.config, self.devices, self.partition_id, name)
 
     def _pruned(self) -> caches.PrunedDevice:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from tapfl.adapters.layout import Params
 from tapfl.errors import RunError
 from tapfl.personalize.method import Personal
-from tapfl.store import Versions, read_tensors, write_tensors
+from tapfl.store import Versions, read_tensors, write_json, write_tensors
+
+ALPHA, OWN, PRIVATE = "alpha", "v:", "w:"
 
 ALPHA, OWN, PRIVATE = "alpha", "v:", "w:"
 
@@ -33,6 +37,7 @@ class DeviceStorage:
     pruned/     plan.json and model.safetensors, for `tapfl.load_pruned`
     state/      round-NNNN.safetensors: the state after that round, the last two
     personal/   the personal model as a peft adapter, written at the end
+    classes.json  what the backbone's outputs are called, where the device has a source of its own
     ```
     """
 
@@ -47,6 +52,21 @@ class DeviceStorage:
     @property
     def personal(self) -> Path:
         return self.folder / "personal"
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Names of the backbone's outputs. Raises RunError if no summary was ever asked for."""
+        try:
+            return tuple(json.loads(self._classes.read_text(encoding="utf-8")))
+        except OSError as error:
+            raise RunError(f"{self._classes}: cannot be read ({error.strerror})") from None
+
+    def save_classes(self, classes: Sequence[str]) -> None:
+        write_json(self._classes, list(classes))
+
+    @property
+    def _classes(self) -> Path:
+        return self.folder / "classes.json"
 
     def save_state(self, round: int, state: DeviceState, before: int) -> None:
         """Writes the state after `round`; keeps beside it the one after `before`, from which it was made.

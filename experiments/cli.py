@@ -15,6 +15,7 @@ from rich.table import Table
 
 from experiments import pruning_cli
 from experiments.bench import cli as bench_cli
+from experiments.deploy import cli as deploy_cli
 from experiments.terminal import console, options_of, show_rows
 from tapfl.config import RunConfig
 from tapfl.errors import ConfigError, RunError, TapflError
@@ -31,6 +32,7 @@ app = typer.Typer(
 )
 app.add_typer(pruning_cli.app)
 app.add_typer(bench_cli.app, name="bench")
+app.add_typer(deploy_cli.app)
 
 
 class Engine(StrEnum):

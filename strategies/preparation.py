@@ -82,7 +82,9 @@ class Preparation:
     def _plan(self, backbone: Backbone, shared: Shared, summary: GaussianSummary | None, i: int) -> Prune:
         budget = self.fleet.records[i].profile.budget
         pruned = device_model(shared, backbone.spec, summary or shared.pool.mixture, i, budget)
-        message = Prune(backbone.key, pruned.plan.model_dump_json(), pruned.weights())
+        # a device that gave no mixture may not have got the backbone either
+        sent = self.config.pruning.send == "weights" or self.fleet.records[i].generic
+        message = Prune(backbone.key, pruned.plan.model_dump_json(), pruned.weights(always=sent))
         self._keep(i, message)
         return message
 
@@ -135,6 +137,7 @@ class Preparation:
                 backbone_weights=b"" if held[i] else weights,
                 projection_mean=pool.projection.mean,
                 projection_components=pool.projection.components,
+                classes=json.dumps(self.images.classes),
             )
             for i in records
         }

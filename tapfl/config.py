@@ -190,6 +190,11 @@ class PruningOptions(Section):
     labels: Literal["pseudo", "public"] = Field(
         "pseudo", description="labels of the public images: the dense model's predictions, or the pool's own"
     )
+    send: Literal["auto", "weights"] = Field(
+        "auto",
+        description="of its model a device gets the plan, and the weights where they are not just the backbone's; "
+        "`weights`: always",
+    )
     recovery: Literal["none", "fine-tune", "distill"] = Field(
         "none", description="training after surgery: none, cross-entropy, or that and the dense model's soft targets"
     )
@@ -339,7 +344,12 @@ class RunConfig(Section):
         """Returns the options that name a file or a folder, with their values."""
         flat = self.flat()
         values = {option: str(flat[option]) for option in PATH_OPTIONS}
-        return {k: v for k, v in values.items() if v not in NOT_PATHS and not v.startswith("hf:")}
+        return {k: v for k, v in values.items() if names_path(v)}
+
+
+def names_path(value: str) -> bool:
+    """Says whether the value of an option that can name a file or a folder does name one."""
+    return value not in NOT_PATHS and not value.startswith("hf:")
 
 
 def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -162,7 +162,10 @@ class HelloReply(WireMessage):
 
 @dataclass(frozen=True)
 class Summarize(WireMessage):
-    """The dense backbone (its weights only if the device lacks them) and the pool's projection."""
+    """The dense backbone (its weights only if the device lacks them), the pool's projection and its class names.
+
+    `classes` is a JSON list, in the order of the backbone's outputs.
+    """
 
     type: ClassVar[str] = "query.summarize"
     kind: ClassVar[str] = "backbone"
@@ -172,6 +175,7 @@ class Summarize(WireMessage):
     backbone_weights: bytes
     projection_mean: np.ndarray
     projection_components: np.ndarray
+    classes: str
 
 
 @dataclass(frozen=True)

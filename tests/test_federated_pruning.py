@@ -100,6 +100,15 @@ def test_where_no_weight_changes_none_are_sent(plain: Run) -> None:
         assert same(plain.kept(i), shrink(plain.dense, pruned.plan).state_dict())
 
 
+def test_weights_that_were_asked_for_are_sent_and_are_the_backbones_own(
+    plain: Run, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = carry_out(tmp_path / "run", cache, ["pruning.send=weights"], monkeypatch)
+    for i, pruned in run.made.items():
+        assert pruned.exact and run.records[i]["bytes_down"]["weights"] == len(pruned.weights(always=True))
+        assert same(run.kept(i), plain.kept(i))
+
+
 @pytest.mark.parametrize("case", CHANGED)
 def test_devices_keep_the_very_models_that_the_server_made(
     case: str, plain: Run, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -34,7 +34,7 @@ DIM, MIN_SUPPORT, LENGTH, ROUND = 2, 5.0, 3, 4
 MESSAGES: list[WireMessage] = [
     Hello("a1b2"),
     HelloReply(2, "0.5", 4, 5e9, 1e6, 5e6, 0.9, train_samples=40, holds_backbone=True),
-    Summarize("a1b2", "{}", b"\x00\xff", np.zeros(3), np.ones((2, 3), np.float32)),
+    Summarize("a1b2", "{}", b"\x00\xff", np.zeros(3), np.ones((2, 3), np.float32), '["a", "b"]'),
     SummaryReply(
         weights=np.array([0.25, 0.75]),
         means=np.array([[0.0, 1.0], [2.0, 3.0]]),
@@ -128,7 +128,7 @@ def test_bytes_are_counted_by_kind_and_weights_apart_from_the_plan() -> None:
     sizes = {type(message): message.bytes_by_kind.total() for message in MESSAGES}
     assert sizes[Hello] == 4
     assert sizes[HelloReply] == 8 * 8 + 3
-    assert sizes[Summarize] == 4 + 2 + 2 + 3 * 8 + 6 * 4
+    assert sizes[Summarize] == 4 + 2 + 2 + 3 * 8 + 6 * 4 + len('["a", "b"]')
     assert sizes[SummaryReply] == (2 + 4 + 4) * 8 + 4 * 8 + 3 * 4
     assert sizes[TrainReply] == 8 + 3 * 4 + 4 * 8
     assert Hello("λ").bytes_by_kind == {"hello": 2}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +38,30 @@ def open_private(options: DataOptions, transform: Transform, seed: int, cache: P
     if options.public:
         return source
     return source.subset(split_public(source.labels, options.public_share, seed)[1])
+
+
+def open_own(source: str, options: DataOptions, transform: Transform, cache: Path) -> ImageSet:
+    """Returns the images of a device that has a source of its own, all of them its own; classes as the source has them.
+
+    Raises:
+        DataError: as `open_pool`.
+    """
+    return load_images(source, _size(options, transform), cache)
+
+
+def labels_among(classes: Sequence[str], images: ImageSet, source: str) -> np.ndarray:
+    """Returns the labels of `images`, int64 (n,), as positions in `classes`: classes are the same by their names.
+
+    Raises:
+        DataError: if there is an image of a class that is not in `classes`.
+    """
+    position = {name: index for index, name in enumerate(classes)}
+    if unknown := [name for label in np.unique(images.labels) if (name := images.classes[label]) not in position]:
+        raise DataError(
+            f"data source {source!r}: the public pool has no class {', '.join(unknown[:5])}; "
+            f"it has {', '.join(classes[:10])}{', …' if len(classes) > 10 else ''}"
+        )
+    return np.array([position.get(name, -1) for name in images.classes], dtype=np.int64)[images.labels]
 
 
 def check_classes(options: DataOptions, public: ImageSet, private: ImageSet) -> None:

@@ -103,11 +103,18 @@ def partition(labels: np.ndarray, options: DataOptions, devices: int, seed: int)
             parts = [np.array(partitioner.load_partition(i)["position"], dtype=np.int64) for i in range(devices)]
     except ValueError as error:
         raise DataError(f"data.partition = {options.partition!r} for {devices} devices: {error}") from None
-    return [_split_device(np.sort(part), labels, options.test_share, seed, i) for i, part in enumerate(parts)]
+    return [split_device(np.sort(part), labels, options.test_share, seed, i) for i, part in enumerate(parts)]
 
 
-def _split_device(part: np.ndarray, labels: np.ndarray, test_share: float, seed: int, device: int) -> DeviceSplit:
-    """Splits one device's images, every class by the same share as far as whole images allow."""
+def split_device(part: np.ndarray, labels: np.ndarray, test_share: float, seed: int, device: int) -> DeviceSplit:
+    """Returns the train and test part of one device's images, every class by the same share as far as they allow.
+
+    Args:
+        part: sorted positions of its images in the source that `labels`, int64 (n,), belong to.
+
+    Raises:
+        DataError: if they are too few.
+    """
     generator = numpy_generator(seed, "test", device)
     test: list[int] = []
     due = 0.0
@@ -122,6 +129,6 @@ def _split_device(part: np.ndarray, labels: np.ndarray, test_share: float, seed:
         raise DataError(
             f"device {device} would get {len(split.train)} training and {len(split.test)} test images, "
             f"it needs {MIN_TRAIN} and {MIN_TEST}: fewer devices (devices.count), another data.partition, "
-            f"or another data.test-share"
+            f"another data.test-share, or more images"
         )
     return split

@@ -60,12 +60,15 @@ class Pruned:
     plan: PruningPlan
     exact: bool
 
-    def weights(self) -> bytes:
-        """Returns what has to travel with the plan: nothing where it is exact, else the model's weights as safetensors.
+    def weights(self, always: bool = False) -> bytes:
+        """Returns what travels with the plan: nothing where it is exact, else the model's weights as safetensors.
+
+        Args:
+            always: the weights in any case, for a device that is not to cut a backbone of its own.
 
         `tapfl.pruning.surgery.rebuild` makes the model of both.
         """
-        return b"" if self.exact else pack_tensors(self.model.state_dict())
+        return b"" if self.exact and not always else pack_tensors(self.model.state_dict())
 
 
 def labels_of(images: ImageSet, options: PruningOptions) -> Tensor | None:
