@@ -90,9 +90,7 @@ class Device:
             dense_accuracy=accuracy(predict(model, test_inputs), test_labels),
             test_samples=len(test_labels),
             classes=len(labels.unique()),
-            held_classes=self._held_classes(
-                labels, BackboneSpec.model_validate_json(message.backbone_spec).num_classes
-            ),
+            held_classes=self._held_classes(labels, json.loads(message.classes)),
         )
 
     def _held_classes(self, labels: Tensor, classes: Sequence[str]) -> np.ndarray:
