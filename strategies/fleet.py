@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping
 
 from flwr.common.logger import log
@@ -108,6 +109,7 @@ class Fleet:
         *,
         known: Mapping[int, R] | None = None,
         work: Callable[[int], float] = lambda i: 0.0,
+        unsent: Callable[[int], int] = lambda i: 0,
         limit: Callable[[int], float] = lambda i: math.inf,
         at_least: float = 0.0,
         min_success: float | None = None,
@@ -119,6 +121,8 @@ class Fleet:
         Args:
             known: answers that were given before this run was killed; they are not asked for again.
             work: MACs that the message makes a device compute, for the simulated time.
+            unsent: bytes that a device found in a cache on this machine, and would have had to download elsewhere; they
+                count as the message's own.
             limit: bytes that an answer of this device may have.
             at_least: simulated seconds that the phase takes in any case.
             min_success: in place of the option's; 0 accepts that nobody answers.
@@ -136,11 +140,12 @@ class Fleet:
         for i in outgoing.keys() - addressed.keys() - known.keys():
             answers.failures[i] = "is not connected"
         slowest = at_least
-        for i, message in outgoing.items():
-            self.records[i].sent(message)
+        downs = {i: message.bytes_by_kind + Counter({message.kind: unsent(i)}) for i, message in outgoing.items()}
+        for i, down in downs.items():
+            self.records[i].bytes_down += down
         for i, reply in sorted(answers.replies.items()):
             self.records[i].received(reply)
-            down, up = outgoing[i].bytes_by_kind, reply.bytes_by_kind
+            down, up = downs[i], reply.bytes_by_kind
             took = seconds(self.records[i].profile, down.total(), work(i), up.total())
             slowest = max(slowest, took)
             self.folder.append_metrics(

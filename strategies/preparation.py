@@ -123,7 +123,8 @@ class Preparation:
             record, dense = self.fleet.records[i], plans[i].dense
             record.params, record.params_share = reply.params, reply.params / dense.params
             record.macs, record.macs_share = reply.macs, reply.macs / dense.macs
-            record.pruned_accuracy = reply.pruned_accuracy
+            # adapters start without effect: so it does until it is first asked in a round
+            record.pruned_accuracy = record.global_accuracy = record.personal_accuracy = reply.pruned_accuracy
         return replies
 
     def _summaries(self, backbone: Backbone, pool: PublicPool) -> dict[int, GaussianSummary]:
@@ -157,11 +158,10 @@ class Preparation:
             check,
             known={i: reply for i in outgoing if (reply := self._stored_summary(i)) is not None},
             work=lambda i: macs * (records[i].train_samples + records[i].test_samples),
+            unsent=lambda i: len(weights) if held[i] else 0,
             limit=lambda i: 8 * self.config.summary.max_components * (1 + dim + dim * dim) + 4 * classes + ENVELOPE,
         )
         for i, reply in replies.items():
-            # a device that found the weights in a cache on this machine would have had to download them elsewhere
-            records[i].bytes_down[Summarize.kind] += len(weights) if held[i] else 0
             records[i].dense_accuracy = reply.dense_accuracy
             records[i].test_samples, records[i].classes = reply.test_samples, reply.classes
             held_classes = reply.held(classes, asked)

@@ -85,6 +85,7 @@ class Clock:
         yield
         took = time.monotonic() - start
         self.rounds[str(number)] = took
+        self.seconds["rounds"] = self.seconds.get("rounds", 0.0) + took
         write_json(self.file, {"seconds": self.seconds, "rounds": self.rounds})
 
 

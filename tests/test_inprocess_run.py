@@ -141,3 +141,37 @@ def content(folder: Path) -> dict[str, bytes]:
     }
     assert len(files) > 10
     return files
+
+
+def test_devices_that_differ_come_and_go(cache: Path, tmp_path: Path) -> None:
+    """Turnout, losses and lateness are in the metrics, and time and bytes follow from the profiles."""
+    file = tmp_path / "devices.toml"
+    file.write_text(
+        '[[device]]\nname = "fast"\ncount = 3\nbudget = 0.7\nrank = 8\n'
+        '[[device]]\nname = "slow"\nbudget = "macs<=0.3"\nrank = 2\ncompute = 1e3\n'
+    )
+    options = [f"devices.profiles={file}", "devices.deadline=50", "devices.dropout=0.3", "train.rounds=4"]
+    done = tapfl("--out", str(tmp_path / "run"), "--json", cache=cache, options=options)
+    assert done.exit_code == 0, done.output
+    assert "macs<=0.3" in tapfl("--resume", str(tmp_path / "run"), cache=cache, options=options).stdout
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    absences = [line for line in lines if line["kind"] == "absence"]
+    assert {(line["device"], line["reason"]) for line in absences if line["reason"] == "late"} == {(3, "late")}
+    assert {line["reason"] for line in absences} == {"late", "dropped out"}
+    trained = [line for line in lines if line["kind"] == "traffic" and line["phase"].startswith("round")]
+    assert len(trained) + len(absences) == 4 * 4
+    assert all(line["up"].keys() == {"adapters"} and 0 < line["simulated_seconds"] < 50 for line in trained)
+    clock = [line["simulated_seconds"] for line in lines if line["kind"] == "round"]
+    assert all(later - earlier == pytest.approx(50) for earlier, later in zip(clock, clock[1:], strict=False))
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["simulated_seconds"] == clock[-1] and summary["failures"] == 0
+    assert list(summary["time_to_accuracy"].values()) == sorted(summary["time_to_accuracy"].values())
+    assert [record["rounds"] for record in summary["devices"]][3] == 0
+
+
+def test_a_round_to_which_nobody_comes_changes_nothing(cache: Path, tmp_path: Path) -> None:
+    options = ["devices.dropout=0.999", "train.rounds=2"]
+    done = tapfl("--out", str(tmp_path / "run"), "--json", cache=cache, options=options)
+    assert done.exit_code == 0, done.output
+    said = json.loads(done.stdout.splitlines()[-1])
+    assert said["personal_accuracy"] == said["global_accuracy"] == said["pruned_accuracy"]
