@@ -1,8 +1,9 @@
-"""`tapfl deploy-demo` from end to end: real processes, TLS, keys; and that it fails where something is not as promised."""
+"""`tapfl deploy-demo` from end to end: real processes, TLS, keys; and it fails where something is not as promised."""
 
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -132,7 +133,7 @@ def kill_a_node(process: subprocess.Popen[str], folder: Path) -> None:
     for pid in Processes(str(folder)).left():
         command = Path(f"/proc/{pid}/cmdline").read_bytes()
         if b"flower-supernode" in command and b"node-1" in command:
-            Path(f"/proc/{pid}").exists() and __import__("os").kill(pid, signal.SIGKILL)
+            os.kill(pid, signal.SIGKILL)
 
 
 @pytest.mark.parametrize(
