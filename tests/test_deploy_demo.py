@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -132,7 +133,7 @@ def kill_a_node(process: subprocess.Popen[str], folder: Path) -> None:
     for pid in Processes(str(folder)).left():
         command = Path(f"/proc/{pid}/cmdline").read_bytes()
         if b"flower-supernode" in command and b"node-1" in command:
-            Path(f"/proc/{pid}").exists() and __import__("os").kill(pid, signal.SIGKILL)
+            os.kill(pid, signal.SIGKILL)
 
 
 @pytest.mark.parametrize(

@@ -40,6 +40,7 @@ def environment(folder: Path, more: Mapping[str, str] | None = None) -> dict[str
         "FLWR_HOME": str(folder / "flwr"),
         "TAPFL_CACHE": str(folder / "cache"),
         "OMP_NUM_THREADS": "1",
+        "PYTHONUNBUFFERED": "1",  # logs are read while they grow
         "FLWR_TELEMETRY_ENABLED": "0",
         "FLWR_DISABLE_UPDATE_CHECK": "1",
         **(more or {}),
