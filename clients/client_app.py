@@ -40,7 +40,7 @@ def device_of(context: Context) -> Device:
     """Returns the device that a Flower node is.
 
     In a simulation budget and rank are dealt out by the run's options; in a deployment a node's own configuration
-    (``--node-config "budget=0.5 rank=6 storage='/data/tapfl'"``) goes before them.
+    (``--node-config "budget=0.5 rank=6 storage='/data/tapfl' secret='...'"``) goes before them.
     """
     config = _config(json.dumps(dict(context.run_config)))
     node = context.node_config
@@ -55,6 +55,7 @@ def device_of(context: Context) -> Device:
         budget=float(node.get("budget", options.budgets[i % len(options.budgets)])),
         rank=int(node.get("rank", options.ranks[i % len(options.ranks)])),
         storage=DeviceStorage(folder),
+        secret=str(node.get("secret", "")),
     )
 
 
