@@ -40,8 +40,7 @@ def device_mixture(
 
 def clip_points(points: np.ndarray, norm: float) -> np.ndarray:
     """Returns points (n, d), those longer than `norm` shortened to it."""
-    length = np.linalg.norm(points, axis=1, keepdims=True)
-    return points * np.minimum(1, norm / np.maximum(length, np.finfo(float).tiny))
+    return points * (norm / np.maximum(np.linalg.norm(points, axis=1, keepdims=True), norm))
 
 
 def add_noise(summary: GaussianSummary, clip: float, noise: float, generator: np.random.Generator) -> GaussianSummary:
