@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from clients.client_app import device_of
 from tapfl.config import MetricOptions, RunConfig, SummaryOptions
 from tapfl.errors import ConfigError
 from tapfl.seeds import numpy_generator
@@ -47,6 +50,14 @@ def test_every_device_draws_its_own_noise_and_a_secret_hides_it() -> None:
     assert same(found[0], found[1]) and not same(found[0], found[2])
     hidden = [device_mixture(device_points((1, 5)), noisy, 3, 0, secret) for secret in ("a", "a", "b")]
     assert same(hidden[0], hidden[1]) and not same(hidden[0], hidden[2]) and not same(hidden[0], found[0])
+
+
+def test_a_node_may_have_a_secret() -> None:
+    """It stands in the node's own configuration, which Flower sends nobody, and not in what the device prints."""
+    node = {"partition-id": 1, "num-partitions": 3, "secret": "open sesame"}
+    context = SimpleNamespace(run_config=RunConfig().flat(), run_id=1, node_config=node)
+    device = device_of(context)  # type: ignore[arg-type]
+    assert device.secret == "open sesame" and "sesame" not in repr(device)
 
 
 @given(seed=st.integers(0, 10**6), n=st.integers(1, 20), norm=st.floats(1e-3, 1e3))
