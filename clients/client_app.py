@@ -43,8 +43,9 @@ def device_of(context: Context) -> Device:
     """Returns the device that a Flower node is.
 
     In a simulation the profiles are dealt out by the run's options; in a deployment a node's own configuration
-    (``--node-config "budget=0.5 rank=6 storage='/var/tapfl' cache='/var/cache/tapfl' data='/photos'"``) goes before
-    them. A node that has a storage uses neither `out` nor `cache` of the run, which name folders of the server.
+    (``--node-config "budget=0.5 rank=6 storage='/var/tapfl' cache='/var/cache/tapfl' data='/photos' secret='…'"``)
+    goes before them. A node that has a storage uses neither `out` nor `cache` of the run, which name folders of the
+    server.
 
     Raises:
         ConfigError: if a path of the node's own is not absolute, or its profile is not possible.
@@ -66,6 +67,7 @@ def device_of(context: Context) -> Device:
         profile=DeviceProfile.of(profile.model_dump() | own) if own else profile,
         storage=DeviceStorage(folder),
         source=source,
+        secret=str(node.get("secret", "")),
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -30,7 +30,7 @@ from tapfl.pruning.surgery import rebuild, save_pruned, shrink
 from tapfl.seeds import numpy_generator
 from tapfl.store import cache_folder
 from tapfl.summary.descriptors import Projection, image_features
-from tapfl.summary.mixture import fit_mixture
+from tapfl.summary.private import device_mixture
 from tapfl.training import accuracy, batches, predict
 from tapfl.wire import (
     PROFILE_FIELDS,
@@ -61,6 +61,7 @@ class Device:
     profile: DeviceProfile
     storage: DeviceStorage
     source: str = ""
+    secret: str = field(default="", repr=False)
 
     def hello(self, message: Hello) -> HelloReply:
         """Says who the device is and what it can do."""
@@ -79,8 +80,8 @@ class Device:
         model = caches.dense(self._cache, message.backbone_key, message.backbone_spec)
         project = Projection(message.projection_mean, message.projection_components)
         inputs, labels = self._part("train")
-        drawn = int(numpy_generator(self.config.seed, "mixture", self.partition_id).integers(2**31))
-        summary = fit_mixture(project(image_features(model, inputs.split(256))), self.config.summary, drawn)
+        points = project(image_features(model, inputs.split(256)))
+        summary = device_mixture(points, self.config.summary, self.config.seed, self.partition_id, self.secret)
         test_inputs, test_labels = self._part("test")
         return SummaryReply(
             weights=summary.weights,

@@ -139,6 +139,16 @@ class SummaryOptions(Section):
     covariance: Literal["diag", "full"] = "diag"
     max_components: Count = Field(10, description="the number is chosen by BIC, from 1 to this")
     min_support: float = Field(5.0, ge=2, description="samples that a component must stand for before it is uploaded")
+    clip: float = Field(0.0, ge=0, description="norm to which a device's descriptors are shortened; 0: as they are")
+    noise: float = Field(
+        0.0, ge=0, description="noise on a device's moments, over what one image can change of them; docs/privacy.md"
+    )
+
+    @model_validator(mode="after")
+    def _noise_has_a_scale(self) -> SummaryOptions:
+        if self.noise and not self.clip:
+            raise ValueError(f"noise={self.noise} needs clip above 0, the norm that bounds what one image can change")
+        return self
 
 
 class MetricOptions(Section):

@@ -1,7 +1,7 @@
 """Client-level differential privacy of the uploaded adapters: the clip, and what the noise is worth.
 
-Two runs are neighbours if they differ by one device's update in one round, there or not there. The Gaussian mechanism
-(Dwork and Roth 2014, Appendix A) adds N(0, (z · clip)²) to the sum of the clipped updates.
+Two runs are neighbours if in the rounds of one device its updates are there, or zero in their place. The Gaussian
+mechanism (Dwork and Roth 2014, Appendix A) adds N(0, (z · clip)²) to the sum of the clipped updates.
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ from experiments.bench import latency
 from experiments.bench.devices import bench_devices
 from experiments.bench.layers import plain_layer_importance
 from experiments.bench.memory import peak_process_bytes, peak_tensor_bytes
+from experiments.bench.noise import bench_noise
 from experiments.bench.probe import MEASURES, bench_probe
 from experiments.bench.scoring import hoisted_loop_terms, loop_terms
 from experiments.bench.side_by_side import side_by_side
@@ -90,6 +91,16 @@ def test_the_probe_bench_compares_both_ways(tmp_path: Path) -> None:
         own, pool, difference = (float(row[name].split(" ")[0]) for name in MEASURES[-3:])
         assert pool - own == pytest.approx(difference, abs=2e-3)
         assert 0.5 < float(row["kept alike"]) <= 1 and -1 <= float(row["ρ ffn"]) <= 1
+
+
+def test_the_noise_bench_has_a_row_for_every_noise(tmp_path: Path) -> None:
+    options = {"cache": str(tmp_path), "model.epochs": 8, "metric.size": 128}
+    none, much = bench_noise([0.0, 1e3], 11.0, [0], 3, options)
+    assert (none["noise"], much["noise"]) == ("0", "1000")
+    shares = {rule: [float(part) for part in none[rule].split(", ")] for rule in list(none)[2:]}
+    assert all(1 >= mean >= worst >= 0 for mean, worst in shares.values())
+    assert shares["density-ratio"][0] > float(much["density-ratio"].split(", ")[0]) + 0.2
+    assert none["random"] == much["random"]
 
 
 def test_the_latency_bench_has_a_row_for_the_dense_model_and_each_share() -> None:

@@ -7,14 +7,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from backbones import golden
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.mixture import GaussianMixture
 
 from tapfl.config import SummaryOptions
 from tapfl.errors import DataError
 from tapfl.summary.descriptors import Projection
-from tapfl.summary.mixture import GaussianSummary, fit_mixture, limit_support
+from tapfl.summary.mixture import GaussianSummary, distinct, fit_mixture, limit_support
 
 
 def random_mixture(seed: int, k: int, d: int, full: bool, n: int = 100) -> GaussianSummary:
@@ -122,13 +122,41 @@ def test_the_fit_is_a_function_of_points_and_seed() -> None:
     np.testing.assert_array_equal(first.covariances, second.covariances)
 
 
-def test_points_that_are_all_the_same_are_fitted() -> None:
-    fit_mixture(np.ones((20, 3)), SummaryOptions(), seed=0).check(3, 5.0)
+@pytest.mark.parametrize(
+    ("points", "different"), [(np.zeros((20, 3)), 1), (np.ones((20, 3)), 1), (np.eye(4), 4), (np.eye(4)[:3], 3)]
+)
+def test_too_few_different_samples_are_refused(points: np.ndarray, different: int) -> None:
+    with pytest.raises(DataError, match=rf"{different} different samples are fewer than summary\.min-support = 5"):
+        fit_mixture(points, SummaryOptions(), seed=0)
 
 
-def test_too_few_samples_are_refused() -> None:
-    with pytest.raises(DataError, match=r"4 samples are fewer than summary\.min-support = 5"):
-        fit_mixture(np.zeros((4, 2)), SummaryOptions(), seed=0)
+@given(
+    seed=st.integers(0, 10**6), n=st.integers(1, 30), copies=st.integers(0, 30), scale=st.sampled_from([1e-3, 1.0, 1e4])
+)
+def test_copies_count_once_up_to_rounding(seed: int, n: int, copies: int, scale: float) -> None:
+    generator = np.random.default_rng(seed)
+    points = scale * generator.standard_normal((n, 8))
+    again = points[generator.integers(n, size=copies)]
+    rounded = again * (1 + 1e-6 * generator.uniform(-1, 1, again.shape))
+    np.testing.assert_array_equal(distinct(np.concatenate([points, rounded])), points)
+
+
+@settings(max_examples=15)
+@given(
+    seed=st.integers(0, 10**6),
+    n=st.integers(10, 40),
+    far=st.floats(1, 1e4),
+    copies=st.integers(1, 9),
+    min_support=st.floats(2, 6),
+)
+def test_no_sample_makes_up_more_of_a_mean_than_the_limit_allows(
+    seed: int, n: int, far: float, copies: int, min_support: float
+) -> None:
+    """A device's images around 0, and one far away, many times: no mean is nearer to it than the limit allows."""
+    outlier = np.array([far * 100, 0.0, 0.0])
+    points = np.concatenate([np.random.default_rng(seed).uniform(-1, 1, (n, 3)), np.tile(outlier, (copies, 1))])
+    mixture = fit_mixture(points, SummaryOptions(min_support=min_support, max_components=4), seed=0)
+    assert mixture.means[:, 0].max() <= (outlier[0] + min_support - 1) / min_support * (1 + 1e-9)
 
 
 def broken(**parts: object) -> GaussianSummary:

@@ -86,3 +86,18 @@ def bench_latency(
 
     rows = [row for name in model for pixels in size for row in measure(name, pixels, share, batch, repeats, align)]
     show_rows(rows, as_json)
+
+
+@app.command("noise")
+def bench_noise(
+    noise: Annotated[list[float], typer.Option(min=0, help="as summary.noise")] = [0, 0.05, 0.1, 0.2, 0.5, 1, 2],  # noqa: B006
+    clip: Annotated[float, typer.Option(min=0, help="as summary.clip, in all rows")] = 11.0,
+    seed: Annotated[list[int], typer.Option(help="seeds of runs")] = [0],  # noqa: B006
+    devices: Annotated[int, typer.Option(min=1, help="devices of the digits run")] = 10,
+    set: Annotated[list[str] | None, typer.Option("--set", help="key=value, further options of the runs")] = None,
+    as_json: Json = False,
+) -> None:
+    """Noise on the mixture's moments: share of the metric set that is of the device's own classes, mean and worst."""
+    from experiments.bench.noise import bench_noise as measure
+
+    show_rows(measure(noise, clip, seed, devices, options_of(None, set)), as_json)

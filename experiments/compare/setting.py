@@ -26,7 +26,8 @@ from tapfl.pruning.planning import pruning_task
 from tapfl.seeds import numpy_generator
 from tapfl.store import cache_folder
 from tapfl.summary.descriptors import image_features
-from tapfl.summary.mixture import GaussianSummary, fit_mixture
+from tapfl.summary.mixture import GaussianSummary
+from tapfl.summary.private import device_mixture
 from tapfl.training import accuracy, predict
 
 
@@ -79,8 +80,7 @@ class DeviceView:
         config, split, transform = setting.config, setting.splits[device], setting.transform
         mine, test = setting.private.subset(split.train), setting.private.subset(split.test)
         points = setting.pool.projection(image_features(setting.model, transform.batches(mine.images)))
-        drawn = int(numpy_generator(config.seed, "mixture", device).integers(2**31))
-        summary = fit_mixture(points, config.summary, drawn)
+        summary = device_mixture(points, config.summary, config.seed, device)
         inputs, labels = transform(test.images), torch.from_numpy(test.labels)
         classes = torch.from_numpy(np.unique(mine.labels))
         return cls(

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from scipy.linalg import solve_triangular
+from scipy.spatial import cKDTree
 from scipy.special import logsumexp
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.mixture import GaussianMixture
@@ -16,6 +17,7 @@ from tapfl.errors import DataError
 
 REG_COVAR = 1e-3  # relative to the mean variance of the descriptors
 N_INIT = 3
+SAME = 1e-4  # relative to the median length of descriptors; rounding in float32 is far below, two photographs far above
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,7 @@ class GaussianSummary:
         weights: float64 (K,), π, sum 1.
         means: float64 (K, d), μ.
         covariances: float64, (K, d) variances if diagonal, else (K, d, d).
-        n: number of samples the mixture was fitted on.
+        n: number of different samples the mixture was fitted on.
     """
 
     weights: np.ndarray
@@ -86,15 +88,18 @@ def fit_mixture(points: np.ndarray, options: SummaryOptions | None = None, seed:
 
     Ours: diagonal covariance by default and `reg_covar` relative to the variance of the
     descriptors. As published: full covariance, K = 2..10. Components that stand for fewer than `min_support` samples
-    are merged into their nearest neighbour, moments preserved, since the mean of one sample *is* that sample.
+    are merged into their nearest neighbour, moments preserved, since the mean of one sample *is* that sample; and for
+    the same reason a sample that is there many times counts once. No sample then makes up more than 1 / `min_support`
+    of any component's mean.
 
     Raises:
-        DataError: if there are fewer samples than `min_support`.
+        DataError: if there are fewer different samples than `min_support`.
     """
     options = options or SummaryOptions()
+    points = distinct(points)
     n = len(points)
     if n < options.min_support:
-        raise DataError(f"mixture: {n} samples are fewer than summary.min-support = {options.min_support}")
+        raise DataError(f"mixture: {n} different samples are fewer than summary.min-support = {options.min_support}")
     reg = REG_COVAR * float(points.var(axis=0).mean()) + 1e-12
     best: GaussianMixture | None = None
     best_bic = np.inf
@@ -110,6 +115,15 @@ def fit_mixture(points: np.ndarray, options: SummaryOptions | None = None, seed:
     assert best is not None
     summary = GaussianSummary(best.weights_ / best.weights_.sum(), best.means_, best.covariances_, n)
     return limit_support(summary, options.min_support)
+
+
+def distinct(points: np.ndarray) -> np.ndarray:
+    """Returns points (n, d) in their order, without those that are the same as an earlier one but for rounding."""
+    radius = max(SAME * float(np.median(np.linalg.norm(points, axis=1))), np.finfo(float).tiny)
+    # cells first: the pairs among a thousand copies are half a million
+    kept = np.sort(np.unique(np.round(points / radius), axis=0, return_index=True)[1])
+    later = cKDTree(points[kept]).query_pairs(radius, output_type="ndarray")[:, 1]
+    return points[np.delete(kept, later)]
 
 
 def limit_support(summary: GaussianSummary, min_support: float) -> GaussianSummary:

@@ -1,0 +1,117 @@
+"""No component of a mixture that leaves a device is the descriptor of one image, whatever the device holds."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.mixture import GaussianMixture
+
+from experiments.compare.setting import Setting
+from tapfl.config import RunConfig, SummaryOptions
+from tapfl.errors import DataError
+from tapfl.summary.descriptors import image_features
+from tapfl.summary.mixture import REG_COVAR, GaussianSummary, distinct, fit_mixture
+from tapfl.summary.private import device_mixture
+
+DEVICES, LEAST = 10, SummaryOptions().min_support
+
+
+@pytest.fixture(scope="module")
+def setting(tmp_path_factory: pytest.TempPathFactory) -> Setting:
+    """The digits federation with its defaults, but for a backbone that is trained for less long."""
+    cache = str(tmp_path_factory.mktemp("cache"))
+    return Setting.of(RunConfig.from_flat({"devices.count": DEVICES, "model.epochs": 5, "cache": cache}))
+
+
+def own_images(setting: Setting, device: int) -> np.ndarray:
+    return setting.private.images[setting.splits[device].train]
+
+
+def describe(setting: Setting, images: np.ndarray) -> np.ndarray:
+    return setting.pool.projection(image_features(setting.model, setting.transform(images).split(16)))
+
+
+def unprotected(points: np.ndarray) -> GaussianSummary:
+    """scikit-learn's mixture of lowest BIC over K = 2..10, as published, with the regularisation of ours."""
+    reg = REG_COVAR * float(points.var(axis=0).mean())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        fits = [
+            GaussianMixture(k, covariance_type="diag", reg_covar=reg, n_init=3, random_state=0).fit(points)
+            for k in range(2, min(SummaryOptions().max_components, len(points)) + 1)
+        ]
+    best = min(fits, key=lambda fit: fit.bic(points))
+    return GaussianSummary(best.weights_ / best.weights_.sum(), best.means_, best.covariances_, len(points))
+
+
+def nearest(mixture: GaussianSummary, points: np.ndarray) -> float:
+    """Distance of a component's mean to the nearest descriptor, over how far descriptors lie from their nearest."""
+    different = distinct(points)
+    apart = np.linalg.norm(different[:, None] - different, axis=2)
+    np.fill_diagonal(apart, np.inf)
+    return float(np.linalg.norm(mixture.means[:, None] - different, axis=2).min() / np.median(apart.min(axis=1)))
+
+
+def assert_hides_every_image(mixture: GaussianSummary, points: np.ndarray) -> None:
+    different = distinct(points)
+    log_densities = mixture.component_log_densities(different)
+    r = np.exp(log_densities - mixture.log_likelihood(different)[:, None])
+    assert (mixture.weights * mixture.n).min() >= LEAST - 1e-6
+    assert r.sum(axis=0).min() >= LEAST * 0.99  # the last step of EM moves them by less
+    assert np.bincount(r.argmax(axis=1), minlength=len(mixture.weights)).min() >= LEAST
+    assert (r / r.sum(axis=0)).max() <= 1 / LEAST * 1.01
+    assert nearest(mixture, points) > 0.1
+    # as wide as its own images lie apart: no variance that has collapsed onto one of them
+    assert mixture.covariances.sum(axis=1).min() > 0.05 * different.var(axis=0).sum() * LEAST / len(different)
+
+
+@pytest.mark.parametrize("device", range(DEVICES))
+def test_no_component_of_a_digits_device_is_an_image(setting: Setting, device: int) -> None:
+    points = describe(setting, own_images(setting, device))
+    assert_hides_every_image(device_mixture(points, SummaryOptions(), 0, device), points)
+
+
+def with_outlier(setting: Setting) -> np.ndarray:
+    """A device's descriptors, and that of one image far from all others."""
+    points = describe(setting, own_images(setting, 0))
+    return np.concatenate([points, 10 * describe(setting, 255 - own_images(setting, 0)[:1])])
+
+
+def with_copies(setting: Setting) -> np.ndarray:
+    """A device that holds one of its images twenty times."""
+    images = own_images(setting, 0)
+    return describe(setting, np.concatenate([images, np.repeat(images[:1], 20, axis=0)]))
+
+
+def with_six(setting: Setting) -> np.ndarray:
+    """A device that holds six images in all, one of them of another class than the rest."""
+    labels = setting.private.labels[setting.splits[0].train]
+    chosen = np.concatenate([np.flatnonzero(labels == labels[0])[:5], np.flatnonzero(labels != labels[0])[:1]])
+    return describe(setting, own_images(setting, 0)[chosen])
+
+
+@pytest.mark.parametrize("adversary", [with_outlier, with_copies, with_six])
+def test_scikit_learn_gives_an_image_away_and_ours_does_not(
+    setting: Setting, adversary: Callable[[Setting], np.ndarray]
+) -> None:
+    points = adversary(setting)
+    assert nearest(unprotected(points), points) < 1e-3
+    assert_hides_every_image(device_mixture(points, SummaryOptions(), 0, 0), points)
+
+
+def test_a_device_with_copies_of_few_images_is_refused(setting: Setting) -> None:
+    points = describe(setting, np.repeat(own_images(setting, 0)[:4], 16, axis=0))
+    with pytest.raises(DataError, match="4 different samples"):
+        device_mixture(points, SummaryOptions(), 0, 0)
+
+
+def test_copies_change_nothing(setting: Setting) -> None:
+    """An image counts once, in whichever batch its copies are described; n is what is left of them."""
+    points = describe(setting, own_images(setting, 0))
+    found, expected = fit_mixture(with_copies(setting)), fit_mixture(points)
+    assert found.n == expected.n == len(points)
+    np.testing.assert_allclose(found.means, expected.means, atol=1e-4)
