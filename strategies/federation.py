@@ -20,6 +20,7 @@ from strategies.fleet import Fleet
 from strategies.progress import stage
 from strategies.results import Clock, summarise
 from strategies.round_zero import PublicPool, Shared, describe_pool, device_model
+from tapfl.adapters import rules
 from tapfl.adapters.layout import (
     Layout,
     Params,
@@ -27,12 +28,10 @@ from tapfl.adapters.layout import (
     device_layout,
     gather_all,
     global_shapes,
-    initial_adapters,
     pack,
     packed_size,
     unpack,
 )
-from tapfl.adapters.rules import RULES
 from tapfl.config import RunConfig
 from tapfl.data.sources import ImageSet
 from tapfl.models.backbone import BackboneSpec
@@ -166,21 +165,22 @@ class Federation:
             record.macs, record.macs_share = reply.macs, reply.macs / dense.macs
             record.pruned_accuracy = reply.pruned_accuracy
             self.layouts[i] = device_layout(shapes, layers, plans[i], record.rank)
-        return initial_adapters(shapes, backbone.model, torch_generator(self.config.seed, "adapters"))
+        generator = torch_generator(self.config.seed, "adapters")
+        return rules.initial(self.config.adapters, shapes, layers, backbone.model, generator)
 
     # -- rounds -----------------------------------------------------------------------------------------------------
 
     def _rounds(self, initial: Params) -> Params:
         """Returns the global adapters after the last round."""
-        current, rounds = initial, self.config.train.rounds
+        state, rounds = rules.ServerState(initial), self.config.train.rounds
         with stage("rounds", rounds) as advance:
             for t in range(1, rounds + 1):
-                replies = self._train(t, current)
-                current = self._aggregate(current, replies, initial)
-                self.folder.write_adapters(t, current)
+                replies = self._train(t, state.params)
+                state = self._aggregate(t, state, replies, initial)
+                self.folder.write_adapters(t, state.params)
                 accuracy = self._record(t - 1, replies)
                 advance(t, f"personal accuracy {accuracy:.3f} after round {t - 1}")
-        return current
+        return state.params
 
     def _train(self, t: int, current: Params) -> dict[int, TrainReply]:
         uploads = self.config.personalize.method != "local"
@@ -191,13 +191,16 @@ class Federation:
         outgoing = {i: Train(t, pack(gather_all(current, layout), layout)) for i, layout in self.layouts.items()}
         return self.fleet.ask(f"round {t}", outgoing, TrainReply, check, quiet=True)
 
-    def _aggregate(self, current: Params, replies: Mapping[int, TrainReply], initial: Params) -> Params:
+    def _aggregate(
+        self, t: int, state: rules.ServerState, replies: Mapping[int, TrainReply], initial: Params
+    ) -> rules.ServerState:
         updates = [
             Update(unpack(reply.adapters, self.layouts[i]), self.layouts[i], self.fleet.records[i].train_samples)
             for i, reply in replies.items()
             if len(reply.adapters)
         ]
-        return RULES[self.config.adapters.rule](current, updates, initial) if updates else current
+        generator = torch_generator(self.config.seed, "aggregation", t)
+        return rules.aggregate(self.config.adapters, self.config.privacy, state, updates, initial, t, generator)
 
     def _evaluate(self, final: Params) -> None:
         last = self.config.train.rounds + 1

@@ -195,10 +195,38 @@ class PruningOptions(Section):
 
 
 class AdapterOptions(Section):
-    """What is shared after round zero."""
+    """What is shared after round zero, and how the server makes one of many."""
 
-    rule: Literal["fedit", "flex"] = "flex"
+    rule: Literal["fedit", "ffa", "rolora", "embed_side", "flex"] = Field(
+        "flex", description="which factors of a linear travel, and what of them is combined"
+    )
+    hetlora: bool = Field(False, description="fedit weighs devices by the norm of their B A instead of their samples")
     scale: float = Field(2.0, gt=0, description="s = lora_alpha / rank, the same for every rank")
+    head: Literal["class-rows", "mean", "personal"] = Field(
+        "class-rows", description="a class's row is averaged over the devices that hold it, over all, or stays at home"
+    )
+    combine: Literal["mean", "median", "trimmed-mean"] = Field(
+        "mean", description="how the values that the holders of a coordinate sent become one"
+    )
+    trim: float = Field(0.1, ge=0, lt=0.5, description="share that `trimmed-mean` cuts off at each end")
+    clip: float = Field(0.0, ge=0, description="L2 norm to which each device's update is clipped; 0: not at all")
+    server: Literal["none", "momentum", "adam"] = Field(
+        "none", description="what the server makes of a round's change: takes it, FedAvgM, FedAdam"
+    )
+    server_learning_rate: float = Field(0.0, ge=0, description="η of `server`; 0: 1 for momentum, 0.01 for adam")
+    server_momentum: float = Field(0.9, ge=0, lt=1, description="β of FedAvgM, β₁ of FedAdam")
+    server_beta2: float = Field(0.99, ge=0, lt=1, description="β₂ of FedAdam")
+    server_epsilon: float = Field(1e-3, gt=0, description="τ of FedAdam, its degree of adaptivity")
+
+    @model_validator(mode="after")
+    def _hetlora_weighs_what_is_weighed(self) -> AdapterOptions:
+        if self.hetlora and self.rule != "fedit":
+            raise ValueError(
+                f"hetlora=true weighs the factors of rule=fedit, the only one accepted, not of {self.rule}"
+            )
+        if self.hetlora and self.combine != "mean":
+            raise ValueError(f"hetlora=true needs combine=mean, the only one that weighs, not {self.combine}")
+        return self
 
 
 class TrainOptions(Section):
@@ -220,6 +248,20 @@ class PersonalizeOptions(Section):
     alpha_learning_rate: float = Field(0.1, ge=0)
 
 
+class PrivacyOptions(Section):
+    """Client-level differential privacy of the adapters: the Gaussian mechanism on each round's sum of updates."""
+
+    dp_clip: float = Field(0.0, ge=0, description="L2 norm to which a device's whole update is clipped; 0: no privacy")
+    dp_noise: float = Field(0.0, ge=0, description="noise multiplier z: standard deviation of the sum, in clips")
+    dp_delta: float = Field(1e-5, gt=0, lt=1, description="δ at which ε is reported")
+
+    @model_validator(mode="after")
+    def _noise_has_a_scale(self) -> PrivacyOptions:
+        if self.dp_noise and not self.dp_clip:
+            raise ValueError(f"dp-noise={self.dp_noise} is counted in clips and needs dp-clip above 0, got 0")
+        return self
+
+
 class RunConfig(Section):
     """All options of a run."""
 
@@ -238,6 +280,21 @@ class RunConfig(Section):
     adapters: AdapterOptions = AdapterOptions()
     train: TrainOptions = TrainOptions()
     personalize: PersonalizeOptions = PersonalizeOptions()
+    privacy: PrivacyOptions = PrivacyOptions()
+
+    @model_validator(mode="after")
+    def _private_sums_are_linear(self) -> RunConfig:
+        """The noise covers a sum of clipped updates, each counted once: whatever is not such a sum is refused."""
+        adapters, accepted = self.adapters, None
+        if adapters.rule == "flex":
+            accepted = "adapters.rule=flex: accepted are fedit, ffa, rolora and embed_side (products are not linear)"
+        elif adapters.combine != "mean":
+            accepted = f"adapters.combine={adapters.combine}: accepted is mean"
+        elif adapters.hetlora:
+            accepted = "adapters.hetlora=true: accepted is false (each device counts once)"
+        if self.privacy.dp_clip and accepted:
+            raise ValueError(f"privacy.dp-clip={self.privacy.dp_clip} does not go with {accepted}")
+        return self
 
     @classmethod
     def from_flat(cls, flat: Mapping[str, Any]) -> RunConfig:

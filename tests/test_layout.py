@@ -24,7 +24,6 @@ from tapfl.adapters.layout import (
     gather,
     gather_all,
     global_shapes,
-    initial_adapters,
     pack,
     packed_size,
     scatter_mean,
@@ -32,7 +31,8 @@ from tapfl.adapters.layout import (
     unpack,
 )
 from tapfl.adapters.lora import AdaptedModel
-from tapfl.adapters.rules import RULES
+from tapfl.adapters.rules import RULES, initial
+from tapfl.config import AdapterOptions
 from tapfl.pruning.surgery import shrink
 
 FAMILIES = ["vit", "deit", "swin"]
@@ -236,7 +236,9 @@ def test_devices_with_different_head_dims_agree_on_a_dense_update(vit: Tiny) -> 
 
 def test_initial_adapters(vit: Tiny) -> None:
     shapes = global_shapes(vit.model, vit.layers, 4)
-    params, again = (initial_adapters(shapes, vit.model, torch.Generator().manual_seed(5)) for _ in range(2))
+    params, again = (
+        initial(AdapterOptions(), shapes, vit.layers, vit.model, torch.Generator().manual_seed(5)) for _ in range(2)
+    )
     assert all(torch.equal(params[name], again[name]) for name in shapes)
     assert {name: tuple(p.shape) for name, p in params.items()} == shapes
     for name, theta in params.items():
@@ -280,7 +282,7 @@ def test_order_of_arrival_changes_no_bit(rule: str, vit: Tiny) -> None:
         updates[i] = Update(gather_all(random_adapters(vit, 2, seed=i + 1), layout), layout, 10.0 + 7 * i)
 
     def aggregate(arrived: Mapping[int, Update]) -> Params:
-        return RULES[rule](previous, [update for _, update in sorted(arrived.items())], previous)
+        return RULES[rule].aggregate(previous, [update for _, update in sorted(arrived.items())], previous)
 
     want = aggregate(updates)
     for order in ((3, 1, 0, 2), (2, 3, 1, 0)):

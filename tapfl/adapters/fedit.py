@@ -8,12 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from tapfl.adapters.layout import Params, Update, scatter_mean
+from tapfl.adapters.layout import Params, Update
+from tapfl.adapters.rule import BOTH, PLAIN, Combination, Rule
 
 
-def aggregate(previous: Params, updates: Sequence[Update], fresh: Params) -> Params:
-    """Returns the overlap mean of every tensor by itself. `fresh` is not needed by this rule."""
-    return {
-        name: scatter_mean(theta, [(u.params[name], u.layout[name], u.weight) for u in updates if name in u.layout])
-        for name, theta in previous.items()
-    }
+def aggregate(previous: Params, updates: Sequence[Update], fresh: Params, combination: Combination = PLAIN) -> Params:
+    """Returns every tensor combined by itself; one that nobody sent stays. `fresh` is not needed by this rule."""
+    result: Params = {}
+    for name, theta in previous.items():
+        parts = [(u.params[name], u.layout[name], u.weight) for u in updates if name in u.layout]
+        result[name] = combination(name, theta, parts) if parts else theta
+    return result
+
+
+RULE = Rule(aggregate, random="A", down=BOTH, up=lambda round: BOTH, trained=lambda round: BOTH)

@@ -13,12 +13,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from tapfl.adapters.layout import LORA_A, LORA_B, Params, Update, scatter_mean, to_global_scale
+from tapfl.adapters.layout import LORA_A, LORA_B, Params, Update, to_global_scale
+from tapfl.adapters.rule import BOTH, PLAIN, Combination, Rule
 
 DEAD = 1e-7  # singular values below this share of the largest are fp32 noise
 
 
-def aggregate(previous: Params, updates: Sequence[Update], fresh: Params) -> Params:
+def aggregate(previous: Params, updates: Sequence[Update], fresh: Params, combination: Combination = PLAIN) -> Params:
     """Returns the global factors (U√Σ, √ΣVᵀ) of the mean product, and the overlap mean of the head.
 
     Args:
@@ -33,7 +34,7 @@ def aggregate(previous: Params, updates: Sequence[Update], fresh: Params) -> Par
             continue
         if not name.endswith(LORA_A):
             parts = [(u.params[name], u.layout[name], u.weight) for u in updates if name in u.layout]
-            result[name] = scatter_mean(theta, parts)
+            result[name] = combination(name, theta, parts) if parts else theta
             continue
         b = name.removesuffix(LORA_A) + LORA_B
         holders = [u for u in updates if name in u.layout]
@@ -92,3 +93,6 @@ def best_rank(B: Tensor, A: Tensor, fresh_A: Tensor) -> tuple[Tensor, Tensor]:
     new_B[:, :alive] = (U * root)[:, :alive]
     new_A[:alive] = (root[:, None] * Vh)[:alive]
     return new_B.to(fresh_A.dtype), new_A.to(fresh_A.dtype)
+
+
+RULE = Rule(aggregate, random="A", down=BOTH, up=lambda round: BOTH, trained=lambda round: BOTH)

@@ -12,7 +12,8 @@ at rows (0), columns (0, 1, 2, 3), its ``lora_B`` at rows (1, 2, 4), columns (0)
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 import torch
@@ -20,10 +21,13 @@ from torch import Tensor, nn
 
 from tapfl.models.backbone import head_names
 from tapfl.models.units import PrunableLayer
+from tapfl.models.units import Side as CutSide
 from tapfl.pruning.plan import PruningPlan
 
 Params = dict[str, Tensor]
 Shapes = dict[str, tuple[int, ...]]
+
+Side = Literal["embed", "width", "whole"]
 
 LORA_A, LORA_B = "lora_A", "lora_B"
 
@@ -32,12 +36,18 @@ LORA_A, LORA_B = "lora_A", "lora_B"
 class Placement:
     """Where one tensor lies in its global tensor: an int64 index vector a dimension.
 
-    `row_scale`, if given, is what the device's rows are multiplied with against the global ones: pruning multiplies
-    the rows of q by sqrt(k/d) (`tapfl.models.units`), so their adapters live on that scale as well.
+    Attributes:
+        index: the global positions along each dimension, sorted.
+        row_scale: what the device's rows are multiplied with against the global ones, if anything: pruning multiplies
+            the rows of q by sqrt(k/d) (`tapfl.models.units`), so their adapters live on that scale as well.
+        side: a linear is pruned on one side only, so one of its two factors has the embedding width, which no device
+            lacks (`embed`: A of qkv and fc1, B of proj and fc2); the other one is as wide as the device (`width`).
+            Heads are `whole`.
     """
 
     index: tuple[Tensor, ...]
     row_scale: Tensor | None = None
+    side: Side = "whole"
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -45,15 +55,24 @@ class Placement:
 
 
 Layout = dict[str, Placement]
+Part = tuple[Tensor, Placement, float]  # a device's values of one tensor, where they lie, its weight
 
 
 @dataclass(frozen=True)
 class Update:
-    """What a device sent: its adapters in its own shapes, where they lie, and its weight (training samples)."""
+    """What a device sent.
+
+    Attributes:
+        params: adapters in the device's own shapes.
+        layout: where they lie; what a rule does not let up is in neither.
+        weight: training samples.
+        classes: bool (C,), the classes of its training samples; None: all of them.
+    """
 
     params: Params
     layout: Layout
     weight: float
+    classes: Tensor | None = None
 
 
 def global_shapes(model: nn.Module, layers: Sequence[PrunableLayer], rank: int) -> Shapes:
@@ -83,25 +102,28 @@ def device_layout(shapes: Shapes, layers: Sequence[PrunableLayer], plan: Pruning
             prefix = torch.arange(rank)
             rows = cut.index if cut.side == "rows" else torch.arange(shapes[f"{name}.{LORA_B}"][0])
             columns = cut.index if cut.side == "columns" else torch.arange(shapes[f"{name}.{LORA_A}"][1])
-            layout[f"{name}.{LORA_A}"] = Placement((prefix, columns))
-            layout[f"{name}.{LORA_B}"] = Placement((rows, prefix), cut.scale)
+            sides = factor_sides(name, cut.side)
+            layout[f"{name}.{LORA_A}"] = Placement((prefix, columns), side=sides[f"{name}.{LORA_A}"])
+            layout[f"{name}.{LORA_B}"] = Placement((rows, prefix), cut.scale, sides[f"{name}.{LORA_B}"])
     for name, shape in shapes.items():
         if not name.endswith((LORA_A, LORA_B)):
             layout[name] = Placement(tuple(torch.arange(size) for size in shape))
     return layout
 
 
-def initial_adapters(shapes: Shapes, model: nn.Module, generator: torch.Generator) -> Params:
-    """Returns the adapters before the first round: A uniform as in peft (±1/√d_in), B zero, the head as it is."""
-    params: Params = {}
-    for name, shape in shapes.items():
-        if name.endswith(LORA_A):
-            params[name] = (torch.rand(shape, generator=generator) * 2 - 1) / shape[1] ** 0.5
-        elif name.endswith(LORA_B):
-            params[name] = torch.zeros(shape)
-        else:
-            params[name] = model.get_parameter(name).detach().clone()
-    return params
+def factor_sides(linear: str, cut: CutSide) -> dict[str, Side]:
+    """Returns which side each factor of a linear is on, when its `cut` side (rows or columns) is pruned."""
+    A, B = f"{linear}.{LORA_A}", f"{linear}.{LORA_B}"
+    return {A: "embed", B: "width"} if cut == "rows" else {A: "width", B: "embed"}
+
+
+def global_sides(layers: Sequence[PrunableLayer]) -> dict[str, Side]:
+    """Returns the side of every factor by name."""
+    sides: dict[str, Side] = {}
+    for layer in layers:
+        for cut in layer.cuts(torch.arange(layer.units)):
+            sides |= factor_sides(f"{layer.name}.{cut.linear}", cut.side)
+    return sides
 
 
 def gather(theta: Tensor, placement: Placement) -> Tensor:
@@ -121,7 +143,27 @@ def to_global_scale(theta: Tensor, placement: Placement) -> Tensor:
     return values if placement.row_scale is None else values / placement.row_scale.double()[:, None]
 
 
-def scatter_mean(previous: Tensor, parts: Iterable[tuple[Tensor, Placement, float]]) -> Tensor:
+def whole_rank(update: Update, previous: Mapping[str, Tensor]) -> Update:
+    """Returns the update with its width-side factors as wide as the global rank, 0 where the device's rank ends.
+
+    With the embed-side factor common to all, the overlap mean of these is that of the products: a device of rank r has
+    a product without the directions beyond r, so there it counts as 0 and as a holder, for every unit that it holds.
+    """
+    params, layout = dict(update.params), dict(update.layout)
+    for name, placement in update.layout.items():
+        if placement.side != "width":
+            continue
+        axis = 0 if name.endswith(LORA_A) else 1
+        index, shape = list(placement.index), list(placement.shape)
+        shape[axis] = previous[name].shape[axis]
+        whole = torch.zeros(shape, dtype=params[name].dtype)
+        whole.index_copy_(axis, index[axis], params[name])
+        index[axis] = torch.arange(shape[axis])
+        params[name], layout[name] = whole, replace(placement, index=tuple(index))
+    return replace(update, params=params, layout=layout)
+
+
+def scatter_mean(previous: Tensor, parts: Iterable[Part]) -> Tensor:
     """Returns θ[j] = Σ_{i: j∈S_i} n_i θ_i[j] / Σ_{i: j∈S_i} n_i; where nobody holds j, the previous θ[j] stays.
 
     Args:
