@@ -16,6 +16,7 @@ from tapfl.models.backbone import build, input_transform, spec_of
 from tapfl.models.cost import measure_cost
 from tapfl.models.dense import DenseCache, dense_key, fill_weights
 from tapfl.models.prunable import prunable_layers
+from tapfl.privacy import require_accountant
 from tapfl.profiles import profiles_of
 from tapfl.pruning.allocate import allocate
 from tapfl.pruning.budget import Budget
@@ -44,6 +45,8 @@ def check(config: RunConfig) -> None:
             f"out = {config.out!r}: exists already; give a folder that does not, or go on with --resume {config.out}"
         )
     resolved(config.pruning)
+    if config.privacy.dp_noise:
+        require_accountant()
     cache = cache_folder(config.cache)
     transform = input_transform(config.model)
     public = open_pool(config.data, transform, config.seed, cache)

@@ -220,7 +220,7 @@ class AdapterOptions(Section):
     """What is shared after round zero, and how the server makes one of many."""
 
     rule: Literal["fedit", "ffa", "rolora", "embed_side", "flex"] = Field(
-        "flex", description="which factors travel, and what is averaged (docs/federation.md)"
+        "flex", description="which factors of a linear travel, and what of them is combined"
     )
     hetlora: bool = Field(False, description="fedit weighs devices by the norm of their B A instead of their samples")
     scale: float = Field(2.0, gt=0, description="s = lora_alpha / rank, the same for every rank")

@@ -80,7 +80,7 @@ def test_a_list_of_one_may_be_written_without_a_list(value: object) -> None:
             {"data.partition": "equal"},
             ["data.partition = 'equal'", "'pathological', 'class-blocks', 'dirichlet', 'iid' or 'shard'"],
         ),
-        ({"adapters.rule": ""}, ["adapters.rule = ''", "'embed_side' or 'flex'"]),
+        ({"adapters.rule": ""}, ["adapters.rule = ''", "'fedit', 'ffa', 'rolora', 'embed_side' or 'flex'"]),
         (
             {"devices.budgets": "0.3,1.7", "devices.ranks": "4,8"},
             ["devices.budgets = '1.7'", "less than or equal to 1"],

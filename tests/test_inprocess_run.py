@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 
@@ -162,7 +163,7 @@ def test_devices_that_differ_come_and_go(cache: Path, tmp_path: Path) -> None:
     assert len(trained) + len(absences) == 4 * 4
     assert all(line["up"].keys() == {"adapters"} and 0 < line["simulated_seconds"] < 50 for line in trained)
     clock = [line["simulated_seconds"] for line in lines if line["kind"] == "round"]
-    assert all(later - earlier == pytest.approx(50) for earlier, later in zip(clock, clock[1:], strict=False))
+    assert all(later - earlier == pytest.approx(50) for earlier, later in itertools.pairwise(clock))
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["simulated_seconds"] == clock[-1] and summary["failures"] == 0
     assert list(summary["time_to_accuracy"].values()) == sorted(summary["time_to_accuracy"].values())

@@ -16,9 +16,10 @@ from tapfl.adapters.layout import (
     device_layout,
     gather_all,
     global_shapes,
-    initial_adapters,
 )
 from tapfl.adapters.lora import AdaptedModel, MergedLora, adapted_modules, mix
+from tapfl.adapters.rules import initial
+from tapfl.config import AdapterOptions
 from tapfl.pruning.surgery import shrink
 
 FAMILIES = ["vit", "deit", "swin"]
@@ -35,7 +36,7 @@ def device(backbone: Tiny, share: float, rank: int) -> tuple[AdaptedModel, Layou
     plan = plan_of(backbone, random_kept(backbone.layers, share))
     shapes = global_shapes(backbone.model, backbone.layers, rank)
     layout = device_layout(shapes, backbone.layers, plan, rank)
-    params = initial_adapters(shapes, backbone.model, torch.Generator().manual_seed(0))
+    params = initial(AdapterOptions(), shapes, backbone.layers, backbone.model, torch.Generator().manual_seed(0))
     return AdaptedModel(shrink(backbone.model, plan), layout, 2.0), layout, gather_all(params, layout)
 
 

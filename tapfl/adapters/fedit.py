@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from tapfl.adapters.layout import Params, Update
-from tapfl.adapters.rule import PLAIN, Combination
+from tapfl.adapters.rule import BOTH, PLAIN, Combination, Rule
 
 
 def aggregate(previous: Params, updates: Sequence[Update], fresh: Params, combination: Combination = PLAIN) -> Params:
@@ -19,3 +19,6 @@ def aggregate(previous: Params, updates: Sequence[Update], fresh: Params, combin
         parts = [(u.params[name], u.layout[name], u.weight) for u in updates if name in u.layout]
         result[name] = combination(name, theta, parts) if parts else theta
     return result
+
+
+RULE = Rule(aggregate, random="A", down=BOTH, up=lambda round: BOTH, trained=lambda round: BOTH)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from tapfl.adapters.layout import LORA_A, LORA_B, Params, Update, to_global_scale
-from tapfl.adapters.rule import PLAIN, Combination
+from tapfl.adapters.rule import BOTH, PLAIN, Combination, Rule
 
 DEAD = 1e-7  # singular values below this share of the largest are fp32 noise
 
@@ -93,3 +93,6 @@ def best_rank(B: Tensor, A: Tensor, fresh_A: Tensor) -> tuple[Tensor, Tensor]:
     new_B[:, :alive] = (U * root)[:, :alive]
     new_A[:alive] = (root[:, None] * Vh)[:alive]
     return new_B.to(fresh_A.dtype), new_A.to(fresh_A.dtype)
+
+
+RULE = Rule(aggregate, random="A", down=BOTH, up=lambda round: BOTH, trained=lambda round: BOTH)

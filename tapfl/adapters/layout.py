@@ -12,7 +12,7 @@ at rows (0), columns (0, 1, 2, 3), its ``lora_B`` at rows (1, 2, 4), columns (0)
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -145,6 +145,26 @@ def to_global_scale(theta: Tensor, placement: Placement) -> Tensor:
     """Returns a device's tensor on the scale of the global one, in float64."""
     values = theta.double()
     return values if placement.row_scale is None else values / placement.row_scale.double()[:, None]
+
+
+def whole_rank(update: Update, previous: Mapping[str, Tensor]) -> Update:
+    """Returns the update with its width-side factors as wide as the global rank, 0 where the device's rank ends.
+
+    With the embed-side factor common to all, the overlap mean of these is that of the products: a device of rank r has
+    a product without the directions beyond r, so there it counts as 0 and as a holder, for every unit that it holds.
+    """
+    params, layout = dict(update.params), dict(update.layout)
+    for name, placement in update.layout.items():
+        if placement.side != "width":
+            continue
+        axis = 0 if name.endswith(LORA_A) else 1
+        index, shape = list(placement.index), list(placement.shape)
+        shape[axis] = previous[name].shape[axis]
+        whole = torch.zeros(shape, dtype=params[name].dtype)
+        whole.index_copy_(axis, index[axis], params[name])
+        index[axis] = torch.arange(shape[axis])
+        params[name], layout[name] = whole, replace(placement, index=tuple(index))
+    return replace(update, params=params, layout=layout)
 
 
 def scatter_mean(previous: Tensor, parts: Iterable[Part]) -> Tensor:

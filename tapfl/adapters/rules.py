@@ -13,20 +13,18 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from tapfl.adapters import fedit, flex
+from tapfl.adapters import embed_side, fedit, ffa, flex, rolora
 from tapfl.adapters.layout import LORA_A, LORA_B, Layout, Params, Shapes, Side, Update, global_sides
-from tapfl.adapters.rule import BOTH, Combination, Rule
+from tapfl.adapters.rule import Combination, Rule
 from tapfl.config import AdapterOptions, PrivacyOptions
 from tapfl.models.units import PrunableLayer
 
-
-def _both(round: int) -> frozenset[Side]:
-    return BOTH
-
-
 RULES: dict[str, Rule] = {
-    "fedit": Rule(fedit.aggregate, random="A", down=BOTH, up=_both, trained=_both),
-    "flex": Rule(flex.aggregate, random="A", down=BOTH, up=_both, trained=_both),
+    "fedit": fedit.RULE,
+    "ffa": ffa.RULE,
+    "rolora": rolora.RULE,
+    "embed_side": embed_side.RULE,
+    "flex": flex.RULE,
 }
 
 
