@@ -8,6 +8,8 @@ knows is on disk, and a run that was killed goes on from there to the same bits.
 from __future__ import annotations
 
 import logging
+import math
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -221,7 +223,8 @@ class Federation:
                 updates.append(Update(unpack(reply.adapters, layout), layout, record.train_samples, classes))
         if not updates:
             return state
-        generator = torch_generator(self.config.seed, "aggregate", t)
+        # who knows the seed can draw the noise again: a server that means it has a secret of its own
+        generator = torch_generator(self.config.seed, "aggregate", t, os.environ.get("TAPFL_SECRET", ""))
         return rules.aggregate(self.config.adapters, self.config.privacy, state, updates, self.fresh, t, generator)
 
     def _checkpoint(self, t: int, state: ServerState) -> Checkpoint:
@@ -281,7 +284,8 @@ class Federation:
         privacy = self.config.privacy
 
         def spent(rounds: int) -> float | None:
-            return epsilon(privacy.dp_noise, rounds, privacy.dp_delta) if privacy.dp_clip and privacy.dp_noise else None
+            value = epsilon(privacy.dp_noise, rounds, privacy.dp_delta) if privacy.dp_noise else math.inf
+            return value if math.isfinite(value) else None
 
         dense_params = PruningPlan.from_json(next(iter(self.messages.values())).plan).dense.params
         return summarise(
