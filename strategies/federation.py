@@ -45,7 +45,7 @@ from tapfl.personalize.method import method_of
 from tapfl.privacy import epsilon
 from tapfl.profiles import max_rank
 from tapfl.pruning.plan import PruningPlan
-from tapfl.seeds import torch_generator
+from tapfl.seeds import of_secret, torch_generator
 from tapfl.store import RunFolder, write_json
 from tapfl.wire import ENVELOPE, Evaluate, EvaluateReply, Prune, Train, TrainReply
 
@@ -224,7 +224,7 @@ class Federation:
         if not updates:
             return state
         # who knows the seed can draw the noise again: a server that means it has a secret of its own
-        generator = torch_generator(self.config.seed, "aggregate", t, os.environ.get("TAPFL_SECRET", ""))
+        generator = torch_generator(self.config.seed, "aggregate", t, *of_secret(os.environ.get("TAPFL_SECRET", "")))
         return rules.aggregate(self.config.adapters, self.config.privacy, state, updates, self.fresh, t, generator)
 
     def _checkpoint(self, t: int, state: ServerState) -> Checkpoint:

@@ -6,6 +6,7 @@ rounds, never share numbers, and any of them can be drawn again alone.
 
 from __future__ import annotations
 
+import hashlib
 import zlib
 
 import numpy as np
@@ -14,6 +15,11 @@ import torch
 
 def _entropy(seed: int, path: tuple[str | int, ...]) -> list[int]:
     return [seed, *(zlib.crc32(part.encode()) if isinstance(part, str) else part for part in path)]
+
+
+def of_secret(secret: str) -> list[int]:
+    """Returns what to add to a path so that only who knows `secret` can draw its numbers; nothing without one."""
+    return [int.from_bytes(hashlib.sha256(secret.encode()).digest())] if secret else []
 
 
 def numpy_generator(seed: int, *path: str | int) -> np.random.Generator:

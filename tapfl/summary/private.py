@@ -7,12 +7,10 @@ on the images as well, and is not paid for.
 
 from __future__ import annotations
 
-import hashlib
-
 import numpy as np
 
 from tapfl.config import SummaryOptions
-from tapfl.seeds import numpy_generator
+from tapfl.seeds import numpy_generator, of_secret
 from tapfl.summary.mixture import GaussianSummary, fit_mixture, limit_support
 
 
@@ -33,7 +31,7 @@ def device_mixture(
     summary = fit_mixture(points, options, int(numpy_generator(seed, "mixture", partition_id).integers(2**31)))
     if not options.noise:
         return summary
-    own = [int.from_bytes(hashlib.sha256(secret.encode()).digest())] if secret else []
+    own = of_secret(secret)
     generator = numpy_generator(seed, "summary-noise", partition_id, *own)
     return limit_support(add_noise(summary, options.clip, options.noise, generator), options.min_support)
 
