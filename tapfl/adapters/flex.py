@@ -1,9 +1,14 @@
-"""FlexLoRA (arXiv 2402.11505) on pruned widths: the overlap mean of the products B_i A_i themselves.
+"""FlexLoRA (arXiv 2402.11505) on pruned widths: the products B_i A_i themselves are combined.
 
 ΔW[j, :] = Σ_{i∋j} n_i (B_i A_i)[j, :] / Σ_{i∋j} n_i is exact; each device then receives the best rank-r_i
 approximation, sliced to what it kept. One side of every pruned linear is whole, so the normaliser belongs to the rows
 (qkv, fc1) or to the columns (proj, fc2) of ΔW and goes into the stacked factor of that side: ΔW = B_stack A_stack with
-Σ r_i columns, and its SVD comes from two thin QRs and a small SVD. The dense matrix is formed only when it is smaller.
+Σ r_i columns, and its SVD comes from two thin QRs and a small SVD. The dense matrix is formed only when it is smaller,
+or when something must be done to its coordinates: medians and trimmed means, which are taken a block of rows at a
+time, and the server's optimiser.
+
+Shapes: A (r, d_in) and B (d_out, r) of the global adapters; a device has the prefix r_i of r, and the rows of B or the
+columns of A that its plan kept. Both factors travel in both directions.
 """
 
 from __future__ import annotations
@@ -13,37 +18,75 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from tapfl.adapters.layout import LORA_A, LORA_B, Params, Update, to_global_scale
-from tapfl.adapters.rule import BOTH, PLAIN, Combination, Rule
+from tapfl.adapters import fedit
+from tapfl.adapters.layout import LORA_A, LORA_B, Params, Part, Placement, Update, scatter_mean, to_global_scale
+from tapfl.adapters.robust import row_blocks, rows_of
+from tapfl.adapters.rule import BOTH, PLAIN, Combination, Combine, Rule
 
 DEAD = 1e-7  # singular values below this share of the largest are fp32 noise
 
 
 def aggregate(previous: Params, updates: Sequence[Update], fresh: Params, combination: Combination = PLAIN) -> Params:
-    """Returns the global factors (U√Σ, √ΣVᵀ) of the mean product, and the overlap mean of the head.
+    """Returns the global factors (U√Σ, √ΣVᵀ) of the combined product, and the head combined as it is.
 
     Args:
         previous: global adapters; a row or column that no device holds keeps its product.
         updates: in an order that does not depend on arrival.
         fresh: adapters with a random A. Where the product has no direction left to give, A is taken from here and B is
             0: two zero factors would never train again. (Ours; with equal ranks it does not occur.)
+        combination: for the head, and coordinate by coordinate for the products.
     """
-    result: Params = {}
-    for name, theta in previous.items():
-        if name.endswith(LORA_B):
-            continue
-        if not name.endswith(LORA_A):
-            parts = [(u.params[name], u.layout[name], u.weight) for u in updates if name in u.layout]
-            result[name] = combination(name, theta, parts) if parts else theta
-            continue
-        b = name.removesuffix(LORA_A) + LORA_B
-        holders = [u for u in updates if name in u.layout]
-        if not holders:
-            result[name], result[b] = theta, previous[b]
-            continue
-        B, A = stacked_mean(previous[b], theta, holders, b, name)
-        result[b], result[name] = best_rank(B, A, fresh[name])
+    heads = {name: theta for name, theta in previous.items() if not name.endswith((LORA_A, LORA_B))}
+    result = fedit.aggregate(heads, updates, fresh, combination)
+    for a in previous:
+        if a.endswith(LORA_A):
+            b = a.removesuffix(LORA_A) + LORA_B
+            holders = [update for update in updates if a in update.layout]
+            result[b], result[a] = previous[b], previous[a]
+            if holders:
+                result[b], result[a] = next_factors(previous[b], previous[a], holders, b, a, fresh[a], combination)
     return {name: result[name] for name in previous}
+
+
+def next_factors(
+    previous_B: Tensor,
+    previous_A: Tensor,
+    holders: Sequence[Update],
+    b: str,
+    a: str,
+    fresh_A: Tensor,
+    combination: Combination,
+) -> tuple[Tensor, Tensor]:
+    """Returns the global factors of one linear, named `b` and `a`, after a round that `holders` took part in."""
+    mean = combination.combine is scatter_mean
+    if mean and combination.step is None:
+        return best_rank(*stacked_mean(previous_B, previous_A, holders, b, a), fresh_A)
+    before = previous_B.double() @ previous_A.double()
+    if mean:
+        B, A = stacked_mean(previous_B, previous_A, holders, b, a)
+        product = B @ A
+    else:
+        product = combined_products(before, holders, b, a, combination.combine)
+    if combination.step is not None:
+        held = torch.zeros(before.shape, dtype=torch.bool)
+        for update in holders:
+            rows, columns = update.layout[b].index[0], update.layout[a].index[1]
+            held[rows[:, None], columns] = True
+        product = combination.step(a.removesuffix(LORA_A) + "product", before, product, held)
+    U, S, Vh = torch.linalg.svd(product, full_matrices=False)
+    return balanced(U, S, Vh, fresh_A)
+
+
+def combined_products(before: Tensor, holders: Sequence[Update], b: str, a: str, combine: Combine) -> Tensor:
+    """Returns `combine` of the devices' products (d_out, d_in), float64, of which few rows exist at a time."""
+
+    def part(update: Update, start: int, stop: int) -> Part:
+        B, rows, weight = rows_of((update.params[b], update.layout[b], update.weight), start, stop)
+        A = to_global_scale(update.params[a], update.layout[a])
+        return B @ A, Placement((rows.index[0], update.layout[a].index[1])), weight
+
+    blocks = row_blocks(len(before), before.shape[1] * len(holders))
+    return torch.cat([combine(before[i:j], [part(update, i, j) for update in holders]) for i, j in blocks])
 
 
 def stacked_mean(
@@ -76,7 +119,6 @@ def stacked_mean(
 
 def best_rank(B: Tensor, A: Tensor, fresh_A: Tensor) -> tuple[Tensor, Tensor]:
     """Returns the balanced factors of the best approximation of B A with as many directions as `fresh_A` has rows."""
-    rank = len(fresh_A)
     if B.shape[1] < min(B.shape[0], A.shape[1]):
         Q_B, R_B = torch.linalg.qr(B)
         Q_A, R_A = torch.linalg.qr(A.T)
@@ -84,10 +126,16 @@ def best_rank(B: Tensor, A: Tensor, fresh_A: Tensor) -> tuple[Tensor, Tensor]:
         U, Vh = Q_B @ U, Vh @ Q_A.T
     else:
         U, S, Vh = torch.linalg.svd(B @ A, full_matrices=False)
+    return balanced(U, S, Vh, fresh_A)
+
+
+def balanced(U: Tensor, S: Tensor, Vh: Tensor, fresh_A: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns (U√Σ, √ΣVᵀ) of the largest singular values, as many as `fresh_A` has rows; dead ones are fresh."""
+    rank = len(fresh_A)
     U, S, Vh = U[:, :rank], S[:rank], Vh[:rank]
     sign = torch.where(U.gather(0, U.abs().argmax(0, keepdim=True))[0] < 0, -1.0, 1.0)  # an SVD is free in its signs
     root = S.sqrt() * sign
-    new_B = torch.zeros(len(B), rank, dtype=torch.float64)
+    new_B = torch.zeros(len(U), rank, dtype=torch.float64)
     new_A = fresh_A.double().clone()
     alive = int((DEAD * S[0] < S).sum())
     new_B[:, :alive] = (U * root)[:, :alive]

@@ -167,6 +167,24 @@ def whole_rank(update: Update, previous: Mapping[str, Tensor]) -> Update:
     return replace(update, params=params, layout=layout)
 
 
+def positions(placement: Placement, shape: Sequence[int]) -> Tensor:
+    """Returns where a device's values lie in the flat global tensor of that shape: int64, in their own order."""
+    flat = placement.index[0]
+    for axis, size in zip(placement.index[1:], shape[1:], strict=True):
+        flat = (flat[:, None] * size + axis).view(-1)
+    return flat
+
+
+def overlap_sums(shape: Sequence[int], parts: Iterable[Part]) -> tuple[Tensor, Tensor]:
+    """Returns Σ n_i θ_i[j] and Σ n_i over the devices that hold j, float64 in the global shape."""
+    total, weight = (torch.zeros(tuple(shape), dtype=torch.float64) for _ in range(2))
+    for values, placement, n in parts:
+        where = positions(placement, shape)
+        total.view(-1).index_add_(0, where, n * to_global_scale(values, placement).reshape(-1))
+        weight.view(-1).index_add_(0, where, torch.full((), n, dtype=torch.float64).expand(len(where)))
+    return total, weight
+
+
 def scatter_mean(previous: Tensor, parts: Iterable[Part]) -> Tensor:
     """Returns θ[j] = Σ_{i: j∈S_i} n_i θ_i[j] / Σ_{i: j∈S_i} n_i; where nobody holds j, the previous θ[j] stays.
 
@@ -175,15 +193,13 @@ def scatter_mean(previous: Tensor, parts: Iterable[Part]) -> Tensor:
         parts: (values, placement, weight) of each device, in an order that does not depend on their arrival: sums are
             in float64 and in the order given.
     """
-    total = torch.zeros(previous.shape, dtype=torch.float64)
-    weight = torch.zeros(previous.shape, dtype=torch.float64)
-    for values, placement, n in parts:
-        where = torch.meshgrid(*placement.index, indexing="ij")
-        total[where] += n * to_global_scale(values, placement)
-        weight[where] += n
-    return torch.where(weight > 0, total / weight.clamp(min=torch.finfo(torch.float64).tiny), previous.double()).to(
-        previous.dtype
-    )
+    return quotient(*overlap_sums(previous.shape, parts), previous)
+
+
+def quotient(total: Tensor, weight: Tensor, previous: Tensor) -> Tensor:
+    """Returns total / weight where there is weight, and the previous value elsewhere."""
+    mean = total / weight.clamp(min=torch.finfo(torch.float64).tiny)
+    return torch.where(weight > 0, mean, previous.double()).to(previous.dtype)
 
 
 def pack(params: Mapping[str, Tensor], layout: Layout) -> np.ndarray:

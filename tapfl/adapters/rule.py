@@ -9,7 +9,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-from tapfl.adapters.layout import Params, Part, Side, Update, scatter_mean
+from tapfl.adapters.layout import Params, Part, Side, Update, positions, scatter_mean
 
 Combine = Callable[[Tensor, Sequence[Part]], Tensor]  # (previous θ, parts) -> θ, as `scatter_mean`
 Step = Callable[[str, Tensor, Tensor, Tensor], Tensor]  # (name, previous θ, combined θ, held, bool) -> θ
@@ -31,7 +31,7 @@ class Combination:
             return combined
         held = torch.zeros(previous.shape, dtype=torch.bool)
         for _, placement, _ in parts:
-            held[torch.meshgrid(*placement.index, indexing="ij")] = True
+            held.view(-1)[positions(placement, previous.shape)] = True
         return self.step(name, previous, combined, held)
 
 

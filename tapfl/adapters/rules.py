@@ -8,14 +8,29 @@ it. A round on the server: updates, each cut to what goes up -> clipped -> combi
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
 
-from tapfl.adapters import embed_side, fedit, ffa, flex, rolora
-from tapfl.adapters.layout import LORA_A, LORA_B, Layout, Params, Shapes, Side, Update, global_sides
-from tapfl.adapters.rule import Combination, Rule
+from tapfl.adapters import embed_side, fedit, ffa, flex, hetlora, rolora
+from tapfl.adapters.clip import clip_update
+from tapfl.adapters.layout import (
+    LORA_A,
+    LORA_B,
+    Layout,
+    Params,
+    Shapes,
+    Side,
+    Update,
+    gather_all,
+    global_sides,
+    scatter_mean,
+)
+from tapfl.adapters.private import noisy_mean
+from tapfl.adapters.robust import median_cut, scatter_trimmed, trimmed_cut
+from tapfl.adapters.rule import Combination, Combine, Rule
+from tapfl.adapters.server import ServerOptimizer
 from tapfl.config import AdapterOptions, PrivacyOptions
 from tapfl.models.units import PrunableLayer
 
@@ -54,7 +69,7 @@ def initial(
     linear, because the first steps -ηs²G AᵀA and -ηs² BBᵀ G of the product are then of the same size: E AᵀA = E BBᵀ =
     r/(3 d_in) I. The heads are those of `model`, which nothing else is asked of; no random number is drawn for them.
     """
-    sides, rule = global_sides(layers), RULES[options.rule]
+    sides, rule = global_sides(layers), _rule(options)
     params: Params = {}
     for name, shape in shapes.items():
         linear, _, factor = name.rpartition(".")
@@ -70,17 +85,17 @@ def initial(
 
 def down(options: AdapterOptions, layout: Layout) -> Layout:
     """Returns what the server sends of a device's layout, in its order."""
-    return _cut(layout, RULES[options.rule].down | _heads(options))
+    return _cut(layout, _rule(options).down | _heads(options))
 
 
 def up(options: AdapterOptions, layout: Layout, round: int) -> Layout:
     """Returns what a device uploads of its layout in a round (1 is the first), in its order."""
-    return _cut(layout, RULES[options.rule].up(round) | _heads(options))
+    return _cut(layout, _rule(options).up(round) | _heads(options))
 
 
 def trained(options: AdapterOptions, layout: Layout, round: int) -> frozenset[str]:
     """Returns the names of the tensors that move on a device in a round, of the shared and the personal part alike."""
-    return frozenset(_cut(layout, RULES[options.rule].trained(round) | {"whole"}))
+    return frozenset(_cut(layout, _rule(options).trained(round) | {"whole"}))
 
 
 def aggregate(
@@ -101,14 +116,53 @@ def aggregate(
     """
     if not updates:
         return state
+    bounds = [bound for bound in (options.clip, privacy.dp_clip) if bound]
     updates = [_sent(options, update, round) for update in updates]
-    combination = Combination()
-    return ServerState(RULES[options.rule].aggregate(state.params, updates, fresh, combination), state.optimizer)
+    if bounds:
+        updates = [_clipped(update, state.params, min(bounds)) for update in updates]
+    if options.head == "class-rows":
+        updates = [class_rows(update) for update in updates]
+    if privacy.dp_clip:
+        updates = [replace(update, weight=1.0) for update in updates]
+    optimizer = None if options.server == "none" else ServerOptimizer(options, state.optimizer)
+    combination = Combination(_combine(options, privacy, generator), optimizer.step if optimizer else None)
+    params = _rule(options).aggregate(state.params, updates, fresh, combination)
+    return ServerState(params, optimizer.moments if optimizer else state.optimizer)
+
+
+def class_rows(update: Update) -> Update:
+    """Returns the update with the rows of the heads of those classes alone that the device holds."""
+    if update.classes is None:
+        return update
+    params, layout = dict(update.params), dict(update.layout)
+    for name, placement in update.layout.items():
+        if placement.side == "whole":
+            rows = update.classes[placement.index[0]]
+            params[name] = params[name][rows]
+            layout[name] = replace(placement, index=(placement.index[0][rows], *placement.index[1:]))
+    return replace(update, params=params, layout=layout)
 
 
 def _sent(options: AdapterOptions, update: Update, round: int) -> Update:
     layout = up(options, update.layout, round)
-    return Update({name: update.params[name] for name in layout}, layout, update.weight, update.classes)
+    return replace(update, params={name: update.params[name] for name in layout}, layout=layout)
+
+
+def _clipped(update: Update, current: Params, bound: float) -> Update:
+    received = gather_all(current, update.layout)
+    return replace(update, params=clip_update(update.params, received, update.layout, bound))
+
+
+def _combine(options: AdapterOptions, privacy: PrivacyOptions, generator: torch.Generator) -> Combine:
+    if privacy.dp_noise:
+        return noisy_mean(privacy.dp_noise * privacy.dp_clip, generator)
+    if options.combine == "mean":
+        return scatter_mean
+    return scatter_trimmed(median_cut if options.combine == "median" else trimmed_cut(options.trim))
+
+
+def _rule(options: AdapterOptions) -> Rule:
+    return hetlora.RULE if options.hetlora else RULES[options.rule]
 
 
 def _heads(options: AdapterOptions) -> frozenset[Side]:
