@@ -21,7 +21,7 @@ from tapfl.data.sources import ImageSet
 from tapfl.models.backbone import BackboneSpec, build, input_transform
 from tapfl.models.dense import DenseCache
 from tapfl.models.prunable import prunable_layers
-from tapfl.pruning.plan import PruningPlan
+from tapfl.models.units import PrunableLayer
 from tapfl.pruning.surgery import load_plan, load_pruned
 from tapfl.store import cache_folder
 
@@ -51,13 +51,18 @@ def dense(cache: Path, key: str, spec: str) -> nn.Module:
     return DenseCache(cache).load(key, BackboneSpec.model_validate_json(spec))
 
 
+@lru_cache(maxsize=2)
+def skeleton(spec: str) -> tuple[nn.Module, list[PrunableLayer]]:
+    """Returns a backbone to cut, whatever its weights, and its layers; `spec` is a BackboneSpec as JSON."""
+    model = build(BackboneSpec.model_validate_json(spec)).requires_grad_(False)
+    return model, prunable_layers(model)
+
+
 @dataclass(frozen=True)
 class PrunedDevice:
-    """A device's own model: its plan, where its adapters lie, the model as it is, and as a function of adapters."""
+    """A device's own model: where its adapters lie, and the model as a function of them."""
 
-    plan: PruningPlan
     layout: Layout
-    model: nn.Module
     adapted: AdaptedModel
 
 
@@ -70,8 +75,6 @@ def pruned(folder: Path, rank: int, scale: float) -> PrunedDevice:
 @lru_cache(maxsize=256)
 def _pruned(folder: Path, checksum: str, rank: int, scale: float) -> PrunedDevice:
     plan, _ = load_plan(folder)
-    model = load_pruned(folder)
-    skeleton = build(plan.backbone)
-    layers = prunable_layers(skeleton)
-    layout = device_layout(global_shapes(skeleton, layers, rank), layers, plan, rank)
-    return PrunedDevice(plan, layout, model, AdaptedModel(model, layout, scale))
+    dense, layers = skeleton(plan.backbone.model_dump_json())
+    layout = device_layout(global_shapes(dense, layers, rank), layers, plan, rank)
+    return PrunedDevice(layout, AdaptedModel(load_pruned(folder, dense), layout, scale))
