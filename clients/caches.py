@@ -23,6 +23,7 @@ from tapfl.data.sources import ImageSet
 from tapfl.models.backbone import BackboneSpec, build, input_transform
 from tapfl.models.dense import DenseCache
 from tapfl.models.prunable import prunable_layers
+from tapfl.models.units import PrunableLayer
 from tapfl.profiles import max_rank
 from tapfl.pruning.surgery import load_plan, load_pruned
 from tapfl.seeds import torch_generator
@@ -72,6 +73,13 @@ def dense(cache: Path, key: str, spec: str) -> nn.Module:
     return DenseCache(cache).load(key, BackboneSpec.model_validate_json(spec))
 
 
+@lru_cache(maxsize=2)
+def skeleton(spec: str) -> tuple[nn.Module, list[PrunableLayer]]:
+    """Returns a backbone to cut, whatever its weights, and its layers; `spec` is a BackboneSpec as JSON."""
+    model = build(BackboneSpec.model_validate_json(spec)).requires_grad_(False)
+    return model, prunable_layers(model)
+
+
 @dataclass(frozen=True)
 class PrunedDevice:
     """A device's own model: where its adapters lie, and the model as a function of them.
@@ -97,15 +105,15 @@ def pruned(folder: Path, rank: int, config: RunConfig) -> PrunedDevice:
 @lru_cache(maxsize=256)
 def _pruned(folder: Path, checksum: str, rank: int, config: RunConfig) -> PrunedDevice:
     plan, _ = load_plan(folder)
-    model, skeleton = load_pruned(folder), build(plan.backbone)
-    layers = prunable_layers(skeleton)
-    shapes = global_shapes(skeleton, layers, max_rank(config.devices))
+    dense, layers = skeleton(plan.backbone.model_dump_json())
+    model = load_pruned(folder, dense)
+    shapes = global_shapes(dense, layers, max_rank(config.devices))
     layout = device_layout(shapes, layers, plan, rank)
     options = config.adapters
     staying = [name for name in layout if name not in rules.down(options, layout)]
     start: Params = {}
     if staying:
-        initial = rules.initial(options, shapes, layers, skeleton, torch_generator(config.seed, "adapters"))
+        initial = rules.initial(options, shapes, layers, dense, torch_generator(config.seed, "adapters"))
         heads = dict(model.named_parameters())
         start = {
             name: heads[name].detach().clone() if layout[name].side == "whole" else gather(initial[name], layout[name])

@@ -213,7 +213,8 @@ class Device:
         def score(params: Params) -> float:
             return accuracy(predict(partial(own.adapted, params), inputs), labels)
 
-        return score(received), score(used)
+        shared = score(received)
+        return shared, shared if used is received else score(used)
 
     def _receive_backbone(self, message: Summarize) -> None:
         cache = DenseCache(self._cache)

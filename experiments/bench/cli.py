@@ -101,3 +101,28 @@ def bench_noise(
     from experiments.bench.noise import bench_noise as measure
 
     show_rows(measure(noise, clip, seed, devices, options_of(None, set)), as_json)
+
+
+@app.command("simulation")
+def bench_simulation(
+    devices: Annotated[list[int], typer.Option(min=1, help="numbers of devices")] = [20],  # noqa: B006
+    rounds: Annotated[int, typer.Option(min=2, help="rounds; the first counts as start-up")] = 5,
+    repeats: Repeats = 3,
+    samples: Annotated[int, typer.Option(min=10, help="training images a device")] = 64,
+    batch: Annotated[int, typer.Option(min=1, help="images a step")] = 32,
+    model_args: Annotated[
+        str, typer.Option(help="as model.args")
+    ] = "img_size=32,patch_size=4,embed_dim=96,depth=6,num_heads=3",
+    workers: Annotated[int, typer.Option(min=1, help="processes of one thread")] = 2,
+    variant: Annotated[list[str] | None, typer.Option(help="besides the loop by hand; all if none is named")] = None,
+    as_json: Json = False,
+) -> None:
+    """A round of FedAvg on Flower's engine against the bare loop that does its work, and the usual Flower app."""
+    from experiments.bench.simulation import bench_simulation as measure
+
+    rows = [
+        row
+        for count in devices
+        for row in measure(count, rounds, repeats, samples, model_args, batch, workers, variant or ())
+    ]
+    show_rows(rows, as_json)
