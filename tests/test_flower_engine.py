@@ -112,5 +112,35 @@ def test_ctrl_c_ends_the_run_at_once_and_nothing_stays(cache: Path, tmp_path: Pa
     finally:
         process.kill()
     assert process.returncode == 130
-    assert f"interrupted; what there is lies in {tmp_path / 'run'}" in said
+    assert f"interrupted; go on with: tapfl run --resume {tmp_path / 'run'}" in said
     assert not left_running(str(tmp_path))
+
+
+@pytest.mark.slow
+def test_a_simulation_that_was_killed_goes_on_to_the_same_bits(cache: Path, tmp_path: Path) -> None:
+    """SIGKILL of the process that holds server and driver, in the second round; Ray notices by itself."""
+    options = ["train.rounds=3", "devices.participation=0.75"]
+    assert tapfl("--out", str(tmp_path / "whole"), cache=cache, options=options).exit_code == 0
+    sets = [part for option in [*SMALL, f"cache={cache}", *options] for part in ("--set", option)]
+    command = [sys.executable, "-m", "experiments.cli", "run", "--workers", "2"]
+    folder = tmp_path / "run"
+    process = subprocess.Popen(
+        [*command, "--out", str(folder), *sets], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    try:
+        deadline = time.monotonic() + 200
+        while not (folder / "server" / "round-0001.safetensors").exists():
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.02)
+    finally:
+        process.kill()
+        process.wait()
+    assert not (folder / "summary.json").exists()
+    done = subprocess.run([*command, "--resume", str(folder)], capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "the run goes on after round" in done.stdout + done.stderr
+    assert content(folder) == content(tmp_path / "whole")
+    deadline = time.monotonic() + 120
+    while left_running(str(folder)) and time.monotonic() < deadline:
+        time.sleep(1)
+    assert not left_running(str(folder))

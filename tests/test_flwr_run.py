@@ -80,6 +80,9 @@ def test_flwr_run_uses_all_nodes_and_installs_nothing(environment: dict[str, str
     assert len(summary["devices"]) == 2 and "num-supernodes=10" in said
     assert str(tmp_path / "run") in said
     assert json.loads((tmp_path / "run" / "config.json").read_text())["personalize.method"] == "fedavg"
+    overrides = overrides.replace("train.rounds=1", "train.rounds=2") + " resume=true"
+    assert "goes on after round 1 of 2" in flwr(environment, "run", ".", "--stream", "--run-config", overrides)
+    assert (tmp_path / "run" / "server" / "round-0002.safetensors").exists()
     runtime = Path(environment["FLWR_HOME"]) / "runtime-envs"
     assert not runtime.exists() or not list(runtime.iterdir())
 
