@@ -11,7 +11,7 @@ seed = [0, 1, 2]
 rounds = 10
 ```
 
-A cell that has its `summary.json` is finished and is not run again; one that has not is run from its start.
+A cell that has its `summary.json` is finished and is not run again; one that has not goes on from where it was.
 """
 
 from __future__ import annotations
@@ -93,9 +93,12 @@ def run_sweep(
 
 def _run(cell: Cell, out: Path, engine: str) -> str:
     folder = out / cell.name
-    shutil.rmtree(folder, ignore_errors=True)  # what a killed sweep left half done
+    begun = (folder / "config.json").is_file()
+    if not begun:
+        shutil.rmtree(folder, ignore_errors=True)
     sets = [part for key, value in cell.options.items() for part in ("--set", f"{key}={value}")]
-    command = [sys.executable, "-m", "experiments.cli", "run", "--engine", engine, "--out", str(folder), "--json"]
+    command = [sys.executable, "-m", "experiments.cli", "run", "--engine", engine, "--json"]
+    command += ["--resume" if begun else "--out", str(folder)]
     command += sets
     finished = subprocess.run(command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
     if finished.returncode == 0:

@@ -33,6 +33,27 @@ def show(summary: Mapping[str, Any], console: Console) -> None:
     means = (f"{summary[f'{name}_accuracy']:.3f}" for name in ("dense", "pruned", "global", "personal"))
     table.add_row("mean", "", "", "", "", "", *means, "", _size(summary["bytes_up"]), _size(summary["bytes_down"]))
     console.print(table)
+    for line in remarks(summary):
+        console.print(line, highlight=False)
+
+
+def remarks(summary: Mapping[str, Any]) -> list[str]:
+    """Returns what there is to say beside the table: simulated time, losses, privacy."""
+    lines = []
+    if reached := list(summary["time_to_accuracy"].items())[-3:]:
+        steps = ", ".join(f"{accuracy} after {_time(seconds)}" for accuracy, seconds in reached)
+        lines.append(f"simulated: {_time(summary['simulated_seconds'])} in all; mean personal accuracy {steps}")
+    if generic := [str(record["device"]) for record in summary["devices"] if record["generic"]]:
+        lines.append(f"gave no mixture and got the generic plan of their budget: devices {', '.join(generic)}")
+    if summary["failures"]:
+        lines.append(f"messages that came to nothing: {summary['failures']}; metrics.jsonl says why")
+    if summary["epsilon"] is not None:
+        lines.append(f"differential privacy of the shared adapters: ε ≤ {summary['epsilon']:.3g}")
+    return lines
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds:.3g} s" if seconds < 120 else f"{seconds / 60:.3g} min"
 
 
 def _count(number: int) -> str:
