@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from clients import caches
 from clients.storage import DeviceStorage
@@ -19,14 +19,14 @@ from tapfl.config import RunConfig
 from tapfl.errors import RunError
 from tapfl.models.cost import measure_cost
 from tapfl.models.dense import DenseCache
-from tapfl.personalize.method import Personal, local_round, method_of
+from tapfl.personalize.method import Method, Personal, local_round, method_of
 from tapfl.pruning.plan import PruningPlan
 from tapfl.pruning.surgery import rebuild, save_pruned, shrink
 from tapfl.seeds import numpy_generator
 from tapfl.store import cache_folder
 from tapfl.summary.descriptors import Projection, image_features
 from tapfl.summary.mixture import fit_mixture
-from tapfl.training import accuracy, batches, predict
+from tapfl.training import accuracy, batches, cross_entropy, predict
 from tapfl.wire import (
     Evaluate,
     EvaluateReply,
@@ -110,12 +110,12 @@ class Device:
 
         def objective(params: Params, batch: object) -> Tensor:
             index = torch.from_numpy(batch)
-            return F.cross_entropy(own.adapted(params, inputs[index]), labels[index])
+            return cross_entropy(own.adapted(params, inputs[index]), labels[index])
 
         options = self.config.train
         order = numpy_generator(self.config.seed, "train", message.round, self.partition_id)
         result = local_round(
-            method_of(self.config.personalize),
+            self._method(),
             objective,
             received,
             personal,
@@ -140,7 +140,7 @@ class Device:
         received = unpack(message.adapters, own.layout)
         personal = self.storage.load_state(before=message.round)
         global_accuracy, personal_accuracy = self._evaluate(own, received, personal)
-        final = method_of(self.config.personalize).inference(received, personal)
+        final = self._method().inference(received, personal)
         save_peft(final, self.config.adapters.scale, self.storage.personal, base=str(self.storage.pruned))
         return EvaluateReply(
             round=message.round,
@@ -152,12 +152,15 @@ class Device:
     def _evaluate(self, own: caches.PrunedDevice, received: Params, personal: Personal | None) -> tuple[float, float]:
         """Accuracy on the test part: of the adapters as received, and of the model that the device would use."""
         inputs, labels = self._part("test")
-        used = method_of(self.config.personalize).inference(received, personal)
+        used = self._method().inference(received, personal)
 
         def score(params: Params) -> float:
             return accuracy(predict(partial(own.adapted, params), inputs), labels)
 
         return score(received), score(used)
+
+    def _method(self) -> Method[Any]:
+        return method_of(self.config.personalize, self.config.adapters.scale)
 
     def _receive_backbone(self, message: Summarize) -> None:
         cache = DenseCache(self._cache)

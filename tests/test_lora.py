@@ -18,7 +18,9 @@ from tapfl.adapters.layout import (
     global_shapes,
     initial_adapters,
 )
-from tapfl.adapters.lora import AdaptedModel, MergedLora, adapted_modules, mix
+from tapfl.adapters.lora import AdaptedModel
+from tapfl.adapters.merged import MergedLora
+from tapfl.adapters.mixture import mix, modules_of
 from tapfl.pruning.surgery import shrink
 
 FAMILIES = ["vit", "deit", "swin"]
@@ -121,10 +123,10 @@ def test_every_adapter_is_trained_and_nothing_else(vit: Tiny) -> None:
     assert not any(parameter.requires_grad for parameter in adapted._model.parameters())
 
 
-def test_adapted_modules_in_the_order_of_the_layout(vit: Tiny) -> None:
+def test_layers_in_the_order_of_the_layout(vit: Tiny) -> None:
     _, layout, _ = device(vit, 0.5, 1)
     linears = [f"blocks.{i}.{part}" for i in range(2) for part in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")]
-    assert adapted_modules(layout) == [*linears, "head"]
+    assert modules_of(layout) == [*linears, "head"]
 
 
 # -- mixtures ---------------------------------------------------------------------------------------------------------
