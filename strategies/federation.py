@@ -61,7 +61,7 @@ class Federation:
         self.preparation = Preparation(config, images, folder, self.fleet)
         self.messages: dict[int, Prune] = {}  # what brings each device its model
         self.layouts: dict[int, Layout] = {}  # of the devices that have theirs
-        self.method = method_of(config.personalize)
+        self.method = method_of(config.personalize, config.adapters.scale)
         self.fresh: Params = {}
         self.curve: list[tuple[float, float]] = []
         self.clock = Clock(folder.path / "timing.json")
@@ -207,7 +207,7 @@ class Federation:
 
     def _training_work(self, i: int) -> float:
         record, epochs = self.fleet.records[i], self.config.train.epochs
-        return training_macs(record.macs, record.train_samples, record.test_samples, epochs, self.method.passes)
+        return training_macs(record.macs, record.train_samples, record.test_samples, epochs, self.method.models)
 
     def _predicted_seconds(self, i: int, message: Train) -> float:
         up = 4 * self._upload_length(i, message.round)

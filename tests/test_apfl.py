@@ -16,11 +16,11 @@ from torch import Tensor
 
 from tapfl.adapters import fedit
 from tapfl.adapters.layout import Placement, Update
-from tapfl.config import PersonalizeOptions, TrainOptions
+from tapfl.config import TrainOptions
 from tapfl.personalize.apfl import Apfl
 from tapfl.personalize.fedavg import FedAvg
 from tapfl.personalize.local import Local
-from tapfl.personalize.method import LocalResult, Method, Personal, local_round, method_of
+from tapfl.personalize.method import LocalResult, Method, Personal, local_round
 from tapfl.training import Objective, Params
 
 SGD = TrainOptions(optimizer="sgd", learning_rate=0.1)
@@ -340,10 +340,3 @@ def test_the_loss_is_the_mean_over_the_steps() -> None:
     frozen = TrainOptions(optimizer="sgd", learning_rate=1e-12)
     result = local_round(FedAvg(), objective, w, None, batches, frozen, ALL)
     assert result.loss == pytest.approx(sum(float(objective(w, batch)) for batch in batches) / 3, rel=1e-6)
-
-
-def test_methods_by_name() -> None:
-    options = PersonalizeOptions(method="apfl", alpha=0.2, alpha_update="step", alpha_learning_rate=0.3)
-    assert method_of(options) == Apfl(0.2, "step", 0.3)
-    assert isinstance(method_of(PersonalizeOptions(method="fedavg")), FedAvg)
-    assert isinstance(method_of(PersonalizeOptions(method="local")), Local)

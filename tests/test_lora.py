@@ -17,7 +17,9 @@ from tapfl.adapters.layout import (
     gather_all,
     global_shapes,
 )
-from tapfl.adapters.lora import AdaptedModel, MergedLora, adapted_modules, mix
+from tapfl.adapters.lora import AdaptedModel
+from tapfl.adapters.merged import MergedLora
+from tapfl.adapters.mixture import mix, modules_of
 from tapfl.adapters.rules import initial
 from tapfl.config import AdapterOptions
 from tapfl.pruning.surgery import shrink
@@ -122,10 +124,10 @@ def test_every_adapter_is_trained_and_nothing_else(vit: Tiny) -> None:
     assert not any(parameter.requires_grad for parameter in adapted._model.parameters())
 
 
-def test_adapted_modules_in_the_order_of_the_layout(vit: Tiny) -> None:
+def test_layers_in_the_order_of_the_layout(vit: Tiny) -> None:
     _, layout, _ = device(vit, 0.5, 1)
     linears = [f"blocks.{i}.{part}" for i in range(2) for part in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")]
-    assert adapted_modules(layout) == [*linears, "head"]
+    assert modules_of(layout) == [*linears, "head"]
 
 
 # -- mixtures ---------------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tapfl.config import TrainOptions
-from tapfl.training import Params, leaves, optimizer
+from tapfl.training import Params, optimizer
 
 
 @dataclass(frozen=True)
@@ -28,9 +28,15 @@ class Trainee:
 
     @classmethod
     def of(cls, params: Params, train: TrainOptions, trained: frozenset[str]) -> Trainee:
-        moving = leaves({name: theta for name, theta in params.items() if name in trained})
-        step = optimizer(train.optimizer, list(moving.values()), train.learning_rate)
-        return cls({name: moving.get(name, theta.detach()) for name, theta in params.items()}, moving, step)
+        """Returns copies in training, of which those named in `trained` move."""
+        return cls.over({name: theta.detach().clone() for name, theta in params.items()}, train, trained)
+
+    @classmethod
+    def over(cls, memory: Params, train: TrainOptions, trained: frozenset[str]) -> Trainee:
+        """The same without copies: these tensors themselves change at each step."""
+        params = {name: theta.detach().requires_grad_(name in trained) for name, theta in memory.items()}
+        moving = {name: theta for name, theta in params.items() if name in trained}
+        return cls(params, moving, optimizer(train.optimizer, list(moving.values()), train.learning_rate))
 
     def gradients(self, loss: Tensor) -> tuple[Tensor, ...]:
         """Returns the gradients of `moving`."""
