@@ -102,7 +102,7 @@ def bench_aggregate(
                 "devices": str(devices),
                 "aggregation": name,
                 "s": f"{seconds[name]:.2f}",
-                "tensors MB": f"{peak_tensor_bytes(work) / 1e6:.1f}",
+                "tensors MB": f"{peak_tensor_bytes(work) / 1e6:.2f}",
                 "process MB": "?" if grown is None else f"{grown / 1e6:.0f}",
                 "largest form": f"{sizes[name] / 1e3:.0f} k" if name in sizes else "",
             }
