@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from backbones import Tiny, tiny_of_family
+from backbones import VIT, Tiny, tiny_of_family
 from torch import Tensor
 
 from experiments.bench import latency
+from experiments.bench.aggregate import VARIANTS, bench_aggregate, random_round
 from experiments.bench.devices import bench_devices
 from experiments.bench.layers import plain_layer_importance
 from experiments.bench.memory import peak_process_bytes, peak_tensor_bytes
@@ -18,6 +19,7 @@ from experiments.bench.noise import bench_noise
 from experiments.bench.probe import MEASURES, bench_probe
 from experiments.bench.scoring import hoisted_loop_terms, loop_terms
 from experiments.bench.side_by_side import side_by_side
+from tapfl.config import AdapterOptions
 from tapfl.pruning.layer_importance import layer_importance
 from tapfl.pruning.scores import Terms, terms
 
@@ -110,3 +112,26 @@ def test_the_latency_bench_has_a_row_for_the_dense_model_and_each_share() -> Non
     assert all(
         half[f"{engine} ×{batch}"].split(" ")[1] == "ms," for engine in ("torch", "onnxruntime") for batch in (1, 2)
     )
+
+
+def test_the_aggregation_bench_has_a_row_for_every_rule_and_both_forms_of_flex() -> None:
+    one_block = VIT.model_copy(update={"args": VIT.args | {"depth": 1}})
+    rows = {row["aggregation"]: row for row in bench_aggregate(one_block, 2, repeats=1)}
+    assert set(VARIANTS) <= set(rows) and {"flex, median", "flex, trimmed mean"} <= set(rows)
+    assert {row["devices"] for row in rows.values()} == {"2"}
+    assert all(float(row["tensors MB"]) > 0 for row in rows.values())
+    # Σ r_i = 4 + 6, of the largest linear, 128 on 32, thin and dense
+    assert rows["flex SVDs, all thin"]["largest form"] == f"{10 * 160 / 1e3:.0f} k"
+    assert rows["flex SVDs, all dense"]["largest form"] == f"{128 * 32 / 1e3:.0f} k"
+
+
+def test_the_devices_of_the_aggregation_bench_differ_as_the_default_ones_do() -> None:
+    met = random_round(VIT, 6)
+    ranks = [update.params["blocks.0.attn.qkv.lora_A"].shape[0] for update in met.updates]
+    widths = [update.params["blocks.0.mlp.fc1.lora_B"].shape[0] for update in met.updates]
+    assert ranks == [4, 6, 8] * 2
+    assert widths[0] < widths[1] < widths[2] < 128 and widths[:3] == widths[3:]
+    rows = [update.layout["blocks.0.mlp.fc1.lora_B"].index[0] for update in met.updates]
+    assert not torch.equal(rows[0], rows[3])
+    moved = met.aggregate(AdapterOptions(rule="fedit"))
+    assert moved.keys() == met.params.keys() and not torch.equal(moved["head.bias"], met.params["head.bias"])

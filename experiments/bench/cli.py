@@ -126,3 +126,21 @@ def bench_simulation(
         for row in measure(count, rounds, repeats, samples, model_args, batch, workers, variant or ())
     ]
     show_rows(rows, as_json)
+
+
+@app.command("aggregate")
+def bench_aggregate(
+    devices: Annotated[list[int], typer.Option(min=1, help="numbers of devices")] = [10, 100],  # noqa: B006
+    model: Annotated[str, typer.Option(help="timm name")] = "deit_small_patch16_224",
+    repeats: Repeats = 3,
+    robust_products: Annotated[bool, typer.Option(help="also medians and trimmed means of products, the slow ones")] = (
+        True
+    ),
+    as_json: Json = False,
+) -> None:
+    """A round's aggregation on the server by every rule, with seconds and memory; flex also with both ways forced."""
+    from experiments.bench.aggregate import bench_aggregate as measure
+    from tapfl.models.backbone import BackboneSpec
+
+    spec = BackboneSpec(name=model, args={}, num_classes=1000)
+    show_rows([row for count in devices for row in measure(spec, count, repeats, robust_products)], as_json)
