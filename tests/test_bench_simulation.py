@@ -80,7 +80,7 @@ def test_a_process_tree_counts_children_that_run_and_that_have_ended() -> None:
         process.stdout.readline()
         before = tree.cpu_seconds()
         time.sleep(0.5)
-        assert before >= 0.3 and before < tree.cpu_seconds() < before + 1
+        assert 0.3 <= before < tree.cpu_seconds()
         assert 5e6 < tree.memory_bytes() < 5e8
         assert len(tree.processes()) == 2
     finally:
@@ -92,8 +92,10 @@ def test_a_process_tree_counts_children_that_run_and_that_have_ended() -> None:
 def test_a_run_is_timed_from_its_second_round_on(tmp_path: Path) -> None:
     note = f"open(sys.argv[1] + '/metrics.jsonl', 'a').write({ROUND_LINE + chr(10)!r})"
     code = f"import os, sys, time\nos.mkdir(sys.argv[1])\nfor t in (0.8, 0.3, 0.3):\n time.sleep(t)\n {note}"
+    began = time.monotonic()
     timing = measure(["-c", code, str(tmp_path / "out")], tmp_path / "out", 3)
-    assert 0.25 < timing.wall < 0.6 and 0.4 < timing.startup < 2 and timing.cpu < 0.1
+    assert timing.wall > 0.28 and timing.startup > 0.4 and timing.cpu < 0.2
+    assert timing.startup + 3 * timing.wall < time.monotonic() - began
 
 
 def test_a_variant_that_fails_says_why(tmp_path: Path) -> None:
