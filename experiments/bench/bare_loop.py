@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import multiprocessing
 import sys
+import time
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -106,6 +107,7 @@ def run(setting: Setting, out: Path, workers: int, merged: bool) -> None:
     for t in range(1, setting.config.train.rounds + 1):
         vector = average(_round(pipes, t, len(samples), vector), samples)
         setting.note_round(out, t)
+    time.sleep(0.5)  # what the processes took is read off them while they are there
     for pipe in pipes:
         pipe.send(None)
     parts = torch.from_numpy(vector).split([p.numel() for p in names.values()])
