@@ -91,7 +91,8 @@ def test_a_process_tree_counts_children_that_run_and_that_have_ended() -> None:
 
 def test_a_run_is_timed_from_its_second_round_on(tmp_path: Path) -> None:
     note = f"open(sys.argv[1] + '/metrics.jsonl', 'a').write({ROUND_LINE + chr(10)!r})"
-    code = f"import os, sys, time\nos.mkdir(sys.argv[1])\nfor t in (0.8, 0.3, 0.3):\n time.sleep(t)\n {note}\ntime.sleep(0.5)"
+    rounds = f"for t in (0.8, 0.3, 0.3):\n time.sleep(t)\n {note}\n"
+    code = f"import os, sys, time\nos.mkdir(sys.argv[1])\n{rounds}time.sleep(0.5)"
     began = time.monotonic()
     timing = measure(["-c", code, str(tmp_path / "out")], tmp_path / "out", 3)
     assert timing.wall > 0.28 and timing.startup > 0.4 and timing.cpu < 0.2
