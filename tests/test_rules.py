@@ -30,7 +30,6 @@ from tapfl.adapters.lora import AdaptedModel
 from tapfl.adapters.rules import RULES, ServerState
 from tapfl.config import AdapterOptions, PrivacyOptions
 from tapfl.pruning.surgery import shrink
-from tapfl.training import leaves
 
 F64 = torch.float64
 A, B = "fc.lora_A", "fc.lora_B"
@@ -236,7 +235,8 @@ def test_every_rule_starts_where_nothing_changes_and_its_first_round_moves_every
     assert all(torch.equal(start[name], again[name]) for name in shapes)
     plan = plan_of(vit, random_kept(vit.layers, 0.5))
     layout, small = device_layout(shapes, vit.layers, plan, 3), shrink(vit.model, plan)
-    adapted, own = AdaptedModel(small, layout, 2.0), leaves(gather_all(start, layout))
+    adapted = AdaptedModel(small, layout, 2.0)
+    own = {name: tensor.clone().requires_grad_() for name, tensor in gather_all(start, layout).items()}
     assert torch.equal(adapted(own, vit.inputs), small(vit.inputs))
     F.cross_entropy(adapted(own, vit.inputs), torch.arange(4)).backward()
     moving = rules.trained(given, layout, 1)
