@@ -11,6 +11,7 @@ import logging
 import math
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -139,7 +140,9 @@ class Federation:
 
     def _rounds(self, backbone: Backbone, checkpoint: Checkpoint) -> ServerState:
         """Returns the server's state after the last round."""
-        state, rounds = checkpoint.state, self.config.train.rounds
+        # in the order of the layers, which is that of the noise and of every sum; a file has an order of its own
+        state = replace(checkpoint.state, params={name: checkpoint.state.params[name] for name in self.fresh})
+        rounds = self.config.train.rounds
         with stage("rounds", rounds) as advance:
             for t in range(checkpoint.round + 1, rounds + 1):
                 with self.clock.round(t):
