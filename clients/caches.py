@@ -18,12 +18,15 @@ from tapfl.config import RunConfig
 from tapfl.data.federated import open_private
 from tapfl.data.partition import DeviceSplit, partition
 from tapfl.data.sources import ImageSet
+from tapfl.memo import Memo
 from tapfl.models.backbone import BackboneSpec, build, input_transform
 from tapfl.models.dense import DenseCache
 from tapfl.models.prunable import prunable_layers
 from tapfl.models.units import PrunableLayer
 from tapfl.pruning.surgery import load_plan, load_pruned
 from tapfl.store import cache_folder
+
+MODEL_BYTES = 512 * 2**20  # a worker's devices' models; one that is not held is read again
 
 
 @lru_cache(maxsize=4)
@@ -60,21 +63,26 @@ def skeleton(spec: str) -> tuple[nn.Module, list[PrunableLayer]]:
 
 @dataclass(frozen=True)
 class PrunedDevice:
-    """A device's own model: where its adapters lie, and the model as a function of them."""
+    """A device's own model: where its adapters lie, the model as a function of them, and the bytes of its weights."""
 
     layout: Layout
     adapted: AdaptedModel
+    nbytes: int
+
+
+_models = Memo(MODEL_BYTES, lambda device: device.nbytes)
 
 
 def pruned(folder: Path, rank: int, scale: float) -> PrunedDevice:
     """Returns the model in a device's storage. Raises PlanError if it is missing or damaged."""
-    _, checksum = load_plan(folder)
-    return _pruned(folder, checksum, rank, scale)
+    plan, checksum = load_plan(folder)
 
+    def make() -> PrunedDevice:
+        dense, layers = skeleton(plan.backbone.model_dump_json())
+        layout = device_layout(global_shapes(dense, layers, rank), layers, plan, rank)
+        model = load_pruned(folder, dense)
+        nbytes = sum(parameter.nbytes for parameter in model.parameters())
+        return PrunedDevice(layout, AdaptedModel(model, layout, scale), nbytes)
 
-@lru_cache(maxsize=256)
-def _pruned(folder: Path, checksum: str, rank: int, scale: float) -> PrunedDevice:
-    plan, _ = load_plan(folder)
-    dense, layers = skeleton(plan.backbone.model_dump_json())
-    layout = device_layout(global_shapes(dense, layers, rank), layers, plan, rank)
-    return PrunedDevice(layout, AdaptedModel(load_pruned(folder, dense), layout, scale))
+    device: PrunedDevice = _models.once((folder, checksum, rank, scale), make)
+    return device
