@@ -78,10 +78,12 @@ class PeftStep:
         self.trained = {name: trained[name] for name in work.params}
         self.optimizer = torch.optim.Adam(self.trained.values(), lr=TRAIN.learning_rate)
 
-    def __call__(self) -> None:
+    def __call__(self) -> Tensor:
         self.optimizer.zero_grad()
-        self.work.loss(self.model).backward()
+        loss = self.work.loss(self.model)
+        loss.backward()
         self.optimizer.step()
+        return loss.detach()
 
 
 class DeepCopies:
@@ -116,11 +118,11 @@ def frozen_passes(work: Work) -> Callable[[], None]:
     return run
 
 
-def apfl_step(work: Work, method: Apfl | FedAvg) -> Callable[[], object]:
+def step_of(work: Work, method: Apfl | FedAvg) -> Callable[[], Tensor]:
     """Returns a step of ours, of which every call is the next one of the same round."""
     adapted = work.adapted()
     state: Any = method.init(work.params, None, TRAIN, frozenset(work.params))
-    return lambda: method.step(state, lambda params, batch: work.loss(lambda x: adapted(params, x)), None)
+    return lambda: method.step(state, lambda params, batch: work.loss(lambda x: adapted(params, x)), None).detach()
 
 
 def bench_apfl(name: str, image_size: int, batch: int, rank: int, steps: int, repeats: int) -> Mapping[str, str]:
@@ -143,10 +145,10 @@ def bench_apfl(name: str, image_size: int, batch: int, rank: int, steps: int, re
         "one peft": PeftStep(work),
         "deep copies": DeepCopies(work, 0.5),
         "frozen": frozen_passes(work),
-        "FedAvg": apfl_step(work, FedAvg()),
-        "APFL, two passes": apfl_step(work, Apfl(passes="two")),
-        "APFL, one pass": apfl_step(work, Apfl(passes="one")),
-        "α moves": apfl_step(work, Apfl(update="step")),
+        "FedAvg": step_of(work, FedAvg()),
+        "APFL, two passes": step_of(work, Apfl(passes="two")),
+        "APFL, one pass": step_of(work, Apfl(passes="one")),
+        "α moves": step_of(work, Apfl(update="step")),
     }
     for run in variants.values():
         run()  # the first step allocates the optimizer's state, and moves α
