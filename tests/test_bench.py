@@ -122,8 +122,8 @@ def test_a_step_of_stock_peft_is_one_of_fedavg() -> None:
         torch.testing.assert_close(stock.trained[name].grad, gradient, rtol=1e-5, atol=1e-6)
     losses += [(float(stock()), float(ours())) for _ in range(4)]
     for theirs, mine in losses:
-        assert mine == pytest.approx(theirs, rel=1e-2)
-    assert losses[-1][0] < 0.9 * losses[0][0]  # each step goes on where the last one ended
+        assert mine == pytest.approx(theirs, rel=1e-4)
+    assert losses[-1][0] < 0.95 * losses[0][0]  # each step goes on where the last one ended
 
 
 def test_deep_copies_do_the_work_of_two_models() -> None:

@@ -270,10 +270,11 @@ def test_a_pair_gives_the_logits_of_w_and_of_the_mixture(
     assert torch.equal(adapted(w, x), adapted(w, x)) and adapted(w, x).shape == logits[0].shape  # nothing stays bound
 
 
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
 @pytest.mark.parametrize("per", ["device", "layer"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_apfl_in_one_pass_is_apfl_in_two(
-    family: str, per: Literal["device", "layer"], families: dict[str, Tiny]
+    family: str, per: Literal["device", "layer"], optimizer: Literal["sgd", "adam"], families: dict[str, Tiny]
 ) -> None:
     backbone = families[family]
     adapted, layout, params = device(backbone, 0.5, 2)
@@ -289,7 +290,7 @@ def test_apfl_in_one_pass_is_apfl_in_two(
             w,
             Personal(v, alpha),
             range(3),
-            TrainOptions(optimizer="sgd", learning_rate=1e-3),
+            TrainOptions(optimizer=optimizer, learning_rate=1e-3 if optimizer == "sgd" else 1e-6),
             frozenset(layout),
         )
 

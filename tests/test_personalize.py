@@ -19,6 +19,7 @@ from tapfl.personalize.fedavg import FedAvg
 from tapfl.personalize.finetune import FineTune
 from tapfl.personalize.local import Local
 from tapfl.personalize.method import Method, Personal, local_round, method_of
+from tapfl.personalize.trainee import Trainee
 
 METHODS = [Apfl(0.5, "step"), Apfl(0.5, "step", passes="one"), Ditto(0.1, 2.0), FedAvg(), FineTune(), Local()]
 every_method = pytest.mark.parametrize("method", METHODS, ids=["apfl", "apfl-one", "ditto", "fedavg", "tune", "local"])
@@ -66,6 +67,20 @@ def test_only_what_is_trained_moves(method: Method, train: TrainOptions) -> None
         if after is not None:
             assert after.keys() == before.keys()
             assert [torch.equal(after[name], before[name]) for name in sorted(ALL)] == [True, False, False]
+
+
+@both_optimizers
+def test_a_step_does_not_depend_on_how_tensors_lie_in_memory(train: TrainOptions) -> None:
+    theta, gradient = adapters(0)["fc.lora_A"], adapters(1)["fc.lora_A"]
+    results = []
+    for of_theta in (theta, theta.T.contiguous().T):
+        for of_gradient in (gradient, gradient.T.contiguous().T):
+            trainee = Trainee.of({"x": of_theta}, train, frozenset("x"))
+            trainee.apply([of_gradient])
+            trainee.apply([of_gradient])
+            results.append(trainee.values()["x"])
+    assert all(torch.equal(result, results[0]) for result in results)
+    assert bool(((results[0] - theta) * gradient < 0).all())  # downhill in every coordinate
 
 
 @both_optimizers
