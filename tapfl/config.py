@@ -272,7 +272,7 @@ class PersonalizeOptions(Section):
     alpha_per: Literal["device", "layer"] = Field("device", description="one α, or one for every linear and head")
     alpha_learning_rate: float = Field(0.1, ge=0)
     passes: Literal["one", "two"] = Field(
-        "one", description="of `apfl`: both models in one pass over a doubled batch, or in turn with half the memory"
+        "two", description="of `apfl`: its two models in turn, or as one doubled batch (for small backbones)"
     )
     ditto_lambda: float = Field(
         0.1, ge=0, description="how strongly `ditto` pulls the personal weights to the shared ones; 0: not at all"

@@ -144,3 +144,21 @@ def bench_aggregate(
 
     spec = BackboneSpec(name=model, args={}, num_classes=1000)
     show_rows([row for count in devices for row in measure(spec, count, repeats, robust_products)], as_json)
+
+
+@app.command("apfl")
+def bench_apfl(
+    model: Annotated[list[str], typer.Option("--model", help="`digits`, or timm names")] = ["digits"],  # noqa: B006
+    size: Sizes = [64],  # noqa: B006
+    batch: Annotated[int, typer.Option(min=2, help="images a step")] = 16,
+    rank: Annotated[int, typer.Option(min=1, help="of every adapter")] = 8,
+    steps: Annotated[int, typer.Option(min=1, help="steps a turn")] = 4,
+    repeats: Repeats = 5,
+    as_json: Json = False,
+) -> None:
+    """A step of APFL as a share of two steps of stock peft, beside deep copies and the floor; one thread, Adam."""
+    from experiments.bench.apfl import bench_apfl as measure
+
+    sizes = {name: size[:1] if name == "digits" else size for name in model}
+    rows = [measure(name, pixels, batch, rank, steps, repeats) for name in model for pixels in sizes[name]]
+    show_rows(rows, as_json)

@@ -50,7 +50,8 @@ class Apfl:
         update: whether α moves at each step, at the first of a round, or never.
         alpha_learning_rate: η_α.
         per: one α a device, or one a layer (`tapfl.adapters.mixture.modules_of`).
-        passes: w and the mixture as the two halves of one batch, or one after the other.
+        passes: w and the mixture one after the other, or as the two halves of one batch, for which the objective must
+            take a `Pair`. The same up to rounding; one batch is faster where a backbone is small.
     """
 
     alpha: float = 0.5

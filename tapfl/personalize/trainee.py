@@ -29,14 +29,15 @@ class Trainee:
     @classmethod
     def of(cls, params: Params, train: TrainOptions, trained: frozenset[str]) -> Trainee:
         """Returns copies in training, of which those named in `trained` move."""
-        return cls.over({name: theta.detach().clone() for name, theta in params.items()}, train, trained)
+        copies = {name: theta.detach().clone(memory_format=torch.contiguous_format) for name, theta in params.items()}
+        return cls.over(copies, train, trained)
 
     @classmethod
     def over(cls, memory: Params, train: TrainOptions, trained: frozenset[str]) -> Trainee:
-        """The same without copies: these tensors themselves change at each step."""
+        """The same without copies: these tensors themselves, which must be contiguous, change at each step."""
         params = {name: theta.detach().requires_grad_(name in trained) for name, theta in memory.items()}
         moving = {name: theta for name, theta in params.items() if name in trained}
-        return cls(params, moving, optimizer(train.optimizer, list(moving.values()), train.learning_rate))
+        return cls(params, moving, optimizer(train.optimizer, list(moving.values()), train.learning_rate, fused=True))
 
     def gradients(self, loss: Tensor) -> tuple[Tensor, ...]:
         """Returns the gradients of `moving`."""
@@ -45,7 +46,7 @@ class Trainee:
     def apply(self, gradients: Sequence[Tensor]) -> None:
         """One step with these gradients of `moving`; they replace whatever gradients there were."""
         for parameter, gradient in zip(self.moving.values(), gradients, strict=True):
-            parameter.grad = gradient
+            parameter.grad = gradient.contiguous()  # fused Adam reads the memory of both as it lies
         self.optimizer.step()
 
     def values(self) -> Params:
