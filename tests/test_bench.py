@@ -10,7 +10,7 @@ import torch
 from backbones import VIT, Tiny, tiny_of_family
 from torch import Tensor
 
-from experiments.bench import latency
+from experiments.bench import aggregate, latency
 from experiments.bench.aggregate import VARIANTS, bench_aggregate, random_round
 from experiments.bench.apfl import DeepCopies, PeftStep, Work, bench_apfl, step_of
 from experiments.bench.devices import bench_devices
@@ -117,13 +117,16 @@ def test_the_latency_bench_has_a_row_for_the_dense_model_and_each_share() -> Non
     )
 
 
-def test_the_aggregation_bench_has_a_row_for_every_rule_and_both_forms_of_flex() -> None:
+def test_the_aggregation_bench_has_a_row_for_every_rule_and_both_forms_of_flex(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        aggregate, "peak_process_bytes", lambda work: None
+    )  # seconds each in a process with many objects
     rows = {row["aggregation"]: row for row in bench_aggregate(VIT, 2, repeats=1)}
     assert set(VARIANTS) <= set(rows) and {"flex, median", "flex, trimmed mean"} <= set(rows)
     assert {row["devices"] for row in rows.values()} == {"2"}
-    assert all(float(row["tensors MB"]) > 0 for row in rows.values())
-    # Σ r_i = 4 + 6, of the largest linear, 128 on 32, thin and dense
-    assert rows["flex SVDs, all thin"]["largest form"] == f"{10 * 160 / 1e3:.0f} k"
+    assert all(float(row["s"]) >= 0 and row["peak MB"] == "?" for row in rows.values())
+    # ranks 4 and 6, and the previous 8 for the units that nobody holds, on the largest linear, of 128 by 32
+    assert rows["flex SVDs, all thin"]["largest form"] == f"{(4 + 6 + 8) * (128 + 32) / 1e3:.0f} k"
     assert rows["flex SVDs, all dense"]["largest form"] == f"{128 * 32 / 1e3:.0f} k"
 
 

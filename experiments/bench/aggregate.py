@@ -15,7 +15,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from experiments.bench.memory import peak_process_bytes, peak_tensor_bytes
+from experiments.bench.memory import peak_process_bytes
 from experiments.bench.side_by_side import side_by_side
 from tapfl.adapters import flex, rules
 from tapfl.adapters.layout import LORA_A, LORA_B, Params, Update, device_layout, gather_all, global_shapes
@@ -77,7 +77,7 @@ class Round:
 def bench_aggregate(
     spec: BackboneSpec, devices: int, repeats: int, robust_products: bool = True
 ) -> list[Mapping[str, str]]:
-    """Returns a row for every rule and combination; CPU seconds on one thread, memory beside updates and adapters."""
+    """Returns a row for every rule and combination; CPU seconds on one thread, by how much the process grew."""
     torch.set_num_threads(1)
     met = random_round(spec, devices)
     variants: dict[str, Callable[[], object]] = {
@@ -102,8 +102,7 @@ def bench_aggregate(
                 "devices": str(devices),
                 "aggregation": name,
                 "s": f"{seconds[name]:.2f}",
-                "tensors MB": f"{peak_tensor_bytes(work) / 1e6:.2f}",
-                "process MB": "?" if grown is None else f"{grown / 1e6:.0f}",
+                "peak MB": "?" if grown is None else f"{grown / 1e6:.0f}",
                 "largest form": f"{sizes[name] / 1e3:.0f} k" if name in sizes else "",
             }
         )
