@@ -118,9 +118,7 @@ def test_the_latency_bench_has_a_row_for_the_dense_model_and_each_share() -> Non
 
 
 def test_the_aggregation_bench_has_a_row_for_every_rule_and_both_forms_of_flex(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        aggregate, "peak_process_bytes", lambda work: None
-    )  # seconds each in a process with many objects
+    monkeypatch.setattr(aggregate, "peak_process_bytes", lambda work: None)  # takes seconds in a large process
     rows = {row["aggregation"]: row for row in bench_aggregate(VIT, 2, repeats=1)}
     assert set(VARIANTS) <= set(rows) and {"flex, median", "flex, trimmed mean"} <= set(rows)
     assert {row["devices"] for row in rows.values()} == {"2"}
