@@ -31,7 +31,11 @@ from tapfl.pruning.surgery import load_plan, load_pruned
 from tapfl.seeds import torch_generator
 from tapfl.store import cache_folder
 
-MODEL_BYTES = 512 * 2**20  # a worker's devices' models; one that is not held is read again
+# what a worker holds of its devices' models and images; one that is not held is read again
+MODEL_BYTES, IMAGE_BYTES = 512 * 2**20, 512 * 2**20
+
+
+_parts = Memo(IMAGE_BYTES, lambda made: made[0].nbytes)
 
 
 @lru_cache(maxsize=4)
@@ -46,11 +50,15 @@ def splits(config: RunConfig, devices: int) -> list[DeviceSplit]:
     return partition(private_images(config).labels, config.data, devices, config.seed)
 
 
-@lru_cache(maxsize=256)
 def part(config: RunConfig, devices: int, partition_id: int, name: str) -> tuple[Tensor, Tensor]:
     """Returns (inputs, labels) of the `train` or `test` part of one device, ready for its model."""
-    chosen = private_images(config).subset(getattr(splits(config, devices)[partition_id], name))
-    return input_transform(config.model)(chosen.images), torch.from_numpy(chosen.labels)
+
+    def make() -> tuple[Tensor, Tensor]:
+        chosen = private_images(config).subset(getattr(splits(config, devices)[partition_id], name))
+        return input_transform(config.model)(chosen.images), torch.from_numpy(chosen.labels)
+
+    made: tuple[Tensor, Tensor] = _parts.once((config, devices, partition_id, name), make)
+    return made
 
 
 @lru_cache(maxsize=4)
