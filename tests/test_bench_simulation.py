@@ -21,9 +21,10 @@ from experiments.bench.simulation import LIMIT, bench_simulation, measure
 from experiments.bench.usual_client import build
 from experiments.bench.usual_server import peft_name
 from experiments.engines.inprocess import run_inprocess
+from strategies.checkpoint import load_checkpoint
 from strategies.server_app import app as server_app
 from tapfl.errors import ConfigError, RunError
-from tapfl.store import read_tensors
+from tapfl.store import RunFolder
 
 MODEL = "img_size=8,patch_size=4,embed_dim=16,depth=2,num_heads=2"
 BURN = "import time\nwhile time.process_time() < {seconds}: pass\n"
@@ -46,7 +47,9 @@ def test_the_average_weighs_by_samples_in_the_order_of_devices() -> None:
 @pytest.mark.parametrize("merged", [True, False])
 def test_the_loop_by_hand_ends_where_the_federation_ends(setting: Setting, merged: bool, tmp_path: Path) -> None:
     run_inprocess(server_app, client_app, {**setting.config.flat(), "out": str(tmp_path / "run")}, 2)
-    theirs = read_tensors(tmp_path / "run" / "server" / "round-0002.safetensors")
+    checkpoint = load_checkpoint(RunFolder(tmp_path / "run"), setting.config)
+    assert checkpoint is not None
+    theirs = checkpoint.state.params
     worker, initial = Worker(setting, merged), setting.initial()
     vector = parameters_to_vector([initial[name] for name in worker.params]).numpy()
     for t in (1, 2):
