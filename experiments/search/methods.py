@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import warnings
 import zlib
 from collections.abc import Callable, Sequence
 
-from optuna.exceptions import ExperimentalWarning
 from optuna.pruners import HyperbandPruner
 from optuna.samplers import BaseSampler, TPESampler
 from optuna.trial import FrozenTrial, TrialState
@@ -110,7 +108,4 @@ def _rung(runner: Runner, members: Sequence[int], rounds: int, last: bool) -> No
 
 def _tpe(seed: int, number: int) -> TPESampler:
     """A sampler of its own for each trial, so that a search that goes on draws what it would have drawn."""
-    mixed = zlib.crc32(f"{seed} {number}".encode())
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ExperimentalWarning)  # `group` is what conditional parameters need
-        return TPESampler(seed=mixed, multivariate=True, group=True, warn_independent_sampling=False)
+    return TPESampler(seed=zlib.crc32(f"{seed} {number}".encode()))

@@ -36,8 +36,8 @@ class SearchOptions(Section):
     rounds: int = Field(0, ge=0, description="brackets are opened while those before cost less than this; 0: no limit")
     seed: int = Field(0, ge=0, lt=2**32)
     random_share: float = Field(1 / 3, ge=0, le=1, description="ρ: of the configurations, drawn uniformly in any case")
-    block: int = Field(0, ge=0, description="configurations drawn at once, from the same knowledge; 0: a whole rung")
-    overlap: int = Field(0, ge=0, description="a bracket may open while so many before it are not finished")
+    block: int = Field(4, ge=0, description="configurations drawn at once, from the same knowledge; 0: a whole rung")
+    overlap: int = Field(1, ge=0, description="a bracket may open while so many before it are not finished")
     objective: dict[str, float] = Field({"mean": 1.0}, description=f"what is made small, by weight: {MEASURES}")
     constraints: tuple[str, ...] = Field((), description="such as bytes_up<=5e6; who breaks one ranks last")
 
