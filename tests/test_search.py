@@ -9,10 +9,15 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import optuna
 import pytest
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
 from test_inprocess_run import SMALL, content
 from typer.testing import CliRunner
 
@@ -27,15 +32,16 @@ from strategies import preparation
 from tapfl.config import RunConfig, parse_assignment
 from tapfl.errors import ConfigError, RunError
 
+RATE = "train.learning-rate"
 SEARCH = "[search]\nmax-rounds = 2\neta = 2\nbrackets = 1\n"
 SPACE = '[space]\n"train.learning-rate" = { low = 1e-3, high = 1e-2, log = true }\n'
 
 
-def search_file(folder: Path, search: str = SEARCH, space: str = SPACE, options: str | None = None) -> Path:
-    small = [*SMALL, "train.epochs=1", f"cache={folder / 'cache'}"]
+def search_file(folder: Path, search: str = SEARCH, space: str = SPACE) -> Path:
+    small = [*SMALL, f"cache={folder / 'cache'}"]
     lines = [f'"{k}" = {json.dumps(v)}' for k, v in (parse_assignment(o) for o in small if "rounds" not in o)]
     file = folder / "search.toml"
-    file.write_text("\n".join(lines if options is None else [options]) + f"\n{search}{space}")
+    file.write_text("\n".join(lines) + f"\n{search}{space}")
     return file
 
 
@@ -46,62 +52,81 @@ def command(file: Path, out: Path, *more: str) -> list[str]:
 # -- the whole -------------------------------------------------------------------------------------------------------
 
 
-def test_a_search_ends_in_options_that_run_takes(tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    done = CliRunner().invoke(cli.app, command(search_file(tmp_path), out, "--json"), catch_exceptions=False)
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """A search's folder, with its file beside it, and what it said."""
+    folder = tmp_path_factory.mktemp("search")
+    done = CliRunner().invoke(cli.app, command(search_file(folder), folder / "out", "--json"), catch_exceptions=False)
     assert done.exit_code == 0, done.output
-    said = json.loads(done.stdout.splitlines()[-1])
-    with (out / "trials.csv").open() as table:
-        rows = list(csv.DictReader(table))
-    assert [row["state"] for row in rows] == ["pruned", "complete"] or [row["state"] for row in rows] == [
-        "complete",
-        "pruned",
-    ]
+    return folder / "out", json.loads(done.stdout.splitlines()[-1])
+
+
+def test_a_search_ends_in_options_that_run_takes(finished: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    out, said = finished
+    rows = table(out)
+    assert sorted(row["state"] for row in rows) == ["complete", "pruned"]
     best = rows[said["trial"]]
-    assert (
-        float(best["loss@2"]) == said["loss"]
-        and float(best["train.learning-rate"]) == said["params"]["train.learning-rate"]
-    )
-    again = [
-        "run",
-        "--engine",
-        "inprocess",
-        "--config",
-        str(out / "best.toml"),
-        "--out",
-        str(tmp_path / "run"),
-        "--json",
-    ]
-    run = CliRunner().invoke(cli.app, again, catch_exceptions=False)
+    assert float(best["loss@2"]) == said["loss"] and float(best[RATE]) == said["params"][RATE]
+    again = ["run", "--engine", "inprocess", "--config", str(out / "best.toml"), "--out", str(tmp_path / "run")]
+    run = CliRunner().invoke(cli.app, [*again, "--json"], catch_exceptions=False)
     accuracy = json.loads(run.stdout.splitlines()[-1])["personal_accuracy"]
     assert 1 - accuracy == said["loss"], "a run with the best options comes to what the trial came to"
-    assert content(tmp_path / "run") == content(out / "trials" / f"{said['trial']:04d}"), (
-        "rungs with a shared round zero"
-    )
+    assert content(tmp_path / "run") == content(out / "trials" / f"{said['trial']:04d}")
+
+
+def test_the_page_holds_its_pictures_and_the_study_is_optunas(finished: tuple[Path, dict[str, Any]]) -> None:
+    out, said = finished
     page = (out / "search.html").read_text()
-    assert page.count("plotly-graph-div") >= 2 and len(page) > 3e6 and "<script src=" not in page
+    assert page.count('class="plotly-graph-div"') >= 3 and "<script src=" not in page
+    assert "Plotly.newPlot" in page and len(page) > 3e6, "plotly.js is in it"
     study = optuna.load_study(
-        study_name="search",
-        storage=optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(str(out / "study.journal"))),
+        study_name="search", storage=JournalStorage(JournalFileBackend(str(out / "study.journal")))
     )
     assert len(study.trials) == 2 and study.best_trial.number == said["trial"]
 
 
-def test_an_interrupted_search_says_how_to_go_on_and_leaves_nothing_behind(tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    arguments = command(search_file(tmp_path, SEARCH.replace("rounds = 2", "rounds = 500")), out)
-    searching = subprocess.Popen(
-        [sys.executable, "-m", "experiments.cli", *arguments], stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
-    deadline = time.monotonic() + 120
-    while not (out / "trials" / "0000" / "server").exists():
-        assert time.monotonic() < deadline and searching.poll() is None
-        time.sleep(0.1)
-    os.killpg(searching.pid, signal.SIGINT)
-    _, said = searching.communicate(timeout=30)
-    assert searching.returncode == 130 and "--resume" in said and "Traceback" not in said
-    with pytest.raises(ProcessLookupError):
-        os.killpg(searching.pid, 0)  # no worker is left
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_a_search_that_is_ended_leaves_nothing_running_and_goes_on(
+    number: int, finished: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    file, out = finished[0].parent / "search.toml", tmp_path / "out"
+    arguments = [sys.executable, "-m", "experiments.cli", *command(file, out)]
+    searching = subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    until(lambda: (out / "trials" / "0001" / "server").exists() or searching.poll() is not None)
+    if number == signal.SIGINT:
+        os.killpg(searching.pid, number)  # as Ctrl-C does it
+        _, said = searching.communicate(timeout=60)
+        assert searching.returncode == 130 and "--resume" in said and "Traceback" not in said
+    else:
+        searching.kill()
+        searching.wait()
+    until(lambda: not running(searching.pid))
+    assert not (out / "trials.csv").exists()
+    done = CliRunner().invoke(cli.app, command(file, out, "--resume"), catch_exceptions=False)
+    assert done.exit_code == 0 and table(out) == table(finished[0])
+
+
+def table(out: Path) -> list[dict[str, str]]:
+    with (out / "trials.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def until(condition: Callable[[], bool], seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def running(session: int) -> list[int]:
+    """Processes of a session that are no zombies."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            state, _, _, its = stat.read_text().rpartition(")")[2].split()[:4]
+            if int(its) == session and state != "Z":
+                found.append(int(stat.parent.name))
+    return found
 
 
 # -- round zero ------------------------------------------------------------------------------------------------------

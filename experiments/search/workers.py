@@ -69,25 +69,25 @@ class Workers:
                 worker.end()
         self._threads.shutdown(wait=True, cancel_futures=True)
         while not self._idle.empty():
-            if worker := self._idle.get():
-                worker.end()
+            if idle := self._idle.get():
+                idle.end()
 
     def _carry_out(self, job: Job) -> dict[str, float]:
-        worker = self._idle.get()
+        idle = self._idle.get()
         try:
             for _ in range(LOST):
-                started = worker = self._started(worker)
+                worker = self._started(idle)
+                idle = worker
                 try:
-                    return started(job)
+                    return worker(job)
                 except (EOFError, OSError):
-                    self._busy.discard(started)
-                    started.end()
-                    worker = None
+                    worker.end()
+                    idle = None
+                finally:
+                    self._busy.discard(worker)
             raise RunError(f"{LOST} workers were lost over this run")
         finally:
-            if worker:
-                self._busy.discard(worker)
-            self._idle.put(worker)
+            self._idle.put(idle)
 
     def _started(self, worker: Worker | None) -> Worker:
         with self._lock:
