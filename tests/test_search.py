@@ -27,7 +27,9 @@ from experiments.bench.search import METHODS, Toy, bench_search
 from experiments.search.federation import carry_out
 from experiments.search.settings import read_search
 from experiments.search.shared_round_zero import AFTER, AFTER_SUMMARIES, BUT
+from experiments.search.study import only_driver
 from experiments.search.trials import Job
+from experiments.search.workers import Workers
 from strategies import preparation
 from tapfl.config import RunConfig, parse_assignment
 from tapfl.errors import ConfigError, RunError
@@ -104,6 +106,23 @@ def test_a_search_that_is_ended_leaves_nothing_running_and_goes_on(
     assert not (out / "trials.csv").exists()
     done = CliRunner().invoke(cli.app, command(file, out, "--resume"), catch_exceptions=False)
     assert done.exit_code == 0 and table(out) == table(finished[0])
+
+
+def test_a_worker_that_is_lost_is_replaced(tmp_path: Path) -> None:
+    workers = Workers(1)
+    try:
+        options = dict(parse_assignment(option) for option in [*SMALL, f"cache={tmp_path / 'cache'}"])
+        future = workers.submit(Job(options, tmp_path / "trials" / "0000", 1))
+        until(lambda: len(workers._busy) == 1)
+        next(iter(workers._busy)).end()
+        assert 0 < future.result(timeout=120)["mean"] < 1
+    finally:
+        workers.close()
+
+
+def test_only_one_search_is_at_work_in_a_folder(tmp_path: Path) -> None:
+    with only_driver(tmp_path), pytest.raises(ConfigError, match="another search is at work"), only_driver(tmp_path):
+        pass
 
 
 def table(out: Path) -> list[dict[str, str]]:

@@ -82,7 +82,7 @@ def write_results(search: Search, study: optuna.Study, out: Path) -> Found:
     write_table(search, found, out / "trials.csv")
     best, rounds = best_trial(found)
     write_best(search, best, rounds, out / "best.toml")
-    write_page(study, rungs_of(search.settings), " + ".join(search.settings.objective), out / "search.html")
+    write_page(study, rungs_of(search.settings), f"loss ({' + '.join(search.settings.objective)})", out / "search.html")
     return Found(best.number, rounds, best.intermediate_values[rounds], dict(best.params), out)
 
 
