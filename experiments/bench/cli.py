@@ -106,6 +106,7 @@ def bench_noise(
 @app.command("search")
 def bench_search(
     seeds: Annotated[int, typer.Option(min=1, help="searches a method")] = 20,
+    first_seed: Annotated[int, typer.Option(min=0, help="the others follow")] = 0,
     rounds: Annotated[list[int], typer.Option(min=27, help="rounds spent in all")] = [200, 400, 800, 1600],  # noqa: B006
     method: Annotated[list[str] | None, typer.Option(help="of the table's first column; all if none is named")] = None,
     set: Annotated[list[str] | None, typer.Option("--set", help="key=value, options of [search]")] = None,
@@ -122,7 +123,7 @@ def bench_search(
         raise ConfigError(f"--method {unknown[0]}: must be one of {', '.join(METHODS)}")
     changes = options_of(None, set)
     validated(SearchOptions, changes)
-    show_rows(list(measure(seeds, rounds, method or (), changes)), as_json)
+    show_rows(list(measure(range(first_seed, first_seed + seeds), rounds, method or (), changes)), as_json)
 
 
 @app.command("simulation")

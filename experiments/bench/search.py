@@ -110,7 +110,7 @@ def regrets(seed: int, totals: Sequence[int], settings: Mapping[str, object]) ->
 
 
 def bench_search(
-    seeds: int, totals: Sequence[int], names: Sequence[str] = (), changes: Mapping[str, object] | None = None
+    seeds: Sequence[int], totals: Sequence[int], names: Sequence[str] = (), changes: Mapping[str, object] | None = None
 ) -> Iterator[dict[str, str]]:
     """Yields a row a method: mean regret ± standard error of the mean over seeds, by rounds spent.
 
@@ -119,7 +119,7 @@ def bench_search(
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     for name in names or METHODS:
-        found = np.array([regrets(seed, totals, {**METHODS[name], **(changes or {})}) for seed in range(seeds)])
-        error = found.std(axis=0, ddof=1) / math.sqrt(seeds) if seeds > 1 else np.zeros(len(totals))
+        found = np.array([regrets(seed, totals, {**METHODS[name], **(changes or {})}) for seed in seeds])
+        error = found.std(axis=0, ddof=1) / math.sqrt(len(seeds)) if len(seeds) > 1 else np.zeros(len(totals))
         cells = {f"{t} rounds": f"{m:.3f} ± {e:.3f}" for t, m, e in zip(totals, found.mean(axis=0), error, strict=True)}
-        yield {"method": name, "seeds": str(seeds)} | cells
+        yield {"method": name, "seeds": str(len(seeds))} | cells
