@@ -291,3 +291,8 @@ def test_the_toy_knows_its_best_and_every_method_gets_nearer() -> None:
     for row in rows:
         early, late = (float(row[f"{total} rounds"].split()[0]) for total in (60, 200))
         assert 0 <= late < 1 and early >= 0
+
+
+def test_the_digits_search_is_one() -> None:
+    search = read_search(Path(__file__).parent.parent / "experiments" / "configs" / "search-digits.toml")
+    assert search.rounds == 138 and len(search.space.parameters) == 8
