@@ -40,6 +40,12 @@ class Engine(StrEnum):
     INPROCESS = "inprocess"
 
 
+class Method(StrEnum):
+    BOHB = "bohb"
+    TPE_HYPERBAND = "tpe-hyperband"
+    RANDOM = "random"
+
+
 @app.callback()
 def _tapfl() -> None:
     """Makes `run` a command of its own even while it is alone."""
@@ -114,6 +120,42 @@ def sweep(
     if failures:
         said = "\n".join(f"  {name}: {error}" for name, error in failures.items())
         raise RunError(f"{len(failures)} of {len(cells)} runs failed; their logs lie in {out}\n{said}")
+
+
+@app.command()
+def search(
+    config: Annotated[Path, typer.Option(help="TOML with [search], [space] and the options all runs share")],
+    method: Annotated[
+        Method | None, typer.Option(help="in place of the file's: brackets with a model, Optuna's own, or neither")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="folder of the search; default: runs/ and the file's name")] = None,
+    storage: Annotated[str | None, typer.Option(help="URL of an Optuna storage; default: a journal in --out")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="go on with the search in --out")] = False,
+    jobs: Annotated[int, typer.Option(min=0, help="runs at a time, one CPU each; 0: as many as there are CPUs")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="print one JSON object last")] = False,
+) -> None:
+    """Search for good options: budgets are rounds, and what is promising goes on from its checkpoint."""
+    from experiments.search.command import run_search
+    from experiments.search.settings import read_search
+    from experiments.search.workers import Workers
+
+    wanted = read_search(config, method, {"devices.count": DEFAULT_DEVICES})
+    folder, count = out or Path("runs") / config.stem, jobs or os.cpu_count() or 1
+    try:
+        found = run_search(wanted, config.stem, folder, storage, resume, count, lambda: Workers(count))
+    except KeyboardInterrupt:
+        print("tapfl: interrupted; go on with the same command and --resume", file=sys.stderr, flush=True)
+        raise typer.Exit(130) from None
+    if as_json:
+        print(json.dumps(vars(found) | {"folder": str(found.folder)}))
+        return
+    screen = console()
+    rows = [{"option": name, "value": str(value)} for name, value in found.params.items()]
+    show_rows(rows, as_json=False)
+    screen.print(f"trial {found.trial}: {found.loss:.4f} after {found.rounds} rounds", highlight=False)
+    screen.print(
+        f"as options: {folder / 'best.toml'}; in pictures: {folder / 'search.html'}", highlight=False, soft_wrap=True
+    )
 
 
 def _describe(name: str) -> str:

@@ -10,7 +10,7 @@ import json
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
     AfterValidator,
@@ -76,6 +76,9 @@ class Section(BaseModel):
         if isinstance(value, bool) and info.field_name and cls.model_fields[info.field_name].annotation is not bool:
             raise ValueError("is not a switch, true and false are not accepted")
         return value
+
+
+S = TypeVar("S", bound=Section)
 
 
 class DataOptions(Section):
@@ -350,10 +353,7 @@ class RunConfig(Section):
             section = nested.setdefault(table, {}) if table else nested
             if isinstance(section, dict):  # else a whole section was given a value, which is refused below
                 section[option] = value
-        try:
-            return cls.model_validate(nested)
-        except ValidationError as error:
-            raise ConfigError("\n".join(_explain(dict(e)) for e in error.errors())) from None
+        return validated(cls, nested)
 
     def flat(self) -> dict[str, Scalar]:
         """Returns all options with dotted names, as Flower's run-config has them."""
@@ -364,6 +364,14 @@ class RunConfig(Section):
         flat = self.flat()
         values = {option: str(flat[option]) for option in PATH_OPTIONS}
         return {k: v for k, v in values.items() if names_path(v)}
+
+
+def validated(model: type[S], tables: Mapping[str, Any]) -> S:
+    """Returns nested tables as a `model`. Raises ConfigError, naming every option that is not valid."""
+    try:
+        return model.model_validate(tables)
+    except ValidationError as error:
+        raise ConfigError("\n".join(_explain(dict(e), model) for e in error.errors())) from None
 
 
 def names_path(value: str) -> bool:
@@ -413,20 +421,19 @@ def parse_assignment(text: str) -> tuple[str, Scalar]:
     return key.strip(), parsed if isinstance(parsed, bool | int | float) else value
 
 
-def _explain(error: dict[str, Any]) -> str:
+def _explain(error: dict[str, Any], root: type[BaseModel]) -> str:
     """One line for one of pydantic's errors: the option as the user writes it, the value, what is accepted."""
     path = [str(part) for part in error["loc"] if not isinstance(part, int)]
     option = ".".join(_kebab(part) for part in path) or "configuration"
     if error["type"] == "extra_forbidden":
-        return f"{option}: is not an option; accepted here: {', '.join(_siblings(path[:-1]))}"
+        return f"{option}: is not an option; accepted here: {', '.join(_siblings(root, path[:-1]))}"
     message = error["msg"].removeprefix("Value error, ")
     value = error["input"]
     shown = "" if isinstance(value, dict | Section) else f" = {value!r}"
     return f"{option}{shown}: {message[0].lower()}{message[1:]}"
 
 
-def _siblings(tables: list[str]) -> list[str]:
-    section: type[BaseModel] = RunConfig
+def _siblings(section: type[BaseModel], tables: list[str]) -> list[str]:
     for table in tables:
         annotation = section.model_fields[table].annotation
         assert isinstance(annotation, type)

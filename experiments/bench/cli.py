@@ -103,6 +103,29 @@ def bench_noise(
     show_rows(measure(noise, clip, seed, devices, options_of(None, set)), as_json)
 
 
+@app.command("search")
+def bench_search(
+    seeds: Annotated[int, typer.Option(min=1, help="searches a method")] = 20,
+    first_seed: Annotated[int, typer.Option(min=0, help="the others follow")] = 0,
+    rounds: Annotated[list[int], typer.Option(min=27, help="rounds spent in all")] = [200, 400, 800, 1600],  # noqa: B006
+    method: Annotated[list[str] | None, typer.Option(help="of the table's first column; all if none is named")] = None,
+    set: Annotated[list[str] | None, typer.Option("--set", help="key=value, options of [search]")] = None,
+    as_json: Json = False,
+) -> None:
+    """Methods of `tapfl search` on a toy of five parameters, with learning curves and noise: regret by rounds spent."""
+    from experiments.bench.search import METHODS
+    from experiments.bench.search import bench_search as measure
+    from experiments.search.settings import SearchOptions
+    from tapfl.config import validated
+    from tapfl.errors import ConfigError
+
+    if unknown := sorted({*(method or ())} - {*METHODS}):
+        raise ConfigError(f"--method {unknown[0]}: must be one of {', '.join(METHODS)}")
+    changes = options_of(None, set)
+    validated(SearchOptions, changes)
+    show_rows(list(measure(range(first_seed, first_seed + seeds), rounds, method or (), changes)), as_json)
+
+
 @app.command("simulation")
 def bench_simulation(
     devices: Annotated[list[int], typer.Option(min=1, help="numbers of devices")] = [20],  # noqa: B006

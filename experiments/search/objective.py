@@ -1,0 +1,53 @@
+"""What a search makes small: errors, bytes and MACs of a run, weighed; and what a configuration must keep to."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+Summary = Mapping[str, Any]
+
+# of a run so far, each: less is better
+MEASURES: dict[str, Callable[[Summary], float]] = {
+    "mean": lambda summary: 1 - summary["personal_accuracy"],
+    "worst-decile": lambda summary: 1 - summary["personal_accuracy_worst_decile"],
+    "bytes_up": lambda summary: summary["bytes_up"],
+    "bytes_down": lambda summary: summary["bytes_down"],
+    "macs": lambda summary: float(np.mean([device["macs_share"] for device in summary["devices"]])),
+}
+
+
+@dataclass(frozen=True)
+class Constraint:
+    measure: str
+    limit: float
+
+
+@dataclass(frozen=True)
+class Objective:
+    """A weighted sum of measures, and constraints on them.
+
+    Attributes:
+        weights: by measure; `mean` and `worst-decile` are errors (1 − accuracy), `bytes_*` count the whole run so far,
+            `macs` is the mean share of the dense model's.
+    """
+
+    weights: Mapping[str, float]
+    constraints: tuple[Constraint, ...] = ()
+
+    def loss(self, measures: Mapping[str, float]) -> float:
+        return sum(weight * measures[name] for name, weight in self.weights.items())
+
+    def violation(self, measures: Mapping[str, float]) -> float:
+        """Returns by how much the constraints are broken, as shares of their limits; 0: they are kept."""
+        over = [max(0.0, measures[c.measure] - c.limit) / (abs(c.limit) or 1.0) for c in self.constraints]
+        return math.fsum(over)
+
+
+def measures_of(summary: Summary) -> dict[str, float]:
+    """Returns the measures of a run's summary."""
+    return {name: float(measure(summary)) for name, measure in MEASURES.items()}

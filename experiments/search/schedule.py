@@ -1,0 +1,120 @@
+"""What is to be done next in a search by brackets: a pure function of what all trials came to.
+
+A trial's number says its place: brackets in turn, in each the configurations of its first rung. So the whole table can
+be read off the storage, and what a trial is depends on nothing that happened by chance.
+
+**Who sees what.** A configuration is drawn when all that it sees is there, never earlier and never with more, so that
+draws depend neither on the order in which rungs come to their end nor on how many run at once. It sees
+
+- all rungs of the brackets that come `overlap` + 1 or more before its own;
+- the first rungs of the others before it;
+- in its own first rung, the blocks of `block` configurations before its own.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
+
+from experiments.search.brackets import Rungs
+
+Score = tuple[float, float]  # (by how much constraints are broken, loss): less is better
+FAILED: Score = (math.inf, math.inf)
+Results = Sequence[Mapping[int, Score]]  # by trial number, then by rounds
+
+
+@dataclass(frozen=True)
+class Standing:
+    """Where a search is.
+
+    Attributes:
+        runs: (trial, rounds) that are wanted now, the most urgent first.
+        draws: how many configurations can be drawn now.
+        losers: trials that go no further, with those that failed.
+        winners: trials that came through their bracket's last rung.
+    """
+
+    runs: list[tuple[int, int]]
+    draws: int
+    losers: list[int]
+    winners: list[int]
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Brackets in turn, and how far their configurations see."""
+
+    brackets: tuple[Rungs, ...]
+    block: int = 0
+    overlap: int = 0
+
+    @property
+    def trials(self) -> int:
+        return self._starts[-1]
+
+    def sees(self, number: int, other: int, rounds: float) -> bool:
+        """Says whether trial `number` was drawn with what trial `other` came to after so many rounds."""
+        if not number < self.trials or not other < self.trials:
+            return False
+        (own, slot), (bracket, other_slot) = self._place(number), self._place(other)
+        if bracket < own - self.overlap:
+            return True
+        if rounds != self.brackets[bracket][0][1] or bracket > own:
+            return False
+        return bracket < own or other_slot < self._block_start(own, slot)
+
+    def standing(self, results: Results) -> Standing:
+        """Returns what is to be done, given what every trial that was drawn came to."""
+        runs: list[tuple[int, int]] = []
+        losers: list[int] = []
+        winners: list[int] = []
+        finished, first_rungs = [], []
+        starts = self._starts
+        for k, rungs in enumerate(self.brackets):
+            members = list(range(starts[k], starts[k + 1]))
+            for i, (_, rounds) in enumerate(rungs):
+                waiting = [m for m in members if m >= len(results) or rounds not in results[m]]
+                runs += [(m, rounds) for m in waiting if m < len(results)]
+                if i == 0:
+                    first_rungs.append(not waiting)
+                if waiting:
+                    break
+                ranked = sorted(members, key=lambda m: (results[m][rounds], m))
+                through = [m for m in ranked if results[m][rounds] != FAILED]
+                members = sorted(through[: rungs[i + 1][0]]) if i + 1 < len(rungs) else []
+                (winners if i + 1 == len(rungs) else losers).extend(m for m in ranked if m not in members)
+            else:
+                finished.append(True)
+                continue
+            finished.append(False)
+        return Standing(runs, self._draws(results, finished, first_rungs), losers, winners)
+
+    def _draws(self, results: Results, finished: Sequence[bool], first_rungs: Sequence[bool]) -> int:
+        number = len(results)
+        if number >= self.trials:
+            return 0
+        own, slot = self._place(number)
+        count, rounds = self.brackets[own][0]
+        start = self._block_start(own, slot)
+        first = self._starts[own]
+        seen = all(rounds in results[first + s] for s in range(start))
+        if not (seen and all(first_rungs[:own]) and all(finished[: max(0, own - self.overlap)])):
+            return 0
+        return min(start + (self.block or count), count) - slot
+
+    @cached_property
+    def _starts(self) -> list[int]:
+        """The first trial of each bracket, and last how many there are."""
+        return list(accumulate((rungs[0][0] for rungs in self.brackets), initial=0))
+
+    def _place(self, number: int) -> tuple[int, int]:
+        """Returns bracket and slot of a trial."""
+        starts = self._starts
+        bracket = next(k for k in range(len(self.brackets)) if number < starts[k + 1])
+        return bracket, number - starts[bracket]
+
+    def _block_start(self, bracket: int, slot: int) -> int:
+        return slot - slot % (self.block or self.brackets[bracket][0][0])

@@ -1,0 +1,157 @@
+"""The file of a search: `[search]` says how, `[space]` over what, and the rest are the options of every run."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from experiments.search.brackets import Rungs, bracket_tables, cost, in_rounds
+from experiments.search.objective import MEASURES, Constraint, Objective
+from experiments.search.schedule import Schedule
+from experiments.search.space import SearchSpace
+from strategies.checkpoint import FREE
+from tapfl.config import Count, RunConfig, Scalar, Section, flatten, read_toml_tables, validated
+from tapfl.errors import ConfigError
+
+Method = Literal["bohb", "tpe-hyperband", "random"]
+GROWS = {"brackets", "rounds"}  # what may differ when a search goes on
+COMPARISON = re.compile(r"\s*([a-z_-]+)\s*<=\s*([0-9.eE+-]+)\s*")
+
+
+class SearchOptions(Section):
+    """How configurations are drawn and judged, and what it may cost."""
+
+    method: Method = "bohb"
+    estimator: Literal["kde", "parzen"] = Field("kde", description="of `bohb`: its own densities, or Optuna's")
+    eta: float = Field(3.0, ge=2, description="one of so many configurations goes on to the next rung")
+    min_rounds: Count = Field(1, description="rounds of the first rung")
+    max_rounds: Count = Field(9, description="rounds of the last rung, R")
+    brackets: int = Field(0, ge=0, description="how many are opened; 0: one iteration, or as `rounds` says")
+    rounds: int = Field(0, ge=0, description="brackets are opened while those before cost less than this; 0: no limit")
+    seed: int = Field(0, ge=0, lt=2**32)
+    random_share: float = Field(1 / 3, ge=0, le=1, description="ρ: of the configurations, drawn uniformly in any case")
+    block: int = Field(4, ge=0, description="configurations drawn at once, from the same knowledge; 0: a whole rung")
+    overlap: int = Field(1, ge=0, description="a bracket may open while so many before it are not finished")
+    objective: dict[str, float] = Field({"mean": 1.0}, description=f"what is made small, by weight: {MEASURES}")
+    constraints: tuple[str, ...] = Field((), description="such as bytes_up<=5e6; who breaks one ranks last")
+
+    @field_validator("objective", mode="before")
+    @classmethod
+    def _one_measure(cls, value: object) -> object:
+        return {value: 1.0} if isinstance(value, str) else value
+
+    @field_validator("constraints", mode="before")
+    @classmethod
+    def _one_constraint(cls, value: object) -> object:
+        return (value,) if isinstance(value, str) else value
+
+    @field_validator("objective")
+    @classmethod
+    def _known_measures(cls, value: dict[str, float]) -> dict[str, float]:
+        if unknown := sorted(value.keys() - set(MEASURES)):
+            raise ValueError(f"{', '.join(unknown)} is no measure; accepted are {', '.join(MEASURES)}")
+        if not value or any(weight <= 0 for weight in value.values()):
+            raise ValueError("needs weights above 0, all measures count as less is better")
+        return value
+
+    @field_validator("constraints")
+    @classmethod
+    def _comparisons(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for text in value:
+            parse_constraint(text)
+        return value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> SearchOptions:
+        if self.min_rounds > self.max_rounds:
+            raise ValueError(f"min-rounds={self.min_rounds} must not be above max-rounds={self.max_rounds}")
+        if self.brackets and self.rounds:
+            raise ValueError(f"brackets={self.brackets} and rounds={self.rounds}: only one of them can be given")
+        return self
+
+
+class _File(Section):
+    search: SearchOptions = SearchOptions()
+
+
+@dataclass(frozen=True)
+class Search:
+    """A search, checked.
+
+    Attributes:
+        options: what all runs share, dotted.
+    """
+
+    settings: SearchOptions
+    space: SearchSpace
+    options: dict[str, Scalar]
+
+    def schedule(self) -> Schedule:
+        """Returns the brackets of the search; of `random` one of a single rung that costs as much as BOHB's."""
+        s = self.settings
+        one = [in_rounds(table) for table in bracket_tables(s.min_rounds, s.max_rounds, s.eta)]
+        tables: list[Rungs] = []
+        spent, wanted = 0.0, s.brackets or (0 if s.rounds else len(one))
+        while len(tables) < wanted or spent < s.rounds:
+            tables.append(one[len(tables) % len(one)])
+            spent += cost(tables[-1])
+        if s.method == "random":
+            tables = [((max(1, int(spent // s.max_rounds)), s.max_rounds),)]
+        return Schedule(tuple(tables), s.block, s.overlap)
+
+    @property
+    def rounds(self) -> int:
+        """What the search costs if nothing fails."""
+        return int(sum(cost(table) for table in self.schedule().brackets))
+
+    def objective(self) -> Objective:
+        return Objective(self.settings.objective, tuple(parse_constraint(text) for text in self.settings.constraints))
+
+    def identity(self) -> dict[str, str]:
+        """Returns what must not change while a search goes on, by name."""
+        settings = self.settings.model_dump(mode="json", by_alias=True, exclude=GROWS)
+        parts = {f"search.{name}": value for name, value in settings.items()}
+        parts |= {f"space.{name}": str(value) for name, value in self.space.parameters.items()}
+        parts |= {k: v for k, v in self.options.items() if not k.startswith(FREE) and k != "train.rounds"}
+        return {name: json.dumps(value, sort_keys=True) for name, value in parts.items()}
+
+
+def read_search(file: Path, method: str | None = None, defaults: Mapping[str, Scalar] | None = None) -> Search:
+    """Returns the search of a TOML file.
+
+    Args:
+        method: in place of the file's.
+        defaults: options of all runs, below those of the file.
+
+    Raises:
+        ConfigError: naming what is not valid.
+    """
+    tables = read_toml_tables(file)
+    how, where = tables.pop("search", {}), tables.pop("space", None)
+    if not isinstance(how, dict):
+        raise ConfigError(f"{file}: search must be a table, [search]")
+    settings = validated(_File, {"search": how | ({"method": method} if method else {})}).search
+    options = {**(defaults or {}), **flatten(tables)}
+    RunConfig.from_flat(options)
+    if not isinstance(where, dict) or not where:
+        raise ConfigError(
+            f'{file}: needs a table [space], such as "train.learning-rate" = {{ low = 1e-4, high = 0.1 }}'
+        )
+    return Search(settings, SearchSpace.parse(where, options), options)
+
+
+def parse_constraint(text: str) -> Constraint:
+    """Returns measure and limit of ``bytes_up<=5e6``. Raises ValueError if it is no such comparison."""
+    match = COMPARISON.fullmatch(text)
+    try:
+        if match and match[1] in MEASURES:
+            return Constraint(match[1], float(match[2]))
+    except ValueError:
+        pass
+    raise ValueError(f"{text!r} must have the form measure<=number; measures are {', '.join(MEASURES)}")

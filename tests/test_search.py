@@ -1,0 +1,298 @@
+"""`tapfl search` from its file to its results, on real federations; what it refuses; round zero that is shared."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
+from test_inprocess_run import SMALL, content
+from typer.testing import CliRunner
+
+from clients.device import Device
+from experiments import cli
+from experiments.bench.search import METHODS, Toy, bench_search
+from experiments.search.federation import carry_out
+from experiments.search.settings import read_search
+from experiments.search.shared_round_zero import AFTER, AFTER_SUMMARIES, BUT
+from experiments.search.study import only_driver
+from experiments.search.trials import Job
+from experiments.search.workers import Workers
+from strategies import preparation
+from tapfl.config import RunConfig, parse_assignment
+from tapfl.errors import ConfigError, RunError
+
+RATE = "train.learning-rate"
+SEARCH = "[search]\nmax-rounds = 2\neta = 2\nbrackets = 1\n"
+SPACE = '[space]\n"train.learning-rate" = { low = 1e-3, high = 1e-2, log = true }\n'
+
+
+def search_file(folder: Path, search: str = SEARCH, space: str = SPACE) -> Path:
+    small = [*SMALL, f"cache={folder / 'cache'}"]
+    lines = [f'"{k}" = {json.dumps(v)}' for k, v in (parse_assignment(o) for o in small if "rounds" not in o)]
+    file = folder / "search.toml"
+    file.write_text("\n".join(lines) + f"\n{search}{space}")
+    return file
+
+
+def command(file: Path, out: Path, *more: str) -> list[str]:
+    return ["search", "--config", str(file), "--out", str(out), "--jobs", "1", *more]
+
+
+# -- the whole -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """A search's folder, with its file beside it, and what it said."""
+    folder = tmp_path_factory.mktemp("search")
+    done = CliRunner().invoke(cli.app, command(search_file(folder), folder / "out", "--json"), catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    return folder / "out", json.loads(done.stdout.splitlines()[-1])
+
+
+def test_a_search_ends_in_options_that_run_takes(finished: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    out, said = finished
+    rows = table(out)
+    assert sorted(row["state"] for row in rows) == ["complete", "pruned"]
+    best = rows[said["trial"]]
+    assert float(best["loss@2"]) == said["loss"] and float(best[RATE]) == said["params"][RATE]
+    again = ["run", "--engine", "inprocess", "--config", str(out / "best.toml"), "--out", str(tmp_path / "run")]
+    run = CliRunner().invoke(cli.app, [*again, "--json"], catch_exceptions=False)
+    accuracy = json.loads(run.stdout.splitlines()[-1])["personal_accuracy"]
+    assert 1 - accuracy == said["loss"], "a run with the best options comes to what the trial came to"
+    assert content(tmp_path / "run") == content(out / "trials" / f"{said['trial']:04d}")
+
+
+def test_the_page_holds_its_pictures_and_the_study_is_optunas(finished: tuple[Path, dict[str, Any]]) -> None:
+    out, said = finished
+    page = (out / "search.html").read_text()
+    assert page.count('class="plotly-graph-div"') >= 3 and "<script src=" not in page
+    assert "Plotly.newPlot" in page and len(page) > 3e6, "plotly.js is in it"
+    study = optuna.load_study(
+        study_name="search", storage=JournalStorage(JournalFileBackend(str(out / "study.journal")))
+    )
+    assert len(study.trials) == 2 and study.best_trial.number == said["trial"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_a_search_that_is_ended_leaves_nothing_running_and_goes_on(
+    number: int, finished: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    file, out = finished[0].parent / "search.toml", tmp_path / "out"
+    arguments = [sys.executable, "-m", "experiments.cli", *command(file, out)]
+    searching = subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    until(lambda: (out / "trials" / "0001" / "server").exists() or searching.poll() is not None)
+    if number == signal.SIGINT:
+        os.killpg(searching.pid, number)  # as Ctrl-C does it
+        _, said = searching.communicate(timeout=60)
+        assert searching.returncode == 130 and "--resume" in said and "Traceback" not in said
+    else:
+        searching.kill()
+        searching.wait()
+    until(lambda: not running(searching.pid))
+    assert not (out / "trials.csv").exists()
+    done = CliRunner().invoke(cli.app, command(file, out, "--resume"), catch_exceptions=False)
+    assert done.exit_code == 0 and table(out) == table(finished[0])
+
+
+def test_a_worker_that_is_lost_is_replaced(tmp_path: Path) -> None:
+    workers = Workers(1)
+    try:
+        options = dict(parse_assignment(option) for option in [*SMALL, f"cache={tmp_path / 'cache'}"])
+        future = workers.submit(Job(options, tmp_path / "trials" / "0000", 1))
+        until(lambda: len(workers._busy) == 1)
+        next(iter(workers._busy)).end()
+        assert 0 < future.result(timeout=120)["mean"] < 1
+    finally:
+        workers.close()
+
+
+def test_only_one_search_is_at_work_in_a_folder(tmp_path: Path) -> None:
+    with only_driver(tmp_path), pytest.raises(ConfigError, match="another search is at work"), only_driver(tmp_path):
+        pass
+
+
+def table(out: Path) -> list[dict[str, str]]:
+    with (out / "trials.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def until(condition: Callable[[], bool], seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def running(session: int) -> list[int]:
+    """Processes of a session that are no zombies."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            state, _, _, its = stat.read_text().rpartition(")")[2].split()[:4]
+            if int(its) == session and state != "Z":
+                found.append(int(stat.parent.name))
+    return found
+
+
+# -- round zero ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "summaries", "plans"),
+    [("train.learning-rate=0.01", 4, 4), ("pruning.tau=0.3", 4, 8), ("summary.dim=8", 8, 8)],
+)
+def test_round_zero_is_shared_by_those_that_agree_on_it(
+    change: str, summaries: int, plans: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = {"summaries": 0, "plans": 0}
+    summarize, model = Device.summarize, preparation.device_model
+
+    def counted_summarize(self: Device, message: object) -> object:
+        calls["summaries"] += 1
+        return summarize(self, message)  # type: ignore[arg-type]
+
+    def counted_model(*arguments: object) -> object:
+        calls["plans"] += 1
+        return model(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Device, "summarize", counted_summarize)
+    monkeypatch.setattr(preparation, "device_model", counted_model)
+    options = dict(parse_assignment(option) for option in [*SMALL, f"cache={tmp_path / 'cache'}"])
+    other = options | dict([parse_assignment(change)])
+    carry_out(Job(options, tmp_path / "trials" / "0000", 1))
+    carry_out(Job(other, tmp_path / "trials" / "0001", 1))
+    assert calls == {"summaries": summaries, "plans": plans}
+    measured = carry_out(Job(other, tmp_path / "alone" / "0001", 1))
+    assert content(tmp_path / "alone" / "0001") == content(tmp_path / "trials" / "0001")
+    assert measured == carry_out(Job(other, tmp_path / "trials" / "0001", 1))
+
+
+def test_what_round_zero_does_not_depend_on_are_options() -> None:
+    """What is not named is taken to change round zero; a name that is no option any more would say nothing."""
+    for names in (AFTER, AFTER_SUMMARIES, BUT):
+        for name in names:
+            assert any(option.startswith(name) for option in RunConfig().flat()), name
+
+
+# -- refused ---------------------------------------------------------------------------------------------------------
+
+REFUSED = {
+    "unknown option": ('"train.learning-rat" = { low = 1, high = 2 }', r"space\.train\.learning-rat: is not an option"),
+    "the budget": ('"train.rounds" = { low = 1, high = 2 }', r"space\.train\.rounds: is the budget"),
+    "a folder": ('out = { choices = ["a"] }', r"space\.out: changes no result"),
+    "empty": ('"train.batch" = { low = 4, high = 4 }', "low=4 must be below high=4"),
+    "upside down": ('"train.batch" = { low = 8, high = 4 }', "low=8 must be below high=4"),
+    "log of 0": ('"train.learning-rate" = { low = 0, high = 1, log = true }', "needs low above 0, got low=0"),
+    "no choices": ('"adapters.rule" = { choices = [] }', "must be a list of values, at least one"),
+    "twice": ('"adapters.rule" = { choices = ["flex", "flex"] }', "names a value twice"),
+    "a bad choice": ('"adapters.rule" = { choices = ["flex", "fedex"] }', "'fedex' is not accepted: adapters.rule"),
+    "out of range": ('"data.test-share" = { low = 0.5, high = 1.5 }', r"1\.5 is not accepted: data\.test-share"),
+    "no number": ('"adapters.rule" = { low = 0, high = 1 }', "this option is no number, it needs choices"),
+    "no whole number": ('"train.batch" = { low = 1, high = 2.5 }', "takes whole numbers, got low=1, high=2.5"),
+    "text": ('"train.batch" = { low = "1", high = 2 }', r"space\.train\.batch\.low = '1': must be a number"),
+    "bad step": (
+        '"metric.size" = { low = 64, high = 200, step = 64 }',
+        "step=64 does not lead from low=64 to high=200",
+    ),
+    "misspelt": ('"train.batch" = { low = 1, hihg = 2 }', "needs low and high"),
+    "not a table": ('"train.batch" = [1, 2]', "needs low and high"),
+    "condition below": (
+        '"adapters.trim" = { low = 0.1, high = 0.2, if = { "adapters.combine" = "mean" } }',
+        r"space\.adapters\.trim\.if: adapters\.combine must stand in \[space\], above it",
+    ),
+    "condition never": (
+        '"adapters.combine" = { choices = ["mean", "median"] }\n'
+        '"adapters.trim" = { low = 0.1, high = 0.2, if = { "adapters.combine" = "trimmed-mean" } }',
+        "adapters.combine is never 'trimmed-mean', only mean, median",
+    ),
+    "no space": ("", r"needs a table \[space\]"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_space_that_is_none(name: str, tmp_path: Path) -> None:
+    entry, message = REFUSED[name]
+    with pytest.raises(ConfigError, match=message):
+        read_search(search_file(tmp_path, space=f"[space]\n{entry}\n" if entry else ""))
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("etaa = 3", r"search\.etaa: is not an option; accepted here: .*eta"),
+        ("eta = 1.5", r"search\.eta = 1\.5"),
+        ("min-rounds = 10", "min-rounds=10 must not be above max-rounds=9"),
+        ('objective = "median"', "median is no measure; accepted are mean, worst-decile"),
+        ("objective = { mean = -1 }", "needs weights above 0"),
+        ('constraints = "bytes_up>5"', "must have the form measure<=number"),
+        ('constraints = ["macs<=0.5", "accuracy<=1"]', "'accuracy<=1' must have the form"),
+        ("brackets = 1\nrounds = 100", "only one of them can be given"),
+        ('method = "grid"', r"search\.method = 'grid'"),
+    ],
+)
+def test_settings_that_are_none(line: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=message):
+        read_search(search_file(tmp_path, search=f"[search]\n{line}\n"))
+
+
+def test_one_choice_is_fine(tmp_path: Path) -> None:
+    space = '[space]\n"train.learning-rate" = { low = 1e-3, high = 1e-2 }\n"adapters.rule" = { choices = ["fedit"] }\n'
+    assert set(read_search(search_file(tmp_path, space=space)).space.parameters) == {
+        "train.learning-rate",
+        "adapters.rule",
+    }
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--resume"], "--resume: there is no study in"),
+        (["--storage", "mysql://nowhere/none"], "storage mysql://nowhere/none: cannot be used"),
+    ],
+)
+def test_refused_at_once_and_nothing_written(more: list[str], message: str, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    done = CliRunner().invoke(cli.app, command(search_file(tmp_path), out, *more))
+    assert (
+        isinstance(done.exception, ConfigError) and message in str(done.exception) and "\n" not in str(done.exception)
+    )
+    assert not out.exists()
+
+
+def test_a_search_of_which_every_run_fails_says_why(tmp_path: Path) -> None:
+    file = search_file(tmp_path, space='[space]\n"devices.profiles" = { choices = ["/no/such/file"] }\n')
+    done = CliRunner().invoke(cli.app, command(file, tmp_path / "out"))
+    assert isinstance(done.exception, RunError) and "/no/such/file" in str(done.exception)
+
+
+# -- the toy ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_toy_knows_its_best_and_every_method_gets_nearer() -> None:
+    toy = Toy(3)
+    anywhere = {"speed": 1e-2, "x": 0.5, "y": 0.5, "n": 10, "kind": "a"}
+    assert 0 <= toy.least() < toy.loss(anywhere, 27) < toy.loss(anywhere, 1)
+    rows = list(bench_search([0, 1], [60, 200]))
+    assert [row["method"] for row in rows] == list(METHODS)
+    for row in rows:
+        early, late = (float(row[f"{total} rounds"].split()[0]) for total in (60, 200))
+        assert 0 <= late < 1 and early >= 0
+
+
+def test_the_digits_search_is_one() -> None:
+    search = read_search(Path(__file__).parent.parent / "experiments" / "configs" / "search-digits.toml")
+    assert search.rounds == 138 and len(search.space.parameters) == 8

@@ -1,0 +1,301 @@
+"""The bracket runner: what is drawn from what, what goes on, and what a killed search comes to."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import replace
+from pathlib import Path
+
+import optuna
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from optuna.storages import BaseStorage, InMemoryStorage
+
+from experiments.search.methods import carry_out, rungs_of, sampler_of, spent
+from experiments.search.objective import Constraint, Objective
+from experiments.search.results import best_trial
+from experiments.search.runner import Runner, scores
+from experiments.search.schedule import FAILED, Schedule, Score
+from experiments.search.settings import Search, SearchOptions
+from experiments.search.space import SearchSpace
+from experiments.search.study import open_study
+from experiments.search.trials import Job
+from tapfl.errors import ConfigError, RunError
+
+optuna.logging.set_verbosity(optuna.logging.WARNING)
+SPACE = SearchSpace.parse(
+    {
+        "train.learning-rate": {"low": 1e-4, "high": 1.0, "log": True},
+        "adapters.server": {"choices": ["none", "adam"]},
+        "adapters.server-learning-rate": {
+            "low": 1e-3,
+            "high": 1.0,
+            "log": True,
+            "if": {"adapters.server": "adam"},
+        },
+        "train.epochs": {"low": 1, "high": 5},
+    },
+    {},
+)
+ONE = ((9, 1), (3, 3), (1, 9)), ((5, 3), (1, 9)), ((3, 9),)
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing of the driver outlives it but what it wrote."""
+
+
+class Synthetic:
+    """Trials as a function of their options; they come to their end in an order of one's own."""
+
+    def __init__(self, order: random.Random | None = None, kill_after: int | None = None) -> None:
+        self.order, self.kill_after = order, kill_after
+        self.done: list[tuple[int, int]] = []
+        self.submitted: list[tuple[int, int]] = []
+        self._open: list[tuple[Future[dict[str, float]], Job]] = []
+
+    def submit(self, job: Job) -> Future[dict[str, float]]:
+        future: Future[dict[str, float]] = Future()
+        self.submitted.append((int(job.folder.name), job.rounds))
+        self._open.append((future, job))
+        return future
+
+    def finish_one(self) -> None:
+        if self.kill_after is not None and len(self.done) == self.kill_after:
+            raise Killed
+        position = self.order.randrange(len(self._open)) if self.order else 0
+        future, job = self._open.pop(position)
+        self.done.append((int(job.folder.name), job.rounds))
+        rate, epochs = math.log10(float(job.options["train.learning-rate"])), float(job.options["train.epochs"])
+        if rate > -0.3:
+            future.set_exception(RunError("diverged"))
+            return
+        server = float(job.options.get("adapters.server-learning-rate", 0.5))
+        error = (rate + 2) ** 2 / 4 + abs(epochs - 3) / 10 + abs(server - 0.3) + 1 / job.rounds
+        future.set_result({"mean": error, "bytes_up": 100.0 * epochs})
+
+    def close(self) -> None:
+        pass
+
+
+@pytest.fixture(autouse=True)
+def _wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Waiting is what lets one of the synthetic trials end."""
+
+    def wait(flying: dict[Future[dict[str, float]], tuple[int, int]], return_when: str) -> tuple[set, None]:
+        Runner.current.finish_one()  # type: ignore[attr-defined]
+        return {future for future in flying if future.done()}, None
+
+    monkeypatch.setattr("experiments.search.runner.wait", wait)
+
+
+def search_of(**options: object) -> Search:
+    return Search(SearchOptions(**{"seed": 1, "brackets": 4, **options}), SPACE, {"devices.count": 4})  # type: ignore[arg-type]
+
+
+def carried_out(
+    search: Search, trials: Synthetic, storage: BaseStorage | None = None, jobs: int = 3, **changes: object
+) -> optuna.Study:
+    """Carries a search out, or goes on with the one in `storage`."""
+    study = optuna.create_study(storage=storage or InMemoryStorage(), study_name="test", load_if_exists=True)
+    runner = Runner(study, search.space, search.options, search.objective(), trials, sampler_of(search), Path(), jobs)
+    Runner.current = trials  # type: ignore[attr-defined]
+    carry_out(replace(runner, **changes), search)  # type: ignore[arg-type]
+    return study
+
+
+def table(study: optuna.Study) -> list[tuple]:
+    return [(t.number, t.state.name, t.params, repr(t.intermediate_values)) for t in study.trials]
+
+
+# -- schedule ---------------------------------------------------------------------------------------------------------
+
+
+def walk(schedule: Schedule, loss: Callable[[int, int], Score], order: random.Random) -> tuple[list, list]:
+    """Carries a schedule out, one rung at a time in an order of one's own; returns rungs and what each trial saw."""
+    results: list[dict[int, Score]] = []
+    rungs, seen = [], []
+    while True:
+        standing = schedule.standing(results)
+        for _ in range(standing.draws):
+            there = {(n, r) for n, found in enumerate(results) for r in found}
+            could = {(n, r) for n in range(schedule.trials) for r in (1, 3, 9) if schedule.sees(len(results), n, r)}
+            seen.append(there & could)
+            results.append({})
+        if standing.draws:
+            continue
+        if not standing.runs:
+            return rungs, seen
+        number, rounds = order.choice(standing.runs)
+        results[number][rounds] = loss(number, rounds)
+        rungs.append((number, rounds))
+
+
+def of_number(number: int, rounds: int) -> Score:
+    return FAILED if number % 7 == 3 else (0.0, (number * 37 % 11) / rounds)
+
+
+@given(st.integers(0, 2**32), st.sampled_from([0, 1, 4]), st.sampled_from([0, 1, 2]))
+def test_what_is_run_and_seen_depends_on_no_order(seed: int, block: int, overlap: int) -> None:
+    schedule = Schedule(ONE + ONE, block, overlap)
+    rungs, seen = walk(schedule, of_number, random.Random(seed))
+    expected, seen_before = walk(schedule, of_number, random.Random(0))
+    assert sorted(rungs) == sorted(expected) and len(set(rungs)) == len(rungs)
+    assert seen == seen_before
+
+
+def test_the_best_of_a_rung_go_on_and_failed_ones_never() -> None:
+    rungs, _ = walk(Schedule((ONE[0],)), lambda n, r: FAILED if n == 8 else (0.0, 10.0 - n), random.Random(0))
+    assert sorted(rungs) == sorted([*((n, 1) for n in range(9)), (5, 3), (6, 3), (7, 3), (7, 9)])
+    rungs, _ = walk(Schedule((ONE[0],)), lambda n, r: FAILED, random.Random(0))
+    assert sorted(rungs) == [(n, 1) for n in range(9)]
+
+
+def test_a_constraint_outranks_the_loss_and_equals_go_by_number() -> None:
+    schedule = Schedule((((3, 1), (1, 3)),))
+    assert schedule.standing([{1: (0.1, 0.0)}, {1: (0.0, 5.0)}, {1: (0.0, 5.0)}]).runs == [(1, 3)]
+
+
+def test_blocks_and_overlap_say_when_a_configuration_is_drawn() -> None:
+    none: dict[int, Score] = {}
+    done = {1: (0.0, 1.0)}
+    assert Schedule(ONE).standing([]).draws == 9
+    assert Schedule(ONE, block=4).standing([]).draws == 4
+    assert Schedule(ONE, block=4).standing([done] * 3 + [none]).draws == 0
+    assert Schedule(ONE, block=4).standing([done] * 4).draws == 4
+    assert Schedule(ONE, overlap=0).standing([done] * 9).draws == 0  # its second rung is not there yet
+    assert Schedule(ONE, overlap=1).standing([done] * 9).draws == 5
+    assert Schedule(ONE, overlap=1).standing([done] * 8 + [none]).draws == 0
+
+
+def test_random_search_costs_what_bohb_does() -> None:
+    assert search_of(brackets=0).rounds == 69 and search_of(brackets=6).rounds == 138
+    assert search_of(brackets=0, method="random").schedule().brackets == (((7, 9),),)
+    assert len(search_of(brackets=0, rounds=70).schedule().brackets) == 4
+
+
+# -- runner -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["bohb", "random", "tpe-hyperband"])
+def test_nothing_depends_on_how_many_run_at_once_or_in_which_order(method: str) -> None:
+    search = search_of(method=method, block=3)
+    one = carried_out(search, Synthetic(), jobs=1)
+    for seed, jobs in [(1, 2), (2, 5)]:
+        assert table(carried_out(search, Synthetic(random.Random(seed)), jobs=jobs)) == table(one)
+    assert all(trial.state.is_finished() for trial in one.trials)
+    states = {"COMPLETE"} if method == "random" else {"COMPLETE", "PRUNED"}
+    assert {trial.state.name for trial in one.trials} >= states
+
+
+@pytest.mark.parametrize("method", ["bohb", "random", "tpe-hyperband"])
+@pytest.mark.parametrize("kill_after", [0, 1, 4, 7])
+def test_killed_and_resumed_is_uninterrupted(method: str, kill_after: int) -> None:
+    search, storage = search_of(method=method), InMemoryStorage()
+    whole = carried_out(search, Synthetic())
+    killed = Synthetic(random.Random(0), kill_after)
+    with pytest.raises(Killed):
+        carried_out(search, killed, storage)
+    rest = Synthetic(random.Random(1))
+    study = carried_out(search, rest, storage)
+    assert table(study) == table(whole)
+    assert not set(killed.done) & set(rest.submitted), "a finished rung was run again"
+    assert len(killed.done) + len(rest.done) == sum(len(trial.intermediate_values) for trial in whole.trials)
+
+
+WRITES = ("create_new_trial", "set_trial_param", "set_trial_user_attr", "set_trial_intermediate_value")
+
+
+@pytest.mark.parametrize("count", [1, 2, 13])
+@pytest.mark.parametrize("write", [*WRITES, "set_trial_state_values"])
+def test_killed_in_the_middle_of_writing(write: str, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    search, storage = search_of(), InMemoryStorage()
+    whole = carried_out(search, Synthetic())
+    real, calls = getattr(storage, write), itertools.count(1)
+
+    def kills(*arguments: object, **named: object) -> object:
+        result = real(*arguments, **named)
+        if next(calls) == count:
+            raise Killed
+        return result
+
+    with monkeypatch.context() as patch:
+        patch.setattr(storage, write, kills)
+        with pytest.raises(Killed):
+            carried_out(search, Synthetic(), storage)
+    assert table(carried_out(search, Synthetic(), storage)) == table(whole)
+
+
+def test_a_finished_search_may_grow() -> None:
+    storage, nothing = InMemoryStorage(), Synthetic()
+    carried_out(search_of(brackets=2), Synthetic(), storage)
+    study = carried_out(search_of(brackets=4), Synthetic(), storage)
+    assert table(study) == table(carried_out(search_of(brackets=4), Synthetic()))
+    carried_out(search_of(brackets=4), nothing, storage)
+    assert not nothing.submitted
+
+
+def test_what_trials_come_to_is_in_the_study() -> None:
+    study = carried_out(search_of(brackets=3), Synthetic())
+    failed = [trial for trial in study.trials if trial.state.name == "FAIL"]
+    assert failed and all(trial.user_attrs["error"] == "diverged" for trial in failed)
+    best, rounds = best_trial(study.trials)
+    assert rounds == 9 and best.value == min(t.value for t in study.trials if t.state.name == "COMPLETE")
+    assert all(
+        ("adapters.server-learning-rate" in t.params) == (t.params["adapters.server"] == "adam") for t in study.trials
+    )
+    assert spent(study.trials) == sum(max(scores(trial)) for trial in study.trials) <= 69
+    assert rungs_of(search_of().settings) == [1, 3, 9]
+
+
+def test_a_constraint_is_kept_if_it_can_be() -> None:
+    objective = Objective({"mean": 1.0}, (Constraint("bytes_up", 250.0),))
+    study = carried_out(search_of(brackets=6), Synthetic(), objective=objective)
+    assert best_trial(study.trials)[0].params["train.epochs"] <= 2
+    assert study.best_trial.params["train.epochs"] <= 2, "Optuna knows of it too"
+
+
+def test_the_objective_weighs_measures() -> None:
+    measures = {"mean": 0.2, "worst-decile": 0.5, "bytes_up": 3e6, "bytes_down": 1e6, "macs": 0.5}
+    objective = Objective({"mean": 1.0, "bytes_up": 1e-7}, (Constraint("bytes_up", 2e6), Constraint("macs", 0.6)))
+    assert objective.loss(measures) == pytest.approx(0.5)
+    assert objective.violation(measures) == pytest.approx(0.5)
+
+
+# -- refused ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_study_is_gone_on_with_only_as_it_was(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="there is no study"):
+        open_study(search_of(), "test", tmp_path, None, resume=True)
+    open_study(search_of(), "test", tmp_path, None, resume=False)
+    with pytest.raises(ConfigError, match="already; go on with it by --resume"):
+        open_study(search_of(), "test", tmp_path, None, resume=False)
+    with pytest.raises(ConfigError, match=r"search\.eta: 3\.0 then, 4\.0 now"):
+        open_study(search_of(eta=4), "test", tmp_path, None, resume=True)
+    smaller = replace(
+        search_of(), space=SearchSpace({k: v for k, v in SPACE.parameters.items() if k != "train.epochs"})
+    )
+    with pytest.raises(ConfigError, match=r"space\.train\.epochs: .* then, \(not there now\) now"):
+        open_study(smaller, "test", tmp_path, None, resume=True)
+
+
+@pytest.mark.parametrize("url", ["nonsense", "postgresql://nobody@localhost:1/none", "sqlite:////nowhere/at/all.db"])
+def test_a_storage_that_is_none(url: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="cannot be used"):
+        open_study(search_of(), "test", tmp_path, url, resume=False)
+
+
+def test_a_storage_that_is_locked(tmp_path: Path) -> None:
+    import sqlite3
+
+    url = f"sqlite:///{tmp_path}/study.db"
+    open_study(search_of(), "test", tmp_path, url, resume=False)
+    with sqlite3.connect(tmp_path / "study.db") as other:
+        other.execute("BEGIN EXCLUSIVE")
+        with pytest.raises(ConfigError, match="locked"):
+            open_study(search_of(), "test", tmp_path, url, resume=True)
