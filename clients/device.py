@@ -16,14 +16,14 @@ from torch import Tensor
 from clients import caches
 from clients.storage import DeviceState, DeviceStorage
 from tapfl.adapters import rules
-from tapfl.adapters.layout import Params, pack, to_device_scale, to_global_scale, unpack
+from tapfl.adapters.clip import clip_update
+from tapfl.adapters.layout import Params, pack, unpack
 from tapfl.adapters.peft_format import save_peft
 from tapfl.config import RunConfig
 from tapfl.errors import RunError
 from tapfl.models.cost import measure_cost
 from tapfl.models.dense import DenseCache
 from tapfl.personalize.method import LocalResult, Method, Personal, local_round, method_of
-from tapfl.privacy import clip_to_norm
 from tapfl.profiles import DeviceProfile
 from tapfl.pruning.plan import PruningPlan
 from tapfl.pruning.surgery import rebuild, save_pruned, shrink
@@ -199,11 +199,7 @@ class Device:
         layout = rules.up(self.config.adapters, own.layout, round) if trained else {}
         shared = {name: trained[name] for name in layout}
         if shared and self.config.privacy.dp_clip:
-            update = {name: to_global_scale(shared[name] - received[name], place) for name, place in layout.items()}
-            clipped = clip_to_norm(update, self.config.privacy.dp_clip)
-            shared = {
-                name: received[name] + to_device_scale(clipped[name], place).float() for name, place in layout.items()
-            }
+            shared = clip_update(shared, received, layout, self.config.privacy.dp_clip)
         return pack(shared, layout) if layout else np.zeros(0, np.float32)
 
     def _evaluate(self, own: caches.PrunedDevice, received: Params, used: Params) -> tuple[float, float]:

@@ -128,17 +128,13 @@ def global_sides(layers: Sequence[PrunableLayer]) -> dict[str, Side]:
 
 def gather(theta: Tensor, placement: Placement) -> Tensor:
     """Returns the part of a global tensor that a device holds, on the device's scale."""
-    return to_device_scale(theta[torch.meshgrid(*placement.index, indexing="ij")], placement)
+    part = theta[torch.meshgrid(*placement.index, indexing="ij")]
+    return part if placement.row_scale is None else part * placement.row_scale[:, None]
 
 
 def gather_all(params: Mapping[str, Tensor], layout: Layout) -> Params:
     """Returns a device's part of the global adapters."""
     return {name: gather(params[name], placement) for name, placement in layout.items()}
-
-
-def to_device_scale(theta: Tensor, placement: Placement) -> Tensor:
-    """Returns a part of a global tensor on the device's scale: the inverse of `to_global_scale`."""
-    return theta if placement.row_scale is None else theta * placement.row_scale[:, None]
 
 
 def to_global_scale(theta: Tensor, placement: Placement) -> Tensor:

@@ -56,8 +56,10 @@ def rows_of(part: Part, start: int, stop: int) -> Part:
     """Returns what of a part lies in the global rows start..stop-1, placed from 0 on; on the global scale."""
     values, placement, weight = part
     first, last = np.searchsorted(placement.index[0].numpy(), (start, stop))
+    scale = None if placement.row_scale is None else placement.row_scale[first:last]
     index = (placement.index[0][first:last] - start, *placement.index[1:])
-    return to_global_scale(values, placement)[first:last], replace(placement, index=index, row_scale=None), weight
+    here = replace(placement, index=index, row_scale=scale)
+    return to_global_scale(values[first:last], here), replace(here, row_scale=None), weight
 
 
 def _combine_block(previous: Tensor, parts: Sequence[Part], cut: Cut) -> Tensor:
