@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 import traceback
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
