@@ -1,18 +1,20 @@
 """The limit of a simulation: a round of FedAvg as a loop, by hand, on processes of one thread that stay alive.
 
 ``python -m experiments.bench.bare_loop CONFIG.toml OUT WORKERS merged|plain`` does the work of `tapfl run` with
-``personalize.method=fedavg``, ``adapters.rule=fedit`` and full budgets: the same images, batches, optimiser, evaluations
-and average, but no messages to check, no engine, and nothing that is kept for later. Each worker holds one model and
-all images; a device's turn is a flat vector in and one out.
+``personalize.method=fedavg``, ``adapters.rule=fedit`` and full budgets: the same images, batches, optimiser,
+evaluations and average, but no messages to check, no engine, and nothing that is kept for later. Each worker holds one
+model and all images; a device's turn is a flat vector in and one out.
 """
 
 from __future__ import annotations
 
 import multiprocessing
 import sys
+import time
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -52,7 +54,8 @@ class Worker:
     def __post_init__(self) -> None:
         options = self.setting.config.adapters
         self.model = self.setting.dense()
-        for block in self.model.blocks:
+        blocks: Any = self.model.blocks
+        for block in blocks:
             for parent, name in ((block.attn, "qkv"), (block.attn, "proj"), (block.mlp, "fc1"), (block.mlp, "fc2")):
                 adapted = LoraLinear(getattr(parent, name), self.setting.rank, options.scale, self.merged)
                 setattr(parent, name, adapted)
@@ -61,7 +64,8 @@ class Worker:
 
     def turn(self, round: int, device: int, vector: np.ndarray) -> tuple[np.ndarray, float, float]:
         """Returns a device's adapters after training, its mean loss, and its accuracy before."""
-        train, params = self.setting.config.train, list(self.params.values())
+        train = self.setting.config.train
+        params: list[Tensor] = list(self.params.values())
         vector_to_parameters(torch.from_numpy(vector), params)
         inputs, labels = self.setting.part(device, "test")
         before = accuracy(predict(self.model, inputs), labels)
@@ -103,6 +107,7 @@ def run(setting: Setting, out: Path, workers: int, merged: bool) -> None:
     for t in range(1, setting.config.train.rounds + 1):
         vector = average(_round(pipes, t, len(samples), vector), samples)
         setting.note_round(out, t)
+    time.sleep(0.5)  # what the processes took is read off them while they are there
     for pipe in pipes:
         pipe.send(None)
     parts = torch.from_numpy(vector).split([p.numel() for p in names.values()])
@@ -118,16 +123,17 @@ def average(vectors: dict[int, np.ndarray], samples: list[int]) -> np.ndarray:
 
 def _round(pipes: list[Connection], t: int, devices: int, vector: np.ndarray) -> dict[int, np.ndarray]:
     """One device after the other to whichever worker is free."""
-    waiting, done = iter(range(devices)), {}
+    waiting = iter(range(devices))
+    done: dict[int, np.ndarray] = {}
     for pipe, i in zip(pipes, waiting, strict=False):
         pipe.send((t, i, vector))
     while len(done) < devices:
-        for pipe in wait(pipes):
-            assert isinstance(pipe, Connection)
-            i, (trained, _, _) = pipe.recv()
+        for ready in wait(pipes):
+            assert isinstance(ready, Connection)
+            i, (trained, _, _) = ready.recv()
             done[i] = trained
             if (following := next(waiting, None)) is not None:
-                pipe.send((t, following, vector))
+                ready.send((t, following, vector))
     return done
 
 

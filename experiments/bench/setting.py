@@ -12,7 +12,8 @@ import tomli_w
 import torch
 from torch import Tensor, nn
 
-from tapfl.adapters.layout import Params, global_shapes, initial_adapters
+from tapfl.adapters import rules
+from tapfl.adapters.layout import Params, global_shapes
 from tapfl.config import RunConfig, read_toml
 from tapfl.data.federated import open_pool, open_private
 from tapfl.data.partition import partition
@@ -90,8 +91,8 @@ class Setting:
     def initial(self) -> Params:
         """Returns the adapters before the first round."""
         model = self.dense()
-        shapes = global_shapes(model, prunable_layers(model), self.rank)
-        return initial_adapters(shapes, model, torch_generator(self.config.seed, "adapters"))
+        layers, generator = prunable_layers(model), torch_generator(self.config.seed, "adapters")
+        return rules.initial(self.config.adapters, global_shapes(model, layers, self.rank), layers, model, generator)
 
     def part(self, device: int, name: str) -> tuple[Tensor, Tensor]:
         """Returns (inputs, labels) of the `train` or `test` part of a device; kept, because images do not change."""

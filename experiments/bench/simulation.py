@@ -1,7 +1,7 @@
 """A round of simulated federated learning against the bare loop that does its work: wall time, CPU time, memory.
 
-Variants, each a process tree of its own, taking turns: the loop by hand (`experiments.bench.bare_loop`), with merged LoRA
-as tapfl has it and with plain LoRA; `tapfl run` on Flower's engine; a Flower app as it is usually written
+Variants, each a process tree of its own, taking turns: the loop by hand (`experiments.bench.bare_loop`), with merged
+LoRA as tapfl has it and with plain LoRA; `tapfl run` on Flower's engine; a Flower app as it is usually written
 (`experiments.bench.usual_server`). Counted are the rounds after the first; all before is start-up.
 """
 

@@ -13,6 +13,7 @@ import torch
 from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from torch import Tensor
 from torch.nn import functional as F
 
 from experiments.bench.setting import Setting
@@ -46,11 +47,11 @@ def train(message: Message, context: Context) -> Message:
     """Trains on what arrived."""
     setting, device = setting_of(str(context.run_config["config"])), int(context.node_config["partition-id"])
     model, options = build(setting), setting.config.train
-    set_peft_model_state_dict(model, message.content["arrays"].to_torch_state_dict())
+    set_peft_model_state_dict(model, message.content.array_records["arrays"].to_torch_state_dict())
     inputs, labels = setting.part(device, "train")
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    trained: list[Tensor] = [parameter for parameter in model.parameters() if parameter.requires_grad]
     stepper = optimizer(options.optimizer, trained, options.learning_rate)
-    round = int(message.content["config"]["server-round"])
+    round = int(str(message.content.config_records["config"]["server-round"]))
     order = numpy_generator(setting.config.seed, "train", round, device)
     losses = []
     for batch in batches(len(labels), options.batch, options.epochs, order):
@@ -70,7 +71,7 @@ def evaluate(message: Message, context: Context) -> Message:
     """Evaluates what arrived."""
     setting, device = setting_of(str(context.run_config["config"])), int(context.node_config["partition-id"])
     model = build(setting).eval()
-    set_peft_model_state_dict(model, message.content["arrays"].to_torch_state_dict())
+    set_peft_model_state_dict(model, message.content.array_records["arrays"].to_torch_state_dict())
     inputs, labels = setting.part(device, "test")
     metrics = MetricRecord({"accuracy": accuracy(predict(model, inputs), labels), "num-examples": len(labels)})
     return Message(RecordDict({"metrics": metrics}), reply_to=message)

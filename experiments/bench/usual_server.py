@@ -31,7 +31,7 @@ def main(grid: Grid, context: Context) -> None:
     """Flower's FedAvg over all devices; notes when each round ended."""
     torch.set_num_threads(1)
     setting, out = Setting.read(Path(str(context.run_config["config"]))), Path(str(context.run_config["out"]))
-    initial = {_peft_name(name): theta for name, theta in setting.initial().items()}
+    initial = {peft_name(name): theta for name, theta in setting.initial().items()}
     count, rounds = setting.config.devices.count, setting.config.train.rounds
 
     def note(round: int, arrays: ArrayRecord) -> None:
@@ -41,10 +41,11 @@ def main(grid: Grid, context: Context) -> None:
     strategy = FedAvg(min_train_nodes=count, min_evaluate_nodes=count, min_available_nodes=count)
     result = strategy.start(grid, ArrayRecord(initial), num_rounds=rounds, evaluate_fn=note)
     state = result.arrays.to_torch_state_dict()
-    write_tensors(out / "adapters.safetensors", {name: state[_peft_name(name)] for name in setting.initial()})
+    write_tensors(out / "adapters.safetensors", {name: state[peft_name(name)] for name in setting.initial()})
 
 
-def _peft_name(name: str) -> str:
+def peft_name(name: str) -> str:
+    """Returns what peft calls one of tapfl's tensors."""
     return f"{PREFIX}{name}.weight" if name.endswith((LORA_A, LORA_B)) else PREFIX + name
 
 

@@ -1,0 +1,116 @@
+"""`tapfl bench simulation` compares the same work, and counts what its process trees take."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from peft import set_peft_model_state_dict
+from torch.nn.utils import parameters_to_vector
+
+from clients.client_app import app as client_app
+from experiments.bench.bare_loop import Worker, average
+from experiments.bench.process_tree import ProcessTree
+from experiments.bench.setting import ROUND_LINE, Setting
+from experiments.bench.simulation import LIMIT, bench_simulation, measure
+from experiments.bench.usual_client import build
+from experiments.bench.usual_server import peft_name
+from experiments.engines.inprocess import run_inprocess
+from strategies.server_app import app as server_app
+from tapfl.errors import ConfigError, RunError
+from tapfl.store import read_tensors
+
+MODEL = "img_size=8,patch_size=4,embed_dim=16,depth=2,num_heads=2"
+BURN = "import time\nwhile time.process_time() < {seconds}: pass\n"
+
+
+@pytest.fixture(scope="module")
+def setting(tmp_path_factory: pytest.TempPathFactory) -> Setting:
+    return Setting.prepare(tmp_path_factory.mktemp("setting"), 2, 2, 16, MODEL, 8)
+
+
+def test_every_device_has_as_many_images_as_were_asked_for(setting: Setting) -> None:
+    assert [len(setting.part(i, part)[1]) for i in range(2) for part in ("train", "test")] == [16, 4, 16, 4]
+
+
+def test_the_average_weighs_by_samples_in_the_order_of_devices() -> None:
+    vectors = {1: np.array([3.0, 0.0], np.float32), 0: np.array([0.0, 1.0], np.float32)}
+    np.testing.assert_array_equal(average(vectors, [1, 3]), np.array([2.25, 0.25], np.float32))
+
+
+@pytest.mark.parametrize("merged", [True, False])
+def test_the_loop_by_hand_ends_where_the_federation_ends(setting: Setting, merged: bool, tmp_path: Path) -> None:
+    run_inprocess(server_app, client_app, {**setting.config.flat(), "out": str(tmp_path / "run")}, 2)
+    theirs = read_tensors(tmp_path / "run" / "server" / "round-0002.safetensors")
+    worker, initial = Worker(setting, merged), setting.initial()
+    vector = parameters_to_vector([initial[name] for name in worker.params]).numpy()
+    for t in (1, 2):
+        vector = average({i: worker.turn(t, i, vector.copy())[0] for i in range(2)}, [16, 16])
+    wanted = parameters_to_vector([theirs[name] for name in worker.params]).numpy()
+    start = parameters_to_vector([initial[name] for name in worker.params]).numpy()
+    assert np.abs(wanted - start).max() > 1e-3
+    np.testing.assert_allclose(vector, wanted, atol=1e-4)
+
+
+def test_the_usual_app_takes_the_same_adapters(setting: Setting) -> None:
+    model, initial = build(setting).eval(), setting.initial()
+    given = {name: torch.randn_like(theta) for name, theta in initial.items()}
+    result = set_peft_model_state_dict(model, {peft_name(name): theta for name, theta in given.items()})
+    assert not result.unexpected_keys
+    worker, x = Worker(setting, merged=True), setting.part(0, "test")[0]
+    for name, parameter in worker.params.items():
+        parameter.data = given[name]
+    torch.testing.assert_close(model(x), worker.model(x), rtol=1e-4, atol=1e-4)
+
+
+def test_a_process_tree_counts_children_that_run_and_that_have_ended() -> None:
+    child = f"import subprocess, sys, time; subprocess.run([sys.executable, '-c', {BURN.format(seconds=0.3)!r}]);"
+    running = (
+        f"subprocess.Popen([sys.executable, '-c', {BURN.format(seconds=60)!r}]); print(1, flush=True); time.sleep(60)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", child + running], stdout=subprocess.PIPE)
+    tree = ProcessTree(process.pid)
+    try:
+        assert process.stdout is not None
+        process.stdout.readline()
+        before = tree.cpu_seconds()
+        time.sleep(0.5)
+        assert 0.3 <= before < tree.cpu_seconds()
+        assert 5e6 < tree.memory_bytes() < 5e8
+        assert len(tree.processes()) == 2
+    finally:
+        tree.end()
+        process.wait()
+    assert tree.processes() == []
+
+
+def test_a_run_is_timed_from_its_second_round_on(tmp_path: Path) -> None:
+    note = f"open(sys.argv[1] + '/metrics.jsonl', 'a').write({ROUND_LINE + chr(10)!r})"
+    rounds = f"for t in (0.8, 0.3, 0.3):\n time.sleep(t)\n {note}\n"
+    code = f"import os, sys, time\nos.mkdir(sys.argv[1])\n{rounds}time.sleep(0.5)"
+    began = time.monotonic()
+    timing = measure(["-c", code, str(tmp_path / "out")], tmp_path / "out", 3)
+    assert timing.wall > 0.28 and timing.startup > 0.4 and timing.cpu < 0.2
+    assert timing.startup + 3 * timing.wall < time.monotonic() - began
+
+
+def test_a_variant_that_fails_says_why(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="ended with 1: ValueError: no"):
+        measure(["-c", "raise ValueError('no')"], tmp_path / "out", 2)
+
+
+def test_one_round_alone_is_refused() -> None:
+    with pytest.raises(ConfigError, match="--rounds 1: must be at least 2"):
+        bench_simulation(2, 1, 1, 16, MODEL, 8, 1)
+
+
+@pytest.mark.slow
+def test_all_variants_in_one_table() -> None:
+    rows = bench_simulation(2, 2, 1, 16, MODEL, 8, 2)
+    assert [row["variant"] for row in rows] == [LIMIT, "with plain LoRA", "tapfl run", "usual Flower app"]
+    assert rows[0]["CPU / limit"] == "1.00" and all(float(row["peak GB"]) > 0.2 for row in rows)
