@@ -59,6 +59,7 @@ class Setting:
                 "pruning.criterion": "random",
                 "pruning.ratio": "uniform",
                 "adapters.rule": "fedit",
+                "adapters.head": "mean",
                 "train.rounds": rounds,
                 "train.epochs": 1,
                 "train.batch": batch,

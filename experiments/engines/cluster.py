@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from tapfl.errors import ConfigError, RunError
 
@@ -65,7 +66,7 @@ def ray_cluster(address: str = "") -> Iterator[None]:
         yield
         return
     address = address or os.environ.get("RAY_ADDRESS", "")
-    quiet = {"log_to_driver": False, "logging_level": "ERROR", "configure_logging": True}
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "configure_logging": True}
     try:
         if address in ("", "local"):
             with ray_folder() as folder:
@@ -81,7 +82,7 @@ def ray_cluster(address: str = "") -> Iterator[None]:
         ray.shutdown()
 
 
-def _join(address: str, quiet: dict[str, object]) -> None:
+def _join(address: str, quiet: dict[str, Any]) -> None:
     import ray
 
     if address != "auto":
