@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import socket
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -13,8 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_flower_engine import left_running
-from test_inprocess_run import SMALL, content, tapfl
+from test_inprocess_run import content, tapfl
 from test_ray_engine import on_ray
 
 from experiments.engines.cluster import prepare_environment

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import json
+import socket
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from flwr.app import Message, RecordDict
+from flwr.supercore.task_identity import TaskIdentity
 from test_inprocess_run import SMALL, content, tapfl
 
-from experiments.engines.ray import Workers
+from experiments.engines.cluster import _require_reachable
+from experiments.engines.ray import RayGrid, Workers
 from experiments.preflight import absolute_paths
 from strategies.server_app import app as server_app
 from tapfl.config import RunConfig
+from tapfl.errors import ConfigError, RunError
 
 
 @pytest.fixture(scope="module")
@@ -66,3 +72,68 @@ def test_runs_at_the_same_time_do_not_touch_each_other(
         )
     assert first == one_process
     assert second != first != third
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ({"count": 999}, "--workers 999 .* there is room for [0-9]+, on 1 machine"),
+        ({"gpus": 1000.0}, "--actor-gpus 1000: there is room for 0"),
+        ({"cpus": 0.0}, "needs --workers"),
+    ],
+)
+def test_more_than_there_is_is_refused_at_once(workers: Workers, asked: dict[str, float], said: str) -> None:
+    with pytest.raises(ConfigError, match=said), Workers(**asked):  # type: ignore[arg-type]
+        pass
+
+
+def test_a_cluster_that_others_use_to_the_full_is_not_waited_for(workers: Workers) -> None:
+    import ray
+
+    everything = ray.cluster_resources()["CPU"]
+    with pytest.raises(RunError, match="the Ray cluster is in use"), Workers(count=1, cpus=everything):
+        pass
+
+
+@pytest.mark.parametrize("address", ["ray://head:10001", "head", "127.0.0.1:port"])
+def test_an_address_that_is_none_is_refused(address: str) -> None:
+    with pytest.raises(ConfigError, match="must be HOST:PORT"):
+        _require_reachable(address)
+
+
+def test_a_cluster_that_does_not_answer_is_refused_in_seconds() -> None:
+    """A port where something listens that is no Ray."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        began, port = time.monotonic(), server.getsockname()[1]
+        with pytest.raises(ConfigError, match=f"127.0.0.1:{port}: no Ray cluster answers"):
+            _require_reachable(f"127.0.0.1:{port}")
+        assert time.monotonic() - began < 10
+
+
+def test_what_only_ray_has_is_refused_elsewhere(cache: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="only with --engine ray"):
+        tapfl("--out", str(tmp_path / "run"), "--address", "head:6379", cache=cache)
+    assert not (tmp_path / "run").exists()
+
+
+def test_federations_take_turns() -> None:
+    """Two that have messages waiting get every second actor that comes free, however many the first has."""
+    workers, handed = Workers(), []
+    grids = [RayGrid(workers, "apps:app", {}, 1) for _ in range(2)]
+
+    class Actor:
+        class answer:  # noqa: N801
+            @staticmethod
+            def remote(app: str, message: Message, *rest: object) -> Message:
+                handed.append(grids.index(next(g for g in grids if message.metadata.dst_node_id in g.partitions)))
+                return message
+
+    workers._watch = lambda ref, done: None  # type: ignore[method-assign]
+    TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
+    for grid, count in zip(grids, (5, 2), strict=True):
+        (node,) = grid.partitions
+        workers._queue(grid, [Message(RecordDict(), node, "train") for _ in range(count)])
+    for _ in range(7):
+        workers._idle.append(Actor())
+        workers._hand_out()
+    assert handed == [0, 1, 0, 1, 0, 0, 0]

@@ -1,0 +1,54 @@
+"""A federation in which nothing is computed: what is left is the engine."""
+
+from __future__ import annotations
+
+import math
+import time
+from pathlib import Path
+
+import numpy as np
+from flwr.app import Context, Message
+from flwr.clientapp import ClientApp
+from flwr.serverapp import Grid, ServerApp
+
+from experiments.bench.setting import Setting
+from strategies.exchange import exchange, wait_for_nodes
+from tapfl.config import RunConfig
+from tapfl.wire import Train, TrainReply
+
+VALUES = 75_000  # float32 there and back: adapters of rank 8 on the ViT of `tapfl bench simulation`, 299 kB
+
+client = ClientApp()
+server = ServerApp()
+
+
+@client.train()
+def _echo(message: Message, context: Context) -> Message:
+    asked = Train.from_records(message.content)
+    reply = TrainReply(
+        round=asked.round, adapters=asked.adapters, loss=0.0, alpha=0.0, global_accuracy=0.0, personal_accuracy=0.0
+    )
+    return Message(reply.to_records(), reply_to=message)
+
+
+@server.main()
+def _ask(grid: Grid, context: Context) -> None:
+    """Asks all devices in every round, as a federation does, and notes when each round ended."""
+    config = RunConfig.from_flat(context.run_config)
+    nodes = dict(enumerate(wait_for_nodes(grid, config.devices.count, config.node_timeout)))
+    for t in range(1, config.train.rounds + 1):
+        message = Train(t, 0, np.zeros(VALUES, np.float32))
+        answers = exchange(
+            grid,
+            {i: (node, message) for i, node in nodes.items()},
+            TrainReply,
+            lambda i, reply, t=t: reply.check(t, VALUES),  # type: ignore[misc]
+            timeout=math.inf,
+            retries=config.faults.retries,
+            window=config.window,
+            group=str(t),
+        )
+        answers.require(f"round {t}", 1.0)
+        answers.replies.clear()
+        Setting.note_round(Path(config.out), t)
+    time.sleep(0.5)  # so that the last of it is seen in the memory as well
