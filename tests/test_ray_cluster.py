@@ -1,4 +1,4 @@
-"""The Ray engine on two nodes of a cluster, one of which is killed in the middle of a run; and clusters that are none."""
+"""The Ray engine on two nodes of a cluster, one of which is killed in the middle of a run."""
 
 from __future__ import annotations
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +16,7 @@ from tapfl.config import RunConfig
 from tapfl.wire import Train, TrainReply
 
 VALUES = 75_000  # float32 there and back: adapters of rank 8 on the ViT of `tapfl bench simulation`, 299 kB
+SLICE = 500  # devices whose answers are held at once: the memory that is measured is the engine's
 
 client = ClientApp()
 server = ServerApp()
@@ -37,18 +37,21 @@ def _ask(grid: Grid, context: Context) -> None:
     config = RunConfig.from_flat(context.run_config)
     nodes = dict(enumerate(wait_for_nodes(grid, config.devices.count, config.node_timeout)))
     for t in range(1, config.train.rounds + 1):
-        message = Train(t, 0, np.zeros(VALUES, np.float32))
+        _round(grid, config, nodes, t)
+        Setting.note_round(Path(config.out), t)
+
+
+def _round(grid: Grid, config: RunConfig, nodes: dict[int, int], t: int) -> None:
+    message = Train(t, 0, np.zeros(VALUES, np.float32))
+    for first in range(0, len(nodes), SLICE):
         answers = exchange(
             grid,
-            {i: (node, message) for i, node in nodes.items()},
+            {i: (nodes[i], message) for i in range(first, min(first + SLICE, len(nodes)))},
             TrainReply,
-            lambda i, reply, t=t: reply.check(t, VALUES),  # type: ignore[misc]
+            lambda i, reply: reply.check(t, VALUES),
             timeout=math.inf,
             retries=config.faults.retries,
             window=config.window,
             group=str(t),
         )
         answers.require(f"round {t}", 1.0)
-        answers.replies.clear()
-        Setting.note_round(Path(config.out), t)
-    time.sleep(0.5)  # so that the last of it is seen in the memory as well

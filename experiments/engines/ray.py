@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any
 
 from flwr.app import Error, Message
-from flwr.clientapp import ClientApp
 from flwr.common.logger import log
 from flwr.serverapp import ServerApp
 
@@ -65,12 +64,10 @@ def versions() -> dict[str, str]:
 
 
 @lru_cache(maxsize=8)
-def load_app(name: str) -> ClientApp:
-    """Returns the ClientApp ``module:name``, imported."""
+def load_app(name: str) -> Any:
+    """Returns the app ``module:name``, imported."""
     module, _, attribute = name.partition(":")
-    app = getattr(importlib.import_module(module), attribute)
-    assert isinstance(app, ClientApp)
-    return app
+    return getattr(importlib.import_module(module), attribute)
 
 
 class RayGrid(LocalGrid):
