@@ -9,8 +9,11 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pytest
-from flwr.app import Message, RecordDict
+from flwr.app import Array, ArrayRecord, Context, Message, RecordDict
+from flwr.serverapp import Grid, ServerApp
+from flwr.serverapp.strategy import FedAvg
 from flwr.supercore.task_identity import TaskIdentity
 from test_inprocess_run import SMALL, content, tapfl
 
@@ -72,6 +75,19 @@ def test_runs_at_the_same_time_do_not_touch_each_other(
         )
     assert first == one_process
     assert second != first != third
+
+
+def test_flowers_own_strategies_run_on_it(workers: Workers) -> None:
+    """They ask by `send_and_receive`, and average what comes."""
+    server, results = ServerApp(), []
+
+    @server.main()
+    def fedavg(grid: Grid, context: Context) -> None:
+        start = ArrayRecord({"w": Array(np.zeros(2))})
+        results.append(FedAvg(fraction_evaluate=0.0, min_available_nodes=3).start(grid, start, num_rounds=2))
+
+    workers.run(server, {}, 3, client_app="faulty_apps:adds_its_number")
+    np.testing.assert_allclose(results[0].arrays["w"].numpy(), [2.0, 2.0])  # each round adds (0 + 1 + 2) / 3
 
 
 @pytest.mark.parametrize(

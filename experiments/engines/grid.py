@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import secrets
+import time
 import traceback
 import uuid
 from collections.abc import Iterable
@@ -46,6 +48,16 @@ class LocalGrid(Grid):
 
     def get_node_ids(self) -> Iterable[int]:
         return list(self.partitions)
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
+        """Returns the answers that are there after `timeout` seconds, as Flower's own strategies ask for them."""
+        end = math.inf if timeout is None else time.monotonic() + timeout
+        waiting, replies = set(self.push_messages(messages)), list[Message]()
+        while waiting and time.monotonic() < end:
+            arrived = list(self.pull_messages(waiting))
+            waiting -= {reply.metadata.reply_to_message_id for reply in arrived}
+            replies += arrived
+        return replies
 
     def stamp(self, message: Message) -> str:
         """Gives a message the id by which its answer is known, and the run that it is of; returns the id."""

@@ -105,9 +105,6 @@ class RayGrid(LocalGrid):
             raise RunError(self._workers.lost)
         return found
 
-    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
-        raise NotImplementedError("strategies.exchange pushes and pulls, with a window in flight")
-
     def deliver(self, reply: Message) -> None:
         with self._news:
             self._replies[reply.metadata.reply_to_message_id] = reply
