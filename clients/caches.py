@@ -20,14 +20,18 @@ from tapfl.config import RunConfig
 from tapfl.data.federated import labels_among, open_own, open_private
 from tapfl.data.partition import DeviceSplit, partition, split_device
 from tapfl.data.sources import ImageSet
+from tapfl.memo import Memo
 from tapfl.models.backbone import BackboneSpec, build, input_transform
 from tapfl.models.dense import DenseCache
 from tapfl.models.prunable import prunable_layers
 from tapfl.models.units import PrunableLayer
 from tapfl.profiles import max_rank
+from tapfl.pruning.plan import PruningPlan
 from tapfl.pruning.surgery import load_plan, load_pruned
 from tapfl.seeds import torch_generator
 from tapfl.store import cache_folder
+
+MODEL_BYTES = 512 * 2**20  # a worker's devices' models; one that is not held is read again
 
 
 @lru_cache(maxsize=4)
@@ -88,28 +92,31 @@ class PrunedDevice:
         start: what of w does not travel, before the first round: frozen factors, made from the run's seed as the
             server makes its own, private factors, and a private head, that of the device's model.
         private: the names in `start` that are trained.
+        nbytes: of the model's weights.
     """
 
     layout: Layout
     adapted: AdaptedModel
     start: Params
     private: tuple[str, ...]
+    nbytes: int
+
+
+_models = Memo(MODEL_BYTES, lambda device: device.nbytes)
 
 
 def pruned(folder: Path, rank: int, config: RunConfig) -> PrunedDevice:
     """Returns the model in a device's storage. Raises PlanError if it is missing or damaged."""
-    _, checksum = load_plan(folder)
-    return _pruned(folder, checksum, rank, config)
+    plan, checksum = load_plan(folder)
+    device: PrunedDevice = _models.once((folder, checksum, rank, config), lambda: _load(folder, plan, rank, config))
+    return device
 
 
-@lru_cache(maxsize=256)
-def _pruned(folder: Path, checksum: str, rank: int, config: RunConfig) -> PrunedDevice:
-    plan, _ = load_plan(folder)
+def _load(folder: Path, plan: PruningPlan, rank: int, config: RunConfig) -> PrunedDevice:
     dense, layers = skeleton(plan.backbone.model_dump_json())
-    model = load_pruned(folder, dense)
+    model, options = load_pruned(folder, dense), config.adapters
     shapes = global_shapes(dense, layers, max_rank(config.devices))
     layout = device_layout(shapes, layers, plan, rank)
-    options = config.adapters
     staying = [name for name in layout if name not in rules.down(options, layout)]
     start: Params = {}
     if staying:
@@ -120,6 +127,6 @@ def _pruned(folder: Path, checksum: str, rank: int, config: RunConfig) -> Pruned
             for name in staying
         }
     moving = rules.trained(options, layout, 1) | rules.trained(options, layout, 2)
-    return PrunedDevice(
-        layout, AdaptedModel(model, layout, options.scale), start, tuple(name for name in staying if name in moving)
-    )
+    private = tuple(name for name in staying if name in moving)
+    nbytes = sum(parameter.nbytes for parameter in model.parameters())
+    return PrunedDevice(layout, AdaptedModel(model, layout, options.scale), start, private, nbytes)

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from clients import caches
 from clients.storage import DeviceState, DeviceStorage
@@ -22,7 +22,7 @@ from tapfl.config import RunConfig
 from tapfl.errors import RunError
 from tapfl.models.cost import measure_cost
 from tapfl.models.dense import DenseCache
-from tapfl.personalize.method import LocalResult, Personal, local_round, method_of
+from tapfl.personalize.method import LocalResult, Method, Personal, local_round, method_of
 from tapfl.privacy import clip_to_norm
 from tapfl.profiles import DeviceProfile
 from tapfl.pruning.plan import PruningPlan
@@ -31,7 +31,7 @@ from tapfl.seeds import numpy_generator
 from tapfl.store import cache_folder
 from tapfl.summary.descriptors import Projection, image_features
 from tapfl.summary.private import device_mixture
-from tapfl.training import accuracy, batches, predict
+from tapfl.training import accuracy, batches, cross_entropy, predict
 from tapfl.wire import (
     PROFILE_FIELDS,
     Evaluate,
@@ -125,7 +125,7 @@ class Device:
         """Evaluates what arrived, trains on it, keeps what is its own and returns what is shared."""
         own, state = self._pruned(), self._state(message.state_round)
         received = self._whole(own, state, message.adapters)
-        method = method_of(self.config.personalize)
+        method = self._method()
         if not method.tunes:
             accuracies = self._evaluate(own, received, method.inference(received, state.personal))
         result = self._local_round(own, received, state.personal, message.round)
@@ -150,7 +150,7 @@ class Device:
         """Evaluates what arrived last, and writes the personal model as an adapter that stock peft loads."""
         own, state = self._pruned(), self._state(message.state_round)
         received, personal = self._whole(own, state, message.adapters), state.personal
-        method = method_of(self.config.personalize)
+        method = self._method()
         if method.tunes:
             personal = self._local_round(own, received, personal, message.round).personal
         final = method.inference(received, personal)
@@ -164,7 +164,7 @@ class Device:
         )
 
     def _state(self, round: int) -> DeviceState:
-        keeps = method_of(self.config.personalize).keeps or self._pruned().private
+        keeps = self._method().keeps or self._pruned().private
         return self.storage.load_state(round) if keeps else DeviceState(None, {})
 
     def _whole(self, own: caches.PrunedDevice, state: DeviceState, adapters: np.ndarray) -> Params:
@@ -180,12 +180,12 @@ class Device:
 
         def objective(params: Params, batch: object) -> Tensor:
             index = torch.from_numpy(batch)
-            return F.cross_entropy(own.adapted(params, inputs[index]), labels[index])
+            return cross_entropy(own.adapted(params, inputs[index]), labels[index])
 
         options = self.config.train
         order = numpy_generator(self.config.seed, "train", round, self.partition_id)
         return local_round(
-            method_of(self.config.personalize),
+            self._method(),
             objective,
             received,
             personal,
@@ -215,6 +215,9 @@ class Device:
 
         shared = score(received)
         return shared, shared if used is received else score(used)
+
+    def _method(self) -> Method[Any]:
+        return method_of(self.config.personalize, self.config.adapters.scale)
 
     def _receive_backbone(self, message: Summarize) -> None:
         cache = DenseCache(self._cache)

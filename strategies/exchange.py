@@ -160,4 +160,5 @@ def _reason(text: str | None) -> str:
     plain = re.sub(r"\x1b\[[0-9;]*m", "", text or "")
     lines = [line.strip() for line in plain.splitlines() if line.strip()]
     named = [line for line in lines if re.match(r"[\w.]*(Error|Exception)\b", line)]
-    return (named or lines or ["no reason given"])[-1][:300]
+    own = [line for line in named if not re.search(r"RayTaskError|ClientAppException", line)]  # what they only wrap
+    return (own or named or lines or ["no reason given"])[-1][:300]

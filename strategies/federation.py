@@ -11,6 +11,7 @@ import logging
 import math
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -61,7 +62,7 @@ class Federation:
         self.preparation = Preparation(config, images, folder, self.fleet)
         self.messages: dict[int, Prune] = {}  # what brings each device its model
         self.layouts: dict[int, Layout] = {}  # of the devices that have theirs
-        self.method = method_of(config.personalize)
+        self.method = method_of(config.personalize, config.adapters.scale)
         self.fresh: Params = {}
         self.curve: list[tuple[float, float]] = []
         self.clock = Clock(folder.path / "timing.json")
@@ -139,7 +140,9 @@ class Federation:
 
     def _rounds(self, backbone: Backbone, checkpoint: Checkpoint) -> ServerState:
         """Returns the server's state after the last round."""
-        state, rounds = checkpoint.state, self.config.train.rounds
+        # in the order of the layers, which is that of the noise and of every sum; a file has an order of its own
+        state = replace(checkpoint.state, params={name: checkpoint.state.params[name] for name in self.fresh})
+        rounds = self.config.train.rounds
         with stage("rounds", rounds) as advance:
             for t in range(checkpoint.round + 1, rounds + 1):
                 with self.clock.round(t):
@@ -207,7 +210,7 @@ class Federation:
 
     def _training_work(self, i: int) -> float:
         record, epochs = self.fleet.records[i], self.config.train.epochs
-        return training_macs(record.macs, record.train_samples, record.test_samples, epochs, self.method.passes)
+        return training_macs(record.macs, record.train_samples, record.test_samples, epochs, self.method.models)
 
     def _predicted_seconds(self, i: int, message: Train) -> float:
         up = 4 * self._upload_length(i, message.round)

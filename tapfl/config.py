@@ -264,10 +264,19 @@ class TrainOptions(Section):
 class PersonalizeOptions(Section):
     """What a device keeps for itself."""
 
-    method: Literal["apfl", "fedavg", "local"] = "apfl"
-    alpha: float = Field(0.5, ge=0, le=1, description="share of the personal part at the start")
-    alpha_update: Literal["round", "step", "fixed"] = "round"
+    method: Literal["apfl", "ditto", "local", "fedavg", "fedavg+finetune"] = "apfl"
+    alpha: float = Field(0.5, ge=0, le=1, description="share of the personal part at the start, for `apfl`")
+    alpha_update: Literal["round", "step", "fixed"] = Field(
+        "round", description="α moves at the first step of a round, at every step, or never"
+    )
+    alpha_per: Literal["device", "layer"] = Field("device", description="one α, or one for every linear and head")
     alpha_learning_rate: float = Field(0.1, ge=0)
+    passes: Literal["one", "two"] = Field(
+        "two", description="of `apfl`: its two models in turn, or as one doubled batch (for small backbones)"
+    )
+    ditto_lambda: float = Field(
+        0.1, ge=0, description="how strongly `ditto` pulls the personal weights to the shared ones; 0: not at all"
+    )
 
 
 class FaultOptions(Section):

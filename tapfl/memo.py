@@ -8,10 +8,14 @@ from typing import Any
 
 
 class Memo:
-    """The `limit` results that were used last. Dropping them at any time changes nothing but the time."""
+    """The results that were used last, `limit` in all. Dropping them at any time changes nothing but the time.
 
-    def __init__(self, limit: int) -> None:
-        self.limit = limit
+    Args:
+        size: what a result counts for, such as its bytes; by default each is one. The last result is always kept.
+    """
+
+    def __init__(self, limit: int, size: Callable[[Any], int] = lambda result: 1) -> None:
+        self.limit, self._size, self._total = limit, size, 0
         self._held: OrderedDict[Hashable, Any] = OrderedDict()
 
     def once(self, key: Hashable, make: Callable[[], Any], keep: Callable[[Any], bool] = lambda result: True) -> Any:
@@ -22,6 +26,7 @@ class Memo:
         result = make()
         if keep(result):
             self._held[key] = result
-            if len(self._held) > self.limit:
-                self._held.popitem(last=False)
+            self._total += self._size(result)
+            while self._total > self.limit and len(self._held) > 1:
+                self._total -= self._size(self._held.popitem(last=False)[1])
         return result

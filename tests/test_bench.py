@@ -7,10 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from backbones import Tiny, tiny_of_family
+from backbones import VIT, Tiny, tiny_of_family
 from torch import Tensor
 
-from experiments.bench import latency
+from experiments.bench import aggregate, latency
+from experiments.bench.aggregate import VARIANTS, bench_aggregate, random_round
+from experiments.bench.apfl import DeepCopies, PeftStep, Work, bench_apfl, step_of
 from experiments.bench.devices import bench_devices
 from experiments.bench.layers import plain_layer_importance
 from experiments.bench.memory import peak_process_bytes, peak_tensor_bytes
@@ -18,6 +20,9 @@ from experiments.bench.noise import bench_noise
 from experiments.bench.probe import MEASURES, bench_probe
 from experiments.bench.scoring import hoisted_loop_terms, loop_terms
 from experiments.bench.side_by_side import side_by_side
+from tapfl.config import AdapterOptions
+from tapfl.models.backbone import BackboneSpec
+from tapfl.personalize.fedavg import FedAvg
 from tapfl.pruning.layer_importance import layer_importance
 from tapfl.pruning.scores import Terms, terms
 
@@ -110,3 +115,65 @@ def test_the_latency_bench_has_a_row_for_the_dense_model_and_each_share() -> Non
     assert all(
         half[f"{engine} ×{batch}"].split(" ")[1] == "ms," for engine in ("torch", "onnxruntime") for batch in (1, 2)
     )
+
+
+def test_the_aggregation_bench_has_a_row_for_every_rule_and_both_forms_of_flex(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(aggregate, "peak_process_bytes", lambda work: None)  # takes seconds in a large process
+    rows = {row["aggregation"]: row for row in bench_aggregate(VIT, 2, repeats=1)}
+    assert set(VARIANTS) <= set(rows) and {"flex, median", "flex, trimmed mean"} <= set(rows)
+    assert {row["devices"] for row in rows.values()} == {"2"}
+    assert all(float(row["s"]) >= 0 and row["peak MB"] == "?" for row in rows.values())
+    # ranks 4 and 6, and the previous 8 for the units that nobody holds, on the largest linear, of 128 by 32
+    assert rows["flex SVDs, all thin"]["largest form"] == f"{(4 + 6 + 8) * (128 + 32) / 1e3:.0f} k"
+    assert rows["flex SVDs, all dense"]["largest form"] == f"{128 * 32 / 1e3:.0f} k"
+
+
+def test_the_devices_of_the_aggregation_bench_differ_as_the_default_ones_do() -> None:
+    met = random_round(VIT, 6)
+    ranks = [update.params["blocks.0.attn.qkv.lora_A"].shape[0] for update in met.updates]
+    widths = [update.params["blocks.0.mlp.fc1.lora_B"].shape[0] for update in met.updates]
+    assert ranks == [4, 6, 8] * 2
+    assert widths[0] < widths[1] < widths[2] < 128 and widths[:3] == widths[3:]
+    rows = [update.layout["blocks.0.mlp.fc1.lora_B"].index[0] for update in met.updates]
+    assert not torch.equal(rows[0], rows[3])
+    moved = met.aggregate(AdapterOptions(rule="fedit"))
+    assert moved.keys() == met.params.keys() and not torch.equal(moved["head.bias"], met.params["head.bias"])
+
+
+TINY = BackboneSpec(
+    name="vit_tiny_patch16_224",
+    args={"img_size": 8, "patch_size": 4, "in_chans": 1, "embed_dim": 8, "depth": 1, "num_heads": 2},
+    num_classes=4,
+)
+
+
+def test_a_step_of_stock_peft_is_one_of_fedavg() -> None:
+    torch.manual_seed(0)
+    work = Work.of(TINY, 2, 3)
+    stock, ours, adapted = PeftStep(work), step_of(work, FedAvg()), work.adapted()
+    leaves = {name: theta.clone().requires_grad_() for name, theta in work.params.items()}
+    gradients = torch.autograd.grad(work.loss(lambda x: adapted(leaves, x)), list(leaves.values()))
+    losses = [(float(stock()), float(ours()))]
+    for name, gradient in zip(leaves, gradients, strict=True):
+        torch.testing.assert_close(stock.trained[name].grad, gradient, rtol=1e-5, atol=1e-6)
+    losses += [(float(stock()), float(ours())) for _ in range(4)]
+    for theirs, mine in losses:
+        assert mine == pytest.approx(theirs, rel=1e-4)
+    assert losses[-1][0] < 0.95 * losses[0][0]  # each step goes on where the last one ended
+
+
+def test_deep_copies_do_the_work_of_two_models() -> None:
+    work = Work.of(TINY, 2, 3)
+    copies, alone = DeepCopies(work, 1.0), PeftStep(work)
+    for _ in range(2):
+        copies()
+        alone()
+    for name, theta in alone.trained.items():  # with α = 1 v is trained like w, each alone
+        torch.testing.assert_close(copies.w.trained[name], theta)
+        torch.testing.assert_close(copies.v.trained[name], theta)
+
+
+def test_a_row_of_the_apfl_bench() -> None:
+    row = bench_apfl("digits", 0, batch=2, rank=1, steps=1, repeats=1)
+    assert row["model"] == "digits" and row["batch"] == "2"
+    assert all(float(row[name]) > 0 for name in ("two peft ms", "deep copies", "frozen", "APFL, one pass"))

@@ -108,6 +108,17 @@ def test_a_lost_worker_is_asked_again_and_a_client_that_raises_is_not() -> None:
     assert answers.failures == {2: "ValueError: mine"}
 
 
+def test_of_a_traceback_through_ray_the_device_s_own_exception_is_told() -> None:
+    """As Flower's simulation gives it: coloured, nested, the exception of the ClientApp wrapped twice."""
+    told = (
+        "<class 'ray.exceptions.RayTaskError(ClientAppException)'>:<'\x1b[36mray::ClientAppActor.run()\x1b[39m\n"
+        "  File app.py, line 3\nArithmeticError: mine\n\nThe above exception was the direct cause of this:\n\n"
+        "flwr.clientapp.client_app.ClientAppException: \nException ClientAppException occurred. Message: mine'>"
+    )
+    answers = ask(ScriptedGrid(2, lambda i, _: Error(2, told) if i else GOOD))
+    assert answers.failures == {1: "ArithmeticError: mine"}
+
+
 def test_a_device_that_hangs_costs_only_itself() -> None:
     answers = ask(ScriptedGrid(3, lambda i, _: None if i == 0 else GOOD), timeout=0.3)
     assert sorted(answers.replies) == [1, 2] and "no answer within 0.3 s" in answers.failures[0]

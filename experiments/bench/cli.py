@@ -156,3 +156,39 @@ def bench_engine(
         for row in measure(count, kind, rounds, repeats, workers, samples, model_args, variant or ())
     ]
     show_rows(rows, as_json)
+
+
+@app.command("aggregate")
+def bench_aggregate(
+    devices: Annotated[list[int], typer.Option(min=1, help="numbers of devices")] = [10, 100],  # noqa: B006
+    model: Annotated[str, typer.Option(help="timm name")] = "deit_small_patch16_224",
+    repeats: Repeats = 3,
+    robust_products: Annotated[bool, typer.Option(help="also medians and trimmed means of products, the slow ones")] = (
+        True
+    ),
+    as_json: Json = False,
+) -> None:
+    """A round's aggregation on the server by every rule, with seconds and memory; flex also with both ways forced."""
+    from experiments.bench.aggregate import bench_aggregate as measure
+    from tapfl.models.backbone import BackboneSpec
+
+    spec = BackboneSpec(name=model, args={}, num_classes=1000)
+    show_rows([row for count in devices for row in measure(spec, count, repeats, robust_products)], as_json)
+
+
+@app.command("apfl")
+def bench_apfl(
+    model: Annotated[list[str], typer.Option("--model", help="`digits`, or timm names")] = ["digits"],  # noqa: B006
+    size: Sizes = [64],  # noqa: B006
+    batch: Annotated[int, typer.Option(min=2, help="images a step")] = 16,
+    rank: Annotated[int, typer.Option(min=1, help="of every adapter")] = 8,
+    steps: Annotated[int, typer.Option(min=1, help="steps a turn")] = 4,
+    repeats: Repeats = 5,
+    as_json: Json = False,
+) -> None:
+    """A step of APFL as a share of two steps of stock peft, beside deep copies and the floor; one thread, Adam."""
+    from experiments.bench.apfl import bench_apfl as measure
+
+    sizes = {name: size[:1] if name == "digits" else size for name in model}
+    rows = [measure(name, pixels, batch, rank, steps, repeats) for name in model for pixels in sizes[name]]
+    show_rows(rows, as_json)

@@ -92,8 +92,9 @@ class Setting:
     def initial(self) -> Params:
         """Returns the adapters before the first round."""
         model = self.dense()
-        layers, generator = prunable_layers(model), torch_generator(self.config.seed, "adapters")
-        return rules.initial(self.config.adapters, global_shapes(model, layers, self.rank), layers, model, generator)
+        layers = prunable_layers(model)
+        shapes, generator = global_shapes(model, layers, self.rank), torch_generator(self.config.seed, "adapters")
+        return rules.initial(self.config.adapters, shapes, layers, model, generator)
 
     def part(self, device: int, name: str) -> tuple[Tensor, Tensor]:
         """Returns (inputs, labels) of the `train` or `test` part of a device; kept, because images do not change."""

@@ -119,14 +119,17 @@ def stacked_mean(
 
 def best_rank(B: Tensor, A: Tensor, fresh_A: Tensor) -> tuple[Tensor, Tensor]:
     """Returns the balanced factors of the best approximation of B A with as many directions as `fresh_A` has rows."""
-    if B.shape[1] < min(B.shape[0], A.shape[1]):
-        Q_B, R_B = torch.linalg.qr(B)
-        Q_A, R_A = torch.linalg.qr(A.T)
-        U, S, Vh = torch.linalg.svd(R_B @ R_A.T, full_matrices=False)
-        U, Vh = Q_B @ U, Vh @ Q_A.T
-    else:
-        U, S, Vh = torch.linalg.svd(B @ A, full_matrices=False)
+    thin = B.shape[1] < min(B.shape[0], A.shape[1])
+    U, S, Vh = thin_svd(B, A) if thin else torch.linalg.svd(B @ A, full_matrices=False)
     return balanced(U, S, Vh, fresh_A)
+
+
+def thin_svd(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns the SVD (U, Σ, Vᵀ) of B A (d_out, k) (k, d_in) without forming it: two QRs and the SVD of k × k."""
+    Q_B, R_B = torch.linalg.qr(B)
+    Q_A, R_A = torch.linalg.qr(A.T)
+    U, S, Vh = torch.linalg.svd(R_B @ R_A.T, full_matrices=False)
+    return Q_B @ U, S, Vh @ Q_A.T
 
 
 def balanced(U: Tensor, S: Tensor, Vh: Tensor, fresh_A: Tensor) -> tuple[Tensor, Tensor]:

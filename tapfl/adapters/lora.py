@@ -1,6 +1,5 @@
-"""LoRA in merged form: y = (W₀ + s B A) x + b, in one product forward and without the dense gradient backward.
+"""A frozen model as a function of its adapters.
 
-∂L/∂A = s (dy B)ᵀ x and ∂L/∂B = s dyᵀ (x Aᵀ): equal to plain LoRA, with one large product where that has three.
 The parameters are not in the model; they are given with each call, so that one frozen model serves the shared adapters,
 the personal ones and any mixture of them.
 """
@@ -11,53 +10,50 @@ import copy
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import FunctionCtx
 from torch.nn import functional as F
 
 from tapfl.adapters.layout import LORA_A, LORA_B, Layout, Params
+from tapfl.adapters.merged import MergedLora, PairedLora
+from tapfl.adapters.mixture import Pair, modules_of, shares
 from tapfl.models.units import put
-
-
-class MergedLora(torch.autograd.Function):
-    """(x, W₀, b, A, B, s) -> x (W₀ + s B A)ᵀ + b, for frozen W₀ and b."""
-
-    @staticmethod
-    def forward(
-        ctx: FunctionCtx, x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, s: float
-    ) -> Tensor:
-        merged = torch.addmm(weight, B, A, alpha=s)
-        ctx.save_for_backward(x, merged, A, B)
-        ctx.s = s  # type: ignore[attr-defined]
-        return F.linear(x, merged, bias)
-
-    @staticmethod
-    def backward(ctx: FunctionCtx, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, merged, A, B = ctx.saved_tensors  # type: ignore[attr-defined]
-        s: float = ctx.s  # type: ignore[attr-defined]
-        rows, flat_dy = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
-        dx = dy @ merged if ctx.needs_input_grad[0] else None  # type: ignore[attr-defined]
-        dA = (flat_dy @ B).T @ rows * s if ctx.needs_input_grad[3] else None  # type: ignore[attr-defined]
-        dB = flat_dy.T @ (rows @ A.T) * s if ctx.needs_input_grad[4] else None  # type: ignore[attr-defined]
-        return dx, None, None, dA, dB, None
 
 
 class _BoundLinear(nn.Module):
     """A frozen linear that takes its adapter, or its whole weight and bias, from the parameters of the call."""
 
-    def __init__(self, name: str, linear: nn.Linear, bound: Params, scale: float) -> None:
+    def __init__(self, name: str, linear: nn.Linear, bound: Params, alpha: dict[str, Tensor], scale: float) -> None:
         super().__init__()
-        self.name, self.linear, self.bound, self.scale = name, linear, bound, scale
+        self.name, self.linear, self.bound, self.alpha, self.scale = name, linear, bound, alpha, scale
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.alpha:
+            halves = self._paired(x.reshape(2, -1, x.shape[-1]), self.alpha[self.name])
+            return halves.view(*x.shape[:-1], -1)
         weight = self.bound.get(f"{self.name}.weight")
         if weight is not None:
             return F.linear(x, weight, self.bound.get(f"{self.name}.bias"))
         A, B = self.bound[f"{self.name}.{LORA_A}"], self.bound[f"{self.name}.{LORA_B}"]
         return MergedLora.apply(x, self.linear.weight, self.linear.bias, A, B, self.scale)
 
+    def _paired(self, x: Tensor, alpha: Tensor) -> Tensor:
+        """The same on the two halves of a batch, (2, n, d_in) -> (2, n, d_out)."""
+
+        def mixed(theta: Tensor) -> Tensor:
+            w, v = theta.unbind()
+            return torch.stack([w, alpha * v + (1 - alpha) * w.detach()])
+
+        weight, bias = self.bound.get(f"{self.name}.weight"), self.bound.get(f"{self.name}.bias")
+        if weight is not None:
+            y = x @ mixed(weight).mT
+            return y if bias is None else y + mixed(bias)[:, None]
+        A, B = self.bound[f"{self.name}.{LORA_A}"], self.bound[f"{self.name}.{LORA_B}"]
+        return PairedLora.apply(x, self.linear.weight, self.linear.bias, A, B, alpha, self.scale)
+
 
 class AdaptedModel:
     """A frozen pruned backbone as a function of its adapters: ``adapted(params, x)`` gives logits.
+
+    With a `Pair` for parameters it gives those of both its models, (2, n, classes), in one pass over 2n images.
 
     Args:
         model: the pruned backbone.
@@ -67,38 +63,20 @@ class AdaptedModel:
 
     def __init__(self, model: nn.Module, layout: Layout, scale: float) -> None:
         self._bound: Params = {}
+        self._alpha: dict[str, Tensor] = {}
         self._model = copy.deepcopy(model).requires_grad_(False).eval()
-        for name in adapted_modules(layout):
+        for name in modules_of(layout):
             linear: nn.Linear = self._model.get_submodule(name)  # type: ignore[assignment]
-            put(self._model, name, _BoundLinear(name, linear, self._bound, scale))
+            put(self._model, name, _BoundLinear(name, linear, self._bound, self._alpha, scale))
 
     def __call__(self, params: Params, x: Tensor) -> Tensor:
         self._bound.update(params)
         try:
+            if isinstance(params, Pair):
+                self._alpha.update(shares(params, params.alpha))
+                return self._model(torch.cat([x, x])).unflatten(0, (2, -1))
             logits: Tensor = self._model(x)
             return logits
         finally:
             self._bound.clear()
-
-
-def adapted_modules(layout: Layout) -> list[str]:
-    """Returns the module names that a layout speaks of, in its order."""
-    return list(dict.fromkeys(name.rpartition(".")[0] for name in layout))
-
-
-def mix(v: Params, w: Params, alpha: Tensor | float) -> Params:
-    """Returns the mixture αv + (1-α)w in *effective* weights (APFL, arXiv 2003.13461).
-
-    A pair of factors becomes one of twice the rank, [αB_v, (1-α)B_w] [A_v; A_w], whose product is
-    αB_vA_v + (1-α)B_wA_w; mixing the factors themselves would be off by α(1-α)(B_v - B_w)(A_v - A_w). Everything else
-    is mixed as parameters. Differentiable in all three.
-    """
-    mixed: Params = {}
-    for name, theta in v.items():
-        if name.endswith(LORA_A):
-            mixed[name] = torch.cat([theta, w[name]], dim=0)
-        elif name.endswith(LORA_B):
-            mixed[name] = torch.cat([alpha * theta, (1 - alpha) * w[name]], dim=1)
-        else:
-            mixed[name] = alpha * theta + (1 - alpha) * w[name]
-    return mixed
+            self._alpha.clear()

@@ -17,7 +17,7 @@ from torch import Tensor
 from tapfl.adapters.layout import Part, positions, to_global_scale
 from tapfl.adapters.rule import Combine
 
-BLOCK = 2**22  # float64 values that lie side by side at once: 32 MiB
+BLOCK = 2**21  # float64 values that lie side by side at once: 16 MiB
 
 Cut = Callable[[int], int]  # number of holders -> values that are cut off at each end
 
@@ -64,7 +64,8 @@ def _combine_block(previous: Tensor, parts: Sequence[Part], cut: Cut) -> Tensor:
     stacked = torch.full((len(parts), previous.numel()), torch.nan, dtype=torch.float64)
     for row, (values, placement, _) in zip(stacked, parts, strict=True):
         row[positions(placement, previous.shape)] = values.reshape(-1)
-    ordered = np.sort(stacked.numpy().T, axis=1)  # NaN, what a device does not hold, goes to the end
+    ordered = np.ascontiguousarray(stacked.numpy().T)
+    ordered.sort(axis=1)  # NaN, what a device does not hold, goes to the end
     holders = len(parts) - np.isnan(ordered).sum(1)
     result = previous.double().reshape(-1).numpy().copy()
     for m in np.unique(holders[holders > 0]):

@@ -18,7 +18,7 @@ class FedAvg:
     tunes: ClassVar[bool] = False
     keeps: ClassVar[bool] = False
     uploads: ClassVar[bool] = True
-    passes: ClassVar[int] = 1
+    models: ClassVar[int] = 1
 
     def init(
         self, received: Params, personal: Personal | None, train: TrainOptions, trained: frozenset[str]

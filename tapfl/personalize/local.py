@@ -18,7 +18,7 @@ class Local:
     tunes: ClassVar[bool] = False
     keeps: ClassVar[bool] = True
     uploads: ClassVar[bool] = False
-    passes: ClassVar[int] = 1
+    models: ClassVar[int] = 1
 
     def init(
         self, received: Params, personal: Personal | None, train: TrainOptions, trained: frozenset[str]

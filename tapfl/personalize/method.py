@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
@@ -21,7 +21,7 @@ class Personal:
 
     Attributes:
         params: v, in the shapes of the device.
-        alpha: α in [0, 1], float64: 0-d, or (L,) with one a layer (`tapfl.adapters.lora.layers`).
+        alpha: α in [0, 1], float64: 0-d, or (L,) with one a layer (`tapfl.adapters.mixture.modules_of`).
     """
 
     params: Params
@@ -54,13 +54,13 @@ class Method(Protocol, Generic[S]):
         tunes: the device uses what local training makes of the w just received, so it is evaluated after training.
         keeps: something stays on the device from round to round.
         uploads: w goes up.
-        passes: models that a step trains.
+        models: how many a step trains.
     """
 
     tunes: ClassVar[bool]
     keeps: ClassVar[bool]
     uploads: ClassVar[bool]
-    passes: ClassVar[int]
+    models: ClassVar[int]
 
     def init(self, received: Params, personal: Personal | None, train: TrainOptions, trained: frozenset[str]) -> S:
         """Returns the state at the start of a round.
@@ -102,12 +102,21 @@ def local_round(
     return LocalResult(upload, stays, float(sum(losses)) / len(losses))
 
 
-def method_of(options: PersonalizeOptions) -> Method[Any]:
-    """Returns the method that the options name."""
+def method_of(options: PersonalizeOptions, scale: float) -> Method[Any]:
+    """Returns the method that the options name, for adapters of scale s."""
     from tapfl.personalize.apfl import Apfl
+    from tapfl.personalize.ditto import Ditto
     from tapfl.personalize.fedavg import FedAvg
+    from tapfl.personalize.finetune import FineTune
     from tapfl.personalize.local import Local
 
-    if options.method == "apfl":
-        return Apfl(options.alpha, options.alpha_update, options.alpha_learning_rate)
-    return FedAvg() if options.method == "fedavg" else Local()
+    methods: dict[str, Callable[[], Method[Any]]] = {
+        "apfl": lambda: Apfl(
+            options.alpha, options.alpha_update, options.alpha_learning_rate, options.alpha_per, options.passes
+        ),
+        "ditto": lambda: Ditto(options.ditto_lambda, scale),
+        "local": Local,
+        "fedavg": FedAvg,
+        "fedavg+finetune": FineTune,
+    }
+    return methods[options.method]()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tapfl.config import TrainOptions
-from tapfl.training import Params, leaves, optimizer
+from tapfl.training import Params, optimizer
 
 
 @dataclass(frozen=True)
@@ -28,9 +28,16 @@ class Trainee:
 
     @classmethod
     def of(cls, params: Params, train: TrainOptions, trained: frozenset[str]) -> Trainee:
-        moving = leaves({name: theta for name, theta in params.items() if name in trained})
-        step = optimizer(train.optimizer, list(moving.values()), train.learning_rate)
-        return cls({name: moving.get(name, theta.detach()) for name, theta in params.items()}, moving, step)
+        """Returns copies in training, of which those named in `trained` move."""
+        copies = {name: theta.detach().clone(memory_format=torch.contiguous_format) for name, theta in params.items()}
+        return cls.over(copies, train, trained)
+
+    @classmethod
+    def over(cls, memory: Params, train: TrainOptions, trained: frozenset[str]) -> Trainee:
+        """The same without copies: these tensors themselves, which must be contiguous, change at each step."""
+        params = {name: theta.detach().requires_grad_(name in trained) for name, theta in memory.items()}
+        moving = {name: theta for name, theta in params.items() if name in trained}
+        return cls(params, moving, optimizer(train.optimizer, list(moving.values()), train.learning_rate, fused=True))
 
     def gradients(self, loss: Tensor) -> tuple[Tensor, ...]:
         """Returns the gradients of `moving`."""
@@ -39,7 +46,7 @@ class Trainee:
     def apply(self, gradients: Sequence[Tensor]) -> None:
         """One step with these gradients of `moving`; they replace whatever gradients there were."""
         for parameter, gradient in zip(self.moving.values(), gradients, strict=True):
-            parameter.grad = gradient
+            parameter.grad = gradient.contiguous()  # fused Adam reads the memory of both as it lies
         self.optimizer.step()
 
     def values(self) -> Params:

@@ -1,0 +1,229 @@
+"""Personalisation methods: what holds for all of them, Ditto's pull, fine-tuning, and the options."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from personal_problems import ADAM, ALL, SGD, Params, problem, run, same_bits, share
+from torch import Tensor
+
+from tapfl.config import PersonalizeOptions, RunConfig, TrainOptions
+from tapfl.errors import ConfigError
+from tapfl.personalize.apfl import Apfl
+from tapfl.personalize.ditto import Ditto, pull_of
+from tapfl.personalize.fedavg import FedAvg
+from tapfl.personalize.finetune import FineTune
+from tapfl.personalize.local import Local
+from tapfl.personalize.method import Method, Personal, local_round, method_of
+from tapfl.personalize.trainee import Trainee
+
+METHODS = [Apfl(0.5, "step"), Apfl(0.5, "step", passes="one"), Ditto(0.1, 2.0), FedAvg(), FineTune(), Local()]
+every_method = pytest.mark.parametrize("method", METHODS, ids=["apfl", "apfl-one", "ditto", "fedavg", "tune", "local"])
+both_optimizers = pytest.mark.parametrize("train", [SGD, ADAM], ids=["sgd", "adam"])
+
+
+# -- all of them ------------------------------------------------------------------------------------------------------
+
+
+@both_optimizers
+@every_method
+def test_a_round_is_a_function_of_its_arguments(method: Method, train: TrainOptions) -> None:
+    objective, batches, v, w = problem(0)
+    given = v | {f"w.{name}": theta for name, theta in w.items()}
+    before = {name: theta.clone() for name, theta in given.items()}
+    first = local_round(method, objective, w, Personal(v, share(0.5)), batches, train, ALL)
+    torch.rand(3)  # the global generator is not asked
+    second = local_round(method, objective, w, Personal(v, share(0.5)), batches, train, ALL)
+    assert first.loss == second.loss
+    if first.upload is not None:
+        assert same_bits(first.upload, second.upload)
+    if first.personal is not None:
+        assert second.personal is not None and torch.equal(first.personal.alpha, second.personal.alpha)
+        assert same_bits(first.personal.params, second.personal.params)
+    assert same_bits(before, given)  # nothing given was changed
+    for params in filter(None, (first.upload, first.personal and first.personal.params)):
+        assert not any(theta.requires_grad for theta in params.values())
+
+
+@every_method
+def test_a_device_without_a_past_uses_what_it_received(method: Method) -> None:
+    objective, batches, _, w = problem(0)
+    torch.testing.assert_close(objective(method.inference(w, None), batches[0]), objective(w, batches[0]))
+
+
+@both_optimizers
+@every_method
+def test_only_what_is_trained_moves(method: Method, train: TrainOptions) -> None:
+    objective, batches, v, w = problem(0)
+    result = local_round(method, objective, w, Personal(v, share(0.5)), batches, train, ALL - {"fc.lora_A"})
+    pairs = [(result.upload, w)]
+    if result.personal is not None:
+        pairs.append((result.personal.params, w if method.tunes else v))
+    for after, before in pairs:
+        if after is not None:
+            assert after.keys() == before.keys()
+            assert [torch.equal(after[name], before[name]) for name in sorted(ALL)] == [True, False, False]
+
+
+@both_optimizers
+def test_a_step_does_not_depend_on_how_tensors_lie_in_memory(train: TrainOptions) -> None:
+    theta, gradient = adapters(0)["fc.lora_A"], adapters(1)["fc.lora_A"]
+    results = []
+    for of_theta in (theta, theta.T.contiguous().T):
+        for of_gradient in (gradient, gradient.T.contiguous().T):
+            trainee = Trainee.of({"x": of_theta}, train, frozenset("x"))
+            trainee.apply([of_gradient])
+            trainee.apply([of_gradient])
+            results.append(trainee.values()["x"])
+    assert all(torch.equal(result, results[0]) for result in results)
+    assert bool(((results[0] - theta) * gradient < 0).all())  # downhill in every coordinate
+
+
+@both_optimizers
+@pytest.mark.parametrize("method", [Apfl(0.7, "step"), Ditto(0.3, 2.0), FineTune()], ids=["apfl", "ditto", "tune"])
+def test_w_is_that_of_fedavg_to_the_bit(method: Method, train: TrainOptions) -> None:
+    assert same_bits(run(method, alpha=0.7, train=train).upload, run(FedAvg(), train=train).upload)
+
+
+def test_the_loss_is_the_mean_over_the_steps() -> None:
+    objective, batches, _, w = problem(0)
+    frozen = TrainOptions(optimizer="sgd", learning_rate=1e-12)
+    result = local_round(FedAvg(), objective, w, None, batches, frozen, ALL)
+    assert result.loss == pytest.approx(sum(float(objective(w, batch)) for batch in batches) / 3, rel=1e-6)
+
+
+# -- Ditto ------------------------------------------------------------------------------------------------------------
+
+
+def adapters(seed: int) -> Params:
+    generator = torch.Generator().manual_seed(seed)
+    shapes = {"fc.lora_A": (2, 4), "fc.lora_B": (3, 2), "head.weight": (2, 3)}
+    return {name: torch.randn(shape, generator=generator, dtype=torch.float64) for name, shape in shapes.items()}
+
+
+def distance(v: Params, w: Params, scale: float) -> Tensor:
+    """½ ‖θ(v) - θ(w)‖² with the products formed."""
+    D = scale * (v["fc.lora_B"] @ v["fc.lora_A"] - w["fc.lora_B"] @ w["fc.lora_A"])
+    return ((D**2).sum() + ((v["head.weight"] - w["head.weight"]) ** 2).sum()) / 2
+
+
+@given(seed=st.integers(0, 999), scale=st.floats(0.1, 4))
+def test_the_pull_is_the_gradient_of_the_distance_of_effective_weights(seed: int, scale: float) -> None:
+    v, w = adapters(seed), adapters(seed + 1)
+    leaves = {name: theta.clone().requires_grad_() for name, theta in v.items()}
+    wanted = torch.autograd.grad(distance(leaves, w, scale), list(leaves.values()))
+    for name, want in zip(v, wanted, strict=True):
+        torch.testing.assert_close(pull_of(name, v, w, scale), want, rtol=1e-10, atol=1e-10)
+
+
+def test_the_pull_by_hand() -> None:
+    """A = 3, B = 2 against A = 1, B = 1, s = 2: D = 5, so s² B D = 40 and s² D A = 60."""
+    v, w = ({"fc.lora_A": torch.tensor([[a]]), "fc.lora_B": torch.tensor([[b]])} for a, b in ((3.0, 2.0), (1.0, 1.0)))
+    assert pull_of("fc.lora_A", v, w, 2.0).item() == 40 and pull_of("fc.lora_B", v, w, 2.0).item() == 60
+    head = {"head.bias": torch.tensor([3.0])}, {"head.bias": torch.tensor([1.0])}
+    assert pull_of("head.bias", *head, 2.0).item() == 2
+
+
+def test_there_is_no_pull_between_two_factorings_of_one_weight() -> None:
+    v = adapters(0)
+    turn = torch.tensor([[0.0, -2.0], [0.5, 0.0]], dtype=torch.float64)
+    w = v | {"fc.lora_A": turn @ v["fc.lora_A"], "fc.lora_B": v["fc.lora_B"] @ torch.linalg.inv(turn)}
+    assert (v["fc.lora_A"] - w["fc.lora_A"]).abs().max() > 1
+    for name in v:
+        assert float(pull_of(name, v, w, 2.0).abs().max()) < 1e-12
+
+
+def test_a_step_of_ditto() -> None:
+    objective, batches, v, w = problem(3)
+    strength, scale = 0.3, 2.0
+    result = local_round(Ditto(strength, scale), objective, w, Personal(v, share(1.0)), batches[:1], SGD, ALL)
+    leaves = {name: theta.clone().requires_grad_() for name, theta in v.items()}
+    loss = objective(leaves, batches[0]) + strength * distance(leaves, w, scale)
+    gradients = torch.autograd.grad(loss, list(leaves.values()))
+    assert result.personal is not None and result.personal.mean_alpha == 1
+    for name, g in zip(leaves, gradients, strict=True):
+        torch.testing.assert_close(result.personal.params[name], v[name] - SGD.learning_rate * g, rtol=1e-5, atol=1e-5)
+
+
+def test_the_pull_is_to_what_was_received_not_to_what_w_becomes() -> None:
+    objective, batches, _, w = problem(0)
+    method = Ditto(0.5, 2.0)
+    state = method.init(w, None, SGD, ALL)
+    for batch in batches:
+        method.step(state, objective, batch)
+    assert same_bits(state.received, problem(0)[3]) and not same_bits(state.w.values(), w)
+
+
+@both_optimizers
+def test_ditto_without_a_pull_is_local_training_beside_fedavg(train: TrainOptions) -> None:
+    got, local = run(Ditto(0.0, 2.0), alpha=1.0, train=train), run(Local(), alpha=1.0, train=train)
+    assert got.personal is not None and local.personal is not None
+    assert same_bits(got.personal.params, local.personal.params)
+
+
+def test_a_strong_pull_holds_v_near_w() -> None:
+    def away(strength: float) -> float:
+        result = run(Ditto(strength, 1.0), train=TrainOptions(optimizer="sgd", learning_rate=0.02))
+        assert result.personal is not None
+        return float(distance(result.personal.params, problem(0)[3], 1.0))
+
+    assert away(2.0) < 0.9 * away(0.0)
+
+
+# -- fine-tuning ------------------------------------------------------------------------------------------------------
+
+
+def test_fine_tuning_starts_from_what_arrives_each_time() -> None:
+    result, again = run(FineTune(), alpha=None), run(FineTune(), alpha=0.9)
+    assert result.personal is not None and again.personal is not None and result.upload is not None
+    assert same_bits(result.personal.params, again.personal.params)  # whatever there was before
+    assert same_bits(result.personal.params, result.upload)
+    received = problem(7)[3]
+    assert same_bits(FineTune().inference(received, result.personal), result.personal.params)
+
+
+def test_fine_tuning_alone_is_evaluated_after_training() -> None:
+    assert [method.tunes for method in METHODS] == [False, False, False, False, True, False]
+
+
+# -- options ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "check"),
+    [
+        (
+            {"alpha": 0.2, "alpha-update": "step", "alpha-learning-rate": 0.3, "alpha-per": "layer", "passes": "one"},
+            lambda method: method == Apfl(0.2, "step", 0.3, "layer", "one"),
+        ),
+        ({"method": "ditto", "ditto-lambda": 0.7}, lambda method: method == Ditto(0.7, 2.0)),
+        ({"method": "fedavg"}, lambda method: type(method) is FedAvg),
+        ({"method": "fedavg+finetune"}, lambda method: type(method) is FineTune),
+        ({"method": "local"}, lambda method: type(method) is Local),
+    ],
+)
+def test_methods_by_name(options: dict[str, object], check: Callable[[Method], bool]) -> None:
+    assert check(method_of(PersonalizeOptions.model_validate(options), 2.0))
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "accepted"),
+    [
+        ("method", "perfedavg", "'apfl', 'ditto', 'local', 'fedavg' or 'fedavg+finetune'"),
+        ("alpha", 1.5, "less than or equal to 1"),
+        ("alpha-update", "never", "'round', 'step' or 'fixed'"),
+        ("alpha-per", "head", "'device' or 'layer'"),
+        ("passes", 3, "'one' or 'two'"),
+        ("ditto-lambda", -0.1, "greater than or equal to 0"),
+        ("ditto-lambda", float("inf"), "finite"),
+    ],
+)
+def test_refused_options_name_value_and_what_is_accepted(option: str, value: object, accepted: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        RunConfig.from_flat({f"personalize.{option}": value})
+    message = str(refused.value)
+    assert f"personalize.{option} = {value!r}" in message and accepted in message and "\n" not in message

@@ -1,0 +1,99 @@
+"""The private mean: every device counts once, moves the sum by the clip at most, and the noise is of that size."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from tapfl.adapters import rules
+from tapfl.adapters.layout import LORA_A, LORA_B, Params, Placement, Update, gather_all
+from tapfl.adapters.rules import ServerState
+from tapfl.config import AdapterOptions, PrivacyOptions
+
+A, B = f"fc.{LORA_A}", f"fc.{LORA_B}"
+PREVIOUS: Params = {A: torch.full((4, 1000), 0.5), B: torch.full((3000, 4), 0.25), "head.bias": torch.ones(10)}
+
+
+def device(rows: range, rank: int, change: float, weight: float = 1.0, scale: float = 1.0) -> Update:
+    prefix = torch.arange(rank)
+    layout = {
+        A: Placement((prefix, torch.arange(1000)), side="embed"),
+        B: Placement((torch.tensor(rows), prefix), torch.full((len(rows),), scale), "width"),
+        "head.bias": Placement((torch.arange(10),)),
+    }
+    own = {name: theta + change for name, theta in gather_all(PREVIOUS, layout).items()}
+    return Update(own, layout, weight)
+
+
+def change(updates: list[Update], seed: int = 0, rule: str = "fedit", **privacy: Any) -> Params:
+    given = AdapterOptions.model_validate({"rule": rule})
+    state = ServerState({name: theta.double() for name, theta in PREVIOUS.items()})
+    generator = torch.Generator().manual_seed(seed)
+    after = rules.aggregate(given, PrivacyOptions(**privacy), state, updates, state.params, 1, generator)
+    return {name: theta - state.params[name] for name, theta in after.params.items()}
+
+
+def norm(params: Params) -> float:
+    return float(torch.cat([theta.flatten() for theta in params.values()]).norm())
+
+
+@pytest.mark.parametrize("rule", ["fedit", "ffa", "rolora", "embed_side"])
+@pytest.mark.parametrize("scale", [1.0, 0.25])
+def test_one_device_moves_the_sum_by_exactly_the_clip(rule: str, scale: float) -> None:
+    # with one device a coordinate, the mean is the sum; on the device's own scale it would pass 4 times as much
+    moved = change([device(range(3000), 4, 7.0, scale=scale)], rule=rule, dp_clip=1.5)
+    assert norm(moved) == pytest.approx(1.5, rel=1e-9)
+
+
+def test_devices_count_once_whatever_their_samples() -> None:
+    few = change([device(range(3000), 4, 1e-3, 1.0), device(range(3000), 4, -2e-3, 1.0)], dp_clip=10)
+    many = change([device(range(3000), 4, 1e-3, 900.0), device(range(3000), 4, -2e-3, 1.0)], dp_clip=10)
+    assert all(torch.equal(few[name], many[name]) for name in few)
+    torch.testing.assert_close(few[B], torch.full_like(few[B], -5e-4), rtol=1e-4, atol=0)
+
+
+def test_noise_is_of_the_size_that_the_accountant_counts_with() -> None:
+    # rows 0..999 have three holders, 1000..1999 two, the rest none; directions 2 and 3 one less in the first rows
+    updates = [device(range(2000), 4, 0.0), device(range(2000), 4, 0.0), device(range(1000), 2, 0.0)]
+    moved = change(updates, dp_clip=2.0, dp_noise=1.5)
+    std = 1.5 * 2.0
+    regions = [
+        (moved[B][:1000, :2], 3),
+        (moved[B][:1000, 2:], 2),
+        (moved[B][1000:2000], 2),
+        (moved[A][:2], 3),
+        (moved[A][2:], 2),
+        (moved["head.bias"], 3),
+    ]
+    sums = [holders * values.flatten() for values, holders in regions]
+    for noise in (*sums, torch.cat(sums)):
+        assert noise.std().item() == pytest.approx(std, rel=4 / (2 * len(noise)) ** 0.5)
+        assert abs(noise.mean().item()) < 4 * std / len(noise) ** 0.5
+    assert not moved[B][2000:].any()  # nobody's coordinates say nothing of anybody
+
+
+def test_noise_is_that_of_the_generator() -> None:
+    updates = [device(range(3000), 4, 0.0)]
+    first, again, other = (change(updates, seed, dp_clip=1.0, dp_noise=1.0) for seed in (0, 0, 1))
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not any(torch.equal(first[name], other[name]) for name in first)
+    # independent from tensor to tensor
+    assert not torch.equal(first[A].flatten()[:10], first["head.bias"])
+
+
+def test_noise_is_added_to_the_clipped_mean() -> None:
+    updates = [device(range(3000), 4, 1.0), device(range(3000), 4, 0.5)]
+    quiet, loud = (change(updates, dp_clip=3.0, dp_noise=z) for z in (0.0, 0.7))
+    noise = change([device(range(3000), 4, 0.0), device(range(3000), 4, 0.0)], dp_clip=3.0, dp_noise=0.7)
+    for name in quiet:
+        torch.testing.assert_close(loud[name], quiet[name] + noise[name], rtol=1e-6, atol=1e-6)
+
+
+def test_the_tighter_of_both_clips_counts() -> None:
+    given = AdapterOptions(rule="fedit", clip=0.5)
+    state = ServerState({name: theta.double() for name, theta in PREVIOUS.items()})
+    sent = [device(range(3000), 4, 7.0)]
+    after = rules.aggregate(given, PrivacyOptions(dp_clip=2.0), state, sent, state.params, 1, torch.Generator())
+    assert norm({name: after.params[name] - state.params[name] for name in PREVIOUS}) == pytest.approx(0.5, rel=1e-9)
