@@ -103,8 +103,12 @@ def test_more_than_there_is_is_refused_at_once(workers: Workers, asked: dict[str
         pass
 
 
-def test_a_cluster_that_others_use_to_the_full_is_not_waited_for(workers: Workers) -> None:
+def test_a_cluster_that_others_use_to_the_full_is_not_waited_for(
+    workers: Workers, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import ray
+
+    monkeypatch.setattr("experiments.engines.ray.FREE", 1.0)
 
     everything = ray.cluster_resources()["CPU"]
     with pytest.raises(RunError, match="the Ray cluster is in use"), Workers(count=1, cpus=everything):
@@ -117,13 +121,14 @@ def test_an_address_that_is_none_is_refused(address: str) -> None:
         _require_reachable(address)
 
 
-def test_a_cluster_that_does_not_answer_is_refused_in_seconds() -> None:
+def test_a_cluster_that_does_not_answer_is_refused_in_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
     """A port where something listens that is no Ray."""
+    monkeypatch.setattr("experiments.engines.cluster.REACH", 1.0)
     with socket.create_server(("127.0.0.1", 0)) as server:
         began, port = time.monotonic(), server.getsockname()[1]
         with pytest.raises(ConfigError, match=f"127.0.0.1:{port}: no Ray cluster answers"):
             _require_reachable(f"127.0.0.1:{port}")
-        assert time.monotonic() - began < 10
+        assert time.monotonic() - began < 6
 
 
 def test_what_only_ray_has_is_refused_elsewhere(cache: Path, tmp_path: Path) -> None:
