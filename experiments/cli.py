@@ -6,7 +6,10 @@ import datetime
 import json
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import Annotated, NoReturn
 
@@ -19,9 +22,6 @@ from experiments.deploy import cli as deploy_cli
 from experiments.terminal import console, options_of, show_rows
 from tapfl.config import RunConfig
 from tapfl.errors import ConfigError, RunError, TapflError
-from tapfl.store import RunFolder
-
-DEFAULT_DEVICES = 10
 
 app = typer.Typer(
     name="tapfl",
@@ -37,6 +37,7 @@ app.add_typer(deploy_cli.app)
 
 class Engine(StrEnum):
     FLOWER = "flower"
+    RAY = "ray"
     INPROCESS = "inprocess"
 
 
@@ -44,6 +45,16 @@ class Method(StrEnum):
     BOHB = "bohb"
     TPE_HYPERBAND = "tpe-hyperband"
     RANDOM = "random"
+
+
+WorkerCount = Annotated[
+    int, typer.Option(min=0, help="workers, one torch thread each; 0: as many as there is room for")
+]
+Address = Annotated[
+    str, typer.Option(help="ray: HOST:PORT of a cluster, or auto; empty: RAY_ADDRESS, else a local Ray")
+]
+ActorCpus = Annotated[float, typer.Option(min=0, help="ray: CPUs that an actor takes, for Ray to place it by")]
+ActorGpus = Annotated[float, typer.Option(min=0, help="ray: GPUs that an actor takes; 0.25: four actors share one")]
 
 
 @app.callback()
@@ -57,25 +68,26 @@ def run(
     set: Annotated[list[str] | None, typer.Option("--set", help="key=value, after and above --config")] = None,
     out: Annotated[Path | None, typer.Option(help="the run's folder; must not exist")] = None,
     resume: Annotated[Path | None, typer.Option(help="go on with the run in this folder")] = None,
-    engine: Annotated[Engine, typer.Option(help="Flower's simulation on Ray, or this process alone")] = Engine.FLOWER,
-    workers: Annotated[int, typer.Option(min=0, help="Ray workers, one CPU each; 0: as many as there are CPUs")] = 0,
+    engine: Annotated[Engine, typer.Option(help="Flower's simulation, Ray actors, or this process")] = Engine.FLOWER,
+    workers: WorkerCount = 0,
+    address: Address = "",
+    actor_cpus: ActorCpus = 1.0,
+    actor_gpus: ActorGpus = 0.0,
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON object last, and no table")] = False,
 ) -> None:
     """Carry out one federation: summaries, plans, smaller models, adapter rounds, personal models."""
-    from experiments.preflight import absolute_paths, check
+    from experiments.preflight import resolve_run
 
     options = options_of(config, set)
-    if resume is not None:
-        if out is not None and out.absolute() != resume.absolute():
-            raise ConfigError(f"--out {out}: a run that goes on stays in its folder, {resume}")
-        options = {**RunFolder(resume).config(), **options, "out": str(resume), "resume": True}
-    elif out is not None:
-        options["out"] = str(out)
-    if not options.get("out"):
-        options["out"] = f"runs/{datetime.datetime.now():%Y%m%d-%H%M%S}"
-    resolved = absolute_paths(RunConfig.from_flat({"devices.count": DEFAULT_DEVICES, **options}))
-    check(resolved)
-    _carry_out(resolved, engine, workers or os.cpu_count() or 1)
+    if resume is not None and out is not None and out.absolute() != resume.absolute():
+        raise ConfigError(f"--out {out}: a run that goes on stays in its folder, {resume}")
+    path = resume or out or options.get("out") or f"runs/{datetime.datetime.now():%Y%m%d-%H%M%S}"
+    _require_ray(engine, address, actor_cpus, actor_gpus)
+    resolved = resolve_run(options, Path(str(path)), resume is not None or bool(options.get("resume")))
+    with _interruptible(f"tapfl run --resume {resolved.out}"):
+        _carry_out(resolved, engine, workers, address, actor_cpus, actor_gpus)
+    if not (Path(resolved.out) / "summary.json").is_file():
+        raise RunError(f"the run ended without a result; go on with: tapfl run --resume {resolved.out}")
     folder = Path(resolved.out)
     summary = json.loads((folder / "summary.json").read_text())
     if as_json:
@@ -101,19 +113,34 @@ def options() -> None:
 
 @app.command()
 def sweep(
-    config: Annotated[Path, typer.Option(help="TOML with a table [grid] of lists, and the options all runs share")],
+    config: Annotated[Path, typer.Option(help="TOML: a table [grid] of lists, [[run]] tables, and shared options")],
     out: Annotated[Path, typer.Option(help="folder of the runs; finished ones in it are not run again")],
     engine: Annotated[Engine, typer.Option(help="what each run uses")] = Engine.INPROCESS,
     jobs: Annotated[int, typer.Option(min=0, help="runs at a time; 0: as many as there are CPUs")] = 0,
+    workers: WorkerCount = 0,
+    address: Address = "",
+    actor_cpus: ActorCpus = 1.0,
+    actor_gpus: ActorGpus = 0.0,
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON object a row")] = False,
 ) -> None:
-    """Carry out a grid of federations and tabulate them: mean ± standard deviation over seeds."""
-    from experiments.sweep import means_over_seeds, read_sweep, run_sweep, write_results
+    """Carry out many federations and tabulate them: mean ± standard deviation over seeds.
+
+    With --engine ray all of them share this process and one pool of warm actors; else each is a process of its own.
+    """
+    from experiments.sweep import as_process, means_over_seeds, on_workers, read_sweep, run_sweep, write_results
     from strategies.progress import stage
 
+    _require_ray(engine, address, actor_cpus, actor_gpus)
     cells = read_sweep(config)
-    with stage("runs", len(cells)) as advance:
-        failures = run_sweep(cells, out, engine, jobs or os.cpu_count() or 1, lambda done, _, note: advance(done, note))
+    with _interruptible("the same command"), ExitStack() as stack:
+        if engine is Engine.RAY:
+            from experiments.engines.ray import Workers
+
+            carry_out = partial(on_workers, stack.enter_context(Workers(address, workers, actor_cpus, actor_gpus)))
+        else:
+            carry_out = partial(as_process, engine, workers)
+        advance = stack.enter_context(stage("runs", len(cells)))
+        failures = run_sweep(cells, out, carry_out, jobs or os.cpu_count() or 1, advance)
     path = write_results(cells, out)
     show_rows(means_over_seeds(cells, out), as_json)
     print(f"a line a run: {path}", file=sys.stderr)
@@ -166,24 +193,40 @@ def _describe(name: str) -> str:
     return field.description or (" | ".join(map(str, choices)) if choices else "")
 
 
-def _carry_out(config: RunConfig, engine: Engine, workers: int) -> None:
-    """Runs the federation; whatever ends it early is reported as a RunError that names the folder left behind."""
+def _require_ray(engine: Engine, address: str, actor_cpus: float, actor_gpus: float) -> None:
+    if engine is not Engine.RAY and (address, actor_cpus, actor_gpus) != ("", 1.0, 0.0):
+        raise ConfigError("--address, --actor-cpus, --actor-gpus: only with --engine ray")
+
+
+@contextmanager
+def _interruptible(go_on: str) -> Iterator[None]:
+    """Ends this process on Ctrl-C, and says what goes on from there."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):  # Ctrl-C, or the SIGTERM that Ray turns into an exit
+        print(f"tapfl: interrupted; go on with: {go_on}", file=sys.stderr, flush=True)
+        os._exit(130)  # Ray is stopped, but runs in threads of this process would go on
+
+
+def _carry_out(
+    config: RunConfig, engine: Engine, workers: int, address: str, actor_cpus: float, actor_gpus: float
+) -> None:
     if engine is Engine.INPROCESS:
         from clients.client_app import app as client_app
         from experiments.engines.inprocess import run_inprocess
         from strategies.server_app import app as server_app
 
         run_inprocess(server_app, client_app, config.flat(), config.devices.count)
+    elif engine is Engine.RAY:
+        from experiments.engines.ray import Workers
+        from strategies.server_app import app as server_app
+
+        with Workers(address, workers, actor_cpus, actor_gpus) as pool:
+            pool.run(server_app, config.flat(), config.devices.count)
     else:
         from experiments.engines.flower import run_flower
 
-        try:
-            run_flower(config.flat(), config.devices.count, workers)
-        except (KeyboardInterrupt, SystemExit):  # Ctrl-C, or the SIGTERM that Ray turns into an exit
-            print(f"tapfl: interrupted; go on with: tapfl run --resume {config.out}", file=sys.stderr, flush=True)
-            os._exit(130)  # Ray is stopped, but Flower runs the server in a thread that nothing else would end
-    if not (Path(config.out) / "summary.json").is_file():
-        raise RunError(f"the run ended without a result; go on with: tapfl run --resume {config.out}")
+        run_flower(config.flat(), config.devices.count, workers or os.cpu_count() or 1)
 
 
 def main() -> NoReturn:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -24,6 +26,24 @@ from tapfl.pruning.cost_table import cost_table
 from tapfl.pruning.criteria.registry import resolved
 from tapfl.pruning.unit_shape import aligned, ladder
 from tapfl.store import RunFolder, cache_folder
+
+DEFAULT_DEVICES = 10
+
+
+def resolve_run(options: Mapping[str, Any], out: Path, resume: bool) -> RunConfig:
+    """Returns a run as it will be carried out in the folder `out`, after its check; writes nothing.
+
+    Args:
+        options: dotted; above the defaults, and above those of the run that goes on.
+        resume: the folder holds a run to go on with.
+
+    Raises:
+        TapflError: in one line, for whatever would keep the run from its end.
+    """
+    kept = RunFolder(out).config() if resume else {"devices.count": DEFAULT_DEVICES}
+    config = absolute_paths(RunConfig.from_flat({**kept, **options, "out": str(out), "resume": resume}))
+    check(config)
+    return config
 
 
 def absolute_paths(config: RunConfig) -> RunConfig:

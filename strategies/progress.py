@@ -6,19 +6,21 @@ import logging
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 
 from flwr.common.logger import log
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 Advance = Callable[[int, str], None]
+IN_A_LOG: ContextVar[bool] = ContextVar("in_a_log", default=False)  # of a thread whose run has no screen to itself
 LINES = 5  # a stage says so often in a log how far it is
 
 
 @contextmanager
 def stage(name: str, total: int) -> Iterator[Advance]:
     """Shows a stage of `total` steps. Yields a function to call with (steps done, a few words)."""
-    if sys.stderr.isatty():
+    if sys.stderr.isatty() and not IN_A_LOG.get():
         with _bar() as progress:
             task = progress.add_task(name, total=total, note="")
 

@@ -1,4 +1,4 @@
-"""Apps that fail on purpose, for the engines' tests."""
+"""Apps for the engines' tests, most of which fail on purpose."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from flwr.app import Context, Message
+from flwr.app import Array, ArrayRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
@@ -23,6 +23,16 @@ broken_server = ServerApp()
 @broken_server.main()
 def _raise(grid: Grid, context: Context) -> None:
     raise ArithmeticError("the server app raised")
+
+
+adds_its_number = ClientApp()
+
+
+@adds_its_number.train()
+def _add(message: Message, context: Context) -> Message:
+    arrays = message.content.array_records["arrays"]
+    more = ArrayRecord({name: Array(arrays[name].numpy() + context.node_config["partition-id"]) for name in arrays})
+    return Message(RecordDict({"arrays": more, "metrics": MetricRecord({"num-examples": 1})}), reply_to=message)
 
 
 mortal = ClientApp()

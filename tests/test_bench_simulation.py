@@ -15,6 +15,7 @@ from torch.nn.utils import parameters_to_vector
 
 from clients.client_app import app as client_app
 from experiments.bench.bare_loop import Worker, average
+from experiments.bench.engine import bench_engine
 from experiments.bench.process_tree import ProcessTree
 from experiments.bench.setting import ROUND_LINE, Setting
 from experiments.bench.simulation import LIMIT, bench_simulation, measure
@@ -54,7 +55,7 @@ def test_the_loop_by_hand_ends_where_the_federation_ends(setting: Setting, merge
     vector = parameters_to_vector([initial[name] for name in worker.params]).numpy()
     for t in (1, 2):
         vector = average({i: worker.turn(t, i, vector.copy())[0] for i in range(2)}, [16, 16])
-    wanted = parameters_to_vector([theirs[name] for name in worker.params]).numpy()
+    wanted = parameters_to_vector([theirs[f"params:{name}"] for name in worker.params]).numpy()
     start = parameters_to_vector([initial[name] for name in worker.params]).numpy()
     assert np.abs(wanted - start).max() > 1e-3
     np.testing.assert_allclose(vector, wanted, atol=1e-4)
@@ -120,3 +121,15 @@ def test_all_variants_in_one_table() -> None:
     rows = bench_simulation(2, 2, 1, 16, MODEL, 8, 2)
     assert [row["variant"] for row in rows] == [LIMIT, "with plain LoRA", "tapfl run", "usual Flower app"]
     assert rows[0]["CPU / limit"] == "1.00" and all(float(row["peak GB"]) > 0.2 for row in rows)
+
+
+@pytest.mark.parametrize("work", ["none", pytest.param("real", marks=pytest.mark.slow)])
+def test_the_engine_bench_measures_a_federation_in_one_process(work: str) -> None:
+    rows = bench_engine(2, work, 2, 1, 1, 16, MODEL, ["inprocess"])
+    assert [row["engine"] for row in rows] == ([LIMIT] if work == "real" else []) + ["inprocess"]
+    assert all(float(row["wall s a round"]) >= 0 and float(row["start-up s"]) > 0 for row in rows)
+
+
+def test_an_engine_that_is_none_is_refused() -> None:
+    with pytest.raises(ConfigError, match="accepted: inprocess, flower, ray, ray warm"):
+        bench_engine(2, "none", 2, 1, 1, 16, MODEL, ["spark"])

@@ -34,7 +34,7 @@ class ScriptedGrid(InProcessGrid):
 
     def __init__(self, nodes: int, answer: Answer) -> None:
         TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
-        super().__init__(self._respond, {}, nodes, run_id=1)
+        super().__init__(self._respond, {}, nodes)
         self.answer, self.attempts, self.in_flight, self.most_in_flight = answer, [0] * nodes, 0, 0
 
     def _respond(self, message: Message, context: Context) -> Message:
@@ -67,7 +67,7 @@ def _hasty(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def ask(grid: ScriptedGrid, timeout: float = 5.0, window: int = 16) -> module.Answers[TrainReply]:
-    nodes = {int(context.node_config["partition-id"]): node for node, context in grid._contexts.items()}
+    nodes = {i: node for node, i in grid.partitions.items()}
     outgoing = {i: (node, Train(1, 0, np.zeros(3, np.float32))) for i, node in nodes.items()}
     return exchange(
         grid,

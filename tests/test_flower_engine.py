@@ -92,9 +92,11 @@ def test_what_the_server_app_raises_ends_the_run_and_nothing_stays(cache: Path, 
 
 
 @pytest.mark.slow
-def test_ctrl_c_ends_the_run_at_once_and_nothing_stays(cache: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("engine", ["flower", "ray"])
+def test_ctrl_c_ends_the_run_at_once_and_nothing_stays(engine: str, cache: Path, tmp_path: Path) -> None:
     sets = [part for option in [*SMALL, f"cache={cache}", "train.rounds=10000"] for part in ("--set", option)]
-    command = [sys.executable, "-m", "experiments.cli", "run", "--workers", "1", "--out", str(tmp_path / "run"), *sets]
+    command = [sys.executable, "-m", "experiments.cli", "run", "--engine", engine, "--workers", "1"]
+    command += ["--out", str(tmp_path / "run"), *sets]
     process = subprocess.Popen(
         command,
         stdout=subprocess.DEVNULL,

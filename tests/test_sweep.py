@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import csv
 import json
+from functools import partial
 from pathlib import Path
+from typing import get_args
 
 import pytest
+from flwr.serverapp import ServerApp
 from test_inprocess_run import SMALL
 from typer.testing import CliRunner
 
+from clients.client_app import app as real
 from experiments import cli
-from experiments.sweep import read_sweep
+from experiments.engines.inprocess import run_inprocess
+from experiments.engines.ray import Workers
+from experiments.sweep import means_over_seeds, on_workers, read_sweep, run_sweep
+from tapfl.config import AdapterOptions, DataOptions, PersonalizeOptions, Scalar
 from tapfl.errors import ConfigError, RunError
+from tapfl.pruning.criteria.registry import criterion_names
 
 
 def sweep_file(tmp_path: Path, grid: str) -> Path:
@@ -43,7 +51,72 @@ def test_a_sweep_runs_each_cell_once_and_tells_what_failed(tmp_path: Path) -> No
     assert (finished / "summary.json").stat().st_mtime_ns == before
 
 
-@pytest.mark.parametrize("grid", ["", "seed = 3", "seed = []", '"train.roundz" = [1]', 'seed = ["x"]'])
+def test_runs_share_a_warm_pool_and_their_logs_do_not_mix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two at a time in one process, the messages of each answered here; one of them fails on its own."""
+    file = sweep_file(tmp_path, '"personalize.method" = ["fedavg", "local"]\n"devices.count" = [2, 400]')
+    cells, out = read_sweep(file), tmp_path / "out"
+    failures = run_sweep(cells, out, partial(on_workers, InThisProcess()), 2, lambda done, note: None)
+    assert sorted(failures) == [f"personalize.method={method} devices.count=400" for method in ("fedavg", "local")]
+    assert all("devices.count = 400" in error for error in failures.values())
+    for method in ("fedavg", "local"):
+        said = (out / f"personalize.method={method} devices.count=2.log").read_text()
+        assert f"{method} devices.count=2" in said.splitlines()[-1]
+        assert said.count("mean personal accuracy") == 1
+    assert len(means_over_seeds(cells, out)) == 2
+
+
+class InThisProcess(Workers):
+    """In place of actors, whose start takes seconds."""
+
+    def run(self, server_app: ServerApp, run_config: dict[str, Scalar], nodes: int, client_app: str = "") -> None:
+        run_inprocess(server_app, real, run_config, nodes)
+
+
+def test_runs_of_a_list_are_crossed_with_the_grid(tmp_path: Path) -> None:
+    file = sweep_file(tmp_path, 'seed = [0, 1]\n[[run]]\nname = "a"\ntrain.epochs = 2\n[[run]]\nadapters.rule = "ffa"')
+    cells = read_sweep(file)
+    assert [cell.name for cell in cells] == [
+        "run=a seed=0",
+        "run=a seed=1",
+        "adapters.rule=ffa seed=0",
+        "adapters.rule=ffa seed=1",
+    ]
+    assert cells[0].options["train.epochs"] == 2 and cells[2].options["adapters.rule"] == "ffa"
+
+
+@pytest.mark.parametrize(
+    "grid",
+    [
+        "",
+        '[[run]]\nname = "a"\n[[run]]\nname = "a"',
+        "[run]\nseed = 1",
+        "seed = 3",
+        "seed = []",
+        '"train.roundz" = [1]',
+        'seed = ["x"]',
+    ],
+)
 def test_a_grid_that_is_not_one_is_refused(tmp_path: Path, grid: str) -> None:
     with pytest.raises(ConfigError):
         read_sweep(sweep_file(tmp_path, grid))
+
+
+CONFIGS = Path(cli.__file__).parent / "configs"
+
+
+@pytest.mark.parametrize(
+    ("file", "option", "values"),
+    [
+        ("criteria", "pruning.criterion", criterion_names()),
+        ("rules", "adapters.rule", get_args(AdapterOptions.model_fields["rule"].annotation)),
+        ("personalize", "personalize.method", get_args(PersonalizeOptions.model_fields["method"].annotation)),
+        ("partitions", "data.partition", get_args(DataOptions.model_fields["partition"].annotation)),
+    ],
+)
+def test_the_ready_sweeps_leave_nothing_out(file: str, option: str, values: list[str]) -> None:
+    assert {cell.options[option] for cell in read_sweep(CONFIGS / f"{file}.toml")} == set(values)
+
+
+def test_the_ready_sweep_of_devices() -> None:
+    counts = {cell.options["devices.count"] for cell in read_sweep(CONFIGS / "devices.toml")}
+    assert min(counts) <= 5 and max(counts) >= 40

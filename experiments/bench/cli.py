@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from experiments.terminal import options_of, show_rows
+from tapfl.errors import ConfigError
 
 app = typer.Typer(help="Measure speed, as ratios side by side in one run.", no_args_is_help=True)
 
@@ -147,6 +148,35 @@ def bench_simulation(
         row
         for count in devices
         for row in measure(count, rounds, repeats, samples, model_args, batch, workers, variant or ())
+    ]
+    show_rows(rows, as_json)
+
+
+@app.command("engine")
+def bench_engine(
+    devices: Annotated[list[int], typer.Option(min=1, help="numbers of devices")] = [10, 200],  # noqa: B006
+    work: Annotated[list[str], typer.Option(help="none, real")] = ["none", "real"],  # noqa: B006
+    rounds: Annotated[int, typer.Option(min=2, help="rounds; the first counts as start-up")] = 4,
+    repeats: Repeats = 3,
+    workers: Annotated[int, typer.Option(min=1, help="processes of one thread")] = 2,
+    samples: Annotated[int, typer.Option(min=10, help="training images a device, with real work")] = 64,
+    model_args: Annotated[
+        str, typer.Option(help="as model.args")
+    ] = "img_size=32,patch_size=4,embed_dim=96,depth=6,num_heads=3",
+    variant: Annotated[list[str] | None, typer.Option(help="inprocess, flower, ray, ray warm; all if none")] = None,
+    as_json: Json = False,
+) -> None:
+    """Flower's engine, Ray actors cold and warm, and one process: a round, the start, and the memory of each."""
+    from experiments.bench.engine import WORKS
+    from experiments.bench.engine import bench_engine as measure
+
+    if unknown := [name for name in work if name not in WORKS]:
+        raise ConfigError(f"--work {unknown[0]}: accepted: {', '.join(WORKS)}")
+    rows = [
+        row
+        for kind in work
+        for count in devices
+        for row in measure(count, kind, rounds, repeats, workers, samples, model_args, variant or ())
     ]
     show_rows(rows, as_json)
 

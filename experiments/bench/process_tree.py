@@ -50,6 +50,10 @@ class ProcessTree:
         """Returns their proportional set size: pages that several of them share count once."""
         return sum(_pss(process.pid) for process in self.processes())
 
+    def root_bytes(self) -> int:
+        """Returns that of the first alone."""
+        return _pss(self.root)
+
     def end(self, patience: float = 10.0) -> None:
         """Ends whatever of the tree is alive, also what lost its parent since it was last seen."""
         self.processes()

@@ -27,12 +27,18 @@ POLL, MEMORY_EVERY = 0.02, 2.0
 
 @dataclass(frozen=True)
 class Timing:
-    """Of one run: seconds a round after the first, seconds before that, and the most memory of all its processes."""
+    """Of one run: seconds a round after the first, seconds before that, and the most memory that was seen.
+
+    Attributes:
+        peak_bytes: of all its processes together.
+        driver_bytes: of the first of them.
+    """
 
     wall: float
     cpu: float
     startup: float
     peak_bytes: int
+    driver_bytes: int
 
 
 def variants(folder: Path, out: Path, workers: int) -> dict[str, list[str]]:
@@ -63,10 +69,7 @@ def bench_simulation(
         ConfigError: where Linux's /proc is missing, or there is no round after the first.
         RunError: if a variant fails, with the last line that it said.
     """
-    if not Path("/proc/self/smaps_rollup").is_file():
-        raise ConfigError("tapfl bench simulation: needs Linux's /proc to count CPU seconds and memory of processes")
-    if rounds < 2:
-        raise ConfigError(f"--rounds {rounds}: must be at least 2, because the first counts as start-up")
+    require_proc("tapfl bench simulation", rounds)
     with tempfile.TemporaryDirectory(prefix="tapfl-bench-") as name:
         folder = Path(name)
         Setting.prepare(folder, devices, rounds, samples, model_args, batch)
@@ -80,23 +83,35 @@ def bench_simulation(
     return [_row(variant, taken, timings[LIMIT], devices) for variant, taken in timings.items()]
 
 
+def require_proc(command: str, rounds: int) -> None:
+    """Raises ConfigError where /proc is missing, or there is no round after the first."""
+    if not Path("/proc/self/smaps_rollup").is_file():
+        raise ConfigError(f"{command}: needs Linux's /proc to count CPU seconds and memory of processes")
+    if rounds < 2:
+        raise ConfigError(f"--rounds {rounds}: must be at least 2, because the first counts as start-up")
+
+
 def measure(arguments: Sequence[str], out: Path, rounds: int) -> Timing:
-    """Runs a variant to its end and returns what it took. It notes the end of each round in ``out/metrics.jsonl``."""
+    """Runs a variant to its end and returns what it took.
+
+    It notes the end of each round in ``out/metrics.jsonl``. Start-up counts from its own, or from when it makes the
+    file ``OUT.warm``.
+    """
     log = out.with_suffix(".log")
-    began = time.monotonic()
+    began = time.time()
     marks: list[tuple[float, float]] = []
-    peak, looked = 0, began
+    peak, driver, looked = 0, 0, began
     with log.open("w") as said:
         process = subprocess.Popen([sys.executable, *arguments], stdout=said, stderr=subprocess.STDOUT)
         tree = ProcessTree(process.pid)
         try:
             while process.poll() is None:
                 done = _rounds_done(out / "metrics.jsonl")
-                now = time.monotonic()
+                now = time.time()
                 if len(marks) < min(done, rounds):
                     marks += [(now, tree.cpu_seconds())] * (min(done, rounds) - len(marks))
                 if now - looked > MEMORY_EVERY:
-                    peak, looked = max(peak, tree.memory_bytes()), now
+                    peak, driver, looked = max(peak, tree.memory_bytes()), max(driver, tree.root_bytes()), now
                 time.sleep(POLL)
         finally:
             tree.end()
@@ -105,7 +120,9 @@ def measure(arguments: Sequence[str], out: Path, rounds: int) -> Timing:
         last = (log.read_text().strip().splitlines() or ["it said nothing"])[-1]
         raise RunError(f"{' '.join(arguments[:3])}: ended with {process.returncode}: {last}")
     wall, cpu = ((marks[-1][i] - marks[0][i]) / (rounds - 1) for i in (0, 1))
-    return Timing(wall, cpu, marks[0][0] - began - wall, peak)
+    if (warm := out.with_suffix(".warm")).exists():
+        began = warm.stat().st_mtime
+    return Timing(wall, cpu, marks[0][0] - began - wall, peak, driver)
 
 
 def _rounds_done(file: Path) -> int:

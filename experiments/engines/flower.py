@@ -7,25 +7,14 @@ this module is the only one that calls it, and a test fails loudly when it chang
 
 from __future__ import annotations
 
-import os
 import secrets
-import shutil
 import tempfile
 from pathlib import Path
 
 import tomli_w
 
+from experiments.engines.cluster import prepare_environment, ray_folder
 from tapfl.config import Scalar
-
-# what Flower and Ray have to be told before they are imported
-ENVIRONMENT = {
-    "FLWR_TELEMETRY_ENABLED": "0",
-    "FLWR_DISABLE_UPDATE_CHECK": "1",
-    "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_worker_niceness": "0",  # Ray runs its workers at 15, and then any other process starves them
-}
 
 
 def run_flower(
@@ -43,8 +32,7 @@ def run_flower(
 
     The local Ray that this starts is stopped, and its folder removed, however the run ends.
     """
-    for name, value in ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
+    prepare_environment()
     import ray
     from flwr.app import Context, RecordDict
     from flwr.common.config import get_fused_config_from_dir, get_metadata_from_config, get_project_config
@@ -71,30 +59,25 @@ def run_flower(
             state=RecordDict(),
             run_config=get_fused_config_from_dir(app, {}),
         )
-        ray_folder = tempfile.mkdtemp(prefix="tapfl-ray-", dir="/tmp" if Path("/tmp").is_dir() else None)
-        try:
-            _run_simulation(
-                server_app_attr=server_app,
-                client_app_attr=client_app,
-                num_supernodes=nodes,
-                backend_name="ray",
-                backend_config={
-                    "client_resources": {"num_cpus": 1, "num_gpus": 0.0},
-                    "init_args": {
-                        "num_cpus": workers,
-                        "log_to_driver": False,
-                        "_temp_dir": os.environ.get("RAY_TMPDIR", ray_folder),
+        with ray_folder() as own:
+            try:
+                _run_simulation(
+                    server_app_attr=server_app,
+                    client_app_attr=client_app,
+                    num_supernodes=nodes,
+                    backend_name="ray",
+                    backend_config={
+                        "client_resources": {"num_cpus": 1, "num_gpus": 0.0},
+                        "init_args": {"num_cpus": workers, "log_to_driver": False, "_temp_dir": own},
                     },
-                },
-                app_dir=folder,
-                run=run,
-                server_app_context=context,
-                is_app=True,
-                exit_event=EventType.PYTHON_API_RUN_SIMULATION_LEAVE,
-            )
-        finally:
-            ray.shutdown()
-            shutil.rmtree(ray_folder, ignore_errors=True)
+                    app_dir=folder,
+                    run=run,
+                    server_app_context=context,
+                    is_app=True,
+                    exit_event=EventType.PYTHON_API_RUN_SIMULATION_LEAVE,
+                )
+            finally:
+                ray.shutdown()
 
 
 def _app_toml(run_config: dict[str, Scalar], server_app: str, client_app: str) -> str:

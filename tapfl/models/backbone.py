@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,8 @@ from tapfl.data.transform import Transform
 from tapfl.errors import ModelError, PlanError
 from tapfl.models.pit import Step, pit_steps
 from tapfl.store import read_tensors
+
+_INITIALISING = threading.RLock()  # timm draws from torch's global generator, and runs may share a process
 
 FAMILIES = VisionTransformer | SwinTransformer | PoolingVisionTransformer
 ACCEPTED = "timm's ViT, DeiT, PiT and Swin"
@@ -73,8 +76,11 @@ def _literal(text: str) -> Scalar:
     return parsed if isinstance(parsed, bool | int | float) else text
 
 
-def build(spec: BackboneSpec, pretrained: bool = False) -> nn.Module:
+def build(spec: BackboneSpec, pretrained: bool = False, seed: int | None = None) -> nn.Module:
     """Returns the backbone in evaluation mode, with timm's initial weights unless `pretrained`.
+
+    Args:
+        seed: of the initial weights; None: they go on where torch's global generator is.
 
     Raises:
         ModelError: if timm has no such model, its arguments are off, or it is of another family.
@@ -83,7 +89,10 @@ def build(spec: BackboneSpec, pretrained: bool = False) -> nn.Module:
         near = ", ".join(timm.list_models(f"*{spec.name.split('_')[0]}*")[:5]) or "see timm.list_models()"
         raise ModelError(f"model.name = {spec.name!r}: timm has no such model; for instance {near}")
     try:
-        model = timm.create_model(spec.name, pretrained=pretrained, num_classes=spec.num_classes, **spec.args)
+        with _INITIALISING, torch.random.fork_rng(devices=[], enabled=seed is not None):
+            if seed is not None:
+                torch.manual_seed(seed)
+            model = timm.create_model(spec.name, pretrained=pretrained, num_classes=spec.num_classes, **spec.args)
     except (TypeError, ValueError, ArithmeticError, AssertionError, RuntimeError) as error:
         raise ModelError(f"model.args = {spec.args}: timm cannot build {spec.name} with them ({error})") from None
     if not isinstance(model, FAMILIES):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import fcntl
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -40,6 +42,14 @@ class DenseCache:
         model = build(spec)
         model.load_state_dict(read_tensors(self.path(key)))
         return model.requires_grad_(False)
+
+    @contextmanager
+    def making(self, key: str) -> Iterator[None]:
+        """Lets one run of this machine at a time make the backbone `key`; the others wait, and then find it."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with (self.folder.parent / f".backbone-{key}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
 
     def save(self, key: str, state: dict[str, torch.Tensor]) -> None:
         write_tensors(self.path(key), state)
@@ -89,27 +99,33 @@ def dense_backbone(
     spec = spec_of(options, pool.classes)
     key = dense_key(options, spec, pool, seed)
     if not cache.holds(key):
-        with torch.random.fork_rng(devices=[]):  # timm initialises from the global generator
-            torch.manual_seed(int(numpy_generator(seed, "backbone").integers(2**62)))
-            model = build(spec)
-        prunable_layers(model)  # what cannot be pruned is refused before it is trained
-        fill_weights(model, options, spec, pool.classes)
-        train = partial(
-            train_dense,
-            labels=torch.from_numpy(pool.labels),
-            epochs=options.epochs,
-            batch=options.batch,
-            learning_rate=options.learning_rate,
-            generator=numpy_generator(seed, "dense"),
-            progress=progress,
-        )
-        transform = transform_of(model)
-        if not options.weights:
-            train(model, inputs=lambda index: transform(pool.images[index]))
-        elif "train" in options.head:
-            _train_head(model, image_features(model, transform.batches(pool.images)), train)
-        cache.save(key, model.state_dict())
+        with cache.making(key):
+            if not cache.holds(key):  # another run may have made it meanwhile
+                cache.save(key, _make(options, spec, pool, seed, progress).state_dict())
     return key, spec, cache.load(key, spec)
+
+
+def _make(
+    options: ModelOptions, spec: BackboneSpec, pool: ImageSet, seed: int, progress: Callable[[int, int], None]
+) -> nn.Module:
+    model = build(spec, seed=int(numpy_generator(seed, "backbone").integers(2**62)))
+    prunable_layers(model)  # what cannot be pruned is refused before it is trained
+    fill_weights(model, options, spec, pool.classes)
+    train = partial(
+        train_dense,
+        labels=torch.from_numpy(pool.labels),
+        epochs=options.epochs,
+        batch=options.batch,
+        learning_rate=options.learning_rate,
+        generator=numpy_generator(seed, "dense"),
+        progress=progress,
+    )
+    transform = transform_of(model)
+    if not options.weights:
+        train(model, inputs=lambda index: transform(pool.images[index]))
+    elif "train" in options.head:
+        _train_head(model, image_features(model, transform.batches(pool.images)), train)
+    return model
 
 
 def _train_head(model: nn.Module, features: np.ndarray, train: Callable[..., None]) -> None:

@@ -1,0 +1,303 @@
+"""A Grid over long-lived Ray actors, warm for one federation after the other and for several at once.
+
+Ray places the actors, and starts them anew when they or their machine die; what was lost with one is answered with an
+error, and `strategies.exchange` sends it again. Messages wait in this process until an actor is free, which takes them
+from the federations in turn; of a device nothing is kept but its node id and its partition id.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import queue
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future
+from contextlib import ExitStack, suppress
+from functools import lru_cache, partial
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from flwr.app import Error, Message
+from flwr.common.logger import log
+from flwr.serverapp import ServerApp
+
+from experiments.engines.cluster import ray_cluster
+from experiments.engines.grid import CLIENT_APP_RAISED, WORKER_LOST, LocalGrid, answer, node_context, serve
+from tapfl.config import Scalar
+from tapfl.errors import ConfigError, RunError
+
+CLIENT_APP = "clients.client_app:app"
+START = 180.0  # seconds in which the first actor is there: it imports torch, on a machine that may be busy
+FREE = 6.0  # seconds that a cluster which others use may take to have room for one actor
+PATIENCE = 0.5  # seconds that `pull_messages` waits for an answer; between them `exchange` only looks at its clocks
+MUST_AGREE = ("tapfl", "torch", "timm", "flwr", "numpy", "scikit-learn")
+
+
+class Worker:
+    """What an actor does: it answers for one device after the other, on one torch thread."""
+
+    def __init__(self) -> None:
+        import torch
+
+        torch.set_num_threads(1)
+        load_app(CLIENT_APP)  # its imports take seconds: now, not in the first message
+
+    def ready(self) -> dict[str, str]:
+        """Returns the versions of what can change a result."""
+        return versions()
+
+    def answer(
+        self, client_app: str, message: Message, partition_id: int, nodes: int, run_config: dict[str, Scalar]
+    ) -> Message:
+        run_id, node_id = message.metadata.run_id, message.metadata.dst_node_id
+        return answer(load_app(client_app), message, node_context(run_id, node_id, partition_id, nodes, run_config))
+
+
+def versions() -> dict[str, str]:
+    return {name: metadata.version(name) for name in MUST_AGREE}
+
+
+@lru_cache(maxsize=8)
+def load_app(name: str) -> Any:
+    """Returns the app ``module:name``, imported."""
+    module, _, attribute = name.partition(":")
+    return getattr(importlib.import_module(module), attribute)
+
+
+class RayGrid(LocalGrid):
+    """One federation on `Workers`.
+
+    Attributes:
+        waiting: messages that no actor has yet; only the thread of the workers touches them.
+    """
+
+    def __init__(self, workers: Workers, client_app: str, run_config: dict[str, Scalar], nodes: int) -> None:
+        super().__init__(run_config, nodes)
+        self.client_app = client_app
+        self.waiting: deque[Message] = deque()
+        self._workers = workers
+        self._replies: dict[str, Message] = {}
+        self._news = threading.Condition()
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        sent = list(messages)
+        ids = [self.stamp(message) for message in sent]
+        self._workers.queue(self, sent)
+        return ids
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        """Returns the answers that are there; waits a moment if there is none.
+
+        Raises:
+            RunError: if no actor is left that could give one.
+        """
+        wanted = list(message_ids)
+        with self._news:
+            self._news.wait_for(lambda: any(i in self._replies for i in wanted), PATIENCE if wanted else 0)
+            found = [self._replies.pop(i) for i in wanted if i in self._replies]
+        if not found and self._workers.lost:
+            raise RunError(self._workers.lost)
+        return found
+
+    def deliver(self, reply: Message) -> None:
+        with self._news:
+            self._replies[reply.metadata.reply_to_message_id] = reply
+            self._news.notify_all()
+
+
+class Workers:
+    """Actors that stay warm; a context manager. `run` carries out a federation on them, from any number of threads.
+
+    All that it knows of actors and waiting messages belongs to one thread, which does one event after the other.
+
+    Args:
+        address: of a Ray cluster, as `ray_cluster` takes it; empty: a local Ray.
+        count: actors; 0: as many as there is room for.
+        cpus, gpus: what an actor takes of its machine, for Ray to place it by; fractions share a CPU or GPU.
+
+    Raises:
+        ConfigError: if the cluster has no room for an actor, or not for `count`, or other versions.
+        RunError: if no actor starts, or others use the cluster to the full.
+    """
+
+    def __init__(self, address: str = "", count: int = 0, cpus: float = 1.0, gpus: float = 0.0) -> None:
+        self.lost = ""  # why no actor is left
+        self._address, self._count, self._cpus, self._gpus = address, count, cpus, gpus
+        self._actors: list[Any] = []
+        self._idle: list[Any] = []
+        self._turns: deque[RayGrid] = deque()  # federations with messages that wait
+        self._events: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._first: Future[None] = Future()  # done when the first actor is ready
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Workers:
+        with ExitStack() as stack:
+            stack.enter_context(ray_cluster(self._address))
+            count = self._room()
+            self._require_free()
+            thread = threading.Thread(target=self._work, name="workers", daemon=True)
+            stack.callback(self._stop, thread)
+            thread.start()
+            self._start(count)
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._stack.close()
+
+    def run(
+        self, server_app: ServerApp, run_config: dict[str, Scalar], nodes: int, client_app: str = CLIENT_APP
+    ) -> None:
+        """Carries out a federation. What the ServerApp raises is raised here."""
+        grid = RayGrid(self, client_app, run_config, nodes)
+        try:
+            serve(server_app, grid)
+        finally:
+            self._events.put(grid.waiting.clear)
+
+    def queue(self, grid: RayGrid, messages: list[Message]) -> None:
+        """Hands messages to actors as they come free; the answers are delivered to `grid`."""
+        self._events.put(partial(self._queue, grid, messages))
+
+    # -- start and stop -----------------------------------------------------------------------------------------------
+
+    def _room(self) -> int:
+        """Returns how many actors to start: per machine as many as both its CPUs and its GPUs have room for."""
+        import ray
+
+        machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        cpus, gpus = ([machine.get(kind, 0.0) for machine in machines] for kind in ("CPU", "GPU"))
+        room = sum(min(_times(cpu, self._cpus), _times(gpu, self._gpus)) for cpu, gpu in zip(cpus, gpus, strict=True))
+        if room < max(self._count, 1):
+            raise ConfigError(
+                f"--workers {self._count} with --actor-cpus {self._cpus:g} --actor-gpus {self._gpus:g}: there is room "
+                f"for {room:g}, on {len(machines)} machine(s) with {sum(cpus):g} CPUs and {sum(gpus):g} GPUs"
+            )
+        if room == float("inf") and not self._count:
+            raise ConfigError("--actor-cpus 0 --actor-gpus 0: needs --workers, because nothing else says how many")
+        return self._count or int(room)
+
+    def _start(self, count: int) -> None:
+        import ray
+
+        actor = ray.remote(Worker).options(
+            num_cpus=self._cpus,
+            num_gpus=self._gpus,
+            max_restarts=-1,
+            max_task_retries=0,
+            runtime_env={"env_vars": {"PYTHONPATH": os.pathsep.join(_own_paths())}},
+        )
+        self._actors = [actor.remote() for _ in range(count)]
+        for each in self._actors:
+            self._events.put(partial(self._await, each))
+        try:
+            self._first.result(timeout=START)
+        except TimeoutError:
+            raise RunError(f"no Ray actor was ready within {START:g} s") from None
+
+    def _require_free(self) -> None:
+        """Others may use the cluster as well: there must be room for one actor soon; the rest come as they can."""
+        import ray
+
+        end, needed = time.monotonic() + FREE, {"CPU": self._cpus, "GPU": self._gpus}
+        while any((free := ray.available_resources()).get(kind, 0.0) < each for kind, each in needed.items()):
+            if time.monotonic() > end:
+                raise RunError(
+                    f"the Ray cluster is in use: {free.get('CPU', 0):g} CPUs and {free.get('GPU', 0):g} GPUs are free, "
+                    f"an actor takes {self._cpus:g} and {self._gpus:g}"
+                )
+            time.sleep(0.2)
+
+    def _stop(self, thread: threading.Thread) -> None:
+        import ray
+
+        self.lost = self.lost or "the workers were closed"
+        self._events.put(None)
+        thread.join()
+        for actor in self._actors:
+            with suppress(Exception):  # a cluster that is gone has none
+                ray.kill(actor)
+
+    # -- the thread of the workers ------------------------------------------------------------------------------------
+
+    def _work(self) -> None:
+        try:
+            while (event := self._events.get()) is not None:
+                event()
+                self._hand_out()
+        except Exception as error:  # of Ray's: nobody would ever be answered again
+            self._lose(f"{type(error).__name__}: {error}")
+
+    def _watch(self, ref: Any, done: Callable[[Future[Any]], None]) -> None:
+        ref.future().add_done_callback(lambda future: self._events.put(partial(done, future)))
+
+    def _queue(self, grid: RayGrid, messages: list[Message]) -> None:
+        if not grid.waiting:
+            self._turns.append(grid)
+        grid.waiting.extend(messages)
+
+    def _hand_out(self) -> None:
+        while self._idle and self._turns:
+            grid = self._turns.popleft()
+            if not grid.waiting:  # its federation has ended
+                continue
+            message = grid.waiting.popleft()
+            if grid.waiting:
+                self._turns.append(grid)
+            actor, i, nodes = self._idle.pop(), grid.partitions[message.metadata.dst_node_id], len(grid.partitions)
+            ref = actor.answer.remote(grid.client_app, message, i, nodes, grid.run_config)
+            self._watch(ref, partial(self._answered, actor, grid, message))
+
+    def _answered(self, actor: Any, grid: RayGrid, message: Message, future: Future[Message]) -> None:
+        from ray.exceptions import RayActorError, RayTaskError
+
+        error = future.exception()
+        if error is None:
+            reply = future.result()
+        else:
+            code = CLIENT_APP_RAISED if isinstance(error, RayTaskError) else WORKER_LOST
+            reply = Message(Error(code, f"{type(error).__name__}: {error}"), reply_to=message)
+        if isinstance(error, RayActorError):
+            self._await(actor)
+        else:
+            self._idle.append(actor)
+        grid.deliver(reply)
+
+    def _await(self, actor: Any) -> None:
+        """Ray starts an actor, also one that died; this waits until it answers, however long there is no room."""
+        self._watch(actor.ready.options(max_task_retries=-1).remote(), partial(self._ready, actor))
+
+    def _ready(self, actor: Any, future: Future[dict[str, str]]) -> None:
+        here, error = versions(), future.exception()
+        if error is None and (there := future.result()) == here:
+            self._idle.append(actor)
+        else:
+            differ = "" if error else ", ".join(f"{n} {there[n]}, not {here[n]}" for n in here if there[n] != here[n])
+            log(logging.WARNING, "a Ray actor is given up: %s", differ or error)
+            self._actors.remove(actor)
+            if not self._actors:
+                self._lose(f"no Ray actor is left: {differ or str(error).strip().splitlines()[-1]}")
+        if self._idle and not self._first.done():
+            self._first.set_result(None)
+
+    def _lose(self, why: str) -> None:
+        self.lost = self.lost or why
+        if not self._first.done():
+            self._first.set_exception(RunError(self.lost))
+
+
+def _own_paths() -> list[str]:
+    """Where this process finds modules besides its Python's own: an actor has to find them there as well."""
+    own = (path for path in sys.path if path and not Path(path).is_relative_to(sys.prefix))
+    return [path for path in own if not Path(path).is_relative_to(sys.base_prefix)]
+
+
+def _times(there: float, each: float) -> float:
+    """How often `each` goes into what is there; nothing goes in without end."""
+    return float("inf") if each == 0 else int(there / each + 1e-9)

@@ -1,0 +1,160 @@
+"""The Ray engine: the same bits as in one process, on warm actors, whoever dies."""
+
+from __future__ import annotations
+
+import json
+import socket
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+from flwr.app import Array, ArrayRecord, Context, Message, RecordDict
+from flwr.serverapp import Grid, ServerApp
+from flwr.serverapp.strategy import FedAvg
+from flwr.supercore.task_identity import TaskIdentity
+from test_inprocess_run import SMALL, content, tapfl
+
+from experiments.engines.cluster import _require_reachable
+from experiments.engines.ray import RayGrid, Workers
+from experiments.preflight import absolute_paths
+from strategies.server_app import app as server_app
+from tapfl.config import RunConfig
+from tapfl.errors import ConfigError, RunError
+
+
+@pytest.fixture(scope="module")
+def workers() -> Iterator[Workers]:
+    with Workers(count=2) as warm:
+        yield warm
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module")
+def one_process(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    folder = tmp_path_factory.mktemp("runs") / "inprocess"
+    assert tapfl("--out", str(folder), cache=cache).exit_code == 0
+    return content(folder)
+
+
+def on_ray(workers: Workers, folder: Path, cache: Path, client_app: str = "", **changes: object) -> dict[str, bytes]:
+    options: dict[str, object] = dict(option.split("=", 1) for option in SMALL)
+    config = RunConfig.from_flat(options | changes | {"out": str(folder), "cache": str(cache)})
+    apps = {"client_app": client_app} if client_app else {}
+    workers.run(server_app, absolute_paths(config).flat(), config.devices.count, **apps)
+    assert json.loads((folder / "summary.json").read_text())["devices"]
+    return content(folder)
+
+
+def test_warm_actors_and_one_process_give_the_same_bits(
+    workers: Workers, cache: Path, tmp_path: Path, one_process: dict[str, bytes]
+) -> None:
+    assert on_ray(workers, tmp_path / "run", cache) == one_process
+
+
+def test_an_actor_that_is_killed_comes_back_and_what_it_lost_is_sent_again(
+    workers: Workers, cache: Path, tmp_path: Path, one_process: dict[str, bytes], caplog: pytest.LogCaptureFixture
+) -> None:
+    assert on_ray(workers, tmp_path / "run", cache, "faulty_apps:mortal") == one_process
+    assert (cache / "died").exists() and "sent again" in caplog.text
+
+
+def test_runs_at_the_same_time_do_not_touch_each_other(
+    workers: Workers, cache: Path, tmp_path: Path, one_process: dict[str, bytes]
+) -> None:
+    """Each trains a backbone of its own at first, whose weights are drawn from torch's global generator."""
+    with ThreadPoolExecutor(3) as pool:
+        first, second, third = pool.map(
+            lambda seed: on_ray(workers, tmp_path / f"run-{seed}", tmp_path / "cache", seed=seed), (0, 1, 2)
+        )
+    assert first == one_process
+    assert second != first != third
+
+
+def test_flowers_own_strategies_run_on_it(workers: Workers) -> None:
+    """They ask by `send_and_receive`, and average what comes."""
+    server, results = ServerApp(), []
+
+    @server.main()
+    def fedavg(grid: Grid, context: Context) -> None:
+        start = ArrayRecord({"w": Array(np.zeros(2))})
+        results.append(FedAvg(fraction_evaluate=0.0, min_available_nodes=3).start(grid, start, num_rounds=2))
+
+    workers.run(server, {}, 3, client_app="faulty_apps:adds_its_number")
+    np.testing.assert_allclose(results[0].arrays["w"].numpy(), [2.0, 2.0])  # each round adds (0 + 1 + 2) / 3
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ({"count": 999}, "--workers 999 .* there is room for [0-9]+, on 1 machine"),
+        ({"gpus": 1000.0}, "--actor-gpus 1000: there is room for 0"),
+        ({"cpus": 0.0}, "needs --workers"),
+    ],
+)
+def test_more_than_there_is_is_refused_at_once(workers: Workers, asked: dict[str, float], said: str) -> None:
+    with pytest.raises(ConfigError, match=said), Workers(**asked):  # type: ignore[arg-type]
+        pass
+
+
+def test_a_cluster_that_others_use_to_the_full_is_not_waited_for(
+    workers: Workers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import ray
+
+    monkeypatch.setattr("experiments.engines.ray.FREE", 1.0)
+
+    everything = ray.cluster_resources()["CPU"]
+    with pytest.raises(RunError, match="the Ray cluster is in use"), Workers(count=1, cpus=everything):
+        pass
+
+
+@pytest.mark.parametrize("address", ["ray://head:10001", "head", "127.0.0.1:port"])
+def test_an_address_that_is_none_is_refused(address: str) -> None:
+    with pytest.raises(ConfigError, match="must be HOST:PORT"):
+        _require_reachable(address)
+
+
+def test_a_cluster_that_does_not_answer_is_refused_in_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A port where something listens that is no Ray."""
+    monkeypatch.setattr("experiments.engines.cluster.REACH", 1.0)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        began, port = time.monotonic(), server.getsockname()[1]
+        with pytest.raises(ConfigError, match=f"127.0.0.1:{port}: no Ray cluster answers"):
+            _require_reachable(f"127.0.0.1:{port}")
+        assert time.monotonic() - began < 6
+
+
+def test_what_only_ray_has_is_refused_elsewhere(cache: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="only with --engine ray"):
+        tapfl("--out", str(tmp_path / "run"), "--address", "head:6379", cache=cache)
+    assert not (tmp_path / "run").exists()
+
+
+def test_federations_take_turns() -> None:
+    """Two that have messages waiting get every second actor that comes free, however many the first has."""
+    workers, handed = Workers(), []
+    grids = [RayGrid(workers, "apps:app", {}, 1) for _ in range(2)]
+
+    class Actor:
+        class answer:  # noqa: N801
+            @staticmethod
+            def remote(app: str, message: Message, *rest: object) -> Message:
+                handed.append(grids.index(next(g for g in grids if message.metadata.dst_node_id in g.partitions)))
+                return message
+
+    workers._watch = lambda ref, done: None  # type: ignore[method-assign]
+    TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
+    for grid, count in zip(grids, (5, 2), strict=True):
+        (node,) = grid.partitions
+        workers._queue(grid, [Message(RecordDict(), node, "train") for _ in range(count)])
+    for _ in range(7):
+        workers._idle.append(Actor())
+        workers._hand_out()
+    assert handed == [0, 1, 0, 1, 0, 0, 0]
