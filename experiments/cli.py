@@ -162,6 +162,7 @@ def search(
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON object last")] = False,
 ) -> None:
     """Search for good options: budgets are rounds, and what is promising goes on from its checkpoint."""
+    from experiments.preflight import DEFAULT_DEVICES
     from experiments.search.command import run_search
     from experiments.search.settings import read_search
     from experiments.search.workers import Workers

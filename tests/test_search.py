@@ -87,6 +87,7 @@ def test_the_page_holds_its_pictures_and_the_study_is_optunas(finished: tuple[Pa
     assert len(study.trials) == 2 and study.best_trial.number == said["trial"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_a_search_that_is_ended_leaves_nothing_running_and_goes_on(
     number: int, finished: tuple[Path, dict[str, Any]], tmp_path: Path
