@@ -55,7 +55,7 @@ def test_the_loop_by_hand_ends_where_the_federation_ends(setting: Setting, merge
     vector = parameters_to_vector([initial[name] for name in worker.params]).numpy()
     for t in (1, 2):
         vector = average({i: worker.turn(t, i, vector.copy())[0] for i in range(2)}, [16, 16])
-    wanted = parameters_to_vector([theirs[f"params:{name}"] for name in worker.params]).numpy()
+    wanted = parameters_to_vector([theirs[name] for name in worker.params]).numpy()
     start = parameters_to_vector([initial[name] for name in worker.params]).numpy()
     assert np.abs(wanted - start).max() > 1e-3
     np.testing.assert_allclose(vector, wanted, atol=1e-4)
