@@ -14,6 +14,8 @@ from cryptography.hazmat.primitives.serialization import load_ssh_private_key, l
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes, uses_nist_ec_curve
 
 from experiments.deploy.credentials import Credentials, write_node_key, write_private, write_server_credentials
+from experiments.deploy.demo import OPTIONS
+from tapfl.config import RunConfig
 
 
 def handshake(server: Credentials, authority: Path, host: str) -> str:
@@ -69,3 +71,7 @@ def test_only_the_owner_reads_them_and_none_is_overwritten(tmp_path: Path) -> No
     with pytest.raises(FileExistsError):
         write_private(server.key, b"")
     assert len(server.key.read_bytes()) > 100
+
+
+def test_the_options_of_the_demo_are_options_of_a_run() -> None:
+    RunConfig.from_flat(OPTIONS)

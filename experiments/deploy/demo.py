@@ -29,7 +29,7 @@ OPTIONS: dict[str, Scalar] = {
     "metric.size": 128,
     "pruning.send": "weights",
     "train.rounds": ROUNDS,
-    "message-timeout": 180.0,
+    "faults.exchange-timeout": 180.0,
 }
 NAMES, OWN_IMAGES = ("9", "7", "5"), 120  # the second node's own classes, in its own order
 PROFILES: tuple[dict[str, Scalar], ...] = ({"budget": 0.4, "rank": 4}, {"budget": 0.6, "rank": 6})
