@@ -134,7 +134,7 @@ class Device:
         trained = result.upload or {}
         private = {name: trained[name] for name in own.private if name in trained}
         if method.keeps or own.private:
-            kept = DeviceState(result.personal, private)
+            kept = DeviceState(result.personal if method.keeps else None, private)
             self.storage.save_state(message.round, kept, before=message.state_round)
         global_accuracy, personal_accuracy = accuracies
         return TrainReply(
