@@ -123,7 +123,8 @@ class Device:
 
     def train(self, message: Train) -> TrainReply:
         """Evaluates what arrived, trains on it, keeps what is its own and returns what is shared."""
-        own, state = self._pruned(), self._state(message.state_round)
+        own = self._pruned()
+        state = self._state(own, message.state_round)
         received = self._whole(own, state, message.adapters)
         method = self._method()
         if not method.tunes:
@@ -148,7 +149,8 @@ class Device:
 
     def evaluate(self, message: Evaluate) -> EvaluateReply:
         """Evaluates what arrived last, and writes the personal model as an adapter that stock peft loads."""
-        own, state = self._pruned(), self._state(message.state_round)
+        own = self._pruned()
+        state = self._state(own, message.state_round)
         received, personal = self._whole(own, state, message.adapters), state.personal
         method = self._method()
         if method.tunes:
@@ -163,8 +165,8 @@ class Device:
             personal_accuracy=personal_accuracy,
         )
 
-    def _state(self, round: int) -> DeviceState:
-        keeps = self._method().keeps or self._pruned().private
+    def _state(self, own: caches.PrunedDevice, round: int) -> DeviceState:
+        keeps = self._method().keeps or own.private
         return self.storage.load_state(round) if keeps else DeviceState(None, {})
 
     def _whole(self, own: caches.PrunedDevice, state: DeviceState, adapters: np.ndarray) -> Params:

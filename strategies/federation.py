@@ -41,7 +41,6 @@ from tapfl.adapters.layout import (
 from tapfl.adapters.rules import ServerState
 from tapfl.config import RunConfig
 from tapfl.data.sources import ImageSet
-from tapfl.models.prunable import prunable_layers
 from tapfl.personalize.method import method_of
 from tapfl.privacy import epsilon
 from tapfl.profiles import max_rank
@@ -60,7 +59,7 @@ class Federation:
         self.config, self.images, self.folder = config, images, folder
         self.fleet = Fleet(grid, config, folder)
         self.preparation = Preparation(config, images, folder, self.fleet)
-        self.messages: dict[int, Prune] = {}  # what brings each device its model
+        self.waiting: dict[int, Prune] = {}  # what brings those devices their model that have none yet
         self.layouts: dict[int, Layout] = {}  # of the devices that have theirs
         self.method = method_of(config.personalize, config.adapters.scale)
         self.fresh: Params = {}
@@ -89,15 +88,15 @@ class Federation:
             if checkpoint:
                 self._restore(backbone, checkpoint)
             else:
-                self.messages = self.preparation.smaller_models(backbone)
-                self._equip(backbone, self.messages)
+                self.waiting = self.preparation.smaller_models(backbone)
+                self._equip(backbone)
             self.fresh = self._initial(backbone)
         if checkpoint is None:
             checkpoint = self._checkpoint(0, ServerState(self.fresh, {}))
         final = self._rounds(backbone, checkpoint)
         with self.clock.phase("evaluation"):
             self._evaluate(final)
-        summary = self._summary()
+        summary = self._summary(backbone.cost.params)
         write_json(self.folder.summary, summary)
         log(logging.INFO, "mean personal accuracy %.4f", summary["personal_accuracy"])
         log(logging.INFO, "the run's folder: %s", self.folder.path)
@@ -108,23 +107,23 @@ class Federation:
         self.curve, self.fleet.simulated = list(checkpoint.curve), checkpoint.simulated
         for i, record in checkpoint.records.items():
             if (message := self.preparation.planned(backbone, i)) is not None:
-                self.messages[i] = message
+                self.waiting[i] = message
                 if record.params:
                     self._lay_out(backbone, i)
         log(logging.INFO, "the run goes on after round %d of %d", checkpoint.round, self.config.train.rounds)
 
-    def _equip(self, backbone: Backbone, messages: Mapping[int, Prune], min_success: float | None = None) -> None:
-        for i in self.preparation.surgery(messages, min_success):
+    def _equip(self, backbone: Backbone, min_success: float | None = None) -> None:
+        for i in self.preparation.surgery(self.waiting, min_success):
             self._lay_out(backbone, i)
 
     def _lay_out(self, backbone: Backbone, i: int) -> None:
-        plan = PruningPlan.from_json(self.messages[i].plan)
-        layers = prunable_layers(backbone.model)
-        self.layouts[i] = device_layout(self._shapes(backbone), layers, plan, self.fleet.records[i].profile.rank)
+        """Notes where the adapters of a device lie that has its model; the message, weights and all, is let go."""
+        plan, rank = PruningPlan.from_json(self.waiting.pop(i).plan), self.fleet.records[i].profile.rank
+        self.layouts[i] = device_layout(self._shapes(backbone), backbone.layers, plan, rank)
         self.layouts = dict(sorted(self.layouts.items()))
 
     def _shapes(self, backbone: Backbone) -> dict[str, tuple[int, ...]]:
-        return global_shapes(backbone.model, prunable_layers(backbone.model), max_rank(self.config.devices))
+        return global_shapes(backbone.model, backbone.layers, max_rank(self.config.devices))
 
     def _initial(self, backbone: Backbone) -> Params:
         """Returns the global adapters before the first round.
@@ -133,8 +132,8 @@ class Federation:
         own, which give way to a shared one from the first round on: it is trained as a whole anyway, and what they
         learnt in the rest of the model stays. On digits no device's accuracy changed by it.
         """
-        layers, generator = prunable_layers(backbone.model), torch_generator(self.config.seed, "adapters")
-        return rules.initial(self.config.adapters, self._shapes(backbone), layers, backbone.model, generator)
+        generator = torch_generator(self.config.seed, "adapters")
+        return rules.initial(self.config.adapters, self._shapes(backbone), backbone.layers, backbone.model, generator)
 
     # -- rounds -------------------------------------------------------------------------------------------------------
 
@@ -158,8 +157,8 @@ class Federation:
     def _welcome(self, backbone: Backbone) -> None:
         """Learns nodes that came since the last round, and brings devices their model that have none yet."""
         self.fleet.meet_again(backbone.key)
-        if missing := {i: message for i, message in self.messages.items() if i not in self.layouts}:
-            self._equip(backbone, missing, min_success=0)
+        if self.waiting:
+            self._equip(backbone, min_success=0)
 
     def _train(self, t: int, current: Params) -> dict[int, TrainReply]:
         """Asks the devices of this round; returns the answers, which may be none if nobody is there."""
@@ -283,14 +282,13 @@ class Federation:
         self.curve.append((when, float(np.mean([self.fleet.records[i].personal_accuracy for i in self.layouts]))))
         return self.curve[-1][1]
 
-    def _summary(self) -> dict[str, Any]:
+    def _summary(self, dense_params: int) -> dict[str, Any]:
         privacy = self.config.privacy
 
         def spent(rounds: int) -> float | None:
             value = epsilon(privacy.dp_noise, rounds, privacy.dp_delta) if privacy.dp_noise else math.inf
             return value if math.isfinite(value) else None
 
-        dense_params = PruningPlan.from_json(next(iter(self.messages.values())).plan).dense.params
         return summarise(
             self.fleet.records, self.clock.seconds, dense_params, self.config.train.rounds, self.curve, spent
         )

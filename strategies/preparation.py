@@ -10,6 +10,7 @@ import json
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,10 @@ from tapfl.config import RunConfig
 from tapfl.data.sources import ImageSet
 from tapfl.errors import BudgetError, PlanError, RunError
 from tapfl.models.backbone import BackboneSpec
-from tapfl.models.cost import measure_cost
+from tapfl.models.cost import Cost, measure_cost
 from tapfl.models.dense import DenseCache, dense_backbone
+from tapfl.models.prunable import prunable_layers
+from tapfl.models.units import PrunableLayer
 from tapfl.pruning.plan import PruningPlan
 from tapfl.store import RunFolder, cache_folder, read_about, read_tensors, write_bytes, write_tensors
 from tapfl.summary.mixture import GaussianSummary
@@ -39,6 +42,16 @@ class Backbone:
     key: str
     spec: BackboneSpec
     model: nn.Module
+
+    @cached_property
+    def layers(self) -> list[PrunableLayer]:
+        """What can be pruned of it."""
+        return prunable_layers(self.model)
+
+    @cached_property
+    def cost(self) -> Cost:
+        """What it costs, measured."""
+        return measure_cost(self.model)
 
 
 class Preparation:
@@ -84,9 +97,9 @@ class Preparation:
         pruned = device_model(shared, backbone.spec, summary or shared.pool.mixture, i, budget)
         # a device that gave no mixture may not have got the backbone either
         sent = self.config.pruning.send == "weights" or self.fleet.records[i].generic
-        message = Prune(backbone.key, pruned.plan.model_dump_json(), pruned.weights(always=sent))
-        self._keep(i, message)
-        return message
+        weights = pruned.weights(always=sent)
+        self._keep(i, pruned.plan, weights)
+        return Prune(backbone.key, pruned.plan.model_dump_json(), weights)
 
     def planned(self, backbone: Backbone, i: int) -> Prune | None:
         """Returns the message of a device whose model was made before, from the run's folder."""
@@ -96,12 +109,12 @@ class Preparation:
         compact = PruningPlan.from_json(plan.read_text("utf-8")).model_dump_json()  # as it was sent
         return Prune(backbone.key, compact, weights.read_bytes() if weights.exists() else b"")
 
-    def _keep(self, i: int, message: Prune) -> None:
+    def _keep(self, i: int, plan: PruningPlan, weights: bytes) -> None:
         folder = self.folder.path / "plans"
-        if message.weights:
-            write_bytes(folder / f"{i:02d}.safetensors", message.weights)
-        plan = PruningPlan.from_json(message.plan).model_dump_json(indent=1)
-        write_bytes(folder / f"{i:02d}.json", plan.encode())  # last: with it the device's model is complete
+        if weights:
+            write_bytes(folder / f"{i:02d}.safetensors", weights)
+        # last: with it the device's model is complete
+        write_bytes(folder / f"{i:02d}.json", plan.model_dump_json(indent=1).encode())
 
     def surgery(self, messages: Mapping[int, Prune], min_success: float | None = None) -> dict[int, PruneReply]:
         """Sends the smaller models; returns the answers of the devices that have theirs."""
@@ -144,7 +157,6 @@ class Preparation:
         }
         dim, min_support = pool.points.shape[1], self.config.summary.min_support
         classes, asked = len(self.images.classes), self.config.adapters.head == "class-rows"
-        macs = measure_cost(backbone.model).macs
         summaries: dict[int, GaussianSummary] = {}
 
         def check(i: int, reply: SummaryReply) -> None:
@@ -157,7 +169,7 @@ class Preparation:
             SummaryReply,
             check,
             known={i: reply for i in outgoing if (reply := self._stored_summary(i)) is not None},
-            work=lambda i: macs * (records[i].train_samples + records[i].test_samples),
+            work=lambda i: backbone.cost.macs * (records[i].train_samples + records[i].test_samples),
             unsent=lambda i: len(weights) if held[i] else 0,
             limit=lambda i: 8 * self.config.summary.max_components * (1 + dim + dim * dim) + 4 * classes + ENVELOPE,
         )
