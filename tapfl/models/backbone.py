@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -119,6 +120,17 @@ def example_input(model: nn.Module, batch: int = 1) -> Tensor:
     """Returns zeros in the shape that `model` takes, on its device."""
     transform = transform_of(model)
     return torch.zeros(batch, transform.channels, *transform.size, device=next(model.parameters()).device)
+
+
+@torch.no_grad()
+def watch_example(model: nn.Module, hooks: Mapping[nn.Module, Callable[..., None]]) -> None:
+    """Lets an example input pass through `model`, with a forward hook on each of these modules."""
+    handles = [module.register_forward_hook(hook) for module, hook in hooks.items()]
+    try:
+        model(example_input(model))
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def head_names(model: Any) -> tuple[str, ...]:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import math
 
-import torch
 from pydantic import BaseModel, ConfigDict
 from timm.layers import Attention
 from timm.models.swin_transformer import WindowAttention
 from torch import Tensor, nn
 
-from tapfl.models.backbone import example_input
+from tapfl.models.backbone import watch_example
 
 
 class Cost(BaseModel):
@@ -40,11 +39,5 @@ def measure_cost(model: nn.Module) -> Cost:
             macs += 2 * math.prod(x.shape[:-1]) * x.shape[-2] * module.proj.in_features
 
     counted = (nn.Linear, nn.Conv2d, Attention, WindowAttention)
-    handles = [module.register_forward_hook(count) for module in model.modules() if isinstance(module, counted)]
-    try:
-        with torch.no_grad():
-            model(example_input(model))
-    finally:
-        for handle in handles:
-            handle.remove()
+    watch_example(model, {module: count for module in model.modules() if isinstance(module, counted)})
     return Cost(params=sum(p.numel() for p in model.parameters()), macs=macs)

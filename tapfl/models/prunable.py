@@ -12,7 +12,7 @@ from timm.models.swin_transformer import WindowAttention
 from torch import nn
 
 from tapfl.errors import ModelError
-from tapfl.models.backbone import example_input, segments
+from tapfl.models.backbone import segments, watch_example
 from tapfl.models.units import Ffn, PrunableLayer, SelfAttention
 
 
@@ -28,13 +28,7 @@ def prunable_layers(model: nn.Module) -> list[PrunableLayer]:
     def record(name: str) -> Callable[..., None]:
         return lambda _module, inputs, _output: shapes.__setitem__(name, inputs[0].shape)
 
-    handles = [module.register_forward_hook(record(name)) for name, module in branches.items()]
-    try:
-        with torch.no_grad():
-            model(example_input(model))
-    finally:
-        for handle in handles:
-            handle.remove()
+    watch_example(model, {module: record(name) for name, module in branches.items()})
     layers: list[PrunableLayer] = []
     for name in shapes:
         module, shape = branches[name], shapes[name]
