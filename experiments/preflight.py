@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from strategies.checkpoint import require_same_options
+from tapfl.adapters.rules import rule_of
 from tapfl.config import RunConfig
 from tapfl.data.federated import check_classes, open_pool, open_private
 from tapfl.data.partition import partition
@@ -18,6 +19,7 @@ from tapfl.models.backbone import build, input_transform, spec_of
 from tapfl.models.cost import measure_cost
 from tapfl.models.dense import DenseCache, dense_key, fill_weights
 from tapfl.models.prunable import prunable_layers
+from tapfl.personalize.method import method_of
 from tapfl.privacy import require_accountant
 from tapfl.profiles import profiles_of
 from tapfl.pruning.allocate import allocate
@@ -65,6 +67,8 @@ def check(config: RunConfig) -> None:
             f"out = {config.out!r}: exists already; give a folder that does not, or go on with --resume {config.out}"
         )
     resolved(config.pruning)
+    rule_of(config.adapters)
+    method_of(config.personalize, config.adapters.scale)
     if config.privacy.dp_noise:
         require_accountant()
     cache = cache_folder(config.cache)

@@ -1,8 +1,8 @@
-"""The criteria by name: those of this folder, and those that installed packages offer; and what goes with each.
+"""The criteria by name: those of this folder, and those that users have; and what goes with each.
 
-A package offers its own by an entry point of the group ``tapfl.criteria``, whose name is the criterion's and whose
-value is a callable `PruningTask -> Selection`. A criterion that is made for other options than the published ones says
-so by the decorator `recipe`.
+A criterion is a callable `PruningTask -> Selection`. A user's own is named ``module:function``; an installed package
+offers one under a name by an entry point of the group ``tapfl.criteria``. A criterion that is made for other options
+than the published ones says so by the decorator `recipe`.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from importlib.metadata import entry_points
 
 from tapfl.config import PruningOptions
 from tapfl.errors import ConfigError
+from tapfl.own import is_own, own
 from tapfl.pruning.criteria.task import Criterion
 
 ENTRY_POINTS = "tapfl.criteria"
@@ -50,11 +51,15 @@ def criterion_of(name: str) -> Criterion:
         module, _, function = BUILT_IN[name].partition(":")
         criterion: Criterion = getattr(import_module(module), function)
         return criterion
+    if is_own(name):
+        found: Criterion = own("pruning.criterion", name)
+        return found
     for point in entry_points(group=ENTRY_POINTS, name=name):
         offered: Criterion = point.load()
         return offered
     raise ConfigError(
-        f"pruning.criterion = {name!r}: there is no such criterion; accepted: {', '.join(criterion_names())}"
+        f"pruning.criterion = {name!r}: there is no such criterion; accepted: {', '.join(criterion_names())}, "
+        "or module:name for one of your own"
     )
 
 
