@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from importlib import import_module
 from inspect import cleandoc
 from pathlib import Path
@@ -16,6 +17,7 @@ from tapfl.config import RunConfig, Section
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "experiments" / "configs"
+PIPE = re.compile(r"\|(?=[^`]*(?:`[^`]*`[^`]*)*$)")  # outside of code, where mkdocs takes it as it is
 HUGE = 2**60  # a bound that says nothing to a reader
 BOUNDS = {"gt": ">", "ge": "≥", "lt": "<", "le": "≤"}
 
@@ -80,7 +82,7 @@ def configs() -> str:
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """Returns a Markdown table."""
     lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+    return "\n".join("| " + " | ".join(PIPE.sub(r"\\|", cell) for cell in line) + " |" for line in lines)
 
 
 def _command(name: str, found: Any) -> str:
@@ -92,7 +94,7 @@ def _command(name: str, found: Any) -> str:
         many = "..." if part.multiple else ""
         usage.append((shown if part.required else f"[{shown}]") + many)
         rows.append((f"`{shown}`", "required" if part.required else _default(part), part.help or ""))
-    lines = textwrap.wrap(" ".join(word.replace(" ", "\0") for word in usage), 100, subsequent_indent="    ")
+    lines = textwrap.wrap(" ".join(word.replace(" ", "\0") for word in usage), 78, subsequent_indent="    ")
     synopsis = "```text\n" + "\n".join(lines).replace("\0", " ") + "\n```"
     return synopsis + ("\n\n" + table(("option", "default", "meaning"), rows) if rows else "")
 
@@ -131,30 +133,25 @@ def _options(prefix: str, fields: dict[str, FieldInfo]) -> str:
 
 
 def _accepted(field: FieldInfo) -> str:
-    kind, bounds = field.annotation, [field]
-    if get_origin(kind) is tuple:
-        bounds = [part for part in get_args(kind) if part is not Ellipsis][:1]
+    kind: Any = field.annotation
     if get_origin(kind) is Literal:
         return ", ".join(f"`{value}`" for value in get_args(kind))
     if kind is bool:
         return "`true`, `false`"
+    listed, notes = get_origin(kind) is tuple, field.metadata
+    if listed:  # of numbers that are annotated alike
+        kind, *notes = get_args(get_args(kind)[0])
     limits = [
         f"{sign} {getattr(limit, bound):g}"
-        for part in bounds
-        for limit in _limits(part)
+        for limit in _limits(notes)
         for bound, sign in BOUNDS.items()
         if getattr(limit, bound, HUGE) < HUGE
     ]
-    many = "a list, each " if get_origin(kind) is tuple else ""
-    word = {int: "integer", float: "number", str: "text"}.get(kind or str, "number")  # type: ignore[arg-type]
-    return many + " ".join([word, ", ".join(limits)]).strip()
+    word = {int: "integer", float: "number", str: "text"}.get(kind, "text")
+    return ("a list, each " if listed else "") + " ".join([word, ", ".join(limits)]).strip()
 
 
-def _limits(part: Any) -> list[Any]:
-    """The bounds of a field, or of an annotated type."""
-    if isinstance(part, FieldInfo):
-        return list(part.metadata)
-    found: list[Any] = []
-    for note in getattr(part, "__metadata__", ()):
-        found += _limits(note) if isinstance(note, FieldInfo) else [note]
-    return found
+def _limits(notes: Iterable[Any]) -> Iterator[Any]:
+    """Yields the bounds among the notes of an annotation."""
+    for note in notes:
+        yield from note.metadata if isinstance(note, FieldInfo) else [note]
