@@ -17,7 +17,7 @@ from flwr.serverapp.strategy import FedAvg
 from flwr.supercore.task_identity import TaskIdentity
 from test_inprocess_run import SMALL, content, tapfl
 
-from experiments.engines.cluster import _require_reachable
+from experiments.engines.cluster import require_reachable
 from experiments.engines.ray import RayGrid, Workers
 from experiments.preflight import absolute_paths
 from strategies.server_app import app as server_app
@@ -118,7 +118,7 @@ def test_a_cluster_that_others_use_to_the_full_is_not_waited_for(
 @pytest.mark.parametrize("address", ["ray://head:10001", "head", "127.0.0.1:port"])
 def test_an_address_that_is_none_is_refused(address: str) -> None:
     with pytest.raises(ConfigError, match="must be HOST:PORT"):
-        _require_reachable(address)
+        require_reachable(address)
 
 
 def test_a_cluster_that_does_not_answer_is_refused_in_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -127,7 +127,7 @@ def test_a_cluster_that_does_not_answer_is_refused_in_seconds(monkeypatch: pytes
     with socket.create_server(("127.0.0.1", 0)) as server:
         began, port = time.monotonic(), server.getsockname()[1]
         with pytest.raises(ConfigError, match=f"127.0.0.1:{port}: no Ray cluster answers"):
-            _require_reachable(f"127.0.0.1:{port}")
+            require_reachable(f"127.0.0.1:{port}")
         assert time.monotonic() - began < 6
 
 

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import optuna
 
-from experiments.preflight import absolute_paths, check
+from experiments.feasible import check
+from experiments.preflight import absolute_paths
 from experiments.search.methods import carry_out, rungs_of, sampler_of, spent
 from experiments.search.page import write_page
 from experiments.search.results import best_trial, write_best, write_table

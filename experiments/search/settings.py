@@ -15,8 +15,7 @@ from experiments.search.brackets import Rungs, bracket_tables, cost, in_rounds
 from experiments.search.objective import MEASURES, Constraint, Objective
 from experiments.search.schedule import Schedule
 from experiments.search.space import SearchSpace
-from strategies.checkpoint import FREE
-from tapfl.config import Count, RunConfig, Scalar, Section, flatten, read_toml_tables, validated
+from tapfl.config import Count, RunConfig, Scalar, Section, binding, flatten, read_toml_tables, validated
 from tapfl.errors import ConfigError
 
 Method = Literal["bohb", "tpe-hyperband", "random"]
@@ -118,7 +117,7 @@ class Search:
         settings = self.settings.model_dump(mode="json", by_alias=True, exclude=GROWS)
         parts = {f"search.{name}": value for name, value in settings.items()}
         parts |= {f"space.{name}": str(value) for name, value in self.space.parameters.items()}
-        parts |= {k: v for k, v in self.options.items() if not k.startswith(FREE) and k != "train.rounds"}
+        parts |= binding(self.options)
         return {name: json.dumps(value, sort_keys=True) for name, value in parts.items()}
 
 
