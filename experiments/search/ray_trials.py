@@ -11,7 +11,7 @@ from flwr.common.logger import log
 from experiments.engines.ray import Workers
 from experiments.run_log import own_log
 from experiments.search.federation import carry_out
-from experiments.search.trials import Job, EngineLostError
+from experiments.search.trials import EngineLostError, Job
 from tapfl.errors import RunError, TapflError
 
 

@@ -20,7 +20,7 @@ from experiments.search.objective import Objective
 from experiments.search.sampler import violation_key
 from experiments.search.schedule import FAILED, Score
 from experiments.search.space import SearchSpace
-from experiments.search.trials import Job, EngineLostError, Trials
+from experiments.search.trials import EngineLostError, Job, Trials, run_folder
 from tapfl.config import Scalar
 from tapfl.errors import TapflError
 
@@ -71,7 +71,7 @@ class Runner:
             if (number, rounds) in self._flying.values():
                 continue
             options = {**self.options, **self.space.suggest(self._handle(number))}
-            job = Job(options, self.folder / f"{number:04d}", rounds)
+            job = Job(options, run_folder(self.folder, number), rounds)
             self._flying[self.trials.submit(job)] = (number, rounds)
 
     def wait(self) -> bool:
