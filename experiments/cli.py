@@ -11,7 +11,7 @@ from contextlib import ExitStack, contextmanager
 from enum import StrEnum
 from functools import partial
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 from rich.table import Table
@@ -22,6 +22,9 @@ from experiments.deploy import cli as deploy_cli
 from experiments.terminal import console, options_of, show_rows
 from tapfl.config import RunConfig
 from tapfl.errors import ConfigError, RunError, TapflError
+
+if TYPE_CHECKING:
+    from experiments.search.trials import Trials
 
 app = typer.Typer(
     name="tapfl",
@@ -39,6 +42,11 @@ class Engine(StrEnum):
     FLOWER = "flower"
     RAY = "ray"
     INPROCESS = "inprocess"
+
+
+class SearchEngine(StrEnum):
+    INPROCESS = "inprocess"
+    RAY = "ray"
 
 
 class Method(StrEnum):
@@ -158,22 +166,38 @@ def search(
     out: Annotated[Path | None, typer.Option(help="folder of the search; default: runs/ and the file's name")] = None,
     storage: Annotated[str | None, typer.Option(help="URL of an Optuna storage; default: a journal in --out")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="go on with the search in --out")] = False,
-    jobs: Annotated[int, typer.Option(min=0, help="runs at a time, one CPU each; 0: as many as there are CPUs")] = 0,
+    engine: Annotated[
+        SearchEngine, typer.Option(help="each run a process of this machine, or the devices of all on Ray actors")
+    ] = SearchEngine.INPROCESS,
+    jobs: Annotated[int, typer.Option(min=0, help="runs at a time; 0: as many as there are CPUs")] = 0,
+    workers: WorkerCount = 0,
+    address: Address = "",
+    actor_cpus: ActorCpus = 1.0,
+    actor_gpus: ActorGpus = 0.0,
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON object last")] = False,
 ) -> None:
     """Search for good options: budgets are rounds, and what is promising goes on from its checkpoint."""
     from experiments.preflight import DEFAULT_DEVICES
-    from experiments.search.command import run_search
     from experiments.search.settings import read_search
-    from experiments.search.workers import Workers
 
+    _require_ray(engine, address, actor_cpus, actor_gpus, workers)
     wanted = read_search(config, method, {"devices.count": DEFAULT_DEVICES})
+    from experiments.search.command import run_search  # with torch: not before the file is known to be good
+
     folder, count = out or Path("runs") / config.stem, jobs or os.cpu_count() or 1
-    try:
-        found = run_search(wanted, config.stem, folder, storage, resume, count, lambda: Workers(count))
-    except KeyboardInterrupt:
-        print("tapfl: interrupted; go on with the same command and --resume", file=sys.stderr, flush=True)
-        raise typer.Exit(130) from None
+    with _interruptible("the same command and --resume"), ExitStack() as stack:
+
+        def trials() -> Trials:
+            if engine == SearchEngine.INPROCESS:
+                from experiments.search.workers import Workers
+
+                return Workers(count)
+            from experiments.engines.ray import Workers as Actors
+            from experiments.search.ray_trials import RayTrials
+
+            return RayTrials(stack.enter_context(Actors(address, workers, actor_cpus, actor_gpus)), count)
+
+        found = run_search(wanted, config.stem, folder, storage, resume, count, trials)
     if as_json:
         print(json.dumps(vars(found) | {"folder": str(found.folder)}))
         return
@@ -194,9 +218,18 @@ def _describe(name: str) -> str:
     return field.description or (" | ".join(map(str, choices)) if choices else "")
 
 
-def _require_ray(engine: Engine, address: str, actor_cpus: float, actor_gpus: float) -> None:
-    if engine is not Engine.RAY and (address, actor_cpus, actor_gpus) != ("", 1.0, 0.0):
-        raise ConfigError("--address, --actor-cpus, --actor-gpus: only with --engine ray")
+def _require_ray(
+    engine: Engine | SearchEngine, address: str, actor_cpus: float, actor_gpus: float, workers: int = 0
+) -> None:
+    """Refuses what only Ray has elsewhere, and an address where no cluster answers, before anything is loaded."""
+    if engine == Engine.RAY:
+        from experiments.engines.cluster import require_reachable
+
+        require_reachable(address)
+    elif (address, actor_cpus, actor_gpus, workers) != ("", 1.0, 0.0, 0):
+        raise ConfigError(
+            f"{'--workers, ' if workers else ''}--address, --actor-cpus, --actor-gpus: only with --engine ray"
+        )
 
 
 @contextmanager

@@ -16,6 +16,8 @@ from experiments.terminal import console, options_of, show_rows
 from tapfl.config import RunConfig
 from tapfl.errors import ConfigError
 
+BACKBONE = {"model.name", "model.args"}  # the options that say which backbone
+
 app = typer.Typer()
 
 
@@ -36,8 +38,6 @@ def prune(
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON object last, and no table")] = False,
 ) -> None:
     """Prune one backbone for the images of data.source, or as a plan says that was made before."""
-    from experiments.preflight import absolute_paths
-
     if (plan is None) == (budget is None):
         raise ConfigError(f"--budget {budget}, --plan {plan}: give one of the two")
     options = options_of(config, set)
@@ -45,20 +45,30 @@ def prune(
         assert plan is not None
         _reapply(plan, options, out)
     else:
-        from experiments.prune import prune as carry_out
-
         short = {"criterion": criterion, "compensation": compensation, "recovery": recovery}
-        options |= {f"pruning.{name}": value for name, value in short.items() if value is not None}
-        carry_out(absolute_paths(RunConfig.from_flat(options)), budget, out)
+        _prune(options | {f"pruning.{name}": value for name, value in short.items() if value is not None}, budget, out)
     _inspect_pruned(out, None, as_json)
+
+
+def _prune(options: Mapping[str, Any], budget: str, out: Path) -> None:
+    from experiments.preflight import absolute_paths
+    from tapfl.pruning.budget import Budget
+    from tapfl.pruning.criteria.registry import require_criterion
+
+    config, limits = absolute_paths(RunConfig.from_flat(options)), Budget.parse(budget)
+    require_criterion(config.pruning.criterion)
+    from experiments.prune import prune  # with torch: not before the options are known to be good
+
+    prune(config, limits, out)
 
 
 def _reapply(plan: Path, options: Mapping[str, Any], out: Path) -> None:
     from experiments.preflight import absolute_paths
-    from experiments.reapply import reapply
 
-    names_backbone = bool({"model.name", "model.args"} & options.keys())
-    for warning in reapply(plan, absolute_paths(RunConfig.from_flat(options)).model, names_backbone, out):
+    model, names_backbone = absolute_paths(RunConfig.from_flat(options)).model, bool(BACKBONE & options.keys())
+    from experiments.reapply import reapply  # with torch: not before the options are known to be good
+
+    for warning in reapply(plan, model, names_backbone, out):
         print(f"tapfl: {warning}", file=sys.stderr)
 
 
@@ -179,13 +189,14 @@ def compare(
 ) -> None:
     """Compare pruning criteria: criteria × budgets × any option × devices × seeds, under one harness."""
     from experiments.compare.grid import read_comparison
-    from experiments.compare.picture import picture
+
+    comparison = read_comparison(config)
+    from experiments.compare.picture import picture  # with torch: not before the file is known to be good
     from experiments.compare.run import run_comparison
     from experiments.compare.table import markdown, table
     from strategies.progress import stage
     from tapfl.store import write_bytes
 
-    comparison = read_comparison(config)
     with stage("cells", len(list(comparison.cells()))) as advance:
         rows = run_comparison(comparison, out, lambda done, _, note: advance(done, note), jobs or os.cpu_count() or 1)
     shown = table(rows, comparison, measure)

@@ -37,17 +37,18 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from flwr.common.logger import log
 
-from experiments.engines.ray import Workers
 from experiments.preflight import resolve_run
 from experiments.run_log import own_log
-from strategies.server_app import app as server_app
 from tapfl.config import RunConfig, flatten, read_toml_tables
 from tapfl.errors import ConfigError, RunError, TapflError
+
+if TYPE_CHECKING:
+    from experiments.engines.ray import Workers
 
 MEASURES = (
     "dense_accuracy",
@@ -149,6 +150,8 @@ def as_process(engine: str, workers: int, cell: Cell, folder: Path, begun: bool)
 
 def on_workers(workers: Workers, cell: Cell, folder: Path, begun: bool) -> str:
     """Carries a cell out in this thread, its devices on a pool that others use as well: a `CarryOut`, given a pool."""
+    from strategies.server_app import app as server_app  # with torch: not before all cells are known to be good
+
     with own_log(_log(folder)):
         try:
             config = resolve_run(cell.options, folder, begun)

@@ -13,14 +13,11 @@ from typing import Any
 
 from strategies.results import DeviceRecord
 from tapfl.adapters.rules import ServerState
-from tapfl.config import RunConfig
+from tapfl.config import RunConfig, binding
 from tapfl.errors import ConfigError
 from tapfl.store import RunFolder, content_hash, read_about, read_tensors, write_tensors
 
 PARAMS, OPTIMIZER = "params:", "optimizer:"
-
-# what may differ when a run goes on: none of them changes a result
-FREE = ("resume", "out", "cache", "node-timeout", "window", "faults.")
 
 
 @dataclass(frozen=True)
@@ -86,28 +83,9 @@ def load_checkpoint(folder: RunFolder, config: RunConfig) -> Checkpoint | None:
     )
 
 
-def require_same_options(folder: RunFolder, config: RunConfig) -> None:
-    """Raises ConfigError, naming what changed, unless `config` is that of the run in `folder`.
-
-    What changes no result may differ, and `train.rounds` too: a run may go on for longer.
-    """
-    before, now = folder.config(), config.flat()
-    changed = [
-        f"{option}: {before.get(option, '(not an option then)')!r} then, {now.get(option, '(not an option now)')!r} now"
-        for option in sorted(_binding(before).keys() | _binding(now).keys())
-        if before.get(option) != now.get(option)
-    ]
-    if changed:
-        raise ConfigError(f"resume: the run in {folder.path} has other options: {'; '.join(changed)}")
-
-
 def config_hash(flat: Mapping[str, Any]) -> str:
     """Returns the name of the options that can change a result."""
-    return content_hash(json.dumps(_binding(flat), sort_keys=True))
-
-
-def _binding(flat: Mapping[str, Any]) -> dict[str, Any]:
-    return {k: v for k, v in flat.items() if not k.startswith(FREE) and k != "train.rounds"}
+    return content_hash(json.dumps(binding(flat), sort_keys=True))
 
 
 def _with_prefix(tensors: Mapping[str, Any], prefix: str) -> dict[str, Any]:

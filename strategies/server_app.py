@@ -8,8 +8,8 @@ import torch
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from strategies.checkpoint import require_same_options
 from strategies.federation import Federation
+from strategies.same_options import require_same_options
 from tapfl.config import RunConfig
 from tapfl.data.federated import open_pool
 from tapfl.errors import ConfigError
@@ -25,11 +25,11 @@ def main(grid: Grid, context: Context) -> None:
     config = RunConfig.from_flat(context.run_config)
     _require_paths(config)
     path = run_path(config.out, context.run_id)
-    folder = RunFolder.reopen(path) if config.resume else RunFolder.create(path)
-    if config.resume:
-        require_same_options(folder, config)
-    pool = open_pool(config.data, input_transform(config.model), config.seed, cache_folder(config.cache))
-    Federation(grid, config, pool, folder).run()
+    with RunFolder.reopen(path) if config.resume else RunFolder.create(path) as folder:
+        if config.resume:
+            require_same_options(folder, config)
+        pool = open_pool(config.data, input_transform(config.model), config.seed, cache_folder(config.cache))
+        Federation(grid, config, pool, folder).run()
 
 
 def _require_paths(config: RunConfig) -> None:

@@ -32,6 +32,8 @@ Scalar = bool | int | float | str
 PATH_OPTIONS = ("out", "cache", "data.source", "data.public", "model.weights", "model.head-rows", "devices.profiles")
 PROFILE_SETS = ("equal", "tiers", "mobile")
 NOT_PATHS = ("", "digits", "hub", *PROFILE_SETS)
+# options, or the beginnings of their names, that change no result: a run that goes on may have others
+FREE_OPTIONS = ("resume", "out", "cache", "node-timeout", "window", "faults.")
 
 
 def _kebab(name: str) -> str:
@@ -375,6 +377,11 @@ def validated(model: type[S], tables: Mapping[str, Any]) -> S:
         return model.model_validate(tables)
     except ValidationError as error:
         raise ConfigError("\n".join(_explain(dict(e), model) for e in error.errors())) from None
+
+
+def binding(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns those of a run's dotted options that must stay as they are when it goes on; it may get more rounds."""
+    return {k: v for k, v in flat.items() if not k.startswith(FREE_OPTIONS) and k != "train.rounds"}
 
 
 def names_path(value: str) -> bool:

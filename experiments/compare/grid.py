@@ -28,7 +28,7 @@ from typing import Any
 from tapfl.config import PruningOptions, RunConfig, flatten, read_toml_tables
 from tapfl.errors import ConfigError
 from tapfl.pruning.budget import Budget
-from tapfl.pruning.criteria.registry import criterion_of
+from tapfl.pruning.criteria.registry import require_criterion
 
 DEFAULT_DEVICES = 10
 DEFAULTS: dict[str, list[Any]] = {
@@ -86,7 +86,7 @@ class Comparison:
         if oracle:
             del options["metric.rule"]
         config = RunConfig.from_flat(options)
-        criterion_of(config.pruning.criterion)
+        require_criterion(config.pruning.criterion)
         device, count = point["device"], config.devices.count
         if type(device) is not int or not 0 <= device < count:
             raise ConfigError(f"device = {device!r}: must lie in 0..{count - 1}")

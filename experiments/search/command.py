@@ -9,7 +9,9 @@ from pathlib import Path
 
 import optuna
 
-from experiments.preflight import absolute_paths, check
+from experiments.feasible import check
+from experiments.preflight import absolute_paths
+from experiments.search.losers import drop_losers
 from experiments.search.methods import carry_out, rungs_of, sampler_of, spent
 from experiments.search.page import write_page
 from experiments.search.results import best_trial, write_best, write_table
@@ -69,8 +71,15 @@ def run_search(
                 jobs,
             )
             with stage("rounds", search.rounds) as advance:
-                runner.told = lambda: advance(*_progress(study))
+
+                def told() -> None:
+                    advance(*_progress(study))
+                    if search.settings.keep == "best":
+                        drop_losers(runner.found(), runner.folder)
+
+                runner.told = told
                 carry_out(runner, search)
+                told()  # of what was settled last
         finally:
             workers.close()
         return write_results(search, study, out)

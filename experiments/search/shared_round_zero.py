@@ -13,13 +13,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from strategies.checkpoint import FREE
-from tapfl.config import RunConfig
+from tapfl.config import FREE_OPTIONS, RunConfig
 from tapfl.store import content_hash, whole_folder, write_json
 
 # what cannot change a plan: all that comes after round zero. An option that is not named here is taken to change it
 AFTER = (
-    *FREE,
+    *FREE_OPTIONS,
     "train.",
     "adapters.",
     "personalize.",
