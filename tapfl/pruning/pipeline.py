@@ -18,7 +18,7 @@ from tapfl.config import PruningOptions, Scalar
 from tapfl.data.sources import ImageSet
 from tapfl.data.transform import Transform
 from tapfl.models.backbone import BackboneSpec
-from tapfl.pruning.compensation import compensated
+from tapfl.pruning.compensation import Felt, compensated
 from tapfl.pruning.criteria.registry import criterion_of
 from tapfl.pruning.criteria.task import PruningTask, Selection
 from tapfl.pruning.plan import PruningPlan
@@ -93,14 +93,22 @@ def select(task: PruningTask) -> Selection:
     return criterion_of(task.options.criterion)(task)
 
 
-def cut(task: PruningTask, selection: Selection, seed: int) -> nn.Module:
-    """Returns the smaller model of a selection, compensated as the task's options say."""
-    weights, options = selection.model or task.model, task.options
-    felt = None
-    if options.compensation != "none" and options.compensation_rows == "sensitivity":
-        generator = torch_generator(seed, "sensitivity")
-        felt = sensitivities(weights, task.layers, task.inputs, task.batch, generator)
-    return compensated(weights, selection.kept, task.layers, task.inputs, task.batch, options.compensation, felt)
+def cut(task: PruningTask, selection: Selection, seed: int, felt: Felt = None) -> nn.Module:
+    """Returns the smaller model of a selection, compensated as the task's options say.
+
+    Args:
+        felt: the `row_sensitivities` of the weights that are cut, where they are known.
+    """
+    weights = selection.model or task.model
+    felt = felt or row_sensitivities(task, weights, seed)
+    return compensated(weights, selection.kept, task.layers, task.inputs, task.batch, task.options.compensation, felt)
+
+
+def row_sensitivities(task: PruningTask, weights: nn.Module, seed: int) -> Felt:
+    """Returns how much the prediction of a model feels each row, where the task's compensation asks for that."""
+    if task.options.compensation == "none" or task.options.compensation_rows != "sensitivity":
+        return None
+    return sensitivities(weights, task.layers, task.inputs, task.batch, torch_generator(seed, "sensitivity"))
 
 
 def recovered(
