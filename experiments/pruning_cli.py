@@ -179,7 +179,9 @@ def compare(
     ] = None,
     reference: Annotated[
         list[str] | None,
-        typer.Option(help="axis=value: how each line differs from the one with that value, instead of results.reference"),
+        typer.Option(
+            help="axis=value: how each line differs from the one with that value, instead of results.reference"
+        ),
     ] = None,
     set: Annotated[list[str] | None, typer.Option("--set", help="key=value, above the options of --config")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON object a row")] = False,

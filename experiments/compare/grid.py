@@ -96,7 +96,7 @@ class Comparison:
     axes: dict[str, list[Any]]
     options: dict[str, Any]
     parts: tuple[dict[str, list[Any]], ...]
-    results: ResultOptions = ResultOptions()
+    results: ResultOptions
 
     def cells(self) -> Iterator[Cell]:
         """Yields every cell, the axis that costs most to change first.

@@ -26,9 +26,7 @@ WORDS = {
 }
 
 
-def page(
-    sections: Iterable[Section], rows: Rows, comparison: Comparison, results: ResultOptions, command: str
-) -> str:
+def page(sections: Iterable[Section], rows: Rows, comparison: Comparison, results: ResultOptions, command: str) -> str:
     """Returns the caption and the tables as Markdown."""
     parts = [caption(rows, comparison, results, command)]
     parts += [

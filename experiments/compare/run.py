@@ -111,7 +111,6 @@ def _read(path: Path, fields: Sequence[str], axes: int) -> dict[tuple[str, ...],
         rows = [row for row in reader if None not in row.values()]  # a killed run may leave half a line
     if reader.fieldnames is not None and list(reader.fieldnames) != list(fields):
         raise ConfigError(
-            f"{path}: is a comparison of other axes or measures ({', '.join(reader.fieldnames)}); "
-            f"give another --out"
+            f"{path}: is a comparison of other axes or measures ({', '.join(reader.fieldnames)}); give another --out"
         )
     return {tuple(row[axis] for axis in fields[:axes]): row for row in rows}
