@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -204,7 +205,7 @@ def test_the_page_says_how_it_was_made_and_is_the_same_again(finished: tuple[str
         "tapfl compare --config compare.toml --set data.source=…",
         "8×8 px",
         "seeds 0",
-        f"torch {torch.__version__}",
+        f"torch {version('torch')}",
     ):
         assert said in page
     assert "Dense: 0." in page and "ttest_rel" in page and str(place) not in page

@@ -54,9 +54,10 @@ def _part(grid: Mapping[str, list[Any]], named: Iterable[str], options: Mapping[
     """Returns the values of every axis in one grid."""
     count = options.get("devices.count", DEFAULT_DEVICES)
     plain = {name: [value] for name, value in (RunConfig().flat() | {"pool-lacks": 0}).items()}
-    plain |= DEFAULTS | {"device": list(range(count if type(count) is int else 0))}
+    plain |= {option_of(axis): values for axis, values in DEFAULTS.items()}
+    plain |= {"device": list(range(count if type(count) is int else 0))}
     plain |= {name: [value] for name, value in options.items()}
-    return {axis: grid.get(axis) or plain.get(option_of(axis)) or plain[axis] for axis in named}
+    return {axis: grid.get(axis) or plain[option_of(axis)] for axis in named}
 
 
 def _without_repeats(values: Iterable[Any]) -> list[Any]:
