@@ -184,13 +184,16 @@ def compare(
         ),
     ] = None,
     set: Annotated[list[str] | None, typer.Option("--set", help="key=value, above the options of --config")] = None,
+    finished: Annotated[
+        bool, typer.Option("--finished", help="run nothing: tables of the cells that are there")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON object a row")] = False,
 ) -> None:
     """Compare pruning criteria: criteria × budgets × any option × devices × seeds, under one harness."""
     from experiments.compare.page import page, shown_command
     from experiments.compare.picture import picture
     from experiments.compare.reading import read_comparison
-    from experiments.compare.run import run_comparison
+    from experiments.compare.run import finished_rows, run_comparison
     from experiments.compare.table import sections
     from strategies.progress import stage
     from tapfl.store import write_bytes
@@ -198,8 +201,12 @@ def compare(
     comparison = read_comparison(config, set or [])
     results = comparison.results.given(measure, reference)
     results.check(comparison.axes)
-    with stage("cells", len(list(comparison.cells()))) as advance:
-        rows = run_comparison(comparison, out, lambda done, _, note: advance(done, note), jobs or os.cpu_count() or 1)
+    if finished:
+        rows = finished_rows(comparison, out)
+    else:
+        with stage("cells", len(list(comparison.cells()))) as advance:
+            jobs = jobs or os.cpu_count() or 1
+            rows = run_comparison(comparison, out, lambda done, _, note: advance(done, note), jobs)
     shown = list(sections(rows, comparison, results))
     command = shown_command(config, set or [], reference or [])
     write_bytes(out / "table.md", page(shown, rows, comparison, results, command).encode())

@@ -20,8 +20,8 @@ from experiments.compare.page import shown_command
 from experiments.compare.paired import difference
 from experiments.compare.rank import rank_correlations
 from experiments.compare.reading import read_comparison
-from experiments.compare.run import run_comparison
-from experiments.compare.setting import DeviceView, Setting
+from experiments.compare.run import finished_rows, run_comparison
+from experiments.compare.setting import DeviceView, Setting, classes_that_lack
 from experiments.compare.table import sections, table
 from experiments.compare.worker import setting_of
 from tapfl.errors import ConfigError
@@ -125,24 +125,25 @@ def test_the_shared_plan_is_made_for_images_that_are_the_same_for_all_devices(se
     assert not np.array_equal(own[0].images, own[1].images)
 
 
+def test_the_classes_that_lack_are_a_share_of_the_device_s_own_drawn_for_each() -> None:
+    own = np.arange(40, 60)
+    gone = [classes_that_lack(own, share, seed=0, device=2).tolist() for share in (0, 0.3, 0.5, 1)]
+    assert [len(each) for each in gone] == [0, 6, 10, 20]
+    assert set(gone[1]) < set(gone[2]) < set(gone[3]) == set(own.tolist())
+    assert gone[2] == classes_that_lack(own, 0.5, 0, 2).tolist() != classes_that_lack(own, 0.5, 0, 3).tolist()
+    assert gone[2] != classes_that_lack(own, 0.5, 1, 2).tolist()
+
+
 def test_a_pool_that_lacks_classes_really_lacks_them(setting: Setting) -> None:
-    own = np.unique(setting.private.labels[setting.splits[1].train])
-    gone = [own[~np.isin(own, setting.lacking(1, share).pool.images.labels)].tolist() for share in (0.3, 0.7, 1.0)]
-    assert len(own) == 3 and [len(each) for each in gone] == [1, 2, 3]
-    assert set(gone[0]) < set(gone[1])
-    half = setting.lacking(1, 0.7)
-    others = np.setdiff1d(np.unique(setting.pool.images.labels), gone[1])
-    assert np.array_equal(np.unique(half.pool.images.labels), others)
-    assert len(half.pool.points) == len(half.pool.images) == np.isin(setting.pool.images.labels, others).sum()
-    assert np.array_equal(half.lacking(1, 0).pool.images.labels, half.pool.images.labels)
-    view = DeviceView.of(half, 1)
-    assert view.coverage(half.pool.images)[1] == pytest.approx(1 / 3)
+    own, images = np.unique(setting.private.labels[setting.splits[1].train]), setting.pool.images
+    lacking = setting.lacking(1, 0.7)
+    assert len(own) == 3 and np.isin(own, lacking.pool.images.labels).sum() == 1
+    others = np.unique(lacking.pool.images.labels)
+    assert len(others) == 10 - 2 and np.isin(images.labels, others).sum() == len(lacking.pool.images)
+    assert len(lacking.pool.points) == len(lacking.pool.density) == len(lacking.pool.images)
+    view = DeviceView.of(lacking, 1)
+    assert view.coverage(lacking.pool.images)[1] == pytest.approx(1 / 3)
     assert view.dense == DeviceView.of(setting, 1).dense  # what is measured is the same
-    other = {
-        tuple(own[~np.isin(own, replace(setting, splits=[setting.splits[1]] * 9).lacking(i, 0.3).pool.images.labels)])
-        for i in range(9)
-    }
-    assert len(other) > 1  # drawn for each device
 
 
 def test_a_pool_that_lacks_classes_is_an_axis(place: Path, tmp_path: Path) -> None:
@@ -229,6 +230,24 @@ def test_the_page_says_how_it_was_made_and_is_the_same_again(finished: tuple[str
         command
         == "tapfl compare --config a/b.toml --set seed=1 --set model.weights=… --reference criterion=tap --out DIR"
     )
+
+
+def test_tables_can_be_had_of_what_is_finished_and_no_finished_cell_is_lost(
+    finished: tuple[str, Path], rows: list[dict[str, str]], place: Path, tmp_path: Path
+) -> None:
+    comparison = read_comparison(place / "compare.toml")
+    lines = (place / "out" / "results.csv").read_text().splitlines(keepends=True)
+    (tmp_path / "results.csv").write_text("".join([lines[0], *lines[4:7]]))
+    invoked = ["compare", "--config", str(place / "compare.toml"), "--out", str(tmp_path), "--finished"]
+    done = CliRunner().invoke(cli.app, invoked, catch_exceptions=False)
+    assert done.exit_code == 0 and (tmp_path / "results.csv").read_text() == "".join([lines[0], *lines[4:7]])
+    assert "of which 3 of 27 cells were finished" in (tmp_path / "table.md").read_text()
+    with pytest.raises(ConfigError, match="no finished cell"):
+        finished_rows(comparison, tmp_path / "none")
+    fewer = replace(comparison, axes=comparison.axes | {"device": [0]}, parts=({**comparison.parts[0], "device": [0]},))
+    (tmp_path / "results.csv").write_text("".join(lines))
+    assert len(run_comparison(fewer, tmp_path, lambda *_: None)) == 9
+    assert (tmp_path / "results.csv").read_text() == "".join(lines)
 
 
 def test_several_grids_are_one_comparison(tmp_path: Path) -> None:

@@ -42,8 +42,9 @@ def caption(rows: Rows, comparison: Comparison, results: ResultOptions, command:
     height, width = input_transform(config.model).size
     kept = config.data.image_size or max(height, width)
     dense, dense_own = (measured(rows, name) for name in ("dense", "dense_own"))
+    count = len(list(comparison.cells()))
     lines = [
-        f"Made by `{command}`.",
+        f"Made by `{command}`{'' if len(rows) == count else f', of which {len(rows)} of {count} cells were finished'}.",
         f"Backbone {config.model.name} at {height}×{width} px (images kept at {kept} px), "
         f"{config.devices.count} devices, metric set of {config.metric.size} images; "
         f"seeds {', '.join(map(str, comparison.axes['seed']))}.",

@@ -20,6 +20,7 @@ from experiments.compare.worker import Row, Worker, setting_of
 from tapfl.errors import ConfigError
 from tapfl.store import write_bytes
 
+FILE = "results.csv"
 Progress = Callable[[int, int, str], None]
 
 
@@ -27,13 +28,14 @@ def run_comparison(comparison: Comparison, out: Path, progress: Progress, jobs: 
     """Carries out the cells that are not finished, and returns the rows of all of them in the order of the grid.
 
     A criterion that cannot meet a budget, or do with an option, leaves a row without measures, with the reason in
-    ``refused``. Every row is the same for any number of jobs, but for its seconds.
+    ``refused``. Every row is the same for any number of jobs, but for its seconds. Finished cells that the comparison
+    has no longer stay in the file, behind the others.
 
     Raises:
         ConfigError: if `out` holds a comparison of other axes or measures.
     """
     out.mkdir(parents=True, exist_ok=True)
-    path, fields = out / "results.csv", [*comparison.axes, *comparison.results.columns, "refused"]
+    path, fields = out / FILE, _fields(comparison)
     cells = list(comparison.cells())
     finished = _read(path, fields, len(comparison.axes))
     waiting = [cell for cell in cells if _key(comparison, cell.point) not in finished]
@@ -48,9 +50,22 @@ def run_comparison(comparison: Comparison, out: Path, progress: Progress, jobs: 
             done += 1
             progress(done, len(cells), f"device {row['device']} {row['criterion']} {row['budget']}")
     finished = _read(path, fields, len(comparison.axes))
-    rows = [finished[_key(comparison, cell.point)] for cell in cells]
-    write_bytes(path, _text(rows, fields).encode())  # in the order of the grid, whoever was first
+    rows = [finished.pop(_key(comparison, cell.point)) for cell in cells]
+    write_bytes(path, _text([*rows, *finished.values()], fields).encode())  # in the grid's order, whoever was first
     return rows
+
+
+def finished_rows(comparison: Comparison, out: Path) -> list[Row]:
+    """Returns the rows of the cells that are finished, in the order of the grid; runs nothing and writes nothing.
+
+    Raises:
+        ConfigError: if there is none, or `out` holds a comparison of other axes or measures.
+    """
+    finished = _read(out / FILE, _fields(comparison), len(comparison.axes))
+    keys = [_key(comparison, cell.point) for cell in comparison.cells()]
+    if not any(key in finished for key in keys):
+        raise ConfigError(f"--finished: {out} holds no finished cell of this comparison")
+    return [finished[key] for key in keys if key in finished]
 
 
 def _rows(cells: Sequence[Cell], jobs: int, rank: bool) -> Iterator[Row]:
@@ -88,6 +103,10 @@ def _work(cells: Sequence[Cell], rank: bool, queue: Any) -> None:
 
 
 _worker: Worker | None = None  # of a process of the pool: what it has loaded serves its next group
+
+
+def _fields(comparison: Comparison) -> list[str]:
+    return [*comparison.axes, *comparison.results.columns, "refused"]
 
 
 def _key(comparison: Comparison, row: Mapping[str, str]) -> tuple[str, ...]:

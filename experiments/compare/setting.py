@@ -55,13 +55,11 @@ class Setting:
     def lacking(self, device: int, share: float) -> Setting:
         """Returns the setting as it is where the pool has no image of a share of the device's own classes.
 
-        Which ones is drawn for each device; of two shares the larger takes what the smaller does, and more. All that a
-        server makes of its pool is made anew, but the dense backbone stays.
+        All that a server makes of its pool is made anew, but the dense backbone stays.
         """
-        classes = np.unique(self.private.labels[self.splits[device].train])
-        drawn = numpy_generator(self.config.seed, "pool-lacks", device).permutation(classes)
-        images = self.pool.images
-        stay = np.flatnonzero(~np.isin(images.labels, drawn[: round(share * len(classes))]))
+        classes, images = np.unique(self.private.labels[self.splits[device].train]), self.pool.images
+        gone = classes_that_lack(classes, share, self.config.seed, device)
+        stay = np.flatnonzero(~np.isin(images.labels, gone))
         features = cached_features(self.model, images, self.transform, cache_folder(self.config.cache))
         return replace(self, pool=pool_of(self.config, images.subset(stay), features[stay]))
 
@@ -129,6 +127,15 @@ class DeviceView:
     def fine_tune_set(self, metric: MetricOptions, options: PruningOptions, instead: str = "") -> FineTuneSet | None:
         """Returns the images of recovery, or None where they are the metric set."""
         return fine_tune_set(lambda size: self.public_images(metric, size, instead), self.setting.transform, options)
+
+
+def classes_that_lack(classes: np.ndarray, share: float, seed: int, device: int) -> np.ndarray:
+    """Returns the classes that a device's pool is to lack, int64: a share of its own, to the nearest whole number.
+
+    They are drawn for each device; of two shares the larger takes what the smaller does, and more.
+    """
+    drawn: np.ndarray = numpy_generator(seed, "pool-lacks", device).permutation(classes)
+    return drawn[: round(share * len(classes))]
 
 
 def score(model: nn.Module, inputs: Tensor, labels: Tensor, classes: Tensor) -> tuple[float, float]:

@@ -30,8 +30,8 @@ def sections(rows: Rows, comparison: Comparison, results: ResultOptions) -> Iter
     held = comparison.axes["device"]
     others = [device for device in held if device not in results.chosen_on]
     for measure in results.show:
-        if results.chosen_on and others:
-            apart = [row for row in rows if int(row["device"]) in others]
+        apart = [row for row in rows if int(row["device"]) in others]
+        if results.chosen_on and apart:
             named = f"devices {', '.join(map(str, others))}, on which nothing was chosen"
             yield Section(measure, named, table(apart, comparison, measure, results.values))
         named = f"all {len(held)} devices" if len(held) > 1 else f"device {held[0]}"
