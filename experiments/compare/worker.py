@@ -15,6 +15,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import nn
 
 from experiments.compare.grid import Cell
 from experiments.compare.rank import rank_correlations
@@ -25,6 +26,7 @@ from tapfl.errors import BudgetError, ConfigError
 from tapfl.memo import Memo
 from tapfl.pruning.criteria.registry import criterion_of, resolved
 from tapfl.pruning.criteria.task import PruningTask, Ranked, Selection
+from tapfl.pruning.lost_output import unit_moments
 from tapfl.pruning.pipeline import cut, recovered, row_sensitivities, select
 from tapfl.pruning.planning import plan_of
 
@@ -32,7 +34,12 @@ Row = dict[str, str]
 FINISH = tuple(name for name in PruningOptions.model_fields if name.startswith(("compensation", "recovery", "distill")))
 # options that scores do not depend on: how a budget is spent by them
 SPENDING = ("criterion", "ratio", "tau", "gamma", "align", "floor", "unit_shape", "probe", "send")
-KEPT = {"images": 2, "scores": 64, "felt": 2}  # results of a kind that are kept; of all others the last one
+KEPT = {
+    "images": 2,
+    "scores": 64,
+    "felt": 2,
+    "moments": 2,
+}  # results of a kind that are kept; of all others the last one
 
 
 @dataclass(frozen=True)
@@ -159,13 +166,15 @@ class Worker:
         theirs = self._scores(cell, task.options, criterion, "oracle", oracle)
         return rank_correlations(task.layers, ours.value, theirs.value)
 
-    def _cut(self, cell: Cell, task: PruningTask, selection: Selection) -> torch.nn.Module:
-        felt = None
-        if selection.model is None:  # the same weights for all criteria of a basis
-            key = (_images_key(cell), task.options.basis, task.options.compensation_rows, task.batch)
-            if task.options.compensation != "none":
-                felt = self._once("felt", key, lambda: row_sensitivities(task, task.model, cell.config.seed))
-        return cut(task, selection, cell.config.seed, felt)
+    def _cut(self, cell: Cell, task: PruningTask, selection: Selection) -> nn.Module:
+        seed, options, felt, known = cell.config.seed, task.options, None, None
+        if selection.model is None and options.compensation != "none":  # the same weights for all criteria of a basis
+            key = (_images_key(cell), options.basis, options.compensation_rows)
+            felt = self._once("felt", key, lambda: row_sensitivities(task, task.model, seed))
+            if options.compensation == "one-pass":
+                looked_at = (task.model, task.layers, task.inputs, task.batch, felt)
+                known = self._once("moments", key, lambda: unit_moments(*looked_at))
+        return cut(task, selection, seed, felt, known)
 
 
 def setting_of(config: RunConfig) -> RunConfig:

@@ -18,9 +18,10 @@ from tapfl.config import PruningOptions, Scalar
 from tapfl.data.sources import ImageSet
 from tapfl.data.transform import Transform
 from tapfl.models.backbone import BackboneSpec
-from tapfl.pruning.compensation import Felt, compensated
+from tapfl.pruning.compensation import compensated
 from tapfl.pruning.criteria.registry import criterion_of
 from tapfl.pruning.criteria.task import PruningTask, Selection
+from tapfl.pruning.lost_output import Felt, Known
 from tapfl.pruning.plan import PruningPlan
 from tapfl.pruning.planning import plan_of
 from tapfl.pruning.recovery import fading_branches, recover, steps_left
@@ -93,15 +94,16 @@ def select(task: PruningTask) -> Selection:
     return criterion_of(task.options.criterion)(task)
 
 
-def cut(task: PruningTask, selection: Selection, seed: int, felt: Felt = None) -> nn.Module:
+def cut(task: PruningTask, selection: Selection, seed: int, felt: Felt = None, known: Known = None) -> nn.Module:
     """Returns the smaller model of a selection, compensated as the task's options say.
 
     Args:
         felt: the `row_sensitivities` of the weights that are cut, where they are known.
+        known: their `unit_moments`, likewise.
     """
-    weights = selection.model or task.model
+    weights, how = selection.model or task.model, task.options.compensation
     felt = felt or row_sensitivities(task, weights, seed)
-    return compensated(weights, selection.kept, task.layers, task.inputs, task.batch, task.options.compensation, felt)
+    return compensated(weights, selection.kept, task.layers, task.inputs, task.batch, how, felt, known)
 
 
 def row_sensitivities(task: PruningTask, weights: nn.Module, seed: int) -> Felt:

@@ -20,13 +20,12 @@ import torch
 from torch import Tensor
 
 from tapfl.pruning.basis import carried_energy
-from tapfl.pruning.compensation import LostOutput
 from tapfl.pruning.criteria.ranking import by_layer
 from tapfl.pruning.criteria.registry import recipe
 from tapfl.pruning.criteria.task import PruningTask, Ranked, Scores
 from tapfl.pruning.criteria.wanda import output_norms
 from tapfl.pruning.elimination import elimination_order
-from tapfl.pruning.scores import record_activations
+from tapfl.pruning.lost_output import unit_moments
 from tapfl.pruning.sensitivity import Sensitivity, sensitivities
 
 
@@ -44,17 +43,13 @@ def tap_plus_scores(task: PruningTask) -> Scores:
 @torch.no_grad()
 def elimination_scores(task: PruningTask, felt: Mapping[str, Sensitivity]) -> dict[str, Tensor]:
     """Returns, for every FFN by name, when each unit would go, float64 (units,): 0 is the first."""
-    ffns = [layer for layer in task.layers if layer.kind == "ffn"]
-    moments = {layer.name: LostOutput(layer.units, 0, weights=felt[layer.name].rows) for layer in ffns}
-    for images in task.inputs.split(task.batch):
-        for name, X in record_activations(task.model, ffns, images)[1].items():
-            moments[name].add(X, X[..., :0])
+    outputs = {layer.name: f"{layer.name}.{layer.output}.weight" for layer in task.layers}
     scores = {}
-    for layer in ffns:
-        W = task.model.get_parameter(f"{layer.name}.{layer.output}.weight").double()
-        order, _ = elimination_order(W, moments[layer.name].covariance(), felt[layer.name].metric)
-        scores[layer.name] = torch.empty(layer.units, dtype=torch.float64)
-        scores[layer.name][order] = torch.arange(layer.units, dtype=torch.float64)
+    for name, moments in unit_moments(task.model, task.layers, task.inputs, task.batch, felt).items():
+        W = task.model.get_parameter(outputs[name]).double()
+        order, _ = elimination_order(W, moments.covariance(), felt[name].metric)
+        scores[name] = torch.empty(len(order), dtype=torch.float64)
+        scores[name][order] = torch.arange(len(order), dtype=torch.float64)
     return scores
 
 
