@@ -184,23 +184,48 @@ def compare(
     config: Annotated[Path, typer.Option(help="TOML with a table [compare] of lists, and the options of all cells")],
     out: Annotated[Path, typer.Option(help="folder of results, table and picture; finished cells are not run again")],
     jobs: Annotated[int, typer.Option(min=0, help="devices at a time; 0: as many as there are CPUs")] = 0,
-    measure: Annotated[str, typer.Option(help="what the table and the picture show")] = "pruned_own",
+    measure: Annotated[
+        list[str] | None, typer.Option(help="what a table shows, instead of results.show; several make several tables")
+    ] = None,
+    reference: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="axis=value: how each line differs from the one with that value, instead of results.reference"
+        ),
+    ] = None,
+    set: Annotated[list[str] | None, typer.Option("--set", help="key=value, above the options of --config")] = None,
+    finished: Annotated[
+        bool, typer.Option("--finished", help="run nothing: tables of the cells that are there")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON object a row")] = False,
 ) -> None:
     """Compare pruning criteria: criteria × budgets × any option × devices × seeds, under one harness."""
-    from experiments.compare.grid import read_comparison
+    from experiments.compare.reading import read_comparison
 
-    comparison = read_comparison(config)
-    from experiments.compare.picture import picture  # with torch: not before the file is known to be good
-    from experiments.compare.run import run_comparison
-    from experiments.compare.table import markdown, table
+    comparison = read_comparison(config, set or [])
+    results = comparison.results.given(measure, reference)
+    results.check(comparison.axes)
+    from experiments.compare.page import page, shown_command  # with torch: not before the file is known to be good
+    from experiments.compare.picture import picture
+    from experiments.compare.run import finished_rows, run_comparison
+    from experiments.compare.table import sections
     from strategies.progress import stage
     from tapfl.store import write_bytes
 
-    with stage("cells", len(list(comparison.cells()))) as advance:
-        rows = run_comparison(comparison, out, lambda done, _, note: advance(done, note), jobs or os.cpu_count() or 1)
-    shown = table(rows, comparison, measure)
-    write_bytes(out / "table.md", markdown(shown).encode())
-    picture(rows, comparison, out / "accuracy-against-macs.png", measure)
-    show_rows(shown, as_json)
+    if finished:
+        rows = finished_rows(comparison, out)
+    else:
+        with stage("cells", len(list(comparison.cells()))) as advance:
+            jobs = jobs or os.cpu_count() or 1
+            rows = run_comparison(comparison, out, lambda done, _, note: advance(done, note), jobs)
+    shown = list(sections(rows, comparison, results))
+    command = shown_command(config, set or [], reference or [])
+    write_bytes(out / "table.md", page(shown, rows, comparison, results, command).encode())
+    picture(rows, comparison, out / "accuracy-against-macs.png", results.show[0])
+    for each in shown:
+        if as_json:
+            show_rows([{"measure": each.measure, "devices": each.devices, **row} for row in each.rows], as_json=True)
+            continue
+        console().print(f"{each.measure}, {each.devices}", highlight=False)
+        show_rows(each.rows, as_json=False)
     print(f"a line a cell: {out / 'results.csv'}; also table.md and accuracy-against-macs.png", file=sys.stderr)

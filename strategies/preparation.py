@@ -94,7 +94,7 @@ class Preparation:
 
     def _plan(self, backbone: Backbone, shared: Shared, summary: GaussianSummary | None, i: int) -> Prune:
         budget = self.fleet.records[i].profile.budget
-        pruned = device_model(shared, backbone.spec, summary or shared.pool.mixture, i, budget)
+        pruned = device_model(shared, backbone.spec, summary, i, budget)
         # a device that gave no mixture may not have got the backbone either
         sent = self.config.pruning.send == "weights" or self.fleet.records[i].generic
         weights = pruned.weights(always=sent)

@@ -30,7 +30,7 @@ from torch.nn import functional as F
 
 from tapfl.pruning.criteria.gates import targets
 from tapfl.pruning.criteria.task import PruningTask, Selection
-from tapfl.pruning.criteria.upop_oneshot import masked, open_masks, standardise, unified
+from tapfl.pruning.criteria.upop_oneshot import masked, open_masks, standardise, unified, worth
 
 STEPS = 100  # T; 100 to 300 is the short form of the method
 SELECTIONS = 20  # of them over the search, as published
@@ -57,7 +57,7 @@ def upop(task: PruningTask) -> Selection:
                 for name, values in faded(task, z, now, final).items():
                     masks[name].data.copy_(values)
     optimizer.zero_grad(set_to_none=True)
-    return replace(unified(task, z), model=model.requires_grad_(False), steps=STEPS)
+    return replace(unified(task, worth(task.layers, z)), model=model.requires_grad_(False), steps=STEPS)
 
 
 def schedule(t: int, T: int, p: float) -> float:
