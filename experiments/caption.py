@@ -36,11 +36,11 @@ def caption(made_by: str, seeds: Iterable[int], versions: Mapping[str, str], abo
 
     Args:
         made_by: the command, of `command`.
-        versions: package -> version; those of `PACKAGES` are named.
+        versions: package -> version.
         about: what else, one part each, such as the backbone and what ± stands for.
     """
     numbers = sorted(set(seeds))
-    with_what = ", ".join(f"{name} {versions[name]}" for name in PACKAGES if name in versions)
+    with_what = ", ".join(f"{name} {version}" for name, version in versions.items())
     parts = [
         f"made by `{made_by}`",
         f"{'seed' if len(numbers) == 1 else 'seeds'} {', '.join(map(str, numbers))}",

@@ -163,7 +163,7 @@ def sweep(
         for part in (flag, v)
     ]
     made_by = command("sweep", "--config", str(config), "--out", "DIR", *given)
-    write_table(rows, caption_of(runs, made_by, told), out)
+    write_table(rows, caption_of(runs, made_by, told), out / "table.md")
     picture(runs, out / "learning-curves.png")
     show_rows(rows, as_json)
     print(f"in {out}: results.csv, devices.csv, table.md, learning-curves.png", file=sys.stderr)

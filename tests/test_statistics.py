@@ -56,5 +56,5 @@ def test_a_caption_says_how_it_was_made_and_not_on_which_machine() -> None:
     made_by = command("sweep", "--config", "a/b.toml", "--set", "data.source=/home/me/data/val", "--out", "/tmp/x y")
     assert made_by == "tapfl sweep --config a/b.toml --set data.source=…/val --out '…/x y'"
     assert command("--at", "https://host/x/y", "--set", "a=b/c") == "tapfl --at https://host/x/y --set a=b/c"
-    said = caption(made_by, [2, 0], {"torch": "2.6", "ray": "2"}, ["digits at 8 px"])
+    said = caption(made_by, [2, 0], {"torch": "2.6"}, ["digits at 8 px"])
     assert said == f"made by `{made_by}`; seeds 0, 2; digits at 8 px; torch 2.6."

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments.caption import caption
+from experiments.caption import PACKAGES, caption
 from experiments.compare.table import markdown
 from experiments.statistics import TEST, paired
 from experiments.swept.outcome import BYTES_TO, SECONDS_TO, Outcome, Point, grouped, personal_by_device
@@ -99,7 +99,9 @@ def caption_of(runs: Sequence[Outcome], made_by: str, options: SweepOptions) -> 
     if options.reference:
         values = ", ".join(f"{key} = {value}" for key, value in options.reference.items())
         about.append(f"difference in personal accuracy from {values} and its p: {TEST}")
-    return caption(made_by, (int(run.options["seed"]) for run in runs), _common(run.versions for run in runs), about)
+    same = _common(run.versions for run in runs)
+    versions = {name: same[name] for name in PACKAGES if name in same}
+    return caption(made_by, (int(run.options["seed"]) for run in runs), versions, about)
 
 
 def setting_of(runs: Sequence[Outcome]) -> str:
@@ -122,6 +124,6 @@ def _common(tables: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     return {key: value for key, value in first.items() if all(other.get(key) == value for other in others)}
 
 
-def write_table(rows: Sequence[Mapping[str, str]], said: str, out: Path) -> None:
-    """Writes `table.md`: the rows, and under them how they came about."""
-    write_bytes(out / "table.md", f"{markdown(rows)}\n{said[0].upper()}{said[1:]}\n".encode())
+def write_table(rows: Sequence[Mapping[str, str]], said: str, file: Path) -> None:
+    """Writes Markdown: the rows, and under them how they came about."""
+    write_bytes(file, f"{markdown(rows)}\n{said[0].upper()}{said[1:]}\n".encode())
