@@ -170,7 +170,12 @@ class Device:
         return self.storage.load_state(round) if keeps else DeviceState(None, {})
 
     def _whole(self, own: caches.PrunedDevice, state: DeviceState, adapters: np.ndarray) -> Params:
-        """Returns all of w: what arrived, and what never travels: frozen or private parts."""
+        """Returns all of w: what arrived, and what never travels: frozen or private parts.
+
+        Under a method that shares nothing w comes once, and after that the device's own parameters stand for it.
+        """
+        if not adapters.size and not self._method().uploads and state.personal is not None:
+            return state.personal.params
         arrived = unpack(adapters, rules.down(self.config.adapters, own.layout))
         whole = own.start | state.private | arrived
         return {name: whole[name] for name in own.layout}

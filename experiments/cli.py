@@ -129,17 +129,29 @@ def sweep(
     address: Address = "",
     actor_cpus: ActorCpus = 1.0,
     actor_gpus: ActorGpus = 0.0,
+    set: Annotated[list[str] | None, typer.Option("--set", help="key=value, above what the file's runs share")] = None,
+    reference: Annotated[
+        list[str] | None, typer.Option(help="key=value: test each point against the one that has it, over devices")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON object a row")] = False,
 ) -> None:
-    """Carry out many federations and tabulate them: mean ± standard deviation over seeds.
+    """Carry out many federations; tabulate and draw them: mean ± standard deviation over seeds, tests over devices.
 
     With --engine ray all of them share this process and one pool of warm actors; else each is a process of its own.
+    Runs that differ only in what comes after round zero share it.
     """
-    from experiments.sweep import as_process, means_over_seeds, on_workers, read_sweep, run_sweep, write_results
+    from experiments.caption import command
+    from experiments.sweep import as_process, on_workers, read_sweep, run_sweep
+    from experiments.swept.outcome import group_of, outcomes
+    from experiments.swept.picture import picture
+    from experiments.swept.settings import read_sweep_options, references
+    from experiments.swept.table import caption_of, means_over_seeds, write_results, write_table
     from strategies.progress import stage
 
     _require_ray(engine, address, actor_cpus, actor_gpus)
-    cells = read_sweep(config)
+    cells = read_sweep(config, options_of(None, set))
+    told = read_sweep_options(config, options_of(None, reference))
+    references([group_of(cell.point) for cell in cells], told.reference)
     with _interruptible("the same command"), ExitStack() as stack:
         if engine is Engine.RAY:
             from experiments.engines.ray import Workers
@@ -149,9 +161,20 @@ def sweep(
             carry_out = partial(as_process, engine, workers)
         advance = stack.enter_context(stage("runs", len(cells)))
         failures = run_sweep(cells, out, carry_out, jobs or os.cpu_count() or 1, advance)
-    path = write_results(cells, out)
-    show_rows(means_over_seeds(cells, out), as_json)
-    print(f"a line a run: {path}", file=sys.stderr)
+    runs = outcomes(cells, out)
+    write_results(runs, out, told)
+    rows = means_over_seeds(runs, told)
+    given = [
+        part
+        for flag, values in (("--set", set), ("--reference", reference))
+        for v in values or ()
+        for part in (flag, v)
+    ]
+    made_by = command("sweep", "--config", str(config), "--out", "DIR", *given)
+    write_table(rows, caption_of(runs, made_by, told), out / "table.md")
+    picture(runs, out / "learning-curves.png")
+    show_rows(rows, as_json)
+    print(f"in {out}: results.csv, devices.csv, table.md, learning-curves.png", file=sys.stderr)
     if failures:
         said = "\n".join(f"  {name}: {error}" for name, error in failures.items())
         raise RunError(f"{len(failures)} of {len(cells)} runs failed; their logs lie in {out}\n{said}")

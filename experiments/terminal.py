@@ -24,7 +24,7 @@ def options_of(config: Path | None, assignments: list[str] | None) -> dict[str, 
     return (read_toml(config) if config else {}) | dict(parse_assignment(text) for text in assignments or [])
 
 
-def show_rows(rows: Sequence[Mapping[str, str]], as_json: bool) -> None:
+def show_rows(rows: Sequence[Mapping[str, str | float]], as_json: bool) -> None:
     """Prints rows as a table, or as one JSON object each."""
     if as_json:
         for row in rows:
@@ -32,5 +32,5 @@ def show_rows(rows: Sequence[Mapping[str, str]], as_json: bool) -> None:
         return
     table = Table(*rows[0])
     for row in rows:
-        table.add_row(*row.values())
+        table.add_row(*map(str, row.values()))
     console().print(table)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from strategies.results import DeviceRecord
+from strategies.simulated import CurvePoint
 from tapfl.adapters.rules import ServerState
 from tapfl.config import RunConfig, binding
 from tapfl.errors import ConfigError
@@ -28,7 +29,7 @@ class Checkpoint:
         state: global adapters and the server's optimiser.
         records: of the devices, by partition id.
         metrics_bytes: length of metrics.jsonl then.
-        curve: (simulated seconds, mean personal accuracy) of the rounds before.
+        curve: of the mean personal accuracy, of the rounds before.
         simulated: simulated seconds since the start.
     """
 
@@ -36,7 +37,7 @@ class Checkpoint:
     state: ServerState
     records: dict[int, DeviceRecord]
     metrics_bytes: int
-    curve: list[tuple[float, float]]
+    curve: list[CurvePoint]
     simulated: float
 
 
@@ -78,7 +79,7 @@ def load_checkpoint(folder: RunFolder, config: RunConfig) -> Checkpoint | None:
         state=ServerState(_with_prefix(tensors, PARAMS), _with_prefix(tensors, OPTIMIZER)),
         records={table["device"]: DeviceRecord.of_table(table) for table in about["records"]},
         metrics_bytes=about["metrics_bytes"],
-        curve=[(when, accuracy) for when, accuracy in about["curve"]],
+        curve=[CurvePoint(*point) for point in about["curve"]],
         simulated=about["simulated"],
     )
 

@@ -25,7 +25,7 @@ from strategies.preparation import Backbone, Preparation
 from strategies.progress import stage
 from strategies.results import Clock, summarise
 from strategies.sampling import turnout
-from strategies.simulated import seconds, training_macs
+from strategies.simulated import CurvePoint, Spent, seconds, training_macs
 from tapfl.adapters import rules
 from tapfl.adapters.layout import (
     Layout,
@@ -63,7 +63,7 @@ class Federation:
         self.layouts: dict[int, Layout] = {}  # of the devices that have theirs
         self.method = method_of(config.personalize, config.adapters.scale)
         self.fresh: Params = {}
-        self.curve: list[tuple[float, float]] = []
+        self.curve: list[CurvePoint] = []
         self.clock = Clock(folder.path / "timing.json")
 
     def run(self) -> None:
@@ -146,10 +146,10 @@ class Federation:
             for t in range(checkpoint.round + 1, rounds + 1):
                 with self.clock.round(t):
                     self._welcome(backbone)
-                    ended = self.fleet.simulated
+                    spent = self.fleet.spent
                     replies = self._train(t, state.params)
                     state = self._aggregate(t, state, replies)
-                    accuracy = self._record(t - 1, replies, ended)
+                    accuracy = self._record(t - 1, replies, spent)
                     self._checkpoint(t, state)
                 advance(t, f"personal accuracy {accuracy:.3f} after round {t - 1}")
         return state
@@ -197,6 +197,9 @@ class Federation:
         return Train(t, self.fleet.records[i].last_round, self._down(i, current))
 
     def _down(self, i: int, current: Params) -> np.ndarray:
+        """Returns what a device gets of w; where nothing is shared, the start of its first round and then nothing."""
+        if not self.method.uploads and self.fleet.records[i].last_round:
+            return np.zeros(0, np.float32)
         layout = rules.down(self.config.adapters, self.layouts[i])
         return pack(gather_all(current, layout), layout)
 
@@ -240,7 +243,7 @@ class Federation:
 
     def _evaluate(self, final: ServerState) -> None:
         last, records = self.config.train.rounds + 1, self.fleet.records
-        ended = self.fleet.simulated
+        spent = self.fleet.spent
 
         def check(i: int, reply: EvaluateReply) -> None:
             reply.check(last)
@@ -255,15 +258,15 @@ class Federation:
             limit=lambda i: ENVELOPE,
             round=last,
         )
-        self._record(last - 1, replies, ended)
+        self._record(last - 1, replies, spent)
 
     def _record(
-        self, round: int, replies: Mapping[int, TrainReply] | Mapping[int, EvaluateReply], when: float
+        self, round: int, replies: Mapping[int, TrainReply] | Mapping[int, EvaluateReply], spent: Spent
     ) -> float:
         """Notes how devices did after `round`, which they say before they train again; returns the mean over all.
 
         Args:
-            when: simulated seconds since the start at which that round had ended.
+            spent: what the run had cost when that round had ended.
         """
         for i, reply in replies.items():
             values = {name: getattr(reply, name) for name in MEASURES}
@@ -271,16 +274,19 @@ class Federation:
             loss = {"next_loss": reply.loss} if isinstance(reply, TrainReply) else {}
             self.folder.append_metrics(kind="device", round=round, device=i, **values, **loss)
         means = {name: float(np.mean([getattr(r, name) for r in replies.values()])) for name in MEASURES if replies}
-        totals = {
-            side: sum(sum(getattr(record, side).values()) for record in self.fleet.records.values())
-            for side in ("bytes_up", "bytes_down")
-        }
         self.folder.append_metrics(
-            kind="round", round=round, devices=len(replies), simulated_seconds=when, **means, **totals
+            kind="round",
+            round=round,
+            devices=len(replies),
+            simulated_seconds=spent.seconds,
+            **means,
+            bytes_up=spent.bytes_up,
+            bytes_down=spent.bytes_down,
         )
         # of those that were not asked what was last known: or a curve would follow who happens to be there
-        self.curve.append((when, float(np.mean([self.fleet.records[i].personal_accuracy for i in self.layouts]))))
-        return self.curve[-1][1]
+        accuracy = float(np.mean([self.fleet.records[i].personal_accuracy for i in self.layouts]))
+        self.curve.append(CurvePoint(spent.seconds, spent.bytes_up + spent.bytes_down, accuracy))
+        return accuracy
 
     def _summary(self, dense_params: int) -> dict[str, Any]:
         privacy = self.config.privacy

@@ -13,7 +13,7 @@ from flwr.serverapp import Grid
 from strategies.exchange import Answers, R, exchange, wait_for_nodes
 from strategies.progress import stage
 from strategies.results import DeviceRecord
-from strategies.simulated import seconds
+from strategies.simulated import Spent, seconds
 from tapfl.config import RunConfig
 from tapfl.errors import ConfigError
 from tapfl.profiles import DeviceProfile, max_rank
@@ -160,6 +160,15 @@ class Fleet:
         """Notes that a device did not come through."""
         self.records[i].failures += 1
         self.folder.append_metrics(kind="failure", phase=what, device=i, reason=reason)
+
+    @property
+    def spent(self) -> Spent:
+        """What the run has cost so far."""
+        up, down = (
+            sum(getattr(record, side).total() for record in self.records.values())
+            for side in ("bytes_up", "bytes_down")
+        )
+        return Spent(self.simulated, up, down)
 
     @property
     def _min_success(self) -> float:

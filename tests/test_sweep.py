@@ -17,7 +17,10 @@ from clients.client_app import app as real
 from experiments import cli
 from experiments.engines.inprocess import run_inprocess
 from experiments.engines.ray import Workers
-from experiments.sweep import means_over_seeds, on_workers, read_sweep, run_sweep
+from experiments.sweep import on_workers, read_sweep, run_sweep
+from experiments.swept.outcome import outcomes
+from experiments.swept.settings import SweepOptions
+from experiments.swept.table import means_over_seeds
 from tapfl.config import AdapterOptions, DataOptions, PersonalizeOptions, Scalar
 from tapfl.errors import ConfigError, RunError
 from tapfl.pruning.criteria.registry import criterion_names
@@ -62,7 +65,7 @@ def test_runs_share_a_warm_pool_and_their_logs_do_not_mix(tmp_path: Path, monkey
         said = (out / f"personalize.method={method} devices.count=2.log").read_text()
         assert f"{method} devices.count=2" in said.splitlines()[-1]
         assert said.count("mean personal accuracy") == 1
-    assert len(means_over_seeds(cells, out)) == 2
+    assert len(means_over_seeds(outcomes(cells, out), SweepOptions())) == 2
 
 
 class InThisProcess(Workers):

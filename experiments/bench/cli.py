@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from experiments.terminal import options_of, show_rows
 from tapfl.errors import ConfigError
+from tapfl.store import RunFolder
 
 app = typer.Typer(help="Measure speed, as ratios side by side in one run.", no_args_is_help=True)
 
@@ -87,6 +90,34 @@ def bench_latency(
 
     rows = [row for name in model for pixels in size for row in measure(name, pixels, share, batch, repeats, align)]
     show_rows(rows, as_json)
+
+
+@app.command("gain")
+def bench_gain(
+    run: Annotated[Path, typer.Argument(help="folder of a finished run")],
+    device: Annotated[list[int] | None, typer.Option(min=0, help="whose models; all if none is named")] = None,
+    repeats: Repeats = 51,
+    out: Annotated[Path | None, typer.Option(help="folder for gain.csv and gain.md")] = None,
+    as_json: Json = False,
+) -> None:
+    """What the devices of a run gained: parameters, file, MACs, and latency in torch and onnxruntime; one thread."""
+    from experiments.bench.gain import bench_gain as measure
+    from experiments.bench.gain import shown, write_gain
+    from experiments.caption import caption, command, installed
+
+    measured = measure(run, repeats, device or ())
+    if out is not None:
+        options = RunFolder(run).config()
+        about = [
+            f"{options['model.name']} {options['model.args']}".strip(),
+            f"one image, one thread, median (quartiles) of {repeats} turns; × is the median of the turns' ratios",
+        ]
+        versions = installed(("tapfl", "torch", "timm", "onnxruntime"))
+        made_by = command("bench", "gain", "RUN", "--repeats", str(repeats))
+        write_gain(measured, out, caption(made_by, [options["seed"]], versions, about))
+        print(f"in {out}: gain.csv, gain.md", file=sys.stderr)
+    numbers = [model.numbers(measured[0]) for model in measured]
+    show_rows(numbers if as_json else shown(measured), as_json)
 
 
 @app.command("noise")

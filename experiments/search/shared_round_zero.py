@@ -42,6 +42,16 @@ def keep(run: Path, config: RunConfig, store: Path) -> None:
     _fill(plans, [file for file in (run / "plans").glob("*") if file.stem in told])
 
 
+def is_kept(config: RunConfig, store: Path) -> bool:
+    """Says whether plans are kept for a run like this."""
+    return _folders(config, store)[1].is_dir()
+
+
+def name_of(config: RunConfig) -> str:
+    """Returns a name that runs have in common which come to the same plans."""
+    return _hash(config.flat(), AFTER)
+
+
 def prepare(run: Path, config: RunConfig, store: Path) -> None:
     """Makes the folder of a new run, to go on with, and puts into it what is kept of its round zero."""
     with whole_folder(run) as folder:

@@ -37,8 +37,8 @@ class Timings:
 
 
 @torch.no_grad()
-def median_ms(calls: Sequence[Callable[[], object]], repeats: int) -> list[float]:
-    """Returns the median milliseconds of this thread in each call, all taking turns."""
+def timed_ms(calls: Sequence[Callable[[], object]], repeats: int) -> np.ndarray:
+    """Returns (calls, repeats), the milliseconds of this thread in each call in each turn."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     seconds = np.zeros((repeats + WARM_UP, len(calls)))
@@ -50,7 +50,12 @@ def median_ms(calls: Sequence[Callable[[], object]], repeats: int) -> list[float
                 turn[i] = time.thread_time() - start
     finally:
         torch.set_num_threads(threads)
-    return [float(value) for value in np.median(seconds[WARM_UP:], axis=0) * 1e3]
+    return seconds[WARM_UP:].T * 1e3
+
+
+def median_ms(calls: Sequence[Callable[[], object]], repeats: int) -> list[float]:
+    """Returns the median milliseconds of this thread in each call, all taking turns."""
+    return [float(value) for value in np.median(timed_ms(calls, repeats), axis=1)]
 
 
 def latencies_ms(models: Sequence[nn.Module], repeats: int) -> list[float]:
