@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help run deploy-demo test test-slow lint type clean
+.PHONY: help run deploy-demo test test-slow lint type docs docs-serve clean
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
@@ -35,5 +35,12 @@ lint: $(READY) ## style, and what each floor of the house may import
 type: $(READY) ## types
 	$(BIN)/mypy
 
+docs: export NO_MKDOCS_2_WARNING = 1
+docs: $(READY) ## the documentation, into site/: open site/index.html
+	$(BIN)/python -m mkdocs build --strict --quiet
+
+docs-serve: $(READY) ## the documentation while it is being written, at 127.0.0.1:8000
+	$(BIN)/python -m mkdocs serve
+
 clean: ## remove the environment and what tools left behind; runs stay
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) build dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from tapfl.adapters.rules import rule_of
 from tapfl.config import RunConfig
 from tapfl.data.federated import check_classes, open_pool, open_private
 from tapfl.data.partition import partition
@@ -13,6 +14,7 @@ from tapfl.models.backbone import build, input_transform, spec_of
 from tapfl.models.cost import measure_cost
 from tapfl.models.dense import DenseCache, dense_key, fill_weights
 from tapfl.models.prunable import prunable_layers
+from tapfl.personalize.method import method_of
 from tapfl.privacy import require_accountant
 from tapfl.profiles import profiles_of
 from tapfl.pruning.allocate import allocate
@@ -30,6 +32,8 @@ def check(config: RunConfig) -> None:
         config: with absolute paths and the number of devices.
     """
     resolved(config.pruning)
+    rule_of(config.adapters)
+    method_of(config.personalize, config.adapters.scale)
     if config.privacy.dp_noise:
         require_accountant()
     cache = cache_folder(config.cache)

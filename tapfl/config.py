@@ -7,6 +7,7 @@ a section, and ``--set key=value``. All of them go through `from_flat`.
 from __future__ import annotations
 
 import json
+import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -34,6 +35,10 @@ PROFILE_SETS = ("equal", "tiers", "mobile")
 NOT_PATHS = ("", "digits", "hub", *PROFILE_SETS)
 # options, or the beginnings of their names, that change no result: a run that goes on may have others
 FREE_OPTIONS = ("resume", "out", "cache", "node-timeout", "window", "faults.")
+OWN = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")  # module:name, in the place of a built-in name (`tapfl.own`)
+LINEAR_RULES = ("fedit", "ffa", "rolora", "embed_side")  # sums of what devices sent, which noise can cover
+RULES = (*LINEAR_RULES, "flex")
+METHODS = ("apfl", "ditto", "local", "fedavg", "fedavg+finetune")
 
 
 def _kebab(name: str) -> str:
@@ -55,6 +60,17 @@ def _not_all_zero(weights: tuple[float, ...]) -> tuple[float, ...]:
     if not any(weights):
         raise ValueError("one of them at least must be above 0")
     return weights
+
+
+def _one_of(names: tuple[str, ...]) -> AfterValidator:
+    """Accepts these names, and ``module:name`` for one of the user's own."""
+
+    def check(value: str) -> str:
+        if value not in names and not OWN.fullmatch(value):
+            raise ValueError(f"must be one of {', '.join(names)}, or module:name for one of your own")
+        return value
+
+    return AfterValidator(check)
 
 
 Share = Annotated[float, Field(gt=0, le=1)]
@@ -176,7 +192,7 @@ class MetricOptions(Section):
 class PruningOptions(Section):
     """How importance becomes widths."""
 
-    criterion: str = Field("tap", description="what decides which units stay; `tapfl criteria` lists them")
+    criterion: str = Field("tap", description="what decides which units stay: one of `tapfl criteria`, or an own one")
     ratio: Literal["auto", "adaptive", "uniform", "power"] = Field(
         "auto", description="layer weights: softmax(KL/tau), all equal, or KL^gamma; auto: the criterion's own"
     )
@@ -227,8 +243,9 @@ class PruningOptions(Section):
 class AdapterOptions(Section):
     """What is shared after round zero, and how the server makes one of many."""
 
-    rule: Literal["fedit", "ffa", "rolora", "embed_side", "flex"] = Field(
-        "flex", description="which factors of a linear travel, and what of them is combined"
+    rule: Annotated[str, _one_of(RULES)] = Field(
+        "flex",
+        description=f"which factors of a linear travel, what of them is combined: {', '.join(RULES)}, or an own one",
     )
     hetlora: bool = Field(False, description="fedit weighs devices by the norm of their B A instead of their samples")
     scale: float = Field(2.0, gt=0, description="s = lora_alpha / rank, the same for every rank")
@@ -272,7 +289,7 @@ class TrainOptions(Section):
 class PersonalizeOptions(Section):
     """What a device keeps for itself."""
 
-    method: Literal["apfl", "ditto", "local", "fedavg", "fedavg+finetune"] = "apfl"
+    method: Annotated[str, _one_of(METHODS)] = Field("apfl", description=f"{', '.join(METHODS)}, or an own one")
     alpha: float = Field(0.5, ge=0, le=1, description="share of the personal part at the start, for `apfl`")
     alpha_update: Literal["round", "step", "fixed"] = Field(
         "round", description="α moves at the first step of a round, at every step, or never"
@@ -335,8 +352,8 @@ class RunConfig(Section):
     def _private_sums_are_linear(self) -> RunConfig:
         """The noise covers a sum of clipped updates, each counted once: whatever is not such a sum is refused."""
         adapters, accepted = self.adapters, None
-        if adapters.rule == "flex":
-            accepted = "adapters.rule=flex: accepted are fedit, ffa, rolora and embed_side (products are not linear)"
+        if adapters.rule not in LINEAR_RULES:
+            accepted = f"adapters.rule={adapters.rule}: accepted are fedit, ffa, rolora and embed_side (plain sums)"
         elif adapters.combine != "mean":
             accepted = f"adapters.combine={adapters.combine}: accepted is mean"
         elif adapters.hetlora:

@@ -80,7 +80,7 @@ def test_a_list_of_one_may_be_written_without_a_list(value: object) -> None:
             {"data.partition": "equal"},
             ["data.partition = 'equal'", "'pathological', 'class-blocks', 'dirichlet', 'iid' or 'shard'"],
         ),
-        ({"adapters.rule": ""}, ["adapters.rule = ''", "'fedit', 'ffa', 'rolora', 'embed_side' or 'flex'"]),
+        ({"adapters.rule": ""}, ["adapters.rule = ''", "must be one of fedit, ffa, rolora, embed_side, flex"]),
         ({"adapters.trim": 0.5}, ["adapters.trim = 0.5", "less than 0.5"]),
         ({"adapters.clip": -1}, ["adapters.clip = -1", "greater than or equal to 0"]),
         ({"adapters.head": "own"}, ["adapters.head = 'own'", "'class-rows', 'mean' or 'personal'"]),

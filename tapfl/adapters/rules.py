@@ -33,6 +33,7 @@ from tapfl.adapters.rule import Combination, Combine, Rule
 from tapfl.adapters.server import ServerOptimizer
 from tapfl.config import AdapterOptions, PrivacyOptions
 from tapfl.models.units import PrunableLayer
+from tapfl.own import is_own, own
 
 RULES: dict[str, Rule] = {
     "fedit": fedit.RULE,
@@ -69,7 +70,7 @@ def initial(
     linear, because the first steps -ηs²G AᵀA and -ηs² BBᵀ G of the product are then of the same size: E AᵀA = E BBᵀ =
     r/(3 d_in) I. The heads are those of `model`, which nothing else is asked of; no random number is drawn for them.
     """
-    sides, rule = global_sides(layers), _rule(options)
+    sides, rule = global_sides(layers), rule_of(options)
     params: Params = {}
     for name, shape in shapes.items():
         linear, _, factor = name.rpartition(".")
@@ -85,17 +86,17 @@ def initial(
 
 def down(options: AdapterOptions, layout: Layout) -> Layout:
     """Returns what the server sends of a device's layout, in its order."""
-    return _cut(layout, _rule(options).down | _heads(options))
+    return _cut(layout, rule_of(options).down | _heads(options))
 
 
 def up(options: AdapterOptions, layout: Layout, round: int) -> Layout:
     """Returns what a device uploads of its layout in a round (1 is the first), in its order."""
-    return _cut(layout, _rule(options).up(round) | _heads(options))
+    return _cut(layout, rule_of(options).up(round) | _heads(options))
 
 
 def trained(options: AdapterOptions, layout: Layout, round: int) -> frozenset[str]:
     """Returns the names of the tensors that move on a device in a round, of the shared and the personal part alike."""
-    return frozenset(_cut(layout, _rule(options).trained(round) | {"whole"}))
+    return frozenset(_cut(layout, rule_of(options).trained(round) | {"whole"}))
 
 
 def aggregate(
@@ -126,7 +127,7 @@ def aggregate(
         updates = [replace(update, weight=1.0) for update in updates]
     optimizer = None if options.server == "none" else ServerOptimizer(options, state.optimizer)
     combination = Combination(_combine(options, privacy, generator), optimizer.step if optimizer else None)
-    params = _rule(options).aggregate(state.params, updates, fresh, combination)
+    params = rule_of(options).aggregate(state.params, updates, fresh, combination)
     return ServerState(params, optimizer.moments if optimizer else state.optimizer)
 
 
@@ -162,6 +163,14 @@ def _combine(options: AdapterOptions, privacy: PrivacyOptions, generator: torch.
 
 
 def _rule(options: AdapterOptions) -> Rule:
+    return hetlora.RULE if options.hetlora else RULES[options.rule]
+
+
+def rule_of(options: AdapterOptions) -> Rule:
+    """Returns the rule that the options name. Raises ConfigError if it is a user's own and not to be had."""
+    if is_own(options.rule):
+        found: Rule = own("adapters.rule", options.rule)
+        return found
     return hetlora.RULE if options.hetlora else RULES[options.rule]
 
 

@@ -6,6 +6,7 @@ import json
 import threading
 from collections.abc import Callable, Mapping
 from functools import lru_cache
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from tapfl.store import read_tensors
 _INITIALISING = threading.RLock()  # timm draws from torch's global generator, and runs may share a process
 
 FAMILIES = VisionTransformer | SwinTransformer | PoolingVisionTransformer
+ENTRY_POINTS = "tapfl.backbones"  # by which installed packages offer models: what is loaded registers itself with timm
 ACCEPTED = "timm's ViT, DeiT, PiT and Swin"
 
 Argument = Scalar | tuple[int | float, ...]
@@ -86,6 +88,9 @@ def build(spec: BackboneSpec, pretrained: bool = False, seed: int | None = None)
     Raises:
         ModelError: if timm has no such model, its arguments are off, or it is of another family.
     """
+    if not timm.is_model(spec.name):
+        for point in entry_points(group=ENTRY_POINTS, name=spec.name):
+            point.load()  # registers itself with timm
     if not timm.is_model(spec.name):
         near = ", ".join(timm.list_models(f"*{spec.name.split('_')[0]}*")[:5]) or "see timm.list_models()"
         raise ModelError(f"model.name = {spec.name!r}: timm has no such model; for instance {near}")

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from tapfl.config import PersonalizeOptions, TrainOptions
+from tapfl.own import is_own, own
 from tapfl.training import Objective, Params
 
 S = TypeVar("S")
@@ -103,7 +104,14 @@ def local_round(
 
 
 def method_of(options: PersonalizeOptions, scale: float) -> Method[Any]:
-    """Returns the method that the options name, for adapters of scale s."""
+    """Returns the method that the options name, for adapters of scale s; of a user's own, `name(options, scale)`.
+
+    Raises:
+        ConfigError: if it is a user's own and not to be had.
+    """
+    if is_own(options.method):
+        found: Method[Any] = own("personalize.method", options.method)(options, scale)
+        return found
     from tapfl.personalize.apfl import Apfl
     from tapfl.personalize.ditto import Ditto
     from tapfl.personalize.fedavg import FedAvg

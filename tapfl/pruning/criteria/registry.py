@@ -1,8 +1,8 @@
-"""The criteria by name: those of this folder, and those that installed packages offer; and what goes with each.
+"""The criteria by name: those of this folder, and those that users have; and what goes with each.
 
-A package offers its own by an entry point of the group ``tapfl.criteria``, whose name is the criterion's and whose
-value is a callable `PruningTask -> Selection`. A criterion that is made for other options than the published ones says
-so by the decorator `recipe`.
+A criterion is a callable `PruningTask -> Selection`. A user's own is named ``module:function``; an installed package
+offers one under a name by an entry point of the group ``tapfl.criteria``. A criterion that is made for other options
+than the published ones says so by the decorator `recipe`.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from tapfl.config import PruningOptions
 from tapfl.errors import ConfigError
+from tapfl.own import is_own, own
 
 if TYPE_CHECKING:  # with torch, and a name that is none is refused before
     from tapfl.pruning.criteria.task import Criterion
@@ -48,9 +49,12 @@ def criterion_names() -> list[str]:
 
 
 def require_criterion(name: str) -> None:
-    """Raises ConfigError if there is no criterion of that name."""
-    if name not in (names := criterion_names()):
-        raise ConfigError(f"pruning.criterion = {name!r}: there is no such criterion; accepted: {', '.join(names)}")
+    """Raises ConfigError if there is no criterion of that name; a user's own is looked for when it is needed."""
+    if name not in (names := criterion_names()) and not is_own(name):
+        raise ConfigError(
+            f"pruning.criterion = {name!r}: there is no such criterion; accepted: {', '.join(names)}, "
+            "or module:name for one of your own"
+        )
 
 
 def criterion_of(name: str) -> Criterion:
@@ -60,6 +64,9 @@ def criterion_of(name: str) -> Criterion:
         module, _, function = BUILT_IN[name].partition(":")
         criterion: Criterion = getattr(import_module(module), function)
         return criterion
+    if is_own(name):
+        found: Criterion = own("pruning.criterion", name)
+        return found
     (point, *_) = entry_points(group=ENTRY_POINTS, name=name)
     offered: Criterion = point.load()
     return offered

@@ -1,0 +1,160 @@
+"""Tables of the manual that are read off the code: commands, options, criteria, configurations."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterable, Sequence
+from importlib import import_module
+from inspect import cleandoc
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+import typer
+from pydantic.fields import FieldInfo
+
+from tapfl.config import RunConfig, Section
+
+ROOT = Path(__file__).parents[2]
+CONFIGS = ROOT / "experiments" / "configs"
+HUGE = 2**60  # a bound that says nothing to a reader
+BOUNDS = {"gt": ">", "ge": "≥", "lt": "<", "le": "≤"}
+
+
+def commands() -> dict[str, Any]:
+    """Returns every command of `tapfl` by name, hidden ones and groups included."""
+    from experiments.cli import app
+
+    return typer.main.get_command(app).commands  # type: ignore[attr-defined,no-any-return]
+
+
+def command(name: str) -> str:
+    """Returns synopsis and options of a command; of a group those of all its commands. Raises KeyError if unknown."""
+    found = commands()[name]
+    if not hasattr(found, "commands"):
+        return _command(f"tapfl {name}", found)
+    parts = []
+    for child, sub in found.commands.items():
+        parts.append(f"### {name} {child}\n\n{cleandoc(sub.help)}\n\n{_command(f'tapfl {name} {child}', sub)}")
+    return "\n\n".join(parts)
+
+
+def options() -> str:
+    """Returns every option of a run, a table for each section."""
+    plain = {name: field for name, field in RunConfig.model_fields.items() if not _section(field)}
+    parts = ["## The run\n\n" + _options("", plain)]
+    for name, field in RunConfig.model_fields.items():
+        if section := _section(field):
+            parts.append(
+                f"## {name}\n\n{cleandoc(section.__doc__ or '')}\n\n{_options(f'{name}.', section.model_fields)}"
+            )
+    return "\n\n".join(parts)
+
+
+def criteria() -> str:
+    """Returns the built-in criteria: what each is, and which options it is made for."""
+    from tapfl.pruning.criteria.registry import BUILT_IN, criterion_of
+
+    rows = []
+    for name, where in BUILT_IN.items():
+        module = where.partition(":")[0]
+        said = cleandoc(import_module(module).__doc__ or "").split("\n\n")[0].replace("\n", " ")
+        made_for = getattr(criterion_of(name), "recipe", {})
+        own = ", ".join(f"{key.replace('_', '-')} = {value}" for key, value in made_for.items())
+        file = f"[{module.rpartition('.')[2]}.py](../../{module.replace('.', '/')}.py)"
+        rows.append((f"`{name}`", said, own or "as published", file))
+    return table(("criterion", "what it is", "`auto` stands for", "file"), rows)
+
+
+def configs() -> str:
+    """Returns the ready configurations: what each is for, and the command that it names, from its first comment."""
+    rows = []
+    for file in sorted(CONFIGS.glob("*.toml")):
+        said = [line.removeprefix("#").strip() for line in file.read_text().splitlines() if line.startswith("#")]
+        lines = [line for line in said if line.startswith("tapfl ")]
+        what = " ".join(line for line in said if not line.startswith("tapfl ")).rstrip(":")
+        run, _, more = lines[0].partition(": ") if lines else ("", "", "")
+        rows.append((f"[{file.name}](../../experiments/configs/{file.name})", what or more, f"`{run}`" if run else ""))
+    return table(("file", "what for", "command"), rows)
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Returns a Markdown table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def _command(name: str, found: Any) -> str:
+    usage, rows = [name], []
+    for part in found.params:
+        argument = part.param_type_name == "argument"
+        metavar = "" if getattr(part, "is_flag", False) else _metavar(part)
+        shown = part.name.upper() if argument else " ".join(filter(None, [part.opts[0], metavar]))
+        many = "..." if part.multiple else ""
+        usage.append((shown if part.required else f"[{shown}]") + many)
+        rows.append((f"`{shown}`", "required" if part.required else _default(part), part.help or ""))
+    lines = textwrap.wrap(" ".join(word.replace(" ", "\0") for word in usage), 100, subsequent_indent="    ")
+    synopsis = "```text\n" + "\n".join(lines).replace("\0", " ") + "\n```"
+    return synopsis + ("\n\n" + table(("option", "default", "meaning"), rows) if rows else "")
+
+
+def _metavar(part: Any) -> str:
+    if choices := getattr(part.type, "choices", None):
+        return "|".join(str(getattr(choice, "value", choice)) for choice in choices)
+    if part.opts[0] == "--set":
+        return "KEY=VALUE"
+    return {"text": "TEXT", "path": "PATH", "directory": "PATH"}.get(part.type.name, "NUMBER")
+
+
+def _default(part: Any) -> str:
+    value = getattr(part.default, "value", part.default)
+    if value is None or value is False or value in ("", []):
+        return ""
+    if value is True:
+        return "yes"
+    return f"`{' '.join(map(str, value))}`" if isinstance(value, list | tuple) else f"`{value}`"
+
+
+def _section(field: FieldInfo) -> type[Section] | None:
+    kind = field.annotation
+    return kind if isinstance(kind, type) and issubclass(kind, Section) else None
+
+
+def _options(prefix: str, fields: dict[str, FieldInfo]) -> str:
+    defaults = RunConfig().flat()
+    rows = []
+    for name, field in fields.items():
+        option = prefix + name.replace("_", "-")
+        default = defaults[option]
+        shown = f"`{str(default).lower() if isinstance(default, bool) else default}`" if default != "" else ""
+        rows.append((f"`{option}`", shown, _accepted(field), field.description or ""))
+    return table(("option", "default", "accepted", "meaning"), rows)
+
+
+def _accepted(field: FieldInfo) -> str:
+    kind, bounds = field.annotation, [field]
+    if get_origin(kind) is tuple:
+        bounds = [part for part in get_args(kind) if part is not Ellipsis][:1]
+    if get_origin(kind) is Literal:
+        return ", ".join(f"`{value}`" for value in get_args(kind))
+    if kind is bool:
+        return "`true`, `false`"
+    limits = [
+        f"{sign} {getattr(limit, bound):g}"
+        for part in bounds
+        for limit in _limits(part)
+        for bound, sign in BOUNDS.items()
+        if getattr(limit, bound, HUGE) < HUGE
+    ]
+    many = "a list, each " if get_origin(kind) is tuple else ""
+    word = {int: "integer", float: "number", str: "text"}.get(kind, "number")  # type: ignore[call-overload]
+    return many + " ".join([word, ", ".join(limits)]).strip()
+
+
+def _limits(part: Any) -> list[Any]:
+    """The bounds of a field, or of an annotated type."""
+    if isinstance(part, FieldInfo):
+        return list(part.metadata)
+    found: list[Any] = []
+    for note in getattr(part, "__metadata__", ()):
+        found += _limits(note) if isinstance(note, FieldInfo) else [note]
+    return found
