@@ -18,10 +18,10 @@ from experiments import cli
 from experiments.engines.inprocess import run_inprocess
 from experiments.engines.ray import Workers
 from experiments.sweep import on_workers, read_sweep, run_sweep
-from experiments.swept.outcome import outcomes
-from experiments.swept.settings import SweepOptions
+from experiments.swept.outcome import group_of, outcomes
+from experiments.swept.settings import SweepOptions, read_sweep_options, references
 from experiments.swept.table import means_over_seeds
-from tapfl.config import AdapterOptions, DataOptions, PersonalizeOptions, Scalar
+from tapfl.config import AdapterOptions, DataOptions, PersonalizeOptions, RunConfig, Scalar, read_toml
 from tapfl.errors import ConfigError, RunError
 from tapfl.pruning.criteria.registry import criterion_names
 
@@ -48,6 +48,8 @@ def test_a_sweep_runs_each_cell_once_and_tells_what_failed(tmp_path: Path) -> No
     assert [row["runs"] for row in rows] == ["1"] and rows[0]["devices.count"] == "2"
     with (out / "results.csv").open() as table:
         assert [row["devices.count"] for row in csv.DictReader(table)] == ["2"]
+    assert f"`tapfl sweep --config …/{file.name} --out DIR`; seed 0" in (out / "table.md").read_text()
+    assert (out / "devices.csv").is_file() and (out / "learning-curves.png").is_file()
     (finished,) = [folder for folder in out.iterdir() if (folder / "summary.json").exists()]
     before = (finished / "summary.json").stat().st_mtime_ns
     invoke()
@@ -118,6 +120,25 @@ CONFIGS = Path(cli.__file__).parent / "configs"
 )
 def test_the_ready_sweeps_leave_nothing_out(file: str, option: str, values: list[str]) -> None:
     assert {cell.options[option] for cell in read_sweep(CONFIGS / f"{file}.toml")} == set(values)
+
+
+def test_the_evidence_of_the_federation_has_every_rule_and_both_partitions_and_references() -> None:
+    rules, methods = (CONFIGS / f"evidence-{name}.toml" for name in ("rules", "federation"))
+    wanted = set(get_args(AdapterOptions.model_fields["rule"].annotation))
+    assert {cell.options["adapters.rule"] for cell in read_sweep(rules)} == wanted
+    compared = {(cell.options["data.partition"], cell.options["personalize.method"]) for cell in read_sweep(methods)}
+    of_each = ("local", "fedavg", "ditto", "apfl")
+    assert compared == {(partition, method) for partition in ("class-blocks", "dirichlet") for method in of_each}
+    for file in (rules, methods):
+        points = [group_of(cell.point) for cell in read_sweep(file)]
+        assert len(references(points, read_sweep_options(file).reference)) == len(points) - len(points) // len(
+            of_each if file == methods else wanted
+        )
+
+
+def test_the_run_of_which_gains_are_measured_is_one() -> None:
+    config = RunConfig.from_flat(read_toml(CONFIGS / "evidence-gain.toml"))
+    assert config.devices.count == len(config.devices.budgets) == 3
 
 
 def test_the_ready_sweep_of_devices() -> None:

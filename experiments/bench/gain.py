@@ -116,9 +116,9 @@ def bench_gain(run: Path, repeats: int, devices: Sequence[int] = ()) -> list[Mea
 
 
 def _plans(run: Path, devices: Sequence[int]) -> dict[int, PruningPlan]:
-    folder = RunFolder(run)
-    folder.config()
-    there = sorted(int(path.parent.parent.name) for path in folder.path.glob(f"devices/*/pruned/{PLAN_FILE}"))
+    if not (run / "config.json").is_file():
+        raise ConfigError(f"RUN {run}: is not a run's folder (there is no config.json)")
+    there = sorted(int(path.parent.parent.name) for path in run.glob(f"devices/*/pruned/{PLAN_FILE}"))
     if not there:
         raise ConfigError(f"RUN {run}: holds no models of devices; they lie in devices/NN/pruned where these ran")
     if lacking := [device for device in devices if device not in there]:

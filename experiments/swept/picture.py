@@ -28,6 +28,7 @@ def picture(runs: Sequence[Outcome], file: Path) -> None:
 
     mpl.use("Agg")
     from matplotlib import pyplot as plt
+    from matplotlib.ticker import MaxNLocator
 
     groups = grouped(runs)
     panels = _panels(groups)
@@ -44,8 +45,11 @@ def picture(runs: Sequence[Outcome], file: Path) -> None:
                 _line(axis, groups[point], place, label=name, color=colours(i % colours.N), marker="os^Dv"[i % 5])
             dense = np.mean([run.summary["dense_accuracy"] for point in lines.values() for run in groups[point]])
             axis.axhline(dense, color="grey", linestyle=":", linewidth=1)
-            axis.annotate("dense", (0.01, dense), xycoords=("axes fraction", "data"), va="bottom", color="grey")
+            axis.annotate(
+                "dense", (0.99, dense), xycoords=("axes fraction", "data"), ha="right", va="bottom", color="grey"
+            )
             axis.set_xlabel(across)
+            axis.xaxis.set_major_locator(MaxNLocator(nbins=7, integer=across == "rounds"))
             axis.grid(alpha=0.3)
         row[0].set_ylabel("personal accuracy")
         row[0].set_title(title, loc="left", fontsize=10)
