@@ -35,7 +35,7 @@ from tapfl.config import RunConfig, parse_assignment
 from tapfl.errors import ConfigError, RunError
 
 RATE = "train.learning-rate"
-SEARCH = "[search]\nmax-rounds = 2\neta = 2\nbrackets = 1\n"
+SEARCH = '[search]\nmax-rounds = 2\neta = 2\nbrackets = 1\nkeep = "best"\n'
 SPACE = '[space]\n"train.learning-rate" = { low = 1e-3, high = 1e-2, log = true }\n'
 
 
@@ -76,6 +76,9 @@ def test_a_search_ends_in_options_that_run_takes(finished: tuple[Path, dict[str,
     accuracy = json.loads(run.stdout.splitlines()[-1])["personal_accuracy"]
     assert 1 - accuracy == said["loss"], "a run with the best options comes to what the trial came to"
     assert content(tmp_path / "run") == content(out / "trials" / f"{said['trial']:04d}")
+    (loser,) = {"0000", "0001"} - {f"{said['trial']:04d}"}
+    assert {file.name for file in (out / "trials" / loser).iterdir()} >= {"summary.json", "metrics.jsonl", "plans"}
+    assert not any((out / "trials" / loser / heavy).exists() for heavy in ("server", "devices"))
 
 
 def test_the_page_holds_its_pictures_and_the_study_is_optunas(finished: tuple[Path, dict[str, Any]]) -> None:
