@@ -8,12 +8,12 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache
 from itertools import product
 from pathlib import Path
 from typing import Any
 
-import click
 import typer
 from pages import ROOT
 from ray.scripts.scripts import cli as ray_cli
@@ -26,13 +26,11 @@ from tapfl.config import RunConfig, parse_assignment, read_toml
 from tapfl.own import is_own
 from tapfl.pruning.criteria.registry import resolved
 
-Files = Mapping[str, str]  # those that the page's own blocks are, by name
-
-# what a shell can do of itself, and what only its own machine knows
-UNCHECKED = {"export", "set", "sleep", "source", "time"}
+# what a shell can do of itself, or a reader's own machine knows
+UNCHECKED = {"export", "set", "sleep", "source", "srun", "time"}
 ASSIGNED = re.compile(r"\w+=(.*)", re.DOTALL)
-VALUE = re.compile(r"^(N|RUN_ID)$|\$\{?\w+(:-\w+)?\}?")  # a number that stands in a variable, or for one
-NAMED = re.compile(r"[A-Z]+(\.\w+)?")  # FILE, DIR, N: a name for what the reader puts there
+NAMED = re.compile(r"[A-Z]+(\.\w+)?")  # FILE, DIR, NAME: stands for what the reader puts there
+NUMBER = re.compile(r"^(N|RUN_ID)$|\$\{?\w+(:-\w+)?\}?")  # stands for one, or is in a variable
 READERS: dict[str, Callable[[Path], object]] = {
     "compare": read_comparison,
     "search": read_search,
@@ -40,89 +38,87 @@ READERS: dict[str, Callable[[Path], object]] = {
 }
 
 
-def check(words: Sequence[str], files: Files, folder: Path, mentioned: bool = False) -> None:
+@dataclass(frozen=True)
+class Context:
+    """Where a command is found.
+
+    Attributes:
+        files: that the page's own blocks are, by name.
+        folder: to write those to, so that they can be read.
+        mentioned: in a sentence, where what must be given may be left out.
+    """
+
+    folder: Path
+    files: Mapping[str, str]
+    mentioned: bool = False
+
+
+def check(words: Sequence[str], context: Context) -> None:
     """Raises an exception that says what is not right about a command.
 
     Args:
-        words: of the command; alternatives are written a|b, what can be left out in brackets.
-        files: of the page.
-        folder: for files, to read them.
-        mentioned: in a sentence, where what must be given may be left out.
+        words: of the command; alternatives are written a|b, and what can be left out stands in brackets.
     """
     words = list(words)
     while words and (assigned := ASSIGNED.fullmatch(words[0])):
         value = shlex.split(assigned[1])
         if value and value[0] in PROGRAMS:  # a command that is kept for later
-            check(value, files, folder)
+            check(value, context)
         words.pop(0)
-    if words and words[0] == "srun":  # what runs another command
-        words = words[next(i for i, word in enumerate(words) if word in PROGRAMS or word.startswith("$s")) :]
-    if not words or words[0].startswith("$") or words[0] in UNCHECKED:
+    if words and words[0] in UNCHECKED:  # some of them carry out another command
+        words = words[next((i for i, word in enumerate(words) if word in PROGRAMS), len(words)) :]
+    if not words:
         return
     if words[0] not in PROGRAMS:
-        raise AssertionError(f"nobody knows how to check {words[0]!r}: run it, or say here how")
-    usage = [_without_brackets(word) for word in words]
-    for choice in product(*(word.split("|") if "|" in word and " " not in word else [word] for word in usage)):
-        PROGRAMS[words[0]](list(choice), files, folder, mentioned)
+        raise AssertionError(f"nobody knows how to check {words[0]!r}: run it, or say in tests/commands.py how")
+    choices = [_plain(word).split("|") if " " not in word else [word] for word in words]
+    for choice in product(*choices):
+        PROGRAMS[words[0]](list(choice), context)
 
 
-def check_tapfl(words: list[str], files: Files, folder: Path, mentioned: bool) -> None:
-    command: Any = typer.main.get_command(cli.app)
-    path, rest = words[:1], [word for word in words[1:] if word not in ("…", "...")]
-    while rest and not rest[0].startswith("-") and hasattr(command, "commands"):
-        assert rest[0] in command.commands, f"{' '.join(path)} has no command {rest[0]}"
-        command = command.commands[rest[0]]
-        path.append(rest.pop(0))
-    _parse(command, path, rest, mentioned)
-    options = dict(_options(rest, path[-1]))
-    for config in _values(rest, "--config"):
-        if not NAMED.fullmatch(config):
-            read = READERS.get(path[-1], lambda file: RunConfig.from_flat(read_toml(file)))
-            read(_file(config, files, folder))
+def check_tapfl(words: list[str], context: Context) -> None:
+    words = [word for word in words if word not in ("…", "...")]
+    path, rest = _parse(typer.main.get_command(cli.app), words, context)
+    for file in _values(rest, "--config"):
+        if not NAMED.fullmatch(file):
+            read = READERS.get(path[-1], lambda config: RunConfig.from_flat(read_toml(config)))
+            read(_file(file, context))
     if path[1:2] != ["bench"]:  # whose --set may be of other options
-        config = RunConfig.from_flat(options)
-        if not is_own(config.pruning.criterion):
-            resolved(config.pruning)
+        pruning = RunConfig.from_flat(_options(rest, path[-1])).pruning
+        if not is_own(pruning.criterion):
+            resolved(pruning)
 
 
-def check_make(words: list[str], files: Files, folder: Path, mentioned: bool) -> None:
-    for target in words[1:]:
-        assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE), f"make has no target {target}"
-
-
-def check_flwr(words: list[str], files: Files, folder: Path, mentioned: bool) -> None:
+def check_flwr(words: list[str], context: Context) -> None:
     from flwr.cli.app import app
 
-    command: Any = typer.main.get_command(app)
-    path, rest = words[:1], words[1:]
-    while rest and hasattr(command, "commands"):
-        assert rest[0] in command.commands, f"{' '.join(path)} has no command {rest[0]}"
-        command = command.commands[rest[0]]
-        path.append(rest.pop(0))
-    _parse(command, path, rest, mentioned)
+    _, rest = _parse(typer.main.get_command(app), words, context)
     for text in _values(rest, "--run-config"):
         given = re.findall(r"(\S+?)=('[^']*'|\S+)", text)
         RunConfig.from_flat(dict(parse_assignment(f"{key}={value.strip(chr(39))}") for key, value in given))
 
 
-def check_by_help(words: list[str], files: Files, folder: Path, mentioned: bool) -> None:
-    known = _help(words[0])
+def check_ray(words: list[str], context: Context) -> None:
+    _parse(ray_cli, words, context)
+
+
+def check_by_help(words: list[str], context: Context) -> None:
     for word in words[1:]:
-        assert not word.startswith("-") or word in known, f"{words[0]} has no option {word}"
+        assert not word.startswith("-") or word in _help(words[0]), f"{words[0]} has no option {word}"
 
 
-def check_ray(words: list[str], files: Files, folder: Path, mentioned: bool) -> None:
-    assert words[1] in ray_cli.commands, f"ray has no command {words[1]}"
-    _parse(ray_cli.commands[words[1]], words[:2], words[2:], mentioned)
+def check_make(words: list[str], context: Context) -> None:
+    for target in words[1:]:
+        assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE), f"make has no target {target}"
 
 
-def check_pip(words: list[str], files: Files, folder: Path, mentioned: bool) -> None:
+def check_pip(words: list[str], context: Context) -> None:
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     for extra in re.findall(r"tapfl\[([^]]+)\]", " ".join(words)):
         assert set(extra.split(",")) <= set(extras), f"tapfl has no extra {extra}"
 
 
-PROGRAMS: dict[str, Callable[[list[str], Files, Path, bool], None]] = {
+PROGRAMS: dict[str, Callable[[list[str], Context], None]] = {
     "flower-superlink": check_by_help,
     "flower-supernode": check_by_help,
     "flwr": check_flwr,
@@ -133,45 +129,48 @@ PROGRAMS: dict[str, Callable[[list[str], Files, Path, bool], None]] = {
 }
 
 
-def _parse(command: Any, path: list[str], rest: list[str], mentioned: bool) -> None:
-    """Parses the words of a command as it would itself."""
-    rest = [VALUE.sub("1", word) for word in rest if word != "--help"]
+def _parse(command: Any, words: list[str], context: Context) -> tuple[list[str], list[str]]:
+    """Parses words as their command would itself; returns its path and what comes after that."""
+    path, rest = words[:1], words[1:]
+    while rest and not rest[0].startswith("-") and hasattr(command, "commands"):
+        assert rest[0] in command.commands, f"{' '.join(path)} has no command {rest[0]}"
+        path.append(rest.pop(0))
+        command = command.commands[path[-1]]
     try:
-        command.make_context(" ".join(path), rest)
-    except Exception as error:
-        if isinstance(error, click.exceptions.NoArgsIsHelpError) or (
-            mentioned and re.search("Missing|requires an arg", _said(error))
+        command.make_context(" ".join(path), [NUMBER.sub("1", word) for word in rest if word != "--help"])
+    except Exception as error:  # typer may bring a click of its own, so names are all that is sure
+        said = f"{type(error).__name__}: {error.format_message() if hasattr(error, 'format_message') else error}"
+        if (
+            not (context.mentioned and re.match(r"NoArgsIsHelp|Missing|.*requires an arg", said))
+            and "--help" not in rest
         ):
-            return
-        raise AssertionError(f"{' '.join([*path, *rest])}: {_said(error)}") from None
+            raise AssertionError(f"{' '.join(words)}: {said}") from None
+    return path, rest
 
 
-def _without_brackets(word: str) -> str:
-    word = word.removeprefix("[")
-    return word.removesuffix("]") if "[" not in word else word
-
-
-def _options(words: Sequence[str], command: str) -> list[tuple[str, Any]]:
-    given = [parse_assignment(text) for text in _values(words, "--set") if text != "key=value" and "..." not in text]
-    short = ("criterion", "compensation", "recovery") if command == "prune" else ()
-    return given + [
-        (f"pruning.{name}", value)
-        for name in short
-        for value in _values(words, f"--{name}")
-        if not NAMED.fullmatch(value)
-    ]
+def _options(words: Sequence[str], command: str) -> dict[str, Any]:
+    given = [parse_assignment(text) for text in _values(words, "--set") if text != "key=value"]
+    for name in ("criterion", "compensation", "recovery") if command == "prune" else ():
+        given += [(f"pruning.{name}", value) for value in _values(words, f"--{name}") if not NAMED.fullmatch(value)]
+    return dict(given)
 
 
 def _values(words: Sequence[str], option: str) -> list[str]:
     return [words[i + 1] for i, word in enumerate(words[:-1]) if word == option]
 
 
-def _file(name: str, files: Files, folder: Path) -> Path:
-    if name in files:
-        (folder / Path(name).name).write_text(files[name])
-        return folder / Path(name).name
+def _file(name: str, context: Context) -> Path:
+    if name in context.files:
+        (context.folder / name).write_text(context.files[name])
+        return context.folder / name
     assert (ROOT / name).is_file(), f"--config {name}: there is no such file"
     return ROOT / name
+
+
+def _plain(word: str) -> str:
+    """A word of a usage without its brackets."""
+    word = word.removeprefix("[")
+    return word.removesuffix("]") if "[" not in word else word
 
 
 @cache

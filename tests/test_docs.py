@@ -7,11 +7,12 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
-import commands
 import pages
 import pytest
+from commands import Context, check
 from pages import PAGES, ROOT, Block
 from test_inprocess_run import SMALL
 from typer.testing import CliRunner
@@ -31,7 +32,7 @@ def files_of(page: Path) -> dict[str, str]:
 
 @pytest.mark.parametrize("page", PAGES, ids=pages.name_of)
 def test_all_that_a_page_names_exists(page: Path, tmp_path: Path) -> None:
-    files, wrong = files_of(page), []
+    context, wrong = Context(tmp_path, files_of(page)), []
     for block in pages.blocks(page):
         if block.language in ("sh", "shell", "console", "zsh"):
             wrong.append(f"{block.where}: shell is written ```bash, so that it is tested")
@@ -41,17 +42,17 @@ def test_all_that_a_page_names_exists(page: Path, tmp_path: Path) -> None:
             compile(block.text, block.where, "exec")
         wrong += [f"{block.where}: {why}" for why in named_tests_missing(block)]
         if block.language == "bash" and not (block.how == "run" and not plain(block)):
-            wrong += complaints(block.where, pages.commands(block.text), files, tmp_path, mentioned=False)
+            wrong += complaints(block.where, pages.commands(block.text), context)
     for command in pages.inline(page):
-        wrong += complaints(pages.name_of(page), pages.commands(command), files, tmp_path, mentioned=True)
+        wrong += complaints(pages.name_of(page), pages.commands(command), replace(context, mentioned=True))
     assert not wrong, "\n".join(wrong)
 
 
-def complaints(where: str, found: list[list[str]], files: dict[str, str], folder: Path, mentioned: bool) -> list[str]:
+def complaints(where: str, found: list[list[str]], context: Context) -> list[str]:
     wrong = []
     for words in found:
         try:
-            commands.check(words, files, folder, mentioned)
+            check(words, context)
         except Exception as error:
             wrong.append(f"{where}: {' '.join(words)}: {error}")
     return wrong
@@ -68,7 +69,7 @@ def test_the_command_in_a_configuration_is_one(config: Path, tmp_path: Path) -> 
     assert found, "the first comment of a configuration says what it is for and by which command it is run"
     for command in found:
         assert config.name in command
-        assert not complaints(config.name, pages.commands(command), {}, tmp_path, mentioned=False)
+        assert not complaints(config.name, pages.commands(command), Context(tmp_path, {}))
 
 
 @pytest.mark.parametrize("name", sorted(reference.commands()))
@@ -101,7 +102,7 @@ def test_every_command_has_a_page(name: str) -> None:
     ],
 )
 def test_a_command_that_is_none_is_found(command: str, tmp_path: Path) -> None:
-    assert complaints("", pages.commands(command), {}, tmp_path, mentioned=False)
+    assert complaints("", pages.commands(command), Context(tmp_path, {}))
 
 
 def test_marks_that_say_nothing_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,7 +24,7 @@ def commands() -> dict[str, Any]:
     """Returns every command of `tapfl` by name, hidden ones and groups included."""
     from experiments.cli import app
 
-    return typer.main.get_command(app).commands  # type: ignore[attr-defined,no-any-return]
+    return typer.main.get_command(app).commands  # type: ignore[attr-defined]
 
 
 def command(name: str) -> str:
@@ -146,7 +146,7 @@ def _accepted(field: FieldInfo) -> str:
         if getattr(limit, bound, HUGE) < HUGE
     ]
     many = "a list, each " if get_origin(kind) is tuple else ""
-    word = {int: "integer", float: "number", str: "text"}.get(kind, "number")  # type: ignore[call-overload]
+    word = {int: "integer", float: "number", str: "text"}.get(kind or str, "number")  # type: ignore[arg-type]
     return many + " ".join([word, ", ".join(limits)]).strip()
 
 
