@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from strategies.checkpoint import require_same_options
+from strategies.loggers.feed import require_loggers
 from tapfl.config import RunConfig
 from tapfl.data.federated import check_classes, open_pool, open_private
 from tapfl.data.partition import partition
@@ -78,6 +79,7 @@ def check(config: RunConfig) -> None:
         if size > len(public):
             raise DataError(f"{name} = {size}: the public pool has {len(public)} images")
     _check_backbone(config, public)
+    require_loggers(config.log)  # last: it may make an empty database
 
 
 def _check_backbone(config: RunConfig, public: ImageSet) -> None:

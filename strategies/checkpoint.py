@@ -20,7 +20,7 @@ from tapfl.store import RunFolder, content_hash, read_about, read_tensors, write
 PARAMS, OPTIMIZER = "params:", "optimizer:"
 
 # what may differ when a run goes on: none of them changes a result
-FREE = ("resume", "out", "cache", "node-timeout", "window", "faults.")
+FREE = ("resume", "out", "cache", "node-timeout", "window", "faults.", "log.")
 
 
 @dataclass(frozen=True)

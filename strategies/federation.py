@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -21,6 +21,7 @@ from flwr.serverapp import Grid
 
 from strategies.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from strategies.fleet import Fleet
+from strategies.loggers.feed import loggers
 from strategies.preparation import Backbone, Preparation
 from strategies.progress import stage
 from strategies.results import Clock, summarise
@@ -65,6 +66,7 @@ class Federation:
         self.fresh: Params = {}
         self.curve: list[tuple[float, float]] = []
         self.clock = Clock(folder.path / "timing.json")
+        self.tell: Callable[[], None] = lambda: None  # the loggers that lines of metrics.jsonl have become final
 
     def run(self) -> None:
         """Carries the federation out, or goes on with it, and leaves the whole of it in the run's folder.
@@ -75,12 +77,18 @@ class Federation:
         """
         checkpoint = load_checkpoint(self.folder, self.config) if self.config.resume else None
         if checkpoint and checkpoint.round == self.config.train.rounds and self.folder.summary.exists():
-            log(logging.INFO, "the run is finished: %s", self.folder.path)
+            with loggers(self.config, self.folder):  # they may lack some of it, or all
+                log(logging.INFO, "the run is finished: %s", self.folder.path)
             return
         self.folder.summary.unlink(missing_ok=True)
         write_json(self.folder.path / "config.json", self.config.flat() | {"resume": False})
         self.folder.write_versions()
         self.folder.cut_metrics(checkpoint.metrics_bytes if checkpoint else 0)
+        with loggers(self.config, self.folder) as self.tell:
+            self._carry_out(checkpoint)
+
+    def _carry_out(self, checkpoint: Checkpoint | None) -> None:
+        """Does what is left to do after the checkpoint."""
         with self.clock.phase("backbone"):
             backbone = self.preparation.backbone()
         with self.clock.phase("round zero"):
@@ -234,6 +242,7 @@ class Federation:
         size = self.folder.metrics.stat().st_size
         made = Checkpoint(t, state, self.fleet.records, size, self.curve, self.fleet.simulated)
         save_checkpoint(self.folder, self.config, made)
+        self.tell()
         return made
 
     # -- what came of it ----------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from flwr.serverapp import Grid, ServerApp
 
 from strategies.checkpoint import require_same_options
 from strategies.federation import Federation
+from strategies.loggers.feed import require_loggers
 from tapfl.config import RunConfig
 from tapfl.data.federated import open_pool
 from tapfl.errors import ConfigError
@@ -24,6 +25,7 @@ def main(grid: Grid, context: Context) -> None:
     torch.set_num_threads(1)  # the same bits whatever the machine has
     config = RunConfig.from_flat(context.run_config)
     _require_paths(config)
+    require_loggers(config.log)
     path = run_path(config.out, context.run_id)
     folder = RunFolder.reopen(path) if config.resume else RunFolder.create(path)
     if config.resume:
