@@ -21,6 +21,7 @@ from tapfl.models.dense import DenseCache, dense_key, fill_weights
 from tapfl.models.prunable import prunable_layers
 from tapfl.privacy import require_accountant
 from tapfl.profiles import profiles_of
+from tapfl.progress import stage
 from tapfl.pruning.allocate import allocate
 from tapfl.pruning.budget import Budget
 from tapfl.pruning.cost_table import cost_table
@@ -43,7 +44,8 @@ def resolve_run(options: Mapping[str, Any], out: Path, resume: bool) -> RunConfi
     """
     kept = RunFolder(out).config() if resume else {"devices.count": DEFAULT_DEVICES}
     config = absolute_paths(RunConfig.from_flat({**kept, **options, "out": str(out), "resume": resume}))
-    check(config)
+    with stage("checking"):
+        check(config)
     return config
 
 

@@ -48,6 +48,7 @@ from experiments.run_log import own_log
 from strategies.server_app import app as server_app
 from tapfl.config import RunConfig, flatten, read_toml_tables
 from tapfl.errors import ConfigError, RunError, TapflError
+from tapfl.progress import Advance
 
 MEASURES = (
     "dense_accuracy",
@@ -98,9 +99,7 @@ def _cell(point: dict[str, Any], options: dict[str, Any]) -> Cell:
     return Cell(name, point, options)
 
 
-def run_sweep(
-    cells: list[Cell], out: Path, carry_out: CarryOut, jobs: int, progress: Callable[[int, str], None]
-) -> dict[str, str]:
+def run_sweep(cells: list[Cell], out: Path, carry_out: CarryOut, jobs: int, progress: Advance) -> dict[str, str]:
     """Runs the cells that are not finished, `jobs` at a time.
 
     Args:
@@ -113,7 +112,7 @@ def run_sweep(
     waiting = [cell for cell in cells if not (out / cell.name / "summary.json").is_file()]
     failures: dict[str, str] = {}
     done = len(cells) - len(waiting)
-    progress(done, "")
+    progress(done, len(cells))
     pool = ThreadPoolExecutor(jobs, thread_name_prefix="run")
     try:
         futures = {pool.submit(_go_on, carry_out, cell, out / cell.name): cell for cell in waiting}
@@ -121,7 +120,7 @@ def run_sweep(
             done += 1
             if error := future.result():
                 failures[futures[future].name] = error
-            progress(done, futures[future].name)
+            progress(done, len(cells), futures[future].name)
     finally:  # interrupted: what waits is not begun, and nobody waits for what has begun
         pool.shutdown(wait=False, cancel_futures=True)
     return failures

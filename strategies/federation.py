@@ -23,7 +23,6 @@ from strategies.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from strategies.fleet import Fleet
 from strategies.loggers.feed import loggers
 from strategies.preparation import Backbone, Preparation
-from strategies.progress import stage
 from strategies.results import Clock, summarise
 from strategies.sampling import turnout
 from strategies.simulated import seconds, training_macs
@@ -45,6 +44,7 @@ from tapfl.data.sources import ImageSet
 from tapfl.personalize.method import method_of
 from tapfl.privacy import epsilon
 from tapfl.profiles import max_rank
+from tapfl.progress import stage
 from tapfl.pruning.plan import PruningPlan
 from tapfl.seeds import of_secret, torch_generator
 from tapfl.store import RunFolder, write_json
@@ -150,7 +150,8 @@ class Federation:
         # in the order of the layers, which is that of the noise and of every sum; a file has an order of its own
         state = replace(checkpoint.state, params={name: checkpoint.state.params[name] for name in self.fresh})
         rounds = self.config.train.rounds
-        with stage("rounds", rounds) as advance:
+        with stage("rounds") as advance:
+            advance(checkpoint.round, rounds)
             for t in range(checkpoint.round + 1, rounds + 1):
                 with self.clock.round(t):
                     self._welcome(backbone)
@@ -159,7 +160,7 @@ class Federation:
                     state = self._aggregate(t, state, replies)
                     accuracy = self._record(t - 1, replies, ended)
                     self._checkpoint(t, state)
-                advance(t, f"personal accuracy {accuracy:.3f} after round {t - 1}")
+                advance(t, rounds, f"personal accuracy {accuracy:.3f} after round {t - 1}")
         return state
 
     def _welcome(self, backbone: Backbone) -> None:
@@ -198,7 +199,6 @@ class Federation:
             limit=lambda i: 4 * self._upload_length(i, t) + ENVELOPE,
             at_least=waited,
             round=t,
-            quiet=True,
         )
 
     def _train_message(self, t: int, i: int, current: Params) -> Train:

@@ -11,6 +11,7 @@ from flwr.serverapp import Grid, ServerApp
 from strategies.checkpoint import require_same_options
 from strategies.federation import Federation
 from strategies.loggers.feed import require_loggers
+from strategies.progress import shown
 from tapfl.config import RunConfig
 from tapfl.data.federated import open_pool
 from tapfl.errors import ConfigError
@@ -30,8 +31,9 @@ def main(grid: Grid, context: Context) -> None:
     folder = RunFolder.reopen(path) if config.resume else RunFolder.create(path)
     if config.resume:
         require_same_options(folder, config)
-    pool = open_pool(config.data, input_transform(config.model), config.seed, cache_folder(config.cache))
-    Federation(grid, config, pool, folder).run()
+    with shown():
+        pool = open_pool(config.data, input_transform(config.model), config.seed, cache_folder(config.cache))
+        Federation(grid, config, pool, folder).run()
 
 
 def _require_paths(config: RunConfig) -> None:

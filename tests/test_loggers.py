@@ -240,7 +240,9 @@ def test_lines_as_points() -> None:
 
 def test_where_metrics_go_is_no_part_of_a_run_s_identity() -> None:
     plain = RunConfig().flat()
-    told = RunConfig.from_flat({"log.tensorboard": True, "log.mlflow": "http://h:1", "log.mlflow-experiment": "x"}).flat()
+    told = RunConfig.from_flat(
+        {"log.tensorboard": True, "log.mlflow": "http://h:1", "log.mlflow-experiment": "x"}
+    ).flat()
     assert config_hash(plain) == config_hash(told)
     for after in (AFTER, AFTER_SUMMARIES):
         assert _hash(plain, after) == _hash(told, after)

@@ -19,6 +19,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from tapfl.progress import track
 from tapfl.pruning.basis import carried_energy
 from tapfl.pruning.compensation import LostOutput
 from tapfl.pruning.criteria.ranking import by_layer
@@ -48,7 +49,7 @@ def elimination_scores(task: PruningTask, felt: Mapping[str, Sensitivity]) -> di
         for name, X in record_activations(task.model, ffns, images)[1].items():
             moments[name].add(X, X[..., :0])
     scores = {}
-    for layer in ffns:
+    for layer in track(ffns, "elimination"):
         W = task.model.get_parameter(f"{layer.name}.{layer.output}.weight").double()
         order, _ = elimination_order(W, moments[layer.name].covariance(), felt[layer.name].metric)
         scores[layer.name] = torch.empty(layer.units, dtype=torch.float64)
