@@ -199,8 +199,8 @@ def compare(
     comparison = read_comparison(config)
     with shown(), stage("cells") as advance:
         rows = run_comparison(comparison, out, advance, jobs or os.cpu_count() or 1)
-    shown = table(rows, comparison, measure)
-    write_bytes(out / "table.md", markdown(shown).encode())
+    made = table(rows, comparison, measure)
+    write_bytes(out / "table.md", markdown(made).encode())
     picture(rows, comparison, out / "accuracy-against-macs.png", measure)
-    show_rows(shown, as_json)
+    show_rows(made, as_json)
     print(f"a line a cell: {out / 'results.csv'}; also table.md and accuracy-against-macs.png", file=sys.stderr)

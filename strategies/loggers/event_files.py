@@ -57,7 +57,7 @@ class EventFiles:
         from torch.utils.tensorboard.summary import hparams
 
         for summary in hparams(hyperparameters(config), dict.fromkeys(RESULTS, 0.0)):
-            self._writer.file_writer.add_summary(summary)
+            self._writer._get_file_writer().add_summary(summary)
         charts = {name: ["Multiline", [f"{name}/{DEVICE}.*"]] for name in CURVES}
         self._writer.add_custom_scalars({"devices": charts})
 
