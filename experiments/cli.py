@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
+from rich.console import Console
 from rich.table import Table
 
 from experiments import pruning_cli
 from experiments.bench import cli as bench_cli
 from experiments.deploy import cli as deploy_cli
-from experiments.terminal import console, options_of, show_rows
+from experiments.terminal import console, load_torch, options_of, show_rows, starting
 from tapfl.config import RunConfig
 from tapfl.errors import ConfigError, RunError, TapflError
 
@@ -84,14 +85,16 @@ def run(
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON object last, and no table")] = False,
 ) -> None:
     """Carry out one federation: summaries, plans, smaller models, adapter rounds, personal models."""
-    from experiments.preflight import resolve_run
-
     options = options_of(config, set)
+    from experiments.preflight import resolve_run
+    from strategies.progress import shown
+
     if resume is not None and out is not None and out.absolute() != resume.absolute():
         raise ConfigError(f"--out {out}: a run that goes on stays in its folder, {resume}")
     path = resume or out or options.get("out") or f"runs/{datetime.datetime.now():%Y%m%d-%H%M%S}"
     _require_ray(engine, address, actor_cpus, actor_gpus)
-    resolved = resolve_run(options, Path(str(path)), resume is not None or bool(options.get("resume")))
+    with shown():
+        resolved = resolve_run(options, Path(str(path)), resume is not None or bool(options.get("resume")))
     with _interruptible(f"tapfl run --resume {resolved.out}"):
         _carry_out(resolved, engine, workers, address, actor_cpus, actor_gpus)
     if not (Path(resolved.out) / "summary.json").is_file():
@@ -121,7 +124,7 @@ def options() -> None:
 
 @app.command()
 def sweep(
-    config: Annotated[Path, typer.Option(help="TOML: a table [grid] of lists, [[run]] tables, and shared options")],
+    config: Annotated[Path, typer.Option(help="TOML: table \\[grid] of lists, \\[\\[run]] tables, shared options")],
     out: Annotated[Path, typer.Option(help="folder of the runs; finished ones in it are not run again")],
     engine: Annotated[Engine, typer.Option(help="what each run uses")] = Engine.INPROCESS,
     jobs: Annotated[int, typer.Option(min=0, help="runs at a time; 0: as many as there are CPUs")] = 0,
@@ -146,20 +149,23 @@ def sweep(
     from experiments.swept.picture import picture
     from experiments.swept.settings import read_sweep_options, references
     from experiments.swept.table import caption_of, means_over_seeds, write_results, write_table
-    from strategies.progress import stage
+    from strategies.progress import shown
+    from tapfl.progress import stage
 
     _require_ray(engine, address, actor_cpus, actor_gpus)
     cells = read_sweep(config, options_of(None, set))
     told = read_sweep_options(config, options_of(None, reference))
     references([group_of(cell.point) for cell in cells], told.reference)
     with _interruptible("the same command"), ExitStack() as stack:
+        stack.enter_context(shown())
         if engine is Engine.RAY:
             from experiments.engines.ray import Workers
 
+            starting("Ray")
             carry_out = partial(on_workers, stack.enter_context(Workers(address, workers, actor_cpus, actor_gpus)))
         else:
             carry_out = partial(as_process, engine, workers)
-        advance = stack.enter_context(stage("runs", len(cells)))
+        advance = stack.enter_context(stage("runs"))
         failures = run_sweep(cells, out, carry_out, jobs or os.cpu_count() or 1, advance)
     runs = outcomes(cells, out)
     write_results(runs, out, told)
@@ -182,7 +188,7 @@ def sweep(
 
 @app.command()
 def search(
-    config: Annotated[Path, typer.Option(help="TOML with [search], [space] and the options all runs share")],
+    config: Annotated[Path, typer.Option(help="TOML with \\[search], \\[space] and the options all runs share")],
     method: Annotated[
         Method | None, typer.Option(help="in place of the file's: brackets with a model, Optuna's own, or neither")
     ] = None,
@@ -202,13 +208,16 @@ def search(
     """Search for good options: budgets are rounds, and what is promising goes on from its checkpoint."""
     from experiments.preflight import DEFAULT_DEVICES
     from experiments.search.settings import read_search
+    from strategies.progress import shown
 
     _require_ray(engine, address, actor_cpus, actor_gpus, workers)
     wanted = read_search(config, method, {"devices.count": DEFAULT_DEVICES})
-    from experiments.search.command import run_search  # with torch: not before the file is known to be good
+    load_torch()  # not before the file is known to be good
+    from experiments.search.command import run_search
 
     folder, count = out or Path("runs") / config.stem, jobs or os.cpu_count() or 1
     with _interruptible("the same command and --resume"), ExitStack() as stack:
+        stack.enter_context(shown())
 
         def trials() -> Trials:
             if engine == SearchEngine.INPROCESS:
@@ -261,6 +270,7 @@ def _interruptible(go_on: str) -> Iterator[None]:
     try:
         yield
     except (KeyboardInterrupt, SystemExit):  # Ctrl-C, or the SIGTERM that Ray turns into an exit
+        Console(stderr=True).show_cursor()  # a thread that drew bars is not asked to end
         print(f"tapfl: interrupted; go on with: {go_on}", file=sys.stderr, flush=True)
         os._exit(130)  # Ray is stopped, but runs in threads of this process would go on
 
@@ -274,7 +284,9 @@ def _carry_out(
         from strategies.server_app import app as server_app
 
         run_inprocess(server_app, client_app, config.flat(), config.devices.count)
-    elif engine is Engine.RAY:
+        return
+    starting("Ray")
+    if engine is Engine.RAY:
         from experiments.engines.ray import Workers
         from strategies.server_app import app as server_app
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from strategies.loggers.feed import require_loggers
 from tapfl.adapters.rules import rule_of
 from tapfl.config import RunConfig
 from tapfl.data.federated import check_classes, open_pool, open_private
@@ -47,6 +48,7 @@ def check(config: RunConfig) -> None:
         if size > len(public):
             raise DataError(f"{name} = {size}: the public pool has {len(public)} images")
     _check_backbone(config, public)
+    require_loggers(config.log)  # last: it may make an empty database
 
 
 def _check_backbone(config: RunConfig, public: ImageSet) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 from strategies.same_options import require_same_options
 from tapfl.config import RunConfig
 from tapfl.errors import ConfigError
+from tapfl.progress import stage
 from tapfl.pruning.criteria.registry import require_criterion
 from tapfl.store import RunFolder
 
@@ -34,9 +35,10 @@ def resolve_run(options: Mapping[str, Any], out: Path, resume: bool) -> RunConfi
             f"out = {config.out!r}: exists already; give a folder that does not, or go on with --resume {config.out}"
         )
     require_criterion(config.pruning.criterion)
-    from experiments.feasible import check
+    with stage("checking"):
+        from experiments.feasible import check
 
-    check(config)
+        check(config)
     return config
 
 

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from experiments.terminal import console, options_of, show_rows
+from experiments.terminal import console, load_torch, options_of, show_rows
 from tapfl.config import RunConfig
 from tapfl.errors import ConfigError
 
@@ -41,12 +41,16 @@ def prune(
     if (plan is None) == (budget is None):
         raise ConfigError(f"--budget {budget}, --plan {plan}: give one of the two")
     options = options_of(config, set)
-    if budget is None:
-        assert plan is not None
-        _reapply(plan, options, out)
-    else:
-        short = {"criterion": criterion, "compensation": compensation, "recovery": recovery}
-        _prune(options | {f"pruning.{name}": value for name, value in short.items() if value is not None}, budget, out)
+    from strategies.progress import shown
+
+    with shown():
+        if budget is None:
+            assert plan is not None
+            _reapply(plan, options, out)
+        else:
+            short = {"criterion": criterion, "compensation": compensation, "recovery": recovery}
+            options |= {f"pruning.{name}": value for name, value in short.items() if value is not None}
+            _prune(options, budget, out)
     _inspect_pruned(out, None, as_json)
 
 
@@ -57,7 +61,8 @@ def _prune(options: Mapping[str, Any], budget: str, out: Path) -> None:
 
     config, limits = absolute_paths(RunConfig.from_flat(options)), Budget.parse(budget)
     require_criterion(config.pruning.criterion)
-    from experiments.prune import prune  # with torch: not before the options are known to be good
+    load_torch()  # not before the options are known to be good
+    from experiments.prune import prune
 
     prune(config, limits, out)
 
@@ -119,11 +124,14 @@ def _inspect_uplink(run: Path | None, as_json: bool) -> None:
 
 
 def _inspect_pruned(folder: Path, picture: Path | None, as_json: bool) -> None:
+    load_torch()
     from experiments.inspection import costs
     from experiments.inspection import inspect as look
     from experiments.picture import picture as draw
+    from strategies.progress import shown
 
-    found = look(folder)
+    with shown():
+        found = look(folder)
     if picture:
         draw(found, picture)
     if as_json:
@@ -162,11 +170,15 @@ def export(
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON object last, and no table")] = False,
 ) -> None:
     """Write a pruned model for other runtimes; it is kept only if it computes the same when read again."""
-    from experiments.exporting import export_folder
-
     if batch != "dynamic" and not batch.isdecimal():
         raise ConfigError(f"--batch {batch}: accepted are dynamic, or a number of images")
-    said = export_folder(folder, out, format, None if batch == "dynamic" else int(batch), opset)
+    load_torch()
+    from experiments.exporting import export_folder
+    from strategies.progress import shown
+    from tapfl.progress import stage
+
+    with shown(), stage(f"export as {format}"):
+        said = export_folder(folder, out, format, None if batch == "dynamic" else int(batch), opset)
     if as_json:
         print(json.dumps(said))
         return
@@ -181,7 +193,7 @@ def export(
 
 @app.command()
 def compare(
-    config: Annotated[Path, typer.Option(help="TOML with a table [compare] of lists, and the options of all cells")],
+    config: Annotated[Path, typer.Option(help="TOML with a table \\[compare] of lists, and the options of all cells")],
     out: Annotated[Path, typer.Option(help="folder of results, table and picture; finished cells are not run again")],
     jobs: Annotated[int, typer.Option(min=0, help="devices at a time; 0: as many as there are CPUs")] = 0,
     measure: Annotated[
@@ -205,24 +217,25 @@ def compare(
     comparison = read_comparison(config, set or [])
     results = comparison.results.given(measure, reference)
     results.check(comparison.axes)
-    from experiments.compare.page import page, shown_command  # with torch: not before the file is known to be good
+    load_torch()  # not before the file is known to be good
+    from experiments.compare.page import page, shown_command
     from experiments.compare.picture import picture
     from experiments.compare.run import finished_rows, run_comparison
     from experiments.compare.table import sections
-    from strategies.progress import stage
+    from strategies.progress import shown
+    from tapfl.progress import stage
     from tapfl.store import write_bytes
 
     if finished:
         rows = finished_rows(comparison, out)
     else:
-        with stage("cells", len(list(comparison.cells()))) as advance:
-            jobs = jobs or os.cpu_count() or 1
-            rows = run_comparison(comparison, out, lambda done, _, note: advance(done, note), jobs)
-    shown = list(sections(rows, comparison, results))
+        with shown(), stage("cells") as advance:
+            rows = run_comparison(comparison, out, advance, jobs or os.cpu_count() or 1)
+    tables = list(sections(rows, comparison, results))
     command = shown_command(config, set or [], reference or [])
-    write_bytes(out / "table.md", page(shown, rows, comparison, results, command).encode())
+    write_bytes(out / "table.md", page(tables, rows, comparison, results, command).encode())
     picture(rows, comparison, out / "accuracy-against-macs.png", results.show[0])
-    for each in shown:
+    for each in tables:
         if as_json:
             show_rows([{"measure": each.measure, "devices": each.devices, **row} for row in each.rows], as_json=True)
             continue

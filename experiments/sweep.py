@@ -47,6 +47,7 @@ from experiments.search.shared_round_zero import is_kept, keep, name_of, prepare
 from strategies.same_options import require_same_options
 from tapfl.config import RunConfig, flatten, read_toml_tables
 from tapfl.errors import ConfigError, TapflError
+from tapfl.progress import Advance
 from tapfl.store import RunFolder
 
 if TYPE_CHECKING:
@@ -102,9 +103,7 @@ def _cell(point: dict[str, Any], options: dict[str, Any]) -> Cell:
     return Cell(name, point, options)
 
 
-def run_sweep(
-    cells: list[Cell], out: Path, carry_out: CarryOut, jobs: int, progress: Callable[[int, str], None]
-) -> dict[str, str]:
+def run_sweep(cells: list[Cell], out: Path, carry_out: CarryOut, jobs: int, progress: Advance) -> dict[str, str]:
     """Runs the cells that are not finished, `jobs` at a time.
 
     Args:
@@ -123,7 +122,7 @@ def run_sweep(
         alike.setdefault(name_of(_resolved(cell, out)), []).append(cell)
     failures: dict[str, str] = {}
     done = len(cells) - len(waiting)
-    progress(done, "")
+    progress(done, len(cells))
     pool = ThreadPoolExecutor(jobs, thread_name_prefix="run")
     try:
         running: dict[Future[str], tuple[Cell, list[Cell]]] = {}
@@ -137,7 +136,7 @@ def run_sweep(
                 done += 1
                 if error := future.result():
                     failures[cell.name] = error
-                progress(done, cell.name)
+                progress(done, len(cells), cell.name)
     finally:  # interrupted: what waits is not begun, and nobody waits for what has begun
         pool.shutdown(wait=False, cancel_futures=True)
     return failures

@@ -24,6 +24,18 @@ def options_of(config: Path | None, assignments: list[str] | None) -> dict[str, 
     return (read_toml(config) if config else {}) | dict(parse_assignment(text) for text in assignments or [])
 
 
+def starting(what: str) -> None:
+    """Says that something starts which takes seconds, before anything else can be shown."""
+    print(f"tapfl: starting {what}", file=sys.stderr, flush=True)
+
+
+def load_torch() -> None:
+    """Imports what most commands need, and says so first: it takes seconds on a machine that is at rest."""
+    if "torch" not in sys.modules:
+        starting("torch and timm")
+        import timm  # noqa: F401
+
+
 def show_rows(rows: Sequence[Mapping[str, str | float]], as_json: bool) -> None:
     """Prints rows as a table, or as one JSON object each."""
     if as_json:

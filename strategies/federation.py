@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -21,8 +21,8 @@ from flwr.serverapp import Grid
 
 from strategies.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from strategies.fleet import Fleet
+from strategies.loggers.feed import loggers
 from strategies.preparation import Backbone, Preparation
-from strategies.progress import stage
 from strategies.results import Clock, summarise
 from strategies.sampling import turnout
 from strategies.simulated import CurvePoint, Spent, seconds, training_macs
@@ -44,6 +44,7 @@ from tapfl.data.sources import ImageSet
 from tapfl.personalize.method import method_of
 from tapfl.privacy import epsilon
 from tapfl.profiles import max_rank
+from tapfl.progress import stage
 from tapfl.pruning.plan import PruningPlan
 from tapfl.seeds import of_secret, torch_generator
 from tapfl.store import RunFolder, write_json
@@ -65,6 +66,7 @@ class Federation:
         self.fresh: Params = {}
         self.curve: list[CurvePoint] = []
         self.clock = Clock(folder.path / "timing.json")
+        self.tell: Callable[[], None] = lambda: None  # the loggers that lines of metrics.jsonl have become final
 
     def run(self) -> None:
         """Carries the federation out, or goes on with it, and leaves the whole of it in the run's folder.
@@ -75,12 +77,18 @@ class Federation:
         """
         checkpoint = load_checkpoint(self.folder, self.config) if self.config.resume else None
         if checkpoint and checkpoint.round == self.config.train.rounds and self.folder.summary.exists():
-            log(logging.INFO, "the run is finished: %s", self.folder.path)
+            with loggers(self.config, self.folder):  # they may lack some of it, or all
+                log(logging.INFO, "the run is finished: %s", self.folder.path)
             return
         self.folder.summary.unlink(missing_ok=True)
         write_json(self.folder.path / "config.json", self.config.flat() | {"resume": False})
         self.folder.write_versions()
         self.folder.cut_metrics(checkpoint.metrics_bytes if checkpoint else 0)
+        with loggers(self.config, self.folder) as self.tell:
+            self._carry_out(checkpoint)
+
+    def _carry_out(self, checkpoint: Checkpoint | None) -> None:
+        """Does what is left to do after the checkpoint."""
         with self.clock.phase("backbone"):
             backbone = self.preparation.backbone()
         with self.clock.phase("round zero"):
@@ -142,7 +150,8 @@ class Federation:
         # in the order of the layers, which is that of the noise and of every sum; a file has an order of its own
         state = replace(checkpoint.state, params={name: checkpoint.state.params[name] for name in self.fresh})
         rounds = self.config.train.rounds
-        with stage("rounds", rounds) as advance:
+        with stage("rounds") as advance:
+            advance(checkpoint.round, rounds)
             for t in range(checkpoint.round + 1, rounds + 1):
                 with self.clock.round(t):
                     self._welcome(backbone)
@@ -151,7 +160,7 @@ class Federation:
                     state = self._aggregate(t, state, replies)
                     accuracy = self._record(t - 1, replies, spent)
                     self._checkpoint(t, state)
-                advance(t, f"personal accuracy {accuracy:.3f} after round {t - 1}")
+                advance(t, rounds, f"personal accuracy {accuracy:.3f} after round {t - 1}")
         return state
 
     def _welcome(self, backbone: Backbone) -> None:
@@ -190,7 +199,6 @@ class Federation:
             limit=lambda i: 4 * self._upload_length(i, t) + ENVELOPE,
             at_least=waited,
             round=t,
-            quiet=True,
         )
 
     def _train_message(self, t: int, i: int, current: Params) -> Train:
@@ -237,6 +245,7 @@ class Federation:
         size = self.folder.metrics.stat().st_size
         made = Checkpoint(t, state, self.fleet.records, size, self.curve, self.fleet.simulated)
         save_checkpoint(self.folder, self.config, made)
+        self.tell()
         return made
 
     # -- what came of it ----------------------------------------------------------------------------------------------

@@ -19,7 +19,6 @@ from flwr.common.logger import log
 from torch import nn
 
 from strategies.fleet import Fleet
-from strategies.progress import stage
 from strategies.round_zero import PublicPool, Shared, describe_pool, device_model
 from tapfl.config import RunConfig
 from tapfl.data.sources import ImageSet
@@ -29,6 +28,7 @@ from tapfl.models.cost import Cost, measure_cost
 from tapfl.models.dense import DenseCache, dense_backbone
 from tapfl.models.prunable import prunable_layers
 from tapfl.models.units import PrunableLayer
+from tapfl.progress import stage
 from tapfl.pruning.plan import PruningPlan
 from tapfl.store import RunFolder, cache_folder, read_about, read_tensors, write_bytes, write_tensors
 from tapfl.summary.mixture import GaussianSummary
@@ -63,12 +63,9 @@ class Preparation:
 
     def backbone(self) -> Backbone:
         """Returns the dense backbone: trained, loaded, or from the cache."""
-        with stage("dense backbone", self.config.model.epochs) as advance:
-            made = dense_backbone(
-                self.config.model, self.images, self.config.seed, self.cache, lambda done, _: advance(done, "epochs")
-            )
-            advance(self.config.model.epochs, f"ready: {made[0]}")
-        return Backbone(*made)
+        made = Backbone(*dense_backbone(self.config.model, self.images, self.config.seed, self.cache))
+        log(logging.INFO, "dense backbone: ready: %s", made.key)
+        return made
 
     def smaller_models(self, backbone: Backbone) -> dict[int, Prune]:
         """Returns for every device of the fleet the message that brings it its model.
@@ -76,18 +73,20 @@ class Preparation:
         Raises:
             RunError: if too few devices give a mixture.
         """
-        pool = describe_pool(self.config, self.images, backbone.model)
+        with stage("public pool"):
+            pool = describe_pool(self.config, self.images, backbone.model)
         summaries = self._summaries(backbone, pool)
-        shared = Shared(self.config, pool, backbone.model)
         messages: dict[int, Prune] = {}
-        with stage("smaller models", len(self.fleet.records)) as advance:
+        with stage("smaller models") as advance:
+            advance(0, len(self.fleet.records))
+            shared = Shared(self.config, pool, backbone.model)
             for done, (i, record) in enumerate(self.fleet.records.items(), start=1):
                 record.generic = i not in summaries
                 try:
                     messages[i] = self.planned(backbone, i) or self._plan(backbone, shared, summaries.get(i), i)
                 except BudgetError as error:  # a device's own budget: its loss, and no one else's
                     self.fleet.lost(i, "smaller models", str(error))
-                advance(done, f"device {i}")
+                advance(done, len(self.fleet.records), f"device {i}")
         if not messages:
             raise RunError("smaller models: no device has a budget that this backbone can meet")
         return messages

@@ -12,6 +12,7 @@ import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
+from urllib.parse import parse_qs, urlsplit
 
 from pydantic import (
     AfterValidator,
@@ -34,7 +35,7 @@ PATH_OPTIONS = ("out", "cache", "data.source", "data.public", "model.weights", "
 PROFILE_SETS = ("equal", "tiers", "mobile")
 NOT_PATHS = ("", "digits", "hub", *PROFILE_SETS)
 # options, or the beginnings of their names, that change no result: a run that goes on may have others
-FREE_OPTIONS = ("resume", "out", "cache", "node-timeout", "window", "faults.")
+FREE_OPTIONS = ("resume", "out", "cache", "node-timeout", "window", "faults.", "log.")
 OWN = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")  # module:name, in the place of a built-in name (`tapfl.own`)
 LINEAR_RULES = ("fedit", "ffa", "rolora", "embed_side")  # sums of what devices sent, which noise can cover
 RULES = (*LINEAR_RULES, "flex")
@@ -327,6 +328,30 @@ class PrivacyOptions(Section):
         return self
 
 
+class LogOptions(Section):
+    """Where the numbers of metrics.jsonl go besides; docs/logging.md."""
+
+    tensorboard: bool = Field(False, description="event files in the run's folder; needs tapfl[tensorboard]")
+    mlflow: str = Field(
+        "",
+        description="tracking URI, as http://HOST:PORT or sqlite:////FOLDER/mlflow.db; empty: off; needs tapfl[mlflow]",
+    )
+    mlflow_experiment: str = Field("tapfl", min_length=1, description="MLflow experiment, made if it is not there")
+
+    @model_validator(mode="after")
+    def _uri_can_be_told(self) -> LogOptions:
+        """The URI stands in config.json and goes to the devices with the other options, and a run has no one folder."""
+        uri = urlsplit(self.mlflow)
+        if uri.password or "password" in parse_qs(uri.query):
+            raise ValueError(
+                "mlflow holds a password, which would be written to config.json and sent to the devices; accepted: "
+                "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD in the environment"
+            )
+        if uri.scheme.startswith("sqlite") and not uri.path.startswith("//"):
+            raise ValueError(f"mlflow={self.mlflow} must be absolute: sqlite:////FOLDER/mlflow.db, with four slashes")
+        return self
+
+
 class RunConfig(Section):
     """All options of a run."""
 
@@ -347,6 +372,7 @@ class RunConfig(Section):
     personalize: PersonalizeOptions = PersonalizeOptions()
     faults: FaultOptions = FaultOptions()
     privacy: PrivacyOptions = PrivacyOptions()
+    log: LogOptions = LogOptions()
 
     @model_validator(mode="after")
     def _private_sums_are_linear(self) -> RunConfig:

@@ -197,6 +197,7 @@ class RunFolder:
     devices/NN/                   a device's own storage; in a deployment it lies on the device
     metrics.jsonl                 one line a device a round, one a round, one a loss
     timing.json                   wall seconds by phase and by round
+    tensorboard/ mlflow.json      event files, and which MLflow run this is, where they are asked for
     summary.json                  the whole, written last
     ```
     """

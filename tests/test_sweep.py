@@ -60,7 +60,7 @@ def test_runs_share_a_warm_pool_and_their_logs_do_not_mix(tmp_path: Path, monkey
     """Two at a time in one process, the messages of each answered here; one of them fails on its own."""
     file = sweep_file(tmp_path, '"personalize.method" = ["fedavg", "local"]\n"devices.count" = [2, 400]')
     cells, out = read_sweep(file), tmp_path / "out"
-    failures = run_sweep(cells, out, partial(on_workers, InThisProcess()), 2, lambda done, note: None)
+    failures = run_sweep(cells, out, partial(on_workers, InThisProcess()), 2, lambda done, total, note="": None)
     assert sorted(failures) == [f"personalize.method={method} devices.count=400" for method in ("fedavg", "local")]
     assert all("devices.count = 400" in error for error in failures.values())
     for method in ("fedavg", "local"):

@@ -12,12 +12,22 @@ from experiments.terminal import options_of, show_rows
 from tapfl.errors import ConfigError
 from tapfl.store import RunFolder
 
-app = typer.Typer(help="Measure speed, as ratios side by side in one run.", no_args_is_help=True)
+app = typer.Typer(no_args_is_help=True)
 
 Models = Annotated[list[str], typer.Option("--model", help="timm names")]
 Sizes = Annotated[list[int], typer.Option("--size", help="image sizes, pixels a side")]
 Repeats = Annotated[int, typer.Option(min=1, help="turns; the median counts")]
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object a row")]
+
+
+@app.callback()
+def _bench(context: typer.Context) -> None:
+    """Measure speed, as ratios side by side in one run."""
+    from strategies.progress import shown
+    from tapfl.progress import stage
+
+    context.with_resource(shown(bars=False))  # a line now and then disturbs no measurement
+    context.with_resource(stage(f"bench {context.invoked_subcommand}"))
 
 
 @app.command("scoring")
@@ -141,7 +151,7 @@ def bench_search(
     first_seed: Annotated[int, typer.Option(min=0, help="the others follow")] = 0,
     rounds: Annotated[list[int], typer.Option(min=27, help="rounds spent in all")] = [200, 400, 800, 1600],  # noqa: B006
     method: Annotated[list[str] | None, typer.Option(help="of the table's first column; all if none is named")] = None,
-    set: Annotated[list[str] | None, typer.Option("--set", help="key=value, options of [search]")] = None,
+    set: Annotated[list[str] | None, typer.Option("--set", help="key=value, options of \\[search]")] = None,
     as_json: Json = False,
 ) -> None:
     """Methods of `tapfl search` on a toy of five parameters, with learning curves and noise: regret by rounds spent."""

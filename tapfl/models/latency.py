@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from tapfl.models.backbone import example_input
 from tapfl.models.units import PrunableLayer, Shape
+from tapfl.progress import track
 
 WARM_UP = 2
 POINTS = (1 / 8, 1 / 4, 1 / 2, 3 / 4, 1)  # widths, as shares of the dense one, at which a branch is timed
@@ -43,7 +44,7 @@ def timed_ms(calls: Sequence[Callable[[], object]], repeats: int) -> np.ndarray:
     torch.set_num_threads(1)
     seconds = np.zeros((repeats + WARM_UP, len(calls)))
     try:
-        for turn in seconds:
+        for turn in track(seconds, "latency"):
             for i, call in enumerate(calls):
                 start = time.thread_time()
                 call()

@@ -24,6 +24,7 @@ from tapfl.errors import ConfigError, ModelError
 from tapfl.models.backbone import segments
 from tapfl.models.residual import as_branch_output, observe
 from tapfl.models.units import PrunableLayer, put
+from tapfl.progress import track
 from tapfl.pruning.lost_output import RIDGE, Felt, Known, LostOutput, rows_of
 from tapfl.pruning.scores import refuse_not_finite
 
@@ -81,7 +82,7 @@ def compensate(
         lost[layer.name] = found
         handles.append(branch.register_forward_hook(_compare(shrunk, layer.output, found), with_kwargs=True))
     try:
-        for number, part in enumerate(inputs.split(batch) if handles else ()):
+        for number, part in enumerate(track(inputs.split(batch) if handles else (), "compensation")):
             model(part)
             for name, found in lost.items():
                 refuse_not_finite(name, found.total, number)
@@ -122,7 +123,8 @@ def compensate_sequentially(
     small = copy.deepcopy(model)
     pruned = _pruned(layers, plan_kept)
     dense_x = small_x = list(inputs.split(batch))
-    for (block, dense_step), (_, small_step) in zip(segments(model)[:-1], segments(small)[:-1], strict=True):
+    steps = list(zip(segments(model)[:-1], segments(small)[:-1], strict=True))
+    for (block, dense_step), (_, small_step) in track(steps, "compensation"):
         for layer in (layer for layer in pruned if layer.block == block):
             f = model.get_submodule(layer.name)
             put(small, layer.name, layer.shrink(small.get_submodule(layer.name), plan_kept[layer.name]))

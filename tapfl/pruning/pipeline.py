@@ -18,6 +18,7 @@ from tapfl.config import PruningOptions, Scalar
 from tapfl.data.sources import ImageSet
 from tapfl.data.transform import Transform
 from tapfl.models.backbone import BackboneSpec
+from tapfl.progress import track
 from tapfl.pruning.compensation import compensated
 from tapfl.pruning.criteria.registry import criterion_of
 from tapfl.pruning.criteria.task import PruningTask, Selection
@@ -171,4 +172,4 @@ def _labels(task: PruningTask, images: FineTuneSet) -> Tensor:
     if images.labels is not None:
         return images.labels
     parts = np.array_split(np.arange(images.size), -(-images.size // task.batch))
-    return torch.cat([predict(task.model, images.inputs(part)).argmax(1) for part in parts])
+    return torch.cat([predict(task.model, images.inputs(part)).argmax(1) for part in track(parts, "labels")])

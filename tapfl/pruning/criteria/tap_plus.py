@@ -19,6 +19,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from tapfl.progress import track
 from tapfl.pruning.basis import carried_energy
 from tapfl.pruning.criteria.ranking import by_layer
 from tapfl.pruning.criteria.registry import recipe
@@ -45,7 +46,8 @@ def elimination_scores(task: PruningTask, felt: Mapping[str, Sensitivity]) -> di
     """Returns, for every FFN by name, when each unit would go, float64 (units,): 0 is the first."""
     outputs = {layer.name: f"{layer.name}.{layer.output}.weight" for layer in task.layers}
     scores = {}
-    for name, moments in unit_moments(task.model, task.layers, task.inputs, task.batch, felt).items():
+    found = unit_moments(task.model, task.layers, task.inputs, task.batch, felt)
+    for name, moments in track(found.items(), "elimination"):
         W = task.model.get_parameter(outputs[name]).double()
         order, _ = elimination_order(W, moments.covariance(), felt[name].metric)
         scores[name] = torch.empty(len(order), dtype=torch.float64)

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from tapfl.progress import track
 from tapfl.pruning.criteria.gates import targets
 from tapfl.pruning.criteria.task import PruningTask, Selection
 from tapfl.pruning.criteria.upop_oneshot import masked, open_masks, standardise, unified, worth
@@ -47,7 +48,7 @@ def upop(task: PruningTask) -> Selection:
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
     interval = max(1, STEPS // SELECTIONS)
     with torch.enable_grad(), masked(model, task.layers, masks):
-        for step, chosen in enumerate(_batches(task, STEPS), start=1):
+        for step, chosen in enumerate(track(_batches(task, STEPS), "search", STEPS), start=1):
             optimizer.zero_grad()  # not the masks', which add up from the first step on
             F.cross_entropy(model(task.inputs[chosen]), labels[chosen]).backward()
             optimizer.step()

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tapfl.models.units import PrunableLayer
+from tapfl.progress import track
 from tapfl.pruning.criteria.gates import targets
 from tapfl.pruning.criteria.ranking import across_layers
 from tapfl.pruning.criteria.task import PruningTask, Ranked, Scores, Selection
@@ -35,7 +36,8 @@ def first_gradients(task: PruningTask) -> Scores:
     """Returns -z of every unit by the gradients of the whole metric set at masks of 1, (units,) by layer name."""
     masks = open_masks(task.layers, task.inputs)
     totals = {name: torch.zeros_like(mask).detach() for name, mask in masks.items()}
-    for images, labels in zip(task.inputs.split(task.batch), targets(task).split(task.batch), strict=True):
+    parts = list(zip(task.inputs.split(task.batch), targets(task).split(task.batch), strict=True))
+    for images, labels in track(parts, "gradients"):
         with torch.enable_grad(), masked(task.model, task.layers, masks):
             loss = F.cross_entropy(task.model(images), labels, reduction="sum") / len(task.inputs)
         for total, gradient in zip(totals.values(), torch.autograd.grad(loss, list(masks.values())), strict=True):
