@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-from strategies.checkpoint import FREE
 from strategies.loggers.points import Point
-from tapfl.config import RunConfig, Scalar
+from tapfl.config import FREE_OPTIONS, RunConfig, Scalar
 
 
 class Logger(Protocol):
@@ -29,4 +28,4 @@ class Logger(Protocol):
 def hyperparameters(config: RunConfig) -> dict[str, Scalar]:
     """Returns the options that can change a result, without those that name a file or a folder of this machine."""
     paths = config.paths()
-    return {name: value for name, value in config.flat().items() if not name.startswith(FREE) and name not in paths}
+    return {name: value for name, value in config.flat().items() if not name.startswith(FREE_OPTIONS) and name not in paths}
