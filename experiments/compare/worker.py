@@ -95,7 +95,7 @@ class Worker:
         plan = plan_of(task, found.value, view.setting.spec)
         pruned, pruned_own = score(small, view.inputs, view.labels, view.classes)
         own_share, classes_covered = view.coverage(chosen)
-        measures = {
+        measures: dict[str, object] = {
             "macs_share": plan.cost.macs / plan.dense.macs,
             "params_share": plan.cost.params / plan.dense.params,
             "own_share": own_share,
@@ -106,7 +106,7 @@ class Worker:
             "pruned_own": pruned_own,
             "seconds": round(found.seconds, 4),
         }
-        return measures | (self._agreement(cell, view, task) if self.rank else {})
+        return {**measures, **(self._agreement(cell, view, task) if self.rank else {})}
 
     def _view(self, cell: Cell) -> DeviceView:
         shared = setting_of(cell.config)
