@@ -16,6 +16,7 @@ from test_compare import comparison_file
 from typer.testing import CliRunner
 
 from experiments import cli
+from experiments.compare import worker
 from experiments.compare.page import shown_command
 from experiments.compare.paired import difference
 from experiments.compare.rank import rank_correlations
@@ -26,6 +27,7 @@ from experiments.compare.table import sections, table
 from experiments.compare.worker import setting_of
 from tapfl.errors import ConfigError
 from tapfl.models.prunable import prunable_layers
+from tapfl.pruning.criteria import taylor
 
 AXES = """criterion = ["tap", "magnitude", "updp"]
 "metric.rule" = ["density-ratio", "shared", "oracle"]
@@ -230,6 +232,32 @@ def test_the_page_says_how_it_was_made_and_is_the_same_again(finished: tuple[str
         command
         == "tapfl compare --config a/b.toml --set seed=1 --set model.weights=… --reference criterion=tap --out DIR"
     )
+
+
+def test_cells_share_scores_and_moments_and_are_what_they_are_alone(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(name: str, axes: str) -> list[tuple[str, ...]]:
+        tmp_path.joinpath(name).mkdir()
+        file = comparison_file(tmp_path / name, f"{axes}\ndevice = [1]")
+        comparison = read_comparison(file, [f"cache={place / 'cache'}"])
+        rows = run_comparison(comparison, tmp_path / name / "out", lambda *_: None)
+        return [tuple(value for key, value in row.items() if key != "seconds") for row in rows]
+
+    alone = [
+        row
+        for how in ("none", "one-pass")
+        for budget in (0.6, 0.4)
+        for row in run(f"{how}{budget}", f'criterion = ["taylor"]\nbudget = [{budget}]\ncompensation = ["{how}"]')
+    ]
+    scored, looked = [], []
+    scores, moments = taylor.taylor.scores, worker.unit_moments
+    monkeypatch.setattr(taylor.taylor, "scores", lambda task: scored.append(1) or scores(task))
+    monkeypatch.setattr(worker, "unit_moments", lambda *given: looked.append(1) or moments(*given))
+    axes = 'criterion = ["taylor", "magnitude"]\nbudget = [0.6, 0.4]\ncompensation = ["none", "one-pass"]'
+    together = run("together", axes)
+    assert len(scored) == len(looked) == 1
+    assert sorted(alone) == sorted(row for row in together if "taylor" in row)
 
 
 def test_tables_can_be_had_of_what_is_finished_and_no_finished_cell_is_lost(
