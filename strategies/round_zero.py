@@ -103,9 +103,14 @@ class Shared:
     """
 
     def __init__(self, config: RunConfig, pool: PublicPool, model: nn.Module) -> None:
-        self.config, self.pool, self.model = config, pool, model_to_cut(config, pool, model)
+        self.config, self.pool, self._dense = config, pool, model
         self.transform = transform_of(model)
         self._tasks, self._selections = Memo(BUDGETS), Memo(SELECTIONS)
+
+    @cached_property
+    def model(self) -> nn.Module:
+        """The model of which all smaller ones are parts; a run that finds its plans has no use for it."""
+        return model_to_cut(self.config, self.pool, self._dense)
 
     @cached_property
     def probe(self) -> PoolProbe:
