@@ -14,7 +14,7 @@ Chart = alt.Chart | alt.LayerChart | alt.FacetChart
 DEVICE = "device"  # the variable of a figure that the page's device picker sets; null: all of them
 PICKED = f"{DEVICE} === null || datum.device === {DEVICE}"
 ZOOM = "Drag to move along the axis, Ctrl and the wheel to zoom, double-click to go back."
-NARROW = 24  # pixels a device, where there are few
+LINE = 24  # pixels a device, where there are few
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Figure:
         chart = self.chart.properties(title=self.title, description=f"{self.title}. {self.alt}")
         described: dict[str, Any] = chart.to_dict()
         described.pop("config", None)
-        return described
+        return described | {"autosize": {"type": "fit-x", "contains": "padding"}}
 
     @property
     def follows_device(self) -> bool:
@@ -60,7 +60,7 @@ def chart(rows: Sequence[Row]) -> alt.Chart:
     return alt.Chart(alt.Data(values=list(rows)), width="container")
 
 
-def layered(*layers: alt.Chart, height: int | alt.Step) -> Chart:
+def layered(*layers: alt.Chart, height: float) -> Chart:
     """Returns the layers on top of each other, with the variable that the device picker sets."""
     return alt.layer(*layers).properties(width="container", height=height).add_params(device_param())
 
@@ -76,12 +76,13 @@ def device_axis(devices: Sequence[int], gap: float = 0.0) -> alt.Y:
         gap: share of a line that parts it from the next.
     """
     title = alt.Axis(title="device", titleAngle=0, titleAlign="right", titleBaseline="bottom", titleX=-6, titleY=-6)
-    return alt.Y("device:O", axis=title, scale=alt.Scale(domain=list(devices), paddingInner=gap))
+    scale = alt.Scale(domain=list(devices), paddingInner=gap) if gap else alt.Scale(domain=list(devices))
+    return alt.Y("device:O", axis=title, scale=scale)
 
 
-def device_step(devices: Sequence[int]) -> alt.Step:
-    """Returns the height of a device's line; many devices get thin ones."""
-    return alt.Step(max(4, min(NARROW, 900 // max(len(devices), 1))))
+def device_height(devices: Sequence[int]) -> int:
+    """Returns the height of a figure with a line a device; many devices get thin ones."""
+    return len(devices) * max(4, min(LINE, 900 // max(len(devices), 1)))
 
 
 def faded(faint: float = 0.12, full: float = 1.0) -> Any:

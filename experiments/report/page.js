@@ -1,5 +1,6 @@
 // Draws the figures of the page and lets them follow the device that is picked.
 (() => {
+  const ERRORS = 1; // of the levels of the library: no warnings
   const { config, specs } = JSON.parse(document.getElementById("figures").textContent);
   const views = new Map(); // by name of the figure
   let device = null;
@@ -8,7 +9,7 @@
     const name = place.dataset.figure;
     if (views.has(name)) return;
     views.set(name, null);
-    const options = { config, renderer: "svg", actions: false, ast: true, tooltip: { theme: "custom" } };
+    const options = { config, renderer: "svg", actions: false, ast: true, logLevel: ERRORS, tooltip: { theme: "custom" } };
     const { view } = await vegaEmbed(place, specs[name], options);
     views.set(name, view);
     view.addEventListener("click", (event, item) => {

@@ -78,6 +78,7 @@ def render(page: Page) -> str:
         where=page.where,
         picker=page.picker,
         sections=[_section(section) for section in page.sections],
+        picks=any(section.pick for section in page.sections),
         light=theme.LIGHT,
         dark=theme.DARK,
         style=Markup((HERE / "page.css").read_text("utf-8")),
@@ -97,7 +98,7 @@ def for_script(content: object) -> str:
 @lru_cache(maxsize=1)
 def library() -> str:
     """Returns Vega-Embed, Vega-Lite and Vega as one script, as the picture maker brings them."""
-    script: str = vl_convert.javascript_bundle()
+    script: str = vl_convert.javascript_bundle("Object.assign(window, { vegaEmbed });")
     assert "</script" not in script.lower() and "<!--" not in script
     return script
 

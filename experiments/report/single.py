@@ -12,7 +12,7 @@ from experiments.report.reading import Run
 
 CHAPTERS = {
     "How well the devices do": ("accuracy", "curves", "alpha"),
-    "Which images they hold, and which stand for them": ("partition", "coverage", "metric-classes"),
+    "Which images they hold, and which stand for them": ("partition", "metric-classes", "coverage"),
     "What stays of the model": ("kept-attention", "kept-ffn"),
     "What it cost": ("bytes", "simulated-rounds", "real-phases", "real-rounds"),
 }

@@ -35,7 +35,7 @@ class Table:
 def devices(run: Run) -> Table:
     """Returns a line a device: what it has, what it got, and what came of it."""
     columns = (
-        *("device", "profile", "images", "classes", "budget", "MACs", "of", "params", "of"),
+        *("device", "profile", "images", "classes", "budget", *_dense(run)),
         *("dense", "pruned", "global", "personal", "gain", "α", "up", "down"),
     )
     rows = [_device(run, device) for device in run.devices]
@@ -46,8 +46,19 @@ def devices(run: Run) -> Table:
         [[row[k] for k in keep] for row in rows],
         keys=[device["device"] for device in run.devices],
         words=frozenset({1}) if named else frozenset(),
-        note="images: training + test; MACs and params: pruned, beside dense; gain: personal beside pruned.",
+        note="images: training + test; gain: of personal over pruned.",
     )
+
+
+def _dense(run: Run) -> list[str]:
+    """Returns the heads of the columns of costs, which say those of the dense model."""
+    first = next(iter(run.equipped), None)
+    if first is None:
+        return ["MACs", "params"]
+    return [
+        f"{title}, of {count(first[name] / first[f'{name}_share'])}"
+        for title, name in (("MACs", "macs"), ("params", "params"))
+    ]
 
 
 def _device(run: Run, device: Mapping[str, Any]) -> list[str]:
@@ -61,15 +72,13 @@ def _device(run: Run, device: Mapping[str, Any]) -> list[str]:
     ]
     traffic = [size(series.total_bytes(device, side)) for side in ("bytes_up", "bytes_down")]
     if not device["params"]:
-        return [*head, *["–"] * 10, *traffic]
+        return [*head, *["–"] * 8, *traffic]
     scores = [series.accuracy(device, stage) for stage in series.STAGES]
     mixes = run.config.get("personalize.method") == "apfl"
     return [
         *head,
-        count(device["macs"]),
-        f"{count(device['macs'] / device['macs_share'])} ({device['macs_share']:.1%})",
-        count(device["params"]),
-        f"{count(device['params'] / device['params_share'])} ({device['params_share']:.0%})",
+        f"{count(device['macs'])}, {device['macs_share']:.1%}",
+        f"{count(device['params'])}, {device['params_share']:.0%}",
         *("–" if score is None else f"{score:.3f}" for score in scores),
         f"{series.gain(device):+.3f}",
         f"{device['alpha']:.3f}" if mixes else "–",
@@ -107,7 +116,7 @@ def changed_options(run: Run) -> Table:
     """Returns the options whose values are not the defaults, with these."""
     defaults = RunConfig().flat()
     rows = [
-        [name, _option(value), _option(defaults[name]) if name in defaults else "(not an option now)"]
+        [name, shown_option(value), shown_option(defaults[name]) if name in defaults else "(not an option now)"]
         for name, value in run.config.items()
         if name not in PLACE and defaults.get(name) != value
     ]
@@ -116,7 +125,7 @@ def changed_options(run: Run) -> Table:
 
 def options(run: Run) -> Table:
     """Returns all options."""
-    rows = [[name, _option(value)] for name, value in run.config.items()]
+    rows = [[name, shown_option(value)] for name, value in run.config.items()]
     return Table(("option", "value"), rows, words=frozenset({0, 1}))
 
 
@@ -126,7 +135,8 @@ def versions(run: Run) -> Table:
     return Table(("package", "version"), rows, words=frozenset({0, 1}))
 
 
-def _option(value: object) -> str:
+def shown_option(value: object) -> str:
+    """Returns the value of an option; what is empty is said to be."""
     return str(value) if value != "" else "(empty)"
 
 

@@ -49,7 +49,7 @@ def headline(run: Run) -> list[tuple[str, str]]:
     shares = [device["macs_share"] for device in run.equipped]
     return [
         (f"{personal:.3f}", "mean personal accuracy"),
-        (f"{personal - pruned:+.3f}", "beside the pruned models before training"),
+        (f"{personal - pruned:+.3f}", "against the pruned models before training"),
         (_between([f"{share:.0%}" for share in sorted(shares)]), "of the dense model's MACs"),
         (size(sent), "sent by all devices"),
     ]
@@ -76,7 +76,7 @@ def _result(run: Run) -> str:
     means = {stage: series.mean_accuracy(run, stage) for stage in series.STAGES}
     personal, pruned, dense = means["personal"], means["pruned"], means["dense"]
     assert personal is not None and pruned is not None
-    beside = f", and {personal - dense:+.3f} beside the dense model ({dense:.3f})" if dense is not None else ""
+    dense_too = f" and {_against(personal - dense)} the dense model ({dense:.3f})" if dense is not None else ""
     best = max(devices, key=series.gain)
     lost = [device for device in devices if series.gain(device) < 0]
     losers = f"{_named(lost)} lost by it" if lost else "no device lost by it"
@@ -88,9 +88,9 @@ def _result(run: Run) -> str:
         else "Training helped no device."
     )
     return (
-        f"On its own test images a personal model is right in {personal:.3f} of the cases on average: "
-        f"{personal - pruned:+.3f} beside the pruned models before training ({pruned:.3f}){beside}. {gained} The worst "
-        f"tenth of the devices is at {tenth:.3f}."
+        f"On their own test images the personal models have an accuracy of {personal:.3f} on average, "
+        f"{_against(personal - pruned)} the pruned models before training ({pruned:.3f}){dense_too}. {gained} The "
+        f"worst tenth of the devices is at {tenth:.3f}."
     )
 
 
@@ -110,6 +110,10 @@ def _cost(run: Run) -> str:
     if (epsilon := run.summary.get("epsilon")) is not None:
         said += f" Differential privacy of the shared adapters: ε ≤ {epsilon:.3g}."
     return said
+
+
+def _against(difference: float) -> str:
+    return f"{abs(difference):.3f} {'below' if difference < 0 else 'above'}"
 
 
 def _devices(count: int) -> str:

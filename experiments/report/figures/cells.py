@@ -25,6 +25,7 @@ def cells(
     format: str = "d",
 ) -> list[alt.Chart]:
     """Returns the layers of a heat map, devices down; where there is room, with the numbers in its cells."""
+    written = across <= CELL_LABELS and len(devices) <= CELL_LABELS
     high = domain[1] if domain else max(row[value] for row in rows)
     scale = alt.Scale(domain=domain or [0, high])
     drawn = (
@@ -33,12 +34,16 @@ def cells(
         .encode(
             y=device_axis(devices, GAP),
             x=x,
-            color=alt.Color(f"{value}:Q", scale=scale, legend=alt.Legend(title=legend, format=format, tickCount=4)),
+            color=alt.Color(
+                f"{value}:Q",
+                scale=scale,
+                legend=None if written else alt.Legend(title=legend, format=format, tickCount=4),
+            ),
             opacity=faded(),
             tooltip=tooltip,
         )
     )
-    if across > CELL_LABELS or len(devices) > CELL_LABELS:
+    if not written:
         return [drawn]
     words = (
         chart(rows)

@@ -31,7 +31,7 @@ def traffic(run: Run) -> Figure | None:
         )
     )
     y = alt.Y("what:N", sort=order, title=None, scale=alt.Scale(domain=order))
-    x = alt.X("bytes:Q", title="MB in the whole run", axis=alt.Axis(labelExpr="format(datum.value / 1e6, '~g')"))
+    x = alt.X("bytes:Q", axis=None)
     colour = alt.Color("direction:N", scale=alt.Scale(domain=["up", "down"]))
     bars = base.mark_bar(height={"band": 0.62}).encode(
         y=y, x=x, color=colour, tooltip=["kind:N", "direction:N", alt.Tooltip("bytes:Q", format=",")]
@@ -43,7 +43,7 @@ def traffic(run: Run) -> Figure | None:
         f"The devices sent {size(totals['up'])} and received {size(totals['down'])}; most of it: "
         + ", ".join(f"{what} {size(sums[what])}" for what in sorted(sums, key=lambda w: -sums[w])[:3])
         + ".",
-        layered(bars, text, height=alt.Step(30)),
+        layered(bars, text, height=30 * len(order)),
         rows,
     )
 
@@ -57,7 +57,7 @@ def phases(run: Run) -> Figure | None:
         for row in rows
     ]
     y = alt.Y("phase:N", sort=None, title=None)
-    x = alt.X("seconds:Q", title="seconds here")
+    x = alt.X("seconds:Q", axis=None)
     bars = (
         chart(named)
         .mark_bar(height={"band": 0.62})
@@ -71,7 +71,7 @@ def phases(run: Run) -> Figure | None:
         f"{duration(total)} on this machine in all: "
         + ", ".join(f"{row['phase']} {row['said']}" for row in named)
         + ".",
-        layered(bars, text, height=alt.Step(30)),
+        layered(bars, text, height=30 * len(named)),
         rows,
     )
 

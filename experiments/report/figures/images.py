@@ -8,7 +8,7 @@ import altair as alt
 import numpy as np
 
 from experiments.report import series
-from experiments.report.figure import Figure, chart, device_axis, device_step, devices_of, faded, layered
+from experiments.report.figure import Figure, chart, device_axis, device_height, devices_of, faded, layered
 from experiments.report.figures.cells import CELL_LABELS, GAP, cells
 from experiments.report.reading import Run
 
@@ -28,7 +28,7 @@ def partition(run: Run) -> Figure | None:
         "partition",
         "Training images by device and class",
         f"{total} training images; a device holds {few} of {len(classes)} classes.",
-        layered(*drawn, height=device_step(devices)),
+        layered(*drawn, height=device_height(devices)),
         rows,
     )
 
@@ -46,10 +46,15 @@ def coverage(run: Run) -> Figure | None:
         alt.Tooltip("own classes:Q", title="own classes"),
         alt.Tooltip("not covered:N", title="not covered"),
     ]
-    x = alt.X("own share:Q", title="share of the metric set", axis=alt.Axis(format="%"), scale=alt.Scale(domain=[0, 1]))
+    x = alt.X(
+        "own share:Q",
+        title="share of the metric set",
+        axis=alt.Axis(format="%", tickCount=5),
+        scale=alt.Scale(domain=[0, 1]),
+    )
     bars = (
         chart(rows)
-        .mark_bar(height={"band": 0.62})
+        .mark_bar(height={"band": 0.45})
         .encode(y=device_axis(devices), x=x, opacity=faded(), tooltip=tooltip)
     )
     chance = (
@@ -69,8 +74,9 @@ def coverage(run: Run) -> Figure | None:
         f"whole pool, which chance would give. On average {np.mean([row['own share'] for row in rows]):.1%} beside "
         f"{np.mean([row['by chance'] for row in rows]):.1%} by chance, least {worst['own share']:.1%} (device "
         f"{worst['device']}); {covered}.",
-        layered(bars, chance, height=device_step(devices)),
+        layered(bars, chance, height=device_height(devices)),
         rows,
+        wide=True,
     )
 
 
@@ -98,7 +104,7 @@ def metric_classes(run: Run) -> Figure | None:
         "Which classes each metric set covers",
         "Images of each device's metric set by class; framed: the device's own classes. "
         + (f"{len(missed)} of the framed cells are empty." if missed else "No framed cell is empty."),
-        layered(*drawn, own, height=device_step(devices)),
+        layered(*drawn, own, height=device_height(devices)),
         rows,
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import altair as alt
 
@@ -15,7 +16,7 @@ from experiments.report.figure import (
     Row,
     chart,
     device_axis,
-    device_step,
+    device_height,
     devices_of,
     faded,
     layered,
@@ -29,6 +30,16 @@ SHAPES = {"personal": "circle", "pruned": "triangle-up", "global": "diamond", "d
 SIZES = {"personal": 70, "pruned": 80, "global": 130, "dense": 130}
 
 
+def mark_scales() -> dict[str, Any]:
+    """Returns the encodings that tell the four models of a device apart: by colour, by shape, and by size."""
+    order, legend = list(STAGE_ORDER), alt.Legend(values=list(series.STAGES))
+    return {
+        "color": alt.Color("stage:N", scale=alt.Scale(domain=order), legend=legend),
+        "shape": alt.Shape("stage:N", scale=alt.Scale(domain=order, range=[SHAPES[s] for s in order]), legend=legend),
+        "size": alt.Size("stage:O", scale=alt.Scale(domain=order, range=[SIZES[s] for s in order]), legend=legend),
+    }
+
+
 def accuracy(run: Run) -> Figure | None:
     rows = series.accuracies(run)
     if not rows:
@@ -39,7 +50,6 @@ def accuracy(run: Run) -> Figure | None:
         for i in devices
         for found in [[row["accuracy"] for row in rows if row["device"] == i]]
     ]
-    domain = list(STAGE_ORDER)
     said = [name for name in rows[0] if name.startswith("of ")]
     x = alt.X("accuracy:Q", title="accuracy on the device's own test images", scale=alt.Scale(zero=False, nice=True))
     span = (
@@ -53,9 +63,7 @@ def accuracy(run: Run) -> Figure | None:
         .encode(
             y=device_axis(devices),
             x=x,
-            color=alt.Color("stage:N", scale=alt.Scale(domain=domain), legend=alt.Legend(values=list(series.STAGES))),
-            shape=alt.Shape("stage:N", scale=alt.Scale(domain=domain, range=[SHAPES[stage] for stage in domain])),
-            size=alt.Size("stage:N", scale=alt.Scale(domain=domain, range=[SIZES[s] for s in domain]), legend=None),
+            **mark_scales(),
             opacity=faded(),
             tooltip=["device:O", *(alt.Tooltip(f"{name}:Q", title=name[3:], format=".3f") for name in said)],
         )
@@ -66,11 +74,12 @@ def accuracy(run: Run) -> Figure | None:
         "Accuracy of each device, from dense to personal",
         f"One line a device, one mark a model. On average {_means(run)}. Device {best['device']} gained most by "
         f"training: {best['pruned_accuracy']:.3f} pruned, {best['personal_accuracy']:.3f} personal.",
-        layered(span, points, height=device_step(devices)),
+        layered(span, points, height=device_height(devices)),
         [
             {"device": d["device"], **{stage: series.accuracy(d, stage) for stage in series.STAGES}}
             for d in run.equipped
         ],
+        wide=True,
     )
 
 

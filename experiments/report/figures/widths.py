@@ -8,7 +8,7 @@ import altair as alt
 import numpy as np
 
 from experiments.report import series
-from experiments.report.figure import Figure, device_step, devices_of, layered
+from experiments.report.figure import Figure, device_height, devices_of, layered
 from experiments.report.figures.cells import GAP, cells
 from experiments.report.reading import Run
 
@@ -45,7 +45,7 @@ def _kept(run: Run, kind: str, name: str, title: str, units: str) -> Figure | No
         title,
         f"Share of the {units} that stays. On average most stays in {most} ({mean[most]:.0%}), least in {least} "
         f"({mean[least]:.0%}).",
-        layered(*drawn, height=device_step(devices)),
+        layered(*drawn, height=device_height(devices)),
         [{key: row[key] for key in ("device", "layer", "width", "dense width", "share")} for row in rows],
     )
 
