@@ -75,14 +75,17 @@ class Device:
     def summarize(self, message: Summarize) -> SummaryReply:
         """Fits the mixture of the training part; its test part serves the report alone."""
         self._receive_backbone(message)
+        classes: list[str] = json.loads(message.classes)
         if self.source:
-            self.storage.save_classes(json.loads(message.classes))
+            self.storage.save_classes(classes)
         model = caches.dense(self._cache, message.backbone_key, message.backbone_spec)
         project = Projection(message.projection_mean, message.projection_components)
         inputs, labels = self._part("train")
         points = project(image_features(model, inputs.split(256)))
         summary = device_mixture(points, self.config.summary, self.config.seed, self.partition_id, self.secret)
         test_inputs, test_labels = self._part("test")
+        counts = (each.bincount(minlength=len(classes)).tolist() for each in (labels, test_labels))
+        self.storage.save_images(classes, *counts)
         return SummaryReply(
             weights=summary.weights,
             means=summary.means,
@@ -91,7 +94,7 @@ class Device:
             dense_accuracy=accuracy(predict(model, test_inputs), test_labels),
             test_samples=len(test_labels),
             classes=len(labels.unique()),
-            held_classes=self._held_classes(labels, json.loads(message.classes)),
+            held_classes=self._held_classes(labels, classes),
         )
 
     def _held_classes(self, labels: Tensor, classes: Sequence[str]) -> np.ndarray:

@@ -20,6 +20,7 @@ from rich.table import Table
 from experiments import pruning_cli
 from experiments.bench import cli as bench_cli
 from experiments.deploy import cli as deploy_cli
+from experiments.report import cli as report_cli
 from experiments.terminal import console, load_torch, options_of, show_rows, starting
 from tapfl.config import RunConfig
 from tapfl.errors import ConfigError, RunError, TapflError
@@ -37,6 +38,7 @@ app = typer.Typer(
 app.add_typer(pruning_cli.app)
 app.add_typer(bench_cli.app, name="bench")
 app.add_typer(deploy_cli.app)
+app.add_typer(report_cli.app)
 
 
 class Engine(StrEnum):
@@ -83,6 +85,9 @@ def run(
     actor_cpus: ActorCpus = 1.0,
     actor_gpus: ActorGpus = 0.0,
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON object last, and no table")] = False,
+    report: Annotated[
+        bool, typer.Option("--report/--no-report", help="write report.html and figures/*.png too")
+    ] = True,
 ) -> None:
     """Carry out one federation: summaries, plans, smaller models, adapter rounds, personal models."""
     options = options_of(config, set)
@@ -103,13 +108,16 @@ def run(
     summary = json.loads((folder / "summary.json").read_text())
     if as_json:
         devices = summary.pop("devices")
-        print(json.dumps({"run": str(folder), "devices": len(devices), **summary}))
+        page = {"report": str(written)} if report and (written := _report(folder)) else {}
+        print(json.dumps({"run": str(folder), **page, "devices": len(devices), **summary}))
         return
     from experiments.table import show
 
     screen = console()
     show(summary, screen)
     screen.print(f"the run's folder: {folder}", highlight=False, soft_wrap=True)
+    if report and (written := _report(folder)):
+        screen.print(f"the report: {written}", highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -240,6 +248,18 @@ def search(
     screen.print(
         f"as options: {folder / 'best.toml'}; in pictures: {folder / 'search.html'}", highlight=False, soft_wrap=True
     )
+
+
+def _report(folder: Path) -> Path | None:
+    """Writes the report of a run that is finished; what goes wrong with it is said, and costs the run nothing."""
+    from experiments.report.write import write_report
+
+    try:
+        return write_report([folder])
+    except Exception as error:
+        said = f"{type(error).__name__}: {error}"
+        print(f"tapfl: no report was written ({said}); again with: tapfl report {folder}", file=sys.stderr)
+        return None
 
 
 def _describe(name: str) -> str:

@@ -174,7 +174,8 @@ def _go_on(carry_out: CarryOut, cell: Cell, out: Path) -> str:
 def as_process(engine: str, workers: int, cell: Cell, folder: Path, begun: bool) -> str:
     """Carries a cell out as a process of its own: a `CarryOut`, given an engine."""
     sets = [part for key, value in cell.options.items() for part in ("--set", f"{key}={value}")]
-    command = [sys.executable, "-m", "experiments.cli", "run", "--engine", engine, "--workers", str(workers), "--json"]
+    command = [sys.executable, "-m", "experiments.cli", "run", "--engine", engine, "--workers", str(workers)]
+    command += ["--json", "--no-report"]
     command += ["--resume" if begun else "--out", str(folder)]
     command += sets
     finished = subprocess.run(command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)

@@ -14,6 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from flwr.common.logger import log
 from torch import nn
@@ -30,7 +31,7 @@ from tapfl.models.prunable import prunable_layers
 from tapfl.models.units import PrunableLayer
 from tapfl.progress import stage
 from tapfl.pruning.plan import PruningPlan
-from tapfl.store import RunFolder, cache_folder, read_about, read_tensors, write_bytes, write_tensors
+from tapfl.store import RunFolder, cache_folder, read_about, read_tensors, write_bytes, write_json, write_tensors
 from tapfl.summary.mixture import GaussianSummary
 from tapfl.wire import ENVELOPE, Prune, PruneReply, Summarize, SummaryReply
 
@@ -97,6 +98,8 @@ class Preparation:
         # a device that gave no mixture may not have got the backbone either
         sent = self.config.pruning.send == "weights" or self.fleet.records[i].generic
         weights = pruned.weights(always=sent)
+        if pruned.metric_set is not None:
+            self._keep_metric_set(i, pruned.metric_set)
         self._keep(i, pruned.plan, weights)
         return Prune(backbone.key, pruned.plan.model_dump_json(), weights)
 
@@ -114,6 +117,12 @@ class Preparation:
             write_bytes(folder / f"{i:02d}.safetensors", weights)
         # last: with it the device's model is complete
         write_bytes(folder / f"{i:02d}.json", plan.model_dump_json(indent=1).encode())
+
+    def _keep_metric_set(self, i: int, chosen: np.ndarray) -> None:
+        """Notes for the report which classes the images are of; no plan depends on that, unless `labels` says so."""
+        labels, classes = self.images.labels, self.images.classes
+        counts = (np.bincount(each, minlength=len(classes)).tolist() for each in (labels[chosen], labels))
+        write_json(self.folder.metric_set(i), dict(zip(("classes", "metric", "pool"), (classes, *counts), strict=True)))
 
     def surgery(self, messages: Mapping[int, Prune], min_success: float | None = None) -> dict[int, PruneReply]:
         """Sends the smaller models; returns the answers of the devices that have theirs."""

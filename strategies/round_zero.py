@@ -170,4 +170,4 @@ def device_model(
         "align": task.options.align,
     }
     fine_tune = fine_tune_set(lambda size: pool.images.subset(images(size)), shared.transform, options)
-    return prune_to(task, selection, spec, fine_tune, provenance, config.seed)
+    return replace(prune_to(task, selection, spec, fine_tune, provenance, config.seed), metric_set=chosen)

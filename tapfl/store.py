@@ -193,6 +193,7 @@ class RunFolder:
     config.json versions.json     the run as resolved, and with what
     summaries/NN.safetensors      what each device said of its images
     plans/NN.json NN.safetensors  each device's plan, and its weights where the plan alone does not give them
+    metric-sets/NN.json           how many public images of each class each plan was measured on, and the pool has
     server/round-NNNN.safetensors all that the server knows after each round, the last two: `strategies.checkpoint`
     devices/NN/                   a device's own storage; in a deployment it lies on the device
     metrics.jsonl                 one line a device a round, one a round, one a loss
@@ -275,6 +276,10 @@ class RunFolder:
     @property
     def server(self) -> Versions:
         return Versions(self.path / "server")
+
+    def metric_set(self, partition_id: int) -> Path:
+        """Returns the file that says which classes the public images are of that a device's plan was measured on."""
+        return self.path / "metric-sets" / f"{partition_id:02d}.json"
 
     def device(self, partition_id: int) -> Path:
         """Returns the storage of a device that is simulated on this machine."""

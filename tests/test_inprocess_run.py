@@ -30,9 +30,10 @@ SMALL = [
 ]
 
 
-def tapfl(*arguments: str, cache: Path, options: list[str] | None = None) -> Result:
+def tapfl(*arguments: str, cache: Path, options: list[str] | None = None, report: str = "--no-report") -> Result:
     sets = [part for option in [*SMALL, f"cache={cache}", *(options or [])] for part in ("--set", option)]
-    return CliRunner().invoke(cli.app, ["run", "--engine", "inprocess", *sets, *arguments], catch_exceptions=False)
+    command = ["run", "--engine", "inprocess", report, *sets, *arguments]
+    return CliRunner().invoke(cli.app, command, catch_exceptions=False)
 
 
 @pytest.fixture(scope="module")

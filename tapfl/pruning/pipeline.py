@@ -56,11 +56,13 @@ class Pruned:
     Attributes:
         exact: whether `shrink` makes the same model of the dense weights and the plan alone, because no weight was
             changed: neither by the basis, nor by the criterion, compensation or recovery.
+        metric_set: positions in the public pool, int64, of the images that it was measured on, where they are known.
     """
 
     model: nn.Module
     plan: PruningPlan
     exact: bool
+    metric_set: np.ndarray | None = None
 
     def weights(self, always: bool = False) -> bytes:
         """Returns what travels with the plan: nothing where it is exact, else the model's weights as safetensors.
