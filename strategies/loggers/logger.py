@@ -28,4 +28,6 @@ class Logger(Protocol):
 def hyperparameters(config: RunConfig) -> dict[str, Scalar]:
     """Returns the options that can change a result, without those that name a file or a folder of this machine."""
     paths = config.paths()
-    return {name: value for name, value in config.flat().items() if not name.startswith(FREE_OPTIONS) and name not in paths}
+    return {
+        name: value for name, value in config.flat().items() if not name.startswith(FREE_OPTIONS) and name not in paths
+    }
