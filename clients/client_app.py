@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import TypeVar
@@ -25,8 +25,8 @@ from tapfl.wire import PROFILE_FIELDS, Evaluate, Hello, Prune, Summarize, Train,
 app = ClientApp()
 
 # Flower's simulation puts a worker that died back into its pool and never replaces it: every later message to it fails.
-# Ray restarts actors if it is told to, and this module is imported before the pool is built.
-with suppress(ImportError):
+# Ray restarts actors if it is told to, and this module is imported before the pool is built. Elsewhere it stays away.
+if "flwr.simulation" in sys.modules:
     from flwr.simulation.ray_transport.ray_actor import ClientAppActor
 
     ClientAppActor._default_options["max_restarts"] = -1  # type: ignore[attr-defined]

@@ -75,14 +75,17 @@ class Device:
     def summarize(self, message: Summarize) -> SummaryReply:
         """Fits the mixture of the training part; its test part serves the report alone."""
         self._receive_backbone(message)
+        classes: list[str] = json.loads(message.classes)
         if self.source:
-            self.storage.save_classes(json.loads(message.classes))
+            self.storage.save_classes(classes)
         model = caches.dense(self._cache, message.backbone_key, message.backbone_spec)
         project = Projection(message.projection_mean, message.projection_components)
         inputs, labels = self._part("train")
         points = project(image_features(model, inputs.split(256)))
         summary = device_mixture(points, self.config.summary, self.config.seed, self.partition_id, self.secret)
         test_inputs, test_labels = self._part("test")
+        counts = (each.bincount(minlength=len(classes)).tolist() for each in (labels, test_labels))
+        self.storage.save_images(classes, *counts)
         return SummaryReply(
             weights=summary.weights,
             means=summary.means,
@@ -91,7 +94,7 @@ class Device:
             dense_accuracy=accuracy(predict(model, test_inputs), test_labels),
             test_samples=len(test_labels),
             classes=len(labels.unique()),
-            held_classes=self._held_classes(labels, json.loads(message.classes)),
+            held_classes=self._held_classes(labels, classes),
         )
 
     def _held_classes(self, labels: Tensor, classes: Sequence[str]) -> np.ndarray:
@@ -170,7 +173,12 @@ class Device:
         return self.storage.load_state(round) if keeps else DeviceState(None, {})
 
     def _whole(self, own: caches.PrunedDevice, state: DeviceState, adapters: np.ndarray) -> Params:
-        """Returns all of w: what arrived, and what never travels: frozen or private parts."""
+        """Returns all of w: what arrived, and what never travels: frozen or private parts.
+
+        Under a method that shares nothing w comes once, and after that the device's own parameters stand for it.
+        """
+        if not adapters.size and not self._method().uploads and state.personal is not None:
+            return state.personal.params
         arrived = unpack(adapters, rules.down(self.config.adapters, own.layout))
         whole = own.start | state.private | arrived
         return {name: whole[name] for name in own.layout}

@@ -13,8 +13,7 @@ from tapfl.personalize.method import Personal
 from tapfl.store import Versions, read_tensors, write_json, write_tensors
 
 ALPHA, OWN, PRIVATE = "alpha", "v:", "w:"
-
-ALPHA, OWN, PRIVATE = "alpha", "v:", "w:"
+IMAGES_FILE = "images.json"
 
 
 @dataclass(frozen=True)
@@ -37,6 +36,7 @@ class DeviceStorage:
     pruned/     plan.json and model.safetensors, for `tapfl.load_pruned`
     state/      round-NNNN.safetensors: the state after that round, the last two
     personal/   the personal model as a peft adapter, written at the end
+    images.json   how many images of each class its two parts have, for whoever may look into this folder
     classes.json  what the backbone's outputs are called, where the device has a source of its own
     ```
     """
@@ -67,6 +67,10 @@ class DeviceStorage:
     @property
     def _classes(self) -> Path:
         return self.folder / "classes.json"
+
+    def save_images(self, classes: Sequence[str], train: Sequence[int], test: Sequence[int]) -> None:
+        """Writes how many images of each of `classes` the device has; `tapfl report` reads it in a simulation."""
+        write_json(self.folder / IMAGES_FILE, {"classes": list(classes), "train": list(train), "test": list(test)})
 
     def save_state(self, round: int, state: DeviceState, before: int) -> None:
         """Writes the state after `round`; keeps beside it the one after `before`, from which it was made.

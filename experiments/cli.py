@@ -11,17 +11,22 @@ from contextlib import ExitStack, contextmanager
 from enum import StrEnum
 from functools import partial
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
+from rich.console import Console
 from rich.table import Table
 
 from experiments import pruning_cli
 from experiments.bench import cli as bench_cli
 from experiments.deploy import cli as deploy_cli
-from experiments.terminal import console, options_of, show_rows
+from experiments.report import cli as report_cli
+from experiments.terminal import console, load_torch, options_of, show_rows, starting
 from tapfl.config import RunConfig
 from tapfl.errors import ConfigError, RunError, TapflError
+
+if TYPE_CHECKING:
+    from experiments.search.trials import Trials
 
 app = typer.Typer(
     name="tapfl",
@@ -33,12 +38,18 @@ app = typer.Typer(
 app.add_typer(pruning_cli.app)
 app.add_typer(bench_cli.app, name="bench")
 app.add_typer(deploy_cli.app)
+app.add_typer(report_cli.app)
 
 
 class Engine(StrEnum):
     FLOWER = "flower"
     RAY = "ray"
     INPROCESS = "inprocess"
+
+
+class SearchEngine(StrEnum):
+    INPROCESS = "inprocess"
+    RAY = "ray"
 
 
 class Method(StrEnum):
@@ -74,16 +85,21 @@ def run(
     actor_cpus: ActorCpus = 1.0,
     actor_gpus: ActorGpus = 0.0,
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON object last, and no table")] = False,
+    report: Annotated[
+        bool, typer.Option("--report/--no-report", help="write report.html and figures/*.png too")
+    ] = True,
 ) -> None:
     """Carry out one federation: summaries, plans, smaller models, adapter rounds, personal models."""
-    from experiments.preflight import resolve_run
-
     options = options_of(config, set)
+    from experiments.preflight import resolve_run
+    from strategies.progress import shown
+
     if resume is not None and out is not None and out.absolute() != resume.absolute():
         raise ConfigError(f"--out {out}: a run that goes on stays in its folder, {resume}")
     path = resume or out or options.get("out") or f"runs/{datetime.datetime.now():%Y%m%d-%H%M%S}"
     _require_ray(engine, address, actor_cpus, actor_gpus)
-    resolved = resolve_run(options, Path(str(path)), resume is not None or bool(options.get("resume")))
+    with shown():
+        resolved = resolve_run(options, Path(str(path)), resume is not None or bool(options.get("resume")))
     with _interruptible(f"tapfl run --resume {resolved.out}"):
         _carry_out(resolved, engine, workers, address, actor_cpus, actor_gpus)
     if not (Path(resolved.out) / "summary.json").is_file():
@@ -92,13 +108,16 @@ def run(
     summary = json.loads((folder / "summary.json").read_text())
     if as_json:
         devices = summary.pop("devices")
-        print(json.dumps({"run": str(folder), "devices": len(devices), **summary}))
+        page = {"report": str(written)} if report and (written := _report(folder)) else {}
+        print(json.dumps({"run": str(folder), **page, "devices": len(devices), **summary}))
         return
     from experiments.table import show
 
     screen = console()
     show(summary, screen)
     screen.print(f"the run's folder: {folder}", highlight=False, soft_wrap=True)
+    if report and (written := _report(folder)):
+        screen.print(f"the report: {written}", highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -113,7 +132,7 @@ def options() -> None:
 
 @app.command()
 def sweep(
-    config: Annotated[Path, typer.Option(help="TOML: a table [grid] of lists, [[run]] tables, and shared options")],
+    config: Annotated[Path, typer.Option(help="TOML: table \\[grid] of lists, \\[\\[run]] tables, shared options")],
     out: Annotated[Path, typer.Option(help="folder of the runs; finished ones in it are not run again")],
     engine: Annotated[Engine, typer.Option(help="what each run uses")] = Engine.INPROCESS,
     jobs: Annotated[int, typer.Option(min=0, help="runs at a time; 0: as many as there are CPUs")] = 0,
@@ -121,29 +140,55 @@ def sweep(
     address: Address = "",
     actor_cpus: ActorCpus = 1.0,
     actor_gpus: ActorGpus = 0.0,
+    set: Annotated[list[str] | None, typer.Option("--set", help="key=value, above what the file's runs share")] = None,
+    reference: Annotated[
+        list[str] | None, typer.Option(help="key=value: test each point against the one that has it, over devices")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON object a row")] = False,
 ) -> None:
-    """Carry out many federations and tabulate them: mean ± standard deviation over seeds.
+    """Carry out many federations; tabulate and draw them: mean ± standard deviation over seeds, tests over devices.
 
     With --engine ray all of them share this process and one pool of warm actors; else each is a process of its own.
+    Runs that differ only in what comes after round zero share it.
     """
-    from experiments.sweep import as_process, means_over_seeds, on_workers, read_sweep, run_sweep, write_results
-    from strategies.progress import stage
+    from experiments.caption import command
+    from experiments.sweep import as_process, on_workers, read_sweep, run_sweep
+    from experiments.swept.outcome import group_of, outcomes
+    from experiments.swept.picture import picture
+    from experiments.swept.settings import read_sweep_options, references
+    from experiments.swept.table import caption_of, means_over_seeds, write_results, write_table
+    from strategies.progress import shown
+    from tapfl.progress import stage
 
     _require_ray(engine, address, actor_cpus, actor_gpus)
-    cells = read_sweep(config)
+    cells = read_sweep(config, options_of(None, set))
+    told = read_sweep_options(config, options_of(None, reference))
+    references([group_of(cell.point) for cell in cells], told.reference)
     with _interruptible("the same command"), ExitStack() as stack:
+        stack.enter_context(shown())
         if engine is Engine.RAY:
             from experiments.engines.ray import Workers
 
+            starting("Ray")
             carry_out = partial(on_workers, stack.enter_context(Workers(address, workers, actor_cpus, actor_gpus)))
         else:
             carry_out = partial(as_process, engine, workers)
-        advance = stack.enter_context(stage("runs", len(cells)))
+        advance = stack.enter_context(stage("runs"))
         failures = run_sweep(cells, out, carry_out, jobs or os.cpu_count() or 1, advance)
-    path = write_results(cells, out)
-    show_rows(means_over_seeds(cells, out), as_json)
-    print(f"a line a run: {path}", file=sys.stderr)
+    runs = outcomes(cells, out)
+    write_results(runs, out, told)
+    rows = means_over_seeds(runs, told)
+    given = [
+        part
+        for flag, values in (("--set", set), ("--reference", reference))
+        for v in values or ()
+        for part in (flag, v)
+    ]
+    made_by = command("sweep", "--config", str(config), "--out", "DIR", *given)
+    write_table(rows, caption_of(runs, made_by, told), out / "table.md")
+    picture(runs, out / "learning-curves.png")
+    show_rows(rows, as_json)
+    print(f"in {out}: results.csv, devices.csv, table.md, learning-curves.png", file=sys.stderr)
     if failures:
         said = "\n".join(f"  {name}: {error}" for name, error in failures.items())
         raise RunError(f"{len(failures)} of {len(cells)} runs failed; their logs lie in {out}\n{said}")
@@ -151,29 +196,48 @@ def sweep(
 
 @app.command()
 def search(
-    config: Annotated[Path, typer.Option(help="TOML with [search], [space] and the options all runs share")],
+    config: Annotated[Path, typer.Option(help="TOML with \\[search], \\[space] and the options all runs share")],
     method: Annotated[
         Method | None, typer.Option(help="in place of the file's: brackets with a model, Optuna's own, or neither")
     ] = None,
     out: Annotated[Path | None, typer.Option(help="folder of the search; default: runs/ and the file's name")] = None,
     storage: Annotated[str | None, typer.Option(help="URL of an Optuna storage; default: a journal in --out")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="go on with the search in --out")] = False,
-    jobs: Annotated[int, typer.Option(min=0, help="runs at a time, one CPU each; 0: as many as there are CPUs")] = 0,
+    engine: Annotated[
+        SearchEngine, typer.Option(help="each run a process of this machine, or the devices of all on Ray actors")
+    ] = SearchEngine.INPROCESS,
+    jobs: Annotated[int, typer.Option(min=0, help="runs at a time; 0: as many as there are CPUs")] = 0,
+    workers: WorkerCount = 0,
+    address: Address = "",
+    actor_cpus: ActorCpus = 1.0,
+    actor_gpus: ActorGpus = 0.0,
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON object last")] = False,
 ) -> None:
     """Search for good options: budgets are rounds, and what is promising goes on from its checkpoint."""
     from experiments.preflight import DEFAULT_DEVICES
-    from experiments.search.command import run_search
     from experiments.search.settings import read_search
-    from experiments.search.workers import Workers
+    from strategies.progress import shown
 
+    _require_ray(engine, address, actor_cpus, actor_gpus, workers)
     wanted = read_search(config, method, {"devices.count": DEFAULT_DEVICES})
+    load_torch()  # not before the file is known to be good
+    from experiments.search.command import run_search
+
     folder, count = out or Path("runs") / config.stem, jobs or os.cpu_count() or 1
-    try:
-        found = run_search(wanted, config.stem, folder, storage, resume, count, lambda: Workers(count))
-    except KeyboardInterrupt:
-        print("tapfl: interrupted; go on with the same command and --resume", file=sys.stderr, flush=True)
-        raise typer.Exit(130) from None
+    with _interruptible("the same command and --resume"), ExitStack() as stack:
+        stack.enter_context(shown())
+
+        def trials() -> Trials:
+            if engine == SearchEngine.INPROCESS:
+                from experiments.search.workers import Workers
+
+                return Workers(count)
+            from experiments.engines.ray import Workers as Actors
+            from experiments.search.ray_trials import RayTrials
+
+            return RayTrials(stack.enter_context(Actors(address, workers, actor_cpus, actor_gpus)), count)
+
+        found = run_search(wanted, config.stem, folder, storage, resume, count, trials)
     if as_json:
         print(json.dumps(vars(found) | {"folder": str(found.folder)}))
         return
@@ -186,6 +250,18 @@ def search(
     )
 
 
+def _report(folder: Path) -> Path | None:
+    """Writes the report of a run that is finished; what goes wrong with it is said, and costs the run nothing."""
+    from experiments.report.write import write_report
+
+    try:
+        return write_report([folder])
+    except Exception as error:
+        said = f"{type(error).__name__}: {error}"
+        print(f"tapfl: no report was written ({said}); again with: tapfl report {folder}", file=sys.stderr)
+        return None
+
+
 def _describe(name: str) -> str:
     section, _, option = name.rpartition(".")
     model = type(getattr(RunConfig(), section)) if section else RunConfig
@@ -194,9 +270,18 @@ def _describe(name: str) -> str:
     return field.description or (" | ".join(map(str, choices)) if choices else "")
 
 
-def _require_ray(engine: Engine, address: str, actor_cpus: float, actor_gpus: float) -> None:
-    if engine is not Engine.RAY and (address, actor_cpus, actor_gpus) != ("", 1.0, 0.0):
-        raise ConfigError("--address, --actor-cpus, --actor-gpus: only with --engine ray")
+def _require_ray(
+    engine: Engine | SearchEngine, address: str, actor_cpus: float, actor_gpus: float, workers: int = 0
+) -> None:
+    """Refuses what only Ray has elsewhere, and an address where no cluster answers, before anything is loaded."""
+    if engine == Engine.RAY:
+        from experiments.engines.cluster import require_reachable
+
+        require_reachable(address)
+    elif (address, actor_cpus, actor_gpus, workers) != ("", 1.0, 0.0, 0):
+        raise ConfigError(
+            f"{'--workers, ' if workers else ''}--address, --actor-cpus, --actor-gpus: only with --engine ray"
+        )
 
 
 @contextmanager
@@ -205,6 +290,7 @@ def _interruptible(go_on: str) -> Iterator[None]:
     try:
         yield
     except (KeyboardInterrupt, SystemExit):  # Ctrl-C, or the SIGTERM that Ray turns into an exit
+        Console(stderr=True).show_cursor()  # a thread that drew bars is not asked to end
         print(f"tapfl: interrupted; go on with: {go_on}", file=sys.stderr, flush=True)
         os._exit(130)  # Ray is stopped, but runs in threads of this process would go on
 
@@ -218,7 +304,9 @@ def _carry_out(
         from strategies.server_app import app as server_app
 
         run_inprocess(server_app, client_app, config.flat(), config.devices.count)
-    elif engine is Engine.RAY:
+        return
+    starting("Ray")
+    if engine is Engine.RAY:
         from experiments.engines.ray import Workers
         from strategies.server_app import app as server_app
 

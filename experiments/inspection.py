@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from clients.storage import DeviceStorage
+from experiments.words import count
 from tapfl.models.backbone import build
 from tapfl.models.latency import latencies_ms
 from tapfl.models.prunable import prunable_layers
 from tapfl.models.units import PrunableLayer
-from tapfl.pruning.plan import PLAN_FILE, LayerPlan, load_plan
+from tapfl.pruning.plan import PLAN_FILE, LayerPlan, PruningPlan, load_plan
 from tapfl.pruning.surgery import WEIGHTS_FILE, load_pruned
 
 
@@ -45,8 +46,17 @@ def inspect(folder: Path, repeats: int = 20) -> dict[str, Any]:
         "bytes_dense": sum(tensor.numel() * tensor.element_size() for tensor in dense.state_dict().values()),
         "latency_ms": small_ms,
         "latency_ms_dense": dense_ms,
-        "layers": [_layer(layer, part) for layer, part in zip(prunable_layers(dense), plan.layers, strict=True)],
+        "layers": layers_of(prunable_layers(dense), plan),
     }
+
+
+def layers_of(dense: Sequence[PrunableLayer], plan: PruningPlan) -> list[dict[str, Any]]:
+    """Returns a row a layer of a plan: what it is called, what of it stays, and how wide it was and is.
+
+    Args:
+        dense: the prunable layers of the plan's backbone, whatever its weights.
+    """
+    return [_layer(layer, part) for layer, part in zip(dense, plan.layers, strict=True)]
 
 
 def _layer(layer: PrunableLayer, part: LayerPlan) -> dict[str, Any]:
@@ -74,13 +84,6 @@ def costs(found: Mapping[str, Any]) -> Sequence[tuple[str, str, str, float]]:
     rows = []
     for key, name in units:
         dense, small = found[f"{key}_dense"], found[key]
-        show = (lambda value: f"{value:.3g}") if key == "latency_ms" else _count
+        show = (lambda value: f"{value:.3g}") if key == "latency_ms" else count
         rows.append((name, show(dense), show(small), small / dense))
     return rows
-
-
-def _count(number: float) -> str:
-    for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if number >= size:
-            return f"{number / size:.3g}{letter}"
-    return f"{number:g}"

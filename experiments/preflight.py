@@ -1,4 +1,4 @@
-"""The check of a run before anything starts: options against data, weights and backbone. Writes nothing."""
+"""A run as it will be carried out: options, folder and paths, checked before torch is loaded. Writes nothing."""
 
 from __future__ import annotations
 
@@ -6,28 +6,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from strategies.checkpoint import require_same_options
-from tapfl.adapters.rules import rule_of
+from strategies.same_options import require_same_options
 from tapfl.config import RunConfig
-from tapfl.data.federated import check_classes, open_pool, open_private
-from tapfl.data.partition import partition
-from tapfl.data.sources import ImageSet
-from tapfl.errors import ConfigError, DataError
-from tapfl.models.backbone import build, input_transform, spec_of
-from tapfl.models.cost import measure_cost
-from tapfl.models.dense import DenseCache, dense_key, fill_weights
-from tapfl.models.prunable import prunable_layers
-from tapfl.personalize.method import method_of
-from tapfl.privacy import require_accountant
-from tapfl.profiles import profiles_of
-from tapfl.pruning.allocate import allocate
-from tapfl.pruning.budget import Budget
-from tapfl.pruning.cost_table import cost_table
-from tapfl.pruning.criteria.registry import resolved
-from tapfl.pruning.unit_shape import aligned, ladder
-from tapfl.store import RunFolder, cache_folder
+from tapfl.errors import ConfigError
+from tapfl.progress import stage
+from tapfl.pruning.criteria.registry import require_criterion
+from tapfl.store import RunFolder
 
 DEFAULT_DEVICES = 10
 
@@ -44,7 +28,17 @@ def resolve_run(options: Mapping[str, Any], out: Path, resume: bool) -> RunConfi
     """
     kept = RunFolder(out).config() if resume else {"devices.count": DEFAULT_DEVICES}
     config = absolute_paths(RunConfig.from_flat({**kept, **options, "out": str(out), "resume": resume}))
-    check(config)
+    if resume:
+        require_same_options(RunFolder(out), config)
+    elif Path(config.out).exists():
+        raise ConfigError(
+            f"out = {config.out!r}: exists already; give a folder that does not, or go on with --resume {config.out}"
+        )
+    require_criterion(config.pruning.criterion)
+    with stage("checking"):
+        from experiments.feasible import check
+
+        check(config)
     return config
 
 
@@ -52,50 +46,3 @@ def absolute_paths(config: RunConfig) -> RunConfig:
     """Returns the configuration with every path made absolute: server and devices run in folders of their own."""
     absolute = {option: str(Path(value).expanduser().absolute()) for option, value in config.paths().items()}
     return RunConfig.from_flat(config.flat() | absolute)
-
-
-def check(config: RunConfig) -> None:
-    """Raises a TapflError, in one line, for what would only be found out later.
-
-    Args:
-        config: with absolute paths and the number of devices.
-    """
-    if config.resume:
-        require_same_options(RunFolder(Path(config.out)), config)
-    elif config.out and Path(config.out).exists():
-        raise ConfigError(
-            f"out = {config.out!r}: exists already; give a folder that does not, or go on with --resume {config.out}"
-        )
-    resolved(config.pruning)
-    rule_of(config.adapters)
-    method_of(config.personalize, config.adapters.scale)
-    if config.privacy.dp_noise:
-        require_accountant()
-    cache = cache_folder(config.cache)
-    transform = input_transform(config.model)
-    public = open_pool(config.data, transform, config.seed, cache)
-    private = open_private(config.data, transform, config.seed, cache)
-    check_classes(config.data, public, private)
-    transform(public.images[:1])
-    partition(private.labels, config.data, config.devices.count, config.seed)
-    for name, size in (("metric.size", config.metric.size), ("pruning.recovery-size", config.pruning.recovery_size)):
-        if size > len(public):
-            raise DataError(f"{name} = {size}: the public pool has {len(public)} images")
-    _check_backbone(config, public)
-
-
-def _check_backbone(config: RunConfig, public: ImageSet) -> None:
-    options = config.model
-    if options.head != "train" and not options.weights:
-        raise ConfigError(f"model.head = {options.head!r}: takes rows of the head of model.weights, which is empty")
-    spec = spec_of(options, public.classes)
-    model = build(spec)
-    key = dense_key(options, spec, public, config.seed)
-    if not DenseCache(cache_folder(config.cache)).holds(key):
-        fill_weights(model, options, spec, public.classes)
-    layers = prunable_layers(model)
-    pruning, cost = aligned(resolved(config.pruning), layers), measure_cost(model)
-    for budget in sorted({profile.budget for profile in profiles_of(config.devices)}):
-        table = cost_table(layers, cost, Budget.parse(budget))
-        ladders = [ladder(n, table.branches[n.name], pruning.unit_shape, pruning.align) for n in layers]
-        allocate(ladders, np.ones(len(layers)), table, pruning)

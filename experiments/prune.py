@@ -7,12 +7,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from strategies.progress import stage
 from tapfl.config import RunConfig, Scalar
 from tapfl.data.sources import load_images
 from tapfl.errors import ConfigError, DataError
 from tapfl.models.backbone import input_transform
 from tapfl.models.dense import DenseCache, dense_backbone
+from tapfl.progress import stage
 from tapfl.pruning.basis import turned_on_pool
 from tapfl.pruning.budget import Budget
 from tapfl.pruning.criteria.registry import resolved
@@ -41,37 +41,32 @@ def prune(config: RunConfig, budget: Budget | float | str, out: Path) -> Pruning
     for name, size in (("metric.size", config.metric.size), ("pruning.recovery-size", options.recovery_size)):
         if size > len(images):
             raise DataError(f"{name} = {size}: {config.data.source!r} has {len(images)} images")
-    epochs = config.model.epochs
-    with stage("dense backbone", epochs) as advance:
-        made = dense_backbone(
-            config.model, images, config.seed, DenseCache(cache), lambda done, _: advance(done, "epochs")
+    _, spec, model = dense_backbone(config.model, images, config.seed, DenseCache(cache))
+    with stage(f"pruning by {options.criterion}"):
+        if options.basis == "canonical":
+            model = turned_on_pool(model, images, transform, config.seed)
+        drawn = images.subset(numpy_generator(config.seed, "metric").permutation(len(images)))
+        metric = drawn.subset(np.arange(config.metric.size))
+        task = pruning_task(
+            model,
+            transform(metric.images),
+            budget,
+            options,
+            config.metric.batch,
+            labels_of(metric, options),
+            config.seed,
         )
-        advance(epochs, f"ready: {made[0]}")
-    _, spec, model = made
-    if options.basis == "canonical":
-        model = turned_on_pool(model, images, transform, config.seed)
-    drawn = images.subset(numpy_generator(config.seed, "metric").permutation(len(images)))
-    metric = drawn.subset(np.arange(config.metric.size))
-    task = pruning_task(
-        model,
-        transform(metric.images),
-        budget,
-        options,
-        config.metric.batch,
-        labels_of(metric, options),
-        config.seed,
-    )
-    provenance: dict[str, Scalar] = {
-        "data": config.data.source,
-        "metric-size": config.metric.size,
-        "budget": str(budget),
-    }
-    pruned = prune_model(
-        task,
-        spec,
-        fine_tune_set(lambda size: drawn.subset(np.arange(size)), transform, options),
-        provenance,
-        config.seed,
-    )
+        provenance: dict[str, Scalar] = {
+            "data": config.data.source,
+            "metric-size": config.metric.size,
+            "budget": str(budget),
+        }
+        pruned = prune_model(
+            task,
+            spec,
+            fine_tune_set(lambda size: drawn.subset(np.arange(size)), transform, options),
+            provenance,
+            config.seed,
+        )
     save_pruned(pruned.model, pruned.plan, out)
     return pruned.plan

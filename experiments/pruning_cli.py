@@ -12,9 +12,11 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from experiments.terminal import console, options_of, show_rows
+from experiments.terminal import console, load_torch, options_of, show_rows
 from tapfl.config import RunConfig
 from tapfl.errors import ConfigError
+
+BACKBONE = {"model.name", "model.args"}  # the options that say which backbone
 
 app = typer.Typer()
 
@@ -36,29 +38,42 @@ def prune(
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON object last, and no table")] = False,
 ) -> None:
     """Prune one backbone for the images of data.source, or as a plan says that was made before."""
-    from experiments.preflight import absolute_paths
-
     if (plan is None) == (budget is None):
         raise ConfigError(f"--budget {budget}, --plan {plan}: give one of the two")
     options = options_of(config, set)
-    if budget is None:
-        assert plan is not None
-        _reapply(plan, options, out)
-    else:
-        from experiments.prune import prune as carry_out
+    from strategies.progress import shown
 
-        short = {"criterion": criterion, "compensation": compensation, "recovery": recovery}
-        options |= {f"pruning.{name}": value for name, value in short.items() if value is not None}
-        carry_out(absolute_paths(RunConfig.from_flat(options)), budget, out)
+    with shown():
+        if budget is None:
+            assert plan is not None
+            _reapply(plan, options, out)
+        else:
+            short = {"criterion": criterion, "compensation": compensation, "recovery": recovery}
+            options |= {f"pruning.{name}": value for name, value in short.items() if value is not None}
+            _prune(options, budget, out)
     _inspect_pruned(out, None, as_json)
+
+
+def _prune(options: Mapping[str, Any], budget: str, out: Path) -> None:
+    from experiments.preflight import absolute_paths
+    from tapfl.pruning.budget import Budget
+    from tapfl.pruning.criteria.registry import require_criterion
+
+    config, limits = absolute_paths(RunConfig.from_flat(options)), Budget.parse(budget)
+    require_criterion(config.pruning.criterion)
+    load_torch()  # not before the options are known to be good
+    from experiments.prune import prune
+
+    prune(config, limits, out)
 
 
 def _reapply(plan: Path, options: Mapping[str, Any], out: Path) -> None:
     from experiments.preflight import absolute_paths
-    from experiments.reapply import reapply
 
-    names_backbone = bool({"model.name", "model.args"} & options.keys())
-    for warning in reapply(plan, absolute_paths(RunConfig.from_flat(options)).model, names_backbone, out):
+    model, names_backbone = absolute_paths(RunConfig.from_flat(options)).model, bool(BACKBONE & options.keys())
+    from experiments.reapply import reapply  # with torch: not before the options are known to be good
+
+    for warning in reapply(plan, model, names_backbone, out):
         print(f"tapfl: {warning}", file=sys.stderr)
 
 
@@ -109,11 +124,14 @@ def _inspect_uplink(run: Path | None, as_json: bool) -> None:
 
 
 def _inspect_pruned(folder: Path, picture: Path | None, as_json: bool) -> None:
+    load_torch()
     from experiments.inspection import costs
     from experiments.inspection import inspect as look
     from experiments.picture import picture as draw
+    from strategies.progress import shown
 
-    found = look(folder)
+    with shown():
+        found = look(folder)
     if picture:
         draw(found, picture)
     if as_json:
@@ -152,11 +170,15 @@ def export(
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON object last, and no table")] = False,
 ) -> None:
     """Write a pruned model for other runtimes; it is kept only if it computes the same when read again."""
-    from experiments.exporting import export_folder
-
     if batch != "dynamic" and not batch.isdecimal():
         raise ConfigError(f"--batch {batch}: accepted are dynamic, or a number of images")
-    said = export_folder(folder, out, format, None if batch == "dynamic" else int(batch), opset)
+    load_torch()
+    from experiments.exporting import export_folder
+    from strategies.progress import shown
+    from tapfl.progress import stage
+
+    with shown(), stage(f"export as {format}"):
+        said = export_folder(folder, out, format, None if batch == "dynamic" else int(batch), opset)
     if as_json:
         print(json.dumps(said))
         return
@@ -171,25 +193,52 @@ def export(
 
 @app.command()
 def compare(
-    config: Annotated[Path, typer.Option(help="TOML with a table [compare] of lists, and the options of all cells")],
+    config: Annotated[Path, typer.Option(help="TOML with a table \\[compare] of lists, and the options of all cells")],
     out: Annotated[Path, typer.Option(help="folder of results, table and picture; finished cells are not run again")],
     jobs: Annotated[int, typer.Option(min=0, help="devices at a time; 0: as many as there are CPUs")] = 0,
-    measure: Annotated[str, typer.Option(help="what the table and the picture show")] = "pruned_own",
+    measure: Annotated[
+        list[str] | None, typer.Option(help="what a table shows, instead of results.show; several make several tables")
+    ] = None,
+    reference: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="axis=value: how each line differs from the one with that value, instead of results.reference"
+        ),
+    ] = None,
+    set: Annotated[list[str] | None, typer.Option("--set", help="key=value, above the options of --config")] = None,
+    finished: Annotated[
+        bool, typer.Option("--finished", help="run nothing: tables of the cells that are there")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON object a row")] = False,
 ) -> None:
     """Compare pruning criteria: criteria × budgets × any option × devices × seeds, under one harness."""
-    from experiments.compare.grid import read_comparison
+    from experiments.compare.reading import read_comparison
+
+    comparison = read_comparison(config, set or [])
+    results = comparison.results.given(measure, reference)
+    results.check(comparison.axes)
+    load_torch()  # not before the file is known to be good
+    from experiments.compare.page import page, shown_command
     from experiments.compare.picture import picture
-    from experiments.compare.run import run_comparison
-    from experiments.compare.table import markdown, table
-    from strategies.progress import stage
+    from experiments.compare.run import finished_rows, run_comparison
+    from experiments.compare.table import sections
+    from strategies.progress import shown
+    from tapfl.progress import stage
     from tapfl.store import write_bytes
 
-    comparison = read_comparison(config)
-    with stage("cells", len(list(comparison.cells()))) as advance:
-        rows = run_comparison(comparison, out, lambda done, _, note: advance(done, note), jobs or os.cpu_count() or 1)
-    shown = table(rows, comparison, measure)
-    write_bytes(out / "table.md", markdown(shown).encode())
-    picture(rows, comparison, out / "accuracy-against-macs.png", measure)
-    show_rows(shown, as_json)
+    if finished:
+        rows = finished_rows(comparison, out)
+    else:
+        with shown(), stage("cells") as advance:
+            rows = run_comparison(comparison, out, advance, jobs or os.cpu_count() or 1)
+    tables = list(sections(rows, comparison, results))
+    command = shown_command(config, set or [], reference or [])
+    write_bytes(out / "table.md", page(tables, rows, comparison, results, command).encode())
+    picture(rows, comparison, out / "accuracy-against-macs.png", results.show[0])
+    for each in tables:
+        if as_json:
+            show_rows([{"measure": each.measure, "devices": each.devices, **row} for row in each.rows], as_json=True)
+            continue
+        console().print(f"{each.measure}, {each.devices}", highlight=False)
+        show_rows(each.rows, as_json=False)
     print(f"a line a cell: {out / 'results.csv'}; also table.md and accuracy-against-macs.png", file=sys.stderr)

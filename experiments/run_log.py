@@ -21,7 +21,7 @@ def own_log(file: Path) -> Iterator[None]:
     for shown in FLOWER_LOGGER.handlers:
         if not isinstance(shown, logging.FileHandler):
             shown.addFilter(_of_no_run)
-    handler = logging.FileHandler(file, mode="w", encoding="utf-8")
+    handler = logging.FileHandler(file, encoding="utf-8")  # behind what an earlier part of the run said
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     handler.addFilter(lambda record: _FILE.get() == file)
     FLOWER_LOGGER.addHandler(handler)

@@ -19,45 +19,39 @@ privacy = { dp-clip = 1.0, dp-noise = 1.0 }
 rounds = 10
 ```
 
-A cell that has its `summary.json` is finished and is not run again; one that has not goes on from where it was.
+A cell that has its `summary.json` is finished and is not run again; one that has not, or that has fewer rounds than are
+wanted now, goes on from where it was. Cells that differ only in what comes after round zero share it: one of them
+begins, the others find its summaries and plans in `round-zero/` and come to the same bits.
 """
 
 from __future__ import annotations
 
-import csv
 import itertools
-import json
 import logging
 import shutil
 import subprocess
 import sys
 import traceback
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections.abc import Callable, Mapping
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from flwr.common.logger import log
 
-from experiments.engines.ray import Workers
-from experiments.preflight import resolve_run
+from experiments.preflight import DEFAULT_DEVICES, absolute_paths, resolve_run
 from experiments.run_log import own_log
-from strategies.server_app import app as server_app
+from experiments.search.shared_round_zero import is_kept, keep, name_of, prepare
+from strategies.same_options import require_same_options
 from tapfl.config import RunConfig, flatten, read_toml_tables
-from tapfl.errors import ConfigError, RunError, TapflError
+from tapfl.errors import ConfigError, TapflError
+from tapfl.progress import Advance
+from tapfl.store import RunFolder
 
-MEASURES = (
-    "dense_accuracy",
-    "pruned_accuracy",
-    "global_accuracy",
-    "personal_accuracy",
-    "personal_accuracy_worst_decile",
-    "bytes_up",
-)
-
+if TYPE_CHECKING:
+    from experiments.engines.ray import Workers
 
 CarryOut = Callable[["Cell", Path, bool], str]
 
@@ -71,15 +65,26 @@ class Cell:
     options: dict[str, Any]
 
 
-def read_sweep(file: Path) -> list[Cell]:
-    """Returns the cells of a sweep. Raises ConfigError if the grid or any cell is not valid."""
+def read_sweep(file: Path, changes: Mapping[str, Any] | None = None) -> list[Cell]:
+    """Returns the cells of a sweep.
+
+    Args:
+        changes: options above those that the file's cells share.
+
+    Raises:
+        ConfigError: if the grid or any cell is not valid, or if the cells differ in what is to be changed.
+    """
     tables = read_toml_tables(file)
+    tables.pop("sweep", None)  # how it is reported: `experiments.swept.settings`
     grid, runs = tables.pop("grid", {}), tables.pop("run", [])
     if not isinstance(grid, dict) or not all(isinstance(v, list) and v for v in grid.values()) or not (grid or runs):
         raise ConfigError(f"{file}: needs a table [grid] of options with a list of values each, or tables [[run]]")
     if not isinstance(runs, list) or not all(isinstance(run, dict) for run in runs):
         raise ConfigError(f"{file}: runs are tables [[run]], with two brackets")
-    shared = flatten(tables)
+    shared = flatten(tables) | dict(changes or {})
+    own_options = {*grid, *(key for run in runs for key in flatten(run))}
+    if fixed := sorted(own_options & {*(changes or {})}):
+        raise ConfigError(f"--set {fixed[0]}: the runs of {file} differ in it; change it there")
     cells = []
     for run in runs or [{}]:
         name, own = run.pop("name", ""), flatten(run)
@@ -98,9 +103,7 @@ def _cell(point: dict[str, Any], options: dict[str, Any]) -> Cell:
     return Cell(name, point, options)
 
 
-def run_sweep(
-    cells: list[Cell], out: Path, carry_out: CarryOut, jobs: int, progress: Callable[[int, str], None]
-) -> dict[str, str]:
+def run_sweep(cells: list[Cell], out: Path, carry_out: CarryOut, jobs: int, progress: Advance) -> dict[str, str]:
     """Runs the cells that are not finished, `jobs` at a time.
 
     Args:
@@ -108,36 +111,71 @@ def run_sweep(
 
     Returns:
         By cell name, why each failed one did; all that it said is in ``NAME.log``.
+
+    Raises:
+        ConfigError: if a cell's run was begun under other options.
     """
+    waiting = [cell for cell in cells if not _finished(cell, out)]
     out.mkdir(parents=True, exist_ok=True)
-    waiting = [cell for cell in cells if not (out / cell.name / "summary.json").is_file()]
+    alike: dict[str, list[Cell]] = {}
+    for cell in waiting:
+        alike.setdefault(name_of(_resolved(cell, out)), []).append(cell)
     failures: dict[str, str] = {}
     done = len(cells) - len(waiting)
-    progress(done, "")
+    progress(done, len(cells))
     pool = ThreadPoolExecutor(jobs, thread_name_prefix="run")
     try:
-        futures = {pool.submit(_go_on, carry_out, cell, out / cell.name): cell for cell in waiting}
-        for future in as_completed(futures):
-            done += 1
-            if error := future.result():
-                failures[futures[future].name] = error
-            progress(done, futures[future].name)
+        running: dict[Future[str], tuple[Cell, list[Cell]]] = {}
+        for first, *others in alike.values():
+            running[pool.submit(_go_on, carry_out, first, out)] = first, others
+        while running:
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                cell, others = running.pop(future)
+                for other in others:
+                    running[pool.submit(_go_on, carry_out, other, out)] = other, []
+                done += 1
+                if error := future.result():
+                    failures[cell.name] = error
+                progress(done, len(cells), cell.name)
     finally:  # interrupted: what waits is not begun, and nobody waits for what has begun
         pool.shutdown(wait=False, cancel_futures=True)
     return failures
 
 
-def _go_on(carry_out: CarryOut, cell: Cell, folder: Path) -> str:
+def _finished(cell: Cell, out: Path) -> bool:
+    """Says whether a cell has all of its rounds. Raises ConfigError if its run was begun under other options."""
+    folder = RunFolder(out / cell.name)
+    if not (folder.path / "config.json").is_file():
+        return False
+    wanted = _resolved(cell, out)
+    require_same_options(folder, wanted)
+    return folder.summary.is_file() and folder.config()["train.rounds"] >= wanted.train.rounds
+
+
+def _resolved(cell: Cell, out: Path) -> RunConfig:
+    own = {"out": str(out / cell.name), "resume": True}
+    return absolute_paths(RunConfig.from_flat({"devices.count": DEFAULT_DEVICES, **cell.options, **own}))
+
+
+def _go_on(carry_out: CarryOut, cell: Cell, out: Path) -> str:
+    folder, store, config = out / cell.name, out / "round-zero", _resolved(cell, out)
     begun = (folder / "config.json").is_file()
     if not begun:
         shutil.rmtree(folder, ignore_errors=True)
-    return carry_out(cell, folder, begun)
+        if is_kept(config, store):
+            prepare(folder, config, store)
+            begun = True
+    error = carry_out(cell, folder, begun)
+    if not error:
+        keep(folder, config, store)
+    return error
 
 
 def as_process(engine: str, workers: int, cell: Cell, folder: Path, begun: bool) -> str:
     """Carries a cell out as a process of its own: a `CarryOut`, given an engine."""
     sets = [part for key, value in cell.options.items() for part in ("--set", f"{key}={value}")]
-    command = [sys.executable, "-m", "experiments.cli", "run", "--engine", engine, "--workers", str(workers), "--json"]
+    command = [sys.executable, "-m", "experiments.cli", "run", "--engine", engine, "--workers", str(workers)]
+    command += ["--json", "--no-report"]
     command += ["--resume" if begun else "--out", str(folder)]
     command += sets
     finished = subprocess.run(command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
@@ -149,6 +187,8 @@ def as_process(engine: str, workers: int, cell: Cell, folder: Path, begun: bool)
 
 def on_workers(workers: Workers, cell: Cell, folder: Path, begun: bool) -> str:
     """Carries a cell out in this thread, its devices on a pool that others use as well: a `CarryOut`, given a pool."""
+    from strategies.server_app import app as server_app  # with torch: not before all cells are known to be good
+
     with own_log(_log(folder)):
         try:
             config = resolve_run(cell.options, folder, begun)
@@ -164,47 +204,3 @@ def on_workers(workers: Workers, cell: Cell, folder: Path, begun: bool) -> str:
 
 def _log(folder: Path) -> Path:
     return folder.with_name(f"{folder.name}.log")
-
-
-def write_results(cells: list[Cell], out: Path) -> Path:
-    """Writes `results.csv`, a line a finished cell, and returns its path. Raises RunError if no cell is finished."""
-    rows = [cell.point | _measures(out / cell.name) for cell in cells if (out / cell.name / "summary.json").is_file()]
-    if not rows:
-        raise RunError(f"no run of the sweep in {out} came to its end")
-    path = out / "results.csv"
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, fieldnames=_columns(rows))
-        writer.writeheader()
-        writer.writerows(rows)
-    return path
-
-
-def _columns(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Where runs differ in other options than others do, the columns are those of all; measures come last."""
-    return [*dict.fromkeys(key for row in rows for key in row if key not in MEASURES), *MEASURES]
-
-
-def _measures(folder: Path) -> dict[str, float]:
-    summary = json.loads((folder / "summary.json").read_text())
-    return {name: summary[name] for name in MEASURES}
-
-
-def means_over_seeds(cells: list[Cell], out: Path) -> list[Mapping[str, str]]:
-    """Returns a row for each point of the grid without its seed: mean ± sample standard deviation of every measure."""
-    groups: dict[tuple[tuple[str, Any], ...], list[dict[str, float]]] = {}
-    for cell in cells:
-        if (out / cell.name / "summary.json").is_file():
-            point = tuple((key, value) for key, value in cell.point.items() if key != "seed")
-            groups.setdefault(point, []).append(_measures(out / cell.name))
-    rows: list[Mapping[str, str]] = []
-    for point, found in groups.items():
-        row = {key: str(value) for key, value in point} | {"runs": str(len(found))}
-        for name in MEASURES:
-            values = np.array([measures[name] for measures in found])
-            spread = values.std(ddof=1) if len(values) > 1 else 0.0
-            row[name.replace("_accuracy", "")] = (
-                f"{values.mean() / 1e6:.2f} MB" if name.startswith("bytes") else f"{values.mean():.3f} ± {spread:.3f}"
-            )
-        rows.append(row)
-    columns = dict.fromkeys(key for row in rows for key in row if key in {k for cell in cells for k in cell.point})
-    return [{**dict.fromkeys(columns, ""), **row} for row in rows]

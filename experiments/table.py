@@ -8,6 +8,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from experiments.words import count, duration, size
+
 COLUMNS = tuple("device samples classes budget MACs params dense pruned global personal α up down".split())  # noqa: SIM905
 
 
@@ -22,16 +24,16 @@ def show(summary: Mapping[str, Any], console: Console) -> None:
             f"{record['train_samples']}+{record['test_samples']}",
             str(record["classes"]),
             record["profile"]["budget"],
-            f"{_count(record['macs'])} {record['macs_share']:.2%}",
-            f"{_count(record['params'])} {record['params_share']:.0%}",
+            f"{count(record['macs'])} {record['macs_share']:.2%}",
+            f"{count(record['params'])} {record['params_share']:.0%}",
             *(f"{record[f'{name}_accuracy']:.3f}" for name in ("dense", "pruned", "global", "personal")),
             f"{record['alpha']:.3f}",
-            _size(sum(record["bytes_up"].values())),
-            _size(sum(record["bytes_down"].values())),
+            size(sum(record["bytes_up"].values())),
+            size(sum(record["bytes_down"].values())),
         )
     table.add_section()
     means = (f"{summary[f'{name}_accuracy']:.3f}" for name in ("dense", "pruned", "global", "personal"))
-    table.add_row("mean", "", "", "", "", "", *means, "", _size(summary["bytes_up"]), _size(summary["bytes_down"]))
+    table.add_row("mean", "", "", "", "", "", *means, "", size(summary["bytes_up"]), size(summary["bytes_down"]))
     console.print(table)
     for line in remarks(summary):
         console.print(line, highlight=False)
@@ -41,8 +43,8 @@ def remarks(summary: Mapping[str, Any]) -> list[str]:
     """Returns what there is to say beside the table: simulated time, losses, privacy."""
     lines = []
     if reached := list(summary["time_to_accuracy"].items())[-3:]:
-        steps = ", ".join(f"{accuracy} after {_time(seconds)}" for accuracy, seconds in reached)
-        lines.append(f"simulated: {_time(summary['simulated_seconds'])} in all; mean personal accuracy {steps}")
+        steps = ", ".join(f"{accuracy} after {duration(seconds)}" for accuracy, seconds in reached)
+        lines.append(f"simulated: {duration(summary['simulated_seconds'])} in all; mean personal accuracy {steps}")
     if generic := [str(record["device"]) for record in summary["devices"] if record["generic"]]:
         lines.append(f"gave no mixture and got the generic plan of their budget: devices {', '.join(generic)}")
     if summary["failures"]:
@@ -50,15 +52,3 @@ def remarks(summary: Mapping[str, Any]) -> list[str]:
     if summary["epsilon"] is not None:
         lines.append(f"differential privacy of the shared adapters: ε ≤ {summary['epsilon']:.3g}")
     return lines
-
-
-def _time(seconds: float) -> str:
-    return f"{seconds:.3g} s" if seconds < 120 else f"{seconds / 60:.3g} min"
-
-
-def _count(number: int) -> str:
-    return f"{number / 1e6:.3g}M" if number >= 1e6 else f"{number / 1e3:.3g}k"
-
-
-def _size(count: int) -> str:
-    return f"{count / 1e6:.2f} MB" if count >= 1e6 else f"{count / 1e3:.1f} kB"

@@ -24,7 +24,19 @@ def options_of(config: Path | None, assignments: list[str] | None) -> dict[str, 
     return (read_toml(config) if config else {}) | dict(parse_assignment(text) for text in assignments or [])
 
 
-def show_rows(rows: Sequence[Mapping[str, str]], as_json: bool) -> None:
+def starting(what: str) -> None:
+    """Says that something starts which takes seconds, before anything else can be shown."""
+    print(f"tapfl: starting {what}", file=sys.stderr, flush=True)
+
+
+def load_torch() -> None:
+    """Imports what most commands need, and says so first: it takes seconds on a machine that is at rest."""
+    if "torch" not in sys.modules:
+        starting("torch and timm")
+        import timm  # noqa: F401
+
+
+def show_rows(rows: Sequence[Mapping[str, str | float]], as_json: bool) -> None:
     """Prints rows as a table, or as one JSON object each."""
     if as_json:
         for row in rows:
@@ -32,5 +44,5 @@ def show_rows(rows: Sequence[Mapping[str, str]], as_json: bool) -> None:
         return
     table = Table(*rows[0])
     for row in rows:
-        table.add_row(*row.values())
+        table.add_row(*map(str, row.values()))
     console().print(table)

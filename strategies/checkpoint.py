@@ -12,15 +12,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from strategies.results import DeviceRecord
+from strategies.simulated import CurvePoint
 from tapfl.adapters.rules import ServerState
-from tapfl.config import RunConfig
+from tapfl.config import RunConfig, binding
 from tapfl.errors import ConfigError
 from tapfl.store import RunFolder, content_hash, read_about, read_tensors, write_tensors
 
 PARAMS, OPTIMIZER = "params:", "optimizer:"
-
-# what may differ when a run goes on: none of them changes a result
-FREE = ("resume", "out", "cache", "node-timeout", "window", "faults.")
 
 
 @dataclass(frozen=True)
@@ -31,7 +29,7 @@ class Checkpoint:
         state: global adapters and the server's optimiser.
         records: of the devices, by partition id.
         metrics_bytes: length of metrics.jsonl then.
-        curve: (simulated seconds, mean personal accuracy) of the rounds before.
+        curve: of the mean personal accuracy, of the rounds before.
         simulated: simulated seconds since the start.
     """
 
@@ -39,7 +37,7 @@ class Checkpoint:
     state: ServerState
     records: dict[int, DeviceRecord]
     metrics_bytes: int
-    curve: list[tuple[float, float]]
+    curve: list[CurvePoint]
     simulated: float
 
 
@@ -81,33 +79,14 @@ def load_checkpoint(folder: RunFolder, config: RunConfig) -> Checkpoint | None:
         state=ServerState(_with_prefix(tensors, PARAMS), _with_prefix(tensors, OPTIMIZER)),
         records={table["device"]: DeviceRecord.of_table(table) for table in about["records"]},
         metrics_bytes=about["metrics_bytes"],
-        curve=[(when, accuracy) for when, accuracy in about["curve"]],
+        curve=[CurvePoint(*point) for point in about["curve"]],
         simulated=about["simulated"],
     )
 
 
-def require_same_options(folder: RunFolder, config: RunConfig) -> None:
-    """Raises ConfigError, naming what changed, unless `config` is that of the run in `folder`.
-
-    What changes no result may differ, and `train.rounds` too: a run may go on for longer.
-    """
-    before, now = folder.config(), config.flat()
-    changed = [
-        f"{option}: {before.get(option, '(not an option then)')!r} then, {now.get(option, '(not an option now)')!r} now"
-        for option in sorted(_binding(before).keys() | _binding(now).keys())
-        if before.get(option) != now.get(option)
-    ]
-    if changed:
-        raise ConfigError(f"resume: the run in {folder.path} has other options: {'; '.join(changed)}")
-
-
 def config_hash(flat: Mapping[str, Any]) -> str:
     """Returns the name of the options that can change a result."""
-    return content_hash(json.dumps(_binding(flat), sort_keys=True))
-
-
-def _binding(flat: Mapping[str, Any]) -> dict[str, Any]:
-    return {k: v for k, v in flat.items() if not k.startswith(FREE) and k != "train.rounds"}
+    return content_hash(json.dumps(binding(flat), sort_keys=True))
 
 
 def _with_prefix(tensors: Mapping[str, Any], prefix: str) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from flwr.common.logger import log
 from flwr.serverapp import Grid
 
 from tapfl.errors import RunError, WireError
+from tapfl.progress import stage
 from tapfl.wire import WireMessage
 
 R = TypeVar("R", bound=WireMessage)
@@ -55,19 +56,21 @@ def wait_for_nodes(grid: Grid, count: int, timeout: float) -> list[int]:
     """
     end = time.monotonic() + timeout
     seen, since = -1, time.monotonic()
-    while True:
-        nodes = sorted(grid.get_node_ids())
-        now = time.monotonic()
-        if len(nodes) != seen:
-            seen, since = len(nodes), now
-        if count and seen > count:
-            raise RunError(f"devices.count = {count}, but there are {seen} nodes; give 0 to use them all")
-        if (count and seen == count) or (not count and seen and now - since >= 1.0):
-            return nodes
-        if now >= end:
-            wanted = f"devices.count = {count}" if count else "at least one device was expected"
-            raise RunError(f"{wanted}, but {seen} nodes are there after {timeout:g} s (node-timeout)")
-        time.sleep(0.05)
+    with stage("nodes") as advance:
+        while True:
+            nodes = sorted(grid.get_node_ids())
+            now = time.monotonic()
+            if len(nodes) != seen:
+                seen, since = len(nodes), now
+                advance(seen, count)
+            if count and seen > count:
+                raise RunError(f"devices.count = {count}, but there are {seen} nodes; give 0 to use them all")
+            if (count and seen == count) or (not count and seen and now - since >= 1.0):
+                return nodes
+            if now >= end:
+                wanted = f"devices.count = {count}" if count else "at least one device was expected"
+                raise RunError(f"{wanted}, but {seen} nodes are there after {timeout:g} s (node-timeout)")
+            time.sleep(0.05)
 
 
 def exchange(
@@ -93,12 +96,13 @@ def exchange(
         window: messages in flight at once; Flower's state slows down with every message that lies in it.
         group: shown by Flower, the round.
         limit: bytes that an answer of this device may have.
-        arrived: called with the number of devices that are done.
+        arrived: called with the number of devices that are done, first with 0.
     """
     answers: Answers[R] = Answers()
     waiting = deque((partition_id, 1, 0.0) for partition_id in sorted(outgoing))
     in_flight: dict[str, tuple[int, int]] = {}
     end, poll = time.monotonic() + timeout, POLL_FIRST
+    arrived(0)
     while waiting or in_flight:
         now = time.monotonic()
         if now >= end:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -21,11 +21,11 @@ from flwr.serverapp import Grid
 
 from strategies.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from strategies.fleet import Fleet
+from strategies.loggers.feed import loggers
 from strategies.preparation import Backbone, Preparation
-from strategies.progress import stage
 from strategies.results import Clock, summarise
 from strategies.sampling import turnout
-from strategies.simulated import seconds, training_macs
+from strategies.simulated import CurvePoint, Spent, seconds, training_macs
 from tapfl.adapters import rules
 from tapfl.adapters.layout import (
     Layout,
@@ -44,6 +44,7 @@ from tapfl.data.sources import ImageSet
 from tapfl.personalize.method import method_of
 from tapfl.privacy import epsilon
 from tapfl.profiles import max_rank
+from tapfl.progress import stage
 from tapfl.pruning.plan import PruningPlan
 from tapfl.seeds import of_secret, torch_generator
 from tapfl.store import RunFolder, write_json
@@ -63,8 +64,9 @@ class Federation:
         self.layouts: dict[int, Layout] = {}  # of the devices that have theirs
         self.method = method_of(config.personalize, config.adapters.scale)
         self.fresh: Params = {}
-        self.curve: list[tuple[float, float]] = []
+        self.curve: list[CurvePoint] = []
         self.clock = Clock(folder.path / "timing.json")
+        self.tell: Callable[[], None] = lambda: None  # the loggers that lines of metrics.jsonl have become final
 
     def run(self) -> None:
         """Carries the federation out, or goes on with it, and leaves the whole of it in the run's folder.
@@ -75,12 +77,18 @@ class Federation:
         """
         checkpoint = load_checkpoint(self.folder, self.config) if self.config.resume else None
         if checkpoint and checkpoint.round == self.config.train.rounds and self.folder.summary.exists():
-            log(logging.INFO, "the run is finished: %s", self.folder.path)
+            with loggers(self.config, self.folder):  # they may lack some of it, or all
+                log(logging.INFO, "the run is finished: %s", self.folder.path)
             return
         self.folder.summary.unlink(missing_ok=True)
         write_json(self.folder.path / "config.json", self.config.flat() | {"resume": False})
         self.folder.write_versions()
         self.folder.cut_metrics(checkpoint.metrics_bytes if checkpoint else 0)
+        with loggers(self.config, self.folder) as self.tell:
+            self._carry_out(checkpoint)
+
+    def _carry_out(self, checkpoint: Checkpoint | None) -> None:
+        """Does what is left to do after the checkpoint."""
         with self.clock.phase("backbone"):
             backbone = self.preparation.backbone()
         with self.clock.phase("round zero"):
@@ -142,16 +150,17 @@ class Federation:
         # in the order of the layers, which is that of the noise and of every sum; a file has an order of its own
         state = replace(checkpoint.state, params={name: checkpoint.state.params[name] for name in self.fresh})
         rounds = self.config.train.rounds
-        with stage("rounds", rounds) as advance:
+        with stage("rounds") as advance:
+            advance(checkpoint.round, rounds)
             for t in range(checkpoint.round + 1, rounds + 1):
                 with self.clock.round(t):
                     self._welcome(backbone)
-                    ended = self.fleet.simulated
+                    spent = self.fleet.spent
                     replies = self._train(t, state.params)
                     state = self._aggregate(t, state, replies)
-                    accuracy = self._record(t - 1, replies, ended)
+                    accuracy = self._record(t - 1, replies, spent)
                     self._checkpoint(t, state)
-                advance(t, f"personal accuracy {accuracy:.3f} after round {t - 1}")
+                advance(t, rounds, f"personal accuracy {accuracy:.3f} after round {t - 1}")
         return state
 
     def _welcome(self, backbone: Backbone) -> None:
@@ -190,13 +199,15 @@ class Federation:
             limit=lambda i: 4 * self._upload_length(i, t) + ENVELOPE,
             at_least=waited,
             round=t,
-            quiet=True,
         )
 
     def _train_message(self, t: int, i: int, current: Params) -> Train:
         return Train(t, self.fleet.records[i].last_round, self._down(i, current))
 
     def _down(self, i: int, current: Params) -> np.ndarray:
+        """Returns what a device gets of w; where nothing is shared, the start of its first round and then nothing."""
+        if not self.method.uploads and self.fleet.records[i].last_round:
+            return np.zeros(0, np.float32)
         layout = rules.down(self.config.adapters, self.layouts[i])
         return pack(gather_all(current, layout), layout)
 
@@ -234,13 +245,14 @@ class Federation:
         size = self.folder.metrics.stat().st_size
         made = Checkpoint(t, state, self.fleet.records, size, self.curve, self.fleet.simulated)
         save_checkpoint(self.folder, self.config, made)
+        self.tell()
         return made
 
     # -- what came of it ----------------------------------------------------------------------------------------------
 
     def _evaluate(self, final: ServerState) -> None:
         last, records = self.config.train.rounds + 1, self.fleet.records
-        ended = self.fleet.simulated
+        spent = self.fleet.spent
 
         def check(i: int, reply: EvaluateReply) -> None:
             reply.check(last)
@@ -255,15 +267,15 @@ class Federation:
             limit=lambda i: ENVELOPE,
             round=last,
         )
-        self._record(last - 1, replies, ended)
+        self._record(last - 1, replies, spent)
 
     def _record(
-        self, round: int, replies: Mapping[int, TrainReply] | Mapping[int, EvaluateReply], when: float
+        self, round: int, replies: Mapping[int, TrainReply] | Mapping[int, EvaluateReply], spent: Spent
     ) -> float:
         """Notes how devices did after `round`, which they say before they train again; returns the mean over all.
 
         Args:
-            when: simulated seconds since the start at which that round had ended.
+            spent: what the run had cost when that round had ended.
         """
         for i, reply in replies.items():
             values = {name: getattr(reply, name) for name in MEASURES}
@@ -271,16 +283,19 @@ class Federation:
             loss = {"next_loss": reply.loss} if isinstance(reply, TrainReply) else {}
             self.folder.append_metrics(kind="device", round=round, device=i, **values, **loss)
         means = {name: float(np.mean([getattr(r, name) for r in replies.values()])) for name in MEASURES if replies}
-        totals = {
-            side: sum(sum(getattr(record, side).values()) for record in self.fleet.records.values())
-            for side in ("bytes_up", "bytes_down")
-        }
         self.folder.append_metrics(
-            kind="round", round=round, devices=len(replies), simulated_seconds=when, **means, **totals
+            kind="round",
+            round=round,
+            devices=len(replies),
+            simulated_seconds=spent.seconds,
+            **means,
+            bytes_up=spent.bytes_up,
+            bytes_down=spent.bytes_down,
         )
         # of those that were not asked what was last known: or a curve would follow who happens to be there
-        self.curve.append((when, float(np.mean([self.fleet.records[i].personal_accuracy for i in self.layouts]))))
-        return self.curve[-1][1]
+        accuracy = float(np.mean([self.fleet.records[i].personal_accuracy for i in self.layouts]))
+        self.curve.append(CurvePoint(spent.seconds, spent.bytes_up + spent.bytes_down, accuracy))
+        return accuracy
 
     def _summary(self, dense_params: int) -> dict[str, Any]:
         privacy = self.config.privacy

@@ -11,12 +11,12 @@ from flwr.common.logger import log
 from flwr.serverapp import Grid
 
 from strategies.exchange import Answers, R, exchange, wait_for_nodes
-from strategies.progress import stage
 from strategies.results import DeviceRecord
-from strategies.simulated import seconds
+from strategies.simulated import Spent, seconds
 from tapfl.config import RunConfig
 from tapfl.errors import ConfigError
 from tapfl.profiles import DeviceProfile, max_rank
+from tapfl.progress import stage
 from tapfl.store import RunFolder
 from tapfl.wire import ENVELOPE, Hello, HelloReply, WireMessage
 
@@ -114,7 +114,6 @@ class Fleet:
         at_least: float = 0.0,
         min_success: float | None = None,
         round: int = 0,
-        quiet: bool = False,
     ) -> dict[int, R]:
         """Returns the answers that pass `check`, by partition id and in that order; counts bytes, time and failures.
 
@@ -133,7 +132,7 @@ class Fleet:
         """
         known = known or {}
         addressed = {i: (self._nodes[i], m) for i, m in outgoing.items() if i in self._nodes and i not in known}
-        answers = self._exchange(what, addressed, reply_type, check, limit, quiet)
+        answers = self._exchange(what, addressed, reply_type, check, limit)
         for i, reply in known.items():
             check(i, reply)
             answers.replies[i] = reply
@@ -162,6 +161,15 @@ class Fleet:
         self.folder.append_metrics(kind="failure", phase=what, device=i, reason=reason)
 
     @property
+    def spent(self) -> Spent:
+        """What the run has cost so far."""
+        up, down = (
+            sum(getattr(record, side).total() for record in self.records.values())
+            for side in ("bytes_up", "bytes_down")
+        )
+        return Spent(self.simulated, up, down)
+
+    @property
     def _min_success(self) -> float:
         return self.config.faults.min_success
 
@@ -172,9 +180,8 @@ class Fleet:
         reply_type: type[R],
         check: Callable[[int, R], None],
         limit: Callable[[int], float] = lambda i: math.inf,
-        quiet: bool = False,
     ) -> Answers[R]:
-        def send(arrived: Callable[[int], None]) -> Answers[R]:
+        with stage(what) as advance:
             return exchange(
                 self.grid,
                 addressed,
@@ -185,10 +192,5 @@ class Fleet:
                 window=self.config.window,
                 group=what,
                 limit=limit,
-                arrived=arrived,
+                arrived=lambda count: advance(count, len(addressed), "devices"),
             )
-
-        if quiet:
-            return send(lambda count: None)
-        with stage(what, len(addressed)) as advance:
-            return send(lambda count: advance(count, "devices"))

@@ -14,12 +14,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from flwr.common.logger import log
 from torch import nn
 
 from strategies.fleet import Fleet
-from strategies.progress import stage
 from strategies.round_zero import PublicPool, Shared, describe_pool, device_model
 from tapfl.config import RunConfig
 from tapfl.data.sources import ImageSet
@@ -29,8 +29,9 @@ from tapfl.models.cost import Cost, measure_cost
 from tapfl.models.dense import DenseCache, dense_backbone
 from tapfl.models.prunable import prunable_layers
 from tapfl.models.units import PrunableLayer
+from tapfl.progress import stage
 from tapfl.pruning.plan import PruningPlan
-from tapfl.store import RunFolder, cache_folder, read_about, read_tensors, write_bytes, write_tensors
+from tapfl.store import RunFolder, cache_folder, read_about, read_tensors, write_bytes, write_json, write_tensors
 from tapfl.summary.mixture import GaussianSummary
 from tapfl.wire import ENVELOPE, Prune, PruneReply, Summarize, SummaryReply
 
@@ -63,12 +64,9 @@ class Preparation:
 
     def backbone(self) -> Backbone:
         """Returns the dense backbone: trained, loaded, or from the cache."""
-        with stage("dense backbone", self.config.model.epochs) as advance:
-            made = dense_backbone(
-                self.config.model, self.images, self.config.seed, self.cache, lambda done, _: advance(done, "epochs")
-            )
-            advance(self.config.model.epochs, f"ready: {made[0]}")
-        return Backbone(*made)
+        made = Backbone(*dense_backbone(self.config.model, self.images, self.config.seed, self.cache))
+        log(logging.INFO, "dense backbone: ready: %s", made.key)
+        return made
 
     def smaller_models(self, backbone: Backbone) -> dict[int, Prune]:
         """Returns for every device of the fleet the message that brings it its model.
@@ -76,28 +74,32 @@ class Preparation:
         Raises:
             RunError: if too few devices give a mixture.
         """
-        pool = describe_pool(self.config, self.images, backbone.model)
+        with stage("public pool"):
+            pool = describe_pool(self.config, self.images, backbone.model)
         summaries = self._summaries(backbone, pool)
-        shared = Shared(self.config, pool, backbone.model)
         messages: dict[int, Prune] = {}
-        with stage("smaller models", len(self.fleet.records)) as advance:
+        with stage("smaller models") as advance:
+            advance(0, len(self.fleet.records))
+            shared = Shared(self.config, pool, backbone.model)
             for done, (i, record) in enumerate(self.fleet.records.items(), start=1):
                 record.generic = i not in summaries
                 try:
                     messages[i] = self.planned(backbone, i) or self._plan(backbone, shared, summaries.get(i), i)
                 except BudgetError as error:  # a device's own budget: its loss, and no one else's
                     self.fleet.lost(i, "smaller models", str(error))
-                advance(done, f"device {i}")
+                advance(done, len(self.fleet.records), f"device {i}")
         if not messages:
             raise RunError("smaller models: no device has a budget that this backbone can meet")
         return messages
 
     def _plan(self, backbone: Backbone, shared: Shared, summary: GaussianSummary | None, i: int) -> Prune:
         budget = self.fleet.records[i].profile.budget
-        pruned = device_model(shared, backbone.spec, summary or shared.pool.mixture, i, budget)
+        pruned = device_model(shared, backbone.spec, summary, i, budget)
         # a device that gave no mixture may not have got the backbone either
         sent = self.config.pruning.send == "weights" or self.fleet.records[i].generic
         weights = pruned.weights(always=sent)
+        if pruned.metric_set is not None:
+            self._keep_metric_set(i, pruned.metric_set)
         self._keep(i, pruned.plan, weights)
         return Prune(backbone.key, pruned.plan.model_dump_json(), weights)
 
@@ -115,6 +117,12 @@ class Preparation:
             write_bytes(folder / f"{i:02d}.safetensors", weights)
         # last: with it the device's model is complete
         write_bytes(folder / f"{i:02d}.json", plan.model_dump_json(indent=1).encode())
+
+    def _keep_metric_set(self, i: int, chosen: np.ndarray) -> None:
+        """Notes for the report which classes the images are of; no plan depends on that, unless `labels` says so."""
+        labels, classes = self.images.labels, self.images.classes
+        counts = (np.bincount(each, minlength=len(classes)).tolist() for each in (labels[chosen], labels))
+        write_json(self.folder.metric_set(i), dict(zip(("classes", "metric", "pool"), (classes, *counts), strict=True)))
 
     def surgery(self, messages: Mapping[int, Prune], min_success: float | None = None) -> dict[int, PruneReply]:
         """Sends the smaller models; returns the answers of the devices that have theirs."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from strategies.simulated import time_to_accuracy
+from strategies.simulated import CurvePoint, bytes_to_accuracy, time_to_accuracy
 from tapfl.profiles import DeviceProfile
 from tapfl.store import write_json
 from tapfl.wire import WireMessage
@@ -103,7 +103,7 @@ def summarise(
     seconds: Mapping[str, float],
     dense_params: int,
     rounds: int,
-    curve: list[tuple[float, float]],
+    curve: Sequence[CurvePoint],
     epsilon: Callable[[int], float | None],
 ) -> dict[str, Any]:
     """Returns the content of `summary.json`.
@@ -111,7 +111,7 @@ def summarise(
     ``full_model_bytes`` is what one device would send in all if it sent the dense model, fp32, in every round.
 
     Args:
-        curve: (simulated seconds since the start, mean personal accuracy) after each round.
+        curve: of the mean personal accuracy, after round zero and after each round.
         epsilon: of differential privacy after so many rounds; None: there is no guarantee.
     """
     done = [record for record in records.values() if record.params]
@@ -132,8 +132,10 @@ def summarise(
         "full_model_bytes": 4 * dense_params * rounds,
         "failures": sum(record.failures for record in records.values()),
         "epsilon": max((e for r in done if (e := epsilon(r.rounds)) is not None), default=None),
-        "simulated_seconds": curve[-1][0],
+        "simulated_seconds": curve[-1].seconds,
         "time_to_accuracy": time_to_accuracy(curve),
+        "bytes_to_accuracy": bytes_to_accuracy(curve),
+        "curve": [point._asdict() for point in curve],
         "seconds": {name: round(value, 3) for name, value in seconds.items()},
         "devices": [record.table() | {"epsilon": epsilon(record.rounds)} for record in records.values()],
     }

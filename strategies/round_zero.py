@@ -52,7 +52,11 @@ class PublicPool:
 
 def describe_pool(config: RunConfig, images: ImageSet, model: nn.Module) -> PublicPool:
     """Returns the pool with its descriptors and mixture."""
-    features = cached_features(model, images, transform_of(model), cache_folder(config.cache))
+    return pool_of(config, images, cached_features(model, images, transform_of(model), cache_folder(config.cache)))
+
+
+def pool_of(config: RunConfig, images: ImageSet, features: np.ndarray) -> PublicPool:
+    """Returns the same of images whose features, float32 (n, width), are known."""
     projection = Projection.fit(features, config.summary.dim)
     points = projection(features)
     drawn = int(numpy_generator(config.seed, "pool").integers(2**31))
@@ -71,14 +75,23 @@ def model_to_cut(config: RunConfig, pool: PublicPool, model: nn.Module) -> nn.Mo
 
 
 def task_images(
-    pool: PublicPool, summary: GaussianSummary, options: MetricOptions, seed: int, partition_id: int, size: int = 0
+    pool: PublicPool,
+    summary: GaussianSummary | None,
+    options: MetricOptions,
+    seed: int,
+    partition_id: int,
+    size: int = 0,
 ) -> np.ndarray:
     """Returns the positions in the pool, int64, of the images that stand for a device's task, best first.
 
     Args:
+        summary: its mixture; None: its task is the pool as a whole, evenly drawn, the same images for every device.
         size: how many; 0: as many as the metric set has.
     """
     options = options.model_copy(update={"size": size or options.size})
+    if summary is None:  # by its own mixture all of a pool is equally likely, and a rule would take what comes first
+        options, generator = options.model_copy(update={"rule": "random"}), numpy_generator(seed, "metric")
+        return pick_metric_set(pool.mixture, pool.density, pool.points, options, generator)
     generator = numpy_generator(seed, "metric", partition_id)
     return pick_metric_set(summary, pool.density, pool.points, options, generator)
 
@@ -90,9 +103,14 @@ class Shared:
     """
 
     def __init__(self, config: RunConfig, pool: PublicPool, model: nn.Module) -> None:
-        self.config, self.pool, self.model = config, pool, model_to_cut(config, pool, model)
+        self.config, self.pool, self._dense = config, pool, model
         self.transform = transform_of(model)
         self._tasks, self._selections = Memo(BUDGETS), Memo(SELECTIONS)
+
+    @cached_property
+    def model(self) -> nn.Module:
+        """The model of which all smaller ones are parts; a run that finds its plans has no use for it."""
+        return model_to_cut(self.config, self.pool, self._dense)
 
     @cached_property
     def probe(self) -> PoolProbe:
@@ -130,9 +148,11 @@ class Shared:
 
 
 def device_model(
-    shared: Shared, spec: BackboneSpec, summary: GaussianSummary, partition_id: int, budget: float | str
+    shared: Shared, spec: BackboneSpec, summary: GaussianSummary | None, partition_id: int, budget: float | str
 ) -> Pruned:
     """Returns the smaller model of one device and its plan: by the public images of its task, for its budget.
+
+    Without a mixture it is the generic plan of its budget, that of the whole pool.
 
     Raises:
         BudgetError: if this backbone cannot meet the budget.
@@ -150,4 +170,4 @@ def device_model(
         "align": task.options.align,
     }
     fine_tune = fine_tune_set(lambda size: pool.images.subset(images(size)), shared.transform, options)
-    return prune_to(task, selection, spec, fine_tune, provenance, config.seed)
+    return replace(prune_to(task, selection, spec, fine_tune, provenance, config.seed), metric_set=chosen)

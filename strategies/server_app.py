@@ -8,8 +8,10 @@ import torch
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from strategies.checkpoint import require_same_options
 from strategies.federation import Federation
+from strategies.loggers.feed import require_loggers
+from strategies.progress import shown
+from strategies.same_options import require_same_options
 from tapfl.config import RunConfig
 from tapfl.data.federated import open_pool
 from tapfl.errors import ConfigError
@@ -24,12 +26,14 @@ def main(grid: Grid, context: Context) -> None:
     torch.set_num_threads(1)  # the same bits whatever the machine has
     config = RunConfig.from_flat(context.run_config)
     _require_paths(config)
+    require_loggers(config.log)
     path = run_path(config.out, context.run_id)
-    folder = RunFolder.reopen(path) if config.resume else RunFolder.create(path)
-    if config.resume:
-        require_same_options(folder, config)
-    pool = open_pool(config.data, input_transform(config.model), config.seed, cache_folder(config.cache))
-    Federation(grid, config, pool, folder).run()
+    opened = RunFolder.reopen(path) if config.resume else RunFolder.create(path)
+    with opened as folder, shown():
+        if config.resume:
+            require_same_options(folder, config)
+        pool = open_pool(config.data, input_transform(config.model), config.seed, cache_folder(config.cache))
+        Federation(grid, config, pool, folder).run()
 
 
 def _require_paths(config: RunConfig) -> None:

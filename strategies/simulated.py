@@ -6,6 +6,9 @@ counted as three forward passes (the forward pass, and the two products of the b
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 from tapfl.profiles import DeviceProfile
 
 STEP = 3  # forward passes' worth of a training step
@@ -28,15 +31,37 @@ def training_macs(macs: int, train_samples: int, test_samples: int, epochs: int,
     return macs * (STEP * passes * epochs * train_samples + 2 * test_samples)
 
 
-def time_to_accuracy(curve: list[tuple[float, float]]) -> dict[str, float]:
-    """Returns the simulated seconds at which each accuracy (0.05, 0.10, … as far as it got) was first reached.
+class Spent(NamedTuple):
+    """What a run has cost so far: simulated seconds since the start, and bytes of all devices, each way."""
 
-    Args:
-        curve: (simulated seconds since the start, mean accuracy) after each round.
-    """
-    reached: dict[str, float] = {}
-    for percent in range(5, 101, 5):
-        first = next((when for when, accuracy in curve if accuracy * 100 >= percent - 1e-9), None)
-        if first is not None:
-            reached[f"{percent / 100:.2f}"] = first
-    return reached
+    seconds: float
+    bytes_up: int
+    bytes_down: int
+
+
+class CurvePoint(NamedTuple):
+    """How far a run had come after a round, and at what cost: simulated seconds and bytes both ways since the start."""
+
+    seconds: float
+    bytes: int
+    accuracy: float
+
+
+def first_at(curve: Sequence[CurvePoint], accuracy: float) -> CurvePoint | None:
+    """Returns the first point of a learning curve that reaches an accuracy, or None."""
+    return next((point for point in curve if point.accuracy >= accuracy - 1e-9), None)
+
+
+def time_to_accuracy(curve: Sequence[CurvePoint]) -> dict[str, float]:
+    """Returns the simulated seconds at which each accuracy (0.05, 0.10, … as far as it got) was first reached."""
+    return {accuracy: point.seconds for accuracy, point in _milestones(curve).items()}
+
+
+def bytes_to_accuracy(curve: Sequence[CurvePoint]) -> dict[str, int]:
+    """Returns the bytes, up and down, that had been sent when each accuracy (0.05, 0.10, …) was first reached."""
+    return {accuracy: point.bytes for accuracy, point in _milestones(curve).items()}
+
+
+def _milestones(curve: Sequence[CurvePoint]) -> dict[str, CurvePoint]:
+    found = {f"{percent / 100:.2f}": first_at(curve, percent / 100) for percent in range(5, 101, 5)}
+    return {accuracy: point for accuracy, point in found.items() if point is not None}

@@ -12,6 +12,7 @@ import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
+from urllib.parse import parse_qs, urlsplit
 
 from pydantic import (
     AfterValidator,
@@ -33,6 +34,8 @@ Scalar = bool | int | float | str
 PATH_OPTIONS = ("out", "cache", "data.source", "data.public", "model.weights", "model.head-rows", "devices.profiles")
 PROFILE_SETS = ("equal", "tiers", "mobile")
 NOT_PATHS = ("", "digits", "hub", *PROFILE_SETS)
+# options, or the beginnings of their names, that change no result: a run that goes on may have others
+FREE_OPTIONS = ("resume", "out", "cache", "node-timeout", "window", "faults.", "log.")
 OWN = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")  # module:name, in the place of a built-in name (`tapfl.own`)
 LINEAR_RULES = ("fedit", "ffa", "rolora", "embed_side")  # sums of what devices sent, which noise can cover
 RULES = (*LINEAR_RULES, "flex")
@@ -104,6 +107,9 @@ class DataOptions(Section):
     public: str = Field("", description="a second source for the public pool; empty: a share of `source`")
     public_share: float = Field(0.5, gt=0, lt=1, description="share of `source` that is the public pool")
     test_share: float = Field(0.3, gt=0, lt=1, description="share of a device's images that is its test part")
+    evaluate: Literal["test", "validation"] = Field(
+        "test", description="`validation`: a `test-share` of the training part instead; the test part is not touched"
+    )
     image_size: int = Field(0, ge=0, description="pixels a side at which images are kept; 0: what the backbone takes")
     partition: Literal["pathological", "class-blocks", "dirichlet", "iid", "shard"] = Field(
         "pathological", description="flwr-datasets partitioner of the private images; `class-blocks` are disjoint"
@@ -322,6 +328,30 @@ class PrivacyOptions(Section):
         return self
 
 
+class LogOptions(Section):
+    """Where the numbers of metrics.jsonl go besides; docs/logging.md."""
+
+    tensorboard: bool = Field(False, description="event files in the run's folder; needs tapfl[tensorboard]")
+    mlflow: str = Field(
+        "",
+        description="tracking URI, as http://HOST:PORT or sqlite:////FOLDER/mlflow.db; empty: off; needs tapfl[mlflow]",
+    )
+    mlflow_experiment: str = Field("tapfl", min_length=1, description="MLflow experiment, made if it is not there")
+
+    @model_validator(mode="after")
+    def _uri_can_be_told(self) -> LogOptions:
+        """The URI stands in config.json and goes to the devices with the other options, and a run has no one folder."""
+        uri = urlsplit(self.mlflow)
+        if uri.password or "password" in parse_qs(uri.query):
+            raise ValueError(
+                "mlflow holds a password, which would be written to config.json and sent to the devices; accepted: "
+                "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD in the environment"
+            )
+        if uri.scheme.startswith("sqlite") and not uri.path.startswith("//"):
+            raise ValueError(f"mlflow={self.mlflow} must be absolute: sqlite:////FOLDER/mlflow.db, with four slashes")
+        return self
+
+
 class RunConfig(Section):
     """All options of a run."""
 
@@ -342,6 +372,7 @@ class RunConfig(Section):
     personalize: PersonalizeOptions = PersonalizeOptions()
     faults: FaultOptions = FaultOptions()
     privacy: PrivacyOptions = PrivacyOptions()
+    log: LogOptions = LogOptions()
 
     @model_validator(mode="after")
     def _private_sums_are_linear(self) -> RunConfig:
@@ -389,6 +420,11 @@ def validated(model: type[S], tables: Mapping[str, Any]) -> S:
         return model.model_validate(tables)
     except ValidationError as error:
         raise ConfigError("\n".join(_explain(dict(e), model) for e in error.errors())) from None
+
+
+def binding(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns those of a run's dotted options that must stay as they are when it goes on; it may get more rounds."""
+    return {k: v for k, v in flat.items() if not k.startswith(FREE_OPTIONS) and k != "train.rounds"}
 
 
 def names_path(value: str) -> bool:

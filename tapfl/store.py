@@ -1,7 +1,8 @@
 """Files of a run: written whole or not at all, without pickle.
 
 A file appears under its name only when every byte of it is on disk (temporary file, fsync, rename), so a run that is
-killed at any moment leaves either the old version or the new one.
+killed at any moment leaves either the old version or the new one. torch is loaded with the first tensor, so that bad
+options are refused before.
 """
 
 from __future__ import annotations
@@ -17,16 +18,16 @@ from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
-import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load as parse_tensors
-from safetensors.torch import save as serialize_tensors
 
 from tapfl.errors import ConfigError, PlanError
 
-Tensors = Mapping[str, torch.Tensor]
+if TYPE_CHECKING:
+    import torch
+
+Tensors = Mapping[str, "torch.Tensor"]
 
 
 @contextmanager
@@ -90,8 +91,10 @@ def write_json(path: Path, content: Any) -> None:
 
 def pack_tensors(tensors: Tensors, about: Mapping[str, str] | None = None) -> bytes:
     """Returns the content of a safetensors file; `about` becomes its metadata."""
+    from safetensors.torch import save
+
     contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
-    return serialize_tensors(contiguous, metadata=dict(about or {}))
+    return save(contiguous, metadata=dict(about or {}))
 
 
 def write_tensors(path: Path, tensors: Tensors, about: Mapping[str, str] | None = None) -> None:
@@ -119,8 +122,10 @@ def read_about(path: Path) -> dict[str, str]:
 
 def unpack_tensors(content: bytes, source: str) -> dict[str, torch.Tensor]:
     """Returns the tensors of a safetensors file's content. Raises PlanError, naming `source`, if it is damaged."""
+    from safetensors.torch import load
+
     try:
-        return parse_tensors(content)
+        return load(content)
     except SafetensorError as error:
         raise PlanError(f"{source}: is not a whole safetensors file ({error})") from None
 
@@ -136,6 +141,8 @@ def content_hash(*parts: bytes | str | Tensors) -> str:
     digest = hashlib.sha256()
     for part in parts:
         if isinstance(part, Mapping):
+            import torch
+
             digest.update(f"{len(part)} tensors:".encode())
             for name in sorted(part):
                 tensor = part[name].detach().cpu().contiguous()
@@ -180,16 +187,18 @@ class Versions:
 
 
 class RunFolder:
-    """A run's folder.
+    """A run's folder; a context manager, for as long as a run is at work in it.
 
     ```
     config.json versions.json     the run as resolved, and with what
     summaries/NN.safetensors      what each device said of its images
     plans/NN.json NN.safetensors  each device's plan, and its weights where the plan alone does not give them
+    metric-sets/NN.json           how many public images of each class each plan was measured on, and the pool has
     server/round-NNNN.safetensors all that the server knows after each round, the last two: `strategies.checkpoint`
     devices/NN/                   a device's own storage; in a deployment it lies on the device
     metrics.jsonl                 one line a device a round, one a round, one a loss
     timing.json                   wall seconds by phase and by round
+    tensorboard/ mlflow.json      event files, and which MLflow run this is, where they are asked for
     summary.json                  the whole, written last
     ```
     """
@@ -225,8 +234,15 @@ class RunFolder:
             raise ConfigError(f"resume: {self.path} is not a run's folder (config.json holds no options)")
         return found
 
+    def __enter__(self) -> RunFolder:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._lock:
+            self._lock.close()
+
     def _hold(self) -> RunFolder:
-        """Keeps other processes out until this one ends, however it ends."""
+        """Keeps others out until the end of the block, or of this process, however that ends."""
         self._lock = (self.path / ".lock").open("w")
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -260,6 +276,10 @@ class RunFolder:
     @property
     def server(self) -> Versions:
         return Versions(self.path / "server")
+
+    def metric_set(self, partition_id: int) -> Path:
+        """Returns the file that says which classes the public images are of that a device's plan was measured on."""
+        return self.path / "metric-sets" / f"{partition_id:02d}.json"
 
     def device(self, partition_id: int) -> Path:
         """Returns the storage of a device that is simulated on this machine."""

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tapfl.progress import stage
+
 Params = dict[str, Tensor]
 Objective = Callable[[Params, object], Tensor]
 """(parameters, batch) -> loss; one that takes a `tapfl.adapters.mixture.Pair` returns the losses of both its models."""
@@ -59,26 +61,31 @@ def train_dense(
     batch: int,
     learning_rate: float,
     generator: np.random.Generator,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    name: str = "training",
 ) -> None:
     """Trains all parameters of `model` in place with AdamW and one cycle of the learning rate, no data augmentation.
 
     Args:
         inputs: positions -> what the model takes, so that a large pool need not be in memory as floats.
         labels: (n,).
-        progress: called after each epoch with (epochs done, epochs in all).
+        name: of the stage as which it is shown, with the mean loss of the epoch so far.
     """
     model.eval()  # no dropout, no stochastic depth: the result is a function of data and seed
     params = list(model.requires_grad_(True).parameters())
-    steps = epochs * -(-len(labels) // batch)
+    an_epoch = -(-len(labels) // batch)
+    steps = epochs * an_epoch
     adam = torch.optim.AdamW(params, lr=learning_rate, weight_decay=0.05)
     cycle = torch.optim.lr_scheduler.OneCycleLR(adam, learning_rate, total_steps=max(steps, 2))
-    for step, chosen in enumerate(batches(len(labels), batch, epochs, generator), start=1):
-        loss = nn.functional.cross_entropy(model(inputs(chosen)), labels[torch.from_numpy(chosen)])
-        adam.zero_grad()
-        loss.backward()
-        adam.step()
-        cycle.step()
-        if step % (steps // epochs) == 0:
-            progress(step // (steps // epochs), epochs)
+    with stage(name) as advance:
+        advance(0, steps)
+        mean = 0.0
+        for step, chosen in enumerate(batches(len(labels), batch, epochs, generator)):
+            loss = nn.functional.cross_entropy(model(inputs(chosen)), labels[torch.from_numpy(chosen)])
+            adam.zero_grad()
+            loss.backward()
+            adam.step()
+            cycle.step()
+            epoch, place = divmod(step, an_epoch)
+            mean += (float(loss.detach()) - mean) / (place + 1)
+            advance(step + 1, steps, f"epoch {epoch + 1} of {epochs}, loss {mean:.3f}")
     model.requires_grad_(False)

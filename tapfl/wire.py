@@ -270,7 +270,7 @@ class PruneReply(WireMessage):
 
 @dataclass(frozen=True)
 class Train(WireMessage):
-    """The global adapters, cut to the device: evaluate them, train, and answer.
+    """The global adapters, cut to the device: evaluate them, train, and answer. Under `local` they come once.
 
     `state_round` is the last round of which the server has this device's answer, 0 for none: the device goes on from
     its own state after that round, whatever it did in rounds that came to nothing.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from tapfl.models.backbone import (
     transform_of,
 )
 from tapfl.models.dense import DenseCache, dense_backbone, dense_key
+from tapfl.progress import shown_on
 from tapfl.store import read_tensors, write_tensors
 from tapfl.training import accuracy, predict
 
@@ -211,12 +213,16 @@ def options(**values: object) -> ModelOptions:
 
 
 def test_a_dense_backbone_learns_and_is_frozen(tmp_path: Path) -> None:
-    told: list[tuple[int, int]] = []
+    told: list[tuple[object, ...]] = []
     pool = bright_and_dark()
-    key, made, model = dense_backbone(options(), pool, 0, DenseCache(tmp_path), lambda *done: told.append(done))
+    with shown_on(lambda name: nullcontext(lambda *done: told.append((name, *done)))):
+        key, made, model = dense_backbone(options(), pool, 0, DenseCache(tmp_path))
     assert made.num_classes == 2
     assert accuracy(predict(model, transform_of(model)(pool.images)), torch.from_numpy(pool.labels)) > 0.9
-    assert told == [(i, 8) for i in range(1, 9)]
+    steps = 8 * -(-len(pool) // 10)
+    assert [step[:3] for step in told] == [("dense backbone", done, steps) for done in range(steps + 1)]
+    loss = float(str(told[-1][3]).removeprefix("epoch 8 of 8, loss "))
+    assert 0 < loss < 1
     assert not any(parameter.requires_grad for parameter in model.parameters())
     assert DenseCache(tmp_path).holds(key)
 

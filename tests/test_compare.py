@@ -10,7 +10,7 @@ from test_inprocess_run import SMALL
 from typer.testing import CliRunner
 
 from experiments import cli
-from experiments.compare.grid import read_comparison
+from experiments.compare.reading import read_comparison
 from experiments.compare.run import run_comparison
 from experiments.compare.table import table
 from tapfl.errors import ConfigError
@@ -80,7 +80,7 @@ device = [1]"""
     shown = table(rows, comparison)
     assert list(shown[0]) == ["criterion", "metric.rule", "unit-shape", "recovery", "50% MACs"]
     with pytest.raises(ConfigError, match="--measure loss: accepted are macs_share"):
-        table(rows, comparison, "loss")
+        comparison.results.given(["loss"], None).check(comparison.axes)
     other = read_comparison(comparison_file(tmp_path, 'criterion = ["tap"]\ndevice = [1]'))
     with pytest.raises(ConfigError, match="is a comparison of other axes"):
         run_comparison(other, tmp_path / "out", lambda *_: None)

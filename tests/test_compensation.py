@@ -20,7 +20,9 @@ from tapfl.errors import ModelError, PlanError
 from tapfl.models.backbone import BackboneSpec, example_input
 from tapfl.models.residual import as_branch_output, observe
 from tapfl.models.units import PrunableLayer, replaced
-from tapfl.pruning.compensation import RIDGE, LostOutput, compensate, compensate_sequentially
+from tapfl.pruning.compensation import compensate, compensate_sequentially
+from tapfl.pruning.lost_output import RIDGE, LostOutput, unit_moments
+from tapfl.pruning.sensitivity import sensitivities
 from tapfl.pruning.surgery import load_pruned, save_pruned, shrink
 
 FAMILIES = ["vit", "deit", "swin"]
@@ -372,3 +374,24 @@ def test_every_kind_of_block_is_compensated(form: Form, name: str) -> None:
         setattr(plain.get_submodule(parent), leaf, layer.shrink(plain.get_submodule(layer.name), kept[layer.name]))
     small = form(backbone.model, kept, backbone.layers, fitted, batch=4)
     assert (small(fitted) - dense).square().sum() < 0.7 * (plain(fitted) - dense).square().sum()
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_is_known_of_all_units_gives_the_same_as_looking_again(
+    family: str, weighted: bool, families: dict[str, Tiny], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backbone = families[family]
+    inputs, generator = images(backbone, 6), torch.Generator().manual_seed(4)
+    felt = sensitivities(backbone.model, backbone.layers, inputs, 3, generator) if weighted else None
+    known = unit_moments(backbone.model, backbone.layers, inputs, 3, felt)
+    assert known.keys() == {layer.name for layer in backbone.layers if layer.kind == "ffn"}
+    kept = random_kept(list(backbone.layers), 0.5)
+    kept[next(iter(known))] = NOBODY
+    looked = compensate(backbone.model, kept, backbone.layers, inputs, 3, felt=felt)
+    remembered = compensate(backbone.model, kept, backbone.layers, inputs, 3, felt=felt, known=known)
+    for name, value in looked.state_dict().items():
+        torch.testing.assert_close(remembered.state_dict()[name], value, rtol=1e-4, atol=1e-5)
+    ffns = {name: kept[name] for name in known}  # nothing is left to look at: an image is not even asked for
+    monkeypatch.setattr(backbone.model, "forward", None)
+    compensate(backbone.model, ffns, backbone.layers, inputs, 3, felt=felt, known=known)

@@ -250,7 +250,7 @@ def test_upop_standardises_within_types_and_ranks_all_types_in_one(vit: Tiny) ->
         np.testing.assert_allclose(np.concatenate([z[name].numpy() for name in members]), expected, rtol=1e-12)
 
     task = task_of(vit, budget=0.7)
-    kept = upop_oneshot.unified(task, z).kept
+    kept = upop_oneshot.unified(task, upop_oneshot.worth(task.layers, z)).kept
     worst_kept = {layer.name: float(z[layer.name][_dims(layer, kept)].max()) for layer in vit.layers}
     ranked = sorted((-float(v), layer.macs_per_unit * layer.heads) for layer in vit.layers for v in z[layer.name])
     left, threshold = 0.3 * task.dense.macs, 0.0  # by falling z, until the costs sum up to what has to go

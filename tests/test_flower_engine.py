@@ -124,7 +124,7 @@ def test_a_simulation_that_was_killed_goes_on_to_the_same_bits(cache: Path, tmp_
     options = ["train.rounds=3", "devices.participation=0.75"]
     assert tapfl("--out", str(tmp_path / "whole"), cache=cache, options=options).exit_code == 0
     sets = [part for option in [*SMALL, f"cache={cache}", *options] for part in ("--set", option)]
-    command = [sys.executable, "-m", "experiments.cli", "run", "--workers", "2"]
+    command = [sys.executable, "-m", "experiments.cli", "run", "--no-report", "--workers", "2"]
     folder = tmp_path / "run"
     process = subprocess.Popen(
         [*command, "--out", str(folder), *sets], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL

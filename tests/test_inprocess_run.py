@@ -30,9 +30,10 @@ SMALL = [
 ]
 
 
-def tapfl(*arguments: str, cache: Path, options: list[str] | None = None) -> Result:
+def tapfl(*arguments: str, cache: Path, options: list[str] | None = None, report: str = "--no-report") -> Result:
     sets = [part for option in [*SMALL, f"cache={cache}", *(options or [])] for part in ("--set", option)]
-    return CliRunner().invoke(cli.app, ["run", "--engine", "inprocess", *sets, *arguments], catch_exceptions=False)
+    command = ["run", "--engine", "inprocess", report, *sets, *arguments]
+    return CliRunner().invoke(cli.app, command, catch_exceptions=False)
 
 
 @pytest.fixture(scope="module")
@@ -144,6 +145,12 @@ def test_every_rule_and_every_method_runs_and_goes_on(cache: Path, tmp_path: Pat
         assert said["personal_accuracy"] == said["global_accuracy"]
     if method == "local":
         assert said["adapter_bytes_up_per_round"] < 100
+        lines = [json.loads(line) for line in (tmp_path / "b" / "metrics.jsonl").read_text().splitlines()]
+        down = {
+            phase: [line["down"]["adapters"] for line in lines if line["kind"] == "traffic" and line["phase"] == phase]
+            for phase in ("round 1", "round 2", "evaluation")
+        }
+        assert min(down["round 1"]) > 1000 and max(down["round 2"] + down["evaluation"]) < 200
     else:
         full = {"flex": 1, "fedit": 1}.get(rule, 0.65)  # the others send half of the factors, and the head
         sent = json.loads((tmp_path / "b" / "summary.json").read_text())["devices"][0]["bytes_up"]["adapters"]
@@ -213,6 +220,11 @@ def test_devices_that_differ_come_and_go(cache: Path, tmp_path: Path) -> None:
     assert all(later - earlier == pytest.approx(50) for earlier, later in itertools.pairwise(clock))
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["simulated_seconds"] == clock[-1] and summary["failures"] == 0
+    spent = [line["bytes_up"] + line["bytes_down"] for line in lines if line["kind"] == "round"]
+    assert [(point["seconds"], point["bytes"]) for point in summary["curve"]] == list(zip(clock, spent, strict=True))
+    traffic = [line for line in lines if line["kind"] == "traffic" and line["phase"] == "evaluation"]
+    last = sum(sum(line[side].values()) for line in traffic for side in ("up", "down"))
+    assert summary["bytes_up"] + summary["bytes_down"] == spent[-1] + last
     assert list(summary["time_to_accuracy"].values()) == sorted(summary["time_to_accuracy"].values())
     assert [record["rounds"] for record in summary["devices"]][3] == 0
 

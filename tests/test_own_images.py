@@ -61,8 +61,11 @@ def test_a_node_keeps_all_in_its_own_folders_and_trains_on_its_own_images(tmp_pa
     assert (second["train_samples"], second["test_samples"], second["classes"]) == (42, 18, 3)
     assert {path.name for path in (tmp_path / "run" / "devices").iterdir()} == {"00"}
     kept = {path.name for path in (node / "storage").iterdir()}
-    assert kept == {"pruned", "state", "personal", "classes.json"}
+    assert kept == {"pruned", "state", "personal", "classes.json", "images.json"}
     assert json.loads((node / "storage" / "classes.json").read_text()) == [str(digit) for digit in range(10)]
+    images = json.loads((node / "storage" / "images.json").read_text())
+    assert sum(images["train"]) == 42 and sum(images["test"]) == 18 and len(images["classes"]) == 10
+    assert {name for name, count in zip(images["classes"], images["train"], strict=True) if count} == set(NAMES)
     (backbone,) = (node / "cache" / "backbones").iterdir()
     assert backbone.read_bytes() == (tmp_path / "cache" / "backbones" / backbone.name).read_bytes()
     for record in (first, second):

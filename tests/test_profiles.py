@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from strategies.sampling import turnout
-from strategies.simulated import seconds, time_to_accuracy, training_macs
+from strategies.simulated import CurvePoint, bytes_to_accuracy, first_at, seconds, time_to_accuracy, training_macs
 from tapfl.config import PROFILE_SETS, DeviceOptions
 from tapfl.errors import ConfigError
 from tapfl.profiles import DeviceProfile, max_rank, profiles_of
@@ -115,6 +115,12 @@ def test_simulated_seconds_by_hand() -> None:
     assert training_macs(1000, 10, 4, epochs=2, passes=2) == 1000 * (120 + 8)
 
 
-def test_time_to_accuracy_is_when_it_was_first_reached() -> None:
-    curve = [(0.0, 0.12), (3.0, 0.31), (6.0, 0.29), (9.0, 0.35)]
+def test_time_and_bytes_to_accuracy_are_those_when_it_was_first_reached() -> None:
+    curve = [
+        CurvePoint(seconds, size, accuracy)
+        for seconds, size, accuracy in ((0.0, 7, 0.12), (3.0, 8, 0.31), (6.0, 9, 0.29), (9.0, 10, 0.35))
+    ]
     assert time_to_accuracy(curve) == {"0.05": 0, "0.10": 0, "0.15": 3, "0.20": 3, "0.25": 3, "0.30": 3, "0.35": 9}
+    assert bytes_to_accuracy(curve) == {"0.05": 7, "0.10": 7, "0.15": 8, "0.20": 8, "0.25": 8, "0.30": 8, "0.35": 10}
+    assert first_at(curve, 0.31) == curve[1] and first_at(curve, 0.12 + 1e-12) == curve[0]
+    assert first_at(curve, 0.36) is None

@@ -6,7 +6,7 @@ import json
 import socket
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -17,11 +17,17 @@ from flwr.serverapp.strategy import FedAvg
 from flwr.supercore.task_identity import TaskIdentity
 from test_inprocess_run import SMALL, content, tapfl
 
-from experiments.engines.cluster import _require_reachable
+from experiments.engines.cluster import require_reachable
 from experiments.engines.ray import RayGrid, Workers
 from experiments.preflight import absolute_paths
+from experiments.search.command import run_search
+from experiments.search.federation import carry_out
+from experiments.search.ray_trials import RayTrials
+from experiments.search.settings import Search, SearchOptions
+from experiments.search.space import SearchSpace
+from experiments.search.trials import EngineLostError, Job
 from strategies.server_app import app as server_app
-from tapfl.config import RunConfig
+from tapfl.config import RunConfig, parse_assignment
 from tapfl.errors import ConfigError, RunError
 
 
@@ -77,6 +83,55 @@ def test_runs_at_the_same_time_do_not_touch_each_other(
     assert second != first != third
 
 
+class Here:
+    """Trials one after the other in this process, as a worker process of a search carries them out."""
+
+    def submit(self, job: Job) -> Future[dict[str, float]]:
+        future: Future[dict[str, float]] = Future()
+        future.set_result(carry_out(job))
+        return future
+
+    def close(self) -> None:
+        pass
+
+
+def test_a_search_comes_to_the_same_on_ray(workers: Workers, cache: Path, tmp_path: Path) -> None:
+    """Same trials, same values, same best options, and the same run folders."""
+    shared = dict(parse_assignment(o) for o in SMALL if "rounds" not in o) | {"cache": str(cache)}
+    settings = SearchOptions(max_rounds=2, eta=2, brackets=1)
+    space = {
+        "train.learning-rate": {"low": 1e-3, "high": 1e-2, "log": True},
+        "pruning.tau": {"low": 0.1, "high": 1.0},
+    }
+    search = Search(settings, SearchSpace.parse(space, shared), shared)
+    run_search(search, "s", tmp_path / "here", None, False, 1, Here)
+    run_search(search, "s", tmp_path / "ray", None, False, 2, lambda: RayTrials(workers, 2))
+    here, ray = tmp_path / "here", tmp_path / "ray"
+    for name in ("trials.csv", "best.toml"):
+        assert (here / name).read_text() == (ray / name).read_text()
+    runs = [folder.name for folder in sorted((here / "trials").glob("[0-9]*")) if folder.is_dir()]
+    assert len(runs) == 2
+    for run in runs:
+        assert content(here / "trials" / run) == content(ray / "trials" / run)
+        assert "mean personal accuracy" in (ray / "trials" / f"{run}.log").read_text()
+
+
+def test_a_search_whose_actors_are_lost_ends_and_blames_no_trial(cache: Path, tmp_path: Path) -> None:
+    class Lost(Workers):
+        lost = "no Ray actor is left"
+
+        def __init__(self) -> None:
+            pass
+
+        def run(self, *arguments: object) -> None:
+            raise RunError(self.lost)
+
+    shared = dict(parse_assignment(o) for o in SMALL) | {"cache": str(cache)}
+    trials = RayTrials(Lost(), 1)
+    with pytest.raises(EngineLostError, match="no Ray actor is left"):
+        trials.submit(Job(shared, tmp_path / "0000", 1)).result(timeout=60)
+
+
 def test_flowers_own_strategies_run_on_it(workers: Workers) -> None:
     """They ask by `send_and_receive`, and average what comes."""
     server, results = ServerApp(), []
@@ -118,7 +173,7 @@ def test_a_cluster_that_others_use_to_the_full_is_not_waited_for(
 @pytest.mark.parametrize("address", ["ray://head:10001", "head", "127.0.0.1:port"])
 def test_an_address_that_is_none_is_refused(address: str) -> None:
     with pytest.raises(ConfigError, match="must be HOST:PORT"):
-        _require_reachable(address)
+        require_reachable(address)
 
 
 def test_a_cluster_that_does_not_answer_is_refused_in_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -127,7 +182,7 @@ def test_a_cluster_that_does_not_answer_is_refused_in_seconds(monkeypatch: pytes
     with socket.create_server(("127.0.0.1", 0)) as server:
         began, port = time.monotonic(), server.getsockname()[1]
         with pytest.raises(ConfigError, match=f"127.0.0.1:{port}: no Ray cluster answers"):
-            _require_reachable(f"127.0.0.1:{port}")
+            require_reachable(f"127.0.0.1:{port}")
         assert time.monotonic() - began < 6
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from tapfl.config import PruningOptions
 from tapfl.errors import ConfigError, ModelError
 from tapfl.models.backbone import example_input
+from tapfl.progress import shown_on
 from tapfl.pruning.criteria.task import Selection
 from tapfl.pruning.criteria.updp import updp
 from tapfl.pruning.planning import pruning_task
@@ -59,7 +61,7 @@ class Task:
         return self.images[torch.from_numpy(chosen)]
 
     def recovered(self, steps: int, seed: int = 0, model: nn.Module | None = None, **values: object) -> nn.Module:
-        extra = {name: values.pop(name) for name in ("fading", "progress", "teacher") if name in values}
+        extra = {name: values.pop(name) for name in ("fading", "teacher") if name in values}
         extra = {"teacher": self.dense} | extra
         generator = numpy_generator(seed, "recovery")
         model = self.small if model is None else model
@@ -141,8 +143,9 @@ def test_progress_is_told_and_no_dropout_is_active(tasks: dict[str, Task]) -> No
     for module in lively.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.5
-    model = task.recovered(3, model=lively, progress=lambda *done: told.append(done))
-    assert told == [(1, 3), (2, 3), (3, 3)]
+    with shown_on(lambda name: nullcontext(lambda *done: told.append((name, *done)))):
+        model = task.recovered(3, model=lively)
+    assert told == [("recovery", done, 3) for done in range(4)]
     assert bits(model) == bits(task.recovered(3))
     assert lively.training
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -78,6 +81,44 @@ def test_a_basis_that_the_criterion_cannot_do_with(
     error = refused(capsys, monkeypatch, *options)
     assert "pruning.basis = 'none'" in error and "lowrank-heads needs 'canonical'; accepted: auto" in error
     assert not list(tmp_path.iterdir())
+
+
+FILES = {
+    "sweep.toml": '[grid]\n"train.roundz" = [1]\n',
+    "search.toml": '[space]\n"train.roundz" = { low = 1, high = 2 }\n',
+    "compare.toml": '[compare]\ncriterion = ["tapp"]\n',
+}
+BEFORE_TORCH = {
+    "run": "run --set train.roundz=1",
+    "run, criterion": "run --set pruning.criterion=tapp",
+    "run, folder": "run --out .",
+    "run, nothing to go on with": "run --resume nowhere",
+    "run, cluster": "run --engine ray --address head",
+    "sweep": "sweep --config sweep.toml --out out",
+    "search": "search --config search.toml --out out",
+    "search, not on Ray": "search --config search.toml --out out --workers 2",
+    "compare": "compare --config compare.toml --out out",
+    "prune": "prune --budget 0.5 --out out --set train.roundz=1",
+    "prune, budget": "prune --budget 1.5 --out out",
+    "prune, criterion": "prune --budget 0.5 --out out --criterion tapp",
+    "prune, plan": "prune --plan plan --out out --set train.roundz=1",
+}
+
+
+@pytest.mark.parametrize("case", BEFORE_TORCH)
+def test_a_bad_option_is_refused_before_torch_is_loaded(case: str, tmp_path: Path) -> None:
+    """Whose import takes seconds, and a minute on a busy machine."""
+    for name, text in FILES.items():
+        (tmp_path / name).write_text(text)
+    program = (
+        "import sys\nfrom experiments import cli\ntry:\n    cli.main()\nfinally:\n    print('torch' in sys.modules)"
+    )
+    arguments = [sys.executable, "-c", program, *BEFORE_TORCH[case].split()]
+    here = os.environ | {"PYTHONPATH": str(Path(cli.__file__).parent.parent)}
+    done = subprocess.run(arguments, capture_output=True, text=True, env=here, check=False, timeout=60)
+    assert done.returncode == 2 and done.stderr.startswith("tapfl: ") and len(done.stderr.splitlines()) == 1
+    assert done.stdout == "False\n"
+    assert {file.name for file in tmp_path.iterdir()} == set(FILES)
 
 
 def test_every_fault_is_named_at_once(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -35,7 +35,7 @@ from tapfl.config import RunConfig, parse_assignment
 from tapfl.errors import ConfigError, RunError
 
 RATE = "train.learning-rate"
-SEARCH = "[search]\nmax-rounds = 2\neta = 2\nbrackets = 1\n"
+SEARCH = '[search]\nmax-rounds = 2\neta = 2\nbrackets = 1\nkeep = "best"\n'
 SPACE = '[space]\n"train.learning-rate" = { low = 1e-3, high = 1e-2, log = true }\n'
 
 
@@ -69,11 +69,16 @@ def test_a_search_ends_in_options_that_run_takes(finished: tuple[Path, dict[str,
     assert sorted(row["state"] for row in rows) == ["complete", "pruned"]
     best = rows[said["trial"]]
     assert float(best["loss@2"]) == said["loss"] and float(best[RATE]) == said["params"][RATE]
+    assert "evaluate" not in (out / "best.toml").read_text(), "a run reports on the test part"
     again = ["run", "--engine", "inprocess", "--config", str(out / "best.toml"), "--out", str(tmp_path / "run")]
+    again += ["--set", "data.evaluate=validation"]  # as the trials did
     run = CliRunner().invoke(cli.app, [*again, "--json"], catch_exceptions=False)
     accuracy = json.loads(run.stdout.splitlines()[-1])["personal_accuracy"]
     assert 1 - accuracy == said["loss"], "a run with the best options comes to what the trial came to"
     assert content(tmp_path / "run") == content(out / "trials" / f"{said['trial']:04d}")
+    (loser,) = {"0000", "0001"} - {f"{said['trial']:04d}"}
+    assert {file.name for file in (out / "trials" / loser).iterdir()} >= {"summary.json", "metrics.jsonl", "plans"}
+    assert not any((out / "trials" / loser / heavy).exists() for heavy in ("server", "devices"))
 
 
 def test_the_page_holds_its_pictures_and_the_study_is_optunas(finished: tuple[Path, dict[str, Any]]) -> None:

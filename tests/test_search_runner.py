@@ -16,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from optuna.storages import BaseStorage, InMemoryStorage
 
+from experiments.search.losers import drop_losers
 from experiments.search.methods import carry_out, rungs_of, sampler_of, spent
 from experiments.search.objective import Constraint, Objective
 from experiments.search.results import best_trial
@@ -237,6 +238,41 @@ def test_a_finished_search_may_grow() -> None:
     assert table(study) == table(carried_out(search_of(brackets=4), Synthetic()))
     carried_out(search_of(brackets=4), nothing, storage)
     assert not nothing.submitted
+
+
+@pytest.mark.parametrize("method", ["bohb", "random", "tpe-hyperband"])
+def test_what_losers_leave_goes_but_never_what_is_needed_again(method: str, tmp_path: Path) -> None:
+    """A search that drops losers, and is killed, comes to what one comes to that keeps everything."""
+    search, storage = search_of(method=method), InMemoryStorage()
+
+    class OnDisk(Synthetic):
+        def submit(self, job: Job) -> Future[dict[str, float]]:
+            begun = any(number == int(job.folder.name) for number, _ in before + self.submitted)
+            for name in ("server", "devices"):
+                assert (job.folder / name).exists() == begun, "goes on from its checkpoint"
+                (job.folder / name / "some").mkdir(parents=True, exist_ok=True)
+            (job.folder / "summary.json").touch()
+            return super().submit(job)
+
+    def go_on(trials: Synthetic) -> optuna.Study:
+        def told() -> None:
+            drop_losers(optuna.load_study(study_name="test", storage=storage).trials, tmp_path)
+
+        study = carried_out(search, trials, storage, folder=tmp_path, told=told)
+        told()
+        return study
+
+    before: list[tuple[int, int]] = []
+    killed = OnDisk(random.Random(0), kill_after=9)
+    with pytest.raises(Killed):
+        go_on(killed)
+    before = killed.submitted
+    study = go_on(OnDisk(random.Random(1)))
+    assert table(study) == table(carried_out(search, Synthetic()))
+    best = best_trial(study.trials)[0].number
+    assert {int(folder.parent.name) for folder in tmp_path.glob("*/server")} == {best}
+    assert {int(folder.parent.name) for folder in tmp_path.glob("*/devices")} == {best}
+    assert len(list(tmp_path.glob("*/summary.json"))) == len(study.trials)
 
 
 def test_what_trials_come_to_is_in_the_study() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable
 from itertools import product
 
@@ -17,8 +18,12 @@ from optuna.testing.pytest_samplers import BasicSamplerTestCase, RelativeSampler
 
 from experiments.search.brackets import bracket_tables, cost, in_rounds
 from experiments.search.kde import Density, best_candidate, impute, split_counts
+from experiments.search.parzen import best_by_parzen
 from experiments.search.sampler import BOHBSampler, violation_key
+from experiments.search.settings import SearchOptions
 from experiments.search.unit_cube import decode, encode, uniform
+from tapfl.config import validated
+from tapfl.errors import ConfigError
 
 TO_27 = [
     [(27, 1), (9, 3), (3, 9), (1, 27)],
@@ -182,6 +187,25 @@ def test_the_largest_budget_with_enough_observations_is_the_model(estimator: str
     assert np.median(drawn(study_of(both, estimator=estimator))) > 0.65
     # N_min + 2 = 5 with two parameters: four are not enough
     assert np.median(drawn(study_of({1: low_is_good, 3: high_is_good[:4]}, estimator=estimator))) < 0.35
+
+
+SPACE_OF_THREE = {"x": FloatDistribution(1e-4, 1, log=True), "n": IntDistribution(1, 9), "kind": SPACE["kind"]}
+
+
+def test_optunas_estimator_is_still_where_it_was() -> None:
+    """It is private to Optuna: other numbers here say that another version computes something else."""
+    generator = np.random.default_rng(0)
+    points = decode(SPACE_OF_THREE, uniform(SPACE_OF_THREE, 12, generator))
+    found = best_by_parzen(SPACE_OF_THREE, points[:4], points[4:], generator)
+    np.testing.assert_allclose(found, [0.35067061918777415, 9, 0], rtol=1e-6)
+
+
+def test_an_optuna_without_it_is_refused_before_a_search_begins(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert validated(SearchOptions, {"estimator": "parzen"}).estimator == "parzen"
+    monkeypatch.setitem(sys.modules, "optuna.samplers._tpe.parzen_estimator", None)
+    with pytest.raises(ConfigError, match=r"estimator = 'parzen': optuna .* has it no more .*; accepted: kde"):
+        validated(SearchOptions, {"estimator": "parzen"})
+    assert validated(SearchOptions, {"estimator": "kde"}).estimator == "kde"
 
 
 def test_failed_ones_are_bad_and_constraints_come_first() -> None:

@@ -17,8 +17,11 @@ from clients.client_app import app as real
 from experiments import cli
 from experiments.engines.inprocess import run_inprocess
 from experiments.engines.ray import Workers
-from experiments.sweep import means_over_seeds, on_workers, read_sweep, run_sweep
-from tapfl.config import AdapterOptions, DataOptions, PersonalizeOptions, Scalar
+from experiments.sweep import on_workers, read_sweep, run_sweep
+from experiments.swept.outcome import group_of, outcomes
+from experiments.swept.settings import SweepOptions, read_sweep_options, references
+from experiments.swept.table import means_over_seeds
+from tapfl.config import AdapterOptions, DataOptions, PersonalizeOptions, RunConfig, Scalar, read_toml
 from tapfl.errors import ConfigError, RunError
 from tapfl.pruning.criteria.registry import criterion_names
 
@@ -45,6 +48,8 @@ def test_a_sweep_runs_each_cell_once_and_tells_what_failed(tmp_path: Path) -> No
     assert [row["runs"] for row in rows] == ["1"] and rows[0]["devices.count"] == "2"
     with (out / "results.csv").open() as table:
         assert [row["devices.count"] for row in csv.DictReader(table)] == ["2"]
+    assert f"`tapfl sweep --config …/{file.name} --out DIR`; seed 0" in (out / "table.md").read_text()
+    assert (out / "devices.csv").is_file() and (out / "learning-curves.png").is_file()
     (finished,) = [folder for folder in out.iterdir() if (folder / "summary.json").exists()]
     before = (finished / "summary.json").stat().st_mtime_ns
     invoke()
@@ -55,14 +60,14 @@ def test_runs_share_a_warm_pool_and_their_logs_do_not_mix(tmp_path: Path, monkey
     """Two at a time in one process, the messages of each answered here; one of them fails on its own."""
     file = sweep_file(tmp_path, '"personalize.method" = ["fedavg", "local"]\n"devices.count" = [2, 400]')
     cells, out = read_sweep(file), tmp_path / "out"
-    failures = run_sweep(cells, out, partial(on_workers, InThisProcess()), 2, lambda done, note: None)
+    failures = run_sweep(cells, out, partial(on_workers, InThisProcess()), 2, lambda done, total, note="": None)
     assert sorted(failures) == [f"personalize.method={method} devices.count=400" for method in ("fedavg", "local")]
     assert all("devices.count = 400" in error for error in failures.values())
     for method in ("fedavg", "local"):
         said = (out / f"personalize.method={method} devices.count=2.log").read_text()
         assert f"{method} devices.count=2" in said.splitlines()[-1]
         assert said.count("mean personal accuracy") == 1
-    assert len(means_over_seeds(cells, out)) == 2
+    assert len(means_over_seeds(outcomes(cells, out), SweepOptions())) == 2
 
 
 class InThisProcess(Workers):
@@ -115,6 +120,25 @@ CONFIGS = Path(cli.__file__).parent / "configs"
 )
 def test_the_ready_sweeps_leave_nothing_out(file: str, option: str, values: list[str]) -> None:
     assert {cell.options[option] for cell in read_sweep(CONFIGS / f"{file}.toml")} == set(values)
+
+
+def test_the_evidence_of_the_federation_has_every_rule_and_both_partitions_and_references() -> None:
+    rules, methods = (CONFIGS / f"evidence-{name}.toml" for name in ("rules", "federation"))
+    wanted = set(get_args(AdapterOptions.model_fields["rule"].annotation))
+    assert {cell.options["adapters.rule"] for cell in read_sweep(rules)} == wanted
+    compared = {(cell.options["data.partition"], cell.options["personalize.method"]) for cell in read_sweep(methods)}
+    of_each = ("local", "fedavg", "ditto", "apfl")
+    assert compared == {(partition, method) for partition in ("class-blocks", "dirichlet") for method in of_each}
+    for file in (rules, methods):
+        points = [group_of(cell.point) for cell in read_sweep(file)]
+        assert len(references(points, read_sweep_options(file).reference)) == len(points) - len(points) // len(
+            of_each if file == methods else wanted
+        )
+
+
+def test_the_run_of_which_gains_are_measured_is_one() -> None:
+    config = RunConfig.from_flat(read_toml(CONFIGS / "evidence-gain.toml"))
+    assert config.devices.count == len(config.devices.budgets) == 3
 
 
 def test_the_ready_sweep_of_devices() -> None:

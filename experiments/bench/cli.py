@@ -2,19 +2,32 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from experiments.terminal import options_of, show_rows
 from tapfl.errors import ConfigError
+from tapfl.store import RunFolder
 
-app = typer.Typer(help="Measure speed, as ratios side by side in one run.", no_args_is_help=True)
+app = typer.Typer(no_args_is_help=True)
 
 Models = Annotated[list[str], typer.Option("--model", help="timm names")]
 Sizes = Annotated[list[int], typer.Option("--size", help="image sizes, pixels a side")]
 Repeats = Annotated[int, typer.Option(min=1, help="turns; the median counts")]
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object a row")]
+
+
+@app.callback()
+def _bench(context: typer.Context) -> None:
+    """Measure speed, as ratios side by side in one run."""
+    from strategies.progress import shown
+    from tapfl.progress import stage
+
+    context.with_resource(shown(bars=False))  # a line now and then disturbs no measurement
+    context.with_resource(stage(f"bench {context.invoked_subcommand}"))
 
 
 @app.command("scoring")
@@ -89,6 +102,34 @@ def bench_latency(
     show_rows(rows, as_json)
 
 
+@app.command("gain")
+def bench_gain(
+    run: Annotated[Path, typer.Argument(help="folder of a finished run")],
+    device: Annotated[list[int] | None, typer.Option(min=0, help="whose models; all if none is named")] = None,
+    repeats: Repeats = 51,
+    out: Annotated[Path | None, typer.Option(help="folder for gain.csv and gain.md")] = None,
+    as_json: Json = False,
+) -> None:
+    """What the devices of a run gained: parameters, file, MACs, and latency in torch and onnxruntime; one thread."""
+    from experiments.bench.gain import bench_gain as measure
+    from experiments.bench.gain import shown, write_gain
+    from experiments.caption import caption, command, installed
+
+    measured = measure(run, repeats, device or ())
+    if out is not None:
+        options = RunFolder(run).config()
+        about = [
+            f"{options['model.name']} {options['model.args']}".strip(),
+            f"one image, one thread, median (quartiles) of {repeats} turns; × is the median of the turns' ratios",
+        ]
+        versions = installed(("tapfl", "torch", "timm", "onnxruntime"))
+        made_by = command("bench", "gain", "RUN", "--repeats", str(repeats))
+        write_gain(measured, out, caption(made_by, [options["seed"]], versions, about))
+        print(f"in {out}: gain.csv, gain.md", file=sys.stderr)
+    numbers = [model.numbers(measured[0]) for model in measured]
+    show_rows(numbers if as_json else shown(measured), as_json)
+
+
 @app.command("noise")
 def bench_noise(
     noise: Annotated[list[float], typer.Option(min=0, help="as summary.noise")] = [0, 0.05, 0.1, 0.2, 0.5, 1, 2],  # noqa: B006
@@ -110,7 +151,7 @@ def bench_search(
     first_seed: Annotated[int, typer.Option(min=0, help="the others follow")] = 0,
     rounds: Annotated[list[int], typer.Option(min=27, help="rounds spent in all")] = [200, 400, 800, 1600],  # noqa: B006
     method: Annotated[list[str] | None, typer.Option(help="of the table's first column; all if none is named")] = None,
-    set: Annotated[list[str] | None, typer.Option("--set", help="key=value, options of [search]")] = None,
+    set: Annotated[list[str] | None, typer.Option("--set", help="key=value, options of \\[search]")] = None,
     as_json: Json = False,
 ) -> None:
     """Methods of `tapfl search` on a toy of five parameters, with learning curves and noise: regret by rounds spent."""

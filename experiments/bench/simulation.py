@@ -45,10 +45,11 @@ def variants(folder: Path, out: Path, workers: int) -> dict[str, list[str]]:
     """Returns the command of every variant, the limit first."""
     config, count = str(folder / "config.toml"), str(workers)
     loop = ["-m", "experiments.bench.bare_loop", config, str(out), count]
+    command = ["-m", "experiments.cli", "run", "--config", config, "--out", str(out), "--workers", count]
     return {
         LIMIT: [*loop, "merged"],
         "with plain LoRA": [*loop, "plain"],
-        "tapfl run": ["-m", "experiments.cli", "run", "--config", config, "--out", str(out), "--workers", count],
+        "tapfl run": [*command, "--no-report"],
         "usual Flower app": ["-m", "experiments.bench.usual_server", config, str(out), count],
     }
 

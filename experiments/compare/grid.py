@@ -1,19 +1,25 @@
-"""The grid of a comparison: which cells there are, and which of them share what costs most.
+"""The grid of a comparison: which cells there are.
 
-A comparison's TOML has a table `[compare]` of lists, and the options that all cells share:
+A comparison's TOML has a table `[compare]` of lists, the options that all cells share, and what is to be made of the
+results:
 
 ```toml
 [compare]
 criterion = ["tap", "taylor", "random"]
 budget = ["block-macs<=0.5", 0.3]
 compensation = ["none", "one-pass", "sequential"]
-"metric.rule" = ["density-ratio", "oracle"]
+"metric.rule" = ["density-ratio", "shared", "oracle"]
+pool-lacks = [0, 0.5]
 seed = [0, 1, 2]
 device = [0, 3, 6]
+
+[results]
+reference = ["criterion=tap"]
 ```
 
-An axis is `device`, `budget`, or any option of a run by its dotted name; those of `[pruning]` also by their own name
-alone.
+An axis is `device`, `budget`, `pool-lacks`, or any option of a run by its dotted name; those of `[pruning]` also by
+their own name alone. Several tables `[[compare]]` are several grids in one: an axis that one of them does not name has
+its default there.
 """
 
 from __future__ import annotations
@@ -22,26 +28,37 @@ import itertools
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from tapfl.config import PruningOptions, RunConfig, flatten, read_toml_tables
+from experiments.compare.results import ResultOptions
+from tapfl.config import PruningOptions, RunConfig
 from tapfl.errors import ConfigError
 from tapfl.pruning.budget import Budget
-from tapfl.pruning.criteria.registry import criterion_of
+from tapfl.pruning.criteria.registry import require_criterion
 
 DEFAULT_DEVICES = 10
 DEFAULTS: dict[str, list[Any]] = {
     "seed": [0],
-    "device": [],  # all of them
+    "device": [],  # none named: all of them
     "metric.rule": ["density-ratio"],
     "criterion": ["tap", "random"],
     "budget": [0.5],
     "compensation": ["none"],
 }
-ORACLE = "oracle"  # the metric set that no server has: the device's own training images
+OWN_AXES = ("device", "budget", "pool-lacks")  # those that are no options of a run
+# metric sets that no rule of a server gives: the device's own training images; images of the whole pool, so that all
+# devices share one plan
+INSTEAD = ("oracle", "shared")
 # axes by what a change of them costs, behind those of data and backbone: device, metric set, selection, finish
-STAGES = (r"device", r"metric\..*", r"pruning\..*", r"budget", r"pruning\.compensation.*", r"pruning\.recovery.*")
+STAGES = (
+    r"device",
+    r"pool-lacks",
+    r"metric\..*",
+    r"pruning\..*",
+    r"budget",
+    r"pruning\.compensation.*",
+    r"pruning\.recovery.*",
+)
 
 
 @dataclass(frozen=True)
@@ -53,22 +70,33 @@ class Cell:
         config: all options.
         device: which device.
         budget: what its model may cost.
-        oracle: whether the metric set is the device's own training images.
+        instead: the metric set where no rule of `metric.rule` gives it, one of `INSTEAD`, or empty.
+        lacks: the share of the device's own classes that the public pool has no images of.
     """
 
     point: dict[str, str]
     config: RunConfig
     device: int
     budget: Budget
-    oracle: bool
+    instead: str
+    lacks: float
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """A comparison: the values along each axis, and the options of all cells."""
+    """A comparison.
+
+    Attributes:
+        axes: the values along each axis.
+        options: of all cells.
+        parts: the grids that it consists of, each with values of every axis.
+        results: what is to be made of the results.
+    """
 
     axes: dict[str, list[Any]]
     options: dict[str, Any]
+    parts: tuple[dict[str, list[Any]], ...]
+    results: ResultOptions
 
     def cells(self) -> Iterator[Cell]:
         """Yields every cell, the axis that costs most to change first.
@@ -76,50 +104,37 @@ class Comparison:
         Raises:
             ConfigError: for a value that is not accepted.
         """
+        held = [{axis: {str(value) for value in values} for axis, values in part.items()} for part in self.parts]
         for values in itertools.product(*self.axes.values()):
-            yield self._cell(dict(zip(self.axes, values, strict=True)))
+            point = dict(zip(self.axes, values, strict=True))
+            if any(all(str(value) in part[axis] for axis, value in point.items()) for part in held):
+                yield self._cell(point)
 
     def _cell(self, point: Mapping[str, Any]) -> Cell:
         options = {"devices.count": DEFAULT_DEVICES, **self.options}
-        options |= {_option(axis): value for axis, value in point.items() if axis not in ("device", "budget")}
-        oracle = options.get("metric.rule") == ORACLE
-        if oracle:
+        options |= {option_of(axis): value for axis, value in point.items() if axis not in OWN_AXES}
+        instead = options.get("metric.rule")
+        if instead in INSTEAD:
             del options["metric.rule"]
         config = RunConfig.from_flat(options)
-        criterion_of(config.pruning.criterion)
+        require_criterion(config.pruning.criterion)
         device, count = point["device"], config.devices.count
         if type(device) is not int or not 0 <= device < count:
             raise ConfigError(f"device = {device!r}: must lie in 0..{count - 1}")
+        lacks = point.get("pool-lacks", 0)
+        if isinstance(lacks, bool) or not isinstance(lacks, int | float) or not 0 <= lacks <= 1:
+            raise ConfigError(f"pool-lacks = {lacks!r}: is a share of the device's classes and must lie in 0..1")
         budget = Budget.parse(point["budget"])
         shown = {axis: str(value) for axis, value in point.items()} | {"budget": str(budget)}
-        return Cell(shown, config, device, budget, oracle)
+        return Cell(shown, config, device, budget, str(instead) if instead in INSTEAD else "", float(lacks))
 
 
-def read_comparison(file: Path) -> Comparison:
-    """Returns the comparison of a TOML file. Raises ConfigError if an axis or an option is not valid."""
-    tables = read_toml_tables(file)
-    given = tables.pop("compare", None)
-    if not isinstance(given, dict) or not all(isinstance(v, list) and v for v in given.values()):
-        raise ConfigError(f'{file}: needs a table [compare] of lists, such as criterion = ["tap", "random"]')
-    known = {"device", "budget", *RunConfig().flat()}
-    if odd := sorted(axis for axis in given if _option(axis) not in known):
-        raise ConfigError(f"{file}: compare.{odd[0]} is no axis; accepted: device, budget, and any option of a run")
-    options = flatten(tables)
-    axes = DEFAULTS | given
-    if not axes["device"]:
-        count = options.get("devices.count", DEFAULT_DEVICES)
-        axes["device"] = list(range(count if type(count) is int else 0))
-    comparison = Comparison(dict(sorted(axes.items(), key=lambda axis: _stage(axis[0]))), options)
-    for _ in comparison.cells():  # every value is checked before anything runs
-        pass
-    return comparison
-
-
-def _option(axis: str) -> str:
-    """The dotted name of an axis."""
+def option_of(axis: str) -> str:
+    """Returns the dotted name of an axis."""
     short = axis.replace("-", "_") in PruningOptions.model_fields
     return f"pruning.{axis}" if short else axis
 
 
-def _stage(axis: str) -> int:
-    return max((i for i, pattern in enumerate(STAGES, start=1) if re.fullmatch(pattern, _option(axis))), default=0)
+def stage_of(axis: str) -> int:
+    """Returns which of the `STAGES` an axis belongs to: the higher, the less a change of it costs."""
+    return max((i for i, pattern in enumerate(STAGES, start=1) if re.fullmatch(pattern, option_of(axis))), default=0)

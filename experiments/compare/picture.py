@@ -16,7 +16,7 @@ def picture(rows: Sequence[Mapping[str, str]], comparison: Comparison, file: Pat
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
-    named, groups = grouped(rows, comparison, measure)
+    named, groups = grouped(rows, comparison)
     panels = list(dict.fromkeys(key[1:] for key in groups))
     columns = min(len(panels), 3)
     lines = -(-len(panels) // columns)

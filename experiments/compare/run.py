@@ -8,71 +8,73 @@ from __future__ import annotations
 import csv
 import io
 import multiprocessing
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from queue import Empty
 from typing import Any
 
-import torch
-
 from experiments.compare.grid import Cell, Comparison
-from experiments.compare.setting import DeviceView, Setting, score
-from tapfl.config import PruningOptions, RunConfig
-from tapfl.data.sources import ImageSet
-from tapfl.errors import BudgetError, ConfigError
-from tapfl.pruning.criteria.registry import resolved
-from tapfl.pruning.criteria.task import PruningTask, Selection
-from tapfl.pruning.pipeline import cut, recovered, select
-from tapfl.pruning.planning import plan_of
+from experiments.compare.setting import Setting
+from experiments.compare.worker import Row, Worker, setting_of
+from tapfl.errors import ConfigError
 from tapfl.store import write_bytes
 
-FINISH = tuple(name for name in PruningOptions.model_fields if name.startswith(("compensation", "recovery", "distill")))
-MEASURES = ("macs_share", "params_share", "dense", "dense_own", "pruned", "pruned_own", "seconds")
-Row = dict[str, str]
+FILE = "results.csv"
 Progress = Callable[[int, int, str], None]
 
 
 def run_comparison(comparison: Comparison, out: Path, progress: Progress, jobs: int = 1) -> list[Row]:
     """Carries out the cells that are not finished, and returns the rows of all of them in the order of the grid.
 
-    A criterion that cannot meet a budget leaves a row without measures, with the reason in ``refused``. Every row is
-    the same for any number of jobs, but for its seconds.
+    A criterion that cannot meet a budget, or do with an option, leaves a row without measures, with the reason in
+    ``refused``. Every row is the same for any number of jobs, but for its seconds. Finished cells that the comparison
+    has no longer stay in the file, behind the others.
 
     Raises:
-        ConfigError: if `out` holds a comparison of other axes.
+        ConfigError: if `out` holds a comparison of other axes or measures.
     """
     out.mkdir(parents=True, exist_ok=True)
-    path, fields = out / "results.csv", [*comparison.axes, *MEASURES, "refused"]
+    path, fields = out / FILE, _fields(comparison)
     cells = list(comparison.cells())
-    finished = _read(path, fields)
+    finished = _read(path, fields, len(comparison.axes))
     waiting = [cell for cell in cells if _key(comparison, cell.point) not in finished]
     done = len(cells) - len(waiting)
     progress(done, len(cells), "finished before" if done else "")
     write_bytes(path, _text(list(finished.values()), fields).encode())  # without the half line of a killed run
     with path.open("a", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, fieldnames=fields)
-        for row in _rows(waiting, jobs):
+        for row in _rows(waiting, jobs, "rank" in comparison.results.measures):
             writer.writerow(row)
             file.flush()
             done += 1
             progress(done, len(cells), f"device {row['device']} {row['criterion']} {row['budget']}")
-    finished = _read(path, fields)
-    rows = [finished[_key(comparison, cell.point)] for cell in cells]
-    write_bytes(path, _text(rows, fields).encode())  # in the order of the grid, whoever was first
+    finished = _read(path, fields, len(comparison.axes))
+    rows = [finished.pop(_key(comparison, cell.point)) for cell in cells]
+    write_bytes(path, _text([*rows, *finished.values()], fields).encode())  # in the grid's order, whoever was first
     return rows
 
 
-def _rows(cells: Sequence[Cell], jobs: int) -> Iterator[Row]:
+def finished_rows(comparison: Comparison, out: Path) -> list[Row]:
+    """Returns the rows of the cells that are finished, in the order of the grid; runs nothing and writes nothing.
+
+    Raises:
+        ConfigError: if there is none, or `out` holds a comparison of other axes or measures.
+    """
+    finished = _read(out / FILE, _fields(comparison), len(comparison.axes))
+    keys = [_key(comparison, cell.point) for cell in comparison.cells()]
+    if not any(key in finished for key in keys):
+        raise ConfigError(f"--finished: {out} holds no finished cell of this comparison")
+    return [finished[key] for key in keys if key in finished]
+
+
+def _rows(cells: Sequence[Cell], jobs: int, rank: bool) -> Iterator[Row]:
     """Yields a row a cell as they come; the cells of a device of a setting stay in one process."""
     groups: dict[tuple[Any, ...], list[Cell]] = {}
     for cell in cells:
-        groups.setdefault((_setting_of(cell.config), cell.device), []).append(cell)
+        groups.setdefault((setting_of(cell.config), cell.device), []).append(cell)
     if min(jobs, len(groups)) <= 1:
-        worker = Worker()
+        worker = Worker(rank)
         for group in groups.values():
             yield from worker.rows(group)
         return
@@ -81,7 +83,7 @@ def _rows(cells: Sequence[Cell], jobs: int) -> Iterator[Row]:
     context = multiprocessing.get_context("spawn")  # a forked torch may hang
     with context.Manager() as manager, ProcessPoolExecutor(jobs, context) as executor:
         queue = manager.Queue()
-        futures = [executor.submit(_work, group, queue) for group in groups.values()]
+        futures = [executor.submit(_work, group, rank, queue) for group in groups.values()]
         left = len(cells)
         while left:
             try:
@@ -93,9 +95,9 @@ def _rows(cells: Sequence[Cell], jobs: int) -> Iterator[Row]:
                         future.result()  # raises what ended it
 
 
-def _work(cells: Sequence[Cell], queue: Any) -> None:
+def _work(cells: Sequence[Cell], rank: bool, queue: Any) -> None:
     global _worker
-    _worker = _worker or Worker()
+    _worker = _worker or Worker(rank)
     for row in _worker.rows(cells):
         queue.put(row)
 
@@ -103,75 +105,8 @@ def _work(cells: Sequence[Cell], queue: Any) -> None:
 _worker: Worker | None = None  # of a process of the pool: what it has loaded serves its next group
 
 
-class Worker:
-    """Runs cells one after the other, and keeps the last thing of each kind: neighbours share most of it."""
-
-    def __init__(self) -> None:
-        torch.set_num_threads(1)
-        self._made: dict[str, tuple[tuple[Any, ...], Any]] = {}
-
-    def rows(self, cells: Sequence[Cell]) -> Iterator[Row]:
-        for cell in cells:
-            yield cell.point | {name: str(value) for name, value in self._measure(cell).items()}
-
-    def _reuse(self, name: str, key: tuple[Any, ...], make: Callable[[], Any]) -> Any:
-        if name not in self._made or self._made[name][0] != key:
-            self._made[name] = (key, make())
-        return self._made[name][1]
-
-    def _measure(self, cell: Cell) -> Mapping[str, object]:
-        shared = _setting_of(cell.config)
-        setting: Setting = self._reuse("setting", (shared,), partial(Setting.of, shared))
-        view: DeviceView = self._reuse("view", (shared, cell.device), partial(DeviceView.of, setting, cell.device))
-        options, metric = cell.config.pruning, cell.config.metric
-        images = (shared, cell.device, metric, cell.oracle)
-        chosen: ImageSet = self._reuse("images", images, partial(view.public_images, metric, metric.size, cell.oracle))
-        choice = (*images, cell.budget, options.model_copy(update=dict.fromkeys(FINISH)))
-        task: PruningTask = self._reuse("task", choice, partial(view.task, chosen, cell.budget, options, metric.batch))
-        finish = {name: getattr(resolved(options), name) for name in FINISH}
-        task = replace(task, options=task.options.model_copy(update=finish))
-        found = self._reuse("selection", choice, partial(_select, task))
-        if isinstance(found.selection, str):
-            return {"refused": found.selection}
-        cutting = (*choice, task.options.compensation, task.options.compensation_rows)
-        small = self._reuse("cut", cutting, partial(cut, task, found.selection, cell.config.seed))
-        fine_tune = view.fine_tune_set(metric, options, cell.oracle)
-        small = recovered(task, found.selection, small, fine_tune, cell.config.seed)
-        plan = plan_of(task, found.selection, setting.spec)
-        pruned, pruned_own = score(small, view.inputs, view.labels, view.classes)
-        return {
-            "macs_share": plan.cost.macs / plan.dense.macs,
-            "params_share": plan.cost.params / plan.dense.params,
-            "dense": view.dense[0],
-            "dense_own": view.dense[1],
-            "pruned": pruned,
-            "pruned_own": pruned_own,
-            "seconds": round(found.seconds, 4),
-        }
-
-
-@dataclass(frozen=True)
-class Found:
-    """What a criterion chose, or why it could not; and the CPU seconds that it took."""
-
-    selection: Selection | str
-    seconds: float
-
-
-def _select(task: PruningTask) -> Found:
-    start = time.process_time()
-    try:
-        selection: Selection | str = select(task)
-    except BudgetError as error:
-        selection = str(error)
-    return Found(selection, time.process_time() - start)
-
-
-def _setting_of(config: RunConfig) -> RunConfig:
-    """Returns `config` with all that a setting does not depend on at its default."""
-    plain = RunConfig()
-    own = ("metric", "pruning", "adapters", "train", "personalize")
-    return config.model_copy(update={name: getattr(plain, name) for name in own})
+def _fields(comparison: Comparison) -> list[str]:
+    return [*comparison.axes, *comparison.results.columns, "refused"]
 
 
 def _key(comparison: Comparison, row: Mapping[str, str]) -> tuple[str, ...]:
@@ -186,7 +121,7 @@ def _text(rows: Sequence[Row], fields: Sequence[str]) -> str:
     return text.getvalue()
 
 
-def _read(path: Path, fields: Sequence[str]) -> dict[tuple[str, ...], Row]:
+def _read(path: Path, fields: Sequence[str], axes: int) -> dict[tuple[str, ...], Row]:
     """Returns the finished cells by their values along the axes."""
     if not path.is_file():
         return {}
@@ -194,6 +129,7 @@ def _read(path: Path, fields: Sequence[str]) -> dict[tuple[str, ...], Row]:
         reader = csv.DictReader(file)
         rows = [row for row in reader if None not in row.values()]  # a killed run may leave half a line
     if reader.fieldnames is not None and list(reader.fieldnames) != list(fields):
-        raise ConfigError(f"{path}: is a comparison of other axes ({', '.join(reader.fieldnames)}); give another --out")
-    axes = fields[: -len(MEASURES) - 1]
-    return {tuple(row[axis] for axis in axes): row for row in rows}
+        raise ConfigError(
+            f"{path}: is a comparison of other axes or measures ({', '.join(reader.fieldnames)}); give another --out"
+        )
+    return {tuple(row[axis] for axis in fields[:axes]): row for row in rows}

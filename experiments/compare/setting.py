@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from strategies.round_zero import PublicPool, describe_pool, task_images
+from strategies.round_zero import PublicPool, describe_pool, pool_of, task_images
 from tapfl.config import MetricOptions, PruningOptions, RunConfig
 from tapfl.data.federated import check_classes, open_pool, open_private
 from tapfl.data.partition import DeviceSplit, partition
@@ -25,7 +25,7 @@ from tapfl.pruning.pipeline import FineTuneSet, fine_tune_set, labels_of
 from tapfl.pruning.planning import pruning_task
 from tapfl.seeds import numpy_generator
 from tapfl.store import cache_folder
-from tapfl.summary.descriptors import image_features
+from tapfl.summary.descriptors import cached_features, image_features
 from tapfl.summary.mixture import GaussianSummary
 from tapfl.summary.private import device_mixture
 from tapfl.training import accuracy, predict
@@ -51,6 +51,17 @@ class Setting:
         splits = partition(private.labels, config.data, config.devices.count, config.seed)
         _, spec, model = dense_backbone(config.model, images, config.seed, DenseCache(cache))
         return cls(config, describe_pool(config, images, model), private, splits, spec, model)
+
+    def lacking(self, device: int, share: float) -> Setting:
+        """Returns the setting as it is where the pool has no image of a share of the device's own classes.
+
+        All that a server makes of its pool is made anew, but the dense backbone stays.
+        """
+        classes, images = np.unique(self.private.labels[self.splits[device].train]), self.pool.images
+        gone = classes_that_lack(classes, share, self.config.seed, device)
+        stay = np.flatnonzero(~np.isin(images.labels, gone))
+        features = cached_features(self.model, images, self.transform, cache_folder(self.config.cache))
+        return replace(self, pool=pool_of(self.config, images.subset(stay), features[stay]))
 
     @property
     def transform(self) -> Transform:
@@ -87,18 +98,24 @@ class DeviceView:
             setting, device, summary, mine, inputs, labels, classes, score(setting.model, inputs, labels, classes)
         )
 
-    def public_images(self, options: MetricOptions, size: int, oracle: bool = False) -> ImageSet:
+    def public_images(self, options: MetricOptions, size: int, instead: str = "") -> ImageSet:
         """Returns the `size` images that stand for the device's task, best first; see `task_images`.
 
         Args:
-            oracle: take them from the device's own training images, evenly drawn, as many as there are.
+            instead: ``oracle`` takes them from the device's own training images, evenly drawn, as many as there are;
+                ``shared`` from the pool as a whole, the same for every device.
         """
         seed, pool = self.setting.config.seed, self.setting.pool
-        if oracle:
+        if instead == "oracle":
             count = min(size, len(self.train))  # a rest that fills no batch is no use to scores
             drawn = numpy_generator(seed, "metric", self.device).permutation(len(self.train))
             return self.train.subset(drawn[:count])
-        return pool.images.subset(task_images(pool, self.summary, options, seed, self.device, size))
+        summary = None if instead == "shared" else self.summary
+        return pool.images.subset(task_images(pool, summary, options, seed, self.device, size))
+
+    def coverage(self, images: ImageSet) -> tuple[float, float]:
+        """Returns which share of `images` is of the device's classes, and which share of these occurs among them."""
+        return float(np.isin(images.labels, self.classes).mean()), float(np.isin(self.classes, images.labels).mean())
 
     def task(self, images: ImageSet, budget: Budget, options: PruningOptions, batch: int) -> PruningTask:
         """Returns the problem that every criterion is given."""
@@ -107,9 +124,18 @@ class DeviceView:
         inputs, labels = setting.transform(images.images), labels_of(images, options)
         return pruning_task(model, inputs, budget, options, batch, labels, setting.config.seed)
 
-    def fine_tune_set(self, metric: MetricOptions, options: PruningOptions, oracle: bool) -> FineTuneSet | None:
+    def fine_tune_set(self, metric: MetricOptions, options: PruningOptions, instead: str = "") -> FineTuneSet | None:
         """Returns the images of recovery, or None where they are the metric set."""
-        return fine_tune_set(lambda size: self.public_images(metric, size, oracle), self.setting.transform, options)
+        return fine_tune_set(lambda size: self.public_images(metric, size, instead), self.setting.transform, options)
+
+
+def classes_that_lack(classes: np.ndarray, share: float, seed: int, device: int) -> np.ndarray:
+    """Returns the classes that a device's pool is to lack, int64: a share of its own, to the nearest whole number.
+
+    They are drawn for each device; of two shares the larger takes what the smaller does, and more.
+    """
+    drawn: np.ndarray = numpy_generator(seed, "pool-lacks", device).permutation(classes)
+    return drawn[: round(share * len(classes))]
 
 
 def score(model: nn.Module, inputs: Tensor, labels: Tensor, classes: Tensor) -> tuple[float, float]:

@@ -65,10 +65,10 @@ def ray_cluster(address: str = "") -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    address = address or os.environ.get("RAY_ADDRESS", "")
+    address = _resolved(address)
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "configure_logging": True}
     try:
-        if address in ("", "local"):
+        if address == "local":
             with ray_folder() as folder:
                 ray.init(address="local", include_dashboard=False, _temp_dir=folder, **quiet)
                 try:
@@ -85,8 +85,7 @@ def ray_cluster(address: str = "") -> Iterator[None]:
 def _join(address: str, quiet: dict[str, Any]) -> None:
     import ray
 
-    if address != "auto":
-        _require_reachable(address)
+    require_reachable(address)
     try:
         ray.init(address=address, **quiet)
     except ConnectionError:
@@ -97,9 +96,13 @@ def _join(address: str, quiet: dict[str, Any]) -> None:
         raise RunError(f"--address {address}: {str(error).strip().splitlines()[0]}") from None
 
 
-def _require_reachable(address: str) -> None:
+def require_reachable(address: str) -> None:
+    """Raises ConfigError if `address`, as `ray_cluster` takes it, is that of a cluster, and none answers there."""
     import grpc
 
+    address = _resolved(address)
+    if address in ("local", "auto"):
+        return
     host, _, port = address.rpartition(":")
     if not host or not port.isdigit() or "/" in host:
         raise ConfigError(f"--address {address}: must be HOST:PORT of the cluster's head, or auto")
@@ -108,3 +111,7 @@ def _require_reachable(address: str) -> None:
             grpc.channel_ready_future(channel).result(timeout=REACH)
         except grpc.FutureTimeoutError:
             raise ConfigError(f"--address {address}: no Ray cluster answers there within {REACH:g} s") from None
+
+
+def _resolved(address: str) -> str:
+    return address or os.environ.get("RAY_ADDRESS") or "local"

@@ -9,7 +9,9 @@ from pathlib import Path
 
 import optuna
 
-from experiments.preflight import absolute_paths, check
+from experiments.feasible import check
+from experiments.preflight import absolute_paths
+from experiments.search.losers import drop_losers
 from experiments.search.methods import carry_out, rungs_of, sampler_of, spent
 from experiments.search.page import write_page
 from experiments.search.results import best_trial, write_best, write_table
@@ -17,9 +19,9 @@ from experiments.search.runner import Runner
 from experiments.search.settings import Search
 from experiments.search.study import only_driver, open_study
 from experiments.search.trials import Trials
-from strategies.progress import stage
 from tapfl.config import RunConfig
 from tapfl.errors import RunError
+from tapfl.progress import Advance, stage
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,8 @@ def run_search(
         RunError: if no trial came to a result.
     """
     optuna.logging.set_verbosity(logging.WARNING)
-    check(absolute_paths(RunConfig.from_flat(search.options)))
+    with stage("checking"):
+        check(absolute_paths(RunConfig.from_flat(search.options)))
     new = not out.exists()
     with only_driver(out):
         try:
@@ -68,9 +71,17 @@ def run_search(
                 out / "trials",
                 jobs,
             )
-            with stage("rounds", search.rounds) as advance:
-                runner.told = lambda: advance(*_progress(study))
+            with stage("rounds") as advance:
+
+                def told() -> None:
+                    _tell(advance, study, search.rounds)
+                    if search.settings.keep == "best":
+                        drop_losers(runner.found(), runner.folder)
+
+                runner.told = told
+                told()
                 carry_out(runner, search)
+                told()  # of what was settled last
         finally:
             workers.close()
         return write_results(search, study, out)
@@ -86,13 +97,15 @@ def write_results(search: Search, study: optuna.Study, out: Path) -> Found:
     return Found(best.number, rounds, best.intermediate_values[rounds], dict(best.params), out)
 
 
-def _progress(study: optuna.Study) -> tuple[int, str]:
+def _tell(advance: Advance, study: optuna.Study, rounds: int) -> None:
     found = study.get_trials(deepcopy=False)
     try:
-        best, rounds = best_trial(found)
+        best, after = best_trial(found)
     except RunError:
-        return spent(found), "none has a result yet"
-    return spent(found), f"best so far: trial {best.number}, {best.intermediate_values[rounds]:.4f} after {rounds}"
+        said = "none has a result yet"
+    else:
+        said = f"best so far: trial {best.number}, {best.intermediate_values[after]:.4f} after {after}"
+    advance(spent(found), rounds, said)
 
 
 def _remove(out: Path) -> None:

@@ -1,20 +1,32 @@
-"""One rung as a federation in this process."""
+"""One rung as a federation."""
 
 from __future__ import annotations
 
 import gc
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from experiments.search.objective import measures_of
 from experiments.search.shared_round_zero import keep, prepare
 from experiments.search.trials import Job
-from tapfl.config import RunConfig
+from tapfl.config import RunConfig, Scalar
 from tapfl.errors import RunError
 
+Engine = Callable[[Any, dict[str, Scalar], int], None]  # of a ServerApp, the run's options and the number of devices
 
-def carry_out(job: Job) -> dict[str, float]:
+
+def in_this_process(server_app: Any, run_config: dict[str, Scalar], nodes: int) -> None:
+    """Carries out a federation with its devices in this process, one after the other: an `Engine`."""
+    from clients.client_app import app as client_app
+    from experiments.engines.inprocess import run_inprocess
+
+    run_inprocess(server_app, client_app, run_config, nodes)
+
+
+def carry_out(job: Job, engine: Engine = in_this_process) -> dict[str, float]:
     """Begins the run, or goes on with it, up to the rung's rounds, and returns its measures.
 
     Round zero is taken from `round-zero` beside the run's folder as far as another trial has left it there.
@@ -22,8 +34,6 @@ def carry_out(job: Job) -> dict[str, float]:
     Raises:
         TapflError: if the run cannot be carried out.
     """
-    from clients.client_app import app as client_app
-    from experiments.engines.inprocess import run_inprocess
     from experiments.preflight import absolute_paths
     from strategies.server_app import app as server_app
 
@@ -34,9 +44,9 @@ def carry_out(job: Job) -> dict[str, float]:
         shutil.rmtree(job.folder, ignore_errors=True)
         prepare(job.folder, config, store)
     try:
-        run_inprocess(server_app, client_app, config.flat(), config.devices.count)
+        engine(server_app, config.flat(), config.devices.count)
     finally:
-        gc.collect()  # the run's folder stays locked as long as anything of the run is there
+        gc.collect()  # models that hold on to each other go now: the next run needs their room
     keep(job.folder, config, store)
     return measures_of(_summary(job.folder))
 

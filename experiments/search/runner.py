@@ -20,7 +20,7 @@ from experiments.search.objective import Objective
 from experiments.search.sampler import violation_key
 from experiments.search.schedule import FAILED, Score
 from experiments.search.space import SearchSpace
-from experiments.search.trials import Job, Trials
+from experiments.search.trials import EngineLostError, Job, Trials, run_folder
 from tapfl.config import Scalar
 from tapfl.errors import TapflError
 
@@ -71,7 +71,7 @@ class Runner:
             if (number, rounds) in self._flying.values():
                 continue
             options = {**self.options, **self.space.suggest(self._handle(number))}
-            job = Job(options, self.folder / f"{number:04d}", rounds)
+            job = Job(options, run_folder(self.folder, number), rounds)
             self._flying[self.trials.submit(job)] = (number, rounds)
 
     def wait(self) -> bool:
@@ -110,6 +110,8 @@ class Runner:
     def _report(self, trial: Trial, rounds: int, future: Future[Measures]) -> None:
         try:
             measures = future.result()
+        except EngineLostError:
+            raise
         except TapflError as error:
             trial.set_user_attr("error", str(error))
             trial.report(math.nan, step=rounds)

@@ -9,18 +9,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import optuna
 from pydantic import Field, field_validator, model_validator
 
 from experiments.search.brackets import Rungs, bracket_tables, cost, in_rounds
 from experiments.search.objective import MEASURES, Constraint, Objective
+from experiments.search.parzen import optunas
 from experiments.search.schedule import Schedule
 from experiments.search.space import SearchSpace
-from strategies.checkpoint import FREE
-from tapfl.config import Count, RunConfig, Scalar, Section, flatten, read_toml_tables, validated
+from tapfl.config import Count, RunConfig, Scalar, Section, binding, flatten, read_toml_tables, validated
 from tapfl.errors import ConfigError
 
 Method = Literal["bohb", "tpe-hyperband", "random"]
-GROWS = {"brackets", "rounds"}  # what may differ when a search goes on
+FREE = {"brackets", "rounds", "keep"}  # what may differ when a search goes on
+UNSEEN: dict[str, Scalar] = {"data.evaluate": "validation"}  # what is chosen by it may not be the test part
 COMPARISON = re.compile(r"\s*([a-z_-]+)\s*<=\s*([0-9.eE+-]+)\s*")
 
 
@@ -40,6 +42,7 @@ class SearchOptions(Section):
     overlap: int = Field(1, ge=0, description="a bracket may open while so many before it are not finished")
     objective: dict[str, float] = Field({"mean": 1.0}, description=f"what is made small, by weight: {MEASURES}")
     constraints: tuple[str, ...] = Field((), description="such as bytes_up<=5e6; who breaks one ranks last")
+    keep: Literal["all", "best"] = Field("all", description="trials whose checkpoints and models stay on disk")
 
     @field_validator("objective", mode="before")
     @classmethod
@@ -50,6 +53,16 @@ class SearchOptions(Section):
     @classmethod
     def _one_constraint(cls, value: object) -> object:
         return (value,) if isinstance(value, str) else value
+
+    @field_validator("estimator")
+    @classmethod
+    def _there(cls, value: str) -> str:
+        if value == "parzen":
+            try:
+                optunas()
+            except ImportError as error:
+                raise ValueError(f"Optuna {optuna.__version__} has it no more ({error}); accepted: kde") from None
+        return value
 
     @field_validator("objective")
     @classmethod
@@ -115,10 +128,10 @@ class Search:
 
     def identity(self) -> dict[str, str]:
         """Returns what must not change while a search goes on, by name."""
-        settings = self.settings.model_dump(mode="json", by_alias=True, exclude=GROWS)
+        settings = self.settings.model_dump(mode="json", by_alias=True, exclude=FREE)
         parts = {f"search.{name}": value for name, value in settings.items()}
         parts |= {f"space.{name}": str(value) for name, value in self.space.parameters.items()}
-        parts |= {k: v for k, v in self.options.items() if not k.startswith(FREE) and k != "train.rounds"}
+        parts |= binding(self.options)
         return {name: json.dumps(value, sort_keys=True) for name, value in parts.items()}
 
 
@@ -137,7 +150,7 @@ def read_search(file: Path, method: str | None = None, defaults: Mapping[str, Sc
     if not isinstance(how, dict):
         raise ConfigError(f"{file}: search must be a table, [search]")
     settings = validated(_File, {"search": how | ({"method": method} if method else {})}).search
-    options = {**(defaults or {}), **flatten(tables)}
+    options = {**UNSEEN, **(defaults or {}), **flatten(tables)}
     RunConfig.from_flat(options)
     if not isinstance(where, dict) or not where:
         raise ConfigError(

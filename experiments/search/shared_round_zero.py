@@ -13,13 +13,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from strategies.checkpoint import FREE
-from tapfl.config import RunConfig
+from tapfl.config import FREE_OPTIONS, RunConfig
 from tapfl.store import content_hash, whole_folder, write_json
 
 # what cannot change a plan: all that comes after round zero. An option that is not named here is taken to change it
 AFTER = (
-    *FREE,
+    *FREE_OPTIONS,
     "train.",
     "adapters.",
     "personalize.",
@@ -41,6 +40,16 @@ def keep(run: Path, config: RunConfig, store: Path) -> None:
     _fill(summaries, [*(run / "summaries").glob("*")])
     # the plan of a device that gave no mixture is for want of a better one
     _fill(plans, [file for file in (run / "plans").glob("*") if file.stem in told])
+
+
+def is_kept(config: RunConfig, store: Path) -> bool:
+    """Says whether plans are kept for a run like this."""
+    return _folders(config, store)[1].is_dir()
+
+
+def name_of(config: RunConfig) -> str:
+    """Returns a name that runs have in common which come to the same plans."""
+    return _hash(config.flat(), AFTER)
 
 
 def prepare(run: Path, config: RunConfig, store: Path) -> None:

@@ -20,8 +20,7 @@ from typing import Any
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.trial import Trial
 
-from strategies.checkpoint import FREE
-from tapfl.config import RunConfig, Scalar
+from tapfl.config import RunConfig, Scalar, binding
 from tapfl.errors import ConfigError
 
 RANGE, CHOICE = {"low", "high", "log", "step", "if"}, {"choices", "if"}
@@ -64,7 +63,7 @@ class SearchSpace:
             if name not in defaults:
                 known = [option for option in defaults if option.startswith(name.split(".")[0])] or list(defaults)
                 raise ConfigError(f"{where}: is not an option of a run; close ones are {', '.join(known[:12])}")
-            if name.startswith(FREE) or name == "train.rounds":
+            if not binding({name: entry}):
                 why = "is the budget" if name == "train.rounds" else "changes no result"
                 raise ConfigError(f"{where}: {why}, and cannot be searched")
             if not isinstance(entry, Mapping) or not (entry.keys() <= RANGE or entry.keys() <= CHOICE):

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Protocol
 
 from tapfl.config import Scalar
+from tapfl.errors import RunError
 
 
 @dataclass(frozen=True)
@@ -26,14 +27,23 @@ class Job:
     rounds: int
 
 
+def run_folder(folder: Path, number: int) -> Path:
+    """Returns where the run of a trial is."""
+    return folder / f"{number:04d}"
+
+
+class EngineLostError(RunError):
+    """Nothing is left that could carry a trial out, which is no configuration's fault: the search ends."""
+
+
 class Trials(Protocol):
     """Carries out jobs, several at once."""
 
     def submit(self, job: Job) -> Future[dict[str, float]]:
         """Starts a job as soon as there is room; its result are the measures of `objective.measures_of`.
 
-        The future raises a TapflError if the run failed, which is the configuration's fault; anything else ends the
-        search.
+        The future raises a TapflError if the run failed, which is the configuration's fault; `EngineLostError`, and
+        anything else, ends the search.
         """
 
     def close(self) -> None:

@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from tapfl.errors import DataError
+from tapfl.progress import track
 from tapfl.store import cache_folder
 
 IMAGE_ENDINGS = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
@@ -117,7 +118,7 @@ def _folder(path: Path, size: int, cache: Path) -> ImageSet:
         digest.update(f"{file} {status.st_size} {status.st_mtime_ns}".encode())
     kept = cache / "images" / f"{digest.hexdigest()[:16]}.npy"
     if not kept.exists():
-        images = np.stack([_decode(file, size) for _, file in listing])
+        images = np.stack([_decode(file, size) for _, file in track(listing, "reading images")])
         kept.parent.mkdir(parents=True, exist_ok=True)
         temporary = kept.with_suffix(f".{np.random.SeedSequence().entropy}.tmp.npy")
         np.save(temporary, images)
@@ -174,6 +175,6 @@ def _hugging_face(name: str, size: int) -> ImageSet:
     label_columns = [key for key, feature in table.features.items() if isinstance(feature, ClassLabel)]
     if not image_columns or not label_columns:
         raise DataError(f"data source 'hf:{name}': needs an image and a class-label column, has {list(table.features)}")
-    images = np.stack([_fit(image, size) for image in table[image_columns[0]]])
+    images = np.stack([_fit(image, size) for image in track(table[image_columns[0]], "reading images")])
     labels = np.array(table[label_columns[0]], dtype=np.int64)
     return ImageSet(images, labels, tuple(table.features[label_columns[0]].names))

@@ -34,7 +34,22 @@ class Transform:
         mean, std = (torch.tensor(values).view(1, -1, 1, 1) for values in (self.mean, self.std))
         return ((x - mean) / std).contiguous()
 
-    def batches(self, images: np.ndarray, batch: int = 256) -> Iterator[Tensor]:
-        """Yields all images in order, `batch` at a time."""
-        for start in range(0, len(images), batch):
-            yield self(images[start : start + batch])
+    def batches(self, images: np.ndarray, batch: int = 256) -> Batches:
+        """Returns all images in order, `batch` at a time, each made when it is its turn."""
+        return Batches(self, images, batch)
+
+
+@dataclass(frozen=True, eq=False)
+class Batches:
+    """Images in the backbone's input format, in pieces; to be gone through any number of times."""
+
+    transform: Transform
+    images: np.ndarray
+    batch: int
+
+    def __len__(self) -> int:
+        return -(-len(self.images) // self.batch)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        for start in range(0, len(self.images), self.batch):
+            yield self.transform(self.images[start : start + self.batch])

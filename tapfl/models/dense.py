@@ -19,6 +19,7 @@ from tapfl.data.sources import ImageSet
 from tapfl.errors import ModelError
 from tapfl.models.backbone import BackboneSpec, build, head_names, load_hub_weights, load_weights, spec_of, transform_of
 from tapfl.models.prunable import prunable_layers
+from tapfl.progress import stage
 from tapfl.seeds import numpy_generator
 from tapfl.store import content_hash, read_tensors, write_bytes, write_tensors
 from tapfl.summary.descriptors import image_features
@@ -48,7 +49,11 @@ class DenseCache:
         """Lets one run of this machine at a time make the backbone `key`; the others wait, and then find it."""
         self.folder.mkdir(parents=True, exist_ok=True)
         with (self.folder.parent / f".backbone-{key}.lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                with stage("the backbone that another run is making"):
+                    fcntl.flock(lock, fcntl.LOCK_EX)
             yield
 
     def save(self, key: str, state: dict[str, torch.Tensor]) -> None:
@@ -89,7 +94,6 @@ def dense_backbone(
     pool: ImageSet,
     seed: int,
     cache: DenseCache,
-    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[str, BackboneSpec, nn.Module]:
     """Returns (key, spec, model) of the backbone that the options name, from the cache if it was made before.
 
@@ -101,13 +105,11 @@ def dense_backbone(
     if not cache.holds(key):
         with cache.making(key):
             if not cache.holds(key):  # another run may have made it meanwhile
-                cache.save(key, _make(options, spec, pool, seed, progress).state_dict())
+                cache.save(key, _make(options, spec, pool, seed).state_dict())
     return key, spec, cache.load(key, spec)
 
 
-def _make(
-    options: ModelOptions, spec: BackboneSpec, pool: ImageSet, seed: int, progress: Callable[[int, int], None]
-) -> nn.Module:
+def _make(options: ModelOptions, spec: BackboneSpec, pool: ImageSet, seed: int) -> nn.Module:
     model = build(spec, seed=int(numpy_generator(seed, "backbone").integers(2**62)))
     prunable_layers(model)  # what cannot be pruned is refused before it is trained
     fill_weights(model, options, spec, pool.classes)
@@ -118,7 +120,7 @@ def _make(
         batch=options.batch,
         learning_rate=options.learning_rate,
         generator=numpy_generator(seed, "dense"),
-        progress=progress,
+        name="dense backbone",
     )
     transform = transform_of(model)
     if not options.weights:

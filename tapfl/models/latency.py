@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from tapfl.models.backbone import example_input
 from tapfl.models.units import PrunableLayer, Shape
+from tapfl.progress import track
 
 WARM_UP = 2
 POINTS = (1 / 8, 1 / 4, 1 / 2, 3 / 4, 1)  # widths, as shares of the dense one, at which a branch is timed
@@ -37,20 +38,25 @@ class Timings:
 
 
 @torch.no_grad()
-def median_ms(calls: Sequence[Callable[[], object]], repeats: int) -> list[float]:
-    """Returns the median milliseconds of this thread in each call, all taking turns."""
+def timed_ms(calls: Sequence[Callable[[], object]], repeats: int) -> np.ndarray:
+    """Returns (calls, repeats), the milliseconds of this thread in each call in each turn."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     seconds = np.zeros((repeats + WARM_UP, len(calls)))
     try:
-        for turn in seconds:
+        for turn in track(seconds, "latency"):
             for i, call in enumerate(calls):
                 start = time.thread_time()
                 call()
                 turn[i] = time.thread_time() - start
     finally:
         torch.set_num_threads(threads)
-    return [float(value) for value in np.median(seconds[WARM_UP:], axis=0) * 1e3]
+    return seconds[WARM_UP:].T * 1e3
+
+
+def median_ms(calls: Sequence[Callable[[], object]], repeats: int) -> list[float]:
+    """Returns the median milliseconds of this thread in each call, all taking turns."""
+    return [float(value) for value in np.median(timed_ms(calls, repeats), axis=1)]
 
 
 def latencies_ms(models: Sequence[nn.Module], repeats: int) -> list[float]:

@@ -28,6 +28,7 @@ from tapfl.data.transform import Transform
 from tapfl.errors import ModelError
 from tapfl.models.prunable import prunable_layers
 from tapfl.models.units import PrunableLayer
+from tapfl.progress import track
 from tapfl.pruning.scores import refuse_not_finite
 from tapfl.seeds import numpy_generator
 
@@ -85,7 +86,7 @@ def canonical_basis(model: nn.Module, layers: Sequence[PrunableLayer], inputs: T
         handles.append(module.qkv.register_forward_hook(lambda _m, _x, y, found=found: found.add_qkv(y)))
         handles.append(module.proj.register_forward_pre_hook(lambda _m, x, found=found: found.add_output(x[0])))
     try:
-        for number, part in enumerate(inputs.split(batch)):
+        for number, part in enumerate(track(inputs.split(batch), "canonical basis")):
             turned(part)
             for name, found in moments.items():
                 for moment in (found.query, found.key, found.output):

@@ -24,61 +24,12 @@ from tapfl.errors import ConfigError, ModelError
 from tapfl.models.backbone import segments
 from tapfl.models.residual import as_branch_output, observe
 from tapfl.models.units import PrunableLayer, put
+from tapfl.progress import track
+from tapfl.pruning.lost_output import RIDGE, Felt, Known, LostOutput, rows_of
 from tapfl.pruning.scores import refuse_not_finite
-from tapfl.pruning.sensitivity import Sensitivity
 
 COMPENSATIONS = ("none", "one-pass", "sequential")
-RIDGE = 1e-3  # λ, of the mean variance of the kept activations
 CORRECTION = 0.25  # γ, share of the drift of the residual stream that a branch is asked to take back
-RESOLUTION = 1e-12  # of the mean square of the kept activations: less variance than that is rounding
-
-
-Felt = Mapping[str, Sensitivity] | None
-
-
-class LostOutput:
-    """Float64 moments of a branch's kept activations Z (rows, kept) and of the output r (rows, outputs) it has lost.
-
-    Args:
-        real: bool (tokens,), which tokens of an image count, or None: all.
-        weights: of the rows (rows,), batch by batch, or None: all alike.
-    """
-
-    def __init__(
-        self, kept: int, outputs: int, real: Tensor | None = None, weights: Sequence[Tensor] | None = None
-    ) -> None:
-        self.kept, self.rows, self.real = kept, 0.0, real
-        self.weights = None if weights is None else iter(weights)
-        self.total = torch.zeros(kept + outputs, dtype=torch.float64)
-        self.product = torch.zeros(kept, kept + outputs, dtype=torch.float64)
-
-    def add(self, Z: Tensor, r: Tensor) -> None:
-        both = torch.cat([part.flatten(0, -2).double() for part in (Z, r)], dim=1)
-        weights = torch.ones(len(both)) if self.weights is None else next(self.weights)
-        if self.real is not None:
-            real = self.real.repeat(len(both) // len(self.real))
-            both, weights = both[real], weights[real]
-        weighted = weights.double()[:, None] * both
-        self.rows += float(weights.double().sum())
-        self.total += weighted.sum(0)
-        self.product += both[:, : self.kept].T @ weighted
-
-    def covariance(self) -> Tensor:
-        """Returns the covariance of the kept activations, float64 (kept, kept)."""
-        mean = self.total[: self.kept] / self.rows
-        return self.product[:, : self.kept] / self.rows - mean[:, None] * mean
-
-    def regression(self, ridge: float = RIDGE, intercept: bool = True) -> tuple[Tensor, Tensor]:
-        """Returns D (outputs, kept) and e (outputs) of the ridge regression r ≈ D z + e; e = 0 without intercept."""
-        mean = self.total / self.rows if intercept else torch.zeros_like(self.total)
-        second = self.product / self.rows
-        C_ZZ, C_Zr = (second - mean[: self.kept, None] * mean).split([self.kept, len(mean) - self.kept], dim=1)
-        size = second.diagonal().sum() / max(self.kept, 1)
-        D = torch.zeros_like(C_Zr.T)
-        if size > 0:
-            penalty = ridge * C_ZZ.diagonal().mean() + RESOLUTION * size
-            D = torch.linalg.solve(C_ZZ + penalty * torch.eye(self.kept, dtype=C_ZZ.dtype), C_Zr).T
-        return D, mean[self.kept :] - D @ mean[: self.kept]
 
 
 @torch.no_grad()
@@ -90,6 +41,7 @@ def compensate(
     batch: int,
     ridge: float = RIDGE,
     felt: Felt = None,
+    known: Known = None,
 ) -> nn.Module:
     """Returns `model` shrunk to `plan_kept` and compensated, from the statistics of one pass of the dense model.
 
@@ -105,6 +57,7 @@ def compensate(
         batch: images a pass.
         ridge: λ as a share of the mean variance of a layer's kept activations, >= 0.
         felt: sensitivities on `inputs` by layer name: rows count by how much the prediction feels them; None: alike.
+        known: `unit_moments` of the same model, images and `felt`; these FFNs are not looked at again.
 
     Raises:
         ModelError: if there is no image, or a layer's activations are not finite, naming layer and batch.
@@ -117,14 +70,19 @@ def compensate(
     handles = []
     for layer in pruned:
         branch: Any = model.get_submodule(layer.name)
-        outputs = branch.get_submodule(layer.output).out_features
-        found = LostOutput(len(plan_kept[layer.name]), outputs, real_tokens(model, layer), _rows(felt, layer))
+        read = branch.get_submodule(layer.output)
         shrunk = layer.shrink(branch, plan_kept[layer.name])
         put(small, layer.name, shrunk)
+        if known and layer.name in known:
+            lost[layer.name] = known[layer.name].of_cut(plan_kept[layer.name], read.weight)
+            continue
+        found = LostOutput(
+            len(plan_kept[layer.name]), read.out_features, real_tokens(model, layer), rows_of(felt, layer)
+        )
         lost[layer.name] = found
         handles.append(branch.register_forward_hook(_compare(shrunk, layer.output, found), with_kwargs=True))
     try:
-        for number, part in enumerate(inputs.split(batch)):
+        for number, part in enumerate(track(inputs.split(batch) if handles else (), "compensation")):
             model(part)
             for name, found in lost.items():
                 refuse_not_finite(name, found.total, number)
@@ -165,12 +123,13 @@ def compensate_sequentially(
     small = copy.deepcopy(model)
     pruned = _pruned(layers, plan_kept)
     dense_x = small_x = list(inputs.split(batch))
-    for (block, dense_step), (_, small_step) in zip(segments(model)[:-1], segments(small)[:-1], strict=True):
+    steps = list(zip(segments(model)[:-1], segments(small)[:-1], strict=True))
+    for (block, dense_step), (_, small_step) in track(steps, "compensation"):
         for layer in (layer for layer in pruned if layer.block == block):
             f = model.get_submodule(layer.name)
             put(small, layer.name, layer.shrink(small.get_submodule(layer.name), plan_kept[layer.name]))
             size = len(plan_kept[layer.name])
-            lost = LostOutput(size, layer.embed_dim, real_tokens(model, layer), _rows(felt, layer))
+            lost = LostOutput(size, layer.embed_dim, real_tokens(model, layer), rows_of(felt, layer))
             for number, (x, y) in enumerate(zip(dense_x, small_x, strict=True)):
                 dense, now = observe(model, layer, dense_step, x), observe(small, layer, small_step, y)
                 args, kwargs = now.arguments
@@ -191,8 +150,11 @@ def compensated(
     batch: int,
     how: str,
     felt: Felt = None,
+    known: Known = None,
 ) -> nn.Module:
     """Returns `model` shrunk to `kept` and compensated as `how` says: ``none``, ``one-pass`` or ``sequential``.
+
+    Args: as `compensate`; `known` is of use for ``one-pass`` alone, since another prefix gives other activations.
 
     Raises:
         ConfigError: if `how` is none of these.
@@ -204,7 +166,9 @@ def compensated(
         return small.eval()
     if how not in COMPENSATIONS:
         raise ConfigError(f"compensation = {how!r}: accepted are {', '.join(COMPENSATIONS)}")
-    return (compensate if how == "one-pass" else compensate_sequentially)(model, kept, layers, inputs, batch, felt=felt)
+    if how == "one-pass":
+        return compensate(model, kept, layers, inputs, batch, felt=felt, known=known)
+    return compensate_sequentially(model, kept, layers, inputs, batch, felt=felt)
 
 
 def real_tokens(model: nn.Module, layer: PrunableLayer) -> Tensor | None:
@@ -217,10 +181,6 @@ def real_tokens(model: nn.Module, layer: PrunableLayer) -> Tensor | None:
         return None
     ones = torch.ones(1, *block.input_resolution, layer.embed_dim)
     return as_branch_output(model, layer, ones)[..., 0].flatten() > 0
-
-
-def _rows(felt: Felt, layer: PrunableLayer) -> tuple[Tensor, ...] | None:
-    return None if felt is None else felt[layer.name].rows
 
 
 def _pruned(layers: Sequence[PrunableLayer], kept: Mapping[str, Tensor]) -> list[PrunableLayer]:

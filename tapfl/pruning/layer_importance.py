@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from tapfl.models.residual import branch_steps
 from tapfl.models.units import PrunableLayer, replaced
+from tapfl.progress import track
 
 # Floats of the residual stream that pass a block together (16 images of DeiT-T at 224 px): its activations then stay in
 # the processor's cache, which saves a sixth of the time
@@ -69,7 +70,8 @@ def sample_divergences(
     start = {layer.name: position.get(layer.name, position.get(layer.block, 0)) for layer in layers}
     found = torch.zeros(len(layers), len(inputs), dtype=torch.float64)
     at_once = min(batch, images_at_once(layers))
-    for part, columns in zip(inputs.split(at_once), found.split(at_once, dim=1), strict=True):
+    parts = list(zip(inputs.split(at_once), found.split(at_once, dim=1), strict=True))
+    for part, columns in track(parts, "layer importance"):
         entering: list[Tensor] = []
         x = part
         for _, step in steps:

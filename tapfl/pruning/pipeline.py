@@ -18,9 +18,11 @@ from tapfl.config import PruningOptions, Scalar
 from tapfl.data.sources import ImageSet
 from tapfl.data.transform import Transform
 from tapfl.models.backbone import BackboneSpec
+from tapfl.progress import track
 from tapfl.pruning.compensation import compensated
 from tapfl.pruning.criteria.registry import criterion_of
 from tapfl.pruning.criteria.task import PruningTask, Selection
+from tapfl.pruning.lost_output import Felt, Known
 from tapfl.pruning.plan import PruningPlan
 from tapfl.pruning.planning import plan_of
 from tapfl.pruning.recovery import fading_branches, recover, steps_left
@@ -54,11 +56,13 @@ class Pruned:
     Attributes:
         exact: whether `shrink` makes the same model of the dense weights and the plan alone, because no weight was
             changed: neither by the basis, nor by the criterion, compensation or recovery.
+        metric_set: positions in the public pool, int64, of the images that it was measured on, where they are known.
     """
 
     model: nn.Module
     plan: PruningPlan
     exact: bool
+    metric_set: np.ndarray | None = None
 
     def weights(self, always: bool = False) -> bytes:
         """Returns what travels with the plan: nothing where it is exact, else the model's weights as safetensors.
@@ -93,14 +97,23 @@ def select(task: PruningTask) -> Selection:
     return criterion_of(task.options.criterion)(task)
 
 
-def cut(task: PruningTask, selection: Selection, seed: int) -> nn.Module:
-    """Returns the smaller model of a selection, compensated as the task's options say."""
-    weights, options = selection.model or task.model, task.options
-    felt = None
-    if options.compensation != "none" and options.compensation_rows == "sensitivity":
-        generator = torch_generator(seed, "sensitivity")
-        felt = sensitivities(weights, task.layers, task.inputs, task.batch, generator)
-    return compensated(weights, selection.kept, task.layers, task.inputs, task.batch, options.compensation, felt)
+def cut(task: PruningTask, selection: Selection, seed: int, felt: Felt = None, known: Known = None) -> nn.Module:
+    """Returns the smaller model of a selection, compensated as the task's options say.
+
+    Args:
+        felt: the `row_sensitivities` of the weights that are cut, where they are known.
+        known: their `unit_moments`, likewise.
+    """
+    weights, how = selection.model or task.model, task.options.compensation
+    felt = felt or row_sensitivities(task, weights, seed)
+    return compensated(weights, selection.kept, task.layers, task.inputs, task.batch, how, felt, known)
+
+
+def row_sensitivities(task: PruningTask, weights: nn.Module, seed: int) -> Felt:
+    """Returns how much the prediction of a model feels each row, where the task's compensation asks for that."""
+    if task.options.compensation == "none" or task.options.compensation_rows != "sensitivity":
+        return None
+    return sensitivities(weights, task.layers, task.inputs, task.batch, torch_generator(seed, "sensitivity"))
 
 
 def recovered(
@@ -161,4 +174,4 @@ def _labels(task: PruningTask, images: FineTuneSet) -> Tensor:
     if images.labels is not None:
         return images.labels
     parts = np.array_split(np.arange(images.size), -(-images.size // task.batch))
-    return torch.cat([predict(task.model, images.inputs(part)).argmax(1) for part in parts])
+    return torch.cat([predict(task.model, images.inputs(part)).argmax(1) for part in track(parts, "labels")])

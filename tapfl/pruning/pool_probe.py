@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from tapfl.config import PruningOptions
 from tapfl.memo import Memo
 from tapfl.models.units import PrunableLayer, Shape
+from tapfl.progress import track
 from tapfl.pruning.layer_importance import mean_divergence, sample_divergences
 from tapfl.pruning.scores import neuron_importance
 from tapfl.pruning.unit_shape import keep_best
@@ -54,7 +55,7 @@ class PoolProbe:
         """The composite importance (units,) of every layer, summed over the whole batches of each piece."""
         weights = {"ffn": self.options.ffn_terms, "attention": self.options.attention_terms}
         total = {layer.name: torch.zeros(layer.units) for layer in self.layers}
-        for part in self.batches():
+        for part in track(self.batches(), "pool"):
             if len(part) >= self.batch:
                 found = neuron_importance(self.model, self.layers, part, self.batch, weights, self.options.chunk)
                 for name, values in found.items():
@@ -71,5 +72,8 @@ class PoolProbe:
 
     def _measure(self, shapes: Mapping[str, Shape]) -> Tensor:
         kept = {layer.name: keep_best(layer, self.scores[layer.name], shapes[layer.name]) for layer in self.layers}
-        parts = [sample_divergences(self.model, self.layers, kept, part, self.batch) for part in self.batches()]
+        parts = [
+            sample_divergences(self.model, self.layers, kept, part, self.batch)
+            for part in track(self.batches(), "pool")
+        ]
         return torch.cat(parts, dim=1)

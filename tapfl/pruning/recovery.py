@@ -32,6 +32,7 @@ from torch.nn import functional as F
 from tapfl.config import PruningOptions
 from tapfl.errors import ConfigError, ModelError
 from tapfl.models.units import put
+from tapfl.progress import track
 from tapfl.pruning.criteria.task import Selection
 from tapfl.training import batches, optimizer
 
@@ -60,7 +61,6 @@ def recover(
     steps: int,
     teacher: nn.Module | None = None,
     fading: Mapping[str, nn.Module] | None = None,
-    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> nn.Module:
     """Returns a trained copy of `model`, frozen and in evaluation mode, with all names and shapes as they were.
 
@@ -74,7 +74,6 @@ def recover(
         steps: gradient steps; with 0, or with ``recovery = none``, the copy is what `model` is.
         teacher: the dense model, for ``recovery = distill``.
         fading: dense branches that fade, by name; each must be one of which nothing is left in `model`.
-        progress: called after each step with (steps done, steps in all).
 
     Raises:
         ConfigError: if distillation has no teacher.
@@ -90,7 +89,7 @@ def recover(
             targets = teacher_logits(teacher, inputs, len(labels), order)
         faders = _put_faders(small, fading or {})
         adam = optimizer("adam", list(small.parameters()), options.recovery_learning_rate)
-        for step, chosen in enumerate(order):
+        for step, chosen in enumerate(track(order, "recovery")):
             _fade(small, faders, strength(step, steps))
             index = torch.from_numpy(chosen)
             logits = small(inputs(chosen))
@@ -103,7 +102,6 @@ def recover(
             adam.zero_grad()
             loss.backward()
             adam.step()
-            progress(step + 1, steps)
         _fade(small, faders, 0.0)
     return small.requires_grad_(False)
 
@@ -131,7 +129,7 @@ def teacher_logits(
     """Returns the logits (size, classes) of the images that `order` names, each computed once; the others are NaN."""
     seen = np.unique(np.concatenate(order))
     parts = np.array_split(seen, -(-len(seen) // len(order[0])))
-    logits = torch.cat([teacher(inputs(part)) for part in parts])
+    logits = torch.cat([teacher(inputs(part)) for part in track(parts, "teacher")])
     return logits.new_full((size, logits.shape[1]), torch.nan).index_copy_(0, torch.from_numpy(seen), logits)
 
 

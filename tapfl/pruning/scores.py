@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from tapfl.errors import ModelError
 from tapfl.models.units import PrunableLayer
+from tapfl.progress import track
 
 # (rel, 1 - red, act); constants of the authors' public code, which the paper follows
 TERM_WEIGHTS = {"ffn": (0.1, 0.1, 0.8), "attention": (0.8, 0.1, 0.1)}
@@ -200,7 +201,7 @@ def neuron_importance(
     if len(inputs) < batch:
         raise ModelError(f"metric set of {len(inputs)} images is smaller than one batch of {batch}")
     importance = {layer.name: torch.zeros(layer.units) for layer in layers}
-    for number in range(len(inputs) // batch):
+    for number in track(range(len(inputs) // batch), "scores"):
         part = inputs[number * batch : (number + 1) * batch]
         logits, activations = record_activations(model, layers, part, number)
         P = logits.softmax(-1)

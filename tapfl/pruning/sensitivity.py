@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tapfl.models.units import PrunableLayer
+from tapfl.progress import track
 
 TRUST = 0.7  # ρ; 0: all rows alike
 
@@ -50,7 +51,7 @@ def sensitivities(
     """
     squares: dict[str, list[Tensor]] = {layer.name: [] for layer in layers}
     products: dict[str, Tensor] = {}
-    for images in inputs.split(batch):
+    for images in track(inputs.split(batch), "sensitivity"):
         for name, gradient in _output_gradients(model, layers, images, generator).items():
             g = gradient.flatten(0, -2)
             squares[name].append(g.square().sum(1))

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from tapfl.data.sources import ImageSet
 from tapfl.data.transform import Transform
 from tapfl.models.backbone import features
+from tapfl.progress import track
 from tapfl.store import content_hash, read_tensors, write_tensors
 
 
@@ -55,4 +56,4 @@ def cached_features(model: nn.Module, images: ImageSet, transform: Transform, ca
 
 def image_features(model: nn.Module, inputs: Iterable[Tensor]) -> np.ndarray:
     """Returns pooled pre-logits features, float32 (n, width), of batches in the backbone's input format."""
-    return torch.cat([features(model, batch) for batch in inputs]).numpy()
+    return torch.cat([features(model, batch) for batch in track(inputs, "features")]).numpy()

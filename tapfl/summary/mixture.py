@@ -14,6 +14,7 @@ from sklearn.mixture import GaussianMixture
 
 from tapfl.config import SummaryOptions
 from tapfl.errors import DataError
+from tapfl.progress import track
 
 REG_COVAR = 1e-3  # relative to the mean variance of the descriptors
 N_INIT = 3
@@ -103,7 +104,8 @@ def fit_mixture(points: np.ndarray, options: SummaryOptions | None = None, seed:
     reg = REG_COVAR * float(points.var(axis=0).mean()) + 1e-12
     best: GaussianMixture | None = None
     best_bic = np.inf
-    for k in range(1, min(options.max_components, max(1, int(n / options.min_support))) + 1):
+    most = min(options.max_components, max(1, int(n / options.min_support)))
+    for k in track(range(1, most + 1), "mixture"):
         mixture = GaussianMixture(
             k, covariance_type=options.covariance, reg_covar=reg, n_init=N_INIT, random_state=seed
         )

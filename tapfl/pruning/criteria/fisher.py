@@ -12,14 +12,13 @@ import torch
 
 from tapfl.pruning.criteria.gates import mean_over_images
 from tapfl.pruning.criteria.ranking import across_layers, by_layer
-from tapfl.pruning.criteria.task import PruningTask, Selection
+from tapfl.pruning.criteria.task import PruningTask, Ranked, Scores
 
 
-def fisher(task: PruningTask) -> Selection:
-    """Ranks within each layer."""
-    return by_layer(task, mean_over_images(task, torch.square))
+def fisher_scores(task: PruningTask) -> Scores:
+    """Returns the formula above for every unit, float64 (units,) by layer name."""
+    return mean_over_images(task, torch.square)
 
 
-def fisher_global(task: PruningTask) -> Selection:
-    """Ranks all units together, by score per cost in the budget's own terms."""
-    return across_layers(task, mean_over_images(task, torch.square))
+fisher = Ranked(fisher_scores, by_layer)
+fisher_global = Ranked(fisher_scores, across_layers)  # all units together, by score per cost in the budget's own terms

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tapfl.models.units import PrunableLayer
+from tapfl.progress import track
 from tapfl.pruning.criteria.task import PruningTask
 from tapfl.training import predict
 
@@ -58,7 +59,8 @@ def gated(model: nn.Module, layers: Sequence[PrunableLayer], gates: Mapping[str,
 
 def image_gradients(task: PruningTask) -> Iterator[Gates]:
     """Yields, batch by batch, each image's own gradients (images, units) of its cross-entropy, by layer name."""
-    for images, labels in zip(task.inputs.split(task.batch), targets(task).split(task.batch), strict=True):
+    parts = list(zip(task.inputs.split(task.batch), targets(task).split(task.batch), strict=True))
+    for images, labels in track(parts, "gradients"):
         gates = open_gates(task.layers, images, len(images))
         with torch.enable_grad(), gated(task.model, task.layers, gates):
             loss = F.cross_entropy(task.model(images), labels, reduction="sum")

@@ -11,23 +11,19 @@ third type, the embedding's dims, is not pruned here by any criterion.
 
 from __future__ import annotations
 
-import torch
-
 from tapfl.models.units import PrunableLayer
-from tapfl.pruning.criteria.gates import mean_over_images
-from tapfl.pruning.criteria.ranking import Scores, across_layers
-from tapfl.pruning.criteria.task import PruningTask, Selection
-
-
-def isomorphic(task: PruningTask) -> Selection:
-    """Ranks all units of a type together; the types share the budget evenly."""
-    return within_types(task, mean_over_images(task, torch.abs))
+from tapfl.pruning.criteria.ranking import across_layers
+from tapfl.pruning.criteria.task import PruningTask, Ranked, Scores, Selection
+from tapfl.pruning.criteria.taylor import taylor_scores
 
 
 def within_types(task: PruningTask, scores: Scores) -> Selection:
-    """Spends the budget by `scores` (units,), as published."""
+    """Ranks all units of a type together; the types share the budget evenly."""
     return across_layers(task, scores, group_of=_type, per_cost=False)
 
 
 def _type(layer: PrunableLayer) -> str:
     return layer.kind
+
+
+isomorphic = Ranked(taylor_scores, within_types)

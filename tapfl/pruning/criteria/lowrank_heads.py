@@ -11,13 +11,12 @@ from tapfl.errors import ConfigError
 from tapfl.pruning.basis import carried_energy
 from tapfl.pruning.criteria.ranking import by_layer
 from tapfl.pruning.criteria.registry import recipe
-from tapfl.pruning.criteria.task import PruningTask, Selection
+from tapfl.pruning.criteria.task import PruningTask, Ranked, Scores
 from tapfl.pruning.criteria.wanda import output_norms
 
 
-@recipe(basis="canonical", needs=("basis",))
-def lowrank_heads(task: PruningTask) -> Selection:
-    """Needs no labels and no gradients.
+def lowrank_scores(task: PruningTask) -> Scores:
+    """Returns what dims carry and what FFN units write, (units,) by layer name; no labels, no gradients.
 
     Raises:
         ConfigError: if the task's model is not in the canonical basis.
@@ -26,4 +25,7 @@ def lowrank_heads(task: PruningTask) -> Selection:
     if carried is None:
         raise ConfigError("pruning.basis = 'none': criterion lowrank-heads cuts in the canonical basis; accepted: auto")
     ffns = tuple(layer for layer in task.layers if layer.kind == "ffn")
-    return by_layer(task, output_norms(replace(task, layers=ffns)) | carried)
+    return output_norms(replace(task, layers=ffns)) | carried
+
+
+lowrank_heads = recipe(basis="canonical", needs=("basis",))(Ranked(lowrank_scores, by_layer))

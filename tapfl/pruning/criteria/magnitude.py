@@ -14,19 +14,17 @@ from torch import Tensor, nn
 
 from tapfl.models.units import PrunableLayer
 from tapfl.pruning.criteria.ranking import by_layer
-from tapfl.pruning.criteria.task import PruningTask, Selection
+from tapfl.pruning.criteria.task import PruningTask, Ranked, Scores
 
 
-def magnitude(task: PruningTask) -> Selection:
-    """Needs no images."""
-    return by_layer(
-        task, {layer.name: coupled_norm(layer, task.model.get_submodule(layer.name)) for layer in task.layers}
-    )
+def coupled_norms(task: PruningTask) -> Scores:
+    """Returns the formula above for every unit, float64 (units,) by layer name; no images."""
+    return {layer.name: coupled_norm(layer, task.model.get_submodule(layer.name)) for layer in task.layers}
 
 
 @torch.no_grad()
 def coupled_norm(layer: PrunableLayer, module: nn.Module) -> Tensor:
-    """Returns the formula above for every unit of a branch, float64 (units,)."""
+    """Returns the same of one branch, float64 (units,)."""
     total = torch.zeros(layer.units, dtype=torch.float64)
     for cut in layer.cuts(torch.arange(layer.units)):
         linear = module.get_submodule(cut.linear)
@@ -40,3 +38,6 @@ def coupled_norm(layer: PrunableLayer, module: nn.Module) -> Tensor:
             rows = rows + linear.bias.double().square()
         total += rows[cut.index].view(-1, layer.units).sum(0)  # an attention's unit has a row in each of q, k and v
     return total
+
+
+magnitude = Ranked(coupled_norms, by_layer)

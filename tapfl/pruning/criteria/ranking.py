@@ -10,12 +10,10 @@ from torch import Tensor
 from tapfl.errors import ConfigError
 from tapfl.models.units import PrunableLayer, Shape
 from tapfl.pruning.allocate import allocate, layer_weights
-from tapfl.pruning.criteria.task import PruningTask, Selection
+from tapfl.pruning.criteria.task import PruningTask, Scores, Selection
 from tapfl.pruning.fit import fit_widths
 from tapfl.pruning.layer_importance import layer_importance
 from tapfl.pruning.unit_shape import Ladder, keep_best, ladder, slices
-
-Scores = Mapping[str, Tensor]
 
 
 def by_layer(task: PruningTask, scores: Scores) -> Selection:

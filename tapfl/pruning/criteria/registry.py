@@ -10,11 +10,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from importlib import import_module
 from importlib.metadata import entry_points
+from typing import TYPE_CHECKING
 
 from tapfl.config import PruningOptions
 from tapfl.errors import ConfigError
 from tapfl.own import is_own, own
-from tapfl.pruning.criteria.task import Criterion
+
+if TYPE_CHECKING:  # with torch, and a name that is none is refused before
+    from tapfl.pruning.criteria.task import Criterion
 
 ENTRY_POINTS = "tapfl.criteria"
 
@@ -45,8 +48,18 @@ def criterion_names() -> list[str]:
     return sorted({*BUILT_IN, *(point.name for point in entry_points(group=ENTRY_POINTS))})
 
 
+def require_criterion(name: str) -> None:
+    """Raises ConfigError if there is no criterion of that name; a user's own is looked for when it is needed."""
+    if name not in (names := criterion_names()) and not is_own(name):
+        raise ConfigError(
+            f"pruning.criterion = {name!r}: there is no such criterion; accepted: {', '.join(names)}, "
+            "or module:name for one of your own"
+        )
+
+
 def criterion_of(name: str) -> Criterion:
     """Returns the criterion of that name. Raises ConfigError if there is none."""
+    require_criterion(name)
     if name in BUILT_IN:
         module, _, function = BUILT_IN[name].partition(":")
         criterion: Criterion = getattr(import_module(module), function)
@@ -54,13 +67,9 @@ def criterion_of(name: str) -> Criterion:
     if is_own(name):
         found: Criterion = own("pruning.criterion", name)
         return found
-    for point in entry_points(group=ENTRY_POINTS, name=name):
-        offered: Criterion = point.load()
-        return offered
-    raise ConfigError(
-        f"pruning.criterion = {name!r}: there is no such criterion; accepted: {', '.join(criterion_names())}, "
-        "or module:name for one of your own"
-    )
+    (point, *_) = entry_points(group=ENTRY_POINTS, name=name)
+    offered: Criterion = point.load()
+    return offered
 
 
 def recipe(needs: tuple[str, ...] = (), **options: str) -> Callable[[Criterion], Criterion]:

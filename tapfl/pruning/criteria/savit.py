@@ -31,6 +31,7 @@ from torch.nn import functional as F
 
 from tapfl.errors import BudgetError
 from tapfl.models.units import PrunableLayer
+from tapfl.progress import track
 from tapfl.pruning.cost_table import reached
 from tapfl.pruning.criteria.gates import gated, open_gates, targets
 from tapfl.pruning.criteria.isomorphic import within_types
@@ -93,7 +94,9 @@ def importance_and_interactions(task: PruningTask) -> tuple[dict[str, Tensor], n
     }
     S = np.zeros((2, 2))
     labels, batches = targets(task), len(task.inputs) // size
-    for start in range(0, batches * size, size):  # a smaller rest would have noisier gradients, and larger squares
+    for start in track(
+        range(0, batches * size, size), "interactions"
+    ):  # a smaller rest would have noisier gradients, and larger squares
         gates = open_gates(task.layers, task.inputs)
         with torch.enable_grad(), gated(model, task.layers, gates):
             loss = F.cross_entropy(model(task.inputs[start : start + size]), labels[start : start + size])

@@ -7,12 +7,14 @@ because clipping loses budget and methods then differ in size.
 from __future__ import annotations
 
 from tapfl.pruning.criteria.ranking import by_layer
-from tapfl.pruning.criteria.task import PruningTask, Selection
+from tapfl.pruning.criteria.task import PruningTask, Ranked, Scores
 from tapfl.pruning.scores import neuron_importance
 
 
-def tap(task: PruningTask) -> Selection:
-    """Needs no labels and no gradients."""
+def composite_scores(task: PruningTask) -> Scores:
+    """Returns the composite importance with the terms that the options weigh; no labels, no gradients."""
     weights = {"ffn": task.options.ffn_terms, "attention": task.options.attention_terms}
-    chunk = task.options.chunk
-    return by_layer(task, neuron_importance(task.model, task.layers, task.inputs, task.batch, weights, chunk))
+    return neuron_importance(task.model, task.layers, task.inputs, task.batch, weights, task.options.chunk)
+
+
+tap = Ranked(composite_scores, by_layer)

@@ -19,38 +19,42 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from tapfl.progress import track
 from tapfl.pruning.basis import carried_energy
-from tapfl.pruning.compensation import LostOutput
 from tapfl.pruning.criteria.ranking import by_layer
 from tapfl.pruning.criteria.registry import recipe
-from tapfl.pruning.criteria.task import PruningTask, Selection
+from tapfl.pruning.criteria.task import PruningTask, Ranked, Scores
 from tapfl.pruning.criteria.wanda import output_norms
 from tapfl.pruning.elimination import elimination_order
-from tapfl.pruning.scores import record_activations
+from tapfl.pruning.lost_output import unit_moments
 from tapfl.pruning.sensitivity import Sensitivity, sensitivities
 
 
-@recipe(ratio="power", basis="canonical", compensation="sequential", compensation_rows="sensitivity")
-def tap_plus(task: PruningTask) -> Selection:
-    """Needs no labels; one gradient a batch of the metric set, and no training."""
+def tap_plus_scores(task: PruningTask) -> Scores:
+    """Returns when each unit would go, 0 first, (units,) by layer name; no labels, one gradient a batch, no training.
+
+    Of attentions in the canonical basis it is what each dim carries, in another what it writes.
+    """
     felt = sensitivities(task.model, task.layers, task.inputs, task.batch, task.generator)
     attentions = tuple(layer for layer in task.layers if layer.kind == "attention")
     carried = carried_energy(task.model) or output_norms(replace(task, layers=attentions))
-    return by_layer(task, elimination_scores(task, felt) | carried)
+    return elimination_scores(task, felt) | carried
 
 
 @torch.no_grad()
 def elimination_scores(task: PruningTask, felt: Mapping[str, Sensitivity]) -> dict[str, Tensor]:
     """Returns, for every FFN by name, when each unit would go, float64 (units,): 0 is the first."""
-    ffns = [layer for layer in task.layers if layer.kind == "ffn"]
-    moments = {layer.name: LostOutput(layer.units, 0, weights=felt[layer.name].rows) for layer in ffns}
-    for images in task.inputs.split(task.batch):
-        for name, X in record_activations(task.model, ffns, images)[1].items():
-            moments[name].add(X, X[..., :0])
+    outputs = {layer.name: f"{layer.name}.{layer.output}.weight" for layer in task.layers}
     scores = {}
-    for layer in ffns:
-        W = task.model.get_parameter(f"{layer.name}.{layer.output}.weight").double()
-        order, _ = elimination_order(W, moments[layer.name].covariance(), felt[layer.name].metric)
-        scores[layer.name] = torch.empty(layer.units, dtype=torch.float64)
-        scores[layer.name][order] = torch.arange(layer.units, dtype=torch.float64)
+    found = unit_moments(task.model, task.layers, task.inputs, task.batch, felt)
+    for name, moments in track(found.items(), "elimination"):
+        W = task.model.get_parameter(outputs[name]).double()
+        order, _ = elimination_order(W, moments.covariance(), felt[name].metric)
+        scores[name] = torch.empty(len(order), dtype=torch.float64)
+        scores[name][order] = torch.arange(len(order), dtype=torch.float64)
     return scores
+
+
+tap_plus = recipe(ratio="power", basis="canonical", compensation="sequential", compensation_rows="sensitivity")(
+    Ranked(tap_plus_scores, by_layer)
+)

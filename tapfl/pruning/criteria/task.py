@@ -68,3 +68,22 @@ class Selection:
 
 
 Criterion = Callable[[PruningTask], Selection]
+Scores = Mapping[str, Tensor]  # of all units of every layer (units,), by layer name; the largest stay
+
+
+@dataclass
+class Ranked:
+    """A criterion in two steps: units are scored without a thought of the budget, which is then spent by the scores.
+
+    What compares many budgets scores once, and what compares metric sets compares scores.
+
+    Attributes:
+        scores: uses neither the task's budget and costs, nor those of its options that say how a budget is spent.
+        spend: says what stays.
+    """
+
+    scores: Callable[[PruningTask], Scores]
+    spend: Callable[[PruningTask, Scores], Selection]
+
+    def __call__(self, task: PruningTask) -> Selection:
+        return self.spend(task, self.scores(task))

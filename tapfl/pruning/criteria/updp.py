@@ -29,6 +29,7 @@ from torch.nn import functional as F
 from tapfl.errors import BudgetError
 from tapfl.models.backbone import segments
 from tapfl.models.units import Shape, replaced
+from tapfl.progress import track
 from tapfl.pruning.criteria.task import PruningTask, Selection
 from tapfl.training import predict
 
@@ -74,9 +75,11 @@ def search(task: PruningTask, beam: int) -> tuple[list[DropSet], dict[str, float
     level: list[DropSet] = [frozenset()]
     if _fits(task, level[0]):
         return level, {}
+    depth = 0
     while level:
         open_sets: dict[DropSet, float] = {}
-        for parent in level:
+        depth += 1
+        for parent in track(level, f"search, {depth} dropped"):
             children = {parent | {name}: name for name in names if name not in parent}
             fresh = {child: name for child, name in children.items() if child not in {*open_sets, *solutions}}
             found = divergence(task, dense, parent, fresh.values())
@@ -115,7 +118,7 @@ def divergence(task: PruningTask, dense: Tensor, parent: DropSet, more: Iterable
             for _, step in steps:
                 entering.append(x)
                 x = step(x)
-            for name in totals:
+            for name in track(totals, "branches"):
                 start = position[layers[name].block]
                 with dropped(task, [name]):
                     totals[name] += _kl(expected, _pass(steps[start:], entering[start]))

@@ -28,9 +28,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from tapfl.progress import track
 from tapfl.pruning.criteria.gates import targets
 from tapfl.pruning.criteria.task import PruningTask, Selection
-from tapfl.pruning.criteria.upop_oneshot import masked, open_masks, standardise, unified
+from tapfl.pruning.criteria.upop_oneshot import masked, open_masks, standardise, unified, worth
 
 STEPS = 100  # T; 100 to 300 is the short form of the method
 SELECTIONS = 20  # of them over the search, as published
@@ -47,7 +48,7 @@ def upop(task: PruningTask) -> Selection:
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
     interval = max(1, STEPS // SELECTIONS)
     with torch.enable_grad(), masked(model, task.layers, masks):
-        for step, chosen in enumerate(_batches(task, STEPS), start=1):
+        for step, chosen in enumerate(track(_batches(task, STEPS), "search", STEPS), start=1):
             optimizer.zero_grad()  # not the masks', which add up from the first step on
             F.cross_entropy(model(task.inputs[chosen]), labels[chosen]).backward()
             optimizer.step()
@@ -57,7 +58,7 @@ def upop(task: PruningTask) -> Selection:
                 for name, values in faded(task, z, now, final).items():
                     masks[name].data.copy_(values)
     optimizer.zero_grad(set_to_none=True)
-    return replace(unified(task, z), model=model.requires_grad_(False), steps=STEPS)
+    return replace(unified(task, worth(task.layers, z)), model=model.requires_grad_(False), steps=STEPS)
 
 
 def schedule(t: int, T: int, p: float) -> float:

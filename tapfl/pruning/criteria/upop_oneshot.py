@@ -24,23 +24,25 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tapfl.models.units import PrunableLayer
+from tapfl.progress import track
 from tapfl.pruning.criteria.gates import targets
 from tapfl.pruning.criteria.ranking import across_layers
-from tapfl.pruning.criteria.task import PruningTask, Selection
+from tapfl.pruning.criteria.task import PruningTask, Ranked, Scores, Selection
 
 Masks = dict[str, Tensor]
 
 
-def upop_oneshot(task: PruningTask) -> Selection:
-    """Ranks by the gradients of the whole metric set at masks of 1."""
+def first_gradients(task: PruningTask) -> Scores:
+    """Returns -z of every unit by the gradients of the whole metric set at masks of 1, (units,) by layer name."""
     masks = open_masks(task.layers, task.inputs)
     totals = {name: torch.zeros_like(mask).detach() for name, mask in masks.items()}
-    for images, labels in zip(task.inputs.split(task.batch), targets(task).split(task.batch), strict=True):
+    parts = list(zip(task.inputs.split(task.batch), targets(task).split(task.batch), strict=True))
+    for images, labels in track(parts, "gradients"):
         with torch.enable_grad(), masked(task.model, task.layers, masks):
             loss = F.cross_entropy(task.model(images), labels, reduction="sum") / len(task.inputs)
         for total, gradient in zip(totals.values(), torch.autograd.grad(loss, list(masks.values())), strict=True):
             total += gradient
-    return unified(task, standardise(task.layers, totals))
+    return worth(task.layers, standardise(task.layers, totals))
 
 
 def open_masks(layers: Sequence[PrunableLayer], like: Tensor) -> Masks:
@@ -83,7 +85,14 @@ def standardise(layers: Sequence[PrunableLayer], gradients: Mapping[str, Tensor]
     return z
 
 
-def unified(task: PruningTask, z: Mapping[str, Tensor]) -> Selection:
-    """Returns what stays when units go by falling z until the rest is within the budget."""
-    scores = {layer.name: -z[layer.name].repeat(layer.heads) for layer in task.layers}
+def worth(layers: Sequence[PrunableLayer], z: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Returns -z of every unit (units,) by layer name: those of the largest z go."""
+    return {layer.name: -z[layer.name].repeat(layer.heads) for layer in layers}
+
+
+def unified(task: PruningTask, scores: Scores) -> Selection:
+    """Returns what stays when units of all layers go by rising score until the rest is within the budget."""
     return across_layers(task, scores, per_cost=False, unit_shape="head-dims")
+
+
+upop_oneshot = Ranked(first_gradients, unified)

@@ -13,18 +13,13 @@ import torch
 from torch import Tensor
 
 from tapfl.pruning.criteria.ranking import by_layer
-from tapfl.pruning.criteria.task import PruningTask, Selection
+from tapfl.pruning.criteria.task import PruningTask, Ranked
 from tapfl.pruning.scores import record_activations
-
-
-def wanda(task: PruningTask) -> Selection:
-    """Needs no labels and no gradients."""
-    return by_layer(task, output_norms(task))
 
 
 @torch.no_grad()
 def output_norms(task: PruningTask) -> dict[str, Tensor]:
-    """Returns the formula above for every unit, float64 (units,) by layer name."""
+    """Returns the formula above for every unit, float64 (units,) by layer name; no labels, no gradients."""
     squares = {layer.name: torch.zeros(layer.units, dtype=torch.float64) for layer in task.layers}
     for number, images in enumerate(task.inputs.split(task.batch)):
         _, activations = record_activations(task.model, task.layers, images, number)
@@ -35,3 +30,6 @@ def output_norms(task: PruningTask) -> dict[str, Tensor]:
         weight = task.model.get_parameter(f"{layer.name}.{layer.output}.weight").double()
         scores[layer.name] = squares[layer.name].sqrt() * weight.norm(dim=0)
     return scores
+
+
+wanda = Ranked(output_norms, by_layer)

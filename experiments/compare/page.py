@@ -1,0 +1,89 @@
+"""`table.md`: the tables of a comparison under a caption that says how they were made. Nothing in it tells the time."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+from collections.abc import Iterable, Sequence
+from importlib.metadata import version
+from pathlib import Path
+
+import tapfl
+from experiments.compare.grid import Comparison
+from experiments.compare.paired import TEST
+from experiments.compare.results import ResultOptions
+from experiments.compare.table import Rows, Section, markdown, measured
+from tapfl.config import PATH_OPTIONS, RunConfig
+from tapfl.models.backbone import input_transform
+
+WORDS = {
+    "pruned": "accuracy among all classes",
+    "pruned_own": "accuracy among the device's own classes",
+    "own_share": "share of the metric set that is of the device's classes",
+    "classes_covered": "share of the device's classes that occur in the metric set",
+    "rank_ffn": "rank correlation (Spearman, mean over FFNs) of the scores with the oracle's",
+    "rank_attention": "rank correlation (Spearman, mean over attentions) of the scores with the oracle's",
+}
+
+
+def page(sections: Iterable[Section], rows: Rows, comparison: Comparison, results: ResultOptions, command: str) -> str:
+    """Returns the caption and the tables as Markdown."""
+    parts = [caption(rows, comparison, results, command)]
+    parts += [
+        f"**{WORDS.get(each.measure, each.measure)} (`{each.measure}`), {each.devices}**\n\n{markdown(each.rows)}"
+        for each in sections
+    ]
+    return "\n".join(parts)
+
+
+def caption(rows: Rows, comparison: Comparison, results: ResultOptions, command: str) -> str:
+    """Returns what a reader needs to know to make the tables again, and to judge them."""
+    config: RunConfig = next(comparison.cells()).config
+    height, width = input_transform(config.model).size
+    kept = config.data.image_size or max(height, width)
+    dense, dense_own = (measured(rows, name) for name in ("dense", "dense_own"))
+    count = len(list(comparison.cells()))
+    lines = [
+        f"Made by `{command}`{'' if len(rows) == count else f', of which {len(rows)} of {count} cells were finished'}.",
+        f"Backbone {config.model.name} at {height}×{width} px (images kept at {kept} px), "
+        f"{config.devices.count} devices, metric set of {config.metric.size} images; "
+        f"seeds {', '.join(map(str, comparison.axes['seed']))}.",
+        "Mean ± standard deviation over devices and seeds (how many).",
+    ]
+    if len(dense):
+        lines.append(f"Dense: {dense.mean():.3f} among all classes, {dense_own.mean():.3f} among the device's own.")
+    if results.reference:
+        lines.append(f"Differences: mean over devices (p, devices); {TEST}, not corrected for the number of lines.")
+    lines.append(f"{versions()}.")
+    return "\n".join(lines) + "\n"
+
+
+def versions() -> str:
+    """Returns the versions of what the figures depend on, and tapfl's commit where it is run from a checkout."""
+    names = ("torch", "timm", "numpy", "scikit-learn")
+    said = ", ".join(f"{name} {version(name)}" for name in names)
+    return f"tapfl {version('tapfl')}{_commit()}, Python {platform.python_version()}, {said}"
+
+
+def shown_command(config: Path, assignments: Sequence[str], reference: Sequence[str]) -> str:
+    """Returns the command as another reader would give it: paths of this machine are left open."""
+    words = ["tapfl compare", f"--config {config if not config.is_absolute() else config.name}"]
+    for text in assignments:
+        key, _, value = text.partition("=")
+        words.append(f"--set {key}={'…' if key.strip() in PATH_OPTIONS else value}")
+    words += [f"--reference {text}" for text in reference]
+    return " ".join([*words, "--out DIR"])
+
+
+def _commit() -> str:
+    here = Path(tapfl.__file__).parent
+    if not (here.parent / ".git").exists():  # an installed package may lie in someone else's repository
+        return ""
+    try:
+        found = subprocess.run(
+            ["git", "describe", "--always", "--dirty=+changes", "--exclude=*"],
+            cwd=here, capture_output=True, text=True, check=True,
+        )  # fmt: skip
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+    return f" ({found.stdout.strip()})"

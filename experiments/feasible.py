@@ -1,0 +1,68 @@
+"""Whether a run can be carried out: its options against data, weights and backbone. Writes nothing."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from strategies.loggers.feed import require_loggers
+from tapfl.adapters.rules import rule_of
+from tapfl.config import RunConfig
+from tapfl.data.federated import check_classes, open_pool, open_private
+from tapfl.data.partition import partition
+from tapfl.data.sources import ImageSet
+from tapfl.errors import ConfigError, DataError
+from tapfl.models.backbone import build, input_transform, spec_of
+from tapfl.models.cost import measure_cost
+from tapfl.models.dense import DenseCache, dense_key, fill_weights
+from tapfl.models.prunable import prunable_layers
+from tapfl.personalize.method import method_of
+from tapfl.privacy import require_accountant
+from tapfl.profiles import profiles_of
+from tapfl.pruning.allocate import allocate
+from tapfl.pruning.budget import Budget
+from tapfl.pruning.cost_table import cost_table
+from tapfl.pruning.criteria.registry import resolved
+from tapfl.pruning.unit_shape import aligned, ladder
+from tapfl.store import cache_folder
+
+
+def check(config: RunConfig) -> None:
+    """Raises a TapflError, in one line, for what would only be found out later.
+
+    Args:
+        config: with absolute paths and the number of devices.
+    """
+    resolved(config.pruning)
+    rule_of(config.adapters)
+    method_of(config.personalize, config.adapters.scale)
+    if config.privacy.dp_noise:
+        require_accountant()
+    cache = cache_folder(config.cache)
+    transform = input_transform(config.model)
+    public = open_pool(config.data, transform, config.seed, cache)
+    private = open_private(config.data, transform, config.seed, cache)
+    check_classes(config.data, public, private)
+    transform(public.images[:1])
+    partition(private.labels, config.data, config.devices.count, config.seed)
+    for name, size in (("metric.size", config.metric.size), ("pruning.recovery-size", config.pruning.recovery_size)):
+        if size > len(public):
+            raise DataError(f"{name} = {size}: the public pool has {len(public)} images")
+    _check_backbone(config, public)
+    require_loggers(config.log)  # last: it may make an empty database
+
+
+def _check_backbone(config: RunConfig, public: ImageSet) -> None:
+    options = config.model
+    if options.head != "train" and not options.weights:
+        raise ConfigError(f"model.head = {options.head!r}: takes rows of the head of model.weights, which is empty")
+    spec = spec_of(options, public.classes)
+    model = build(spec)
+    key = dense_key(options, spec, public, config.seed)
+    if not DenseCache(cache_folder(config.cache)).holds(key):
+        fill_weights(model, options, spec, public.classes)
+    layers = prunable_layers(model)
+    pruning, cost = aligned(resolved(config.pruning), layers), measure_cost(model)
+    for budget in sorted({profile.budget for profile in profiles_of(config.devices)}):
+        table = cost_table(layers, cost, Budget.parse(budget))
+        ladders = [ladder(n, table.branches[n.name], pruning.unit_shape, pruning.align) for n in layers]
+        allocate(ladders, np.ones(len(layers)), table, pruning)

@@ -1,0 +1,1 @@
+"""What a run came to, on one page that opens offline, and in pictures."""

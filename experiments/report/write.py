@@ -1,0 +1,42 @@
+"""A report on disk: `report.html`, and `figures/*.png` beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from experiments.report.page import render
+from experiments.report.pictures import write_pictures
+from experiments.report.reading import read_run
+from tapfl.errors import ConfigError
+from tapfl.store import write_bytes
+
+COMPARISON = Path("report")
+
+
+def write_report(paths: Sequence[Path], out: Path | None = None) -> Path:
+    """Writes the report of a run, or of several beside each other, and returns the path of its page.
+
+    Args:
+        paths: the runs' folders.
+        out: where to; by default the run's own folder, or `report` here for several runs.
+
+    Raises:
+        ConfigError: if one of them is no run's folder, or `out` cannot be written.
+    """
+    runs = [read_run(path) for path in paths]
+    if len(runs) == 1:
+        from experiments.report.single import page_of
+
+        folder, page = out or runs[0].path, page_of(runs[0])
+    else:
+        from experiments.report.comparison import page_of_all
+
+        folder, page = out or COMPARISON, page_of_all(runs)
+    html = render(page).encode()
+    try:
+        write_pictures(page.figures, folder / "figures")
+        write_bytes(folder / "report.html", html)
+    except OSError as error:
+        raise ConfigError(f"--out {folder}: cannot be written ({error.strerror})") from None
+    return folder / "report.html"

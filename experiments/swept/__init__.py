@@ -1,0 +1,1 @@
+"""What came of a sweep: its measures, tables, tests and pictures."""

@@ -1,0 +1,128 @@
+"""A finished run of a sweep, and what it is measured by."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from experiments.statistics import by_device
+from experiments.sweep import Cell
+from strategies.simulated import CurvePoint, first_at
+from tapfl.errors import RunError
+
+MEASURES = (
+    "dense_accuracy",
+    "pruned_accuracy",
+    "global_accuracy",
+    "personal_accuracy",
+    "personal_accuracy_worst_decile",
+    "bytes_up",
+    "bytes_down",
+    "simulated_seconds",
+)
+DEVICE_MEASURES = (
+    "train_samples",
+    "test_samples",
+    "classes",
+    "macs_share",
+    "params_share",
+    "dense_accuracy",
+    "pruned_accuracy",
+    "global_accuracy",
+    "personal_accuracy",
+)
+BYTES_TO, SECONDS_TO = "bytes_to_", "seconds_to_"
+
+Point = tuple[tuple[str, Any], ...]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A finished run.
+
+    Attributes:
+        point: where it lies in the grid, its seed too if that is an axis.
+        folder: the run's.
+        options: all of the run's, as resolved.
+        versions: of the packages it was made with.
+        summary: what `summary.json` says.
+    """
+
+    point: Mapping[str, Any]
+    folder: Path
+    options: Mapping[str, Any]
+    versions: Mapping[str, str]
+    summary: Mapping[str, Any]
+
+    @property
+    def group(self) -> Point:
+        """Where the run lies in the grid but for its seed."""
+        return group_of(self.point)
+
+    @cached_property
+    def curve(self) -> list[CurvePoint]:
+        """Mean personal accuracy after round zero and after each round. Raises RunError if the run kept none."""
+        if "curve" not in self.summary:
+            raise RunError(f"{self.folder}: was made by a version of tapfl that kept no learning curve; remove it")
+        return [CurvePoint(**point) for point in self.summary["curve"]]
+
+    def measures(self, reach: Sequence[float]) -> dict[str, float | None]:
+        """Returns `MEASURES`, and the bytes and simulated seconds to each accuracy of `reach`, None if never reached.
+
+        Both count from the start of the run, round zero included; bytes are those of all devices, up and down.
+        """
+        found: dict[str, float | None] = {name: self.summary[name] for name in MEASURES}
+        for accuracy in reach:
+            first = first_at(self.curve, accuracy)
+            found[f"{BYTES_TO}{accuracy:g}"] = first and first.bytes
+            found[f"{SECONDS_TO}{accuracy:g}"] = first and first.seconds
+        return found
+
+    def devices(self) -> list[dict[str, Any]]:
+        """Returns for every device that got a model what it has, what it gained, and what it sent and received."""
+        return [
+            {
+                "device": record["device"],
+                "budget": record["profile"]["budget"],
+                **{name: record[name] for name in DEVICE_MEASURES},
+                **{side: sum(record[side].values()) for side in ("bytes_up", "bytes_down")},
+            }
+            for record in self.summary["devices"]
+            if record["params"]
+        ]
+
+
+def group_of(point: Mapping[str, Any]) -> Point:
+    return tuple((key, value) for key, value in point.items() if key != "seed")
+
+
+def outcomes(cells: Sequence[Cell], out: Path) -> list[Outcome]:
+    """Returns the finished runs of a sweep, in the order of its cells. Raises RunError if there is none."""
+    found = []
+    for cell in cells:
+        folder = out / cell.name
+        if (folder / "summary.json").is_file():
+            parts = (
+                json.loads((folder / f"{name}.json").read_text("utf-8")) for name in ("config", "versions", "summary")
+            )
+            found.append(Outcome(cell.point, folder, *parts))
+    if not found:
+        raise RunError(f"no run of the sweep in {out} came to its end")
+    return found
+
+
+def grouped(runs: Iterable[Outcome]) -> dict[Point, list[Outcome]]:
+    """Returns the runs that differ in their seed alone, by point of the grid."""
+    groups: dict[Point, list[Outcome]] = {}
+    for run in runs:
+        groups.setdefault(run.group, []).append(run)
+    return groups
+
+
+def personal_by_device(runs: Iterable[Outcome]) -> dict[Hashable, float]:
+    """Returns the personal accuracy of each device, the mean over the runs' seeds."""
+    return by_device((row["device"], row["personal_accuracy"]) for run in runs for row in run.devices())

@@ -1,0 +1,1 @@
+"""Screens on which stages of work are shown (`tapfl.progress`)."""

@@ -1,0 +1,60 @@
+"""How far a stage is, and how long it will take."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+
+@dataclass(eq=False)
+class Pace:
+    """A stage as it goes; times are seconds of `clock`.
+
+    Attributes:
+        total: steps; 0: unknown.
+        note: a few words about where it is.
+        begun: when it began.
+        steps: (when, done) of the first call of `advance` and of the last one that got further.
+    """
+
+    name: str
+    clock: Callable[[], float] = time.monotonic
+    done: int = 0
+    total: int = 0
+    note: str = ""
+    steps: list[tuple[float, int]] = field(default_factory=list)
+    begun: float = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.begun = self.clock()
+
+    def advance(self, done: int, total: int, note: str = "", /) -> None:
+        if not self.steps or done > self.done:
+            self.steps = [*self.steps[:1], (self.clock(), done)]
+        self.done, self.total, self.note = done, total, note
+
+    @property
+    def age(self) -> float:
+        return self.clock() - self.begun
+
+    @property
+    def left(self) -> float | None:
+        """Seconds that it will still take at the pace of all its steps so far; None: nothing to go by, or to do."""
+        if len(self.steps) < 2 or self.done >= self.total:
+            return None
+        (start, first), (last, done) = self.steps
+        each = (last - start) / (done - first)
+        return max(0.0, (self.total - done) * each - (self.clock() - last))
+
+    def words(self) -> str:
+        """Returns the stage in a line: name, steps, note, and the time that is left."""
+        count = f"{self.done}/{self.total}" if self.total else ""
+        left = "" if self.left is None else f"({clock_time(self.left)} left)"
+        return " ".join(part for part in (f"{self.name}:", count, self.note, left) if part).removesuffix(":")
+
+
+def clock_time(seconds: float) -> str:
+    """Returns h:mm:ss."""
+    whole = round(seconds)
+    return f"{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d}"

@@ -1,0 +1,334 @@
+"""What a comparison says beyond accuracy: coverage, agreement with the oracle, pools that lack classes, differences."""
+
+from __future__ import annotations
+
+import csv
+import json
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import spearmanr, ttest_rel
+from test_compare import comparison_file
+from typer.testing import CliRunner
+
+from experiments import cli
+from experiments.compare import worker
+from experiments.compare.page import shown_command
+from experiments.compare.paired import difference
+from experiments.compare.rank import rank_correlations
+from experiments.compare.reading import read_comparison
+from experiments.compare.run import finished_rows, run_comparison
+from experiments.compare.setting import DeviceView, Setting, classes_that_lack
+from experiments.compare.table import sections, table
+from experiments.compare.worker import setting_of
+from tapfl.errors import ConfigError
+from tapfl.models.prunable import prunable_layers
+from tapfl.pruning.criteria import taylor
+
+AXES = """criterion = ["tap", "magnitude", "updp"]
+"metric.rule" = ["density-ratio", "shared", "oracle"]
+device = [0, 1, 3]"""
+RESULTS = """[results]
+measures = ["rank"]
+show = ["pruned_own", "own_share"]
+reference = ["metric.rule=density-ratio"]
+chosen-on = [0]"""
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("evidence")
+
+
+@pytest.fixture(scope="module")
+def finished(place: Path) -> tuple[str, Path]:
+    file = comparison_file(place, f"{AXES}\n{RESULTS}")
+    arguments = [
+        "compare",
+        "--config",
+        str(file),
+        "--out",
+        str(place / "out"),
+        "--jobs",
+        "1",
+        "--set",
+        "data.source=digits",
+    ]
+    done = CliRunner().invoke(cli.app, arguments, catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    return done.stdout, place / "out"
+
+
+@pytest.fixture(scope="module")
+def rows(finished: tuple[str, Path]) -> list[dict[str, str]]:
+    with (finished[1] / "results.csv").open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture(scope="module")
+def setting(place: Path, finished: tuple[str, Path]) -> Setting:
+    comparison = read_comparison(place / "compare.toml")
+    return Setting.of(setting_of(next(comparison.cells()).config))
+
+
+def test_coverage_is_what_counting_by_hand_says(setting: Setting, rows: list[dict[str, str]]) -> None:
+    view = DeviceView.of(setting, 1)
+    own = set(setting.private.labels[setting.splits[1].train].tolist())
+    images = setting.pool.images
+    four = np.array(
+        [np.flatnonzero(images.labels == label)[0] for label in (*sorted(own)[:1], *sorted(set(range(10)) - own)[:3])]
+    )
+    assert view.coverage(images.subset(four)) == (0.25, 1 / len(own))
+    metric = next(read_comparison(Path(setting.config.cache).parent / "compare.toml").cells()).config.metric
+    for instead in ("", "shared", "oracle"):
+        chosen = view.public_images(metric, 128, instead).labels.tolist()
+        row = next(r for r in rows if r["device"] == "1" and r["metric.rule"] == (instead or "density-ratio"))
+        assert float(row["own_share"]) == sum(label in own for label in chosen) / len(chosen)
+        assert float(row["classes_covered"]) == len(own & set(chosen)) / len(own)
+    assert {r["own_share"] for r in rows if r["metric.rule"] == "oracle"} == {"1.0"}
+
+
+def test_scores_agree_with_themselves_and_a_criterion_without_scores_has_no_rank(rows: list[dict[str, str]]) -> None:
+    for row in rows:
+        ranks = [row["rank_ffn"], row["rank_attention"]]
+        if row["criterion"] == "updp":
+            assert ranks == ["", ""]
+        elif row["metric.rule"] == "oracle" or row["criterion"] == "magnitude":  # which does not look at images
+            assert [round(float(rank), 12) for rank in ranks] == [1, 1]
+        else:
+            assert all(-1 < float(rank) < 1 for rank in ranks)
+
+
+def test_rank_correlation_is_a_mean_over_the_layers_of_a_kind_that_rank_at_all(setting: Setting) -> None:
+    layers = prunable_layers(setting.model)
+    generator = torch.Generator().manual_seed(0)
+    ours, theirs = ({layer.name: torch.randn(layer.units, generator=generator) for layer in layers} for _ in range(2))
+    ffns = [layer.name for layer in layers if layer.kind == "ffn"]
+    assert len(ffns) == 2
+    expected = np.mean([spearmanr(ours[name].numpy(), theirs[name].numpy()).statistic for name in ffns])
+    assert rank_correlations(layers, ours, theirs)["rank_ffn"] == pytest.approx(expected, abs=1e-12)
+    ours[ffns[0]] = torch.ones(len(ours[ffns[0]]))
+    alone = rank_correlations(layers, ours, theirs)["rank_ffn"]
+    assert alone == pytest.approx(spearmanr(ours[ffns[1]].numpy(), theirs[ffns[1]].numpy()).statistic, abs=1e-12)
+    nothing = {name: torch.ones(len(values)) for name, values in ours.items()}
+    assert rank_correlations(layers, nothing, theirs) == {}
+
+
+def test_the_shared_plan_is_made_for_images_that_are_the_same_for_all_devices(setting: Setting, place: Path) -> None:
+    metric = next(read_comparison(place / "compare.toml").cells()).config.metric
+    chosen = [DeviceView.of(setting, device).public_images(metric, 128, "shared") for device in (0, 1)]
+    assert np.array_equal(chosen[0].images, chosen[1].images)
+    assert len(np.unique(chosen[0].labels)) == 10  # of all classes, however the pool is sorted
+    own = [DeviceView.of(setting, device).public_images(metric, 128) for device in (0, 1)]
+    assert not np.array_equal(own[0].images, own[1].images)
+
+
+def test_the_classes_that_lack_are_a_share_of_the_device_s_own_drawn_for_each() -> None:
+    own = np.arange(40, 60)
+    gone = [classes_that_lack(own, share, seed=0, device=2).tolist() for share in (0, 0.3, 0.5, 1)]
+    assert [len(each) for each in gone] == [0, 6, 10, 20]
+    assert set(gone[1]) < set(gone[2]) < set(gone[3]) == set(own.tolist())
+    assert gone[2] == classes_that_lack(own, 0.5, 0, 2).tolist() != classes_that_lack(own, 0.5, 0, 3).tolist()
+    assert gone[2] != classes_that_lack(own, 0.5, 1, 2).tolist()
+
+
+def test_a_pool_that_lacks_classes_really_lacks_them(setting: Setting) -> None:
+    own, images = np.unique(setting.private.labels[setting.splits[1].train]), setting.pool.images
+    lacking = setting.lacking(1, 0.7)
+    assert len(own) == 3 and np.isin(own, lacking.pool.images.labels).sum() == 1
+    others = np.unique(lacking.pool.images.labels)
+    assert len(others) == 10 - 2 and np.isin(images.labels, others).sum() == len(lacking.pool.images)
+    assert len(lacking.pool.points) == len(lacking.pool.density) == len(lacking.pool.images)
+    view = DeviceView.of(lacking, 1)
+    assert view.coverage(lacking.pool.images)[1] == pytest.approx(1 / 3)
+    assert view.dense == DeviceView.of(setting, 1).dense  # what is measured is the same
+
+
+def test_a_pool_that_lacks_classes_is_an_axis(place: Path, tmp_path: Path) -> None:
+    axes = 'criterion = ["magnitude"]\n"metric.rule" = ["random", "density-ratio"]\npool-lacks = [0, 1]\ndevice = [1]'
+    comparison = read_comparison(comparison_file(tmp_path, axes), [f"cache={place / 'cache'}"])
+    rows = run_comparison(comparison, tmp_path / "out", lambda *_: None)
+    shares = {(row["metric.rule"], row["pool-lacks"]): float(row["own_share"]) for row in rows}
+    assert (
+        shares["random", "1"]
+        == shares["density-ratio", "1"]
+        == 0
+        < shares["random", "0"]
+        < shares["density-ratio", "0"]
+    )
+
+
+def line(values: dict[tuple[int, int], float]) -> list[dict[str, str]]:
+    return [{"device": str(d), "seed": str(s), "acc": str(v), "refused": ""} for (d, s), v in values.items()]
+
+
+def test_paired_differences_are_those_of_scipy_on_the_means_of_devices() -> None:
+    ours = {(0, 0): 0.5, (0, 1): 0.7, (1, 0): 0.4, (1, 1): 0.4, (2, 0): 0.9, (2, 1): 0.7}
+    theirs = {(0, 0): 0.4, (0, 1): 0.6, (1, 0): 0.3, (1, 1): 0.4, (2, 0): 0.5, (2, 1): 0.7}
+    found = difference(line(ours), line(theirs), "acc")
+    assert found is not None and found.devices == 3
+    assert found.mean == pytest.approx((0.1 + 0.05 + 0.2) / 3)
+    assert found.p == pytest.approx(ttest_rel([0.6, 0.4, 0.8], [0.5, 0.35, 0.6]).pvalue)
+    assert str(found) == f"+0.117 (p = {found.p:.3f}, 3)"
+    fewer = difference(line(ours), line({(0, 1): 0.6, (2, 0): 0.5, (5, 0): 0.1}), "acc")  # what both lines have
+    assert fewer is not None and fewer.p == pytest.approx(ttest_rel([0.7, 0.9], [0.6, 0.5]).pvalue)
+    alone = difference(line({(0, 0): 0.5}), line({(0, 0): 0.25}), "acc")
+    assert alone is not None and alone.p is None and str(alone) == "+0.250 (1)"
+    assert difference(line(ours), line({(7, 0): 0.5}), "acc") is None
+
+
+def test_tables_keep_the_devices_apart_that_something_was_chosen_on(
+    finished: tuple[str, Path], rows: list[dict[str, str]], place: Path
+) -> None:
+    comparison = read_comparison(place / "compare.toml")
+    shown = list(sections(rows, comparison, comparison.results))
+    assert [(each.measure, each.devices) for each in shown] == [
+        (measure, devices)
+        for measure in ("pruned_own", "own_share")
+        for devices in ("devices 1, 3, on which nothing was chosen", "all 3 devices")
+    ]
+    column = "50% MACs − (metric.rule=density-ratio)"
+    lines = {(row["criterion"], row["metric.rule"]): row for row in shown[1].rows}
+    assert lines["tap", "density-ratio"][column] == "reference"
+    of = {
+        rule: [r for r in rows if r["criterion"] == "tap" and r["metric.rule"] == rule]
+        for rule in ("oracle", "density-ratio")
+    }
+    assert lines["tap", "oracle"][column] == str(difference(of["oracle"], of["density-ratio"], "pruned_own"))
+    assert "(2)" in shown[0].rows[0]["50% MACs"] and "(3)" in shown[1].rows[0]["50% MACs"]
+
+
+def test_the_page_says_how_it_was_made_and_is_the_same_again(finished: tuple[str, Path], place: Path) -> None:
+    page = (place / "out" / "table.md").read_text()
+    for said in (
+        "tapfl compare --config compare.toml --set data.source=…",
+        "8×8 px",
+        "seeds 0",
+        f"torch {version('torch')}",
+    ):
+        assert said in page
+    assert "Dense: 0." in page and "ttest_rel" in page and str(place) not in page
+    assert page.count("\n| criterion |") == 4
+    again = [
+        "compare",
+        "--config",
+        str(place / "compare.toml"),
+        "--out",
+        str(place / "out"),
+        "--set",
+        "data.source=digits",
+        "--json",
+    ]
+    done = CliRunner().invoke(cli.app, again, catch_exceptions=False)
+    first = json.loads(done.stdout.splitlines()[0])
+    assert first["measure"] == "pruned_own" and first["devices"].startswith("devices 1, 3")
+    assert (place / "out" / "table.md").read_text() == page
+    command = shown_command(Path("a/b.toml"), ["seed=1", "model.weights=/x/y"], ["criterion=tap"])
+    assert (
+        command
+        == "tapfl compare --config a/b.toml --set seed=1 --set model.weights=… --reference criterion=tap --out DIR"
+    )
+
+
+def test_cells_share_scores_and_moments_and_are_what_they_are_alone(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(name: str, axes: str) -> list[tuple[str, ...]]:
+        tmp_path.joinpath(name).mkdir()
+        file = comparison_file(tmp_path / name, f"{axes}\ndevice = [1]")
+        comparison = read_comparison(file, [f"cache={place / 'cache'}"])
+        rows = run_comparison(comparison, tmp_path / name / "out", lambda *_: None)
+        return [tuple(value for key, value in row.items() if key != "seconds") for row in rows]
+
+    alone = [
+        row
+        for how in ("none", "one-pass")
+        for budget in (0.6, 0.4)
+        for row in run(f"{how}{budget}", f'criterion = ["taylor"]\nbudget = [{budget}]\ncompensation = ["{how}"]')
+    ]
+    scored, looked = [], []
+    scores, moments = taylor.taylor.scores, worker.unit_moments
+    monkeypatch.setattr(taylor.taylor, "scores", lambda task: scored.append(1) or scores(task))
+    monkeypatch.setattr(worker, "unit_moments", lambda *given: looked.append(1) or moments(*given))
+    axes = 'criterion = ["taylor", "magnitude"]\nbudget = [0.6, 0.4]\ncompensation = ["none", "one-pass"]'
+    together = run("together", axes)
+    assert len(scored) == len(looked) == 1
+    assert sorted(alone) == sorted(row for row in together if "taylor" in row)
+
+
+def test_tables_can_be_had_of_what_is_finished_and_no_finished_cell_is_lost(
+    finished: tuple[str, Path], rows: list[dict[str, str]], place: Path, tmp_path: Path
+) -> None:
+    comparison = read_comparison(place / "compare.toml")
+    lines = (place / "out" / "results.csv").read_text().splitlines(keepends=True)
+    (tmp_path / "results.csv").write_text("".join([lines[0], *lines[4:7]]))
+    invoked = ["compare", "--config", str(place / "compare.toml"), "--out", str(tmp_path), "--finished"]
+    done = CliRunner().invoke(cli.app, invoked, catch_exceptions=False)
+    assert done.exit_code == 0 and (tmp_path / "results.csv").read_text() == "".join([lines[0], *lines[4:7]])
+    assert "of which 3 of 27 cells were finished" in (tmp_path / "table.md").read_text()
+    with pytest.raises(ConfigError, match="no finished cell"):
+        finished_rows(comparison, tmp_path / "none")
+    fewer = replace(comparison, axes=comparison.axes | {"device": [0]}, parts=({**comparison.parts[0], "device": [0]},))
+    (tmp_path / "results.csv").write_text("".join(lines))
+    assert len(run_comparison(fewer, tmp_path, lambda *_: None)) == 9
+    assert (tmp_path / "results.csv").read_text() == "".join(lines)
+
+
+def test_several_grids_are_one_comparison(tmp_path: Path) -> None:
+    axes = """criterion = ["tap", "random"]
+device = [1]
+[[compare]]
+criterion = ["tap"]
+ffn-terms = ["1,0,0"]
+device = [1]"""
+    file = comparison_file(tmp_path, axes)
+    file.write_text(file.read_text().replace("[compare]", "[[compare]]", 1))
+    comparison = read_comparison(file)
+    cells = [(cell.point["criterion"], cell.point["ffn-terms"]) for cell in comparison.cells()]
+    assert cells == [("tap", "0.1,0.1,0.8"), ("tap", "1,0,0"), ("random", "0.1,0.1,0.8")]
+    assert next(comparison.cells()).config.pruning.ffn_terms == (0.1, 0.1, 0.8)
+
+
+def test_an_option_of_all_cells_is_no_less_than_a_default_axis(tmp_path: Path) -> None:
+    file = comparison_file(tmp_path, 'criterion = ["tap"]', '"metric.rule" = "random"\nseed = 3')
+    assert {(c.config.metric.rule, c.config.seed) for c in read_comparison(file).cells()} == {("random", 3)}
+    above = read_comparison(file, ["seed=5", "metric.rule=shared"])
+    assert {(c.instead, c.config.seed) for c in above.cells()} == {("shared", 5)}
+
+
+def test_a_criterion_that_cannot_do_with_an_option_is_told_apart(place: Path, tmp_path: Path) -> None:
+    axes = 'criterion = ["lowrank-heads"]\nbasis = ["none", "canonical"]\ndevice = [1]'
+    comparison = read_comparison(comparison_file(tmp_path, axes), [f"cache={place / 'cache'}"])
+    rows = run_comparison(comparison, tmp_path / "out", lambda *_: None)
+    assert "needs 'canonical'" in rows[0]["refused"] and rows[1]["pruned"]
+    assert table(rows, comparison)[0]["50% MACs"] == "refused"
+
+
+@pytest.mark.parametrize(
+    ("axes", "named"),
+    [
+        ("pool-lacks = [1.5]", "pool-lacks = 1.5"),
+        ('pool-lacks = ["half"]', "pool-lacks = 'half'"),
+        ('[results]\nmeasures = ["speed"]', "results.measures|measures = 'speed'"),
+        ('[results]\nshow = ["loss"]', "--measure loss: accepted are macs_share"),
+        ('[results]\nshow = ["rank_ffn"]', r"results.measures = \['rank'\] adds"),
+        ('[results]\nreference = ["criterion"]', "axis=value"),
+        ('[results]\nreference = ["criterion=best"]', "values of criterion: tap, random"),
+        ('[results]\nreference = ["colour=red"]', "axes: "),
+        ("[results]\nchosen-on = [77]", "chosen-on = 77"),
+    ],
+)
+def test_what_cannot_be_made_of_results_is_refused_before_anything_runs(tmp_path: Path, axes: str, named: str) -> None:
+    with pytest.raises(ConfigError, match=named):
+        read_comparison(comparison_file(tmp_path, axes))
+
+
+def test_what_is_an_axis_and_an_option_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="seed: is an axis"):
+        read_comparison(comparison_file(tmp_path, "seed = [0, 1]"), ["seed=3"])
+    with pytest.raises(ConfigError, match="colour"):
+        read_comparison(comparison_file(tmp_path, "seed = [0]"), ["data.colour=red"])

@@ -1,0 +1,319 @@
+"""TensorBoard and MLflow: they hold the numbers of metrics.jsonl, each once, and neither change nor stop a run."""
+
+from __future__ import annotations
+
+import json
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mlflow import MlflowClient
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from test_inprocess_run import content, tapfl
+from test_refused_input import refused
+from test_resume import killed_after
+
+from experiments.search.shared_round_zero import AFTER, AFTER_SUMMARIES, _hash
+from strategies.checkpoint import config_hash
+from strategies.loggers import event_files, tracking
+from strategies.loggers.feed import Feed
+from strategies.loggers.logger import hyperparameters
+from strategies.loggers.points import Point, points_of
+from tapfl.config import RunConfig
+from tapfl.errors import ConfigError
+
+Curves = dict[str, list[tuple[int, float]]]
+MEASURES = ("global_accuracy", "personal_accuracy", "alpha")
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module")
+def uri(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return f"sqlite:///{tmp_path_factory.mktemp('store')}/mlflow.db"
+
+
+@pytest.fixture(scope="module")
+def finished(cache: Path, uri: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "told"
+    done = tapfl("--out", str(folder), cache=cache, options=["log.tensorboard=true", f"log.mlflow={uri}"])
+    assert done.exit_code == 0, done.output
+    return folder
+
+
+def metrics(folder: Path) -> Curves:
+    """What metrics.jsonl holds, as curves by tag."""
+    curves: Curves = {}
+    for line in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines()):
+        if line["kind"] == "round":
+            told = {f"round/{name}": line[name] for name in line if name not in ("kind", "round")}
+        elif line["kind"] == "device":
+            told = {f"{name}/device-{line['device']:02d}": line[name] for name in MEASURES}
+            if "next_loss" in line:
+                told[f"next_loss/device-{line['device']:02d}"] = line["next_loss"]
+        elif line["kind"] == "traffic" and line["round"]:
+            sums = {f"bytes_{side}": sum(line[side].values()) for side in ("up", "down")}
+            sums["simulated_seconds"] = line["simulated_seconds"]
+            told = {f"{name}/device-{line['device']:02d}": value for name, value in sums.items()}
+        else:
+            continue
+        for tag, value in told.items():
+            curves.setdefault(tag, []).append((line["round"], value))
+    return curves
+
+
+def in_event_files(folder: Path) -> Curves:
+    events = EventAccumulator(str(folder / "tensorboard"), size_guidance={"scalars": 0})
+    events.Reload()
+    return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+def in_mlflow(folder: Path, uri: str) -> Curves:
+    client, run = MlflowClient(tracking_uri=uri), json.loads((folder / "mlflow.json").read_text())["run"]
+    return {
+        tag: [(metric.step, metric.value) for metric in client.get_metric_history(run, tag)]
+        for tag in client.get_run(run).data.metrics
+    }
+
+
+def float32(curves: Curves) -> Curves:
+    """Event files hold float32."""
+    return {tag: [(step, pytest.approx(value, rel=1e-6)) for step, value in curve] for tag, curve in curves.items()}
+
+
+def test_event_files_hold_the_numbers_of_metrics(finished: Path) -> None:
+    expected = metrics(finished)
+    assert len(expected) == 7 + 4 * 7 and len(expected["personal_accuracy/device-03"]) == 3
+    assert in_event_files(finished) == float32(expected)
+
+
+def test_mlflow_holds_the_numbers_of_metrics(finished: Path, uri: str) -> None:
+    assert in_mlflow(finished, uri) == metrics(finished)
+    client, kept = MlflowClient(tracking_uri=uri), json.loads((finished / "mlflow.json").read_text())
+    run = client.get_run(kept["run"])
+    assert (run.info.run_name, run.info.status) == ("told", "FINISHED")
+    assert client.get_experiment_by_name("tapfl").experiment_id == run.info.experiment_id
+    assert run.data.params["train.rounds"] == "2" and run.data.params["pruning.criterion"] == "tap"
+
+
+def test_hyperparameters_are_in_the_event_files_once(finished: Path) -> None:
+    events = EventAccumulator(str(finished / "tensorboard"))
+    events.Reload()
+    assert {"_hparams_/session_start_info", "custom_scalars__config__"} <= events.summary_metadata.keys()
+    assert [path.name for path in (finished / "tensorboard").iterdir() if path.is_dir()] == []
+
+
+def test_loggers_do_not_change_a_bit(finished: Path, cache: Path, tmp_path: Path) -> None:
+    assert tapfl("--out", str(tmp_path / "untold"), cache=cache).exit_code == 0
+    assert content(finished) == content(tmp_path / "untold")
+    assert not (tmp_path / "untold" / "tensorboard").exists() and not (tmp_path / "untold" / "mlflow.json").exists()
+
+
+def test_nothing_that_names_a_place_is_told(finished: Path, uri: str) -> None:
+    run = MlflowClient(tracking_uri=uri).get_run(json.loads((finished / "mlflow.json").read_text())["run"])
+    assert str(finished.parent) not in str(run.data)
+    config = RunConfig.from_flat({"data.source": "/home/me/patients", "model.weights": "hub", "cache": "/home/me"})
+    told = hyperparameters(config)
+    assert not {"out", "cache", "data.source", "log.mlflow", "resume"} & told.keys()
+    assert told["model.weights"] == "hub" and told["seed"] == 0
+
+
+MOMENTS = {
+    "before the first round": ("strategies.federation", "save_checkpoint", 1),
+    "between a checkpoint and the loggers": ("strategies.federation", "save_checkpoint", 2),
+    "when one logger has been told, the other not": ("strategies.loggers.event_files", "EventFiles.add", 1),
+    "between telling and the next checkpoint": ("strategies.federation", "Federation._record", 2),
+    "when the server has been told": ("strategies.loggers.tracking", "Tracking.add", 2),
+}
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_killed_and_resumed_has_every_point_once(
+    moment: str, finished: Path, cache: Path, uri: str, tmp_path: Path
+) -> None:
+    folder, options = tmp_path / "run", ["log.tensorboard=true", f"log.mlflow={uri}"]
+    killed_after(*MOMENTS[moment], lambda: tapfl("--out", str(folder), cache=cache, options=options))
+    before = (folder / "mlflow.json").read_text()
+    done = tapfl("--resume", str(folder), cache=cache)
+    assert done.exit_code == 0, done.output
+    assert (folder / "mlflow.json").read_text() == before
+    assert in_event_files(folder) == float32(metrics(finished)) and in_mlflow(folder, uri) == metrics(finished)
+    assert content(folder) == content(finished)
+
+
+def test_a_run_may_be_told_of_when_it_goes_on_and_when_it_is_finished(cache: Path, uri: str, tmp_path: Path) -> None:
+    folder = str(tmp_path / "run")
+    assert tapfl("--out", folder, cache=cache, options=["train.rounds=1"]).exit_code == 0
+    done = tapfl("--resume", folder, cache=cache, options=["log.tensorboard=true"])
+    assert done.exit_code == 0, done.output
+    assert in_event_files(tmp_path / "run") == float32(metrics(tmp_path / "run"))
+    files = content(tmp_path / "run")
+    for _ in range(2):
+        done = tapfl("--resume", folder, cache=cache, options=[f"log.mlflow={uri}", "log.mlflow-experiment=other"])
+        assert done.exit_code == 0, done.output
+        assert in_mlflow(tmp_path / "run", uri) == metrics(tmp_path / "run")
+    assert content(tmp_path / "run") == files
+
+
+def test_a_server_that_goes_away_is_warned_of_once_and_gets_what_it_missed(
+    cache: Path, uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    real, calls = tracking.Tracking.add, []
+
+    def add(self: tracking.Tracking, points: list[Point]) -> None:
+        calls.append(len(points))
+        if len(calls) < 3:
+            monkeypatch.setattr(self, "_new", False)
+            raise ConnectionError("no route to host")
+        real(self, points)
+
+    monkeypatch.setattr(tracking.Tracking, "add", add)
+    options = [f"log.mlflow={uri}", "train.rounds=4"]
+    done = tapfl("--out", str(tmp_path / "run"), cache=cache, options=options)
+    assert done.exit_code == 0, done.output
+    warnings = [record.getMessage() for record in caplog.records if "log.mlflow" in record.getMessage()]
+    assert len(warnings) == 1 and "no route to host" in warnings[0] and "the run goes on" in warnings[0]
+    assert len(calls) == 3  # after the first and the third checkpoint with lines, and at the end
+    assert in_mlflow(tmp_path / "run", uri) == metrics(tmp_path / "run")
+
+
+def test_a_batch_of_which_only_a_part_arrived_is_not_doubled(
+    finished: Path, uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tracking, "METRICS_AT_ONCE", 40)
+    logger = tracking.Tracking(_Folder(tmp_path), RunConfig.from_flat({"log.mlflow": uri}))
+    real, sent = logger._client.log_batch, []
+
+    def once(*arguments: Any, **named: Any) -> None:
+        sent.append(1)
+        if len(sent) == 2:
+            raise TimeoutError
+        real(*arguments, **named)
+
+    monkeypatch.setattr(logger._client, "log_batch", once)
+    feed = Feed("log.mlflow", lambda: logger, finished / "metrics.jsonl")
+    feed.bring()
+    feed.close(finished=True)
+    assert in_mlflow(tmp_path, uri) == metrics(finished)
+
+
+def test_a_run_that_was_deleted_on_the_server_is_made_anew(finished: Path, uri: str, tmp_path: Path) -> None:
+    config = RunConfig.from_flat({"log.mlflow": uri})
+    for _ in range(2):
+        feed = Feed("log.mlflow", lambda: tracking.Tracking(_Folder(tmp_path), config), finished / "metrics.jsonl")
+        feed.bring()
+        feed.close(finished=True)
+        assert in_mlflow(tmp_path, uri) == metrics(finished)
+        MlflowClient(tracking_uri=uri).delete_run(json.loads((tmp_path / "mlflow.json").read_text())["run"])
+
+
+class _Folder:
+    """As much of a run's folder as a logger looks at."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+
+def test_lines_as_points() -> None:
+    assert points_of({"kind": "round", "round": 3, "devices": 2, "alpha": 0.5}) == [
+        Point("round/devices", 3, 2),
+        Point("round/alpha", 3, 0.5),
+    ]
+    assert points_of({"kind": "device", "round": 1, "device": 7, "alpha": 0.5, "next_loss": 2.0}) == [
+        Point("alpha/device-07", 1, 0.5),
+        Point("next_loss/device-07", 1, 2.0),
+    ]
+    traffic = {"kind": "traffic", "device": 12, "down": {"a": 1, "b": 2}, "up": {"a": 4}, "simulated_seconds": 0.5}
+    assert points_of(traffic | {"round": 0, "phase": "surgery"}) == []
+    assert points_of(traffic | {"round": 2, "phase": "round 2"}) == [
+        Point("simulated_seconds/device-12", 2, 0.5),
+        Point("bytes_up/device-12", 2, 4),
+        Point("bytes_down/device-12", 2, 3),
+    ]
+    assert points_of({"kind": "failure", "phase": "round 2", "device": 1, "reason": "lost"}) == []
+    assert points_of({"kind": "absence", "round": 2, "device": 1, "reason": "late"}) == []
+
+
+def test_where_metrics_go_is_no_part_of_a_run_s_identity() -> None:
+    plain = RunConfig().flat()
+    told = RunConfig.from_flat(
+        {"log.tensorboard": True, "log.mlflow": "http://h:1", "log.mlflow-experiment": "x"}
+    ).flat()
+    assert config_hash(plain) == config_hash(told)
+    for after in (AFTER, AFTER_SUMMARIES):
+        assert _hash(plain, after) == _hash(told, after)
+
+
+REFUSED = {
+    "nobody there": ("log.mlflow=http://127.0.0.1:9", "log.mlflow = 'http://127.0.0.1:9'", "leave it empty"),
+    "no such scheme": ("log.mlflow=nonsense://x", "log.mlflow = 'nonsense://x'", "http"),
+    "plain folder": ("log.mlflow=file:///tmp/no-mlruns", "log.mlflow = 'file:///tmp/no-mlruns'", "sqlite"),
+    "relative database": ("log.mlflow=sqlite:///mlflow.db", "mlflow=sqlite:///mlflow.db", "sqlite:////"),
+    "no experiment": ("log.mlflow-experiment=", "log.mlflow-experiment = ''", "at least 1 character"),
+    "no switch": ("log.tensorboard=events", "log.tensorboard = 'events'", "boolean"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused(
+    case: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, cache: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLFLOW_ALLOW_FILE_STORE", raising=False)
+    option, named, accepted = REFUSED[case]
+    error = refused(capsys, monkeypatch, "--set", option, "--set", f"cache={cache}")
+    assert named in error and accepted in error
+    assert not list(tmp_path.iterdir()) and not Path("/tmp/no-mlruns").exists()
+
+
+@pytest.mark.parametrize("uri", ["http://me:hush@host:5000", "postgresql://host/db?user=me&password=hush"])
+def test_a_password_is_refused_and_not_shown(uri: str) -> None:
+    with pytest.raises(ConfigError, match="MLFLOW_TRACKING_PASSWORD") as refusal:
+        RunConfig.from_flat({"log.mlflow": uri})
+    assert "hush" not in str(refusal.value)
+
+
+def test_an_experiment_that_was_deleted_is_refused(finished: Path, uri: str) -> None:
+    client = MlflowClient(tracking_uri=uri)
+    client.delete_experiment(client.create_experiment("gone"))
+    options = RunConfig.from_flat({"log.mlflow": uri, "log.mlflow-experiment": "gone"}).log
+    with pytest.raises(ConfigError, match=r"log\.mlflow-experiment = 'gone': is there, but deleted"):
+        tracking.require_tracking(options)
+
+
+@pytest.mark.parametrize(
+    ("module", "option", "extra"),
+    [("tensorboard", "log.tensorboard=true", "tensorboard"), ("mlflow", "log.mlflow=http://h:1", "mlflow")],
+)
+def test_without_its_extra_a_logger_is_refused_with_what_installs_it(
+    module: str,
+    option: str,
+    extra: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    cache: Path,
+) -> None:
+    for part in (event_files, tracking):
+        monkeypatch.setattr(part, "find_spec", lambda name: None if name == module else find_spec(name))
+    monkeypatch.chdir(tmp_path)
+    error = refused(capsys, monkeypatch, "--set", option, "--set", f"cache={cache}")
+    assert f"pip install 'tapfl[{extra}]'" in error and option.split("=")[0] in error
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_plain_folder_where_mlflow_is_told_to_take_one(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    uri = f"file://{tmp_path}/mlruns"
+    config = RunConfig.from_flat({"log.mlflow": uri})
+    tracking.require_tracking(config.log)
+    feed = Feed("log.mlflow", lambda: tracking.Tracking(_Folder(tmp_path), config), finished / "metrics.jsonl")
+    feed.bring()
+    feed.close(finished=True)
+    assert in_mlflow(tmp_path, uri) == metrics(finished)

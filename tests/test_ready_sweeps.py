@@ -1,0 +1,41 @@
+"""The sweeps of experiments/configs run: each value along each axis once, small and for one round."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import pytest
+from test_inprocess_run import SMALL
+from test_sweep import CONFIGS, InThisProcess
+
+from experiments.sweep import Cell, on_workers, read_sweep, run_sweep
+from tapfl.config import parse_assignment
+
+
+def reduced(cell: Cell, cache: Path) -> Cell:
+    """The cell with a tiny backbone and one round; where it stands in the grid stays."""
+    small = dict(parse_assignment(option) for option in SMALL) | {"devices.count": 10}
+    return replace(cell, options=small | cell.options | {"train.rounds": 1, "cache": str(cache)})
+
+
+def one_of_each(cells: list[Cell]) -> list[Cell]:
+    """Cells that together have every value along every axis but the seed's."""
+    seen: set[tuple[str, object]] = set()
+    chosen = []
+    for cell in cells:
+        values = {item for item in cell.point.items() if item[0] != "seed"}
+        if values - seen:
+            chosen.append(cell)
+            seen |= values
+    return chosen
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["criteria", "partitions", "devices", "rules", "personalize"])
+def test_a_ready_sweep_runs(name: str, tmp_path: Path) -> None:
+    cells = [reduced(cell, tmp_path / "cache") for cell in one_of_each(read_sweep(CONFIGS / f"{name}.toml"))]
+    failures = run_sweep(cells, tmp_path / "out", partial(on_workers, InThisProcess()), 1, lambda done, note: None)
+    assert len(cells) > 3 and not failures
+    assert all((tmp_path / "out" / cell.name / "summary.json").is_file() for cell in cells)

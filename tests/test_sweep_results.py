@@ -1,0 +1,172 @@
+"""What a sweep tells: measures by run and device, means and tests, learning curves; and round zero that is shared."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from matplotlib import image
+from test_inprocess_run import content, tapfl
+from test_sweep import InThisProcess, sweep_file
+
+from experiments.sweep import on_workers, read_sweep, run_sweep
+from experiments.swept.outcome import Outcome, group_of, grouped, outcomes
+from experiments.swept.picture import _panels, picture
+from experiments.swept.settings import SweepOptions, read_sweep_options, references
+from experiments.swept.table import caption_of, means_over_seeds, write_results, write_table
+from tapfl.errors import ConfigError, RunError
+
+GRID = '"personalize.method" = ["local", "fedavg"]\nseed = [0, 1]'
+REFERENCE = {"personalize.method": "local"}
+
+
+def carry_out(file: Path, out: Path, changes: Mapping[str, Any] | None = None) -> list[Outcome]:
+    cells = read_sweep(file, changes)
+    assert not run_sweep(cells, out, partial(on_workers, InThisProcess()), 2, lambda done, note: None)
+    return outcomes(cells, out)
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return sweep_file(tmp_path_factory.mktemp("sweep"), GRID)
+
+
+@pytest.fixture(scope="module")
+def runs(file: Path) -> list[Outcome]:
+    return carry_out(file, file.parent / "out")
+
+
+def rows_of(file: Path) -> list[dict[str, str]]:
+    with file.open(newline="") as table:
+        return list(csv.DictReader(table))
+
+
+def test_a_line_a_run_and_a_line_a_device(runs: list[Outcome], tmp_path: Path) -> None:
+    lowest = runs[0].curve[0].accuracy
+    write_results(runs, tmp_path, SweepOptions(reach=(lowest, 1.0)))
+    results, devices = rows_of(tmp_path / "results.csv"), rows_of(tmp_path / "devices.csv")
+    assert len(results) == 4 and len(devices) == 4 * 4
+    for run, row in zip(runs, results, strict=True):
+        assert {key: row[key] for key in run.point} == {key: str(value) for key, value in run.point.items()}
+        own = [d for d in devices if all(d[key] == row[key] for key in run.point)]
+        assert np.mean([float(d["personal_accuracy"]) for d in own]) == pytest.approx(float(row["personal_accuracy"]))
+        for side in ("bytes_up", "bytes_down"):
+            assert sum(int(d[side]) for d in own) == int(row[side])
+        assert row["bytes_to_1"] == row["seconds_to_1"] == ""
+    first = results[0]
+    assert int(first[f"bytes_to_{lowest:g}"]) == runs[0].curve[0].bytes
+    assert float(first[f"seconds_to_{lowest:g}"]) == runs[0].curve[0].seconds
+
+
+def test_means_over_seeds_and_a_test_over_devices(runs: list[Outcome], tmp_path: Path) -> None:
+    options = SweepOptions(reach=(1.0,), reference=REFERENCE)
+    local, fedavg = means_over_seeds(runs, options)
+    assert (local["personalize.method"], local["runs"], local["bytes to 1"]) == ("local", "2", "never")
+    assert local["difference"] == local["p"] == ""
+    personal = [np.mean([run.summary["personal_accuracy"] for run in runs[i : i + 2]]) for i in (0, 2)]
+    assert fedavg["difference"] == f"{personal[1] - personal[0]:+.3f}" and fedavg["p"].endswith("(n = 4)")
+    assert fedavg["personal"].startswith(f"{personal[1]:.3f} ± ")
+    said = caption_of(runs, "tapfl sweep --config x.toml", options)
+    assert "`tapfl sweep --config x.toml`; seeds 0, 1; " in said and "4 devices, 1 rounds" in said and "torch" in said
+    assert "personalize.method = local" in said and "permutation" in said
+    write_table([local, fedavg], said, tmp_path / "table.md")
+    lines = (tmp_path / "table.md").read_text().splitlines()
+    assert lines[0].count("|") == lines[1].count("|") == lines[3].count("|") and lines[-1] == f"M{said[1:]}"
+
+
+def test_learning_curves_are_drawn(runs: list[Outcome], tmp_path: Path) -> None:
+    picture(runs, tmp_path / "curves.png")
+    pixels = image.imread(tmp_path / "curves.png")
+    assert pixels.shape[1] > 1000 and len(np.unique(pixels.reshape(-1, pixels.shape[2]), axis=0)) > 50
+
+
+def test_panels_are_the_values_of_the_first_axis_that_varies() -> None:
+    def points(*places: Mapping[str, Any]) -> dict[Any, Any]:
+        return {group_of(place): None for place in places}
+
+    two = points(*({"run": run, "train.epochs": 1, "a.rule": rule} for run in "xy" for rule in ("p", "q")))
+    assert {title: list(lines) for title, lines in _panels(two).items()} == {
+        "x": ["rule p", "rule q"],
+        "y": ["rule p", "rule q"],
+    }
+    assert {k: list(v) for k, v in _panels(points({"a.rule": "p"}, {"a.rule": "q"})).items()} == {
+        "": ["rule p", "rule q"]
+    }
+    assert {k: list(v) for k, v in _panels(points({"run": "p"}, {"a.rule": "q"})).items()} == {"": ["p", "rule q"]}
+    assert {k: list(v) for k, v in _panels(points({"a.rule": "p"})).items()} == {"": ["rule p"]}
+
+
+def test_round_zero_is_shared_and_changes_nothing(runs: list[Outcome], file: Path, tmp_path: Path) -> None:
+    for local, fedavg in zip(runs[:2], runs[2:], strict=True):
+        one, other = (run.folder / "plans" / "00.json" for run in (local, fedavg))
+        assert one.samefile(other)
+    options = [f"{key}={value}" for key, value in runs[2].options.items() if key not in ("out", "resume")]
+    done = tapfl("--out", str(tmp_path / "alone"), cache=Path(runs[2].options["cache"]), options=options)
+    assert done.exit_code == 0, done.output
+    assert content(tmp_path / "alone") == content(runs[2].folder)
+    alone = json.loads((tmp_path / "alone" / "summary.json").read_text())
+    assert alone["curve"] == runs[2].summary["curve"]
+
+
+def test_a_sweep_goes_on_for_more_rounds_but_not_under_other_options(tmp_path: Path) -> None:
+    file = sweep_file(tmp_path, '"personalize.method" = ["fedavg"]')
+    (short,) = carry_out(file, tmp_path / "out")
+    (long,) = carry_out(file, tmp_path / "out", {"train.rounds": 2})
+    assert len(short.curve) == 2 and len(long.curve) == 3 and long.curve[:2] == short.curve
+    assert carry_out(file, tmp_path / "out", {"train.rounds": 1})[0].summary == long.summary
+    with pytest.raises(ConfigError, match=r"train\.epochs: 1 then, 2 now"):
+        carry_out(file, tmp_path / "out", {"train.epochs": 2})
+
+
+def test_a_run_without_a_learning_curve_is_named(runs: list[Outcome]) -> None:
+    summary = {key: value for key, value in runs[0].summary.items() if key != "curve"}
+    old = Outcome(runs[0].point, runs[0].folder, runs[0].options, runs[0].versions, summary)
+    assert old.measures(())["personal_accuracy"] == runs[0].summary["personal_accuracy"]
+    with pytest.raises(RunError, match="no learning curve"):
+        old.measures((0.5,))
+
+
+def test_what_the_runs_differ_in_cannot_be_set_for_all(file: Path) -> None:
+    assert read_sweep(file, {"train.rounds": 7})[0].options["train.rounds"] == 7
+    with pytest.raises(ConfigError, match=r"--set seed: the runs of .* differ in it"):
+        read_sweep(file, {"seed": 3})
+
+
+def test_every_point_is_tested_against_its_own_reference() -> None:
+    points = [group_of({"run": run, "m": method}) for run in "xy" for method in ("local", "apfl")]
+    assert references(points, {"m": "local"}) == {points[1]: points[0], points[3]: points[2]}
+    assert references(points, {"run": "x", "m": "local"}) == dict.fromkeys(points[1:], points[0])
+    assert references([group_of({"n": 1}), group_of({"n": 2})], {"n": "1"}) == {(("n", 2),): (("n", 1),)}
+    for reference, said in (({"m": "ditto"}, "m: local, apfl"), ({"rounds": 1}, "accepted: run, m")):
+        with pytest.raises(ConfigError, match=said):
+            references(points, reference)
+
+
+@pytest.mark.parametrize(
+    ("table", "said"),
+    [
+        ("[sweep]\nreach = [0.5, 1.2]", "reach"),
+        ('[sweep]\nreference = "local"', "reference"),
+        ("[sweep]\nreech = 0.5", "reach"),
+        ("sweep = 3", "is a table"),
+    ],
+)
+def test_a_report_that_cannot_be_is_refused(tmp_path: Path, table: str, said: str) -> None:
+    file = tmp_path / "sweep.toml"
+    file.write_text(table)
+    with pytest.raises(ConfigError, match=said):
+        read_sweep_options(file)
+
+
+def test_how_a_sweep_is_reported_stands_in_its_file(tmp_path: Path) -> None:
+    file = tmp_path / "sweep.toml"
+    file.write_text('[sweep]\nreach = 0.5\nreference = { "personalize.method" = "local" }\n[grid]\nseed = [0]')
+    assert read_sweep_options(file) == SweepOptions(reach=(0.5,), reference=REFERENCE)
+    assert read_sweep_options(file, {"seed": 1}).reference == {"seed": 1}
+    assert grouped([]) == {} and len(read_sweep(file)) == 1
