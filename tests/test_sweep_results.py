@@ -28,7 +28,7 @@ REFERENCE = {"personalize.method": "local"}
 
 def carry_out(file: Path, out: Path, changes: Mapping[str, Any] | None = None) -> list[Outcome]:
     cells = read_sweep(file, changes)
-    assert not run_sweep(cells, out, partial(on_workers, InThisProcess()), 2, lambda done, note: None)
+    assert not run_sweep(cells, out, partial(on_workers, InThisProcess()), 2, lambda *_: None)
     return outcomes(cells, out)
 
 
