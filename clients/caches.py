@@ -66,7 +66,7 @@ def own_images(config: RunConfig, source: str, partition_id: int) -> tuple[Image
     """Returns the images of a device that has a source of its own, and their split."""
     images = open_own(source, config.data, input_transform(config.model), cache_folder(config.cache))
     everything = np.arange(len(images))
-    return images, split_device(everything, images.labels, config.data.test_share, config.seed, partition_id)
+    return images, split_device(everything, images.labels, config.data, config.seed, partition_id)
 
 
 @lru_cache(maxsize=4)

@@ -90,6 +90,9 @@ class DataOptions(Section):
     public: str = Field("", description="a second source for the public pool; empty: a share of `source`")
     public_share: float = Field(0.5, gt=0, lt=1, description="share of `source` that is the public pool")
     test_share: float = Field(0.3, gt=0, lt=1, description="share of a device's images that is its test part")
+    evaluate: Literal["test", "validation"] = Field(
+        "test", description="`validation`: a `test-share` of the training part instead; the test part is not touched"
+    )
     image_size: int = Field(0, ge=0, description="pixels a side at which images are kept; 0: what the backbone takes")
     partition: Literal["pathological", "class-blocks", "dirichlet", "iid", "shard"] = Field(
         "pathological", description="flwr-datasets partitioner of the private images; `class-blocks` are disjoint"

@@ -82,6 +82,15 @@ def test_a_device_s_test_part_has_its_classes_in_their_shares() -> None:
 
 
 @pytest.mark.parametrize("name", PARTITIONS)
+def test_validation_does_not_touch_the_test_part(name: str) -> None:
+    tested = partition(LABELS, options(partition=name), 5, seed=0)
+    validated = partition(LABELS, options(partition=name, evaluate="validation"), 5, seed=0)
+    for reported, chosen_by in zip(tested, validated, strict=True):
+        assert sorted([*chosen_by.train, *chosen_by.test]) == sorted(reported.train)
+        assert len(chosen_by.test) == pytest.approx(0.3 * len(reported.train), abs=1)
+
+
+@pytest.mark.parametrize("name", PARTITIONS)
 def test_more_devices_than_images_can_serve_are_refused(name: str) -> None:
     with pytest.raises(DataError, match=r"devices\.count = 31: 300 private images serve at most 30 devices"):
         partition(LABELS, options(partition=name), 31, seed=0)

@@ -69,7 +69,9 @@ def test_a_search_ends_in_options_that_run_takes(finished: tuple[Path, dict[str,
     assert sorted(row["state"] for row in rows) == ["complete", "pruned"]
     best = rows[said["trial"]]
     assert float(best["loss@2"]) == said["loss"] and float(best[RATE]) == said["params"][RATE]
+    assert "evaluate" not in (out / "best.toml").read_text(), "a run reports on the test part"
     again = ["run", "--engine", "inprocess", "--config", str(out / "best.toml"), "--out", str(tmp_path / "run")]
+    again += ["--set", "data.evaluate=validation"]  # as the trials did
     run = CliRunner().invoke(cli.app, [*again, "--json"], catch_exceptions=False)
     accuracy = json.loads(run.stdout.splitlines()[-1])["personal_accuracy"]
     assert 1 - accuracy == said["loss"], "a run with the best options comes to what the trial came to"

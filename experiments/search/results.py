@@ -13,7 +13,7 @@ from optuna.trial import FrozenTrial
 from experiments.search.objective import MEASURES
 from experiments.search.runner import measures_key, scores
 from experiments.search.schedule import FAILED
-from experiments.search.settings import Search
+from experiments.search.settings import UNSEEN, Search
 from tapfl.errors import RunError
 from tapfl.store import write_bytes
 
@@ -33,9 +33,10 @@ def best_trial(trials: Sequence[FrozenTrial]) -> tuple[FrozenTrial, int]:
 
 
 def write_best(search: Search, trial: FrozenTrial, rounds: int, path: Path) -> None:
-    """Writes the options of a trial as `tapfl run --config` takes them."""
+    """Writes the options of a trial as `tapfl run --config` takes them, to be reported on the test part."""
     nested: dict[str, Any] = {}
-    for name, value in {**search.options, **trial.params, "train.rounds": rounds}.items():
+    shared = {name: value for name, value in search.options.items() if (name, value) not in UNSEEN.items()}
+    for name, value in {**shared, **trial.params, "train.rounds": rounds}.items():
         table, _, option = name.rpartition(".")
         (nested.setdefault(table, {}) if table else nested)[option] = value
     plain = {name: value for name, value in nested.items() if not isinstance(value, dict)}

@@ -22,6 +22,7 @@ from tapfl.errors import ConfigError
 
 Method = Literal["bohb", "tpe-hyperband", "random"]
 FREE = {"brackets", "rounds", "keep"}  # what may differ when a search goes on
+UNSEEN: dict[str, Scalar] = {"data.evaluate": "validation"}  # what is chosen by it may not be the test part
 COMPARISON = re.compile(r"\s*([a-z_-]+)\s*<=\s*([0-9.eE+-]+)\s*")
 
 
@@ -149,7 +150,7 @@ def read_search(file: Path, method: str | None = None, defaults: Mapping[str, Sc
     if not isinstance(how, dict):
         raise ConfigError(f"{file}: search must be a table, [search]")
     settings = validated(_File, {"search": how | ({"method": method} if method else {})}).search
-    options = {**(defaults or {}), **flatten(tables)}
+    options = {**UNSEEN, **(defaults or {}), **flatten(tables)}
     RunConfig.from_flat(options)
     if not isinstance(where, dict) or not where:
         raise ConfigError(

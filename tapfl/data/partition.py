@@ -103,11 +103,14 @@ def partition(labels: np.ndarray, options: DataOptions, devices: int, seed: int)
             parts = [np.array(partitioner.load_partition(i)["position"], dtype=np.int64) for i in range(devices)]
     except ValueError as error:
         raise DataError(f"data.partition = {options.partition!r} for {devices} devices: {error}") from None
-    return [split_device(np.sort(part), labels, options.test_share, seed, i) for i, part in enumerate(parts)]
+    return [split_device(np.sort(part), labels, options, seed, i) for i, part in enumerate(parts)]
 
 
-def split_device(part: np.ndarray, labels: np.ndarray, test_share: float, seed: int, device: int) -> DeviceSplit:
-    """Returns the train and test part of one device's images, every class by the same share as far as they allow.
+def split_device(part: np.ndarray, labels: np.ndarray, options: DataOptions, seed: int, device: int) -> DeviceSplit:
+    """Returns the two parts of one device's images: what it trains on, and what is reported.
+
+    With `data.evaluate` = `validation` both come from its training part: whoever chooses by what is reported has then
+    not seen the test part.
 
     Args:
         part: sorted positions of its images in the source that `labels`, int64 (n,), belong to.
@@ -115,20 +118,26 @@ def split_device(part: np.ndarray, labels: np.ndarray, test_share: float, seed: 
     Raises:
         DataError: if they are too few.
     """
-    generator = numpy_generator(seed, "test", device)
-    test: list[int] = []
-    due = 0.0
-    for label in np.unique(labels[part]):
-        members = generator.permutation(part[labels[part] == label])
-        due += test_share * len(members)
-        taken = min(round(due), len(members))
-        due -= taken
-        test.extend(members[:taken].tolist())
-    split = DeviceSplit(np.setdiff1d(part, test), np.sort(np.array(test, dtype=np.int64)))
+    split = _stratified(part, labels, options.test_share, numpy_generator(seed, "test", device))
+    if options.evaluate == "validation":
+        split = _stratified(split.train, labels, options.test_share, numpy_generator(seed, "validation", device))
     if len(split.train) < MIN_TRAIN or len(split.test) < MIN_TEST:
         raise DataError(
-            f"device {device} would get {len(split.train)} training and {len(split.test)} test images, "
+            f"device {device} would get {len(split.train)} training and {len(split.test)} {options.evaluate} images, "
             f"it needs {MIN_TRAIN} and {MIN_TEST}: fewer devices (devices.count), another data.partition, "
             f"another data.test-share, or more images"
         )
     return split
+
+
+def _stratified(part: np.ndarray, labels: np.ndarray, share: float, generator: np.random.Generator) -> DeviceSplit:
+    """Splits `part`: every class gives `share` of its images to `test`, as far as they allow."""
+    test: list[int] = []
+    due = 0.0
+    for label in np.unique(labels[part]):
+        members = generator.permutation(part[labels[part] == label])
+        due += share * len(members)
+        taken = min(round(due), len(members))
+        due -= taken
+        test.extend(members[:taken].tolist())
+    return DeviceSplit(np.setdiff1d(part, test), np.sort(np.array(test, dtype=np.int64)))
