@@ -30,7 +30,7 @@ class Pace:
         self.begun = self.clock()
 
     def advance(self, done: int, total: int, note: str = "", /) -> None:
-        if not self.steps or done > self.done:
+        if not self.steps or done > self.steps[-1][1]:
             self.steps = [*self.steps[:1], (self.clock(), done)]
         self.done, self.total, self.note = done, total, note
 
