@@ -302,9 +302,10 @@ def _carry_out(
     starting("Ray")
     if engine is Engine.RAY:
         from experiments.engines.ray import Workers
+        from strategies.progress import shown
         from strategies.server_app import app as server_app
 
-        with Workers(address, workers, actor_cpus, actor_gpus) as pool:
+        with shown(), Workers(address, workers, actor_cpus, actor_gpus) as pool:
             pool.run(server_app, config.flat(), config.devices.count)
     else:
         from experiments.engines.flower import run_flower

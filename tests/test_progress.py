@@ -118,7 +118,7 @@ def test_what_comes_after_the_criterion_is_told_as_well(vit: Tiny) -> None:
 def test_time_left_is_of_the_steps_that_were_done_here() -> None:
     now = 100.0
     pace = Pace("rounds", clock=lambda: now)
-    assert pace.left is None and pace.words() == "rounds"
+    assert pace.left is None and pace.words() == "rounds (0:00:00 so far)"
     pace.advance(5, 10)  # a run that goes on
     assert pace.left is None
     now = 120.0
@@ -151,7 +151,7 @@ def test_time_left_holds_for_steps_of_minutes() -> None:
 @pytest.fixture
 def logged(caplog: pytest.LogCaptureFixture) -> Callable[[], list[str]]:
     caplog.set_level(logging.INFO, "flwr")
-    return lambda: [re.sub(r" \([\d:]+ left\)", " (left)", record.getMessage()) for record in caplog.records]
+    return lambda: [re.sub(r" \([\d:]+ (left|so far)\)", r" (\1)", record.getMessage()) for record in caplog.records]
 
 
 def test_a_log_has_a_line_for_every_fifth_of_a_stage_and_none_for_what_lies_in_it(
@@ -182,7 +182,7 @@ def test_a_log_is_not_silent_however_long_a_step_takes(
         advance(3, 10, "device 2")
         with stage("export"):
             time.sleep(2.6)
-    assert set(logged()) == {"smaller models: 3/10 device 2; export"}
+    assert set(logged()) == {"smaller models: 3/10 device 2; export (so far)"}
     assert not [thread for thread in threading.enumerate() if "_break_silence" in thread.name]
 
 

@@ -31,6 +31,7 @@ from experiments.engines.cluster import ray_cluster
 from experiments.engines.grid import CLIENT_APP_RAISED, WORKER_LOST, LocalGrid, answer, node_context, serve
 from tapfl.config import Scalar
 from tapfl.errors import ConfigError, RunError
+from tapfl.progress import stage
 
 CLIENT_APP = "clients.client_app:app"
 START = 180.0  # seconds in which the first actor is there: it imports torch, on a machine that may be busy
@@ -137,7 +138,7 @@ class Workers:
         self._stack = ExitStack()
 
     def __enter__(self) -> Workers:
-        with ExitStack() as stack:
+        with stage("Ray and its actors"), ExitStack() as stack:
             stack.enter_context(ray_cluster(self._address))
             count = self._room()
             self._require_free()

@@ -30,7 +30,7 @@ class Pace:
         self.begun = self.clock()
 
     def advance(self, done: int, total: int, note: str = "", /) -> None:
-        if not self.steps or done > self.done:
+        if not self.steps or done > self.steps[-1][1]:
             self.steps = [*self.steps[:1], (self.clock(), done)]
         self.done, self.total, self.note = done, total, note
 
@@ -48,10 +48,14 @@ class Pace:
         return max(0.0, (self.total - done) * each - (self.clock() - last))
 
     def words(self) -> str:
-        """Returns the stage in a line: name, steps, note, and the time that is left."""
-        count = f"{self.done}/{self.total}" if self.total else ""
-        left = "" if self.left is None else f"({clock_time(self.left)} left)"
-        return " ".join(part for part in (f"{self.name}:", count, self.note, left) if part).removesuffix(":")
+        """Returns the stage in a line: name, steps, note, and the time that is left, or has gone by."""
+        where = " ".join(part for part in (f"{self.done}/{self.total}" if self.total else "", self.note) if part)
+        parts = [f"{self.name}: {where}" if where else self.name]
+        if not self.total:
+            parts.append(f"({clock_time(self.age)} so far)")
+        elif self.left is not None:
+            parts.append(f"({clock_time(self.left)} left)")
+        return " ".join(parts)
 
 
 def clock_time(seconds: float) -> str:
