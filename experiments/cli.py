@@ -151,7 +151,7 @@ def sweep(
     With --engine ray all of them share this process and one pool of warm actors; else each is a process of its own.
     Runs that differ only in what comes after round zero share it.
     """
-    from experiments.caption import command
+    from experiments.caption import command, flags
     from experiments.sweep import as_process, on_workers, read_sweep, run_sweep
     from experiments.swept.outcome import group_of, outcomes
     from experiments.swept.picture import picture
@@ -178,13 +178,7 @@ def sweep(
     runs = outcomes(cells, out)
     write_results(runs, out, told)
     rows = means_over_seeds(runs, told)
-    given = [
-        part
-        for flag, values in (("--set", set), ("--reference", reference))
-        for v in values or ()
-        for part in (flag, v)
-    ]
-    made_by = command("sweep", "--config", str(config), "--out", "DIR", *given)
+    made_by = command("sweep", "--config", str(config), "--out", "DIR", *flags(set=set, reference=reference))
     write_table(rows, caption_of(runs, made_by, told), out / "table.md")
     picture(runs, out / "learning-curves.png")
     show_rows(rows, as_json)

@@ -218,7 +218,8 @@ def compare(
     results = comparison.results.given(measure, reference)
     results.check(comparison.axes)
     load_torch()  # not before the file is known to be good
-    from experiments.compare.page import page, shown_command
+    from experiments.caption import command, flags
+    from experiments.compare.page import page
     from experiments.compare.picture import picture
     from experiments.compare.run import finished_rows, run_comparison
     from experiments.compare.table import sections
@@ -232,8 +233,8 @@ def compare(
         with shown(), stage("cells") as advance:
             rows = run_comparison(comparison, out, advance, jobs or os.cpu_count() or 1)
     tables = list(sections(rows, comparison, results))
-    command = shown_command(config, set or [], reference or [])
-    write_bytes(out / "table.md", page(tables, rows, comparison, results, command).encode())
+    made_by = command("compare", "--config", str(config), "--out", "DIR", *flags(set=set, reference=reference))
+    write_bytes(out / "table.md", page(tables, rows, comparison, results, made_by).encode())
     picture(rows, comparison, out / "accuracy-against-macs.png", results.show[0])
     for each in tables:
         if as_json:

@@ -35,6 +35,10 @@ class Paired:
     p: float
     n: int
 
+    def __str__(self) -> str:
+        p = "p < 0.001" if self.p < 0.001 else f"p = {self.p:.3f}"
+        return f"{self.difference:+.3f} ({p}, n = {self.n})"
+
 
 def by_device(values: Iterable[tuple[Hashable, float]]) -> dict[Hashable, float]:
     """Returns the mean of every device's values (of its seeds)."""

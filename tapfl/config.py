@@ -77,7 +77,8 @@ def _one_of(names: tuple[str, ...]) -> AfterValidator:
 Share = Annotated[float, Field(gt=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
 Weight = Annotated[float, Field(ge=0)]
-Shares = Annotated[tuple[Share, ...], BeforeValidator(_split), PlainSerializer(_join), Field(min_length=1)]
+AnyShares = Annotated[tuple[Share, ...], BeforeValidator(_split), PlainSerializer(_join)]
+Shares = Annotated[AnyShares, Field(min_length=1)]
 TermWeights = Annotated[
     tuple[Weight, Weight, Weight], BeforeValidator(_split), PlainSerializer(_join), AfterValidator(_not_all_zero)
 ]

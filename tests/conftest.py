@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
 from backbones import Tiny, tiny_of_family
@@ -32,3 +35,21 @@ def swin() -> Tiny:
 @pytest.fixture(scope="session")
 def families(vit: Tiny, deit: Tiny, swin: Tiny) -> dict[str, Tiny]:
     return {"vit": vit, "deit": deit, "swin": swin}
+
+
+@pytest.fixture(scope="session")
+def reported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A small run with its report, on classes whose names are meant to be markup or script; and what it said."""
+    from test_inprocess_run import tapfl
+    from test_report import HOSTILE
+
+    from tapfl.data.sources import load_images
+
+    folder, digits = tmp_path_factory.mktemp("reported"), load_images("digits")
+    source = folder / "digits & <i>more.npz"
+    np.savez(source, images=digits.images, labels=digits.labels, classes=np.array(HOSTILE))
+    options = [f"data.source={source}", "devices.dropout=0.4", "data.partition=dirichlet", "data.dirichlet-alpha=1.0"]
+    run = folder / "run & <b>one"
+    done = tapfl("--out", str(run), cache=folder / "cache", options=options, report="--report")
+    assert done.exit_code == 0, done.output
+    return run, done.stdout

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_inprocess_run import TINY
 
 ROOT = Path(__file__).parent.parent
@@ -73,6 +74,7 @@ def test_flwr_run_uses_all_nodes_and_installs_nothing(environment: dict[str, str
         "train.rounds": 1,
         "train.epochs": 1,
         "personalize.method": "fedavg",
+        "log.tensorboard": True,
     }
     overrides = " ".join(f"{key}={json.dumps(value)}" for key, value in options.items())
     said = flwr(environment, "run", ".", "--stream", "--run-config", overrides)
@@ -83,6 +85,9 @@ def test_flwr_run_uses_all_nodes_and_installs_nothing(environment: dict[str, str
     overrides = overrides.replace("train.rounds=1", "train.rounds=2") + " resume=true"
     assert "goes on after round 1 of 2" in flwr(environment, "run", ".", "--stream", "--run-config", overrides)
     assert (tmp_path / "run" / "server" / "round-0002.safetensors").exists()
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("round/personal_accuracy")] == [0, 1, 2]
     runtime = Path(environment["FLWR_HOME"]) / "runtime-envs"
     assert not runtime.exists() or not list(runtime.iterdir())
 

@@ -80,7 +80,7 @@ def test_a_sweep_on_ray_comes_to_the_same_and_leaves_nothing(typed: type[Typed],
     assert "6379" not in sweep.ports, "where somebody else's may listen"
     assert not sweep.left()
     cells, here = read_sweep(file), tmp_path / "here"
-    assert not run_sweep(cells, here, partial(on_workers, InThisProcess()), 1, lambda done, note: None)
+    assert not run_sweep(cells, here, partial(on_workers, InThisProcess()), 1, lambda *_: None)
     for cell in cells:
         assert content(out / cell.name) == content(here / cell.name)
 

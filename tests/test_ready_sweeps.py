@@ -36,6 +36,6 @@ def one_of_each(cells: list[Cell]) -> list[Cell]:
 @pytest.mark.parametrize("name", ["criteria", "partitions", "devices", "rules", "personalize"])
 def test_a_ready_sweep_runs(name: str, tmp_path: Path) -> None:
     cells = [reduced(cell, tmp_path / "cache") for cell in one_of_each(read_sweep(CONFIGS / f"{name}.toml"))]
-    failures = run_sweep(cells, tmp_path / "out", partial(on_workers, InThisProcess()), 1, lambda done, note: None)
+    failures = run_sweep(cells, tmp_path / "out", partial(on_workers, InThisProcess()), 1, lambda *_: None)
     assert len(cells) > 3 and not failures
     assert all((tmp_path / "out" / cell.name / "summary.json").is_file() for cell in cells)

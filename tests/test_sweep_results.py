@@ -16,7 +16,7 @@ from test_inprocess_run import content, tapfl
 from test_sweep import InThisProcess, sweep_file
 
 from experiments.sweep import on_workers, read_sweep, run_sweep
-from experiments.swept.outcome import Outcome, group_of, grouped, outcomes
+from experiments.swept.outcome import MEASURES, Outcome, group_of, grouped, outcomes
 from experiments.swept.picture import _panels, picture
 from experiments.swept.settings import SweepOptions, read_sweep_options, references
 from experiments.swept.table import caption_of, means_over_seeds, write_results, write_table
@@ -28,7 +28,7 @@ REFERENCE = {"personalize.method": "local"}
 
 def carry_out(file: Path, out: Path, changes: Mapping[str, Any] | None = None) -> list[Outcome]:
     cells = read_sweep(file, changes)
-    assert not run_sweep(cells, out, partial(on_workers, InThisProcess()), 2, lambda done, note: None)
+    assert not run_sweep(cells, out, partial(on_workers, InThisProcess()), 2, lambda *_: None)
     return outcomes(cells, out)
 
 
@@ -60,8 +60,17 @@ def test_a_line_a_run_and_a_line_a_device(runs: list[Outcome], tmp_path: Path) -
             assert sum(int(d[side]) for d in own) == int(row[side])
         assert row["bytes_to_1"] == row["seconds_to_1"] == ""
     first = results[0]
-    assert int(first[f"bytes_to_{lowest:g}"]) == runs[0].curve[0].bytes
-    assert float(first[f"seconds_to_{lowest:g}"]) == runs[0].curve[0].seconds
+    assert int(first[f"bytes_to_{lowest:g}"]) == 0 == float(first[f"seconds_to_{lowest:g}"])
+    assert int(first["round_zero_bytes"]) == runs[0].curve[0].bytes
+
+
+def test_what_an_accuracy_cost_is_counted_after_round_zero() -> None:
+    curve = [{"seconds": 5.0 + t, "bytes": 100 + 10 * t, "accuracy": 0.2 * t} for t in range(4)]
+    run = Outcome({}, Path(), {}, {}, dict.fromkeys(MEASURES, 0.0) | {"curve": curve})
+    found = run.measures((0.4, 0.7))
+    assert (found["round_zero_bytes"], found["round_zero_seconds"]) == (100, 5.0)
+    assert (found["bytes_to_0.4"], found["seconds_to_0.4"]) == (20, 2.0)
+    assert found["bytes_to_0.7"] is found["seconds_to_0.7"] is None
 
 
 def test_means_over_seeds_and_a_test_over_devices(runs: list[Outcome], tmp_path: Path) -> None:
@@ -73,7 +82,7 @@ def test_means_over_seeds_and_a_test_over_devices(runs: list[Outcome], tmp_path:
     assert fedavg["difference"] == f"{personal[1] - personal[0]:+.3f}" and fedavg["p"].endswith("(n = 4)")
     assert fedavg["personal"].startswith(f"{personal[1]:.3f} ± ")
     said = caption_of(runs, "tapfl sweep --config x.toml", options)
-    assert "`tapfl sweep --config x.toml`; seeds 0, 1; " in said and "4 devices, 1 rounds" in said and "torch" in said
+    assert "`tapfl sweep --config x.toml`; seeds 0, 1; " in said and "4 devices, rounds: 1" in said and "torch" in said
     assert "personalize.method = local" in said and "permutation" in said
     write_table([local, fedavg], said, tmp_path / "table.md")
     lines = (tmp_path / "table.md").read_text().splitlines()
@@ -127,7 +136,6 @@ def test_a_sweep_goes_on_for_more_rounds_but_not_under_other_options(tmp_path: P
 def test_a_run_without_a_learning_curve_is_named(runs: list[Outcome]) -> None:
     summary = {key: value for key, value in runs[0].summary.items() if key != "curve"}
     old = Outcome(runs[0].point, runs[0].folder, runs[0].options, runs[0].versions, summary)
-    assert old.measures(())["personal_accuracy"] == runs[0].summary["personal_accuracy"]
     with pytest.raises(RunError, match="no learning curve"):
         old.measures((0.5,))
 

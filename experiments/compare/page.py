@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import platform
-import subprocess
-from collections.abc import Iterable, Sequence
-from importlib.metadata import version
-from pathlib import Path
+from collections.abc import Iterable
 
-import tapfl
+from experiments.caption import installed, named
 from experiments.compare.grid import Comparison
-from experiments.compare.paired import TEST
 from experiments.compare.results import ResultOptions
 from experiments.compare.table import Rows, Section, markdown, measured
-from tapfl.config import PATH_OPTIONS, RunConfig
+from experiments.statistics import TEST
+from tapfl.config import RunConfig
 from tapfl.models.backbone import input_transform
 
 WORDS = {
@@ -53,37 +49,6 @@ def caption(rows: Rows, comparison: Comparison, results: ResultOptions, command:
     if len(dense):
         lines.append(f"Dense: {dense.mean():.3f} among all classes, {dense_own.mean():.3f} among the device's own.")
     if results.reference:
-        lines.append(f"Differences: mean over devices (p, devices); {TEST}, not corrected for the number of lines.")
-    lines.append(f"{versions()}.")
+        lines.append(f"Differences: mean over devices (p, n devices); {TEST}, not corrected for the number of lines.")
+    lines.append(f"{named(installed())}.")
     return "\n".join(lines) + "\n"
-
-
-def versions() -> str:
-    """Returns the versions of what the figures depend on, and tapfl's commit where it is run from a checkout."""
-    names = ("torch", "timm", "numpy", "scikit-learn")
-    said = ", ".join(f"{name} {version(name)}" for name in names)
-    return f"tapfl {version('tapfl')}{_commit()}, Python {platform.python_version()}, {said}"
-
-
-def shown_command(config: Path, assignments: Sequence[str], reference: Sequence[str]) -> str:
-    """Returns the command as another reader would give it: paths of this machine are left open."""
-    words = ["tapfl compare", f"--config {config if not config.is_absolute() else config.name}"]
-    for text in assignments:
-        key, _, value = text.partition("=")
-        words.append(f"--set {key}={'…' if key.strip() in PATH_OPTIONS else value}")
-    words += [f"--reference {text}" for text in reference]
-    return " ".join([*words, "--out DIR"])
-
-
-def _commit() -> str:
-    here = Path(tapfl.__file__).parent
-    if not (here.parent / ".git").exists():  # an installed package may lie in someone else's repository
-        return ""
-    try:
-        found = subprocess.run(
-            ["git", "describe", "--always", "--dirty=+changes", "--exclude=*"],
-            cwd=here, capture_output=True, text=True, check=True,
-        )  # fmt: skip
-    except (OSError, subprocess.CalledProcessError):
-        return ""
-    return f" ({found.stdout.strip()})"

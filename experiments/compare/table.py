@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from experiments.compare.grid import Comparison
-from experiments.compare.paired import difference
 from experiments.compare.results import ResultOptions
+from experiments.statistics import Paired, by_device, paired
 from tapfl.pruning.budget import Budget
 
 Rows = Sequence[Mapping[str, str]]
@@ -95,3 +95,19 @@ def _spread(rows: Rows, measure: str) -> str:
     if not len(values):
         return "refused" if any(row["refused"] for row in rows) else ""
     return f"{values.mean():.3f} ± {values.std(ddof=1) if len(values) > 1 else 0:.3f} ({len(values)})"
+
+
+def difference(
+    line: Sequence[Mapping[str, str]], reference: Sequence[Mapping[str, str]], measure: str
+) -> Paired | None:
+    """Returns how a line differs from the reference on the devices and seeds that both have; None if there are none."""
+    ours, theirs = _by_device_and_seed(line, measure), _by_device_and_seed(reference, measure)
+    common = [key for key in ours if key in theirs]
+    if not common:
+        return None
+    means = [by_device((key[0], values[key]) for key in common) for values in (ours, theirs)]
+    return paired(*means)
+
+
+def _by_device_and_seed(rows: Sequence[Mapping[str, str]], measure: str) -> dict[tuple[str, str], float]:
+    return {(row["device"], row["seed"]): float(row[measure]) for row in rows if row[measure]}

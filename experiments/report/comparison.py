@@ -102,7 +102,7 @@ def _stages(runs: dict[str, Run]) -> list[Figure]:
         chart(rows[::-1])
         .mark_point()
         .encode(
-            y=alt.Y("run:N", sort=list(runs), title=None, axis=alt.Axis(labelLimit=220, grid=True)),
+            y=_run_axis(list(runs), grid=True),
             x=alt.X("accuracy:Q", title="mean accuracy", scale=alt.Scale(zero=False, padding=8)),
             **mark_scales(),
             tooltip=["run:N", "stage:N", alt.Tooltip("accuracy:Q", format=".3f")],
@@ -171,6 +171,11 @@ def _legend(names: Sequence[str]) -> alt.Legend:
     return alt.Legend(columns=1 if long else 4, labelLimit=320, symbolOpacity=1)
 
 
+def _run_axis(names: Sequence[str], **form: Any) -> alt.Y:
+    scale = alt.Scale(domain=list(names), **({} if form.get("grid") else {"paddingInner": 0.35}))
+    return alt.Y("run:N", sort=None, title=None, axis=alt.Axis(labelLimit=220, **form), scale=scale)
+
+
 def _devices(runs: dict[str, Run]) -> Figure:
     rows = [
         {"run": name, "device": d["device"], "pruned": d["pruned_accuracy"], "personal": d["personal_accuracy"]}
@@ -191,7 +196,11 @@ def _devices(runs: dict[str, Run]) -> Figure:
                 scale=alt.Scale(zero=False, padding=8),
             ),
             color=_colour(names, _legend(names)),
-            **({"yOffset": alt.YOffset("run:N", sort=names, scale=alt.Scale(paddingOuter=1))} if apart else {}),
+            **(
+                {"yOffset": alt.YOffset("run:N", sort=None, scale=alt.Scale(domain=names, paddingOuter=1))}
+                if apart
+                else {}
+            ),
             opacity=faded(),
             tooltip=[
                 "run:N",
@@ -220,8 +229,8 @@ def _traffic(runs: dict[str, Run]) -> Figure:
         for name, run in runs.items()
         for direction, side in (("up", "bytes_up"), ("down", "bytes_down"))
     ]
-    y = alt.Y("run:N", sort=list(runs), title=None, axis=alt.Axis(labelLimit=220), scale=alt.Scale(paddingInner=0.35))
-    offset = alt.YOffset("direction:N", sort=["up", "down"])
+    y = _run_axis(list(runs))
+    offset = alt.YOffset("direction:N", sort=None, scale=alt.Scale(domain=["up", "down"]))
     x, colour = alt.X("bytes:Q", axis=None), alt.Color("direction:N", scale=alt.Scale(domain=["up", "down"]))
     bars = (
         chart(rows)

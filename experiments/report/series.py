@@ -102,7 +102,7 @@ def _quartiles(values: list[float]) -> dict[str, float]:
 
 
 def alphas(run: Run) -> list[Row]:
-    """Returns device, round, kind (always ``α``) and α; nothing for a method that mixes nothing.
+    """Returns device, round, kind (always ``α``) and α of those that trained; nothing for a method that mixes nothing.
 
     A device says α when it has trained on what the round before came to: its line of round t is α after round t + 1,
     but for the last evaluation, which trains no more.
@@ -110,7 +110,7 @@ def alphas(run: Run) -> list[Row]:
     if run.config.get("personalize.method") != "apfl":
         return []
     start = float(run.config["personalize.alpha"])
-    known = {(device["device"], "α"): start for device in run.equipped}
+    known = {(device["device"], "α"): start for device in run.equipped if device["rounds"]}
     trained = [t for t in _ended(run) if t < int(run.config["train.rounds"])]
     first = [{"device": i, "round": 0, "kind": kind, "α": value} for (i, kind), value in known.items()]
     later = _carried(run, known, lambda line: {"α": line["alpha"]}, "α", trained)

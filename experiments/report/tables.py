@@ -74,7 +74,7 @@ def _device(run: Run, device: Mapping[str, Any]) -> list[str]:
     if not device["params"]:
         return [*head, *["–"] * 8, *traffic]
     scores = [series.accuracy(device, stage) for stage in series.STAGES]
-    mixes = run.config.get("personalize.method") == "apfl"
+    mixes = run.config.get("personalize.method") == "apfl" and device["rounds"]
     return [
         *head,
         f"{count(device['macs'])}, {device['macs_share']:.1%}",

@@ -71,15 +71,19 @@ class Outcome:
         return [CurvePoint(**point) for point in self.summary["curve"]]
 
     def measures(self, reach: Sequence[float]) -> dict[str, float | None]:
-        """Returns `MEASURES`, and the bytes and simulated seconds to each accuracy of `reach`, None if never reached.
+        """Returns `MEASURES`, what round zero cost of them, and what each accuracy of `reach` cost after it.
 
-        Both count from the start of the run, round zero included; bytes are those of all devices, up and down.
+        Bytes are those of all devices, up and down. An accuracy that was never reached has None; one that the smaller
+        models had before any round, 0. Round zero is apart because it is the same for all that differ after it, and
+        most of what is sent: the backbone, and the smaller models.
         """
+        start = self.curve[0]
         found: dict[str, float | None] = {name: self.summary[name] for name in MEASURES}
+        found |= {"round_zero_bytes": start.bytes, "round_zero_seconds": start.seconds}
         for accuracy in reach:
             first = first_at(self.curve, accuracy)
-            found[f"{BYTES_TO}{accuracy:g}"] = first and first.bytes
-            found[f"{SECONDS_TO}{accuracy:g}"] = first and first.seconds
+            found[f"{BYTES_TO}{accuracy:g}"] = None if first is None else first.bytes - start.bytes
+            found[f"{SECONDS_TO}{accuracy:g}"] = None if first is None else first.seconds - start.seconds
         return found
 
     def devices(self) -> list[dict[str, Any]]:

@@ -15,14 +15,14 @@ from pathlib import Path
 from pydantic import Field
 
 from experiments.swept.outcome import Point
-from tapfl.config import Scalar, Section, Shares, flatten, read_toml_tables, validated
+from tapfl.config import AnyShares, Scalar, Section, flatten, read_toml_tables, validated
 from tapfl.errors import ConfigError
 
 
 class SweepOptions(Section):
     """How a sweep is reported."""
 
-    reach: Shares | tuple[()] = Field((), description="mean personal accuracies to which bytes and time are counted")
+    reach: AnyShares = Field((), description="mean personal accuracies to which bytes and time are counted")
     reference: dict[str, Scalar] = Field(
         {}, description="values that make a point of the grid that it is tested against"
     )

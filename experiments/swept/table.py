@@ -26,6 +26,8 @@ LABELS = {
     "bytes_up": "up",
     "bytes_down": "down",
     "simulated_seconds": "time",
+    "round_zero_bytes": "bytes of round zero",
+    "round_zero_seconds": "time of round zero",
 }
 
 
@@ -51,7 +53,7 @@ def _csv(rows: Sequence[Mapping[str, Any]], last: Sequence[str]) -> bytes:
 def means_over_seeds(runs: Sequence[Outcome], options: SweepOptions) -> list[Mapping[str, str]]:
     """Returns a row for each point of the grid without its seed.
 
-    Accuracies are mean ± sample standard deviation; the rest are means, of the runs that got so far. With a reference,
+    Accuracies are mean ± sample standard deviation, where there are several runs; the rest are means. With a reference,
     each point that has one is tested against it: mean difference of the devices' personal accuracies, p and devices.
     """
     groups = grouped(runs)
@@ -79,11 +81,11 @@ def _shown(measure: str, values: Sequence[float | None]) -> str:
     if not len(known):
         return "never"
     some = "" if len(known) == len(values) else f" ({len(known)} of {len(values)})"
-    if measure.startswith("bytes"):
+    if "bytes" in measure:
         return f"{known.mean() / 1e6:.2f} MB{some}"
     if measure.endswith("seconds") or measure.startswith(SECONDS_TO):
         return f"{known.mean():.3g} s{some}"
-    return f"{known.mean():.3f} ± {known.std(ddof=1) if len(known) > 1 else 0:.3f}"
+    return f"{known.mean():.3f}" + (f" ± {known.std(ddof=1):.3f}" if len(known) > 1 else "")
 
 
 def _tested(groups: Mapping[Point, Sequence[Outcome]], point: Point, reference: Point | None) -> dict[str, str]:
@@ -95,7 +97,11 @@ def _tested(groups: Mapping[Point, Sequence[Outcome]], point: Point, reference: 
 
 def caption_of(runs: Sequence[Outcome], made_by: str, options: SweepOptions) -> str:
     """Returns what stands under a sweep's table: command, seeds, what the runs share, what the columns are."""
-    about = [setting_of(runs), "mean ± sd over seeds", "bytes of all devices, time simulated, both with round zero"]
+    about = [setting_of(runs), "bytes of all devices, time simulated; up, down and time with round zero"]
+    if options.reach:
+        about.append("to an accuracy: bytes up and down, and time, after round zero")
+    if any(len(found) > 1 for found in grouped(runs).values()):
+        about.append("mean ± sd over seeds")
     if options.reference:
         values = ", ".join(f"{key} = {value}" for key, value in options.reference.items())
         about.append(f"difference in personal accuracy from {values} and its p: {TEST}")
@@ -110,9 +116,11 @@ def setting_of(runs: Sequence[Outcome]) -> str:
     words = {
         "model.name": "{}",
         "model.args": "({})",
+        "pruning.criterion": "criterion {}",
+        "devices.budgets": "budgets {}",
         "devices.count": "{} devices",
-        "train.rounds": "{} rounds",
-        "train.epochs": "of {} local epochs",
+        "train.rounds": "rounds: {}",
+        "train.epochs": "local epochs: {}",
     }
     return ", ".join(form.format(same[key]) for key, form in words.items() if same.get(key, "") != "").replace(
         ", (", " ("

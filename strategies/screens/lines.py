@@ -15,6 +15,7 @@ from strategies.screens.pace import Pace
 from tapfl.progress import Advance
 
 SHARES = 5  # a stage that lies in no other says so often how far it is
+GAP = 1.0  # seconds between two such lines, but for the last one: what is done at once says so once
 SILENCE = (10.0, 60.0)  # seconds without a line after which there is one in any case: at first, and in long work
 PATIENCE = 0.05  # of the time that the work has taken: what grows from the one to the other
 
@@ -45,7 +46,7 @@ class Lines:
             nonlocal shares
             pace.advance(done, total, note)
             passed = SHARES * done // total if total else 0
-            if outermost and passed > shares:
+            if outermost and passed > shares and (done == total or time.monotonic() - self._said >= GAP):
                 shares = passed
                 self._say(pace.words())
 

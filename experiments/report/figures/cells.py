@@ -54,6 +54,7 @@ def cells(
             text=text or f"{value}:Q",
             color=alt.condition(f"datum[{value!r}] > {0.55 * high}", alt.value("white"), alt.value(alt.ExprRef("ink"))),
             opacity=faded(0.25),
+            tooltip=tooltip,  # it lies above its cell
         )
     )
     return [drawn, words]

@@ -30,7 +30,7 @@ def traffic(run: Run) -> Figure | None:
             " : format(datum.bytes / 1e6, '.2f') + ' MB'"
         )
     )
-    y = alt.Y("what:N", sort=order, title=None, scale=alt.Scale(domain=order))
+    y = alt.Y("what:N", sort=None, title=None, scale=alt.Scale(domain=order))
     x = alt.X("bytes:Q", axis=None)
     colour = alt.Color("direction:N", scale=alt.Scale(domain=["up", "down"]))
     bars = base.mark_bar(height={"band": 0.62}).encode(

@@ -117,7 +117,7 @@ def _class_axis(classes: Sequence[str]) -> alt.X:
     flat = all(len(name) <= 3 for name in classes) and len(classes) <= CELL_LABELS
     return alt.X(
         "class:N",
-        sort=list(classes),
+        sort=None,  # the domain has the order; a list would put the names into an expression
         title="class",
         scale=alt.Scale(domain=list(classes), paddingInner=GAP),
         axis=alt.Axis(labelAngle=0 if flat else -45, labelLimit=90),

@@ -1,0 +1,416 @@
+"""What a report shows is what the run's folder holds; what is missing is said; what is no run is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from test_inprocess_run import tapfl
+from typer.testing import CliRunner
+
+from experiments import cli
+from experiments.report import differences, tables, wording
+from experiments.report.comparison import page_of_all
+from experiments.report.figure import Figure
+from experiments.report.page import for_script, render
+from experiments.report.reading import Run, read_run
+from experiments.report.single import page_of
+from experiments.report.write import write_report
+from tapfl.pruning.plan import read_plan
+
+HOSTILE = (
+    "</script><script>window.pwned = 1</script>",
+    "<img src=x onerror='window.pwned = 1'>",
+    "<!--",
+    "{{ 7 * 7 }}",
+    '" onmouseover="window.pwned = 1',
+    "five",
+    "a\u2028b",
+    "& sons",
+    "8",
+    "9",
+)
+FIGURES = {
+    *("accuracy", "curves", "alpha", "partition", "metric-classes", "coverage", "kept-attention", "kept-ffn"),
+    *("bytes", "simulated-rounds", "real-phases", "real-rounds"),
+}
+
+
+@pytest.fixture(scope="module")
+def run(reported: tuple[Path, str]) -> Run:
+    return read_run(reported[0])
+
+
+@pytest.fixture(scope="module")
+def drawn(run: Run) -> dict[str, Figure]:
+    return {figure.name: figure for figure in page_of(run).figures}
+
+
+@pytest.fixture(scope="module")
+def summary(reported: tuple[Path, str]) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((reported[0] / "summary.json").read_text())
+    return content
+
+
+def rows(figure: Figure, *keys: str) -> list[dict[str, Any]]:
+    """Returns those rows of a figure's description, as a browser gets it, that have these fields."""
+    spec = figure.spec()
+    data = [part["data"]["values"] for part in (spec, *spec.get("layer", [])) if "data" in part]
+    distinct = {json.dumps(values): values for values in data}  # layers that draw the same
+    return [row for values in distinct.values() for row in values if set(keys) <= row.keys()]
+
+
+def altered(run: Path, folder: Path, change: Callable[[Path], object]) -> Run:
+    copy = folder / "copy"
+    shutil.copytree(run, copy)
+    change(copy)
+    return read_run(copy)
+
+
+# -- numbers ---------------------------------------------------------------------------------------------------------
+
+
+def test_all_figures_are_there(drawn: dict[str, Figure], run: Run) -> None:
+    assert drawn.keys() == FIGURES and not run.missing
+    for figure in drawn.values():
+        assert figure.spec()["description"].startswith(figure.title) and len(figure.alt) > 30 and figure.rows
+
+
+def test_accuracies_are_those_of_the_summary(drawn: dict[str, Figure], summary: dict[str, Any]) -> None:
+    shown = {(row["device"], row["stage"]): row["accuracy"] for row in rows(drawn["accuracy"], "stage")}
+    assert shown == {
+        (record["device"], stage): record[f"{stage}_accuracy"]
+        for record in summary["devices"]
+        for stage in ("dense", "pruned", "global", "personal")
+    }
+
+
+def test_curves_begin_at_the_pruned_models_and_end_at_the_summary(
+    drawn: dict[str, Figure], summary: dict[str, Any]
+) -> None:
+    means = {(row["round"], row["kind"]): row["mean"] for row in rows(drawn["curves"], "mean")}
+    assert means.keys() == {(t, kind) for t in range(3) for kind in ("personal", "global")}
+    assert means[0, "personal"] == means[0, "global"] == pytest.approx(summary["pruned_accuracy"])
+    assert means[2, "personal"] == pytest.approx(summary["personal_accuracy"])
+    assert means[2, "global"] == pytest.approx(summary["global_accuracy"])
+    last = {r["device"]: r["accuracy"] for r in rows(drawn["curves"], "accuracy") if r["kind"] == "personal"}
+    assert last == {record["device"]: record["personal_accuracy"] for record in summary["devices"]}
+
+
+def test_a_device_that_is_not_heard_of_keeps_its_value(run: Run, drawn: dict[str, Figure]) -> None:
+    """In the middle of the run some dropped out: a mean over those that answered would be another."""
+    heard = {line["device"] for line in run.of_kind("device") if line["round"] == 1}
+    assert 0 < len(heard) < 4
+    assert {r["device"] for r in rows(drawn["curves"], "accuracy") if r["round"] == 1} == {0, 1, 2, 3}
+
+
+def test_alphas_end_at_the_summary(drawn: dict[str, Figure], summary: dict[str, Any]) -> None:
+    shown = {row["device"]: row["α"] for row in rows(drawn["alpha"], "α", "device")}
+    assert shown == {record["device"]: record["alpha"] for record in summary["devices"] if record["rounds"]}
+    assert {row["α"] for row in rows(drawn["alpha"], "α", "device") if row["round"] == 0} == {0.5}
+
+
+def test_the_partition_sums_to_the_images(drawn: dict[str, Figure], summary: dict[str, Any]) -> None:
+    shown = rows(drawn["partition"], "train")
+    for record in summary["devices"]:
+        own = [row for row in shown if row["device"] == record["device"]]
+        assert sum(row["train"] for row in own) == record["train_samples"]
+        assert sum(row["test"] for row in own) == record["test_samples"]
+        assert sum(1 for row in own if row["train"]) == record["classes"]
+    assert {row["class"] for row in shown} <= set(HOSTILE)
+
+
+def test_kept_widths_are_those_of_the_plans(drawn: dict[str, Figure], reported: tuple[Path, str]) -> None:
+    shown = {
+        (row["device"], row["layer"]): (row["kept"], row["units"], row["width"])
+        for name in ("kept-attention", "kept-ffn")
+        for row in rows(drawn[name], "kept")
+    }
+    for i in range(4):
+        plan = read_plan(reported[0] / "plans" / f"{i:02d}.json")
+        for layer in plan.layers:
+            kept, units, width = shown.pop((i, layer.name))
+            assert (kept, units) == (len(layer.kept), layer.units)
+            assert eval(width.replace("x", "*")) == kept  # heads x dims
+    assert not shown
+
+
+def test_the_metric_sets_are_counted(drawn: dict[str, Figure], run: Run, reported: tuple[Path, str]) -> None:
+    for row in drawn["coverage"].rows:
+        i = row["device"]
+        images = json.loads((reported[0] / "devices" / f"{i:02d}" / "images.json").read_text())
+        chosen = json.loads((reported[0] / "metric-sets" / f"{i:02d}.json").read_text())
+        assert sum(chosen["metric"]) == 64 and sum(chosen["pool"]) == 898
+        own = np.array(images["train"]) > 0
+        assert row["own share"] == pytest.approx(np.array(chosen["metric"])[own].sum() / 64)
+        assert row["by chance"] == pytest.approx(np.array(chosen["pool"])[own].sum() / 898)
+        assert row["covered"] == np.count_nonzero(np.array(chosen["metric"])[own])
+    assert sum(row["images"] for row in drawn["metric-classes"].rows) == 4 * 64
+
+
+def test_bytes_and_time_sum_to_the_summary(drawn: dict[str, Figure], summary: dict[str, Any]) -> None:
+    shown = rows(drawn["bytes"], "direction")
+    for direction in ("up", "down"):
+        assert sum(r["bytes"] for r in shown if r["direction"] == direction) == summary[f"bytes_{direction}"]
+    rounds = rows(drawn["simulated-rounds"], "slowest")
+    assert sum(row["seconds"] for row in rounds) == pytest.approx(summary["simulated_seconds"])
+    assert [row["round"] for row in rounds] == [0, 1, 2]
+    phases = {row["phase"]: row["seconds"] for row in rows(drawn["real-phases"], "phase")}
+    assert list(phases.values()) == list(summary["seconds"].values())
+
+
+def test_what_the_header_says(run: Run, summary: dict[str, Any]) -> None:
+    what, result, cost = wording.lead(run)
+    assert "4 devices took part" in what and "dirichlet" in what and "2 rounds" in what
+    assert f"{summary['personal_accuracy']:.3f}" in result and f"{summary['dense_accuracy']:.3f}" in result
+    best = max(summary["devices"], key=lambda d: d["personal_accuracy"] - d["pruned_accuracy"])
+    assert f"device {best['device']} most" in result or "helped no device" in result
+    assert f"{summary['bytes_up'] / 1e3:.1f} kB" in cost
+
+
+def test_absences_are_told_with_their_reason(run: Run) -> None:
+    lost = [line for line in run.of_kind("absence") if line["reason"] == "dropped out"]
+    assert lost
+    (row,) = [row for row in tables.events(run).rows if row[-1] == "dropped out"]
+    assert row[0] == "absence" and row[2] == str(len(lost))
+
+
+def test_options_that_are_not_the_defaults_come_first(run: Run) -> None:
+    shown = {row[0]: row[1:] for row in tables.changed_options(run).rows}
+    assert shown["devices.dropout"] == ["0.4", "0.0"] and "out" not in shown and "pruning.tau" not in shown
+
+
+# -- what is written ---------------------------------------------------------------------------------------------------
+
+
+def test_a_run_leaves_its_report_and_says_where(reported: tuple[Path, str]) -> None:
+    folder, said = reported
+    assert said.rstrip().endswith(f"the report: {folder / 'report.html'}")
+    assert {file.stem for file in (folder / "figures").iterdir()} == FIGURES
+
+
+@pytest.mark.parametrize("name", sorted(FIGURES))
+def test_pictures_are_not_blank(name: str, reported: tuple[Path, str]) -> None:
+    picture = np.asarray(Image.open(reported[0] / "figures" / f"{name}.png").convert("RGB")).reshape(-1, 3)
+    assert len(picture) > 400_000
+    colours, counts = np.unique(picture, axis=0, return_counts=True)
+    assert colours[counts.argmax()].tolist() == [255, 255, 255]
+    strong = np.ptp(colours.astype(int), axis=1) > 60  # the palette's colours: more than words in grey
+    assert counts[strong].sum() > 300
+
+
+def test_the_page_asks_for_nothing_and_escapes_everything(reported: tuple[Path, str]) -> None:
+    page = (reported[0] / "report.html").read_text()
+    assert "default-src 'none'" in page and "unsafe-eval" not in page
+    assert page.count("<script") == page.count("</script") == 3
+    for name in HOSTILE[:2]:
+        assert name not in page
+    assert "&lt;b&gt;one" in page and "<b>one" not in page
+    assert "{{ 7 * 7 }}" in page  # a name is no template either
+
+
+@given(st.recursive(st.text() | st.floats(allow_nan=False, allow_infinity=False), lambda each: st.lists(each)))
+def test_json_in_a_script_element_is_the_same_and_ends_no_element(content: Any) -> None:
+    text = for_script(content)
+    assert json.loads(text) == content and not set("<>&\u2028\u2029") & set(text)
+
+
+def test_no_report_where_it_is_not_wanted(reported: tuple[Path, str], tmp_path: Path) -> None:
+    """The run is finished: what `--resume` does is its last part, the table and the report."""
+    folder = shutil.copytree(reported[0], tmp_path / "run")
+    (folder / "report.html").unlink()
+    resume(folder, "--no-report")
+    assert not (folder / "report.html").exists()
+    resume(folder)
+    assert (folder / "report.html").read_text().count("<figure") == len(FIGURES)
+
+
+def test_a_report_that_fails_costs_the_run_nothing(
+    reported: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object) -> None:
+        raise OSError("no space left")
+
+    folder = shutil.copytree(reported[0], tmp_path / "run")
+    monkeypatch.setattr("experiments.report.write.write_bytes", fails)
+    monkeypatch.setattr("experiments.report.write.write_pictures", fails)
+    said = resume(folder)
+    assert "no report was written" in said and f"tapfl report {folder}" in said
+
+
+def resume(folder: Path, report: str = "--report") -> str:
+    """Returns what is said of a finished run that is to go on; its own options are in its folder."""
+    done = CliRunner().invoke(
+        cli.app, ["run", "--engine", "inprocess", report, "--resume", str(folder)], catch_exceptions=False
+    )
+    assert done.exit_code == 0, done.output
+    return done.output
+
+
+# -- what is missing ---------------------------------------------------------------------------------------------------
+
+
+def forget(*names: str) -> Callable[[Path], object]:
+    def change(folder: Path) -> None:
+        for name in names:
+            path = folder / name
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+    return change
+
+
+def damage(folder: Path) -> None:
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"kind": "device", "round": 1}\n{"kind": "rou\n[1]\n')
+
+
+CASES: dict[str, tuple[Callable[[Path], object], str, Iterable[str]]] = {
+    "a deployment": (forget("devices"), "they stay on the devices", {"partition"}),
+    "older plans": (forget("metric-sets"), "The metric sets are missing", {"coverage", "metric-classes"}),
+    "one plan": (forget("plans/01.json"), "The plans of device 1 are missing", {}),
+    "no metrics": (
+        forget("metrics.jsonl"),
+        "no curves, no times and no list of faults",
+        {"curves", "simulated-rounds"},
+    ),
+    "no clock": (forget("timing.json"), "", {"real-rounds"}),
+    "no versions": (forget("versions.json"), "not known with what the run was made", {}),
+    "lines that are not whole": (damage, "3 lines of metrics.jsonl are not whole", {}),
+    "not finished": (forget("summary.json"), "as of after round 2 of 2", {}),
+    "before the first round": (
+        forget("summary.json", "server"),
+        "as of before the first round",
+        FIGURES - {"real-phases", "real-rounds", "simulated-rounds"},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_what_is_missing_is_said_and_the_rest_is_shown(case: str, reported: tuple[Path, str], tmp_path: Path) -> None:
+    change, sentence, gone = CASES[case]
+    page = page_of(altered(reported[0], tmp_path, change))
+    shown = {figure.name for figure in page.figures}
+    assert sentence in " ".join(page.missing)
+    assert not shown & set(gone)
+    if case != "no metrics":
+        assert shown == FIGURES - set(gone)
+    html = render(page)
+    assert "What this report cannot show" in html or not sentence
+
+
+def test_without_the_devices_the_server_knows_the_classes(reported: tuple[Path, str], run: Run, tmp_path: Path) -> None:
+    """Under `adapters.head=class-rows` devices say which classes they hold: enough for the coverage."""
+    before = {figure.name: figure for figure in page_of(run).figures}["coverage"]
+    alone = altered(reported[0], tmp_path, forget("devices"))
+    after = {figure.name: figure for figure in page_of(alone).figures}["coverage"]
+    assert before.rows == after.rows
+
+
+# -- refused -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("content", [None, "{}", "[1]", "nonsense", '{"a": {}}'])
+def test_a_folder_that_is_no_run_is_refused(
+    content: str | None,
+    reported: tuple[Path, str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    folder = tmp_path / "folder"
+    if content is not None:
+        folder.mkdir()
+        (folder / "config.json").write_text(content)
+    before = sorted(tmp_path.rglob("*"))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["tapfl", "report", str(reported[0]), str(folder)])
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    out, err = capsys.readouterr()
+    assert stopped.value.code == 2 and not out and len(err.strip().splitlines()) == 1
+    assert f"report {folder}: is not a run's folder" in err and sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_place_that_cannot_be_written_is_refused(
+    reported: tuple[Path, str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr("sys.argv", ["tapfl", "report", str(reported[0]), "--out", str(tmp_path / "file")])
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    assert stopped.value.code == 2
+    assert f"--out {tmp_path / 'file'}: cannot be written" in capsys.readouterr().err
+
+
+# -- several runs ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def others(reported: tuple[Path, str], tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """The run, and another one that has one round less, FedAvg, and the same name in another folder."""
+    folder = tmp_path_factory.mktemp("others") / reported[0].name
+    options = ["personalize.method=fedavg", "train.rounds=1"]
+    done = tapfl("--out", str(folder), cache=reported[0].parent / "cache", options=options)
+    assert done.exit_code == 0, done.output
+    return [reported[0], folder]
+
+
+def test_several_runs_are_told_apart(others: list[Path]) -> None:
+    runs = [read_run(path) for path in others]
+    names = differences.names(runs)
+    assert len(set(names)) == 2 and all(name.endswith(others[0].name) for name in names)
+    assert len(set(differences.names([runs[0], runs[0]]))) == 2
+    assert {"personalize.method", "train.rounds", "data.source"} <= set(differences.differing(runs))
+    assert "out" not in differences.differing(runs)
+    page = page_of_all(runs)
+    results = page.sections[0].table
+    assert results is not None
+    for row, run in zip(results.rows, runs, strict=True):
+        shown = dict(zip(results.columns, row, strict=True))
+        assert shown["personal"] == f"{run.summary['personal_accuracy']:.3f}"
+        assert shown["personalize.method"] == run.config["personalize.method"]
+    curves = [figure for figure in page.figures if figure.group == "curves"]
+    assert [figure.choice for figure in curves] == ["rounds", "bytes", "simulated time"]
+    for run, name in zip(runs, names, strict=True):
+        last = {figure.name: [row for row in figure.rows if row["run"] == name][-1] for figure in curves}
+        assert last["curves-over-round"]["round"] == run.rounds
+        assert last["curves-over-seconds"]["seconds"] == pytest.approx(run.summary["simulated_seconds"])
+        assert all(row["accuracy"] == pytest.approx(run.summary["personal_accuracy"]) for row in last.values())
+        evaluation = sum(
+            sum(line["down"].values()) + sum(line["up"].values())
+            for line in run.of_kind("traffic")
+            if line["phase"] == "evaluation"
+        )
+        total = run.summary["bytes_up"] + run.summary["bytes_down"]
+        assert last["curves-over-mb"]["MB"] * 1e6 == pytest.approx(total - evaluation)
+
+
+def test_a_comparison_is_written_where_it_is_wanted(
+    others: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    done = CliRunner().invoke(cli.app, ["report", *map(str, others)], catch_exceptions=False)
+    assert done.exit_code == 0 and "report/report.html" in done.stdout
+    assert len(list((tmp_path / "report" / "figures").glob("*.png"))) == 6
+    alone = write_report([others[1]], tmp_path / "elsewhere")
+    assert alone == tmp_path / "elsewhere" / "report.html" and not (others[1] / "report.html").exists()
+
+
+def test_more_runs_than_colours(run: Run) -> None:
+    page = page_of_all([run] * 20)
+    (figure,) = [figure for figure in page.figures if figure.choice == "rounds"]
+    (dashes,) = [
+        layer["encoding"]["strokeDash"]["scale"]["range"]
+        for layer in figure.spec()["layer"]
+        if "strokeDash" in layer["encoding"]
+    ]
+    colours = [k % 8 for k in range(20)]
+    assert len({(colour, tuple(dash)) for colour, dash in zip(colours, dashes, strict=True)}) == 20
