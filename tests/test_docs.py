@@ -63,13 +63,13 @@ def named_tests_missing(block: Block) -> list[str]:
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda file: file.name)
-def test_the_command_in_a_configuration_is_one(config: Path, tmp_path: Path) -> None:
-    said = [line.removeprefix("#").strip() for line in config.read_text().splitlines() if line.startswith("#")]
-    found = [line.partition(": ")[0] for line in said if line.startswith("tapfl ")]
-    assert found, "the first comment of a configuration says what it is for and by which command it is run"
-    for command in found:
-        assert config.name in command
-        assert not complaints(config.name, pages.commands(command), Context(tmp_path, {}))
+def test_a_configuration_says_what_it_is_for_and_by_which_command(config: Path, tmp_path: Path) -> None:
+    what, found = reference.about(config)
+    assert what and any(config.name in line for line in found), (
+        "its first comment: what it is for, and by which command"
+    )
+    for line in found:
+        assert not complaints(config.name, pages.commands(line), Context(tmp_path, {}))
 
 
 @pytest.mark.parametrize("name", sorted(reference.commands()))
@@ -134,7 +134,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("made")
     small = [part for option in [*SMALL, f"cache={folder / 'cache'}"] for part in ("--set", option)]
     for line in (
-        ["run", "--engine", "inprocess", *small, "--out", str(folder / "runs" / "first")],
+        ["run", "--engine", "inprocess", "--no-report", *small, "--out", str(folder / "runs" / "first")],
         ["prune", "--budget", "0.5", *small, "--out", str(folder / "small")],
     ):
         done = CliRunner().invoke(cli.app, line, catch_exceptions=False)

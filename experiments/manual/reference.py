@@ -7,6 +7,7 @@ import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 from importlib import import_module
 from inspect import cleandoc
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
@@ -68,15 +69,20 @@ def criteria() -> str:
 
 
 def configs() -> str:
-    """Returns the ready configurations: what each is for, and the command that it names, from its first comment."""
+    """Returns the ready configurations: what each is for, and the commands that it names."""
     rows = []
     for file in sorted(CONFIGS.glob("*.toml")):
-        said = [line.removeprefix("#").strip() for line in file.read_text().splitlines() if line.startswith("#")]
-        lines = [line for line in said if line.startswith("tapfl ")]
-        what = " ".join(line for line in said if not line.startswith("tapfl ")).rstrip(":")
-        run, _, more = lines[0].partition(": ") if lines else ("", "", "")
-        rows.append((f"[{file.name}](../../experiments/configs/{file.name})", what or more, f"`{run}`" if run else ""))
+        what, lines = about(file)
+        named = "<br>".join(f"`{line}`" for line in lines)
+        rows.append((f"[{file.name}](../../experiments/configs/{file.name})", what, named))
     return table(("file", "what for", "command"), rows)
+
+
+def about(config: Path) -> tuple[str, list[str]]:
+    """Returns what the first comment of a configuration says it is for, and the commands in that comment."""
+    said = [line[1:].strip() for line in takewhile(lambda line: line[:1] == "#", config.read_text().splitlines())]
+    what = " ".join(takewhile(lambda line: not line.startswith("tapfl "), said)).rstrip(":")
+    return what, [line for line in said if line.startswith("tapfl ")]
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
