@@ -126,6 +126,7 @@ PROGRAMS: dict[str, Callable[[list[str], Context], None]] = {
     "pip": check_pip,
     "ray": check_ray,
     "tapfl": check_tapfl,
+    "tensorboard": check_by_help,
 }
 
 
