@@ -62,10 +62,7 @@ def summary(reported: tuple[Path, str]) -> dict[str, Any]:
 
 def rows(figure: Figure, *keys: str) -> list[dict[str, Any]]:
     """Returns those rows of a figure's description, as a browser gets it, that have these fields."""
-    spec = figure.spec()
-    data = [part["data"]["values"] for part in (spec, *spec.get("layer", [])) if "data" in part]
-    distinct = {json.dumps(values): values for values in data}  # layers that draw the same
-    return [row for values in distinct.values() for row in values if set(keys) <= row.keys()]
+    return [row for values in figure.spec["datasets"].values() for row in values if set(keys) <= row.keys()]
 
 
 def altered(run: Path, folder: Path, change: Callable[[Path], object]) -> Run:
@@ -81,7 +78,7 @@ def altered(run: Path, folder: Path, change: Callable[[Path], object]) -> Run:
 def test_all_figures_are_there(drawn: dict[str, Figure], run: Run) -> None:
     assert drawn.keys() == FIGURES and not run.missing
     for figure in drawn.values():
-        assert figure.spec()["description"].startswith(figure.title) and len(figure.alt) > 30 and figure.rows
+        assert figure.spec["description"].startswith(figure.title) and len(figure.alt) > 30 and figure.rows
 
 
 def test_accuracies_are_those_of_the_summary(drawn: dict[str, Figure], summary: dict[str, Any]) -> None:
@@ -409,7 +406,7 @@ def test_more_runs_than_colours(run: Run) -> None:
     (figure,) = [figure for figure in page.figures if figure.choice == "rounds"]
     (dashes,) = [
         layer["encoding"]["strokeDash"]["scale"]["range"]
-        for layer in figure.spec()["layer"]
+        for layer in figure.spec["layer"]
         if "strokeDash" in layer["encoding"]
     ]
     colours = [k % 8 for k in range(20)]

@@ -51,6 +51,7 @@ def test_a_sweep_runs_each_cell_once_and_tells_what_failed(tmp_path: Path) -> No
     assert f"`tapfl sweep --config …/{file.name} --out DIR`; seed 0" in (out / "table.md").read_text()
     assert (out / "devices.csv").is_file() and (out / "learning-curves.png").is_file()
     (finished,) = [folder for folder in out.iterdir() if (folder / "summary.json").exists()]
+    assert not (finished / "report.html").exists()  # of many runs nobody reads each
     before = (finished / "summary.json").stat().st_mtime_ns
     invoke()
     assert (finished / "summary.json").stat().st_mtime_ns == before

@@ -8,7 +8,19 @@ from typing import Any
 import altair as alt
 
 from experiments.report import differences, series, tables, wording
-from experiments.report.figure import LINE, ZOOM, Figure, Row, chart, device_axis, device_height, faded, layered, zoomed
+from experiments.report.figure import (
+    LINE,
+    ZOOM,
+    Figure,
+    Row,
+    chart,
+    device_axis,
+    device_height,
+    faded,
+    layered,
+    round_axis,
+    zoomed,
+)
 from experiments.report.figures.learning import mark_scales
 from experiments.report.page import Page, Section
 from experiments.report.reading import Run
@@ -99,7 +111,7 @@ def _stages(runs: dict[str, Run]) -> list[Figure]:
     if not rows:
         return []
     drawn = (
-        chart(rows[::-1])
+        chart("means")
         .mark_point()
         .encode(
             y=_run_axis(list(runs), grid=True),
@@ -111,7 +123,15 @@ def _stages(runs: dict[str, Run]) -> list[Figure]:
     said = "; ".join(f"{name} {series.mean_accuracy(run, 'personal'):.3f}" for name, run in runs.items())
     title = "Mean accuracy of each run, from dense to personal"
     return [
-        Figure("runs", title, f"Personal: {said}.", drawn.properties(height=(LINE + 4) * len(runs)), rows, wide=True)
+        Figure(
+            "runs",
+            title,
+            f"Personal: {said}.",
+            drawn.properties(height=(LINE + 4) * len(runs)),
+            {"means": rows[::-1]},
+            rows,
+            wide=True,
+        )
     ]
 
 
@@ -124,6 +144,7 @@ def _curves(runs: dict[str, Run]) -> list[Figure]:
             f"Mean personal accuracy over {what}",
             f"A line a run. {_ends(rows, axis, titles[axis])}",
             layered(*_lines(rows, list(runs), axis, titles[axis]), height=340),
+            {"curves": rows},
             [{"run": row["run"], "round": row["round"], axis: row[axis], "accuracy": row["accuracy"]} for row in rows],
             wide=True,
             hint=ZOOM,
@@ -142,10 +163,8 @@ def _ends(rows: Sequence[Row], axis: str, title: str) -> str:
 
 
 def _lines(rows: Sequence[Row], names: Sequence[str], axis: str, title: str) -> list[alt.Chart]:
-    form: dict[str, Any] = {"tickMinStep": 1, "format": "d"} if axis == "round" else {}
-    x = alt.X(
-        f"{axis}:Q", title=title, scale=alt.Scale(nice=False, zero=False, padding=8), axis=alt.Axis(grid=False, **form)
-    )
+    scale = alt.Scale(nice=False, zero=False, padding=8)
+    x = round_axis(rows) if axis == "round" else alt.X(f"{axis}:Q", title=title, scale=scale, axis=alt.Axis(grid=False))
     y = alt.Y("accuracy:Q", title="mean personal accuracy", scale=alt.Scale(zero=False, padding=8))
     tooltip = ["run:N", "round:Q", alt.Tooltip(f"{axis}:Q", format=".4~g"), alt.Tooltip("accuracy:Q", format=".3f")]
     legend = _legend(names)
@@ -153,12 +172,12 @@ def _lines(rows: Sequence[Row], names: Sequence[str], axis: str, title: str) -> 
         domain=list(names), range=[DASHES[k // len(CATEGORIES) % len(DASHES)] for k in range(len(names))]
     )
     line = (
-        chart(rows)
+        chart("curves")
         .mark_line()
         .encode(x=x, y=y, color=_colour(names, legend), strokeDash=alt.StrokeDash("run:N", scale=dashes, legend=legend))
         .add_params(zoomed())
     )
-    return [line, chart(rows).mark_point(size=40).encode(x=x, y=y, color=_colour(names, legend), tooltip=tooltip)]
+    return [line, chart("curves").mark_point(size=40).encode(x=x, y=y, color=_colour(names, legend), tooltip=tooltip)]
 
 
 def _colour(names: Sequence[str], legend: Any) -> alt.Color:
@@ -186,7 +205,7 @@ def _devices(runs: dict[str, Run]) -> Figure:
     names = list(runs)
     apart = len(names) <= MOST_APART
     drawn = (
-        chart(rows)
+        chart("devices")
         .mark_point(size=60 if apart else 90, filled=apart, strokeWidth=2)
         .encode(
             y=device_axis(devices),
@@ -218,6 +237,7 @@ def _devices(runs: dict[str, Run]) -> Figure:
         f"A line a device, a mark a run. The runs differ most on device {most}: {min(spread[most]):.3f} to "
         f"{max(spread[most]):.3f}.",
         layered(drawn, height=(1 + len(names) // 3 if apart else 1) * device_height(devices)),
+        {"devices": rows},
         rows,
         wide=True,
     )
@@ -233,13 +253,13 @@ def _traffic(runs: dict[str, Run]) -> Figure:
     offset = alt.YOffset("direction:N", sort=None, scale=alt.Scale(domain=["up", "down"]))
     x, colour = alt.X("bytes:Q", axis=None), alt.Color("direction:N", scale=alt.Scale(domain=["up", "down"]))
     bars = (
-        chart(rows)
+        chart("bytes")
         .mark_bar()
         .encode(
             y=y, yOffset=offset, x=x, color=colour, tooltip=["run:N", "direction:N", alt.Tooltip("bytes:Q", format=",")]
         )
     )
-    text = chart(rows).mark_text(align="left", dx=6).encode(y=y, yOffset=offset, x=x, text="said:N")
+    text = chart("bytes").mark_text(align="left", dx=6).encode(y=y, yOffset=offset, x=x, text="said:N")
     said = "; ".join(
         f"{name} {size(_total(run, 'bytes_up'))} up, {size(_total(run, 'bytes_down'))} down"
         for name, run in runs.items()
@@ -249,6 +269,7 @@ def _traffic(runs: dict[str, Run]) -> Figure:
         "Bytes of all devices by run and direction",
         f"{said}.",
         layered(bars, text, height=44 * len(runs)),
+        {"bytes": rows},
         [{key: row[key] for key in ("run", "direction", "bytes")} for row in rows],
         wide=True,
     )

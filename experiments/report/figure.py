@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import altair as alt
@@ -26,6 +27,8 @@ class Figure:
         title: what is seen.
         alt: what it shows, in sentences with numbers, for who cannot see it.
         chart: as wide as what it stands in.
+        data: rows by the name under which the chart has them. They are kept apart from it, or they would be copied and
+            checked against a schema value by value: a minute for a hundred devices of two hundred classes.
         rows: the numbers behind it, as a table.
         wide: as wide as the page, not half of it.
         hint: what can be done with it on the page.
@@ -36,28 +39,26 @@ class Figure:
     title: str
     alt: str
     chart: Chart
+    data: Mapping[str, Sequence[Row]]
     rows: Sequence[Row]
     wide: bool = False
     hint: str = ""
     group: str = ""
     choice: str = ""
 
+    @cached_property
     def spec(self) -> dict[str, Any]:
         """Returns the Vega-Lite description, without a configuration: page and picture have one of their own."""
         chart = self.chart.properties(title=self.title, description=f"{self.title}. {self.alt}")
         described: dict[str, Any] = chart.to_dict()
         described.pop("config", None)
+        described["datasets"] = {name: list(rows) for name, rows in self.data.items()}
         return described | {"autosize": {"type": "fit-x", "contains": "padding"}}
 
-    @property
-    def follows_device(self) -> bool:
-        """Whether it has something to show when a device is picked."""
-        return any("device" in row for row in self.rows)
 
-
-def chart(rows: Sequence[Row]) -> alt.Chart:
-    """Returns an empty chart of these rows, as wide as its container."""
-    return alt.Chart(alt.Data(values=list(rows)), width="container")
+def chart(data: str) -> alt.Chart:
+    """Returns an empty chart of the rows that its figure has under this name, as wide as its container."""
+    return alt.Chart(alt.NamedData(name=data), width="container")
 
 
 def layered(*layers: alt.Chart, height: float) -> Chart:
@@ -83,6 +84,16 @@ def device_axis(devices: Sequence[int], gap: float = 0.0) -> alt.Y:
 def device_height(devices: Sequence[int]) -> int:
     """Returns the height of a figure with a line a device; many devices get thin ones."""
     return len(devices) * max(4, min(LINE, 900 // max(len(devices), 1)))
+
+
+def round_axis(rows: Sequence[Row], title: str = "round") -> alt.X:
+    """Returns the axis of the rounds in `rows`, labelled at whole ones only, however near it is looked at."""
+    ticks = alt.Axis(
+        tickCount=max(1, min(10, max(row["round"] for row in rows))),
+        labelExpr="datum.value % 1 ? '' : format(datum.value, 'd')",
+        grid=False,
+    )
+    return alt.X("round:Q", title=title, scale=alt.Scale(nice=False, padding=8), axis=ticks)
 
 
 def faded(faint: float = 0.12, full: float = 1.0) -> Any:

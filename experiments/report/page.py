@@ -110,7 +110,7 @@ def _allowed(script: str) -> str:
 
 def _specs(figures: Sequence[Figure]) -> dict[str, object]:
     """Returns the figures' descriptions by name; their titles are the page's headings."""
-    return {figure.name: {k: v for k, v in figure.spec().items() if k != "title"} for figure in figures}
+    return {figure.name: {k: v for k, v in figure.spec.items() if k != "title"} for figure in figures}
 
 
 def _section(section: Section) -> dict[str, object]:

@@ -19,7 +19,7 @@ def write_pictures(figures: Sequence[Figure], folder: Path) -> list[Path]:
     config = picture_config()
     paths = []
     for figure in figures:
-        image = vl_convert.vegalite_to_png(figure.spec() | {"width": WIDTH}, config=config, scale=2)
+        image = vl_convert.vegalite_to_png(figure.spec | {"width": WIDTH}, config=config, scale=2)
         paths.append(folder / f"{figure.name}.png")
         write_bytes(paths[-1], image)
     return paths

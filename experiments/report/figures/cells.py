@@ -24,12 +24,16 @@ def cells(
     domain: tuple[float, float] | None = None,
     format: str = "d",
 ) -> list[alt.Chart]:
-    """Returns the layers of a heat map, devices down; where there is room, with the numbers in its cells."""
+    """Returns the layers of a heat map, devices down; where there is room, with the numbers in its cells.
+
+    Args:
+        rows: what the figure has as `cells`.
+    """
     written = across <= CELL_LABELS and len(devices) <= CELL_LABELS
     high = domain[1] if domain else max(row[value] for row in rows)
     scale = alt.Scale(domain=domain or [0, high])
     drawn = (
-        chart(rows)
+        chart("cells")
         .mark_rect(cornerRadius=1)
         .encode(
             y=device_axis(devices, GAP),
@@ -46,7 +50,7 @@ def cells(
     if not written:
         return [drawn]
     words = (
-        chart(rows)
+        chart("cells")
         .mark_text(fontSize=10)
         .encode(
             y=device_axis(devices, GAP),

@@ -22,7 +22,7 @@ def traffic(run: Run) -> Figure | None:
     sums = {row["what"]: sum(r["bytes"] for r in labelled if r["what"] == row["what"]) for row in labelled}
     order = sorted(sums, key=lambda what: (what.endswith(" down"), -sums[what]))
     base = (
-        chart(labelled)
+        chart("bytes")
         .transform_filter(PICKED)
         .transform_aggregate(bytes="sum(bytes)", groupby=["what", "direction", "kind"])
         .transform_calculate(
@@ -44,6 +44,7 @@ def traffic(run: Run) -> Figure | None:
         + ", ".join(f"{what} {size(sums[what])}" for what in sorted(sums, key=lambda w: -sums[w])[:3])
         + ".",
         layered(bars, text, height=30 * len(order)),
+        {"bytes": labelled},
         rows,
     )
 
@@ -59,11 +60,11 @@ def phases(run: Run) -> Figure | None:
     y = alt.Y("phase:N", sort=None, title=None)
     x = alt.X("seconds:Q", axis=None)
     bars = (
-        chart(named)
+        chart("phases")
         .mark_bar(height={"band": 0.62})
         .encode(y=y, x=x, tooltip=["phase:N", alt.Tooltip("said:N", title="took")])
     )
-    text = chart(named).mark_text(align="left", dx=6).encode(y=y, x=x, text="said:N")
+    text = chart("phases").mark_text(align="left", dx=6).encode(y=y, x=x, text="said:N")
     total = sum(row["seconds"] for row in rows)
     return Figure(
         "real-phases",
@@ -72,6 +73,7 @@ def phases(run: Run) -> Figure | None:
         + ", ".join(f"{row['phase']} {row['said']}" for row in named)
         + ".",
         layered(bars, text, height=30 * len(named)),
+        {"phases": named},
         rows,
     )
 
@@ -82,7 +84,7 @@ def real_rounds(run: Run) -> Figure | None:
         return None
     seconds = [row["seconds"] for row in rows]
     drawn = (
-        chart(rows)
+        chart("rounds")
         .mark_bar(width={"band": 0.7})
         .encode(
             x=alt.X("round:O", title="round", axis=alt.Axis(labelAngle=0)),
@@ -96,6 +98,7 @@ def real_rounds(run: Run) -> Figure | None:
         f"A round took {duration(float(np.mean(seconds)))} on average, between {duration(min(seconds))} and "
         f"{duration(max(seconds))}.",
         drawn.properties(height=220),
+        {"rounds": rows},
         rows,
     )
 
@@ -107,7 +110,7 @@ def simulated_rounds(run: Run) -> Figure | None:
     x = alt.X("round:O", title="round (0: round zero)", axis=alt.Axis(labelAngle=0))
     y = alt.Y("seconds:Q", title="simulated seconds")
     bars = (
-        chart(rows)
+        chart("rounds")
         .mark_bar(width={"band": 0.7})
         .encode(
             x=x,
@@ -121,17 +124,18 @@ def simulated_rounds(run: Run) -> Figure | None:
         )
     )
     each = (
-        chart(series.simulated_devices(run))
+        chart("devices")
         .transform_filter(f"{DEVICE} !== null && {PICKED}")
         .mark_bar(width={"band": 0.7})
         .encode(x=x, y=y, tooltip=["device:O", "round:O", alt.Tooltip("seconds:Q", format=".3~g")])
     )
-    total = sum(row["seconds"] for row in rows)
+    total, devices = sum(row["seconds"] for row in rows), series.simulated_devices(run)
     return Figure(
         "simulated-rounds",
         "Simulated time by round, which its slowest device decides",
         f"On devices of these profiles the run would take {duration(total)}, of which round zero "
         f"{duration(rows[0]['seconds'])}. With a device picked: its own part of each round.",
         layered(bars, each, height=220),
-        [*rows, *series.simulated_devices(run)],
+        {"rounds": rows, "devices": devices},
+        [*rows, *devices],
     )

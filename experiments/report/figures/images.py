@@ -29,6 +29,7 @@ def partition(run: Run) -> Figure | None:
         "Training images by device and class",
         f"{total} training images; a device holds {few} of {len(classes)} classes.",
         layered(*drawn, height=device_height(devices)),
+        {"cells": rows},
         rows,
     )
 
@@ -53,12 +54,14 @@ def coverage(run: Run) -> Figure | None:
         scale=alt.Scale(domain=[0, 1]),
     )
     bars = (
-        chart(rows)
+        chart("devices")
         .mark_bar(height={"band": 0.45})
         .encode(y=device_axis(devices), x=x, opacity=faded(), tooltip=tooltip)
     )
     chance = (
-        chart(rows).mark_tick(size=14).encode(y=device_axis(devices), x="by chance:Q", opacity=faded(), tooltip=tooltip)
+        chart("devices")
+        .mark_tick(size=14)
+        .encode(y=device_axis(devices), x="by chance:Q", opacity=faded(), tooltip=tooltip)
     )
     worst = min(rows, key=lambda row: row["own share"])
     lacking = [row for row in rows if row["not covered"]]
@@ -75,6 +78,7 @@ def coverage(run: Run) -> Figure | None:
         f"{np.mean([row['by chance'] for row in rows]):.1%} by chance, least {worst['own share']:.1%} (device "
         f"{worst['device']}); {covered}.",
         layered(bars, chance, height=device_height(devices)),
+        {"devices": rows},
         rows,
         wide=True,
     )
@@ -92,9 +96,10 @@ def metric_classes(run: Run) -> Figure | None:
         alt.Tooltip("own:N", title="its own class"),
     ]
     axis = _class_axis(classes)
-    drawn = cells([row for row in rows if row["images"]], devices, axis, "images", "images", tooltip, len(classes))
+    chosen = [row for row in rows if row["images"]]
+    drawn = cells(chosen, devices, axis, "images", "images", tooltip, len(classes))
     own = (
-        chart([row for row in rows if row["own"]])
+        chart("own")
         .mark_rect(filled=False, stroke=alt.ExprRef("ink"), strokeWidth=1.5, strokeOpacity=0.8, fillOpacity=0)
         .encode(y=device_axis(devices, GAP), x=axis, opacity=faded(), tooltip=tooltip)
     )
@@ -105,6 +110,7 @@ def metric_classes(run: Run) -> Figure | None:
         "Images of each device's metric set by class; framed: the device's own classes. "
         + (f"{len(missed)} of the framed cells are empty." if missed else "No framed cell is empty."),
         layered(*drawn, own, height=device_height(devices)),
+        {"cells": chosen, "own": [row for row in rows if row["own"]]},
         rows,
     )
 

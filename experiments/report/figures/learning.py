@@ -20,6 +20,7 @@ from experiments.report.figure import (
     devices_of,
     faded,
     layered,
+    round_axis,
     unless_picked,
     zoomed,
 )
@@ -53,12 +54,12 @@ def accuracy(run: Run) -> Figure | None:
     said = [name for name in rows[0] if name.startswith("of ")]
     x = alt.X("accuracy:Q", title="accuracy on the device's own test images", scale=alt.Scale(zero=False, nice=True))
     span = (
-        chart(spans)
+        chart("spans")
         .mark_rule(strokeWidth=2, opacity=0.35)
         .encode(y=device_axis(devices), x=alt.X("low:Q"), x2="high:Q", opacity=faded(0.1, 0.45))
     )
     points = (
-        chart(sorted(rows, key=lambda row: STAGE_ORDER.index(row["stage"]), reverse=True))
+        chart("accuracies")
         .mark_point()
         .encode(
             y=device_axis(devices),
@@ -75,6 +76,7 @@ def accuracy(run: Run) -> Figure | None:
         f"One line a device, one mark a model. On average {_means(run)}. Device {best['device']} gained most by "
         f"training: {best['pruned_accuracy']:.3f} pruned, {best['personal_accuracy']:.3f} personal.",
         layered(span, points, height=device_height(devices)),
+        {"spans": spans, "accuracies": sorted(rows, key=lambda row: STAGE_ORDER.index(row["stage"]), reverse=True)},
         [
             {"device": d["device"], **{stage: series.accuracy(d, stage) for stage in series.STAGES}}
             for d in run.equipped
@@ -93,16 +95,16 @@ def curves(run: Run) -> Figure | None:
         scale=alt.Scale(domain=list(STAGE_ORDER)),
         legend=alt.Legend(values=list(series.KINDS), symbolOpacity=1),
     )
-    x = _round_axis("round")
+    x = round_axis(means)
     y = alt.Y("mean:Q", title="accuracy on own test images", scale=alt.Scale(zero=False, padding=8))
-    band = chart(means).mark_area(opacity=0.14).encode(x=x, y=alt.Y("low:Q"), y2="high:Q", color=colour)
-    line = chart(means).mark_line().encode(x=x, y=y, color=colour, opacity=unless_picked())
+    band = chart("means").mark_area(opacity=0.14).encode(x=x, y=alt.Y("low:Q"), y2="high:Q", color=colour)
+    line = chart("means").mark_line().encode(x=x, y=y, color=colour, opacity=unless_picked())
     dots = (
-        chart(means)
+        chart("means")
         .mark_point(size=50)
         .encode(x=x, y=y, color=colour, opacity=unless_picked(), tooltip=_spread_tooltip("accuracy"))
     )
-    own = _own_lines(rows, "accuracy", x, colour)
+    own = _own_lines("accuracy", x, colour)
     last = {row["kind"]: row["mean"] for row in means}
     return Figure(
         "curves",
@@ -110,6 +112,7 @@ def curves(run: Run) -> Figure | None:
         f"Lines are means over the devices, bands their middle half. From {means[0]['mean']:.3f} before the first "
         f"round to {last['personal']:.3f} personal and {last['global']:.3f} global after round {means[-1]['round']}.",
         layered(band, line.add_params(zoomed()), dots, *own, height=300),
+        {"means": means, "devices": rows},
         _wide_rows(means, rows),
         hint=ZOOM,
     )
@@ -120,9 +123,9 @@ def alpha(run: Run) -> Figure | None:
     if not rows:
         return None
     means = series.spread(rows, "α")
-    x, colour = _round_axis("round"), alt.value(alt.ExprRef("ink"))
+    x, colour = round_axis(rows), alt.value(alt.ExprRef("ink"))
     each = (
-        chart(rows)
+        chart("devices")
         .mark_line(strokeWidth=1.5)
         .encode(
             x=x,
@@ -132,7 +135,7 @@ def alpha(run: Run) -> Figure | None:
         )
     )
     dots = (
-        chart(rows)
+        chart("devices")
         .mark_point(size=40)
         .encode(
             x=x,
@@ -142,7 +145,7 @@ def alpha(run: Run) -> Figure | None:
         )
     )
     mean = (
-        chart(means)
+        chart("means")
         .mark_line(strokeDash=[6, 4])
         .encode(x=x, y="mean:Q", color=colour, opacity=unless_picked(0.35), tooltip=_spread_tooltip("α"))
     )
@@ -153,6 +156,7 @@ def alpha(run: Run) -> Figure | None:
         f"A line a device; dashed: their mean. It begins at {rows[0]['α']:g} and ends between {min(last):.3f} and "
         f"{max(last):.3f}.",
         layered(each.add_params(zoomed()), dots, mean, height=300),
+        {"means": means, "devices": rows},
         [{"device": row["device"], "round": row["round"], "α": row["α"]} for row in rows],
         hint=ZOOM,
     )
@@ -161,15 +165,6 @@ def alpha(run: Run) -> Figure | None:
 def _means(run: Run) -> str:
     means = {stage: series.mean_accuracy(run, stage) for stage in series.STAGES}
     return ", ".join(f"{stage} {value:.3f}" for stage, value in means.items() if value is not None)
-
-
-def _round_axis(title: str) -> alt.X:
-    return alt.X(
-        "round:Q",
-        title=title,
-        scale=alt.Scale(nice=False, padding=8),
-        axis=alt.Axis(tickMinStep=1, format="d", grid=False),
-    )
 
 
 def _spread_tooltip(name: str) -> list[object]:
@@ -182,9 +177,9 @@ def _spread_tooltip(name: str) -> list[object]:
     ]
 
 
-def _own_lines(rows: Sequence[Row], name: str, x: alt.X, colour: alt.Color) -> list[alt.Chart]:
+def _own_lines(name: str, x: alt.X, colour: alt.Color) -> list[alt.Chart]:
     """Returns the curve of the device that is picked."""
-    own = chart(rows).transform_filter(f"{DEVICE} !== null && {PICKED}")
+    own = chart("devices").transform_filter(f"{DEVICE} !== null && {PICKED}")
     tooltip = ["device:O", "round:Q", "kind:N", alt.Tooltip(f"{name}:Q", format=".3f")]
     return [
         own.mark_line().encode(x=x, y=f"{name}:Q", color=colour),

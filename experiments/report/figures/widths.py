@@ -46,6 +46,7 @@ def _kept(run: Run, kind: str, name: str, title: str, units: str) -> Figure | No
         f"Share of the {units} that stays. On average most stays in {most} ({mean[most]:.0%}), least in {least} "
         f"({mean[least]:.0%}).",
         layered(*drawn, height=device_height(devices)),
+        {"cells": shown},
         [{key: row[key] for key in ("device", "layer", "width", "dense width", "share")} for row in rows],
     )
 
