@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from experiments.compare.grid import Comparison
-from experiments.compare.table import grouped, measured
+from experiments.compare.table import Groups, grouped, measured
 
 
 def picture(rows: Sequence[Mapping[str, str]], comparison: Comparison, file: Path, measure: str) -> None:
@@ -17,39 +17,53 @@ def picture(rows: Sequence[Mapping[str, str]], comparison: Comparison, file: Pat
     from matplotlib import pyplot as plt
 
     named, groups = grouped(rows, comparison)
-    panels = list(dict.fromkeys(key[1:] for key in groups))
+    lines = _lines(groups, several_grids=len(comparison.parts) > 1)
+    panels = list(dict.fromkeys(panel for panel, _ in lines))
     columns = min(len(panels), 3)
-    lines = -(-len(panels) // columns)
+    height = -(-len(panels) // columns)
+    size = (4.6 * columns + 1.6, 3.6 * height) if panels != [()] else (9.5, 5.0)
     figure, axes = plt.subplots(
-        lines, columns, figsize=(4.6 * columns + 1.6, 3.6 * lines), sharex=True, sharey=True, squeeze=False,
-        layout="constrained",
-    )  # fmt: skip
-    criteria = list(dict.fromkeys(key[0] for key in groups))
+        height, columns, figsize=size, sharex=True, sharey=True, squeeze=False, layout="constrained"
+    )
+    labels = list(dict.fromkeys(label for _, label in lines))
     colours = plt.get_cmap("tab20", 20)
     dense = measured(rows, "dense_own" if measure.endswith("own") else "dense").mean()
+    drawn = {}
     for axis, panel in zip(axes.flat, panels, strict=False):
-        for i, criterion in enumerate(criteria):
-            found = groups.get((criterion, *panel), {})
+        for i, label in enumerate(labels):
             points = sorted(
-                (measured(part, "macs_share").mean(), measured(part, measure)) for part in found.values()
+                (measured(part, "macs_share").mean(), measured(part, measure))
+                for part in lines.get((panel, label), {}).values()
                 if len(measured(part, measure))
-            )  # fmt: skip
+            )
             if points:
-                axis.errorbar(
+                drawn[label] = axis.errorbar(
                     [x for x, _ in points],
                     [values.mean() for _, values in points],
                     [values.std() / len(values) ** 0.5 for _, values in points],
-                    label=criterion, color=colours(i % 20), marker="os^Dv"[i % 5], markersize=4, linewidth=1, capsize=2
+                    color=colours(i % 20), marker="os^Dv"[i % 5], markersize=4, linewidth=1, capsize=2
                 )  # fmt: skip
         axis.axhline(dense, color="grey", linestyle=":", linewidth=1)
         axis.annotate("dense", (0.01, dense), xycoords=("axes fraction", "data"), va="bottom", color="grey", fontsize=8)
-        axis.set_title(", ".join(f"{name}: {value}" for name, value in zip(named[1:], panel, strict=True)), fontsize=9)
+        axis.set_title("\n".join(f"{name}: {value}" for name, value in zip(named[1:], panel, strict=False)), fontsize=9)
         axis.grid(alpha=0.3)
     for axis in axes.flat[len(panels) :]:
         axis.set_visible(False)
     figure.supxlabel("share of the dense model's MACs")
     figure.supylabel("accuracy among the device's classes" if measure.endswith("own") else measure)
-    handles, labels = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside right upper", fontsize=8, frameon=False)
+    figure.legend(list(drawn.values()), list(drawn), loc="outside right upper", fontsize=8, frameon=False)
     figure.savefig(file, dpi=130)
     plt.close(figure)
+
+
+def _lines(
+    groups: Groups, several_grids: bool
+) -> dict[tuple[tuple[str, ...], str], dict[str, list[Mapping[str, str]]]]:
+    """Returns the rows of each line by budget, under its panel and its label.
+
+    A panel is a value of the axes beside the criterion. Several grids have hardly a panel in common: theirs is one, and
+    what has one budget alone is left to the table.
+    """
+    if not several_grids:
+        return {(key[1:], key[0]): found for key, found in groups.items()}
+    return {((), ", ".join(key)): found for key, found in groups.items() if len(found) > 1}

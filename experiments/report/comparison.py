@@ -191,7 +191,8 @@ def _legend(names: Sequence[str]) -> alt.Legend:
 
 
 def _run_axis(names: Sequence[str], **form: Any) -> alt.Y:
-    scale = alt.Scale(domain=list(names), **({} if form.get("grid") else {"paddingInner": 0.35}))
+    padding = alt.Undefined if form.get("grid") else 0.35
+    scale = alt.Scale(domain=list(names), paddingInner=padding)
     return alt.Y("run:N", sort=None, title=None, axis=alt.Axis(labelLimit=220, **form), scale=scale)
 
 
