@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import zlib
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
+
+if TYPE_CHECKING:
+    import torch
 
 
 def _entropy(seed: int, path: tuple[str | int, ...]) -> list[int]:
@@ -29,5 +32,7 @@ def numpy_generator(seed: int, *path: str | int) -> np.random.Generator:
 
 def torch_generator(seed: int, *path: str | int) -> torch.Generator:
     """Returns the torch (CPU) generator of the stream `path` of `seed`."""
+    import torch  # here: who draws with numpy alone, such as a test of significance, does without
+
     state = np.random.SeedSequence(_entropy(seed, path)).generate_state(1, np.uint64)[0]
     return torch.Generator().manual_seed(int(state >> np.uint64(1)))

@@ -213,7 +213,7 @@ def test_methods_by_name(options: dict[str, object], check: Callable[[Method], b
 @pytest.mark.parametrize(
     ("option", "value", "accepted"),
     [
-        ("method", "perfedavg", "'apfl', 'ditto', 'local', 'fedavg' or 'fedavg+finetune'"),
+        ("method", "perfedavg", "apfl, ditto, local, fedavg, fedavg+finetune, or module:name"),
         ("alpha", 1.5, "less than or equal to 1"),
         ("alpha-update", "never", "'round', 'step' or 'fixed'"),
         ("alpha-per", "head", "'device' or 'layer'"),

@@ -22,7 +22,7 @@ REFUSED = {
     "no assignment": ("train.rounds", "train.rounds", "key=value"),
     "share over 1": ("devices.budgets=1.7", "devices.budgets = 1.7", "less than or equal to 1"),
     "share of 0": ("data.public-share=0", "data.public-share = 0", "greater than 0"),
-    "choice": ("adapters.rule=median", "adapters.rule = 'median'", "'embed_side' or 'flex'"),
+    "choice": ("adapters.rule=median", "adapters.rule = 'median'", "embed_side, flex, or module:name"),
     "unpaired": ("devices.budgets=0.3,0.5", "devices", "pairs"),
     "too many devices": ("devices.count=400", "devices.count = 400", "at most"),
     "too many classes": ("data.classes-per-device=11", "pathological", "11"),

@@ -21,7 +21,7 @@ from experiments.sweep import on_workers, read_sweep, run_sweep
 from experiments.swept.outcome import group_of, outcomes
 from experiments.swept.settings import SweepOptions, read_sweep_options, references
 from experiments.swept.table import means_over_seeds
-from tapfl.config import AdapterOptions, DataOptions, PersonalizeOptions, RunConfig, Scalar, read_toml
+from tapfl.config import METHODS, RULES, DataOptions, RunConfig, Scalar, read_toml
 from tapfl.errors import ConfigError, RunError
 from tapfl.pruning.criteria.registry import criterion_names
 
@@ -114,8 +114,8 @@ CONFIGS = Path(cli.__file__).parent / "configs"
     ("file", "option", "values"),
     [
         ("criteria", "pruning.criterion", criterion_names()),
-        ("rules", "adapters.rule", get_args(AdapterOptions.model_fields["rule"].annotation)),
-        ("personalize", "personalize.method", get_args(PersonalizeOptions.model_fields["method"].annotation)),
+        ("rules", "adapters.rule", RULES),
+        ("personalize", "personalize.method", METHODS),
         ("partitions", "data.partition", get_args(DataOptions.model_fields["partition"].annotation)),
     ],
 )
@@ -125,7 +125,7 @@ def test_the_ready_sweeps_leave_nothing_out(file: str, option: str, values: list
 
 def test_the_evidence_of_the_federation_has_every_rule_and_both_partitions_and_references() -> None:
     rules, methods = (CONFIGS / f"evidence-{name}.toml" for name in ("rules", "federation"))
-    wanted = set(get_args(AdapterOptions.model_fields["rule"].annotation))
+    wanted = set(RULES)
     assert {cell.options["adapters.rule"] for cell in read_sweep(rules)} == wanted
     compared = {(cell.options["data.partition"], cell.options["personalize.method"]) for cell in read_sweep(methods)}
     of_each = ("local", "fedavg", "ditto", "apfl")

@@ -13,7 +13,6 @@ from experiments.report.series import Row
 from experiments.report.tables import PLACE
 
 AXES = {"round": "rounds", "MB": "bytes", "seconds": "simulated time"}  # over which runs are compared
-ZERO = ("summaries", "surgery")  # what is sent before the first round
 
 
 def names(runs: Sequence[Run]) -> list[str]:
@@ -41,23 +40,17 @@ def differing(runs: Sequence[Run]) -> list[str]:
 
 
 def curve(run: Run) -> list[Row]:
-    """Returns round, MB (sent and received by all devices until then), seconds (simulated), accuracy.
-
-    A line of metrics.jsonl about round t counts the bytes of round t + 1 too, in which it was written. What devices
-    said before any of that, their hello, is in none of them, and is a few bytes.
-    """
+    """Returns round, MB (sent and received by all devices until its end), seconds (simulated), accuracy."""
     means = {
         row["round"]: row["mean"] for row in series.spread(series.curves(run), "accuracy") if row["kind"] == "personal"
     }
-    spent = sum(
-        sum(line["down"].values()) + sum(line["up"].values())
-        for line in run.of_kind("traffic")
-        if line["phase"] in ZERO
-    )
-    rows = []
-    for line in run.of_kind("round"):
-        if line["round"] in means:
-            values = {"MB": spent / 1e6, "seconds": line["simulated_seconds"], "accuracy": means[line["round"]]}
-            rows.append({"round": line["round"], **values})
-        spent = line["bytes_up"] + line["bytes_down"]
-    return rows
+    return [
+        {
+            "round": line["round"],
+            "MB": (line["bytes_up"] + line["bytes_down"]) / 1e6,
+            "seconds": line["simulated_seconds"],
+            "accuracy": means[line["round"]],
+        }
+        for line in run.of_kind("round")
+        if line["round"] in means
+    ]
