@@ -72,7 +72,7 @@ def typed() -> Iterator[type[Typed]]:
 
 def test_a_sweep_on_ray_comes_to_the_same_and_leaves_nothing(typed: type[Typed], tmp_path: Path) -> None:
     file, out = sweep_file(tmp_path, '"personalize.method" = ["fedavg", "local"]'), tmp_path / "ray"
-    options = ["--engine", "ray", "--workers", "2", "--jobs", "2"]
+    options = ["--engine", "ray", "--workers", "1", "--jobs", "2"]
     sweep = typed("sweep", "--config", str(file), "--out", str(out), *options, marker=str(tmp_path))
     until(lambda: not sweep.runs(), 300)
     assert sweep.process.returncode == 0, sweep.process.communicate()[1][-2000:]
