@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pages
 import pytest
@@ -171,6 +173,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("page", SLOW, ids=pages.name_of)
 def test_blocks_run_one_after_another(page: Path, made: Path, shared: Path, tmp_path: Path) -> None:
     """As a reader does it, in a copy of the repository with its environment set up."""
@@ -178,7 +181,7 @@ def test_blocks_run_one_after_another(page: Path, made: Path, shared: Path, tmp_
     prepare(page, folder)
     found = pages.blocks(page)
     for name in MADE:
-        if not any(block.how == "slow" and f"--out {name}" in block.text for block in found):
+        if not any(block.how == "slow" and re.search(rf"--out {name}(\s|$)", block.text) for block in found):
             shutil.copytree(made / name, folder / name)
     for block in found:
         if block.how == "parse" or block.title:
@@ -208,8 +211,14 @@ def shell(block: Block, folder: Path, environment: os._Environ[str] | dict[str, 
 
 
 def run(command: list[str], block: Block, folder: Path, environment: dict[str, str]) -> None:
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=900)
-    assert done.returncode == 0, f"{block.where}: {block.text}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+    streams: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(command, cwd=folder, env=environment, start_new_session=True, **streams)
+    try:
+        out, err = process.communicate()
+    except BaseException:  # out of time: nothing that it has started is left
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
+    assert process.returncode == 0, f"{block.where}: {block.text}\n{out[-2000:]}\n{err[-4000:]}"
 
 
 def copy_of_the_repository(folder: Path, shared: Path) -> tuple[Path, dict[str, str]]:
