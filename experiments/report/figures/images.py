@@ -98,9 +98,10 @@ def metric_classes(run: Run) -> Figure | None:
     axis = _class_axis(classes)
     chosen = [row for row in rows if row["images"]]
     drawn = cells(chosen, devices, axis, "images", "images", tooltip, len(classes))
+    frame = 1.5 if max(len(classes), len(devices)) <= CELL_LABELS else 0.6
     own = (
         chart("own")
-        .mark_rect(filled=False, stroke=alt.ExprRef("ink"), strokeWidth=1.5, strokeOpacity=0.8, fillOpacity=0)
+        .mark_rect(filled=False, stroke=alt.ExprRef("ink"), strokeWidth=frame, strokeOpacity=0.8, fillOpacity=0)
         .encode(y=device_axis(devices, GAP), x=axis, opacity=faded(), tooltip=tooltip)
     )
     missed = [row for row in rows if row["own"] and not row["images"]]
