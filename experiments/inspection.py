@@ -60,7 +60,7 @@ def layers_of(dense: Sequence[PrunableLayer], plan: PruningPlan) -> list[dict[st
 
 
 def _layer(layer: PrunableLayer, part: LayerPlan) -> dict[str, Any]:
-    heads = len({unit // layer.units_per_head for unit in part.kept})
+    heads = layer.shape_of(part.index()).heads
     return {
         "name": layer.name,
         "kind": layer.kind,

@@ -15,11 +15,12 @@ from test_compare import comparison_file
 from typer.testing import CliRunner
 
 from experiments import cli
+from experiments.compare.picture import picture
 from experiments.compare.rank import rank_correlations
 from experiments.compare.reading import read_comparison
 from experiments.compare.run import run_comparison
 from experiments.compare.setting import DeviceView, Setting, classes_that_lack
-from experiments.compare.table import difference, sections
+from experiments.compare.table import difference, mean_over_devices, sections
 from experiments.compare.worker import setting_of
 from experiments.statistics import paired
 from tapfl.models.prunable import prunable_layers
@@ -171,6 +172,25 @@ def test_differences_are_of_the_means_of_devices_that_both_lines_have() -> None:
     fewer = difference(line(ours), line({(0, 1): 0.6, (2, 0): 0.5, (5, 0): 0.1}), "acc")  # what both lines have
     assert fewer is not None and fewer == paired({0: 0.7, 2: 0.9}, {0: 0.6, 2: 0.5})
     assert difference(line(ours), line({(7, 0): 0.5}), "acc") is None
+
+
+def test_the_dense_model_counts_once_a_device_however_many_lines_it_has() -> None:
+    rows = [
+        {"device": d, "seed": "0", "dense": acc} for d, acc in (("0", "0.9"), ("0", "0.9"), ("0", "0.9"), ("1", "0.5"))
+    ]
+    assert mean_over_devices(rows, "dense") == pytest.approx(0.7)
+
+
+@pytest.mark.parametrize("budgets", ["[0.5]", "[0.5, 0.7]"])
+def test_several_grids_are_drawn_also_if_each_has_one_budget(budgets: str, tmp_path: Path) -> None:
+    grids = "".join(
+        f'[[compare]]\ncriterion = ["{name}"]\nbudget = {budgets}\ndevice = [0]\n' for name in ("tap", "random")
+    )
+    (tmp_path / "grids.toml").write_text(grids)
+    comparison = read_comparison(tmp_path / "grids.toml")
+    measures = {"macs_share": "0.5", "dense_own": "0.9", "pruned_own": "0.6", "refused": ""}
+    picture([cell.point | measures for cell in comparison.cells()], comparison, tmp_path / "lines.png", "pruned_own")
+    assert (tmp_path / "lines.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_tables_keep_the_devices_apart_that_something_was_chosen_on(

@@ -7,8 +7,6 @@ thread's own (`tapfl.models.latency`). Adapters are not in it: merged into the w
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -20,12 +18,13 @@ import torch
 from torch import nn
 
 from clients.storage import DeviceStorage
+from experiments.rows import as_csv
 from experiments.swept.table import write_table
 from tapfl.errors import ConfigError
 from tapfl.models.backbone import build, example_input
 from tapfl.models.latency import timed_ms
 from tapfl.models.prunable import prunable_layers
-from tapfl.models.units import PrunableLayer, Shape
+from tapfl.models.units import Shape
 from tapfl.pruning.export import export, load_exported
 from tapfl.pruning.plan import PLAN_FILE, PruningPlan, load_plan
 from tapfl.pruning.surgery import WEIGHTS_FILE, load_pruned
@@ -91,7 +90,8 @@ def bench_gain(run: Path, repeats: int, devices: Sequence[int] = ()) -> list[Mea
     layers = prunable_layers(dense)
     alike: dict[tuple[Shape, ...], list[int]] = {}
     for device, plan in plans.items():
-        alike.setdefault(_shapes(layers, plan), []).append(device)
+        shapes = tuple(layer.shape_of(part.index()) for layer, part in zip(layers, plan.layers, strict=True))
+        alike.setdefault(shapes, []).append(device)
     models: list[tuple[nn.Module, PruningPlan]] = [(dense, _whole(first))]
     models += [(load_pruned(_pruned(run, group[0]), dense), plans[group[0]]) for group in alike.values()]
     calls: list[Callable[[], object]] = []
@@ -130,15 +130,6 @@ def _pruned(run: Path, device: int) -> Path:
     return DeviceStorage(RunFolder(run).device(device)).pruned
 
 
-def _shapes(layers: Sequence[PrunableLayer], plan: PruningPlan) -> tuple[Shape, ...]:
-    """Returns how many heads each layer keeps, and dims in each: what time depends on."""
-    shapes = []
-    for layer, part in zip(layers, plan.layers, strict=True):
-        heads = len({unit // layer.units_per_head for unit in part.kept})
-        shapes.append(Shape(heads, len(part.kept) // max(heads, 1)))
-    return tuple(shapes)
-
-
 def _whole(plan: PruningPlan) -> PruningPlan:
     """Returns the plan that keeps everything."""
     layers = tuple(layer.model_copy(update={"kept": tuple(range(layer.units))}) for layer in plan.layers)
@@ -155,11 +146,7 @@ def _onnx(model: nn.Module, plan: PruningPlan) -> Callable[[torch.Tensor], torch
 def write_gain(measured: Sequence[Measured], out: Path, said: str) -> None:
     """Writes `gain.csv`, all numbers, and `gain.md`, the table with `said` under it."""
     rows = [model.numbers(measured[0]) for model in measured]
-    text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, list(rows[0]))
-    writer.writeheader()
-    writer.writerows(rows)
-    write_bytes(out / "gain.csv", text.getvalue().encode())
+    write_bytes(out / "gain.csv", as_csv(rows, list(rows[0])))
     write_table(shown(measured), said, out / "gain.md")
 
 

@@ -7,7 +7,8 @@ from collections.abc import Iterable
 from experiments.caption import installed, named
 from experiments.compare.grid import Comparison
 from experiments.compare.results import ResultOptions
-from experiments.compare.table import Rows, Section, markdown, measured
+from experiments.compare.table import Rows, Section, mean_over_devices, measured
+from experiments.rows import as_markdown
 from experiments.statistics import TEST
 from tapfl.config import RunConfig
 from tapfl.models.backbone import input_transform
@@ -26,7 +27,7 @@ def page(sections: Iterable[Section], rows: Rows, comparison: Comparison, result
     """Returns the caption and the tables as Markdown."""
     parts = [caption(rows, comparison, results, command)]
     parts += [
-        f"**{WORDS.get(each.measure, each.measure)} (`{each.measure}`), {each.devices}**\n\n{markdown(each.rows)}"
+        f"**{WORDS.get(each.measure, each.measure)} (`{each.measure}`), {each.devices}**\n\n{as_markdown(each.rows)}"
         for each in sections
     ]
     return "\n".join(parts)
@@ -37,7 +38,6 @@ def caption(rows: Rows, comparison: Comparison, results: ResultOptions, command:
     config: RunConfig = next(comparison.cells()).config
     height, width = input_transform(config.model).size
     kept = config.data.image_size or max(height, width)
-    dense, dense_own = (measured(rows, name) for name in ("dense", "dense_own"))
     count = len(list(comparison.cells()))
     lines = [
         f"Made by `{command}`{'' if len(rows) == count else f', of which {len(rows)} of {count} cells were finished'}.",
@@ -46,8 +46,9 @@ def caption(rows: Rows, comparison: Comparison, results: ResultOptions, command:
         f"seeds {', '.join(map(str, comparison.axes['seed']))}.",
         "Mean ± standard deviation over devices and seeds (how many).",
     ]
-    if len(dense):
-        lines.append(f"Dense: {dense.mean():.3f} among all classes, {dense_own.mean():.3f} among the device's own.")
+    if len(measured(rows, "dense")):
+        dense, own = (mean_over_devices(rows, name) for name in ("dense", "dense_own"))
+        lines.append(f"Dense: {dense:.3f} among all classes, {own:.3f} among the device's own.")
     if results.reference:
         lines.append(f"Differences: mean over devices (p, n devices); {TEST}, not corrected for the number of lines.")
     lines.append(f"{named(installed())}.")

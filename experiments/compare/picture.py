@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from experiments.compare.grid import Comparison
-from experiments.compare.table import Groups, grouped, measured
+from experiments.compare.table import Groups, grouped, mean_over_devices, measured
 
 
 def picture(rows: Sequence[Mapping[str, str]], comparison: Comparison, file: Path, measure: str) -> None:
@@ -27,7 +27,7 @@ def picture(rows: Sequence[Mapping[str, str]], comparison: Comparison, file: Pat
     )
     labels = list(dict.fromkeys(label for _, label in lines))
     colours = plt.get_cmap("tab20", 20)
-    dense = measured(rows, "dense_own" if measure.endswith("own") else "dense").mean()
+    dense = mean_over_devices(rows, "dense_own" if measure.endswith("own") else "dense")
     drawn = {}
     for axis, panel in zip(axes.flat, panels, strict=False):
         for i, label in enumerate(labels):
@@ -62,8 +62,9 @@ def _lines(
     """Returns the rows of each line by budget, under its panel and its label.
 
     A panel is a value of the axes beside the criterion. Several grids have hardly a panel in common: theirs is one, and
-    what has one budget alone is left to the table.
+    if there are lines of several budgets in it, what has one alone is left to the table.
     """
     if not several_grids:
         return {(key[1:], key[0]): found for key, found in groups.items()}
-    return {((), ", ".join(key)): found for key, found in groups.items() if len(found) > 1}
+    least = min(2, max(map(len, groups.values())))
+    return {((), ", ".join(key)): found for key, found in groups.items() if len(found) >= least}

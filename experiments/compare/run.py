@@ -6,9 +6,8 @@ A cell that stands there is finished and is not run again, so a comparison that 
 from __future__ import annotations
 
 import csv
-import io
 import multiprocessing
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from queue import Empty
@@ -17,14 +16,15 @@ from typing import Any
 from experiments.compare.grid import Cell, Comparison
 from experiments.compare.setting import Setting
 from experiments.compare.worker import Row, Worker, setting_of
+from experiments.rows import as_csv
 from tapfl.errors import ConfigError
+from tapfl.progress import Advance
 from tapfl.store import write_bytes
 
 FILE = "results.csv"
-Progress = Callable[[int, int, str], None]
 
 
-def run_comparison(comparison: Comparison, out: Path, progress: Progress, jobs: int = 1) -> list[Row]:
+def run_comparison(comparison: Comparison, out: Path, progress: Advance, jobs: int = 1) -> list[Row]:
     """Carries out the cells that are not finished, and returns the rows of all of them in the order of the grid.
 
     A criterion that cannot meet a budget, or do with an option, leaves a row without measures, with the reason in
@@ -41,7 +41,7 @@ def run_comparison(comparison: Comparison, out: Path, progress: Progress, jobs: 
     waiting = [cell for cell in cells if _key(comparison, cell.point) not in finished]
     done = len(cells) - len(waiting)
     progress(done, len(cells), "finished before" if done else "")
-    write_bytes(path, _text(list(finished.values()), fields).encode())  # without the half line of a killed run
+    write_bytes(path, as_csv(finished.values(), fields))  # without the half line of a killed run
     with path.open("a", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, fieldnames=fields)
         for row in _rows(waiting, jobs, "rank" in comparison.results.measures):
@@ -51,7 +51,7 @@ def run_comparison(comparison: Comparison, out: Path, progress: Progress, jobs: 
             progress(done, len(cells), f"device {row['device']} {row['criterion']} {row['budget']}")
     finished = _read(path, fields, len(comparison.axes))
     rows = [finished.pop(_key(comparison, cell.point)) for cell in cells]
-    write_bytes(path, _text([*rows, *finished.values()], fields).encode())  # in the grid's order, whoever was first
+    write_bytes(path, as_csv([*rows, *finished.values()], fields))  # in the grid's order, whoever was first
     return rows
 
 
@@ -111,14 +111,6 @@ def _fields(comparison: Comparison) -> list[str]:
 
 def _key(comparison: Comparison, row: Mapping[str, str]) -> tuple[str, ...]:
     return tuple(row[axis] for axis in comparison.axes)
-
-
-def _text(rows: Sequence[Row], fields: Sequence[str]) -> str:
-    text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, fields)
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
 
 
 def _read(path: Path, fields: Sequence[str], axes: int) -> dict[tuple[str, ...], Row]:

@@ -79,22 +79,14 @@ def grouped(rows: Rows, comparison: Comparison) -> tuple[list[str], Groups]:
     return named, groups
 
 
-def markdown(rows: Rows) -> str:
-    """Returns rows as a Markdown table."""
-    lines = [list(rows[0]), ["---"] * len(rows[0]), *(list(row.values()) for row in rows)]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
-
-
 def measured(rows: Rows, measure: str) -> np.ndarray:
     """Returns the measure of the rows that have it, float64 (n,)."""
     return np.array([float(row[measure]) for row in rows if row[measure]])
 
 
-def _spread(rows: Rows, measure: str) -> str:
-    values = measured(rows, measure)
-    if not len(values):
-        return "refused" if any(row["refused"] for row in rows) else ""
-    return f"{values.mean():.3f} ± {values.std(ddof=1) if len(values) > 1 else 0:.3f} ({len(values)})"
+def mean_over_devices(rows: Rows, measure: str) -> float:
+    """Returns the mean of what does not depend on a line, such as the dense model's: a device of a seed counts once."""
+    return float(np.mean(list(_by_device_and_seed(rows, measure).values())))
 
 
 def difference(
@@ -107,6 +99,13 @@ def difference(
         return None
     means = [by_device((key[0], values[key]) for key in common) for values in (ours, theirs)]
     return paired(*means)
+
+
+def _spread(rows: Rows, measure: str) -> str:
+    values = measured(rows, measure)
+    if not len(values):
+        return "refused" if any(row["refused"] for row in rows) else ""
+    return f"{values.mean():.3f} ± {values.std(ddof=1) if len(values) > 1 else 0:.3f} ({len(values)})"
 
 
 def _by_device_and_seed(rows: Sequence[Mapping[str, str]], measure: str) -> dict[tuple[str, str], float]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import tomli_w
 from optuna.trial import FrozenTrial
 
+from experiments.rows import as_csv
 from experiments.search.objective import MEASURES
 from experiments.search.runner import measures_key, scores
 from experiments.search.schedule import FAILED
@@ -56,7 +56,4 @@ def write_table(search: Search, trials: Sequence[FrozenTrial], path: Path) -> No
         row |= {name: measures.get(name, "") for name in MEASURES}
         row |= {name: trial.params.get(name, "") for name in search.space.parameters}
         rows.append(row | {"error": trial.user_attrs.get("error", "")})
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+    write_bytes(path, as_csv(rows, list(rows[0])))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from experiments.caption import PACKAGES, caption
-from experiments.compare.table import markdown
+from experiments.rows import as_csv, as_markdown
 from experiments.statistics import TEST, paired
 from experiments.swept.outcome import BYTES_TO, SECONDS_TO, Outcome, Point, grouped, personal_by_device
 from experiments.swept.settings import SweepOptions, references
@@ -35,19 +33,15 @@ def write_results(runs: Sequence[Outcome], out: Path, options: SweepOptions) -> 
     """Writes `results.csv`, a line a run, and `devices.csv`, a line a run and device; returns the first's path."""
     rows = [dict(run.point) | run.measures(options.reach) for run in runs]
     measures = list(runs[0].measures(options.reach))
-    write_bytes(out / "results.csv", _csv(rows, measures))
+    write_bytes(out / "results.csv", as_csv(rows, _columns(rows, measures)))
     devices = [dict(run.point) | device for run in runs for device in run.devices()]
-    write_bytes(out / "devices.csv", _csv(devices, list(runs[0].devices()[0])))
+    write_bytes(out / "devices.csv", as_csv(devices, _columns(devices, list(runs[0].devices()[0]))))
     return out / "results.csv"
 
 
-def _csv(rows: Sequence[Mapping[str, Any]], last: Sequence[str]) -> bytes:
+def _columns(rows: Sequence[Mapping[str, Any]], last: Sequence[str]) -> list[str]:
     """Where runs differ in other options than others do, the columns are those of all; `last` ones come last."""
-    text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, [*dict.fromkeys(key for row in rows for key in row if key not in last), *last])
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue().encode()
+    return [*dict.fromkeys(key for row in rows for key in row if key not in last), *last]
 
 
 def means_over_seeds(runs: Sequence[Outcome], options: SweepOptions) -> list[Mapping[str, str]]:
@@ -134,4 +128,4 @@ def _common(tables: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
 
 def write_table(rows: Sequence[Mapping[str, str]], said: str, file: Path) -> None:
     """Writes Markdown: the rows, and under them how they came about."""
-    write_bytes(file, f"{markdown(rows)}\n{said[0].upper()}{said[1:]}\n".encode())
+    write_bytes(file, f"{as_markdown(rows)}\n{said[0].upper()}{said[1:]}\n".encode())
