@@ -162,10 +162,6 @@ def _combine(options: AdapterOptions, privacy: PrivacyOptions, generator: torch.
     return scatter_trimmed(median_cut if options.combine == "median" else trimmed_cut(options.trim))
 
 
-def _rule(options: AdapterOptions) -> Rule:
-    return hetlora.RULE if options.hetlora else RULES[options.rule]
-
-
 def rule_of(options: AdapterOptions) -> Rule:
     """Returns the rule that the options name. Raises ConfigError if it is a user's own and not to be had."""
     if is_own(options.rule):
