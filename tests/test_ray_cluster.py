@@ -52,9 +52,9 @@ def test_a_node_that_is_killed_in_the_middle_of_a_run_changes_nothing(
 
     with Workers(address) as workers:
         deadline = time.monotonic() + 120
-        while len(workers._idle) < 2 and time.monotonic() < deadline:  # both nodes are at work when one goes
+        while len(workers._at) < 2 and time.monotonic() < deadline:  # both nodes are at work when one goes
             time.sleep(0.1)
-        assert len(workers._idle) == 2
+        assert len(workers._at) == 2
 
         def kill() -> None:
             while not (folder / "server" / "round-0002.safetensors").exists():

@@ -15,9 +15,11 @@ from flwr.app import Array, ArrayRecord, Context, Message, RecordDict
 from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import FedAvg
 from flwr.supercore.task_identity import TaskIdentity
+from ray.exceptions import RayActorError
 from test_inprocess_run import SMALL, content, tapfl
 
 from experiments.engines.cluster import require_reachable
+from experiments.engines.grid import WORKER_LOST
 from experiments.engines.ray import RayGrid, Workers
 from experiments.preflight import absolute_paths
 from experiments.search.command import run_search
@@ -192,24 +194,84 @@ def test_what_only_ray_has_is_refused_elsewhere(cache: Path, tmp_path: Path) -> 
     assert not (tmp_path / "run").exists()
 
 
-def test_federations_take_turns() -> None:
-    """Two that have messages waiting get every second actor that comes free, however many the first has."""
-    workers, handed = Workers(), []
-    grids = [RayGrid(workers, "apps:app", {}, 1) for _ in range(2)]
+class NotedActor:
+    """Stands for an actor of Ray's, and notes whose message it got."""
 
-    class Actor:
-        class answer:  # noqa: N801
-            @staticmethod
-            def remote(app: str, message: Message, *rest: object) -> Message:
-                handed.append(grids.index(next(g for g in grids if message.metadata.dst_node_id in g.partitions)))
-                return message
+    def __init__(self, taken: list[int]) -> None:
+        self.taken = taken
 
-    workers._watch = lambda ref, done: None  # type: ignore[method-assign]
+    @property
+    def answer(self) -> NotedActor:
+        return self
+
+    def remote(self, app: str, message: Message, *rest: object) -> Message:
+        self.taken.append(message.metadata.dst_node_id)
+        return message
+
+
+@pytest.fixture
+def unstarted(monkeypatch: pytest.MonkeyPatch) -> Workers:
+    """Workers without Ray: what they hand out is done when the test says so."""
+    monkeypatch.setattr(Workers, "_watch", lambda self, ref, done: None)
     TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
-    for grid, count in zip(grids, (5, 2), strict=True):
-        (node,) = grid.partitions
-        workers._queue(grid, [Message(RecordDict(), node, "train") for _ in range(count)])
+    return Workers()
+
+
+def queued(workers: Workers, count: int) -> tuple[RayGrid, int, list[Message]]:
+    """Returns a federation of one node with messages that wait, its node, and they."""
+    grid = RayGrid(workers, "apps:app", {}, 1)
+    (node,) = grid.partitions
+    messages = [Message(RecordDict(), node, "train") for _ in range(count)]
+    for message in messages:
+        grid.stamp(message)
+    workers._queue(grid, messages)
+    return grid, node, messages
+
+
+def test_federations_take_turns(unstarted: Workers) -> None:
+    """Two that have messages waiting get every second actor that comes free, however many the first has."""
+    handed: list[int] = []
+    (_, first, _), (_, second, _) = queued(unstarted, 5), queued(unstarted, 2)
     for _ in range(7):
-        workers._idle.append(Actor())
-        workers._hand_out()
-    assert handed == [0, 1, 0, 1, 0, 0, 0]
+        unstarted._at[NotedActor(handed)] = set()
+        unstarted._hand_out()
+    assert handed == [first, second, first, second, first, first, first]
+
+
+def test_a_busy_actor_has_its_next_message_but_the_last_ones_wait_for_who_is_free_first(unstarted: Workers) -> None:
+    handed: list[list[int]] = [[], []]
+    actors = [NotedActor(taken) for taken in handed]
+    grid, _, messages = queued(unstarted, 6)
+    unstarted._at = {actor: set() for actor in actors}
+
+    def told(number: int) -> list[int]:
+        """Hands out what the second actor's answer to a message makes free; returns how many each was given."""
+        done = Future[Message]()
+        done.set_result(Message(RecordDict(), reply_to=messages[number]))
+        unstarted._answered(actors[1], grid, messages[number], done)
+        unstarted._hand_out()
+        return [len(taken) for taken in handed]
+
+    unstarted._hand_out()
+    assert [len(taken) for taken in handed] == [2, 2]
+    assert told(1) == [2, 2]
+    assert told(3) == [2, 3]
+
+
+def test_an_actor_that_dies_is_awaited_once_whatever_it_had(
+    unstarted: Workers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    awaited: list[object] = []
+    monkeypatch.setattr(unstarted, "_await", awaited.append)
+    actor, (grid, _, messages) = NotedActor([]), queued(unstarted, 3)
+    unstarted._at = {actor: set()}
+    unstarted._hand_out()
+    lost = Future[Message]()
+    lost.set_exception(RayActorError())
+    unstarted._answered(actor, grid, messages[0], lost)
+    unstarted._answered(actor, grid, messages[1], lost)
+    unstarted._hand_out()
+    assert awaited == [actor]
+    assert len(actor.taken) == 2
+    replies = list(grid.pull_messages([message.metadata.message_id for message in messages]))
+    assert [reply.error.code for reply in replies] == [WORKER_LOST, WORKER_LOST]

@@ -1,8 +1,8 @@
 """A Grid over long-lived Ray actors, warm for one federation after the other and for several at once.
 
 Ray places the actors, and starts them anew when they or their machine die; what was lost with one is answered with an
-error, and `strategies.exchange` sends it again. Messages wait in this process until an actor is free, which takes them
-from the federations in turn; of a device nothing is kept but its node id and its partition id.
+error, and `strategies.exchange` sends it again. Messages wait in this process until an actor can take them, from the
+federations in turn; of a device nothing is kept but its node id and its partition id.
 """
 
 from __future__ import annotations
@@ -131,7 +131,7 @@ class Workers:
         self.lost = ""  # why no actor is left
         self._address, self._count, self._cpus, self._gpus = address, count, cpus, gpus
         self._actors: list[Any] = []
-        self._idle: list[Any] = []
+        self._at: dict[Any, set[str]] = {}  # ids of the messages that each actor which is there has
         self._turns: deque[RayGrid] = deque()  # federations with messages that wait
         self._events: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._first: Future[None] = Future()  # done when the first actor is ready
@@ -244,16 +244,29 @@ class Workers:
         grid.waiting.extend(messages)
 
     def _hand_out(self) -> None:
-        while self._idle and self._turns:
+        while self._turns and (actor := self._taker()) is not None:
             grid = self._turns.popleft()
             if not grid.waiting:  # its federation has ended
                 continue
             message = grid.waiting.popleft()
             if grid.waiting:
                 self._turns.append(grid)
-            actor, i, nodes = self._idle.pop(), grid.partitions[message.metadata.dst_node_id], len(grid.partitions)
+            i, nodes = grid.partitions[message.metadata.dst_node_id], len(grid.partitions)
+            self._at[actor].add(message.metadata.message_id)
             ref = actor.answer.remote(grid.client_app, message, i, nodes, grid.run_config)
             self._watch(ref, partial(self._answered, actor, grid, message))
+
+    def _taker(self) -> Any | None:
+        """Returns the actor that gets the next message, None if it has to wait.
+
+        An actor that works gets one more, which lies there when it is done: the way of an answer here and of a message
+        back is milliseconds in which it would have nothing to do. The last ones wait for whoever is free first.
+        """
+        if not self._at:
+            return None
+        actor = min(self._at, key=lambda each: len(self._at[each]))
+        waiting = sum(len(grid.waiting) for grid in self._turns)
+        return actor if len(self._at[actor]) < (2 if waiting > len(self._at) else 1) else None
 
     def _answered(self, actor: Any, grid: RayGrid, message: Message, future: Future[Message]) -> None:
         from ray.exceptions import RayActorError, RayTaskError
@@ -264,10 +277,12 @@ class Workers:
         else:
             code = CLIENT_APP_RAISED if isinstance(error, RayTaskError) else WORKER_LOST
             reply = Message(Error(code, f"{type(error).__name__}: {error}"), reply_to=message)
-        if isinstance(error, RayActorError):
-            self._await(actor)
-        else:
-            self._idle.append(actor)
+        if message.metadata.message_id in self._at.get(actor, ()):  # else it was lost before with another one
+            if isinstance(error, RayActorError):
+                del self._at[actor]
+                self._await(actor)
+            else:
+                self._at[actor].remove(message.metadata.message_id)
         grid.deliver(reply)
 
     def _await(self, actor: Any) -> None:
@@ -277,14 +292,14 @@ class Workers:
     def _ready(self, actor: Any, future: Future[dict[str, str]]) -> None:
         here, error = versions(), future.exception()
         if error is None and (there := future.result()) == here:
-            self._idle.append(actor)
+            self._at[actor] = set()
         else:
             differ = "" if error else ", ".join(f"{n} {there[n]}, not {here[n]}" for n in here if there[n] != here[n])
             log(logging.WARNING, "a Ray actor is given up: %s", differ or error)
             self._actors.remove(actor)
             if not self._actors:
                 self._lose(f"no Ray actor is left: {differ or str(error).strip().splitlines()[-1]}")
-        if self._idle and not self._first.done():
+        if self._at and not self._first.done():
             self._first.set_result(None)
 
     def _lose(self, why: str) -> None:
