@@ -21,6 +21,7 @@ from tapfl.adapters.layout import Params, pack, unpack
 from tapfl.adapters.peft_format import save_peft
 from tapfl.config import RunConfig
 from tapfl.errors import RunError
+from tapfl.models.backbone import image_features
 from tapfl.models.cost import measure_cost
 from tapfl.models.dense import DenseCache
 from tapfl.personalize.method import LocalResult, Method, Personal, local_round, method_of
@@ -29,7 +30,7 @@ from tapfl.pruning.plan import PruningPlan
 from tapfl.pruning.surgery import rebuild, save_pruned, shrink
 from tapfl.seeds import numpy_generator
 from tapfl.store import cache_folder
-from tapfl.summary.descriptors import Projection, image_features
+from tapfl.summary.descriptors import Projection
 from tapfl.summary.private import device_mixture
 from tapfl.training import accuracy, batches, cross_entropy, predict
 from tapfl.wire import (

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from tapfl.config import MetricOptions, PruningOptions, SummaryOptions
     from tapfl.data.sources import ImageSet, load_images
     from tapfl.errors import TapflError
-    from tapfl.models.backbone import BackboneSpec, build, transform_of
+    from tapfl.models.backbone import BackboneSpec, build, image_features, transform_of
     from tapfl.models.cost import Cost, measure_cost
     from tapfl.models.prunable import prunable_layers
     from tapfl.pruning.budget import Budget
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from tapfl.pruning.plan import PruningPlan, load_plan, read_plan
     from tapfl.pruning.planning import pruning_task
     from tapfl.pruning.surgery import apply_plan, load_pruned, save_pruned, shrink
-    from tapfl.summary.descriptors import Projection, image_features
+    from tapfl.summary.descriptors import Projection
     from tapfl.summary.metric_set import pick_metric_set
     from tapfl.summary.mixture import GaussianSummary, fit_mixture
 
@@ -41,7 +41,7 @@ _HOMES = {
     "build": "tapfl.models.backbone",
     "export": "tapfl.pruning.export",
     "fit_mixture": "tapfl.summary.mixture",
-    "image_features": "tapfl.summary.descriptors",
+    "image_features": "tapfl.models.backbone",
     "load_images": "tapfl.data.sources",
     "load_plan": "tapfl.pruning.plan",
     "load_pruned": "tapfl.pruning.surgery",

@@ -19,8 +19,8 @@ from tapfl.models import dense
 from tapfl.models.backbone import (
     BackboneSpec,
     build,
-    features,
     head_names,
+    image_features,
     load_weights,
     parse_args,
     read_head_rows,
@@ -86,7 +86,7 @@ def test_a_backbone_knows_its_input_heads_and_features(
     assert not model.training
     assert head_names(model) == heads
     assert (transform.size, transform.channels, len(transform.mean)) == (size, channels, channels)
-    pooled = features(model, torch.zeros(2, channels, *size))
+    pooled = image_features(model, [torch.zeros(2, channels, *size)])
     assert pooled.shape == (2, model.num_features)
 
 

@@ -15,7 +15,7 @@ from tapfl.data.federated import check_classes, open_pool, open_private
 from tapfl.data.partition import DeviceSplit, partition
 from tapfl.data.sources import ImageSet
 from tapfl.data.transform import Transform
-from tapfl.models.backbone import BackboneSpec, input_transform
+from tapfl.models.backbone import BackboneSpec, image_features, input_transform
 from tapfl.models.dense import DenseCache, dense_backbone
 from tapfl.pruning.basis import turned_on_pool
 from tapfl.pruning.budget import Budget
@@ -25,7 +25,7 @@ from tapfl.pruning.pipeline import FineTuneSet, fine_tune_set, labels_of
 from tapfl.pruning.planning import pruning_task
 from tapfl.seeds import numpy_generator
 from tapfl.store import cache_folder
-from tapfl.summary.descriptors import cached_features, image_features
+from tapfl.summary.descriptors import cached_features
 from tapfl.summary.mixture import GaussianSummary
 from tapfl.summary.private import device_mixture
 from tapfl.training import accuracy, predict

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import timm
 import timm.data
 import torch
@@ -28,6 +29,7 @@ from tapfl.config import ModelOptions, Scalar
 from tapfl.data.transform import Transform
 from tapfl.errors import ModelError, PlanError
 from tapfl.models.pit import Step, pit_steps
+from tapfl.progress import track
 from tapfl.store import read_tensors
 
 _INITIALISING = threading.RLock()  # timm draws from torch's global generator, and runs may share a process
@@ -175,9 +177,10 @@ def tokens_read(model: Any) -> int | None:
 
 
 @torch.no_grad()
-def features(model: Any, batch: Tensor) -> Tensor:
-    """Returns pooled pre-logits features (n, width) of a batch in the backbone's input format."""
-    return model.forward_head(model.forward_features(batch), pre_logits=True)
+def image_features(model: Any, inputs: Iterable[Tensor]) -> np.ndarray:
+    """Returns pooled pre-logits features, float32 (n, width), of batches in the backbone's input format."""
+    pooled = (model.forward_head(model.forward_features(x), pre_logits=True) for x in track(inputs, "features"))
+    return torch.cat(list(pooled)).numpy()
 
 
 def load_weights(

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from sklearn.decomposition import PCA
-from torch import Tensor, nn
+from torch import nn
 
 from tapfl.data.sources import ImageSet
 from tapfl.data.transform import Transform
-from tapfl.models.backbone import features
-from tapfl.progress import track
+from tapfl.models.backbone import image_features
 from tapfl.store import content_hash, read_tensors, write_tensors
 
 
@@ -52,8 +50,3 @@ def cached_features(model: nn.Module, images: ImageSet, transform: Transform, ca
     found = image_features(model, transform.batches(images.images))
     write_tensors(file, {"features": torch.from_numpy(found)})
     return found
-
-
-def image_features(model: nn.Module, inputs: Iterable[Tensor]) -> np.ndarray:
-    """Returns pooled pre-logits features, float32 (n, width), of batches in the backbone's input format."""
-    return torch.cat([features(model, batch) for batch in track(inputs, "features")]).numpy()
