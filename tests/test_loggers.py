@@ -14,7 +14,7 @@ from test_inprocess_run import content, tapfl
 from test_refused_input import refused
 from test_resume import killed_after
 
-from experiments.search.shared_round_zero import AFTER, AFTER_SUMMARIES, _hash
+from experiments.shared_round_zero import AFTER, AFTER_SUMMARIES, _hash
 from strategies.checkpoint import config_hash
 from strategies.loggers import event_files, tracking
 from strategies.loggers.feed import Feed

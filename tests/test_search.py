@@ -26,10 +26,10 @@ from experiments import cli
 from experiments.bench.search import METHODS, Toy, bench_search
 from experiments.search.federation import carry_out
 from experiments.search.settings import read_search
-from experiments.search.shared_round_zero import AFTER, AFTER_SUMMARIES, BUT
 from experiments.search.study import only_driver
 from experiments.search.trials import Job
 from experiments.search.workers import Workers
+from experiments.shared_round_zero import AFTER, AFTER_SUMMARIES, BUT
 from strategies import preparation
 from tapfl.config import RunConfig, parse_assignment
 from tapfl.errors import ConfigError, RunError

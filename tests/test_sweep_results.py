@@ -119,6 +119,9 @@ def test_round_zero_is_shared_and_changes_nothing(runs: list[Outcome], file: Pat
     done = tapfl("--out", str(tmp_path / "alone"), cache=Path(runs[2].options["cache"]), options=options)
     assert done.exit_code == 0, done.output
     assert content(tmp_path / "alone") == content(runs[2].folder)
+    for told in ("metric-sets/*.json", "devices/*/images.json"):  # what the report tells of round zero
+        kept = {file.relative_to(tmp_path / "alone"): file.read_bytes() for file in (tmp_path / "alone").glob(told)}
+        assert kept and kept == {name: (runs[2].folder / name).read_bytes() for name in kept}
     alone = json.loads((tmp_path / "alone" / "summary.json").read_text())
     assert alone["curve"] == runs[2].summary["curve"]
 

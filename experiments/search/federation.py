@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from experiments.search.objective import measures_of
-from experiments.search.shared_round_zero import keep, prepare
 from experiments.search.trials import Job
+from experiments.shared_round_zero import keep, prepare
 from tapfl.config import RunConfig, Scalar
 from tapfl.errors import RunError
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Container, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,15 +31,18 @@ AFTER = (
 BUT = ("adapters.head",)  # for class rows a device says which classes it has
 # what cannot change a summary either
 AFTER_SUMMARIES = (*AFTER, "metric.", "pruning.", "devices.budgets")
+# the files of a run: what devices said, and the plans; with each what the report tells of it
+SUMMARIES = ("summaries/*", "devices/*/images.json")
+PLANS = ("plans/*", "metric-sets/*")
 
 
 def keep(run: Path, config: RunConfig, store: Path) -> None:
     """Leaves the round zero of a run for others, if none is there."""
     summaries, plans = _folders(config, store)
-    told = {file.stem for file in (run / "summaries").glob("*")}
-    _fill(summaries, [*(run / "summaries").glob("*")])
+    told = {file.stem for file in run.glob("summaries/*")}
+    _fill(summaries, run, SUMMARIES)
     # the plan of a device that gave no mixture is for want of a better one
-    _fill(plans, [file for file in (run / "plans").glob("*") if file.stem in told])
+    _fill(plans, run, PLANS, told)
 
 
 def is_kept(config: RunConfig, store: Path) -> bool:
@@ -55,10 +58,8 @@ def name_of(config: RunConfig) -> str:
 def prepare(run: Path, config: RunConfig, store: Path) -> None:
     """Makes the folder of a new run, to go on with, and puts into it what is kept of its round zero."""
     with whole_folder(run) as folder:
-        for name, source in zip(("summaries", "plans"), _folders(config, store), strict=True):
-            (folder / name).mkdir()
-            for file in source.glob("*"):
-                _link(file, folder / name / file.name)
+        for source in _folders(config, store):
+            _link_all(source, folder, [file for file in source.rglob("*") if file.is_file()])
         write_json(folder / "config.json", config.flat() | {"resume": False})
 
 
@@ -72,16 +73,23 @@ def _hash(flat: Mapping[str, Any], after: tuple[str, ...]) -> str:
     return content_hash(json.dumps(decisive, sort_keys=True))
 
 
-def _fill(target: Path, files: list[Path]) -> None:
+def _fill(target: Path, run: Path, patterns: Sequence[str], stems: Container[str] | None = None) -> None:
+    files = [file for pattern in patterns for file in run.glob(pattern) if stems is None or file.stem in stems]
     if target.exists() or not files:
         return
     try:
         with whole_folder(target) as folder:
-            for file in files:
-                _link(file, folder / file.name)
+            _link_all(run, folder, files)
     except OSError:
         if not target.exists():  # else another trial has just left the same
             raise
+
+
+def _link_all(source: Path, target: Path, files: Iterable[Path]) -> None:
+    for file in files:
+        same = target / file.relative_to(source)
+        same.parent.mkdir(parents=True, exist_ok=True)
+        _link(file, same)
 
 
 def _link(source: Path, target: Path) -> None:
