@@ -24,7 +24,8 @@ from tapfl.errors import RunError
 from tapfl.models.backbone import image_features
 from tapfl.models.cost import measure_cost
 from tapfl.models.dense import DenseCache
-from tapfl.personalize.method import LocalResult, Method, Personal, local_round, method_of
+from tapfl.personalize.method import LocalResult, Method, Personal, local_round
+from tapfl.personalize.methods import method_of
 from tapfl.profiles import DeviceProfile
 from tapfl.pruning.plan import PruningPlan
 from tapfl.pruning.surgery import rebuild, save_pruned, shrink

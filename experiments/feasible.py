@@ -15,7 +15,7 @@ from tapfl.models.backbone import build, input_transform, spec_of
 from tapfl.models.cost import measure_cost
 from tapfl.models.dense import DenseCache, dense_key, fill_weights
 from tapfl.models.prunable import prunable_layers
-from tapfl.personalize.method import method_of
+from tapfl.personalize.methods import method_of
 from tapfl.privacy import require_accountant
 from tapfl.profiles import profiles_of
 from tapfl.pruning.allocate import allocate

@@ -41,7 +41,7 @@ from tapfl.adapters.layout import (
 from tapfl.adapters.rules import ServerState
 from tapfl.config import RunConfig
 from tapfl.data.sources import ImageSet
-from tapfl.personalize.method import method_of
+from tapfl.personalize.methods import method_of
 from tapfl.privacy import epsilon
 from tapfl.profiles import max_rank
 from tapfl.progress import stage

@@ -12,7 +12,7 @@ from tapfl.config import RULES as NAMES
 from tapfl.config import RunConfig
 from tapfl.errors import ConfigError, ModelError
 from tapfl.models.backbone import BackboneSpec, build
-from tapfl.personalize.method import method_of
+from tapfl.personalize.methods import method_of
 from tapfl.pruning.criteria.registry import resolved
 
 MODULE = """

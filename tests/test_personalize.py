@@ -18,7 +18,8 @@ from tapfl.personalize.ditto import Ditto, pull_of
 from tapfl.personalize.fedavg import FedAvg
 from tapfl.personalize.finetune import FineTune
 from tapfl.personalize.local import Local
-from tapfl.personalize.method import Method, Personal, local_round, method_of
+from tapfl.personalize.method import Method, Personal, local_round
+from tapfl.personalize.methods import method_of
 from tapfl.personalize.trainee import Trainee
 
 METHODS = [Apfl(0.5, "step"), Apfl(0.5, "step", passes="one"), Ditto(0.1, 2.0), FedAvg(), FineTune(), Local()]

@@ -1,16 +1,15 @@
-"""The interface of a personalisation method, and the methods by name."""
+"""The interface of a personalisation method."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
-from tapfl.config import PersonalizeOptions, TrainOptions
-from tapfl.own import is_own, own
+from tapfl.config import TrainOptions
 from tapfl.training import Objective, Params
 
 S = TypeVar("S")
@@ -101,30 +100,3 @@ def local_round(
     losses = [method.step(state, objective, batch).detach() for batch in batches]
     upload, stays = method.final(state)
     return LocalResult(upload, stays, float(sum(losses)) / len(losses))
-
-
-def method_of(options: PersonalizeOptions, scale: float) -> Method[Any]:
-    """Returns the method that the options name, for adapters of scale s; of a user's own, `name(options, scale)`.
-
-    Raises:
-        ConfigError: if it is a user's own and not to be had.
-    """
-    if is_own(options.method):
-        found: Method[Any] = own("personalize.method", options.method)(options, scale)
-        return found
-    from tapfl.personalize.apfl import Apfl
-    from tapfl.personalize.ditto import Ditto
-    from tapfl.personalize.fedavg import FedAvg
-    from tapfl.personalize.finetune import FineTune
-    from tapfl.personalize.local import Local
-
-    methods: dict[str, Callable[[], Method[Any]]] = {
-        "apfl": lambda: Apfl(
-            options.alpha, options.alpha_update, options.alpha_learning_rate, options.alpha_per, options.passes
-        ),
-        "ditto": lambda: Ditto(options.ditto_lambda, scale),
-        "local": Local,
-        "fedavg": FedAvg,
-        "fedavg+finetune": FineTune,
-    }
-    return methods[options.method]()
