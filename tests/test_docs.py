@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tomllib
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,25 @@ QUICK = [page for page in PAGES if any(b.how == "run" and b.language in ("bash",
 SLOW = [page for page in PAGES if any(block.how == "slow" for block in pages.blocks(page))]
 CONFIGS = sorted((ROOT / "experiments" / "configs").glob("*.toml"))
 MADE = ("small", "runs/first")  # what pages take as given: a smaller model, and the folder of a run
+
+
+def test_the_rooms_of_the_house_are_those_that_lint_knows() -> None:
+    """Each table of docs/architecture.md has the rooms of its contract, none above one that may import it."""
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["tool"]["importlinter"]["contracts"]
+    lines = {floor: contract["layers"] for contract in contracts for floor in contract.get("containers", ())}
+    depths = {
+        floor: {room: depth for depth, line in enumerate(layers) for room in line.split(" | ")}
+        for floor, layers in lines.items()
+    }
+    page = (ROOT / "docs" / "architecture.md").read_text("utf-8")
+    tables = {section.split("`")[1]: section for section in page.split("\n### ")[1:]}
+    assert tables.keys() == depths.keys()
+    for floor, table in tables.items():
+        named = [
+            room for cell in re.findall(r"^\| (`.*?) \|", table, re.MULTILINE) for room in re.findall(r"\w+", cell)
+        ]
+        assert sorted(named) == sorted(depths[floor]), floor
+        assert [depths[floor][room] for room in named] == sorted(depths[floor].values()), floor
 
 
 def files_of(page: Path) -> dict[str, str]:
