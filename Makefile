@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help run deploy-demo test test-slow lint type docs docs-serve clean
+.PHONY: help run deploy-demo test test-slow bench lint type docs docs-serve clean
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
@@ -26,6 +26,9 @@ test: $(READY) ## the default test suite
 
 test-slow: $(READY) ## the long tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow --timeout=1800
+
+bench: $(READY) ## every figure of docs/benchmarks.md beside its goal; an hour on two cores at rest
+	OMP_NUM_THREADS=1 $(BIN)/tapfl bench all --config experiments/configs/bench.toml --out runs/bench
 
 lint: $(READY) ## style, and what each floor of the house may import
 	$(BIN)/ruff check .

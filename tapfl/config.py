@@ -11,7 +11,7 @@ import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args
 from urllib.parse import parse_qs, urlsplit
 
 from pydantic import (
@@ -490,6 +490,5 @@ def _explain(error: dict[str, Any], root: type[BaseModel]) -> str:
 def _siblings(section: type[BaseModel], tables: list[str]) -> list[str]:
     for table in tables:
         annotation = section.model_fields[table].annotation
-        assert isinstance(annotation, type)
-        section = annotation
+        (section,) = get_args(annotation)[:1] or (annotation,)  # of a list of tables what each of them is
     return [_kebab(name) for name in section.model_fields]

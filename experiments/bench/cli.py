@@ -256,3 +256,14 @@ def bench_apfl(
     sizes = {name: size[:1] if name == "digits" else size for name in model}
     rows = [measure(name, pixels, batch, rank, steps, repeats) for name in model for pixels in sizes[name]]
     show_rows(rows, as_json)
+
+
+@app.command("all")
+def bench_all(
+    config: Annotated[Path, typer.Option(help="what to measure, and the goals, as TOML")],
+    out: Annotated[Path, typer.Option(help="folder of the rows; what is there is not measured again")],
+) -> None:
+    """Carry out all measurements of a file, and show every goal beside what was measured."""
+    from experiments.bench.goals import measure_all
+
+    print(measure_all(config, out))

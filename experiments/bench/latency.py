@@ -63,6 +63,6 @@ def bench_latency(
         for engine in ("torch", "onnxruntime"):
             for batch in batches:
                 now = milliseconds[engine, batch, share]
-                row[f"{engine} ×{batch}"] = f"{now:.1f} ms, {milliseconds[engine, batch, 1.0] / now:.2f}"
+                row[f"{engine} ×{batch}"] = f"{milliseconds[engine, batch, 1.0] / now:.2f}, {now:.1f} ms"
         rows.append(row)
     return rows

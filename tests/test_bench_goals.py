@@ -1,0 +1,70 @@
+"""All measurements in one go: rows are kept, goals judged, and what fails takes nothing with it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from experiments.bench.goals import Goal, Measurements, measure_all
+from tapfl.config import read_toml_tables, validated
+from tapfl.errors import ConfigError, RunError
+
+ROWS = [{"model": "a", "ratio": "1.07 (1.02–1.10)"}, {"model": "b", "ratio": "2e-7"}, {"took s": 3.5}]
+
+
+@pytest.mark.parametrize(
+    ("goal", "measured", "verdict"),
+    [
+        ({"column": "ratio", "at-most": 1.08}, "1.07", "met"),
+        ({"column": "ratio", "at-least": 1.08}, "1.07", "**missed**"),
+        ({"column": "ratio", "where": {"model": "b"}, "at-most": 0}, "2e-07", "**missed**"),
+        ({"column": "took s", "at-most": 4}, "3.5", "met"),
+        ({"column": "ratio", "where": {"model": "c"}, "at-most": 1}, "", "not measured"),
+        ({"column": "speed", "at-most": 1}, "", "not measured"),
+        ({"column": "model", "at-most": 1}, "", "not measured"),
+    ],
+)
+def test_a_goal_is_judged_by_the_first_number_of_its_cell(goal: dict[str, object], measured: str, verdict: str) -> None:
+    judged = validated(Goal, {"what": "speed", **goal}).judged(ROWS)
+    assert (judged["measured"], judged[""]) == (measured, verdict)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "measure: field required"),
+        ("measure = []", "measure"),
+        ('[[measure]]\ncommand = "rm -rf x"', "measure.command"),
+        ('[[measure]]\ncommand = "tapfl run"\ngoal = [{ what = "x", column = "y" }]', "at-least or at-most"),
+        ('[[measure]]\ncommand = "tapfl run"\ngoal = [{ what = "x", column = "y", most = 1 }]', "is not an option"),
+    ],
+)
+def test_a_file_that_says_nothing_to_measure_is_refused(text: str, said: str, tmp_path: Path) -> None:
+    (tmp_path / "bench.toml").write_text(text)
+    with pytest.raises(ConfigError, match=said):
+        measure_all(tmp_path / "bench.toml", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_is_measured_is_kept_whatever_else_fails(tmp_path: Path) -> None:
+    file, out = tmp_path / "bench.toml", tmp_path / "out"
+    devices = """[[measure]]
+command = "tapfl bench devices --devices 1 --probe own"
+goal = [{ what = "a device, s", where = { devices = "1" }, column = "s a device", at-most = 1e9 }]
+"""
+    file.write_text('[[measure]]\ncommand = "tapfl bench apfl --steps 0"\n' + devices)
+    with pytest.raises(RunError, match=r"tapfl bench apfl --steps 0: ended with 2.*\n.*the same command goes on"):
+        measure_all(file, out)
+    (rows,) = out.glob("*.jsonl")
+    before = rows.stat().st_mtime_ns
+    file.write_text(devices)
+    text = measure_all(file, out)
+    assert rows.stat().st_mtime_ns == before
+    assert "| a device, s | ≤ 1e+09 |" in text and "| met |" in text and "took s" not in text
+    assert "| probe | devices |" in text and text == (out / "bench.md").read_text()
+
+
+def test_the_file_of_the_project_is_one() -> None:
+    file = Path(__file__).parents[1] / "experiments" / "configs" / "bench.toml"
+    assert validated(Measurements, read_toml_tables(file)).measure
