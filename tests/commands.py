@@ -19,6 +19,7 @@ from pages import ROOT
 from ray.scripts.scripts import cli as ray_cli
 
 from experiments import cli
+from experiments.bench.goals import read_measurements
 from experiments.compare.reading import read_comparison
 from experiments.search.settings import read_search
 from experiments.sweep import read_sweep
@@ -32,6 +33,7 @@ ASSIGNED = re.compile(r"\w+=(.*)", re.DOTALL)
 NAMED = re.compile(r"[A-Z]+(\.\w+)?")  # FILE, DIR, NAME: stands for what the reader puts there
 NUMBER = re.compile(r"^(N|RUN_ID)$|\$\{?\w+(:-\w+)?\}?")  # stands for one, or is in a variable
 READERS: dict[str, Callable[[Path], object]] = {
+    "all": read_measurements,  # of tapfl bench
     "compare": read_comparison,
     "search": read_search,
     "sweep": read_sweep,

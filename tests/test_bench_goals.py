@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from experiments.bench.goals import Goal, Measurements, measure_all
-from tapfl.config import read_toml_tables, validated
+from experiments.bench.goals import Goal, measure_all
+from tapfl.config import validated
 from tapfl.errors import ConfigError, RunError
 
 ROWS = [{"model": "a", "ratio": "1.07 (1.02–1.10)"}, {"model": "b", "ratio": "2e-7"}, {"took s": 3.5}]
@@ -63,8 +63,3 @@ goal = [{ what = "a device, s", where = { devices = "1" }, column = "s a device"
     assert rows.stat().st_mtime_ns == before
     assert "| a device, s | ≤ 1e+09 |" in text and "| met |" in text and "took s" not in text
     assert "| probe | devices |" in text and text == (out / "bench.md").read_text()
-
-
-def test_the_file_of_the_project_is_one() -> None:
-    file = Path(__file__).parents[1] / "experiments" / "configs" / "bench.toml"
-    assert validated(Measurements, read_toml_tables(file)).measure

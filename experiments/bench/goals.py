@@ -75,6 +75,11 @@ class Measurements(Section):
     measure: tuple[Measurement, ...] = Field(min_length=1)
 
 
+def read_measurements(file: Path) -> Sequence[Measurement]:
+    """Returns what the file lists. Raises ConfigError if it does not say what to measure."""
+    return validated(Measurements, read_toml_tables(file)).measure
+
+
 def measure_all(file: Path, out: Path) -> str:
     """Carries out what is not there yet, and returns the page, which is also in ``out/bench.md``.
 
@@ -82,7 +87,7 @@ def measure_all(file: Path, out: Path) -> str:
         ConfigError: if the file does not say what to measure.
         RunError: if commands failed, with the last line that each said; the rows of the others are kept.
     """
-    measurements = validated(Measurements, read_toml_tables(file)).measure
+    measurements = read_measurements(file)
     rows: dict[str, list[Row]] = {}
     failed = []
     with stage("measurements") as advance:
