@@ -131,3 +131,8 @@ def planned(
 ) -> PruningPlan:
     """Returns the plan of the criterion that the options name."""
     return prune_model(pruning_task(model, inputs, budget, options, batch), spec).plan
+
+
+def kept_units(plan: PruningPlan) -> dict[str, torch.Tensor]:
+    """Returns the kept units (int64) of every layer of a plan, by name."""
+    return {layer.name: layer.index() for layer in plan.layers}

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import timm
 import torch
-from backbones import CLASSES, Tiny, masked, plan_of, planned, tiny
+from backbones import CLASSES, Tiny, kept_units, masked, plan_of, planned, tiny
 from timm.layers import Attention
 from timm.models.vision_transformer import ResPostBlock
 from torch import Tensor, nn
@@ -21,7 +21,7 @@ from tapfl.models.cost import measure_cost
 from tapfl.models.prunable import prunable_layers
 from tapfl.pruning.compensation import compensate, compensate_sequentially
 from tapfl.pruning.plan import PruningPlan
-from tapfl.pruning.surgery import kept_units, load_pruned, save_pruned, shrink
+from tapfl.pruning.surgery import load_pruned, save_pruned, shrink
 
 TINY: dict[str, Any] = {"img_size": 32, "embed_dim": 32, "depth": 2, "num_heads": 2}
 SWIN: dict[str, Any] = {"embed_dim": 24, "depths": (2, 2), "num_heads": (2, 4)}

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from backbones import SWIN, VIT, VIT_ARGS, Tiny, masked, plan_of, planned, random_kept, scramble, tiny
+from backbones import SWIN, VIT, VIT_ARGS, Tiny, kept_units, masked, plan_of, planned, random_kept, scramble, tiny
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from timm.layers import SwiGLU
@@ -26,7 +26,7 @@ from tapfl.models.prunable import prunable_layers
 from tapfl.models.units import LinearCut, SelfAttention
 from tapfl.pruning.basis import canonical_basis
 from tapfl.pruning.plan import PruningPlan, checksum_of, load_plan, read_plan
-from tapfl.pruning.surgery import apply_plan, kept_units, load_pruned, save_pruned, shrink
+from tapfl.pruning.surgery import apply_plan, load_pruned, save_pruned, shrink
 from tapfl.store import read_tensors, sha256_of, write_tensors
 
 FAMILIES = ["vit", "deit", "swin"]

@@ -85,10 +85,6 @@ class CostTable:
             table[:, shapes[name].heads, shapes[name].dims] for name, table in self.branches.items()
         )
 
-    def headroom(self, shapes: Mapping[str, Shape]) -> np.ndarray:
-        """Returns what every limit leaves (M,), negative where it does not hold."""
-        return self.allowed - self.total(shapes)
-
     def satisfied(self, shapes: Mapping[str, Shape]) -> bool:
         """Returns whether all limits hold."""
         return within(self.total(shapes), self.allowed)

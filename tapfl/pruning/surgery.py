@@ -125,11 +125,6 @@ def rebuild(plan: PruningPlan, weights: bytes) -> nn.Module:
     return _filled(_skeleton(plan, len(state)), state, f"{source}: do not fit their plan")
 
 
-def kept_units(plan: PruningPlan) -> dict[str, torch.Tensor]:
-    """Returns the kept units (int64) of every layer of a plan, by name."""
-    return {layer.name: layer.index() for layer in plan.layers}
-
-
 def _skeleton(plan: PruningPlan, tensors: int) -> nn.Module:
     """Returns the pruned model without memory for its weights, on torch's meta device, whatever the plan asks for.
 
