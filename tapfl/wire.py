@@ -165,7 +165,7 @@ class HelloReply(WireMessage):
         try:
             return DeviceProfile.of({name: getattr(self, name) for name in PROFILE_FIELDS})
         except ConfigError as error:
-            raise WireError(str(error)) from None
+            raise WireError(f"{error!s:.300}") from None
 
 
 # -- what do your images look like ----------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ An exception that is no WireError ends it and leaves the input in a file `crash-
 
 from __future__ import annotations
 
+import inspect
 import math
 import sys
 import warnings
@@ -21,7 +22,10 @@ from flwr.common.serde import recorddict_from_proto
 from flwr.proto.recorddict_pb2 import RecordDict as Proto
 from test_wire import MESSAGES, accept
 
+from tapfl import profiles, wire
 from tapfl.errors import WireError
+from tapfl.pruning import budget
+from tapfl.summary import mixture
 from tapfl.wire import WireMessage
 
 NUMBERS = (
@@ -147,5 +151,11 @@ if __name__ == "__main__":
     import atheris
 
     warnings.simplefilter("ignore")  # numpy's about odd headers and overflows
+    for module in (wire, mixture, profiles, budget, np.lib._format_impl):
+        for owner in (module, *(kind for kind in vars(module).values() if inspect.isclass(kind))):
+            for function in vars(owner).values():
+                function = getattr(function, "__func__", function)
+                if inspect.isfunction(function) and function.__module__ == module.__name__:
+                    atheris.instrument_func(function)  # in place, for what was imported already
     atheris.Setup(sys.argv, lambda data: attempt(data) and None)
     atheris.Fuzz()

@@ -125,6 +125,15 @@ def load_plan(folder: Path | str) -> tuple[PruningPlan, str]:
     return _read(Path(folder) / PLAN_FILE, required=("checksum", "sha256"))
 
 
+def kept_plan(file: Path) -> tuple[PruningPlan, str]:
+    """Returns a run's `plans/NN.json` and the SHA-256 of the weights beside it, empty if it has none.
+
+    Raises:
+        PlanError: as `read_plan` does.
+    """
+    return _read(file, required=())
+
+
 def _read(file: Path, required: tuple[str, ...]) -> tuple[PruningPlan, str]:
     try:
         content = json.loads(file.read_text(encoding="utf-8"), parse_constant=_no_number)
