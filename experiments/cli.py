@@ -164,12 +164,13 @@ def sweep(
     from experiments.swept.table import caption_of, means_over_seeds, write_results, write_table
     from strategies.progress import shown
     from tapfl.progress import stage
+    from tapfl.store import only_one
 
     _require_ray(engine, address, actor_cpus, actor_gpus)
     cells = read_sweep(config, options_of(None, set))
     told = read_sweep_options(config, options_of(None, reference))
     references([group_of(cell.point) for cell in cells], told.reference)
-    with _interruptible("the same command"), ExitStack() as stack:
+    with _interruptible("the same command"), only_one(out, "sweep"), ExitStack() as stack:
         stack.enter_context(shown())
         if engine is Engine.RAY:
             from experiments.engines.ray import Workers

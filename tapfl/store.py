@@ -178,6 +178,22 @@ def content_hash(*parts: bytes | str | Tensors) -> str:
     return digest.hexdigest()[:16]
 
 
+@contextmanager
+def only_one(out: Path, what: str) -> Iterator[None]:
+    """Keeps other processes out of a folder while the block lasts, making it if need be.
+
+    Raises:
+        ConfigError: if one is at work in it.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    with (out / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ConfigError(f"--out {out}: another {what} is at work in this folder") from None
+        yield
+
+
 def cache_folder(option: str = "") -> Path:
     """Returns the folder of what can be made again: `option`, else TAPFL_CACHE, else ~/.cache/tapfl."""
     return Path(option or os.environ.get("TAPFL_CACHE") or Path.home() / ".cache" / "tapfl")

@@ -14,11 +14,10 @@ from torch import Tensor
 
 from tapfl.config import Scalar
 from tapfl.errors import PlanError
-from tapfl.models.backbone import BackboneSpec
+from tapfl.models.backbone import LARGEST_ARGUMENT, BackboneSpec
 from tapfl.models.cost import Cost
 
 PLAN_FILE = "plan.json"
-LARGEST_ARGUMENT = 2**16  # of a backbone that a plan names: no image, width or depth is larger
 
 
 class LayerPlan(BaseModel):
