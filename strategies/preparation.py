@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -218,7 +219,8 @@ class Preparation:
         try:
             tensors = read_tensors(file)
             rest = unseal(read_about(file).get("reply", ""), tensors, str(file))
-            return SummaryReply(**{name: tensor.numpy() for name, tensor in tensors.items()}, **rest)
+            values: dict[str, Any] = {name: tensor.numpy() for name, tensor in tensors.items()}
+            return SummaryReply(**values, **rest)
         except (PlanError, TypeError):
             return None
 
