@@ -10,9 +10,9 @@ from pathlib import Path
 from tapfl.adapters.layout import Params
 from tapfl.errors import RunError
 from tapfl.personalize.method import Personal
-from tapfl.store import Versions, read_tensors, write_json, write_tensors
+from tapfl.store import Versions, read_about, read_tensors, seal, unseal, write_json, write_tensors
 
-ALPHA, OWN, PRIVATE = "alpha", "v:", "w:"
+ALPHA, OWN, PRIVATE, STATE = "alpha", "v:", "w:", "state"
 IMAGES_FILE = "images.json"
 
 
@@ -81,7 +81,7 @@ class DeviceStorage:
         if state.personal is not None:
             tensors |= {OWN + name: tensor for name, tensor in state.personal.params.items()}
             tensors[ALPHA] = state.personal.alpha
-        write_tensors(self._state.path(round), tensors)
+        write_tensors(self._state.path(round), tensors, {STATE: seal({"round": round}, tensors)})
         self._state.keep((before, round))
 
     def load_state(self, round: int) -> DeviceState:
@@ -89,12 +89,15 @@ class DeviceStorage:
 
         Raises:
             RunError: if it is not there: another device's storage, or a lost one.
+            PlanError: if it is damaged.
         """
         if round == 0:
             return DeviceState(None, {})
         if not self._state.path(round).exists():
             raise RunError(f"{self._state.folder}: has no state after round {round}, of which the server has an answer")
-        tensors = read_tensors(self._state.path(round))
+        file = self._state.path(round)
+        tensors = read_tensors(file)
+        unseal(read_about(file).get(STATE, "{}"), tensors, str(file))
         own, private = (
             {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
             for prefix in (OWN, PRIVATE)

@@ -21,7 +21,7 @@ from experiments import pruning_cli
 from experiments.bench import cli as bench_cli
 from experiments.deploy import cli as deploy_cli
 from experiments.report import cli as report_cli
-from experiments.terminal import console, load_torch, options_of, show_rows, starting
+from experiments.terminal import console, load_torch, of_the_system, options_of, show_rows, starting
 from tapfl.config import RunConfig
 from tapfl.errors import ConfigError, RunError, TapflError
 
@@ -101,7 +101,12 @@ def run(
     with shown():
         resolved = resolve_run(options, Path(str(path)), resume is not None or bool(options.get("resume")))
     with _interruptible(f"tapfl run --resume {resolved.out}"):
-        _carry_out(resolved, engine, workers, address, actor_cpus, actor_gpus)
+        try:
+            _carry_out(resolved, engine, workers, address, actor_cpus, actor_gpus)
+        except OSError as error:
+            go_on = f"; with that mended, go on with: tapfl run --resume {resolved.out}"
+            begun = (Path(resolved.out) / "config.json").is_file()
+            raise RunError(f"{of_the_system(error)}{go_on if begun else ''}") from error
     if not (Path(resolved.out) / "summary.json").is_file():
         raise RunError(f"the run ended without a result; go on with: tapfl run --resume {resolved.out}")
     folder = Path(resolved.out)
@@ -159,12 +164,13 @@ def sweep(
     from experiments.swept.table import caption_of, means_over_seeds, write_results, write_table
     from strategies.progress import shown
     from tapfl.progress import stage
+    from tapfl.store import only_one
 
     _require_ray(engine, address, actor_cpus, actor_gpus)
     cells = read_sweep(config, options_of(None, set))
     told = read_sweep_options(config, options_of(None, reference))
     references([group_of(cell.point) for cell in cells], told.reference)
-    with _interruptible("the same command"), ExitStack() as stack:
+    with _interruptible("the same command"), only_one(out, "sweep"), ExitStack() as stack:
         stack.enter_context(shown())
         if engine is Engine.RAY:
             from experiments.engines.ray import Workers
@@ -321,6 +327,8 @@ def main() -> NoReturn:
         _fail(error, 1)
     except TapflError as error:
         _fail(error, 2)
+    except OSError as error:  # a full disk, a folder that cannot be written
+        _fail(RunError(of_the_system(error)), 1)
     sys.exit(0)
 
 

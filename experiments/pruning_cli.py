@@ -225,12 +225,12 @@ def compare(
     from experiments.compare.table import sections
     from strategies.progress import shown
     from tapfl.progress import stage
-    from tapfl.store import write_bytes
+    from tapfl.store import only_one, write_bytes
 
     if finished:
         rows = finished_rows(comparison, out)
     else:
-        with shown(), stage("cells") as advance:
+        with only_one(out, "comparison"), shown(), stage("cells") as advance:
             rows = run_comparison(comparison, out, advance, jobs or os.cpu_count() or 1)
     tables = list(sections(rows, comparison, results))
     made_by = command("compare", "--config", str(config), "--out", "DIR", *flags(set=set, reference=reference))

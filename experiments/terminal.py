@@ -36,6 +36,12 @@ def load_torch() -> None:
         import timm  # noqa: F401
 
 
+def of_the_system(error: OSError) -> str:
+    """Returns what the system refused, such as ``/data/run/metrics.jsonl: No space left on device``, in one line."""
+    what = error.strerror or f"{type(error).__name__}: {error}".splitlines()[0]
+    return f"{error.filename}: {what}" if error.filename else what
+
+
 def show_rows(rows: Sequence[Mapping[str, str | float]], as_json: bool) -> None:
     """Prints rows as a table, or as one JSON object each."""
     if as_json:

@@ -15,8 +15,8 @@ from strategies.results import DeviceRecord
 from strategies.simulated import CurvePoint
 from tapfl.adapters.rules import ServerState
 from tapfl.config import RunConfig, binding
-from tapfl.errors import ConfigError
-from tapfl.store import RunFolder, content_hash, read_about, read_tensors, write_tensors
+from tapfl.errors import ConfigError, PlanError
+from tapfl.store import RunFolder, content_hash, read_about, read_tensors, seal, unseal, write_tensors
 
 PARAMS, OPTIMIZER = "params:", "optimizer:"
 
@@ -28,6 +28,7 @@ class Checkpoint:
     Attributes:
         state: global adapters and the server's optimiser.
         records: of the devices, by partition id.
+        plans: checksum of the plan of each device that has its model.
         metrics_bytes: length of metrics.jsonl then.
         curve: of the mean personal accuracy, of the rounds before.
         simulated: simulated seconds since the start.
@@ -36,6 +37,7 @@ class Checkpoint:
     round: int
     state: ServerState
     records: dict[int, DeviceRecord]
+    plans: dict[int, str]
     metrics_bytes: int
     curve: list[CurvePoint]
     simulated: float
@@ -49,11 +51,12 @@ def save_checkpoint(folder: RunFolder, config: RunConfig, checkpoint: Checkpoint
         "round": checkpoint.round,
         "config": config_hash(config.flat()),
         "records": [record.table() for record in checkpoint.records.values()],
+        "plans": [*checkpoint.plans.items()],
         "metrics_bytes": checkpoint.metrics_bytes,
         "curve": checkpoint.curve,
         "simulated": checkpoint.simulated,
     }
-    write_tensors(folder.server.path(checkpoint.round), tensors, {"checkpoint": json.dumps(about)})
+    write_tensors(folder.server.path(checkpoint.round), tensors, {"checkpoint": seal(about, tensors)})
     folder.server.keep((checkpoint.round - 1, checkpoint.round))
 
 
@@ -68,16 +71,20 @@ def load_checkpoint(folder: RunFolder, config: RunConfig) -> Checkpoint | None:
     if not rounds:
         return None
     file = folder.server.path(rounds[-1])
-    about = json.loads(read_about(file).get("checkpoint", "{}"))
+    tensors = read_tensors(file)
+    try:
+        about = unseal(read_about(file).get("checkpoint", "{}"), tensors, str(file))
+    except PlanError as error:
+        raise PlanError(f"{error}; without this file the run goes on from the checkpoint before") from None
     if about.get("config") != config_hash(config.flat()):
         raise ConfigError(f"resume: {file} was written under other options than those of config.json beside it")
     if about["round"] > config.train.rounds:
         raise ConfigError(f"train.rounds = {config.train.rounds}: the run has done {about['round']} already")
-    tensors = read_tensors(file)
     return Checkpoint(
         round=about["round"],
         state=ServerState(_with_prefix(tensors, PARAMS), _with_prefix(tensors, OPTIMIZER)),
         records={table["device"]: DeviceRecord.of_table(table) for table in about["records"]},
+        plans=dict(about.get("plans", [])),
         metrics_bytes=about["metrics_bytes"],
         curve=[CurvePoint(*point) for point in about["curve"]],
         simulated=about["simulated"],

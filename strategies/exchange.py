@@ -155,6 +155,7 @@ def _accept(
 
 
 def _fail(answers: Answers[R], partition_id: int, reason: str) -> None:
+    reason = _shown(reason)
     answers.failures[partition_id] = reason
     log(logging.WARNING, "device %d: %s", partition_id, reason)
 
@@ -165,4 +166,9 @@ def _reason(text: str | None) -> str:
     lines = [line.strip() for line in plain.splitlines() if line.strip()]
     named = [line for line in lines if re.match(r"[\w.]*(Error|Exception)\b", line)]
     own = [line for line in named if not re.search(r"RayTaskError|ClientAppException", line)]  # what they only wrap
-    return (own or named or lines or ["no reason given"])[-1][:300]
+    return _shown((own or named or lines or ["no reason given"])[-1])
+
+
+def _shown(text: str) -> str:
+    """What a device says goes to screens, logs and reports: one line that commands no terminal."""
+    return "".join(sign if sign.isprintable() else " " for sign in text[:300])

@@ -41,6 +41,7 @@ from tapfl.adapters.layout import (
 from tapfl.adapters.rules import ServerState
 from tapfl.config import RunConfig
 from tapfl.data.sources import ImageSet
+from tapfl.errors import PlanError
 from tapfl.personalize.methods import method_of
 from tapfl.privacy import epsilon
 from tapfl.profiles import max_rank
@@ -62,6 +63,7 @@ class Federation:
         self.preparation = Preparation(config, images, folder, self.fleet)
         self.waiting: dict[int, Prune] = {}  # what brings those devices their model that have none yet
         self.layouts: dict[int, Layout] = {}  # of the devices that have theirs
+        self.plans: dict[int, str] = {}  # checksums of their plans
         self.method = method_of(config.personalize, config.adapters.scale)
         self.fresh: Params = {}
         self.curve: list[CurvePoint] = []
@@ -116,8 +118,13 @@ class Federation:
         for i, record in checkpoint.records.items():
             if (message := self.preparation.planned(backbone, i)) is not None:
                 self.waiting[i] = message
-                if record.params:
-                    self._lay_out(backbone, i)
+            if record.params:
+                plan = self.folder.path / "plans" / f"{i:02d}.json"
+                if message is None:
+                    raise PlanError(f"{plan}: is gone, by which the model of device {i} was cut")
+                self._lay_out(backbone, i)
+                if self.plans[i] != checkpoint.plans.get(i, self.plans[i]):
+                    raise PlanError(f"{plan}: is not the plan by which the model of device {i} was cut")
         log(logging.INFO, "the run goes on after round %d of %d", checkpoint.round, self.config.train.rounds)
 
     def _equip(self, backbone: Backbone, min_success: float | None = None) -> None:
@@ -127,6 +134,7 @@ class Federation:
     def _lay_out(self, backbone: Backbone, i: int) -> None:
         """Notes where the adapters of a device lie that has its model; the message, weights and all, is let go."""
         plan, rank = PruningPlan.from_json(self.waiting.pop(i).plan), self.fleet.records[i].profile.rank
+        self.plans[i] = plan.checksum
         self.layouts[i] = device_layout(self._shapes(backbone), backbone.layers, plan, rank)
         self.layouts = dict(sorted(self.layouts.items()))
 
@@ -242,8 +250,8 @@ class Federation:
 
     def _checkpoint(self, t: int, state: ServerState) -> Checkpoint:
         """Writes all that the server knows after round `t`, and returns it."""
-        size = self.folder.metrics.stat().st_size
-        made = Checkpoint(t, state, self.fleet.records, size, self.curve, self.fleet.simulated)
+        size = self.folder.metrics_size()
+        made = Checkpoint(t, state, self.fleet.records, self.plans, size, self.curve, self.fleet.simulated)
         save_checkpoint(self.folder, self.config, made)
         self.tell()
         return made

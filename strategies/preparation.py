@@ -6,6 +6,7 @@ is missing. A device that gives no mixture gets the generic plan of its budget, 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 from collections.abc import Mapping
@@ -30,8 +31,18 @@ from tapfl.models.dense import DenseCache, dense_backbone
 from tapfl.models.prunable import prunable_layers
 from tapfl.models.units import PrunableLayer
 from tapfl.progress import stage
-from tapfl.pruning.plan import PruningPlan
-from tapfl.store import RunFolder, cache_folder, read_about, read_tensors, write_bytes, write_json, write_tensors
+from tapfl.pruning.plan import PruningPlan, kept_plan, signed
+from tapfl.store import (
+    RunFolder,
+    cache_folder,
+    read_about,
+    read_tensors,
+    seal,
+    unseal,
+    write_bytes,
+    write_json,
+    write_tensors,
+)
 from tapfl.summary.mixture import GaussianSummary
 from tapfl.wire import ENVELOPE, Prune, PruneReply, Summarize, SummaryReply
 
@@ -108,15 +119,20 @@ class Preparation:
         plan, weights = (self.folder.path / "plans" / f"{i:02d}.{kind}" for kind in ("json", "safetensors"))
         if not plan.exists():
             return None
-        compact = PruningPlan.from_json(plan.read_text("utf-8")).model_dump_json()  # as it was sent
-        return Prune(backbone.key, compact, weights.read_bytes() if weights.exists() else b"")
+        found, checksum = kept_plan(plan)
+        if found.provenance.get("device", i) != i:
+            raise PlanError(f"{plan}: is the plan of device {found.provenance['device']}, not of {i}")
+        sent = weights.read_bytes() if weights.exists() else b""
+        if checksum and checksum != hashlib.sha256(sent).hexdigest():
+            raise PlanError(f"{weights}: is not the file that {plan.name} was written with (checksum differs)")
+        return Prune(backbone.key, found.model_dump_json(), sent)
 
     def _keep(self, i: int, plan: PruningPlan, weights: bytes) -> None:
         folder = self.folder.path / "plans"
         if weights:
             write_bytes(folder / f"{i:02d}.safetensors", weights)
         # last: with it the device's model is complete
-        write_bytes(folder / f"{i:02d}.json", plan.model_dump_json(indent=1).encode())
+        write_json(folder / f"{i:02d}.json", signed(plan, hashlib.sha256(weights).hexdigest()))
 
     def _keep_metric_set(self, i: int, chosen: np.ndarray) -> None:
         """Notes for the report which classes the images are of; no plan depends on that, unless `labels` says so."""
@@ -195,15 +211,17 @@ class Preparation:
         values = {each.name: getattr(reply, each.name) for each in fields(reply)}
         arrays = {name: torch.from_numpy(value) for name, value in values.items() if hasattr(value, "dtype")}
         rest = {name: value for name, value in values.items() if name not in arrays}
-        write_tensors(self._summary_file(i), arrays, {"reply": json.dumps(rest)})
+        write_tensors(self._summary_file(i), arrays, {"reply": seal(rest, arrays)})
 
     def _stored_summary(self, i: int) -> SummaryReply | None:
-        """Returns what a device said before this run was killed."""
+        """Returns what a device said before this run was killed; None, and it is asked again, if that is damaged."""
         file = self._summary_file(i)
         try:
-            values: dict[str, Any] = {name: tensor.numpy() for name, tensor in read_tensors(file).items()}
-            return SummaryReply(**values, **json.loads(read_about(file)["reply"]))
-        except PlanError:
+            tensors = read_tensors(file)
+            rest = unseal(read_about(file).get("reply", ""), tensors, str(file))
+            values: dict[str, Any] = {name: tensor.numpy() for name, tensor in tensors.items()}
+            return SummaryReply(**values, **rest)
+        except (PlanError, TypeError):
             return None
 
     def _summary_file(self, i: int) -> Path:

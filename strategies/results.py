@@ -65,10 +65,13 @@ class Clock:
     """Wall seconds by phase and by round, kept in ``timing.json``; a run that goes on adds to those that it had."""
 
     def __init__(self, file: Path) -> None:
-        before = json.loads(file.read_text()) if file.exists() else {}
         self.file = file
-        self.seconds: dict[str, float] = before.get("seconds", {})
-        self.rounds: dict[str, float] = before.get("rounds", {})
+        try:
+            before = json.loads(file.read_text())
+            self.seconds: dict[str, float] = {name: float(value) for name, value in before["seconds"].items()}
+            self.rounds: dict[str, float] = {name: float(value) for name, value in before["rounds"].items()}
+        except (OSError, ValueError, LookupError, AttributeError, TypeError, RecursionError):
+            self.seconds, self.rounds = {}, {}  # a new run, or one whose times are lost: no reason not to go on
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:

@@ -75,7 +75,7 @@ def _one_of(names: tuple[str, ...]) -> AfterValidator:
 
 
 Share = Annotated[float, Field(gt=0, le=1)]
-Count = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=1, le=10**9)]
 Weight = Annotated[float, Field(ge=0)]
 AnyShares = Annotated[tuple[Share, ...], BeforeValidator(_split), PlainSerializer(_join)]
 Shares = Annotated[AnyShares, Field(min_length=1)]
@@ -111,7 +111,9 @@ class DataOptions(Section):
     evaluate: Literal["test", "validation"] = Field(
         "test", description="`validation`: a `test-share` of the training part instead; the test part is not touched"
     )
-    image_size: int = Field(0, ge=0, description="pixels a side at which images are kept; 0: what the backbone takes")
+    image_size: int = Field(
+        0, ge=0, le=2**16, description="pixels a side at which images are kept; 0: what the backbone takes"
+    )
     partition: Literal["pathological", "class-blocks", "dirichlet", "iid", "shard"] = Field(
         "pathological", description="flwr-datasets partitioner of the private images; `class-blocks` are disjoint"
     )

@@ -15,7 +15,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -43,8 +43,10 @@ def whole_file(path: Path) -> Iterator[Path]:
             os.fsync(file.fileno())
         temporary.chmod(0o644)  # mkstemp makes it private; a run's folder is for reading
         temporary.replace(path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno:  # of a full disk, say, which names no file
+            raise OSError(error.errno, os.strerror(error.errno), str(path)) from error
         raise
 
 
@@ -130,6 +132,27 @@ def unpack_tensors(content: bytes, source: str) -> dict[str, torch.Tensor]:
         raise PlanError(f"{source}: is not a whole safetensors file ({error})") from None
 
 
+def seal(about: Mapping[str, Any], tensors: Tensors) -> str:
+    """Returns `about` as JSON with a checksum of it and the tensors beside which it stands."""
+    return json.dumps({**about, "checksum": content_hash(json.dumps(about), tensors)})
+
+
+def unseal(text: str, tensors: Tensors, source: str) -> dict[str, Any]:
+    """Returns what was sealed; what has no checksum is of a version that wrote none.
+
+    Raises:
+        PlanError: naming `source`, if text or tensors are not those that were written.
+    """
+    try:
+        about = json.loads(text)
+        given = about.pop("checksum", None)
+    except (ValueError, RecursionError, AttributeError, TypeError) as error:
+        raise PlanError(f"{source}: is damaged ({error})") from None
+    if given is not None and given != content_hash(json.dumps(about), tensors):
+        raise PlanError(f"{source}: was changed or damaged since it was written (its checksum differs)")
+    return dict(about)
+
+
 def sha256_of(path: Path) -> str:
     """Returns the SHA-256 of a file, as 64 hex digits."""
     with path.open("rb") as file:
@@ -153,6 +176,22 @@ def content_hash(*parts: bytes | str | Tensors) -> str:
             digest.update(f"{len(content)} bytes:".encode())
             digest.update(content)
     return digest.hexdigest()[:16]
+
+
+@contextmanager
+def only_one(out: Path, what: str) -> Iterator[None]:
+    """Keeps other processes out of a folder while the block lasts, making it if need be.
+
+    Raises:
+        ConfigError: if one is at work in it.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    with (out / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ConfigError(f"--out {out}: another {what} is at work in this folder") from None
+        yield
 
 
 def cache_folder(option: str = "") -> Path:
@@ -206,6 +245,7 @@ class RunFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._lock: IO[str] | None = None
+        self._new = False
 
     @classmethod
     def create(cls, path: Path) -> RunFolder:
@@ -216,7 +256,9 @@ class RunFolder:
             raise ConfigError(f"out = {str(path)!r}: exists already; give a folder that does not") from None
         except OSError as error:
             raise ConfigError(f"out = {str(path)!r}: cannot be made ({error.strerror})") from None
-        return cls(path)._hold()
+        made = cls(path)._hold()
+        made._new = True
+        return made
 
     @classmethod
     def reopen(cls, path: Path) -> RunFolder:
@@ -228,7 +270,7 @@ class RunFolder:
         """Returns the options of the run. Raises ConfigError if the folder holds no run."""
         try:
             found = json.loads((self.path / "config.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise ConfigError(f"resume: {self.path} is not a run's folder (config.json: {error})") from None
         if not isinstance(found, dict):
             raise ConfigError(f"resume: {self.path} is not a run's folder (config.json holds no options)")
@@ -240,6 +282,10 @@ class RunFolder:
     def __exit__(self, *exception: object) -> None:
         if self._lock:
             self._lock.close()
+        if self._new and not (self.path / "config.json").exists():  # nothing that could be gone on with
+            (self.path / ".lock").unlink(missing_ok=True)
+            with suppress(OSError):
+                self.path.rmdir()
 
     def _hold(self) -> RunFolder:
         """Keeps others out until the end of the block, or of this process, however that ends."""
@@ -265,12 +311,29 @@ class RunFolder:
 
     def append_metrics(self, **values: Any) -> None:
         """Adds one line to metrics.jsonl."""
-        with self.metrics.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(values) + "\n")
+        try:
+            with self.metrics.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(values) + "\n")
+        except OSError as error:
+            raise OSError(error.errno, os.strerror(error.errno or 0), str(self.metrics)) from error
+
+    def metrics_size(self) -> int:
+        """Returns how many bytes metrics.jsonl has, all of them on the disk."""
+        with self.metrics.open("rb") as file:
+            os.fsync(file.fileno())
+            return os.fstat(file.fileno()).st_size
 
     def cut_metrics(self, size: int) -> None:
-        """Drops what was written after the first `size` bytes: a round that never came to its end."""
-        if self.metrics.exists():
+        """Drops what was written after the first `size` bytes: a round that never came to its end.
+
+        Raises:
+            PlanError: if there are fewer.
+        """
+        there = self.metrics.stat().st_size if self.metrics.exists() else 0
+        if there < size:
+            said = f"has {there} bytes, and had {size} at the last checkpoint: it was cut since"
+            raise PlanError(f"{self.metrics}: {said}")
+        if there:
             os.truncate(self.metrics, size)
 
     @property

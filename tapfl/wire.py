@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from dataclasses import dataclass, field, fields
+from io import BytesIO
 from typing import Annotated, Any, ClassVar, Self, get_type_hints
 
 import numpy as np
@@ -50,7 +51,7 @@ class WireMessage:
         """Returns the message that `content` holds.
 
         Args:
-            limit: bytes of all its arrays and texts together; nothing larger is even looked at.
+            limit: bytes of all its arrays, texts and names together; nothing larger is even looked at.
 
         Raises:
             WireError: if a field is missing, unknown, of another type, or not finite, or if it is too large.
@@ -58,15 +59,16 @@ class WireMessage:
         arrays, config = content.get("arrays", ArrayRecord()), content.get("config", ConfigRecord())
         known = set(content) <= {"arrays", "config"}
         if not isinstance(arrays, ArrayRecord) or not isinstance(config, ConfigRecord) or not known:
-            raise WireError(f"{cls.__name__}: records {sorted(content)} are not `arrays` and `config`")
-        size = sum(len(array.data) for array in arrays.values()) + sum(map(_nbytes, config.values()))
+            raise WireError(f"{cls.__name__}: records {sorted(content)!s:.80} are not `arrays` and `config`")
+        size = sum(len(array.data) + len(array.dtype) + 8 * len(array.shape) for array in arrays.values())
+        size += sum(map(_nbytes, (*config.values(), *config, *arrays)))
         if size > limit:
             raise WireError(f"{cls.__name__}: {size} bytes, at most {limit:.0f} are accepted")
         hints = get_type_hints(cls)
         names = [each.name for each in fields(cls)]
         in_arrays = {name for name in names if hints[name] is np.ndarray}
         if odd := sorted((set(arrays) ^ in_arrays) | (set(config) ^ (set(names) - in_arrays))):
-            raise WireError(f"{cls.__name__}: fields differ: {', '.join(odd[:5])}")
+            raise WireError(f"{cls.__name__}: fields differ: {', '.join(name[:40] for name in odd[:5])}")
         values: dict[str, Any] = {}
         for name in names:
             if name in in_arrays:
@@ -89,14 +91,23 @@ class WireMessage:
 
 
 def _array(field: str, array: Array) -> np.ndarray:
+    """Returns the values; memory is taken for what arrived, not for what its header says there is."""
     try:
+        content = BytesIO(array.data)
+        if np.lib.format.read_magic(content) != (1, 0):  # all that `np.save` writes for numbers
+            raise ValueError
+        shape, _, dtype = np.lib.format.read_array_header_1_0(content)
+        if dtype not in (np.float32, np.float64):
+            raise WireError(f"{field}: must be finite float32 or float64, got {dtype!s:.40}")
+        if math.prod(shape) * dtype.itemsize != len(array.data) - content.tell():
+            raise WireError(f"{field}: says that it has the shape {shape!s:.80}, and has not as many bytes")
         value = array.numpy()
+    except WireError:
+        raise
     except Exception as error:  # whatever a stranger's bytes make numpy's reader raise
         raise WireError(f"{field}: cannot be read ({type(error).__name__})") from None
-    if not isinstance(value, np.ndarray):  # numpy's reader opens archives as well
-        raise WireError(f"{field}: must be an array, got {type(value).__name__}")
-    if value.dtype not in (np.float32, np.float64) or not np.isfinite(value).all():
-        raise WireError(f"{field}: must be finite float32 or float64, got {value.dtype}")
+    if not np.isfinite(value).all():
+        raise WireError(f"{field}: must be finite float32 or float64")
     return value
 
 
@@ -106,7 +117,7 @@ def _nbytes(value: object) -> int:
     if isinstance(value, list):
         return sum(map(_nbytes, value))
     if isinstance(value, str | bytes):
-        return len(value.encode() if isinstance(value, str) else value)
+        return len(value.encode(errors="surrogatepass") if isinstance(value, str) else value)
     return 8
 
 
@@ -154,7 +165,7 @@ class HelloReply(WireMessage):
         try:
             return DeviceProfile.of({name: getattr(self, name) for name in PROFILE_FIELDS})
         except ConfigError as error:
-            raise WireError(str(error)) from None
+            raise WireError(f"{error!s:.300}") from None
 
 
 # -- what do your images look like ----------------------------------------------------------------------------------

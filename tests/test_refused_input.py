@@ -44,6 +44,13 @@ REFUSED = {
     "success over 1": ("faults.min-success=1.5", "faults.min-success = 1.5", "less than or equal to 1"),
     "no time at all": ("faults.device-timeout=0", "faults.device-timeout = 0", "greater than 0"),
     "nothing to go on with": ("resume=true", "resume", "not a run's folder"),
+    "rounds without end": ("train.rounds=1000000000000000000000000000000", "train.rounds = 1", "less than or equal to"),
+    "batch without end": ("train.batch=1000000000000000000000000000000", "train.batch = 1", "less than or equal to"),
+    "devices without end": ("devices.count=1000000000000", "devices.count = 1000000000000", "at most"),
+    "images without end": ("data.image-size=1000000000", "data.image-size = 1000000000", "less than or equal to"),
+    "a backbone without end": ("model.args=depth=1000000000", "depth=1000000000", "beyond 65536"),
+    "a rate of infinity": ("train.learning-rate=1e309", "train.learning-rate = inf", "finite"),
+    "a rate of nothing": ("train.learning-rate=NaN", "train.learning-rate = nan", "finite"),
     "budget too fine": ("pruning.align=16", "budget 0.3", "pruning.align"),
 }
 

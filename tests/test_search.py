@@ -26,13 +26,13 @@ from experiments import cli
 from experiments.bench.search import METHODS, Toy, bench_search
 from experiments.search.federation import carry_out
 from experiments.search.settings import read_search
-from experiments.search.study import only_driver
 from experiments.search.trials import Job
 from experiments.search.workers import Workers
 from experiments.shared_round_zero import AFTER, AFTER_SUMMARIES, BUT
 from strategies import preparation
 from tapfl.config import RunConfig, parse_assignment
 from tapfl.errors import ConfigError, RunError
+from tapfl.store import only_one
 
 RATE = "train.learning-rate"
 SEARCH = '[search]\nmax-rounds = 2\neta = 2\nbrackets = 1\nkeep = "best"\n'
@@ -127,7 +127,7 @@ def test_a_worker_that_is_lost_is_replaced(tmp_path: Path) -> None:
 
 
 def test_only_one_search_is_at_work_in_a_folder(tmp_path: Path) -> None:
-    with only_driver(tmp_path), pytest.raises(ConfigError, match="another search is at work"), only_driver(tmp_path):
+    with only_one(tmp_path, "search"), pytest.raises(ConfigError, match="another search"), only_one(tmp_path, "search"):
         pass
 
 

@@ -17,11 +17,12 @@ from experiments.search.page import write_page
 from experiments.search.results import best_trial, write_best, write_table
 from experiments.search.runner import Runner
 from experiments.search.settings import Search
-from experiments.search.study import only_driver, open_study
+from experiments.search.study import open_study
 from experiments.search.trials import Trials
 from tapfl.config import RunConfig
 from tapfl.errors import RunError
 from tapfl.progress import Advance, stage
+from tapfl.store import only_one
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ def run_search(
     with stage("checking"):
         check(absolute_paths(RunConfig.from_flat(search.options)))
     new = not out.exists()
-    with only_driver(out):
+    with only_one(out, "search"):
         try:
             study = open_study(search, name, out, storage, resume)
         except BaseException:

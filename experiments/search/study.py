@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
+import re
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import optuna
@@ -22,18 +20,6 @@ PATIENCE = 4  # seconds that a storage may stay locked by somebody else
 SILENT_SQL = {"connect_args": {"timeout": PATIENCE}}
 
 
-@contextmanager
-def only_driver(out: Path) -> Iterator[None]:
-    """Keeps other searches out of the folder while the block lasts. Raises ConfigError if one is at work in it."""
-    out.mkdir(parents=True, exist_ok=True)
-    with (out / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise ConfigError(f"--out {out}: another search is at work in this folder") from None
-        yield
-
-
 def open_study(search: Search, name: str, out: Path, url: str | None, resume: bool) -> optuna.Study:
     """Returns the study, new or as it was left.
 
@@ -46,7 +32,7 @@ def open_study(search: Search, name: str, out: Path, url: str | None, resume: bo
     """
     if url is None and resume and not (out / JOURNAL).is_file():
         raise ConfigError(f"--resume: there is no study in {out}")
-    shown = url or str(out / JOURNAL)
+    shown = _without_password(url) if url else str(out / JOURNAL)
     try:
         storage = _storage(url, out)
         known = name in optuna.get_all_study_names(storage)
@@ -61,9 +47,15 @@ def open_study(search: Search, name: str, out: Path, url: str | None, resume: bo
         raise
     except Exception as error:  # whatever a storage's driver has to say
         said = str(getattr(error, "orig", None) or error).strip().splitlines() or [type(error).__name__]
-        raise ConfigError(f"storage {shown}: cannot be used ({said[0]})") from None
+        first = said[0].replace(url, shown) if url else said[0]
+        raise ConfigError(f"storage {shown}: cannot be used ({first})") from None
     _require_same(study, search)
     return study
+
+
+def _without_password(url: str) -> str:
+    """Returns the URL as it may be shown: errors end in logs."""
+    return re.sub(r"(?<=password=)[^&\s]*", "***", re.sub(r"(://[^:/@]*):.*@", r"\1:***@", url))
 
 
 def _storage(url: str | None, out: Path) -> BaseStorage:

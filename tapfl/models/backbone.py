@@ -38,6 +38,8 @@ FAMILIES = VisionTransformer | SwinTransformer | PoolingVisionTransformer
 ENTRY_POINTS = "tapfl.backbones"  # by which installed packages offer models: what is loaded registers itself with timm
 ACCEPTED = "timm's ViT, DeiT, PiT and Swin"
 
+LARGEST_ARGUMENT = 2**16  # of a backbone's constructor: no image, width or depth is larger
+
 Argument = Scalar | tuple[int | float, ...]
 
 
@@ -63,7 +65,13 @@ def parse_args(text: str) -> dict[str, Argument]:
         if not equals:
             raise ModelError(f"model.args = {text!r}: {part!r} must have the form key=value (a tuple: depths=2/2)")
         arguments[key.strip()] = _argument(value.strip())
+        if any(isinstance(number, int | float) and not abs(number) <= LARGEST_ARGUMENT for number in _numbers(value)):
+            raise ModelError(f"model.args = {text!r:.200}: {part!r:.40} is beyond {LARGEST_ARGUMENT}")
     return arguments
+
+
+def _numbers(value: str) -> tuple[Scalar, ...]:
+    return tuple(_literal(part.strip()) for part in value.split("/"))
 
 
 def _argument(value: str) -> Argument:

@@ -41,6 +41,9 @@ class DenseCache:
         self.folder = cache / "backbones"
 
     def path(self, key: str) -> Path:
+        """Returns where a backbone lies. Raises ModelError if the key, which may come over the wire, is none."""
+        if not re.fullmatch(r"[0-9a-f]{16}", key):
+            raise ModelError(f"backbone key {key!r:.40}: must be 16 hex digits")
         return self.folder / f"{key}.safetensors"
 
     def holds(self, key: str) -> bool:
@@ -69,8 +72,6 @@ class DenseCache:
 
     def receive(self, key: str, weights: bytes) -> None:
         """Keeps weights that came over the wire, as safetensors. Raises ModelError if the key is not one."""
-        if not re.fullmatch(r"[0-9a-f]{16}", key):
-            raise ModelError(f"backbone key {key!r}: must be 16 hex digits")
         write_bytes(self.path(key), weights)
 
 

@@ -14,11 +14,10 @@ from torch import Tensor
 
 from tapfl.config import Scalar
 from tapfl.errors import PlanError
-from tapfl.models.backbone import BackboneSpec
+from tapfl.models.backbone import LARGEST_ARGUMENT, BackboneSpec
 from tapfl.models.cost import Cost
 
 PLAN_FILE = "plan.json"
-LARGEST_ARGUMENT = 2**16  # of a backbone that a plan names: no image, width or depth is larger
 
 
 class LayerPlan(BaseModel):
@@ -123,6 +122,15 @@ def read_plan(path: Path | str) -> PruningPlan:
 def load_plan(folder: Path | str) -> tuple[PruningPlan, str]:
     """Returns the plan in `folder` and the SHA-256 of its weights. Raises PlanError as `read_plan` does."""
     return _read(Path(folder) / PLAN_FILE, required=("checksum", "sha256"))
+
+
+def kept_plan(file: Path) -> tuple[PruningPlan, str]:
+    """Returns a run's `plans/NN.json` and the SHA-256 of the weights beside it, empty if it has none.
+
+    Raises:
+        PlanError: as `read_plan` does.
+    """
+    return _read(file, required=())
 
 
 def _read(file: Path, required: tuple[str, ...]) -> tuple[PruningPlan, str]:

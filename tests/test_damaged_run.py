@@ -1,0 +1,208 @@
+"""A run's folder that was cut, changed, exchanged or written by someone else: one line, no silence."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from test_inprocess_run import content, tapfl
+from test_resume import killed_after
+
+from tapfl.errors import PlanError, RunError, TapflError
+from tapfl.store import read_about, read_tensors, seal, unseal, write_tensors
+
+OPTIONS = ["train.rounds=2", "devices.budgets=0.5", "devices.ranks=4"]
+CHECKPOINT = "server/round-0001.safetensors"
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module")
+def whole(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    assert tapfl("--out", str(folder), cache=cache, options=OPTIONS).exit_code == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def stopped(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that was killed after its first round, in which all devices have the same budget."""
+    folder = tmp_path_factory.mktemp("runs") / "stopped"
+    after_round_one = ("strategies.federation", "save_checkpoint", 2)
+    killed_after(*after_round_one, lambda: tapfl("--out", str(folder), cache=cache, options=OPTIONS))
+    return folder
+
+
+@pytest.fixture
+def run(stopped: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(stopped, tmp_path / "run"))
+
+
+@pytest.fixture
+def resume(run: Path, cache: Path) -> Callable[[], tuple[int, str]]:
+    """Goes on with the run as the command does; returns the exit code and the line that ends it."""
+
+    def go_on() -> tuple[int, str]:
+        try:
+            return tapfl("--resume", str(run), cache=cache, options=OPTIONS).exit_code, ""
+        except RunError as error:
+            return 1, str(error)
+        except TapflError as error:
+            return 2, str(error)
+
+    return go_on
+
+
+def half(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def pickled(file: Path) -> None:
+    file.write_bytes(pickle.dumps({"x": 1}))
+
+
+def nested(file: Path) -> None:
+    file.write_text("[" * 100_000)
+
+
+def a_bit(file: Path) -> None:
+    """Of the last tensor's values: it stays a file of tensors."""
+    data = bytearray(file.read_bytes())
+    data[-3] ^= 64
+    file.write_bytes(bytes(data))
+
+
+def a_folder(file: Path) -> None:
+    file.unlink()
+    file.mkdir()
+
+
+def other_units(file: Path) -> None:
+    plan = json.loads(file.read_text())
+    kept, units = plan["layers"][0]["kept"], plan["layers"][0]["units"]
+    plan["layers"][0]["kept"] = sorted({*kept[1:], next(u for u in range(units) if u not in kept)})
+    file.write_text(json.dumps(plan))
+
+
+def other_units_signed(file: Path) -> None:
+    other_units(file)
+    plan = json.loads(file.read_text())
+    del plan["checksum"], plan["sha256"]
+    file.write_text(json.dumps(plan))
+
+
+def of_another_device(file: Path) -> None:
+    shutil.copy(file.with_name("01.json"), file)
+
+
+def other_records(file: Path) -> None:
+    """Written by hand: the tensors stay, and a device is said to have more images."""
+    with safe_open(file, "pt") as opened:
+        about = json.loads(opened.metadata()["checkpoint"])
+    about["records"][0]["train_samples"] += 1
+    save_file(load_file(file), file, {"checkpoint": json.dumps(about)})
+
+
+DAMAGE = {
+    "half the options": ("config.json", half, "is not a run's folder"),
+    "pickled options": ("config.json", pickled, "is not a run's folder"),
+    "nested options": ("config.json", nested, "is not a run's folder"),
+    "half a checkpoint": (CHECKPOINT, half, "is not a whole safetensors file"),
+    "a pickled checkpoint": (CHECKPOINT, pickled, "is not a whole safetensors file"),
+    "a bit of a checkpoint": (CHECKPOINT, a_bit, "its checksum differs); without this file the run goes on from"),
+    "a checkpoint with other records": (CHECKPOINT, other_records, "its checksum differs"),
+    "a folder for a checkpoint": (CHECKPOINT, a_folder, "cannot be read"),
+    "half a plan": ("plans/00.json", half, "is not a plan"),
+    "a pickled plan": ("plans/00.json", pickled, "is not a plan"),
+    "a plan of other units": ("plans/00.json", other_units, "was edited or damaged"),
+    "a plan of other units, from elsewhere": ("plans/00.json", other_units_signed, "is not the plan by which"),
+    "another device's plan": ("plans/00.json", of_another_device, "is the plan of device 1, not of 0"),
+    "no plan": ("plans/00.json", Path.unlink, "is gone"),
+    "half the metrics": ("metrics.jsonl", half, "it was cut since"),
+    "no metrics": ("metrics.jsonl", Path.unlink, "it was cut since"),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGE)
+def test_a_run_does_not_go_on_from_what_is_damaged(case: str, run: Path, resume: Callable[[], tuple[int, str]]) -> None:
+    name, damage, reason = DAMAGE[case]
+    damage(run / name)
+    before = {file: file.read_bytes() for file in run.rglob("*") if file.is_file() and name != "config.json"}
+    code, said = resume()
+    assert code == 2 and "\n" not in said and reason in said and name.split("/")[0] in said
+    kept = {"server", "plans", "state", "pruned", "summaries"}
+    assert all(file.read_bytes() == data for file, data in before.items() if file.parent.name in kept)
+
+
+def test_a_checkpoint_that_is_damaged_may_go(run: Path, whole: Path, resume: Callable[[], tuple[int, str]]) -> None:
+    (run / CHECKPOINT).unlink()
+    assert resume()[0] == 0
+    assert content(run) == content(whole)
+
+
+@pytest.mark.parametrize("damage", [half, pickled, nested, Path.unlink])
+@pytest.mark.parametrize("name", ["timing.json", "versions.json", "metric-sets/00.json", "summaries/00.safetensors"])
+def test_what_no_later_round_needs_stops_no_run(
+    name: str, damage: Callable[[Path], None], run: Path, whole: Path, resume: Callable[[], tuple[int, str]]
+) -> None:
+    if name == "timing.json":
+        shutil.copy(whole / name, run / name)
+    damage(run / name)
+    assert resume()[0] == 0
+    computed = {file: data for file, data in content(whole).items() if file != name}
+    assert {file: data for file, data in content(run).items() if file != name} == computed
+
+
+def test_a_device_whose_state_is_damaged_is_lost_and_named(run: Path, resume: Callable[[], tuple[int, str]]) -> None:
+    a_bit(run / "devices/01/state/round-0001.safetensors")
+    assert resume()[0] == 0
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    failures = [line for line in lines if line["kind"] == "failure"]
+    assert {line["device"] for line in failures} == {1}
+    assert all("its checksum differs" in line["reason"] for line in failures)
+
+
+@pytest.mark.parametrize("damage", [half, pickled, a_bit])
+def test_a_summary_that_is_damaged_is_asked_for_again(
+    damage: Callable[[Path], None], whole: Path, cache: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    moment = ("strategies.preparation", "Preparation._store_summary", 4)
+    killed_after(*moment, lambda: tapfl("--out", str(folder), cache=cache, options=OPTIONS))
+    damage(folder / "summaries" / "02.safetensors")
+    assert tapfl("--resume", str(folder), cache=cache, options=OPTIONS).exit_code == 0
+    assert content(folder) == content(whole)
+
+
+def test_weights_beside_a_plan_are_those_that_it_was_written_with(cache: Path, tmp_path: Path) -> None:
+    folder, options = tmp_path / "run", [*OPTIONS, "pruning.send=weights"]
+    moment = ("strategies.preparation", "Preparation._keep", 4)
+    killed_after(*moment, lambda: tapfl("--out", str(folder), cache=cache, options=options))
+    a_bit(folder / "plans" / "02.safetensors")
+    with pytest.raises(PlanError, match=r"02\.safetensors: is not the file that 02\.json was written with"):
+        tapfl("--resume", str(folder), cache=cache, options=options)
+
+
+def test_what_is_sealed_says_so_when_it_is_not_what_was_written(tmp_path: Path) -> None:
+    import torch
+
+    tensors, file = {"x": torch.arange(3.0)}, tmp_path / "a.safetensors"
+    write_tensors(file, tensors, {"about": seal({"n": 1.5, "ü": [None]}, tensors)})
+    assert unseal(read_about(file)["about"], read_tensors(file), "a") == {"n": 1.5, "ü": [None]}
+    assert unseal('{"n": 1}', tensors, "an older file") == {"n": 1}
+    sealed = read_about(file)["about"]
+    for text, values in ((sealed, {"x": torch.arange(4.0)}), (sealed.replace("1.5", "1.6"), tensors)):
+        with pytest.raises(PlanError, match="a: was changed or damaged"):
+            unseal(text, values, "a")
+    for text in ("", "[]", "[" * 100_000, "7"):
+        with pytest.raises(PlanError, match="a: is damaged"):
+            unseal(text, tensors, "a")
