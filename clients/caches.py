@@ -82,13 +82,13 @@ def own_part(
 @lru_cache(maxsize=2)
 def dense(cache: Path, key: str, spec: str) -> nn.Module:
     """Returns the dense backbone with this key; `spec` is a BackboneSpec as JSON."""
-    return DenseCache(cache).load(key, BackboneSpec.model_validate_json(spec))
+    return DenseCache(cache).load(key, BackboneSpec.from_json(spec))
 
 
 @lru_cache(maxsize=2)
 def skeleton(spec: str) -> tuple[nn.Module, list[PrunableLayer]]:
     """Returns a backbone to cut, whatever its weights, and its layers; `spec` is a BackboneSpec as JSON."""
-    model = build(BackboneSpec.model_validate_json(spec)).requires_grad_(False)
+    model = build(BackboneSpec.from_json(spec)).requires_grad_(False)
     return model, prunable_layers(model)
 
 

@@ -291,3 +291,23 @@ def test_rows_of_a_head_that_the_weights_have_not_are_refused(tmp_path: Path) ->
     load_weights(build(spec()), file, NAMES, None)
     with pytest.raises(ModelError, match=r"no head.weight for 10 classes; model.head-rows"):
         load_weights(build(spec()), file, NAMES, None, needs_head=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"args": {"checkpoint_path": "/etc/passwd"}}, "checkpoint_path: names neither a shape nor a layer"),
+        ({"args": {"pretrained_cfg": "x"}}, "pretrained_cfg: names neither"),
+        ({"args": {"depth": 10**9}}, "depth = 1e\\+09: is beyond 65536"),
+        ({"args": {"depths": [2, 1e300]}}, "depths = 1e\\+300: is beyond 65536"),
+        ({"num_classes": 10**9}, "less than or equal to 65536"),
+        ({"num_classes": -1}, "greater than or equal to 0"),
+        ({"weights": "x"}, "Extra inputs are not permitted"),
+    ],
+)
+def test_a_backbone_from_elsewhere_names_shapes_and_no_files(change: dict[str, object], said: str) -> None:
+    """A device builds what the server describes."""
+    with pytest.raises(ModelError, match=said) as caught:
+        BackboneSpec.from_json(json.dumps(VIT.model_dump() | change))
+    assert "\n" not in str(caught.value)
+    assert BackboneSpec.from_json(VIT.model_dump_json()) == VIT

@@ -14,7 +14,7 @@ import numpy as np
 import timm
 import timm.data
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from timm.models import (
     PoolingVisionTransformer,
     SwinTransformer,
@@ -44,13 +44,35 @@ Argument = Scalar | tuple[int | float, ...]
 
 
 class BackboneSpec(BaseModel):
-    """What it takes to build a backbone again: timm's name, arguments of its constructor, number of classes."""
+    """What it takes to build a backbone again: timm's name, arguments of its constructor, number of classes.
+
+    It may come from elsewhere: what would read weights or fetch them, or fill the memory, is refused.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: str
     args: dict[str, Argument] = {}
-    num_classes: int
+    num_classes: int = Field(ge=0, le=LARGEST_ARGUMENT)
+
+    @field_validator("args")
+    @classmethod
+    def _only_shapes(cls, args: dict[str, Argument]) -> dict[str, Argument]:
+        for key, value in args.items():
+            if key.startswith(("pretrained", "checkpoint", "device", "dtype")):
+                raise ValueError(f"{key}: names neither a shape nor a layer; weights come by model.weights")
+            for number in value if isinstance(value, tuple) else (value,):
+                if isinstance(number, int | float) and not abs(number) <= LARGEST_ARGUMENT:
+                    raise ValueError(f"{key} = {number:.3g}: is beyond {LARGEST_ARGUMENT}")
+        return args
+
+    @classmethod
+    def from_json(cls, text: str) -> BackboneSpec:
+        """Returns what `model_dump_json` gave. Raises ModelError if it is none, or one that is refused."""
+        try:
+            return cls.model_validate_json(text)
+        except ValidationError as error:
+            raise ModelError(f"backbone {text!r:.200}: {_said(error)}") from None
 
 
 def parse_args(text: str) -> dict[str, Argument]:
@@ -65,13 +87,7 @@ def parse_args(text: str) -> dict[str, Argument]:
         if not equals:
             raise ModelError(f"model.args = {text!r}: {part!r} must have the form key=value (a tuple: depths=2/2)")
         arguments[key.strip()] = _argument(value.strip())
-        if any(isinstance(number, int | float) and not abs(number) <= LARGEST_ARGUMENT for number in _numbers(value)):
-            raise ModelError(f"model.args = {text!r:.200}: {part!r:.40} is beyond {LARGEST_ARGUMENT}")
     return arguments
-
-
-def _numbers(value: str) -> tuple[Scalar, ...]:
-    return tuple(_literal(part.strip()) for part in value.split("/"))
 
 
 def _argument(value: str) -> Argument:
@@ -279,8 +295,15 @@ def read_head_rows(file: Path, classes: tuple[str, ...]) -> list[int]:
 
 
 def spec_of(options: ModelOptions, classes: tuple[str, ...]) -> BackboneSpec:
-    """Returns the backbone that the options name, with one output a class."""
-    return BackboneSpec(name=options.name, args=parse_args(options.args), num_classes=len(classes))
+    """Returns the backbone that the options name, one output a class. Raises ModelError if its arguments are off."""
+    try:
+        return BackboneSpec(name=options.name, args=parse_args(options.args), num_classes=len(classes))
+    except ValidationError as error:
+        raise ModelError(f"model.args = {options.args!r:.200}: {_said(error)}") from None
+
+
+def _said(error: ValidationError) -> str:
+    return error.errors()[0]["msg"].removeprefix("Value error, ")
 
 
 def _resampled(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tapfl.config import Scalar
 from tapfl.errors import PlanError
-from tapfl.models.backbone import LARGEST_ARGUMENT, BackboneSpec
+from tapfl.models.backbone import BackboneSpec
 from tapfl.models.cost import Cost
 
 PLAN_FILE = "plan.json"
@@ -55,7 +55,7 @@ class PruningPlan(BaseModel):
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(map(str, first["loc"])) or "plan"
-            raise PlanError(f"{source}: {where}: {first['msg']}") from None
+            raise PlanError(f"{source}: {where}: {first['msg'].removeprefix('Value error, ')}") from None
         if wrong := next(plan._faults(), None):
             raise PlanError(f"{source}: {wrong}")
         return plan
@@ -83,11 +83,6 @@ class PruningPlan(BaseModel):
 
     def _faults(self) -> Iterator[str]:
         """Yields what no backbone could make good."""
-        for key, value in self.backbone.args.items():
-            if key.startswith(("pretrained", "checkpoint", "device", "dtype")):
-                yield f"backbone.args.{key}: a plan names neither weights nor where they lie"
-            if isinstance(value, int | float) and not abs(value) <= LARGEST_ARGUMENT:
-                yield f"backbone.args.{key} = {value:.3g}: is beyond {LARGEST_ARGUMENT}"
         names: set[str] = set()
         for position, layer in enumerate(self.layers):
             if layer.name in names:
