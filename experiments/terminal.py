@@ -48,7 +48,20 @@ def show_rows(rows: Sequence[Mapping[str, str | float]], as_json: bool) -> None:
         for row in rows:
             print(json.dumps(row))
         return
-    table = Table(*rows[0])
-    for row in rows:
-        table.add_row(*map(str, row.values()))
-    console().print(table)
+    shown = console()
+    table = _table([*rows[0]], [[str(value) for value in row.values()] for row in rows])
+    if (
+        shown.measure(table, options=shown.options.update(width=10**6)).maximum > shown.width
+    ):  # a line a column: what is cut off nobody can read
+        lines = [[name, *(str(row[name]) for row in rows)] for name in rows[0]]
+        table = _table(["", *(str(number) for number in range(1, len(rows) + 1))], lines)
+    shown.print(table)
+
+
+def _table(columns: Sequence[str], lines: Sequence[Sequence[str]]) -> Table:
+    table = Table()
+    for name in columns:
+        table.add_column(name, overflow="fold")
+    for line in lines:
+        table.add_row(*line)
+    return table

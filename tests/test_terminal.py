@@ -1,0 +1,16 @@
+"""Tables as they are shown: whole, however many columns."""
+
+from __future__ import annotations
+
+import pytest
+
+from experiments.terminal import show_rows
+
+
+@pytest.mark.parametrize("columns", [3, 30])
+def test_nothing_of_a_table_is_cut_off(columns: int, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [{f"measure {i}": f"{row}.{i:03d} ± 0.01" for i in range(columns)} for row in range(3)]
+    show_rows(rows, as_json=False)
+    shown = capsys.readouterr().out
+    for row in rows:
+        assert all(name in shown and value in shown for name, value in row.items())
