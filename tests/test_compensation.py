@@ -77,7 +77,7 @@ def test_linear_functions_of_kept_units_come_back_exactly(form: Form, family: st
 
 
 def ridge_by_lstsq(X_R: np.ndarray, r: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(slope (kept, outputs), intercept) of ridge regression, as least squares with rows sqrt(nλ) I: λ = 1e-3 of the mean variance."""
+    """(slope (kept, outputs), intercept) of ridge regression: least squares with rows sqrt(nλ) I, λ as documented."""
     centred, mean_r = X_R - X_R.mean(0), r.mean(0)
     rows = np.sqrt(1e-3 * centred.var(0).mean() * len(X_R)) * np.eye(X_R.shape[1])
     slope = np.linalg.lstsq(
