@@ -16,11 +16,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from tapfl.errors import ModelError, PlanError
+from tapfl.errors import ConfigError, ModelError, PlanError
 from tapfl.models.backbone import BackboneSpec, example_input
 from tapfl.models.residual import as_branch_output, observe
 from tapfl.models.units import PrunableLayer, replaced
-from tapfl.pruning.compensation import compensate, compensate_sequentially
+from tapfl.pruning.compensation import compensate, compensate_sequentially, compensated
 from tapfl.pruning.lost_output import LostOutput, unit_moments
 from tapfl.pruning.sensitivity import Sensitivity, sensitivities
 from tapfl.pruning.surgery import load_pruned, save_pruned, shrink
@@ -329,6 +329,20 @@ def test_what_cannot_be_is_refused(form: Form, vit: Tiny) -> None:
         form(vit.model, kept, vit.layers, vit.inputs.index_fill(0, torch.tensor(2), torch.inf), batch=1)
     with pytest.raises(PlanError, match=r"blocks\.0\.mlp: kept units must be sorted"):
         form(vit.model, {"blocks.0.mlp": torch.tensor([3, 1])}, vit.layers, vit.inputs, batch=4)
+
+
+def test_the_form_is_the_one_that_is_named(vit: Tiny) -> None:
+    kept = random_kept(vit.layers, 0.5)
+    given = (vit.model, kept, vit.layers, vit.inputs, 4)
+    forms = {
+        "none": shrink(vit.model, plan_of(vit, kept)),
+        "one-pass": compensate(*given),
+        "sequential": compensate_sequentially(*given),
+    }
+    for how, expected in forms.items():
+        assert torch.equal(compensated(*given, how)(vit.inputs), expected(vit.inputs))
+    with pytest.raises(ConfigError, match="'both': accepted are none, one-pass, sequential"):
+        compensated(*given, "both")
 
 
 def a_backbone(name: str) -> nn.Module:
