@@ -66,6 +66,13 @@ def test_water_filling_spends_the_budget_exactly(weights: list[float], share: fl
     assert cost @ keep == pytest.approx(budget, rel=1e-9, abs=1e-9)
 
 
+@pytest.mark.parametrize("scale", [1e-9, 1.0, 1e9])
+def test_water_filling_knows_no_scale_of_weights(scale: float) -> None:
+    cost = linear(np.array([10.0, 20.0, 30.0]))
+    _, keep = water_fill(scale * np.array([1.0, 2.0, 4.0]), cost, np.array([30.0]), 0.05)
+    np.testing.assert_allclose(keep, 30 / 170 * np.array([1, 2, 4]), rtol=1e-6)
+
+
 def test_water_filling_outside_its_range_names_the_range() -> None:
     with pytest.raises(BudgetError, match="between 5 and 100 can"):
         water_fill(np.ones(2), linear(np.array([40.0, 60.0])), np.array([4.0]), 0.05)
@@ -178,6 +185,19 @@ def test_power_ratio_knows_no_scale(vit: Tiny) -> None:
     np.testing.assert_allclose(layer_weights(vit.layers, smaller, options), weights)
     nothing = dict.fromkeys(kl, 0.0)
     assert layer_weights(vit.layers, nothing, options).tolist() == [1, 1, 1, 1]
+    one_of_two = kl | {"blocks.1.mlp": 0.0}
+    np.testing.assert_allclose(layer_weights(vit.layers, one_of_two, options), [2 / 3, 2, 4 / 3, 0])
+
+
+@pytest.mark.parametrize("ratio", ["adaptive", "power"])
+def test_layers_of_one_kind_weigh_what_they_do_beside_the_other_kind(vit: Tiny, ratio: str) -> None:
+    kl = {"blocks.0.attn": 1.0, "blocks.1.attn": 2.0, "blocks.0.mlp": 9.0, "blocks.1.mlp": 3.0}
+    options = PruningOptions.model_validate({"ratio": ratio, "tau": 2.0, "gamma": 0.5})
+    both = layer_weights(vit.layers, kl, options)
+    for kind in ("attention", "ffn"):
+        chosen = [i for i, layer in enumerate(vit.layers) if layer.kind == kind]
+        alone = layer_weights([vit.layers[i] for i in chosen], kl, options)
+        np.testing.assert_allclose(alone, both[chosen])
 
 
 def test_widths_are_aligned_to_8_unless_heads_are_small(vit: Tiny) -> None:

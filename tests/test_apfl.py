@@ -22,12 +22,15 @@ from personal_problems import (
     same_bits,
     share,
 )
+from torch import Tensor
 
+from tapfl.adapters.mixture import Pair
 from tapfl.config import TrainOptions
 from tapfl.personalize.apfl import Apfl
 from tapfl.personalize.fedavg import FedAvg
 from tapfl.personalize.local import Local
 from tapfl.personalize.method import Personal, local_round
+from tapfl.training import Params
 
 
 @pytest.mark.parametrize("passes", ["one", "two"])
@@ -36,6 +39,19 @@ from tapfl.personalize.method import Personal, local_round
 def test_golden_runs(update: Moves, per: Literal["device", "layer"], passes: Passes) -> None:
     """The golden problem has one layer, so α a layer is α a device."""
     check_golden(Apfl(CASE["alpha0"], update, CASE["lr_alpha"], per, passes), update)
+
+
+@pytest.mark.parametrize(("passes", "asked"), [("one", [Pair]), ("two", [dict, dict])])
+def test_one_pass_asks_the_objective_once_for_both_models(passes: Passes, asked: list[type]) -> None:
+    objective, batches, _, w = problem(0)
+    seen: list[type] = []
+
+    def listening(params: Params, batch: object) -> Tensor:
+        seen.append(type(params))
+        return objective(params, batch)
+
+    local_round(Apfl(0.5, "step", passes=passes), listening, w, None, batches[:1], SGD, ALL)
+    assert seen == asked
 
 
 # -- what holds for any device ----------------------------------------------------------------------------------------

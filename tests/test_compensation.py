@@ -16,13 +16,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from tapfl.errors import ModelError, PlanError
+from tapfl.errors import ConfigError, ModelError, PlanError
 from tapfl.models.backbone import BackboneSpec, example_input
 from tapfl.models.residual import as_branch_output, observe
 from tapfl.models.units import PrunableLayer, replaced
-from tapfl.pruning.compensation import compensate, compensate_sequentially
-from tapfl.pruning.lost_output import RIDGE, LostOutput, unit_moments
-from tapfl.pruning.sensitivity import sensitivities
+from tapfl.pruning.compensation import compensate, compensate_sequentially, compensated
+from tapfl.pruning.lost_output import LostOutput, unit_moments
+from tapfl.pruning.sensitivity import Sensitivity, sensitivities
 from tapfl.pruning.surgery import load_pruned, save_pruned, shrink
 
 FAMILIES = ["vit", "deit", "swin"]
@@ -77,9 +77,9 @@ def test_linear_functions_of_kept_units_come_back_exactly(form: Form, family: st
 
 
 def ridge_by_lstsq(X_R: np.ndarray, r: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(slope (kept, outputs), intercept) of ridge regression, as least squares with rows sqrt(nλ) I."""
+    """(slope (kept, outputs), intercept) of ridge regression: least squares with rows sqrt(nλ) I, λ as documented."""
     centred, mean_r = X_R - X_R.mean(0), r.mean(0)
-    rows = np.sqrt(RIDGE * centred.var(0).mean() * len(X_R)) * np.eye(X_R.shape[1])
+    rows = np.sqrt(1e-3 * centred.var(0).mean() * len(X_R)) * np.eye(X_R.shape[1])
     slope = np.linalg.lstsq(
         np.vstack([centred, rows]), np.vstack([r - mean_r, np.zeros((len(rows), r.shape[1]))]), rcond=None
     )[0]
@@ -132,12 +132,13 @@ def test_one_pass_asks_an_attention_what_its_shrunk_form_lacks(family: str, fami
     np.testing.assert_allclose(found.proj.bias.detach().numpy(), shrunk.proj.bias.numpy() + intercept, atol=2e-5)
 
 
-def test_the_sequential_form_by_hand(vit: Tiny) -> None:
+@pytest.mark.parametrize(("given", "share"), [({"correction": 0.4}, 0.4), ({}, 0.25)])
+def test_the_sequential_form_by_hand(given: dict[str, float], share: float, vit: Tiny) -> None:
     """blocks.1.mlp behind a shrunk blocks.0.attn: its own loss, and a share of the drift of the stream."""
     kept = {
         name: ids for name, ids in random_kept(vit.layers, 0.5).items() if name in ("blocks.0.attn", "blocks.1.mlp")
     }
-    small: Any = compensate_sequentially(vit.model, kept, vit.layers, vit.inputs, batch=3, correction=0.4)
+    small: Any = compensate_sequentially(vit.model, kept, vit.layers, vit.inputs, batch=3, **given)
     dense: Any = vit.model
 
     def parts(model: Any) -> tuple[Tensor, Tensor]:  # the stream before blocks.1.mlp, and what its norm makes of it
@@ -149,7 +150,7 @@ def test_the_sequential_form_by_hand(vit: Tiny) -> None:
     f, R = dense.blocks[1].mlp, kept["blocks.1.mlp"]
     units = f.act(f.fc1(own))[..., R]
     kept_output = units @ f.fc2.weight[:, R].T + f.fc2.bias
-    lost = f(own) - kept_output + 0.4 * ((x + f(normed)) - (y + f(own)))
+    lost = f(own) - kept_output + share * ((x + f(normed)) - (y + f(own)))
     slope, nu = ridge_by_lstsq(*(t.flatten(0, 1).double().numpy() for t in (units.detach(), lost.detach())))
     fc2 = small.blocks[1].mlp.fc2
     np.testing.assert_allclose(fc2.weight.detach().numpy(), f.fc2.weight[:, R].numpy() + slope.T, atol=1e-4)
@@ -307,6 +308,19 @@ def test_the_result_is_saved_as_any_pruned_model(form: Form, vit: Tiny, tmp_path
 
 
 @BOTH
+def test_images_whose_rows_do_not_count_might_as_well_not_be_there(form: Form, vit: Tiny) -> None:
+    kept, inputs = random_kept(vit.layers, 0.5), images(vit, 6)
+    felt = {}
+    for layer in vit.layers:
+        rows = (torch.ones(2 * layer.tokens), torch.zeros(2 * layer.tokens), torch.ones(2 * layer.tokens))
+        felt[layer.name] = Sensitivity(rows, torch.eye(layer.embed_dim, dtype=torch.float64))
+    found = form(vit.model, kept, vit.layers, inputs, batch=2, felt=felt)
+    without = form(vit.model, kept, vit.layers, inputs[[0, 1, 4, 5]], batch=2)
+    for name, theta in found.state_dict().items():
+        torch.testing.assert_close(theta, without.state_dict()[name], rtol=1e-4, atol=1e-4)
+
+
+@BOTH
 def test_what_cannot_be_is_refused(form: Form, vit: Tiny) -> None:
     kept = random_kept(vit.layers, 0.5)
     with pytest.raises(ModelError, match="at least one image"):
@@ -315,6 +329,20 @@ def test_what_cannot_be_is_refused(form: Form, vit: Tiny) -> None:
         form(vit.model, kept, vit.layers, vit.inputs.index_fill(0, torch.tensor(2), torch.inf), batch=1)
     with pytest.raises(PlanError, match=r"blocks\.0\.mlp: kept units must be sorted"):
         form(vit.model, {"blocks.0.mlp": torch.tensor([3, 1])}, vit.layers, vit.inputs, batch=4)
+
+
+def test_the_form_is_the_one_that_is_named(vit: Tiny) -> None:
+    kept = random_kept(vit.layers, 0.5)
+    given = (vit.model, kept, vit.layers, vit.inputs, 4)
+    forms = {
+        "none": shrink(vit.model, plan_of(vit, kept)),
+        "one-pass": compensate(*given),
+        "sequential": compensate_sequentially(*given),
+    }
+    for how, expected in forms.items():
+        assert torch.equal(compensated(*given, how)(vit.inputs), expected(vit.inputs))
+    with pytest.raises(ConfigError, match="'both': accepted are none, one-pass, sequential"):
+        compensated(*given, "both")
 
 
 def a_backbone(name: str) -> nn.Module:

@@ -262,6 +262,8 @@ def test_pack_and_unpack_are_inverse(vit: Tiny) -> None:
     assert vector.dtype == np.float32 and vector.shape == (packed_size(layout),)
     assert list(unpack(vector, layout)) == list(layout)
     assert all(torch.equal(theta, own[name]) for name, theta in unpack(vector, layout).items())
+    precise = {name: theta.double() for name, theta in own.items()}  # as a clipped update is
+    assert pack(precise, layout).dtype == np.float32 and np.array_equal(pack(precise, layout), vector)
     # the order is that of the layout, not of the parameters
     assert np.array_equal(pack(dict(reversed(own.items())), layout), vector)
     vector.setflags(write=False)  # as it comes from the wire

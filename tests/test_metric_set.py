@@ -75,6 +75,13 @@ def test_random_depends_on_the_seed_and_on_nothing_else(scene: tuple) -> None:
     np.testing.assert_array_equal(first, pick("random", 64, pool, device, points, seed=0))
 
 
+def test_the_heaviest_component_chooses_first() -> None:
+    """At 0 and 1, of weights 1 : 3, and a quota of 1 and 3 of points: those nearest to 1 go first, the rest to 0."""
+    device = GaussianSummary(np.array([0.25, 0.75]), np.array([[0.0], [1.0]]), np.ones((2, 1)), 40)
+    points = np.array([[2.2], [1.0], [0.9], [-3.0]])
+    assert pick("component-quota", 4, device, device, points).tolist() == [1, 2, 0, 3]
+
+
 def test_top_likelihood_is_the_largest_best_first(scene: tuple) -> None:
     device, pool, points, _ = scene
     chosen = pick("top-likelihood", 40, device, pool, points)

@@ -84,6 +84,16 @@ def test_limited_support_leaves_moments_and_no_weak_component(
         after.check(d, min_support)
 
 
+def test_the_weakest_component_goes_into_its_nearest_one() -> None:
+    """Of 100 samples: 60 at 0, 30 at 10, 4 at 11, 6 at 3; 4 are too few and go to the 30, then all are enough."""
+    before = GaussianSummary(np.array([0.6, 0.3, 0.04, 0.06]), np.array([[0.0], [10], [11], [3]]), np.ones((4, 1)), 100)
+    after = limit_support(before, 5)
+    order = after.means[:, 0].argsort()
+    np.testing.assert_allclose(after.weights[order], [0.6, 0.06, 0.34])
+    np.testing.assert_allclose(after.means[order, 0], [0, 3, (30 * 10 + 4 * 11) / 34])
+    np.testing.assert_allclose(after.covariances[order, 0], [1, 1, 1 + 30 * 4 / 34**2])
+
+
 def test_supported_components_are_left_alone() -> None:
     before = replace(random_mixture(1, 3, 2, full=True), weights=np.array([0.5, 0.3, 0.2]))
     after = limit_support(before, 20)
@@ -105,6 +115,12 @@ def test_well_apart_clusters_are_found(covariance: str) -> None:
     assert sorted(np.round(mixture.weights, 6)) == [0.1, 0.3, 0.6]
     assert mixture.n == 100
     mixture.check(3, 5.0)
+
+
+@pytest.mark.parametrize("most", [1, 2, 3])
+def test_there_are_no_more_components_than_asked_for(most: int) -> None:
+    mixture = fit_mixture(clusters([30, 30, 30, 30], d=4), SummaryOptions(max_components=most), seed=0)
+    assert len(mixture.weights) == most
 
 
 @pytest.mark.parametrize("alone", [1, 2, 4])

@@ -51,6 +51,15 @@ def test_a_round_is_a_function_of_its_arguments(method: Method, train: TrainOpti
 
 
 @every_method
+def test_what_a_method_says_of_itself_is_what_it_does(method: Method) -> None:
+    objective, batches, v, w = problem(0)
+    result = local_round(method, objective, w, Personal(v, share(0.5)), batches, SGD, ALL)
+    assert method.uploads == (result.upload is not None)
+    assert (method.keeps or method.tunes) == (result.personal is not None)
+    assert method.models == (2 if method.uploads and method.keeps else 1)
+
+
+@every_method
 def test_a_device_without_a_past_uses_what_it_received(method: Method) -> None:
     objective, batches, _, w = problem(0)
     torch.testing.assert_close(objective(method.inference(w, None), batches[0]), objective(w, batches[0]))

@@ -25,6 +25,7 @@ from tapfl.adapters.layout import (
     device_layout,
     gather_all,
     global_shapes,
+    whole_rank,
 )
 from tapfl.adapters.lora import AdaptedModel
 from tapfl.adapters.rules import RULES, ServerState
@@ -76,6 +77,14 @@ def test_the_width_side_counts_a_missing_direction_as_zero(rule: str, round: int
     result = step(options(rule), PREVIOUS, updates, round)
     assert result[B].tolist() == [[1, 2], [(3 + 15) / 4, (4 + 0) / 4], [6, 0]]
     assert torch.equal(result[A], PREVIOUS[A])  # what a device says of the other side is not asked
+
+
+def test_what_lies_before_the_width_side_in_a_layout_stays_as_it_is() -> None:
+    sent = fc1([[5], [6]], [[7, 7]], [1, 2], 3.0)
+    whole = whole_rank(sent, PREVIOUS)
+    assert list(sent.layout) == [A, B]
+    assert torch.equal(whole.params[A], sent.params[A]) and whole.layout[A].shape == (1, 2)
+    assert whole.params[B].tolist() == [[5, 0], [6, 0]] and whole.layout[B].shape == (2, 2)
 
 
 @pytest.mark.parametrize(("rule", "round"), [("rolora", 2), ("embed_side", 1), ("embed_side", 2)])

@@ -15,6 +15,7 @@ from experiments.bench.memory import peak_tensor_bytes
 from tapfl.config import PruningOptions
 from tapfl.errors import ModelError
 from tapfl.pruning.scores import (
+    STRIP,
     TERM_WEIGHTS,
     Terms,
     composite,
@@ -93,6 +94,27 @@ def test_vectorised_form_equals_the_loop(
         assert ((score >= -1e-6) & (score <= 1 + 1e-6)).all()
 
 
+@pytest.mark.parametrize("images", [STRIP, STRIP + 1, 2 * STRIP + 3])
+@pytest.mark.parametrize("heads", [0, 2])
+def test_strips_of_rows_together_are_the_loop(images: int, heads: int) -> None:
+    generator = np.random.default_rng(images)
+    X = generator.standard_normal((images, 3, 6))
+    P = generator.dirichlet(np.ones(4), images)
+    parts = terms(torch.from_numpy(X).float(), torch.from_numpy(P).float(), heads)
+    for got, want in zip((parts.rel, parts.red, parts.act), loop_terms(X, P, heads), strict=True):
+        np.testing.assert_allclose(got.numpy(), want, rtol=1e-3, atol=1e-4)
+
+
+def test_what_all_images_share_takes_no_digits_from_the_kernels() -> None:
+    """Distances do not change with a common offset; squares of it in float32 would drown them."""
+    generator = torch.Generator().manual_seed(0)
+    X, P = torch.randn(6, 4, 3, generator=generator), torch.randn(6, 4, generator=generator).softmax(-1)
+    near = (X * 1024).round() / 1024  # so that X + 2048 is exact
+    far = terms(near + 2048, P, 0)
+    torch.testing.assert_close(far.rel, terms(near, P, 0).rel, rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(far.red, terms(near, P, 0).red, rtol=1e-3, atol=1e-5)
+
+
 def test_a_layer_that_is_constant_everywhere_scores_without_nan() -> None:
     parts = terms(torch.full((4, 3, 6), 2.0), torch.full((4, 5), 0.2), heads=2)
     assert torch.equal(composite(parts, (0.8, 0.1, 0.1)), torch.full((6,), 0.1))  # 1 - red alone is left
@@ -116,6 +138,16 @@ def test_the_composite_of_a_layer_uses_its_activations_and_heads(vit: Tiny) -> N
     handle.remove()
     expected = composite(terms(seen[0], P, heads=2), (0.8, 0.1, 0.1))
     torch.testing.assert_close(neuron_importance(vit.model, vit.layers, vit.inputs, 4)[layer.name], expected)
+
+
+def test_the_units_of_an_ffn_are_compared_with_the_mean_over_all_of_them(vit: Tiny) -> None:
+    layer = next(layer for layer in vit.layers if layer.name == "blocks.1.mlp")
+    logits, seen = record_activations(vit.model, vit.layers, vit.inputs)
+    parts = terms(seen[layer.name], logits.softmax(-1), heads=0)
+    assert parts.red.std() > 0
+    redundant = dict.fromkeys(("ffn", "attention"), (0.0, 1.0, 0.0))
+    found = neuron_importance(vit.model, vit.layers, vit.inputs, 4, redundant)[layer.name]
+    torch.testing.assert_close(found, composite(parts, (0, 1, 0)))
 
 
 def test_a_row_of_swin_is_one_image_with_all_its_windows(swin: Tiny) -> None:
