@@ -100,7 +100,7 @@ def _argument(value: str) -> Argument:
 def _literal(text: str) -> Scalar:
     try:
         parsed = json.loads({"True": "true", "False": "false"}.get(text, text))
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):  # of thousands of digits or brackets too
         return text
     return parsed if isinstance(parsed, bool | int | float) else text
 
