@@ -54,9 +54,9 @@ def bytes_sent(run: Path) -> list[dict[str, Any]]:
         ConfigError: if `run` is not the folder of one.
     """
     try:
-        devices = json.loads((run / "summary.json").read_text())["devices"]
+        devices = json.loads((run / "summary.json").read_text("utf-8"))["devices"]
         return [{"device": device["device"], **device["bytes_up"]} for device in devices]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
         raise ConfigError(
             f"inspect {run} --uplink: is not the folder of a finished run, with its summary.json"
         ) from None

@@ -457,7 +457,7 @@ def read_toml_tables(path: Path, option: str = "--config") -> dict[str, Any]:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"{option} {path}: cannot be read ({error.strerror})") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # of thousands of digits or brackets too
         raise ConfigError(f"{option} {path}: is not TOML ({error})") from None
 
 
@@ -472,7 +472,7 @@ def parse_assignment(text: str) -> tuple[str, Scalar]:
         raise ConfigError(f"--set {text}: must have the form key=value, such as train.rounds=5")
     try:
         parsed = json.loads(value)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):  # of thousands of digits or brackets too
         parsed = value
     return key.strip(), parsed if isinstance(parsed, bool | int | float) else value
 
@@ -482,10 +482,11 @@ def _explain(error: dict[str, Any], root: type[BaseModel]) -> str:
     path = [str(part) for part in error["loc"] if not isinstance(part, int)]
     option = ".".join(_kebab(part) for part in path) or "configuration"
     if error["type"] == "extra_forbidden":
-        return f"{option}: is not an option; accepted here: {', '.join(_siblings(root, path[:-1]))}"
+        said = option if option.isprintable() else repr(option)
+        return f"{said}: is not an option; accepted here: {', '.join(_siblings(root, path[:-1]))}"
     message = error["msg"].removeprefix("Value error, ")
     value = error["input"]
-    shown = "" if isinstance(value, dict | Section) else f" = {value!r}"
+    shown = "" if isinstance(value, dict | Section) else f" = {value!r:.200}"
     return f"{option}{shown}: {message[0].lower()}{message[1:]}"
 
 

@@ -20,7 +20,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import Field, ValidationError, field_validator
 
@@ -28,6 +28,7 @@ from tapfl.config import PROFILE_SETS, Count, DeviceOptions, Section, Share, rea
 from tapfl.errors import ConfigError
 from tapfl.pruning.budget import Budget
 
+Speed = Annotated[float, Field(ge=1e-6)]  # or the simulated seconds were without end
 FOLDER = Path(__file__).parent / "profile_sets"
 
 
@@ -46,9 +47,9 @@ class DeviceProfile(Section):
     name: str = ""
     budget: str
     rank: Count
-    compute: float = Field(5e9, gt=0)
-    upload: float = Field(1e6, gt=0)
-    download: float = Field(5e6, gt=0)
+    compute: Speed = 5e9
+    upload: Speed = 1e6
+    download: Speed = 5e6
     availability: Share = 1.0
 
     @field_validator("budget", mode="before")

@@ -49,6 +49,10 @@ REFUSED = {
     "devices without end": ("devices.count=1000000000000", "devices.count = 1000000000000", "at most"),
     "images without end": ("data.image-size=1000000000", "data.image-size = 1000000000", "less than or equal to"),
     "a backbone without end": ("model.args=depth=1000000000", "depth=1000000000", "beyond 65536"),
+    "thousands of digits": (f"train.rounds={'9' * 5000}", "train.rounds = '999", "integer"),
+    "a backbone of digits": (f"model.args=depth={'9' * 5000}", "model.args", "depth"),
+    "thousands of brackets": (f"train.rounds={'[' * 100_000}", "train.rounds = '[[", "integer"),
+    "a key that clears the screen": ("\x1b[2J=1", "'\\x1b[2J': is not an option", "seed"),
     "a rate of infinity": ("train.learning-rate=1e309", "train.learning-rate = inf", "finite"),
     "a rate of nothing": ("train.learning-rate=NaN", "train.learning-rate = nan", "finite"),
     "budget too fine": ("pruning.align=16", "budget 0.3", "pruning.align"),
@@ -88,6 +92,14 @@ def test_a_basis_that_the_criterion_cannot_do_with(
     error = refused(capsys, monkeypatch, *options)
     assert "pruning.basis = 'none'" in error and "lowrank-heads needs 'canonical'; accepted: auto" in error
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("text", ["seed = " + "[" * 100_000, "seed = " + "9" * 5000])
+def test_toml_without_end(
+    text: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "a.toml").write_text(text)
+    assert "a.toml: is not TOML" in refused(capsys, monkeypatch, "--config", "a.toml")
 
 
 FILES = {

@@ -7,6 +7,7 @@ thread's own (`tapfl.models.latency`). Adapters are not in it: merged into the w
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -26,7 +27,7 @@ from tapfl.models.latency import timed_ms
 from tapfl.models.prunable import prunable_layers
 from tapfl.models.units import Shape
 from tapfl.pruning.export import export, load_exported
-from tapfl.pruning.plan import PLAN_FILE, PruningPlan, load_plan
+from tapfl.pruning.plan import PruningPlan, load_plan
 from tapfl.pruning.surgery import WEIGHTS_FILE, load_pruned
 from tapfl.store import RunFolder, pack_tensors, write_bytes
 
@@ -118,11 +119,15 @@ def bench_gain(run: Path, repeats: int, devices: Sequence[int] = ()) -> list[Mea
 def _plans(run: Path, devices: Sequence[int]) -> dict[int, PruningPlan]:
     if not (run / "config.json").is_file():
         raise ConfigError(f"RUN {run}: is not a run's folder (there is no config.json)")
-    there = sorted(int(path.parent.parent.name) for path in run.glob(f"devices/*/pruned/{PLAN_FILE}"))
+    options = RunFolder(run).config().keys()
+    names = {path.parent.name for path in run.glob("devices/*/pruned")}
+    there = sorted(int(name) for name in names if re.fullmatch(r"[0-9]{2,18}", name))
     if not there:
         raise ConfigError(f"RUN {run}: holds no models of devices; they lie in devices/NN/pruned where these ran")
-    if lacking := [device for device in devices if device not in there]:
-        raise ConfigError(f"--device {lacking[0]}: accepted are {', '.join(map(str, there))}")
+    if lacking := {"model.name", "model.args", "seed"} - options:
+        raise ConfigError(f"RUN {run}: is not a run's folder (its config.json lacks {min(lacking)})")
+    if absent := [device for device in devices if device not in there]:
+        raise ConfigError(f"--device {absent[0]}: accepted are {', '.join(map(str, there))}")
     return {device: load_plan(_pruned(run, device))[0] for device in devices or there}
 
 

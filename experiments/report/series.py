@@ -8,6 +8,7 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
+import torch
 
 from experiments.inspection import layers_of
 from experiments.report.reading import Run
@@ -148,7 +149,8 @@ def widths(run: Run) -> list[Row]:
 
 @lru_cache(maxsize=4)
 def _layers(spec: str) -> list[PrunableLayer]:
-    return prunable_layers(build(BackboneSpec.model_validate_json(spec)))
+    with torch.device("meta"):  # their widths alone are looked at
+        return prunable_layers(build(BackboneSpec.model_validate_json(spec)))
 
 
 def own_classes(run: Run, i: int) -> set[str] | None:

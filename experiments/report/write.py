@@ -33,9 +33,11 @@ def write_report(paths: Sequence[Path], out: Path | None = None) -> Path:
         from experiments.report.comparison import page_of_all
 
         folder, page = out or COMPARISON, page_of_all(runs)
-    html = render(page).encode()
+    html, pictures = render(page).encode(), folder / "figures"
+    if pictures.is_symlink() and not pictures.resolve().is_relative_to(folder.resolve()):
+        raise ConfigError(f"{pictures}: is a link that leads out of {folder}, where nothing is written")
     try:
-        write_pictures(page.figures, folder / "figures")
+        write_pictures(page.figures, pictures)
         write_bytes(folder / "report.html", html)
     except OSError as error:
         raise ConfigError(f"--out {folder}: cannot be written ({error.strerror})") from None

@@ -63,7 +63,7 @@ class BackboneSpec(BaseModel):
                 raise ValueError(f"{key}: names neither a shape nor a layer; weights come by model.weights")
             for number in value if isinstance(value, tuple) else (value,):
                 if isinstance(number, int | float) and not abs(number) <= LARGEST_ARGUMENT:
-                    raise ValueError(f"{key} = {number:.3g}: is beyond {LARGEST_ARGUMENT}")
+                    raise ValueError(f"{key} = {number!r:.40}: is beyond {LARGEST_ARGUMENT}")
         return args
 
     @classmethod
@@ -100,7 +100,7 @@ def _argument(value: str) -> Argument:
 def _literal(text: str) -> Scalar:
     try:
         parsed = json.loads({"True": "true", "False": "false"}.get(text, text))
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):  # of thousands of digits or brackets too
         return text
     return parsed if isinstance(parsed, bool | int | float) else text
 
@@ -285,7 +285,7 @@ def read_head_rows(file: Path, classes: tuple[str, ...]) -> list[int]:
     """Returns the row of the head for each class. Raises ModelError if the file or a class is missing."""
     try:
         table = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"model.head-rows = {str(file)!r}: is not a readable JSON file ({error})") from None
     if not isinstance(table, dict):
         raise ModelError(f"model.head-rows = {str(file)!r}: must map class names to rows")

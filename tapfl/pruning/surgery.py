@@ -125,6 +125,11 @@ def rebuild(plan: PruningPlan, weights: bytes) -> nn.Module:
     return _filled(_skeleton(plan, len(state)), state, f"{source}: do not fit their plan")
 
 
+def require_fitting(plan: PruningPlan) -> None:
+    """Raises TapflError if there is no backbone as the plan says, or its layers are others; takes no memory for one."""
+    _skeleton(plan, 64 * len(plan.layers))
+
+
 def _skeleton(plan: PruningPlan, tensors: int) -> nn.Module:
     """Returns the pruned model without memory for its weights, on torch's meta device, whatever the plan asks for.
 
