@@ -50,9 +50,8 @@ def show_rows(rows: Sequence[Mapping[str, str | float]], as_json: bool) -> None:
         return
     shown = console()
     table = _table([*rows[0]], [[str(value) for value in row.values()] for row in rows])
-    if (
-        shown.measure(table, options=shown.options.update(width=10**6)).maximum > shown.width
-    ):  # a line a column: what is cut off nobody can read
+    needed = shown.measure(table, options=shown.options.update(width=10**6)).minimum
+    if needed > shown.width:  # not even single words have room: a line a column, because what is cut nobody can read
         lines = [[name, *(str(row[name]) for row in rows)] for name in rows[0]]
         table = _table(["", *(str(number) for number in range(1, len(rows) + 1))], lines)
     shown.print(table)
