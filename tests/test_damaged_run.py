@@ -22,11 +22,6 @@ CHECKPOINT = "server/round-0001.safetensors"
 
 
 @pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("cache")
-
-
-@pytest.fixture(scope="module")
 def whole(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "whole"
     assert tapfl("--out", str(folder), cache=cache, options=OPTIONS).exit_code == 0

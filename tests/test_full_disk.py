@@ -17,11 +17,6 @@ OPTIONS = ["train.rounds=2"]
 
 
 @pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("cache")
-
-
-@pytest.fixture(scope="module")
 def whole(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "whole"
     assert tapfl("--out", str(folder), cache=cache, options=OPTIONS).exit_code == 0

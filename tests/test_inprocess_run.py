@@ -37,11 +37,6 @@ def tapfl(*arguments: str, cache: Path, options: list[str] | None = None, report
 
 
 @pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("cache")
-
-
-@pytest.fixture(scope="module")
 def finished(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, object]]:
     folder = tmp_path_factory.mktemp("runs") / "one"
     done = tapfl("--out", str(folder), "--json", cache=cache)

@@ -58,11 +58,6 @@ def killed_after(module: str, name: str, count: int, act: Callable[[], Any]) -> 
 
 
 @pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("cache")
-
-
-@pytest.fixture(scope="module")
 def uninterrupted(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "whole"
     done = tapfl("--out", str(folder), cache=cache, options=OPTIONS)

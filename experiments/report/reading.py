@@ -29,19 +29,29 @@ NEEDED = {  # what a line of metrics.jsonl must have to be of use, by kind
         "alpha": NUMBER,
     },
     "round": {
-        **{"round": WHOLE, "devices": WHOLE, "simulated_seconds": NUMBER},
-        **{"bytes_up": NUMBER, "bytes_down": NUMBER},
+        "round": WHOLE,
+        "devices": WHOLE,
+        "simulated_seconds": NUMBER,
+        "bytes_up": NUMBER,
+        "bytes_down": NUMBER,
     },
     "traffic": {
-        **{"phase": TEXT, "round": WHOLE, "device": WHOLE, "down": SIZES, "up": SIZES},
-        **{"simulated_seconds": NUMBER},
+        "phase": TEXT,
+        "round": WHOLE,
+        "device": WHOLE,
+        "down": SIZES,
+        "up": SIZES,
+        "simulated_seconds": NUMBER,
     },
     "failure": {"phase": TEXT, "device": WHOLE, "reason": TEXT},
     "absence": {"round": WHOLE, "device": WHOLE, "reason": TEXT},
 }
 SUMMARY = {  # what a report takes from summary.json, if it is there
-    **{"simulated_seconds": NUMBER, "personal_accuracy_worst_decile": NUMBER, "full_model_bytes": NUMBER},
-    **{"epsilon": NUMBER, "seconds": SIZES},
+    "simulated_seconds": NUMBER,
+    "personal_accuracy_worst_decile": NUMBER,
+    "full_model_bytes": NUMBER,
+    "epsilon": NUMBER,
+    "seconds": SIZES,
 }
 RECORD = TypeAdapter(DeviceRecord)
 LARGEST = 2**63  # what is above is no count of anything
