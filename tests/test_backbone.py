@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -66,6 +67,23 @@ def test_an_unknown_model_is_refused_with_what_is_near() -> None:
 def test_arguments_that_timm_does_not_take_are_refused(args: dict) -> None:
     with pytest.raises(ModelError, match=r"model\.args = .*: timm cannot build vit_tiny_patch16_224 with them"):
         build(spec(args=VIT_ARGS | args))
+
+
+@pytest.mark.parametrize(
+    ("name", "args", "message"),
+    [
+        ("vit_tiny_patch16_224", {"depth": 60000}, "more than 16384 parameter tensors"),
+        ("vit_tiny_patch16_224", {"embed_dim": 60000, "num_heads": 4}, "more than 2147483648 parameters"),
+        ("vit_tiny_patch16_224", {"img_size": 65536, "patch_size": 1}, "more than 2147483648 parameters"),
+        ("swin_tiny_patch4_window7_224", {"img_size": 32768}, r"needs .* elements for its masks"),
+    ],
+)
+def test_what_would_fill_the_memory_is_refused_before_it_is_built(name: str, args: dict, message: str) -> None:
+    """A server tells a device what to build, and a plan may come from anyone."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(ModelError, match=message):
+        build(BackboneSpec(name=name, args=args, num_classes=3))
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**18  # KiB: 256 MiB
 
 
 @pytest.mark.parametrize("name", ["resnet18", "mixer_s32_224"])

@@ -391,21 +391,25 @@ def test_an_edited_plan_is_noticed(change: Callable[[Content], object], saved: P
         (lambda content: content["backbone"].update(name="vit_none"), r"plan\.json: .*timm has no such model"),
         (lambda content: content["layers"][0].update(importance=float("nan")), r"plan\.json: is not a plan \(NaN"),
         (arguments(checkpoint_path="x.pth"), r"backbone\.args: checkpoint_path: names neither a shape nor"),
-        (arguments(act_layer="nope"), r"plan\.json: vit_tiny_patch16_224 cannot be built as .* \(KeyError: 'nope'\)"),
         (
-            arguments(patch_size=65536),
-            r"plan\.json: vit_tiny_patch16_224 cannot be built as .* \(RuntimeError: Calculated",
+            arguments(act_layer="nope"),
+            r"plan\.json: .*timm cannot build vit_tiny_patch16_224 with them \(KeyError: 'nope'\)",
+        ),
+        (
+            arguments(patch_size=64),
+            r"plan\.json: vit_tiny_patch16_224 cannot be cut as .* \(RuntimeError: Calculated",
         ),
         # what would take gigabytes or hours to build
         (arguments(depth=10**9), r"backbone\.args: depth = 1000000000: is beyond 65536"),
         (arguments(depth=60000), r"plan\.json: the backbone has more than \d+ parameter tensors"),
+        (arguments(embed_dim=65536), r"plan\.json: the backbone has more than 2147483648 parameters"),
         (
-            arguments(embed_dim=65536),
+            arguments(embed_dim=64),
             r"plan\.json: .*does not fit this model \(blocks\.0\.attn: expected attention of 32",
         ),
         (
-            arguments(img_size=32768),
-            r"does not fit its plan \(pos_embed: expected \[1, 268435457, 32\], found \[1, 17, 32\]",
+            arguments(img_size=4096),
+            r"does not fit its plan \(pos_embed: expected \[1, 4194305, 32\], found \[1, 17, 32\]",
         ),
     ],
 )

@@ -8,11 +8,10 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
-import torch
 
 from experiments.inspection import layers_of
 from experiments.report.reading import Run
-from tapfl.models.backbone import BackboneSpec, build
+from tapfl.models.backbone import BackboneSpec, outline
 from tapfl.models.prunable import prunable_layers
 from tapfl.models.units import PrunableLayer
 
@@ -149,8 +148,7 @@ def widths(run: Run) -> list[Row]:
 
 @lru_cache(maxsize=4)
 def _layers(spec: str) -> list[PrunableLayer]:
-    with torch.device("meta"):  # their widths alone are looked at
-        return prunable_layers(build(BackboneSpec.model_validate_json(spec)))
+    return prunable_layers(outline(BackboneSpec.model_validate_json(spec)))  # their widths alone are looked at
 
 
 def own_classes(run: Run, i: int) -> set[str] | None:

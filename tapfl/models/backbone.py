@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import lru_cache
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -24,6 +25,7 @@ from timm.models import (
     vision_transformer,
 )
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from tapfl.config import ModelOptions, Scalar
 from tapfl.data.transform import Transform
@@ -39,6 +41,8 @@ ENTRY_POINTS = "tapfl.backbones"  # by which installed packages offer models: wh
 ACCEPTED = "timm's ViT, DeiT, PiT and Swin"
 
 LARGEST_ARGUMENT = 2**16  # of a backbone's constructor: no image, width or depth is larger
+LARGEST_MODEL = 2**31  # parameters: 8.6 GB; timm's largest ViT has 1.8e9
+LARGEST_BUFFER = 2**28  # elements of Swin's masks and indices, which no file holds: 1 GB
 
 Argument = Scalar | tuple[int | float, ...]
 
@@ -105,15 +109,45 @@ def _literal(text: str) -> Scalar:
     return parsed if isinstance(parsed, bool | int | float) else text
 
 
-def build(spec: BackboneSpec, pretrained: bool = False, seed: int | None = None) -> nn.Module:
-    """Returns the backbone in evaluation mode, with timm's initial weights unless `pretrained`.
+def build(spec: BackboneSpec, seed: int | None = None) -> nn.Module:
+    """Returns the backbone in evaluation mode, with timm's initial weights.
 
     Args:
         seed: of the initial weights; None: they go on where torch's global generator is.
 
     Raises:
-        ModelError: if timm has no such model, its arguments are off, or it is of another family.
+        ModelError: if timm has no such model, its arguments are off, it is of another family, or so large that it can
+            only be a mistake, or meant to fill the memory; nothing of it has been built then.
     """
+    _require_bounded(spec.model_dump_json())
+    with _INITIALISING, torch.random.fork_rng(devices=[], enabled=seed is not None):
+        if seed is not None:
+            torch.manual_seed(seed)
+        return _create(spec)
+
+
+def outline(spec: BackboneSpec, tensors: int = 2**14) -> nn.Module:
+    """Returns the backbone without memory for its weights, on torch's meta device, whatever is asked for.
+
+    Args:
+        tensors: of more parameter tensors it is not built to the end.
+
+    Raises:
+        ModelError: as `build` does.
+    """
+    with torch.device("meta"), _at_most(tensors):
+        model = _create(spec)
+    if (elements := sum(buffer.numel() for buffer in model.buffers())) > LARGEST_BUFFER:
+        raise ModelError(f"{spec.name} with {spec.args} needs {elements:.2g} elements for its masks")
+    return model
+
+
+@lru_cache(maxsize=64)
+def _require_bounded(spec: str) -> None:
+    outline(BackboneSpec.from_json(spec))
+
+
+def _create(spec: BackboneSpec) -> nn.Module:
     if not timm.is_model(spec.name):
         for point in entry_points(group=ENTRY_POINTS, name=spec.name):
             point.load()  # registers itself with timm
@@ -121,15 +155,37 @@ def build(spec: BackboneSpec, pretrained: bool = False, seed: int | None = None)
         near = ", ".join(timm.list_models(f"*{spec.name.split('_')[0]}*")[:5]) or "see timm.list_models()"
         raise ModelError(f"model.name = {spec.name!r}: timm has no such model; for instance {near}")
     try:
-        with _INITIALISING, torch.random.fork_rng(devices=[], enabled=seed is not None):
-            if seed is not None:
-                torch.manual_seed(seed)
-            model = timm.create_model(spec.name, pretrained=pretrained, num_classes=spec.num_classes, **spec.args)
-    except (TypeError, ValueError, ArithmeticError, AssertionError, RuntimeError) as error:
-        raise ModelError(f"model.args = {spec.args}: timm cannot build {spec.name} with them ({error})") from None
+        model = timm.create_model(spec.name, num_classes=spec.num_classes, **spec.args)
+    except ModelError:
+        raise
+    except Exception as error:  # timm does not check what it is given, and fails as it happens
+        said = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise ModelError(f"model.args = {spec.args}: timm cannot build {spec.name} with them ({said})") from None
     if not isinstance(model, FAMILIES):
         raise ModelError(f"model.name = {spec.name!r}: is a {type(model).__name__}; accepted: {ACCEPTED}")
     return model.eval()
+
+
+@contextmanager
+def _at_most(tensors: int) -> Iterator[None]:
+    """Stops the construction of a model at so many parameter tensors, or at `LARGEST_MODEL` elements in them."""
+    thread, registered, elements = threading.get_ident(), 0, 0
+
+    def count_up(_module: nn.Module, _name: str, parameter: nn.Parameter | None) -> None:
+        nonlocal registered, elements
+        if threading.get_ident() != thread or parameter is None:
+            return
+        registered, elements = registered + 1, elements + parameter.numel()
+        if registered > tensors:
+            raise ModelError(f"the backbone has more than {tensors} parameter tensors, far more than it can need")
+        if elements > LARGEST_MODEL:
+            raise ModelError(f"the backbone has more than {LARGEST_MODEL} parameters")
+
+    handle = register_module_parameter_registration_hook(count_up)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def transform_of(model: Any) -> Transform:

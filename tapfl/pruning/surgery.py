@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import copy
-import threading
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from tapfl.errors import ModelError, PlanError, TapflError
-from tapfl.models.backbone import build
+from tapfl.models.backbone import outline
 from tapfl.models.prunable import prunable_layers
 from tapfl.models.units import put
 from tapfl.pruning.basis import carried_energy
@@ -21,7 +17,6 @@ from tapfl.pruning.plan import PLAN_FILE, PruningPlan, load_plan, read_plan, sig
 from tapfl.store import read_tensors, sha256_of, unpack_tensors, whole_folder, write_json, write_tensors
 
 WEIGHTS_FILE = "model.safetensors"
-LARGEST_BUFFER = 2**28  # elements of Swin's masks and indices, which no file holds: 1 GB
 TURNED = {"lowrank-heads"}  # criteria that choose among dims of another basis than that of the weights
 
 
@@ -138,16 +133,12 @@ def _skeleton(plan: PruningPlan, tensors: int) -> nn.Module:
     """
     spec = plan.backbone
     try:
-        with torch.device("meta"), _at_most(2 * tensors + 8 * len(plan.layers) + 64):
-            model = build(spec)
-        if (elements := sum(buffer.numel() for buffer in model.buffers())) > LARGEST_BUFFER:
-            raise PlanError(f"{spec.name} with {spec.args} needs {elements:.2g} elements for its masks")
-        return shrink(model, plan)
+        return shrink(outline(spec, 2 * tensors + 8 * len(plan.layers) + 64), plan)
     except TapflError:
         raise
-    except Exception as error:  # timm does not check what it is given, and fails as it happens
+    except Exception as error:  # layers that no family of ours has
         said = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise PlanError(f"{spec.name} cannot be built as the plan says, with {spec.args} ({said})") from None
+        raise PlanError(f"{spec.name} cannot be cut as the plan says, with {spec.args} ({said})") from None
 
 
 def _filled(skeleton: nn.Module, state: Mapping[str, Tensor], what: str) -> nn.Module:
@@ -160,24 +151,6 @@ def _filled(skeleton: nn.Module, state: Mapping[str, Tensor], what: str) -> nn.M
             compute()
     model.load_state_dict(state)
     return model.requires_grad_(False)
-
-
-@contextmanager
-def _at_most(count: int) -> Iterator[None]:
-    """Stops the construction of a model at so many parameter tensors."""
-    thread, registered = threading.get_ident(), 0
-
-    def count_up(*_: object) -> None:
-        nonlocal registered
-        registered += threading.get_ident() == thread
-        if registered > count:
-            raise PlanError(f"the backbone has more than {count} parameter tensors, far more than there are weights")
-
-    handle = register_module_parameter_registration_hook(count_up)
-    try:
-        yield
-    finally:
-        handle.remove()
 
 
 def _check_state(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], what: str) -> None:
