@@ -39,7 +39,10 @@ def load_torch() -> None:
 def of_the_system(error: OSError) -> str:
     """Returns what the system refused, such as ``/data/run/metrics.jsonl: No space left on device``, in one line."""
     what = error.strerror or f"{type(error).__name__}: {error}".splitlines()[0]
-    return f"{error.filename}: {what}" if error.filename else what
+    if not error.filename:
+        return what
+    name = str(error.filename)
+    return f"{name if len(name) <= 200 else f'{name[:100]} ... {name[-60:]}'}: {what}"
 
 
 def show_rows(rows: Sequence[Mapping[str, str | float]], as_json: bool) -> None:

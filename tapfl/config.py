@@ -104,7 +104,7 @@ S = TypeVar("S", bound=Section)
 class DataOptions(Section):
     """Which images there are, and who holds them."""
 
-    source: str = Field("digits", description="`digits`, an .npz file, an image folder, or `hf:NAME`")
+    source: str = Field("digits", min_length=1, description="`digits`, an .npz file, an image folder, or `hf:NAME`")
     public: str = Field("", description="a second source for the public pool; empty: a share of `source`")
     public_share: float = Field(0.5, gt=0, lt=1, description="share of `source` that is the public pool")
     test_share: float = Field(0.3, gt=0, lt=1, description="share of a device's images that is its test part")

@@ -287,6 +287,14 @@ def test_a_folder_without_images_is_refused(tmp_path: Path) -> None:
         load_images(str(tmp_path / "empty"), 6, tmp_path)
 
 
+@pytest.mark.parametrize("name", ["red\x1b[31m", "two\nlines", "tab\t", b"\xff".decode("utf-8", "surrogateescape")])
+def test_a_class_whose_name_cannot_be_shown_is_refused(name: str, tmp_path: Path) -> None:
+    write_image(tmp_path / "in" / "ant" / "1.png", 8, 8, (1, 2, 3))
+    write_image(tmp_path / "in" / name / "2.png", 8, 8, (1, 2, 3))
+    with pytest.raises(DataError, match=r"in': class '.*\\.*' has characters that cannot be shown"):
+        load_images(str(tmp_path / "in"), 6, tmp_path)
+
+
 @pytest.mark.parametrize("source", ["no/such/folder", "digit", "images.tar"])
 def test_a_source_that_is_not_there_is_refused(source: str, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=f"'{source}': there is no such file or folder; accepted: digits, a .npz"):
@@ -352,7 +360,9 @@ def test_bytes_are_normalised() -> None:
 def test_grey_is_spread_to_three_channels_and_colour_not_squeezed_to_one() -> None:
     x = Transform((4, 4), 3, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))(np.full((2, 4, 4, 1), 51, np.uint8))
     torch.testing.assert_close(x, torch.full((2, 3, 4, 4), 0.2))
-    with pytest.raises(DataError, match="images have 3 channels, the backbone takes 1"):
+    with pytest.raises(
+        DataError, match=r"images have 3 channels, the backbone takes 1: give .* in_chans in model\.args"
+    ):
         GREY(np.zeros((1, 8, 8, 3), np.uint8))
 
 

@@ -27,6 +27,7 @@ REFUSED = {
     "too many devices": ("devices.count=400", "devices.count = 400", "at most"),
     "too many classes": ("data.classes-per-device=11", "pathological", "11"),
     "class too small": ("data.public-share=0.001", "data.public-share = 0.001", "at least 2"),
+    "no data named": ("data.source=", "data.source = ''", "at least 1 character"),
     "no such data": ("data.source=/no/such/place", "/no/such/place", "accepted"),
     "unknown model": ("model.name=vit_huge_patch99", "vit_huge_patch99", "timm has no such model"),
     "bad model arguments": ("model.args=img_size", "model.args", "key=value"),

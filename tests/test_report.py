@@ -19,8 +19,9 @@ from typer.testing import CliRunner
 from experiments import cli
 from experiments.report import differences, tables, wording
 from experiments.report.comparison import page_of_all
-from experiments.report.figure import Figure
+from experiments.report.figure import Figure, chart
 from experiments.report.page import for_script, render
+from experiments.report.pictures import write_pictures
 from experiments.report.reading import Run, read_run
 from experiments.report.single import page_of
 from experiments.report.write import write_report
@@ -228,6 +229,15 @@ def test_no_report_where_it_is_not_wanted(reported: tuple[Path, str], tmp_path: 
     assert not (folder / "report.html").exists()
     resume(folder)
     assert (folder / "report.html").read_text().count("<figure") == len(FIGURES)
+
+
+def test_a_figure_is_drawn_whatever_a_stranger_has_written_into_the_run(tmp_path: Path) -> None:
+    """Of letters that no SVG can hold the drawing library does not complain: it ends the process."""
+    names = ["\x00", "\x1b[2J", "\x08", "\ufffe", "\ud800"]
+    bars = chart("rows").mark_bar().encode(x="name:N", y="count:Q")
+    rows = [{"name": name, "count": 1} for name in names]
+    write_pictures([Figure("odd", "".join(names), "", bars, {"rows": rows}, rows)], tmp_path)
+    assert Image.open(tmp_path / "odd.png").width > 720
 
 
 def test_a_report_that_fails_costs_the_run_nothing(

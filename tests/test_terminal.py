@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from experiments.terminal import show_rows
+from experiments.terminal import of_the_system, show_rows
 
 
 @pytest.mark.parametrize("columns", [3, 30])
@@ -14,3 +14,10 @@ def test_nothing_of_a_table_is_cut_off(columns: int, capsys: pytest.CaptureFixtu
     shown = capsys.readouterr().out
     for row in rows:
         assert all(name in shown and value in shown for name, value in row.items())
+
+
+def test_what_the_system_refused_is_a_line_that_can_be_read() -> None:
+    assert of_the_system(OSError(28, "No space left on device", "/data/x")) == "/data/x: No space left on device"
+    assert of_the_system(OSError(28, "No space left on device")) == "No space left on device"
+    long = of_the_system(OSError(36, "File name too long", "/data/" + "x" * 5000))
+    assert len(long) < 200 and long.startswith("/data/xxx") and long.endswith("xxx: File name too long")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import unicodedata
 import zipfile
 import zlib
 from dataclasses import dataclass
@@ -51,8 +52,16 @@ def load_images(source: str, size: int = 224, cache: Path | None = None) -> Imag
         cache: where decoded folders are kept, to be memory-mapped by every process; by default tapfl's own.
 
     Raises:
-        DataError: if the source is not there or is not one of these.
+        DataError: if the source is not there or is not one of these, or a class has a name that cannot be shown.
     """
+    images = _load(source, size, cache)
+    for name in images.classes:
+        if any(unicodedata.category(letter) in ("Cc", "Cs") for letter in name):  # controls, halves of a pair
+            raise DataError(f"data source {source!r}: class {name!r:.80} has characters that cannot be shown")
+    return images
+
+
+def _load(source: str, size: int, cache: Path | None) -> ImageSet:
     if source == "digits":
         return _digits()
     if source.startswith("hf:"):
@@ -112,10 +121,10 @@ def _folder(path: Path, size: int, cache: Path) -> ImageSet:
     listing = [(index, file) for index, name in enumerate(classes) for file in held[name]]
     if not listing:
         raise DataError(f"data source {str(path)!r}: holds no images; one folder of images a class is expected")
-    digest = hashlib.sha256(f"{path.resolve()} {size}".encode())
+    digest = hashlib.sha256(f"{path.resolve()} {size}".encode(errors="surrogateescape"))
     for _, file in listing:
         status = file.stat()
-        digest.update(f"{file} {status.st_size} {status.st_mtime_ns}".encode())
+        digest.update(f"{file} {status.st_size} {status.st_mtime_ns}".encode(errors="surrogateescape"))
     kept = cache / "images" / f"{digest.hexdigest()[:16]}.npy"
     if not kept.exists():
         images = np.stack([_decode(file, size) for _, file in track(listing, "reading images")])

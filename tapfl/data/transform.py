@@ -28,7 +28,8 @@ class Transform:
         if x.shape[1] == 1 and self.channels == 3:
             x = x.expand(-1, 3, -1, -1)
         if x.shape[1] != self.channels:
-            raise DataError(f"images have {x.shape[1]} channels, the backbone takes {self.channels}")
+            accepted = f"images of {self.channels}, or another in_chans in model.args"
+            raise DataError(f"images have {x.shape[1]} channels, the backbone takes {self.channels}: give {accepted}")
         if x.shape[-2:] != self.size:
             x = F.interpolate(x, self.size, mode="bicubic", antialias=True, align_corners=False).clamp_(0, 1)
         mean, std = (torch.tensor(values).view(1, -1, 1, 1) for values in (self.mean, self.std))

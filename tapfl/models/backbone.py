@@ -109,21 +109,25 @@ def _literal(text: str) -> Scalar:
     return parsed if isinstance(parsed, bool | int | float) else text
 
 
-def build(spec: BackboneSpec, seed: int | None = None) -> nn.Module:
-    """Returns the backbone in evaluation mode, with timm's initial weights.
+def build(spec: BackboneSpec, pretrained: bool = False, seed: int | None = None) -> nn.Module:
+    """Returns the backbone in evaluation mode, with timm's initial weights, or those of its hub.
 
     Args:
+        pretrained: fetch the weights that timm's hub has for it.
         seed: of the initial weights; None: they go on where torch's global generator is.
 
     Raises:
         ModelError: if timm has no such model, its arguments are off, it is of another family, or so large that it can
-            only be a mistake, or meant to fill the memory; nothing of it has been built then.
+            only be a mistake, or meant to fill the memory, of which nothing is built; or if the hub has no weights.
     """
     _require_bounded(spec.model_dump_json())
     with _INITIALISING, torch.random.fork_rng(devices=[], enabled=seed is not None):
         if seed is not None:
             torch.manual_seed(seed)
-        return _create(spec)
+        model = _create(spec)
+    if pretrained:
+        load_hub_weights(model, spec, (), None)
+    return model
 
 
 def outline(spec: BackboneSpec, tensors: int = 2**14) -> nn.Module:
