@@ -31,3 +31,11 @@ class WireError(TapflError):
 
 class RunError(TapflError):
     """A federation could not be carried out, or not to its end."""
+
+
+def said(error: BaseException) -> str:
+    """Returns what an error of someone else's code says, such as ``KeyError: 'x'``: one line that can be shown."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    first = next((line for line in lines if "loading state_dict" not in line), "")  # torch's headline names no tensor
+    shown = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in first)
+    return f"{type(error).__name__}: {shown[:200]}"

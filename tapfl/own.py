@@ -10,7 +10,7 @@ from importlib import import_module
 from typing import Any
 
 from tapfl.config import OWN
-from tapfl.errors import ConfigError
+from tapfl.errors import ConfigError, said
 
 
 def is_own(value: str) -> bool:
@@ -24,5 +24,6 @@ def own(option: str, value: str) -> Any:
     try:
         return getattr(import_module(module), name)
     except Exception as error:  # whatever a user's module raises when it is imported
-        said = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise ConfigError(f"{option} = {value!r}: cannot be imported ({said}); is its folder on PYTHONPATH?") from None
+        raise ConfigError(
+            f"{option} = {value!r}: cannot be imported ({said(error)}); is its folder on PYTHONPATH?"
+        ) from None

@@ -341,6 +341,11 @@ def arguments(**changed: object) -> Callable[[Content], object]:
     return lambda content: content["backbone"]["args"].update(changed)
 
 
+def test_a_checksum_does_not_depend_on_the_order_of_keys() -> None:
+    assert checksum_of({"a": 1, "b": [2, {"c": 3, "d": 4}]}) == checksum_of({"b": [2, {"d": 4, "c": 3}], "a": 1})
+    assert checksum_of({"a": 1}) != checksum_of({"a": 2})
+
+
 @pytest.mark.parametrize(
     "change",
     [

@@ -39,13 +39,16 @@ def error_left(W: Tensor, C: Tensor, M: Tensor, gone: list[int]) -> float:
     return float(torch.trace(M @ W[:, gone] @ left @ W[:, gone].T))
 
 
-@given(units=st.integers(1, 12), outputs=st.integers(1, 6), seed=st.integers(0, 1000))
-def test_the_errors_are_those_of_the_best_compensation(units: int, outputs: int, seed: int) -> None:
+@given(
+    units=st.integers(1, 12), outputs=st.integers(1, 6), ridge=st.sampled_from([0.0, 0.3]), seed=st.integers(0, 1000)
+)
+def test_the_errors_are_those_of_the_best_compensation(units: int, outputs: int, ridge: float, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     C = covariance(generator, units)
     M = covariance(generator, outputs)
     W = torch.randn(outputs, units, generator=generator, dtype=torch.float64)
-    order, errors = elimination_order(W, C, M, ridge=0.0)
+    order, errors = elimination_order(W, C, M, ridge)
+    C = C + ridge * C.diagonal().mean() * torch.eye(units, dtype=C.dtype)
     assert sorted(order.tolist()) == list(range(units))
     for n in range(1, units + 1):
         assert float(errors[n - 1]) == pytest.approx(error_left(W, C, M, order[:n].tolist()), rel=1e-6)
@@ -75,14 +78,14 @@ def test_sensitivity_is_the_gradient_of_the_sampled_loss(family: str, families: 
         linear = model.get_submodule(f"{layer.name}.{layer.output}")
         assert isinstance(linear, nn.Linear) and linear.bias is not None
         linear.bias.requires_grad_(True)
+        outputs: list[Tensor] = []
+        linear.register_forward_hook(lambda _module, _inputs, output, outputs=outputs: outputs.append(output))
         loss = F.cross_entropy(model(backbone.inputs), labels, reduction="sum")
-        (gradient,) = torch.autograd.grad(loss, linear.bias)  # Σ over rows of g
-        rows, M = found[layer.name].rows, found[layer.name].metric
-        assert len(rows) == 1 and float(rows[0].mean()) == pytest.approx(1, rel=1e-4)
-        assert float(rows[0].min()) >= (1 - TRUST) * 0.999
-        assert torch.linalg.eigvalsh(M).min() > -1e-9 * M.diagonal().max()
-        count = len(rows[0])  # by Cauchy-Schwarz, (Σ g)² <= count Σ g², direction by direction
-        assert (gradient.double().square() <= count * count * M.diagonal() * 1.001 + 1e-12).all()
+        g = torch.autograd.grad(loss, outputs[-1])[0].flatten(0, -2).double()
+        (rows,), M = found[layer.name].rows, found[layer.name].metric
+        torch.testing.assert_close(M, g.T @ g / len(g), rtol=1e-3, atol=1e-6 * float(M.diagonal().max()))
+        norms = g.square().sum(1)
+        torch.testing.assert_close(rows.double(), TRUST * norms / norms.mean() + 1 - TRUST, rtol=1e-3, atol=1e-6)
     assert not any(module._forward_hooks for module in backbone.model.modules())
 
 

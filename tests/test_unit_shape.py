@@ -25,7 +25,7 @@ from tapfl.pruning.criteria import registry, upop
 from tapfl.pruning.criteria.ranking import across_layers, by_layer
 from tapfl.pruning.criteria.task import PruningTask
 from tapfl.pruning.surgery import shrink
-from tapfl.pruning.unit_shape import Ladder, keep_best, ladder, slices
+from tapfl.pruning.unit_shape import Ladder, aligned, keep_best, ladder, slices
 
 FAMILIES = ["vit", "deit", "swin"]
 SHAPES = ["head-dims", "heads", "both"]
@@ -111,6 +111,20 @@ def test_heads_are_ranked_by_the_sum_of_their_kept_dims() -> None:
     assert keep_best(layer, scores, Shape(1, 2)).tolist() == [6, 7]
     assert keep_best(layer, scores, Shape(2, 2)).tolist() == [3, 4, 6, 7]
     assert keep_best(layer, scores, Shape(0, 3)).tolist() == keep_best(layer, scores, Shape(3, 0)).tolist() == []
+
+
+@pytest.mark.parametrize("unit_shape", SHAPES)
+def test_the_slices_of_an_ffn_are_its_units(unit_shape: str) -> None:
+    ffn = Ffn(name="mlp", block="", heads=1, units=3, embed_dim=8, tokens=4, span=0)
+    assert slices(ffn, unit_shape, torch.tensor([1.0, 3.0, 2.0])) == [(3.0, 1.0), (2.0, 1.0), (1.0, 1.0)]
+
+
+def test_widths_are_multiples_of_8_but_of_small_heads_of_4() -> None:
+    ffn = Ffn(name="mlp", block="", heads=1, units=16, embed_dim=8, tokens=4, span=0)  # narrow, and no head
+    automatic = PruningOptions(align=0)
+    assert aligned(automatic, [attention(2, 32), ffn]).align == 8
+    assert aligned(automatic, [attention(2, 31), ffn]).align == 4
+    assert aligned(PruningOptions(align=1), [attention(2, 32)]).align == 1
 
 
 @given(heads=st.integers(1, 4), dims=st.integers(1, 6), unit_shape=st.sampled_from(SHAPES), seed=st.integers(0, 999))

@@ -29,7 +29,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from tapfl.config import ModelOptions, Scalar
 from tapfl.data.transform import Transform
-from tapfl.errors import ModelError, PlanError
+from tapfl.errors import ModelError, PlanError, said
 from tapfl.models.pit import Step, pit_steps
 from tapfl.progress import track
 from tapfl.store import read_tensors
@@ -163,8 +163,7 @@ def _create(spec: BackboneSpec) -> nn.Module:
     except ModelError:
         raise
     except Exception as error:  # timm does not check what it is given, and fails as it happens
-        said = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise ModelError(f"model.args = {spec.args}: timm cannot build {spec.name} with them ({said})") from None
+        raise ModelError(f"model.args = {spec.args}: timm cannot build {spec.name} with them ({said(error)})") from None
     if not isinstance(model, FAMILIES):
         raise ModelError(f"model.name = {spec.name!r}: is a {type(model).__name__}; accepted: {ACCEPTED}")
     return model.eval()
@@ -309,9 +308,7 @@ def load_weights(
         filtered = _resampled(state, model)
         missing, unexpected = model.load_state_dict(filtered, strict=False)
     except (RuntimeError, KeyError, AttributeError) as error:
-        raise ModelError(
-            f"model.weights = {str(file)!r}: do not fit {type(model).__name__} ({_first(error)})"
-        ) from None
+        raise ModelError(f"model.weights = {str(file)!r}: do not fit {type(model).__name__} ({said(error)})") from None
     lacking = [key for key in missing if key not in heads]
     if lacking or unexpected:
         what = f"lack {lacking[0]!r}" if lacking else f"hold {unexpected[0]!r}, which the backbone has not"
@@ -333,7 +330,7 @@ def load_hub_weights(model: nn.Module, spec: BackboneSpec, classes: tuple[str, .
     except ModelError:
         raise
     except Exception as error:  # the hub's client raises many types; whatever it is, there are no weights
-        raise ModelError(f"model.weights = 'hub': no weights for {spec.name} to be had ({_first(error)})") from None
+        raise ModelError(f"model.weights = 'hub': no weights for {spec.name} to be had ({said(error)})") from None
     state = source.state_dict()
     for name in head_names(model) if rows else ():
         for part in ("weight", "bias"):
@@ -376,8 +373,3 @@ def _resampled(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
         if isinstance(model, family):
             state = module.checkpoint_filter_fn(state, model)
     return state
-
-
-def _first(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines[1] if len(lines) > 1 and "loading state_dict" in lines[0] else lines[0])[:200] if lines else ""

@@ -16,7 +16,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-RIDGE = 1e-3  # λ, of the mean variance of the units: compensation's
+from tapfl.pruning.lost_output import RIDGE
+
 ROUNDS = 256  # in which a branch loses its units: one at a time up to that width, a few at a time beyond
 
 
@@ -27,6 +28,7 @@ def elimination_order(W: Tensor, C: Tensor, M: Tensor, ridge: float = RIDGE) -> 
         W: float64 (outputs, units).
         C: float64 (units, units), positive semi-definite.
         M: float64 (outputs, outputs), positive semi-definite; with all errors alike, the identity.
+        ridge: λ as a share of the mean variance of the units, >= 0.
     """
     units = len(C)
     H = C + (ridge * C.diagonal().mean() + torch.finfo(C.dtype).tiny) * torch.eye(units, dtype=C.dtype)

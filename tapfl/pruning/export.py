@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from tapfl.errors import ConfigError, RunError
+from tapfl.errors import ConfigError, RunError, said
 from tapfl.models.backbone import example_input, transform_of
 from tapfl.pruning.plan import PruningPlan
 from tapfl.seeds import torch_generator
@@ -84,8 +84,8 @@ def export(
                 found = _check(model, read(temporary), (batch,) if batch else (1, 3))
             difference, same = found
             if not (difference <= TOLERANCE and same):
-                said = f"logits differ by {difference:.2g}" + ("" if same else ", top-1 too")
-                raise RunError(f"{file}: {format} does not compute what the model computes ({said}); not kept")
+                how = f"logits differ by {difference:.2g}" + ("" if same else ", top-1 too")
+                raise RunError(f"{file}: {format} does not compute what the model computes ({how}); not kept")
             size = temporary.stat().st_size
     except OSError as error:
         raise ConfigError(f"out = {str(file)!r}: cannot be written ({error.strerror})") from None
@@ -136,7 +136,7 @@ def _program(model: nn.Module, batch: int | None) -> torch.export.ExportedProgra
     try:
         program = torch.export.export(model, (example_input(model, batch or 2),), dynamic_shapes=shapes)
     except Exception as error:  # whatever torch raises, there is no graph of this model
-        raise RunError(f"torch.export cannot hold this model ({_first(error)})") from None
+        raise RunError(f"torch.export cannot hold this model ({said(error)})") from None
     for node in program.graph.nodes:
         node.meta.pop("stack_trace", None)  # paths of the machine that exported it
     return program
@@ -156,7 +156,7 @@ def _write_script(model: nn.Module, file: Path, about: Mapping[str, str], batch:
     try:
         traced = torch.jit.trace(model, example_input(model, batch or 2), check_trace=False)
     except Exception as error:  # as above
-        raise RunError(f"TorchScript cannot hold this model ({_first(error)})") from None
+        raise RunError(f"TorchScript cannot hold this model ({said(error)})") from None
     torch.jit.save(traced, str(file), _extra_files={ABOUT: json.dumps(about).encode()})
 
 
@@ -176,7 +176,7 @@ def _write_onnx(model: nn.Module, file: Path, about: Mapping[str, str], batch: i
     except RunError:
         raise
     except Exception as error:  # as above
-        raise RunError(f"onnx: this model cannot be written (opset = {opset}: {_first(error)})") from None
+        raise RunError(f"onnx: this model cannot be written (opset = {opset}: {said(error)})") from None
     assert program is not None  # it is for the old exporter alone
     proto = program.model_proto
     got = next(entry.version for entry in proto.opset_import if entry.domain in ("", "ai.onnx"))
@@ -199,7 +199,7 @@ def _read_onnx(file: Path) -> Forward:
     try:
         session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # its types are those of its C++ code
-        raise RunError(f"onnxruntime does not take the file ({_first(error)})") from None
+        raise RunError(f"onnxruntime does not take the file ({said(error)})") from None
     (images,) = (entry.name for entry in session.get_inputs())
     return lambda x: torch.from_numpy(session.run(None, {images: x.numpy()})[0])
 
@@ -223,7 +223,3 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         logging.disable(before)
-
-
-def _first(error: BaseException) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:200]

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
 from tapfl.config import Scalar
@@ -25,7 +25,7 @@ class LayerPlan(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    name: str
+    name: str = Field(max_length=200, pattern=r"^[\w.]+$")  # a module's path
     kind: Literal["attention", "ffn"]
     units: int
     kept: tuple[int, ...]
@@ -54,7 +54,8 @@ class PruningPlan(BaseModel):
             plan = cls.model_validate_json(text)
         except ValidationError as error:
             first = error.errors()[0]
-            where = ".".join(map(str, first["loc"])) or "plan"
+            where = ".".join(map(str, first["loc"]))[:100] or "plan"
+            where = where if where.isprintable() else repr(where)
             raise PlanError(f"{source}: {where}: {first['msg'].removeprefix('Value error, ')}") from None
         if wrong := next(plan._faults(), None):
             raise PlanError(f"{source}: {wrong}")
@@ -83,6 +84,8 @@ class PruningPlan(BaseModel):
 
     def _faults(self) -> Iterator[str]:
         """Yields what no backbone could make good."""
+        if not self.backbone.name.isprintable():
+            yield f"backbone.name: {self.backbone.name!r:.100} is no model's"
         names: set[str] = set()
         for position, layer in enumerate(self.layers):
             if layer.name in names:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from tapfl.errors import ModelError, PlanError, TapflError
+from tapfl.errors import ModelError, PlanError, TapflError, said
 from tapfl.models.backbone import outline
 from tapfl.models.prunable import prunable_layers
 from tapfl.models.units import put
@@ -137,8 +137,7 @@ def _skeleton(plan: PruningPlan, tensors: int) -> nn.Module:
     except TapflError:
         raise
     except Exception as error:  # layers that no family of ours has
-        said = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise PlanError(f"{spec.name} cannot be cut as the plan says, with {spec.args} ({said})") from None
+        raise PlanError(f"{spec.name} cannot be cut as the plan says, with {spec.args} ({said(error)})") from None
 
 
 def _filled(skeleton: nn.Module, state: Mapping[str, Tensor], what: str) -> nn.Module:
