@@ -186,12 +186,23 @@ def only_one(out: Path, what: str) -> Iterator[None]:
         ConfigError: if one is at work in it.
     """
     out.mkdir(parents=True, exist_ok=True)
-    with (out / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise ConfigError(f"--out {out}: another {what} is at work in this folder") from None
+    with _held(out, f"--out {out}: another {what}"):
         yield
+
+
+def _held(folder: Path, other: str) -> IO[str]:
+    """Returns an open file that keeps other processes out of a folder until it is closed, or this process has ended.
+
+    Raises:
+        ConfigError: if one is at work in it; it begins with `other`.
+    """
+    lock = (folder / ".lock").open("w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        lock.close()
+        raise ConfigError(f"{other} is at work in this folder") from None
+    return lock
 
 
 def cache_folder(option: str = "") -> Path:
@@ -244,7 +255,7 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._lock: IO[str] | None = None
+        self._lock: IO[str] | None = None  # for as long as the block, or this process, lasts
         self._new = False
 
     @classmethod
@@ -256,15 +267,17 @@ class RunFolder:
             raise ConfigError(f"out = {str(path)!r}: exists already; give a folder that does not") from None
         except OSError as error:
             raise ConfigError(f"out = {str(path)!r}: cannot be made ({error.strerror})") from None
-        made = cls(path)._hold()
-        made._new = True
+        made = cls(path)
+        made._lock, made._new = _held(path, f"out = {str(path)!r}: another run"), True
         return made
 
     @classmethod
     def reopen(cls, path: Path) -> RunFolder:
         """Returns the folder of a run to go on with. Raises ConfigError if it is none, or if a run is at work in it."""
-        cls(path).config()
-        return cls(path)._hold()
+        found = cls(path)
+        found.config()
+        found._lock = _held(path, f"out = {str(path)!r}: another run")
+        return found
 
     def config(self) -> dict[str, Any]:
         """Returns the options of the run. Raises ConfigError if the folder holds no run."""
@@ -286,15 +299,6 @@ class RunFolder:
             (self.path / ".lock").unlink(missing_ok=True)
             with suppress(OSError):
                 self.path.rmdir()
-
-    def _hold(self) -> RunFolder:
-        """Keeps others out until the end of the block, or of this process, however that ends."""
-        self._lock = (self.path / ".lock").open("w")
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise ConfigError(f"out = {str(self.path)!r}: another run is at work in this folder") from None
-        return self
 
     def write_versions(self) -> None:
         """Records the installed version of every package that can change a result."""

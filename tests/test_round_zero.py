@@ -24,6 +24,7 @@ from tapfl.pruning.layer_importance import layer_importance
 from tapfl.pruning.plan import PruningPlan
 from tapfl.pruning.planning import pruning_task
 from tapfl.pruning.pool_probe import PoolProbe
+from tapfl.pruning.scores import neuron_importance
 from tapfl.pruning.unit_shape import keep_best
 
 BUDGETS = (0.3, 0.5, 0.7)
@@ -116,6 +117,11 @@ def test_the_pool_gives_the_layer_importance_of_its_samples(vit: Tiny) -> None:
     expected = layer_importance(vit.model, vit.layers, kept, pool[torch.from_numpy(chosen)], batch=4)
     assert probe.importance(shapes, chosen) == pytest.approx(expected, rel=1e-4)
     assert probe.divergences(shapes).shape == (len(vit.layers), 9)
+    whole = [
+        neuron_importance(vit.model, vit.layers, part, batch=4) for part in (pool[:4], pool[4:8])
+    ]  # the last is not
+    for layer in vit.layers:
+        torch.testing.assert_close(probe.scores[layer.name], whole[0][layer.name] + whole[1][layer.name])
 
 
 def test_probing_on_a_pool_needs_one(vit: Tiny) -> None:
