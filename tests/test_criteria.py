@@ -328,6 +328,34 @@ def test_upop_adds_up_gradients_from_the_first_step(vit: Tiny, monkeypatch: pyte
     assert same(found, upop_oneshot.upop_oneshot(task))
 
 
+def test_upop_trains_through_masks_that_fade(vit: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Written anew: weights step by their own gradients alone, masks add theirs up, and fade after each selection."""
+    monkeypatch.setattr(upop, "STEPS", 4)
+    monkeypatch.setattr(upop, "SELECTIONS", 4)
+    task = task_of(vit, batch=4)  # one batch is the whole metric set, in some order
+    found = upop.upop(task)
+    model, labels = copy.deepcopy(task.model).requires_grad_(True), task.model(task.inputs).argmax(1)
+    masks, final = upop_oneshot.open_masks(task.layers, task.inputs), upop.share_to_go(task)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=upop.LEARNING_RATE, weight_decay=upop.WEIGHT_DECAY)
+    total = {name: torch.zeros_like(mask) for name, mask in masks.items()}
+    for step in range(1, 5):
+        with torch.enable_grad(), upop_oneshot.masked(model, task.layers, masks):
+            loss = F.cross_entropy(model(task.inputs), labels)
+        weights = list(model.parameters())
+        gradients = torch.autograd.grad(loss, [*weights, *masks.values()])
+        for weight, gradient in zip(weights, gradients, strict=False):
+            weight.grad = gradient
+        optimizer.step()
+        for name, gradient in zip(masks, gradients[len(weights) :], strict=True):
+            total[name] += gradient
+        now = upop.faded(task, upop_oneshot.standardise(task.layers, total), upop.schedule(step, 4, final), final)
+        masks = {name: values.float().requires_grad_() for name, values in now.items()}
+    assert found.model is not None
+    for name, weight in model.state_dict().items():
+        if not name.endswith("qkv.bias"):  # that of keys has a gradient of 0 but for rounding, which AdamW makes a step
+            torch.testing.assert_close(found.model.state_dict()[name], weight, rtol=1e-3, atol=1e-5)
+
+
 def test_upop_trains_a_copy(vit: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(upop, "STEPS", 7)
     found = upop.upop(task_of(vit))
