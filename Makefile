@@ -22,7 +22,7 @@ deploy-demo: $(READY) ## server and two nodes over TLS with registered keys, on 
 	$(BIN)/tapfl deploy-demo
 
 test: $(READY) ## the default test suite
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-slow: $(READY) ## the long tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow --timeout=1800

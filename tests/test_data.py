@@ -366,6 +366,16 @@ def test_grey_is_spread_to_three_channels_and_colour_not_squeezed_to_one() -> No
         GREY(np.zeros((1, 8, 8, 3), np.uint8))
 
 
+@pytest.mark.parametrize("batch", [1, 3, 7, 100])
+def test_batches_are_all_the_images_in_order(batch: int) -> None:
+    images = np.random.default_rng(0).integers(0, 256, (7, 8, 8, 1), dtype=np.uint8)
+    batches = GREY.batches(images, batch)
+    for _ in range(2):  # from the start, each time
+        parts = list(batches)
+        assert all(len(part) == batch for part in parts[:-1]) and len(parts) == -(-7 // batch)
+        torch.testing.assert_close(torch.cat(parts), GREY(images))
+
+
 @pytest.mark.parametrize(("side", "size"), [(8, (32, 32)), (40, (16, 16)), (8, (4, 6))])
 def test_images_of_another_size_are_resized_within_their_range(side: int, size: tuple[int, int]) -> None:
     checks = (np.indices((side, side)).sum(0) // 2 % 2 * 255).astype(np.uint8)[None, ..., None]
