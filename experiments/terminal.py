@@ -53,12 +53,15 @@ def show_rows(rows: Sequence[Mapping[str, str | float]], as_json: bool) -> None:
             print(json.dumps(row))
         return
     shown = console()
-    table = _table([*rows[0]], [[str(value) for value in row.values()] for row in rows])
-    needed = shown.measure(table, options=shown.options.update(width=10**6)).minimum
-    if needed > shown.width:  # not even single words have room: a line a column, because what is cut nobody can read
-        lines = [[name, *(str(row[name]) for row in rows)] for name in rows[0]]
-        table = _table(["", *(str(number) for number in range(1, len(rows) + 1))], lines)
-    shown.print(table)
+    upright = _table([*rows[0]], [[str(value) for value in row.values()] for row in rows])
+    lines = [[name, *(str(row[name]) for row in rows)] for name in rows[0]]
+    lying = _table(["", *(str(number) for number in range(1, len(rows) + 1))], lines)
+    for table in (upright, lying):
+        if shown.measure(table, options=shown.options.update(width=10**6)).minimum <= shown.width:
+            shown.print(table)
+            return
+    for number, row in enumerate(rows, start=1):  # single words have no room in either: what is cut nobody can read
+        shown.print(_table(["", str(number)], [[name, str(value)] for name, value in row.items()]))
 
 
 def _table(columns: Sequence[str], lines: Sequence[Sequence[str]]) -> Table:

@@ -7,9 +7,9 @@ import pytest
 from experiments.terminal import of_the_system, show_rows
 
 
-@pytest.mark.parametrize("columns", [3, 30])
-def test_nothing_of_a_table_is_cut_off(columns: int, capsys: pytest.CaptureFixture[str]) -> None:
-    rows = [{f"measure {i}": f"{row}.{i:03d} ± 0.01" for i in range(columns)} for row in range(3)]
+@pytest.mark.parametrize(("columns", "lines"), [(3, 3), (30, 3), (3, 30), (30, 30)])
+def test_nothing_of_a_table_is_cut_off(columns: int, lines: int, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [{f"measure {i}": f"{row}.{i:03d} ± 0.01" for i in range(columns)} for row in range(lines)]
     show_rows(rows, as_json=False)
     shown = capsys.readouterr().out
     for row in rows:

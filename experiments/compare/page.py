@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from experiments.caption import installed, named
 from experiments.compare.grid import Comparison
 from experiments.compare.results import ResultOptions
-from experiments.compare.table import Rows, Section, mean_over_devices, measured
+from experiments.compare.table import Rows, Section, mean_over_devices, measured, named_reference
 from experiments.rows import as_markdown
 from experiments.statistics import TEST
 from tapfl.config import RunConfig
@@ -50,6 +50,10 @@ def caption(rows: Rows, comparison: Comparison, results: ResultOptions, command:
         dense, own = (mean_over_devices(rows, name) for name in ("dense", "dense_own"))
         lines.append(f"Dense: {dense:.3f} among all classes, {own:.3f} among the device's own.")
     if results.reference:
-        lines.append(f"Differences: mean over devices (p, n devices); {TEST}, not corrected for the number of lines.")
+        to = named_reference(results.values)
+        lines.append(
+            f"Differences to the line of {to}, else alike: mean over devices (p, n devices); {TEST}, not corrected for "
+            "the number of lines."
+        )
     lines.append(f"{named(installed())}.")
     return "\n".join(lines) + "\n"

@@ -13,6 +13,8 @@ from experiments.statistics import Paired, by_device, paired
 from tapfl.pruning.budget import Budget
 
 Rows = Sequence[Mapping[str, str]]
+LONGEST = 40  # letters of a reference that has room in the head of a column
+
 Groups = dict[tuple[str, ...], dict[str, list[Mapping[str, str]]]]
 
 
@@ -48,7 +50,8 @@ def table(
     """
     named, groups = grouped(rows, comparison)
     budgets = [str(Budget.parse(value)) for value in comparison.axes["budget"]]
-    to = " ".join(f"{axis}={value}" for axis, value in (reference or {}).items())
+    to = named_reference(reference or {})
+    to = f"({to})" if len(to) <= LONGEST else "reference"  # which the caption of the page names
     shown: list[Mapping[str, str]] = []
     for key, by_budget in groups.items():
         line = dict(zip(named, key, strict=True))
@@ -60,9 +63,14 @@ def table(
             if reference:
                 other = groups.get(base, {}).get(budget, [])
                 apart = "reference" if base == key else difference(found, other, measure)
-                cells[f"{title} − ({to})"] = "" if apart is None else str(apart)
+                cells[f"{title} − {to}"] = "" if apart is None else str(apart)
         shown.append(line | cells)
     return shown
+
+
+def named_reference(reference: Mapping[str, str]) -> str:
+    """Returns the values that a reference line has, as they are given: ``axis=value axis=value``."""
+    return " ".join(f"{axis}={value}" for axis, value in reference.items())
 
 
 def grouped(rows: Rows, comparison: Comparison) -> tuple[list[str], Groups]:
