@@ -18,7 +18,7 @@ from experiments.bench.bare_loop import Worker, average
 from experiments.bench.engine import bench_engine
 from experiments.bench.process_tree import ProcessTree
 from experiments.bench.setting import ROUND_LINE, Setting
-from experiments.bench.simulation import LIMIT, bench_simulation, measure
+from experiments.bench.simulation import LIMIT, Timing, bench_simulation, measure, ratios
 from experiments.bench.usual_client import build
 from experiments.bench.usual_server import peft_name
 from experiments.engines.inprocess import run_inprocess
@@ -111,6 +111,13 @@ def test_a_variant_that_fails_says_why(tmp_path: Path) -> None:
         measure(["-c", "raise ValueError('no')"], tmp_path / "out", 2)
 
 
+def test_rounds_too_short_to_be_timed_are_refused() -> None:
+    some, none = Timing(1.0, 2.0, 0.0, 0, 0), Timing(0.5, 0.0, 0.0, 0, 0)
+    assert ratios([some], [none], "wall") == [2.0]
+    with pytest.raises(RunError, match=r"too short for its cpu seconds to be counted; give more --devices, --samples"):
+        ratios([some], [none], "cpu")
+
+
 def test_one_round_alone_is_refused() -> None:
     with pytest.raises(ConfigError, match="--rounds 1: must be at least 2"):
         bench_simulation(2, 1, 1, 16, MODEL, 8, 1)
@@ -118,14 +125,14 @@ def test_one_round_alone_is_refused() -> None:
 
 @pytest.mark.slow
 def test_all_variants_in_one_table() -> None:
-    rows = bench_simulation(2, 2, 1, 16, MODEL, 8, 2)
+    rows = bench_simulation(2, 3, 1, 400, MODEL, 8, 2)
     assert [row["variant"] for row in rows] == [LIMIT, "with plain LoRA", "tapfl run", "usual Flower app"]
     assert rows[0]["CPU / limit"] == "1.00" and all(float(row["peak GB"]) > 0.2 for row in rows)
 
 
 @pytest.mark.parametrize("work", ["none", pytest.param("real", marks=pytest.mark.slow)])
 def test_the_engine_bench_measures_a_federation_in_one_process(work: str) -> None:
-    rows = bench_engine(2, work, 2, 1, 1, 16, MODEL, ["inprocess"])
+    rows = bench_engine(2, work, 3, 1, 1, 400, MODEL, ["inprocess"])
     assert [row["engine"] for row in rows] == ([LIMIT] if work == "real" else []) + ["inprocess"]
     assert all(float(row["wall s a round"]) >= 0 and float(row["start-up s"]) > 0 for row in rows)
 

@@ -68,7 +68,7 @@ def bench_simulation(
 
     Raises:
         ConfigError: where Linux's /proc is missing, or there is no round after the first.
-        RunError: if a variant fails, with the last line that it said.
+        RunError: if a variant fails, with the last line that it said, or its rounds are too short to be timed.
     """
     require_proc("tapfl bench simulation", rounds)
     with tempfile.TemporaryDirectory(prefix="tapfl-bench-") as name:
@@ -130,10 +130,24 @@ def _rounds_done(file: Path) -> int:
     return file.read_text().count(ROUND_LINE) if file.is_file() else 0
 
 
+def ratios(taken: Sequence[Timing], limit: Sequence[Timing], name: str) -> list[float]:
+    """Returns how many times the limit's `wall` or `cpu` seconds each run took, turn by turn.
+
+    Raises:
+        RunError: if the limit's are too few to be counted.
+    """
+    if not all(getattr(timing, name) > 0 for timing in limit):
+        raise RunError(
+            f"bench: a round of the bare loop is too short for its {name} seconds to be counted; "
+            "give more --devices, --samples or --rounds"
+        )
+    return [getattr(own, name) / getattr(least, name) for own, least in zip(taken, limit, strict=True)]
+
+
 def _row(variant: str, taken: Sequence[Timing], limit: Sequence[Timing], devices: int) -> Mapping[str, str]:
     def ratio(name: str) -> str:
-        ratios = [getattr(a, name) / getattr(b, name) for a, b in zip(taken, limit, strict=True)]
-        return f"{np.median(ratios):.2f}" + (f" ({min(ratios):.2f}–{max(ratios):.2f})" if len(ratios) > 1 else "")
+        found = ratios(taken, limit, name)
+        return f"{np.median(found):.2f}" + (f" ({min(found):.2f}–{max(found):.2f})" if len(found) > 1 else "")
 
     def median(name: str) -> float:
         return float(np.median([getattr(timing, name) for timing in taken]))
