@@ -54,7 +54,7 @@ def test_the_folders_say_so_too(done: tuple[Path, subprocess.CompletedProcess[st
     folder, _ = done
     run = folder / "server" / "run"
     records = json.loads((run / "summary.json").read_text())["devices"]
-    assert [record["rank"] for record in records] == [profile["rank"] for profile in PROFILES]
+    assert [record["profile"]["rank"] for record in records] == [profile["rank"] for profile in PROFILES]
     assert records[1]["train_samples"] + records[1]["test_samples"] == OWN_IMAGES and records[1]["classes"] == 3
     assert not (run / "devices").exists()
     for i, record in enumerate(records):
