@@ -21,8 +21,9 @@ from tapfl.data.federated import labels_among, open_own, open_private
 from tapfl.data.partition import DeviceSplit, partition, split_device
 from tapfl.data.sources import ImageSet
 from tapfl.memo import Memo
-from tapfl.models.backbone import BackboneSpec, build, input_transform
+from tapfl.models.backbone import BackboneSpec, build
 from tapfl.models.dense import DenseCache
+from tapfl.models.forward import input_transform
 from tapfl.models.prunable import prunable_layers
 from tapfl.models.units import PrunableLayer
 from tapfl.profiles import max_rank

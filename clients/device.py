@@ -21,9 +21,9 @@ from tapfl.adapters.layout import Params, pack, unpack
 from tapfl.adapters.peft_format import save_peft
 from tapfl.config import RunConfig
 from tapfl.errors import RunError
-from tapfl.models.backbone import image_features
 from tapfl.models.cost import measure_cost
 from tapfl.models.dense import DenseCache
+from tapfl.models.forward import image_features
 from tapfl.personalize.method import LocalResult, Method, Personal, local_round
 from tapfl.personalize.methods import method_of
 from tapfl.profiles import DeviceProfile

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.inspection import pruned_folder
-from tapfl.models.backbone import example_input
+from tapfl.models.forward import example_input
 from tapfl.models.latency import median_ms
 from tapfl.pruning.export import export, load_exported
 from tapfl.pruning.plan import load_plan

@@ -11,9 +11,10 @@ from tapfl.data.federated import check_classes, open_pool, open_private
 from tapfl.data.partition import partition
 from tapfl.data.sources import ImageSet
 from tapfl.errors import ConfigError, DataError
-from tapfl.models.backbone import build, input_transform, spec_of
+from tapfl.models.backbone import build, spec_of
 from tapfl.models.cost import measure_cost
 from tapfl.models.dense import DenseCache, dense_key, fill_weights
+from tapfl.models.forward import input_transform
 from tapfl.models.prunable import prunable_layers
 from tapfl.personalize.methods import method_of
 from tapfl.privacy import require_accountant

@@ -10,8 +10,8 @@ import torch
 from tapfl.config import RunConfig, Scalar
 from tapfl.data.sources import load_images
 from tapfl.errors import ConfigError, DataError
-from tapfl.models.backbone import input_transform
 from tapfl.models.dense import DenseCache, dense_backbone
+from tapfl.models.forward import input_transform
 from tapfl.progress import stage
 from tapfl.pruning.basis import turned_on_pool
 from tapfl.pruning.budget import Budget

@@ -9,7 +9,8 @@ from torch import nn
 from experiments.inspection import pruned_folder
 from tapfl.config import ModelOptions
 from tapfl.errors import ConfigError, ModelError
-from tapfl.models.backbone import BackboneSpec, build, load_hub_weights, load_weights, spec_of
+from tapfl.models.backbone import BackboneSpec, build, spec_of
+from tapfl.models.weights import load_hub_weights, load_weights
 from tapfl.pruning.plan import read_plan
 from tapfl.pruning.surgery import apply_plan, save_pruned
 from tapfl.store import content_hash

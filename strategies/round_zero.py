@@ -11,7 +11,8 @@ from torch import nn
 from tapfl.config import MetricOptions, RunConfig, Scalar
 from tapfl.data.sources import ImageSet
 from tapfl.memo import Memo
-from tapfl.models.backbone import BackboneSpec, transform_of
+from tapfl.models.backbone import BackboneSpec
+from tapfl.models.forward import transform_of
 from tapfl.models.prunable import prunable_layers
 from tapfl.pruning.basis import carried_energy, turned_on_pool
 from tapfl.pruning.criteria.registry import resolved

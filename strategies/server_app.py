@@ -15,7 +15,7 @@ from strategies.same_options import require_same_options
 from tapfl.config import RunConfig
 from tapfl.data.federated import open_pool
 from tapfl.errors import ConfigError
-from tapfl.models.backbone import input_transform
+from tapfl.models.forward import input_transform
 from tapfl.store import RunFolder, cache_folder, run_path
 
 app = ServerApp()

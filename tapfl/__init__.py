@@ -12,8 +12,9 @@ if TYPE_CHECKING:
     from tapfl.config import MetricOptions, PruningOptions, SummaryOptions
     from tapfl.data.sources import ImageSet, load_images
     from tapfl.errors import TapflError
-    from tapfl.models.backbone import BackboneSpec, build, image_features, transform_of
+    from tapfl.models.backbone import BackboneSpec, build
     from tapfl.models.cost import Cost, measure_cost
+    from tapfl.models.forward import image_features, transform_of
     from tapfl.models.prunable import prunable_layers
     from tapfl.pruning.budget import Budget
     from tapfl.pruning.export import export
@@ -41,7 +42,7 @@ _HOMES = {
     "build": "tapfl.models.backbone",
     "export": "tapfl.pruning.export",
     "fit_mixture": "tapfl.summary.mixture",
-    "image_features": "tapfl.models.backbone",
+    "image_features": "tapfl.models.forward",
     "load_images": "tapfl.data.sources",
     "load_plan": "tapfl.pruning.plan",
     "load_pruned": "tapfl.pruning.surgery",
@@ -53,7 +54,7 @@ _HOMES = {
     "read_plan": "tapfl.pruning.plan",
     "save_pruned": "tapfl.pruning.surgery",
     "shrink": "tapfl.pruning.surgery",
-    "transform_of": "tapfl.models.backbone",
+    "transform_of": "tapfl.models.forward",
 }
 
 __all__ = sorted(_HOMES)

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from tapfl.config import PruningOptions
-from tapfl.models.backbone import BackboneSpec, build, example_input
+from tapfl.models.backbone import BackboneSpec, build
 from tapfl.models.cost import measure_cost
+from tapfl.models.forward import example_input
 from tapfl.models.prunable import prunable_layers
 from tapfl.models.units import PrunableLayer
 from tapfl.pruning.pipeline import prune_model

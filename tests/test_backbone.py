@@ -6,10 +6,14 @@ import json
 import resource
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import patch
 
 import numpy as np
 import pytest
+import timm
 import torch
 from backbones import CLASSES, DEIT, SWIN, VIT, VIT_ARGS, scramble
 
@@ -17,17 +21,10 @@ from tapfl.config import ModelOptions
 from tapfl.data.sources import ImageSet
 from tapfl.errors import ModelError
 from tapfl.models import dense
-from tapfl.models.backbone import (
-    BackboneSpec,
-    build,
-    head_names,
-    image_features,
-    load_weights,
-    parse_args,
-    read_head_rows,
-    transform_of,
-)
+from tapfl.models.backbone import BackboneSpec, build, parse_args
 from tapfl.models.dense import DenseCache, dense_backbone, dense_key
+from tapfl.models.forward import head_names, image_features, transform_of
+from tapfl.models.weights import load_hub_weights, load_weights, read_head_rows
 from tapfl.progress import shown_on
 from tapfl.store import read_tensors, write_tensors
 from tapfl.training import accuracy, predict
@@ -211,6 +208,20 @@ def test_weights_that_are_not_there_or_damaged_are_refused(weights: Path, tmp_pa
     half.write_bytes(weights.read_bytes()[:2000])
     with pytest.raises(ModelError, match=r"model\.weights = .*half\.safetensors.*is not a whole safetensors file"):
         load_weights(build(VIT), half, NAMES, None)
+
+
+def test_the_hub_s_weights_are_those_that_timm_has_for_the_model(tmp_path: Path) -> None:
+    theirs = scramble(build(VIT))
+    torch.save(theirs.state_dict(), tmp_path / "hub.pt")
+    hub = {"file": str(tmp_path / "hub.pt"), "num_classes": CLASSES, "first_conv": "patch_embed.proj"}
+    options = {"pretrained_cfg_overlay": hub | {"classifier": "head"}}
+    with patch.object(timm, "create_model", partial(timm.create_model, **options)):
+        torch.testing.assert_close(build(VIT, pretrained=True).state_dict(), theirs.state_dict(), rtol=0, atol=0)
+        own = build(spec(num_classes=2))
+        with patch.object(timm, "get_pretrained_cfg", lambda name: SimpleNamespace(**hub)):
+            load_hub_weights(own, spec(num_classes=2), ("x", "y"), rows_file(tmp_path, {"x": 7, "y": 4}))
+    rows = theirs.state_dict() | {f"head.{part}": getattr(theirs.head, part)[[7, 4]] for part in ("weight", "bias")}
+    torch.testing.assert_close(dict(own.state_dict()), rows, rtol=0, atol=0)
 
 
 # ---------------------------------------------------------------- the dense backbone, made once

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from tapfl.config import PruningOptions, RunConfig
 from tapfl.errors import ModelError
-from tapfl.models.backbone import BackboneSpec, build, parse_args, segments, spec_of
+from tapfl.models.backbone import BackboneSpec, build, parse_args, spec_of
 from tapfl.models.cost import measure_cost
+from tapfl.models.forward import segments
 from tapfl.models.prunable import prunable_layers
 from tapfl.pruning.compensation import compensate, compensate_sequentially
 from tapfl.pruning.plan import PruningPlan

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from tapfl.config import PruningOptions
 from tapfl.errors import ConfigError, ModelError
-from tapfl.models.backbone import BackboneSpec, example_input
+from tapfl.models.backbone import BackboneSpec
+from tapfl.models.forward import example_input
 from tapfl.models.residual import observe
 from tapfl.pruning.basis import canonical_basis, carried_energy, ordering
 from tapfl.pruning.criteria.registry import criterion_of

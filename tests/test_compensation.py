@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from tapfl.errors import ConfigError, ModelError, PlanError
-from tapfl.models.backbone import BackboneSpec, example_input
+from tapfl.models.backbone import BackboneSpec
+from tapfl.models.forward import example_input
 from tapfl.models.residual import as_branch_output, observe
 from tapfl.models.units import PrunableLayer, replaced
 from tapfl.pruning.compensation import compensate, compensate_sequentially, compensated

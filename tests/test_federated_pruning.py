@@ -19,8 +19,8 @@ from strategies import preparation, round_zero
 from strategies.round_zero import device_model, task_images
 from tapfl import load_plan, load_pruned
 from tapfl.errors import PlanError
-from tapfl.models.backbone import transform_of
 from tapfl.models.dense import DenseCache
+from tapfl.models.forward import transform_of
 from tapfl.pruning.criteria import upop
 from tapfl.pruning.pipeline import FineTuneSet, Pruned
 from tapfl.pruning.surgery import rebuild, shrink

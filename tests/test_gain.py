@@ -16,7 +16,8 @@ from experiments import cli
 from experiments.bench.gain import Measured, bench_gain
 from tapfl.config import ModelOptions, PruningOptions, RunConfig
 from tapfl.errors import ConfigError
-from tapfl.models.backbone import build, example_input, spec_of
+from tapfl.models.backbone import build, spec_of
+from tapfl.models.forward import example_input
 from tapfl.pruning.pipeline import prune_model
 from tapfl.pruning.planning import pruning_task
 from tapfl.pruning.surgery import save_pruned

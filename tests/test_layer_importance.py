@@ -9,7 +9,8 @@ import torch
 from backbones import CLASSES, DEIT, VIT, VIT_ARGS, Tiny, masked, random_kept, tiny, tiny_of_family
 from torch import Tensor
 
-from tapfl.models.backbone import BackboneSpec, tokens_read
+from tapfl.models.backbone import BackboneSpec
+from tapfl.models.forward import tokens_read
 from tapfl.models.residual import branch_steps, first_queries
 from tapfl.models.units import replaced
 from tapfl.pruning import layer_importance as module

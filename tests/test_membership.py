@@ -13,7 +13,7 @@ from sklearn.mixture import GaussianMixture
 from experiments.compare.setting import Setting
 from tapfl.config import RunConfig, SummaryOptions
 from tapfl.errors import DataError
-from tapfl.models.backbone import image_features
+from tapfl.models.forward import image_features
 from tapfl.summary.mixture import REG_COVAR, GaussianSummary, distinct, fit_mixture
 from tapfl.summary.private import device_mixture
 

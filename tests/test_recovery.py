@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from tapfl.config import PruningOptions
 from tapfl.errors import ConfigError, ModelError
-from tapfl.models.backbone import example_input
+from tapfl.models.forward import example_input
 from tapfl.progress import shown_on
 from tapfl.pruning.criteria.task import Selection
 from tapfl.pruning.criteria.updp import updp

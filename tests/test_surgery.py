@@ -20,8 +20,9 @@ from torch import Tensor, nn
 
 from tapfl.config import PruningOptions
 from tapfl.errors import ModelError, PlanError
-from tapfl.models.backbone import BackboneSpec, build, segments
+from tapfl.models.backbone import BackboneSpec, build
 from tapfl.models.cost import measure_cost
+from tapfl.models.forward import segments
 from tapfl.models.prunable import prunable_layers
 from tapfl.models.units import LinearCut, SelfAttention
 from tapfl.pruning.basis import canonical_basis

@@ -20,7 +20,8 @@ from experiments.bench.side_by_side import side_by_side
 from tapfl.adapters import flex, rules
 from tapfl.adapters.layout import LORA_A, LORA_B, Params, Update, device_layout, gather_all, global_shapes
 from tapfl.config import AdapterOptions, DeviceOptions, PrivacyOptions, PruningOptions
-from tapfl.models.backbone import BackboneSpec, build, example_input
+from tapfl.models.backbone import BackboneSpec, build
+from tapfl.models.forward import example_input
 from tapfl.models.prunable import prunable_layers
 from tapfl.pruning.criteria.random_units import random_units
 from tapfl.pruning.plan import LayerPlan, PruningPlan

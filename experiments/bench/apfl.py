@@ -21,7 +21,8 @@ from tapfl.adapters.layout import LORA_A, LORA_B, Params, Placement, global_shap
 from tapfl.adapters.lora import AdaptedModel
 from tapfl.adapters.mixture import modules_of
 from tapfl.config import AdapterOptions, RunConfig, TrainOptions
-from tapfl.models.backbone import BackboneSpec, build, example_input, head_names, spec_of
+from tapfl.models.backbone import BackboneSpec, build, spec_of
+from tapfl.models.forward import example_input, head_names
 from tapfl.models.prunable import prunable_layers
 from tapfl.personalize.apfl import Apfl
 from tapfl.personalize.fedavg import FedAvg

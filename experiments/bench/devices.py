@@ -20,7 +20,8 @@ from torch import nn
 from strategies.round_zero import PublicPool, Shared, describe_pool, device_model
 from tapfl.config import RunConfig
 from tapfl.data.sources import load_images
-from tapfl.models.backbone import BackboneSpec, build, spec_of, transform_of
+from tapfl.models.backbone import BackboneSpec, build, spec_of
+from tapfl.models.forward import transform_of
 from tapfl.seeds import numpy_generator
 from tapfl.summary.mixture import GaussianSummary
 

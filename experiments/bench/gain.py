@@ -22,7 +22,8 @@ from clients.storage import DeviceStorage
 from experiments.rows import as_csv
 from experiments.swept.table import write_table
 from tapfl.errors import ConfigError
-from tapfl.models.backbone import build, example_input
+from tapfl.models.backbone import build
+from tapfl.models.forward import example_input
 from tapfl.models.latency import timed_ms
 from tapfl.models.prunable import prunable_layers
 from tapfl.models.units import Shape

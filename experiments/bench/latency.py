@@ -16,7 +16,8 @@ from typing import Literal
 import torch
 
 from tapfl.config import PruningOptions
-from tapfl.models.backbone import BackboneSpec, build, example_input
+from tapfl.models.backbone import BackboneSpec, build
+from tapfl.models.forward import example_input
 from tapfl.models.latency import median_ms
 from tapfl.pruning.export import export, load_exported
 from tapfl.pruning.pipeline import prune_model

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from experiments.bench.side_by_side import side_by_side
-from tapfl.models.backbone import BackboneSpec, build, example_input
+from tapfl.models.backbone import BackboneSpec, build
+from tapfl.models.forward import example_input
 from tapfl.models.prunable import prunable_layers
 from tapfl.models.units import PrunableLayer, replaced
 from tapfl.pruning.layer_importance import layer_importance

@@ -12,7 +12,7 @@ import torch
 from experiments.compare.setting import Setting
 from strategies.round_zero import task_images
 from tapfl.config import RunConfig
-from tapfl.models.backbone import image_features
+from tapfl.models.forward import image_features
 from tapfl.summary.metric_set import RULES
 from tapfl.summary.private import device_mixture
 

@@ -20,7 +20,8 @@ from torch import Tensor
 
 from experiments.bench.memory import peak_process_bytes, peak_tensor_bytes
 from experiments.bench.side_by_side import side_by_side
-from tapfl.models.backbone import BackboneSpec, build, example_input
+from tapfl.models.backbone import BackboneSpec, build
+from tapfl.models.forward import example_input
 from tapfl.models.prunable import prunable_layers
 from tapfl.pruning.scores import (
     TERM_WEIGHTS,

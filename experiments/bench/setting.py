@@ -17,8 +17,9 @@ from tapfl.adapters.layout import Params, global_shapes
 from tapfl.config import RunConfig, read_toml
 from tapfl.data.federated import open_pool, open_private
 from tapfl.data.partition import partition
-from tapfl.models.backbone import BackboneSpec, input_transform, spec_of
+from tapfl.models.backbone import BackboneSpec, spec_of
 from tapfl.models.dense import DenseCache, dense_backbone
+from tapfl.models.forward import input_transform
 from tapfl.models.prunable import prunable_layers
 from tapfl.seeds import numpy_generator, torch_generator
 from tapfl.store import cache_folder

@@ -11,7 +11,7 @@ from experiments.compare.table import Rows, Section, mean_over_devices, measured
 from experiments.rows import as_markdown
 from experiments.statistics import TEST
 from tapfl.config import RunConfig
-from tapfl.models.backbone import input_transform
+from tapfl.models.forward import input_transform
 
 WORDS = {
     "pruned": "accuracy among all classes",

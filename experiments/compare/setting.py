@@ -15,8 +15,9 @@ from tapfl.data.federated import check_classes, open_pool, open_private
 from tapfl.data.partition import DeviceSplit, partition
 from tapfl.data.sources import ImageSet
 from tapfl.data.transform import Transform
-from tapfl.models.backbone import BackboneSpec, image_features, input_transform
+from tapfl.models.backbone import BackboneSpec
 from tapfl.models.dense import DenseCache, dense_backbone
+from tapfl.models.forward import image_features, input_transform
 from tapfl.pruning.basis import turned_on_pool
 from tapfl.pruning.budget import Budget
 from tapfl.pruning.criteria.registry import resolved

@@ -19,7 +19,7 @@ from experiments.deploy.processes import Processes, processes
 from tapfl.config import RunConfig, Scalar
 from tapfl.data.federated import open_private
 from tapfl.errors import ConfigError, RunError
-from tapfl.models.backbone import input_transform
+from tapfl.models.forward import input_transform
 
 ROOT = Path(__file__).parents[2]
 ROUNDS, COMPLETED = 2, "finished:completed"

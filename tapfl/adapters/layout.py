@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tapfl.models.backbone import head_names
+from tapfl.models.forward import head_names
 from tapfl.models.units import PrunableLayer
 from tapfl.models.units import Side as CutSide
 from tapfl.pruning.plan import PruningPlan

@@ -9,7 +9,7 @@ from timm.layers import Attention
 from timm.models.swin_transformer import WindowAttention
 from torch import Tensor, nn
 
-from tapfl.models.backbone import watch_example
+from tapfl.models.forward import watch_example
 
 
 class Cost(BaseModel):

@@ -17,17 +17,10 @@ from torch import nn
 from tapfl.config import ModelOptions
 from tapfl.data.sources import ImageSet
 from tapfl.errors import ModelError
-from tapfl.models.backbone import (
-    BackboneSpec,
-    build,
-    head_names,
-    image_features,
-    load_hub_weights,
-    load_weights,
-    spec_of,
-    transform_of,
-)
+from tapfl.models.backbone import BackboneSpec, build, spec_of
+from tapfl.models.forward import head_names, image_features, transform_of
 from tapfl.models.prunable import prunable_layers
+from tapfl.models.weights import load_hub_weights, load_weights
 from tapfl.progress import stage
 from tapfl.seeds import numpy_generator
 from tapfl.store import content_hash, read_tensors, write_bytes, write_tensors

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tapfl.models.backbone import example_input
+from tapfl.models.forward import example_input
 from tapfl.models.units import PrunableLayer, Shape
 from tapfl.progress import track
 

@@ -12,7 +12,7 @@ from timm.models.swin_transformer import WindowAttention
 from torch import nn
 
 from tapfl.errors import ModelError
-from tapfl.models.backbone import segments, watch_example
+from tapfl.models.forward import segments, watch_example
 from tapfl.models.units import Ffn, PrunableLayer, SelfAttention
 
 

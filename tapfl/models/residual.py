@@ -14,7 +14,7 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from tapfl.errors import ModelError
-from tapfl.models.backbone import segments, tokens_read
+from tapfl.models.forward import segments, tokens_read
 from tapfl.models.units import PrunableLayer, replaced
 
 PLACE = {"attention": "1", "ffn": "2"}  # norm1 and ls1 belong to the attention of a block, norm2 and ls2 to its FFN

@@ -21,7 +21,7 @@ from timm.models.swin_transformer import SwinTransformerBlock
 from torch import Tensor, nn
 
 from tapfl.errors import ConfigError, ModelError
-from tapfl.models.backbone import segments
+from tapfl.models.forward import segments
 from tapfl.models.residual import as_branch_output, observe
 from tapfl.models.units import PrunableLayer, put
 from tapfl.progress import track

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from tapfl.errors import ConfigError, RunError, said
-from tapfl.models.backbone import example_input, transform_of
+from tapfl.models.forward import example_input, transform_of
 from tapfl.pruning.plan import PruningPlan
 from tapfl.seeds import torch_generator
 from tapfl.store import whole_file

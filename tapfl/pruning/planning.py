@@ -8,8 +8,9 @@ from torch import Tensor, nn
 
 from tapfl.config import PruningOptions, Scalar
 from tapfl.errors import ModelError
-from tapfl.models.backbone import BackboneSpec, example_input
+from tapfl.models.backbone import BackboneSpec
 from tapfl.models.cost import measure_cost
+from tapfl.models.forward import example_input
 from tapfl.models.latency import Timings, measure_timings
 from tapfl.models.prunable import prunable_layers
 from tapfl.pruning.basis import canonical_basis, carried_energy

@@ -12,7 +12,7 @@ from torch import nn
 
 from tapfl.data.sources import ImageSet
 from tapfl.data.transform import Transform
-from tapfl.models.backbone import image_features
+from tapfl.models.forward import image_features
 from tapfl.store import content_hash, read_tensors, write_tensors
 
 

@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tapfl.errors import BudgetError
-from tapfl.models.backbone import segments
+from tapfl.models.forward import segments
 from tapfl.models.units import Shape, replaced
 from tapfl.progress import track
 from tapfl.pruning.criteria.task import PruningTask, Selection

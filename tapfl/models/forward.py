@@ -1,0 +1,98 @@
+"""How images pass through a backbone: what it takes, its steps in turn, its features, its heads.
+
+This, `tapfl.models.pit` and `tapfl.models.units` are the only places that know how timm lays a backbone out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import timm.data
+import torch
+from timm.models import PoolingVisionTransformer, SwinTransformer, VisionTransformer
+from torch import Tensor, nn
+
+from tapfl.config import ModelOptions
+from tapfl.data.transform import Transform
+from tapfl.errors import ModelError
+from tapfl.models.backbone import ACCEPTED, build, spec_of
+from tapfl.models.pit import Step, pit_steps
+from tapfl.progress import track
+
+
+def transform_of(model: Any) -> Transform:
+    """Returns how images become the input of `model`: its size, channels, mean and standard deviation."""
+    config = timm.data.resolve_data_config(model=model)
+    size = model.patch_embed.img_size or config["input_size"][1:]
+    channels = next(module for module in model.modules() if isinstance(module, nn.Conv2d)).in_channels
+    mean, std = (tuple(float(v) for v in config[key])[:channels] for key in ("mean", "std"))
+    return Transform((int(size[0]), int(size[1])), channels, mean, std)
+
+
+@lru_cache(maxsize=16)
+def input_transform(options: ModelOptions) -> Transform:
+    """Returns how images become the input of the backbone that the options name, whatever its classes."""
+    return transform_of(build(spec_of(options, ("any",))))
+
+
+def example_input(model: nn.Module, batch: int = 1) -> Tensor:
+    """Returns zeros in the shape that `model` takes, on its device."""
+    transform = transform_of(model)
+    return torch.zeros(batch, transform.channels, *transform.size, device=next(model.parameters()).device)
+
+
+@torch.no_grad()
+def watch_example(model: nn.Module, hooks: Mapping[nn.Module, Callable[..., None]]) -> None:
+    """Lets an example input pass through `model`, with a forward hook on each of these modules."""
+    handles = [module.register_forward_hook(hook) for module, hook in hooks.items()]
+    try:
+        model(example_input(model))
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def head_names(model: Any) -> tuple[str, ...]:
+    """Returns the module names of the classifier (two for distilled DeiT)."""
+    classifier = model.get_classifier()
+    heads = classifier if isinstance(classifier, tuple) else (classifier,)
+    return tuple(name for name, module in model.named_modules() if any(module is head for head in heads))
+
+
+def segments(model: nn.Module) -> list[Step]:
+    """Returns the forward pass as a chain of named steps; applying them in turn equals ``model(x)``.
+
+    The names of blocks are their module paths, so that a pass can be resumed from the input of any block. This,
+    `tapfl.models.pit` and `tapfl.models.units` are the only places that know how timm lays a backbone out.
+    """
+    steps: list[Step]
+    if isinstance(model, VisionTransformer):
+        steps = [("stem", lambda x: model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(x)))))]
+        steps.extend((f"blocks.{i}", block) for i, block in enumerate(model.blocks))
+    elif isinstance(model, PoolingVisionTransformer):
+        steps = pit_steps(model)
+    elif isinstance(model, SwinTransformer):
+        steps = [("stem", model.patch_embed)]
+        for s, stage in enumerate(model.layers):
+            steps.append((f"layers.{s}.downsample", stage.downsample))
+            steps.extend((f"layers.{s}.blocks.{i}", block) for i, block in enumerate(stage.blocks))
+    else:
+        raise ModelError(f"{type(model).__name__}: accepted are {ACCEPTED}")
+    return [*steps, ("tail", lambda x: model.forward_head(model.norm(x)))]
+
+
+def tokens_read(model: Any) -> int | None:
+    """Returns how many of the first tokens the head reads, if it reads no others; None if it pools over the image."""
+    if not isinstance(model, VisionTransformer) or model.global_pool != "token" or model.attn_pool is not None:
+        return None
+    return len(head_names(model))  # the class token, and the distillation token of a second head
+
+
+@torch.no_grad()
+def image_features(model: Any, inputs: Iterable[Tensor]) -> np.ndarray:
+    """Returns pooled pre-logits features, float32 (n, width), of batches in the backbone's input format."""
+    pooled = (model.forward_head(model.forward_features(x), pre_logits=True) for x in track(inputs, "features"))
+    return torch.cat(list(pooled)).numpy()
