@@ -15,7 +15,7 @@ import numpy as np
 import tomli_w
 
 from experiments.bench.setting import Setting
-from experiments.bench.simulation import LIMIT, Timing, measure, ratios, require_proc
+from experiments.bench.simulation import LIMIT, Timing, measure, ratios, require_proc, told
 from tapfl.config import RunConfig
 from tapfl.errors import ConfigError
 
@@ -61,14 +61,13 @@ def bench_engine(
 
 
 def _row(devices: int, work: str, variant: str, taken: list[Timing], limit: list[Timing]) -> Mapping[str, str]:
-    found = ratios(taken, limit, "wall") if limit else []
     return {
         "devices": str(devices),
         "work": work,
         "engine": variant,
         "wall s a round": f"{np.median([timing.wall for timing in taken]):.2f}",
         "CPU s a round": f"{np.median([timing.cpu for timing in taken]):.2f}",
-        "wall / limit": f"{np.median(found):.2f} ({min(found):.2f}–{max(found):.2f})" if found else "",
+        "wall / limit": told(ratios(taken, limit, "wall")) if limit else "",
         "start-up s": f"{np.median([timing.startup for timing in taken]):.1f}",
         "peak GB": f"{max(timing.peak_bytes for timing in taken) / 1e9:.2f}",
         "driver GB": f"{max(timing.driver_bytes for timing in taken) / 1e9:.2f}",

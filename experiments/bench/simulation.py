@@ -144,11 +144,13 @@ def ratios(taken: Sequence[Timing], limit: Sequence[Timing], name: str) -> list[
     return [getattr(own, name) / getattr(least, name) for own, least in zip(taken, limit, strict=True)]
 
 
-def _row(variant: str, taken: Sequence[Timing], limit: Sequence[Timing], devices: int) -> Mapping[str, str]:
-    def ratio(name: str) -> str:
-        found = ratios(taken, limit, name)
-        return f"{np.median(found):.2f}" + (f" ({min(found):.2f}–{max(found):.2f})" if len(found) > 1 else "")
+def told(values: Sequence[float]) -> str:
+    """Returns the median of turns and, of more than one, their range."""
+    extremes = f" ({min(values):.2f}–{max(values):.2f})" if len(values) > 1 else ""
+    return f"{np.median(values):.2f}{extremes}"
 
+
+def _row(variant: str, taken: Sequence[Timing], limit: Sequence[Timing], devices: int) -> Mapping[str, str]:
     def median(name: str) -> float:
         return float(np.median([getattr(timing, name) for timing in taken]))
 
@@ -157,8 +159,8 @@ def _row(variant: str, taken: Sequence[Timing], limit: Sequence[Timing], devices
         "variant": variant,
         "CPU s a round": f"{median('cpu'):.2f}",
         "wall s a round": f"{median('wall'):.2f}",
-        "CPU / limit": ratio("cpu"),
-        "wall / limit": ratio("wall"),
+        "CPU / limit": told(ratios(taken, limit, "cpu")),
+        "wall / limit": told(ratios(taken, limit, "wall")),
         "start-up s": f"{median('startup'):.1f}",
         "peak GB": f"{max(timing.peak_bytes for timing in taken) / 1e9:.2f}",
     }
