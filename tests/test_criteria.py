@@ -204,6 +204,19 @@ def test_isomorphic_ranks_only_within_a_type(family: str, families: dict[str, Ti
     assert shares["attention"] == pytest.approx(shares["ffn"], abs=0.08)  # slices of an attention are coarse
 
 
+def test_isomorphic_asks_what_a_unit_is_worth_and_not_what_it_costs(swin: Tiny) -> None:
+    task = task_of(swin, budget=0.5)
+    scores = {layer.name: torch.linspace(0, 1, layer.units) for layer in task.layers}
+
+    def spread(selection: Selection) -> float:
+        """By how much the kept shares of FFNs differ, of which a unit costs twice as much in the first stage."""
+        shares = [len(selection.kept[layer.name]) / layer.units for layer in task.layers if layer.kind == "ffn"]
+        return max(shares) - min(shares)
+
+    assert len({layer.macs_per_unit for layer in task.layers if layer.kind == "ffn"}) > 1
+    assert spread(isomorphic.within_types(task, scores)) < 0.15 < spread(across_layers(task, scores))
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_upop_masks_are_shared_by_heads_and_sit_before_the_activation(family: str, families: dict[str, Tiny]) -> None:
     """A mask of 0 does what surgery does to the unit, in every head, and its gradient is a finite difference."""
