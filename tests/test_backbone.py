@@ -220,6 +220,8 @@ def test_the_hub_s_weights_are_those_that_timm_has_for_the_model(tmp_path: Path)
         own = build(spec(num_classes=2))
         with patch.object(timm, "get_pretrained_cfg", lambda name: SimpleNamespace(**hub)):
             load_hub_weights(own, spec(num_classes=2), ("x", "y"), rows_file(tmp_path, {"x": 7, "y": 4}))
+            with pytest.raises(ModelError, match=r"row 10 is not in head\.weight of the hub's vit_tiny"):
+                load_hub_weights(own, spec(num_classes=2), ("x", "y"), rows_file(tmp_path, {"x": 10, "y": 4}))
     rows = theirs.state_dict() | {f"head.{part}": getattr(theirs.head, part)[[7, 4]] for part in ("weight", "bias")}
     torch.testing.assert_close(dict(own.state_dict()), rows, rtol=0, atol=0)
 

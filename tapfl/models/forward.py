@@ -65,8 +65,7 @@ def head_names(model: Any) -> tuple[str, ...]:
 def segments(model: nn.Module) -> list[Step]:
     """Returns the forward pass as a chain of named steps; applying them in turn equals ``model(x)``.
 
-    The names of blocks are their module paths, so that a pass can be resumed from the input of any block. This,
-    `tapfl.models.pit` and `tapfl.models.units` are the only places that know how timm lays a backbone out.
+    The names of blocks are their module paths, so that a pass can be resumed from the input of any block.
     """
     steps: list[Step]
     if isinstance(model, VisionTransformer):

@@ -42,15 +42,9 @@ def load_weights(
         state = read_tensors(file)
     except PlanError as error:
         raise ModelError(f"model.weights = {str(file)!r}: {error}") from None
-    heads = [f"{name}.{part}" for name in head_names(model) for part in ("weight", "bias")]
+    heads = _head_tensors(model)
     if head_rows is not None:
-        rows = read_head_rows(head_rows, classes)
-        for key in heads:
-            if key not in state or max(rows) >= len(state[key]):
-                raise ModelError(
-                    f"model.head-rows = {str(head_rows)!r}: row {max(rows)} is not in {key} of {file.name}"
-                )
-            state[key] = state[key][rows]
+        _take_rows(state, heads, read_head_rows(head_rows, classes), head_rows, file.name)
     own = model.state_dict()
     for key in heads:
         if key in state and state[key].shape != own[key].shape:
@@ -75,17 +69,27 @@ def load_hub_weights(model: nn.Module, spec: BackboneSpec, classes: tuple[str, .
     """Fills `model` with the weights that timm's hub has for `spec`.
 
     Raises:
-        ModelError: if the hub cannot be reached or has no weights under that name.
+        ModelError: if the hub cannot be reached, has no weights under that name, or their head lacks a row.
     """
-    rows = read_head_rows(head_rows, classes) if head_rows else None
-    if rows and (own := timm.get_pretrained_cfg(spec.name)):
-        spec = spec.model_copy(update={"num_classes": own.num_classes})
-    source = build(spec, pretrained=True)
-    state = source.state_dict()
-    for name in head_names(model) if rows else ():
-        for part in ("weight", "bias"):
-            state[f"{name}.{part}"] = state[f"{name}.{part}"][rows]
+    rows = read_head_rows(head_rows, classes) if head_rows else None  # refused before anything is fetched
+    if rows and (theirs := timm.get_pretrained_cfg(spec.name)):
+        spec = spec.model_copy(update={"num_classes": theirs.num_classes})
+    state = build(spec, pretrained=True).state_dict()
+    if head_rows and rows:
+        _take_rows(state, _head_tensors(model), rows, head_rows, f"the hub's {spec.name}")
     model.load_state_dict(state)
+
+
+def _head_tensors(model: nn.Module) -> list[str]:
+    return [f"{name}.{part}" for name in head_names(model) for part in ("weight", "bias")]
+
+
+def _take_rows(state: dict[str, Tensor], heads: list[str], rows: list[int], named_by: Path, source: str) -> None:
+    """Reduces the heads in `state` to these rows. Raises ModelError if one lacks them."""
+    for key in heads:
+        if key not in state or max(rows) >= len(state[key]):
+            raise ModelError(f"model.head-rows = {str(named_by)!r}: row {max(rows)} is not in {key} of {source}")
+        state[key] = state[key][rows]
 
 
 def read_head_rows(file: Path, classes: tuple[str, ...]) -> list[int]:

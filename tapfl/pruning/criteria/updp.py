@@ -138,8 +138,8 @@ def dropped(task: PruningTask, names: Iterable[str]) -> Iterator[None]:
     nothing = torch.arange(0)
     with ExitStack() as stack:
         for name in names:
-            stub = layers[name].shrink(task.model.get_submodule(name), nothing)
-            stack.enter_context(replaced(task.model, name, stub.requires_grad_(False)))
+            emptied = layers[name].shrink(task.model.get_submodule(name), nothing)
+            stack.enter_context(replaced(task.model, name, emptied.requires_grad_(False)))
         yield
 
 
