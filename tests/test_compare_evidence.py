@@ -6,6 +6,7 @@ import csv
 import json
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from test_compare import comparison_file
 from typer.testing import CliRunner
 
 from experiments import cli
-from experiments.compare.picture import picture
+from experiments.compare.picture import comparable, picture
 from experiments.compare.rank import rank_correlations
 from experiments.compare.reading import read_comparison
 from experiments.compare.run import run_comparison
@@ -191,6 +192,34 @@ def test_several_grids_are_drawn_also_if_each_has_one_budget(budgets: str, tmp_p
     measures = {"macs_share": "0.5", "dense_own": "0.9", "pruned_own": "0.6", "refused": ""}
     picture([cell.point | measures for cell in comparison.cells()], comparison, tmp_path / "lines.png", "pruned_own")
     assert (tmp_path / "lines.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_lines_are_drawn_over_the_devices_that_all_of_them_have() -> None:
+    def had(devices: str, *, lacks: str = "") -> list[dict[str, str]]:
+        return [{"device": d, "seed": "0", "pruned_own": "" if d in lacks else "0.5"} for d in devices]
+
+    lines: Any = {
+        ((), "on all"): {"0.5": had("0123"), "0.7": had("0123")},
+        ((), "on three"): {"0.5": had("012"), "0.7": had("0123", lacks="3")},
+        ((), "refused"): {"0.5": had("0123", lacks="0123"), "0.7": had("0123", lacks="0123")},
+        ((), "one budget"): {"0.5": had("0123")},
+        ((), "one budget, on one"): {"0.5": had("1")},
+    }
+    drawn, held = comparable(lines, "pruned_own")
+    assert held == {("0", "0"), ("1", "0"), ("2", "0")}
+    of = {
+        name: {budget: "".join(r["device"] for r in rows) for budget, rows in by.items()}
+        for (_, name), by in drawn.items()
+    }
+    assert of == {
+        "on all": {"0.5": "012", "0.7": "012"},
+        "on three": {"0.5": "012", "0.7": "012"},
+        "refused": {},
+        "one budget": {"0.5": "012"},
+        "one budget, on one": {},
+    }
+    begun: Any = {((), "a"): {"0.5": had("0")}, ((), "b"): {"0.5": had("12")}}
+    assert comparable(begun, "pruned_own") == (begun, {("0", "0"), ("1", "0"), ("2", "0")})
 
 
 def test_tables_keep_the_devices_apart_that_something_was_chosen_on(

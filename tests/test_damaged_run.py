@@ -9,10 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from killing import killed_after
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_inprocess_run import content, tapfl
-from test_resume import killed_after
 
 from tapfl.errors import PlanError, RunError, TapflError
 from tapfl.store import read_about, read_tensors, seal, unseal, write_tensors
@@ -33,7 +33,7 @@ def stopped(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that was killed after its first round, in which all devices have the same budget."""
     folder = tmp_path_factory.mktemp("runs") / "stopped"
     after_round_one = ("strategies.federation", "save_checkpoint", 2)
-    killed_after(*after_round_one, lambda: tapfl("--out", str(folder), cache=cache, options=OPTIONS))
+    killed_after(after_round_one, "--out", str(folder), cache=cache, options=OPTIONS)
     return folder
 
 
@@ -172,7 +172,7 @@ def test_a_summary_that_is_damaged_is_asked_for_again(
 ) -> None:
     folder = tmp_path / "run"
     moment = ("strategies.preparation", "Preparation._store_summary", 4)
-    killed_after(*moment, lambda: tapfl("--out", str(folder), cache=cache, options=OPTIONS))
+    killed_after(moment, "--out", str(folder), cache=cache, options=OPTIONS)
     damage(folder / "summaries" / "02.safetensors")
     assert tapfl("--resume", str(folder), cache=cache, options=OPTIONS).exit_code == 0
     assert content(folder) == content(whole)
@@ -181,7 +181,7 @@ def test_a_summary_that_is_damaged_is_asked_for_again(
 def test_weights_beside_a_plan_are_those_that_it_was_written_with(cache: Path, tmp_path: Path) -> None:
     folder, options = tmp_path / "run", [*OPTIONS, "pruning.send=weights"]
     moment = ("strategies.preparation", "Preparation._keep", 4)
-    killed_after(*moment, lambda: tapfl("--out", str(folder), cache=cache, options=options))
+    killed_after(moment, "--out", str(folder), cache=cache, options=options)
     a_bit(folder / "plans" / "02.safetensors")
     with pytest.raises(PlanError, match=r"02\.safetensors: is not the file that 02\.json was written with"):
         tapfl("--resume", str(folder), cache=cache, options=options)

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from killing import killed_after
 from mlflow import MlflowClient
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_inprocess_run import content, tapfl
 from test_refused_input import refused
-from test_resume import killed_after
 
 from experiments.shared_round_zero import AFTER, AFTER_SUMMARIES, _hash
 from strategies.checkpoint import config_hash
@@ -131,7 +131,7 @@ def test_killed_and_resumed_has_every_point_once(
     moment: str, finished: Path, cache: Path, uri: str, tmp_path: Path
 ) -> None:
     folder, options = tmp_path / "run", ["log.tensorboard=true", f"log.mlflow={uri}"]
-    killed_after(*MOMENTS[moment], lambda: tapfl("--out", str(folder), cache=cache, options=options))
+    killed_after(MOMENTS[moment], "--out", str(folder), cache=cache, options=options)
     before = (folder / "mlflow.json").read_text()
     done = tapfl("--resume", str(folder), cache=cache)
     assert done.exit_code == 0, done.output

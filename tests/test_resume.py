@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
 import json
-import os
-import signal
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from killing import killed_after
 from test_inprocess_run import content, tapfl
 
 OPTIONS = ["train.rounds=3", "devices.participation=0.75", "devices.profiles=tiers", "adapters.server=adam"]
@@ -30,33 +27,6 @@ MOMENTS = {
 }
 
 
-def killed_after(module: str, name: str, count: int, act: Callable[[], Any]) -> None:
-    """Carries `act` out in a process of its own that kills itself (SIGKILL) after the n-th call of a function."""
-    child = os.fork()
-    if child == 0:
-        *path, last = name.split(".")
-        owner: Any = importlib.import_module(module)
-        for part in path:
-            owner = getattr(owner, part)
-        real, calls = getattr(owner, last), 0
-
-        def counted(*arguments: Any, **named: Any) -> Any:
-            nonlocal calls
-            result = real(*arguments, **named)
-            calls += 1
-            if calls == count:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return result
-
-        setattr(owner, last, counted)
-        try:
-            act()
-        finally:
-            os._exit(0)  # it was to be killed: the parent sees that it was not
-    _, status = os.waitpid(child, 0)
-    assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL, "the process was not killed"
-
-
 @pytest.fixture(scope="module")
 def uninterrupted(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "whole"
@@ -68,7 +38,7 @@ def uninterrupted(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_killed_and_resumed_is_uninterrupted(moment: str, uninterrupted: Path, cache: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    killed_after(*MOMENTS[moment], lambda: tapfl("--out", str(folder), cache=cache, options=OPTIONS))
+    killed_after(MOMENTS[moment], "--out", str(folder), cache=cache, options=OPTIONS)
     assert not (folder / "summary.json").exists()
     done = tapfl("--resume", str(folder), cache=cache, options=OPTIONS)
     assert done.exit_code == 0, done.output
@@ -78,8 +48,8 @@ def test_killed_and_resumed_is_uninterrupted(moment: str, uninterrupted: Path, c
 
 def test_killed_twice(uninterrupted: Path, cache: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    killed_after(*MOMENTS["while plans are made"], lambda: tapfl("--out", str(folder), cache=cache, options=OPTIONS))
-    killed_after(*MOMENTS["in the second round"], lambda: tapfl("--resume", str(folder), cache=cache, options=OPTIONS))
+    killed_after(MOMENTS["while plans are made"], "--out", str(folder), cache=cache, options=OPTIONS)
+    killed_after(MOMENTS["in the second round"], "--resume", str(folder), cache=cache, options=OPTIONS)
     assert tapfl("--resume", str(folder), cache=cache, options=OPTIONS).exit_code == 0
     assert content(folder) == content(uninterrupted)
 

@@ -64,7 +64,7 @@ def criteria() -> str:
         made_for = getattr(criterion_of(name), "recipe", {})
         own = ", ".join(f"{key.replace('_', '-')} = {value}" for key, value in made_for.items())
         file = f"[{module.rpartition('.')[2]}.py](../../{module.replace('.', '/')}.py)"
-        rows.append((f"`{name}`", said, own or "as published", file))
+        rows.append((f"`{name}`", said, own or "those of `tap`", file))
     return table(("criterion", "what it is", "`auto` stands for", "file"), rows)
 
 
