@@ -12,9 +12,11 @@ from typing import Any
 from test_inprocess_run import tapfl
 
 # A fork of pytest's own process would do, did not torch refuse autograd in the fork of a process in which some test had
-# it start threads. So the fork is of a process that has imported what a run needs and done nothing since.
+# it start threads. So the fork is of a process that has imported what a run takes seconds to, and done nothing since.
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["clients.device", "strategies.federation"])
+FORKS.set_forkserver_preload(
+    ["clients.client_app", "strategies.server_app", "flwr_datasets", "peft", "pytest", "sklearn.mixture", "timm"]
+)
 
 Moment = tuple[str, str, int]
 

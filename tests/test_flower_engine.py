@@ -60,6 +60,7 @@ def one_process(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[s
     return content(folder)
 
 
+@pytest.mark.slow  # one worker more says as much and more
 def test_one_worker_and_one_process_give_the_same_bits(
     cache: Path, tmp_path: Path, one_process: dict[str, bytes]
 ) -> None:

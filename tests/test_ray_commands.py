@@ -70,6 +70,7 @@ def typed() -> Iterator[type[Typed]]:
         each.process.kill()
 
 
+@pytest.mark.slow
 def test_a_sweep_on_ray_comes_to_the_same_and_leaves_nothing(typed: type[Typed], tmp_path: Path) -> None:
     file, out = sweep_file(tmp_path, '"personalize.method" = ["fedavg", "local"]'), tmp_path / "ray"
     options = ["--engine", "ray", "--workers", "1", "--jobs", "2"]
