@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tapfl.adapters import rules
 from tapfl.adapters.layout import Layout, Params, device_layout, gather, global_shapes
 from tapfl.adapters.lora import AdaptedModel
-from tapfl.config import RunConfig
+from tapfl.config import RunConfig, Scalar
 from tapfl.data.federated import labels_among, open_own, open_private
 from tapfl.data.partition import DeviceSplit, partition, split_device
 from tapfl.data.sources import ImageSet
@@ -102,6 +102,7 @@ class PrunedDevice:
             server makes its own, private factors, and a private head, that of the device's model.
         private: the names in `start` that are trained.
         nbytes: of the model's weights.
+        device: whose it is, as its plan says; None: it does not.
     """
 
     layout: Layout
@@ -109,6 +110,7 @@ class PrunedDevice:
     start: Params
     private: tuple[str, ...]
     nbytes: int
+    device: Scalar | None
 
 
 _models = Memo(MODEL_BYTES, lambda device: device.nbytes)
@@ -138,4 +140,6 @@ def _load(folder: Path, plan: PruningPlan, rank: int, config: RunConfig) -> Prun
     moving = rules.trained(options, layout, 1) | rules.trained(options, layout, 2)
     private = tuple(name for name in staying if name in moving)
     nbytes = sum(parameter.nbytes for parameter in model.parameters())
-    return PrunedDevice(layout, AdaptedModel(model, layout, options.scale), start, private, nbytes)
+    return PrunedDevice(
+        layout, AdaptedModel(model, layout, options.scale), start, private, nbytes, plan.provenance.get("device")
+    )

@@ -20,7 +20,7 @@ from tapfl.adapters.clip import clip_update
 from tapfl.adapters.layout import Params, pack, unpack
 from tapfl.adapters.peft_format import save_peft
 from tapfl.config import RunConfig
-from tapfl.errors import RunError
+from tapfl.errors import PlanError, RunError
 from tapfl.models.cost import measure_cost
 from tapfl.models.dense import DenseCache
 from tapfl.models.forward import image_features
@@ -141,7 +141,7 @@ class Device:
         private = {name: trained[name] for name in own.private if name in trained}
         if method.keeps or own.private:
             kept = DeviceState(result.personal if method.keeps else None, private)
-            self.storage.save_state(message.round, kept, before=message.state_round)
+            self.storage.save_state(self.partition_id, message.round, kept, before=message.state_round)
         global_accuracy, personal_accuracy = accuracies
         return TrainReply(
             round=message.round,
@@ -172,7 +172,7 @@ class Device:
 
     def _state(self, own: caches.PrunedDevice, round: int) -> DeviceState:
         keeps = self._method().keeps or own.private
-        return self.storage.load_state(round) if keeps else DeviceState(None, {})
+        return self.storage.load_state(self.partition_id, round) if keeps else DeviceState(None, {})
 
     def _whole(self, own: caches.PrunedDevice, state: DeviceState, adapters: np.ndarray) -> Params:
         """Returns all of w: what arrived, and what never travels: frozen or private parts.
@@ -245,7 +245,10 @@ class Device:
         return caches.part(self.config, self.devices, self.partition_id, name)
 
     def _pruned(self) -> caches.PrunedDevice:
-        return caches.pruned(self.storage.pruned, self.profile.rank, self.config)
+        own = caches.pruned(self.storage.pruned, self.profile.rank, self.config)
+        if own.device not in (None, self.partition_id):
+            raise PlanError(f"{self.storage.pruned}: is the model of device {own.device}, not of {self.partition_id}")
+        return own
 
     @property
     def _cache(self) -> Path:

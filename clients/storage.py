@@ -72,8 +72,8 @@ class DeviceStorage:
         """Writes how many images of each of `classes` the device has; `tapfl report` reads it in a simulation."""
         write_json(self.folder / IMAGES_FILE, {"classes": list(classes), "train": list(train), "test": list(test)})
 
-    def save_state(self, round: int, state: DeviceState, before: int) -> None:
-        """Writes the state after `round`; keeps beside it the one after `before`, from which it was made.
+    def save_state(self, device: int, round: int, state: DeviceState, before: int) -> None:
+        """Writes the state of a device after `round`; keeps beside it the one after `before`, from which it was made.
 
         The server will ask for one of the two: for this one if its answer comes through, else for that one.
         """
@@ -81,15 +81,15 @@ class DeviceStorage:
         if state.personal is not None:
             tensors |= {OWN + name: tensor for name, tensor in state.personal.params.items()}
             tensors[ALPHA] = state.personal.alpha
-        write_tensors(self._state.path(round), tensors, {STATE: seal({"round": round}, tensors)})
+        write_tensors(self._state.path(round), tensors, {STATE: seal({"device": device, "round": round}, tensors)})
         self._state.keep((before, round))
 
-    def load_state(self, round: int) -> DeviceState:
+    def load_state(self, device: int, round: int) -> DeviceState:
         """Returns the state after `round`; an empty one for 0.
 
         Raises:
             RunError: if it is not there: another device's storage, or a lost one.
-            PlanError: if it is damaged.
+            PlanError: if it is damaged, or that of another device or round.
         """
         if round == 0:
             return DeviceState(None, {})
@@ -97,7 +97,7 @@ class DeviceStorage:
             raise RunError(f"{self._state.folder}: has no state after round {round}, of which the server has an answer")
         file = self._state.path(round)
         tensors = read_tensors(file)
-        unseal(read_about(file).get(STATE, "{}"), tensors, str(file))
+        unseal(read_about(file).get(STATE, "{}"), tensors, str(file), device=device, round=round)
         own, private = (
             {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
             for prefix in (OWN, PRIVATE)

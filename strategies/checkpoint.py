@@ -73,7 +73,7 @@ def load_checkpoint(folder: RunFolder, config: RunConfig) -> Checkpoint | None:
     file = folder.server.path(rounds[-1])
     tensors = read_tensors(file)
     try:
-        about = unseal(read_about(file).get("checkpoint", "{}"), tensors, str(file))
+        about = unseal(read_about(file).get("checkpoint", "{}"), tensors, str(file), round=rounds[-1])
     except PlanError as error:
         raise PlanError(f"{error}; without this file the run goes on from the checkpoint before") from None
     if about.get("config") != config_hash(config.flat()):

@@ -211,14 +211,15 @@ class Preparation:
         values = {each.name: getattr(reply, each.name) for each in fields(reply)}
         arrays = {name: torch.from_numpy(value) for name, value in values.items() if hasattr(value, "dtype")}
         rest = {name: value for name, value in values.items() if name not in arrays}
-        write_tensors(self._summary_file(i), arrays, {"reply": seal(rest, arrays)})
+        write_tensors(self._summary_file(i), arrays, {"reply": seal({**rest, "device": i}, arrays)})
 
     def _stored_summary(self, i: int) -> SummaryReply | None:
-        """Returns what a device said before this run was killed; None, and it is asked again, if that is damaged."""
+        """Returns what a device said before; None, and it is asked again, if that is damaged or another device's."""
         file = self._summary_file(i)
         try:
             tensors = read_tensors(file)
-            rest = unseal(read_about(file).get("reply", ""), tensors, str(file))
+            rest = unseal(read_about(file).get("reply", ""), tensors, str(file), device=i)
+            rest.pop("device", None)
             values: dict[str, Any] = {name: tensor.numpy() for name, tensor in tensors.items()}
             return SummaryReply(**values, **rest)
         except (PlanError, TypeError):

@@ -137,11 +137,14 @@ def seal(about: Mapping[str, Any], tensors: Tensors) -> str:
     return json.dumps({**about, "checksum": content_hash(json.dumps(about), tensors)})
 
 
-def unseal(text: str, tensors: Tensors, source: str) -> dict[str, Any]:
+def unseal(text: str, tensors: Tensors, source: str, **of: Any) -> dict[str, Any]:
     """Returns what was sealed; what has no checksum is of a version that wrote none.
 
+    Args:
+        of: what the sealed says of whose it is, such as ``device=3``: a file can lie whole in another's place.
+
     Raises:
-        PlanError: naming `source`, if text or tensors are not those that were written.
+        PlanError: naming `source`, if text or tensors are not those that were written, or those of something else.
     """
     try:
         about = json.loads(text)
@@ -150,6 +153,9 @@ def unseal(text: str, tensors: Tensors, source: str) -> dict[str, Any]:
         raise PlanError(f"{source}: is damaged ({error})") from None
     if given is not None and given != content_hash(json.dumps(about), tensors):
         raise PlanError(f"{source}: was changed or damaged since it was written (its checksum differs)")
+    for key, value in of.items():
+        if about.get(key, value) != value:
+            raise PlanError(f"{source}: is that of {key} {about[key]}, not of {key} {value}")
     return dict(about)
 
 

@@ -115,6 +115,11 @@ DAMAGE = {
     "a pickled checkpoint": (CHECKPOINT, pickled, "is not a whole safetensors file"),
     "a bit of a checkpoint": (CHECKPOINT, a_bit, "its checksum differs); without this file the run goes on from"),
     "a checkpoint with other records": (CHECKPOINT, other_records, "its checksum differs"),
+    "a checkpoint of another round": (
+        CHECKPOINT,
+        lambda file: file.rename(file.with_stem("round-0002")),
+        "of round 1, not",
+    ),
     "a folder for a checkpoint": (CHECKPOINT, a_folder, "cannot be read"),
     "half a plan": ("plans/00.json", half, "is not a plan"),
     "a pickled plan": ("plans/00.json", pickled, "is not a plan"),
@@ -157,16 +162,36 @@ def test_what_no_later_round_needs_stops_no_run(
     assert {file: data for file, data in content(run).items() if file != name} == computed
 
 
-def test_a_device_whose_state_is_damaged_is_lost_and_named(run: Path, resume: Callable[[], tuple[int, str]]) -> None:
-    a_bit(run / "devices/01/state/round-0001.safetensors")
+def of_device_0(file: Path) -> None:
+    """It is whole, and fits: all devices of this run have the same budget and rank."""
+    first = Path(str(file).replace("devices/01", "devices/00"))
+    shutil.copytree(first, file, dirs_exist_ok=True) if first.is_dir() else shutil.copy(first, file)
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "reason"),
+    [
+        ("state/round-0001.safetensors", a_bit, "its checksum differs"),
+        ("state/round-0001.safetensors", of_device_0, "is that of device 0, not of device 1"),
+        ("pruned", of_device_0, "is the model of device 0, not of 1"),
+    ],
+)
+def test_a_device_whose_storage_is_damaged_is_lost_and_named(
+    name: str, damage: Callable[[Path], None], reason: str, run: Path, resume: Callable[[], tuple[int, str]]
+) -> None:
+    damage(run / "devices/01" / name)
     assert resume()[0] == 0
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     failures = [line for line in lines if line["kind"] == "failure"]
     assert {line["device"] for line in failures} == {1}
-    assert all("its checksum differs" in line["reason"] for line in failures)
+    assert all(reason in line["reason"] for line in failures)
 
 
-@pytest.mark.parametrize("damage", [half, pickled, a_bit])
+def of_device_1(file: Path) -> None:
+    shutil.copy(file.with_name("01.safetensors"), file)
+
+
+@pytest.mark.parametrize("damage", [half, pickled, a_bit, of_device_1])
 def test_a_summary_that_is_damaged_is_asked_for_again(
     damage: Callable[[Path], None], whole: Path, cache: Path, tmp_path: Path
 ) -> None:
@@ -195,6 +220,9 @@ def test_what_is_sealed_says_so_when_it_is_not_what_was_written(tmp_path: Path) 
     assert unseal(read_about(file)["about"], read_tensors(file), "a") == {"n": 1.5, "ü": [None]}
     assert unseal('{"n": 1}', tensors, "an older file") == {"n": 1}
     sealed = read_about(file)["about"]
+    with pytest.raises(PlanError, match=r"a: is that of n 1\.5, not of n 2"):
+        unseal(sealed, tensors, "a", n=2)
+    assert unseal(sealed, tensors, "a", n=1.5, m=1)["n"] == 1.5
     for text, values in ((sealed, {"x": torch.arange(4.0)}), (sealed.replace("1.5", "1.6"), tensors)):
         with pytest.raises(PlanError, match="a: was changed or damaged"):
             unseal(text, values, "a")

@@ -17,7 +17,7 @@ S = TypeVar("S")
 
 @dataclass(frozen=True, eq=False)
 class Personal:
-    """What never leaves a device: its own parameters v, and how much of them it uses.
+    """What is a device's own: its parameters v, which never leave it, and how much of them it uses.
 
     Attributes:
         params: v, in the shapes of the device.
