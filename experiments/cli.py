@@ -65,7 +65,9 @@ Address = Annotated[
     str, typer.Option(help="ray: HOST:PORT of a cluster, or auto; empty: RAY_ADDRESS, else a local Ray")
 ]
 ActorCpus = Annotated[float, typer.Option(min=0, help="ray: CPUs that an actor takes, for Ray to place it by")]
-ActorGpus = Annotated[float, typer.Option(min=0, help="ray: GPUs that an actor takes; 0.25: four actors share one")]
+ActorGpus = Annotated[
+    float, typer.Option(min=0, help="ray: GPUs that an actor takes, for own code; 0.25: four actors share one")
+]
 
 
 @app.callback()
