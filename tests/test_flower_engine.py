@@ -60,7 +60,6 @@ def one_process(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[s
     return content(folder)
 
 
-@pytest.mark.slow  # one worker more says as much and more
 def test_one_worker_and_one_process_give_the_same_bits(
     cache: Path, tmp_path: Path, one_process: dict[str, bytes]
 ) -> None:
@@ -69,6 +68,7 @@ def test_one_worker_and_one_process_give_the_same_bits(
     assert content(tmp_path / "run") == one_process
 
 
+@pytest.mark.slow
 def test_two_workers_give_the_same_bits_even_if_one_is_killed(
     cache: Path, tmp_path: Path, one_process: dict[str, bytes]
 ) -> None:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -25,16 +26,16 @@ def free_port() -> int:
         return int(listener.getsockname()[1])
 
 
-@pytest.fixture
-def environment(tmp_path: Path) -> Iterator[dict[str, str]]:
+@contextmanager
+def flower_at_home(folder: Path) -> Iterator[dict[str, str]]:
     """Flower in a home and on a port of its own; the SuperLink that `flwr run` leaves behind is ended by its id."""
-    home = tmp_path / "home"
+    home = folder / "home"
     yield os.environ | {
         "FLWR_HOME": str(home),
         "FLWR_LOCAL_SUPERLINK_HTTP_API_PORT": str(free_port()),
         "FLWR_TELEMETRY_ENABLED": "0",
         "FLWR_DISABLE_UPDATE_CHECK": "1",
-        "TAPFL_CACHE": str(tmp_path / "cache"),
+        "TAPFL_CACHE": str(folder / "cache"),
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
     }
     for _ in range(50):
@@ -44,6 +45,13 @@ def environment(tmp_path: Path) -> Iterator[dict[str, str]]:
         for pid in left:
             os.kill(pid, signal.SIGTERM)
         time.sleep(0.2)
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """That of the README: no runtime of Flower's own is made."""
+    with flower_at_home(tmp_path_factory.mktemp("flower")) as environment:
+        yield environment | {"FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1"}
 
 
 def processes_of(home: Path) -> list[int]:
@@ -63,10 +71,9 @@ def flwr(environment: dict[str, str], *arguments: str) -> str:
     return done.stdout + done.stderr
 
 
-def test_flwr_run_uses_all_nodes_and_installs_nothing(environment: dict[str, str], tmp_path: Path) -> None:
-    environment["FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION"] = "1"
+def run_config(**options: object) -> str:
+    """Options of a small run, and these."""
     options = {
-        "out": str(tmp_path / "run"),
         "model.args": TINY,
         "model.epochs": 1,
         "metric.size": 64,
@@ -74,27 +81,36 @@ def test_flwr_run_uses_all_nodes_and_installs_nothing(environment: dict[str, str
         "train.rounds": 1,
         "train.epochs": 1,
         "personalize.method": "fedavg",
-        "log.tensorboard": True,
+        **options,
     }
-    overrides = " ".join(f"{key}={json.dumps(value)}" for key, value in options.items())
-    said = flwr(environment, "run", ".", "--stream", "--run-config", overrides)
+    return " ".join(f"{key}={json.dumps(value)}" for key, value in options.items())
+
+
+def test_flwr_run_uses_all_nodes_and_installs_nothing(environment: dict[str, str], tmp_path: Path) -> None:
+    said = flwr(environment, "run", ".", "--stream", "--run-config", run_config(out=str(tmp_path / "run")))
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert len(summary["devices"]) == 2 and "num-supernodes=10" in said
     assert str(tmp_path / "run") in said
     assert json.loads((tmp_path / "run" / "config.json").read_text())["personalize.method"] == "fedavg"
-    overrides = overrides.replace("train.rounds=1", "train.rounds=2") + " resume=true"
-    assert "goes on after round 1 of 2" in flwr(environment, "run", ".", "--stream", "--run-config", overrides)
-    assert (tmp_path / "run" / "server" / "round-0002.safetensors").exists()
-    events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
-    events.Reload()
-    assert [event.step for event in events.Scalars("round/personal_accuracy")] == [0, 1, 2]
     runtime = Path(environment["FLWR_HOME"]) / "runtime-envs"
     assert not runtime.exists() or not list(runtime.iterdir())
 
 
-def test_without_the_export_it_fails_at_once_instead_of_downloading(environment: dict[str, str]) -> None:
-    said = flwr(environment, "run", ".", "--stream")
-    assert "The project is marked as unmanaged" in said
+@pytest.mark.slow
+def test_flwr_run_goes_on_with_a_run(environment: dict[str, str], tmp_path: Path) -> None:
+    options: dict[str, object] = {"out": str(tmp_path / "run"), "log.tensorboard": True}
+    flwr(environment, "run", ".", "--stream", "--run-config", run_config(**options))
+    more = run_config(**options | {"train.rounds": 2, "resume": True})
+    assert "goes on after round 1 of 2" in flwr(environment, "run", ".", "--stream", "--run-config", more)
+    assert (tmp_path / "run" / "server" / "round-0002.safetensors").exists()
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("round/personal_accuracy")] == [0, 1, 2]
+
+
+def test_without_the_export_it_fails_at_once_instead_of_downloading(tmp_path: Path) -> None:
+    with flower_at_home(tmp_path) as environment:
+        assert "The project is marked as unmanaged" in flwr(environment, "run", ".", "--stream")
 
 
 def test_an_unknown_option_is_refused(environment: dict[str, str]) -> None:

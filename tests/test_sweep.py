@@ -39,7 +39,10 @@ def test_a_sweep_runs_each_cell_once_and_tells_what_failed(tmp_path: Path) -> No
     out = tmp_path / "out"
 
     def invoke() -> tuple[str, BaseException | None]:
-        done = CliRunner().invoke(cli.app, ["sweep", "--config", str(file), "--out", str(out), "--jobs", "1", "--json"])
+        done = CliRunner().invoke(
+            cli.app,
+            ["sweep", "--config", str(file), "--out", str(out), "--engine", "inprocess", "--jobs", "1", "--json"],
+        )
         return done.stdout, done.exception
 
     stdout, error = invoke()
