@@ -53,6 +53,7 @@ from tapfl.store import RunFolder
 if TYPE_CHECKING:
     from experiments.engines.ray import Workers
 
+LONGEST_NAME = 240  # bytes of a cell's name: file systems take 255, and its log's is longer
 CarryOut = Callable[["Cell", Path, bool], str]
 
 
@@ -91,15 +92,18 @@ def read_sweep(file: Path, changes: Mapping[str, Any] | None = None) -> list[Cel
         for values in itertools.product(*grid.values()):
             crossed = dict(zip(grid, values, strict=True))
             point = ({"run": name} if name else own) | crossed
-            cells.append(_cell(point, shared | own | crossed))
+            cells.append(_cell(file, point, shared | own | crossed))
     if twice := [name for name, count in Counter(cell.name for cell in cells).items() if count > 1]:
         raise ConfigError(f"{file}: two runs are {twice[0]!r}; give them names of their own")
     return cells
 
 
-def _cell(point: dict[str, Any], options: dict[str, Any]) -> Cell:
+def _cell(file: Path, point: dict[str, Any], options: dict[str, Any]) -> Cell:
     RunConfig.from_flat(options)
     name = " ".join(f"{key}={value}" for key, value in point.items()).replace("/", "-")
+    if (size := len(name.encode())) > LONGEST_NAME:
+        accepted = f"at most {LONGEST_NAME} are accepted; give a [[run]] a name, or cross fewer options"
+        raise ConfigError(f"{file}: the run {name:.60}… would have a folder's name of {size} bytes, {accepted}")
     return Cell(name, point, options)
 
 

@@ -81,6 +81,16 @@ class InThisProcess(Workers):
         run_inprocess(server_app, real, run_config, nodes)
 
 
+def test_a_run_whose_folder_would_have_too_long_a_name_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "sweep.toml"
+    numbers = [f'"{key}" = {value}' for key, value in RunConfig().flat().items() if type(value) is float]
+    file.write_text("\n".join(["[[run]]", *numbers]))
+    with pytest.raises(ConfigError, match=r"would have a folder's name of \d+ bytes, at most 240 are accepted; give a"):
+        read_sweep(file)
+    file.write_text(file.read_text().replace("[[run]]", '[[run]]\nname = "mine"'))
+    assert [cell.name for cell in read_sweep(file)] == ["run=mine"]
+
+
 def test_runs_of_a_list_are_crossed_with_the_grid(tmp_path: Path) -> None:
     file = sweep_file(tmp_path, 'seed = [0, 1]\n[[run]]\nname = "a"\ntrain.epochs = 2\n[[run]]\nadapters.rule = "ffa"')
     cells = read_sweep(file)
