@@ -108,6 +108,7 @@ def test_the_noise_bench_has_a_row_for_every_noise(tmp_path: Path) -> None:
     assert none["random"] == much["random"]
 
 
+@pytest.mark.slow
 def test_the_latency_bench_has_a_row_for_the_dense_model_and_each_share() -> None:
     dense, half = latency.bench_latency("deit_tiny_patch16_224", 32, [0.5], [1, 2], repeats=1)
     assert dense["MACs"] == "100.0%" and dense["torch ×2"].startswith("1.00, ")

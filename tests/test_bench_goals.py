@@ -47,6 +47,7 @@ def test_a_file_that_says_nothing_to_measure_is_refused(text: str, said: str, tm
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_what_is_measured_is_kept_whatever_else_fails(tmp_path: Path) -> None:
     file, out = tmp_path / "bench.toml", tmp_path / "out"
     devices = """[[measure]]

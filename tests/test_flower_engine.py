@@ -80,6 +80,7 @@ def test_two_workers_give_the_same_bits_even_if_one_is_killed(
     assert content(tmp_path / "run") == one_process
 
 
+@pytest.mark.slow
 def test_what_the_server_app_raises_ends_the_run_and_nothing_stays(cache: Path, tmp_path: Path) -> None:
     done = simulate(tmp_path / "run", cache, workers=1, server_app="faulty_apps:broken_server")
     assert done.returncode == 1

@@ -92,6 +92,7 @@ class Here:
         pass
 
 
+@pytest.mark.slow
 def test_a_search_comes_to_the_same_on_ray(workers: Workers, cache: Path, tmp_path: Path) -> None:
     """Same trials, same values, same best options, and the same run folders."""
     shared = dict(parse_assignment(o) for o in SMALL if "rounds" not in o) | {"cache": str(cache)}

@@ -114,6 +114,7 @@ def test_a_search_that_is_ended_leaves_nothing_running_and_goes_on(
     assert done.exit_code == 0 and table(out) == table(finished[0])
 
 
+@pytest.mark.slow
 def test_a_worker_that_is_lost_is_replaced(tmp_path: Path) -> None:
     workers = Workers(1)
     try:
@@ -279,6 +280,7 @@ def test_refused_at_once_and_nothing_written(more: list[str], message: str, tmp_
     assert not out.exists()
 
 
+@pytest.mark.slow
 def test_a_search_of_which_every_run_fails_says_why(tmp_path: Path) -> None:
     file = search_file(tmp_path, space='[space]\n"devices.profiles" = { choices = ["/no/such/file"] }\n')
     done = CliRunner().invoke(cli.app, command(file, tmp_path / "out"))

@@ -34,6 +34,7 @@ def sweep_file(tmp_path: Path, grid: str) -> Path:
     return file
 
 
+@pytest.mark.slow
 def test_a_sweep_runs_each_cell_once_and_tells_what_failed(tmp_path: Path) -> None:
     file = sweep_file(tmp_path, '"personalize.method" = ["fedavg"]\n"devices.count" = [2, 400]\nseed = [0]')
     out = tmp_path / "out"
