@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tapfl.adapters import rules
 from tapfl.adapters.layout import Layout, Params, device_layout, gather, global_shapes
 from tapfl.adapters.lora import AdaptedModel
-from tapfl.config import RunConfig, Scalar
+from tapfl.config import RunConfig
 from tapfl.data.federated import labels_among, open_own, open_private
 from tapfl.data.partition import DeviceSplit, partition, split_device
 from tapfl.data.sources import ImageSet
@@ -27,7 +27,7 @@ from tapfl.models.forward import input_transform
 from tapfl.models.prunable import prunable_layers
 from tapfl.models.units import PrunableLayer
 from tapfl.profiles import max_rank
-from tapfl.pruning.plan import PruningPlan
+from tapfl.pruning.plan import PruningPlan, require_device
 from tapfl.pruning.surgery import load_plan, load_pruned
 from tapfl.seeds import torch_generator
 from tapfl.store import cache_folder
@@ -102,7 +102,6 @@ class PrunedDevice:
             server makes its own, private factors, and a private head, that of the device's model.
         private: the names in `start` that are trained.
         nbytes: of the model's weights.
-        device: whose it is, as its plan says; None: it does not.
     """
 
     layout: Layout
@@ -110,17 +109,17 @@ class PrunedDevice:
     start: Params
     private: tuple[str, ...]
     nbytes: int
-    device: Scalar | None
 
 
 _models = Memo(MODEL_BYTES, lambda device: device.nbytes)
 
 
-def pruned(folder: Path, rank: int, config: RunConfig) -> PrunedDevice:
-    """Returns the model in a device's storage. Raises PlanError if it is missing or damaged."""
+def pruned(folder: Path, device: int, rank: int, config: RunConfig) -> PrunedDevice:
+    """Returns the model in a device's storage. Raises PlanError if it is missing, damaged or another device's."""
     plan, checksum = load_plan(folder)
-    device: PrunedDevice = _models.once((folder, checksum, rank, config), lambda: _load(folder, plan, rank, config))
-    return device
+    require_device(plan, device, f"{folder}: is the model")
+    made: PrunedDevice = _models.once((folder, checksum, rank, config), lambda: _load(folder, plan, rank, config))
+    return made
 
 
 def _load(folder: Path, plan: PruningPlan, rank: int, config: RunConfig) -> PrunedDevice:
@@ -140,6 +139,4 @@ def _load(folder: Path, plan: PruningPlan, rank: int, config: RunConfig) -> Prun
     moving = rules.trained(options, layout, 1) | rules.trained(options, layout, 2)
     private = tuple(name for name in staying if name in moving)
     nbytes = sum(parameter.nbytes for parameter in model.parameters())
-    return PrunedDevice(
-        layout, AdaptedModel(model, layout, options.scale), start, private, nbytes, plan.provenance.get("device")
-    )
+    return PrunedDevice(layout, AdaptedModel(model, layout, options.scale), start, private, nbytes)

@@ -20,7 +20,7 @@ from tapfl.adapters.clip import clip_update
 from tapfl.adapters.layout import Params, pack, unpack
 from tapfl.adapters.peft_format import save_peft
 from tapfl.config import RunConfig
-from tapfl.errors import PlanError, RunError
+from tapfl.errors import RunError
 from tapfl.models.cost import measure_cost
 from tapfl.models.dense import DenseCache
 from tapfl.models.forward import image_features
@@ -245,10 +245,7 @@ class Device:
         return caches.part(self.config, self.devices, self.partition_id, name)
 
     def _pruned(self) -> caches.PrunedDevice:
-        own = caches.pruned(self.storage.pruned, self.profile.rank, self.config)
-        if own.device not in (None, self.partition_id):
-            raise PlanError(f"{self.storage.pruned}: is the model of device {own.device}, not of {self.partition_id}")
-        return own
+        return caches.pruned(self.storage.pruned, self.partition_id, self.profile.rank, self.config)
 
     @property
     def _cache(self) -> Path:

@@ -85,7 +85,7 @@ class DeviceStorage:
         self._state.keep((before, round))
 
     def load_state(self, device: int, round: int) -> DeviceState:
-        """Returns the state after `round`; an empty one for 0.
+        """Returns the state of a device after `round`; an empty one for 0.
 
         Raises:
             RunError: if it is not there: another device's storage, or a lost one.

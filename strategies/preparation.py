@@ -31,7 +31,7 @@ from tapfl.models.dense import DenseCache, dense_backbone
 from tapfl.models.prunable import prunable_layers
 from tapfl.models.units import PrunableLayer
 from tapfl.progress import stage
-from tapfl.pruning.plan import PruningPlan, kept_plan, signed
+from tapfl.pruning.plan import PruningPlan, kept_plan, require_device, signed
 from tapfl.store import (
     RunFolder,
     cache_folder,
@@ -120,8 +120,7 @@ class Preparation:
         if not plan.exists():
             return None
         found, checksum = kept_plan(plan)
-        if found.provenance.get("device", i) != i:
-            raise PlanError(f"{plan}: is the plan of device {found.provenance['device']}, not of {i}")
+        require_device(found, i, f"{plan}: is the plan")
         sent = weights.read_bytes() if weights.exists() else b""
         if checksum and checksum != hashlib.sha256(sent).hexdigest():
             raise PlanError(f"{weights}: is not the file that {plan.name} was written with (checksum differs)")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -85,11 +86,16 @@ def test_a_lie_is_refused_and_the_federation_goes_on(
         assert failures and all(line["device"] == 1 and reason in str(line["reason"]) for line in failures)
 
 
-def test_a_second_device_of_the_same_number_is_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    _, lines = federation(tmp_path, lying(1, HelloReply, lambda r: replace(r, partition_id=0)))
+@pytest.mark.parametrize(("liar", "said", "there"), [(1, 0, 3), (0, 1, 2)], ids=["liar second", "liar first"])
+def test_a_second_device_of_the_same_number_is_left_out(
+    liar: int, said: int, there: int, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A liar that is first takes the other's place, gets the other's model, and loses itself by it."""
+    node_ids = itertools.count(1)
+    monkeypatch.setattr("secrets.randbits", lambda bits: next(node_ids))  # nodes are met in the order of their ids
+    _, lines = federation(tmp_path, lying(liar, HelloReply, lambda r: replace(r, partition_id=said)))
     assert "is there already; left out" in caplog.text
-    # whichever of the two came first, of nodes in no order: the liar in the other's place refuses the other's model
-    assert {line["devices"] for line in lines if line["kind"] == "round"} <= {2, 3}
+    assert {line["devices"] for line in lines if line["kind"] == "round"} == {there}
 
 
 def test_when_all_lie_the_run_ends_with_the_reason(tmp_path: Path) -> None:

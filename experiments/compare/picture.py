@@ -21,6 +21,7 @@ def picture(rows: Sequence[Mapping[str, str]], comparison: Comparison, file: Pat
 
     named, groups = grouped(rows, comparison)
     lines, held = comparable(_lines(groups, several_grids=len(comparison.parts) > 1), measure)
+    lines = {line: by_budget for line, by_budget in lines.items() if by_budget}
     panels = list(dict.fromkeys(panel for panel, _ in lines))
     columns = min(len(panels), 3)
     height = -(-len(panels) // columns)

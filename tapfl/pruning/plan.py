@@ -131,6 +131,12 @@ def kept_plan(file: Path) -> tuple[PruningPlan, str]:
     return _read(file, required=())
 
 
+def require_device(plan: PruningPlan, device: int, said: str) -> None:
+    """Raises PlanError, in words that begin with `said`, if a plan says that it is of another device."""
+    if (own := plan.provenance.get("device", device)) != device:
+        raise PlanError(f"{said} of device {own}, not of {device}")
+
+
 def _read(file: Path, required: tuple[str, ...]) -> tuple[PruningPlan, str]:
     try:
         content = json.loads(file.read_text(encoding="utf-8"), parse_constant=_no_number)
