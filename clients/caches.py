@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from tapfl.adapters import rules
-from tapfl.adapters.layout import Layout, Params, device_layout, gather, global_shapes
+from tapfl.adapters.layout import Layout, device_layout, gather, global_shapes
 from tapfl.adapters.lora import AdaptedModel
 from tapfl.config import RunConfig
 from tapfl.data.federated import labels_among, open_own, open_private
@@ -31,6 +31,7 @@ from tapfl.pruning.plan import PruningPlan, require_device
 from tapfl.pruning.surgery import load_plan, load_pruned
 from tapfl.seeds import torch_generator
 from tapfl.store import cache_folder
+from tapfl.training import Params
 
 # what a worker holds of its devices' models and images; one that is not held is read again
 MODEL_BYTES, IMAGE_BYTES = 512 * 2**20, 512 * 2**20

@@ -17,7 +17,7 @@ from clients import caches
 from clients.storage import DeviceState, DeviceStorage
 from tapfl.adapters import rules
 from tapfl.adapters.clip import clip_update
-from tapfl.adapters.layout import Params, pack, unpack
+from tapfl.adapters.layout import pack, unpack
 from tapfl.adapters.peft_format import save_peft
 from tapfl.config import RunConfig
 from tapfl.errors import RunError
@@ -33,7 +33,7 @@ from tapfl.seeds import numpy_generator
 from tapfl.store import cache_folder
 from tapfl.summary.descriptors import Projection
 from tapfl.summary.private import device_mixture
-from tapfl.training import accuracy, batches, cross_entropy, predict
+from tapfl.training import Params, accuracy, batches, cross_entropy, predict
 from tapfl.wire import (
     PROFILE_FIELDS,
     Evaluate,
@@ -132,15 +132,15 @@ class Device:
         state = self._state(own, message.state_round)
         received = self._whole(own, state, message.adapters)
         method = self._method()
-        if not method.tunes:
+        if not method.evaluates_after_training:
             accuracies = self._evaluate(own, received, method.inference(received, state.personal))
         result = self._local_round(own, received, state.personal, message.round)
-        if method.tunes:
+        if method.evaluates_after_training:
             accuracies = self._evaluate(own, received, method.inference(received, result.personal))
         trained = result.upload or {}
         private = {name: trained[name] for name in own.private if name in trained}
-        if method.keeps or own.private:
-            kept = DeviceState(result.personal if method.keeps else None, private)
+        if method.has_local_state or own.private:
+            kept = DeviceState(result.personal if method.has_local_state else None, private)
             self.storage.save_state(self.partition_id, message.round, kept, before=message.state_round)
         global_accuracy, personal_accuracy = accuracies
         return TrainReply(
@@ -158,7 +158,7 @@ class Device:
         state = self._state(own, message.state_round)
         received, personal = self._whole(own, state, message.adapters), state.personal
         method = self._method()
-        if method.tunes:
+        if method.evaluates_after_training:
             personal = self._local_round(own, received, personal, message.round).personal
         final = method.inference(received, personal)
         global_accuracy, personal_accuracy = self._evaluate(own, received, final)
@@ -171,7 +171,7 @@ class Device:
         )
 
     def _state(self, own: caches.PrunedDevice, round: int) -> DeviceState:
-        keeps = self._method().keeps or own.private
+        keeps = self._method().has_local_state or own.private
         return self.storage.load_state(self.partition_id, round) if keeps else DeviceState(None, {})
 
     def _whole(self, own: caches.PrunedDevice, state: DeviceState, adapters: np.ndarray) -> Params:
@@ -179,7 +179,7 @@ class Device:
 
         Under a method that shares nothing w comes once, and after that the device's own parameters stand for it.
         """
-        if not adapters.size and not self._method().uploads and state.personal is not None:
+        if not adapters.size and not self._method().shares_adapters and state.personal is not None:
             return state.personal.params
         arrived = unpack(adapters, rules.down(self.config.adapters, own.layout))
         whole = own.start | state.private | arrived

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tapfl.adapters.layout import Params
 from tapfl.errors import RunError
 from tapfl.personalize.method import Personal
 from tapfl.store import Versions, read_about, read_tensors, seal, unseal, write_json, write_tensors
+from tapfl.training import Params
 
 ALPHA, OWN, PRIVATE, STATE = "alpha", "v:", "w:", "state"
 IMAGES_FILE = "images.json"

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tapfl.config import parse_assignment, read_toml
-from tapfl.errors import said
+from tapfl.errors import message_of
 
 
 def console() -> Console:
@@ -39,7 +39,7 @@ def load_torch() -> None:
 
 def of_the_system(error: OSError) -> str:
     """Returns what the system refused, such as ``/data/run/metrics.jsonl: No space left on device``, in one line."""
-    what = error.strerror or said(error)
+    what = error.strerror or message_of(error)
     if not error.filename:
         return what
     name = str(error.filename)

@@ -27,17 +27,7 @@ from strategies.results import Clock, summarise
 from strategies.sampling import turnout
 from strategies.simulated import CurvePoint, Spent, seconds, training_macs
 from tapfl.adapters import rules
-from tapfl.adapters.layout import (
-    Layout,
-    Params,
-    Update,
-    device_layout,
-    gather_all,
-    global_shapes,
-    pack,
-    packed_size,
-    unpack,
-)
+from tapfl.adapters.layout import Layout, Update, device_layout, gather_all, global_shapes, pack, packed_size, unpack
 from tapfl.adapters.rules import ServerState
 from tapfl.config import RunConfig
 from tapfl.data.sources import ImageSet
@@ -49,6 +39,7 @@ from tapfl.progress import stage
 from tapfl.pruning.plan import PruningPlan
 from tapfl.seeds import of_secret, torch_generator
 from tapfl.store import RunFolder, write_json
+from tapfl.training import Params
 from tapfl.wire import ENVELOPE, Evaluate, EvaluateReply, Prune, Train, TrainReply
 
 MEASURES = ("global_accuracy", "personal_accuracy", "alpha")
@@ -214,21 +205,23 @@ class Federation:
 
     def _down(self, i: int, current: Params) -> np.ndarray:
         """Returns what a device gets of w; where nothing is shared, the start of its first round and then nothing."""
-        if not self.method.uploads and self.fleet.records[i].last_round:
+        if not self.method.shares_adapters and self.fleet.records[i].last_round:
             return np.zeros(0, np.float32)
         layout = rules.down(self.config.adapters, self.layouts[i])
         return pack(gather_all(current, layout), layout)
 
     def _up(self, i: int, t: int) -> Layout:
         """Where that lies which a device uploads in round `t`."""
-        return rules.up(self.config.adapters, self.layouts[i], t) if self.method.uploads else {}
+        return rules.up(self.config.adapters, self.layouts[i], t) if self.method.shares_adapters else {}
 
     def _upload_length(self, i: int, t: int) -> int:
         return packed_size(self._up(i, t))
 
     def _training_work(self, i: int) -> float:
         record, epochs = self.fleet.records[i], self.config.train.epochs
-        return training_macs(record.macs, record.train_samples, record.test_samples, epochs, self.method.models)
+        return training_macs(
+            record.macs, record.train_samples, record.test_samples, epochs, self.method.models_per_step
+        )
 
     def _predicted_seconds(self, i: int, message: Train) -> float:
         up = 4 * self._upload_length(i, message.round)

@@ -36,7 +36,7 @@ PROFILE_SETS = ("equal", "tiers", "mobile")
 NOT_PATHS = ("", "digits", "hub", *PROFILE_SETS)
 # options, or the beginnings of their names, that change no result: a run that goes on may have others
 FREE_OPTIONS = ("resume", "out", "cache", "node-timeout", "window", "faults.", "log.")
-OWN = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")  # module:name, in the place of a built-in name (`tapfl.own`)
+PLUGIN = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")  # module:name, in the place of a built-in name (`tapfl.plugin`)
 LINEAR_RULES = ("fedit", "ffa", "rolora", "embed_side")  # sums of what devices sent, which noise can cover
 RULES = (*LINEAR_RULES, "flex")
 METHODS = ("apfl", "ditto", "local", "fedavg", "fedavg+finetune")
@@ -67,7 +67,7 @@ def _one_of(names: tuple[str, ...]) -> AfterValidator:
     """Accepts these names, and ``module:name`` for one of the user's own."""
 
     def check(value: str) -> str:
-        if value not in names and not OWN.fullmatch(value):
+        if value not in names and not PLUGIN.fullmatch(value):
             raise ValueError(f"must be one of {', '.join(names)}, or module:name for one of your own")
         return value
 

@@ -33,8 +33,8 @@ class RunError(TapflError):
     """A federation could not be carried out, or not to its end."""
 
 
-def said(error: BaseException) -> str:
-    """Returns what an error of someone else's code says, such as ``KeyError: 'x'``: one line that can be shown."""
+def message_of(error: BaseException) -> str:
+    """Returns type and message of a library's error as one printable line, such as ``KeyError: 'x'``."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     first = next((line for line in lines if "loading state_dict" not in line), "")  # torch's headline names no tensor
     shown = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in first)

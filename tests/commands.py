@@ -24,7 +24,7 @@ from experiments.compare.reading import read_comparison
 from experiments.search.settings import read_search
 from experiments.sweep import read_sweep
 from tapfl.config import RunConfig, parse_assignment, read_toml
-from tapfl.own import is_own
+from tapfl.plugin import is_plugin
 from tapfl.pruning.criteria.registry import resolved
 
 # what a shell can do of itself, or a reader's own machine knows
@@ -87,7 +87,7 @@ def check_tapfl(words: list[str], context: Context) -> None:
             read(_file(file, context))
     if path[1:2] != ["bench"]:  # whose --set may be of other options
         pruning = RunConfig.from_flat(_options(rest, path[-1])).pruning
-        if not is_own(pruning.criterion):
+        if not is_plugin(pruning.criterion):
             resolved(pruning)
 
 

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tapfl.adapters import flex
-from tapfl.adapters.layout import Params, Placement, Update, device_layout, gather, gather_all, global_shapes
+from tapfl.adapters.layout import Placement, Update, device_layout, gather, gather_all, global_shapes
+from tapfl.training import Params
 
 F64 = torch.float64
 A, B = "fc.lora_A", "fc.lora_B"

@@ -17,7 +17,6 @@ from tapfl.adapters import fedit
 from tapfl.adapters.layout import (
     LORA_A,
     LORA_B,
-    Params,
     Placement,
     Update,
     device_layout,
@@ -34,6 +33,7 @@ from tapfl.adapters.lora import AdaptedModel
 from tapfl.adapters.rules import RULES, initial
 from tapfl.config import AdapterOptions
 from tapfl.pruning.surgery import shrink
+from tapfl.training import Params
 
 FAMILIES = ["vit", "deit", "swin"]
 NOBODY = torch.empty(0, dtype=torch.int64)

@@ -12,13 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
-from tapfl.adapters.layout import (
-    Layout,
-    Params,
-    device_layout,
-    gather_all,
-    global_shapes,
-)
+from tapfl.adapters.layout import Layout, device_layout, gather_all, global_shapes
 from tapfl.adapters.lora import AdaptedModel
 from tapfl.adapters.merged import MergedLora, PairedLora
 from tapfl.adapters.mixture import Pair, mix, modules_of
@@ -27,7 +21,7 @@ from tapfl.config import AdapterOptions, TrainOptions
 from tapfl.personalize.apfl import Apfl
 from tapfl.personalize.method import LocalResult, Personal, local_round
 from tapfl.pruning.surgery import shrink
-from tapfl.training import cross_entropy
+from tapfl.training import Params, cross_entropy
 
 FAMILIES = ["vit", "deit", "swin"]
 A, B = "fc.lora_A", "fc.lora_B"

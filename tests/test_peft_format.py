@@ -9,13 +9,14 @@ import pytest
 import torch
 from backbones import Tiny, plan_of, random_kept
 
-from tapfl.adapters.layout import Layout, Params, device_layout, gather_all, global_shapes
+from tapfl.adapters.layout import Layout, device_layout, gather_all, global_shapes
 from tapfl.adapters.lora import AdaptedModel
 from tapfl.adapters.mixture import mix
 from tapfl.adapters.peft_format import CONFIG_FILE, WEIGHTS_FILE, save_peft
 from tapfl.pruning.plan import PruningPlan
 from tapfl.pruning.surgery import load_pruned, save_pruned, shrink
 from tapfl.store import read_tensors
+from tapfl.training import Params
 
 RANK, SCALE = 2, 1.7
 NOBODY = torch.empty(0, dtype=torch.int64)

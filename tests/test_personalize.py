@@ -54,9 +54,9 @@ def test_a_round_is_a_function_of_its_arguments(method: Method, train: TrainOpti
 def test_what_a_method_says_of_itself_is_what_it_does(method: Method) -> None:
     objective, batches, v, w = problem(0)
     result = local_round(method, objective, w, Personal(v, share(0.5)), batches, SGD, ALL)
-    assert method.uploads == (result.upload is not None)
-    assert (method.keeps or method.tunes) == (result.personal is not None)
-    assert method.models == (2 if method.uploads and method.keeps else 1)
+    assert method.shares_adapters == (result.upload is not None)
+    assert (method.has_local_state or method.evaluates_after_training) == (result.personal is not None)
+    assert method.models_per_step == (2 if method.shares_adapters and method.has_local_state else 1)
 
 
 @every_method
@@ -72,7 +72,7 @@ def test_only_what_is_trained_moves(method: Method, train: TrainOptions) -> None
     result = local_round(method, objective, w, Personal(v, share(0.5)), batches, train, ALL - {"fc.lora_A"})
     pairs = [(result.upload, w)]
     if result.personal is not None:
-        pairs.append((result.personal.params, w if method.tunes else v))
+        pairs.append((result.personal.params, w if method.evaluates_after_training else v))
     for after, before in pairs:
         if after is not None:
             assert after.keys() == before.keys()
@@ -197,7 +197,7 @@ def test_fine_tuning_starts_from_what_arrives_each_time() -> None:
 
 
 def test_fine_tuning_alone_is_evaluated_after_training() -> None:
-    assert [method.tunes for method in METHODS] == [False, False, False, False, True, False]
+    assert [method.evaluates_after_training for method in METHODS] == [False, False, False, False, True, False]
 
 
 # -- options ----------------------------------------------------------------------------------------------------------

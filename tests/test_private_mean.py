@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from tapfl.adapters import rules
-from tapfl.adapters.layout import LORA_A, LORA_B, Params, Placement, Update, gather_all
+from tapfl.adapters.layout import LORA_A, LORA_B, Placement, Update, gather_all
 from tapfl.adapters.rules import ServerState
 from tapfl.config import AdapterOptions, PrivacyOptions
+from tapfl.training import Params
 
 A, B = f"fc.{LORA_A}", f"fc.{LORA_B}"
 PREVIOUS: Params = {A: torch.full((4, 1000), 0.5), B: torch.full((3000, 4), 0.25), "head.bias": torch.ones(10)}

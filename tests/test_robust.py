@@ -15,10 +15,11 @@ from torch import Tensor
 
 from tapfl.adapters import flex, robust, rules
 from tapfl.adapters.clip import clip_update
-from tapfl.adapters.layout import Params, Part, Placement, Update, to_global_scale
+from tapfl.adapters.layout import Part, Placement, Update, to_global_scale
 from tapfl.adapters.rule import Combination
 from tapfl.adapters.rules import RULES, ServerState
 from tapfl.config import AdapterOptions, PrivacyOptions
+from tapfl.training import Params
 
 F64 = torch.float64
 MEDIAN = robust.scatter_trimmed(robust.median_cut)

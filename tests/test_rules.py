@@ -19,7 +19,6 @@ from tapfl.adapters.layout import (
     LORA_A,
     LORA_B,
     Layout,
-    Params,
     Placement,
     Update,
     device_layout,
@@ -31,6 +30,7 @@ from tapfl.adapters.lora import AdaptedModel
 from tapfl.adapters.rules import RULES, ServerState
 from tapfl.config import AdapterOptions, PrivacyOptions
 from tapfl.pruning.surgery import shrink
+from tapfl.training import Params
 
 F64 = torch.float64
 A, B = "fc.lora_A", "fc.lora_B"

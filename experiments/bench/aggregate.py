@@ -18,7 +18,7 @@ from torch import Tensor
 from experiments.bench.memory import peak_process_bytes
 from experiments.bench.side_by_side import side_by_side
 from tapfl.adapters import flex, rules
-from tapfl.adapters.layout import LORA_A, LORA_B, Params, Update, device_layout, gather_all, global_shapes
+from tapfl.adapters.layout import LORA_A, LORA_B, Update, device_layout, gather_all, global_shapes
 from tapfl.config import AdapterOptions, DeviceOptions, PrivacyOptions, PruningOptions
 from tapfl.models.backbone import BackboneSpec, build
 from tapfl.models.forward import example_input
@@ -27,6 +27,7 @@ from tapfl.pruning.criteria.random_units import random_units
 from tapfl.pruning.plan import LayerPlan, PruningPlan
 from tapfl.pruning.planning import pruning_task
 from tapfl.seeds import torch_generator
+from tapfl.training import Params
 
 VARIANTS: dict[str, AdapterOptions] = {
     "fedit": AdapterOptions(rule="fedit"),

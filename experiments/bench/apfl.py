@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from experiments.bench.side_by_side import side_by_side
 from tapfl.adapters import rules
-from tapfl.adapters.layout import LORA_A, LORA_B, Params, Placement, global_shapes
+from tapfl.adapters.layout import LORA_A, LORA_B, Placement, global_shapes
 from tapfl.adapters.lora import AdaptedModel
 from tapfl.adapters.mixture import modules_of
 from tapfl.config import AdapterOptions, RunConfig, TrainOptions
@@ -26,7 +26,7 @@ from tapfl.models.forward import example_input, head_names
 from tapfl.models.prunable import prunable_layers
 from tapfl.personalize.apfl import Apfl
 from tapfl.personalize.fedavg import FedAvg
-from tapfl.training import cross_entropy
+from tapfl.training import Params, cross_entropy
 
 SCALE, CLASSES = 2.0, 100
 TRAIN = TrainOptions()

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from tapfl.adapters import rules
-from tapfl.adapters.layout import Params, global_shapes
+from tapfl.adapters.layout import global_shapes
 from tapfl.config import RunConfig, read_toml
 from tapfl.data.federated import open_pool, open_private
 from tapfl.data.partition import partition
@@ -23,6 +23,7 @@ from tapfl.models.forward import input_transform
 from tapfl.models.prunable import prunable_layers
 from tapfl.seeds import numpy_generator, torch_generator
 from tapfl.store import cache_folder
+from tapfl.training import Params
 
 CLASSES, POOL, TEST_SHARE = 10, 128, 0.2
 ROUND_LINE = '"kind": "round"'

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from tapfl.errors import ConfigError, RunError, said
+from tapfl.errors import ConfigError, RunError, message_of
 
 # what Flower and Ray have to be told before they are imported
 ENVIRONMENT = {
@@ -93,7 +93,7 @@ def _join(address: str, quiet: dict[str, Any]) -> None:
             f"--address {address}: this machine is part of no Ray cluster; see docs/clusters.md"
         ) from None
     except Exception as error:  # of many kinds, by version
-        raise RunError(f"--address {address}: {said(error)}") from None
+        raise RunError(f"--address {address}: {message_of(error)}") from None
 
 
 def require_reachable(address: str) -> None:

@@ -10,7 +10,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from tapfl.adapters.layout import Layout, Params, to_global_scale
+from tapfl.adapters.layout import Layout, to_global_scale
+from tapfl.training import Params
 
 
 def clip_update(params: Mapping[str, Tensor], received: Mapping[str, Tensor], layout: Layout, bound: float) -> Params:

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from tapfl.adapters.layout import Params, Update
+from tapfl.adapters.layout import Update
 from tapfl.adapters.rule import BOTH, PLAIN, Combination, Rule
+from tapfl.training import Params
 
 
 def aggregate(previous: Params, updates: Sequence[Update], fresh: Params, combination: Combination = PLAIN) -> Params:

@@ -15,8 +15,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from tapfl.adapters import fedit
-from tapfl.adapters.layout import Params, Update, whole_rank
+from tapfl.adapters.layout import Update, whole_rank
 from tapfl.adapters.rule import PLAIN, WIDTH, Combination, Rule
+from tapfl.training import Params
 
 
 def aggregate(previous: Params, updates: Sequence[Update], fresh: Params, combination: Combination = PLAIN) -> Params:

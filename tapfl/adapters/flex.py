@@ -19,9 +19,10 @@ import torch
 from torch import Tensor
 
 from tapfl.adapters import fedit
-from tapfl.adapters.layout import LORA_A, LORA_B, Params, Part, Placement, Update, scatter_mean, to_global_scale
+from tapfl.adapters.layout import LORA_A, LORA_B, Part, Placement, Update, scatter_mean, to_global_scale
 from tapfl.adapters.robust import row_blocks, rows_of
 from tapfl.adapters.rule import BOTH, PLAIN, Combination, Combine, Rule
+from tapfl.training import Params
 
 DEAD = 1e-7  # singular values below this share of the largest are fp32 noise
 

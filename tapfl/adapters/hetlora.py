@@ -11,8 +11,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from tapfl.adapters import fedit
-from tapfl.adapters.layout import LORA_A, LORA_B, Params, Update, to_global_scale
+from tapfl.adapters.layout import LORA_A, LORA_B, Update, to_global_scale
 from tapfl.adapters.rule import PLAIN, Combination
+from tapfl.training import Params
 
 
 def aggregate(previous: Params, updates: Sequence[Update], fresh: Params, combination: Combination = PLAIN) -> Params:

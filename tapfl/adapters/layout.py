@@ -23,8 +23,8 @@ from tapfl.models.forward import head_names
 from tapfl.models.units import PrunableLayer
 from tapfl.models.units import Side as CutSide
 from tapfl.pruning.plan import PruningPlan
+from tapfl.training import Params
 
-Params = dict[str, Tensor]
 Shapes = dict[str, tuple[int, ...]]
 
 Side = Literal["embed", "width", "whole"]

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tapfl.adapters.layout import LORA_A, LORA_B, Layout, Params
+from tapfl.adapters.layout import LORA_A, LORA_B, Layout
 from tapfl.adapters.merged import MergedLora, PairedLora
 from tapfl.adapters.mixture import Pair, modules_of, shares
 from tapfl.models.units import put
+from tapfl.training import Params
 
 
 class _BoundLinear(nn.Module):

@@ -7,7 +7,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from tapfl.adapters.layout import LORA_A, LORA_B, Params
+from tapfl.adapters.layout import LORA_A, LORA_B
+from tapfl.training import Params
 
 
 def modules_of(names: Iterable[str]) -> list[str]:

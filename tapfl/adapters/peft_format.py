@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tapfl.adapters.layout import LORA_A, LORA_B, Params
+from tapfl.adapters.layout import LORA_A, LORA_B
 from tapfl.store import write_bytes, write_tensors
+from tapfl.training import Params
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 

@@ -9,7 +9,8 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-from tapfl.adapters.layout import Params, Part, Side, Update, positions, scatter_mean
+from tapfl.adapters.layout import Part, Side, Update, positions, scatter_mean
+from tapfl.training import Params
 
 Combine = Callable[[Tensor, Sequence[Part]], Tensor]  # (previous θ, parts) -> θ, as `scatter_mean`
 Step = Callable[[str, Tensor, Tensor, Tensor], Tensor]  # (name, previous θ, combined θ, held, bool) -> θ

@@ -15,25 +15,15 @@ from torch import nn
 
 from tapfl.adapters import embed_side, fedit, ffa, flex, hetlora, rolora
 from tapfl.adapters.clip import clip_update
-from tapfl.adapters.layout import (
-    LORA_A,
-    LORA_B,
-    Layout,
-    Params,
-    Shapes,
-    Side,
-    Update,
-    gather_all,
-    global_sides,
-    scatter_mean,
-)
+from tapfl.adapters.layout import LORA_A, LORA_B, Layout, Shapes, Side, Update, gather_all, global_sides, scatter_mean
 from tapfl.adapters.private import noisy_mean
 from tapfl.adapters.robust import median_cut, scatter_trimmed, trimmed_cut
 from tapfl.adapters.rule import Combination, Combine, Rule
 from tapfl.adapters.server import ServerOptimizer
 from tapfl.config import AdapterOptions, PrivacyOptions
 from tapfl.models.units import PrunableLayer
-from tapfl.own import is_own, own
+from tapfl.plugin import is_plugin, load_plugin
+from tapfl.training import Params
 
 RULES: dict[str, Rule] = {
     "fedit": fedit.RULE,
@@ -164,8 +154,8 @@ def _combine(options: AdapterOptions, privacy: PrivacyOptions, generator: torch.
 
 def rule_of(options: AdapterOptions) -> Rule:
     """Returns the rule that the options name. Raises ConfigError if it is a user's own and not to be had."""
-    if is_own(options.rule):
-        found: Rule = own("adapters.rule", options.rule)
+    if is_plugin(options.rule):
+        found: Rule = load_plugin("adapters.rule", options.rule)
         return found
     return hetlora.RULE if options.hetlora else RULES[options.rule]
 

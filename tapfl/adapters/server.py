@@ -20,8 +20,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from tapfl.adapters.layout import Params
 from tapfl.config import AdapterOptions
+from tapfl.training import Params
 
 DEFAULT_LEARNING_RATE = {"momentum": 1.0, "adam": 0.01}
 

@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from tapfl.config import ModelOptions, Scalar
-from tapfl.errors import ModelError, said
+from tapfl.errors import ModelError, message_of
 
 _INITIALISING = threading.RLock()  # timm draws from torch's global generator, and runs may share a process
 
@@ -158,8 +158,12 @@ def _create(spec: BackboneSpec, pretrained: bool = False) -> nn.Module:
         raise
     except Exception as error:  # timm does not check what it is given, and its hub's client raises many types
         if pretrained:
-            raise ModelError(f"model.weights = 'hub': no weights for {spec.name} to be had ({said(error)})") from None
-        raise ModelError(f"model.args = {spec.args}: timm cannot build {spec.name} with them ({said(error)})") from None
+            raise ModelError(
+                f"model.weights = 'hub': no weights for {spec.name} to be had ({message_of(error)})"
+            ) from None
+        raise ModelError(
+            f"model.args = {spec.args}: timm cannot build {spec.name} with them ({message_of(error)})"
+        ) from None
     if not isinstance(model, FAMILIES):
         raise ModelError(f"model.name = {spec.name!r}: is a {type(model).__name__}; accepted: {ACCEPTED}")
     return model.eval()

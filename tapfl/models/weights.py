@@ -16,7 +16,7 @@ from timm.models import (
 )
 from torch import Tensor, nn
 
-from tapfl.errors import ModelError, PlanError, said
+from tapfl.errors import ModelError, PlanError, message_of
 from tapfl.models.backbone import BackboneSpec, build
 from tapfl.models.forward import head_names
 from tapfl.store import read_tensors
@@ -58,7 +58,9 @@ def load_weights(
         filtered = _resampled(state, model)
         missing, unexpected = model.load_state_dict(filtered, strict=False)
     except (RuntimeError, KeyError, AttributeError) as error:
-        raise ModelError(f"model.weights = {str(file)!r}: do not fit {type(model).__name__} ({said(error)})") from None
+        raise ModelError(
+            f"model.weights = {str(file)!r}: do not fit {type(model).__name__} ({message_of(error)})"
+        ) from None
     lacking = [key for key in missing if key not in heads]
     if lacking or unexpected:
         what = f"lack {lacking[0]!r}" if lacking else f"hold {unexpected[0]!r}, which the backbone has not"

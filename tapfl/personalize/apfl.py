@@ -18,12 +18,11 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from tapfl.adapters.layout import Params
 from tapfl.adapters.mixture import Pair, mix, modules_of
 from tapfl.config import TrainOptions
 from tapfl.personalize.method import Personal
 from tapfl.personalize.trainee import Trainee
-from tapfl.training import Objective
+from tapfl.training import Objective, Params
 
 
 @dataclass
@@ -60,10 +59,10 @@ class Apfl:
     per: Literal["device", "layer"] = "device"
     passes: Literal["one", "two"] = "two"
 
-    tunes: ClassVar[bool] = False
-    keeps: ClassVar[bool] = True
-    uploads: ClassVar[bool] = True
-    models: ClassVar[int] = 2
+    evaluates_after_training: ClassVar[bool] = False
+    has_local_state: ClassVar[bool] = True
+    shares_adapters: ClassVar[bool] = True
+    models_per_step: ClassVar[int] = 2
 
     def init(
         self, received: Params, personal: Personal | None, train: TrainOptions, trained: frozenset[str]

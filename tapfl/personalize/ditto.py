@@ -16,11 +16,11 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from tapfl.adapters.layout import LORA_A, LORA_B, Params
+from tapfl.adapters.layout import LORA_A, LORA_B
 from tapfl.config import TrainOptions
 from tapfl.personalize.method import Personal, wholly
 from tapfl.personalize.trainee import Trainee
-from tapfl.training import Objective
+from tapfl.training import Objective, Params
 
 
 @dataclass(frozen=True)
@@ -39,10 +39,10 @@ class Ditto:
     strength: float
     scale: float
 
-    tunes: ClassVar[bool] = False
-    keeps: ClassVar[bool] = True
-    uploads: ClassVar[bool] = True
-    models: ClassVar[int] = 2
+    evaluates_after_training: ClassVar[bool] = False
+    has_local_state: ClassVar[bool] = True
+    shares_adapters: ClassVar[bool] = True
+    models_per_step: ClassVar[int] = 2
 
     def init(
         self, received: Params, personal: Personal | None, train: TrainOptions, trained: frozenset[str]

@@ -15,10 +15,10 @@ from tapfl.training import Objective, Params
 class FedAvg:
     """w ← w - η ∇f(w; ξ)."""
 
-    tunes: ClassVar[bool] = False
-    keeps: ClassVar[bool] = False
-    uploads: ClassVar[bool] = True
-    models: ClassVar[int] = 1
+    evaluates_after_training: ClassVar[bool] = False
+    has_local_state: ClassVar[bool] = False
+    shares_adapters: ClassVar[bool] = True
+    models_per_step: ClassVar[int] = 1
 
     def init(
         self, received: Params, personal: Personal | None, train: TrainOptions, trained: frozenset[str]

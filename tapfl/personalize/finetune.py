@@ -13,7 +13,7 @@ from tapfl.training import Params
 class FineTune(FedAvg):
     """FedAvg whose devices use what a round's local training makes of the w just received; nothing is carried over."""
 
-    tunes: ClassVar[bool] = True
+    evaluates_after_training: ClassVar[bool] = True
 
     def final(self, state: Trainee) -> tuple[Params | None, Personal | None]:
         tuned = state.values()

@@ -15,10 +15,10 @@ from tapfl.training import Objective, Params
 class Local:
     """v ← v - η ∇f(v; ξ)."""
 
-    tunes: ClassVar[bool] = False
-    keeps: ClassVar[bool] = True
-    uploads: ClassVar[bool] = False
-    models: ClassVar[int] = 1
+    evaluates_after_training: ClassVar[bool] = False
+    has_local_state: ClassVar[bool] = True
+    shares_adapters: ClassVar[bool] = False
+    models_per_step: ClassVar[int] = 1
 
     def init(
         self, received: Params, personal: Personal | None, train: TrainOptions, trained: frozenset[str]

@@ -51,16 +51,17 @@ class Method(Protocol, Generic[S]):
     """A method as three pure steps around its own state `S`, and the model that the device then uses.
 
     Attributes:
-        tunes: the device uses what local training makes of the w just received, so it is evaluated after training.
-        keeps: something stays on the device from round to round.
-        uploads: w goes up.
-        models: how many a step trains.
+        evaluates_after_training: the device uses the result of training on the w just received, so its accuracy is
+            measured after the training of a round; otherwise before.
+        has_local_state: the device keeps parameters from round to round.
+        shares_adapters: the device uploads w.
+        models_per_step: number of models that one step trains.
     """
 
-    tunes: ClassVar[bool]
-    keeps: ClassVar[bool]
-    uploads: ClassVar[bool]
-    models: ClassVar[int]
+    evaluates_after_training: ClassVar[bool]
+    has_local_state: ClassVar[bool]
+    shares_adapters: ClassVar[bool]
+    models_per_step: ClassVar[int]
 
     def init(self, received: Params, personal: Personal | None, train: TrainOptions, trained: frozenset[str]) -> S:
         """Returns the state at the start of a round.

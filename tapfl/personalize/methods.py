@@ -6,13 +6,13 @@ from collections.abc import Callable
 from typing import Any
 
 from tapfl.config import PersonalizeOptions
-from tapfl.own import is_own, own
 from tapfl.personalize.apfl import Apfl
 from tapfl.personalize.ditto import Ditto
 from tapfl.personalize.fedavg import FedAvg
 from tapfl.personalize.finetune import FineTune
 from tapfl.personalize.local import Local
 from tapfl.personalize.method import Method
+from tapfl.plugin import is_plugin, load_plugin
 
 
 def method_of(options: PersonalizeOptions, scale: float) -> Method[Any]:
@@ -21,8 +21,8 @@ def method_of(options: PersonalizeOptions, scale: float) -> Method[Any]:
     Raises:
         ConfigError: if it is a user's own and not to be had.
     """
-    if is_own(options.method):
-        found: Method[Any] = own("personalize.method", options.method)(options, scale)
+    if is_plugin(options.method):
+        found: Method[Any] = load_plugin("personalize.method", options.method)(options, scale)
         return found
     methods: dict[str, Callable[[], Method[Any]]] = {
         "apfl": lambda: Apfl(

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from tapfl.errors import ConfigError, RunError, said
+from tapfl.errors import ConfigError, RunError, message_of
 from tapfl.models.forward import example_input, transform_of
 from tapfl.pruning.plan import PruningPlan
 from tapfl.seeds import torch_generator
@@ -136,7 +136,7 @@ def _program(model: nn.Module, batch: int | None) -> torch.export.ExportedProgra
     try:
         program = torch.export.export(model, (example_input(model, batch or 2),), dynamic_shapes=shapes)
     except Exception as error:  # whatever torch raises, there is no graph of this model
-        raise RunError(f"torch.export cannot hold this model ({said(error)})") from None
+        raise RunError(f"torch.export cannot hold this model ({message_of(error)})") from None
     for node in program.graph.nodes:
         node.meta.pop("stack_trace", None)  # paths of the machine that exported it
     return program
@@ -156,7 +156,7 @@ def _write_script(model: nn.Module, file: Path, about: Mapping[str, str], batch:
     try:
         traced = torch.jit.trace(model, example_input(model, batch or 2), check_trace=False)
     except Exception as error:  # as above
-        raise RunError(f"TorchScript cannot hold this model ({said(error)})") from None
+        raise RunError(f"TorchScript cannot hold this model ({message_of(error)})") from None
     torch.jit.save(traced, str(file), _extra_files={ABOUT: json.dumps(about).encode()})
 
 
@@ -176,7 +176,7 @@ def _write_onnx(model: nn.Module, file: Path, about: Mapping[str, str], batch: i
     except RunError:
         raise
     except Exception as error:  # as above
-        raise RunError(f"onnx: this model cannot be written (opset = {opset}: {said(error)})") from None
+        raise RunError(f"onnx: this model cannot be written (opset = {opset}: {message_of(error)})") from None
     assert program is not None  # it is for the old exporter alone
     proto = program.model_proto
     got = next(entry.version for entry in proto.opset_import if entry.domain in ("", "ai.onnx"))
@@ -199,7 +199,7 @@ def _read_onnx(file: Path) -> Forward:
     try:
         session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # its types are those of its C++ code
-        raise RunError(f"onnxruntime does not take the file ({said(error)})") from None
+        raise RunError(f"onnxruntime does not take the file ({message_of(error)})") from None
     (images,) = (entry.name for entry in session.get_inputs())
     return lambda x: torch.from_numpy(session.run(None, {images: x.numpy()})[0])
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from tapfl.errors import ModelError, PlanError, TapflError, said
+from tapfl.errors import ModelError, PlanError, TapflError, message_of
 from tapfl.models.backbone import outline
 from tapfl.models.prunable import prunable_layers
 from tapfl.models.units import put
@@ -137,7 +137,7 @@ def _skeleton(plan: PruningPlan, tensors: int) -> nn.Module:
     except TapflError:
         raise
     except Exception as error:  # layers that no family of ours has
-        raise PlanError(f"{spec.name} cannot be cut as the plan says, with {spec.args} ({said(error)})") from None
+        raise PlanError(f"{spec.name} cannot be cut as the plan says, with {spec.args} ({message_of(error)})") from None
 
 
 def _filled(skeleton: nn.Module, state: Mapping[str, Tensor], what: str) -> nn.Module:

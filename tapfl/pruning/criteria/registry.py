@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from tapfl.config import PruningOptions
 from tapfl.errors import ConfigError
-from tapfl.own import is_own, own
+from tapfl.plugin import is_plugin, load_plugin
 
 if TYPE_CHECKING:  # with torch, and a name that is none is refused before
     from tapfl.pruning.criteria.task import Criterion
@@ -50,7 +50,7 @@ def criterion_names() -> list[str]:
 
 def require_criterion(name: str) -> None:
     """Raises ConfigError if there is no criterion of that name; a user's own is looked for when it is needed."""
-    if name in BUILT_IN or is_own(name):  # without a look at all that is installed, which takes milliseconds
+    if name in BUILT_IN or is_plugin(name):  # without a look at all that is installed, which takes milliseconds
         return
     if name not in (names := criterion_names()):
         raise ConfigError(
@@ -66,8 +66,8 @@ def criterion_of(name: str) -> Criterion:
         module, _, function = BUILT_IN[name].partition(":")
         criterion: Criterion = getattr(import_module(module), function)
         return criterion
-    if is_own(name):
-        found: Criterion = own("pruning.criterion", name)
+    if is_plugin(name):
+        found: Criterion = load_plugin("pruning.criterion", name)
         return found
     (point, *_) = entry_points(group=ENTRY_POINTS, name=name)
     offered: Criterion = point.load()
