@@ -49,7 +49,7 @@ def flower_at_home(folder: Path) -> Iterator[dict[str, str]]:
 
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    """That of the README: no runtime of Flower's own is made."""
+    """That of docs/tutorial.md: no runtime of Flower's own is made."""
     with flower_at_home(tmp_path_factory.mktemp("flower")) as environment:
         yield environment | {"FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1"}
 

@@ -1,4 +1,4 @@
-"""What the README shows, as a reader would try it."""
+"""The library example of docs/pruning.md, as a reader would try it."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from pathlib import Path
 
 import pytest
 
-README = (Path(__file__).parent.parent / "README.md").read_text()
+PAGE = (Path(__file__).parent.parent / "docs" / "pruning.md").read_text()
 
 
 def test_the_library_snippet_runs_in_fifteen_lines(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (snippet,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    (snippet,) = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
     body = [line for line in snippet.splitlines() if line and not line.startswith(("import", "from"))]
     assert len(body) <= 15
     monkeypatch.chdir(tmp_path)
-    exec(compile(snippet, "README.md", "exec"), {})
+    exec(compile(snippet, "docs/pruning.md", "exec"), {})
     share, shape = capsys.readouterr().out.split(" ", 1)
     assert 0.4975 <= float(share) <= 0.5 and "[4, 10]" in shape
     assert {file.name for file in (tmp_path / "phone").iterdir()} == {"plan.json", "model.safetensors"}

@@ -114,7 +114,7 @@ def test_requests_and_replies_share_their_type() -> None:
 
 
 def test_what_leaves_a_device() -> None:
-    """The README lists it; whoever adds a field here adds it there."""
+    """docs/privacy.md lists it; whoever adds a field here adds it there."""
     assert {field.name for kind in map(type, MESSAGES[1::2]) for field in fields(kind)} == {
         *("partition_id", "budget", "rank", "compute", "upload", "download", "availability"),
         *("train_samples", "holds_backbone"),
