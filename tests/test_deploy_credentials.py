@@ -13,8 +13,8 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import load_ssh_private_key, load_ssh_public_key
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes, uses_nist_ec_curve
 
-from experiments.deploy.credentials import Credentials, write_node_key, write_private, write_server_credentials
 from experiments.deploy.demo import OPTIONS
+from experiments.deploy.network import Credentials, write_node_key, write_private, write_server_credentials
 from tapfl.config import RunConfig
 
 

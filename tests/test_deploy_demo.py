@@ -15,10 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from experiments.deploy.checks import outcome
-from experiments.deploy.demo import OWN_IMAGES, PROFILES, ROUNDS
-from experiments.deploy.guard import REFUSED
-from experiments.deploy.network import Node
+from experiments.deploy.demo import OWN_IMAGES, PROFILES, ROUNDS, outcome
+from experiments.deploy.network import REFUSED, Node
 from experiments.deploy.processes import Processes
 from tapfl import load_pruned
 from tapfl.store import read_tensors
@@ -101,7 +99,7 @@ BROKEN: dict[Callable[[Path], None], str] = {
     no_weights: "node-1: was sent its pruned weights",
     a_failure: "all devices took part, and nothing failed",
     a_device_on_the_server: "the server has no device's folder",
-    another_backbone: "node-0: got the backbone over the wire",
+    another_backbone: "node-0: received the backbone over the wire",
     no_personal_adapter: "node-1: keeps model, state and personal adapter",
     no_guard: "node-1: cannot open the server's files",
 }

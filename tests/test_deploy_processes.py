@@ -11,8 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments.deploy.guard import guarded, is_refused
-from experiments.deploy.network import Node
+from experiments.deploy.network import Node, guarded
 from experiments.deploy.processes import Processes, processes
 from tapfl.errors import RunError
 
@@ -29,7 +28,7 @@ def wait_for(condition: object, seconds: float = 20) -> None:
 
 def start_family(running: Processes, folder: Path) -> subprocess.Popen[bytes]:
     process = running.start(["/bin/sh", "-c", FAMILY], {"PATH": os.defpath}, folder)
-    wait_for(lambda: {"here", "deaf"} <= set(running.said(process).split()))
+    wait_for(lambda: {"here", "deaf"} <= set(running.output(process).split()))
     return process
 
 
@@ -102,11 +101,11 @@ def test_a_nodes_python_is_refused_the_servers_files_and_no_others(tmp_path: Pat
         (folder / "file").write_text("x")
     guard = guarded(node / "guard", server)
     within = Node(node, {}, guard)
-    assert is_refused(within, server / "file")
-    assert is_refused(within, node / ".." / "server" / "file")
-    assert not is_refused(within, node / "file")
-    assert not is_refused(within, tmp_path / "server-like" / "file")
-    assert not is_refused(Node(node, {}, {}), server / "file")
+    assert within.is_refused(server / "file")
+    assert within.is_refused(node / ".." / "server" / "file")
+    assert not within.is_refused(node / "file")
+    assert not within.is_refused(tmp_path / "server-like" / "file")
+    assert not Node(node, {}, {}).is_refused(server / "file")
     for action in ("os.listdir(p)", "os.mkdir(p + '/new')", "os.rename(p + '/file', 'mine')", "os.link(p, 'mine')"):
         command = [sys.executable, "-c", f"import os, sys; p = sys.argv[1]; {action}", str(server)]
         done = subprocess.run(command, env=within.environment, cwd=node, capture_output=True, text=True, check=False)

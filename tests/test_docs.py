@@ -20,8 +20,7 @@ from pages import PAGES, ROOT, Block
 from test_inprocess_run import SMALL
 from typer.testing import CliRunner
 
-from experiments import cli
-from experiments.manual import reference
+from experiments import cli, manual
 
 QUICK = [page for page in PAGES if any(b.how == "run" and b.language in ("bash", "python") for b in pages.blocks(page))]
 SLOW = [page for page in PAGES if any(block.how == "slow" for block in pages.blocks(page))]
@@ -86,7 +85,7 @@ def named_tests_missing(block: Block) -> list[str]:
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda file: file.name)
 def test_a_configuration_says_what_it_is_for_and_by_which_command(config: Path, tmp_path: Path) -> None:
-    what, found = reference.about(config)
+    what, found = manual.about(config)
     assert what and any(config.name in line for line in found), (
         "its first comment: what it is for, and by which command"
     )
@@ -94,11 +93,11 @@ def test_a_configuration_says_what_it_is_for_and_by_which_command(config: Path, 
         assert not complaints(config.name, pages.commands(line), Context(tmp_path, {}))
 
 
-@pytest.mark.parametrize("name", sorted(reference.commands()))
+@pytest.mark.parametrize("name", sorted(manual.commands()))
 def test_every_command_has_a_page(name: str) -> None:
     page = ROOT / "docs" / "commands" / f"{name}.md"
     assert page.is_file(), f"{page}: is missing; the others there show what is in one"
-    assert f"<!-- table: command {name} -->" in page.read_text()
+    assert f"    :command: {name}\n" in page.read_text()
 
 
 @pytest.mark.parametrize(

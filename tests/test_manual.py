@@ -7,10 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import markdown
 import pytest
 from mkdocs.exceptions import PluginError
+from mkdocs_click._exceptions import MkDocsClickException
 
-from experiments.manual import hooks, reference
+from experiments import manual
 from tapfl.config import RunConfig
 from tapfl.pruning.criteria.registry import BUILT_IN
 
@@ -18,7 +20,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def test_every_option_of_a_run_is_in_the_table_with_its_default() -> None:
-    text = reference.options()
+    text = manual.options_table()
     for name, value in RunConfig().flat().items():
         (line,) = re.findall(rf"^\| `{name}` \| (.*?) \| ", text, re.MULTILINE)
         assert line == ("" if value == "" else f"`{str(value).lower() if isinstance(value, bool) else value}`")
@@ -27,40 +29,46 @@ def test_every_option_of_a_run_is_in_the_table_with_its_default() -> None:
     assert "| `pruning.recovery` | `none` | `none`, `fine-tune`, `distill` |" in text
 
 
-def test_a_command_shows_how_it_is_called_and_all_its_options() -> None:
-    text = reference.command("prune")
-    assert text.startswith("```text\ntapfl prune --out PATH [--budget TEXT]")
-    assert "[--set KEY=VALUE]..." in text and "| `--out PATH` | required |" in text
-    for part in reference.commands()["prune"].params:
-        assert f"| `{part.opts[0]}" in text
-    assert "| `--engine flower|ray|inprocess` | `flower` |" in reference.command("run")
-
-
-def test_a_group_shows_all_its_commands() -> None:
-    text = reference.command("bench")
-    for name in reference.commands()["bench"].commands:
-        assert f"### bench {name}\n" in text and f"tapfl bench {name}" in text
+@pytest.mark.parametrize("name", sorted(manual.commands()))
+def test_the_page_of_a_command_shows_all_its_options(name: str) -> None:
+    page = (ROOT / "docs" / "commands" / f"{name}.md").read_text()
+    shown = markdown.markdown(page, extensions=["attr_list", "fenced_code", "mkdocs-click"])
+    found = manual.commands()[name]
+    for command in getattr(found, "commands", {name: found}).values():
+        path = f"tapfl {name}" if command.name == name else f"tapfl {name} {command.name}"
+        section = shown.split(f">{path}</h")[1].split("<h")[0]
+        assert f">{path} " in section
+        for part in command.params:
+            shown_as = (
+                rf"(^|>)  {part.opts[0]}\b"
+                if part.opts[0].startswith("--")
+                else rf"\[OPTIONS\].* \[?{part.name.upper()}\b"
+            )
+            assert re.search(shown_as, section, re.MULTILINE), part.name
 
 
 def test_every_criterion_and_every_configuration_is_listed() -> None:
-    assert all(f"| `{name}` |" in reference.criteria() for name in BUILT_IN)
-    assert "ratio = power, basis = canonical" in reference.criteria()
+    assert all(f"| `{name}` |" in manual.criteria_table() for name in BUILT_IN)
+    assert "ratio = power, basis = canonical" in manual.criteria_table()
     for file in (ROOT / "experiments" / "configs").glob("*.toml"):
-        assert f"[{file.name}](" in reference.configs()
+        assert f"[{file.name}](" in manual.configs_table()
 
 
-@pytest.mark.parametrize("mark", ["command rum", "everything", "command", "options too"])
-def test_a_table_that_is_none_stops_the_build(mark: str) -> None:
-    with pytest.raises(PluginError, match=f"table: {mark}"):
-        hooks.tables(f"text\n<!-- table: {mark} -->\n")
+def test_an_unknown_table_or_command_stops_the_build() -> None:
+    with pytest.raises(PluginError, match="table: everything -->: unknown table; accepted: options, criteria, configs"):
+        manual.with_tables("text\n<!-- table: everything -->\n")
+    with pytest.raises(MkDocsClickException, match="rum"):
+        markdown.markdown(
+            "::: mkdocs-click\n    :module: experiments.manual\n    :command: rum\n", extensions=["mkdocs-click"]
+        )
 
 
 def test_links_to_files_of_the_repository_are_followed_and_no_others(tmp_path: Path) -> None:
     docs = ROOT / "docs"
     others = "[b](../tapfl/nowhere.py) [c](privacy.md) [d](../docs/privacy.md) [e](../../x) [f](../tapfl)"
     text = f"[a](../tapfl/seeds.py) {others}"
-    assert list(hooks.linked("method.md", text, docs)) == [("../tapfl/seeds.py", ROOT / "tapfl" / "seeds.py")]
-    shown = hooks.show(ROOT / "tapfl" / "seeds.py")
+    assert list(manual.linked("method.md", text, docs)) == [("../tapfl/seeds.py", ROOT / "tapfl" / "seeds.py")]
+    shown = manual.show(ROOT / "tapfl" / "seeds.py")
     assert "# tapfl/seeds.py" in shown and "~~~~~python\n" in shown and "def numpy_generator" in shown
 
 
@@ -76,7 +84,7 @@ def test_the_site_is_built_strictly_and_fetches_nothing(tmp_path: Path) -> None:
         fetched = re.findall(r"<(?:script|img|iframe)[^>]*\ssrc=\"?(https?:[^\s\">]+)", text)
         fetched += re.findall(r"<link[^>]*\shref=\"?(https?:[^\s\">]+)", text)
         assert not fetched, f"{page.name}: {fetched}"
-        assert "<!-- table:" not in text
+        assert "<!-- table:" not in text and "mkdocs-click" not in text
     assert "numpy_generator" in (tmp_path / "site" / "source" / "tapfl" / "seeds.py.html").read_text()
     for style in (tmp_path / "site" / "assets").rglob("*.css"):
         assert not re.findall(r"(?:url\(|@import )[\"']?https?:", style.read_text()), style.name

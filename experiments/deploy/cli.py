@@ -1,4 +1,4 @@
-"""`tapfl deploy-demo`: hidden, because it is a proof rather than a tool; docs/deploy.md is about doing it."""
+"""The command `tapfl deploy-demo`. It is hidden: it checks this project; docs/deploy.md is about real deployments."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ app = typer.Typer()
 def deploy_demo(
     out: Annotated[Path | None, typer.Option(help="keep all folders and logs here; must not exist")] = None,
 ) -> None:
-    """One federation on a SuperLink and two SuperNodes over TLS, by registered keys, on this machine; all checked."""
+    """Run one federation on a SuperLink and two SuperNodes over TLS with registered keys, and check every step."""
     from experiments.deploy.demo import demonstrate
 
     if out is not None:
         if out.exists():
-            raise ConfigError(f"--out {out}: exists already; give a folder that does not")
+            raise ConfigError(f"--out {out}: exists; accepted: a new folder")
         out.mkdir(parents=True, mode=0o700)
     folder = (out or Path(tempfile.mkdtemp(prefix="tapfl-deploy-"))).resolve()
     try:
         demonstrate(folder)
     except BaseException:
-        typer.echo(f"tapfl: logs and all else lie in {folder}", err=True)
+        typer.echo(f"tapfl: all folders and logs lie in {folder}", err=True)
         raise
     if out is None:
         shutil.rmtree(folder)

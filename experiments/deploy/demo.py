@@ -1,20 +1,31 @@
-"""`tapfl deploy-demo`: server and nodes as processes of their own over TLS, one small federation, checked."""
+"""`tapfl deploy-demo`: server and nodes as processes over TLS, one small federation, every step checked."""
 
 from __future__ import annotations
 
+import json
 import socket
 import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from experiments.deploy.checks import Check, device_records, outcome
-from experiments.deploy.credentials import Credentials, write_node_key, write_private, write_server_credentials
-from experiments.deploy.guard import guarded
-from experiments.deploy.network import HOST, Node, Operator, start_superlink, start_supernode
+from experiments.deploy.network import (
+    HOST,
+    Credentials,
+    Node,
+    Operator,
+    guarded,
+    start_superlink,
+    start_supernode,
+    write_node_key,
+    write_private,
+    write_server_credentials,
+)
 from experiments.deploy.processes import Processes, processes
 from tapfl.config import RunConfig, Scalar
 from tapfl.data.federated import open_private
@@ -34,63 +45,73 @@ OPTIONS: dict[str, Scalar] = {
 NAMES, OWN_IMAGES = ("9", "7", "5"), 120  # the second node's own classes, in its own order
 PROFILES: tuple[dict[str, Scalar], ...] = ({"budget": 0.4, "rank": 4}, {"budget": 0.6, "rank": 6})
 JOIN, FINISH = 60.0, 400.0  # seconds for a node to be admitted or refused, and for the run
-ADMITTED = "SuperNode ID"  # what a SuperNode says once it is let in
-REFUSALS = {  # what Flower says to a node that holds the wrong thing
+ADMITTED = "SuperNode ID"  # a SuperNode logs this once it is admitted
+REFUSALS = {  # what Flower logs for a node with the wrong credentials
     "an unregistered key": "Failed to activate SuperNode",
     "another authority": "CERTIFICATE_VERIFY_FAILED",
 }
 
 
+@dataclass(frozen=True)
+class Check:
+    """Something that must hold, whether it does, and what was found."""
+
+    promise: str
+    kept: bool
+    found: str = ""
+
+
 class Demo:
-    """One demonstration in an empty folder, which then holds `server/`, `operator/` and a folder a node."""
+    """One demonstration in an empty folder, which then holds `server/`, `operator/` and a folder for each node."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.server = folder, folder / "server"
         self._began = time.monotonic()
 
     def carry_out(self) -> list[Check]:
-        """Starts all, runs the federation, ends all, and returns what was checked.
+        """Starts all processes, runs the federation, ends them, and returns the checks.
 
         Raises:
-            RunError: if it does not come to the point at which there is something to check.
+            RunError: if the federation ends before there is anything to check.
         """
         if not (ROOT / "pyproject.toml").is_file():
-            raise ConfigError(f"deploy-demo: {ROOT} has no pyproject.toml; it is run from a checkout of the project")
+            raise ConfigError(f"deploy-demo: {ROOT} has no pyproject.toml; it needs a checkout of the project")
         with processes(str(self.folder)) as running:
-            nodes, refused, status = self._federation(running)
+            nodes, refused = self._federation(running)
         left = running.left()
-        self._say("all processes have ended")
+        self._print("all processes have ended")
         return [
             *refused,
-            Check("the ServerApp came to its end", status[0] == COMPLETED, " ".join(status).strip()),
-            *self._outcome(nodes),
+            Check("the ServerApp came to its end", True, COMPLETED),
+            *outcome(self.server, nodes, ROUNDS),
+            *self._own_images(),
             Check("no process is left", not left, ", ".join(map(str, left))),
         ]
 
-    def _federation(self, running: Processes) -> tuple[list[Node], list[Check], tuple[str, str]]:
+    def _federation(self, running: Processes) -> tuple[list[Node], list[Check]]:
         credentials = write_server_credentials(self.server, [HOST])
         with ExitStack() as reserved:
             superlink, *ports = (free_port(reserved) for _ in range(5))
         start_superlink(running, self.server, superlink)
-        self._say(f"SuperLink at https://{HOST}:{superlink}, which admits registered nodes alone")
+        self._print(f"SuperLink at https://{HOST}:{superlink}, which admits only registered nodes")
         operator = Operator(_with_authority(self.folder / "operator", credentials), superlink)
         nodes = [self._node(i, credentials) for i in range(2)]
         for node in nodes:
             operator.register(node.folder / "node.pub")
         started = [start_supernode(running, node, superlink, ports.pop()) for node in nodes]
-        self._say("two SuperNodes started, their keys registered")
+        self._print("two SuperNodes started, their keys registered")
         refused = [self._refused(running, what, credentials, superlink, ports.pop()) for what in REFUSALS]
-        self._joined(running, started)
+        self._wait_for_nodes(running, started)
         run = operator.submit(ROOT, OPTIONS | {"out": str(self.server / "run")})
-        self._say(f"run {run} submitted: {ROUNDS} rounds, pruned weights sent")
+        self._print(f"run {run} submitted: {ROUNDS} rounds, pruned weights sent")
         log, status = operator.follow(running, run, FINISH), operator.status(run)
-        self._say(f"run {run}: {' '.join(status).strip()}")
-        if status[0] != COMPLETED:
-            raise RunError(f"the run ended as {' '.join(status).strip()}; the end of {log}:\n{log.read_text()[-2000:]}")
-        return nodes, refused, status
+        self._print(f"run {run}: {status}")
+        if status != COMPLETED:
+            raise RunError(f"the run ended as {status}; the end of {log}:\n{log.read_text()[-2000:]}")
+        return nodes, refused
 
     def _node(self, i: int, credentials: Credentials) -> Node:
-        """Makes a node's folder. The second node has images of its own, the first takes its part of `data.source`."""
+        """Creates a node's folder. The second node has its own images, the first takes its part of `data.source`."""
         folder = _with_authority(self.folder / f"node-{i}", credentials)
         write_node_key(folder)
         config: dict[str, Scalar] = {
@@ -105,48 +126,43 @@ class Demo:
         return Node(folder, config, guarded(folder / "guard", self.server))
 
     def _refused(self, running: Processes, what: str, credentials: Credentials, superlink: int, port: int) -> Check:
-        """Starts a node that must not be let in, and looks whether it is not."""
+        """Starts a node that must not be admitted, and checks that it is refused."""
         folder = self.folder / what.replace(" ", "-")
         if what == "another authority":
             credentials = write_server_credentials(folder / "elsewhere", [HOST])
         write_node_key(_with_authority(folder, credentials))
         process = start_supernode(running, Node(folder, {"partition-id": 0, "num-partitions": 2}, {}), superlink, port)
         code = running.wait(process, JOIN)
-        said = running.end(process).read_text(errors="replace")
-        kept = code not in (None, 0) and REFUSALS[what] in said and ADMITTED not in said
-        self._say(f"a SuperNode with {what}: {'refused' if kept else 'NOT refused'}")
+        log = running.end(process).read_text(errors="replace")
+        kept = code not in (None, 0) and REFUSALS[what] in log and ADMITTED not in log
+        self._print(f"a SuperNode with {what}: {'refused' if kept else 'NOT refused'}")
         return Check(f"a node with {what} is refused", kept, f"exit code {code}")
 
-    def _joined(self, running: Processes, nodes: list[subprocess.Popen[bytes]]) -> None:
+    def _wait_for_nodes(self, running: Processes, nodes: list[subprocess.Popen[bytes]]) -> None:
         end = time.monotonic() + JOIN
-        while not all(ADMITTED in running.said(node) for node in nodes):
+        while not all(ADMITTED in running.output(node) for node in nodes):
             running.require_alive()
             if time.monotonic() > end:
-                raise RunError(f"the SuperNodes have not joined after {JOIN:g} s; their logs lie in {self.folder}")
+                raise RunError(f"the SuperNodes have not joined after {JOIN:g} s; see the logs in {self.folder}")
             time.sleep(0.2)
 
-    def _outcome(self, nodes: list[Node]) -> Iterator[Check]:
-        yield from outcome(self.server, nodes, ROUNDS)
+    def _own_images(self) -> Iterator[Check]:
         records = device_records(self.server)
-        held, classes = records[1]["train_samples"] + records[1]["test_samples"], records[1]["classes"]
-        mine = (held, classes) == (OWN_IMAGES, len(NAMES))
-        yield Check("node-1: trained on its own images", mine, f"{held} images of {classes} classes")
+        images, classes = records[1]["train_samples"] + records[1]["test_samples"], records[1]["classes"]
+        own = (images, classes) == (OWN_IMAGES, len(NAMES))
+        yield Check("node-1: trained on its own images", own, f"{images} images of {classes} classes")
         for record in records:
             up, down = (sum(record[side].values()) for side in ("bytes_up", "bytes_down"))
             before, after = record["pruned_accuracy"], record["personal_accuracy"]
             accuracy = f"accuracy {before:.3f} as pruned, {after:.3f} personal"
-            self._say(f"device {record['device']}: {accuracy}; {up:,} bytes up, {down:,} bytes down")
+            self._print(f"device {record['device']}: {accuracy}; {up:,} bytes up, {down:,} bytes down")
 
-    def _say(self, text: str) -> None:
+    def _print(self, text: str) -> None:
         print(f"{time.monotonic() - self._began:6.1f} s  {text}", flush=True)
 
 
 def demonstrate(folder: Path) -> None:
-    """Carries the demonstration out in `folder` and prints what it did.
-
-    Raises:
-        RunError: if anything is not as promised.
-    """
+    """Carries out the demonstration in `folder` and prints its steps and checks. Raises RunError if a check fails."""
     checks = Demo(folder).carry_out()
     for check in checks:
         print(f"{'ok  ' if check.kept else 'FAIL'}  {check.promise}{f' ({check.found})' if check.found else ''}")
@@ -154,8 +170,44 @@ def demonstrate(folder: Path) -> None:
         raise RunError(f"deploy-demo: {len(broken)} of {len(checks)} checks failed: {'; '.join(broken)}")
 
 
+def device_records(server: Path) -> list[dict[str, Any]]:
+    """Returns the devices' records in the server's summary. Raises OSError if there is none."""
+    records: list[dict[str, Any]] = json.loads((server / "run" / "summary.json").read_text())["devices"]
+    return records
+
+
+def outcome(server: Path, nodes: list[Node], rounds: int) -> Iterator[Check]:
+    """Yields the checks of what server and nodes left in their folders after `rounds` rounds.
+
+    Args:
+        server: the server's folder, with `run/` and `cache/`.
+        nodes: in the order of their partition ids.
+    """
+    records = device_records(server)
+    failures = sum(record["failures"] for record in records)
+    yield Check("all devices took part, and nothing failed", len(records) == len(nodes) and not failures)
+    yield Check("the server has no device's folder", not (server / "run" / "devices").exists())
+    (backbone,) = (server / "cache" / "backbones").iterdir()
+    for node, record in zip(nodes, records, strict=False):
+        name, down, storage = node.folder.name, record["bytes_down"], node.folder / "storage"
+        received, sent = node.folder / "cache" / "backbones" / backbone.name, down.get("weights", 0)
+        same = received.is_file() and received.read_bytes() == backbone.read_bytes()
+        wanted = (
+            "pruned/model.safetensors",
+            f"state/round-{rounds:04d}.safetensors",
+            "personal/adapter_config.json",
+        )
+        missing = [file for file in wanted if not (storage / file).is_file()]
+        macs = f"{record['macs_share']:.1%} of the MACs"
+        yield Check(f"{name}: received the backbone over the wire", same, f"{down.get('backbone', 0):,} bytes")
+        yield Check(f"{name}: was sent its pruned weights", sent > 4 * record["params"], f"{sent:,} bytes")
+        yield Check(f"{name}: keeps model, state and personal adapter", not missing, ", ".join(missing))
+        yield Check(f"{name}: cannot open the server's files", node.is_refused(server / "run" / "summary.json"))
+        yield Check(f"{name}: is within its budget", record["macs_share"] <= float(node.config["budget"]), macs)
+
+
 def free_port(reserved: ExitStack) -> int:
-    """Returns a port that nobody uses, and keeps it from being given twice while `reserved` is open."""
+    """Returns an unused port, which is not returned again while `reserved` is open."""
     listener = reserved.enter_context(socket.socket())
     listener.bind((HOST, 0))
     return int(listener.getsockname()[1])
@@ -167,7 +219,7 @@ def _with_authority(folder: Path, credentials: Credentials) -> Path:
 
 
 def _write_images(file: Path) -> None:
-    """Writes private digits of three classes, named as the pool names them, as a device's own images."""
+    """Writes private digits of three classes, named as in the public pool, as a device's own images."""
     config = RunConfig()
     digits = open_private(config.data, input_transform(config.model), config.seed, file.parent)
     chosen = np.flatnonzero(np.isin(digits.labels, [digits.classes.index(name) for name in NAMES]))[:OWN_IMAGES]

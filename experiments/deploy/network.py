@@ -1,7 +1,8 @@
-"""A SuperLink, SuperNodes and the operator's `flwr`, each with folders, home and environment of its own."""
+"""A SuperLink, SuperNodes and the operator's `flwr`, each with credentials, folders and an environment of its own."""
 
 from __future__ import annotations
 
+import datetime
 import json
 import os
 import ssl
@@ -9,12 +10,15 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import tomli_w
+import trustme
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 
 from experiments.deploy.processes import Processes
 from tapfl.config import Scalar
@@ -23,8 +27,64 @@ from tapfl.errors import RunError
 HOST = "127.0.0.1"
 CONNECTION = "deployment"
 PROGRAMS = Path(sys.executable).parent
+LIFETIME = datetime.timedelta(days=30)
 START, SUBMIT = 60.0, 120.0  # seconds for a SuperLink to answer, and for one command of the operator
 PASSED_ON = ("PATH", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "SSL_CERT_FILE", "SSL_CERT_DIR")
+REFUSED = "TAPFL_REFUSED_FOLDER"
+SITECUSTOMIZE = f'''"""Refuses access to the folder {REFUSED}."""
+import os, sys
+
+refused = os.environ["{REFUSED}"] + os.sep
+
+def refuse(event, arguments):
+    if event == "open" or event.startswith("os."):
+        for path in arguments:
+            if isinstance(path, (str, bytes)) and (os.path.abspath(os.fsdecode(path)) + os.sep).startswith(refused):
+                raise PermissionError(f"{{event}} of {{os.fsdecode(path)}}: is not this node's")
+
+sys.addaudithook(refuse)
+'''
+
+
+@dataclass(frozen=True)
+class Credentials:
+    """Paths of a server's certificate, its private key, and the authority that nodes check the certificate by."""
+
+    authority: Path
+    certificate: Path
+    key: Path
+
+
+def write_private(path: Path, content: bytes) -> Path:
+    """Writes a file that only its owner can read. Raises FileExistsError if it exists."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+        file.write(content)
+    return path
+
+
+def write_server_credentials(folder: Path, hosts: Sequence[str]) -> Credentials:
+    """Writes ``ca.crt``, ``server.crt`` and ``server.key`` for a server that is reached as any of `hosts`.
+
+    The authority signs this certificate only; its own key is never written.
+    """
+    authority = trustme.CA(path_length=0)
+    issued = authority.issue_cert(*hosts, not_after=datetime.datetime.now(datetime.UTC) + LIFETIME)
+    return Credentials(
+        write_private(folder / "ca.crt", authority.cert_pem.bytes()),
+        write_private(folder / "server.crt", issued.cert_chain_pems[0].bytes()),
+        write_private(folder / "server.key", issued.private_key_pem.bytes()),
+    )
+
+
+def write_node_key(folder: Path) -> tuple[Path, Path]:
+    """Writes a node's NIST P-384 key pair, ``node.key`` and ``node.pub`` in OpenSSH's format; returns both paths."""
+    key = ec.generate_private_key(ec.SECP384R1())
+    public = key.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH)
+    return (
+        write_private(folder / "node.key", key.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption())),
+        write_private(folder / "node.pub", public + b"\n"),
+    )
 
 
 def environment(folder: Path, more: Mapping[str, str] | None = None) -> dict[str, str]:
@@ -47,8 +107,40 @@ def environment(folder: Path, more: Mapping[str, str] | None = None) -> dict[str
     }
 
 
+def guarded(folder: Path, refused: Path) -> dict[str, str]:
+    """Returns environment variables under which Python refuses access to the folder `refused`.
+
+    They prove that a node needs nothing of the server's folders, which one user on one machine could read. Python
+    imports the ``sitecustomize`` that is written to `folder` before anything else; its audit hook (PEP 578) cannot be
+    removed again.
+    """
+    folder.mkdir(parents=True)
+    (folder / "sitecustomize.py").write_text(SITECUSTOMIZE)
+    return {"PYTHONPATH": str(folder), REFUSED: str(refused)}
+
+
+@dataclass(frozen=True)
+class Node:
+    """A SuperNode: its folder, which holds `ca.crt` and `node.key`, and its configuration."""
+
+    folder: Path
+    config: Mapping[str, Scalar]
+    more: Mapping[str, str]
+
+    @property
+    def environment(self) -> dict[str, str]:
+        return environment(self.folder, self.more)
+
+    def is_refused(self, file: Path) -> bool:
+        """Returns whether Python in the node's environment cannot open `file`, which is readable without it."""
+        file.read_bytes()
+        command = [sys.executable, "-c", "import sys; open(sys.argv[1], 'rb')", str(file)]
+        done = subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=60, check=False)
+        return done.returncode == 1 and "PermissionError" in done.stderr and "is not this node's" in done.stderr
+
+
 def start_superlink(processes: Processes, folder: Path, port: int) -> subprocess.Popen[bytes]:
-    """Starts a SuperLink with TLS that admits registered nodes alone. `folder` holds its credentials.
+    """Starts a SuperLink with TLS that admits only registered nodes. `folder` holds its credentials.
 
     Raises:
         RunError: if it does not answer, over TLS, in time.
@@ -74,21 +166,8 @@ def start_superlink(processes: Processes, folder: Path, port: int) -> subprocess
     raise RunError(f"the SuperLink at {HOST}:{port} does not answer after {START:g} s")
 
 
-@dataclass(frozen=True)
-class Node:
-    """A SuperNode: its folder, which holds `ca.crt` and `node.key`, and its configuration."""
-
-    folder: Path
-    config: Mapping[str, Scalar]
-    more: Mapping[str, str]
-
-    @property
-    def environment(self) -> dict[str, str]:
-        return environment(self.folder, self.more)
-
-
 def start_supernode(processes: Processes, node: Node, superlink: int, port: int) -> subprocess.Popen[bytes]:
-    """Starts a SuperNode that knows the server by its authority, and makes itself known by its key."""
+    """Starts a SuperNode, which checks the server by `ca.crt` and identifies itself by its key."""
     command = [
         str(PROGRAMS / "flower-supernode"),
         *("--superlink", f"{HOST}:{superlink}", "--host", HOST, "--port", str(port)),
@@ -100,7 +179,7 @@ def start_supernode(processes: Processes, node: Node, superlink: int, port: int)
 
 
 class Operator:
-    """The one who registers nodes and submits runs, from a folder that holds `ca.crt`."""
+    """Registers nodes and submits runs, from a folder that holds `ca.crt`."""
 
     def __init__(self, folder: Path, superlink: int) -> None:
         self.folder, self._environment = folder, environment(folder)
@@ -120,11 +199,11 @@ class Operator:
         file.write_text(tomli_w.dumps(dict(options)))
         return int(self._flwr("run", str(app), CONNECTION, "--run-config", str(file))["run-id"])
 
-    def status(self, run: int) -> tuple[str, str]:
-        """Returns (status, details): ``finished:completed`` alone means that the ServerApp came to its end."""
+    def status(self, run: int) -> str:
+        """Returns status and details of a run; ``finished:completed`` alone if the ServerApp came to its end."""
         (found,) = self._flwr("list", CONNECTION, "--run-id", str(run))["runs"]
         details = str(found.get("status-details", ""))
-        return str(found["status"]), "" if details == "N/A" else details
+        return f"{found['status']} {'' if details == 'N/A' else details}".strip()
 
     def follow(self, processes: Processes, run: int, limit: float) -> Path:
         """Waits for a run to end; returns the file with what its ServerApp logged.
@@ -137,7 +216,7 @@ class Operator:
         ended = processes.wait(streaming, limit) is not None
         log = processes.end(streaming)
         if not ended:
-            raise RunError(f"run {run} is not done after {limit:g} s")
+            raise RunError(f"run {run} has not ended after {limit:g} s")
         return log
 
     def _flwr(self, *arguments: str) -> dict[str, Any]:
@@ -151,11 +230,11 @@ class Operator:
             timeout=SUBMIT,
             check=False,
         )
-        said = done.stdout.decode(errors="replace")
+        output = done.stdout.decode(errors="replace")
         try:
-            answer: dict[str, Any] = json.loads(said[said.index("{") :])
+            answer: dict[str, Any] = json.loads(output[output.index("{") :])
         except ValueError:
             answer = {}
         if done.returncode or not answer.get("success", False):
-            raise RunError(f"flwr {' '.join(arguments[:2])}: {answer.get('error-message') or said.strip()[-500:]}")
+            raise RunError(f"flwr {' '.join(arguments[:2])}: {answer.get('error-message') or output.strip()[-500:]}")
         return answer

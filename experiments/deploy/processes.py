@@ -1,30 +1,31 @@
-"""Processes that are started, watched and ended as one: by their ids, whatever they start in turn, however it goes."""
+"""The processes of a deployment: started, watched, and all ended, also those that they started in turn."""
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
+import psutil
+
 from tapfl.errors import RunError
 
-MARK = "TAPFL_DEPLOYMENT"  # in the environment of all that is started, and of whatever that starts
-PATIENCE = 10.0  # seconds between being asked to end and being made to
+MARK = "TAPFL_DEPLOYMENT"  # an environment variable of every process of a deployment, inherited by what it starts
+PATIENCE = 10.0  # seconds between SIGTERM and SIGKILL
 LINES = 15
 
 
 class Processes:
-    """The processes of one deployment, each with a log in a folder of its own.
+    """The processes of one deployment. Each logs to a file in its own folder.
 
-    Flower's SuperLink and SuperNodes start further processes, some in sessions of their own. What belongs to this
-    deployment is therefore known by a mark in its environment, which Linux shows under ``/proc``.
+    Flower's SuperLink and SuperNodes start further processes, some in sessions of their own. All of them are found by
+    the variable `MARK` in their environment, whose value is `mark`.
     """
 
     def __init__(self, mark: str) -> None:
@@ -32,7 +33,7 @@ class Processes:
         self._started: dict[subprocess.Popen[bytes], Path] = {}
 
     def start(self, command: Sequence[str], environment: Mapping[str, str], folder: Path) -> subprocess.Popen[bytes]:
-        """Starts a process in `folder`; what it says goes to a file there, named after the program."""
+        """Starts a process in `folder`. Its output goes to a file there, named after the program."""
         log = folder / f"{Path(command[0]).name}.log"
         with log.open("ab") as file:
             process = subprocess.Popen(
@@ -42,20 +43,20 @@ class Processes:
                 stdin=subprocess.DEVNULL,
                 stdout=file,
                 stderr=subprocess.STDOUT,
-                start_new_session=True,  # Ctrl-C is for the one who started them, who then ends them in order
+                start_new_session=True,  # Ctrl-C reaches only the parent, which then ends them in order
             )
         self._started[process] = log
         return process
 
-    def said(self, process: subprocess.Popen[bytes]) -> str:
-        """Returns all that a process has said so far."""
+    def output(self, process: subprocess.Popen[bytes]) -> str:
+        """Returns what a process has written so far."""
         return self._started[process].read_text(encoding="utf-8", errors="replace")
 
     def wait(self, process: subprocess.Popen[bytes], limit: float) -> int | None:
-        """Waits for a process to end and returns its exit code; None after `limit` seconds.
+        """Waits for a process to end and returns its exit code, or None after `limit` seconds.
 
         Raises:
-            RunError: as `require_alive`, for all others.
+            RunError: if another process ends meanwhile.
         """
         end = time.monotonic() + limit
         while process.poll() is None and time.monotonic() < end:
@@ -64,14 +65,14 @@ class Processes:
         return process.poll()
 
     def require_alive(self, but: subprocess.Popen[bytes] | None = None) -> None:
-        """Raises RunError, with its last words, if a process that was started (`but` that one) has ended."""
+        """Raises RunError with the last lines of its log if a started process other than `but` has ended."""
         for process in self._started:
             if process is not but and process.poll() is not None:
-                last = "\n".join(self.said(process).splitlines()[-LINES:])
+                last = "\n".join(self.output(process).splitlines()[-LINES:])
                 raise RunError(f"{Path(str(process.args[0])).name} ended with {process.returncode}:\n{last}")  # type: ignore[index]
 
     def end(self, process: subprocess.Popen[bytes]) -> Path:
-        """Ends one process and forgets it; returns its log. What it started ends with it, or in `end_all`."""
+        """Ends one process, forgets it, and returns its log. Its children end with it, or in `end_all`."""
         process.terminate()
         try:
             process.wait(PATIENCE)
@@ -81,46 +82,36 @@ class Processes:
         return self._started.pop(process)
 
     def left(self) -> list[int]:
-        """Returns the ids of all processes that carry the mark, zombies not counted."""
-        needle = f"{MARK}={self.mark}".encode()
-        found = []
-        for entry in Path("/proc").glob("[0-9]*"):
-            try:
-                if needle in (entry / "environ").read_bytes().split(b"\0"):
-                    found.append(int(entry.name))
-            except OSError:  # gone since, or not ours
-                continue
-        return found
+        """Returns the ids of all living processes of this deployment."""
+        return [process.pid for process in self._marked()]
 
     def end_all(self) -> None:
-        """Ends the processes, the last started first, then whatever else carries the mark."""
-        for process in reversed(self._started):
-            process.terminate()
-        end = time.monotonic() + PATIENCE
-        while time.monotonic() < end and self._reap():
-            time.sleep(0.1)
-        for force in (signal.SIGTERM, signal.SIGKILL):
-            end = time.monotonic() + PATIENCE
-            for pid in self.left():
-                _signal(pid, force)
-            while time.monotonic() < end and (self.left() or self._reap()):
-                time.sleep(0.1)
+        """Ends the started processes, the last one first, then all that is left of the deployment."""
+        for started in reversed(self._started):
+            started.terminate()
+        _wait_until(self._all_reaped)
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            for process in self._marked():
+                with suppress(psutil.NoSuchProcess):
+                    process.send_signal(number)
+            _wait_until(lambda: self._all_reaped() and not self._marked())
         self._started.clear()
 
-    def _reap(self) -> bool:
-        return any([process.poll() is None for process in self._started])  # noqa: C419 (all of them are asked)
+    def _all_reaped(self) -> bool:
+        return all([process.poll() is not None for process in self._started])  # noqa: C419 (each one is asked)
 
-
-def _signal(pid: int, number: int) -> None:
-    try:
-        os.kill(pid, number)
-    except ProcessLookupError:
-        return
+    def _marked(self) -> list[psutil.Process]:
+        found = []
+        for process in psutil.process_iter():
+            with suppress(psutil.Error):  # ended meanwhile, a zombie, or another user's
+                if process.environ().get(MARK) == self.mark:
+                    found.append(process)
+        return found
 
 
 @contextmanager
 def processes(mark: str) -> Iterator[Processes]:
-    """Gives the processes of one deployment, which end with the block: well, badly, or by a signal."""
+    """Yields the processes of one deployment and ends all of them with the block, also on an error or a signal."""
     running = Processes(mark)
     before = {number: signal.signal(number, _leave) for number in (signal.SIGTERM, signal.SIGHUP)}
     try:
@@ -132,6 +123,12 @@ def processes(mark: str) -> Iterator[Processes]:
         running.end_all()
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _wait_until(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + PATIENCE
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.1)
 
 
 def _leave(number: int, frame: FrameType | None) -> NoReturn:

@@ -1,0 +1,173 @@
+"""The documentation site's hooks: reference tables made from the code, and pages that show files of the repository.
+
+``<!-- table: options -->``, alone on a line of a page, becomes the table of that name (`TABLES`). A relative link to a
+file of the repository leads to a page that shows the file, so that the site needs no network. The pages of
+docs/commands come from mkdocs-click, which looks the commands of `tapfl` up as attributes of this module.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from importlib import import_module
+from inspect import cleandoc
+from itertools import takewhile
+from pathlib import Path
+from typing import Any
+
+import typer
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.exceptions import PluginError
+from mkdocs.structure.files import File, Files, InclusionLevel
+from mkdocs.structure.pages import Page
+
+from tapfl.config import RunConfig
+
+ROOT = Path(__file__).parents[1]
+TABLE = re.compile(r"^<!-- table: (\w+) -->$", re.MULTILINE)
+LINK = re.compile(r"\]\(((?:\.\./)+[^)#\s]+)\)")
+PIPE = re.compile(r"\|(?=[^`]*(?:`[^`]*`[^`]*)*$)")  # outside of code
+LANGUAGES = {".py": "python", ".toml": "toml", ".yml": "yaml", ".csv": "text", ".json": "json"}
+HUGE = 10**9  # a bound against mistyped numbers, not worth a reader's time
+BOUNDS = {"exclusiveMinimum": ">", "minimum": "≥", "exclusiveMaximum": "<", "maximum": "≤"}
+WORDS = {"integer": "integer", "number": "number", "boolean": "`true`, `false`"}
+
+
+def __getattr__(name: str) -> Any:
+    """Returns the command `tapfl NAME`, as mkdocs-click asks for it."""
+    if found := commands().get(name):
+        return found
+    raise AttributeError(name)
+
+
+def commands() -> dict[str, Any]:
+    """Returns every command of `tapfl` by name, hidden ones and groups included."""
+    from experiments.cli import app
+
+    return typer.main.get_command(app).commands  # type: ignore[attr-defined]
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    for page in list(files.documentation_pages()):
+        for _, shown in linked(page.src_uri, with_tables(page.content_string), Path(config.docs_dir)):
+            if files.get_file_from_path(uri := _uri(shown)) is None:
+                content = show(shown)
+                files.append(File.generated(config, uri, content=content, inclusion=InclusionLevel.NOT_IN_NAV))
+    return files
+
+
+def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, **_: Any) -> str:
+    if page.file.generated_by:
+        return markdown
+    markdown = with_tables(markdown)
+    up = "../" * page.file.src_uri.count("/")
+    for link, shown in linked(page.file.src_uri, markdown, Path(config.docs_dir)):
+        markdown = markdown.replace(f"]({link})", f"]({up}{_uri(shown)})")
+    return markdown
+
+
+def on_page_content(html: str, page: Page, **_: Any) -> str:
+    return html.replace("\\[", "[") if page.file.src_uri.startswith("commands/") else html  # rich's escapes in help
+
+
+def with_tables(markdown: str) -> str:
+    """Returns a page with its tables filled in. Raises PluginError for an unknown table."""
+
+    def fill(mark: re.Match[str]) -> str:
+        if mark[1] not in TABLES:
+            raise PluginError(f"{mark[0]}: unknown table; accepted: {', '.join(TABLES)}")
+        return TABLES[mark[1]]()
+
+    return TABLE.sub(fill, markdown)
+
+
+def linked(page: str, markdown: str, docs: Path) -> Iterator[tuple[str, Path]]:
+    """Yields every link of a page to a file of the repository outside `docs`, and the file."""
+    for link in sorted(set(LINK.findall(markdown))):
+        file = (docs / page).parent.joinpath(link).resolve()
+        if file.is_file() and file.is_relative_to(ROOT) and not file.is_relative_to(docs):
+            yield link, file
+
+
+def show(file: Path) -> str:
+    """Returns a page that shows a file of the repository."""
+    name, language = file.relative_to(ROOT).as_posix(), LANGUAGES.get(file.suffix, "text")
+    return f"---\nsearch:\n  exclude: true\n---\n# {name}\n\n~~~~~{language}\n{file.read_text().rstrip()}\n~~~~~\n"
+
+
+def _uri(file: Path) -> str:
+    return f"source/{file.relative_to(ROOT).as_posix()}.md"
+
+
+def options_table() -> str:
+    """Returns every option of a run, in one table for each section."""
+    schema, defaults = RunConfig.model_json_schema(), RunConfig().flat()
+    sections = {name: schema["$defs"][part["$ref"].rpartition("/")[2]] for name, part in _properties(schema, "$ref")}
+    parts = ["## The run\n\n" + _options(dict(_properties(schema, "title")), defaults)]
+    for name, section in sections.items():
+        fields = {f"{name}.{option}": field for option, field in section["properties"].items()}
+        parts.append(f"## {name}\n\n{section['description']}\n\n{_options(fields, defaults)}")
+    return "\n\n".join(parts)
+
+
+def criteria_table() -> str:
+    """Returns the built-in criteria: what each one is, and the options that it sets."""
+    from tapfl.pruning.criteria.registry import BUILT_IN, criterion_of
+
+    rows = []
+    for name, where in BUILT_IN.items():
+        module = where.partition(":")[0]
+        summary = cleandoc(import_module(module).__doc__ or "").split("\n\n")[0].replace("\n", " ")
+        recipe = getattr(criterion_of(name), "recipe", {})
+        defaults = ", ".join(f"{key.replace('_', '-')} = {value}" for key, value in recipe.items())
+        file = f"[{module.rpartition('.')[2]}.py](../../{module.replace('.', '/')}.py)"
+        rows.append([f"`{name}`", summary, defaults or "those of `tap`", file])
+    return table(["criterion", "what it is", "`auto` stands for", "file"], rows)
+
+
+def configs_table() -> str:
+    """Returns the ready configurations: what each one is for, and the commands that its first comment names."""
+    rows = []
+    for file in sorted((ROOT / "experiments" / "configs").glob("*.toml")):
+        purpose, lines = about(file)
+        named = "<br>".join(f"`{line}`" for line in lines)
+        rows.append([f"[{file.name}](../../experiments/configs/{file.name})", purpose, named])
+    return table(["file", "what for", "command"], rows)
+
+
+TABLES = {"options": options_table, "criteria": criteria_table, "configs": configs_table}
+
+
+def about(config: Path) -> tuple[str, list[str]]:
+    """Returns the purpose of a configuration as its first comment states it, and the commands in that comment."""
+    comment = [line[1:].strip() for line in takewhile(lambda line: line[:1] == "#", config.read_text().splitlines())]
+    purpose = " ".join(takewhile(lambda line: not line.startswith("tapfl "), comment)).rstrip(":")
+    return purpose, [line for line in comment if line.startswith("tapfl ")]
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    """Returns a Markdown table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(PIPE.sub(r"\\|", cell) for cell in line) + " |" for line in lines)
+
+
+def _properties(schema: dict[str, Any], key: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    return ((name, part) for name, part in schema["properties"].items() if key in part)
+
+
+def _options(fields: dict[str, dict[str, Any]], defaults: dict[str, Any]) -> str:
+    rows = []
+    for name, field in fields.items():
+        default = defaults[name]
+        shown = f"`{str(default).lower() if isinstance(default, bool) else default}`" if default != "" else ""
+        rows.append([f"`{name}`", shown, _accepted(field), field.get("description", "")])
+    return table(["option", "default", "accepted", "meaning"], rows)
+
+
+def _accepted(field: dict[str, Any]) -> str:
+    if field.get("type") == "array":
+        return f"a list, each {_accepted(field.get('items') or field['prefixItems'][0])}"
+    if "enum" in field:
+        return ", ".join(f"`{value}`" for value in field["enum"])
+    limits = [f"{sign} {field[bound]:g}" for bound, sign in BOUNDS.items() if field.get(bound, HUGE) < HUGE]
+    return f"{WORDS.get(field.get('type', ''), 'text')} {', '.join(limits)}".strip()

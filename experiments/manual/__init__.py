@@ -1,1 +1,0 @@
-"""The documentation site: what its pages read off the code, and what mkdocs makes of them."""
