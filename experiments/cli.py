@@ -6,7 +6,7 @@ import datetime
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from enum import StrEnum
 from functools import partial
@@ -19,13 +19,27 @@ from rich.table import Table
 
 from experiments import pruning_cli
 from experiments.bench import cli as bench_cli
+from experiments.command_line import (
+    Config,
+    JobOptions,
+    JsonObject,
+    JsonRows,
+    RayOptions,
+    Set,
+    load_torch,
+    of_the_system,
+    option_groups,
+    options_of,
+    starting,
+)
 from experiments.deploy import cli as deploy_cli
+from experiments.output import command, console, flags, show_rows
 from experiments.report import cli as report_cli
-from experiments.terminal import console, load_torch, of_the_system, options_of, show_rows, starting
 from tapfl.config import RunConfig
 from tapfl.errors import ConfigError, RunError, TapflError
 
 if TYPE_CHECKING:
+    from experiments.engines.ray import Workers
     from experiments.search.trials import Trials
 
 app = typer.Typer(
@@ -39,6 +53,9 @@ app.add_typer(pruning_cli.app)
 app.add_typer(bench_cli.app, name="bench")
 app.add_typer(deploy_cli.app)
 app.add_typer(report_cli.app)
+
+
+NEED_RAY = ("address", "actor_cpus", "actor_gpus")
 
 
 class Engine(StrEnum):
@@ -58,37 +75,24 @@ class Method(StrEnum):
     RANDOM = "random"
 
 
-WorkerCount = Annotated[
-    int, typer.Option(min=0, help="workers, one torch thread each; 0: as many as there is room for")
-]
-Address = Annotated[
-    str, typer.Option(help="ray: HOST:PORT of a cluster, or auto; empty: RAY_ADDRESS, else a local Ray")
-]
-ActorCpus = Annotated[float, typer.Option(min=0, help="ray: CPUs that an actor takes, for Ray to place it by")]
-ActorGpus = Annotated[
-    float, typer.Option(min=0, help="ray: GPUs that an actor takes, for own code; 0.25: four actors share one")
-]
-
-
 @app.callback()
 def _tapfl() -> None:
     """Makes `run` a command of its own even while it is alone."""
 
 
 @app.command()
+@option_groups
 def run(
-    config: Annotated[Path | None, typer.Option(help="options as TOML, one table a section")] = None,
-    set: Annotated[list[str] | None, typer.Option("--set", help="key=value, after and above --config")] = None,
-    out: Annotated[Path | None, typer.Option(help="the run's folder; must not exist")] = None,
-    resume: Annotated[Path | None, typer.Option(help="go on with the run in this folder")] = None,
+    *,
+    config: Config = None,
+    set: Set = None,
+    out: Annotated[Path | None, typer.Option(help="folder of the run; must not exist")] = None,
+    resume: Annotated[Path | None, typer.Option(help="continue the run in this folder")] = None,
     engine: Annotated[Engine, typer.Option(help="Flower's simulation, Ray actors, or this process")] = Engine.FLOWER,
-    workers: WorkerCount = 0,
-    address: Address = "",
-    actor_cpus: ActorCpus = 1.0,
-    actor_gpus: ActorGpus = 0.0,
-    as_json: Annotated[bool, typer.Option("--json", help="print one JSON object last, and no table")] = False,
+    ray: RayOptions,
+    as_json: JsonObject = False,
     report: Annotated[
-        bool, typer.Option("--report/--no-report", help="write report.html and figures/*.png too")
+        bool, typer.Option("--report/--no-report", help="also write report.html and figures/*.png")
     ] = True,
 ) -> None:
     """Carry out one federation: summaries, plans, smaller models, adapter rounds, personal models."""
@@ -99,12 +103,12 @@ def run(
     if resume is not None and out is not None and out.absolute() != resume.absolute():
         raise ConfigError(f"--out {out}: a run that goes on stays in its folder, {resume}")
     path = resume or out or options.get("out") or f"runs/{datetime.datetime.now():%Y%m%d-%H%M%S}"
-    _require_ray(engine, address, actor_cpus, actor_gpus)
+    _require_ray(engine, ray)
     with shown():
         resolved = resolve_run(options, Path(str(path)), resume is not None or bool(options.get("resume")))
     with _interruptible(f"tapfl run --resume {resolved.out}"):
         try:
-            _carry_out(resolved, engine, workers, address, actor_cpus, actor_gpus)
+            _carry_out(resolved, engine, ray)
         except OSError as error:
             go_on = f"; with that mended, go on with: tapfl run --resume {resolved.out}"
             begun = (Path(resolved.out) / "config.json").is_file()
@@ -138,27 +142,30 @@ def options() -> None:
 
 
 @app.command()
+@option_groups
 def sweep(
-    config: Annotated[Path, typer.Option(help="TOML: table \\[grid] of lists, \\[\\[run]] tables, shared options")],
-    out: Annotated[Path, typer.Option(help="folder of the runs; finished ones in it are not run again")],
-    engine: Annotated[Engine, typer.Option(help="what each run uses")] = Engine.INPROCESS,
-    jobs: Annotated[int, typer.Option(min=0, help="runs at a time; 0: as many as there are CPUs")] = 0,
-    workers: WorkerCount = 0,
-    address: Address = "",
-    actor_cpus: ActorCpus = 1.0,
-    actor_gpus: ActorGpus = 0.0,
-    set: Annotated[list[str] | None, typer.Option("--set", help="key=value, above what the file's runs share")] = None,
-    reference: Annotated[
-        list[str] | None, typer.Option(help="key=value: test each point against the one that has it, over devices")
+    *,
+    config: Annotated[
+        Path,
+        typer.Option(help="TOML: a table \\[grid] of lists, tables \\[\\[run]], options of all runs"),
+    ],
+    out: Annotated[Path, typer.Option(help="folder of the runs; runs that are finished there are not repeated")],
+    engine: Annotated[Engine, typer.Option(help="engine of each run")] = Engine.INPROCESS,
+    runs: JobOptions,
+    set: Annotated[
+        list[str] | None, typer.Option("--set", help="key=value; overrides the options that the file's runs share")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="print one JSON object a row")] = False,
+    reference: Annotated[
+        list[str] | None,
+        typer.Option(help="key=value: test every point against the one with this value, over devices"),
+    ] = None,
+    as_json: JsonRows = False,
 ) -> None:
     """Carry out many federations; tabulate and draw them: mean ± standard deviation over seeds, tests over devices.
 
     With --engine ray all of them share this process and one pool of warm actors; else each is a process of its own.
     Runs that differ only in what comes after round zero share it.
     """
-    from experiments.caption import command, flags
     from experiments.sweep import as_process, on_workers, read_sweep, run_sweep
     from experiments.swept.outcome import group_of, outcomes
     from experiments.swept.picture import picture
@@ -168,27 +175,25 @@ def sweep(
     from tapfl.progress import stage
     from tapfl.store import only_one
 
-    _require_ray(engine, address, actor_cpus, actor_gpus)
+    _require_ray(engine, runs)
     cells = read_sweep(config, options_of(None, set))
     told = read_sweep_options(config, options_of(None, reference))
     references([group_of(cell.point) for cell in cells], told.reference)
     with _interruptible("the same command"), only_one(out, "sweep"), ExitStack() as stack:
         stack.enter_context(shown())
         if engine is Engine.RAY:
-            from experiments.engines.ray import Workers
-
             starting("Ray")
-            carry_out = partial(on_workers, stack.enter_context(Workers(address, workers, actor_cpus, actor_gpus)))
+            carry_out = partial(on_workers, stack.enter_context(_pool(runs)))
         else:
-            carry_out = partial(as_process, engine, workers)
+            carry_out = partial(as_process, engine, runs.workers)
         advance = stack.enter_context(stage("runs"))
-        failures = run_sweep(cells, out, carry_out, jobs or os.cpu_count() or 1, advance)
-    runs = outcomes(cells, out)
-    write_results(runs, out, told)
-    rows = means_over_seeds(runs, told)
+        failures = run_sweep(cells, out, carry_out, runs.jobs or os.cpu_count() or 1, advance)
+    found = outcomes(cells, out)
+    write_results(found, out, told)
+    rows = means_over_seeds(found, told)
     made_by = command("sweep", "--config", str(config), "--out", "DIR", *flags(set=set, reference=reference))
-    write_table(rows, caption_of(runs, made_by, told), out / "table.md")
-    picture(runs, out / "learning-curves.png")
+    write_table(rows, caption_of(found, made_by, told), out / "table.md")
+    picture(found, out / "learning-curves.png")
     show_rows(rows, as_json)
     print(f"in {out}: results.csv, devices.csv, table.md, learning-curves.png", file=sys.stderr)
     if failures:
@@ -197,35 +202,35 @@ def sweep(
 
 
 @app.command()
+@option_groups
 def search(
-    config: Annotated[Path, typer.Option(help="TOML with \\[search], \\[space] and the options all runs share")],
+    *,
+    config: Annotated[Path, typer.Option(help="TOML with \\[search], \\[space] and the options that all runs share")],
     method: Annotated[
-        Method | None, typer.Option(help="in place of the file's: brackets with a model, Optuna's own, or neither")
+        Method | None,
+        typer.Option(help="overrides the file's: BOHB, Optuna's TPE with Hyperband, or random search"),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="folder of the search; default: runs/ and the file's name")] = None,
     storage: Annotated[str | None, typer.Option(help="URL of an Optuna storage; default: a journal in --out")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="go on with the search in --out")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="continue the search in --out")] = False,
     engine: Annotated[
-        SearchEngine, typer.Option(help="each run a process of this machine, or the devices of all on Ray actors")
+        SearchEngine,
+        typer.Option(help="each run in a process of its own, or the devices of all runs on Ray actors"),
     ] = SearchEngine.INPROCESS,
-    jobs: Annotated[int, typer.Option(min=0, help="runs at a time; 0: as many as there are CPUs")] = 0,
-    workers: WorkerCount = 0,
-    address: Address = "",
-    actor_cpus: ActorCpus = 1.0,
-    actor_gpus: ActorGpus = 0.0,
-    as_json: Annotated[bool, typer.Option("--json", help="print one JSON object last")] = False,
+    runs: JobOptions,
+    as_json: JsonObject = False,
 ) -> None:
     """Search for good options: budgets are rounds, and what is promising goes on from its checkpoint."""
     from experiments.preflight import DEFAULT_DEVICES
     from experiments.search.settings import read_search
     from strategies.progress import shown
 
-    _require_ray(engine, address, actor_cpus, actor_gpus, workers)
+    _require_ray(engine, runs, needs_ray=("workers", *NEED_RAY))
     wanted = read_search(config, method, {"devices.count": DEFAULT_DEVICES})
     load_torch()  # not before the file is known to be good
     from experiments.search.command import run_search
 
-    folder, count = out or Path("runs") / config.stem, jobs or os.cpu_count() or 1
+    folder, count = out or Path("runs") / config.stem, runs.jobs or os.cpu_count() or 1
     with _interruptible("the same command and --resume"), ExitStack() as stack:
         stack.enter_context(shown())
 
@@ -234,10 +239,9 @@ def search(
                 from experiments.search.workers import Workers
 
                 return Workers(count)
-            from experiments.engines.ray import Workers as Actors
             from experiments.search.ray_trials import RayTrials
 
-            return RayTrials(stack.enter_context(Actors(address, workers, actor_cpus, actor_gpus)), count)
+            return RayTrials(stack.enter_context(_pool(runs)), count)
 
         found = run_search(wanted, config.stem, folder, storage, resume, count, trials)
     if as_json:
@@ -272,18 +276,22 @@ def _describe(name: str) -> str:
     return field.description or (" | ".join(map(str, choices)) if choices else "")
 
 
-def _require_ray(
-    engine: Engine | SearchEngine, address: str, actor_cpus: float, actor_gpus: float, workers: int = 0
-) -> None:
-    """Refuses what only Ray has elsewhere, and an address where no cluster answers, before anything is loaded."""
+def _require_ray(engine: Engine | SearchEngine, options: RayOptions, needs_ray: Sequence[str] = NEED_RAY) -> None:
+    """Refuses Ray's options with another engine, and an address where no cluster answers."""
     if engine == Engine.RAY:
         from experiments.engines.cluster import require_reachable
 
-        require_reachable(address)
-    elif (address, actor_cpus, actor_gpus, workers) != ("", 1.0, 0.0, 0):
-        raise ConfigError(
-            f"{'--workers, ' if workers else ''}--address, --actor-cpus, --actor-gpus: only with --engine ray"
-        )
+        require_reachable(options.address)
+        return
+    for name in needs_ray:
+        if (value := getattr(options, name)) != getattr(RayOptions, name):
+            raise ConfigError(f"--{name.replace('_', '-')} {value}: accepted only with --engine ray")
+
+
+def _pool(options: RayOptions) -> Workers:
+    from experiments.engines.ray import Workers
+
+    return Workers(options.address, options.workers, options.actor_cpus, options.actor_gpus)
 
 
 @contextmanager
@@ -297,9 +305,7 @@ def _interruptible(go_on: str) -> Iterator[None]:
         os._exit(130)  # Ray is stopped, but runs in threads of this process would go on
 
 
-def _carry_out(
-    config: RunConfig, engine: Engine, workers: int, address: str, actor_cpus: float, actor_gpus: float
-) -> None:
+def _carry_out(config: RunConfig, engine: Engine, ray: RayOptions) -> None:
     if engine is Engine.INPROCESS:
         from clients.client_app import app as client_app
         from experiments.engines.inprocess import run_inprocess
@@ -309,16 +315,15 @@ def _carry_out(
         return
     starting("Ray")
     if engine is Engine.RAY:
-        from experiments.engines.ray import Workers
         from strategies.progress import shown
         from strategies.server_app import app as server_app
 
-        with shown(), Workers(address, workers, actor_cpus, actor_gpus) as pool:
+        with shown(), _pool(ray) as pool:
             pool.run(server_app, config.flat(), config.devices.count)
     else:
         from experiments.engines.flower import run_flower
 
-        run_flower(config.flat(), config.devices.count, workers or os.cpu_count() or 1)
+        run_flower(config.flat(), config.devices.count, ray.workers or os.cpu_count() or 1)
 
 
 def main() -> NoReturn:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from clients.storage import DeviceStorage
-from experiments.words import count
+from experiments.output import count
 from tapfl.models.backbone import build
 from tapfl.models.latency import latencies_ms
 from tapfl.models.prunable import prunable_layers

@@ -6,13 +6,15 @@ import json
 import os
 import sys
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.table import Table
 
-from experiments.terminal import console, load_torch, options_of, show_rows
+from experiments.command_line import Config, JsonObject, JsonRows, Set, load_torch, option_groups, options_of
+from experiments.output import command, console, flags, show_rows
 from tapfl.config import RunConfig
 from tapfl.errors import ConfigError
 
@@ -21,23 +23,37 @@ BACKBONE = {"model.name", "model.args"}  # the options that say which backbone
 app = typer.Typer()
 
 
+@dataclass(frozen=True)
+class PruningShorthands:
+    """Short names of three options of `[pruning]`."""
+
+    criterion: Annotated[str | None, typer.Option(help="short for --set pruning.criterion=...")] = None
+    compensation: Annotated[str | None, typer.Option(help="short for --set pruning.compensation=...")] = None
+    recovery: Annotated[str | None, typer.Option(help="short for --set pruning.recovery=...")] = None
+
+    def options(self) -> dict[str, str]:
+        """Returns those that are given, by dotted name."""
+        return {f"pruning.{name}": value for name, value in vars(self).items() if value is not None}
+
+
 @app.command()
+@option_groups
 def prune(
-    out: Annotated[Path, typer.Option(help="the smaller model's folder; must not exist")],
+    *,
+    out: Annotated[Path, typer.Option(help="folder of the smaller model; must not exist")],
     budget: Annotated[
         str | None, typer.Option(help="share of the MACs, or limits: macs<=0.5,params<=8e6,latency<=5ms")
     ] = None,
-    criterion: Annotated[str | None, typer.Option(help="short for --set pruning.criterion=...")] = None,
-    compensation: Annotated[str | None, typer.Option(help="short for --set pruning.compensation=...")] = None,
-    recovery: Annotated[str | None, typer.Option(help="short for --set pruning.recovery=...")] = None,
+    shorthands: PruningShorthands,
     plan: Annotated[
-        Path | None, typer.Option(help="plan to apply to model.weights instead: a pruned folder, or a JSON file")
+        Path | None,
+        typer.Option(help="existing plan for model.weights: a pruned model's folder, or a JSON file"),
     ] = None,
-    config: Annotated[Path | None, typer.Option(help="options as TOML, one table a section")] = None,
-    set: Annotated[list[str] | None, typer.Option("--set", help="key=value, after and above --config")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="print one JSON object last, and no table")] = False,
+    config: Config = None,
+    set: Set = None,
+    as_json: JsonObject = False,
 ) -> None:
-    """Prune one backbone for the images of data.source, or as a plan says that was made before."""
+    """Prune a backbone for the images of data.source, or apply an existing plan to other weights."""
     if (plan is None) == (budget is None):
         raise ConfigError(f"--budget {budget}, --plan {plan}: give one of the two")
     options = options_of(config, set)
@@ -48,9 +64,7 @@ def prune(
             assert plan is not None
             _reapply(plan, options, out)
         else:
-            short = {"criterion": criterion, "compensation": compensation, "recovery": recovery}
-            options |= {f"pruning.{name}": value for name, value in short.items() if value is not None}
-            _prune(options, budget, out)
+            _prune(options | shorthands.options(), budget, out)
     _inspect_pruned(out, None, as_json)
 
 
@@ -95,7 +109,7 @@ def inspect(
     uplink: Annotated[
         bool, typer.Option("--uplink", help="everything that leaves a device; with a run's folder also what was sent")
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="print one JSON object last, and no table")] = False,
+    as_json: JsonObject = False,
 ) -> None:
     """Show a pruned model: kept widths, layer importance, cost and latency, origin; or what leaves a device."""
     if uplink and picture:
@@ -167,7 +181,7 @@ def export(
     format: Annotated[str, typer.Option(help="onnx, torch-export or torchscript")] = "onnx",
     batch: Annotated[str, typer.Option(help="images a pass: a number, or dynamic")] = "dynamic",
     opset: Annotated[int | None, typer.Option(help="ONNX operator set; the exporter's own if none is given")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="print one JSON object last, and no table")] = False,
+    as_json: JsonObject = False,
 ) -> None:
     """Write a pruned model for other runtimes; it is kept only if it computes the same when read again."""
     if batch != "dynamic" and not batch.isdecimal():
@@ -209,7 +223,7 @@ def compare(
     finished: Annotated[
         bool, typer.Option("--finished", help="run nothing: tables of the cells that are there")
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="print one JSON object a row")] = False,
+    as_json: JsonRows = False,
 ) -> None:
     """Compare pruning criteria: criteria × budgets × any option × devices × seeds, under one harness."""
     from experiments.compare.reading import read_comparison
@@ -218,7 +232,6 @@ def compare(
     results = comparison.results.given(measure, reference)
     results.check(comparison.axes)
     load_torch()  # not before the file is known to be good
-    from experiments.caption import command, flags
     from experiments.compare.page import page
     from experiments.compare.picture import picture
     from experiments.compare.run import finished_rows, run_comparison

@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from experiments.words import count, duration, size
+from experiments.output import count, duration, size
 
 COLUMNS = tuple("device samples classes budget MACs params dense pruned global personal α up down".split())  # noqa: SIM905
 

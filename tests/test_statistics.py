@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from experiments.caption import caption, command
+from experiments.output import caption, command
 from experiments.statistics import by_device, paired
 
 accuracies = st.lists(st.tuples(st.integers(0, 20), st.integers(0, 20)), min_size=2, max_size=8)

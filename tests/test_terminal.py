@@ -1,10 +1,16 @@
-"""Tables as they are shown: whole, however many columns."""
+"""Tables as they are shown: whole, however many columns; options as commands take them."""
 
 from __future__ import annotations
 
-import pytest
+from dataclasses import dataclass
+from typing import Annotated
 
-from experiments.terminal import of_the_system, show_rows
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from experiments.command_line import of_the_system, option_groups
+from experiments.output import show_rows
 
 
 @pytest.mark.parametrize(("columns", "lines"), [(3, 3), (30, 3), (3, 30), (30, 30)])
@@ -21,3 +27,32 @@ def test_what_the_system_refused_is_a_line_that_can_be_read() -> None:
     assert of_the_system(OSError(28, "No space left on device")) == "No space left on device"
     long = of_the_system(OSError(36, "File name too long", "/data/" + "x" * 5000))
     assert len(long) < 200 and long.startswith("/data/xxx") and long.endswith("xxx: File name too long")
+
+
+@dataclass(frozen=True)
+class Size:
+    width: Annotated[int, typer.Option(min=1, help="metres")]
+    deep_end: Annotated[float, typer.Option()] = 1.5
+
+
+def test_a_group_of_options_is_a_dataclass_parameter() -> None:
+    app, seen = typer.Typer(), []
+
+    @app.command()
+    @option_groups
+    def fill(*, name: Annotated[str, typer.Argument()], size: Size, slow: bool = False) -> None:
+        seen.append((name, size, slow))
+
+    assert CliRunner().invoke(app, ["pool", "--width", "3", "--deep-end", "2", "--slow"]).exit_code == 0
+    assert CliRunner().invoke(app, ["pool", "--width", "4"]).exit_code == 0
+    assert seen == [("pool", Size(3, 2.0), True), ("pool", Size(4), False)]
+    for wrong in (["pool"], ["pool", "--width", "0"], ["pool", "--width", "wide"]):
+        assert CliRunner().invoke(app, wrong).exit_code == 2
+    assert [each.name for each in typer.main.get_command(app).params[:4]] == ["name", "width", "deep_end", "slow"]
+
+
+def test_two_options_of_one_name_are_refused() -> None:
+    with pytest.raises(ValueError, match="duplicate parameter name: 'width'"):
+
+        @option_groups
+        def fill(*, width: int = 1, size: Size) -> None: ...

@@ -8,7 +8,8 @@ from typing import Annotated
 
 import typer
 
-from experiments.terminal import options_of, show_rows
+from experiments.command_line import options_of
+from experiments.output import show_rows
 from tapfl.errors import ConfigError
 from tapfl.store import RunFolder
 
@@ -113,7 +114,7 @@ def bench_gain(
     """What the devices of a run gained: parameters, file, MACs, and latency in torch and onnxruntime; one thread."""
     from experiments.bench.gain import bench_gain as measure
     from experiments.bench.gain import shown, write_gain
-    from experiments.caption import caption, command, installed
+    from experiments.output import caption, command, installed
 
     measured = measure(run, repeats, device or ())
     if out is not None:

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from clients.storage import DeviceStorage
-from experiments.rows import as_csv
+from experiments.output import as_csv
 from experiments.swept.table import write_table
 from tapfl.errors import ConfigError
 from tapfl.models.backbone import build

@@ -18,8 +18,7 @@ from typing import Any
 
 from pydantic import Field, model_validator
 
-from experiments.caption import command, installed, named
-from experiments.rows import as_markdown
+from experiments.output import as_markdown, command, installed, named
 from tapfl.config import Section, read_toml_tables, validated
 from tapfl.errors import RunError
 from tapfl.progress import stage

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from experiments.caption import installed, named
 from experiments.compare.grid import Comparison
 from experiments.compare.results import ResultOptions
 from experiments.compare.table import Rows, Section, mean_over_devices, measured, named_reference
-from experiments.rows import as_markdown
+from experiments.output import as_markdown, installed, named
 from experiments.statistics import TEST
 from tapfl.config import RunConfig
 from tapfl.models.forward import input_transform

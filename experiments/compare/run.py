@@ -16,7 +16,7 @@ from typing import Any
 from experiments.compare.grid import Cell, Comparison
 from experiments.compare.setting import Setting
 from experiments.compare.worker import Row, Worker, setting_of
-from experiments.rows import as_csv
+from experiments.output import as_csv
 from tapfl.errors import ConfigError
 from tapfl.progress import Advance
 from tapfl.store import write_bytes

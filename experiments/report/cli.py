@@ -18,8 +18,8 @@ def report(
     ] = None,
 ) -> None:
     """Show what a run came to, or several beside each other: one page that opens offline, and its figures as PNG."""
+    from experiments.output import console
     from experiments.report.write import write_report
-    from experiments.terminal import console
 
     path = write_report(runs, out)
     console().print(f"the report: {path}", highlight=False, soft_wrap=True)

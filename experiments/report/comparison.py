@@ -7,6 +7,7 @@ from typing import Any
 
 import altair as alt
 
+from experiments.output import duration, size
 from experiments.report import differences, series, tables, wording
 from experiments.report.figure import (
     LINE,
@@ -26,7 +27,6 @@ from experiments.report.page import Page, Section
 from experiments.report.reading import Run
 from experiments.report.tables import Table
 from experiments.report.theme import CATEGORIES
-from experiments.words import duration, size
 
 MOST_APART = 6  # runs, whose marks on a device's line stand below each other
 DASHES = ([1, 0], [6, 4], [2, 3], [10, 3, 2, 3])  # the second, third, … time that the colours are used

@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from experiments.output import count, size
 from experiments.report import series
 from experiments.report.reading import Run
-from experiments.words import count, size
 from tapfl.config import RunConfig
 
 PLACE = {"out", "resume", "cache", "devices.count"}  # options that say where, or are set by every run

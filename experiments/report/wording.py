@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from experiments.output import duration, size
 from experiments.report import series
 from experiments.report.reading import Run
-from experiments.words import duration, size
 
 METHODS = {
     "apfl": "a personal mixture of the shared adapters and its own (APFL)",

@@ -9,7 +9,7 @@ from typing import Any
 import tomli_w
 from optuna.trial import FrozenTrial
 
-from experiments.rows import as_csv
+from experiments.output import as_csv
 from experiments.search.objective import MEASURES
 from experiments.search.runner import measures_key, scores
 from experiments.search.schedule import FAILED

@@ -8,8 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments.caption import PACKAGES, caption
-from experiments.rows import as_csv, as_markdown
+from experiments.output import PACKAGES, as_csv, as_markdown, caption
 from experiments.statistics import TEST, paired
 from experiments.swept.outcome import BYTES_TO, SECONDS_TO, Outcome, Point, grouped, personal_by_device
 from experiments.swept.settings import SweepOptions, references

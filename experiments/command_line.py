@@ -1,0 +1,115 @@
+"""What the commands share: options, groups of options, and messages on standard error.
+
+A command with many options takes some of them as one frozen dataclass:
+
+    @dataclass(frozen=True)
+    class RayOptions:
+        workers: Annotated[int, typer.Option(help="number of workers")] = 0
+
+    @app.command()
+    @option_groups
+    def run(*, ray: RayOptions, as_json: bool = False) -> None: ...  # tapfl run --workers 2
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import MISSING, dataclass, fields, is_dataclass
+from functools import wraps
+from inspect import Parameter, Signature, signature
+from pathlib import Path
+from typing import Annotated, Any, TypeVar, get_type_hints
+
+import typer
+
+from tapfl.config import parse_assignment, read_toml
+from tapfl.errors import message_of
+
+T = TypeVar("T")
+Config = Annotated[Path | None, typer.Option(help="TOML file of options, one table per section")]
+Set = Annotated[list[str] | None, typer.Option("--set", help="key=value; overrides --config")]
+JsonObject = Annotated[bool, typer.Option("--json", help="print one JSON object at the end instead of a table")]
+JsonRows = Annotated[bool, typer.Option("--json", help="print one JSON object per row")]
+
+
+def option_groups(command: Callable[..., T]) -> Callable[..., T]:
+    """Returns `command` as typer should see it: a dataclass parameter becomes one option per field.
+
+    Fields are annotated and named like parameters of a command, with plain defaults (no `default_factory`). The
+    options take the place of the group in the help.
+
+    Raises:
+        ValueError: if two options have the same name.
+    """
+    hints = get_type_hints(command, include_extras=True)
+    groups: dict[str, Any] = {name: hint for name, hint in hints.items() if is_dataclass(hint)}
+    expanded = []
+    for parameter in signature(command).parameters.values():
+        group = groups.get(parameter.name)
+        options = [(parameter.name, parameter.default)] if group is None else _options(group)
+        types = hints if group is None else get_type_hints(group, include_extras=True)
+        expanded += [Parameter(name, Parameter.KEYWORD_ONLY, default=d, annotation=types[name]) for name, d in options]
+
+    @wraps(command)
+    def with_groups(**values: Any) -> T:
+        for name, group in groups.items():
+            values[name] = group(**{option: values.pop(option) for option, _ in _options(group)})
+        return command(**values)
+
+    vars(with_groups)["__signature__"] = Signature(expanded)
+    with_groups.__annotations__ = {each.name: each.annotation for each in expanded}
+    return with_groups
+
+
+def _options(group: Any) -> list[tuple[str, Any]]:
+    return [(each.name, Parameter.empty if each.default is MISSING else each.default) for each in fields(group)]
+
+
+@dataclass(frozen=True)
+class RayOptions:
+    """Options of a command whose devices can run on Ray actors."""
+
+    workers: Annotated[
+        int, typer.Option(min=0, help="number of workers, one torch thread each; 0: as many as there is room for")
+    ] = 0
+    address: Annotated[
+        str, typer.Option(help="ray: HOST:PORT of a cluster, or auto; empty: RAY_ADDRESS, otherwise a local Ray")
+    ] = ""
+    actor_cpus: Annotated[float, typer.Option(min=0, help="ray: CPUs that each actor reserves")] = 1.0
+    actor_gpus: Annotated[
+        float, typer.Option(min=0, help="ray: GPUs that each actor reserves, for plugins; 0.25: four actors share one")
+    ] = 0.0
+
+
+@dataclass(frozen=True)
+class JobOptions(RayOptions):
+    """Options of a command that carries out many runs."""
+
+    jobs: Annotated[int, typer.Option(min=0, help="runs at a time; 0: as many as there are CPUs")] = 0
+
+
+def options_of(config: Path | None, assignments: list[str] | None) -> dict[str, Any]:
+    """Returns options by dotted name; those of --set override those of --config."""
+    return (read_toml(config) if config else {}) | dict(parse_assignment(text) for text in assignments or [])
+
+
+def starting(what: str) -> None:
+    """Reports that something starts which takes seconds, before a progress bar can be shown."""
+    print(f"tapfl: starting {what}", file=sys.stderr, flush=True)
+
+
+def load_torch() -> None:
+    """Imports torch and timm, and reports it first, because this takes seconds."""
+    if "torch" not in sys.modules:
+        starting("torch and timm")
+        import timm  # noqa: F401
+
+
+def of_the_system(error: OSError) -> str:
+    """Returns an error of the operating system in one line: ``/data/run/metrics.jsonl: No space left on device``."""
+    what = error.strerror or message_of(error)
+    if not error.filename:
+        return what
+    name = str(error.filename)
+    return f"{name if len(name) <= 200 else f'{name[:100]} ... {name[-60:]}'}: {what}"

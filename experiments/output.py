@@ -1,0 +1,150 @@
+"""Results as text: numbers in words, tables on the screen, CSV and Markdown, and captions.
+
+A caption names the command, the seeds and the versions, but no date: a table that is made again is the same.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+import shlex
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from importlib import metadata
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+PACKAGES = ("tapfl", "torch", "timm", "numpy", "scikit-learn")
+
+
+def count(number: float) -> str:
+    """Returns ``980k``, ``1.63M``, ``4.6G``."""
+    for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if number >= size:
+            return f"{number / size:.3g}{letter}"
+    return f"{number:g}"
+
+
+def size(number_of_bytes: float) -> str:
+    """Returns ``339.2 kB``, ``1.20 MB``, ``8.08 GB``."""
+    for unit, letter in ((1e9, "G"), (1e6, "M")):
+        if number_of_bytes >= unit:
+            return f"{number_of_bytes / unit:.2f} {letter}B"
+    return f"{number_of_bytes / 1e3:.1f} kB"
+
+
+def duration(seconds: float) -> str:
+    """Returns ``6.91 s``, ``12.5 min``, ``3.2 h``."""
+    if seconds < 120:
+        return f"{seconds:.3g} s"
+    return f"{seconds / 60:.3g} min" if seconds < 7200 else f"{seconds / 3600:.3g} h"
+
+
+# -- tables ------------------------------------------------------------------------------------------------------------
+
+
+def as_csv(rows: Iterable[Mapping[str, Any]], columns: Sequence[str]) -> bytes:
+    """Returns a header and one line per row; a value that a row lacks is empty."""
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, columns)
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue().encode()
+
+
+def as_markdown(rows: Sequence[Mapping[str, str]]) -> str:
+    """Returns rows of the same columns as a Markdown table."""
+    lines = [list(rows[0]), ["---"] * len(rows[0]), *(list(row.values()) for row in rows)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def console() -> Console:
+    """Returns a console on standard output; 140 columns wide if that is no terminal."""
+    return Console(width=None if sys.stdout.isatty() else 140)
+
+
+def show_rows(rows: Sequence[Mapping[str, str | float]], as_json: bool) -> None:
+    """Prints rows as a table, or as one JSON object each.
+
+    A table that is too wide is transposed. If it is still too wide, each row is printed as a table of its own.
+    """
+    if as_json:
+        for row in rows:
+            print(json.dumps(row))
+        return
+    screen = console()
+    upright = _table([*rows[0]], [[str(value) for value in row.values()] for row in rows])
+    lines = [[name, *(str(row[name]) for row in rows)] for name in rows[0]]
+    transposed = _table(["", *(str(number) for number in range(1, len(rows) + 1))], lines)
+    for table in (upright, transposed):
+        if screen.measure(table, options=screen.options.update(width=10**6)).minimum <= screen.width:
+            screen.print(table)
+            return
+    for number, row in enumerate(rows, start=1):
+        screen.print(_table(["", str(number)], [[name, str(value)] for name, value in row.items()]))
+
+
+def _table(columns: Sequence[str], lines: Sequence[Sequence[str]]) -> Table:
+    table = Table()
+    for name in columns:
+        table.add_column(name, overflow="fold")
+    for line in lines:
+        table.add_row(*line)
+    return table
+
+
+# -- captions ----------------------------------------------------------------------------------------------------------
+
+
+def command(*parts: str) -> str:
+    """Returns a `tapfl` command as a reader types it; an absolute path is shortened to its last name.
+
+    >>> command("sweep", "--config", "rules.toml", "--set", "data.source=/home/me/val")
+    'tapfl sweep --config rules.toml --set data.source=…/val'
+    """
+    return " ".join(["tapfl", *(_quoted(re.sub(r"(^|=)/(?:[^/]*/)*(?=[^/])", r"\1…/", part)) for part in parts)])
+
+
+def flags(**repeated: Sequence[str] | None) -> list[str]:
+    """Returns options that can be repeated as they are typed.
+
+    >>> flags(set=["seed=1"], reference=None)
+    ['--set', 'seed=1']
+    """
+    return [part for name, values in repeated.items() for value in values or () for part in (f"--{name}", value)]
+
+
+def _quoted(part: str) -> str:
+    return part if re.fullmatch(r"[\w@%+=:,./…-]+", part) else shlex.quote(part)
+
+
+def installed(packages: Iterable[str] = PACKAGES) -> dict[str, str]:
+    """Returns the installed version of each package."""
+    return {name: metadata.version(name) for name in packages}
+
+
+def named(versions: Mapping[str, str]) -> str:
+    """Returns versions as text: ``torch 2.8.0, timm 1.0.31``."""
+    return ", ".join(f"{name} {version}" for name, version in versions.items())
+
+
+def caption(made_by: str, seeds: Iterable[int], versions: Mapping[str, str], about: Iterable[str] = ()) -> str:
+    """Returns one line of Markdown.
+
+    Args:
+        made_by: the command, from `command`.
+        versions: package -> version.
+        about: further parts, such as the backbone and the meaning of ±.
+    """
+    numbers = sorted(set(seeds))
+    parts = [
+        f"made by `{made_by}`",
+        f"{'seed' if len(numbers) == 1 else 'seeds'} {', '.join(map(str, numbers))}",
+        *about,
+        named(versions),
+    ]
+    return "; ".join(filter(None, parts)) + "."
