@@ -285,7 +285,7 @@ def _require_ray(engine: Engine | SearchEngine, options: RayOptions, needs_ray: 
         return
     for name in needs_ray:
         if (value := getattr(options, name)) != getattr(RayOptions, name):
-            raise ConfigError(f"--{name.replace('_', '-')} {value}: accepted only with --engine ray")
+            raise ConfigError(f"--{name.replace('_', '-')} {value}: only with --engine ray")
 
 
 def _pool(options: RayOptions) -> Workers:
