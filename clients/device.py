@@ -12,11 +12,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from clients import caches
 from clients.storage import DeviceState, DeviceStorage
 from tapfl.adapters import rules
-from tapfl.adapters.clip import clip_update
+from tapfl.adapters.combination import clip_update
 from tapfl.adapters.layout import pack, unpack
 from tapfl.adapters.peft_format import save_peft
 from tapfl.config import RunConfig
@@ -33,7 +34,7 @@ from tapfl.seeds import numpy_generator
 from tapfl.store import cache_folder
 from tapfl.summary.descriptors import Projection
 from tapfl.summary.private import device_mixture
-from tapfl.training import Params, accuracy, batches, cross_entropy, predict
+from tapfl.training import Params, accuracy, batches, predict
 from tapfl.wire import (
     PROFILE_FIELDS,
     Evaluate,
@@ -192,7 +193,7 @@ class Device:
 
         def objective(params: Params, batch: object) -> Tensor:
             index = torch.from_numpy(batch)
-            return cross_entropy(own.adapted(params, inputs[index]), labels[index])
+            return F.cross_entropy(own.adapted(params, inputs[index]), labels[index])
 
         options = self.config.train
         order = numpy_generator(self.config.seed, "train", round, self.partition_id)

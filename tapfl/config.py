@@ -38,7 +38,7 @@ NOT_PATHS = ("", "digits", "hub", *PROFILE_SETS)
 FREE_OPTIONS = ("resume", "out", "cache", "node-timeout", "window", "faults.", "log.")
 PLUGIN = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")  # module:name, in the place of a built-in name (`tapfl.plugin`)
 LINEAR_RULES = ("fedit", "ffa", "rolora", "embed_side")  # sums of what devices sent, which noise can cover
-RULES = (*LINEAR_RULES, "flex")
+RULES = (*LINEAR_RULES, "hetlora", "flex")
 METHODS = ("apfl", "ditto", "local", "fedavg", "fedavg+finetune")
 
 
@@ -251,7 +251,6 @@ class AdapterOptions(Section):
         "flex",
         description=f"which factors of a linear travel, what of them is combined: {', '.join(RULES)}, or an own one",
     )
-    hetlora: bool = Field(False, description="fedit weighs devices by the norm of their B A instead of their samples")
     scale: float = Field(2.0, gt=0, description="s = lora_alpha / rank, the same for every rank")
     head: Literal["class-rows", "mean", "personal"] = Field(
         "class-rows", description="a class's row is averaged over the devices that hold it, over all, or stays at home"
@@ -270,13 +269,9 @@ class AdapterOptions(Section):
     server_epsilon: float = Field(1e-3, gt=0, description="τ of FedAdam, its degree of adaptivity")
 
     @model_validator(mode="after")
-    def _hetlora_weighs_what_is_weighed(self) -> AdapterOptions:
-        if self.hetlora and self.rule != "fedit":
-            raise ValueError(
-                f"hetlora=true weighs the factors of rule=fedit, the only one accepted, not of {self.rule}"
-            )
-        if self.hetlora and self.combine != "mean":
-            raise ValueError(f"hetlora=true needs combine=mean, the only one that weighs, not {self.combine}")
+    def _hetlora_has_weights(self) -> AdapterOptions:
+        if self.rule == "hetlora" and self.combine != "mean":
+            raise ValueError(f"rule=hetlora computes weights, which combine={self.combine} ignores; accepted: mean")
         return self
 
 
@@ -300,9 +295,6 @@ class PersonalizeOptions(Section):
     )
     alpha_per: Literal["device", "layer"] = Field("device", description="one α, or one for every linear and head")
     alpha_learning_rate: float = Field(0.1, ge=0)
-    passes: Literal["one", "two"] = Field(
-        "two", description="of `apfl`: its two models in turn, or as one doubled batch (for small backbones)"
-    )
     ditto_lambda: float = Field(
         0.1, ge=0, description="how strongly `ditto` pulls the personal weights to the shared ones; 0: not at all"
     )
@@ -385,8 +377,6 @@ class RunConfig(Section):
             accepted = f"adapters.rule={adapters.rule}: accepted are fedit, ffa, rolora and embed_side (plain sums)"
         elif adapters.combine != "mean":
             accepted = f"adapters.combine={adapters.combine}: accepted is mean"
-        elif adapters.hetlora:
-            accepted = "adapters.hetlora=true: accepted is false (each device counts once)"
         if self.privacy.dp_clip and accepted:
             raise ValueError(f"privacy.dp-clip={self.privacy.dp_clip} does not go with {accepted}")
         return self

@@ -13,7 +13,7 @@ from tapfl.progress import stage
 
 Params = dict[str, Tensor]
 Objective = Callable[[Params, object], Tensor]
-"""(parameters, batch) -> loss; one that takes a `tapfl.adapters.mixture.Pair` returns the losses of both its models."""
+"""(parameters, batch) -> loss"""
 
 
 def batches(size: int, batch: int, epochs: int, generator: np.random.Generator) -> Iterator[np.ndarray]:
@@ -32,13 +32,6 @@ def optimizer(name: str, params: list[Tensor], learning_rate: float, fused: bool
     if name == "adam":
         return torch.optim.Adam(params, lr=learning_rate, fused=fused)
     return torch.optim.SGD(params, lr=learning_rate)
-
-
-def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Returns the mean cross-entropy of logits (n, classes), or of each of m models' (m, n, classes), as (m,)."""
-    if logits.dim() == 3:
-        return torch.stack([F.cross_entropy(one, labels) for one in logits])
-    return F.cross_entropy(logits, labels)
 
 
 @torch.no_grad()
@@ -80,7 +73,7 @@ def train_dense(
         advance(0, steps)
         mean = 0.0
         for step, chosen in enumerate(batches(len(labels), batch, epochs, generator)):
-            loss = nn.functional.cross_entropy(model(inputs(chosen)), labels[torch.from_numpy(chosen)])
+            loss = F.cross_entropy(model(inputs(chosen)), labels[torch.from_numpy(chosen)])
             adam.zero_grad()
             loss.backward()
             adam.step()

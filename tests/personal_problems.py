@@ -10,9 +10,8 @@ import torch
 from backbones import golden
 from torch import Tensor
 
-from tapfl.adapters import fedit
 from tapfl.adapters.layout import Placement, Update
-from tapfl.adapters.mixture import Pair, mix
+from tapfl.adapters.rules import RULES
 from tapfl.config import TrainOptions
 from tapfl.personalize.method import LocalResult, Method, Personal, local_round
 from tapfl.training import Objective, Params
@@ -21,7 +20,6 @@ SGD = TrainOptions(optimizer="sgd", learning_rate=0.1)
 ADAM = TrainOptions(optimizer="adam", learning_rate=0.1)
 UPDATES = ["round", "step", "fixed"]
 Moves = Literal["round", "step", "fixed"]
-Passes = Literal["one", "two"]
 
 CASE = golden("apfl")
 X = frozenset("x")
@@ -37,19 +35,6 @@ def quadratic(device: int) -> Objective:
     return lambda params, batch: (H * (params["x"] - c) ** 2).sum() / 2
 
 
-def either(objective: Objective) -> Objective:
-    """The objective, which for a pair gives the losses of w and of the mixture."""
-
-    def run(params: Params, batch: object) -> Tensor:
-        if not isinstance(params, Pair):
-            return objective(params, batch)
-        w, v = ({name: theta[i] for name, theta in params.items()} for i in (0, 1))
-        mixture = mix(v, {name: theta.detach() for name, theta in w.items()}, params.alpha)
-        return torch.stack([objective(w, batch), objective(mixture, batch)])
-
-    return run
-
-
 def check_golden(method: Method[Any], update: str) -> None:
     """Fails unless rounds of `method` with the golden α and step sizes give the golden w, v and α to the digit."""
     train = TrainOptions(optimizer="sgd", learning_rate=CASE["lr"])
@@ -58,30 +43,30 @@ def check_golden(method: Method[Any], update: str) -> None:
     for want in CASE["runs"][update]:
         updates = []
         for i, weight in enumerate(CASE["aggregation_weights"]):
-            result = local_round(method, either(quadratic(i)), w, personal[i], range(CASE["local_steps"]), train, X)
+            result = local_round(method, quadratic(i), w, personal[i], range(CASE["local_steps"]), train, X)
             assert result.upload is not None and result.personal is not None
             updates.append(Update(result.upload, WHOLE, weight))
             personal[i] = result.personal
             np.testing.assert_allclose(result.personal.params["x"], want["v"][i], rtol=1e-10, atol=1e-12)
             assert result.personal.mean_alpha == pytest.approx(want["alpha"][i], rel=1e-10)
-        w = fedit.aggregate(w, updates, w)
+        w = RULES["fedit"].aggregate(w, updates, w)
         np.testing.assert_allclose(w["x"], want["w"], rtol=1e-10, atol=1e-12)
 
 
 def check_nonlinear(method: Method[Any], alpha: float) -> None:
-    """Fails unless a step on f = (tanh(x) - 1)² is APFL's: there a mixture of outputs is not that of parameters.
+    """Fails unless a step on f = (tanh(x) - 1)² is APFL's: there interpolating outputs is not interpolating parameters.
 
     `method` moves α at each step with η_α = 0.1.
     """
-    objective: Objective = either(lambda params, batch: ((torch.tanh(params["x"]) - 1) ** 2).sum())
+    objective: Objective = lambda params, batch: ((torch.tanh(params["x"]) - 1) ** 2).sum()  # noqa: E731
     v, w = 1.5, -1.0
-    mixture = alpha * v + (1 - alpha) * w
-    slope = 2 * (np.tanh(mixture) - 1) * (1 - np.tanh(mixture) ** 2)
+    between = alpha * v + (1 - alpha) * w
+    slope = 2 * (np.tanh(between) - 1) * (1 - np.tanh(between) ** 2)
     of_w = 2 * (np.tanh(w) - 1) * (1 - np.tanh(w) ** 2)
     start, own = ({"x": torch.tensor([x], dtype=torch.float64)} for x in (w, v))
     result = local_round(method, objective, start, Personal(own, share(alpha)), [0], SGD, X)
     assert result.personal is not None and result.upload is not None
-    assert result.loss == pytest.approx((np.tanh(mixture) - 1) ** 2)
+    assert result.loss == pytest.approx((np.tanh(between) - 1) ** 2)
     assert result.personal.mean_alpha == pytest.approx(alpha - 0.1 * slope * (v - w))
     assert float(result.personal.params["x"]) == pytest.approx(v - 0.1 * alpha * slope)
     assert float(result.upload["x"]) == pytest.approx(w - 0.1 * of_w)
@@ -105,7 +90,7 @@ def problem(seed: int) -> tuple[Objective, list[tuple[Tensor, Tensor]], Params, 
         return ((hidden @ params["head.weight"].T - y) ** 2).mean()
 
     v, w = ({"fc.lora_A": draw(2, 4), "fc.lora_B": draw(3, 2), "head.weight": draw(2, 3)} for _ in range(2))
-    return either(objective), [(draw(5, 4), draw(5, 2)) for _ in range(3)], v, w
+    return objective, [(draw(5, 4), draw(5, 2)) for _ in range(3)], v, w
 
 
 def run(method: Method, seed: int = 0, *, alpha: float | None = None, train: TrainOptions = SGD) -> LocalResult:

@@ -1,4 +1,4 @@
-"""APFL: golden runs, and what holds for any data, α, optimizer, and way to run its two models."""
+"""APFL: golden runs, and what holds for any data, α, and optimizer."""
 
 from __future__ import annotations
 
@@ -15,43 +15,24 @@ from personal_problems import (
     SGD,
     UPDATES,
     Moves,
-    Passes,
     check_golden,
     problem,
     run,
     same_bits,
     share,
 )
-from torch import Tensor
 
-from tapfl.adapters.mixture import Pair
 from tapfl.config import TrainOptions
 from tapfl.personalize.apfl import Apfl
-from tapfl.personalize.fedavg import FedAvg
-from tapfl.personalize.local import Local
 from tapfl.personalize.method import Personal, local_round
-from tapfl.training import Params
+from tapfl.personalize.methods import FedAvg, Local
 
 
-@pytest.mark.parametrize("passes", ["one", "two"])
 @pytest.mark.parametrize("per", ["device", "layer"])
 @pytest.mark.parametrize("update", UPDATES)
-def test_golden_runs(update: Moves, per: Literal["device", "layer"], passes: Passes) -> None:
+def test_golden_runs(update: Moves, per: Literal["device", "layer"]) -> None:
     """The golden problem has one layer, so α a layer is α a device."""
-    check_golden(Apfl(CASE["alpha0"], update, CASE["lr_alpha"], per, passes), update)
-
-
-@pytest.mark.parametrize(("passes", "asked"), [("one", [Pair]), ("two", [dict, dict])])
-def test_one_pass_asks_the_objective_once_for_both_models(passes: Passes, asked: list[type]) -> None:
-    objective, batches, _, w = problem(0)
-    seen: list[type] = []
-
-    def listening(params: Params, batch: object) -> Tensor:
-        seen.append(type(params))
-        return objective(params, batch)
-
-    local_round(Apfl(0.5, "step", passes=passes), listening, w, None, batches[:1], SGD, ALL)
-    assert seen == asked
+    check_golden(Apfl(CASE["alpha0"], update, CASE["lr_alpha"], per), update)
 
 
 # -- what holds for any device ----------------------------------------------------------------------------------------
@@ -119,7 +100,7 @@ def test_alpha_stays_between_0_and_1(start: float, rate: float, update: Moves, s
 
 
 def test_the_first_gradient_of_alpha_is_0() -> None:
-    # v starts as w, so the mixture is the same for every α
+    # v starts as w, so the interpolation is the same for every α
     personal = run(Apfl(0.3, "round", 10.0)).personal
     assert personal is not None and personal.mean_alpha == pytest.approx(0.3, abs=1e-4)
 
@@ -141,14 +122,6 @@ def test_alpha_moves_once_a_round_or_at_every_step() -> None:
     assert set(alphas("fixed")) == {0.5}
 
 
-@given(alpha=st.floats(0, 1), other=st.floats(0, 1), update=st.sampled_from(UPDATES), seed=st.integers(0, 99))
-def test_w_knows_nothing_of_the_personal_half_of_its_batch(
-    alpha: float, other: float, update: Moves, seed: int
-) -> None:
-    one = run(Apfl(update=update, passes="one"), seed, alpha=alpha, train=ADAM)
-    assert same_bits(one.upload, run(Apfl(update="fixed", passes="one"), seed, alpha=other, train=ADAM).upload)
-
-
 # -- one α a layer ----------------------------------------------------------------------------------------------------
 
 
@@ -162,12 +135,11 @@ def test_equal_alphas_that_do_not_move_are_one_alpha() -> None:
     assert same_bits(one.personal.params, each.personal.params) and same_bits(one.upload, each.upload)
 
 
-@pytest.mark.parametrize("passes", ["one", "two"])
-def test_the_gradient_of_one_alpha_is_the_sum_of_those_of_the_layers(passes: Passes) -> None:
+def test_the_gradient_of_one_alpha_is_the_sum_of_those_of_the_layers() -> None:
     objective, batches, v, w = problem(1)
     moved = []
     for per, start in (("device", share(0.5)), ("layer", share(0.5).repeat(2))):
-        method = Apfl(0.5, "step", 1e-3, per, passes)  # type: ignore[arg-type]
+        method = Apfl(0.5, "step", 1e-3, per)  # type: ignore[arg-type]
         result = local_round(method, objective, w, Personal(v, start), batches[:1], SGD, ALL)
         assert result.personal is not None
         moved.append(result.personal.alpha - 0.5)
@@ -181,7 +153,7 @@ def test_a_device_without_a_past_has_an_alpha_for_every_layer() -> None:
     assert personal.mean_alpha == pytest.approx(0.3)
 
 
-def test_each_layer_is_mixed_with_its_own_alpha() -> None:
+def test_each_layer_is_interpolated_with_its_own_alpha() -> None:
     _, _, v, w = problem(0)
     used = Apfl(per="layer").inference(w, Personal(dict(reversed(v.items())), torch.tensor([1.0, 0.0])))
     torch.testing.assert_close(used["fc.lora_B"] @ used["fc.lora_A"], v["fc.lora_B"] @ v["fc.lora_A"])
@@ -191,17 +163,16 @@ def test_each_layer_is_mixed_with_its_own_alpha() -> None:
 # -- what does not move -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("passes", ["one", "two"])
 @pytest.mark.parametrize("frozen", [{"fc.lora_A"}, {"fc.lora_B"}, {"fc.lora_A", "head.weight"}], ids=sorted)
-def test_constants_of_a_round_stay_and_are_mixed_exactly(frozen: set[str], passes: Passes) -> None:
+def test_constants_of_a_round_stay_and_are_interpolated_exactly(frozen: set[str]) -> None:
     objective, batches, v, w = problem(2)
-    method = Apfl(0.4, "step", 0.1, passes=passes)
+    method = Apfl(0.4, "step", 0.1)
     result = local_round(method, objective, w, Personal(v, share(0.4)), batches, ADAM, ALL - frozen)
     assert result.upload is not None and result.personal is not None
     for name in ALL:
         moved = not torch.equal(result.upload[name], w[name]), not torch.equal(result.personal.params[name], v[name])
         assert moved == (name not in frozen, name not in frozen)
-    # the mixture that was trained is that of the two models, so its loss is the first step's whatever is frozen
+    # the interpolation that was trained is that of the two models, so its loss is the first step's whatever is frozen
     whole = local_round(method, objective, w, Personal(v, share(0.4)), batches[:1], ADAM, ALL)
     part = local_round(method, objective, w, Personal(v, share(0.4)), batches[:1], ADAM, ALL - frozen)
     assert whole.loss == part.loss and whole.personal and part.personal

@@ -6,13 +6,12 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from personal_problems import CASE, SGD, X, check_golden, check_nonlinear, either, quadratic, same_bits, share
+from personal_problems import CASE, SGD, X, check_golden, check_nonlinear, quadratic, same_bits, share
 from torch import Tensor
 
 from tapfl.personalize.apfl import Apfl, ApflState
-from tapfl.personalize.fedavg import FedAvg
-from tapfl.personalize.local import Local
 from tapfl.personalize.method import LocalResult, Method, Personal, local_round
+from tapfl.personalize.methods import FedAvg, Local
 from tapfl.training import Objective, Params
 
 
@@ -23,10 +22,10 @@ class ByHand(Apfl):
         w, v, a = state.w.params["x"].detach(), state.v.params["x"].detach(), float(state.alpha)
         of_w, _ = gradient(objective, w)
         w = self.shared(w, of_w)
-        of_mixture, loss = gradient(objective, a * v + (1 - a) * w)
-        slope = self.slope(objective, w, v, a, of_mixture)
-        state.w.apply([of_w + self.leak(a) * of_mixture])
-        state.v.apply([self.factor(a) * self.own(objective, v, of_mixture)])
+        of_between, loss = gradient(objective, a * v + (1 - a) * w)
+        slope = self.slope(objective, w, v, a, of_between)
+        state.w.apply([of_w + self.leak(a) * of_between])
+        state.v.apply([self.factor(a) * self.v_gradient(objective, v, of_between)])
         state.alpha = share(min(max(a - self.alpha_learning_rate * slope, 0.0), 1.0))
         self.afterwards(state)
         return loss
@@ -40,11 +39,11 @@ class ByHand(Apfl):
     def factor(self, a: float) -> float:
         return a
 
-    def own(self, objective: Objective, v: Tensor, of_mixture: Tensor) -> Tensor:
-        return of_mixture
+    def v_gradient(self, objective: Objective, v: Tensor, of_between: Tensor) -> Tensor:
+        return of_between
 
-    def slope(self, objective: Objective, w: Tensor, v: Tensor, a: float, of_mixture: Tensor) -> float:
-        return float(of_mixture @ (v - w))
+    def slope(self, objective: Objective, w: Tensor, v: Tensor, a: float, of_between: Tensor) -> float:
+        return float(of_between @ (v - w))
 
     def afterwards(self, state: ApflState) -> None:
         pass
@@ -56,32 +55,32 @@ def gradient(objective: Objective, x: Tensor) -> tuple[Tensor, Tensor]:
     return torch.autograd.grad(loss, x)[0], loss.detach()
 
 
-class OutputsMixed(ByHand):
-    """α weighs what the two models give, not their weights, and its gradient is made by hand from the difference."""
+class OutputsInterpolated(ByHand):
+    """α interpolates outputs instead of weights, and the gradient of α is the difference of the losses."""
 
-    def own(self, objective: Objective, v: Tensor, of_mixture: Tensor) -> Tensor:
+    def v_gradient(self, objective: Objective, v: Tensor, of_between: Tensor) -> Tensor:
         return gradient(objective, v)[0]
 
-    def slope(self, objective: Objective, w: Tensor, v: Tensor, a: float, of_mixture: Tensor) -> float:
+    def slope(self, objective: Objective, w: Tensor, v: Tensor, a: float, of_between: Tensor) -> float:
         return float(gradient(objective, v)[1] - gradient(objective, w)[1])
 
 
 class WrongSign(ByHand):
     """The gradient of α, made by hand, is ⟨∇f, w - v⟩."""
 
-    def slope(self, objective: Objective, w: Tensor, v: Tensor, a: float, of_mixture: Tensor) -> float:
-        return -super().slope(objective, w, v, a, of_mixture)
+    def slope(self, objective: Objective, w: Tensor, v: Tensor, a: float, of_between: Tensor) -> float:
+        return -super().slope(objective, w, v, a, of_between)
 
 
 class SteppedTwice(ByHand):
-    """For want of zero_grad, what the mixture's loss sends to w joins w's own gradient."""
+    """For want of zero_grad, the gradient that the interpolation's loss sends to w is added to w's own."""
 
     def leak(self, a: float) -> float:
         return 1 - a
 
 
 class Overwritten(ByHand):
-    """v is replaced by the mixture after each step."""
+    """v is replaced by the interpolation after each step."""
 
     def afterwards(self, state: ApflState) -> None:
         with torch.no_grad():
@@ -98,18 +97,18 @@ class AlphaMissing(ByHand):
 class Regularised(ByHand):
     """0.02 α joins the gradient of α."""
 
-    def slope(self, objective: Objective, w: Tensor, v: Tensor, a: float, of_mixture: Tensor) -> float:
-        return super().slope(objective, w, v, a, of_mixture) + 0.02 * a
+    def slope(self, objective: Objective, w: Tensor, v: Tensor, a: float, of_between: Tensor) -> float:
+        return super().slope(objective, w, v, a, of_between) + 0.02 * a
 
 
 class NewW(ByHand):
-    """The mixture is one with the w that has just moved."""
+    """The interpolation takes the w that has just moved."""
 
     def shared(self, w: Tensor, of_w: Tensor) -> Tensor:
         return w - CASE["lr"] * of_w
 
 
-MISTAKES = [OutputsMixed, WrongSign, SteppedTwice, Overwritten, AlphaMissing, Regularised, NewW]
+MISTAKES = [OutputsInterpolated, WrongSign, SteppedTwice, Overwritten, AlphaMissing, Regularised, NewW]
 Check = Callable[[Callable[..., Apfl]], None]
 
 
@@ -127,7 +126,7 @@ def nonlinear(method: Callable[..., Apfl]) -> None:
 def one_round(method: Method, alpha: float, v: Params | None) -> LocalResult:
     """Three steps on the golden problem of one device, from w = 1, 2."""
     personal = None if v is None else Personal(v, share(alpha))
-    return local_round(method, either(quadratic(0)), W, personal, range(3), SGD, X)
+    return local_round(method, quadratic(0), W, personal, range(3), SGD, X)
 
 
 W, V = {"x": torch.tensor([1.0, 2.0]).double()}, {"x": torch.tensor([-1.0, 0.5]).double()}
@@ -150,7 +149,7 @@ def w_is_fedavgs(method: Callable[..., Apfl]) -> None:
 
 
 def alpha_rests_where_v_is_w(method: Callable[..., Apfl]) -> None:
-    result = local_round(method(0.3, "step", 0.1), either(quadratic(0)), W, None, [0], SGD, X)
+    result = local_round(method(0.3, "step", 0.1), quadratic(0), W, None, [0], SGD, X)
     assert result.personal is not None and result.personal.mean_alpha == 0.3
 
 
@@ -160,7 +159,6 @@ CHECKS = [golden, nonlinear, alpha_0_leaves_v_alone, alpha_1_is_local_training, 
 @pytest.mark.parametrize("check", CHECKS)
 def test_the_method_passes_and_so_does_the_one_by_hand(check: Check) -> None:
     check(Apfl)
-    check(lambda *options: Apfl(*options, passes="one"))
     check(ByHand)
 
 

@@ -22,7 +22,7 @@ from experiments.bench.scoring import hoisted_loop_terms, loop_terms
 from experiments.bench.side_by_side import side_by_side
 from tapfl.config import AdapterOptions
 from tapfl.models.backbone import BackboneSpec
-from tapfl.personalize.fedavg import FedAvg
+from tapfl.personalize.methods import FedAvg
 from tapfl.pruning.layer_importance import layer_importance
 from tapfl.pruning.scores import Terms, terms
 

@@ -80,7 +80,7 @@ def test_a_list_of_one_may_be_written_without_a_list(value: object) -> None:
             {"data.partition": "equal"},
             ["data.partition = 'equal'", "'pathological', 'class-blocks', 'dirichlet', 'iid' or 'shard'"],
         ),
-        ({"adapters.rule": ""}, ["adapters.rule = ''", "must be one of fedit, ffa, rolora, embed_side, flex"]),
+        ({"adapters.rule": ""}, ["adapters.rule = ''", "must be one of fedit, ffa, rolora, embed_side, hetlora, flex"]),
         ({"adapters.trim": 0.5}, ["adapters.trim = 0.5", "less than 0.5"]),
         ({"adapters.clip": -1}, ["adapters.clip = -1", "greater than or equal to 0"]),
         ({"adapters.head": "own"}, ["adapters.head = 'own'", "'class-rows', 'mean' or 'personal'"]),
@@ -88,10 +88,9 @@ def test_a_list_of_one_may_be_written_without_a_list(value: object) -> None:
         ({"adapters.server": "sgd"}, ["adapters.server = 'sgd'", "'none', 'momentum' or 'adam'"]),
         ({"adapters.server-momentum": 1}, ["adapters.server-momentum = 1", "less than 1"]),
         ({"adapters.server-epsilon": 0}, ["adapters.server-epsilon = 0", "greater than 0"]),
-        ({"adapters.hetlora": True}, ["adapters: hetlora=true", "rule=fedit, the only one accepted, not of flex"]),
         (
-            {"adapters.hetlora": True, "adapters.rule": "fedit", "adapters.combine": "median"},
-            ["adapters: hetlora=true needs combine=mean, the only one", "not median"],
+            {"adapters.rule": "hetlora", "adapters.combine": "median"},
+            ["adapters: rule=hetlora", "combine=median", "accepted: mean"],
         ),
         ({"privacy.dp-noise": 1.0}, ["privacy: dp-noise=1.0", "needs dp-clip above 0"]),
         ({"privacy.dp-delta": 1}, ["privacy.dp-delta = 1", "less than 1"]),
@@ -104,8 +103,8 @@ def test_a_list_of_one_may_be_written_without_a_list(value: object) -> None:
             ["privacy.dp-clip=1.0", "adapters.combine=trimmed-mean: accepted is mean"],
         ),
         (
-            {"privacy.dp-clip": 1.0, "adapters.rule": "fedit", "adapters.hetlora": True},
-            ["privacy.dp-clip=1.0", "adapters.hetlora=true: accepted is false"],
+            {"privacy.dp-clip": 1.0, "adapters.rule": "hetlora"},
+            ["privacy.dp-clip=1.0", "adapters.rule=hetlora: accepted are fedit"],
         ),
         (
             {"devices.budgets": "0.3,1.7", "devices.ranks": "4,8"},

@@ -168,7 +168,7 @@ def test_every_rule_with_every_method_and_head(cache: Path, tmp_path: Path, rule
         ["adapters.combine=median", "adapters.rule=flex"],
         ["adapters.combine=trimmed-mean", "adapters.rule=ffa", "adapters.server=momentum"],
         ["adapters.clip=0.5", "adapters.server=adam", "adapters.rule=flex"],
-        ["adapters.hetlora=true", "adapters.rule=fedit", "adapters.head=personal"],
+        ["adapters.rule=hetlora", "adapters.head=personal"],
         ["personalize.method=fedavg+finetune", "adapters.head=personal"],
         ["privacy.dp-clip=1", "privacy.dp-noise=0.5", "adapters.rule=fedit"],
     ],

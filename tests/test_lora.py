@@ -1,8 +1,6 @@
-"""Merged LoRA is LoRA, a model is a function of its adapters, and a mixture is one of effective weights."""
+"""Merged LoRA is LoRA, a model is a function of its adapters, and interpolation acts on effective weights."""
 
 from __future__ import annotations
-
-from typing import Literal
 
 import pytest
 import torch
@@ -13,15 +11,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tapfl.adapters.layout import Layout, device_layout, gather_all, global_shapes
-from tapfl.adapters.lora import AdaptedModel
-from tapfl.adapters.merged import MergedLora, PairedLora
-from tapfl.adapters.mixture import Pair, mix, modules_of
+from tapfl.adapters.lora import AdaptedModel, MergedLora, interpolate, modules_of
 from tapfl.adapters.rules import initial
-from tapfl.config import AdapterOptions, TrainOptions
-from tapfl.personalize.apfl import Apfl
-from tapfl.personalize.method import LocalResult, Personal, local_round
+from tapfl.config import AdapterOptions
 from tapfl.pruning.surgery import shrink
-from tapfl.training import Params, cross_entropy
+from tapfl.training import Params
 
 FAMILIES = ["vit", "deit", "swin"]
 A, B = "fc.lora_A", "fc.lora_B"
@@ -80,46 +74,6 @@ def test_the_base_is_frozen_whatever_it_asks_for() -> None:
     torch.testing.assert_close(gradient, torch.ones(3, 2, dtype=torch.float64) @ (x.detach() @ a.detach().T))
 
 
-def paired(seed: int, batch: int = 3) -> tuple[Tensor, ...]:
-    """x, A, B, α of two models; the base is that of the tests above."""
-    x, a, b = leaves(seed, (2, batch, 4), (2, 2, 4), (2, 3, 2))
-    return x, a, b, torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
-
-
-@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
-@given(alpha=st.floats(0, 1), seed=st.integers(0, 99))
-def test_two_models_in_one_batch_are_the_two_models(bias: bool, alpha: float, seed: int) -> None:
-    x, a, b, at = paired(seed)
-    at.data.fill_(alpha)
-    weight, offset = (t.detach() for t in leaves(1, (3, 4), (3,)))
-    constant, dy = offset if bias else None, leaves(2, (2, 3, 3))[0].detach()
-    (wa, va), (wb, vb) = a.unbind(), b.unbind()
-    product = at * vb @ va + (1 - at) * (wb @ wa).detach()
-    apart = [F.linear(x[0], weight + 1.5 * wb @ wa, constant), F.linear(x[1], weight + 1.5 * product, constant)]
-    got = PairedLora.apply(x, weight, constant, a, b, at, 1.5)
-    torch.testing.assert_close(got, torch.stack(apart))
-    for gradient, want in zip(
-        torch.autograd.grad(got, (x, a, b, at), dy),
-        torch.autograd.grad(torch.stack(apart), (x, a, b, at), dy),
-        strict=True,
-    ):
-        torch.testing.assert_close(gradient, want)
-
-
-@pytest.mark.parametrize("frozen", [(), (1,), (2,), (3,), (1, 3), (2, 3), (1, 2)])
-def test_what_is_frozen_in_a_pair_changes_no_other_gradient(frozen: tuple[int, ...]) -> None:
-    weight = leaves(1, (3, 4))[0].detach()
-    gradients = []
-    for still in ((), frozen):
-        given = [t.requires_grad_(i not in still) for i, t in enumerate(paired(0))]
-        asked = [t for i, t in enumerate(given) if i not in frozen]
-        x, a, b, alpha = given
-        output = PairedLora.apply(x, weight, None, a, b, alpha, 1.5)
-        gradients.append(torch.autograd.grad(output.square().sum(), asked))
-    for one, other in zip(*gradients, strict=True):
-        assert torch.equal(one, other)
-
-
 # -- a model as a function of its adapters ----------------------------------------------------------------------------
 
 
@@ -169,7 +123,7 @@ def test_layers_in_the_order_of_the_layout(vit: Tiny) -> None:
     assert modules_of(layout) == [*linears, "head"]
 
 
-# -- mixtures ---------------------------------------------------------------------------------------------------------
+# -- interpolation -----------------------------------------------------------------------------------------------------
 
 
 def pair(seed: int) -> tuple[Params, Params]:
@@ -179,45 +133,45 @@ def pair(seed: int) -> tuple[Params, Params]:
 
 
 @given(alpha=st.floats(0, 1), seed=st.integers(0, 999))
-def test_mixture_is_one_of_effective_weights(alpha: float, seed: int) -> None:
+def test_interpolation_is_one_of_effective_weights(alpha: float, seed: int) -> None:
     v, w = pair(seed)
-    mixed = mix(v, w, alpha)
-    assert mixed[A].shape == (5, 4) and mixed[B].shape == (3, 5)
+    between = interpolate(v, w, alpha)
+    assert between[A].shape == (5, 4) and between[B].shape == (3, 5)
     torch.testing.assert_close(
-        mixed[B] @ mixed[A], alpha * v[B] @ v[A] + (1 - alpha) * w[B] @ w[A], rtol=1e-12, atol=1e-12
+        between[B] @ between[A], alpha * v[B] @ v[A] + (1 - alpha) * w[B] @ w[A], rtol=1e-12, atol=1e-12
     )
-    torch.testing.assert_close(mixed["head.bias"], alpha * v["head.bias"] + (1 - alpha) * w["head.bias"])
+    torch.testing.assert_close(between["head.bias"], alpha * v["head.bias"] + (1 - alpha) * w["head.bias"])
 
 
 @given(alpha=st.floats(0, 1), seed=st.integers(0, 999), scale=st.floats(0.1, 4))
-def test_mixing_the_factors_themselves_would_be_off_by_a_known_term(alpha: float, seed: int, scale: float) -> None:
+def test_interpolating_the_factors_themselves_is_off_by_a_known_term(alpha: float, seed: int, scale: float) -> None:
     va, vb, wa, wb = (t.detach() for t in leaves(seed, (2, 4), (3, 2), (2, 4), (3, 2)))
-    mixed = mix({A: va, B: vb}, {A: wa, B: wb}, alpha)
+    between = interpolate({A: va, B: vb}, {A: wa, B: wb}, alpha)
     raw = (alpha * vb + (1 - alpha) * wb) @ (alpha * va + (1 - alpha) * wa)
     torch.testing.assert_close(
-        scale * (mixed[B] @ mixed[A] - raw),
+        scale * (between[B] @ between[A] - raw),
         scale * alpha * (1 - alpha) * (vb - wb) @ (va - wa),
         rtol=1e-10,
         atol=1e-10,
     )
 
 
-def test_ends_of_the_mixture_are_the_two_models(vit: Tiny) -> None:
+def test_ends_of_the_interpolation_are_the_two_models(vit: Tiny) -> None:
     adapted, _, params = device(vit, 0.5, 2)
     v, w = with_noise(params, 1), with_noise(params, 2)
     for alpha, alone in ((1.0, v), (0.0, w)):
         torch.testing.assert_close(
-            adapted(mix(v, w, alpha), vit.inputs), adapted(alone, vit.inputs), rtol=1e-5, atol=1e-5
+            adapted(interpolate(v, w, alpha), vit.inputs), adapted(alone, vit.inputs), rtol=1e-5, atol=1e-5
         )
-    half = adapted(mix(v, w, 0.5), vit.inputs)
+    half = adapted(interpolate(v, w, 0.5), vit.inputs)
     logits = (adapted(v, vit.inputs) + adapted(w, vit.inputs)) / 2
-    assert (half - logits).abs().max() > 0.05  # a mixture of models, not of their logits
+    assert (half - logits).abs().max() > 0.05  # an interpolation of models, not of their logits
 
 
-def test_mixing_keeps_the_type_of_the_parameters() -> None:
+def test_interpolation_keeps_the_type_of_the_parameters() -> None:
     v, w = ({name: theta.float() for name, theta in params.items()} for params in pair(0))
-    mixed = mix(v, w, torch.tensor(0.3, dtype=torch.float64))
-    assert {theta.dtype for theta in mixed.values()} == {torch.float32}
+    between = interpolate(v, w, torch.tensor(0.3, dtype=torch.float64))
+    assert {theta.dtype for theta in between.values()} == {torch.float32}
 
 
 @pytest.mark.parametrize("at", [0.0, 0.3, 1.0])
@@ -232,7 +186,7 @@ def test_gradient_of_alpha_is_that_of_finite_differences(vit: Tiny, at: float) -
     labels = torch.tensor([0, 1, 2, 3])
 
     def loss(alpha: Tensor) -> Tensor:
-        return F.cross_entropy(adapted(mix(v, w, alpha), x), labels)
+        return F.cross_entropy(adapted(interpolate(v, w, alpha), x), labels)
 
     alpha = torch.tensor(at, dtype=torch.float64, requires_grad=True)
     (gradient,) = torch.autograd.grad(loss(alpha), alpha)
@@ -241,61 +195,3 @@ def test_gradient_of_alpha_is_that_of_finite_differences(vit: Tiny, at: float) -
         difference = (loss(alpha + step) - loss(alpha - step)) / (2 * step)
     assert abs(float(gradient)) > 1e-2
     torch.testing.assert_close(gradient, difference, rtol=1e-6, atol=1e-8)
-
-
-# -- two models in one batch ------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("layerwise", [False, True], ids=["device", "layer"])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_pair_gives_the_logits_of_w_and_of_the_mixture(
-    family: str, layerwise: bool, families: dict[str, Tiny]
-) -> None:
-    adapted, layout, params = device(families[family], 0.5, 2)
-    w, v = with_noise(params, 1), with_noise(params, 2)
-    alpha = torch.tensor(0.3, dtype=torch.float64)
-    if layerwise:
-        alpha = torch.linspace(0, 1, len(modules_of(layout)), dtype=torch.float64)
-    stacked = {name: torch.stack([w[name], v[name]]) for name in w}
-    x = families[family].inputs
-    logits = adapted(Pair(stacked, alpha), x)
-    torch.testing.assert_close(logits[0], adapted(w, x), rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(logits[1], adapted(mix(v, w, alpha), x), rtol=1e-5, atol=1e-5)
-    assert torch.equal(adapted(w, x), adapted(w, x)) and adapted(w, x).shape == logits[0].shape  # nothing stays bound
-
-
-@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
-@pytest.mark.parametrize("per", ["device", "layer"])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_apfl_in_one_pass_is_apfl_in_two(
-    family: str, per: Literal["device", "layer"], optimizer: Literal["sgd", "adam"], families: dict[str, Tiny]
-) -> None:
-    backbone = families[family]
-    adapted, layout, params = device(backbone, 0.5, 2)
-    labels = torch.arange(len(backbone.inputs)) % 3
-    w, v = with_noise(params, 1), with_noise(params, 2)
-    alpha = torch.full((len(modules_of(layout)),) if per == "layer" else (), 0.4, dtype=torch.float64)
-
-    def rounds(passes: Literal["one", "two"]) -> LocalResult:
-        method = Apfl(0.4, "step", 0.01, per, passes)
-        return local_round(
-            method,
-            lambda params, batch: cross_entropy(adapted(params, backbone.inputs), labels),
-            w,
-            Personal(v, alpha),
-            range(3),
-            TrainOptions(optimizer=optimizer, learning_rate=1e-3 if optimizer == "sgd" else 1e-6),
-            frozenset(layout),
-        )
-
-    one, two, again = rounds("one"), rounds("two"), rounds("one")
-    assert one.personal and two.personal and again.personal and one.upload and two.upload and again.upload
-    assert one.loss == pytest.approx(two.loss, rel=1e-6)
-    torch.testing.assert_close(one.personal.alpha, two.personal.alpha, rtol=0, atol=1e-6)
-    assert (one.personal.alpha - 0.4).abs().max() > 1e-4
-    for mine, other, same in (
-        (one.upload, two.upload, again.upload),
-        (one.personal.params, two.personal.params, again.personal.params),
-    ):
-        torch.testing.assert_close(mine, other, rtol=1e-6, atol=1e-6)
-        assert all(torch.equal(theta, same[name]) for name, theta in mine.items())

@@ -10,8 +10,7 @@ import torch
 from backbones import Tiny, plan_of, random_kept
 
 from tapfl.adapters.layout import Layout, device_layout, gather_all, global_shapes
-from tapfl.adapters.lora import AdaptedModel
-from tapfl.adapters.mixture import mix
+from tapfl.adapters.lora import AdaptedModel, interpolate
 from tapfl.adapters.peft_format import CONFIG_FILE, WEIGHTS_FILE, save_peft
 from tapfl.pruning.plan import PruningPlan
 from tapfl.pruning.surgery import load_pruned, save_pruned, shrink
@@ -37,7 +36,7 @@ def personal(backbone: Tiny, layout: Layout, seed: int = 0) -> Params:
         gather_all({name: 0.3 * torch.randn(shape, generator=generator) for name, shape in shapes.items()}, layout)
         for _ in range(2)
     )
-    return mix(v, w, 0.3)
+    return interpolate(v, w, 0.3)
 
 
 @pytest.mark.parametrize("family", ["vit", "deit", "swin"])

@@ -14,16 +14,11 @@ from torch import Tensor
 from tapfl.config import PersonalizeOptions, RunConfig, TrainOptions
 from tapfl.errors import ConfigError
 from tapfl.personalize.apfl import Apfl
-from tapfl.personalize.ditto import Ditto, pull_of
-from tapfl.personalize.fedavg import FedAvg
-from tapfl.personalize.finetune import FineTune
-from tapfl.personalize.local import Local
-from tapfl.personalize.method import Method, Personal, local_round
-from tapfl.personalize.methods import method_of
-from tapfl.personalize.trainee import Trainee
+from tapfl.personalize.method import Method, Personal, Trainee, local_round
+from tapfl.personalize.methods import Ditto, FedAvg, FineTune, Local, method_of, pull_of
 
-METHODS = [Apfl(0.5, "step"), Apfl(0.5, "step", passes="one"), Ditto(0.1, 2.0), FedAvg(), FineTune(), Local()]
-every_method = pytest.mark.parametrize("method", METHODS, ids=["apfl", "apfl-one", "ditto", "fedavg", "tune", "local"])
+METHODS = [Apfl(0.5, "step"), Ditto(0.1, 2.0), FedAvg(), FineTune(), Local()]
+every_method = pytest.mark.parametrize("method", METHODS, ids=["apfl", "ditto", "fedavg", "tune", "local"])
 both_optimizers = pytest.mark.parametrize("train", [SGD, ADAM], ids=["sgd", "adam"])
 
 
@@ -197,7 +192,7 @@ def test_fine_tuning_starts_from_what_arrives_each_time() -> None:
 
 
 def test_fine_tuning_alone_is_evaluated_after_training() -> None:
-    assert [method.evaluates_after_training for method in METHODS] == [False, False, False, False, True, False]
+    assert [method.evaluates_after_training for method in METHODS] == [False, False, False, True, False]
 
 
 # -- options ----------------------------------------------------------------------------------------------------------
@@ -207,8 +202,8 @@ def test_fine_tuning_alone_is_evaluated_after_training() -> None:
     ("options", "check"),
     [
         (
-            {"alpha": 0.2, "alpha-update": "step", "alpha-learning-rate": 0.3, "alpha-per": "layer", "passes": "one"},
-            lambda method: method == Apfl(0.2, "step", 0.3, "layer", "one"),
+            {"alpha": 0.2, "alpha-update": "step", "alpha-learning-rate": 0.3, "alpha-per": "layer"},
+            lambda method: method == Apfl(0.2, "step", 0.3, "layer"),
         ),
         ({"method": "ditto", "ditto-lambda": 0.7}, lambda method: method == Ditto(0.7, 2.0)),
         ({"method": "fedavg"}, lambda method: type(method) is FedAvg),
@@ -227,7 +222,6 @@ def test_methods_by_name(options: dict[str, object], check: Callable[[Method], b
         ("alpha", 1.5, "less than or equal to 1"),
         ("alpha-update", "never", "'round', 'step' or 'fixed'"),
         ("alpha-per", "head", "'device' or 'layer'"),
-        ("passes", 3, "'one' or 'two'"),
         ("ditto-lambda", -0.1, "greater than or equal to 0"),
         ("ditto-lambda", float("inf"), "finite"),
     ],

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from tapfl.adapters import fedit
 from tapfl.adapters.rules import RULES, rule_of
 from tapfl.config import RULES as NAMES
 from tapfl.config import RunConfig
@@ -16,10 +15,10 @@ from tapfl.personalize.methods import method_of
 from tapfl.pruning.criteria.registry import resolved
 
 MODULE = """
-from tapfl.adapters import fedit
+from tapfl.adapters.rules import RULES
 from tapfl.pruning.criteria.random_units import random_units
 
-RULE = fedit.RULE
+RULE = RULES["fedit"]
 
 
 class Method:
@@ -51,7 +50,7 @@ def test_one_file_is_enough(mine: str) -> None:
         "pruning.criterion": f"{mine}:criterion",
     }
     config = RunConfig.from_flat(options)
-    assert rule_of(config.adapters) is fedit.RULE
+    assert rule_of(config.adapters) is RULES["fedit"]
     assert method_of(config.personalize, 2.0).seen == (f"{mine}:Method", 2.0)  # type: ignore[attr-defined]
     assert resolved(config.pruning).ratio == "adaptive"
     assert RunConfig.from_flat(config.flat()) == config

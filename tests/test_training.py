@@ -7,9 +7,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch.nn import functional as F
 
-from tapfl.training import accuracy, batches, cross_entropy, optimizer
+from tapfl.training import accuracy, batches, optimizer
 
 
 @given(size=st.integers(1, 50), batch=st.integers(1, 60), epochs=st.integers(1, 3), seed=st.integers(0, 99))
@@ -31,13 +30,6 @@ def test_a_first_step_is_that_of_the_optimiser_that_was_named(name: str, step: f
     theta.grad = torch.full((2,), 3.0)
     made.step()
     torch.testing.assert_close(theta.detach(), torch.tensor([1.0, -2.0]) - step)
-
-
-def test_each_of_several_models_has_a_loss_of_its_own() -> None:
-    logits, labels = torch.randn(3, 5, 4, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1, 2, 3, 0])
-    losses = cross_entropy(logits, labels)
-    torch.testing.assert_close(losses, torch.stack([F.cross_entropy(one, labels) for one in logits]))
-    torch.testing.assert_close(cross_entropy(logits[0], labels), losses[0])
 
 
 def test_accuracy_is_the_share_that_is_right() -> None:

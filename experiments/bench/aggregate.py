@@ -31,7 +31,7 @@ from tapfl.training import Params
 
 VARIANTS: dict[str, AdapterOptions] = {
     "fedit": AdapterOptions(rule="fedit"),
-    "fedit, hetlora": AdapterOptions(rule="fedit", hetlora=True),
+    "hetlora": AdapterOptions(rule="hetlora"),
     "fedit, clip": AdapterOptions(rule="fedit", clip=1.0),
     "fedit, adam": AdapterOptions(rule="fedit", server="adam"),
     "fedit, median": AdapterOptions(rule="fedit", combine="median"),

@@ -14,19 +14,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from experiments.bench.side_by_side import side_by_side
 from tapfl.adapters import rules
 from tapfl.adapters.layout import LORA_A, LORA_B, Placement, global_shapes
-from tapfl.adapters.lora import AdaptedModel
-from tapfl.adapters.mixture import modules_of
+from tapfl.adapters.lora import AdaptedModel, modules_of
 from tapfl.config import AdapterOptions, RunConfig, TrainOptions
 from tapfl.models.backbone import BackboneSpec, build, spec_of
 from tapfl.models.forward import example_input, head_names
 from tapfl.models.prunable import prunable_layers
 from tapfl.personalize.apfl import Apfl
-from tapfl.personalize.fedavg import FedAvg
-from tapfl.training import Params, cross_entropy
+from tapfl.personalize.methods import FedAvg
+from tapfl.training import Params
 
 SCALE, CLASSES = 2.0, 100
 TRAIN = TrainOptions()
@@ -54,7 +54,7 @@ class Work:
         return AdaptedModel(self.model, layout, SCALE)
 
     def loss(self, model: Callable[[Tensor], Tensor]) -> Tensor:
-        return cross_entropy(model(self.inputs), self.labels)
+        return F.cross_entropy(model(self.inputs), self.labels)
 
 
 class PeftStep:
@@ -148,8 +148,7 @@ def bench_apfl(name: str, image_size: int, batch: int, rank: int, steps: int, re
         "deep copies": DeepCopies(work, 0.5),
         "frozen": frozen_passes(work),
         "FedAvg": step_of(work, FedAvg()),
-        "APFL, two passes": step_of(work, Apfl(passes="two")),
-        "APFL, one pass": step_of(work, Apfl(passes="one")),
+        "APFL": step_of(work, Apfl()),
         "α moves": step_of(work, Apfl(update="step")),
     }
     for run in variants.values():

@@ -1,11 +1,11 @@
 """FlexLoRA (arXiv 2402.11505) on pruned widths: the products B_i A_i themselves are combined.
 
 ΔW[j, :] = Σ_{i∋j} n_i (B_i A_i)[j, :] / Σ_{i∋j} n_i is exact; each device then receives the best rank-r_i
-approximation, sliced to what it kept. One side of every pruned linear is whole, so the normaliser belongs to the rows
-(qkv, fc1) or to the columns (proj, fc2) of ΔW and goes into the stacked factor of that side: ΔW = B_stack A_stack with
-Σ r_i columns, and its SVD comes from two thin QRs and a small SVD. The dense matrix is formed only when it is smaller,
-or when something must be done to its coordinates: medians and trimmed means, which are taken a block of rows at a
-time, and the server's optimiser.
+approximation, restricted to the units that it kept. One side of every pruned linear is whole, so the normaliser belongs
+to the rows (qkv, fc1) or to the columns (proj, fc2) of ΔW and is absorbed into the stacked factor of that side: ΔW =
+B_stack A_stack with Σ r_i columns, and its SVD comes from two thin QRs and a small SVD. The dense matrix is formed only
+when it is the smaller one, or when an operation acts on its coordinates: medians and trimmed means, which are taken
+over a block of rows at a time, and the server's optimiser.
 
 Shapes: A (r, d_in) and B (d_out, r) of the global adapters; a device has the prefix r_i of r, and the rows of B or the
 columns of A that its plan kept. Both factors travel in both directions.
@@ -18,27 +18,25 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from tapfl.adapters import fedit
+from tapfl.adapters.combination import PLAIN, Combination, Combine, row_blocks, rows_of
 from tapfl.adapters.layout import LORA_A, LORA_B, Part, Placement, Update, scatter_mean, to_global_scale
-from tapfl.adapters.robust import row_blocks, rows_of
-from tapfl.adapters.rule import BOTH, PLAIN, Combination, Combine, Rule
 from tapfl.training import Params
 
 DEAD = 1e-7  # singular values below this share of the largest are fp32 noise
 
 
 def aggregate(previous: Params, updates: Sequence[Update], fresh: Params, combination: Combination = PLAIN) -> Params:
-    """Returns the global factors (U√Σ, √ΣVᵀ) of the combined product, and the head combined as it is.
+    """Returns the global factors (U√Σ, √ΣVᵀ) of the combined product, and the heads combined directly.
 
     Args:
         previous: global adapters; a row or column that no device holds keeps its product.
         updates: in an order that does not depend on arrival.
-        fresh: adapters with a random A. Where the product has no direction left to give, A is taken from here and B is
-            0: two zero factors would never train again. (Ours; with equal ranks it does not occur.)
-        combination: for the head, and coordinate by coordinate for the products.
+        fresh: adapters with a random A. Where the rank of the product is below the global rank, A is taken from here
+            and B is 0: two zero factors would never train again. (Ours; it does not occur with equal ranks.)
+        combination: for the heads, and coordinate by coordinate for the products.
     """
     heads = {name: theta for name, theta in previous.items() if not name.endswith((LORA_A, LORA_B))}
-    result = fedit.aggregate(heads, updates, fresh, combination)
+    result = combination.each(heads, updates)
     for a in previous:
         if a.endswith(LORA_A):
             b = a.removesuffix(LORA_A) + LORA_B
@@ -79,7 +77,7 @@ def next_factors(
 
 
 def combined_products(before: Tensor, holders: Sequence[Update], b: str, a: str, combine: Combine) -> Tensor:
-    """Returns `combine` of the devices' products (d_out, d_in), float64, of which few rows exist at a time."""
+    """Returns `combine` of the devices' products (d_out, d_in), float64, a block of rows in memory at a time."""
 
     def part(update: Update, start: int, stop: int) -> Part:
         B, rows, weight = rows_of((update.params[b], update.layout[b], update.weight), start, stop)
@@ -134,10 +132,12 @@ def thin_svd(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def balanced(U: Tensor, S: Tensor, Vh: Tensor, fresh_A: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns (U√Σ, √ΣVᵀ) of the largest singular values, as many as `fresh_A` has rows; dead ones are fresh."""
+    """Returns (U√Σ, √ΣVᵀ) of the largest singular values, as many as `fresh_A` has rows; fresh where dead."""
     rank = len(fresh_A)
     U, S, Vh = U[:, :rank], S[:rank], Vh[:rank]
-    sign = torch.where(U.gather(0, U.abs().argmax(0, keepdim=True))[0] < 0, -1.0, 1.0)  # an SVD is free in its signs
+    sign = torch.where(
+        U.gather(0, U.abs().argmax(0, keepdim=True))[0] < 0, -1.0, 1.0
+    )  # the signs of an SVD are arbitrary
     root = S.sqrt() * sign
     new_B = torch.zeros(len(U), rank, dtype=torch.float64)
     new_A = fresh_A.double().clone()
@@ -145,6 +145,3 @@ def balanced(U: Tensor, S: Tensor, Vh: Tensor, fresh_A: Tensor) -> tuple[Tensor,
     new_B[:, :alive] = (U * root)[:, :alive]
     new_A[:alive] = (root[:, None] * Vh)[:alive]
     return new_B.to(fresh_A.dtype), new_A.to(fresh_A.dtype)
-
-
-RULE = Rule(aggregate, random="A", down=BOTH, up=lambda round: BOTH, trained=lambda round: BOTH)

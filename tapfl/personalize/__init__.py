@@ -1,1 +1,1 @@
-"""What a device learns for itself. One method a file, one interface: ``init / step / final / inference``."""
+"""Personalisation methods behind one interface: ``init / step / final / inference``."""

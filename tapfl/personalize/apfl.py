@@ -6,34 +6,27 @@ A local step, all right-hand sides from the old iterates and the same minibatch 
     v ← v - η ∇_v f(v̄; ξ),           v̄ = αv + (1-α)w with w held fixed
     α ← clip(α - η_α ∂f(v̄; ξ)/∂α, 0, 1)
 
-The mixture v̄ is in effective weights (`tapfl.adapters.mixture`). Only w goes up. v starts as w.
+The interpolation v̄ is in effective weights (`tapfl.adapters.lora.interpolate`). Only w is uploaded. v starts as w.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from tapfl.adapters.mixture import Pair, mix, modules_of
+from tapfl.adapters.lora import interpolate, modules_of
 from tapfl.config import TrainOptions
-from tapfl.personalize.method import Personal
-from tapfl.personalize.trainee import Trainee
+from tapfl.personalize.method import Personal, Trainee
 from tapfl.training import Objective, Params
 
 
 @dataclass
 class ApflState:
-    """w and v in training, α, and the number of steps that this round has seen.
+    """w and v in training, α, and the number of steps taken in this round."""
 
-    Attributes:
-        stacked: the memory of both, (2, ...) a tensor, w at 0 and v at 1.
-    """
-
-    stacked: Params
     w: Trainee
     v: Trainee
     alpha: Tensor
@@ -46,18 +39,15 @@ class Apfl:
 
     Attributes:
         alpha: α before a device's first round.
-        update: whether α moves at each step, at the first of a round, or never.
+        update: whether α moves at each step, at the first step of a round, or never.
         alpha_learning_rate: η_α.
-        per: one α a device, or one a layer (`tapfl.adapters.mixture.modules_of`).
-        passes: w and the mixture one after the other, or as the two halves of one batch, for which the objective must
-            take a `Pair`. The same up to rounding; one batch is faster where a backbone is small.
+        per: one α a device, or one a layer (`tapfl.adapters.lora.modules_of`).
     """
 
     alpha: float = 0.5
     update: Literal["round", "step", "fixed"] = "round"
     alpha_learning_rate: float = 0.1
     per: Literal["device", "layer"] = "device"
-    passes: Literal["one", "two"] = "two"
 
     evaluates_after_training: ClassVar[bool] = False
     has_local_state: ClassVar[bool] = True
@@ -68,59 +58,29 @@ class Apfl:
         self, received: Params, personal: Personal | None, train: TrainOptions, trained: frozenset[str]
     ) -> ApflState:
         personal = personal or self._first(received)
-        stacked = {name: torch.stack([theta.detach(), personal.params[name]]) for name, theta in received.items()}
-        w, v = (Trainee.over({name: both[i] for name, both in stacked.items()}, train, trained) for i in (0, 1))
-        return ApflState(stacked, w, v, personal.alpha)
+        v = {name: personal.params[name] for name in received}
+        return ApflState(Trainee.of(received, train, trained), Trainee.of(v, train, trained), personal.alpha)
 
     def step(self, state: ApflState, objective: Objective, batch: object) -> Tensor:
         moves = self.update == "step" or (self.update == "round" and state.steps == 0)
         alpha = state.alpha.clone().requires_grad_(moves)
-        run = _in_one_pass if self.passes == "one" else _in_two_passes
-        loss, of_w, of_v, of_alpha = run(state, alpha, objective, batch)
+        of_w = state.w.gradients(objective(state.w.params, batch))
+        loss = objective(interpolate(state.v.params, state.w.values(), alpha), batch)
+        of_v = torch.autograd.grad(loss, [*state.v.moving.values(), *([alpha] if moves else [])])
         state.w.apply(of_w)
-        state.v.apply(of_v)
-        if of_alpha is not None:
-            state.alpha = (state.alpha - self.alpha_learning_rate * of_alpha).clamp(0, 1)
+        state.v.apply(of_v[: len(state.v.moving)])
+        if moves:
+            state.alpha = (state.alpha - self.alpha_learning_rate * of_v[-1]).clamp(0, 1)
         state.steps += 1
         return loss
 
     def final(self, state: ApflState) -> tuple[Params | None, Personal | None]:
-        w, v = ({name: both[i].clone() for name, both in state.stacked.items()} for i in (0, 1))
-        return w, Personal(v, state.alpha)
+        return state.w.values(), Personal(state.v.values(), state.alpha)
 
     def inference(self, received: Params, personal: Personal | None) -> Params:
         personal = personal or self._first(received)
-        return mix(personal.params, received, personal.alpha)
+        return interpolate(personal.params, received, personal.alpha)
 
     def _first(self, received: Params) -> Personal:
         alpha = torch.tensor(self.alpha, dtype=torch.float64)
         return Personal(received, alpha if self.per == "device" else alpha.repeat(len(modules_of(received))))
-
-
-Gradients = tuple[Tensor, Sequence[Tensor], Sequence[Tensor], Tensor | None]
-"""The loss of the mixture; the gradients of w and of v; that of α if it moves."""
-
-
-def _in_one_pass(state: ApflState, alpha: Tensor, objective: Objective, batch: object) -> Gradients:
-    """w and v as one tensor: fewer and larger operations."""
-    pair = Pair({name: both.detach() for name, both in state.stacked.items()}, alpha)
-    targets = [pair[name].requires_grad_() for name in state.w.moving]
-    losses = objective(pair, batch)
-    gradients, of_alpha = _gradients(losses.sum(), targets, alpha)
-    of_w, of_v = zip(*(both.unbind() for both in gradients), strict=True)
-    return losses[1], of_w, of_v, of_alpha
-
-
-def _in_two_passes(state: ApflState, alpha: Tensor, objective: Objective, batch: object) -> Gradients:
-    """One after the other: the activations of one model at a time."""
-    of_w = state.w.gradients(objective(state.w.params, batch))
-    loss = objective(mix(state.v.params, state.w.values(), alpha), batch)
-    of_v, of_alpha = _gradients(loss, list(state.v.moving.values()), alpha)
-    return loss, of_w, of_v, of_alpha
-
-
-def _gradients(loss: Tensor, targets: list[Tensor], alpha: Tensor) -> tuple[tuple[Tensor, ...], Tensor | None]:
-    if not alpha.requires_grad:
-        return torch.autograd.grad(loss, targets), None
-    *gradients, of_alpha = torch.autograd.grad(loss, [*targets, alpha])
-    return tuple(gradients), of_alpha

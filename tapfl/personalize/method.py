@@ -1,8 +1,8 @@
-"""The interface of a personalisation method."""
+"""The interface of a personalisation method, one round of it on a device, and parameters in training."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
@@ -10,18 +10,18 @@ import torch
 from torch import Tensor
 
 from tapfl.config import TrainOptions
-from tapfl.training import Objective, Params
+from tapfl.training import Objective, Params, optimizer
 
 S = TypeVar("S")
 
 
 @dataclass(frozen=True, eq=False)
 class Personal:
-    """What is a device's own: its parameters v, which never leave it, and how much of them it uses.
+    """A device's personal parameters v, which never leave it, and the weight α that they have in its model.
 
     Attributes:
         params: v, in the shapes of the device.
-        alpha: α in [0, 1], float64: 0-d, or (L,) with one a layer (`tapfl.adapters.mixture.modules_of`).
+        alpha: α in [0, 1], float64: 0-d, or (L,) with one α a layer (`tapfl.adapters.lora.modules_of`).
     """
 
     params: Params
@@ -34,13 +34,13 @@ class Personal:
 
 
 def wholly(params: Params) -> Personal:
-    """Returns what a device keeps that uses its own parameters alone, α = 1."""
+    """Returns the personal parameters of a device that uses them alone, α = 1."""
     return Personal(params, torch.ones((), dtype=torch.float64))
 
 
 @dataclass(frozen=True)
 class LocalResult:
-    """A round's outcome on one device: what goes up (None: nothing), what stays, and the mean loss of each step."""
+    """A round on one device: what is uploaded (None: nothing), what stays, and the mean loss over the steps."""
 
     upload: Params | None
     personal: Personal | None
@@ -48,7 +48,7 @@ class LocalResult:
 
 
 class Method(Protocol, Generic[S]):
-    """A method as three pure steps around its own state `S`, and the model that the device then uses.
+    """A method: three pure steps around its own state `S`, and the model that the device then uses.
 
     Attributes:
         evaluates_after_training: the device uses the result of training on the w just received, so its accuracy is
@@ -69,8 +69,8 @@ class Method(Protocol, Generic[S]):
         Args:
             received: the device's whole w, its names always in the order of its layout.
             personal: what stayed after the device's last round; None in its first.
-            trained: the names that move in this round, in w as in v. The others are constants of the round: they stay
-                as they are in `received` and in `personal.params`, to the bit.
+            trained: the names that are trained in this round, in w and in v. All others keep their values in `received`
+                and in `personal.params`, to the bit.
         """
         ...
 
@@ -79,7 +79,7 @@ class Method(Protocol, Generic[S]):
         ...
 
     def final(self, state: S) -> tuple[Params | None, Personal | None]:
-        """Returns what goes up and what stays."""
+        """Returns what is uploaded and what stays."""
         ...
 
     def inference(self, received: Params, personal: Personal | None) -> Params:
@@ -96,8 +96,47 @@ def local_round(
     train: TrainOptions,
     trained: frozenset[str],
 ) -> LocalResult:
-    """Returns what a device's round gives, a function of its arguments alone (they are those of `Method.init`)."""
+    """Returns the result of a round on one device, a function of the arguments alone (see `Method.init`)."""
     state = method.init(received, personal, train, trained)
     losses = [method.step(state, objective, batch).detach() for batch in batches]
     upload, stays = method.final(state)
     return LocalResult(upload, stays, float(sum(losses)) / len(losses))
+
+
+@dataclass(frozen=True)
+class Trainee:
+    """Parameters in training, some of which may be constants of the round.
+
+    Attributes:
+        params: all parameters, in the order in which they were passed.
+        moving: those that are trained; the others keep their values to the bit.
+        optimizer: over `moving`.
+    """
+
+    params: Params
+    moving: Params
+    optimizer: torch.optim.Optimizer
+
+    @classmethod
+    def of(cls, start: Params, train: TrainOptions, trained: frozenset[str]) -> Trainee:
+        """Returns copies of `start`, of which those named in `trained` are trained."""
+        params = {
+            name: theta.detach().clone(memory_format=torch.contiguous_format).requires_grad_(name in trained)
+            for name, theta in start.items()
+        }
+        moving = {name: theta for name, theta in params.items() if name in trained}
+        return cls(params, moving, optimizer(train.optimizer, list(moving.values()), train.learning_rate, fused=True))
+
+    def gradients(self, loss: Tensor) -> tuple[Tensor, ...]:
+        """Returns the gradients of `moving`."""
+        return torch.autograd.grad(loss, list(self.moving.values()))
+
+    def apply(self, gradients: Sequence[Tensor]) -> None:
+        """Takes one step with these gradients of `moving`; they replace earlier gradients."""
+        for parameter, gradient in zip(self.moving.values(), gradients, strict=True):
+            parameter.grad = gradient.contiguous()  # fused Adam reads the memory of both without their strides
+        self.optimizer.step()
+
+    def values(self) -> Params:
+        """Returns the current parameters as constants; they share memory with those in training."""
+        return {name: parameter.detach() for name, parameter in self.params.items()}
