@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from strategies.same_options import require_same_options
+from strategies.records import require_same_options
 from tapfl.config import RunConfig
 from tapfl.errors import ConfigError
 from tapfl.progress import stage

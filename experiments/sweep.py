@@ -44,7 +44,7 @@ from flwr.common.logger import log
 from experiments.preflight import DEFAULT_DEVICES, absolute_paths, resolve_run
 from experiments.run_log import own_log
 from experiments.shared_round_zero import is_kept, keep, name_of, prepare
-from strategies.same_options import require_same_options
+from strategies.records import require_same_options
 from tapfl.config import RunConfig, flatten, read_toml_tables
 from tapfl.errors import ConfigError, TapflError
 from tapfl.progress import Advance

@@ -11,8 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from strategies.results import DeviceRecord
-from strategies.simulated import CurvePoint
+from strategies.records import VERSION, CurvePoint, DeviceRecord
 from tapfl.adapters.rules import ServerState
 from tapfl.config import RunConfig, binding
 from tapfl.errors import ConfigError, PlanError
@@ -48,12 +47,13 @@ def save_checkpoint(folder: RunFolder, config: RunConfig, checkpoint: Checkpoint
     tensors = {PARAMS + name: tensor for name, tensor in checkpoint.state.params.items()}
     tensors |= {OPTIMIZER + name: tensor for name, tensor in checkpoint.state.optimizer.items()}
     about = {
+        "version": VERSION,
         "round": checkpoint.round,
         "config": config_hash(config.flat()),
-        "records": [record.table() for record in checkpoint.records.values()],
+        "records": [record.model_dump() for record in checkpoint.records.values()],
         "plans": [*checkpoint.plans.items()],
         "metrics_bytes": checkpoint.metrics_bytes,
-        "curve": checkpoint.curve,
+        "curve": [point.model_dump() for point in checkpoint.curve],
         "simulated": checkpoint.simulated,
     }
     write_tensors(folder.server.path(checkpoint.round), tensors, {"checkpoint": seal(about, tensors)})
@@ -76,6 +76,9 @@ def load_checkpoint(folder: RunFolder, config: RunConfig) -> Checkpoint | None:
         about = unseal(read_about(file).get("checkpoint", "{}"), tensors, str(file), round=rounds[-1])
     except PlanError as error:
         raise PlanError(f"{error}; without this file the run goes on from the checkpoint before") from None
+    if about.get("version") != VERSION:
+        version = about.get("version", "none")
+        raise ConfigError(f"resume: {file} has version {version}; accepted: {VERSION}; start the run anew")
     if about.get("config") != config_hash(config.flat()):
         raise ConfigError(f"resume: {file} was written under other options than those of config.json beside it")
     if about["round"] > config.train.rounds:
@@ -83,10 +86,10 @@ def load_checkpoint(folder: RunFolder, config: RunConfig) -> Checkpoint | None:
     return Checkpoint(
         round=about["round"],
         state=ServerState(_with_prefix(tensors, PARAMS), _with_prefix(tensors, OPTIMIZER)),
-        records={table["device"]: DeviceRecord.of_table(table) for table in about["records"]},
+        records={each["device"]: DeviceRecord.model_validate_json(json.dumps(each)) for each in about["records"]},
         plans=dict(about.get("plans", [])),
         metrics_bytes=about["metrics_bytes"],
-        curve=[CurvePoint(*point) for point in about["curve"]],
+        curve=[CurvePoint(**point) for point in about["curve"]],
         simulated=about["simulated"],
     )
 

@@ -12,7 +12,6 @@ import math
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import torch
@@ -23,9 +22,21 @@ from strategies.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from strategies.fleet import Fleet
 from strategies.loggers.feed import loggers
 from strategies.preparation import Backbone, Preparation
+from strategies.records import (
+    AbsenceLine,
+    CurvePoint,
+    DeviceLine,
+    RoundLine,
+    Summary,
+    added,
+    append_line,
+    cut_metrics,
+    metrics_size,
+    write_summary,
+)
 from strategies.results import Clock, summarise
 from strategies.sampling import turnout
-from strategies.simulated import CurvePoint, Spent, seconds, training_macs
+from strategies.simulated import Spent, seconds, training_macs
 from tapfl.adapters import rules
 from tapfl.adapters.layout import Layout, Update, device_layout, gather_all, global_shapes, pack, packed_size, unpack
 from tapfl.adapters.rules import ServerState
@@ -76,7 +87,7 @@ class Federation:
         self.folder.summary.unlink(missing_ok=True)
         write_json(self.folder.path / "config.json", self.config.flat() | {"resume": False})
         self.folder.write_versions()
-        self.folder.cut_metrics(checkpoint.metrics_bytes if checkpoint else 0)
+        cut_metrics(self.folder.path, checkpoint.metrics_bytes if checkpoint else 0)
         with loggers(self.config, self.folder) as self.tell:
             self._carry_out(checkpoint)
 
@@ -98,8 +109,8 @@ class Federation:
         with self.clock.phase("evaluation"):
             self._evaluate(final)
         summary = self._summary(backbone.cost.params)
-        write_json(self.folder.summary, summary)
-        log(logging.INFO, "mean personal accuracy %.4f", summary["personal_accuracy"])
+        write_summary(self.folder.path, summary)
+        log(logging.INFO, "mean personal accuracy %.4f", summary.personal_accuracy)
         log(logging.INFO, "the run's folder: %s", self.folder.path)
 
     # -- who has a model, and which -----------------------------------------------------------------------------------
@@ -178,9 +189,9 @@ class Federation:
         }
         for reason, absent in (("away", drawn.away), ("dropped out", drawn.dropped), ("late", sorted(late))):
             for i in absent:
-                self.folder.append_metrics(kind="absence", round=t, device=i, reason=reason)
+                append_line(self.folder.path, AbsenceLine(round=t, device=i, reason=reason))
                 if i in outgoing:
-                    records[i].sent(outgoing.pop(i))
+                    records[i].bytes_down = added(records[i].bytes_down, outgoing.pop(i).bytes_by_kind)
         waited = options.deadline if late or drawn.dropped else 0.0
         if not outgoing:
             self.fleet.simulated += waited
@@ -243,7 +254,7 @@ class Federation:
 
     def _checkpoint(self, t: int, state: ServerState) -> Checkpoint:
         """Writes all that the server knows after round `t`, and returns it."""
-        size = self.folder.metrics_size()
+        size = metrics_size(self.folder.path)
         made = Checkpoint(t, state, self.fleet.records, self.plans, size, self.curve, self.fleet.simulated)
         save_checkpoint(self.folder, self.config, made)
         self.tell()
@@ -280,25 +291,24 @@ class Federation:
         """
         for i, reply in replies.items():
             values = {name: getattr(reply, name) for name in MEASURES}
-            vars(self.fleet.records[i]).update(values)
-            loss = {"next_loss": reply.loss} if isinstance(reply, TrainReply) else {}
-            self.folder.append_metrics(kind="device", round=round, device=i, **values, **loss)
+            self.fleet.records[i] = self.fleet.records[i].model_copy(update=values)
+            loss = reply.loss if isinstance(reply, TrainReply) else None
+            append_line(self.folder.path, DeviceLine(round=round, device=i, **values, next_loss=loss))
         means = {name: float(np.mean([getattr(r, name) for r in replies.values()])) for name in MEASURES if replies}
-        self.folder.append_metrics(
-            kind="round",
+        line = RoundLine(
             round=round,
             devices=len(replies),
             simulated_seconds=spent.seconds,
-            **means,
             bytes_up=spent.bytes_up,
             bytes_down=spent.bytes_down,
         )
+        append_line(self.folder.path, line.model_copy(update=means))
         # of those that were not asked what was last known: or a curve would follow who happens to be there
         accuracy = float(np.mean([self.fleet.records[i].personal_accuracy for i in self.layouts]))
-        self.curve.append(CurvePoint(spent.seconds, spent.bytes_up + spent.bytes_down, accuracy))
+        self.curve.append(CurvePoint(seconds=spent.seconds, bytes=spent.bytes_up + spent.bytes_down, accuracy=accuracy))
         return accuracy
 
-    def _summary(self, dense_params: int) -> dict[str, Any]:
+    def _summary(self, dense_params: int) -> Summary:
         privacy = self.config.privacy
 
         def spent(rounds: int) -> float | None:

@@ -11,7 +11,7 @@ from flwr.common.logger import log
 from flwr.serverapp import Grid
 
 from strategies.exchange import Answers, R, exchange, wait_for_nodes
-from strategies.results import DeviceRecord
+from strategies.records import DeviceRecord, FailureLine, TrafficLine, added, append_line
 from strategies.simulated import Spent, seconds
 from tapfl.config import RunConfig
 from tapfl.errors import ConfigError
@@ -57,9 +57,13 @@ class Fleet:
             self._nodes[i] = node
             self.holds_backbone[i] = reply.holds_backbone
             if known is None:
-                self.records[i] = DeviceRecord(i, profile, reply.train_samples)
-                self.records[i].sent(hello)
-                self.records[i].received(reply)
+                self.records[i] = DeviceRecord(
+                    device=i,
+                    profile=profile,
+                    train_samples=reply.train_samples,
+                    bytes_down=dict(hello.bytes_by_kind),
+                    bytes_up=dict(reply.bytes_by_kind),
+                )
             elif i not in known:
                 log(logging.WARNING, "device %d: was not there in round zero; left out", i)
             elif (known[i].profile, known[i].train_samples) != (profile, reply.train_samples):
@@ -141,15 +145,14 @@ class Fleet:
         slowest = at_least
         downs = {i: message.bytes_by_kind + Counter({message.kind: unsent(i)}) for i, message in outgoing.items()}
         for i, down in downs.items():
-            self.records[i].bytes_down += down
+            self.records[i].bytes_down = added(self.records[i].bytes_down, down)
         for i, reply in sorted(answers.replies.items()):
-            self.records[i].received(reply)
             down, up = downs[i], reply.bytes_by_kind
+            self.records[i].bytes_up = added(self.records[i].bytes_up, up)
             took = seconds(self.records[i].profile, down.total(), work(i), up.total())
             slowest = max(slowest, took)
-            self.folder.append_metrics(
-                kind="traffic", phase=what, round=round, device=i, down=down, up=up, simulated_seconds=took
-            )
+            line = TrafficLine(phase=what, round=round, device=i, down=dict(down), up=dict(up), simulated_seconds=took)
+            append_line(self.folder.path, line)
         for i, reason in sorted(answers.failures.items()):
             self.lost(i, what, reason)
         self.simulated += slowest
@@ -158,13 +161,13 @@ class Fleet:
     def lost(self, i: int, what: str, reason: str) -> None:
         """Notes that a device did not come through."""
         self.records[i].failures += 1
-        self.folder.append_metrics(kind="failure", phase=what, device=i, reason=reason)
+        append_line(self.folder.path, FailureLine(phase=what, device=i, reason=reason))
 
     @property
     def spent(self) -> Spent:
         """What the run has cost so far."""
         up, down = (
-            sum(getattr(record, side).total() for record in self.records.values())
+            sum(sum(getattr(record, side).values()) for record in self.records.values())
             for side in ("bytes_up", "bytes_down")
         )
         return Spent(self.simulated, up, down)

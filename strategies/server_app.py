@@ -11,7 +11,7 @@ from flwr.serverapp import Grid, ServerApp
 from strategies.federation import Federation
 from strategies.loggers.feed import require_loggers
 from strategies.progress import shown
-from strategies.same_options import require_same_options
+from strategies.records import require_same_options
 from tapfl.config import RunConfig
 from tapfl.data.federated import open_pool
 from tapfl.errors import ConfigError

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from strategies.records import CurvePoint
 from tapfl.profiles import DeviceProfile
 
 STEP = 3  # forward passes' worth of a training step
@@ -37,14 +38,6 @@ class Spent(NamedTuple):
     seconds: float
     bytes_up: int
     bytes_down: int
-
-
-class CurvePoint(NamedTuple):
-    """How far a run had come after a round, and at what cost: simulated seconds and bytes both ways since the start."""
-
-    seconds: float
-    bytes: int
-    accuracy: float
 
 
 def first_at(curve: Sequence[CurvePoint], accuracy: float) -> CurvePoint | None:

@@ -319,33 +319,6 @@ class RunFolder:
     def summary(self) -> Path:
         return self.path / "summary.json"
 
-    def append_metrics(self, **values: Any) -> None:
-        """Adds one line to metrics.jsonl."""
-        try:
-            with self.metrics.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(values) + "\n")
-        except OSError as error:
-            raise OSError(error.errno, os.strerror(error.errno or 0), str(self.metrics)) from error
-
-    def metrics_size(self) -> int:
-        """Returns how many bytes metrics.jsonl has, all of them on the disk."""
-        with self.metrics.open("rb") as file:
-            os.fsync(file.fileno())
-            return os.fstat(file.fileno()).st_size
-
-    def cut_metrics(self, size: int) -> None:
-        """Drops what was written after the first `size` bytes: a round that never came to its end.
-
-        Raises:
-            PlanError: if there are fewer.
-        """
-        there = self.metrics.stat().st_size if self.metrics.exists() else 0
-        if there < size:
-            said = f"has {there} bytes, and had {size} at the last checkpoint: it was cut since"
-            raise PlanError(f"{self.metrics}: {said}")
-        if there:
-            os.truncate(self.metrics, size)
-
     @property
     def server(self) -> Versions:
         return Versions(self.path / "server")

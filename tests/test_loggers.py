@@ -20,6 +20,7 @@ from strategies.loggers import event_files, tracking
 from strategies.loggers.feed import Feed
 from strategies.loggers.logger import hyperparameters
 from strategies.loggers.points import Point, points_of
+from strategies.records import AbsenceLine, DeviceLine, FailureLine, RoundLine, TrafficLine
 from tapfl.config import RunConfig
 from tapfl.errors import ConfigError
 
@@ -190,7 +191,7 @@ def test_a_batch_of_which_only_a_part_arrived_is_not_doubled(
         real(*arguments, **named)
 
     monkeypatch.setattr(logger._client, "log_batch", once)
-    feed = Feed("log.mlflow", lambda: logger, finished / "metrics.jsonl")
+    feed = Feed("log.mlflow", lambda: logger, finished)
     feed.bring()
     feed.close(finished=True)
     assert in_mlflow(tmp_path, uri) == metrics(finished)
@@ -199,7 +200,7 @@ def test_a_batch_of_which_only_a_part_arrived_is_not_doubled(
 def test_a_run_that_was_deleted_on_the_server_is_made_anew(finished: Path, uri: str, tmp_path: Path) -> None:
     config = RunConfig.from_flat({"log.mlflow": uri})
     for _ in range(2):
-        feed = Feed("log.mlflow", lambda: tracking.Tracking(_Folder(tmp_path), config), finished / "metrics.jsonl")
+        feed = Feed("log.mlflow", lambda: tracking.Tracking(_Folder(tmp_path), config), finished)
         feed.bring()
         feed.close(finished=True)
         assert in_mlflow(tmp_path, uri) == metrics(finished)
@@ -214,23 +215,33 @@ class _Folder:
 
 
 def test_lines_as_points() -> None:
-    assert points_of({"kind": "round", "round": 3, "devices": 2, "alpha": 0.5}) == [
+    line = RoundLine(round=3, devices=2, simulated_seconds=1.5, alpha=0.5, bytes_up=7, bytes_down=8)
+    assert points_of(line) == [
         Point("round/devices", 3, 2),
+        Point("round/simulated_seconds", 3, 1.5),
         Point("round/alpha", 3, 0.5),
+        Point("round/bytes_up", 3, 7),
+        Point("round/bytes_down", 3, 8),
     ]
-    assert points_of({"kind": "device", "round": 1, "device": 7, "alpha": 0.5, "next_loss": 2.0}) == [
+    device = DeviceLine(round=1, device=7, global_accuracy=0.25, personal_accuracy=0.75, alpha=0.5, next_loss=2.0)
+    assert points_of(device) == [
+        Point("global_accuracy/device-07", 1, 0.25),
+        Point("personal_accuracy/device-07", 1, 0.75),
         Point("alpha/device-07", 1, 0.5),
         Point("next_loss/device-07", 1, 2.0),
     ]
-    traffic = {"kind": "traffic", "device": 12, "down": {"a": 1, "b": 2}, "up": {"a": 4}, "simulated_seconds": 0.5}
-    assert points_of(traffic | {"round": 0, "phase": "surgery"}) == []
-    assert points_of(traffic | {"round": 2, "phase": "round 2"}) == [
+    assert len(points_of(device.model_copy(update={"next_loss": None}))) == 3
+    traffic = TrafficLine(
+        phase="round 2", round=2, device=12, down={"a": 1, "b": 2}, up={"a": 4}, simulated_seconds=0.5
+    )
+    assert points_of(traffic.model_copy(update={"phase": "surgery", "round": 0})) == []
+    assert points_of(traffic) == [
         Point("simulated_seconds/device-12", 2, 0.5),
         Point("bytes_up/device-12", 2, 4),
         Point("bytes_down/device-12", 2, 3),
     ]
-    assert points_of({"kind": "failure", "phase": "round 2", "device": 1, "reason": "lost"}) == []
-    assert points_of({"kind": "absence", "round": 2, "device": 1, "reason": "late"}) == []
+    assert points_of(FailureLine(phase="round 2", device=1, reason="lost")) == []
+    assert points_of(AbsenceLine(round=2, device=1, reason="late")) == []
 
 
 def test_where_metrics_go_is_no_part_of_a_run_s_identity() -> None:
@@ -308,7 +319,7 @@ def test_a_plain_folder_where_mlflow_is_told_to_take_one(
     uri = f"file://{tmp_path}/mlruns"
     config = RunConfig.from_flat({"log.mlflow": uri})
     tracking.require_tracking(config.log)
-    feed = Feed("log.mlflow", lambda: tracking.Tracking(_Folder(tmp_path), config), finished / "metrics.jsonl")
+    feed = Feed("log.mlflow", lambda: tracking.Tracking(_Folder(tmp_path), config), finished)
     feed.bring()
     feed.close(finished=True)
     assert in_mlflow(tmp_path, uri) == metrics(finished)

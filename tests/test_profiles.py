@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from strategies.records import CurvePoint
 from strategies.sampling import turnout
-from strategies.simulated import CurvePoint, bytes_to_accuracy, first_at, seconds, time_to_accuracy, training_macs
+from strategies.simulated import bytes_to_accuracy, first_at, seconds, time_to_accuracy, training_macs
 from tapfl.config import PROFILE_SETS, DeviceOptions
 from tapfl.errors import ConfigError
 from tapfl.profiles import DeviceProfile, max_rank, profiles_of
@@ -117,7 +118,7 @@ def test_simulated_seconds_by_hand() -> None:
 
 def test_time_and_bytes_to_accuracy_are_those_when_it_was_first_reached() -> None:
     curve = [
-        CurvePoint(seconds, size, accuracy)
+        CurvePoint(seconds=seconds, bytes=size, accuracy=accuracy)
         for seconds, size, accuracy in ((0.0, 7, 0.12), (3.0, 8, 0.31), (6.0, 9, 0.29), (9.0, 10, 0.35))
     ]
     assert time_to_accuracy(curve) == {"0.05": 0, "0.10": 0, "0.15": 3, "0.20": 3, "0.25": 3, "0.30": 3, "0.35": 9}

@@ -6,7 +6,6 @@ logger lacks is read from the file: lines that were there when it was opened, an
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ from strategies.loggers.event_files import EventFiles, require_event_files
 from strategies.loggers.logger import Logger
 from strategies.loggers.points import points_of
 from strategies.loggers.tracking import Tracking, in_short, require_tracking
+from strategies.records import read_metrics
 from tapfl.config import LogOptions, RunConfig
 from tapfl.store import RunFolder
 
@@ -36,9 +36,9 @@ def loggers(config: RunConfig, folder: RunFolder) -> Iterator[Callable[[], None]
     """Opens the loggers that the options ask for. Gives what to call when lines of metrics.jsonl have become final."""
     feeds: list[Feed] = []
     if config.log.tensorboard:
-        feeds.append(Feed("log.tensorboard", partial(EventFiles, folder, config), folder.metrics))
+        feeds.append(Feed("log.tensorboard", partial(EventFiles, folder, config), folder.path))
     if config.log.mlflow:
-        feeds.append(Feed("log.mlflow", partial(Tracking, folder, config), folder.metrics))
+        feeds.append(Feed("log.mlflow", partial(Tracking, folder, config), folder.path))
 
     def bring() -> None:
         for feed in feeds:
@@ -60,11 +60,11 @@ class Feed:
     Args:
         option: that asks for it, for the warning.
         open: makes it, or finds what an earlier part of the run made.
-        metrics: the file of lines.
+        folder: of the run.
     """
 
-    def __init__(self, option: str, open: Callable[[], Logger], metrics: Path) -> None:
-        self._option, self._open, self._metrics = option, open, metrics
+    def __init__(self, option: str, open: Callable[[], Logger], folder: Path) -> None:
+        self._option, self._open, self._folder = option, open, folder
         self._logger: Logger | None = None
         self._brought = 0  # bytes of the file
         self._pause = self._left = 0  # calls of `bring` that are let pass after a failure, and how many still are
@@ -90,11 +90,11 @@ class Feed:
     def _bring(self) -> None:
         if self._logger is None:
             self._logger = self._open()
-        content = self._metrics.read_bytes()[self._brought :] if self._metrics.exists() else b""
-        points = [point for line in content.splitlines() for point in points_of(json.loads(line))]
+        metrics = read_metrics(self._folder, self._brought)
+        points = [point for line in metrics.lines for point in points_of(line)]
         if lacking := [point for point in points if not self._logger.has(point.tag, point.step)]:
             self._logger.add(lacking)
-        self._brought += len(content)
+        self._brought = metrics.end
 
     def _try(self, act: Callable[[], None]) -> None:
         try:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
+
+from strategies.records import DeviceLine, Line, RoundLine, TrafficLine
 
 POSITION = ("kind", "round", "device")  # what says where a number belongs, and is none itself
 DEVICE = "device-"
@@ -17,7 +18,7 @@ class Point(NamedTuple):
     value: float
 
 
-def points_of(line: Mapping[str, Any]) -> list[Point]:
+def points_of(line: Line) -> list[Point]:
     """Returns the numbers of a line of metrics.jsonl.
 
     ```
@@ -28,15 +29,15 @@ def points_of(line: Mapping[str, Any]) -> list[Point]:
 
     Lines of other kinds (failures, absences) hold no numbers and give none.
     """
-    numbers = {name: value for name, value in line.items() if name not in POSITION and _is_number(value)}
-    if line["kind"] == "round":
-        return [Point(f"round/{name}", line["round"], value) for name, value in numbers.items()]
-    if line["kind"] == "traffic" and line["round"]:
-        numbers |= {f"bytes_{side}": sum(line[side].values()) for side in ("up", "down")}
-    elif line["kind"] != "device":
-        return []
-    return [Point(f"{name}/{DEVICE}{line['device']:02d}", line["round"], value) for name, value in numbers.items()]
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    values = line.model_dump(exclude=set(POSITION), exclude_none=True)
+    numbers = {name: value for name, value in values.items() if isinstance(value, int | float)}
+    match line:
+        case RoundLine():
+            return [Point(f"round/{name}", line.round, value) for name, value in numbers.items()]
+        case TrafficLine() if line.round:
+            numbers |= {"bytes_up": sum(line.up.values()), "bytes_down": sum(line.down.values())}
+        case DeviceLine():
+            pass
+        case _:
+            return []
+    return [Point(f"{name}/{DEVICE}{line.device:02d}", line.round, value) for name, value in numbers.items()]

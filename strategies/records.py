@@ -1,0 +1,344 @@
+"""What a run records, typed: `summary.json` and the lines of `metrics.jsonl`. Both are written and read here only.
+
+Both carry `VERSION`: the summary as a field, metrics.jsonl in its first line. Files without one, from before versions
+existed, are read if they have the required fields. Bytes are counted by kind of content: "adapters", "weights", …
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Final, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+
+from tapfl.config import RunConfig, binding
+from tapfl.errors import ConfigError, PlanError
+from tapfl.profiles import DeviceProfile
+from tapfl.store import RunFolder, write_json
+
+VERSION: Final = 1
+SUMMARY, METRICS = "summary.json", "metrics.jsonl"
+
+Count = Annotated[int, Field(ge=0, le=2**63)]
+ByKind = dict[str, Count]
+
+
+class Record(BaseModel):
+    """Base of all records: numbers are finite and keep every bit, unknown fields are ignored."""
+
+    model_config = ConfigDict(strict=True, allow_inf_nan=False, extra="ignore")
+
+
+class DeviceRecord(Record):
+    """What the server knows of one device. Shares and accuracies lie in [0, 1].
+
+    Attributes:
+        held_classes: whether the device has training images of each class, where it reports that.
+        generic: it sent no mixture, so its plan is made from the whole public pool.
+        params: of its pruned model; 0: it has none yet.
+        rounds: in how many its answer was used.
+        last_round: the last of these; the device continues from its own state after it.
+        epsilon: of differential privacy, in the summary only; None: no guarantee.
+    """
+
+    device: Count
+    profile: DeviceProfile
+    train_samples: Count
+    test_samples: Count = 0
+    classes: Count = 0
+    held_classes: list[bool] | None = None
+    generic: bool = False
+    macs: Count = 0
+    macs_share: float = 0.0
+    params: Count = 0
+    params_share: float = 0.0
+    dense_accuracy: float = 0.0
+    pruned_accuracy: float = 0.0
+    global_accuracy: float = 0.0
+    personal_accuracy: float = 0.0
+    alpha: float = 0.0
+    bytes_up: ByKind = {}
+    bytes_down: ByKind = {}
+    failures: Count = 0
+    rounds: Count = 0
+    last_round: Count = 0
+    epsilon: float | None = None
+
+    @model_validator(mode="after")
+    def _has_shares(self) -> Self:
+        if self.params and not self.macs_share > 0 < self.params_share:
+            raise ValueError("a pruned model must have shares above 0")
+        return self
+
+
+class CurvePoint(Record):
+    """How far a run was after a round: cost since the start, and mean personal accuracy over devices with a model.
+
+    Attributes:
+        seconds: simulated.
+        bytes: of all devices, up and down.
+    """
+
+    seconds: float
+    bytes: Count
+    accuracy: float
+
+
+class Summary(Record):
+    """The content of `summary.json`, which exists once a run is finished.
+
+    Means are over devices that have a model; the dense one over those that evaluated the dense backbone.
+
+    Attributes:
+        personal_accuracy_worst_decile: mean over the worst tenth of the devices (at least one).
+        bytes_up, bytes_down: all devices, whole run.
+        adapter_bytes_up_per_round: mean over devices.
+        full_model_bytes: what one device would upload if it sent the dense model, fp32, in every round.
+        failures: messages without a usable answer.
+        epsilon: of differential privacy, the largest over devices; None: no guarantee.
+        simulated_seconds: until the last round ended.
+        time_to_accuracy, bytes_to_accuracy: cost at which the curve first reached 0.05, 0.10, …
+        curve: after round zero and after each round.
+        seconds: wall time by phase.
+    """
+
+    version: Literal[1] = VERSION
+    dense_accuracy: float
+    pruned_accuracy: float
+    global_accuracy: float
+    personal_accuracy: float
+    personal_accuracy_worst_decile: float
+    bytes_up: Count
+    bytes_down: Count
+    adapter_bytes_up_per_round: float
+    full_model_bytes: Count
+    failures: Count
+    epsilon: float | None
+    simulated_seconds: float
+    time_to_accuracy: dict[str, float]
+    bytes_to_accuracy: ByKind
+    curve: list[CurvePoint]
+    seconds: dict[str, float]
+    devices: list[DeviceRecord]
+
+    @model_validator(mode="after")
+    def _devices_differ(self) -> Self:
+        if len({record.device for record in self.devices}) < len(self.devices):
+            raise ValueError("a device is listed twice")
+        return self
+
+    @property
+    def equipped(self) -> list[DeviceRecord]:
+        """The devices that have a pruned model; only for these there is an accuracy."""
+        return [record for record in self.devices if record.params]
+
+
+class Header(Record):
+    """The first line of metrics.jsonl."""
+
+    kind: Literal["header"] = "header"
+    version: Literal[1] = VERSION
+
+
+class DeviceLine(Record):
+    """How a device did with the adapters that `round` ended with; round 0: with the first ones.
+
+    Attributes:
+        next_loss: mean training loss in the round after, unless this was the last.
+    """
+
+    kind: Literal["device"] = "device"
+    round: Count
+    device: Count
+    global_accuracy: float
+    personal_accuracy: float
+    alpha: float
+    next_loss: float | None = None
+
+
+class RoundLine(Record):
+    """Means over the devices that answered after `round`, and what the run had cost when it ended.
+
+    Attributes:
+        devices: how many answered; if none did, there are no means.
+    """
+
+    kind: Literal["round"] = "round"
+    round: Count
+    devices: Count
+    simulated_seconds: float
+    global_accuracy: float | None = None
+    personal_accuracy: float | None = None
+    alpha: float | None = None
+    bytes_up: Count
+    bytes_down: Count
+
+
+class TrafficLine(Record):
+    """One message and its answer: bytes by kind of content and simulated seconds; round 0: before the first round."""
+
+    kind: Literal["traffic"] = "traffic"
+    phase: str
+    round: Count
+    device: Count
+    down: ByKind
+    up: ByKind
+    simulated_seconds: float
+
+
+class FailureLine(Record):
+    """A message to which no usable answer came, or a device that gets no model."""
+
+    kind: Literal["failure"] = "failure"
+    phase: str
+    device: Count
+    reason: str
+
+
+class AbsenceLine(Record):
+    """A device that took no part in a round, as simulated: away, dropped out, or late."""
+
+    kind: Literal["absence"] = "absence"
+    round: Count
+    device: Count
+    reason: str
+
+
+Line = DeviceLine | RoundLine | TrafficLine | FailureLine | AbsenceLine
+LINE: TypeAdapter[Line | Header] = TypeAdapter(Annotated[Line | Header, Field(discriminator="kind")])
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """Lines of metrics.jsonl.
+
+    Attributes:
+        damaged: how many more there are that cannot be read.
+        end: bytes of the file up to the end of the last whole line.
+    """
+
+    lines: list[Line]
+    damaged: int
+    end: int
+
+
+def added(one: ByKind, other: ByKind) -> ByKind:
+    """Returns the sums by kind, without kinds of 0 bytes."""
+    return dict(Counter(one) + Counter(other))
+
+
+def write_summary(folder: Path, summary: Summary) -> None:
+    write_json(folder / SUMMARY, summary.model_dump())
+
+
+def read_summary(folder: Path) -> Summary:
+    """Returns the summary of a finished run.
+
+    Raises:
+        PlanError: if there is none in `folder`, or it is damaged.
+        ConfigError: if it has another version.
+    """
+    file = folder / SUMMARY
+    try:
+        return Summary.model_validate_json(file.read_bytes())
+    except OSError as error:
+        raise PlanError(f"{file}: cannot be read ({error.strerror})") from None
+    except ValidationError as error:
+        _require_version(error, file)
+        raise PlanError(f"{file}: is not a whole summary of version {VERSION} ({_first(error)})") from None
+
+
+def append_line(folder: Path, line: Line) -> None:
+    """Adds one line to metrics.jsonl, to a new file after the header. Raises OSError with the file's name."""
+    file = folder / METRICS
+    with _naming(file), file.open("ab") as opened:
+        new = [] if opened.tell() else [Header()]
+        for each in (*new, line):
+            opened.write(json.dumps(each.model_dump(exclude_none=True)).encode() + b"\n")
+
+
+def read_metrics(folder: Path, start: int = 0) -> Metrics:
+    """Returns the lines after the first `start` bytes; none if there is no file. Unknown kinds are left out.
+
+    Raises:
+        ConfigError: if the file has another version.
+    """
+    file = folder / METRICS
+    try:
+        with file.open("rb") as opened:
+            opened.seek(start)
+            content = opened.read()
+    except OSError:
+        content = b""
+    lines: list[Line] = []
+    damaged = 0
+    for text in content.splitlines():
+        try:
+            if not isinstance(line := LINE.validate_json(text), Header):
+                lines.append(line)
+        except ValidationError as error:
+            _require_version(error, file)
+            damaged += error.errors()[0]["type"] != "union_tag_invalid"
+    return Metrics(lines, damaged, start + content.rfind(b"\n") + 1)
+
+
+def metrics_size(folder: Path) -> int:
+    """Returns how many bytes metrics.jsonl has, after waiting until they are on the disk."""
+    with (folder / METRICS).open("rb") as file:
+        os.fsync(file.fileno())
+        return os.fstat(file.fileno()).st_size
+
+
+def cut_metrics(folder: Path, size: int) -> None:
+    """Drops what follows the first `size` bytes of metrics.jsonl: lines of a round that did not end.
+
+    Raises:
+        PlanError: if there are fewer.
+    """
+    file = folder / METRICS
+    available = file.stat().st_size if file.exists() else 0
+    if available < size:
+        raise PlanError(f"{file}: has {available} bytes, and had {size} at the last checkpoint: it was cut since")
+    if available:
+        os.truncate(file, size)
+
+
+def require_same_options(folder: RunFolder, config: RunConfig) -> None:
+    """Raises ConfigError, naming what changed, unless `config` is that of the run in `folder`.
+
+    Options that change no result may differ, and so may `train.rounds`: a run may be continued for longer.
+    """
+    before, now = folder.config(), config.flat()
+    changed = [
+        f"{option}: {before.get(option, '(not an option then)')!r} then, {now.get(option, '(not an option now)')!r} now"
+        for option in sorted(binding(before).keys() | binding(now).keys())
+        if before.get(option) != now.get(option)
+    ]
+    if changed:
+        raise ConfigError(f"resume: the run in {folder.path} has other options: {'; '.join(changed)}")
+
+
+def _require_version(error: ValidationError, file: Path) -> None:
+    for each in error.errors():
+        if each["loc"][-1:] == ("version",):
+            raise ConfigError(f"{file}: has version {each['input']!r:.40}; accepted: {VERSION}, or none") from None
+
+
+def _first(error: ValidationError) -> str:
+    first: Any = error.errors()[0]
+    return f"{'.'.join(map(str, first['loc']))}: {first['msg']}".removeprefix(": ")
+
+
+@contextmanager
+def _naming(file: Path) -> Iterator[None]:
+    """Gives an OSError, which of a full disk names no file, the name of `file`."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, os.strerror(error.errno or 0), str(file)) from error
