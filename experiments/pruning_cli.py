@@ -226,16 +226,17 @@ def compare(
     as_json: JsonRows = False,
 ) -> None:
     """Compare pruning criteria: criteria × budgets × any option × devices × seeds, under one harness."""
-    from experiments.compare.reading import read_comparison
+    from experiments.compare.grid import read_comparison
 
     comparison = read_comparison(config, set or [])
-    results = comparison.results.given(measure, reference)
+    results = comparison.results.override(measure, reference)
     results.check(comparison.axes)
     load_torch()  # not before the file is known to be good
-    from experiments.compare.page import page
+    import pandas as pd
+
     from experiments.compare.picture import picture
     from experiments.compare.run import finished_rows, run_comparison
-    from experiments.compare.table import sections
+    from experiments.compare.tables import page, sections
     from strategies.progress import shown
     from tapfl.progress import stage
     from tapfl.store import only_one, write_bytes
@@ -245,6 +246,7 @@ def compare(
     else:
         with only_one(out, "comparison"), shown(), stage("cells") as advance:
             rows = run_comparison(comparison, out, advance, jobs or os.cpu_count() or 1)
+    rows = pd.DataFrame(rows)
     tables = list(sections(rows, comparison, results))
     made_by = command("compare", "--config", str(config), "--out", "DIR", *flags(set=set, reference=reference))
     write_bytes(out / "table.md", page(tables, rows, comparison, results, made_by).encode())

@@ -20,7 +20,7 @@ from ray.scripts.scripts import cli as ray_cli
 
 from experiments import cli
 from experiments.bench.goals import read_measurements
-from experiments.compare.reading import read_comparison
+from experiments.compare.grid import read_comparison
 from experiments.search.settings import read_search
 from experiments.sweep import read_sweep
 from tapfl.config import RunConfig, parse_assignment, read_toml

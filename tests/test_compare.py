@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pandas as pd
 import pytest
 from test_inprocess_run import SMALL
 from typer.testing import CliRunner
 
 from experiments import cli
-from experiments.compare.reading import read_comparison
+from experiments.compare.grid import read_comparison
 from experiments.compare.run import run_comparison
-from experiments.compare.table import table
+from experiments.compare.tables import table
 from tapfl.errors import ConfigError
 
 
@@ -63,7 +64,7 @@ def test_measures_are_shares_and_a_budget_that_cannot_be_met_is_told(tmp_path: P
     assert by_cell["tap", "macs<=0.5"]["dense"] == by_cell["updp", "macs<=0.5"]["dense"]
     both = by_cell["tap", "macs<=0.9,params<=0.6"]
     assert float(both["macs_share"]) <= 0.9 and 0.597 <= float(both["params_share"]) <= 0.6
-    assert list(table(rows, comparison)[0])[1:] == ["50% MACs", "1% MACs", "90% MACs, 60% parameters"]
+    assert list(table(pd.DataFrame(rows), comparison)[0])[1:] == ["50% MACs", "1% MACs", "90% MACs, 60% parameters"]
     assert "cannot be met" in by_cell["tap", "macs<=0.01"]["refused"] and not by_cell["tap", "macs<=0.01"]["pruned"]
 
 
@@ -77,10 +78,10 @@ device = [1]"""
     comparison = read_comparison(file)
     rows = run_comparison(comparison, tmp_path / "out", lambda *_: None)
     assert len(rows) == 8 and all(float(row["macs_share"]) <= 0.5 for row in rows)
-    shown = table(rows, comparison)
+    shown = table(pd.DataFrame(rows), comparison)
     assert list(shown[0]) == ["criterion", "metric.rule", "unit-shape", "recovery", "50% MACs"]
     with pytest.raises(ConfigError, match="--measure loss: accepted are macs_share"):
-        comparison.results.given(["loss"], None).check(comparison.axes)
+        comparison.results.override(["loss"], None).check(comparison.axes)
     other = read_comparison(comparison_file(tmp_path, 'criterion = ["tap"]\ndevice = [1]'))
     with pytest.raises(ConfigError, match="is a comparison of other axes"):
         run_comparison(other, tmp_path / "out", lambda *_: None)

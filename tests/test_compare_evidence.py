@@ -6,9 +6,9 @@ import csv
 import json
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from scipy.stats import spearmanr
@@ -16,13 +16,12 @@ from test_compare import comparison_file
 from typer.testing import CliRunner
 
 from experiments import cli
+from experiments.compare.cells import rank_correlations, scenario_of
+from experiments.compare.grid import read_comparison
 from experiments.compare.picture import comparable, picture
-from experiments.compare.rank import rank_correlations
-from experiments.compare.reading import read_comparison
 from experiments.compare.run import run_comparison
-from experiments.compare.setting import DeviceView, Setting, classes_that_lack
-from experiments.compare.table import difference, mean_over_devices, sections
-from experiments.compare.worker import setting_of
+from experiments.compare.scenario import DeviceView, Scenario, classes_that_lack
+from experiments.compare.tables import difference, mean_over_devices, sections
 from experiments.statistics import paired
 from tapfl.models.prunable import prunable_layers
 
@@ -67,20 +66,20 @@ def rows(finished: tuple[str, Path]) -> list[dict[str, str]]:
 
 
 @pytest.fixture(scope="module")
-def setting(place: Path, finished: tuple[str, Path]) -> Setting:
+def scenario(place: Path, finished: tuple[str, Path]) -> Scenario:
     comparison = read_comparison(place / "compare.toml")
-    return Setting.of(setting_of(next(comparison.cells()).config))
+    return Scenario.of(scenario_of(next(comparison.cells()).config))
 
 
-def test_coverage_is_what_counting_by_hand_says(setting: Setting, rows: list[dict[str, str]]) -> None:
-    view = DeviceView.of(setting, 1)
-    own = set(setting.private.labels[setting.splits[1].train].tolist())
-    images = setting.pool.images
+def test_coverage_is_what_counting_by_hand_says(scenario: Scenario, rows: list[dict[str, str]]) -> None:
+    view = DeviceView.of(scenario, 1)
+    own = set(scenario.private.labels[scenario.splits[1].train].tolist())
+    images = scenario.pool.images
     four = np.array(
         [np.flatnonzero(images.labels == label)[0] for label in (*sorted(own)[:1], *sorted(set(range(10)) - own)[:3])]
     )
     assert view.coverage(images.subset(four)) == (0.25, 1 / len(own))
-    metric = next(read_comparison(Path(setting.config.cache).parent / "compare.toml").cells()).config.metric
+    metric = next(read_comparison(Path(scenario.config.cache).parent / "compare.toml").cells()).config.metric
     for instead in ("", "shared", "oracle"):
         chosen = view.public_images(metric, 128, instead).labels.tolist()
         row = next(r for r in rows if r["device"] == "1" and r["metric.rule"] == (instead or "density-ratio"))
@@ -100,8 +99,8 @@ def test_scores_agree_with_themselves_and_a_criterion_without_scores_has_no_rank
             assert all(-1 < float(rank) < 1 for rank in ranks)
 
 
-def test_rank_correlation_is_a_mean_over_the_layers_of_a_kind_that_rank_at_all(setting: Setting) -> None:
-    layers = prunable_layers(setting.model)
+def test_rank_correlation_is_a_mean_over_the_layers_of_a_kind_that_rank_at_all(scenario: Scenario) -> None:
+    layers = prunable_layers(scenario.model)
     generator = torch.Generator().manual_seed(0)
     ours, theirs = ({layer.name: torch.randn(layer.units, generator=generator) for layer in layers} for _ in range(2))
     ffns = [layer.name for layer in layers if layer.kind == "ffn"]
@@ -115,12 +114,12 @@ def test_rank_correlation_is_a_mean_over_the_layers_of_a_kind_that_rank_at_all(s
     assert rank_correlations(layers, nothing, theirs) == {}
 
 
-def test_the_shared_plan_is_made_for_images_that_are_the_same_for_all_devices(setting: Setting, place: Path) -> None:
+def test_the_shared_plan_is_made_for_images_that_are_the_same_for_all_devices(scenario: Scenario, place: Path) -> None:
     metric = next(read_comparison(place / "compare.toml").cells()).config.metric
-    chosen = [DeviceView.of(setting, device).public_images(metric, 128, "shared") for device in (0, 1)]
+    chosen = [DeviceView.of(scenario, device).public_images(metric, 128, "shared") for device in (0, 1)]
     assert np.array_equal(chosen[0].images, chosen[1].images)
     assert len(np.unique(chosen[0].labels)) == 10  # of all classes, however the pool is sorted
-    own = [DeviceView.of(setting, device).public_images(metric, 128) for device in (0, 1)]
+    own = [DeviceView.of(scenario, device).public_images(metric, 128) for device in (0, 1)]
     assert not np.array_equal(own[0].images, own[1].images)
 
 
@@ -133,16 +132,16 @@ def test_the_classes_that_lack_are_a_share_of_the_device_s_own_drawn_for_each() 
     assert gone[2] != classes_that_lack(own, 0.5, 1, 2).tolist()
 
 
-def test_a_pool_that_lacks_classes_really_lacks_them(setting: Setting) -> None:
-    own, images = np.unique(setting.private.labels[setting.splits[1].train]), setting.pool.images
-    lacking = setting.lacking(1, 0.7)
+def test_a_pool_that_lacks_classes_really_lacks_them(scenario: Scenario) -> None:
+    own, images = np.unique(scenario.private.labels[scenario.splits[1].train]), scenario.pool.images
+    lacking = scenario.lacking(1, 0.7)
     assert len(own) == 3 and np.isin(own, lacking.pool.images.labels).sum() == 1
     others = np.unique(lacking.pool.images.labels)
     assert len(others) == 10 - 2 and np.isin(images.labels, others).sum() == len(lacking.pool.images)
     assert len(lacking.pool.points) == len(lacking.pool.density) == len(lacking.pool.images)
     view = DeviceView.of(lacking, 1)
     assert view.coverage(lacking.pool.images)[1] == pytest.approx(1 / 3)
-    assert view.dense == DeviceView.of(setting, 1).dense  # what is measured is the same
+    assert view.dense == DeviceView.of(scenario, 1).dense  # what is measured is the same
 
 
 def test_a_pool_that_lacks_classes_is_an_axis(place: Path, tmp_path: Path) -> None:
@@ -159,8 +158,8 @@ def test_a_pool_that_lacks_classes_is_an_axis(place: Path, tmp_path: Path) -> No
     )
 
 
-def line(values: dict[tuple[int, int], float]) -> list[dict[str, str]]:
-    return [{"device": str(d), "seed": str(s), "acc": str(v), "refused": ""} for (d, s), v in values.items()]
+def line(values: dict[tuple[int, int], float]) -> pd.DataFrame:
+    return pd.DataFrame([{"device": str(d), "seed": str(s), "acc": str(v)} for (d, s), v in values.items()])
 
 
 def test_differences_are_of_the_means_of_devices_that_both_lines_have() -> None:
@@ -179,7 +178,7 @@ def test_the_dense_model_counts_once_a_device_however_many_lines_it_has() -> Non
     rows = [
         {"device": d, "seed": "0", "dense": acc} for d, acc in (("0", "0.9"), ("0", "0.9"), ("0", "0.9"), ("1", "0.5"))
     ]
-    assert mean_over_devices(rows, "dense") == pytest.approx(0.7)
+    assert mean_over_devices(pd.DataFrame(rows), "dense") == pytest.approx(0.7)
 
 
 @pytest.mark.parametrize("budgets", ["[0.5]", "[0.5, 0.7]"])
@@ -190,43 +189,46 @@ def test_several_grids_are_drawn_also_if_each_has_one_budget(budgets: str, tmp_p
     (tmp_path / "grids.toml").write_text(grids)
     comparison = read_comparison(tmp_path / "grids.toml")
     measures = {"macs_share": "0.5", "dense_own": "0.9", "pruned_own": "0.6", "refused": ""}
-    picture([cell.point | measures for cell in comparison.cells()], comparison, tmp_path / "lines.png", "pruned_own")
+    rows = pd.DataFrame([cell.point | measures for cell in comparison.cells()])
+    picture(rows, comparison, tmp_path / "lines.png", "pruned_own")
     assert (tmp_path / "lines.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_lines_are_drawn_over_the_devices_that_all_of_them_have() -> None:
-    def had(devices: str, *, lacks: str = "") -> list[dict[str, str]]:
-        return [{"device": d, "seed": "0", "pruned_own": "" if d in lacks else "0.5"} for d in devices]
+    def had(line: str, budget: str, devices: str, *, lacks: str = "") -> pd.DataFrame:
+        values = ["" if device in lacks else "0.5" for device in devices]
+        where = {"panel": "", "line": line, "budget": budget, "seed": "0"}
+        return pd.DataFrame({"device": list(devices), "pruned_own": values}).assign(**where)
 
-    lines: Any = {
-        ((), "on all"): {"0.5": had("0123"), "0.7": had("0123")},
-        ((), "on three"): {"0.5": had("012"), "0.7": had("0123", lacks="3")},
-        ((), "refused"): {"0.5": had("0123", lacks="0123"), "0.7": had("0123", lacks="0123")},
-        ((), "one budget"): {"0.5": had("0123")},
-        ((), "one budget, on one"): {"0.5": had("1")},
+    rows = pd.concat(
+        [
+            had("on all", "0.5", "0123"),
+            had("on all", "0.7", "0123"),
+            had("on three", "0.5", "012"),
+            had("on three", "0.7", "0123", lacks="3"),
+            had("refused", "0.5", "0123", lacks="0123"),
+            had("refused", "0.7", "0123", lacks="0123"),
+            had("one budget", "0.5", "0123"),
+            had("one budget, on one", "0.5", "1"),
+        ]
+    )
+    drawn = comparable(rows, "pruned_own").groupby(["line", "budget"])["device"].agg("".join)
+    assert drawn.to_dict() == {
+        ("on all", "0.5"): "012",
+        ("on all", "0.7"): "012",
+        ("on three", "0.5"): "012",
+        ("on three", "0.7"): "012",
+        ("one budget", "0.5"): "012",
     }
-    drawn, held = comparable(lines, "pruned_own")
-    assert held == {("0", "0"), ("1", "0"), ("2", "0")}
-    of = {
-        name: {budget: "".join(r["device"] for r in rows) for budget, rows in by.items()}
-        for (_, name), by in drawn.items()
-    }
-    assert of == {
-        "on all": {"0.5": "012", "0.7": "012"},
-        "on three": {"0.5": "012", "0.7": "012"},
-        "refused": {},
-        "one budget": {"0.5": "012"},
-        "one budget, on one": {},
-    }
-    begun: Any = {((), "a"): {"0.5": had("0")}, ((), "b"): {"0.5": had("12")}}
-    assert comparable(begun, "pruned_own") == (begun, {("0", "0"), ("1", "0"), ("2", "0")})
+    begun = pd.concat([had("a", "0.5", "0"), had("b", "0.5", "12")])
+    assert comparable(begun, "pruned_own").equals(begun)
 
 
 def test_tables_keep_the_devices_apart_that_something_was_chosen_on(
     finished: tuple[str, Path], rows: list[dict[str, str]], place: Path
 ) -> None:
     comparison = read_comparison(place / "compare.toml")
-    shown = list(sections(rows, comparison, comparison.results))
+    shown = list(sections(pd.DataFrame(rows), comparison, comparison.results))
     assert [(each.measure, each.devices) for each in shown] == [
         (measure, devices)
         for measure in ("pruned_own", "own_share")
@@ -236,7 +238,7 @@ def test_tables_keep_the_devices_apart_that_something_was_chosen_on(
     lines = {(row["criterion"], row["metric.rule"]): row for row in shown[1].rows}
     assert lines["tap", "density-ratio"][column] == "reference"
     of = {
-        rule: [r for r in rows if r["criterion"] == "tap" and r["metric.rule"] == rule]
+        rule: pd.DataFrame([r for r in rows if r["criterion"] == "tap" and r["metric.rule"] == rule])
         for rule in ("oracle", "density-ratio")
     }
     assert lines["tap", "oracle"][column] == str(difference(of["oracle"], of["density-ratio"], "pruned_own"))

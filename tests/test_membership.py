@@ -10,7 +10,7 @@ import pytest
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.mixture import GaussianMixture
 
-from experiments.compare.setting import Setting
+from experiments.compare.scenario import Scenario
 from tapfl.config import RunConfig, SummaryOptions
 from tapfl.errors import DataError
 from tapfl.models.forward import image_features
@@ -21,18 +21,18 @@ DEVICES, LEAST = 10, SummaryOptions().min_support
 
 
 @pytest.fixture(scope="module")
-def setting(tmp_path_factory: pytest.TempPathFactory) -> Setting:
+def scenario(tmp_path_factory: pytest.TempPathFactory) -> Scenario:
     """The digits federation with its defaults, but for a backbone that is trained for less long."""
     cache = str(tmp_path_factory.mktemp("cache"))
-    return Setting.of(RunConfig.from_flat({"devices.count": DEVICES, "model.epochs": 5, "cache": cache}))
+    return Scenario.of(RunConfig.from_flat({"devices.count": DEVICES, "model.epochs": 5, "cache": cache}))
 
 
-def own_images(setting: Setting, device: int) -> np.ndarray:
-    return setting.private.images[setting.splits[device].train]
+def own_images(scenario: Scenario, device: int) -> np.ndarray:
+    return scenario.private.images[scenario.splits[device].train]
 
 
-def describe(setting: Setting, images: np.ndarray) -> np.ndarray:
-    return setting.pool.projection(image_features(setting.model, setting.transform(images).split(16)))
+def describe(scenario: Scenario, images: np.ndarray) -> np.ndarray:
+    return scenario.pool.projection(image_features(scenario.model, scenario.transform(images).split(16)))
 
 
 def unprotected(points: np.ndarray) -> GaussianSummary:
@@ -70,48 +70,48 @@ def assert_hides_every_image(mixture: GaussianSummary, points: np.ndarray) -> No
 
 
 @pytest.mark.parametrize("device", range(DEVICES))
-def test_no_component_of_a_digits_device_is_an_image(setting: Setting, device: int) -> None:
-    points = describe(setting, own_images(setting, device))
+def test_no_component_of_a_digits_device_is_an_image(scenario: Scenario, device: int) -> None:
+    points = describe(scenario, own_images(scenario, device))
     assert_hides_every_image(device_mixture(points, SummaryOptions(), 0, device), points)
 
 
-def with_outlier(setting: Setting) -> np.ndarray:
+def with_outlier(scenario: Scenario) -> np.ndarray:
     """A device's descriptors, and that of one image far from all others."""
-    points = describe(setting, own_images(setting, 0))
-    return np.concatenate([points, 10 * describe(setting, 255 - own_images(setting, 0)[:1])])
+    points = describe(scenario, own_images(scenario, 0))
+    return np.concatenate([points, 10 * describe(scenario, 255 - own_images(scenario, 0)[:1])])
 
 
-def with_copies(setting: Setting) -> np.ndarray:
+def with_copies(scenario: Scenario) -> np.ndarray:
     """A device that holds one of its images twenty times."""
-    images = own_images(setting, 0)
-    return describe(setting, np.concatenate([images, np.repeat(images[:1], 20, axis=0)]))
+    images = own_images(scenario, 0)
+    return describe(scenario, np.concatenate([images, np.repeat(images[:1], 20, axis=0)]))
 
 
-def with_six(setting: Setting) -> np.ndarray:
+def with_six(scenario: Scenario) -> np.ndarray:
     """A device that holds six images in all, one of them of another class than the rest."""
-    labels = setting.private.labels[setting.splits[0].train]
+    labels = scenario.private.labels[scenario.splits[0].train]
     chosen = np.concatenate([np.flatnonzero(labels == labels[0])[:5], np.flatnonzero(labels != labels[0])[:1]])
-    return describe(setting, own_images(setting, 0)[chosen])
+    return describe(scenario, own_images(scenario, 0)[chosen])
 
 
 @pytest.mark.parametrize("adversary", [with_outlier, with_copies, with_six])
 def test_scikit_learn_gives_an_image_away_and_ours_does_not(
-    setting: Setting, adversary: Callable[[Setting], np.ndarray]
+    scenario: Scenario, adversary: Callable[[Scenario], np.ndarray]
 ) -> None:
-    points = adversary(setting)
+    points = adversary(scenario)
     assert nearest(unprotected(points), points) < 1e-3
     assert_hides_every_image(device_mixture(points, SummaryOptions(), 0, 0), points)
 
 
-def test_a_device_with_copies_of_few_images_is_refused(setting: Setting) -> None:
-    points = describe(setting, np.repeat(own_images(setting, 0)[:4], 16, axis=0))
+def test_a_device_with_copies_of_few_images_is_refused(scenario: Scenario) -> None:
+    points = describe(scenario, np.repeat(own_images(scenario, 0)[:4], 16, axis=0))
     with pytest.raises(DataError, match="4 different samples"):
         device_mixture(points, SummaryOptions(), 0, 0)
 
 
-def test_copies_change_nothing(setting: Setting) -> None:
+def test_copies_change_nothing(scenario: Scenario) -> None:
     """An image counts once, in whichever batch its copies are described; n is what is left of them."""
-    points = describe(setting, own_images(setting, 0))
-    found, expected = fit_mixture(with_copies(setting)), fit_mixture(points)
+    points = describe(scenario, own_images(scenario, 0))
+    found, expected = fit_mixture(with_copies(scenario)), fit_mixture(points)
     assert found.n == expected.n == len(points)
     np.testing.assert_allclose(found.means, expected.means, atol=1e-4)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from experiments.compare.setting import Setting
+from experiments.compare.scenario import Scenario
 from strategies.round_zero import task_images
 from tapfl.config import RunConfig
 from tapfl.models.forward import image_features
@@ -49,5 +49,5 @@ def bench_noise(
     return rows
 
 
-def _setting(devices: int, options: Mapping[str, Any], seed: int) -> Setting:
-    return Setting.of(RunConfig.from_flat({"devices.count": devices, **options, "seed": seed}))
+def _setting(devices: int, options: Mapping[str, Any], seed: int) -> Scenario:
+    return Scenario.of(RunConfig.from_flat({"devices.count": devices, **options, "seed": seed}))

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from scipy.stats import spearmanr
 
-from experiments.compare.setting import DeviceView, Setting, score
+from experiments.compare.scenario import DeviceView, Scenario, score
 from strategies.round_zero import Shared, task_images
 from tapfl.config import RunConfig
 from tapfl.pruning.compensation import compensated
@@ -40,7 +40,7 @@ def bench_probe(
     found: dict[tuple[float, float], list[list[float]]] = {(tau, budget): [] for tau in taus for budget in budgets}
     for seed in seeds:
         config = RunConfig.from_flat({**(options or {}), "seed": seed, "devices.count": devices})
-        setting = Setting.of(config)
+        setting = Scenario.of(config)
         views = [DeviceView.of(setting, device) for device in range(devices)]
         for tau in taus:
             flat = [config.flat() | {"pruning.tau": tau, "pruning.probe": probe} for probe in ("own", "pool")]

@@ -1,7 +1,6 @@
-"""The grid of a comparison: which cells there are.
+"""The grid of a comparison: its cells, and the tables to make of their results.
 
-A comparison's TOML has a table `[compare]` of lists, the options that all cells share, and what is to be made of the
-results:
+A comparison's TOML has a table `[compare]` of lists, a table `[results]`, and the options that all cells share:
 
 ```toml
 [compare]
@@ -17,39 +16,40 @@ device = [0, 3, 6]
 reference = ["criterion=tap"]
 ```
 
-An axis is `device`, `budget`, `pool-lacks`, or any option of a run by its dotted name; those of `[pruning]` also by
-their own name alone. Several tables `[[compare]]` are several grids in one: an axis that one of them does not name has
-its default there.
+An axis is `device`, `budget`, `pool-lacks`, or any option of a run by its dotted name; the section name `pruning.` may
+be left out. Several tables `[[compare]]` are several grids: an axis that one of them does not name takes its default
+there.
 """
 
 from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
-from experiments.compare.results import ResultOptions
-from tapfl.config import PruningOptions, RunConfig
+from pydantic import Field
+
+from experiments.preflight import DEFAULT_DEVICES
+from tapfl.config import PruningOptions, RunConfig, Section, flatten, parse_assignment, read_toml_tables, validated
 from tapfl.errors import ConfigError
 from tapfl.pruning.budget import Budget
 from tapfl.pruning.criteria.registry import require_criterion
 
-DEFAULT_DEVICES = 10
 DEFAULTS: dict[str, list[Any]] = {
     "seed": [0],
-    "device": [],  # none named: all of them
+    "device": [],  # replaced by all devices
     "metric.rule": ["density-ratio"],
     "criterion": ["tap", "random"],
     "budget": [0.5],
     "compensation": ["none"],
 }
-OWN_AXES = ("device", "budget", "pool-lacks")  # those that are no options of a run
-# metric sets that no rule of a server gives: the device's own training images; images of the whole pool, so that all
-# devices share one plan
+OWN_AXES = ("device", "budget", "pool-lacks")  # axes that are not options of a run
+# values of metric.rule that only a comparison has: the device's own training images, or images of the whole pool
 INSTEAD = ("oracle", "shared")
-# axes by what a change of them costs, behind those of data and backbone: device, metric set, selection, finish
+# axes whose cells share the most come first: after data and backbone the device, metric set, selection, and finish
 STAGES = (
     r"device",
     r"pool-lacks",
@@ -59,19 +59,86 @@ STAGES = (
     r"pruning\.compensation.*",
     r"pruning\.recovery.*",
 )
+MEASURES = (
+    "macs_share",
+    "params_share",
+    "own_share",
+    "classes_covered",
+    "dense",
+    "dense_own",
+    "pruned",
+    "pruned_own",
+    "seconds",
+)
+RANK_MEASURES = ("rank_ffn", "rank_attention")
+
+
+class ResultOptions(Section):
+    """The table `[results]` of a comparison's TOML."""
+
+    measures: tuple[Literal["rank"], ...] = Field(
+        (), description="expensive measures: `rank`, the correlation of a criterion's scores with the oracle's"
+    )
+    show: tuple[str, ...] = Field(("pruned_own",), min_length=1, description="one table each; the first is drawn")
+    reference: tuple[str, ...] = Field(
+        (), description="axis=value: each line is compared with the line that differs from it in these values only"
+    )
+    chosen_on: tuple[int, ...] = Field(
+        (), description="devices that a method was tuned on; further tables leave them out"
+    )
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The measures of every cell."""
+        return MEASURES + (RANK_MEASURES if "rank" in self.measures else ())
+
+    @property
+    def values(self) -> dict[str, str]:
+        """`reference` as axis -> value."""
+        found = {}
+        for text in self.reference:
+            axis, equals, value = text.partition("=")
+            if not equals:
+                raise ConfigError(f"--reference {text}: must have the form axis=value, such as criterion=tap")
+            found[axis.strip()] = value.strip()
+        return found
+
+    def override(self, show: Sequence[str] | None, reference: Sequence[str] | None) -> ResultOptions:
+        """Returns the options with those of the command line, which override the file's."""
+        given = {name: tuple(value) for name, value in (("show", show), ("reference", reference)) if value}
+        return self.model_copy(update=given)
+
+    def check(self, axes: Mapping[str, Sequence[Any]]) -> None:
+        """Raises ConfigError for a measure, a reference or a device that a comparison of these axes does not have."""
+        if odd := [name for name in self.show if name not in self.columns]:
+            hint = (
+                "" if "rank" in self.measures else f"; results.measures = ['rank'] adds {' and '.join(RANK_MEASURES)}"
+            )
+            raise ConfigError(f"--measure {odd[0]}: accepted are {', '.join(self.columns)}{hint}")
+        for axis, value in self.values.items():
+            accepted = [str(each) for each in axes.get(axis, ())]
+            if axis in ("device", "seed") or value not in accepted:
+                named = f"values of {axis}: {', '.join(accepted)}" if accepted else f"axes: {', '.join(axes)}"
+                raise ConfigError(f"--reference {axis}={value}: is no line of the table; {named}")
+        devices = axes["device"]
+        if odd_devices := [str(each) for each in self.chosen_on if each not in devices]:
+            accepted_devices = ", ".join(map(str, devices))
+            raise ConfigError(
+                f"results.chosen-on = {odd_devices[0]}: accepted are the comparison's devices, {accepted_devices}"
+            )
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One combination: the values along the axes as they were given, and what they mean.
+    """One combination.
 
     Attributes:
-        point: axis -> value, as `results.csv` has them.
+        point: axis -> value, as in `results.csv`.
         config: all options.
-        device: which device.
-        budget: what its model may cost.
-        instead: the metric set where no rule of `metric.rule` gives it, one of `INSTEAD`, or empty.
-        lacks: the share of the device's own classes that the public pool has no images of.
+        device: the device's partition id.
+        budget: limits of its model's cost.
+        instead: one of `INSTEAD` if it replaces `metric.rule`, otherwise empty.
+        lacks: share of the device's classes that the public pool has no images of.
     """
 
     point: dict[str, str]
@@ -88,9 +155,9 @@ class Comparison:
 
     Attributes:
         axes: the values along each axis.
-        options: of all cells.
-        parts: the grids that it consists of, each with values of every axis.
-        results: what is to be made of the results.
+        options: options of all cells.
+        parts: the grids, each with values of every axis.
+        results: the tables to make.
     """
 
     axes: dict[str, list[Any]]
@@ -99,15 +166,15 @@ class Comparison:
     results: ResultOptions
 
     def cells(self) -> Iterator[Cell]:
-        """Yields every cell, the axis that costs most to change first.
+        """Yields every cell; the axis that is most expensive to change varies slowest.
 
         Raises:
             ConfigError: for a value that is not accepted.
         """
-        held = [{axis: {str(value) for value in values} for axis, values in part.items()} for part in self.parts]
+        grids = [{axis: {str(value) for value in values} for axis, values in part.items()} for part in self.parts]
         for values in itertools.product(*self.axes.values()):
             point = dict(zip(self.axes, values, strict=True))
-            if any(all(str(value) in part[axis] for axis, value in point.items()) for part in held):
+            if any(all(str(value) in grid[axis] for axis, value in point.items()) for grid in grids):
                 yield self._cell(point)
 
     def _cell(self, point: Mapping[str, Any]) -> Cell:
@@ -129,6 +196,40 @@ class Comparison:
         return Cell(shown, config, device, budget, str(instead) if instead in INSTEAD else "", float(lacks))
 
 
+def read_comparison(file: Path, assignments: Iterable[str] = ()) -> Comparison:
+    """Returns the comparison of a TOML file.
+
+    Args:
+        assignments: options as ``key=value``; they override those of the file.
+
+    Raises:
+        ConfigError: if an axis or an option is not valid.
+    """
+    tables = read_toml_tables(file)
+    given = tables.pop("compare", None)
+    grids = given if isinstance(given, list) else [given]
+    if not grids or not all(isinstance(grid, dict) and all(map(_is_list, grid.values())) for grid in grids):
+        raise ConfigError(f'{file}: needs a table [compare] of lists, such as criterion = ["tap", "random"]')
+    known = {*OWN_AXES, *RunConfig().flat()}
+    if odd := sorted(axis for grid in grids for axis in grid if option_of(axis) not in known):
+        raise ConfigError(
+            f"{file}: compare.{odd[0]} is no axis; accepted: {', '.join(OWN_AXES)}, and any option of a run"
+        )
+    results = validated(ResultOptions, tables.pop("results", {}))
+    options = flatten(tables) | dict(parse_assignment(text) for text in assignments)
+    given_axes = list(dict.fromkeys(axis for grid in grids for axis in grid))
+    if twice := sorted({option_of(axis) for axis in given_axes} & options.keys()):
+        raise ConfigError(f"{twice[0]}: is an axis of [compare] and an option of all cells; give one of the two")
+    named = sorted(dict.fromkeys([*DEFAULTS, *given_axes]), key=stage_of)
+    parts = tuple(_part(grid, named, options) for grid in grids)
+    axes = {axis: _without_repeats(value for part in parts for value in part[axis]) for axis in named}
+    comparison = Comparison(axes, options, parts, results)
+    for _ in comparison.cells():  # checks every value before anything runs
+        pass
+    results.check(axes)
+    return comparison
+
+
 def option_of(axis: str) -> str:
     """Returns the dotted name of an axis."""
     short = axis.replace("-", "_") in PruningOptions.model_fields
@@ -136,5 +237,23 @@ def option_of(axis: str) -> str:
 
 
 def stage_of(axis: str) -> int:
-    """Returns which of the `STAGES` an axis belongs to: the higher, the less a change of it costs."""
+    """Returns the position in `STAGES` of an axis; cells that differ in a later stage only share more work."""
     return max((i for i, pattern in enumerate(STAGES, start=1) if re.fullmatch(pattern, option_of(axis))), default=0)
+
+
+def _is_list(values: Any) -> bool:
+    return isinstance(values, list) and bool(values)
+
+
+def _part(grid: Mapping[str, list[Any]], named: Iterable[str], options: Mapping[str, Any]) -> dict[str, list[Any]]:
+    """Returns the values of every axis in one grid."""
+    count = options.get("devices.count", DEFAULT_DEVICES)
+    plain = {name: [value] for name, value in (RunConfig().flat() | {"pool-lacks": 0}).items()}
+    plain |= {option_of(axis): values for axis, values in DEFAULTS.items()}
+    plain |= {"device": list(range(count if type(count) is int else 0))}
+    plain |= {name: [value] for name, value in options.items()}
+    return {axis: grid.get(axis) or plain[option_of(axis)] for axis in named}
+
+
+def _without_repeats(values: Iterable[Any]) -> list[Any]:
+    return list({str(value): value for value in values}.values())

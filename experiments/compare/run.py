@@ -13,9 +13,9 @@ from pathlib import Path
 from queue import Empty
 from typing import Any
 
+from experiments.compare.cells import CellRunner, Row, scenario_of
 from experiments.compare.grid import Cell, Comparison
-from experiments.compare.setting import Setting
-from experiments.compare.worker import Row, Worker, setting_of
+from experiments.compare.scenario import Scenario
 from experiments.output import as_csv
 from tapfl.errors import ConfigError
 from tapfl.progress import Advance
@@ -69,17 +69,17 @@ def finished_rows(comparison: Comparison, out: Path) -> list[Row]:
 
 
 def _rows(cells: Sequence[Cell], jobs: int, rank: bool) -> Iterator[Row]:
-    """Yields a row a cell as they come; the cells of a device of a setting stay in one process."""
+    """Yields a row a cell as they come; the cells of a device of a scenario stay in one process."""
     groups: dict[tuple[Any, ...], list[Cell]] = {}
     for cell in cells:
-        groups.setdefault((setting_of(cell.config), cell.device), []).append(cell)
+        groups.setdefault((scenario_of(cell.config), cell.device), []).append(cell)
     if min(jobs, len(groups)) <= 1:
-        worker = Worker(rank)
+        runner = CellRunner(rank)
         for group in groups.values():
-            yield from worker.rows(group)
+            yield from runner.rows(group)
         return
     for shared in {key[0]: None for key in groups}:  # trained and described once; the workers find it in the caches
-        Setting.of(shared)
+        Scenario.of(shared)
     context = multiprocessing.get_context("spawn")  # a forked torch may hang
     with context.Manager() as manager, ProcessPoolExecutor(jobs, context) as executor:
         queue = manager.Queue()
@@ -96,13 +96,13 @@ def _rows(cells: Sequence[Cell], jobs: int, rank: bool) -> Iterator[Row]:
 
 
 def _work(cells: Sequence[Cell], rank: bool, queue: Any) -> None:
-    global _worker
-    _worker = _worker or Worker(rank)
-    for row in _worker.rows(cells):
+    global _runner
+    _runner = _runner or CellRunner(rank)
+    for row in _runner.rows(cells):
         queue.put(row)
 
 
-_worker: Worker | None = None  # of a process of the pool: what it has loaded serves its next group
+_runner: CellRunner | None = None  # of a process of the pool: what it has loaded serves its next group
 
 
 def _fields(comparison: Comparison) -> list[str]:

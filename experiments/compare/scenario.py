@@ -1,4 +1,4 @@
-"""What the cells of a comparison have in common: data, backbone, pool; a device of it; the device's metric set."""
+"""What the cells of a comparison share: data, backbone and public pool, and one device with its test images."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ from tapfl.training import accuracy, predict
 
 
 @dataclass(frozen=True)
-class Setting:
-    """What all cells of one seed share."""
+class Scenario:
+    """Data, public pool and dense backbone, which all cells of one seed share."""
 
     config: RunConfig
     pool: PublicPool
@@ -44,7 +44,7 @@ class Setting:
     model: nn.Module
 
     @classmethod
-    def of(cls, config: RunConfig) -> Setting:
+    def of(cls, config: RunConfig) -> Scenario:
         cache, transform = cache_folder(config.cache), input_transform(config.model)
         images = open_pool(config.data, transform, config.seed, cache)
         private = open_private(config.data, transform, config.seed, cache)
@@ -53,10 +53,10 @@ class Setting:
         _, spec, model = dense_backbone(config.model, images, config.seed, DenseCache(cache))
         return cls(config, describe_pool(config, images, model), private, splits, spec, model)
 
-    def lacking(self, device: int, share: float) -> Setting:
-        """Returns the setting as it is where the pool has no image of a share of the device's own classes.
+    def lacking(self, device: int, share: float) -> Scenario:
+        """Returns the scenario with a pool that has no images of a share of the device's classes.
 
-        All that a server makes of its pool is made anew, but the dense backbone stays.
+        The pool is described anew; the dense backbone is the same.
         """
         classes, images = np.unique(self.private.labels[self.splits[device].train]), self.pool.images
         gone = classes_that_lack(classes, share, self.config.seed, device)
@@ -70,15 +70,15 @@ class Setting:
 
     @cached_property
     def turned(self) -> nn.Module:
-        """The backbone in the canonical basis of its heads, by images of the whole pool: the same for all devices."""
+        """The backbone in the canonical basis of its heads, computed from the whole pool: the same for all devices."""
         return turned_on_pool(self.model, self.pool.images, self.transform, self.config.seed)
 
 
 @dataclass(frozen=True)
 class DeviceView:
-    """One device of a setting: its mixture, its test part, and how the dense model does on that."""
+    """One device of a scenario: its mixture, its test images, and the accuracy of the dense model on them."""
 
-    setting: Setting
+    scenario: Scenario
     device: int
     summary: GaussianSummary
     train: ImageSet
@@ -88,25 +88,25 @@ class DeviceView:
     dense: tuple[float, float]
 
     @classmethod
-    def of(cls, setting: Setting, device: int) -> DeviceView:
-        config, split, transform = setting.config, setting.splits[device], setting.transform
-        mine, test = setting.private.subset(split.train), setting.private.subset(split.test)
-        points = setting.pool.projection(image_features(setting.model, transform.batches(mine.images)))
+    def of(cls, scenario: Scenario, device: int) -> DeviceView:
+        config, split, transform = scenario.config, scenario.splits[device], scenario.transform
+        mine, test = scenario.private.subset(split.train), scenario.private.subset(split.test)
+        points = scenario.pool.projection(image_features(scenario.model, transform.batches(mine.images)))
         summary = device_mixture(points, config.summary, config.seed, device)
         inputs, labels = transform(test.images), torch.from_numpy(test.labels)
         classes = torch.from_numpy(np.unique(mine.labels))
         return cls(
-            setting, device, summary, mine, inputs, labels, classes, score(setting.model, inputs, labels, classes)
+            scenario, device, summary, mine, inputs, labels, classes, score(scenario.model, inputs, labels, classes)
         )
 
     def public_images(self, options: MetricOptions, size: int, instead: str = "") -> ImageSet:
-        """Returns the `size` images that stand for the device's task, best first; see `task_images`.
+        """Returns the metric set: the `size` images that represent the device's task, best first; see `task_images`.
 
         Args:
-            instead: ``oracle`` takes them from the device's own training images, evenly drawn, as many as there are;
-                ``shared`` from the pool as a whole, the same for every device.
+            instead: ``oracle`` draws them evenly from the device's own training images, at most as many as it has;
+                ``shared`` draws them from the whole pool, the same for every device.
         """
-        seed, pool = self.setting.config.seed, self.setting.pool
+        seed, pool = self.scenario.config.seed, self.scenario.pool
         if instead == "oracle":
             count = min(size, len(self.train))  # a rest that fills no batch is no use to scores
             drawn = numpy_generator(seed, "metric", self.device).permutation(len(self.train))
@@ -115,32 +115,32 @@ class DeviceView:
         return pool.images.subset(task_images(pool, summary, options, seed, self.device, size))
 
     def coverage(self, images: ImageSet) -> tuple[float, float]:
-        """Returns which share of `images` is of the device's classes, and which share of these occurs among them."""
+        """Returns the share of `images` of the device's classes, and the share of these classes that they cover."""
         return float(np.isin(images.labels, self.classes).mean()), float(np.isin(self.classes, images.labels).mean())
 
     def task(self, images: ImageSet, budget: Budget, options: PruningOptions, batch: int) -> PruningTask:
-        """Returns the problem that every criterion is given."""
-        setting = self.setting
-        model = setting.turned if resolved(options).basis == "canonical" else setting.model
-        inputs, labels = setting.transform(images.images), labels_of(images, options)
-        return pruning_task(model, inputs, budget, options, batch, labels, setting.config.seed)
+        """Returns the input of every criterion."""
+        scenario = self.scenario
+        model = scenario.turned if resolved(options).basis == "canonical" else scenario.model
+        inputs, labels = scenario.transform(images.images), labels_of(images, options)
+        return pruning_task(model, inputs, budget, options, batch, labels, scenario.config.seed)
 
     def fine_tune_set(self, metric: MetricOptions, options: PruningOptions, instead: str = "") -> FineTuneSet | None:
         """Returns the images of recovery, or None where they are the metric set."""
-        return fine_tune_set(lambda size: self.public_images(metric, size, instead), self.setting.transform, options)
+        return fine_tune_set(lambda size: self.public_images(metric, size, instead), self.scenario.transform, options)
 
 
 def classes_that_lack(classes: np.ndarray, share: float, seed: int, device: int) -> np.ndarray:
-    """Returns the classes that a device's pool is to lack, int64: a share of its own, to the nearest whole number.
+    """Returns the classes to remove from a device's pool: a share of its own classes, rounded, int64.
 
-    They are drawn for each device; of two shares the larger takes what the smaller does, and more.
+    They are drawn for each device. A larger share removes the classes of a smaller one, and more.
     """
     drawn: np.ndarray = numpy_generator(seed, "pool-lacks", device).permutation(classes)
     return drawn[: round(share * len(classes))]
 
 
 def score(model: nn.Module, inputs: Tensor, labels: Tensor, classes: Tensor) -> tuple[float, float]:
-    """Returns the accuracy among all classes, and among the device's own alone."""
+    """Returns the accuracy among all classes, and among the device's own classes only."""
     logits = predict(model, inputs)
     own = torch.full_like(logits, -torch.inf)
     own[:, classes] = logits[:, classes]

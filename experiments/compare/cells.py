@@ -1,8 +1,8 @@
-"""What a cell of a comparison comes to; neighbouring cells share what they can.
+"""Measures the cells of a comparison; neighbouring cells share intermediate results.
 
 ```
-setting ─► device's view ─► metric set ─► scores ─► selection ─► smaller model ─► recovered ─► accuracy
-              pool-lacks      metric.*    criterion    budget     compensation     recovery
+scenario ─► device's view ─► metric set ─► scores ─► selection ─► smaller model ─► recovered ─► accuracy
+               pool-lacks      metric.*    criterion    budget     compensation     recovery
 ```
 """
 
@@ -14,32 +14,29 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
+from scipy.stats import spearmanr
 from torch import nn
 
 from experiments.compare.grid import Cell
-from experiments.compare.rank import rank_correlations
-from experiments.compare.setting import DeviceView, Setting, score
+from experiments.compare.scenario import DeviceView, Scenario, score
 from tapfl.config import PruningOptions, RunConfig
 from tapfl.data.sources import ImageSet
 from tapfl.errors import BudgetError, ConfigError
 from tapfl.memo import Memo
+from tapfl.models.units import PrunableLayer
 from tapfl.pruning.criteria.registry import criterion_of, resolved
-from tapfl.pruning.criteria.task import PruningTask, Ranked, Selection
+from tapfl.pruning.criteria.task import PruningTask, Ranked, Scores, Selection
 from tapfl.pruning.lost_output import unit_moments
 from tapfl.pruning.pipeline import cut, recovered, row_sensitivities, select
 from tapfl.pruning.planning import plan_of
 
 Row = dict[str, str]
 FINISH = tuple(name for name in PruningOptions.model_fields if name.startswith(("compensation", "recovery", "distill")))
-# options that scores do not depend on: how a budget is spent by them
+# options that scores do not depend on: they decide how a budget is spent
 SPENDING = ("criterion", "ratio", "tau", "gamma", "align", "floor", "unit_shape", "probe", "send")
-KEPT = {
-    "images": 2,
-    "scores": 64,
-    "felt": 2,
-    "moments": 2,
-}  # results of a kind that are kept; of all others the last one
+KEPT = {"images": 2, "scores": 64, "sensitivities": 2, "moments": 2}  # results kept of a kind; of others the last one
 
 
 @dataclass(frozen=True)
@@ -55,11 +52,11 @@ class Timed:
         return cls(make(), time.process_time() - start)
 
 
-class Worker:
-    """Runs cells one after the other.
+class CellRunner:
+    """Measures cells one after the other.
 
     Args:
-        rank: also measures how the scores agree with the oracle's, which costs a second scoring.
+        rank: also measures the rank correlation of the scores with the oracle's, which needs a second scoring.
     """
 
     def __init__(self, rank: bool = False) -> None:
@@ -68,7 +65,7 @@ class Worker:
         self._kept: dict[str, Memo] = {}
 
     def rows(self, cells: Sequence[Cell]) -> Iterator[Row]:
-        """Yields a row a cell: its values along the axes and its measures."""
+        """Yields one row per cell: its values along the axes and its measures."""
         for cell in cells:
             yield cell.point | {name: str(value) for name, value in self._measure(cell).items()}
 
@@ -78,7 +75,7 @@ class Worker:
     def _measure(self, cell: Cell) -> Mapping[str, object]:
         try:
             options = resolved(cell.config.pruning)
-        except ConfigError as error:  # a criterion that cannot do with one of the options
+        except ConfigError as error:  # the criterion does not support one of the options
             return {"refused": str(error)}
         view, seed = self._view(cell), cell.config.seed
         chosen = self._images(cell, view, cell.instead)
@@ -92,7 +89,7 @@ class Worker:
         small = self._once("cut", cutting, lambda: self._cut(cell, task, found.value))
         fine_tune = view.fine_tune_set(cell.config.metric, options, cell.instead)
         small = recovered(task, found.value, small, fine_tune, seed)
-        plan = plan_of(task, found.value, view.setting.spec)
+        plan = plan_of(task, found.value, view.scenario.spec)
         pruned, pruned_own = score(small, view.inputs, view.labels, view.classes)
         own_share, classes_covered = view.coverage(chosen)
         measures: dict[str, object] = {
@@ -109,11 +106,11 @@ class Worker:
         return {**measures, **(self._agreement(cell, view, task) if self.rank else {})}
 
     def _view(self, cell: Cell) -> DeviceView:
-        shared = setting_of(cell.config)
-        setting: Setting = self._once("setting", shared, partial(Setting.of, shared))
+        shared = scenario_of(cell.config)
+        scenario: Scenario = self._once("scenario", shared, partial(Scenario.of, shared))
 
         def make() -> DeviceView:
-            here = setting.lacking(cell.device, cell.lacks) if cell.lacks else setting
+            here = scenario.lacking(cell.device, cell.lacks) if cell.lacks else scenario
             return DeviceView.of(here, cell.device)
 
         view: DeviceView = self._once("view", (shared, cell.device, cell.lacks), make)
@@ -129,7 +126,7 @@ class Worker:
         return view.task(images, cell.budget, cell.config.pruning, cell.config.metric.batch)
 
     def _select(self, cell: Cell, task: PruningTask) -> Timed:
-        """Returns what the criterion chose, or why it could not."""
+        """Returns the selection of the criterion, or why there is none."""
         criterion = criterion_of(task.options.criterion)
         try:
             if not isinstance(criterion, Ranked):
@@ -154,7 +151,7 @@ class Worker:
         return scores
 
     def _agreement(self, cell: Cell, view: DeviceView, task: PruningTask) -> Mapping[str, object]:
-        """Returns how the scores agree with those on the device's own training images, layer kind by layer kind."""
+        """Returns the rank correlations of the scores with those on the device's own training images."""
         criterion = criterion_of(task.options.criterion)
         if not isinstance(criterion, Ranked):
             return {}
@@ -167,22 +164,36 @@ class Worker:
         return rank_correlations(task.layers, ours.value, theirs.value)
 
     def _cut(self, cell: Cell, task: PruningTask, selection: Selection) -> nn.Module:
-        seed, options, felt, known = cell.config.seed, task.options, None, None
+        seed, options, rows, known = cell.config.seed, task.options, None, None
         if selection.model is None and options.compensation != "none":  # the same weights for all criteria of a basis
             key = (_images_key(cell), options.basis, options.compensation_rows)
-            felt = self._once("felt", key, lambda: row_sensitivities(task, task.model, seed))
+            rows = self._once("sensitivities", key, lambda: row_sensitivities(task, task.model, seed))
             if options.compensation == "one-pass":
-                looked_at = (task.model, task.layers, task.inputs, task.batch, felt)
-                known = self._once("moments", key, lambda: unit_moments(*looked_at))
-        return cut(task, selection, seed, felt, known)
+                inputs = (task.model, task.layers, task.inputs, task.batch, rows)
+                known = self._once("moments", key, lambda: unit_moments(*inputs))
+        return cut(task, selection, seed, rows, known)
 
 
-def setting_of(config: RunConfig) -> RunConfig:
-    """Returns `config` with all that a setting does not depend on at its default."""
+def scenario_of(config: RunConfig) -> RunConfig:
+    """Returns `config` with the sections that a scenario does not depend on at their defaults."""
     plain = RunConfig()
-    own = ("metric", "pruning", "adapters", "train", "personalize")
-    return config.model_copy(update={name: getattr(plain, name) for name in own})
+    others = ("metric", "pruning", "adapters", "train", "personalize")
+    return config.model_copy(update={name: getattr(plain, name) for name in others})
+
+
+def rank_correlations(layers: Sequence[PrunableLayer], ours: Scores, theirs: Scores) -> dict[str, float]:
+    """Returns Spearman's ρ between two scores of the units of a layer, as ``rank_ffn`` and ``rank_attention``.
+
+    Each is a mean over the layers of a kind. A layer whose units all have one score is left out, and so is a kind
+    without any other layer.
+    """
+    found: dict[str, list[float]] = {}
+    for layer in layers:
+        a, b = (scores[layer.name].double().numpy() for scores in (ours, theirs))
+        if np.ptp(a) > 0 and np.ptp(b) > 0:
+            found.setdefault(f"rank_{layer.kind}", []).append(float(spearmanr(a, b).statistic))
+    return {name: float(np.mean(values)) for name, values in sorted(found.items())}
 
 
 def _images_key(cell: Cell) -> Hashable:
-    return setting_of(cell.config), cell.device, cell.lacks, cell.config.metric, cell.instead
+    return scenario_of(cell.config), cell.device, cell.lacks, cell.config.metric, cell.instead

@@ -1,0 +1,159 @@
+"""The tables of a comparison: mean ± standard deviation over devices and seeds, and differences to a reference line.
+
+Results are a `pandas.DataFrame` of text, one row per cell, as in `results.csv`; a measure that a cell lacks is empty.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+import pandas as pd
+
+from experiments.compare.grid import Comparison, ResultOptions
+from experiments.output import as_markdown, installed, named
+from experiments.statistics import TEST, Paired, paired
+from tapfl.models.forward import input_transform
+from tapfl.pruning.budget import Budget
+
+LONGEST = 40  # letters of a reference that fit into the head of a column
+OWNER = ["device", "seed"]  # decide the test images
+WORDS = {
+    "pruned": "accuracy among all classes",
+    "pruned_own": "accuracy among the device's own classes",
+    "own_share": "share of the metric set that is of the device's classes",
+    "classes_covered": "share of the device's classes that occur in the metric set",
+    "rank_ffn": "rank correlation (Spearman, mean over FFNs) of the scores with the oracle's",
+    "rank_attention": "rank correlation (Spearman, mean over attentions) of the scores with the oracle's",
+}
+
+
+@dataclass(frozen=True)
+class Section:
+    """One table: its measure, its devices in words, and its rows as text."""
+
+    measure: str
+    devices: str
+    rows: list[Mapping[str, str]]
+
+
+def sections(rows: pd.DataFrame, comparison: Comparison, results: ResultOptions) -> Iterator[Section]:
+    """Yields the tables of each measure: over the devices that no method was tuned on, and over all devices."""
+    devices = comparison.axes["device"]
+    others = [str(device) for device in devices if device not in results.chosen_on]
+    for measure in results.show:
+        apart = rows[rows["device"].isin(others)]
+        if results.chosen_on and len(apart):
+            title = f"devices {', '.join(others)}, on which nothing was chosen"
+            yield Section(measure, title, table(apart, comparison, measure, results.values))
+        title = f"all {len(devices)} devices" if len(devices) > 1 else f"device {devices[0]}"
+        yield Section(measure, title, table(rows, comparison, measure, results.values))
+
+
+def table(
+    rows: pd.DataFrame,
+    comparison: Comparison,
+    measure: str = "pruned_own",
+    reference: Mapping[str, str] | None = None,
+) -> list[Mapping[str, str]]:
+    """Returns one row per line and one column per budget: mean ± standard deviation (number of values).
+
+    Args:
+        reference: axis -> value; adds one column per budget with the difference to the line that has these values.
+    """
+    lines, reference = line_axes(comparison), reference or {}
+    budgets = {str(budget): budget.title for budget in map(Budget.parse, comparison.axes["budget"])}
+    to = named_reference(reference)
+    to = f"({to})" if len(to) <= LONGEST else "reference"  # the caption names it
+    groups = dict(iter(rows.groupby([*lines, "budget"], sort=False)))
+    shown: list[Mapping[str, str]] = []
+    for key in dict.fromkeys(key[:-1] for key in groups):
+        row = dict(zip(lines, key, strict=True))
+        base = tuple((row | dict(reference))[axis] for axis in lines)
+        for budget, title in budgets.items():
+            found = groups.get((*key, budget), rows[:0])
+            row[title] = _spread(found, measure)
+            if reference:
+                apart = difference(found, groups.get((*base, budget), rows[:0]), measure)
+                row[f"{title} − {to}"] = "reference" if base == key else str(apart or "")
+        shown.append(row)
+    return shown
+
+
+def line_axes(comparison: Comparison) -> list[str]:
+    """Returns the axes that distinguish the lines of a table.
+
+    These are the criterion and every axis of several values except seed, device and budget.
+    """
+    several = [axis for axis, values in comparison.axes.items() if len(values) > 1]
+    return ["criterion", *(axis for axis in several if axis not in ("criterion", "budget", *OWNER))]
+
+
+def named_reference(reference: Mapping[str, str]) -> str:
+    """Returns a reference as the command line takes it: ``axis=value axis=value``."""
+    return " ".join(f"{axis}={value}" for axis, value in reference.items())
+
+
+def measured(rows: pd.DataFrame, measure: str) -> pd.Series[float]:
+    """Returns the values of a measure, by device and seed, of the rows that have it."""
+    return rows[rows[measure] != ""].set_index(OWNER)[measure].astype(float)
+
+
+def mean_over_devices(rows: pd.DataFrame, measure: str) -> float:
+    """Returns the mean of a measure that all lines share, such as the dense one; a device and seed counts once."""
+    return float(measured(rows, measure).groupby(level=OWNER, sort=False).last().mean())
+
+
+def difference(line: pd.DataFrame, reference: pd.DataFrame, measure: str) -> Paired | None:
+    """Returns the difference of a line to the reference on the devices and seeds of both; None if there are none."""
+    both = pd.concat([measured(line, measure), measured(reference, measure)], axis=1, join="inner", keys=[0, 1])
+    if both.empty:
+        return None
+    means = both.groupby(level="device", sort=False).mean()
+    return paired(means[0].to_dict(), means[1].to_dict())
+
+
+def _spread(rows: pd.DataFrame, measure: str) -> str:
+    values = measured(rows, measure)
+    if values.empty:
+        return "refused" if rows["refused"].any() else ""
+    return f"{values.mean():.3f} ± {values.std() if len(values) > 1 else 0:.3f} ({len(values)})"
+
+
+def page(
+    tables: Iterable[Section], rows: pd.DataFrame, comparison: Comparison, results: ResultOptions, command: str
+) -> str:
+    """Returns `table.md`: the caption and the tables as Markdown, without a date."""
+    parts = [caption(rows, comparison, results, command)]
+    parts += [
+        f"**{WORDS.get(each.measure, each.measure)} (`{each.measure}`), {each.devices}**\n\n{as_markdown(each.rows)}"
+        for each in tables
+    ]
+    return "\n".join(parts)
+
+
+def caption(rows: pd.DataFrame, comparison: Comparison, results: ResultOptions, command: str) -> str:
+    """Returns how the tables were made, and what their numbers are."""
+    cells = list(comparison.cells())
+    config = cells[0].config
+    height, width = input_transform(config.model).size
+    kept = config.data.image_size or max(height, width)
+    part = "" if len(rows) == len(cells) else f", of which {len(rows)} of {len(cells)} cells were finished"
+    lines = [
+        f"Made by `{command}`{part}.",
+        f"Backbone {config.model.name} at {height}×{width} px (images kept at {kept} px), "
+        f"{config.devices.count} devices, metric set of {config.metric.size} images; "
+        f"seeds {', '.join(map(str, comparison.axes['seed']))}.",
+        "Mean ± standard deviation over devices and seeds (how many).",
+    ]
+    if (rows["dense"] != "").any():
+        dense, own = (mean_over_devices(rows, name) for name in ("dense", "dense_own"))
+        lines.append(f"Dense: {dense:.3f} among all classes, {own:.3f} among the device's own.")
+    if results.reference:
+        to = named_reference(results.values)
+        lines.append(
+            f"Differences to the line of {to}, else alike: mean over devices (p, n devices); {TEST}, not corrected for "
+            "the number of lines."
+        )
+    lines.append(f"{named(installed())}.")
+    return "\n".join(lines) + "\n"
