@@ -12,7 +12,7 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from clients.storage import IMAGES_FILE
-from strategies.results import DeviceRecord
+from strategies.records import DeviceRecord
 from tapfl.config import RunConfig
 from tapfl.errors import ConfigError, TapflError
 from tapfl.pruning.plan import PruningPlan, read_plan
@@ -213,7 +213,7 @@ def _has(values: dict[str, Any], needed: dict[str, str], optional: bool = False)
 def _records(content: object) -> list[dict[str, Any]] | None:
     """Returns the devices' records, older ones with what they lacked; None if one is none or there twice."""
     try:
-        records = [RECORD.validate_python(each).table() for each in content]  # type: ignore[attr-defined]
+        records = [RECORD.validate_json(json.dumps(each)).model_dump() for each in content]  # type: ignore[attr-defined]
     except (ValueError, TypeError):
         return None
     names_shares = all(not record["params"] or record["macs_share"] > 0 < record["params_share"] for record in records)
