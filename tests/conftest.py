@@ -17,9 +17,9 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of trained backbones: what one test of a file makes, the others find."""
+    """Of trained backbones: what one test makes, the others of this worker find."""
     return tmp_path_factory.mktemp("cache")
 
 

@@ -15,7 +15,7 @@ from test_inprocess_run import tapfl
 # it start threads. So the fork is of a process that has imported what a run takes seconds to, and done nothing since.
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(
-    ["clients.client_app", "strategies.server_app", "flwr_datasets", "peft", "pytest", "sklearn.mixture", "timm"]
+    ["clients.client_app", "strategies.server_app", "flwr_datasets", "pytest", "sklearn.mixture", "timm"]
 )
 
 Moment = tuple[str, str, int]

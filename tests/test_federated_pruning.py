@@ -54,6 +54,12 @@ class Run:
         return load_file(self.folder / "devices" / f"{device:02d}" / "pruned" / "model.safetensors")
 
 
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of one backbone, which these tests look at."""
+    return tmp_path_factory.mktemp("cache")
+
+
 Alter = Callable[[int, Pruned], Pruned]
 
 

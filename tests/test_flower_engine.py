@@ -75,7 +75,7 @@ def test_two_workers_give_the_same_bits_even_if_one_is_killed(
     """The worker that dies takes a message with it; it is restarted, the message is sent again, the round is whole."""
     done = simulate(tmp_path / "run", cache, workers=2, client_app="faulty_apps:mortal")
     assert done.returncode == 0, done.stderr[-2000:]
-    assert (cache / "died").exists()
+    assert (tmp_path / "died").exists()
     assert "sent again" in done.stdout + done.stderr
     assert content(tmp_path / "run") == one_process
 

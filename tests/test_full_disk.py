@@ -38,8 +38,12 @@ def fails_from(monkeypatch: pytest.MonkeyPatch, count: int, error: int) -> None:
     monkeypatch.setattr(os, "fsync", refused)
 
 
-@pytest.mark.parametrize("error", [errno.ENOSPC, errno.EROFS], ids=["full", "read-only"])
-@pytest.mark.parametrize("count", [2, 4, 9, 16, 24, 28, 38, 44])
+FULL, READ_ONLY = errno.ENOSPC, errno.EROFS
+# of the files of a run, which one cannot be written: summaries, plans, models, states, checkpoints
+CASES = [(2, FULL), (9, READ_ONLY), (16, FULL), (28, READ_ONLY), (38, FULL), (44, READ_ONLY)]
+
+
+@pytest.mark.parametrize(("count", "error"), CASES)
 def test_a_run_whose_disk_is_full_goes_on_to_the_same_bits(
     count: int, error: int, whole: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

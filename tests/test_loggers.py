@@ -119,7 +119,6 @@ def test_nothing_that_names_a_place_is_told(finished: Path, uri: str) -> None:
 
 
 MOMENTS = {
-    "before the first round": ("strategies.federation", "save_checkpoint", 1),
     "between a checkpoint and the loggers": ("strategies.federation", "save_checkpoint", 2),
     "when one logger has been told, the other not": ("strategies.loggers.event_files", "EventFiles.add", 1),
     "between telling and the next checkpoint": ("strategies.federation", "Federation._record", 2),

@@ -17,7 +17,6 @@ MOMENTS = {
     "while the devices sum up": ("clients.device", "Device.summarize", 2),
     "when a summary is kept": ("strategies.preparation", "Preparation._store_summary", 3),
     "while plans are made": ("strategies.preparation", "Preparation._keep", 2),
-    "while models are cut": ("clients.device", "Device.prune", 2),
     "before the first round": ("strategies.federation", "save_checkpoint", 1),
     "when a device has kept its state": ("clients.storage", "DeviceStorage.save_state", 2),
     "in the second round": ("clients.storage", "DeviceStorage.save_state", 5),

@@ -158,12 +158,8 @@ def running(session: int) -> list[int]:
 # -- round zero ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("change", "summaries", "plans"),
-    [("train.learning-rate=0.01", 4, 4), ("pruning.tau=0.3", 4, 8), ("summary.dim=8", 8, 8)],
-)
 def test_round_zero_is_shared_by_those_that_agree_on_it(
-    change: str, summaries: int, plans: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls = {"summaries": 0, "plans": 0}
     summarize, model = Device.summarize, preparation.device_model
@@ -178,14 +174,17 @@ def test_round_zero_is_shared_by_those_that_agree_on_it(
 
     monkeypatch.setattr(Device, "summarize", counted_summarize)
     monkeypatch.setattr(preparation, "device_model", counted_model)
-    options = dict(parse_assignment(option) for option in [*SMALL, f"cache={tmp_path / 'cache'}"])
-    other = options | dict([parse_assignment(change)])
+    options = dict(parse_assignment(option) for option in [*SMALL, f"cache={cache}"])
     carry_out(Job(options, tmp_path / "trials" / "0000", 1))
-    carry_out(Job(other, tmp_path / "trials" / "0001", 1))
-    assert calls == {"summaries": summaries, "plans": plans}
-    measured = carry_out(Job(other, tmp_path / "alone" / "0001", 1))
-    assert content(tmp_path / "alone" / "0001") == content(tmp_path / "trials" / "0001")
-    assert measured == carry_out(Job(other, tmp_path / "trials" / "0001", 1))
+    assert calls == {"summaries": 4, "plans": 4}
+    other = options | {"pruning.tau": 0.3}
+    changes = [({"train.learning-rate": 0.01}, 0, 0), ({"summary.dim": 8}, 4, 4), ({"pruning.tau": 0.3}, 0, 4)]
+    for i, (change, summaries, plans) in enumerate(changes):
+        calls.update(summaries=0, plans=0)
+        measured = carry_out(Job(options | change, tmp_path / "trials" / f"000{i + 1}", 1))
+        assert calls == {"summaries": summaries, "plans": plans}, change
+    assert measured == carry_out(Job(other, tmp_path / "alone" / "0003", 1))
+    assert content(tmp_path / "alone" / "0003") == content(tmp_path / "trials" / "0003")
 
 
 def test_what_round_zero_does_not_depend_on_are_options() -> None:
