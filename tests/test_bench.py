@@ -2,47 +2,54 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
 from pathlib import Path
 
 import pytest
 import torch
 from backbones import VIT, Tiny, tiny_of_family
-from torch import Tensor
+from typer.testing import CliRunner
 
-from experiments.bench import aggregate, latency
-from experiments.bench.aggregate import VARIANTS, bench_aggregate, random_round
-from experiments.bench.apfl import DeepCopies, PeftStep, Work, bench_apfl, step_of
-from experiments.bench.devices import bench_devices
-from experiments.bench.layers import plain_layer_importance
-from experiments.bench.memory import peak_process_bytes, peak_tensor_bytes
-from experiments.bench.noise import bench_noise
-from experiments.bench.probe import MEASURES, bench_probe
-from experiments.bench.scoring import hoisted_loop_terms, loop_terms
-from experiments.bench.side_by_side import side_by_side
+from experiments import cli
+from experiments.bench import adapters, round_zero
+from experiments.bench.adapters import (
+    ROBUST_PRODUCTS,
+    VARIANTS,
+    DeepCopies,
+    PeftStep,
+    Work,
+    apfl,
+    random_round,
+    rows_of,
+    step_of,
+)
+from experiments.bench.cli import BENCHES
+from experiments.bench.latency import latency
+from experiments.bench.scores import loop_terms, plain_layer_importance
+from experiments.bench.timing import peak_process_bytes, peak_tensor_bytes, side_by_side
 from tapfl.config import AdapterOptions
 from tapfl.models.backbone import BackboneSpec
 from tapfl.personalize.methods import FedAvg
 from tapfl.pruning.layer_importance import layer_importance
-from tapfl.pruning.scores import Terms, terms
+from tapfl.pruning.scores import terms
 
 
 @pytest.mark.parametrize("heads", [0, 1, 2])
-@pytest.mark.parametrize("loop", [loop_terms, hoisted_loop_terms])
-def test_the_loops_compute_the_vectorised_terms(heads: int, loop: Callable[[Tensor, Tensor, int], Terms]) -> None:
+@pytest.mark.parametrize("hoisted", [False, True])
+def test_the_loops_compute_the_vectorised_terms(heads: int, hoisted: bool) -> None:
     generator = torch.Generator().manual_seed(heads)
     X = torch.randn(9, 5, 8, generator=generator)
     P = torch.randn(9, 4, generator=generator).softmax(-1)
-    reference, fused = loop(X, P, heads), terms(X, P, heads)
+    reference, fused = loop_terms(X, P, heads, hoisted=hoisted), terms(X, P, heads)
     for name in ("rel", "red", "act"):
         torch.testing.assert_close(getattr(fused, name), getattr(reference, name), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("loop", [loop_terms, hoisted_loop_terms])
-def test_a_loop_over_every_third_channel_gives_those_channels(loop: Callable[..., Terms]) -> None:
+@pytest.mark.parametrize("hoisted", [False, True])
+def test_a_loop_over_every_third_channel_returns_those_channels(hoisted: bool) -> None:
     generator = torch.Generator().manual_seed(3)
     X, P = torch.randn(9, 5, 8, generator=generator), torch.randn(9, 4, generator=generator).softmax(-1)
-    whole, part = loop(X, P, 2), loop(X, P, 2, 3)
+    whole, part = (loop_terms(X, P, 2, every, hoisted) for every in (1, 3))
     for name in ("rel", "red", "act"):
         torch.testing.assert_close(getattr(part, name), getattr(whole, name)[::3])
 
@@ -81,7 +88,7 @@ def test_the_memory_of_the_process_sees_what_is_written() -> None:
 
 @pytest.mark.parametrize("probe", ["own", "pool"])
 def test_a_row_for_every_number_of_devices(probe: str) -> None:
-    rows = bench_devices([1, 2], [probe])
+    rows = list(round_zero.devices([1, 2], [probe]))
     assert [(row["probe"], row["devices"]) for row in rows] == [(probe, "1"), (probe, "2")]
     for row in rows:
         total, plans, pool = (float(row[name]) for name in ("s a device", "plans, s a device", "pool s"))
@@ -89,18 +96,18 @@ def test_a_row_for_every_number_of_devices(probe: str) -> None:
 
 
 def test_the_probe_bench_compares_both_ways(tmp_path: Path) -> None:
-    options = {"cache": str(tmp_path), "model.epochs": 1, "metric.size": 64}
-    rows = bench_probe([0], 2, [0.5, 0.7], [0.1], options)
+    options = [f"cache={tmp_path}", "model.epochs=1", "metric.size=64"]
+    rows = list(round_zero.probe([0], 2, [0.5, 0.7], [0.1], options))
     assert [row["budget"] for row in rows] == ["0.5", "0.7"]
     for row in rows:
-        own, pool, difference = (float(row[name].split(" ")[0]) for name in MEASURES[-3:])
+        own, pool, difference = (float(row[name].split(" ")[0]) for name in round_zero.MEASURES[-3:])
         assert pool - own == pytest.approx(difference, abs=2e-3)
         assert 0.5 < float(row["kept alike"]) <= 1 and -1 <= float(row["ρ ffn"]) <= 1
 
 
 def test_the_noise_bench_has_a_row_for_every_noise(tmp_path: Path) -> None:
-    options = {"cache": str(tmp_path), "model.epochs": 8, "metric.size": 128}
-    none, much = bench_noise([0.0, 1e3], 11.0, [0], 3, options)
+    options = [f"cache={tmp_path}", "model.epochs=8", "metric.size=128"]
+    none, much = round_zero.noise([0.0, 1e3], 11.0, [0], 3, options)
     assert (none["noise"], much["noise"]) == ("0", "1000")
     shares = {rule: [float(part) for part in none[rule].split(", ")] for rule in list(none)[2:]}
     assert all(1 >= mean >= worst >= 0 for mean, worst in shares.values())
@@ -110,15 +117,15 @@ def test_the_noise_bench_has_a_row_for_every_noise(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_the_latency_bench_has_a_row_for_the_dense_model_and_each_share() -> None:
-    dense, half = latency.bench_latency("deit_tiny_patch16_224", 32, [0.5], [1, 2], repeats=1)
+    dense, half = latency(["deit_tiny_patch16_224"], [32], [0.5], [1, 2], repeats=1)
     assert dense["MACs"] == "100.0%" and dense["torch ×2"].startswith("1.00, ")
     assert 49.5 <= float(half["MACs"].rstrip("%")) <= 50
     assert all(half[f"{engine} ×{batch}"].endswith(" ms") for engine in ("torch", "onnxruntime") for batch in (1, 2))
 
 
 def test_the_aggregation_bench_has_a_row_for_every_rule_and_both_forms_of_flex(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(aggregate, "peak_process_bytes", lambda work: None)  # takes seconds in a large process
-    rows = {row["aggregation"]: row for row in bench_aggregate(VIT, 2, repeats=1)}
+    monkeypatch.setattr(adapters, "peak_process_bytes", lambda work: None)  # takes seconds in a large process
+    rows = {row["aggregation"]: row for row in rows_of(random_round(VIT, 2), VARIANTS | ROBUST_PRODUCTS, 1)}
     assert set(VARIANTS) <= set(rows) and {"flex, median", "flex, trimmed mean"} <= set(rows)
     assert {row["devices"] for row in rows.values()} == {"2"}
     assert all(float(row["s"]) >= 0 and row["peak MB"] == "?" for row in rows.values())
@@ -173,6 +180,14 @@ def test_deep_copies_do_the_work_of_two_models() -> None:
 
 
 def test_a_row_of_the_apfl_bench() -> None:
-    row = bench_apfl("digits", 0, batch=2, rank=1, steps=1, repeats=1)
+    (row,) = apfl(["digits"], [64, 128], batch=2, rank=1, steps=1, repeats=1)
     assert row["model"] == "digits" and row["batch"] == "2"
-    assert all(float(row[name]) > 0 for name in ("two peft ms", "deep copies", "frozen", "APFL, one pass"))
+    assert all(float(row[name]) > 0 for name in ("two peft ms", "deep copies", "frozen", "APFL"))
+
+
+def test_every_benchmark_is_a_command_with_its_functions_options() -> None:
+    shown = CliRunner().invoke(cli.app, ["bench", "--help"]).output
+    assert all(name in shown for name in BENCHES)
+    done = CliRunner().invoke(cli.app, ["bench", "devices", "--devices", "1", "--probe", "own", "--json"])
+    assert json.loads(done.output.splitlines()[-1])["devices"] == "1"
+    assert "No such command 'scorings'" in CliRunner().invoke(cli.app, ["bench", "scorings"]).output

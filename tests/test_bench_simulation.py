@@ -14,13 +14,10 @@ from peft import set_peft_model_state_dict
 from torch.nn.utils import parameters_to_vector
 
 from clients.client_app import app as client_app
-from experiments.bench.bare_loop import Worker, average
-from experiments.bench.engine import bench_engine
-from experiments.bench.process_tree import ProcessTree
-from experiments.bench.setting import ROUND_LINE, Setting
-from experiments.bench.simulation import LIMIT, Timing, bench_simulation, measure, ratios
-from experiments.bench.usual_client import build
-from experiments.bench.usual_server import peft_name
+from experiments.bench.bare_loop import LoopWorker, average
+from experiments.bench.engines import LIMIT, ProcessTree, Timing, engine, measure, ratio, simulation
+from experiments.bench.flower_apps import build, peft_name
+from experiments.bench.workload import ROUND_LINE, FederationOptions, Workload
 from experiments.engines.inprocess import run_inprocess
 from strategies.checkpoint import load_checkpoint
 from strategies.server_app import app as server_app
@@ -31,13 +28,17 @@ MODEL = "img_size=8,patch_size=4,embed_dim=16,depth=2,num_heads=2"
 BURN = "import time\nwhile time.process_time() < {seconds}: pass\n"
 
 
+def small(**options: int) -> FederationOptions:
+    return FederationOptions(**{"rounds": 2, "repeats": 1, "batch": 8, **options}, model_args=MODEL)
+
+
 @pytest.fixture(scope="module")
-def setting(tmp_path_factory: pytest.TempPathFactory) -> Setting:
-    return Setting.prepare(tmp_path_factory.mktemp("setting"), 2, 2, 16, MODEL, 8)
+def workload(tmp_path_factory: pytest.TempPathFactory) -> Workload:
+    return Workload.prepare(tmp_path_factory.mktemp("workload"), 2, small(samples=16))
 
 
-def test_every_device_has_as_many_images_as_were_asked_for(setting: Setting) -> None:
-    assert [len(setting.part(i, part)[1]) for i in range(2) for part in ("train", "test")] == [16, 4, 16, 4]
+def test_every_device_has_as_many_images_as_were_asked_for(workload: Workload) -> None:
+    assert [len(workload.part(i, part)[1]) for i in range(2) for part in ("train", "test")] == [16, 4, 16, 4]
 
 
 def test_the_average_weighs_by_samples_in_the_order_of_devices() -> None:
@@ -46,12 +47,12 @@ def test_the_average_weighs_by_samples_in_the_order_of_devices() -> None:
 
 
 @pytest.mark.parametrize("merged", [True, False])
-def test_the_loop_by_hand_ends_where_the_federation_ends(setting: Setting, merged: bool, tmp_path: Path) -> None:
-    run_inprocess(server_app, client_app, {**setting.config.flat(), "out": str(tmp_path / "run")}, 2)
-    checkpoint = load_checkpoint(RunFolder(tmp_path / "run"), setting.config)
+def test_the_loop_by_hand_ends_where_the_federation_ends(workload: Workload, merged: bool, tmp_path: Path) -> None:
+    run_inprocess(server_app, client_app, {**workload.config.flat(), "out": str(tmp_path / "run")}, 2)
+    checkpoint = load_checkpoint(RunFolder(tmp_path / "run"), workload.config)
     assert checkpoint is not None
     theirs = checkpoint.state.params
-    worker, initial = Worker(setting, merged), setting.initial()
+    worker, initial = LoopWorker(workload, merged), workload.initial()
     vector = parameters_to_vector([initial[name] for name in worker.params]).numpy()
     for t in (1, 2):
         vector = average({i: worker.turn(t, i, vector.copy())[0] for i in range(2)}, [16, 16])
@@ -61,12 +62,12 @@ def test_the_loop_by_hand_ends_where_the_federation_ends(setting: Setting, merge
     np.testing.assert_allclose(vector, wanted, atol=1e-4)
 
 
-def test_the_usual_app_takes_the_same_adapters(setting: Setting) -> None:
-    model, initial = build(setting).eval(), setting.initial()
+def test_the_usual_app_takes_the_same_adapters(workload: Workload) -> None:
+    model, initial = build(workload).eval(), workload.initial()
     given = {name: torch.randn_like(theta) for name, theta in initial.items()}
     result = set_peft_model_state_dict(model, {peft_name(name): theta for name, theta in given.items()})
     assert not result.unexpected_keys
-    worker, x = Worker(setting, merged=True), setting.part(0, "test")[0]
+    worker, x = LoopWorker(workload, merged=True), workload.part(0, "test")[0]
     for name, parameter in worker.params.items():
         parameter.data = given[name]
     torch.testing.assert_close(model(x), worker.model(x), rtol=1e-4, atol=1e-4)
@@ -88,7 +89,7 @@ def test_a_process_tree_counts_children_that_run_and_that_have_ended() -> None:
         while tree.cpu_seconds() < before + 0.1:
             assert time.monotonic() < until
             time.sleep(0.05)
-        assert 5e6 < tree.memory_bytes() < 5e8
+        assert 5e6 < sum(tree.memory_bytes()) < 5e8
         assert len(tree.processes()) == 2
     finally:
         tree.end()
@@ -113,30 +114,32 @@ def test_a_variant_that_fails_says_why(tmp_path: Path) -> None:
 
 def test_rounds_too_short_to_be_timed_are_refused() -> None:
     some, none = Timing(1.0, 2.0, 0.0, 0, 0), Timing(0.5, 0.0, 0.0, 0, 0)
-    assert ratios([some], [none], "wall") == [2.0]
+    assert ratio([some], [none], "wall") == "2.00" and ratio([some] * 2, [none, some], "wall") == "1.50 (1.00–2.00)"
     with pytest.raises(RunError, match=r"too short for its cpu seconds to be counted; give more --devices, --samples"):
-        ratios([some], [none], "cpu")
+        ratio([some], [none], "cpu")
 
 
 def test_one_round_alone_is_refused() -> None:
     with pytest.raises(ConfigError, match="--rounds 1: must be at least 2"):
-        bench_simulation(2, 1, 1, 16, MODEL, 8, 1)
+        list(simulation(devices=[2], options=small(rounds=1)))
 
 
 @pytest.mark.slow
 def test_all_variants_in_one_table() -> None:
-    rows = bench_simulation(2, 3, 1, 400, MODEL, 8, 2)
+    rows = list(simulation(devices=[2], options=small(rounds=3, samples=400)))
     assert [row["variant"] for row in rows] == [LIMIT, "with plain LoRA", "tapfl run", "usual Flower app"]
     assert rows[0]["CPU / limit"] == "1.00" and all(float(row["peak GB"]) > 0.2 for row in rows)
 
 
 @pytest.mark.parametrize("work", ["none", pytest.param("real", marks=pytest.mark.slow)])
 def test_the_engine_bench_measures_a_federation_in_one_process(work: str) -> None:
-    rows = bench_engine(2, work, 3, 1, 1, 400, MODEL, ["inprocess"])
+    rows = list(
+        engine(devices=[2], work=[work], options=small(rounds=3, samples=400, workers=1), variant=["inprocess"])
+    )
     assert [row["engine"] for row in rows] == ([LIMIT] if work == "real" else []) + ["inprocess"]
     assert all(float(row["wall s a round"]) >= 0 and float(row["start-up s"]) > 0 for row in rows)
 
 
 def test_an_engine_that_is_none_is_refused() -> None:
     with pytest.raises(ConfigError, match="accepted: inprocess, flower, ray, ray warm"):
-        bench_engine(2, "none", 2, 1, 1, 16, MODEL, ["spark"])
+        list(engine(options=small(), variant=["spark"]))

@@ -13,7 +13,7 @@ from test_inprocess_run import TINY
 from typer.testing import CliRunner
 
 from experiments import cli
-from experiments.bench.gain import Measured, bench_gain
+from experiments.bench.latency import Measured, measure_gain
 from tapfl.config import ModelOptions, PruningOptions, RunConfig
 from tapfl.errors import ConfigError
 from tapfl.models.backbone import build, spec_of
@@ -42,7 +42,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_devices_with_equal_shapes_share_a_row_of_what_they_cost(run: Path) -> None:
-    dense, small, middle = bench_gain(run, repeats=2)
+    dense, small, middle = measure_gain(run, repeats=2)
     assert [model.devices for model in (dense, small, middle)] == [(), (0, 2), (1,)]
     assert small.macs < 0.3 * dense.macs < middle.macs < 0.6 * dense.macs
     assert small.params < middle.params < dense.params and small.file_bytes < middle.file_bytes < dense.file_bytes
@@ -52,7 +52,7 @@ def test_devices_with_equal_shapes_share_a_row_of_what_they_cost(run: Path) -> N
     for model in (dense, small, middle):
         assert {engine: len(times) for engine, times in model.milliseconds.items()} == {"torch": 2, "onnxruntime": 2}
         assert all((times > 0).all() for times in model.milliseconds.values())
-    assert [model.devices for model in bench_gain(run, 1, [1])] == [(), (1,)]
+    assert [model.devices for model in measure_gain(run, 1, [1])] == [(), (1,)]
 
 
 def test_a_speed_up_is_that_of_the_same_turn() -> None:
@@ -81,9 +81,9 @@ def test_the_command_writes_numbers_and_a_table_that_says_how_it_was_made(run: P
 
 def test_what_is_not_a_run_or_not_its_device_is_refused(run: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="is not a run's folder"):
-        bench_gain(tmp_path, 1)
+        measure_gain(tmp_path, 1)
     write_json(tmp_path / "config.json", {})
-    with pytest.raises(ConfigError, match="holds no models of devices"):
-        bench_gain(tmp_path, 1)
-    with pytest.raises(ConfigError, match=r"--device 7: accepted are 0, 1, 2"):
-        bench_gain(run, 1, [7])
+    with pytest.raises(ConfigError, match="has no models of devices"):
+        measure_gain(tmp_path, 1)
+    with pytest.raises(ConfigError, match=r"--device 7: accepted: 0, 1, 2"):
+        measure_gain(run, 1, [7])

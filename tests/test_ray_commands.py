@@ -20,7 +20,7 @@ from test_sweep import InThisProcess, sweep_file
 from typer.testing import CliRunner
 
 from experiments import cli
-from experiments.bench.process_tree import ProcessTree
+from experiments.bench.engines import ProcessTree
 from experiments.sweep import on_workers, read_sweep, run_sweep
 
 

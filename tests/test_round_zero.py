@@ -9,7 +9,7 @@ import pytest
 import torch
 from backbones import Tiny
 
-from experiments.bench.devices import synthetic_mixture
+from experiments.bench.round_zero import synthetic_mixture
 from strategies import round_zero
 from strategies.round_zero import PublicPool, Shared, describe_pool, device_model
 from tapfl.config import PruningOptions, RunConfig

@@ -11,7 +11,7 @@ from backbones import Tiny, golden, planned
 from hypothesis import given
 from hypothesis import strategies as st
 
-from experiments.bench.memory import peak_tensor_bytes
+from experiments.bench.timing import peak_tensor_bytes
 from tapfl.config import PruningOptions
 from tapfl.errors import ModelError
 from tapfl.pruning.scores import (

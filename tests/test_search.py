@@ -23,7 +23,7 @@ from typer.testing import CliRunner
 
 from clients.device import Device
 from experiments import cli
-from experiments.bench.search import METHODS, Toy, bench_search
+from experiments.bench.search import METHODS, Toy, search
 from experiments.search.federation import carry_out
 from experiments.search.settings import read_search
 from experiments.search.trials import Job
@@ -293,7 +293,7 @@ def test_the_toy_knows_its_best_and_every_method_gets_nearer() -> None:
     toy = Toy(3)
     anywhere = {"speed": 1e-2, "x": 0.5, "y": 0.5, "n": 10, "kind": "a"}
     assert 0 <= toy.least() < toy.loss(anywhere, 27) < toy.loss(anywhere, 1)
-    rows = list(bench_search([0, 1], [60, 200]))
+    rows = list(search(seeds=2, rounds=[60, 200]))
     assert [row["method"] for row in rows] == list(METHODS)
     for row in rows:
         early, late = (float(row[f"{total} rounds"].split()[0]) for total in (60, 200))

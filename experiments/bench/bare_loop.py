@@ -1,9 +1,9 @@
 """The limit of a simulation: a round of FedAvg as a loop, by hand, on processes of one thread that stay alive.
 
-``python -m experiments.bench.bare_loop CONFIG.toml OUT WORKERS merged|plain`` does the work of `tapfl run` with
+``python -m experiments.bench.bare_loop FOLDER OUT WORKERS merged|plain`` does the work of `tapfl run` with
 ``personalize.method=fedavg``, ``adapters.rule=fedit`` and full budgets: the same images, batches, optimiser,
-evaluations and average, but no messages to check, no engine, and nothing that is kept for later. Each worker holds one
-model and all images; a device's turn is a flat vector in and one out.
+evaluations and average, but without messages to check, an engine, or anything that is kept for later. Each worker holds
+one model and all images; a device's turn is a flat vector in and one out.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from __future__ import annotations
 import multiprocessing
 import sys
 import time
-from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -19,18 +18,16 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
-from experiments.bench.setting import Setting
+from experiments.bench.workload import Workload, note_round
 from tapfl.adapters.lora import MergedLora
-from tapfl.seeds import numpy_generator
 from tapfl.store import write_tensors
-from tapfl.training import accuracy, batches, optimizer, predict
+from tapfl.training import accuracy, predict
 
 
 class LoraLinear(nn.Module):
-    """A frozen linear with its adapter, in one product or in the usual three."""
+    """A frozen linear with its adapter, as one product or the usual three."""
 
     def __init__(self, linear: nn.Linear, rank: int, scale: float, merged: bool) -> None:
         super().__init__()
@@ -44,69 +41,53 @@ class LoraLinear(nn.Module):
         return self.linear(x) + (x @ self.lora_A.T @ self.lora_B.T) * self.scale
 
 
-@dataclass
-class Worker:
+class LoopWorker:
     """One model whose adapters take the values of one device after the other."""
 
-    setting: Setting
-    merged: bool
-
-    def __post_init__(self) -> None:
-        options = self.setting.config.adapters
-        self.model = self.setting.dense()
+    def __init__(self, workload: Workload, merged: bool) -> None:
+        self.workload, self.model = workload, workload.dense()
         blocks: Any = self.model.blocks
         for block in blocks:
             for parent, name in ((block.attn, "qkv"), (block.attn, "proj"), (block.mlp, "fc1"), (block.mlp, "fc2")):
-                adapted = LoraLinear(getattr(parent, name), self.setting.rank, options.scale, self.merged)
-                setattr(parent, name, adapted)
+                scale = workload.config.adapters.scale
+                setattr(parent, name, LoraLinear(getattr(parent, name), workload.rank, scale, merged))
         self.model.head.requires_grad_(True)
         self.params = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
     def turn(self, round: int, device: int, vector: np.ndarray) -> tuple[np.ndarray, float, float]:
         """Returns a device's adapters after training, its mean loss, and its accuracy before."""
-        train = self.setting.config.train
         params: list[Tensor] = list(self.params.values())
         vector_to_parameters(torch.from_numpy(vector), params)
-        inputs, labels = self.setting.part(device, "test")
+        inputs, labels = self.workload.part(device, "test")
         before = accuracy(predict(self.model, inputs), labels)
-        inputs, labels = self.setting.part(device, "train")
-        stepper = optimizer(train.optimizer, params, train.learning_rate)
-        order = numpy_generator(self.setting.config.seed, "train", round, device)
-        losses = []
-        for batch in batches(len(labels), train.batch, train.epochs, order):
-            index = torch.from_numpy(batch)
-            loss = F.cross_entropy(self.model(inputs[index]), labels[index])
-            stepper.zero_grad()
-            loss.backward()
-            stepper.step()
-            losses.append(loss.item())
-        return parameters_to_vector(params).detach().numpy(), sum(losses) / len(losses), before
+        loss, _ = self.workload.train(self.model, params, round, device)
+        return parameters_to_vector(params).detach().numpy(), loss, before
 
 
-def serve(pipe: Connection, setting: Setting, merged: bool) -> None:
+def serve(pipe: Connection, workload: Workload, merged: bool) -> None:
     """A worker process: turns as they are asked for, until there is nothing more."""
     torch.set_num_threads(1)
-    worker = Worker(setting, merged)
+    worker = LoopWorker(workload, merged)
     while (task := pipe.recv()) is not None:
         pipe.send((task[1], worker.turn(*task)))
 
 
-def run(setting: Setting, out: Path, workers: int, merged: bool) -> None:
+def run(workload: Workload, out: Path, workers: int, merged: bool) -> None:
     """Carries out all rounds; notes when each ended, and writes the last adapters by name."""
     torch.set_num_threads(1)
-    names = Worker(setting, merged).params
-    initial = setting.initial()
+    names = LoopWorker(workload, merged).params
+    initial = workload.initial()
     vector = parameters_to_vector([initial[name] for name in names]).numpy()
-    samples = [len(setting.part(i, "train")[1]) for i in range(setting.config.devices.count)]
+    samples = [len(workload.part(i, "train")[1]) for i in range(workload.config.devices.count)]
     context = multiprocessing.get_context("spawn")
     pipes = []
     for _ in range(workers):
         here, there = context.Pipe()
-        context.Process(target=serve, args=(there, setting, merged), daemon=True).start()
+        context.Process(target=serve, args=(there, workload, merged), daemon=True).start()
         pipes.append(here)
-    for t in range(1, setting.config.train.rounds + 1):
+    for t in range(1, workload.config.train.rounds + 1):
         vector = average(_round(pipes, t, len(samples), vector), samples)
-        setting.note_round(out, t)
+        note_round(out, t)
     time.sleep(0.5)  # what the processes took is read off them while they are there
     for pipe in pipes:
         pipe.send(None)
@@ -138,4 +119,4 @@ def _round(pipes: list[Connection], t: int, devices: int, vector: np.ndarray) ->
 
 
 if __name__ == "__main__":
-    run(Setting.read(Path(sys.argv[1])), Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4] == "merged")
+    run(Workload.read(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4] == "merged")

@@ -1,7 +1,7 @@
-"""All measurements in one go, and every goal beside what was measured.
+"""`tapfl bench all`: all measurements of a file, and every goal beside what was measured.
 
-A file lists commands and what is expected of their rows. A command is a process of its own, so that none starts in the
-memory or the caches of another; its rows are kept in a file, and a command that has its file is not carried out again.
+A file lists commands and the goals of their rows. Each command is a process of its own, so that none starts with the
+memory or the caches of another. Its rows are kept in a file, and a command that has its file is not run again.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import typer
 from pydantic import Field, model_validator
 
 from experiments.output import as_markdown, command, installed, named
@@ -24,16 +25,16 @@ from tapfl.errors import RunError
 from tapfl.progress import stage
 from tapfl.store import write_bytes
 
-Row = Mapping[str, Any]
-TOOK = "took s"  # the column of a last row of each command, which says how long all of it took
+Rows = Sequence[Mapping[str, Any]]
+TOOK = "took s"  # the column of a last row of each command, with the seconds of the whole command
 
 
 class Goal(Section):
-    """What a number of one row has to reach."""
+    """A bound on a number of one row."""
 
     what: str = Field(min_length=1, description="in words")
     where: dict[str, str] = Field({}, description="column → value of the row; empty: the first row that has the column")
-    column: str = Field(description="whose number counts; `took s`: the seconds of the whole command")
+    column: str = Field(description="column of the number; `took s`: the seconds of the whole command")
     at_least: float | None = None
     at_most: float | None = None
 
@@ -43,8 +44,8 @@ class Goal(Section):
             raise ValueError("needs at-least or at-most, one of the two")
         return self
 
-    def judged(self, rows: Sequence[Row]) -> dict[str, str]:
-        """Returns the goal as a row: in words, the bound, what was measured, and whether that is enough."""
+    def judged(self, rows: Rows) -> dict[str, str]:
+        """Returns the goal as a row: in words, the bound, what was measured, and the verdict."""
         bound = f"≥ {self.at_least:g}" if self.at_least is not None else f"≤ {self.at_most:g}"
         value = self.measured(rows)
         if value is None:
@@ -52,19 +53,19 @@ class Goal(Section):
         missed = value < self.at_least if self.at_least is not None else value > (self.at_most or 0.0)
         return {"what": self.what, "goal": bound, "measured": f"{value:g}", "": "**missed**" if missed else "met"}
 
-    def measured(self, rows: Sequence[Row]) -> float | None:
-        """Returns the number that stands first in the cell; None if there is none, or no such row."""
+    def measured(self, rows: Rows) -> float | None:
+        """Returns the first number in the cell; None if there is none, or no such row."""
         found = (row for row in rows if self.column in row and self.where.items() <= row.items())
         number = re.match(r"-?\d+(\.\d+)?(e-?\d+)?", str(next(found, {self.column: ""})[self.column]))
         return float(number[0]) if number else None
 
 
 class Measurement(Section):
-    """A command, and what is expected of it."""
+    """A command, and the goals of its rows."""
 
     command: str = Field(pattern=r"^tapfl \w", description="as it is typed, without --json")
     about: str = Field("", description="what a reader has to know")
-    table: bool = Field(True, description="whether its rows are shown")
+    table: bool = Field(True, description="whether the page shows its rows")
     goal: tuple[Goal, ...] = ()
 
 
@@ -75,19 +76,20 @@ class Measurements(Section):
 
 
 def read_measurements(file: Path) -> Sequence[Measurement]:
-    """Returns what the file lists. Raises ConfigError if it does not say what to measure."""
+    """Returns the measurements of a file. Raises ConfigError if it is not valid."""
     return validated(Measurements, read_toml_tables(file)).measure
 
 
-def measure_all(file: Path, out: Path) -> str:
-    """Carries out what is not there yet, and returns the page, which is also in ``out/bench.md``.
+def measure_all(
+    config: Annotated[Path, typer.Option(help="TOML file with the commands and their goals")],
+    out: Annotated[Path, typer.Option(help="folder of the rows and of bench.md; what is there is not measured again")],
+) -> list[dict[str, str]]:
+    """Run all measurements of a file, and show every goal beside what was measured.
 
-    Raises:
-        ConfigError: if the file does not say what to measure.
-        RunError: if commands failed, with the last line that each said; the rows of the others are kept.
+    All tables are in bench.md. If commands fail, the rows of the others are kept, and the same command goes on.
     """
-    measurements = read_measurements(file)
-    rows: dict[str, list[Row]] = {}
+    measurements = read_measurements(config)
+    rows: dict[str, Rows] = {}
     failed = []
     with stage("measurements") as advance:
         for number, each in enumerate(measurements):
@@ -96,30 +98,22 @@ def measure_all(file: Path, out: Path) -> str:
                 rows[each.command] = _rows(each.command, out)
             except RunError as error:
                 failed.append(str(error))
-    text = page(measurements, rows, command("bench", "all", "--config", str(file), "--out", "DIR"))
-    write_bytes(out / "bench.md", text.encode())
-    if failed:
-        raise RunError("\n".join([*failed, f"{out}: has what the others measured; the same command goes on"]))
-    return text
-
-
-def page(measurements: Sequence[Measurement], rows: Mapping[str, Sequence[Row]], made_by: str) -> str:
-    """Returns Markdown: the goals beside what was measured, then each command's table."""
     goals = [goal.judged(rows.get(each.command, ())) for each in measurements for goal in each.goal]
-    parts = [f"Made by `{made_by}`; {named(installed())}.\n"]
-    parts += [as_markdown(goals)] if goals else []
+    made_by = command("bench", "all", "--config", str(config), "--out", "DIR")
+    parts = [f"Made by `{made_by}`; {named(installed())}.\n", as_markdown(goals) if goals else ""]
     for each in measurements:
         if each.table and (found := rows.get(each.command)):
-            parts += [f"`{each.command}`\n", f"{each.about}\n" if each.about else "", as_markdown(_cells(found))]
-    return "\n".join(filter(None, parts))
+            cells = [{name: str(value) for name, value in row.items()} for row in found if TOOK not in row]
+            parts += [f"`{each.command}`\n", f"{each.about}\n" if each.about else "", as_markdown(cells)]
+    write_bytes(out / "bench.md", "\n".join(filter(None, parts)).encode())
+    if failed:
+        raise RunError("\n".join([*failed, f"{out}: has the rows of the others; the same command goes on"]))
+    print(f"in {out}: bench.md", file=sys.stderr)
+    return goals
 
 
-def _cells(rows: Sequence[Row]) -> list[dict[str, str]]:
-    return [{name: str(value) for name, value in row.items()} for row in rows if TOOK not in row]
-
-
-def _rows(command: str, out: Path) -> list[Row]:
-    """Returns what a command printed, as it was kept in a file, or now."""
+def _rows(command: str, out: Path) -> Rows:
+    """Returns the rows that a command printed, from its file or by running it now."""
     name = re.sub(r"[^\w.=-]+", "-", command.removeprefix("tapfl ")).strip("-")
     file = out / f"{name}.jsonl"
     if not file.is_file():
@@ -128,8 +122,8 @@ def _rows(command: str, out: Path) -> list[Row]:
         ended = subprocess.run([sys.executable, "-m", "experiments.cli", *arguments], stdout=subprocess.PIPE, text=True)
         lines = [line for line in ended.stdout.splitlines() if line.startswith("{")]
         if ended.returncode or not lines:
-            said = (ended.stdout.strip().splitlines() or ["it said nothing"])[-1]
-            raise RunError(f"{command}: ended with {ended.returncode}: {said}")
+            last = (ended.stdout.strip().splitlines() or ["no output"])[-1]
+            raise RunError(f"{command}: ended with {ended.returncode}: {last}")
         lines.append(json.dumps({TOOK: round(time.monotonic() - began, 1)}))
         write_bytes(file, "".join(f"{line}\n" for line in lines).encode())
     return [json.loads(line) for line in file.read_text("utf-8").splitlines()]

@@ -1,69 +1,241 @@
-"""Latency of shrunk models: dense against about 75, 50 and 25 % of the MACs, in torch and in onnxruntime.
+"""Latency of smaller models in torch and onnxruntime: at given shares of the MACs, and of the devices of a run.
 
-The cut is even over the layers and by random units: how fast a model is depends on its shapes, not on which units they
-are. All models take turns on one thread, and the median of the thread's own time counts. The
-speed-up stands next to the ratio of the MACs, which is what it could be at best if all operations cost the same.
+How fast a model is depends on its shapes alone, so random weights and random units do. All models take turns on one
+thread; times are the thread's own (`tapfl.models.latency`). Adapters are left out: merged into the weights they cost
+nothing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import re
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Literal
+from typing import Annotated, Any
 
+import numpy as np
 import torch
+import typer
+from torch import nn
 
+from clients.storage import DeviceStorage
+from experiments.bench.timing import Models, Repeats, Row, Sizes, label, random_backbone
+from experiments.command_line import JsonRows
+from experiments.output import as_csv, caption, command, installed
+from experiments.swept.table import write_table
 from tapfl.config import PruningOptions
-from tapfl.models.backbone import BackboneSpec, build
+from tapfl.errors import ConfigError
+from tapfl.models.backbone import build
 from tapfl.models.forward import example_input
-from tapfl.models.latency import median_ms
+from tapfl.models.latency import median_ms, timed_ms
+from tapfl.models.prunable import prunable_layers
+from tapfl.models.units import Shape
 from tapfl.pruning.export import export, load_exported
 from tapfl.pruning.pipeline import prune_model
+from tapfl.pruning.plan import PruningPlan, load_plan
 from tapfl.pruning.planning import pruning_task
+from tapfl.pruning.surgery import WEIGHTS_FILE, load_pruned
+from tapfl.store import RunFolder, pack_tensors, write_bytes
+
+ENGINES = ("torch", "onnxruntime")
 
 
-def bench_latency(
-    name: str,
-    image_size: int,
-    shares: Sequence[float],
-    batches: Sequence[int],
-    repeats: int,
-    align: int = 8,
-    unit_shape: Literal["head-dims", "heads", "both"] = "head-dims",
-) -> list[Mapping[str, str]]:
-    """Returns a row for the dense model and for every share of its MACs, with random weights."""
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    spec = BackboneSpec(name=name, args={"img_size": image_size}, num_classes=1000)
-    dense = build(spec).requires_grad_(False)
-    options = PruningOptions(criterion="random", ratio="uniform", align=align, unit_shape=unit_shape)
+def latency(
+    model: Models = ["deit_small_patch16_224"],
+    size: Sizes = [224],
+    share: Annotated[list[float], typer.Option(help="shares of the MACs")] = [0.75, 0.5, 0.25],
+    batch: Annotated[list[int], typer.Option(min=1, help="images at once")] = [1, 8],
+    align: Annotated[int, typer.Option(min=1, help="widths are multiples of this")] = 8,
+    repeats: Repeats = 11,
+) -> Iterator[Row]:
+    """Latency of dense and pruned models in torch and onnxruntime, beside the ratio of their MACs; one thread.
+
+    All layers are cut alike. The ratio of the MACs is the best possible speed-up if all operations cost the same.
+    """
+    for name in model:
+        for pixels in size:
+            yield from _latency(name, pixels, (1.0, *share), batch, repeats, align)
+
+
+def _latency(
+    name: str, image_size: int, shares: Sequence[float], batches: Sequence[int], repeats: int, align: int
+) -> Iterator[Row]:
+    spec, dense = random_backbone(name, image_size)
+    options = PruningOptions(criterion="random", ratio="uniform", align=align)
     inputs = example_input(dense, 1)
     macs: dict[float, float] = {}
     runs: dict[tuple[str, int, float], Callable[[], object]] = {}
-    for share in (1.0, *shares):
+    for share in shares:
         pruned = prune_model(pruning_task(dense, inputs, share, options, batch=1), spec)
         macs[share] = pruned.plan.cost.macs / pruned.plan.dense.macs
-        with TemporaryDirectory() as folder:
-            file = Path(folder) / "model.onnx"
-            export(pruned.model, pruned.plan, file, "onnx")
-            session = load_exported(file, "onnx")
+        session = _onnx(pruned.model, pruned.plan)
         for batch in batches:
             images = torch.randn(example_input(dense, batch).shape)
             runs["torch", batch, share] = partial(pruned.model, images)
             runs["onnxruntime", batch, share] = partial(session, images)
     milliseconds = dict(zip(runs, median_ms(list(runs.values()), repeats), strict=True))
-    rows: list[Mapping[str, str]] = []
     for share, achieved in macs.items():
-        row = {
-            "model": f"{name.removesuffix('_patch16_224')} {image_size} px",
-            "MACs": f"{achieved:.1%}",
-            "MACs ratio": f"{1 / achieved:.2f}",
-        }
-        for engine in ("torch", "onnxruntime"):
+        row = {"model": label(name, image_size), "MACs": f"{achieved:.1%}", "MACs ratio": f"{1 / achieved:.2f}"}
+        for engine in ENGINES:
             for batch in batches:
                 now = milliseconds[engine, batch, share]
                 row[f"{engine} ×{batch}"] = f"{milliseconds[engine, batch, 1.0] / now:.2f}, {now:.1f} ms"
-        rows.append(row)
-    return rows
+        yield row
+
+
+def gain(
+    run: Annotated[Path, typer.Argument(help="folder of a finished run")],
+    device: Annotated[list[int], typer.Option(min=0, help="devices whose models to measure; default: all")] = [],
+    repeats: Repeats = 51,
+    out: Annotated[Path | None, typer.Option(help="folder for gain.csv and gain.md")] = None,
+    as_json: JsonRows = False,
+) -> list[dict[str, Any]]:
+    """Gain of a run's devices: parameters, file, MACs, and latency in torch and onnxruntime; one image, one thread.
+
+    Devices whose models have the same shapes share a row. Each is compared with the dense model, in the first row.
+    """
+    measured = measure_gain(run, repeats, device)
+    numbers, shown = [model.numbers(measured[0]) for model in measured], [model.row(measured[0]) for model in measured]
+    if out is not None:
+        options = RunFolder(run).config()
+        about = [
+            f"{options['model.name']} {options['model.args']}".strip(),
+            f"one image, one thread, median (quartiles) of {repeats} turns; × is the median of the turns' ratios",
+        ]
+        versions = installed(("tapfl", "torch", "timm", "onnxruntime"))
+        made_by = command("bench", "gain", "RUN", "--repeats", str(repeats))
+        write_bytes(out / "gain.csv", as_csv(numbers, list(numbers[0])))
+        write_table(shown, caption(made_by, [options["seed"]], versions, about), out / "gain.md")
+        print(f"in {out}: gain.csv, gain.md", file=sys.stderr)
+    return numbers if as_json else shown
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One model: its costs, and its milliseconds per image in each turn, by engine.
+
+    Attributes:
+        devices: the devices with a model of this shape; empty: the dense model.
+        budget: of the first of them.
+    """
+
+    devices: tuple[int, ...]
+    budget: str
+    macs: int
+    params: int
+    file_bytes: int
+    milliseconds: Mapping[str, np.ndarray]
+
+    def numbers(self, dense: Measured) -> dict[str, Any]:
+        """Returns a line of the CSV: the model's numbers, and its shares and speed-ups against the dense model.
+
+        The speed-up is the median over turns of the two models' ratio in the same turn.
+        """
+        row: dict[str, Any] = {
+            "devices": " ".join(map(str, self.devices)) or "dense",
+            "budget": self.budget,
+            "macs": self.macs,
+            "macs_share": self.macs / dense.macs,
+            "params": self.params,
+            "params_share": self.params / dense.params,
+            "file_bytes": self.file_bytes,
+            "file_share": self.file_bytes / dense.file_bytes,
+        }
+        for engine, times in self.milliseconds.items():
+            low, median, high = np.quantile(times, [0.25, 0.5, 0.75])
+            row |= {f"{engine}_ms": median, f"{engine}_ms_q1": low, f"{engine}_ms_q3": high}
+            row[f"{engine}_speed_up"] = float(np.median(dense.milliseconds[engine] / times))
+        return row
+
+    def row(self, dense: Measured) -> Row:
+        """Returns the numbers for people; times are median (quartiles)."""
+        n = self.numbers(dense)
+        row = {
+            "devices": str(n["devices"]),
+            "budget": self.budget,
+            "MACs": f"{self.macs / 1e6:.4g}M {n['macs_share']:.1%}",
+            "parameters": f"{self.params / 1e6:.3g}M {n['params_share']:.1%}",
+            "file": f"{self.file_bytes / 1e6:.3g} MB {n['file_share']:.1%}",
+        }
+        for engine in self.milliseconds:
+            times = f"{n[f'{engine}_ms']:.3g} ({n[f'{engine}_ms_q1']:.3g}–{n[f'{engine}_ms_q3']:.3g}) ms"
+            row[engine] = times + (f", {n[f'{engine}_speed_up']:.2f} ×" if self.devices else "")
+        return row
+
+
+def measure_gain(run: Path, repeats: int, devices: Sequence[int] = ()) -> list[Measured]:
+    """Returns the dense model, and one model for each shape among the run's devices.
+
+    Args:
+        repeats: turns of every model.
+        devices: whose models to measure; empty: all.
+
+    Raises:
+        ConfigError: if the folder is not that of a run, or has no models of these devices.
+        PlanError: if a model is damaged.
+    """
+    torch.set_num_threads(1)
+    plans = _plans(run, devices)
+    first = next(iter(plans.values()))
+    dense = build(first.backbone).requires_grad_(False)
+    layers = prunable_layers(dense)
+    alike: dict[tuple[Shape, ...], list[int]] = {}
+    for device, plan in plans.items():
+        shapes = tuple(layer.shape_of(part.index()) for layer, part in zip(layers, plan.layers, strict=True))
+        alike.setdefault(shapes, []).append(device)
+    models: list[tuple[nn.Module, PruningPlan]] = [(dense, _whole(first))]
+    models += [(load_pruned(_pruned(run, group[0]), dense), plans[group[0]]) for group in alike.values()]
+    calls: list[Callable[[], object]] = []
+    for model, plan in models:
+        image = example_input(model)
+        calls += [partial(model, image), partial(_onnx(model, plan, batch=1), image)]
+    times = iter(timed_ms(calls, repeats))
+    measured = []
+    for (model, plan), group in zip(models, ((), *alike.values()), strict=True):
+        weights = _pruned(run, group[0]) / WEIGHTS_FILE if group else None
+        measured.append(
+            Measured(
+                devices=tuple(group),
+                budget=str(plan.provenance.get("budget", "")) if group else "",
+                macs=plan.cost.macs,
+                params=plan.cost.params,
+                file_bytes=weights.stat().st_size if weights else len(pack_tensors(model.state_dict())),
+                milliseconds={engine: next(times) for engine in ENGINES},
+            )
+        )
+    return measured
+
+
+def _plans(run: Path, devices: Sequence[int]) -> dict[int, PruningPlan]:
+    if not (run / "config.json").is_file():
+        raise ConfigError(f"RUN {run}: is not a run's folder (there is no config.json)")
+    options = RunFolder(run).config().keys()
+    names = {path.parent.name for path in run.glob("devices/*/pruned")}
+    there = sorted(int(name) for name in names if re.fullmatch(r"[0-9]{2,18}", name))
+    if not there:
+        raise ConfigError(f"RUN {run}: has no models of devices; they lie in devices/NN/pruned where the devices ran")
+    if lacking := {"model.name", "model.args", "seed"} - options:
+        raise ConfigError(f"RUN {run}: is not a run's folder (its config.json lacks {min(lacking)})")
+    if absent := [device for device in devices if device not in there]:
+        raise ConfigError(f"--device {absent[0]}: accepted: {', '.join(map(str, there))}")
+    return {device: load_plan(_pruned(run, device))[0] for device in devices or there}
+
+
+def _pruned(run: Path, device: int) -> Path:
+    return DeviceStorage(RunFolder(run).device(device)).pruned
+
+
+def _whole(plan: PruningPlan) -> PruningPlan:
+    """Returns the plan that keeps everything."""
+    layers = tuple(layer.model_copy(update={"kept": tuple(range(layer.units))}) for layer in plan.layers)
+    return plan.model_copy(update={"layers": layers, "cost": plan.dense})
+
+
+def _onnx(model: nn.Module, plan: PruningPlan, batch: int | None = None) -> Callable[[torch.Tensor], torch.Tensor]:
+    with TemporaryDirectory() as folder:
+        file = Path(folder) / "model.onnx"
+        export(model, plan, file, "onnx", batch=batch)
+        return load_exported(file, "onnx")

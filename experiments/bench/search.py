@@ -1,7 +1,7 @@
-"""Searches on a toy of which the truth is known: regret by rounds spent.
+"""Searches on a toy problem with a known optimum: regret by rounds spent.
 
-The toy has learning curves: how fast a configuration gets where it goes depends on one of its parameters, so that first
-rungs mislead, and every value is noisy. Regret is without noise, after R rounds, over that of the best configuration.
+The toy has learning curves: one parameter sets how fast a configuration converges, so that first rungs mislead, and
+every value is noisy. Regret is the noiseless loss after R rounds, minus that of the best configuration.
 """
 
 from __future__ import annotations
@@ -11,16 +11,23 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import optuna
+import typer
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+from scipy.stats import sem
 
+from experiments.bench.timing import Row
+from experiments.command_line import options_of
 from experiments.search.methods import carry_out, sampler_of
 from experiments.search.runner import Runner
 from experiments.search.settings import Search, SearchOptions
 from experiments.search.space import Parameter, SearchSpace
 from experiments.search.trials import Job
+from tapfl.config import validated
+from tapfl.errors import ConfigError
 
 R, ETA = 27, 3
 NOISE = 0.05
@@ -52,7 +59,7 @@ class Toy:
     seed: int
 
     def loss(self, options: Mapping[str, object], rounds: float) -> float:
-        """Returns the loss after so many rounds, without noise."""
+        """Returns the loss after `rounds`, without noise."""
         speed = (math.log10(float(str(options["speed"]))) + 4) / 3
         n = (int(str(options["n"])) - 1) / 19
         numbers = np.array([speed, float(str(options["x"])), float(str(options["y"])), n])
@@ -61,7 +68,7 @@ class Toy:
         return float(((numbers - optimum) ** 2).sum()) + kind + 0.5 * math.exp(-rounds * (0.1 + 0.4 * speed))
 
     def least(self) -> float:
-        """Returns the least loss that there is after R rounds."""
+        """Returns the least possible loss after R rounds."""
         speeds, ns = np.logspace(-4, -1, 400), range(1, 21)
         x, y = np.random.default_rng([self.seed, 0]).uniform(0.15, 0.85, 4)[1:3]
         best = {"x": x, "y": y, "kind": KINDS[self.seed % 3]}
@@ -71,7 +78,7 @@ class Toy:
 
 @dataclass
 class ToyTrials:
-    """`Trials` that are done at once, and remember what was spent."""
+    """`Trials` that finish at once, and record the rounds spent."""
 
     toy: Toy
     spent: int = 0
@@ -93,7 +100,7 @@ class ToyTrials:
         pass
 
     def truth(self, rounds: int) -> float:
-        """Returns the true loss of what looked best after so many rounds in all: of those that came furthest."""
+        """Returns the true loss of the trial that looks best after `rounds` in all, among those trained longest."""
         found = [(-b, value, truth) for spent, b, value, truth in self.log if spent <= rounds]
         return min(found)[2]
 
@@ -109,17 +116,24 @@ def regrets(seed: int, totals: Sequence[int], settings: Mapping[str, object]) ->
     return [trials.truth(total) - toy.least() for total in totals]
 
 
-def bench_search(
-    seeds: Sequence[int], totals: Sequence[int], names: Sequence[str] = (), changes: Mapping[str, object] | None = None
-) -> Iterator[dict[str, str]]:
-    """Yields a row a method: mean regret ± standard error of the mean over seeds, by rounds spent.
+def search(
+    seeds: Annotated[int, typer.Option(min=1, help="searches per method")] = 20,
+    first_seed: Annotated[int, typer.Option(min=0, help="the others follow")] = 0,
+    rounds: Annotated[list[int], typer.Option(min=27, help="rounds spent in all")] = [200, 400, 800, 1600],
+    method: Annotated[list[str], typer.Option(help="of the table's first column; default: all")] = [],
+    set: Annotated[list[str], typer.Option("--set", help="key=value, options of \\[search]")] = [],
+) -> Iterator[Row]:
+    """Methods of `tapfl search` on a toy of five parameters, with learning curves and noise: regret by rounds spent.
 
-    Args:
-        changes: settings of `[search]` above the methods' own.
+    Regret is the mean over seeds ± its standard error.
     """
+    if unknown := sorted({*method} - {*METHODS}):
+        raise ConfigError(f"--method {unknown[0]}: accepted: {', '.join(METHODS)}")
+    changes = options_of(None, set)
+    validated(SearchOptions, changes)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    for name in names or METHODS:
-        found = np.array([regrets(seed, totals, {**METHODS[name], **(changes or {})}) for seed in seeds])
-        error = found.std(axis=0, ddof=1) / math.sqrt(len(seeds)) if len(seeds) > 1 else np.zeros(len(totals))
-        cells = {f"{t} rounds": f"{m:.3f} ± {e:.3f}" for t, m, e in zip(totals, found.mean(axis=0), error, strict=True)}
-        yield {"method": name, "seeds": str(len(seeds))} | cells
+    for name in method or METHODS:
+        runs = [regrets(seed, rounds, {**METHODS[name], **changes}) for seed in range(first_seed, first_seed + seeds)]
+        means, errors = np.mean(runs, axis=0), sem(runs) if seeds > 1 else np.zeros(len(rounds))
+        cells = {f"{t} rounds": f"{m:.3f} ± {e:.3f}" for t, m, e in zip(rounds, means, errors, strict=True)}
+        yield {"method": name, "seeds": str(seeds)} | cells

@@ -1,46 +1,64 @@
-"""The federation that `tapfl bench simulation` measures, as its variants see it: options, images, first adapters."""
+"""The federation that `tapfl bench simulation` measures, for all its variants: options, images, first adapters."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import tomli_w
 import torch
+import typer
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from tapfl.adapters import rules
 from tapfl.adapters.layout import global_shapes
 from tapfl.config import RunConfig, read_toml
 from tapfl.data.federated import open_pool, open_private
-from tapfl.data.partition import partition
+from tapfl.data.partition import DeviceSplit, partition
+from tapfl.data.sources import ImageSet
 from tapfl.models.backbone import BackboneSpec, spec_of
 from tapfl.models.dense import DenseCache, dense_backbone
 from tapfl.models.forward import input_transform
 from tapfl.models.prunable import prunable_layers
 from tapfl.seeds import numpy_generator, torch_generator
 from tapfl.store import cache_folder
-from tapfl.training import Params
+from tapfl.training import Params, batches, optimizer
 
 CLASSES, POOL, TEST_SHARE = 10, 128, 0.2
 ROUND_LINE = '"kind": "round"'
 
 
-@dataclass
-class Setting:
-    """A federation of equal devices that keep the whole backbone, so that FedAvg over it is a plain mean."""
+@dataclass(frozen=True)
+class FederationOptions:
+    """Options of the benchmarks that run whole federations."""
+
+    rounds: Annotated[int, typer.Option(min=2, help="rounds; the first counts as start-up")] = 5
+    repeats: Annotated[int, typer.Option(min=1, help="turns; the median counts")] = 3
+    samples: Annotated[int, typer.Option(min=10, help="training images per device")] = 64
+    batch: Annotated[int, typer.Option(min=1, help="images per step")] = 32
+    model_args: Annotated[str, typer.Option(help="as model.args")] = (
+        "img_size=32,patch_size=4,embed_dim=96,depth=6,num_heads=3"
+    )
+    workers: Annotated[int, typer.Option(min=1, help="processes of one thread")] = 2
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A federation of equal devices that keep the whole backbone, so that its FedAvg is a plain mean."""
 
     config: RunConfig
     backbone_key: str
 
     @classmethod
-    def prepare(cls, folder: Path, devices: int, rounds: int, samples: int, model_args: str, batch: int) -> Setting:
-        """Writes images of noise and the options to `folder`, and the backbone to a cache in it."""
-        pixels = int(dict(part.split("=") for part in model_args.split(","))["img_size"])
-        for name, count in (("pool", POOL), ("private", round(devices * samples / (1 - TEST_SHARE)))):
+    def prepare(cls, folder: Path, devices: int, options: FederationOptions) -> Workload:
+        """Writes images of noise, the options as ``config.toml``, and a cache with the backbone to `folder`."""
+        pixels = int(dict(part.split("=") for part in options.model_args.split(","))["img_size"])
+        for name, count in (("pool", POOL), ("private", round(devices * options.samples / (1 - TEST_SHARE)))):
             images = numpy_generator(0, name).integers(0, 256, (count, pixels, pixels, 3), dtype=np.uint8)
             np.savez(folder / f"{name}.npz", images=images, labels=np.arange(count) % CLASSES)
         config = RunConfig.from_flat(
@@ -53,7 +71,7 @@ class Setting:
                 "devices.count": devices,
                 "devices.budgets": 1.0,
                 "devices.ranks": 8,
-                "model.args": model_args,
+                "model.args": options.model_args,
                 "model.epochs": 1,
                 "summary.max-components": 1,
                 "metric.rule": "random",
@@ -62,9 +80,9 @@ class Setting:
                 "pruning.ratio": "uniform",
                 "adapters.rule": "fedit",
                 "adapters.head": "mean",
-                "train.rounds": rounds,
+                "train.rounds": options.rounds,
                 "train.epochs": 1,
-                "train.batch": batch,
+                "train.batch": options.batch,
                 "personalize.method": "fedavg",
             }
         )
@@ -75,9 +93,11 @@ class Setting:
         return cls(config, key)
 
     @classmethod
-    def read(cls, file: Path) -> Setting:
-        """Returns what `prepare` left in the folder of `file`."""
-        return cls(RunConfig.from_flat(read_toml(file)), (file.parent / "backbone").read_text())
+    @cache
+    def read(cls, folder: str) -> Workload:
+        """Returns the workload that `prepare` wrote to a folder; the same object in all of a process."""
+        config = RunConfig.from_flat(read_toml(Path(folder) / "config.toml"))
+        return cls(config, (Path(folder) / "backbone").read_text())
 
     @property
     def spec(self) -> BackboneSpec:
@@ -99,7 +119,7 @@ class Setting:
         return rules.initial(self.config.adapters, shapes, layers, model, generator)
 
     def part(self, device: int, name: str) -> tuple[Tensor, Tensor]:
-        """Returns (inputs, labels) of the `train` or `test` part of a device; kept, because images do not change."""
+        """Returns (inputs, labels) of the `train` or `test` part of a device; kept in memory."""
         if (device, name) not in self._parts:
             private, splits = self._private
             chosen = private.subset(getattr(splits[device], name))
@@ -107,19 +127,35 @@ class Setting:
             self._parts[device, name] = inputs, torch.from_numpy(chosen.labels)
         return self._parts[device, name]
 
+    def train(self, model: nn.Module, params: list[Tensor], round: int, device: int) -> tuple[float, int]:
+        """Trains `params` of `model` in place for a device's round; returns the mean loss and the number of samples."""
+        options = self.config.train
+        inputs, labels = self.part(device, "train")
+        stepper = optimizer(options.optimizer, params, options.learning_rate)
+        order = numpy_generator(self.config.seed, "train", round, device)
+        losses = []
+        for batch in batches(len(labels), options.batch, options.epochs, order):
+            index = torch.from_numpy(batch)
+            loss = F.cross_entropy(model(inputs[index]), labels[index])
+            stepper.zero_grad()
+            loss.backward()
+            stepper.step()
+            losses.append(loss.item())
+        return sum(losses) / len(losses), len(labels)
+
     @cached_property
     def _parts(self) -> dict[tuple[int, str], tuple[Tensor, Tensor]]:
         return {}
 
     @cached_property
-    def _private(self):  # type: ignore[no-untyped-def]
+    def _private(self) -> tuple[ImageSet, list[DeviceSplit]]:
         config = self.config
         private = open_private(config.data, input_transform(config.model), config.seed, cache_folder(config.cache))
         return private, partition(private.labels, config.data, config.devices.count, config.seed)
 
-    @staticmethod
-    def note_round(out: Path, round: int) -> None:
-        """Adds the line by which a round's end is seen, as `tapfl run` does in its metrics."""
-        out.mkdir(parents=True, exist_ok=True)
-        with (out / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps({"kind": "round", "round": round}) + "\n")
+
+def note_round(out: Path, round: int) -> None:
+    """Adds the line that marks a round's end, as `tapfl run` does in its metrics."""
+    out.mkdir(parents=True, exist_ok=True)
+    with (out / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"kind": "round", "round": round}) + "\n")

@@ -1,0 +1,273 @@
+"""A round of federated learning, simulated: on each engine, as a usual Flower app, and as the bare loop.
+
+All variants are process trees that take turns. The bare loop does the same work without messages, checks or an engine,
+and is the limit. Counted are wall and CPU seconds of the rounds after the first; everything before is start-up.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import psutil
+import tomli_w
+import typer
+
+from experiments.bench.timing import Counts, Row
+from experiments.bench.workload import ROUND_LINE, FederationOptions, Workload
+from tapfl.config import RunConfig
+from tapfl.errors import ConfigError, RunError
+
+LIMIT = "loop by hand"
+VARIANTS = ("with plain LoRA", "tapfl run", "usual Flower app")
+ENGINES = ("inprocess", "flower", "ray", "ray warm")
+WORKS = ("none", "real")
+
+
+def simulation(
+    *,
+    devices: Counts = [20],
+    options: FederationOptions,
+    variant: Annotated[list[str], typer.Option(help="besides the loop by hand; default: all")] = [],
+) -> Iterator[Row]:
+    """A round of FedAvg on Flower's engine against the bare loop that does its work, and the usual Flower app."""
+    require_proc("tapfl bench simulation", options.rounds)
+    names = (LIMIT, *_chosen("--variant", variant, VARIANTS))
+    for count in devices:
+        with tempfile.TemporaryDirectory(prefix="tapfl-bench-") as folder:
+            Workload.prepare(Path(folder), count, options)
+            timings = take_turns(names, partial(_command, Path(folder), options.workers, "real"), Path(folder), options)
+        for name, taken in timings.items():
+            limits = {f"{unit} / limit": ratio(taken, timings[LIMIT], unit.lower()) for unit in ("CPU", "wall")}
+            yield {"devices": str(count), "variant": name} | limits | medians(taken)
+
+
+def engine(
+    *,
+    devices: Counts = [10, 200],
+    work: Annotated[list[str], typer.Option(help="none, real")] = ["none", "real"],
+    options: FederationOptions,
+    variant: Annotated[list[str], typer.Option(help="inprocess, flower, ray, ray warm; default: all")] = [],
+) -> Iterator[Row]:
+    """Flower's engine, Ray actors cold and warm, and one process: a round, the start, and the memory of each.
+
+    Real work is the federation of `tapfl bench simulation`. Without work each device receives and returns adapters of
+    299 kB.
+    """
+    require_proc("tapfl bench engine", options.rounds)
+    names = _chosen("--variant", variant, ENGINES)
+    for kind in _chosen("--work", work, WORKS):
+        limit = (LIMIT,) if kind == "real" else ()
+        for count in devices:
+            with tempfile.TemporaryDirectory(prefix="tapfl-bench-") as name:
+                folder = Path(name)
+                if kind == "real":
+                    Workload.prepare(folder, count, options)
+                else:
+                    config = RunConfig.from_flat({"devices.count": count, "train.rounds": options.rounds})
+                    (folder / "config.toml").write_text(tomli_w.dumps(config.flat()))
+                command = partial(_command, folder, options.workers, kind)
+                timings = take_turns((*limit, *names), command, folder, options)
+            for name, taken in timings.items():
+                beside = ratio(taken, timings[LIMIT], "wall") if limit else ""
+                yield {"devices": str(count), "work": kind, "engine": name, "wall / limit": beside} | medians(taken)
+
+
+def _command(folder: Path, workers: int, work: str, variant: str, out: Path) -> list[str]:
+    """Returns the arguments with which Python runs a variant."""
+    places = [str(folder), str(out), str(workers)]
+    if variant == "tapfl run":
+        options = ["--config", str(folder / "config.toml"), "--out", str(out), "--workers", str(workers)]
+        return ["-m", "experiments.cli", "run", "--no-report", *options]
+    if variant in (LIMIT, "with plain LoRA"):
+        return ["-m", "experiments.bench.bare_loop", *places, "merged" if variant == LIMIT else "plain"]
+    engine, work = ("flower", "usual") if variant == "usual Flower app" else (variant, work)
+    return ["-m", "experiments.bench.flower_apps", engine, work, *places]
+
+
+def _chosen(option: str, names: list[str], known: tuple[str, ...]) -> tuple[str, ...]:
+    """Returns the named ones, or all. Raises ConfigError for an unknown name."""
+    if unknown := [name for name in names if name not in known]:
+        raise ConfigError(f"{option} {unknown[0]}: accepted: {', '.join(known)}")
+    return tuple(name for name in known if name in names) or known
+
+
+POLL, MEMORY_EVERY = 0.02, 2.0
+
+
+class ProcessTree:
+    """The living processes below `root`, itself included, at each call."""
+
+    def __init__(self, root: int) -> None:
+        self.root = root
+        self._seen: set[psutil.Process] = set()
+
+    def processes(self) -> list[psutil.Process]:
+        """Returns the processes, parents before their children."""
+        found = []
+        with suppress(psutil.NoSuchProcess):
+            root = psutil.Process(self.root)
+            found = [each for each in (root, *root.children(recursive=True)) if _is_alive(each)]
+        self._seen.update(found)
+        return found
+
+    def cpu_seconds(self) -> float:
+        """Returns user and system time of all of them, and of their children that have ended."""
+        seconds = 0.0
+        for process in self.processes():
+            with suppress(psutil.Error):
+                seconds += sum(process.cpu_times()[:4])  # user, system, and both of the children that were waited for
+        return seconds
+
+    def memory_bytes(self) -> list[int]:
+        """Returns the proportional set size of each, the root first: pages that several share count once in all."""
+        return [_pss(process) for process in self.processes()]
+
+    def end(self, patience: float = 10.0) -> None:
+        """Ends all that is alive, also what lost its parent since it was last seen."""
+        self.processes()
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            for process in self._alive():
+                with suppress(psutil.NoSuchProcess):
+                    process.send_signal(number)
+            until = time.monotonic() + patience
+            while self._alive() and time.monotonic() < until:
+                time.sleep(0.05)
+
+    def _alive(self) -> list[psutil.Process]:
+        return [process for process in self._seen if _is_alive(process)]
+
+
+def _is_alive(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
+    except psutil.Error:
+        return False
+
+
+def _pss(process: psutil.Process) -> int:
+    try:
+        return int(process.memory_full_info().pss)
+    except psutil.Error:
+        return 0
+
+
+@dataclass(frozen=True)
+class Timing:
+    """One run: seconds per round after the first, seconds before that, and the peak memory seen.
+
+    Attributes:
+        peak_bytes: of all its processes together.
+        driver_bytes: of its first process.
+    """
+
+    wall: float
+    cpu: float
+    startup: float
+    peak_bytes: int
+    driver_bytes: int
+
+
+def take_turns(
+    variants: Sequence[str], arguments: Callable[[str, Path], list[str]], folder: Path, options: FederationOptions
+) -> dict[str, list[Timing]]:
+    """Returns the timings of each variant, one for each turn.
+
+    Args:
+        arguments: (variant, folder of its run) → the arguments of Python.
+        folder: where the folders of the runs are created.
+
+    Raises:
+        RunError: if a variant fails, with the last line of its output.
+    """
+    timings: dict[str, list[Timing]] = {variant: [] for variant in variants}
+    for repeat in range(options.repeats):
+        for number, variant in enumerate(variants):
+            out = folder / f"{repeat}-{number}"
+            timings[variant].append(measure(arguments(variant, out), out, options.rounds))
+    return timings
+
+
+def measure(arguments: Sequence[str], out: Path, rounds: int) -> Timing:
+    """Runs a variant to its end and returns its timing.
+
+    The variant adds a line to ``out/metrics.jsonl`` at the end of each round. Start-up counts from the start of the
+    process, or from when it creates the file ``OUT.warm``.
+    """
+    log = out.with_suffix(".log")
+    began = time.time()
+    marks: list[tuple[float, float]] = []
+    peak, driver, looked = 0, 0, began
+    with log.open("w") as output:
+        process = subprocess.Popen([sys.executable, *arguments], stdout=output, stderr=subprocess.STDOUT)
+        tree = ProcessTree(process.pid)
+        try:
+            while process.poll() is None:
+                done = min(_rounds_done(out / "metrics.jsonl"), rounds)
+                now = time.time()
+                if len(marks) < done:
+                    marks += [(now, tree.cpu_seconds())] * (done - len(marks))
+                if now - looked > MEMORY_EVERY:
+                    sizes = tree.memory_bytes() or [0]
+                    peak, driver, looked = max(peak, sum(sizes)), max(driver, sizes[0]), now
+                time.sleep(POLL)
+        finally:
+            tree.end()
+            process.wait()
+    if process.returncode or len(marks) < rounds:
+        last = (log.read_text().strip().splitlines() or ["no output"])[-1]
+        raise RunError(f"{' '.join(arguments[:3])}: ended with {process.returncode}: {last}")
+    wall, cpu = ((marks[-1][i] - marks[0][i]) / (rounds - 1) for i in (0, 1))
+    if (warm := out.with_suffix(".warm")).exists():
+        began = warm.stat().st_mtime
+    return Timing(wall, cpu, marks[0][0] - began - wall, peak, driver)
+
+
+def _rounds_done(file: Path) -> int:
+    return file.read_text().count(ROUND_LINE) if file.is_file() else 0
+
+
+def require_proc(command: str, rounds: int) -> None:
+    """Raises ConfigError where /proc is missing, or if there is no round after the first."""
+    if not os.access("/proc/self/smaps_rollup", os.R_OK):
+        raise ConfigError(f"{command}: needs Linux's /proc to count CPU seconds and memory of processes")
+    if rounds < 2:
+        raise ConfigError(f"--rounds {rounds}: must be at least 2, because the first counts as start-up")
+
+
+def medians(taken: Sequence[Timing]) -> dict[str, str]:
+    """Returns the columns that a table has for the turns of one variant: medians, and the peaks of memory."""
+    return {
+        "CPU s a round": f"{np.median([timing.cpu for timing in taken]):.2f}",
+        "wall s a round": f"{np.median([timing.wall for timing in taken]):.2f}",
+        "start-up s": f"{np.median([timing.startup for timing in taken]):.1f}",
+        "peak GB": f"{max(timing.peak_bytes for timing in taken) / 1e9:.2f}",
+        "driver GB": f"{max(timing.driver_bytes for timing in taken) / 1e9:.2f}",
+    }
+
+
+def ratio(taken: Sequence[Timing], limit: Sequence[Timing], name: str) -> str:
+    """Returns how many times the limit's `wall` or `cpu` seconds the turns took: the median, and its range.
+
+    Raises:
+        RunError: if the limit's rounds are too short to be counted.
+    """
+    if not all(getattr(timing, name) > 0 for timing in limit):
+        raise RunError(
+            f"bench: a round of the bare loop is too short for its {name} seconds to be counted; "
+            "give more --devices, --samples or --rounds"
+        )
+    values = [getattr(own, name) / getattr(least, name) for own, least in zip(taken, limit, strict=True)]
+    extremes = f" ({min(values):.2f}–{max(values):.2f})" if len(values) > 1 else ""
+    return f"{np.median(values):.2f}{extremes}"

@@ -1,0 +1,109 @@
+"""What the benchmarks share: options, interleaved timing, and peak memory."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import time
+import weakref
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import typer
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from tapfl.models.backbone import BackboneSpec, build
+
+Row = dict[str, str]
+Models = Annotated[list[str], typer.Option("--model", help="timm names")]
+Sizes = Annotated[list[int], typer.Option("--size", help="image sizes, pixels per side")]
+Repeats = Annotated[int, typer.Option(min=1, help="turns; the median counts")]
+Counts = Annotated[list[int], typer.Option(min=1, help="numbers of devices")]
+Set = Annotated[list[str], typer.Option("--set", help="key=value, further options of the runs")]
+
+
+def random_backbone(name: str, image_size: int) -> tuple[BackboneSpec, nn.Module]:
+    """Returns one of timm's backbones with 1000 classes and random weights, frozen; torch then uses one thread."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    spec = BackboneSpec(name=name, args={"img_size": image_size}, num_classes=1000)
+    return spec, build(spec).requires_grad_(False)
+
+
+def label(name: str, image_size: int) -> str:
+    """Returns how tables name a backbone, such as ``deit_tiny 64 px``."""
+    return f"{name.removesuffix('_patch16_224')} {image_size} px"
+
+
+def cpu_seconds(work: Callable[[], object]) -> float:
+    """Returns the CPU seconds of this process during `work`."""
+    start = time.process_time()
+    work()
+    return time.process_time() - start
+
+
+def side_by_side(variants: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, float]:
+    """Returns the median CPU seconds of each variant. They take turns, so that a busy machine is busy for all."""
+    turns = [[cpu_seconds(work) for work in variants.values()] for _ in range(repeats)]
+    return dict(zip(variants, np.median(turns, axis=0).tolist(), strict=True))
+
+
+class _Storages(TorchDispatchMode):
+    """Counts the bytes of all tensors that operations return, until nothing refers to them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.known: weakref.WeakSet[Any] = weakref.WeakSet()
+        self.alive = self.peak = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        inputs = [tensor.untyped_storage() for tensor in tree_leaves((args, kwargs)) if isinstance(tensor, Tensor)]
+        output = func(*args, **(kwargs or {}))
+        older = {storage.data_ptr() for storage in inputs if storage not in self.known}
+        for tensor in tree_leaves(output):
+            if isinstance(tensor, Tensor):
+                storage = tensor.untyped_storage()
+                if storage not in self.known and storage.data_ptr() not in older:
+                    self.known.add(storage)
+                    self.alive += storage.nbytes()
+                    weakref.finalize(storage, self._release, storage.nbytes())
+        self.peak = max(self.peak, self.alive)
+        return output
+
+    def _release(self, count: int) -> None:
+        self.alive -= count
+
+
+def peak_tensor_bytes(work: Callable[[], object]) -> int:
+    """Returns the peak bytes of the tensors that `work` creates, without the workspaces of single operations."""
+    with _Storages() as storages:
+        work()
+    return storages.peak
+
+
+def peak_process_bytes(work: Callable[[], object]) -> int | None:
+    """Returns by how many bytes the process grows at most during `work`; None where Linux does not report it.
+
+    Memory freed before is returned to the system first, so that its reuse does not hide the growth.
+    """
+    try:
+        gc.collect()
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+        before = _status("VmRSS")
+        Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
+        work()
+        return _status("VmHWM") - before
+    except OSError:
+        return None
+
+
+def _status(field: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{field}:"):
+            return int(line.split()[1]) * 1024
+    raise OSError(f"/proc/self/status has no {field}")
