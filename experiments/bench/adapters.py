@@ -22,27 +22,27 @@ from typing import Annotated, Any
 import torch
 import typer
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from experiments.bench.timing import Counts, Repeats, Row, Sizes, label, peak_process_bytes, side_by_side
 from tapfl.adapters import flex, rules
 from tapfl.adapters.layout import LORA_A, LORA_B, Placement, Update, device_layout, gather_all, global_shapes
-from tapfl.adapters.lora import AdaptedModel
-from tapfl.adapters.mixture import modules_of
+from tapfl.adapters.lora import AdaptedModel, modules_of
 from tapfl.config import AdapterOptions, DeviceOptions, PrivacyOptions, PruningOptions, RunConfig, TrainOptions
 from tapfl.models.backbone import BackboneSpec, build, spec_of
 from tapfl.models.forward import example_input, head_names
 from tapfl.models.prunable import prunable_layers
 from tapfl.personalize.apfl import Apfl
-from tapfl.personalize.fedavg import FedAvg
+from tapfl.personalize.methods import FedAvg
 from tapfl.pruning.criteria.random_units import random_units
 from tapfl.pruning.plan import LayerPlan, PruningPlan
 from tapfl.pruning.planning import pruning_task
 from tapfl.seeds import torch_generator
-from tapfl.training import Params, cross_entropy
+from tapfl.training import Params
 
 VARIANTS: dict[str, AdapterOptions] = {
     "fedit": AdapterOptions(rule="fedit"),
-    "fedit, hetlora": AdapterOptions(rule="fedit", hetlora=True),
+    "hetlora": AdapterOptions(rule="hetlora"),
     "fedit, clip": AdapterOptions(rule="fedit", clip=1.0),
     "fedit, adam": AdapterOptions(rule="fedit", server="adam"),
     "fedit, median": AdapterOptions(rule="fedit", combine="median"),
@@ -172,7 +172,7 @@ class Work:
         return AdaptedModel(self.model, layout, SCALE)
 
     def loss(self, model: Callable[[Tensor], Tensor]) -> Tensor:
-        return cross_entropy(model(self.inputs), self.labels)
+        return F.cross_entropy(model(self.inputs), self.labels)
 
 
 class PeftStep:
