@@ -1,130 +1,132 @@
-"""The picture of a pruned model: kept widths and importance by block, costs before and after."""
+"""The picture of a pruned model: kept widths and layer importance by block, and costs beside the dense model's."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from io import BytesIO
-from itertools import groupby
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import altair as alt
+
+from experiments.figures.figure import Chart, Figure, Row, write_figure
 from experiments.inspection import costs
 from tapfl.errors import ConfigError
-from tapfl.store import write_bytes
 
-COLOURS = {"attention": "#4477aa", "ffn": "#ee8866"}
-NAMES = {"attention": "attention", "ffn": "FFN"}
-GREY = "#bbbbbb"
+KINDS = {"attention": "attention", "ffn": "FFN"}
 LABELLED_BLOCKS = 16  # with more, bars are too narrow for their widths in words
+INSIDE = 0.3  # share of a bar from which its width is written into it
 
 
 def picture(found: Mapping[str, Any], file: Path) -> None:
-    """Draws what `inspect` found as a PNG. Raises ConfigError if it cannot be written."""
-    import matplotlib as mpl
+    """Writes the picture of what `inspect` found, as SVG if the file's name ends in ``.svg``, else as PNG.
 
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt
-
-    layers = found["layers"]
-    important = any(layer["importance"] is not None for layer in layers)
-    blocks = len({_block(layer) for layer in layers})
-    size = (max(8.0, 4 + 0.55 * min(blocks, 30)), 5.2 if important else 3.6)
-    figure = plt.figure(figsize=size, layout="constrained")
-    grid = figure.add_gridspec(
-        2 if important else 1, 2, width_ratios=(size[0] - 3, 3), height_ratios=(3, 2)[: 1 + important]
-    )
-    kept = figure.add_subplot(grid[0, 0])
-    _bars(kept, layers, [layer["kept"] / layer["units"] for layer in layers])
-    _widths(kept, layers)
-    kept.set(ylabel="share of units kept", ylim=(0, 1.0), yticks=[0, 0.25, 0.5, 0.75, 1])
-    kept.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
-    lowest = kept
-    if important:
-        lowest = figure.add_subplot(grid[1, 0], sharex=kept)
-        _bars(lowest, layers, [layer["importance"] or 0.0 for layer in layers])
-        lowest.set_ylabel("importance: KL (nats)")
-        kept.tick_params(labelbottom=False)
-    lowest.set_xlabel("block")
-    kept.legend(ncols=2, loc="lower right", bbox_to_anchor=(1, 1.04), frameon=False)
-    _stages(kept, lowest, layers)
-    _costs(figure.add_subplot(grid[:, 1]), found)
-    said = ", ".join(f"{key} {found['provenance'][key]}" for key in ("criterion", "data") if key in found["provenance"])
-    figure.suptitle(found["backbone"] + (f"   ({said})" if said else ""), x=0.01, ha="left", weight="bold", size=11)
-    image = BytesIO()
-    figure.savefig(image, dpi=130, format="png")
-    plt.close(figure)
+    Raises:
+        ConfigError: if it cannot be written.
+    """
     try:
-        write_bytes(file, image.getvalue())
+        write_figure(kept_widths(found), file)
     except OSError as error:
         raise ConfigError(f"picture = {str(file)!r}: cannot be written ({error.strerror})") from None
 
 
-def _block(layer: Mapping[str, Any]) -> str:
-    return str(layer["name"]).rpartition(".")[0]
+def kept_widths(found: Mapping[str, Any]) -> Figure:
+    """Returns kept widths, importance where the plan has it, and costs, of what `inspect` found."""
+    stages, spent = _stages(found["layers"]), costs(found)
+    rows = [row for stage in stages.values() for row in stage]
+    importance = max((row["importance"] for row in rows if row["importance"] is not None), default=None)
+    form = _Form(len(stages), len(rows), importance)
+    panels = [_panel(name, stage, form, first=k == 0) for k, (name, stage) in enumerate(stages.items())]
+    made = ", ".join(f"{key} {found['provenance'][key]}" for key in ("criterion", "data") if key in found["provenance"])
+    return Figure(
+        "widths",
+        found["backbone"] + (f" ({made})" if made else ""),
+        "; ".join(f"{name}: {small} of {dense}, {share:.1%}" for name, dense, small, share in spent) + ".",
+        alt.hconcat(*panels, _costs(max(share for *_, share in spent)), spacing=12),
+        {**stages, "costs": [_cost(*each) for each in spent]},
+        rows,
+    )
 
 
-def _positions(layers: Sequence[Mapping[str, Any]]) -> list[float]:
-    """Returns where the bar of each layer stands: side by side within a block."""
-    order = {block: position for position, block in enumerate(dict.fromkeys(map(_block, layers)))}
-    return [order[_block(layer)] + (-0.2 if layer["kind"] == "attention" else 0.2) for layer in layers]
+def _stages(layers: Sequence[Mapping[str, Any]]) -> dict[str, list[Row]]:
+    """Returns a row a layer by stage of the backbone; blocks are numbered within their stage."""
+    stages: dict[str, list[Row]] = {}
+    numbers: dict[str, dict[str, int]] = {}
+    for layer in layers:
+        blocks = numbers.setdefault(layer["stage"], {})
+        block = blocks.setdefault(str(layer["name"]).rpartition(".")[0], len(blocks))
+        row = {key: layer[key] for key in ("name", "width", "importance")}
+        row |= {"block": block, "kind": KINDS[layer["kind"]], "kept": layer["kept"] / layer["units"]}
+        stages.setdefault(f"stage {len(numbers) - 1}", []).append(row)
+    return stages
 
 
-def _bars(axis: Any, layers: Sequence[Mapping[str, Any]], heights: Sequence[float]) -> None:
-    places = list(zip(layers, _positions(layers), heights, strict=True))
-    for kind, colour in COLOURS.items():
-        own = [(x, height) for layer, x, height in places if layer["kind"] == kind]
-        axis.bar([x for x, _ in own], [h for _, h in own], width=0.38, color=colour, label=NAMES[kind], zorder=2)
-    axis.grid(axis="y", color="#e5e5e5", linewidth=0.8, zorder=0)
-    axis.spines[["top", "right"]].set_visible(False)
-    axis.set_xlim(-0.6, round(max(_positions(layers))) + 0.6)
+@dataclass(frozen=True)
+class _Form:
+    """How many stages and layers are drawn, and their largest importance; None if the plan has none."""
+
+    stages: int
+    layers: int
+    importance: float | None
+
+    @property
+    def labelled(self) -> bool:
+        return self.layers <= 2 * LABELLED_BLOCKS
+
+    @property
+    def step(self) -> int:
+        return 44 if self.labelled else max(14, 88 * LABELLED_BLOCKS // self.layers)
 
 
-def _widths(axis: Any, layers: Sequence[Mapping[str, Any]]) -> None:
-    """Writes the width of each layer into its bar, or above it where the bar is too short."""
-    if len({_block(layer) for layer in layers}) > LABELLED_BLOCKS:
-        return
-    for layer, x in zip(layers, _positions(layers), strict=True):
-        share = layer["kept"] / layer["units"]
-        inside = share > 0.3
-        axis.text(
-            x,
-            share - 0.02 if inside else share + 0.02,
-            layer["width"],
-            rotation=90,
-            ha="center",
-            va="top" if inside else "bottom",
-            color="white" if inside else "#333333",
-            size=7.5,
+def _panel(stage: str, rows: Sequence[Row], form: _Form, first: bool) -> Chart:
+    """Returns kept widths above importance, block by block of a stage."""
+    drawn: list[Any] = [_bars(stage, rows, _axis("kept", "share of units kept", 1.0, first, format="%"), form)]
+    if form.labelled:
+        text = drawn[0].encode(text="width:N", color=alt.value("white"))
+        inside = text.transform_filter(f"datum.kept > {INSIDE}").mark_text(angle=270, align="right", dx=-4)
+        above = text.transform_filter(f"datum.kept <= {INSIDE}").mark_text(angle=270, align="left", dx=4)
+        drawn += [inside, above.encode(color=alt.value(alt.ExprRef("ink")))]
+    title = {"title": alt.TitleParams(stage, fontSize=12)} if form.stages > 1 else {}
+    top = alt.layer(*drawn).properties(height=230, **title)
+    if form.importance is None:
+        return top
+    y = _axis("importance", "importance: KL (nats)", form.importance, first)
+    return alt.vconcat(top, _bars(stage, rows, y, form).properties(height=130), spacing=12)
+
+
+def _axis(field: str, title: str, most: float, first: bool, **labels: Any) -> alt.Y:
+    axis = alt.Axis(title=title if first else None, tickCount=5, **labels)
+    return alt.Y(f"{field}:Q", scale=alt.Scale(domain=[0, most]), axis=axis)
+
+
+def _bars(stage: str, rows: Sequence[Row], y: alt.Y, form: _Form) -> alt.Chart:
+    kinds = list(KINDS.values())
+    return (
+        alt.Chart(alt.NamedData(name=stage), width=form.step * (1 + max(row["block"] for row in rows)))
+        .mark_bar()
+        .encode(
+            x=alt.X("block:O", title="block", axis=alt.Axis(labelAngle=0)),
+            xOffset=alt.XOffset("kind:N", sort=None, scale=alt.Scale(domain=kinds)),
+            y=y,
+            color=alt.Color("kind:N", scale=alt.Scale(domain=kinds)),
         )
+    )
 
 
-def _stages(top: Any, bottom: Any, layers: Sequence[Mapping[str, Any]]) -> None:
-    """Numbers the blocks within their stage, and parts the stages where there are several."""
-    blocks = list(dict.fromkeys((str(layer["stage"]), _block(layer)) for layer in layers))
-    stages = [(stage, len(list(group))) for stage, group in groupby(blocks, key=lambda block: block[0])]
-    bottom.set_xticks(range(len(blocks)), [str(i) for _, count in stages for i in range(count)])
-    if len(stages) == 1:
-        return
-    start = 0
-    for number, (_, count) in enumerate(stages):
-        for axis in (top, bottom) if number % 2 == 0 else ():
-            axis.axvspan(start - 0.5, start + count - 0.5, color="#f3f3f3", zorder=-1)
-        top.text(start + count / 2 - 0.5, 1.01, f"stage {number}", ha="center", va="bottom", size=8, color="#555555")
-        start += count
-    bottom.set_xlabel("block of its stage")
+def _cost(name: str, dense: str, small: str, share: float) -> Row:
+    return {"cost": name, "dense": 1, "share": share, "text": f"{share:.1%}: {small} of {dense}"}
 
 
-def _costs(axis: Any, found: Mapping[str, Any]) -> None:
-    """Draws every cost as its share of the dense model's, with both in words."""
-    rows = costs(found)
-    for y, (_, dense, small, share) in enumerate(rows):
-        axis.barh(y, 1, height=0.42, color=GREY)
-        axis.barh(y, share, height=0.42, color="#228833")
-        axis.text(0, y + 0.26, f"{share:.1%}: {small} of {dense}", va="top", size=8, color="#333333")
-    axis.set(yticks=range(len(rows)), ylim=(len(rows) - 0.3, -0.5), xlim=(0, max(1.0, *(row[3] for row in rows))))
-    axis.set_yticklabels([])
-    for y, (name, *_) in enumerate(rows):
-        axis.text(0, y - 0.24, name, va="bottom", size=9)
-    axis.tick_params(left=False, bottom=False, labelbottom=False)
-    axis.spines[:].set_visible(False)
-    axis.set_title("cost, of dense", size=9, loc="left", color="#555555")
+def _costs(most: float) -> Chart:
+    """Returns each cost as a share of the dense model's.
+
+    Args:
+        most: the largest share; latency as measured may be above 1.
+    """
+    title = alt.TitleParams("cost as a share of the dense model's", fontSize=12)
+    base = alt.Chart(alt.NamedData(name="costs"), width=220, height=230, title=title)
+    y, scale = alt.Y("cost:N", sort=None, title=None), alt.Scale(domain=[0, max(1.0, most)])
+    full = base.mark_bar(height=14, color="#e2e5e9").encode(y=y, x=alt.X("dense:Q", axis=None, scale=scale))
+    bars = base.mark_bar(height=14).encode(y=y, x=alt.X("share:Q", axis=None, scale=scale))
+    text = base.mark_text(align="left", dy=18).encode(y=y, x=alt.value(0), text="text:N")
+    return alt.layer(full, bars, text)

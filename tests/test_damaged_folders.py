@@ -17,7 +17,7 @@ from test_inprocess_run import tapfl
 from typer.testing import CliRunner
 
 from experiments import cli
-from experiments.report.page import render
+from experiments.figures.page import render
 from experiments.report.reading import read_run
 from experiments.report.single import page_of
 from tapfl.errors import ConfigError, TapflError

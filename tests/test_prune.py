@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from experiments import cli
 from experiments.inspection import inspect
-from experiments.picture import picture
+from experiments.picture import kept_widths, picture
 from experiments.reapply import reapply as apply_again
 from tapfl import load_pruned
 from tapfl.config import ModelOptions
@@ -106,6 +106,12 @@ def test_a_look_at_a_device_shows_heads_stages_and_costs(family: str, vit: Tiny,
     assert widths[attention.name] == (f"{attention.heads} x {attention.units_per_head}", f"1 x {half}")
     assert widths[ffn.name] == (str(ffn.units), "0")
     assert len({layer["stage"] for layer in found["layers"]}) == (2 if family == "swin" else 1)
+    drawn = kept_widths(found)
+    rows = [row for name, rows in drawn.data.items() if name != "costs" for row in rows]
+    assert [(r["width"], r["importance"]) for r in rows] == [(r["width"], 0.1) for r in found["layers"]]
+    assert [row["kept"] for row in rows[:2]] == [half / attention.units, 0]
+    picture(found, tmp_path / "look.svg")
+    assert f"1 x {half}" in (tmp_path / "look.svg").read_text()
     picture(found, tmp_path / "look.png")
     assert (tmp_path / "look.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(ConfigError, match=r"picture = .*cannot be written"):

@@ -17,11 +17,10 @@ from test_inprocess_run import tapfl
 from typer.testing import CliRunner
 
 from experiments import cli
+from experiments.figures.figure import Figure, chart, write_figure
+from experiments.figures.page import for_script, render
 from experiments.report import differences, tables, wording
 from experiments.report.comparison import page_of_all
-from experiments.report.figure import Figure, chart
-from experiments.report.page import for_script, render
-from experiments.report.pictures import write_pictures
 from experiments.report.reading import Run, read_run
 from experiments.report.single import page_of
 from experiments.report.write import write_report
@@ -236,7 +235,7 @@ def test_a_figure_is_drawn_whatever_a_stranger_has_written_into_the_run(tmp_path
     names = ["\x00", "\x1b[2J", "\x08", "\ufffe", "\ud800"]
     bars = chart("rows").mark_bar().encode(x="name:N", y="count:Q")
     rows = [{"name": name, "count": 1} for name in names]
-    write_pictures([Figure("odd", "".join(names), "", bars, {"rows": rows}, rows)], tmp_path)
+    write_figure(Figure("odd", "".join(names), "", bars, {"rows": rows}, rows), tmp_path / "odd.png")
     assert Image.open(tmp_path / "odd.png").width > 720
 
 
@@ -248,7 +247,7 @@ def test_a_report_that_fails_costs_the_run_nothing(
 
     folder = shutil.copytree(reported[0], tmp_path / "run")
     monkeypatch.setattr("experiments.report.write.write_bytes", fails)
-    monkeypatch.setattr("experiments.report.write.write_pictures", fails)
+    monkeypatch.setattr("experiments.report.write.write_figure", fails)
     said = resume(folder)
     assert "no report was written" in said and f"tapfl report {folder}" in said
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -16,8 +17,10 @@ from typing import Any
 
 import optuna
 import pytest
+from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
+from optuna.trial import TrialState, create_trial
 from test_inprocess_run import SMALL, content
 from typer.testing import CliRunner
 
@@ -25,6 +28,7 @@ from clients.device import Device
 from experiments import cli
 from experiments.bench.search import METHODS, Toy, search
 from experiments.search.federation import carry_out
+from experiments.search.page import page_of_search, write_page
 from experiments.search.settings import read_search
 from experiments.search.trials import Job
 from experiments.search.workers import Workers
@@ -84,12 +88,42 @@ def test_a_search_ends_in_options_that_run_takes(finished: tuple[Path, dict[str,
 def test_the_page_holds_its_pictures_and_the_study_is_optunas(finished: tuple[Path, dict[str, Any]]) -> None:
     out, said = finished
     page = (out / "search.html").read_text()
-    assert page.count('class="plotly-graph-div"') >= 3 and "<script src=" not in page
-    assert "Plotly.newPlot" in page and len(page) > 3e6, "plotly.js is in it"
+    figures = re.findall(r'data-figure="(\w+)"', page)
+    assert (
+        figures == ["history", "configurations", "rounds"] and "The importance of the options" in page
+    )  # one completed
+    assert "default-src 'none'" in page and "<script src=" not in page and len(page) > 8e5, "the library is in it"
     study = optuna.load_study(
         study_name="search", storage=JournalStorage(JournalFileBackend(str(out / "study.journal")))
     )
     assert len(study.trials) == 2 and study.best_trial.number == said["trial"]
+
+
+def test_the_page_of_a_search_shows_what_the_trials_came_to(tmp_path: Path) -> None:
+    study = optuna.create_study()
+    space: dict[str, Any] = {"rate": FloatDistribution(1e-4, 1e-1, log=True), "batch": IntDistribution(8, 16)}
+    space |= {"rule": CategoricalDistribution(["a", "</script>"])}
+    tried = [(1e-4, 8, "a"), (1e-1, 16, "</script>"), (1e-2, 12, "a"), (1e-3, 16, "a")]
+    for k, values in enumerate(tried):
+        losses = {1: 0.9 - 0.1 * k, 3: 0.8 - 0.1 * k}
+        ended: Any = {"state": TrialState.COMPLETE, "value": losses[3]} if k < 3 else {"state": TrialState.PRUNED}
+        params = dict(zip(space, values, strict=True))
+        study.add_trial(create_trial(params=params, distributions=space, intermediate_values=losses, **ended))
+    study.add_trial(create_trial(state=TrialState.FAIL, intermediate_values={1: float("nan")}))
+    page = page_of_search(study, [1, 3], "loss (mean)")
+    drawn = {figure.name: figure.spec["datasets"] for figure in page.figures}
+    assert list(drawn) == ["history", "importances", "configurations", "rounds"]
+    assert [row["best"] for row in drawn["history"]["trials"]] == pytest.approx([0.8, 0.7, 0.6])
+    assert sum(row["importance"] for row in drawn["importances"]["options"]) == pytest.approx(1)
+    places = {(row["trial"], row["option"]): row["place"] for row in drawn["configurations"]["trials"]}
+    assert places[0, "rate"] == 0 and places[1, "rate"] == 1 and places[2, "rate"] == pytest.approx(2 / 3)
+    assert places[2, "batch"] == 0.5 and places[0, "rule"] == 0.25 and len(places) == 3 * 3
+    assert {row["round"] for row in drawn["rounds"]["rungs"]} == {1, 3} and len(drawn["rounds"]["trials"]) == 8
+    assert "5 trials: 3 complete, 1 fail, 1 pruned" in page.lead[0] and "trial is 2" in page.lead[1]
+    write_page(study, [1, 3], "loss (mean)", tmp_path / "search.html")
+    assert (tmp_path / "search.html").read_text().count("</script>") == 3
+    empty = page_of_search(optuna.create_study(), [1], "loss")
+    assert not empty.figures and "importance" in empty.missing[0]
 
 
 @pytest.mark.slow

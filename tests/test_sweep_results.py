@@ -11,13 +11,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from matplotlib import image
+from PIL import Image
 from test_inprocess_run import content, tapfl
 from test_sweep import InThisProcess, sweep_file
 
 from experiments.sweep import on_workers, read_sweep, run_sweep
 from experiments.swept.outcome import MEASURES, Outcome, group_of, grouped, outcomes
-from experiments.swept.picture import _panels, picture
+from experiments.swept.picture import _panels, learning_curves, picture
 from experiments.swept.settings import SweepOptions, read_sweep_options, references
 from experiments.swept.table import caption_of, means_over_seeds, write_results, write_table
 from tapfl.errors import ConfigError, RunError
@@ -90,8 +90,20 @@ def test_means_over_seeds_and_a_test_over_devices(runs: list[Outcome], tmp_path:
 
 
 def test_learning_curves_are_drawn(runs: list[Outcome], tmp_path: Path) -> None:
+    drawn = learning_curves(runs)
+    for run in runs[0::2]:
+        name = f"method {run.point['personalize.method']}"
+        both = [other.curve for other in runs if other.group == run.group]
+        for k, across in enumerate(("rounds", "MB", "seconds")):
+            points = [row for row in drawn.data[f"panel {k}"] if row["line"] == name]
+            assert [row["mean"] for row in points] == pytest.approx(
+                [np.mean([curve[t].accuracy for curve in both]) for t in range(len(both[0]))]
+            )
+            ends = {"rounds": 1, "MB": np.mean([c[-1].bytes - c[0].bytes for c in both]) / 1e6}
+            ends["seconds"] = np.mean([c[-1].seconds - c[0].seconds for c in both])
+            assert points[0]["x"] == 0 and points[-1]["x"] == pytest.approx(ends[across])
     picture(runs, tmp_path / "curves.png")
-    pixels = image.imread(tmp_path / "curves.png")
+    pixels = np.asarray(Image.open(tmp_path / "curves.png"))
     assert pixels.shape[1] > 1000 and len(np.unique(pixels.reshape(-1, pixels.shape[2]), axis=0)) > 50
 
 

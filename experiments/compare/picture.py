@@ -8,45 +8,37 @@ import pandas as pd
 
 from experiments.compare.grid import Comparison
 from experiments.compare.tables import OWNER, line_axes, mean_over_devices
+from experiments.figures.curves import Panel, panels_of_curves
+from experiments.figures.figure import Figure, write_figure
 
 
 def picture(rows: pd.DataFrame, comparison: Comparison, file: Path, measure: str) -> None:
-    """Draws the mean of `measure` over devices and seeds with its standard error, and the dense model's mean."""
-    import matplotlib as mpl
+    """Writes the picture of `measure` against MACs as PNG."""
+    write_figure(accuracy_against_macs(rows, comparison, measure), file)
 
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt
 
+def accuracy_against_macs(rows: pd.DataFrame, comparison: Comparison, measure: str) -> Figure:
+    """Returns the mean of `measure` over devices and seeds with its standard error, and the dense model's mean."""
     held, drawn = points(rows, comparison, measure)
-    panels, labels = list(held["panel"].unique()), list(drawn["line"].unique())
-    columns = min(len(panels), 3)
-    height = -(-len(panels) // columns)
-    size = (4.6 * columns + 1.6, 3.6 * height) if panels != [""] else (9.5, 5.0)
-    figure, axes = plt.subplots(
-        height, columns, figsize=size, sharex=True, sharey=True, squeeze=False, layout="constrained"
+    drawn = drawn.assign(low=drawn["mean"] - drawn["error"], high=drawn["mean"] + drawn["error"])
+    dense = float(mean_over_devices(held, "dense_own" if measure.endswith("own") else "dense"))
+    panels = []
+    for panel in held["panel"].unique():
+        own = drawn[drawn["panel"] == panel].sort_values("x", kind="stable")
+        curves = own[["line", "x", "mean", "low", "high"]].to_dict("records")
+        panels.append(Panel(panel, "share of the dense model's MACs", curves, dense))
+    value = "accuracy among the device's classes" if measure.endswith("own") else measure
+    size = (640, 380) if len(panels) == 1 else (300, 240)
+    chart, data = panels_of_curves(panels, value, min(len(panels), 3), size, bars=True)
+    devices = ", ".join(map(str, sorted(held["device"].astype(int).unique())))
+    return Figure(
+        "accuracy-against-macs",
+        f"Accuracy after pruning against MACs: mean ± standard error, devices {devices}",
+        f"Mean and standard error over devices {devices} and all seeds; the dense model has {dense:.3f}.",
+        chart,
+        data,
+        [row for panel in panels for row in panel.rows],
     )
-    colours = plt.get_cmap("tab20", 20)
-    dense = mean_over_devices(held, "dense_own" if measure.endswith("own") else "dense")
-    legend = {}
-    for axis, panel in zip(axes.flat, panels, strict=False):
-        for label, line in drawn[drawn["panel"] == panel].groupby("line", sort=False):
-            line, i = line.sort_values("x"), labels.index(label)
-            legend[label] = axis.errorbar(
-                *(line[name] for name in ("x", "mean", "error")),
-                color=colours(i % 20), marker="os^Dv"[i % 5], markersize=4, linewidth=1, capsize=2
-            )  # fmt: skip
-        axis.axhline(dense, color="grey", linestyle=":", linewidth=1)
-        axis.annotate("dense", (0.01, dense), xycoords=("axes fraction", "data"), va="bottom", color="grey", fontsize=8)
-        axis.set_title(panel, fontsize=9)
-        axis.grid(alpha=0.3)
-    for axis in axes.flat[len(panels) :]:
-        axis.set_visible(False)
-    devices = sorted(held["device"].astype(int).unique())
-    figure.supxlabel(f"share of the dense model's MACs (devices {', '.join(map(str, devices))})")
-    figure.supylabel("accuracy among the device's classes" if measure.endswith("own") else measure)
-    figure.legend([legend[label] for label in labels], labels, loc="outside right upper", fontsize=8, frameon=False)
-    figure.savefig(file, dpi=130)
-    plt.close(figure)
 
 
 def points(rows: pd.DataFrame, comparison: Comparison, measure: str) -> tuple[pd.DataFrame, pd.DataFrame]:

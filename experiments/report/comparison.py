@@ -7,9 +7,7 @@ from typing import Any
 
 import altair as alt
 
-from experiments.output import duration, size
-from experiments.report import differences, series, tables, wording
-from experiments.report.figure import (
+from experiments.figures.figure import (
     LINE,
     ZOOM,
     Figure,
@@ -22,11 +20,12 @@ from experiments.report.figure import (
     round_axis,
     zoomed,
 )
+from experiments.figures.page import Page, Section, Table
+from experiments.figures.theme import CATEGORIES
+from experiments.output import duration, size
+from experiments.report import differences, series, tables, wording
 from experiments.report.figures.learning import mark_scales
-from experiments.report.page import Page, Section
 from experiments.report.reading import Run
-from experiments.report.tables import Table
-from experiments.report.theme import CATEGORIES
 
 MOST_APART = 6  # runs, whose marks on a device's line stand below each other
 DASHES = ([1, 0], [6, 4], [2, 3], [10, 3, 2, 3])  # the second, third, … time that the colours are used
@@ -46,7 +45,7 @@ def page_of_all(runs: Sequence[Run]) -> Page:
     ids = sorted({device["device"] for run in by_name.values() for device in run.equipped})
     folders = [[name, str(run.path)] for name, run in zip(names, runs, strict=True)]
     sections.append(Section("Where they lie", table=Table(("run", "folder"), folders, words=frozenset({0, 1}))))
-    return Page(f"{len(runs)} runs beside each other", _lead(by_name, differing), [], missing, "", sections, ids)
+    return Page(f"{len(runs)} runs beside each other", _lead(by_name, differing), sections, missing=missing, picker=ids)
 
 
 def _lead(runs: dict[str, Run], differing: Sequence[str]) -> list[str]:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from experiments.figures.figure import Figure
+from experiments.figures.page import Page, Section
 from experiments.report import tables, wording
-from experiments.report.figure import Figure
 from experiments.report.figures import figures
-from experiments.report.page import Page, Section
 from experiments.report.reading import Run
 
 CHAPTERS = {
@@ -42,10 +42,10 @@ def page_of(run: Run) -> Page:
     return Page(
         wording.title(run),
         wording.lead(run),
+        sections,
         wording.headline(run),
         run.missing,
         f"The run's folder: {run.path}",
-        sections,
         [device["device"] for device in run.devices],
     )
 

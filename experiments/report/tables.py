@@ -3,33 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
+from experiments.figures.page import Table
 from experiments.output import count, size
 from experiments.report import series
 from experiments.report.reading import Run
 from tapfl.config import RunConfig
 
 PLACE = {"out", "resume", "cache", "devices.count"}  # options that say where, or are set by every run
-MOST_ROWS = 400  # of the numbers behind a figure; the rest is in the run's folder
-
-
-@dataclass(frozen=True)
-class Table:
-    """Columns and rows of text.
-
-    Attributes:
-        keys: of each row, the device that picking it picks.
-        words: columns that are no numbers.
-        note: what is to be said below it.
-    """
-
-    columns: Sequence[str]
-    rows: Sequence[Sequence[str]]
-    keys: Sequence[int] = ()
-    words: frozenset[int] = field(default_factory=frozenset)
-    note: str = ""
 
 
 def devices(run: Run) -> Table:
@@ -101,17 +83,6 @@ def events(run: Run) -> Table:
     return Table(("what", "where", "times", "devices", "reason"), rows, words=frozenset({0, 1, 3, 4}))
 
 
-def numbers(rows: Sequence[Mapping[str, Any]]) -> Table:
-    """Returns the numbers behind a figure."""
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    shown = [[_value(row.get(column)) for column in columns] for row in rows[:MOST_ROWS]]
-    words = frozenset(
-        k for k, column in enumerate(columns) if any(isinstance(row.get(column), str | list) for row in rows)
-    )
-    more = len(rows) - len(shown)
-    return Table(columns, shown, words=words, note=f"{more} more rows are not shown here." if more else "")
-
-
 def changed_options(run: Run) -> Table:
     """Returns the options whose values are not the defaults, with these."""
     defaults = RunConfig().flat()
@@ -138,14 +109,6 @@ def versions(run: Run) -> Table:
 def shown_option(value: object) -> str:
     """Returns the value of an option; what is empty is said to be."""
     return str(value) if value != "" else "(empty)"
-
-
-def _value(value: object) -> str:
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    return "" if value is None else str(value)
 
 
 def _some(values: Sequence[object], most: int = 12) -> str:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from experiments.report.page import render
-from experiments.report.pictures import write_pictures
+from experiments.figures.figure import write_figure
+from experiments.figures.page import render
 from experiments.report.reading import read_run
 from tapfl.errors import ConfigError
 from tapfl.store import write_bytes
@@ -37,7 +37,8 @@ def write_report(paths: Sequence[Path], out: Path | None = None) -> Path:
     if pictures.is_symlink() and not pictures.resolve().is_relative_to(folder.resolve()):
         raise ConfigError(f"{pictures}: is a link that leads out of {folder}, where nothing is written")
     try:
-        write_pictures(page.figures, pictures)
+        for figure in page.figures:
+            write_figure(figure, pictures / f"{figure.name}.png")
         write_bytes(folder / "report.html", html)
     except OSError as error:
         raise ConfigError(f"--out {folder}: cannot be written ({error.strerror})") from None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from experiments.report.figure import Figure
+from experiments.figures.figure import Figure
 from experiments.report.figures import costs, images, learning, widths
 from experiments.report.reading import Run
 

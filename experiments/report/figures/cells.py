@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import altair as alt
 
-from experiments.report.figure import Row, chart, device_axis, faded
+from experiments.figures.figure import Row, chart, device_axis, faded
 
 GAP = 0.06  # between the cells of a heat map, as a share of them
 CELL_LABELS = 30  # cells across, up to which counts are written into them

@@ -5,9 +5,9 @@ from __future__ import annotations
 import altair as alt
 import numpy as np
 
+from experiments.figures.figure import DEVICE, PICKED, Figure, chart, layered, unless_picked
 from experiments.output import duration, size
 from experiments.report import series
-from experiments.report.figure import DEVICE, PICKED, Figure, chart, layered, unless_picked
 from experiments.report.reading import Run
 
 PHASES = {"backbone": "dense backbone"}

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import altair as alt
 import numpy as np
 
+from experiments.figures.figure import Figure, chart, device_axis, device_height, devices_of, faded, layered
 from experiments.report import series
-from experiments.report.figure import Figure, chart, device_axis, device_height, devices_of, faded, layered
 from experiments.report.figures.cells import CELL_LABELS, GAP, cells
 from experiments.report.reading import Run
 

@@ -7,8 +7,7 @@ from typing import Any
 
 import altair as alt
 
-from experiments.report import series
-from experiments.report.figure import (
+from experiments.figures.figure import (
     DEVICE,
     PICKED,
     ZOOM,
@@ -24,6 +23,7 @@ from experiments.report.figure import (
     unless_picked,
     zoomed,
 )
+from experiments.report import series
 from experiments.report.reading import Run
 
 STAGE_ORDER = ("personal", "pruned", "global", "dense")  # of the palette: blue, orange, green, grey

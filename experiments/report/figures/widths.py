@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import altair as alt
 import numpy as np
 
+from experiments.figures.figure import Figure, device_height, devices_of, layered
 from experiments.report import series
-from experiments.report.figure import Figure, device_height, devices_of, layered
 from experiments.report.figures.cells import GAP, cells
 from experiments.report.reading import Run
 
