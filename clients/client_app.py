@@ -16,8 +16,9 @@ from flwr.clientapp import ClientApp
 from clients.device import Device
 from clients.storage import DeviceStorage
 from clients.time_limit import time_limit
-from tapfl.config import RunConfig, Scalar, names_path
+from tapfl.config import RunConfig, names_path
 from tapfl.errors import ConfigError
+from tapfl.options import Scalar
 from tapfl.profiles import DeviceProfile, profiles_of
 from tapfl.store import RunFolder, run_path
 from tapfl.wire import PROFILE_FIELDS, Evaluate, Hello, Prune, Summarize, Train, WireMessage

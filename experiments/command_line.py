@@ -23,8 +23,8 @@ from typing import Annotated, Any, TypeVar, get_type_hints
 
 import typer
 
-from tapfl.config import parse_assignment, read_toml
 from tapfl.errors import message_of
+from tapfl.options import parse_assignment, read_toml
 
 T = TypeVar("T")
 Config = Annotated[Path | None, typer.Option(help="TOML file of options, one table per section")]

@@ -7,11 +7,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from tapfl.config import RunConfig, Scalar
+from tapfl.config import RunConfig
 from tapfl.data.sources import load_images
 from tapfl.errors import ConfigError, DataError
 from tapfl.models.dense import DenseCache, dense_backbone
 from tapfl.models.forward import input_transform
+from tapfl.options import Scalar
 from tapfl.progress import stage
 from tapfl.pruning.basis import turned_on_pool
 from tapfl.pruning.budget import Budget

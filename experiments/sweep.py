@@ -45,8 +45,9 @@ from experiments.preflight import DEFAULT_DEVICES, absolute_paths, resolve_run
 from experiments.run_log import own_log
 from experiments.shared_round_zero import is_kept, keep, name_of, prepare
 from strategies.records import require_same_options
-from tapfl.config import RunConfig, flatten, read_toml_tables
+from tapfl.config import RunConfig
 from tapfl.errors import ConfigError, TapflError
+from tapfl.options import flatten, read_toml_tables
 from tapfl.progress import Advance
 from tapfl.store import RunFolder
 

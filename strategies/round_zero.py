@@ -8,12 +8,13 @@ from functools import cached_property, partial
 import numpy as np
 from torch import nn
 
-from tapfl.config import MetricOptions, RunConfig, Scalar
+from tapfl.config import MetricOptions, RunConfig
 from tapfl.data.sources import ImageSet
 from tapfl.memo import Memo
 from tapfl.models.backbone import BackboneSpec
 from tapfl.models.forward import transform_of
 from tapfl.models.prunable import prunable_layers
+from tapfl.options import Scalar
 from tapfl.pruning.basis import carried_energy, turned_on_pool
 from tapfl.pruning.criteria.registry import resolved
 from tapfl.pruning.criteria.task import PruningTask, Selection

@@ -9,8 +9,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
-from tapfl.config import PLUGIN
 from tapfl.errors import ConfigError, message_of
+from tapfl.options import PLUGIN
 
 
 def is_plugin(value: str) -> bool:

@@ -24,8 +24,9 @@ from typing import Annotated, Any
 
 from pydantic import Field, ValidationError, field_validator
 
-from tapfl.config import PROFILE_SETS, Count, DeviceOptions, Section, Share, read_toml_tables
+from tapfl.config import PROFILE_SETS, DeviceOptions
 from tapfl.errors import ConfigError
+from tapfl.options import Count, Section, Share, read_toml_tables
 from tapfl.pruning.budget import Budget
 
 Speed = Annotated[float, Field(ge=1e-6)]  # or the simulated seconds were without end

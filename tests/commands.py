@@ -23,7 +23,8 @@ from experiments.bench.goals import read_measurements
 from experiments.compare.grid import read_comparison
 from experiments.search.settings import read_search
 from experiments.sweep import read_sweep
-from tapfl.config import RunConfig, parse_assignment, read_toml
+from tapfl.config import RunConfig
+from tapfl.options import parse_assignment, read_toml
 from tapfl.plugin import is_plugin
 from tapfl.pruning.criteria.registry import resolved
 

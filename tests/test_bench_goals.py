@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from experiments.bench.goals import Goal, measure_all
-from tapfl.config import validated
 from tapfl.errors import ConfigError, RunError
+from tapfl.options import validated
 
 ROWS = [{"model": "a", "ratio": "1.07 (1.02–1.10)"}, {"model": "b", "ratio": "2e-7"}, {"took s": 3.5}]
 

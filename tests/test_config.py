@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tapfl.config import RunConfig, flatten, parse_assignment, read_toml
+from tapfl.config import RunConfig
 from tapfl.errors import ConfigError
+from tapfl.options import flatten, parse_assignment, read_toml
 
 
 def test_the_defaults_are_valid_and_go_round() -> None:
@@ -112,7 +113,7 @@ def test_a_list_of_one_may_be_written_without_a_list(value: object) -> None:
         ),
         ({"devices.budgets": 0, "devices.ranks": 4}, ["devices.budgets = 0", "greater than 0"]),
         ({"devices.budgets": ""}, ["devices.budgets", "at least 1 item"]),
-        ({"devices.budgets": "0.3,0.5"}, ["devices: budgets and ranks go in pairs, got 2 and 3 of them"]),
+        ({"devices.budgets": "0.3,0.5"}, ["devices: budgets and ranks must be equally many, got 2 and 3"]),
         ({"metric.size": 100, "metric.batch": 64}, ["metric: size=100 must be a multiple of batch=64"]),
         ({"summary.min-support": 1}, ["summary.min-support = 1", "greater than or equal to 2"]),
         ({"seed": -1}, ["seed = -1", "greater than or equal to 0"]),
@@ -120,7 +121,10 @@ def test_a_list_of_one_may_be_written_without_a_list(value: object) -> None:
         ({"pruning.ffn-terms": "0.1,0.9"}, ["pruning.ffn-terms"]),
         ({"pruning.ffn-terms": "0.1,0.1,0.1,0.7"}, ["pruning.ffn-terms"]),
         ({"pruning.ffn-terms": "0,-1,2"}, ["pruning.ffn-terms = '-1'", "greater than or equal to 0"]),
-        ({"pruning.attention-terms": "0,0,0"}, ["pruning.attention-terms = '0,0,0'", "at least must be above 0"]),
+        (
+            {"pruning.attention-terms": "0,0,0"},
+            ["pruning.attention-terms = '0,0,0'", "at least one weight"],
+        ),
         ({"pruning.unit-shape": "rows"}, ["pruning.unit-shape = 'rows'", "'head-dims', 'heads' or 'both'"]),
         ({"pruning": 3}, ["pruning = 3"]),
         ({"pruning": 3, "pruning.tau": 5.0}, ["pruning = 3"]),

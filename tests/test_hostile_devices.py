@@ -17,8 +17,9 @@ from test_inprocess_run import SMALL
 from clients import client_app as real
 from experiments.engines.inprocess import run_inprocess
 from strategies.server_app import app as server_app
-from tapfl.config import RunConfig, parse_assignment
+from tapfl.config import RunConfig
 from tapfl.errors import ConfigError, RunError
+from tapfl.options import parse_assignment
 from tapfl.wire import HelloReply, PruneReply, SummaryReply, TrainReply, WireMessage
 
 Lie = Callable[[WireMessage], WireMessage]

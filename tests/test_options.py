@@ -8,7 +8,8 @@ from pathlib import Path
 from typer.testing import CliRunner
 
 from experiments import cli
-from tapfl.config import RunConfig, flatten
+from tapfl.config import RunConfig
+from tapfl.options import flatten
 
 ROOT = Path(__file__).parent.parent
 

@@ -15,10 +15,11 @@ from clients.client_app import app as client_app
 from clients.client_app import device_of
 from experiments.engines.inprocess import run_inprocess
 from strategies.server_app import app as server_app
-from tapfl.config import RunConfig, parse_assignment
+from tapfl.config import RunConfig
 from tapfl.data.federated import labels_among
 from tapfl.data.sources import ImageSet, load_images
 from tapfl.errors import ConfigError, DataError
+from tapfl.options import parse_assignment
 
 NAMES = ("7", "5", "9")  # a device's own order, and not all that the pool has
 

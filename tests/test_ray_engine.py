@@ -29,8 +29,9 @@ from experiments.search.settings import Search, SearchOptions
 from experiments.search.space import SearchSpace
 from experiments.search.trials import EngineLostError, Job
 from strategies.server_app import app as server_app
-from tapfl.config import RunConfig, parse_assignment
+from tapfl.config import RunConfig
 from tapfl.errors import ConfigError, RunError
+from tapfl.options import parse_assignment
 
 
 @pytest.fixture(scope="module")

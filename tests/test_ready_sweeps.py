@@ -11,7 +11,7 @@ from test_inprocess_run import SMALL
 from test_sweep import CONFIGS, InThisProcess
 
 from experiments.sweep import Cell, on_workers, read_sweep, run_sweep
-from tapfl.config import parse_assignment
+from tapfl.options import parse_assignment
 
 
 def reduced(cell: Cell, cache: Path) -> Cell:

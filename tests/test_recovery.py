@@ -17,6 +17,7 @@ from tapfl.config import PruningOptions
 from tapfl.errors import ConfigError, ModelError
 from tapfl.models.forward import example_input
 from tapfl.progress import shown_on
+from tapfl.pruning import recovery
 from tapfl.pruning.criteria.task import Selection
 from tapfl.pruning.criteria.updp import updp
 from tapfl.pruning.planning import pruning_task
@@ -69,7 +70,7 @@ class Task:
 
     def loss(self, model: nn.Module, **values: object) -> float:
         teacher = predict(self.dense, self.images) if values.get("recovery") == "distill" else None
-        return float(recovery_loss(predict(model, self.images), self.labels, options(**values), teacher))
+        return float(recovery_loss(predict(model, self.images), self.labels, teacher))
 
 
 @pytest.fixture(scope="session")
@@ -170,11 +171,13 @@ def test_what_cannot_be_done_is_refused(tasks: dict[str, Task]) -> None:
 # ---------------------------------------------------------------- the loss
 
 
-def test_the_loss_and_its_gradient_are_those_of_the_formula() -> None:
+def test_the_loss_and_its_gradient_are_those_of_the_formula(monkeypatch: pytest.MonkeyPatch) -> None:
     """z = (0, 0), t = (2 ln 3, 0), T = 2: the teacher says (3/4, 1/4), and label 1 contradicts it."""
     z = torch.zeros(1, 2, requires_grad=True)
     teacher = torch.tensor([[2 * np.log(3), 0.0]], dtype=torch.float32)
-    loss = recovery_loss(z, torch.tensor([1]), options(distill_temperature=2, distill_share=0.75), teacher)
+    monkeypatch.setattr(recovery, "TEMPERATURE", 2.0)
+    monkeypatch.setattr(recovery, "SOFT_SHARE", 0.75)
+    loss = recovery_loss(z, torch.tensor([1]), teacher)
     loss.backward()
     assert loss.item() == pytest.approx(0.75 * 4 * 0.130812 + 0.25 * 0.693147, abs=1e-5)
     # T (softmax(z/T) - softmax(t/T)) = (-1/2, 1/2), softmax(z) - y = (1/2, -1/2)
@@ -187,11 +190,10 @@ def test_the_loss_is_the_mean_over_images() -> None:
     teacher, labels = torch.tensor([[1.0, 2.0], [0.0, -1.0]]), torch.tensor([1, 0])
     for own in (teacher, None):
         parts = [
-            recovery_loss(z[i : i + 1], labels[i : i + 1], options(), None if own is None else own[i : i + 1])
-            for i in range(2)
+            recovery_loss(z[i : i + 1], labels[i : i + 1], None if own is None else own[i : i + 1]) for i in range(2)
         ]
-        assert recovery_loss(z, labels, options(), own).item() == pytest.approx(float(sum(parts)) / 2)
-    assert recovery_loss(z, labels, options()).item() == pytest.approx((0.693147 + 2.126928) / 2, abs=1e-5)
+        assert recovery_loss(z, labels, own).item() == pytest.approx(float(sum(parts)) / 2)
+    assert recovery_loss(z, labels).item() == pytest.approx((0.693147 + 2.126928) / 2, abs=1e-5)
 
 
 def test_the_teacher_sees_each_image_once_and_only_those_that_are_needed() -> None:
@@ -208,10 +210,11 @@ def test_the_teacher_sees_each_image_once_and_only_those_that_are_needed() -> No
     assert torch.isfinite(logits).all(1).tolist() == [True, True, False, True, False, True]
 
 
-def test_the_teacher_of_each_image_is_its_own(tasks: dict[str, Task]) -> None:
+def test_the_teacher_of_each_image_is_its_own(tasks: dict[str, Task], monkeypatch: pytest.MonkeyPatch) -> None:
     """A model that already is its teacher has nothing to learn from soft targets, in whatever order."""
     task = tasks["vit"]
-    model = task.recovered(6, model=task.dense, recovery="distill", distill_share=1, recovery_learning_rate=1e-5)
+    monkeypatch.setattr(recovery, "SOFT_SHARE", 1.0)
+    model = task.recovered(6, model=task.dense, recovery="distill", recovery_learning_rate=1e-5)
     assert (predict(model, task.images) - predict(task.dense, task.images)).abs().max() < 0.05
 
 

@@ -7,17 +7,15 @@ import copy
 import numpy as np
 import pytest
 import torch
-from backbones import Tiny, golden, planned
+from backbones import Tiny, golden
 from hypothesis import given
 from hypothesis import strategies as st
 
 from experiments.bench.timing import peak_tensor_bytes
-from tapfl.config import PruningOptions
 from tapfl.errors import ModelError
 from tapfl.pruning.scores import (
     STRIP,
     TERM_WEIGHTS,
-    Terms,
     composite,
     neuron_importance,
     record_activations,
@@ -208,19 +206,6 @@ def test_a_smaller_chunk_takes_less_memory() -> None:
     X, P = torch.randn(64, 50, 256), torch.randn(64, 10).softmax(-1)
     small, large = (peak_tensor_bytes(lambda chunk=chunk: terms(X, P, 0, chunk)) for chunk in (16, 256))
     assert small < large / 8
-
-
-def test_the_chunk_of_the_options_reaches_the_scores(vit: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[int] = []
-
-    def spy(X: torch.Tensor, P: torch.Tensor, heads: int, chunk: int) -> Terms:
-        seen.append(chunk)
-        return terms(X, P, heads, chunk)
-
-    monkeypatch.setattr("tapfl.pruning.scores.terms", spy)
-    options = PruningOptions(chunk=7, ratio="uniform", align=1)
-    planned(vit.model, vit.spec, vit.inputs, 0.5, options, batch=4)
-    assert set(seen) == {7}
 
 
 def test_large_activations_are_finite_though_their_sum_is_not() -> None:

@@ -34,8 +34,9 @@ from experiments.search.trials import Job
 from experiments.search.workers import Workers
 from experiments.shared_round_zero import AFTER, AFTER_SUMMARIES, BUT
 from strategies import preparation
-from tapfl.config import RunConfig, parse_assignment
+from tapfl.config import RunConfig
 from tapfl.errors import ConfigError, RunError
+from tapfl.options import parse_assignment
 from tapfl.store import only_one
 
 RATE = "train.learning-rate"

@@ -22,8 +22,8 @@ from experiments.search.parzen import best_by_parzen
 from experiments.search.sampler import BOHBSampler, violation_key
 from experiments.search.settings import SearchOptions
 from experiments.search.unit_cube import decode, encode, uniform
-from tapfl.config import validated
 from tapfl.errors import ConfigError
+from tapfl.options import validated
 
 TO_27 = [
     [(27, 1), (9, 3), (3, 9), (1, 27)],

@@ -46,15 +46,15 @@ def test_momentum_over_two_rounds_by_hand() -> None:
 
 
 def test_adam_over_two_rounds_by_hand() -> None:
-    given = options(server="adam", server_learning_rate=0.1, server_momentum=0.9, server_beta2=0.5, server_epsilon=0.5)
-    # g = -1: m = -0.1, v = 0.5 · 0.25 + 0.5 · 1 = 0.625; θ = 1 + 0.1 · 0.1 / (0.7905694 + 0.5)
+    given = options(server="adam", server_learning_rate=0.1, server_momentum=0.9, server_epsilon=0.5)
+    # g = -1: m = -0.1, v = 0.99 · 0.25 + 0.01 · 1 = 0.2575; θ = 1 + 0.1 · 0.1 / (0.5074446 + 0.5)
     state = advance(given, start(1.0), says(2.0))
-    assert state.params["h"].item() == pytest.approx(1.0077485175, rel=1e-9)
-    # g = 1.0077485 - 3.0077485 = -2: m = -0.29, v = 0.3125 + 2 = 2.3125; θ += 0.1 · 0.29 / (1.5206906 + 0.5)
+    assert state.params["h"].item() == pytest.approx(1.0099261043, rel=1e-7)
+    # g = -2: m = -0.29, v = 0.254925 + 0.01 · 4 = 0.294925; θ += 0.1 · 0.29 / (0.5430700 + 0.5)
     state = advance(given, state, says(state.params["h"].item() + 2))
-    assert state.params["h"].item() == pytest.approx(1.0077485175 + 0.0143515, rel=1e-7)
+    assert state.params["h"].item() == pytest.approx(1.0099261043 + 0.02780255, rel=1e-7)
     moments = {name: theta.item() for name, theta in state.optimizer.items()}
-    assert moments == pytest.approx({"momentum.h": -0.29, "variance.h": 2.3125}, rel=1e-6)
+    assert moments == pytest.approx({"momentum.h": -0.29, "variance.h": 0.294925}, rel=1e-6)
 
 
 @pytest.mark.parametrize(("server", "rate"), [("momentum", 1.0), ("adam", 0.01)])

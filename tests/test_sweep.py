@@ -21,8 +21,9 @@ from experiments.sweep import on_workers, read_sweep, run_sweep
 from experiments.swept.outcome import group_of, outcomes
 from experiments.swept.settings import SweepOptions, read_sweep_options, references
 from experiments.swept.table import means_over_seeds
-from tapfl.config import METHODS, RULES, DataOptions, RunConfig, Scalar, read_toml
+from tapfl.config import METHODS, RULES, DataOptions, RunConfig
 from tapfl.errors import ConfigError, RunError
+from tapfl.options import Scalar, read_toml
 from tapfl.pruning.criteria.registry import criterion_names
 
 

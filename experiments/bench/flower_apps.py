@@ -33,7 +33,8 @@ from experiments.engines.inprocess import run_inprocess
 from experiments.engines.ray import Workers, load_app
 from strategies.exchange import exchange, wait_for_nodes
 from tapfl.adapters.layout import LORA_A, LORA_B
-from tapfl.config import RunConfig, Scalar, read_toml
+from tapfl.config import RunConfig
+from tapfl.options import Scalar, read_toml
 from tapfl.store import write_tensors
 from tapfl.training import accuracy, predict
 from tapfl.wire import Train, TrainReply

@@ -20,8 +20,8 @@ import typer
 from pydantic import Field, model_validator
 
 from experiments.output import as_markdown, command, installed, named
-from tapfl.config import Section, read_toml_tables, validated
 from tapfl.errors import RunError
+from tapfl.options import Section, read_toml_tables, validated
 from tapfl.progress import stage
 from tapfl.store import write_bytes
 

@@ -56,7 +56,7 @@ def scoring(
     model: Models = ["deit_tiny_patch16_224"],
     size: Sizes = [64],
     repeats: Repeats = 3,
-    chunk: Annotated[int, typer.Option(min=1, help="channels at once, as pruning.chunk")] = 128,
+    chunk: Annotated[int, typer.Option(min=1, help="channels scored at once")] = 128,
     every: Annotated[int, typer.Option(min=1, help="the loops take every n-th channel, scaled up by n")] = 16,
 ) -> Iterator[Row]:
     """Composite neuron importance against the per-channel loop and the arithmetic floor; one thread, batch 64."""

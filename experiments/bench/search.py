@@ -26,8 +26,8 @@ from experiments.search.runner import Runner
 from experiments.search.settings import Search, SearchOptions
 from experiments.search.space import Parameter, SearchSpace
 from experiments.search.trials import Job
-from tapfl.config import validated
 from tapfl.errors import ConfigError
+from tapfl.options import validated
 
 R, ETA = 27, 3
 NOISE = 0.05

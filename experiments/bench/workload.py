@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from tapfl.adapters import rules
 from tapfl.adapters.layout import global_shapes
-from tapfl.config import RunConfig, read_toml
+from tapfl.config import RunConfig
 from tapfl.data.federated import open_pool, open_private
 from tapfl.data.partition import DeviceSplit, partition
 from tapfl.data.sources import ImageSet
@@ -25,6 +25,7 @@ from tapfl.models.backbone import BackboneSpec, spec_of
 from tapfl.models.dense import DenseCache, dense_backbone
 from tapfl.models.forward import input_transform
 from tapfl.models.prunable import prunable_layers
+from tapfl.options import read_toml
 from tapfl.seeds import numpy_generator, torch_generator
 from tapfl.store import cache_folder
 from tapfl.training import Params, batches, optimizer

@@ -33,8 +33,9 @@ from typing import Any, Literal
 from pydantic import Field
 
 from experiments.preflight import DEFAULT_DEVICES
-from tapfl.config import PruningOptions, RunConfig, Section, flatten, parse_assignment, read_toml_tables, validated
+from tapfl.config import PruningOptions, RunConfig
 from tapfl.errors import ConfigError
+from tapfl.options import Section, flatten, parse_assignment, read_toml_tables, validated
 from tapfl.pruning.budget import Budget
 from tapfl.pruning.criteria.registry import require_criterion
 

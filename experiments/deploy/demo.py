@@ -27,10 +27,11 @@ from experiments.deploy.network import (
     write_server_credentials,
 )
 from experiments.deploy.processes import Processes, processes
-from tapfl.config import RunConfig, Scalar
+from tapfl.config import RunConfig
 from tapfl.data.federated import open_private
 from tapfl.errors import ConfigError, RunError
 from tapfl.models.forward import input_transform
+from tapfl.options import Scalar
 
 ROOT = Path(__file__).parents[2]
 ROUNDS, COMPLETED = 2, "finished:completed"

@@ -21,8 +21,8 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 
 from experiments.deploy.processes import Processes
-from tapfl.config import Scalar
 from tapfl.errors import RunError
+from tapfl.options import Scalar
 
 HOST = "127.0.0.1"
 CONNECTION = "deployment"

@@ -14,7 +14,7 @@ from pathlib import Path
 import tomli_w
 
 from experiments.engines.cluster import prepare_environment, ray_folder
-from tapfl.config import Scalar
+from tapfl.options import Scalar
 
 
 def run_flower(

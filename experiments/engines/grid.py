@@ -16,7 +16,7 @@ from flwr.supercore.constant import NOOP_FEDERATION_ID
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
-from tapfl.config import Scalar
+from tapfl.options import Scalar
 
 WORKER_LOST, CLIENT_APP_RAISED = 0, 2  # Flower's codes: what may be sent again, and what would only be raised again
 

@@ -9,7 +9,7 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import ServerApp
 
 from experiments.engines.grid import LocalGrid, answer, serve
-from tapfl.config import Scalar
+from tapfl.options import Scalar
 
 
 class InProcessGrid(LocalGrid):

@@ -29,8 +29,8 @@ from flwr.serverapp import ServerApp
 
 from experiments.engines.cluster import ray_cluster
 from experiments.engines.grid import CLIENT_APP_RAISED, WORKER_LOST, LocalGrid, answer, node_context, serve
-from tapfl.config import Scalar
 from tapfl.errors import ConfigError, RunError
+from tapfl.options import Scalar
 from tapfl.progress import stage
 
 CLIENT_APP = "clients.client_app:app"

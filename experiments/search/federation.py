@@ -12,8 +12,9 @@ from typing import Any
 from experiments.search.objective import measures_of
 from experiments.search.trials import Job
 from experiments.shared_round_zero import keep, prepare
-from tapfl.config import RunConfig, Scalar
+from tapfl.config import RunConfig
 from tapfl.errors import RunError
+from tapfl.options import Scalar
 
 Engine = Callable[[Any, dict[str, Scalar], int], None]  # of a ServerApp, the run's options and the number of devices
 

@@ -21,8 +21,8 @@ from experiments.search.sampler import violation_key
 from experiments.search.schedule import FAILED, Score
 from experiments.search.space import SearchSpace
 from experiments.search.trials import EngineLostError, Job, Trials, run_folder
-from tapfl.config import Scalar
 from tapfl.errors import TapflError
+from tapfl.options import Scalar
 
 Measures = dict[str, float]
 

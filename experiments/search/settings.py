@@ -17,8 +17,9 @@ from experiments.search.objective import MEASURES, Constraint, Objective
 from experiments.search.parzen import optunas
 from experiments.search.schedule import Schedule
 from experiments.search.space import SearchSpace
-from tapfl.config import Count, RunConfig, Scalar, Section, binding, flatten, read_toml_tables, validated
+from tapfl.config import RunConfig, binding
 from tapfl.errors import ConfigError
+from tapfl.options import Count, Scalar, Section, flatten, read_toml_tables, validated
 
 Method = Literal["bohb", "tpe-hyperband", "random"]
 FREE = {"brackets", "rounds", "keep"}  # what may differ when a search goes on

@@ -20,8 +20,9 @@ from typing import Any
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.trial import Trial
 
-from tapfl.config import RunConfig, Scalar, binding
+from tapfl.config import RunConfig, binding
 from tapfl.errors import ConfigError
+from tapfl.options import Scalar
 
 RANGE, CHOICE = {"low", "high", "log", "step", "if"}, {"choices", "if"}
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from tapfl.config import Scalar
 from tapfl.errors import RunError
+from tapfl.options import Scalar
 
 
 @dataclass(frozen=True)

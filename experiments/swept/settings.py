@@ -15,8 +15,8 @@ from pathlib import Path
 from pydantic import Field
 
 from experiments.swept.outcome import Point
-from tapfl.config import AnyShares, Scalar, Section, flatten, read_toml_tables, validated
 from tapfl.errors import ConfigError
+from tapfl.options import AnyShares, Scalar, Section, flatten, read_toml_tables, validated
 
 
 class SweepOptions(Section):

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from strategies.loggers.points import Point
-from tapfl.config import FREE_OPTIONS, RunConfig, Scalar
+from tapfl.config import FREE_OPTIONS, RunConfig
+from tapfl.options import Scalar
 
 
 class Logger(Protocol):

@@ -32,6 +32,7 @@ Step = Callable[[str, Tensor, Tensor, Tensor], Tensor]  # (name, previous θ, co
 Cut = Callable[[int], int]  # number of holders -> number of values cut off at each end
 
 BLOCK = 2**21  # float64 values held side by side at once: 16 MiB
+BETA2 = 0.99  # β₂ of FedAdam, as in all experiments of the paper
 DEFAULT_LEARNING_RATE = {"momentum": 1.0, "adam": 0.01}
 
 
@@ -188,7 +189,7 @@ class ServerOptimizer:
         if self.options.server == "momentum":
             direction = self._moment("momentum", name, held, lambda m: β * m + g)
         else:
-            β2, τ = self.options.server_beta2, self.options.server_epsilon
+            β2, τ = BETA2, self.options.server_epsilon
             m = self._moment("momentum", name, held, lambda m: β * m + (1 - β) * g)
             v = self._moment("variance", name, held, lambda v: β2 * v + (1 - β2) * g.square(), start=τ**2)
             direction = m / (v.sqrt() + τ)

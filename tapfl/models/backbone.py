@@ -16,8 +16,9 @@ from timm.models import PoolingVisionTransformer, SwinTransformer, VisionTransfo
 from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from tapfl.config import ModelOptions, Scalar
+from tapfl.config import ModelOptions
 from tapfl.errors import ModelError, message_of
+from tapfl.options import Scalar
 
 _INITIALISING = threading.RLock()  # timm draws from torch's global generator, and runs may share a process
 

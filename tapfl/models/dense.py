@@ -26,6 +26,8 @@ from tapfl.seeds import numpy_generator
 from tapfl.store import content_hash, read_tensors, write_bytes, write_tensors
 from tapfl.training import train_dense
 
+BATCH = 64  # images in a minibatch when the backbone is trained
+
 
 class DenseCache:
     """Dense backbones by key, shared by all runs of a machine; a device that has the key need not be sent weights."""
@@ -119,7 +121,7 @@ def _make(options: ModelOptions, spec: BackboneSpec, pool: ImageSet, seed: int) 
         train_dense,
         labels=torch.from_numpy(pool.labels),
         epochs=options.epochs,
-        batch=options.batch,
+        batch=BATCH,
         learning_rate=options.learning_rate,
         generator=numpy_generator(seed, "dense"),
         name="dense backbone",

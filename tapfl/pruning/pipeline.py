@@ -14,10 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tapfl.config import PruningOptions, Scalar
+from tapfl.config import PruningOptions
 from tapfl.data.sources import ImageSet
 from tapfl.data.transform import Transform
 from tapfl.models.backbone import BackboneSpec
+from tapfl.options import Scalar
 from tapfl.progress import track
 from tapfl.pruning.compensation import compensated
 from tapfl.pruning.criteria.registry import criterion_of

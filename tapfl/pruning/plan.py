@@ -12,10 +12,10 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
-from tapfl.config import Scalar
 from tapfl.errors import PlanError
 from tapfl.models.backbone import BackboneSpec
 from tapfl.models.cost import Cost
+from tapfl.options import Scalar
 
 PLAN_FILE = "plan.json"
 

@@ -6,13 +6,14 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-from tapfl.config import PruningOptions, Scalar
+from tapfl.config import PruningOptions
 from tapfl.errors import ModelError
 from tapfl.models.backbone import BackboneSpec
 from tapfl.models.cost import measure_cost
 from tapfl.models.forward import example_input
 from tapfl.models.latency import Timings, measure_timings
 from tapfl.models.prunable import prunable_layers
+from tapfl.options import Scalar
 from tapfl.pruning.basis import canonical_basis, carried_energy
 from tapfl.pruning.budget import Budget
 from tapfl.pruning.cost_table import cost_table

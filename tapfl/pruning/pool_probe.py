@@ -57,7 +57,7 @@ class PoolProbe:
         total = {layer.name: torch.zeros(layer.units) for layer in self.layers}
         for part in track(self.batches(), "pool"):
             if len(part) >= self.batch:
-                found = neuron_importance(self.model, self.layers, part, self.batch, weights, self.options.chunk)
+                found = neuron_importance(self.model, self.layers, part, self.batch, weights)
                 for name, values in found.items():
                     total[name] += values
         return total

@@ -37,6 +37,7 @@ from tapfl.pruning.criteria.task import Selection
 from tapfl.training import batches, optimizer
 
 FADING_SHARE = 0.3  # of the steps, as published
+TEMPERATURE, SOFT_SHARE = 4.0, 0.9  # T and β of distillation
 
 
 def steps_left(options: PruningOptions, selection: Selection) -> int:
@@ -69,7 +70,7 @@ def recover(
         inputs: positions -> images in the backbone's input format, so that a large fine-tune set need not be in memory
             as floats.
         labels: int64 (n,) of the fine-tune set, n >= 1.
-        options: kind of recovery, batch, learning rate, temperature and share of distillation.
+        options: kind of recovery, batch and learning rate.
         generator: the only source of chance: the order of the images. Fewer steps see the first batches of more.
         steps: gradient steps; with 0, or with ``recovery = none``, the copy is what `model` is.
         teacher: the dense model, for ``recovery = distill``.
@@ -93,7 +94,7 @@ def recover(
             _fade(small, faders, strength(step, steps))
             index = torch.from_numpy(chosen)
             logits = small(inputs(chosen))
-            loss = recovery_loss(logits, labels[index], options, None if targets is None else targets[index])
+            loss = recovery_loss(logits, labels[index], None if targets is None else targets[index])
             if not torch.isfinite(loss):
                 raise ModelError(
                     f"recovery: the loss is not finite at step {step + 1} of {steps}; "
@@ -106,7 +107,7 @@ def recover(
     return small.requires_grad_(False)
 
 
-def recovery_loss(logits: Tensor, labels: Tensor, options: PruningOptions, teacher: Tensor | None = None) -> Tensor:
+def recovery_loss(logits: Tensor, labels: Tensor, teacher: Tensor | None = None) -> Tensor:
     """Returns the mean loss of a batch, as defined above.
 
     Args:
@@ -117,7 +118,7 @@ def recovery_loss(logits: Tensor, labels: Tensor, options: PruningOptions, teach
     hard = F.cross_entropy(logits, labels)
     if teacher is None:
         return hard
-    T, share = options.distill_temperature, options.distill_share
+    T, share = TEMPERATURE, SOFT_SHARE
     soft = F.kl_div((logits / T).log_softmax(-1), (teacher / T).log_softmax(-1), log_target=True, reduction="batchmean")
     return share * T**2 * soft + (1 - share) * hard
 

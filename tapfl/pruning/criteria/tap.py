@@ -14,7 +14,7 @@ from tapfl.pruning.scores import neuron_importance
 def composite_scores(task: PruningTask) -> Scores:
     """Returns the composite importance with the terms that the options weigh; no labels, no gradients."""
     weights = {"ffn": task.options.ffn_terms, "attention": task.options.attention_terms}
-    return neuron_importance(task.model, task.layers, task.inputs, task.batch, weights, task.options.chunk)
+    return neuron_importance(task.model, task.layers, task.inputs, task.batch, weights)
 
 
 tap = Ranked(composite_scores, by_layer)

@@ -1,0 +1,169 @@
+"""How options are typed, read and refused: the base of every options class, TOML files, and ``key=value``."""
+
+from __future__ import annotations
+
+import json
+import re
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, TypeVar, get_args
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
+
+from tapfl.errors import ConfigError
+
+Scalar = bool | int | float | str
+PLUGIN = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")  # module:name, see `tapfl.plugin`
+
+
+def _kebab(name: str) -> str:
+    return name.replace("_", "-")
+
+
+def _split(value: object) -> object:
+    """Flower's run-config has no lists, so ``"0.3,0.5"`` stands for one."""
+    if isinstance(value, str):
+        return [part.strip() for part in value.split(",") if part.strip()]
+    return [value] if isinstance(value, int | float) else value
+
+
+def _join(values: tuple[object, ...]) -> str:
+    return ",".join(str(value) for value in values)
+
+
+def _not_all_zero(weights: tuple[float, ...]) -> tuple[float, ...]:
+    if not any(weights):
+        raise ValueError("at least one weight must be above 0")
+    return weights
+
+
+def one_of(names: tuple[str, ...]) -> AfterValidator:
+    """Accepts these names, and ``module:name`` of a plugin."""
+
+    def check(value: str) -> str:
+        if value not in names and not PLUGIN.fullmatch(value):
+            raise ValueError(f"must be one of {', '.join(names)}, or module:name of a plugin")
+        return value
+
+    return AfterValidator(check)
+
+
+Share = Annotated[float, Field(gt=0, le=1)]
+Count = Annotated[int, Field(ge=1, le=10**9)]
+Weight = Annotated[float, Field(ge=0)]
+AnyShares = Annotated[tuple[Share, ...], BeforeValidator(_split), PlainSerializer(_join)]
+Shares = Annotated[AnyShares, Field(min_length=1)]
+Counts = Annotated[tuple[Count, ...], BeforeValidator(_split), PlainSerializer(_join), Field(min_length=1)]
+TermWeights = Annotated[
+    tuple[Weight, Weight, Weight], BeforeValidator(_split), PlainSerializer(_join), AfterValidator(_not_all_zero)
+]
+
+
+class Section(BaseModel):
+    """A table of options: frozen, with kebab-case names; unknown options and infinite numbers are refused."""
+
+    model_config = ConfigDict(
+        alias_generator=_kebab, populate_by_name=True, extra="forbid", frozen=True, allow_inf_nan=False
+    )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_number_from_boolean(cls, value: object, info: ValidationInfo) -> object:
+        if isinstance(value, bool) and info.field_name and cls.model_fields[info.field_name].annotation is not bool:
+            raise ValueError("is not a boolean option; true and false are not accepted")
+        return value
+
+
+S = TypeVar("S", bound=Section)
+
+
+def nested(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns dotted options such as ``{"pruning.tau": 5.82}`` as one table a section."""
+    tables: dict[str, Any] = {}
+    for key, value in flat.items():
+        table, _, option = key.rpartition(".")
+        section = tables.setdefault(table, {}) if table else tables
+        if isinstance(section, dict):  # otherwise a value stands in place of the section, which validation refuses
+            section[option] = value
+    return tables
+
+
+def flatten(tables: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Returns nested tables as one table with dotted names; lists become comma-separated text."""
+    flat: dict[str, Any] = {}
+    for key, value in tables.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = _join(tuple(value)) if isinstance(value, list | tuple) else value
+    return flat
+
+
+def validated(model: type[S], tables: Mapping[str, Any]) -> S:
+    """Returns nested tables as a `model`. Raises ConfigError with one line for every option that is not valid."""
+    try:
+        return model.model_validate(tables)
+    except ValidationError as error:
+        raise ConfigError("\n".join(_explain(dict(e), model) for e in error.errors())) from None
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """Returns the options of a TOML file with dotted names. Raises ConfigError if it is missing or not TOML."""
+    return flatten(read_toml_tables(path))
+
+
+def read_toml_tables(path: Path, option: str = "--config") -> dict[str, Any]:
+    """Returns the tables of a TOML file unchanged. Raises ConfigError as `read_toml`, naming `option`."""
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{option} {path}: cannot be read ({error.strerror})") from None
+    except (ValueError, RecursionError) as error:  # also raised for thousands of digits or brackets
+        raise ConfigError(f"{option} {path}: is not TOML ({error})") from None
+
+
+def parse_assignment(text: str) -> tuple[str, Scalar]:
+    """Returns key and value of ``key=value``; a number or a boolean is read as JSON, all else as text.
+
+    Raises:
+        ConfigError: if there is no ``=``.
+    """
+    key, equals, value = text.partition("=")
+    if not equals or not key.strip():
+        raise ConfigError(f"--set {text}: must have the form key=value, such as train.rounds=5")
+    try:
+        parsed = json.loads(value)
+    except (ValueError, RecursionError):  # also raised for thousands of digits or brackets
+        parsed = value
+    return key.strip(), parsed if isinstance(parsed, bool | int | float) else value
+
+
+def _explain(error: dict[str, Any], root: type[BaseModel]) -> str:
+    """One line for one of pydantic's errors: the option as the user writes it, the value, what is accepted."""
+    path = [str(part) for part in error["loc"] if not isinstance(part, int)]
+    option = ".".join(_kebab(part) for part in path) or "configuration"
+    if error["type"] == "extra_forbidden":
+        shown = option if option.isprintable() else repr(option)
+        return f"{shown}: is not an option; accepted here: {', '.join(_siblings(root, path[:-1]))}"
+    message = error["msg"].removeprefix("Value error, ")
+    value = error["input"]
+    shown = "" if isinstance(value, dict | Section) else f" = {value!r:.200}"
+    return f"{option}{shown}: {message[0].lower()}{message[1:]}"
+
+
+def _siblings(section: type[BaseModel], tables: list[str]) -> list[str]:
+    for table in tables:
+        annotation = section.model_fields[table].annotation
+        (section,) = get_args(annotation)[:1] or (annotation,)  # for a list of tables, the type of one of them
+    return [_kebab(name) for name in section.model_fields]
