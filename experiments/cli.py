@@ -33,13 +33,13 @@ from experiments.command_line import (
     starting,
 )
 from experiments.deploy import cli as deploy_cli
-from experiments.output import command, console, flags, show_rows
+from experiments.output import command, console, flags, show_rows, show_summary
 from experiments.report import cli as report_cli
 from tapfl.config import RunConfig
 from tapfl.errors import ConfigError, RunError, TapflError
 
 if TYPE_CHECKING:
-    from experiments.engines.ray import Workers
+    from experiments.engines.ray import ActorPool
     from experiments.search.trials import Trials
 
 app = typer.Typer(
@@ -115,17 +115,17 @@ def run(
             raise RunError(f"{of_the_system(error)}{go_on if begun else ''}") from error
     if not (Path(resolved.out) / "summary.json").is_file():
         raise RunError(f"the run ended without a result; go on with: tapfl run --resume {resolved.out}")
-    folder = Path(resolved.out)
-    summary = json.loads((folder / "summary.json").read_text())
-    if as_json:
-        devices = summary.pop("devices")
-        page = {"report": str(written)} if report and (written := _report(folder)) else {}
-        print(json.dumps({"run": str(folder), **page, "devices": len(devices), **summary}))
-        return
-    from experiments.table import show
+    from strategies.records import read_summary
 
+    folder = Path(resolved.out)
+    summary = read_summary(folder)
+    if as_json:
+        page = {"report": str(written)} if report and (written := _report(folder)) else {}
+        rest = summary.model_dump(exclude={"devices"})
+        print(json.dumps({"run": str(folder), **page, "devices": len(summary.devices), **rest}))
+        return
     screen = console()
-    show(summary, screen)
+    show_summary(summary, screen)
     screen.print(f"the run's folder: {folder}", highlight=False, soft_wrap=True)
     if report and (written := _report(folder)):
         screen.print(f"the report: {written}", highlight=False, soft_wrap=True)
@@ -288,10 +288,10 @@ def _require_ray(engine: Engine | SearchEngine, options: RayOptions, needs_ray: 
             raise ConfigError(f"--{name.replace('_', '-')} {value}: only with --engine ray")
 
 
-def _pool(options: RayOptions) -> Workers:
-    from experiments.engines.ray import Workers
+def _pool(options: RayOptions) -> ActorPool:
+    from experiments.engines.ray import ActorPool
 
-    return Workers(options.address, options.workers, options.actor_cpus, options.actor_gpus)
+    return ActorPool(options.address, options.workers, options.actor_cpus, options.actor_gpus)
 
 
 @contextmanager
@@ -308,7 +308,7 @@ def _interruptible(go_on: str) -> Iterator[None]:
 def _carry_out(config: RunConfig, engine: Engine, ray: RayOptions) -> None:
     if engine is Engine.INPROCESS:
         from clients.client_app import app as client_app
-        from experiments.engines.inprocess import run_inprocess
+        from experiments.engines.local import run_inprocess
         from strategies.server_app import app as server_app
 
         run_inprocess(server_app, client_app, config.flat(), config.devices.count)

@@ -13,11 +13,16 @@ import shlex
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from importlib import metadata
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
 
+if TYPE_CHECKING:
+    from strategies.records import DeviceRecord, Summary
+
+STAGES = ("dense", "pruned", "global", "personal")
+SUMMARY_COLUMNS = ("device", "samples", "classes", "budget", "MACs", "params", *STAGES, "α", "up", "down")
 PACKAGES = ("tapfl", "torch", "timm", "numpy", "scikit-learn")
 
 
@@ -95,6 +100,50 @@ def _table(columns: Sequence[str], lines: Sequence[Sequence[str]]) -> Table:
     for line in lines:
         table.add_row(*line)
     return table
+
+
+def show_summary(summary: Summary, screen: Console) -> None:
+    """Prints the closing table of a run: one line per device, the means, and remarks."""
+    table = Table(title="accuracy on each device's own test part", title_justify="left")
+    for column in SUMMARY_COLUMNS:
+        table.add_column(column, justify="right")
+    for device in summary.devices:
+        table.add_row(
+            str(device.device),
+            f"{device.train_samples}+{device.test_samples}",
+            str(device.classes),
+            device.profile.budget,
+            f"{count(device.macs)} {device.macs_share:.2%}",
+            f"{count(device.params)} {device.params_share:.0%}",
+            *_accuracies(device),
+            f"{device.alpha:.3f}",
+            *(size(sum(sent.values())) for sent in (device.bytes_up, device.bytes_down)),
+        )
+    table.add_section()
+    sent = (size(summary.bytes_up), size(summary.bytes_down))
+    table.add_row("mean", "", "", "", "", "", *_accuracies(summary), "", *sent)
+    screen.print(table)
+    for line in _remarks(summary):
+        screen.print(line, highlight=False)
+
+
+def _accuracies(record: DeviceRecord | Summary) -> list[str]:
+    return [f"{getattr(record, f'{stage}_accuracy'):.3f}" for stage in STAGES]
+
+
+def _remarks(summary: Summary) -> list[str]:
+    """Returns what the table does not show: simulated time, devices without a mixture, failures, privacy."""
+    lines = []
+    if reached := list(summary.time_to_accuracy.items())[-3:]:
+        steps = ", ".join(f"{accuracy} after {duration(seconds)}" for accuracy, seconds in reached)
+        lines.append(f"simulated time: {duration(summary.simulated_seconds)}; mean personal accuracy {steps}")
+    if generic := [str(device.device) for device in summary.devices if device.generic]:
+        lines.append(f"devices without a mixture, pruned by the generic plan of their budget: {', '.join(generic)}")
+    if summary.failures:
+        lines.append(f"failed messages: {summary.failures}; metrics.jsonl has the reasons")
+    if summary.epsilon is not None:
+        lines.append(f"differential privacy of the shared adapters: ε ≤ {summary.epsilon:.3g}")
+    return lines
 
 
 # -- captions ----------------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from typing import Any
 import altair as alt
 
 from experiments.figures.figure import Chart, Figure, Row, write_figure
-from experiments.inspection import costs
+from experiments.pruning import costs
 from tapfl.errors import ConfigError
 
 KINDS = {"attention": "attention", "ffn": "FFN"}

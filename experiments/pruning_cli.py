@@ -1,4 +1,4 @@
-"""The commands that need no federation: prune, inspect, export, compare, criteria."""
+"""The commands without a federation: prune, criteria, inspect, export, compare."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from experiments.output import command, console, flags, show_rows
 from tapfl.config import RunConfig
 from tapfl.errors import ConfigError
 
-BACKBONE = {"model.name", "model.args"}  # the options that say which backbone
+PRUNED = "pruned model: a folder with plan.json and model.safetensors, or devices/NN of a run"
+BACKBONE = {"model.name", "model.args"}  # options that decide the backbone
 
 app = typer.Typer()
 
@@ -75,8 +76,8 @@ def _prune(options: Mapping[str, Any], budget: str, out: Path) -> None:
 
     config, limits = absolute_paths(RunConfig.from_flat(options)), Budget.parse(budget)
     require_criterion(config.pruning.criterion)
-    load_torch()  # not before the options are known to be good
-    from experiments.prune import prune
+    load_torch()  # only after the options have been checked
+    from experiments.pruning import prune
 
     prune(config, limits, out)
 
@@ -85,7 +86,7 @@ def _reapply(plan: Path, options: Mapping[str, Any], out: Path) -> None:
     from experiments.preflight import absolute_paths
 
     model, names_backbone = absolute_paths(RunConfig.from_flat(options)).model, bool(BACKBONE & options.keys())
-    from experiments.reapply import reapply  # with torch: not before the options are known to be good
+    from experiments.pruning import reapply  # imports torch: only after the options have been checked
 
     for warning in reapply(plan, model, names_backbone, out):
         print(f"tapfl: {warning}", file=sys.stderr)
@@ -101,23 +102,20 @@ def criteria() -> None:
 
 @app.command()
 def inspect(
-    folder: Annotated[
-        Path | None,
-        typer.Argument(help="a pruned model: plan.json and model.safetensors; or a run's devices/NN"),
-    ] = None,
+    folder: Annotated[Path | None, typer.Argument(help=PRUNED)] = None,
     picture: Annotated[Path | None, typer.Option(help="PNG of kept widths, layer importance and costs")] = None,
     uplink: Annotated[
-        bool, typer.Option("--uplink", help="everything that leaves a device; with a run's folder also what was sent")
+        bool, typer.Option("--uplink", help="list everything that leaves a device; FOLDER may be a run: bytes sent")
     ] = False,
     as_json: JsonObject = False,
 ) -> None:
-    """Show a pruned model: kept widths, layer importance, cost and latency, origin; or what leaves a device."""
+    """Show a pruned model's widths, layer importance, cost, latency and origin; or everything that leaves a device."""
     if uplink and picture:
-        raise ConfigError(f"--picture {picture}: is of a pruned model, and does not go with --uplink")
+        raise ConfigError(f"--picture {picture}: shows a pruned model; it cannot be combined with --uplink")
     if uplink:
         _inspect_uplink(folder, as_json)
     elif folder is None:
-        raise ConfigError("inspect: give a pruned model's folder, or --uplink for what leaves a device")
+        raise ConfigError("inspect: give a pruned model's folder, or --uplink to list everything that leaves a device")
     else:
         _inspect_pruned(folder, picture, as_json)
 
@@ -130,22 +128,22 @@ def _inspect_uplink(run: Path | None, as_json: bool) -> None:
         print(json.dumps({"uplink": rows, **({"sent": sent} if run else {})}))
         return
     show_rows(rows, as_json=False)
-    print("and if a device fails, Flower sends the server its error's class and text")
+    print("If a device fails, Flower also sends the class and text of the error.")
     if run:
         kinds = list(dict.fromkeys(kind for device in sent for kind in device))
-        print("bytes that each device sent, by kind")
+        print("bytes sent by each device, by kind")
         show_rows([{kind: str(device.get(kind, 0)) for kind in kinds} for device in sent], as_json=False)
 
 
 def _inspect_pruned(folder: Path, picture: Path | None, as_json: bool) -> None:
     load_torch()
-    from experiments.inspection import costs
-    from experiments.inspection import inspect as look
     from experiments.picture import picture as draw
+    from experiments.pruning import costs
+    from experiments.pruning import inspect as measure
     from strategies.progress import shown
 
     with shown():
-        found = look(folder)
+        found = measure(folder)
     if picture:
         draw(found, picture)
     if as_json:
@@ -166,72 +164,65 @@ def _inspect_pruned(folder: Path, picture: Path | None, as_json: bool) -> None:
     for cost in costs(found):
         table.add_row(*cost[:3], f"{cost[3]:.1%}")
     screen.print(table)
-    said = ", ".join(
-        f"{key} = {value}" for key, value in {"backbone": found["backbone"], **found["provenance"]}.items()
-    )
-    screen.print(said, highlight=False, soft_wrap=True)
+    origin = {"backbone": found["backbone"], **found["provenance"]}
+    screen.print(", ".join(f"{key} = {value}" for key, value in origin.items()), highlight=False, soft_wrap=True)
 
 
 @app.command()
 def export(
-    folder: Annotated[
-        Path, typer.Argument(help="a pruned model: plan.json and model.safetensors; or a run's devices/NN")
-    ],
-    out: Annotated[Path, typer.Option(help="the file to write; must not exist")],
+    folder: Annotated[Path, typer.Argument(help=PRUNED)],
+    out: Annotated[Path, typer.Option(help="file to write; must not exist")],
     format: Annotated[str, typer.Option(help="onnx, torch-export or torchscript")] = "onnx",
-    batch: Annotated[str, typer.Option(help="images a pass: a number, or dynamic")] = "dynamic",
-    opset: Annotated[int | None, typer.Option(help="ONNX operator set; the exporter's own if none is given")] = None,
+    batch: Annotated[str, typer.Option(help="images per pass: a number, or dynamic")] = "dynamic",
+    opset: Annotated[int | None, typer.Option(help="ONNX operator set; default: the exporter's")] = None,
     as_json: JsonObject = False,
 ) -> None:
-    """Write a pruned model for other runtimes; it is kept only if it computes the same when read again."""
+    """Export a pruned model for other runtimes. The file is read again, and removed if it computes anything else."""
     if batch != "dynamic" and not batch.isdecimal():
         raise ConfigError(f"--batch {batch}: accepted are dynamic, or a number of images")
     load_torch()
-    from experiments.exporting import export_folder
+    from experiments.pruning import export_folder
     from strategies.progress import shown
     from tapfl.progress import stage
 
     with shown(), stage(f"export as {format}"):
-        said = export_folder(folder, out, format, None if batch == "dynamic" else int(batch), opset)
+        written = export_folder(folder, out, format, None if batch == "dynamic" else int(batch), opset)
     if as_json:
-        print(json.dumps(said))
+        print(json.dumps(written))
         return
     table = Table("format", "bytes", "largest difference", "top-1 equal", "ms a pass", "ms in torch")
-    latencies = (f"{said[key]:.3g}" for key in ("latency_ms", "latency_ms_torch"))
-    same = "yes" if said["top1_equal"] else "no"
-    table.add_row(said["format"], f"{said['bytes']:,}", f"{said['max_abs_difference']:.2g}", same, *latencies)
+    latencies = (f"{written[key]:.3g}" for key in ("latency_ms", "latency_ms_torch"))
+    same = "yes" if written["top1_equal"] else "no"
+    difference = f"{written['max_abs_difference']:.2g}"
+    table.add_row(written["format"], f"{written['bytes']:,}", difference, same, *latencies)
     screen = console()
     screen.print(table)
-    screen.print(said["file"], highlight=False, soft_wrap=True)
+    screen.print(written["file"], highlight=False, soft_wrap=True)
 
 
 @app.command()
 def compare(
     config: Annotated[Path, typer.Option(help="TOML with a table \\[compare] of lists, and the options of all cells")],
-    out: Annotated[Path, typer.Option(help="folder of results, table and picture; finished cells are not run again")],
+    out: Annotated[Path, typer.Option(help="folder of results, table and picture; finished cells are not repeated")],
     jobs: Annotated[int, typer.Option(min=0, help="devices at a time; 0: as many as there are CPUs")] = 0,
     measure: Annotated[
-        list[str] | None, typer.Option(help="what a table shows, instead of results.show; several make several tables")
+        list[str] | None, typer.Option(help="measure of a table; several give several tables; overrides results.show")
     ] = None,
     reference: Annotated[
         list[str] | None,
-        typer.Option(
-            help="axis=value: how each line differs from the one with that value, instead of results.reference"
-        ),
+        typer.Option(help="axis=value: adds differences to the line with this value; overrides results.reference"),
     ] = None,
-    set: Annotated[list[str] | None, typer.Option("--set", help="key=value, above the options of --config")] = None,
-    finished: Annotated[
-        bool, typer.Option("--finished", help="run nothing: tables of the cells that are there")
-    ] = False,
+    set: Annotated[list[str] | None, typer.Option("--set", help="key=value; overrides the options of --config")] = None,
+    finished: Annotated[bool, typer.Option("--finished", help="only tabulate the cells that are finished")] = False,
     as_json: JsonRows = False,
 ) -> None:
-    """Compare pruning criteria: criteria × budgets × any option × devices × seeds, under one harness."""
+    """Compare pruning criteria over budgets, options, devices and seeds, on the same metric sets and test images."""
     from experiments.compare.grid import read_comparison
 
     comparison = read_comparison(config, set or [])
     results = comparison.results.override(measure, reference)
     results.check(comparison.axes)
-    load_torch()  # not before the file is known to be good
+    load_torch()  # only after the file has been checked
     import pandas as pd
 
     from experiments.compare.picture import picture
@@ -257,4 +248,4 @@ def compare(
             continue
         console().print(f"{each.measure}, {each.devices}", highlight=False)
         show_rows(each.rows, as_json=False)
-    print(f"a line a cell: {out / 'results.csv'}; also table.md and accuracy-against-macs.png", file=sys.stderr)
+    print(f"in {out}: results.csv, table.md, accuracy-against-macs.png", file=sys.stderr)

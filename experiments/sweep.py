@@ -52,7 +52,7 @@ from tapfl.progress import Advance
 from tapfl.store import RunFolder
 
 if TYPE_CHECKING:
-    from experiments.engines.ray import Workers
+    from experiments.engines.ray import ActorPool
 
 LONGEST_NAME = 240  # bytes of a cell's name: file systems take 255, and its log's is longer
 CarryOut = Callable[["Cell", Path, bool], str]
@@ -190,7 +190,7 @@ def as_process(engine: str, workers: int, cell: Cell, folder: Path, begun: bool)
     return (finished.stderr.strip().splitlines() or [f"exit code {finished.returncode}"])[-1]
 
 
-def on_workers(workers: Workers, cell: Cell, folder: Path, begun: bool) -> str:
+def on_workers(workers: ActorPool, cell: Cell, folder: Path, begun: bool) -> str:
     """Carries a cell out in this thread, its devices on a pool that others use as well: a `CarryOut`, given a pool."""
     from strategies.server_app import app as server_app  # with torch: not before all cells are known to be good
 

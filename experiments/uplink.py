@@ -1,8 +1,7 @@
-"""What leaves a device, read off the messages themselves; and what the devices of one run sent."""
+"""Everything that leaves a device, read from the message classes; and the bytes that the devices of a run sent."""
 
 from __future__ import annotations
 
-import json
 from dataclasses import fields
 from pathlib import Path
 from types import ModuleType
@@ -10,15 +9,15 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import numpy as np
 
+from strategies.records import read_summary
 from tapfl import wire
-from tapfl.errors import ConfigError
 
 
 def uplink(messages: ModuleType = wire) -> list[dict[str, str]]:
-    """Returns a row a field of every class of `messages` with the word Reply in its name, in the order of their text.
+    """Returns one row per field of every class of `messages` with Reply in its name, in the order of definition.
 
     Raises:
-        TypeError: if one of them is no message, does not say when it is sent, or has a field that says not what it is.
+        TypeError: if a class is no message or lacks `when`, or a field lacks the description in its annotation.
     """
     replies = [value for name, value in vars(messages).items() if isinstance(value, type) and "Reply" in name]
     return [row for reply in replies for row in _rows(reply)]
@@ -26,21 +25,21 @@ def uplink(messages: ModuleType = wire) -> list[dict[str, str]]:
 
 def _rows(reply: type) -> list[dict[str, str]]:
     if not issubclass(reply, wire.WireMessage) or not hasattr(reply, "when"):
-        raise TypeError(f"{reply.__name__}: is no message, or does not say when it is sent")
+        raise TypeError(f"{reply.__name__}: is no message, or has no `when`")
     hints = get_type_hints(reply, include_extras=True)
     rows = []
     for each in fields(reply):
         hint = hints[each.name]
-        base, *said = get_args(hint) if get_origin(hint) is Annotated else (hint,)
-        if len(said) != (2 if base is np.ndarray else 1):
+        base, *notes = get_args(hint) if get_origin(hint) is Annotated else (hint,)
+        if len(notes) != (2 if base is np.ndarray else 1):
             raise TypeError(f"{reply.__name__}.{each.name}: must be annotated with what it is, an array with its shape")
         rows.append(
             {
                 "message": reply.__name__.removesuffix("Reply").lower(),
                 "when": reply.when,
                 "field": each.name,
-                "type": f"array ({said[1]})" if base is np.ndarray else base.__name__,
-                "what": said[0],
+                "type": f"array ({notes[1]})" if base is np.ndarray else base.__name__,
+                "what": notes[0],
                 "bytes": each.metadata.get("kind", reply.kind),
             }
         )
@@ -51,12 +50,6 @@ def bytes_sent(run: Path) -> list[dict[str, Any]]:
     """Returns device and bytes by kind for every device of a finished run.
 
     Raises:
-        ConfigError: if `run` is not the folder of one.
+        TapflError: if `run` has no summary of a finished run.
     """
-    try:
-        devices = json.loads((run / "summary.json").read_text("utf-8"))["devices"]
-        return [{"device": device["device"], **device["bytes_up"]} for device in devices]
-    except (OSError, ValueError, LookupError, TypeError, RecursionError):
-        raise ConfigError(
-            f"inspect {run} --uplink: is not the folder of a finished run, with its summary.json"
-        ) from None
+    return [{"device": each.device, **each.bytes_up} for each in read_summary(run).devices]

@@ -18,7 +18,7 @@ from experiments.bench.bare_loop import LoopWorker, average
 from experiments.bench.engines import LIMIT, ProcessTree, Timing, engine, measure, ratio, simulation
 from experiments.bench.flower_apps import build, peft_name
 from experiments.bench.workload import ROUND_LINE, FederationOptions, Workload
-from experiments.engines.inprocess import run_inprocess
+from experiments.engines.local import run_inprocess
 from strategies.checkpoint import load_checkpoint
 from strategies.server_app import app as server_app
 from tapfl.errors import ConfigError, RunError

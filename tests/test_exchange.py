@@ -11,7 +11,7 @@ import pytest
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
-from experiments.engines.inprocess import InProcessGrid
+from experiments.engines.local import InProcessGrid
 from strategies import exchange as module
 from strategies.exchange import exchange, wait_for_nodes
 from tapfl.errors import RunError

@@ -15,7 +15,7 @@ from flwr.clientapp import ClientApp
 from test_inprocess_run import SMALL
 
 from clients import client_app as real
-from experiments.engines.inprocess import run_inprocess
+from experiments.engines.local import run_inprocess
 from strategies.server_app import app as server_app
 from tapfl.config import RunConfig
 from tapfl.errors import ConfigError, RunError

@@ -13,7 +13,7 @@ from test_inprocess_run import SMALL
 
 from clients.client_app import app as client_app
 from clients.client_app import device_of
-from experiments.engines.inprocess import run_inprocess
+from experiments.engines.local import run_inprocess
 from strategies.server_app import app as server_app
 from tapfl.config import RunConfig
 from tapfl.data.federated import labels_among

@@ -13,9 +13,9 @@ from test_inprocess_run import TINY
 from typer.testing import CliRunner
 
 from experiments import cli
-from experiments.inspection import inspect
 from experiments.picture import kept_widths, picture
-from experiments.reapply import reapply as apply_again
+from experiments.pruning import inspect
+from experiments.pruning import reapply as apply_again
 from tapfl import load_pruned
 from tapfl.config import ModelOptions
 from tapfl.errors import BudgetError, ConfigError, PlanError, TapflError

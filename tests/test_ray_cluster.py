@@ -16,7 +16,7 @@ from test_inprocess_run import content, tapfl
 from test_ray_engine import on_ray
 
 from experiments.engines.cluster import prepare_environment
-from experiments.engines.ray import Workers
+from experiments.engines.ray import ActorPool
 
 
 @pytest.fixture
@@ -50,7 +50,7 @@ def test_a_node_that_is_killed_in_the_middle_of_a_run_changes_nothing(
     assert tapfl("--out", str(tmp_path / "whole"), cache=cache, options=["train.rounds=6"]).exit_code == 0
     import ray
 
-    with Workers(address) as workers:
+    with ActorPool(address) as workers:
         deadline = time.monotonic() + 120
         while len(workers._at) < 2 and time.monotonic() < deadline:  # both nodes are at work when one goes
             time.sleep(0.1)

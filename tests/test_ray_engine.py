@@ -19,8 +19,8 @@ from ray.exceptions import RayActorError
 from test_inprocess_run import SMALL, content, tapfl
 
 from experiments.engines.cluster import require_reachable
-from experiments.engines.grid import WORKER_LOST
-from experiments.engines.ray import RayGrid, Workers
+from experiments.engines.local import WORKER_LOST
+from experiments.engines.ray import ActorPool, RayGrid
 from experiments.preflight import absolute_paths
 from experiments.search.command import run_search
 from experiments.search.federation import carry_out
@@ -35,8 +35,8 @@ from tapfl.options import parse_assignment
 
 
 @pytest.fixture(scope="module")
-def workers() -> Iterator[Workers]:
-    with Workers(count=2) as warm:
+def workers() -> Iterator[ActorPool]:
+    with ActorPool(count=2) as warm:
         yield warm
 
 
@@ -47,7 +47,7 @@ def one_process(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[s
     return content(folder)
 
 
-def on_ray(workers: Workers, folder: Path, cache: Path, client_app: str = "", **changes: object) -> dict[str, bytes]:
+def on_ray(workers: ActorPool, folder: Path, cache: Path, client_app: str = "", **changes: object) -> dict[str, bytes]:
     options: dict[str, object] = dict(option.split("=", 1) for option in SMALL)
     config = RunConfig.from_flat(options | changes | {"out": str(folder), "cache": str(cache)})
     apps = {"client_app": client_app} if client_app else {}
@@ -57,20 +57,20 @@ def on_ray(workers: Workers, folder: Path, cache: Path, client_app: str = "", **
 
 
 def test_warm_actors_and_one_process_give_the_same_bits(
-    workers: Workers, cache: Path, tmp_path: Path, one_process: dict[str, bytes]
+    workers: ActorPool, cache: Path, tmp_path: Path, one_process: dict[str, bytes]
 ) -> None:
     assert on_ray(workers, tmp_path / "run", cache) == one_process
 
 
 def test_an_actor_that_is_killed_comes_back_and_what_it_lost_is_sent_again(
-    workers: Workers, cache: Path, tmp_path: Path, one_process: dict[str, bytes], caplog: pytest.LogCaptureFixture
+    workers: ActorPool, cache: Path, tmp_path: Path, one_process: dict[str, bytes], caplog: pytest.LogCaptureFixture
 ) -> None:
     assert on_ray(workers, tmp_path / "run", cache, "faulty_apps:mortal") == one_process
     assert (tmp_path / "died").exists() and "sent again" in caplog.text
 
 
 def test_runs_at_the_same_time_do_not_touch_each_other(
-    workers: Workers, cache: Path, tmp_path: Path, one_process: dict[str, bytes]
+    workers: ActorPool, cache: Path, tmp_path: Path, one_process: dict[str, bytes]
 ) -> None:
     """Each trains a backbone of its own at first, whose weights are drawn from torch's global generator."""
     with ThreadPoolExecutor(3) as pool:
@@ -94,7 +94,7 @@ class Here:
 
 
 @pytest.mark.slow
-def test_a_search_comes_to_the_same_on_ray(workers: Workers, cache: Path, tmp_path: Path) -> None:
+def test_a_search_comes_to_the_same_on_ray(workers: ActorPool, cache: Path, tmp_path: Path) -> None:
     """Same trials, same values, same best options, and the same run folders."""
     shared = dict(parse_assignment(o) for o in SMALL if "rounds" not in o) | {"cache": str(cache)}
     settings = SearchOptions(max_rounds=2, eta=2, brackets=1)
@@ -116,7 +116,7 @@ def test_a_search_comes_to_the_same_on_ray(workers: Workers, cache: Path, tmp_pa
 
 
 def test_a_search_whose_actors_are_lost_ends_and_blames_no_trial(cache: Path, tmp_path: Path) -> None:
-    class Lost(Workers):
+    class Lost(ActorPool):
         lost = "no Ray actor is left"
 
         def __init__(self) -> None:
@@ -131,7 +131,7 @@ def test_a_search_whose_actors_are_lost_ends_and_blames_no_trial(cache: Path, tm
         trials.submit(Job(shared, tmp_path / "0000", 1)).result(timeout=60)
 
 
-def test_flowers_own_strategies_run_on_it(workers: Workers) -> None:
+def test_flowers_own_strategies_run_on_it(workers: ActorPool) -> None:
     """They ask by `send_and_receive`, and average what comes."""
     server, results = ServerApp(), []
 
@@ -152,20 +152,20 @@ def test_flowers_own_strategies_run_on_it(workers: Workers) -> None:
         ({"cpus": 0.0}, "needs --workers"),
     ],
 )
-def test_more_than_there_is_is_refused_at_once(workers: Workers, asked: dict[str, float], said: str) -> None:
-    with pytest.raises(ConfigError, match=said), Workers(**asked):  # type: ignore[arg-type]
+def test_more_than_there_is_is_refused_at_once(workers: ActorPool, asked: dict[str, float], said: str) -> None:
+    with pytest.raises(ConfigError, match=said), ActorPool(**asked):  # type: ignore[arg-type]
         pass
 
 
 def test_a_cluster_that_others_use_to_the_full_is_not_waited_for(
-    workers: Workers, monkeypatch: pytest.MonkeyPatch
+    workers: ActorPool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import ray
 
     monkeypatch.setattr("experiments.engines.ray.FREE", 1.0)
 
     everything = ray.cluster_resources()["CPU"]
-    with pytest.raises(RunError, match="the Ray cluster is in use"), Workers(count=1, cpus=everything):
+    with pytest.raises(RunError, match="the Ray cluster is in use"), ActorPool(count=1, cpus=everything):
         pass
 
 
@@ -207,14 +207,14 @@ class NotedActor:
 
 
 @pytest.fixture
-def unstarted(monkeypatch: pytest.MonkeyPatch) -> Workers:
-    """Workers without Ray: what they hand out is done when the test says so."""
-    monkeypatch.setattr(Workers, "_watch", lambda self, ref, done: None)
+def unstarted(monkeypatch: pytest.MonkeyPatch) -> ActorPool:
+    """ActorPool without Ray: what they hand out is done when the test says so."""
+    monkeypatch.setattr(ActorPool, "_watch", lambda self, ref, done: None)
     TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
-    return Workers()
+    return ActorPool()
 
 
-def queued(workers: Workers, count: int) -> tuple[RayGrid, int, list[Message]]:
+def queued(workers: ActorPool, count: int) -> tuple[RayGrid, int, list[Message]]:
     """Returns a federation of one node with messages that wait, its node, and they."""
     grid = RayGrid(workers, "apps:app", {}, 1)
     (node,) = grid.partitions
@@ -225,7 +225,7 @@ def queued(workers: Workers, count: int) -> tuple[RayGrid, int, list[Message]]:
     return grid, node, messages
 
 
-def test_federations_take_turns(unstarted: Workers) -> None:
+def test_federations_take_turns(unstarted: ActorPool) -> None:
     """Two that have messages waiting get every second actor that comes free, however many the first has."""
     handed: list[int] = []
     (_, first, _), (_, second, _) = queued(unstarted, 5), queued(unstarted, 2)
@@ -235,7 +235,7 @@ def test_federations_take_turns(unstarted: Workers) -> None:
     assert handed == [first, second, first, second, first, first, first]
 
 
-def test_a_busy_actor_has_its_next_message_but_the_last_ones_wait_for_who_is_free_first(unstarted: Workers) -> None:
+def test_a_busy_actor_has_its_next_message_but_the_last_ones_wait_for_who_is_free_first(unstarted: ActorPool) -> None:
     handed: list[list[int]] = [[], []]
     actors = [NotedActor(taken) for taken in handed]
     grid, _, messages = queued(unstarted, 6)
@@ -256,7 +256,7 @@ def test_a_busy_actor_has_its_next_message_but_the_last_ones_wait_for_who_is_fre
 
 
 def test_an_actor_that_dies_is_awaited_once_whatever_it_had(
-    unstarted: Workers, monkeypatch: pytest.MonkeyPatch
+    unstarted: ActorPool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     awaited: list[object] = []
     monkeypatch.setattr(unstarted, "_await", awaited.append)

@@ -15,8 +15,8 @@ from typer.testing import CliRunner
 
 from clients.client_app import app as real
 from experiments import cli
-from experiments.engines.inprocess import run_inprocess
-from experiments.engines.ray import Workers
+from experiments.engines.local import run_inprocess
+from experiments.engines.ray import ActorPool
 from experiments.sweep import on_workers, read_sweep, run_sweep
 from experiments.swept.outcome import group_of, outcomes
 from experiments.swept.settings import SweepOptions, read_sweep_options, references
@@ -76,7 +76,7 @@ def test_runs_share_a_warm_pool_and_their_logs_do_not_mix(tmp_path: Path, monkey
     assert len(means_over_seeds(outcomes(cells, out), SweepOptions())) == 2
 
 
-class InThisProcess(Workers):
+class InThisProcess(ActorPool):
     """In place of actors, whose start takes seconds."""
 
     def run(self, server_app: ServerApp, run_config: dict[str, Scalar], nodes: int, client_app: str = "") -> None:

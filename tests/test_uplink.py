@@ -15,8 +15,10 @@ from typer.testing import CliRunner
 from clients.device import Device
 from experiments import cli
 from experiments.uplink import uplink
+from strategies.records import DeviceRecord, Summary, write_summary
 from tapfl import wire
-from tapfl.errors import ConfigError
+from tapfl.errors import TapflError
+from tapfl.profiles import DeviceProfile
 
 
 @dataclass(frozen=True)
@@ -99,8 +101,12 @@ def tapfl(*arguments: str) -> Any:
 
 
 def test_the_command_shows_the_list_and_what_a_run_sent(tmp_path: Path) -> None:
-    devices = [{"device": 0, "bytes_up": {"hello": 40, "adapters": 1200}}, {"device": 1, "bytes_up": {"hello": 41}}]
-    (tmp_path / "summary.json").write_text(json.dumps({"devices": devices}))
+    profile = DeviceProfile(budget="0.5", rank=4)
+    sent: list[dict[str, int]] = [{"hello": 40, "adapters": 1200}, {"hello": 41}]
+    devices = [DeviceRecord(device=i, profile=profile, train_samples=9, bytes_up=up) for i, up in enumerate(sent)]
+    numbers: dict[str, Any] = dict.fromkeys(Summary.model_fields.keys() - {"version"}, 0)
+    empty: dict[str, Any] = {key: {} for key in ("time_to_accuracy", "bytes_to_accuracy", "seconds")}
+    write_summary(tmp_path, Summary(**numbers | empty | {"curve": [], "epsilon": None, "devices": devices}))
     alone, with_run = tapfl("--uplink", "--json"), tapfl(str(tmp_path), "--uplink", "--json")
     assert json.loads(alone.output) == {"uplink": uplink()}
     assert json.loads(with_run.output)["sent"] == [
@@ -116,9 +122,9 @@ def test_the_command_shows_the_list_and_what_a_run_sent(tmp_path: Path) -> None:
     [
         ((), "give a pruned model's folder, or --uplink"),
         (("--uplink", "--picture", "a.png"), "--picture a.png"),
-        (("/nowhere", "--uplink"), "/nowhere --uplink: is not the folder of a finished run"),
+        (("/nowhere", "--uplink"), "/nowhere/summary.json: cannot be read"),
     ],
 )
 def test_what_cannot_be_shown_is_refused(arguments: tuple[str, ...], said: str) -> None:
     found = tapfl(*arguments)
-    assert isinstance(found.exception, ConfigError) and said in str(found.exception)
+    assert isinstance(found.exception, TapflError) and said in str(found.exception)

@@ -29,8 +29,8 @@ from flwr.serverapp.strategy import FedAvg
 
 from experiments.bench.workload import Workload, note_round
 from experiments.engines.flower import run_flower
-from experiments.engines.inprocess import run_inprocess
-from experiments.engines.ray import Workers, load_app
+from experiments.engines.local import run_inprocess
+from experiments.engines.ray import ActorPool, load_app
 from strategies.exchange import exchange, wait_for_nodes
 from tapfl.adapters.layout import LORA_A, LORA_B
 from tapfl.config import RunConfig
@@ -170,7 +170,7 @@ def drive(engine: str, work: str, config: dict[str, Scalar], out: Path, workers:
     elif engine == "inprocess":
         run_inprocess(load_app(server_app), load_app(client_app), {**config, "out": str(out)}, nodes)
     else:
-        with Workers(count=workers) as pool:
+        with ActorPool(count=workers) as pool:
             if engine == "ray warm":
                 first = {**config, "out": f"{out} before", "train.rounds": 1}
                 pool.run(load_app(server_app), first, nodes, client_app)

@@ -1,1 +1,1 @@
-"""What runs under a federation: Flower's own simulation on Ray, or one process."""
+"""What carries out a federation: Flower's own simulation on Ray, long-lived Ray actors, or this process."""

@@ -1,4 +1,4 @@
-"""Ray itself: what has to be told to it before it is imported, a cluster to join, or one of this process's own."""
+"""Starting Ray: its environment, a cluster to join, or a local Ray of this process."""
 
 from __future__ import annotations
 
@@ -12,29 +12,29 @@ from typing import Any
 
 from tapfl.errors import ConfigError, RunError, message_of
 
-# what Flower and Ray have to be told before they are imported
+# settings of Flower and Ray that they read when they are imported
 ENVIRONMENT = {
     "FLWR_TELEMETRY_ENABLED": "0",
     "FLWR_DISABLE_UPDATE_CHECK": "1",
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_worker_niceness": "0",  # Ray runs its workers at 15, and then any other process starves them
+    "RAY_worker_niceness": "0",  # Ray's default is 15, at which any other process starves the workers
 }
-REACH = 5.0  # seconds in which a cluster answers, or is none: Ray itself would go on trying for minutes
+REACH = 5.0  # seconds within which a cluster must answer; Ray itself would retry for minutes
 
 
 def prepare_environment() -> None:
-    """Sets what of `ENVIRONMENT` is not set otherwise."""
+    """Sets the variables of `ENVIRONMENT` that are not set already."""
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
 
 
 @contextmanager
 def ray_folder() -> Iterator[str]:
-    """Gives a folder for the sockets and logs of a local Ray, and removes it with what is in it.
+    """Yields a folder for the sockets and logs of a local Ray, and removes it afterwards.
 
-    Its path is short, because a socket's may have 107 bytes. RAY_TMPDIR names another, which stays.
+    Its path is short, because a socket's path is limited to 107 bytes. RAY_TMPDIR overrides it and is not removed.
     """
     if given := os.environ.get("RAY_TMPDIR"):
         yield given
@@ -48,16 +48,17 @@ def ray_folder() -> Iterator[str]:
 
 @contextmanager
 def ray_cluster(address: str = "") -> Iterator[None]:
-    """Connects this process with a Ray cluster for as long as the block lasts.
+    """Connects this process to a Ray cluster for as long as the block lasts.
+
+    A connection that this process already has is used and left open.
 
     Args:
-        address: ``HOST:PORT`` of a cluster's head, or ``auto`` for the one that this machine is part of; empty:
-            RAY_ADDRESS, and without it a local Ray, which is stopped at the end. A connection that this process has
-            already is used as it is, and left.
+        address: ``HOST:PORT`` of a cluster's head, or ``auto`` for the cluster that this machine is part of; empty:
+            RAY_ADDRESS if it is set, otherwise a local Ray, which is stopped at the end.
 
     Raises:
         ConfigError: if there is no cluster at `address`.
-        RunError: if Ray refuses: another version, or this machine is not part of the cluster.
+        RunError: if Ray refuses the connection, for instance because of another version.
     """
     prepare_environment()
     import ray
@@ -97,7 +98,7 @@ def _join(address: str, quiet: dict[str, Any]) -> None:
 
 
 def require_reachable(address: str) -> None:
-    """Raises ConfigError if `address`, as `ray_cluster` takes it, is that of a cluster, and none answers there."""
+    """Raises ConfigError if `address`, as `ray_cluster` takes it, names a cluster that does not answer."""
     import grpc
 
     address = _resolved(address)

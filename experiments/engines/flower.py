@@ -1,8 +1,8 @@
-"""Flower's own simulation on Ray, as `flwr run` starts it, but in this process and with its true outcome.
+"""Flower's own simulation on Ray, as `flwr run` starts it, but in this process and with its errors.
 
-`flwr run` would leave a SuperLink behind and return 0 even if the ServerApp raised. The function underneath it,
-`_run_simulation`, takes the same application folder and raises what the ServerApp raised. It is private to Flower, so
-this module is the only one that calls it, and a test fails loudly when it changes.
+`flwr run` would leave a SuperLink running and return 0 even if the ServerApp raised. `_run_simulation`, which it calls,
+takes the same application folder and raises what the ServerApp raised. It is private to Flower; only this module calls
+it, and a test fails if it changes.
 """
 
 from __future__ import annotations
@@ -10,11 +10,16 @@ from __future__ import annotations
 import secrets
 import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import tomli_w
 
 from experiments.engines.cluster import prepare_environment, ray_folder
 from tapfl.options import Scalar
+
+if TYPE_CHECKING:
+    from flwr.app import Context
+    from flwr.supercore.run import Run
 
 
 def run_flower(
@@ -24,41 +29,23 @@ def run_flower(
     server_app: str = "strategies.server_app:app",
     client_app: str = "clients.client_app:app",
 ) -> None:
-    """Carries out a federation on Flower's simulation. What the ServerApp raises is raised here.
+    """Carries out a federation on Flower's simulation. Raises whatever the ServerApp raises.
+
+    The local Ray that this starts is stopped and its folder removed, however the run ends.
 
     Args:
-        workers: Ray actors, one CPU and one torch thread each.
-        server_app, client_app: where the apps are, as ``module:name``.
-
-    The local Ray that this starts is stopped, and its folder removed, however the run ends.
+        workers: number of Ray actors, one CPU and one torch thread each.
+        server_app, client_app: the apps as ``module:name``.
     """
     prepare_environment()
     import ray
-    from flwr.app import Context, RecordDict
-    from flwr.common.config import get_fused_config_from_dir, get_metadata_from_config, get_project_config
-    from flwr.common.constant import SUPERLINK_NODE_ID
     from flwr.simulation.run_simulation import _run_simulation
-    from flwr.supercore.constant import NOOP_FEDERATION_ID
-    from flwr.supercore.run import Run
-    from flwr.supercore.task_identity import TaskIdentity
     from flwr.supercore.telemetry import EventType
 
     with tempfile.TemporaryDirectory(prefix="tapfl-app-") as folder:
         app = Path(folder)
         (app / "pyproject.toml").write_text(_app_toml(run_config, server_app, client_app))
-        config = get_project_config(app)
-        run = Run.create_empty(run_id=secrets.randbits(63))
-        run.primary_task_id = 1
-        run.federation_id = NOOP_FEDERATION_ID
-        run.fab_id, run.fab_version = get_metadata_from_config(config)
-        TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, run.run_id, SUPERLINK_NODE_ID
-        context = Context(
-            run_id=run.run_id,
-            node_id=0,
-            node_config={},
-            state=RecordDict(),
-            run_config=get_fused_config_from_dir(app, {}),
-        )
+        run, context = _run_of(app)
         with ray_folder() as own:
             try:
                 _run_simulation(
@@ -80,19 +67,27 @@ def run_flower(
                 ray.shutdown()
 
 
+def _run_of(app: Path) -> tuple[Run, Context]:
+    """Returns the run of an application folder and its ServerApp's context, as Flower's own processes make them."""
+    from flwr.app import Context, RecordDict
+    from flwr.common.config import get_fused_config_from_dir, get_metadata_from_config, get_project_config
+    from flwr.common.constant import SUPERLINK_NODE_ID
+    from flwr.supercore.constant import NOOP_FEDERATION_ID
+    from flwr.supercore.run import Run
+    from flwr.supercore.task_identity import TaskIdentity
+
+    run = Run.create_empty(run_id=secrets.randbits(63))
+    run.primary_task_id = 1
+    run.federation_id = NOOP_FEDERATION_ID
+    run.fab_id, run.fab_version = get_metadata_from_config(get_project_config(app))
+    TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, run.run_id, SUPERLINK_NODE_ID
+    config = get_fused_config_from_dir(app, {})
+    return run, Context(run_id=run.run_id, node_id=0, node_config={}, state=RecordDict(), run_config=config)
+
+
 def _app_toml(run_config: dict[str, Scalar], server_app: str, client_app: str) -> str:
-    """The application folder's pyproject.toml: what of the project's own Flower reads."""
-    return tomli_w.dumps(
-        {
-            "project": {"name": "tapfl", "version": "0.1.0", "description": "tapfl", "license": "Apache-2.0"},
-            "tool": {
-                "flwr": {
-                    "app": {
-                        "publisher": "tapfl",
-                        "components": {"serverapp": server_app, "clientapp": client_app},
-                        "config": run_config,
-                    }
-                }
-            },
-        }
-    )
+    """Returns the application folder's pyproject.toml: the part of the project's own that Flower reads."""
+    project = {"name": "tapfl", "version": "0.1.0", "description": "tapfl", "license": "Apache-2.0"}
+    components = {"serverapp": server_app, "clientapp": client_app}
+    app = {"publisher": "tapfl", "components": components, "config": run_config}
+    return tomli_w.dumps({"project": project, "tool": {"flwr": {"app": app}}})

@@ -1,8 +1,8 @@
-"""A Grid over long-lived Ray actors, warm for one federation after the other and for several at once.
+"""A Grid over long-lived Ray actors, which serve one federation after the other, and several at once.
 
-Ray places the actors, and starts them anew when they or their machine die; what was lost with one is answered with an
-error, and `strategies.exchange` sends it again. Messages wait in this process until an actor can take them, from the
-federations in turn; of a device nothing is kept but its node id and its partition id.
+Ray places the actors, and restarts them when they or their machine die. A message that is lost with an actor is
+answered with an error, and `strategies.exchange` sends it again. Messages wait in this process until an actor is free;
+federations take turns. Of a device only its node id and its partition id are kept.
 """
 
 from __future__ import annotations
@@ -28,20 +28,20 @@ from flwr.common.logger import log
 from flwr.serverapp import ServerApp
 
 from experiments.engines.cluster import ray_cluster
-from experiments.engines.grid import CLIENT_APP_RAISED, WORKER_LOST, LocalGrid, answer, node_context, serve
+from experiments.engines.local import CLIENT_APP_RAISED, WORKER_LOST, LocalGrid, answer, node_context, serve
 from tapfl.errors import ConfigError, RunError
 from tapfl.options import Scalar
 from tapfl.progress import stage
 
 CLIENT_APP = "clients.client_app:app"
-START = 180.0  # seconds in which the first actor is there: it imports torch, on a machine that may be busy
-FREE = 6.0  # seconds that a cluster which others use may take to have room for one actor
-PATIENCE = 0.5  # seconds that `pull_messages` waits for an answer; between them `exchange` only looks at its clocks
+START = 180.0  # seconds within which the first actor must be ready: it imports torch, perhaps on a busy machine
+FREE = 6.0  # seconds within which a cluster that others use must have room for one actor
+PATIENCE = 0.5  # seconds that `pull_messages` waits for a reply; between calls `exchange` checks its time limits
 MUST_AGREE = ("tapfl", "torch", "timm", "flwr", "numpy", "scikit-learn")
 
 
-class Worker:
-    """What an actor does: it answers for one device after the other, on one torch thread."""
+class Actor:
+    """Code of an actor: answers for one device after the other, on one torch thread."""
 
     def __init__(self) -> None:
         import torch
@@ -50,7 +50,7 @@ class Worker:
         load_app(CLIENT_APP)  # its imports take seconds: now, not in the first message
 
     def ready(self) -> dict[str, str]:
-        """Returns the versions of what can change a result."""
+        """Returns the versions of the packages that can change a result."""
         return versions()
 
     def answer(
@@ -72,38 +72,38 @@ def load_app(name: str) -> Any:
 
 
 class RayGrid(LocalGrid):
-    """One federation on `Workers`.
+    """One federation on an `ActorPool`.
 
     Attributes:
-        waiting: messages that no actor has yet; only the thread of the workers touches them.
+        waiting: messages that no actor has yet; only the pool's thread touches them.
     """
 
-    def __init__(self, workers: Workers, client_app: str, run_config: dict[str, Scalar], nodes: int) -> None:
+    def __init__(self, pool: ActorPool, client_app: str, run_config: dict[str, Scalar], nodes: int) -> None:
         super().__init__(run_config, nodes)
         self.client_app = client_app
         self.waiting: deque[Message] = deque()
-        self._workers = workers
+        self._pool = pool
         self._replies: dict[str, Message] = {}
         self._news = threading.Condition()
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         sent = list(messages)
         ids = [self.stamp(message) for message in sent]
-        self._workers.queue(self, sent)
+        self._pool.queue(self, sent)
         return ids
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        """Returns the answers that are there; waits a moment if there is none.
+        """Returns the replies that have arrived; waits a moment if there is none.
 
         Raises:
-            RunError: if no actor is left that could give one.
+            RunError: if no actor is left.
         """
         wanted = list(message_ids)
         with self._news:
             self._news.wait_for(lambda: any(i in self._replies for i in wanted), PATIENCE if wanted else 0)
             found = [self._replies.pop(i) for i in wanted if i in self._replies]
-        if not found and self._workers.lost:
-            raise RunError(self._workers.lost)
+        if not found and self._pool.lost:
+            raise RunError(self._pool.lost)
         return found
 
     def deliver(self, reply: Message) -> None:
@@ -112,19 +112,19 @@ class RayGrid(LocalGrid):
             self._news.notify_all()
 
 
-class Workers:
-    """Actors that stay warm; a context manager. `run` carries out a federation on them, from any number of threads.
+class ActorPool:
+    """Long-lived actors; a context manager. `run` carries out a federation on them, from any number of threads.
 
-    All that it knows of actors and waiting messages belongs to one thread, which does one event after the other.
+    The state of actors and waiting messages belongs to one thread, which handles one event after the other.
 
     Args:
-        address: of a Ray cluster, as `ray_cluster` takes it; empty: a local Ray.
-        count: actors; 0: as many as there is room for.
-        cpus, gpus: what an actor takes of its machine, for Ray to place it by; fractions share a CPU or GPU.
+        address: address of a Ray cluster, as `ray_cluster` takes it; empty: a local Ray.
+        count: number of actors; 0: as many as there is room for.
+        cpus, gpus: resources that Ray reserves for each actor; fractions share a CPU or GPU.
 
     Raises:
-        ConfigError: if the cluster has no room for an actor, or not for `count`, or other versions.
-        RunError: if no actor starts, or others use the cluster to the full.
+        ConfigError: if the cluster has no room for `count` actors or for one, or other package versions.
+        RunError: if no actor starts, or others use all of the cluster.
     """
 
     def __init__(self, address: str = "", count: int = 0, cpus: float = 1.0, gpus: float = 0.0) -> None:
@@ -137,12 +137,12 @@ class Workers:
         self._first: Future[None] = Future()  # done when the first actor is ready
         self._stack = ExitStack()
 
-    def __enter__(self) -> Workers:
+    def __enter__(self) -> ActorPool:
         with stage("Ray and its actors"), ExitStack() as stack:
             stack.enter_context(ray_cluster(self._address))
             count = self._room()
             self._require_free()
-            thread = threading.Thread(target=self._work, name="workers", daemon=True)
+            thread = threading.Thread(target=self._work, name="actors", daemon=True)
             stack.callback(self._stop, thread)
             thread.start()
             self._start(count)
@@ -155,7 +155,7 @@ class Workers:
     def run(
         self, server_app: ServerApp, run_config: dict[str, Scalar], nodes: int, client_app: str = CLIENT_APP
     ) -> None:
-        """Carries out a federation. What the ServerApp raises is raised here."""
+        """Carries out a federation. Raises whatever the ServerApp raises."""
         grid = RayGrid(self, client_app, run_config, nodes)
         try:
             serve(server_app, grid)
@@ -163,13 +163,13 @@ class Workers:
             self._events.put(grid.waiting.clear)
 
     def queue(self, grid: RayGrid, messages: list[Message]) -> None:
-        """Hands messages to actors as they come free; the answers are delivered to `grid`."""
+        """Sends messages to actors as they become free; the replies are delivered to `grid`."""
         self._events.put(partial(self._queue, grid, messages))
 
     # -- start and stop -----------------------------------------------------------------------------------------------
 
     def _room(self) -> int:
-        """Returns how many actors to start: per machine as many as both its CPUs and its GPUs have room for."""
+        """Returns how many actors to start: on each machine as many as its CPUs and its GPUs have room for."""
         import ray
 
         machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
@@ -187,7 +187,7 @@ class Workers:
     def _start(self, count: int) -> None:
         import ray
 
-        actor = ray.remote(Worker).options(
+        actor = ray.remote(Actor).options(
             num_cpus=self._cpus,
             num_gpus=self._gpus,
             max_restarts=-1,
@@ -203,7 +203,7 @@ class Workers:
             raise RunError(f"no Ray actor was ready within {START:g} s") from None
 
     def _require_free(self) -> None:
-        """Others may use the cluster as well: there must be room for one actor soon; the rest come as they can."""
+        """Raises RunError unless the cluster, which others may use as well, has room for one actor soon."""
         import ray
 
         end, needed = time.monotonic() + FREE, {"CPU": self._cpus, "GPU": self._gpus}
@@ -218,21 +218,21 @@ class Workers:
     def _stop(self, thread: threading.Thread) -> None:
         import ray
 
-        self.lost = self.lost or "the workers were closed"
+        self.lost = self.lost or "the actors were stopped"
         self._events.put(None)
         thread.join()
         for actor in self._actors:
-            with suppress(Exception):  # a cluster that is gone has none
+            with suppress(Exception):  # the cluster may be gone
                 ray.kill(actor)
 
-    # -- the thread of the workers ------------------------------------------------------------------------------------
+    # -- the pool's thread --------------------------------------------------------------------------------------------
 
     def _work(self) -> None:
         try:
             while (event := self._events.get()) is not None:
                 event()
                 self._hand_out()
-        except Exception as error:  # of Ray's: nobody would ever be answered again
+        except Exception as error:  # raised by Ray; without this every federation would wait forever
             self._lose(f"{type(error).__name__}: {error}")
 
     def _watch(self, ref: Any, done: Callable[[Future[Any]], None]) -> None:
@@ -257,10 +257,10 @@ class Workers:
             self._watch(ref, partial(self._answered, actor, grid, message))
 
     def _taker(self) -> Any | None:
-        """Returns the actor that gets the next message, None if it has to wait.
+        """Returns the actor that gets the next message, None if the message has to wait.
 
-        An actor that works gets one more, which lies there when it is done: the way of an answer here and of a message
-        back is milliseconds in which it would have nothing to do. The last ones wait for whoever is free first.
+        An actor that works gets one more message in advance, so that it does not idle while its reply and the next
+        message travel. The last messages wait for the first actor that is free.
         """
         if not self._at:
             return None
@@ -277,7 +277,7 @@ class Workers:
         else:
             code = CLIENT_APP_RAISED if isinstance(error, RayTaskError) else WORKER_LOST
             reply = Message(Error(code, f"{type(error).__name__}: {error}"), reply_to=message)
-        if message.metadata.message_id in self._at.get(actor, ()):  # else it was lost before with another one
+        if message.metadata.message_id in self._at.get(actor, ()):  # otherwise it was lost before with another actor
             if isinstance(error, RayActorError):
                 del self._at[actor]
                 self._await(actor)
@@ -286,7 +286,7 @@ class Workers:
         grid.deliver(reply)
 
     def _await(self, actor: Any) -> None:
-        """Ray starts an actor, also one that died; this waits until it answers, however long there is no room."""
+        """Waits until Ray has started or restarted an actor, however long there is no room for it."""
         self._watch(actor.ready.options(max_task_retries=-1).remote(), partial(self._ready, actor))
 
     def _ready(self, actor: Any, future: Future[dict[str, str]]) -> None:
@@ -295,7 +295,7 @@ class Workers:
             self._at[actor] = set()
         else:
             differ = "" if error else ", ".join(f"{n} {there[n]}, not {here[n]}" for n in here if there[n] != here[n])
-            log(logging.WARNING, "a Ray actor is given up: %s", differ or error)
+            log(logging.WARNING, "a Ray actor is not used: %s", differ or error)
             self._actors.remove(actor)
             if not self._actors:
                 self._lose(f"no Ray actor is left: {differ or str(error).strip().splitlines()[-1]}")
@@ -309,11 +309,11 @@ class Workers:
 
 
 def _own_paths() -> list[str]:
-    """Where this process finds modules besides its Python's own: an actor has to find them there as well."""
+    """Returns where this process finds modules outside its Python installation: an actor needs these paths as well."""
     own = (path for path in sys.path if path and not Path(path).is_relative_to(sys.prefix))
     return [path for path in own if not Path(path).is_relative_to(sys.base_prefix)]
 
 
 def _times(there: float, each: float) -> float:
-    """How often `each` goes into what is there; nothing goes in without end."""
+    """Returns how many times `each` fits into `there`; infinity if `each` is 0."""
     return float("inf") if each == 0 else int(there / each + 1e-9)

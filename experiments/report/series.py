@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments.inspection import layers_of
+from experiments.pruning import layers_of
 from experiments.report.reading import Run
 from tapfl.models.backbone import BackboneSpec, outline
 from tapfl.models.prunable import prunable_layers

@@ -22,7 +22,7 @@ Engine = Callable[[Any, dict[str, Scalar], int], None]  # of a ServerApp, the ru
 def in_this_process(server_app: Any, run_config: dict[str, Scalar], nodes: int) -> None:
     """Carries out a federation with its devices in this process, one after the other: an `Engine`."""
     from clients.client_app import app as client_app
-    from experiments.engines.inprocess import run_inprocess
+    from experiments.engines.local import run_inprocess
 
     run_inprocess(server_app, client_app, run_config, nodes)
 

@@ -8,7 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 from flwr.common.logger import log
 
-from experiments.engines.ray import Workers
+from experiments.engines.ray import ActorPool
 from experiments.run_log import own_log
 from experiments.search.federation import carry_out
 from experiments.search.trials import EngineLostError, Job
@@ -21,7 +21,7 @@ class RayTrials:
     What is at work ends with the pool, which its owner closes behind this.
     """
 
-    def __init__(self, workers: Workers, count: int) -> None:
+    def __init__(self, workers: ActorPool, count: int) -> None:
         self._workers = workers
         self._threads = ThreadPoolExecutor(count, thread_name_prefix="trial")
 

@@ -1,4 +1,4 @@
-"""What the engines of this project share: the nodes of a simulation, how a node answers, and how a run is begun."""
+"""A Flower Grid whose nodes are simulated by this project: what the engines share, and the one without Ray."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from tapfl.options import Scalar
 
-WORKER_LOST, CLIENT_APP_RAISED = 0, 2  # Flower's codes: what may be sent again, and what would only be raised again
+WORKER_LOST, CLIENT_APP_RAISED = 0, 2  # Flower's error codes; `strategies.exchange` sends the first again
 
 
 class LocalGrid(Grid):
-    """A Grid whose nodes are numbers in this process; their ids are random, as they are in every Flower run.
+    """A Grid whose nodes are numbers; their ids are random, as in every Flower run. Subclasses push and pull messages.
 
     Attributes:
         partitions: partition id by node id.
@@ -50,7 +50,7 @@ class LocalGrid(Grid):
         return list(self.partitions)
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
-        """Returns the answers that are there after `timeout` seconds, as Flower's own strategies ask for them."""
+        """Returns the replies that have arrived after `timeout` seconds; Flower's own strategies call it."""
         end = math.inf if timeout is None else time.monotonic() + timeout
         waiting, replies = set(self.push_messages(messages)), list[Message]()
         while waiting and time.monotonic() < end:
@@ -60,14 +60,14 @@ class LocalGrid(Grid):
         return replies
 
     def stamp(self, message: Message) -> str:
-        """Gives a message the id by which its answer is known, and the run that it is of; returns the id."""
+        """Sets the id of a message, to which its reply refers, and its run's; returns the id."""
         message_id = str(uuid.uuid4())
         message.metadata.__dict__["_message_id"] = message_id
         message.metadata.__dict__["_run_id"] = self.run.run_id
         return message_id
 
     def context(self, node_id: int) -> Context:
-        """Returns what a ClientApp is told of its node. Nothing is kept in it from one message to the next."""
+        """Returns the context that a ClientApp gets with a message. It keeps no state from one message to the next."""
         return node_context(self.run.run_id, node_id, self.partitions[node_id], len(self.partitions), self.run_config)
 
 
@@ -83,7 +83,7 @@ def node_context(run_id: int, node_id: int, partition_id: int, nodes: int, run_c
 
 
 def answer(client_app: ClientApp, message: Message, context: Context) -> Message:
-    """Returns the answer of a ClientApp; an exception of its becomes an error, as in Flower's own simulation."""
+    """Returns the reply of a ClientApp; an exception becomes an error message, as in Flower's own simulation."""
     try:
         return client_app(message, context)
     except Exception:
@@ -91,10 +91,40 @@ def answer(client_app: ClientApp, message: Message, context: Context) -> Message
 
 
 def serve(server_app: ServerApp, grid: LocalGrid) -> None:
-    """Carries out a federation on `grid`. What the ServerApp raises is raised here."""
+    """Carries out a federation on `grid`. Raises whatever the ServerApp raises."""
     run_id = grid.run.run_id
-    # Flower stamps every message with the identity of its task; outside of its own processes that is for us to say.
-    # Where several runs share this process the last one's id stands there, so the grid stamps its messages again.
+    # Flower stamps every message with the identity of its task, which outside of its own processes we set. It is global
+    # to this process, so if several runs share it the id is that of the last one; `LocalGrid.stamp` corrects it.
     TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, run_id, 1
     context = Context(run_id=run_id, node_id=0, node_config={}, state=RecordDict(), run_config=dict(grid.run_config))
     server_app(grid, context)
+
+
+class InProcessGrid(LocalGrid):
+    """Answers in this process, one message after the other, when a reply is asked for."""
+
+    def __init__(self, client_app: ClientApp, run_config: dict[str, Scalar], nodes: int) -> None:
+        super().__init__(run_config, nodes)
+        self._client_app = client_app
+        self._waiting: dict[str, Message] = {}
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        ids = []
+        for message in messages:
+            ids.append(self.stamp(message))
+            self._waiting[ids[-1]] = message
+        return ids
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        """Returns one reply, that to the oldest message, so that the caller can show progress."""
+        wanted = set(message_ids)
+        first = next((message_id for message_id in self._waiting if message_id in wanted), None)
+        if first is None:
+            return []
+        message = self._waiting.pop(first)
+        return [answer(self._client_app, message, self.context(message.metadata.dst_node_id))]
+
+
+def run_inprocess(server_app: ServerApp, client_app: ClientApp, run_config: dict[str, Scalar], nodes: int) -> None:
+    """Carries out a federation in this process. Raises whatever the ServerApp raises."""
+    serve(server_app, InProcessGrid(client_app, run_config, nodes))

@@ -1,0 +1,231 @@
+"""The work of the pruning commands: prune a backbone, apply a plan to other weights, inspect and export the result.
+
+A pruned model is a folder with `plan.json` and `model.safetensors`; a device's folder of a run contains one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from clients.storage import DeviceStorage
+from experiments.output import count
+from tapfl.config import ModelOptions, RunConfig, Scalar
+from tapfl.data.sources import load_images
+from tapfl.errors import ConfigError, DataError, ModelError
+from tapfl.models.backbone import BackboneSpec, build, spec_of
+from tapfl.models.dense import DenseCache, dense_backbone
+from tapfl.models.forward import example_input, input_transform
+from tapfl.models.latency import latencies_ms, median_ms
+from tapfl.models.prunable import prunable_layers
+from tapfl.models.units import PrunableLayer
+from tapfl.models.weights import load_hub_weights, load_weights
+from tapfl.options import Scalar
+from tapfl.progress import stage
+from tapfl.pruning.basis import turned_on_pool
+from tapfl.pruning.budget import Budget
+from tapfl.pruning.criteria.registry import resolved
+from tapfl.pruning.export import export, load_exported
+from tapfl.pruning.pipeline import fine_tune_set, labels_of, prune_model
+from tapfl.pruning.plan import PLAN_FILE, LayerPlan, PruningPlan, load_plan, read_plan
+from tapfl.pruning.planning import pruning_task
+from tapfl.pruning.surgery import WEIGHTS_FILE, apply_plan, load_pruned, save_pruned
+from tapfl.seeds import numpy_generator
+from tapfl.store import cache_folder, content_hash
+
+REFITTED = ("compensation", "recovery")  # provenance of weights that a plan does not contain
+REPEATS = 30  # passes of which an exported model's latency is the median
+
+
+def prune(config: RunConfig, budget: Budget | float | str, out: Path) -> PruningPlan:
+    """Prunes the backbone that `config` names for the images of its `data.source`, and saves it to `out`.
+
+    The metric set and the fine-tune set are random samples of these images.
+
+    Raises:
+        TapflError: if an option is not valid or the budget cannot be met; nothing is written then.
+    """
+    torch.set_num_threads(1)  # the same bits on machines of any number of cores
+    require_new(out)
+    budget, options = Budget.parse(budget), resolved(config.pruning)
+    cache, transform = cache_folder(config.cache), input_transform(config.model)
+    images = load_images(config.data.source, config.data.image_size or max(transform.size), cache)
+    for name, size in (("metric.size", config.metric.size), ("pruning.recovery-size", options.recovery_size)):
+        if size > len(images):
+            raise DataError(f"{name} = {size}: {config.data.source!r} has {len(images)} images")
+    _, spec, model = dense_backbone(config.model, images, config.seed, DenseCache(cache))
+    with stage(f"pruning by {options.criterion}"):
+        if options.basis == "canonical":
+            model = turned_on_pool(model, images, transform, config.seed)
+        drawn = images.subset(numpy_generator(config.seed, "metric").permutation(len(images)))
+        metric = drawn.subset(np.arange(config.metric.size))
+        inputs, labels = transform(metric.images), labels_of(metric, options)
+        task = pruning_task(model, inputs, budget, options, config.metric.batch, labels, config.seed)
+        fine_tune = fine_tune_set(lambda size: drawn.subset(np.arange(size)), transform, options)
+        origin: dict[str, Scalar] = {"data": config.data.source, "metric-size": config.metric.size}
+        pruned = prune_model(task, spec, fine_tune, origin | {"budget": str(budget)}, config.seed)
+    save_pruned(pruned.model, pruned.plan, out)
+    return pruned.plan
+
+
+def reapply(source: Path, options: ModelOptions, names_backbone: bool, out: Path) -> list[str]:
+    """Applies the plan in `source` to the weights that `options` name, saves the model to `out`; returns warnings.
+
+    Args:
+        source: a pruned model's folder, a device's folder of a run, or a plan's JSON file.
+        names_backbone: whether the user gave the backbone's name or arguments, which then must be those of the plan.
+
+    Raises:
+        TapflError: if the weights or the plan do not fit; nothing is written then.
+    """
+    require_new(out)
+    plan = read_plan(pruned_folder(source))
+    classes = tuple(map(str, range(plan.backbone.num_classes)))
+    given = spec_of(options, classes)
+    if names_backbone and given != plan.backbone:
+        raise ConfigError(
+            f"model.name = {given.name!r} with {given.args}: the plan is for {plan.backbone.name} "
+            f"with {plan.backbone.args}; leave model.name and model.args out"
+        )
+    model = _with_weights(plan.backbone, options, classes)
+    small = apply_plan(plan, model)
+    warnings = [
+        f"the plan's own weights were refitted ({key} = {plan.provenance[key]}), which no plan carries"
+        for key in REFITTED
+        if plan.provenance.get(key, "none") not in ("none", "", False)
+    ]
+    kept = {key: value for key, value in plan.provenance.items() if key not in REFITTED}
+    provenance = kept | {"plan": plan.checksum[:16], "weights": content_hash(model.state_dict())}
+    save_pruned(small, plan.model_copy(update={"provenance": provenance}), out)
+    return warnings
+
+
+def _with_weights(spec: BackboneSpec, options: ModelOptions, classes: tuple[str, ...]) -> nn.Module:
+    """Returns the backbone with the weights that the options name, including their head; nothing is trained."""
+    if not options.weights:
+        raise ConfigError("model.weights = '': --plan needs the weights it is applied to; a .safetensors file, or hub")
+    if options.head_rows:
+        raise ConfigError(
+            f"model.head-rows = {options.head_rows!r}: a plan knows the number of classes, not their names"
+        )
+    model = build(spec)
+    if options.weights != "hub":
+        load_weights(model, Path(options.weights), classes, None, needs_head=True)
+        return model
+    theirs = getattr(model, "pretrained_cfg", {}).get("num_classes")
+    if theirs != spec.num_classes:
+        raise ModelError(f"model.weights = 'hub': their head has {theirs} classes, the plan's {spec.num_classes}")
+    load_hub_weights(model, spec, classes, None)
+    return model
+
+
+def require_new(out: Path) -> None:
+    """Raises ConfigError if `out` exists."""
+    if out.exists():
+        raise ConfigError(f"out = {str(out)!r}: exists already; give a folder that does not")
+
+
+def pruned_folder(folder: Path) -> Path:
+    """Returns the pruned model's folder: `folder` itself, or the one inside a device's folder of a run."""
+    inner = DeviceStorage(folder).pruned
+    return inner if not (folder / PLAN_FILE).exists() and inner.is_dir() else folder
+
+
+def inspect(folder: Path, repeats: int = 20) -> dict[str, Any]:
+    """Returns layers, cost before and after, and latency of a pruned model, measured on this machine.
+
+    ``bytes`` is the size of the weights' file, ``bytes_dense`` that of the dense model's tensors.
+
+    Raises:
+        PlanError: if the folder lacks a file or is damaged.
+    """
+    folder = pruned_folder(folder)
+    plan, _ = load_plan(folder)
+    small, dense = load_pruned(folder), build(plan.backbone)
+    dense_ms, small_ms = latencies_ms([dense, small], repeats)
+    return {
+        "folder": str(folder),
+        "backbone": plan.backbone.name,
+        "provenance": plan.provenance,
+        "params": plan.cost.params,
+        "params_dense": plan.dense.params,
+        "macs": plan.cost.macs,
+        "macs_dense": plan.dense.macs,
+        "bytes": (folder / WEIGHTS_FILE).stat().st_size,
+        "bytes_dense": sum(tensor.numel() * tensor.element_size() for tensor in dense.state_dict().values()),
+        "latency_ms": small_ms,
+        "latency_ms_dense": dense_ms,
+        "layers": layers_of(prunable_layers(dense), plan),
+    }
+
+
+def layers_of(dense: Sequence[PrunableLayer], plan: PruningPlan) -> list[dict[str, Any]]:
+    """Returns one row per layer of a plan: name, kind, stage, units, kept units, widths and importance.
+
+    Args:
+        dense: the prunable layers of the plan's backbone, with any weights.
+    """
+    return [_layer(layer, part) for layer, part in zip(dense, plan.layers, strict=True)]
+
+
+def _layer(layer: PrunableLayer, part: LayerPlan) -> dict[str, Any]:
+    heads = layer.shape_of(part.index()).heads
+    return {
+        "name": layer.name,
+        "kind": layer.kind,
+        "stage": layer.block.rpartition(".")[0],
+        "units": layer.units,
+        "kept": len(part.kept),
+        "width": _width(layer.kind, heads, len(part.kept)),
+        "width_dense": _width(layer.kind, layer.heads, layer.units),
+        "importance": part.importance,
+    }
+
+
+def _width(kind: str, heads: int, units: int) -> str:
+    """Returns heads x dimensions of an attention, all its heads being equally wide, or the neurons of an FFN."""
+    return f"{heads} x {units // heads}" if kind == "attention" and units else str(units)
+
+
+def costs(found: Mapping[str, Any]) -> Sequence[tuple[str, str, str, float]]:
+    """Returns name, dense, pruned and share of each cost that `inspect` returned; the first three as text."""
+    units = (("macs", "MACs"), ("params", "parameters"), ("bytes", "bytes of weights"), ("latency_ms", "ms an image"))
+    rows = []
+    for key, name in units:
+        dense, small = found[f"{key}_dense"], found[key]
+        show = (lambda value: f"{value:.3g}") if key == "latency_ms" else count
+        rows.append((name, show(dense), show(small), small / dense))
+    return rows
+
+
+def export_folder(folder: Path, out: Path, format: str, batch: int | None, opset: int | None) -> dict[str, Any]:
+    """Exports a pruned model to the file `out`; returns what was written and checked, and its latency.
+
+    Latencies are milliseconds per pass of `batch` images (one if None) on one thread.
+
+    Raises:
+        TapflError: if the folder or an argument is not valid, or the exported model computes something else; there
+            is no file then.
+    """
+    folder = pruned_folder(folder)
+    model, (plan, _) = load_pruned(folder), load_plan(folder)
+    written = export(model, plan, out, format, batch, opset)
+    exported, x = load_exported(out, format), example_input(model, batch or 1)
+    exported_ms, torch_ms = median_ms([lambda: exported(x), lambda: model(x)], REPEATS)
+    return {
+        "file": str(written.file),
+        "format": written.format,
+        "bytes": written.bytes,
+        "max_abs_difference": written.max_abs_difference,
+        "top1_equal": written.top1_equal,
+        "batches_checked": list(written.batches),
+        "plan": plan.checksum,
+        "latency_batch": batch or 1,
+        "latency_ms": exported_ms,
+        "latency_ms_torch": torch_ms,
+    }
