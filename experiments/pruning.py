@@ -15,7 +15,7 @@ from torch import nn
 
 from clients.storage import DeviceStorage
 from experiments.output import count
-from tapfl.config import ModelOptions, RunConfig, Scalar
+from tapfl.config import ModelOptions, RunConfig
 from tapfl.data.sources import load_images
 from tapfl.errors import ConfigError, DataError, ModelError
 from tapfl.models.backbone import BackboneSpec, build, spec_of
