@@ -33,7 +33,7 @@ from tapfl.pruning.surgery import rebuild, save_pruned, shrink
 from tapfl.seeds import numpy_generator
 from tapfl.store import cache_folder
 from tapfl.summary.descriptors import Projection
-from tapfl.summary.private import device_mixture
+from tapfl.summary.mixture import device_mixture
 from tapfl.training import Params, accuracy, batches, predict
 from tapfl.wire import (
     PROFILE_FIELDS,

@@ -23,7 +23,7 @@ from tapfl.pruning.allocate import allocate
 from tapfl.pruning.budget import Budget
 from tapfl.pruning.cost_table import cost_table
 from tapfl.pruning.criteria.registry import resolved
-from tapfl.pruning.unit_shape import aligned, ladder
+from tapfl.pruning.unit_shape import aligned, candidates
 from tapfl.store import cache_folder
 
 
@@ -65,5 +65,5 @@ def _check_backbone(config: RunConfig, public: ImageSet) -> None:
     pruning, cost = aligned(resolved(config.pruning), layers), measure_cost(model)
     for budget in sorted({profile.budget for profile in profiles_of(config.devices)}):
         table = cost_table(layers, cost, Budget.parse(budget))
-        ladders = [ladder(n, table.branches[n.name], pruning.unit_shape, pruning.align) for n in layers]
-        allocate(ladders, np.ones(len(layers)), table, pruning)
+        shapes = [candidates(n, table.branches[n.name], pruning.unit_shape, pruning.align) for n in layers]
+        allocate(shapes, np.ones(len(layers)), table, pruning)

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from importlib import import_module
-from inspect import cleandoc
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -117,11 +115,10 @@ def criteria_table() -> str:
     rows = []
     for name, where in BUILT_IN.items():
         module = where.partition(":")[0]
-        summary = cleandoc(import_module(module).__doc__ or "").split("\n\n")[0].replace("\n", " ")
-        recipe = getattr(criterion_of(name), "recipe", {})
-        defaults = ", ".join(f"{key.replace('_', '-')} = {value}" for key, value in recipe.items())
+        criterion = criterion_of(name)
+        defaults = ", ".join(f"{key.replace('_', '-')} = {value}" for key, value in criterion.defaults.items())
         file = f"[{module.rpartition('.')[2]}.py](../../{module.replace('.', '/')}.py)"
-        rows.append([f"`{name}`", summary, defaults or "those of `tap`", file])
+        rows.append([f"`{name}`", criterion.about, defaults or "those of `tap`", file])
     return table(["criterion", "what it is", "`auto` stands for", "file"], rows)
 
 

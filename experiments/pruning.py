@@ -19,21 +19,19 @@ from tapfl.config import ModelOptions, RunConfig
 from tapfl.data.sources import load_images
 from tapfl.errors import ConfigError, DataError, ModelError
 from tapfl.models.backbone import BackboneSpec, build, spec_of
-from tapfl.models.dense import DenseCache, dense_backbone
+from tapfl.models.cost import latencies_ms, median_ms
+from tapfl.models.dense import DenseCache, dense_backbone, load_hub_weights, load_weights
 from tapfl.models.forward import example_input, input_transform
-from tapfl.models.latency import latencies_ms, median_ms
 from tapfl.models.prunable import prunable_layers
 from tapfl.models.units import PrunableLayer
-from tapfl.models.weights import load_hub_weights, load_weights
 from tapfl.options import Scalar
 from tapfl.progress import stage
-from tapfl.pruning.basis import turned_on_pool
+from tapfl.pruning.basis import in_basis, turned_on_pool
 from tapfl.pruning.budget import Budget
 from tapfl.pruning.criteria.registry import resolved
 from tapfl.pruning.export import export, load_exported
-from tapfl.pruning.pipeline import fine_tune_set, labels_of, prune_model
+from tapfl.pruning.pipeline import fine_tune_set, labels_of, prune_model, pruning_task
 from tapfl.pruning.plan import PLAN_FILE, LayerPlan, PruningPlan, load_plan, read_plan
-from tapfl.pruning.planning import pruning_task
 from tapfl.pruning.surgery import WEIGHTS_FILE, apply_plan, load_pruned, save_pruned
 from tapfl.seeds import numpy_generator
 from tapfl.store import cache_folder, content_hash
@@ -60,8 +58,7 @@ def prune(config: RunConfig, budget: Budget | float | str, out: Path) -> Pruning
             raise DataError(f"{name} = {size}: {config.data.source!r} has {len(images)} images")
     _, spec, model = dense_backbone(config.model, images, config.seed, DenseCache(cache))
     with stage(f"pruning by {options.criterion}"):
-        if options.basis == "canonical":
-            model = turned_on_pool(model, images, transform, config.seed)
+        model = in_basis(model, options.basis, lambda: turned_on_pool(model, images, transform, config.seed))
         drawn = images.subset(numpy_generator(config.seed, "metric").permutation(len(images)))
         metric = drawn.subset(np.arange(config.metric.size))
         inputs, labels = transform(metric.images), labels_of(metric, options)

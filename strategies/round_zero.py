@@ -15,12 +15,11 @@ from tapfl.models.backbone import BackboneSpec
 from tapfl.models.forward import transform_of
 from tapfl.models.prunable import prunable_layers
 from tapfl.options import Scalar
-from tapfl.pruning.basis import carried_energy, turned_on_pool
+from tapfl.pruning.basis import in_basis, turned_on_pool
+from tapfl.pruning.criteria.criterion import PruningTask, Selection
 from tapfl.pruning.criteria.registry import resolved
-from tapfl.pruning.criteria.task import PruningTask, Selection
-from tapfl.pruning.pipeline import Pruned, fine_tune_set, labels_of, prune_to, select
-from tapfl.pruning.planning import pruning_task
-from tapfl.pruning.pool_probe import PoolProbe
+from tapfl.pruning.layer_importance import PoolProbe
+from tapfl.pruning.pipeline import Pruned, fine_tune_set, labels_of, prune_to, pruning_task, select
 from tapfl.seeds import numpy_generator, torch_generator
 from tapfl.store import cache_folder
 from tapfl.summary.descriptors import Projection, cached_features
@@ -71,9 +70,8 @@ def model_to_cut(config: RunConfig, pool: PublicPool, model: nn.Module) -> nn.Mo
     The canonical basis is found on the whole pool, never for one device: adapters are aggregated by index, which means
     something only where a dim is the same dim on every device. A model that was turned before is returned as it is.
     """
-    if resolved(config.pruning).basis == "canonical" and carried_energy(model) is None:
-        return turned_on_pool(model, pool.images, transform_of(model), config.seed)
-    return model
+    basis = resolved(config.pruning).basis
+    return in_basis(model, basis, lambda: turned_on_pool(model, pool.images, transform_of(model), config.seed))
 
 
 def task_images(

@@ -18,9 +18,8 @@ if TYPE_CHECKING:
     from tapfl.models.prunable import prunable_layers
     from tapfl.pruning.budget import Budget
     from tapfl.pruning.export import export
-    from tapfl.pruning.pipeline import prune_model
+    from tapfl.pruning.pipeline import prune_model, pruning_task
     from tapfl.pruning.plan import PruningPlan, load_plan, read_plan
-    from tapfl.pruning.planning import pruning_task
     from tapfl.pruning.surgery import apply_plan, load_pruned, save_pruned, shrink
     from tapfl.summary.descriptors import Projection
     from tapfl.summary.metric_set import pick_metric_set
@@ -50,7 +49,7 @@ _HOMES = {
     "pick_metric_set": "tapfl.summary.metric_set",
     "prune_model": "tapfl.pruning.pipeline",
     "prunable_layers": "tapfl.models.prunable",
-    "pruning_task": "tapfl.pruning.planning",
+    "pruning_task": "tapfl.pruning.pipeline",
     "read_plan": "tapfl.pruning.plan",
     "save_pruned": "tapfl.pruning.surgery",
     "shrink": "tapfl.pruning.surgery",

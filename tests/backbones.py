@@ -18,9 +18,8 @@ from tapfl.models.cost import measure_cost
 from tapfl.models.forward import example_input
 from tapfl.models.prunable import prunable_layers
 from tapfl.models.units import PrunableLayer
-from tapfl.pruning.pipeline import prune_model
+from tapfl.pruning.pipeline import prune_model, pruning_task
 from tapfl.pruning.plan import LayerPlan, PruningPlan
-from tapfl.pruning.planning import pruning_task
 
 CLASSES = 10
 VIT_ARGS: dict[str, Any] = {"img_size": 8, "patch_size": 2, "in_chans": 1, "embed_dim": 32, "depth": 2, "num_heads": 2}

@@ -19,7 +19,7 @@ from tapfl.models.units import Ffn, PrunableLayer, SelfAttention
 from tapfl.pruning.allocate import allocate, layer_weights, softmax_weights, water_fill
 from tapfl.pruning.budget import Budget
 from tapfl.pruning.cost_table import cost_table
-from tapfl.pruning.unit_shape import aligned, ladder
+from tapfl.pruning.unit_shape import aligned, candidates
 
 GOLDEN = golden("allocate")
 
@@ -33,8 +33,8 @@ def widths_of(
 ) -> dict[str, int]:
     """Widths under a budget in MACs; `dense` are those of the whole model."""
     costs = cost_table(layers, Cost(params=0, macs=dense), Budget.parse(budget))
-    ladders = [ladder(n, costs.branches[n.name], options.unit_shape, options.align) for n in layers]
-    return {name: shape.units for name, shape in allocate(ladders, weights, costs, options).items()}
+    steps = [candidates(n, costs.branches[n.name], options.unit_shape, options.align) for n in layers]
+    return {name: shape.units for name, shape in allocate(steps, weights, costs, options).items()}
 
 
 def test_softmax_weights_are_the_golden_ones() -> None:

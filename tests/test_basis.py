@@ -20,11 +20,10 @@ from tapfl.models.backbone import BackboneSpec
 from tapfl.models.forward import example_input
 from tapfl.models.residual import observe
 from tapfl.pruning.basis import canonical_basis, carried_energy, ordering
+from tapfl.pruning.criteria.norms import output_norms
 from tapfl.pruning.criteria.registry import criterion_of
-from tapfl.pruning.criteria.wanda import output_norms
 from tapfl.pruning.layer_importance import layer_importance
-from tapfl.pruning.pipeline import prune_model
-from tapfl.pruning.planning import plan_of, pruning_task
+from tapfl.pruning.pipeline import plan_of, prune_model, pruning_task
 from tapfl.pruning.surgery import shrink
 
 FAMILIES = ["vit", "deit", "swin"]

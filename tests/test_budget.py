@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 
 from tapfl.errors import ConfigError
 from tapfl.models.backbone import BackboneSpec
-from tapfl.models.cost import Cost, measure_cost
-from tapfl.models.latency import Timings
+from tapfl.models.cost import Cost, Timings, measure_cost
 from tapfl.models.units import Shape
 from tapfl.pruning.budget import Budget, Limit
 from tapfl.pruning.cost_table import cost_table

@@ -21,8 +21,7 @@ from tapfl.models.backbone import BackboneSpec
 from tapfl.models.forward import example_input
 from tapfl.models.residual import as_branch_output, observe
 from tapfl.models.units import PrunableLayer, replaced
-from tapfl.pruning.compensation import compensate, compensate_sequentially, compensated
-from tapfl.pruning.lost_output import LostOutput, unit_moments
+from tapfl.pruning.compensation import LostOutput, compensate, compensate_sequentially, compensated, unit_moments
 from tapfl.pruning.sensitivity import Sensitivity, sensitivities
 from tapfl.pruning.surgery import load_pruned, save_pruned, shrink
 
@@ -311,11 +310,11 @@ def test_the_result_is_saved_as_any_pruned_model(form: Form, vit: Tiny, tmp_path
 @BOTH
 def test_images_whose_rows_do_not_count_might_as_well_not_be_there(form: Form, vit: Tiny) -> None:
     kept, inputs = random_kept(vit.layers, 0.5), images(vit, 6)
-    felt = {}
+    fisher = {}
     for layer in vit.layers:
         rows = (torch.ones(2 * layer.tokens), torch.zeros(2 * layer.tokens), torch.ones(2 * layer.tokens))
-        felt[layer.name] = Sensitivity(rows, torch.eye(layer.embed_dim, dtype=torch.float64))
-    found = form(vit.model, kept, vit.layers, inputs, batch=2, felt=felt)
+        fisher[layer.name] = Sensitivity(rows, torch.eye(layer.embed_dim, dtype=torch.float64))
+    found = form(vit.model, kept, vit.layers, inputs, batch=2, fisher=fisher)
     without = form(vit.model, kept, vit.layers, inputs[[0, 1, 4, 5]], batch=2)
     for name, theta in found.state_dict().items():
         torch.testing.assert_close(theta, without.state_dict()[name], rtol=1e-4, atol=1e-4)
@@ -412,15 +411,15 @@ def test_what_is_known_of_all_units_gives_the_same_as_looking_again(
 ) -> None:
     backbone = families[family]
     inputs, generator = images(backbone, 6), torch.Generator().manual_seed(4)
-    felt = sensitivities(backbone.model, backbone.layers, inputs, 3, generator) if weighted else None
-    known = unit_moments(backbone.model, backbone.layers, inputs, 3, felt)
-    assert known.keys() == {layer.name for layer in backbone.layers if layer.kind == "ffn"}
+    fisher = sensitivities(backbone.model, backbone.layers, inputs, 3, generator) if weighted else None
+    moments = unit_moments(backbone.model, backbone.layers, inputs, 3, fisher)
+    assert moments.keys() == {layer.name for layer in backbone.layers if layer.kind == "ffn"}
     kept = random_kept(list(backbone.layers), 0.5)
-    kept[next(iter(known))] = NOBODY
-    looked = compensate(backbone.model, kept, backbone.layers, inputs, 3, felt=felt)
-    remembered = compensate(backbone.model, kept, backbone.layers, inputs, 3, felt=felt, known=known)
+    kept[next(iter(moments))] = NOBODY
+    looked = compensate(backbone.model, kept, backbone.layers, inputs, 3, fisher=fisher)
+    remembered = compensate(backbone.model, kept, backbone.layers, inputs, 3, fisher=fisher, moments=moments)
     for name, value in looked.state_dict().items():
         torch.testing.assert_close(remembered.state_dict()[name], value, rtol=1e-4, atol=1e-5)
-    ffns = {name: kept[name] for name in known}  # nothing is left to look at: an image is not even asked for
+    ffns = {name: kept[name] for name in moments}  # nothing is left to look at: an image is not even asked for
     monkeypatch.setattr(backbone.model, "forward", None)
-    compensate(backbone.model, ffns, backbone.layers, inputs, 3, felt=felt, known=known)
+    compensate(backbone.model, ffns, backbone.layers, inputs, 3, fisher=fisher, moments=moments)

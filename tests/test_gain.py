@@ -18,8 +18,7 @@ from tapfl.config import ModelOptions, PruningOptions, RunConfig
 from tapfl.errors import ConfigError
 from tapfl.models.backbone import build, spec_of
 from tapfl.models.forward import example_input
-from tapfl.pruning.pipeline import prune_model
-from tapfl.pruning.planning import pruning_task
+from tapfl.pruning.pipeline import prune_model, pruning_task
 from tapfl.pruning.surgery import save_pruned
 from tapfl.store import write_json
 

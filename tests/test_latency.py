@@ -10,10 +10,10 @@ import torch
 from backbones import Tiny
 
 from tapfl.config import PruningOptions
-from tapfl.models import latency
-from tapfl.models.latency import interpolated, latencies_ms, measure_timings, median_ms
+from tapfl.models import cost
+from tapfl.models.cost import interpolated, latencies_ms, measure_timings, median_ms
 from tapfl.models.units import Shape
-from tapfl.pruning import planning
+from tapfl.pruning import pipeline
 
 
 def test_interpolation_between_timings_never_falls() -> None:
@@ -34,7 +34,7 @@ def test_the_median_is_of_calls_that_take_turns_on_one_thread() -> None:
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(threads)
-    assert seen == [("a", 1), ("b", 1)] * (3 + latency.WARM_UP)
+    assert seen == [("a", 1), ("b", 1)] * (3 + cost.WARM_UP)
     assert len(found) == 2 and all(0 <= value < 1000 for value in found)
 
 
@@ -60,7 +60,7 @@ def test_every_branch_has_a_table_that_rises_with_both_sizes(family: str, famili
         assert (np.diff(table, axis=0) >= -1e-12).all() and (np.diff(table, axis=1) >= -1e-12).all()
         assert 0 < table[0, 0] <= table[-1, -1] < 1000
     for a, b in itertools.combinations(backbone.layers, 2):
-        if latency._likeness(a) == latency._likeness(b):
+        if cost._likeness(a) == cost._likeness(b):
             assert timings.branches[a.name] is timings.branches[b.name]
     assert len({id(table) for table in timings.branches.values()}) == (4 if family == "swin" else 2)
 
@@ -79,12 +79,12 @@ def test_a_narrower_model_is_faster(deit: Tiny) -> None:
 def test_latency_is_measured_only_where_a_budget_names_it(vit: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
 
-    def measured(*arguments: object) -> latency.Timings:
+    def measured(*arguments: object) -> cost.Timings:
         calls.append(arguments)
         return measure_timings(vit.model, vit.layers, repeats=1)
 
-    monkeypatch.setattr(planning, "measure_timings", measured)
-    planning.pruning_task(vit.model, vit.inputs, "macs<=0.5,params<=0.5", PruningOptions(), batch=4)
+    monkeypatch.setattr(pipeline, "measure_timings", measured)
+    pipeline.pruning_task(vit.model, vit.inputs, "macs<=0.5,params<=0.5", PruningOptions(), batch=4)
     assert not calls
-    task = planning.pruning_task(vit.model, vit.inputs, "macs<=0.5,latency<=0.9", PruningOptions(), batch=4)
+    task = pipeline.pruning_task(vit.model, vit.inputs, "macs<=0.5,latency<=0.9", PruningOptions(), batch=4)
     assert len(calls) == 1 and task.costs.dense[1] > 0

@@ -14,8 +14,7 @@ from experiments.compare.scenario import Scenario
 from tapfl.config import RunConfig, SummaryOptions
 from tapfl.errors import DataError
 from tapfl.models.forward import image_features
-from tapfl.summary.mixture import REG_COVAR, GaussianSummary, distinct, fit_mixture
-from tapfl.summary.private import device_mixture
+from tapfl.summary.mixture import REG_COVAR, GaussianSummary, device_mixture, distinct, fit_mixture
 
 DEVICES, LEAST = 10, SummaryOptions().min_support
 

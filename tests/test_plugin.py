@@ -16,7 +16,7 @@ from tapfl.pruning.criteria.registry import resolved
 
 MODULE = """
 from tapfl.adapters.rules import RULES
-from tapfl.pruning.criteria.random_units import random_units
+from tapfl.pruning.criteria.norms import random_units
 
 RULE = RULES["fedit"]
 

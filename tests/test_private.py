@@ -14,8 +14,7 @@ from tapfl.config import MetricOptions, RunConfig, SummaryOptions
 from tapfl.errors import ConfigError
 from tapfl.seeds import numpy_generator
 from tapfl.summary.metric_set import pick_metric_set
-from tapfl.summary.mixture import GaussianSummary, fit_mixture
-from tapfl.summary.private import add_noise, clip_points, device_mixture
+from tapfl.summary.mixture import GaussianSummary, add_noise, clip_points, device_mixture, fit_mixture
 
 D, CLIP = 6, 6.0
 

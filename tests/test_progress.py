@@ -30,8 +30,7 @@ from strategies.screens.pace import Pace, clock_time
 from tapfl.config import PruningOptions, SummaryOptions
 from tapfl.progress import Advance, is_shown, shown_on, stage, track
 from tapfl.pruning.criteria.registry import BUILT_IN, criterion_of
-from tapfl.pruning.pipeline import prune_model
-from tapfl.pruning.planning import pruning_task
+from tapfl.pruning.pipeline import prune_model, pruning_task
 from tapfl.summary.mixture import fit_mixture
 
 Told = list[tuple[str, int, int, str]]

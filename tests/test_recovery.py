@@ -18,9 +18,9 @@ from tapfl.errors import ConfigError, ModelError
 from tapfl.models.forward import example_input
 from tapfl.progress import shown_on
 from tapfl.pruning import recovery
-from tapfl.pruning.criteria.task import Selection
+from tapfl.pruning.criteria.criterion import Selection
 from tapfl.pruning.criteria.updp import updp
-from tapfl.pruning.planning import pruning_task
+from tapfl.pruning.pipeline import pruning_task
 from tapfl.pruning.recovery import (
     FadingBranch,
     fading_branches,

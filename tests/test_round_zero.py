@@ -19,11 +19,10 @@ from tapfl.memo import Memo
 from tapfl.models.backbone import BackboneSpec, build, spec_of
 from tapfl.models.prunable import prunable_layers
 from tapfl.models.units import Shape
-from tapfl.pruning.criteria.ranking import by_layer
-from tapfl.pruning.layer_importance import layer_importance
+from tapfl.pruning.criteria.criterion import by_layer
+from tapfl.pruning.layer_importance import PoolProbe, layer_importance
+from tapfl.pruning.pipeline import pruning_task
 from tapfl.pruning.plan import PruningPlan
-from tapfl.pruning.planning import pruning_task
-from tapfl.pruning.pool_probe import PoolProbe
 from tapfl.pruning.scores import neuron_importance
 from tapfl.pruning.unit_shape import keep_best
 

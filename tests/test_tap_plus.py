@@ -14,11 +14,10 @@ from torch.nn import functional as F
 
 from tapfl.config import PruningOptions
 from tapfl.pruning.basis import carried_energy
+from tapfl.pruning.compensation import LostOutput
 from tapfl.pruning.criteria.registry import resolved
-from tapfl.pruning.elimination import elimination_order
-from tapfl.pruning.lost_output import LostOutput
-from tapfl.pruning.pipeline import prune_model
-from tapfl.pruning.planning import pruning_task
+from tapfl.pruning.criteria.tap import elimination_order
+from tapfl.pruning.pipeline import prune_model, pruning_task
 from tapfl.pruning.sensitivity import TRUST, sensitivities
 
 FAMILIES = ["vit", "deit", "swin"]

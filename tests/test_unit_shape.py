@@ -18,14 +18,13 @@ from tapfl.config import PruningOptions
 from tapfl.errors import BudgetError
 from tapfl.models.cost import measure_cost
 from tapfl.models.units import Ffn, PrunableLayer, SelfAttention, Shape
-from tapfl.pruning import planning
+from tapfl.pruning import pipeline
 from tapfl.pruning.budget import Budget
 from tapfl.pruning.cost_table import cost_table
 from tapfl.pruning.criteria import registry, upop
-from tapfl.pruning.criteria.ranking import across_layers, by_layer
-from tapfl.pruning.criteria.task import PruningTask
+from tapfl.pruning.criteria.criterion import PruningTask, Selection, across_layers, by_layer
 from tapfl.pruning.surgery import shrink
-from tapfl.pruning.unit_shape import Ladder, aligned, keep_best, ladder, slices
+from tapfl.pruning.unit_shape import Candidates, aligned, candidates, keep_best, slices
 
 FAMILIES = ["vit", "deit", "swin"]
 SHAPES = ["head-dims", "heads", "both"]
@@ -37,7 +36,7 @@ def attention(heads: int, dims: int, columns: int = 0) -> SelfAttention:
     return SelfAttention(**place, heads=heads, units=heads * dims, params_per_head=columns)  # type: ignore[arg-type]
 
 
-def ladder_of(layer: PrunableLayer, unit_shape: str, align: int, scores: Tensor, quantity: str = "macs") -> Ladder:
+def shapes_of(layer: PrunableLayer, unit_shape: str, align: int, scores: Tensor, quantity: str = "macs") -> Candidates:
     table = np.array(
         [
             [getattr(layer, quantity)(Shape(h, d)) for d in range(layer.units_per_head + 1)]
@@ -45,7 +44,7 @@ def ladder_of(layer: PrunableLayer, unit_shape: str, align: int, scores: Tensor,
         ],
         dtype=np.float64,
     )
-    return ladder(layer, table[None], unit_shape, align, scores)
+    return candidates(layer, table[None], unit_shape, align, scores)
 
 
 def random_scores(layers: list[PrunableLayer] | tuple[PrunableLayer, ...], seed: int = 0) -> dict[str, Tensor]:
@@ -55,21 +54,21 @@ def random_scores(layers: list[PrunableLayer] | tuple[PrunableLayer, ...], seed:
 
 def test_the_shapes_of_an_attention_and_of_an_ffn() -> None:
     layer, scores = attention(2, 6), torch.arange(12.0)
-    assert ladder_of(layer, "head-dims", 4, scores).shapes == ((2, 0), (2, 4), (2, 6))
-    assert ladder_of(layer, "heads", 4, scores).shapes == ((0, 6), (1, 6), (2, 6))
+    assert shapes_of(layer, "head-dims", 4, scores).shapes == ((2, 0), (2, 4), (2, 6))
+    assert shapes_of(layer, "heads", 4, scores).shapes == ((0, 6), (1, 6), (2, 6))
     # 4 units: one head of 4; 6: one head of 6; 8: two of 4; 12: all
-    assert ladder_of(layer, "both", 4, scores).shapes == ((0, 0), (1, 4), (1, 6), (2, 4), (2, 6))
+    assert shapes_of(layer, "both", 4, scores).shapes == ((0, 0), (1, 4), (1, 6), (2, 4), (2, 6))
     ffn = Ffn(name="mlp", block="", heads=1, units=10, embed_dim=8, tokens=4, span=0)
     for unit_shape in SHAPES:
-        assert ladder_of(ffn, unit_shape, 4, torch.rand(10)).shapes == ((1, 0), (1, 4), (1, 8), (1, 10))
+        assert shapes_of(ffn, unit_shape, 4, torch.rand(10)).shapes == ((1, 0), (1, 4), (1, 8), (1, 10))
 
 
 def test_both_takes_of_a_size_the_shape_that_keeps_most() -> None:
     layer = attention(2, 4)
     one_good_head = torch.tensor([1.0, 1, 1, 1, 0, 0, 0, 0])
     good_dims = torch.tensor([9.0, 9, 0, 0, 9, 9, 0, 0])
-    assert Shape(1, 4) in ladder_of(layer, "both", 2, one_good_head).shapes
-    assert Shape(2, 2) in ladder_of(layer, "both", 2, good_dims).shapes
+    assert Shape(1, 4) in shapes_of(layer, "both", 2, one_good_head).shapes
+    assert Shape(2, 2) in shapes_of(layer, "both", 2, good_dims).shapes
     assert keep_best(layer, one_good_head, Shape(1, 4)).tolist() == [0, 1, 2, 3]
     assert keep_best(layer, good_dims, Shape(2, 2)).tolist() == [0, 1, 4, 5]
 
@@ -79,7 +78,7 @@ def test_no_shape_of_a_size_keeps_more_than_the_one_of_both(heads: int, dims: in
     layer = attention(heads, dims)
     scores = torch.rand(layer.units, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     allowed = [d for d in range(1, dims + 1) if d % align == 0 or d == dims]
-    for shape in ladder_of(layer, "both", align, scores).shapes:
+    for shape in shapes_of(layer, "both", align, scores).shapes:
         same = [(h, d) for h in range(1, heads + 1) for d in allowed if h * d == shape.units]
         kept = {s: float(scores[keep_best(layer, scores, Shape(*s))].sum()) for s in same}
         if shape.units:
@@ -90,12 +89,12 @@ def test_no_shape_of_a_size_keeps_more_than_the_one_of_both(heads: int, dims: in
     heads=st.integers(1, 4), dims=st.integers(1, 8), columns=st.integers(0, 200), align=st.integers(1, 4),
     unit_shape=st.sampled_from(SHAPES),
 )  # fmt: skip
-def test_a_ladder_rises_in_size_and_never_falls_in_cost(
+def test_candidates_rise_in_size_and_never_fall_in_cost(
     heads: int, dims: int, columns: int, align: int, unit_shape: str
 ) -> None:
     """Also where a head costs by itself, so that few units in many heads cost more than many in few."""
     layer = attention(heads, dims, columns)
-    steps = ladder_of(layer, unit_shape, align, torch.rand(layer.units), "params")
+    steps = shapes_of(layer, unit_shape, align, torch.rand(layer.units), "params")
     assert all(a < b for a, b in pairwise(steps.units))
     assert all(a <= b for a, b in pairwise(steps.costs[0]))
     assert steps.units[0] == 0 and steps.units[-1] == layer.units
@@ -154,7 +153,7 @@ def test_masked_is_shrunk_with_whole_heads_gone(
     backbone = families[family]
     model = backbone.model if fused else unfused(backbone.model)
     options = PruningOptions(align=4, unit_shape=unit_shape, ratio="uniform", floor=0.0)
-    task = planning.pruning_task(model, backbone.inputs, 0.6, options, batch=4)
+    task = pipeline.pruning_task(model, backbone.inputs, 0.6, options, batch=4)
     scores = random_scores(backbone.layers)
     for layer in backbone.layers:
         scores[layer.name].view(layer.heads, -1)[0] *= 0.01 if layer.heads > 1 else 1  # a head that is hardly worth it
@@ -173,7 +172,7 @@ def test_masked_is_shrunk_with_whole_heads_gone(
 def task_of(backbone: Tiny, budget: str, **options: object) -> PruningTask:
     settings = PruningOptions(**({"align": 1, "ratio": "uniform"} | options))  # type: ignore[arg-type]
     timings = made_up_timings(backbone.layers)
-    return planning.pruning_task(backbone.model, backbone.inputs, budget, settings, batch=2, timings=timings)
+    return pipeline.pruning_task(backbone.model, backbone.inputs, budget, settings, batch=2, timings=timings)
 
 
 BUDGETS = ["params<=0.6", "macs<=0.6,params<=0.5", "latency<=0.8", "block-macs<=0.5,latency<=0.9"]
@@ -185,7 +184,7 @@ def test_every_criterion_keeps_every_limit(name: str, budget: str, vit: Tiny, mo
     monkeypatch.setattr(upop, "STEPS", 4)
     task = task_of(vit, budget, criterion=name)
     selection = registry.criterion_of(name)(task)
-    plan = planning.plan_of(task, selection, vit.spec)
+    plan = pipeline.plan_of(task, selection, vit.spec)
     shapes = {layer.name: layer.shape_of(selection.kept[layer.name]) for layer in task.layers}
     used = task.costs.total(shapes) / task.costs.allowed
     assert (used <= 1 + 1e-9).all()
@@ -213,7 +212,7 @@ def test_the_option_decides_in_which_shapes_attentions_are_cut(
     for layer, shape in zip(attentions, shapes, strict=True):
         assert expected != "head-dims" or shape.heads == layer.heads
         assert expected != "heads" or shape.dims in (0, layer.units_per_head)
-    plan = planning.plan_of(task, planning.Selection(kept), backbone.spec)
+    plan = pipeline.plan_of(task, Selection(kept), backbone.spec)
     assert 0.995 * 0.6 * plan.dense.macs <= plan.cost.macs <= 0.6 * plan.dense.macs
 
 

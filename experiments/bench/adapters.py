@@ -34,9 +34,9 @@ from tapfl.models.forward import example_input, head_names
 from tapfl.models.prunable import prunable_layers
 from tapfl.personalize.apfl import Apfl
 from tapfl.personalize.methods import FedAvg
-from tapfl.pruning.criteria.random_units import random_units
+from tapfl.pruning.criteria.norms import random_units
+from tapfl.pruning.pipeline import pruning_task
 from tapfl.pruning.plan import LayerPlan, PruningPlan
-from tapfl.pruning.planning import pruning_task
 from tapfl.seeds import torch_generator
 from tapfl.training import Params
 

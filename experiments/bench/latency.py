@@ -1,7 +1,7 @@
 """Latency of smaller models in torch and onnxruntime: at given shares of the MACs, and of the devices of a run.
 
 How fast a model is depends on its shapes alone, so random weights and random units do. All models take turns on one
-thread; times are the thread's own (`tapfl.models.latency`). Adapters are left out: merged into the weights they cost
+thread; times are the thread's own (`tapfl.models.cost`). Adapters are left out: merged into the weights they cost
 nothing.
 """
 
@@ -29,14 +29,13 @@ from experiments.swept.table import write_table
 from tapfl.config import PruningOptions
 from tapfl.errors import ConfigError
 from tapfl.models.backbone import build
+from tapfl.models.cost import median_ms, timed_ms
 from tapfl.models.forward import example_input
-from tapfl.models.latency import median_ms, timed_ms
 from tapfl.models.prunable import prunable_layers
 from tapfl.models.units import Shape
 from tapfl.pruning.export import export, load_exported
-from tapfl.pruning.pipeline import prune_model
+from tapfl.pruning.pipeline import prune_model, pruning_task
 from tapfl.pruning.plan import PruningPlan, load_plan
-from tapfl.pruning.planning import pruning_task
 from tapfl.pruning.surgery import WEIGHTS_FILE, load_pruned
 from tapfl.store import RunFolder, pack_tensors, write_bytes
 

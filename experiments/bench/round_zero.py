@@ -22,11 +22,10 @@ from tapfl.data.sources import load_images
 from tapfl.models.backbone import BackboneSpec, build, spec_of
 from tapfl.models.forward import image_features, transform_of
 from tapfl.pruning.compensation import compensated
-from tapfl.pruning.criteria.task import PruningTask, Selection
+from tapfl.pruning.criteria.criterion import PruningTask, Selection
 from tapfl.seeds import numpy_generator
 from tapfl.summary.metric_set import RULES
-from tapfl.summary.mixture import GaussianSummary
-from tapfl.summary.private import device_mixture
+from tapfl.summary.mixture import GaussianSummary, device_mixture
 
 POOL, COMPONENTS, ALONE = 897, 3, 3  # images of the pool, components a device, devices that are planned without sharing
 MEASURES = ("ρ attention", "ρ ffn", "kept alike", "accuracy own", "accuracy pool", "pool - own")

@@ -26,13 +26,13 @@ from tapfl.data.sources import ImageSet
 from tapfl.errors import BudgetError, ConfigError
 from tapfl.memo import Memo
 from tapfl.models.units import PrunableLayer
+from tapfl.pruning.compensation import unit_moments
+from tapfl.pruning.criteria.criterion import PruningTask, Scores, Selection
 from tapfl.pruning.criteria.registry import criterion_of, resolved
-from tapfl.pruning.criteria.task import PruningTask, Ranked, Scores, Selection
-from tapfl.pruning.lost_output import unit_moments
-from tapfl.pruning.pipeline import cut, recovered, row_sensitivities, select
-from tapfl.pruning.planning import plan_of
+from tapfl.pruning.pipeline import cut, plan_of, recovered, row_sensitivities, select
 
 Row = dict[str, str]
+Scoring = Callable[[PruningTask], Scores]
 FINISH = tuple(name for name in PruningOptions.model_fields if name.startswith(("compensation", "recovery", "distill")))
 # options that scores do not depend on: they decide how a budget is spent
 SPENDING = ("criterion", "ratio", "tau", "gamma", "align", "floor", "unit_shape", "probe", "send")
@@ -129,23 +129,23 @@ class CellRunner:
         """Returns the selection of the criterion, or why there is none."""
         criterion = criterion_of(task.options.criterion)
         try:
-            if not isinstance(criterion, Ranked):
+            if criterion.scores is None:
                 return Timed.of(lambda: select(task))
-            scores = self._scores(cell, task.options, criterion, cell.instead, lambda: task)
+            scores = self._scores(cell, task.options, criterion.scores, cell.instead, lambda: task)
             spent = Timed.of(lambda: criterion.spend(task, scores.value))
             return Timed(spent.value, scores.seconds + spent.seconds)
         except BudgetError as error:
             return Timed(str(error), 0.0)
 
     def _scores(
-        self, cell: Cell, options: PruningOptions, criterion: Ranked, instead: str, task: Callable[[], PruningTask]
+        self, cell: Cell, options: PruningOptions, scoring: Scoring, instead: str, task: Callable[[], PruningTask]
     ) -> Timed:
         plain = options.model_copy(update=dict.fromkeys((*FINISH, *SPENDING)))
-        key = (_images_key(cell), instead, criterion.scores, plain)
+        key = (_images_key(cell), instead, scoring, plain)
 
         def make() -> Timed:
             problem = task()
-            return Timed.of(lambda: criterion.scores(problem))
+            return Timed.of(lambda: scoring(problem))
 
         scores: Timed = self._once("scores", key, make)
         return scores
@@ -153,25 +153,25 @@ class CellRunner:
     def _agreement(self, cell: Cell, view: DeviceView, task: PruningTask) -> Mapping[str, object]:
         """Returns the rank correlations of the scores with those on the device's own training images."""
         criterion = criterion_of(task.options.criterion)
-        if not isinstance(criterion, Ranked):
+        if criterion.scores is None:
             return {}
 
         def oracle() -> PruningTask:
             return self._task(cell, view, self._images(cell, view, "oracle"))
 
-        ours = self._scores(cell, task.options, criterion, cell.instead, lambda: task)
-        theirs = self._scores(cell, task.options, criterion, "oracle", oracle)
+        ours = self._scores(cell, task.options, criterion.scores, cell.instead, lambda: task)
+        theirs = self._scores(cell, task.options, criterion.scores, "oracle", oracle)
         return rank_correlations(task.layers, ours.value, theirs.value)
 
     def _cut(self, cell: Cell, task: PruningTask, selection: Selection) -> nn.Module:
-        seed, options, rows, known = cell.config.seed, task.options, None, None
+        seed, options, rows, moments = cell.config.seed, task.options, None, None
         if selection.model is None and options.compensation != "none":  # the same weights for all criteria of a basis
             key = (_images_key(cell), options.basis, options.compensation_rows)
             rows = self._once("sensitivities", key, lambda: row_sensitivities(task, task.model, seed))
             if options.compensation == "one-pass":
                 inputs = (task.model, task.layers, task.inputs, task.batch, rows)
-                known = self._once("moments", key, lambda: unit_moments(*inputs))
-        return cut(task, selection, seed, rows, known)
+                moments = self._once("moments", key, lambda: unit_moments(*inputs))
+        return cut(task, selection, seed, rows, moments)
 
 
 def scenario_of(config: RunConfig) -> RunConfig:

@@ -18,17 +18,15 @@ from tapfl.data.transform import Transform
 from tapfl.models.backbone import BackboneSpec
 from tapfl.models.dense import DenseCache, dense_backbone
 from tapfl.models.forward import image_features, input_transform
-from tapfl.pruning.basis import turned_on_pool
+from tapfl.pruning.basis import in_basis, turned_on_pool
 from tapfl.pruning.budget import Budget
+from tapfl.pruning.criteria.criterion import PruningTask
 from tapfl.pruning.criteria.registry import resolved
-from tapfl.pruning.criteria.task import PruningTask
-from tapfl.pruning.pipeline import FineTuneSet, fine_tune_set, labels_of
-from tapfl.pruning.planning import pruning_task
+from tapfl.pruning.pipeline import FineTuneSet, fine_tune_set, labels_of, pruning_task
 from tapfl.seeds import numpy_generator
 from tapfl.store import cache_folder
 from tapfl.summary.descriptors import cached_features
-from tapfl.summary.mixture import GaussianSummary
-from tapfl.summary.private import device_mixture
+from tapfl.summary.mixture import GaussianSummary, device_mixture
 from tapfl.training import accuracy, predict
 
 
@@ -121,7 +119,7 @@ class DeviceView:
     def task(self, images: ImageSet, budget: Budget, options: PruningOptions, batch: int) -> PruningTask:
         """Returns the input of every criterion."""
         scenario = self.scenario
-        model = scenario.turned if resolved(options).basis == "canonical" else scenario.model
+        model = in_basis(scenario.model, resolved(options).basis, lambda: scenario.turned)
         inputs, labels = scenario.transform(images.images), labels_of(images, options)
         return pruning_task(model, inputs, budget, options, batch, labels, scenario.config.seed)
 

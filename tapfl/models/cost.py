@@ -1,15 +1,31 @@
-"""What a model costs: parameters, and multiply-accumulates (MACs) for one image."""
+"""The cost of a model: parameters, multiply-accumulates (MACs) for one image, and latency.
+
+Latency is milliseconds of one image on one thread of this machine, in the thread's own CPU time: time that other
+processes take from the core would fall on long calls more than on short ones, and a model would then seem slower than
+its branches together. On an idle core it is the time on the clock. It is measured, so no two runs give the same
+numbers; it enters a plan only where a budget names latency.
+"""
 
 from __future__ import annotations
 
 import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
+import numpy as np
+import torch
 from pydantic import BaseModel, ConfigDict
 from timm.layers import Attention
 from timm.models.swin_transformer import WindowAttention
 from torch import Tensor, nn
 
-from tapfl.models.forward import watch_example
+from tapfl.models.forward import example_input, watch_example
+from tapfl.models.units import PrunableLayer, Shape
+from tapfl.progress import track
+
+WARM_UP = 2
+POINTS = (1 / 8, 1 / 4, 1 / 2, 3 / 4, 1)  # widths, as shares of the dense one, at which a branch is timed
 
 
 class Cost(BaseModel):
@@ -41,3 +57,111 @@ def measure_cost(model: nn.Module) -> Cost:
     counted = (nn.Linear, nn.Conv2d, Attention, WindowAttention)
     watch_example(model, {module: count for module in model.modules() if isinstance(module, counted)})
     return Cost(params=sum(p.numel() for p in model.parameters()), macs=macs)
+
+
+@dataclass(frozen=True, eq=False)
+class Timings:
+    """What a dense model takes, and each of its branches in any shape.
+
+    Attributes:
+        dense: milliseconds of the dense model.
+        branches: by layer name, milliseconds (heads + 1, units a head + 1) by heads and dims that stay.
+    """
+
+    dense: float
+    branches: Mapping[str, np.ndarray]
+
+
+@torch.no_grad()
+def timed_ms(calls: Sequence[Callable[[], object]], repeats: int) -> np.ndarray:
+    """Returns (calls, repeats), the milliseconds of this thread in each call in each turn."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    seconds = np.zeros((repeats + WARM_UP, len(calls)))
+    try:
+        for turn in track(seconds, "latency"):
+            for i, call in enumerate(calls):
+                start = time.thread_time()
+                call()
+                turn[i] = time.thread_time() - start
+    finally:
+        torch.set_num_threads(threads)
+    return seconds[WARM_UP:].T * 1e3
+
+
+def median_ms(calls: Sequence[Callable[[], object]], repeats: int) -> list[float]:
+    """Returns the median milliseconds of this thread in each call, all taking turns."""
+    return [float(value) for value in np.median(timed_ms(calls, repeats), axis=1)]
+
+
+def latencies_ms(models: Sequence[nn.Module], repeats: int) -> list[float]:
+    """Returns the median milliseconds of one image through each model, all taking turns, on one thread."""
+    return median_ms([_pass(model, example_input(model)) for model in models], repeats)
+
+
+def measure_timings(model: nn.Module, layers: Sequence[PrunableLayer], align: int = 1, repeats: int = 15) -> Timings:
+    """Returns timings of `model`, and of its branches at a few shapes, monotone in both sizes and interpolated between.
+
+    Branches that differ in name alone are timed once. A branch is timed by itself, without what its block adds to it
+    (norms, windows and their masks), which is in the model's own time and which no pruning saves.
+
+    Args:
+        align: dims at which branches are timed are multiples of it where they can be.
+    """
+    kinds: dict[tuple[object, ...], PrunableLayer] = {}
+    for layer in layers:
+        kinds.setdefault(_likeness(layer), layer)
+    calls: list[Callable[[], object]] = [_pass(model, example_input(model))]
+    places: list[tuple[tuple[object, ...], Shape]] = []
+    for key, layer in kinds.items():
+        branch = model.get_submodule(layer.name)
+        for shape in [Shape(0, 0), *(Shape(h, d) for h in _heads(layer) for d in _dims(layer, align))]:
+            places.append((key, shape))
+            calls.append(_pass(layer.shrink(branch, _first(layer, shape)), _example(layer)))
+    dense, *found = median_ms(calls, repeats)
+    measured: dict[tuple[object, ...], dict[Shape, float]] = {key: {} for key in kinds}
+    for (key, shape), milliseconds in zip(places, found, strict=True):
+        measured[key][shape] = milliseconds
+    tables = {key: interpolated(measured[key]) for key in kinds}
+    return Timings(dense, {layer.name: tables[_likeness(layer)] for layer in layers})
+
+
+def interpolated(measured: Mapping[Shape, float]) -> np.ndarray:
+    """Returns (heads + 1, dims + 1) by linear interpolation, never falling with either size.
+
+    Args:
+        measured: the shape (0, 0), and a grid of heads by dims, of which the largest are the whole layer's.
+    """
+    heads, dims = (sorted({0, *sizes}) for sizes in zip(*measured, strict=True))
+    grid = np.array([[measured[Shape(h, d) if h * d else Shape(0, 0)] for d in dims] for h in heads])
+    grid = np.maximum.accumulate(np.maximum.accumulate(grid, axis=0), axis=1)
+    by_dims = np.stack([np.interp(np.arange(dims[-1] + 1), dims, row) for row in grid])
+    return np.stack([np.interp(np.arange(heads[-1] + 1), heads, column) for column in by_dims.T], axis=1)
+
+
+def _likeness(layer: PrunableLayer) -> tuple[object, ...]:
+    return layer.kind, layer.embed_dim, layer.tokens, layer.span, layer.heads, layer.units
+
+
+def _heads(layer: PrunableLayer) -> list[int]:
+    return sorted({1, -(-layer.heads // 2), layer.heads})
+
+
+def _dims(layer: PrunableLayer, align: int) -> list[int]:
+    full = layer.units_per_head
+    return sorted({min(max(round(share * full / align), 1) * align, full) if share < 1 else full for share in POINTS})
+
+
+def _first(layer: PrunableLayer, shape: Shape) -> Tensor:
+    """The first `dims` units of the first `heads` heads: which ones makes no difference to the time."""
+    units = torch.arange(layer.units).view(layer.heads, -1)
+    return units[: shape.heads, : shape.dims].flatten()
+
+
+def _example(layer: PrunableLayer) -> Tensor:
+    span = layer.span or layer.tokens
+    return torch.zeros(layer.tokens // span, span, layer.embed_dim)
+
+
+def _pass(module: nn.Module, x: Tensor) -> Callable[[], object]:
+    return lambda: module(x)

@@ -1,11 +1,12 @@
-"""How images pass through a backbone: what it takes, its steps in turn, its features, its heads.
+"""How images pass through a backbone: its input format, its steps, its features, its heads.
 
-This, `tapfl.models.pit` and `tapfl.models.units` are the only places that know how timm lays a backbone out.
+This file, `tapfl.models.residual` and `tapfl.models.units` are the only ones that know the layout of timm's models.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
 
@@ -14,13 +15,16 @@ import timm.data
 import torch
 from timm.models import PoolingVisionTransformer, SwinTransformer, VisionTransformer
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from tapfl.config import ModelOptions
 from tapfl.data.transform import Transform
 from tapfl.errors import ModelError
 from tapfl.models.backbone import ACCEPTED, build, spec_of
-from tapfl.models.pit import Step, pit_steps
 from tapfl.progress import track
+
+Step = tuple[str, Callable[[Tensor], Tensor]]
+Grid = tuple[int, int]
 
 
 def transform_of(model: Any) -> Transform:
@@ -44,15 +48,22 @@ def example_input(model: nn.Module, batch: int = 1) -> Tensor:
     return torch.zeros(batch, transform.channels, *transform.size, device=next(model.parameters()).device)
 
 
-@torch.no_grad()
-def watch_example(model: nn.Module, hooks: Mapping[nn.Module, Callable[..., None]]) -> None:
-    """Lets an example input pass through `model`, with a forward hook on each of these modules."""
-    handles = [module.register_forward_hook(hook) for module, hook in hooks.items()]
+@contextmanager
+def hooked(handles: Iterable[RemovableHandle]) -> Iterator[None]:
+    """Removes these hooks at the end of the block."""
+    handles = list(handles)
     try:
-        model(example_input(model))
+        yield
     finally:
         for handle in handles:
             handle.remove()
+
+
+@torch.no_grad()
+def watch_example(model: nn.Module, hooks: Mapping[nn.Module, Callable[..., None]]) -> None:
+    """Passes an example input through `model`, with a forward hook on each of these modules."""
+    with hooked(module.register_forward_hook(hook) for module, hook in hooks.items()):
+        model(example_input(model))
 
 
 def head_names(model: Any) -> tuple[str, ...]:
@@ -72,7 +83,7 @@ def segments(model: nn.Module) -> list[Step]:
         steps = [("stem", lambda x: model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(x)))))]
         steps.extend((f"blocks.{i}", block) for i, block in enumerate(model.blocks))
     elif isinstance(model, PoolingVisionTransformer):
-        steps = pit_steps(model)
+        steps = _pit_steps(model)
     elif isinstance(model, SwinTransformer):
         steps = [("stem", model.patch_embed)]
         for s, stage in enumerate(model.layers):
@@ -95,3 +106,47 @@ def image_features(model: Any, inputs: Iterable[Tensor]) -> np.ndarray:
     """Returns pooled pre-logits features, float32 (n, width), of batches in the backbone's input format."""
     pooled = (model.forward_head(model.forward_features(x), pre_logits=True) for x in track(inputs, "features"))
     return torch.cat(list(pooled)).numpy()
+
+
+def _pit_steps(model: Any) -> list[Step]:
+    """Returns the forward pass of a PiT (pooling-based ViT, arXiv 2103.16302) up to its last norm, as named steps.
+
+    timm passes the grid and the class tokens side by side. Here they travel as the one sequence (n, class tokens +
+    grid, width) that the blocks see, so that a pass can be resumed from the input of any block.
+    """
+
+    def stem(x: Tensor) -> Tensor:
+        x = model.pos_drop(model.patch_embed(x) + model.pos_embed)
+        return _sequence(model.cls_token.expand(len(x), -1, -1), x)
+
+    steps: list[Step] = [("stem", stem)]
+    grid: Grid = model.patch_embed.grid_size
+    for s, stage in enumerate(model.transformers):
+        steps.append((f"transformers.{s}.pool", _entrance(stage, grid, model.num_tokens)))
+        steps.extend((f"transformers.{s}.blocks.{i}", block) for i, block in enumerate(stage.blocks))
+        grid = grid if stage.pool is None else _pooled(grid, stage.pool.conv)
+    steps.append(("class_tokens", lambda x: x[:, : model.num_tokens]))
+    return steps
+
+
+def _entrance(stage: Any, grid: Grid, class_tokens: int) -> Callable[[Tensor], Tensor]:
+    def enter(x: Tensor) -> Tensor:
+        if stage.pool is not None:
+            image = x[:, class_tokens:].transpose(1, 2).unflatten(2, grid)
+            image, own = stage.pool(image, x[:, :class_tokens])
+            x = _sequence(own, image)
+        return stage.norm(x)
+
+    return enter
+
+
+def _sequence(class_tokens: Tensor, image: Tensor) -> Tensor:
+    return torch.cat([class_tokens, image.flatten(2).transpose(1, 2)], dim=1)
+
+
+def _pooled(grid: Grid, conv: Any) -> Grid:
+    height, width = (
+        (side + 2 * pad - kernel) // stride + 1
+        for side, pad, kernel, stride in zip(grid, conv.padding, conv.kernel_size, conv.stride, strict=True)
+    )
+    return height, width

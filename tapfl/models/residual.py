@@ -14,7 +14,7 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from tapfl.errors import ModelError
-from tapfl.models.forward import segments, tokens_read
+from tapfl.models.forward import Step, hooked, segments, tokens_read
 from tapfl.models.units import PrunableLayer, replaced
 
 PLACE = {"attention": "1", "ffn": "2"}  # norm1 and ls1 belong to the attention of a block, norm2 and ls2 to its FFN
@@ -55,11 +55,8 @@ def observe(model: nn.Module, layer: PrunableLayer, step: Callable[[Tensor], Ten
             lambda _module, args, kwargs, output: seen.update(arguments=(args, kwargs), output=output), with_kwargs=True
         ),
     ]
-    try:
+    with hooked(handles):
         step(x)
-    finally:
-        for handle in handles:
-            handle.remove()
     return Passage(**({"units": seen["output"][..., :0]} | seen))
 
 
@@ -79,7 +76,7 @@ def as_branch_output(model: nn.Module, layer: PrunableLayer, stream: Tensor) -> 
     return stream
 
 
-def branch_steps(model: nn.Module) -> list[tuple[str, Callable[[Tensor], Tensor]]]:
+def branch_steps(model: nn.Module) -> list[Step]:
     """Returns `segments` with the blocks taken apart: one step a residual branch, under the branch's name.
 
     A pass can then be resumed from the stream that enters a branch, whatever module stands in its place by then. The
@@ -88,7 +85,7 @@ def branch_steps(model: nn.Module) -> list[tuple[str, Callable[[Tensor], Tensor]
     """
     chain = segments(model)
     last = chain[-2][0]
-    steps: list[tuple[str, Callable[[Tensor], Tensor]]] = []
+    steps: list[Step] = []
     for name, step in chain:
         if type(step) is Block:  # a subclass may pass its branches in another way
             read = tokens_read(model) if name == last else None

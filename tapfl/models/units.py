@@ -80,6 +80,12 @@ class PrunableLayer(ABC):
     kind: ClassVar[Literal["attention", "ffn"]]
     output: ClassVar[str]  # the linear whose input are the units' activations
 
+    def output_of(self, model: nn.Module) -> nn.Linear:
+        """Returns the linear of this branch of `model` that reads the units."""
+        linear = model.get_submodule(f"{self.name}.{self.output}")
+        assert isinstance(linear, nn.Linear)
+        return linear
+
     @property
     def units_per_head(self) -> int:
         return self.units // self.heads

@@ -1,26 +1,35 @@
 """From layer importance and a budget to widths: water-filling, then whole shapes within 0.5 % below the budget.
 
-As published, keep_l = clip(L · k · w_l, 0, 1), which loses whatever is clipped. Ours: the largest c for which
+As published, keep_l = clip(L · k · w_l, 0, 1), which loses the clipped part. Ours: the largest c for which
 
     cost(clip(c · w_l, floor, 1) of every layer l) is within every limit of the budget
 
-found by bisection, with what the layers really cost (`tapfl.pruning.cost_table`), be that linear in the width or not.
+found by bisection, with the real costs of the layers (`tapfl.pruning.cost_table`), linear in the width or not.
+
+Whole shapes near these ideal widths are then chosen greedily under one limit: ideal widths rounded down, the rest spent
+step by step on the layer that is furthest below its ideal, one step exchanged where that comes nearer to the budget.
+Under several limits, and where steps are too coarse for that, they are the solution of an integer program.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
+from scipy.optimize import Bounds, LinearConstraint, milp
+from scipy.sparse import csr_array
 
 from tapfl.config import PruningOptions
 from tapfl.errors import BudgetError
 from tapfl.models.units import PrunableLayer, Shape
-from tapfl.pruning.cost_table import CostTable
-from tapfl.pruning.fit import fit_widths
-from tapfl.pruning.unit_shape import Ladder
+from tapfl.pruning.cost_table import TOLERANCE, CostTable, reached, within
+from tapfl.pruning.unit_shape import Candidates
 
 LEAST_WEIGHT = 1e-12  # of the largest: a softmax may underflow to 0, and c is found by halving 200 times
+WIDTHS = 96  # candidate widths of a layer in the integer program, evenly spread
+MIP_GAP, NODES = 0.01, 300  # a solution this near to the best one is enough; HiGHS stops there, the same way each time
+HIGHS_ERROR = 2e-6  # by which HiGHS may exceed a constraint
 
 
 def softmax_weights(kl: np.ndarray, tau: float) -> np.ndarray:
@@ -36,12 +45,12 @@ def water_fill(
 
     Args:
         weights: positive (L,).
-        cost: what kept shares (L,) of the layers cost, by limit (M,); it never falls with a share.
+        cost: cost of kept shares (L,) of the layers, by limit (M,); it never falls with a share.
         spendable: what may be spent on these layers, by limit (M,).
         floor: least share of a layer.
 
     Raises:
-        BudgetError: if the floor alone costs more, naming what can be had.
+        BudgetError: if the floor alone costs more, naming what is possible.
     """
     weights = np.maximum(weights, LEAST_WEIGHT * weights.max())
 
@@ -53,10 +62,10 @@ def water_fill(
 
     low, high = 0.0, 1.0 / float(weights.min())
     if not affordable(low):
-        least, most, given = (
-            " and ".join(f"{v:.6g}" for v in vs) for vs in (cost(keep(low)), cost(keep(high)), spendable)
+        least, most, limit = (
+            " and ".join(f"{v:.6g}" for v in values) for values in (cost(keep(low)), cost(keep(high)), spendable)
         )
-        raise BudgetError(f"budget {given} cannot be met: between {least} and {most} can")
+        raise BudgetError(f"budget {limit} cannot be met: between {least} and {most} can")
     if affordable(high):
         return high, keep(high)
     for _ in range(200):
@@ -69,7 +78,7 @@ def layer_weights(layers: Sequence[PrunableLayer], kl: Mapping[str, float], opti
     """Returns the weight of each layer, mean 1 over the FFNs and, separately, over the attentions.
 
     adaptive    softmax(KL/τ), as published
-    power       KL^γ (ours): knows no scale, where the softmax is nearly even for small KLs
+    power       KL^γ (ours): unaffected by the scale of KL, where the softmax is nearly even for small KLs
     uniform     1 for all
     """
     weights = np.ones(len(layers))
@@ -86,23 +95,233 @@ def layer_weights(layers: Sequence[PrunableLayer], kl: Mapping[str, float], opti
 
 
 def allocate(
-    ladders: Sequence[Ladder], weights: np.ndarray, costs: CostTable, options: PruningOptions
+    layers: Sequence[Candidates], weights: np.ndarray, costs: CostTable, options: PruningOptions
 ) -> dict[str, Shape]:
     """Returns the shape of each layer, by name: water-filling by `weights`, then `fit_widths`.
 
     Raises:
         BudgetError: as `fit_widths`.
     """
-    full = np.array([ladder.full for ladder in ladders])
+    full = np.array([layer.full for layer in layers])
 
     def spent(keep: np.ndarray) -> np.ndarray:
         return np.array(
             [
-                sum(np.interp(u, step.units, step.costs[m]) for u, step in zip(keep * full, ladders, strict=True))
+                sum(np.interp(u, layer.units, layer.costs[m]) for u, layer in zip(keep * full, layers, strict=True))
                 for m in range(len(costs.limits))
             ]
         )
 
-    spendable = np.maximum(costs.allowed - costs.fixed, spent(np.full(len(ladders), options.floor)))
+    spendable = np.maximum(costs.allowed - costs.fixed, spent(np.full(len(layers), options.floor)))
     _, keep = water_fill(weights, spent, spendable, options.floor)
-    return fit_widths(ladders, keep * full, costs, options)
+    return fit_widths(layers, keep * full, costs, options)
+
+
+def fit_widths(
+    layers: Sequence[Candidates], ideal: np.ndarray, costs: CostTable, options: PruningOptions
+) -> dict[str, Shape]:
+    """Returns the shape of each layer, by name, near `ideal` units.
+
+    Every limit holds, and one at least is reached to 99.5 %; where no limit binds, all layers stay whole.
+
+    Raises:
+        BudgetError: if there are no such shapes, naming the limit and the nearest possible values of it.
+    """
+    fit = Fit(tuple(layers), costs, np.array([layer.least(options.floor) for layer in layers]))
+    _refuse_below(fit, options)
+    ideal = np.maximum(ideal, [layer.units[low] for layer, low in zip(fit.layers, fit.least, strict=True)])
+    chosen = fit.top
+    if not fit.affordable(chosen):
+        if len(costs.limits) == 1:
+            chosen = _exchange(fit, _fill(fit, _round_down(fit, ideal), ideal), ideal)
+        if not fit.met(chosen):
+            chosen = _optimum(fit, ideal, options)
+    return {layer.name: layer.shapes[i] for layer, i in zip(layers, chosen, strict=True)}
+
+
+@dataclass(frozen=True)
+class Fit:
+    """The candidate shapes of L layers, the budget, and the smallest candidate (L,) that each layer may take.
+
+    A choice is the position of a candidate for each layer, int (L,).
+    """
+
+    layers: tuple[Candidates, ...]
+    costs: CostTable
+    least: np.ndarray
+
+    @property
+    def top(self) -> np.ndarray:
+        return np.array([len(layer.units) - 1 for layer in self.layers])
+
+    def total(self, chosen: np.ndarray) -> np.ndarray:
+        """Returns the cost of the whole model (M,)."""
+        return self.costs.fixed + sum(layer.costs[:, i] for layer, i in zip(self.layers, chosen, strict=True))
+
+    def affordable(self, chosen: np.ndarray) -> bool:
+        return within(self.total(chosen), self.costs.allowed)
+
+    def met(self, chosen: np.ndarray) -> bool:
+        return self.affordable(chosen) and reached(self.total(chosen), self.costs.allowed)
+
+    def used(self, chosen: np.ndarray) -> float:
+        """Returns the used share of the limit that is nearest to binding."""
+        return float((self.total(chosen) / self.costs.allowed).max())
+
+    def lack(self, chosen: np.ndarray, ideal: np.ndarray) -> np.ndarray:
+        """Returns how far each layer is below its ideal, as a share of its whole width (L,)."""
+        units = np.array([layer.units[i] for layer, i in zip(self.layers, chosen, strict=True)])
+        return (ideal - units) / np.array([layer.full for layer in self.layers])
+
+
+def _refuse_below(fit: Fit, options: PruningOptions) -> None:
+    least, allowed = fit.total(fit.least), fit.costs.allowed
+    if within(least, allowed):
+        return
+    i = int((least / allowed).argmax())
+    limit = fit.costs.limits[i]
+    raise BudgetError(
+        f"budget {limit.words} cannot be met: this backbone can go down to "
+        f"{limit.express(least[i], fit.costs.dense[i])} (pruning.floor = {options.floor:g}, "
+        f"pruning.align = {options.align})"
+    )
+
+
+# ---------------------------------------------------------------- greedy, under one limit
+
+
+def _round_down(fit: Fit, ideal: np.ndarray) -> np.ndarray:
+    chosen = np.array([layer.below(units) for layer, units in zip(fit.layers, ideal, strict=True)])
+    chosen = np.maximum(chosen, fit.least)
+    while not fit.affordable(chosen):  # the least widths may cost more than their layers' shares
+        lack = np.where(chosen > fit.least, fit.lack(chosen, ideal), np.inf)
+        chosen[int(lack.argmin())] -= 1
+    return chosen
+
+
+def _fill(fit: Fit, chosen: np.ndarray, ideal: np.ndarray, top: np.ndarray | None = None) -> np.ndarray:
+    """Spends what is left, one step at a time, on the layer that is furthest below its ideal."""
+    chosen, top = chosen.copy(), fit.top if top is None else top
+    total = fit.total(chosen)
+    while True:
+        lack = fit.lack(chosen, ideal)
+        steps = {
+            i: layer.costs[:, chosen[i] + 1] - layer.costs[:, chosen[i]]
+            for i, layer in enumerate(fit.layers)
+            if chosen[i] < top[i]
+        }
+        steps = {i: cost for i, cost in steps.items() if within(total + cost, fit.costs.allowed)}
+        if not steps:
+            return chosen
+        i = max(steps, key=lambda i: lack[i])
+        chosen[i] += 1
+        total = total + steps[i]
+
+
+def _exchange(fit: Fit, chosen: np.ndarray, ideal: np.ndarray) -> np.ndarray:
+    """Takes one step from a layer and fills up again, if that comes nearer to the budget; the nearest wins."""
+    best = chosen
+    for i in np.flatnonzero(chosen > fit.least):
+        trial, top = chosen.copy(), fit.top
+        trial[i] = top[i] = chosen[i] - 1
+        trial = _fill(fit, trial, ideal, top)
+        if fit.used(trial) > fit.used(best):
+            best = trial
+    return best
+
+
+# ---------------------------------------------------------------- integer program, under several limits
+
+
+class Program:
+    """One candidate for each layer under all limits, as an integer program over N candidates.
+
+    Costs are shares of what the limits allow beyond the fixed part, in an order that does not depend on the budget's.
+    """
+
+    def __init__(self, fit: Fit) -> None:
+        self.fit = fit
+        self.choices = [
+            np.unique(np.linspace(low, top, WIDTHS).round().astype(int))
+            for low, top in zip(fit.least, fit.top, strict=True)
+        ]
+        self.sizes = [len(choice) for choice in self.choices]
+        self.limits = np.argsort([limit.quantity for limit in fit.costs.limits])
+        parts = [layer.costs[:, choice] for layer, choice in zip(fit.layers, self.choices, strict=True)]
+        allowed = fit.costs.allowed
+        self.cost = (np.concatenate(parts, axis=1) / allowed[:, None])[self.limits]  # (M, N)
+        self.fixed, self.most = (fit.costs.fixed / allowed)[self.limits], float((fit.total(fit.top) / allowed).max())
+
+    def nearest(self, ideal: np.ndarray) -> np.ndarray | None:
+        """Returns the choice of least squared deviation from `ideal` that meets the budget, or None."""
+        deviation = np.concatenate(
+            [
+                ((layer.units[choice] - wanted) / layer.full) ** 2
+                for layer, choice, wanted in zip(self.fit.layers, self.choices, ideal, strict=True)
+            ]
+        )
+        M = len(self.cost)
+        reach = np.hstack([self.cost, -np.diag(1 - TOLERANCE - self.fixed)])  # binary j: limit j is reached
+        one = np.concatenate([np.zeros(self.cost.shape[1]), np.ones(M)])[None]
+        rows = [LinearConstraint(reach, 0, np.inf), LinearConstraint(one, 1, np.inf)]
+        return self._solve(np.concatenate([deviation, np.zeros(M)]), np.ones(M), rows, self.fit.met)
+
+    def extreme(self, aim: int, above: bool) -> np.ndarray | None:
+        """Returns the choice nearest below, or nearest above, the limit `aim` while all others hold, or None."""
+        row = int(np.flatnonzero(self.limits == aim)[0])
+        upper = np.ones(len(self.cost))
+        if not above:
+            return self._solve(-self.cost[row], upper, [], self.fit.affordable)
+        upper[row] = self.most + 1
+        over = LinearConstraint(self.cost[row][None], 1 - self.fixed[row] + HIGHS_ERROR, np.inf)
+        return self._solve(self.cost[row], upper, [over], lambda chosen: True)
+
+    def _solve(
+        self,
+        objective: np.ndarray,
+        upper: np.ndarray,
+        rows: Sequence[LinearConstraint],
+        good: Callable[[np.ndarray], bool],
+    ) -> np.ndarray | None:
+        """Returns the best choice with cost ≤ upper, or None; tightens the limits if HiGHS exceeds them slightly."""
+        N, extra = self.cost.shape[1], len(objective) - self.cost.shape[1]
+        members = np.repeat(np.arange(len(self.sizes)), self.sizes)
+        one_each = csr_array((np.ones(N), (members, np.arange(N))), shape=(len(self.sizes), N + extra))
+        cost = np.hstack([self.cost, np.zeros((len(self.cost), extra))])
+        for slack in (0.0, HIGHS_ERROR):
+            limits = LinearConstraint(cost, -np.inf, upper - self.fixed - slack)
+            found = milp(
+                objective,
+                integrality=np.ones(N + extra),
+                bounds=Bounds(0, 1),
+                constraints=[LinearConstraint(one_each, 1, 1), limits, *rows],
+                options={"mip_rel_gap": MIP_GAP, "node_limit": NODES},
+            )
+            if found.x is None:
+                return None
+            parts = np.split(found.x[:N], np.cumsum(self.sizes)[:-1])
+            chosen = np.array([c[int(part.argmax())] for c, part in zip(self.choices, parts, strict=True)])
+            if good(chosen):
+                return chosen
+        return None
+
+
+def _optimum(fit: Fit, ideal: np.ndarray, options: PruningOptions) -> np.ndarray:
+    """Returns the choice nearest to `ideal` that meets the budget. Raises BudgetError if there is none."""
+    program = Program(fit)
+    chosen = program.nearest(ideal)
+    if chosen is not None:
+        return chosen
+    allowed = fit.costs.allowed
+    aim = int((fit.total(fit.top) / allowed).argmax())
+    limit, dense = fit.costs.limits[aim], fit.costs.dense[aim]
+    near = {side: program.extreme(aim, above=side == "above") for side in ("below", "above")}
+    named = " and ".join(
+        f"{side} is {limit.express(fit.total(choice)[aim], dense)}"
+        for side, choice in near.items()
+        if choice is not None
+    )
+    raise BudgetError(
+        f"budget {limit.words} cannot be met within 0.5 %: the nearest {named}; "
+        f"a smaller pruning.align than {options.align} comes nearer"
+    )

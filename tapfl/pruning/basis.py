@@ -17,7 +17,7 @@ since attention weights sum to 1: no dim is spent on it.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from tapfl.data.sources import ImageSet
 from tapfl.data.transform import Transform
 from tapfl.errors import ModelError
+from tapfl.models.forward import hooked
 from tapfl.models.prunable import prunable_layers
 from tapfl.models.units import PrunableLayer
 from tapfl.progress import track
@@ -85,15 +86,12 @@ def canonical_basis(model: nn.Module, layers: Sequence[PrunableLayer], inputs: T
         found = moments[layer.name]
         handles.append(module.qkv.register_forward_hook(lambda _m, _x, y, found=found: found.add_qkv(y)))
         handles.append(module.proj.register_forward_pre_hook(lambda _m, x, found=found: found.add_output(x[0])))
-    try:
+    with hooked(handles):
         for number, part in enumerate(track(inputs.split(batch), "canonical basis")):
             turned(part)
             for name, found in moments.items():
                 for moment in (found.query, found.key, found.output):
                     refuse_not_finite(name, moment, number)
-    finally:
-        for handle in handles:
-            handle.remove()
     carried = {}
     for layer in attentions:
         carried[layer.name] = _turn(turned.get_submodule(layer.name), moments[layer.name]).flatten()
@@ -101,10 +99,18 @@ def canonical_basis(model: nn.Module, layers: Sequence[PrunableLayer], inputs: T
     return turned
 
 
+def in_basis(model: nn.Module, basis: str, turn: Callable[[], nn.Module]) -> nn.Module:
+    """Returns the model that is cut under ``pruning.basis = basis``: `model`, or what `turn` returns.
+
+    `turn` is called if the basis is `canonical` and `model` is not in it yet.
+    """
+    return turn() if basis == "canonical" and carried_energy(model) is None else model
+
+
 def turned_on_pool(model: nn.Module, images: ImageSet, transform: Transform, seed: int) -> nn.Module:
     """Returns `model` in the canonical basis by images of the public pool: one basis for all devices of a federation.
 
-    The images are drawn evenly by `seed`; a thousand of them have tokens enough for second moments of a head's dims.
+    At most POOL_IMAGES are drawn evenly by `seed`: tokens enough for second moments of a head's dims.
     """
     drawn = numpy_generator(seed, "basis").permutation(len(images))[:POOL_IMAGES]
     return canonical_basis(model, prunable_layers(model), transform(images.images[drawn]), BATCH)

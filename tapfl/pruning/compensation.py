@@ -1,4 +1,4 @@
-"""Closed-form compensation (ours): the units that stay take over what they can of the signal of those that go.
+"""Closed-form compensation (ours): the kept units take over what they can of the signal of the pruned ones.
 
 Kept units R, pruned units S, with mean μ and covariance C of their activations on the metric set, W2 and b2 the linear
 that reads them:
@@ -6,8 +6,8 @@ that reads them:
     A = C_SR (C_RR + λI)⁻¹,   W2_R += W2_S A,   b2 += W2_S (μ_S - A μ_R),   λ = 1e-3 of the mean diagonal of C_RR
 
 This is the ridge regression, on the kept activations, of the output that is lost, r = W2_S x_S. It is computed in that
-form, because r may then be any lost output: a shrunk attention also answers with other values in the dims that it kept
-(its logits lack dims), and behind a shrunk prefix all inputs are others. No labels, no gradients.
+form, because r may then be any lost output: a shrunk attention also changes the values of the dims that it kept (its
+logits lack dims), and behind a shrunk prefix all inputs change. No labels, no gradients.
 """
 
 from __future__ import annotations
@@ -21,74 +21,181 @@ from timm.models.swin_transformer import SwinTransformerBlock
 from torch import Tensor, nn
 
 from tapfl.errors import ConfigError, ModelError
-from tapfl.models.forward import segments
+from tapfl.models.forward import hooked, segments
 from tapfl.models.residual import as_branch_output, observe
 from tapfl.models.units import PrunableLayer, put
 from tapfl.progress import track
-from tapfl.pruning.lost_output import RIDGE, Felt, Known, LostOutput, rows_of
-from tapfl.pruning.scores import refuse_not_finite
+from tapfl.pruning.scores import record_activations, refuse_not_finite
+from tapfl.pruning.sensitivity import Sensitivities
 
 COMPENSATIONS = ("none", "one-pass", "sequential")
-CORRECTION = 0.25  # γ, share of the drift of the residual stream that a branch is asked to take back
+CORRECTION = 0.25  # γ, share of the drift of the residual stream that a branch is asked to correct
+RIDGE = 1e-3  # λ, of the mean variance of the kept activations
+RESOLUTION = 1e-12  # of the mean square of the kept activations: less variance than that is rounding
+
+
+class LostOutput:
+    """Float64 moments of a branch's kept activations Z (rows, kept) and of the output r (rows, outputs) it has lost.
+
+    Args:
+        real: bool (tokens,), which tokens of an image count, or None: all.
+        weights: of the rows (rows,), batch by batch, or None: all alike.
+    """
+
+    def __init__(
+        self, kept: int, outputs: int, real: Tensor | None = None, weights: Sequence[Tensor] | None = None
+    ) -> None:
+        self.kept, self.rows, self.real = kept, 0.0, real
+        self.weights = None if weights is None else iter(weights)
+        self.total = torch.zeros(kept + outputs, dtype=torch.float64)
+        self.product = torch.zeros(kept, kept + outputs, dtype=torch.float64)
+
+    def add(self, Z: Tensor, r: Tensor) -> None:
+        both = torch.cat([part.flatten(0, -2).double() for part in (Z, r)], dim=1)
+        weights = torch.ones(len(both)) if self.weights is None else next(self.weights)
+        if self.real is not None:
+            real = self.real.repeat(len(both) // len(self.real))
+            both, weights = both[real], weights[real]
+        weighted = weights.double()[:, None] * both
+        self.rows += float(weights.double().sum())
+        self.total += weighted.sum(0)
+        self.product += both[:, : self.kept].T @ weighted
+
+    def of_cut(self, kept: Tensor, W: Tensor) -> LostOutput:
+        """Returns the moments of the units at `kept` and of r = W_S x_S, the output of the other units S.
+
+        `self` is of all units and of no output; W (outputs, units) is the linear that reads them.
+        """
+        gone = torch.ones(self.kept, dtype=torch.bool).index_fill(0, kept, False)
+        W_S = W.double()[:, gone]
+        found = LostOutput(len(kept), len(W))
+        found.rows = self.rows
+        found.total = torch.cat([self.total[kept], W_S @ self.total[gone]])
+        product = self.product[kept]
+        found.product = torch.cat([product[:, kept], product[:, gone] @ W_S.T], dim=1)
+        return found
+
+    def covariance(self) -> Tensor:
+        """Returns the covariance of the kept activations, float64 (kept, kept)."""
+        mean = self.total[: self.kept] / self.rows
+        return self.product[:, : self.kept] / self.rows - mean[:, None] * mean
+
+    def regression(self, ridge: float = RIDGE, intercept: bool = True) -> tuple[Tensor, Tensor]:
+        """Returns D (outputs, kept) and e (outputs) of the ridge regression r ≈ D z + e; e = 0 without intercept."""
+        mean = self.total / self.rows if intercept else torch.zeros_like(self.total)
+        second = self.product / self.rows
+        C_ZZ, C_Zr = (second - mean[: self.kept, None] * mean).split([self.kept, len(mean) - self.kept], dim=1)
+        size = second.diagonal().sum() / max(self.kept, 1)
+        D = torch.zeros_like(C_Zr.T)
+        if size > 0:
+            penalty = ridge * C_ZZ.diagonal().mean() + RESOLUTION * size
+            D = torch.linalg.solve(C_ZZ + penalty * torch.eye(self.kept, dtype=C_ZZ.dtype), C_Zr).T
+        return D, mean[self.kept :] - D @ mean[: self.kept]
+
+
+Moments = Mapping[str, LostOutput]
+
+
+@torch.no_grad()
+def unit_moments(
+    model: nn.Module,
+    layers: Sequence[PrunableLayer],
+    inputs: Tensor,
+    batch: int,
+    fisher: Sensitivities | None = None,
+) -> dict[str, LostOutput]:
+    """Returns the moments of all units of every FFN, by layer name; one-pass compensation of any cut follows from them.
+
+    The output that an FFN loses is linear in its units. That of an attention depends on how its logits change, so it
+    has to be measured for every cut.
+    """
+    ffns = [layer for layer in layers if layer.kind == "ffn"]
+    found = {layer.name: LostOutput(layer.units, 0, weights=_row_weights(fisher, layer)) for layer in ffns}
+    for number, images in enumerate(inputs.split(batch)):
+        for name, X in record_activations(model, ffns, images, number)[1].items():
+            found[name].add(X, X[..., :0])
+    return found
+
+
+def compensated(
+    model: nn.Module,
+    kept: Mapping[str, Tensor],
+    layers: Sequence[PrunableLayer],
+    inputs: Tensor,
+    batch: int,
+    how: str,
+    fisher: Sensitivities | None = None,
+    moments: Moments | None = None,
+) -> nn.Module:
+    """Returns `model` shrunk to `kept` and compensated by method `how`: ``none``, ``one-pass`` or ``sequential``.
+
+    Args: as `compensate`; `moments` are of use for ``one-pass`` alone, since another prefix changes the activations.
+
+    Raises:
+        ConfigError: if `how` is none of these.
+    """
+    if how == "none":
+        small = copy.deepcopy(model)
+        for layer in _pruned(layers, kept):
+            put(small, layer.name, layer.shrink(small.get_submodule(layer.name), kept[layer.name]))
+        return small.eval()
+    if how == "one-pass":
+        return compensate(model, kept, layers, inputs, batch, fisher=fisher, moments=moments)
+    if how == "sequential":
+        return compensate_sequentially(model, kept, layers, inputs, batch, fisher=fisher)
+    raise ConfigError(f"compensation = {how!r}: accepted are {', '.join(COMPENSATIONS)}")
 
 
 @torch.no_grad()
 def compensate(
     model: nn.Module,
-    plan_kept: Mapping[str, Tensor],
+    kept: Mapping[str, Tensor],
     layers: Sequence[PrunableLayer],
     inputs: Tensor,
     batch: int,
     ridge: float = RIDGE,
-    felt: Felt = None,
-    known: Known = None,
+    fisher: Sensitivities | None = None,
+    moments: Moments | None = None,
 ) -> nn.Module:
-    """Returns `model` shrunk to `plan_kept` and compensated, from the statistics of one pass of the dense model.
+    """Returns `model` shrunk to `kept` and compensated, with the statistics of one pass of the dense model.
 
-    Every shrunk branch answers to the dense model's own input of it: z are its units and r = f(x) - f'(x), which for an
-    FFN is W2_S x_S, and for an attention also what its other logits change. Where a branch has no units left,
-    b2 += W2 μ. An output linear without bias is fitted without intercept.
+    Every shrunk branch sees the dense model's own input: z are its units and r = f(x) - f'(x), which for an FFN is
+    W2_S x_S, and for an attention includes the change of its logits. Where a branch has no units left, b2 += W2 μ. An
+    output linear without bias is fitted without intercept.
 
     Args:
-        model: the dense backbone in evaluation mode; it is left as it is.
-        plan_kept: the units that stay (sorted, int64) by layer name; layers that it does not name stay whole.
+        model: the dense backbone in evaluation mode; it is not changed.
+        kept: the units that stay (sorted, int64) by layer name; layers that it does not name stay whole.
         layers: the prunable layers of `model`.
         inputs: the metric set in the backbone's input format (n, channels, height, width), n >= 1.
         batch: images a pass.
         ridge: λ as a share of the mean variance of a layer's kept activations, >= 0.
-        felt: sensitivities on `inputs` by layer name: rows count by how much the prediction feels them; None: alike.
-        known: `unit_moments` of the same model, images and `felt`; these FFNs are not looked at again.
+        fisher: sensitivities on `inputs` by layer name, as weights of the rows; None: all rows alike.
+        moments: `unit_moments` of the same model, images and `fisher`; these FFNs are not measured again.
 
     Raises:
         ModelError: if there is no image, or a layer's activations are not finite, naming layer and batch.
-        PlanError: if `plan_kept` does not fit the layers.
+        PlanError: if `kept` does not fit the layers.
     """
-    _refuse_none(inputs)
+    _require_images(inputs)
     small = copy.deepcopy(model)
-    pruned = _pruned(layers, plan_kept)
+    pruned = _pruned(layers, kept)
     lost: dict[str, LostOutput] = {}
     handles = []
     for layer in pruned:
-        branch: Any = model.get_submodule(layer.name)
-        read = branch.get_submodule(layer.output)
-        shrunk = layer.shrink(branch, plan_kept[layer.name])
+        shrunk = layer.shrink(model.get_submodule(layer.name), kept[layer.name])
         put(small, layer.name, shrunk)
-        if known and layer.name in known:
-            lost[layer.name] = known[layer.name].of_cut(plan_kept[layer.name], read.weight)
+        if moments and layer.name in moments:
+            lost[layer.name] = moments[layer.name].of_cut(kept[layer.name], layer.output_of(model).weight)
             continue
-        found = LostOutput(
-            len(plan_kept[layer.name]), read.out_features, real_tokens(model, layer), rows_of(felt, layer)
-        )
-        lost[layer.name] = found
-        handles.append(branch.register_forward_hook(_compare(shrunk, layer.output, found), with_kwargs=True))
-    try:
+        found = lost[layer.name] = _empty_moments(model, layer, kept, fisher)
+        compare = _compare(shrunk, layer.output, found)
+        handles.append(model.get_submodule(layer.name).register_forward_hook(compare, with_kwargs=True))
+    with hooked(handles):
         for number, part in enumerate(track(inputs.split(batch) if handles else (), "compensation")):
             model(part)
             for name, found in lost.items():
                 refuse_not_finite(name, found.total, number)
-    finally:
-        for handle in handles:
-            handle.remove()
     for layer in pruned:
         _absorb(small, layer, lost[layer.name], ridge)
     return small.eval()
@@ -97,39 +204,38 @@ def compensate(
 @torch.no_grad()
 def compensate_sequentially(
     model: nn.Module,
-    plan_kept: Mapping[str, Tensor],
+    kept: Mapping[str, Tensor],
     layers: Sequence[PrunableLayer],
     inputs: Tensor,
     batch: int,
     ridge: float = RIDGE,
     correction: float = CORRECTION,
-    felt: Felt = None,
+    fisher: Sensitivities | None = None,
 ) -> nn.Module:
     """Returns `model` shrunk and compensated layer by layer, each with the statistics of the already shrunk prefix.
 
     With x the residual stream of the dense model at a branch f, x' that of the shrunk prefix and f' the shrunk branch:
 
-        r = f(x') - f'(x') + γ [(x + f(x)) - (x' + f(x'))]
+        r = f(x') - f'(x') + γ [(x + f(x)) - (x' + f'(x'))]
 
-    what the branch itself lost, plus a share of what the stream has drifted. Both ends are worse on held-out images
+    what the branch itself lost, plus a share of the drift of the stream. Both extremes are worse on held-out images
     (DeiT-Tiny, half the MACs; KL to the dense model for γ = 0, 1/4, 1/2, 1 of tap: 1.53, 1.13, 1.14, 1.50; of low-rank
-    heads: 0.82, 0.66, 0.65, 0.73; in one pass: 1.78, 0.79): without the drift, the shrinkage of one regression is
-    handed on to the next; all of it is more than the branch's units can know. To aim at f(x) alone is worse still
-    (2.31, 1.34), because it leaves x - x' in the stream and answers a question that the branch was not asked.
+    heads: 0.82, 0.66, 0.65, 0.73; in one pass: 1.78, 0.79): without the drift, the shrinkage of one regression passes
+    on to the next; all of it is more than the branch's units can predict. The target f(x) alone is worse still (2.31,
+    1.34), because it leaves x - x' in the stream.
 
     Arguments and errors are those of `compensate`; `correction` is γ in [0, 1].
     """
-    _refuse_none(inputs)
+    _require_images(inputs)
     small = copy.deepcopy(model)
-    pruned = _pruned(layers, plan_kept)
+    pruned = _pruned(layers, kept)
     dense_x = small_x = list(inputs.split(batch))
     steps = list(zip(segments(model)[:-1], segments(small)[:-1], strict=True))
     for (block, dense_step), (_, small_step) in track(steps, "compensation"):
         for layer in (layer for layer in pruned if layer.block == block):
             f = model.get_submodule(layer.name)
-            put(small, layer.name, layer.shrink(small.get_submodule(layer.name), plan_kept[layer.name]))
-            size = len(plan_kept[layer.name])
-            lost = LostOutput(size, layer.embed_dim, real_tokens(model, layer), rows_of(felt, layer))
+            put(small, layer.name, layer.shrink(small.get_submodule(layer.name), kept[layer.name]))
+            lost = _empty_moments(model, layer, kept, fisher)
             for number, (x, y) in enumerate(zip(dense_x, small_x, strict=True)):
                 dense, now = observe(model, layer, dense_step, x), observe(small, layer, small_step, y)
                 args, kwargs = now.arguments
@@ -142,39 +248,10 @@ def compensate_sequentially(
     return small.eval()
 
 
-def compensated(
-    model: nn.Module,
-    kept: Mapping[str, Tensor],
-    layers: Sequence[PrunableLayer],
-    inputs: Tensor,
-    batch: int,
-    how: str,
-    felt: Felt = None,
-    known: Known = None,
-) -> nn.Module:
-    """Returns `model` shrunk to `kept` and compensated as `how` says: ``none``, ``one-pass`` or ``sequential``.
-
-    Args: as `compensate`; `known` is of use for ``one-pass`` alone, since another prefix gives other activations.
-
-    Raises:
-        ConfigError: if `how` is none of these.
-    """
-    if how == "none":
-        small = copy.deepcopy(model)
-        for layer in _pruned(layers, kept):
-            put(small, layer.name, layer.shrink(small.get_submodule(layer.name), kept[layer.name]))
-        return small.eval()
-    if how not in COMPENSATIONS:
-        raise ConfigError(f"compensation = {how!r}: accepted are {', '.join(COMPENSATIONS)}")
-    if how == "one-pass":
-        return compensate(model, kept, layers, inputs, batch, felt=felt, known=known)
-    return compensate_sequentially(model, kept, layers, inputs, batch, felt=felt)
-
-
 def real_tokens(model: nn.Module, layer: PrunableLayer) -> Tensor | None:
     """Returns which tokens of an image are not padding (bool, in the order in which the branch sees them); None: all.
 
-    Where windows overhang the grid, a Swin attention fills them up; its block drops what it answers there.
+    Where windows extend beyond the grid, a Swin attention pads them; its block drops the output there.
     """
     block: Any = model.get_submodule(layer.block)
     if layer.kind != "attention" or not isinstance(block, SwinTransformerBlock):
@@ -187,22 +264,31 @@ def _pruned(layers: Sequence[PrunableLayer], kept: Mapping[str, Tensor]) -> list
     return [layer for layer in layers if layer.name in kept and len(kept[layer.name]) < layer.units]
 
 
+def _empty_moments(
+    model: nn.Module, layer: PrunableLayer, kept: Mapping[str, Tensor], fisher: Sensitivities | None
+) -> LostOutput:
+    return LostOutput(len(kept[layer.name]), layer.embed_dim, real_tokens(model, layer), _row_weights(fisher, layer))
+
+
+def _row_weights(fisher: Sensitivities | None, layer: PrunableLayer) -> tuple[Tensor, ...] | None:
+    return None if fisher is None else fisher[layer.name].rows
+
+
 def _compare(shrunk: nn.Module, output: str, lost: LostOutput) -> Callable[..., None]:
-    """A hook on a dense branch: the shrunk one answers as well, and what it lacks is added."""
+    """Returns a hook on a dense branch that also calls the shrunk one and adds the difference to the moments."""
     linear: Any = shrunk.get_submodule(output)
 
     def add(_branch: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dense: Tensor) -> None:
-        seen = [dense[..., :0]]  # a branch without units has none to show
-        handle = linear.register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0]))
-        now: Tensor = shrunk(*args, **kwargs)
-        handle.remove()
+        seen = [dense[..., :0]]  # a branch without units never calls its output linear
+        with hooked([linear.register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0]))]):
+            now: Tensor = shrunk(*args, **kwargs)
         lost.add(seen[-1], dense - now)
 
     return add
 
 
 def _absorb(small: nn.Module, layer: PrunableLayer, lost: LostOutput, ridge: float) -> None:
-    """Adds to the output linear of a shrunk branch what its units know of the output that was lost."""
+    """Adds to the output linear of a shrunk branch the regression of the lost output."""
     linear: Any = small.get_submodule(f"{layer.name}.{layer.output}")
     D, e = lost.regression(ridge, intercept=linear.bias is not None)
     if lost.kept:
@@ -211,6 +297,6 @@ def _absorb(small: nn.Module, layer: PrunableLayer, lost: LostOutput, ridge: flo
         linear.bias += e.to(linear.bias.dtype)
 
 
-def _refuse_none(inputs: Tensor) -> None:
+def _require_images(inputs: Tensor) -> None:
     if not len(inputs):
         raise ModelError("compensation needs at least one image")

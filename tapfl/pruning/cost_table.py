@@ -12,8 +12,7 @@ from functools import cached_property
 
 import numpy as np
 
-from tapfl.models.cost import Cost
-from tapfl.models.latency import Timings
+from tapfl.models.cost import Cost, Timings
 from tapfl.models.units import PrunableLayer, Shape
 from tapfl.pruning.budget import Budget, Limit
 

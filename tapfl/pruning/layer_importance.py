@@ -1,29 +1,41 @@
-"""Adaptive layer importance (TAP-ViTs): how far the prediction moves when one layer alone is pruned as planned.
+"""Layer importance (TAP-ViTs): the KL divergence of the prediction when one layer alone is pruned as planned.
 
-KL_l = mean over the metric set of KL(P_dense ‖ P_probe), the probe being the dense model with layer l cut to its
-planned width and everything else dense. What probes have in common is computed once: each image goes through the dense
-model once, and every probe starts from the cached stream that enters its branch, as a physically smaller branch.
+KL_l = mean over the metric set of KL(P_dense ‖ P_probe), where the probe is the dense model with layer l cut to its
+planned width and everything else dense.
 
-KL_l is a mean over samples of what each contributes alone, so the divergences of a public pool, measured once with
-masks that all devices share, give every device its own layer importance: the mean over its metric set's columns. That
-is an approximation (ours, ``pruning.probe = pool``): the masks are then those of the pool, not the device's own.
+KL_l is a mean over samples. Where the masks of the probes do not depend on the device, one pass over the public pool
+measures the divergence of every sample and layer, and the layer importance of a device is the mean over the samples of
+its metric set (``pruning.probe = pool``, ours). That is an approximation: units are then ranked by the composite
+importance of the pool as a whole, and not of the device's metric set. It pays where there are many devices and few
+different shapes to probe.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from functools import cached_property
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tapfl.config import PruningOptions
+from tapfl.memo import Memo
 from tapfl.models.residual import branch_steps
-from tapfl.models.units import PrunableLayer, replaced
+from tapfl.models.units import PrunableLayer, Shape, replaced
 from tapfl.progress import track
+from tapfl.pruning.scores import neuron_importance
+from tapfl.pruning.unit_shape import keep_best
 
 # Floats of the residual stream that pass a block together (16 images of DeiT-T at 224 px): its activations then stay in
 # the processor's cache, which saves a sixth of the time
 STREAM_AT_ONCE = 600_000
+# sets of shapes whose divergences are kept: float64 (layers, pool) each, 1 MB for DeiT and 5000 images
+LAYER_SHAPES = 32
+
+Variant = Mapping[str, nn.Module]  # the branches that take the place of the dense model's, by layer name
 
 
 def layer_importance(
@@ -43,12 +55,11 @@ def layer_importance(
     return mean_divergence(layers, sample_divergences(model, layers, kept, inputs, batch))
 
 
-def mean_divergence(layers: Sequence[PrunableLayer], divergences: Tensor) -> dict[str, float]:
+def mean_divergence(layers: Sequence[PrunableLayer], samples: Tensor) -> dict[str, float]:
     """Returns KL_l in nats by layer name, of the divergences (layers, samples) of a metric set's samples."""
-    return {layer.name: float(mean) for layer, mean in zip(layers, divergences.mean(1), strict=True)}
+    return {layer.name: float(mean) for layer, mean in zip(layers, samples.mean(1), strict=True)}
 
 
-@torch.no_grad()
 def sample_divergences(
     model: nn.Module,
     layers: Sequence[PrunableLayer],
@@ -60,36 +71,140 @@ def sample_divergences(
 
     Args: as `layer_importance`.
     """
-    probes = {
-        layer.name: layer.shrink(model.get_submodule(layer.name), kept[layer.name])
-        for layer in layers
+    probes = [
+        {layer.name: layer.shrink(model.get_submodule(layer.name), kept[layer.name])}
         if len(kept[layer.name]) < layer.units
-    }
-    steps = branch_steps(model)
-    position = {name: index for index, (name, _) in enumerate(steps)}
-    start = {layer.name: position.get(layer.name, position.get(layer.block, 0)) for layer in layers}
-    found = torch.zeros(len(layers), len(inputs), dtype=torch.float64)
+        else {}
+        for layer in layers
+    ]
+    return divergences(model, layers, probes, inputs, batch, "layer importance")
+
+
+@torch.no_grad()
+def divergences(
+    model: nn.Module,
+    layers: Sequence[PrunableLayer],
+    variants: Sequence[Variant],
+    inputs: Tensor,
+    batch: int,
+    name: str = "divergence",
+) -> Tensor:
+    """Returns KL(P_dense ‖ P_variant) in nats, float64 (variants, n): 0 for a variant without another branch.
+
+    Variants that agree up to a branch pass the model together up to there, so every common prefix, the dense model's
+    included, is computed once.
+
+    Args:
+        layers: the prunable layers of `model`.
+        inputs: images in the backbone's input format (n, channels, height, width).
+        batch: images at once, at most.
+        name: of the stage as which it is shown.
+    """
+    walk = _Walk(model, [{}, *variants])
+    found = torch.zeros(len(variants), len(inputs), dtype=torch.float64)
     at_once = min(batch, images_at_once(layers))
     parts = list(zip(inputs.split(at_once), found.split(at_once, dim=1), strict=True))
-    for part, columns in track(parts, "layer importance"):
-        entering: list[Tensor] = []
-        x = part
-        for _, step in steps:
-            entering.append(x)
-            x = step(x)
-        dense = x.double().log_softmax(-1)
-        for row, layer in enumerate(layers):
-            if layer.name not in probes:
-                continue
-            with replaced(model, layer.name, probes[layer.name]):
-                x = entering[start[layer.name]]
-                for _, step in steps[start[layer.name] :]:
-                    x = step(x)
-            columns[row] = F.kl_div(x.double().log_softmax(-1), dense, log_target=True, reduction="none").sum(-1)
+    for part, columns in track(parts, name):
+        logits = walk.logits(part)
+        dense = logits[0].double().log_softmax(-1)
+        for row, (variant, own) in enumerate(zip(variants, logits[1:], strict=True)):
+            if variant:
+                own = own.double().log_softmax(-1)
+                columns[row] = F.kl_div(own, dense, log_target=True, reduction="none").sum(-1)
     return found.clamp_(min=0)
+
+
+class _Walk:
+    """The passes of all variants as a tree: a node is a residual stream, an edge a step of the model."""
+
+    def __init__(self, model: nn.Module, variants: Sequence[Variant]) -> None:
+        self.model, self.steps = model, branch_steps(model)
+        position = {name: i for i, (name, _) in enumerate(self.steps)}
+        self.changes: list[list[tuple[tuple[str, nn.Module], ...]]] = []  # by variant and step
+        for variant in variants:
+            changes: list[tuple[tuple[str, nn.Module], ...]] = [()] * len(self.steps)
+            for name, branch in variant.items():
+                step = position.get(name, position.get(name.rpartition(".")[0], 0))
+                changes[step] += ((name, branch),)
+            self.changes.append(changes)
+
+    def logits(self, x: Tensor) -> list[Tensor]:
+        """Returns the logits (n, classes) of every variant for the images x."""
+        found: dict[int, Tensor] = {}
+        self._pass(0, x, list(range(len(self.changes))), found)
+        return [found[i] for i in range(len(self.changes))]
+
+    def _pass(self, start: int, x: Tensor, members: list[int], found: dict[int, Tensor]) -> None:
+        """Passes the stream x on from step `start`, for the variants `members` that agree up to there."""
+        for position in range(start, len(self.steps)):
+            groups: dict[tuple[tuple[str, nn.Module], ...], list[int]] = {}
+            for i in members:
+                groups.setdefault(self.changes[i][position], []).append(i)
+            (key, members), *others = groups.items()
+            for other, leaving in others:
+                self._pass(position + 1, self._step(position, x, other), leaving, found)
+            x = self._step(position, x, key)
+        found |= dict.fromkeys(members, x)
+
+    def _step(self, position: int, x: Tensor, change: tuple[tuple[str, nn.Module], ...]) -> Tensor:
+        with ExitStack() as stack:
+            for name, branch in change:
+                stack.enter_context(replaced(self.model, name, branch))
+            return self.steps[position][1](x)
 
 
 def images_at_once(layers: Sequence[PrunableLayer]) -> int:
     """Returns how many images pass a block together, so that the stream of an average block is STREAM_AT_ONCE."""
     floats = sum(layer.tokens * layer.embed_dim for layer in layers) / len(layers)
     return max(1, round(STREAM_AT_ONCE / floats))
+
+
+class PoolProbe:
+    """The divergences of all samples of a pool, by the shapes that layers are probed at.
+
+    Args:
+        model: the dense backbone.
+        layers: its prunable layers.
+        batches: returns the whole pool in the backbone's input format, in order, in pieces; called for each pass.
+        options: weights of the composite score.
+        batch: images a scoring batch.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Sequence[PrunableLayer],
+        batches: Callable[[], Iterable[Tensor]],
+        options: PruningOptions,
+        batch: int,
+    ) -> None:
+        self.model, self.layers, self.batches, self.options, self.batch = model, layers, batches, options, batch
+        self._known = Memo(LAYER_SHAPES)
+
+    @cached_property
+    def scores(self) -> dict[str, Tensor]:
+        """The composite importance (units,) of every layer, summed over the whole batches of each piece."""
+        weights = {"ffn": self.options.ffn_terms, "attention": self.options.attention_terms}
+        total = {layer.name: torch.zeros(layer.units) for layer in self.layers}
+        for part in track(self.batches(), "pool"):
+            if len(part) >= self.batch:
+                found = neuron_importance(self.model, self.layers, part, self.batch, weights)
+                for name, values in found.items():
+                    total[name] += values
+        return total
+
+    def divergences(self, shapes: Mapping[str, Shape]) -> Tensor:
+        """Returns KL(P_dense ‖ P_probe) in nats, float64 (layers, pool), each layer cut to its shape alone."""
+        return self._known.once(tuple(shapes[layer.name] for layer in self.layers), lambda: self._measure(shapes))
+
+    def importance(self, shapes: Mapping[str, Shape], chosen: np.ndarray) -> dict[str, float]:
+        """Returns KL_l in nats by layer name, over the samples at the positions `chosen` of the pool."""
+        return mean_divergence(self.layers, self.divergences(shapes)[:, torch.from_numpy(chosen)])
+
+    def _measure(self, shapes: Mapping[str, Shape]) -> Tensor:
+        kept = {layer.name: keep_best(layer, self.scores[layer.name], shapes[layer.name]) for layer in self.layers}
+        parts = [
+            sample_divergences(self.model, self.layers, kept, part, self.batch)
+            for part in track(self.batches(), "pool")
+        ]
+        return torch.cat(parts, dim=1)

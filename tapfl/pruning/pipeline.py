@@ -1,4 +1,4 @@
-"""From a pruning problem to a smaller model: select, cut and compensate, recover; each part as the options say.
+"""From a pruning problem to a smaller model: select, cut and compensate, recover; each step as the options say.
 
 ```
 model ─ canonical basis ─► task ─ criterion ─► selection ─ compensation ─► smaller model ─ recovery ─► smaller model
@@ -17,22 +17,29 @@ from torch import Tensor, nn
 from tapfl.config import PruningOptions
 from tapfl.data.sources import ImageSet
 from tapfl.data.transform import Transform
+from tapfl.errors import ModelError
 from tapfl.models.backbone import BackboneSpec
+from tapfl.models.cost import Timings, measure_cost, measure_timings
+from tapfl.models.forward import example_input
+from tapfl.models.prunable import prunable_layers
 from tapfl.options import Scalar
 from tapfl.progress import track
-from tapfl.pruning.compensation import compensated
-from tapfl.pruning.criteria.registry import criterion_of
-from tapfl.pruning.criteria.task import PruningTask, Selection
-from tapfl.pruning.lost_output import Felt, Known
-from tapfl.pruning.plan import PruningPlan
-from tapfl.pruning.planning import plan_of
+from tapfl.pruning.basis import canonical_basis, in_basis
+from tapfl.pruning.budget import Budget
+from tapfl.pruning.compensation import Moments, compensated
+from tapfl.pruning.cost_table import cost_table
+from tapfl.pruning.criteria.criterion import PruningTask, Selection
+from tapfl.pruning.criteria.registry import criterion_of, resolved
+from tapfl.pruning.plan import LayerPlan, PruningPlan
 from tapfl.pruning.recovery import fading_branches, recover, steps_left
-from tapfl.pruning.sensitivity import sensitivities
+from tapfl.pruning.sensitivity import Sensitivities, sensitivities
+from tapfl.pruning.surgery import shrink
+from tapfl.pruning.unit_shape import aligned
 from tapfl.seeds import numpy_generator, torch_generator
 from tapfl.store import pack_tensors
 from tapfl.training import predict
 
-CHANGES = ("basis", "compensation", "recovery")  # what changes weights, unless it is `none`
+CHANGES = ("basis", "compensation", "recovery")  # options that change weights, unless they are `none`
 
 
 @dataclass(frozen=True)
@@ -93,25 +100,92 @@ def fine_tune_set(pick: Callable[[int], ImageSet], transform: Transform, options
     return FineTuneSet(lambda index: transform(chosen.images[index]), len(chosen), labels_of(chosen, options))
 
 
+def pruning_task(
+    model: nn.Module,
+    inputs: Tensor,
+    budget: Budget | float | str,
+    options: PruningOptions | None = None,
+    batch: int = 64,
+    labels: Tensor | None = None,
+    seed: int = 0,
+    timings: Timings | None = None,
+) -> PruningTask:
+    """Returns the problem that a criterion solves.
+
+    Options that are `auto` become what the criterion is made for. In the canonical basis the task's model is `model`
+    turned, on the metric set unless `model` was turned before (`turned_on_pool`).
+
+    Args:
+        timings: of the model, for a budget that names latency; measured here and now where they are not given.
+
+    Raises:
+        ConfigError: if the budget is none.
+        ModelError: if the metric set is empty, smaller than one batch, or not of the backbone's input format.
+    """
+    check_metric_set(model, inputs, batch)
+    limits, options = Budget.parse(budget), resolved(options or PruningOptions())
+    layers, dense = tuple(prunable_layers(model)), measure_cost(model)
+    options = aligned(options, layers)
+    model = in_basis(model, options.basis, lambda: canonical_basis(model, layers, inputs, batch))
+    if limits.measured and timings is None:
+        timings = measure_timings(model, layers, options.align)
+    return PruningTask(
+        model=model,
+        layers=layers,
+        dense=dense,
+        inputs=inputs,
+        labels=labels,
+        budget=limits,
+        costs=cost_table(layers, dense, limits, timings),
+        options=options,
+        batch=batch,
+        generator=torch_generator(seed, "criterion"),
+    )
+
+
+def check_metric_set(model: nn.Module, inputs: Tensor, batch: int) -> None:
+    """Raises ModelError if `inputs` is empty, smaller than one batch, or not of the input format of `model`."""
+    if not len(inputs):
+        raise ModelError("metric set is empty; it takes at least one batch of images")
+    if len(inputs) < batch:
+        raise ModelError(f"metric set of {len(inputs)} images is smaller than one batch of {batch}")
+    wanted, given = tuple(example_input(model).shape[1:]), tuple(inputs.shape[1:])
+    if given != wanted:
+        raise ModelError(
+            f"metric set of images {_sizes(given)} does not fit the backbone, which takes {_sizes(wanted)} "
+            f"(channels×height×width)"
+        )
+
+
+def _sizes(shape: tuple[int, ...]) -> str:
+    return "×".join(map(str, shape)) or "without sizes"
+
+
 def select(task: PruningTask) -> Selection:
     """Returns the choice of the criterion that the task's options name."""
     return criterion_of(task.options.criterion)(task)
 
 
-def cut(task: PruningTask, selection: Selection, seed: int, felt: Felt = None, known: Known = None) -> nn.Module:
+def cut(
+    task: PruningTask,
+    selection: Selection,
+    seed: int,
+    fisher: Sensitivities | None = None,
+    moments: Moments | None = None,
+) -> nn.Module:
     """Returns the smaller model of a selection, compensated as the task's options say.
 
     Args:
-        felt: the `row_sensitivities` of the weights that are cut, where they are known.
-        known: their `unit_moments`, likewise.
+        fisher: the `row_sensitivities` of the weights that are cut, if they are known.
+        moments: their `unit_moments`, likewise.
     """
     weights, how = selection.model or task.model, task.options.compensation
-    felt = felt or row_sensitivities(task, weights, seed)
-    return compensated(weights, selection.kept, task.layers, task.inputs, task.batch, how, felt, known)
+    fisher = fisher or row_sensitivities(task, weights, seed)
+    return compensated(weights, selection.kept, task.layers, task.inputs, task.batch, how, fisher, moments)
 
 
-def row_sensitivities(task: PruningTask, weights: nn.Module, seed: int) -> Felt:
-    """Returns how much the prediction of a model feels each row, where the task's compensation asks for that."""
+def row_sensitivities(task: PruningTask, weights: nn.Module, seed: int) -> Sensitivities | None:
+    """Returns the Fisher sensitivities of a model, or None unless the task's compensation weights rows by them."""
     if task.options.compensation == "none" or task.options.compensation_rows != "sensitivity":
         return None
     return sensitivities(weights, task.layers, task.inputs, task.batch, torch_generator(seed, "sensitivity"))
@@ -169,6 +243,26 @@ def prune_to(
     plan = plan_of(task, selection, spec, {**parts, "seed": seed, **(provenance or {})})
     changed = selection.model is not None or any(parts[name] != "none" for name in CHANGES)
     return Pruned(small, plan, exact=not changed)
+
+
+def plan_of(
+    task: PruningTask, selection: Selection, spec: BackboneSpec, provenance: Mapping[str, Scalar] | None = None
+) -> PruningPlan:
+    """Returns a criterion's selection as a plan, with its cost measured on the shrunk model."""
+    parts = tuple(
+        LayerPlan(
+            name=layer.name,
+            kind=layer.kind,
+            units=layer.units,
+            kept=tuple(selection.kept[layer.name].tolist()),
+            importance=selection.importance.get(layer.name),
+        )
+        for layer in task.layers
+    )
+    plan = PruningPlan(
+        backbone=spec, layers=parts, dense=task.dense, cost=task.dense, provenance=dict(provenance or {})
+    )
+    return plan.model_copy(update={"cost": measure_cost(shrink(task.model, plan))})
 
 
 def _labels(task: PruningTask, images: FineTuneSet) -> Tensor:

@@ -33,7 +33,7 @@ from tapfl.config import PruningOptions
 from tapfl.errors import ConfigError, ModelError
 from tapfl.models.units import put
 from tapfl.progress import track
-from tapfl.pruning.criteria.task import Selection
+from tapfl.pruning.criteria.criterion import Selection
 from tapfl.training import batches, optimizer
 
 FADING_SHARE = 0.3  # of the steps, as published

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from tapfl.errors import ModelError
+from tapfl.models.forward import hooked
 from tapfl.models.units import PrunableLayer
 from tapfl.progress import track
 
@@ -157,15 +158,9 @@ def record_activations(
     def keep(layer: PrunableLayer) -> Callable[..., None]:
         return lambda _module, inputs: seen.__setitem__(layer.name, layer.activations(inputs[0], len(batch)))
 
-    handles = [
-        model.get_submodule(f"{layer.name}.{layer.output}").register_forward_pre_hook(keep(layer)) for layer in layers
-    ]
-    try:
-        with torch.no_grad():
-            logits = model(batch)
-    finally:
-        for handle in handles:
-            handle.remove()
+    hooks = (layer.output_of(model).register_forward_pre_hook(keep(layer)) for layer in layers)
+    with hooked(hooks), torch.no_grad():
+        logits = model(batch)
     for name, activations in seen.items():
         refuse_not_finite(name, activations, number)
     return logits, seen

@@ -1,24 +1,25 @@
-"""Sensitivity (ours): how much the prediction feels what a branch writes, row by row and direction by direction.
+"""Fisher sensitivity (ours): how the prediction depends on what a branch writes, by row and by direction.
 
 With g = ∂L/∂y the gradient of an image's cross-entropy at the output y of a branch, for a label drawn from the model's
-own prediction, E[g gᵀ] is the Fisher information of y: a change δ of the output moves the prediction by about
-½ E[(gᵀδ)²] nats. So no labels are needed, and two things follow:
+own prediction, E[g gᵀ] is the Fisher information of y: a change δ of the output changes the prediction by about
+½ E[(gᵀδ)²] nats. No labels are needed. Two quantities follow:
 
-    rows      s = |g|², one number a row (a token of an image): which rows a regression should get right
-    metric    M = E[g gᵀ]: which directions of the output
+    rows      s = |g|², one number a row (a token of an image): the weight of the row in a regression
+    metric    M = E[g gᵀ]: the weight of a direction of the output
 
-Rows are heavy-tailed, so they are used as ρ s/E[s] + (1 − ρ), ρ = 0.7: mean 1, and no row without a say.
+Rows are heavy-tailed, so their weights are ρ s/E[s] + (1 − ρ), ρ = 0.7: mean 1, and every row counts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tapfl.models.forward import hooked
 from tapfl.models.units import PrunableLayer
 from tapfl.progress import track
 
@@ -27,15 +28,18 @@ TRUST = 0.7  # ρ; 0: all rows alike
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """Of one branch on one set of images.
+    """Fisher sensitivity of one branch on one set of images.
 
     Attributes:
-        rows: by batch, float32 (rows,), in the order in which they pass the branch's output linear; mean 1 over all.
+        rows: weights by batch, float32 (rows,), in the order of the rows at the branch's output linear; mean 1.
         metric: M, float64 (outputs, outputs).
     """
 
     rows: tuple[Tensor, ...]
     metric: Tensor
+
+
+Sensitivities = Mapping[str, Sensitivity]
 
 
 def sensitivities(
@@ -46,7 +50,7 @@ def sensitivities(
     Args:
         model: the dense backbone, frozen and in evaluation mode.
         inputs: the metric set in the backbone's input format (n, channels, height, width).
-        batch: images a pass; `Sensitivity.rows` is cut alike.
+        batch: images a pass; `Sensitivity.rows` has one entry a batch.
         generator: draws the labels.
     """
     squares: dict[str, list[Tensor]] = {layer.name: [] for layer in layers}
@@ -77,15 +81,11 @@ def _output_gradients(
 
         return hook
 
-    handles = [
-        model.get_submodule(f"{layer.name}.{layer.output}").register_forward_hook(keep(layer.name)) for layer in layers
-    ]
-    try:
-        with torch.enable_grad():
-            logits = model(images)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with (
+        hooked(layer.output_of(model).register_forward_hook(keep(layer.name)) for layer in layers),
+        torch.enable_grad(),
+    ):
+        logits = model(images)
     labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
     loss = F.cross_entropy(logits, labels, reduction="sum")
     return dict(zip(outputs, torch.autograd.grad(loss, list(outputs.values())), strict=True))

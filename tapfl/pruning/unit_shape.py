@@ -1,10 +1,10 @@
-"""Unit shape: in which sizes a layer can be cut, and which units a size keeps.
+"""Unit shape: the sizes to which a layer can be cut, and the units that a size keeps.
 
-    head-dims   equal dims in every head go; all heads stay
+    head-dims   equal dims of every head go; all heads stay
     heads       whole heads go
-    both        heads x dims: of the shapes of a size, the one that keeps the largest sum of scores
+    both        heads × dims: of the shapes of one size, the one that keeps the largest sum of scores
 
-An FFN is one head, of which units go under all three.
+An FFN is one head, and its units go under all three.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ SMALL_HEAD = 32  # dims
 
 
 @dataclass(frozen=True, eq=False)
-class Ladder:
+class Candidates:
     """The shapes that a layer may take, by rising size.
 
     Attributes:
@@ -44,30 +44,30 @@ class Ladder:
         return float(self.units[-1])
 
     def least(self, floor: float) -> int:
-        """Returns the lowest rung that keeps a share `floor` of the units, and one unit at least if that is above 0."""
+        """Returns the position of the smallest shape that keeps a share `floor` of the units, at least one if > 0."""
         return int(np.searchsorted(self.units, max(floor * self.full - 1e-9, 1.0 if floor > 0 else 0.0)))
 
     def below(self, units: float) -> int:
-        """Returns the highest rung of at most so many units, but for rounding."""
+        """Returns the position of the largest shape of at most so many units, up to rounding."""
         return int(np.searchsorted(self.units, units + 1e-9 * self.full, side="right")) - 1
 
 
 def aligned(options: PruningOptions, layers: Sequence[PrunableLayer]) -> PruningOptions:
-    """Returns the options with an `align` of 0 replaced: 8 suits kernels, but leaves small heads hardly a choice."""
+    """Returns the options with an `align` of 0 replaced: 8 suits kernels, but small heads need finer steps."""
     if options.align:
         return options
     small = any(layer.units_per_head < SMALL_HEAD for layer in layers if layer.kind == "attention")
     return options.model_copy(update={"align": 4 if small else 8})
 
 
-def ladder(
+def candidates(
     layer: PrunableLayer, table: np.ndarray, unit_shape: str, align: int, scores: Tensor | None = None
-) -> Ladder:
+) -> Candidates:
     """Returns the shapes of a layer whose dims (or units, in an FFN) are multiples of `align`, or all there are.
 
     Args:
         table: what each shape costs (M, heads + 1, dims + 1).
-        scores: of the units (units,); only ``both`` needs them, and takes all units to be worth the same without.
+        scores: of the units (units,); only ``both`` needs them, and without scores treats all units alike.
     """
     heads, full = layer.full
     dims = [*range(0, full, align), full]
@@ -78,11 +78,11 @@ def ladder(
     else:
         shapes = [Shape(heads, d) for d in dims]
     costs = np.stack([table[:, shape.heads, shape.dims] for shape in shapes], axis=1)
-    # a shape that costs more than a larger one (more heads, fewer dims) is none worth having
+    # drops shapes that cost more than a larger one (more heads, fewer dims)
     worth = (costs <= np.minimum.accumulate(costs[:, ::-1], axis=1)[:, ::-1]).all(axis=0)
     chosen = np.flatnonzero(worth)
     units = np.array([shapes[i].units for i in chosen], dtype=np.float64)
-    return Ladder(layer.name, tuple(shapes[i] for i in chosen), units, costs[:, chosen])
+    return Candidates(layer.name, tuple(shapes[i] for i in chosen), units, costs[:, chosen])
 
 
 def keep_best(layer: PrunableLayer, scores: Tensor, shape: Shape) -> Tensor:
@@ -98,7 +98,7 @@ def keep_best(layer: PrunableLayer, scores: Tensor, shape: Shape) -> Tensor:
 
 
 def slices(layer: PrunableLayer, unit_shape: str, scores: Tensor) -> list[tuple[float, float]]:
-    """Returns (mean score, units) of what a layer gains step by step when it grows, the most worthy first.
+    """Returns (mean score, units) of the slices in which a layer grows, the best first.
 
     The best dim of every head, the second best of every head, and so on; or the best head, the second best; or, where
     both are possible, the steps between those shapes that keep most for their size (the concave hull).

@@ -1,105 +1,91 @@
-"""The criteria by name: those of this folder, and those that users have; and what goes with each.
+"""The criteria by name, and what `auto` means for each.
 
-A criterion is a callable `PruningTask -> Selection`. A user's own is named ``module:function``; an installed package
-offers one under a name by an entry point of the group ``tapfl.criteria``. A criterion that is made for other options
-than the published ones says so by the decorator `recipe`.
+A plugin is named ``module:name``; an installed package offers a criterion under a plain name by an entry point of the
+group ``tapfl.criteria``. Both are a `Criterion`, or a function `PruningTask -> Selection`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from importlib import import_module
 from importlib.metadata import entry_points
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tapfl.config import PruningOptions
 from tapfl.errors import ConfigError
 from tapfl.plugin import is_plugin, load_plugin
 
-if TYPE_CHECKING:  # with torch, and a name that is none is refused before
-    from tapfl.pruning.criteria.task import Criterion
+if TYPE_CHECKING:  # it imports torch, and unknown names are refused before
+    from tapfl.pruning.criteria.criterion import Criterion
 
 ENTRY_POINTS = "tapfl.criteria"
 
-# name -> module:function, imported when it is asked for
+# name -> module:value, imported when it is used
 BUILT_IN = {
-    "fisher": "tapfl.pruning.criteria.fisher:fisher",
-    "fisher-global": "tapfl.pruning.criteria.fisher:fisher_global",
-    "isomorphic": "tapfl.pruning.criteria.isomorphic:isomorphic",
-    "lowrank-heads": "tapfl.pruning.criteria.lowrank_heads:lowrank_heads",
-    "magnitude": "tapfl.pruning.criteria.magnitude:magnitude",
-    "random": "tapfl.pruning.criteria.random_units:random_units",
+    "fisher": "tapfl.pruning.criteria.gradients:fisher",
+    "fisher-global": "tapfl.pruning.criteria.gradients:fisher_global",
+    "isomorphic": "tapfl.pruning.criteria.gradients:isomorphic",
+    "lowrank-heads": "tapfl.pruning.criteria.norms:lowrank_heads",
+    "magnitude": "tapfl.pruning.criteria.norms:magnitude",
+    "random": "tapfl.pruning.criteria.norms:random_units",
     "savit": "tapfl.pruning.criteria.savit:savit",
-    "tap+": "tapfl.pruning.criteria.tap_plus:tap_plus",
+    "tap+": "tapfl.pruning.criteria.tap:tap_plus",
     "tap": "tapfl.pruning.criteria.tap:tap",
-    "taylor": "tapfl.pruning.criteria.taylor:taylor",
-    "taylor-global": "tapfl.pruning.criteria.taylor:taylor_global",
+    "taylor": "tapfl.pruning.criteria.gradients:taylor",
+    "taylor-global": "tapfl.pruning.criteria.gradients:taylor_global",
     "updp": "tapfl.pruning.criteria.updp:updp",
     "upop": "tapfl.pruning.criteria.upop:upop",
-    "upop-oneshot": "tapfl.pruning.criteria.upop_oneshot:upop_oneshot",
-    "wanda": "tapfl.pruning.criteria.wanda:wanda",
+    "upop-oneshot": "tapfl.pruning.criteria.upop:upop_oneshot",
+    "wanda": "tapfl.pruning.criteria.norms:wanda",
 }
 
+# what `auto` means unless the criterion has another default
 PUBLISHED = {"ratio": "adaptive", "basis": "none", "compensation": "none", "compensation_rows": "even"}
 
 
 def criterion_names() -> list[str]:
-    """Returns the names of all criteria that can be had, sorted."""
+    """Returns the names of all built-in and installed criteria, sorted."""
     return sorted({*BUILT_IN, *(point.name for point in entry_points(group=ENTRY_POINTS))})
 
 
 def require_criterion(name: str) -> None:
-    """Raises ConfigError if there is no criterion of that name; a user's own is looked for when it is needed."""
-    if name in BUILT_IN or is_plugin(name):  # without a look at all that is installed, which takes milliseconds
+    """Raises ConfigError if there is no criterion of that name; a plugin is imported only when it is used."""
+    if name in BUILT_IN or is_plugin(name):  # looking through all installed packages takes milliseconds
         return
     if name not in (names := criterion_names()):
         raise ConfigError(
             f"pruning.criterion = {name!r}: there is no such criterion; accepted: {', '.join(names)}, "
-            "or module:name for one of your own"
+            "or module:name of a plugin"
         )
 
 
 def criterion_of(name: str) -> Criterion:
     """Returns the criterion of that name. Raises ConfigError if there is none."""
     require_criterion(name)
+    found: Any
     if name in BUILT_IN:
-        module, _, function = BUILT_IN[name].partition(":")
-        criterion: Criterion = getattr(import_module(module), function)
-        return criterion
-    if is_plugin(name):
-        found: Criterion = load_plugin("pruning.criterion", name)
-        return found
-    (point, *_) = entry_points(group=ENTRY_POINTS, name=name)
-    offered: Criterion = point.load()
-    return offered
+        module, _, value = BUILT_IN[name].partition(":")
+        found = getattr(import_module(module), value)
+    elif is_plugin(name):
+        found = load_plugin("pruning.criterion", name)
+    else:
+        (point, *_) = entry_points(group=ENTRY_POINTS, name=name)
+        found = point.load()
+    from tapfl.pruning.criteria.criterion import Criterion
 
-
-def recipe(needs: tuple[str, ...] = (), **options: str) -> Callable[[Criterion], Criterion]:
-    """Marks a criterion as made for these values of the options that `PUBLISHED` names, where they are `auto`.
-
-    Args:
-        needs: those of the options that it cannot do without; any other value is refused before anything starts.
-    """
-
-    def mark(criterion: Criterion) -> Criterion:
-        criterion.recipe = options  # type: ignore[attr-defined]
-        criterion.needs = needs  # type: ignore[attr-defined]
-        return criterion
-
-    return mark
+    return found if isinstance(found, Criterion) else Criterion(search=found)
 
 
 def resolved(options: PruningOptions) -> PruningOptions:
-    """Returns the options with every `auto` replaced by what the criterion is made for, or else by what is published.
+    """Returns the options with every `auto` replaced by the criterion's default.
 
     Raises:
-        ConfigError: if there is no such criterion, or it cannot do with one of the options.
+        ConfigError: if there is no such criterion, or it requires another value of an option.
     """
     criterion = criterion_of(options.criterion)
-    own = PUBLISHED | getattr(criterion, "recipe", {})
-    for name in getattr(criterion, "needs", ()):
-        if (value := getattr(options, name)) not in ("auto", own[name]):
+    defaults = PUBLISHED | dict(criterion.defaults)
+    for name in criterion.requires:
+        if (value := getattr(options, name)) not in ("auto", defaults[name]):
             raise ConfigError(
-                f"pruning.{name} = {value!r}: criterion {options.criterion} needs {own[name]!r}; accepted: auto"
+                f"pruning.{name} = {value!r}: criterion {options.criterion} needs {defaults[name]!r}; accepted: auto"
             )
-    return options.model_copy(update={name: own[name] for name in PUBLISHED if getattr(options, name) == "auto"})
+    return options.model_copy(update={name: defaults[name] for name in PUBLISHED if getattr(options, name) == "auto"})

@@ -33,16 +33,15 @@ from tapfl.errors import BudgetError
 from tapfl.models.units import PrunableLayer
 from tapfl.progress import track
 from tapfl.pruning.cost_table import reached
-from tapfl.pruning.criteria.gates import gated, open_gates, targets
-from tapfl.pruning.criteria.isomorphic import within_types
-from tapfl.pruning.criteria.task import PruningTask, Selection
+from tapfl.pruning.criteria.criterion import Criterion, PruningTask, Selection
+from tapfl.pruning.criteria.gradients import gated, open_gates, targets, within_types
 
 MINIBATCH = 32  # as published: the expectation is over squared gradients of minibatches, so their size is part of it
 TYPES = ("attention", "ffn")
 
 
-def savit(task: PruningTask) -> Selection:
-    """Whole heads and FFN units go.
+def select(task: PruningTask) -> Selection:
+    """Returns the whole heads and the FFN units that stay.
 
     Raises:
         BudgetError: if no number of heads leaves a budget that FFN widths can meet.
@@ -150,3 +149,10 @@ def unfused(model: nn.Module) -> nn.Module:
         if hasattr(module, "fused_attn"):
             module.fused_attn = False  # type: ignore[assignment]
     return copied
+
+
+savit = Criterion(
+    "Whole heads and FFN units by squared gate gradients; the split between them from their interactions "
+    "(SAViT, NeurIPS 2022).",
+    search=select,
+)

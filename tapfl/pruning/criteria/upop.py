@@ -1,45 +1,114 @@
 """UPop (Shi et al., "UPop: unified and progressive pruning for compressing vision-language transformers", ICML 2023).
 
-The ranking is that of `tapfl.pruning.criteria.upop_oneshot`; this adds the progressive search. Over T steps of
-training, with p the share of what all units cost that has to go in the end (MACs; or the quantity of the budget's
-tightest limit),
+Masks m = 1 multiply the FFN's hidden units before the activation, and q, k and v; an attention's dims are shared by all
+heads of a layer, so every head keeps the same dims. Units go in falling order of
+
+    z = ∂L/∂m, standardised over all masks of its type (attention or FFN)    signed: L falls when such a mask falls
+
+in one ranking of both types, until the real costs of the units add up to what has to go. `z` itself is ranked, not z
+per MAC. L is the mean cross-entropy with the task's labels or the dense predictions. `upop-oneshot` stops there, with
+the gradients of the whole metric set at masks of 1. `upop` adds the progressive search: over T steps of training, with
+p the share of the units' cost that has to go in the end (in MACs, or in the quantity of the budget's tightest limit),
 
     p_t = p · sqrt((1 − cos(πt/T)) / 2)
 
-and every T/20 steps the units of largest z, up to a cost of p_t, are selected anew, by the masks' gradients accumulated
-since the first step (as in the public code, which never clears them; cleared at each selection, a unit that fades gets
-a gradient of the other sign and comes back, and hardly a unit is selected twice). Masks of selected units fall to
-1 − p_t/p, those of all others return to 1, while the weights keep training. What is selected at the end, when the masks
-of it are 0, goes.
+and every T/20 steps the units of largest z, up to a cost of p_t, are selected anew by the masks' gradients, accumulated
+since the first step as in the public code. (Cleared at each selection, a unit that fades gets a gradient of the other
+sign and comes back, and hardly any unit is selected twice.) Masks of selected units fall to 1 − p_t/p, all others
+return to 1, while the weights keep training. The units that are selected at the end, when their masks are 0, go.
 
-Differs from the publication: T is 100 and not 60 epochs of ImageNet, on the metric set alone, without augmentation or
-distillation, at a constant learning rate; and as said in `upop_oneshot`. The gradient steps are reported, for a fair
-comparison deducts them from recovery.
+Differs from the publication: T is 100 steps and not 60 epochs of ImageNet, on the metric set alone, without
+augmentation or distillation, at a constant learning rate; costs are MACs of this backbone (the public code has a
+constant for DeiT); L1 regularisation of the masks is left out (its gradient is the same for all masks of a type, so z
+does not depend on it); widths are aligned afterwards (`tapfl.pruning.allocate`). Exact for activations with f(0) = 0,
+such as GELU.
 """
 
 from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tapfl.models.forward import hooked
+from tapfl.models.units import PrunableLayer
 from tapfl.progress import track
-from tapfl.pruning.criteria.gates import targets
-from tapfl.pruning.criteria.task import PruningTask, Selection
-from tapfl.pruning.criteria.upop_oneshot import masked, open_masks, standardise, unified, worth
+from tapfl.pruning.criteria.criterion import Criterion, PruningTask, Scores, Selection, across_layers
+from tapfl.pruning.criteria.gradients import labelled_batches, targets
 
 STEPS = 100  # T; 100 to 300 is the short form of the method
 SELECTIONS = 20  # of them over the search, as published
-LEARNING_RATE = 1e-4  # of AdamW: a pretrained backbone's last fine-tuning, and recovery's in our comparisons
+LEARNING_RATE = 1e-4  # of AdamW, the same as recovery's in our comparisons
 WEIGHT_DECAY = 0.05  # as published
 
+Masks = dict[str, Tensor]
 
-def upop(task: PruningTask) -> Selection:
+
+def open_masks(layers: Sequence[PrunableLayer], like: Tensor) -> Masks:
+    """Returns masks of 1, (units a head,) by layer name, of the dtype of `like`; an attention's heads share theirs."""
+    return {layer.name: like.new_ones(layer.units_per_head).requires_grad_() for layer in layers}
+
+
+def masked(
+    model: nn.Module, layers: Sequence[PrunableLayer], masks: Mapping[str, Tensor]
+) -> AbstractContextManager[None]:
+    """Multiplies the outputs of the branches' first linears (fc1; q, k and v) by their masks."""
+
+    def hook(layer: PrunableLayer) -> Callable[..., Tensor]:
+        def multiply(_module: nn.Module, _inputs: object, output: Tensor) -> Tensor:
+            return output * masks[layer.name].repeat(output.shape[-1] // layer.units_per_head)
+
+        return multiply
+
+    return hooked(
+        model.get_submodule(f"{layer.name}.{cut.linear}").register_forward_hook(hook(layer))
+        for layer in layers
+        for cut in layer.cuts(torch.arange(layer.units))
+        if cut.side == "rows"  # rows are ordered by part (q, k, v), head and dim
+    )
+
+
+def standardise(layers: Sequence[PrunableLayer], gradients: Mapping[str, Tensor]) -> Masks:
+    """Returns z by layer name: mean 0 and standard deviation 1 over all masks of a type."""
+    z: Masks = {}
+    for kind in {layer.kind for layer in layers}:
+        names = [layer.name for layer in layers if layer.kind == kind]
+        values = torch.cat([gradients[name] for name in names]).double()
+        spread = values.std()
+        for name in names:
+            z[name] = (gradients[name].double() - values.mean()) / (spread if spread > 0 else 1)
+    return z
+
+
+def worth(layers: Sequence[PrunableLayer], z: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Returns -z of every unit (units,) by layer name: those of the largest z go."""
+    return {layer.name: -z[layer.name].repeat(layer.heads) for layer in layers}
+
+
+def first_gradients(task: PruningTask) -> Scores:
+    """Returns -z of every unit by the gradients of the whole metric set at masks of 1, (units,) by layer name."""
+    masks = open_masks(task.layers, task.inputs)
+    totals = {name: torch.zeros_like(mask).detach() for name, mask in masks.items()}
+    for images, labels in labelled_batches(task):
+        with torch.enable_grad(), masked(task.model, task.layers, masks):
+            loss = F.cross_entropy(task.model(images), labels, reduction="sum") / len(task.inputs)
+        for total, gradient in zip(totals.values(), torch.autograd.grad(loss, list(masks.values())), strict=True):
+            total += gradient
+    return worth(task.layers, standardise(task.layers, totals))
+
+
+def unified(task: PruningTask, scores: Scores) -> Selection:
+    """Returns what stays when units of all layers go by rising score until the rest is within the budget."""
+    return across_layers(task, scores, per_cost=False, unit_shape="head-dims")
+
+
+def search(task: PruningTask) -> Selection:
     """Returns what stays, and in `model` the trained copy it is to be cut from; `steps` is T."""
     model = copy.deepcopy(task.model).eval().requires_grad_(True)
     labels = targets(task)
@@ -49,7 +118,7 @@ def upop(task: PruningTask) -> Selection:
     interval = max(1, STEPS // SELECTIONS)
     with torch.enable_grad(), masked(model, task.layers, masks):
         for step, chosen in enumerate(track(_batches(task, STEPS), "search", STEPS), start=1):
-            optimizer.zero_grad()  # not the masks', which add up from the first step on
+            optimizer.zero_grad()  # the masks' gradients add up from the first step on
             F.cross_entropy(model(task.inputs[chosen]), labels[chosen]).backward()
             optimizer.step()
             if step % interval == 0 or step == STEPS:
@@ -67,14 +136,14 @@ def schedule(t: int, T: int, p: float) -> float:
 
 
 def share_to_go(task: PruningTask) -> float:
-    """Returns p, the share of what all prunable units cost that is over the budget's tightest limit."""
+    """Returns p, the share of the cost of all prunable units that exceeds the budget's tightest limit."""
     return 1 - float(task.costs.shares.min())
 
 
 def faded(task: PruningTask, z: Mapping[str, Tensor], now: float, final: float) -> dict[str, Tensor]:
     """Returns the masks at p_t = `now`, p = `final`: 1 − p_t/p for the units of largest z up to the cost p_t, else 1.
 
-    A layer never loses all: its unit of smallest z stays at 1, as in the public code.
+    A layer never loses all units: its unit of smallest z stays at 1, as in the public code.
     """
     limit = task.costs.tightest
     unit = [layer.heads * float(task.costs.slopes[layer.name][limit]) for layer in task.layers]
@@ -107,3 +176,8 @@ def _batches(task: PruningTask, steps: int) -> Iterator[Tensor]:
 def _gradient(mask: Tensor) -> Tensor:
     assert mask.grad is not None
     return mask.grad
+
+
+_SOURCE = "signed gradients of masks, standardised by type, in one ranking (UPop, ICML 2023)"
+upop_oneshot = Criterion(f"One shot: {_SOURCE}.", first_gradients, unified)
+upop = Criterion(f"Progressive search while the weights train: {_SOURCE}.", search=search)

@@ -1,0 +1,179 @@
+"""Criteria: from a pruning task to the units that stay; and how a budget is spent by scores."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from tapfl.config import PruningOptions
+from tapfl.errors import ConfigError
+from tapfl.models.cost import Cost
+from tapfl.models.units import PrunableLayer, Shape
+from tapfl.pruning.allocate import allocate, fit_widths, layer_weights
+from tapfl.pruning.budget import Budget
+from tapfl.pruning.cost_table import CostTable
+from tapfl.pruning.layer_importance import layer_importance
+from tapfl.pruning.unit_shape import Candidates, candidates, keep_best, slices
+
+Scores = Mapping[str, Tensor]  # of all units of every layer (units,), by layer name; the largest stay
+
+
+@dataclass(frozen=True)
+class PruningTask:
+    """A pruning problem.
+
+    Attributes:
+        model: the dense backbone, frozen and in evaluation mode. A criterion does not change it.
+        layers: its prunable layers, in the order of the forward pass.
+        dense: its cost.
+        inputs: the metric set in the backbone's input format (n, channels, height, width).
+        labels: int64 (n,), or None: criteria that need labels then use the dense model's predictions.
+        budget: the limits on the pruned model.
+        costs: what every shape of every layer costs, in the quantities of the budget.
+        options: the pruning options, none of them `auto`.
+        batch: images a batch; n is at least one batch.
+        generator: the only source of randomness.
+        pool_probe: layer importance (KL by layer name) of layers cut to given shapes, measured on the public pool; None
+            where there is no pool or ``pruning.probe`` is not `pool`.
+    """
+
+    model: nn.Module
+    layers: tuple[PrunableLayer, ...]
+    dense: Cost
+    inputs: Tensor
+    labels: Tensor | None
+    budget: Budget
+    costs: CostTable
+    options: PruningOptions
+    batch: int
+    generator: torch.Generator
+    pool_probe: Callable[[Mapping[str, Shape]], dict[str, float]] | None = None
+
+
+@dataclass(frozen=True)
+class Selection:
+    """A criterion's answer.
+
+    Attributes:
+        kept: the units that stay (sorted, int64), by layer name; all limits of the budget hold, and one is reached to
+            99.5 %.
+        importance: one number a layer, if the criterion computes one.
+        model: the backbone with the weights that the criterion's search trained, or None.
+        steps: gradient steps of that search; a fair comparison deducts them from recovery.
+        fades: branches that are dropped as a whole fade out during recovery.
+    """
+
+    kept: dict[str, Tensor]
+    importance: dict[str, float] = field(default_factory=dict)
+    model: nn.Module | None = None
+    steps: int = 0
+    fades: bool = False
+
+
+def by_layer(task: PruningTask, scores: Scores) -> Selection:
+    """Ranks units within each layer; widths are equal shares, or follow the layers' importance (`layer_weights`).
+
+    Raises:
+        ConfigError: if the importance is to be measured on a pool and the task has none.
+    """
+    options = task.options
+    steps = _candidates(task, scores, options.unit_shape)
+    shapes = allocate(steps, np.ones(len(task.layers)), task.costs, options)
+    importance: dict[str, float] = {}
+    if options.ratio != "uniform":  # each layer is probed at the width that equal shares give it
+        importance = _layer_importance(task, scores, shapes)
+        shapes = allocate(steps, layer_weights(task.layers, importance, options), task.costs, options)
+    return Selection(_keep(task, scores, shapes), importance)
+
+
+def across_layers(
+    task: PruningTask,
+    scores: Scores,
+    group_of: Callable[[PrunableLayer], str] = lambda layer: "all",
+    per_cost: bool = True,
+    unit_shape: str | None = None,
+) -> Selection:
+    """Ranks all units of a group of layers together; groups share the budget evenly.
+
+    The heads of an attention stay equally large, so an attention is ranked in slices: the best dim of every head, then
+    the second best of every head; or whole heads. The score of a slice is the mean of its units. With
+    ``unit_shape = both`` the slices are the steps between the shapes that keep most for their size.
+
+    Args:
+        per_cost: rank by score per cost in the budget's own quantity (`CostTable.price`) instead of by score.
+        unit_shape: replaces the option of that name.
+    """
+    unit_shape = unit_shape or task.options.unit_shape
+    groups: dict[str, list[PrunableLayer]] = {}
+    for layer in task.layers:
+        groups.setdefault(group_of(layer), []).append(layer)
+    ideal = {layer.name: 0.0 for layer in task.layers}
+    for members in groups.values():
+        ranked = []
+        for i, layer in enumerate(members):
+            price = task.costs.price(layer.name) if per_cost else 1.0
+            for k, (worth, units) in enumerate(slices(layer, unit_shape, scores[layer.name])):
+                ranked.append((-worth / price, i, k, units))
+        left = task.costs.shares * sum(layer.units * task.costs.slopes[layer.name] for layer in members)
+        for _, i, _, units in sorted(ranked):
+            cost = units * task.costs.slopes[members[i].name]
+            if (left < cost).any():
+                break
+            ideal[members[i].name] += units
+            left = left - cost
+    steps = _candidates(task, scores, unit_shape)
+    return Selection(_keep(task, scores, fit_widths(steps, np.array(list(ideal.values())), task.costs, task.options)))
+
+
+@dataclass(frozen=True)
+class Criterion:
+    """A way to choose the units that stay.
+
+    Most criteria score units without looking at the budget (`scores`) and then spend the budget by these scores
+    (`spend`), so that one scoring serves many budgets. The others search (`search`) and have no scores.
+
+    Attributes:
+        about: what it is, in a sentence or two, with its source.
+        scores: uses neither the task's budget and costs nor the options that control how a budget is spent.
+        spend: chooses the units that stay by their scores.
+        search: chooses the units that stay; takes the place of `scores` and `spend`.
+        defaults: what `auto` means for it, by name of the option (`ratio`, `basis`, `compensation`,
+            `compensation_rows`), where that differs from the method as published.
+        requires: options that must have the value in `defaults`; other values are refused before anything starts.
+    """
+
+    about: str = ""
+    scores: Callable[[PruningTask], Scores] | None = None
+    spend: Callable[[PruningTask, Scores], Selection] = by_layer
+    search: Callable[[PruningTask], Selection] | None = None
+    defaults: Mapping[str, str] = field(default_factory=dict)
+    requires: tuple[str, ...] = ()
+
+    def __call__(self, task: PruningTask) -> Selection:
+        if self.search is not None:
+            return self.search(task)
+        assert self.scores is not None, "a criterion has either scores or a search"
+        return self.spend(task, self.scores(task))
+
+
+def _layer_importance(task: PruningTask, scores: Scores, shapes: Mapping[str, Shape]) -> dict[str, float]:
+    if task.options.probe == "own":
+        return layer_importance(task.model, task.layers, _keep(task, scores, shapes), task.inputs, task.batch)
+    if task.pool_probe is None:
+        raise ConfigError("pruning.probe = 'pool': there is no public pool beside the metric set here; accepted: own")
+    return task.pool_probe(shapes)
+
+
+def _candidates(task: PruningTask, scores: Scores, unit_shape: str) -> list[Candidates]:
+    return [
+        candidates(layer, task.costs.branches[layer.name], unit_shape, task.options.align, scores[layer.name])
+        for layer in task.layers
+    ]
+
+
+def _keep(task: PruningTask, scores: Scores, shapes: Mapping[str, Shape]) -> dict[str, Tensor]:
+    return {layer.name: keep_best(layer, scores[layer.name], shapes[layer.name]) for layer in task.layers}

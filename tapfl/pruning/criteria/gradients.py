@@ -1,0 +1,115 @@
+"""Criteria by the gradient of the loss with respect to a gate on each unit.
+
+A gate is a factor of 1 on the activation of a unit, where it enters its branch's output linear
+(`PrunableLayer.output`). Gates are inputs of the pass, not parameters, so the model stays frozen. With one gate an
+image, one backward pass gives every image's own gradient, because images do not depend on each other.
+
+    taylor   s = E_b |∂L_b/∂g|,   L_b the cross-entropy of image b      (Molchanov et al., ICLR 2017)
+    fisher   s = E_b (∂L_b/∂g)²                                          (Theis et al., 2018; Kwon et al., NeurIPS 2022)
+
+Taylor differs from the publication in that tokens are summed before the absolute value is taken (a gate is one number
+an image), and in that `taylor-global` ranks by score per cost where the publication subtracts a FLOPs regulariser.
+Fisher differs from the publications in that masks are not rearranged by a search and units are not removed one by one.
+Isomorphic pruning (Fang et al., ECCV 2024) ranks Taylor scores only among units of one type, because scores of
+different substructures follow different distributions; each type loses the same share. Types are attention dims and FFN
+units, of whatever size: the stages of a Swin are ranked together, as in the public code. It differs from the
+publication, which sums weight times gradient over coupled weights and also prunes the embedding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from tapfl.models.forward import hooked
+from tapfl.models.units import PrunableLayer
+from tapfl.progress import track
+from tapfl.pruning.criteria.criterion import Criterion, PruningTask, Scores, Selection, across_layers
+from tapfl.training import predict
+
+Gates = dict[str, Tensor]
+
+
+def targets(task: PruningTask) -> Tensor:
+    """Returns the labels of the metric set, int64 (n,): the task's, or else the dense model's predictions."""
+    return task.labels if task.labels is not None else predict(task.model, task.inputs, task.batch).argmax(1)
+
+
+def labelled_batches(task: PruningTask) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yields (images, targets) of the metric set, batch by batch."""
+    parts = list(zip(task.inputs.split(task.batch), targets(task).split(task.batch), strict=True))
+    yield from track(parts, "gradients")
+
+
+def open_gates(layers: Sequence[PrunableLayer], like: Tensor, images: int | None = None) -> Gates:
+    """Returns gates of 1 by layer name, (units,), or (images, units) for a gate an image; of the dtype of `like`."""
+    shape = () if images is None else (images,)
+    return {layer.name: like.new_ones(*shape, layer.units).requires_grad_() for layer in layers}
+
+
+def gated(
+    model: nn.Module, layers: Sequence[PrunableLayer], gates: Mapping[str, Tensor]
+) -> AbstractContextManager[None]:
+    """Multiplies the units' activations by their gates, (units,) or (images, units), for the duration of the block."""
+
+    def hook(layer: PrunableLayer) -> Callable[..., tuple[Tensor]]:
+        gate = gates[layer.name]
+
+        def multiply(_module: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
+            if gate.ndim == 1:
+                return (inputs[0] * gate,)
+            return ((layer.activations(inputs[0], len(gate)) * gate[:, None]).reshape(inputs[0].shape),)
+
+        return multiply
+
+    return hooked(layer.output_of(model).register_forward_pre_hook(hook(layer)) for layer in layers)
+
+
+def image_gradients(task: PruningTask) -> Iterator[Gates]:
+    """Yields, batch by batch, each image's own gradients (images, units) of its cross-entropy, by layer name."""
+    for images, labels in labelled_batches(task):
+        gates = open_gates(task.layers, images, len(images))
+        with torch.enable_grad(), gated(task.model, task.layers, gates):
+            loss = F.cross_entropy(task.model(images), labels, reduction="sum")
+        yield dict(zip(gates, torch.autograd.grad(loss, list(gates.values())), strict=True))
+
+
+def mean_over_images(task: PruningTask, of: Callable[[Tensor], Tensor]) -> Gates:
+    """Returns the mean over the metric set of `of` (elementwise) of the images' gate gradients, (units,) by name."""
+    totals = {layer.name: torch.zeros(layer.units, dtype=torch.float64) for layer in task.layers}
+    for gradients in image_gradients(task):
+        for name, gradient in gradients.items():
+            totals[name] += of(gradient.double()).sum(0)
+    return {name: total / len(task.inputs) for name, total in totals.items()}
+
+
+def taylor_scores(task: PruningTask) -> Scores:
+    """Returns E_b |∂L_b/∂g| of every unit, float64 (units,) by layer name."""
+    return mean_over_images(task, torch.abs)
+
+
+def fisher_scores(task: PruningTask) -> Scores:
+    """Returns E_b (∂L_b/∂g)² of every unit, float64 (units,) by layer name."""
+    return mean_over_images(task, torch.square)
+
+
+def within_types(task: PruningTask, scores: Scores) -> Selection:
+    """Ranks all units of a type (attention or FFN) together; the types share the budget evenly."""
+    return across_layers(task, scores, group_of=lambda layer: layer.kind, per_cost=False)
+
+
+_TAYLOR = "First-order estimate of the change of an image's loss when a unit goes (Molchanov et al., ICLR 2017)"
+_FISHER = "Diagonal of the empirical Fisher information of gates on the units (Theis et al., 2018)"
+taylor = Criterion(f"{_TAYLOR}; ranked within layers.", taylor_scores)
+taylor_global = Criterion(f"{_TAYLOR}; ranked across layers by score per cost.", taylor_scores, across_layers)
+fisher = Criterion(f"{_FISHER}; ranked within layers.", fisher_scores)
+fisher_global = Criterion(f"{_FISHER}; ranked across layers by score per cost.", fisher_scores, across_layers)
+isomorphic = Criterion(
+    "Taylor scores ranked across layers among units of the same type only (Fang et al., ECCV 2024).",
+    taylor_scores,
+    within_types,
+)

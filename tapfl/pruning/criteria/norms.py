@@ -1,0 +1,89 @@
+"""Criteria by norms of weights and activations, and the random control. They use no labels and no gradients.
+
+    magnitude   FFN unit j        ‖W1_j‖² + b1_j² + ‖W2_:j‖²
+                attention dim c   ‖Wq_c‖² + ‖Wk_c‖² + ‖Wv_c‖² + ‖Wo_:c‖²
+    wanda       FFN unit j        ‖x_j‖₂ · ‖W2_:j‖₂,     attention dim c   ‖o_c‖₂ · ‖Wo_:c‖₂
+
+Magnitude (Li et al., ICLR 2017, for coupled structures as in DepGraph, CVPR 2023) differs from the publication, which
+sums absolute weights of single filters. Wanda (Sun et al., ICLR 2024) takes the norms of the activations over all
+images and tokens of the metric set; the publication scores single weights |W_ij| · ‖x_j‖₂ and compares them within a
+row, where here a unit is a column. Low-rank heads (ours) cut attentions in the canonical basis (`tapfl.pruning.basis`),
+in which the first dims of a head are the best low-rank head, and FFNs as Wanda does. All rank within layers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from tapfl.errors import ConfigError
+from tapfl.models.units import PrunableLayer
+from tapfl.pruning.basis import carried_energy
+from tapfl.pruning.criteria.criterion import Criterion, PruningTask, Scores
+from tapfl.pruning.scores import record_activations
+
+
+def coupled_norms(task: PruningTask) -> Scores:
+    """Returns the magnitude of every unit, float64 (units,) by layer name; looks at no images."""
+    return {layer.name: coupled_norm(layer, task.model.get_submodule(layer.name)) for layer in task.layers}
+
+
+@torch.no_grad()
+def coupled_norm(layer: PrunableLayer, module: nn.Module) -> Tensor:
+    """Returns the magnitude of the units of one branch, float64 (units,)."""
+    total = torch.zeros(layer.units, dtype=torch.float64)
+    for cut in layer.cuts(torch.arange(layer.units)):
+        linear = module.get_submodule(cut.linear)
+        assert isinstance(linear, nn.Linear)
+        weight = linear.weight.double()
+        if cut.side == "columns":
+            total += weight.square().sum(0)[cut.index]
+            continue
+        rows = weight.square().sum(1)
+        if layer.kind == "ffn" and linear.bias is not None:
+            rows = rows + linear.bias.double().square()
+        total += rows[cut.index].view(-1, layer.units).sum(0)  # an attention's unit has a row in each of q, k and v
+    return total
+
+
+@torch.no_grad()
+def output_norms(task: PruningTask) -> dict[str, Tensor]:
+    """Returns Wanda's score of every unit, float64 (units,) by layer name."""
+    squares = {layer.name: torch.zeros(layer.units, dtype=torch.float64) for layer in task.layers}
+    for number, images in enumerate(task.inputs.split(task.batch)):
+        _, activations = record_activations(task.model, task.layers, images, number)
+        for name, x in activations.items():
+            squares[name] += x.double().square().sum((0, 1))
+    return {n.name: squares[n.name].sqrt() * n.output_of(task.model).weight.double().norm(dim=0) for n in task.layers}
+
+
+def random_scores(task: PruningTask) -> Scores:
+    """Returns U(0, 1) for every unit, from the task's generator."""
+    return {layer.name: torch.rand(layer.units, generator=task.generator) for layer in task.layers}
+
+
+def lowrank_scores(task: PruningTask) -> Scores:
+    """Returns the energy of attention dims and Wanda's score of FFN units, (units,) by layer name.
+
+    Raises:
+        ConfigError: if the task's model is not in the canonical basis.
+    """
+    energy = carried_energy(task.model)
+    if energy is None:
+        raise ConfigError("pruning.basis = 'none': criterion lowrank-heads cuts in the canonical basis; accepted: auto")
+    return output_norms(replace(task, layers=tuple(n for n in task.layers if n.kind == "ffn"))) | energy
+
+
+magnitude = Criterion("Squared L2 norm of all weights that belong to a unit (Li et al., ICLR 2017).", coupled_norms)
+wanda = Criterion(
+    "Norm of a unit's activations times norm of its output weights (Sun et al., ICLR 2024).", output_norms
+)
+random_units = Criterion("Random scores: the control that every criterion has to beat.", random_scores)
+lowrank_heads = Criterion(
+    "Attentions by the energy of dims in the canonical basis of their heads, FFNs as `wanda` (ours).",
+    lowrank_scores,
+    defaults={"basis": "canonical"},
+    requires=("basis",),
+)
