@@ -6,15 +6,14 @@ import datetime
 import json
 import os
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from enum import StrEnum
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from experiments import pruning_cli
@@ -40,7 +39,7 @@ from tapfl.errors import ConfigError, RunError, TapflError
 
 if TYPE_CHECKING:
     from experiments.engines.ray import ActorPool
-    from experiments.search.trials import Trials
+
 
 app = typer.Typer(
     name="tapfl",
@@ -97,6 +96,7 @@ def run(
 ) -> None:
     """Carry out one federation: summaries, plans, smaller models, adapter rounds, personal models."""
     options = options_of(config, set)
+    from experiments.jobs.pool import interruptible
     from experiments.preflight import resolve_run
     from strategies.progress import shown
 
@@ -106,7 +106,7 @@ def run(
     _require_ray(engine, ray)
     with shown():
         resolved = resolve_run(options, Path(str(path)), resume is not None or bool(options.get("resume")))
-    with _interruptible(f"tapfl run --resume {resolved.out}"):
+    with interruptible(f"tapfl run --resume {resolved.out}"):
         try:
             _carry_out(resolved, engine, ray)
         except OSError as error:
@@ -166,29 +166,26 @@ def sweep(
     With --engine ray all of them share this process and one pool of warm actors; else each is a process of its own.
     Runs that differ only in what comes after round zero share it.
     """
-    from experiments.sweep import as_process, on_workers, read_sweep, run_sweep
-    from experiments.swept.outcome import group_of, outcomes
-    from experiments.swept.picture import picture
-    from experiments.swept.settings import read_sweep_options, references
-    from experiments.swept.table import caption_of, means_over_seeds, write_results, write_table
+    from experiments.jobs.federation import federations
+    from experiments.jobs.pool import interruptible
+    from experiments.sweep.grid import read_sweep, run_sweep
+    from experiments.sweep.outcome import group_of, outcomes
+    from experiments.sweep.picture import picture
+    from experiments.sweep.settings import read_sweep_options, references
+    from experiments.sweep.table import caption_of, means_over_seeds, write_results, write_table
     from strategies.progress import shown
     from tapfl.progress import stage
     from tapfl.store import only_one
 
     _require_ray(engine, runs)
-    cells = read_sweep(config, options_of(None, set))
+    planned = read_sweep(config, options_of(None, set))
     told = read_sweep_options(config, options_of(None, reference))
-    references([group_of(cell.point) for cell in cells], told.reference)
-    with _interruptible("the same command"), only_one(out, "sweep"), ExitStack() as stack:
+    references([group_of(run.point) for run in planned], told.reference)
+    with interruptible("the same command"), only_one(out, "sweep"), ExitStack() as stack:
         stack.enter_context(shown())
-        if engine is Engine.RAY:
-            starting("Ray")
-            carry_out = partial(on_workers, stack.enter_context(_pool(runs)))
-        else:
-            carry_out = partial(as_process, engine, runs.workers)
-        advance = stack.enter_context(stage("runs"))
-        failures = run_sweep(cells, out, carry_out, runs.jobs or os.cpu_count() or 1, advance)
-    found = outcomes(cells, out)
+        pool, each = stack.enter_context(federations(engine, runs))
+        failures = run_sweep(planned, out, pool, each, stack.enter_context(stage("runs")))
+    found = outcomes(planned, out)
     write_results(found, out, told)
     rows = means_over_seeds(found, told)
     made_by = command("sweep", "--config", str(config), "--out", "DIR", *flags(set=set, reference=reference))
@@ -198,7 +195,7 @@ def sweep(
     print(f"in {out}: results.csv, devices.csv, table.md, learning-curves.png", file=sys.stderr)
     if failures:
         said = "\n".join(f"  {name}: {error}" for name, error in failures.items())
-        raise RunError(f"{len(failures)} of {len(cells)} runs failed; their logs lie in {out}\n{said}")
+        raise RunError(f"{len(failures)} of {len(planned)} runs failed; their logs lie in {out}\n{said}")
 
 
 @app.command()
@@ -221,6 +218,8 @@ def search(
     as_json: JsonObject = False,
 ) -> None:
     """Search for good options: budgets are rounds, and what is promising goes on from its checkpoint."""
+    from experiments.jobs.federation import federations
+    from experiments.jobs.pool import interruptible
     from experiments.preflight import DEFAULT_DEVICES
     from experiments.search.settings import read_search
     from strategies.progress import shown
@@ -228,22 +227,11 @@ def search(
     _require_ray(engine, runs, needs_ray=("workers", *NEED_RAY))
     wanted = read_search(config, method, {"devices.count": DEFAULT_DEVICES})
     load_torch()  # not before the file is known to be good
-    from experiments.search.command import run_search
+    from experiments.search.command import Place, run_search
 
-    folder, count = out or Path("runs") / config.stem, runs.jobs or os.cpu_count() or 1
-    with _interruptible("the same command and --resume"), ExitStack() as stack:
-        stack.enter_context(shown())
-
-        def trials() -> Trials:
-            if engine == SearchEngine.INPROCESS:
-                from experiments.search.workers import Workers
-
-                return Workers(count)
-            from experiments.search.ray_trials import RayTrials
-
-            return RayTrials(stack.enter_context(_pool(runs)), count)
-
-        found = run_search(wanted, config.stem, folder, storage, resume, count, trials)
+    place = Place(config.stem, out or Path("runs") / config.stem, storage, resume)
+    with interruptible("the same command and --resume"), shown():
+        found = run_search(wanted, place, partial(federations, engine, runs))
     if as_json:
         print(json.dumps(vars(found) | {"folder": str(found.folder)}))
         return
@@ -251,9 +239,8 @@ def search(
     rows = [{"option": name, "value": str(value)} for name, value in found.params.items()]
     show_rows(rows, as_json=False)
     screen.print(f"trial {found.trial}: {found.loss:.4f} after {found.rounds} rounds", highlight=False)
-    screen.print(
-        f"as options: {folder / 'best.toml'}; in pictures: {folder / 'search.html'}", highlight=False, soft_wrap=True
-    )
+    files = f"as options: {found.folder / 'best.toml'}; in pictures: {found.folder / 'search.html'}"
+    screen.print(files, highlight=False, soft_wrap=True)
 
 
 def _report(folder: Path) -> Path | None:
@@ -292,17 +279,6 @@ def _pool(options: RayOptions) -> ActorPool:
     from experiments.engines.ray import ActorPool
 
     return ActorPool(options.address, options.workers, options.actor_cpus, options.actor_gpus)
-
-
-@contextmanager
-def _interruptible(go_on: str) -> Iterator[None]:
-    """Ends this process on Ctrl-C, and says what goes on from there."""
-    try:
-        yield
-    except (KeyboardInterrupt, SystemExit):  # Ctrl-C, or the SIGTERM that Ray turns into an exit
-        Console(stderr=True).show_cursor()  # a thread that drew bars is not asked to end
-        print(f"tapfl: interrupted; go on with: {go_on}", file=sys.stderr, flush=True)
-        os._exit(130)  # Ray is stopped, but runs in threads of this process would go on
 
 
 def _carry_out(config: RunConfig, engine: Engine, ray: RayOptions) -> None:

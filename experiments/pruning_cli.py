@@ -228,6 +228,7 @@ def compare(
     from experiments.compare.picture import picture
     from experiments.compare.run import finished_rows, run_comparison
     from experiments.compare.tables import page, sections
+    from experiments.jobs.pool import interruptible
     from strategies.progress import shown
     from tapfl.progress import stage
     from tapfl.store import only_one, write_bytes
@@ -235,7 +236,7 @@ def compare(
     if finished:
         rows = finished_rows(comparison, out)
     else:
-        with only_one(out, "comparison"), shown(), stage("cells") as advance:
+        with interruptible("the same command"), only_one(out, "comparison"), shown(), stage("cells") as advance:
             rows = run_comparison(comparison, out, advance, jobs or os.cpu_count() or 1)
     rows = pd.DataFrame(rows)
     tables = list(sections(rows, comparison, results))

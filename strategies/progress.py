@@ -5,13 +5,10 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 
 from strategies.screens.bars import Bars
 from strategies.screens.lines import Lines
 from tapfl.progress import is_shown, shown_on
-
-IN_A_LOG: ContextVar[bool] = ContextVar("in_a_log", default=False)  # of a thread whose run has no screen to itself
 
 
 @contextmanager
@@ -23,7 +20,7 @@ def shown(bars: bool = True) -> Iterator[None]:
     """
     if is_shown():
         yield
-    elif bars and sys.stderr.isatty() and not IN_A_LOG.get():
+    elif bars and sys.stderr.isatty():
         with shown_on(Bars()):
             yield
     else:

@@ -15,10 +15,13 @@ T = TypeVar("T")
 
 
 class Advance(Protocol):
-    def __call__(self, done: int, total: int, note: str = "", /) -> None:
+    def __call__(self, done: float, total: float, note: str = "", left: float | None = None, /) -> None:
         """Says that `done` of `total` steps are done (0: nobody knows how many there are), and a few words.
 
-        The first call says where the work begins; the time that is left is reckoned from the steps after it.
+        Steps may be done in part.
+
+        The first call says where the work begins; the time left is that of the steps after it at their pace,
+        or `left` seconds if the caller knows better.
         """
         ...
 
@@ -69,5 +72,5 @@ def is_shown() -> bool:
     return _SCREEN.get() is not None
 
 
-def _unseen(done: int, total: int, note: str = "", /) -> None:
+def _unseen(done: float, total: float, note: str = "", left: float | None = None, /) -> None:
     pass

@@ -22,7 +22,7 @@ from experiments import cli
 from experiments.bench.goals import read_measurements
 from experiments.compare.grid import read_comparison
 from experiments.search.settings import read_search
-from experiments.sweep import read_sweep
+from experiments.sweep.grid import read_sweep
 from tapfl.config import RunConfig
 from tapfl.options import parse_assignment, read_toml
 from tapfl.plugin import is_plugin

@@ -22,7 +22,7 @@ import torch
 from backbones import Tiny
 from test_inprocess_run import tapfl
 
-from experiments.run_log import own_log
+from experiments.jobs.pool import own_log
 from strategies.progress import shown
 from strategies.screens import lines as lines_module
 from strategies.screens.lines import Lines

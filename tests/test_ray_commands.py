@@ -9,19 +9,18 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 
 import pytest
 from test_flower_engine import left_running
 from test_inprocess_run import content
 from test_search import command, search_file, table, until
-from test_sweep import InThisProcess, sweep_file
+from test_sweep import in_threads, sweep_file
 from typer.testing import CliRunner
 
 from experiments import cli
 from experiments.bench.engines import ProcessTree
-from experiments.sweep import on_workers, read_sweep, run_sweep
+from experiments.sweep.grid import read_sweep
 
 
 class Typed:
@@ -81,7 +80,7 @@ def test_a_sweep_on_ray_comes_to_the_same_and_leaves_nothing(typed: type[Typed],
     assert "6379" not in sweep.ports, "where somebody else's may listen"
     assert not sweep.left()
     cells, here = read_sweep(file), tmp_path / "here"
-    assert not run_sweep(cells, here, partial(on_workers, InThisProcess()), 1, lambda *_: None)
+    assert not in_threads(cells, here, 1)
     for cell in cells:
         assert content(out / cell.name) == content(here / cell.name)
 

@@ -7,6 +7,7 @@ import socket
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -21,13 +22,12 @@ from test_inprocess_run import SMALL, content, tapfl
 from experiments.engines.cluster import require_reachable
 from experiments.engines.local import WORKER_LOST
 from experiments.engines.ray import ActorPool, RayGrid
+from experiments.jobs.federation import Engine, carry_out, in_process, on_actors
+from experiments.jobs.pool import EngineLostError, Job, Pool, ThreadPool
 from experiments.preflight import absolute_paths
-from experiments.search.command import run_search
-from experiments.search.federation import carry_out
-from experiments.search.ray_trials import RayTrials
+from experiments.search.command import Place, run_search
 from experiments.search.settings import Search, SearchOptions
 from experiments.search.space import SearchSpace
-from experiments.search.trials import EngineLostError, Job
 from strategies.server_app import app as server_app
 from tapfl.config import RunConfig
 from tapfl.errors import ConfigError, RunError
@@ -81,18 +81,6 @@ def test_runs_at_the_same_time_do_not_touch_each_other(
     assert second != first != third
 
 
-class Here:
-    """Trials one after the other in this process, as a worker process of a search carries them out."""
-
-    def submit(self, job: Job) -> Future[dict[str, float]]:
-        future: Future[dict[str, float]] = Future()
-        future.set_result(carry_out(job))
-        return future
-
-    def close(self) -> None:
-        pass
-
-
 @pytest.mark.slow
 def test_a_search_comes_to_the_same_on_ray(workers: ActorPool, cache: Path, tmp_path: Path) -> None:
     """Same trials, same values, same best options, and the same run folders."""
@@ -103,8 +91,14 @@ def test_a_search_comes_to_the_same_on_ray(workers: ActorPool, cache: Path, tmp_
         "pruning.tau": {"low": 0.1, "high": 1.0},
     }
     search = Search(settings, SearchSpace.parse(space, shared), shared)
-    run_search(search, "s", tmp_path / "here", None, False, 1, Here)
-    run_search(search, "s", tmp_path / "ray", None, False, 2, lambda: RayTrials(workers, 2))
+
+    @contextmanager
+    def on(engine: Engine, jobs: int) -> Iterator[tuple[Pool, Engine]]:
+        with closing(ThreadPool(jobs)) as pool:
+            yield pool, engine
+
+    run_search(search, Place("s", tmp_path / "here"), lambda: on(in_process, 1))
+    run_search(search, Place("s", tmp_path / "ray"), lambda: on(on_actors(workers), 2))
     here, ray = tmp_path / "here", tmp_path / "ray"
     for name in ("trials.csv", "best.toml"):
         assert (here / name).read_text() == (ray / name).read_text()
@@ -126,9 +120,11 @@ def test_a_search_whose_actors_are_lost_ends_and_blames_no_trial(cache: Path, tm
             raise RunError(self.lost)
 
     shared = dict(parse_assignment(o) for o in SMALL) | {"cache": str(cache)}
-    trials = RayTrials(Lost(), 1)
-    with pytest.raises(EngineLostError, match="no Ray actor is left"):
-        trials.submit(Job(shared, tmp_path / "0000", 1)).result(timeout=60)
+    actors = Lost()
+    with closing(ThreadPool(1, lambda: actors.lost)) as pool:
+        future = pool.submit(Job(carry_out, (shared, tmp_path / "0000", on_actors(actors))))
+        with pytest.raises(EngineLostError, match="no Ray actor is left"):
+            future.result(timeout=60)
 
 
 def test_flowers_own_strategies_run_on_it(workers: ActorPool) -> None:

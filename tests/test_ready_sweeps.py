@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import pytest
 from test_inprocess_run import SMALL
-from test_sweep import CONFIGS, InThisProcess
+from test_sweep import CONFIGS, in_threads
 
-from experiments.sweep import Cell, on_workers, read_sweep, run_sweep
+from experiments.sweep.grid import SweepRun, read_sweep
 from tapfl.options import parse_assignment
 
 
-def reduced(cell: Cell, cache: Path) -> Cell:
+def reduced(cell: SweepRun, cache: Path) -> SweepRun:
     """The cell with a tiny backbone and one round; where it stands in the grid stays."""
     small = dict(parse_assignment(option) for option in SMALL) | {"devices.count": 10}
     return replace(cell, options=small | cell.options | {"train.rounds": 1, "cache": str(cache)})
 
 
-def one_of_each(cells: list[Cell]) -> list[Cell]:
+def one_of_each(cells: list[SweepRun]) -> list[SweepRun]:
     """Cells that together have every value along every axis but the seed's."""
     seen: set[tuple[str, object]] = set()
     chosen = []
@@ -36,6 +35,6 @@ def one_of_each(cells: list[Cell]) -> list[Cell]:
 @pytest.mark.parametrize("name", ["criteria", "partitions", "devices", "rules", "personalize"])
 def test_a_ready_sweep_runs(name: str, tmp_path: Path) -> None:
     cells = [reduced(cell, tmp_path / "cache") for cell in one_of_each(read_sweep(CONFIGS / f"{name}.toml"))]
-    failures = run_sweep(cells, tmp_path / "out", partial(on_workers, InThisProcess()), 1, lambda *_: None)
+    failures = in_threads(cells, tmp_path / "out", 1)
     assert len(cells) > 3 and not failures
     assert all((tmp_path / "out" / cell.name / "summary.json").is_file() for cell in cells)

@@ -27,13 +27,14 @@ from typer.testing import CliRunner
 from clients.device import Device
 from experiments import cli
 from experiments.bench.search import METHODS, Toy, search
-from experiments.search.federation import carry_out
+from experiments.jobs.federation import carry_out, in_process
+from experiments.jobs.pool import unheard
+from experiments.jobs.round_zero import AFTER, AFTER_SUMMARIES, BUT
+from experiments.search.objective import measures_of
 from experiments.search.page import page_of_search, write_page
 from experiments.search.settings import read_search
-from experiments.search.trials import Job
-from experiments.search.workers import Workers
-from experiments.shared_round_zero import AFTER, AFTER_SUMMARIES, BUT
 from strategies import preparation
+from strategies.records import Summary
 from tapfl.config import RunConfig
 from tapfl.errors import ConfigError, RunError
 from tapfl.options import parse_assignment
@@ -128,7 +129,7 @@ def test_the_page_of_a_search_shows_what_the_trials_came_to(tmp_path: Path) -> N
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_a_search_that_is_ended_leaves_nothing_running_and_goes_on(
     number: int, finished: tuple[Path, dict[str, Any]], tmp_path: Path
 ) -> None:
@@ -136,8 +137,8 @@ def test_a_search_that_is_ended_leaves_nothing_running_and_goes_on(
     arguments = [sys.executable, "-m", "experiments.cli", *command(file, out)]
     searching = subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True, start_new_session=True)
     until(lambda: (out / "trials" / "0001" / "server").exists() or searching.poll() is not None)
-    if number == signal.SIGINT:
-        os.killpg(searching.pid, number)  # as Ctrl-C does it
+    if number != signal.SIGKILL:
+        (os.killpg if number == signal.SIGINT else os.kill)(searching.pid, number)  # Ctrl-C goes to the whole group
         _, said = searching.communicate(timeout=60)
         assert searching.returncode == 130 and "--resume" in said and "Traceback" not in said
     else:
@@ -147,19 +148,6 @@ def test_a_search_that_is_ended_leaves_nothing_running_and_goes_on(
     assert not (out / "trials.csv").exists()
     done = CliRunner().invoke(cli.app, command(file, out, "--resume"), catch_exceptions=False)
     assert done.exit_code == 0 and table(out) == table(finished[0])
-
-
-@pytest.mark.slow
-def test_a_worker_that_is_lost_is_replaced(tmp_path: Path) -> None:
-    workers = Workers(1)
-    try:
-        options = dict(parse_assignment(option) for option in [*SMALL, f"cache={tmp_path / 'cache'}"])
-        future = workers.submit(Job(options, tmp_path / "trials" / "0000", 1))
-        until(lambda: len(workers._busy) == 1)
-        next(iter(workers._busy)).end()
-        assert 0 < future.result(timeout=120)["mean"] < 1
-    finally:
-        workers.close()
 
 
 def test_only_one_search_is_at_work_in_a_folder(tmp_path: Path) -> None:
@@ -210,16 +198,20 @@ def test_round_zero_is_shared_by_those_that_agree_on_it(
     monkeypatch.setattr(Device, "summarize", counted_summarize)
     monkeypatch.setattr(preparation, "device_model", counted_model)
     options = dict(parse_assignment(option) for option in [*SMALL, f"cache={cache}"])
-    carry_out(Job(options, tmp_path / "trials" / "0000", 1))
+    one_round(options, tmp_path / "trials" / "0000")
     assert calls == {"summaries": 4, "plans": 4}
     other = options | {"pruning.tau": 0.3}
     changes = [({"train.learning-rate": 0.01}, 0, 0), ({"summary.dim": 8}, 4, 4), ({"pruning.tau": 0.3}, 0, 4)]
     for i, (change, summaries, plans) in enumerate(changes):
         calls.update(summaries=0, plans=0)
-        measured = carry_out(Job(options | change, tmp_path / "trials" / f"000{i + 1}", 1))
+        summary = one_round(options | change, tmp_path / "trials" / f"000{i + 1}")
         assert calls == {"summaries": summaries, "plans": plans}, change
-    assert measured == carry_out(Job(other, tmp_path / "alone" / "0003", 1))
+    assert measures_of(summary) == measures_of(one_round(other, tmp_path / "alone" / "0003"))
     assert content(tmp_path / "alone" / "0003") == content(tmp_path / "trials" / "0003")
+
+
+def one_round(options: dict[str, Any], folder: Path) -> Summary:
+    return carry_out(unheard, options | {"train.rounds": 1}, folder, in_process)
 
 
 def test_what_round_zero_does_not_depend_on_are_options() -> None:

@@ -25,7 +25,6 @@ from experiments.search.schedule import FAILED, Schedule, Score
 from experiments.search.settings import Search, SearchOptions
 from experiments.search.space import SearchSpace
 from experiments.search.study import open_study
-from experiments.search.trials import Job
 from tapfl.errors import ConfigError, RunError
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -57,30 +56,27 @@ class Synthetic:
         self.order, self.kill_after = order, kill_after
         self.done: list[tuple[int, int]] = []
         self.submitted: list[tuple[int, int]] = []
-        self._open: list[tuple[Future[dict[str, float]], Job]] = []
+        self._open: list[tuple[Future[dict[str, float]], int, dict]] = []
 
-    def submit(self, job: Job) -> Future[dict[str, float]]:
+    def start(self, options: dict, folder: Path) -> Future[dict[str, float]]:
         future: Future[dict[str, float]] = Future()
-        self.submitted.append((int(job.folder.name), job.rounds))
-        self._open.append((future, job))
+        self.submitted.append((int(folder.name), options["train.rounds"]))
+        self._open.append((future, int(folder.name), options))
         return future
 
     def finish_one(self) -> None:
         if self.kill_after is not None and len(self.done) == self.kill_after:
             raise Killed
         position = self.order.randrange(len(self._open)) if self.order else 0
-        future, job = self._open.pop(position)
-        self.done.append((int(job.folder.name), job.rounds))
-        rate, epochs = math.log10(float(job.options["train.learning-rate"])), float(job.options["train.epochs"])
+        future, number, options = self._open.pop(position)
+        self.done.append((number, options["train.rounds"]))
+        rate, epochs = math.log10(options["train.learning-rate"]), float(options["train.epochs"])
         if rate > -0.3:
             future.set_exception(RunError("diverged"))
             return
-        server = float(job.options.get("adapters.server-learning-rate", 0.5))
-        error = (rate + 2) ** 2 / 4 + abs(epochs - 3) / 10 + abs(server - 0.3) + 1 / job.rounds
+        server = float(options.get("adapters.server-learning-rate", 0.5))
+        error = (rate + 2) ** 2 / 4 + abs(epochs - 3) / 10 + abs(server - 0.3) + 1 / options["train.rounds"]
         future.set_result({"mean": error, "bytes_up": 100.0 * epochs})
-
-    def close(self) -> None:
-        pass
 
 
 @pytest.fixture(autouse=True)
@@ -103,7 +99,7 @@ def carried_out(
 ) -> optuna.Study:
     """Carries a search out, or goes on with the one in `storage`."""
     study = optuna.create_study(storage=storage or InMemoryStorage(), study_name="test", load_if_exists=True)
-    runner = Runner(study, search.space, search.options, search.objective(), trials, sampler_of(search), Path(), jobs)
+    runner = Runner(study, search, trials.start, sampler_of(search), Path(), jobs)
     Runner.current = trials  # type: ignore[attr-defined]
     carry_out(replace(runner, **changes), search)  # type: ignore[arg-type]
     return study
@@ -246,13 +242,13 @@ def test_what_losers_leave_goes_but_never_what_is_needed_again(method: str, tmp_
     search, storage = search_of(method=method), InMemoryStorage()
 
     class OnDisk(Synthetic):
-        def submit(self, job: Job) -> Future[dict[str, float]]:
-            begun = any(number == int(job.folder.name) for number, _ in before + self.submitted)
+        def start(self, options: dict, folder: Path) -> Future[dict[str, float]]:
+            begun = any(number == int(folder.name) for number, _ in before + self.submitted)
             for name in ("server", "devices"):
-                assert (job.folder / name).exists() == begun, "goes on from its checkpoint"
-                (job.folder / name / "some").mkdir(parents=True, exist_ok=True)
-            (job.folder / "summary.json").touch()
-            return super().submit(job)
+                assert (folder / name).exists() == begun, "goes on from its checkpoint"
+                (folder / name / "some").mkdir(parents=True, exist_ok=True)
+            (folder / "summary.json").touch()
+            return super().start(options, folder)
 
     def go_on(trials: Synthetic) -> optuna.Study:
         def told() -> None:
@@ -289,8 +285,7 @@ def test_what_trials_come_to_is_in_the_study() -> None:
 
 
 def test_a_constraint_is_kept_if_it_can_be() -> None:
-    objective = Objective({"mean": 1.0}, (Constraint("bytes_up", 250.0),))
-    study = carried_out(search_of(brackets=6), Synthetic(), objective=objective)
+    study = carried_out(search_of(brackets=6, constraints=("bytes_up<=250",)), Synthetic())
     assert best_trial(study.trials)[0].params["train.epochs"] <= 2
     assert study.best_trial.params["train.epochs"] <= 2, "Optuna knows of it too"
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable
 from itertools import product
 
@@ -18,12 +17,8 @@ from optuna.testing.pytest_samplers import BasicSamplerTestCase, RelativeSampler
 
 from experiments.search.brackets import bracket_tables, cost, in_rounds
 from experiments.search.kde import Density, best_candidate, impute, split_counts
-from experiments.search.parzen import best_by_parzen
 from experiments.search.sampler import BOHBSampler, violation_key
-from experiments.search.settings import SearchOptions
 from experiments.search.unit_cube import decode, encode, uniform
-from tapfl.errors import ConfigError
-from tapfl.options import validated
 
 TO_27 = [
     [(27, 1), (9, 3), (3, 9), (1, 27)],
@@ -142,11 +137,10 @@ def test_coordinates_and_values_are_inverse(seed: int) -> None:
 # -- the sampler ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("estimator", ["kde", "parzen"])
 class TestConformance(BasicSamplerTestCase, RelativeSamplerTestCase, SingleOnlySamplerTestCase):
     @pytest.fixture
-    def sampler(self, estimator: str) -> Callable[[], BaseSampler]:
-        return lambda: BOHBSampler(seed=1, estimator=estimator)  # type: ignore[arg-type]
+    def sampler(self) -> Callable[[], BaseSampler]:
+        return lambda: BOHBSampler(seed=1)
 
 
 SPACE = {"x": FloatDistribution(0, 1), "kind": CategoricalDistribution(["a", "b", "c"])}
@@ -178,34 +172,14 @@ def drawn(study: optuna.Study, n: int = 30) -> list[float]:
     return found
 
 
-@pytest.mark.parametrize("estimator", ["kde", "parzen"])
-def test_the_largest_budget_with_enough_observations_is_the_model(estimator: str) -> None:
+def test_the_largest_budget_with_enough_observations_is_the_model() -> None:
     low_is_good = [i / 40 for i in range(40)]
     high_is_good = [-value for value in low_is_good]
-    assert np.median(drawn(study_of({1: low_is_good}, estimator=estimator))) < 0.35
+    assert np.median(drawn(study_of({1: low_is_good}))) < 0.35
     both = {1: low_is_good, 3: high_is_good}
-    assert np.median(drawn(study_of(both, estimator=estimator))) > 0.65
+    assert np.median(drawn(study_of(both))) > 0.65
     # N_min + 2 = 5 with two parameters: four are not enough
-    assert np.median(drawn(study_of({1: low_is_good, 3: high_is_good[:4]}, estimator=estimator))) < 0.35
-
-
-SPACE_OF_THREE = {"x": FloatDistribution(1e-4, 1, log=True), "n": IntDistribution(1, 9), "kind": SPACE["kind"]}
-
-
-def test_optunas_estimator_is_still_where_it_was() -> None:
-    """It is private to Optuna: other numbers here say that another version computes something else."""
-    generator = np.random.default_rng(0)
-    points = decode(SPACE_OF_THREE, uniform(SPACE_OF_THREE, 12, generator))
-    found = best_by_parzen(SPACE_OF_THREE, points[:4], points[4:], generator)
-    np.testing.assert_allclose(found, [0.35067061918777415, 9, 0], rtol=1e-6)
-
-
-def test_an_optuna_without_it_is_refused_before_a_search_begins(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert validated(SearchOptions, {"estimator": "parzen"}).estimator == "parzen"
-    monkeypatch.setitem(sys.modules, "optuna.samplers._tpe.parzen_estimator", None)
-    with pytest.raises(ConfigError, match=r"estimator = 'parzen': optuna .* has it no more .*; accepted: kde"):
-        validated(SearchOptions, {"estimator": "parzen"})
-    assert validated(SearchOptions, {"estimator": "kde"}).estimator == "kde"
+    assert np.median(drawn(study_of({1: low_is_good, 3: high_is_good[:4]}))) < 0.35
 
 
 def test_failed_ones_are_bad_and_constraints_come_first() -> None:

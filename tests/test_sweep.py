@@ -4,26 +4,24 @@ from __future__ import annotations
 
 import csv
 import json
-from functools import partial
+from contextlib import closing
 from pathlib import Path
 from typing import get_args
 
 import pytest
-from flwr.serverapp import ServerApp
 from test_inprocess_run import SMALL
 from typer.testing import CliRunner
 
-from clients.client_app import app as real
 from experiments import cli
-from experiments.engines.local import run_inprocess
-from experiments.engines.ray import ActorPool
-from experiments.sweep import on_workers, read_sweep, run_sweep
-from experiments.swept.outcome import group_of, outcomes
-from experiments.swept.settings import SweepOptions, read_sweep_options, references
-from experiments.swept.table import means_over_seeds
+from experiments.jobs.federation import in_process
+from experiments.jobs.pool import ThreadPool
+from experiments.sweep.grid import SweepRun, read_sweep, run_sweep
+from experiments.sweep.outcome import group_of, outcomes
+from experiments.sweep.settings import SweepOptions, read_sweep_options, references
+from experiments.sweep.table import means_over_seeds
 from tapfl.config import METHODS, RULES, DataOptions, RunConfig
 from tapfl.errors import ConfigError, RunError
-from tapfl.options import Scalar, read_toml
+from tapfl.options import read_toml
 from tapfl.pruning.criteria.registry import criterion_names
 
 
@@ -66,7 +64,7 @@ def test_runs_share_a_warm_pool_and_their_logs_do_not_mix(tmp_path: Path, monkey
     """Two at a time in one process, the messages of each answered here; one of them fails on its own."""
     file = sweep_file(tmp_path, '"personalize.method" = ["fedavg", "local"]\n"devices.count" = [2, 400]')
     cells, out = read_sweep(file), tmp_path / "out"
-    failures = run_sweep(cells, out, partial(on_workers, InThisProcess()), 2, lambda done, total, note="": None)
+    failures = in_threads(cells, out)
     assert sorted(failures) == [f"personalize.method={method} devices.count=400" for method in ("fedavg", "local")]
     assert all("devices.count = 400" in error for error in failures.values())
     for method in ("fedavg", "local"):
@@ -76,11 +74,10 @@ def test_runs_share_a_warm_pool_and_their_logs_do_not_mix(tmp_path: Path, monkey
     assert len(means_over_seeds(outcomes(cells, out), SweepOptions())) == 2
 
 
-class InThisProcess(ActorPool):
-    """In place of actors, whose start takes seconds."""
-
-    def run(self, server_app: ServerApp, run_config: dict[str, Scalar], nodes: int, client_app: str = "") -> None:
-        run_inprocess(server_app, real, run_config, nodes)
+def in_threads(runs: list[SweepRun], out: Path, jobs: int = 2) -> dict[str, str]:
+    """Carries a sweep out in this process: the start of worker processes takes seconds."""
+    with closing(ThreadPool(jobs)) as pool:
+        return run_sweep(runs, out, pool, in_process, lambda *_: None)
 
 
 def test_a_run_whose_folder_would_have_too_long_a_name_is_refused(tmp_path: Path) -> None:

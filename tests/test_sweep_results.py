@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import csv
-import json
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +11,15 @@ import numpy as np
 import pytest
 from PIL import Image
 from test_inprocess_run import content, tapfl
-from test_sweep import InThisProcess, sweep_file
+from test_sweep import in_threads, sweep_file
 
-from experiments.sweep import on_workers, read_sweep, run_sweep
-from experiments.swept.outcome import MEASURES, Outcome, group_of, grouped, outcomes
-from experiments.swept.picture import _panels, learning_curves, picture
-from experiments.swept.settings import SweepOptions, read_sweep_options, references
-from experiments.swept.table import caption_of, means_over_seeds, write_results, write_table
-from tapfl.errors import ConfigError, RunError
+from experiments.sweep.grid import read_sweep
+from experiments.sweep.outcome import MEASURES, Outcome, group_of, grouped, outcomes
+from experiments.sweep.picture import _panels, learning_curves, picture
+from experiments.sweep.settings import SweepOptions, read_sweep_options, references
+from experiments.sweep.table import caption_of, means_over_seeds, write_results, write_table
+from strategies.records import CurvePoint, Summary, read_summary
+from tapfl.errors import ConfigError
 
 GRID = '"personalize.method" = ["local", "fedavg"]\nseed = [0, 1]'
 REFERENCE = {"personalize.method": "local"}
@@ -28,7 +27,7 @@ REFERENCE = {"personalize.method": "local"}
 
 def carry_out(file: Path, out: Path, changes: Mapping[str, Any] | None = None) -> list[Outcome]:
     cells = read_sweep(file, changes)
-    assert not run_sweep(cells, out, partial(on_workers, InThisProcess()), 2, lambda *_: None)
+    assert not in_threads(cells, out)
     return outcomes(cells, out)
 
 
@@ -65,8 +64,8 @@ def test_a_line_a_run_and_a_line_a_device(runs: list[Outcome], tmp_path: Path) -
 
 
 def test_what_an_accuracy_cost_is_counted_after_round_zero() -> None:
-    curve = [{"seconds": 5.0 + t, "bytes": 100 + 10 * t, "accuracy": 0.2 * t} for t in range(4)]
-    run = Outcome({}, Path(), {}, {}, dict.fromkeys(MEASURES, 0.0) | {"curve": curve})
+    curve = [CurvePoint(seconds=5.0 + t, bytes=100 + 10 * t, accuracy=0.2 * t) for t in range(4)]
+    run = Outcome({}, Path(), {}, {}, Summary.model_construct(**dict.fromkeys(MEASURES, 0.0), curve=curve))
     found = run.measures((0.4, 0.7))
     assert (found["round_zero_bytes"], found["round_zero_seconds"]) == (100, 5.0)
     assert (found["bytes_to_0.4"], found["seconds_to_0.4"]) == (20, 2.0)
@@ -78,7 +77,7 @@ def test_means_over_seeds_and_a_test_over_devices(runs: list[Outcome], tmp_path:
     local, fedavg = means_over_seeds(runs, options)
     assert (local["personalize.method"], local["runs"], local["bytes to 1"]) == ("local", "2", "never")
     assert local["difference"] == local["p"] == ""
-    personal = [np.mean([run.summary["personal_accuracy"] for run in runs[i : i + 2]]) for i in (0, 2)]
+    personal = [np.mean([run.summary.personal_accuracy for run in runs[i : i + 2]]) for i in (0, 2)]
     assert fedavg["difference"] == f"{personal[1] - personal[0]:+.3f}" and fedavg["p"].endswith("(n = 4)")
     assert fedavg["personal"].startswith(f"{personal[1]:.3f} ± ")
     said = caption_of(runs, "tapfl sweep --config x.toml", options)
@@ -134,8 +133,7 @@ def test_round_zero_is_shared_and_changes_nothing(runs: list[Outcome], file: Pat
     for told in ("metric-sets/*.json", "devices/*/images.json"):  # what the report tells of round zero
         kept = {file.relative_to(tmp_path / "alone"): file.read_bytes() for file in (tmp_path / "alone").glob(told)}
         assert kept and kept == {name: (runs[2].folder / name).read_bytes() for name in kept}
-    alone = json.loads((tmp_path / "alone" / "summary.json").read_text())
-    assert alone["curve"] == runs[2].summary["curve"]
+    assert read_summary(tmp_path / "alone").curve == runs[2].curve
 
 
 def test_a_sweep_goes_on_for_more_rounds_but_not_under_other_options(tmp_path: Path) -> None:
@@ -146,13 +144,6 @@ def test_a_sweep_goes_on_for_more_rounds_but_not_under_other_options(tmp_path: P
     assert carry_out(file, tmp_path / "out", {"train.rounds": 1})[0].summary == long.summary
     with pytest.raises(ConfigError, match=r"train\.epochs: 1 then, 2 now"):
         carry_out(file, tmp_path / "out", {"train.epochs": 2})
-
-
-def test_a_run_without_a_learning_curve_is_named(runs: list[Outcome]) -> None:
-    summary = {key: value for key, value in runs[0].summary.items() if key != "curve"}
-    old = Outcome(runs[0].point, runs[0].folder, runs[0].options, runs[0].versions, summary)
-    with pytest.raises(RunError, match="no learning curve"):
-        old.measures((0.5,))
 
 
 def test_what_the_runs_differ_in_cannot_be_set_for_all(file: Path) -> None:

@@ -25,7 +25,6 @@ from experiments.search.methods import carry_out, sampler_of
 from experiments.search.runner import Runner
 from experiments.search.settings import Search, SearchOptions
 from experiments.search.space import Parameter, SearchSpace
-from experiments.search.trials import Job
 from tapfl.errors import ConfigError
 from tapfl.options import validated
 
@@ -33,8 +32,7 @@ R, ETA = 27, 3
 NOISE = 0.05
 KINDS = ("a", "b", "c")
 METHODS: dict[str, dict[str, str | int]] = {
-    "bohb kde": {"method": "bohb", "estimator": "kde"},
-    "bohb parzen": {"method": "bohb", "estimator": "parzen"},
+    "bohb": {"method": "bohb"},
     "tpe-hyperband": {"method": "tpe-hyperband", "block": 1},  # one after another, as Optuna does it
     "random": {"method": "random"},
 }
@@ -77,27 +75,24 @@ class Toy:
 
 
 @dataclass
-class ToyTrials:
-    """`Trials` that finish at once, and record the rounds spent."""
+class ToyRuns:
+    """Runs of the toy that finish at once, and record the rounds spent."""
 
     toy: Toy
     spent: int = 0
     done: dict[int, int] = field(default_factory=dict)
     log: list[tuple[int, int, float, float]] = field(default_factory=list)
 
-    def submit(self, job: Job) -> Future[dict[str, float]]:
-        number = int(job.folder.name)
-        self.spent += job.rounds - self.done.get(number, 0)
-        self.done[number] = job.rounds
-        noise = np.random.default_rng([self.toy.seed, 1, number, job.rounds]).normal(0, NOISE)
-        value = self.toy.loss(job.options, job.rounds) + float(noise)
-        self.log.append((self.spent, job.rounds, value, self.toy.loss(job.options, R)))
+    def start(self, options: Mapping[str, object], folder: Path) -> Future[dict[str, float]]:
+        number, rounds = int(folder.name), int(str(options["train.rounds"]))
+        self.spent += rounds - self.done.get(number, 0)
+        self.done[number] = rounds
+        noise = np.random.default_rng([self.toy.seed, 1, number, rounds]).normal(0, NOISE)
+        value = self.toy.loss(options, rounds) + float(noise)
+        self.log.append((self.spent, rounds, value, self.toy.loss(options, R)))
         future: Future[dict[str, float]] = Future()
         future.set_result({"mean": value})
         return future
-
-    def close(self) -> None:
-        pass
 
     def truth(self, rounds: int) -> float:
         """Returns the true loss of the trial that looks best after `rounds` in all, among those trained longest."""
@@ -110,10 +105,10 @@ def regrets(seed: int, totals: Sequence[int], settings: Mapping[str, object]) ->
     toy = Toy(seed)
     options = {"eta": ETA, "max_rounds": R, "rounds": max(totals), "seed": seed, **settings}
     search = Search(SearchOptions.model_validate(options), SPACE, {})
-    trials = ToyTrials(toy)
+    toys = ToyRuns(toy)
     study = optuna.create_study(study_name=f"toy {seed}")
-    carry_out(Runner(study, SPACE, {}, search.objective(), trials, sampler_of(search), Path()), search)
-    return [trials.truth(total) - toy.least() for total in totals]
+    carry_out(Runner(study, search, toys.start, sampler_of(search), Path()), search)
+    return [toys.truth(total) - toy.least() for total in totals]
 
 
 def search(

@@ -6,16 +6,17 @@ A cell that stands there is finished and is not run again, so a comparison that 
 from __future__ import annotations
 
 import csv
-import multiprocessing
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future
+from contextlib import closing
 from pathlib import Path
-from queue import Empty
+from queue import SimpleQueue
 from typing import Any
 
 from experiments.compare.cells import CellRunner, Row, scenario_of
 from experiments.compare.grid import Cell, Comparison
 from experiments.compare.scenario import Scenario
+from experiments.jobs.pool import Emit, Job, ProcessPool
 from experiments.output import as_csv
 from tapfl.errors import ConfigError
 from tapfl.progress import Advance
@@ -39,12 +40,15 @@ def run_comparison(comparison: Comparison, out: Path, progress: Advance, jobs: i
     cells = list(comparison.cells())
     finished = _read(path, fields, len(comparison.axes))
     waiting = [cell for cell in cells if _key(comparison, cell.point) not in finished]
-    done = len(cells) - len(waiting)
+    done, written = len(cells) - len(waiting), set(finished)
     progress(done, len(cells), "finished before" if done else "")
     write_bytes(path, as_csv(finished.values(), fields))  # without the half line of a killed run
     with path.open("a", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, fieldnames=fields)
         for row in _rows(waiting, jobs, "rank" in comparison.results.measures):
+            if _key(comparison, row) in written:  # by a worker that was lost after it
+                continue
+            written.add(_key(comparison, row))
             writer.writerow(row)
             file.flush()
             done += 1
@@ -80,26 +84,25 @@ def _rows(cells: Sequence[Cell], jobs: int, rank: bool) -> Iterator[Row]:
         return
     for shared in {key[0]: None for key in groups}:  # trained and described once; the workers find it in the caches
         Scenario.of(shared)
-    context = multiprocessing.get_context("spawn")  # a forked torch may hang
-    with context.Manager() as manager, ProcessPoolExecutor(jobs, context) as executor:
-        queue = manager.Queue()
-        futures = [executor.submit(_work, group, rank, queue) for group in groups.values()]
-        left = len(cells)
+    arrived: SimpleQueue[Row | Future[None]] = SimpleQueue()
+    with closing(ProcessPool(jobs)) as pool:
+        for group in groups.values():
+            pool.submit(Job(_run_group, (group, rank)), arrived.put).add_done_callback(arrived.put)
+        left = len(groups)
         while left:
-            try:
-                yield queue.get(timeout=1)
+            each = arrived.get()
+            if isinstance(each, Future):
+                each.result()  # raises what ended it
                 left -= 1
-            except Empty:
-                for future in futures:
-                    if future.done():
-                        future.result()  # raises what ended it
+            else:
+                yield each
 
 
-def _work(cells: Sequence[Cell], rank: bool, queue: Any) -> None:
+def _run_group(emit: Emit, cells: Sequence[Cell], rank: bool) -> None:
     global _runner
     _runner = _runner or CellRunner(rank)
     for row in _runner.rows(cells):
-        queue.put(row)
+        emit(row)
 
 
 _runner: CellRunner | None = None  # of a process of the pool: what it has loaded serves its next group

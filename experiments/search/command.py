@@ -4,25 +4,47 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from concurrent.futures import Future
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
 import optuna
 
 from experiments.feasible import check
+from experiments.jobs.federation import Engine
+from experiments.jobs.pool import Job, Pool
 from experiments.preflight import absolute_paths
 from experiments.search.losers import drop_losers
 from experiments.search.methods import carry_out, rungs_of, sampler_of, spent
+from experiments.search.objective import measured
 from experiments.search.page import write_page
 from experiments.search.results import best_trial, write_best, write_table
 from experiments.search.runner import Runner
 from experiments.search.settings import Search
 from experiments.search.study import open_study
-from experiments.search.trials import Trials
 from tapfl.config import RunConfig
 from tapfl.errors import RunError
+from tapfl.options import Scalar
 from tapfl.progress import Advance, stage
 from tapfl.store import only_one
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a search keeps what it knows.
+
+    Attributes:
+        name: of Optuna's study.
+        out: the folder of the search.
+        storage: URL of an Optuna storage; None: a journal in `out`.
+        resume: whether the study is there already.
+    """
+
+    name: str
+    out: Path
+    storage: str | None = None
+    resume: bool = False
 
 
 @dataclass(frozen=True)
@@ -36,55 +58,43 @@ class Found:
     folder: Path
 
 
-def run_search(
-    search: Search, name: str, out: Path, storage: str | None, resume: bool, jobs: int, trials: Callable[[], Trials]
-) -> Found:
-    """Carries a search out, or goes on with it, and writes its results into `out`.
+def run_search(search: Search, place: Place, start: Callable[[], AbstractContextManager[tuple[Pool, Engine]]]) -> Found:
+    """Carries a search out, or goes on with it, and writes its results.
 
     Args:
-        name: of the study.
-        trials: starts what carries out the runs; called when everything is checked.
+        start: starts what carries out the runs; called when everything is checked.
 
     Raises:
         ConfigError: if an option, the space or the storage is not valid; nothing is written then.
-        RunError: if no trial came to a result.
+        RunError: if no trial has a result.
     """
     optuna.logging.set_verbosity(logging.WARNING)
     with stage("checking"):
         check(absolute_paths(RunConfig.from_flat(search.options)))
-    new = not out.exists()
+    out, new = place.out, not place.out.exists()
     with only_one(out, "search"):
         try:
-            study = open_study(search, name, out, storage, resume)
+            study = open_study(search, place.name, out, place.storage, place.resume)
         except BaseException:
             if new:
                 _remove(out)
             raise
-        workers = trials()
-        try:
-            runner = Runner(
-                study,
-                search.space,
-                search.options,
-                search.objective(),
-                workers,
-                sampler_of(search),
-                out / "trials",
-                jobs,
-            )
-            with stage("rounds") as advance:
+        with start() as (pool, engine), stage("rounds") as advance:
 
-                def told() -> None:
-                    _tell(advance, study, search.rounds)
-                    if search.settings.keep == "best":
-                        drop_losers(runner.found(), runner.folder)
+            def begin(options: dict[str, Scalar], folder: Path) -> Future[dict[str, float]]:
+                return pool.submit(Job(measured, (options, folder, engine), folder.with_suffix(".log")))
 
-                runner.told = told
-                told()
-                carry_out(runner, search)
-                told()  # of what was settled last
-        finally:
-            workers.close()
+            runner = Runner(study, search, begin, sampler_of(search), out / "trials", pool.jobs)
+
+            def told() -> None:
+                _tell(advance, study, search.rounds)
+                if search.settings.keep == "best":
+                    drop_losers(runner.found(), runner.folder)
+
+            runner.told = told
+            told()
+            carry_out(runner, search)
+            told()  # of what was settled last
         return write_results(search, study, out)
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from optuna.trial import FrozenTrial
 
 from experiments.search.results import best_trial
-from experiments.search.trials import run_folder
+from experiments.search.runner import run_folder
 from tapfl.errors import RunError
 
 HEAVY = ("server", "devices")

@@ -23,7 +23,6 @@ def sampler_of(search: Search) -> Callable[[int], BaseSampler]:
         return lambda number: _tpe(settings.seed, number)
     bohb = BOHBSampler(
         seed=settings.seed,
-        estimator=settings.estimator,
         space=search.space.distributions(),
         random_share=1.0 if settings.method == "random" else settings.random_share,
         sees=search.schedule().sees,

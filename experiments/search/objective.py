@@ -5,19 +5,22 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
 
 import numpy as np
 
-Summary = Mapping[str, Any]
+from experiments.jobs.federation import Engine, carry_out
+from experiments.jobs.pool import Emit
+from strategies.records import Summary
+from tapfl.options import Scalar
 
 # of a run so far, each: less is better
 MEASURES: dict[str, Callable[[Summary], float]] = {
-    "mean": lambda summary: 1 - summary["personal_accuracy"],
-    "worst-decile": lambda summary: 1 - summary["personal_accuracy_worst_decile"],
-    "bytes_up": lambda summary: summary["bytes_up"],
-    "bytes_down": lambda summary: summary["bytes_down"],
-    "macs": lambda summary: float(np.mean([device["macs_share"] for device in summary["devices"]])),
+    "mean": lambda summary: 1 - summary.personal_accuracy,
+    "worst-decile": lambda summary: 1 - summary.personal_accuracy_worst_decile,
+    "bytes_up": lambda summary: summary.bytes_up,
+    "bytes_down": lambda summary: summary.bytes_down,
+    "macs": lambda summary: float(np.mean([device.macs_share for device in summary.devices])),
 }
 
 
@@ -46,6 +49,11 @@ class Objective:
         """Returns by how much the constraints are broken, as shares of their limits; 0: they are kept."""
         over = [max(0.0, measures[c.measure] - c.limit) / (abs(c.limit) or 1.0) for c in self.constraints]
         return math.fsum(over)
+
+
+def measured(emit: Emit, options: Mapping[str, Scalar], folder: Path, engine: Engine) -> dict[str, float]:
+    """Begins a run, or goes on with it, and returns its measures: the job of one rung of a trial."""
+    return measures_of(carry_out(emit, options, folder, engine))
 
 
 def measures_of(summary: Summary) -> dict[str, float]:

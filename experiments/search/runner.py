@@ -16,15 +16,15 @@ from optuna.samplers import BaseSampler
 from optuna.study import Study
 from optuna.trial import FrozenTrial, Trial, TrialState
 
-from experiments.search.objective import Objective
+from experiments.jobs.pool import EngineLostError
 from experiments.search.sampler import violation_key
 from experiments.search.schedule import FAILED, Score
-from experiments.search.space import SearchSpace
-from experiments.search.trials import EngineLostError, Job, Trials, run_folder
+from experiments.search.settings import Search
 from tapfl.errors import TapflError
 from tapfl.options import Scalar
 
 Measures = dict[str, float]
+Start = Callable[[dict[str, Scalar], Path], Future[Measures]]  # a run's options and folder -> its measures
 
 
 @dataclass
@@ -32,7 +32,7 @@ class Runner:
     """What all methods do with a study.
 
     Attributes:
-        options: what all runs share.
+        start: begins a run, or goes on with the one in its folder, up to ``train.rounds``.
         sampler: what draws the trial of a number.
         folder: where their folders are, by trial number.
         jobs: rungs in flight at once.
@@ -40,10 +40,8 @@ class Runner:
     """
 
     study: Study
-    space: SearchSpace
-    options: dict[str, Scalar]
-    objective: Objective
-    trials: Trials
+    search: Search
+    start: Start
     sampler: Callable[[int], BaseSampler]
     folder: Path
     jobs: int = 1
@@ -60,7 +58,7 @@ class Runner:
         self.study.sampler = self.sampler(len(self.found()))
         trial = self.study.ask()
         self._handles[trial.number] = trial
-        self.space.suggest(trial)
+        self.search.space.suggest(trial)
         return trial.number
 
     def submit(self, runs: list[tuple[int, int]]) -> None:
@@ -70,9 +68,8 @@ class Runner:
                 return
             if (number, rounds) in self._flying.values():
                 continue
-            options = {**self.options, **self.space.suggest(self._handle(number))}
-            job = Job(options, run_folder(self.folder, number), rounds)
-            self._flying[self.trials.submit(job)] = (number, rounds)
+            options = {**self.search.options, **self.search.space.suggest(self._handle(number)), "train.rounds": rounds}
+            self._flying[self.start(options, run_folder(self.folder, number))] = (number, rounds)
 
     def wait(self) -> bool:
         """Waits for the next rung and reports it. Returns False if none is in flight."""
@@ -117,9 +114,15 @@ class Runner:
             trial.report(math.nan, step=rounds)
             return
         trial.set_user_attr(measures_key(rounds), measures)
-        if self.objective.constraints:
-            trial.set_user_attr(violation_key(rounds), self.objective.violation(measures))
-        trial.report(self.objective.loss(measures), step=rounds)  # last: with it the rung is done
+        objective = self.search.objective()
+        if objective.constraints:
+            trial.set_user_attr(violation_key(rounds), objective.violation(measures))
+        trial.report(objective.loss(measures), step=rounds)  # last: with it the rung is done
+
+
+def run_folder(folder: Path, number: int) -> Path:
+    """Returns where the run of a trial is."""
+    return folder / f"{number:04d}"
 
 
 def measures_key(rounds: float) -> str:

@@ -11,7 +11,7 @@ import secrets
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from optuna.distributions import BaseDistribution
@@ -20,10 +20,8 @@ from optuna.study import Study, StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 from experiments.search.kde import Density, best_candidate, impute, split_counts
-from experiments.search.parzen import best_by_parzen
 from experiments.search.unit_cube import Space, choices, decode, encode, external_values, internal_values, uniform
 
-Estimator = Literal["kde", "parzen"]
 OBSERVED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.RUNNING, TrialState.FAIL)
 BAD = (math.inf, math.inf)
 
@@ -53,13 +51,12 @@ class BOHBSampler(BaseSampler):
     def __init__(
         self,
         seed: int | None = None,
-        estimator: Estimator = "kde",
         space: Space | None = None,
         random_share: float = 1 / 3,
         sees: Callable[[int, int, float], bool] | None = None,
     ) -> None:
         self.seed = secrets.randbits(32) if seed is None else seed
-        self.estimator, self.space, self.random_share, self.sees = estimator, space, random_share, sees
+        self.space, self.random_share, self.sees = space, random_share, sees
 
     def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
         """Returns the parameters that are drawn together: also those that exist only under a condition."""
@@ -119,8 +116,6 @@ class BOHBSampler(BaseSampler):
         fallback = decode(space, uniform(space, len(rows), generator))
         rows = impute(rows, rows[: len(best)], fallback, generator)
         good, bad = rows[: len(best)], rows[len(best) :]
-        if self.estimator == "parzen":
-            return best_by_parzen(space, good, bad, generator)
         kinds = choices(space)
         l, g = (Density.fit(encode(space, points), kinds) for points in (good, bad))  # noqa: E741
         return decode(space, best_candidate(l, g, generator)[None])[0]

@@ -9,12 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import optuna
 from pydantic import Field, field_validator, model_validator
 
 from experiments.search.brackets import Rungs, bracket_tables, cost, in_rounds
 from experiments.search.objective import MEASURES, Constraint, Objective
-from experiments.search.parzen import optunas
 from experiments.search.schedule import Schedule
 from experiments.search.space import SearchSpace
 from tapfl.config import RunConfig, binding
@@ -31,7 +29,6 @@ class SearchOptions(Section):
     """How configurations are drawn and judged, and what it may cost."""
 
     method: Method = "bohb"
-    estimator: Literal["kde", "parzen"] = Field("kde", description="of `bohb`: its own densities, or Optuna's")
     eta: float = Field(3.0, ge=2, description="one of so many configurations goes on to the next rung")
     min_rounds: Count = Field(1, description="rounds of the first rung")
     max_rounds: Count = Field(9, description="rounds of the last rung, R")
@@ -54,16 +51,6 @@ class SearchOptions(Section):
     @classmethod
     def _one_constraint(cls, value: object) -> object:
         return (value,) if isinstance(value, str) else value
-
-    @field_validator("estimator")
-    @classmethod
-    def _there(cls, value: str) -> str:
-        if value == "parzen":
-            try:
-                optunas()
-            except ImportError as error:
-                raise ValueError(f"Optuna {optuna.__version__} has it no more ({error}); accepted: kde") from None
-        return value
 
     @field_validator("objective")
     @classmethod

@@ -38,8 +38,8 @@ class Bars:
             if not outermost:
                 stack.callback(drawn.remove_task, task)
 
-            def advance(done: int, total: int, note: str = "", /) -> None:
-                pace.advance(done, total, note)
+            def advance(done: float, total: float, note: str = "", left: float | None = None, /) -> None:
+                pace.advance(done, total, note, left)
                 drawn.update(task, completed=done, total=total or None)
 
             yield advance
@@ -87,7 +87,7 @@ class Drawn(Progress):
 class Count(ProgressColumn):
     def render(self, task: Task) -> Text:
         pace: Pace = task.fields["pace"]
-        return Text(f"{f'{pace.done}/{pace.total}' if pace.total else '':>9}")
+        return Text(f"{pace.count:>9}")
 
 
 class Elapsed(ProgressColumn):

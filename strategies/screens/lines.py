@@ -42,10 +42,10 @@ class Lines:
     def __call__(self, name: str) -> Iterator[Advance]:
         pace, outermost, shares = Pace(name), not self._open, 0
 
-        def advance(done: int, total: int, note: str = "", /) -> None:
+        def advance(done: float, total: float, note: str = "", left: float | None = None, /) -> None:
             nonlocal shares
-            pace.advance(done, total, note)
-            passed = SHARES * done // total if total else 0
+            pace.advance(done, total, note, left)
+            passed = int(SHARES * done // total) if total else 0
             if outermost and passed > shares and (done == total or time.monotonic() - self._said >= GAP):
                 shares = passed
                 self._say(pace.words())

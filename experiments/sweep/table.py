@@ -10,8 +10,8 @@ import numpy as np
 
 from experiments.output import PACKAGES, as_csv, as_markdown, caption
 from experiments.statistics import TEST, paired
-from experiments.swept.outcome import BYTES_TO, SECONDS_TO, Outcome, Point, grouped, personal_by_device
-from experiments.swept.settings import SweepOptions, references
+from experiments.sweep.outcome import BYTES_TO, SECONDS_TO, Outcome, Point, grouped, personal_by_device
+from experiments.sweep.settings import SweepOptions, references
 from tapfl.store import write_bytes
 
 LABELS = {

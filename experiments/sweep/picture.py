@@ -9,8 +9,8 @@ import numpy as np
 
 from experiments.figures.curves import Panel, panels_of_curves
 from experiments.figures.figure import Figure, Row, write_figure
-from experiments.swept.outcome import Outcome, Point, grouped
-from strategies.simulated import CurvePoint
+from experiments.sweep.outcome import Outcome, Point, grouped
+from strategies.records import CurvePoint
 
 # x of a point of a learning curve, by axis title; the cost of round zero is the same for all and left out
 ACROSS: Mapping[str, Callable[[int, CurvePoint, CurvePoint], float]] = {
@@ -34,7 +34,7 @@ def learning_curves(runs: Sequence[Outcome]) -> Figure:
     groups = grouped(runs)
     panels = []
     for title, lines in _panels(groups).items():
-        dense = float(np.mean([run.summary["dense_accuracy"] for point in lines.values() for run in groups[point]]))
+        dense = float(np.mean([run.summary.dense_accuracy for point in lines.values() for run in groups[point]]))
         for k, (across, place) in enumerate(ACROSS.items()):
             rows = [row for name, point in lines.items() for row in _curve(name, groups[point], place)]
             panels.append(Panel(title if k == 0 else "", across, rows, dense, whole=across == "rounds"))

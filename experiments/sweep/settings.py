@@ -14,7 +14,7 @@ from pathlib import Path
 
 from pydantic import Field
 
-from experiments.swept.outcome import Point
+from experiments.sweep.outcome import Point
 from tapfl.errors import ConfigError
 from tapfl.options import AnyShares, Scalar, Section, flatten, read_toml_tables, validated
 

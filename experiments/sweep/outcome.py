@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from experiments.statistics import by_device
-from experiments.sweep import Cell
-from strategies.simulated import CurvePoint, first_at
+from experiments.sweep.grid import SweepRun
+from strategies.records import SUMMARY, CurvePoint, Summary, read_summary
+from strategies.simulated import first_at
 from tapfl.errors import RunError
 
 MEASURES = (
@@ -49,26 +49,22 @@ class Outcome:
         folder: the run's.
         options: all of the run's, as resolved.
         versions: of the packages it was made with.
-        summary: what `summary.json` says.
     """
 
     point: Mapping[str, Any]
     folder: Path
     options: Mapping[str, Any]
     versions: Mapping[str, str]
-    summary: Mapping[str, Any]
+    summary: Summary
 
     @property
     def group(self) -> Point:
         """Where the run lies in the grid but for its seed."""
         return group_of(self.point)
 
-    @cached_property
+    @property
     def curve(self) -> list[CurvePoint]:
-        """Mean personal accuracy after round zero and after each round. Raises RunError if the run kept none."""
-        if "curve" not in self.summary:
-            raise RunError(f"{self.folder}: was made by a version of tapfl that kept no learning curve; remove it")
-        return [CurvePoint(**point) for point in self.summary["curve"]]
+        return self.summary.curve
 
     def measures(self, reach: Sequence[float]) -> dict[str, float | None]:
         """Returns `MEASURES`, what round zero cost of them, and what each accuracy of `reach` cost after it.
@@ -78,7 +74,7 @@ class Outcome:
         most of what is sent: the backbone, and the smaller models.
         """
         start = self.curve[0]
-        found: dict[str, float | None] = {name: self.summary[name] for name in MEASURES}
+        found: dict[str, float | None] = {name: getattr(self.summary, name) for name in MEASURES}
         found |= {"round_zero_bytes": start.bytes, "round_zero_seconds": start.seconds}
         for accuracy in reach:
             first = first_at(self.curve, accuracy)
@@ -90,13 +86,13 @@ class Outcome:
         """Returns for every device that got a model what it has, what it gained, and what it sent and received."""
         return [
             {
-                "device": record["device"],
-                "budget": record["profile"]["budget"],
-                **{name: record[name] for name in DEVICE_MEASURES},
-                **{side: sum(record[side].values()) for side in ("bytes_up", "bytes_down")},
+                "device": record.device,
+                "budget": record.profile.budget,
+                **{name: getattr(record, name) for name in DEVICE_MEASURES},
+                "bytes_up": sum(record.bytes_up.values()),
+                "bytes_down": sum(record.bytes_down.values()),
             }
-            for record in self.summary["devices"]
-            if record["params"]
+            for record in self.summary.equipped
         ]
 
 
@@ -104,16 +100,14 @@ def group_of(point: Mapping[str, Any]) -> Point:
     return tuple((key, value) for key, value in point.items() if key != "seed")
 
 
-def outcomes(cells: Sequence[Cell], out: Path) -> list[Outcome]:
+def outcomes(cells: Sequence[SweepRun], out: Path) -> list[Outcome]:
     """Returns the finished runs of a sweep, in the order of its cells. Raises RunError if there is none."""
     found = []
     for cell in cells:
         folder = out / cell.name
-        if (folder / "summary.json").is_file():
-            parts = (
-                json.loads((folder / f"{name}.json").read_text("utf-8")) for name in ("config", "versions", "summary")
-            )
-            found.append(Outcome(cell.point, folder, *parts))
+        if (folder / SUMMARY).is_file():
+            config, versions = (json.loads((folder / name).read_text()) for name in ("config.json", "versions.json"))
+            found.append(Outcome(cell.point, folder, config, versions, read_summary(folder)))
     if not found:
         raise RunError(f"no run of the sweep in {out} came to its end")
     return found

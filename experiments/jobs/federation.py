@@ -1,0 +1,121 @@
+"""One federation as a job: begun or gone on with in its folder, on the engine that it is given."""
+
+from __future__ import annotations
+
+import gc
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing, contextmanager
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from experiments.command_line import JobOptions, starting
+from experiments.jobs.pool import Emit, Job, Pool, ProcessPool, ThreadPool
+from experiments.jobs.progress import on_both, reporting
+from experiments.jobs.round_zero import keep, prepare
+from experiments.preflight import DEFAULT_DEVICES, absolute_paths
+from strategies.records import SUMMARY, Summary, read_summary
+from strategies.screens.lines import Lines
+from tapfl.config import RunConfig
+from tapfl.errors import RunError
+from tapfl.options import Scalar
+from tapfl.progress import shown_on, stage
+
+if TYPE_CHECKING:
+    from experiments.engines.ray import ActorPool
+
+Engine = Callable[[dict[str, Scalar], int], None]  # of a run's options and its number of devices
+
+
+def in_process(run_config: dict[str, Scalar], nodes: int) -> None:
+    """Carries out a federation with its devices in this process, one after the other: an `Engine`."""
+    from clients.client_app import app as client_app
+    from experiments.engines.local import run_inprocess
+    from strategies.server_app import app as server_app
+
+    run_inprocess(server_app, client_app, run_config, nodes)
+
+
+def on_flower(workers: int) -> Engine:
+    """Returns the `Engine` that is Flower's simulation with so many workers."""
+    return partial(_on_flower, workers)
+
+
+def _on_flower(workers: int, run_config: dict[str, Scalar], nodes: int) -> None:
+    from experiments.engines.flower import run_flower
+
+    run_flower(run_config, nodes, workers)
+
+
+def on_actors(actors: ActorPool) -> Engine:
+    """Returns the `Engine` that sends devices' messages to Ray actors which other federations use as well."""
+
+    def run(run_config: dict[str, Scalar], nodes: int) -> None:
+        from strategies.server_app import app as server_app
+
+        actors.run(server_app, run_config, nodes)
+
+    return run
+
+
+@contextmanager
+def federations(engine: str, options: JobOptions) -> Iterator[tuple[Pool, Engine]]:
+    """Yields a pool for ``options.jobs`` federations at a time, and the engine that each of them uses.
+
+    Args:
+        engine: ``inprocess`` or ``flower``: each federation in a process; ``ray``: all of them on the same actors.
+    """
+    jobs, cpus = options.jobs or os.cpu_count() or 1, os.cpu_count() or 1
+    if engine == "ray":
+        from experiments.engines.ray import ActorPool
+
+        starting("Ray")
+        actors = ActorPool(options.address, options.workers, options.actor_cpus, options.actor_gpus)
+        with actors, closing(ThreadPool(jobs, lambda: actors.lost)) as threads:
+            yield threads, on_actors(actors)
+    else:
+        with closing(ProcessPool(jobs)) as processes:
+            yield processes, in_process if engine == "inprocess" else on_flower(options.workers or cpus)
+
+
+def resolved(options: Mapping[str, Any], folder: Path) -> RunConfig:
+    """Returns the configuration of a run in `folder` that may go on."""
+    own = {"out": str(folder), "resume": True}
+    return absolute_paths(RunConfig.from_flat({"devices.count": DEFAULT_DEVICES, **options, **own}))
+
+
+def federation_job(options: Mapping[str, Any], folder: Path, engine: Engine) -> Job:
+    """Returns the job that carries out a run; it logs to ``FOLDER.log`` and comes to the run's summary."""
+    return Job(carry_out, (dict(options), folder, engine), folder.with_name(f"{folder.name}.log"))
+
+
+def carry_out(emit: Emit, options: Mapping[str, Any], folder: Path, engine: Engine) -> Summary:
+    """Begins a run in `folder`, or goes on with it, up to ``train.rounds``; returns its summary.
+
+    Round zero is taken from ``round-zero`` beside the folder as far as another run has left it there.
+
+    Args:
+        emit: gets `StageProgress`.
+
+    Raises:
+        TapflError: if the run cannot be carried out.
+    """
+    from experiments.feasible import check
+
+    config, store = resolved(options, folder), folder.parent / "round-zero"
+    with Lines() as lines, shown_on(on_both(lines, reporting(emit))):
+        if not (folder / "config.json").is_file():
+            with stage("checking"):
+                check(config)  # a run that is refused leaves no folder
+            shutil.rmtree(folder, ignore_errors=True)
+            prepare(folder, config, store)
+        try:
+            engine(config.flat(), config.devices.count)
+        finally:
+            gc.collect()  # models that hold on to each other go now: the next run needs their room
+    keep(folder, config, store)
+    if not (folder / SUMMARY).is_file():
+        raise RunError(f"{folder}: the run ended without a result")
+    return read_summary(folder)

@@ -1,0 +1,300 @@
+"""Pools of workers: processes of this machine, or threads whose work is done elsewhere (on Ray's actors).
+
+Sweep, search and compare submit `Job`s to a `Pool`. What a job emits reaches the submitter while the job runs; its
+result comes with the future. When a pool is closed, or the command ends in whatever way, no worker is left.
+"""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from contextvars import ContextVar, copy_context
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, NoReturn, Protocol
+
+from flwr.common.logger import FLOWER_LOGGER, log
+
+from tapfl.errors import RunError, TapflError
+
+ATTEMPTS = 3  # workers that may be lost over one job before it fails
+GRACE = 5.0  # seconds that a worker has to end its own processes after SIGTERM, before it is killed
+SPAWN = multiprocessing.get_context("spawn")  # a forked torch may hang
+
+Emit = Callable[[Any], None]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One call ``function(emit, *arguments)``; for a process the function must be importable, the arguments picklable.
+
+    Attributes:
+        function: called with `emit`, which passes a value to the submitter while the job runs.
+        log: file to which all that the job prints and logs is appended; None: it goes to the command's own output.
+    """
+
+    function: Callable[..., Any]
+    arguments: tuple[Any, ...] = ()
+    log: Path | None = None
+
+
+class EngineLostError(RunError):
+    """Nothing is left that could carry a job out. No job is to blame, so the command ends."""
+
+
+class Pool(Protocol):
+    """Carries out jobs, `jobs` at a time."""
+
+    jobs: int
+
+    def submit(self, job: Job, listen: Emit = ..., /) -> Future[Any]:
+        """Starts a job as soon as a worker is free.
+
+        Args:
+            listen: called in another thread with each value that the job emits.
+
+        The future raises a `TapflError` if the job failed, and `EngineLostError` if no job can be carried out any more.
+        """
+
+    def close(self) -> None:
+        """Ends all jobs at once, and their workers. A federation that is ended goes on from its checkpoint later."""
+
+
+def unheard(value: Any) -> None:
+    """Listens to nothing."""
+
+
+class ProcessPool:
+    """A `Pool` of `jobs` processes that carry out one job after another, with one torch thread each.
+
+    A process starts when it is first needed and stays, so that torch is imported once. A process that dies is replaced,
+    and its job is tried again. None outlives this process, however that ends.
+    """
+
+    def __init__(self, jobs: int) -> None:
+        self.jobs = jobs
+        os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the workers, which read it when torch is imported
+        self._threads = ThreadPoolExecutor(jobs, thread_name_prefix="worker")
+        self._mine = threading.local()  # each thread has one process
+        self._lock = threading.Lock()
+        self._processes: set[_Process] = set()
+        self._closed = False
+
+    def submit(self, job: Job, listen: Emit = unheard, /) -> Future[Any]:
+        return self._threads.submit(self._carry_out, job, listen)
+
+    def close(self) -> None:
+        self._threads.shutdown(wait=False, cancel_futures=True)
+        with self._lock:
+            self._closed = True
+            processes = list(self._processes)
+        for process in processes:
+            process.terminate()
+        deadline = time.monotonic() + GRACE
+        for process in processes:
+            process.end(deadline - time.monotonic())
+        self._threads.shutdown(wait=True)
+
+    def _carry_out(self, job: Job, listen: Emit) -> Any:
+        for _ in range(ATTEMPTS):
+            process = self._process()
+            try:
+                return process.carry_out(job, listen)
+            except (EOFError, OSError):
+                process.end(0)
+                with self._lock:
+                    self._processes.discard(process)
+                self._mine.process = None
+        raise RunError(f"{ATTEMPTS} workers were lost over this job")
+
+    def _process(self) -> _Process:
+        with self._lock:
+            if self._closed:
+                raise RunError("the pool was closed")
+            if getattr(self._mine, "process", None) is None:
+                self._mine.process = _Process()
+                self._processes.add(self._mine.process)
+            process: _Process = self._mine.process
+            return process
+
+
+class _Process:
+    """A worker process, seen from the command."""
+
+    def __init__(self) -> None:
+        self._ours, theirs = SPAWN.Pipe()
+        self._process = SPAWN.Process(target=_serve, args=(theirs,), daemon=True)
+        self._process.start()
+        theirs.close()  # else the end of the process would not end `recv`
+
+    def carry_out(self, job: Job, listen: Emit) -> Any:
+        """Raises EOFError or OSError if the process dies."""
+        self._ours.send(job)
+        while True:
+            kind, value = self._ours.recv()
+            if kind == "result":
+                return value
+            if kind == "error":
+                raise value
+            listen(value)
+
+    def terminate(self) -> None:
+        self._process.terminate()
+
+    def end(self, grace: float) -> None:
+        self._process.join(max(0.0, grace))
+        self._process.kill()
+        self._process.join()
+
+
+def _serve(connection: Connection) -> NoReturn:
+    """Carries out jobs until the command ends. SIGINT is left to the command, which ends its workers."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # so that a job ends its own processes
+    threading.Thread(target=_end_with_the_command, daemon=True).start()
+    sending = threading.Lock()
+
+    def send(kind: str, value: Any) -> None:
+        with sending:
+            connection.send((kind, value))
+
+    try:
+        while True:
+            job: Job = connection.recv()
+            if job.log is not None:
+                _print_to(job.log)
+            try:
+                result = _called(job, lambda value: send("event", value))
+            except TapflError as error:
+                send("error", error)
+            else:
+                send("result", result)
+    except (EOFError, OSError, SystemExit):
+        pass
+    finally:
+        os._exit(1)  # a thread of the job may still run
+
+
+def _end_with_the_command() -> None:
+    command = multiprocessing.parent_process()
+    assert command is not None
+    command.join()
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(GRACE)
+    os._exit(1)
+
+
+def _called(job: Job, emit: Emit) -> Any:
+    """Returns the job's result. Every exception is logged, and raised as a TapflError."""
+    try:
+        return job.function(emit, *job.arguments)
+    except TapflError as error:
+        log(logging.ERROR, "%s", error)
+        raise
+    except Exception as error:
+        log(logging.ERROR, "%s", traceback.format_exc())
+        raise RunError(f"{type(error).__name__}: {error}") from None
+
+
+def _print_to(file: Path) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    with file.open("a") as stream:
+        os.dup2(stream.fileno(), 1)
+        os.dup2(stream.fileno(), 2)
+
+
+class ThreadPool:
+    """A `Pool` of `jobs` threads of this process, for jobs whose work is done elsewhere.
+
+    Args:
+        lost: says why no job can be carried out any more; empty while it can.
+
+    Threads cannot be ended: `close` leaves those at work to whoever ends what they wait for.
+    """
+
+    def __init__(self, jobs: int, lost: Callable[[], str] = str) -> None:
+        self.jobs = jobs
+        self._threads = ThreadPoolExecutor(jobs, thread_name_prefix="job")
+        self._lost = lost
+
+    def submit(self, job: Job, listen: Emit = unheard, /) -> Future[Any]:
+        ours = copy_context()  # what listens logs as this thread does, not as the job
+        return self._threads.submit(self._carry_out, job, lambda value: ours.run(listen, value))
+
+    def close(self) -> None:
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+    def _carry_out(self, job: Job, emit: Emit) -> Any:
+        try:
+            if job.log is None:
+                return _called(job, emit)
+            with own_log(job.log):
+                return _called(job, emit)
+        except TapflError:
+            if why := self._lost():
+                raise EngineLostError(why) from None
+            raise
+
+
+_LOG: ContextVar[Path | None] = ContextVar("log", default=None)
+
+
+@contextmanager
+def own_log(file: Path) -> Iterator[None]:
+    """Within the block all that this thread logs, and only that, goes to `file`, and not to the screen."""
+    for shown in FLOWER_LOGGER.handlers:
+        if not isinstance(shown, logging.FileHandler):
+            shown.addFilter(_of_no_job)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    handler = logging.FileHandler(file, encoding="utf-8")  # appends: the job may go on with an earlier one
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    handler.addFilter(lambda record: _LOG.get() == file)
+    FLOWER_LOGGER.addHandler(handler)
+    token = _LOG.set(file)
+    try:
+        yield
+    finally:
+        _LOG.reset(token)
+        FLOWER_LOGGER.removeHandler(handler)
+        handler.close()
+
+
+def _of_no_job(record: logging.LogRecord) -> bool:
+    return _LOG.get() is None
+
+
+@contextmanager
+def interruptible(go_on: str) -> Iterator[None]:
+    """Ends this process with exit code 130 on SIGINT and on SIGTERM, after the block has ended what it started.
+
+    Args:
+        go_on: the command that continues the work, for the message.
+    """
+
+    def terminate(number: int, _: object) -> NoReturn:
+        raise SystemExit(128 + number)
+
+    here = threading.current_thread() is threading.main_thread()  # only there can signals be handled
+    before = signal.signal(signal.SIGTERM, terminate) if here else None
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):  # the latter also from the handler of SIGTERM that Ray installs
+        if sys.stderr.isatty():
+            sys.stderr.write("\x1b[?25h")  # a thread that hid the cursor to draw bars is not asked to end
+        print(f"tapfl: interrupted; go on with: {go_on}", file=sys.stderr, flush=True)
+        os._exit(130)  # Ray is stopped, but runs in threads of this process would go on
+    finally:
+        if before is not None:
+            signal.signal(signal.SIGTERM, before)

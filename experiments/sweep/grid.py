@@ -1,0 +1,151 @@
+"""Many federations: a grid or a list of options, each cell a complete run folder, one table of results.
+
+A sweep's TOML has a table `[grid]`, whose lists are crossed, tables `[[run]]`, each of which is crossed with the grid,
+or both; and the options that all cells share. A `[[run]]` may have a `name`, under which it is tabulated.
+
+```toml
+[grid]
+"personalize.method" = ["apfl", "fedavg", "local"]
+seed = [0, 1, 2]
+
+[[run]]
+name = "plain"
+
+[[run]]
+name = "with DP"
+privacy = { dp-clip = 1.0, dp-noise = 1.0 }
+
+[train]
+rounds = 10
+```
+
+A cell that has its `summary.json` is finished and is not run again; one that has not, or that has fewer rounds than are
+wanted now, goes on from where it was. Cells that differ only in what comes after round zero share it: one of them
+begins, the others find its summaries and plans in `round-zero/` and come to the same bits.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Mapping
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from experiments.jobs.federation import Engine, federation_job, resolved
+from experiments.jobs.pool import EngineLostError, Pool
+from experiments.jobs.progress import Overview
+from experiments.jobs.round_zero import name_of
+from strategies.records import require_same_options
+from tapfl.config import RunConfig
+from tapfl.errors import ConfigError, TapflError
+from tapfl.options import flatten, read_toml_tables
+from tapfl.progress import Advance
+from tapfl.store import RunFolder
+
+LONGEST_NAME = 240  # bytes of a run's name: file systems take 255, and its log's is longer
+
+
+@dataclass(frozen=True)
+class SweepRun:
+    """One run of a sweep: the options in which it differs from the others, and all of its options."""
+
+    name: str
+    point: dict[str, Any]
+    options: dict[str, Any]
+
+
+def read_sweep(file: Path, changes: Mapping[str, Any] | None = None) -> list[SweepRun]:
+    """Returns the cells of a sweep.
+
+    Args:
+        changes: options above those that the file's cells share.
+
+    Raises:
+        ConfigError: if the grid or any cell is not valid, or if the cells differ in what is to be changed.
+    """
+    tables = read_toml_tables(file)
+    tables.pop("sweep", None)  # how it is reported: `experiments.sweep.settings`
+    grid, runs = tables.pop("grid", {}), tables.pop("run", [])
+    if not isinstance(grid, dict) or not all(isinstance(v, list) and v for v in grid.values()) or not (grid or runs):
+        raise ConfigError(f"{file}: needs a table [grid] of options with a list of values each, or tables [[run]]")
+    if not isinstance(runs, list) or not all(isinstance(run, dict) for run in runs):
+        raise ConfigError(f"{file}: runs are tables [[run]], with two brackets")
+    shared = flatten(tables) | dict(changes or {})
+    own_options = {*grid, *(key for run in runs for key in flatten(run))}
+    if fixed := sorted(own_options & {*(changes or {})}):
+        raise ConfigError(f"--set {fixed[0]}: the runs of {file} differ in it; change it there")
+    cells = []
+    for run in runs or [{}]:
+        name, own = run.pop("name", ""), flatten(run)
+        for values in itertools.product(*grid.values()):
+            crossed = dict(zip(grid, values, strict=True))
+            point = ({"run": name} if name else own) | crossed
+            cells.append(_sweep_run(file, point, shared | own | crossed))
+    if twice := [name for name, count in Counter(cell.name for cell in cells).items() if count > 1]:
+        raise ConfigError(f"{file}: two runs are {twice[0]!r}; give them names of their own")
+    return cells
+
+
+def _sweep_run(file: Path, point: dict[str, Any], options: dict[str, Any]) -> SweepRun:
+    RunConfig.from_flat(options)
+    name = " ".join(f"{key}={value}" for key, value in point.items()).replace("/", "-")
+    if (size := len(name.encode())) > LONGEST_NAME:
+        accepted = f"at most {LONGEST_NAME} are accepted; give a [[run]] a name, or cross fewer options"
+        raise ConfigError(f"{file}: the run {name:.60}… would have a folder's name of {size} bytes, {accepted}")
+    return SweepRun(name, point, options)
+
+
+def run_sweep(runs: list[SweepRun], out: Path, pool: Pool, engine: Engine, progress: Advance) -> dict[str, str]:
+    """Carries out the runs that are not finished. Of those with the same round zero one begins, and the others follow.
+
+    Args:
+        engine: what each run uses.
+
+    Returns:
+        By name, why each run failed that did; all that it printed is in ``NAME.log``.
+
+    Raises:
+        ConfigError: if a run in `out` was begun under other options.
+        EngineLostError: if no run can be carried out any more.
+    """
+    waiting = [run for run in runs if not _finished(run, out)]
+    out.mkdir(parents=True, exist_ok=True)
+    alike: dict[str, list[SweepRun]] = {}
+    for run in waiting:
+        alike.setdefault(name_of(resolved(run.options, out / run.name)), []).append(run)
+    overview = Overview(progress, len(runs), len(runs) - len(waiting), pool.jobs)
+    flying: dict[Future[Any], tuple[SweepRun, list[SweepRun]]] = {}
+
+    def begin(run: SweepRun, followers: list[SweepRun]) -> None:
+        job = federation_job(run.options, out / run.name, engine)
+        flying[pool.submit(job, overview.listen(run.name))] = run, followers
+
+    for first, *others in alike.values():
+        begin(first, others)
+    failures: dict[str, str] = {}
+    while flying:
+        for future in wait(flying, return_when=FIRST_COMPLETED).done:
+            run, followers = flying.pop(future)
+            for follower in followers:
+                begin(follower, [])
+            try:
+                future.result()
+            except EngineLostError:
+                raise
+            except TapflError as error:
+                failures[run.name] = str(error)
+            overview.end(run.name)
+    return failures
+
+
+def _finished(run: SweepRun, out: Path) -> bool:
+    """Says whether a run has all of its rounds. Raises ConfigError if it was begun under other options."""
+    folder = RunFolder(out / run.name)
+    if not (folder.path / "config.json").is_file():
+        return False
+    wanted = resolved(run.options, folder.path)
+    require_same_options(folder, wanted)
+    return folder.summary.is_file() and folder.config()["train.rounds"] >= wanted.train.rounds
