@@ -31,8 +31,17 @@ def cut(backbone: Tiny) -> tuple[nn.Module, PruningPlan]:
     return shrink(backbone.model, plan), plan
 
 
-@pytest.mark.parametrize("format", FORMATS)
-@pytest.mark.parametrize("family", ["vit", "deit", "swin"])
+PAIRS = {("vit", "onnx"), ("deit", "torch-export"), ("swin", "torchscript"), ("swin", "onnx")}
+
+
+@pytest.mark.parametrize(
+    ("family", "format"),
+    [
+        pytest.param(family, format, marks=[] if (family, format) in PAIRS else pytest.mark.slow)
+        for family in ("vit", "deit", "swin")
+        for format in FORMATS
+    ],
+)
 def test_what_is_exported_computes_the_same_for_any_batch(
     family: str, format: str, families: dict[str, Tiny], tmp_path: Path
 ) -> None:

@@ -60,6 +60,7 @@ def one_process(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[s
     return content(folder)
 
 
+@pytest.mark.slow  # tests/test_flwr_run.py compares the bits in the default suite
 def test_one_worker_and_one_process_give_the_same_bits(
     cache: Path, tmp_path: Path, one_process: dict[str, bytes]
 ) -> None:

@@ -15,7 +15,10 @@ from pathlib import Path
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from test_inprocess_run import TINY
+from test_inprocess_run import TINY, content
+from typer.testing import CliRunner
+
+from experiments import cli
 
 ROOT = Path(__file__).parent.parent
 
@@ -71,9 +74,9 @@ def flwr(environment: dict[str, str], *arguments: str) -> str:
     return done.stdout + done.stderr
 
 
-def run_config(**options: object) -> str:
+def small(**options: object) -> dict[str, object]:
     """Options of a small run, and these."""
-    options = {
+    return {
         "model.args": TINY,
         "model.epochs": 1,
         "metric.size": 64,
@@ -83,10 +86,15 @@ def run_config(**options: object) -> str:
         "personalize.method": "fedavg",
         **options,
     }
-    return " ".join(f"{key}={json.dumps(value)}" for key, value in options.items())
 
 
-def test_flwr_run_uses_all_nodes_and_installs_nothing(environment: dict[str, str], tmp_path: Path) -> None:
+def run_config(**options: object) -> str:
+    return " ".join(f"{key}={json.dumps(value)}" for key, value in small(**options).items())
+
+
+def test_flwr_run_uses_all_nodes_installs_nothing_and_gives_the_bits_of_one_process(
+    environment: dict[str, str], tmp_path: Path
+) -> None:
     said = flwr(environment, "run", ".", "--stream", "--run-config", run_config(out=str(tmp_path / "run")))
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert len(summary["devices"]) == 2 and "num-supernodes=10" in said
@@ -94,6 +102,11 @@ def test_flwr_run_uses_all_nodes_and_installs_nothing(environment: dict[str, str
     assert json.loads((tmp_path / "run" / "config.json").read_text())["personalize.method"] == "fedavg"
     runtime = Path(environment["FLWR_HOME"]) / "runtime-envs"
     assert not runtime.exists() or not list(runtime.iterdir())
+    options = small(**{"devices.count": 2, "cache": environment["TAPFL_CACHE"], "out": str(tmp_path / "one-process")})
+    sets = [part for key, value in options.items() for part in ("--set", f"{key}={value}")]
+    done = CliRunner().invoke(cli.app, ["run", "--engine", "inprocess", "--no-report", *sets], catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    assert content(tmp_path / "run") == content(tmp_path / "one-process")
 
 
 @pytest.mark.slow
