@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import datetime
 import json
-import os
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
-from enum import StrEnum
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import Annotated, Literal, NoReturn
 
 import typer
 from rich.table import Table
@@ -29,17 +27,12 @@ from experiments.command_line import (
     of_the_system,
     option_groups,
     options_of,
-    starting,
 )
 from experiments.deploy import cli as deploy_cli
 from experiments.output import command, console, flags, show_rows, show_summary
 from experiments.report import cli as report_cli
 from tapfl.config import RunConfig
 from tapfl.errors import ConfigError, RunError, TapflError
-
-if TYPE_CHECKING:
-    from experiments.engines.ray import ActorPool
-
 
 app = typer.Typer(
     name="tapfl",
@@ -55,28 +48,14 @@ app.add_typer(report_cli.app)
 
 
 NEED_RAY = ("address", "actor_cpus", "actor_gpus")
-
-
-class Engine(StrEnum):
-    FLOWER = "flower"
-    RAY = "ray"
-    INPROCESS = "inprocess"
-
-
-class SearchEngine(StrEnum):
-    INPROCESS = "inprocess"
-    RAY = "ray"
-
-
-class Method(StrEnum):
-    BOHB = "bohb"
-    TPE_HYPERBAND = "tpe-hyperband"
-    RANDOM = "random"
+Engine = Literal["flower", "ray", "inprocess"]
+SearchEngine = Literal["inprocess", "ray"]
+Method = Literal["bohb", "tpe-hyperband", "random"]
 
 
 @app.callback()
 def _tapfl() -> None:
-    """Makes `run` a command of its own even while it is alone."""
+    """Federated learning of Vision Transformers on devices that differ."""
 
 
 @app.command()
@@ -87,34 +66,36 @@ def run(
     set: Set = None,
     out: Annotated[Path | None, typer.Option(help="folder of the run; must not exist")] = None,
     resume: Annotated[Path | None, typer.Option(help="continue the run in this folder")] = None,
-    engine: Annotated[Engine, typer.Option(help="Flower's simulation, Ray actors, or this process")] = Engine.FLOWER,
+    engine: Annotated[Engine, typer.Option(help="Flower's simulation, Ray actors, or this process")] = "flower",
     ray: RayOptions,
     as_json: JsonObject = False,
     report: Annotated[
         bool, typer.Option("--report/--no-report", help="also write report.html and figures/*.png")
     ] = True,
 ) -> None:
-    """Carry out one federation: summaries, plans, smaller models, adapter rounds, personal models."""
+    """Run one federation: summaries, pruning plans, smaller models, adapter rounds, personal models."""
     options = options_of(config, set)
+    from experiments.jobs.federation import engine_of
     from experiments.jobs.pool import interruptible
     from experiments.preflight import resolve_run
     from strategies.progress import shown
 
     if resume is not None and out is not None and out.absolute() != resume.absolute():
-        raise ConfigError(f"--out {out}: a run that goes on stays in its folder, {resume}")
+        raise ConfigError(f"--out {out}: a resumed run stays in its folder, {resume}")
     path = resume or out or options.get("out") or f"runs/{datetime.datetime.now():%Y%m%d-%H%M%S}"
     _require_ray(engine, ray)
     with shown():
         resolved = resolve_run(options, Path(str(path)), resume is not None or bool(options.get("resume")))
     with interruptible(f"tapfl run --resume {resolved.out}"):
         try:
-            _carry_out(resolved, engine, ray)
+            with shown(), engine_of(engine, ray) as carry_out:
+                carry_out(resolved.flat(), resolved.devices.count)
         except OSError as error:
-            go_on = f"; with that mended, go on with: tapfl run --resume {resolved.out}"
+            go_on = f"; once that is solved, continue with: tapfl run --resume {resolved.out}"
             begun = (Path(resolved.out) / "config.json").is_file()
             raise RunError(f"{of_the_system(error)}{go_on if begun else ''}") from error
     if not (Path(resolved.out) / "summary.json").is_file():
-        raise RunError(f"the run ended without a result; go on with: tapfl run --resume {resolved.out}")
+        raise RunError(f"the run ended without a result; continue with: tapfl run --resume {resolved.out}")
     from strategies.records import read_summary
 
     folder = Path(resolved.out)
@@ -133,7 +114,7 @@ def run(
 
 @app.command()
 def options() -> None:
-    """List every option of a run with its default; the same names go in --set, in TOML and in flwr's --run-config."""
+    """List every option of a run with its default. The names are those of --set, TOML files and flwr's --run-config."""
     table = Table("option", "default", "meaning")
     defaults = RunConfig().flat()
     for name, value in defaults.items():
@@ -150,7 +131,7 @@ def sweep(
         typer.Option(help="TOML: a table \\[grid] of lists, tables \\[\\[run]], options of all runs"),
     ],
     out: Annotated[Path, typer.Option(help="folder of the runs; runs that are finished there are not repeated")],
-    engine: Annotated[Engine, typer.Option(help="engine of each run")] = Engine.INPROCESS,
+    engine: Annotated[Engine, typer.Option(help="engine of each run")] = "inprocess",
     runs: JobOptions,
     set: Annotated[
         list[str] | None, typer.Option("--set", help="key=value; overrides the options that the file's runs share")
@@ -161,10 +142,10 @@ def sweep(
     ] = None,
     as_json: JsonRows = False,
 ) -> None:
-    """Carry out many federations; tabulate and draw them: mean ± standard deviation over seeds, tests over devices.
+    """Run many federations and compare them: mean ± standard deviation over seeds, tests over devices, learning curves.
 
-    With --engine ray all of them share this process and one pool of warm actors; else each is a process of its own.
-    Runs that differ only in what comes after round zero share it.
+    With --engine ray they share this process and one pool of actors; otherwise each run is a process of its own.
+    Runs that differ only in options that take effect after round zero share round zero.
     """
     from experiments.jobs.federation import federations
     from experiments.jobs.pool import interruptible
@@ -179,23 +160,23 @@ def sweep(
 
     _require_ray(engine, runs)
     planned = read_sweep(config, options_of(None, set))
-    told = read_sweep_options(config, options_of(None, reference))
-    references([group_of(run.point) for run in planned], told.reference)
+    options = read_sweep_options(config, options_of(None, reference))
+    references([group_of(run.point) for run in planned], options.reference)
     with interruptible("the same command"), only_one(out, "sweep"), ExitStack() as stack:
         stack.enter_context(shown())
         pool, each = stack.enter_context(federations(engine, runs))
         failures = run_sweep(planned, out, pool, each, stack.enter_context(stage("runs")))
     found = outcomes(planned, out)
-    write_results(found, out, told)
-    rows = means_over_seeds(found, told)
+    write_results(found, out, options)
+    rows = means_over_seeds(found, options)
     made_by = command("sweep", "--config", str(config), "--out", "DIR", *flags(set=set, reference=reference))
-    write_table(rows, caption_of(found, made_by, told), out / "table.md")
+    write_table(rows, caption_of(found, made_by, options), out / "table.md")
     picture(found, out / "learning-curves.png")
     show_rows(rows, as_json)
     print(f"in {out}: results.csv, devices.csv, table.md, learning-curves.png", file=sys.stderr)
     if failures:
-        said = "\n".join(f"  {name}: {error}" for name, error in failures.items())
-        raise RunError(f"{len(failures)} of {len(planned)} runs failed; their logs lie in {out}\n{said}")
+        reasons = "\n".join(f"  {name}: {error}" for name, error in failures.items())
+        raise RunError(f"{len(failures)} of {len(planned)} runs failed; their logs are in {out}\n{reasons}")
 
 
 @app.command()
@@ -213,11 +194,11 @@ def search(
     engine: Annotated[
         SearchEngine,
         typer.Option(help="each run in a process of its own, or the devices of all runs on Ray actors"),
-    ] = SearchEngine.INPROCESS,
+    ] = "inprocess",
     runs: JobOptions,
     as_json: JsonObject = False,
 ) -> None:
-    """Search for good options: budgets are rounds, and what is promising goes on from its checkpoint."""
+    """Search for good options. Budgets are rounds; promising runs continue from their checkpoints."""
     from experiments.jobs.federation import federations
     from experiments.jobs.pool import interruptible
     from experiments.preflight import DEFAULT_DEVICES
@@ -226,7 +207,7 @@ def search(
 
     _require_ray(engine, runs, needs_ray=("workers", *NEED_RAY))
     wanted = read_search(config, method, {"devices.count": DEFAULT_DEVICES})
-    load_torch()  # not before the file is known to be good
+    load_torch()  # only after the file has been checked
     from experiments.search.command import Place, run_search
 
     place = Place(config.stem, out or Path("runs") / config.stem, storage, resume)
@@ -244,14 +225,14 @@ def search(
 
 
 def _report(folder: Path) -> Path | None:
-    """Writes the report of a run that is finished; what goes wrong with it is said, and costs the run nothing."""
+    """Writes the report of a finished run; an error is reported and does not fail the run."""
     from experiments.report.write import write_report
 
     try:
         return write_report([folder])
     except Exception as error:
-        said = f"{type(error).__name__}: {error}"
-        print(f"tapfl: no report was written ({said}); again with: tapfl report {folder}", file=sys.stderr)
+        reason = f"{type(error).__name__}: {error}"
+        print(f"tapfl: no report was written ({reason}); try again with: tapfl report {folder}", file=sys.stderr)
         return None
 
 
@@ -263,9 +244,9 @@ def _describe(name: str) -> str:
     return field.description or (" | ".join(map(str, choices)) if choices else "")
 
 
-def _require_ray(engine: Engine | SearchEngine, options: RayOptions, needs_ray: Sequence[str] = NEED_RAY) -> None:
+def _require_ray(engine: str, options: RayOptions, needs_ray: Sequence[str] = NEED_RAY) -> None:
     """Refuses Ray's options with another engine, and an address where no cluster answers."""
-    if engine == Engine.RAY:
+    if engine == "ray":
         from experiments.engines.cluster import require_reachable
 
         require_reachable(options.address)
@@ -273,33 +254,6 @@ def _require_ray(engine: Engine | SearchEngine, options: RayOptions, needs_ray: 
     for name in needs_ray:
         if (value := getattr(options, name)) != getattr(RayOptions, name):
             raise ConfigError(f"--{name.replace('_', '-')} {value}: only with --engine ray")
-
-
-def _pool(options: RayOptions) -> ActorPool:
-    from experiments.engines.ray import ActorPool
-
-    return ActorPool(options.address, options.workers, options.actor_cpus, options.actor_gpus)
-
-
-def _carry_out(config: RunConfig, engine: Engine, ray: RayOptions) -> None:
-    if engine is Engine.INPROCESS:
-        from clients.client_app import app as client_app
-        from experiments.engines.local import run_inprocess
-        from strategies.server_app import app as server_app
-
-        run_inprocess(server_app, client_app, config.flat(), config.devices.count)
-        return
-    starting("Ray")
-    if engine is Engine.RAY:
-        from strategies.progress import shown
-        from strategies.server_app import app as server_app
-
-        with shown(), _pool(ray) as pool:
-            pool.run(server_app, config.flat(), config.devices.count)
-    else:
-        from experiments.engines.flower import run_flower
-
-        run_flower(config.flat(), config.devices.count, ray.workers or os.cpu_count() or 1)
 
 
 def main() -> NoReturn:

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.table import Table
 
 from experiments.command_line import Config, JsonObject, JsonRows, Set, load_torch, option_groups, options_of
 from experiments.output import command, console, flags, show_rows
@@ -149,23 +148,22 @@ def _inspect_pruned(folder: Path, picture: Path | None, as_json: bool) -> None:
     if as_json:
         print(json.dumps(found))
         return
-    screen = console()
-    table = Table("layer", "kind", "dense", "kept", "share", "importance (KL)")
-    stage = found["layers"][0]["stage"]
-    for layer in found["layers"]:
-        if layer["stage"] != stage:
-            table.add_section()
-            stage = layer["stage"]
-        importance = "" if layer["importance"] is None else f"{layer['importance']:.3g}"
-        share = f"{layer['kept'] / layer['units']:.0%}"
-        table.add_row(layer["name"], layer["kind"], layer["width_dense"], layer["width"], share, importance)
-    screen.print(table)
-    table = Table("", "dense", "pruned", "share")
-    for cost in costs(found):
-        table.add_row(*cost[:3], f"{cost[3]:.1%}")
-    screen.print(table)
+    layers = [
+        {
+            "layer": layer["name"],
+            "kind": layer["kind"],
+            "dense": layer["width_dense"],
+            "kept": layer["width"],
+            "share": f"{layer['kept'] / layer['units']:.0%}",
+            "importance (KL)": "" if layer["importance"] is None else f"{layer['importance']:.3g}",
+        }
+        for layer in found["layers"]
+    ]
+    show_rows(layers, as_json=False)
+    names = ("cost", "dense", "pruned", "share")
+    show_rows([dict(zip(names, (*cost[:3], f"{cost[3]:.1%}"), strict=True)) for cost in costs(found)], as_json=False)
     origin = {"backbone": found["backbone"], **found["provenance"]}
-    screen.print(", ".join(f"{key} = {value}" for key, value in origin.items()), highlight=False, soft_wrap=True)
+    console().print(", ".join(f"{key} = {value}" for key, value in origin.items()), highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -190,14 +188,16 @@ def export(
     if as_json:
         print(json.dumps(written))
         return
-    table = Table("format", "bytes", "largest difference", "top-1 equal", "ms a pass", "ms in torch")
-    latencies = (f"{written[key]:.3g}" for key in ("latency_ms", "latency_ms_torch"))
-    same = "yes" if written["top1_equal"] else "no"
-    difference = f"{written['max_abs_difference']:.2g}"
-    table.add_row(written["format"], f"{written['bytes']:,}", difference, same, *latencies)
-    screen = console()
-    screen.print(table)
-    screen.print(written["file"], highlight=False, soft_wrap=True)
+    row = {
+        "format": written["format"],
+        "bytes": f"{written['bytes']:,}",
+        "largest difference": f"{written['max_abs_difference']:.2g}",
+        "top-1 equal": "yes" if written["top1_equal"] else "no",
+        "ms per pass": f"{written['latency_ms']:.3g}",
+        "ms in torch": f"{written['latency_ms_torch']:.3g}",
+    }
+    show_rows([row], as_json=False)
+    console().print(written["file"], highlight=False, soft_wrap=True)
 
 
 @app.command()

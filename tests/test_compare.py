@@ -20,7 +20,7 @@ from tapfl.errors import ConfigError
 def comparison_file(tmp_path: Path, axes: str, options: str = "") -> Path:
     shared = [option.split("=", 1) for option in SMALL if not option.startswith(("train.", "metric"))]
     lines = [f'"{key}" = {value if value.isdigit() else json.dumps(value)}' for key, value in shared]
-    lines += [f'"cache" = {json.dumps(str(tmp_path / "cache"))}', '"metric.size" = 128', options]
+    lines += [f'"cache" = {json.dumps(str(tmp_path / "cache"))}', '"metric.size" = 128', '"metric.batch" = 16', options]
     file = tmp_path / "compare.toml"
     file.write_text("\n".join(lines) + f"\n[compare]\n{axes}\n")
     return file
@@ -74,7 +74,7 @@ def test_any_option_is_an_axis_and_the_oracle_is_the_device_s_own_images(tmp_pat
 unit-shape = ["head-dims", "heads"]
 recovery = ["none", "fine-tune"]
 device = [1]"""
-    file = comparison_file(tmp_path, axes, '"pruning.recovery-steps" = 3\n"metric.batch" = 16')
+    file = comparison_file(tmp_path, axes, '"pruning.recovery-steps" = 3')
     comparison = read_comparison(file)
     rows = run_comparison(comparison, tmp_path / "out", lambda *_: None)
     assert len(rows) == 8 and all(float(row["macs_share"]) <= 0.5 for row in rows)

@@ -250,11 +250,11 @@ def test_the_page_says_how_it_was_made_and_is_the_same_again(finished: tuple[str
     for said in (
         "tapfl compare --config …/compare.toml --out DIR --set data.source=",
         "8×8 px",
-        "seeds 0",
+        "seed 0",
         f"torch {version('torch')}",
     ):
         assert said in page
-    assert "Dense: 0." in page and "sign-flip" in page and str(place) not in page
+    assert "dense: 0." in page and "sign-flip" in page and str(place) not in page
     assert page.count("\n| criterion |") == 4
     again = [
         "compare",

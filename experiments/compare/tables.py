@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import pandas as pd
 
 from experiments.compare.grid import Comparison, ResultOptions
-from experiments.output import as_markdown, installed, named
+from experiments.output import as_markdown, caption, installed
 from experiments.statistics import TEST, Paired, paired
 from tapfl.models.forward import input_transform
 from tapfl.pruning.budget import Budget
@@ -124,7 +124,7 @@ def page(
     tables: Iterable[Section], rows: pd.DataFrame, comparison: Comparison, results: ResultOptions, command: str
 ) -> str:
     """Returns `table.md`: the caption and the tables as Markdown, without a date."""
-    parts = [caption(rows, comparison, results, command)]
+    parts = [caption_of(rows, comparison, results, command) + "\n"]
     parts += [
         f"**{WORDS.get(each.measure, each.measure)} (`{each.measure}`), {each.devices}**\n\n{as_markdown(each.rows)}"
         for each in tables
@@ -132,28 +132,25 @@ def page(
     return "\n".join(parts)
 
 
-def caption(rows: pd.DataFrame, comparison: Comparison, results: ResultOptions, command: str) -> str:
+def caption_of(rows: pd.DataFrame, comparison: Comparison, results: ResultOptions, command: str) -> str:
     """Returns how the tables were made, and what their numbers are."""
     cells = list(comparison.cells())
     config = cells[0].config
     height, width = input_transform(config.model).size
     kept = config.data.image_size or max(height, width)
-    part = "" if len(rows) == len(cells) else f", of which {len(rows)} of {len(cells)} cells were finished"
-    lines = [
-        f"Made by `{command}`{part}.",
-        f"Backbone {config.model.name} at {height}×{width} px (images kept at {kept} px), "
-        f"{config.devices.count} devices, metric set of {config.metric.size} images; "
-        f"seeds {', '.join(map(str, comparison.axes['seed']))}.",
-        "Mean ± standard deviation over devices and seeds (how many).",
+    about = [
+        f"backbone {config.model.name} at {height}×{width} px (images kept at {kept} px)",
+        f"{config.devices.count} devices, metric set of {config.metric.size} images",
+        "mean ± standard deviation over devices and seeds (how many)",
     ]
+    if len(rows) < len(cells):
+        about.append(f"{len(rows)} of {len(cells)} cells were finished")
     if (rows["dense"] != "").any():
         dense, own = (mean_over_devices(rows, name) for name in ("dense", "dense_own"))
-        lines.append(f"Dense: {dense:.3f} among all classes, {own:.3f} among the device's own.")
+        about.append(f"dense: {dense:.3f} among all classes, {own:.3f} among the device's own")
     if results.reference:
-        to = named_reference(results.values)
-        lines.append(
-            f"Differences to the line of {to}, else alike: mean over devices (p, n devices); {TEST}, not corrected for "
-            "the number of lines."
+        about.append(
+            f"differences to the line of {named_reference(results.values)}: mean over devices (p, n devices); "
+            f"{TEST}, not corrected for the number of lines"
         )
-    lines.append(f"{named(installed())}.")
-    return "\n".join(lines) + "\n"
+    return caption(command, comparison.axes["seed"], installed(), about)

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from experiments.command_line import JobOptions, starting
+from experiments.command_line import JobOptions, RayOptions, starting
 from experiments.jobs.pool import Emit, Job, Pool, ProcessPool, ThreadPool
 from experiments.jobs.progress import on_both, reporting
 from experiments.jobs.round_zero import keep, prepare
@@ -61,6 +61,27 @@ def on_actors(actors: ActorPool) -> Engine:
 
 
 @contextmanager
+def engine_of(name: str, options: RayOptions) -> Iterator[Engine]:
+    """Yields the `Engine` of this name: ``inprocess``, ``flower``, or ``ray`` with actors of its own."""
+    if name == "inprocess":
+        yield in_process
+        return
+    starting("Ray")
+    if name == "flower":
+        yield on_flower(options.workers or os.cpu_count() or 1)
+        return
+    with actor_pool(options) as actors:
+        yield on_actors(actors)
+
+
+def actor_pool(options: RayOptions) -> ActorPool:
+    """Returns the pool of actors that the options describe, not started yet."""
+    from experiments.engines.ray import ActorPool
+
+    return ActorPool(options.address, options.workers, options.actor_cpus, options.actor_gpus)
+
+
+@contextmanager
 def federations(engine: str, options: JobOptions) -> Iterator[tuple[Pool, Engine]]:
     """Yields a pool for ``options.jobs`` federations at a time, and the engine that each of them uses.
 
@@ -69,11 +90,8 @@ def federations(engine: str, options: JobOptions) -> Iterator[tuple[Pool, Engine
     """
     jobs, cpus = options.jobs or os.cpu_count() or 1, os.cpu_count() or 1
     if engine == "ray":
-        from experiments.engines.ray import ActorPool
-
         starting("Ray")
-        actors = ActorPool(options.address, options.workers, options.actor_cpus, options.actor_gpus)
-        with actors, closing(ThreadPool(jobs, lambda: actors.lost)) as threads:
+        with actor_pool(options) as actors, closing(ThreadPool(jobs, lambda: actors.lost)) as threads:
             yield threads, on_actors(actors)
     else:
         with closing(ProcessPool(jobs)) as processes:
