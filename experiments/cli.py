@@ -226,7 +226,7 @@ def search(
 
 def _report(folder: Path) -> Path | None:
     """Writes the report of a finished run; an error is reported and does not fail the run."""
-    from experiments.report.write import write_report
+    from experiments.report.cli import write_report
 
     try:
         return write_report([folder])

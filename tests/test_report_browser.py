@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from test_report import FIGURES, HOSTILE
 
-from experiments.report.write import write_report
+from experiments.report.cli import write_report
 
 playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright, of tapfl's dev extra")
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")

@@ -156,6 +156,21 @@ def zoomed() -> alt.Parameter:
     return alt.selection_interval(bind="scales", encodings=["x"], zoom="wheel![event.ctrlKey]")
 
 
+def tip(field: str, title: str = "", form: str = "") -> alt.Tooltip:
+    """Returns a line of a tooltip; `field` is of the form ``name:type``, `form` a number format of d3."""
+    return (
+        alt.Tooltip(field, title=title or field[:-2], format=form)
+        if form
+        else alt.Tooltip(field, title=title or field[:-2])
+    )
+
+
+def labelled_bars(base: alt.Chart, text: str = "text:N", **bars: Any) -> list[alt.Chart]:
+    """Returns horizontal bars with their values as text at their ends; `bars` are encodings of the bars alone."""
+    values = base.mark_text(align="left", dx=6).encode(text=text)
+    return [base.mark_bar(height={"band": 0.62}).encode(**bars), values]
+
+
 def line_styles(field: str, names: Sequence[str], legend: alt.Legend) -> dict[str, Any]:
     """Returns the encodings that tell many lines apart: by colour, by dash after the eighth, and by shape."""
     domain, colours = list(names), len(CATEGORIES)

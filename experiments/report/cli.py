@@ -1,25 +1,59 @@
-"""`tapfl report`: what runs came to, on a page and in pictures."""
+"""`tapfl report`: runs as a page, `report.html`, and its figures as `figures/*.png` beside it."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 app = typer.Typer()
+COMPARISON = Path("report")
 
 
 @app.command()
 def report(
     runs: Annotated[list[Path], typer.Argument(help="folders of runs; several are compared", show_default=False)],
     out: Annotated[
-        Path | None, typer.Option(help="where to; default: the run's folder, or ./report for several")
+        Path | None, typer.Option(help="output folder; default: the run's own, or ./report for several runs")
     ] = None,
 ) -> None:
-    """Show what a run came to, or several beside each other: one page that opens offline, and its figures as PNG."""
+    """Show the result of a run, or compare several: one page that opens offline, and its figures as PNG."""
     from experiments.output import console
-    from experiments.report.write import write_report
 
     path = write_report(runs, out)
     console().print(f"the report: {path}", highlight=False, soft_wrap=True)
+
+
+def write_report(paths: Sequence[Path], out: Path | None = None) -> Path:
+    """Writes the report of a run, or the comparison of several, and returns the path of its page.
+
+    Args:
+        paths: the runs' folders.
+        out: output folder; by default the run's own folder, or `report` in the working folder for several runs.
+
+    Raises:
+        ConfigError: if one of the folders holds no run, or `out` cannot be written.
+    """
+    from experiments.figures.figure import write_figure
+    from experiments.figures.page import render
+    from experiments.report.comparison import page_of_all
+    from experiments.report.reading import read_run
+    from experiments.report.single import page_of
+    from tapfl.errors import ConfigError
+    from tapfl.store import write_bytes
+
+    runs = [read_run(path) for path in paths]
+    folder = out or (runs[0].path if len(runs) == 1 else COMPARISON)
+    page = page_of(runs[0]) if len(runs) == 1 else page_of_all(runs)
+    html, pictures = render(page).encode(), folder / "figures"
+    if pictures.is_symlink() and not pictures.resolve().is_relative_to(folder.resolve()):
+        raise ConfigError(f"{pictures}: is a link that leads out of {folder}; nothing is written there")
+    try:
+        for figure in page.figures:
+            write_figure(figure, pictures / f"{figure.name}.png")
+        write_bytes(folder / "report.html", html)
+    except OSError as error:
+        raise ConfigError(f"--out {folder}: cannot be written ({error.strerror})") from None
+    return folder / "report.html"

@@ -1,9 +1,11 @@
-"""The page of several runs."""
+"""The page of several runs beside each other."""
 
 from __future__ import annotations
 
+import os
+from collections import Counter
 from collections.abc import Sequence
-from typing import Any
+from pathlib import Path
 
 import altair as alt
 
@@ -16,133 +18,154 @@ from experiments.figures.figure import (
     device_axis,
     device_height,
     faded,
+    labelled_bars,
     layered,
+    line_styles,
     round_axis,
+    tip,
+    value_axis,
     zoomed,
 )
 from experiments.figures.page import Page, Section, Table
-from experiments.figures.theme import CATEGORIES
 from experiments.output import duration, size
-from experiments.report import differences, series, tables, wording
-from experiments.report.figures.learning import mark_scales
+from experiments.report import series
+from experiments.report.charts import mark_scales
 from experiments.report.reading import Run
+from experiments.report.single import PLACE, shown_accuracy, shown_option, source
+from strategies.records import RoundLine
 
-MOST_APART = 6  # runs, whose marks on a device's line stand below each other
-DASHES = ([1, 0], [6, 4], [2, 3], [10, 3, 2, 3])  # the second, third, … time that the colours are used
+AXES = {"round": "rounds", "MB": "bytes", "seconds": "simulated time"}  # over which runs are compared
+TITLES = {"round": "round", "MB": "MB sent and received by all devices", "seconds": "simulated seconds"}
+MOST_APART = 6  # runs whose marks on a device's line stand below each other
+DIRECTIONS = ["up", "down"]
 
 
 def page_of_all(runs: Sequence[Run]) -> Page:
-    """Returns what there is to see of several runs beside each other."""
-    names = differences.names(runs)
-    by_name = {name: run for name, run in zip(names, runs, strict=True) if run.equipped}
-    missing = [f"{name}: {sentence}" for name, run in zip(names, runs, strict=True) for sentence in run.missing]
-    differing = differences.differing(runs)
-    sections = [Section("Results", [*_stages(by_name)], _results(names, runs, differing))]
-    if by_name:
-        sections.append(Section("How they got there", _curves(by_name)))
-        sections.append(Section("Device by device", [_devices(by_name)]))
-        sections.append(Section("What they cost", [_traffic(by_name)]))
-    ids = sorted({device["device"] for run in by_name.values() for device in run.equipped})
-    folders = [[name, str(run.path)] for name, run in zip(names, runs, strict=True)]
-    sections.append(Section("Where they lie", table=Table(("run", "folder"), folders, words=frozenset({0, 1}))))
-    return Page(f"{len(runs)} runs beside each other", _lead(by_name, differing), sections, missing=missing, picker=ids)
+    """Returns the page of several runs."""
+    named = dict(zip(names(runs), runs, strict=True))
+    begun = {name: run for name, run in named.items() if run.equipped}
+    options = differing(runs)
+    sections = [Section("Results", [_stages(begun)] if begun else [], _results(named, options))]
+    if begun:
+        sections.append(Section("How they got there", _curves(begun)))
+        sections.append(Section("Device by device", [_devices(begun)]))
+        sections.append(Section("What they cost", [_traffic(begun)]))
+    folders = [[name, str(run.path)] for name, run in named.items()]
+    sections.append(Section("Folders", table=Table(("run", "folder"), folders, words=frozenset({0, 1}))))
+    missing = [f"{name}: {sentence}" for name, run in named.items() for sentence in run.missing]
+    ids = sorted({device.device for run in begun.values() for device in run.equipped})
+    return Page(f"{len(runs)} runs compared", _lead(begun, options), sections, missing=missing, picker=ids)
 
 
-def _lead(runs: dict[str, Run], differing: Sequence[str]) -> list[str]:
+def names(runs: Sequence[Run]) -> list[str]:
+    """Returns a name a run: the last part of its path, or as much of the path as tells the runs apart."""
+    paths = [run.path for run in runs]
+    if len({path.name for path in paths}) == len(paths):
+        return [path.name for path in paths]
+    common = Path(os.path.commonpath([path.parent for path in paths]))
+    short = [str(path.relative_to(common)) for path in paths]
+    seen: Counter[str] = Counter()
+    for k, name in enumerate(short):  # the same folder, given twice
+        seen[name] += 1
+        short[k] = name if seen[name] == 1 else f"{name} ({seen[name]})"
+    return short
+
+
+def differing(runs: Sequence[Run]) -> list[str]:
+    """Returns the options in which the runs differ, except those that name places."""
+    options = dict.fromkeys(option for run in runs for option in run.config)
+    places = PLACE - {"devices.count"}
+    return [o for o in options if o not in places and len({repr(run.config.get(o)) for run in runs}) > 1]
+
+
+def curve(run: Run) -> list[Row]:
+    """Returns round, MB (sent and received by all devices until its end), seconds (simulated), mean accuracy."""
+    rows = series.curves(run)
+    means = {row["round"]: row["mean"] for row in series.spread(rows, "accuracy") if row["kind"] == "personal"}
+    return [
+        {
+            "round": line.round,
+            "MB": (line.bytes_up + line.bytes_down) / 1e6,
+            "seconds": line.simulated_seconds,
+            "accuracy": means[line.round],
+        }
+        for line in run.of(RoundLine)
+        if line.round in means
+    ]
+
+
+def _lead(runs: dict[str, Run], options: Sequence[str]) -> list[str]:
     if not runs:
         return ["None of these runs has a device with a model yet."]
     means = {name: series.mean_accuracy(run, "personal") or 0.0 for name, run in runs.items()}
     best, worst = max(means, key=means.__getitem__), min(means, key=means.__getitem__)
-    sources = sorted({wording.source(run) for run in runs.values()})
-    said = f"{len(runs)} runs on {', '.join(sources)}. "
+    first = f"{len(runs)} runs on {', '.join(sorted({source(run) for run in runs.values()}))}."
     if len(runs) > 1:
-        said += (
-            f"The personal models of {best} have the highest mean accuracy, {means[best]:.3f}; those of {worst} the "
-            f"lowest, {means[worst]:.3f}."
+        first += (
+            f" {best} has the highest mean personal accuracy, {means[best]:.3f}; {worst} the lowest, "
+            f"{means[worst]:.3f}."
         )
-    cheapest = min(runs, key=lambda name: _total(runs[name], "bytes_up"))
-    options = ", ".join(differing)
+    sent = {name: series.total_bytes(run.devices, "up") for name, run in runs.items()}
+    least = min(sent, key=sent.__getitem__)
     return [
-        said,
-        f"The runs differ in {options}." if differing else "The runs have the same options.",
-        f"The devices of {cheapest} sent least: {size(_total(runs[cheapest], 'bytes_up'))}.",
+        first,
+        f"The runs differ in {', '.join(options)}." if options else "The runs have the same options.",
+        f"The devices of {least} sent least: {size(sent[least])}.",
     ]
 
 
-def _total(run: Run, side: str) -> int:
-    return sum(series.total_bytes(device, side) for device in run.devices)
-
-
-def _results(names: Sequence[str], runs: Sequence[Run], differing: Sequence[str]) -> Table:
-    columns = ["run", *series.STAGES, "worst tenth", "up", "down", "simulated", "devices", "rounds", *differing]
-    rows = []
-    for name, run in zip(names, runs, strict=True):
-        means = [series.mean_accuracy(run, stage) for stage in series.STAGES]
-        simulated = run.summary.get("simulated_seconds")
-        worst = run.summary.get("personal_accuracy_worst_decile")
-        rows.append(
-            [
-                name,
-                *(_accuracy(mean) for mean in means),
-                _accuracy(worst),
-                size(_total(run, "bytes_up")),
-                size(_total(run, "bytes_down")),
-                duration(simulated) if simulated else "–",
-                str(len(run.devices)),
-                str(run.rounds),
-                *(tables.shown_option(run.config.get(option, "")) for option in differing),
-            ]
-        )
-    return Table(columns, rows, words=frozenset({0, *range(len(columns) - len(differing), len(columns))}))
-
-
-def _accuracy(value: float | None) -> str:
-    return "–" if value is None else f"{value:.3f}"
-
-
-def _stages(runs: dict[str, Run]) -> list[Figure]:
+def _results(runs: dict[str, Run], options: Sequence[str]) -> Table:
+    columns = ["run", *series.STAGES, "worst tenth", "up", "down", "simulated", "devices", "rounds", *options]
     rows = [
-        {"run": name, "stage": stage, "accuracy": mean}
+        [
+            name,
+            *(shown_accuracy(series.mean_accuracy(run, stage)) for stage in series.STAGES),
+            shown_accuracy(run.summary.personal_accuracy_worst_decile if run.summary else None),
+            *(size(series.total_bytes(run.devices, side)) for side in DIRECTIONS),
+            duration(run.summary.simulated_seconds) if run.summary and run.summary.simulated_seconds else "–",
+            str(len(run.devices)),
+            str(run.rounds),
+            *(shown_option(run.config.get(option, "")) for option in options),
+        ]
         for name, run in runs.items()
-        for stage in series.STAGES
-        if (mean := series.mean_accuracy(run, stage)) is not None
     ]
-    if not rows:
-        return []
-    drawn = (
-        chart("means")
-        .mark_point()
-        .encode(
-            y=_run_axis(list(runs), grid=True),
-            x=alt.X("accuracy:Q", title="mean accuracy", scale=alt.Scale(zero=False, padding=8)),
-            **mark_scales(),
-            tooltip=["run:N", "stage:N", alt.Tooltip("accuracy:Q", format=".3f")],
-        )
+    return Table(columns, rows, words=frozenset({0, *range(len(columns) - len(options), len(columns))}))
+
+
+def _stages(runs: dict[str, Run]) -> Figure:
+    means = {(name, stage): series.mean_accuracy(run, stage) for name, run in runs.items() for stage in series.STAGES}
+    rows = [
+        {"run": name, "stage": stage, "accuracy": mean} for (name, stage), mean in means.items() if mean is not None
+    ]
+    x = alt.X("accuracy:Q", title="mean accuracy", scale=alt.Scale(zero=False, padding=8))
+    y = alt.Y("run:N", sort=None, title=None, axis=alt.Axis(labelLimit=220, grid=True))
+    drawn = chart("means").mark_point().encode(y=y.scale(domain=list(runs)), x=x, **mark_scales())
+    shown = "; ".join(f"{name} {series.mean_accuracy(run, 'personal'):.3f}" for name, run in runs.items())
+    return Figure(
+        "runs",
+        "Mean accuracy of each run, from dense to personal",
+        f"Personal: {shown}.",
+        drawn.encode(tooltip=[tip("run:N"), tip("stage:N"), tip("accuracy:Q", form=".3f")]).properties(
+            height=(LINE + 4) * len(runs)
+        ),
+        {"means": rows[::-1]},
+        rows,
+        wide=True,
     )
-    said = "; ".join(f"{name} {series.mean_accuracy(run, 'personal'):.3f}" for name, run in runs.items())
-    title = "Mean accuracy of each run, from dense to personal"
-    return [
-        Figure(
-            "runs",
-            title,
-            f"Personal: {said}.",
-            drawn.properties(height=(LINE + 4) * len(runs)),
-            {"means": rows[::-1]},
-            rows,
-            wide=True,
-        )
-    ]
 
 
 def _curves(runs: dict[str, Run]) -> list[Figure]:
-    rows = [{"run": name, **row} for name, run in runs.items() for row in differences.curve(run)]
-    titles = {"round": "round", "MB": "MB sent and received by all devices", "seconds": "simulated seconds"}
-    return [
-        Figure(
+    rows = [{"run": name, **row} for name, run in runs.items() for row in curve(run)]
+    last = {row["run"]: row for row in rows}
+    figures = []
+    for axis, what in AXES.items() if rows else ():
+        where = "after round {:d}" if axis == "round" else f"at {{:.4g}} {TITLES[axis]}"
+        ends = "; ".join(f"{name}: {row['accuracy']:.3f} {where.format(row[axis])}" for name, row in last.items())
+        figure = Figure(
             f"curves-over-{axis.lower()}",
             f"Mean personal accuracy over {what}",
-            f"A line a run. {_ends(rows, axis, titles[axis])}",
-            layered(*_lines(rows, list(runs), axis, titles[axis]), height=340),
+            f"A line a run. {ends}.",
+            layered(*_lines(rows, list(runs), axis), height=340),
             {"curves": rows},
             [{"run": row["run"], "round": row["round"], axis: row[axis], "accuracy": row["accuracy"]} for row in rows],
             wide=True,
@@ -150,92 +173,60 @@ def _curves(runs: dict[str, Run]) -> list[Figure]:
             group="curves",
             choice=what,
         )
-        for axis, what in differences.AXES.items()
-        if rows
+        figures.append(figure)
+    return figures
+
+
+def _lines(rows: Sequence[Row], runs: Sequence[str], axis: str) -> list[alt.Chart]:
+    scale = alt.Scale(nice=False, zero=False, padding=8)
+    x = alt.X(f"{axis}:Q", title=TITLES[axis], scale=scale, axis=alt.Axis(grid=False))
+    styles = line_styles("run", runs, _legend(runs))
+    base = chart("curves").encode(
+        x=round_axis(rows) if axis == "round" else x,
+        y=value_axis("accuracy", "mean personal accuracy"),
+        color=styles["color"],
+    )
+    tooltip = [tip("run:N"), tip("round:Q"), tip(f"{axis}:Q", form=".4~g"), tip("accuracy:Q", form=".3f")]
+    return [
+        base.mark_line().encode(strokeDash=styles["strokeDash"]).add_params(zoomed()),
+        base.mark_point(size=40).encode(shape=styles["shape"], tooltip=tooltip),
     ]
 
 
-def _ends(rows: Sequence[Row], axis: str, title: str) -> str:
-    last = {row["run"]: row for row in rows}
-    where = "after round {:d}" if axis == "round" else f"at {{:.4g}} {title}"
-    return "; ".join(f"{name}: {row['accuracy']:.3f} {where.format(row[axis])}" for name, row in last.items()) + "."
-
-
-def _lines(rows: Sequence[Row], names: Sequence[str], axis: str, title: str) -> list[alt.Chart]:
-    scale = alt.Scale(nice=False, zero=False, padding=8)
-    x = round_axis(rows) if axis == "round" else alt.X(f"{axis}:Q", title=title, scale=scale, axis=alt.Axis(grid=False))
-    y = alt.Y("accuracy:Q", title="mean personal accuracy", scale=alt.Scale(zero=False, padding=8))
-    tooltip = ["run:N", "round:Q", alt.Tooltip(f"{axis}:Q", format=".4~g"), alt.Tooltip("accuracy:Q", format=".3f")]
-    legend = _legend(names)
-    dashes = alt.Scale(
-        domain=list(names), range=[DASHES[k // len(CATEGORIES) % len(DASHES)] for k in range(len(names))]
-    )
-    line = (
-        chart("curves")
-        .mark_line()
-        .encode(x=x, y=y, color=_colour(names, legend), strokeDash=alt.StrokeDash("run:N", scale=dashes, legend=legend))
-        .add_params(zoomed())
-    )
-    return [line, chart("curves").mark_point(size=40).encode(x=x, y=y, color=_colour(names, legend), tooltip=tooltip)]
-
-
-def _colour(names: Sequence[str], legend: Any) -> alt.Color:
-    return alt.Color("run:N", scale=alt.Scale(domain=list(names)), legend=legend)
-
-
-def _legend(names: Sequence[str]) -> alt.Legend:
+def _legend(runs: Sequence[str]) -> alt.Legend:
     """Returns the legend of the runs; long names stand below each other."""
-    long = max(map(len, names)) > 14
-    return alt.Legend(columns=1 if long else 4, labelLimit=320, symbolOpacity=1)
-
-
-def _run_axis(names: Sequence[str], **form: Any) -> alt.Y:
-    padding = alt.Undefined if form.get("grid") else 0.35
-    scale = alt.Scale(domain=list(names), paddingInner=padding)
-    return alt.Y("run:N", sort=None, title=None, axis=alt.Axis(labelLimit=220, **form), scale=scale)
+    columns = 1 if max(map(len, runs)) > 14 else 4
+    return alt.Legend(columns=columns, labelLimit=320, symbolOpacity=1, symbolStrokeWidth=0)
 
 
 def _devices(runs: dict[str, Run]) -> Figure:
-    rows = [
-        {"run": name, "device": d["device"], "pruned": d["pruned_accuracy"], "personal": d["personal_accuracy"]}
+    rows: list[Row] = [
+        {"run": name, "device": d.device, "pruned": d.pruned_accuracy, "personal": d.personal_accuracy}
         for name, run in runs.items()
         for d in run.equipped
     ]
-    devices = sorted({row["device"] for row in rows})
-    names = list(runs)
-    apart = len(names) <= MOST_APART
+    devices, names, apart = sorted({row["device"] for row in rows}), list(runs), len(runs) <= MOST_APART
+    title, scale = "personal accuracy on the device's own test images", alt.Scale(zero=False, padding=8)
     drawn = (
         chart("devices")
         .mark_point(size=60 if apart else 90, filled=apart, strokeWidth=2)
         .encode(
             y=device_axis(devices),
-            x=alt.X(
-                "personal:Q",
-                title="personal accuracy on the device's own test images",
-                scale=alt.Scale(zero=False, padding=8),
-            ),
-            color=_colour(names, _legend(names)),
-            **(
-                {"yOffset": alt.YOffset("run:N", sort=None, scale=alt.Scale(domain=names, paddingOuter=1))}
-                if apart
-                else {}
-            ),
+            x=alt.X("personal:Q", title=title, scale=scale),
+            color=line_styles("run", names, _legend(names))["color"],
             opacity=faded(),
-            tooltip=[
-                "run:N",
-                "device:O",
-                alt.Tooltip("pruned:Q", format=".3f"),
-                alt.Tooltip("personal:Q", format=".3f"),
-            ],
+            tooltip=[tip("run:N"), tip("device:O"), tip("pruned:Q", form=".3f"), tip("personal:Q", form=".3f")],
         )
     )
-    spread = {i: [row["personal"] for row in rows if row["device"] == i] for i in devices}
-    most = max(devices, key=lambda i: max(spread[i]) - min(spread[i]))
+    if apart:
+        drawn = drawn.encode(yOffset=alt.YOffset("run:N", sort=None, scale=alt.Scale(domain=names, paddingOuter=1)))
+    found = {i: [row["personal"] for row in rows if row["device"] == i] for i in devices}
+    most = max(devices, key=lambda i: max(found[i]) - min(found[i]))
     return Figure(
         "devices-by-run",
         "Personal accuracy of each device by run",
-        f"A line a device, a mark a run. The runs differ most on device {most}: {min(spread[most]):.3f} to "
-        f"{max(spread[most]):.3f}.",
+        f"A line a device, a mark a run. The runs differ most on device {most}: {min(found[most]):.3f} to "
+        f"{max(found[most]):.3f}.",
         layered(drawn, height=(1 + len(names) // 3 if apart else 1) * device_height(devices)),
         {"devices": rows},
         rows,
@@ -244,31 +235,23 @@ def _devices(runs: dict[str, Run]) -> Figure:
 
 
 def _traffic(runs: dict[str, Run]) -> Figure:
-    rows = [
-        {"run": name, "direction": direction, "bytes": _total(run, side), "said": size(_total(run, side))}
-        for name, run in runs.items()
-        for direction, side in (("up", "bytes_up"), ("down", "bytes_down"))
-    ]
-    y = _run_axis(list(runs))
-    offset = alt.YOffset("direction:N", sort=None, scale=alt.Scale(domain=["up", "down"]))
-    x, colour = alt.X("bytes:Q", axis=None), alt.Color("direction:N", scale=alt.Scale(domain=["up", "down"]))
-    bars = (
-        chart("bytes")
-        .mark_bar()
-        .encode(
-            y=y, yOffset=offset, x=x, color=colour, tooltip=["run:N", "direction:N", alt.Tooltip("bytes:Q", format=",")]
-        )
+    sums = {(name, side): series.total_bytes(run.devices, side) for name, run in runs.items() for side in DIRECTIONS}
+    rows = [{"run": name, "direction": side, "bytes": sent, "text": size(sent)} for (name, side), sent in sums.items()]
+    y = alt.Y("run:N", sort=None, title=None, axis=alt.Axis(labelLimit=220))
+    scale = alt.Scale(domain=DIRECTIONS)
+    base = chart("bytes").encode(
+        y=y.scale(domain=list(runs), paddingInner=0.35),
+        yOffset=alt.YOffset("direction:N", sort=None, scale=scale),
+        x=alt.X("bytes:Q", axis=None),
     )
-    text = chart("bytes").mark_text(align="left", dx=6).encode(y=y, yOffset=offset, x=x, text="said:N")
-    said = "; ".join(
-        f"{name} {size(_total(run, 'bytes_up'))} up, {size(_total(run, 'bytes_down'))} down"
-        for name, run in runs.items()
-    )
+    tooltip = [tip("run:N"), tip("direction:N"), tip("bytes:Q", form=",")]
+    bars = labelled_bars(base, color=alt.Color("direction:N", scale=scale), tooltip=tooltip)
+    shown = "; ".join(f"{name} {size(sums[name, 'up'])} up, {size(sums[name, 'down'])} down" for name in runs)
     return Figure(
         "bytes-by-run",
         "Bytes of all devices by run and direction",
-        f"{said}.",
-        layered(bars, text, height=44 * len(runs)),
+        f"{shown}.",
+        layered(*bars, height=44 * len(runs)),
         {"bytes": rows},
         [{key: row[key] for key in ("run", "direction", "bytes")} for row in rows],
         wide=True,

@@ -1,289 +1,235 @@
-"""A run's folder, read for a report: whatever of it is there, and in words what is not."""
+"""Reads a run's folder for a report: whatever of it is whole, and in words what is missing."""
 
 from __future__ import annotations
 
-import json
-import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self, TypeVar
 
-from pydantic import TypeAdapter
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
 from clients.storage import IMAGES_FILE
-from strategies.records import DeviceRecord
+from strategies.records import METRICS, SUMMARY, Count, DeviceRecord, Line, Record, Summary, read_metrics, read_summary
 from tapfl.config import RunConfig
-from tapfl.errors import ConfigError, TapflError
+from tapfl.errors import ConfigError, PlanError, TapflError
 from tapfl.pruning.plan import PruningPlan, read_plan
 from tapfl.pruning.surgery import require_fitting
 from tapfl.store import RunFolder, read_about
 
-WHOLE, NUMBER, TEXT, SIZES = "whole", "number", "text", "sizes"  # what a value is
-NEEDED = {  # what a line of metrics.jsonl must have to be of use, by kind
-    "device": {
-        "round": WHOLE,
-        "device": WHOLE,
-        "global_accuracy": NUMBER,
-        "personal_accuracy": NUMBER,
-        "alpha": NUMBER,
-    },
-    "round": {
-        "round": WHOLE,
-        "devices": WHOLE,
-        "simulated_seconds": NUMBER,
-        "bytes_up": NUMBER,
-        "bytes_down": NUMBER,
-    },
-    "traffic": {
-        "phase": TEXT,
-        "round": WHOLE,
-        "device": WHOLE,
-        "down": SIZES,
-        "up": SIZES,
-        "simulated_seconds": NUMBER,
-    },
-    "failure": {"phase": TEXT, "device": WHOLE, "reason": TEXT},
-    "absence": {"round": WHOLE, "device": WHOLE, "reason": TEXT},
-}
-SUMMARY = {  # what a report takes from summary.json, if it is there
-    "simulated_seconds": NUMBER,
-    "personal_accuracy_worst_decile": NUMBER,
-    "full_model_bytes": NUMBER,
-    "epsilon": NUMBER,
-    "seconds": SIZES,
-}
-RECORD = TypeAdapter(DeviceRecord)
-LARGEST = 2**63  # what is above is no count of anything
+T = TypeVar("T")
+L = TypeVar("L", bound=Line)
 
-Counts = dict[str, list[Any]]  # "classes": their names, and beside them lists of how many images each has
+STRICT = ConfigDict(strict=True, allow_inf_nan=False)
+OPTIONS: TypeAdapter[dict[str, str | bool | int | float]] = TypeAdapter(
+    dict[str, str | bool | int | float], config=STRICT
+)
+VERSIONS: TypeAdapter[dict[str, str]] = TypeAdapter(dict[str, str], config=STRICT)
+
+
+class Timing(Record):
+    """`timing.json`: wall seconds by phase and by round."""
+
+    seconds: dict[str, float] = Field(default_factory=dict)
+    rounds: dict[int, float] = Field(default_factory=dict)
+
+
+class ClassCounts(Record):
+    """Numbers of images, each list with a count a class."""
+
+    classes: list[str | int | float]
+
+    @model_validator(mode="after")
+    def _one_a_class(self) -> Self:
+        if any(len(values) != len(self.classes) for values in vars(self).values()):
+            raise ValueError("needs one count a class")
+        return self
+
+    @property
+    def names(self) -> list[str]:
+        return [str(name) for name in self.classes]
+
+
+class Images(ClassCounts):
+    """A device's own images."""
+
+    train: list[Count]
+    test: list[Count]
+
+
+class MetricSet(ClassCounts):
+    """The public images chosen for a device, and the pool that they were chosen from."""
+
+    metric: list[Count]
+    pool: list[Count]
+
+
+class _State(Record):
+    """What a checkpoint records of the devices."""
+
+    round: Count
+    records: list[DeviceRecord]
 
 
 @dataclass(frozen=True)
 class Run:
-    """What lies in a run's folder; what does not is empty here, and named in `missing`.
+    """The content of a run's folder; what is missing or damaged is empty here, and described in `missing`.
 
     Attributes:
         config: all options, dotted.
-        summary: the content of summary.json without its devices.
-        lines: those of metrics.jsonl, in order.
-        devices: a record each, as summary.json has them, by partition id; of a run that goes on, from its checkpoint.
+        summary: None of a run that is not finished.
+        lines: of metrics.jsonl, in order.
+        devices: by partition id; of a run that is not finished, from its last checkpoint.
         plans, images, metric_sets: by partition id.
         rounds: how many are done.
-        missing: a sentence for everything that a report would have shown and cannot.
+        missing: a sentence for everything that a report would show and cannot.
     """
 
     path: Path
     config: dict[str, Any]
     versions: dict[str, str]
-    summary: dict[str, Any]
-    timing: dict[str, dict[str, float]]
-    lines: list[dict[str, Any]]
-    devices: list[dict[str, Any]]
+    summary: Summary | None
+    timing: Timing
+    lines: list[Line]
+    devices: list[DeviceRecord]
     plans: dict[int, PruningPlan]
-    images: dict[int, Counts]
-    metric_sets: dict[int, Counts]
+    images: dict[int, Images]
+    metric_sets: dict[int, MetricSet]
     rounds: int
     missing: list[str]
 
     @property
-    def equipped(self) -> list[dict[str, Any]]:
-        """The devices that got a model: only of these there is an accuracy."""
-        return [device for device in self.devices if device["params"]]
+    def equipped(self) -> list[DeviceRecord]:
+        """The devices that have a pruned model; only for these there is an accuracy."""
+        return [device for device in self.devices if device.params]
 
-    def of_kind(self, kind: str) -> list[dict[str, Any]]:
+    @property
+    def seconds(self) -> Mapping[str, float]:
+        """Wall seconds by phase."""
+        return (self.summary.seconds if self.summary else {}) or self.timing.seconds
+
+    def of(self, kind: type[L]) -> list[L]:
         """Returns the lines of metrics.jsonl of one kind, in order."""
-        return [line for line in self.lines if line["kind"] == kind]
+        return [line for line in self.lines if isinstance(line, kind)]
 
 
 def read_run(path: Path) -> Run:
-    """Returns what a run has left in its folder; a file of it that is damaged, or a link out of it, is none.
+    """Returns what a run has left in its folder. Damaged files, and links that lead out of it, count as missing.
 
     Raises:
-        ConfigError: if the folder holds no run.
+        ConfigError: if the folder holds no run, or records of another version.
     """
     path = path.absolute()
     config = _options(path)
     missing: list[str] = []
-    summary = _json(path, "summary.json")
-    devices = _records(summary.pop("devices", None))
-    if devices is None or not _has(summary, SUMMARY, optional=True):
-        summary, devices = {}, []
-    wanted = rounds = int(config["train.rounds"])
+    summary, rounds = _summary(path), int(config["train.rounds"])
+    devices = summary.devices if summary else []
     if not summary:
+        wanted = rounds
         rounds, devices = _checkpoint(path)
         state = f"after round {rounds} of {wanted}" if devices else "before the first round"
-        missing.append(f"The run is not finished (it has no whole summary.json): what follows is as of {state}.")
-    devices = sorted(devices, key=lambda record: record["device"])
-    ids = [record["device"] for record in devices]
-    lines, bad = _lines(path, "metrics.jsonl")
-    if bad:
-        missing.append(f"{bad} lines of metrics.jsonl are not whole and were left out.")
-    if not lines:
-        missing.append("metrics.jsonl is missing or empty: there are no curves, no times and no list of faults.")
-    timing = _json(path, "timing.json")
-    if not all(_is(timing.get(part, {}), SIZES) for part in ("seconds", "rounds")) or not all(
-        round.isdecimal() for round in timing.get("rounds", {})
-    ):
-        timing = {}
-    if not timing.get("seconds") and not summary.get("seconds"):
+        missing.append(f"The run is not finished (it has no whole {SUMMARY}). This is its state {state}.")
+    devices = sorted(devices, key=lambda record: record.device)
+    metrics = read_metrics(path if _inside(path, METRICS) else path / "nowhere")
+    if metrics.damaged:
+        missing.append(f"{metrics.damaged} lines of {METRICS} are damaged and were left out.")
+    if not metrics.lines:
+        missing.append(f"{METRICS} is missing or empty: there are no curves, no times and no list of faults.")
+    timing = _read(path, "timing.json", TypeAdapter(Timing)) or Timing()
+    if not timing.seconds and not (summary and summary.seconds):
         missing.append("timing.json is missing: how long the run really took is not known.")
-    versions = _json(path, "versions.json")
+    versions = _read(path, "versions.json", VERSIONS) or {}
     if not versions:
-        missing.append("versions.json is missing: it is not known with what the run was made.")
-    folder = RunFolder(path)
-    plans = _plans(path, [d["device"] for d in devices if d["params"]], missing)
-    images = _counts(path, {i: folder.device(i) / IMAGES_FILE for i in ids}, ("train", "test"))
-    metric_sets = _counts(path, {i: folder.metric_set(i) for i in plans}, ("metric", "pool"))
+        missing.append("versions.json is missing: the versions of the packages are not known.")
+    folder, ids = RunFolder(path), [record.device for record in devices]
+    plans = _plans(path, [device.device for device in devices if device.params])
+    if without := [device.device for device in devices if device.params and device.device not in plans]:
+        missing.append(f"The plans of {_named(without)} are missing or damaged (plans/NN.json).")
+    images = _each(path, {i: folder.device(i) / IMAGES_FILE for i in ids}, TypeAdapter(Images))
     if without := [i for i in ids if i not in images]:
         where = f"of {_named(without)} " if images else ""
         missing.append(
-            f"The class counts {where}are missing (devices/NN/{IMAGES_FILE}): they stay on the devices, and are here "
-            "only if those were simulated, in this run."
+            f"The class counts {where}are missing (devices/NN/{IMAGES_FILE}). Devices do not send them: they are here "
+            "only if the devices were simulated in this run."
         )
+    metric_sets = _each(path, {i: folder.metric_set(i) for i in plans}, TypeAdapter(MetricSet))
     if without := [i for i in plans if i not in metric_sets]:
         where = f"of {_named(without)} " if metric_sets else ""
         missing.append(f"The metric sets {where}are missing (metric-sets/NN.json): those plans were made elsewhere.")
-    return Run(path, config, versions, summary, timing, lines, devices, plans, images, metric_sets, rounds, missing)
+    return Run(
+        path, config, versions, summary, timing, metrics.lines, devices, plans, images, metric_sets, rounds, missing
+    )
 
 
 def _options(path: Path) -> dict[str, Any]:
-    """Returns the options of the run, and the defaults of those that a report needs and the run did not have."""
-    found, defaults = _json(path, "config.json"), RunConfig().flat()
-    if not found or not all(isinstance(value, str | int | float | bool) for value in found.values()):
+    """Returns the run's options, with defaults for those that a report needs and the run does not have."""
+    read = _read(path, "config.json", OPTIONS)
+    found: dict[str, Any] = dict(read or {})
+    if not found:
         raise ConfigError(f"report {path}: is not a run's folder, which has the run's options in its config.json")
-    for option, kind in {"train.rounds": WHOLE, "personalize.alpha": NUMBER}.items():
-        if not _is(found.setdefault(option, defaults[option]), kind):
-            raise ConfigError(f"report {path}: config.json is damaged ({option} = {found[option]!r:.40})")
+    defaults = RunConfig().flat()
+    for option, kinds in {"train.rounds": (int,), "personalize.alpha": (int, float)}.items():
+        value = found.setdefault(option, defaults[option])
+        if type(value) not in kinds:
+            raise ConfigError(f"report {path}: config.json is damaged ({option} = {value!r:.40})")
     return found
 
 
-def _text(path: Path, name: str) -> str:
-    """Returns the text of a file of the run; none if it cannot be read, or is a link that leads out of the folder."""
-    file = path / name
+def _inside(path: Path, name: str) -> bool:
+    """Returns whether a file of the folder is no link that leads out of it."""
     try:
-        return file.read_text("utf-8", "replace") if file.resolve().is_relative_to(path.resolve()) else ""
-    except (OSError, RuntimeError):  # a link to itself, say
-        return ""
+        return (path / name).resolve().is_relative_to(path.resolve())
+    except (OSError, RuntimeError):  # a link to itself
+        return False
 
 
-def _parse(text: str) -> Any:
-    """Returns JSON, of which all numbers are finite and all words can be written. Raises ValueError if it is none."""
+def _read(path: Path, name: str, content: TypeAdapter[T]) -> T | None:
+    """Returns the content of a JSON file; None if it is missing, damaged, or a link out of the folder."""
     try:
-        found = json.loads(text, parse_constant=_number, parse_float=_number, parse_int=_whole)
-        json.dumps(found, ensure_ascii=False).encode()  # no half of a pair of surrogates
-    except RecursionError:
-        raise ValueError("is nested too deep") from None
-    return found
-
-
-def _number(text: str) -> float:
-    if not math.isfinite(number := float(text)):
-        raise ValueError(f"{text} is no number")
-    return number
-
-
-def _whole(text: str) -> int:
-    if abs(number := int(text)) > LARGEST:
-        raise ValueError(f"{text:.40} is no count")
-    return number
-
-
-def _json(path: Path, name: str) -> dict[str, Any]:
-    """Returns a JSON object; an empty one where there is none."""
-    try:
-        found = _parse(_text(path, name))
-    except ValueError:
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
-def _is(value: object, kind: str) -> bool:
-    if kind == SIZES:
-        return isinstance(value, dict) and all(_is(each, NUMBER) for each in value.values())
-    kinds = {WHOLE: (int,), NUMBER: (int, float), TEXT: (str,)}
-    return isinstance(value, kinds[kind]) and not isinstance(value, bool)
-
-
-def _has(values: dict[str, Any], needed: dict[str, str], optional: bool = False) -> bool:
-    """Says whether all that is needed is there, and what it should be; `optional`: or not there."""
-    return all(_is(values[name], kind) if values.get(name) is not None else optional for name, kind in needed.items())
-
-
-def _records(content: object) -> list[dict[str, Any]] | None:
-    """Returns the devices' records, older ones with what they lacked; None if one is none or there twice."""
-    try:
-        records = [RECORD.validate_json(json.dumps(each)).model_dump() for each in content]  # type: ignore[attr-defined]
-    except (ValueError, TypeError):
+        return content.validate_json((path / name).read_bytes()) if _inside(path, name) else None
+    except (OSError, ValidationError):
         return None
-    names_shares = all(not record["params"] or record["macs_share"] > 0 < record["params_share"] for record in records)
-    return records if names_shares and len({record["device"] for record in records}) == len(records) else None
 
 
-def _lines(path: Path, name: str) -> tuple[list[dict[str, Any]], int]:
-    """Returns the lines that are of use, and how many are not whole."""
-    lines, bad = [], 0
-    for text in _text(path, name).splitlines():
-        try:
-            line = _parse(text)
-            needed = NEEDED.get(line["kind"])
-            whole = needed is None or _has(line, needed)
-        except (ValueError, KeyError, TypeError, AttributeError):
-            whole, needed = False, None
-        if not whole:
-            bad += 1
-        elif needed:
-            lines.append(line)
-    return lines, bad
+def _each(path: Path, files: Mapping[int, Path], content: TypeAdapter[T]) -> dict[int, T]:
+    found = {i: _read(path, str(file.relative_to(path)), content) for i, file in files.items()}
+    return {i: each for i, each in found.items() if each is not None}
 
 
-def _checkpoint(path: Path) -> tuple[int, list[dict[str, Any]]]:
-    """Returns the round of the last checkpoint and its records, or 0 and none."""
+def _summary(path: Path) -> Summary | None:
+    try:
+        return read_summary(path) if _inside(path, SUMMARY) else None
+    except PlanError:
+        return None
+
+
+def _checkpoint(path: Path) -> tuple[int, list[DeviceRecord]]:
+    """Returns the round of the last whole checkpoint and its records, or 0 and none."""
     server = RunFolder(path).server
     for round in reversed(server.rounds()):
         try:
-            about = _parse(read_about(server.path(round))["checkpoint"])
-            records = _records(about["records"])
-        except (TapflError, ValueError, KeyError, TypeError):
+            state = _State.model_validate_json(read_about(server.path(round))["checkpoint"])
+        except (TapflError, ValidationError, KeyError):
             continue
-        if records is not None and about.get("round") == round:
-            return round, records
+        if state.round == round and len({record.device for record in state.records}) == len(state.records):
+            return round, state.records
     return 0, []
 
 
-def _plans(path: Path, ids: Iterable[int], missing: list[str]) -> dict[int, PruningPlan]:
-    plans, without = {}, []
+def _plans(path: Path, ids: Iterable[int]) -> dict[int, PruningPlan]:
+    plans = {}
     for i in ids:
         name = f"plans/{i:02d}.json"
         try:
-            if _text(path, name):
+            if _inside(path, name):
                 plan = read_plan(path / name)
                 require_fitting(plan)
                 plans[i] = plan
         except TapflError:
-            pass
-        if i not in plans:
-            without.append(i)
-    if without:
-        missing.append(f"The plans of {_named(without)} are missing or damaged (plans/NN.json).")
+            continue
     return plans
 
 
-def _counts(path: Path, files: dict[int, Path], parts: tuple[str, ...]) -> dict[int, Counts]:
-    found = {i: _json(path, str(file.relative_to(path))) for i, file in files.items()}
-    return {i: counts for i, counts in found.items() if _is_counts(counts, parts)}
-
-
-def _is_counts(counts: dict[str, Any], parts: tuple[str, ...]) -> bool:
-    names = counts.get("classes")
-    return isinstance(names, list) and all(
-        isinstance(counts.get(part), list)
-        and len(counts[part]) == len(names)
-        and all(_is(n, WHOLE) and n >= 0 for n in counts[part])
-        for part in parts
-    )
-
-
-def _named(ids: list[int]) -> str:
+def _named(ids: Sequence[int]) -> str:
     shown = ", ".join(map(str, ids[:12])) + (f" and {len(ids) - 12} more" if len(ids) > 12 else "")
     return f"device {shown}" if len(ids) == 1 else f"devices {shown}"

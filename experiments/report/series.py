@@ -1,29 +1,30 @@
-"""The numbers of a run's figures: rows of plain values, each a pure function of what was read."""
+"""The numbers behind a run's figures: rows of plain values, each list a pure function of the run that was read."""
 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
-from typing import Any
 
 import numpy as np
+import pandas as pd
 
+from experiments.figures.figure import Row
 from experiments.pruning import layers_of
 from experiments.report.reading import Run
+from strategies.records import AbsenceLine, DeviceLine, DeviceRecord, FailureLine, RoundLine, TrafficLine
 from tapfl.models.backbone import BackboneSpec, outline
 from tapfl.models.prunable import prunable_layers
 from tapfl.models.units import PrunableLayer
 
-Row = dict[str, Any]
-
 STAGES = ("dense", "pruned", "global", "personal")
-KINDS = ("personal", "global")  # of accuracy, that change from round to round
+KINDS = ("personal", "global")  # of accuracy that change from round to round
 
 
-def accuracy(device: Mapping[str, Any], stage: str) -> float | None:
-    """Returns the accuracy of a record; None of the dense model where the device never said it."""
-    return None if stage == "dense" and device["generic"] else device[f"{stage}_accuracy"]
+def accuracy(device: DeviceRecord, stage: str) -> float | None:
+    """Returns the accuracy of a stage; None for the dense model if the device never evaluated it."""
+    value: float = getattr(device, f"{stage}_accuracy")
+    return None if stage == "dense" and device.generic else value
 
 
 def mean_accuracy(run: Run, stage: str) -> float | None:
@@ -32,103 +33,96 @@ def mean_accuracy(run: Run, stage: str) -> float | None:
     return float(np.mean(values)) if values else None
 
 
-def total_bytes(device: Mapping[str, Any], side: str) -> int:
-    """Returns all bytes of a device, `side` being ``bytes_up`` or ``bytes_down``."""
-    return sum(device[side].values())
+def total_bytes(devices: Iterable[DeviceRecord], side: str) -> int:
+    """Returns all bytes of the devices, `side` being ``up`` or ``down``."""
+    return sum(sum(getattr(device, f"bytes_{side}").values()) for device in devices)
 
 
-def gain(device: Mapping[str, Any]) -> float:
-    """Returns by how much the personal model is better than the pruned one was before training."""
-    return float(device["personal_accuracy"] - device["pruned_accuracy"])
+def gain(device: DeviceRecord) -> float:
+    """Returns the personal accuracy minus that of the pruned model before training."""
+    return device.personal_accuracy - device.pruned_accuracy
 
 
 def accuracies(run: Run) -> list[Row]:
-    """Returns device, stage, accuracy, and the four of the device in words for its tooltip."""
-    rows = []
+    """Returns device, stage, accuracy, and all accuracies of the device for its tooltip."""
+    rows: list[Row] = []
     for device in run.equipped:
         values = {stage: value for stage in STAGES if (value := accuracy(device, stage)) is not None}
-        said = {f"of {stage}": value for stage, value in values.items()}
-        rows += [{"device": device["device"], "stage": stage, "accuracy": v, **said} for stage, v in values.items()]
+        tooltip = {f"of {stage}": value for stage, value in values.items()}
+        rows += [{"device": device.device, "stage": stage, "accuracy": v, **tooltip} for stage, v in values.items()]
     return rows
 
 
 def curves(run: Run) -> list[Row]:
-    """Returns device, round, kind, accuracy for every device that has a model, as known after every round.
+    """Returns device, round, kind, accuracy of every device that has a model, after every round.
 
-    A device that did not answer in a round keeps its value: or a mean would follow who happens to be there.
+    A device that did not answer in a round keeps its value; otherwise means would depend on who answered.
     """
-    known = {(d["device"], kind): d["pruned_accuracy"] for d in run.equipped for kind in KINDS}
-    return _carried(
-        run, known, lambda line: {kind: line[f"{kind}_accuracy"] for kind in KINDS}, "accuracy", _ended(run)
-    )
+    known = {(device.device, kind): device.pruned_accuracy for device in run.equipped for kind in KINDS}
+    values = lambda line: {"personal": line.personal_accuracy, "global": line.global_accuracy}  # noqa: E731
+    return _carried(run, known, values, "accuracy", _ended(run))
 
 
 def _ended(run: Run) -> list[int]:
-    return [line["round"] for line in run.of_kind("round")]
+    return [line.round for line in run.of(RoundLine)]
 
 
 def _carried(
     run: Run,
     known: dict[tuple[int, str], float],
-    values: Callable[[Row], Mapping[str, float]],
+    values: Callable[[DeviceLine], Mapping[str, float]],
     name: str,
     rounds: Iterable[int],
 ) -> list[Row]:
-    news: dict[int, list[Row]] = defaultdict(list)
-    for line in run.of_kind("device"):
-        news[line["round"]].append(line)
-    rows = []
+    news: dict[int, list[DeviceLine]] = defaultdict(list)
+    for line in run.of(DeviceLine):
+        news[line.round].append(line)
+    rows: list[Row] = []
     for t in rounds:
         for line in news[t]:
-            known |= {(line["device"], k): v for k, v in values(line).items() if (line["device"], k) in known}
+            known |= {(line.device, k): v for k, v in values(line).items() if (line.device, k) in known}
         rows += [{"device": i, "round": t, "kind": kind, name: value} for (i, kind), value in known.items()]
     return rows
 
 
-def spread(rows: Iterable[Row], name: str) -> list[Row]:
-    """Returns mean, lower and upper quartile over the devices of `rows`, by round and kind."""
-    groups: dict[tuple[int, str], list[float]] = defaultdict(list)
-    for row in rows:
-        groups[row["round"], row["kind"]].append(row[name])
-    return [
-        {"round": t, "kind": kind, "mean": float(np.mean(v)), **_quartiles(v), "devices": len(v)}
-        for (t, kind), v in groups.items()
-    ]
-
-
-def _quartiles(values: list[float]) -> dict[str, float]:
-    low, high = np.quantile(values, (0.25, 0.75))
-    return {"low": float(low), "high": float(high)}
+def spread(rows: Sequence[Row], name: str) -> list[Row]:
+    """Returns round, kind, mean, low and high (quartiles over devices), and how many devices."""
+    if not rows:
+        return []
+    groups = pd.DataFrame(rows).groupby(["round", "kind"], sort=False)[name]
+    quartiles = {side: groups.quantile(q) for side, q in (("low", 0.25), ("high", 0.75))}
+    found = pd.DataFrame({"mean": groups.mean(), **quartiles, "devices": groups.size()}, index=groups.mean().index)
+    return list(found.reset_index().to_dict("records"))
 
 
 def alphas(run: Run) -> list[Row]:
-    """Returns device, round, kind (always ``α``) and α of those that trained; nothing for a method that mixes nothing.
+    """Returns device, round, kind (always ``α``) and α of the devices that trained; nothing unless the method is APFL.
 
-    A device says α when it has trained on what the round before came to: its line of round t is α after round t + 1,
-    but for the last evaluation, which trains no more.
+    A device reports α when it has trained on the result of the round before: its line of round t is α after round
+    t + 1, except in the last evaluation, in which it trains no more.
     """
     if run.config.get("personalize.method") != "apfl":
         return []
     start = float(run.config["personalize.alpha"])
-    known = {(device["device"], "α"): start for device in run.equipped if device["rounds"]}
+    known = {(device.device, "α"): start for device in run.equipped if device.rounds}
     trained = [t for t in _ended(run) if t < int(run.config["train.rounds"])]
     first = [{"device": i, "round": 0, "kind": kind, "α": value} for (i, kind), value in known.items()]
-    later = _carried(run, known, lambda line: {"α": line["alpha"]}, "α", trained)
+    later = _carried(run, known, lambda line: {"α": line.alpha}, "α", trained)
     return [*first, *(row | {"round": row["round"] + 1} for row in later)]
 
 
 def partition(run: Run) -> list[Row]:
-    """Returns device, class, train, test: how many images a device holds of each class that it holds."""
+    """Returns device, class, train, test: how many images a device has of each of its classes."""
     return [
-        {"device": i, "class": str(name), "train": train, "test": test}
-        for i, counts in run.images.items()
-        for name, train, test in zip(counts["classes"], counts["train"], counts["test"], strict=True)
+        {"device": i, "class": name, "train": train, "test": test}
+        for i, images in run.images.items()
+        for name, train, test in zip(images.names, images.train, images.test, strict=True)
         if train or test
     ]
 
 
 def widths(run: Run) -> list[Row]:
-    """Returns a row a device and layer: how many units stay, of how many, and the widths in words."""
+    """Returns a row a device and layer: kept units, of how many, and the widths in words."""
     return [
         {
             "device": i,
@@ -148,51 +142,50 @@ def widths(run: Run) -> list[Row]:
 
 @lru_cache(maxsize=4)
 def _layers(spec: str) -> list[PrunableLayer]:
-    return prunable_layers(outline(BackboneSpec.model_validate_json(spec)))  # their widths alone are looked at
+    return prunable_layers(outline(BackboneSpec.model_validate_json(spec)))  # only their widths are used
 
 
 def own_classes(run: Run, i: int) -> set[str] | None:
-    """Returns the names of the classes of which a device has training images; None if nobody here knows them."""
+    """Returns the names of the classes of which a device has training images; None if they are not known here."""
     if i in run.images:
-        counts = run.images[i]
-        return {str(name) for name, count in zip(counts["classes"], counts["train"], strict=True) if count}
-    held = next((device["held_classes"] for device in run.devices if device["device"] == i), None)
+        images = run.images[i]
+        return {name for name, count in zip(images.names, images.train, strict=True) if count}
+    held = next((device.held_classes for device in run.devices if device.device == i), None)
     if held and i in run.metric_sets:
-        return {str(name) for name, held in zip(run.metric_sets[i]["classes"], held, strict=False) if held}
+        return {name for name, has in zip(run.metric_sets[i].names, held, strict=False) if has}
     return None
 
 
 def metric_classes(run: Run) -> list[Row]:
-    """Returns device, class, images, own: of what classes the images of each metric set are.
+    """Returns device, class, images, own: the classes of the images of each metric set.
 
-    There is a row for a class of which the set has images, and for one that is the device's own and is not covered.
+    There is a row for each class of the metric set, and for each of the device's own classes that it does not cover.
     """
     rows = []
-    for i, counts in run.metric_sets.items():
-        own = own_classes(run, i)
-        for name, images in zip(map(str, counts["classes"]), counts["metric"], strict=True):
-            if images or name in (own or ()):
-                rows.append({"device": i, "class": name, "images": images, "own": own is not None and name in own})
+    for i, chosen in run.metric_sets.items():
+        own = own_classes(run, i) or set()
+        for name, images in zip(chosen.names, chosen.metric, strict=True):
+            if images or name in own:
+                rows.append({"device": i, "class": name, "images": images, "own": name in own})
     return rows
 
 
 def coverage(run: Run) -> list[Row]:
-    """Returns a row a device: the share of its metric set that is of its own classes, beside that of the whole pool."""
-    rows = []
-    for i, counts in run.metric_sets.items():
-        own = own_classes(run, i)
-        size, pool = sum(counts["metric"]), sum(counts["pool"])
+    """Returns a row a device: the share of its metric set that is of its own classes, and that share in the pool."""
+    rows: list[Row] = []
+    for i, chosen in run.metric_sets.items():
+        own, size, pool = own_classes(run, i), sum(chosen.metric), sum(chosen.pool)
         if not own or not size or not pool:
             continue
-        named = list(zip(map(str, counts["classes"]), counts["metric"], counts["pool"], strict=True))
+        named = [each for each in zip(chosen.names, chosen.metric, chosen.pool, strict=True) if each[0] in own]
         rows.append(
             {
                 "device": i,
-                "own share": sum(n for name, n, _ in named if name in own) / size,
-                "by chance": sum(n for name, _, n in named if name in own) / pool,
-                "covered": sum(1 for name, n, _ in named if name in own and n),
+                "own share": sum(n for _, n, _ in named) / size,
+                "by chance": sum(n for _, _, n in named) / pool,
+                "covered": sum(1 for _, n, _ in named if n),
                 "own classes": len(own),
-                "not covered": ", ".join(name for name, n, _ in named if name in own and not n),
+                "not covered": ", ".join(name for name, n, _ in named if not n),
             }
         )
     return rows
@@ -201,57 +194,46 @@ def coverage(run: Run) -> list[Row]:
 def bytes_by_kind(run: Run) -> list[Row]:
     """Returns device, direction, kind, bytes."""
     return [
-        {"device": device["device"], "direction": direction, "kind": kind, "bytes": count}
+        {"device": device.device, "direction": direction, "kind": kind, "bytes": count}
         for device in run.devices
-        for direction, side in (("up", "bytes_up"), ("down", "bytes_down"))
-        for kind, count in device[side].items()
+        for direction, sizes in (("up", device.bytes_up), ("down", device.bytes_down))
+        for kind, count in sizes.items()
         if count
     ]
 
 
-def phases(run: Run) -> list[Row]:
-    """Returns phase and real seconds of it, in the order in which they came."""
-    seconds = run.summary.get("seconds") or run.timing.get("seconds") or {}
-    return [{"phase": name, "seconds": value} for name, value in seconds.items()]
-
-
-def real_rounds(run: Run) -> list[Row]:
-    """Returns round and real seconds of it."""
-    return [{"round": int(t), "seconds": seconds} for t, seconds in (run.timing.get("rounds") or {}).items()]
-
-
 def simulated_rounds(run: Run) -> list[Row]:
-    """Returns round and simulated seconds of it, with the slowest device of those that answered; 0: round zero."""
+    """Returns round (0: round zero), its simulated seconds, and the slowest of the devices that answered."""
     slowest: dict[int, tuple[float, int]] = {}
-    for line in run.of_kind("traffic"):
-        found = (line["simulated_seconds"], line["device"])
-        slowest[line["round"]] = max(slowest.get(line["round"], found), found)
+    for line in run.of(TrafficLine):
+        found = (line.simulated_seconds, line.device)
+        slowest[line.round] = max(slowest.get(line.round, found), found)
     rows, before = [], 0.0
-    for line in run.of_kind("round"):
-        t, ended = line["round"], line["simulated_seconds"]
-        rows.append({"round": t, "seconds": ended - before, "slowest": slowest.get(t, (0.0, None))[1]})
-        before = ended
+    for ended in run.of(RoundLine):
+        device = slowest.get(ended.round, (0.0, None))[1]
+        rows.append({"round": ended.round, "seconds": ended.simulated_seconds - before, "slowest": device})
+        before = ended.simulated_seconds
     return rows
 
 
 def simulated_devices(run: Run) -> list[Row]:
-    """Returns device, round, simulated seconds of what the device did in that round."""
+    """Returns device, round, simulated seconds of the device in that round."""
     spent: Counter[tuple[int, int]] = Counter()
-    for line in run.of_kind("traffic"):
-        if line["phase"] != "evaluation":
-            spent[line["device"], line["round"]] += line["simulated_seconds"]
+    for line in run.of(TrafficLine):
+        if line.phase != "evaluation":
+            spent[line.device, line.round] += line.simulated_seconds  # type: ignore[assignment]
     return [{"device": i, "round": t, "seconds": seconds} for (i, t), seconds in sorted(spent.items())]
 
 
 def events(run: Run) -> list[Row]:
-    """Returns what did not come through, alike ones together: what, where, why, how often, and which devices."""
+    """Returns failures and absences, equal ones together: what, where, reason, times, devices, rounds."""
     groups: dict[tuple[str, str, str], list[tuple[int, str]]] = defaultdict(list)
-    for line in run.of_kind("failure"):
-        phase = str(line["phase"])
-        where = "rounds" if phase.startswith("round ") else phase
-        groups["failure or refusal", where, str(line["reason"])].append((line["device"], phase.removeprefix("round ")))
-    for line in run.of_kind("absence"):
-        groups["absence", "rounds", str(line["reason"])].append((line["device"], str(line["round"])))
+    for failure in run.of(FailureLine):
+        where = "rounds" if failure.phase.startswith("round ") else failure.phase
+        found = (failure.device, failure.phase.removeprefix("round "))
+        groups["failure or refusal", where, failure.reason].append(found)
+    for absence in run.of(AbsenceLine):
+        groups["absence", "rounds", absence.reason].append((absence.device, str(absence.round)))
     return [
         {
             "what": what,
@@ -259,11 +241,11 @@ def events(run: Run) -> list[Row]:
             "reason": reason,
             "times": len(found),
             "devices": sorted({i for i, _ in found}),
-            "rounds": _in_order({t for _, t in found}) if where == "rounds" else [],
+            "rounds": sorted({t for _, t in found}, key=_numbers_first) if where == "rounds" else [],
         }
         for (what, where, reason), found in sorted(groups.items(), key=lambda each: -len(each[1]))
     ]
 
 
-def _in_order(rounds: set[str]) -> list[str]:
-    return sorted(rounds, key=lambda t: (not t.isdigit(), int(t) if t.isdigit() else 0, t))
+def _numbers_first(round: str) -> tuple[bool, int, str]:
+    return not round.isdigit(), int(round) if round.isdigit() else 0, round
