@@ -149,11 +149,9 @@ def sweep(
     """
     from experiments.jobs.federation import federations
     from experiments.jobs.pool import interruptible
-    from experiments.sweep.grid import read_sweep, run_sweep
-    from experiments.sweep.outcome import group_of, outcomes
+    from experiments.sweep.grid import group_of, read_sweep, read_sweep_options, references, run_sweep
     from experiments.sweep.picture import picture
-    from experiments.sweep.settings import read_sweep_options, references
-    from experiments.sweep.table import caption_of, means_over_seeds, write_results, write_table
+    from experiments.sweep.results import caption_of, means_over_seeds, outcomes, write_results, write_table
     from strategies.progress import shown
     from tapfl.progress import stage
     from tapfl.store import only_one
@@ -208,7 +206,7 @@ def search(
     _require_ray(engine, runs, needs_ray=("workers", *NEED_RAY))
     wanted = read_search(config, method, {"devices.count": DEFAULT_DEVICES})
     load_torch()  # only after the file has been checked
-    from experiments.search.command import Place, run_search
+    from experiments.search.study import Place, run_search
 
     place = Place(config.stem, out or Path("runs") / config.stem, storage, resume)
     with interruptible("the same command and --resume"), shown():

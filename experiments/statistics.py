@@ -9,7 +9,7 @@ are full, do it no harm. All sign flips are tried up to 16 devices; above, 65,53
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -38,14 +38,6 @@ class Paired:
     def __str__(self) -> str:
         p = "p < 0.001" if self.p < 0.001 else f"p = {self.p:.3f}"
         return f"{self.difference:+.3f} ({p}, n = {self.n})"
-
-
-def by_device(values: Iterable[tuple[Hashable, float]]) -> dict[Hashable, float]:
-    """Returns the mean of every device's values (of its seeds)."""
-    found: dict[Hashable, list[float]] = {}
-    for device, value in values:
-        found.setdefault(device, []).append(value)
-    return {device: float(np.mean(several)) for device, several in found.items()}
 
 
 def paired(values: Mapping[Hashable, float], reference: Mapping[Hashable, float]) -> Paired:

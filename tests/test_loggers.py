@@ -14,7 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from test_inprocess_run import content, tapfl
 from test_refused_input import refused
 
-from experiments.jobs.round_zero import AFTER, AFTER_SUMMARIES, _hash
+from experiments.jobs.federation import AFTER, AFTER_SUMMARIES, _hash
 from strategies.checkpoint import config_hash
 from strategies.loggers import event_files, tracking
 from strategies.loggers.feed import Feed

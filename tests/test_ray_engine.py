@@ -25,9 +25,9 @@ from experiments.engines.ray import ActorPool, RayGrid
 from experiments.jobs.federation import Engine, carry_out, in_process, on_actors
 from experiments.jobs.pool import EngineLostError, Job, Pool, ThreadPool
 from experiments.preflight import absolute_paths
-from experiments.search.command import Place, run_search
 from experiments.search.settings import Search, SearchOptions
 from experiments.search.space import SearchSpace
+from experiments.search.study import Place, run_search
 from strategies.server_app import app as server_app
 from tapfl.config import RunConfig
 from tapfl.errors import ConfigError, RunError

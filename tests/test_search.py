@@ -27,9 +27,8 @@ from typer.testing import CliRunner
 from clients.device import Device
 from experiments import cli
 from experiments.bench.search import METHODS, Toy, search
-from experiments.jobs.federation import carry_out, in_process
+from experiments.jobs.federation import AFTER, AFTER_SUMMARIES, BUT, carry_out, in_process
 from experiments.jobs.pool import unheard
-from experiments.jobs.round_zero import AFTER, AFTER_SUMMARIES, BUT
 from experiments.search.objective import measures_of
 from experiments.search.page import page_of_search, write_page
 from experiments.search.settings import read_search

@@ -16,15 +16,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from optuna.storages import BaseStorage, InMemoryStorage
 
-from experiments.search.losers import drop_losers
-from experiments.search.methods import carry_out, rungs_of, sampler_of, spent
 from experiments.search.objective import Constraint, Objective
-from experiments.search.results import best_trial
-from experiments.search.runner import Runner, scores
+from experiments.search.runner import Runner, carry_out, rungs_of, sampler_of, scores, spent
 from experiments.search.schedule import FAILED, Schedule, Score
 from experiments.search.settings import Search, SearchOptions
 from experiments.search.space import SearchSpace
-from experiments.search.study import open_study
+from experiments.search.study import best_trial, drop_losers, open_study
 from tapfl.errors import ConfigError, RunError
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)

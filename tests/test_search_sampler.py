@@ -15,10 +15,9 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution, Int
 from optuna.samplers import BaseSampler
 from optuna.testing.pytest_samplers import BasicSamplerTestCase, RelativeSamplerTestCase, SingleOnlySamplerTestCase
 
-from experiments.search.brackets import bracket_tables, cost, in_rounds
-from experiments.search.kde import Density, best_candidate, impute, split_counts
-from experiments.search.sampler import BOHBSampler, violation_key
-from experiments.search.unit_cube import decode, encode, uniform
+from experiments.search.sampler import BOHBSampler, Density, best_candidate, impute, split_counts, violation_key
+from experiments.search.schedule import bracket_tables, cost, in_rounds
+from experiments.search.space import decode, encode, uniform
 
 TO_27 = [
     [(27, 1), (9, 3), (3, 9), (1, 27)],

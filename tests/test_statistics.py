@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from experiments.output import caption, command
-from experiments.statistics import by_device, paired
+from experiments.statistics import paired
 
 accuracies = st.lists(st.tuples(st.integers(0, 20), st.integers(0, 20)), min_size=2, max_size=8)
 
@@ -40,10 +40,6 @@ def test_many_devices_are_tested_by_drawn_flips_to_the_same_bits() -> None:
     first, again = (paired(values, dict.fromkeys(values, 0.0)) for _ in range(2))
     assert first == again and first.p == pytest.approx(0.6, abs=0.4)
     assert paired({i: v + 3 for i, v in values.items()}, dict.fromkeys(values, 0.0)).p < 1e-3
-
-
-def test_seeds_of_a_device_count_as_one_value() -> None:
-    assert by_device([(0, 0.2), (1, 0.5), (0, 0.4)]) == {0: pytest.approx(0.3), 1: 0.5}
 
 
 def test_nothing_in_common_is_an_error_and_no_difference_is_none() -> None:

@@ -15,10 +15,16 @@ from typer.testing import CliRunner
 from experiments import cli
 from experiments.jobs.federation import in_process
 from experiments.jobs.pool import ThreadPool
-from experiments.sweep.grid import SweepRun, read_sweep, run_sweep
-from experiments.sweep.outcome import group_of, outcomes
-from experiments.sweep.settings import SweepOptions, read_sweep_options, references
-from experiments.sweep.table import means_over_seeds
+from experiments.sweep.grid import (
+    SweepOptions,
+    SweepRun,
+    group_of,
+    read_sweep,
+    read_sweep_options,
+    references,
+    run_sweep,
+)
+from experiments.sweep.results import means_over_seeds, outcomes
 from tapfl.config import METHODS, RULES, DataOptions, RunConfig
 from tapfl.errors import ConfigError, RunError
 from tapfl.options import read_toml

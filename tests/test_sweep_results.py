@@ -13,11 +13,18 @@ from PIL import Image
 from test_inprocess_run import content, tapfl
 from test_sweep import in_threads, sweep_file
 
-from experiments.sweep.grid import read_sweep
-from experiments.sweep.outcome import MEASURES, Outcome, group_of, grouped, outcomes
+from experiments.sweep.grid import SweepOptions, group_of, read_sweep, read_sweep_options, references
 from experiments.sweep.picture import _panels, learning_curves, picture
-from experiments.sweep.settings import SweepOptions, read_sweep_options, references
-from experiments.sweep.table import caption_of, means_over_seeds, write_results, write_table
+from experiments.sweep.results import (
+    MEASURES,
+    Outcome,
+    caption_of,
+    grouped,
+    means_over_seeds,
+    outcomes,
+    write_results,
+    write_table,
+)
 from strategies.records import CurvePoint, Summary, read_summary
 from tapfl.errors import ConfigError
 

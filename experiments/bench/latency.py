@@ -25,7 +25,7 @@ from clients.storage import DeviceStorage
 from experiments.bench.timing import Models, Repeats, Row, Sizes, label, random_backbone
 from experiments.command_line import JsonRows
 from experiments.output import as_csv, caption, command, installed
-from experiments.sweep.table import write_table
+from experiments.sweep.results import write_table
 from tapfl.config import PruningOptions
 from tapfl.errors import ConfigError
 from tapfl.models.backbone import build

@@ -21,8 +21,7 @@ from scipy.stats import sem
 
 from experiments.bench.timing import Row
 from experiments.command_line import options_of
-from experiments.search.methods import carry_out, sampler_of
-from experiments.search.runner import Runner
+from experiments.search.runner import Runner, carry_out, sampler_of
 from experiments.search.settings import Search, SearchOptions
 from experiments.search.space import Parameter, SearchSpace
 from tapfl.errors import ConfigError

@@ -1,13 +1,13 @@
-"""What is to be done next in a search by brackets: a pure function of what all trials came to.
+"""Brackets of successive halving, and what a search by brackets does next.
 
-A trial's number says its place: brackets in turn, in each the configurations of its first rung. So the whole table can
-be read off the storage, and what a trial is depends on nothing that happened by chance.
+Brackets are those of BOHB (Falkner, Klein, Hutter 2018; Li et al. 2017). The schedule is a pure function of the results
+of all trials: a trial's number determines its bracket and slot, so the whole table can be read from the storage.
 
-**Who sees what.** A configuration is drawn when all that it sees is there, never earlier and never with more, so that
-draws depend neither on the order in which rungs come to their end nor on how many run at once. It sees
+**Which results a configuration sees.** It is drawn as soon as all of them exist, and never with more, so draws depend
+neither on the order in which rungs finish nor on how many run at once. It sees
 
 - all rungs of the brackets that come `overlap` + 1 or more before its own;
-- the first rungs of the others before it;
+- the first rungs of the other brackets before it;
 - in its own first rung, the blocks of `block` configurations before its own.
 """
 
@@ -19,7 +19,40 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
 
-from experiments.search.brackets import Rungs
+Bracket = tuple[tuple[int, float], ...]  # (configurations, budget) rung by rung
+Rungs = tuple[tuple[int, int], ...]  # the same with budgets of whole rounds
+EXACT = 1e-9  # log and powers of η are taken as whole numbers within this
+
+
+def bracket_tables(b_min: float, b_max: float, eta: float) -> list[Bracket]:
+    """Returns the brackets of one iteration, s_max first.
+
+    ``s_max = ⌊log_η(b_max / b_min)⌋``; bracket s starts with ``n₀ = ⌈(s_max + 1) / (s + 1) · η^s⌉`` configurations, and
+    rung i keeps ``⌊n₀ η^−i⌋`` of them at the budget ``b_max η^(i − s)``.
+    """
+    s_max = math.floor(math.log(b_max / b_min, eta) + EXACT)
+    return [_bracket(s, s_max, b_max, eta) for s in range(s_max, -1, -1)]
+
+
+def _bracket(s: int, s_max: int, b_max: float, eta: float) -> Bracket:
+    n0 = math.ceil((s_max + 1) / (s + 1) * eta**s - EXACT)
+    return tuple((math.floor(n0 * eta**-i + EXACT), b_max * eta ** (i - s)) for i in range(s + 1))
+
+
+def in_rounds(bracket: Bracket) -> Rungs:
+    """Returns the bracket with budgets of whole rounds."""
+    return tuple((count, max(1, round(budget))) for count, budget in bracket)
+
+
+def cost(bracket: Bracket | Rungs, continued: bool = True) -> float:
+    """Returns the rounds of a bracket: each rung goes on from the one before, or starts again."""
+    before = 0.0
+    total = 0.0
+    for count, budget in bracket:
+        total += count * (budget - before)
+        before = budget if continued else 0.0
+    return total
+
 
 Score = tuple[float, float]  # (by how much constraints are broken, loss): less is better
 FAILED: Score = (math.inf, math.inf)

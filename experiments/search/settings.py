@@ -11,9 +11,8 @@ from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from experiments.search.brackets import Rungs, bracket_tables, cost, in_rounds
 from experiments.search.objective import MEASURES, Constraint, Objective
-from experiments.search.schedule import Schedule
+from experiments.search.schedule import Rungs, Schedule, bracket_tables, cost, in_rounds
 from experiments.search.space import SearchSpace
 from tapfl.config import RunConfig, binding
 from tapfl.errors import ConfigError

@@ -1,18 +1,40 @@
-"""The study of a search, in any storage of Optuna."""
+"""`tapfl search`: the study in a storage of Optuna, its runs, and its results."""
 
 from __future__ import annotations
 
 import json
+import logging
 import re
+import shutil
 import warnings
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import optuna
+import pandas as pd
+import tomli_w
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
+from optuna.trial import FrozenTrial
 
-from experiments.search.settings import Search
-from tapfl.errors import ConfigError
+from experiments.feasible import check
+from experiments.jobs.federation import Engine
+from experiments.jobs.pool import Job, Pool
+from experiments.preflight import absolute_paths
+from experiments.search.objective import MEASURES, measured
+from experiments.search.page import write_page
+from experiments.search.runner import Runner, carry_out, measures_key, run_folder, rungs_of, sampler_of, scores, spent
+from experiments.search.schedule import FAILED
+from experiments.search.settings import UNSEEN, Search
+from tapfl.config import RunConfig
+from tapfl.errors import ConfigError, RunError
+from tapfl.options import Scalar
+from tapfl.progress import Advance, stage
+from tapfl.store import only_one, write_bytes
 
 JOURNAL = "study.journal"
 IDENTITY = "tapfl:search"
@@ -79,3 +101,155 @@ def _require_same(study: optuna.Study, search: Search) -> None:
     ]
     if changed:
         raise ConfigError(f"study {study.study_name!r} is of another search: {'; '.join(changed)}")
+
+
+def best_trial(trials: Sequence[FrozenTrial]) -> tuple[FrozenTrial, int]:
+    """Returns the best of the trials that came furthest, and after how many rounds it is.
+
+    Raises:
+        RunError: if no trial has a result.
+    """
+    found = [(-rounds, score, t.number) for t in trials for rounds, score in scores(t).items() if score != FAILED]
+    if not found:
+        errors = [str(trial.user_attrs["error"]) for trial in trials if "error" in trial.user_attrs]
+        raise RunError("no trial came to a result" + (f": {errors[-1]}" if errors else ""))
+    rounds, _, number = min(found)
+    return trials[number], -rounds
+
+
+def write_best(search: Search, trial: FrozenTrial, rounds: int, path: Path) -> None:
+    """Writes the options of a trial as `tapfl run --config` takes them, to be reported on the test part."""
+    nested: dict[str, Any] = {}
+    shared = {name: value for name, value in search.options.items() if (name, value) not in UNSEEN.items()}
+    for name, value in {**shared, **trial.params, "train.rounds": rounds}.items():
+        table, _, option = name.rpartition(".")
+        (nested.setdefault(table, {}) if table else nested)[option] = value
+    plain = {name: value for name, value in nested.items() if not isinstance(value, dict)}
+    tables = {name: value for name, value in nested.items() if isinstance(value, dict)}
+    write_bytes(path, tomli_w.dumps(plain | tables).encode())
+
+
+def write_table(search: Search, trials: Sequence[FrozenTrial], path: Path) -> None:
+    """Writes a line a trial: where it came to, its measures there, its loss at every rung, and its parameters."""
+    rungs = sorted({rounds for trial in trials for rounds in trial.intermediate_values})
+    rows = []
+    for trial in trials:
+        rounds = max(trial.intermediate_values, default=0)
+        measures = trial.user_attrs.get(measures_key(rounds), {})
+        row = {"trial": trial.number, "state": trial.state.name.lower(), "rounds": rounds}
+        row |= {f"loss@{r}": trial.intermediate_values.get(r, "") for r in rungs}
+        row |= {name: measures.get(name, "") for name in MEASURES}
+        row |= {name: trial.params.get(name, "") for name in search.space.parameters}
+        rows.append(row | {"error": trial.user_attrs.get("error", "")})
+    write_bytes(path, pd.DataFrame(rows, dtype=object).to_csv(index=False).encode())
+
+
+HEAVY = ("server", "devices")
+
+
+def drop_losers(trials: Sequence[FrozenTrial], folder: Path) -> None:
+    """Removes what is heavy in the run folders of all settled trials but the best; what they came to stays."""
+    try:
+        best = best_trial(trials)[0].number
+    except RunError:
+        best = -1
+    for trial in trials:
+        if trial.state.is_finished() and trial.number != best:
+            for name in HEAVY:
+                shutil.rmtree(run_folder(folder, trial.number) / name, ignore_errors=True)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a search keeps what it knows.
+
+    Attributes:
+        name: of Optuna's study.
+        out: the folder of the search.
+        storage: URL of an Optuna storage; None: a journal in `out`.
+        resume: whether the study is there already.
+    """
+
+    name: str
+    out: Path
+    storage: str | None = None
+    resume: bool = False
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a search came to: the best trial, after how many rounds, its loss and parameters, and the files."""
+
+    trial: int
+    rounds: int
+    loss: float
+    params: dict[str, object]
+    folder: Path
+
+
+def run_search(search: Search, place: Place, start: Callable[[], AbstractContextManager[tuple[Pool, Engine]]]) -> Found:
+    """Carries a search out, or goes on with it, and writes its results.
+
+    Args:
+        start: starts what carries out the runs; called when everything is checked.
+
+    Raises:
+        ConfigError: if an option, the space or the storage is not valid; nothing is written then.
+        RunError: if no trial has a result.
+    """
+    optuna.logging.set_verbosity(logging.WARNING)
+    with stage("checking"):
+        check(absolute_paths(RunConfig.from_flat(search.options)))
+    out, new = place.out, not place.out.exists()
+    with only_one(out, "search"):
+        try:
+            study = open_study(search, place.name, out, place.storage, place.resume)
+        except BaseException:
+            if new:
+                _remove(out)
+            raise
+        with start() as (pool, engine), stage("rounds") as advance:
+
+            def begin(options: dict[str, Scalar], folder: Path) -> Future[dict[str, float]]:
+                return pool.submit(Job(measured, (options, folder, engine), folder.with_suffix(".log")))
+
+            runner = Runner(study, search, begin, sampler_of(search), out / "trials", pool.jobs)
+
+            def told() -> None:
+                _tell(advance, study, search.rounds)
+                if search.settings.keep == "best":
+                    drop_losers(runner.found(), runner.folder)
+
+            runner.told = told
+            told()
+            carry_out(runner, search)
+            told()  # of what was settled last
+        return write_results(search, study, out)
+
+
+def write_results(search: Search, study: optuna.Study, out: Path) -> Found:
+    """Writes best.toml, trials.csv and search.html. Raises RunError if no trial has a result."""
+    found = study.get_trials(deepcopy=False)
+    write_table(search, found, out / "trials.csv")
+    best, rounds = best_trial(found)
+    write_best(search, best, rounds, out / "best.toml")
+    write_page(study, rungs_of(search.settings), f"loss ({' + '.join(search.settings.objective)})", out / "search.html")
+    return Found(best.number, rounds, best.intermediate_values[rounds], dict(best.params), out)
+
+
+def _tell(advance: Advance, study: optuna.Study, rounds: int) -> None:
+    found = study.get_trials(deepcopy=False)
+    try:
+        best, after = best_trial(found)
+    except RunError:
+        said = "none has a result yet"
+    else:
+        said = f"best so far: trial {best.number}, {best.intermediate_values[after]:.4f} after {after}"
+    advance(spent(found), rounds, said)
+
+
+def _remove(out: Path) -> None:
+    """Takes back the empty folder of a search that was refused."""
+    for file in (out / ".lock", *out.glob("study.journal*")):
+        file.unlink(missing_ok=True)
+    out.rmdir()

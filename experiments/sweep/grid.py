@@ -17,6 +17,10 @@ privacy = { dp-clip = 1.0, dp-noise = 1.0 }
 
 [train]
 rounds = 10
+
+[sweep]
+reach = [0.5, 0.6]                                # accuracies: bytes and simulated time to each of them
+reference = { "personalize.method" = "local" }    # every point is tested against the one that differs in this alone
 ```
 
 A cell that has its `summary.json` is finished and is not run again; one that has not, or that has fewer rounds than are
@@ -28,24 +32,26 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from experiments.jobs.federation import Engine, federation_job, resolved
+from pydantic import Field
+
+from experiments.jobs.federation import Engine, federation_job, name_of, resolved
 from experiments.jobs.pool import EngineLostError, Pool
 from experiments.jobs.progress import Overview
-from experiments.jobs.round_zero import name_of
 from strategies.records import require_same_options
 from tapfl.config import RunConfig
 from tapfl.errors import ConfigError, TapflError
-from tapfl.options import flatten, read_toml_tables
+from tapfl.options import AnyShares, Scalar, Section, flatten, read_toml_tables, validated
 from tapfl.progress import Advance
 from tapfl.store import RunFolder
 
 LONGEST_NAME = 240  # bytes of a run's name: file systems take 255, and its log's is longer
+Point = tuple[tuple[str, Any], ...]  # options in which runs differ, without the seed
 
 
 @dataclass(frozen=True)
@@ -55,6 +61,11 @@ class SweepRun:
     name: str
     point: dict[str, Any]
     options: dict[str, Any]
+
+
+def group_of(point: Mapping[str, Any]) -> Point:
+    """Returns what runs have in common that differ in their seed alone."""
+    return tuple((key, value) for key, value in point.items() if key != "seed")
 
 
 def read_sweep(file: Path, changes: Mapping[str, Any] | None = None) -> list[SweepRun]:
@@ -67,7 +78,7 @@ def read_sweep(file: Path, changes: Mapping[str, Any] | None = None) -> list[Swe
         ConfigError: if the grid or any cell is not valid, or if the cells differ in what is to be changed.
     """
     tables = read_toml_tables(file)
-    tables.pop("sweep", None)  # how it is reported: `experiments.sweep.settings`
+    tables.pop("sweep", None)  # how it is reported: `read_sweep_options`
     grid, runs = tables.pop("grid", {}), tables.pop("run", [])
     if not isinstance(grid, dict) or not all(isinstance(v, list) and v for v in grid.values()) or not (grid or runs):
         raise ConfigError(f"{file}: needs a table [grid] of options with a list of values each, or tables [[run]]")
@@ -149,3 +160,61 @@ def _finished(run: SweepRun, out: Path) -> bool:
     wanted = resolved(run.options, folder.path)
     require_same_options(folder, wanted)
     return folder.summary.is_file() and folder.config()["train.rounds"] >= wanted.train.rounds
+
+
+class SweepOptions(Section):
+    """How a sweep is reported."""
+
+    reach: AnyShares = Field((), description="mean personal accuracies to which bytes and time are counted")
+    reference: dict[str, Scalar] = Field(
+        {}, description="values that make a point of the grid that it is tested against"
+    )
+
+
+def read_sweep_options(file: Path, reference: Mapping[str, Scalar] | None = None) -> SweepOptions:
+    """Returns the table `[sweep]` of a sweep's TOML.
+
+    Args:
+        reference: in place of the file's, if there is one.
+
+    Raises:
+        ConfigError: if the table is not valid.
+    """
+    table = read_toml_tables(file).get("sweep", {})
+    if not isinstance(table, dict):
+        raise ConfigError(f"{file}: sweep = {table!r}: is a table, [sweep]")
+    given = {**table, "reference": flatten(table["reference"])} if isinstance(table.get("reference"), dict) else table
+    return validated(SweepOptions, {**given, **({"reference": reference} if reference else {})})
+
+
+def references(points: Iterable[Point], reference: Mapping[str, Scalar]) -> dict[Point, Point]:
+    """Returns for each point the one that has `reference`'s values and is the same otherwise, where that is another.
+
+    Values are compared as they are written.
+
+    Raises:
+        ConfigError: if `reference` names no axis, or no point has such a one.
+    """
+    if not reference:
+        return {}
+    written = {frozenset((key, str(value)) for key, value in point): point for point in points}
+    axes = dict.fromkeys(key for point in written.values() for key, _ in point)
+    if unknown := [key for key in reference if key not in axes]:
+        raise ConfigError(f"reference {unknown[0]}: is no axis of this sweep; accepted: {', '.join(axes)}")
+    wanted = {key: str(value) for key, value in reference.items()}
+    found: dict[Point, Point] = {}
+    for own, point in written.items():
+        other = written.get(frozenset((dict(own) | wanted).items()))
+        if other is not None and other != point:
+            found[point] = other
+    if not found:
+        said = ", ".join(f"{key}={value}" for key, value in wanted.items())
+        accepted = "; ".join(f"{key}: {', '.join(_values(written.values(), key))}" for key in wanted)
+        raise ConfigError(
+            f"reference {said}: no point of the sweep has another one like it with that; there are {accepted}"
+        )
+    return found
+
+
+def _values(points: Iterable[Point], key: str) -> list[str]:
+    return list(dict.fromkeys(str(dict(point)[key]) for point in points if key in dict(point)))

@@ -9,7 +9,8 @@ import numpy as np
 
 from experiments.figures.curves import Panel, panels_of_curves
 from experiments.figures.figure import Figure, Row, write_figure
-from experiments.sweep.outcome import Outcome, Point, grouped
+from experiments.sweep.grid import Point
+from experiments.sweep.results import Outcome, grouped
 from strategies.records import CurvePoint
 
 # x of a point of a learning curve, by axis title; the cost of round zero is the same for all and left out

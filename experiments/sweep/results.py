@@ -1,18 +1,131 @@
-"""A sweep as tables: a line a run and a line a device as CSV, and means over seeds for people."""
+"""Results of a sweep: measures per run and device as CSV, and a table of means over seeds for people."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import json
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
-from experiments.output import PACKAGES, as_csv, as_markdown, caption
+from experiments.output import PACKAGES, as_markdown, caption
 from experiments.statistics import TEST, paired
-from experiments.sweep.outcome import BYTES_TO, SECONDS_TO, Outcome, Point, grouped, personal_by_device
-from experiments.sweep.settings import SweepOptions, references
+from experiments.sweep.grid import Point, SweepOptions, SweepRun, group_of, references
+from strategies.records import SUMMARY, CurvePoint, Summary, read_summary
+from strategies.simulated import first_at
+from tapfl.errors import RunError
 from tapfl.store import write_bytes
+
+MEASURES = (
+    "dense_accuracy",
+    "pruned_accuracy",
+    "global_accuracy",
+    "personal_accuracy",
+    "personal_accuracy_worst_decile",
+    "bytes_up",
+    "bytes_down",
+    "simulated_seconds",
+)
+DEVICE_MEASURES = (
+    "train_samples",
+    "test_samples",
+    "classes",
+    "macs_share",
+    "params_share",
+    "dense_accuracy",
+    "pruned_accuracy",
+    "global_accuracy",
+    "personal_accuracy",
+)
+BYTES_TO, SECONDS_TO = "bytes_to_", "seconds_to_"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A finished run.
+
+    Attributes:
+        point: where it lies in the grid, its seed too if that is an axis.
+        folder: the run's.
+        options: all of the run's, as resolved.
+        versions: of the packages it was made with.
+    """
+
+    point: Mapping[str, Any]
+    folder: Path
+    options: Mapping[str, Any]
+    versions: Mapping[str, str]
+    summary: Summary
+
+    @property
+    def group(self) -> Point:
+        """Where the run lies in the grid but for its seed."""
+        return group_of(self.point)
+
+    @property
+    def curve(self) -> list[CurvePoint]:
+        return self.summary.curve
+
+    def measures(self, reach: Sequence[float]) -> dict[str, float | None]:
+        """Returns `MEASURES`, what round zero cost of them, and what each accuracy of `reach` cost after it.
+
+        Bytes are those of all devices, up and down. An accuracy that was never reached has None; one that the smaller
+        models had before any round, 0. Round zero is apart because it is the same for all that differ after it, and
+        most of what is sent: the backbone, and the smaller models.
+        """
+        start = self.curve[0]
+        found: dict[str, float | None] = {name: getattr(self.summary, name) for name in MEASURES}
+        found |= {"round_zero_bytes": start.bytes, "round_zero_seconds": start.seconds}
+        for accuracy in reach:
+            first = first_at(self.curve, accuracy)
+            found[f"{BYTES_TO}{accuracy:g}"] = None if first is None else first.bytes - start.bytes
+            found[f"{SECONDS_TO}{accuracy:g}"] = None if first is None else first.seconds - start.seconds
+        return found
+
+    def devices(self) -> list[dict[str, Any]]:
+        """Returns for every device that got a model what it has, what it gained, and what it sent and received."""
+        return [
+            {
+                "device": record.device,
+                "budget": record.profile.budget,
+                **{name: getattr(record, name) for name in DEVICE_MEASURES},
+                "bytes_up": sum(record.bytes_up.values()),
+                "bytes_down": sum(record.bytes_down.values()),
+            }
+            for record in self.summary.equipped
+        ]
+
+
+def outcomes(cells: Sequence[SweepRun], out: Path) -> list[Outcome]:
+    """Returns the finished runs of a sweep, in the order of its cells. Raises RunError if there is none."""
+    found = []
+    for cell in cells:
+        folder = out / cell.name
+        if (folder / SUMMARY).is_file():
+            config, versions = (json.loads((folder / name).read_text()) for name in ("config.json", "versions.json"))
+            found.append(Outcome(cell.point, folder, config, versions, read_summary(folder)))
+    if not found:
+        raise RunError(f"no run of the sweep in {out} came to its end")
+    return found
+
+
+def grouped(runs: Iterable[Outcome]) -> dict[Point, list[Outcome]]:
+    """Returns the runs that differ in their seed alone, by point of the grid."""
+    groups: dict[Point, list[Outcome]] = {}
+    for run in runs:
+        groups.setdefault(run.group, []).append(run)
+    return groups
+
+
+def personal_by_device(runs: Iterable[Outcome]) -> dict[Hashable, float]:
+    """Returns the personal accuracy of each device, the mean over the runs' seeds."""
+    devices = pd.DataFrame([record.model_dump() for run in runs for record in run.summary.equipped])
+    means: dict[Hashable, float] = devices.groupby("device")["personal_accuracy"].mean().to_dict()
+    return means
+
 
 LABELS = {
     "dense_accuracy": "dense",
@@ -31,16 +144,16 @@ LABELS = {
 def write_results(runs: Sequence[Outcome], out: Path, options: SweepOptions) -> Path:
     """Writes `results.csv`, a line a run, and `devices.csv`, a line a run and device; returns the first's path."""
     rows = [dict(run.point) | run.measures(options.reach) for run in runs]
-    measures = list(runs[0].measures(options.reach))
-    write_bytes(out / "results.csv", as_csv(rows, _columns(rows, measures)))
+    _write_csv(rows, list(runs[0].measures(options.reach)), out / "results.csv")
     devices = [dict(run.point) | device for run in runs for device in run.devices()]
-    write_bytes(out / "devices.csv", as_csv(devices, _columns(devices, list(runs[0].devices()[0]))))
+    _write_csv(devices, list(runs[0].devices()[0]), out / "devices.csv")
     return out / "results.csv"
 
 
-def _columns(rows: Sequence[Mapping[str, Any]], last: Sequence[str]) -> list[str]:
-    """Where runs differ in other options than others do, the columns are those of all; `last` ones come last."""
-    return [*dict.fromkeys(key for row in rows for key in row if key not in last), *last]
+def _write_csv(rows: Sequence[Mapping[str, Any]], last: Sequence[str], file: Path) -> None:
+    """Writes the options in which runs differ, in the order in which they occur, and then the `last` columns."""
+    table = pd.DataFrame(rows, dtype=object)
+    write_bytes(file, table[[*table.columns.difference(last, sort=False), *last]].to_csv(index=False).encode())
 
 
 def means_over_seeds(runs: Sequence[Outcome], options: SweepOptions) -> list[Mapping[str, str]]:
