@@ -381,7 +381,7 @@ def test_an_edited_plan_is_noticed(change: Callable[[Content], object], saved: P
             lambda content: content["layers"].pop(),
             r"plan\.json: .*\(blocks\.1\.mlp: expected none, found ffn of 128 units",
         ),
-        (lambda content: content["layers"].append(content["layers"][0]), r"layers\.4: blocks\.0\.attn is there twice"),
+        (lambda content: content["layers"].append(content["layers"][0]), r"layers\.4: blocks\.0\.attn occurs twice"),
         (
             lambda content: content["layers"][0].update(units=48),
             r"blocks\.0\.attn: expected attention of 48 units, found",
@@ -447,7 +447,7 @@ def test_weights_that_are_not_finite_are_refused(value: float, saved: Path, vit:
     state["blocks.1.mlp.fc1.bias"][3] = value
     write_tensors(saved / "model.safetensors", state)
     edit(saved, lambda content: content.update(sha256=sha256_of(saved / "model.safetensors")))
-    message = r"blocks\.1\.mlp\.fc1\.bias: holds values that are no finite numbers"
+    message = r"blocks\.1\.mlp\.fc1\.bias: holds values that are not finite"
     with pytest.raises(PlanError, match=rf"model\.safetensors: .*{message}"):
         load_pruned(saved)
     plan = a_plan(vit)
@@ -557,7 +557,7 @@ def test_a_plan_made_in_another_basis_is_not_reapplied(provenance: dict[str, str
 def test_a_plan_knows_its_layers(vit: Tiny) -> None:
     plan = a_plan(vit)
     assert plan.layer("blocks.1.mlp").units == 128
-    with pytest.raises(PlanError, match=r"says nothing of blocks\.7\.mlp"):
+    with pytest.raises(PlanError, match=r"has no layer blocks\.7\.mlp"):
         plan.layer("blocks.7.mlp")
 
 

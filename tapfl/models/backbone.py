@@ -1,4 +1,4 @@
-"""timm backbones by name: described in words that may come from elsewhere, and built within bounds."""
+"""timm backbones by name: described by a spec that may come from a message or a file, and built within bounds."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tapfl.options import Scalar
 _INITIALISING = threading.RLock()  # timm draws from torch's global generator, and runs may share a process
 
 FAMILIES = VisionTransformer | SwinTransformer | PoolingVisionTransformer
-ENTRY_POINTS = "tapfl.backbones"  # by which installed packages offer models: what is loaded registers itself with timm
+ENTRY_POINTS = "tapfl.backbones"  # of installed packages; loading one registers its models with timm
 ACCEPTED = "timm's ViT, DeiT, PiT and Swin"
 
 LARGEST_ARGUMENT = 2**16  # of a backbone's constructor: no image, width or depth is larger
@@ -34,9 +34,9 @@ Argument = Scalar | tuple[int | float, ...]
 
 
 class BackboneSpec(BaseModel):
-    """What it takes to build a backbone again: timm's name, arguments of its constructor, number of classes.
+    """A backbone: timm's name, arguments of its constructor, number of classes.
 
-    It may come from elsewhere: what would read weights or fetch them, or fill the memory, is refused.
+    It may come from a message or a file, so arguments that would load weights or fill the memory are refused.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -58,7 +58,7 @@ class BackboneSpec(BaseModel):
 
     @classmethod
     def from_json(cls, text: str) -> BackboneSpec:
-        """Returns what `model_dump_json` gave. Raises ModelError if it is none, or one that is refused."""
+        """Returns the spec of `model_dump_json`. Raises ModelError if it is not valid."""
         try:
             return cls.model_validate_json(text)
         except ValidationError as error:
@@ -66,7 +66,7 @@ class BackboneSpec(BaseModel):
 
 
 def spec_of(options: ModelOptions, classes: tuple[str, ...]) -> BackboneSpec:
-    """Returns the backbone that the options name, one output a class. Raises ModelError if its arguments are off."""
+    """Returns the backbone of the options, with one output a class. Raises ModelError if its arguments are invalid."""
     try:
         return BackboneSpec(name=options.name, args=parse_args(options.args), num_classes=len(classes))
     except ValidationError as error:
@@ -112,11 +112,11 @@ def build(spec: BackboneSpec, pretrained: bool = False, seed: int | None = None)
 
     Args:
         pretrained: fetch the weights that timm's hub has for it.
-        seed: of the initial weights; None: they go on where torch's global generator is.
+        seed: of the initial weights; None: uses torch's global generator.
 
     Raises:
-        ModelError: if timm has no such model, its arguments are off, it is of another family, or so large that it can
-            only be a mistake, or meant to fill the memory, of which nothing is built; or if the hub has no weights.
+        ModelError: if timm has no such model, its arguments are invalid, it is of another family, it is too large (then
+            nothing is built), or the hub has no weights.
     """
     _require_bounded(spec.model_dump_json())
     with _INITIALISING, torch.random.fork_rng(devices=[], enabled=seed is not None):
@@ -126,10 +126,10 @@ def build(spec: BackboneSpec, pretrained: bool = False, seed: int | None = None)
 
 
 def outline(spec: BackboneSpec, tensors: int = 2**14) -> nn.Module:
-    """Returns the backbone without memory for its weights, on torch's meta device, whatever is asked for.
+    """Returns the backbone on torch's meta device, without memory for its weights, however large it is.
 
     Args:
-        tensors: of more parameter tensors it is not built to the end.
+        tensors: most parameter tensors that it may have.
 
     Raises:
         ModelError: as `build` does.
@@ -157,10 +157,10 @@ def _create(spec: BackboneSpec, pretrained: bool = False) -> nn.Module:
         model = timm.create_model(spec.name, pretrained, num_classes=spec.num_classes, **spec.args)
     except ModelError:
         raise
-    except Exception as error:  # timm does not check what it is given, and its hub's client raises many types
+    except Exception as error:  # timm does not check arguments, and its hub's client raises many types
         if pretrained:
             raise ModelError(
-                f"model.weights = 'hub': no weights for {spec.name} to be had ({message_of(error)})"
+                f"model.weights = 'hub': no weights for {spec.name} available ({message_of(error)})"
             ) from None
         raise ModelError(
             f"model.args = {spec.args}: timm cannot build {spec.name} with them ({message_of(error)})"

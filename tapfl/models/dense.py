@@ -45,7 +45,7 @@ class DenseCache:
         self.folder = cache / "backbones"
 
     def path(self, key: str) -> Path:
-        """Returns where a backbone lies. Raises ModelError if the key, which may come over the wire, is none."""
+        """Returns the file of a backbone. Raises ModelError if the key, which may come over the wire, is not one."""
         if not re.fullmatch(r"[0-9a-f]{16}", key):
             raise ModelError(f"backbone key {key!r:.40}: must be 16 hex digits")
         return self.folder / f"{key}.safetensors"
@@ -61,7 +61,7 @@ class DenseCache:
 
     @contextmanager
     def making(self, key: str) -> Iterator[None]:
-        """Lets one run of this machine at a time make the backbone `key`; the others wait, and then find it."""
+        """Lets one run on this machine at a time make the backbone `key`; the others wait, and then find it."""
         self.folder.mkdir(parents=True, exist_ok=True)
         with (self.folder.parent / f".backbone-{key}.lock").open("w") as lock:
             try:
@@ -75,22 +75,22 @@ class DenseCache:
         write_tensors(self.path(key), state)
 
     def receive(self, key: str, weights: bytes) -> None:
-        """Keeps weights that came over the wire, as safetensors. Raises ModelError if the key is not one."""
+        """Stores weights that came over the wire, as safetensors. Raises ModelError if the key is not one."""
         write_bytes(self.path(key), weights)
 
 
 def dense_key(options: ModelOptions, spec: BackboneSpec, pool: ImageSet, seed: int) -> str:
-    """Returns the name of the backbone's content: everything its weights depend on."""
+    """Returns a hash of everything that the backbone's weights depend on."""
     files = [Path(name).read_bytes() for name in (options.weights, options.head_rows) if name and Path(name).is_file()]
     data = [str(pool.images.shape).encode(), pool.images.tobytes(), pool.labels.tobytes()]
     return content_hash(options.model_dump_json(), spec.model_dump_json(), str(seed), *data, *pool.classes, *files)
 
 
 def fill_weights(model: nn.Module, options: ModelOptions, spec: BackboneSpec, classes: tuple[str, ...]) -> None:
-    """Fills `model` with the weights that the options name, if they name any.
+    """Loads the weights that the options name into `model`, if they name any.
 
     Raises:
-        ModelError: if they are not to be had, do not fit, or lack the head that is to be taken from them.
+        ModelError: if they are not available, do not fit, or lack the required head.
     """
     takes_head = options.head != "train"
     rows = Path(options.head_rows) if takes_head and options.head_rows else None
@@ -108,7 +108,7 @@ def dense_backbone(
     seed: int,
     cache: DenseCache,
 ) -> tuple[str, BackboneSpec, nn.Module]:
-    """Returns (key, spec, model) of the backbone that the options name, from the cache if it was made before.
+    """Returns (key, spec, model) of the backbone that the options name, from the cache if it is there.
 
     Raises:
         ModelError: if the backbone is unknown, cannot be pruned, or its weights do not fit.
@@ -124,7 +124,7 @@ def dense_backbone(
 
 def _make(options: ModelOptions, spec: BackboneSpec, pool: ImageSet, seed: int) -> nn.Module:
     model = build(spec, seed=int(numpy_generator(seed, "backbone").integers(2**62)))
-    prunable_layers(model)  # what cannot be pruned is refused before it is trained
+    prunable_layers(model)  # refuses what cannot be pruned before training it
     fill_weights(model, options, spec, pool.classes)
     train = partial(
         train_dense,
@@ -159,13 +159,13 @@ def _train_head(model: nn.Module, features: np.ndarray, train: Callable[..., Non
 def load_weights(
     model: nn.Module, file: Path, classes: tuple[str, ...], head_rows: Path | None, needs_head: bool = False
 ) -> None:
-    """Fills `model` with the weights of a safetensors file; position embeddings are resampled to the model's size.
+    """Loads a safetensors file into `model`; position embeddings are resampled to the model's size.
 
     Args:
         classes: names of the federation's classes, in the order of its labels.
         head_rows: JSON file of class name -> row of the file's head. Without it the file's head is used if it has one
             row a class, and left as initialised if not.
-        needs_head: refuse weights without a head for these classes, because none will be trained.
+        needs_head: refuse weights without a head for these classes.
 
     Raises:
         ModelError: naming the first weights that do not fit.
@@ -197,12 +197,12 @@ def load_weights(
         ) from None
     lacking = [key for key in missing if key not in heads]
     if lacking or unexpected:
-        what = f"lack {lacking[0]!r}" if lacking else f"hold {unexpected[0]!r}, which the backbone has not"
+        what = f"lack {lacking[0]!r}" if lacking else f"hold {unexpected[0]!r}, which the backbone lacks"
         raise ModelError(f"model.weights = {str(file)!r}: do not fit the backbone: they {what}")
 
 
 def load_hub_weights(model: nn.Module, spec: BackboneSpec, classes: tuple[str, ...], head_rows: Path | None) -> None:
-    """Fills `model` with the weights that timm's hub has for `spec`.
+    """Loads the weights of timm's hub for `spec` into `model`.
 
     Raises:
         ModelError: if the hub cannot be reached, has no weights under that name, or their head lacks a row.

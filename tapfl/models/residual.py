@@ -22,13 +22,13 @@ PLACE = {"attention": "1", "ffn": "2"}  # norm1 and ls1 belong to the attention 
 
 @dataclass(frozen=True)
 class Passage:
-    """What one pass of a block showed of a branch.
+    """Tensors around a branch in one pass of its block.
 
     Attributes:
         stream: the residual stream that the branch's norm read.
-        arguments: what the branch was called with (positional, by name).
+        arguments: of the branch's call (positional, by name).
         units: input of the branch's output linear, with 0 units where the branch is gone.
-        output: what the branch gave back.
+        output: of the branch.
     """
 
     stream: Tensor
@@ -142,7 +142,7 @@ def _grid_ffn_step(block: Any, x: Tensor) -> Tensor:
 
 
 class Echo(nn.Module):
-    """Stands in for a branch, to learn in what layout (windows) its block gives it the stream."""
+    """Takes the place of a branch and records its input, in the layout (windows) of its block."""
 
     heard: Tensor
 

@@ -1,4 +1,4 @@
-"""Units: what can be pruned in a block, and what goes with it.
+"""Units: the parts of a block that can be pruned, and the weights that belong to them.
 
 A *prunable layer* is one residual branch: an FFN, whose units are its hidden neurons, or an attention, whose units are
 the dims of its heads (one unit = one dim of one head, in q, k and v together). The algorithms see only the interface

@@ -1,4 +1,4 @@
-"""The canonical basis of heads (ours): the same function, each head's dims ordered by what they carry.
+"""The canonical basis of heads (ours): the same function, with the dims of each head ordered by their energy.
 
 Attention does not change under a change of basis inside a head,
 
@@ -9,9 +9,9 @@ adds to the residual stream. Dropping the last dims of both orders is then the b
 instead of the removal of arbitrary axes. Computed once on the public pool for all devices, index-aligned aggregation
 of adapters keeps its meaning, because all devices cut in the same basis.
 
-Two constants are taken out first. Of the keys, what all tokens of a span share adds the same number to every logit of
-a query, which the softmax does not see. Of a head's output, the mean μ moves to the biases, b_v -= μ, b_o += W_o μ,
-since attention weights sum to 1: no dim is spent on it.
+Two constants are removed first. The mean key of the tokens of a span adds the same number to every logit of a query,
+which does not change the softmax. The mean μ of a head's output moves to the biases, b_v -= μ, b_o += W_o μ, since
+attention weights sum to 1, so that no dim is spent on it.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from tapfl.progress import track
 from tapfl.pruning.scores import refuse_not_finite
 from tapfl.seeds import numpy_generator
 
-RESOLUTION = 1e-9  # of the mean square of a head's activations: what carries less is rounding
+RESOLUTION = 1e-9  # of the mean square of a head's activations: less energy than that is rounding
 LEAST = 1e-6  # of the largest singular value: smaller ones set no scale
 POOL_IMAGES, BATCH = 1024, 64
 MARK = "tapfl_canonical"  # an attribute of the model, which copy.deepcopy preserves
@@ -48,7 +48,7 @@ class HeadMoments:
         self.tokens = 0
 
     def add_qkv(self, qkv: Tensor) -> None:
-        """Takes the output (images or windows, tokens of a span, 3 units) of qkv."""
+        """Adds the output (images or windows, tokens of a span, 3 units) of qkv."""
         heads, dims = self.total.shape
         q, k, _ = qkv.double().unflatten(-1, (3, heads, dims)).unbind(2)
         self.query += _products(q)
@@ -56,7 +56,7 @@ class HeadMoments:
         self.tokens += q.shape[0] * q.shape[1]
 
     def add_output(self, o: Tensor) -> None:
-        """Takes the input (images or windows, tokens of a span, units) of the output linear."""
+        """Adds the input (images or windows, tokens of a span, units) of the output linear."""
         o = o.double().unflatten(-1, self.total.shape)
         self.output += _products(o)
         self.total += o.sum((0, 1))
@@ -64,11 +64,11 @@ class HeadMoments:
 
 @torch.no_grad()
 def canonical_basis(model: nn.Module, layers: Sequence[PrunableLayer], inputs: Tensor, batch: int) -> nn.Module:
-    """Returns a copy of `model` that computes the same (fp32, 1e-5), its heads in the canonical basis, and marked so.
+    """Returns a copy of `model` with its heads in the canonical basis, which computes the same (fp32, 1e-5).
 
     Args:
-        model: the dense backbone in evaluation mode; it is left as it is.
-        layers: its prunable layers (units within query-key norms are refused where these are found).
+        model: the dense backbone in evaluation mode; it is not changed.
+        layers: its prunable layers.
         inputs: images in the backbone's input format (n, channels, height, width), n >= 1, such as the public pool.
         batch: images a pass.
 
@@ -117,17 +117,17 @@ def turned_on_pool(model: nn.Module, images: ImageSet, transform: Transform, see
 
 
 def carried_energy(model: nn.Module) -> dict[str, Tensor] | None:
-    """Returns what every dim of every head carries, by attention, float64 (units,); None unless the basis is canonical.
+    """Returns the energy of every dim, by attention, float64 (units,); None unless the basis is canonical.
 
-    A dim's share of its head's energy, Σσ² = 1, the mean over the head's logits and its output: falling within a head,
-    and comparable between heads and layers.
+    The energy of a dim is its share of its head's, Σσ² = 1, averaged over the head's logits and its output. It falls
+    within a head and is comparable between heads and layers.
     """
     marked: dict[str, Tensor] | None = getattr(model, MARK, None)
     return marked
 
 
 def _turn(module: Any, found: HeadMoments) -> Tensor:
-    """Changes the basis of one attention in place; returns what each dim carries (heads, dims)."""
+    """Changes the basis of one attention in place; returns the energy of each dim (heads, dims)."""
     heads, dims = found.total.shape
     qkv, proj = module.qkv, module.proj
     W_q, W_k, W_v = qkv.weight.double().unflatten(0, (3, heads, dims))
@@ -149,7 +149,7 @@ def _turn(module: Any, found: HeadMoments) -> Tensor:
 
 
 def ordering(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns (B, B', σ), B B'ᵀ = I, that order the products x·y = Σ_c x_c y_c of vectors x and y by what they carry.
+    """Returns (B, B', σ), B B'ᵀ = I, that order the terms of x·y = Σ_c x_c y_c by their energy.
 
     With x ← Bᵀx and y ← B'ᵀy, the products are the same, both second moments are diag(σ), σ falling, and the sum over
     the first k dims is the best approximation of rank k of the products of all x with all y.
@@ -164,7 +164,7 @@ def ordering(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _root(G: Tensor) -> Tensor:
-    """Returns lower triangular L with L Lᵀ = G, or all but: G may be singular."""
+    """Returns lower triangular L with L Lᵀ = G up to RESOLUTION: G may be singular."""
     size = G.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
     least = torch.where(size > 0, RESOLUTION * size, 1.0)
     return torch.linalg.cholesky(G + least * torch.eye(G.shape[-1], dtype=G.dtype))

@@ -1,4 +1,4 @@
-"""Budgets: what a pruned model may cost, in one or several quantities at once.
+"""Budgets: upper limits on the cost of a pruned model, in one or several quantities.
 
 0.5                          half of the dense model's MACs, the same as macs<=0.5
 params<=8e6                  at most eight million parameters
@@ -61,7 +61,7 @@ class Limit:
         return self.value * dense if self.share else self.value
 
     def express(self, cost: float, dense: float) -> str:
-        """Returns a cost as the limit states it (a share, a number or milliseconds), rounded up: a limit it meets."""
+        """Returns a cost in the unit of the limit (share, number or milliseconds), rounded up so that it can be met."""
         if not self.share and self.quantity != "latency":
             return str(math.ceil(cost))
         value = cost / dense if self.share else cost
@@ -74,21 +74,21 @@ class Limit:
 
 @dataclass(frozen=True)
 class Budget:
-    """Limits that all have to hold, of different quantities; `str` gives a text that `parse` takes."""
+    """Limits on different quantities, all of which have to hold; `parse` reads what `str` returns."""
 
     limits: tuple[Limit, ...]
 
     @classmethod
     def parse(cls, given: Budget | float | str) -> Budget:
-        """Returns the budget that is meant.
+        """Returns the budget of a text, a share of the MACs, or a budget.
 
         Raises:
-            ConfigError: naming the part that is off, and what is accepted.
+            ConfigError: naming the part that is wrong and the accepted forms.
         """
         if isinstance(given, Budget):
             return given
         if isinstance(given, bool) or not isinstance(given, int | float | str):
-            raise ConfigError(f"budget = {given!r}: is none; accepted: {ACCEPTED}")
+            raise ConfigError(f"budget = {given!r}: is not a valid budget; accepted: {ACCEPTED}")
         limits = tuple(_limit(part.strip(), given) for part in str(given).split(","))
         quantities = [limit.quantity for limit in limits]
         for quantity in quantities:
@@ -118,12 +118,12 @@ def _limit(part: str, given: object) -> Limit:
     elif bare and _number(bare[1]) is not None:
         quantity, number, unit = "macs", bare[1], bare[2]
     else:
-        raise ConfigError(f"budget = {given!r}: {part!r} is no limit; accepted: {ACCEPTED}")
+        raise ConfigError(f"budget = {given!r}: {part!r} is not a limit; accepted: {ACCEPTED}")
     value = _number(number)
     if quantity not in NOUNS:
-        raise ConfigError(f"budget = {given!r}: {quantity!r} is no quantity; accepted: {', '.join(NOUNS)}")
+        raise ConfigError(f"budget = {given!r}: {quantity!r} is not a quantity; accepted: {', '.join(NOUNS)}")
     if value is None or not 0 < value < math.inf:
-        raise ConfigError(f"budget = {given!r}: {number!r} is no number above 0; accepted: {ACCEPTED}")
+        raise ConfigError(f"budget = {given!r}: {number!r} is not a number above 0; accepted: {ACCEPTED}")
     if unit == "ms":
         if quantity != "latency":
             raise ConfigError(f"budget = {given!r}: {quantity} is not in ms; accepted: {ACCEPTED}")

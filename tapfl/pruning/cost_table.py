@@ -1,7 +1,7 @@
-"""What any shape of any prunable layer costs, in the quantities of a budget: all that an allocation has to know.
+"""The cost of every shape of every prunable layer, in the quantities of a budget.
 
-MACs and parameters are arithmetic, latency is a table of timings; both become the same thing here, a fixed part and a
-table a layer, so that what is linear and what is not are treated alike.
+MACs and parameters are computed, latency is measured. Both become a fixed part and a table for each layer here, so that
+linear and nonlinear costs are treated alike.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from tapfl.models.cost import Cost, Timings
 from tapfl.models.units import PrunableLayer, Shape
 from tapfl.pruning.budget import Budget, Limit
 
-TOLERANCE = 0.005  # how far below its limit the cost that binds may end
-ROUNDING = 1e-12  # a share that was a quotient of whole costs is met exactly
+TOLERANCE = 0.005  # the cost that binds ends at most this far below its limit
+ROUNDING = 1e-12  # a share that is a quotient of whole costs can be met exactly
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,8 +27,8 @@ class CostTable:
     Attributes:
         limits: the limits that all have to hold.
         dense: what the dense model costs, by limit (M,).
-        fixed: what no pruning saves (M,).
-        branches: by layer name, what it costs with so many heads and dims a head (M, heads + 1, dims + 1).
+        fixed: cost outside the prunable branches (M,).
+        branches: cost by layer name, heads and dims a head (M, heads + 1, dims + 1).
     """
 
     limits: tuple[Limit, ...]
@@ -38,7 +38,7 @@ class CostTable:
 
     @cached_property
     def allowed(self) -> np.ndarray:
-        """What the whole model may cost (M,), in the limits' own units."""
+        """The largest allowed cost of the whole model (M,), in the units of the limits."""
         return np.array([limit.allowed(dense) for limit, dense in zip(self.limits, self.dense, strict=True)])
 
     @cached_property
@@ -51,12 +51,12 @@ class CostTable:
 
     @cached_property
     def prunable(self) -> np.ndarray:
-        """What all units of all layers cost (M,)."""
+        """The cost of all units of all layers (M,)."""
         return self._sum(table[:, -1, -1] - table[:, 0, 0] for table in self.branches.values())
 
     @cached_property
     def spendable(self) -> np.ndarray:
-        """What may be spent on units (M,), at most all that they cost; negative if a model without any is too much."""
+        """The budget for units (M,), at most their cost; negative if a model without units is over the limit."""
         least = self.fixed + self._sum(table[:, 0, 0] for table in self.branches.values())
         return np.minimum(self.allowed - least, self.prunable)
 
@@ -71,15 +71,15 @@ class CostTable:
         return int(self.shares.argmin())
 
     def price(self, name: str) -> float:
-        """Returns what a unit of a layer costs in the budget's own terms.
+        """Returns the cost of a unit of a layer: in the limit's quantity, or over several limits the sum of its shares.
 
-        With one limit that is its quantity, with several the sum of the shares of what each has to spend.
+        A share is relative to what the limit allows for units.
         """
         slope = self.slopes[name]
         return float(slope[0] if len(slope) == 1 else (slope / np.maximum(self.spendable, ROUNDING)).sum())
 
     def total(self, shapes: Mapping[str, Shape]) -> np.ndarray:
-        """Returns what the whole model costs (M,) when its layers have these shapes."""
+        """Returns the cost of the whole model (M,) with layers of these shapes."""
         return self.fixed + self._sum(
             table[:, shapes[name].heads, shapes[name].dims] for name, table in self.branches.items()
         )
@@ -102,12 +102,12 @@ class CostTable:
 
 
 def within(cost: np.ndarray, allowed: np.ndarray) -> bool:
-    """Returns whether every cost is at most what is allowed, but for rounding."""
+    """Returns whether every cost is at most its limit, up to rounding."""
     return bool((cost <= allowed * (1 + ROUNDING)).all())
 
 
 def reached(cost: np.ndarray, allowed: np.ndarray) -> bool:
-    """Returns whether one cost at least comes within 0.5 % of what is allowed."""
+    """Returns whether at least one cost is within 0.5 % of its limit."""
     return bool((cost >= allowed * (1 - TOLERANCE)).any())
 
 
@@ -119,7 +119,7 @@ def cost_table(
     Args:
         layers: all its prunable layers.
         dense: its cost.
-        timings: needed where the budget names latency; the fixed part is the model's time less its branches'.
+        timings: needed if the budget names latency; the fixed part is the model's time minus that of its branches.
     """
     by_quantity = {limit.quantity: _branches(layers, limit.quantity, timings) for limit in budget.limits}
     whole = {"macs": float(dense.macs), "params": float(dense.params), "latency": timings.dense if timings else 0.0}

@@ -1,7 +1,7 @@
-"""A pruned model in the formats that others run: ONNX, torch.export and TorchScript.
+"""Export of a pruned model: ONNX, torch.export and TorchScript.
 
-What is written is read again and compared with the model before it takes its name, so a file that is there computes
-what the model computes.
+A file is read again and compared with the model before it gets its name, so an existing file computes what the model
+computes.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from tapfl.seeds import torch_generator
 from tapfl.store import whole_file
 
 TOLERANCE = 1e-4  # largest difference of a logit
-ONNX_BYTES = 2**31 - 2**20  # what one protobuf message can hold
+ONNX_BYTES = 2**31 - 2**20  # capacity of one protobuf message
 ABOUT = "tapfl.json"  # where the archives of torch keep what ONNX calls metadata
 
 Forward = Callable[[Tensor], Tensor]
@@ -34,7 +34,7 @@ Forward = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written, and how far it is from the model: logits of random inputs at `batches`."""
+    """A written file, and its difference from the model: logits of random inputs at `batches`."""
 
     file: Path
     format: str
@@ -56,14 +56,14 @@ def export(
 
     Args:
         model: as `load_pruned` returns it.
-        plan: what it was pruned by.
+        plan: its pruning plan.
         format: a key of `FORMATS`.
         batch: images a pass; None leaves it open.
         opset: ONNX operator set; None takes the exporter's.
 
     Raises:
-        ConfigError: if an argument is off, a package is missing, or `file` exists or cannot be written.
-        RunError: if the format cannot hold the model or what is read again differs from it; there is no file then.
+        ConfigError: if an argument is invalid, a package is missing, or `file` exists or cannot be written.
+        RunError: if the format cannot hold the model, or the file computes something else; no file is left then.
     """
     file = Path(file)
     if format not in FORMATS:
@@ -99,7 +99,7 @@ def load_exported(file: Path | str, format: str = "onnx") -> Forward:
 
 
 def _about(model: nn.Module, plan: PruningPlan) -> dict[str, str]:
-    """Returns what a reader of the file needs besides the weights."""
+    """Returns the metadata that a reader of the file needs."""
     transform = transform_of(model)
     return {
         "tapfl": metadata.version("tapfl"),
@@ -131,7 +131,7 @@ def _check(model: nn.Module, exported: Forward, batches: Sequence[int]) -> tuple
 
 
 def _program(model: nn.Module, batch: int | None) -> torch.export.ExportedProgram:
-    """Returns the graph of `model`; traced with two images if their number is open, as torch takes 1 for a constant."""
+    """Returns the graph of `model`; traced with two images if the batch is dynamic, as torch takes 1 for a constant."""
     shapes = None if batch else ({0: torch.export.Dim("batch", min=1)},)
     try:
         program = torch.export.export(model, (example_input(model, batch or 2),), dynamic_shapes=shapes)
@@ -183,7 +183,7 @@ def _write_onnx(model: nn.Module, file: Path, about: Mapping[str, str], batch: i
     if opset is not None and got != opset:
         raise ConfigError(f"opset = {opset}: torch's exporter does not write it (it wrote {got})")
     for node in proto.graph.node:
-        del node.metadata_props[:]  # how the exporter came to it, more bytes than a small model's weights
+        del node.metadata_props[:]  # notes of the exporter, more bytes than a small model's weights
     for key, value in about.items():
         entry = proto.metadata_props.add()
         entry.key, entry.value = key, value
@@ -214,7 +214,7 @@ FORMATS: dict[str, tuple[Writer, Callable[[Path], Forward], tuple[str, ...]]] = 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """The exporters' notes are for those who write exporters."""
+    """Silences the warnings of the exporters."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

@@ -76,7 +76,7 @@ class Pruned:
         """Returns what travels with the plan: nothing where it is exact, else the model's weights as safetensors.
 
         Args:
-            always: the weights in any case, for a device that is not to cut a backbone of its own.
+            always: the weights in any case, for a device that does not cut its own backbone.
 
         `tapfl.pruning.surgery.rebuild` makes the model of both.
         """
@@ -89,10 +89,10 @@ def labels_of(images: ImageSet, options: PruningOptions) -> Tensor | None:
 
 
 def fine_tune_set(pick: Callable[[int], ImageSet], transform: Transform, options: PruningOptions) -> FineTuneSet | None:
-    """Returns `recovery-size` images; None where recovery is to use the metric set, or there is none.
+    """Returns `recovery-size` images; None if recovery uses the metric set or is off.
 
     Args:
-        pick: how many -> so many public images that look like the task; called only if they are needed.
+        pick: returns so many public images of the task; called only if they are needed.
     """
     if options.recovery == "none" or not options.recovery_size:
         return None
@@ -110,16 +110,16 @@ def pruning_task(
     seed: int = 0,
     timings: Timings | None = None,
 ) -> PruningTask:
-    """Returns the problem that a criterion solves.
+    """Returns the input of a criterion.
 
-    Options that are `auto` become what the criterion is made for. In the canonical basis the task's model is `model`
-    turned, on the metric set unless `model` was turned before (`turned_on_pool`).
+    Options that are `auto` take the criterion's defaults. With ``basis = canonical`` the task's model is in that basis,
+    found on the metric set unless `model` is in it already (`turned_on_pool`).
 
     Args:
-        timings: of the model, for a budget that names latency; measured here and now where they are not given.
+        timings: of the model, for a budget that names latency; measured here if None.
 
     Raises:
-        ConfigError: if the budget is none.
+        ConfigError: if the budget is not valid.
         ModelError: if the metric set is empty, smaller than one batch, or not of the backbone's input format.
     """
     check_metric_set(model, inputs, batch)

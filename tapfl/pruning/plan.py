@@ -1,4 +1,4 @@
-"""The pruning plan: which units of which layers stay. It is all that the server has to send."""
+"""The pruning plan: which units of which layers stay. The server need not send more than that."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class LayerPlan(BaseModel):
 
 
 class PruningPlan(BaseModel):
-    """What stays of a backbone, what that costs, and where it comes from."""
+    """The kept units of a backbone, the cost before and after, and the provenance."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -49,7 +49,7 @@ class PruningPlan(BaseModel):
 
     @classmethod
     def from_json(cls, text: str | bytes, source: str = "plan") -> PruningPlan:
-        """Returns a plan from elsewhere. Raises PlanError, naming `source` and the first field that is off."""
+        """Returns a plan from a file or a message. Raises PlanError, naming `source` and the first wrong field."""
         try:
             plan = cls.model_validate_json(text)
         except ValidationError as error:
@@ -68,28 +68,28 @@ class PruningPlan(BaseModel):
 
     @property
     def checksum(self) -> str:
-        """What the plan is called in files that belong to it: 64 hex digits of its content."""
+        """64 hex digits that identify the plan by its content."""
         return checksum_of(self.content())
 
     def layer(self, name: str) -> LayerPlan:
-        """Returns the plan of one layer. Raises PlanError if it has none."""
+        """Returns the plan of one layer. Raises PlanError if there is none."""
         for layer in self.layers:
             if layer.name == name:
                 return layer
-        raise PlanError(f"plan: says nothing of {name}")
+        raise PlanError(f"plan: has no layer {name}")
 
     @property
     def widths(self) -> dict[str, int]:
         return {layer.name: len(layer.kept) for layer in self.layers}
 
     def _faults(self) -> Iterator[str]:
-        """Yields what no backbone could make good."""
+        """Yields faults that are wrong for any backbone."""
         if not self.backbone.name.isprintable():
-            yield f"backbone.name: {self.backbone.name!r:.100} is no model's"
+            yield f"backbone.name: {self.backbone.name!r:.100} is not a model's name"
         names: set[str] = set()
         for position, layer in enumerate(self.layers):
             if layer.name in names:
-                yield f"layers.{position}: {layer.name} is there twice"
+                yield f"layers.{position}: {layer.name} occurs twice"
             names.add(layer.name)
             rising = all(a < b for a, b in zip(layer.kept, layer.kept[1:], strict=False))
             if layer.kept and not (rising and layer.kept[0] >= 0 and layer.kept[-1] < layer.units):
@@ -131,10 +131,10 @@ def kept_plan(file: Path) -> tuple[PruningPlan, str]:
     return _read(file, required=())
 
 
-def require_device(plan: PruningPlan, device: int, said: str) -> None:
-    """Raises PlanError, in words that begin with `said`, if a plan says that it is of another device."""
+def require_device(plan: PruningPlan, device: int, subject: str) -> None:
+    """Raises PlanError, with `subject` as its first words, if a plan belongs to another device."""
     if (own := plan.provenance.get("device", device)) != device:
-        raise PlanError(f"{said} of device {own}, not of {device}")
+        raise PlanError(f"{subject} of device {own}, not of {device}")
 
 
 def _read(file: Path, required: tuple[str, ...]) -> tuple[PruningPlan, str]:
@@ -157,4 +157,4 @@ def _read(file: Path, required: tuple[str, ...]) -> tuple[PruningPlan, str]:
 
 
 def _no_number(text: str) -> float:
-    raise ValueError(f"{text} is no number")
+    raise ValueError(f"{text} is not a number")

@@ -1,7 +1,7 @@
-"""Recovery: the training that a pruned model gets after surgery, the same for all criteria.
+"""Recovery: training of a pruned model after surgery, the same for all criteria.
 
 A fixed number of steps of Adam at a constant learning rate on public images, with no augmentation and no dropout, and
-nothing selected on test data. The loss of logits z with label y and, where the dense model teaches, its logits t is
+nothing selected on test data. With logits z, label y and the dense model's logits t, the loss is
 
     fine-tune   CE(z, y)
     distill     β T² KL(softmax(t/T) ‖ softmax(z/T)) + (1 − β) CE(z, y)            (Hinton et al., arXiv 1503.02531)
@@ -41,12 +41,12 @@ TEMPERATURE, SOFT_SHARE = 4.0, 0.9  # T and β of distillation
 
 
 def steps_left(options: PruningOptions, selection: Selection) -> int:
-    """Returns the steps of recovery that remain to a criterion: those its own search has taken are deducted."""
+    """Returns the steps of recovery that remain after the steps of the criterion's own search are deducted."""
     return max(options.recovery_steps - selection.steps, 0)
 
 
 def fading_branches(model: nn.Module, selection: Selection) -> dict[str, nn.Module]:
-    """Returns, by name, the branches of the dense `model` that fade: dropped as a whole by a criterion that asks so."""
+    """Returns, by name, the branches of the dense `model` that fade: dropped as a whole, if the criterion lets them."""
     if not selection.fades:
         return {}
     return {name: model.get_submodule(name) for name, kept in selection.kept.items() if len(kept) == 0}
@@ -140,7 +140,7 @@ def strength(step: int, steps: int) -> float:
 
 
 class FadingBranch(nn.Module):
-    """b + λ (f(x) − b) in the place of a branch f of which only b stays."""
+    """b + λ (f(x) − b), in place of a branch f of which only the constant b stays."""
 
     def __init__(self, branch: nn.Module, constant: nn.Module) -> None:
         super().__init__()

@@ -9,7 +9,7 @@ For a channel c of a layer with activations X (images B, tokens N, channels C), 
     act_c = Σ_{b,n} |X_bnc|                               activeness
 
 Since tr(HKH·HRH) = Σ_ij K_ij (HRH)_ij, only the references R are centred, and all channels against all references are
-one matrix product. A constant added to K changes nothing, so K - 1 is what is computed.
+one matrix product. A constant added to K changes nothing, so K - 1 is computed.
 """
 
 from __future__ import annotations

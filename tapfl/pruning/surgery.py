@@ -1,4 +1,4 @@
-"""Surgery: a plan applied to a backbone gives a smaller plain timm model, which can be saved and loaded alone."""
+"""Surgery: from a plan and a backbone to a smaller plain timm model, which is saved and loaded by itself."""
 
 from __future__ import annotations
 
@@ -43,34 +43,34 @@ def shrink(model: nn.Module, plan: PruningPlan) -> nn.Module:
 
 
 def apply_plan(plan: PruningPlan | Path | str, model: nn.Module) -> nn.Module:
-    """Returns `model` cut as a plan from elsewhere says: a plan, a pruned model's folder, or a file that holds one.
+    """Returns `model` cut by a plan, given as such, as a pruned model's folder, or as a file that holds one.
 
-    A plan holds positions of units alone: weights that were refitted after cutting are not carried over
-    (`provenance["compensation"]` says so).
+    A plan holds positions of units only: weights that were changed after cutting are not carried over (see
+    `provenance["compensation"]`).
 
     Raises:
-        PlanError: if it does not fit the model, or was made among heads' dims in another basis than the model's.
+        PlanError: if it does not fit the model, or was made in another basis of the heads than the model's.
     """
     plan = plan if isinstance(plan, PruningPlan) else read_plan(plan)
     turned = plan.provenance.get("basis") == "canonical" or plan.provenance.get("criterion") in TURNED
     if turned and carried_energy(model) is None:
         raise PlanError(
-            f"plan for {plan.backbone.name}: was made in the canonical basis of the heads, so its dims are none of "
-            "these weights' own; prune them anew, or load the pruned model itself"
+            f"plan for {plan.backbone.name}: was made in the canonical basis of the heads, and these weights are not "
+            "in it; prune them again, or load the pruned model itself"
         )
     return shrink(model, plan)
 
 
 def save_pruned(model: nn.Module, plan: PruningPlan, folder: Path | str, replace: bool = False) -> None:
-    """Writes `plan.json` and `model.safetensors` to a new `folder`: both whole, or none.
+    """Writes `plan.json` and `model.safetensors` to a new `folder`: both complete, or neither.
 
     Args:
-        replace: take the place of a pruned model that is there already. Killed while the two change places, the folder
-            is missing; it never mixes them.
+        replace: replace a pruned model that is there. If the process is killed in between, the folder is missing; it
+            never mixes the two.
 
     Raises:
-        PlanError: if something is there (with `replace`: something else than a pruned model), it cannot be written,
-            or the model is not what the plan describes, or not finite.
+        PlanError: if the folder exists (with `replace`: holds anything but a pruned model) or cannot be written, or if
+            the model does not match the plan or is not finite.
     """
     folder, state = Path(folder), model.state_dict()
     _check_state(state, _skeleton(plan, len(state)).state_dict(), "model to be saved")
@@ -91,10 +91,10 @@ def load_pruned(folder: Path | str, dense: nn.Module | None = None) -> nn.Module
     """Returns the pruned model of `folder`, rebuilt from the plan; neither dense weights nor pickle are needed.
 
     Args:
-        dense: a model of the plan's backbone, whatever its weights: to cut it is faster than to build one.
+        dense: a model of the plan's backbone with any weights: cutting it is faster than building one.
 
     Raises:
-        PlanError: if a file is missing, damaged, edited, or not the one that belongs to the plan.
+        PlanError: if a file is missing, damaged, edited, or does not belong to the plan.
     """
     folder = Path(folder)
     plan, checksum = load_plan(folder)
@@ -110,7 +110,7 @@ def load_pruned(folder: Path | str, dense: nn.Module | None = None) -> nn.Module
 
 
 def rebuild(plan: PruningPlan, weights: bytes) -> nn.Module:
-    """Returns the pruned model of a plan and its weights as they travel, the content of a safetensors file.
+    """Returns the pruned model of a plan and its weights, the content of a safetensors file.
 
     Raises:
         PlanError: if the weights are damaged, not finite, or not those of the plan's model; it names the first.
@@ -121,15 +121,15 @@ def rebuild(plan: PruningPlan, weights: bytes) -> nn.Module:
 
 
 def require_fitting(plan: PruningPlan) -> None:
-    """Raises TapflError if there is no backbone as the plan says, or its layers are others; takes no memory for one."""
+    """Raises TapflError if the plan's backbone does not exist or has other layers; builds none in memory."""
     _skeleton(plan, 64 * len(plan.layers))
 
 
 def _skeleton(plan: PruningPlan, tensors: int) -> nn.Module:
-    """Returns the pruned model without memory for its weights, on torch's meta device, whatever the plan asks for.
+    """Returns the pruned model on torch's meta device, without memory for its weights, however large it is.
 
     Args:
-        tensors: how many its weights are; the dense model can have a few a layer more.
+        tensors: number of its weights; the dense model can have a few more in each layer.
     """
     spec = plan.backbone
     try:
@@ -137,7 +137,7 @@ def _skeleton(plan: PruningPlan, tensors: int) -> nn.Module:
     except TapflError:
         raise
     except Exception as error:  # layers that no family of ours has
-        raise PlanError(f"{spec.name} cannot be cut as the plan says, with {spec.args} ({message_of(error)})") from None
+        raise PlanError(f"{spec.name} cannot be cut by the plan, with {spec.args} ({message_of(error)})") from None
 
 
 def _filled(skeleton: nn.Module, state: Mapping[str, Tensor], what: str) -> nn.Module:
@@ -153,10 +153,10 @@ def _filled(skeleton: nn.Module, state: Mapping[str, Tensor], what: str) -> nn.M
 
 
 def _check_state(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], what: str) -> None:
-    """Raises PlanError, beginning with `what`, for the first tensor that is missing, odd in shape or not finite."""
+    """Raises PlanError, beginning with `what`, for the first tensor that is missing, of wrong shape or not finite."""
     for name in [*expected, *state]:
         want, got = (list(tensors[name].shape) if name in tensors else "none" for tensors in (expected, state))
         if want != got:
             raise PlanError(f"{what} ({name}: expected {want}, found {got})")
         if not (state[name].is_floating_point() and bool(state[name].isfinite().all())):
-            raise PlanError(f"{what} ({name}: holds values that are no finite numbers)")
+            raise PlanError(f"{what} ({name}: holds values that are not finite)")

@@ -1,1 +1,1 @@
-"""What a device says about its images, and the public images that it selects."""
+"""A device's summary of its images, and the public images selected by it."""

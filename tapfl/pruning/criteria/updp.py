@@ -30,6 +30,7 @@ from tapfl.pruning.layer_importance import divergences
 
 BEAM = 4  # drop sets that are pursued
 IMAGES = 64  # of the metric set, evenly spaced, that the search uses; the BEAM best solutions are compared on all of it
+SCREEN_IMAGES, SCREENED = 16, 16  # of these; the drop sets of a level that are best on them are measured on all IMAGES
 
 DropSet = frozenset[str]
 
@@ -76,13 +77,21 @@ def search(task: PruningTask, beam: int) -> tuple[list[DropSet], dict[str, float
             children = dict.fromkeys(parent | {name} for parent in level for name in names if name not in parent)
             # a child that could keep a branch is replaced by its minimal subset, which the beam may not reach
             fitting = [_minimal(task, child) for child in children if _fits(task, child)]
-            open_sets = [child for child in children if not _fits(task, child)]
+            open_sets = _screened(task, [child for child in children if not _fits(task, child)])
             fresh = list(dict.fromkeys([*open_sets, *(drop for drop in fitting if drop not in solutions)]))
             found = dict(zip(fresh, divergence(task, fresh), strict=True))
             solutions |= {drop: found[drop] for drop in fitting if drop in found}
             alone |= {name: found[frozenset({name})] for name in names if frozenset({name}) in found}
             level = sorted(open_sets, key=lambda drop: (found[drop], sorted(drop)))[:beam]
     return sorted(solutions, key=lambda drop: (solutions[drop], sorted(drop))), alone
+
+
+def _screened(task: PruningTask, drops: list[DropSet]) -> list[DropSet]:
+    """Returns the `SCREENED` drop sets that are best on a few images; all single branches, and all of few sets."""
+    if len(task.inputs) <= SCREEN_IMAGES or len(drops) <= SCREENED or len(drops[0]) == 1:
+        return drops
+    rough = dict(zip(drops, divergence(_thinned(task, SCREEN_IMAGES), drops), strict=True))
+    return sorted(drops, key=lambda drop: (rough[drop], sorted(drop)))[:SCREENED]
 
 
 def divergence(task: PruningTask, drops: Sequence[DropSet]) -> list[float]:
