@@ -403,7 +403,7 @@ def test_an_edited_plan_is_noticed(change: Callable[[Content], object], saved: P
         ),
         (
             arguments(patch_size=64),
-            r"plan\.json: vit_tiny_patch16_224 cannot be cut as .* \(RuntimeError: Calculated",
+            r"plan\.json: vit_tiny_patch16_224 cannot be cut by .* \(RuntimeError: Calculated",
         ),
         # what would take gigabytes or hours to build
         (arguments(depth=10**9), r"backbone\.args: depth = 1000000000: is beyond 65536"),
