@@ -24,7 +24,7 @@ import typer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from experiments.bench.timing import Counts, Repeats, Row, Sizes, label, peak_process_bytes, side_by_side
+from experiments.bench.timing import Counts, Repeats, Row, Sizes, peak_process_bytes, side_by_side
 from tapfl.adapters import flex, rules
 from tapfl.adapters.layout import LORA_A, LORA_B, Placement, Update, device_layout, gather_all, global_shapes
 from tapfl.adapters.lora import AdaptedModel, modules_of
@@ -263,15 +263,14 @@ def apfl(
         for pixels in size[:1] if name == "digits" else size:
             torch.set_num_threads(1)
             torch.manual_seed(0)
-            spec = BackboneSpec(name=name, args={"img_size": pixels}, num_classes=CLASSES)
             if name == "digits":
-                spec = spec_of(RunConfig().model, tuple("0123456789"))
-            work = Work.of(spec, rank, batch)
-            shares = _shares(work, steps, repeats)
-            shown = "digits" if name == "digits" else label(name, pixels)
-            yield {"model": shown, "batch": str(batch), "two peft ms": f"{shares.pop('two peft') * 1e3:.1f}"} | {
-                variant: f"{share:.2f}" for variant, share in shares.items()
-            }
+                shown, spec = name, spec_of(RunConfig().model, tuple("0123456789"))
+            else:
+                shown = f"{name.removesuffix('_patch16_224')} {pixels} px"
+                spec = BackboneSpec(name=name, args={"img_size": pixels}, num_classes=CLASSES)
+            shares = _shares(Work.of(spec, rank, batch), steps, repeats)
+            row = {"model": shown, "batch": str(batch), "two peft ms": f"{shares.pop('two peft') * 1e3:.1f}"}
+            yield row | {variant: f"{share:.2f}" for variant, share in shares.items()}
 
 
 def _shares(work: Work, steps: int, repeats: int) -> dict[str, float]:

@@ -7,7 +7,6 @@ and is the limit. Counted are wall and CPU seconds of the rounds after the first
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
 import tempfile
@@ -17,7 +16,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import psutil
@@ -26,6 +25,7 @@ import typer
 
 from experiments.bench.timing import Counts, Row
 from experiments.bench.workload import ROUND_LINE, FederationOptions, Workload
+from experiments.deploy.processes import end_processes
 from tapfl.config import RunConfig
 from tapfl.errors import ConfigError, RunError
 
@@ -33,6 +33,7 @@ LIMIT = "loop by hand"
 VARIANTS = ("with plain LoRA", "tapfl run", "usual Flower app")
 ENGINES = ("inprocess", "flower", "ray", "ray warm")
 WORKS = ("none", "real")
+POLL, MEMORY_EVERY = 0.02, 2.0  # seconds
 
 
 def simulation(
@@ -103,9 +104,6 @@ def _chosen(option: str, names: list[str], known: tuple[str, ...]) -> tuple[str,
     return tuple(name for name in known if name in names) or known
 
 
-POLL, MEMORY_EVERY = 0.02, 2.0
-
-
 class ProcessTree:
     """The living processes below `root`, itself included, at each call."""
 
@@ -124,43 +122,29 @@ class ProcessTree:
 
     def cpu_seconds(self) -> float:
         """Returns user and system time of all of them, and of their children that have ended."""
-        seconds = 0.0
-        for process in self.processes():
-            with suppress(psutil.Error):
-                seconds += sum(process.cpu_times()[:4])  # user, system, and both of the children that were waited for
-        return seconds
+        return float(sum(sum(times[:4]) for times in self._each(psutil.Process.cpu_times)))
 
     def memory_bytes(self) -> list[int]:
         """Returns the proportional set size of each, the root first: pages that several share count once in all."""
-        return [_pss(process) for process in self.processes()]
+        return [memory.pss for memory in self._each(psutil.Process.memory_full_info)]
 
-    def end(self, patience: float = 10.0) -> None:
+    def end(self) -> None:
         """Ends all that is alive, also what lost its parent since it was last seen."""
         self.processes()
-        for number in (signal.SIGTERM, signal.SIGKILL):
-            for process in self._alive():
-                with suppress(psutil.NoSuchProcess):
-                    process.send_signal(number)
-            until = time.monotonic() + patience
-            while self._alive() and time.monotonic() < until:
-                time.sleep(0.05)
+        end_processes(lambda: [process for process in self._seen if _is_alive(process)])
 
-    def _alive(self) -> list[psutil.Process]:
-        return [process for process in self._seen if _is_alive(process)]
+    def _each(self, ask: Callable[[psutil.Process], Any]) -> list[Any]:
+        answers = []
+        for process in self.processes():
+            with suppress(psutil.Error):
+                answers.append(ask(process))
+        return answers
 
 
 def _is_alive(process: psutil.Process) -> bool:
-    try:
-        return process.is_running() and process.status() not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
-    except psutil.Error:
-        return False
-
-
-def _pss(process: psutil.Process) -> int:
-    try:
-        return int(process.memory_full_info().pss)
-    except psutil.Error:
-        return 0
+    with suppress(psutil.Error):
+        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
+    return False
 
 
 @dataclass(frozen=True)

@@ -22,13 +22,13 @@ import typer
 from torch import nn
 
 from clients.storage import DeviceStorage
-from experiments.bench.timing import Models, Repeats, Row, Sizes, label, random_backbone
+from experiments.bench.timing import Models, Repeats, Row, Sizes, backbones
 from experiments.command_line import JsonRows
 from experiments.output import as_csv, caption, command, installed
 from experiments.sweep.results import write_table
 from tapfl.config import PruningOptions
 from tapfl.errors import ConfigError
-from tapfl.models.backbone import build
+from tapfl.models.backbone import BackboneSpec, build
 from tapfl.models.cost import median_ms, timed_ms
 from tapfl.models.forward import example_input
 from tapfl.models.prunable import prunable_layers
@@ -54,16 +54,19 @@ def latency(
 
     All layers are cut alike. The ratio of the MACs is the best possible speed-up if all operations cost the same.
     """
-    for name in model:
-        for pixels in size:
-            yield from _latency(name, pixels, (1.0, *share), batch, repeats, align)
+    options = PruningOptions(criterion="random", ratio="uniform", align=align)
+    for name, spec, dense in backbones(model, size):
+        yield from ({"model": name} | row for row in _latency(spec, dense, (1.0, *share), batch, repeats, options))
 
 
 def _latency(
-    name: str, image_size: int, shares: Sequence[float], batches: Sequence[int], repeats: int, align: int
+    spec: BackboneSpec,
+    dense: nn.Module,
+    shares: Sequence[float],
+    batches: Sequence[int],
+    repeats: int,
+    options: PruningOptions,
 ) -> Iterator[Row]:
-    spec, dense = random_backbone(name, image_size)
-    options = PruningOptions(criterion="random", ratio="uniform", align=align)
     inputs = example_input(dense, 1)
     macs: dict[float, float] = {}
     runs: dict[tuple[str, int, float], Callable[[], object]] = {}
@@ -77,7 +80,7 @@ def _latency(
             runs["onnxruntime", batch, share] = partial(session, images)
     milliseconds = dict(zip(runs, median_ms(list(runs.values()), repeats), strict=True))
     for share, achieved in macs.items():
-        row = {"model": label(name, image_size), "MACs": f"{achieved:.1%}", "MACs ratio": f"{1 / achieved:.2f}"}
+        row = {"MACs": f"{achieved:.1%}", "MACs ratio": f"{1 / achieved:.2f}"}
         for engine in ENGINES:
             for batch in batches:
                 now = milliseconds[engine, batch, share]

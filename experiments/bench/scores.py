@@ -26,10 +26,9 @@ from experiments.bench.timing import (
     Repeats,
     Row,
     Sizes,
-    label,
+    backbones,
     peak_process_bytes,
     peak_tensor_bytes,
-    random_backbone,
     side_by_side,
 )
 from tapfl.models.forward import example_input
@@ -60,14 +59,12 @@ def scoring(
     every: Annotated[int, typer.Option(min=1, help="the loops take every n-th channel, scaled up by n")] = 16,
 ) -> Iterator[Row]:
     """Composite neuron importance against the per-channel loop and the arithmetic floor; one thread, batch 64."""
-    for name in model:
-        for pixels in size:
-            yield {"model": label(name, pixels)} | _scoring(name, pixels, repeats, chunk, every)
+    for name, _, backbone in backbones(model, size):
+        yield {"model": name} | _scoring(backbone, repeats, chunk, every)
 
 
 @torch.no_grad()
-def _scoring(name: str, image_size: int, repeats: int, chunk: int, every: int) -> Row:
-    _, model = random_backbone(name, image_size)
+def _scoring(model: nn.Module, repeats: int, chunk: int, every: int) -> Row:
     layers = prunable_layers(model)
     batch = torch.randn(example_input(model, BATCH).shape)
     grown = peak_process_bytes(lambda: neuron_importance(model, layers, batch, BATCH, chunk=chunk))
@@ -172,14 +169,12 @@ def _agreement(
 
 def layers(model: Models = ["deit_tiny_patch16_224"], size: Sizes = [64], repeats: Repeats = 3) -> Iterator[Row]:
     """Layer importance with all that probes share computed once, against two whole forward passes per probe."""
-    for name in model:
-        for pixels in size:
-            yield {"model": label(name, pixels)} | _layers(name, pixels, repeats)
+    for name, _, backbone in backbones(model, size):
+        yield {"model": name} | _layers(backbone, repeats)
 
 
 @torch.no_grad()
-def _layers(name: str, image_size: int, repeats: int) -> Row:
-    _, model = random_backbone(name, image_size)
+def _layers(model: nn.Module, repeats: int) -> Row:
     layers = prunable_layers(model)
     inputs = torch.randn(example_input(model, BATCH).shape)
     kept = {layer.name: torch.arange(0, layer.units, 2) for layer in layers}

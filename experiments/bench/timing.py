@@ -6,7 +6,7 @@ import ctypes
 import gc
 import time
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -27,17 +27,14 @@ Counts = Annotated[list[int], typer.Option(min=1, help="numbers of devices")]
 Set = Annotated[list[str], typer.Option("--set", help="key=value, further options of the runs")]
 
 
-def random_backbone(name: str, image_size: int) -> tuple[BackboneSpec, nn.Module]:
-    """Returns one of timm's backbones with 1000 classes and random weights, frozen; torch then uses one thread."""
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    spec = BackboneSpec(name=name, args={"img_size": image_size}, num_classes=1000)
-    return spec, build(spec).requires_grad_(False)
-
-
-def label(name: str, image_size: int) -> str:
-    """Returns how tables name a backbone, such as ``deit_tiny 64 px``."""
-    return f"{name.removesuffix('_patch16_224')} {image_size} px"
+def backbones(models: Sequence[str], sizes: Sequence[int]) -> Iterator[tuple[str, BackboneSpec, nn.Module]]:
+    """Yields (label, spec, frozen module with random weights) of timm's models; torch then uses one thread."""
+    for name in models:
+        for pixels in sizes:
+            torch.set_num_threads(1)
+            torch.manual_seed(0)
+            spec = BackboneSpec(name=name, args={"img_size": pixels}, num_classes=1000)
+            yield f"{name.removesuffix('_patch16_224')} {pixels} px", spec, build(spec).requires_grad_(False)
 
 
 def cpu_seconds(work: Callable[[], object]) -> float:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import socket
 import subprocess
 import time
@@ -10,7 +9,6 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -27,6 +25,7 @@ from experiments.deploy.network import (
     write_server_credentials,
 )
 from experiments.deploy.processes import Processes, processes
+from strategies.records import read_summary
 from tapfl.config import RunConfig
 from tapfl.data.federated import open_private
 from tapfl.errors import ConfigError, RunError
@@ -148,15 +147,15 @@ class Demo:
             time.sleep(0.2)
 
     def _own_images(self) -> Iterator[Check]:
-        records = device_records(self.server)
-        images, classes = records[1]["train_samples"] + records[1]["test_samples"], records[1]["classes"]
+        records = read_summary(self.server / "run").devices
+        images, classes = records[1].train_samples + records[1].test_samples, records[1].classes
         own = (images, classes) == (OWN_IMAGES, len(NAMES))
         yield Check("node-1: trained on its own images", own, f"{images} images of {classes} classes")
         for record in records:
-            up, down = (sum(record[side].values()) for side in ("bytes_up", "bytes_down"))
-            before, after = record["pruned_accuracy"], record["personal_accuracy"]
+            up, down = (sum(side.values()) for side in (record.bytes_up, record.bytes_down))
+            before, after = record.pruned_accuracy, record.personal_accuracy
             accuracy = f"accuracy {before:.3f} as pruned, {after:.3f} personal"
-            self._print(f"device {record['device']}: {accuracy}; {up:,} bytes up, {down:,} bytes down")
+            self._print(f"device {record.device}: {accuracy}; {up:,} bytes up, {down:,} bytes down")
 
     def _print(self, text: str) -> None:
         print(f"{time.monotonic() - self._began:6.1f} s  {text}", flush=True)
@@ -171,12 +170,6 @@ def demonstrate(folder: Path) -> None:
         raise RunError(f"deploy-demo: {len(broken)} of {len(checks)} checks failed: {'; '.join(broken)}")
 
 
-def device_records(server: Path) -> list[dict[str, Any]]:
-    """Returns the devices' records in the server's summary. Raises OSError if there is none."""
-    records: list[dict[str, Any]] = json.loads((server / "run" / "summary.json").read_text())["devices"]
-    return records
-
-
 def outcome(server: Path, nodes: list[Node], rounds: int) -> Iterator[Check]:
     """Yields the checks of what server and nodes left in their folders after `rounds` rounds.
 
@@ -184,13 +177,13 @@ def outcome(server: Path, nodes: list[Node], rounds: int) -> Iterator[Check]:
         server: the server's folder, with `run/` and `cache/`.
         nodes: in the order of their partition ids.
     """
-    records = device_records(server)
-    failures = sum(record["failures"] for record in records)
+    records = read_summary(server / "run").devices
+    failures = sum(record.failures for record in records)
     yield Check("all devices took part, and nothing failed", len(records) == len(nodes) and not failures)
     yield Check("the server has no device's folder", not (server / "run" / "devices").exists())
     (backbone,) = (server / "cache" / "backbones").iterdir()
     for node, record in zip(nodes, records, strict=False):
-        name, down, storage = node.folder.name, record["bytes_down"], node.folder / "storage"
+        name, down, storage = node.folder.name, record.bytes_down, node.folder / "storage"
         received, sent = node.folder / "cache" / "backbones" / backbone.name, down.get("weights", 0)
         same = received.is_file() and received.read_bytes() == backbone.read_bytes()
         wanted = (
@@ -199,12 +192,12 @@ def outcome(server: Path, nodes: list[Node], rounds: int) -> Iterator[Check]:
             "personal/adapter_config.json",
         )
         missing = [file for file in wanted if not (storage / file).is_file()]
-        macs = f"{record['macs_share']:.1%} of the MACs"
+        macs = f"{record.macs_share:.1%} of the MACs"
         yield Check(f"{name}: received the backbone over the wire", same, f"{down.get('backbone', 0):,} bytes")
-        yield Check(f"{name}: was sent its pruned weights", sent > 4 * record["params"], f"{sent:,} bytes")
+        yield Check(f"{name}: was sent its pruned weights", sent > 4 * record.params, f"{sent:,} bytes")
         yield Check(f"{name}: keeps model, state and personal adapter", not missing, ", ".join(missing))
         yield Check(f"{name}: cannot open the server's files", node.is_refused(server / "run" / "summary.json"))
-        yield Check(f"{name}: is within its budget", record["macs_share"] <= float(node.config["budget"]), macs)
+        yield Check(f"{name}: is within its budget", record.macs_share <= float(node.config["budget"]), macs)
 
 
 def free_port(reserved: ExitStack) -> int:

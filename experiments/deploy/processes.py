@@ -89,19 +89,14 @@ class Processes:
         """Ends the started processes, the last one first, then all that is left of the deployment."""
         for started in reversed(self._started):
             started.terminate()
-        _wait_until(self._all_reaped)
-        for number in (signal.SIGTERM, signal.SIGKILL):
-            for process in self._marked():
-                with suppress(psutil.NoSuchProcess):
-                    process.send_signal(number)
-            _wait_until(lambda: self._all_reaped() and not self._marked())
+        _wait_until(lambda: all([process.poll() is not None for process in self._started]))  # noqa: C419 (asks each)
+        end_processes(self._marked)
         self._started.clear()
-
-    def _all_reaped(self) -> bool:
-        return all([process.poll() is not None for process in self._started])  # noqa: C419 (each one is asked)
 
     def _marked(self) -> list[psutil.Process]:
         found = []
+        for started in self._started:
+            started.poll()  # so that it is no zombie
         for process in psutil.process_iter():
             with suppress(psutil.Error):  # ended meanwhile, a zombie, or another user's
                 if process.environ().get(MARK) == self.mark:
@@ -123,6 +118,15 @@ def processes(mark: str) -> Iterator[Processes]:
         running.end_all()
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def end_processes(find: Callable[[], list[psutil.Process]]) -> None:
+    """Ends the processes that `find` returns: SIGTERM, then SIGKILL for those left after `PATIENCE` seconds."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        for process in find():
+            with suppress(psutil.NoSuchProcess):
+                process.send_signal(number)
+        _wait_until(lambda: not find())
 
 
 def _wait_until(condition: Callable[[], bool]) -> None:
