@@ -17,8 +17,7 @@ from tapfl.adapters import rules
 from tapfl.adapters.layout import Layout, device_layout, gather, global_shapes
 from tapfl.adapters.lora import AdaptedModel
 from tapfl.config import RunConfig
-from tapfl.data.federated import labels_among, open_own, open_private
-from tapfl.data.partition import DeviceSplit, partition, split_device
+from tapfl.data.federated import DeviceSplit, labels_among, open_own, open_private, partition, split_device
 from tapfl.data.sources import ImageSet
 from tapfl.memo import Memo
 from tapfl.models.backbone import BackboneSpec, build

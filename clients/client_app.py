@@ -1,10 +1,14 @@
-"""The ClientApp: Flower's messages in, a device's answers out."""
+"""The ClientApp: Flower's messages in, a device's replies out, within a limit on time."""
 
 from __future__ import annotations
 
+import faulthandler
 import json
+import signal
 import sys
-from collections.abc import Callable, Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import TypeVar
@@ -15,9 +19,8 @@ from flwr.clientapp import ClientApp
 
 from clients.device import Device
 from clients.storage import DeviceStorage
-from clients.time_limit import time_limit
 from tapfl.config import RunConfig, names_path
-from tapfl.errors import ConfigError
+from tapfl.errors import ConfigError, RunError
 from tapfl.options import Scalar
 from tapfl.profiles import DeviceProfile, profiles_of
 from tapfl.store import RunFolder, run_path
@@ -25,12 +28,14 @@ from tapfl.wire import PROFILE_FIELDS, Evaluate, Hello, Prune, Summarize, Train,
 
 app = ClientApp()
 
-# Flower's simulation puts a worker that died back into its pool and never replaces it: every later message to it fails.
-# Ray restarts actors if it is told to, and this module is imported before the pool is built. Elsewhere it stays away.
+# Flower's simulation returns a worker that died to its pool and never replaces it, so every later message to it fails.
+# Ray can restart actors, and this module is imported before the pool is built. Outside a simulation nothing is done.
 if "flwr.simulation" in sys.modules:
     from flwr.simulation.ray_transport.ray_actor import ClientAppActor
 
     ClientAppActor._default_options["max_restarts"] = -1  # type: ignore[attr-defined]
+
+HARD = 2.0  # a worker stuck where Python cannot interrupt it ends itself after this many time limits
 
 M = TypeVar("M", bound=WireMessage)
 
@@ -41,15 +46,15 @@ def _config(run_config: str) -> RunConfig:
 
 
 def device_of(context: Context) -> Device:
-    """Returns the device that a Flower node is.
+    """Returns the device that runs on a Flower node.
 
-    In a simulation the profiles are dealt out by the run's options; in a deployment a node's own configuration
+    In a simulation the run's options assign the profiles; in a deployment a node's own configuration
     (``--node-config "budget=0.5 rank=6 storage='/var/tapfl' cache='/var/cache/tapfl' data='/photos' secret='…'"``)
-    goes before them. A node that has a storage uses neither `out` nor `cache` of the run, which name folders of the
+    overrides them. A node that has a storage uses neither `out` nor `cache` of the run, which are folders of the
     server.
 
     Raises:
-        ConfigError: if a path of the node's own is not absolute, or its profile is not possible.
+        ConfigError: if a path in the node's configuration is not absolute, or its profile is not valid.
     """
     config = _config(json.dumps(dict(context.run_config)))
     node = context.node_config
@@ -81,8 +86,39 @@ def _own_path(node: Mapping[str, Scalar], name: str) -> str:
     return str(path)
 
 
+@contextmanager
+def time_limit(seconds: float, what: str) -> Iterator[None]:
+    """Ends the block after `seconds` with a RunError that names `what`: Flower cancels nothing.
+
+    Inside C code (an endless product, a lock) the error cannot be raised; there a Ray worker, which Ray restarts, ends
+    its process after twice the time. Only the main thread can be interrupted; in others nothing is done.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(*_: object) -> None:
+        raise RunError(f"{what} took more than {seconds:g} s (faults.device-timeout)")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    if _is_ray_worker():
+        faulthandler.dump_traceback_later(HARD * seconds, exit=True)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+        faulthandler.cancel_dump_traceback_later()
+
+
+def _is_ray_worker() -> bool:
+    ray = sys.modules.get("ray")
+    return bool(ray and ray.is_initialized() and ray.get_runtime_context().worker.mode == ray.WORKER_MODE)
+
+
 def _answer(message: Message, context: Context, type: type[M], handler: Callable[[Device, M], WireMessage]) -> Message:
-    torch.set_num_threads(1)  # a worker is one thread: more only spin against each other, and change the last bit
+    torch.set_num_threads(1)  # a worker uses one thread: more would compete for the cores and change the last bit
     device = device_of(context)
     what = f"device {device.partition_id}: {message.metadata.message_type}"
     with time_limit(device.config.faults.device_timeout, what):

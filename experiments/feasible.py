@@ -7,8 +7,7 @@ import numpy as np
 from strategies.loggers.feed import require_loggers
 from tapfl.adapters.rules import rule_of
 from tapfl.config import RunConfig
-from tapfl.data.federated import check_classes, open_pool, open_private
-from tapfl.data.partition import partition
+from tapfl.data.federated import check_classes, open_pool, open_private, partition
 from tapfl.data.sources import ImageSet
 from tapfl.errors import ConfigError, DataError
 from tapfl.models.backbone import build, spec_of

@@ -14,7 +14,7 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
 from clients import client_app as real
-from clients.time_limit import time_limit
+from clients.client_app import time_limit
 from tapfl.wire import Train, TrainReply
 
 broken_server = ServerApp()

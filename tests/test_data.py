@@ -14,8 +14,7 @@ from PIL import Image
 
 from tapfl.config import DataOptions
 from tapfl.data import sources
-from tapfl.data.federated import check_classes, open_pool, open_private
-from tapfl.data.partition import DeviceSplit, partition, split_public
+from tapfl.data.federated import DeviceSplit, check_classes, open_pool, open_private, partition, split_public
 from tapfl.data.sources import ImageSet, load_images
 from tapfl.data.transform import Transform
 from tapfl.errors import DataError

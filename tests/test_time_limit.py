@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from clients.time_limit import time_limit
+from clients.client_app import time_limit
 from tapfl.errors import RunError
 
 

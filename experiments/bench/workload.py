@@ -18,8 +18,7 @@ from torch.nn import functional as F
 from tapfl.adapters import rules
 from tapfl.adapters.layout import global_shapes
 from tapfl.config import RunConfig
-from tapfl.data.federated import open_pool, open_private
-from tapfl.data.partition import DeviceSplit, partition
+from tapfl.data.federated import DeviceSplit, open_pool, open_private, partition
 from tapfl.data.sources import ImageSet
 from tapfl.models.backbone import BackboneSpec, spec_of
 from tapfl.models.dense import DenseCache, dense_backbone

@@ -11,8 +11,7 @@ from torch import Tensor, nn
 
 from strategies.round_zero import PublicPool, describe_pool, pool_of, task_images
 from tapfl.config import MetricOptions, PruningOptions, RunConfig
-from tapfl.data.federated import check_classes, open_pool, open_private
-from tapfl.data.partition import DeviceSplit, partition
+from tapfl.data.federated import DeviceSplit, check_classes, open_pool, open_private, partition
 from tapfl.data.sources import ImageSet
 from tapfl.data.transform import Transform
 from tapfl.models.backbone import BackboneSpec
