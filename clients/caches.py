@@ -1,6 +1,6 @@
-"""What a worker process keeps between messages, keyed by content: any entry can be dropped at any time.
+"""Caches of a worker process between messages, keyed by content: any entry can be dropped at any time.
 
-Kept in an importable module, because Ray pickles by value what lives in `__main__`, and its caches would be empty.
+They are in an importable module, because Ray pickles `__main__` by value and its caches would be empty.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from tapfl.seeds import torch_generator
 from tapfl.store import cache_folder
 from tapfl.training import Params
 
-# what a worker holds of its devices' models and images; one that is not held is read again
+# limits of the caches of devices' models and images; an entry that was dropped is read again
 MODEL_BYTES, IMAGE_BYTES = 512 * 2**20, 512 * 2**20
 
 
@@ -47,7 +47,7 @@ def private_images(config: RunConfig) -> ImageSet:
 
 @lru_cache(maxsize=4)
 def splits(config: RunConfig, devices: int) -> list[DeviceSplit]:
-    """Returns who holds which of them."""
+    """Returns the split of each device."""
     return partition(private_images(config).labels, config.data, devices, config.seed)
 
 
@@ -64,7 +64,7 @@ def part(config: RunConfig, devices: int, partition_id: int, name: str) -> tuple
 
 @lru_cache(maxsize=4)
 def own_images(config: RunConfig, source: str, partition_id: int) -> tuple[ImageSet, DeviceSplit]:
-    """Returns the images of a device that has a source of its own, and their split."""
+    """Returns the images of a device that has its own source, and their split."""
     images = open_own(source, config.data, input_transform(config.model), cache_folder(config.cache))
     everything = np.arange(len(images))
     return images, split_device(everything, images.labels, config.data, config.seed, partition_id)
@@ -74,7 +74,7 @@ def own_images(config: RunConfig, source: str, partition_id: int) -> tuple[Image
 def own_part(
     config: RunConfig, source: str, partition_id: int, name: str, classes: tuple[str, ...]
 ) -> tuple[Tensor, Tensor]:
-    """Returns what `part` does for such a device; its labels are positions in `classes`."""
+    """Returns the same as `part` for such a device; its labels are positions in `classes`."""
     images, split = own_images(config, source, partition_id)
     chosen = images.subset(getattr(split, name))
     return input_transform(config.model)(chosen.images), torch.from_numpy(labels_among(classes, chosen, source))
@@ -88,18 +88,18 @@ def dense(cache: Path, key: str, spec: str) -> nn.Module:
 
 @lru_cache(maxsize=2)
 def skeleton(spec: str) -> tuple[nn.Module, list[PrunableLayer]]:
-    """Returns a backbone to cut, whatever its weights, and its layers; `spec` is a BackboneSpec as JSON."""
+    """Returns a backbone with arbitrary weights, and its layers; `spec` is a BackboneSpec as JSON."""
     model = build(BackboneSpec.from_json(spec)).requires_grad_(False)
     return model, prunable_layers(model)
 
 
 @dataclass(frozen=True)
 class PrunedDevice:
-    """A device's own model: where its adapters lie, and the model as a function of them.
+    """A device's pruned model: the layout of its adapters, and the model as a function of them.
 
     Attributes:
-        start: what of w does not travel, before the first round: frozen factors, made from the run's seed as the
-            server makes its own, private factors, and a private head, that of the device's model.
+        start: initial values of the tensors of w that the server does not send: frozen factors, computed from the run's
+            seed as on the server, private factors, and a private head, that of the device's model.
         private: the names in `start` that are trained.
         nbytes: of the model's weights.
     """

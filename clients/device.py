@@ -1,4 +1,4 @@
-"""What one device does with a message: a function of the message, its own images and its own storage."""
+"""One device: each reply is a function of the message, the device's images and its storage."""
 
 from __future__ import annotations
 
@@ -52,10 +52,10 @@ from tapfl.wire import (
 
 @dataclass(frozen=True)
 class Device:
-    """One device of a federation: which it is, what it can do, and where it keeps what is its own.
+    """One device of a federation: its number, its profile and its storage.
 
     Attributes:
-        source: images that are all this device's; empty: its part of the run's `data.source`.
+        source: images that all belong to this device; empty: its part of the run's `data.source`.
     """
 
     config: RunConfig
@@ -67,7 +67,7 @@ class Device:
     secret: str = field(default="", repr=False)
 
     def hello(self, message: Hello) -> HelloReply:
-        """Says who the device is and what it can do."""
+        """Returns the device's number and profile."""
         return HelloReply(
             partition_id=self.partition_id,
             **{name: getattr(self.profile, name) for name in PROFILE_FIELDS},
@@ -76,7 +76,7 @@ class Device:
         )
 
     def summarize(self, message: Summarize) -> SummaryReply:
-        """Fits the mixture of the training part; its test part serves the report alone."""
+        """Fits the mixture to the training part; the test part is used for the report only."""
         self._receive_backbone(message)
         classes: list[str] = json.loads(message.classes)
         if self.source:
@@ -101,7 +101,7 @@ class Device:
         )
 
     def _held_classes(self, labels: Tensor, classes: Sequence[str]) -> np.ndarray:
-        """Returns 0 or 1 for each class of the head; nothing where the server has no use for it."""
+        """Returns 0 or 1 for each class of the head; empty if the server does not need it."""
         if self.config.adapters.head != "class-rows":
             return np.zeros(0, np.float32)
         held = torch.zeros(len(classes))
@@ -109,9 +109,9 @@ class Device:
         return held.numpy()
 
     def prune(self, message: Prune) -> PruneReply:
-        """Keeps the smaller model: the one that was sent, or the backbone cut as the plan says.
+        """Stores the smaller model: the one that was sent, or the backbone cut by the plan.
 
-        All of it stays as it is but the head, which is trained as a whole and comes with the adapters of each round.
+        It is frozen except for the head, which is trained as a whole and arrives with the adapters of each round.
 
         Raises:
             PlanError: if the plan does not fit the backbone, or the weights do not fit the plan.
@@ -128,7 +128,7 @@ class Device:
         return PruneReply(params=cost.params, macs=cost.macs, pruned_accuracy=accuracy(predict(small, inputs), labels))
 
     def train(self, message: Train) -> TrainReply:
-        """Evaluates what arrived, trains on it, keeps what is its own and returns what is shared."""
+        """Evaluates the received adapters, trains, stores the personal part and returns the shared part."""
         own = self._pruned()
         state = self._state(own, message.state_round)
         received = self._whole(own, state, message.adapters)
@@ -154,7 +154,7 @@ class Device:
         )
 
     def evaluate(self, message: Evaluate) -> EvaluateReply:
-        """Evaluates what arrived last, and writes the personal model as an adapter that stock peft loads."""
+        """Evaluates the last adapters, and writes the personal model as an adapter that stock peft loads."""
         own = self._pruned()
         state = self._state(own, message.state_round)
         received, personal = self._whole(own, state, message.adapters), state.personal
@@ -176,9 +176,9 @@ class Device:
         return self.storage.load_state(self.partition_id, round) if keeps else DeviceState(None, {})
 
     def _whole(self, own: caches.PrunedDevice, state: DeviceState, adapters: np.ndarray) -> Params:
-        """Returns all of w: what arrived, and what never travels: frozen or private parts.
+        """Returns all of w: the tensors that arrived, and those never sent: frozen and private ones.
 
-        Under a method that shares nothing w comes once, and after that the device's own parameters stand for it.
+        With a method that shares nothing, w arrives once; after that the device's personal parameters take its place.
         """
         if not adapters.size and not self._method().shares_adapters and state.personal is not None:
             return state.personal.params
@@ -208,7 +208,7 @@ class Device:
         )
 
     def _upload(self, own: caches.PrunedDevice, received: Params, trained: Params, round: int) -> np.ndarray:
-        """Returns what goes up, one flat vector; under differential privacy within `dp-clip` of what came down."""
+        """Returns the upload as one flat vector; with differential privacy, within `dp-clip` of the received w."""
         layout = rules.up(self.config.adapters, own.layout, round) if trained else {}
         shared = {name: trained[name] for name in layout}
         if shared and self.config.privacy.dp_clip:
@@ -216,7 +216,7 @@ class Device:
         return pack(shared, layout) if layout else np.zeros(0, np.float32)
 
     def _evaluate(self, own: caches.PrunedDevice, received: Params, used: Params) -> tuple[float, float]:
-        """Accuracy on the test part: of the adapters as received, and of the model that the device would use."""
+        """Returns accuracies on the test part: of the received adapters, and of the model that the device uses."""
         inputs, labels = self._part("test")
 
         def score(params: Params) -> float:
@@ -233,7 +233,7 @@ class Device:
         if message.backbone_weights:
             cache.receive(message.backbone_key, message.backbone_weights)
         elif not cache.holds(message.backbone_key):
-            raise RunError(f"device {self.partition_id}: has no backbone {message.backbone_key} and was sent none")
+            raise RunError(f"device {self.partition_id}: backbone {message.backbone_key} is neither cached nor sent")
 
     def _train_samples(self) -> int:
         if self.source:

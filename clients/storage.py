@@ -12,7 +12,7 @@ from tapfl.personalize.method import Personal
 from tapfl.store import Versions, read_about, read_tensors, seal, unseal, write_json, write_tensors
 from tapfl.training import Params
 
-ALPHA, OWN, PRIVATE, STATE = "alpha", "v:", "w:", "state"
+ALPHA, PERSONAL, PRIVATE, STATE = "alpha", "v:", "w:", "state"
 IMAGES_FILE = "images.json"
 
 
@@ -36,8 +36,8 @@ class DeviceStorage:
     pruned/     plan.json and model.safetensors, for `tapfl.load_pruned`
     state/      round-NNNN.safetensors: the state after that round, the last two
     personal/   the personal model as a peft adapter, written at the end
-    images.json   how many images of each class its two parts have, for whoever may look into this folder
-    classes.json  what the backbone's outputs are called, where the device has a source of its own
+    images.json   number of images of each class in its two parts, for readers of this folder
+    classes.json  names of the backbone's outputs, if the device has its own image source
     ```
     """
 
@@ -55,7 +55,7 @@ class DeviceStorage:
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """Names of the backbone's outputs. Raises RunError if no summary was ever asked for."""
+        """Names of the backbone's outputs. Raises RunError if no summary was requested before."""
         try:
             return tuple(json.loads(self._classes.read_text(encoding="utf-8")))
         except OSError as error:
@@ -69,17 +69,17 @@ class DeviceStorage:
         return self.folder / "classes.json"
 
     def save_images(self, classes: Sequence[str], train: Sequence[int], test: Sequence[int]) -> None:
-        """Writes how many images of each of `classes` the device has; `tapfl report` reads it in a simulation."""
+        """Writes the number of images of each of `classes`; `tapfl report` reads it in a simulation."""
         write_json(self.folder / IMAGES_FILE, {"classes": list(classes), "train": list(train), "test": list(test)})
 
     def save_state(self, device: int, round: int, state: DeviceState, before: int) -> None:
-        """Writes the state of a device after `round`; keeps beside it the one after `before`, from which it was made.
+        """Writes the state of a device after `round`; keeps the one after `before`, from which it was computed.
 
-        The server will ask for one of the two: for this one if its answer comes through, else for that one.
+        The server will ask for one of the two: the new one if the reply arrives, otherwise the old one.
         """
         tensors = {PRIVATE + name: tensor for name, tensor in state.private.items()}
         if state.personal is not None:
-            tensors |= {OWN + name: tensor for name, tensor in state.personal.params.items()}
+            tensors |= {PERSONAL + name: tensor for name, tensor in state.personal.params.items()}
             tensors[ALPHA] = state.personal.alpha
         write_tensors(self._state.path(round), tensors, {STATE: seal({"device": device, "round": round}, tensors)})
         self._state.keep((before, round))
@@ -88,18 +88,18 @@ class DeviceStorage:
         """Returns the state of a device after `round`; an empty one for 0.
 
         Raises:
-            RunError: if it is not there: another device's storage, or a lost one.
-            PlanError: if it is damaged, or that of another device or round.
+            RunError: if it is missing: another device's storage, or a lost one.
+            PlanError: if it is damaged, or belongs to another device or round.
         """
         if round == 0:
             return DeviceState(None, {})
         if not self._state.path(round).exists():
-            raise RunError(f"{self._state.folder}: has no state after round {round}, of which the server has an answer")
+            raise RunError(f"{self._state.folder}: has no state after round {round}, for which the server has a reply")
         file = self._state.path(round)
         tensors = read_tensors(file)
         unseal(read_about(file).get(STATE, "{}"), tensors, str(file), device=device, round=round)
-        own, private = (
+        personal, private = (
             {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-            for prefix in (OWN, PRIVATE)
+            for prefix in (PERSONAL, PRIVATE)
         )
-        return DeviceState(Personal(own, tensors[ALPHA]) if own else None, private)
+        return DeviceState(Personal(personal, tensors[ALPHA]) if personal else None, private)

@@ -1,4 +1,4 @@
-"""Errors a user can act on. Each message names the option or the file, the value, and what is accepted."""
+"""Errors that a user can act on. Each message names the option or file, its value, and what is accepted."""
 
 
 class TapflError(Exception):
@@ -10,7 +10,7 @@ class ConfigError(TapflError):
 
 
 class DataError(TapflError):
-    """A data source is missing, unreadable, or cannot serve the federation that was asked for."""
+    """A data source is missing, unreadable, or unsuitable for the federation."""
 
 
 class ModelError(TapflError):
@@ -18,7 +18,7 @@ class ModelError(TapflError):
 
 
 class BudgetError(TapflError):
-    """A budget cannot be met; the message says which one can."""
+    """A budget cannot be met; the message names the smallest possible one."""
 
 
 class PlanError(TapflError):
@@ -30,7 +30,7 @@ class WireError(TapflError):
 
 
 class RunError(TapflError):
-    """A federation could not be carried out, or not to its end."""
+    """A federation could not be started or finished."""
 
 
 def message_of(error: BaseException) -> str:

@@ -1,4 +1,4 @@
-"""Results kept by their content: what was asked for before is not computed again, and a bound on how many are kept."""
+"""A bounded cache of results, by the content they were computed from."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from typing import Any
 
 
 class Memo:
-    """The results that were used last, `limit` in all. Dropping them at any time changes nothing but the time.
+    """The most recently used results, up to a total size of `limit`. Dropping entries only costs time.
 
     Args:
-        size: what a result counts for, such as its bytes; by default each is one. The last result is always kept.
+        size: size of a result, such as its bytes; by default each counts one. The last result is always kept.
     """
 
     def __init__(self, limit: int, size: Callable[[Any], int] = lambda result: 1) -> None:
@@ -19,7 +19,7 @@ class Memo:
         self._held: OrderedDict[Hashable, Any] = OrderedDict()
 
     def once(self, key: Hashable, make: Callable[[], Any], keep: Callable[[Any], bool] = lambda result: True) -> Any:
-        """Returns the result of `make`, a function of `key` alone; what it raises, or `keep` denies, is not kept."""
+        """Returns the result of `make`, a function of `key` alone; errors and what `keep` refuses are not kept."""
         if key in self._held:
             self._held.move_to_end(key)
             return self._held[key]

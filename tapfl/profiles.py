@@ -1,6 +1,6 @@
-"""What a device can do: its budget and rank, how fast it computes and sends, and how often it is there.
+"""Device profiles: budget and rank, speed of computing and sending, and availability.
 
-A set of profiles is TOML; `count` devices have the first profile, the next ones the second, and so on, over and over:
+A set of profiles is TOML; `count` devices have the first profile, the next ones the second, and so on, cyclically:
 
 ```toml
 [[device]]
@@ -11,7 +11,7 @@ rank = 4
 compute = 5e9                    # MAC/s
 upload = 1e6                     # bytes/s
 download = 5e6                   # bytes/s
-availability = 0.8               # chance to be there when a round begins
+availability = 0.8               # probability of being available when a round begins
 ```
 """
 
@@ -29,7 +29,7 @@ from tapfl.errors import ConfigError
 from tapfl.options import Count, Section, Share, read_toml_tables
 from tapfl.pruning.budget import Budget
 
-Speed = Annotated[float, Field(ge=1e-6)]  # or the simulated seconds were without end
+Speed = Annotated[float, Field(ge=1e-6)]  # otherwise simulated times would be unbounded
 FOLDER = Path(__file__).parent / "profile_sets"
 
 
@@ -37,12 +37,12 @@ class DeviceProfile(Section):
     """One device's abilities.
 
     Attributes:
-        name: for the tables.
+        name: shown in tables.
         budget: as `Budget.parse` takes it: a share of the dense MACs, or limits on MACs, block MACs, parameters.
         rank: LoRA rank.
         compute: MAC/s in training, of the simulated time.
         upload, download: bytes/s, of the simulated time.
-        availability: chance in (0, 1] that the device is there when a round begins.
+        availability: probability in (0, 1] that the device is available when a round begins.
     """
 
     name: str = ""
@@ -61,12 +61,14 @@ class DeviceProfile(Section):
         except ConfigError as error:
             raise ValueError(str(error)) from None
         if budget.measured:
-            raise ValueError("latency is the server's own, not the device's; accepted: macs, block-macs, params")
+            raise ValueError(
+                "latency is measured on the server and cannot limit a device; accepted: macs, block-macs, params"
+            )
         return str(value)
 
     @classmethod
     def of(cls, table: Mapping[str, Any]) -> DeviceProfile:
-        """Returns the profile of a table. Raises ConfigError naming the entry, its value and what is accepted."""
+        """Returns the profile in a table. Raises ConfigError naming the entry, its value and what is accepted."""
         try:
             return cls.model_validate(table)
         except ValidationError as error:
@@ -77,10 +79,10 @@ class DeviceProfile(Section):
 
 @lru_cache(maxsize=16)
 def profiles_of(options: DeviceOptions) -> tuple[DeviceProfile, ...]:
-    """Returns the profiles that are dealt out in turn: device i has the i-th, modulo their number.
+    """Returns the profiles that are assigned cyclically: device i has the i-th, modulo their number.
 
     Raises:
-        ConfigError: if the set is neither built in nor a readable file, or a profile in it is not possible.
+        ConfigError: if the set is neither built in nor a readable file, or a profile in it is not valid.
     """
     if not options.profiles:
         pairs = zip(options.budgets, options.ranks, strict=True)

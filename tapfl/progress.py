@@ -1,7 +1,6 @@
-"""How far long work is: the method's loops say it, and whoever began the work decides who shows it, if anybody does.
+"""Progress of long work: loops report it, and the caller decides where it is shown, if anywhere.
 
-A notebook sees nothing of it; commands show bars or lines (`strategies.progress`). Nothing that is computed depends on
-it.
+A notebook shows nothing; commands show bars or lines (`strategies.progress`). No result depends on it.
 """
 
 from __future__ import annotations
@@ -16,25 +15,23 @@ T = TypeVar("T")
 
 class Advance(Protocol):
     def __call__(self, done: float, total: float, note: str = "", left: float | None = None, /) -> None:
-        """Says that `done` of `total` steps are done (0: nobody knows how many there are), and a few words.
+        """Reports that `done` of `total` steps (0: unknown) are done, with an optional note; steps can be partly done.
 
-        Steps may be done in part.
-
-        The first call says where the work begins; the time left is that of the steps after it at their pace,
-        or `left` seconds if the caller knows better.
+        The first call marks the start of the work; the time left is estimated from the steps after it, or is `left`
+        seconds if the caller knows better.
         """
         ...
 
 
 Screen = Callable[[str], AbstractContextManager[Advance]]
-"""name of a stage -> where it is shown for as long as it lasts; stages lie within each other"""
+"""name of a stage -> context that shows it while it lasts; stages can be nested"""
 
 _SCREEN: ContextVar[Screen | None] = ContextVar("screen", default=None)
 
 
 @contextmanager
 def stage(name: str) -> Iterator[Advance]:
-    """Shows the block as a stage of the work. Gives a function to call with the steps that are done."""
+    """Shows the block as a stage of the work; yields a function that reports the steps done."""
     screen = _SCREEN.get()
     if screen is None:
         yield _unseen
@@ -47,7 +44,7 @@ def track(items: Iterable[T], name: str, total: int = 0) -> Iterator[T]:
     """Yields the items of a loop, which is shown as a stage.
 
     Args:
-        total: how many there are, where `items` do not say it themselves.
+        total: number of items, if `items` has no length.
     """
     total = len(items) if isinstance(items, Sized) else total
     with stage(name) as advance:
@@ -59,7 +56,7 @@ def track(items: Iterable[T], name: str, total: int = 0) -> Iterator[T]:
 
 @contextmanager
 def shown_on(screen: Screen | None) -> Iterator[None]:
-    """Within the block, and in this thread, stages are shown on `screen`; None: nowhere."""
+    """Shows the stages of this thread on `screen` within the block; None: nowhere."""
     token = _SCREEN.set(screen)
     try:
         yield
@@ -68,7 +65,7 @@ def shown_on(screen: Screen | None) -> Iterator[None]:
 
 
 def is_shown() -> bool:
-    """Says whether stages of this thread are shown."""
+    """Returns whether stages of this thread are shown."""
     return _SCREEN.get() is not None
 
 

@@ -1,4 +1,4 @@
-"""Generators derived from what they are for, so that no result depends on the order in which things happen.
+"""Random generators derived from their purpose, so that no result depends on the order of events.
 
 A stream is named by the run's seed and a path such as ``("train", round, device)``: two devices, or one device in two
 rounds, never share numbers, and any of them can be drawn again alone.
@@ -21,7 +21,7 @@ def _entropy(seed: int, path: tuple[str | int, ...]) -> list[int]:
 
 
 def of_secret(secret: str) -> list[int]:
-    """Returns what to add to a path so that only who knows `secret` can draw its numbers; nothing without one."""
+    """Returns an extension of a path that only the owner of `secret` can compute; empty without a secret."""
     return [int.from_bytes(hashlib.sha256(secret.encode()).digest())] if secret else []
 
 
@@ -32,7 +32,7 @@ def numpy_generator(seed: int, *path: str | int) -> np.random.Generator:
 
 def torch_generator(seed: int, *path: str | int) -> torch.Generator:
     """Returns the torch (CPU) generator of the stream `path` of `seed`."""
-    import torch  # here: who draws with numpy alone, such as a test of significance, does without
+    import torch  # here, so that callers of numpy_generator alone need no torch
 
     state = np.random.SeedSequence(_entropy(seed, path)).generate_state(1, np.uint64)[0]
     return torch.Generator().manual_seed(int(state >> np.uint64(1)))

@@ -1,8 +1,8 @@
-"""Files of a run: written whole or not at all, without pickle.
+"""Files of a run, written atomically and without pickle.
 
 A file appears under its name only when every byte of it is on disk (temporary file, fsync, rename), so a run that is
-killed at any moment leaves either the old version or the new one. torch is loaded with the first tensor, so that bad
-options are refused before.
+killed at any moment leaves either the old version or the new one. torch is imported with the first tensor, so that
+invalid options are refused before.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ Tensors = Mapping[str, "torch.Tensor"]
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """Gives a file to write to that takes the name `path` when the block ends, and is gone if it fails."""
+    """Yields a temporary file that is renamed to `path` when the block ends, and removed if it fails."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)
     os.close(handle)
@@ -41,24 +41,24 @@ def whole_file(path: Path) -> Iterator[Path]:
         yield temporary
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
-        temporary.chmod(0o644)  # mkstemp makes it private; a run's folder is for reading
+        temporary.chmod(0o644)  # mkstemp makes it private; others may read a run's folder
         temporary.replace(path)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.errno:  # of a full disk, say, which names no file
+        if isinstance(error, OSError) and error.errno:  # a full disk, for example, names no file
             raise OSError(error.errno, os.strerror(error.errno), str(path)) from error
         raise
 
 
 @contextmanager
 def whole_folder(path: Path, replace: bool = False) -> Iterator[Path]:
-    """Gives an empty folder to fill that takes the name `path` when the block ends, and is gone if it fails.
+    """Yields an empty temporary folder that is renamed to `path` when the block ends, and removed if it fails.
 
     Args:
-        replace: take the place of what is there, which is first moved aside: killed right then, `path` is missing.
+        replace: replace an existing folder, which is first moved aside; if killed at that moment, `path` is missing.
 
     Raises:
-        OSError: if `path` is there with something in it, and must not be replaced.
+        OSError: if `path` exists, is not empty, and must not be replaced.
     """
     path = path.resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -81,7 +81,7 @@ def whole_folder(path: Path, replace: bool = False) -> Iterator[Path]:
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Writes a file atomically, making its folder if need be."""
+    """Writes a file atomically, creating its folder if necessary."""
     with whole_file(path) as temporary:
         temporary.write_bytes(content)
 
@@ -133,18 +133,18 @@ def unpack_tensors(content: bytes, source: str) -> dict[str, torch.Tensor]:
 
 
 def seal(about: Mapping[str, Any], tensors: Tensors) -> str:
-    """Returns `about` as JSON with a checksum of it and the tensors beside which it stands."""
+    """Returns `about` as JSON with a checksum of itself and of the tensors it describes."""
     return json.dumps({**about, "checksum": content_hash(json.dumps(about), tensors)})
 
 
 def unseal(text: str, tensors: Tensors, source: str, **of: Any) -> dict[str, Any]:
-    """Returns what was sealed; what has no checksum is of a version that wrote none.
+    """Returns the sealed mapping; a text without a checksum comes from a version that wrote none.
 
     Args:
-        of: what the sealed says of whose it is, such as ``device=3``: a file can lie whole in another's place.
+        of: expected entries that name the owner, such as ``device=3``: an intact file can be in the wrong place.
 
     Raises:
-        PlanError: naming `source`, if text or tensors are not those that were written, or those of something else.
+        PlanError: naming `source`, if text or tensors were changed, or belong to another owner.
     """
     try:
         about = json.loads(text)
@@ -166,7 +166,7 @@ def sha256_of(path: Path) -> str:
 
 
 def content_hash(*parts: bytes | str | Tensors) -> str:
-    """Returns 16 hex digits that name a content: text, bytes, or tensors by name, shape, type and value."""
+    """Returns 16 hex digits of a hash of text, bytes, or tensors by name, shape, type and value."""
     digest = hashlib.sha256()
     for part in parts:
         if isinstance(part, Mapping):
@@ -186,10 +186,10 @@ def content_hash(*parts: bytes | str | Tensors) -> str:
 
 @contextmanager
 def only_one(out: Path, what: str) -> Iterator[None]:
-    """Keeps other processes out of a folder while the block lasts, making it if need be.
+    """Locks a folder against other processes while the block lasts, creating it if necessary.
 
     Raises:
-        ConfigError: if one is at work in it.
+        ConfigError: if another process has locked it.
     """
     out.mkdir(parents=True, exist_ok=True)
     with _held(out, f"--out {out}: another {what}"):
@@ -197,10 +197,10 @@ def only_one(out: Path, what: str) -> Iterator[None]:
 
 
 def _held(folder: Path, other: str) -> IO[str]:
-    """Returns an open file that keeps other processes out of a folder until it is closed, or this process has ended.
+    """Returns an open file that locks a folder until it is closed, or this process has ended.
 
     Raises:
-        ConfigError: if one is at work in it; it begins with `other`.
+        ConfigError: if another process has locked it; the message begins with `other`.
     """
     lock = (folder / ".lock").open("w")
     try:
@@ -212,12 +212,12 @@ def _held(folder: Path, other: str) -> IO[str]:
 
 
 def cache_folder(option: str = "") -> Path:
-    """Returns the folder of what can be made again: `option`, else TAPFL_CACHE, else ~/.cache/tapfl."""
+    """Returns the cache folder: `option`, or TAPFL_CACHE, or ~/.cache/tapfl."""
     return Path(option or os.environ.get("TAPFL_CACHE") or Path.home() / ".cache" / "tapfl")
 
 
 def run_path(out: str, run_id: int) -> Path:
-    """Returns a run's folder: `out`, or one that server and devices derive alike from Flower's run id."""
+    """Returns a run's folder: `out`, or one that server and devices both derive from Flower's run id."""
     return Path(out) if out else Path.home() / "tapfl-runs" / str(run_id)
 
 
@@ -231,7 +231,7 @@ class Versions:
         return self.folder / f"round-{round:04d}.safetensors"
 
     def rounds(self) -> list[int]:
-        """Returns the rounds of which there is a version, in order."""
+        """Returns the rounds that have a version, in order."""
         matches = (re.fullmatch(r"round-(\d+)\.safetensors", file.name) for file in self.folder.glob("*"))
         return sorted(int(match[1]) for match in matches if match)
 
@@ -243,30 +243,30 @@ class Versions:
 
 
 class RunFolder:
-    """A run's folder; a context manager, for as long as a run is at work in it.
+    """A run's folder; a context manager that holds its lock while a run works in it.
 
     ```
-    config.json versions.json     the run as resolved, and with what
-    summaries/NN.safetensors      what each device said of its images
-    plans/NN.json NN.safetensors  each device's plan, and its weights where the plan alone does not give them
-    metric-sets/NN.json           how many public images of each class each plan was measured on, and the pool has
-    server/round-NNNN.safetensors all that the server knows after each round, the last two: `strategies.checkpoint`
-    devices/NN/                   a device's own storage; in a deployment it lies on the device
+    config.json versions.json     the resolved options, and the versions of the packages
+    summaries/NN.safetensors      the mixture that each device sent
+    plans/NN.json NN.safetensors  each device's plan, and its weights if the plan alone does not determine them
+    metric-sets/NN.json           public images of each class in the metric set of each plan, and in the pool
+    server/round-NNNN.safetensors the server's state after each of the last two rounds: `strategies.checkpoint`
+    devices/NN/                   a device's own storage; in a deployment it is on the device
     metrics.jsonl                 one line a device a round, one a round, one a loss
     timing.json                   wall seconds by phase and by round
-    tensorboard/ mlflow.json      event files, and which MLflow run this is, where they are asked for
-    summary.json                  the whole, written last
+    tensorboard/ mlflow.json      event files, and the id of the MLflow run, if these loggers are on
+    summary.json                  the results of the whole run, written last
     ```
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._lock: IO[str] | None = None  # for as long as the block, or this process, lasts
+        self._lock: IO[str] | None = None  # held until the block or this process ends
         self._new = False
 
     @classmethod
     def create(cls, path: Path) -> RunFolder:
-        """Makes the folder. Raises ConfigError if something is there already, so that no run is overwritten."""
+        """Creates the folder. Raises ConfigError if it exists, so that no run is overwritten."""
         try:
             path.mkdir(parents=True)
         except FileExistsError:
@@ -279,7 +279,7 @@ class RunFolder:
 
     @classmethod
     def reopen(cls, path: Path) -> RunFolder:
-        """Returns the folder of a run to go on with. Raises ConfigError if it is none, or if a run is at work in it."""
+        """Returns the folder of a run to resume. Raises ConfigError if it holds no run, or a run is at work in it."""
         found = cls(path)
         found.config()
         found._lock = _held(path, f"out = {str(path)!r}: another run")
@@ -301,7 +301,7 @@ class RunFolder:
     def __exit__(self, *exception: object) -> None:
         if self._lock:
             self._lock.close()
-        if self._new and not (self.path / "config.json").exists():  # nothing that could be gone on with
+        if self._new and not (self.path / "config.json").exists():  # nothing to resume
             (self.path / ".lock").unlink(missing_ok=True)
             with suppress(OSError):
                 self.path.rmdir()
@@ -324,9 +324,9 @@ class RunFolder:
         return Versions(self.path / "server")
 
     def metric_set(self, partition_id: int) -> Path:
-        """Returns the file that says which classes the public images are of that a device's plan was measured on."""
+        """Returns the file with the class counts of the metric set of a device's plan."""
         return self.path / "metric-sets" / f"{partition_id:02d}.json"
 
     def device(self, partition_id: int) -> Path:
-        """Returns the storage of a device that is simulated on this machine."""
+        """Returns the storage folder of a simulated device."""
         return self.path / "devices" / f"{partition_id:02d}"

@@ -1,4 +1,4 @@
-"""Local training, pure in its state and its generator; and the evaluation that goes with it."""
+"""Minibatches, optimisers and evaluation; and the training of the dense backbone."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ def batches(size: int, batch: int, epochs: int, generator: np.random.Generator) 
 
 
 def optimizer(name: str, params: list[Tensor], learning_rate: float, fused: bool = False) -> torch.optim.Optimizer:
-    """Returns `adam` or plain `sgd` over leaf tensors; a fresh one each round, so it is no state to carry.
+    """Returns `adam` or plain `sgd` over leaf tensors; a new one each round, so that no state is carried over.
 
-    Fused, Adam is one call a tensor instead of a dozen, 4-8 % of a step of a small model; parameters and gradients must
-    then lie in memory alike.
+    Fused Adam makes one call a tensor instead of a dozen, which saves 4-8 % of a step of a small model; parameters and
+    gradients must then have the same memory layout.
     """
     if name == "adam":
         return torch.optim.Adam(params, lr=learning_rate, fused=fused)
@@ -59,9 +59,9 @@ def train_dense(
     """Trains all parameters of `model` in place with AdamW and one cycle of the learning rate, no data augmentation.
 
     Args:
-        inputs: positions -> what the model takes, so that a large pool need not be in memory as floats.
+        inputs: positions -> input of the model, so that a large pool need not be in memory as floats.
         labels: (n,).
-        name: of the stage as which it is shown, with the mean loss of the epoch so far.
+        name: of the stage that shows the progress and the mean loss of the epoch so far.
     """
     model.eval()  # no dropout, no stochastic depth: the result is a function of data and seed
     params = list(model.requires_grad_(True).parameters())

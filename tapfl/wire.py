@@ -1,9 +1,9 @@
-"""What a device and the server say to each other, and the check of everything that arrives.
+"""The messages between a device and the server, and the check of everything that arrives.
 
 One dataclass a message. Arrays travel in an ArrayRecord, everything else in a ConfigRecord, nothing is pickled. This is
-the only module of `tapfl` that knows Flower, and the complete list of what can leave a device: the fields of the
-classes named ``...Reply``. Each is annotated with what it is, and an array with its shape, which is what
-`tapfl inspect --uplink` shows.
+the only module of `tapfl` that imports Flower, and the complete list of what can leave a device: the fields of the
+classes named ``...Reply``. Each is annotated with its meaning, and an array with its shape; `tapfl inspect --uplink`
+shows these annotations.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ from tapfl.profiles import DeviceProfile
 from tapfl.summary.mixture import GaussianSummary
 
 MAX_SAMPLES = 10**9
-MAX_ADAPTER = 1e6  # no trained adapter comes near, and what is made of such values stays finite in float32
-ENVELOPE = 4096  # bytes that a message may have beyond what is expected of it: names, headers, scalars
+MAX_ADAPTER = 1e6  # far above any trained adapter; products of such values stay finite in float32
+ENVELOPE = 4096  # bytes that a message may have beyond its expected arrays: names, headers, scalars
 PROFILE_FIELDS = ("budget", "rank", "compute", "upload", "download", "availability")
 
 
 @dataclass(frozen=True)
 class WireMessage:
-    """Base of all messages: to and from Flower's records by its fields."""
+    """Base of all messages, converted field by field to and from Flower's records."""
 
     type: ClassVar[str]  # Flower's message type
-    kind: ClassVar[str]  # under which its bytes are counted, but for fields that have a kind of their own
+    kind: ClassVar[str]  # under which its bytes are counted, except for fields with a kind of their own
 
     def to_records(self) -> RecordDict:
-        """Returns the message as Flower sends it."""
+        """Returns the message as Flower's records."""
         arrays, config = ArrayRecord(), ConfigRecord()
         for each in fields(self):
             value = getattr(self, each.name)
@@ -51,7 +51,7 @@ class WireMessage:
         """Returns the message that `content` holds.
 
         Args:
-            limit: bytes of all its arrays, texts and names together; nothing larger is even looked at.
+            limit: bytes of all arrays, texts and names together; a larger message is refused unread.
 
         Raises:
             WireError: if a field is missing, unknown, of another type, or not finite, or if it is too large.
@@ -83,7 +83,7 @@ class WireMessage:
 
     @property
     def bytes_by_kind(self) -> Counter[str]:
-        """Bytes of the fields, without Flower's envelope; a kind of which there are none is not named."""
+        """Bytes of the fields by kind, without Flower's envelope; kinds without bytes are left out."""
         counted: Counter[str] = Counter()
         for each in fields(self):
             counted[each.metadata.get("kind", self.kind)] += _nbytes(getattr(self, each.name))
@@ -91,20 +91,20 @@ class WireMessage:
 
 
 def _array(field: str, array: Array) -> np.ndarray:
-    """Returns the values; memory is taken for what arrived, not for what its header says there is."""
+    """Returns the values; memory is allocated by the bytes that arrived, not by the shape in the header."""
     try:
         content = BytesIO(array.data)
-        if np.lib.format.read_magic(content) != (1, 0):  # all that `np.save` writes for numbers
+        if np.lib.format.read_magic(content) != (1, 0):  # the only version that `np.save` writes for numbers
             raise ValueError
         shape, _, dtype = np.lib.format.read_array_header_1_0(content)
         if dtype not in (np.float32, np.float64):
             raise WireError(f"{field}: must be finite float32 or float64, got {dtype!s:.40}")
         if math.prod(shape) * dtype.itemsize != len(array.data) - content.tell():
-            raise WireError(f"{field}: says that it has the shape {shape!s:.80}, and has not as many bytes")
+            raise WireError(f"{field}: the shape {shape!s:.80} does not match its number of bytes")
         value = array.numpy()
     except WireError:
         raise
-    except Exception as error:  # whatever a stranger's bytes make numpy's reader raise
+    except Exception as error:  # numpy's reader can raise anything on foreign bytes
         raise WireError(f"{field}: cannot be read ({type(error).__name__})") from None
     if not np.isfinite(value).all():
         raise WireError(f"{field}: must be finite float32 or float64")
@@ -126,12 +126,9 @@ def _require(condition: bool, message: str) -> None:
         raise WireError(message)
 
 
-# -- who are you, and what can you do -------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Hello(WireMessage):
-    """The server's first word: which backbone this federation starts from."""
+    """The server's first message: the backbone that this federation starts from."""
 
     type: ClassVar[str] = "query.hello"
     kind: ClassVar[str] = "hello"
@@ -148,17 +145,17 @@ class HelloReply(WireMessage):
     when: ClassVar[str] = "once, first"
 
     partition_id: Annotated[int, "which device this is"]
-    budget: Annotated[str, "what its model may cost"]
+    budget: Annotated[str, "budget of its model"]
     rank: Annotated[int, "LoRA rank of its adapters"]
     compute: Annotated[float, "MAC/s, for the simulated time"]
     upload: Annotated[float, "bytes/s, for the simulated time"]
     download: Annotated[float, "bytes/s, for the simulated time"]
-    availability: Annotated[float, "chance that it is there when a round begins"]
+    availability: Annotated[float, "probability that it is available when a round begins"]
     train_samples: Annotated[int, "number of images in its training part"]
-    holds_backbone: Annotated[bool, "whether it has the dense backbone"]
+    holds_backbone: Annotated[bool, "whether it already has the dense backbone"]
 
     def profile(self, devices: int, max_rank: int) -> DeviceProfile:
-        """Returns the profile. Raises WireError unless the device is one of `devices` and its profile is possible."""
+        """Returns the profile. Raises WireError unless the device is one of `devices` and its profile is valid."""
         _require(0 <= self.partition_id < devices, f"unknown device: partition {self.partition_id} of {devices}")
         _require(1 <= self.train_samples <= MAX_SAMPLES, f"{self.train_samples} training samples")
         _require(self.rank <= max_rank, f"rank {self.rank} must lie in 1..{max_rank}")
@@ -168,12 +165,9 @@ class HelloReply(WireMessage):
             raise WireError(f"{error!s:.300}") from None
 
 
-# -- what do your images look like ----------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Summarize(WireMessage):
-    """The dense backbone (its weights only if the device lacks them), the pool's projection and its class names.
+    """The dense backbone (with weights if the device lacks them), the projection and class names of the pool.
 
     `classes` is a JSON list, in the order of the backbone's outputs.
     """
@@ -191,7 +185,7 @@ class Summarize(WireMessage):
 
 @dataclass(frozen=True)
 class SummaryReply(WireMessage):
-    """The mixture; and for the report, how the dense model does on the device's test part."""
+    """The mixture, and for the report the accuracy of the dense model on the device's test part."""
 
     type: ClassVar[str] = Summarize.type
     kind: ClassVar[str] = "summary"
@@ -202,16 +196,16 @@ class SummaryReply(WireMessage):
     covariances: Annotated[
         np.ndarray, "mixture: variances of each component (K, d, d: covariances, if summary.covariance = full)", "K, d"
     ]
-    n: Annotated[int, "mixture: number of different training images behind it"]
+    n: Annotated[int, "mixture: number of distinct training images it was fitted on"]
     dense_accuracy: Annotated[float, "for the report: accuracy of the dense model on the device's test part"]
     test_samples: Annotated[int, "for the report: number of images in the test part"]
     classes: Annotated[int, "for the report: number of classes in the training part"]
     held_classes: Annotated[
-        np.ndarray, "which classes it has images of, 0 or 1; only for adapters.head = class-rows", "C"
+        np.ndarray, "classes that it has images of, 0 or 1; only for adapters.head = class-rows", "C"
     ]
 
     def mixture(self, dim: int, min_support: float, train_samples: int) -> GaussianSummary:
-        """Returns the mixture. Raises WireError unless it is one, supported, and of no more samples than announced."""
+        """Returns the mixture. Raises WireError if it is not valid or has more samples than announced."""
         summary = GaussianSummary(
             self.weights.astype(np.float64), self.means.astype(np.float64), self.covariances.astype(np.float64), self.n
         )
@@ -220,7 +214,9 @@ class SummaryReply(WireMessage):
         try:
             summary.check(dim, min_support)
             if summary.covariances.ndim == 3:
-                np.linalg.cholesky(summary.covariances)  # the densities need it; positive eigenvalues may not suffice
+                np.linalg.cholesky(
+                    summary.covariances
+                )  # the densities need it; positive eigenvalues do not guarantee it
         except DataError as error:
             raise WireError(str(error)) from None
         except np.linalg.LinAlgError as error:
@@ -237,12 +233,9 @@ class SummaryReply(WireMessage):
         return torch.from_numpy(self.held_classes > 0) if asked else None
 
 
-# -- here is your model ---------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Prune(WireMessage):
-    """The device's plan for the backbone that it was given, and where that alone does not give its model, the weights.
+    """The device's plan for its backbone, and the weights if the plan alone does not determine its model.
 
     `weights` is a safetensors file of the smaller model's state dict, or empty: the device then cuts its own backbone.
     """
@@ -257,18 +250,18 @@ class Prune(WireMessage):
 
 @dataclass(frozen=True)
 class PruneReply(WireMessage):
-    """What the device's model costs, measured on the model as it is, and how it does on the test part."""
+    """The measured cost of the device's model, and its accuracy on the test part."""
 
     type: ClassVar[str] = Prune.type
     kind: ClassVar[str] = "hello"
     when: ClassVar[str] = "once, after pruning"
 
-    params: Annotated[int, "parameters of the device's model, counted"]
-    macs: Annotated[int, "multiply-accumulates of the device's model, counted"]
+    params: Annotated[int, "parameters of the device's model, as counted there"]
+    macs: Annotated[int, "multiply-accumulates of the device's model, as counted there"]
     pruned_accuracy: Annotated[float, "for the report: accuracy of the pruned model on the test part"]
 
     def check(self, params: int, macs: int) -> None:
-        """Raises WireError unless the device's model costs what its plan says."""
+        """Raises WireError unless the cost of the device's model is that of its plan."""
         _require(
             (self.params, self.macs) == (params, macs),
             f"model of {self.params} parameters and {self.macs} MACs, the plan says {params} and {macs}",
@@ -276,15 +269,12 @@ class PruneReply(WireMessage):
         _require(0 <= self.pruned_accuracy <= 1, f"pruned accuracy {self.pruned_accuracy}")
 
 
-# -- a round --------------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Train(WireMessage):
-    """The global adapters, cut to the device: evaluate them, train, and answer. Under `local` they come once.
+    """The device's part of the global adapters: evaluate them, train, and reply. `local` receives them only once.
 
-    `state_round` is the last round of which the server has this device's answer, 0 for none: the device goes on from
-    its own state after that round, whatever it did in rounds that came to nothing.
+    `state_round` is the last round for which the server has this device's reply, 0 for none: the device continues from
+    its own state after that round, and drops later states whose replies were lost.
     """
 
     type: ClassVar[str] = "train"
@@ -297,7 +287,7 @@ class Train(WireMessage):
 
 @dataclass(frozen=True)
 class TrainReply(WireMessage):
-    """The device's shared adapters (empty under `local`), and how it did *before* this round's training."""
+    """The device's shared adapters (empty under `local`), and its accuracy *before* this round's training."""
 
     type: ClassVar[str] = Train.type
     kind: ClassVar[str] = "adapters"
@@ -308,8 +298,8 @@ class TrainReply(WireMessage):
         np.ndarray, "shared adapters and head after local training; nothing if the method is local", "parameters"
     ]
     loss: Annotated[float, "for the report: training loss of this round"]
-    alpha: Annotated[float, "for the report: share α of the personal part, before training"]
-    global_accuracy: Annotated[float, "for the report: accuracy of what the server sent, on the test part"]
+    alpha: Annotated[float, "for the report: weight α of the personal part, before training"]
+    global_accuracy: Annotated[float, "for the report: accuracy of the global adapters, on the test part"]
     personal_accuracy: Annotated[float, "for the report: accuracy of the personal model, on the test part"]
 
     def check(self, round: int, length: int) -> None:
@@ -324,7 +314,7 @@ class TrainReply(WireMessage):
 
 @dataclass(frozen=True)
 class Evaluate(WireMessage):
-    """The last global adapters: evaluate them, and keep the personal model. `state_round` as in `Train`."""
+    """The last global adapters: evaluate them, and store the personal model. `state_round` as in `Train`."""
 
     type: ClassVar[str] = "evaluate"
     kind: ClassVar[str] = "adapters"
@@ -336,15 +326,15 @@ class Evaluate(WireMessage):
 
 @dataclass(frozen=True)
 class EvaluateReply(WireMessage):
-    """How the device did."""
+    """The device's final accuracies."""
 
     type: ClassVar[str] = Evaluate.type
     kind: ClassVar[str] = "hello"
     when: ClassVar[str] = "once, last"
 
     round: Annotated[int, "which round this answers"]
-    alpha: Annotated[float, "for the report: share α of the personal part"]
-    global_accuracy: Annotated[float, "for the report: accuracy of what the server sent, on the test part"]
+    alpha: Annotated[float, "for the report: weight α of the personal part"]
+    global_accuracy: Annotated[float, "for the report: accuracy of the global adapters, on the test part"]
     personal_accuracy: Annotated[float, "for the report: accuracy of the personal model, on the test part"]
 
     def check(self, round: int) -> None:

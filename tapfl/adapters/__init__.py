@@ -1,1 +1,1 @@
-"""LoRA on pruned backbones: what is trained, where it lies in the global adapters, and how it is averaged."""
+"""LoRA on pruned backbones: the forward pass, the place of a device's adapters in the global ones, aggregation."""

@@ -1,9 +1,9 @@
-"""Where a device's adapters lie in the global ones.
+"""Which rows and columns of the global adapters a device holds.
 
-The global adapters have the shapes of the dense backbone and the largest rank. A device's tensor is its values and one
-index vector a dimension: the units that its plan kept, and the prefix 0..r-1 of the rank axis. Two primitives serve
-every aggregation rule: `gather`, and the overlap mean `scatter_mean`. HeteroFL, FedRolex and rank truncation are
-special cases.
+The global adapters have the shapes of the dense backbone and the largest rank. A device's tensor is described by its
+values and one index vector a dimension: the units that its plan kept, and the prefix 0..r-1 of the rank axis. Two
+primitives serve every aggregation rule: `gather`, and the overlap mean `scatter_mean`. HeteroFL, FedRolex and rank
+truncation are special cases.
 
 Example, one fc1 with 6 neurons on 4 inputs, global rank 2; a device of rank 1 kept neurons 1, 2, 4: its ``lora_A`` lies
 at rows (0), columns (0, 1, 2, 3), its ``lora_B`` at rows (1, 2, 4), columns (0).
@@ -34,14 +34,14 @@ LORA_A, LORA_B = "lora_A", "lora_B"
 
 @dataclass(frozen=True)
 class Placement:
-    """Where one tensor lies in its global tensor: an int64 index vector a dimension.
+    """The place of one tensor in its global tensor: an int64 index vector a dimension.
 
     Attributes:
         index: the global positions along each dimension, sorted.
-        row_scale: what the device's rows are multiplied with against the global ones, if anything: pruning multiplies
-            the rows of q by sqrt(k/d) (`tapfl.models.units`), so their adapters live on that scale as well.
-        side: a linear is pruned on one side only, so one of its two factors has the embedding width, which no device
-            lacks (`embed`: A of qkv and fc1, B of proj and fc2); the other one is as wide as the device (`width`).
+        row_scale: factors of the device's rows relative to the global ones, if any: pruning multiplies the rows of q by
+            sqrt(k/d) (`tapfl.models.units`), so their adapters are on that scale as well.
+        side: a linear is pruned on one side only, so one of its two factors has the embedding width, which every device
+            holds (`embed`: A of qkv and fc1, B of proj and fc2); the other one is as wide as the device (`width`).
             Heads are `whole`.
     """
 
@@ -55,16 +55,16 @@ class Placement:
 
 
 Layout = dict[str, Placement]
-Part = tuple[Tensor, Placement, float]  # a device's values of one tensor, where they lie, its weight
+Part = tuple[Tensor, Placement, float]  # a device's values of one tensor, their placement, its weight
 
 
 @dataclass(frozen=True)
 class Update:
-    """What a device sent.
+    """The upload of one device in one round.
 
     Attributes:
         params: adapters in the device's own shapes.
-        layout: where they lie; what a rule does not let up is in neither.
+        layout: their placements; tensors that the rule does not upload are in neither.
         weight: training samples.
         classes: bool (C,), the classes of its training samples; None: all of them.
     """
@@ -91,7 +91,7 @@ def global_shapes(model: nn.Module, layers: Sequence[PrunableLayer], rank: int) 
 
 
 def device_layout(shapes: Shapes, layers: Sequence[PrunableLayer], plan: PruningPlan, rank: int) -> Layout:
-    """Returns where the tensors of a device with this plan and rank lie; a branch that is gone has none."""
+    """Returns the placement of every tensor of a device with this plan and rank; removed branches have none."""
     layout: Layout = {}
     for layer in layers:
         kept = plan.layer(layer.name).index()
@@ -112,7 +112,7 @@ def device_layout(shapes: Shapes, layers: Sequence[PrunableLayer], plan: Pruning
 
 
 def factor_sides(linear: str, cut: CutSide) -> dict[str, Side]:
-    """Returns which side each factor of a linear is on, when its `cut` side (rows or columns) is pruned."""
+    """Returns the side of each factor of a linear whose `cut` side (rows or columns) is pruned."""
     A, B = f"{linear}.{LORA_A}", f"{linear}.{LORA_B}"
     return {A: "embed", B: "width"} if cut == "rows" else {A: "width", B: "embed"}
 
@@ -144,10 +144,10 @@ def to_global_scale(theta: Tensor, placement: Placement) -> Tensor:
 
 
 def whole_rank(update: Update, previous: Mapping[str, Tensor]) -> Update:
-    """Returns the update with its width-side factors as wide as the global rank, 0 where the device's rank ends.
+    """Returns the update with its width-side factors padded by 0 from the device's rank to the global rank.
 
-    With the embed-side factor common to all, the overlap mean of these is that of the products: a device of rank r has
-    a product without the directions beyond r, so there it counts as 0 and as a holder, for every unit that it holds.
+    With the same embed-side factor on all devices, the overlap mean of these is that of the products: the product of a
+    device of rank r is 0 in the directions beyond r, so the device holds a 0 there for every unit that it holds.
     """
     params, layout = dict(update.params), dict(update.layout)
     for name, placement in update.layout.items():
@@ -164,7 +164,7 @@ def whole_rank(update: Update, previous: Mapping[str, Tensor]) -> Update:
 
 
 def positions(placement: Placement, shape: Sequence[int]) -> Tensor:
-    """Returns where a device's values lie in the flat global tensor of that shape: int64, in their own order."""
+    """Returns the positions of a device's values in the flat global tensor of that shape: int64, in their order."""
     flat = placement.index[0]
     for axis, size in zip(placement.index[1:], shape[1:], strict=True):
         flat = (flat[:, None] * size + axis).view(-1)

@@ -1,4 +1,4 @@
-"""Adapters in peft's configuration, names and files, so that a device's personal model loads with stock peft."""
+"""Adapters in peft's format, so that a device's personal model loads with stock peft."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def save_peft(params: Params, scale: float, folder: Path, base: str) -> None:
     Args:
         params: A (r, d_in) and B (d_out, r) by linear, equal r everywhere, and whole heads.
         scale: s = lora_alpha / r.
-        base: where the pruned model is; recorded only.
+        base: folder of the pruned model; only recorded.
     """
     linears = [name.removesuffix(f".{LORA_A}") for name in params if name.endswith(LORA_A)]
     heads = sorted({name.rpartition(".")[0] for name in params if not name.endswith((LORA_A, LORA_B))})

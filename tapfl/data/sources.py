@@ -1,4 +1,4 @@
-"""Sources of labelled images: the embedded digits, an .npz file, an image folder, a Hugging Face name."""
+"""Sources of labelled images: scikit-learn's digits, an .npz file, an image folder, a Hugging Face name."""
 
 from __future__ import annotations
 
@@ -49,14 +49,14 @@ def load_images(source: str, size: int = 224, cache: Path | None = None) -> Imag
         source: `digits`, the path of an .npz file (`images`, `labels`, optionally `classes`), the path of a folder
             with one folder of images a class (both parts of the Tiny-ImageNet release too), or ``hf:NAME[:SPLIT]``.
         size: pixels a side to which decoded images are scaled and centre-cropped (folders and Hugging Face).
-        cache: where decoded folders are kept, to be memory-mapped by every process; by default tapfl's own.
+        cache: folder for decoded image folders, which every process memory-maps; by default tapfl's own.
 
     Raises:
-        DataError: if the source is not there or is not one of these, or a class has a name that cannot be shown.
+        DataError: if the source is missing or of another kind, or a class has a name that cannot be printed.
     """
     images = _load(source, size, cache)
     for name in images.classes:
-        if any(unicodedata.category(letter) in ("Cc", "Cs") for letter in name):  # controls, halves of a pair
+        if any(unicodedata.category(letter) in ("Cc", "Cs") for letter in name):  # control characters, lone surrogates
             raise DataError(f"data source {source!r}: class {name!r:.80} has characters that cannot be shown")
     return images
 
@@ -137,7 +137,7 @@ def _folder(path: Path, size: int, cache: Path) -> ImageSet:
 
 
 def _annotated(path: Path) -> dict[str, list[Path]]:
-    """Returns the files by class of the Tiny-ImageNet release's validation part, which has them in one folder."""
+    """Returns the files by class of Tiny-ImageNet's validation part, where one folder holds all classes."""
     table = path / "val_annotations.txt"
     held: dict[str, list[Path]] = {}
     if table.is_file():

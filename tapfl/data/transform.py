@@ -1,4 +1,4 @@
-"""From stored bytes to what a backbone takes."""
+"""From stored images to the input of a backbone."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Transform:
     std: tuple[float, ...]
 
     def __call__(self, images: np.ndarray) -> Tensor:
-        """Returns the batch as the backbone takes it. Raises DataError if the channels cannot be matched."""
+        """Returns a batch as input of the backbone. Raises DataError if the channels cannot be matched."""
         x = torch.from_numpy(np.array(images)).permute(0, 3, 1, 2).float() / 255
         if x.shape[1] == 1 and self.channels == 3:
             x = x.expand(-1, 3, -1, -1)
@@ -36,13 +36,13 @@ class Transform:
         return ((x - mean) / std).contiguous()
 
     def batches(self, images: np.ndarray, batch: int = 256) -> Batches:
-        """Returns all images in order, `batch` at a time, each made when it is its turn."""
+        """Returns all images in order, `batch` at a time, each batch transformed when it is reached."""
         return Batches(self, images, batch)
 
 
 @dataclass(frozen=True, eq=False)
 class Batches:
-    """Images in the backbone's input format, in pieces; to be gone through any number of times."""
+    """Batches of images in the backbone's input format; can be iterated any number of times."""
 
     transform: Transform
     images: np.ndarray
