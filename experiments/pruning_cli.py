@@ -102,7 +102,7 @@ def criteria() -> None:
 @app.command()
 def inspect(
     folder: Annotated[Path | None, typer.Argument(help=PRUNED)] = None,
-    picture: Annotated[Path | None, typer.Option(help="PNG of kept widths, layer importance and costs")] = None,
+    picture: Annotated[Path | None, typer.Option(help="PNG or .svg of kept widths, importance and costs")] = None,
     uplink: Annotated[
         bool, typer.Option("--uplink", help="list everything that leaves a device; FOLDER may be a run: bytes sent")
     ] = False,

@@ -8,8 +8,7 @@ import pandas as pd
 
 from experiments.compare.grid import Comparison
 from experiments.compare.tables import OWNER, line_axes, mean_over_devices
-from experiments.figures.curves import Panel, panels_of_curves
-from experiments.figures.figure import Figure, write_figure
+from experiments.figures.figure import Figure, Panel, panels_of_curves, write_figure
 
 
 def picture(rows: pd.DataFrame, comparison: Comparison, file: Path, measure: str) -> None:

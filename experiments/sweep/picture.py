@@ -7,8 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from experiments.figures.curves import Panel, panels_of_curves
-from experiments.figures.figure import Figure, Row, write_figure
+from experiments.figures.figure import Figure, Panel, Row, panels_of_curves, write_figure
 from experiments.sweep.grid import Point
 from experiments.sweep.results import Outcome, grouped
 from strategies.records import CurvePoint
@@ -43,7 +42,7 @@ def learning_curves(runs: Sequence[Outcome]) -> Figure:
     last = {row["line"]: row["mean"] for row in panels[0].rows}
     return Figure(
         "learning-curves",
-        "Mean personal accuracy against rounds, bytes and simulated time",
+        "Mean personal accuracy ± standard deviation over seeds, against rounds, bytes and time",
         "Accuracy after the last round: " + ", ".join(f"{name} {value:.3f}" for name, value in last.items()) + ".",
         drawn,
         data,
