@@ -1,4 +1,4 @@
-"""Whether a run can be carried out: its options against data, weights and backbone. Writes nothing."""
+"""Checks the options of a run against its data, weights and backbone. Writes nothing."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from tapfl.store import cache_folder
 
 
 def check(config: RunConfig) -> None:
-    """Raises a TapflError, in one line, for what would only be found out later.
+    """Raises a TapflError, in one line, for whatever would otherwise fail later in the run.
 
     Args:
         config: with absolute paths and the number of devices.

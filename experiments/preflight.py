@@ -1,4 +1,4 @@
-"""A run as it will be carried out: options, folder and paths, checked before torch is loaded. Writes nothing."""
+"""Resolves the options, folder and paths of a run, and checks them before torch is loaded. Writes nothing."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ DEFAULT_DEVICES = 10
 
 
 def resolve_run(options: Mapping[str, Any], out: Path, resume: bool) -> RunConfig:
-    """Returns a run as it will be carried out in the folder `out`, after its check; writes nothing.
+    """Returns the checked configuration of a run in the folder `out`.
 
     Args:
-        options: dotted; above the defaults, and above those of the run that goes on.
-        resume: the folder holds a run to go on with.
+        options: by dotted name; they override the defaults, or the options of the run that is resumed.
+        resume: whether `out` contains a run to resume.
 
     Raises:
-        TapflError: in one line, for whatever would keep the run from its end.
+        TapflError: in one line, if the run could not be finished.
     """
     kept = RunFolder(out).config() if resume else {"devices.count": DEFAULT_DEVICES}
     config = absolute_paths(RunConfig.from_flat({**kept, **options, "out": str(out), "resume": resume}))
@@ -32,7 +32,7 @@ def resolve_run(options: Mapping[str, Any], out: Path, resume: bool) -> RunConfi
         require_same_options(RunFolder(out), config)
     elif Path(config.out).exists():
         raise ConfigError(
-            f"out = {config.out!r}: exists already; give a folder that does not, or go on with --resume {config.out}"
+            f"out = {config.out!r}: exists already; give a folder that does not, or continue with --resume {config.out}"
         )
     require_criterion(config.pruning.criterion)
     with stage("checking"):
@@ -43,6 +43,6 @@ def resolve_run(options: Mapping[str, Any], out: Path, resume: bool) -> RunConfi
 
 
 def absolute_paths(config: RunConfig) -> RunConfig:
-    """Returns the configuration with every path made absolute: server and devices run in folders of their own."""
+    """Returns the configuration with absolute paths, because server and devices run in folders of their own."""
     absolute = {option: str(Path(value).expanduser().absolute()) for option, value in config.paths().items()}
     return RunConfig.from_flat(config.flat() | absolute)

@@ -10,9 +10,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
-from typing import Any
+from dataclasses import replace
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -31,6 +30,7 @@ from tapfl.pruning.criteria.criterion import PruningTask, Scores, Selection
 from tapfl.pruning.criteria.registry import criterion_of, resolved
 from tapfl.pruning.pipeline import cut, plan_of, recovered, row_sensitivities, select
 
+T = TypeVar("T")
 Row = dict[str, str]
 Scoring = Callable[[PruningTask], Scores]
 FINISH = tuple(name for name in PruningOptions.model_fields if name.startswith(("compensation", "recovery", "distill")))
@@ -39,17 +39,10 @@ SPENDING = ("criterion", "ratio", "tau", "gamma", "align", "floor", "unit_shape"
 KEPT = {"images": 2, "scores": 64, "sensitivities": 2, "moments": 2}  # results kept of a kind; of others the last one
 
 
-@dataclass(frozen=True)
-class Timed:
-    """A result, and the CPU seconds that it took."""
-
-    value: Any
-    seconds: float
-
-    @classmethod
-    def of(cls, make: Callable[[], Any]) -> Timed:
-        start = time.process_time()
-        return cls(make(), time.process_time() - start)
+def timed(make: Callable[[], T]) -> tuple[T, float]:
+    """Returns the result of `make`, and the CPU seconds that it took."""
+    start = time.process_time()
+    return make(), time.process_time() - start
 
 
 class CellRunner:
@@ -69,29 +62,29 @@ class CellRunner:
         for cell in cells:
             yield cell.point | {name: str(value) for name, value in self._measure(cell).items()}
 
-    def _once(self, kind: str, key: Hashable, make: Callable[[], Any]) -> Any:
-        return self._kept.setdefault(kind, Memo(KEPT.get(kind, 1))).once(key, make)
+    def _once(self, kind: str, key: Hashable, make: Callable[[], T]) -> T:
+        result: T = self._kept.setdefault(kind, Memo(KEPT.get(kind, 1))).once(key, make)
+        return result
 
     def _measure(self, cell: Cell) -> Mapping[str, object]:
         try:
             options = resolved(cell.config.pruning)
         except ConfigError as error:  # the criterion does not support one of the options
             return {"refused": str(error)}
-        view, seed = self._view(cell), cell.config.seed
-        chosen = self._images(cell, view, cell.instead)
+        view = self._view(cell)
         choice = (_images_key(cell), cell.budget, options.model_copy(update=dict.fromkeys(FINISH)))
-        task: PruningTask = self._once("task", choice, lambda: self._task(cell, view, chosen))
+        task = self._once("task", choice, lambda: self._task(cell))
         task = replace(task, options=task.options.model_copy(update={name: getattr(options, name) for name in FINISH}))
-        found: Timed = self._once("selection", choice, lambda: self._select(cell, task))
-        if isinstance(found.value, str):
-            return {"refused": found.value}
+        selection, seconds = self._once("selection", choice, lambda: self._select(cell, task))
+        if isinstance(selection, str):
+            return {"refused": selection}
         cutting = (*choice, options.compensation, options.compensation_rows)
-        small = self._once("cut", cutting, lambda: self._cut(cell, task, found.value))
+        small = self._once("cut", cutting, lambda: self._cut(cell, task, selection))
         fine_tune = view.fine_tune_set(cell.config.metric, options, cell.instead)
-        small = recovered(task, found.value, small, fine_tune, seed)
-        plan = plan_of(task, found.value, view.scenario.spec)
+        small = recovered(task, selection, small, fine_tune, cell.config.seed)
+        plan = plan_of(task, selection, view.scenario.spec)
         pruned, pruned_own = score(small, view.inputs, view.labels, view.classes)
-        own_share, classes_covered = view.coverage(chosen)
+        own_share, classes_covered = view.coverage(self._images(cell))
         measures: dict[str, object] = {
             "macs_share": plan.cost.macs / plan.dense.macs,
             "params_share": plan.cost.params / plan.dense.params,
@@ -101,67 +94,58 @@ class CellRunner:
             "dense_own": view.dense[1],
             "pruned": pruned,
             "pruned_own": pruned_own,
-            "seconds": round(found.seconds, 4),
+            "seconds": round(seconds, 4),
         }
-        return {**measures, **(self._agreement(cell, view, task) if self.rank else {})}
+        return {**measures, **(self._agreement(cell, task) if self.rank else {})}
 
     def _view(self, cell: Cell) -> DeviceView:
         shared = scenario_of(cell.config)
-        scenario: Scenario = self._once("scenario", shared, partial(Scenario.of, shared))
+        scenario = self._once("scenario", shared, lambda: Scenario.of(shared))
 
         def make() -> DeviceView:
-            here = scenario.lacking(cell.device, cell.lacks) if cell.lacks else scenario
-            return DeviceView.of(here, cell.device)
+            return DeviceView.of(scenario.lacking(cell.device, cell.lacks) if cell.lacks else scenario, cell.device)
 
-        view: DeviceView = self._once("view", (shared, cell.device, cell.lacks), make)
-        return view
+        return self._once("view", (shared, cell.device, cell.lacks), make)
 
-    def _images(self, cell: Cell, view: DeviceView, instead: str) -> ImageSet:
-        metric = cell.config.metric
-        key = (_images_key(cell), instead)
-        images: ImageSet = self._once("images", key, lambda: view.public_images(metric, metric.size, instead))
-        return images
+    def _images(self, cell: Cell) -> ImageSet:
+        metric, view = cell.config.metric, self._view(cell)
+        return self._once("images", _images_key(cell), lambda: view.public_images(metric, metric.size, cell.instead))
 
-    def _task(self, cell: Cell, view: DeviceView, images: ImageSet) -> PruningTask:
-        return view.task(images, cell.budget, cell.config.pruning, cell.config.metric.batch)
+    def _task(self, cell: Cell) -> PruningTask:
+        config = cell.config
+        return self._view(cell).task(self._images(cell), cell.budget, config.pruning, config.metric.batch)
 
-    def _select(self, cell: Cell, task: PruningTask) -> Timed:
-        """Returns the selection of the criterion, or why there is none."""
+    def _select(self, cell: Cell, task: PruningTask) -> tuple[Selection | str, float]:
+        """Returns the selection of the criterion, or why there is none, and its CPU seconds."""
         criterion = criterion_of(task.options.criterion)
         try:
             if criterion.scores is None:
-                return Timed.of(lambda: select(task))
-            scores = self._scores(cell, task.options, criterion.scores, cell.instead, lambda: task)
-            spent = Timed.of(lambda: criterion.spend(task, scores.value))
-            return Timed(spent.value, scores.seconds + spent.seconds)
+                return timed(lambda: select(task))
+            scores, scoring_seconds = self._scores(cell, task.options, criterion.scores, lambda: task)
+            selection, seconds = timed(lambda: criterion.spend(task, scores))
+            return selection, scoring_seconds + seconds
         except BudgetError as error:
-            return Timed(str(error), 0.0)
+            return str(error), 0.0
 
     def _scores(
-        self, cell: Cell, options: PruningOptions, scoring: Scoring, instead: str, task: Callable[[], PruningTask]
-    ) -> Timed:
+        self, cell: Cell, options: PruningOptions, scoring: Scoring, task: Callable[[], PruningTask]
+    ) -> tuple[Scores, float]:
+        def make() -> tuple[Scores, float]:
+            problem = task()  # its time does not count
+            return timed(lambda: scoring(problem))
+
         plain = options.model_copy(update=dict.fromkeys((*FINISH, *SPENDING)))
-        key = (_images_key(cell), instead, scoring, plain)
+        return self._once("scores", (_images_key(cell), scoring, plain), make)
 
-        def make() -> Timed:
-            problem = task()
-            return Timed.of(lambda: scoring(problem))
-
-        scores: Timed = self._once("scores", key, make)
-        return scores
-
-    def _agreement(self, cell: Cell, view: DeviceView, task: PruningTask) -> Mapping[str, object]:
+    def _agreement(self, cell: Cell, task: PruningTask) -> Mapping[str, object]:
         """Returns the rank correlations of the scores with those on the device's own training images."""
-        criterion = criterion_of(task.options.criterion)
-        if criterion.scores is None:
+        scoring = criterion_of(task.options.criterion).scores
+        if scoring is None:
             return {}
-
-        def oracle() -> PruningTask:
-            return self._task(cell, view, self._images(cell, view, "oracle"))
-
-        ours = self._scores(cell, task.options, criterion.scores, cell.instead, lambda: task)
-        theirs = self._scores(cell, task.options, criterion.scores, "oracle", oracle)
-        return rank_correlations(task.layers, ours.value, theirs.value)
+        oracle = replace(cell, instead="oracle")
+        ours, _ = self._scores(cell, task.options, scoring, lambda: task)
+        theirs, _ = self._scores(oracle, task.options, scoring, lambda: self._task(oracle))
+        return rank_correlations(task.layers, ours, theirs)
 
     def _cut(self, cell: Cell, task: PruningTask, selection: Selection) -> nn.Module:
         seed, options, rows, moments = cell.config.seed, task.options, None, None

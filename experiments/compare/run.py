@@ -1,6 +1,6 @@
-"""Carries the cells of a comparison out, several devices at a time, and keeps each as a line of `results.csv`.
+"""Runs the cells of a comparison, several devices at a time, and writes each as a line of `results.csv`.
 
-A cell that stands there is finished and is not run again, so a comparison that was killed goes on where it was.
+A cell that has a line is finished and is not repeated, so a comparison that was killed continues where it was.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ FILE = "results.csv"
 
 
 def run_comparison(comparison: Comparison, out: Path, progress: Advance, jobs: int = 1) -> list[Row]:
-    """Carries out the cells that are not finished, and returns the rows of all of them in the order of the grid.
+    """Runs the cells that are not finished, and returns the rows of all cells in the order of the grid.
 
-    A criterion that cannot meet a budget, or do with an option, leaves a row without measures, with the reason in
-    ``refused``. Every row is the same for any number of jobs, but for its seconds. Finished cells that the comparison
-    has no longer stay in the file, behind the others.
+    If a criterion cannot meet a budget or does not support an option, the row has no measures, and the reason in
+    ``refused``. Apart from the seconds a row does not depend on the number of jobs. Finished cells that are no longer
+    part of the comparison stay at the end of the file.
 
     Raises:
         ConfigError: if `out` holds a comparison of other axes or measures.
@@ -42,11 +42,11 @@ def run_comparison(comparison: Comparison, out: Path, progress: Advance, jobs: i
     waiting = [cell for cell in cells if _key(comparison, cell.point) not in finished]
     done, written = len(cells) - len(waiting), set(finished)
     progress(done, len(cells), "finished before" if done else "")
-    write_bytes(path, as_csv(finished.values(), fields))  # without the half line of a killed run
+    write_bytes(path, as_csv(finished.values(), fields))  # drops the half line of a killed run
     with path.open("a", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, fieldnames=fields)
         for row in _rows(waiting, jobs, "rank" in comparison.results.measures):
-            if _key(comparison, row) in written:  # by a worker that was lost after it
+            if _key(comparison, row) in written:  # already written by a worker that was lost later
                 continue
             written.add(_key(comparison, row))
             writer.writerow(row)
@@ -55,12 +55,12 @@ def run_comparison(comparison: Comparison, out: Path, progress: Advance, jobs: i
             progress(done, len(cells), f"device {row['device']} {row['criterion']} {row['budget']}")
     finished = _read(path, fields, len(comparison.axes))
     rows = [finished.pop(_key(comparison, cell.point)) for cell in cells]
-    write_bytes(path, as_csv([*rows, *finished.values()], fields))  # in the grid's order, whoever was first
+    write_bytes(path, as_csv([*rows, *finished.values()], fields))  # in the order of the grid
     return rows
 
 
 def finished_rows(comparison: Comparison, out: Path) -> list[Row]:
-    """Returns the rows of the cells that are finished, in the order of the grid; runs nothing and writes nothing.
+    """Returns the rows of the finished cells in the order of the grid; runs nothing and writes nothing.
 
     Raises:
         ConfigError: if there is none, or `out` holds a comparison of other axes or measures.
@@ -73,7 +73,7 @@ def finished_rows(comparison: Comparison, out: Path) -> list[Row]:
 
 
 def _rows(cells: Sequence[Cell], jobs: int, rank: bool) -> Iterator[Row]:
-    """Yields a row a cell as they come; the cells of a device of a scenario stay in one process."""
+    """Yields rows as they are finished; the cells of one device of a scenario run in one process."""
     groups: dict[tuple[Any, ...], list[Cell]] = {}
     for cell in cells:
         groups.setdefault((scenario_of(cell.config), cell.device), []).append(cell)
@@ -82,7 +82,7 @@ def _rows(cells: Sequence[Cell], jobs: int, rank: bool) -> Iterator[Row]:
         for group in groups.values():
             yield from runner.rows(group)
         return
-    for shared in {key[0]: None for key in groups}:  # trained and described once; the workers find it in the caches
+    for shared in {key[0]: None for key in groups}:  # fills the caches before the workers start
         Scenario.of(shared)
     arrived: SimpleQueue[Row | Future[None]] = SimpleQueue()
     with closing(ProcessPool(jobs)) as pool:
@@ -105,7 +105,7 @@ def _run_group(emit: Emit, cells: Sequence[Cell], rank: bool) -> None:
         emit(row)
 
 
-_runner: CellRunner | None = None  # of a process of the pool: what it has loaded serves its next group
+_runner: CellRunner | None = None  # of a process of the pool; its caches serve the next group
 
 
 def _fields(comparison: Comparison) -> list[str]:
