@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import csv
 import json
-from contextlib import closing
+import os
+import signal
+import subprocess
+import sys
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import get_args
 
 import pytest
 from test_inprocess_run import SMALL
+from test_search import running, until
 from typer.testing import CliRunner
 
 from experiments import cli
@@ -78,6 +83,30 @@ def test_runs_share_a_warm_pool_and_their_logs_do_not_mix(tmp_path: Path, monkey
         assert f"{method} devices.count=2" in said.splitlines()[-1]
         assert said.count("mean personal accuracy") == 1
     assert len(means_over_seeds(outcomes(cells, out), SweepOptions())) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("command", ["sweep", "compare"])
+def test_a_command_that_is_ended_leaves_no_process(command: str, number: int, tmp_path: Path) -> None:
+    file, more = sweep_file(tmp_path, "seed = [0, 1]"), ["--set", "train.rounds=300"]
+    if command == "compare":
+        axes = '[compare]\ncriterion = ["tap+", "updp"]\ndevice = [0, 1]'
+        file.write_text(file.read_text().replace("[grid]", axes))
+        more = []
+    arguments = ["-m", "experiments.cli", command, "--config", str(file), "--out", str(tmp_path / "out"), "--jobs", "2"]
+    working = subprocess.Popen(
+        [sys.executable, *arguments, *more], stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    try:
+        until(lambda: len(running(working.pid)) >= 4)  # itself, multiprocessing's tracker, two workers
+        (os.killpg if number == signal.SIGINT else os.kill)(working.pid, number)
+        _, printed = working.communicate(timeout=60)
+        assert working.returncode == 130 and printed.endswith("tapfl: interrupted; go on with: the same command\n")
+        until(lambda: not running(working.pid), 30)
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(working.pid, signal.SIGKILL)
 
 
 def in_threads(runs: list[SweepRun], out: Path, jobs: int = 2) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""What a search makes small: errors, bytes and MACs of a run, weighed; and what a configuration must keep to."""
+"""What a search minimises: a weighted sum of errors, bytes and MACs of a run, under constraints."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from experiments.jobs.pool import Emit
 from strategies.records import Summary
 from tapfl.options import Scalar
 
-# of a run so far, each: less is better
+# of a run so far; less is better for each
 MEASURES: dict[str, Callable[[Summary], float]] = {
     "mean": lambda summary: 1 - summary.personal_accuracy,
     "worst-decile": lambda summary: 1 - summary.personal_accuracy_worst_decile,
@@ -46,7 +46,7 @@ class Objective:
         return sum(weight * measures[name] for name, weight in self.weights.items())
 
     def violation(self, measures: Mapping[str, float]) -> float:
-        """Returns by how much the constraints are broken, as shares of their limits; 0: they are kept."""
+        """Returns the sum of the excesses over the limits, each as a share of its limit; 0: all constraints are met."""
         over = [max(0.0, measures[c.measure] - c.limit) / (abs(c.limit) or 1.0) for c in self.constraints]
         return math.fsum(over)
 

@@ -33,7 +33,7 @@ WIDER = 3.0  # candidates are drawn with so many bandwidths
 
 @dataclass(frozen=True)
 class Density:
-    """A kernel density over coordinates of `unit_cube`.
+    """A kernel density over coordinates of the unit cube (`experiments.search.space`).
 
     Attributes:
         points: where the kernels lie, float64 (n, d).

@@ -1,4 +1,4 @@
-"""The file of a search: `[search]` says how, `[space]` over what, and the rest are the options of every run."""
+"""The file of a search: `[search]` is the method, `[space]` the options to vary, the rest are the options of all runs."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class SearchOptions(Section):
     """How configurations are drawn and judged, and what it may cost."""
 
     method: Method = "bohb"
-    eta: float = Field(3.0, ge=2, description="one of so many configurations goes on to the next rung")
+    eta: float = Field(3.0, ge=2, description="one in eta configurations continues to the next rung")
     min_rounds: Count = Field(1, description="rounds of the first rung")
     max_rounds: Count = Field(9, description="rounds of the last rung, R")
     brackets: int = Field(0, ge=0, description="how many are opened; 0: one iteration, or as `rounds` says")

@@ -49,7 +49,7 @@ def open_study(search: Search, name: str, out: Path, url: str | None, resume: bo
         url: of the storage; None: a journal in `out`.
 
     Raises:
-        ConfigError: if the storage cannot be had, if there is a study already without `resume` or none with it, or if
+        ConfigError: if the storage cannot be used, if there is a study already without `resume` or none with it, or if
             it is that of another search.
     """
     if url is None and resume and not (out / JOURNAL).is_file():
@@ -161,7 +161,7 @@ def drop_losers(trials: Sequence[FrozenTrial], folder: Path) -> None:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a search keeps what it knows.
+    """Where the state of a search is kept.
 
     Attributes:
         name: of Optuna's study.
@@ -178,7 +178,7 @@ class Place:
 
 @dataclass(frozen=True)
 class Found:
-    """What a search came to: the best trial, after how many rounds, its loss and parameters, and the files."""
+    """The result of a search: the best trial, its rounds, loss and parameters, and the folder of the files."""
 
     trial: int
     rounds: int

@@ -1,7 +1,7 @@
-"""Many federations: a grid or a list of options, each cell a complete run folder, one table of results.
+"""Many federations: a grid or a list of options, one run folder for each combination.
 
 A sweep's TOML has a table `[grid]`, whose lists are crossed, tables `[[run]]`, each of which is crossed with the grid,
-or both; and the options that all cells share. A `[[run]]` may have a `name`, under which it is tabulated.
+or both; and the options that all runs share. A `[[run]]` may have a `name`, which then labels it in the table.
 
 ```toml
 [grid]
@@ -23,9 +23,9 @@ reach = [0.5, 0.6]                                # accuracies: bytes and simula
 reference = { "personalize.method" = "local" }    # every point is tested against the one that differs in this alone
 ```
 
-A cell that has its `summary.json` is finished and is not run again; one that has not, or that has fewer rounds than are
-wanted now, goes on from where it was. Cells that differ only in what comes after round zero share it: one of them
-begins, the others find its summaries and plans in `round-zero/` and come to the same bits.
+A run that has its `summary.json` is finished and is not repeated. One that has not, or that has fewer rounds than the
+file now asks for, continues from its checkpoint. Runs that differ only in options that act after round zero share it:
+one of them starts, and the others take its summaries and plans from `round-zero/`.
 """
 
 from __future__ import annotations
@@ -69,13 +69,13 @@ def group_of(point: Mapping[str, Any]) -> Point:
 
 
 def read_sweep(file: Path, changes: Mapping[str, Any] | None = None) -> list[SweepRun]:
-    """Returns the cells of a sweep.
+    """Returns the runs of a sweep.
 
     Args:
-        changes: options above those that the file's cells share.
+        changes: options that override those that the file's runs share.
 
     Raises:
-        ConfigError: if the grid or any cell is not valid, or if the cells differ in what is to be changed.
+        ConfigError: if the grid or any run is not valid, or if the runs differ in an option of `changes`.
     """
     tables = read_toml_tables(file)
     tables.pop("sweep", None)  # how it is reported: `read_sweep_options`
@@ -88,16 +88,16 @@ def read_sweep(file: Path, changes: Mapping[str, Any] | None = None) -> list[Swe
     own_options = {*grid, *(key for run in runs for key in flatten(run))}
     if fixed := sorted(own_options & {*(changes or {})}):
         raise ConfigError(f"--set {fixed[0]}: the runs of {file} differ in it; change it there")
-    cells = []
+    planned = []
     for run in runs or [{}]:
         name, own = run.pop("name", ""), flatten(run)
         for values in itertools.product(*grid.values()):
             crossed = dict(zip(grid, values, strict=True))
             point = ({"run": name} if name else own) | crossed
-            cells.append(_sweep_run(file, point, shared | own | crossed))
-    if twice := [name for name, count in Counter(cell.name for cell in cells).items() if count > 1]:
+            planned.append(_sweep_run(file, point, shared | own | crossed))
+    if twice := [name for name, count in Counter(run.name for run in planned).items() if count > 1]:
         raise ConfigError(f"{file}: two runs are {twice[0]!r}; give them names of their own")
-    return cells
+    return planned
 
 
 def _sweep_run(file: Path, point: dict[str, Any], options: dict[str, Any]) -> SweepRun:
@@ -163,11 +163,13 @@ def _finished(run: SweepRun, out: Path) -> bool:
 
 
 class SweepOptions(Section):
-    """How a sweep is reported."""
+    """The table ``[sweep]``: how a sweep is reported."""
 
-    reach: AnyShares = Field((), description="mean personal accuracies to which bytes and time are counted")
+    reach: AnyShares = Field(
+        (), description="mean personal accuracies; the table lists bytes and simulated time until each is reached"
+    )
     reference: dict[str, Scalar] = Field(
-        {}, description="values that make a point of the grid that it is tested against"
+        {}, description="option values: each point is tested against the point that differs in these alone"
     )
 
 
@@ -175,14 +177,14 @@ def read_sweep_options(file: Path, reference: Mapping[str, Scalar] | None = None
     """Returns the table `[sweep]` of a sweep's TOML.
 
     Args:
-        reference: in place of the file's, if there is one.
+        reference: overrides the file's, if it is not empty.
 
     Raises:
         ConfigError: if the table is not valid.
     """
     table = read_toml_tables(file).get("sweep", {})
     if not isinstance(table, dict):
-        raise ConfigError(f"{file}: sweep = {table!r}: is a table, [sweep]")
+        raise ConfigError(f"{file}: sweep = {table!r}: must be a table, [sweep]")
     given = {**table, "reference": flatten(table["reference"])} if isinstance(table.get("reference"), dict) else table
     return validated(SweepOptions, {**given, **({"reference": reference} if reference else {})})
 
@@ -200,7 +202,7 @@ def references(points: Iterable[Point], reference: Mapping[str, Scalar]) -> dict
     written = {frozenset((key, str(value)) for key, value in point): point for point in points}
     axes = dict.fromkeys(key for point in written.values() for key, _ in point)
     if unknown := [key for key in reference if key not in axes]:
-        raise ConfigError(f"reference {unknown[0]}: is no axis of this sweep; accepted: {', '.join(axes)}")
+        raise ConfigError(f"reference {unknown[0]}: is not an axis of this sweep; accepted: {', '.join(axes)}")
     wanted = {key: str(value) for key, value in reference.items()}
     found: dict[Point, Point] = {}
     for own, point in written.items():

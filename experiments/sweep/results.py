@@ -48,10 +48,9 @@ class Outcome:
     """A finished run.
 
     Attributes:
-        point: where it lies in the grid, its seed too if that is an axis.
-        folder: the run's.
-        options: all of the run's, as resolved.
-        versions: of the packages it was made with.
+        point: its values along the axes of the grid, with the seed if that is an axis.
+        options: all options of the run.
+        versions: of the packages that the run used.
     """
 
     point: Mapping[str, Any]
@@ -62,7 +61,7 @@ class Outcome:
 
     @property
     def group(self) -> Point:
-        """Where the run lies in the grid but for its seed."""
+        """The point without the seed."""
         return group_of(self.point)
 
     @property
@@ -70,11 +69,11 @@ class Outcome:
         return self.summary.curve
 
     def measures(self, reach: Sequence[float]) -> dict[str, float | None]:
-        """Returns `MEASURES`, what round zero cost of them, and what each accuracy of `reach` cost after it.
+        """Returns `MEASURES`, the cost of round zero, and the cost after round zero of reaching each of `reach`.
 
-        Bytes are those of all devices, up and down. An accuracy that was never reached has None; one that the smaller
-        models had before any round, 0. Round zero is apart because it is the same for all that differ after it, and
-        most of what is sent: the backbone, and the smaller models.
+        Bytes are those of all devices, up and down. An accuracy that was never reached has cost None; one that the
+        pruned models had before the first round has cost 0. Round zero is listed apart because it dominates the traffic
+        (backbone and pruned models) and is the same for all runs that share it.
         """
         start = self.curve[0]
         found: dict[str, float | None] = {name: getattr(self.summary, name) for name in MEASURES}
@@ -86,7 +85,7 @@ class Outcome:
         return found
 
     def devices(self) -> list[dict[str, Any]]:
-        """Returns for every device that got a model what it has, what it gained, and what it sent and received."""
+        """Returns one row for each device with a model: its data, its model's costs, accuracies, and bytes."""
         return [
             {
                 "device": record.device,
@@ -99,16 +98,16 @@ class Outcome:
         ]
 
 
-def outcomes(cells: Sequence[SweepRun], out: Path) -> list[Outcome]:
-    """Returns the finished runs of a sweep, in the order of its cells. Raises RunError if there is none."""
+def outcomes(runs: Sequence[SweepRun], out: Path) -> list[Outcome]:
+    """Returns the finished runs of a sweep, in their order in the file. Raises RunError if none is finished."""
     found = []
-    for cell in cells:
-        folder = out / cell.name
+    for run in runs:
+        folder = out / run.name
         if (folder / SUMMARY).is_file():
             config, versions = (json.loads((folder / name).read_text()) for name in ("config.json", "versions.json"))
-            found.append(Outcome(cell.point, folder, config, versions, read_summary(folder)))
+            found.append(Outcome(run.point, folder, config, versions, read_summary(folder)))
     if not found:
-        raise RunError(f"no run of the sweep in {out} came to its end")
+        raise RunError(f"no run of the sweep in {out} is finished")
     return found
 
 
@@ -202,7 +201,7 @@ def _tested(groups: Mapping[Point, Sequence[Outcome]], point: Point, reference: 
 
 
 def caption_of(runs: Sequence[Outcome], made_by: str, options: SweepOptions) -> str:
-    """Returns what stands under a sweep's table: command, seeds, what the runs share, what the columns are."""
+    """Returns the caption of a sweep's table: command, seeds, options that all runs share, and what the columns mean."""
     about = [setting_of(runs), "bytes of all devices, time simulated; up, down and time with round zero"]
     if options.reach:
         about.append("to an accuracy: bytes up and down, and time, after round zero")
@@ -217,7 +216,7 @@ def caption_of(runs: Sequence[Outcome], made_by: str, options: SweepOptions) -> 
 
 
 def setting_of(runs: Sequence[Outcome]) -> str:
-    """Returns backbone, devices and local work in words, as far as all runs agree on them."""
+    """Returns backbone, devices and local training as text, as far as all runs agree on them."""
     same = _common(run.options for run in runs)
     words = {
         "model.name": "{}",
@@ -239,5 +238,5 @@ def _common(tables: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def write_table(rows: Sequence[Mapping[str, str]], said: str, file: Path) -> None:
-    """Writes Markdown: the rows, and under them how they came about."""
+    """Writes the rows as a Markdown table, with their caption."""
     write_bytes(file, f"{as_markdown(rows)}\n{said[0].upper()}{said[1:]}\n".encode())
