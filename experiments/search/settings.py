@@ -1,4 +1,4 @@
-"""The file of a search: `[search]` is the method, `[space]` the options to vary, the rest are the options of all runs."""
+"""The file of a search: `[search]` is the method, `[space]` the options to vary, the rest the options of all runs."""
 
 from __future__ import annotations
 

@@ -201,7 +201,7 @@ def _tested(groups: Mapping[Point, Sequence[Outcome]], point: Point, reference: 
 
 
 def caption_of(runs: Sequence[Outcome], made_by: str, options: SweepOptions) -> str:
-    """Returns the caption of a sweep's table: command, seeds, options that all runs share, and what the columns mean."""
+    """Returns the caption of a sweep's table: command, seeds, options that all runs share, meaning of the columns."""
     about = [setting_of(runs), "bytes of all devices, time simulated; up, down and time with round zero"]
     if options.reach:
         about.append("to an accuracy: bytes up and down, and time, after round zero")
