@@ -6,10 +6,10 @@ import logging
 import math
 import re
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Generic, TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
 from flwr.app import Message
 from flwr.common.logger import log
@@ -26,6 +26,30 @@ RETRY_AFTER = 2.0  # a worker that died is back within seconds; what was sent to
 POLL_FIRST, POLL_LAST = 0.01, 0.2
 
 
+@dataclass(frozen=True)
+class Request(Generic[R]):
+    """A message to one device, and what its answer must be.
+
+    Attributes:
+        check: raises WireError for an answer that must not be used.
+        max_bytes: that the answer may have.
+        macs: that the device computes for it, for the simulated time.
+        cached_bytes: that the device found in a cache on this machine, and would have downloaded elsewhere; they count
+            as the message's own.
+    """
+
+    message: WireMessage
+    reply_type: type[R]
+    check: Callable[[R], None]
+    max_bytes: float = math.inf
+    macs: float = 0.0
+    cached_bytes: int = 0
+
+    @property
+    def bytes_by_kind(self) -> Counter[str]:
+        return self.message.bytes_by_kind + Counter({self.message.kind: self.cached_bytes})
+
+
 @dataclass
 class Answers(Generic[R]):
     """What came back, by partition id: the answers that passed their check, and why the others are missing."""
@@ -33,26 +57,31 @@ class Answers(Generic[R]):
     replies: dict[int, R] = field(default_factory=dict)
     failures: dict[int, str] = field(default_factory=dict)
 
-    def require(self, what: str, min_success: float) -> dict[int, R]:
+    def __len__(self) -> int:
+        return len(self.replies) + len(self.failures)
+
+    def fail(self, i: int, reason: str) -> None:
+        self.failures[i] = _printable(reason)
+        log(logging.WARNING, "device %d: %s", i, self.failures[i])
+
+    def require(self, phase: str, min_success: float) -> dict[int, R]:
         """Returns the replies in the order of their partition ids.
 
         Raises:
-            RunError: if there are fewer than the share `min_success` of those that were asked; above 0 that is one
-                at least.
+            RunError: if there are fewer than the share `min_success` of the requests; above 0, at least one.
         """
-        asked = len(self.replies) + len(self.failures)
-        if min_success and (not self.replies or len(self.replies) < min_success * asked):
+        if min_success and (not self.replies or len(self.replies) < min_success * len(self)):
             reasons = sorted(set(self.failures.values())) or ["nothing was sent"]
-            few = f"{len(self.replies)} of {asked} devices came through, faults.min-success = {min_success:g}"
-            raise RunError(f"{what}: {few if self.replies else 'no device answered'}; {reasons[0]}")
+            few = f"{len(self.replies)} of {len(self)} devices came through, faults.min-success = {min_success:g}"
+            raise RunError(f"{phase}: {few if self.replies else 'no device answered'}; {reasons[0]}")
         return dict(sorted(self.replies.items()))
 
 
 def wait_for_nodes(grid: Grid, count: int, timeout: float) -> list[int]:
-    """Returns the ids of the nodes that are there: exactly `count` of them, or with 0 as many as stay the same for 1 s.
+    """Returns the ids of the connected nodes: exactly `count`, or with 0 as many as stay the same for 1 s.
 
     Raises:
-        RunError: if they are not there in `timeout` seconds, or more than `count` are.
+        RunError: if they are not there within `timeout` seconds, or there are more than `count`.
     """
     end = time.monotonic() + timeout
     seen, since = -1, time.monotonic()
@@ -73,102 +102,94 @@ def wait_for_nodes(grid: Grid, count: int, timeout: float) -> list[int]:
             time.sleep(0.05)
 
 
+class Attempt(NamedTuple):
+    """The `number`-th time that a request is sent to device `i`, not before `start`."""
+
+    i: int
+    number: int = 1
+    start: float = 0.0
+
+
 def exchange(
     grid: Grid,
-    outgoing: Mapping[int, tuple[int, WireMessage]],
-    reply_type: type[R],
-    check: Callable[[int, R], None],
+    nodes: Mapping[int, int],
+    requests: Mapping[int, Request[R]],
+    phase: str,
     *,
     timeout: float,
     retries: int,
     window: int,
-    group: str,
-    limit: Callable[[int], float] = lambda partition_id: math.inf,
-    arrived: Callable[[int], None] = lambda count: None,
 ) -> Answers[R]:
-    """Sends each device its message and returns the answers that pass `check`.
+    """Sends each device its request; returns the answers that passed their check, and the failures.
 
     Args:
-        outgoing: (node id, message) by partition id.
-        check: raises WireError for an answer that must not be used.
-        timeout: seconds for all of it; what has not arrived by then counts as failed and is not looked at later.
-        retries: how often a message is sent again whose worker was lost.
-        window: messages in flight at once; Flower's state slows down with every message that lies in it.
-        group: shown by Flower, the round.
-        limit: bytes that an answer of this device may have.
-        arrived: called with the number of devices that are done, first with 0.
+        nodes: node id by partition id.
+        phase: name of the stage, and of Flower's message group.
+        timeout: seconds for all of it; what has not arrived by then has failed, and is not looked at later.
+        retries: how often a request is sent again whose worker was lost.
+        window: requests in flight at once; Flower slows down with every message that it holds.
     """
     answers: Answers[R] = Answers()
-    waiting = deque((partition_id, 1, 0.0) for partition_id in sorted(outgoing))
-    in_flight: dict[str, tuple[int, int]] = {}
+    waiting = deque(Attempt(i) for i in sorted(requests))
+    in_flight: dict[str, Attempt] = {}
     end, poll = time.monotonic() + timeout, POLL_FIRST
-    arrived(0)
-    while waiting or in_flight:
-        now = time.monotonic()
-        if now >= end:
-            for partition_id in [p for p, *_ in waiting] + [p for p, _ in in_flight.values()]:
-                _fail(answers, partition_id, f"no answer within {timeout:g} s (faults.exchange-timeout)")
-            return answers
-        ready = [entry for entry in waiting if entry[2] <= now][: window - len(in_flight)]
-        for entry in ready:
-            waiting.remove(entry)
-            node, message = outgoing[entry[0]]
-            outgoing_message = Message(message.to_records(), node, message.type, group_id=group)
-            (message_id,) = grid.push_messages([outgoing_message])
-            in_flight[message_id] = (entry[0], entry[1])
-        replies = list(grid.pull_messages(list(in_flight))) if in_flight else []
-        for reply in replies:
-            flown = in_flight.pop(reply.metadata.reply_to_message_id, None)
-            if flown is None:
-                log(logging.WARNING, "an answer to nothing that was asked, or a second one: not looked at")
-                continue
-            partition_id, attempt = flown
-            if reply.has_error() and reply.error.code != CLIENT_RAISED and attempt <= retries:
-                log(logging.WARNING, "device %d: %s; sent again", partition_id, _reason(reply.error.reason))
-                waiting.append((partition_id, attempt + 1, now + RETRY_AFTER * attempt))
-            elif reply.has_error():
-                _fail(answers, partition_id, _reason(reply.error.reason))
-            else:
-                _accept(answers, partition_id, reply, reply_type, check, limit(partition_id))
-            arrived(len(answers.replies) + len(answers.failures))
-        poll = POLL_FIRST if replies else min(poll * 1.5, POLL_LAST)
-        if not replies:
-            time.sleep(poll)
+    with stage(phase) as advance:
+        advance(0, len(requests), "devices")
+        while waiting or in_flight:
+            now = time.monotonic()
+            if now >= end:
+                for attempt in (*waiting, *in_flight.values()):
+                    answers.fail(attempt.i, f"no answer within {timeout:g} s (faults.exchange-timeout)")
+                break
+            for attempt in [each for each in waiting if each.start <= now][: window - len(in_flight)]:
+                waiting.remove(attempt)
+                message = requests[attempt.i].message
+                content = Message(message.to_records(), nodes[attempt.i], message.type, group_id=phase)
+                (message_id,) = grid.push_messages([content])
+                in_flight[message_id] = attempt
+            replies = list(grid.pull_messages(list(in_flight))) if in_flight else []
+            for reply in replies:
+                answered = in_flight.pop(reply.metadata.reply_to_message_id, None)
+                if answered is None:
+                    log(logging.WARNING, "ignored an answer to no request, or a second answer to one")
+                elif is_worker_lost(reply) and answered.number <= retries:
+                    log(logging.WARNING, "device %d: %s; sent again", answered.i, _reason(reply))
+                    waiting.append(Attempt(answered.i, answered.number + 1, now + RETRY_AFTER * answered.number))
+                else:
+                    _accept(answers, answered.i, reply, requests[answered.i])
+                advance(len(answers), len(requests), "devices")
+            poll = POLL_FIRST if replies else min(poll * 1.5, POLL_LAST)
+            if not replies:
+                time.sleep(poll)
     return answers
 
 
-def _accept(
-    answers: Answers[R],
-    partition_id: int,
-    reply: Message,
-    reply_type: type[R],
-    check: Callable[[int, R], None],
-    limit: float,
-) -> None:
+def is_worker_lost(reply: Message) -> bool:
+    return reply.has_error() and reply.error.code != CLIENT_RAISED
+
+
+def _accept(answers: Answers[R], i: int, reply: Message, request: Request[R]) -> None:
+    if reply.has_error():
+        answers.fail(i, _reason(reply))
+        return
     try:
-        answer = reply_type.from_records(reply.content, limit)
-        check(partition_id, answer)
+        answer = request.reply_type.from_records(reply.content, request.max_bytes)
+        request.check(answer)
     except WireError as error:
-        _fail(answers, partition_id, f"refused: {error}")
+        answers.fail(i, f"refused: {error}")
     else:
-        answers.replies[partition_id] = answer
+        answers.replies[i] = answer
 
 
-def _fail(answers: Answers[R], partition_id: int, reason: str) -> None:
-    reason = _shown(reason)
-    answers.failures[partition_id] = reason
-    log(logging.WARNING, "device %d: %s", partition_id, reason)
-
-
-def _reason(text: str | None) -> str:
+def _reason(reply: Message) -> str:
     """The last line of what may be kilobytes of coloured traceback: the exception itself."""
-    plain = re.sub(r"\x1b\[[0-9;]*m", "", text or "")
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", reply.error.reason or "")
     lines = [line.strip() for line in plain.splitlines() if line.strip()]
     named = [line for line in lines if re.match(r"[\w.]*(Error|Exception)\b", line)]
     own = [line for line in named if not re.search(r"RayTaskError|ClientAppException", line)]  # what they only wrap
-    return _shown((own or named or lines or ["no reason given"])[-1])
+    return _printable((own or named or lines or ["no reason given"])[-1])
 
 
-def _shown(text: str) -> str:
-    """What a device says goes to screens, logs and reports: one line that commands no terminal."""
+def _printable(text: str) -> str:
+    """A device's words go to screens, logs and reports: one line that commands no terminal."""
     return "".join(sign if sign.isprintable() else " " for sign in text[:300])

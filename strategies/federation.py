@@ -1,42 +1,31 @@
 """One federation, from the server's side: round zero, then rounds of adapters, then the last evaluation.
 
-Nothing here depends on the order in which replies arrive, on the number of workers or on the engine: devices are known
-by partition id, sums run in that order, and each draws from its own generator. After each round all that the server
-knows is on disk, and a run that was killed goes on from there to the same bits.
+A round is a step from one `FederationState` to the next, and the state is on disk after each, so a run that was killed
+continues from there to the same bits. Nothing depends on the order in which replies arrive, on the number of workers or
+on the engine: devices are known by partition id, sums run in that order, and each device draws from its own generator.
 """
 
 from __future__ import annotations
 
 import logging
-import math
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import cached_property
 
 import numpy as np
 import torch
 from flwr.common.logger import log
 from flwr.serverapp import Grid
 
-from strategies.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from strategies.exchange import Request
 from strategies.fleet import Fleet
 from strategies.loggers.feed import loggers
 from strategies.preparation import Backbone, Preparation
-from strategies.records import (
-    AbsenceLine,
-    CurvePoint,
-    DeviceLine,
-    RoundLine,
-    Summary,
-    added,
-    append_line,
-    cut_metrics,
-    metrics_size,
-    write_summary,
-)
-from strategies.results import Clock, summarise
-from strategies.sampling import turnout
-from strategies.simulated import Spent, seconds, training_macs
+from strategies.recording import Clock, Replies, evaluated, summarise
+from strategies.records import AbsenceLine, append_lines, cut_metrics, metrics_size, write_summary
+from strategies.simulation import sample_clients, seconds, training_macs
+from strategies.state import Cost, FederationState, load_checkpoint, save_checkpoint
 from tapfl.adapters import rules
 from tapfl.adapters.layout import Layout, Update, device_layout, gather_all, global_shapes, pack, packed_size, unpack
 from tapfl.adapters.rules import ServerState
@@ -44,277 +33,236 @@ from tapfl.config import RunConfig
 from tapfl.data.sources import ImageSet
 from tapfl.errors import PlanError
 from tapfl.personalize.methods import method_of
-from tapfl.privacy import epsilon
 from tapfl.profiles import max_rank
 from tapfl.progress import stage
-from tapfl.pruning.plan import PruningPlan
 from tapfl.seeds import of_secret, torch_generator
 from tapfl.store import RunFolder, write_json
 from tapfl.training import Params
-from tapfl.wire import ENVELOPE, Evaluate, EvaluateReply, Prune, Train, TrainReply
+from tapfl.wire import ENVELOPE, Evaluate, EvaluateReply, Hello, Train, TrainReply
 
-MEASURES = ("global_accuracy", "personal_accuracy", "alpha")
+
+def run_federation(grid: Grid, config: RunConfig, images: ImageSet, folder: RunFolder) -> None:
+    """Carries a federation out, or continues it, and leaves the results in the run's folder.
+
+    Raises:
+        RunError: if too few devices come through in a phase; the run can be continued from its last state.
+        ConfigError: if the run to continue had other options or other devices.
+    """
+    state = load_checkpoint(folder, config) if config.resume else None
+    if state and state.round == config.train.rounds and folder.summary.exists():
+        with loggers(config, folder):  # they may lack some of it, or all
+            log(logging.INFO, "the run is finished: %s", folder.path)
+        return
+    folder.summary.unlink(missing_ok=True)
+    write_json(folder.path / "config.json", config.flat() | {"resume": False})
+    folder.write_versions()
+    cut_metrics(folder.path, state.metrics_bytes if state else 0)
+    clock = Clock(folder.path / "timing.json")
+    with loggers(config, folder) as replay:
+        preparation = Preparation(config, images, folder, Fleet(grid, config, folder))
+        with clock.phase("backbone"):
+            backbone = preparation.backbone()
+        federation = Federation(preparation, backbone, replay)
+        with clock.phase("round zero"):
+            state = federation.resume(state) if state else federation.start()
+        state = federation.rounds(state, clock)
+        with clock.phase("evaluation"):
+            state = federation.evaluate(state)
+        summary = summarise(state, config, clock.seconds, backbone.cost.params)
+        write_summary(folder.path, summary)
+        log(logging.INFO, "mean personal accuracy %.4f", summary.personal_accuracy)
+        log(logging.INFO, "the run's folder: %s", folder.path)
 
 
 class Federation:
-    """The server of one run. `run` is the whole of it, phase by phase."""
+    """The steps of a run: each takes a state and returns the next one. Nothing else here changes, but for caches.
 
-    def __init__(self, grid: Grid, config: RunConfig, images: ImageSet, folder: RunFolder) -> None:
-        self.config, self.images, self.folder = config, images, folder
-        self.fleet = Fleet(grid, config, folder)
-        self.preparation = Preparation(config, images, folder, self.fleet)
-        self.waiting: dict[int, Prune] = {}  # what brings those devices their model that have none yet
-        self.layouts: dict[int, Layout] = {}  # of the devices that have theirs
-        self.plans: dict[int, str] = {}  # checksums of their plans
-        self.method = method_of(config.personalize, config.adapters.scale)
-        self.fresh: Params = {}
-        self.curve: list[CurvePoint] = []
-        self.clock = Clock(folder.path / "timing.json")
-        self.tell: Callable[[], None] = lambda: None  # the loggers that lines of metrics.jsonl have become final
+    Args:
+        replay: brings loggers the lines of metrics.jsonl that a saved state has made final.
+    """
 
-    def run(self) -> None:
-        """Carries the federation out, or goes on with it, and leaves the whole of it in the run's folder.
+    def __init__(self, preparation: Preparation, backbone: Backbone, replay: Callable[[], None]) -> None:
+        self.preparation, self.backbone, self.replay = preparation, backbone, replay
+        self.config, self.folder, self.fleet = preparation.config, preparation.folder, preparation.fleet
+        self.hello = Hello(backbone.key)
+        self.method = method_of(self.config.personalize, self.config.adapters.scale)
+        self._layouts: dict[int, Layout] = {}
 
-        Raises:
-            RunError: if too few devices come through in a phase; what was reached until then can be gone on with.
-            ConfigError: if the run that goes on had other options or other devices.
-        """
-        checkpoint = load_checkpoint(self.folder, self.config) if self.config.resume else None
-        if checkpoint and checkpoint.round == self.config.train.rounds and self.folder.summary.exists():
-            with loggers(self.config, self.folder):  # they may lack some of it, or all
-                log(logging.INFO, "the run is finished: %s", self.folder.path)
-            return
-        self.folder.summary.unlink(missing_ok=True)
-        write_json(self.folder.path / "config.json", self.config.flat() | {"resume": False})
-        self.folder.write_versions()
-        cut_metrics(self.folder.path, checkpoint.metrics_bytes if checkpoint else 0)
-        with loggers(self.config, self.folder) as self.tell:
-            self._carry_out(checkpoint)
+    @cached_property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of the global adapters."""
+        return global_shapes(self.backbone.model, self.backbone.layers, max_rank(self.config.devices))
 
-    def _carry_out(self, checkpoint: Checkpoint | None) -> None:
-        """Does what is left to do after the checkpoint."""
-        with self.clock.phase("backbone"):
-            backbone = self.preparation.backbone()
-        with self.clock.phase("round zero"):
-            self.fleet.meet(backbone.key, checkpoint.records if checkpoint else None)
-            if checkpoint:
-                self._restore(backbone, checkpoint)
-            else:
-                self.waiting = self.preparation.smaller_models(backbone)
-                self._equip(backbone)
-            self.fresh = self._initial(backbone)
-        if checkpoint is None:
-            checkpoint = self._checkpoint(0, ServerState(self.fresh, {}))
-        final = self._rounds(backbone, checkpoint)
-        with self.clock.phase("evaluation"):
-            self._evaluate(final)
-        summary = self._summary(backbone.cost.params)
-        write_summary(self.folder.path, summary)
-        log(logging.INFO, "mean personal accuracy %.4f", summary.personal_accuracy)
-        log(logging.INFO, "the run's folder: %s", self.folder.path)
-
-    # -- who has a model, and which -----------------------------------------------------------------------------------
-
-    def _restore(self, backbone: Backbone, checkpoint: Checkpoint) -> None:
-        self.curve, self.fleet.simulated = list(checkpoint.curve), checkpoint.simulated
-        for i, record in checkpoint.records.items():
-            if (message := self.preparation.planned(backbone, i)) is not None:
-                self.waiting[i] = message
-            if record.params:
-                plan = self.folder.path / "plans" / f"{i:02d}.json"
-                if message is None:
-                    raise PlanError(f"{plan}: is gone, by which the model of device {i} was cut")
-                self._lay_out(backbone, i)
-                if self.plans[i] != checkpoint.plans.get(i, self.plans[i]):
-                    raise PlanError(f"{plan}: is not the plan by which the model of device {i} was cut")
-        log(logging.INFO, "the run goes on after round %d of %d", checkpoint.round, self.config.train.rounds)
-
-    def _equip(self, backbone: Backbone, min_success: float | None = None) -> None:
-        for i in self.preparation.surgery(self.waiting, min_success):
-            self._lay_out(backbone, i)
-
-    def _lay_out(self, backbone: Backbone, i: int) -> None:
-        """Notes where the adapters of a device lie that has its model; the message, weights and all, is let go."""
-        plan, rank = PruningPlan.from_json(self.waiting.pop(i).plan), self.fleet.records[i].profile.rank
-        self.plans[i] = plan.checksum
-        self.layouts[i] = device_layout(self._shapes(backbone), backbone.layers, plan, rank)
-        self.layouts = dict(sorted(self.layouts.items()))
-
-    def _shapes(self, backbone: Backbone) -> dict[str, tuple[int, ...]]:
-        return global_shapes(backbone.model, backbone.layers, max_rank(self.config.devices))
-
-    def _initial(self, backbone: Backbone) -> Params:
-        """Returns the global adapters before the first round.
+    @cached_property
+    def initial(self) -> Params:
+        """The global adapters before the first round.
 
         Their head is the dense model's. Where recovery or a criterion trained, the devices' models have heads of their
-        own, which give way to a shared one from the first round on: it is trained as a whole anyway, and what they
+        own, which give way to the shared one from the first round on: it is trained as a whole anyway, and what they
         learnt in the rest of the model stays. On digits no device's accuracy changed by it.
         """
+        layers, model = self.backbone.layers, self.backbone.model
         generator = torch_generator(self.config.seed, "adapters")
-        return rules.initial(self.config.adapters, self._shapes(backbone), backbone.layers, backbone.model, generator)
+        return rules.initial(self.config.adapters, self.shapes, layers, model, generator)
+
+    # -- start, resume, save ------------------------------------------------------------------------------------------
+
+    def start(self) -> FederationState:
+        """Returns the state after round zero: devices have introduced themselves and received their pruned models."""
+        devices = self.fleet.meet(self.hello)
+        state = FederationState(0, ServerState(self.initial, {}), devices, plans={})
+        state, messages = self.preparation.pruned_models(self.backbone, state)
+        return self.save(self.preparation.surgery(state, messages))
+
+    def resume(self, state: FederationState) -> FederationState:
+        """Returns a saved state, ready for the next round.
+
+        Raises:
+            PlanError: if a device's plan is missing, or not the one by which its model was cut.
+        """
+        self.fleet.meet_again(self.hello, state.devices, resumed=True)
+        for i in state.plans:
+            self.layout(state, i)
+        log(logging.INFO, "the run goes on after round %d of %d", state.round, self.config.train.rounds)
+        # in the order of the layers, which is that of the noise and of every sum; a file has an order of its own
+        params = {name: state.server.params[name] for name in self.initial}
+        return replace(state, server=replace(state.server, params=params))
+
+    def save(self, state: FederationState) -> FederationState:
+        """Writes the state, with the length that metrics.jsonl has now, and returns it."""
+        state = replace(state, metrics_bytes=metrics_size(self.folder.path))
+        save_checkpoint(self.folder, self.config, state)
+        self.replay()
+        return state
 
     # -- rounds -------------------------------------------------------------------------------------------------------
 
-    def _rounds(self, backbone: Backbone, checkpoint: Checkpoint) -> ServerState:
-        """Returns the server's state after the last round."""
-        # in the order of the layers, which is that of the noise and of every sum; a file has an order of its own
-        state = replace(checkpoint.state, params={name: checkpoint.state.params[name] for name in self.fresh})
+    def rounds(self, state: FederationState, clock: Clock) -> FederationState:
+        """Returns the state after the last round."""
         rounds = self.config.train.rounds
         with stage("rounds") as advance:
-            advance(checkpoint.round, rounds)
-            for t in range(checkpoint.round + 1, rounds + 1):
-                with self.clock.round(t):
-                    self._welcome(backbone)
-                    spent = self.fleet.spent
-                    replies = self._train(t, state.params)
-                    state = self._aggregate(t, state, replies)
-                    accuracy = self._record(t - 1, replies, spent)
-                    self._checkpoint(t, state)
-                advance(t, rounds, f"personal accuracy {accuracy:.3f} after round {t - 1}")
+            advance(state.round, rounds)
+            while (t := state.round + 1) <= rounds:
+                with clock.round(t):
+                    state = self.one_round(state)
+                advance(t, rounds, f"personal accuracy {state.curve[-1].accuracy:.3f} after round {t - 1}")
         return state
 
-    def _welcome(self, backbone: Backbone) -> None:
-        """Learns nodes that came since the last round, and brings devices their model that have none yet."""
-        self.fleet.meet_again(backbone.key)
-        if self.waiting:
-            self._equip(backbone, min_success=0)
+    def one_round(self, state: FederationState) -> FederationState:
+        """Trains the sampled devices from the global adapters, and aggregates what they upload."""
+        t = state.round + 1
+        state = self.welcome(state)
+        cost = state.cost
+        state, replies = self.train(state, t)
+        state = self.aggregate(state, t, replies)
+        state = self.record(state, t - 1, replies, cost)
+        return self.save(replace(state, round=t))
 
-    def _train(self, t: int, current: Params) -> dict[int, TrainReply]:
-        """Asks the devices of this round; returns the answers, which may be none if nobody is there."""
-        options, records, layouts = self.config.devices, self.fleet.records, self.layouts
-        drawn = turnout({i: records[i].profile for i in layouts}, options, self.config.seed, t)
-        outgoing = {i: self._train_message(t, i, current) for i in (*drawn.asked, *drawn.dropped)}
-        late = {
-            i for i in drawn.asked if options.deadline and self._predicted_seconds(i, outgoing[i]) > options.deadline
-        }
-        for reason, absent in (("away", drawn.away), ("dropped out", drawn.dropped), ("late", sorted(late))):
-            for i in absent:
-                append_line(self.folder.path, AbsenceLine(round=t, device=i, reason=reason))
-                if i in outgoing:
-                    records[i].bytes_down = added(records[i].bytes_down, outgoing.pop(i).bytes_by_kind)
-        waited = options.deadline if late or drawn.dropped else 0.0
-        if not outgoing:
-            self.fleet.simulated += waited
-            return {}
+    def welcome(self, state: FederationState) -> FederationState:
+        """Learns nodes that joined since the last round, and sends pruned models to devices that have none yet."""
+        self.fleet.meet_again(self.hello, state.devices)
+        waiting = {i: self.preparation.planned(self.backbone, i) for i in state.devices if i not in state.plans}
+        messages = {i: message for i, message in waiting.items() if message is not None}
+        return self.preparation.surgery(state, messages, min_success=0) if messages else state
 
-        def check(i: int, reply: TrainReply) -> None:
-            reply.check(t, self._upload_length(i, t))
+    def train(self, state: FederationState, t: int) -> tuple[FederationState, dict[int, TrainReply]]:
+        """Sends the adapters to the devices of round `t`; returns their answers, none if nobody is there."""
+        options, devices = self.config.devices, state.devices
+        sample = sample_clients({i: devices[i].profile for i in state.plans}, options, self.config.seed, t)
+        requests = {i: self._train_request(state, t, i) for i in (*sample.asked, *sample.dropped)}
+        late = [i for i in sample.asked if options.deadline and self._seconds(state, i, requests[i]) > options.deadline]
+        reasons = {"away": sample.away, "dropped out": sample.dropped, "late": sorted(late)}
+        lines = [AbsenceLine(round=t, device=i, reason=reason) for reason, absent in reasons.items() for i in absent]
+        append_lines(self.folder.path, *lines)
+        unanswered = {i: requests.pop(i) for i in (*sample.dropped, *late)}
+        state = state.with_sent({i: request.bytes_by_kind for i, request in unanswered.items()})
+        waited = options.deadline if unanswered else 0.0
+        if not requests:
+            return replace(state, simulated_seconds=state.simulated_seconds + waited), {}
+        return self.fleet.ask(state, f"round {t}", requests, waited=waited)
 
-        return self.fleet.ask(
-            f"round {t}",
-            outgoing,
-            TrainReply,
-            check,
-            work=self._training_work,
-            limit=lambda i: 4 * self._upload_length(i, t) + ENVELOPE,
-            at_least=waited,
-            round=t,
-        )
-
-    def _train_message(self, t: int, i: int, current: Params) -> Train:
-        return Train(t, self.fleet.records[i].last_round, self._down(i, current))
-
-    def _down(self, i: int, current: Params) -> np.ndarray:
-        """Returns what a device gets of w; where nothing is shared, the start of its first round and then nothing."""
-        if not self.method.shares_adapters and self.fleet.records[i].last_round:
-            return np.zeros(0, np.float32)
-        layout = rules.down(self.config.adapters, self.layouts[i])
-        return pack(gather_all(current, layout), layout)
-
-    def _up(self, i: int, t: int) -> Layout:
-        """Where that lies which a device uploads in round `t`."""
-        return rules.up(self.config.adapters, self.layouts[i], t) if self.method.shares_adapters else {}
-
-    def _upload_length(self, i: int, t: int) -> int:
-        return packed_size(self._up(i, t))
-
-    def _training_work(self, i: int) -> float:
-        record, epochs = self.fleet.records[i], self.config.train.epochs
-        return training_macs(
-            record.macs, record.train_samples, record.test_samples, epochs, self.method.models_per_step
-        )
-
-    def _predicted_seconds(self, i: int, message: Train) -> float:
-        up = 4 * self._upload_length(i, message.round)
-        return seconds(self.fleet.records[i].profile, message.bytes_by_kind.total(), self._training_work(i), up)
-
-    def _aggregate(self, t: int, state: ServerState, replies: Mapping[int, TrainReply]) -> ServerState:
+    def aggregate(self, state: FederationState, t: int, replies: Mapping[int, TrainReply]) -> FederationState:
+        """Returns the state with the global adapters after round `t`; without answers they stay as they were."""
         updates = []
         for i, reply in replies.items():
-            record, layout = self.fleet.records[i], self._up(i, t)
-            record.rounds, record.last_round = record.rounds + 1, t
+            record, layout = state.devices[i], self._upload_layout(state, i, t)
             if layout:
                 classes = None if record.held_classes is None else torch.tensor(record.held_classes)
                 updates.append(Update(unpack(reply.adapters, layout), layout, record.train_samples, classes))
+        state = state.with_devices({i: {"rounds": state.devices[i].rounds + 1, "last_round": t} for i in replies})
         if not updates:
             return state
-        # who knows the seed can draw the noise again: a server that means it has a secret of its own
+        # anyone who knows the seed can draw the noise again: a server that needs it secret sets a secret of its own
         generator = torch_generator(self.config.seed, "aggregate", t, *of_secret(os.environ.get("TAPFL_SECRET", "")))
-        return rules.aggregate(self.config.adapters, self.config.privacy, state, updates, self.fresh, t, generator)
+        options, privacy = self.config.adapters, self.config.privacy
+        server = rules.aggregate(options, privacy, state.server, updates, self.initial, t, generator)
+        return replace(state, server=server)
 
-    def _checkpoint(self, t: int, state: ServerState) -> Checkpoint:
-        """Writes all that the server knows after round `t`, and returns it."""
-        size = metrics_size(self.folder.path)
-        made = Checkpoint(t, state, self.fleet.records, self.plans, size, self.curve, self.fleet.simulated)
-        save_checkpoint(self.folder, self.config, made)
-        self.tell()
-        return made
+    def evaluate(self, state: FederationState) -> FederationState:
+        """Has all devices evaluate the last global adapters and keep their personal model."""
+        last, cost = self.config.train.rounds + 1, state.cost
 
-    # -- what came of it ----------------------------------------------------------------------------------------------
-
-    def _evaluate(self, final: ServerState) -> None:
-        last, records = self.config.train.rounds + 1, self.fleet.records
-        spent = self.fleet.spent
-
-        def check(i: int, reply: EvaluateReply) -> None:
+        def check(reply: EvaluateReply) -> None:
             reply.check(last)
 
-        outgoing = {i: Evaluate(last, records[i].last_round, self._down(i, final.params)) for i in self.layouts}
-        replies = self.fleet.ask(
-            "evaluation",
-            outgoing,
-            EvaluateReply,
-            check,
-            work=lambda i: 2 * records[i].macs * records[i].test_samples,
-            limit=lambda i: ENVELOPE,
-            round=last,
+        requests = {}
+        for i in state.plans:
+            record = state.devices[i]
+            message = Evaluate(last, record.last_round, self._download(state, i))
+            macs = 2 * record.macs * record.test_samples
+            requests[i] = Request(message, EvaluateReply, check, max_bytes=ENVELOPE, macs=macs)
+        state, replies = self.fleet.ask(state, "evaluation", requests)
+        return self.record(state, last - 1, replies, cost)
+
+    def record(self, state: FederationState, round: int, replies: Replies, cost: Cost) -> FederationState:
+        """Returns the state with the accuracies after `round`, which is recorded; `cost`: of the run until then."""
+        state, lines = evaluated(state, round, replies, cost)
+        append_lines(self.folder.path, *lines)
+        return state
+
+    # -- what a device downloads and uploads ---------------------------------------------------------------------------
+
+    def layout(self, state: FederationState, i: int) -> Layout:
+        """Returns where the adapters of device `i` lie in the global ones. Raises PlanError as `resume`."""
+        if i not in self._layouts:
+            file = self.preparation.plan_file(i)
+            plan = self.preparation.plan(i)
+            if plan is None:
+                raise PlanError(f"{file}: is gone, by which the model of device {i} was cut")
+            if plan.checksum != state.plans[i]:
+                raise PlanError(f"{file}: is not the plan by which the model of device {i} was cut")
+            rank = state.devices[i].profile.rank
+            self._layouts[i] = device_layout(self.shapes, self.backbone.layers, plan, rank)
+        return self._layouts[i]
+
+    def _train_request(self, state: FederationState, t: int, i: int) -> Request[TrainReply]:
+        record, length = state.devices[i], packed_size(self._upload_layout(state, i, t))
+        macs = training_macs(
+            record.macs,
+            record.train_samples,
+            record.test_samples,
+            self.config.train.epochs,
+            self.method.models_per_step,
         )
-        self._record(last - 1, replies, spent)
 
-    def _record(
-        self, round: int, replies: Mapping[int, TrainReply] | Mapping[int, EvaluateReply], spent: Spent
-    ) -> float:
-        """Notes how devices did after `round`, which they say before they train again; returns the mean over all.
+        def check(reply: TrainReply) -> None:
+            reply.check(t, length)
 
-        Args:
-            spent: what the run had cost when that round had ended.
-        """
-        for i, reply in replies.items():
-            values = {name: getattr(reply, name) for name in MEASURES}
-            self.fleet.records[i] = self.fleet.records[i].model_copy(update=values)
-            loss = reply.loss if isinstance(reply, TrainReply) else None
-            append_line(self.folder.path, DeviceLine(round=round, device=i, **values, next_loss=loss))
-        means = {name: float(np.mean([getattr(r, name) for r in replies.values()])) for name in MEASURES if replies}
-        line = RoundLine(
-            round=round,
-            devices=len(replies),
-            simulated_seconds=spent.seconds,
-            bytes_up=spent.bytes_up,
-            bytes_down=spent.bytes_down,
-        )
-        append_line(self.folder.path, line.model_copy(update=means))
-        # of those that were not asked what was last known: or a curve would follow who happens to be there
-        accuracy = float(np.mean([self.fleet.records[i].personal_accuracy for i in self.layouts]))
-        self.curve.append(CurvePoint(seconds=spent.seconds, bytes=spent.bytes_up + spent.bytes_down, accuracy=accuracy))
-        return accuracy
+        message = Train(t, record.last_round, self._download(state, i))
+        return Request(message, TrainReply, check, max_bytes=4 * length + ENVELOPE, macs=macs)
 
-    def _summary(self, dense_params: int) -> Summary:
-        privacy = self.config.privacy
+    def _seconds(self, state: FederationState, i: int, request: Request[TrainReply]) -> float:
+        up = 4 * packed_size(self._upload_layout(state, i, state.round + 1))
+        return seconds(state.devices[i].profile, request.bytes_by_kind.total(), request.macs, up)
 
-        def spent(rounds: int) -> float | None:
-            value = epsilon(privacy.dp_noise, rounds, privacy.dp_delta) if privacy.dp_noise else math.inf
-            return value if math.isfinite(value) else None
+    def _download(self, state: FederationState, i: int) -> np.ndarray:
+        """Returns what a device gets of the global adapters; where nothing is shared, only once: to start from."""
+        if not self.method.shares_adapters and state.devices[i].last_round:
+            return np.zeros(0, np.float32)
+        layout = rules.down(self.config.adapters, self.layout(state, i))
+        return pack(gather_all(state.server.params, layout), layout)
 
-        return summarise(
-            self.fleet.records, self.clock.seconds, dense_params, self.config.train.rounds, self.curve, spent
-        )
+    def _upload_layout(self, state: FederationState, i: int, t: int) -> Layout:
+        if not self.method.shares_adapters:
+            return {}
+        return rules.up(self.config.adapters, self.layout(state, i), t)

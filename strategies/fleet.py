@@ -1,199 +1,179 @@
-"""The devices of a run as the server knows them: which node is which, what was said to them, and what was lost."""
+"""The devices of a run: which node is which, and what their answers do to the state of the federation."""
 
 from __future__ import annotations
 
 import logging
-import math
-from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import NamedTuple
 
 from flwr.common.logger import log
 from flwr.serverapp import Grid
 
-from strategies.exchange import Answers, R, exchange, wait_for_nodes
-from strategies.records import DeviceRecord, FailureLine, TrafficLine, added, append_line
-from strategies.simulated import Spent, seconds
+from strategies.exchange import Answers, R, Request, exchange, wait_for_nodes
+from strategies.records import DeviceRecord, FailureLine, Line, TrafficLine, added, append_lines
+from strategies.simulation import seconds
+from strategies.state import FederationState
 from tapfl.config import RunConfig
 from tapfl.errors import ConfigError
 from tapfl.profiles import DeviceProfile, max_rank
-from tapfl.progress import stage
 from tapfl.store import RunFolder
-from tapfl.wire import ENVELOPE, Hello, HelloReply, WireMessage
+from tapfl.wire import ENVELOPE, Hello, HelloReply
+
+
+class Met(NamedTuple):
+    """A node that has introduced itself as device `i`."""
+
+    i: int
+    node: int
+    profile: DeviceProfile
+    reply: HelloReply
+
+    def is_same(self, record: DeviceRecord) -> bool:
+        return (record.profile, record.train_samples) == (self.profile, self.reply.train_samples)
 
 
 class Fleet:
-    """Sends messages to devices by partition id, and keeps their records.
+    """The connected devices. Node ids are random, so nothing is ever ordered by them.
 
     Attributes:
-        records: what is known of each device, by partition id, in that order.
-        holds_backbone: whether a device has the dense backbone in a cache of its own.
-        simulated: seconds that the run would have taken so far on devices of these profiles.
+        nodes: node id by partition id.
+        holds_backbone: devices that have the dense backbone in a cache of their own.
     """
 
     def __init__(self, grid: Grid, config: RunConfig, folder: RunFolder) -> None:
         self.grid, self.config, self.folder = grid, config, folder
-        self.records: dict[int, DeviceRecord] = {}
-        self.holds_backbone: dict[int, bool] = {}
-        self.simulated = 0.0
-        self._nodes: dict[int, int] = {}
-        self._met: set[int] = set()
+        self.nodes: dict[int, int] = {}
+        self.holds_backbone: set[int] = set()
+        self._seen: set[int] = set()  # nodes
 
-    def meet(self, backbone_key: str, known: Mapping[int, DeviceRecord] | None = None) -> None:
-        """Learns which node is which device. Node ids are random, so nothing is ever ordered by them.
-
-        Args:
-            known: the records of the run that goes on.
+    def meet(self, hello: Hello) -> dict[int, DeviceRecord]:
+        """Waits for the devices of a new run, and returns a record of each.
 
         Raises:
             RunError: if the nodes are not there in time, or too few of them answer.
-            ConfigError: if a device of the run that goes on has another profile now.
         """
-        nodes = wait_for_nodes(self.grid, self.config.devices.count, self.config.node_timeout)
-        if not self.config.devices.count and len(nodes) == 2:
-            log(logging.INFO, 'two nodes, Flower\'s default; for ten: --federation-config "num-supernodes=10"')
-        self.records = dict(known or {})
-        hello = Hello(backbone_key)
-        for i, (node, reply, profile) in self._introduce(nodes, hello, self._min_success).items():
-            self._nodes[i] = node
-            self.holds_backbone[i] = reply.holds_backbone
-            if known is None:
-                self.records[i] = DeviceRecord(
-                    device=i,
-                    profile=profile,
-                    train_samples=reply.train_samples,
-                    bytes_down=dict(hello.bytes_by_kind),
-                    bytes_up=dict(reply.bytes_by_kind),
-                )
-            elif i not in known:
-                log(logging.WARNING, "device %d: was not there in round zero; left out", i)
-            elif (known[i].profile, known[i].train_samples) != (profile, reply.train_samples):
+        records = {}
+        for met in self._introduce(self._wait(), hello, {}, self.config.faults.min_success):
+            self.nodes[met.i] = met.node
+            if met.reply.holds_backbone:
+                self.holds_backbone.add(met.i)
+            records[met.i] = DeviceRecord(
+                device=met.i,
+                profile=met.profile,
+                train_samples=met.reply.train_samples,
+                bytes_down=dict(hello.bytes_by_kind),
+                bytes_up=dict(met.reply.bytes_by_kind),
+            )
+        return dict(sorted(records.items()))
+
+    def meet_again(self, hello: Hello, known: Mapping[int, DeviceRecord], resumed: bool = False) -> None:
+        """Learns which of the known devices the new nodes are: a device that was restarted has another node id.
+
+        Args:
+            resumed: the run was: all nodes are new, and are waited for.
+
+        Raises:
+            RunError: as `meet`, if resumed.
+            ConfigError: if resumed and a device has another profile or other images now.
+        """
+        nodes = self._wait() if resumed else sorted(set(self.grid.get_node_ids()) - self._seen)
+        if not nodes:
+            return
+        for met in self._introduce(nodes, hello, known, self.config.faults.min_success if resumed else 0.0):
+            record = known.get(met.i)
+            if record and met.is_same(record):
+                self.nodes[met.i] = met.node
+            elif record and resumed:
                 raise ConfigError(
-                    f"resume: device {i} had {known[i].train_samples} images and {known[i].profile!r}; now it has "
-                    f"{reply.train_samples} and {profile!r}"
+                    f"resume: device {met.i} had {record.train_samples} images and {record.profile!r}; now it has "
+                    f"{met.reply.train_samples} and {met.profile!r}"
                 )
-        self.records = dict(sorted(self.records.items()))
-
-    def meet_again(self, backbone_key: str) -> None:
-        """Learns the nodes that came since: a device that was started anew has another node id."""
-        if newcomers := sorted(set(self.grid.get_node_ids()) - self._met):
-            for i, (node, reply, profile) in self._introduce(newcomers, Hello(backbone_key), 0.0).items():
-                record = self.records.get(i)
-                if record and (record.profile, record.train_samples) == (profile, reply.train_samples):
-                    self._nodes[i] = node
-                else:
-                    log(logging.WARNING, "device %d: is none of those of round zero; left out", i)
-
-    def _introduce(
-        self, nodes: list[int], hello: Hello, min_success: float
-    ) -> dict[int, tuple[int, HelloReply, DeviceProfile]]:
-        """Returns node, answer and profile by partition id; of two nodes that say they are one device, the first."""
-        devices, rank = max(len(nodes), 1 + max(self.records, default=0)), max_rank(self.config.devices)
-
-        def check(position: int, reply: HelloReply) -> None:
-            reply.profile(devices, rank)
-
-        addressed = dict(enumerate((node, hello) for node in nodes))
-        answers = self._exchange("hello", addressed, HelloReply, check, lambda i: ENVELOPE)
-        self._met |= set(nodes)
-        found: dict[int, tuple[int, HelloReply, DeviceProfile]] = {}
-        for position, reply in answers.require("hello", min_success).items():
-            i = reply.partition_id
-            if i in found:
-                log(logging.WARNING, "node %d: says it is device %d, which is there already; left out", position, i)
-                continue
-            found[i] = (nodes[position], reply, reply.profile(devices, rank))
-        return found
+            else:
+                log(logging.WARNING, "device %d: is none of those of round zero; left out", met.i)
 
     def ask(
         self,
-        what: str,
-        outgoing: Mapping[int, WireMessage],
-        reply_type: type[R],
-        check: Callable[[int, R], None],
+        state: FederationState,
+        phase: str,
+        requests: Mapping[int, Request[R]],
         *,
         known: Mapping[int, R] | None = None,
-        work: Callable[[int], float] = lambda i: 0.0,
-        unsent: Callable[[int], int] = lambda i: 0,
-        limit: Callable[[int], float] = lambda i: math.inf,
-        at_least: float = 0.0,
+        waited: float = 0.0,
         min_success: float | None = None,
-        round: int = 0,
-    ) -> dict[int, R]:
-        """Returns the answers that pass `check`, by partition id and in that order; counts bytes, time and failures.
+    ) -> tuple[FederationState, dict[int, R]]:
+        """Sends the requests; returns the state after it and the answers, and records traffic and failures.
 
         Args:
-            known: answers that were given before this run was killed; they are not asked for again.
-            work: MACs that the message makes a device compute, for the simulated time.
-            unsent: bytes that a device found in a cache on this machine, and would have had to download elsewhere; they
-                count as the message's own.
-            limit: bytes that an answer of this device may have.
-            at_least: simulated seconds that the phase takes in any case.
+            known: answers from before the run was resumed; these devices are not asked again.
+            waited: simulated seconds that the phase takes at least.
             min_success: in place of the option's; 0 accepts that nobody answers.
-            round: for the lines about traffic in metrics.jsonl.
 
         Raises:
-            RunError: if no device answered, or fewer than `faults.min-success` of them.
+            RunError: if fewer answered than `min_success` of them.
         """
         known = known or {}
-        addressed = {i: (self._nodes[i], m) for i, m in outgoing.items() if i in self._nodes and i not in known}
-        answers = self._exchange(what, addressed, reply_type, check, limit)
-        for i, reply in known.items():
-            check(i, reply)
-            answers.replies[i] = reply
-        for i in outgoing.keys() - addressed.keys() - known.keys():
+        sent = {i: request for i, request in requests.items() if i in self.nodes and i not in known}
+        answers = self._exchange(self.nodes, sent, phase)
+        answers.replies |= known
+        for i in requests.keys() - sent.keys() - known.keys():
             answers.failures[i] = "is not connected"
-        slowest = at_least
-        downs = {i: message.bytes_by_kind + Counter({message.kind: unsent(i)}) for i, message in outgoing.items()}
-        for i, down in downs.items():
-            self.records[i].bytes_down = added(self.records[i].bytes_down, down)
-        for i, reply in sorted(answers.replies.items()):
-            down, up = downs[i], reply.bytes_by_kind
-            self.records[i].bytes_up = added(self.records[i].bytes_up, up)
-            took = seconds(self.records[i].profile, down.total(), work(i), up.total())
-            slowest = max(slowest, took)
-            line = TrafficLine(phase=what, round=round, device=i, down=dict(down), up=dict(up), simulated_seconds=took)
-            append_line(self.folder.path, line)
-        for i, reason in sorted(answers.failures.items()):
-            self.lost(i, what, reason)
-        self.simulated += slowest
-        return answers.require(what, self._min_success if min_success is None else min_success)
+        state, lines = account(state, phase, requests, answers, waited)
+        append_lines(self.folder.path, *lines)
+        return state, answers.require(phase, self.config.faults.min_success if min_success is None else min_success)
 
-    def lost(self, i: int, what: str, reason: str) -> None:
-        """Notes that a device did not come through."""
-        self.records[i].failures += 1
-        append_line(self.folder.path, FailureLine(phase=what, device=i, reason=reason))
+    def _wait(self) -> list[int]:
+        nodes = wait_for_nodes(self.grid, self.config.devices.count, self.config.node_timeout)
+        if not self.config.devices.count and len(nodes) == 2:
+            log(logging.INFO, 'two nodes, Flower\'s default; for ten: --federation-config "num-supernodes=10"')
+        return nodes
 
-    @property
-    def spent(self) -> Spent:
-        """What the run has cost so far."""
-        up, down = (
-            sum(sum(getattr(record, side).values()) for record in self.records.values())
-            for side in ("bytes_up", "bytes_down")
+    def _introduce(
+        self, nodes: Sequence[int], hello: Hello, known: Mapping[int, DeviceRecord], min_success: float
+    ) -> Iterator[Met]:
+        """Yields the devices that the nodes are; of two nodes that claim to be one device, the first."""
+        count, rank = max(len(nodes), 1 + max(known, default=0)), max_rank(self.config.devices)
+
+        def check(reply: HelloReply) -> None:
+            reply.profile(count, rank)
+
+        request = Request(hello, HelloReply, check, max_bytes=ENVELOPE)
+        answers = self._exchange(dict(enumerate(nodes)), dict.fromkeys(range(len(nodes)), request), "hello")
+        self._seen |= set(nodes)
+        met: set[int] = set()
+        for position, reply in answers.require("hello", min_success).items():
+            if (i := reply.partition_id) in met:
+                log(logging.WARNING, "node %d: says it is device %d, which is there already; left out", position, i)
+                continue
+            met.add(i)
+            yield Met(i, nodes[position], reply.profile(count, rank), reply)
+
+    def _exchange(self, nodes: Mapping[int, int], requests: Mapping[int, Request[R]], phase: str) -> Answers[R]:
+        timeout, retries = self.config.faults.exchange_timeout, self.config.faults.retries
+        return exchange(self.grid, nodes, requests, phase, timeout=timeout, retries=retries, window=self.config.window)
+
+
+def account(
+    state: FederationState, phase: str, requests: Mapping[int, Request[R]], answers: Answers[R], waited: float = 0.0
+) -> tuple[FederationState, list[Line]]:
+    """Returns the state with bytes, failures and simulated time of a phase counted, and the lines that record them.
+
+    All requests count as sent. The phase takes as long as its slowest device, and at least `waited` seconds.
+    """
+    downs = {i: request.bytes_by_kind for i, request in requests.items()}
+    state = state.with_sent(downs)
+    changes: dict[int, dict[str, object]] = {}
+    lines: list[Line] = []
+    for i, reply in sorted(answers.replies.items()):
+        record, down, up = state.devices[i], downs[i], reply.bytes_by_kind
+        took = seconds(record.profile, down.total(), requests[i].macs, up.total())
+        waited = max(waited, took)
+        changes[i] = {"bytes_up": added(record.bytes_up, up)}
+        round = getattr(requests[i].message, "round", 0)
+        lines.append(
+            TrafficLine(phase=phase, round=round, device=i, down=dict(down), up=dict(up), simulated_seconds=took)
         )
-        return Spent(self.simulated, up, down)
-
-    @property
-    def _min_success(self) -> float:
-        return self.config.faults.min_success
-
-    def _exchange(
-        self,
-        what: str,
-        addressed: Mapping[int, tuple[int, WireMessage]],
-        reply_type: type[R],
-        check: Callable[[int, R], None],
-        limit: Callable[[int], float] = lambda i: math.inf,
-    ) -> Answers[R]:
-        with stage(what) as advance:
-            return exchange(
-                self.grid,
-                addressed,
-                reply_type,
-                check,
-                timeout=self.config.faults.exchange_timeout,
-                retries=self.config.faults.retries,
-                window=self.config.window,
-                group=what,
-                limit=limit,
-                arrived=lambda count: advance(count, len(addressed), "devices"),
-            )
+    for i, reason in sorted(answers.failures.items()):
+        changes[i] = {"failures": state.devices[i].failures + 1}
+        lines.append(FailureLine(phase=phase, device=i, reason=reason))
+    return replace(state.with_devices(changes), simulated_seconds=state.simulated_seconds + waited), lines

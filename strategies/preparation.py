@@ -1,7 +1,7 @@
-"""Round zero as it is spoken with the devices: mixtures, plans, smaller models.
+"""Round zero with the devices: their mixtures, a plan for each, and its pruned model.
 
-Whatever a step gives is kept in the run's folder as it comes, so that a run that was killed asks and computes only what
-is missing. A device that gives no mixture gets the generic plan of its budget, that of the whole pool.
+Each result is kept in the run's folder as it comes, so a run that was killed asks for and computes only what is
+missing. A device that sends no mixture gets the generic plan of its budget, made from the whole public pool.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,11 @@ import torch
 from flwr.common.logger import log
 from torch import nn
 
+from strategies.exchange import Request
 from strategies.fleet import Fleet
+from strategies.records import DeviceRecord, FailureLine, append_lines
 from strategies.round_zero import PublicPool, Shared, describe_pool, device_model
+from strategies.state import FederationState
 from tapfl.config import RunConfig
 from tapfl.data.sources import ImageSet
 from tapfl.errors import BudgetError, PlanError, RunError
@@ -49,7 +52,12 @@ from tapfl.wire import ENVELOPE, Prune, PruneReply, Summarize, SummaryReply
 
 @dataclass(frozen=True)
 class Backbone:
-    """The dense backbone: its key in the caches, how to build it, and itself."""
+    """The dense backbone.
+
+    Attributes:
+        key: its name in the caches.
+        spec: how to build it.
+    """
 
     key: str
     spec: BackboneSpec
@@ -57,12 +65,12 @@ class Backbone:
 
     @cached_property
     def layers(self) -> list[PrunableLayer]:
-        """What can be pruned of it."""
+        """Its prunable layers."""
         return prunable_layers(self.model)
 
     @cached_property
     def cost(self) -> Cost:
-        """What it costs, measured."""
+        """Its measured cost."""
         return measure_cost(self.model)
 
 
@@ -79,132 +87,163 @@ class Preparation:
         log(logging.INFO, "dense backbone: ready: %s", made.key)
         return made
 
-    def smaller_models(self, backbone: Backbone) -> dict[int, Prune]:
-        """Returns for every device of the fleet the message that brings it its model.
+    def pruned_models(self, backbone: Backbone, state: FederationState) -> tuple[FederationState, dict[int, Prune]]:
+        """Asks the devices for their mixtures, and makes a plan for each; returns the messages that bring it its model.
 
         Raises:
-            RunError: if too few devices give a mixture.
+            RunError: if too few devices send a mixture, or no device has a budget that can be met.
         """
         with stage("public pool"):
             pool = describe_pool(self.config, self.images, backbone.model)
-        summaries = self._summaries(backbone, pool)
+        state, summaries = self._summaries(state, backbone, pool)
+        state = state.with_devices({i: {"generic": i not in summaries} for i in state.devices})
         messages: dict[int, Prune] = {}
         with stage("smaller models") as advance:
-            advance(0, len(self.fleet.records))
+            advance(0, len(state.devices))
             shared = Shared(self.config, pool, backbone.model)
-            for done, (i, record) in enumerate(self.fleet.records.items(), start=1):
-                record.generic = i not in summaries
+            for done, (i, record) in enumerate(state.devices.items(), start=1):
                 try:
-                    messages[i] = self.planned(backbone, i) or self._plan(backbone, shared, summaries.get(i), i)
+                    made = self.planned(backbone, i)
+                    messages[i] = made or self._plan(backbone, shared, summaries.get(i), record)
                 except BudgetError as error:  # a device's own budget: its loss, and no one else's
-                    self.fleet.lost(i, "smaller models", str(error))
-                advance(done, len(self.fleet.records), f"device {i}")
+                    append_lines(self.folder.path, FailureLine(phase="smaller models", device=i, reason=str(error)))
+                    state = state.with_devices({i: {"failures": record.failures + 1}})
+                advance(done, len(state.devices), f"device {i}")
         if not messages:
             raise RunError("smaller models: no device has a budget that this backbone can meet")
-        return messages
+        return state, messages
 
-    def _plan(self, backbone: Backbone, shared: Shared, summary: GaussianSummary | None, i: int) -> Prune:
-        budget = self.fleet.records[i].profile.budget
-        pruned = device_model(shared, backbone.spec, summary, i, budget)
-        # a device that gave no mixture may not have got the backbone either
-        sent = self.config.pruning.send == "weights" or self.fleet.records[i].generic
-        weights = pruned.weights(always=sent)
+    def surgery(
+        self, state: FederationState, messages: Mapping[int, Prune], min_success: float | None = None
+    ) -> FederationState:
+        """Sends devices their pruned models; returns the state in which those that answered have theirs."""
+        plans = {i: PruningPlan.from_json(message.plan) for i, message in messages.items()}
+        requests = {}
+        for i, message in messages.items():
+            cost = plans[i].cost
+
+            def check(reply: PruneReply, cost: Cost = cost) -> None:
+                reply.check(cost.params, cost.macs)
+
+            macs = cost.macs * state.devices[i].test_samples
+            requests[i] = Request(message, PruneReply, check, max_bytes=ENVELOPE, macs=macs)
+        state, replies = self.fleet.ask(state, "surgery", requests, min_success=min_success)
+        changes = {}
+        for i, reply in replies.items():
+            dense = plans[i].dense
+            changes[i] = {
+                "params": reply.params,
+                "params_share": reply.params / dense.params,
+                "macs": reply.macs,
+                "macs_share": reply.macs / dense.macs,
+                # adapters start without effect: so it does until it is first asked in a round
+                **dict.fromkeys(("pruned_accuracy", "global_accuracy", "personal_accuracy"), reply.pruned_accuracy),
+            }
+        have = {**state.plans, **{i: plans[i].checksum for i in replies}}
+        return replace(state.with_devices(changes), plans=dict(sorted(have.items())))
+
+    # -- plans -------------------------------------------------------------------------------------------------------
+
+    def plan_file(self, i: int) -> Path:
+        return self.folder.path / "plans" / f"{i:02d}.json"
+
+    def plan(self, i: int) -> PruningPlan | None:
+        """Returns the plan of device `i`, if it was made. Raises PlanError if it is damaged, or another device's."""
+        found = self._kept_plan(i)
+        return found[0] if found else None
+
+    def planned(self, backbone: Backbone, i: int) -> Prune | None:
+        """Returns the message of a device whose plan was made before, from the run's folder. Raises PlanError."""
+        if (kept := self._kept_plan(i)) is None:
+            return None
+        (plan, checksum), weights = kept, self.plan_file(i).with_suffix(".safetensors")
+        content = weights.read_bytes() if weights.exists() else b""
+        if checksum and checksum != hashlib.sha256(content).hexdigest():
+            name = self.plan_file(i).name
+            raise PlanError(f"{weights}: is not the file that {name} was written with (checksum differs)")
+        return Prune(backbone.key, plan.model_dump_json(), content)
+
+    def _kept_plan(self, i: int) -> tuple[PruningPlan, str] | None:
+        file = self.plan_file(i)
+        if not file.exists():
+            return None
+        plan, checksum = kept_plan(file)
+        require_device(plan, i, f"{file}: is the plan")
+        return plan, checksum
+
+    def _plan(self, backbone: Backbone, shared: Shared, summary: GaussianSummary | None, record: DeviceRecord) -> Prune:
+        i = record.device
+        pruned = device_model(shared, backbone.spec, summary, i, record.profile.budget)
+        # a device that sent no mixture may not have got the backbone either
+        weights = pruned.weights(always=self.config.pruning.send == "weights" or record.generic)
         if pruned.metric_set is not None:
             self._keep_metric_set(i, pruned.metric_set)
         self._keep(i, pruned.plan, weights)
         return Prune(backbone.key, pruned.plan.model_dump_json(), weights)
 
-    def planned(self, backbone: Backbone, i: int) -> Prune | None:
-        """Returns the message of a device whose model was made before, from the run's folder."""
-        plan, weights = (self.folder.path / "plans" / f"{i:02d}.{kind}" for kind in ("json", "safetensors"))
-        if not plan.exists():
-            return None
-        found, checksum = kept_plan(plan)
-        require_device(found, i, f"{plan}: is the plan")
-        sent = weights.read_bytes() if weights.exists() else b""
-        if checksum and checksum != hashlib.sha256(sent).hexdigest():
-            raise PlanError(f"{weights}: is not the file that {plan.name} was written with (checksum differs)")
-        return Prune(backbone.key, found.model_dump_json(), sent)
-
     def _keep(self, i: int, plan: PruningPlan, weights: bytes) -> None:
-        folder = self.folder.path / "plans"
         if weights:
-            write_bytes(folder / f"{i:02d}.safetensors", weights)
+            write_bytes(self.plan_file(i).with_suffix(".safetensors"), weights)
         # last: with it the device's model is complete
-        write_json(folder / f"{i:02d}.json", signed(plan, hashlib.sha256(weights).hexdigest()))
+        write_json(self.plan_file(i), signed(plan, hashlib.sha256(weights).hexdigest()))
 
     def _keep_metric_set(self, i: int, chosen: np.ndarray) -> None:
-        """Notes for the report which classes the images are of; no plan depends on that, unless `labels` says so."""
+        """Counts the images by class, for the report; no plan depends on that, unless `labels` says so."""
         labels, classes = self.images.labels, self.images.classes
         counts = (np.bincount(each, minlength=len(classes)).tolist() for each in (labels[chosen], labels))
         write_json(self.folder.metric_set(i), dict(zip(("classes", "metric", "pool"), (classes, *counts), strict=True)))
 
-    def surgery(self, messages: Mapping[int, Prune], min_success: float | None = None) -> dict[int, PruneReply]:
-        """Sends the smaller models; returns the answers of the devices that have theirs."""
-        plans = {i: PruningPlan.from_json(message.plan) for i, message in messages.items()}
+    # -- mixtures ----------------------------------------------------------------------------------------------------
 
-        def check(i: int, reply: PruneReply) -> None:
-            reply.check(plans[i].cost.params, plans[i].cost.macs)
-
-        replies = self.fleet.ask(
-            "surgery",
-            messages,
-            PruneReply,
-            check,
-            work=lambda i: plans[i].cost.macs * self.fleet.records[i].test_samples,
-            limit=lambda i: ENVELOPE,
-            min_success=min_success,
-        )
-        for i, reply in replies.items():
-            record, dense = self.fleet.records[i], plans[i].dense
-            record.params, record.params_share = reply.params, reply.params / dense.params
-            record.macs, record.macs_share = reply.macs, reply.macs / dense.macs
-            # adapters start without effect: so it does until it is first asked in a round
-            record.pruned_accuracy = record.global_accuracy = record.personal_accuracy = reply.pruned_accuracy
-        return replies
-
-    def _summaries(self, backbone: Backbone, pool: PublicPool) -> dict[int, GaussianSummary]:
-        """Asks every device for its mixture; a device that has not got the backbone is sent it."""
+    def _summaries(
+        self, state: FederationState, backbone: Backbone, pool: PublicPool
+    ) -> tuple[FederationState, dict[int, GaussianSummary]]:
+        """Asks every device for its mixture; a device that does not hold the backbone is sent it."""
         weights = self.cache.path(backbone.key).read_bytes()
-        held, records = self.fleet.holds_backbone, self.fleet.records
-        outgoing = {
-            i: Summarize(
+        dim, options, classes = pool.points.shape[1], self.config.summary, len(self.images.classes)
+        reports_classes = self.config.adapters.head == "class-rows"
+        limit = 8 * options.max_components * (1 + dim + dim * dim) + 4 * classes + ENVELOPE
+        requests, known = {}, {}
+        for i, record in state.devices.items():
+            message = Summarize(
                 backbone_key=backbone.key,
                 backbone_spec=backbone.spec.model_dump_json(),
-                backbone_weights=b"" if held[i] else weights,
+                backbone_weights=b"" if i in self.fleet.holds_backbone else weights,
                 projection_mean=pool.projection.mean,
                 projection_components=pool.projection.components,
                 classes=json.dumps(self.images.classes),
             )
-            for i in records
-        }
-        dim, min_support = pool.points.shape[1], self.config.summary.min_support
-        classes, asked = len(self.images.classes), self.config.adapters.head == "class-rows"
-        summaries: dict[int, GaussianSummary] = {}
 
-        def check(i: int, reply: SummaryReply) -> None:
-            summaries[i] = reply.mixture(dim, min_support, records[i].train_samples)
-            reply.held(classes, asked)
+            def check(reply: SummaryReply, samples: int = record.train_samples) -> None:
+                reply.mixture(dim, options.min_support, samples)
+                reply.held(classes, reports_classes)
 
-        replies = self.fleet.ask(
-            "summaries",
-            outgoing,
-            SummaryReply,
-            check,
-            known={i: reply for i in outgoing if (reply := self._stored_summary(i)) is not None},
-            work=lambda i: backbone.cost.macs * (records[i].train_samples + records[i].test_samples),
-            unsent=lambda i: len(weights) if held[i] else 0,
-            limit=lambda i: 8 * self.config.summary.max_components * (1 + dim + dim * dim) + 4 * classes + ENVELOPE,
-        )
+            requests[i] = Request(
+                message,
+                SummaryReply,
+                check,
+                max_bytes=limit,
+                macs=backbone.cost.macs * (record.train_samples + record.test_samples),
+                cached_bytes=len(weights) if i in self.fleet.holds_backbone else 0,
+            )
+            if (reply := self._stored_summary(i)) is not None:
+                check(reply)
+                known[i] = reply
+        state, replies = self.fleet.ask(state, "summaries", requests, known=known)
+        changes, summaries = {}, {}
         for i, reply in replies.items():
-            records[i].dense_accuracy = reply.dense_accuracy
-            records[i].test_samples, records[i].classes = reply.test_samples, reply.classes
-            held_classes = reply.held(classes, asked)
-            records[i].held_classes = None if held_classes is None else held_classes.tolist()
+            held = reply.held(classes, reports_classes)
+            changes[i] = {
+                "dense_accuracy": reply.dense_accuracy,
+                "test_samples": reply.test_samples,
+                "classes": reply.classes,
+                "held_classes": None if held is None else held.tolist(),
+            }
+            summaries[i] = reply.mixture(dim, options.min_support, state.devices[i].train_samples)
             self._store_summary(i, reply)
-        for i in sorted(records.keys() - replies.keys()):
+        for i in sorted(state.devices.keys() - replies.keys()):
             log(logging.WARNING, "device %d gave no mixture: it gets the generic plan of its budget", i)
-        return {i: summaries[i] for i in replies}
+        return state.with_devices(changes), summaries
 
     def _store_summary(self, i: int, reply: SummaryReply) -> None:
         values = {each.name: getattr(reply, each.name) for each in fields(reply)}
@@ -213,7 +252,7 @@ class Preparation:
         write_tensors(self._summary_file(i), arrays, {"reply": seal({**rest, "device": i}, arrays)})
 
     def _stored_summary(self, i: int) -> SummaryReply | None:
-        """Returns what a device said before; None, and it is asked again, if that is damaged or another device's."""
+        """Returns a device's answer from before; None if there is none, or it is damaged, or another device's."""
         file = self._summary_file(i)
         try:
             tensors = read_tensors(file)

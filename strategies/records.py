@@ -32,7 +32,7 @@ ByKind = dict[str, Count]
 class Record(BaseModel):
     """Base of all records: numbers are finite and keep every bit, unknown fields are ignored."""
 
-    model_config = ConfigDict(strict=True, allow_inf_nan=False, extra="ignore")
+    model_config = ConfigDict(strict=True, allow_inf_nan=False, extra="ignore", frozen=True)
 
 
 class DeviceRecord(Record):
@@ -254,13 +254,13 @@ def read_summary(folder: Path) -> Summary:
         raise PlanError(f"{file}: is not a whole summary of version {VERSION} ({_first(error)})") from None
 
 
-def append_line(folder: Path, line: Line) -> None:
-    """Adds one line to metrics.jsonl, to a new file after the header. Raises OSError with the file's name."""
+def append_lines(folder: Path, *lines: Line) -> None:
+    """Adds lines to metrics.jsonl, to a new file after the header. Raises OSError with the file's name."""
     file = folder / METRICS
     with _naming(file), file.open("ab") as opened:
         new = [] if opened.tell() else [Header()]
-        for each in (*new, line):
-            opened.write(json.dumps(each.model_dump(exclude_none=True)).encode() + b"\n")
+        for line in (*new, *lines):
+            opened.write(json.dumps(line.model_dump(exclude_none=True)).encode() + b"\n")
 
 
 def read_metrics(folder: Path, start: int = 0) -> Metrics:

@@ -8,7 +8,7 @@ import torch
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from strategies.federation import Federation
+from strategies.federation import run_federation
 from strategies.loggers.feed import require_loggers
 from strategies.progress import shown
 from strategies.records import require_same_options
@@ -33,7 +33,7 @@ def main(grid: Grid, context: Context) -> None:
         if config.resume:
             require_same_options(folder, config)
         pool = open_pool(config.data, input_transform(config.model), config.seed, cache_folder(config.cache))
-        Federation(grid, config, pool, folder).run()
+        run_federation(grid, config, pool, folder)
 
 
 def _require_paths(config: RunConfig) -> None:

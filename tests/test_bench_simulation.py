@@ -19,8 +19,8 @@ from experiments.bench.engines import LIMIT, ProcessTree, Timing, engine, measur
 from experiments.bench.flower_apps import build, peft_name
 from experiments.bench.workload import ROUND_LINE, FederationOptions, Workload
 from experiments.engines.local import run_inprocess
-from strategies.checkpoint import load_checkpoint
 from strategies.server_app import app as server_app
+from strategies.state import load_checkpoint
 from tapfl.errors import ConfigError, RunError
 from tapfl.store import RunFolder
 
@@ -51,7 +51,7 @@ def test_the_loop_by_hand_ends_where_the_federation_ends(workload: Workload, mer
     run_inprocess(server_app, client_app, {**workload.config.flat(), "out": str(tmp_path / "run")}, 2)
     checkpoint = load_checkpoint(RunFolder(tmp_path / "run"), workload.config)
     assert checkpoint is not None
-    theirs = checkpoint.state.params
+    theirs = checkpoint.server.params
     worker, initial = LoopWorker(workload, merged), workload.initial()
     vector = parameters_to_vector([initial[name] for name in worker.params]).numpy()
     for t in (1, 2):

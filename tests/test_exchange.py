@@ -13,7 +13,7 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from experiments.engines.local import InProcessGrid
 from strategies import exchange as module
-from strategies.exchange import exchange, wait_for_nodes
+from strategies.exchange import Request, exchange, wait_for_nodes
 from tapfl.errors import RunError
 from tapfl.wire import ENVELOPE, Train, TrainReply
 
@@ -68,18 +68,9 @@ def _hasty(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def ask(grid: ScriptedGrid, timeout: float = 5.0, window: int = 16) -> module.Answers[TrainReply]:
     nodes = {i: node for node, i in grid.partitions.items()}
-    outgoing = {i: (node, Train(1, 0, np.zeros(3, np.float32))) for i, node in nodes.items()}
-    return exchange(
-        grid,
-        outgoing,
-        TrainReply,
-        lambda _, reply: reply.check(1, 3),
-        timeout=timeout,
-        retries=3,
-        window=window,
-        limit=lambda _: 12 + ENVELOPE,
-        group="1",
-    )
+    message = Train(1, 0, np.zeros(3, np.float32))
+    request = Request(message, TrainReply, lambda reply: reply.check(1, 3), max_bytes=12 + ENVELOPE)
+    return exchange(grid, nodes, dict.fromkeys(nodes, request), "round 1", timeout=timeout, retries=3, window=window)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import pytest
 from test_inprocess_run import SMALL, content, tapfl
 
 from experiments import cli
-from strategies.records import FailureLine, append_line
+from strategies.records import FailureLine, append_lines
 from tapfl.errors import RunError
 from tapfl.store import RunFolder, write_bytes
 
@@ -91,4 +91,4 @@ def test_the_file_is_named_that_the_user_knows(tmp_path: Path, monkeypatch: pyte
     with RunFolder.create(tmp_path / "run") as folder:
         folder.metrics.mkdir()
         with pytest.raises(OSError, match=r"Is a directory: '.*/metrics\.jsonl'$"):
-            append_line(folder.path, FailureLine(phase="hello", device=0, reason="lost"))
+            append_lines(folder.path, FailureLine(phase="hello", device=0, reason="lost"))

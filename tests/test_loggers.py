@@ -15,12 +15,13 @@ from test_inprocess_run import content, tapfl
 from test_refused_input import refused
 
 from experiments.jobs.federation import AFTER, AFTER_SUMMARIES, _hash
-from strategies.checkpoint import config_hash
+from strategies.state import config_hash
 from strategies.loggers import event_files, tracking
 from strategies.loggers.feed import Feed
 from strategies.loggers.logger import hyperparameters
 from strategies.loggers.points import Point, points_of
 from strategies.records import AbsenceLine, DeviceLine, FailureLine, RoundLine, TrafficLine
+from strategies.state import config_hash
 from tapfl.config import RunConfig
 from tapfl.errors import ConfigError
 
@@ -121,7 +122,7 @@ def test_nothing_that_names_a_place_is_told(finished: Path, uri: str) -> None:
 MOMENTS = {
     "between a checkpoint and the loggers": ("strategies.federation", "save_checkpoint", 2),
     "when one logger has been told, the other not": ("strategies.loggers.event_files", "EventFiles.add", 1),
-    "between telling and the next checkpoint": ("strategies.federation", "Federation._record", 2),
+    "between telling and the next checkpoint": ("strategies.federation", "Federation.record", 2),
     "when the server has been told": ("strategies.loggers.tracking", "Tracking.add", 2),
 }
 

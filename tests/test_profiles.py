@@ -9,8 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from strategies.records import CurvePoint
-from strategies.sampling import turnout
-from strategies.simulated import bytes_to_accuracy, first_at, seconds, time_to_accuracy, training_macs
+from strategies.simulation import first_at, milestones, sample_clients, seconds, training_macs
 from tapfl.config import PROFILE_SETS, DeviceOptions
 from tapfl.errors import ConfigError
 from tapfl.profiles import DeviceProfile, max_rank, profiles_of
@@ -82,14 +81,14 @@ def test_a_set_that_is_neither_built_in_nor_a_file() -> None:
     dropout=st.floats(0, 0.9),
     round=st.integers(1, 1000),
 )
-def test_a_turnout_is_a_function_of_seed_and_round(
+def test_a_client_sample_is_a_function_of_seed_and_round(
     devices: int, availability: float, participation: float, dropout: float, round: int
 ) -> None:
     options = DeviceOptions(participation=participation, dropout=dropout)
     profiles = {i: PHONE.model_copy(update={"availability": availability}) for i in range(devices)}
-    drawn = turnout(profiles, options, 7, round)
+    drawn = sample_clients(profiles, options, 7, round)
     backwards = {i: profiles[i] for i in sorted(profiles, reverse=True)}
-    assert drawn == turnout(backwards, options, 7, round)
+    assert drawn == sample_clients(backwards, options, 7, round)
     present = devices - len(drawn.away)
     assert len(drawn.asked) + len(drawn.dropped) == (max(1, int(participation * present + 0.5)) if present else 0)
     assert not set(drawn.asked) & set(drawn.dropped) and not set(drawn.away) & {*drawn.asked, *drawn.dropped}
@@ -97,9 +96,9 @@ def test_a_turnout_is_a_function_of_seed_and_round(
 
 def test_all_come_by_default_and_shares_are_kept_on_average() -> None:
     profiles = dict.fromkeys(range(20), PHONE)
-    assert turnout(profiles, DeviceOptions(), 0, 1).asked == tuple(range(20))
+    assert sample_clients(profiles, DeviceOptions(), 0, 1).asked == tuple(range(20))
     away = {i: PHONE.model_copy(update={"availability": 0.7}) for i in range(20)}
-    drawn = [turnout(away, DeviceOptions(participation=0.5, dropout=0.25), 0, t) for t in range(300)]
+    drawn = [sample_clients(away, DeviceOptions(participation=0.5, dropout=0.25), 0, t) for t in range(300)]
     assert sum(len(d.away) for d in drawn) / 6000 == pytest.approx(0.3, abs=0.03)
     sampled = sum(len(d.asked) + len(d.dropped) for d in drawn)
     assert sampled / 6000 == pytest.approx(0.35, abs=0.03)
@@ -113,7 +112,7 @@ def test_all_come_by_default_and_shares_are_kept_on_average() -> None:
 def test_simulated_seconds_by_hand() -> None:
     assert seconds(PHONE, bytes_down=2000, macs=3e6, bytes_up=50) == pytest.approx(2 + 3 + 0.5)
     # 10 images, 2 epochs, two models: 3 x 2 x 2 x 10 forward passes, and 4 test images through two models
-    assert training_macs(1000, 10, 4, epochs=2, passes=2) == 1000 * (120 + 8)
+    assert training_macs(1000, 10, 4, epochs=2, models=2) == 1000 * (120 + 8)
 
 
 def test_time_and_bytes_to_accuracy_are_those_when_it_was_first_reached() -> None:
@@ -121,7 +120,7 @@ def test_time_and_bytes_to_accuracy_are_those_when_it_was_first_reached() -> Non
         CurvePoint(seconds=seconds, bytes=size, accuracy=accuracy)
         for seconds, size, accuracy in ((0.0, 7, 0.12), (3.0, 8, 0.31), (6.0, 9, 0.29), (9.0, 10, 0.35))
     ]
-    assert time_to_accuracy(curve) == {"0.05": 0, "0.10": 0, "0.15": 3, "0.20": 3, "0.25": 3, "0.30": 3, "0.35": 9}
-    assert bytes_to_accuracy(curve) == {"0.05": 7, "0.10": 7, "0.15": 8, "0.20": 8, "0.25": 8, "0.30": 8, "0.35": 10}
+    accuracies = ("0.05", "0.10", "0.15", "0.20", "0.25", "0.30", "0.35")
+    assert milestones(curve) == dict(zip(accuracies, [curve[0]] * 2 + [curve[1]] * 4 + [curve[3]], strict=True))
     assert first_at(curve, 0.31) == curve[1] and first_at(curve, 0.12 + 1e-12) == curve[0]
     assert first_at(curve, 0.36) is None

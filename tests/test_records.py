@@ -21,7 +21,7 @@ from strategies.records import (
     Summary,
     TrafficLine,
     added,
-    append_line,
+    append_lines,
     read_metrics,
     read_summary,
     write_summary,
@@ -69,10 +69,10 @@ def changed(folder: Path, **values: Any) -> None:
 def test_lines_are_read_as_they_were_written(tmp_path: Path) -> None:
     assert read_metrics(tmp_path) == read_metrics(tmp_path / "nowhere")
     for line in LINES[:2]:
-        append_line(tmp_path, line)
+        append_lines(tmp_path, line)
     half = read_metrics(tmp_path)
     for line in LINES[2:]:
-        append_line(tmp_path, line)
+        append_lines(tmp_path, line)
     rest = read_metrics(tmp_path, half.end)
     assert half.lines + rest.lines == read_metrics(tmp_path).lines == LINES
     assert rest.end == (tmp_path / METRICS).stat().st_size
@@ -102,10 +102,10 @@ DAMAGED = {
 
 @pytest.mark.parametrize("case", DAMAGED)
 def test_a_damaged_line_is_counted_and_an_unknown_kind_left_out(case: str, tmp_path: Path) -> None:
-    append_line(tmp_path, LINES[0])
+    append_lines(tmp_path, LINES[0])
     with (tmp_path / METRICS).open("a") as file:
         file.write(DAMAGED[case] + '\n{"kind": "of tomorrow"}\n')
-    append_line(tmp_path, LINES[1])
+    append_lines(tmp_path, LINES[1])
     found = read_metrics(tmp_path)
     assert (found.lines, found.damaged) == (LINES[:2], 1)
 

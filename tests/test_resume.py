@@ -20,7 +20,7 @@ MOMENTS = {
     "before the first round": ("strategies.federation", "save_checkpoint", 1),
     "when a device has kept its state": ("clients.storage", "DeviceStorage.save_state", 2),
     "in the second round": ("clients.storage", "DeviceStorage.save_state", 5),
-    "between a round and its checkpoint": ("strategies.federation", "Federation._aggregate", 2),
+    "between a round and its checkpoint": ("strategies.federation", "Federation.aggregate", 2),
     "after the last round": ("strategies.federation", "save_checkpoint", 4),
     "in the last evaluation": ("clients.device", "Device.evaluate", 2),
 }

@@ -31,7 +31,7 @@ from experiments.bench.workload import Workload, note_round
 from experiments.engines.flower import run_flower
 from experiments.engines.local import run_inprocess
 from experiments.engines.ray import ActorPool, load_app
-from strategies.exchange import exchange, wait_for_nodes
+from strategies.exchange import Request, exchange, wait_for_nodes
 from tapfl.adapters.layout import LORA_A, LORA_B
 from tapfl.config import RunConfig
 from tapfl.options import Scalar, read_toml
@@ -72,19 +72,14 @@ def _ask(grid: Grid, context: Context) -> None:
 
 
 def _round(grid: Grid, config: RunConfig, nodes: dict[int, int], t: int) -> None:
-    message = Train(t, 0, np.zeros(VALUES, np.float32))
+    message, phase = Train(t, 0, np.zeros(VALUES, np.float32)), f"round {t}"
+    request = Request(message, TrainReply, lambda reply: reply.check(t, VALUES))
     for first in range(0, len(nodes), SLICE):
+        requests = dict.fromkeys(range(first, min(first + SLICE, len(nodes))), request)
         answers = exchange(
-            grid,
-            {i: (nodes[i], message) for i in range(first, min(first + SLICE, len(nodes)))},
-            TrainReply,
-            lambda i, reply: reply.check(t, VALUES),
-            timeout=math.inf,
-            retries=config.faults.retries,
-            window=config.window,
-            group=str(t),
+            grid, nodes, requests, phase, timeout=math.inf, retries=config.faults.retries, window=config.window
         )
-        answers.require(f"round {t}", 1.0)
+        answers.require(phase, 1.0)
 
 
 usual_client, usual_server = ClientApp(), ServerApp()

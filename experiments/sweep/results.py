@@ -15,7 +15,7 @@ from experiments.output import PACKAGES, as_markdown, caption
 from experiments.statistics import TEST, paired
 from experiments.sweep.grid import Point, SweepOptions, SweepRun, group_of, references
 from strategies.records import SUMMARY, CurvePoint, Summary, read_summary
-from strategies.simulated import first_at
+from strategies.simulation import first_at
 from tapfl.errors import RunError
 from tapfl.store import write_bytes
 
