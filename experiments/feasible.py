@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from strategies.loggers.feed import require_loggers
+from strategies.loggers import require_loggers
 from tapfl.adapters.rules import rule_of
 from tapfl.config import RunConfig
 from tapfl.data.federated import check_classes, open_pool, open_private, partition

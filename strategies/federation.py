@@ -20,7 +20,7 @@ from flwr.serverapp import Grid
 
 from strategies.exchange import Request
 from strategies.fleet import Fleet
-from strategies.loggers.feed import loggers
+from strategies.loggers import loggers
 from strategies.preparation import Backbone, Preparation
 from strategies.recording import Clock, Replies, evaluated, summarise
 from strategies.records import AbsenceLine, append_lines, cut_metrics, metrics_size, write_summary

@@ -1,14 +1,33 @@
-"""Who shows the stages of long work: bars with the time left on a terminal, plain lines in a log."""
+"""Who shows the stages of long work: bars with the time left on a terminal, plain lines in a log.
+
+The time left is computed here: rich's own estimate forgets steps of more than half a minute ago, and a caller cannot
+replace it by a better one.
+"""
 
 from __future__ import annotations
 
+import logging
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from contextvars import copy_context
+from dataclasses import dataclass, field
+from typing import Any
 
-from strategies.screens.bars import Bars
-from strategies.screens.lines import Lines
-from tapfl.progress import is_shown, shown_on
+from flwr.common.logger import FLOWER_LOGGER, log
+from rich.console import Console, RenderableType
+from rich.progress import BarColumn, Progress, TextColumn
+from rich.table import Column
+
+from tapfl.progress import Advance, is_shown, shown_on
+
+BRIEF = 0.5  # seconds; a stage within another that lasts no longer is not shown as a bar
+SHARES = 5  # lines of a stage that lies in no other
+GAP = 1.0  # seconds between two such lines, but for the last one: what is done at once has one line
+SILENCE = (10.0, 60.0)  # seconds without a line after which there is one in any case: at first, and in long work
+PATIENCE = 0.05  # of the time that the work has taken: what grows from the one to the other
 
 
 @contextmanager
@@ -26,3 +45,197 @@ def shown(bars: bool = True) -> Iterator[None]:
     else:
         with Lines() as lines, shown_on(lines):
             yield
+
+
+@dataclass(eq=False)
+class Pace:
+    """A stage as it goes; times are seconds of `clock`.
+
+    Attributes:
+        total: steps; 0: unknown.
+        note: a few words about where it is.
+        begun: when it began.
+        steps: (when, done) of the first call of `advance` and of the last one that got further.
+        end: when all will be done, if the caller knows.
+    """
+
+    name: str
+    clock: Callable[[], float] = time.monotonic
+    done: float = 0
+    total: float = 0
+    note: str = ""
+    steps: list[tuple[float, float]] = field(default_factory=list)
+    end: float | None = None
+    begun: float = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.begun = self.clock()
+
+    def advance(self, done: float, total: float, note: str = "", left: float | None = None, /) -> None:
+        if not self.steps or done > self.steps[-1][1]:
+            self.steps = [*self.steps[:1], (self.clock(), done)]
+        self.done, self.total, self.note = done, total, note
+        self.end = None if left is None else self.clock() + left
+
+    @property
+    def age(self) -> float:
+        return self.clock() - self.begun
+
+    @property
+    def elapsed(self) -> str:
+        return clock_time(self.age)
+
+    @property
+    def left(self) -> float | None:
+        """Seconds that it will still take, at the pace of all its steps so far if `end` is not known.
+
+        None: there is nothing to go by, or to do.
+        """
+        if self.end is not None and self.done < self.total:
+            return max(0.0, self.end - self.clock())
+        if len(self.steps) < 2 or self.done >= self.total:
+            return None
+        (start, first), (last, done) = self.steps
+        each = (last - start) / (done - first)
+        return max(0.0, (self.total - done) * each - (self.clock() - last))
+
+    @property
+    def count(self) -> str:
+        """``3/10``, or ``0.4/3`` where steps are done in part; empty if their number is unknown."""
+        return f"{round(self.done, 1):.12g}/{self.total:.12g}" if self.total else ""
+
+    @property
+    def time_left(self) -> str:
+        return "" if self.left is None else f"{clock_time(self.left)} left"
+
+    def words(self) -> str:
+        """Returns the stage in a line: name, steps, note, and the time that is left, or has gone by."""
+        where = " ".join(part for part in (self.count, self.note) if part)
+        parts = [f"{self.name}: {where}" if where else self.name]
+        if not self.total:
+            parts.append(f"({self.elapsed} so far)")
+        elif self.time_left:
+            parts.append(f"({self.time_left})")
+        return " ".join(parts)
+
+
+def clock_time(seconds: float) -> str:
+    """Returns h:mm:ss."""
+    whole = round(seconds)
+    return f"{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d}"
+
+
+class Bars:
+    """A `Screen`. The bars of one outermost stage are drawn together, and stay as they were when it ended."""
+
+    def __init__(self) -> None:
+        self._drawn: Drawn | None = None
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[Advance]:
+        with ExitStack() as stack:
+            outermost = self._drawn is None
+            if outermost:
+                stack.enter_context(self._drawing())
+            drawn = self._drawn
+            assert drawn is not None
+            pace = Pace(name)
+            task = drawn.add_task(name, total=None, pace=pace, inner=not outermost)
+            if not outermost:
+                stack.callback(drawn.remove_task, task)
+
+            def advance(done: float, total: float, note: str = "", left: float | None = None, /) -> None:
+                pace.advance(done, total, note, left)
+                drawn.update(task, completed=done, total=total or None)
+
+            yield advance
+            drawn.update(task, completed=1, total=1)  # full, also where nobody knew how many steps there would be
+
+    @contextmanager
+    def _drawing(self) -> Iterator[None]:
+        with drawn_on(Console(stderr=True)) as self._drawn:
+            try:
+                yield
+            finally:
+                self._drawn = None
+
+
+@contextmanager
+def drawn_on(console: Console) -> Iterator[Drawn]:
+    """Draws at the foot of `console`; what Flower logs while it lasts goes above."""
+    note: dict[str, Any] = {"no_wrap": True, "overflow": "ellipsis", "ratio": 1}
+    columns = (
+        TextColumn("{task.description:<24}", table_column=Column(no_wrap=True)),
+        BarColumn(bar_width=24),
+        TextColumn("{task.fields[pace].count:>9}", markup=False),
+        TextColumn("{task.fields[pace].elapsed}", markup=False),
+        TextColumn("{task.fields[pace].time_left:>12}", markup=False),
+        TextColumn("{task.fields[pace].note}", style="none", markup=False, table_column=Column(**note)),
+    )
+    drawn = Drawn(*columns, console=console, redirect_stdout=sys.stdout.isatty(), expand=True, refresh_per_second=4)
+    shown = [h for h in FLOWER_LOGGER.handlers if isinstance(h, logging.StreamHandler) and h.stream is sys.stderr]
+    with drawn:
+        for handler in shown:  # they hold the stream as it was
+            handler.setStream(sys.stderr)
+        try:
+            yield drawn
+        finally:
+            for handler in shown:
+                handler.setStream(getattr(sys.stderr, "rich_proxied_file", sys.stderr))
+
+
+class Drawn(Progress):
+    """Bars without those of stages that are over at once."""
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        yield self.make_tasks_table([t for t in self.tasks if not t.fields["inner"] or t.fields["pace"].age >= BRIEF])
+
+
+class Lines:
+    """A `Screen`, and a context manager: while it is open, a line comes now and then whatever the work is at."""
+
+    def __init__(self) -> None:
+        self._open: list[Pace] = []
+        self._begun = self._said = time.monotonic()
+        self._over = threading.Event()
+        # a run that shares its process with others knows its log by the context
+        self._thread = threading.Thread(target=copy_context().run, args=(self._break_silence,), daemon=True)
+
+    def __enter__(self) -> Lines:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._over.set()
+        self._thread.join()
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[Advance]:
+        pace, outermost, shares = Pace(name), not self._open, 0
+
+        def advance(done: float, total: float, note: str = "", left: float | None = None, /) -> None:
+            nonlocal shares
+            pace.advance(done, total, note, left)
+            passed = int(SHARES * done // total) if total else 0
+            if outermost and passed > shares and (done == total or time.monotonic() - self._said >= GAP):
+                shares = passed
+                self._say(pace.words())
+
+        self._open.append(pace)
+        try:
+            yield advance
+        finally:
+            self._open.remove(pace)
+
+    def _say(self, text: str) -> None:
+        self._said = time.monotonic()
+        log(logging.INFO, "%s", text)
+
+    def _break_silence(self) -> None:
+        while not self._over.wait(1.0):
+            now = time.monotonic()
+            least, most = SILENCE
+            if (stages := list(self._open)) and now - self._said >= min(
+                max(PATIENCE * (now - self._begun), least), most
+            ):
+                self._say("; ".join(pace.words() for pace in stages))

@@ -9,7 +9,7 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from strategies.federation import run_federation
-from strategies.loggers.feed import require_loggers
+from strategies.loggers import require_loggers
 from strategies.progress import shown
 from strategies.records import require_same_options
 from tapfl.config import RunConfig

@@ -18,7 +18,7 @@ from test_search import running, until
 from experiments.jobs import pool as pool_module
 from experiments.jobs.pool import EngineLostError, Job, Pool, ProcessPool, ThreadPool
 from experiments.jobs.progress import Overview, StageProgress, reporting
-from strategies.screens.pace import Pace
+from strategies.progress import Pace
 from tapfl.errors import ConfigError, RunError
 from tapfl.progress import shown_on, stage, track
 

@@ -15,11 +15,8 @@ from test_inprocess_run import content, tapfl
 from test_refused_input import refused
 
 from experiments.jobs.federation import AFTER, AFTER_SUMMARIES, _hash
-from strategies.state import config_hash
-from strategies.loggers import event_files, tracking
-from strategies.loggers.feed import Feed
-from strategies.loggers.logger import hyperparameters
-from strategies.loggers.points import Point, points_of
+from strategies import loggers, tracking
+from strategies.loggers import Feed, Point, hyperparameters, points_of
 from strategies.records import AbsenceLine, DeviceLine, FailureLine, RoundLine, TrafficLine
 from strategies.state import config_hash
 from tapfl.config import RunConfig
@@ -121,9 +118,9 @@ def test_nothing_that_names_a_place_is_told(finished: Path, uri: str) -> None:
 
 MOMENTS = {
     "between a checkpoint and the loggers": ("strategies.federation", "save_checkpoint", 2),
-    "when one logger has been told, the other not": ("strategies.loggers.event_files", "EventFiles.add", 1),
+    "when one logger has been told, the other not": ("strategies.loggers", "EventFiles.add", 1),
     "between telling and the next checkpoint": ("strategies.federation", "Federation.record", 2),
-    "when the server has been told": ("strategies.loggers.tracking", "Tracking.add", 2),
+    "when the server has been told": ("strategies.tracking", "Tracking.add", 2),
 }
 
 
@@ -181,7 +178,7 @@ def test_a_batch_of_which_only_a_part_arrived_is_not_doubled(
     finished: Path, uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tracking, "METRICS_AT_ONCE", 40)
-    logger = tracking.Tracking(_Folder(tmp_path), RunConfig.from_flat({"log.mlflow": uri}))
+    logger = tracking.Tracking(_Folder(tmp_path), RunConfig.from_flat({"log.mlflow": uri}), {})
     real, sent = logger._client.log_batch, []
 
     def once(*arguments: Any, **named: Any) -> None:
@@ -200,7 +197,7 @@ def test_a_batch_of_which_only_a_part_arrived_is_not_doubled(
 def test_a_run_that_was_deleted_on_the_server_is_made_anew(finished: Path, uri: str, tmp_path: Path) -> None:
     config = RunConfig.from_flat({"log.mlflow": uri})
     for _ in range(2):
-        feed = Feed("log.mlflow", lambda: tracking.Tracking(_Folder(tmp_path), config), finished)
+        feed = Feed("log.mlflow", lambda: tracking.Tracking(_Folder(tmp_path), config, {}), finished)
         feed.bring()
         feed.close(finished=True)
         assert in_mlflow(tmp_path, uri) == metrics(finished)
@@ -304,7 +301,7 @@ def test_without_its_extra_a_logger_is_refused_with_what_installs_it(
     tmp_path: Path,
     cache: Path,
 ) -> None:
-    for part in (event_files, tracking):
+    for part in (loggers, tracking):
         monkeypatch.setattr(part, "find_spec", lambda name: None if name == module else find_spec(name))
     monkeypatch.chdir(tmp_path)
     error = refused(capsys, monkeypatch, "--set", option, "--set", f"cache={cache}")
@@ -319,7 +316,7 @@ def test_a_plain_folder_where_mlflow_is_told_to_take_one(
     uri = f"file://{tmp_path}/mlruns"
     config = RunConfig.from_flat({"log.mlflow": uri})
     tracking.require_tracking(config.log)
-    feed = Feed("log.mlflow", lambda: tracking.Tracking(_Folder(tmp_path), config), finished)
+    feed = Feed("log.mlflow", lambda: tracking.Tracking(_Folder(tmp_path), config, {}), finished)
     feed.bring()
     feed.close(finished=True)
     assert in_mlflow(tmp_path, uri) == metrics(finished)

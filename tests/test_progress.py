@@ -23,10 +23,8 @@ from backbones import Tiny
 from test_inprocess_run import tapfl
 
 from experiments.jobs.pool import own_log
-from strategies.progress import shown
-from strategies.screens import lines as lines_module
-from strategies.screens.lines import Lines
-from strategies.screens.pace import Pace, clock_time
+from strategies import progress as module
+from strategies.progress import Lines, Pace, clock_time, shown
 from tapfl.config import PruningOptions, SummaryOptions
 from tapfl.progress import Advance, is_shown, shown_on, stage, track
 from tapfl.pruning.criteria.registry import BUILT_IN, criterion_of
@@ -158,7 +156,7 @@ def test_a_log_has_a_line_for_every_fifth_of_a_stage_and_none_for_what_lies_in_i
 ) -> None:
     with shown():
         list(track(range(10), "done at once"))
-        monkeypatch.setattr(lines_module, "GAP", 0.0)
+        monkeypatch.setattr(module, "GAP", 0.0)
         for i in track(range(10), "devices"):
             for _ in track(range(10), "inner"):
                 pass
@@ -176,7 +174,7 @@ def test_a_log_has_a_line_for_every_fifth_of_a_stage_and_none_for_what_lies_in_i
 def test_a_log_is_not_silent_however_long_a_step_takes(
     logged: Callable[[], list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lines_module, "SILENCE", (0.5, 0.5))
+    monkeypatch.setattr(module, "SILENCE", (0.5, 0.5))
     with shown(), stage("smaller models") as advance:
         advance(3, 10, "device 2")
         with stage("export"):
@@ -188,7 +186,7 @@ def test_a_log_is_not_silent_however_long_a_step_takes(
 def test_lines_of_runs_that_share_a_process_go_to_their_own_logs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lines_module, "SILENCE", (0.5, 0.5))
+    monkeypatch.setattr(module, "SILENCE", (0.5, 0.5))
 
     def run(name: str) -> None:
         with own_log(tmp_path / name), shown(), stage(f"rounds of {name}"):
@@ -205,8 +203,8 @@ def test_lines_of_runs_that_share_a_process_go_to_their_own_logs(
 
 
 def test_silence_grows_with_the_work() -> None:
-    least, most = lines_module.SILENCE
-    assert least == 10 and most == 60 and lines_module.PATIENCE * 600 < most < lines_module.PATIENCE * 3600
+    least, most = module.SILENCE
+    assert least == 10 and most == 60 and module.PATIENCE * 600 < most < module.PATIENCE * 3600
 
 
 def test_a_run_has_lines_for_each_of_its_stages(logged: Callable[[], list[str]], tmp_path: Path) -> None:
@@ -225,7 +223,8 @@ def test_a_run_has_lines_for_each_of_its_stages(logged: Callable[[], list[str]],
 WORK = """
 import logging, sys, time
 from flwr.common.logger import log
-from strategies.progress import shown
+from strategies import progress as module
+from strategies.progress import Lines, Pace, clock_time, shown
 from tapfl.progress import stage, track
 with shown(), stage("rounds") as advance:
     advance(0, 4)

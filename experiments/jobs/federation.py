@@ -21,8 +21,8 @@ from experiments.command_line import JobOptions, RayOptions, starting
 from experiments.jobs.pool import Emit, Job, Pool, ProcessPool, ThreadPool
 from experiments.jobs.progress import on_both, reporting
 from experiments.preflight import DEFAULT_DEVICES, absolute_paths
+from strategies.progress import Lines
 from strategies.records import SUMMARY, Summary, read_summary
-from strategies.screens.lines import Lines
 from tapfl.config import FREE_OPTIONS, RunConfig
 from tapfl.errors import RunError
 from tapfl.options import Scalar

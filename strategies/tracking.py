@@ -11,18 +11,18 @@ import json
 import logging
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar
 
-from strategies.loggers.logger import hyperparameters
-from strategies.loggers.points import Point
 from tapfl.config import LogOptions, RunConfig
 from tapfl.errors import ConfigError
+from tapfl.options import Scalar
 from tapfl.store import RunFolder, write_json
 
 T = TypeVar("T")
+Point = tuple[str, int, float]  # tag, step, value
 
 ENVIRONMENT = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
@@ -73,12 +73,12 @@ def in_short(error: Exception) -> str:
 class Tracking:
     """A `Logger`. The hyperparameters are those with which the run began."""
 
-    def __init__(self, folder: RunFolder, config: RunConfig) -> None:
+    def __init__(self, folder: RunFolder, config: RunConfig, hyperparameters: Mapping[str, Scalar]) -> None:
         self._client = client(config.log.mlflow)
         self._file = folder.path / "mlflow.json"
         self._steps: dict[str, set[int]] = {}
         self._run_id, self._new = self._open(folder.path.name, config.log)
-        self._name_run(config)
+        self._name_run(hyperparameters)
 
     def has(self, tag: str, step: int) -> bool:
         if self._new:
@@ -138,11 +138,11 @@ class Tracking:
                     raise
         return str(found.experiment_id)
 
-    def _name_run(self, config: RunConfig) -> None:
+    def _name_run(self, hyperparameters: Mapping[str, Scalar]) -> None:
         from mlflow.entities import Param
 
         there = {} if self._new else self._client.get_run(self._run_id).data.params
-        params = [Param(name, str(value)) for name, value in hyperparameters(config).items() if name not in there]
+        params = [Param(name, str(value)) for name, value in hyperparameters.items() if name not in there]
         for part in _parts(params, PARAMS_AT_ONCE):
             self._client.log_batch(self._run_id, params=part)
 

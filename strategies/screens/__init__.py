@@ -1,1 +1,0 @@
-"""Screens on which stages of work are shown (`tapfl.progress`)."""
