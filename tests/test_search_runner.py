@@ -80,11 +80,11 @@ class Synthetic:
 def _wait(monkeypatch: pytest.MonkeyPatch) -> None:
     """Waiting is what lets one of the synthetic trials end."""
 
-    def wait(flying: dict[Future[dict[str, float]], tuple[int, int]], return_when: str) -> tuple[set, None]:
+    def first_done(flying: dict[Future[dict[str, float]], tuple[int, int]]) -> set[Future[dict[str, float]]]:
         Runner.current.finish_one()  # type: ignore[attr-defined]
-        return {future for future in flying if future.done()}, None
+        return {future for future in flying if future.done()}
 
-    monkeypatch.setattr("experiments.search.runner.wait", wait)
+    monkeypatch.setattr("experiments.search.runner.first_done", first_done)
 
 
 def search_of(**options: object) -> Search:

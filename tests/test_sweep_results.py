@@ -175,7 +175,7 @@ def test_every_point_is_tested_against_its_own_reference() -> None:
         ("[sweep]\nreach = [0.5, 1.2]", "reach"),
         ('[sweep]\nreference = "local"', "reference"),
         ("[sweep]\nreech = 0.5", "reach"),
-        ("sweep = 3", "is a table"),
+        ("sweep = 3", "must be a table"),
     ],
 )
 def test_a_report_that_cannot_be_is_refused(tmp_path: Path, table: str, said: str) -> None:

@@ -10,13 +10,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import closing
 from pathlib import Path
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import Any
 
 from experiments.compare.cells import CellRunner, Row, scenario_of
 from experiments.compare.grid import Cell, Comparison
 from experiments.compare.scenario import Scenario
-from experiments.jobs.pool import Emit, Job, ProcessPool
+from experiments.jobs.pool import LOOK, Emit, Job, ProcessPool
 from experiments.output import as_csv
 from tapfl.errors import ConfigError
 from tapfl.progress import Advance
@@ -90,7 +90,10 @@ def _rows(cells: Sequence[Cell], jobs: int, rank: bool) -> Iterator[Row]:
             pool.submit(Job(_run_group, (group, rank)), arrived.put).add_done_callback(arrived.put)
         left = len(groups)
         while left:
-            each = arrived.get()
+            try:
+                each = arrived.get(timeout=LOOK)
+            except Empty:
+                continue
             if isinstance(each, Future):
                 each.result()  # raises what ended it
                 left -= 1

@@ -14,8 +14,8 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from contextvars import ContextVar, copy_context
 from dataclasses import dataclass
@@ -28,6 +28,7 @@ from flwr.common.logger import FLOWER_LOGGER, log
 from tapfl.errors import RunError, TapflError
 
 ATTEMPTS = 3  # workers that may be lost over one job before it fails
+LOOK = 1.0  # seconds of a wait: a signal that comes just before a wait begins does not end it
 GRACE = 5.0  # seconds that a worker has to end its own processes after SIGTERM, before it is killed
 SPAWN = multiprocessing.get_context("spawn")  # a forked torch may hang
 
@@ -68,6 +69,14 @@ class Pool(Protocol):
 
     def close(self) -> None:
         """Ends all jobs at once, and their workers. A federation that is ended goes on from its checkpoint later."""
+
+
+def first_done(futures: Iterable[Future[Any]]) -> set[Future[Any]]:
+    """Returns the futures that are done, after waiting for one."""
+    flying = list(futures)
+    while not (done := wait(flying, LOOK, FIRST_COMPLETED).done):
+        pass
+    return done
 
 
 def unheard(value: Any) -> None:

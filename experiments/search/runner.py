@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, wait
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from optuna.samplers import BaseSampler, TPESampler
 from optuna.study import Study
 from optuna.trial import FrozenTrial, Trial, TrialState
 
-from experiments.jobs.pool import EngineLostError
+from experiments.jobs.pool import EngineLostError, first_done
 from experiments.search.sampler import BOHBSampler, violation_key
 from experiments.search.schedule import FAILED, Score, bracket_tables, in_rounds
 from experiments.search.settings import Search, SearchOptions
@@ -78,8 +78,7 @@ class Runner:
         """Waits for the next rung and reports it. Returns False if none is in flight."""
         if not self._flying:
             return False
-        done, _ = wait(self._flying, return_when=FIRST_COMPLETED)
-        for future in sorted(done, key=lambda each: self._flying[each]):
+        for future in sorted(first_done(self._flying), key=lambda each: self._flying[each]):
             number, rounds = self._flying.pop(future)
             self._report(self._handle(number), rounds, future)
             self.told()

@@ -33,7 +33,7 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from concurrent.futures import FIRST_COMPLETED, Future, wait
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,7 @@ from typing import Any
 from pydantic import Field
 
 from experiments.jobs.federation import Engine, federation_job, name_of, resolved
-from experiments.jobs.pool import EngineLostError, Pool
+from experiments.jobs.pool import EngineLostError, Pool, first_done
 from experiments.jobs.progress import Overview
 from strategies.records import require_same_options
 from tapfl.config import RunConfig
@@ -138,7 +138,7 @@ def run_sweep(runs: list[SweepRun], out: Path, pool: Pool, engine: Engine, progr
         begin(first, others)
     failures: dict[str, str] = {}
     while flying:
-        for future in wait(flying, return_when=FIRST_COMPLETED).done:
+        for future in first_done(flying):
             run, followers = flying.pop(future)
             for follower in followers:
                 begin(follower, [])
