@@ -28,7 +28,7 @@ COMMAND = [sys.executable, "-m", "experiments.cli", "deploy-demo", "--out"]
 @pytest.fixture(scope="module")
 def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
     folder = tmp_path_factory.mktemp("deploy") / "demo"
-    return folder, subprocess.run([*COMMAND, str(folder)], capture_output=True, text=True, timeout=900, check=False)
+    return folder, subprocess.run([*COMMAND, str(folder)], capture_output=True, text=True, timeout=1700, check=False)
 
 
 def nodes_of(folder: Path) -> list[Node]:

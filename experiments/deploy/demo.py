@@ -44,7 +44,7 @@ OPTIONS: dict[str, Scalar] = {
 }
 NAMES, OWN_IMAGES = ("9", "7", "5"), 120  # the second node's own classes, in its own order
 PROFILES: tuple[dict[str, Scalar], ...] = ({"budget": 0.4, "rank": 4}, {"budget": 0.6, "rank": 6})
-JOIN, FINISH = 60.0, 400.0  # seconds for a node to be admitted or refused, and for the run
+JOIN, FINISH = 180.0, 1200.0  # seconds for a node to be admitted or refused, and for the run
 ADMITTED = "SuperNode ID"  # a SuperNode logs this once it is admitted
 REFUSALS = {  # what Flower logs for a node with the wrong credentials
     "an unregistered key": "Failed to activate SuperNode",
