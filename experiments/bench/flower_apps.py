@@ -49,7 +49,8 @@ PREFIX = "base_model.model."
 VALUES = 75_000  # float32 in both directions: adapters of rank 8 on the ViT of `tapfl bench simulation`, 299 kB
 SLICE = 500  # devices whose replies are in memory at once: the memory that is measured is the engine's
 
-idle_client, idle_server = ClientApp(), ServerApp()
+idle_client = ClientApp()  # Flower finds an app only as the single name of an assignment
+idle_server = ServerApp()
 
 
 @idle_client.train()
@@ -82,7 +83,8 @@ def _round(grid: Grid, config: RunConfig, nodes: dict[int, int], t: int) -> None
         answers.require(phase, 1.0)
 
 
-usual_client, usual_server = ClientApp(), ServerApp()
+usual_client = ClientApp()
+usual_server = ServerApp()
 
 
 def build(workload: Workload) -> Any:
