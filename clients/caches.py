@@ -17,8 +17,8 @@ from tapfl.adapters import rules
 from tapfl.adapters.layout import Layout, device_layout, gather, global_shapes
 from tapfl.adapters.lora import AdaptedModel
 from tapfl.config import RunConfig
-from tapfl.data.federated import DeviceSplit, labels_among, open_own, open_private, partition, split_device
-from tapfl.data.sources import ImageSet
+from tapfl.data.federated import DeviceSplit, labels_among, open_private, partition, split_device, stored_size
+from tapfl.data.sources import ImageSet, load_images
 from tapfl.memo import Memo
 from tapfl.models.backbone import BackboneSpec, build
 from tapfl.models.dense import DenseCache
@@ -65,7 +65,7 @@ def part(config: RunConfig, devices: int, partition_id: int, name: str) -> tuple
 @lru_cache(maxsize=4)
 def own_images(config: RunConfig, source: str, partition_id: int) -> tuple[ImageSet, DeviceSplit]:
     """Returns the images of a device that has its own source, and their split."""
-    images = open_own(source, config.data, input_transform(config.model), cache_folder(config.cache))
+    images = load_images(source, stored_size(config.data, input_transform(config.model)), cache_folder(config.cache))
     everything = np.arange(len(images))
     return images, split_device(everything, images.labels, config.data, config.seed, partition_id)
 

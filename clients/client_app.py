@@ -21,7 +21,7 @@ from clients.device import Device
 from clients.storage import DeviceStorage
 from tapfl.config import RunConfig, names_path
 from tapfl.errors import ConfigError, RunError
-from tapfl.options import Scalar
+from tapfl.options import Scalar, validated
 from tapfl.profiles import DeviceProfile, profiles_of
 from tapfl.store import RunFolder, run_path
 from tapfl.wire import PROFILE_FIELDS, Evaluate, Hello, Prune, Summarize, Train, WireMessage
@@ -70,7 +70,7 @@ def device_of(context: Context) -> Device:
         config=config,
         partition_id=i,
         devices=devices,
-        profile=DeviceProfile.of(profile.model_dump() | own) if own else profile,
+        profile=validated(DeviceProfile, profile.model_dump() | own) if own else profile,
         storage=DeviceStorage(folder),
         source=source,
         secret=str(node.get("secret", "")),

@@ -17,16 +17,15 @@ availability = 0.8               # probability of being available when a round b
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import Field, ValidationError, field_validator
+from pydantic import Field, field_validator
 
 from tapfl.config import PROFILE_SETS, DeviceOptions
 from tapfl.errors import ConfigError
-from tapfl.options import Count, Section, Share, read_toml_tables
+from tapfl.options import Count, Section, Share, read_toml_tables, validated
 from tapfl.pruning.budget import Budget
 
 Speed = Annotated[float, Field(ge=1e-6)]  # otherwise simulated times would be unbounded
@@ -66,16 +65,6 @@ class DeviceProfile(Section):
             )
         return str(value)
 
-    @classmethod
-    def of(cls, table: Mapping[str, Any]) -> DeviceProfile:
-        """Returns the profile in a table. Raises ConfigError naming the entry, its value and what is accepted."""
-        try:
-            return cls.model_validate(table)
-        except ValidationError as error:
-            first = error.errors()[0]
-            message = first["msg"].removeprefix("Value error, ")
-            raise ConfigError(f"{'.'.join(map(str, first['loc']))} = {first['input']!r}: {message}") from None
-
 
 @lru_cache(maxsize=16)
 def profiles_of(options: DeviceOptions) -> tuple[DeviceProfile, ...]:
@@ -102,7 +91,7 @@ def _read(file: Path) -> tuple[DeviceProfile, ...]:
         if not isinstance(count, int) or isinstance(count, bool) or count < 1:
             raise ConfigError(f"devices.profiles {file}: device {number}: count = {count!r}: must be at least 1")
         try:
-            profiles += [DeviceProfile.of(table)] * count
+            profiles += [validated(DeviceProfile, table)] * count
         except ConfigError as error:
             raise ConfigError(f"devices.profiles {file}: device {number}: {error}") from None
     return tuple(profiles)

@@ -19,6 +19,7 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
 from tapfl.errors import ConfigError, DataError, WireError
+from tapfl.options import validated
 from tapfl.profiles import DeviceProfile
 from tapfl.summary.mixture import GaussianSummary
 
@@ -160,7 +161,7 @@ class HelloReply(WireMessage):
         _require(1 <= self.train_samples <= MAX_SAMPLES, f"{self.train_samples} training samples")
         _require(self.rank <= max_rank, f"rank {self.rank} must lie in 1..{max_rank}")
         try:
-            return DeviceProfile.of({name: getattr(self, name) for name in PROFILE_FIELDS})
+            return validated(DeviceProfile, {name: getattr(self, name) for name in PROFILE_FIELDS})
         except ConfigError as error:
             raise WireError(f"{error!s:.300}") from None
 
@@ -270,7 +271,16 @@ class PruneReply(WireMessage):
 
 
 @dataclass(frozen=True)
-class Train(WireMessage):
+class _Adapters(WireMessage):
+    kind: ClassVar[str] = "adapters"
+
+    round: int
+    state_round: int
+    adapters: np.ndarray
+
+
+@dataclass(frozen=True)
+class Train(_Adapters):
     """The device's part of the global adapters: evaluate them, train, and reply. `local` receives them only once.
 
     `state_round` is the last round for which the server has this device's reply, 0 for none: the device continues from
@@ -278,71 +288,60 @@ class Train(WireMessage):
     """
 
     type: ClassVar[str] = "train"
-    kind: ClassVar[str] = "adapters"
-
-    round: int
-    state_round: int
-    adapters: np.ndarray
 
 
 @dataclass(frozen=True)
-class TrainReply(WireMessage):
+class Evaluate(_Adapters):
+    """The last global adapters: evaluate them, and store the personal model. `state_round` as in `Train`."""
+
+    type: ClassVar[str] = "evaluate"
+
+
+@dataclass(frozen=True)
+class _Evaluation(WireMessage):
+    round: Annotated[int, "which round this answers"]
+    alpha: Annotated[float, "for the report: weight α of the personal part"]
+    global_accuracy: Annotated[float, "for the report: accuracy of the global adapters, on the test part"]
+    personal_accuracy: Annotated[float, "for the report: accuracy of the personal model, on the test part"]
+
+    def check_evaluation(self, round: int) -> None:
+        """Raises WireError unless this answers `round` with α and accuracies in [0, 1]."""
+        _require(self.round == round, f"answers round {self.round}, not {round}")
+        for name in ("alpha", "global_accuracy", "personal_accuracy"):
+            value = getattr(self, name)
+            _require(0 <= value <= 1, f"{name.removesuffix('_accuracy')} {value} must lie in [0, 1]")
+
+
+@dataclass(frozen=True)
+class TrainReply(_Evaluation):
     """The device's shared adapters (empty under `local`), and its accuracy *before* this round's training."""
 
     type: ClassVar[str] = Train.type
     kind: ClassVar[str] = "adapters"
     when: ClassVar[str] = "every round"
 
-    round: Annotated[int, "which round this answers"]
     adapters: Annotated[
         np.ndarray, "shared adapters and head after local training; nothing if the method is local", "parameters"
     ]
     loss: Annotated[float, "for the report: training loss of this round"]
-    alpha: Annotated[float, "for the report: weight α of the personal part, before training"]
-    global_accuracy: Annotated[float, "for the report: accuracy of the global adapters, on the test part"]
-    personal_accuracy: Annotated[float, "for the report: accuracy of the personal model, on the test part"]
 
     def check(self, round: int, length: int) -> None:
         """Raises WireError unless this answers `round` with adapters of the right length."""
-        _require(self.round == round, f"answers round {self.round}, not {round}")
+        self.check_evaluation(round)
         _require(self.adapters.shape == (length,), f"adapters have shape {self.adapters.shape}, not {(length,)}")
         _require(self.adapters.dtype == np.float32, f"adapters are {self.adapters.dtype}, not float32")
         largest = float(np.abs(self.adapters).max(initial=0))
         _require(largest <= MAX_ADAPTER, f"adapters reach {largest:.3g}, at most {MAX_ADAPTER:g} is accepted")
-        _check_evaluation(self.alpha, self.global_accuracy, self.personal_accuracy)
 
 
 @dataclass(frozen=True)
-class Evaluate(WireMessage):
-    """The last global adapters: evaluate them, and store the personal model. `state_round` as in `Train`."""
-
-    type: ClassVar[str] = "evaluate"
-    kind: ClassVar[str] = "adapters"
-
-    round: int
-    state_round: int
-    adapters: np.ndarray
-
-
-@dataclass(frozen=True)
-class EvaluateReply(WireMessage):
+class EvaluateReply(_Evaluation):
     """The device's final accuracies."""
 
     type: ClassVar[str] = Evaluate.type
     kind: ClassVar[str] = "hello"
     when: ClassVar[str] = "once, last"
 
-    round: Annotated[int, "which round this answers"]
-    alpha: Annotated[float, "for the report: weight α of the personal part"]
-    global_accuracy: Annotated[float, "for the report: accuracy of the global adapters, on the test part"]
-    personal_accuracy: Annotated[float, "for the report: accuracy of the personal model, on the test part"]
-
     def check(self, round: int) -> None:
         """Raises WireError unless this answers `round`."""
-        _require(self.round == round, f"answers round {self.round}, not {round}")
-        _check_evaluation(self.alpha, self.global_accuracy, self.personal_accuracy)
-
-
-def _check_evaluation(alpha: float, global_accuracy: float, personal_accuracy: float) -> None:
-    for name, value in (("alpha", alpha), ("global", global_accuracy), ("personal", personal_accuracy)):
-        _require(0 <= value <= 1, f"{name} {value} must lie in [0, 1]")
+        self.check_evaluation(round)

@@ -28,8 +28,8 @@ def open_pool(options: DataOptions, transform: Transform, seed: int, cache: Path
         DataError: if the source is missing, or a class has too few images to be divided.
     """
     if options.public:
-        return load_images(options.public, _size(options, transform), cache)
-    source = load_images(options.source, _size(options, transform), cache)
+        return load_images(options.public, stored_size(options, transform), cache)
+    source = load_images(options.source, stored_size(options, transform), cache)
     return source.subset(split_public(source.labels, options.public_share, seed)[0])
 
 
@@ -39,19 +39,10 @@ def open_private(options: DataOptions, transform: Transform, seed: int, cache: P
     Raises:
         DataError: as `open_pool`.
     """
-    source = load_images(options.source, _size(options, transform), cache)
+    source = load_images(options.source, stored_size(options, transform), cache)
     if options.public:
         return source
     return source.subset(split_public(source.labels, options.public_share, seed)[1])
-
-
-def open_own(source: str, options: DataOptions, transform: Transform, cache: Path) -> ImageSet:
-    """Returns the images of a device that has its own source and uses all of it, with the classes of that source.
-
-    Raises:
-        DataError: as `open_pool`.
-    """
-    return load_images(source, _size(options, transform), cache)
 
 
 def labels_among(classes: Sequence[str], images: ImageSet, source: str) -> np.ndarray:
@@ -81,7 +72,8 @@ def check_classes(options: DataOptions, public: ImageSet, private: ImageSet) -> 
         raise DataError(f"data.public = {options.public!r} has no image of {names}")
 
 
-def _size(options: DataOptions, transform: Transform) -> int:
+def stored_size(options: DataOptions, transform: Transform) -> int:
+    """Returns the side in pixels at which images are stored."""
     return options.image_size or max(transform.size)
 
 

@@ -12,14 +12,14 @@ The interpolation v̄ is in effective weights (`tapfl.adapters.lora.interpolate`
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from tapfl.adapters.lora import interpolate, modules_of
 from tapfl.config import TrainOptions
-from tapfl.personalize.method import Personal, Trainee
+from tapfl.personalize.method import Method, Personal, Trainee
 from tapfl.training import Objective, Params
 
 
@@ -34,7 +34,7 @@ class ApflState:
 
 
 @dataclass(frozen=True)
-class Apfl:
+class Apfl(Method[ApflState]):
     """APFL.
 
     Attributes:
@@ -48,11 +48,6 @@ class Apfl:
     update: Literal["round", "step", "fixed"] = "round"
     alpha_learning_rate: float = 0.1
     per: Literal["device", "layer"] = "device"
-
-    evaluates_after_training: ClassVar[bool] = False
-    has_local_state: ClassVar[bool] = True
-    shares_adapters: ClassVar[bool] = True
-    models_per_step: ClassVar[int] = 2
 
     def init(
         self, received: Params, personal: Personal | None, train: TrainOptions, trained: frozenset[str]

@@ -50,6 +50,8 @@ class LocalResult:
 class Method(Protocol, Generic[S]):
     """A method: three pure steps around its own state `S`, and the model that the device then uses.
 
+    The defaults are those of a method with personal parameters v beside the shared w.
+
     Attributes:
         evaluates_after_training: the device uses the result of training on the w just received, so its accuracy is
             measured after the training of a round; otherwise before.
@@ -58,10 +60,10 @@ class Method(Protocol, Generic[S]):
         models_per_step: number of models that one step trains.
     """
 
-    evaluates_after_training: ClassVar[bool]
-    has_local_state: ClassVar[bool]
-    shares_adapters: ClassVar[bool]
-    models_per_step: ClassVar[int]
+    evaluates_after_training: ClassVar[bool] = False
+    has_local_state: ClassVar[bool] = True
+    shares_adapters: ClassVar[bool] = True
+    models_per_step: ClassVar[int] = 2
 
     def init(self, received: Params, personal: Personal | None, train: TrainOptions, trained: frozenset[str]) -> S:
         """Returns the state at the start of a round.
@@ -83,8 +85,8 @@ class Method(Protocol, Generic[S]):
         ...
 
     def inference(self, received: Params, personal: Personal | None) -> Params:
-        """Returns the parameters of the model that the device uses, given what it received last."""
-        ...
+        """Returns the parameters of the model that the device uses, given what it received last: by default v."""
+        return personal.params if personal else received
 
 
 def local_round(

@@ -16,12 +16,10 @@ from tapfl.plugin import is_plugin, load_plugin
 from tapfl.training import Objective, Params
 
 
-class FedAvg:
+class FedAvg(Method[Trainee]):
     """FedAvg (McMahan et al. 2017, arXiv 1602.05629): w ← w - η ∇f(w; ξ); nothing is personal."""
 
-    evaluates_after_training: ClassVar[bool] = False
     has_local_state: ClassVar[bool] = False
-    shares_adapters: ClassVar[bool] = True
     models_per_step: ClassVar[int] = 1
 
     def init(
@@ -37,9 +35,6 @@ class FedAvg:
     def final(self, state: Trainee) -> tuple[Params | None, Personal | None]:
         return state.values(), None
 
-    def inference(self, received: Params, personal: Personal | None) -> Params:
-        return received
-
 
 class FineTune(FedAvg):
     """FedAvg with local fine-tuning (FedAvg+; Jiang et al. 2019, arXiv 1909.12488).
@@ -51,9 +46,6 @@ class FineTune(FedAvg):
 
     def final(self, state: Trainee) -> tuple[Params | None, Personal | None]:
         return state.values(), wholly(state.values())
-
-    def inference(self, received: Params, personal: Personal | None) -> Params:
-        return personal.params if personal else received
 
 
 class Local(FedAvg):
@@ -70,9 +62,6 @@ class Local(FedAvg):
     def final(self, state: Trainee) -> tuple[Params | None, Personal | None]:
         return None, wholly(state.values())
 
-    def inference(self, received: Params, personal: Personal | None) -> Params:
-        return personal.params if personal else received
-
 
 @dataclass(frozen=True)
 class DittoState:
@@ -84,7 +73,7 @@ class DittoState:
 
 
 @dataclass(frozen=True)
-class Ditto:
+class Ditto(Method[DittoState]):
     """Ditto (Li et al. 2021, arXiv 2012.04221): a personal model that is pulled towards the shared one.
 
         w ← w - η ∇f(w; ξ)
@@ -103,11 +92,6 @@ class Ditto:
     strength: float
     scale: float
 
-    evaluates_after_training: ClassVar[bool] = False
-    has_local_state: ClassVar[bool] = True
-    shares_adapters: ClassVar[bool] = True
-    models_per_step: ClassVar[int] = 2
-
     def init(
         self, received: Params, personal: Personal | None, train: TrainOptions, trained: frozenset[str]
     ) -> DittoState:
@@ -125,9 +109,6 @@ class Ditto:
 
     def final(self, state: DittoState) -> tuple[Params | None, Personal | None]:
         return state.w.values(), wholly(state.v.values())
-
-    def inference(self, received: Params, personal: Personal | None) -> Params:
-        return personal.params if personal else received
 
 
 def pull_of(name: str, v: Params, w: Params, scale: float) -> Tensor:
