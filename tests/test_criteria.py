@@ -493,6 +493,19 @@ def test_updp_lets_the_finalists_of_a_thinned_search_meet_on_the_whole_metric_se
     assert {name for name, kept in updp.updp(task).kept.items() if not len(kept)} == best
 
 
+def test_updp_measures_only_the_best_of_a_level_on_all_images(vit: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    task = task_of(vit, 0.35)
+    monkeypatch.setattr(updp, "SCREEN_IMAGES", 2)
+    monkeypatch.setattr(updp, "SCREENED", 2)
+    few = updp._thinned(task, 2)
+    pairs = [frozenset(pair) for pair in combinations([layer.name for layer in vit.layers], 2)]
+    rough = dict(zip(pairs, updp.divergence(few, pairs), strict=True))
+    assert updp._screened(task, pairs) == sorted(pairs, key=rough.__getitem__)[:2]
+    assert updp._screened(few, pairs) == pairs and updp._screened(task, pairs[:2]) == pairs[:2]
+    singles = [frozenset({layer.name}) for layer in vit.layers]
+    assert updp._screened(task, singles) == singles, "their divergence is the importance of a layer"
+
+
 def test_an_unknown_name_is_refused_and_the_known_ones_are_named() -> None:
     with pytest.raises(ConfigError, match=r"pruning\.criterion = 'tapp'.*magnitude.*tap, .*wanda"):
         registry.criterion_of("tapp")
