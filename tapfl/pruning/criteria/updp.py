@@ -6,9 +6,9 @@ Whole residual branches go (an attention or an FFN). A beam search finds which o
 
 on a part of a large metric set; the finalists are compared on all of it. Of the many drop sets of a level only those
 that are best on 16 images are measured on that part, so a search takes about a minute for DeiT-T instead of ten. A drop
-set is a solution if it brings the model within the budget and no branch of it could stay. Whole branches meet a budget from below, by up to the price of
-one, so report the achieved cost (`PruningPlan.cost`). The options `floor`, `align`, `ratio` and `unit-shape` have no
-effect.
+set is a solution if it brings the model within the budget and no branch of it could stay. Whole branches meet a budget
+from below, by up to the price of one, so report the achieved cost (`PruningPlan.cost`). The options `floor`, `align`,
+`ratio` and `unit-shape` have no effect.
 
 Differs from the publication, which has no public code: the search is over one-shot KL, where the paper trains a
 supernet first, and the re-parameterised block that the paper puts in the place of a dropped one is replaced by identity
