@@ -35,7 +35,6 @@ from tapfl.training import Params
 # limits of the caches of devices' models and images; an entry that was dropped is read again
 MODEL_BYTES, IMAGE_BYTES = 512 * 2**20, 512 * 2**20
 
-
 _parts = Memo(IMAGE_BYTES, lambda made: made[0].nbytes)
 
 
@@ -51,33 +50,31 @@ def splits(config: RunConfig, devices: int) -> list[DeviceSplit]:
     return partition(private_images(config).labels, config.data, devices, config.seed)
 
 
-def part(config: RunConfig, devices: int, partition_id: int, name: str) -> tuple[Tensor, Tensor]:
-    """Returns (inputs, labels) of the `train` or `test` part of one device, ready for its model."""
+@lru_cache(maxsize=4)
+def images_of(config: RunConfig, devices: int, partition_id: int, source: str) -> tuple[ImageSet, DeviceSplit]:
+    """Returns the images that a device's split refers to, and the split; `source` is the device's own, or empty."""
+    if not source:
+        return private_images(config), splits(config, devices)[partition_id]
+    images = load_images(source, stored_size(config.data, input_transform(config.model)), cache_folder(config.cache))
+    return images, split_device(np.arange(len(images)), images.labels, config.data, config.seed, partition_id)
+
+
+def part(
+    config: RunConfig, devices: int, partition_id: int, name: str, source: str = "", classes: tuple[str, ...] = ()
+) -> tuple[Tensor, Tensor]:
+    """Returns (inputs, labels) of the `train` or `test` part of one device, ready for its model.
+
+    The labels of a device with its own source are positions in `classes`.
+    """
 
     def make() -> tuple[Tensor, Tensor]:
-        chosen = private_images(config).subset(getattr(splits(config, devices)[partition_id], name))
-        return input_transform(config.model)(chosen.images), torch.from_numpy(chosen.labels)
+        images, split = images_of(config, devices, partition_id, source)
+        chosen = images.subset(getattr(split, name))
+        labels = labels_among(classes, chosen, source) if source else chosen.labels
+        return input_transform(config.model)(chosen.images), torch.from_numpy(labels)
 
-    made: tuple[Tensor, Tensor] = _parts.once((config, devices, partition_id, name), make)
+    made: tuple[Tensor, Tensor] = _parts.once((config, devices, partition_id, name, source, classes), make)
     return made
-
-
-@lru_cache(maxsize=4)
-def own_images(config: RunConfig, source: str, partition_id: int) -> tuple[ImageSet, DeviceSplit]:
-    """Returns the images of a device that has its own source, and their split."""
-    images = load_images(source, stored_size(config.data, input_transform(config.model)), cache_folder(config.cache))
-    everything = np.arange(len(images))
-    return images, split_device(everything, images.labels, config.data, config.seed, partition_id)
-
-
-@lru_cache(maxsize=4)
-def own_part(
-    config: RunConfig, source: str, partition_id: int, name: str, classes: tuple[str, ...]
-) -> tuple[Tensor, Tensor]:
-    """Returns the same as `part` for such a device; its labels are positions in `classes`."""
-    images, split = own_images(config, source, partition_id)
-    chosen = images.subset(getattr(split, name))
-    return input_transform(config.model)(chosen.images), torch.from_numpy(labels_among(classes, chosen, source))
 
 
 @lru_cache(maxsize=2)

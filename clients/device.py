@@ -68,10 +68,11 @@ class Device:
 
     def hello(self, message: Hello) -> HelloReply:
         """Returns the device's number and profile."""
+        _, split = caches.images_of(self.config, self.devices, self.partition_id, self.source)
         return HelloReply(
             partition_id=self.partition_id,
             **{name: getattr(self.profile, name) for name in PROFILE_FIELDS},
-            train_samples=self._train_samples(),
+            train_samples=len(split.train),
             holds_backbone=DenseCache(self._cache).holds(message.backbone_key),
         )
 
@@ -129,21 +130,16 @@ class Device:
 
     def train(self, message: Train) -> TrainReply:
         """Evaluates the received adapters, trains, stores the personal part and returns the shared part."""
-        own = self._pruned()
-        state = self._state(own, message.state_round)
-        received = self._whole(own, state, message.adapters)
-        method = self._method()
-        if not method.evaluates_after_training:
-            accuracies = self._evaluate(own, received, method.inference(received, state.personal))
+        own, state, received, method = self._resume(message)
+        before = method.inference(received, state.personal)
         result = self._local_round(own, received, state.personal, message.round)
-        if method.evaluates_after_training:
-            accuracies = self._evaluate(own, received, method.inference(received, result.personal))
+        used = method.inference(received, result.personal) if method.evaluates_after_training else before
+        global_accuracy, personal_accuracy = self._evaluate(own, received, used)
         trained = result.upload or {}
         private = {name: trained[name] for name in own.private if name in trained}
         if method.has_local_state or own.private:
             kept = DeviceState(result.personal if method.has_local_state else None, private)
             self.storage.save_state(self.partition_id, message.round, kept, before=message.state_round)
-        global_accuracy, personal_accuracy = accuracies
         return TrainReply(
             round=message.round,
             adapters=self._upload(own, received, trained, message.round),
@@ -155,10 +151,8 @@ class Device:
 
     def evaluate(self, message: Evaluate) -> EvaluateReply:
         """Evaluates the last adapters, and writes the personal model as an adapter that stock peft loads."""
-        own = self._pruned()
-        state = self._state(own, message.state_round)
-        received, personal = self._whole(own, state, message.adapters), state.personal
-        method = self._method()
+        own, state, received, method = self._resume(message)
+        personal = state.personal
         if method.evaluates_after_training:
             personal = self._local_round(own, received, personal, message.round).personal
         final = method.inference(received, personal)
@@ -171,9 +165,13 @@ class Device:
             personal_accuracy=personal_accuracy,
         )
 
-    def _state(self, own: caches.PrunedDevice, round: int) -> DeviceState:
-        keeps = self._method().has_local_state or own.private
-        return self.storage.load_state(self.partition_id, round) if keeps else DeviceState(None, {})
+    def _resume(self, message: Train | Evaluate) -> tuple[caches.PrunedDevice, DeviceState, Params, Method[Any]]:
+        """Returns the model, the state that the message continues from, all of w, and the method."""
+        own, method = self._pruned(), self._method()
+        state = DeviceState(None, {})
+        if method.has_local_state or own.private:
+            state = self.storage.load_state(self.partition_id, message.state_round)
+        return own, state, self._whole(own, state, message.adapters), method
 
     def _whole(self, own: caches.PrunedDevice, state: DeviceState, adapters: np.ndarray) -> Params:
         """Returns all of w: the tensors that arrived, and those never sent: frozen and private ones.
@@ -235,15 +233,9 @@ class Device:
         elif not cache.holds(message.backbone_key):
             raise RunError(f"device {self.partition_id}: backbone {message.backbone_key} is neither cached nor sent")
 
-    def _train_samples(self) -> int:
-        if self.source:
-            return len(caches.own_images(self.config, self.source, self.partition_id)[1].train)
-        return len(self._part("train")[1])
-
     def _part(self, name: str) -> tuple[Tensor, Tensor]:
-        if self.source:
-            return caches.own_part(self.config, self.source, self.partition_id, name, self.storage.classes)
-        return caches.part(self.config, self.devices, self.partition_id, name)
+        classes = self.storage.classes if self.source else ()
+        return caches.part(self.config, self.devices, self.partition_id, name, self.source, classes)
 
     def _pruned(self) -> caches.PrunedDevice:
         return caches.pruned(self.storage.pruned, self.partition_id, self.profile.rank, self.config)

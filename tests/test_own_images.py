@@ -20,6 +20,7 @@ from tapfl.data.federated import labels_among
 from tapfl.data.sources import ImageSet, load_images
 from tapfl.errors import ConfigError, DataError
 from tapfl.options import parse_assignment
+from tapfl.wire import Hello
 
 NAMES = ("7", "5", "9")  # a device's own order, and not all that the pool has
 
@@ -110,4 +111,4 @@ def test_too_few_images_are_refused(tmp_path: Path) -> None:
     node = {"partition-id": 0, "num-partitions": 1, "data": str(tmp_path / "mine.npz"), "storage": str(tmp_path)}
     device = device_of(Context(1, 2, node, RecordDict(), {}))
     with pytest.raises(DataError, match=r"training and .* test images, it needs 8 and 2: .* or more images"):
-        device._train_samples()
+        device.hello(Hello("a1b2"))
