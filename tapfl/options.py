@@ -166,4 +166,4 @@ def _siblings(section: type[BaseModel], tables: list[str]) -> list[str]:
     for table in tables:
         annotation = section.model_fields[table].annotation
         (section,) = get_args(annotation)[:1] or (annotation,)  # for a list of tables, the type of one of them
-    return [_kebab(name) for name in section.model_fields]
+    return [field.alias or name for name, field in section.model_fields.items()]

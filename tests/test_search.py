@@ -228,19 +228,25 @@ REFUSED = {
     "a folder": ('out = { choices = ["a"] }', r"space\.out: changes no result"),
     "empty": ('"train.batch" = { low = 4, high = 4 }', "low=4 must be below high=4"),
     "upside down": ('"train.batch" = { low = 8, high = 4 }', "low=8 must be below high=4"),
-    "log of 0": ('"train.learning-rate" = { low = 0, high = 1, log = true }', "needs low above 0, got low=0"),
+    "log of 0": (
+        '"train.learning-rate" = { low = 0, high = 1, log = true }',
+        "needs low above 0 and no step, got low=0",
+    ),
     "no choices": ('"adapters.rule" = { choices = [] }', "must be a list of values, at least one"),
     "twice": ('"adapters.rule" = { choices = ["flex", "flex"] }', "names a value twice"),
     "a bad choice": ('"adapters.rule" = { choices = ["flex", "fedex"] }', "'fedex' is not accepted: adapters.rule"),
     "out of range": ('"data.test-share" = { low = 0.5, high = 1.5 }', r"1\.5 is not accepted: data\.test-share"),
     "no number": ('"adapters.rule" = { low = 0, high = 1 }', "this option is no number, it needs choices"),
     "no whole number": ('"train.batch" = { low = 1, high = 2.5 }', "takes whole numbers, got low=1, high=2.5"),
-    "text": ('"train.batch" = { low = "1", high = 2 }', r"space\.train\.batch\.low = '1': must be a number"),
+    "text": (
+        '"train.batch" = { low = "1", high = 2 }',
+        r"space\.train\.batch\.low = '1': input should be a valid number",
+    ),
     "bad step": (
         '"metric.size" = { low = 64, high = 200, step = 64 }',
         "step=64 does not lead from low=64 to high=200",
     ),
-    "misspelt": ('"train.batch" = { low = 1, hihg = 2 }', "needs low and high"),
+    "misspelt": ('"train.batch" = { low = 1, hihg = 2 }', r"space\.train\.batch\.high: field required"),
     "not a table": ('"train.batch" = [1, 2]', "needs low and high"),
     "condition below": (
         '"adapters.trim" = { low = 0.1, high = 0.2, if = { "adapters.combine" = "mean" } }',

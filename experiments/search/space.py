@@ -1,4 +1,4 @@
-"""A space over the options of a run, from TOML.
+"""The options that a search varies, from TOML, and their coordinates in a unit cube for `experiments.search.sampler`.
 
 ```toml
 [space]
@@ -8,9 +8,6 @@
 "adapters.server-learning-rate" = { low = 1e-3, high = 1e-1, log = true, if = { "adapters.server" = "adam" } }
 ```
 
-`SearchSpace` is the space as the file describes it; below it are its parameters as coordinates of a unit cube, for
-`experiments.search.sampler`.
-
 An option that takes whole numbers is searched in whole numbers.
 """
 
@@ -19,17 +16,53 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.trial import Trial
+from pydantic import Field, Strict, field_validator, model_validator
 
 from tapfl.config import RunConfig, binding
 from tapfl.errors import ConfigError
-from tapfl.options import Scalar
+from tapfl.options import Scalar, Section, validated
 
-RANGE, CHOICE = {"low", "high", "log", "step", "if"}, {"choices", "if"}
+Number = Annotated[float, Strict()]
+Conditions = Mapping[str, tuple[Scalar, ...]]
+
+
+class _Entry(Section):
+    condition: dict[str, Any] = Field({}, alias="if")
+
+
+class _Choices(_Entry):
+    choices: list[Any]
+
+    @field_validator("choices")
+    @classmethod
+    def _distinct(cls, choices: list[Any]) -> list[Any]:
+        if not choices or not all(isinstance(choice, Scalar) for choice in choices):
+            raise ValueError("must be a list of values, at least one")
+        if len(set(choices)) < len(choices):
+            raise ValueError("names a value twice")
+        return choices
+
+
+class _Range(_Entry):
+    low: Number
+    high: Number
+    log: Annotated[bool, Strict()] = False
+    step: Annotated[Number, Field(gt=0)] | None = None
+
+    @model_validator(mode="after")
+    def _ordered(self) -> _Range:
+        if not self.low < self.high:
+            raise ValueError(f"low={self.low:g} must be below high={self.high:g}")
+        if self.log and (self.low <= 0 or self.step is not None):
+            raise ValueError(f"log=true needs low above 0 and no step, got low={self.low:g}, step={self.step}")
+        if self.step is not None and self.step > self.high - self.low:
+            raise ValueError(f"step={self.step:g} must not be above high - low")
+        return self
 
 
 @dataclass(frozen=True)
@@ -41,7 +74,7 @@ class Parameter:
     """
 
     distribution: BaseDistribution
-    condition: Mapping[str, tuple[Scalar, ...]]
+    condition: Conditions
 
     def exists(self, params: Mapping[str, Scalar]) -> bool:
         return all(name in params and params[name] in values for name, values in self.condition.items())
@@ -49,7 +82,7 @@ class Parameter:
 
 @dataclass(frozen=True)
 class SearchSpace:
-    """All parameters, in the order of the file; a condition names only those above it."""
+    """All parameters, in the order of the file; a condition refers only to parameters above it."""
 
     parameters: Mapping[str, Parameter]
 
@@ -58,35 +91,24 @@ class SearchSpace:
         """Returns the space of a table.
 
         Args:
-            options: what all runs share.
+            options: those that all runs share.
 
         Raises:
-            ConfigError: naming the first entry that is not valid.
+            ConfigError: for the first entry that is not valid.
         """
-        defaults, parameters = RunConfig().flat(), dict[str, Parameter]()
+        parameters: dict[str, Parameter] = {}
         for name, entry in table.items():
-            where = f"space.{name}"
-            if name not in defaults:
-                known = [option for option in defaults if option.startswith(name.split(".")[0])] or list(defaults)
-                raise ConfigError(f"{where}: is not an option of a run; close ones are {', '.join(known[:12])}")
-            if not binding({name: entry}):
-                why = "is the budget" if name == "train.rounds" else "changes no result"
-                raise ConfigError(f"{where}: {why}, and cannot be searched")
-            if not isinstance(entry, Mapping) or not (entry.keys() <= RANGE or entry.keys() <= CHOICE):
-                raise ConfigError(
-                    f"{where} = {entry!r}: needs low and high (and log, step), or choices, and perhaps if"
-                )
-            distribution = _distribution(where, entry, defaults[name])
-            condition = _condition(where, entry.get("if", {}), parameters)
-            _accepted(where, name, distribution, condition, options)
-            parameters[name] = Parameter(distribution, condition)
+            try:
+                parameters[name] = _parameter(name, entry, parameters, options)
+            except ConfigError as error:
+                raise ConfigError(f"space.{name}{error}") from None
         return cls(parameters)
 
     def distributions(self) -> dict[str, BaseDistribution]:
         return {name: parameter.distribution for name, parameter in self.parameters.items()}
 
     def suggest(self, trial: Trial) -> dict[str, Scalar]:
-        """Returns the options that a trial draws, or has drawn before."""
+        """Returns the options of a trial, drawn now or before."""
         params: dict[str, Scalar] = {}
         for name, parameter in self.parameters.items():
             if not parameter.exists(params):
@@ -101,118 +123,98 @@ class SearchSpace:
         return params
 
 
-def _distribution(where: str, entry: Mapping[str, Any], default: Scalar) -> BaseDistribution:
-    if "choices" in entry:
-        choices = entry["choices"]
-        if (
-            not isinstance(choices, list)
-            or not choices
-            or not all(isinstance(c, bool | int | float | str) for c in choices)
-        ):
-            raise ConfigError(f"{where}.choices = {choices!r}: must be a list of values, at least one")
-        if len(set(choices)) < len(choices):
-            raise ConfigError(f"{where}.choices = {choices!r}: names a value twice")
-        return CategoricalDistribution(choices)
-    if isinstance(default, bool) or not isinstance(default, int | float):
-        raise ConfigError(f"{where}: this option is no number, it needs choices")
-    low, high, log, step = entry.get("low"), entry.get("high"), entry.get("log", False), entry.get("step")
-    for name, value in (("low", low), ("high", high), ("step", step)):
-        wrong = isinstance(value, bool) or not isinstance(value, int | float)
-        if wrong and not (name == "step" and value is None):
-            raise ConfigError(f"{where}.{name} = {value!r}: must be a number")
-    assert low is not None and high is not None
-    if not low < high:
-        raise ConfigError(f"{where}: low={low} must be below high={high}")
-    if not isinstance(log, bool) or (log and low <= 0):
-        raise ConfigError(f"{where}: log={log} needs low above 0, got low={low}")
-    if step is not None and (log or not 0 < step <= high - low):
-        raise ConfigError(f"{where}: step={step} must lie in (0, high - low], and does not go with log")
-    if isinstance(default, float):
-        return FloatDistribution(low, high, log=log, step=step)
-    if any(int(value) != value for value in (low, high, step or 1)):
-        raise ConfigError(f"{where}: this option takes whole numbers, got low={low}, high={high}, step={step}")
-    if step and (high - low) % step:
-        raise ConfigError(f"{where}: step={step} does not lead from low={low} to high={high}")
-    return IntDistribution(int(low), int(high), log=log, step=int(step or 1))
-
-
-def _condition(where: str, entry: object, above: Mapping[str, Parameter]) -> dict[str, tuple[Scalar, ...]]:
+def _parameter(name: str, entry: Any, above: Mapping[str, Parameter], options: Mapping[str, Scalar]) -> Parameter:
+    defaults = RunConfig().flat()
+    if name not in defaults:
+        known = [option for option in defaults if option.startswith(name.split(".")[0])] or list(defaults)
+        raise ConfigError(f": is not an option of a run; similar ones are {', '.join(known[:12])}")
+    if not binding({name: entry}):
+        why = "is the budget" if name == "train.rounds" else "changes no result"
+        raise ConfigError(f": {why}, and cannot be searched")
     if not isinstance(entry, Mapping):
-        raise ConfigError(f'{where}.if = {entry!r}: needs the form {{ "option" = value }}, or a list of values')
-    condition = {}
-    for name, values in entry.items():
-        if name not in above:
-            raise ConfigError(f"{where}.if: {name} must stand in [space], above it")
-        allowed = tuple(values) if isinstance(values, list) else (values,)
-        distribution = above[name].distribution
-        for value in allowed:
-            if isinstance(distribution, CategoricalDistribution) and value not in distribution.choices:
-                raise ConfigError(
-                    f"{where}.if: {name} is never {value!r}, only {', '.join(map(str, distribution.choices))}"
-                )
-        condition[name] = allowed
-    return condition
-
-
-def _accepted(
-    where: str,
-    name: str,
-    distribution: BaseDistribution,
-    condition: Mapping[str, tuple[Scalar, ...]],
-    options: Mapping[str, Scalar],
-) -> None:
-    """Tries the ends of a range, or each choice, as the option of a run in which the condition holds."""
-    if isinstance(distribution, CategoricalDistribution):
-        values = list(distribution.choices)
+        raise ConfigError(f" = {entry!r}: needs low and high (and log, step), or choices")
+    try:
+        read = validated(_Choices if "choices" in entry else _Range, entry)
+    except ConfigError as error:
+        text = str(error).splitlines()[0].removeprefix("configuration")
+        raise ConfigError(text if text.startswith(":") else f".{text}") from None
+    condition = {other: _allowed(other, value, above) for other, value in read.condition.items()}
+    if isinstance(read, _Choices):
+        distribution: BaseDistribution = CategoricalDistribution(read.choices)
+        values = read.choices
     else:
-        assert isinstance(distribution, FloatDistribution | IntDistribution)
-        values = [distribution.low, distribution.high]
+        assert isinstance(read, _Range)
+        distribution, values = _numbers(read, defaults[name])
     holds = {other: allowed[0] for other, allowed in condition.items()}
-    for value in values:
+    for value in values:  # each choice, or both ends of the range, must make a valid run
         try:
             RunConfig.from_flat({**options, **holds, name: value})
         except ConfigError as error:
-            raise ConfigError(f"{where}: {value!r} is not accepted: {error}") from None
+            raise ConfigError(f": {value!r} is not accepted: {error}") from None
+    return Parameter(distribution, condition)
 
+
+def _numbers(read: _Range, default: Scalar) -> tuple[BaseDistribution, list[float]]:
+    """Returns the distribution of a range, and its ends."""
+    low, high, step = read.low, read.high, read.step
+    if isinstance(default, float):
+        return FloatDistribution(low, high, log=read.log, step=step), [low, high]
+    if isinstance(default, bool) or not isinstance(default, int):
+        raise ConfigError(": this option is no number, it needs choices")
+    if any(value % 1 for value in (low, high, step or 1)):
+        raise ConfigError(f": this option takes whole numbers, got low={low:g}, high={high:g}, step={step}")
+    if step and (high - low) % step:
+        raise ConfigError(f": step={step:g} does not lead from low={low:g} to high={high:g}")
+    return IntDistribution(int(low), int(high), log=read.log, step=int(step or 1)), [int(low), int(high)]
+
+
+def _allowed(name: str, value: Any, above: Mapping[str, Parameter]) -> tuple[Scalar, ...]:
+    """Returns the values of another parameter under which one exists."""
+    if name not in above:
+        raise ConfigError(f".if: {name} must stand in [space], above it")
+    allowed = tuple(value) if isinstance(value, list) else (value,)
+    distribution = above[name].distribution
+    if isinstance(distribution, CategoricalDistribution):
+        for each in allowed:
+            if each not in distribution.choices:
+                values = ", ".join(map(str, distribution.choices))
+                raise ConfigError(f".if: {name} is never {each!r}, only {values}")
+    return allowed
+
+
+# -- coordinates of the unit cube: a number lies in [0, 1], a category is the index of its choice ----------------------
 
 Space = Mapping[str, BaseDistribution]
 
 
 def choices(space: Space) -> np.ndarray:
-    """Returns how many choices each parameter has, int64 (d,); 0: it is a number."""
+    """Returns how many choices each parameter has, int64 (d,); 0 for a number."""
     return np.array([len(x.choices) if isinstance(x, CategoricalDistribution) else 0 for x in space.values()], np.int64)
 
 
 def encode(space: Space, internal: np.ndarray) -> np.ndarray:
-    """Returns coordinates, float64 (n, d), of internal values (n, d); NaN stays."""
-    columns = [_to_unit(x, internal[:, j]) for j, x in enumerate(space.values())]
-    return np.stack(columns, axis=1) if columns else internal
+    """Returns coordinates, float64 (n, d), of Optuna's internal values (n, d); NaN stays."""
+    points = internal.copy()
+    for j, x in enumerate(space.values()):
+        if isinstance(x, FloatDistribution | IntDistribution):
+            low, high = _ends(x)
+            values = np.log(internal[:, j]) if x.log else internal[:, j]
+            points[:, j] = np.clip((values - low) / (high - low), 0, 1)
+    return points
 
 
 def decode(space: Space, points: np.ndarray) -> np.ndarray:
     """Returns internal values (n, d) of coordinates; the inverse of `encode`."""
-    return np.stack([_from_unit(x, points[:, j]) for j, x in enumerate(space.values())], axis=1)
-
-
-def uniform(space: Space, n: int, generator: np.random.Generator) -> np.ndarray:
-    """Returns `n` points of the space, coordinates, float64 (n, d)."""
-    u, counts = generator.random((n, len(space))), choices(space)
-    return np.where(counts > 0, np.floor(u * counts), u)
-
-
-def internal_values(space: Space, params: Sequence[Mapping[str, Any]]) -> np.ndarray:
-    """Returns the internal values, float64 (n, d), of parameters as Optuna's trials have them; NaN where one is not."""
-    rows = [
-        [x.to_internal_repr(found[name]) if name in found else math.nan for name, x in space.items()]
-        for found in params
-    ]
-    return np.array(rows, dtype=np.float64).reshape(len(params), len(space))
-
-
-def external_values(space: Space, internal: np.ndarray) -> dict[str, Any]:
-    """Returns the parameters of one row of internal values, as Optuna's `suggest` methods give them."""
-    values = {name: x.to_external_repr(float(internal[j])) for j, (name, x) in enumerate(space.items())}
-    return {name: int(value) if isinstance(space[name], IntDistribution) else value for name, value in values.items()}
+    internal = points.copy()
+    for j, x in enumerate(space.values()):
+        if isinstance(x, FloatDistribution | IntDistribution):
+            low, high = _ends(x)
+            values = low + points[:, j] * (high - low)
+            values = np.exp(values) if x.log else values
+            if x.step:
+                values = x.low + x.step * np.round((values - x.low) / x.step)
+            internal[:, j] = np.clip(values, x.low, x.high)
+    return internal
 
 
 def _ends(x: FloatDistribution | IntDistribution) -> tuple[float, float]:
@@ -221,22 +223,21 @@ def _ends(x: FloatDistribution | IntDistribution) -> tuple[float, float]:
     return (math.log(low), math.log(high)) if x.log else (low, high)
 
 
-def _to_unit(x: BaseDistribution, values: np.ndarray) -> np.ndarray:
-    if isinstance(x, CategoricalDistribution):
-        return values
-    assert isinstance(x, FloatDistribution | IntDistribution)
-    low, high = _ends(x)
-    values = np.log(values) if x.log else values
-    return np.clip((values - low) / (high - low), 0, 1) if high > low else np.zeros_like(values)
+def uniform(space: Space, n: int, generator: np.random.Generator) -> np.ndarray:
+    """Returns `n` random points of the space, coordinates, float64 (n, d)."""
+    u, counts = generator.random((n, len(space))), choices(space)
+    return np.where(counts > 0, np.floor(u * counts), u)
 
 
-def _from_unit(x: BaseDistribution, u: np.ndarray) -> np.ndarray:
-    if isinstance(x, CategoricalDistribution):
-        return u
-    assert isinstance(x, FloatDistribution | IntDistribution)
-    low, high = _ends(x)
-    values = low + u * (high - low)
-    values = np.exp(values) if x.log else values
-    if x.step:
-        values = x.low + x.step * np.round((values - x.low) / x.step)
-    return np.clip(values, x.low, x.high)
+def internal_values(space: Space, params: Sequence[Mapping[str, Any]]) -> np.ndarray:
+    """Returns Optuna's internal values, float64 (n, d), of parameters; NaN where one does not exist."""
+    rows = [
+        [x.to_internal_repr(each[name]) if name in each else math.nan for name, x in space.items()] for each in params
+    ]
+    return np.array(rows, dtype=np.float64).reshape(len(params), len(space))
+
+
+def external_values(space: Space, internal: np.ndarray) -> dict[str, Any]:
+    """Returns the parameters that one row of internal values stands for."""
+    values = {name: x.to_external_repr(float(internal[j])) for j, (name, x) in enumerate(space.items())}
+    return {name: int(value) if isinstance(space[name], IntDistribution) else value for name, value in values.items()}
