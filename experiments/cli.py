@@ -206,11 +206,11 @@ def search(
     _require_ray(engine, runs, needs_ray=("workers", *NEED_RAY))
     wanted = read_search(config, method, {"devices.count": DEFAULT_DEVICES})
     load_torch()  # only after the file has been checked
-    from experiments.search.study import Place, run_search
+    from experiments.search.study import run_search
 
-    place = Place(config.stem, out or Path("runs") / config.stem, storage, resume)
+    folder, start = out or Path("runs") / config.stem, partial(federations, engine, runs)
     with interruptible("the same command and --resume"), shown():
-        found = run_search(wanted, place, partial(federations, engine, runs))
+        found = run_search(wanted, config.stem, folder, start, storage, resume)
     if as_json:
         print(json.dumps(vars(found) | {"folder": str(found.folder)}))
         return

@@ -27,7 +27,7 @@ from experiments.jobs.pool import EngineLostError, Job, Pool, ThreadPool
 from experiments.preflight import absolute_paths
 from experiments.search.settings import Search, SearchOptions
 from experiments.search.space import SearchSpace
-from experiments.search.study import Place, run_search
+from experiments.search.study import run_search
 from strategies.server_app import app as server_app
 from tapfl.config import RunConfig
 from tapfl.errors import ConfigError, RunError
@@ -97,8 +97,8 @@ def test_a_search_comes_to_the_same_on_ray(workers: ActorPool, cache: Path, tmp_
         with closing(ThreadPool(jobs)) as pool:
             yield pool, engine
 
-    run_search(search, Place("s", tmp_path / "here"), lambda: on(in_process, 1))
-    run_search(search, Place("s", tmp_path / "ray"), lambda: on(on_actors(workers), 2))
+    run_search(search, "s", tmp_path / "here", lambda: on(in_process, 1))
+    run_search(search, "s", tmp_path / "ray", lambda: on(on_actors(workers), 2))
     here, ray = tmp_path / "here", tmp_path / "ray"
     for name in ("trials.csv", "best.toml"):
         assert (here / name).read_text() == (ray / name).read_text()

@@ -29,9 +29,8 @@ from experiments import cli
 from experiments.bench.search import METHODS, Toy, search
 from experiments.jobs.federation import AFTER, AFTER_SUMMARIES, BUT, carry_out, in_process
 from experiments.jobs.pool import unheard
-from experiments.search.objective import measures_of
 from experiments.search.page import page_of_search, write_page
-from experiments.search.settings import read_search
+from experiments.search.settings import MEASURES, read_search
 from strategies import preparation
 from strategies.records import Summary
 from tapfl.config import RunConfig
@@ -205,7 +204,8 @@ def test_round_zero_is_shared_by_those_that_agree_on_it(
         calls.update(summaries=0, plans=0)
         summary = one_round(options | change, tmp_path / "trials" / f"000{i + 1}")
         assert calls == {"summaries": summaries, "plans": plans}, change
-    assert measures_of(summary) == measures_of(one_round(other, tmp_path / "alone" / "0003"))
+    alone = one_round(other, tmp_path / "alone" / "0003")
+    assert [measure(summary) for measure in MEASURES.values()] == [measure(alone) for measure in MEASURES.values()]
     assert content(tmp_path / "alone" / "0003") == content(tmp_path / "trials" / "0003")
 
 

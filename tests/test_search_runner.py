@@ -16,8 +16,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from optuna.storages import BaseStorage, InMemoryStorage
 
-from experiments.search.objective import Constraint, Objective
-from experiments.search.runner import Runner, carry_out, rungs_of, sampler_of, scores, spent
+from experiments.search.runner import Runner, carry_out, rungs_of, sampler_of, spent
+from experiments.search.sampler import scores
 from experiments.search.schedule import FAILED, Schedule, Score
 from experiments.search.settings import Search, SearchOptions
 from experiments.search.space import SearchSpace
@@ -251,7 +251,7 @@ def test_what_losers_leave_goes_but_never_what_is_needed_again(method: str, tmp_
         def told() -> None:
             drop_losers(optuna.load_study(study_name="test", storage=storage).trials, tmp_path)
 
-        study = carried_out(search, trials, storage, folder=tmp_path, told=told)
+        study = carried_out(search, trials, storage, folder=tmp_path, changed=told)
         told()
         return study
 
@@ -289,9 +289,9 @@ def test_a_constraint_is_kept_if_it_can_be() -> None:
 
 def test_the_objective_weighs_measures() -> None:
     measures = {"mean": 0.2, "worst-decile": 0.5, "bytes_up": 3e6, "bytes_down": 1e6, "macs": 0.5}
-    objective = Objective({"mean": 1.0, "bytes_up": 1e-7}, (Constraint("bytes_up", 2e6), Constraint("macs", 0.6)))
-    assert objective.loss(measures) == pytest.approx(0.5)
-    assert objective.violation(measures) == pytest.approx(0.5)
+    options = SearchOptions(objective={"mean": 1.0, "bytes_up": 1e-7}, constraints=("bytes_up<=2e6", "macs<=0.6"))
+    assert options.loss(measures) == pytest.approx(0.5)
+    assert options.violation(measures) == pytest.approx(0.5)
 
 
 # -- refused ----------------------------------------------------------------------------------------------------------

@@ -1,15 +1,15 @@
-"""The driver of a search: draws configurations, has rungs carried out, and writes to the study. Nothing else writes.
+"""The driver of a search: draws configurations, runs their rungs, and writes to the study. Nothing else writes to it.
 
-All its state is in the study, so an interrupted search can continue: a rung is done when its value is reported, and
-rungs that were in flight are submitted again, to runs that continue from their own checkpoints. BOHB and random search
-promote by brackets (`experiments.search.schedule`); the rival is Optuna's own Hyperband with its TPE.
+All state is in the study, so an interrupted search can continue: a rung is done when its value is reported, and rungs
+that were in flight are submitted again and continue from their checkpoints. BOHB and random search promote trials by
+brackets (`experiments.search.schedule`); the baseline is Optuna's Hyperband with its TPE.
 """
 
 from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,10 +19,12 @@ from optuna.samplers import BaseSampler, TPESampler
 from optuna.study import Study
 from optuna.trial import FrozenTrial, Trial, TrialState
 
-from experiments.jobs.pool import EngineLostError, first_done
-from experiments.search.sampler import BOHBSampler, violation_key
-from experiments.search.schedule import FAILED, Score, bracket_tables, in_rounds
-from experiments.search.settings import Search, SearchOptions
+from experiments.jobs import federation
+from experiments.jobs.federation import Engine
+from experiments.jobs.pool import Emit, EngineLostError, first_done
+from experiments.search.sampler import BOHBSampler, scores, violation_key
+from experiments.search.schedule import FAILED, bracket_tables, in_rounds
+from experiments.search.settings import MEASURES, Search, SearchOptions
 from tapfl.errors import TapflError
 from tapfl.options import Scalar
 
@@ -32,14 +34,14 @@ Start = Callable[[dict[str, Scalar], Path], Future[Measures]]  # a run's options
 
 @dataclass
 class Runner:
-    """What all methods do with a study.
+    """The steps that all methods are made of.
 
     Attributes:
-        start: begins a run, or goes on with the one in its folder, up to ``train.rounds``.
-        sampler: what draws the trial of a number.
-        folder: where their folders are, by trial number.
+        start: starts or continues the run in a folder, up to ``train.rounds``.
+        sampler: returns the sampler for a trial number.
+        folder: holds the folders of the trials.
         jobs: rungs in flight at once.
-        told: called when a rung is done.
+        changed: called when a rung is done.
     """
 
     study: Study
@@ -48,12 +50,12 @@ class Runner:
     sampler: Callable[[int], BaseSampler]
     folder: Path
     jobs: int = 1
-    told: Callable[[], None] = lambda: None
+    changed: Callable[[], None] = lambda: None
     _flying: dict[Future[Measures], tuple[int, int]] = field(default_factory=dict)
     _handles: dict[int, Trial] = field(default_factory=dict)
 
     def found(self) -> list[FrozenTrial]:
-        """Returns all trials as they stand in the study, by number."""
+        """Returns all trials of the study, by number."""
         return self.study.get_trials(deepcopy=False)
 
     def draw(self) -> int:
@@ -65,7 +67,7 @@ class Runner:
         return trial.number
 
     def submit(self, runs: list[tuple[int, int]]) -> None:
-        """Starts as many of the (trial, rounds) as there is room for; those in flight are left alone."""
+        """Starts as many of the (trial, rounds) as `jobs` allows, except those in flight."""
         for number, rounds in runs:
             if len(self._flying) >= self.jobs:
                 return
@@ -81,26 +83,22 @@ class Runner:
         for future in sorted(first_done(self._flying), key=lambda each: self._flying[each]):
             number, rounds = self._flying.pop(future)
             self._report(self._handle(number), rounds, future)
-            self.told()
+            self.changed()
         return True
 
     def tell(self, numbers: list[int], state: TrialState) -> None:
-        """Settles those of the trials that are not settled yet; one that failed as failed, whatever is said of it."""
+        """Finishes the unfinished among the trials with this state, or as failed."""
         found = self.found()
         for trial in (found[number] for number in numbers if not found[number].state.is_finished()):
             rounds = max(trial.intermediate_values)
             loss, violation = trial.intermediate_values[rounds], trial.user_attrs.get(violation_key(rounds))
             if violation is not None:
                 self._handle(trial.number).set_constraint("constraints", violation)
-            if math.isnan(loss):
-                self.study.tell(trial.number, state=TrialState.FAIL)
-            elif state == TrialState.COMPLETE:
-                self.study.tell(trial.number, loss)
-            else:
-                self.study.tell(trial.number, state=state)
+            end = TrialState.FAIL if math.isnan(loss) else state
+            self.study.tell(trial.number, loss if end == TrialState.COMPLETE else None, state=end)
 
     def _handle(self, number: int) -> Trial:
-        """Returns the trial to write to; one that was being drawn when the search was killed is drawn to its end."""
+        """Returns the trial to write to. One that was being drawn when the search was killed is drawn completely."""
         if number not in self._handles:
             self.study.sampler = self.sampler(number)
             self._handles[number] = Trial(self.study, self.found()[number]._trial_id)
@@ -116,14 +114,20 @@ class Runner:
             trial.report(math.nan, step=rounds)
             return
         trial.set_user_attr(measures_key(rounds), measures)
-        objective = self.search.objective()
-        if objective.constraints:
-            trial.set_user_attr(violation_key(rounds), objective.violation(measures))
-        trial.report(objective.loss(measures), step=rounds)  # last: with it the rung is done
+        settings = self.search.settings
+        if settings.constraints:
+            trial.set_user_attr(violation_key(rounds), settings.violation(measures))
+        trial.report(settings.loss(measures), step=rounds)  # last: this marks the rung as done
+
+
+def measured(emit: Emit, options: Mapping[str, Scalar], folder: Path, engine: Engine) -> Measures:
+    """Starts or continues a run and returns its measures: the job of one rung of a trial."""
+    summary = federation.carry_out(emit, options, folder, engine)
+    return {name: float(measure(summary)) for name, measure in MEASURES.items()}
 
 
 def run_folder(folder: Path, number: int) -> Path:
-    """Returns where the run of a trial is."""
+    """Returns the run folder of a trial."""
     return folder / f"{number:04d}"
 
 
@@ -132,19 +136,11 @@ def measures_key(rounds: float) -> str:
     return f"measures@{rounds:g}"
 
 
-def scores(trial: FrozenTrial) -> dict[int, Score]:
-    """Returns what a trial came to, by rounds."""
-    return {
-        rounds: FAILED if math.isnan(loss) else (trial.user_attrs.get(violation_key(rounds), 0.0), loss)
-        for rounds, loss in trial.intermediate_values.items()
-    }
-
-
 def sampler_of(search: Search) -> Callable[[int], BaseSampler]:
-    """Returns what draws the trial of a number."""
+    """Returns the function from trial number to sampler."""
     settings = search.settings
-    if settings.method == "tpe-hyperband":
-        return lambda number: _tpe(settings.seed, number)
+    if settings.method == "tpe-hyperband":  # a fresh sampler for each trial, so that a resumed search draws the same
+        return lambda number: TPESampler(seed=zlib.crc32(f"{settings.seed} {number}".encode()))
     bohb = BOHBSampler(
         seed=settings.seed,
         space=search.space.distributions(),
@@ -155,7 +151,7 @@ def sampler_of(search: Search) -> Callable[[int], BaseSampler]:
 
 
 def carry_out(runner: Runner, search: Search) -> None:
-    """Carries the search out, or goes on with it, to its end."""
+    """Runs the search, or continues it, to its end."""
     if search.settings.method == "tpe-hyperband":
         _hyperband(runner, search)
     else:
@@ -174,7 +170,7 @@ def spent(trials: Sequence[FrozenTrial]) -> int:
 
 
 def _brackets(runner: Runner, search: Search) -> None:
-    """A rung's best go on from their checkpoints."""
+    """Runs brackets of successive halving; the best of a rung continue from their checkpoints."""
     schedule = search.schedule()
     while True:
         standing = schedule.standing([scores(trial) for trial in runner.found()])
@@ -190,10 +186,10 @@ def _brackets(runner: Runner, search: Search) -> None:
 
 
 def _hyperband(runner: Runner, search: Search) -> None:
-    """Optuna's HyperbandPruner and TPESampler, as they are, by blocks of trials that are drawn at once.
+    """Runs Optuna's HyperbandPruner and TPESampler, unchanged, on blocks of trials that are drawn at once.
 
-    A block goes from rung to rung together and is judged in the order of its trials, so that what is pruned does not
-    depend on how many run at once. A trial that is not pruned goes on from its checkpoint here too.
+    A block goes from rung to rung together and is pruned in the order of its trials, so that pruning does not depend on
+    how many run at once. A trial that is not pruned continues from its checkpoint.
     """
     settings = search.settings
     runner.study.pruner = HyperbandPruner(settings.min_rounds, settings.max_rounds, round(settings.eta))
@@ -227,8 +223,3 @@ def _rung(runner: Runner, members: Sequence[int], rounds: int, last: bool) -> No
             runner.tell([number], TrialState.COMPLETE)
         elif runner.study.pruner.prune(runner.study, trial):
             runner.tell([number], TrialState.PRUNED)
-
-
-def _tpe(seed: int, number: int) -> TPESampler:
-    """A sampler of its own for each trial, so that a search that goes on draws what it would have drawn."""
-    return TPESampler(seed=zlib.crc32(f"{seed} {number}".encode()))

@@ -5,13 +5,12 @@ categories those of Aitchison and Aitken (1976): ``K(x, x') = 1 − λ`` if they
 λ ≤ (c − 1) / c.
 
 The sampler keeps no state: a draw depends on the seed, the trial's number and the observations that it sees. A search
-that was interrupted therefore draws the same configurations.
+that is resumed therefore draws the same configurations.
 """
 
 from __future__ import annotations
 
 import math
-import secrets
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,11 +23,12 @@ from optuna.study import Study, StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 from scipy.special import logsumexp, ndtr, ndtri
 
+from experiments.search.schedule import FAILED, Score
 from experiments.search.space import Space, choices, decode, encode, external_values, internal_values, uniform
 
 MIN_BANDWIDTH = 1e-3
 CANDIDATES = 64
-WIDER = 3.0  # candidates are drawn with so many bandwidths
+WIDER = 3.0  # candidates are drawn from kernels that are wider by this factor
 
 
 @dataclass(frozen=True)
@@ -86,23 +86,23 @@ def best_candidate(good: Density, bad: Density, generator: np.random.Generator) 
 
 
 def split_counts(n: int, d: int) -> tuple[int, int]:
-    """Returns how many of `n` configurations of `d` parameters are good, and how many bad: the best and the worst."""
+    """Returns how many of `n` configurations of `d` parameters count as good, and how many as bad."""
     least = d + 1
     good = max(least, int(0.15 * n))
     return good, max(least, n - good)
 
 
 def impute(points: np.ndarray, good: np.ndarray, fallback: np.ndarray, generator: np.random.Generator) -> np.ndarray:
-    """Returns points without NaN: a parameter that a configuration has not is that of a good one that has it.
+    """Returns points without NaN: a missing parameter is taken from a random good configuration that has it.
 
     Args:
-        fallback: uniform points, of the shape of `points`, for what no good one has.
+        fallback: uniform points, of the shape of `points`, for parameters that no good one has.
     """
     filled = points.copy()
     for j in range(points.shape[1]):
-        missing, had = np.isnan(points[:, j]), good[~np.isnan(good[:, j]), j]
+        missing, known = np.isnan(points[:, j]), good[~np.isnan(good[:, j]), j]
         if missing.any():
-            filled[missing, j] = generator.choice(had, missing.sum()) if len(had) else fallback[missing, j]
+            filled[missing, j] = generator.choice(known, missing.sum()) if len(known) else fallback[missing, j]
     return filled
 
 
@@ -119,15 +119,14 @@ def _at_most_even(bandwidths: np.ndarray, choices: np.ndarray) -> np.ndarray:
 
 
 OBSERVED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.RUNNING, TrialState.FAIL)
-BAD = (math.inf, math.inf)
 
 
 @dataclass(frozen=True)
 class Observation:
-    """What a configuration came to at one budget: by how much it breaks constraints, then its loss; less is better."""
+    """The result of a configuration at one budget."""
 
     params: Mapping[str, Any]
-    score: tuple[float, float]
+    score: Score
 
 
 class BOHBSampler(BaseSampler):
@@ -137,22 +136,20 @@ class BOHBSampler(BaseSampler):
     a budget above all others. A trial that failed, or whose value is NaN, is a bad one.
 
     Args:
-        seed: None: another in each process.
-        space: all parameters that there can be; None: those of the study's trials so far.
-        random_share: ρ, the share of configurations that are drawn uniformly in any case.
-        sees: says whether the trial of the first number sees what that of the second came to after so many rounds;
-            None: all that is there.
+        space: all possible parameters; None: those of the study's trials so far.
+        random_share: ρ, the share of configurations that are always drawn uniformly.
+        sees: (number, other, rounds) -> whether trial `number` may use the result of trial `other` after so many
+            rounds; None: it uses all results.
     """
 
     def __init__(
         self,
-        seed: int | None = None,
+        seed: int,
         space: Space | None = None,
         random_share: float = 1 / 3,
         sees: Callable[[int, int, float], bool] | None = None,
     ) -> None:
-        self.seed = secrets.randbits(32) if seed is None else seed
-        self.space, self.random_share, self.sees = space, random_share, sees
+        self.seed, self.space, self.random_share, self.sees = seed, space, random_share, sees
 
     def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
         """Returns the parameters that are drawn together: also those that exist only under a condition."""
@@ -196,7 +193,7 @@ class BOHBSampler(BaseSampler):
         for other in study.get_trials(deepcopy=False, states=OBSERVED):
             if other.number == number:
                 continue
-            for budget, score in _scores(other, sign).items():
+            for budget, score in (scores(other, sign) or _final_score(other, sign)).items():
                 if self.sees is None or self.sees(number, other.number, budget):
                     by_budget.setdefault(budget, []).append(Observation(other.params, score))
         enough = [budget for budget, found in by_budget.items() if len(found) >= d + 3]  # N_min + 2
@@ -205,7 +202,7 @@ class BOHBSampler(BaseSampler):
     def _from_model(self, space: Space, model: Sequence[Observation], generator: np.random.Generator) -> np.ndarray:
         """Returns the internal values (d,) of a new configuration."""
         n_good, n_bad = split_counts(len(model), len(space))
-        best = [found for found in model[:n_good] if found.score != BAD]
+        best = [found for found in model[:n_good] if found.score != FAILED]
         if not best:
             return decode(space, uniform(space, 1, generator))[0]
         rows = internal_values(space, [found.params for found in (*best, *model[-n_bad:])])
@@ -218,17 +215,19 @@ class BOHBSampler(BaseSampler):
 
 
 def violation_key(budget: float) -> str:
-    """Returns the user attribute that says by how much a trial broke the constraints at a budget."""
+    """Returns the user attribute that holds a trial's violation of the constraints at a budget."""
     return f"violation@{budget:g}"
 
 
-def _scores(trial: FrozenTrial, sign: float) -> dict[float, tuple[float, float]]:
-    values: dict[float, float] = {float(step): value for step, value in trial.intermediate_values.items()}
-    if not values and trial.state == TrialState.FAIL:
-        values = {math.inf: math.nan}
-    elif not values and trial.value is not None:
-        values = {math.inf: trial.value}
+def scores(trial: FrozenTrial, sign: float = 1.0) -> dict[int, Score]:
+    """Returns the results of a trial by rounds; `sign` is -1 for a study that maximises."""
     return {
-        budget: BAD if math.isnan(value) else (trial.user_attrs.get(violation_key(budget), 0.0), sign * value)
-        for budget, value in values.items()
+        rounds: FAILED if math.isnan(loss) else (trial.user_attrs.get(violation_key(rounds), 0.0), sign * loss)
+        for rounds, loss in trial.intermediate_values.items()
     }
+
+
+def _final_score(trial: FrozenTrial, sign: float) -> dict[float, Score]:
+    if trial.state == TrialState.FAIL:
+        return {math.inf: FAILED}
+    return {} if trial.value is None else {math.inf: (0.0, sign * trial.value)}

@@ -44,14 +44,10 @@ def in_rounds(bracket: Bracket) -> Rungs:
     return tuple((count, max(1, round(budget))) for count, budget in bracket)
 
 
-def cost(bracket: Bracket | Rungs, continued: bool = True) -> float:
-    """Returns the rounds of a bracket: each rung goes on from the one before, or starts again."""
-    before = 0.0
-    total = 0.0
-    for count, budget in bracket:
-        total += count * (budget - before)
-        before = budget if continued else 0.0
-    return total
+def cost(bracket: Bracket | Rungs) -> float:
+    """Returns the rounds of a bracket whose trials continue from rung to rung."""
+    before = [0.0, *(budget for _, budget in bracket)]
+    return sum(count * (budget - start) for (count, budget), start in zip(bracket, before, strict=False))
 
 
 Score = tuple[float, float]  # (by how much constraints are broken, loss): less is better

@@ -3,53 +3,60 @@
 from __future__ import annotations
 
 import json
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, field_validator, model_validator
+import numpy as np
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from experiments.search.objective import MEASURES, Constraint, Objective
 from experiments.search.schedule import Rungs, Schedule, bracket_tables, cost, in_rounds
 from experiments.search.space import SearchSpace
+from strategies.records import Summary
 from tapfl.config import RunConfig, binding
 from tapfl.errors import ConfigError
 from tapfl.options import Count, Scalar, Section, flatten, read_toml_tables, validated
 
 Method = Literal["bohb", "tpe-hyperband", "random"]
-FREE = {"brackets", "rounds", "keep"}  # what may differ when a search goes on
-UNSEEN: dict[str, Scalar] = {"data.evaluate": "validation"}  # what is chosen by it may not be the test part
+FREE = {"brackets", "rounds", "keep"}  # may differ when a search is continued
+UNSEEN: dict[str, Scalar] = {"data.evaluate": "validation"}  # options are not chosen on the test part
 COMPARISON = re.compile(r"\s*([a-z_-]+)\s*<=\s*([0-9.eE+-]+)\s*")
+# of a run so far; less is better for each
+MEASURES: dict[str, Callable[[Summary], float]] = {
+    "mean": lambda summary: 1 - summary.personal_accuracy,
+    "worst-decile": lambda summary: 1 - summary.personal_accuracy_worst_decile,
+    "bytes_up": lambda summary: summary.bytes_up,
+    "bytes_down": lambda summary: summary.bytes_down,
+    "macs": lambda summary: float(np.mean([device.macs_share for device in summary.devices])),
+}
 
 
 class SearchOptions(Section):
-    """How configurations are drawn and judged, and what it may cost."""
+    """How configurations are drawn and ranked, and the budget of the search."""
 
     method: Method = "bohb"
     eta: float = Field(3.0, ge=2, description="one in eta configurations continues to the next rung")
     min_rounds: Count = Field(1, description="rounds of the first rung")
     max_rounds: Count = Field(9, description="rounds of the last rung, R")
-    brackets: int = Field(0, ge=0, description="how many are opened; 0: one iteration, or as `rounds` says")
-    rounds: int = Field(0, ge=0, description="brackets are opened while those before cost less than this; 0: no limit")
+    brackets: int = Field(0, ge=0, description="brackets to open; 0: one iteration, or as many as `rounds` allows")
+    rounds: int = Field(0, ge=0, description="open brackets until they cost this many rounds; 0: no limit")
     seed: int = Field(0, ge=0, lt=2**32)
-    random_share: float = Field(1 / 3, ge=0, le=1, description="ρ: of the configurations, drawn uniformly in any case")
-    block: int = Field(4, ge=0, description="configurations drawn at once, from the same knowledge; 0: a whole rung")
-    overlap: int = Field(1, ge=0, description="a bracket may open while so many before it are not finished")
-    objective: dict[str, float] = Field({"mean": 1.0}, description=f"what is made small, by weight: {MEASURES}")
-    constraints: tuple[str, ...] = Field((), description="such as bytes_up<=5e6; who breaks one ranks last")
+    random_share: float = Field(1 / 3, ge=0, le=1, description="ρ: share of configurations that are drawn uniformly")
+    block: int = Field(4, ge=0, description="configurations drawn at once, from the same observations; 0: a whole rung")
+    overlap: int = Field(1, ge=0, description="brackets before a new one that may still be unfinished")
+    objective: dict[str, float] = Field({"mean": 1.0}, description=f"measures to minimise, and weights: {[*MEASURES]}")
+    constraints: tuple[str, ...] = Field((), description="such as bytes_up<=5e6; a trial that violates one ranks last")
     keep: Literal["all", "best"] = Field("all", description="trials whose checkpoints and models stay on disk")
 
-    @field_validator("objective", mode="before")
+    @field_validator("objective", "constraints", mode="before")
     @classmethod
-    def _one_measure(cls, value: object) -> object:
-        return {value: 1.0} if isinstance(value, str) else value
-
-    @field_validator("constraints", mode="before")
-    @classmethod
-    def _one_constraint(cls, value: object) -> object:
-        return (value,) if isinstance(value, str) else value
+    def _one(cls, value: object, info: ValidationInfo) -> object:
+        if not isinstance(value, str):
+            return value
+        return {value: 1.0} if info.field_name == "objective" else (value,)
 
     @field_validator("objective")
     @classmethod
@@ -57,14 +64,14 @@ class SearchOptions(Section):
         if unknown := sorted(value.keys() - set(MEASURES)):
             raise ValueError(f"{', '.join(unknown)} is no measure; accepted are {', '.join(MEASURES)}")
         if not value or any(weight <= 0 for weight in value.values()):
-            raise ValueError("needs weights above 0, all measures count as less is better")
+            raise ValueError("needs weights above 0: every measure is minimised")
         return value
 
     @field_validator("constraints")
     @classmethod
     def _comparisons(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         for text in value:
-            parse_constraint(text)
+            _comparison(text)
         return value
 
     @model_validator(mode="after")
@@ -74,6 +81,23 @@ class SearchOptions(Section):
         if self.brackets and self.rounds:
             raise ValueError(f"brackets={self.brackets} and rounds={self.rounds}: only one of them can be given")
         return self
+
+    def loss(self, measures: Mapping[str, float]) -> float:
+        """Returns the weighted sum of the measures of a run."""
+        return sum(weight * measures[name] for name, weight in self.objective.items())
+
+    def violation(self, measures: Mapping[str, float]) -> float:
+        """Returns the sum of the excesses over the limits, each as a share of its limit; 0 if all constraints hold."""
+        limits = [_comparison(text) for text in self.constraints]
+        return math.fsum(max(0.0, measures[name] - limit) / (abs(limit) or 1.0) for name, limit in limits)
+
+
+def _comparison(text: str) -> tuple[str, float]:
+    """Returns measure and limit of ``bytes_up<=5e6``. Raises ValueError if it is no such comparison."""
+    match = COMPARISON.fullmatch(text)
+    if not match or match[1] not in MEASURES:
+        raise ValueError(f"{text!r} must have the form measure<=number; measures are {', '.join(MEASURES)}")
+    return match[1], float(match[2])
 
 
 class _File(Section):
@@ -107,14 +131,11 @@ class Search:
 
     @property
     def rounds(self) -> int:
-        """What the search costs if nothing fails."""
+        """The cost of the search if nothing fails."""
         return int(sum(cost(table) for table in self.schedule().brackets))
 
-    def objective(self) -> Objective:
-        return Objective(self.settings.objective, tuple(parse_constraint(text) for text in self.settings.constraints))
-
     def identity(self) -> dict[str, str]:
-        """Returns what must not change while a search goes on, by name."""
+        """Returns by name what must stay the same when a search is continued."""
         settings = self.settings.model_dump(mode="json", by_alias=True, exclude=FREE)
         parts = {f"search.{name}": value for name, value in settings.items()}
         parts |= {f"space.{name}": str(value) for name, value in self.space.parameters.items()}
@@ -126,11 +147,11 @@ def read_search(file: Path, method: str | None = None, defaults: Mapping[str, Sc
     """Returns the search of a TOML file.
 
     Args:
-        method: in place of the file's.
-        defaults: options of all runs, below those of the file.
+        method: overrides the file's.
+        defaults: options of all runs that the file may override.
 
     Raises:
-        ConfigError: naming what is not valid.
+        ConfigError: if the file, an option or the space is not valid.
     """
     tables = read_toml_tables(file)
     how, where = tables.pop("search", {}), tables.pop("space", None)
@@ -144,14 +165,3 @@ def read_search(file: Path, method: str | None = None, defaults: Mapping[str, Sc
             f'{file}: needs a table [space], such as "train.learning-rate" = {{ low = 1e-4, high = 0.1 }}'
         )
     return Search(settings, SearchSpace.parse(where, options), options)
-
-
-def parse_constraint(text: str) -> Constraint:
-    """Returns measure and limit of ``bytes_up<=5e6``. Raises ValueError if it is no such comparison."""
-    match = COMPARISON.fullmatch(text)
-    try:
-        if match and match[1] in MEASURES:
-            return Constraint(match[1], float(match[2]))
-    except ValueError:
-        pass
-    raise ValueError(f"{text!r} must have the form measure<=number; measures are {', '.join(MEASURES)}")

@@ -12,7 +12,6 @@ from concurrent.futures import Future
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import optuna
 import pandas as pd
@@ -25,32 +24,31 @@ from experiments.feasible import check
 from experiments.jobs.federation import Engine
 from experiments.jobs.pool import Job, Pool
 from experiments.preflight import absolute_paths
-from experiments.search.objective import MEASURES, measured
 from experiments.search.page import write_page
-from experiments.search.runner import Runner, carry_out, measures_key, run_folder, rungs_of, sampler_of, scores, spent
+from experiments.search.runner import Runner, carry_out, measured, measures_key, run_folder, rungs_of, sampler_of, spent
+from experiments.search.sampler import scores
 from experiments.search.schedule import FAILED
-from experiments.search.settings import UNSEEN, Search
+from experiments.search.settings import MEASURES, UNSEEN, Search
 from tapfl.config import RunConfig
 from tapfl.errors import ConfigError, RunError
-from tapfl.options import Scalar
-from tapfl.progress import Advance, stage
+from tapfl.options import Scalar, nested
+from tapfl.progress import stage
 from tapfl.store import only_one, write_bytes
 
 JOURNAL = "study.journal"
 IDENTITY = "tapfl:search"
-PATIENCE = 4  # seconds that a storage may stay locked by somebody else
-SILENT_SQL = {"connect_args": {"timeout": PATIENCE}}
+PATIENCE = 4  # seconds that a storage may stay locked by another process
 
 
 def open_study(search: Search, name: str, out: Path, url: str | None, resume: bool) -> optuna.Study:
-    """Returns the study, new or as it was left.
+    """Returns the study, new or to be continued.
 
     Args:
         url: of the storage; None: a journal in `out`.
 
     Raises:
-        ConfigError: if the storage cannot be used, if there is a study already without `resume` or none with it, or if
-            it is that of another search.
+        ConfigError: if the storage cannot be used, if a study exists and `resume` is false or none exists and it is
+            true, or if the study belongs to another search.
     """
     if url is None and resume and not (out / JOURNAL).is_file():
         raise ConfigError(f"--resume: there is no study in {out}")
@@ -67,16 +65,22 @@ def open_study(search: Search, name: str, out: Path, url: str | None, resume: bo
             study.set_user_attr(IDENTITY, json.dumps(search.identity()))
     except ConfigError:
         raise
-    except Exception as error:  # whatever a storage's driver has to say
-        said = str(getattr(error, "orig", None) or error).strip().splitlines() or [type(error).__name__]
-        first = said[0].replace(url, shown) if url else said[0]
-        raise ConfigError(f"storage {shown}: cannot be used ({first})") from None
-    _require_same(study, search)
+    except Exception as error:  # each storage's driver raises its own
+        lines = str(getattr(error, "orig", None) or error).strip().splitlines() or [type(error).__name__]
+        reason = lines[0].replace(url, shown) if url else lines[0]
+        raise ConfigError(f"storage {shown}: cannot be used ({reason})") from None
+    before, now = json.loads(study.user_attrs.get(IDENTITY, "{}")), search.identity()
+    changed = [
+        f"{key}: {before.get(key, '(not there then)')} then, {now.get(key, '(not there now)')} now"
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key)
+    ]
+    if changed:
+        raise ConfigError(f"study {name!r} is of another search: {'; '.join(changed)}")
     return study
 
 
 def _without_password(url: str) -> str:
-    """Returns the URL as it may be shown: errors end in logs."""
     return re.sub(r"(?<=password=)[^&\s]*", "***", re.sub(r"(://[^:/@]*):.*@", r"\1:***@", url))
 
 
@@ -85,26 +89,15 @@ def _storage(url: str | None, out: Path) -> BaseStorage:
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         if url is None:
             file = str(out / JOURNAL)
-            # who held its lock and was killed keeps nobody out: only one driver is in this folder
+            # `only_one` keeps other drivers out, so a lock left by a killed one may be broken
             return JournalStorage(JournalFileBackend(file, JournalFileOpenLock(file, grace_period=PATIENCE)))
         if url.startswith("sqlite"):
-            return RDBStorage(url, engine_kwargs=SILENT_SQL)
+            return RDBStorage(url, engine_kwargs={"connect_args": {"timeout": PATIENCE}})
         return RDBStorage(url)
 
 
-def _require_same(study: optuna.Study, search: Search) -> None:
-    before, now = json.loads(study.user_attrs.get(IDENTITY, "{}")), search.identity()
-    changed = [
-        f"{name}: {before.get(name, '(not there then)')} then, {now.get(name, '(not there now)')} now"
-        for name in sorted(before.keys() | now.keys())
-        if before.get(name) != now.get(name)
-    ]
-    if changed:
-        raise ConfigError(f"study {study.study_name!r} is of another search: {'; '.join(changed)}")
-
-
 def best_trial(trials: Sequence[FrozenTrial]) -> tuple[FrozenTrial, int]:
-    """Returns the best of the trials that came furthest, and after how many rounds it is.
+    """Returns the best of the trials with the most rounds, and its rounds.
 
     Raises:
         RunError: if no trial has a result.
@@ -112,25 +105,19 @@ def best_trial(trials: Sequence[FrozenTrial]) -> tuple[FrozenTrial, int]:
     found = [(-rounds, score, t.number) for t in trials for rounds, score in scores(t).items() if score != FAILED]
     if not found:
         errors = [str(trial.user_attrs["error"]) for trial in trials if "error" in trial.user_attrs]
-        raise RunError("no trial came to a result" + (f": {errors[-1]}" if errors else ""))
+        raise RunError("no trial has a result" + (f": {errors[-1]}" if errors else ""))
     rounds, _, number = min(found)
     return trials[number], -rounds
 
 
 def write_best(search: Search, trial: FrozenTrial, rounds: int, path: Path) -> None:
-    """Writes the options of a trial as `tapfl run --config` takes them, to be reported on the test part."""
-    nested: dict[str, Any] = {}
+    """Writes the options of a trial for `tapfl run --config`, which reports on the test part."""
     shared = {name: value for name, value in search.options.items() if (name, value) not in UNSEEN.items()}
-    for name, value in {**shared, **trial.params, "train.rounds": rounds}.items():
-        table, _, option = name.rpartition(".")
-        (nested.setdefault(table, {}) if table else nested)[option] = value
-    plain = {name: value for name, value in nested.items() if not isinstance(value, dict)}
-    tables = {name: value for name, value in nested.items() if isinstance(value, dict)}
-    write_bytes(path, tomli_w.dumps(plain | tables).encode())
+    write_bytes(path, tomli_w.dumps(nested({**shared, **trial.params, "train.rounds": rounds})).encode())
 
 
 def write_table(search: Search, trials: Sequence[FrozenTrial], path: Path) -> None:
-    """Writes a line a trial: where it came to, its measures there, its loss at every rung, and its parameters."""
+    """Writes a line for each trial: its rounds, its measures after them, its loss at every rung, and its parameters."""
     rungs = sorted({rounds for trial in trials for rounds in trial.intermediate_values})
     rows = []
     for trial in trials:
@@ -144,36 +131,16 @@ def write_table(search: Search, trials: Sequence[FrozenTrial], path: Path) -> No
     write_bytes(path, pd.DataFrame(rows, dtype=object).to_csv(index=False).encode())
 
 
-HEAVY = ("server", "devices")
-
-
 def drop_losers(trials: Sequence[FrozenTrial], folder: Path) -> None:
-    """Removes what is heavy in the run folders of all settled trials but the best; what they came to stays."""
+    """Removes the checkpoints of all finished trials but the best; their results stay."""
     try:
         best = best_trial(trials)[0].number
     except RunError:
         best = -1
     for trial in trials:
         if trial.state.is_finished() and trial.number != best:
-            for name in HEAVY:
+            for name in ("server", "devices"):
                 shutil.rmtree(run_folder(folder, trial.number) / name, ignore_errors=True)
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where the state of a search is kept.
-
-    Attributes:
-        name: of Optuna's study.
-        out: the folder of the search.
-        storage: URL of an Optuna storage; None: a journal in `out`.
-        resume: whether the study is there already.
-    """
-
-    name: str
-    out: Path
-    storage: str | None = None
-    resume: bool = False
 
 
 @dataclass(frozen=True)
@@ -187,11 +154,22 @@ class Found:
     folder: Path
 
 
-def run_search(search: Search, place: Place, start: Callable[[], AbstractContextManager[tuple[Pool, Engine]]]) -> Found:
-    """Carries a search out, or goes on with it, and writes its results.
+def run_search(
+    search: Search,
+    name: str,
+    out: Path,
+    start: Callable[[], AbstractContextManager[tuple[Pool, Engine]]],
+    storage: str | None = None,
+    resume: bool = False,
+) -> Found:
+    """Runs a search, or continues it, and writes its results.
 
     Args:
-        start: starts what carries out the runs; called when everything is checked.
+        name: of Optuna's study.
+        out: the folder of the search.
+        start: starts the pool and the engine of the runs; called when everything is checked.
+        storage: URL of an Optuna storage; None: a journal in `out`.
+        resume: whether the study exists.
 
     Raises:
         ConfigError: if an option, the space or the storage is not valid; nothing is written then.
@@ -200,30 +178,28 @@ def run_search(search: Search, place: Place, start: Callable[[], AbstractContext
     optuna.logging.set_verbosity(logging.WARNING)
     with stage("checking"):
         check(absolute_paths(RunConfig.from_flat(search.options)))
-    out, new = place.out, not place.out.exists()
+    new = not out.exists()
     with only_one(out, "search"):
         try:
-            study = open_study(search, place.name, out, place.storage, place.resume)
+            study = open_study(search, name, out, storage, resume)
         except BaseException:
             if new:
-                _remove(out)
+                shutil.rmtree(out)
             raise
         with start() as (pool, engine), stage("rounds") as advance:
 
             def begin(options: dict[str, Scalar], folder: Path) -> Future[dict[str, float]]:
                 return pool.submit(Job(measured, (options, folder, engine), folder.with_suffix(".log")))
 
-            runner = Runner(study, search, begin, sampler_of(search), out / "trials", pool.jobs)
-
-            def told() -> None:
-                _tell(advance, study, search.rounds)
+            def changed() -> None:
+                trials = study.get_trials(deepcopy=False)
+                advance(spent(trials), search.rounds, _best_so_far(trials))
                 if search.settings.keep == "best":
-                    drop_losers(runner.found(), runner.folder)
+                    drop_losers(trials, out / "trials")
 
-            runner.told = told
-            told()
-            carry_out(runner, search)
-            told()  # of what was settled last
+            changed()
+            carry_out(Runner(study, search, begin, sampler_of(search), out / "trials", pool.jobs, changed), search)
+            changed()  # with the trials that were finished last
         return write_results(search, study, out)
 
 
@@ -237,19 +213,9 @@ def write_results(search: Search, study: optuna.Study, out: Path) -> Found:
     return Found(best.number, rounds, best.intermediate_values[rounds], dict(best.params), out)
 
 
-def _tell(advance: Advance, study: optuna.Study, rounds: int) -> None:
-    found = study.get_trials(deepcopy=False)
+def _best_so_far(trials: Sequence[FrozenTrial]) -> str:
     try:
-        best, after = best_trial(found)
+        best, after = best_trial(trials)
     except RunError:
-        said = "none has a result yet"
-    else:
-        said = f"best so far: trial {best.number}, {best.intermediate_values[after]:.4f} after {after}"
-    advance(spent(found), rounds, said)
-
-
-def _remove(out: Path) -> None:
-    """Takes back the empty folder of a search that was refused."""
-    for file in (out / ".lock", *out.glob("study.journal*")):
-        file.unlink(missing_ok=True)
-    out.rmdir()
+        return "none has a result yet"
+    return f"best so far: trial {best.number}, {best.intermediate_values[after]:.4f} after {after}"

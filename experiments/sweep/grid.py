@@ -31,14 +31,13 @@ one of them starts, and the others take its summaries and plans from `round-zero
 from __future__ import annotations
 
 import itertools
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from experiments.jobs.federation import Engine, federation_job, name_of, resolved
 from experiments.jobs.pool import EngineLostError, Pool, first_done
@@ -56,7 +55,7 @@ Point = tuple[tuple[str, Any], ...]  # options in which runs differ, without the
 
 @dataclass(frozen=True)
 class SweepRun:
-    """One run of a sweep: the options in which it differs from the others, and all of its options."""
+    """One run of a sweep: the options in which it differs from the others, and all its options."""
 
     name: str
     point: dict[str, Any]
@@ -64,7 +63,7 @@ class SweepRun:
 
 
 def group_of(point: Mapping[str, Any]) -> Point:
-    """Returns what runs have in common that differ in their seed alone."""
+    """Returns the options of a point without the seed."""
     return tuple((key, value) for key, value in point.items() if key != "seed")
 
 
@@ -78,48 +77,42 @@ def read_sweep(file: Path, changes: Mapping[str, Any] | None = None) -> list[Swe
         ConfigError: if the grid or any run is not valid, or if the runs differ in an option of `changes`.
     """
     tables = read_toml_tables(file)
-    tables.pop("sweep", None)  # how it is reported: `read_sweep_options`
+    tables.pop("sweep", None)  # see `read_sweep_options`
     grid, runs = tables.pop("grid", {}), tables.pop("run", [])
     if not isinstance(grid, dict) or not all(isinstance(v, list) and v for v in grid.values()) or not (grid or runs):
         raise ConfigError(f"{file}: needs a table [grid] of options with a list of values each, or tables [[run]]")
     if not isinstance(runs, list) or not all(isinstance(run, dict) for run in runs):
         raise ConfigError(f"{file}: runs are tables [[run]], with two brackets")
-    shared = flatten(tables) | dict(changes or {})
-    own_options = {*grid, *(key for run in runs for key in flatten(run))}
-    if fixed := sorted(own_options & {*(changes or {})}):
+    changes = changes or {}
+    shared = flatten(tables) | dict(changes)
+    varied = {*grid, *(key for run in runs for key in flatten(run))}
+    if fixed := sorted(varied & {*changes}):
         raise ConfigError(f"--set {fixed[0]}: the runs of {file} differ in it; change it there")
-    planned = []
-    for run in runs or [{}]:
-        name, own = run.pop("name", ""), flatten(run)
-        for values in itertools.product(*grid.values()):
-            crossed = dict(zip(grid, values, strict=True))
-            point = ({"run": name} if name else own) | crossed
-            planned.append(_sweep_run(file, point, shared | own | crossed))
-    if twice := [name for name, count in Counter(run.name for run in planned).items() if count > 1]:
-        raise ConfigError(f"{file}: two runs are {twice[0]!r}; give them names of their own")
-    return planned
-
-
-def _sweep_run(file: Path, point: dict[str, Any], options: dict[str, Any]) -> SweepRun:
-    RunConfig.from_flat(options)
-    name = " ".join(f"{key}={value}" for key, value in point.items()).replace("/", "-")
-    if (size := len(name.encode())) > LONGEST_NAME:
-        accepted = f"at most {LONGEST_NAME} are accepted; give a [[run]] a name, or cross fewer options"
-        raise ConfigError(f"{file}: the run {name:.60}… would have a folder's name of {size} bytes, {accepted}")
-    return SweepRun(name, point, options)
+    planned: dict[str, SweepRun] = {}
+    for run, values in itertools.product(runs or [{}], itertools.product(*grid.values())):
+        own, crossed = flatten(run), dict(zip(grid, values, strict=True))
+        title = own.pop("name", "")
+        point = ({"run": title} if title else own) | crossed
+        name = " ".join(f"{key}={value}" for key, value in point.items()).replace("/", "-")
+        if name in planned:
+            raise ConfigError(f"{file}: two runs are {name!r}; give them different names")
+        if (size := len(name.encode())) > LONGEST_NAME:
+            accepted = f"at most {LONGEST_NAME} are accepted; give a [[run]] a name, or cross fewer options"
+            raise ConfigError(f"{file}: the run {name:.60}… would have a folder's name of {size} bytes, {accepted}")
+        options = shared | own | crossed
+        RunConfig.from_flat(options)
+        planned[name] = SweepRun(name, point, options)
+    return list(planned.values())
 
 
 def run_sweep(runs: list[SweepRun], out: Path, pool: Pool, engine: Engine, progress: Advance) -> dict[str, str]:
-    """Carries out the runs that are not finished. Of those with the same round zero one begins, and the others follow.
-
-    Args:
-        engine: what each run uses.
+    """Carries out the runs that are not finished. Of those with the same round zero, one runs before the others.
 
     Returns:
-        By name, why each run failed that did; all that it printed is in ``NAME.log``.
+        The error of each run that failed, by name; its output is in ``NAME.log``.
 
     Raises:
-        ConfigError: if a run in `out` was begun under other options.
+        ConfigError: if a run in `out` was started with other options.
         EngineLostError: if no run can be carried out any more.
     """
     waiting = [run for run in runs if not _finished(run, out)]
@@ -142,18 +135,17 @@ def run_sweep(runs: list[SweepRun], out: Path, pool: Pool, engine: Engine, progr
             run, followers = flying.pop(future)
             for follower in followers:
                 begin(follower, [])
-            try:
-                future.result()
-            except EngineLostError:
-                raise
-            except TapflError as error:
+            error = future.exception()
+            if isinstance(error, TapflError) and not isinstance(error, EngineLostError):
                 failures[run.name] = str(error)
+            else:
+                future.result()
             overview.end(run.name)
     return failures
 
 
 def _finished(run: SweepRun, out: Path) -> bool:
-    """Says whether a run has all of its rounds. Raises ConfigError if it was begun under other options."""
+    """Returns whether a run has all of its rounds. Raises ConfigError if it was started with other options."""
     folder = RunFolder(out / run.name)
     if not (folder.path / "config.json").is_file():
         return False
@@ -172,12 +164,17 @@ class SweepOptions(Section):
         {}, description="option values: each point is tested against the point that differs in these alone"
     )
 
+    @field_validator("reference", mode="before")
+    @classmethod
+    def _dotted(cls, value: object) -> object:
+        return flatten(value) if isinstance(value, Mapping) else value
+
 
 def read_sweep_options(file: Path, reference: Mapping[str, Scalar] | None = None) -> SweepOptions:
     """Returns the table `[sweep]` of a sweep's TOML.
 
     Args:
-        reference: overrides the file's, if it is not empty.
+        reference: overrides the file's, unless it is empty.
 
     Raises:
         ConfigError: if the table is not valid.
@@ -185,38 +182,31 @@ def read_sweep_options(file: Path, reference: Mapping[str, Scalar] | None = None
     table = read_toml_tables(file).get("sweep", {})
     if not isinstance(table, dict):
         raise ConfigError(f"{file}: sweep = {table!r}: must be a table, [sweep]")
-    given = {**table, "reference": flatten(table["reference"])} if isinstance(table.get("reference"), dict) else table
-    return validated(SweepOptions, {**given, **({"reference": reference} if reference else {})})
+    return validated(SweepOptions, table | ({"reference": reference} if reference else {}))
 
 
 def references(points: Iterable[Point], reference: Mapping[str, Scalar]) -> dict[Point, Point]:
-    """Returns for each point the one that has `reference`'s values and is the same otherwise, where that is another.
+    """Returns by point the other point that has `reference`'s values and is equal otherwise, if there is one.
 
-    Values are compared as they are written.
+    Values are compared as text.
 
     Raises:
-        ConfigError: if `reference` names no axis, or no point has such a one.
+        ConfigError: if `reference` names no axis, or no point has another such point.
     """
     if not reference:
         return {}
-    written = {frozenset((key, str(value)) for key, value in point): point for point in points}
-    axes = dict.fromkeys(key for point in written.values() for key, _ in point)
+    texts = {point: {key: str(value) for key, value in point} for point in points}
+    axes: dict[str, dict[str, None]] = {}  # the values of each axis, in order
+    for text in texts.values():
+        for key, value in text.items():
+            axes.setdefault(key, {})[value] = None
     if unknown := [key for key in reference if key not in axes]:
         raise ConfigError(f"reference {unknown[0]}: is not an axis of this sweep; accepted: {', '.join(axes)}")
     wanted = {key: str(value) for key, value in reference.items()}
-    found: dict[Point, Point] = {}
-    for own, point in written.items():
-        other = written.get(frozenset((dict(own) | wanted).items()))
-        if other is not None and other != point:
-            found[point] = other
-    if not found:
-        said = ", ".join(f"{key}={value}" for key, value in wanted.items())
-        accepted = "; ".join(f"{key}: {', '.join(_values(written.values(), key))}" for key in wanted)
-        raise ConfigError(
-            f"reference {said}: no point of the sweep has another one like it with that; there are {accepted}"
-        )
-    return found
-
-
-def _values(points: Iterable[Point], key: str) -> list[str]:
-    return list(dict.fromkeys(str(dict(point)[key]) for point in points if key in dict(point)))
+    by_text = {frozenset(text.items()): point for point, text in texts.items()}
+    others = {point: by_text.get(frozenset((text | wanted).items())) for point, text in texts.items()}
+    if found := {point: other for point, other in others.items() if other is not None and other != point}:
+        return found
+    given = ", ".join(f"{key}={value}" for key, value in wanted.items())
+    accepted = "; ".join(f"{key}: {', '.join(axes[key])}" for key in wanted)
+    raise ConfigError(f"reference {given}: no two points of the sweep differ in this alone; accepted: {accepted}")

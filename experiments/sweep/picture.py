@@ -37,7 +37,7 @@ def learning_curves(runs: Sequence[Outcome]) -> Figure:
         dense = float(np.mean([run.summary.dense_accuracy for point in lines.values() for run in groups[point]]))
         for k, (across, place) in enumerate(ACROSS.items()):
             rows = [row for name, point in lines.items() for row in _curve(name, groups[point], place)]
-            panels.append(Panel(title if k == 0 else "", across, rows, dense, whole=across == "rounds"))
+            panels.append(Panel("" if k else title, across, rows, dense, whole=across == "rounds"))
     drawn, data = panels_of_curves(panels, "mean personal accuracy", len(ACROSS), (300, 240))
     last = {row["line"]: row["mean"] for row in panels[0].rows}
     return Figure(
@@ -52,32 +52,28 @@ def learning_curves(runs: Sequence[Outcome]) -> Figure:
 
 def _panels(groups: Mapping[Point, Sequence[Outcome]]) -> dict[str, dict[str, Point]]:
     """Returns the points by panel title and name of their line."""
-    values: dict[str, set[str]] = {}
-    for point in groups:
-        for key, value in point:
-            values.setdefault(key, set()).add(str(value))
-    varied = [key for key in values if len(values[key]) > 1 or any(key not in dict(point) for point in groups)]
-    by_panel = len(varied) > 1 and all(varied[0] in dict(point) for point in groups)
+    points = {point: dict(point) for point in groups}
+    keys = dict.fromkeys(key for place in points.values() for key in place)
+    varied = [key for key in keys if len({str(place.get(key, "")) for place in points.values()}) > 1]
+    first = varied[0] if len(varied) > 1 and all(varied[0] in place for place in points.values()) else None
     panels: dict[str, dict[str, Point]] = {}
-    for point in groups:
-        place = dict(point)
-        title = _name({varied[0]: place[varied[0]]}) if by_panel else ""
-        rest = {key: value for key, value in place.items() if key in (varied[1:] if by_panel else varied or place)}
-        panels.setdefault(title, {})[_name(rest)] = point
+    for point, place in points.items():
+        rest = [key for key in place if key != first and key in (varied or place)]
+        panels.setdefault(_name(place, [first] if first else []), {})[_name(place, rest)] = point
     return panels
 
 
-def _name(place: Mapping[str, object]) -> str:
-    """Returns a short name: the last part of each option's name with its value; of a run its own name alone."""
-    return ", ".join(str(v) if k == "run" else f"{k.rpartition('.')[2]} {v}" for k, v in place.items())
+def _name(place: Mapping[str, object], keys: Sequence[str]) -> str:
+    """Returns a short name: the last part of each option's name and its value; of a named run the name alone."""
+    return ", ".join(str(place[k]) if k == "run" else f"{k.rpartition('.')[2]} {place[k]}" for k in keys)
 
 
 def _curve(name: str, runs: Sequence[Outcome], place: Callable[[int, CurvePoint, CurvePoint], float]) -> Iterator[Row]:
-    for t in range(min(len(run.curve) for run in runs)):
-        accuracies = [run.curve[t].accuracy for run in runs]
+    for t, points in enumerate(zip(*(run.curve for run in runs), strict=False)):  # as far as all runs have got
+        accuracies = [point.accuracy for point in points]
         mean, deviation = np.mean(accuracies), np.std(accuracies, ddof=1) if len(runs) > 1 else 0.0
-        yield {
-            "line": name,
-            "x": float(np.mean([place(t, run.curve[t], run.curve[0]) for run in runs])),
-            **{"mean": float(mean), "low": float(mean - deviation), "high": float(mean + deviation)},
+        x = np.mean([place(t, point, run.curve[0]) for point, run in zip(points, runs, strict=True)])
+        yield {"line": name, "x": float(x), "mean": float(mean)} | {
+            "low": float(mean - deviation),
+            "high": float(mean + deviation),
         }
