@@ -148,7 +148,7 @@ def test_the_metric_sets_are_counted(drawn: dict[str, Figure], run: Run, reporte
         assert sum(chosen["metric"]) == 64 and sum(chosen["pool"]) == round(0.8 * 1797)
         own = np.array(images["train"]) > 0
         assert row["own share"] == pytest.approx(np.array(chosen["metric"])[own].sum() / 64)
-        assert row["by chance"] == pytest.approx(np.array(chosen["pool"])[own].sum() / 898)
+        assert row["by chance"] == pytest.approx(np.array(chosen["pool"])[own].sum() / 1438)
         assert row["covered"] == np.count_nonzero(np.array(chosen["metric"])[own])
     assert sum(row["images"] for row in drawn["metric-classes"].rows) == 4 * 64
 

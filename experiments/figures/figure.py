@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import altair as alt
+import pandas as pd
 import vl_convert
 
 from experiments.figures.theme import CATEGORIES, picture_config
 from tapfl.store import write_bytes
 
 Row = dict[str, Any]
+Rows = Sequence[Row] | pd.DataFrame
 Chart = alt.Chart | alt.LayerChart | alt.FacetChart | alt.HConcatChart | alt.VConcatChart | alt.ConcatChart
 
 DEVICE = "device"  # the variable of a figure that the page's device picker sets; null: all of them
@@ -40,7 +42,8 @@ class Figure:
         chart: as wide as its container, or of several charts with widths of their own.
         data: rows by the name under which the chart refers to them. They are kept apart from it, because altair would
             copy and check them against a schema value by value: a minute for a hundred devices of two hundred classes.
-        rows: the numbers behind it, shown as a table.
+        table: the numbers behind it; default: the first of `data`.
+        columns: of the table that are shown; default: all.
         wide: as wide as the page, not half of it.
         hint: how to use it on the page.
         group, choice: figures of one group share a place on the page, each shown under its choice.
@@ -50,12 +53,18 @@ class Figure:
     title: str
     alt: str
     chart: Chart
-    data: Mapping[str, Sequence[Row]]
-    rows: Sequence[Row]
+    data: Mapping[str, Rows]
+    table: Rows | None = None
+    columns: Sequence[str] = ()
     wide: bool = False
     hint: str = ""
     group: str = ""
     choice: str = ""
+
+    @property
+    def rows(self) -> list[Row]:
+        """The numbers behind the figure."""
+        return plain(next(iter(self.data.values())) if self.table is None else self.table)
 
     @cached_property
     def spec(self) -> dict[str, Any]:
@@ -63,9 +72,16 @@ class Figure:
         chart = self.chart.properties(title=self.title, description=f"{self.title}. {self.alt}")
         described: dict[str, Any] = chart.to_dict()
         described.pop("config", None)
-        described.setdefault("datasets", {}).update((name, list(rows)) for name, rows in self.data.items())
+        described.setdefault("datasets", {}).update((name, plain(rows)) for name, rows in self.data.items())
         single = described.get("width") == "container"
         return described | ({"autosize": {"type": "fit-x", "contains": "padding"}} if single else {})
+
+
+def plain(rows: Rows) -> list[Row]:
+    """Returns rows of plain values, None where a table has none."""
+    if isinstance(rows, pd.DataFrame):
+        rows = rows.astype(object).where(rows.notna(), None).to_dict("records")
+    return list(rows)
 
 
 def write_figure(figure: Figure, file: Path) -> None:
@@ -122,15 +138,15 @@ def device_height(devices: Sequence[int]) -> int:
     return len(devices) * max(4, min(LINE, 900 // max(len(devices), 1)))
 
 
-def devices_of(rows: Sequence[Row]) -> list[int]:
-    """Returns the partition ids in `rows`, in order."""
-    return sorted({row["device"] for row in rows})
+def devices_of(frame: pd.DataFrame) -> list[int]:
+    """Returns the partition ids in `frame`, in order."""
+    return sorted(frame["device"].unique().tolist())
 
 
-def round_axis(rows: Sequence[Row], title: str = "round") -> alt.X:
-    """Returns the axis of the rounds in `rows`, labelled at whole numbers only, however far it is zoomed."""
+def round_axis(rounds: Iterable[int], title: str = "round") -> alt.X:
+    """Returns the axis of `rounds`, labelled at whole numbers only, however far it is zoomed."""
     ticks = alt.Axis(
-        tickCount=max(1, min(10, max(row["round"] for row in rows))),
+        tickCount=max(1, min(10, int(max(rounds)))),
         labelExpr="datum.value % 1 ? '' : format(datum.value, 'd')",
         grid=False,
     )
@@ -157,13 +173,10 @@ def zoomed() -> alt.Parameter:
     return alt.selection_interval(bind="scales", encodings=["x"], zoom="wheel![event.ctrlKey]")
 
 
-def tip(field: str, title: str = "", form: str = "") -> alt.Tooltip:
-    """Returns a line of a tooltip; `field` is of the form ``name:type``, `form` a number format of d3."""
-    return (
-        alt.Tooltip(field, title=title or field[:-2], format=form)
-        if form
-        else alt.Tooltip(field, title=title or field[:-2])
-    )
+def tips(*lines: str) -> list[alt.Tooltip]:
+    """Returns a tooltip; a line is ``field:type``, ``field:type|title`` or ``field:type|title|number format of d3``."""
+    parts = [(*line.split("|"), "", "")[:3] for line in lines]
+    return [alt.Tooltip(field, title=title or field[:-2], format=form or alt.Undefined) for field, title, form in parts]
 
 
 def labelled_bars(base: alt.Chart, text: str = "text:N", **bars: Any) -> list[alt.Chart]:

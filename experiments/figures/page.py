@@ -5,11 +5,10 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import jinja2
 import vl_convert
@@ -35,7 +34,7 @@ class Table:
     columns: Sequence[str]
     rows: Sequence[Sequence[str]]
     keys: Sequence[int] = ()
-    words: frozenset[int] = frozenset()
+    words: Collection[int] = ()
     note: str = ""
 
 
@@ -122,13 +121,14 @@ def library() -> str:
     return script
 
 
-def numbers(rows: Sequence[Mapping[str, Any]]) -> Table:
+def numbers(figure: Figure) -> Table:
     """Returns the numbers behind a figure as a table, the first `MOST_ROWS` rows of them."""
-    columns = list(dict.fromkeys(key for row in rows for key in row))
+    rows = figure.rows
+    columns = figure.columns or list(dict.fromkeys(key for row in rows for key in row))
     shown = [[_value(row.get(column)) for column in columns] for row in rows[:MOST_ROWS]]
     words = [k for k, column in enumerate(columns) if any(isinstance(row.get(column), str | list) for row in rows)]
     more = len(rows) - len(shown)
-    return Table(columns, shown, words=frozenset(words), note=f"{more} more rows are not shown." if more else "")
+    return Table(columns, shown, words=words, note=f"{more} more rows are not shown." if more else "")
 
 
 def _value(value: object) -> str:
@@ -148,5 +148,5 @@ def _section(section: Section) -> dict[str, object]:
     groups: dict[str, list[dict[str, object]]] = {}
     for figure in section.figures:
         words = {name: getattr(figure, name) for name in ("name", "title", "alt", "hint", "wide", "choice")}
-        groups.setdefault(figure.group or figure.name, []).append(words | {"table": numbers(figure.rows)})
+        groups.setdefault(figure.group or figure.name, []).append(words | {"table": numbers(figure)})
     return {**vars(section), "figures": list(groups.values())}

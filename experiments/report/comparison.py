@@ -8,21 +8,22 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import altair as alt
+import pandas as pd
 
 from experiments.figures.figure import (
     LINE,
     ZOOM,
     Figure,
-    Row,
     chart,
     device_axis,
     device_height,
+    devices_of,
     faded,
     labelled_bars,
     layered,
     line_styles,
     round_axis,
-    tip,
+    tips,
     value_axis,
     zoomed,
 )
@@ -51,7 +52,7 @@ def page_of_all(runs: Sequence[Run]) -> Page:
         sections.append(Section("Device by device", [_devices(begun)]))
         sections.append(Section("What they cost", [_traffic(begun)]))
     folders = [[name, str(run.path)] for name, run in named.items()]
-    sections.append(Section("Folders", table=Table(("run", "folder"), folders, words=frozenset({0, 1}))))
+    sections.append(Section("Folders", table=Table(("run", "folder"), folders, words={0, 1})))
     missing = [f"{name}: {sentence}" for name, run in named.items() for sentence in run.missing]
     ids = sorted({device.device for run in begun.values() for device in run.equipped})
     return Page(f"{len(runs)} runs compared", _lead(begun, options), sections, missing=missing, picker=ids)
@@ -78,39 +79,28 @@ def differing(runs: Sequence[Run]) -> list[str]:
     return [o for o in options if o not in places and len({repr(run.config.get(o)) for run in runs}) > 1]
 
 
-def curve(run: Run) -> list[Row]:
+def curve(run: Run) -> pd.DataFrame:
     """Returns round, MB (sent and received by all devices until its end), seconds (simulated), mean accuracy."""
-    rows = series.curves(run)
-    means = {row["round"]: row["mean"] for row in series.spread(rows, "accuracy") if row["kind"] == "personal"}
-    return [
-        {
-            "round": line.round,
-            "MB": (line.bytes_up + line.bytes_down) / 1e6,
-            "seconds": line.simulated_seconds,
-            "accuracy": means[line.round],
-        }
-        for line in run.of(RoundLine)
-        if line.round in means
-    ]
+    personal = series.curves(run).query("kind == 'personal'").groupby("round")["accuracy"].mean()
+    spent = [(r.round, (r.bytes_up + r.bytes_down) / 1e6, r.simulated_seconds) for r in run.of(RoundLine)]
+    return pd.DataFrame(spent, columns=list(AXES)).join(personal, on="round", how="inner")
 
 
 def _lead(runs: dict[str, Run], options: Sequence[str]) -> list[str]:
     if not runs:
         return ["None of these runs has a device with a model yet."]
-    means = {name: series.mean_accuracy(run, "personal") or 0.0 for name, run in runs.items()}
-    best, worst = max(means, key=means.__getitem__), min(means, key=means.__getitem__)
+    means = pd.Series({name: series.mean_accuracy(run, "personal") for name, run in runs.items()})
+    sent = pd.Series({name: series.total_bytes(run.devices, "up") for name, run in runs.items()})
     first = f"{len(runs)} runs on {', '.join(sorted({source(run) for run in runs.values()}))}."
     if len(runs) > 1:
         first += (
-            f" {best} has the highest mean personal accuracy, {means[best]:.3f}; {worst} the lowest, "
-            f"{means[worst]:.3f}."
+            f" {means.idxmax()} has the highest mean personal accuracy, {means.max():.3f}; {means.idxmin()} the "
+            f"lowest, {means.min():.3f}."
         )
-    sent = {name: series.total_bytes(run.devices, "up") for name, run in runs.items()}
-    least = min(sent, key=sent.__getitem__)
     return [
         first,
         f"The runs differ in {', '.join(options)}." if options else "The runs have the same options.",
-        f"The devices of {least} sent least: {size(sent[least])}.",
+        f"The devices of {sent.idxmin()} sent least: {size(sent.min())}.",
     ]
 
 
@@ -129,45 +119,43 @@ def _results(runs: dict[str, Run], options: Sequence[str]) -> Table:
         ]
         for name, run in runs.items()
     ]
-    return Table(columns, rows, words=frozenset({0, *range(len(columns) - len(options), len(columns))}))
+    return Table(columns, rows, words={0, *range(len(columns) - len(options), len(columns))})
 
 
 def _stages(runs: dict[str, Run]) -> Figure:
-    means = {(name, stage): series.mean_accuracy(run, stage) for name, run in runs.items() for stage in series.STAGES}
-    rows = [
-        {"run": name, "stage": stage, "accuracy": mean} for (name, stage), mean in means.items() if mean is not None
-    ]
+    means = pd.DataFrame({name: series.accuracies(run).mean() for name, run in runs.items()})
+    found = means.rename_axis("stage").melt(var_name="run", value_name="accuracy", ignore_index=False)
+    found = found.dropna().reset_index()[["run", "stage", "accuracy"]]
     x = alt.X("accuracy:Q", title="mean accuracy", scale=alt.Scale(zero=False, padding=8))
     y = alt.Y("run:N", sort=None, title=None, axis=alt.Axis(labelLimit=220, grid=True))
     drawn = chart("means").mark_point().encode(y=y.scale(domain=list(runs)), x=x, **mark_scales())
-    shown = "; ".join(f"{name} {series.mean_accuracy(run, 'personal'):.3f}" for name, run in runs.items())
     return Figure(
         "runs",
         "Mean accuracy of each run, from dense to personal",
-        f"Personal: {shown}.",
-        drawn.encode(tooltip=[tip("run:N"), tip("stage:N"), tip("accuracy:Q", form=".3f")]).properties(
-            height=(LINE + 4) * len(runs)
-        ),
-        {"means": rows[::-1]},
-        rows,
+        f"Personal: {'; '.join(f'{name} {value:.3f}' for name, value in means.loc['personal'].items())}.",
+        drawn.encode(tooltip=tips("run:N", "stage:N", "accuracy:Q||.3f")).properties(height=(LINE + 4) * len(runs)),
+        {"means": found[::-1]},
+        found,
         wide=True,
     )
 
 
 def _curves(runs: dict[str, Run]) -> list[Figure]:
-    rows = [{"run": name, **row} for name, run in runs.items() for row in curve(run)]
-    last = {row["run"]: row for row in rows}
+    found = pd.concat([curve(run).assign(run=name) for name, run in runs.items()])
+    last = found.groupby("run", sort=False).last()
     figures = []
-    for axis, what in AXES.items() if rows else ():
-        where = "after round {:d}" if axis == "round" else f"at {{:.4g}} {TITLES[axis]}"
-        ends = "; ".join(f"{name}: {row['accuracy']:.3f} {where.format(row[axis])}" for name, row in last.items())
+    for axis, what in AXES.items() if len(found) else ():
+        where = "after round {:.0f}" if axis == "round" else f"at {{:.4g}} {TITLES[axis]}"
+        ends = [
+            f"{name}: {row['accuracy']:.3f} {where.format(row[axis])}" for name, row in last.to_dict("index").items()
+        ]
         figure = Figure(
             f"curves-over-{axis.lower()}",
             f"Mean personal accuracy over {what}",
-            f"A line a run. {ends}.",
-            layered(*_lines(rows, list(runs), axis), height=340),
-            {"curves": rows},
-            [{"run": row["run"], "round": row["round"], axis: row[axis], "accuracy": row["accuracy"]} for row in rows],
+            f"A line a run. {'; '.join(ends)}.",
+            layered(*_lines(found, list(runs), axis), height=340),
+            {"curves": found},
+            columns=list(dict.fromkeys(("run", "round", axis, "accuracy"))),
             wide=True,
             hint=ZOOM,
             group="curves",
@@ -177,16 +165,13 @@ def _curves(runs: dict[str, Run]) -> list[Figure]:
     return figures
 
 
-def _lines(rows: Sequence[Row], runs: Sequence[str], axis: str) -> list[alt.Chart]:
+def _lines(found: pd.DataFrame, runs: Sequence[str], axis: str) -> list[alt.Chart]:
     scale = alt.Scale(nice=False, zero=False, padding=8)
     x = alt.X(f"{axis}:Q", title=TITLES[axis], scale=scale, axis=alt.Axis(grid=False))
-    styles = line_styles("run", runs, _legend(runs))
-    base = chart("curves").encode(
-        x=round_axis(rows) if axis == "round" else x,
-        y=value_axis("accuracy", "mean personal accuracy"),
-        color=styles["color"],
-    )
-    tooltip = [tip("run:N"), tip("round:Q"), tip(f"{axis}:Q", form=".4~g"), tip("accuracy:Q", form=".3f")]
+    x, styles = round_axis(found["round"]) if axis == "round" else x, line_styles("run", runs, _legend(runs))
+    y = value_axis("accuracy", "mean personal accuracy")
+    base = chart("curves").encode(x=x, y=y, color=styles["color"])
+    tooltip = tips("run:N", "round:Q", f"{axis}:Q||.4~g", "accuracy:Q||.3f")
     return [
         base.mark_line().encode(strokeDash=styles["strokeDash"]).add_params(zoomed()),
         base.mark_point(size=40).encode(shape=styles["shape"], tooltip=tooltip),
@@ -200,12 +185,9 @@ def _legend(runs: Sequence[str]) -> alt.Legend:
 
 
 def _devices(runs: dict[str, Run]) -> Figure:
-    rows: list[Row] = [
-        {"run": name, "device": d.device, "pruned": d.pruned_accuracy, "personal": d.personal_accuracy}
-        for name, run in runs.items()
-        for d in run.equipped
-    ]
-    devices, names, apart = sorted({row["device"] for row in rows}), list(runs), len(runs) <= MOST_APART
+    tables = [series.accuracies(run)[["pruned", "personal"]].reset_index() for run in runs.values()]
+    found = pd.concat([table.assign(run=name) for name, table in zip(runs, tables, strict=True)])
+    devices, names, apart = devices_of(found), list(runs), len(runs) <= MOST_APART
     title, scale = "personal accuracy on the device's own test images", alt.Scale(zero=False, padding=8)
     drawn = (
         chart("devices")
@@ -215,44 +197,48 @@ def _devices(runs: dict[str, Run]) -> Figure:
             x=alt.X("personal:Q", title=title, scale=scale),
             color=line_styles("run", names, _legend(names))["color"],
             opacity=faded(),
-            tooltip=[tip("run:N"), tip("device:O"), tip("pruned:Q", form=".3f"), tip("personal:Q", form=".3f")],
+            tooltip=tips("run:N", "device:O", "pruned:Q||.3f", "personal:Q||.3f"),
         )
     )
     if apart:
         drawn = drawn.encode(yOffset=alt.YOffset("run:N", sort=None, scale=alt.Scale(domain=names, paddingOuter=1)))
-    found = {i: [row["personal"] for row in rows if row["device"] == i] for i in devices}
-    most = max(devices, key=lambda i: max(found[i]) - min(found[i]))
+    ends = found.groupby("device")["personal"].agg(["min", "max"])
+    most = (ends["max"] - ends["min"]).idxmax()
     return Figure(
         "devices-by-run",
         "Personal accuracy of each device by run",
-        f"A line a device, a mark a run. The runs differ most on device {most}: {min(found[most]):.3f} to "
-        f"{max(found[most]):.3f}.",
+        f"A line a device, a mark a run. The runs differ most on device {most}: {ends['min'][most]:.3f} to "
+        f"{ends['max'][most]:.3f}.",
         layered(drawn, height=(1 + len(names) // 3 if apart else 1) * device_height(devices)),
-        {"devices": rows},
-        rows,
+        {"devices": found},
+        columns=("run", "device", "pruned", "personal"),
         wide=True,
     )
 
 
 def _traffic(runs: dict[str, Run]) -> Figure:
-    sums = {(name, side): series.total_bytes(run.devices, side) for name, run in runs.items() for side in DIRECTIONS}
-    rows = [{"run": name, "direction": side, "bytes": sent, "text": size(sent)} for (name, side), sent in sums.items()]
-    y = alt.Y("run:N", sort=None, title=None, axis=alt.Axis(labelLimit=220))
+    sums = {name: {side: series.total_bytes(run.devices, side) for side in DIRECTIONS} for name, run in runs.items()}
+    rows = [
+        {"run": name, "direction": side, "bytes": sent, "text": size(sent)}
+        for name, sides in sums.items()
+        for side, sent in sides.items()
+    ]
     scale = alt.Scale(domain=DIRECTIONS)
+    names = alt.Y("run:N", sort=None, title=None, axis=alt.Axis(labelLimit=220))
     base = chart("bytes").encode(
-        y=y.scale(domain=list(runs), paddingInner=0.35),
+        y=names.scale(domain=list(runs), paddingInner=0.35),
         yOffset=alt.YOffset("direction:N", sort=None, scale=scale),
         x=alt.X("bytes:Q", axis=None),
     )
-    tooltip = [tip("run:N"), tip("direction:N"), tip("bytes:Q", form=",")]
+    tooltip = tips("run:N", "direction:N", "bytes:Q||,")
     bars = labelled_bars(base, color=alt.Color("direction:N", scale=scale), tooltip=tooltip)
-    shown = "; ".join(f"{name} {size(sums[name, 'up'])} up, {size(sums[name, 'down'])} down" for name in runs)
+    shown = "; ".join(f"{name} {size(sides['up'])} up, {size(sides['down'])} down" for name, sides in sums.items())
     return Figure(
         "bytes-by-run",
         "Bytes of all devices by run and direction",
         f"{shown}.",
         layered(*bars, height=44 * len(runs)),
         {"bytes": rows},
-        [{key: row[key] for key in ("run", "direction", "bytes")} for row in rows],
+        columns=("run", "direction", "bytes"),
         wide=True,
     )

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 
 import altair as alt
-import numpy as np
 
 from experiments.figures.figure import (
     Figure,
@@ -16,157 +14,132 @@ from experiments.figures.figure import (
     devices_of,
     faded,
     layered,
-    tip,
+    tips,
 )
 from experiments.report import series
 from experiments.report.reading import ClassCounts, Run
 
 GAP = 0.06  # between the cells of a heat map, as a share of a cell
 CELL_LABELS = 30  # cells across, up to which values are written into them
+KEPT = {"attention": ("the attention", "head dimensions"), "ffn": ("the FFN", "hidden neurons")}
 
 
 def partition(run: Run) -> Figure | None:
-    rows = series.partition(run)
-    if not rows:
+    found = series.partition(run)
+    if found.empty:
         return None
-    devices, classes = devices_of(rows), _class_names(run.images.values())
-    held = [sum(1 for row in rows if row["device"] == i and row["train"]) for i in devices]
-    few = f"{min(held)}" if min(held) == max(held) else f"{min(held)} to {max(held)}"
-    tooltip = [tip("device:O"), tip("class:N"), tip("train:Q", "training"), tip("test:Q", "test")]
-    most = max(row["train"] for row in rows)
-    drawn = _cells(_Cells("train", "training images", most, len(classes)), devices, _class_axis(classes), tooltip)
+    devices, classes = devices_of(found), _class_names(run.images.values())
+    held = [int((part > 0).sum()) for _, part in found.groupby("device")["train"]]
+    few = " to ".join(dict.fromkeys((str(min(held)), str(max(held)))))
+    tooltip = tips("device:O", "class:N", "train:Q|training", "test:Q|test")
+    cells = _cells("train:Q|training images|d", found["train"].max(), devices, _class_axis(classes), tooltip)
     return Figure(
         "partition",
         "Training images by device and class",
-        f"{sum(row['train'] for row in rows)} training images; a device holds {few} of {len(classes)} classes.",
-        layered(*drawn, height=device_height(devices)),
-        {"cells": rows},
-        rows,
+        f"{found['train'].sum()} training images; a device holds {few} of {len(classes)} classes.",
+        layered(*cells, height=device_height(devices)),
+        {"cells": found},
     )
 
 
 def coverage(run: Run) -> Figure | None:
-    rows = series.coverage(run)
-    if not rows:
+    found = series.coverage(run)
+    if found.empty:
         return None
-    devices = devices_of(rows)
-    tooltip = [
-        tip("device:O"),
-        tip("own share:Q", "of its own classes", ".1%"),
-        tip("by chance:Q", "of the pool", ".1%"),
-        tip("covered:Q", "classes covered"),
-        tip("own classes:Q"),
-        tip("not covered:N"),
-    ]
+    devices = devices_of(found)
+    tooltip = tips(
+        *("device:O", "own share:Q|of its own classes|.1%", "by chance:Q|of the pool|.1%"),
+        *("covered:Q|classes covered", "own classes:Q", "not covered:N"),
+    )
     share = alt.Scale(domain=[0, 1])
     x = alt.X("own share:Q", title="share of the metric set", axis=alt.Axis(format="%", tickCount=5), scale=share)
     base = chart("devices").encode(y=device_axis(devices), opacity=faded(), tooltip=tooltip)
     bars, chance = base.mark_bar(height={"band": 0.45}).encode(x=x), base.mark_tick(size=14).encode(x="by chance:Q")
-    worst = min(rows, key=lambda row: row["own share"])
-    lacking = sum(1 for row in rows if row["not covered"])
-    covered = (
-        f"{lacking} of {len(rows)} devices have classes that no image covers"
-        if lacking
-        else "all classes of all devices are covered"
-    )
-    own, pool = (np.mean([row[name] for row in rows]) for name in ("own share", "by chance"))
+    worst, lacking = found.loc[found["own share"].idxmin()], int((found["not covered"] != "").sum())
+    covered = f"{lacking} of {len(found)} devices have classes that no image covers"
     return Figure(
         "coverage",
         "Share of each metric set that is of the device's own classes",
         "Bars: the share of the public images chosen for a device that is of its classes; ticks: that share in the "
-        f"whole pool, which a random choice would have. The mean is {own:.1%}, and {pool:.1%} in the pool; the lowest "
-        f"is {worst['own share']:.1%} (device {worst['device']}); {covered}.",
+        f"whole pool, which a random choice would have. The mean is {found['own share'].mean():.1%}, and "
+        f"{found['by chance'].mean():.1%} in the pool; the lowest is {worst['own share']:.1%} (device "
+        f"{worst['device']}); {covered if lacking else 'all classes of all devices are covered'}.",
         layered(bars, chance, height=device_height(devices)),
-        {"devices": rows},
-        rows,
+        {"devices": found},
         wide=True,
     )
 
 
 def metric_classes(run: Run) -> Figure | None:
-    rows = series.metric_classes(run)
-    if not rows:
+    found = series.metric_classes(run).drop(columns="pool")
+    found = found[(found["images"] > 0) | found["own"]]
+    if found.empty:
         return None
-    devices, classes = devices_of(rows), _class_names(run.metric_sets.values())
-    tooltip = [tip("device:O"), tip("class:N"), tip("images:Q", "images of its metric set"), tip("own:N", "own class")]
-    axis, chosen = _class_axis(classes), [row for row in rows if row["images"]]
-    cells = _Cells("images", "images", max(row["images"] for row in rows), len(classes))
+    devices, classes = devices_of(found), _class_names(run.metric_sets.values())
+    axis = _class_axis(classes)
+    tooltip = tips("device:O", "class:N", "images:Q|images of its metric set", "own:N|own class")
     frame = 1.5 if max(len(classes), len(devices)) <= CELL_LABELS else 0.6
     own = (
         chart("own")
         .mark_rect(filled=False, stroke=alt.ExprRef("ink"), strokeWidth=frame, strokeOpacity=0.8, fillOpacity=0)
         .encode(y=device_axis(devices, GAP), x=axis, opacity=faded(), tooltip=tooltip)
     )
-    missed = sum(1 for row in rows if row["own"] and not row["images"])
+    missed = int((found["images"] == 0).sum())
+    cells = _cells("images:Q|images|d", found["images"].max(), devices, axis, tooltip)
     return Figure(
         "metric-classes",
         "Classes that each metric set covers",
         "Images of each device's metric set by class; framed: the device's own classes. "
         + (f"{missed} of the framed cells are empty." if missed else "No framed cell is empty."),
-        layered(*_cells(cells, devices, axis, tooltip), own, height=device_height(devices)),
-        {"cells": chosen, "own": [row for row in rows if row["own"]]},
-        rows,
+        layered(*cells, own, height=device_height(devices)),
+        {"cells": found[found["images"] > 0], "own": found[found["own"]]},
+        found,
     )
 
 
-def kept_attention(run: Run) -> Figure | None:
-    return _kept(run, "attention", "Kept width of the attention by layer", "head dimensions")
-
-
-def kept_ffn(run: Run) -> Figure | None:
-    return _kept(run, "ffn", "Kept width of the FFN by layer", "hidden neurons")
-
-
-def _kept(run: Run, kind: str, title: str, units: str) -> Figure | None:
-    rows = [row for row in series.widths(run) if row["kind"] == kind]
-    if not rows:
+def kept(run: Run, kind: str) -> Figure | None:
+    """Returns the kept widths of the layers of one kind, ``attention`` or ``ffn``."""
+    found = series.widths(run)
+    found = found[found["kind"] == kind]
+    if found.empty:
         return None
-    devices, blocks = devices_of(rows), list(dict.fromkeys(row["block"] for row in rows))
-    mean = {block: float(np.mean([row["share"] for row in rows if row["block"] == block])) for block in blocks}
-    places = _places(blocks)
-    most, least = max(blocks, key=mean.__getitem__), min(blocks, key=mean.__getitem__)
-    cells = [row | {"text": f"{row['share']:.0%}", "place": places[row["block"]]} for row in rows]
+    of, units = KEPT[kind]
+    devices, mean = devices_of(found), found.groupby("block", sort=False)["share"].mean()
+    places, most, least = _places(list(mean.index)), mean.idxmax(), mean.idxmin()
+    cells = found.assign(text=found["share"].map("{:.0%}".format), place=found["block"].map(places))
     scale = alt.Scale(domain=list(places.values()), paddingInner=GAP)
     axis = alt.X("place:N", title="block", scale=scale, axis=alt.Axis(labelAngle=0))
-    tooltip = [tip("device:O"), tip("layer:N"), tip("width:N"), tip("dense width:N"), tip("share:Q", "kept", ".0%")]
-    drawn = _cells(_Cells("share", "kept share", 1, len(blocks), "text:N", ".0%"), devices, axis, tooltip)
+    tooltip = tips("device:O", "layer:N", "width:N", "dense width:N", "share:Q|kept|.0%")
     return Figure(
         f"kept-{kind}",
-        title,
+        f"Kept width of {of} by layer",
         f"Share of the {units} that is kept. On average {most} keeps most ({mean[most]:.0%}), {least} least "
         f"({mean[least]:.0%}).",
-        layered(*drawn, height=device_height(devices)),
+        layered(*_cells("share:Q|kept share|.0%", 1, devices, axis, tooltip, "text:N"), height=device_height(devices)),
         {"cells": cells},
-        [{key: row[key] for key in ("device", "layer", "width", "dense width", "share")} for row in rows],
+        columns=("device", "layer", "width", "dense width", "share"),
     )
 
 
-@dataclass(frozen=True)
-class _Cells:
-    """The field that colours the cells of a heat map, its legend and largest value, and how many cells are across."""
+def _cells(
+    colour: str, most: float, devices: Sequence[int], x: alt.X, tooltip: Sequence[alt.Tooltip], text: str = ""
+) -> list[alt.Chart]:
+    """Returns the layers of a heat map of the figure's `cells`; where there is room, with values written into them.
 
-    field: str
-    legend: str
-    most: float
-    across: int
-    text: str = ""
-    format: str = "d"
-
-
-def _cells(cells: _Cells, devices: Sequence[int], x: alt.X, tooltip: Sequence[alt.Tooltip]) -> list[alt.Chart]:
-    """Returns the layers of a heat map of the figure's `cells`; where there is room, with values written into them."""
-    written = max(cells.across, len(devices)) <= CELL_LABELS
-    legend = None if written else alt.Legend(title=cells.legend, format=cells.format, tickCount=4)
-    colour = alt.Color(f"{cells.field}:Q", scale=alt.Scale(domain=[0, cells.most]), legend=legend)
+    Args:
+        colour: ``field:Q|title of the legend|its number format`` of what colours the cells, up to `most`.
+        text: the field that is written into them; default: the same.
+    """
+    field, title, form = colour.split("|")
+    written, most = max(len(x["scale"]["domain"]), len(devices)) <= CELL_LABELS, float(most)
+    legend = None if written else alt.Legend(title=title, format=form, tickCount=4)
     base = chart("cells").encode(y=device_axis(devices, GAP), x=x, tooltip=tooltip)
-    drawn = base.mark_rect(cornerRadius=1).encode(color=colour, opacity=faded())
-    dark = f"datum[{cells.field!r}] > {0.55 * cells.most}"
-    text = base.mark_text(fontSize=10).encode(
-        text=cells.text or f"{cells.field}:Q",
-        color=alt.condition(dark, alt.value("white"), alt.value(alt.ExprRef("ink"))),
-        opacity=faded(0.25),
-    )
-    return [drawn, text] if written else [drawn]
+    scaled = alt.Color(field, scale=alt.Scale(domain=[0, most]), legend=legend)
+    drawn = base.mark_rect(cornerRadius=1).encode(color=scaled, opacity=faded())
+    dark = f"datum[{field[:-2]!r}] > {0.55 * most}"
+    ink = alt.condition(dark, alt.value("white"), alt.value(alt.ExprRef("ink")))
+    values = base.mark_text(fontSize=10).encode(text=text or field, color=ink, opacity=faded(0.25))
+    return [drawn, values] if written else [drawn]
 
 
 def _class_names(counts: Iterable[ClassCounts]) -> list[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self, TypeVar
@@ -64,11 +64,14 @@ class MetricSet(ClassCounts):
     pool: list[Count]
 
 
-class _State(Record):
+class State(Record):
     """What a checkpoint records of the devices."""
 
     round: Count
     records: list[DeviceRecord]
+
+
+TIMING, IMAGES, METRIC_SET, STATE = TypeAdapter(Timing), TypeAdapter(Images), TypeAdapter(MetricSet), TypeAdapter(State)
 
 
 @dataclass(frozen=True)
@@ -120,42 +123,41 @@ def read_run(path: Path) -> Run:
         ConfigError: if the folder holds no run, or records of another version.
     """
     path = path.absolute()
-    config = _options(path)
-    missing: list[str] = []
-    summary, rounds = _summary(path), int(config["train.rounds"])
-    devices = summary.devices if summary else []
-    if not summary:
-        wanted = rounds
-        rounds, devices = _checkpoint(path)
-        state = f"after round {rounds} of {wanted}" if devices else "before the first round"
-        missing.append(f"The run is not finished (it has no whole {SUMMARY}). This is its state {state}.")
+    config, summary, folder = _options(path), _summary(path), RunFolder(path)
+    rounds, devices = (int(config["train.rounds"]), summary.devices) if summary else _checkpoint(path)
     devices = sorted(devices, key=lambda record: record.device)
-    metrics = read_metrics(path if _inside(path, METRICS) else path / "nowhere")
-    if metrics.damaged:
-        missing.append(f"{metrics.damaged} lines of {METRICS} are damaged and were left out.")
-    if not metrics.lines:
-        missing.append(f"{METRICS} is missing or empty: there are no curves, no times and no list of faults.")
-    timing = _read(path, "timing.json", TypeAdapter(Timing)) or Timing()
-    if not timing.seconds and not (summary and summary.seconds):
-        missing.append("timing.json is missing: how long the run really took is not known.")
-    versions = _read(path, "versions.json", VERSIONS) or {}
-    if not versions:
-        missing.append("versions.json is missing: the versions of the packages are not known.")
-    folder, ids = RunFolder(path), [record.device for record in devices]
-    plans = _plans(path, [device.device for device in devices if device.params])
-    if without := [device.device for device in devices if device.params and device.device not in plans]:
-        missing.append(f"The plans of {_named(without)} are missing or damaged (plans/NN.json).")
-    images = _each(path, {i: folder.device(i) / IMAGES_FILE for i in ids}, TypeAdapter(Images))
-    if without := [i for i in ids if i not in images]:
-        where = f"of {_named(without)} " if images else ""
-        missing.append(
-            f"The class counts {where}are missing (devices/NN/{IMAGES_FILE}). Devices do not send them: they are here "
-            "only if the devices were simulated in this run."
-        )
-    metric_sets = _each(path, {i: folder.metric_set(i) for i in plans}, TypeAdapter(MetricSet))
-    if without := [i for i in plans if i not in metric_sets]:
-        where = f"of {_named(without)} " if metric_sets else ""
-        missing.append(f"The metric sets {where}are missing (metric-sets/NN.json): those plans were made elsewhere.")
+    ids = [record.device for record in devices]
+    metrics = read_metrics(path if _inside(path, path / METRICS) else path / "nowhere")
+    timing = _whole(path, path / "timing.json", _json(TIMING)) or Timing()
+    versions = _whole(path, path / "versions.json", _json(VERSIONS)) or {}
+    equipped = [record.device for record in devices if record.params]
+    plans = _each(path, {i: path / f"plans/{i:02d}.json" for i in equipped}, _plan)
+    images = _each(path, {i: folder.device(i) / IMAGES_FILE for i in ids}, _json(IMAGES))
+    metric_sets = _each(path, {i: folder.metric_set(i) for i in plans}, _json(METRIC_SET))
+    state = f"after round {rounds} of {config['train.rounds']}" if devices else "before the first round"
+    clock = timing.seconds or (summary and summary.seconds)
+    sentences = [
+        (not summary, f"The run is not finished (it has no whole {SUMMARY}). This is its state {state}."),
+        (metrics.damaged, f"{metrics.damaged} lines of {METRICS} are damaged and were left out."),
+        (not metrics.lines, f"{METRICS} is missing or empty: there are no curves, no times and no list of faults."),
+        (not clock, "timing.json is missing: how long the run really took is not known."),
+        (not versions, "versions.json is missing: the versions of the packages are not known."),
+        (
+            without := [i for i in equipped if i not in plans],
+            f"The plans of {named(without)} are missing or damaged (plans/NN.json).",
+        ),
+        (
+            len(images) < len(ids),
+            f"The class counts {_lacking(ids, images)}are missing (devices/NN/{IMAGES_FILE}). Devices do not send "
+            "them: they are here only if the devices were simulated in this run.",
+        ),
+        (
+            len(metric_sets) < len(plans),
+            f"The metric sets {_lacking(plans, metric_sets)}are missing (metric-sets/NN.json): those plans were made "
+            "elsewhere.",
+        ),
+    ]
+    missing = [sentence for holds, sentence in sentences if holds]
     return Run(
         path, config, versions, summary, timing, metrics.lines, devices, plans, images, metric_sets, rounds, missing
     )
@@ -163,8 +165,7 @@ def read_run(path: Path) -> Run:
 
 def _options(path: Path) -> dict[str, Any]:
     """Returns the run's options, with defaults for those that a report needs and the run does not have."""
-    read = _read(path, "config.json", OPTIONS)
-    found: dict[str, Any] = dict(read or {})
+    found: dict[str, Any] = dict(_whole(path, path / "config.json", _json(OPTIONS)) or {})
     if not found:
         raise ConfigError(f"report {path}: is not a run's folder, which has the run's options in its config.json")
     defaults = RunConfig().flat()
@@ -175,30 +176,9 @@ def _options(path: Path) -> dict[str, Any]:
     return found
 
 
-def _inside(path: Path, name: str) -> bool:
-    """Returns whether a file of the folder is no link that leads out of it."""
-    try:
-        return (path / name).resolve().is_relative_to(path.resolve())
-    except (OSError, RuntimeError):  # a link to itself
-        return False
-
-
-def _read(path: Path, name: str, content: TypeAdapter[T]) -> T | None:
-    """Returns the content of a JSON file; None if it is missing, damaged, or a link out of the folder."""
-    try:
-        return content.validate_json((path / name).read_bytes()) if _inside(path, name) else None
-    except (OSError, ValidationError):
-        return None
-
-
-def _each(path: Path, files: Mapping[int, Path], content: TypeAdapter[T]) -> dict[int, T]:
-    found = {i: _read(path, str(file.relative_to(path)), content) for i, file in files.items()}
-    return {i: each for i, each in found.items() if each is not None}
-
-
 def _summary(path: Path) -> Summary | None:
     try:
-        return read_summary(path) if _inside(path, SUMMARY) else None
+        return read_summary(path) if _inside(path, path / SUMMARY) else None
     except PlanError:
         return None
 
@@ -207,29 +187,49 @@ def _checkpoint(path: Path) -> tuple[int, list[DeviceRecord]]:
     """Returns the round of the last whole checkpoint and its records, or 0 and none."""
     server = RunFolder(path).server
     for round in reversed(server.rounds()):
-        try:
-            state = _State.model_validate_json(read_about(server.path(round))["checkpoint"])
-        except (TapflError, ValidationError, KeyError):
-            continue
-        if state.round == round and len({record.device for record in state.records}) == len(state.records):
+        state = _whole(
+            path, server.path(round), lambda file: STATE.validate_json(read_about(file).get("checkpoint", ""))
+        )
+        if state and state.round == round and len({r.device for r in state.records}) == len(state.records):
             return round, state.records
     return 0, []
 
 
-def _plans(path: Path, ids: Iterable[int]) -> dict[int, PruningPlan]:
-    plans = {}
-    for i in ids:
-        name = f"plans/{i:02d}.json"
-        try:
-            if _inside(path, name):
-                plan = read_plan(path / name)
-                require_fitting(plan)
-                plans[i] = plan
-        except TapflError:
-            continue
-    return plans
+def _plan(file: Path) -> PruningPlan:
+    plan = read_plan(file)
+    require_fitting(plan)
+    return plan
 
 
-def _named(ids: Sequence[int]) -> str:
+def _json(content: TypeAdapter[T]) -> Callable[[Path], T]:
+    return lambda file: content.validate_json(file.read_bytes())
+
+
+def _inside(path: Path, file: Path) -> bool:
+    """Returns whether a file of the folder is no link that leads out of it."""
+    try:
+        return file.resolve().is_relative_to(path.resolve())
+    except (OSError, RuntimeError):  # a link to itself
+        return False
+
+
+def _whole(path: Path, file: Path, read: Callable[[Path], T]) -> T | None:
+    """Returns what `read` finds in a file; None if it is missing, damaged, or a link out of the folder."""
+    try:
+        return read(file) if _inside(path, file) else None
+    except (OSError, ValidationError, TapflError):
+        return None
+
+
+def _each(path: Path, files: Mapping[int, Path], read: Callable[[Path], T]) -> dict[int, T]:
+    return {i: found for i, file in files.items() if (found := _whole(path, file, read)) is not None}
+
+
+def _lacking(ids: Collection[int], found: Collection[int]) -> str:
+    return f"of {named([i for i in ids if i not in found])} " if found else ""
+
+
+def named(ids: Sequence[int]) -> str:
+    """Returns ``device 3``, ``devices 0, 1, 2``; of more than 12 the first, and how many more there are."""
     shown = ", ".join(map(str, ids[:12])) + (f" and {len(ids) - 12} more" if len(ids) > 12 else "")
     return f"device {shown}" if len(ids) == 1 else f"devices {shown}"

@@ -1,18 +1,16 @@
-"""The numbers behind a run's figures: rows of plain values, each list a pure function of the run that was read."""
+"""The numbers behind a run's figures: a table each, as a pure function of the run that was read."""
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 
 import numpy as np
 import pandas as pd
 
-from experiments.figures.figure import Row
 from experiments.pruning import layers_of
 from experiments.report.reading import Run
-from strategies.records import AbsenceLine, DeviceLine, DeviceRecord, FailureLine, RoundLine, TrafficLine
+from strategies.records import DeviceLine, DeviceRecord, Line, RoundLine, TrafficLine
 from tapfl.models.backbone import BackboneSpec, outline
 from tapfl.models.prunable import prunable_layers
 from tapfl.models.units import PrunableLayer
@@ -21,16 +19,17 @@ STAGES = ("dense", "pruned", "global", "personal")
 KINDS = ("personal", "global")  # of accuracy that change from round to round
 
 
-def accuracy(device: DeviceRecord, stage: str) -> float | None:
-    """Returns the accuracy of a stage; None for the dense model if the device never evaluated it."""
-    value: float = getattr(device, f"{stage}_accuracy")
-    return None if stage == "dense" and device.generic else value
+def accuracies(run: Run) -> pd.DataFrame:
+    """Returns the accuracy of every stage by device that has a model; NaN if it never evaluated the dense model."""
+    found = {d.device: {stage: getattr(d, f"{stage}_accuracy") for stage in STAGES} for d in run.equipped}
+    frame = pd.DataFrame.from_dict(found, "index", columns=list(STAGES), dtype=float).rename_axis("device")
+    frame.loc[[d.device for d in run.equipped if d.generic], "dense"] = np.nan
+    return frame
 
 
-def mean_accuracy(run: Run, stage: str) -> float | None:
-    """Returns the mean over the devices that have a model, as in summary.json; None if there are none."""
-    values = [value for device in run.equipped if (value := accuracy(device, stage)) is not None]
-    return float(np.mean(values)) if values else None
+def mean_accuracy(run: Run, stage: str) -> float:
+    """Returns the mean over the devices that have a model, as in summary.json; NaN if there are none."""
+    return float(accuracies(run)[stage].mean())
 
 
 def total_bytes(devices: Iterable[DeviceRecord], side: str) -> int:
@@ -38,29 +37,24 @@ def total_bytes(devices: Iterable[DeviceRecord], side: str) -> int:
     return sum(sum(getattr(device, f"bytes_{side}").values()) for device in devices)
 
 
-def gain(device: DeviceRecord) -> float:
-    """Returns the personal accuracy minus that of the pruned model before training."""
-    return device.personal_accuracy - device.pruned_accuracy
+def curves(run: Run) -> pd.DataFrame:
+    """Returns device, round, kind, accuracy of every device that has a model, after every round."""
+    start = {device.device: device.pruned_accuracy for device in run.equipped}
+    found = _carried(run, start, {f"{kind}_accuracy": kind for kind in KINDS}, "accuracy", _ended(run))
+    return found[found["round"] >= 0]
 
 
-def accuracies(run: Run) -> list[Row]:
-    """Returns device, stage, accuracy, and all accuracies of the device for its tooltip."""
-    rows: list[Row] = []
-    for device in run.equipped:
-        values = {stage: value for stage in STAGES if (value := accuracy(device, stage)) is not None}
-        tooltip = {f"of {stage}": value for stage, value in values.items()}
-        rows += [{"device": device.device, "stage": stage, "accuracy": v, **tooltip} for stage, v in values.items()]
-    return rows
+def alphas(run: Run) -> pd.DataFrame:
+    """Returns device, round, kind (always ``α``) and α of the devices that trained; nothing unless the method is APFL.
 
-
-def curves(run: Run) -> list[Row]:
-    """Returns device, round, kind, accuracy of every device that has a model, after every round.
-
-    A device that did not answer in a round keeps its value; otherwise means would depend on who answered.
+    A device reports α when it has trained on the result of the round before: its line of round t is α after round
+    t + 1, except in the last evaluation, in which it trains no more.
     """
-    known = {(device.device, kind): device.pruned_accuracy for device in run.equipped for kind in KINDS}
-    values = lambda line: {"personal": line.personal_accuracy, "global": line.global_accuracy}  # noqa: E731
-    return _carried(run, known, values, "accuracy", _ended(run))
+    apfl, first = run.config.get("personalize.method") == "apfl", float(run.config["personalize.alpha"])
+    start = {device.device: first for device in run.equipped if device.rounds and apfl}
+    trained = [t for t in _ended(run) if t < int(run.config["train.rounds"])]
+    found = _carried(run, start, {"alpha": "α"}, "α", trained)
+    return found.assign(round=found["round"] + 1)
 
 
 def _ended(run: Run) -> list[int]:
@@ -68,76 +62,52 @@ def _ended(run: Run) -> list[int]:
 
 
 def _carried(
-    run: Run,
-    known: dict[tuple[int, str], float],
-    values: Callable[[DeviceLine], Mapping[str, float]],
-    name: str,
-    rounds: Iterable[int],
-) -> list[Row]:
-    news: dict[int, list[DeviceLine]] = defaultdict(list)
-    for line in run.of(DeviceLine):
-        news[line.round].append(line)
-    rows: list[Row] = []
-    for t in rounds:
-        for line in news[t]:
-            known |= {(line.device, k): v for k, v in values(line).items() if (line.device, k) in known}
-        rows += [{"device": i, "round": t, "kind": kind, name: value} for (i, kind), value in known.items()]
-    return rows
+    run: Run, start: Mapping[int, float], fields: Mapping[str, str], name: str, rounds: Sequence[int]
+) -> pd.DataFrame:
+    """Returns device, round (-1: its `start`), kind and value, the kinds being `fields` of the device's lines.
 
-
-def spread(rows: Sequence[Row], name: str) -> list[Row]:
-    """Returns round, kind, mean, low and high (quartiles over devices), and how many devices."""
-    if not rows:
-        return []
-    groups = pd.DataFrame(rows).groupby(["round", "kind"], sort=False)[name]
-    quartiles = {side: groups.quantile(q) for side, q in (("low", 0.25), ("high", 0.75))}
-    found = pd.DataFrame({"mean": groups.mean(), **quartiles, "devices": groups.size()}, index=groups.mean().index)
-    return list(found.reset_index().to_dict("records"))
-
-
-def alphas(run: Run) -> list[Row]:
-    """Returns device, round, kind (always ``α``) and α of the devices that trained; nothing unless the method is APFL.
-
-    A device reports α when it has trained on the result of the round before: its line of round t is α after round
-    t + 1, except in the last evaluation, in which it trains no more.
+    A device that did not answer in a round keeps its value; otherwise means would depend on who answered.
     """
-    if run.config.get("personalize.method") != "apfl":
-        return []
-    start = float(run.config["personalize.alpha"])
-    known = {(device.device, "α"): start for device in run.equipped if device.rounds}
-    trained = [t for t in _ended(run) if t < int(run.config["train.rounds"])]
-    first = [{"device": i, "round": 0, "kind": kind, "α": value} for (i, kind), value in known.items()]
-    later = _carried(run, known, lambda line: {"α": line.alpha}, "α", trained)
-    return [*first, *(row | {"round": row["round"] + 1} for row in later)]
+    if not start:
+        return pd.DataFrame(columns=["device", "round", "kind", name])
+    first = [{"device": i, "round": -1, **dict.fromkeys(fields, value)} for i, value in start.items()]
+    lines = pd.DataFrame(first + [vars(line) for line in run.of(DeviceLine)])
+    index = pd.MultiIndex.from_product([[-1, *rounds], list(start)], names=["round", "device"])
+    known = lines.groupby(["round", "device"])[list(fields)].last().reindex(index).groupby("device").ffill()
+    long = known.rename(columns=fields).rename_axis(columns="kind").stack().rename(name)
+    return long.reset_index()[["device", "round", "kind", name]]
 
 
-def partition(run: Run) -> list[Row]:
+def spread(frame: pd.DataFrame, name: str) -> pd.DataFrame:
+    """Returns round, kind, mean, low and high: the quartiles over devices."""
+    groups = frame.groupby(["round", "kind"], sort=False)[name]
+    found = {"mean": groups.mean(), "low": groups.quantile(0.25), "high": groups.quantile(0.75)}
+    return pd.DataFrame(found, index=found["mean"].index).reset_index()
+
+
+def partition(run: Run) -> pd.DataFrame:
     """Returns device, class, train, test: how many images a device has of each of its classes."""
-    return [
-        {"device": i, "class": name, "train": train, "test": test}
+    rows = [
+        (i, *counts)
         for i, images in run.images.items()
-        for name, train, test in zip(images.names, images.train, images.test, strict=True)
-        if train or test
+        for counts in zip(images.names, images.train, images.test, strict=True)
     ]
+    frame = pd.DataFrame(rows, columns=["device", "class", "train", "test"])
+    return frame[(frame["train"] > 0) | (frame["test"] > 0)]
 
 
-def widths(run: Run) -> list[Row]:
-    """Returns a row a device and layer: kept units, of how many, and the widths in words."""
-    return [
-        {
-            "device": i,
-            "layer": layer["name"],
-            "block": layer["name"].rpartition(".")[0],
-            "kind": layer["kind"],
-            "kept": layer["kept"],
-            "units": layer["units"],
-            "share": layer["kept"] / layer["units"],
-            "width": layer["width"],
-            "dense width": layer["width_dense"],
-        }
+def widths(run: Run) -> pd.DataFrame:
+    """Returns a row a device and layer: block, kind, kept units, of how many, and the widths in words."""
+    rows = [
+        {"device": i, "layer": layer["name"], "block": layer["name"].rpartition(".")[0]}
+        | {key: layer[key] for key in ("kind", "kept", "units", "width")}
+        | {"dense width": layer["width_dense"], "share": layer["kept"] / layer["units"]}
         for i, plan in run.plans.items()
         for layer in layers_of(_layers(plan.backbone.model_dump_json()), plan)
     ]
+    return pd.DataFrame(
+        rows, columns=["device", "layer", "block", "kind", "kept", "units", "width", "dense width", "share"]
+    )
 
 
 @lru_cache(maxsize=4)
@@ -145,107 +115,67 @@ def _layers(spec: str) -> list[PrunableLayer]:
     return prunable_layers(outline(BackboneSpec.model_validate_json(spec)))  # only their widths are used
 
 
-def own_classes(run: Run, i: int) -> set[str] | None:
-    """Returns the names of the classes of which a device has training images; None if they are not known here."""
+def metric_classes(run: Run) -> pd.DataFrame:
+    """Returns device, class, images and pool (of its metric set, and of what it was chosen from), own (is it held)."""
+    rows = [
+        (i, *counts, counts[0] in own)
+        for i, chosen in run.metric_sets.items()
+        for own in [_own_classes(run, i)]
+        for counts in zip(chosen.names, chosen.metric, chosen.pool, strict=True)
+    ]
+    return pd.DataFrame(rows, columns=["device", "class", "images", "pool", "own"])
+
+
+def _own_classes(run: Run, i: int) -> set[str]:
+    """Returns the names of the classes of which a device has training images, as far as they are known here."""
     if i in run.images:
-        images = run.images[i]
-        return {name for name, count in zip(images.names, images.train, strict=True) if count}
+        return {name for name, count in zip(run.images[i].names, run.images[i].train, strict=True) if count}
     held = next((device.held_classes for device in run.devices if device.device == i), None)
-    if held and i in run.metric_sets:
-        return {name for name, has in zip(run.metric_sets[i].names, held, strict=False) if has}
-    return None
+    return {name for name, has in zip(run.metric_sets[i].names, held or (), strict=False) if has}
 
 
-def metric_classes(run: Run) -> list[Row]:
-    """Returns device, class, images, own: the classes of the images of each metric set.
-
-    There is a row for each class of the metric set, and for each of the device's own classes that it does not cover.
-    """
-    rows = []
-    for i, chosen in run.metric_sets.items():
-        own = own_classes(run, i) or set()
-        for name, images in zip(chosen.names, chosen.metric, strict=True):
-            if images or name in own:
-                rows.append({"device": i, "class": name, "images": images, "own": name in own})
-    return rows
-
-
-def coverage(run: Run) -> list[Row]:
+def coverage(run: Run) -> pd.DataFrame:
     """Returns a row a device: the share of its metric set that is of its own classes, and that share in the pool."""
-    rows: list[Row] = []
-    for i, chosen in run.metric_sets.items():
-        own, size, pool = own_classes(run, i), sum(chosen.metric), sum(chosen.pool)
-        if not own or not size or not pool:
+    rows = []
+    for i, part in metric_classes(run).groupby("device", sort=False):
+        own, total = part[part["own"]], part[["images", "pool"]].astype(float).sum()
+        if own.empty or not total.all():
             continue
-        named = [each for each in zip(chosen.names, chosen.metric, chosen.pool, strict=True) if each[0] in own]
-        rows.append(
-            {
-                "device": i,
-                "own share": sum(n for _, n, _ in named) / size,
-                "by chance": sum(n for _, _, n in named) / pool,
-                "covered": sum(1 for _, n, _ in named if n),
-                "own classes": len(own),
-                "not covered": ", ".join(name for name, n, _ in named if not n),
-            }
-        )
-    return rows
+        shares, missed = own[["images", "pool"]].astype(float).sum() / total, own["class"][own["images"] == 0]
+        covered = len(own) - len(missed)
+        rows.append((i, shares["images"], shares["pool"], covered, len(own), ", ".join(missed)))
+    columns = ["device", "own share", "by chance", "covered", "own classes", "not covered"]
+    return pd.DataFrame(rows, columns=columns)
 
 
-def bytes_by_kind(run: Run) -> list[Row]:
+def bytes_by_kind(run: Run) -> pd.DataFrame:
     """Returns device, direction, kind, bytes."""
-    return [
-        {"device": device.device, "direction": direction, "kind": kind, "bytes": count}
+    rows = [
+        (device.device, direction, kind, count)
         for device in run.devices
         for direction, sizes in (("up", device.bytes_up), ("down", device.bytes_down))
         for kind, count in sizes.items()
         if count
     ]
+    return pd.DataFrame(rows, columns=["device", "direction", "kind", "bytes"])
 
 
-def simulated_rounds(run: Run) -> list[Row]:
+def simulated_rounds(run: Run) -> pd.DataFrame:
     """Returns round (0: round zero), its simulated seconds, and the slowest of the devices that answered."""
-    slowest: dict[int, tuple[float, int]] = {}
-    for line in run.of(TrafficLine):
-        found = (line.simulated_seconds, line.device)
-        slowest[line.round] = max(slowest.get(line.round, found), found)
-    rows, before = [], 0.0
-    for ended in run.of(RoundLine):
-        device = slowest.get(ended.round, (0.0, None))[1]
-        rows.append({"round": ended.round, "seconds": ended.simulated_seconds - before, "slowest": device})
-        before = ended.simulated_seconds
-    return rows
+    traffic = _frame(run, TrafficLine).sort_values(["simulated_seconds", "device"])
+    ended, slowest = _frame(run, RoundLine), traffic.groupby("round")["device"].last()
+    seconds = np.diff(ended["simulated_seconds"].astype(float), prepend=0.0)
+    return pd.DataFrame(
+        {"round": ended["round"], "seconds": seconds, "slowest": ended["round"].map(slowest).astype("Int64")}
+    )
 
 
-def simulated_devices(run: Run) -> list[Row]:
+def simulated_devices(run: Run) -> pd.DataFrame:
     """Returns device, round, simulated seconds of the device in that round."""
-    spent: Counter[tuple[int, int]] = Counter()
-    for line in run.of(TrafficLine):
-        if line.phase != "evaluation":
-            spent[line.device, line.round] += line.simulated_seconds  # type: ignore[assignment]
-    return [{"device": i, "round": t, "seconds": seconds} for (i, t), seconds in sorted(spent.items())]
+    traffic = _frame(run, TrafficLine).rename(columns={"simulated_seconds": "seconds"})
+    trained = traffic[traffic["phase"] != "evaluation"]
+    return trained.groupby(["device", "round"])["seconds"].sum().reset_index()
 
 
-def events(run: Run) -> list[Row]:
-    """Returns failures and absences, equal ones together: what, where, reason, times, devices, rounds."""
-    groups: dict[tuple[str, str, str], list[tuple[int, str]]] = defaultdict(list)
-    for failure in run.of(FailureLine):
-        where = "rounds" if failure.phase.startswith("round ") else failure.phase
-        found = (failure.device, failure.phase.removeprefix("round "))
-        groups["failure or refusal", where, failure.reason].append(found)
-    for absence in run.of(AbsenceLine):
-        groups["absence", "rounds", absence.reason].append((absence.device, str(absence.round)))
-    return [
-        {
-            "what": what,
-            "where": where,
-            "reason": reason,
-            "times": len(found),
-            "devices": sorted({i for i, _ in found}),
-            "rounds": sorted({t for _, t in found}, key=_numbers_first) if where == "rounds" else [],
-        }
-        for (what, where, reason), found in sorted(groups.items(), key=lambda each: -len(each[1]))
-    ]
-
-
-def _numbers_first(round: str) -> tuple[bool, int, str]:
-    return not round.isdigit(), int(round) if round.isdigit() else 0, round
+def _frame(run: Run, kind: type[Line]) -> pd.DataFrame:
+    return pd.DataFrame([vars(line) for line in run.of(kind)], columns=list(kind.model_fields))

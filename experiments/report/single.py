@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
-import numpy as np
+import pandas as pd
 
 from experiments.figures.page import Page, Section, Table
 from experiments.output import count, duration, size
 from experiments.report import charts, heatmaps, series
-from experiments.report.reading import Run
-from strategies.records import DeviceRecord
+from experiments.report.reading import Run, named
+from strategies.records import AbsenceLine, FailureLine
 from tapfl.config import RunConfig
 
 CHAPTERS = {
@@ -19,7 +21,7 @@ CHAPTERS = {
     "Which images they hold, and which public images stand for them": (
         *(heatmaps.partition, heatmaps.metric_classes, heatmaps.coverage),
     ),
-    "What is kept of the model": (heatmaps.kept_attention, heatmaps.kept_ffn),
+    "What is kept of the model": [partial(heatmaps.kept, kind=kind) for kind in heatmaps.KEPT],
     "What it cost": (charts.traffic, charts.simulated_rounds, charts.phases, charts.real_rounds),
 }
 PLACE = {"out", "resume", "cache", "devices.count"}  # options that name a place, or that every run sets
@@ -39,26 +41,19 @@ def page_of(run: Run) -> Page:
         if figures := [figure for draw in draws if (figure := draw(run))]:
             sections.append(Section(heading, figures))
     lost, changed = events(run), changed_options(run)
-    nothing = "" if lost.rows else "Every message was answered, and every device took part in every round."
     if run.lines:
-        sections.append(Section("Faults, absences and refusals", table=lost if lost.rows else None, note=nothing))
+        nothing = "" if lost.rows else "Every message was answered, and every device took part in every round."
+        sections.append(Section("Faults, absences and refusals", table=lost, note=nothing))
     options = [[name, shown_option(value)] for name, value in run.config.items()]
-    versions = [[name, version] for name, version in run.versions.items()]
     details = [
-        ("All options", Table(("option", "value"), options, words=frozenset({0, 1}))),
-        ("Versions", Table(("package", "version"), versions, words=frozenset({0, 1}))),
+        ("All options", Table(("option", "value"), options, words={0, 1})),
+        ("Versions", Table(("package", "version"), list(run.versions.items()), words={0, 1})),
     ]
-    sections.append(
-        Section(
-            "Options",
-            table=changed if changed.rows else None,
-            note="" if changed.rows else "All options have their default values.",
-            details=[(name, table) for name, table in details if table.rows],
-        )
-    )
-    count = f"{_devices(len(run.devices))} on {source(run)}" if run.devices else f"A run on {source(run)}"
+    unchanged = "" if changed.rows else "All options have their default values."
+    sections.append(Section("Options", table=changed, note=unchanged, details=details))
+    title = f"{_devices(len(run.devices))} on {source(run)}" if run.devices else f"A run on {source(run)}"
     where, picker = f"The run's folder: {run.path}", [device.device for device in run.devices]
-    return Page(count, lead(run), sections, headline(run), run.missing, where, picker)
+    return Page(title, lead(run), sections, headline(run), run.missing, where, picker)
 
 
 # -- sentences ---------------------------------------------------------------------------------------------------------
@@ -81,10 +76,10 @@ def headline(run: Run) -> list[tuple[str, str]]:
     """Returns the most important values, each with its name."""
     if not run.equipped:
         return []
-    personal, pruned = _mean(run, "personal"), _mean(run, "pruned")
+    mean = series.accuracies(run).mean()
     return [
-        (f"{personal:.3f}", "mean personal accuracy"),
-        (f"{personal - pruned:+.3f}", "against the pruned models before training"),
+        (f"{mean['personal']:.3f}", "mean personal accuracy"),
+        (f"{mean['personal'] - mean['pruned']:+.3f}", "against the pruned models before training"),
         (_shares(run), "of the dense model's MACs"),
         (size(series.total_bytes(run.devices, "up")), "sent by all devices"),
     ]
@@ -92,8 +87,8 @@ def headline(run: Run) -> list[tuple[str, str]]:
 
 def _setup(run: Run) -> str:
     config, equipped = run.config, run.equipped
-    images = _between([str(n) for n in sorted(device.train_samples for device in equipped)])
-    classes = _between([str(n) for n in sorted(device.classes for device in equipped if device.classes)])
+    images = _between([device.train_samples for device in equipped])
+    classes = _between([device.classes for device in equipped if device.classes])
     holding = f"{images} training images of {source(run)}" + (f" from {classes} classes" if classes else "")
     method = str(config.get("personalize.method"))
     return (
@@ -106,21 +101,22 @@ def _setup(run: Run) -> str:
 
 
 def _result(run: Run) -> str:
-    personal, pruned, dense = _mean(run, "personal"), _mean(run, "pruned"), series.mean_accuracy(run, "dense")
-    dense_too = f" and {_against(personal - dense)} the dense model ({dense:.3f})" if dense is not None else ""
-    best, lost = max(run.equipped, key=series.gain), [device for device in run.equipped if series.gain(device) < 0]
-    worse = f"{_named(lost)} became less accurate" if lost else "no device became less accurate"
+    found = series.accuracies(run)
+    mean, gain = found.mean(), found["personal"] - found["pruned"]
+    personal, pruned, dense = (mean[stage] for stage in ("personal", "pruned", "dense"))
+    dense_too = f" and {_against(personal - dense)} the dense model ({dense:.3f})" if pd.notna(dense) else ""
+    best, lost = found.loc[gain.idxmax()], found.index[gain < 0].tolist()
+    worse = f"{named(lost).capitalize()} became less accurate" if lost else "no device became less accurate"
     gained = (
-        f"Training helped device {best.device} most, from {best.pruned_accuracy:.3f} to "
-        f"{best.personal_accuracy:.3f}; {worse}."
-        if series.gain(best) > 0
+        f"Training helped device {best.name} most, from {best['pruned']:.3f} to {best['personal']:.3f}; {worse}."
+        if gain.max() > 0
         else "Training helped no device."
     )
-    tenth = sorted(device.personal_accuracy for device in run.equipped)[: -(-len(run.equipped) // 10)]
+    tenth = found["personal"].nsmallest(-(-len(found) // 10)).mean()
     return (
         f"On the devices' own test images the mean accuracy of the personal models is {personal:.3f}, "
         f"{_against(personal - pruned)} the pruned models before training ({pruned:.3f}){dense_too}. {gained} The "
-        f"mean of the worst tenth of the devices is {np.mean(tenth):.3f}."
+        f"mean of the worst tenth of the devices is {tenth:.3f}."
     )
 
 
@@ -134,23 +130,17 @@ def _cost(run: Run) -> str:
             real = sum(run.seconds.values())
             here = f"; here it took {duration(real)}" if real else ""
             sentences.append(f"On devices of these profiles the run would take {duration(simulated)}{here}.")
-    if generic := [device for device in run.equipped if device.generic]:
-        sentences.append(f"{_named(generic)} sent no mixture and got the generic plan.")
-    if without := [device for device in run.devices if not device.params]:
-        sentences.append(f"{_named(without)} got no model.")
+    if generic := [device.device for device in run.equipped if device.generic]:
+        sentences.append(f"{named(generic).capitalize()} sent no mixture and got the generic plan.")
+    if without := [device.device for device in run.devices if not device.params]:
+        sentences.append(f"{named(without).capitalize()} got no model.")
     if run.summary and run.summary.epsilon is not None:
         sentences.append(f"Differential privacy of the shared adapters: ε ≤ {run.summary.epsilon:.3g}.")
     return " ".join(sentences)
 
 
-def _mean(run: Run, stage: str) -> float:
-    mean = series.mean_accuracy(run, stage)
-    assert mean is not None
-    return mean
-
-
 def _shares(run: Run) -> str:
-    return _between([f"{share:.0%}" for share in sorted(device.macs_share for device in run.equipped)])
+    return _between([device.macs_share for device in run.equipped], ".0%")
 
 
 def _against(difference: float) -> str:
@@ -161,15 +151,10 @@ def _devices(count: int) -> str:
     return f"{count} device{'s' if count != 1 else ''}"
 
 
-def _named(devices: Sequence[DeviceRecord]) -> str:
-    if len(devices) > 8:
-        return f"{len(devices)} devices"
-    return f"Device{'s' if len(devices) > 1 else ''} {', '.join(str(device.device) for device in devices)}"
-
-
-def _between(values: Sequence[str]) -> str:
-    """Returns the first and the last of sorted values, or one if they are the same."""
-    return " to ".join(dict.fromkeys((values[0], values[-1]))) if values else ""
+def _between(values: Sequence[float], form: str = "") -> str:
+    """Returns the lowest and the highest of the values, or one if they look the same; nothing if there are none."""
+    ends = (min(values), max(values)) if values else ()
+    return " to ".join(dict.fromkeys(f"{end:{form}}" for end in ends))
 
 
 # -- tables ------------------------------------------------------------------------------------------------------------
@@ -177,58 +162,56 @@ def _between(values: Sequence[str]) -> str:
 
 def devices(run: Run) -> Table:
     """Returns a row a device: its data, its model, its accuracies, and its traffic."""
-    costs = {"MACs": "macs", "params": "params"}
-    if run.equipped:
-        first = run.equipped[0]
-        dense = {name: getattr(first, name) / getattr(first, f"{name}_share") for name in costs.values()}
-        costs = {f"{title}, of {count(dense[name])}": name for title, name in costs.items()}
-    profiles = ["profile"] if any(device.profile.name for device in run.devices) else []
-    columns = ["device", *profiles, "images", "classes", "budget", *costs, *series.STAGES, "gain", "α", "up", "down"]
+    titles = {"macs": "MACs", "params": "params"}
+    for device in run.equipped[:1]:
+        dense = {name: getattr(device, name) / getattr(device, f"{name}_share") for name in titles}
+        titles = {name: f"{title}, of {count(dense[name])}" for name, title in titles.items()}
+    accuracies, apfl = series.accuracies(run), run.config.get("personalize.method") == "apfl"
+    rows = []
+    for device in run.devices:
+        data = {
+            "device": str(device.device),
+            "profile": device.profile.name or "",
+            "images": f"{device.train_samples} + {device.test_samples}",
+            "classes": str(device.classes or "?"),
+            "budget": str(device.profile.budget),
+        }
+        model = dict.fromkeys([*titles.values(), *series.STAGES, "gain", "α"], "–")
+        if device.params:
+            reached = accuracies.loc[device.device]
+            model |= {
+                titles["macs"]: f"{count(device.macs)}, {device.macs_share:.1%}",
+                titles["params"]: f"{count(device.params)}, {device.params_share:.0%}",
+                **{stage: shown_accuracy(value) for stage, value in reached.items()},
+                "gain": f"{reached['personal'] - reached['pruned']:+.3f}",
+                "α": f"{device.alpha:.3f}" if apfl and device.rounds else "–",
+            }
+        rows.append(data | model | {side: size(series.total_bytes([device], side)) for side in ("up", "down")})
+    profiles = any(row["profile"] for row in rows)
+    columns = [column for column in rows[0] if column != "profile" or profiles]
     return Table(
         columns,
-        [_device(run, device, bool(profiles)) for device in run.devices],
+        [[row[column] for column in columns] for row in rows],
         keys=[device.device for device in run.devices],
-        words=frozenset({1} if profiles else ()),
+        words={1} if profiles else (),
         note="images: training + test; gain: personal minus pruned accuracy.",
     )
 
 
-def _device(run: Run, device: DeviceRecord, named: bool) -> list[str]:
-    head = [
-        str(device.device),
-        *([device.profile.name or ""] if named else []),
-        f"{device.train_samples} + {device.test_samples}",
-        str(device.classes or "?"),
-        str(device.profile.budget),
-    ]
-    traffic = [size(series.total_bytes([device], side)) for side in ("up", "down")]
-    if not device.params:
-        return [*head, *["–"] * 8, *traffic]
-    interpolates = run.config.get("personalize.method") == "apfl" and device.rounds
-    return [
-        *head,
-        f"{count(device.macs)}, {device.macs_share:.1%}",
-        f"{count(device.params)}, {device.params_share:.0%}",
-        *(shown_accuracy(series.accuracy(device, stage)) for stage in series.STAGES),
-        f"{series.gain(device):+.3f}",
-        f"{device.alpha:.3f}" if interpolates else "–",
-        *traffic,
-    ]
-
-
 def events(run: Run) -> Table:
-    """Returns failures and absences, equal ones in one row."""
-    rows = [
-        [
-            str(row["what"]),
-            str(row["where"]) + (f" {_some(row['rounds'])}" if row["rounds"] else ""),
-            str(row["times"]),
-            _some(row["devices"]),
-            str(row["reason"]),
-        ]
-        for row in series.events(run)
-    ]
-    return Table(("what", "where", "times", "devices", "reason"), rows, words=frozenset({0, 1, 3, 4}))
+    """Returns failures and absences, equal ones in one row, the most frequent first."""
+    groups: dict[tuple[str, str, str], list[tuple[int, str]]] = defaultdict(list)
+    for failure in run.of(FailureLine):
+        where, number = "rounds" if failure.phase.startswith("round ") else failure.phase, failure.phase[6:]
+        groups["failure or refusal", where, failure.reason].append((failure.device, number))
+    for absence in run.of(AbsenceLine):
+        groups["absence", "rounds", absence.reason].append((absence.device, str(absence.round)))
+    rows = []
+    for (what, where, reason), found in sorted(groups.items(), key=lambda each: -len(each[1])):
+        devices, rounds = sorted({i for i, _ in found}), sorted({t for _, t in found}, key=lambda t: (len(t), t))
+        place = f"rounds {_some(rounds)}" if where == "rounds" else where
+        rows.append([what, place, str(len(found)), _some(devices), reason])
+    return Table(("what", "where", "times", "devices", "reason"), rows, words={0, 1, 3, 4})
 
 
 def changed_options(run: Run) -> Table:
@@ -239,7 +222,7 @@ def changed_options(run: Run) -> Table:
         for name, value in run.config.items()
         if name not in PLACE and defaults.get(name) != value
     ]
-    return Table(("option", "value", "default"), rows, words=frozenset({0, 1, 2}))
+    return Table(("option", "value", "default"), rows, words={0, 1, 2})
 
 
 def shown_option(value: object) -> str:
@@ -247,7 +230,7 @@ def shown_option(value: object) -> str:
 
 
 def shown_accuracy(value: float | None) -> str:
-    return "–" if value is None else f"{value:.3f}"
+    return "–" if pd.isna(value) else f"{value:.3f}"
 
 
 def _some(values: Sequence[object], most: int = 12) -> str:

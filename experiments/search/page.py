@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import warnings
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,18 @@ from optuna.distributions import CategoricalDistribution
 from optuna.importance import get_param_importances
 from optuna.trial import FrozenTrial, TrialState
 
-from experiments.figures.figure import ZOOM, Figure, Row, chart, layered, round_axis, value_axis, zoomed
+from experiments.figures.figure import (
+    ZOOM,
+    Figure,
+    Row,
+    chart,
+    labelled_bars,
+    layered,
+    round_axis,
+    tips,
+    value_axis,
+    zoomed,
+)
 from experiments.figures.page import Page, Section, render
 from tapfl.store import write_bytes
 
@@ -51,15 +62,16 @@ def page_of_search(study: optuna.Study, rungs: Sequence[int], loss: str) -> Page
 
 def history(completed: Sequence[FrozenTrial], loss: str) -> Figure | None:
     """Returns the loss of each completed trial and the best so far."""
-    rows: list[Row] = []
-    for trial in completed:
-        best = min(rows[-1]["best"], _loss(trial)) if rows else _loss(trial)
-        rows.append({"trial": trial.number, "loss": _loss(trial), "best": best})
+    losses = [_loss(trial) for trial in completed]
+    rows = [
+        {"trial": trial.number, "loss": loss, "best": best}
+        for trial, loss, best in zip(completed, losses, accumulate(losses, min), strict=True)
+    ]
     if not rows:
         return None
     x = alt.X("trial:Q", axis=alt.Axis(format="d", grid=False), scale=alt.Scale(zero=False, nice=False, padding=8))
     y = value_axis("loss", loss)
-    tooltip = ["trial:Q", alt.Tooltip("loss:Q", format=".4g"), alt.Tooltip("best:Q", title="best so far", format=".4g")]
+    tooltip = tips("trial:Q", "loss:Q||.4g", "best:Q|best so far|.4g")
     points = chart("trials").mark_point().encode(x=x, y=y, tooltip=tooltip)
     line = chart("trials").mark_line(interpolate="step-after").encode(x=x, y="best:Q", color=BEST)
     return Figure(
@@ -68,7 +80,6 @@ def history(completed: Sequence[FrozenTrial], loss: str) -> Figure | None:
         f"From {rows[0]['loss']:.4g} in the first completed trial to {rows[-1]['best']:.4g}, the best of {len(rows)}.",
         layered(line, points, height=300),
         {"trials": rows},
-        rows,
     )
 
 
@@ -86,48 +97,45 @@ def importances(study: optuna.Study) -> Figure | None:
     base = chart("options").encode(
         y=alt.Y("option:N", sort=None, title=None, axis=alt.Axis(labelLimit=220)),
         x=alt.X("importance:Q", axis=None),
-        tooltip=["option:N", alt.Tooltip("importance:Q", format=".3f")],
+        tooltip=tips("option:N", "importance:Q||.3f"),
     )
-    bars, text = base.mark_bar(height={"band": 0.62}), base.mark_text(align="left", dx=6).encode(text="text:N")
     return Figure(
         "importances",
         "Importance of each option",
         "Share of the variance of the loss that each option explains, among the completed trials (fANOVA): "
         + ", ".join(f"{row['option']} {row['text']}" for row in rows[:3])
         + ".",
-        layered(bars, text, height=30 * len(rows)),
+        layered(*labelled_bars(base), height=30 * len(rows)),
         {"options": rows},
-        [{"option": row["option"], "importance": row["importance"]} for row in rows],
+        columns=("option", "importance"),
     )
 
 
 def configurations(completed: Sequence[FrozenTrial], loss: str) -> Figure | None:
     """Returns the completed trials in parallel coordinates: a line each through its values of all options."""
-    axes = _axes(completed)
-    if not axes:
+    distributions = {name: each for trial in completed for name, each in trial.distributions.items()}
+    if not distributions:
         return None
     rows = [
-        {
-            "trial": t.number,
-            "loss": _loss(t),
-            "option": name,
-            "value": _text(t.params[name]),
-            "place": axis.place(t.params[name]),
-        }
+        {"trial": t.number, "loss": _loss(t), "option": name, "value": _text(value)}
+        | {"place": _place(distributions[name], value)}
         for t in completed
-        for name, axis in axes.items()
-        if name in t.params
+        for name, value in t.params.items()
     ]
     ends = [
-        {"option": name, "place": place, "text": text} for name, axis in axes.items() for place, text in axis.labels
+        {"option": name, "place": _place(each, value), "text": str(value) if choices else f"{value:g}"}
+        for name, each in distributions.items()
+        for choices in [getattr(each, "choices", ())]
+        for value in choices or (each.low, each.high)
     ]
-    x = alt.X("option:N", sort=None, title=None, scale=alt.Scale(domain=list(axes)), axis=alt.Axis(labelAngle=-20))
+    x = alt.X(
+        "option:N", sort=None, title=None, scale=alt.Scale(domain=list(distributions)), axis=alt.Axis(labelAngle=-20)
+    )
     y = alt.Y("place:Q", axis=None, scale=alt.Scale(domain=[0, 1], padding=12))
     colour = alt.Color("loss:Q", title=loss, scale=alt.Scale(reverse=True), legend=alt.Legend(title=loss))
-    tooltip = ["trial:Q", alt.Tooltip("loss:Q", format=".4g"), "option:N", "value:N"]
+    tooltip = tips("trial:Q", "loss:Q||.4g", "option:N", "value:N")
     rules = chart("ends").mark_rule(strokeWidth=1).encode(x=x, y=alt.value("height"), y2=alt.value(0))
-    lines = chart("trials").mark_line(strokeWidth=1.5).encode(x=x, y=y, color=colour, detail="trial:N")
-    points = chart("trials").mark_point(size=40).encode(x=x, y=y, color=colour, tooltip=tooltip)
+    lines, points = _lines(x, y, colour, tooltip)
     labels = chart("ends").mark_text(align="left", dx=8).encode(x=x, y=y, text="text:N")
     best = min(completed, key=_loss)
     return Figure(
@@ -152,47 +160,35 @@ def rounds(trials: Sequence[FrozenTrial], rungs: Sequence[int], loss: str) -> Fi
     ]
     if not rows:
         return None
-    x, y = round_axis(rows, "rounds"), value_axis("loss", loss)
+    x, y = round_axis([row["round"] for row in rows], "rounds"), value_axis("loss", loss)
     states = sorted({row["state"] for row in rows})
     colour = alt.Color("state:N", scale=alt.Scale(domain=states))
-    tooltip = ["trial:Q", "state:N", "round:Q", alt.Tooltip("loss:Q", format=".4g")]
+    tooltip = tips("trial:Q", "state:N", "round:Q", "loss:Q||.4g")
     rules = chart("rungs").mark_rule(strokeDash=[2, 3]).encode(x=alt.X("round:Q"))
-    lines = chart("trials").mark_line(strokeWidth=1.5).encode(x=x, y=y, color=colour, detail="trial:N")
-    points = chart("trials").mark_point(size=40).encode(x=x, y=y, color=colour, tooltip=tooltip)
+    lines, points = _lines(x, y, colour, tooltip)
     return Figure(
         "rounds",
         "Loss of every trial by rounds",
         f"A line a trial; dotted: the rungs, at {', '.join(map(str, rungs))} rounds, where trials are compared.",
         layered(rules, lines.add_params(zoomed()), points, height=320),
         {"trials": rows, "rungs": [{"round": t} for t in rungs]},
-        rows,
         wide=True,
         hint=ZOOM,
     )
 
 
-@dataclass(frozen=True)
-class _Axis:
-    """An axis of parallel coordinates: the place of each value in [0, 1], and (place, text) labels."""
-
-    place: Callable[[Any], float]
-    labels: Sequence[tuple[float, str]]
+def _lines(x: alt.X, y: alt.Y, colour: alt.Color, tooltip: Sequence[alt.Tooltip]) -> tuple[alt.Chart, alt.Chart]:
+    """Returns a line a trial and its points."""
+    base = chart("trials").encode(x=x, y=y, color=colour)
+    return base.mark_line(strokeWidth=1.5).encode(detail="trial:N"), base.mark_point(size=40).encode(tooltip=tooltip)
 
 
-def _axes(completed: Sequence[FrozenTrial]) -> dict[str, _Axis]:
-    """Returns an axis for each option of the trials: choices equally spaced, numbers from low to high."""
-    distributions = {name: each for trial in completed for name, each in trial.distributions.items()}
-    return {name: _axis(distribution) for name, distribution in distributions.items()}
-
-
-def _axis(distribution: Any) -> _Axis:
+def _place(distribution: Any, value: Any) -> float:
+    """Returns the place of a value on its option's axis in [0, 1]: choices equally spaced, numbers from low to high."""
     if isinstance(distribution, CategoricalDistribution):
-        places = {choice: (k + 0.5) / len(distribution.choices) for k, choice in enumerate(distribution.choices)}
-        return _Axis(places.__getitem__, [(place, str(choice)) for choice, place in places.items()])
-    scale = math.log if distribution.log else float
-    low, high = scale(distribution.low), scale(distribution.high)
-    ends = [(0.0, f"{distribution.low:g}"), (1.0, f"{distribution.high:g}")]
-    return _Axis(lambda value: (scale(value) - low) / (high - low), ends)
+        return (distribution.choices.index(value) + 0.5) / len(distribution.choices)
+    low, high, place = map(math.log if distribution.log else float, (distribution.low, distribution.high, value))
+    return (place - low) / (high - low)
 
 
 def _text(value: object) -> str:
