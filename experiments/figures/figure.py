@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import altair as alt
 import pandas as pd
@@ -17,7 +17,7 @@ from experiments.figures.theme import CATEGORIES, picture_config
 from tapfl.store import write_bytes
 
 Row = dict[str, Any]
-Rows = Sequence[Row] | pd.DataFrame
+Rows: TypeAlias = Sequence[Row] | pd.DataFrame
 Chart = alt.Chart | alt.LayerChart | alt.FacetChart | alt.HConcatChart | alt.VConcatChart | alt.ConcatChart
 
 DEVICE = "device"  # the variable of a figure that the page's device picker sets; null: all of them
@@ -179,9 +179,10 @@ def tips(*lines: str) -> list[alt.Tooltip]:
     return [alt.Tooltip(field, title=title or field[:-2], format=form or alt.Undefined) for field, title, form in parts]
 
 
-def labelled_bars(base: alt.Chart, text: str = "text:N", **bars: Any) -> list[alt.Chart]:
-    """Returns horizontal bars with their values as text at their ends; `bars` are encodings of the bars alone."""
-    values = base.mark_text(align="left", dx=6).encode(text=text)
+def labelled_bars(base: alt.Chart, y: alt.Y, value: str, **bars: Any) -> list[alt.Chart]:
+    """Returns horizontal bars of a field, with the field ``text`` at their ends; `bars` are encodings of them alone."""
+    base = base.encode(y=y, x=alt.X(f"{value}:Q", axis=None))
+    values = base.mark_text(align="left", dx=6).encode(text="text:N")
     return [base.mark_bar(height={"band": 0.62}).encode(**bars), values]
 
 
@@ -235,30 +236,23 @@ def panels_of_curves(
     margin = MARGIN * (max(values) - min(values))
     scale = alt.Scale(domain=[min(values) - margin, max(values) + margin], nice=False, zero=False)
     data = {f"panel {k}": panel.rows for k, panel in enumerate(panels)}
+    legend = alt.Legend(orient="right", columns=1, labelLimit=0, symbolOpacity=1, symbolStrokeWidth=0)
+    styles = line_styles("line", names, legend)
     drawn = []
     for k, (name, panel) in enumerate(zip(data, panels, strict=True)):
-        layers = _layers(name, panel, value if k % columns == 0 else "", names, (scale, bars))
+        ticks = alt.Axis(tickCount=max((row["x"] for row in panel.rows), default=1)) if panel.whole else alt.Axis()
+        x = alt.X("x:Q", title=panel.across, scale=alt.Scale(zero=False, nice=False, padding=8), axis=ticks)
+        y = alt.Y("mean:Q", title=value if k % columns == 0 else None, scale=scale)
+        base = alt.Chart(alt.NamedData(name=name)).encode(x=x, color=styles["color"])
+        spread = base.mark_rule(strokeWidth=1.5) if bars else base.mark_area(opacity=0.14)
+        level = alt.Chart(alt.InlineData(values=[{"text": "dense"}])).encode(y=alt.YDatum(panel.dense, scale=scale))
+        layers = [
+            spread.encode(y=alt.Y("low:Q", scale=scale), y2="high:Q"),
+            level.mark_rule(strokeDash=[2, 3]),
+            level.mark_text(align="left", baseline="bottom", dx=4, dy=-2).encode(x=alt.value(0), text="text:N"),
+            base.mark_line().encode(y=y, strokeDash=styles["strokeDash"]),
+            base.mark_point().encode(y=y, shape=styles["shape"]),
+        ]
         title = {"title": alt.TitleParams(panel.title.split("\n"), fontSize=12, offset=8)} if panel.title else {}
         drawn.append(alt.layer(*layers).properties(width=size[0], height=size[1], **title))
     return alt.concat(*drawn, columns=columns, spacing=24), data
-
-
-def _layers(name: str, panel: Panel, value: str, names: Sequence[str], form: tuple[alt.Scale, bool]) -> list[alt.Chart]:
-    scale, bars = form
-    ticks = alt.Axis(tickCount=max((row["x"] for row in panel.rows), default=1)) if panel.whole else alt.Axis()
-    x = alt.X("x:Q", title=panel.across, scale=alt.Scale(zero=False, nice=False, padding=8), axis=ticks)
-    y = alt.Y("mean:Q", title=value or None, scale=scale)
-    styles = line_styles(
-        "line", names, alt.Legend(orient="right", columns=1, labelLimit=0, symbolOpacity=1, symbolStrokeWidth=0)
-    )
-    colour = {"color": styles["color"]}
-    base = alt.Chart(alt.NamedData(name=name)).encode(x=x)
-    spread = base.mark_rule(strokeWidth=1.5) if bars else base.mark_area(opacity=0.14)
-    level = alt.Chart(alt.InlineData(values=[{"text": "dense"}])).encode(y=alt.YDatum(panel.dense, scale=scale))
-    return [
-        spread.encode(y=alt.Y("low:Q", scale=scale), y2="high:Q", **colour),
-        level.mark_rule(strokeDash=[2, 3]),
-        level.mark_text(align="left", baseline="bottom", dx=4, dy=-2).encode(x=alt.value(0), text="text:N"),
-        base.mark_line().encode(y=y, **colour, strokeDash=styles["strokeDash"]),
-        base.mark_point().encode(y=y, **colour, shape=styles["shape"]),
-    ]

@@ -8,23 +8,8 @@ import altair as alt
 import numpy as np
 import pandas as pd
 
-from experiments.figures.figure import (
-    DEVICE,
-    PICKED,
-    ZOOM,
-    Figure,
-    chart,
-    device_axis,
-    device_height,
-    faded,
-    labelled_bars,
-    layered,
-    round_axis,
-    tips,
-    unless_picked,
-    value_axis,
-    zoomed,
-)
+from experiments.figures import figure as fig
+from experiments.figures.figure import PICKED, ZOOM, Figure, chart, layered, tips
 from experiments.output import duration, size
 from experiments.report import series
 from experiments.report.reading import Run
@@ -36,7 +21,7 @@ MARKS: dict[str, tuple[str, int]] = {
     "global": ("diamond", 130),
     "dense": ("M-0.2,-1.4H0.2V1.4H-0.2Z", 130),
 }
-ONE_PICKED = f"{DEVICE} !== null && {PICKED}"
+ONE_PICKED = f"{fig.DEVICE} !== null && {PICKED}"
 
 
 def mark_scales() -> dict[str, Any]:
@@ -61,17 +46,19 @@ def accuracy(run: Run) -> Figure | None:
     spans = pd.DataFrame({"low": found.min(axis=1), "high": found.max(axis=1)}).reset_index()
     long = found[list(MARKS)[::-1]].melt(var_name="stage", value_name="accuracy", ignore_index=False).dropna()
     x = alt.X("accuracy:Q", title="accuracy on the device's own test images", scale=alt.Scale(zero=False, nice=True))
-    y = device_axis(devices)
-    span = chart("spans").mark_rule(strokeWidth=2).encode(y=y, x=alt.X("low:Q"), x2="high:Q", opacity=faded(0.1, 0.45))
+    y = fig.device_axis(devices)
+    span = (
+        chart("spans").mark_rule(strokeWidth=2).encode(y=y, x=alt.X("low:Q"), x2="high:Q", opacity=fig.faded(0.1, 0.45))
+    )
     tooltip = tips("device:O", *(f"of {stage}:Q|{stage}|.3f" for stage in means.index))
-    points = chart("accuracies").mark_point().encode(y=y, x=x, **mark_scales(), opacity=faded(), tooltip=tooltip)
+    points = chart("accuracies").mark_point().encode(y=y, x=x, **mark_scales(), opacity=fig.faded(), tooltip=tooltip)
     best = found.loc[gain.idxmax()]
     return Figure(
         "accuracy",
         "Accuracy of each device, from dense to personal",
         f"One line a device, one mark a model. Means: {', '.join(f'{stage} {v:.3f}' for stage, v in means.items())}. "
         f"Device {best.name} gained most by training: {best['pruned']:.3f} pruned, {best['personal']:.3f} personal.",
-        layered(span, points, height=device_height(devices)),
+        layered(span, points, height=fig.device_height(devices)),
         {"spans": spans, "accuracies": long.join(found.add_prefix("of ")).reset_index()},
         found.reset_index(),
         wide=True,
@@ -85,10 +72,10 @@ def curves(run: Run) -> Figure | None:
     means = series.spread(found, "accuracy")
     legend = alt.Legend(values=list(series.KINDS), symbolOpacity=1)
     colour = alt.Color("kind:N", scale=alt.Scale(domain=list(MARKS)), legend=legend)
-    mean = chart("means").encode(x=round_axis(means["round"]), color=colour)
-    own = chart("devices").encode(x=round_axis(means["round"]), y="accuracy:Q", color=colour)
+    mean = chart("means").encode(x=fig.round_axis(means["round"]), color=colour)
+    own = chart("devices").encode(x=fig.round_axis(means["round"]), y="accuracy:Q", color=colour)
     own = own.transform_filter(ONE_PICKED)
-    y = value_axis("mean", "accuracy on own test images")
+    y = fig.value_axis("mean", "accuracy on own test images")
     last = means.groupby("kind")["mean"].last()
     return Figure(
         "curves",
@@ -98,8 +85,8 @@ def curves(run: Run) -> Figure | None:
         f"{means['round'].iloc[-1]}.",
         layered(
             mean.mark_area(opacity=0.14).encode(y=alt.Y("low:Q"), y2="high:Q"),
-            mean.mark_line().encode(y=y, opacity=unless_picked()).add_params(zoomed()),
-            mean.mark_point(size=50).encode(y=y, opacity=unless_picked(), tooltip=_spread_tips("accuracy")),
+            mean.mark_line().encode(y=y, opacity=fig.unless_picked()).add_params(fig.zoomed()),
+            mean.mark_point(size=50).encode(y=y, opacity=fig.unless_picked(), tooltip=_spread_tips("accuracy")),
             own.mark_line(),
             own.mark_point(size=50).encode(tooltip=tips("device:O", "round:Q", "kind:N", "accuracy:Q||.3f")),
             height=300,
@@ -115,8 +102,8 @@ def alpha(run: Run) -> Figure | None:
     found = series.alphas(run)
     if found.empty:
         return None
-    x = round_axis(found["round"])
-    each = chart("devices").encode(x=x, y=value_axis("α", "α"))
+    x = fig.round_axis(found["round"])
+    each = chart("devices").encode(x=x, y=fig.value_axis("α", "α"))
     dots = alt.condition(PICKED, alt.value(0.4), alt.value(0.0))
     mean = chart("means").encode(x=x, y="mean:Q", color=alt.value(alt.ExprRef("ink")))
     last = found["α"][found["round"] == found["round"].max()]
@@ -126,9 +113,11 @@ def alpha(run: Run) -> Figure | None:
         f"A line a device; dashed: the mean. α starts at {found['α'].iloc[0]:g} and ends between {last.min():.3f} and "
         f"{last.max():.3f}.",
         layered(
-            each.mark_line(strokeWidth=1.5).encode(detail="device:N", opacity=faded(0.08, 0.4)).add_params(zoomed()),
+            each.mark_line(strokeWidth=1.5)
+            .encode(detail="device:N", opacity=fig.faded(0.08, 0.4))
+            .add_params(fig.zoomed()),
             each.mark_point(size=40).encode(opacity=dots, tooltip=tips("device:O", "round:Q", "α:Q||.3f")),
-            mean.mark_line(strokeDash=[6, 4]).encode(opacity=unless_picked(0.35), tooltip=_spread_tips("α")),
+            mean.mark_line(strokeDash=[6, 4]).encode(opacity=fig.unless_picked(0.35), tooltip=_spread_tips("α")),
             height=300,
         ),
         {"devices": found, "means": series.spread(found, "α")},
@@ -157,10 +146,10 @@ def traffic(run: Run) -> Figure | None:
         .transform_filter(PICKED)
         .transform_aggregate(bytes="sum(bytes)", groupby=["what", "direction", "kind"])
         .transform_calculate(text=shown)
-        .encode(y=alt.Y("what:N", sort=None, title=None, scale=alt.Scale(domain=order)), x=alt.X("bytes:Q", axis=None))
     )
+    y = alt.Y("what:N", sort=None, title=None, scale=alt.Scale(domain=order))
     colour = alt.Color("direction:N", scale=alt.Scale(domain=["up", "down"]))
-    bars = labelled_bars(base, color=colour, tooltip=tips("kind:N", "direction:N", "bytes:Q||,"))
+    bars = fig.labelled_bars(base, y, "bytes", color=colour, tooltip=tips("kind:N", "direction:N", "bytes:Q||,"))
     sent, received = (size(series.total_bytes(run.devices, side)) for side in ("up", "down"))
     most = ", ".join(f"{what} {size(part)}" for what, part in sums.head(3).items())
     return Figure(
@@ -178,14 +167,15 @@ def phases(run: Run) -> Figure | None:
         return None
     named = {"dense backbone" if name == "backbone" else name: seconds for name, seconds in run.seconds.items()}
     rows = [{"phase": name, "seconds": value, "text": duration(value)} for name, value in named.items()]
-    base = chart("phases").encode(y=alt.Y("phase:N", sort=None, title=None), x=alt.X("seconds:Q", axis=None))
+    y = alt.Y("phase:N", sort=None, title=None)
+    bars = fig.labelled_bars(chart("phases"), y, "seconds", tooltip=tips("phase:N", "text:N|took"))
     return Figure(
         "real-phases",
         "Wall time by phase",
         f"{duration(sum(named.values()))} on this machine in all: "
         + ", ".join(f"{row['phase']} {row['text']}" for row in rows)
         + ".",
-        layered(*labelled_bars(base, tooltip=tips("phase:N", "text:N|took")), height=30 * len(rows)),
+        layered(*bars, height=30 * len(rows)),
         {"phases": rows},
         columns=("phase", "seconds"),
     )
@@ -210,7 +200,7 @@ def simulated_rounds(run: Run) -> Figure | None:
     if not found["seconds"].any():
         return None
     title, axis = "simulated seconds", "round (0: round zero)"
-    bars = _round_bars("rounds", title, axis, "slowest:O|slowest device").encode(opacity=unless_picked(0.3))
+    bars = _round_bars("rounds", title, axis, "slowest:O|slowest device").encode(opacity=fig.unless_picked(0.3))
     return Figure(
         "simulated-rounds",
         "Simulated time by round, set by its slowest device",

@@ -10,23 +10,8 @@ from pathlib import Path
 import altair as alt
 import pandas as pd
 
-from experiments.figures.figure import (
-    LINE,
-    ZOOM,
-    Figure,
-    chart,
-    device_axis,
-    device_height,
-    devices_of,
-    faded,
-    labelled_bars,
-    layered,
-    line_styles,
-    round_axis,
-    tips,
-    value_axis,
-    zoomed,
-)
+from experiments.figures import figure as fig
+from experiments.figures.figure import ZOOM, Figure, chart, layered, tips
 from experiments.figures.page import Page, Section, Table
 from experiments.output import duration, size
 from experiments.report import series
@@ -133,7 +118,7 @@ def _stages(runs: dict[str, Run]) -> Figure:
         "runs",
         "Mean accuracy of each run, from dense to personal",
         f"Personal: {'; '.join(f'{name} {value:.3f}' for name, value in means.loc['personal'].items())}.",
-        drawn.encode(tooltip=tips("run:N", "stage:N", "accuracy:Q||.3f")).properties(height=(LINE + 4) * len(runs)),
+        drawn.encode(tooltip=tips("run:N", "stage:N", "accuracy:Q||.3f")).properties(height=(fig.LINE + 4) * len(runs)),
         {"means": found[::-1]},
         found,
         wide=True,
@@ -168,12 +153,12 @@ def _curves(runs: dict[str, Run]) -> list[Figure]:
 def _lines(found: pd.DataFrame, runs: Sequence[str], axis: str) -> list[alt.Chart]:
     scale = alt.Scale(nice=False, zero=False, padding=8)
     x = alt.X(f"{axis}:Q", title=TITLES[axis], scale=scale, axis=alt.Axis(grid=False))
-    x, styles = round_axis(found["round"]) if axis == "round" else x, line_styles("run", runs, _legend(runs))
-    y = value_axis("accuracy", "mean personal accuracy")
+    x, styles = fig.round_axis(found["round"]) if axis == "round" else x, fig.line_styles("run", runs, _legend(runs))
+    y = fig.value_axis("accuracy", "mean personal accuracy")
     base = chart("curves").encode(x=x, y=y, color=styles["color"])
     tooltip = tips("run:N", "round:Q", f"{axis}:Q||.4~g", "accuracy:Q||.3f")
     return [
-        base.mark_line().encode(strokeDash=styles["strokeDash"]).add_params(zoomed()),
+        base.mark_line().encode(strokeDash=styles["strokeDash"]).add_params(fig.zoomed()),
         base.mark_point(size=40).encode(shape=styles["shape"], tooltip=tooltip),
     ]
 
@@ -187,16 +172,16 @@ def _legend(runs: Sequence[str]) -> alt.Legend:
 def _devices(runs: dict[str, Run]) -> Figure:
     tables = [series.accuracies(run)[["pruned", "personal"]].reset_index() for run in runs.values()]
     found = pd.concat([table.assign(run=name) for name, table in zip(runs, tables, strict=True)])
-    devices, names, apart = devices_of(found), list(runs), len(runs) <= MOST_APART
+    devices, names, apart = fig.devices_of(found), list(runs), len(runs) <= MOST_APART
     title, scale = "personal accuracy on the device's own test images", alt.Scale(zero=False, padding=8)
     drawn = (
         chart("devices")
         .mark_point(size=60 if apart else 90, filled=apart, strokeWidth=2)
         .encode(
-            y=device_axis(devices),
+            y=fig.device_axis(devices),
             x=alt.X("personal:Q", title=title, scale=scale),
-            color=line_styles("run", names, _legend(names))["color"],
-            opacity=faded(),
+            color=fig.line_styles("run", names, _legend(names))["color"],
+            opacity=fig.faded(),
             tooltip=tips("run:N", "device:O", "pruned:Q||.3f", "personal:Q||.3f"),
         )
     )
@@ -209,7 +194,7 @@ def _devices(runs: dict[str, Run]) -> Figure:
         "Personal accuracy of each device by run",
         f"A line a device, a mark a run. The runs differ most on device {most}: {ends['min'][most]:.3f} to "
         f"{ends['max'][most]:.3f}.",
-        layered(drawn, height=(1 + len(names) // 3 if apart else 1) * device_height(devices)),
+        layered(drawn, height=(1 + len(names) // 3 if apart else 1) * fig.device_height(devices)),
         {"devices": found},
         columns=("run", "device", "pruned", "personal"),
         wide=True,
@@ -225,13 +210,10 @@ def _traffic(runs: dict[str, Run]) -> Figure:
     ]
     scale = alt.Scale(domain=DIRECTIONS)
     names = alt.Y("run:N", sort=None, title=None, axis=alt.Axis(labelLimit=220))
-    base = chart("bytes").encode(
-        y=names.scale(domain=list(runs), paddingInner=0.35),
-        yOffset=alt.YOffset("direction:N", sort=None, scale=scale),
-        x=alt.X("bytes:Q", axis=None),
-    )
+    names = names.scale(domain=list(runs), paddingInner=0.35)
+    base = chart("bytes").encode(yOffset=alt.YOffset("direction:N", sort=None, scale=scale))
     tooltip = tips("run:N", "direction:N", "bytes:Q||,")
-    bars = labelled_bars(base, color=alt.Color("direction:N", scale=scale), tooltip=tooltip)
+    bars = fig.labelled_bars(base, names, "bytes", color=alt.Color("direction:N", scale=scale), tooltip=tooltip)
     shown = "; ".join(f"{name} {size(sides['up'])} up, {size(sides['down'])} down" for name, sides in sums.items())
     return Figure(
         "bytes-by-run",

@@ -165,7 +165,8 @@ def read_run(path: Path) -> Run:
 
 def _options(path: Path) -> dict[str, Any]:
     """Returns the run's options, with defaults for those that a report needs and the run does not have."""
-    found: dict[str, Any] = dict(_whole(path, path / "config.json", _json(OPTIONS)) or {})
+    options = _whole(path, path / "config.json", _json(OPTIONS))
+    found: dict[str, Any] = dict(options or {})
     if not found:
         raise ConfigError(f"report {path}: is not a run's folder, which has the run's options in its config.json")
     defaults = RunConfig().flat()

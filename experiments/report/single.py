@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
 import pandas as pd
 
+from experiments.figures.figure import Figure
 from experiments.figures.page import Page, Section, Table
 from experiments.output import count, duration, size
 from experiments.report import charts, heatmaps, series
@@ -16,7 +17,7 @@ from experiments.report.reading import Run, named
 from strategies.records import AbsenceLine, FailureLine
 from tapfl.config import RunConfig
 
-CHAPTERS = {
+CHAPTERS: dict[str, Sequence[Callable[[Run], Figure | None]]] = {
     "How accurate the devices are": (charts.accuracy, charts.curves, charts.alpha),
     "Which images they hold, and which public images stand for them": (
         *(heatmaps.partition, heatmaps.metric_classes, heatmaps.coverage),

@@ -16,18 +16,8 @@ from optuna.distributions import CategoricalDistribution
 from optuna.importance import get_param_importances
 from optuna.trial import FrozenTrial, TrialState
 
-from experiments.figures.figure import (
-    ZOOM,
-    Figure,
-    Row,
-    chart,
-    labelled_bars,
-    layered,
-    round_axis,
-    tips,
-    value_axis,
-    zoomed,
-)
+from experiments.figures import figure as fig
+from experiments.figures.figure import ZOOM, Figure, Row, chart, layered, tips
 from experiments.figures.page import Page, Section, render
 from tapfl.store import write_bytes
 
@@ -70,7 +60,7 @@ def history(completed: Sequence[FrozenTrial], loss: str) -> Figure | None:
     if not rows:
         return None
     x = alt.X("trial:Q", axis=alt.Axis(format="d", grid=False), scale=alt.Scale(zero=False, nice=False, padding=8))
-    y = value_axis("loss", loss)
+    y = fig.value_axis("loss", loss)
     tooltip = tips("trial:Q", "loss:Q||.4g", "best:Q|best so far|.4g")
     points = chart("trials").mark_point().encode(x=x, y=y, tooltip=tooltip)
     line = chart("trials").mark_line(interpolate="step-after").encode(x=x, y="best:Q", color=BEST)
@@ -94,18 +84,15 @@ def importances(study: optuna.Study) -> Figure | None:
     rows = [{"option": name, "importance": share, "text": f"{share:.2f}"} for name, share in found.items()]
     if not rows:
         return None
-    base = chart("options").encode(
-        y=alt.Y("option:N", sort=None, title=None, axis=alt.Axis(labelLimit=220)),
-        x=alt.X("importance:Q", axis=None),
-        tooltip=tips("option:N", "importance:Q||.3f"),
-    )
+    y = alt.Y("option:N", sort=None, title=None, axis=alt.Axis(labelLimit=220))
+    bars = fig.labelled_bars(chart("options"), y, "importance", tooltip=tips("option:N", "importance:Q||.3f"))
     return Figure(
         "importances",
         "Importance of each option",
         "Share of the variance of the loss that each option explains, among the completed trials (fANOVA): "
         + ", ".join(f"{row['option']} {row['text']}" for row in rows[:3])
         + ".",
-        layered(*labelled_bars(base), height=30 * len(rows)),
+        layered(*bars, height=30 * len(rows)),
         {"options": rows},
         columns=("option", "importance"),
     )
@@ -113,7 +100,7 @@ def importances(study: optuna.Study) -> Figure | None:
 
 def configurations(completed: Sequence[FrozenTrial], loss: str) -> Figure | None:
     """Returns the completed trials in parallel coordinates: a line each through its values of all options."""
-    distributions = {name: each for trial in completed for name, each in trial.distributions.items()}
+    distributions: dict[str, Any] = {name: each for trial in completed for name, each in trial.distributions.items()}
     if not distributions:
         return None
     rows = [
@@ -160,7 +147,7 @@ def rounds(trials: Sequence[FrozenTrial], rungs: Sequence[int], loss: str) -> Fi
     ]
     if not rows:
         return None
-    x, y = round_axis([row["round"] for row in rows], "rounds"), value_axis("loss", loss)
+    x, y = fig.round_axis([row["round"] for row in rows], "rounds"), fig.value_axis("loss", loss)
     states = sorted({row["state"] for row in rows})
     colour = alt.Color("state:N", scale=alt.Scale(domain=states))
     tooltip = tips("trial:Q", "state:N", "round:Q", "loss:Q||.4g")
@@ -170,7 +157,7 @@ def rounds(trials: Sequence[FrozenTrial], rungs: Sequence[int], loss: str) -> Fi
         "rounds",
         "Loss of every trial by rounds",
         f"A line a trial; dotted: the rungs, at {', '.join(map(str, rungs))} rounds, where trials are compared.",
-        layered(rules, lines.add_params(zoomed()), points, height=320),
+        layered(rules, lines.add_params(fig.zoomed()), points, height=320),
         {"trials": rows, "rungs": [{"round": t} for t in rungs]},
         wide=True,
         hint=ZOOM,
