@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Annotated, Literal, NoReturn
 
 import typer
-from rich.table import Table
 
 from experiments import pruning_cli
 from experiments.bench import cli as bench_cli
@@ -29,7 +28,7 @@ from experiments.command_line import (
     options_of,
 )
 from experiments.deploy import cli as deploy_cli
-from experiments.output import command, console, flags, show_rows, show_summary
+from experiments.output import command, flags, show_line, show_rows, show_summary
 from experiments.report import cli as report_cli
 from tapfl.config import RunConfig
 from tapfl.errors import ConfigError, RunError, TapflError
@@ -69,9 +68,7 @@ def run(
     engine: Annotated[Engine, typer.Option(help="Flower's simulation, Ray actors, or this process")] = "flower",
     ray: RayOptions,
     as_json: JsonObject = False,
-    report: Annotated[
-        bool, typer.Option("--report/--no-report", help="also write report.html and figures/*.png")
-    ] = True,
+    report: Annotated[bool, typer.Option(help="also write report.html and figures/*.png")] = True,
 ) -> None:
     """Run one federation: summaries, pruning plans, smaller models, adapter rounds, personal models."""
     options = options_of(config, set)
@@ -79,6 +76,7 @@ def run(
     from experiments.jobs.pool import interruptible
     from experiments.preflight import resolve_run
     from strategies.progress import shown
+    from strategies.records import SUMMARY, read_summary
 
     if resume is not None and out is not None and out.absolute() != resume.absolute():
         raise ConfigError(f"--out {out}: a resumed run stays in its folder, {resume}")
@@ -86,40 +84,40 @@ def run(
     _require_ray(engine, ray)
     with shown():
         resolved = resolve_run(options, Path(str(path)), resume is not None or bool(options.get("resume")))
-    with interruptible(f"tapfl run --resume {resolved.out}"):
+    folder, again = Path(resolved.out), f"tapfl run --resume {resolved.out}"
+    with interruptible(again):
         try:
             with shown(), engine_of(engine, ray) as carry_out:
                 carry_out(resolved.flat(), resolved.devices.count)
         except OSError as error:
-            go_on = f"; once that is solved, continue with: tapfl run --resume {resolved.out}"
-            begun = (Path(resolved.out) / "config.json").is_file()
-            raise RunError(f"{of_the_system(error)}{go_on if begun else ''}") from error
-    if not (Path(resolved.out) / "summary.json").is_file():
-        raise RunError(f"the run ended without a result; continue with: tapfl run --resume {resolved.out}")
-    from strategies.records import read_summary
-
-    folder = Path(resolved.out)
+            begun = (folder / "config.json").is_file()
+            go_on = f"; once that is solved, continue with: {again}" if begun else ""
+            raise RunError(of_the_system(error) + go_on) from error
+    if not (folder / SUMMARY).is_file():
+        raise RunError(f"the run ended without a result; continue with: {again}")
     summary = read_summary(folder)
+    page = _report(folder) if report else None
     if as_json:
-        page = {"report": str(written)} if report and (written := _report(folder)) else {}
-        rest = summary.model_dump(exclude={"devices"})
-        print(json.dumps({"run": str(folder), **page, "devices": len(summary.devices), **rest}))
+        shared = {"run": str(folder)} | ({"report": str(page)} if page else {}) | {"devices": len(summary.devices)}
+        print(json.dumps(shared | summary.model_dump(exclude={"devices"})))
         return
-    screen = console()
-    show_summary(summary, screen)
-    screen.print(f"the run's folder: {folder}", highlight=False, soft_wrap=True)
-    if report and (written := _report(folder)):
-        screen.print(f"the report: {written}", highlight=False, soft_wrap=True)
+    show_summary(summary)
+    show_line(f"the run's folder: {folder}")
+    if page:
+        show_line(f"the report: {page}")
 
 
 @app.command()
 def options() -> None:
     """List every option of a run with its default. The names are those of --set, TOML files and flwr's --run-config."""
-    table = Table("option", "default", "meaning")
-    defaults = RunConfig().flat()
-    for name, value in defaults.items():
-        table.add_row(name, str(value) or "(empty)", _describe(name))
-    console().print(table)
+    rows = []
+    for name, value in RunConfig().flat().items():
+        section, _, option = name.rpartition(".")
+        model = type(getattr(RunConfig(), section)) if section else RunConfig
+        field = model.model_fields[option.replace("-", "_")]
+        meaning = field.description or " | ".join(map(str, getattr(field.annotation, "__args__", ())))
+        rows.append({"option": name, "default": str(value) or "(empty)", "meaning": meaning})
+    show_rows(rows, as_json=False)
 
 
 @app.command()
@@ -127,8 +125,7 @@ def options() -> None:
 def sweep(
     *,
     config: Annotated[
-        Path,
-        typer.Option(help="TOML: a table \\[grid] of lists, tables \\[\\[run]], options of all runs"),
+        Path, typer.Option(help="TOML: a table \\[grid] of lists, tables \\[\\[run]], options of all runs")
     ],
     out: Annotated[Path, typer.Option(help="folder of the runs; runs that are finished there are not repeated")],
     engine: Annotated[Engine, typer.Option(help="engine of each run")] = "inprocess",
@@ -214,12 +211,9 @@ def search(
     if as_json:
         print(json.dumps(vars(found) | {"folder": str(found.folder)}))
         return
-    screen = console()
-    rows = [{"option": name, "value": str(value)} for name, value in found.params.items()]
-    show_rows(rows, as_json=False)
-    screen.print(f"trial {found.trial}: {found.loss:.4f} after {found.rounds} rounds", highlight=False)
-    files = f"as options: {found.folder / 'best.toml'}; in pictures: {found.folder / 'search.html'}"
-    screen.print(files, highlight=False, soft_wrap=True)
+    show_rows([{"option": name, "value": str(value)} for name, value in found.params.items()], as_json=False)
+    show_line(f"trial {found.trial}: {found.loss:.4f} after {found.rounds} rounds")
+    show_line(f"as options: {found.folder / 'best.toml'}; in pictures: {found.folder / 'search.html'}")
 
 
 def _report(folder: Path) -> Path | None:
@@ -232,14 +226,6 @@ def _report(folder: Path) -> Path | None:
         reason = f"{type(error).__name__}: {error}"
         print(f"tapfl: no report was written ({reason}); try again with: tapfl report {folder}", file=sys.stderr)
         return None
-
-
-def _describe(name: str) -> str:
-    section, _, option = name.rpartition(".")
-    model = type(getattr(RunConfig(), section)) if section else RunConfig
-    field = model.model_fields[option.replace("-", "_")]
-    choices = getattr(field.annotation, "__args__", ())
-    return field.description or (" | ".join(map(str, choices)) if choices else "")
 
 
 def _require_ray(engine: str, options: RayOptions, needs_ray: Sequence[str] = NEED_RAY) -> None:
@@ -258,17 +244,12 @@ def main() -> NoReturn:
     """Entry point: every TapflError becomes one line on standard error and an exit code."""
     try:
         app()
-    except RunError as error:
-        _fail(error, 1)
+        sys.exit(0)
     except TapflError as error:
-        _fail(error, 2)
+        reason, code = str(error), 1 if isinstance(error, RunError) else 2
     except OSError as error:  # a full disk, a folder that cannot be written
-        _fail(RunError(of_the_system(error)), 1)
-    sys.exit(0)
-
-
-def _fail(error: TapflError, code: int) -> NoReturn:
-    print(f"tapfl: {error}", file=sys.stderr)
+        reason, code = of_the_system(error), 1
+    print(f"tapfl: {reason}", file=sys.stderr)
     sys.exit(code)
 
 

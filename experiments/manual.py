@@ -19,12 +19,12 @@ from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files, InclusionLevel
 from mkdocs.structure.pages import Page
 
+from experiments.output import as_markdown
 from tapfl.config import RunConfig
 
 ROOT = Path(__file__).parents[1]
 TABLE = re.compile(r"^<!-- table: (\w+) -->$", re.MULTILINE)
 LINK = re.compile(r"\]\(((?:\.\./)+[^)#\s]+)\)")
-PIPE = re.compile(r"\|(?=[^`]*(?:`[^`]*`[^`]*)*$)")  # outside of code
 LANGUAGES = {".py": "python", ".toml": "toml", ".yml": "yaml", ".csv": "text", ".json": "json"}
 HUGE = 10**9  # a bound against mistyped numbers, not worth a reader's time
 BOUNDS = {"exclusiveMinimum": ">", "minimum": "≥", "exclusiveMaximum": "<", "maximum": "≤"}
@@ -99,13 +99,13 @@ def _uri(file: Path) -> str:
 
 def options_table() -> str:
     """Returns every option of a run, in one table for each section."""
-    schema, defaults = RunConfig.model_json_schema(), RunConfig().flat()
-    sections = {name: schema["$defs"][part["$ref"].rpartition("/")[2]] for name, part in _properties(schema, "$ref")}
-    parts = ["## The run\n\n" + _options(dict(_properties(schema, "title")), defaults)]
-    for name, section in sections.items():
-        fields = {f"{name}.{option}": field for option, field in section["properties"].items()}
-        parts.append(f"## {name}\n\n{section['description']}\n\n{_options(fields, defaults)}")
-    return "\n\n".join(parts)
+    schema = RunConfig.model_json_schema()
+    parts = [f"## The run\n\n{_options('', {k: part for k, part in schema['properties'].items() if 'title' in part})}"]
+    for name, part in schema["properties"].items():
+        if "$ref" in part:
+            section = schema["$defs"][part["$ref"].rpartition("/")[2]]
+            parts.append(f"## {name}\n\n{section['description']}\n\n{_options(f'{name}.', section['properties'])}")
+    return "\n".join(parts)
 
 
 def criteria_table() -> str:
@@ -118,47 +118,41 @@ def criteria_table() -> str:
         criterion = criterion_of(name)
         defaults = ", ".join(f"{key.replace('_', '-')} = {value}" for key, value in criterion.defaults.items())
         file = f"[{module.rpartition('.')[2]}.py](../../{module.replace('.', '/')}.py)"
-        rows.append([f"`{name}`", criterion.about, defaults or "those of `tap`", file])
-    return table(["criterion", "what it is", "`auto` stands for", "file"], rows)
+        rows.append(
+            {
+                "criterion": f"`{name}`",
+                "what it is": criterion.about,
+                "`auto` stands for": defaults or "those of `tap`",
+                "file": file,
+            }
+        )
+    return as_markdown(rows)
 
 
 def configs_table() -> str:
     """Returns the ready configurations: what each one is for, and the commands that its first comment names."""
     rows = []
     for file in sorted((ROOT / "experiments" / "configs").glob("*.toml")):
-        purpose, lines = about(file)
-        named = "<br>".join(f"`{line}`" for line in lines)
-        rows.append([f"[{file.name}](../../experiments/configs/{file.name})", purpose, named])
-    return table(["file", "what for", "command"], rows)
+        head = takewhile(lambda line: line[:1] == "#", file.read_text().splitlines())
+        comment = [line[1:].strip() for line in head]
+        purpose = " ".join(takewhile(lambda line: not line.startswith("tapfl "), comment)).rstrip(":")
+        named = "<br>".join(f"`{line}`" for line in comment if line.startswith("tapfl "))
+        link = f"[{file.name}](../../experiments/configs/{file.name})"
+        rows.append({"file": link, "what for": purpose, "command": named})
+    return as_markdown(rows)
 
 
 TABLES = {"options": options_table, "criteria": criteria_table, "configs": configs_table}
 
 
-def about(config: Path) -> tuple[str, list[str]]:
-    """Returns the purpose of a configuration as its first comment states it, and the commands in that comment."""
-    comment = [line[1:].strip() for line in takewhile(lambda line: line[:1] == "#", config.read_text().splitlines())]
-    purpose = " ".join(takewhile(lambda line: not line.startswith("tapfl "), comment)).rstrip(":")
-    return purpose, [line for line in comment if line.startswith("tapfl ")]
-
-
-def table(head: list[str], rows: list[list[str]]) -> str:
-    """Returns a Markdown table."""
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(PIPE.sub(r"\\|", cell) for cell in line) + " |" for line in lines)
-
-
-def _properties(schema: dict[str, Any], key: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    return ((name, part) for name, part in schema["properties"].items() if key in part)
-
-
-def _options(fields: dict[str, dict[str, Any]], defaults: dict[str, Any]) -> str:
-    rows = []
+def _options(prefix: str, fields: dict[str, dict[str, Any]]) -> str:
+    rows, defaults = [], RunConfig().flat()
     for name, field in fields.items():
-        default = defaults[name]
+        default = defaults[prefix + name]
         shown = f"`{str(default).lower() if isinstance(default, bool) else default}`" if default != "" else ""
-        rows.append([f"`{name}`", shown, _accepted(field), field.get("description", "")])
-    return table(["option", "default", "accepted", "meaning"], rows)
+        row = {"option": f"`{prefix}{name}`", "default": shown, "accepted": _accepted(field)}
+        rows.append(row | {"meaning": field.get("description", "")})
+    return as_markdown(rows)
 
 
 def _accepted(field: dict[str, Any]) -> str:

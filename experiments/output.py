@@ -16,7 +16,7 @@ from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 if TYPE_CHECKING:
     from strategies.records import DeviceRecord, Summary
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 STAGES = ("dense", "pruned", "global", "personal")
 SUMMARY_COLUMNS = ("device", "samples", "classes", "budget", "MACs", "params", *STAGES, "α", "up", "down")
 PACKAGES = ("tapfl", "torch", "timm", "numpy", "scikit-learn")
+PIPE = re.compile(r"\|(?=[^`]*(?:`[^`]*`[^`]*)*$)")  # outside of code
 
 
 def count(number: float) -> str:
@@ -62,9 +63,9 @@ def as_csv(rows: Iterable[Mapping[str, Any]], columns: Sequence[str]) -> bytes:
 
 
 def as_markdown(rows: Sequence[Mapping[str, str]]) -> str:
-    """Returns rows of the same columns as a Markdown table."""
-    lines = [list(rows[0]), ["---"] * len(rows[0]), *(list(row.values()) for row in rows)]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+    """Returns rows of the same columns as a Markdown table; a ``|`` outside of code is escaped."""
+    lines = [rows[0].keys(), ["---"] * len(rows[0]), *(row.values() for row in rows)]
+    return "".join("| " + " | ".join(PIPE.sub(r"\|", cell) for cell in line) + " |\n" for line in lines)
 
 
 def console() -> Console:
@@ -82,31 +83,32 @@ def show_rows(rows: Sequence[Mapping[str, str | float]], as_json: bool) -> None:
             print(json.dumps(row))
         return
     screen = console()
-    upright = _table([*rows[0]], [[str(value) for value in row.values()] for row in rows])
-    lines = [[name, *(str(row[name]) for row in rows)] for name in rows[0]]
-    transposed = _table(["", *(str(number) for number in range(1, len(rows) + 1))], lines)
-    for table in (upright, transposed):
+    columns = [[name, *(row[name] for row in rows)] for name in rows[0]]
+    upright = _table(rows[0], [row.values() for row in rows])
+    for table in (upright, _table(["", *range(1, len(rows) + 1)], columns)):
         if screen.measure(table, options=screen.options.update(width=10**6)).minimum <= screen.width:
             screen.print(table)
             return
     for number, row in enumerate(rows, start=1):
-        screen.print(_table(["", str(number)], [[name, str(value)] for name, value in row.items()]))
+        screen.print(_table(["", number], row.items()))
 
 
-def _table(columns: Sequence[str], lines: Sequence[Sequence[str]]) -> Table:
-    table = Table()
-    for name in columns:
-        table.add_column(name, overflow="fold")
+def _table(head: Iterable[object], lines: Iterable[Iterable[object]]) -> Table:
+    table = Table(*(Column(str(name), overflow="fold") for name in head))
     for line in lines:
-        table.add_row(*line)
+        table.add_row(*map(str, line))
     return table
 
 
-def show_summary(summary: Summary, screen: Console) -> None:
+def show_line(text: str) -> None:
+    """Prints a line without colours; it is not wrapped, so that a path in it can be copied."""
+    console().print(text, highlight=False, soft_wrap=True)
+
+
+def show_summary(summary: Summary) -> None:
     """Prints the closing table of a run: one line per device, the means, and remarks."""
-    table = Table(title="accuracy on each device's own test part", title_justify="left")
-    for column in SUMMARY_COLUMNS:
-        table.add_column(column, justify="right")
+    columns = [Column(name, justify="right") for name in SUMMARY_COLUMNS]
+    table = Table(*columns, title="accuracy on each device's own test part", title_justify="left")
     for device in summary.devices:
         table.add_row(
             str(device.device),
@@ -122,9 +124,9 @@ def show_summary(summary: Summary, screen: Console) -> None:
     table.add_section()
     sent = (size(summary.bytes_up), size(summary.bytes_down))
     table.add_row("mean", "", "", "", "", "", *_accuracies(summary), "", *sent)
-    screen.print(table)
+    console().print(table)
     for line in _remarks(summary):
-        screen.print(line, highlight=False)
+        console().print(line, highlight=False)
 
 
 def _accuracies(record: DeviceRecord | Summary) -> list[str]:
@@ -155,7 +157,9 @@ def command(*parts: str) -> str:
     >>> command("sweep", "--config", "rules.toml", "--set", "data.source=/home/me/val")
     'tapfl sweep --config rules.toml --set data.source=…/val'
     """
-    return " ".join(["tapfl", *(_quoted(re.sub(r"(^|=)/(?:[^/]*/)*(?=[^/])", r"\1…/", part)) for part in parts)])
+    short = [re.sub(r"(^|=)/(?:[^/]*/)*(?=[^/])", r"\1…/", part) for part in parts]
+    plain = re.compile(r"[\w@%+=:,./…-]+")
+    return " ".join(["tapfl", *(part if plain.fullmatch(part) else shlex.quote(part) for part in short)])
 
 
 def flags(**repeated: Sequence[str] | None) -> list[str]:
@@ -165,10 +169,6 @@ def flags(**repeated: Sequence[str] | None) -> list[str]:
     ['--set', 'seed=1']
     """
     return [part for name, values in repeated.items() for value in values or () for part in (f"--{name}", value)]
-
-
-def _quoted(part: str) -> str:
-    return part if re.fullmatch(r"[\w@%+=:,./…-]+", part) else shlex.quote(part)
 
 
 def installed(packages: Iterable[str] = PACKAGES) -> dict[str, str]:
@@ -190,10 +190,5 @@ def caption(made_by: str, seeds: Iterable[int], versions: Mapping[str, str], abo
         about: further parts, such as the backbone and the meaning of ±.
     """
     numbers = sorted(set(seeds))
-    parts = [
-        f"made by `{made_by}`",
-        f"{'seed' if len(numbers) == 1 else 'seeds'} {', '.join(map(str, numbers))}",
-        *about,
-        named(versions),
-    ]
-    return "; ".join(filter(None, parts)) + "."
+    drawn = f"{'seed' if len(numbers) == 1 else 'seeds'} {', '.join(map(str, numbers))}"
+    return "; ".join(filter(None, [f"made by `{made_by}`", drawn, *about, named(versions)])) + "."

@@ -6,6 +6,7 @@ A pruned model is a folder with `plan.json` and `model.safetensors`; a device's 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from tapfl.pruning.budget import Budget
 from tapfl.pruning.criteria.registry import resolved
 from tapfl.pruning.export import export, load_exported
 from tapfl.pruning.pipeline import fine_tune_set, labels_of, prune_model, pruning_task
-from tapfl.pruning.plan import PLAN_FILE, LayerPlan, PruningPlan, load_plan, read_plan
+from tapfl.pruning.plan import PLAN_FILE, PruningPlan, load_plan, read_plan
 from tapfl.pruning.surgery import WEIGHTS_FILE, apply_plan, load_pruned, save_pruned
 from tapfl.seeds import numpy_generator
 from tapfl.store import cache_folder, content_hash
@@ -107,9 +108,8 @@ def _with_weights(spec: BackboneSpec, options: ModelOptions, classes: tuple[str,
     if not options.weights:
         raise ConfigError("model.weights = '': --plan needs the weights it is applied to; a .safetensors file, or hub")
     if options.head_rows:
-        raise ConfigError(
-            f"model.head-rows = {options.head_rows!r}: a plan knows the number of classes, not their names"
-        )
+        reason = "a plan knows the number of classes, not their names"
+        raise ConfigError(f"model.head-rows = {options.head_rows!r}: {reason}")
     model = build(spec)
     if options.weights != "hub":
         load_weights(model, Path(options.weights), classes, None, needs_head=True)
@@ -167,21 +167,19 @@ def layers_of(dense: Sequence[PrunableLayer], plan: PruningPlan) -> list[dict[st
     Args:
         dense: the prunable layers of the plan's backbone, with any weights.
     """
-    return [_layer(layer, part) for layer, part in zip(dense, plan.layers, strict=True)]
-
-
-def _layer(layer: PrunableLayer, part: LayerPlan) -> dict[str, Any]:
-    heads = layer.shape_of(part.index()).heads
-    return {
-        "name": layer.name,
-        "kind": layer.kind,
-        "stage": layer.block.rpartition(".")[0],
-        "units": layer.units,
-        "kept": len(part.kept),
-        "width": _width(layer.kind, heads, len(part.kept)),
-        "width_dense": _width(layer.kind, layer.heads, layer.units),
-        "importance": part.importance,
-    }
+    return [
+        {
+            "name": layer.name,
+            "kind": layer.kind,
+            "stage": layer.block.rpartition(".")[0],
+            "units": layer.units,
+            "kept": len(part.kept),
+            "width": _width(layer.kind, layer.shape_of(part.index()).heads, len(part.kept)),
+            "width_dense": _width(layer.kind, layer.heads, layer.units),
+            "importance": part.importance,
+        }
+        for layer, part in zip(dense, plan.layers, strict=True)
+    ]
 
 
 def _width(kind: str, heads: int, units: int) -> str:
@@ -191,13 +189,10 @@ def _width(kind: str, heads: int, units: int) -> str:
 
 def costs(found: Mapping[str, Any]) -> Sequence[tuple[str, str, str, float]]:
     """Returns name, dense, pruned and share of each cost that `inspect` returned; the first three as text."""
-    units = (("macs", "MACs"), ("params", "parameters"), ("bytes", "bytes of weights"), ("latency_ms", "ms an image"))
-    rows = []
-    for key, name in units:
-        dense, small = found[f"{key}_dense"], found[key]
-        show = (lambda value: f"{value:.3g}") if key == "latency_ms" else count
-        rows.append((name, show(dense), show(small), small / dense))
-    return rows
+    units = {"macs": "MACs", "params": "parameters", "bytes": "bytes of weights", "latency_ms": "ms an image"}
+    show = {"latency_ms": "{:.3g}".format}
+    pairs = {key: (found[f"{key}_dense"], found[key]) for key in units}
+    return [(units[key], *map(show.get(key, count), pair), pair[1] / pair[0]) for key, pair in pairs.items()]
 
 
 def export_folder(folder: Path, out: Path, format: str, batch: int | None, opset: int | None) -> dict[str, Any]:
@@ -214,15 +209,5 @@ def export_folder(folder: Path, out: Path, format: str, batch: int | None, opset
     written = export(model, plan, out, format, batch, opset)
     exported, x = load_exported(out, format), example_input(model, batch or 1)
     exported_ms, torch_ms = median_ms([lambda: exported(x), lambda: model(x)], REPEATS)
-    return {
-        "file": str(written.file),
-        "format": written.format,
-        "bytes": written.bytes,
-        "max_abs_difference": written.max_abs_difference,
-        "top1_equal": written.top1_equal,
-        "batches_checked": list(written.batches),
-        "plan": plan.checksum,
-        "latency_batch": batch or 1,
-        "latency_ms": exported_ms,
-        "latency_ms_torch": torch_ms,
-    }
+    latencies = {"latency_batch": batch or 1, "latency_ms": exported_ms, "latency_ms_torch": torch_ms}
+    return asdict(written) | {"file": str(written.file), "plan": plan.checksum} | latencies

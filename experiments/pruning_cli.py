@@ -5,15 +5,14 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from experiments.command_line import Config, JsonObject, JsonRows, Set, load_torch, option_groups, options_of
-from experiments.output import command, console, flags, show_rows
+from experiments.output import command, flags, show_line, show_rows
 from tapfl.config import RunConfig
 from tapfl.errors import ConfigError
 
@@ -30,10 +29,6 @@ class PruningShorthands:
     criterion: Annotated[str | None, typer.Option(help="short for --set pruning.criterion=...")] = None
     compensation: Annotated[str | None, typer.Option(help="short for --set pruning.compensation=...")] = None
     recovery: Annotated[str | None, typer.Option(help="short for --set pruning.recovery=...")] = None
-
-    def options(self) -> dict[str, str]:
-        """Returns those that are given, by dotted name."""
-        return {f"pruning.{name}": value for name, value in vars(self).items() if value is not None}
 
 
 @app.command()
@@ -56,39 +51,26 @@ def prune(
     """Prune a backbone for the images of data.source, or apply an existing plan to other weights."""
     if (plan is None) == (budget is None):
         raise ConfigError(f"--budget {budget}, --plan {plan}: give one of the two")
-    options = options_of(config, set)
-    from strategies.progress import shown
-
-    with shown():
-        if budget is None:
-            assert plan is not None
-            _reapply(plan, options, out)
-        else:
-            _prune(options | shorthands.options(), budget, out)
-    _inspect_pruned(out, None, as_json)
-
-
-def _prune(options: Mapping[str, Any], budget: str, out: Path) -> None:
     from experiments.preflight import absolute_paths
+    from strategies.progress import shown
     from tapfl.pruning.budget import Budget
     from tapfl.pruning.criteria.registry import require_criterion
 
-    config, limits = absolute_paths(RunConfig.from_flat(options)), Budget.parse(budget)
-    require_criterion(config.pruning.criterion)
+    short = {f"pruning.{name}": value for name, value in vars(shorthands).items() if value is not None}
+    options = options_of(config, set) | (short if plan is None else {})
+    checked = absolute_paths(RunConfig.from_flat(options))
+    limits = None if budget is None else Budget.parse(budget)
+    require_criterion(checked.pruning.criterion)
     load_torch()  # only after the options have been checked
-    from experiments.pruning import prune
+    from experiments import pruning
 
-    prune(config, limits, out)
-
-
-def _reapply(plan: Path, options: Mapping[str, Any], out: Path) -> None:
-    from experiments.preflight import absolute_paths
-
-    model, names_backbone = absolute_paths(RunConfig.from_flat(options)).model, bool(BACKBONE & options.keys())
-    from experiments.pruning import reapply  # imports torch: only after the options have been checked
-
-    for warning in reapply(plan, model, names_backbone, out):
-        print(f"tapfl: {warning}", file=sys.stderr)
+    with shown():
+        if limits is not None:
+            pruning.prune(checked, limits, out)
+        elif plan is not None:
+            for warning in pruning.reapply(plan, checked.model, bool(BACKBONE & options.keys()), out):
+                print(f"tapfl: {warning}", file=sys.stderr)
+    _inspect_pruned(out, None, as_json)
 
 
 @app.command()
@@ -120,29 +102,30 @@ def inspect(
 
 
 def _inspect_uplink(run: Path | None, as_json: bool) -> None:
-    from experiments.uplink import bytes_sent, uplink
+    from experiments.uplink import uplink
+    from strategies.records import read_summary
 
-    rows, sent = uplink(), bytes_sent(run) if run else []
+    rows = uplink()
+    sent = [{"device": each.device, **each.bytes_up} for each in read_summary(run).devices] if run else []
     if as_json:
-        print(json.dumps({"uplink": rows, **({"sent": sent} if run else {})}))
+        print(json.dumps({"uplink": rows} | ({"sent": sent} if run else {})))
         return
     show_rows(rows, as_json=False)
     print("If a device fails, Flower also sends the class and text of the error.")
     if run:
         kinds = list(dict.fromkeys(kind for device in sent for kind in device))
         print("bytes sent by each device, by kind")
-        show_rows([{kind: str(device.get(kind, 0)) for kind in kinds} for device in sent], as_json=False)
+        show_rows([{kind: device.get(kind, 0) for kind in kinds} for device in sent], as_json=False)
 
 
 def _inspect_pruned(folder: Path, picture: Path | None, as_json: bool) -> None:
     load_torch()
+    from experiments import pruning
     from experiments.picture import picture as draw
-    from experiments.pruning import costs
-    from experiments.pruning import inspect as measure
     from strategies.progress import shown
 
     with shown():
-        found = measure(folder)
+        found = pruning.inspect(folder)
     if picture:
         draw(found, picture)
     if as_json:
@@ -160,10 +143,10 @@ def _inspect_pruned(folder: Path, picture: Path | None, as_json: bool) -> None:
         for layer in found["layers"]
     ]
     show_rows(layers, as_json=False)
-    names = ("cost", "dense", "pruned", "share")
-    show_rows([dict(zip(names, (*cost[:3], f"{cost[3]:.1%}"), strict=True)) for cost in costs(found)], as_json=False)
+    spent = pruning.costs(found)
+    show_rows([{"cost": n, "dense": d, "pruned": p, "share": f"{s:.1%}"} for n, d, p, s in spent], as_json=False)
     origin = {"backbone": found["backbone"], **found["provenance"]}
-    console().print(", ".join(f"{key} = {value}" for key, value in origin.items()), highlight=False, soft_wrap=True)
+    show_line(", ".join(f"{key} = {value}" for key, value in origin.items()))
 
 
 @app.command()
@@ -197,7 +180,7 @@ def export(
         "ms in torch": f"{written['latency_ms_torch']:.3g}",
     }
     show_rows([row], as_json=False)
-    console().print(written["file"], highlight=False, soft_wrap=True)
+    show_line(written["file"])
 
 
 @app.command()
@@ -225,9 +208,10 @@ def compare(
     load_torch()  # only after the file has been checked
     import pandas as pd
 
-    from experiments.compare.picture import picture
+    from experiments.compare.picture import accuracy_against_macs
     from experiments.compare.run import finished_rows, run_comparison
     from experiments.compare.tables import page, sections
+    from experiments.figures.figure import write_figure
     from experiments.jobs.pool import interruptible
     from strategies.progress import shown
     from tapfl.progress import stage
@@ -242,11 +226,11 @@ def compare(
     tables = list(sections(rows, comparison, results))
     made_by = command("compare", "--config", str(config), "--out", "DIR", *flags(set=set, reference=reference))
     write_bytes(out / "table.md", page(tables, rows, comparison, results, made_by).encode())
-    picture(rows, comparison, out / "accuracy-against-macs.png", results.show[0])
+    write_figure(accuracy_against_macs(rows, comparison, results.show[0]), out / "accuracy-against-macs.png")
     for each in tables:
         if as_json:
             show_rows([{"measure": each.measure, "devices": each.devices, **row} for row in each.rows], as_json=True)
             continue
-        console().print(f"{each.measure}, {each.devices}", highlight=False)
+        show_line(f"{each.measure}, {each.devices}")
         show_rows(each.rows, as_json=False)
     print(f"in {out}: results.csv, table.md, accuracy-against-macs.png", file=sys.stderr)

@@ -1,15 +1,13 @@
-"""Everything that leaves a device, read from the message classes; and the bytes that the devices of a run sent."""
+"""Everything that leaves a device, read from the message classes."""
 
 from __future__ import annotations
 
 from dataclasses import fields
-from pathlib import Path
 from types import ModuleType
-from typing import Annotated, Any, get_args, get_origin, get_type_hints
+from typing import Annotated, get_args, get_origin, get_type_hints
 
 import numpy as np
 
-from strategies.records import read_summary
 from tapfl import wire
 
 
@@ -44,12 +42,3 @@ def _rows(reply: type) -> list[dict[str, str]]:
             }
         )
     return rows
-
-
-def bytes_sent(run: Path) -> list[dict[str, Any]]:
-    """Returns device and bytes by kind for every device of a finished run.
-
-    Raises:
-        TapflError: if `run` has no summary of a finished run.
-    """
-    return [{"device": each.device, **each.bytes_up} for each in read_summary(run).devices]

@@ -18,10 +18,11 @@ from typer.testing import CliRunner
 from experiments import cli
 from experiments.compare.cells import rank_correlations, scenario_of
 from experiments.compare.grid import read_comparison
-from experiments.compare.picture import comparable, picture
+from experiments.compare.picture import accuracy_against_macs, comparable
 from experiments.compare.run import run_comparison
 from experiments.compare.scenario import DeviceView, Scenario, classes_that_lack
 from experiments.compare.tables import difference, mean_over_devices, sections
+from experiments.figures.figure import write_figure
 from experiments.statistics import paired
 from tapfl.models.prunable import prunable_layers
 
@@ -190,7 +191,7 @@ def test_several_grids_are_drawn_also_if_each_has_one_budget(budgets: str, tmp_p
     comparison = read_comparison(tmp_path / "grids.toml")
     measures = {"macs_share": "0.5", "dense_own": "0.9", "pruned_own": "0.6", "refused": ""}
     rows = pd.DataFrame([cell.point | measures for cell in comparison.cells()])
-    picture(rows, comparison, tmp_path / "lines.png", "pruned_own")
+    write_figure(accuracy_against_macs(rows, comparison, "pruned_own"), tmp_path / "lines.png")
     assert (tmp_path / "lines.png").read_bytes().startswith(b"\x89PNG")
 
 

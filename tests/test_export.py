@@ -48,7 +48,7 @@ def test_what_is_exported_computes_the_same_for_any_batch(
     backbone = families[family]
     model, plan = cut(backbone)
     written = export(model, plan, tmp_path / "model", format)
-    assert written.max_abs_difference <= 1e-4 and written.top1_equal and written.batches == (1, 3)
+    assert written.max_abs_difference <= 1e-4 and written.top1_equal and written.batches_checked == (1, 3)
     assert written.bytes == (tmp_path / "model").stat().st_size
     forward = load_exported(tmp_path / "model", format)
     for x in (backbone.inputs, backbone.inputs[:1]):
@@ -60,7 +60,7 @@ def test_pooled_tokens_and_a_fixed_batch(tmp_path: Path) -> None:
     backbone = tiny(spec)
     model, plan = cut(backbone)
     written = export(model, plan, tmp_path / "fixed.onnx", batch=4, opset=18)
-    assert written.batches == (4,)
+    assert written.batches_checked == (4,)
     found = onnx.load(tmp_path / "fixed.onnx")
     assert [axis.dim_value for axis in found.graph.input[0].type.tensor_type.shape.dim] == [4, 1, 8, 8]
     assert found.opset_import[0].version == 18

@@ -9,7 +9,7 @@ scenario ─► device's view ─► metric set ─► scores ─► selection �
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import TypeVar
 
@@ -18,7 +18,7 @@ import torch
 from scipy.stats import spearmanr
 from torch import nn
 
-from experiments.compare.grid import Cell
+from experiments.compare.grid import MEASURES, Cell
 from experiments.compare.scenario import DeviceView, Scenario, score
 from tapfl.config import PruningOptions, RunConfig
 from tapfl.data.sources import ImageSet
@@ -57,7 +57,7 @@ class CellRunner:
         self.rank = rank
         self._kept: dict[str, Memo] = {}
 
-    def rows(self, cells: Sequence[Cell]) -> Iterator[Row]:
+    def rows(self, cells: Iterable[Cell]) -> Iterator[Row]:
         """Yields one row per cell: its values along the axes and its measures."""
         for cell in cells:
             yield cell.point | {name: str(value) for name, value in self._measure(cell).items()}
@@ -66,7 +66,7 @@ class CellRunner:
         result: T = self._kept.setdefault(kind, Memo(KEPT.get(kind, 1))).once(key, make)
         return result
 
-    def _measure(self, cell: Cell) -> Mapping[str, object]:
+    def _measure(self, cell: Cell) -> dict[str, object]:
         try:
             options = resolved(cell.config.pruning)
         except ConfigError as error:  # the criterion does not support one of the options
@@ -83,29 +83,17 @@ class CellRunner:
         fine_tune = view.fine_tune_set(cell.config.metric, options, cell.instead)
         small = recovered(task, selection, small, fine_tune, cell.config.seed)
         plan = plan_of(task, selection, view.scenario.spec)
-        pruned, pruned_own = score(small, view.inputs, view.labels, view.classes)
-        own_share, classes_covered = view.coverage(self._images(cell))
-        measures: dict[str, object] = {
-            "macs_share": plan.cost.macs / plan.dense.macs,
-            "params_share": plan.cost.params / plan.dense.params,
-            "own_share": own_share,
-            "classes_covered": classes_covered,
-            "dense": view.dense[0],
-            "dense_own": view.dense[1],
-            "pruned": pruned,
-            "pruned_own": pruned_own,
-            "seconds": round(seconds, 4),
-        }
-        return {**measures, **(self._agreement(cell, task) if self.rank else {})}
+        shares = (plan.cost.macs / plan.dense.macs, plan.cost.params / plan.dense.params)
+        accuracies = (*view.dense, *score(small, view.inputs, view.labels, view.classes))
+        values = (*shares, *view.coverage(self._images(cell)), *accuracies, round(seconds, 4))
+        measures: dict[str, object] = dict(zip(MEASURES, values, strict=True))
+        return measures | (self._agreement(cell, task) if self.rank else {})
 
     def _view(self, cell: Cell) -> DeviceView:
         shared = scenario_of(cell.config)
         scenario = self._once("scenario", shared, lambda: Scenario.of(shared))
-
-        def make() -> DeviceView:
-            return DeviceView.of(scenario.lacking(cell.device, cell.lacks) if cell.lacks else scenario, cell.device)
-
-        return self._once("view", (shared, cell.device, cell.lacks), make)
+        key = (shared, cell.device, cell.lacks)
+        return self._once("view", key, lambda: DeviceView.of(scenario.lacking(cell.device, cell.lacks), cell.device))
 
     def _images(self, cell: Cell) -> ImageSet:
         metric, view = cell.config.metric, self._view(cell)
@@ -137,7 +125,7 @@ class CellRunner:
         plain = options.model_copy(update=dict.fromkeys((*FINISH, *SPENDING)))
         return self._once("scores", (_images_key(cell), scoring, plain), make)
 
-    def _agreement(self, cell: Cell, task: PruningTask) -> Mapping[str, object]:
+    def _agreement(self, cell: Cell, task: PruningTask) -> dict[str, float]:
         """Returns the rank correlations of the scores with those on the device's own training images."""
         scoring = criterion_of(task.options.criterion).scores
         if scoring is None:
@@ -160,9 +148,8 @@ class CellRunner:
 
 def scenario_of(config: RunConfig) -> RunConfig:
     """Returns `config` with the sections that a scenario does not depend on at their defaults."""
-    plain = RunConfig()
     others = ("metric", "pruning", "adapters", "train", "personalize")
-    return config.model_copy(update={name: getattr(plain, name) for name in others})
+    return config.model_copy(update={name: getattr(RunConfig(), name) for name in others})
 
 
 def rank_correlations(layers: Sequence[PrunableLayer], ours: Scores, theirs: Scores) -> dict[str, float]:

@@ -51,26 +51,10 @@ OWN_AXES = ("device", "budget", "pool-lacks")  # axes that are not options of a 
 # values of metric.rule that only a comparison has: the device's own training images, or images of the whole pool
 INSTEAD = ("oracle", "shared")
 # axes whose cells share the most come first: after data and backbone the device, metric set, selection, and finish
-STAGES = (
-    r"device",
-    r"pool-lacks",
-    r"metric\..*",
-    r"pruning\..*",
-    r"budget",
-    r"pruning\.compensation.*",
-    r"pruning\.recovery.*",
-)
-MEASURES = (
-    "macs_share",
-    "params_share",
-    "own_share",
-    "classes_covered",
-    "dense",
-    "dense_own",
-    "pruned",
-    "pruned_own",
-    "seconds",
-)
+FINISH = (r"pruning\.compensation.*", r"pruning\.recovery.*")
+STAGES = ("device", "pool-lacks", r"metric\..*", r"pruning\..*", "budget", *FINISH)
+ACCURACIES = ("dense", "dense_own", "pruned", "pruned_own")
+MEASURES = ("macs_share", "params_share", "own_share", "classes_covered", *ACCURACIES, "seconds")
 RANK_MEASURES = ("rank_ffn", "rank_attention")
 
 
@@ -96,13 +80,10 @@ class ResultOptions(Section):
     @property
     def values(self) -> dict[str, str]:
         """`reference` as axis -> value."""
-        found = {}
-        for text in self.reference:
-            axis, equals, value = text.partition("=")
-            if not equals:
-                raise ConfigError(f"--reference {text}: must have the form axis=value, such as criterion=tap")
-            found[axis.strip()] = value.strip()
-        return found
+        parts = [text.partition("=") for text in self.reference]
+        if odd := [axis for axis, equals, _ in parts if not equals]:
+            raise ConfigError(f"--reference {odd[0]}: must have the form axis=value, such as criterion=tap")
+        return {axis.strip(): value.strip() for axis, _, value in parts}
 
     def override(self, show: Sequence[str] | None, reference: Sequence[str] | None) -> ResultOptions:
         """Returns the options with those of the command line, which override the file's."""
@@ -112,21 +93,16 @@ class ResultOptions(Section):
     def check(self, axes: Mapping[str, Sequence[Any]]) -> None:
         """Raises ConfigError for a measure, a reference or a device that a comparison of these axes does not have."""
         if odd := [name for name in self.show if name not in self.columns]:
-            hint = (
-                "" if "rank" in self.measures else f"; results.measures = ['rank'] adds {' and '.join(RANK_MEASURES)}"
-            )
-            raise ConfigError(f"--measure {odd[0]}: accepted are {', '.join(self.columns)}{hint}")
+            more = "" if "rank" in self.measures else "; results.measures = ['rank'] adds rank_ffn and rank_attention"
+            raise ConfigError(f"--measure {odd[0]}: accepted are {', '.join(self.columns)}{more}")
         for axis, value in self.values.items():
-            accepted = [str(each) for each in axes.get(axis, ())]
-            if axis in ("device", "seed") or value not in accepted:
-                named = f"values of {axis}: {', '.join(accepted)}" if accepted else f"axes: {', '.join(axes)}"
+            values = [str(each) for each in axes.get(axis, ())]
+            if axis in ("device", "seed") or value not in values:
+                named = f"values of {axis}: {', '.join(values)}" if values else f"axes: {', '.join(axes)}"
                 raise ConfigError(f"--reference {axis}={value}: is no line of the table; {named}")
-        devices = axes["device"]
-        if odd_devices := [str(each) for each in self.chosen_on if each not in devices]:
-            accepted_devices = ", ".join(map(str, devices))
-            raise ConfigError(
-                f"results.chosen-on = {odd_devices[0]}: accepted are the comparison's devices, {accepted_devices}"
-            )
+        if missing := [device for device in self.chosen_on if device not in axes["device"]]:
+            accepted = ", ".join(map(str, axes["device"]))
+            raise ConfigError(f"results.chosen-on = {missing[0]}: accepted are the comparison's devices, {accepted}")
 
 
 @dataclass(frozen=True)
@@ -165,6 +141,11 @@ class Comparison:
     options: dict[str, Any]
     parts: tuple[dict[str, list[Any]], ...]
     results: ResultOptions
+
+    @property
+    def columns(self) -> list[str]:
+        """The columns of `results.csv`."""
+        return [*self.axes, *self.results.columns, "refused"]
 
     def cells(self) -> Iterator[Cell]:
         """Yields every cell; the axis that is most expensive to change varies slowest.
@@ -212,21 +193,19 @@ def read_comparison(file: Path, assignments: Iterable[str] = ()) -> Comparison:
     if not grids or not all(isinstance(grid, dict) and all(map(_is_list, grid.values())) for grid in grids):
         raise ConfigError(f'{file}: needs a table [compare] of lists, such as criterion = ["tap", "random"]')
     known = {*OWN_AXES, *RunConfig().flat()}
-    if odd := sorted(axis for grid in grids for axis in grid if option_of(axis) not in known):
-        raise ConfigError(
-            f"{file}: compare.{odd[0]} is no axis; accepted: {', '.join(OWN_AXES)}, and any option of a run"
-        )
+    given_axes = list(dict.fromkeys(itertools.chain(*grids)))
+    if odd := sorted(axis for axis in given_axes if option_of(axis) not in known):
+        accepted = f"{', '.join(OWN_AXES)}, and any option of a run"
+        raise ConfigError(f"{file}: compare.{odd[0]} is no axis; accepted: {accepted}")
     results = validated(ResultOptions, tables.pop("results", {}))
     options = flatten(tables) | dict(parse_assignment(text) for text in assignments)
-    given_axes = list(dict.fromkeys(axis for grid in grids for axis in grid))
     if twice := sorted({option_of(axis) for axis in given_axes} & options.keys()):
         raise ConfigError(f"{twice[0]}: is an axis of [compare] and an option of all cells; give one of the two")
     named = sorted(dict.fromkeys([*DEFAULTS, *given_axes]), key=stage_of)
     parts = tuple(_part(grid, named, options) for grid in grids)
-    axes = {axis: _without_repeats(value for part in parts for value in part[axis]) for axis in named}
+    axes = {axis: list({str(value): value for part in parts for value in part[axis]}.values()) for axis in named}
     comparison = Comparison(axes, options, parts, results)
-    for _ in comparison.cells():  # checks every value before anything runs
-        pass
+    list(comparison.cells())  # checks every value before anything runs
     results.check(axes)
     return comparison
 
@@ -254,7 +233,3 @@ def _part(grid: Mapping[str, list[Any]], named: Iterable[str], options: Mapping[
     plain |= {"device": list(range(count if type(count) is int else 0))}
     plain |= {name: [value] for name, value in options.items()}
     return {axis: grid.get(axis) or plain[option_of(axis)] for axis in named}
-
-
-def _without_repeats(values: Iterable[Any]) -> list[Any]:
-    return list({str(value): value for value in values}.values())

@@ -2,18 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pandas as pd
 
 from experiments.compare.grid import Comparison
 from experiments.compare.tables import OWNER, line_axes, mean_over_devices
-from experiments.figures.figure import Figure, Panel, panels_of_curves, write_figure
-
-
-def picture(rows: pd.DataFrame, comparison: Comparison, file: Path, measure: str) -> None:
-    """Writes the picture of `measure` against MACs as PNG."""
-    write_figure(accuracy_against_macs(rows, comparison, measure), file)
+from experiments.figures.figure import Figure, Panel, panels_of_curves
 
 
 def accuracy_against_macs(rows: pd.DataFrame, comparison: Comparison, measure: str) -> Figure:

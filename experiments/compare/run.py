@@ -6,6 +6,7 @@ A cell that has a line is finished and is not repeated, so a comparison that was
 from __future__ import annotations
 
 import csv
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import closing
@@ -36,24 +37,22 @@ def run_comparison(comparison: Comparison, out: Path, progress: Advance, jobs: i
         ConfigError: if `out` holds a comparison of other axes or measures.
     """
     out.mkdir(parents=True, exist_ok=True)
-    path, fields = out / FILE, _fields(comparison)
-    cells = list(comparison.cells())
-    finished = _read(path, fields, len(comparison.axes))
+    path, fields = out / FILE, comparison.columns
+    cells, finished = list(comparison.cells()), _read(path, comparison)
     waiting = [cell for cell in cells if _key(comparison, cell.point) not in finished]
-    done, written = len(cells) - len(waiting), set(finished)
+    done = len(cells) - len(waiting)
     progress(done, len(cells), "finished before" if done else "")
     write_bytes(path, as_csv(finished.values(), fields))  # drops the half line of a killed run
     with path.open("a", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, fieldnames=fields)
-        for row in _rows(waiting, jobs, "rank" in comparison.results.measures):
-            if _key(comparison, row) in written:  # already written by a worker that was lost later
+        for measured in _rows(waiting, jobs, "rank" in comparison.results.measures):
+            if (key := _key(comparison, measured)) in finished:  # already written by a worker that was lost later
                 continue
-            written.add(_key(comparison, row))
+            finished[key] = row = dict.fromkeys(fields, "") | measured
             writer.writerow(row)
             file.flush()
             done += 1
             progress(done, len(cells), f"device {row['device']} {row['criterion']} {row['budget']}")
-    finished = _read(path, fields, len(comparison.axes))
     rows = [finished.pop(_key(comparison, cell.point)) for cell in cells]
     write_bytes(path, as_csv([*rows, *finished.values()], fields))  # in the order of the grid
     return rows
@@ -65,11 +64,12 @@ def finished_rows(comparison: Comparison, out: Path) -> list[Row]:
     Raises:
         ConfigError: if there is none, or `out` holds a comparison of other axes or measures.
     """
-    finished = _read(out / FILE, _fields(comparison), len(comparison.axes))
-    keys = [_key(comparison, cell.point) for cell in comparison.cells()]
-    if not any(key in finished for key in keys):
+    finished = _read(out / FILE, comparison)
+    keys = (_key(comparison, cell.point) for cell in comparison.cells())
+    rows = [finished[key] for key in keys if key in finished]
+    if not rows:
         raise ConfigError(f"--finished: {out} holds no finished cell of this comparison")
-    return [finished[key] for key in keys if key in finished]
+    return rows
 
 
 def _rows(cells: Sequence[Cell], jobs: int, rank: bool) -> Iterator[Row]:
@@ -78,9 +78,7 @@ def _rows(cells: Sequence[Cell], jobs: int, rank: bool) -> Iterator[Row]:
     for cell in cells:
         groups.setdefault((scenario_of(cell.config), cell.device), []).append(cell)
     if min(jobs, len(groups)) <= 1:
-        runner = CellRunner(rank)
-        for group in groups.values():
-            yield from runner.rows(group)
+        yield from CellRunner(rank).rows(itertools.chain(*groups.values()))
         return
     for shared in {key[0]: None for key in groups}:  # fills the caches before the workers start
         Scenario.of(shared)
@@ -111,23 +109,18 @@ def _run_group(emit: Emit, cells: Sequence[Cell], rank: bool) -> None:
 _runner: CellRunner | None = None  # of a process of the pool; its caches serve the next group
 
 
-def _fields(comparison: Comparison) -> list[str]:
-    return [*comparison.axes, *comparison.results.columns, "refused"]
-
-
 def _key(comparison: Comparison, row: Mapping[str, str]) -> tuple[str, ...]:
     return tuple(row[axis] for axis in comparison.axes)
 
 
-def _read(path: Path, fields: Sequence[str], axes: int) -> dict[tuple[str, ...], Row]:
+def _read(path: Path, comparison: Comparison) -> dict[tuple[str, ...], Row]:
     """Returns the finished cells by their values along the axes."""
     if not path.is_file():
         return {}
     with path.open(newline="", encoding="utf-8") as file:
         reader = csv.DictReader(file)
         rows = [row for row in reader if None not in row.values()]  # a killed run may leave half a line
-    if reader.fieldnames is not None and list(reader.fieldnames) != list(fields):
-        raise ConfigError(
-            f"{path}: is a comparison of other axes or measures ({', '.join(reader.fieldnames)}); give another --out"
-        )
-    return {tuple(row[axis] for axis in fields[:axes]): row for row in rows}
+    if reader.fieldnames is not None and list(reader.fieldnames) != comparison.columns:
+        theirs = ", ".join(reader.fieldnames)
+        raise ConfigError(f"{path}: is a comparison of other axes or measures ({theirs}); give another --out")
+    return {_key(comparison, row): row for row in rows}

@@ -55,6 +55,8 @@ class Scenario:
 
         The pool is described anew; the dense backbone is the same.
         """
+        if not share:
+            return self
         classes, images = np.unique(self.private.labels[self.splits[device].train]), self.pool.images
         gone = classes_that_lack(classes, share, self.config.seed, device)
         stay = np.flatnonzero(~np.isin(images.labels, gone))
@@ -92,9 +94,8 @@ class DeviceView:
         summary = device_mixture(points, config.summary, config.seed, device)
         inputs, labels = transform(test.images), torch.from_numpy(test.labels)
         classes = torch.from_numpy(np.unique(mine.labels))
-        return cls(
-            scenario, device, summary, mine, inputs, labels, classes, score(scenario.model, inputs, labels, classes)
-        )
+        dense = score(scenario.model, inputs, labels, classes)
+        return cls(scenario, device, summary, mine, inputs, labels, classes, dense)
 
     def public_images(self, options: MetricOptions, size: int, instead: str = "") -> ImageSet:
         """Returns the metric set: the `size` images that represent the device's task, best first; see `task_images`.

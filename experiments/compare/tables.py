@@ -125,10 +125,9 @@ def page(
 ) -> str:
     """Returns `table.md`: the caption and the tables as Markdown, without a date."""
     parts = [caption_of(rows, comparison, results, command) + "\n"]
-    parts += [
-        f"**{WORDS.get(each.measure, each.measure)} (`{each.measure}`), {each.devices}**\n\n{as_markdown(each.rows)}"
-        for each in tables
-    ]
+    for each in tables:
+        title = f"**{WORDS.get(each.measure, each.measure)} (`{each.measure}`), {each.devices}**"
+        parts.append(f"{title}\n\n{as_markdown(each.rows)}")
     return "\n".join(parts)
 
 

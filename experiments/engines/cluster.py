@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import os
-import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -30,20 +29,15 @@ def prepare_environment() -> None:
         os.environ.setdefault(name, value)
 
 
-@contextmanager
-def ray_folder() -> Iterator[str]:
-    """Yields a folder for the sockets and logs of a local Ray, and removes it afterwards.
+def ray_folder() -> AbstractContextManager[str]:
+    """Returns a folder for the sockets and logs of a local Ray, which is removed at the end of the block.
 
     Its path is short, because a socket's path is limited to 107 bytes. RAY_TMPDIR overrides it and is not removed.
     """
     if given := os.environ.get("RAY_TMPDIR"):
-        yield given
-        return
-    folder = tempfile.mkdtemp(prefix="tapfl-ray-", dir="/tmp" if Path("/tmp").is_dir() else None)
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        return nullcontext(given)
+    place = "/tmp" if Path("/tmp").is_dir() else None
+    return tempfile.TemporaryDirectory(prefix="tapfl-ray-", dir=place, ignore_cleanup_errors=True)
 
 
 @contextmanager
@@ -66,44 +60,33 @@ def ray_cluster(address: str = "") -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    address = _resolved(address)
-    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "configure_logging": True}
-    try:
+    address = require_reachable(address)
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "configure_logging": True}
+    with ExitStack() as stack:
         if address == "local":
-            with ray_folder() as folder:
-                ray.init(address="local", include_dashboard=False, _temp_dir=folder, **quiet)
-                try:
-                    yield
-                finally:
-                    ray.shutdown()
-        else:
-            _join(address, quiet)
-            yield
-    finally:
-        ray.shutdown()
+            options |= {"include_dashboard": False, "_temp_dir": stack.enter_context(ray_folder())}
+        stack.callback(ray.shutdown)
+        try:
+            ray.init(address=address, **options)
+        except Exception as error:  # of many kinds, by version
+            if address == "auto" and isinstance(error, ConnectionError):
+                reason = "this machine is part of no Ray cluster; see docs/clusters.md"
+                raise ConfigError(f"--address auto: {reason}") from None
+            raise RunError(f"--address {address}: {message_of(error)}") from None
+        yield
 
 
-def _join(address: str, quiet: dict[str, Any]) -> None:
-    import ray
+def require_reachable(address: str) -> str:
+    """Returns the address that `ray_cluster` connects to: ``local``, ``auto`` or ``HOST:PORT``.
 
-    require_reachable(address)
-    try:
-        ray.init(address=address, **quiet)
-    except ConnectionError:
-        raise ConfigError(
-            f"--address {address}: this machine is part of no Ray cluster; see docs/clusters.md"
-        ) from None
-    except Exception as error:  # of many kinds, by version
-        raise RunError(f"--address {address}: {message_of(error)}") from None
-
-
-def require_reachable(address: str) -> None:
-    """Raises ConfigError if `address`, as `ray_cluster` takes it, names a cluster that does not answer."""
+    Raises:
+        ConfigError: if it is not valid, or no cluster answers there.
+    """
+    address = address or os.environ.get("RAY_ADDRESS") or "local"
+    if address in ("local", "auto"):
+        return address
     import grpc
 
-    address = _resolved(address)
-    if address in ("local", "auto"):
-        return
     host, _, port = address.rpartition(":")
     if not host or not port.isdigit() or "/" in host:
         raise ConfigError(f"--address {address}: must be HOST:PORT of the cluster's head, or auto")
@@ -112,7 +95,4 @@ def require_reachable(address: str) -> None:
             grpc.channel_ready_future(channel).result(timeout=REACH)
         except grpc.FutureTimeoutError:
             raise ConfigError(f"--address {address}: no Ray cluster answers there within {REACH:g} s") from None
-
-
-def _resolved(address: str) -> str:
-    return address or os.environ.get("RAY_ADDRESS") or "local"
+    return address

@@ -7,7 +7,6 @@ it, and a test fails if it changes.
 
 from __future__ import annotations
 
-import secrets
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -69,20 +68,14 @@ def run_flower(
 
 def _run_of(app: Path) -> tuple[Run, Context]:
     """Returns the run of an application folder and its ServerApp's context, as Flower's own processes make them."""
-    from flwr.app import Context, RecordDict
     from flwr.common.config import get_fused_config_from_dir, get_metadata_from_config, get_project_config
-    from flwr.common.constant import SUPERLINK_NODE_ID
-    from flwr.supercore.constant import NOOP_FEDERATION_ID
-    from flwr.supercore.run import Run
-    from flwr.supercore.task_identity import TaskIdentity
 
-    run = Run.create_empty(run_id=secrets.randbits(63))
+    from experiments.engines.local import empty_run, server_context
+
+    run = empty_run()
     run.primary_task_id = 1
-    run.federation_id = NOOP_FEDERATION_ID
     run.fab_id, run.fab_version = get_metadata_from_config(get_project_config(app))
-    TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, run.run_id, SUPERLINK_NODE_ID
-    config = get_fused_config_from_dir(app, {})
-    return run, Context(run_id=run.run_id, node_id=0, node_config={}, state=RecordDict(), run_config=config)
+    return run, server_context(run.run_id, get_fused_config_from_dir(app, {}))
 
 
 def _app_toml(run_config: dict[str, Scalar], server_app: str, client_app: str) -> str:

@@ -7,10 +7,11 @@ import secrets
 import time
 import traceback
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
+from flwr.common.constant import SUPERLINK_NODE_ID
 from flwr.serverapp import Grid, ServerApp
 from flwr.supercore.constant import NOOP_FEDERATION_ID
 from flwr.supercore.run import Run
@@ -21,6 +22,13 @@ from tapfl.options import Scalar
 WORKER_LOST, CLIENT_APP_RAISED = 0, 2  # Flower's error codes; `strategies.exchange` sends the first again
 
 
+def empty_run() -> Run:
+    """Returns a run of a random id that is in no federation of Flower's."""
+    run = Run.create_empty(secrets.randbits(63))
+    run.federation_id = NOOP_FEDERATION_ID
+    return run
+
+
 class LocalGrid(Grid):
     """A Grid whose nodes are numbers; their ids are random, as in every Flower run. Subclasses push and pull messages.
 
@@ -29,8 +37,7 @@ class LocalGrid(Grid):
     """
 
     def __init__(self, run_config: dict[str, Scalar], nodes: int) -> None:
-        self._run = Run.create_empty(secrets.randbits(63))
-        self._run.federation_id = NOOP_FEDERATION_ID
+        self._run = empty_run()
         self.run_config = run_config
         self.partitions = {secrets.randbits(62): i for i in range(nodes)}
 
@@ -68,18 +75,8 @@ class LocalGrid(Grid):
 
     def context(self, node_id: int) -> Context:
         """Returns the context that a ClientApp gets with a message. It keeps no state from one message to the next."""
-        return node_context(self.run.run_id, node_id, self.partitions[node_id], len(self.partitions), self.run_config)
-
-
-def node_context(run_id: int, node_id: int, partition_id: int, nodes: int, run_config: dict[str, Scalar]) -> Context:
-    """Returns the context of a simulated node."""
-    return Context(
-        run_id=run_id,
-        node_id=node_id,
-        node_config={"partition-id": partition_id, "num-partitions": nodes},
-        state=RecordDict(),
-        run_config=dict(run_config),
-    )
+        node: dict[str, Scalar] = {"partition-id": self.partitions[node_id], "num-partitions": len(self.partitions)}
+        return Context(self.run.run_id, node_id, node, RecordDict(), dict(self.run_config))
 
 
 def answer(client_app: ClientApp, message: Message, context: Context) -> Message:
@@ -90,14 +87,19 @@ def answer(client_app: ClientApp, message: Message, context: Context) -> Message
         return Message(Error(CLIENT_APP_RAISED, traceback.format_exc()), reply_to=message)
 
 
+def server_context(run_id: int, run_config: Mapping[str, Scalar]) -> Context:
+    """Returns the context of a run's ServerApp, and sets the identity with which Flower stamps its messages.
+
+    The identity is global to this process, so if several runs share it the id is that of the last one;
+    `LocalGrid.stamp` corrects it.
+    """
+    TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, run_id, SUPERLINK_NODE_ID
+    return Context(run_id, 0, {}, RecordDict(), dict(run_config))
+
+
 def serve(server_app: ServerApp, grid: LocalGrid) -> None:
     """Carries out a federation on `grid`. Raises whatever the ServerApp raises."""
-    run_id = grid.run.run_id
-    # Flower stamps every message with the identity of its task, which outside of its own processes we set. It is global
-    # to this process, so if several runs share it the id is that of the last one; `LocalGrid.stamp` corrects it.
-    TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, run_id, 1
-    context = Context(run_id=run_id, node_id=0, node_config={}, state=RecordDict(), run_config=dict(grid.run_config))
-    server_app(grid, context)
+    server_app(grid, server_context(grid.run.run_id, grid.run_config))
 
 
 class InProcessGrid(LocalGrid):
@@ -109,11 +111,9 @@ class InProcessGrid(LocalGrid):
         self._waiting: dict[str, Message] = {}
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        ids = []
-        for message in messages:
-            ids.append(self.stamp(message))
-            self._waiting[ids[-1]] = message
-        return ids
+        sent = {self.stamp(message): message for message in messages}
+        self._waiting |= sent
+        return list(sent)
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         """Returns one reply, that to the oldest message, so that the caller can show progress."""

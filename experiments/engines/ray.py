@@ -23,12 +23,12 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from flwr.app import Error, Message
+from flwr.app import Context, Error, Message
 from flwr.common.logger import log
 from flwr.serverapp import ServerApp
 
 from experiments.engines.cluster import ray_cluster
-from experiments.engines.local import CLIENT_APP_RAISED, WORKER_LOST, LocalGrid, answer, node_context, serve
+from experiments.engines.local import CLIENT_APP_RAISED, WORKER_LOST, LocalGrid, answer, serve
 from tapfl.errors import ConfigError, RunError
 from tapfl.options import Scalar
 from tapfl.progress import stage
@@ -53,11 +53,8 @@ class Actor:
         """Returns the versions of the packages that can change a result."""
         return versions()
 
-    def answer(
-        self, client_app: str, message: Message, partition_id: int, nodes: int, run_config: dict[str, Scalar]
-    ) -> Message:
-        run_id, node_id = message.metadata.run_id, message.metadata.dst_node_id
-        return answer(load_app(client_app), message, node_context(run_id, node_id, partition_id, nodes, run_config))
+    def answer(self, client_app: str, message: Message, context: Context) -> Message:
+        return answer(load_app(client_app), message, context)
 
 
 def versions() -> dict[str, str]:
@@ -87,10 +84,9 @@ class RayGrid(LocalGrid):
         self._news = threading.Condition()
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        sent = list(messages)
-        ids = [self.stamp(message) for message in sent]
-        self._pool.queue(self, sent)
-        return ids
+        sent = {self.stamp(message): message for message in messages}
+        self._pool.queue(self, list(sent.values()))
+        return list(sent)
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         """Returns the replies that have arrived; waits a moment if there is none.
@@ -251,9 +247,8 @@ class ActorPool:
             message = grid.waiting.popleft()
             if grid.waiting:
                 self._turns.append(grid)
-            i, nodes = grid.partitions[message.metadata.dst_node_id], len(grid.partitions)
             self._at[actor].add(message.metadata.message_id)
-            ref = actor.answer.remote(grid.client_app, message, i, nodes, grid.run_config)
+            ref = actor.answer.remote(grid.client_app, message, grid.context(message.metadata.dst_node_id))
             self._watch(ref, partial(self._answered, actor, grid, message))
 
     def _taker(self) -> Any | None:

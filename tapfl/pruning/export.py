@@ -34,12 +34,12 @@ Forward = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Exported:
-    """A written file, and its difference from the model: logits of random inputs at `batches`."""
+    """A written file, and its difference from the model: logits of random inputs at `batches_checked`."""
 
     file: Path
     format: str
     bytes: int
-    batches: tuple[int, ...]
+    batches_checked: tuple[int, ...]
     max_abs_difference: float
     top1_equal: bool
 
