@@ -15,11 +15,11 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from dataclasses import MISSING, dataclass, fields, is_dataclass
+from dataclasses import dataclass, is_dataclass
 from functools import wraps
 from inspect import Parameter, Signature, signature
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, get_type_hints
+from typing import Annotated, Any, TypeVar
 
 import typer
 
@@ -42,28 +42,20 @@ def option_groups(command: Callable[..., T]) -> Callable[..., T]:
     Raises:
         ValueError: if two options have the same name.
     """
-    hints = get_type_hints(command, include_extras=True)
-    groups: dict[str, Any] = {name: hint for name, hint in hints.items() if is_dataclass(hint)}
-    expanded = []
-    for parameter in signature(command).parameters.values():
-        group = groups.get(parameter.name)
-        options = [(parameter.name, parameter.default)] if group is None else _options(group)
-        types = hints if group is None else get_type_hints(group, include_extras=True)
-        expanded += [Parameter(name, Parameter.KEYWORD_ONLY, default=d, annotation=types[name]) for name, d in options]
+    parameters = signature(command, eval_str=True).parameters
+    groups: dict[str, Any] = {n: each.annotation for n, each in parameters.items() if is_dataclass(each.annotation)}
+    options = {name: signature(group, eval_str=True).parameters for name, group in groups.items()}
+    expanded = [part for name, each in parameters.items() for part in options.get(name, {name: each}).values()]
 
     @wraps(command)
     def with_groups(**values: Any) -> T:
         for name, group in groups.items():
-            values[name] = group(**{option: values.pop(option) for option, _ in _options(group)})
+            values[name] = group(**{option: values.pop(option) for option in options[name]})
         return command(**values)
 
-    vars(with_groups)["__signature__"] = Signature(expanded)
+    vars(with_groups)["__signature__"] = Signature([e.replace(kind=Parameter.KEYWORD_ONLY) for e in expanded])
     with_groups.__annotations__ = {each.name: each.annotation for each in expanded}
     return with_groups
-
-
-def _options(group: Any) -> list[tuple[str, Any]]:
-    return [(each.name, Parameter.empty if each.default is MISSING else each.default) for each in fields(group)]
 
 
 @dataclass(frozen=True)
