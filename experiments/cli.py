@@ -52,11 +52,6 @@ SearchEngine = Literal["inprocess", "ray"]
 Method = Literal["bohb", "tpe-hyperband", "random"]
 
 
-@app.callback()
-def _tapfl() -> None:
-    """Federated learning of Vision Transformers on devices that differ."""
-
-
 @app.command()
 @option_groups
 def run(

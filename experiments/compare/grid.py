@@ -190,7 +190,7 @@ def read_comparison(file: Path, assignments: Iterable[str] = ()) -> Comparison:
     tables = read_toml_tables(file)
     given = tables.pop("compare", None)
     grids = given if isinstance(given, list) else [given]
-    if not grids or not all(isinstance(grid, dict) and all(map(_is_list, grid.values())) for grid in grids):
+    if not grids or not all(isinstance(g, dict) and all(isinstance(v, list) and v for v in g.values()) for g in grids):
         raise ConfigError(f'{file}: needs a table [compare] of lists, such as criterion = ["tap", "random"]')
     known = {*OWN_AXES, *RunConfig().flat()}
     given_axes = list(dict.fromkeys(itertools.chain(*grids)))
@@ -219,10 +219,6 @@ def option_of(axis: str) -> str:
 def stage_of(axis: str) -> int:
     """Returns the position in `STAGES` of an axis; cells that differ in a later stage only share more work."""
     return max((i for i, pattern in enumerate(STAGES, start=1) if re.fullmatch(pattern, option_of(axis))), default=0)
-
-
-def _is_list(values: Any) -> bool:
-    return isinstance(values, list) and bool(values)
 
 
 def _part(grid: Mapping[str, list[Any]], named: Iterable[str], options: Mapping[str, Any]) -> dict[str, list[Any]]:

@@ -10,6 +10,7 @@ import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import closing
+from functools import cache
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any
@@ -100,13 +101,11 @@ def _rows(cells: Sequence[Cell], jobs: int, rank: bool) -> Iterator[Row]:
 
 
 def _run_group(emit: Emit, cells: Sequence[Cell], rank: bool) -> None:
-    global _runner
-    _runner = _runner or CellRunner(rank)
-    for row in _runner.rows(cells):
+    for row in _runner(rank).rows(cells):
         emit(row)
 
 
-_runner: CellRunner | None = None  # of a process of the pool; its caches serve the next group
+_runner = cache(CellRunner)  # of a process of the pool; its caches serve the next group
 
 
 def _key(comparison: Comparison, row: Mapping[str, str]) -> tuple[str, ...]:

@@ -41,10 +41,14 @@ def run_flower(
     from flwr.simulation.run_simulation import _run_simulation
     from flwr.supercore.telemetry import EventType
 
+    # the application folder's pyproject.toml: the part of the project's own that Flower reads
+    project = {"name": "tapfl", "version": "0.1.0", "description": "tapfl", "license": "Apache-2.0"}
+    components = {"serverapp": server_app, "clientapp": client_app}
+    app = {"publisher": "tapfl", "components": components, "config": run_config}
     with tempfile.TemporaryDirectory(prefix="tapfl-app-") as folder:
-        app = Path(folder)
-        (app / "pyproject.toml").write_text(_app_toml(run_config, server_app, client_app))
-        run, context = _run_of(app)
+        toml = tomli_w.dumps({"project": project, "tool": {"flwr": {"app": app}}})
+        (Path(folder) / "pyproject.toml").write_text(toml)
+        run, context = _run_of(Path(folder))
         with ray_folder() as own:
             try:
                 _run_simulation(
@@ -76,11 +80,3 @@ def _run_of(app: Path) -> tuple[Run, Context]:
     run.primary_task_id = 1
     run.fab_id, run.fab_version = get_metadata_from_config(get_project_config(app))
     return run, server_context(run.run_id, get_fused_config_from_dir(app, {}))
-
-
-def _app_toml(run_config: dict[str, Scalar], server_app: str, client_app: str) -> str:
-    """Returns the application folder's pyproject.toml: the part of the project's own that Flower reads."""
-    project = {"name": "tapfl", "version": "0.1.0", "description": "tapfl", "license": "Apache-2.0"}
-    components = {"serverapp": server_app, "clientapp": client_app}
-    app = {"publisher": "tapfl", "components": components, "config": run_config}
-    return tomli_w.dumps({"project": project, "tool": {"flwr": {"app": app}}})
