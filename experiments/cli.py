@@ -129,8 +129,7 @@ def sweep(
         list[str] | None, typer.Option("--set", help="key=value; overrides the options that the file's runs share")
     ] = None,
     reference: Annotated[
-        list[str] | None,
-        typer.Option(help="key=value: test every point against the one with this value, over devices"),
+        list[str] | None, typer.Option(help="key=value: test every point against the one with this value, over devices")
     ] = None,
     as_json: JsonRows = False,
 ) -> None:
@@ -175,15 +174,13 @@ def search(
     *,
     config: Annotated[Path, typer.Option(help="TOML with \\[search], \\[space] and the options that all runs share")],
     method: Annotated[
-        Method | None,
-        typer.Option(help="overrides the file's: BOHB, Optuna's TPE with Hyperband, or random search"),
+        Method | None, typer.Option(help="overrides the file's: BOHB, Optuna's TPE with Hyperband, or random search")
     ] = None,
     out: Annotated[Path | None, typer.Option(help="folder of the search; default: runs/ and the file's name")] = None,
     storage: Annotated[str | None, typer.Option(help="URL of an Optuna storage; default: a journal in --out")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="continue the search in --out")] = False,
     engine: Annotated[
-        SearchEngine,
-        typer.Option(help="each run in a process of its own, or the devices of all runs on Ray actors"),
+        SearchEngine, typer.Option(help="each run in a process of its own, or the devices of all runs on Ray actors")
     ] = "inprocess",
     runs: JobOptions,
     as_json: JsonObject = False,

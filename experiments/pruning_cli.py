@@ -41,8 +41,7 @@ def prune(
     ] = None,
     shorthands: PruningShorthands,
     plan: Annotated[
-        Path | None,
-        typer.Option(help="existing plan for model.weights: a pruned model's folder, or a JSON file"),
+        Path | None, typer.Option(help="existing plan for model.weights: a pruned model's folder, or a JSON file")
     ] = None,
     config: Config = None,
     set: Set = None,

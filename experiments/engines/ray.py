@@ -125,7 +125,7 @@ class ActorPool:
 
     def __init__(self, address: str = "", count: int = 0, cpus: float = 1.0, gpus: float = 0.0) -> None:
         self.lost = ""  # why no actor is left
-        self._address, self._count, self._cpus, self._gpus = address, count, cpus, gpus
+        self._address, self._count, self._needs = address, count, {"CPU": cpus, "GPU": gpus}
         self._actors: list[Any] = []
         self._at: dict[Any, set[str]] = {}  # ids of the messages that each actor which is there has
         self._turns: deque[RayGrid] = deque()  # federations with messages that wait
@@ -169,23 +169,25 @@ class ActorPool:
         import ray
 
         machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        cpus, gpus = ([machine.get(kind, 0.0) for machine in machines] for kind in ("CPU", "GPU"))
-        room = sum(min(_times(cpu, self._cpus), _times(gpu, self._gpus)) for cpu, gpu in zip(cpus, gpus, strict=True))
-        if room < max(self._count, 1):
-            raise ConfigError(
-                f"--workers {self._count} with --actor-cpus {self._cpus:g} --actor-gpus {self._gpus:g}: there is room "
-                f"for {room:g}, on {len(machines)} machine(s) with {sum(cpus):g} CPUs and {sum(gpus):g} GPUs"
-            )
-        if room == float("inf") and not self._count:
+        needed = {kind: share for kind, share in self._needs.items() if share}
+        if not needed and not self._count:
             raise ConfigError("--actor-cpus 0 --actor-gpus 0: needs --workers, because nothing else says how many")
-        return self._count or int(room)
+        fits = [[int(each.get(kind, 0) / share + 1e-9) for kind, share in needed.items()] for each in machines]
+        room = sum(min(times, default=self._count) for times in fits)
+        if room < max(self._count, 1):
+            cpus, gpus = (sum(each.get(kind, 0) for each in machines) for kind in self._needs)
+            raise ConfigError(
+                f"--workers {self._count} with {'--actor-cpus {CPU:g} --actor-gpus {GPU:g}'.format(**self._needs)}: there "
+                f"is room for {room}, on {len(machines)} machine(s) with {cpus:g} CPUs and {gpus:g} GPUs"
+            )
+        return self._count or room
 
     def _start(self, count: int) -> None:
         import ray
 
         actor = ray.remote(Actor).options(
-            num_cpus=self._cpus,
-            num_gpus=self._gpus,
+            num_cpus=self._needs["CPU"],
+            num_gpus=self._needs["GPU"],
             max_restarts=-1,
             max_task_retries=0,
             runtime_env={"env_vars": {"PYTHONPATH": os.pathsep.join(_own_paths())}},
@@ -202,13 +204,13 @@ class ActorPool:
         """Raises RunError unless the cluster, which others may use as well, has room for one actor soon."""
         import ray
 
-        end, needed = time.monotonic() + FREE, {"CPU": self._cpus, "GPU": self._gpus}
-        while any((free := ray.available_resources()).get(kind, 0.0) < each for kind, each in needed.items()):
+        end = time.monotonic() + FREE
+        while any((free := ray.available_resources()).get(kind, 0) < share for kind, share in self._needs.items()):
             if time.monotonic() > end:
-                raise RunError(
-                    f"the Ray cluster is in use: {free.get('CPU', 0):g} CPUs and {free.get('GPU', 0):g} GPUs are free, "
-                    f"an actor takes {self._cpus:g} and {self._gpus:g}"
+                have, takes = (
+                    f"{each.get('CPU', 0):g} CPUs and {each.get('GPU', 0):g} GPUs" for each in (free, self._needs)
                 )
+                raise RunError(f"the Ray cluster is in use: {have} are free, an actor takes {takes}")
             time.sleep(0.2)
 
     def _stop(self, thread: threading.Thread) -> None:
@@ -307,8 +309,3 @@ def _own_paths() -> list[str]:
     """Returns where this process finds modules outside its Python installation: an actor needs these paths as well."""
     own = (path for path in sys.path if path and not Path(path).is_relative_to(sys.prefix))
     return [path for path in own if not Path(path).is_relative_to(sys.base_prefix)]
-
-
-def _times(there: float, each: float) -> float:
-    """Returns how many times `each` fits into `there`; infinity if `each` is 0."""
-    return float("inf") if each == 0 else int(there / each + 1e-9)
