@@ -176,10 +176,9 @@ class ActorPool:
         room = sum(min(times, default=self._count) for times in fits)
         if room < max(self._count, 1):
             cpus, gpus = (sum(each.get(kind, 0) for each in machines) for kind in self._needs)
-            raise ConfigError(
-                f"--workers {self._count} with {'--actor-cpus {CPU:g} --actor-gpus {GPU:g}'.format(**self._needs)}: there "
-                f"is room for {room}, on {len(machines)} machine(s) with {cpus:g} CPUs and {gpus:g} GPUs"
-            )
+            asked = "--actor-cpus {CPU:g} --actor-gpus {GPU:g}".format(**self._needs)
+            there = f"{len(machines)} machine(s) with {cpus:g} CPUs and {gpus:g} GPUs"
+            raise ConfigError(f"--workers {self._count} with {asked}: there is room for {room}, on {there}")
         return self._count or room
 
     def _start(self, count: int) -> None:
