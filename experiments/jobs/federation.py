@@ -1,8 +1,8 @@
 """One federation as a job: started or continued in its folder, on the engine that it is given.
 
-Runs whose options agree on round zero share it. The answers of the devices and the plans are kept in ``round-zero``
-beside the runs' folders, by a hash of the options that can change them. A new run starts as one that has already got
-that far: it computes only what is missing, and gives the same bits.
+Runs whose options agree on round zero share it. The devices' summaries and the plans are kept in ``round-zero`` beside
+the runs' folders, by a hash of the options that can change them. A new run starts with these files, computes only what
+is missing, and has the same bits.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import gc
 import json
 import os
 import shutil
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
@@ -45,12 +45,8 @@ def in_process(run_config: dict[str, Scalar], nodes: int) -> None:
     run_inprocess(server_app, client_app, run_config, nodes)
 
 
-def on_flower(workers: int) -> Engine:
-    """Returns the `Engine` that is Flower's simulation with so many workers."""
-    return partial(_on_flower, workers)
-
-
-def _on_flower(workers: int, run_config: dict[str, Scalar], nodes: int) -> None:
+def on_flower(workers: int, run_config: dict[str, Scalar], nodes: int) -> None:
+    """Runs a federation in Flower's simulation; with `workers` bound, this is an `Engine`."""
     from experiments.engines.flower import run_flower
 
     run_flower(run_config, nodes, workers)
@@ -75,7 +71,7 @@ def engine_of(name: str, options: RayOptions) -> Iterator[Engine]:
         return
     starting("Ray")
     if name == "flower":
-        yield on_flower(options.workers or os.cpu_count() or 1)
+        yield partial(on_flower, options.workers or os.cpu_count() or 1)
         return
     with actor_pool(options) as actors:
         yield on_actors(actors)
@@ -95,34 +91,35 @@ def federations(engine: str, options: JobOptions) -> Iterator[tuple[Pool, Engine
     Args:
         engine: ``inprocess`` or ``flower``: each federation in a process; ``ray``: all of them on the same actors.
     """
-    jobs, cpus = options.jobs or os.cpu_count() or 1, os.cpu_count() or 1
+    cpus = os.cpu_count() or 1
+    jobs = options.jobs or cpus
     if engine == "ray":
         starting("Ray")
         with actor_pool(options) as actors, closing(ThreadPool(jobs, lambda: actors.lost)) as threads:
             yield threads, on_actors(actors)
     else:
         with closing(ProcessPool(jobs)) as processes:
-            yield processes, in_process if engine == "inprocess" else on_flower(options.workers or cpus)
+            yield processes, in_process if engine == "inprocess" else partial(on_flower, options.workers or cpus)
 
 
 def resolved(options: Mapping[str, Any], folder: Path) -> RunConfig:
-    """Returns the configuration of a run in `folder` that may go on."""
+    """Returns the configuration of a run in `folder`, which continues if it exists."""
     own = {"out": str(folder), "resume": True}
     return absolute_paths(RunConfig.from_flat({"devices.count": DEFAULT_DEVICES, **options, **own}))
 
 
 def federation_job(options: Mapping[str, Any], folder: Path, engine: Engine) -> Job:
-    """Returns the job that carries out a run; it logs to ``FOLDER.log`` and comes to the run's summary."""
+    """Returns the job that carries out a run and returns its summary; it logs to ``FOLDER.log``."""
     return Job(carry_out, (dict(options), folder, engine), folder.with_name(f"{folder.name}.log"))
 
 
 def carry_out(emit: Emit, options: Mapping[str, Any], folder: Path, engine: Engine) -> Summary:
-    """Begins a run in `folder`, or goes on with it, up to ``train.rounds``; returns its summary.
+    """Starts or continues a run in `folder`, up to ``train.rounds``; returns its summary.
 
-    Round zero is taken from ``round-zero`` beside the folder as far as another run has left it there.
+    Round zero is taken from ``round-zero`` beside the folder as far as another run has kept it there.
 
     Args:
-        emit: gets `StageProgress`.
+        emit: called with `StageProgress`.
 
     Raises:
         TapflError: if the run cannot be carried out.
@@ -139,14 +136,14 @@ def carry_out(emit: Emit, options: Mapping[str, Any], folder: Path, engine: Engi
         try:
             engine(config.flat(), config.devices.count)
         finally:
-            gc.collect()  # models that hold on to each other go now: the next run needs their room
+            gc.collect()  # free models in reference cycles now: the next run needs the memory
     keep(folder, config, store)
     if not (folder / SUMMARY).is_file():
         raise RunError(f"{folder}: the run ended without a result")
     return read_summary(folder)
 
 
-# what cannot change a plan: all that comes after round zero. An option that is not named here is taken to change it
+# options that act after round zero and cannot change a plan; any other option is assumed to change it
 AFTER = (
     *FREE_OPTIONS,
     "train.",
@@ -158,35 +155,30 @@ AFTER = (
     "devices.dropout",
     "devices.deadline",
 )
-BUT = ("adapters.head",)  # for class rows a device says which classes it has
-# what cannot change a summary either
+BUT = ("adapters.head",)  # with class rows, a device reports its classes
+# options that cannot change a summary either
 AFTER_SUMMARIES = (*AFTER, "metric.", "pruning.", "devices.budgets")
-# the files of a run: what devices said, and the plans; with each what the report tells of it
+# files of a run: the devices' messages and the plans, each with its files for the report
 SUMMARIES = ("summaries/*", "devices/*/images.json")
 PLANS = ("plans/*", "metric-sets/*")
 
 
 def keep(run: Path, config: RunConfig, store: Path) -> None:
-    """Leaves the round zero of a run for others, if none is there."""
+    """Keeps the round zero of a run for others, unless it is there already."""
     summaries, plans = _folders(config, store)
-    told = {file.stem for file in run.glob("summaries/*")}
-    _fill(summaries, run, SUMMARIES)
-    # the plan of a device that gave no mixture is for want of a better one
-    _fill(plans, run, PLANS, told)
-
-
-def is_kept(config: RunConfig, store: Path) -> bool:
-    """Says whether plans are kept for a run like this."""
-    return _folders(config, store)[1].is_dir()
+    _fill(summaries, run, [file for pattern in SUMMARIES for file in run.glob(pattern)])
+    # the plan of a device that sent no mixture is a makeshift
+    sent = {file.stem for file in run.glob("summaries/*")}
+    _fill(plans, run, [file for pattern in PLANS for file in run.glob(pattern) if file.stem in sent])
 
 
 def name_of(config: RunConfig) -> str:
-    """Returns a name that runs have in common which come to the same plans."""
+    """Returns a name that is the same for all runs with the same plans."""
     return _hash(config.flat(), AFTER)
 
 
 def prepare(run: Path, config: RunConfig, store: Path) -> None:
-    """Makes the folder of a new run, to go on with, and puts into it what is kept of its round zero."""
+    """Makes the folder of a new run, with as much of its round zero as is kept."""
     with whole_folder(run) as folder:
         for source in _folders(config, store):
             _link_all(source, folder, [file for file in source.rglob("*") if file.is_file()])
@@ -203,28 +195,23 @@ def _hash(flat: Mapping[str, Any], after: tuple[str, ...]) -> str:
     return content_hash(json.dumps(decisive, sort_keys=True))
 
 
-def _fill(target: Path, run: Path, patterns: Sequence[str], stems: Container[str] | None = None) -> None:
-    files = [file for pattern in patterns for file in run.glob(pattern) if stems is None or file.stem in stems]
+def _fill(target: Path, run: Path, files: Sequence[Path]) -> None:
     if target.exists() or not files:
         return
     try:
         with whole_folder(target) as folder:
             _link_all(run, folder, files)
     except OSError:
-        if not target.exists():  # else another trial has just left the same
+        if not target.exists():  # otherwise another run has just left the same
             raise
 
 
 def _link_all(source: Path, target: Path, files: Iterable[Path]) -> None:
+    """Links files into another folder. Runs can share them because a run replaces files and never writes into them."""
     for file in files:
-        same = target / file.relative_to(source)
-        same.parent.mkdir(parents=True, exist_ok=True)
-        _link(file, same)
-
-
-def _link(source: Path, target: Path) -> None:
-    """Files of a run are replaced, never written into: so two runs can have one in common."""
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copy2(source, target)
+        copy = target / file.relative_to(source)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            os.link(file, copy)
+        except OSError:
+            shutil.copy2(file, copy)

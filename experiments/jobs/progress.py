@@ -1,4 +1,4 @@
-"""How far jobs in flight are: a job reports its stages, and `Overview` sums up those of all jobs."""
+"""Progress of jobs: each job reports its stages, and `Overview` sums up all jobs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from statistics import fmean
 from experiments.jobs.pool import Emit
 from tapfl.progress import Advance, Screen
 
-MAIN = "rounds"  # the stage whose pace tells how long a federation takes
+MAIN = "rounds"  # the stage from whose pace the time of a federation is estimated
 BEFORE = 0.45  # share of a federation before its rounds, assumed until some of them are done
 STAGES = 8  # of that part
 GAP = 0.2  # seconds between two reports of one job
@@ -28,7 +28,7 @@ class StageProgress:
 
 
 @dataclass
-class _Open:
+class _Stage:
     name: str
     done: float = 0
     total: float = 0
@@ -39,7 +39,7 @@ def reporting(emit: Emit, clock: Callable[[], float] = time.monotonic) -> Screen
 
     The share counts stages within stages: 3 of 10 rounds and half of the devices of the fourth are 0.35.
     """
-    stages: list[_Open] = []
+    stages: list[_Stage] = []
     last = -GAP
 
     def report() -> None:
@@ -54,7 +54,7 @@ def reporting(emit: Emit, clock: Callable[[], float] = time.monotonic) -> Screen
 
     @contextmanager
     def screen(name: str) -> Iterator[Advance]:
-        opened = _Open(name)
+        opened = _Stage(name)
 
         def advance(done: float, total: float, note: str = "", left: float | None = None, /) -> None:
             begins = not opened.total
@@ -129,7 +129,7 @@ class _Flight:
 
 
 class Overview:
-    """Passes on to `advance` how many jobs' worth of work is done, which jobs are in flight, and the time left.
+    """Reports to `advance` the jobs that are done, those in flight, and the time left.
 
     A federation takes as long as its rounds' pace says; before them, as long as those that have ended; before any has,
     round zero is taken for a fixed share. What waits is divided among `jobs` workers.
