@@ -32,7 +32,7 @@ from tapfl.pruning.plan import PruningPlan
 from tapfl.pruning.surgery import rebuild, save_pruned, shrink
 from tapfl.seeds import numpy_generator
 from tapfl.store import cache_folder
-from tapfl.summary.descriptors import Projection
+from tapfl.summary.metric_set import Projection
 from tapfl.summary.mixture import device_mixture
 from tapfl.training import Params, accuracy, batches, predict
 from tapfl.wire import (

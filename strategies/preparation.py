@@ -34,7 +34,7 @@ from tapfl.models.dense import DenseCache, dense_backbone
 from tapfl.models.prunable import prunable_layers
 from tapfl.models.units import PrunableLayer
 from tapfl.progress import stage
-from tapfl.pruning.plan import PruningPlan, kept_plan, require_device, signed
+from tapfl.pruning.plan import PruningPlan, load_plan, require_device, signed
 from tapfl.store import (
     RunFolder,
     cache_folder,
@@ -167,7 +167,7 @@ class Preparation:
         file = self.plan_file(i)
         if not file.exists():
             return None
-        plan, checksum = kept_plan(file)
+        plan, checksum = load_plan(file, saved=False)
         require_device(plan, i, f"{file}: is the plan")
         return plan, checksum
 

@@ -19,11 +19,10 @@ from tapfl.pruning.basis import in_basis, turned_on_pool
 from tapfl.pruning.criteria.criterion import PruningTask, Selection
 from tapfl.pruning.criteria.registry import resolved
 from tapfl.pruning.layer_importance import PoolProbe
-from tapfl.pruning.pipeline import Pruned, fine_tune_set, labels_of, prune_to, pruning_task, select
+from tapfl.pruning.pipeline import Pruned, fine_tune_set, labels_of, prune_model, pruning_task, select
 from tapfl.seeds import numpy_generator, torch_generator
 from tapfl.store import cache_folder
-from tapfl.summary.descriptors import Projection, cached_features
-from tapfl.summary.metric_set import pick_metric_set
+from tapfl.summary.metric_set import Projection, cached_features, pick_metric_set
 from tapfl.summary.mixture import GaussianSummary, fit_mixture
 
 BUDGETS, SELECTIONS = 64, 256  # results that are kept; a selection is the kept units of every layer, 90 kB for DeiT-T
@@ -170,4 +169,4 @@ def device_model(
         "align": task.options.align,
     }
     fine_tune = fine_tune_set(lambda size: pool.images.subset(images(size)), shared.transform, options)
-    return replace(prune_to(task, selection, spec, fine_tune, provenance, config.seed), metric_set=chosen)
+    return replace(prune_model(task, spec, fine_tune, provenance, config.seed, selection), metric_set=chosen)

@@ -21,8 +21,7 @@ _NAMES = {
     "pruning.pipeline": "prune_model pruning_task",
     "pruning.plan": "PruningPlan load_plan read_plan",
     "pruning.surgery": "apply_plan load_pruned save_pruned shrink",
-    "summary.descriptors": "Projection",
-    "summary.metric_set": "pick_metric_set",
+    "summary.metric_set": "Projection pick_metric_set",
     "summary.mixture": "GaussianSummary fit_mixture",
 }
 _HOMES = {name: f"tapfl.{module}" for module, names in _NAMES.items() for name in names.split()}

@@ -143,13 +143,13 @@ def test_recovery_is_on_the_best_public_images_of_the_device(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sets: list[FineTuneSet] = []
-    prune_to = round_zero.prune_to
+    prune_model = round_zero.prune_model
 
-    def spy(task: Any, selection: Any, spec: Any, fine_tune: FineTuneSet, *rest: Any) -> Pruned:
+    def spy(task: Any, spec: Any, fine_tune: FineTuneSet, *rest: Any) -> Pruned:
         sets.append(fine_tune)
-        return prune_to(task, selection, spec, fine_tune, *rest)
+        return prune_model(task, spec, fine_tune, *rest)
 
-    monkeypatch.setattr(round_zero, "prune_to", spy)
+    monkeypatch.setattr(round_zero, "prune_model", spy)
     options = ["recovery=fine-tune", "recovery-steps=1", "recovery-size=100", "labels=public"]
     run = carry_out(tmp_path / "run", cache, [f"pruning.{option}" for option in options], monkeypatch)
     for (shared, _, summary, device, _), fine_tune in zip(run.given.values(), sets, strict=True):

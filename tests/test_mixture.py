@@ -13,7 +13,7 @@ from sklearn.mixture import GaussianMixture
 
 from tapfl.config import SummaryOptions
 from tapfl.errors import DataError
-from tapfl.summary.descriptors import Projection
+from tapfl.summary.metric_set import Projection
 from tapfl.summary.mixture import GaussianSummary, distinct, fit_mixture, limit_support
 
 

@@ -24,7 +24,7 @@ from tapfl.pruning.criteria.registry import resolved
 from tapfl.pruning.pipeline import FineTuneSet, fine_tune_set, labels_of, pruning_task
 from tapfl.seeds import numpy_generator
 from tapfl.store import cache_folder
-from tapfl.summary.descriptors import cached_features
+from tapfl.summary.metric_set import cached_features
 from tapfl.summary.mixture import GaussianSummary, device_mixture
 from tapfl.training import accuracy, predict
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import copy
 import math
-from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -50,7 +49,7 @@ class LinearCut:
 
 
 @dataclass(frozen=True)
-class PrunableLayer(ABC):
+class PrunableLayer:
     """One residual branch of a backbone.
 
     Attributes:
@@ -78,6 +77,8 @@ class PrunableLayer(ABC):
     params_per_head: int = 0
 
     kind: ClassVar[Literal["attention", "ffn"]]
+    inner: ClassVar[str]  # the linear that writes the units
+    parts: ClassVar[int]  # its rows for one unit: one in fc1, three in qkv
     output: ClassVar[str]  # the linear whose input are the units' activations
 
     def output_of(self, model: nn.Module) -> nn.Linear:
@@ -91,14 +92,14 @@ class PrunableLayer(ABC):
         return self.units // self.heads
 
     @property
-    @abstractmethod
     def macs_per_unit(self) -> int:
-        """Multiply-accumulates an image that one unit costs."""
+        """Multiply-accumulates an image that one unit costs, with its part in the two products of attention."""
+        return self.tokens * ((self.parts + 1) * self.embed_dim + 2 * self.span)
 
     @property
-    @abstractmethod
     def params_per_unit(self) -> int:
         """Weights and biases that go with one unit."""
+        return (self.parts + 1) * self.embed_dim + self.parts * self.inner_bias
 
     @property
     def full(self) -> Shape:
@@ -121,11 +122,15 @@ class PrunableLayer(ABC):
         sizes = self._per_head(kept)
         return Shape(int((sizes > 0).sum()), int(sizes.max()))
 
-    @abstractmethod
     def cuts(self, kept: Tensor) -> list[LinearCut]:
         """Returns what remains of the branch's linears when the units `kept` (sorted, int64) stay."""
+        rows = torch.cat([kept + part * self.units for part in range(self.parts)])
+        return [LinearCut(self.inner, "rows", rows, self._scale(kept)), LinearCut(self.output, "columns", kept)]
 
-    @abstractmethod
+    def _scale(self, kept: Tensor) -> Tensor | None:
+        """Returns a factor for each row of the inner linear that keeps the branch's function, or None."""
+        return None
+
     def _resize(self, module: Any, kept: Tensor) -> None:
         """Sets the attributes of a branch whose linears were cut already."""
 
@@ -161,54 +166,24 @@ class PrunableLayer(ABC):
         return torch.bincount(kept // self.units_per_head, minlength=self.heads)
 
 
-@dataclass(frozen=True)
 class Ffn(PrunableLayer):
     """fc1 -> activation -> fc2."""
 
-    kind: ClassVar[Literal["attention", "ffn"]] = "ffn"
-    output: ClassVar[str] = "fc2"
-
-    @property
-    def macs_per_unit(self) -> int:
-        return 2 * self.tokens * self.embed_dim
-
-    @property
-    def params_per_unit(self) -> int:
-        return 2 * self.embed_dim + self.inner_bias
-
-    def cuts(self, kept: Tensor) -> list[LinearCut]:
-        return [LinearCut("fc1", "rows", kept), LinearCut("fc2", "columns", kept)]
-
-    def _resize(self, module: Any, kept: Tensor) -> None:
-        pass
+    kind, inner, parts, output = "ffn", "fc1", 1, "fc2"
 
 
-@dataclass(frozen=True)
 class SelfAttention(PrunableLayer):
     """qkv -> heads -> proj, the heads attending to `span` tokens (all of an image, or one window of it)."""
 
-    kind: ClassVar[Literal["attention", "ffn"]] = "attention"
-    output: ClassVar[str] = "proj"
+    kind, inner, parts, output = "attention", "qkv", 3, "proj"
 
-    @property
-    def macs_per_unit(self) -> int:
-        return self.tokens * (4 * self.embed_dim + 2 * self.span)
-
-    @property
-    def params_per_unit(self) -> int:
-        return 4 * self.embed_dim + 3 * self.inner_bias
-
-    def cuts(self, kept: Tensor) -> list[LinearCut]:
+    def _scale(self, kept: Tensor) -> Tensor:
         # The softmax divides by sqrt(dims a head). With fewer dims it divides by less, so q takes the difference:
         # q' = q sqrt(k / d), exact for timm's fused and unfused paths alike.
         dims = int(self._per_head(kept).max()) if len(kept) else 0
         factor = math.sqrt(dims / self.units_per_head)
         ones = torch.ones(len(kept))
-        rows = torch.cat([kept, kept + self.units, kept + 2 * self.units])
-        return [
-            LinearCut("qkv", "rows", rows, torch.cat([ones * factor, ones, ones])),
-            LinearCut("proj", "columns", kept),
-        ]
+        return torch.cat([ones * factor, ones, ones])
 
     def _resize(self, module: Any, kept: Tensor) -> None:
         sizes = self._per_head(kept)

@@ -77,19 +77,25 @@ def export(
     write, read, packages = FORMATS[format]
     if lacking := [package for package in packages if find_spec(package) is None]:
         raise ConfigError(f"format = {format!r}: needs {', '.join(lacking)}; pip install 'tapfl[export]'")
+    batches = (batch,) if batch else (1, 3)
     try:
         with whole_file(file) as temporary:
             with _quiet():
-                write(model, temporary, _about(model, plan), batch, opset)
-                found = _check(model, read(temporary), (batch,) if batch else (1, 3))
-            difference, same = found
+                try:
+                    write(model, temporary, _about(model, plan), batch, opset)
+                except (ConfigError, RunError, OSError):
+                    raise
+                except Exception as error:  # whatever torch raises, the format has no form of this model
+                    named = format + (f", opset = {opset}" if opset else "")
+                    raise RunError(f"{named}: cannot hold this model ({message_of(error)})") from None
+                difference, same = _check(model, read(temporary), batches)
             if not (difference <= TOLERANCE and same):
                 how = f"logits differ by {difference:.2g}" + ("" if same else ", top-1 too")
                 raise RunError(f"{file}: {format} does not compute what the model computes ({how}); not kept")
             size = temporary.stat().st_size
     except OSError as error:
         raise ConfigError(f"out = {str(file)!r}: cannot be written ({error.strerror})") from None
-    return Exported(file, format, size, (batch,) if batch else (1, 3), difference, same)
+    return Exported(file, format, size, batches, difference, same)
 
 
 def load_exported(file: Path | str, format: str = "onnx") -> Forward:
@@ -99,7 +105,6 @@ def load_exported(file: Path | str, format: str = "onnx") -> Forward:
 
 
 def _about(model: nn.Module, plan: PruningPlan) -> dict[str, str]:
-    """Returns the metadata that a reader of the file needs."""
     transform = transform_of(model)
     return {
         "tapfl": metadata.version("tapfl"),
@@ -133,10 +138,7 @@ def _check(model: nn.Module, exported: Forward, batches: Sequence[int]) -> tuple
 def _program(model: nn.Module, batch: int | None) -> torch.export.ExportedProgram:
     """Returns the graph of `model`; traced with two images if the batch is dynamic, as torch takes 1 for a constant."""
     shapes = None if batch else ({0: torch.export.Dim("batch", min=1)},)
-    try:
-        program = torch.export.export(model, (example_input(model, batch or 2),), dynamic_shapes=shapes)
-    except Exception as error:  # whatever torch raises, there is no graph of this model
-        raise RunError(f"torch.export cannot hold this model ({message_of(error)})") from None
+    program = torch.export.export(model, (example_input(model, batch or 2),), dynamic_shapes=shapes)
     for node in program.graph.nodes:
         node.meta.pop("stack_trace", None)  # paths of the machine that exported it
     return program
@@ -153,30 +155,17 @@ def _read_program(file: Path) -> Forward:
 
 
 def _write_script(model: nn.Module, file: Path, about: Mapping[str, str], batch: int | None, _: int | None) -> None:
-    try:
-        traced = torch.jit.trace(model, example_input(model, batch or 2), check_trace=False)
-    except Exception as error:  # as above
-        raise RunError(f"TorchScript cannot hold this model ({message_of(error)})") from None
+    traced = torch.jit.trace(model, example_input(model, batch or 2), check_trace=False)
     torch.jit.save(traced, str(file), _extra_files={ABOUT: json.dumps(about).encode()})
-
-
-def _read_script(file: Path) -> Forward:
-    script: Forward = torch.jit.load(str(file))
-    return script
 
 
 def _write_onnx(model: nn.Module, file: Path, about: Mapping[str, str], batch: int | None, opset: int | None) -> None:
     weights = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
     if weights > ONNX_BYTES:
         raise RunError(f"onnx: one file holds 2 GB, the weights are {weights / 1e9:.1f} GB")
-    try:
-        program = torch.onnx.export(
-            _program(model, batch), input_names=["images"], output_names=["logits"], opset_version=opset, verbose=False
-        )
-    except RunError:
-        raise
-    except Exception as error:  # as above
-        raise RunError(f"onnx: this model cannot be written (opset = {opset}: {message_of(error)})") from None
+    program = torch.onnx.export(
+        _program(model, batch), input_names=["images"], output_names=["logits"], opset_version=opset, verbose=False
+    )
     assert program is not None  # it is for the old exporter alone
     proto = program.model_proto
     got = next(entry.version for entry in proto.opset_import if entry.domain in ("", "ai.onnx"))
@@ -208,7 +197,7 @@ Writer = Callable[[nn.Module, Path, Mapping[str, str], int | None, int | None], 
 FORMATS: dict[str, tuple[Writer, Callable[[Path], Forward], tuple[str, ...]]] = {
     "onnx": (_write_onnx, _read_onnx, ("onnx", "onnxscript", "onnxruntime")),
     "torch-export": (_write_program, _read_program, ()),
-    "torchscript": (_write_script, _read_script, ()),
+    "torchscript": (_write_script, lambda file: torch.jit.load(str(file)), ()),
 }
 
 

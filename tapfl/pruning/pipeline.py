@@ -129,17 +129,9 @@ def pruning_task(
     model = in_basis(model, options.basis, lambda: canonical_basis(model, layers, inputs, batch))
     if limits.measured and timings is None:
         timings = measure_timings(model, layers, options.align)
+    costs = cost_table(layers, dense, limits, timings)
     return PruningTask(
-        model=model,
-        layers=layers,
-        dense=dense,
-        inputs=inputs,
-        labels=labels,
-        budget=limits,
-        costs=cost_table(layers, dense, limits, timings),
-        options=options,
-        batch=batch,
-        generator=torch_generator(seed, "criterion"),
+        model, layers, dense, inputs, labels, limits, costs, options, batch, torch_generator(seed, "criterion")
     )
 
 
@@ -149,16 +141,11 @@ def check_metric_set(model: nn.Module, inputs: Tensor, batch: int) -> None:
         raise ModelError("metric set is empty; it takes at least one batch of images")
     if len(inputs) < batch:
         raise ModelError(f"metric set of {len(inputs)} images is smaller than one batch of {batch}")
-    wanted, given = tuple(example_input(model).shape[1:]), tuple(inputs.shape[1:])
+    wanted, given = ("×".join(map(str, x.shape[1:])) or "without sizes" for x in (example_input(model), inputs))
     if given != wanted:
         raise ModelError(
-            f"metric set of images {_sizes(given)} does not fit the backbone, which takes {_sizes(wanted)} "
-            f"(channels×height×width)"
+            f"metric set of images {given} does not fit the backbone, which takes {wanted} (channels×height×width)"
         )
-
-
-def _sizes(shape: tuple[int, ...]) -> str:
-    return "×".join(map(str, shape)) or "without sizes"
 
 
 def select(task: PruningTask) -> Selection:
@@ -220,24 +207,17 @@ def prune_model(
     fine_tune: FineTuneSet | None = None,
     provenance: Mapping[str, Scalar] | None = None,
     seed: int = 0,
+    selection: Selection | None = None,
 ) -> Pruned:
     """Returns the smaller model and its plan: all of the above.
+
+    Args:
+        selection: of the task's criterion, if it is known.
 
     Raises:
         BudgetError: if the budget cannot be met.
     """
-    return prune_to(task, select(task), spec, fine_tune, provenance, seed)
-
-
-def prune_to(
-    task: PruningTask,
-    selection: Selection,
-    spec: BackboneSpec,
-    fine_tune: FineTuneSet | None = None,
-    provenance: Mapping[str, Scalar] | None = None,
-    seed: int = 0,
-) -> Pruned:
-    """Returns the smaller model of a selection and its plan: what comes after the criterion."""
+    selection = selection or select(task)
     small = recovered(task, selection, cut(task, selection, seed), fine_tune, seed)
     parts = {name: getattr(task.options, name) for name in ("criterion", "ratio", *CHANGES)}
     plan = plan_of(task, selection, spec, {**parts, "seed": seed, **(provenance or {})})

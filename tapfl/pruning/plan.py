@@ -113,31 +113,17 @@ def read_plan(path: Path | str) -> PruningPlan:
     Raises:
         PlanError: if it is missing, damaged, or was edited since it was written.
     """
-    path = Path(path)
-    return _read(path / PLAN_FILE if path.is_dir() else path, required=())[0]
+    return load_plan(path, saved=False)[0]
 
 
-def load_plan(folder: Path | str) -> tuple[PruningPlan, str]:
-    """Returns the plan in `folder` and the SHA-256 of its weights. Raises PlanError as `read_plan` does."""
-    return _read(Path(folder) / PLAN_FILE, required=("checksum", "sha256"))
-
-
-def kept_plan(file: Path) -> tuple[PruningPlan, str]:
-    """Returns a run's `plans/NN.json` and the SHA-256 of the weights beside it, empty if it has none.
+def load_plan(path: Path | str, saved: bool = True) -> tuple[PruningPlan, str]:
+    """Returns the plan that `read_plan` reads and the SHA-256 of the weights beside it, empty if it has none.
 
     Raises:
-        PlanError: as `read_plan` does.
+        PlanError: as `read_plan` does; with `saved`, also if it is not the signed plan of a saved model.
     """
-    return _read(file, required=())
-
-
-def require_device(plan: PruningPlan, device: int, subject: str) -> None:
-    """Raises PlanError, with `subject` as its first words, if a plan belongs to another device."""
-    if (own := plan.provenance.get("device", device)) != device:
-        raise PlanError(f"{subject} of device {own}, not of {device}")
-
-
-def _read(file: Path, required: tuple[str, ...]) -> tuple[PruningPlan, str]:
+    path = Path(path)
+    file = path / PLAN_FILE if path.is_dir() or saved else path
     try:
         content = json.loads(file.read_text(encoding="utf-8"), parse_constant=_no_number)
     except OSError as error:
@@ -146,7 +132,7 @@ def _read(file: Path, required: tuple[str, ...]) -> tuple[PruningPlan, str]:
         raise PlanError(f"{file}: is not a plan ({error})") from None
     if not isinstance(content, dict):
         raise PlanError(f"{file}: is not a plan (a JSON object is expected)")
-    for key in required:
+    for key in ("checksum", "sha256") if saved else ():
         if not isinstance(content.get(key), str):
             raise PlanError(f"{file}: is not the plan of a saved model (it has no {key!r})")
     own, weights = content.pop("checksum", None), content.pop("sha256", "")
@@ -154,6 +140,12 @@ def _read(file: Path, required: tuple[str, ...]) -> tuple[PruningPlan, str]:
     if own is not None and own != checksum_of(content):
         raise PlanError(f"{file}: was edited or damaged since it was written (its checksum differs)")
     return plan, str(weights)
+
+
+def require_device(plan: PruningPlan, device: int, subject: str) -> None:
+    """Raises PlanError, with `subject` as its first words, if a plan belongs to another device."""
+    if (own := plan.provenance.get("device", device)) != device:
+        raise PlanError(f"{subject} of device {own}, not of {device}")
 
 
 def _no_number(text: str) -> float:

@@ -1,64 +1,69 @@
-"""The metric set: the public images that look like a device's own, on which its task is measured."""
+"""From features of images to descriptors, and by descriptors to the metric set, on which a device's task is measured.
+
+Descriptors φ(x) are pooled pre-logits features of the frozen backbone, centred and projected by the pool's PCA. The
+metric set are the public images that look like a device's own, by one of these rules:
+
+    top-likelihood     as published: largest log p_i(φ(x)). Mode-seeking: it crowds into the densest component
+    density-ratio      ours: largest log p_i(φ(x)) - log p_pool(φ(x)): more the device's than the pool's
+    component-quota    ours: n_k = round(π_k M) samples a component, the best by responsibility-weighted likelihood
+    random             a control: drawn evenly from the pool
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
+import torch
+from sklearn.decomposition import PCA
+from torch import nn
 
 from tapfl.config import MetricOptions
+from tapfl.data.sources import ImageSet
+from tapfl.data.transform import Transform
 from tapfl.errors import DataError
+from tapfl.models.forward import image_features
+from tapfl.store import content_hash, read_tensors, write_tensors
 from tapfl.summary.mixture import GaussianSummary
 
-PoolDensity = Callable[[], np.ndarray]
-Rule = Callable[[GaussianSummary, PoolDensity, np.ndarray, int, np.random.Generator], np.ndarray]
+RULES = ("top-likelihood", "density-ratio", "component-quota", "random")
 
 
-def top_likelihood(
-    device: GaussianSummary, pool: PoolDensity, points: np.ndarray, size: int, generator: np.random.Generator
-) -> np.ndarray:
-    """As published: the samples of largest log p_i(φ(x)). Mode-seeking: it crowds into the densest component."""
-    return _largest(device.log_likelihood(points), size)
+@dataclass(frozen=True)
+class Projection:
+    """φ = (f - mean) · components; fitted on the public pool alone, so it tells a device nothing of another.
+
+    Attributes:
+        mean: float32 (features,).
+        components: float32 (dim, features), orthonormal rows.
+    """
+
+    mean: np.ndarray
+    components: np.ndarray
+
+    @classmethod
+    def fit(cls, features: np.ndarray, dim: int) -> Projection:
+        """Returns the projection of (n, features) to the first `dim` principal components, or as many as there are."""
+        dim = min(dim, *features.shape)
+        pca = PCA(n_components=dim, svd_solver="full").fit(features.astype(np.float64))
+        return cls(pca.mean_.astype(np.float32), pca.components_.astype(np.float32))
+
+    def __call__(self, features: np.ndarray) -> np.ndarray:
+        """Returns descriptors, float64 (n, dim)."""
+        return (features.astype(np.float64) - self.mean) @ self.components.T.astype(np.float64)
 
 
-def density_ratio(
-    device: GaussianSummary, pool: PoolDensity, points: np.ndarray, size: int, generator: np.random.Generator
-) -> np.ndarray:
-    """Ours: the samples of largest log p_i(φ(x)) - log p_pool(φ(x)): more the device's than the pool's."""
-    return _largest(device.log_likelihood(points) - pool(), size)
-
-
-def component_quota(
-    device: GaussianSummary, pool: PoolDensity, points: np.ndarray, size: int, generator: np.random.Generator
-) -> np.ndarray:
-    """Ours: n_k = round(π_k M) samples a component, the best by responsibility-weighted likelihood, none twice."""
-    affinity = device.component_log_densities(points)  # log π_k N_k(x) = log p(x) + log r_k(x)
-    exact = device.weights * size
-    quota = np.floor(exact).astype(int)
-    for k in np.argsort(-(exact - quota), kind="stable")[: size - quota.sum()]:
-        quota[k] += 1
-    free = np.ones(len(points), dtype=bool)
-    chosen: list[np.ndarray] = []
-    for k in np.argsort(-device.weights, kind="stable"):
-        taken = _largest(np.where(free, affinity[:, k], -np.inf), quota[k])
-        free[taken] = False
-        chosen.append(taken)
-    return np.concatenate(chosen)
-
-
-def random_set(
-    device: GaussianSummary, pool: PoolDensity, points: np.ndarray, size: int, generator: np.random.Generator
-) -> np.ndarray:
-    """A control: `size` samples drawn evenly from the pool."""
-    return generator.choice(len(points), size, replace=False)
-
-
-RULES: dict[str, Rule] = {
-    "top-likelihood": top_likelihood,
-    "density-ratio": density_ratio,
-    "component-quota": component_quota,
-    "random": random_set,
-}
+def cached_features(model: nn.Module, images: ImageSet, transform: Transform, cache: Path) -> np.ndarray:
+    """Returns `image_features` of a whole set, from `cache` if the same model has seen the same images before."""
+    seen = f"{transform} {images.images.shape}"
+    key = content_hash(model.state_dict(), seen, np.ascontiguousarray(images.images).tobytes())
+    file = cache / "features" / f"{key}.safetensors"
+    if file.is_file():
+        return read_tensors(file)["features"].numpy()
+    found = image_features(model, transform.batches(images.images))
+    write_tensors(file, {"features": torch.from_numpy(found)})
+    return found
 
 
 def pick_metric_set(
@@ -68,7 +73,7 @@ def pick_metric_set(
     options: MetricOptions | None = None,
     generator: np.random.Generator | None = None,
 ) -> np.ndarray:
-    """Returns `options.size` different positions in the pool, int64, best first.
+    """Returns `options.size` different positions in the pool, int64, best first, by the rule of the options.
 
     Args:
         device: the device's mixture.
@@ -82,11 +87,28 @@ def pick_metric_set(
     options, generator = options or MetricOptions(), generator or np.random.default_rng(0)
     if options.size > len(points):
         raise DataError(f"metric.size = {options.size}: the public pool has {len(points)} images")
+    if options.rule == "random":
+        return generator.choice(len(points), options.size, replace=False)
+    if options.rule == "component-quota":
+        return _component_quota(device, points, options.size)
+    worth = device.log_likelihood(points)
+    if options.rule == "density-ratio":
+        worth = worth - (pool.log_likelihood(points) if isinstance(pool, GaussianSummary) else pool)
+    return _largest(worth, options.size)
 
-    def density() -> np.ndarray:
-        return pool.log_likelihood(points) if isinstance(pool, GaussianSummary) else pool
 
-    return RULES[options.rule](device, density, points, options.size, generator)
+def _component_quota(device: GaussianSummary, points: np.ndarray, size: int) -> np.ndarray:
+    affinity = device.component_log_densities(points)  # log π_k N_k(x) = log p(x) + log r_k(x)
+    exact = device.weights * size
+    quota = np.floor(exact).astype(int)
+    quota[np.argsort(-(exact - quota), kind="stable")[: size - quota.sum()]] += 1
+    free = np.ones(len(points), dtype=bool)
+    chosen: list[np.ndarray] = []
+    for k in np.argsort(-device.weights, kind="stable"):
+        taken = _largest(np.where(free, affinity[:, k], -np.inf), quota[k])
+        free[taken] = False
+        chosen.append(taken)
+    return np.concatenate(chosen)
 
 
 def _largest(scores: np.ndarray, count: int) -> np.ndarray:
