@@ -12,6 +12,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -96,7 +97,7 @@ def median_ms(calls: Sequence[Callable[[], object]], repeats: int) -> list[float
 
 def latencies_ms(models: Sequence[nn.Module], repeats: int) -> list[float]:
     """Returns the median milliseconds of one image through each model, all taking turns, on one thread."""
-    return median_ms([_pass(model, example_input(model)) for model in models], repeats)
+    return median_ms([partial(model, example_input(model)) for model in models], repeats)
 
 
 def measure_timings(model: nn.Module, layers: Sequence[PrunableLayer], align: int = 1, repeats: int = 15) -> Timings:
@@ -111,13 +112,17 @@ def measure_timings(model: nn.Module, layers: Sequence[PrunableLayer], align: in
     kinds: dict[tuple[object, ...], PrunableLayer] = {}
     for layer in layers:
         kinds.setdefault(_likeness(layer), layer)
-    calls: list[Callable[[], object]] = [_pass(model, example_input(model))]
+    calls: list[Callable[[], object]] = [partial(model, example_input(model))]
     places: list[tuple[tuple[object, ...], Shape]] = []
     for key, layer in kinds.items():
-        branch = model.get_submodule(layer.name)
-        for shape in [Shape(0, 0), *(Shape(h, d) for h in _heads(layer) for d in _dims(layer, align))]:
+        branch, span = model.get_submodule(layer.name), layer.span or layer.tokens
+        units = torch.arange(layer.units).view(layer.heads, -1)
+        example = torch.zeros(layer.tokens // span, span, layer.embed_dim)
+        heads = sorted({1, -(-layer.heads // 2), layer.heads})
+        for shape in [Shape(0, 0), *(Shape(h, d) for h in heads for d in _dims(layer, align))]:
+            kept = units[: shape.heads, : shape.dims].flatten()  # which ones makes no difference to the time
             places.append((key, shape))
-            calls.append(_pass(layer.shrink(branch, _first(layer, shape)), _example(layer)))
+            calls.append(partial(layer.shrink(branch, kept), example))
     dense, *found = median_ms(calls, repeats)
     measured: dict[tuple[object, ...], dict[Shape, float]] = {key: {} for key in kinds}
     for (key, shape), milliseconds in zip(places, found, strict=True):
@@ -143,25 +148,6 @@ def _likeness(layer: PrunableLayer) -> tuple[object, ...]:
     return layer.kind, layer.embed_dim, layer.tokens, layer.span, layer.heads, layer.units
 
 
-def _heads(layer: PrunableLayer) -> list[int]:
-    return sorted({1, -(-layer.heads // 2), layer.heads})
-
-
 def _dims(layer: PrunableLayer, align: int) -> list[int]:
     full = layer.units_per_head
     return sorted({min(max(round(share * full / align), 1) * align, full) if share < 1 else full for share in POINTS})
-
-
-def _first(layer: PrunableLayer, shape: Shape) -> Tensor:
-    """The first `dims` units of the first `heads` heads: which ones makes no difference to the time."""
-    units = torch.arange(layer.units).view(layer.heads, -1)
-    return units[: shape.heads, : shape.dims].flatten()
-
-
-def _example(layer: PrunableLayer) -> Tensor:
-    span = layer.span or layer.tokens
-    return torch.zeros(layer.tokens // span, span, layer.embed_dim)
-
-
-def _pass(module: nn.Module, x: Tensor) -> Callable[[], object]:
-    return lambda: module(x)

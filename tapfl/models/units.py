@@ -241,17 +241,16 @@ def _bare_copy(module: Any) -> Any:
 
 
 def _cut_linear(linear: nn.Linear, cut: LinearCut) -> nn.Linear:
-    weight, bias = linear.weight.detach(), linear.bias.detach() if linear.bias is not None else None
-    if cut.side == "rows":
-        weight, bias = weight[cut.index], bias[cut.index] if bias is not None else None
-        if cut.scale is not None:
-            scale = cut.scale.to(weight.device)
-            weight, bias = weight * scale[:, None], bias * scale if bias is not None else None
-    else:
-        weight = weight[:, cut.index]
     small = _bare_copy(linear)  # a new one would be initialised first, on any device
-    small.out_features, small.in_features = weight.shape
-    small.weight = nn.Parameter(weight.clone())
-    if bias is not None:
-        small.bias = nn.Parameter(bias.clone())
+    for name, tensor in linear.named_parameters():
+        part = tensor.detach()
+        if cut.side == "rows":
+            part = part[cut.index]
+            if cut.scale is not None:
+                scale = cut.scale.to(part.device)
+                part = part * (scale[:, None] if part.ndim == 2 else scale)
+        elif name == "weight":
+            part = part[:, cut.index]
+        setattr(small, name, nn.Parameter(part.clone()))
+    small.out_features, small.in_features = small.weight.shape
     return small

@@ -136,7 +136,7 @@ def _turn(module: Any, found: HeadMoments) -> Tensor:
     mu = found.total / found.tokens if foldable else torch.zeros_like(found.total)
 
     B_q, B_k, logits = ordering(found.query / found.tokens, found.key / found.tokens)
-    E_T, E_inverse, outputs = ordering(found.output / found.tokens - _outer(mu), W_o.mT @ W_o)
+    E_T, E_inverse, outputs = ordering(found.output / found.tokens - mu[..., :, None] * mu[..., None, :], W_o.mT @ W_o)
     E = E_T.mT
     qkv.weight.copy_(torch.stack([B_q.mT @ W_q, B_k.mT @ W_k, E @ W_v]).flatten(0, 2))
     proj.weight.copy_((W_o @ E_inverse).transpose(0, 1).flatten(1))
@@ -174,10 +174,6 @@ def _products(x: Tensor) -> Tensor:
     """Returns Σ x xᵀ by head (heads, dims, dims), for x (spans, tokens, heads, dims)."""
     by_head = x.flatten(0, 1).transpose(0, 1)
     return by_head.mT @ by_head
-
-
-def _outer(x: Tensor) -> Tensor:
-    return x[..., :, None] * x[..., None, :]
 
 
 def _shares(sigma: Tensor) -> Tensor:

@@ -111,34 +111,32 @@ class Budget:
 
 
 def _limit(part: str, given: object) -> Limit:
-    bare = re.fullmatch(r"(\S+?)\s*(%)?", part)
-    match = LIMIT.fullmatch(part)
+    def refusal(why: str, accepted: str = f"; accepted: {ACCEPTED}") -> ConfigError:
+        return ConfigError(f"budget = {given!r}: {why}{accepted}")
+
+    bare, match = re.fullmatch(r"(\S+?)\s*(%)?", part), LIMIT.fullmatch(part)
     if match:
         quantity, number, unit = match.groups()
     elif bare and _number(bare[1]) is not None:
         quantity, number, unit = "macs", bare[1], bare[2]
     else:
-        raise ConfigError(f"budget = {given!r}: {part!r} is not a limit; accepted: {ACCEPTED}")
+        raise refusal(f"{part!r} is not a limit")
     value = _number(number)
     if quantity not in NOUNS:
-        raise ConfigError(f"budget = {given!r}: {quantity!r} is not a quantity; accepted: {', '.join(NOUNS)}")
+        raise refusal(f"{quantity!r} is not a quantity", f"; accepted: {', '.join(NOUNS)}")
     if value is None or not 0 < value < math.inf:
-        raise ConfigError(f"budget = {given!r}: {number!r} is not a number above 0; accepted: {ACCEPTED}")
-    if unit == "ms":
-        if quantity != "latency":
-            raise ConfigError(f"budget = {given!r}: {quantity} is not in ms; accepted: {ACCEPTED}")
-        return Limit(quantity, value, share=False)
+        raise refusal(f"{number!r} is not a number above 0")
+    if unit == "ms" and quantity != "latency":
+        raise refusal(f"{quantity} is not in ms")
     value = value / 100 if unit == "%" else value
-    if value <= 1:
-        return Limit(quantity, value, share=True)
+    if unit == "ms" or value <= 1:
+        return Limit(quantity, value, share=unit != "ms")
     if unit == "%" or not match:
-        raise ConfigError(f"budget = {given!r}: is a share and must lie in (0, 1]; accepted: {ACCEPTED}")
+        raise refusal("is a share and must lie in (0, 1]")
     if quantity == "latency":
-        raise ConfigError(f"budget = {given!r}: a share of the latency lies in (0, 1], else write {number}ms")
+        raise refusal(f"a share of the latency lies in (0, 1], else write {number}ms", "")
     if value != int(value):
-        raise ConfigError(
-            f"budget = {given!r}: {number} is neither a share in (0, 1] nor a whole number of {NOUNS[quantity]}"
-        )
+        raise refusal(f"{number} is neither a share in (0, 1] nor a whole number of {NOUNS[quantity]}", "")
     return Limit(quantity, value, share=False)
 
 

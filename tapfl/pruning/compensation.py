@@ -110,7 +110,8 @@ def unit_moments(
     has to be measured for every cut.
     """
     ffns = [layer for layer in layers if layer.kind == "ffn"]
-    found = {layer.name: LostOutput(layer.units, 0, weights=_row_weights(fisher, layer)) for layer in ffns}
+    rows = {layer.name: fisher[layer.name].rows if fisher else None for layer in ffns}
+    found = {layer.name: LostOutput(layer.units, 0, weights=rows[layer.name]) for layer in ffns}
     for number, images in enumerate(inputs.split(batch)):
         for name, X in record_activations(model, ffns, images, number)[1].items():
             found[name].add(X, X[..., :0])
@@ -134,16 +135,17 @@ def compensated(
     Raises:
         ConfigError: if `how` is none of these.
     """
-    if how == "none":
-        small = copy.deepcopy(model)
-        for layer in _pruned(layers, kept):
-            put(small, layer.name, layer.shrink(small.get_submodule(layer.name), kept[layer.name]))
-        return small.eval()
+    if how not in COMPENSATIONS:
+        raise ConfigError(f"compensation = {how!r}: accepted are {', '.join(COMPENSATIONS)}")
     if how == "one-pass":
         return compensate(model, kept, layers, inputs, batch, fisher=fisher, moments=moments)
     if how == "sequential":
         return compensate_sequentially(model, kept, layers, inputs, batch, fisher=fisher)
-    raise ConfigError(f"compensation = {how!r}: accepted are {', '.join(COMPENSATIONS)}")
+    small = copy.deepcopy(model)
+    for layer in layers:
+        if len(kept.get(layer.name, range(layer.units))) < layer.units:
+            put(small, layer.name, layer.shrink(small.get_submodule(layer.name), kept[layer.name]))
+    return small.eval()
 
 
 @torch.no_grad()
@@ -177,9 +179,7 @@ def compensate(
         ModelError: if there is no image, or a layer's activations are not finite, naming layer and batch.
         PlanError: if `kept` does not fit the layers.
     """
-    _require_images(inputs)
-    small = copy.deepcopy(model)
-    pruned = _pruned(layers, kept)
+    small, pruned = _begin(model, kept, layers, inputs)
     lost: dict[str, LostOutput] = {}
     handles = []
     for layer in pruned:
@@ -226,9 +226,7 @@ def compensate_sequentially(
 
     Arguments and errors are those of `compensate`; `correction` is γ in [0, 1].
     """
-    _require_images(inputs)
-    small = copy.deepcopy(model)
-    pruned = _pruned(layers, kept)
+    small, pruned = _begin(model, kept, layers, inputs)
     dense_x = small_x = list(inputs.split(batch))
     steps = list(zip(segments(model)[:-1], segments(small)[:-1], strict=True))
     for (block, dense_step), (_, small_step) in track(steps, "compensation"):
@@ -248,7 +246,7 @@ def compensate_sequentially(
     return small.eval()
 
 
-def real_tokens(model: nn.Module, layer: PrunableLayer) -> Tensor | None:
+def _real_tokens(model: nn.Module, layer: PrunableLayer) -> Tensor | None:
     """Returns which tokens of an image are not padding (bool, in the order in which the branch sees them); None: all.
 
     Where windows extend beyond the grid, a Swin attention pads them; its block drops the output there.
@@ -260,18 +258,21 @@ def real_tokens(model: nn.Module, layer: PrunableLayer) -> Tensor | None:
     return as_branch_output(model, layer, ones)[..., 0].flatten() > 0
 
 
-def _pruned(layers: Sequence[PrunableLayer], kept: Mapping[str, Tensor]) -> list[PrunableLayer]:
-    return [layer for layer in layers if layer.name in kept and len(kept[layer.name]) < layer.units]
+def _begin(
+    model: nn.Module, kept: Mapping[str, Tensor], layers: Sequence[PrunableLayer], inputs: Tensor
+) -> tuple[nn.Module, list[PrunableLayer]]:
+    """Returns a copy of the model and the layers that lose units."""
+    if not len(inputs):
+        raise ModelError("compensation needs at least one image")
+    pruned = [layer for layer in layers if layer.name in kept and len(kept[layer.name]) < layer.units]
+    return copy.deepcopy(model), pruned
 
 
 def _empty_moments(
     model: nn.Module, layer: PrunableLayer, kept: Mapping[str, Tensor], fisher: Sensitivities | None
 ) -> LostOutput:
-    return LostOutput(len(kept[layer.name]), layer.embed_dim, real_tokens(model, layer), _row_weights(fisher, layer))
-
-
-def _row_weights(fisher: Sensitivities | None, layer: PrunableLayer) -> tuple[Tensor, ...] | None:
-    return None if fisher is None else fisher[layer.name].rows
+    weights = fisher[layer.name].rows if fisher else None
+    return LostOutput(len(kept[layer.name]), layer.embed_dim, _real_tokens(model, layer), weights)
 
 
 def _compare(shrunk: nn.Module, output: str, lost: LostOutput) -> Callable[..., None]:
@@ -295,8 +296,3 @@ def _absorb(small: nn.Module, layer: PrunableLayer, lost: LostOutput, ridge: flo
         linear.weight += D.to(linear.weight.dtype)
     if linear.bias is not None:
         linear.bias += e.to(linear.bias.dtype)
-
-
-def _require_images(inputs: Tensor) -> None:
-    if not len(inputs):
-        raise ModelError("compensation needs at least one image")

@@ -6,7 +6,7 @@ linear and nonlinear costs are treated alike.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -133,11 +133,9 @@ def _branches(layers: Sequence[PrunableLayer], quantity: str, timings: Timings |
     if quantity == "latency":
         assert timings is not None, "a budget that names latency needs timings"
         return [timings.branches[layer.name] for layer in layers]
-    if quantity == "params":
-        return [_tabulated(layer, layer.params) for layer in layers]
-    return [_tabulated(layer, layer.macs) for layer in layers]
-
-
-def _tabulated(layer: PrunableLayer, cost: Callable[[Shape], int]) -> np.ndarray:
-    heads, dims = layer.full
-    return np.array([[cost(Shape(h, d)) for d in range(dims + 1)] for h in range(heads + 1)], dtype=np.float64)
+    cost = PrunableLayer.params if quantity == "params" else PrunableLayer.macs
+    sizes = [(layer, *layer.full) for layer in layers]
+    return [
+        np.array([[cost(layer, Shape(h, d)) for d in range(dims + 1)] for h in range(heads + 1)], dtype=np.float64)
+        for layer, heads, dims in sizes
+    ]

@@ -36,22 +36,13 @@ STREAM_AT_ONCE = 600_000
 LAYER_SHAPES = 32
 
 Variant = Mapping[str, nn.Module]  # the branches that take the place of the dense model's, by layer name
+Change = tuple[tuple[str, nn.Module], ...]  # those at one step of the model
 
 
 def layer_importance(
-    model: nn.Module,
-    layers: Sequence[PrunableLayer],
-    kept: Mapping[str, Tensor],
-    inputs: Tensor,
-    batch: int,
+    model: nn.Module, layers: Sequence[PrunableLayer], kept: Mapping[str, Tensor], inputs: Tensor, batch: int
 ) -> dict[str, float]:
-    """Returns KL_l in nats by layer name.
-
-    Args:
-        kept: the units that each layer would keep, by name; a layer that keeps all of them has KL 0.
-        inputs: the metric set (n, channels, height, width).
-        batch: images at once, at most.
-    """
+    """Returns KL_l in nats by layer name: the mean of `sample_divergences` over the metric set `inputs`."""
     return mean_divergence(layers, sample_divergences(model, layers, kept, inputs, batch))
 
 
@@ -61,15 +52,14 @@ def mean_divergence(layers: Sequence[PrunableLayer], samples: Tensor) -> dict[st
 
 
 def sample_divergences(
-    model: nn.Module,
-    layers: Sequence[PrunableLayer],
-    kept: Mapping[str, Tensor],
-    inputs: Tensor,
-    batch: int,
+    model: nn.Module, layers: Sequence[PrunableLayer], kept: Mapping[str, Tensor], inputs: Tensor, batch: int
 ) -> Tensor:
     """Returns KL(P_dense ‖ P_probe) in nats for every layer's probe and every sample, float64 (layers, n).
 
-    Args: as `layer_importance`.
+    Args:
+        kept: the units that each layer would keep, by name; a layer that keeps all of them has KL 0.
+        inputs: images in the backbone's input format (n, channels, height, width).
+        batch: images at once, at most.
     """
     probes = [
         {layer.name: layer.shrink(model.get_submodule(layer.name), kept[layer.name])}
@@ -102,14 +92,15 @@ def divergences(
     """
     walk = _Walk(model, [{}, *variants])
     found = torch.zeros(len(variants), len(inputs), dtype=torch.float64)
-    at_once = min(batch, images_at_once(layers))
+    floats = sum(layer.tokens * layer.embed_dim for layer in layers) / len(layers)  # an image, in an average block
+    at_once = min(batch, max(1, round(STREAM_AT_ONCE / floats)))
     parts = list(zip(inputs.split(at_once), found.split(at_once, dim=1), strict=True))
     for part, columns in track(parts, name):
         logits = walk.logits(part)
         dense = logits[0].double().log_softmax(-1)
-        for row, (variant, own) in enumerate(zip(variants, logits[1:], strict=True)):
+        for row, variant in enumerate(variants):
             if variant:
-                own = own.double().log_softmax(-1)
+                own = logits[row + 1].double().log_softmax(-1)
                 columns[row] = F.kl_div(own, dense, log_target=True, reduction="none").sum(-1)
     return found.clamp_(min=0)
 
@@ -120,43 +111,37 @@ class _Walk:
     def __init__(self, model: nn.Module, variants: Sequence[Variant]) -> None:
         self.model, self.steps = model, branch_steps(model)
         position = {name: i for i, (name, _) in enumerate(self.steps)}
-        self.changes: list[list[tuple[tuple[str, nn.Module], ...]]] = []  # by variant and step
+        self.changes: list[list[Change]] = []  # by variant and step
         for variant in variants:
-            changes: list[tuple[tuple[str, nn.Module], ...]] = [()] * len(self.steps)
+            changes: list[Change] = [()] * len(self.steps)
             for name, branch in variant.items():
                 step = position.get(name, position.get(name.rpartition(".")[0], 0))
                 changes[step] += ((name, branch),)
             self.changes.append(changes)
 
-    def logits(self, x: Tensor) -> list[Tensor]:
-        """Returns the logits (n, classes) of every variant for the images x."""
-        found: dict[int, Tensor] = {}
-        self._pass(0, x, list(range(len(self.changes))), found)
-        return [found[i] for i in range(len(self.changes))]
+    def logits(self, x: Tensor, start: int = 0, members: Sequence[int] | None = None) -> dict[int, Tensor]:
+        """Returns the logits (n, classes), by variant, of the variants `members` that agree up to step `start`.
 
-    def _pass(self, start: int, x: Tensor, members: list[int], found: dict[int, Tensor]) -> None:
-        """Passes the stream x on from step `start`, for the variants `members` that agree up to there."""
+        Args:
+            x: the residual stream that enters the step; for step 0, the images.
+        """
+        found: dict[int, Tensor] = {}
+        members = range(len(self.changes)) if members is None else members
         for position in range(start, len(self.steps)):
-            groups: dict[tuple[tuple[str, nn.Module], ...], list[int]] = {}
+            groups: dict[Change, list[int]] = {}
             for i in members:
                 groups.setdefault(self.changes[i][position], []).append(i)
             (key, members), *others = groups.items()
             for other, leaving in others:
-                self._pass(position + 1, self._step(position, x, other), leaving, found)
+                found |= self.logits(self._step(position, x, other), position + 1, leaving)
             x = self._step(position, x, key)
-        found |= dict.fromkeys(members, x)
+        return found | dict.fromkeys(members, x)
 
-    def _step(self, position: int, x: Tensor, change: tuple[tuple[str, nn.Module], ...]) -> Tensor:
+    def _step(self, position: int, x: Tensor, change: Change) -> Tensor:
         with ExitStack() as stack:
             for name, branch in change:
                 stack.enter_context(replaced(self.model, name, branch))
             return self.steps[position][1](x)
-
-
-def images_at_once(layers: Sequence[PrunableLayer]) -> int:
-    """Returns how many images pass a block together, so that the stream of an average block is STREAM_AT_ONCE."""
-    floats = sum(layer.tokens * layer.embed_dim for layer in layers) / len(layers)
-    return max(1, round(STREAM_AT_ONCE / floats))
 
 
 class PoolProbe:
@@ -195,16 +180,14 @@ class PoolProbe:
 
     def divergences(self, shapes: Mapping[str, Shape]) -> Tensor:
         """Returns KL(P_dense ‖ P_probe) in nats, float64 (layers, pool), each layer cut to its shape alone."""
-        return self._known.once(tuple(shapes[layer.name] for layer in self.layers), lambda: self._measure(shapes))
+
+        def measure() -> Tensor:
+            kept = {layer.name: keep_best(layer, self.scores[layer.name], shapes[layer.name]) for layer in self.layers}
+            pool = track(self.batches(), "pool")
+            return torch.cat([sample_divergences(self.model, self.layers, kept, p, self.batch) for p in pool], dim=1)
+
+        return self._known.once(tuple(shapes[layer.name] for layer in self.layers), measure)
 
     def importance(self, shapes: Mapping[str, Shape], chosen: np.ndarray) -> dict[str, float]:
         """Returns KL_l in nats by layer name, over the samples at the positions `chosen` of the pool."""
         return mean_divergence(self.layers, self.divergences(shapes)[:, torch.from_numpy(chosen)])
-
-    def _measure(self, shapes: Mapping[str, Shape]) -> Tensor:
-        kept = {layer.name: keep_best(layer, self.scores[layer.name], shapes[layer.name]) for layer in self.layers}
-        parts = [
-            sample_divergences(self.model, self.layers, kept, part, self.batch)
-            for part in track(self.batches(), "pool")
-        ]
-        return torch.cat(parts, dim=1)

@@ -88,7 +88,11 @@ def recover(
             if teacher is None:
                 raise ConfigError("pruning.recovery = 'distill': needs the dense model as teacher")
             targets = teacher_logits(teacher, inputs, len(labels), order)
-        faders = _put_faders(small, fading or {})
+        faders = {}
+        for name, branch in (fading or {}).items():
+            dense = copy.deepcopy(branch).eval().requires_grad_(True)
+            faders[name] = FadingBranch(dense, small.get_submodule(name))
+            put(small, name, faders[name])
         adam = optimizer("adam", list(small.parameters()), options.recovery_learning_rate)
         for step, chosen in enumerate(track(order, "recovery")):
             _fade(small, faders, strength(step, steps))
@@ -155,17 +159,8 @@ class FadingBranch(nn.Module):
 def _order(size: int, batch: int, steps: int, generator: np.random.Generator) -> list[np.ndarray]:
     if size == 0:
         raise ModelError("recovery needs at least one image")
-    a_pass = -(-size // batch)
-    return list(islice(batches(size, batch, -(-steps // a_pass), generator), steps))
-
-
-def _put_faders(small: nn.Module, fading: Mapping[str, nn.Module]) -> dict[str, FadingBranch]:
-    faders = {}
-    for name, branch in fading.items():
-        dense = copy.deepcopy(branch).eval().requires_grad_(True)
-        faders[name] = FadingBranch(dense, small.get_submodule(name))
-        put(small, name, faders[name])
-    return faders
+    passes = -(-steps // -(-size // batch))
+    return list(islice(batches(size, batch, passes, generator), steps))
 
 
 def _fade(small: nn.Module, faders: dict[str, FadingBranch], strength: float) -> None:

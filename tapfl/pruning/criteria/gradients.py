@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -87,14 +88,9 @@ def mean_over_images(task: PruningTask, of: Callable[[Tensor], Tensor]) -> Gates
     return {name: total / len(task.inputs) for name, total in totals.items()}
 
 
-def taylor_scores(task: PruningTask) -> Scores:
-    """Returns E_b |∂L_b/∂g| of every unit, float64 (units,) by layer name."""
-    return mean_over_images(task, torch.abs)
-
-
-def fisher_scores(task: PruningTask) -> Scores:
-    """Returns E_b (∂L_b/∂g)² of every unit, float64 (units,) by layer name."""
-    return mean_over_images(task, torch.square)
+# (units,) by layer name
+taylor_scores: Callable[[PruningTask], Scores] = partial(mean_over_images, of=torch.abs)  # E_b |∂L_b/∂g|
+fisher_scores: Callable[[PruningTask], Scores] = partial(mean_over_images, of=torch.square)  # E_b (∂L_b/∂g)²
 
 
 def within_types(task: PruningTask, scores: Scores) -> Selection:

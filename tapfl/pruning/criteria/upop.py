@@ -31,6 +31,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from itertools import islice
 
 import torch
 from torch import Tensor, nn
@@ -117,12 +118,12 @@ def search(task: PruningTask) -> Selection:
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
     interval = max(1, STEPS // SELECTIONS)
     with torch.enable_grad(), masked(model, task.layers, masks):
-        for step, chosen in enumerate(track(_batches(task, STEPS), "search", STEPS), start=1):
+        for step, chosen in enumerate(track(islice(_batches(task), STEPS), "search", STEPS), start=1):
             optimizer.zero_grad()  # the masks' gradients add up from the first step on
             F.cross_entropy(model(task.inputs[chosen]), labels[chosen]).backward()
             optimizer.step()
             if step % interval == 0 or step == STEPS:
-                z = standardise(task.layers, {name: _gradient(mask) for name, mask in masks.items()})
+                z = standardise(task.layers, {name: mask.grad for name, mask in masks.items() if mask.grad is not None})
                 now = schedule(step, STEPS, final)
                 for name, values in faded(task, z, now, final).items():
                     masks[name].data.copy_(values)
@@ -163,19 +164,10 @@ def faded(task: PruningTask, z: Mapping[str, Tensor], now: float, final: float) 
     return values
 
 
-def _batches(task: PruningTask, steps: int) -> Iterator[Tensor]:
-    """Yields the positions of `steps` batches of the metric set, which is shuffled anew each time through."""
+def _batches(task: PruningTask) -> Iterator[Tensor]:
+    """Yields the positions of batches of the metric set, which is shuffled anew each time through, without end."""
     while True:
-        for chosen in torch.randperm(len(task.inputs), generator=task.generator).split(task.batch):
-            if steps == 0:
-                return
-            steps -= 1
-            yield chosen
-
-
-def _gradient(mask: Tensor) -> Tensor:
-    assert mask.grad is not None
-    return mask.grad
+        yield from torch.randperm(len(task.inputs), generator=task.generator).split(task.batch)
 
 
 _SOURCE = "signed gradients of masks, standardised by type, in one ranking (UPop, ICML 2023)"
