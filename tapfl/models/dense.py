@@ -103,10 +103,7 @@ def fill_weights(model: nn.Module, options: ModelOptions, spec: BackboneSpec, cl
 
 
 def dense_backbone(
-    options: ModelOptions,
-    pool: ImageSet,
-    seed: int,
-    cache: DenseCache,
+    options: ModelOptions, pool: ImageSet, seed: int, cache: DenseCache
 ) -> tuple[str, BackboneSpec, nn.Module]:
     """Returns (key, spec, model) of the backbone that the options name, from the cache if it is there.
 

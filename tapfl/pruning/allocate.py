@@ -46,11 +46,8 @@ def water_fill(
     Args:
         weights: positive (L,).
         cost: cost of kept shares (L,) of the layers, by limit (M,); it never falls with a share.
-        spendable: what may be spent on these layers, by limit (M,).
+        spendable: what may be spent on these layers, by limit (M,), at least the cost of the floor.
         floor: least share of a layer.
-
-    Raises:
-        BudgetError: if the floor alone costs more, naming what is possible.
     """
     weights = np.maximum(weights, LEAST_WEIGHT * weights.max())
 
@@ -61,11 +58,6 @@ def water_fill(
         return bool((cost(keep(c)) <= spendable * (1 + 1e-12)).all())
 
     low, high = 0.0, 1.0 / float(weights.min())
-    if not affordable(low):
-        least, most, limit = (
-            " and ".join(f"{v:.6g}" for v in values) for values in (cost(keep(low)), cost(keep(high)), spendable)
-        )
-        raise BudgetError(f"budget {limit} cannot be met: between {least} and {most} can")
     if affordable(high):
         return high, keep(high)
     for _ in range(200):

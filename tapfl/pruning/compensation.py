@@ -98,11 +98,7 @@ Moments = Mapping[str, LostOutput]
 
 @torch.no_grad()
 def unit_moments(
-    model: nn.Module,
-    layers: Sequence[PrunableLayer],
-    inputs: Tensor,
-    batch: int,
-    fisher: Sensitivities | None = None,
+    model: nn.Module, layers: Sequence[PrunableLayer], inputs: Tensor, batch: int, fisher: Sensitivities | None = None
 ) -> dict[str, LostOutput]:
     """Returns the moments of all units of every FFN, by layer name; one-pass compensation of any cut follows from them.
 

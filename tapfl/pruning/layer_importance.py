@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
@@ -144,10 +145,11 @@ class _Walk:
             return self.steps[position][1](x)
 
 
+@dataclass(eq=False)
 class PoolProbe:
     """The divergences of all samples of a pool, by the shapes that layers are probed at.
 
-    Args:
+    Attributes:
         model: the dense backbone.
         layers: its prunable layers.
         batches: returns the whole pool in the backbone's input format, in order, in pieces; called for each pass.
@@ -155,16 +157,12 @@ class PoolProbe:
         batch: images a scoring batch.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        layers: Sequence[PrunableLayer],
-        batches: Callable[[], Iterable[Tensor]],
-        options: PruningOptions,
-        batch: int,
-    ) -> None:
-        self.model, self.layers, self.batches, self.options, self.batch = model, layers, batches, options, batch
-        self._known = Memo(LAYER_SHAPES)
+    model: nn.Module
+    layers: Sequence[PrunableLayer]
+    batches: Callable[[], Iterable[Tensor]]
+    options: PruningOptions
+    batch: int
+    _known: Memo = field(default_factory=lambda: Memo(LAYER_SHAPES), init=False)
 
     @cached_property
     def scores(self) -> dict[str, Tensor]:

@@ -73,9 +73,8 @@ class PruningPlan(BaseModel):
 
     def layer(self, name: str) -> LayerPlan:
         """Returns the plan of one layer. Raises PlanError if there is none."""
-        for layer in self.layers:
-            if layer.name == name:
-                return layer
+        if layer := next((layer for layer in self.layers if layer.name == name), None):
+            return layer
         raise PlanError(f"plan: has no layer {name}")
 
     @property

@@ -108,19 +108,17 @@ def fit_mixture(points: np.ndarray, options: SummaryOptions | None = None, seed:
     if n < options.min_support:
         raise DataError(f"mixture: {n} different samples are fewer than summary.min-support = {options.min_support}")
     reg = REG_COVAR * float(points.var(axis=0).mean()) + 1e-12
-    best: GaussianMixture | None = None
-    best_bic = np.inf
     most = min(options.max_components, max(1, int(n / options.min_support)))
-    for k in track(range(1, most + 1), "mixture"):
+
+    def fitted(k: int) -> GaussianMixture:
         mixture = GaussianMixture(
             k, covariance_type=options.covariance, reg_covar=reg, n_init=N_INIT, random_state=seed
         )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ConvergenceWarning)
-            bic = mixture.fit(points).bic(points)
-        if bic < best_bic:
-            best, best_bic = mixture, bic
-    assert best is not None
+            return mixture.fit(points)
+
+    best = min(map(fitted, track(range(1, most + 1), "mixture")), key=lambda mixture: mixture.bic(points))
     summary = GaussianSummary(best.weights_ / best.weights_.sum(), best.means_, best.covariances_, n)
     return limit_support(summary, options.min_support)
 

@@ -112,10 +112,5 @@ tap = Criterion(
 tap_plus = Criterion(
     "The change of the prediction when a unit goes and the other units compensate (ours).",
     tap_plus_scores,
-    defaults={
-        "ratio": "power",
-        "basis": "canonical",
-        "compensation": "sequential",
-        "compensation_rows": "sensitivity",
-    },
+    defaults={"ratio": "power", "basis": "canonical", "compensation": "sequential", "compensation_rows": "sensitivity"},
 )

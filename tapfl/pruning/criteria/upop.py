@@ -150,7 +150,7 @@ def faded(task: PruningTask, z: Mapping[str, Tensor], now: float, final: float) 
     unit = [layer.heads * float(task.costs.slopes[layer.name][limit]) for layer in task.layers]
     values = {layer.name: torch.ones_like(z[layer.name]) for layer in task.layers}
     ranked = sorted(
-        ((-float(score), i, k) for i, layer in enumerate(task.layers) for k, score in enumerate(z[layer.name])),
+        ((-float(score), i, k) for i, layer in enumerate(task.layers) for k, score in enumerate(z[layer.name]))
     )
     last = [int(z[layer.name].argmin()) for layer in task.layers]
     left = now * float(task.costs.prunable[limit]) * (1 + 1e-12)
