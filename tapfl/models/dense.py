@@ -167,35 +167,35 @@ def load_weights(
     Raises:
         ModelError: naming the first weights that do not fit.
     """
+
+    def refusal(why: object) -> ModelError:
+        return ModelError(f"model.weights = {str(file)!r}: {why}")
+
     if not file.is_file():
-        raise ModelError(f"model.weights = {str(file)!r}: there is no such file; accepted: a .safetensors file, or hub")
+        raise refusal("there is no such file; accepted: a .safetensors file, or hub")
     try:
         state = read_tensors(file)
     except PlanError as error:
-        raise ModelError(f"model.weights = {str(file)!r}: {error}") from None
-    heads = _head_tensors(model)
+        raise refusal(error) from None
+    heads, own = _head_tensors(model), model.state_dict()
     if head_rows is not None:
         _take_rows(state, heads, read_head_rows(head_rows, classes), head_rows, file.name)
-    own = model.state_dict()
     for key in heads:
         if key in state and state[key].shape != own[key].shape:
             del state[key]
         if needs_head and key not in state:
-            raise ModelError(
-                f"model.weights = {str(file)!r}: has no {key} for {len(classes)} classes; "
+            raise refusal(
+                f"has no {key} for {len(classes)} classes; "
                 f"model.head-rows names the rows to take, model.head=train trains a new one"
             )
     try:
-        filtered = _resampled(state, model)
-        missing, unexpected = model.load_state_dict(filtered, strict=False)
+        missing, unexpected = model.load_state_dict(_resampled(state, model), strict=False)
     except (RuntimeError, KeyError, AttributeError) as error:
-        raise ModelError(
-            f"model.weights = {str(file)!r}: do not fit {type(model).__name__} ({message_of(error)})"
-        ) from None
-    lacking = [key for key in missing if key not in heads]
-    if lacking or unexpected:
-        what = f"lack {lacking[0]!r}" if lacking else f"hold {unexpected[0]!r}, which the backbone lacks"
-        raise ModelError(f"model.weights = {str(file)!r}: do not fit the backbone: they {what}")
+        raise refusal(f"do not fit {type(model).__name__} ({message_of(error)})") from None
+    if lacking := [key for key in missing if key not in heads]:
+        raise refusal(f"do not fit the backbone: they lack {lacking[0]!r}")
+    if unexpected:
+        raise refusal(f"do not fit the backbone: they hold {unexpected[0]!r}, which the backbone lacks")
 
 
 def load_hub_weights(model: nn.Module, spec: BackboneSpec, classes: tuple[str, ...], head_rows: Path | None) -> None:

@@ -120,7 +120,8 @@ def fit_widths(
         BudgetError: if there are no such shapes, naming the limit and the nearest possible values of it.
     """
     fit = Fit(tuple(layers), costs, np.array([layer.least(options.floor) for layer in layers]))
-    _refuse_below(fit, options)
+    steps = f" (pruning.floor = {options.floor:g}, pruning.align = {options.align})"
+    costs.require_reachable(fit.total(fit.least), "this backbone can go down to", steps)
     ideal = np.maximum(ideal, [layer.units[low] for layer, low in zip(fit.layers, fit.least, strict=True)])
     chosen = fit.top
     if not fit.affordable(chosen):
@@ -164,19 +165,6 @@ class Fit:
         """Returns how far each layer is below its ideal, as a share of its whole width (L,)."""
         units = np.array([layer.units[i] for layer, i in zip(self.layers, chosen, strict=True)])
         return (ideal - units) / np.array([layer.full for layer in self.layers])
-
-
-def _refuse_below(fit: Fit, options: PruningOptions) -> None:
-    least, allowed = fit.total(fit.least), fit.costs.allowed
-    if within(least, allowed):
-        return
-    i = int((least / allowed).argmax())
-    limit = fit.costs.limits[i]
-    raise BudgetError(
-        f"budget {limit.words} cannot be met: this backbone can go down to "
-        f"{limit.express(least[i], fit.costs.dense[i])} (pruning.floor = {options.floor:g}, "
-        f"pruning.align = {options.align})"
-    )
 
 
 # ---------------------------------------------------------------- greedy, under one limit

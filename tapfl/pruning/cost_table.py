@@ -12,6 +12,7 @@ from functools import cached_property
 
 import numpy as np
 
+from tapfl.errors import BudgetError
 from tapfl.models.cost import Cost, Timings
 from tapfl.models.units import PrunableLayer, Shape
 from tapfl.pruning.budget import Budget, Limit
@@ -87,6 +88,13 @@ class CostTable:
     def satisfied(self, shapes: Mapping[str, Shape]) -> bool:
         """Returns whether all limits hold."""
         return within(self.total(shapes), self.allowed)
+
+    def require_reachable(self, least: np.ndarray, words: str, options: str = "") -> None:
+        """Raises BudgetError, with `words` before the number, unless the smallest model, of cost `least` (M,), fits."""
+        if not within(least, self.allowed):
+            i = int((least / self.allowed).argmax())
+            can = self.limits[i].express(least[i], self.dense[i])
+            raise BudgetError(f"budget {self.limits[i].words} cannot be met: {words} {can}{options}")
 
     def settled(self, shapes: Mapping[str, Shape]) -> CostTable:
         """Returns the table of the other layers, with the layers that `shapes` names counted as fixed."""

@@ -67,27 +67,27 @@ class GaussianSummary:
         """Raises DataError unless this is a mixture of dimension `dim` whose components are all supported."""
         k = len(self.weights)
         shapes = ((k, dim), (k, dim, dim))
+        wrong = ""
         if k == 0 or self.weights.ndim != 1 or self.means.shape != shapes[0] or self.covariances.shape not in shapes:
-            raise DataError(
-                f"mixture: shapes {self.weights.shape}, {self.means.shape}, {self.covariances.shape} "
-                f"do not go together in dimension {dim}"
-            )
-        if not all(np.isfinite(part).all() for part in (self.weights, self.means, self.covariances)):
-            raise DataError("mixture: holds values that are not finite")
-        if (self.weights <= 0).any() or abs(self.weights.sum() - 1) > 1e-6:
-            raise DataError(f"mixture: weights must be positive and sum to 1, they sum to {self.weights.sum():.6g}")
-        if self.covariances.ndim == 2:
-            positive = bool((self.covariances > 0).all())
-        else:
-            symmetric = np.allclose(self.covariances, self.covariances.swapaxes(1, 2), rtol=1e-6, atol=1e-9)
-            positive = symmetric and bool((np.linalg.eigvalsh(self.covariances) > 0).all())
-        if not positive:
-            raise DataError("mixture: covariances must be positive definite")
-        if self.n * self.weights.min() < min_support - 1e-6:
-            raise DataError(
-                f"mixture: a component stands for {self.n * self.weights.min():.2f} samples, "
-                f"at least {min_support} needed"
-            )
+            given = f"{self.weights.shape}, {self.means.shape}, {self.covariances.shape}"
+            wrong = f"shapes {given} do not go together in dimension {dim}"
+        elif not all(np.isfinite(part).all() for part in (self.weights, self.means, self.covariances)):
+            wrong = "holds values that are not finite"
+        elif (self.weights <= 0).any() or abs(self.weights.sum() - 1) > 1e-6:
+            wrong = f"weights must be positive and sum to 1, they sum to {self.weights.sum():.6g}"
+        elif not _positive(self.covariances):
+            wrong = "covariances must be positive definite"
+        elif (support := self.n * self.weights.min()) < min_support - 1e-6:
+            wrong = f"a component stands for {support:.2f} samples, at least {min_support} needed"
+        if wrong:
+            raise DataError(f"mixture: {wrong}")
+
+
+def _positive(covariances: np.ndarray) -> bool:
+    if covariances.ndim == 2:
+        return bool((covariances > 0).all())
+    symmetric = np.allclose(covariances, covariances.swapaxes(1, 2), rtol=1e-6, atol=1e-9)
+    return symmetric and bool((np.linalg.eigvalsh(covariances) > 0).all())
 
 
 def fit_mixture(points: np.ndarray, options: SummaryOptions | None = None, seed: int = 0) -> GaussianSummary:

@@ -23,7 +23,6 @@ from dataclasses import replace
 
 import torch
 
-from tapfl.errors import BudgetError
 from tapfl.models.units import Shape
 from tapfl.progress import stage
 from tapfl.pruning.criteria.criterion import Criterion, PruningTask, Selection
@@ -43,14 +42,8 @@ def select(task: PruningTask) -> Selection:
         BudgetError: if the budget is below the cost without any branch.
     """
     everything = frozenset(layer.name for layer in task.layers)
-    if not _fits(task, everything):
-        least = task.costs.total(_shapes(task, everything))
-        i = int((least / task.costs.allowed).argmax())
-        limit = task.costs.limits[i]
-        raise BudgetError(
-            f"budget {limit.words} cannot be met: without any branch this backbone costs "
-            f"{limit.express(least[i], task.costs.dense[i])}"
-        )
+    least = task.costs.total(_shapes(task, everything))
+    task.costs.require_reachable(least, "without any branch this backbone costs")
     solutions, importance = search(_thinned(task, IMAGES), BEAM)
     drop = solutions[0]
     if len(task.inputs) > IMAGES:
