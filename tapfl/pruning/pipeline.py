@@ -130,9 +130,7 @@ def pruning_task(
     if limits.measured and timings is None:
         timings = measure_timings(model, layers, options.align)
     costs = cost_table(layers, dense, limits, timings)
-    return PruningTask(
-        model, layers, dense, inputs, labels, limits, costs, options, batch, torch_generator(seed, "criterion")
-    )
+    return PruningTask(model, layers, dense, inputs, labels, costs, options, batch, torch_generator(seed, "criterion"))
 
 
 def check_metric_set(model: nn.Module, inputs: Tensor, batch: int) -> None:

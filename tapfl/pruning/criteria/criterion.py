@@ -14,7 +14,6 @@ from tapfl.errors import ConfigError
 from tapfl.models.cost import Cost
 from tapfl.models.units import PrunableLayer, Shape
 from tapfl.pruning.allocate import allocate, fit_widths, layer_weights
-from tapfl.pruning.budget import Budget
 from tapfl.pruning.cost_table import CostTable
 from tapfl.pruning.layer_importance import layer_importance
 from tapfl.pruning.unit_shape import Candidates, candidates, keep_best, slices
@@ -32,8 +31,7 @@ class PruningTask:
         dense: its cost.
         inputs: the metric set in the backbone's input format (n, channels, height, width).
         labels: int64 (n,), or None: criteria that need labels then use the dense model's predictions.
-        budget: the limits on the pruned model.
-        costs: what every shape of every layer costs, in the quantities of the budget.
+        costs: the limits on the pruned model, and what every shape of every layer costs in their quantities.
         options: the pruning options, none of them `auto`.
         batch: images a batch; n is at least one batch.
         generator: the only source of randomness.
@@ -46,7 +44,6 @@ class PruningTask:
     dense: Cost
     inputs: Tensor
     labels: Tensor | None
-    budget: Budget
     costs: CostTable
     options: PruningOptions
     batch: int
