@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Annotated, Literal, NoReturn
 
 import typer
+from rich.table import Table
 
 from experiments import pruning_cli
 from experiments.bench import cli as bench_cli
@@ -28,7 +29,7 @@ from experiments.command_line import (
     options_of,
 )
 from experiments.deploy import cli as deploy_cli
-from experiments.output import command, flags, show_line, show_rows, show_summary
+from experiments.output import command, console, flags, show_line, show_rows, show_summary
 from experiments.report import cli as report_cli
 from tapfl.config import RunConfig
 from tapfl.errors import ConfigError, RunError, TapflError
@@ -105,14 +106,14 @@ def run(
 @app.command()
 def options() -> None:
     """List every option of a run with its default. The names are those of --set, TOML files and flwr's --run-config."""
-    rows = []
+    table = Table("option", "default", "meaning")
     for name, value in RunConfig().flat().items():
         section, _, option = name.rpartition(".")
         model = type(getattr(RunConfig(), section)) if section else RunConfig
         field = model.model_fields[option.replace("-", "_")]
         meaning = field.description or " | ".join(map(str, getattr(field.annotation, "__args__", ())))
-        rows.append({"option": name, "default": str(value) or "(empty)", "meaning": meaning})
-    show_rows(rows, as_json=False)
+        table.add_row(name, str(value) or "(empty)", meaning)
+    console().print(table)
 
 
 @app.command()
