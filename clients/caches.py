@@ -5,9 +5,9 @@ They are in an importable module, because Ray pickles `__main__` by value and it
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -90,22 +90,16 @@ def skeleton(spec: str) -> tuple[nn.Module, list[PrunableLayer]]:
     return model, prunable_layers(model)
 
 
-@dataclass(frozen=True)
-class PrunedDevice:
-    """A device's pruned model: the layout of its adapters, and the model as a function of them.
-
-    Attributes:
-        start: initial values of the tensors of w that the server does not send: frozen factors, computed from the run's
-            seed as on the server, private factors, and a private head, that of the device's model.
-        private: the names in `start` that are trained.
-        nbytes: of the model's weights.
-    """
+class PrunedDevice(NamedTuple):
+    """A device's pruned model: the layout of its adapters, and the model as a function of them."""
 
     layout: Layout
     adapted: AdaptedModel
+    # initial values of the tensors of w that the server does not send: frozen factors, computed from the run's seed as
+    # on the server, private factors, and a private head, that of the device's model
     start: Params
-    private: tuple[str, ...]
-    nbytes: int
+    private: tuple[str, ...]  # the names in `start` that are trained
+    nbytes: int  # of the model's weights
 
 
 _models = Memo(MODEL_BYTES, lambda device: device.nbytes)

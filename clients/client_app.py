@@ -61,15 +61,14 @@ def device_of(context: Context) -> Device:
     storage, cache, source = (_own_path(node, name) for name in ("storage", "cache", "data"))
     if storage or cache:
         config = config.model_copy(update={"cache": cache})
-    i, devices = int(node["partition-id"]), int(node["num-partitions"])
-    dealt = profiles_of(config.devices)
+    i, dealt = int(node["partition-id"]), profiles_of(config.devices)
     own = {name: node[name] for name in PROFILE_FIELDS if name in node}
     profile = dealt[i % len(dealt)]
     folder = Path(storage) if storage else RunFolder(run_path(config.out, context.run_id)).device(i)
     return Device(
         config=config,
         partition_id=i,
-        devices=devices,
+        devices=int(node["num-partitions"]),
         profile=validated(DeviceProfile, profile.model_dump() | own) if own else profile,
         storage=DeviceStorage(folder),
         source=source,
@@ -117,35 +116,20 @@ def _is_ray_worker() -> bool:
     return bool(ray and ray.is_initialized() and ray.get_runtime_context().worker.mode == ray.WORKER_MODE)
 
 
-def _answer(message: Message, context: Context, type: type[M], handler: Callable[[Device, M], WireMessage]) -> Message:
-    torch.set_num_threads(1)  # a worker uses one thread: more would compete for the cores and change the last bit
-    device = device_of(context)
-    what = f"device {device.partition_id}: {message.metadata.message_type}"
-    with time_limit(device.config.faults.device_timeout, what):
-        reply = handler(device, type.from_records(message.content))
-    return Message(reply.to_records(), reply_to=message)
+def _answering(type: type[M], handler: Callable[[Device, M], WireMessage]) -> Callable[[Message, Context], Message]:
+    def answer(message: Message, context: Context) -> Message:
+        torch.set_num_threads(1)  # a worker uses one thread: more would compete for the cores and change the last bit
+        device = device_of(context)
+        what = f"device {device.partition_id}: {message.metadata.message_type}"
+        with time_limit(device.config.faults.device_timeout, what):
+            reply = handler(device, type.from_records(message.content))
+        return Message(reply.to_records(), reply_to=message)
+
+    return answer
 
 
-@app.query("hello")
-def hello(message: Message, context: Context) -> Message:
-    return _answer(message, context, Hello, Device.hello)
-
-
-@app.query("summarize")
-def summarize(message: Message, context: Context) -> Message:
-    return _answer(message, context, Summarize, Device.summarize)
-
-
-@app.query("prune")
-def prune(message: Message, context: Context) -> Message:
-    return _answer(message, context, Prune, Device.prune)
-
-
-@app.train()
-def train(message: Message, context: Context) -> Message:
-    return _answer(message, context, Train, Device.train)
-
-
-@app.evaluate()
-def evaluate(message: Message, context: Context) -> Message:
-    return _answer(message, context, Evaluate, Device.evaluate)
+hello = app.query("hello")(_answering(Hello, Device.hello))
+summarize = app.query("summarize")(_answering(Summarize, Device.summarize))
+prune = app.query("prune")(_answering(Prune, Device.prune))
+train = app.train()(_answering(Train, Device.train))
+evaluate = app.evaluate()(_answering(Evaluate, Device.evaluate))

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -88,26 +87,16 @@ class Device:
         points = project(image_features(model, inputs.split(256)))
         summary = device_mixture(points, self.config.summary, self.config.seed, self.partition_id, self.secret)
         test_inputs, test_labels = self._part("test")
-        counts = (each.bincount(minlength=len(classes)).tolist() for each in (labels, test_labels))
-        self.storage.save_images(classes, *counts)
+        held, tested = (each.bincount(minlength=len(classes)) for each in (labels, test_labels))
+        self.storage.save_images(classes, held.tolist(), tested.tolist())
+        reports_classes = self.config.adapters.head == "class-rows"
         return SummaryReply(
-            weights=summary.weights,
-            means=summary.means,
-            covariances=summary.covariances,
-            n=summary.n,
+            **vars(summary),
             dense_accuracy=accuracy(predict(model, test_inputs), test_labels),
             test_samples=len(test_labels),
             classes=len(labels.unique()),
-            held_classes=self._held_classes(labels, classes),
+            held_classes=held.clamp(max=1).float().numpy() if reports_classes else np.zeros(0, np.float32),
         )
-
-    def _held_classes(self, labels: Tensor, classes: Sequence[str]) -> np.ndarray:
-        """Returns 0 or 1 for each class of the head; empty if the server does not need it."""
-        if self.config.adapters.head != "class-rows":
-            return np.zeros(0, np.float32)
-        held = torch.zeros(len(classes))
-        held[labels] = 1
-        return held.numpy()
 
     def prune(self, message: Prune) -> PruneReply:
         """Stores the smaller model: the one that was sent, or the backbone cut by the plan.
@@ -130,101 +119,90 @@ class Device:
 
     def train(self, message: Train) -> TrainReply:
         """Evaluates the received adapters, trains, stores the personal part and returns the shared part."""
-        own, state, received, method = self._resume(message)
+        state, method = self._state(message.state_round), self._method
+        received = self._whole(state, message.adapters)
         before = method.inference(received, state.personal)
-        result = self._local_round(own, received, state.personal, message.round)
+        result = self._local_round(received, state.personal, message.round)
         used = method.inference(received, result.personal) if method.evaluates_after_training else before
-        global_accuracy, personal_accuracy = self._evaluate(own, received, used)
+        global_accuracy, personal_accuracy = self._evaluate(received, used)
         trained = result.upload or {}
-        private = {name: trained[name] for name in own.private if name in trained}
-        if method.has_local_state or own.private:
+        private = {name: trained[name] for name in self._pruned.private if name in trained}
+        if method.has_local_state or self._pruned.private:
             kept = DeviceState(result.personal if method.has_local_state else None, private)
             self.storage.save_state(self.partition_id, message.round, kept, before=message.state_round)
         return TrainReply(
             round=message.round,
-            adapters=self._upload(own, received, trained, message.round),
+            adapters=self._upload(received, trained, message.round),
             loss=result.loss,
-            alpha=result.personal.mean_alpha if result.personal else 0.0,
+            alpha=_alpha(result.personal),
             global_accuracy=global_accuracy,
             personal_accuracy=personal_accuracy,
         )
 
     def evaluate(self, message: Evaluate) -> EvaluateReply:
         """Evaluates the last adapters, and writes the personal model as an adapter that stock peft loads."""
-        own, state, received, method = self._resume(message)
-        personal = state.personal
+        state, method = self._state(message.state_round), self._method
+        received, personal = self._whole(state, message.adapters), state.personal
         if method.evaluates_after_training:
-            personal = self._local_round(own, received, personal, message.round).personal
+            personal = self._local_round(received, personal, message.round).personal
         final = method.inference(received, personal)
-        global_accuracy, personal_accuracy = self._evaluate(own, received, final)
+        accuracies = self._evaluate(received, final)
         save_peft(final, self.config.adapters.scale, self.storage.personal, base=str(self.storage.pruned))
-        return EvaluateReply(
-            round=message.round,
-            alpha=state.personal.mean_alpha if state.personal else 0.0,
-            global_accuracy=global_accuracy,
-            personal_accuracy=personal_accuracy,
-        )
+        return EvaluateReply(message.round, _alpha(state.personal), *accuracies)
 
-    def _resume(self, message: Train | Evaluate) -> tuple[caches.PrunedDevice, DeviceState, Params, Method[Any]]:
-        """Returns the model, the state that the message continues from, all of w, and the method."""
-        own, method = self._pruned(), self._method()
-        state = DeviceState(None, {})
-        if method.has_local_state or own.private:
-            state = self.storage.load_state(self.partition_id, message.state_round)
-        return own, state, self._whole(own, state, message.adapters), method
+    @property
+    def _method(self) -> Method[Any]:
+        return method_of(self.config.personalize, self.config.adapters.scale)
 
-    def _whole(self, own: caches.PrunedDevice, state: DeviceState, adapters: np.ndarray) -> Params:
+    @cached_property
+    def _pruned(self) -> caches.PrunedDevice:
+        return caches.pruned(self.storage.pruned, self.partition_id, self.profile.rank, self.config)
+
+    def _state(self, round: int) -> DeviceState:
+        kept = self._method.has_local_state or self._pruned.private
+        return self.storage.load_state(self.partition_id, round) if kept else DeviceState(None, {})
+
+    def _whole(self, state: DeviceState, adapters: np.ndarray) -> Params:
         """Returns all of w: the tensors that arrived, and those never sent: frozen and private ones.
 
         With a method that shares nothing, w arrives once; after that the device's personal parameters take its place.
         """
-        if not adapters.size and not self._method().shares_adapters and state.personal is not None:
+        if not adapters.size and not self._method.shares_adapters and state.personal is not None:
             return state.personal.params
-        arrived = unpack(adapters, rules.down(self.config.adapters, own.layout))
-        whole = own.start | state.private | arrived
-        return {name: whole[name] for name in own.layout}
+        layout = self._pruned.layout
+        whole = self._pruned.start | state.private | unpack(adapters, rules.down(self.config.adapters, layout))
+        return {name: whole[name] for name in layout}
 
-    def _local_round(
-        self, own: caches.PrunedDevice, received: Params, personal: Personal | None, round: int
-    ) -> LocalResult:
+    def _local_round(self, received: Params, personal: Personal | None, round: int) -> LocalResult:
         inputs, labels = self._part("train")
+        own, options = self._pruned, self.config.train
 
         def objective(params: Params, batch: object) -> Tensor:
             index = torch.from_numpy(batch)
             return F.cross_entropy(own.adapted(params, inputs[index]), labels[index])
 
-        options = self.config.train
         order = numpy_generator(self.config.seed, "train", round, self.partition_id)
-        return local_round(
-            self._method(),
-            objective,
-            received,
-            personal,
-            batches(len(labels), options.batch, options.epochs, order),
-            options,
-            rules.trained(self.config.adapters, own.layout, round),
-        )
+        drawn = batches(len(labels), options.batch, options.epochs, order)
+        trained = rules.trained(self.config.adapters, own.layout, round)
+        return local_round(self._method, objective, received, personal, drawn, options, trained)
 
-    def _upload(self, own: caches.PrunedDevice, received: Params, trained: Params, round: int) -> np.ndarray:
+    def _upload(self, received: Params, trained: Params, round: int) -> np.ndarray:
         """Returns the upload as one flat vector; with differential privacy, within `dp-clip` of the received w."""
-        layout = rules.up(self.config.adapters, own.layout, round) if trained else {}
+        layout = rules.up(self.config.adapters, self._pruned.layout, round) if trained else {}
         shared = {name: trained[name] for name in layout}
         if shared and self.config.privacy.dp_clip:
             shared = clip_update(shared, received, layout, self.config.privacy.dp_clip)
         return pack(shared, layout) if layout else np.zeros(0, np.float32)
 
-    def _evaluate(self, own: caches.PrunedDevice, received: Params, used: Params) -> tuple[float, float]:
+    def _evaluate(self, received: Params, used: Params) -> tuple[float, float]:
         """Returns accuracies on the test part: of the received adapters, and of the model that the device uses."""
         inputs, labels = self._part("test")
 
         def score(params: Params) -> float:
-            return accuracy(predict(partial(own.adapted, params), inputs), labels)
+            return accuracy(predict(partial(self._pruned.adapted, params), inputs), labels)
 
         shared = score(received)
         return shared, shared if used is received else score(used)
-
-    def _method(self) -> Method[Any]:
-        return method_of(self.config.personalize, self.config.adapters.scale)
 
     def _receive_backbone(self, message: Summarize) -> None:
         cache = DenseCache(self._cache)
@@ -237,9 +215,10 @@ class Device:
         classes = self.storage.classes if self.source else ()
         return caches.part(self.config, self.devices, self.partition_id, name, self.source, classes)
 
-    def _pruned(self) -> caches.PrunedDevice:
-        return caches.pruned(self.storage.pruned, self.partition_id, self.profile.rank, self.config)
-
     @property
     def _cache(self) -> Path:
         return cache_folder(self.config.cache)
+
+
+def _alpha(personal: Personal | None) -> float:
+    return personal.mean_alpha if personal else 0.0

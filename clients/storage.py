@@ -4,29 +4,23 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from tapfl.errors import RunError
 from tapfl.personalize.method import Personal
-from tapfl.store import Versions, read_about, read_tensors, seal, unseal, write_json, write_tensors
+from tapfl.store import Versions, part_of, read_sealed, write_json, write_sealed
 from tapfl.training import Params
 
 ALPHA, PERSONAL, PRIVATE, STATE = "alpha", "v:", "w:", "state"
 IMAGES_FILE = "images.json"
 
 
-@dataclass(frozen=True)
-class DeviceState:
-    """What a device keeps from round to round.
+class DeviceState(NamedTuple):
+    """What a device keeps from round to round."""
 
-    Attributes:
-        personal: v and α; None where the method has none.
-        private: the parts of w that the aggregation rule does not share.
-    """
-
-    personal: Personal | None
-    private: Params
+    personal: Personal | None  # v and α; None where the method has none
+    private: Params  # the parts of w that the aggregation rule does not share
 
 
 class DeviceStorage:
@@ -43,15 +37,8 @@ class DeviceStorage:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._state = Versions(folder / "state")
-
-    @property
-    def pruned(self) -> Path:
-        return self.folder / "pruned"
-
-    @property
-    def personal(self) -> Path:
-        return self.folder / "personal"
+        self.pruned, self.personal = folder / "pruned", folder / "personal"
+        self._classes, self._state = folder / "classes.json", Versions(folder / "state")
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -63,10 +50,6 @@ class DeviceStorage:
 
     def save_classes(self, classes: Sequence[str]) -> None:
         write_json(self._classes, list(classes))
-
-    @property
-    def _classes(self) -> Path:
-        return self.folder / "classes.json"
 
     def save_images(self, classes: Sequence[str], train: Sequence[int], test: Sequence[int]) -> None:
         """Writes the number of images of each of `classes`; `tapfl report` reads it in a simulation."""
@@ -81,7 +64,7 @@ class DeviceStorage:
         if state.personal is not None:
             tensors |= {PERSONAL + name: tensor for name, tensor in state.personal.params.items()}
             tensors[ALPHA] = state.personal.alpha
-        write_tensors(self._state.path(round), tensors, {STATE: seal({"device": device, "round": round}, tensors)})
+        write_sealed(self._state.path(round), tensors, STATE, {"device": device, "round": round})
         self._state.keep((before, round))
 
     def load_state(self, device: int, round: int) -> DeviceState:
@@ -93,13 +76,9 @@ class DeviceStorage:
         """
         if round == 0:
             return DeviceState(None, {})
-        if not self._state.path(round).exists():
-            raise RunError(f"{self._state.folder}: has no state after round {round}, for which the server has a reply")
         file = self._state.path(round)
-        tensors = read_tensors(file)
-        unseal(read_about(file).get(STATE, "{}"), tensors, str(file), device=device, round=round)
-        personal, private = (
-            {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-            for prefix in (PERSONAL, PRIVATE)
-        )
-        return DeviceState(Personal(personal, tensors[ALPHA]) if personal else None, private)
+        if not file.exists():
+            raise RunError(f"{self._state.folder}: has no state after round {round}, for which the server has a reply")
+        tensors, _ = read_sealed(file, STATE, device=device, round=round)
+        personal = part_of(tensors, PERSONAL)
+        return DeviceState(Personal(personal, tensors[ALPHA]) if personal else None, part_of(tensors, PRIVATE))

@@ -28,22 +28,14 @@ POLL_FIRST, POLL_LAST = 0.01, 0.2
 
 @dataclass(frozen=True)
 class Request(Generic[R]):
-    """A message to one device, and what its answer must be.
-
-    Attributes:
-        check: raises WireError for an answer that must not be used.
-        max_bytes: that the answer may have.
-        macs: that the device computes for it, for the simulated time.
-        cached_bytes: that the device found in a cache on this machine, and would have downloaded elsewhere; they count
-            as the message's own.
-    """
+    """A message to one device, and what its answer must be."""
 
     message: WireMessage
     reply_type: type[R]
-    check: Callable[[R], None]
-    max_bytes: float = math.inf
-    macs: float = 0.0
-    cached_bytes: int = 0
+    check: Callable[[R], object]  # raises WireError for an answer that must not be used
+    max_bytes: float = math.inf  # that the answer may have
+    macs: float = 0.0  # that the device computes for it, for the simulated time
+    cached_bytes: int = 0  # that it found in a cache here and would have downloaded elsewhere: the message's own
 
     @property
     def bytes_by_kind(self) -> Counter[str]:
@@ -152,7 +144,7 @@ def exchange(
                 answered = in_flight.pop(reply.metadata.reply_to_message_id, None)
                 if answered is None:
                     log(logging.WARNING, "ignored an answer to no request, or a second answer to one")
-                elif is_worker_lost(reply) and answered.number <= retries:
+                elif reply.has_error() and reply.error.code != CLIENT_RAISED and answered.number <= retries:
                     log(logging.WARNING, "device %d: %s; sent again", answered.i, _reason(reply))
                     waiting.append(Attempt(answered.i, answered.number + 1, now + RETRY_AFTER * answered.number))
                 else:
@@ -162,10 +154,6 @@ def exchange(
             if not replies:
                 time.sleep(poll)
     return answers
-
-
-def is_worker_lost(reply: Message) -> bool:
-    return reply.has_error() and reply.error.code != CLIENT_RAISED
 
 
 def _accept(answers: Answers[R], i: int, reply: Message, request: Request[R]) -> None:

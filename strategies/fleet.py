@@ -1,4 +1,9 @@
-"""The devices of a run: which node is which, and what their answers do to the state of the federation."""
+"""The devices of a run: which node is which, which take part in a round, and what their answers do to the state.
+
+Simulated time stands beside the real time of the simulation. A device downloads, computes and uploads, one after the
+other; a phase ends with its slowest device. A training step counts as three forward passes (the forward pass, and the
+two products of the backward pass).
+"""
 
 from __future__ import annotations
 
@@ -12,39 +17,24 @@ from flwr.serverapp import Grid
 
 from strategies.exchange import Answers, R, Request, exchange, wait_for_nodes
 from strategies.records import DeviceRecord, FailureLine, Line, TrafficLine, added, append_lines
-from strategies.simulation import seconds
 from strategies.state import FederationState
-from tapfl.config import RunConfig
+from tapfl.config import DeviceOptions, RunConfig
 from tapfl.errors import ConfigError
 from tapfl.profiles import DeviceProfile, max_rank
+from tapfl.seeds import numpy_generator
 from tapfl.store import RunFolder
 from tapfl.wire import ENVELOPE, Hello, HelloReply
 
-
-class Met(NamedTuple):
-    """A node that has introduced itself as device `i`."""
-
-    i: int
-    node: int
-    profile: DeviceProfile
-    reply: HelloReply
-
-    def is_same(self, record: DeviceRecord) -> bool:
-        return (record.profile, record.train_samples) == (self.profile, self.reply.train_samples)
+STEP = 3  # a training step in forward passes
 
 
 class Fleet:
-    """The connected devices. Node ids are random, so nothing is ever ordered by them.
-
-    Attributes:
-        nodes: node id by partition id.
-        holds_backbone: devices that have the dense backbone in a cache of their own.
-    """
+    """The connected devices. Node ids are random, so nothing is ever ordered by them."""
 
     def __init__(self, grid: Grid, config: RunConfig, folder: RunFolder) -> None:
         self.grid, self.config, self.folder = grid, config, folder
-        self.nodes: dict[int, int] = {}
-        self.holds_backbone: set[int] = set()
+        self.nodes: dict[int, int] = {}  # node id by partition id
+        self.holds_backbone: set[int] = set()  # devices that have the dense backbone in a cache of their own
         self._seen: set[int] = set()  # nodes
 
     def meet(self, hello: Hello) -> dict[int, DeviceRecord]:
@@ -54,17 +44,8 @@ class Fleet:
             RunError: if the nodes are not there in time, or too few of them answer.
         """
         records = {}
-        for met in self._introduce(self._wait(), hello, {}, self.config.faults.min_success):
-            self.nodes[met.i] = met.node
-            if met.reply.holds_backbone:
-                self.holds_backbone.add(met.i)
-            records[met.i] = DeviceRecord(
-                device=met.i,
-                profile=met.profile,
-                train_samples=met.reply.train_samples,
-                bytes_down=dict(hello.bytes_by_kind),
-                bytes_up=dict(met.reply.bytes_by_kind),
-            )
+        for node, record in self._introduce(self._wait(), hello, {}, self.config.faults.min_success):
+            self.nodes[record.device], records[record.device] = node, record
         return dict(sorted(records.items()))
 
     def meet_again(self, hello: Hello, known: Mapping[int, DeviceRecord], resumed: bool = False) -> None:
@@ -80,17 +61,17 @@ class Fleet:
         nodes = self._wait() if resumed else sorted(set(self.grid.get_node_ids()) - self._seen)
         if not nodes:
             return
-        for met in self._introduce(nodes, hello, known, self.config.faults.min_success if resumed else 0.0):
-            record = known.get(met.i)
-            if record and met.is_same(record):
-                self.nodes[met.i] = met.node
+        for node, met in self._introduce(nodes, hello, known, self.config.faults.min_success if resumed else 0.0):
+            i, record = met.device, known.get(met.device)
+            if record and (record.profile, record.train_samples) == (met.profile, met.train_samples):
+                self.nodes[i] = node
             elif record and resumed:
                 raise ConfigError(
-                    f"resume: device {met.i} had {record.train_samples} images and {record.profile!r}; now it has "
-                    f"{met.reply.train_samples} and {met.profile!r}"
+                    f"resume: device {i} had {record.train_samples} images and {record.profile!r}; now it has "
+                    f"{met.train_samples} and {met.profile!r}"
                 )
             else:
-                log(logging.WARNING, "device %d: is none of those of round zero; left out", met.i)
+                log(logging.WARNING, "device %d: is none of those of round zero; left out", i)
 
     def ask(
         self,
@@ -130,14 +111,10 @@ class Fleet:
 
     def _introduce(
         self, nodes: Sequence[int], hello: Hello, known: Mapping[int, DeviceRecord], min_success: float
-    ) -> Iterator[Met]:
-        """Yields the devices that the nodes are; of two nodes that claim to be one device, the first."""
+    ) -> Iterator[tuple[int, DeviceRecord]]:
+        """Yields each node with its device; of two nodes that claim to be one device, the first."""
         count, rank = max(len(nodes), 1 + max(known, default=0)), max_rank(self.config.devices)
-
-        def check(reply: HelloReply) -> None:
-            reply.profile(count, rank)
-
-        request = Request(hello, HelloReply, check, max_bytes=ENVELOPE)
+        request = Request(hello, HelloReply, lambda reply: reply.profile(count, rank), max_bytes=ENVELOPE)
         answers = self._exchange(dict(enumerate(nodes)), dict.fromkeys(range(len(nodes)), request), "hello")
         self._seen |= set(nodes)
         met: set[int] = set()
@@ -146,7 +123,18 @@ class Fleet:
                 log(logging.WARNING, "node %d: says it is device %d, which is there already; left out", position, i)
                 continue
             met.add(i)
-            yield Met(i, nodes[position], reply.profile(count, rank), reply)
+            if reply.holds_backbone:
+                self.holds_backbone.add(i)
+            yield (
+                nodes[position],
+                DeviceRecord(
+                    device=i,
+                    profile=reply.profile(count, rank),
+                    train_samples=reply.train_samples,
+                    bytes_down=dict(hello.bytes_by_kind),
+                    bytes_up=dict(reply.bytes_by_kind),
+                ),
+            )
 
     def _exchange(self, nodes: Mapping[int, int], requests: Mapping[int, Request[R]], phase: str) -> Answers[R]:
         timeout, retries = self.config.faults.exchange_timeout, self.config.faults.retries
@@ -177,3 +165,44 @@ def account(
         changes[i] = {"failures": state.devices[i].failures + 1}
         lines.append(FailureLine(phase=phase, device=i, reason=reason))
     return replace(state.with_devices(changes), simulated_seconds=state.simulated_seconds + waited), lines
+
+
+class ClientSample(NamedTuple):
+    """The devices of a round by partition id, in order."""
+
+    asked: tuple[int, ...]  # are sent the adapters and will answer
+    away: tuple[int, ...]  # were not available when the round began
+    dropped: tuple[int, ...]  # are sent the adapters, and lost before they can answer
+
+
+def sample_clients(
+    profiles: Mapping[int, DeviceProfile], options: DeviceOptions, seed: int, round: int
+) -> ClientSample:
+    """Returns a sample of the available devices: a share of `participation` (at least one), less the dropouts.
+
+    Each device draws from its own generator, so the draws of the others do not depend on which devices exist.
+    """
+
+    def chance(what: str, i: int) -> float:
+        return float(numpy_generator(seed, what, round, i).random())
+
+    available = [i for i in sorted(profiles) if chance("availability", i) < profiles[i].availability]
+    away = tuple(i for i in sorted(profiles) if i not in available)
+    wanted = max(1, int(options.participation * len(available) + 0.5))  # a half goes up, unlike Python's `round`
+    sampled = sorted(sorted(available, key=lambda i: chance("participation", i))[:wanted])
+    dropped = tuple(i for i in sampled if chance("dropout", i) < options.dropout)
+    return ClientSample(tuple(i for i in sampled if i not in dropped), away, dropped)
+
+
+def seconds(profile: DeviceProfile, bytes_down: int, macs: float, bytes_up: int) -> float:
+    """Returns how long a device takes for a message of `bytes_down`, work of `macs`, and an answer of `bytes_up`."""
+    return bytes_down / profile.download + macs / profile.compute + bytes_up / profile.upload
+
+
+def training_macs(macs: int, train_samples: int, test_samples: int, epochs: int, models: int) -> float:
+    """Returns the MACs of a round on one device.
+
+    `macs` are of one image through its model, and a step trains so many `models`. The test part goes through the
+    shared and the personal model.
+    """
+    return macs * (STEP * models * epochs * train_samples + 2 * test_samples)

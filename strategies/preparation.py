@@ -10,15 +10,14 @@ import hashlib
 import json
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
-from functools import cached_property
+from dataclasses import replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from flwr.common.logger import log
-from torch import nn
 
 from strategies.exchange import Request
 from strategies.fleet import Fleet
@@ -28,83 +27,52 @@ from strategies.state import FederationState
 from tapfl.config import RunConfig
 from tapfl.data.sources import ImageSet
 from tapfl.errors import BudgetError, PlanError, RunError
-from tapfl.models.backbone import BackboneSpec
 from tapfl.models.cost import Cost, measure_cost
 from tapfl.models.dense import DenseCache, dense_backbone
 from tapfl.models.prunable import prunable_layers
 from tapfl.models.units import PrunableLayer
 from tapfl.progress import stage
 from tapfl.pruning.plan import PruningPlan, load_plan, require_device, signed
-from tapfl.store import (
-    RunFolder,
-    cache_folder,
-    read_about,
-    read_tensors,
-    seal,
-    unseal,
-    write_bytes,
-    write_json,
-    write_tensors,
-)
+from tapfl.store import RunFolder, cache_folder, read_sealed, write_bytes, write_json, write_sealed
 from tapfl.summary.mixture import GaussianSummary
 from tapfl.wire import ENVELOPE, Prune, PruneReply, Summarize, SummaryReply
 
 
-@dataclass(frozen=True)
-class Backbone:
-    """The dense backbone.
-
-    Attributes:
-        key: its name in the caches.
-        spec: how to build it.
-    """
-
-    key: str
-    spec: BackboneSpec
-    model: nn.Module
-
-    @cached_property
-    def layers(self) -> list[PrunableLayer]:
-        """Its prunable layers."""
-        return prunable_layers(self.model)
-
-    @cached_property
-    def cost(self) -> Cost:
-        """Its measured cost."""
-        return measure_cost(self.model)
-
-
 class Preparation:
-    """The server's side of round zero."""
+    """The server's side of round zero, and its dense backbone, whose `key` is its name in the caches."""
 
     def __init__(self, config: RunConfig, images: ImageSet, folder: RunFolder, fleet: Fleet) -> None:
         self.config, self.images, self.folder, self.fleet = config, images, folder, fleet
         self.cache = DenseCache(cache_folder(config.cache))
+        self.key, self.spec, self.backbone = dense_backbone(config.model, images, config.seed, self.cache)
+        log(logging.INFO, "dense backbone: ready: %s", self.key)
 
-    def backbone(self) -> Backbone:
-        """Returns the dense backbone: trained, loaded, or from the cache."""
-        made = Backbone(*dense_backbone(self.config.model, self.images, self.config.seed, self.cache))
-        log(logging.INFO, "dense backbone: ready: %s", made.key)
-        return made
+    @cached_property
+    def layers(self) -> list[PrunableLayer]:
+        return prunable_layers(self.backbone)
 
-    def pruned_models(self, backbone: Backbone, state: FederationState) -> tuple[FederationState, dict[int, Prune]]:
+    @cached_property
+    def cost(self) -> Cost:
+        return measure_cost(self.backbone)
+
+    def pruned_models(self, state: FederationState) -> tuple[FederationState, dict[int, Prune]]:
         """Asks the devices for their mixtures, and makes a plan for each; returns the messages that bring it its model.
 
         Raises:
             RunError: if too few devices send a mixture, or no device has a budget that can be met.
         """
         with stage("public pool"):
-            pool = describe_pool(self.config, self.images, backbone.model)
-        state, summaries = self._summaries(state, backbone, pool)
+            pool = describe_pool(self.config, self.images, self.backbone)
+        state, summaries = self._summaries(state, pool)
         state = state.with_devices({i: {"generic": i not in summaries} for i in state.devices})
         messages: dict[int, Prune] = {}
         with stage("smaller models") as advance:
             advance(0, len(state.devices))
-            shared = Shared(self.config, pool, backbone.model)
+            shared = Shared(self.config, pool, self.backbone)
             for done, (i, record) in enumerate(state.devices.items(), start=1):
                 try:
-                    made = self.planned(backbone, i)
-                    messages[i] = made or self._plan(backbone, shared, summaries.get(i), record)
+                    made = self.planned(i)
+                    messages[i] = made or self._plan(shared, summaries.get(i), record)
                 except BudgetError as error:  # a device's own budget: its loss, and no one else's
                     append_lines(self.folder.path, FailureLine(phase="smaller models", device=i, reason=str(error)))
                     state = state.with_devices({i: {"failures": record.failures + 1}})
@@ -120,13 +88,10 @@ class Preparation:
         plans = {i: PruningPlan.from_json(message.plan) for i, message in messages.items()}
         requests = {}
         for i, message in messages.items():
-            cost = plans[i].cost
-
-            def check(reply: PruneReply, cost: Cost = cost) -> None:
-                reply.check(cost.params, cost.macs)
-
-            macs = cost.macs * state.devices[i].test_samples
-            requests[i] = Request(message, PruneReply, check, max_bytes=ENVELOPE, macs=macs)
+            params, macs = plans[i].cost.params, plans[i].cost.macs
+            check = partial(PruneReply.check, params=params, macs=macs)
+            work = macs * state.devices[i].test_samples
+            requests[i] = Request(message, PruneReply, check, max_bytes=ENVELOPE, macs=work)
         state, replies = self.fleet.ask(state, "surgery", requests, min_success=min_success)
         changes = {}
         for i, reply in replies.items():
@@ -142,28 +107,15 @@ class Preparation:
         have = {**state.plans, **{i: plans[i].checksum for i in replies}}
         return replace(state.with_devices(changes), plans=dict(sorted(have.items())))
 
-    # -- plans -------------------------------------------------------------------------------------------------------
-
     def plan_file(self, i: int) -> Path:
         return self.folder.path / "plans" / f"{i:02d}.json"
 
-    def plan(self, i: int) -> PruningPlan | None:
-        """Returns the plan of device `i`, if it was made. Raises PlanError if it is damaged, or another device's."""
-        found = self._kept_plan(i)
-        return found[0] if found else None
+    def plan(self, i: int) -> tuple[PruningPlan, str] | None:
+        """Returns the plan of device `i`, if it was made, and the SHA-256 of the weights beside it.
 
-    def planned(self, backbone: Backbone, i: int) -> Prune | None:
-        """Returns the message of a device whose plan was made before, from the run's folder. Raises PlanError."""
-        if (kept := self._kept_plan(i)) is None:
-            return None
-        (plan, checksum), weights = kept, self.plan_file(i).with_suffix(".safetensors")
-        content = weights.read_bytes() if weights.exists() else b""
-        if checksum and checksum != hashlib.sha256(content).hexdigest():
-            name = self.plan_file(i).name
-            raise PlanError(f"{weights}: is not the file that {name} was written with (checksum differs)")
-        return Prune(backbone.key, plan.model_dump_json(), content)
-
-    def _kept_plan(self, i: int) -> tuple[PruningPlan, str] | None:
+        Raises:
+            PlanError: if it is damaged, or another device's.
+        """
         file = self.plan_file(i)
         if not file.exists():
             return None
@@ -171,21 +123,29 @@ class Preparation:
         require_device(plan, i, f"{file}: is the plan")
         return plan, checksum
 
-    def _plan(self, backbone: Backbone, shared: Shared, summary: GaussianSummary | None, record: DeviceRecord) -> Prune:
+    def planned(self, i: int) -> Prune | None:
+        """Returns the message of a device whose plan was made before, from the run's folder. Raises PlanError."""
+        if (kept := self.plan(i)) is None:
+            return None
+        (plan, checksum), weights = kept, self.plan_file(i).with_suffix(".safetensors")
+        content = weights.read_bytes() if weights.exists() else b""
+        if checksum and checksum != hashlib.sha256(content).hexdigest():
+            name = self.plan_file(i).name
+            raise PlanError(f"{weights}: is not the file that {name} was written with (checksum differs)")
+        return Prune(self.key, plan.model_dump_json(), content)
+
+    def _plan(self, shared: Shared, summary: GaussianSummary | None, record: DeviceRecord) -> Prune:
         i = record.device
-        pruned = device_model(shared, backbone.spec, summary, i, record.profile.budget)
+        pruned = device_model(shared, self.spec, summary, i, record.profile.budget)
         # a device that sent no mixture may not have got the backbone either
         weights = pruned.weights(always=self.config.pruning.send == "weights" or record.generic)
         if pruned.metric_set is not None:
             self._keep_metric_set(i, pruned.metric_set)
-        self._keep(i, pruned.plan, weights)
-        return Prune(backbone.key, pruned.plan.model_dump_json(), weights)
-
-    def _keep(self, i: int, plan: PruningPlan, weights: bytes) -> None:
         if weights:
             write_bytes(self.plan_file(i).with_suffix(".safetensors"), weights)
         # last: with it the device's model is complete
-        write_json(self.plan_file(i), signed(plan, hashlib.sha256(weights).hexdigest()))
+        write_json(self.plan_file(i), signed(pruned.plan, hashlib.sha256(weights).hexdigest()))
+        return Prune(self.key, pruned.plan.model_dump_json(), weights)
 
     def _keep_metric_set(self, i: int, chosen: np.ndarray) -> None:
         """Counts the images by class, for the report; no plan depends on that, unless `labels` says so."""
@@ -193,37 +153,35 @@ class Preparation:
         counts = (np.bincount(each, minlength=len(classes)).tolist() for each in (labels[chosen], labels))
         write_json(self.folder.metric_set(i), dict(zip(("classes", "metric", "pool"), (classes, *counts), strict=True)))
 
-    # -- mixtures ----------------------------------------------------------------------------------------------------
-
     def _summaries(
-        self, state: FederationState, backbone: Backbone, pool: PublicPool
+        self, state: FederationState, pool: PublicPool
     ) -> tuple[FederationState, dict[int, GaussianSummary]]:
         """Asks every device for its mixture; a device that does not hold the backbone is sent it."""
-        weights = self.cache.path(backbone.key).read_bytes()
+        weights = self.cache.path(self.key).read_bytes()
         dim, options, classes = pool.points.shape[1], self.config.summary, len(self.images.classes)
         reports_classes = self.config.adapters.head == "class-rows"
         limit = 8 * options.max_components * (1 + dim + dim * dim) + 4 * classes + ENVELOPE
+
+        def values(reply: SummaryReply, samples: int) -> tuple[GaussianSummary, torch.Tensor | None]:
+            return reply.mixture(dim, options.min_support, samples), reply.held(classes, reports_classes)
+
         requests, known = {}, {}
         for i, record in state.devices.items():
             message = Summarize(
-                backbone_key=backbone.key,
-                backbone_spec=backbone.spec.model_dump_json(),
+                backbone_key=self.key,
+                backbone_spec=self.spec.model_dump_json(),
                 backbone_weights=b"" if i in self.fleet.holds_backbone else weights,
                 projection_mean=pool.projection.mean,
                 projection_components=pool.projection.components,
                 classes=json.dumps(self.images.classes),
             )
-
-            def check(reply: SummaryReply, samples: int = record.train_samples) -> None:
-                reply.mixture(dim, options.min_support, samples)
-                reply.held(classes, reports_classes)
-
+            check = partial(values, samples=record.train_samples)
             requests[i] = Request(
                 message,
                 SummaryReply,
                 check,
                 max_bytes=limit,
-                macs=backbone.cost.macs * (record.train_samples + record.test_samples),
+                macs=self.cost.macs * (record.train_samples + record.test_samples),
                 cached_bytes=len(weights) if i in self.fleet.holds_backbone else 0,
             )
             if (reply := self._stored_summary(i)) is not None:
@@ -232,31 +190,27 @@ class Preparation:
         state, replies = self.fleet.ask(state, "summaries", requests, known=known)
         changes, summaries = {}, {}
         for i, reply in replies.items():
-            held = reply.held(classes, reports_classes)
+            summaries[i], held = values(reply, state.devices[i].train_samples)
             changes[i] = {
                 "dense_accuracy": reply.dense_accuracy,
                 "test_samples": reply.test_samples,
                 "classes": reply.classes,
                 "held_classes": None if held is None else held.tolist(),
             }
-            summaries[i] = reply.mixture(dim, options.min_support, state.devices[i].train_samples)
             self._store_summary(i, reply)
         for i in sorted(state.devices.keys() - replies.keys()):
             log(logging.WARNING, "device %d gave no mixture: it gets the generic plan of its budget", i)
         return state.with_devices(changes), summaries
 
     def _store_summary(self, i: int, reply: SummaryReply) -> None:
-        values = {each.name: getattr(reply, each.name) for each in fields(reply)}
-        arrays = {name: torch.from_numpy(value) for name, value in values.items() if hasattr(value, "dtype")}
-        rest = {name: value for name, value in values.items() if name not in arrays}
-        write_tensors(self._summary_file(i), arrays, {"reply": seal({**rest, "device": i}, arrays)})
+        arrays = {name: torch.from_numpy(value) for name, value in vars(reply).items() if isinstance(value, np.ndarray)}
+        rest = {name: value for name, value in vars(reply).items() if name not in arrays}
+        write_sealed(self._summary_file(i), arrays, "reply", rest | {"device": i})
 
     def _stored_summary(self, i: int) -> SummaryReply | None:
         """Returns a device's answer from before; None if there is none, or it is damaged, or another device's."""
-        file = self._summary_file(i)
         try:
-            tensors = read_tensors(file)
-            rest = unseal(read_about(file).get("reply", ""), tensors, str(file), device=i)
+            tensors, rest = read_sealed(self._summary_file(i), "reply", device=i)
             rest.pop("device", None)
             values: dict[str, Any] = {name: tensor.numpy() for name, tensor in tensors.items()}
             return SummaryReply(**values, **rest)

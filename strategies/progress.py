@@ -13,8 +13,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from contextvars import copy_context
-from dataclasses import dataclass, field
-from typing import Any
 
 from flwr.common.logger import FLOWER_LOGGER, log
 from rich.console import Console, RenderableType
@@ -37,49 +35,32 @@ def shown(bars: bool = True) -> Iterator[None]:
     Args:
         bars: whether bars will do, where there is a terminal for them.
     """
-    if is_shown():
+    with ExitStack() as stack:
+        if not is_shown():
+            screen = Bars() if bars and sys.stderr.isatty() else stack.enter_context(Lines())
+            stack.enter_context(shown_on(screen))
         yield
-    elif bars and sys.stderr.isatty():
-        with shown_on(Bars()):
-            yield
-    else:
-        with Lines() as lines, shown_on(lines):
-            yield
 
 
-@dataclass(eq=False)
 class Pace:
-    """A stage as it goes; times are seconds of `clock`.
+    """A stage as it goes; times are seconds of `clock`. Without a known number of steps `total` is 0."""
 
-    Attributes:
-        total: steps; 0: unknown.
-        note: a few words about where it is.
-        begun: when it began.
-        steps: (when, done) of the first call of `advance` and of the last one that got further.
-        end: when all will be done, if the caller knows.
-    """
-
-    name: str
-    clock: Callable[[], float] = time.monotonic
-    done: float = 0
-    total: float = 0
-    note: str = ""
-    steps: list[tuple[float, float]] = field(default_factory=list)
-    end: float | None = None
-    begun: float = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.begun = self.clock()
+    def __init__(self, name: str, clock: Callable[[], float] = time.monotonic) -> None:
+        self.name, self._clock, self._begun = name, clock, clock()
+        self.done = self.total = 0.0
+        self.note = ""
+        self._steps: list[tuple[float, float]] = []  # (when, done) of the first call and of the last that got further
+        self._end: float | None = None  # when all will be done, if the caller knows
 
     def advance(self, done: float, total: float, note: str = "", left: float | None = None, /) -> None:
-        if not self.steps or done > self.steps[-1][1]:
-            self.steps = [*self.steps[:1], (self.clock(), done)]
+        if not self._steps or done > self._steps[-1][1]:
+            self._steps = [*self._steps[:1], (self._clock(), done)]
         self.done, self.total, self.note = done, total, note
-        self.end = None if left is None else self.clock() + left
+        self._end = None if left is None else self._clock() + left
 
     @property
     def age(self) -> float:
-        return self.clock() - self.begun
+        return self._clock() - self._begun
 
     @property
     def elapsed(self) -> str:
@@ -87,17 +68,14 @@ class Pace:
 
     @property
     def left(self) -> float | None:
-        """Seconds that it will still take, at the pace of all its steps so far if `end` is not known.
-
-        None: there is nothing to go by, or to do.
-        """
-        if self.end is not None and self.done < self.total:
-            return max(0.0, self.end - self.clock())
-        if len(self.steps) < 2 or self.done >= self.total:
+        """Seconds that it will still take, at the pace of all steps so far if the caller gave none; None: unknown."""
+        if self._end is not None and self.done < self.total:
+            return max(0.0, self._end - self._clock())
+        if len(self._steps) < 2 or self.done >= self.total:
             return None
-        (start, first), (last, done) = self.steps
+        (start, first), (last, done) = self._steps
         each = (last - start) / (done - first)
-        return max(0.0, (self.total - done) * each - (self.clock() - last))
+        return max(0.0, (self.total - done) * each - (self._clock() - last))
 
     @property
     def count(self) -> str:
@@ -110,13 +88,9 @@ class Pace:
 
     def words(self) -> str:
         """Returns the stage in a line: name, steps, note, and the time that is left, or has gone by."""
-        where = " ".join(part for part in (self.count, self.note) if part)
-        parts = [f"{self.name}: {where}" if where else self.name]
-        if not self.total:
-            parts.append(f"({self.elapsed} so far)")
-        elif self.time_left:
-            parts.append(f"({self.time_left})")
-        return " ".join(parts)
+        where = " ".join(filter(None, (self.count, self.note)))
+        time = f"{self.elapsed} so far" if not self.total else self.time_left
+        return (f"{self.name}: {where}" if where else self.name) + (f" ({time})" if time else "")
 
 
 def clock_time(seconds: float) -> str:
@@ -134,12 +108,10 @@ class Bars:
     @contextmanager
     def __call__(self, name: str) -> Iterator[Advance]:
         with ExitStack() as stack:
-            outermost = self._drawn is None
-            if outermost:
-                stack.enter_context(self._drawing())
-            drawn = self._drawn
-            assert drawn is not None
-            pace = Pace(name)
+            if outermost := self._drawn is None:
+                self._drawn = stack.enter_context(drawn_on(Console(stderr=True)))
+                stack.callback(setattr, self, "_drawn", None)
+            drawn, pace = self._drawn, Pace(name)
             task = drawn.add_task(name, total=None, pace=pace, inner=not outermost)
             if not outermost:
                 stack.callback(drawn.remove_task, task)
@@ -151,26 +123,23 @@ class Bars:
             yield advance
             drawn.update(task, completed=1, total=1)  # full, also where nobody knew how many steps there would be
 
-    @contextmanager
-    def _drawing(self) -> Iterator[None]:
-        with drawn_on(Console(stderr=True)) as self._drawn:
-            try:
-                yield
-            finally:
-                self._drawn = None
-
 
 @contextmanager
 def drawn_on(console: Console) -> Iterator[Drawn]:
     """Draws at the foot of `console`; what Flower logs while it lasts goes above."""
-    note: dict[str, Any] = {"no_wrap": True, "overflow": "ellipsis", "ratio": 1}
+    note = Column(no_wrap=True, overflow="ellipsis", ratio=1)
     columns = (
         TextColumn("{task.description:<24}", table_column=Column(no_wrap=True)),
         BarColumn(bar_width=24),
         TextColumn("{task.fields[pace].count:>9}", markup=False),
         TextColumn("{task.fields[pace].elapsed}", markup=False),
         TextColumn("{task.fields[pace].time_left:>12}", markup=False),
-        TextColumn("{task.fields[pace].note}", style="none", markup=False, table_column=Column(**note)),
+        TextColumn(
+            "{task.fields[pace].note}",
+            style="none",
+            markup=False,
+            table_column=note,
+        ),
     )
     drawn = Drawn(*columns, console=console, redirect_stdout=sys.stdout.isatty(), expand=True, refresh_per_second=4)
     shown = [h for h in FLOWER_LOGGER.handlers if isinstance(h, logging.StreamHandler) and h.stream is sys.stderr]
@@ -235,7 +204,6 @@ class Lines:
         while not self._over.wait(1.0):
             now = time.monotonic()
             least, most = SILENCE
-            if (stages := list(self._open)) and now - self._said >= min(
-                max(PATIENCE * (now - self._begun), least), most
-            ):
+            patience = min(max(PATIENCE * (now - self._begun), least), most)
+            if (stages := list(self._open)) and now - self._said >= patience:
                 self._say("; ".join(pace.words() for pace in stages))

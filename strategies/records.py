@@ -9,11 +9,9 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal, Self
+from typing import Annotated, Any, Final, Literal, NamedTuple, Self
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
@@ -36,27 +34,18 @@ class Record(BaseModel):
 
 
 class DeviceRecord(Record):
-    """What the server knows of one device. Shares and accuracies lie in [0, 1].
-
-    Attributes:
-        held_classes: whether the device has training images of each class, where it reports that.
-        generic: it sent no mixture, so its plan is made from the whole public pool.
-        params: of its pruned model; 0: it has none yet.
-        rounds: in how many its answer was used.
-        last_round: the last of these; the device continues from its own state after it.
-        epsilon: of differential privacy, in the summary only; None: no guarantee.
-    """
+    """What the server knows of one device. Shares and accuracies lie in [0, 1]."""
 
     device: Count
     profile: DeviceProfile
     train_samples: Count
     test_samples: Count = 0
     classes: Count = 0
-    held_classes: list[bool] | None = None
-    generic: bool = False
+    held_classes: list[bool] | None = None  # whether it has training images of each class, where it reports that
+    generic: bool = False  # it sent no mixture, so its plan is made from the whole public pool
     macs: Count = 0
     macs_share: float = 0.0
-    params: Count = 0
+    params: Count = 0  # of its pruned model; 0: it has none yet
     params_share: float = 0.0
     dense_accuracy: float = 0.0
     pruned_accuracy: float = 0.0
@@ -66,9 +55,9 @@ class DeviceRecord(Record):
     bytes_up: ByKind = {}
     bytes_down: ByKind = {}
     failures: Count = 0
-    rounds: Count = 0
-    last_round: Count = 0
-    epsilon: float | None = None
+    rounds: Count = 0  # in how many its answer was used
+    last_round: Count = 0  # the last of these; the device continues from its own state after it
+    epsilon: float | None = None  # of differential privacy, in the summary only; None: no guarantee
 
     @model_validator(mode="after")
     def _has_shares(self) -> Self:
@@ -78,34 +67,28 @@ class DeviceRecord(Record):
 
 
 class CurvePoint(Record):
-    """How far a run was after a round: cost since the start, and mean personal accuracy over devices with a model.
+    """How far a run was after a round: cost since the start, and mean personal accuracy over devices with a model."""
 
-    Attributes:
-        seconds: simulated.
-        bytes: of all devices, up and down.
-    """
-
-    seconds: float
-    bytes: Count
+    seconds: float  # simulated
+    bytes: Count  # of all devices, up and down
     accuracy: float
+
+
+def first_at(curve: Sequence[CurvePoint], accuracy: float) -> CurvePoint | None:
+    """Returns the first point of a learning curve that reaches an accuracy, or None."""
+    return next((point for point in curve if point.accuracy >= accuracy - 1e-9), None)
+
+
+def milestones(curve: Sequence[CurvePoint]) -> dict[str, CurvePoint]:
+    """Returns the first point that reaches each of the accuracies 0.05, 0.10, …, as far as the curve comes."""
+    found = {f"{percent / 100:.2f}": first_at(curve, percent / 100) for percent in range(5, 101, 5)}
+    return {accuracy: point for accuracy, point in found.items() if point is not None}
 
 
 class Summary(Record):
     """The content of `summary.json`, which exists once a run is finished.
 
     Means are over devices that have a model; the dense one over those that evaluated the dense backbone.
-
-    Attributes:
-        personal_accuracy_worst_decile: mean over the worst tenth of the devices (at least one).
-        bytes_up, bytes_down: all devices, whole run.
-        adapter_bytes_up_per_round: mean over devices.
-        full_model_bytes: what one device would upload if it sent the dense model, fp32, in every round.
-        failures: messages without a usable answer.
-        epsilon: of differential privacy, the largest over devices; None: no guarantee.
-        simulated_seconds: until the last round ended.
-        time_to_accuracy, bytes_to_accuracy: cost at which the curve first reached 0.05, 0.10, …
-        curve: after round zero and after each round.
-        seconds: wall time by phase.
     """
 
     version: Literal[1] = VERSION
@@ -113,18 +96,18 @@ class Summary(Record):
     pruned_accuracy: float
     global_accuracy: float
     personal_accuracy: float
-    personal_accuracy_worst_decile: float
-    bytes_up: Count
+    personal_accuracy_worst_decile: float  # mean over the worst tenth of the devices (at least one)
+    bytes_up: Count  # of all devices, whole run
     bytes_down: Count
-    adapter_bytes_up_per_round: float
-    full_model_bytes: Count
-    failures: Count
-    epsilon: float | None
-    simulated_seconds: float
-    time_to_accuracy: dict[str, float]
+    adapter_bytes_up_per_round: float  # mean over devices
+    full_model_bytes: Count  # what one device would upload if it sent the dense model, fp32, in every round
+    failures: Count  # messages without a usable answer
+    epsilon: float | None  # of differential privacy, the largest over devices; None: no guarantee
+    simulated_seconds: float  # until the last round ended
+    time_to_accuracy: dict[str, float]  # cost at which the curve first reached 0.05, 0.10, …
     bytes_to_accuracy: ByKind
-    curve: list[CurvePoint]
-    seconds: dict[str, float]
+    curve: list[CurvePoint]  # after round zero and after each round
+    seconds: dict[str, float]  # wall time by phase
     devices: list[DeviceRecord]
 
     @model_validator(mode="after")
@@ -147,11 +130,7 @@ class Header(Record):
 
 
 class DeviceLine(Record):
-    """How a device did with the adapters that `round` ended with; round 0: with the first ones.
-
-    Attributes:
-        next_loss: mean training loss in the round after, unless this was the last.
-    """
+    """How a device did with the adapters that `round` ended with; round 0: with the first ones."""
 
     kind: Literal["device"] = "device"
     round: Count
@@ -159,19 +138,15 @@ class DeviceLine(Record):
     global_accuracy: float
     personal_accuracy: float
     alpha: float
-    next_loss: float | None = None
+    next_loss: float | None = None  # mean training loss in the round after, unless this was the last
 
 
 class RoundLine(Record):
-    """Means over the devices that answered after `round`, and what the run had cost when it ended.
-
-    Attributes:
-        devices: how many answered; if none did, there are no means.
-    """
+    """Means over the devices that answered after `round`, and what the run had cost when it ended."""
 
     kind: Literal["round"] = "round"
     round: Count
-    devices: Count
+    devices: Count  # how many answered; if none did, there are no means
     simulated_seconds: float
     global_accuracy: float | None = None
     personal_accuracy: float | None = None
@@ -214,18 +189,12 @@ Line = DeviceLine | RoundLine | TrafficLine | FailureLine | AbsenceLine
 LINE: TypeAdapter[Line | Header] = TypeAdapter(Annotated[Line | Header, Field(discriminator="kind")])
 
 
-@dataclass(frozen=True)
-class Metrics:
-    """Lines of metrics.jsonl.
-
-    Attributes:
-        damaged: how many more there are that cannot be read.
-        end: bytes of the file up to the end of the last whole line.
-    """
+class Metrics(NamedTuple):
+    """Lines of metrics.jsonl."""
 
     lines: list[Line]
-    damaged: int
-    end: int
+    damaged: int  # how many more there are that cannot be read
+    end: int  # bytes of the file up to the end of the last whole line
 
 
 def added(one: ByKind, other: ByKind) -> ByKind:
@@ -257,10 +226,13 @@ def read_summary(folder: Path) -> Summary:
 def append_lines(folder: Path, *lines: Line) -> None:
     """Adds lines to metrics.jsonl, to a new file after the header. Raises OSError with the file's name."""
     file = folder / METRICS
-    with _naming(file), file.open("ab") as opened:
-        new = [] if opened.tell() else [Header()]
-        for line in (*new, *lines):
-            opened.write(json.dumps(line.model_dump(exclude_none=True)).encode() + b"\n")
+    try:
+        with file.open("ab") as opened:
+            new = [] if opened.tell() else [Header()]
+            for line in (*new, *lines):
+                opened.write(json.dumps(line.model_dump(exclude_none=True)).encode() + b"\n")
+    except OSError as error:  # that of a full disk names no file
+        raise OSError(error.errno, os.strerror(error.errno or 0), str(file)) from error
 
 
 def read_metrics(folder: Path, start: int = 0) -> Metrics:
@@ -333,12 +305,3 @@ def _require_version(error: ValidationError, file: Path) -> None:
 def _first(error: ValidationError) -> str:
     first: Any = error.errors()[0]
     return f"{'.'.join(map(str, first['loc']))}: {first['msg']}".removeprefix(": ")
-
-
-@contextmanager
-def _naming(file: Path) -> Iterator[None]:
-    """Gives an OSError, which of a full disk names no file, the name of `file`."""
-    try:
-        yield
-    except OSError as error:
-        raise OSError(error.errno, os.strerror(error.errno or 0), str(file)) from error

@@ -30,19 +30,12 @@ BUDGETS, SELECTIONS = 64, 256  # results that are kept; a selection is the kept 
 
 @dataclass(frozen=True)
 class PublicPool:
-    """The pool as every device's plan needs it; computed once a run.
+    """The pool as every device's plan needs it; computed once a run."""
 
-    Attributes:
-        images: the public images.
-        points: their descriptors, float64 (n, d).
-        mixture: a mixture fitted on all of them.
-        projection: from features to descriptors; devices use the same.
-    """
-
-    images: ImageSet
-    points: np.ndarray
-    mixture: GaussianSummary
-    projection: Projection
+    images: ImageSet  # the public images
+    points: np.ndarray  # their descriptors, float64 (n, d)
+    mixture: GaussianSummary  # fitted on all of them
+    projection: Projection  # from features to descriptors; devices use the same
 
     @cached_property
     def density(self) -> np.ndarray:
@@ -63,16 +56,6 @@ def pool_of(config: RunConfig, images: ImageSet, features: np.ndarray) -> Public
     return PublicPool(images, points, fit_mixture(points, config.summary, drawn), projection)
 
 
-def model_to_cut(config: RunConfig, pool: PublicPool, model: nn.Module) -> nn.Module:
-    """Returns the model of which all devices' smaller models are parts: `model`, in the basis that the options name.
-
-    The canonical basis is found on the whole pool, never for one device: adapters are aggregated by index, which means
-    something only where a dim is the same dim on every device. A model that was turned before is returned as it is.
-    """
-    basis = resolved(config.pruning).basis
-    return in_basis(model, basis, lambda: turned_on_pool(model, pool.images, transform_of(model), config.seed))
-
-
 def task_images(
     pool: PublicPool,
     summary: GaussianSummary | None,
@@ -88,10 +71,9 @@ def task_images(
         size: how many; 0: as many as the metric set has.
     """
     options = options.model_copy(update={"size": size or options.size})
+    generator = numpy_generator(seed, "metric", *([] if summary is None else [partition_id]))
     if summary is None:  # by its own mixture all of a pool is equally likely, and a rule would take what comes first
-        options, generator = options.model_copy(update={"rule": "random"}), numpy_generator(seed, "metric")
-        return pick_metric_set(pool.mixture, pool.density, pool.points, options, generator)
-    generator = numpy_generator(seed, "metric", partition_id)
+        summary, options = pool.mixture, options.model_copy(update={"rule": "random"})
     return pick_metric_set(summary, pool.density, pool.points, options, generator)
 
 
@@ -108,17 +90,20 @@ class Shared:
 
     @cached_property
     def model(self) -> nn.Module:
-        """The model of which all smaller ones are parts; a run that finds its plans has no use for it."""
-        return model_to_cut(self.config, self.pool, self._dense)
+        """The model of which all smaller ones are parts: the backbone in the basis that the options name.
+
+        The canonical basis is found on the whole pool, never for one device: adapters are aggregated by index, which
+        is meaningful only if a dim is the same dim on every device.
+        """
+        dense, images, basis = self._dense, self.pool.images, resolved(self.config.pruning).basis
+        return in_basis(dense, basis, lambda: turned_on_pool(dense, images, self.transform, self.config.seed))
 
     @cached_property
     def probe(self) -> PoolProbe:
         """What the pool says of the layers, for ``pruning.probe = pool``."""
-        config, images = self.config, self.pool.images.images
-        layers = prunable_layers(self.model)
-        return PoolProbe(
-            self.model, layers, lambda: self.transform.batches(images), config.pruning, config.metric.batch
-        )
+        config, model, images = self.config, self.model, self.pool.images.images
+        batches = partial(self.transform.batches, images)
+        return PoolProbe(model, prunable_layers(model), batches, config.pruning, config.metric.batch)
 
     def task(self, chosen: np.ndarray, budget: float | str) -> PruningTask:
         """Returns the problem of a device; what depends on the backbone and the budget alone is measured once."""
@@ -141,8 +126,7 @@ class Shared:
 
         An answer that carries a trained model is not kept: that would be a whole model a device.
         """
-        task = self.task(chosen, budget)
-        key = (chosen.tobytes(), budget)
+        task, key = self.task(chosen, budget), (chosen.tobytes(), budget)
         return task, self._selections.once(key, lambda: select(task), keep=lambda found: found.model is None)
 
 

@@ -1,22 +1,62 @@
-"""The ServerApp: options in, one federation out. The same for simulation, deployment and tests."""
+"""The ServerApp: options in, one federation out: round zero, then rounds of adapters, then the last evaluation.
+
+A round is a step from one `FederationState` to the next, and the state is on disk after each, so a run that was killed
+continues from there to the same bits. Nothing depends on the order in which replies arrive, on the number of workers or
+on the engine: devices are known by partition id, sums run in that order, and each device draws from its own generator.
+"""
 
 from __future__ import annotations
 
+import logging
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 
+import numpy as np
 import torch
 from flwr.app import Context
+from flwr.common.logger import log
 from flwr.serverapp import Grid, ServerApp
 
-from strategies.federation import run_federation
-from strategies.loggers import require_loggers
+from strategies.exchange import Request
+from strategies.fleet import Fleet, sample_clients, seconds, training_macs
+from strategies.loggers import loggers, require_loggers
+from strategies.preparation import Preparation
 from strategies.progress import shown
-from strategies.records import require_same_options
+from strategies.records import (
+    AbsenceLine,
+    append_lines,
+    cut_metrics,
+    metrics_size,
+    require_same_options,
+    write_summary,
+)
+from strategies.state import (
+    Clock,
+    FederationState,
+    Replies,
+    evaluated,
+    load_checkpoint,
+    save_checkpoint,
+    summarise,
+)
+from tapfl.adapters import rules
+from tapfl.adapters.layout import Layout, Update, device_layout, gather_all, global_shapes, pack, packed_size, unpack
+from tapfl.adapters.rules import ServerState
 from tapfl.config import RunConfig
 from tapfl.data.federated import open_pool
-from tapfl.errors import ConfigError
+from tapfl.data.sources import ImageSet
+from tapfl.errors import ConfigError, PlanError
 from tapfl.models.forward import input_transform
-from tapfl.store import RunFolder, cache_folder, run_path
+from tapfl.personalize.methods import method_of
+from tapfl.profiles import max_rank
+from tapfl.progress import stage
+from tapfl.seeds import of_secret, torch_generator
+from tapfl.store import RunFolder, cache_folder, run_path, write_json
+from tapfl.training import Params
+from tapfl.wire import ENVELOPE, Evaluate, EvaluateReply, Hello, Train, TrainReply
 
 app = ServerApp()
 
@@ -25,7 +65,12 @@ app = ServerApp()
 def main(grid: Grid, context: Context) -> None:
     torch.set_num_threads(1)  # the same bits whatever the machine has
     config = RunConfig.from_flat(context.run_config)
-    _require_paths(config)
+    if config.resume and not config.out:
+        raise ConfigError("resume = true: needs out, the folder of the run to go on with")
+    # Flower runs an app in the folder in which its daemon was first started: a relative path would go astray there
+    for option, value in config.paths().items():
+        if not Path(value).expanduser().is_absolute():
+            raise ConfigError(f"{option} = {value!r}: must be an absolute path, or one that `tapfl run` resolves")
     require_loggers(config.log)
     path = run_path(config.out, context.run_id)
     opened = RunFolder.reopen(path) if config.resume else RunFolder.create(path)
@@ -36,10 +81,210 @@ def main(grid: Grid, context: Context) -> None:
         run_federation(grid, config, pool, folder)
 
 
-def _require_paths(config: RunConfig) -> None:
-    """Flower runs an app in the folder in which its daemon was first started: a relative path would go astray there."""
-    if config.resume and not config.out:
-        raise ConfigError("resume = true: needs out, the folder of the run to go on with")
-    for option, value in config.paths().items():
-        if not Path(value).expanduser().is_absolute():
-            raise ConfigError(f"{option} = {value!r}: must be an absolute path, or one that `tapfl run` resolves")
+def run_federation(grid: Grid, config: RunConfig, images: ImageSet, folder: RunFolder) -> None:
+    """Carries a federation out, or continues it, and leaves the results in the run's folder.
+
+    Raises:
+        RunError: if too few devices come through in a phase; the run can be continued from its last state.
+        ConfigError: if the run to continue had other options or other devices.
+    """
+    state = load_checkpoint(folder, config) if config.resume else None
+    if state and state.round == config.train.rounds and folder.summary.exists():
+        with loggers(config, folder):  # they may lack some of it, or all
+            log(logging.INFO, "the run is finished: %s", folder.path)
+        return
+    folder.summary.unlink(missing_ok=True)
+    write_json(folder.path / "config.json", config.flat() | {"resume": False})
+    folder.write_versions()
+    cut_metrics(folder.path, state.metrics_bytes if state else 0)
+    clock = Clock(folder.path / "timing.json")
+    with loggers(config, folder) as replay:
+        with clock.phase("backbone"):
+            preparation = Preparation(config, images, folder, Fleet(grid, config, folder))
+        federation = Federation(preparation, replay)
+        with clock.phase("round zero"):
+            state = federation.resume(state) if state else federation.start()
+        state = federation.rounds(state, clock)
+        with clock.phase("evaluation"):
+            state = federation.evaluate(state)
+        summary = summarise(state, config, clock.seconds, preparation.cost.params)
+        write_summary(folder.path, summary)
+        log(logging.INFO, "mean personal accuracy %.4f", summary.personal_accuracy)
+        log(logging.INFO, "the run's folder: %s", folder.path)
+
+
+class Federation:
+    """The steps of a run: each takes a state and returns the next one. Nothing else here changes, but for caches.
+
+    Args:
+        replay: brings loggers the lines of metrics.jsonl that a saved state has made final.
+    """
+
+    def __init__(self, preparation: Preparation, replay: Callable[[], None]) -> None:
+        self.preparation, self.replay, self.backbone = preparation, replay, preparation.backbone
+        self.config, self.folder, self.fleet = preparation.config, preparation.folder, preparation.fleet
+        self.hello = Hello(preparation.key)
+        self.method = method_of(self.config.personalize, self.config.adapters.scale)
+        self._layouts: dict[int, Layout] = {}
+
+    @cached_property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of the global adapters."""
+        return global_shapes(self.backbone, self.preparation.layers, max_rank(self.config.devices))
+
+    @cached_property
+    def initial(self) -> Params:
+        """The global adapters before the first round.
+
+        Their head is the dense model's. Where recovery or a criterion trained, the devices' models have heads of their
+        own, which give way to the shared one from the first round on: it is trained as a whole anyway, and what they
+        learnt in the rest of the model stays. On digits no device's accuracy changed by it.
+        """
+        layers, generator = self.preparation.layers, torch_generator(self.config.seed, "adapters")
+        return rules.initial(self.config.adapters, self.shapes, layers, self.backbone, generator)
+
+    def start(self) -> FederationState:
+        """Returns the state after round zero: devices have introduced themselves and received their pruned models."""
+        devices = self.fleet.meet(self.hello)
+        state = FederationState(0, ServerState(self.initial, {}), devices, plans={})
+        state, messages = self.preparation.pruned_models(state)
+        return self.save(self.preparation.surgery(state, messages))
+
+    def resume(self, state: FederationState) -> FederationState:
+        """Returns a saved state, ready for the next round.
+
+        Raises:
+            PlanError: if a device's plan is missing, or not the one by which its model was cut.
+        """
+        self.fleet.meet_again(self.hello, state.devices, resumed=True)
+        for i in state.plans:
+            self.layout(state, i)
+        log(logging.INFO, "the run goes on after round %d of %d", state.round, self.config.train.rounds)
+        # in the order of the layers, which is that of the noise and of every sum; a file has an order of its own
+        params = {name: state.server.params[name] for name in self.initial}
+        return replace(state, server=replace(state.server, params=params))
+
+    def save(self, state: FederationState) -> FederationState:
+        """Writes the state, with the length that metrics.jsonl has now, and returns it."""
+        state = replace(state, metrics_bytes=metrics_size(self.folder.path))
+        save_checkpoint(self.folder, self.config, state)
+        self.replay()
+        return state
+
+    def rounds(self, state: FederationState, clock: Clock) -> FederationState:
+        """Returns the state after the last round."""
+        rounds = self.config.train.rounds
+        with stage("rounds") as advance:
+            advance(state.round, rounds)
+            while (t := state.round + 1) <= rounds:
+                with clock.round(t):
+                    state = self.one_round(state)
+                advance(t, rounds, f"personal accuracy {state.curve[-1].accuracy:.3f} after round {t - 1}")
+        return state
+
+    def one_round(self, state: FederationState) -> FederationState:
+        """Trains the sampled devices from the global adapters, and aggregates what they upload."""
+        t, before = state.round + 1, self.welcome(state)
+        state, replies = self.train(before, t)
+        state = self.aggregate(state, t, replies)
+        return self.save(replace(self.record(state, replies, before), round=t))
+
+    def welcome(self, state: FederationState) -> FederationState:
+        """Learns nodes that joined since the last round, and sends pruned models to devices that have none yet."""
+        self.fleet.meet_again(self.hello, state.devices)
+        waiting = {i: self.preparation.planned(i) for i in state.devices if i not in state.plans}
+        messages = {i: message for i, message in waiting.items() if message is not None}
+        return self.preparation.surgery(state, messages, min_success=0) if messages else state
+
+    def train(self, state: FederationState, t: int) -> tuple[FederationState, dict[int, TrainReply]]:
+        """Sends the adapters to the devices of round `t`; returns their answers, none if nobody is there."""
+        options, devices = self.config.devices, state.devices
+        sample = sample_clients({i: devices[i].profile for i in state.plans}, options, self.config.seed, t)
+        requests = {i: self._train_request(state, t, i) for i in (*sample.asked, *sample.dropped)}
+        late = [i for i in sample.asked if options.deadline and self._seconds(state, i, requests[i]) > options.deadline]
+        reasons = {"away": sample.away, "dropped out": sample.dropped, "late": sorted(late)}
+        lines = [AbsenceLine(round=t, device=i, reason=reason) for reason, absent in reasons.items() for i in absent]
+        append_lines(self.folder.path, *lines)
+        unanswered = {i: requests.pop(i) for i in (*sample.dropped, *late)}
+        state = state.with_sent({i: request.bytes_by_kind for i, request in unanswered.items()})
+        waited = options.deadline if unanswered else 0.0
+        if not requests:
+            return replace(state, simulated_seconds=state.simulated_seconds + waited), {}
+        return self.fleet.ask(state, f"round {t}", requests, waited=waited)
+
+    def aggregate(self, state: FederationState, t: int, replies: Mapping[int, TrainReply]) -> FederationState:
+        """Returns the state with the global adapters after round `t`; without answers they stay as they were."""
+        updates = []
+        for i, reply in replies.items():
+            record, layout = state.devices[i], self._upload_layout(state, i, t)
+            if layout:
+                classes = None if record.held_classes is None else torch.tensor(record.held_classes)
+                updates.append(Update(unpack(reply.adapters, layout), layout, record.train_samples, classes))
+        state = state.with_devices({i: {"rounds": state.devices[i].rounds + 1, "last_round": t} for i in replies})
+        if not updates:
+            return state
+        # anyone who knows the seed can draw the noise again: a server that needs it secret sets a secret of its own
+        generator = torch_generator(self.config.seed, "aggregate", t, *of_secret(os.environ.get("TAPFL_SECRET", "")))
+        options, privacy = self.config.adapters, self.config.privacy
+        server = rules.aggregate(options, privacy, state.server, updates, self.initial, t, generator)
+        return replace(state, server=server)
+
+    def evaluate(self, state: FederationState) -> FederationState:
+        """Has all devices evaluate the last global adapters and keep their personal model."""
+        last, before, requests = self.config.train.rounds + 1, state, {}
+        for i in state.plans:
+            record = state.devices[i]
+            requests[i] = Request(
+                Evaluate(last, record.last_round, self._download(state, i)),
+                EvaluateReply,
+                lambda reply: reply.check(last),
+                max_bytes=ENVELOPE,
+                macs=2 * record.macs * record.test_samples,
+            )
+        state, replies = self.fleet.ask(state, "evaluation", requests)
+        return self.record(state, replies, before)
+
+    def record(self, state: FederationState, replies: Replies, before: FederationState) -> FederationState:
+        """Returns the state with the accuracies after the round of `before`, and writes them to metrics.jsonl."""
+        state, lines = evaluated(state, replies, before)
+        append_lines(self.folder.path, *lines)
+        return state
+
+    def layout(self, state: FederationState, i: int) -> Layout:
+        """Returns where the adapters of device `i` lie in the global ones. Raises PlanError as `resume`."""
+        if i not in self._layouts:
+            file = self.preparation.plan_file(i)
+            if (kept := self.preparation.plan(i)) is None:
+                raise PlanError(f"{file}: is gone, by which the model of device {i} was cut")
+            if kept[0].checksum != state.plans[i]:
+                raise PlanError(f"{file}: is not the plan by which the model of device {i} was cut")
+            rank = state.devices[i].profile.rank
+            self._layouts[i] = device_layout(self.shapes, self.preparation.layers, kept[0], rank)
+        return self._layouts[i]
+
+    def _train_request(self, state: FederationState, t: int, i: int) -> Request[TrainReply]:
+        record, length = state.devices[i], packed_size(self._upload_layout(state, i, t))
+        epochs, models = self.config.train.epochs, self.method.models_per_step
+        return Request(
+            Train(t, record.last_round, self._download(state, i)),
+            TrainReply,
+            lambda reply: reply.check(t, length),
+            max_bytes=4 * length + ENVELOPE,
+            macs=training_macs(record.macs, record.train_samples, record.test_samples, epochs, models),
+        )
+
+    def _seconds(self, state: FederationState, i: int, request: Request[TrainReply]) -> float:
+        up = 4 * packed_size(self._upload_layout(state, i, state.round + 1))
+        return seconds(state.devices[i].profile, request.bytes_by_kind.total(), request.macs, up)
+
+    def _download(self, state: FederationState, i: int) -> np.ndarray:
+        """Returns what a device gets of the global adapters; where nothing is shared, only once: to start from."""
+        if not self.method.shares_adapters and state.devices[i].last_round:
+            return np.zeros(0, np.float32)
+        layout = rules.down(self.config.adapters, self.layout(state, i))
+        return pack(gather_all(state.server.params, layout), layout)
+
+    def _upload_layout(self, state: FederationState, i: int, t: int) -> Layout:
+        if not self.method.shares_adapters:
+            return {}
+        return rules.up(self.config.adapters, self.layout(state, i), t)

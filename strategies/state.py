@@ -1,60 +1,68 @@
 """The state of a federation after a round: all that the server knows, and at the same time its checkpoint.
 
 ``server/round-NNNN.safetensors`` holds the global adapters and the server's optimiser as tensors, and the rest as JSON
-in its metadata, so a state is there as a whole or not at all. The last two are kept.
+in its metadata, so a state is there as a whole or not at all. The last two are kept. Accuracies after a round and the
+summary at the end are made of it here.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any
 
-from strategies.records import VERSION, ByKind, CurvePoint, DeviceRecord, added
+import numpy as np
+from pydantic import TypeAdapter
+
+from strategies.records import (
+    VERSION,
+    ByKind,
+    CurvePoint,
+    DeviceLine,
+    DeviceRecord,
+    Line,
+    RoundLine,
+    Summary,
+    added,
+    milestones,
+)
 from tapfl.adapters.rules import ServerState
 from tapfl.config import RunConfig, binding
 from tapfl.errors import ConfigError, PlanError
-from tapfl.store import RunFolder, content_hash, read_about, read_tensors, seal, unseal, write_tensors
+from tapfl.privacy import epsilon
+from tapfl.store import RunFolder, content_hash, part_of, read_sealed, write_json, write_sealed
+from tapfl.wire import EvaluateReply, TrainReply
 
 PARAMS, OPTIMIZER = "params:", "optimizer:"
-
-
-class Cost(NamedTuple):
-    """Simulated seconds since the start, and bytes of all devices each way."""
-
-    seconds: float
-    bytes_up: int
-    bytes_down: int
+Replies = Mapping[int, TrainReply] | Mapping[int, EvaluateReply]
+TIMES = TypeAdapter(dict[str, dict[str, float]])
+MEASURES = ("global_accuracy", "personal_accuracy", "alpha")
 
 
 @dataclass(frozen=True)
 class FederationState:
-    """The server after `round` rounds; 0: after round zero.
-
-    Attributes:
-        server: global adapters and the server's optimiser.
-        devices: what is known of each, by partition id, in that order.
-        plans: checksum of the plan of each device that has its model, in the same order.
-        curve: mean personal accuracy, of the rounds before.
-        simulated_seconds: since the start.
-        metrics_bytes: length of metrics.jsonl.
-    """
+    """The server after `round` rounds; 0: after round zero."""
 
     round: int
-    server: ServerState
-    devices: Mapping[int, DeviceRecord]
-    plans: Mapping[int, str]
-    curve: Sequence[CurvePoint] = ()
-    simulated_seconds: float = 0.0
-    metrics_bytes: int = 0
+    server: ServerState  # global adapters and the server's optimiser
+    devices: Mapping[int, DeviceRecord]  # by partition id, in that order
+    plans: Mapping[int, str]  # checksum of the plan of each device that has its model, in the same order
+    curve: Sequence[CurvePoint] = ()  # mean personal accuracy, of the rounds before
+    simulated_seconds: float = 0.0  # since the start
+    metrics_bytes: int = 0  # length of metrics.jsonl
 
     @property
-    def cost(self) -> Cost:
-        """What the run has cost so far."""
-        records = self.devices.values()
-        up, down = sum(sum(r.bytes_up.values()) for r in records), sum(sum(r.bytes_down.values()) for r in records)
-        return Cost(self.simulated_seconds, up, down)
+    def bytes_up(self) -> int:
+        return sum(sum(record.bytes_up.values()) for record in self.devices.values())
+
+    @property
+    def bytes_down(self) -> int:
+        return sum(sum(record.bytes_down.values()) for record in self.devices.values())
 
     def with_devices(self, changes: Mapping[int, Mapping[str, Any]]) -> FederationState:
         """Returns the state with other values in the records of some devices."""
@@ -82,7 +90,7 @@ def save_checkpoint(folder: RunFolder, config: RunConfig, state: FederationState
         "curve": [point.model_dump() for point in state.curve],
         "simulated": state.simulated_seconds,
     }
-    write_tensors(folder.server.path(state.round), tensors, {"checkpoint": seal(about, tensors)})
+    write_sealed(folder.server.path(state.round), tensors, "checkpoint", about)
     folder.server.keep((state.round - 1, state.round))
 
 
@@ -97,13 +105,11 @@ def load_checkpoint(folder: RunFolder, config: RunConfig) -> FederationState | N
     if not rounds:
         return None
     file = folder.server.path(rounds[-1])
-    tensors = read_tensors(file)
     try:
-        about = unseal(read_about(file).get("checkpoint", "{}"), tensors, str(file), round=rounds[-1])
+        tensors, about = read_sealed(file, "checkpoint", round=rounds[-1])
     except PlanError as error:
         raise PlanError(f"{error}; without this file the run goes on from the checkpoint before") from None
-    if about.get("version") != VERSION:
-        version = about.get("version", "none")
+    if (version := about.get("version", "none")) != VERSION:
         raise ConfigError(f"resume: {file} has version {version}; accepted: {VERSION}; start the run anew")
     if about.get("config") != config_hash(config.flat()):
         raise ConfigError(f"resume: {file} was written under other options than those of config.json beside it")
@@ -111,7 +117,7 @@ def load_checkpoint(folder: RunFolder, config: RunConfig) -> FederationState | N
         raise ConfigError(f"train.rounds = {config.train.rounds}: the run has done {about['round']} already")
     return FederationState(
         round=about["round"],
-        server=ServerState(_with_prefix(tensors, PARAMS), _with_prefix(tensors, OPTIMIZER)),
+        server=ServerState(part_of(tensors, PARAMS), part_of(tensors, OPTIMIZER)),
         devices={each["device"]: DeviceRecord.model_validate_json(json.dumps(each)) for each in about["records"]},
         plans=dict(about["plans"]),
         curve=tuple(CurvePoint(**point) for point in about["curve"]),
@@ -125,5 +131,102 @@ def config_hash(flat: Mapping[str, Any]) -> str:
     return content_hash(json.dumps(binding(flat), sort_keys=True))
 
 
-def _with_prefix(tensors: Mapping[str, Any], prefix: str) -> dict[str, Any]:
-    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+def evaluated(state: FederationState, replies: Replies, before: FederationState) -> tuple[FederationState, list[Line]]:
+    """Returns the state with the accuracies after a round, and the lines that record them.
+
+    Devices report how they did before they train again, so those after a round come with the answers of the next one.
+
+    Args:
+        before: the state when that round had ended.
+    """
+    values = {i: {name: getattr(reply, name) for name in MEASURES} for i, reply in replies.items()}
+    state = state.with_devices(values)
+    lines: list[Line] = [
+        DeviceLine(round=before.round, device=i, **values[i], next_loss=getattr(reply, "loss", None))
+        for i, reply in replies.items()
+    ]
+    means = {name: float(np.mean([each[name] for each in values.values()])) for name in MEASURES if values}
+    spent, up, down = before.simulated_seconds, before.bytes_up, before.bytes_down
+    line = RoundLine(round=before.round, devices=len(replies), simulated_seconds=spent, bytes_up=up, bytes_down=down)
+    lines.append(line.model_copy(update=means))
+    # devices that were not asked count with their last value: the curve must not follow who happens to answer
+    accuracy = float(np.mean([state.devices[i].personal_accuracy for i in state.plans]))
+    return replace(state, curve=(*state.curve, CurvePoint(seconds=spent, bytes=up + down, accuracy=accuracy))), lines
+
+
+def summarise(state: FederationState, config: RunConfig, seconds: Mapping[str, float], dense_params: int) -> Summary:
+    """Returns the summary of a run whose last evaluation is in the state.
+
+    Args:
+        seconds: wall time by phase.
+        dense_params: parameters of the dense backbone.
+    """
+    known, rounds, reached = state.devices.values(), config.train.rounds, milestones(state.curve)
+    records = [record.model_copy(update={"epsilon": _epsilon(config, record.rounds)}) for record in known]
+    equipped = [record for record in records if record.params]
+
+    def mean(name: str) -> float:
+        return _mean([getattr(record, name) for record in equipped])
+
+    return Summary(
+        dense_accuracy=_mean([record.dense_accuracy for record in equipped if not record.generic]),
+        pruned_accuracy=mean("pruned_accuracy"),
+        global_accuracy=mean("global_accuracy"),
+        personal_accuracy=mean("personal_accuracy"),
+        personal_accuracy_worst_decile=worst_decile([record.personal_accuracy for record in equipped]),
+        bytes_up=sum(sum(record.bytes_up.values()) for record in equipped),
+        bytes_down=sum(sum(record.bytes_down.values()) for record in equipped),
+        adapter_bytes_up_per_round=float(np.mean([r.bytes_up.get("adapters", 0) / rounds for r in equipped])),
+        full_model_bytes=4 * dense_params * rounds,
+        failures=sum(record.failures for record in records),
+        epsilon=max((r.epsilon for r in equipped if r.epsilon is not None), default=None),
+        simulated_seconds=state.curve[-1].seconds,
+        time_to_accuracy={accuracy: point.seconds for accuracy, point in reached.items()},
+        bytes_to_accuracy={accuracy: point.bytes for accuracy, point in reached.items()},
+        curve=list(state.curve),
+        seconds={name: round(value, 3) for name, value in seconds.items()},
+        devices=records,
+    )
+
+
+def worst_decile(values: Sequence[float]) -> float:
+    """Returns the mean over the worst tenth of the devices (at least one)."""
+    return float(np.mean(sorted(values)[: -(-len(values) // 10)]))
+
+
+class Clock:
+    """Wall seconds by phase and by round, kept in ``timing.json``; a run that goes on adds to those that it had."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        try:
+            times = TIMES.validate_json(file.read_bytes())
+            self.seconds, self.rounds = times["seconds"], times["rounds"]
+        except (OSError, ValueError, LookupError):
+            self.seconds, self.rounds = {}, {}  # a new run, or one whose times are lost: no reason not to go on
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        start = time.monotonic()
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - start
+
+    @contextmanager
+    def round(self, number: int) -> Iterator[None]:
+        """Times a round, and keeps the times when it has ended."""
+        start = time.monotonic()
+        with self.phase("rounds"):
+            yield
+        self.rounds[str(number)] = time.monotonic() - start
+        write_json(self.file, {"seconds": self.seconds, "rounds": self.rounds})
+
+
+def _epsilon(config: RunConfig, rounds: int) -> float | None:
+    """Returns ε of a device whose answer was used in so many rounds; None: no guarantee."""
+    privacy = config.privacy
+    value = epsilon(privacy.dp_noise, rounds, privacy.dp_delta) if privacy.dp_noise else math.inf
+    return value if math.isfinite(value) else None
+
+
+def _mean(values: Sequence[float]) -> float:
+    return float(np.mean(values)) if values else 0.0

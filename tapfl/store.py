@@ -159,6 +159,22 @@ def unseal(text: str, tensors: Tensors, source: str, **of: Any) -> dict[str, Any
     return dict(about)
 
 
+def write_sealed(path: Path, tensors: Tensors, name: str, about: Mapping[str, Any]) -> None:
+    """Writes a safetensors file atomically, with `about` sealed under `name` in its metadata."""
+    write_tensors(path, tensors, {name: seal(about, tensors)})
+
+
+def read_sealed(path: Path, name: str, **of: Any) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Returns the tensors and the sealed mapping of such a file. Raises PlanError as `read_tensors` and `unseal`."""
+    tensors = read_tensors(path)
+    return tensors, unseal(read_about(path).get(name, "{}"), tensors, str(path), **of)
+
+
+def part_of(tensors: Tensors, prefix: str) -> dict[str, torch.Tensor]:
+    """Returns the tensors whose names begin with `prefix`, by the rest of their names."""
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
 def sha256_of(path: Path) -> str:
     """Returns the SHA-256 of a file, as 64 hex digits."""
     with path.open("rb") as file:

@@ -32,7 +32,7 @@ def whole(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def stopped(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that was killed after its first round, in which all devices have the same budget."""
     folder = tmp_path_factory.mktemp("runs") / "stopped"
-    after_round_one = ("strategies.federation", "save_checkpoint", 2)
+    after_round_one = ("strategies.server_app", "save_checkpoint", 2)
     killed_after(after_round_one, "--out", str(folder), cache=cache, options=OPTIONS)
     return folder
 

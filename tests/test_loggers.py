@@ -15,7 +15,7 @@ from test_inprocess_run import content, tapfl
 from test_refused_input import refused
 
 from experiments.jobs.federation import AFTER, AFTER_SUMMARIES, _hash
-from strategies import loggers, tracking
+from strategies import loggers
 from strategies.loggers import Feed, Point, hyperparameters, points_of
 from strategies.records import AbsenceLine, DeviceLine, FailureLine, RoundLine, TrafficLine
 from strategies.state import config_hash
@@ -117,10 +117,10 @@ def test_nothing_that_names_a_place_is_told(finished: Path, uri: str) -> None:
 
 
 MOMENTS = {
-    "between a checkpoint and the loggers": ("strategies.federation", "save_checkpoint", 2),
+    "between a checkpoint and the loggers": ("strategies.server_app", "save_checkpoint", 2),
     "when one logger has been told, the other not": ("strategies.loggers", "EventFiles.add", 1),
-    "between telling and the next checkpoint": ("strategies.federation", "Federation.record", 2),
-    "when the server has been told": ("strategies.tracking", "Tracking.add", 2),
+    "between telling and the next checkpoint": ("strategies.server_app", "Federation.record", 2),
+    "when the server has been told": ("strategies.loggers", "Tracking.add", 2),
 }
 
 
@@ -155,16 +155,15 @@ def test_a_run_may_be_told_of_when_it_goes_on_and_when_it_is_finished(cache: Pat
 def test_a_server_that_goes_away_is_warned_of_once_and_gets_what_it_missed(
     cache: Path, uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    real, calls = tracking.Tracking.add, []
+    real, calls = loggers.Tracking.add, []
 
-    def add(self: tracking.Tracking, points: list[Point]) -> None:
+    def add(self: loggers.Tracking, points: list[Point]) -> None:
         calls.append(len(points))
         if len(calls) < 3:
-            monkeypatch.setattr(self, "_new", False)
             raise ConnectionError("no route to host")
         real(self, points)
 
-    monkeypatch.setattr(tracking.Tracking, "add", add)
+    monkeypatch.setattr(loggers.Tracking, "add", add)
     options = [f"log.mlflow={uri}", "train.rounds=4"]
     done = tapfl("--out", str(tmp_path / "run"), cache=cache, options=options)
     assert done.exit_code == 0, done.output
@@ -177,8 +176,8 @@ def test_a_server_that_goes_away_is_warned_of_once_and_gets_what_it_missed(
 def test_a_batch_of_which_only_a_part_arrived_is_not_doubled(
     finished: Path, uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tracking, "METRICS_AT_ONCE", 40)
-    logger = tracking.Tracking(_Folder(tmp_path), RunConfig.from_flat({"log.mlflow": uri}), {})
+    monkeypatch.setattr(loggers, "METRICS_AT_ONCE", 40)
+    logger = loggers.Tracking(_Folder(tmp_path), RunConfig.from_flat({"log.mlflow": uri}))
     real, sent = logger._client.log_batch, []
 
     def once(*arguments: Any, **named: Any) -> None:
@@ -188,7 +187,7 @@ def test_a_batch_of_which_only_a_part_arrived_is_not_doubled(
         real(*arguments, **named)
 
     monkeypatch.setattr(logger._client, "log_batch", once)
-    feed = Feed("log.mlflow", lambda: logger, finished)
+    feed = Feed("log.mlflow", lambda: logger, _Folder(finished))
     feed.bring()
     feed.close(finished=True)
     assert in_mlflow(tmp_path, uri) == metrics(finished)
@@ -197,7 +196,7 @@ def test_a_batch_of_which_only_a_part_arrived_is_not_doubled(
 def test_a_run_that_was_deleted_on_the_server_is_made_anew(finished: Path, uri: str, tmp_path: Path) -> None:
     config = RunConfig.from_flat({"log.mlflow": uri})
     for _ in range(2):
-        feed = Feed("log.mlflow", lambda: tracking.Tracking(_Folder(tmp_path), config, {}), finished)
+        feed = Feed("log.mlflow", lambda: loggers.Tracking(_Folder(tmp_path), config), _Folder(finished))
         feed.bring()
         feed.close(finished=True)
         assert in_mlflow(tmp_path, uri) == metrics(finished)
@@ -285,7 +284,7 @@ def test_an_experiment_that_was_deleted_is_refused(finished: Path, uri: str) -> 
     client.delete_experiment(client.create_experiment("gone"))
     options = RunConfig.from_flat({"log.mlflow": uri, "log.mlflow-experiment": "gone"}).log
     with pytest.raises(ConfigError, match=r"log\.mlflow-experiment = 'gone': is there, but deleted"):
-        tracking.require_tracking(options)
+        loggers.require_loggers(options)
 
 
 @pytest.mark.parametrize(
@@ -301,8 +300,7 @@ def test_without_its_extra_a_logger_is_refused_with_what_installs_it(
     tmp_path: Path,
     cache: Path,
 ) -> None:
-    for part in (loggers, tracking):
-        monkeypatch.setattr(part, "find_spec", lambda name: None if name == module else find_spec(name))
+    monkeypatch.setattr(loggers, "find_spec", lambda name: None if name == module else find_spec(name))
     monkeypatch.chdir(tmp_path)
     error = refused(capsys, monkeypatch, "--set", option, "--set", f"cache={cache}")
     assert f"pip install 'tapfl[{extra}]'" in error and option.split("=")[0] in error
@@ -315,8 +313,8 @@ def test_a_plain_folder_where_mlflow_is_told_to_take_one(
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
     uri = f"file://{tmp_path}/mlruns"
     config = RunConfig.from_flat({"log.mlflow": uri})
-    tracking.require_tracking(config.log)
-    feed = Feed("log.mlflow", lambda: tracking.Tracking(_Folder(tmp_path), config, {}), finished)
+    loggers.require_loggers(config.log)
+    feed = Feed("log.mlflow", lambda: loggers.Tracking(_Folder(tmp_path), config), _Folder(finished))
     feed.bring()
     feed.close(finished=True)
     assert in_mlflow(tmp_path, uri) == metrics(finished)

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from strategies.records import CurvePoint
-from strategies.simulation import first_at, milestones, sample_clients, seconds, training_macs
+from strategies.fleet import sample_clients, seconds, training_macs
+from strategies.records import CurvePoint, first_at, milestones
 from tapfl.config import PROFILE_SETS, DeviceOptions
 from tapfl.errors import ConfigError
 from tapfl.profiles import DeviceProfile, max_rank, profiles_of

@@ -17,11 +17,11 @@ MOMENTS = {
     "while the devices sum up": ("clients.device", "Device.summarize", 2),
     "when a summary is kept": ("strategies.preparation", "Preparation._store_summary", 3),
     "while plans are made": ("strategies.preparation", "Preparation._keep", 2),
-    "before the first round": ("strategies.federation", "save_checkpoint", 1),
+    "before the first round": ("strategies.server_app", "save_checkpoint", 1),
     "when a device has kept its state": ("clients.storage", "DeviceStorage.save_state", 2),
     "in the second round": ("clients.storage", "DeviceStorage.save_state", 5),
-    "between a round and its checkpoint": ("strategies.federation", "Federation.aggregate", 2),
-    "after the last round": ("strategies.federation", "save_checkpoint", 4),
+    "between a round and its checkpoint": ("strategies.server_app", "Federation.aggregate", 2),
+    "after the last round": ("strategies.server_app", "save_checkpoint", 4),
     "in the last evaluation": ("clients.device", "Device.evaluate", 2),
 }
 

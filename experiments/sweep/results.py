@@ -14,8 +14,7 @@ import pandas as pd
 from experiments.output import PACKAGES, as_csv, as_markdown, caption
 from experiments.statistics import TEST, paired
 from experiments.sweep.grid import Point, SweepOptions, SweepRun, group_of, references
-from strategies.records import SUMMARY, CurvePoint, Summary, read_summary
-from strategies.simulation import first_at
+from strategies.records import SUMMARY, CurvePoint, Summary, first_at, read_summary
 from tapfl.errors import RunError
 from tapfl.store import write_bytes
 
