@@ -68,6 +68,7 @@ def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def refused(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *arguments: str) -> str:
     monkeypatch.setattr("sys.argv", ["tapfl", "run", "--engine", "inprocess", *arguments])
+    monkeypatch.setattr("strategies.progress.SILENCE", (1e9, 1e9))  # on a busy machine checking may take 10 s
     with pytest.raises(SystemExit) as stopped:
         cli.main()
     out, err = capsys.readouterr()
