@@ -172,7 +172,7 @@ def test_the_ready_sweeps_leave_nothing_out(file: str, option: str, values: list
 
 def test_the_evidence_of_the_federation_has_every_rule_and_both_partitions_and_references() -> None:
     rules, methods = (CONFIGS / f"evidence-{name}.toml" for name in ("rules", "federation"))
-    wanted = set(RULES)
+    wanted = {*RULES} - {"hetlora"}  # fedit with other weights, of which nothing was measured on real images
     assert {cell.options["adapters.rule"] for cell in read_sweep(rules)} == wanted
     compared = {(cell.options["data.partition"], cell.options["personalize.method"]) for cell in read_sweep(methods)}
     of_each = ("local", "fedavg", "ditto", "apfl")

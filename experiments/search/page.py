@@ -38,7 +38,12 @@ def page_of_search(study: optuna.Study, rungs: Sequence[int], loss: str) -> Page
     """Returns what there is to see of a search; figures for which there are too few trials are left out."""
     trials = study.get_trials(deepcopy=False)
     completed = [trial for trial in trials if trial.state == TrialState.COMPLETE]
-    found = [history(completed, loss), importances(study), configurations(completed, loss), rounds(trials, rungs, loss)]
+    found = [
+        history(completed, loss),
+        importances(study, completed),
+        configurations(completed, loss),
+        rounds(trials, rungs, loss),
+    ]
     states = Counter(trial.state.name.lower() for trial in trials)
     lead = [f"{len(trials)} trials: {', '.join(f'{count} {state}' for state, count in sorted(states.items()))}."]
     if completed:
@@ -73,8 +78,10 @@ def history(completed: Sequence[FrozenTrial], loss: str) -> Figure | None:
     )
 
 
-def importances(study: optuna.Study) -> Figure | None:
+def importances(study: optuna.Study, completed: Sequence[FrozenTrial]) -> Figure | None:
     """Returns the importance of each option for the loss by fANOVA (Hutter et al., 2014), as Optuna computes it."""
+    if len(set(map(_loss, completed))) < 2:  # of one trial Optuna returns equal shares
+        return None
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
