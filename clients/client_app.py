@@ -128,8 +128,8 @@ def _answering(type: type[M], handler: Callable[[Device, M], WireMessage]) -> Ca
     return answer
 
 
-hello = app.query("hello")(_answering(Hello, Device.hello))
-summarize = app.query("summarize")(_answering(Summarize, Device.summarize))
-prune = app.query("prune")(_answering(Prune, Device.prune))
-train = app.train()(_answering(Train, Device.train))
-evaluate = app.evaluate()(_answering(Evaluate, Device.evaluate))
+hello = app.query("hello")(_answering(Hello, lambda device, message: device.hello(message)))
+summarize = app.query("summarize")(_answering(Summarize, lambda device, message: device.summarize(message)))
+prune = app.query("prune")(_answering(Prune, lambda device, message: device.prune(message)))
+train = app.train()(_answering(Train, lambda device, message: device.train(message)))
+evaluate = app.evaluate()(_answering(Evaluate, lambda device, message: device.evaluate(message)))

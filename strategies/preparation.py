@@ -141,11 +141,14 @@ class Preparation:
         weights = pruned.weights(always=self.config.pruning.send == "weights" or record.generic)
         if pruned.metric_set is not None:
             self._keep_metric_set(i, pruned.metric_set)
+        self._keep(i, pruned.plan, weights)
+        return Prune(self.key, pruned.plan.model_dump_json(), weights)
+
+    def _keep(self, i: int, plan: PruningPlan, weights: bytes) -> None:
         if weights:
             write_bytes(self.plan_file(i).with_suffix(".safetensors"), weights)
         # last: with it the device's model is complete
-        write_json(self.plan_file(i), signed(pruned.plan, hashlib.sha256(weights).hexdigest()))
-        return Prune(self.key, pruned.plan.model_dump_json(), weights)
+        write_json(self.plan_file(i), signed(plan, hashlib.sha256(weights).hexdigest()))
 
     def _keep_metric_set(self, i: int, chosen: np.ndarray) -> None:
         """Counts the images by class, for the report; no plan depends on that, unless `labels` says so."""
