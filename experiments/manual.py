@@ -133,13 +133,17 @@ def configs_table() -> str:
     """Returns the ready configurations: what each one is for, and the commands that its first comment names."""
     rows = []
     for file in sorted((ROOT / "experiments" / "configs").glob("*.toml")):
-        head = takewhile(lambda line: line[:1] == "#", file.read_text().splitlines())
-        comment = [line[1:].strip() for line in head]
-        purpose = " ".join(takewhile(lambda line: not line.startswith("tapfl "), comment)).rstrip(":")
-        named = "<br>".join(f"`{line}`" for line in comment if line.startswith("tapfl "))
+        purpose, named = about(file)
         link = f"[{file.name}](../../experiments/configs/{file.name})"
-        rows.append({"file": link, "what for": purpose, "command": named})
+        rows.append({"file": link, "what for": purpose, "command": "<br>".join(f"`{line}`" for line in named)})
     return as_markdown(rows)
+
+
+def about(config: Path) -> tuple[str, list[str]]:
+    """Returns the purpose of a configuration as its first comment states it, and the commands in that comment."""
+    comment = [line[1:].strip() for line in takewhile(lambda line: line[:1] == "#", config.read_text().splitlines())]
+    purpose = " ".join(takewhile(lambda line: not line.startswith("tapfl "), comment)).rstrip(":")
+    return purpose, [line for line in comment if line.startswith("tapfl ")]
 
 
 TABLES = {"options": options_table, "criteria": criteria_table, "configs": configs_table}

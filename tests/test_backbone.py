@@ -239,17 +239,17 @@ def bright_and_dark(n: int = 40, seed: int = 0) -> ImageSet:
 
 
 def options(**values: object) -> ModelOptions:
-    return ModelOptions.model_validate({"args": ARGS, "epochs": 8, "batch": 10} | values)
+    return ModelOptions.model_validate({"args": ARGS, "epochs": 8} | values)
 
 
 def test_a_dense_backbone_learns_and_is_frozen(tmp_path: Path) -> None:
     told: list[tuple[object, ...]] = []
-    pool = bright_and_dark()
+    pool = bright_and_dark(400)
     with shown_on(lambda name: nullcontext(lambda *done: told.append((name, *done)))):
         key, made, model = dense_backbone(options(), pool, 0, DenseCache(tmp_path))
     assert made.num_classes == 2
     assert accuracy(predict(model, transform_of(model)(pool.images)), torch.from_numpy(pool.labels)) > 0.9
-    steps = 8 * -(-len(pool) // 10)
+    steps = 8 * -(-len(pool) // 64)
     assert [step[:3] for step in told] == [("dense backbone", done, steps) for done in range(steps + 1)]
     loss = float(str(told[-1][3]).removeprefix("epoch 8 of 8, loss "))
     assert 0 < loss < 1

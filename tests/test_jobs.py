@@ -80,6 +80,7 @@ def test_an_engine_that_is_lost_is_no_job_s_fault() -> None:
 
 def test_closing_ends_what_is_at_work_and_what_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pool_module, "GRACE", 60.0)  # ended, not killed
+    before = threading.enumerate()
     workers = ProcessPool(1)
     at_work, waiting = (workers.submit(Job(trivial_jobs.with_a_child, (tmp_path / name,))) for name in "ab")
     until((tmp_path / "a").exists)
@@ -87,7 +88,7 @@ def test_closing_ends_what_is_at_work_and_what_waits(tmp_path: Path, monkeypatch
     with pytest.raises(RunError, match="the pool was closed"):
         at_work.result(1)
     assert waiting.cancelled() and not (tmp_path / "b").exists()
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("worker")]
+    assert not {*threading.enumerate()} - {*before}
 
 
 @pytest.fixture
