@@ -90,7 +90,7 @@ def test_every_criterion_that_looks_at_images_tells_how_far_it_is(name: str, vit
     finished = {path for path, done, total, _ in told if done == total > 0}
     if "adaptive" in task.options.ratio and name in ("tap", "tap+"):
         assert "layer importance" in finished
-    own = {"tap": "scores", "tap+": "elimination", "upop": "search", "savit": "interactions", "updp": "branches"}
+    own = {"tap": "scores", "tap+": "elimination", "upop": "search", "savit": "interactions", "updp": "search"}
     assert any(own.get(name, "") in path for path in finished), told
 
 
