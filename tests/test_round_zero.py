@@ -19,6 +19,7 @@ from tapfl.memo import Memo
 from tapfl.models.backbone import BackboneSpec, build, spec_of
 from tapfl.models.prunable import prunable_layers
 from tapfl.models.units import Shape
+from tapfl.pruning import layer_importance as layer_importance_module
 from tapfl.pruning.criteria.criterion import by_layer
 from tapfl.pruning.layer_importance import PoolProbe, layer_importance
 from tapfl.pruning.pipeline import pruning_task
@@ -96,13 +97,19 @@ def test_equal_metric_sets_under_equal_budgets_are_scored_once(place: Place, mon
 
 def test_the_pool_is_probed_once_for_a_budget(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     there = with_options(place, pruning__probe="pool")
-    passes: list[int] = []
-    measure = PoolProbe._measure
-    monkeypatch.setattr(PoolProbe, "_measure", lambda self, shapes: (passes.append(1), measure(self, shapes))[1])
+    pieces: list[int] = []
+    measure = layer_importance_module.sample_divergences
+    monkeypatch.setattr(
+        layer_importance_module, "sample_divergences", lambda *given: (pieces.append(1), measure(*given))[1]
+    )
     shared = Shared(there.config, there.pool, there.model)
+    passed = []
     for device in range(6):
         there.plan(device, shared)
-    assert len(passes) == len(BUDGETS)
+        passed.append(len(pieces))
+    each = passed[0]
+    assert len(BUDGETS) == 3 and each > 0
+    assert passed == [each, 2 * each, 3 * each, 3 * each, 3 * each, 3 * each]
 
 
 def test_the_pool_gives_the_layer_importance_of_its_samples(vit: Tiny) -> None:
