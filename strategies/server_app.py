@@ -26,6 +26,7 @@ from strategies.loggers import loggers, require_loggers
 from strategies.preparation import Preparation
 from strategies.progress import shown
 from strategies.records import (
+    SUMMARY,
     AbsenceLine,
     append_lines,
     cut_metrics,
@@ -89,11 +90,11 @@ def run_federation(grid: Grid, config: RunConfig, images: ImageSet, folder: RunF
         ConfigError: if the run to continue had other options or other devices.
     """
     state = load_checkpoint(folder, config) if config.resume else None
-    if state and state.round == config.train.rounds and folder.summary.exists():
+    if state and state.round == config.train.rounds and (folder.path / SUMMARY).exists():
         with loggers(config, folder):  # they may lack some of it, or all
             log(logging.INFO, "the run is finished: %s", folder.path)
         return
-    folder.summary.unlink(missing_ok=True)
+    (folder.path / SUMMARY).unlink(missing_ok=True)
     write_json(folder.path / "config.json", config.flat() | {"resume": False})
     folder.write_versions()
     cut_metrics(folder.path, state.metrics_bytes if state else 0)

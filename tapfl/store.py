@@ -328,14 +328,6 @@ class RunFolder:
         write_json(self.path / "versions.json", {name: metadata.version(name) for name in packages})
 
     @property
-    def metrics(self) -> Path:
-        return self.path / "metrics.jsonl"
-
-    @property
-    def summary(self) -> Path:
-        return self.path / "summary.json"
-
-    @property
     def server(self) -> Versions:
         return Versions(self.path / "server")
 

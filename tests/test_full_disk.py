@@ -10,7 +10,7 @@ import pytest
 from test_inprocess_run import SMALL, content, tapfl
 
 from experiments import cli
-from strategies.records import FailureLine, append_lines
+from strategies.records import METRICS, FailureLine, append_lines
 from tapfl.errors import RunError
 from tapfl.store import RunFolder, write_bytes
 
@@ -89,6 +89,6 @@ def test_the_file_is_named_that_the_user_knows(tmp_path: Path, monkeypatch: pyte
     with pytest.raises(OSError, match=r"No space left on device: '.*/summary\.json'$"):
         write_bytes(tmp_path / "summary.json", b"{}")
     with RunFolder.create(tmp_path / "run") as folder:
-        folder.metrics.mkdir()
+        (folder.path / METRICS).mkdir()
         with pytest.raises(OSError, match=r"Is a directory: '.*/metrics\.jsonl'$"):
             append_lines(folder.path, FailureLine(phase="hello", device=0, reason="lost"))

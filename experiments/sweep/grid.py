@@ -42,7 +42,7 @@ from pydantic import Field, field_validator
 from experiments.jobs.federation import Engine, federation_job, name_of, resolved
 from experiments.jobs.pool import EngineLostError, Pool, first_done
 from experiments.jobs.progress import Overview
-from strategies.records import require_same_options
+from strategies.records import SUMMARY, require_same_options
 from tapfl.config import RunConfig
 from tapfl.errors import ConfigError, TapflError
 from tapfl.options import AnyShares, Scalar, Section, flatten, read_toml_tables, validated
@@ -151,7 +151,7 @@ def _finished(run: SweepRun, out: Path) -> bool:
         return False
     wanted = resolved(run.options, folder.path)
     require_same_options(folder, wanted)
-    return folder.summary.is_file() and folder.config()["train.rounds"] >= wanted.train.rounds
+    return (folder.path / SUMMARY).is_file() and folder.config()["train.rounds"] >= wanted.train.rounds
 
 
 class SweepOptions(Section):
