@@ -224,6 +224,9 @@ class PersonalizeOptions(Section):
         "device", description="one α for the device, or one for each adapted linear and the head"
     )
     alpha_learning_rate: float = Field(0.1, ge=0, description="learning rate of α")
+    learning_rate: float = Field(
+        0.0, ge=0, description="learning rate of the personal model; 0: that of `train`; `fedavg` has none"
+    )
     ditto_lambda: float = Field(
         0.1, ge=0, description="λ of `ditto`: strength of the pull of personal towards shared weights; 0: no pull"
     )

@@ -21,11 +21,13 @@ from personal_problems import (
     same_bits,
     share,
 )
+from torch import Tensor
 
 from tapfl.config import TrainOptions
 from tapfl.personalize.apfl import Apfl
 from tapfl.personalize.method import Personal, local_round
 from tapfl.personalize.methods import FedAvg, Local
+from tapfl.training import Objective, Params
 
 
 @pytest.mark.parametrize("per", ["device", "layer"])
@@ -120,6 +122,28 @@ def test_alpha_moves_once_a_round_or_at_every_step() -> None:
     assert by_round[0] == by_round[1] == by_round[2] == by_step[0] != 0.5
     assert len(set(by_step)) == 3
     assert set(alphas("fixed")) == {0.5}
+
+
+@pytest.mark.parametrize("train", [SGD, ADAM], ids=["sgd", "adam"])
+def test_alpha_is_a_factor_of_the_step_of_v_under_any_optimizer(train: TrainOptions) -> None:
+    """On a linear loss the steps differ in α alone. Adam would take equal steps: it divides the gradient's size out."""
+    slope = torch.tensor([0.3, -2.0, 1e-4])
+    objective: Objective = lambda params, batch: (slope * params["a.x"]).sum() + (slope * params["b.x"]).sum()  # noqa: E731
+    start = {"a.x": torch.zeros(3), "b.x": torch.zeros(3)}
+
+    def moved(alpha: Tensor, per: Literal["device", "layer"]) -> Params:
+        method = Apfl(0.5, "fixed", per=per)
+        result = local_round(method, objective, start, Personal(start, alpha), range(3), train, frozenset(start))
+        assert result.personal is not None
+        return result.personal.params
+
+    whole, little, each = moved(share(1.0), "device"), moved(share(0.001), "device"), share(1.0).repeat(2)
+    each[1] = 0.001
+    apart = moved(each, "layer")
+    assert bool((whole["a.x"] * slope < 0).all())
+    for name in start:
+        torch.testing.assert_close(1000 * little[name], whole[name], rtol=1e-5, atol=0)
+    assert torch.equal(apart["a.x"], whole["a.x"]) and torch.equal(apart["b.x"], little["b.x"])
 
 
 # -- one α a layer ----------------------------------------------------------------------------------------------------

@@ -191,6 +191,32 @@ def test_fine_tuning_starts_from_what_arrives_each_time() -> None:
     assert same_bits(FineTune().inference(received, result.personal), result.personal.params)
 
 
+@both_optimizers
+@pytest.mark.parametrize("method", [Apfl, Ditto, FineTune, Local])
+def test_the_personal_part_has_a_learning_rate_of_its_own(method: type[Method], train: TrainOptions) -> None:
+    """v moves as with that rate everywhere, and w as with the rate of `train`; 0 is the rate of `train`."""
+
+    def made(rate: float) -> Method:
+        given = {Apfl: (0.7, "fixed"), Ditto: (0.0, 2.0)}.get(method, ())
+        return method(*given, learning_rate=rate)  # type: ignore[call-arg]
+
+    def of_v(rate: float, train: TrainOptions) -> Params:
+        objective, batches, v, w = problem(0)
+        result = local_round(made(rate), objective, w, Personal(v, share(0.7)), batches[:1], train, ALL)
+        assert result.personal is not None
+        return result.personal.params
+
+    slow = train.model_copy(update={"learning_rate": 0.01})
+    assert same_bits(of_v(0.01, train), of_v(0.0, slow)) and not same_bits(of_v(0.01, train), of_v(0.0, train))
+    assert same_bits(of_v(train.learning_rate, train), of_v(0.0, train))
+    if method is not Local:
+        assert same_bits(run(made(0.01), alpha=0.7, train=train).upload, run(FedAvg(), train=train).upload)
+
+
+def test_fine_tuning_at_its_own_rate_trains_two_models() -> None:
+    assert FineTune().models_per_step == 1 and FineTune(0.1).models_per_step == 2
+
+
 def test_fine_tuning_alone_is_evaluated_after_training() -> None:
     assert [method.evaluates_after_training for method in METHODS] == [False, False, False, True, False]
 
@@ -205,7 +231,13 @@ def test_fine_tuning_alone_is_evaluated_after_training() -> None:
             {"alpha": 0.2, "alpha-update": "step", "alpha-learning-rate": 0.3, "alpha-per": "layer"},
             lambda method: method == Apfl(0.2, "step", 0.3, "layer"),
         ),
-        ({"method": "ditto", "ditto-lambda": 0.7}, lambda method: method == Ditto(0.7, 2.0)),
+        (
+            {"method": "ditto", "ditto-lambda": 0.7, "learning-rate": 0.1},
+            lambda method: method == Ditto(0.7, 2.0, 0.1),
+        ),
+        ({"method": "local", "learning-rate": 0.1}, lambda method: method == Local(0.1)),
+        ({"method": "fedavg+finetune", "learning-rate": 0.1}, lambda method: method == FineTune(0.1)),
+        ({"method": "apfl", "learning-rate": 0.1}, lambda method: method.learning_rate == 0.1),
         ({"method": "fedavg"}, lambda method: type(method) is FedAvg),
         ({"method": "fedavg+finetune"}, lambda method: type(method) is FineTune),
         ({"method": "local"}, lambda method: type(method) is Local),
@@ -222,6 +254,7 @@ def test_methods_by_name(options: dict[str, object], check: Callable[[Method], b
         ("alpha", 1.5, "less than or equal to 1"),
         ("alpha-update", "never", "'round', 'step' or 'fixed'"),
         ("alpha-per", "head", "'device' or 'layer'"),
+        ("learning-rate", -0.1, "greater than or equal to 0"),
         ("ditto-lambda", -0.1, "greater than or equal to 0"),
         ("ditto-lambda", float("inf"), "finite"),
     ],

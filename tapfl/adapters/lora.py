@@ -7,7 +7,7 @@ personal ones and any interpolation between them.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -92,6 +92,13 @@ def modules_of(names: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(name.rpartition(".")[0] for name in names))
 
 
+def alphas_of(names: Collection[str], alpha: Tensor) -> dict[str, Tensor]:
+    """Returns the α of each parameter: that of its layer, or the only one (see `interpolate`)."""
+    modules = modules_of(names)
+    of_layer = dict(zip(modules, alpha.unbind() if alpha.dim() else [alpha] * len(modules), strict=True))
+    return {name: of_layer[name.rpartition(".")[0]] for name in names}
+
+
 def interpolate(v: Params, w: Params, alpha: Tensor | float) -> Params:
     """Returns adapters whose *effective* weights are αv + (1-α)w (APFL, arXiv 2003.13461). Differentiable in all three.
 
@@ -103,12 +110,10 @@ def interpolate(v: Params, w: Params, alpha: Tensor | float) -> Params:
         v, w: the same names and shapes; the order of w's names is that of the layers.
         alpha: one number, or (L,) with one α for each of the L layers of `modules_of(w)`.
     """
-    modules, alphas = modules_of(w), torch.as_tensor(alpha, dtype=torch.float64)
-    each = alphas.unbind() if alphas.dim() else [alphas] * len(modules)
-    of_layer = dict(zip(modules, each, strict=True))
+    each = alphas_of(w, torch.as_tensor(alpha, dtype=torch.float64))
     result: Params = {}
     for name, theta in w.items():
-        a = of_layer[name.rpartition(".")[0]]
+        a = each[name]
         if name.endswith(LORA_A):
             result[name] = torch.cat([v[name], theta], dim=0)
         elif name.endswith(LORA_B):

@@ -3,10 +3,11 @@
 A local step, all right-hand sides from the old iterates and the same minibatch ξ (Algorithm 1):
 
     w ← w - η ∇f(w; ξ)
-    v ← v - η ∇_v f(v̄; ξ),           v̄ = αv + (1-α)w with w held fixed
+    v ← v - η_v α ∇f(v̄; ξ),          v̄ = αv + (1-α)w with w held fixed
     α ← clip(α - η_α ∂f(v̄; ξ)/∂α, 0, 1)
 
-The interpolation v̄ is in effective weights (`tapfl.adapters.lora.interpolate`). Only w is uploaded. v starts as w.
+The interpolation v̄ is in effective weights (`tapfl.adapters.lora.interpolate`). Only w is uploaded. v starts as w. The
+factor α, which is the chain rule's, holds for the step of v under any optimiser (`Trainee.apply_scaled`).
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from tapfl.adapters.lora import interpolate, modules_of
+from tapfl.adapters.lora import alphas_of, interpolate, modules_of
 from tapfl.config import TrainOptions
 from tapfl.personalize.method import Method, Personal, Trainee
 from tapfl.training import Objective, Params
@@ -42,19 +43,22 @@ class Apfl(Method[ApflState]):
         update: whether α moves at each step, at the first step of a round, or never.
         alpha_learning_rate: η_α.
         per: one α a device, or one a layer (`tapfl.adapters.lora.modules_of`).
+        learning_rate: η_v; 0: η.
     """
 
     alpha: float = 0.5
     update: Literal["round", "step", "fixed"] = "round"
     alpha_learning_rate: float = 0.1
     per: Literal["device", "layer"] = "device"
+    learning_rate: float = 0.0
 
     def init(
         self, received: Params, personal: Personal | None, train: TrainOptions, trained: frozenset[str]
     ) -> ApflState:
         personal = personal or self._first(received)
         v = {name: personal.params[name] for name in received}
-        return ApflState(Trainee.of(received, train, trained), Trainee.of(v, train, trained), personal.alpha)
+        own = Trainee.of(v, train, trained, self.learning_rate)
+        return ApflState(Trainee.of(received, train, trained), own, personal.alpha)
 
     def step(self, state: ApflState, objective: Objective, batch: object) -> Tensor:
         moves = self.update == "step" or (self.update == "round" and state.steps == 0)
@@ -63,7 +67,8 @@ class Apfl(Method[ApflState]):
         loss = objective(interpolate(state.v.params, state.w.values(), alpha), batch)
         of_v = torch.autograd.grad(loss, [*state.v.moving.values(), *([alpha] if moves else [])])
         state.w.apply(of_w)
-        state.v.apply(of_v[: len(state.v.moving)])
+        factors = {name: float(a) for name, a in alphas_of(state.w.params, state.alpha).items()}
+        state.v.apply_scaled(of_v[: len(state.v.moving)], factors)
         if moves:
             state.alpha = (state.alpha - self.alpha_learning_rate * of_v[-1]).clamp(0, 1)
         state.steps += 1

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
@@ -13,6 +13,7 @@ from tapfl.config import TrainOptions
 from tapfl.training import Objective, Params, optimizer
 
 S = TypeVar("S")
+TINY = 1e-30  # a float32
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,13 +58,16 @@ class Method(Protocol, Generic[S]):
             measured after the training of a round; otherwise before.
         has_local_state: the device keeps parameters from round to round.
         shares_adapters: the device uploads w.
-        models_per_step: number of models that one step trains.
     """
 
     evaluates_after_training: ClassVar[bool] = False
     has_local_state: ClassVar[bool] = True
     shares_adapters: ClassVar[bool] = True
-    models_per_step: ClassVar[int] = 2
+
+    @property
+    def models_per_step(self) -> int:
+        """Number of models that one step trains."""
+        return 2 if self.shares_adapters and self.has_local_state else 1
 
     def init(self, received: Params, personal: Personal | None, train: TrainOptions, trained: frozenset[str]) -> S:
         """Returns the state at the start of a round.
@@ -120,14 +124,19 @@ class Trainee:
     optimizer: torch.optim.Optimizer
 
     @classmethod
-    def of(cls, start: Params, train: TrainOptions, trained: frozenset[str]) -> Trainee:
-        """Returns copies of `start`, of which those named in `trained` are trained."""
+    def of(cls, start: Params, train: TrainOptions, trained: frozenset[str], learning_rate: float = 0.0) -> Trainee:
+        """Returns copies of `start`, of which those named in `trained` are trained.
+
+        Args:
+            learning_rate: 0: that of `train`.
+        """
         params = {
             name: theta.detach().clone(memory_format=torch.contiguous_format).requires_grad_(name in trained)
             for name, theta in start.items()
         }
         moving = {name: theta for name, theta in params.items() if name in trained}
-        return cls(params, moving, optimizer(train.optimizer, list(moving.values()), train.learning_rate, fused=True))
+        rate = learning_rate or train.learning_rate
+        return cls(params, moving, optimizer(train.optimizer, list(moving.values()), rate, fused=True))
 
     def gradients(self, loss: Tensor) -> tuple[Tensor, ...]:
         """Returns the gradients of `moving`."""
@@ -138,6 +147,23 @@ class Trainee:
         for parameter, gradient in zip(self.moving.values(), gradients, strict=True):
             parameter.grad = gradient.contiguous()  # fused Adam reads the memory of both without their strides
         self.optimizer.step()
+
+    @torch.no_grad()
+    def apply_scaled(self, gradients: Sequence[Tensor], factors: Mapping[str, float]) -> None:
+        """Takes one step with gradients that contain a factor in [0, 1], which shall act as the factor of the step.
+
+        Adam divides a factor of the gradients out: its step would be the same for every factor. So the factor is taken
+        out of the gradients, and the parameters go that part of the optimiser's step. With SGD this is the step as it
+        would be anyway.
+
+        Args:
+            factors: of each tensor in `moving`, by name.
+        """
+        before = {name: theta.clone() for name, theta in self.moving.items()}
+        # where the factor is 0 so is the gradient
+        self.apply([g / max(factors[name], TINY) for name, g in zip(before, gradients, strict=True)])
+        for name, theta in self.moving.items():
+            theta.copy_(torch.lerp(before[name], theta, factors[name]))
 
     def values(self) -> Params:
         """Returns the current parameters as constants; they share memory with those in training."""

@@ -20,7 +20,6 @@ class FedAvg(Method[Trainee]):
     """FedAvg (McMahan et al. 2017, arXiv 1602.05629): w ← w - η ∇f(w; ξ); nothing is personal."""
 
     has_local_state: ClassVar[bool] = False
-    models_per_step: ClassVar[int] = 1
 
     def init(
         self, received: Params, personal: Personal | None, train: TrainOptions, trained: frozenset[str]
@@ -36,28 +35,66 @@ class FedAvg(Method[Trainee]):
         return state.values(), None
 
 
-class FineTune(FedAvg):
+@dataclass(frozen=True)
+class FineTuneState:
+    """w in training, and v if it is trained beside w."""
+
+    w: Trainee
+    v: Trainee | None
+
+
+@dataclass(frozen=True)
+class FineTune(Method[FineTuneState]):
     """FedAvg with local fine-tuning (FedAvg+; Jiang et al. 2019, arXiv 1909.12488).
 
     A device uses the result of a round's local training on the w just received; it keeps nothing for the next round.
+
+    Attributes:
+        learning_rate: of this result v, which is then trained beside the w that is uploaded; 0: v is that w.
     """
 
     evaluates_after_training: ClassVar[bool] = True
+    has_local_state: ClassVar[bool] = False
 
-    def final(self, state: Trainee) -> tuple[Params | None, Personal | None]:
-        return state.values(), wholly(state.values())
+    learning_rate: float = 0.0
+
+    @property
+    def models_per_step(self) -> int:
+        return 2 if self.learning_rate else 1
+
+    def init(
+        self, received: Params, personal: Personal | None, train: TrainOptions, trained: frozenset[str]
+    ) -> FineTuneState:
+        own = Trainee.of(received, train, trained, self.learning_rate) if self.learning_rate else None
+        return FineTuneState(Trainee.of(received, train, trained), own)
+
+    def step(self, state: FineTuneState, objective: Objective, batch: object) -> Tensor:
+        for trainee in filter(None, (state.w, state.v)):
+            loss = objective(trainee.params, batch)
+            trainee.apply(trainee.gradients(loss))
+        return loss
+
+    def final(self, state: FineTuneState) -> tuple[Params | None, Personal | None]:
+        return state.w.values(), wholly((state.v or state.w).values())
 
 
+@dataclass(frozen=True)
 class Local(FedAvg):
-    """Local training alone: v ← v - η ∇f(v; ξ), from the adapters received first; nothing is shared."""
+    """Local training alone: v ← v - η_v ∇f(v; ξ), from the adapters received first; nothing is shared.
+
+    Attributes:
+        learning_rate: η_v; 0: that of `train`.
+    """
 
     has_local_state: ClassVar[bool] = True
     shares_adapters: ClassVar[bool] = False
 
+    learning_rate: float = 0.0
+
     def init(
         self, received: Params, personal: Personal | None, train: TrainOptions, trained: frozenset[str]
     ) -> Trainee:
-        return Trainee.of(personal.params if personal else received, train, trained)
+        return Trainee.of(personal.params if personal else received, train, trained, self.learning_rate)
 
     def final(self, state: Trainee) -> tuple[Params | None, Personal | None]:
         return None, wholly(state.values())
@@ -77,7 +114,7 @@ class Ditto(Method[DittoState]):
     """Ditto (Li et al. 2021, arXiv 2012.04221): a personal model that is pulled towards the shared one.
 
         w ← w - η ∇f(w; ξ)
-        v ← v - η (∇f(v; ξ) + λ ∇_v d(v, w_received)),     d = ½ ‖θ(v) - θ(w_received)‖²
+        v ← v - η_v (∇f(v; ξ) + λ ∇_v d(v, w_received)),     d = ½ ‖θ(v) - θ(w_received)‖²
 
     θ are the model's weights, as published. With adapters these are W₀ + s BA, so the distance is one of effective
     weights, ½ s² ‖B_vA_v - B_wA_w‖² for each pair of factors. Many pairs of factors have the same product BA and the
@@ -87,16 +124,19 @@ class Ditto(Method[DittoState]):
     Attributes:
         strength: λ.
         scale: s.
+        learning_rate: η_v; 0: η.
     """
 
     strength: float
     scale: float
+    learning_rate: float = 0.0
 
     def init(
         self, received: Params, personal: Personal | None, train: TrainOptions, trained: frozenset[str]
     ) -> DittoState:
         v = personal.params if personal else received
-        return DittoState(Trainee.of(received, train, trained), Trainee.of(v, train, trained), received)
+        own = Trainee.of(v, train, trained, self.learning_rate)
+        return DittoState(Trainee.of(received, train, trained), own, received)
 
     def step(self, state: DittoState, objective: Objective, batch: object) -> Tensor:
         state.w.apply(state.w.gradients(objective(state.w.params, batch)))
@@ -134,11 +174,14 @@ def method_of(options: PersonalizeOptions, scale: float) -> Method[Any]:
     if is_plugin(options.method):
         plugin: Method[Any] = load_plugin("personalize.method", options.method)(options, scale)
         return plugin
+    rate = options.learning_rate
     methods: dict[str, Callable[[], Method[Any]]] = {
-        "apfl": lambda: Apfl(options.alpha, options.alpha_update, options.alpha_learning_rate, options.alpha_per),
-        "ditto": lambda: Ditto(options.ditto_lambda, scale),
-        "local": Local,
+        "apfl": lambda: Apfl(
+            options.alpha, options.alpha_update, options.alpha_learning_rate, options.alpha_per, learning_rate=rate
+        ),
+        "ditto": lambda: Ditto(options.ditto_lambda, scale, rate),
+        "local": lambda: Local(rate),
         "fedavg": FedAvg,
-        "fedavg+finetune": FineTune,
+        "fedavg+finetune": lambda: FineTune(rate),
     }
     return methods[options.method]()
