@@ -15,9 +15,21 @@ import numpy as np
 if TYPE_CHECKING:
     import torch
 
+WORD = 32  # bits; numpy's SeedSequence takes a number as words, without a mark between two numbers
+
 
 def _entropy(seed: int, path: tuple[str | int, ...]) -> list[int]:
-    return [seed, *(zlib.crc32(part.encode()) if isinstance(part, str) else part for part in path)]
+    """Returns the numbers of a stream's name; a text counts as its CRC-32.
+
+    SeedSequence fills up to four words with zeros, and does not see where a number of several words ends. Where the
+    numbers alone could therefore be another name's, the words of each and their count follow. Such lists alone end in
+    zeros, and they have more than four words, so they are no other name's either.
+    """
+    numbers = [seed, *(zlib.crc32(part.encode()) if isinstance(part, str) else part for part in path)]
+    lengths = [max(1, -(-number.bit_length() // WORD)) for number in numbers]
+    if numbers[-1] and max(lengths) == 1:
+        return numbers
+    return [*numbers, *lengths, len(numbers), 0, 0]
 
 
 def of_secret(secret: str) -> list[int]:

@@ -123,13 +123,15 @@ def test_the_metric_set_still_finds_the_classes() -> None:
     labels = np.repeat(np.arange(10), 40)
     pool_points = device_points(tuple(range(10)), 40, seed=7)
     pool = fit_mixture(pool_points, SummaryOptions(), 0)
-    shares = {}
-    for noise in (0.0, 0.1, 100.0):
-        mixture = device_mixture(device_points((1, 5)), options(clip=CLIP, noise=noise), 0, 0)
-        quota = MetricOptions(rule="component-quota", size=60, batch=4)
-        shares[noise] = np.isin(labels[pick_metric_set(mixture, pool, pool_points, quota)], (1, 5)).mean()
-    assert shares[0.0] > 0.95 and shares[0.1] > 0.85
-    assert shares[100.0] < 0.6  # as much noise as that tells nothing any more
+    quota = MetricOptions(rule="component-quota", size=60, batch=4)
+
+    def share(noise: float, seed: int) -> float:
+        mixture = device_mixture(device_points((1, 5)), options(clip=CLIP, noise=noise), seed, 0)
+        return float(np.isin(labels[pick_metric_set(mixture, pool, pool_points, quota)], (1, 5)).mean())
+
+    shares = {noise: [share(noise, seed) for seed in range(8)] for noise in (0.0, 0.1, 100.0)}
+    assert min(shares[0.0]) > 0.95 and min(shares[0.1]) > 0.85
+    assert np.mean(shares[100.0]) < 0.4  # as much noise as that tells nothing any more
 
 
 def test_noise_without_a_clip_is_refused() -> None:

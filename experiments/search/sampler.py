@@ -11,7 +11,6 @@ that is resumed therefore draws the same configurations.
 from __future__ import annotations
 
 import math
-import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +24,7 @@ from scipy.special import logsumexp, ndtr, ndtri
 
 from experiments.search.schedule import FAILED, Score
 from experiments.search.space import Space, choices, decode, encode, external_values, internal_values, uniform
+from tapfl.seeds import numpy_generator
 
 MIN_BANDWIDTH = 1e-3
 CANDIDATES = 64
@@ -184,7 +184,7 @@ class BOHBSampler(BaseSampler):
         return external_values(space, decode(space, uniform(space, 1, generator))[0])[param_name]
 
     def _generator(self, number: int, *names: str) -> np.random.Generator:
-        return np.random.default_rng([self.seed, number, *(zlib.crc32(name.encode()) for name in names)])
+        return numpy_generator(self.seed, number, *names)
 
     def _observations(self, study: Study, number: int, d: int) -> list[Observation]:
         """Returns those of the largest budget that has enough of them, best first; none if no budget has."""
