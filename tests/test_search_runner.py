@@ -68,7 +68,7 @@ class Synthetic:
         future, number, options = self._open.pop(position)
         self.done.append((number, options["train.rounds"]))
         rate, epochs = math.log10(options["train.learning-rate"]), float(options["train.epochs"])
-        if rate > -0.3:
+        if rate > -1:
             future.set_exception(RunError("diverged"))
             return
         server = float(options.get("adapters.server-learning-rate", 0.5))

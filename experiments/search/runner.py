@@ -94,7 +94,7 @@ class Runner:
             loss, violation = trial.intermediate_values[rounds], trial.user_attrs.get(violation_key(rounds))
             if violation is not None:
                 self._handle(trial.number).set_constraint("constraints", violation)
-            end = TrialState.FAIL if math.isnan(loss) else state
+            end = TrialState.FAIL if scores(trial)[rounds] == FAILED else state
             self.study.tell(trial.number, loss if end == TrialState.COMPLETE else None, state=end)
 
     def _handle(self, number: int) -> Trial:

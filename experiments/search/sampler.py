@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -132,8 +133,8 @@ class Observation:
 class BOHBSampler(BaseSampler):
     """Draws from the model of the largest budget that has enough observations, and uniformly now and then.
 
-    Observations are the intermediate values of all trials, by step; a trial without any counts with its final value at
-    a budget above all others. A trial that failed, or whose value is NaN, is a bad one.
+    A budget has enough observations if they are N_min + 2 or more and N_min of them succeeded, which the density of the
+    good ones needs. What counts as an observation, and where, says `observations`.
 
     Args:
         space: all possible parameters; None: those of the study's trials so far.
@@ -189,22 +190,18 @@ class BOHBSampler(BaseSampler):
     def _observations(self, study: Study, number: int, d: int) -> list[Observation]:
         """Returns those of the largest budget that has enough of them, best first; none if no budget has."""
         sign = -1.0 if study.direction == StudyDirection.MAXIMIZE else 1.0
-        by_budget: dict[float, list[Observation]] = {}
-        for other in study.get_trials(deepcopy=False, states=OBSERVED):
-            if other.number == number:
-                continue
-            for budget, score in (scores(other, sign) or _final_score(other, sign)).items():
-                if self.sees is None or self.sees(number, other.number, budget):
-                    by_budget.setdefault(budget, []).append(Observation(other.params, score))
-        enough = [budget for budget, found in by_budget.items() if len(found) >= d + 3]  # N_min + 2
-        return sorted(by_budget[max(enough)], key=lambda found: found.score) if enough else []
+        others = [trial for trial in study.get_trials(deepcopy=False, states=OBSERVED) if trial.number != number]
+        by_budget = observations(others, sign, partial(self.sees, number) if self.sees else None)
+        for budget in sorted(by_budget, reverse=True):
+            found = sorted(by_budget[budget], key=lambda each: each.score)
+            if len(found) >= d + 3 and found[d].score != FAILED:  # N_min = d + 1
+                return found
+        return []
 
     def _from_model(self, space: Space, model: Sequence[Observation], generator: np.random.Generator) -> np.ndarray:
         """Returns the internal values (d,) of a new configuration."""
         n_good, n_bad = split_counts(len(model), len(space))
         best = [found for found in model[:n_good] if found.score != FAILED]
-        if not best:
-            return decode(space, uniform(space, 1, generator))[0]
         rows = internal_values(space, [found.params for found in (*best, *model[-n_bad:])])
         fallback = decode(space, uniform(space, len(rows), generator))
         rows = impute(rows, rows[: len(best)], fallback, generator)
@@ -222,12 +219,39 @@ def violation_key(budget: float) -> str:
 def scores(trial: FrozenTrial, sign: float = 1.0) -> dict[int, Score]:
     """Returns the results of a trial by rounds; `sign` is -1 for a study that maximises."""
     return {
-        rounds: FAILED if math.isnan(loss) else (trial.user_attrs.get(violation_key(rounds), 0.0), sign * loss)
+        rounds: (trial.user_attrs.get(violation_key(rounds), 0.0), sign * loss) if math.isfinite(loss) else FAILED
         for rounds, loss in trial.intermediate_values.items()
     }
 
 
-def _final_score(trial: FrozenTrial, sign: float) -> dict[float, Score]:
-    if trial.state == TrialState.FAIL:
-        return {math.inf: FAILED}
-    return {} if trial.value is None else {math.inf: (0.0, sign * trial.value)}
+def observations(
+    trials: Sequence[FrozenTrial], sign: float = 1.0, sees: Callable[[int, float], bool] | None = None
+) -> dict[float, list[Observation]]:
+    """Returns the observations by budget.
+
+    A trial counts with each of its intermediate values, also while it runs and after it was pruned; a complete one
+    without any with its final value, at a budget above all others. A value that is not finite is a failure, which is
+    worse than all others. A trial that failed without such a value failed on its way to the next budget, as in
+    HpBandSter, which gives a crashed run an infinite loss at the budget it was given: it counts there, if other trials
+    have that budget. One that was pruned or runs without a value says nothing.
+
+    Args:
+        sees: (number of a trial, budget) -> whether that result counts; None: all do.
+    """
+    results = [_results(trial, sign) for trial in trials]
+    budgets = sorted({budget for found in results for budget in found})
+    by_budget: dict[float, list[Observation]] = {}
+    for trial, found in zip(trials, results, strict=True):
+        if trial.state == TrialState.FAIL and FAILED not in found.values():
+            beyond = [budget for budget in budgets if budget > max(found, default=-math.inf)]
+            found |= dict.fromkeys(beyond[:1], FAILED)
+        for budget, score in found.items():
+            if sees is None or sees(trial.number, budget):
+                by_budget.setdefault(budget, []).append(Observation(trial.params, score))
+    return by_budget
+
+
+def _results(trial: FrozenTrial, sign: float) -> dict[float, Score]:
+    if not trial.intermediate_values and trial.value is not None:
+        return {math.inf: (0.0, sign * trial.value) if math.isfinite(trial.value) else FAILED}
+    return {float(rounds): score for rounds, score in scores(trial, sign).items()}
