@@ -207,6 +207,7 @@ def compare(
     load_torch()  # only after the file has been checked
     import pandas as pd
 
+    from experiments.compare.folder import read_origin
     from experiments.compare.picture import accuracy_against_macs
     from experiments.compare.run import finished_rows, run_comparison
     from experiments.compare.tables import page, sections
@@ -221,10 +222,11 @@ def compare(
     else:
         with interruptible("the same command"), only_one(out, "comparison"), shown(), stage("cells") as advance:
             rows = run_comparison(comparison, out, advance, jobs or os.cpu_count() or 1)
-    rows = pd.DataFrame(rows)
+    rows, origin = pd.DataFrame(rows), read_origin(out)
+    assert origin is not None  # written before the first cell
     tables = list(sections(rows, comparison, results))
     made_by = command("compare", "--config", str(config), "--out", "DIR", *flags(set=set, reference=reference))
-    write_bytes(out / "table.md", page(tables, rows, comparison, results, made_by).encode())
+    write_bytes(out / "table.md", page(tables, rows, comparison, origin, results, made_by).encode())
     write_figure(accuracy_against_macs(rows, comparison, results.show[0]), out / "accuracy-against-macs.png")
     for each in tables:
         if as_json:

@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError,
 
 from tapfl.config import RunConfig, binding
 from tapfl.errors import ConfigError, PlanError
+from tapfl.options import differences
 from tapfl.profiles import DeviceProfile
 from tapfl.store import RunFolder, write_json
 
@@ -286,13 +287,7 @@ def require_same_options(folder: RunFolder, config: RunConfig) -> None:
 
     Options that change no result may differ, and so may `train.rounds`: a run may be continued for longer.
     """
-    before, now = folder.config(), config.flat()
-    changed = [
-        f"{option}: {before.get(option, '(not an option then)')!r} then, {now.get(option, '(not an option now)')!r} now"
-        for option in sorted(binding(before).keys() | binding(now).keys())
-        if before.get(option) != now.get(option)
-    ]
-    if changed:
+    if changed := differences(binding(folder.config()), binding(config.flat())):
         raise ConfigError(f"resume: the run in {folder.path} has other options: {'; '.join(changed)}")
 
 

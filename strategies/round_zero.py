@@ -11,7 +11,7 @@ from torch import nn
 from tapfl.config import MetricOptions, RunConfig
 from tapfl.data.sources import ImageSet
 from tapfl.memo import Memo
-from tapfl.models.backbone import BackboneSpec
+from tapfl.models.backbone import BackboneSpec, spec_of
 from tapfl.models.forward import transform_of
 from tapfl.models.prunable import prunable_layers
 from tapfl.options import Scalar
@@ -45,7 +45,8 @@ class PublicPool:
 
 def describe_pool(config: RunConfig, images: ImageSet, model: nn.Module) -> PublicPool:
     """Returns the pool with its descriptors and mixture."""
-    return pool_of(config, images, cached_features(model, images, transform_of(model), cache_folder(config.cache)))
+    spec, cache = spec_of(config.model, images.classes), cache_folder(config.cache)
+    return pool_of(config, images, cached_features(model, spec, images, transform_of(model), cache))
 
 
 def pool_of(config: RunConfig, images: ImageSet, features: np.ndarray) -> PublicPool:

@@ -14,7 +14,8 @@ from pydantic import Field, model_validator
 
 from tapfl.options import Count, Counts, Scalar, Section, Share, Shares, TermWeights, flatten, nested, one_of, validated
 
-PATH_OPTIONS = ("out", "cache", "data.source", "data.public", "model.weights", "model.head-rows", "devices.profiles")
+INPUT_OPTIONS = ("data.source", "data.public", "model.weights", "model.head-rows", "devices.profiles")
+PATH_OPTIONS = ("out", "cache", *INPUT_OPTIONS)
 PROFILE_SETS = ("equal", "tiers", "mobile")
 NOT_PATHS = ("", "digits", "hub", *PROFILE_SETS)
 # options, or beginnings of their names, that do not change a result: a resumed run may have other values

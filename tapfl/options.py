@@ -118,6 +118,19 @@ def validated(model: type[S], tables: Mapping[str, Any]) -> S:
         raise ConfigError("\n".join(_explain(dict(e), model) for e in error.errors())) from None
 
 
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Returns the options that differ, in words, sorted: ``seed: 0 then, 1 now``."""
+    return [
+        f"{key}: {_said(before, key, '(not there then)')} then, {_said(now, key, '(not there now)')} now"
+        for key in sorted(before.keys() | now.keys())
+        if (key in before) != (key in now) or before.get(key) != now.get(key)
+    ]
+
+
+def _said(values: Mapping[str, Any], key: str, otherwise: str) -> str:
+    return repr(values[key]) if key in values else otherwise
+
+
 def read_toml(path: Path) -> dict[str, Any]:
     """Returns the options of a TOML file with dotted names. Raises ConfigError if it is missing or not TOML."""
     return flatten(read_toml_tables(path))

@@ -204,12 +204,20 @@ def content_hash(*parts: bytes | str | Tensors) -> str:
 def only_one(out: Path, what: str) -> Iterator[None]:
     """Locks a folder against other processes while the block lasts, creating it if necessary.
 
+    A folder that is new, and that the block leaves empty, is removed again.
+
     Raises:
         ConfigError: if another process has locked it.
     """
+    new = not out.exists()
     out.mkdir(parents=True, exist_ok=True)
-    with _held(out, f"--out {out}: another {what}"):
-        yield
+    with _held(out, f"--out {out}: another {what}") as lock:
+        try:
+            yield
+        finally:
+            if new and [each.name for each in out.iterdir()] == [Path(lock.name).name]:
+                Path(lock.name).unlink()
+                out.rmdir()
 
 
 def _held(folder: Path, other: str) -> IO[str]:

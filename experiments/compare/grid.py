@@ -205,7 +205,8 @@ def read_comparison(file: Path, assignments: Iterable[str] = ()) -> Comparison:
     parts = tuple(_part(grid, named, options) for grid in grids)
     axes = {axis: list({str(value): value for part in parts for value in part[axis]}.values()) for axis in named}
     comparison = Comparison(axes, options, parts, results)
-    list(comparison.cells())  # checks every value before anything runs
+    if not list(comparison.cells()):  # checks every value before anything runs
+        raise ConfigError(f"{file}: has no cells; accepted: a list of devices, or devices.count above 0")
     results.check(axes)
     return comparison
 

@@ -16,6 +16,7 @@ from queue import Empty, SimpleQueue
 from typing import Any
 
 from experiments.compare.cells import CellRunner, Row, scenario_of
+from experiments.compare.folder import origin_of, read_origin, require_same, write_origin
 from experiments.compare.grid import Cell, Comparison
 from experiments.compare.scenario import Scenario
 from experiments.jobs.pool import LOOK, Emit, Job, ProcessPool
@@ -35,12 +36,15 @@ def run_comparison(comparison: Comparison, out: Path, progress: Advance, jobs: i
     part of the comparison stay at the end of the file.
 
     Raises:
-        ConfigError: if `out` holds a comparison of other axes or measures.
+        ConfigError: if `out` holds a comparison of other axes, measures, options, images or weights.
     """
-    out.mkdir(parents=True, exist_ok=True)
     path, fields = out / FILE, comparison.columns
-    cells, finished = list(comparison.cells()), _read(path, comparison)
+    origin, cells, finished = origin_of(comparison), list(comparison.cells()), _read(path, comparison)
+    if finished:
+        origin = require_same(read_origin(out), origin, out)
     waiting = [cell for cell in cells if _key(comparison, cell.point) not in finished]
+    if waiting:
+        write_origin(out, origin.measured_now())
     done = len(cells) - len(waiting)
     progress(done, len(cells), "finished before" if done else "")
     write_bytes(path, as_csv(finished.values(), fields))  # drops the half line of a killed run
@@ -63,9 +67,10 @@ def finished_rows(comparison: Comparison, out: Path) -> list[Row]:
     """Returns the rows of the finished cells in the order of the grid; runs nothing and writes nothing.
 
     Raises:
-        ConfigError: if there is none, or `out` holds a comparison of other axes or measures.
+        ConfigError: if there is none, or as `run_comparison`; images and weights that are gone cannot differ.
     """
-    finished = _read(out / FILE, comparison)
+    if finished := _read(out / FILE, comparison):
+        require_same(read_origin(out), origin_of(comparison, require=False), out)
     keys = (_key(comparison, cell.point) for cell in comparison.cells())
     rows = [finished[key] for key in keys if key in finished]
     if not rows:

@@ -60,7 +60,7 @@ class Scenario:
         classes, images = np.unique(self.private.labels[self.splits[device].train]), self.pool.images
         gone = classes_that_lack(classes, share, self.config.seed, device)
         stay = np.flatnonzero(~np.isin(images.labels, gone))
-        features = cached_features(self.model, images, self.transform, cache_folder(self.config.cache))
+        features = cached_features(self.model, self.spec, images, self.transform, cache_folder(self.config.cache))
         return replace(self, pool=pool_of(self.config, images.subset(stay), features[stay]))
 
     @property

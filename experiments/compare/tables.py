@@ -10,8 +10,9 @@ from dataclasses import dataclass
 
 import pandas as pd
 
+from experiments.compare.folder import Origin, inputs_in_words
 from experiments.compare.grid import Comparison, ResultOptions
-from experiments.output import as_markdown, caption, installed
+from experiments.output import as_markdown, caption
 from experiments.statistics import TEST, Paired, paired
 from tapfl.models.forward import input_transform
 from tapfl.pruning.budget import Budget
@@ -121,17 +122,22 @@ def _spread(rows: pd.DataFrame, measure: str) -> str:
 
 
 def page(
-    tables: Iterable[Section], rows: pd.DataFrame, comparison: Comparison, results: ResultOptions, command: str
+    tables: Iterable[Section],
+    rows: pd.DataFrame,
+    comparison: Comparison,
+    origin: Origin,
+    results: ResultOptions,
+    command: str,
 ) -> str:
     """Returns `table.md`: the caption and the tables as Markdown, without a date."""
-    parts = [caption_of(rows, comparison, results, command) + "\n"]
+    parts = [caption_of(rows, comparison, origin, results, command) + "\n"]
     for each in tables:
         title = f"**{WORDS.get(each.measure, each.measure)} (`{each.measure}`), {each.devices}**"
         parts.append(f"{title}\n\n{as_markdown(each.rows)}")
     return "\n".join(parts)
 
 
-def caption_of(rows: pd.DataFrame, comparison: Comparison, results: ResultOptions, command: str) -> str:
+def caption_of(rows: pd.DataFrame, comparison: Comparison, origin: Origin, results: ResultOptions, command: str) -> str:
     """Returns how the tables were made, and what their numbers are."""
     cells = list(comparison.cells())
     config = cells[0].config
@@ -139,6 +145,7 @@ def caption_of(rows: pd.DataFrame, comparison: Comparison, results: ResultOption
     kept = config.data.image_size or max(height, width)
     about = [
         f"backbone {config.model.name} at {height}×{width} px (images kept at {kept} px)",
+        *inputs_in_words(origin, comparison),
         f"{config.devices.count} devices, metric set of {config.metric.size} images",
         "mean ± standard deviation over devices and seeds (how many)",
     ]
@@ -152,4 +159,5 @@ def caption_of(rows: pd.DataFrame, comparison: Comparison, results: ResultOption
             f"differences to the line of {named_reference(results.values)}: mean over devices (p, n devices); "
             f"{TEST}, not corrected for the number of lines"
         )
-    return caption(command, comparison.axes["seed"], installed(), about)
+    versions = {package: " and ".join(known) for package, known in origin.versions.items()}
+    return caption(command, comparison.axes["seed"], versions, about)

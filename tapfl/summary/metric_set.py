@@ -23,6 +23,7 @@ from tapfl.config import MetricOptions
 from tapfl.data.sources import ImageSet
 from tapfl.data.transform import Transform
 from tapfl.errors import DataError
+from tapfl.models.backbone import BackboneSpec
 from tapfl.models.forward import image_features
 from tapfl.store import content_hash, read_tensors, write_tensors
 from tapfl.summary.mixture import GaussianSummary
@@ -54,9 +55,14 @@ class Projection:
         return (features.astype(np.float64) - self.mean) @ self.components.T.astype(np.float64)
 
 
-def cached_features(model: nn.Module, images: ImageSet, transform: Transform, cache: Path) -> np.ndarray:
-    """Returns `image_features` of a whole set, from `cache` if the same model has seen the same images before."""
-    seen = f"{transform} {images.images.shape}"
+def cached_features(
+    model: nn.Module, spec: BackboneSpec, images: ImageSet, transform: Transform, cache: Path
+) -> np.ndarray:
+    """Returns `image_features` of a whole set, from `cache` if the same model has seen the same images before.
+
+    The same weights are another model under another `spec`, such as one with more heads.
+    """
+    seen = f"{spec.model_dump_json()} {transform} {images.images.shape}"
     key = content_hash(model.state_dict(), seen, np.ascontiguousarray(images.images).tobytes())
     file = cache / "features" / f"{key}.safetensors"
     if file.is_file():
