@@ -12,9 +12,8 @@ from tapfl.data.sources import ImageSet
 from tapfl.errors import ConfigError, DataError
 from tapfl.models.backbone import build, spec_of
 from tapfl.models.cost import measure_cost
-from tapfl.models.dense import DenseCache, dense_key, fill_weights
+from tapfl.models.dense import DenseCache, dense_key, fill_weights, layers_of
 from tapfl.models.forward import input_transform
-from tapfl.models.prunable import prunable_layers
 from tapfl.personalize.methods import method_of
 from tapfl.privacy import require_accountant
 from tapfl.profiles import profiles_of
@@ -60,7 +59,7 @@ def _check_backbone(config: RunConfig, public: ImageSet) -> None:
     key = dense_key(options, spec, public, config.seed)
     if not DenseCache(cache_folder(config.cache)).holds(key):
         fill_weights(model, options, spec, public.classes)
-    layers = prunable_layers(model)
+    layers = layers_of(model, options)
     pruning, cost = aligned(resolved(config.pruning), layers), measure_cost(model)
     for budget in sorted({profile.budget for profile in profiles_of(config.devices)}):
         table = cost_table(layers, cost, Budget.parse(budget))

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from tapfl.config import PruningOptions, RunConfig
 from tapfl.errors import ModelError
-from tapfl.models.backbone import BackboneSpec, build, parse_args, spec_of
+from tapfl.models.arguments import parse_args
+from tapfl.models.backbone import BackboneSpec, build, spec_of
 from tapfl.models.cost import measure_cost
 from tapfl.models.forward import segments
 from tapfl.models.prunable import prunable_layers

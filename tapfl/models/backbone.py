@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-import json
 import threading
+import traceback
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from importlib.metadata import entry_points
+from typing import Any
 
 import timm
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from timm.models import PoolingVisionTransformer, SwinTransformer, VisionTransformer
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from tapfl.config import ModelOptions
 from tapfl.errors import ModelError, message_of
-from tapfl.options import Scalar
+from tapfl.models.arguments import Argument, check_arguments, parse_args, written
 
 _INITIALISING = threading.RLock()  # timm draws from torch's global generator, and runs may share a process
 
@@ -29,8 +31,6 @@ ACCEPTED = "timm's ViT, DeiT, PiT and Swin"
 LARGEST_ARGUMENT = 2**16  # of a backbone's constructor: no image, width or depth is larger
 LARGEST_MODEL = 2**31  # parameters: 8.6 GB; timm's largest ViT has 1.8e9
 LARGEST_BUFFER = 2**28  # elements of Swin's masks and indices, which no file holds: 1 GB
-
-Argument = Scalar | tuple[int | float, ...]
 
 
 class BackboneSpec(BaseModel):
@@ -51,6 +51,10 @@ class BackboneSpec(BaseModel):
         for key, value in args.items():
             if key.startswith(("pretrained", "checkpoint", "device", "dtype")):
                 raise ValueError(f"{key}: names neither a shape nor a layer; weights come by model.weights")
+            if key == "num_classes":
+                raise ValueError(f"{key}: is the number of classes of the data")
+            if key == "weight_init" and value == "skip":
+                raise ValueError(f"{key}=skip: leaves the weights as the memory was; accepted: another, or none")
             for number in value if isinstance(value, tuple) else (value,):
                 if isinstance(number, int | float) and not abs(number) <= LARGEST_ARGUMENT:
                     raise ValueError(f"{key} = {number!r:.40}: is beyond {LARGEST_ARGUMENT}")
@@ -67,44 +71,17 @@ class BackboneSpec(BaseModel):
 
 def spec_of(options: ModelOptions, classes: tuple[str, ...]) -> BackboneSpec:
     """Returns the backbone of the options, with one output a class. Raises ModelError if its arguments are invalid."""
+    args = parse_args(options.args)
+    if rates := {key: value for key, value in args.items() if "drop" in key and value}:
+        raise ModelError(f"model.args = {written(rates)!r}: no pass drops anything, in training either; accepted: 0")
     try:
-        return BackboneSpec(name=options.name, args=parse_args(options.args), num_classes=len(classes))
+        return BackboneSpec(name=options.name, args=args, num_classes=len(classes))
     except ValidationError as error:
         raise ModelError(f"model.args = {options.args!r:.200}: {_said(error)}") from None
 
 
 def _said(error: ValidationError) -> str:
     return error.errors()[0]["msg"].removeprefix("Value error, ")
-
-
-def parse_args(text: str) -> dict[str, Argument]:
-    """Returns constructor arguments of ``"img_size=8,class_token=False,depths=2/2"``; ``2/2`` is the tuple (2, 2).
-
-    Raises:
-        ModelError: if a part is not key=value.
-    """
-    arguments: dict[str, Argument] = {}
-    for part in filter(None, (part.strip() for part in text.split(","))):
-        key, equals, value = part.partition("=")
-        if not equals:
-            raise ModelError(f"model.args = {text!r}: {part!r} must have the form key=value (a tuple: depths=2/2)")
-        arguments[key.strip()] = _argument(value.strip())
-    return arguments
-
-
-def _argument(value: str) -> Argument:
-    numbers = tuple(_literal(part) for part in value.split("/") if part.strip())
-    if "/" in value and numbers and all(type(number) in (int, float) for number in numbers):
-        return numbers  # type: ignore[return-value]
-    return _literal(value)
-
-
-def _literal(text: str) -> Scalar:
-    try:
-        parsed = json.loads({"True": "true", "False": "false"}.get(text, text))
-    except (ValueError, RecursionError):  # of thousands of digits or brackets too
-        return text
-    return parsed if isinstance(parsed, bool | int | float) else text
 
 
 def build(spec: BackboneSpec, pretrained: bool = False, seed: int | None = None) -> nn.Module:
@@ -115,10 +92,10 @@ def build(spec: BackboneSpec, pretrained: bool = False, seed: int | None = None)
         seed: of the initial weights; None: uses torch's global generator.
 
     Raises:
-        ModelError: if timm has no such model, its arguments are invalid, it is of another family, it is too large (then
-            nothing is built), or the hub has no weights.
+        ModelError: if timm has no such model, its arguments are invalid, it is of another family or does not classify
+            images, it is too large (then nothing is built), or the hub has no weights.
     """
-    _require_bounded(spec.model_dump_json())
+    _require_usable(spec.model_dump_json())
     with _INITIALISING, torch.random.fork_rng(devices=[], enabled=seed is not None):
         if seed is not None:
             torch.manual_seed(seed)
@@ -134,16 +111,49 @@ def outline(spec: BackboneSpec, tensors: int = 2**14) -> nn.Module:
     Raises:
         ModelError: as `build` does.
     """
-    with torch.device("meta"), _at_most(tensors):
+    with torch.device("meta"), _at_most(tensors), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Initializing zero-element tensors")  # refused by `build`, in one line
         model = _create(spec)
     if (elements := sum(buffer.numel() for buffer in model.buffers())) > LARGEST_BUFFER:
         raise ModelError(f"{spec.name} with {spec.args} needs {elements:.2g} elements for its masks")
     return model
 
 
+def input_shape(model: Any) -> tuple[int, int, int]:
+    """Returns channels, height and width of the images that `model` takes."""
+    size = model.patch_embed.img_size or model.pretrained_cfg["input_size"][1:]
+    channels = next(module for module in model.modules() if isinstance(module, nn.Conv2d)).in_channels
+    return channels, int(size[0]), int(size[1])
+
+
 @lru_cache(maxsize=64)
-def _require_bounded(spec: str) -> None:
-    outline(BackboneSpec.from_json(spec))
+def _require_usable(spec_as_json: str) -> None:
+    spec = BackboneSpec.from_json(spec_as_json)
+    try:
+        model = outline(spec)
+    except ModelError:
+        check_arguments(spec.args, spec.name, type(outline(spec.model_copy(update={"args": {}}))))  # says more
+        raise
+    check_arguments(spec.args, spec.name, type(model))
+    _require_logits(spec, model)
+
+
+@torch.no_grad()
+def _require_logits(spec: BackboneSpec, model: nn.Module) -> None:
+    """Raises ModelError unless an image becomes one number a class (a feature vector, without classes)."""
+    option, shape = f"model.args = {written(spec.args)!r:.200}: {spec.name}", input_shape(model)
+    if shape[0] not in (1, 3):
+        raise ModelError(f"{option} takes images of in_chans={shape[0]} channels; accepted: 1 (grey) or 3 (colour)")
+    if empty := [name for name, parameter in model.named_parameters() if not parameter.numel()]:
+        raise ModelError(f"{option} has nothing in its {empty[0]}; accepted: sizes that leave no layer empty")
+    try:
+        logits = model(torch.zeros(1, *shape, device="meta"))
+    except Exception as error:  # of any layer
+        raise ModelError(f"{option} cannot take an image of {shape} ({message_of(error)})") from None
+    want = (1, spec.num_classes or model.num_features)
+    if not isinstance(logits, Tensor) or logits.shape != want:
+        given = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise ModelError(f"{option} makes {given} of one image; accepted: what makes {want}, one row of classes")
 
 
 def _create(spec: BackboneSpec, pretrained: bool = False) -> nn.Module:
@@ -163,11 +173,18 @@ def _create(spec: BackboneSpec, pretrained: bool = False) -> nn.Module:
                 f"model.weights = 'hub': no weights for {spec.name} available ({message_of(error)})"
             ) from None
         raise ModelError(
-            f"model.args = {spec.args}: timm cannot build {spec.name} with them ({message_of(error)})"
+            f"model.args = {written(spec.args)!r:.200}: timm cannot build {spec.name} with them ({_reason(error)})"
         ) from None
     if not isinstance(model, FAMILIES):
         raise ModelError(f"model.name = {spec.name!r}: is a {type(model).__name__}; accepted: {ACCEPTED}")
     return model.eval()
+
+
+def _reason(error: Exception) -> str:
+    """Returns the error's message; of an assertion without one, what it asserts."""
+    if str(error):
+        return message_of(error)
+    return str(traceback.extract_tb(error.__traceback__)[-1].line)
 
 
 @contextmanager

@@ -30,6 +30,7 @@ from tapfl.errors import ModelError, PlanError, message_of
 from tapfl.models.backbone import BackboneSpec, build, spec_of
 from tapfl.models.forward import head_names, image_features, transform_of
 from tapfl.models.prunable import prunable_layers
+from tapfl.models.units import PrunableLayer
 from tapfl.progress import stage
 from tapfl.seeds import numpy_generator
 from tapfl.store import content_hash, read_tensors, write_bytes, write_tensors
@@ -119,9 +120,17 @@ def dense_backbone(
     return key, spec, cache.load(key, spec)
 
 
+def layers_of(model: nn.Module, options: ModelOptions) -> list[PrunableLayer]:
+    """Returns `prunable_layers` of the backbone that the options name, which a refusal names as well."""
+    try:
+        return prunable_layers(model)
+    except ModelError as error:
+        raise ModelError(f"model.name = {options.name!r} with model.args = {options.args!r:.200}: {error}") from None
+
+
 def _make(options: ModelOptions, spec: BackboneSpec, pool: ImageSet, seed: int) -> nn.Module:
     model = build(spec, seed=int(numpy_generator(seed, "backbone").integers(2**62)))
-    prunable_layers(model)  # refuses what cannot be pruned before training it
+    layers_of(model, options)  # refuses what cannot be pruned before training it
     fill_weights(model, options, spec, pool.classes)
     train = partial(
         train_dense,
