@@ -153,6 +153,62 @@ def test_position_embeddings_are_resampled(weights: Path) -> None:
     assert torch.equal(model.pos_embed[:, 0], read_tensors(weights)["pos_embed"][:, 0])
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_weights_of_any_precision_become_float32(dtype: torch.dtype, weights: Path, tmp_path: Path) -> None:
+    state = {name: tensor.to(dtype) for name, tensor in read_tensors(weights).items()}
+    write_tensors(tmp_path / "other.safetensors", state)
+    model = build(VIT)
+    load_weights(model, tmp_path / "other.safetensors", NAMES, None)
+    assert all(torch.equal(tensor, state[name].float()) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.bool, torch.complex64])
+def test_weights_of_another_type_are_refused(dtype: torch.dtype, weights: Path, tmp_path: Path) -> None:
+    """Quantised weights mean nothing without their scales: torch would take -3 for -3.0."""
+    state = read_tensors(weights)
+    state["blocks.1.mlp.fc1.weight"] = state["blocks.1.mlp.fc1.weight"].to(dtype)
+    write_tensors(tmp_path / "other.safetensors", state)
+    with pytest.raises(
+        ModelError, match=r"other\.safetensors': blocks\.1\.mlp\.fc1\.weight is of type .*accepted: float"
+    ):
+        load_weights(build(VIT), tmp_path / "other.safetensors", NAMES, None)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("-inf"), 1e39])
+@pytest.mark.parametrize("key", ["blocks.1.mlp.fc1.weight", "head.bias"])
+def test_weights_that_are_not_finite_are_refused(value: float, key: str, weights: Path, tmp_path: Path) -> None:
+    state = read_tensors(weights)
+    state[key] = state[key].double()
+    state[key].view(-1)[3] = value
+    write_tensors(tmp_path / "other.safetensors", state)
+    with pytest.raises(ModelError, match=rf"other\.safetensors': {key} holds values that are not finite"):
+        load_weights(build(VIT), tmp_path / "other.safetensors", NAMES, None)
+
+
+@pytest.mark.parametrize(("key", "shape"), [("pos_embed", (1, 0, 32)), ("pos_embed", ()), ("cls_token", ())])
+def test_weights_of_odd_shapes_are_refused(key: str, shape: tuple[int, ...], weights: Path, tmp_path: Path) -> None:
+    write_tensors(tmp_path / "other.safetensors", read_tensors(weights) | {key: torch.zeros(shape)})
+    with pytest.raises(ModelError, match=r"other\.safetensors': do not fit VisionTransformer"):
+        load_weights(build(VIT), tmp_path / "other.safetensors", NAMES, None)
+
+
+def test_weights_under_other_names_are_refused_with_one_of_each(weights: Path, tmp_path: Path) -> None:
+    state = {f"module.{name}": tensor for name, tensor in read_tensors(weights).items()}  # of DistributedDataParallel
+    write_tensors(tmp_path / "other.safetensors", state)
+    with pytest.raises(
+        ModelError, match=r"lack 'cls_token', and hold 'module\..*which it lacks; accepted: timm's names"
+    ):
+        load_weights(build(VIT), tmp_path / "other.safetensors", NAMES, None)
+
+
+def test_weights_of_another_format_are_refused(weights: Path, tmp_path: Path) -> None:
+    torch.save(read_tensors(weights), tmp_path / "other.pth")
+    with pytest.raises(
+        ModelError, match=r"other\.pth': .*not a whole safetensors file.*accepted: a \.safetensors file"
+    ):
+        load_weights(build(VIT), tmp_path / "other.pth", NAMES, None)
+
+
 def rows_file(folder: Path, table: object) -> Path:
     file = folder / "rows.json"
     file.write_text(json.dumps(table))
@@ -187,6 +243,29 @@ def test_a_row_that_the_head_has_not_is_refused(weights: Path, tmp_path: Path) -
 def test_a_class_without_a_row_is_refused(row: object, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"model\.head-rows = .*rows\.json.*: names no row for class 'y'"):
         read_head_rows(rows_file(tmp_path, {"x": 1, "y": row}), ("x", "y"))
+
+
+def test_two_classes_of_one_row_are_refused(tmp_path: Path) -> None:
+    """No image would ever be of the second."""
+    with pytest.raises(ModelError, match=r"row 4 is that of 'x' and of 'z'; accepted: a row of its own for each"):
+        read_head_rows(rows_file(tmp_path, {"x": 4, "y": 1, "z": 4}), ("x", "y", "z"))
+
+
+def test_a_class_that_is_there_twice_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "rows.json").write_text('{"x": 1, "y": 2, "x": 3}')
+    with pytest.raises(ModelError, match=r"is not a readable JSON file \('x' is in it twice\)"):
+        read_head_rows(tmp_path / "rows.json", ("x", "y"))
+
+
+def test_a_mapping_with_a_byte_order_mark_is_read(tmp_path: Path) -> None:
+    (tmp_path / "rows.json").write_text('{"x": 1}', encoding="utf-8-sig")
+    assert read_head_rows(tmp_path / "rows.json", ("x",)) == [1]
+
+
+def test_rows_of_a_head_without_rows_are_refused(weights: Path, tmp_path: Path) -> None:
+    write_tensors(tmp_path / "other.safetensors", read_tensors(weights) | {"head.weight": torch.tensor(1.0)})
+    with pytest.raises(ModelError, match=r"row 4 is not in head\.weight of other\.safetensors"):
+        load_weights(build(spec(num_classes=1)), tmp_path / "other.safetensors", ("x",), rows_file(tmp_path, {"x": 4}))
 
 
 def test_a_mapping_that_is_none_is_refused(tmp_path: Path) -> None:

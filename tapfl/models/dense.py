@@ -185,10 +185,13 @@ def load_weights(
     try:
         state = read_tensors(file)
     except PlanError as error:
-        raise refusal(error) from None
+        raise refusal(f"{error}; accepted: a .safetensors file, or hub") from None
     heads, own = _head_tensors(model), model.state_dict()
     if head_rows is not None:
         _take_rows(state, heads, read_head_rows(head_rows, classes), head_rows, file.name)
+    for key in own.keys() & state.keys():
+        if own[key].is_floating_point() and not state[key].is_floating_point():
+            raise refusal(f"{key} is of type {state[key].dtype}; accepted: floating point (of any precision)")
     for key in heads:
         if key in state and state[key].shape != own[key].shape:
             del state[key]
@@ -198,13 +201,16 @@ def load_weights(
                 f"model.head-rows names the rows to take, model.head=train trains a new one"
             )
     try:
-        missing, unexpected = model.load_state_dict(_resampled(state, model), strict=False)
-    except (RuntimeError, KeyError, AttributeError) as error:
+        state = _resampled(state, model)
+        missing, unexpected = model.load_state_dict(state, strict=False)
+    except Exception as error:  # timm's filters take the names and shapes of what they are given for granted
         raise refusal(f"do not fit {type(model).__name__} ({message_of(error)})") from None
     if lacking := [key for key in missing if key not in heads]:
-        raise refusal(f"do not fit the backbone: they lack {lacking[0]!r}")
+        theirs = f", and hold {unexpected[0]!r}, which it lacks" if unexpected else ""
+        raise refusal(f"do not fit the backbone: they lack {lacking[0]!r}{theirs}; accepted: timm's names")
     if unexpected:
         raise refusal(f"do not fit the backbone: they hold {unexpected[0]!r}, which the backbone lacks")
+    _require_finite(model, refusal)
 
 
 def load_hub_weights(model: nn.Module, spec: BackboneSpec, classes: tuple[str, ...], head_rows: Path | None) -> None:
@@ -220,6 +226,13 @@ def load_hub_weights(model: nn.Module, spec: BackboneSpec, classes: tuple[str, .
     if head_rows and rows:
         _take_rows(state, _head_tensors(model), rows, head_rows, f"the hub's {spec.name}")
     model.load_state_dict(state)
+    _require_finite(model, lambda why: ModelError(f"model.weights = 'hub': {spec.name}: {why}"))
+
+
+def _require_finite(model: nn.Module, refusal: Callable[[str], ModelError]) -> None:
+    for key, tensor in model.state_dict().items():
+        if not bool(tensor.isfinite().all()):
+            raise refusal(f"{key} holds values that are not finite; accepted: finite ones, in float32 as well")
 
 
 def _head_tensors(model: nn.Module) -> list[str]:
@@ -229,22 +242,40 @@ def _head_tensors(model: nn.Module) -> list[str]:
 def _take_rows(state: dict[str, Tensor], heads: list[str], rows: list[int], named_by: Path, source: str) -> None:
     """Reduces the heads in `state` to these rows. Raises ModelError if one lacks them."""
     for key in heads:
-        if key not in state or max(rows) >= len(state[key]):
+        if key not in state or not state[key].ndim or max(rows) >= len(state[key]):
             raise ModelError(f"model.head-rows = {str(named_by)!r}: row {max(rows)} is not in {key} of {source}")
         state[key] = state[key][rows]
 
 
 def read_head_rows(file: Path, classes: tuple[str, ...]) -> list[int]:
-    """Returns the row of the head for each class. Raises ModelError if the file or a class is missing."""
+    """Returns the row of the head for each class. Raises ModelError if the file, a class, or a row of its own lacks."""
+
+    def refusal(why: object) -> ModelError:
+        return ModelError(f"model.head-rows = {str(file)!r}: {why}")
+
+    def each_once(pairs: list[tuple[str, object]]) -> dict[str, object]:
+        table: dict[str, object] = {}
+        for name, row in pairs:
+            if name in table:
+                raise ValueError(f"{name!r} is in it twice")
+            table[name] = row
+        return table
+
     try:
-        table = json.loads(file.read_text(encoding="utf-8"))
+        table = json.loads(file.read_text(encoding="utf-8-sig"), object_pairs_hook=each_once)
     except (OSError, ValueError, RecursionError) as error:
-        raise ModelError(f"model.head-rows = {str(file)!r}: is not a readable JSON file ({error})") from None
+        raise refusal(f"is not a readable JSON file ({error})") from None
     if not isinstance(table, dict):
-        raise ModelError(f"model.head-rows = {str(file)!r}: must map class names to rows")
-    if lacking := [name for name in classes if type(table.get(name)) is not int or table[name] < 0]:
-        raise ModelError(f"model.head-rows = {str(file)!r}: names no row for class {lacking[0]!r}")
-    return [table[name] for name in classes]
+        raise refusal("must map class names to rows")
+    holder: dict[int, str] = {}
+    for name in classes:
+        row = table.get(name)
+        if type(row) is not int or row < 0:
+            raise refusal(f"names no row for class {name!r}; accepted: a whole number from 0")
+        if row in holder:
+            raise refusal(f"row {row} is that of {holder[row]!r} and of {name!r}; accepted: a row of its own for each")
+        holder[row] = name
+    return list(holder)
 
 
 def _resampled(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
