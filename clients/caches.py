@@ -17,7 +17,7 @@ from tapfl.adapters import rules
 from tapfl.adapters.layout import Layout, device_layout, gather, global_shapes
 from tapfl.adapters.lora import AdaptedModel
 from tapfl.config import RunConfig
-from tapfl.data.federated import DeviceSplit, labels_among, open_private, partition, split_device, stored_size
+from tapfl.data.federated import DeviceSplit, labels_among, open_private, partition, split_device
 from tapfl.data.sources import ImageSet, load_images
 from tapfl.memo import Memo
 from tapfl.models.backbone import BackboneSpec, build
@@ -55,7 +55,7 @@ def images_of(config: RunConfig, devices: int, partition_id: int, source: str) -
     """Returns the images that a device's split refers to, and the split; `source` is the device's own, or empty."""
     if not source:
         return private_images(config), splits(config, devices)[partition_id]
-    images = load_images(source, stored_size(config.data, input_transform(config.model)), cache_folder(config.cache))
+    images = load_images(source, input_transform(config.model), cache_folder(config.cache))
     return images, split_device(np.arange(len(images)), images.labels, config.data, config.seed, partition_id)
 
 

@@ -1,13 +1,16 @@
-"""Checks the options of a run against its data, weights and backbone. Writes nothing."""
+"""Checks the options of a run against its data, weights and backbone, and logs which images there are."""
 
 from __future__ import annotations
 
+import logging
+
 import numpy as np
+from flwr.common.logger import log
 
 from strategies.loggers import require_loggers
 from tapfl.adapters.rules import rule_of
 from tapfl.config import RunConfig
-from tapfl.data.federated import check_classes, open_pool, open_private, partition
+from tapfl.data.federated import check_classes, found, open_pool, open_private, partition
 from tapfl.data.sources import ImageSet
 from tapfl.errors import ConfigError, DataError
 from tapfl.models.backbone import build, spec_of
@@ -26,10 +29,13 @@ from tapfl.store import cache_folder
 
 
 def check(config: RunConfig) -> None:
-    """Raises a TapflError, in one line, for whatever would otherwise fail later in the run.
+    """Logs what was found in the data sources, and checks all that would otherwise fail later in the run.
 
     Args:
         config: with absolute paths and the number of devices.
+
+    Raises:
+        TapflError: in one line.
     """
     resolved(config.pruning)
     rule_of(config.adapters)
@@ -40,6 +46,8 @@ def check(config: RunConfig) -> None:
     transform = input_transform(config.model)
     public = open_pool(config.data, transform, config.seed, cache)
     private = open_private(config.data, transform, config.seed, cache)
+    for line in found(config.data, public, private):
+        log(logging.INFO, "%s", line)
     check_classes(config.data, public, private)
     transform(public.images[:1])
     partition(private.labels, config.data, config.devices.count, config.seed)

@@ -53,7 +53,7 @@ def prune(config: RunConfig, budget: Budget | float | str, out: Path) -> Pruning
     require_new(out)
     budget, options = Budget.parse(budget), resolved(config.pruning)
     cache, transform = cache_folder(config.cache), input_transform(config.model)
-    images = load_images(config.data.source, config.data.image_size or max(transform.size), cache)
+    images = load_images(config.data.source, transform, cache)
     for name, size in (("metric.size", config.metric.size), ("pruning.recovery-size", options.recovery_size)):
         if size > len(images):
             raise DataError(f"{name} = {size}: {config.data.source!r} has {len(images)} images")
@@ -85,7 +85,7 @@ def reapply(source: Path, options: ModelOptions, names_backbone: bool, out: Path
     plan = read_plan(pruned_folder(source))
     classes = tuple(map(str, range(plan.backbone.num_classes)))
     given = spec_of(options, classes)
-    if names_backbone and given != plan.backbone:
+    if names_backbone and (given.name, given.args) != (plan.backbone.name, plan.backbone.args):
         raise ConfigError(
             f"model.name = {given.name!r} with {given.args}: the plan is for {plan.backbone.name} "
             f"with {plan.backbone.args}; leave model.name and model.args out"

@@ -12,7 +12,20 @@ from urllib.parse import parse_qs, urlsplit
 
 from pydantic import Field, model_validator
 
-from tapfl.options import Count, Counts, Scalar, Section, Share, Shares, TermWeights, flatten, nested, one_of, validated
+from tapfl.options import (
+    Count,
+    Counts,
+    Levels,
+    Scalar,
+    Section,
+    Share,
+    Shares,
+    TermWeights,
+    flatten,
+    nested,
+    one_of,
+    validated,
+)
 
 INPUT_OPTIONS = ("data.source", "data.public", "model.weights", "model.head-rows", "devices.profiles")
 PATH_OPTIONS = ("out", "cache", *INPUT_OPTIONS)
@@ -34,9 +47,6 @@ class DataOptions(Section):
     test_share: float = Field(0.3, gt=0, lt=1, description="share of a device's images used for testing")
     evaluate: Literal["test", "validation"] = Field(
         "test", description="`validation`: evaluate on a `test-share` of the training images, not on the test images"
-    )
-    image_size: int = Field(
-        0, ge=0, le=2**16, description="side in pixels to which images are resized; 0: the backbone's input size"
     )
     partition: Literal["pathological", "class-blocks", "dirichlet", "iid", "shard"] = Field(
         "pathological", description="partitioner of the private images; `class-blocks`: disjoint sets of classes"
@@ -77,6 +87,15 @@ class ModelOptions(Section):
         "train", description="classifier: trained on the public pool, taken from rows of the head in `weights`, or both"
     )
     head_rows: str = Field("", description="JSON file, class name -> row of the head in `weights`, for `rows`")
+    mean: Levels = Field((), description="mean of each channel in the training of `weights`, or one; empty: timm's")
+    std: Levels = Field((), description="standard deviation of each channel, or one; empty: timm's")
+    crop_pct: float = Field(0.0, ge=0, le=1, description="share of the scaled image's side that is used; 0: timm's")
+    crop_mode: Literal["auto", "center", "squash", "border"] = Field(
+        "auto", description="scales the shorter side, both, or the longer side; auto: timm's"
+    )
+    interpolation: Literal["auto", "bicubic", "bilinear", "lanczos", "nearest"] = Field(
+        "auto", description="how images are resized; auto: timm's"
+    )
     epochs: Count = Field(60, description="epochs on the public pool (with `weights`, of the head alone)")
     learning_rate: float = Field(3e-3, gt=0, description="learning rate on the public pool (AdamW, one cycle)")
 

@@ -142,9 +142,8 @@ def caption_of(rows: pd.DataFrame, comparison: Comparison, origin: Origin, resul
     cells = list(comparison.cells())
     config = cells[0].config
     height, width = input_transform(config.model).size
-    kept = config.data.image_size or max(height, width)
     about = [
-        f"backbone {config.model.name} at {height}×{width} px (images kept at {kept} px)",
+        f"backbone {config.model.name} at {height}×{width} px",
         *inputs_in_words(origin, comparison),
         f"{config.devices.count} devices, metric set of {config.metric.size} images",
         "mean ± standard deviation over devices and seeds (how many)",

@@ -22,14 +22,12 @@ MIN_TRAIN, MIN_TEST, MIN_PUBLIC_PER_CLASS = 8, 2, 2
 def open_pool(options: DataOptions, transform: Transform, seed: int, cache: Path) -> ImageSet:
     """Returns the public pool: all of `public`, or otherwise the public share of `source`.
 
-    Images are stored at `image-size`, or otherwise at the input size of `transform`.
-
     Raises:
         DataError: if the source is missing, or a class has too few images to be divided.
     """
     if options.public:
-        return load_images(options.public, stored_size(options, transform), cache)
-    source = load_images(options.source, stored_size(options, transform), cache)
+        return load_images(options.public, transform, cache)
+    source = load_images(options.source, transform, cache)
     return source.subset(split_public(source.labels, options.public_share, seed)[0])
 
 
@@ -39,7 +37,7 @@ def open_private(options: DataOptions, transform: Transform, seed: int, cache: P
     Raises:
         DataError: as `open_pool`.
     """
-    source = load_images(options.source, stored_size(options, transform), cache)
+    source = load_images(options.source, transform, cache)
     if options.public:
         return source
     return source.subset(split_public(source.labels, options.public_share, seed)[1])
@@ -72,9 +70,14 @@ def check_classes(options: DataOptions, public: ImageSet, private: ImageSet) -> 
         raise DataError(f"data.public = {options.public!r} has no image of {names}")
 
 
-def stored_size(options: DataOptions, transform: Transform) -> int:
-    """Returns the side in pixels at which images are stored."""
-    return options.image_size or max(transform.size)
+def found(options: DataOptions, public: ImageSet, private: ImageSet) -> list[str]:
+    """Returns a line for each source: what was found there, and what was left out."""
+    if options.public:
+        return [
+            f"data.source = {options.source!r}: {private.described()}",
+            f"data.public = {options.public!r}: {public.described()}",
+        ]
+    return [f"data.source = {options.source!r}: {len(public)} public and {private.described('private')}"]
 
 
 @dataclass(frozen=True)

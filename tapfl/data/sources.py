@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import unicodedata
+import warnings
 import zipfile
 import zlib
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
-from tapfl.errors import DataError
+from tapfl.data.folders import list_images, listed
+from tapfl.data.transform import Transform, scaled_to_bytes
+from tapfl.errors import DataError, message_of
 from tapfl.progress import track
-from tapfl.store import cache_folder
+from tapfl.store import cache_folder, content_hash, whole_file
 
-IMAGE_ENDINGS = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
 ACCEPTED = "accepted: digits, a .npz file, an image folder, or hf:NAME"
+MOST_CLASSES = 2**16  # of which no model has more
 
 
 @dataclass(frozen=True)
@@ -27,51 +34,82 @@ class ImageSet:
     Attributes:
         images: uint8 (n, height, width, channels), channels 1 or 3.
         labels: int64 (n,), positions in `classes`.
-        classes: names, in the order of the labels.
+        classes: names, in the order of the labels, in Unicode's NFC.
+        fingerprint: names the content of the whole source: a hash of an .npz file, of a folder's names, sizes and
+            times; `subset` keeps it.
+        left_out: reason -> number of files of the source that are not among the images.
     """
 
     images: np.ndarray
     labels: np.ndarray
     classes: tuple[str, ...]
+    fingerprint: str = ""
+    left_out: Mapping[str, int] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def subset(self, indices: np.ndarray) -> ImageSet:
         """Returns the images at `indices`, in that order."""
-        return ImageSet(self.images[indices], self.labels[indices], self.classes)
+        return replace(self, images=self.images[indices], labels=self.labels[indices])
+
+    def described(self, kind: str = "") -> str:
+        """Returns in a line how many images of how many classes there are, of which size, and what was left out.
+
+        Args:
+            kind: a word for these images, such as `private`.
+        """
+        height, width, channels = self.images.shape[1:]
+        colours = "grey" if channels == 1 else "RGB"
+        images = f"{len(self)} {kind} images" if kind else f"{len(self)} images"
+        line = f"{images} of {len(self.classes)} classes, used at {height} × {width} px, {colours}"
+        return f"{line}; left out: {listed(self.left_out)}" if self.left_out else line
 
 
-def load_images(source: str, size: int = 224, cache: Path | None = None) -> ImageSet:
+def load_images(source: str, transform: Transform | None = None, cache: Path | None = None) -> ImageSet:
     """Returns all images of a source.
 
     Args:
         source: `digits`, the path of an .npz file (`images`, `labels`, optionally `classes`), the path of a folder
             with one folder of images a class (both parts of the Tiny-ImageNet release too), or ``hf:NAME[:SPLIT]``.
-        size: pixels a side to which decoded images are scaled and centre-cropped (folders and Hugging Face).
-        cache: folder for decoded image folders, which every process memory-maps; by default tapfl's own.
+        transform: of the backbone, which resizes and crops every image to what it takes. None: images stay as they
+            are, which digits and .npz files allow.
+        cache: folder for images in the transform's size, which every process memory-maps; by default tapfl's own.
 
     Raises:
-        DataError: if the source is missing or of another kind, or a class has a name that cannot be printed.
+        DataError: if the source is missing or of another kind, an image cannot be decoded, or a class has a name that
+            cannot be printed.
     """
-    images = _load(source, size, cache)
-    for name in images.classes:
+    kept = (cache or cache_folder()) / "images"
+    if source == "digits":
+        images = _array(_digits(), transform, kept)
+    elif source.startswith("hf:"):
+        images = _hugging_face(source.removeprefix("hf:"), _needed(transform, source), kept)
+    elif (path := Path(source).expanduser()).is_dir():
+        images = _folder(path, _needed(transform, source), kept)
+    elif path.suffix == ".npz":
+        images = _array(_npz(path), transform, kept)
+    else:
+        raise DataError(f"data source {source!r}: there is no such file or folder; {ACCEPTED}")
+    return _with_plain_names(images, source)
+
+
+def _needed(transform: Transform | None, source: str) -> Transform:
+    if transform is None:
+        raise DataError(f"data source {source!r}: its images may differ in size: needs the transform of a backbone")
+    return transform
+
+
+def _with_plain_names(images: ImageSet, source: str) -> ImageSet:
+    """Returns the images with class names in NFC. Raises DataError if one cannot be shown, or stands there twice."""
+    names = tuple(unicodedata.normalize("NFC", name) for name in images.classes)
+    for name in names:
         if any(unicodedata.category(letter) in ("Cc", "Cs") for letter in name):  # control characters, lone surrogates
             raise DataError(f"data source {source!r}: class {name!r:.80} has characters that cannot be shown")
-    return images
-
-
-def _load(source: str, size: int, cache: Path | None) -> ImageSet:
-    if source == "digits":
-        return _digits()
-    if source.startswith("hf:"):
-        return _hugging_face(source.removeprefix("hf:"), size)
-    path = Path(source).expanduser()
-    if path.is_dir():
-        return _folder(path, size, cache or cache_folder())
-    if path.suffix == ".npz":
-        return _npz(path)
-    raise DataError(f"data source {source!r}: there is no such file or folder; {ACCEPTED}")
+    if len(set(names)) < len(names):
+        twice = next(name for index, name in enumerate(names) if name in names[:index])
+        raise DataError(f"data source {source!r}: two classes have the name {twice!r:.80}")
+    return replace(images, classes=names)
 
 
 def _digits() -> ImageSet:
@@ -79,111 +117,143 @@ def _digits() -> ImageSet:
 
     digits = load_digits()
     images = np.round(digits.images * (255 / 16)).astype(np.uint8)[..., None]
-    return ImageSet(images, digits.target.astype(np.int64), tuple(str(name) for name in digits.target_names))
+    return ImageSet(images, digits.target.astype(np.int64), tuple(map(str, digits.target_names)), "digits")
+
+
+# ---------------------------------------------------------------- an .npz file
 
 
 def _npz(path: Path) -> ImageSet:
+    def refusal(why: object) -> DataError:
+        return DataError(f"data source {str(path)!r}: {why}")
+
     try:
+        with path.open("rb") as file:
+            fingerprint = hashlib.file_digest(file, "sha256").hexdigest()[:16]
         with np.load(path, allow_pickle=False) as arrays:
             images, labels = np.asarray(arrays["images"]), np.asarray(arrays["labels"])
-            names = [str(name) for name in arrays["classes"]] if "classes" in arrays else None
+            names = np.asarray(arrays["classes"]) if "classes" in arrays else None
     except (OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise DataError(f"data source {str(path)!r}: cannot be read ({error})") from None
-    except (KeyError, ValueError, TypeError) as error:
-        raise DataError(f"data source {str(path)!r}: needs plain arrays `images` and `labels` ({error})") from None
+        raise refusal(f"cannot be read ({error})") from None
+    except Exception as error:  # a damaged header, or one that claims more than there is memory
+        raise refusal(f"needs plain arrays `images` and `labels` ({message_of(error)})") from None
     if images.ndim == 3:
         images = images[..., None]
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] not in (1, 3):
-        raise DataError(
-            f"data source {str(path)!r}: `images` must be uint8 (n, height, width[, 1 or 3]), "
-            f"got {images.dtype} {images.shape}"
-        )
+    if images.dtype.kind == "u" and images.dtype.itemsize == 2:
+        images = scaled_to_bytes(images)
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] not in (1, 3) or 0 in images.shape[1:]:
+        accepted = "uint8 or uint16 (n, height, width[, 1 or 3])"
+        raise refusal(f"`images` must be {accepted}, got {images.dtype} {images.shape}")
     if len(images) == 0:
-        raise DataError(f"data source {str(path)!r}: holds no images")
+        raise refusal("holds no images")
     if labels.shape != (len(images),) or not np.issubdtype(labels.dtype, np.integer):
-        raise DataError(
-            f"data source {str(path)!r}: `labels` must be {len(images)} integers, got {labels.dtype} {labels.shape}"
-        )
+        raise refusal(f"`labels` must be {len(images)} integers, got {labels.dtype} {labels.shape}")
     if labels.min() < 0:
-        raise DataError(f"data source {str(path)!r}: `labels` must not be negative, got {labels.min()}")
-    if names is not None and labels.max() >= len(names):
-        raise DataError(
-            f"data source {str(path)!r}: `labels` must lie in 0..{len(names) - 1} as `classes` has {len(names)} names, "
-            f"got {labels.max()}"
-        )
-    classes = tuple(names or map(str, range(int(labels.max()) + 1)))
-    return ImageSet(images, labels.astype(np.int64), classes)
-
-
-def _folder(path: Path, size: int, cache: Path) -> ImageSet:
-    held = _annotated(path) or {child.name: _image_files(child) for child in sorted(path.iterdir()) if child.is_dir()}
-    classes = [name for name, files in held.items() if files]  # a folder without images is no class
-    listing = [(index, file) for index, name in enumerate(classes) for file in held[name]]
-    if not listing:
-        raise DataError(f"data source {str(path)!r}: holds no images; one folder of images a class is expected")
-    digest = hashlib.sha256(f"{path.resolve()} {size}".encode(errors="surrogateescape"))
-    for _, file in listing:
-        status = file.stat()
-        digest.update(f"{file} {status.st_size} {status.st_mtime_ns}".encode(errors="surrogateescape"))
-    kept = cache / "images" / f"{digest.hexdigest()[:16]}.npy"
-    if not kept.exists():
-        images = np.stack([_decode(file, size) for _, file in track(listing, "reading images")])
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        temporary = kept.with_suffix(f".{np.random.SeedSequence().entropy}.tmp.npy")
-        np.save(temporary, images)
-        temporary.replace(kept)
-    labels = np.array([index for index, _ in listing], dtype=np.int64)
-    return ImageSet(np.load(kept, mmap_mode="r"), labels, tuple(classes))
-
-
-def _annotated(path: Path) -> dict[str, list[Path]]:
-    """Returns the files by class of Tiny-ImageNet's validation part, where one folder holds all classes."""
-    table = path / "val_annotations.txt"
-    held: dict[str, list[Path]] = {}
-    if table.is_file():
-        for number, line in enumerate(table.read_text(encoding="utf-8").splitlines(), start=1):
-            name, tab, rest = line.partition("\t")
-            if not tab or not (path / "images" / name).is_file():
-                raise DataError(f"{str(table)!r}: line {number} names no image and class: {line[:80]!r}")
-            held.setdefault(rest.split("\t")[0], []).append(path / "images" / name)
-    return dict(sorted(held.items()))
-
-
-def _image_files(folder: Path) -> list[Path]:
-    return sorted(file for file in folder.rglob("*") if file.suffix.lower() in IMAGE_ENDINGS)
-
-
-def _decode(file: Path, size: int) -> np.ndarray:
-    try:
-        with Image.open(file) as image:
-            return _fit(image, size)
-    except (OSError, UnidentifiedImageError) as error:
-        raise DataError(f"image {str(file)!r}: cannot be decoded ({error})") from None
-
-
-def _fit(image: Image.Image, size: int) -> np.ndarray:
-    """Shorter side scaled to `size`, centre cropped, three channels."""
-    rgb = image.convert("RGB")
-    scale = size / min(rgb.size)
-    rgb = rgb.resize(
-        (max(size, round(rgb.width * scale)), max(size, round(rgb.height * scale))), Image.Resampling.BICUBIC
+        raise refusal(f"`labels` must not be negative, got {labels.min()}")
+    if names is not None and (names.ndim != 1 or names.dtype.kind not in "US"):
+        raise refusal(f"`classes` must be a list of names, got {names.dtype} {names.shape}")
+    most = MOST_CLASSES if names is None else len(names)
+    if labels.max() >= most:
+        why = f"no model has more than {most} classes" if names is None else f"`classes` has {most} names"
+        raise refusal(f"`labels` must lie in 0..{most - 1} as {why}, got {labels.max()}")
+    classes = (
+        range(int(labels.max()) + 1) if names is None else np.char.decode(names) if names.dtype.kind == "S" else names
     )
-    left, top = (rgb.width - size) // 2, (rgb.height - size) // 2
-    return np.asarray(rgb.crop((left, top, left + size, top + size)))
+    return ImageSet(images, labels.astype(np.int64), tuple(map(str, classes)), fingerprint)
 
 
-def _hugging_face(name: str, size: int) -> ImageSet:
+def _array(source: ImageSet, transform: Transform | None, kept: Path) -> ImageSet:
+    """Returns the images of an array as `transform` fits them."""
+    if transform is None or transform.keeps(source.images):
+        return source
+
+    def pictures() -> Iterable[np.ndarray]:
+        for image in track(source.images, "resizing images"):
+            yield transform.fit(Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image))
+
+    return replace(source, images=_fitted(kept, source.fingerprint, transform, len(source), pictures))
+
+
+# ---------------------------------------------------------------- folders and Hugging Face
+
+
+def _folder(path: Path, transform: Transform, kept: Path) -> ImageSet:
+    listing = list_images(path)
+    files = [file for each in listing.files.values() for file in each]
+
+    def pictures() -> Iterable[np.ndarray]:
+        for file in track(files, "reading images"):
+            yield _decoded(f"image {str(file)!r}", partial(Image.open, file), transform)
+
+    images = _fitted(kept, os.fsencode(path.resolve()) + listing.fingerprint.encode(), transform, len(files), pictures)
+    labels = np.repeat(np.arange(len(listing.files)), [len(each) for each in listing.files.values()])
+    return ImageSet(images, labels, tuple(listing.files), listing.fingerprint, listing.left_out)
+
+
+def _hugging_face(name: str, transform: Transform, kept: Path) -> ImageSet:
     from datasets import ClassLabel, load_dataset  # heavy, and only this source needs it
+    from datasets import Image as ImageColumn
 
     name, _, split = name.partition(":")
+
+    def refusal(why: object) -> DataError:
+        return DataError(f"data source 'hf:{name}': {why}")
+
     try:
         table = load_dataset(name, split=split or "train")
     except Exception as error:
-        raise DataError(f"data source 'hf:{name}': cannot be loaded ({type(error).__name__}: {error})") from None
-    image_columns = [key for key, feature in table.features.items() if type(feature).__name__ == "Image"]
-    label_columns = [key for key, feature in table.features.items() if isinstance(feature, ClassLabel)]
-    if not image_columns or not label_columns:
-        raise DataError(f"data source 'hf:{name}': needs an image and a class-label column, has {list(table.features)}")
-    images = np.stack([_fit(image, size) for image in track(table[image_columns[0]], "reading images")])
-    labels = np.array(table[label_columns[0]], dtype=np.int64)
-    return ImageSet(images, labels, tuple(table.features[label_columns[0]].names))
+        raise refusal(f"cannot be loaded ({message_of(error)})") from None
+    columns = [
+        [key for key, of in table.features.items() if isinstance(of, kind)] for kind in (ImageColumn, ClassLabel)
+    ]
+    if not all(columns):
+        raise refusal(f"needs an image and a class-label column, has {list(table.features)}")
+    (image, *_), (label, *_) = columns
+    labels = np.array([-1 if value is None else value for value in table[label]], dtype=np.int64)
+    if (labels < 0).any():
+        unlabelled = f"{(labels < 0).sum()} of {len(labels)} images have no label"
+        raise refusal(f"{unlabelled}; give a split with labels, hf:NAME:SPLIT")
+
+    def picture(row: int) -> Image.Image:
+        made: Image.Image = table[row][image]
+        return made
+
+    def pictures() -> Iterable[np.ndarray]:
+        for row in track(range(len(table)), "reading images"):
+            yield _decoded(f"data source 'hf:{name}': image {row}", partial(picture, row), transform)
+
+    fingerprint = table._fingerprint  # of the library's own cache; the same for the same files
+    images = _fitted(kept, fingerprint, transform, len(table), pictures)
+    return ImageSet(images, labels, tuple(table.features[label].names), fingerprint)
+
+
+def _decoded(what: str, open_picture: Callable[[], Image.Image], transform: Transform) -> np.ndarray:
+    """Returns a picture as it is stored. Raises DataError, naming it, whatever its decoder raises."""
+    try:
+        # ignored: warnings of odd metadata, and of pictures of over 89 million pixels
+        with warnings.catch_warnings(action="ignore"), open_picture() as picture:
+            return transform.fit(picture)
+    except DataError as error:
+        raise DataError(f"{what}: {error}") from None
+    except Exception as error:  # decoders raise SyntaxError, struct.error, DecompressionBombError and more
+        raise DataError(f"{what}: cannot be decoded ({message_of(error)})") from None
+
+
+def _fitted(
+    kept: Path, content: bytes | str, transform: Transform, count: int, pictures: Callable[[], Iterable[np.ndarray]]
+) -> np.ndarray:
+    """Returns images as the transform fits them, memory-mapped; they are made once, one at a time.
+
+    Args:
+        content: names the pictures; with the transform's geometry it is the key of the file.
+    """
+    file = kept / f"{content_hash(content, transform.geometry)}.npy"
+    if not file.exists():
+        shape = (count, *transform.size, transform.channels)
+        header: dict[str, Any] = {"descr": "|u1", "fortran_order": False, "shape": shape}
+        with whole_file(file) as temporary, temporary.open("wb") as out:
+            np.lib.format.write_array_header_1_0(out, header)
+            for picture in pictures():
+                out.write(picture.tobytes())
+    images: np.ndarray = np.load(file, mmap_mode="r")
+    return images

@@ -1,43 +1,138 @@
-"""From stored images to the input of a backbone."""
+"""From pictures to the input of a backbone, as timm's evaluation transform has it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
+from PIL import Image, ImageOps
 from torch import Tensor
-from torch.nn import functional as F
 
 from tapfl.errors import DataError
+
+WIDEST = 16  # times as long as wide: of a longer picture only the middle is scaled, which else may take gigabytes
+SIXTEEN_BITS = ("I;16", "I;16L", "I;16B", "I;16N")  # Pillow's modes
+SIXTEEN_BIT_FORMATS = ("PNG", "PPM")  # files in which Pillow's 32-bit mode `I` holds values of 16 bits
 
 
 @dataclass(frozen=True)
 class Transform:
-    """uint8 (n, height, width, channels) -> float32 (n, `channels`, `size`, `size`), normalised. No randomness."""
+    """Pictures -> float32 (n, `channels`, `size`, `size`), in two steps without randomness.
+
+    `fit` resizes and crops one picture to what is stored, once; a call normalises stored images, batch by batch.
+    Together they are timm's evaluation transform (`timm.data.create_transform`), to the last bit.
+
+    Attributes:
+        size: height and width in pixels.
+        channels: 1 (grey) or 3 (RGB).
+        mean: of each channel, of values in [0, 1].
+        std: of each channel.
+        crop: timm's `crop_pct`: the picture is scaled to the size over `crop`, and its centre is taken.
+        crop_mode: timm's: `center` scales the shorter side, `squash` both, `border` the longer side.
+        interpolation: timm's name of it.
+    """
 
     size: tuple[int, int]
     channels: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    crop: float = 1.0
+    crop_mode: str = "center"
+    interpolation: str = "bicubic"
+
+    @property
+    def geometry(self) -> str:
+        """What stored images depend on, as text."""
+        fill = self.mean if self.crop_mode == "border" else ()
+        return f"{self.size} {self.channels} {self.crop} {self.crop_mode} {self.interpolation} {fill}"
+
+    def fit(self, picture: Image.Image) -> np.ndarray:
+        """Returns a picture as it is stored: upright, resized and cropped, uint8 (height, width, channels).
+
+        Raises:
+            DataError: if the range of its values is unknown.
+        """
+        image = _eight_bits(ImageOps.exif_transpose(picture), picture.format).convert("RGB")
+        if self.channels == 1:
+            image = image.convert("L")
+        if self.crop_mode == "center":
+            image = _middle(image)
+        return np.ascontiguousarray(self._resize(image).permute(1, 2, 0).numpy())
+
+    def keeps(self, images: np.ndarray) -> bool:
+        """Returns whether `fit` would change nothing in `images`, uint8 (n, height, width, channels)."""
+        scaled = tuple(int(side / self.crop) for side in self.size)
+        return images.shape[1:] == (*self.size, self.channels) and scaled == self.size
+
+    @cached_property
+    def _resize(self) -> Callable[[Image.Image], Tensor]:
+        from timm.data import create_transform  # with torchvision: a second
+
+        made: Callable[[Image.Image], Tensor] = create_transform(
+            (self.channels, *self.size),
+            is_training=False,
+            use_prefetcher=True,  # leaves bytes, (channels, height, width)
+            interpolation=self.interpolation,
+            mean=self.mean,
+            std=self.std,
+            crop_pct=self.crop,
+            crop_mode=self.crop_mode,
+        )
+        return made
 
     def __call__(self, images: np.ndarray) -> Tensor:
-        """Returns a batch as input of the backbone. Raises DataError if the channels cannot be matched."""
+        """Returns stored images as a batch of the backbone's input.
+
+        Args:
+            images: uint8 (n, height, width, channels), as `fit` returns them.
+
+        Raises:
+            DataError: if they are of another size or number of channels.
+        """
+        if images.shape[1:] != (*self.size, self.channels):
+            height, width, channels = images.shape[1:]
+            raise DataError(
+                f"images are {height} × {width} with {channels} channels, the backbone takes {self.size[0]} × "
+                f"{self.size[1]} with {self.channels}: load_images(source, transform) makes them so"
+            )
         x = torch.from_numpy(np.array(images)).permute(0, 3, 1, 2).float() / 255
-        if x.shape[1] == 1 and self.channels == 3:
-            x = x.expand(-1, 3, -1, -1)
-        if x.shape[1] != self.channels:
-            accepted = f"images of {self.channels}, or another in_chans in model.args"
-            raise DataError(f"images have {x.shape[1]} channels, the backbone takes {self.channels}: give {accepted}")
-        if x.shape[-2:] != self.size:
-            x = F.interpolate(x, self.size, mode="bicubic", antialias=True, align_corners=False).clamp_(0, 1)
         mean, std = (torch.tensor(values).view(1, -1, 1, 1) for values in (self.mean, self.std))
         return ((x - mean) / std).contiguous()
 
     def batches(self, images: np.ndarray, batch: int = 256) -> Batches:
         """Returns all images in order, `batch` at a time, each batch transformed when it is reached."""
         return Batches(self, images, batch)
+
+
+def _eight_bits(picture: Image.Image, file_format: str | None) -> Image.Image:
+    """Returns a picture of 16 bits with its whole range scaled to 8; others, which have 8 bits or fewer, unchanged.
+
+    Raises:
+        DataError: if it holds floats, or integers of 32 bits: their range is unknown.
+    """
+    if picture.mode in SIXTEEN_BITS or (picture.mode == "I" and file_format in SIXTEEN_BIT_FORMATS):
+        return Image.fromarray(scaled_to_bytes(np.asarray(picture)))
+    if picture.mode in ("I", "F"):
+        values = "floats" if picture.mode == "F" else "integers of 32 bits"
+        raise DataError(f"holds {values}, whose range is unknown; accepted: pictures of 8 or 16 bits a channel")
+    return picture
+
+
+def scaled_to_bytes(values: np.ndarray) -> np.ndarray:
+    """Returns 16-bit values as uint8: 65535 becomes 255, rounded to the nearest."""
+    return ((values.astype(np.uint32) + 128) // 257).astype(np.uint8)
+
+
+def _middle(image: Image.Image) -> Image.Image:
+    """Returns the middle of an image that is over `WIDEST` times as long as wide: the centre crop needs no more."""
+    short, long = sorted(image.size)
+    if (spare := (long - WIDEST * short) // 2) <= 0:
+        return image
+    inset = [spare if side == long else 0 for side in image.size]
+    return ImageOps.crop(image, (*inset, *inset))
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from importlib.metadata import entry_points
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import timm
 import torch
@@ -28,13 +28,33 @@ FAMILIES = VisionTransformer | SwinTransformer | PoolingVisionTransformer
 ENTRY_POINTS = "tapfl.backbones"  # of installed packages; loading one registers its models with timm
 ACCEPTED = "timm's ViT, DeiT, PiT and Swin"
 
+UNSET: tuple[object, ...] = ((), 0.0, "auto")  # values of options that leave timm's
 LARGEST_ARGUMENT = 2**16  # of a backbone's constructor: no image, width or depth is larger
 LARGEST_MODEL = 2**31  # parameters: 8.6 GB; timm's largest ViT has 1.8e9
 LARGEST_BUFFER = 2**28  # elements of Swin's masks and indices, which no file holds: 1 GB
 
 
+class Preprocessing(BaseModel):
+    """What differs from timm's data configuration of a backbone, under timm's names; None: as timm has it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    mean: tuple[Annotated[float, Field(ge=0, le=1)], ...] | None = None
+    std: tuple[Annotated[float, Field(gt=0, le=1)], ...] | None = None
+    crop_pct: float | None = Field(None, gt=0, le=1)
+    crop_mode: Literal["center", "squash", "border"] | None = None
+    interpolation: Literal["bicubic", "bilinear", "lanczos", "nearest"] | None = None
+
+    @field_validator("mean", "std")
+    @classmethod
+    def _one_a_channel(cls, values: tuple[float, ...] | None) -> tuple[float, ...] | None:
+        if values is not None and len(values) not in (1, 3):
+            raise ValueError(f"has {len(values)} values; accepted: 3, or 1 for all channels")
+        return values
+
+
 class BackboneSpec(BaseModel):
-    """A backbone: timm's name, arguments of its constructor, number of classes.
+    """A backbone: timm's name, arguments of its constructor, number of classes, and how images become its input.
 
     It may come from a message or a file, so arguments that would load weights or fill the memory are refused.
     """
@@ -44,6 +64,7 @@ class BackboneSpec(BaseModel):
     name: str
     args: dict[str, Argument] = {}
     num_classes: int = Field(ge=0, le=LARGEST_ARGUMENT)
+    preprocessing: Preprocessing = Preprocessing()
 
     @field_validator("args")
     @classmethod
@@ -74,8 +95,14 @@ def spec_of(options: ModelOptions, classes: tuple[str, ...]) -> BackboneSpec:
     args = parse_args(options.args)
     if rates := {key: value for key, value in args.items() if "drop" in key and value}:
         raise ModelError(f"model.args = {written(rates)!r}: no pass drops anything, in training either; accepted: 0")
+    given = {name: getattr(options, name) for name in Preprocessing.model_fields}
     try:
-        return BackboneSpec(name=options.name, args=args, num_classes=len(classes))
+        preprocessing = Preprocessing(**{name: value for name, value in given.items() if value not in UNSET})
+    except ValidationError as error:
+        (option, *_), value = error.errors()[0]["loc"], error.errors()[0]["input"]
+        raise ModelError(f"model.{option} = {value}: {_said(error)}") from None
+    try:
+        return BackboneSpec(name=options.name, args=args, num_classes=len(classes), preprocessing=preprocessing)
     except ValidationError as error:
         raise ModelError(f"model.args = {options.args!r:.200}: {_said(error)}") from None
 
@@ -177,6 +204,8 @@ def _create(spec: BackboneSpec, pretrained: bool = False) -> nn.Module:
         ) from None
     if not isinstance(model, FAMILIES):
         raise ModelError(f"model.name = {spec.name!r}: is a {type(model).__name__}; accepted: {ACCEPTED}")
+    changed = spec.preprocessing.model_dump(exclude_none=True)
+    model.pretrained_cfg = {**model.pretrained_cfg, **changed}  # where timm looks it up
     return model.eval()
 
 
