@@ -46,8 +46,6 @@ def check(config: RunConfig) -> None:
     transform = input_transform(config.model)
     public = open_pool(config.data, transform, config.seed, cache)
     private = open_private(config.data, transform, config.seed, cache)
-    for line in found(config.data, public, private):
-        log(logging.INFO, "%s", line)
     check_classes(config.data, public, private)
     transform(public.images[:1])
     partition(private.labels, config.data, config.devices.count, config.seed)
@@ -55,7 +53,9 @@ def check(config: RunConfig) -> None:
         if size > len(public):
             raise DataError(f"{name} = {size}: the public pool has {len(public)} images")
     _check_backbone(config, public)
-    require_loggers(config.log)  # last: it may make an empty database
+    require_loggers(config.log)  # the last check: it may make an empty database
+    for line in found(config.data, public, private):
+        log(logging.INFO, "%s", line)
 
 
 def _check_backbone(config: RunConfig, public: ImageSet) -> None:

@@ -125,7 +125,6 @@ def test_options_replace_what_timm_has_of_a_backbone_and_stay_with_it() -> None:
     [
         ({"mean": (0.1, 0.2)}, r"model\.mean = .*: has 2 values; accepted: 3, or 1"),
         ({"std": (0.0,)}, r"model\.std = 0\.0: input should be greater than 0"),
-        ({"args": f"in_chans=4,img_size=32,{SMALL}"}, r"in_chans=4: images have 1 channel \(grey\) or 3 \(RGB\)"),
     ],
 )
 def test_a_preprocessing_that_will_not_do_is_refused(values: dict, message: str) -> None:

@@ -49,7 +49,7 @@ REFUSED = {
     "devices without end": ("devices.count=1000000000000", "devices.count = 1000000000000", "at most"),
     "images too small": ("data.image-size=64", "data.image-size: is not an option", "public-share"),
     "a crop of nothing": ("model.crop-pct=-0.5", "model.crop-pct = -0.5", "greater than or equal to 0"),
-    "four channels": ("model.args=img_size=8,patch_size=2,in_chans=4", "in_chans=4: images have 1 channel", "1, 3"),
+    "four channels": ("model.args=img_size=8,patch_size=2,in_chans=4", "in_chans=4", "1 (grey) or 3 (colour)"),
     "two channels": ("model.mean=0.4,0.5", "model.mean = (0.4, 0.5)", "accepted: 3, or 1 for all channels"),
     "an odd interpolation": ("model.interpolation=cubic", "model.interpolation = 'cubic'", "bicubic"),
     "a backbone without end": ("model.args=depth=1000000000", "depth=1000000000", "beyond 65536"),

@@ -28,16 +28,10 @@ Grid = tuple[int, int]
 
 
 def transform_of(model: Any) -> Transform:
-    """Returns how images become the input of `model`: timm's evaluation transform, for the model's size and channels.
-
-    Raises:
-        ModelError: if it takes neither grey nor RGB images.
-    """
+    """Returns how images become the input of `model`: timm's evaluation transform, for the model's size and channels."""
     config = timm.data.resolve_model_data_config(model)
     size = model.patch_embed.img_size or config["input_size"][1:]
     channels = next(module for module in model.modules() if isinstance(module, nn.Conv2d)).in_channels
-    if channels not in (1, 3):
-        raise ModelError(f"model.args: in_chans={channels}: images have 1 channel (grey) or 3 (RGB); accepted: 1, 3")
     mean, std = (
         tuple(map(float, values * channels if len(values) == 1 else values[:channels]))
         for values in (config["mean"], config["std"])
