@@ -28,7 +28,7 @@ Grid = tuple[int, int]
 
 
 def transform_of(model: Any) -> Transform:
-    """Returns how images become the input of `model`: timm's evaluation transform, for the model's size and channels."""
+    """Returns how images become the input of `model`: timm's evaluation transform, for its size and channels."""
     config = timm.data.resolve_model_data_config(model)
     size = model.patch_embed.img_size or config["input_size"][1:]
     channels = next(module for module in model.modules() if isinstance(module, nn.Conv2d)).in_channels
