@@ -178,8 +178,9 @@ def test_power_ratio_knows_no_scale(vit: Tiny) -> None:
     np.testing.assert_allclose(weights, [2 / 3, 1.5, 4 / 3, 0.5])  # attention 1 : 2, FFN 3 : 1, mean 1 each
     smaller = {name: value * 1e-6 for name, value in kl.items()}
     np.testing.assert_allclose(layer_weights(vit.layers, smaller, options), weights)
-    nothing = dict.fromkeys(kl, 0.0)
-    assert layer_weights(vit.layers, nothing, options).tolist() == [1, 1, 1, 1]
+    for scale in (0.0, 1e-14):  # nothing, and the rounding of the logits
+        nothing = {name: value * scale for name, value in kl.items()}
+        assert layer_weights(vit.layers, nothing, options).tolist() == [1, 1, 1, 1]
     one_of_two = kl | {"blocks.1.mlp": 0.0}
     np.testing.assert_allclose(layer_weights(vit.layers, one_of_two, options), [2 / 3, 2, 4 / 3, 0])
 

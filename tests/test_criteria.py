@@ -240,6 +240,23 @@ def test_upop_masks_are_shared_by_heads_and_sit_before_the_activation(family: st
             torch.testing.assert_close(task.model(task.inputs), zeroed.detach())
 
 
+def test_upop_makes_nothing_of_gradients_that_agree_to_rounding(vit: Tiny) -> None:
+    generator = torch.Generator().manual_seed(0)
+    gradients = {n.name: 0.1 + 1e-9 * torch.randn(n.units_per_head, generator=generator).double() for n in vit.layers}
+    assert all(not z.any() for z in upop.standardise(vit.layers, gradients).values())
+    tiny = {n.name: 1e-30 * torch.randn(n.units_per_head, generator=generator).double() for n in vit.layers}
+    assert all(z.any() for z in upop.standardise(vit.layers, tiny).values())
+
+
+def test_scores_that_are_no_numbers_are_refused_by_layer(vit: Tiny) -> None:
+    task = task_of(vit)
+    scores = {layer.name: torch.rand(layer.units) for layer in vit.layers}
+    scores["blocks.1.mlp"][3] = torch.nan
+    for spend in (by_layer, across_layers):
+        with pytest.raises(ModelError, match=r"blocks\.1\.mlp: scores of units are not numbers"):
+            spend(task, scores)
+
+
 def test_upop_standardises_within_types_and_ranks_all_types_in_one(vit: Tiny) -> None:
     gradients = {layer.name: torch.randn(layer.units_per_head, dtype=torch.float64) for layer in vit.layers}
     z = upop.standardise(vit.layers, gradients)

@@ -16,7 +16,10 @@ from tapfl.errors import ModelError
 from tapfl.pruning.scores import (
     STRIP,
     TERM_WEIGHTS,
+    Terms,
     composite,
+    exponents,
+    five_kernels,
     neuron_importance,
     record_activations,
     refuse_not_finite,
@@ -111,6 +114,71 @@ def test_what_all_images_share_takes_no_digits_from_the_kernels() -> None:
     far = terms(near + 2048, P, 0)
     torch.testing.assert_close(far.rel, terms(near, P, 0).rel, rtol=1e-3, atol=1e-5)
     torch.testing.assert_close(far.red, terms(near, P, 0).red, rtol=1e-3, atol=1e-5)
+
+
+def naive_composite(X: np.ndarray, P: np.ndarray, heads: int, weights: tuple[float, float, float]) -> np.ndarray:
+    """The composite of `loop_terms`, float64; a term whose values agree to 1e-5 is constant."""
+
+    def scaled(values: np.ndarray) -> np.ndarray:
+        spread = values.max() - values.min()
+        return (values - values.min()) / spread if spread > 1e-5 * np.abs(values).max() else 0 * values
+
+    rel, red, act = (scaled(values) for values in loop_terms(X, P, heads))
+    return weights[0] * rel + weights[1] * (1 - red) + weights[2] * act
+
+
+@pytest.mark.parametrize("weights", [(0.8, 0.1, 0.1), (0.1, 0.1, 0.8), (1.0, 0.0, 0.0), (0.0, 1.0, 0.0)])
+@pytest.mark.parametrize("heads", [0, 2])
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 100.0])
+def test_whatever_the_scale_units_rank_as_in_float64(
+    scale: float, heads: int, weights: tuple[float, float, float]
+) -> None:
+    """Units of different sizes, on 48 tokens: at scale 100 the kernels of most are the identity."""
+    generator = np.random.default_rng(5)
+    sizes = 10 ** generator.uniform(-2.5, 0.5, 12)
+    X = (scale * sizes * generator.standard_normal((8, 48, 12))).astype(np.float32)
+    P = generator.dirichlet(np.ones(5), 8).astype(np.float32)
+    expected = naive_composite(X.astype(np.float64), P.astype(np.float64), heads, weights)
+    got = composite(terms(torch.from_numpy(X), torch.from_numpy(P), heads), weights).numpy()
+    np.testing.assert_allclose(got, expected, atol=1e-3)
+    rank, other = (np.round(values, 3).argsort(kind="stable").argsort() for values in (expected, got))
+    assert np.corrcoef(rank, other)[0, 1] > 0.99
+
+
+@pytest.mark.parametrize("scale", [1.0, 100.0, 1e4])
+def test_an_image_is_at_no_distance_from_itself(scale: float) -> None:
+    Z = scale * torch.randn(5, 20, 197, generator=torch.Generator().manual_seed(0))
+    for strip in exponents(Z, [slice(0, 16), slice(16, 20)]):
+        assert not strip.diagonal(dim1=1, dim2=2).any()
+        assert (five_kernels(strip).diagonal(dim1=1, dim2=2) == 0).all()  # K - 1
+
+
+def test_what_is_constant_but_for_rounding_has_no_say() -> None:
+    """Logits, activations, or both are the same for all images, to the digits of a float32 pass."""
+    generator = torch.Generator().manual_seed(1)
+    X, P = torch.randn(8, 6, 10, generator=generator), torch.randn(8, 4, generator=generator).softmax(-1)
+
+    def noisy(values: torch.Tensor) -> torch.Tensor:  # the first image, again and again
+        return values[:1] * (1 + 1e-6 * torch.randn(values.shape, generator=generator))
+
+    whole = terms(X, P, heads=2)
+    logits = terms(X, noisy(P), heads=2)
+    assert not logits.rel.any() and torch.equal(logits.red, whole.red) and torch.equal(logits.act, whole.act)
+    assert torch.equal(composite(logits, (1, 0, 0)), torch.zeros(10))
+    activations = terms(noisy(X), P, heads=2)
+    assert not activations.rel.any() and not activations.red.any()
+    assert torch.equal(composite(activations, (0.8, 0.2, 0)), torch.full((10,), 0.2))
+    one = X.clone()
+    one[:, :, 3] = noisy(X)[:, :, 3]  # one unit alone: no relevance, whatever the others have
+    assert terms(one, P, heads=0).rel[3] == 0 and terms(one, P, heads=0).rel[:3].all()
+
+
+def test_a_term_that_is_the_same_for_all_units_but_for_rounding_scales_to_zero() -> None:
+    same = 5 + 1e-6 * torch.arange(6.0)
+    parts = Terms(same, same, torch.arange(6.0))
+    torch.testing.assert_close(composite(parts, (0.5, 0.25, 1.0)), 0.25 + torch.arange(6.0) / 5)
+    small = Terms(1e-9 * torch.arange(6.0), torch.zeros(6), torch.zeros(6))
+    torch.testing.assert_close(composite(small, (1.0, 0.0, 0.0)), torch.arange(6.0) / 5)  # small is not constant
 
 
 def test_a_layer_that_is_constant_everywhere_scores_without_nan() -> None:

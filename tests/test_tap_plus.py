@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tapfl.config import PruningOptions
+from tapfl.pruning import sensitivity
 from tapfl.pruning.basis import carried_energy
 from tapfl.pruning.compensation import LostOutput
 from tapfl.pruning.criteria.registry import resolved
@@ -62,6 +64,30 @@ def test_of_two_units_that_say_the_same_one_goes_first_and_the_other_last() -> N
     order, errors = elimination_order(W, C, torch.eye(1, dtype=torch.float64), ridge=1e-6)
     assert set(order[[0, -1]].tolist()) == {0, 1}  # ranked by its own norm, unit 0 would be among the last to go
     assert float(errors[0]) < 1e-4
+
+
+def test_units_that_never_vary_go_at_no_cost() -> None:
+    """E[x²] − E[x]² of what is constant is rounding, of either sign; the errors are no less than 0."""
+    moments = LostOutput(6, 0)
+    for _ in range(50):
+        moments.add(torch.full((40, 6), 0.1) * torch.arange(1, 7), torch.zeros(40, 0))
+    W = torch.randn(3, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    order, errors = elimination_order(W, moments.covariance(), torch.eye(3, dtype=torch.float64))
+    assert sorted(order.tolist()) == list(range(6))
+    assert (errors.diff() >= 0).all() and errors[0] >= 0 and errors[-1] < 1e-6
+
+
+@pytest.mark.parametrize("scale", [1e-25, 1.0])
+def test_a_sure_models_rows_have_their_weights(scale: float, vit: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gradients of 1e-25 have squares that float32 does not know."""
+    gradient = torch.randn(4, 5, 32, generator=torch.Generator().manual_seed(1))
+    found = []
+    for size in (1.0, scale):
+        monkeypatch.setattr(sensitivity, "_output_gradients", lambda *_args, size=size: {"x": size * gradient})
+        layer = replace(vit.layers[0], name="x")
+        found.append(sensitivities(vit.model, [layer], vit.inputs, 4, torch.Generator())["x"].rows[0])
+    torch.testing.assert_close(found[1], found[0])
+    assert found[1].dtype == torch.float32 and found[1].std() > 0.01
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -136,7 +136,11 @@ def _turn(module: Any, found: HeadMoments) -> Tensor:
     mu = found.total / found.tokens if foldable else torch.zeros_like(found.total)
 
     B_q, B_k, logits = ordering(found.query / found.tokens, found.key / found.tokens)
-    E_T, E_inverse, outputs = ordering(found.output / found.tokens - mu[..., :, None] * mu[..., None, :], W_o.mT @ W_o)
+    second = found.output / found.tokens
+    # a head whose output hardly varies has a covariance of rounding alone, which need not be positive
+    rounding = RESOLUTION * second.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None] * torch.eye(dims).double()
+    covariance = second - mu[..., :, None] * mu[..., None, :] + rounding
+    E_T, E_inverse, outputs = ordering(covariance, W_o.mT @ W_o)
     E = E_T.mT
     qkv.weight.copy_(torch.stack([B_q.mT @ W_q, B_k.mT @ W_k, E @ W_v]).flatten(0, 2))
     proj.weight.copy_((W_o @ E_inverse).transpose(0, 1).flatten(1))

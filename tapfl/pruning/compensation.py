@@ -76,9 +76,11 @@ class LostOutput:
         return found
 
     def covariance(self) -> Tensor:
-        """Returns the covariance of the kept activations, float64 (kept, kept)."""
+        """Returns the covariance of the kept activations, float64 (kept, kept), with RESOLUTION on its diagonal."""
         mean = self.total[: self.kept] / self.rows
-        return self.product[:, : self.kept] / self.rows - mean[:, None] * mean
+        second = self.product[:, : self.kept] / self.rows
+        rounding = RESOLUTION * second.diagonal().mean() * torch.eye(self.kept, dtype=second.dtype)
+        return second - mean[:, None] * mean + rounding
 
     def regression(self, ridge: float = RIDGE, intercept: bool = True) -> tuple[Tensor, Tensor]:
         """Returns D (outputs, kept) and e (outputs) of the ridge regression r ≈ D z + e; e = 0 without intercept."""

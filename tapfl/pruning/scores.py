@@ -14,6 +14,7 @@ one matrix product. A constant added to K changes nothing, so K - 1 is computed.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -28,6 +29,7 @@ from tapfl.progress import track
 # (rel, 1 - red, act); constants of the authors' public code, which the paper follows
 TERM_WEIGHTS = {"ffn": (0.1, 0.1, 0.8), "attention": (0.8, 0.1, 0.1)}
 CHANNELS_AT_ONCE, STRIP = 128, 16
+ROUNDING = 1e-5  # relative; passes of single images in float32 differ by about a tenth of that
 
 
 @dataclass(frozen=True)
@@ -42,12 +44,16 @@ class Terms:
 def exponents(Z: Tensor, strips: Sequence[slice]) -> Iterator[Tensor]:
     """Yields -|z_i - z_j|² / 512 by strips of rows i, (C, rows, B - start), for Z (C, B, N); j from the start on.
 
+    It is exactly 0 for i = j, and may be a little more than 0 for the others.
+
     Z should be centred over its images: the distances stay as they are, and the cancellation in them is small.
     """
     half = torch.linalg.vector_norm(Z, dim=-1).square() / 512
     for rows in strips:
         sums = half[:, rows, None] + half[:, None, rows.start :]
-        yield sums.baddbmm_(Z[:, rows], Z[:, rows.start :].transpose(1, 2), beta=-1, alpha=2 / 512)
+        sums.baddbmm_(Z[:, rows], Z[:, rows.start :].transpose(1, 2), beta=-1, alpha=2 / 512)
+        sums.diagonal(dim1=1, dim2=2).zero_()  # by cancellation it would be anything up to 1e-7 |z_i|²
+        yield sums
 
 
 def five_kernels(exponents: Tensor) -> Tensor:
@@ -72,6 +78,15 @@ def five_kernels(exponents: Tensor) -> Tensor:
     return total
 
 
+def centre_images(Z: Tensor) -> Tensor:
+    """Returns Z (C, B, N), overwritten, less its mean over the B images; 0 where no more than rounding is left."""
+    mean = Z.mean(1, keepdim=True)
+    Z -= mean
+    size, limit = (torch.linalg.vector_norm(each, dim=(1, 2)) for each in (Z, mean))
+    Z[size <= ROUNDING * math.sqrt(Z.shape[1]) * limit] = 0
+    return Z
+
+
 def centre(R: Tensor) -> Tensor:
     """Returns H R H for symmetric (..., B, B)."""
     return R - R.mean(-1, keepdim=True) - R.mean(-2, keepdim=True) + R.mean((-1, -2), keepdim=True)
@@ -89,10 +104,9 @@ def terms(X: Tensor, P: Tensor, heads: int, chunk: int = CHANNELS_AT_ONCE) -> Te
     """
     B, N, C = X.shape
     groups = max(heads, 1)
-    means = X.reshape(B, N, groups, C // groups).mean(-1).permute(2, 0, 1)
-    means = means - means.mean(1, keepdim=True)
+    means = centre_images(X.reshape(B, N, groups, C // groups).mean(-1).permute(2, 0, 1))
     kernels = five_kernels(next(exponents(means, [slice(0, B)]))) / 5
-    deviation = P - P.mean(0)  # HP; its Gram matrix is H P Pᵀ H
+    deviation = centre_images(P[None].clone())[0]  # HP; its Gram matrix is H P Pᵀ H
     references = torch.cat([(deviation @ deviation.T)[None], centre(kernels)]) / 5
     # K and R are symmetric: strips of rows from the diagonal on are enough, if what lies right of a strip's square
     # counts twice
@@ -104,8 +118,7 @@ def terms(X: Tensor, P: Tensor, heads: int, chunk: int = CHANNELS_AT_ONCE) -> Te
         Z = channel_major[: part.shape[1]]
         Z.copy_(part.contiguous().T)  # contiguous first: torch is fast at the transposition of a whole matrix
         activeness.append(Z.abs().sum(1))
-        Z = Z.view(-1, B, N)
-        Z -= Z.mean(1, keepdim=True)
+        Z = centre_images(Z.view(-1, B, N))
         against = torch.zeros(1 + groups, len(Z), dtype=X.dtype)
         for weight, strip in zip(weights, exponents(Z, strips), strict=True):
             against += weight @ five_kernels(strip).reshape(len(Z), -1).T
@@ -137,7 +150,10 @@ def _strip(references: Tensor, rows: slice) -> Tensor:
 
 
 def composite(parts: Terms, weights: tuple[float, float, float]) -> Tensor:
-    """Returns s_c = w_rel rel + w_red (1 - red) + w_act act, each term scaled to [0, 1] over the channels."""
+    """Returns s_c = w_rel rel + w_red (1 - red) + w_act act, each term scaled to [0, 1] over the channels.
+
+    A term that is constant but for rounding scales to 0.
+    """
     w_rel, w_red, w_act = weights
     return w_rel * _unit_range(parts.rel) + w_red * (1 - _unit_range(parts.red)) + w_act * _unit_range(parts.act)
 
@@ -208,5 +224,7 @@ def neuron_importance(
 
 
 def _unit_range(values: Tensor) -> Tensor:
+    """Returns (values - min) / (max - min); 0 where they are the same but for rounding, which would fill the range."""
     low, high = values.min(), values.max()
-    return (values - low) / (high - low) if high > low else torch.zeros_like(values)
+    constant = high - low <= ROUNDING * torch.maximum(low.abs(), high.abs())
+    return torch.zeros_like(values) if constant else (values - low) / (high - low)

@@ -57,14 +57,16 @@ def sensitivities(
     products: dict[str, Tensor] = {}
     for images in track(inputs.split(batch), "sensitivity"):
         for name, gradient in _output_gradients(model, layers, images, generator).items():
-            g = gradient.flatten(0, -2)
+            g = gradient.flatten(0, -2).double()  # in float32 the squares of a sure model's gradients are 0
             squares[name].append(g.square().sum(1))
-            products[name] = products.get(name, 0) + g.double().T @ g.double()
+            products[name] = products.get(name, 0) + g.T @ g
     found = {}
     for name, parts in squares.items():
         count = sum(len(part) for part in parts)
-        mean = sum(float(part.double().sum()) for part in parts) / count
-        rows = tuple(TRUST * part / mean + (1 - TRUST) if mean > 0 else torch.ones_like(part) for part in parts)
+        mean = sum(float(part.sum()) for part in parts) / count
+        rows = tuple(
+            (TRUST * part / mean + (1 - TRUST) if mean > 0 else torch.ones_like(part)).float() for part in parts
+        )
         found[name] = Sensitivity(rows, products[name] / count)
     return found
 

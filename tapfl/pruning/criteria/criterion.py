@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tapfl.config import PruningOptions
-from tapfl.errors import ConfigError
+from tapfl.errors import ConfigError, ModelError
 from tapfl.models.cost import Cost
 from tapfl.models.units import PrunableLayer, Shape
 from tapfl.pruning.allocate import allocate, fit_widths, layer_weights
@@ -76,7 +76,9 @@ def by_layer(task: PruningTask, scores: Scores) -> Selection:
 
     Raises:
         ConfigError: if the importance is to be measured on a pool and the task has none.
+        ModelError: if a score is NaN, naming the layer.
     """
+    refuse_nan(scores)
     options = task.options
     steps = _candidates(task, scores, options.unit_shape)
     shapes = allocate(steps, np.ones(len(task.layers)), task.costs, options)
@@ -103,7 +105,11 @@ def across_layers(
     Args:
         per_cost: rank by score per cost in the budget's own quantity (`CostTable.price`) instead of by score.
         unit_shape: replaces the option of that name.
+
+    Raises:
+        ModelError: if a score is NaN, naming the layer.
     """
+    refuse_nan(scores)
     unit_shape = unit_shape or task.options.unit_shape
     groups: dict[str, list[PrunableLayer]] = {}
     for layer in task.layers:
@@ -155,6 +161,15 @@ class Criterion:
             return self.search(task)
         assert self.scores is not None, "a criterion has either scores or a search"
         return self.spend(task, self.scores(task))
+
+
+def refuse_nan(scores: Scores) -> None:
+    """Raises ModelError, naming the layer, if a score is NaN: it has no place in a ranking."""
+    for name, values in scores.items():
+        if values.isnan().any():
+            raise ModelError(
+                f"{name}: scores of units are not numbers; its activations or gradients may be too large for float32"
+            )
 
 
 def _layer_importance(task: PruningTask, scores: Scores, shapes: Mapping[str, Shape]) -> dict[str, float]:

@@ -47,6 +47,7 @@ STEPS = 100  # T; 100 to 300 is the short form of the method
 SELECTIONS = 20  # of them over the search, as published
 LEARNING_RATE = 1e-4  # of AdamW, the same as recovery's in our comparisons
 WEIGHT_DECAY = 0.05  # as published
+ROUNDING = 1e-6  # of the largest gradient: a smaller spread is none
 
 Masks = dict[str, Tensor]
 
@@ -76,14 +77,15 @@ def masked(
 
 
 def standardise(layers: Sequence[PrunableLayer], gradients: Mapping[str, Tensor]) -> Masks:
-    """Returns z by layer name: mean 0 and standard deviation 1 over all masks of a type."""
+    """Returns z by layer name: mean 0 and standard deviation 1 over all masks of a type, or 0 if all are alike."""
     z: Masks = {}
     for kind in {layer.kind for layer in layers}:
         names = [layer.name for layer in layers if layer.kind == kind]
         values = torch.cat([gradients[name] for name in names]).double()
-        spread = values.std()
+        mean, spread = values.mean(), values.std()
+        scale = 1 / spread if spread > ROUNDING * values.abs().max() else 0.0
         for name in names:
-            z[name] = (gradients[name].double() - values.mean()) / (spread if spread > 0 else 1)
+            z[name] = (gradients[name].double() - mean) * scale
     return z
 
 
