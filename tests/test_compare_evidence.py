@@ -23,7 +23,7 @@ from experiments.compare.run import run_comparison
 from experiments.compare.scenario import DeviceView, Scenario, classes_that_lack
 from experiments.compare.tables import difference, mean_over_devices, sections
 from experiments.figures.figure import write_figure
-from experiments.statistics import paired
+from experiments.statistics import corrected, paired
 from tapfl.models.prunable import prunable_layers
 
 AXES = """criterion = ["tap", "magnitude", "updp"]
@@ -238,11 +238,12 @@ def test_tables_keep_the_devices_apart_that_something_was_chosen_on(
     column = "50% MACs − (metric.rule=density-ratio)"
     lines = {(row["criterion"], row["metric.rule"]): row for row in shown[1].rows}
     assert lines["tap", "density-ratio"][column] == "reference"
-    of = {
-        rule: pd.DataFrame([r for r in rows if r["criterion"] == "tap" and r["metric.rule"] == rule])
-        for rule in ("oracle", "density-ratio")
-    }
-    assert lines["tap", "oracle"][column] == str(difference(of["oracle"], of["density-ratio"], "pruned_own"))
+    tap = pd.DataFrame([row for row in rows if row["criterion"] == "tap"])
+    of = dict(iter(tap.groupby("metric.rule")))
+    apart = {rule: difference(of[rule], of["density-ratio"], "pruned_own") for rule in ("oracle", "shared")}
+    tests = corrected({rule: test for rule, test in apart.items() if test}, dict.fromkeys(apart, "density-ratio"))
+    assert [lines["tap", rule][column] for rule in apart] == [str(test) for test in tests.values()]
+    assert all(", Holm " in str(test) for test in tests.values())
     assert "(2)" in shown[0].rows[0]["50% MACs"] and "(3)" in shown[1].rows[0]["50% MACs"]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from random import Random
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from experiments.output import caption, command
-from experiments.statistics import paired
+from experiments.statistics import Paired, corrected, holm, paired
 
 accuracies = st.lists(st.tuples(st.integers(0, 20), st.integers(0, 20)), min_size=2, max_size=8)
 
@@ -40,6 +41,42 @@ def test_many_devices_are_tested_by_drawn_flips_to_the_same_bits() -> None:
     first, again = (paired(values, dict.fromkeys(values, 0.0)) for _ in range(2))
     assert first == again and first.p == pytest.approx(0.6, abs=0.4)
     assert paired({i: v + 3 for i, v in values.items()}, dict.fromkeys(values, 0.0)).p < 1e-3
+
+
+@pytest.mark.parametrize(
+    ("p", "expected"),
+    [
+        ([0.01, 0.04, 0.03, 0.005], [0.03, 0.06, 0.06, 0.02]),  # 4·0.005, 3·0.01, 2·0.03, and 0.04 no less than that
+        ([0.02, 0.02, 0.02], [0.06, 0.06, 0.06]),
+        ([0.6, 0.5, 0.01], [1.0, 1.0, 0.03]),
+        ([0.2], [0.2]),
+        ([], []),
+    ],
+)
+def test_holms_correction_by_hand(p: list[float], expected: list[float]) -> None:
+    assert holm(p) == pytest.approx(expected)
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=12), st.randoms())
+def test_holms_correction_keeps_the_order_and_never_helps(p: list[float], random: Random) -> None:
+    found = holm(p)
+    assert all(a <= b <= 1 for a, b in zip(p, found, strict=True))
+    assert all(a <= min(1.0, len(p) * b) for a, b in zip(found, p, strict=True))  # no stricter than Bonferroni
+    assert all(found[i] <= found[j] for i in range(len(p)) for j in range(len(p)) if p[i] <= p[j])
+    assert min(found) == pytest.approx(min(1.0, len(p) * min(p)))
+    more = holm([*p, 0.0])[:-1]  # one more test, and a clear one
+    assert more == pytest.approx(found)
+    order = random.sample(range(len(p)), len(p))
+    assert holm([p[i] for i in order]) == [found[i] for i in order]
+
+
+def test_tests_are_corrected_over_those_with_the_same_reference() -> None:
+    tests = {"a": Paired(0.1, 0.01, 8), "b": Paired(0.2, 0.03, 8), "c": Paired(0.3, 0.03, 8)}
+    found = corrected(tests, {"a": "x", "b": "x", "c": "y"})
+    assert {key: test.holm for key, test in found.items()} == {"a": 0.02, "b": 0.03, "c": 0.03}
+    assert str(found["a"]) == "+0.100 (p = 0.010, Holm 0.020, n = 8)"
+    assert str(Paired(0.1, 0.0001, 8, 0.0002)) == "+0.100 (p < 0.001, Holm < 0.001, n = 8)"
+    assert str(tests["b"]) == "+0.200 (p = 0.030, n = 8)"
 
 
 def test_nothing_in_common_is_an_error_and_no_difference_is_none() -> None:

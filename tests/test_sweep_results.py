@@ -83,13 +83,14 @@ def test_means_over_seeds_and_a_test_over_devices(runs: list[Outcome], tmp_path:
     options = SweepOptions(reach=(1.0,), reference=REFERENCE)
     local, fedavg = means_over_seeds(runs, options)
     assert (local["personalize.method"], local["runs"], local["bytes to 1"]) == ("local", "2", "never")
-    assert local["difference"] == local["p"] == ""
+    assert local["difference"] == local["p"] == local["Holm"] == ""
+    assert fedavg["Holm"] == fedavg["p"].split()[0]  # one comparison
     personal = [np.mean([run.summary.personal_accuracy for run in runs[i : i + 2]]) for i in (0, 2)]
     assert fedavg["difference"] == f"{personal[1] - personal[0]:+.3f}" and fedavg["p"].endswith("(n = 4)")
     assert fedavg["personal"].startswith(f"{personal[1]:.3f} ± ")
     said = caption_of(runs, "tapfl sweep --config x.toml", options)
     assert "`tapfl sweep --config x.toml`; seeds 0, 1; " in said and "4 devices, rounds: 1" in said and "torch" in said
-    assert "personalize.method = local" in said and "permutation" in said
+    assert "personalize.method = local" in said and "permutation" in said and "Holm's correction" in said
     write_table([local, fedavg], said, tmp_path / "table.md")
     lines = (tmp_path / "table.md").read_text().splitlines()
     assert lines[0].count("|") == lines[1].count("|") == lines[3].count("|") and lines[-1] == f"M{said[1:]}"

@@ -13,7 +13,7 @@ import pandas as pd
 from experiments.compare.folder import Origin, inputs_in_words
 from experiments.compare.grid import Comparison, ResultOptions
 from experiments.output import as_markdown, caption
-from experiments.statistics import TEST, Paired, paired
+from experiments.statistics import CORRECTED, TEST, Paired, corrected, paired
 from tapfl.models.forward import input_transform
 from tapfl.pruning.budget import Budget
 
@@ -60,25 +60,26 @@ def table(
     """Returns one row per line and one column per budget: mean ± standard deviation (number of values).
 
     Args:
-        reference: axis -> value; adds one column per budget with the difference to the line that has these values.
+        reference: axis -> value; adds one column per budget with the difference to the line that has these values,
+            with Holm's correction over the lines of the column that are compared with the same one.
     """
     lines, reference = line_axes(comparison), reference or {}
     budgets = {str(budget): budget.title for budget in map(Budget.parse, comparison.axes["budget"])}
     to = named_reference(reference)
     to = f"({to})" if len(to) <= LONGEST else "reference"  # the caption names it
     groups = dict(iter(rows.groupby([*lines, "budget"], sort=False)))
-    shown: list[Mapping[str, str]] = []
-    for key in dict.fromkeys(key[:-1] for key in groups):
-        row = dict(zip(lines, key, strict=True))
-        base = tuple((row | dict(reference))[axis] for axis in lines)
-        for budget, title in budgets.items():
-            found = groups.get((*key, budget), rows[:0])
-            row[title] = _spread(found, measure)
+    keys = list(dict.fromkeys(key[:-1] for key in groups))
+    named = [dict(zip(lines, key, strict=True)) for key in keys]
+    bases = {key: tuple((row | dict(reference))[axis] for axis in lines) for key, row in zip(keys, named, strict=True)}
+    for budget, title in budgets.items():
+        found = {key: groups.get((*key, budget), rows[:0]) for key in {*keys, *bases.values()}}
+        apart = {key: difference(found[key], found[bases[key]], measure) for key in keys if bases[key] != key}
+        tests = corrected({key: test for key, test in apart.items() if test}, bases)
+        for key, row in zip(keys, named, strict=True):
+            row[title] = _spread(found[key], measure)
             if reference:
-                apart = difference(found, groups.get((*base, budget), rows[:0]), measure)
-                row[f"{title} − {to}"] = "reference" if base == key else str(apart or "")
-        shown.append(row)
-    return shown
+                row[f"{title} − {to}"] = "reference" if bases[key] == key else str(tests.get(key, ""))
+    return list(named)
 
 
 def line_axes(comparison: Comparison) -> list[str]:
@@ -155,8 +156,8 @@ def caption_of(rows: pd.DataFrame, comparison: Comparison, origin: Origin, resul
         about.append(f"dense: {dense:.3f} among all classes, {own:.3f} among the device's own")
     if results.reference:
         about.append(
-            f"differences to the line of {named_reference(results.values)}: mean over devices (p, n devices); "
-            f"{TEST}, not corrected for the number of lines"
+            f"differences to the line of {named_reference(results.values)}: mean over devices (p, Holm, n devices); "
+            f"p: {TEST}; {CORRECTED} in a column"
         )
     versions = {package: " and ".join(known) for package, known in origin.versions.items()}
     return caption(command, comparison.axes["seed"], versions, about)

@@ -12,7 +12,7 @@ from typing import Any
 import pandas as pd
 
 from experiments.output import PACKAGES, as_csv, as_markdown, caption
-from experiments.statistics import TEST, paired
+from experiments.statistics import CORRECTED, TEST, corrected, paired
 from experiments.sweep.grid import Point, SweepOptions, SweepRun, group_of, references
 from strategies.records import SUMMARY, CurvePoint, Summary, first_at, read_summary
 from tapfl.errors import RunError
@@ -128,10 +128,13 @@ def means_over_seeds(runs: Sequence[Outcome], options: SweepOptions) -> list[Map
     """Returns a row for each point of the grid without its seed.
 
     Accuracies are mean ± sample standard deviation over several runs, other values means. With a reference, each point
-    that has one is tested against it: mean difference of the devices' personal accuracies, p and number of devices.
+    that has one is tested against it: mean difference of the devices' personal accuracies, p, number of devices, and p
+    by Holm's correction over all points with the same reference.
     """
     groups = grouped(runs)
     against = references(groups, options.reference)
+    raw = {point: paired(_personal(groups[point]), _personal(groups[base])) for point, base in against.items()}
+    tests = corrected(raw, against)
     axes = dict.fromkeys((key for point in groups for key, _ in point), "")
     rows: list[Mapping[str, str]] = []
     for point, alike in groups.items():
@@ -139,10 +142,10 @@ def means_over_seeds(runs: Sequence[Outcome], options: SweepOptions) -> list[Map
         row = axes | {key: str(value) for key, value in point} | {"runs": str(len(alike))}
         row |= {_title(name): _shown(str(name), table[name]) for name in table}
         if options.reference:
-            row |= {"difference": "", "p": ""}
-        if point in against:
-            test = paired(_personal(alike), _personal(groups[against[point]]))
+            row |= {"difference": "", "p": "", "Holm": ""}
+        if test := tests.get(point):
             row |= {"difference": f"{test.difference:+.3f}", "p": f"{test.p:.2g} (n = {test.n})"}
+            row |= {"Holm": f"{test.holm:.2g}"}
         rows.append(row)
     return rows
 
@@ -198,7 +201,7 @@ def caption_of(runs: Sequence[Outcome], made_by: str, options: SweepOptions) -> 
         about.append("mean ± sd over seeds")
     if options.reference:
         values = ", ".join(f"{key} = {value}" for key, value in options.reference.items())
-        about.append(f"difference in personal accuracy from {values} and its p: {TEST}")
+        about.append(f"difference in personal accuracy from {values} and its p: {TEST}; {CORRECTED}")
     packages = {name: versions[name] for name in PACKAGES if name in versions}
     return caption(made_by, (int(run.options["seed"]) for run in runs), packages, about)
 
