@@ -134,13 +134,15 @@ def _accuracies(record: DeviceRecord | Summary) -> list[str]:
 
 
 def _remarks(summary: Summary) -> list[str]:
-    """Returns what the table does not show: simulated time, devices without a mixture, failures, privacy."""
+    """Returns what the table does not show: simulated time, mixtures that are missing or coarse, failures, privacy."""
     lines = []
     if reached := list(summary.time_to_accuracy.items())[-3:]:
         steps = ", ".join(f"{accuracy} after {duration(seconds)}" for accuracy, seconds in reached)
         lines.append(f"simulated time: {duration(summary.simulated_seconds)}; mean personal accuracy {steps}")
     if generic := [str(device.device) for device in summary.devices if device.generic]:
         lines.append(f"devices without a mixture, pruned by the generic plan of their budget: {', '.join(generic)}")
+    if alike := [str(device.device) for device in summary.devices if device.one_component]:
+        lines.append(f"devices whose mixture has one component, which does not tell classes apart: {', '.join(alike)}")
     if summary.failures:
         lines.append(f"failed messages: {summary.failures}; metrics.jsonl has the reasons")
     if summary.epsilon is not None:

@@ -198,6 +198,7 @@ class Preparation:
                 "dense_accuracy": reply.dense_accuracy,
                 "test_samples": reply.test_samples,
                 "classes": reply.classes,
+                "components": len(summaries[i].weights),
                 "held_classes": None if held is None else held.tolist(),
             }
             self._store_summary(i, reply)

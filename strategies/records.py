@@ -44,6 +44,7 @@ class DeviceRecord(Record):
     classes: Count = 0
     held_classes: list[bool] | None = None  # whether it has training images of each class, where it reports that
     generic: bool = False  # it sent no mixture, so its plan is made from the whole public pool
+    components: Count = 0  # of its mixture; 0: it sent none
     macs: Count = 0
     macs_share: float = 0.0
     params: Count = 0  # of its pruned model; 0: it has none yet
@@ -65,6 +66,11 @@ class DeviceRecord(Record):
         if self.params and not self.macs_share > 0 < self.params_share:
             raise ValueError("a pruned model must have shares above 0")
         return self
+
+    @property
+    def one_component(self) -> bool:
+        """Whether the mixture of a device with several classes is one Gaussian, which does not tell them apart."""
+        return self.components == 1 and self.classes > 1
 
 
 class CurvePoint(Record):
@@ -100,7 +106,7 @@ class Summary(Record):
     personal_accuracy_worst_decile: float  # mean over the worst tenth of the devices (at least one)
     bytes_up: Count  # of all devices, whole run
     bytes_down: Count
-    adapter_bytes_up_per_round: float  # mean over devices
+    adapter_bytes_up_per_round: float  # of a device in a round that used its answer; mean over those with such a round
     full_model_bytes: Count  # what one device would upload if it sent the dense model, fp32, in every round
     failures: Count  # messages without a usable answer
     epsilon: float | None  # of differential privacy, the largest over devices; None: no guarantee

@@ -176,7 +176,7 @@ def summarise(state: FederationState, config: RunConfig, seconds: Mapping[str, f
         personal_accuracy_worst_decile=worst_decile([record.personal_accuracy for record in equipped]),
         bytes_up=sum(sum(record.bytes_up.values()) for record in equipped),
         bytes_down=sum(sum(record.bytes_down.values()) for record in equipped),
-        adapter_bytes_up_per_round=float(np.mean([r.bytes_up.get("adapters", 0) / rounds for r in equipped])),
+        adapter_bytes_up_per_round=_mean([r.bytes_up.get("adapters", 0) / r.rounds for r in equipped if r.rounds]),
         full_model_bytes=4 * dense_params * rounds,
         failures=sum(record.failures for record in records),
         epsilon=max((r.epsilon for r in equipped if r.epsilon is not None), default=None),

@@ -131,3 +131,13 @@ def test_a_set_larger_than_the_pool_is_refused(scene: tuple) -> None:
     device, pool, points, _ = scene
     with pytest.raises(DataError, match=r"metric\.size = 324: the public pool has 320 images"):
         pick("random", 324, device, pool, points)
+
+
+def test_with_one_component_quotas_are_top_likelihood(scene: tuple) -> None:
+    _, pool, points, *_ = scene
+    device = fit_mixture(points[:40], SummaryOptions(max_components=1), 0)
+    chosen = [
+        pick_metric_set(device, pool, points, MetricOptions(rule=rule, size=32, batch=4))  # type: ignore[arg-type]
+        for rule in ("component-quota", "top-likelihood")
+    ]
+    np.testing.assert_array_equal(*chosen)

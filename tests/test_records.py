@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from experiments.output import show_summary
 from strategies.records import (
     METRICS,
     SUMMARY,
@@ -26,6 +27,9 @@ from strategies.records import (
     read_summary,
     write_summary,
 )
+from strategies.state import FederationState, summarise
+from tapfl.adapters.rules import ServerState
+from tapfl.config import RunConfig
 from tapfl.errors import ConfigError, PlanError
 from tapfl.profiles import DeviceProfile
 
@@ -150,3 +154,35 @@ def test_of_other_versions_none_is_read_and_another_refused_by_name(tmp_path: Pa
 
 def test_sums_by_kind() -> None:
     assert added({"a": 1, "b": 2}, {"b": 3, "c": 4, "d": 0}) == {"a": 1, "b": 5, "c": 4}
+
+
+def test_adapter_bytes_a_round_are_of_the_rounds_that_used_an_answer() -> None:
+    """Of four rounds device 0 was in all, 1 in two (and failed twice), 2 in none, and 3 never got a model."""
+    profile = DeviceProfile(budget="0.5", rank=4)
+    about = {"profile": profile, "train_samples": 9, "params": 5, "macs_share": 0.5, "params_share": 0.5}
+    devices = [
+        DeviceRecord(device=0, bytes_up={"adapters": 400, "other": 7}, rounds=4, **about),
+        DeviceRecord(device=1, bytes_up={"adapters": 600}, rounds=2, failures=2, **about),
+        DeviceRecord(device=2, bytes_up={"other": 7}, failures=4, **about),
+        DeviceRecord(device=3, profile=profile, train_samples=9, bytes_up={"adapters": 1}, rounds=1),
+    ]
+    config = RunConfig.model_validate({"train": {"rounds": 4}})
+
+    def rate(*records: DeviceRecord) -> float:
+        curve = [CurvePoint(seconds=1.0, bytes=1, accuracy=0.5)]
+        state = FederationState(4, ServerState({}, {}), {r.device: r for r in records}, {}, curve)
+        return summarise(state, config, {}, dense_params=10).adapter_bytes_up_per_round
+
+    assert rate(*devices) == (100 + 300) / 2
+    assert rate(devices[2]) == 0.0
+
+
+def test_a_run_says_whose_mixture_does_not_tell_classes_apart(capsys: pytest.CaptureFixture[str]) -> None:
+    profile = DeviceProfile(budget="0.5", rank=4)
+    kinds = ((1, 3), (1, 1), (4, 3), (0, 3), (1, 2))  # components, classes
+    devices = [
+        DeviceRecord(device=i, profile=profile, train_samples=9, components=k, classes=classes)
+        for i, (k, classes) in enumerate(kinds)
+    ]
+    show_summary(a_summary(devices=devices))
+    assert "one component, which does not tell classes apart: 0, 4\n" in capsys.readouterr().out

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from safetensors.numpy import load_file
 from test_inprocess_run import tapfl
 from typer.testing import CliRunner
 
@@ -151,6 +153,27 @@ def test_the_metric_sets_are_counted(drawn: dict[str, Figure], run: Run, reporte
         assert row["by chance"] == pytest.approx(np.array(chosen["pool"])[own].sum() / 1438)
         assert row["covered"] == np.count_nonzero(np.array(chosen["metric"])[own])
     assert sum(row["images"] for row in drawn["metric-classes"].rows) == 4 * 64
+
+
+def test_mixtures_of_one_component_are_told_with_what_they_mean(reported: tuple[Path, str], run: Run) -> None:
+    for device in run.devices:
+        file = reported[0] / "summaries" / f"{device.device:02d}.safetensors"
+        assert device.components == len(load_file(file)["weights"]) > 0
+
+    def told(rule: str, components: tuple[int, ...], classes: int = 3) -> str:
+        devices = [
+            record.model_copy(update={"components": k, "classes": classes})
+            for record, k in zip(run.devices, components, strict=True)
+        ]
+        figures = page_of(replace(run, devices=devices, config=run.config | {"metric.rule": rule})).figures
+        return next(figure for figure in figures if figure.name == "coverage").alt
+
+    coarse = told("density-ratio", (1, 3, 1, 1))
+    assert "The mixture of devices 0, 2, 3 has one component" in coarse and "between a device's classes" in coarse
+    assert "the same as top-likelihood" in told("component-quota", (1, 2, 2, 2))
+    assert "one component" not in told("random", (1, 1, 1, 1))
+    assert "one component" not in told("density-ratio", (2, 2, 2, 0))
+    assert "one component" not in told("density-ratio", (1, 1, 1, 1), classes=1)
 
 
 def test_bytes_and_time_sum_to_the_summary(drawn: dict[str, Figure], summary: dict[str, Any]) -> None:

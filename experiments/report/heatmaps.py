@@ -17,10 +17,16 @@ from experiments.figures.figure import (
     tips,
 )
 from experiments.report import series
-from experiments.report.reading import ClassCounts, Run
+from experiments.report.reading import ClassCounts, Run, named
 
 GAP = 0.06  # between the cells of a heat map, as a share of a cell
 CELL_LABELS = 30  # cells across, up to which values are written into them
+ONE_GAUSSIAN = {  # what a mixture of one component means for the choice, by metric.rule
+    "top-likelihood": "it takes the images around the mean of all of a device's classes, of whichever class they are",
+    "density-ratio": "it asks which images are likelier under this one Gaussian than in the pool, and images between a "
+    "device's classes are among them",
+    "component-quota": "with one component it is the same as top-likelihood, and no class has a quota",
+}
 KEPT = {"attention": ("the attention", "head dimensions"), "ffn": ("the FFN", "hidden neurons")}
 
 
@@ -63,10 +69,22 @@ def coverage(run: Run) -> Figure | None:
         "Bars: the share of the public images chosen for a device that is of its classes; ticks: that share in the "
         f"whole pool, which a random choice would have. The mean is {found['own share'].mean():.1%}, and "
         f"{found['by chance'].mean():.1%} in the pool; the lowest is {worst['own share']:.1%} (device "
-        f"{worst['device']}); {covered if lacking else 'all classes of all devices are covered'}.",
+        f"{worst['device']}); {covered if lacking else 'all classes of all devices are covered'}.{_one_component(run)}",
         layered(bars, chance, height=device_height(devices)),
         {"devices": found},
         wide=True,
+    )
+
+
+def _one_component(run: Run) -> str:
+    """Returns a sentence on the devices whose mixture does not tell their classes apart, or nothing."""
+    alike = [device.device for device in run.devices if device.one_component]
+    rule = run.config.get("metric.rule")
+    if not alike or rule not in ONE_GAUSSIAN:
+        return ""
+    return (
+        f" The mixture of {named(alike)} has one component, as it comes with few images: one Gaussian, which does not "
+        f"tell the device's classes apart. For metric.rule = {rule} that means: {ONE_GAUSSIAN[rule]}."
     )
 
 
