@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
@@ -20,6 +21,7 @@ from tapfl.adapters.combination import clip_update
 from tapfl.adapters.layout import pack, unpack
 from tapfl.adapters.peft_format import save_peft
 from tapfl.config import RunConfig
+from tapfl.data.augmentation import augmented
 from tapfl.errors import RunError
 from tapfl.models.cost import measure_cost
 from tapfl.models.dense import DenseCache
@@ -33,7 +35,7 @@ from tapfl.seeds import numpy_generator
 from tapfl.store import cache_folder
 from tapfl.summary.metric_set import Projection
 from tapfl.summary.mixture import device_mixture
-from tapfl.training import Params, accuracy, batches, predict
+from tapfl.training import Params, accuracy, is_evaluated, local_batches, predict, rate_factor
 from tapfl.wire import (
     PROFILE_FIELDS,
     Evaluate,
@@ -119,12 +121,13 @@ class Device:
 
     def train(self, message: Train) -> TrainReply:
         """Evaluates the received adapters, trains, stores the personal part and returns the shared part."""
-        state, method = self._state(message.state_round), self._method
+        state, method = self._state(message.state_round), self._method()
         received = self._whole(state, message.adapters)
         before = method.inference(received, state.personal)
         result = self._local_round(received, state.personal, message.round)
         used = method.inference(received, result.personal) if method.evaluates_after_training else before
-        global_accuracy, personal_accuracy = self._evaluate(received, used)
+        due = is_evaluated(self.config.train, message.round - 1)
+        global_accuracy, personal_accuracy = self._evaluate(received, used) if due else (0.0, 0.0)
         trained = result.upload or {}
         private = {name: trained[name] for name in self._pruned.private if name in trained}
         if method.has_local_state or self._pruned.private:
@@ -141,7 +144,7 @@ class Device:
 
     def evaluate(self, message: Evaluate) -> EvaluateReply:
         """Evaluates the last adapters, and writes the personal model as an adapter that stock peft loads."""
-        state, method = self._state(message.state_round), self._method
+        state, method = self._state(message.state_round), self._method()
         received, personal = self._whole(state, message.adapters), state.personal
         if method.evaluates_after_training:
             personal = self._local_round(received, personal, message.round).personal
@@ -150,16 +153,18 @@ class Device:
         save_peft(final, self.config.adapters.scale, self.storage.personal, base=str(self.storage.pruned))
         return EvaluateReply(message.round, _alpha(state.personal), *accuracies)
 
-    @property
-    def _method(self) -> Method[Any]:
-        return method_of(self.config.personalize, self.config.adapters.scale)
+    def _method(self, factor: float = 1.0) -> Method[Any]:
+        """Returns the method with its learning rate times `factor`."""
+        options = self.config.personalize
+        scaled = options.model_copy(update={"learning_rate": factor * options.learning_rate})
+        return method_of(scaled, self.config.adapters.scale)
 
     @cached_property
     def _pruned(self) -> caches.PrunedDevice:
         return caches.pruned(self.storage.pruned, self.partition_id, self.profile.rank, self.config)
 
     def _state(self, round: int) -> DeviceState:
-        kept = self._method.has_local_state or self._pruned.private
+        kept = self._method().has_local_state or self._pruned.private
         return self.storage.load_state(self.partition_id, round) if kept else DeviceState(None, {})
 
     def _whole(self, state: DeviceState, adapters: np.ndarray) -> Params:
@@ -167,7 +172,7 @@ class Device:
 
         With a method that shares nothing, w arrives once; after that the device's personal parameters take its place.
         """
-        if not adapters.size and not self._method.shares_adapters and state.personal is not None:
+        if not adapters.size and not self._method().shares_adapters and state.personal is not None:
             return state.personal.params
         layout = self._pruned.layout
         whole = self._pruned.start | state.private | unpack(adapters, rules.down(self.config.adapters, layout))
@@ -175,16 +180,21 @@ class Device:
 
     def _local_round(self, received: Params, personal: Personal | None, round: int) -> LocalResult:
         inputs, labels = self._part("train")
-        own, options = self._pruned, self.config.train
+        own, options, seed = self._pruned, self.config.train, self.config.seed
 
-        def objective(params: Params, batch: object) -> Tensor:
-            index = torch.from_numpy(batch)
-            return F.cross_entropy(own.adapted(params, inputs[index]), labels[index])
+        def objective(params: Params, batch: Any) -> Tensor:
+            x, y = batch
+            return F.cross_entropy(own.adapted(params, x), y, label_smoothing=options.label_smoothing)
 
-        order = numpy_generator(self.config.seed, "train", round, self.partition_id)
-        drawn = batches(len(labels), options.batch, options.epochs, order)
-        trained = rules.trained(self.config.adapters, own.layout, round)
-        return local_round(self._method, objective, received, personal, drawn, options, trained)
+        def drawn() -> Iterator[tuple[Tensor, Tensor]]:
+            order = numpy_generator(seed, "train", round, self.partition_id)
+            changes = numpy_generator(seed, "augment", round, self.partition_id)
+            for index in map(torch.from_numpy, local_batches(len(labels), options, order)):
+                yield augmented(inputs[index], options.augment, changes), labels[index]
+
+        factor, trained = rate_factor(options, round), rules.trained(self.config.adapters, own.layout, round)
+        train = options.model_copy(update={"learning_rate": factor * options.learning_rate})
+        return local_round(self._method(factor), objective, received, personal, drawn(), train, trained)
 
     def _upload(self, received: Params, trained: Params, round: int) -> np.ndarray:
         """Returns the upload as one flat vector; with differential privacy, within `dp-clip` of the received w."""

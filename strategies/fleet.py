@@ -199,10 +199,12 @@ def seconds(profile: DeviceProfile, bytes_down: int, macs: float, bytes_up: int)
     return bytes_down / profile.download + macs / profile.compute + bytes_up / profile.upload
 
 
-def training_macs(macs: int, train_samples: int, test_samples: int, epochs: int, models: int) -> float:
+def training_macs(macs: int, trained: float, evaluated: int, models: int) -> float:
     """Returns the MACs of a round on one device.
 
-    `macs` are of one image through its model, and a step trains so many `models`. The test part goes through the
-    shared and the personal model.
+    Args:
+        macs: of one image through its model.
+        trained: images that pass through it in training, in each of so many `models`.
+        evaluated: images that pass through the shared and the personal model in evaluation.
     """
-    return macs * (STEP * models * epochs * train_samples + 2 * test_samples)
+    return macs * (STEP * models * trained + 2 * evaluated)

@@ -142,8 +142,8 @@ class DeviceLine(Record):
     kind: Literal["device"] = "device"
     round: Count
     device: Count
-    global_accuracy: float
-    personal_accuracy: float
+    global_accuracy: float | None = None  # None: not evaluated after this round (train.evaluate-every)
+    personal_accuracy: float | None = None
     alpha: float
     next_loss: float | None = None  # mean training loss in the round after, unless this was the last
 

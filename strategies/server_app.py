@@ -35,6 +35,7 @@ from strategies.records import (
     write_summary,
 )
 from strategies.state import (
+    MEASURES,
     Clock,
     FederationState,
     Replies,
@@ -56,7 +57,7 @@ from tapfl.profiles import max_rank
 from tapfl.progress import stage
 from tapfl.seeds import of_secret, torch_generator
 from tapfl.store import RunFolder, cache_folder, run_path, write_json
-from tapfl.training import Params
+from tapfl.training import Params, images_seen, is_evaluated
 from tapfl.wire import ENVELOPE, Evaluate, EvaluateReply, Hello, Train, TrainReply
 
 app = ServerApp()
@@ -247,7 +248,9 @@ class Federation:
 
     def record(self, state: FederationState, replies: Replies, before: FederationState) -> FederationState:
         """Returns the state with the accuracies after the round of `before`, and writes them to metrics.jsonl."""
-        state, lines = evaluated(state, replies, before)
+        ended = before.round == self.config.train.rounds
+        measured = MEASURES if ended or is_evaluated(self.config.train, before.round) else ("alpha",)
+        state, lines = evaluated(state, replies, before, measured)
         append_lines(self.folder.path, *lines)
         return state
 
@@ -265,13 +268,14 @@ class Federation:
 
     def _train_request(self, state: FederationState, t: int, i: int) -> Request[TrainReply]:
         record, length = state.devices[i], packed_size(self._upload_layout(state, i, t))
-        epochs, models = self.config.train.epochs, self.method.models_per_step
+        trained = images_seen(record.train_samples, self.config.train)
+        evaluated = record.test_samples if is_evaluated(self.config.train, t - 1) else 0
         return Request(
             Train(t, record.last_round, self._download(state, i)),
             TrainReply,
             lambda reply: reply.check(t, length),
             max_bytes=4 * length + ENVELOPE,
-            macs=training_macs(record.macs, record.train_samples, record.test_samples, epochs, models),
+            macs=training_macs(record.macs, trained, evaluated, self.method.models_per_step),
         )
 
     def _seconds(self, state: FederationState, i: int, request: Request[TrainReply]) -> float:

@@ -131,21 +131,24 @@ def config_hash(flat: Mapping[str, Any]) -> str:
     return content_hash(json.dumps(binding(flat), sort_keys=True))
 
 
-def evaluated(state: FederationState, replies: Replies, before: FederationState) -> tuple[FederationState, list[Line]]:
+def evaluated(
+    state: FederationState, replies: Replies, before: FederationState, measured: Sequence[str] = MEASURES
+) -> tuple[FederationState, list[Line]]:
     """Returns the state with the accuracies after a round, and the lines that record them.
 
     Devices report how they did before they train again, so those after a round come with the answers of the next one.
 
     Args:
         before: the state when that round had ended.
+        measured: those of `MEASURES` that the answers have.
     """
-    values = {i: {name: getattr(reply, name) for name in MEASURES} for i, reply in replies.items()}
+    values = {i: {name: getattr(reply, name) for name in measured} for i, reply in replies.items()}
     state = state.with_devices(values)
     lines: list[Line] = [
         DeviceLine(round=before.round, device=i, **values[i], next_loss=getattr(reply, "loss", None))
         for i, reply in replies.items()
     ]
-    means = {name: float(np.mean([each[name] for each in values.values()])) for name in MEASURES if values}
+    means = {name: float(np.mean([each[name] for each in values.values()])) for name in measured if values}
     spent, up, down = before.simulated_seconds, before.bytes_up, before.bytes_down
     line = RoundLine(round=before.round, devices=len(replies), simulated_seconds=spent, bytes_up=up, bytes_down=down)
     lines.append(line.model_copy(update=means))

@@ -225,9 +225,34 @@ class TrainOptions(Section):
 
     rounds: Count = Field(10, description="federated rounds")
     epochs: Count = Field(3, description="local epochs in each round")
+    steps: int = Field(0, ge=0, le=10**9, description="local steps in each round; 0: as many as `epochs` takes")
     batch: Count = Field(16, description="images in a minibatch")
     learning_rate: float = Field(3e-3, gt=0, description="learning rate of local training")
-    optimizer: Literal["adam", "sgd"] = Field("adam", description="optimiser of local training, new in each round")
+    optimizer: Literal["adam", "adamw", "sgd"] = Field(
+        "adam", description="optimiser of local training, new in each round"
+    )
+    momentum: float = Field(0.0, ge=0, lt=1, description="momentum of `sgd`")
+    weight_decay: float = Field(0.0, ge=0, description="weight decay of `sgd` and `adamw`")
+    schedule: Literal["constant", "cosine", "linear"] = Field(
+        "constant", description="learning rates over the rounds: constant, or falling towards 0 after the last"
+    )
+    warmup_rounds: int = Field(0, ge=0, description="first rounds, in which the learning rates rise linearly")
+    clip_gradient: float = Field(0.0, ge=0, description="L2 norm to which the gradient of a step is clipped; 0: none")
+    label_smoothing: float = Field(0.0, ge=0, lt=1, description="share of a label that is spread over all classes")
+    augment: Literal["none", "flip", "crop"] = Field(
+        "none", description="random changes of training images: left-right flips, or also crops of at least half"
+    )
+    evaluate_every: Count = Field(1, description="devices evaluate after every so many rounds, and after the last")
+
+    @model_validator(mode="after")
+    def _fit_the_optimizer(self) -> TrainOptions:
+        if self.momentum and self.optimizer != "sgd":
+            raise ValueError(f"momentum={self.momentum} is ignored by optimizer={self.optimizer}; accepted: sgd")
+        if self.weight_decay and self.optimizer == "adam":
+            raise ValueError(f"weight-decay={self.weight_decay} is ignored by optimizer=adam; accepted: sgd, adamw")
+        if self.warmup_rounds >= self.rounds:
+            raise ValueError(f"warmup-rounds={self.warmup_rounds} must be fewer than rounds={self.rounds}")
+        return self
 
 
 class PersonalizeOptions(Section):
@@ -354,8 +379,12 @@ class RunConfig(Section):
 
 
 def binding(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns those of a run's dotted options that must not change when it is resumed; it may get more rounds."""
-    return {k: v for k, v in flat.items() if not k.startswith(FREE_OPTIONS) and k != "train.rounds"}
+    """Returns those of a run's dotted options that must not change when it is resumed.
+
+    It may get more rounds, unless the learning rates depend on their number.
+    """
+    free = (*FREE_OPTIONS, "train.rounds") if flat.get("train.schedule", "constant") == "constant" else FREE_OPTIONS
+    return {k: v for k, v in flat.items() if not k.startswith(free)}
 
 
 def names_path(value: str) -> bool:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
+from itertools import islice
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tapfl.config import TrainOptions
 from tapfl.progress import stage
 
 Params = dict[str, Tensor]
@@ -23,15 +26,52 @@ def batches(size: int, batch: int, epochs: int, generator: np.random.Generator) 
         yield from np.array_split(generator.permutation(size), count)
 
 
-def optimizer(name: str, params: list[Tensor], learning_rate: float, fused: bool = False) -> torch.optim.Optimizer:
-    """Returns `adam` or plain `sgd` over leaf tensors; a new one each round, so that no state is carried over.
+def local_batches(size: int, options: TrainOptions, generator: np.random.Generator) -> Iterator[np.ndarray]:
+    """Yields the batches of a device's round: of its `epochs`, or as many as its `steps`; see `batches`."""
+    epochs = -(-options.steps // -(-size // options.batch)) if options.steps else options.epochs
+    return islice(batches(size, options.batch, epochs, generator), options.steps or None)
+
+
+def images_seen(size: int, options: TrainOptions) -> float:
+    """Returns how many of `size` images pass through the model in a round, with repetition."""
+    return options.steps * size / -(-size // options.batch) if options.steps else options.epochs * size
+
+
+def is_evaluated(options: TrainOptions, round: int) -> bool:
+    """Returns whether devices evaluate what `round` ended with when they train in the next one; 0: before the first."""
+    return round % options.evaluate_every == 0
+
+
+def rate_factor(options: TrainOptions, round: int) -> float:
+    """Returns the factor of the learning rates in `round`, counted from 1: warm-up, then the schedule.
+
+    Linear warm-up has t / (warm-up + 1) in round t. After it, with p in [0, 1) the share of the other rounds that is
+    over, `linear` has 1 - p and `cosine` (1 + cos πp) / 2 (Loshchilov and Hutter 2017, arXiv 1608.03983, without
+    restarts). A round after the last, in which models are fine-tuned to be evaluated, has the factor of the last.
+    """
+    if round <= (warm_up := options.warmup_rounds):
+        return round / (warm_up + 1)
+    over = (min(round, options.rounds) - warm_up - 1) / (options.rounds - warm_up)
+    factors = {"constant": 1.0, "linear": 1 - over, "cosine": (1 + math.cos(math.pi * over)) / 2}
+    return factors[options.schedule]
+
+
+def optimizer(
+    options: TrainOptions, params: list[Tensor], learning_rate: float, fused: bool = False
+) -> torch.optim.Optimizer:
+    """Returns the optimiser of local training over leaf tensors; a new one each round: no state is carried over.
 
     Fused Adam makes one call a tensor instead of a dozen, which saves 4-8 % of a step of a small model; parameters and
     gradients must then have the same memory layout.
     """
-    if name == "adam":
-        return torch.optim.Adam(params, lr=learning_rate, fused=fused)
-    return torch.optim.SGD(params, lr=learning_rate)
+    match options.optimizer:
+        case "adam":
+            return torch.optim.Adam(params, lr=learning_rate, fused=fused)
+        case "adamw":
+            return torch.optim.AdamW(params, lr=learning_rate, weight_decay=options.weight_decay, fused=fused)
+        case "sgd":
+            momentum, decay = options.momentum, options.weight_decay
+            return torch.optim.SGD(params, lr=learning_rate, momentum=momentum, weight_decay=decay)
 
 
 @torch.no_grad()

@@ -126,6 +126,11 @@ def backbones(cache: Path) -> set[str]:
 
 RULES = ["fedit", "ffa", "rolora", "embed_side", "flex"]
 METHODS = ["apfl", "ditto", "local", "fedavg", "fedavg+finetune"]
+TRAINING = [
+    *("train.optimizer=sgd", "train.learning-rate=0.05", "train.momentum=0.9", "train.weight-decay=1e-4"),
+    *("train.steps=5", "train.clip-gradient=1", "train.label-smoothing=0.1", "train.augment=crop"),
+    "train.evaluate-every=2",
+]
 PAIRS = list(zip(RULES, METHODS, strict=True))  # all 25, with three kinds of head, are slow tests
 
 
@@ -174,16 +179,20 @@ def test_every_rule_with_every_method_and_head(cache: Path, tmp_path: Path, rule
     "options",
     [
         ["adapters.combine=median", "adapters.rule=flex"],
-        ["adapters.combine=trimmed-mean", "adapters.rule=ffa", "adapters.server=momentum"],
+        ["adapters.combine=trimmed-mean", "adapters.rule=ffa", "adapters.server=momentum", *TRAINING],
         ["adapters.clip=0.5", "adapters.server=adam", "adapters.rule=flex"],
         ["adapters.rule=hetlora", "adapters.head=personal"],
         ["personalize.method=fedavg+finetune", "adapters.head=personal"],
         ["privacy.dp-clip=1", "privacy.dp-noise=0.5", "adapters.rule=fedit"],
     ],
-    ids=" ".join,
+    ids=lambda options: " ".join(options[:3]),
 )
 def test_what_goes_on_top_of_a_rule_runs_and_goes_on(cache: Path, tmp_path: Path, options: list[str]) -> None:
     said = goes_on(tmp_path, cache, options)
+    if "train.evaluate-every=2" in options:
+        lines = [json.loads(line) for line in (tmp_path / "b" / "metrics.jsonl").read_text().splitlines()]
+        known = {line["round"]: line.get("personal_accuracy") for line in lines if line["kind"] == "round"}
+        assert known[0] is not None and known[1] is None and known[2] is not None
     if "privacy.dp-clip=1" in options:
         assert said["epsilon"] == pytest.approx(14.7, rel=0.5)  # two rounds at z = 0.5; exact values: test_privacy.py
     else:

@@ -8,7 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tapfl.training import accuracy, batches, optimizer
+from tapfl.config import TrainOptions
+from tapfl.training import accuracy, batches, images_seen, is_evaluated, local_batches, optimizer, rate_factor
 
 
 @given(size=st.integers(1, 50), batch=st.integers(1, 60), epochs=st.integers(1, 3), seed=st.integers(0, 99))
@@ -23,13 +24,71 @@ def test_every_epoch_sees_every_image_once(size: int, batch: int, epochs: int, s
         assert max(lengths) <= batch and max(lengths) - min(lengths) <= 1
 
 
-@pytest.mark.parametrize(("name", "step"), [("sgd", 0.5 * 3.0), ("adam", 0.5)])
-def test_a_first_step_is_that_of_the_optimiser_that_was_named(name: str, step: float) -> None:
+def after_two_steps(**values: object) -> torch.Tensor:
+    """Returns (1, -2) after two steps at rate 0.5 with a gradient of 3."""
     theta = torch.tensor([1.0, -2.0], requires_grad=True)
-    made = optimizer(name, [theta], 0.5)
-    theta.grad = torch.full((2,), 3.0)
-    made.step()
-    torch.testing.assert_close(theta.detach(), torch.tensor([1.0, -2.0]) - step)
+    made = optimizer(TrainOptions.model_validate(values), [theta], 0.5)
+    for _ in range(2):
+        theta.grad = torch.full((2,), 3.0)
+        made.step()
+    return theta.detach()
+
+
+@pytest.mark.parametrize(
+    ("values", "change"),
+    [({"optimizer": "sgd"}, 3.0), ({"optimizer": "sgd", "momentum": 0.5}, 3.75), ({"optimizer": "adam"}, 1.0)],
+    ids=["sgd", "momentum", "adam"],
+)
+def test_steps_are_those_of_the_optimiser_that_was_named(values: dict, change: float) -> None:
+    torch.testing.assert_close(after_two_steps(**values), torch.tensor([1.0, -2.0]) - change)
+
+
+def test_weight_decay_is_part_of_the_gradient_in_sgd_and_beside_it_in_adamw() -> None:
+    theta = torch.tensor([1.0, -2.0])
+    sgd = after_two_steps(optimizer="sgd", weight_decay=0.2)
+    torch.testing.assert_close(sgd, (theta * 0.9 - 1.5) * 0.9 - 1.5)
+    adamw = after_two_steps(optimizer="adamw", weight_decay=0.2)
+    torch.testing.assert_close(adamw, (theta * 0.9 - 0.5) * 0.9 - 0.5)
+
+
+@given(size=st.integers(1, 40), batch=st.integers(1, 20), steps=st.integers(1, 30), epochs=st.integers(1, 3))
+def test_a_round_has_its_steps_or_its_epochs(size: int, batch: int, steps: int, epochs: int) -> None:
+    by_steps = TrainOptions(batch=batch, steps=steps, epochs=epochs)
+    drawn = list(local_batches(size, by_steps, np.random.default_rng(0)))
+    assert len(drawn) == steps and images_seen(size, by_steps) == pytest.approx(steps * size / -(-size // batch))
+    by_epochs = TrainOptions(batch=batch, epochs=epochs)
+    whole = list(local_batches(size, by_epochs, np.random.default_rng(0)))
+    assert sum(map(len, whole)) == images_seen(size, by_epochs) == epochs * size
+    for left, right in zip(drawn, whole, strict=False):
+        np.testing.assert_array_equal(left, right)
+
+
+def test_learning_rates_warm_up_and_follow_the_schedule() -> None:
+    def factors(schedule: str, warm_up: int) -> list[float]:
+        options = TrainOptions(rounds=6, schedule=schedule, warmup_rounds=warm_up)
+        return [rate_factor(options, t) for t in range(1, 8)]
+
+    assert factors("constant", 0) == [1.0] * 7
+    assert factors("constant", 2) == pytest.approx([1 / 3, 2 / 3, 1, 1, 1, 1, 1])
+    assert factors("linear", 2) == pytest.approx([1 / 3, 2 / 3, 1, 0.75, 0.5, 0.25, 0.25])
+    assert factors("cosine", 2) == pytest.approx([1 / 3, 2 / 3, 1, 0.853553, 0.5, 0.146447, 0.146447], abs=1e-6)
+
+
+@given(st.integers(1, 12), st.integers(0, 11), st.sampled_from(["constant", "linear", "cosine"]))
+def test_learning_rates_stay_above_0_and_never_rise_after_warm_up(rounds: int, warm_up: int, schedule: str) -> None:
+    if warm_up >= rounds:
+        with pytest.raises(ValueError, match="warmup-rounds"):
+            TrainOptions(rounds=rounds, warmup_rounds=warm_up)
+        return
+    options = TrainOptions(rounds=rounds, schedule=schedule, warmup_rounds=warm_up)
+    factors = [rate_factor(options, t) for t in range(1, rounds + 2)]
+    assert all(0 < factor <= 1 for factor in factors) and factors[warm_up] == 1
+    assert factors[warm_up:] == sorted(factors[warm_up:], reverse=True) and factors[-1] == factors[-2]
+
+
+def test_devices_evaluate_before_the_first_round_and_after_every_so_many() -> None:
+    options = TrainOptions(evaluate_every=3)
+    assert [t for t in range(8) if is_evaluated(options, t)] == [0, 3, 6]
 
 
 def test_accuracy_is_the_share_that_is_right() -> None:

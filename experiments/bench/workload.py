@@ -131,7 +131,7 @@ class Workload:
         """Trains `params` of `model` in place for a device's round; returns the mean loss and the number of samples."""
         options = self.config.train
         inputs, labels = self.part(device, "train")
-        stepper = optimizer(options.optimizer, params, options.learning_rate)
+        stepper = optimizer(options, params, options.learning_rate)
         order = numpy_generator(self.config.seed, "train", round, device)
         losses = []
         for batch in batches(len(labels), options.batch, options.epochs, order):

@@ -117,11 +117,13 @@ class Trainee:
         params: all parameters, in the order in which they were passed.
         moving: those that are trained; the others keep their values to the bit.
         optimizer: over `moving`.
+        most: L2 norm to which the gradient of a step is clipped; 0: no clipping.
     """
 
     params: Params
     moving: Params
     optimizer: torch.optim.Optimizer
+    most: float = 0.0
 
     @classmethod
     def of(cls, start: Params, train: TrainOptions, trained: frozenset[str], learning_rate: float = 0.0) -> Trainee:
@@ -136,7 +138,7 @@ class Trainee:
         }
         moving = {name: theta for name, theta in params.items() if name in trained}
         rate = learning_rate or train.learning_rate
-        return cls(params, moving, optimizer(train.optimizer, list(moving.values()), rate, fused=True))
+        return cls(params, moving, optimizer(train, list(moving.values()), rate, fused=True), train.clip_gradient)
 
     def gradients(self, loss: Tensor) -> tuple[Tensor, ...]:
         """Returns the gradients of `moving`."""
@@ -146,6 +148,8 @@ class Trainee:
         """Takes one step with these gradients of `moving`; they replace earlier gradients."""
         for parameter, gradient in zip(self.moving.values(), gradients, strict=True):
             parameter.grad = gradient.contiguous()  # fused Adam reads the memory of both without their strides
+        if self.most:
+            torch.nn.utils.clip_grad_norm_(self.moving.values(), self.most)
         self.optimizer.step()
 
     @torch.no_grad()

@@ -34,7 +34,7 @@ from tapfl.errors import ConfigError, ModelError
 from tapfl.models.units import put
 from tapfl.progress import track
 from tapfl.pruning.criteria.criterion import Selection
-from tapfl.training import batches, optimizer
+from tapfl.training import batches
 
 FADING_SHARE = 0.3  # of the steps, as published
 TEMPERATURE, SOFT_SHARE = 4.0, 0.9  # T and β of distillation
@@ -93,7 +93,7 @@ def recover(
             dense = copy.deepcopy(branch).eval().requires_grad_(True)
             faders[name] = FadingBranch(dense, small.get_submodule(name))
             put(small, name, faders[name])
-        adam = optimizer("adam", list(small.parameters()), options.recovery_learning_rate)
+        adam = torch.optim.Adam(small.parameters(), lr=options.recovery_learning_rate)
         for step, chosen in enumerate(track(order, "recovery")):
             _fade(small, faders, strength(step, steps))
             index = torch.from_numpy(chosen)
