@@ -39,28 +39,46 @@ _parts = Memo(IMAGE_BYTES, lambda made: made[0].nbytes)
 
 
 @lru_cache(maxsize=4)
-def private_images(config: RunConfig) -> ImageSet:
-    """Returns the private images of the federation that `config` describes."""
-    return open_private(config.data, input_transform(config.model), config.seed, cache_folder(config.cache))
+def private_images(config: RunConfig, fingerprint: str) -> ImageSet:
+    """Returns the private images of the federation that `config` describes. Raises DataError as `images_of`."""
+    images = open_private(config.data, input_transform(config.model), config.seed, cache_folder(config.cache))
+    return images.require(f"data.source = {config.data.source!r}", fingerprint)
 
 
 @lru_cache(maxsize=4)
-def splits(config: RunConfig, devices: int) -> list[DeviceSplit]:
+def splits(config: RunConfig, devices: int, fingerprint: str) -> list[DeviceSplit]:
     """Returns the split of each device."""
-    return partition(private_images(config).labels, config.data, devices, config.seed)
+    return partition(private_images(config, fingerprint).labels, config.data, devices, config.seed)
 
 
 @lru_cache(maxsize=4)
-def images_of(config: RunConfig, devices: int, partition_id: int, source: str) -> tuple[ImageSet, DeviceSplit]:
-    """Returns the images that a device's split refers to, and the split; `source` is the device's own, or empty."""
+def images_of(
+    config: RunConfig, devices: int, partition_id: int, source: str, fingerprint: str
+) -> tuple[ImageSet, DeviceSplit]:
+    """Returns the images that a device's split refers to, and the split.
+
+    Args:
+        source: the device's own, or empty.
+        fingerprint: of the images that the run began with; empty: any.
+
+    Raises:
+        DataError: if the images are others now.
+    """
     if not source:
-        return private_images(config), splits(config, devices)[partition_id]
+        return private_images(config, fingerprint), splits(config, devices, fingerprint)[partition_id]
     images = load_images(source, input_transform(config.model), cache_folder(config.cache))
+    images.require(f"data = {source!r}", fingerprint)
     return images, split_device(np.arange(len(images)), images.labels, config.data, config.seed, partition_id)
 
 
 def part(
-    config: RunConfig, devices: int, partition_id: int, name: str, source: str = "", classes: tuple[str, ...] = ()
+    config: RunConfig,
+    devices: int,
+    partition_id: int,
+    name: str,
+    source: str,
+    fingerprint: str,
+    classes: tuple[str, ...],
 ) -> tuple[Tensor, Tensor]:
     """Returns (inputs, labels) of the `train` or `test` part of one device, ready for its model.
 
@@ -68,12 +86,12 @@ def part(
     """
 
     def make() -> tuple[Tensor, Tensor]:
-        images, split = images_of(config, devices, partition_id, source)
+        images, split = images_of(config, devices, partition_id, source, fingerprint)
         chosen = images.subset(getattr(split, name))
         labels = labels_among(classes, chosen, source) if source else chosen.labels
         return input_transform(config.model)(chosen.images), torch.from_numpy(labels)
 
-    made: tuple[Tensor, Tensor] = _parts.once((config, devices, partition_id, name, source, classes), make)
+    made: tuple[Tensor, Tensor] = _parts.once((config, devices, partition_id, name, source, fingerprint, classes), make)
     return made
 
 

@@ -22,6 +22,7 @@ from tapfl.adapters.layout import pack, unpack
 from tapfl.adapters.peft_format import save_peft
 from tapfl.config import RunConfig
 from tapfl.data.augmentation import augmented
+from tapfl.data.contents import fingerprints
 from tapfl.errors import RunError
 from tapfl.models.cost import measure_cost
 from tapfl.models.dense import DenseCache
@@ -68,8 +69,13 @@ class Device:
     secret: str = field(default="", repr=False)
 
     def hello(self, message: Hello) -> HelloReply:
-        """Returns the device's number and profile."""
-        _, split = caches.images_of(self.config, self.devices, self.partition_id, self.source)
+        """Returns the device's number and profile.
+
+        Raises:
+            DataError: if its images are not those that the run began with.
+        """
+        self.storage.begin(fingerprints([self._images]))
+        _, split = caches.images_of(self.config, self.devices, self.partition_id, self.source, self._fingerprint)
         return HelloReply(
             partition_id=self.partition_id,
             **{name: getattr(self.profile, name) for name in PROFILE_FIELDS},
@@ -223,7 +229,18 @@ class Device:
 
     def _part(self, name: str) -> tuple[Tensor, Tensor]:
         classes = self.storage.classes if self.source else ()
-        return caches.part(self.config, self.devices, self.partition_id, name, self.source, classes)
+        owner = (self.config, self.devices, self.partition_id)
+        return caches.part(*owner, name, self.source, self._fingerprint, classes)
+
+    @property
+    def _images(self) -> tuple[str, str]:
+        """The option that names the device's images, and its value."""
+        return ("data", self.source) if self.source else ("data.source", self.config.data.source)
+
+    @cached_property
+    def _fingerprint(self) -> str:
+        """Of the images that the run began with; empty if they are built in."""
+        return next(iter(self.storage.source.values()), "")
 
     @property
     def _cache(self) -> Path:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from tapfl.errors import RunError
+from tapfl.data.contents import ACCEPTED, changed
+from tapfl.errors import DataError, RunError
 from tapfl.personalize.method import Personal
 from tapfl.store import Versions, part_of, read_sealed, write_json, write_sealed
 from tapfl.training import Params
@@ -32,6 +33,7 @@ class DeviceStorage:
     personal/   the personal model as a peft adapter, written at the end
     images.json   number of images of each class in its two parts, for readers of this folder
     classes.json  names of the backbone's outputs, if the device has its own image source
+    source.json   fingerprint of the images that the run began with
     ```
     """
 
@@ -39,6 +41,7 @@ class DeviceStorage:
         self.folder = folder
         self.pruned, self.personal = folder / "pruned", folder / "personal"
         self._classes, self._state = folder / "classes.json", Versions(folder / "state")
+        self._source = folder / "source.json"
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -50,6 +53,31 @@ class DeviceStorage:
 
     def save_classes(self, classes: Sequence[str]) -> None:
         write_json(self._classes, list(classes))
+
+    @property
+    def source(self) -> dict[str, str]:
+        """The fingerprint of the images that the run began with, by what they were named; empty if built in."""
+        try:
+            return dict(json.loads(self._source.read_text(encoding="utf-8")))
+        except FileNotFoundError:
+            return {}
+        except (OSError, ValueError, TypeError) as error:
+            raise RunError(f"{self._source}: cannot be read ({error})") from None
+
+    def begin(self, fingerprint: Mapping[str, str]) -> None:
+        """Writes the fingerprint of the images down when a run begins. Raises DataError as `require_same_images`."""
+        self.require_same_images(fingerprint)
+        if fingerprint and not self.source:
+            write_json(self._source, dict(fingerprint))
+
+    def require_same_images(self, fingerprint: Mapping[str, str]) -> None:
+        """Raises DataError unless these are the images that the run began with; before it began all are.
+
+        The message holds no fingerprint: it may reach the server.
+        """
+        before = self.source
+        if odd := changed(before, {name: of for name, of in fingerprint.items() if name in before}):
+            raise DataError(f"{'; '.join(odd)}; {ACCEPTED}")
 
     def save_images(self, classes: Sequence[str], train: Sequence[int], test: Sequence[int]) -> None:
         """Writes the number of images of each of `classes`; `tapfl report` reads it in a simulation."""

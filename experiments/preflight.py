@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from strategies.records import require_same_options
+from strategies.binding import inputs_of, require_same_inputs, require_same_options
 from tapfl.config import RunConfig
+from tapfl.data.contents import contents
 from tapfl.errors import ConfigError
 from tapfl.progress import stage
 from tapfl.pruning.criteria.registry import require_criterion
@@ -29,7 +30,7 @@ def resolve_run(options: Mapping[str, Any], out: Path, resume: bool) -> RunConfi
     kept = RunFolder(out).config() if resume else {"devices.count": DEFAULT_DEVICES}
     config = absolute_paths(RunConfig.from_flat({**kept, **options, "out": str(out), "resume": resume}))
     if resume:
-        require_same_options(RunFolder(out), config)
+        require_same_run(RunFolder(out), config)
     elif Path(config.out).exists():
         raise ConfigError(
             f"out = {config.out!r}: exists already; give a folder that does not, or continue with --resume {config.out}"
@@ -40,6 +41,25 @@ def resolve_run(options: Mapping[str, Any], out: Path, resume: bool) -> RunConfi
 
         check(config)
     return config
+
+
+def require_same_run(folder: RunFolder, config: RunConfig, require: bool = True) -> None:
+    """Raises unless the run in `folder` has these options and inputs, and its simulated devices have these images.
+
+    Args:
+        require: whether images and files must be there; if not, what is gone cannot differ.
+
+    Raises:
+        ConfigError: naming all that differs.
+        TapflError: if something that must be there cannot be read.
+    """
+    from clients.storage import DeviceStorage
+
+    require_same_options(folder, config)
+    require_same_inputs(folder, inputs_of(config, require))
+    images = contents(config, ["data.source"], require)
+    for device in sorted(folder.path.glob("devices/*")):
+        DeviceStorage(device).require_same_images(images)
 
 
 def absolute_paths(config: RunConfig) -> RunConfig:

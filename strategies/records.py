@@ -15,11 +15,9 @@ from typing import Annotated, Any, Final, Literal, NamedTuple, Self
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
-from tapfl.config import RunConfig, binding
 from tapfl.errors import ConfigError, PlanError
-from tapfl.options import differences
 from tapfl.profiles import DeviceProfile
-from tapfl.store import RunFolder, write_json
+from tapfl.store import write_json
 
 VERSION: Final = 1
 SUMMARY, METRICS = "summary.json", "metrics.jsonl"
@@ -286,15 +284,6 @@ def cut_metrics(folder: Path, size: int) -> None:
         raise PlanError(f"{file}: has {available} bytes, and had {size} at the last checkpoint: it was cut since")
     if available:
         os.truncate(file, size)
-
-
-def require_same_options(folder: RunFolder, config: RunConfig) -> None:
-    """Raises ConfigError, naming what changed, unless `config` is that of the run in `folder`.
-
-    Options that change no result may differ, and so may `train.rounds`: a run may be continued for longer.
-    """
-    if changed := differences(binding(folder.config()), binding(config.flat())):
-        raise ConfigError(f"resume: the run in {folder.path} has other options: {'; '.join(changed)}")
 
 
 def _require_version(error: ValidationError, file: Path) -> None:

@@ -20,6 +20,7 @@ from flwr.app import Context
 from flwr.common.logger import log
 from flwr.serverapp import Grid, ServerApp
 
+from strategies.binding import inputs_of, require_same_inputs, require_same_options, write_begun
 from strategies.exchange import Request
 from strategies.fleet import Fleet, sample_clients, seconds, training_macs
 from strategies.loggers import loggers, require_loggers
@@ -31,7 +32,6 @@ from strategies.records import (
     append_lines,
     cut_metrics,
     metrics_size,
-    require_same_options,
     write_summary,
 )
 from strategies.state import (
@@ -56,7 +56,7 @@ from tapfl.personalize.methods import method_of
 from tapfl.profiles import max_rank
 from tapfl.progress import stage
 from tapfl.seeds import of_secret, torch_generator
-from tapfl.store import RunFolder, cache_folder, run_path, write_json
+from tapfl.store import RunFolder, cache_folder, run_path
 from tapfl.training import Params, images_seen, is_evaluated
 from tapfl.wire import ENVELOPE, Evaluate, EvaluateReply, Hello, Train, TrainReply
 
@@ -77,14 +77,22 @@ def main(grid: Grid, context: Context) -> None:
     path = run_path(config.out, context.run_id)
     opened = RunFolder.reopen(path) if config.resume else RunFolder.create(path)
     with opened as folder, shown():
+        inputs = inputs_of(config)
         if config.resume:
             require_same_options(folder, config)
+            require_same_inputs(folder, inputs)
         pool = open_pool(config.data, input_transform(config.model), config.seed, cache_folder(config.cache))
-        run_federation(grid, config, pool, folder)
+        run_federation(grid, config, pool, folder, inputs)
 
 
-def run_federation(grid: Grid, config: RunConfig, images: ImageSet, folder: RunFolder) -> None:
+def run_federation(
+    grid: Grid, config: RunConfig, images: ImageSet, folder: RunFolder, inputs: Mapping[str, str]
+) -> None:
     """Carries a federation out, or continues it, and leaves the results in the run's folder.
+
+    Args:
+        images: the public pool.
+        inputs: fingerprints of what the options name, to be written down.
 
     Raises:
         RunError: if too few devices come through in a phase; the run can be continued from its last state.
@@ -96,7 +104,7 @@ def run_federation(grid: Grid, config: RunConfig, images: ImageSet, folder: RunF
             log(logging.INFO, "the run is finished: %s", folder.path)
         return
     (folder.path / SUMMARY).unlink(missing_ok=True)
-    write_json(folder.path / "config.json", config.flat() | {"resume": False})
+    write_begun(folder, config, inputs)
     folder.write_versions()
     cut_metrics(folder.path, state.metrics_bytes if state else 0)
     clock = Clock(folder.path / "timing.json")

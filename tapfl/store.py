@@ -215,7 +215,7 @@ def only_one(out: Path, what: str) -> Iterator[None]:
         try:
             yield
         finally:
-            if new and [each.name for each in out.iterdir()] == [Path(lock.name).name]:
+            if new and [each.name for each in out.glob("*")] == [Path(lock.name).name]:
                 Path(lock.name).unlink()
                 out.rmdir()
 
@@ -270,7 +270,8 @@ class RunFolder:
     """A run's folder; a context manager that holds its lock while a run works in it.
 
     ```
-    config.json versions.json     the resolved options, and the versions of the packages
+    config.json inputs.json       the resolved options; fingerprints of the images and files that they name
+    versions.json                 the versions of the packages
     summaries/NN.safetensors      the mixture that each device sent
     plans/NN.json NN.safetensors  each device's plan, and its weights if the plan alone does not determine them
     metric-sets/NN.json           public images of each class in the metric set of each plan, and in the pool

@@ -257,6 +257,21 @@ REFUSED = {
         '"adapters.trim" = { low = 0.1, high = 0.2, if = { "adapters.combine" = "trimmed-mean" } }',
         "adapters.combine is never 'trimmed-mean', only mean, median",
     ),
+    "condition of no value": (
+        '"adapters.combine" = { choices = ["mean", "median"] }\n'
+        '"adapters.clip" = { low = 0.1, high = 0.2, if = { "adapters.combine" = [] } }',
+        r"space\.adapters\.clip\.if: adapters\.combine = \[\]: must be a value of it, or a list of values",
+    ),
+    "condition of a table": (
+        '"adapters.combine" = { choices = ["mean", "median"] }\n'
+        '"adapters.clip" = { low = 0.1, high = 0.2, if = { "adapters.combine" = { is = "mean" } } }',
+        r"adapters\.combine = {'is': 'mean'}: must be a value of it",
+    ),
+    "condition beyond a range": (
+        '"train.epochs" = { low = 1, high = 5 }\n'
+        '"adapters.clip" = { low = 0.1, high = 0.2, if = { "train.epochs" = [2, 9] } }',
+        r"space\.adapters\.clip\.if: train\.epochs is never 9, only 1 to 5",
+    ),
     "no space": ("", r"needs a table \[space\]"),
 }
 

@@ -312,6 +312,25 @@ def test_a_study_is_gone_on_with_only_as_it_was(tmp_path: Path) -> None:
         open_study(smaller, "test", tmp_path, None, resume=True)
 
 
+def test_a_study_is_gone_on_with_only_on_the_images_and_weights_with_which_it_began(tmp_path: Path) -> None:
+    files = [tmp_path / name for name in ("images.npz", "one.safetensors", "other.safetensors")]
+    for file in files:
+        file.write_bytes(file.name.encode())
+    images, *weights = map(str, files)
+    space = SearchSpace.parse({"model.weights": {"choices": weights}}, {})
+    search = replace(search_of(), space=space, options={**search_of().options, "data.source": images})
+    open_study(search, "test", tmp_path, None, resume=False)
+    open_study(search, "test", tmp_path, None, resume=True)
+    for file in (files[0], files[2]):
+        before = file.read_bytes()
+        file.write_bytes(b"others")
+        with pytest.raises(
+            ConfigError, match=rf"another search: .* = '{file}': the (images|contents) changed since it began"
+        ):
+            open_study(search, "test", tmp_path, None, resume=True)
+        file.write_bytes(before)
+
+
 @pytest.mark.parametrize("url", ["nonsense", "postgresql://nobody@localhost:1/none", "sqlite:////nowhere/at/all.db"])
 def test_a_storage_that_is_none(url: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="cannot be used"):

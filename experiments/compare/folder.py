@@ -17,7 +17,7 @@ from experiments.output import installed
 from experiments.preflight import absolute_paths
 from tapfl.config import INPUT_OPTIONS, binding
 from tapfl.data.contents import changed, fingerprints
-from tapfl.errors import ConfigError, TapflError
+from tapfl.errors import ConfigError
 from tapfl.options import Scalar, differences
 from tapfl.store import write_json
 
@@ -58,20 +58,16 @@ def origin_of(comparison: Comparison, require: bool = True) -> Origin:
     """Returns what cells that are measured now would have in common.
 
     Args:
-        require: raise what an input that cannot be read raises, a TapflError; otherwise it is left out.
+        require: whether all inputs must be there; if not, those that cannot be read are left out.
+
+    Raises:
+        TapflError: if an input that must be there cannot be read.
     """
     flat = absolute_paths(next(comparison.cells()).config).flat()
     axes = {option_of(axis): values for axis, values in comparison.axes.items()}
-    contents: dict[str, str] = {}
-    for option in INPUT_OPTIONS:
-        for value in axes.get(option, [flat[option]]):
-            try:
-                contents |= fingerprints([(option, value)])
-            except TapflError:
-                if require:
-                    raise
+    named = [(option, value) for option in INPUT_OPTIONS for value in axes.get(option, [flat[option]])]
     shared = {option: value for option, value in binding(flat).items() if option not in axes}
-    return Origin(options=shared, contents=contents, versions={})
+    return Origin(options=shared, contents=fingerprints(named, require), versions={})
 
 
 def require_same(before: Origin | None, now: Origin, out: Path) -> Origin:

@@ -20,14 +20,16 @@ from typing import TYPE_CHECKING, Any
 from experiments.command_line import JobOptions, RayOptions, starting
 from experiments.jobs.pool import Emit, Job, Pool, ProcessPool, ThreadPool
 from experiments.jobs.progress import on_both, reporting
-from experiments.preflight import DEFAULT_DEVICES, absolute_paths
+from experiments.preflight import DEFAULT_DEVICES, absolute_paths, require_same_run
+from strategies.binding import inputs_of, write_begun
 from strategies.progress import Lines
 from strategies.records import SUMMARY, Summary, read_summary
 from tapfl.config import FREE_OPTIONS, RunConfig
+from tapfl.data.contents import contents
 from tapfl.errors import RunError
 from tapfl.options import Scalar
 from tapfl.progress import shown_on, stage
-from tapfl.store import content_hash, whole_folder, write_json
+from tapfl.store import RunFolder, content_hash, whole_folder
 
 if TYPE_CHECKING:
     from experiments.engines.ray import ActorPool
@@ -126,18 +128,21 @@ def carry_out(emit: Emit, options: Mapping[str, Any], folder: Path, engine: Engi
     """
     from experiments.feasible import check
 
-    config, store = resolved(options, folder), folder.parent / "round-zero"
+    config = resolved(options, folder)
+    shared = shared_folders(config, folder.parent / "round-zero")  # before the run: its inputs may change meanwhile
     with Lines() as lines, shown_on(on_both(lines, reporting(emit))):
         if not (folder / "config.json").is_file():
             with stage("checking"):
                 check(config)  # a run that is refused leaves no folder
             shutil.rmtree(folder, ignore_errors=True)
-            prepare(folder, config, store)
+            prepare(folder, config, shared)
+        else:
+            require_same_run(RunFolder(folder), config)
         try:
             engine(config.flat(), config.devices.count)
         finally:
             gc.collect()  # free models in reference cycles now: the next run needs the memory
-    keep(folder, config, store)
+    keep(folder, shared)
     if not (folder / SUMMARY).is_file():
         raise RunError(f"{folder}: the run ended without a result")
     return read_summary(folder)
@@ -163,9 +168,9 @@ SUMMARIES = ("summaries/*", "devices/*/images.json")
 PLANS = ("plans/*", "metric-sets/*")
 
 
-def keep(run: Path, config: RunConfig, store: Path) -> None:
+def keep(run: Path, shared: tuple[Path, Path]) -> None:
     """Keeps the round zero of a run for others, unless it is there already."""
-    summaries, plans = _folders(config, store)
+    summaries, plans = shared
     _fill(summaries, run, [file for pattern in SUMMARIES for file in run.glob(pattern)])
     # the plan of a device that sent no mixture is a makeshift
     sent = {file.stem for file in run.glob("summaries/*")}
@@ -174,20 +179,21 @@ def keep(run: Path, config: RunConfig, store: Path) -> None:
 
 def name_of(config: RunConfig) -> str:
     """Returns a name that is the same for all runs with the same plans."""
-    return _hash(config.flat(), AFTER)
+    return shared_folders(config, Path())[1].name
 
 
-def prepare(run: Path, config: RunConfig, store: Path) -> None:
+def prepare(run: Path, config: RunConfig, shared: tuple[Path, Path]) -> None:
     """Makes the folder of a new run, with as much of its round zero as is kept."""
     with whole_folder(run) as folder:
-        for source in _folders(config, store):
+        for source in shared:
             _link_all(source, folder, [file for file in source.rglob("*") if file.is_file()])
-        write_json(folder / "config.json", config.flat() | {"resume": False})
+        write_begun(RunFolder(folder), config, inputs_of(config))
 
 
-def _folders(config: RunConfig, store: Path) -> tuple[Path, Path]:
-    flat = config.flat()
-    return store / f"summaries-{_hash(flat, AFTER_SUMMARIES)}", store / f"plans-{_hash(flat, AFTER)}"
+def shared_folders(config: RunConfig, store: Path) -> tuple[Path, Path]:
+    """Returns where the summaries and the plans of all runs lie that agree on them, by options and by inputs."""
+    decisive = config.flat() | contents(config, require=False)
+    return store / f"summaries-{_hash(decisive, AFTER_SUMMARIES)}", store / f"plans-{_hash(decisive, AFTER)}"
 
 
 def _hash(flat: Mapping[str, Any], after: tuple[str, ...]) -> str:

@@ -16,7 +16,8 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 from experiments.search.schedule import Rungs, Schedule, bracket_tables, cost, in_rounds
 from experiments.search.space import SearchSpace
 from strategies.records import Summary
-from tapfl.config import RunConfig, binding
+from tapfl.config import INPUT_OPTIONS, RunConfig, binding
+from tapfl.data.contents import fingerprints
 from tapfl.errors import ConfigError
 from tapfl.options import Count, Scalar, Section, flatten, read_toml_tables, validated
 
@@ -141,6 +142,15 @@ class Search:
         parts |= {f"space.{name}": str(value) for name, value in self.space.parameters.items()}
         parts |= binding(self.options)
         return {name: json.dumps(value, sort_keys=True) for name, value in parts.items()}
+
+    def inputs(self) -> dict[str, str]:
+        """Returns the `fingerprints` of what the options of all runs name, and the choices of those that vary."""
+        flat, varied = RunConfig.from_flat(self.options).flat(), self.space.parameters
+        values = {
+            option: self.space.choices(option) if option in varied else (flat[option],) for option in INPUT_OPTIONS
+        }
+        named = [(option, value) for option, several in values.items() for value in several]
+        return fingerprints(named, require=False)
 
 
 def read_search(file: Path, method: str | None = None, defaults: Mapping[str, Scalar] | None = None) -> Search:

@@ -107,6 +107,11 @@ class SearchSpace:
     def distributions(self) -> dict[str, BaseDistribution]:
         return {name: parameter.distribution for name, parameter in self.parameters.items()}
 
+    def choices(self, name: str) -> tuple[Scalar, ...]:
+        """Returns the choices of a parameter; none if it is a number."""
+        x = self.parameters[name].distribution
+        return tuple(x.choices) if isinstance(x, CategoricalDistribution) else ()  # type: ignore[arg-type]
+
     def suggest(self, trial: Trial) -> dict[str, Scalar]:
         """Returns the options of a trial, drawn now or before."""
         params: dict[str, Scalar] = {}
@@ -173,12 +178,18 @@ def _allowed(name: str, value: Any, above: Mapping[str, Parameter]) -> tuple[Sca
     if name not in above:
         raise ConfigError(f".if: {name} must stand in [space], above it")
     allowed = tuple(value) if isinstance(value, list) else (value,)
-    distribution = above[name].distribution
-    if isinstance(distribution, CategoricalDistribution):
-        for each in allowed:
-            if each not in distribution.choices:
-                values = ", ".join(map(str, distribution.choices))
-                raise ConfigError(f".if: {name} is never {each!r}, only {values}")
+    if not allowed or not all(isinstance(each, Scalar) for each in allowed):
+        raise ConfigError(f".if: {name} = {value!r}: must be a value of it, or a list of values, at least one")
+    x = above[name].distribution
+    for each in allowed:
+        if isinstance(x, CategoricalDistribution):
+            found, values = each in x.choices, ", ".join(map(str, x.choices))
+        else:
+            assert isinstance(x, IntDistribution | FloatDistribution)
+            number = isinstance(each, int | float) and not isinstance(each, bool)
+            found, values = number and x.low <= float(each) <= x.high, f"{x.low:g} to {x.high:g}"
+        if not found:
+            raise ConfigError(f".if: {name} is never {each!r}, only {values}")
     return allowed
 
 

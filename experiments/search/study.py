@@ -30,13 +30,14 @@ from experiments.search.sampler import scores
 from experiments.search.schedule import FAILED
 from experiments.search.settings import MEASURES, UNSEEN, Search
 from tapfl.config import RunConfig
+from tapfl.data.contents import changed
 from tapfl.errors import ConfigError, RunError
-from tapfl.options import Scalar, nested
+from tapfl.options import Scalar, differences, nested
 from tapfl.progress import stage
 from tapfl.store import only_one, write_bytes
 
 JOURNAL = "study.journal"
-IDENTITY = "tapfl:search"
+IDENTITY, INPUTS = "tapfl:search", "tapfl:inputs"
 PATIENCE = 4  # seconds that a storage may stay locked by another process
 
 
@@ -50,6 +51,7 @@ def open_study(search: Search, name: str, out: Path, url: str | None, resume: bo
         ConfigError: if the storage cannot be used, if a study exists and `resume` is false or none exists and it is
             true, or if the study belongs to another search.
     """
+    inputs = search.inputs()
     if url is None and resume and not (out / JOURNAL).is_file():
         raise ConfigError(f"--resume: there is no study in {out}")
     shown = _without_password(url) if url else str(out / JOURNAL)
@@ -62,6 +64,7 @@ def open_study(search: Search, name: str, out: Path, url: str | None, resume: bo
             raise ConfigError(f"--resume: storage {shown} has no study {name!r}")
         study = optuna.create_study(study_name=name, storage=storage, load_if_exists=True)
         if IDENTITY not in study.user_attrs and not study.get_trials(deepcopy=False):
+            study.set_user_attr(INPUTS, inputs)
             study.set_user_attr(IDENTITY, json.dumps(search.identity()))
     except ConfigError:
         raise
@@ -69,14 +72,11 @@ def open_study(search: Search, name: str, out: Path, url: str | None, resume: bo
         lines = str(getattr(error, "orig", None) or error).strip().splitlines() or [type(error).__name__]
         reason = lines[0].replace(url, shown) if url else lines[0]
         raise ConfigError(f"storage {shown}: cannot be used ({reason})") from None
-    before, now = json.loads(study.user_attrs.get(IDENTITY, "{}")), search.identity()
-    changed = [
-        f"{key}: {before.get(key, '(not there then)')} then, {now.get(key, '(not there now)')} now"
-        for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key)
-    ]
-    if changed:
-        raise ConfigError(f"study {name!r} is of another search: {'; '.join(changed)}")
+    identities = json.loads(study.user_attrs.get(IDENTITY, "{}")), search.identity()
+    odd = differences(*({key: json.loads(text) for key, text in each.items()} for each in identities))
+    odd += changed(study.user_attrs.get(INPUTS, {}), inputs, "it began")
+    if odd:
+        raise ConfigError(f"study {name!r} is of another search: {'; '.join(odd)}")
     return study
 
 

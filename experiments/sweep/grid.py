@@ -42,7 +42,8 @@ from pydantic import Field, field_validator
 from experiments.jobs.federation import Engine, federation_job, name_of, resolved
 from experiments.jobs.pool import EngineLostError, Pool, first_done
 from experiments.jobs.progress import Overview
-from strategies.records import SUMMARY, require_same_options
+from experiments.preflight import require_same_run
+from strategies.records import SUMMARY
 from tapfl.config import RunConfig
 from tapfl.errors import ConfigError, TapflError
 from tapfl.options import AnyShares, Scalar, Section, flatten, read_toml_tables, validated
@@ -112,7 +113,7 @@ def run_sweep(runs: list[SweepRun], out: Path, pool: Pool, engine: Engine, progr
         The error of each run that failed, by name; its output is in ``NAME.log``.
 
     Raises:
-        ConfigError: if a run in `out` was started with other options.
+        ConfigError: if a run in `out` was started with other options, images or weights.
         EngineLostError: if no run can be carried out any more.
     """
     waiting = [run for run in runs if not _finished(run, out)]
@@ -145,12 +146,12 @@ def run_sweep(runs: list[SweepRun], out: Path, pool: Pool, engine: Engine, progr
 
 
 def _finished(run: SweepRun, out: Path) -> bool:
-    """Returns whether a run has all of its rounds. Raises ConfigError if it was started with other options."""
+    """Returns whether a run has all of its rounds. Raises ConfigError if it has other options or inputs."""
     folder = RunFolder(out / run.name)
     if not (folder.path / "config.json").is_file():
         return False
     wanted = resolved(run.options, folder.path)
-    require_same_options(folder, wanted)
+    require_same_run(folder, wanted, require=False)
     return (folder.path / SUMMARY).is_file() and folder.config()["train.rounds"] >= wanted.train.rounds
 
 

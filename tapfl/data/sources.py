@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import unicodedata
 import warnings
@@ -17,13 +16,14 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from tapfl.data.contents import file_fingerprint, no_such_source
 from tapfl.data.folders import list_images, listed
+from tapfl.data.hugging_face import fingerprint_of, open_table
 from tapfl.data.transform import Transform, scaled_to_bytes
 from tapfl.errors import DataError, message_of
 from tapfl.progress import track
 from tapfl.store import cache_folder, content_hash, whole_file
 
-ACCEPTED = "accepted: digits, a .npz file, an image folder, or hf:NAME"
 MOST_CLASSES = 2**16  # of which no model has more
 
 
@@ -52,6 +52,12 @@ class ImageSet:
     def subset(self, indices: np.ndarray) -> ImageSet:
         """Returns the images at `indices`, in that order."""
         return replace(self, images=self.images[indices], labels=self.labels[indices])
+
+    def require(self, name: str, fingerprint: str) -> ImageSet:
+        """Returns the images. Raises DataError if they are not those of `fingerprint`; empty: whatever they are."""
+        if fingerprint and fingerprint != self.fingerprint:  # which the message must not tell: it reaches the server
+            raise DataError(f"{name}: the images changed since this run began")
+        return self
 
     def described(self, kind: str = "") -> str:
         """Returns in a line how many images of how many classes there are, of which size, and what was left out.
@@ -90,7 +96,7 @@ def load_images(source: str, transform: Transform | None = None, cache: Path | N
     elif path.suffix == ".npz":
         images = _array(_npz(path), transform, kept)
     else:
-        raise DataError(f"data source {source!r}: there is no such file or folder; {ACCEPTED}")
+        raise no_such_source(source)
     return _with_plain_names(images, source)
 
 
@@ -128,8 +134,7 @@ def _npz(path: Path) -> ImageSet:
         return DataError(f"data source {str(path)!r}: {why}")
 
     try:
-        with path.open("rb") as file:
-            fingerprint = hashlib.file_digest(file, "sha256").hexdigest()[:16]
+        fingerprint = file_fingerprint(path)
         with np.load(path, allow_pickle=False) as arrays:
             images, labels = np.asarray(arrays["images"]), np.asarray(arrays["labels"])
             names = np.asarray(arrays["classes"]) if "classes" in arrays else None
@@ -191,18 +196,14 @@ def _folder(path: Path, transform: Transform, kept: Path) -> ImageSet:
 
 
 def _hugging_face(name: str, transform: Transform, kept: Path) -> ImageSet:
-    from datasets import ClassLabel, load_dataset  # heavy, and only this source needs it
+    from datasets import ClassLabel  # heavy, and only this source needs it
     from datasets import Image as ImageColumn
 
-    name, _, split = name.partition(":")
+    table, name = open_table(name), name.partition(":")[0]
 
     def refusal(why: object) -> DataError:
         return DataError(f"data source 'hf:{name}': {why}")
 
-    try:
-        table = load_dataset(name, split=split or "train")
-    except Exception as error:
-        raise refusal(f"cannot be loaded ({message_of(error)})") from None
     columns = [
         [key for key, of in table.features.items() if isinstance(of, kind)] for kind in (ImageColumn, ClassLabel)
     ]
@@ -222,7 +223,7 @@ def _hugging_face(name: str, transform: Transform, kept: Path) -> ImageSet:
         for row in track(range(len(table)), "reading images"):
             yield _decoded(f"data source 'hf:{name}': image {row}", partial(picture, row), transform)
 
-    fingerprint = table._fingerprint  # of the library's own cache; the same for the same files
+    fingerprint = fingerprint_of(table)
     images = _fitted(kept, fingerprint, transform, len(table), pictures)
     return ImageSet(images, labels, tuple(table.features[label].names), fingerprint)
 

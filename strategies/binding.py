@@ -1,0 +1,49 @@
+"""What must stay the same when a run goes on: its options, and what lies behind those that name images or files.
+
+``inputs.json`` in the run's folder holds the fingerprints of what its server reads: the public pool, the weights, the
+rows of the head and the profiles. The images of a device are its own, and it compares them itself.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+
+from tapfl.config import INPUT_OPTIONS, RunConfig, binding
+from tapfl.data.contents import ACCEPTED, changed, contents
+from tapfl.errors import ConfigError
+from tapfl.options import differences
+from tapfl.store import RunFolder, write_json
+
+INPUTS = "inputs.json"
+
+
+def inputs_of(config: RunConfig, require: bool = True) -> dict[str, str]:
+    """Returns the fingerprints of what the server of a run reads, as `tapfl.data.contents.contents`."""
+    private = ("data.source",) if config.data.public else ()
+    return contents(config, [option for option in INPUT_OPTIONS if option not in private], require)
+
+
+def write_begun(folder: RunFolder, config: RunConfig, inputs: Mapping[str, str]) -> None:
+    """Writes down what binds a run: its options, and the fingerprints of its inputs."""
+    write_json(folder.path / INPUTS, inputs)
+    write_json(folder.path / "config.json", config.flat() | {"resume": False})  # last: with it the run has begun
+
+
+def require_same_options(folder: RunFolder, config: RunConfig) -> None:
+    """Raises ConfigError, naming what changed, unless `config` is that of the run in `folder`.
+
+    Options that change no result may differ, and so may `train.rounds`: a run may be continued for longer.
+    """
+    if odd := differences(binding(folder.config()), binding(config.flat())):
+        raise ConfigError(f"resume: the run in {folder.path} has other options: {'; '.join(odd)}")
+
+
+def require_same_inputs(folder: RunFolder, inputs: Mapping[str, str]) -> None:
+    """Raises ConfigError, naming what changed, unless `inputs` are those that the run in `folder` began with."""
+    try:
+        before = json.loads((folder.path / INPUTS).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        before = None
+    if odd := changed(before if isinstance(before, dict) else {}, inputs):
+        raise ConfigError(f"resume: {'; '.join(odd)}; {ACCEPTED}")
