@@ -420,3 +420,18 @@ def test_a_backbone_from_elsewhere_names_shapes_and_no_files(change: dict[str, o
         BackboneSpec.from_json(json.dumps(VIT.model_dump() | change))
     assert "\n" not in str(caught.value)
     assert BackboneSpec.from_json(VIT.model_dump_json()) == VIT
+
+
+def test_a_head_whose_rows_may_be_in_two_orders_needs_their_names(tmp_path: Path) -> None:
+    """torchvision sorts folders as texts (10 before 2), timm by number."""
+    file = tmp_path / "vit.safetensors"
+    write_tensors(file, build(spec(num_classes=3)).state_dict())
+    model = build(spec(num_classes=3))
+    with pytest.raises(
+        ModelError, match=r"model\.head-rows = '': .*\(class '10' is the first to differ\); accepted: a J"
+    ):
+        load_weights(model, file, ("1", "10", "2"), None, needs_head=True)
+    load_weights(model, file, ("1", "10", "2"), None)  # a new head is trained
+    for classes in (("1", "2", "10"), ("a1", "a2", "b"), ("02", "10", "11")):
+        load_weights(model, file, classes, None, needs_head=True)
+    load_weights(model, file, ("1", "10", "2"), rows_file(tmp_path, {"1": 0, "2": 1, "10": 2}), needs_head=True)

@@ -169,7 +169,7 @@ def test_npz_with_and_without_names_and_channels(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arrays", "message"),
     [
-        ({"images": IMAGES}, "needs plain arrays `images` and `labels`"),
+        ({"images": IMAGES}, "has no array `labels`; accepted: `images` and `labels`, has images"),
         ({"images": IMAGES, "labels": np.array([0, 1, None, 1], object)}, "needs plain arrays"),
         ({"images": np.array([IMAGES[0], "x"], object), "labels": np.array([0, 1])}, "needs plain arrays"),
         ({"images": IMAGES.astype(float), "labels": np.zeros(4, int)}, "must be uint8 or uint16 .* got float64"),

@@ -9,7 +9,7 @@ from pathlib import Path
 from tapfl.config import INPUT_OPTIONS, NOT_PATHS, RunConfig
 from tapfl.data import hugging_face
 from tapfl.data.folders import list_images
-from tapfl.errors import ConfigError, DataError, TapflError
+from tapfl.errors import ConfigError, DataError, TapflError, message_of
 from tapfl.store import sha256_of
 
 ACCEPTED = "accepted: what was there then, or a new run in a new folder"
@@ -61,16 +61,27 @@ def content_of(option: str, value: str) -> str:
 def _of_images(source: str) -> str:
     if source.startswith("hf:"):
         return hugging_face.fingerprint_of(hugging_face.open_table(source.removeprefix("hf:")))
-    path = Path(source).expanduser()
+    path = path_of(source)
     if path.is_dir():
         return list_images(path).fingerprint
-    if path.is_file() and path.suffix == ".npz":
+    if path.is_file() and path.suffix.lower() == ".npz":
         return file_fingerprint(path)
     raise no_such_source(source)
 
 
+def path_of(source: str) -> Path:
+    """Returns the path that a source names. Raises DataError if the system has no such names."""
+    try:
+        path = Path(source).expanduser()
+        path.is_dir()
+    except (OSError, RuntimeError) as error:  # a name that is too long; the home of nobody
+        raise DataError(f"data source {source!r:.80}: cannot be read ({message_of(error)}); {SOURCES}") from None
+    return path
+
+
 def no_such_source(source: str) -> DataError:
-    return DataError(f"data source {source!r}: there is no such file or folder; {SOURCES}")
+    why = "is a file of another kind" if path_of(source).exists() else "there is no such file or folder"
+    return DataError(f"data source {source!r}: {why}; {SOURCES}")
 
 
 def file_fingerprint(path: Path) -> str:

@@ -17,6 +17,16 @@ IMAGE_ENDINGS = {
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".jp2", ".png", ".bmp", ".dib", ".gif", ".webp", ".avif"),
     *(".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".tga"),
 }
+# what file servers and archives put beside pictures: thumbnails, deleted files, metadata
+SYSTEM_FOLDERS = {
+    "@eaDir",
+    "#recycle",
+    "@Recycle",
+    "$RECYCLE.BIN",
+    "System Volume Information",
+    "__MACOSX",
+    "lost+found",
+}
 PARTS = {"train", "training", "val", "valid", "validation", "test", "testing"}  # of a data set, not classes
 ANNOTATIONS = "val_annotations.txt"  # of Tiny-ImageNet's validation part, where one folder holds all classes
 
@@ -53,7 +63,8 @@ def list_images(root: Path) -> Listing:
     Images may lie in folders within the class's folder. Links are followed.
 
     Raises:
-        DataError: if it has no images, or has the parts of a data set in place of classes.
+        DataError: if it has no images, has the parts of a data set or a single folder of folders in place of classes,
+            or two classes are one folder.
     """
     listing = Listing(root)
     try:
@@ -67,6 +78,7 @@ def list_images(root: Path) -> Listing:
     if not listing.files:
         found = f" (found {listed(listing.left_out)})" if listing.left_out else ""
         raise DataError(f"data source {str(root)!r}: holds no images; one folder of images a class is expected{found}")
+    _refuse_one_above(listing)
     return listing
 
 
@@ -87,6 +99,8 @@ def _by_class(listing: Listing) -> None:
     for entry in sorted(os.scandir(listing.root), key=lambda entry: entry.name):
         if entry.name.startswith("."):
             listing.left_out["hidden"] += 1
+        elif entry.name in SYSTEM_FOLDERS:
+            listing.left_out["folders of the system"] += 1
         elif entry.is_dir():
             folders.append(Path(entry.path))
         elif entry.is_symlink() and not entry.is_file():
@@ -96,6 +110,7 @@ def _by_class(listing: Listing) -> None:
         else:
             listing.left_out[_kind(entry.name)] += 1
     _refuse_parts(listing.root, folders)
+    _refuse_one_twice(listing.root, folders)
     for folder in folders:
         held = listing.files.setdefault(unicodedata.normalize("NFC", folder.name), [])
         before = len(held)
@@ -105,14 +120,39 @@ def _by_class(listing: Listing) -> None:
 
 
 def _refuse_parts(root: Path, folders: list[Path]) -> None:
-    """Raises DataError if the folders are the parts of a data set, each with classes of its own."""
-    parts = [folder for folder in folders if folder.name.lower() in PARTS]
-    with_classes = [folder for folder in parts if any(child.is_dir() for child in folder.iterdir())]
-    if len(with_classes) > 1 and len(parts) == len(folders):
-        names = " and ".join(folder.name for folder in with_classes)
+    """Raises DataError if the folders are the parts of a data set."""
+    if len(folders) < 2 or any(folder.name.lower() not in PARTS for folder in folders):
+        return
+    with_classes = [folder for folder in folders if any(child.is_dir() for child in folder.iterdir())]
+    which = "another as the public pool (data.public)" if len(with_classes) > 1 else "leave the others out"
+    accepted = (
+        f"name one of them, such as {str(with_classes[0])!r} (data.source), and {which}"
+        if with_classes
+        else "one folder of images a class is expected"
+    )
+    names = " and ".join(folder.name for folder in folders)
+    raise DataError(f"data source {str(root)!r}: has the parts {names} in place of classes; {accepted}")
+
+
+def _refuse_one_twice(root: Path, folders: list[Path]) -> None:
+    """Raises DataError if two classes are one folder, by a link: each image would be of both."""
+    names: dict[str, str] = {}
+    for folder in folders:
+        if (other := names.setdefault(os.path.realpath(folder), folder.name)) != folder.name:
+            raise DataError(f"data source {str(root)!r}: the classes {other!r} and {folder.name!r} are the same folder")
+
+
+def _refuse_one_above(listing: Listing) -> None:
+    """Raises DataError if the only class holds folders of images and no images beside them: those are the classes."""
+    if len(listing.files) != 1 or (listing.root / ANNOTATIONS).is_file():
+        return
+    ((name, files),) = listing.files.items()
+    within = {file.relative_to(listing.root).parts[1] for file in files}
+    if len(within) > 1 and not any(file.parent.parent == listing.root for file in files):
+        folder = str(files[0].parents[len(files[0].relative_to(listing.root).parts) - 2])
         raise DataError(
-            f"data source {str(root)!r}: has the parts {names} in place of classes; name one of them, such as "
-            f"{str(with_classes[0])!r} (data.source), and another as the public pool (data.public)"
+            f"data source {str(listing.root)!r}: has one folder, {name!r}, with {len(within)} folders of images in it; "
+            f"if those are the classes, name {folder!r}"
         )
 
 
@@ -128,6 +168,8 @@ def _images(folder: Path, left_out: Counter[str], above: tuple[str, ...]) -> Ite
     for entry in os.scandir(folder):
         if entry.name.startswith("."):
             left_out["hidden"] += 1
+        elif entry.name in SYSTEM_FOLDERS:
+            left_out["folders of the system"] += 1
         elif entry.is_dir():
             yield from _images(Path(entry.path), left_out, (*above, here))
         elif not entry.is_file():

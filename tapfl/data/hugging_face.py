@@ -1,7 +1,8 @@
-"""Data sets of Hugging Face's hub, or of its library's cache."""
+"""Data sets of Hugging Face's hub, of its library's cache, or of a folder that the library wrote."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from tapfl.errors import DataError, message_of
@@ -10,13 +11,20 @@ from tapfl.errors import DataError, message_of
 def open_table(name: str) -> Any:
     """Returns the rows of ``NAME[:SPLIT]``, a `datasets.Dataset`; the split is `train` if none is given.
 
+    The name may be that of a folder, also of one that `save_to_disk` wrote.
+
     Raises:
         DataError: if it cannot be loaded.
     """
-    from datasets import load_dataset  # heavy, and only this source needs it
+    from datasets import load_dataset, load_from_disk  # heavy, and only this source needs it
 
     name, _, split = name.partition(":")
+    folder = Path(name)
     try:
+        if (folder / "state.json").is_file() and not split:  # of Dataset.save_to_disk, which load_dataset refuses
+            return load_from_disk(name)
+        if (folder / "dataset_dict.json").is_file():
+            return load_from_disk(name)[split or "train"]
         return load_dataset(name, split=split or "train")
     except Exception as error:
         raise DataError(f"data source 'hf:{name}': cannot be loaded ({message_of(error)})") from None

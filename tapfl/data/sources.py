@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from tapfl.data.contents import file_fingerprint, no_such_source
+from tapfl.data.contents import file_fingerprint, no_such_source, path_of
 from tapfl.data.folders import list_images, listed
 from tapfl.data.hugging_face import fingerprint_of, open_table
 from tapfl.data.transform import Transform, scaled_to_bytes
@@ -25,6 +25,9 @@ from tapfl.progress import track
 from tapfl.store import cache_folder, content_hash, whole_file
 
 MOST_CLASSES = 2**16  # of which no model has more
+DIM = 16  # of 255, to which 12 of 16 bits are scaled: no source of pictures is darker throughout
+# of `IMAGE_ENDINGS`; what Pillow decodes by starting another program (EPS) is none of them, whatever a file's name
+FORMATS = ("JPEG", "JPEG2000", "PNG", "BMP", "DIB", "GIF", "WEBP", "AVIF", "TIFF", "PPM", "TGA")
 
 
 @dataclass(frozen=True)
@@ -68,7 +71,9 @@ class ImageSet:
         height, width, channels = self.images.shape[1:]
         colours = "grey" if channels == 1 else "RGB"
         images = f"{len(self)} {kind} images" if kind else f"{len(self)} images"
-        line = f"{images} of {len(self.classes)} classes, used at {height} × {width} px, {colours}"
+        empty = len(self.classes) - len(np.unique(self.labels))
+        classes = f"{len(self.classes)} classes{f' ({empty} without images)' if empty else ''}"
+        line = f"{images} of {classes}, used at {height} × {width} px, {colours}"
         return f"{line}; left out: {listed(self.left_out)}" if self.left_out else line
 
 
@@ -83,18 +88,18 @@ def load_images(source: str, transform: Transform | None = None, cache: Path | N
         cache: folder for images in the transform's size, which every process memory-maps; by default tapfl's own.
 
     Raises:
-        DataError: if the source is missing or of another kind, an image cannot be decoded, or a class has a name that
-            cannot be printed.
+        DataError: if the source is missing or of another kind, an image cannot be decoded, all are nearly black, or a
+            class has a name that cannot be printed.
     """
     kept = (cache or cache_folder()) / "images"
     if source == "digits":
-        images = _array(_digits(), transform, kept)
+        images = _array(_digits(), transform, kept, source)
     elif source.startswith("hf:"):
         images = _hugging_face(source.removeprefix("hf:"), _needed(transform, source), kept)
-    elif (path := Path(source).expanduser()).is_dir():
+    elif (path := path_of(source)).is_dir():
         images = _folder(path, _needed(transform, source), kept)
-    elif path.suffix == ".npz":
-        images = _array(_npz(path), transform, kept)
+    elif path.suffix.lower() == ".npz":
+        images = _array(_npz(path), transform, kept, source)
     else:
         raise no_such_source(source)
     return _with_plain_names(images, source)
@@ -136,8 +141,14 @@ def _npz(path: Path) -> ImageSet:
     try:
         fingerprint = file_fingerprint(path)
         with np.load(path, allow_pickle=False) as arrays:
+            if lacking := [name for name in ("images", "labels") if name not in arrays]:
+                raise refusal(f"has no array `{lacking[0]}`; accepted: `images` and `labels`, has {', '.join(arrays)}")
             images, labels = np.asarray(arrays["images"]), np.asarray(arrays["labels"])
             names = np.asarray(arrays["classes"]) if "classes" in arrays else None
+        if names is not None and names.dtype.kind == "S":
+            names = np.char.decode(names, "utf-8")
+    except DataError:
+        raise
     except (OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise refusal(f"cannot be read ({error})") from None
     except Exception as error:  # a damaged header, or one that claims more than there is memory
@@ -155,20 +166,19 @@ def _npz(path: Path) -> ImageSet:
         raise refusal(f"`labels` must be {len(images)} integers, got {labels.dtype} {labels.shape}")
     if labels.min() < 0:
         raise refusal(f"`labels` must not be negative, got {labels.min()}")
-    if names is not None and (names.ndim != 1 or names.dtype.kind not in "US"):
+    if names is not None and (names.ndim != 1 or names.dtype.kind != "U"):
         raise refusal(f"`classes` must be a list of names, got {names.dtype} {names.shape}")
     most = MOST_CLASSES if names is None else len(names)
     if labels.max() >= most:
         why = f"no model has more than {most} classes" if names is None else f"`classes` has {most} names"
         raise refusal(f"`labels` must lie in 0..{most - 1} as {why}, got {labels.max()}")
-    classes = (
-        range(int(labels.max()) + 1) if names is None else np.char.decode(names) if names.dtype.kind == "S" else names
-    )
+    classes = range(int(labels.max()) + 1) if names is None else names
     return ImageSet(images, labels.astype(np.int64), tuple(map(str, classes)), fingerprint)
 
 
-def _array(source: ImageSet, transform: Transform | None, kept: Path) -> ImageSet:
+def _array(source: ImageSet, transform: Transform | None, kept: Path, name: str) -> ImageSet:
     """Returns the images of an array as `transform` fits them."""
+    _refuse_dim(int(source.images.max()), name)
     if transform is None or transform.keeps(source.images):
         return source
 
@@ -176,7 +186,7 @@ def _array(source: ImageSet, transform: Transform | None, kept: Path) -> ImageSe
         for image in track(source.images, "resizing images"):
             yield transform.fit(Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image))
 
-    return replace(source, images=_fitted(kept, source.fingerprint, transform, len(source), pictures))
+    return replace(source, images=_fitted(kept, name, source.fingerprint, transform, len(source), pictures))
 
 
 # ---------------------------------------------------------------- folders and Hugging Face
@@ -188,9 +198,10 @@ def _folder(path: Path, transform: Transform, kept: Path) -> ImageSet:
 
     def pictures() -> Iterable[np.ndarray]:
         for file in track(files, "reading images"):
-            yield _decoded(f"image {str(file)!r}", partial(Image.open, file), transform)
+            yield _decoded(f"image {str(file)!r}", partial(Image.open, file, formats=FORMATS), transform)
 
-    images = _fitted(kept, os.fsencode(path.resolve()) + listing.fingerprint.encode(), transform, len(files), pictures)
+    content = os.fsencode(path.resolve()) + listing.fingerprint.encode()
+    images = _fitted(kept, str(path), content, transform, len(files), pictures)
     labels = np.repeat(np.arange(len(listing.files)), [len(each) for each in listing.files.values()])
     return ImageSet(images, labels, tuple(listing.files), listing.fingerprint, listing.left_out)
 
@@ -208,15 +219,21 @@ def _hugging_face(name: str, transform: Transform, kept: Path) -> ImageSet:
         [key for key, of in table.features.items() if isinstance(of, kind)] for kind in (ImageColumn, ClassLabel)
     ]
     if not all(columns):
-        raise refusal(f"needs an image and a class-label column, has {list(table.features)}")
+        has = ", ".join(f"{key}: {getattr(of, 'dtype', type(of).__name__)}" for key, of in table.features.items())
+        raise refusal(f"needs a column of type Image and one of type ClassLabel, has {has}")
     (image, *_), (label, *_) = columns
+    unused = {f"column {key}": 1 for kind in columns for key in kind[1:]}
+    if not len(table):
+        raise refusal("holds no images")
     labels = np.array([-1 if value is None else value for value in table[label]], dtype=np.int64)
     if (labels < 0).any():
         unlabelled = f"{(labels < 0).sum()} of {len(labels)} images have no label"
         raise refusal(f"{unlabelled}; give a split with labels, hf:NAME:SPLIT")
 
     def picture(row: int) -> Image.Image:
-        made: Image.Image = table[row][image]
+        made: Image.Image | None = table[row][image]
+        if made is None:
+            raise DataError("there is none")
         return made
 
     def pictures() -> Iterable[np.ndarray]:
@@ -224,8 +241,8 @@ def _hugging_face(name: str, transform: Transform, kept: Path) -> ImageSet:
             yield _decoded(f"data source 'hf:{name}': image {row}", partial(picture, row), transform)
 
     fingerprint = fingerprint_of(table)
-    images = _fitted(kept, fingerprint, transform, len(table), pictures)
-    return ImageSet(images, labels, tuple(table.features[label].names), fingerprint)
+    images = _fitted(kept, f"hf:{name}", fingerprint, transform, len(table), pictures)
+    return ImageSet(images, labels, tuple(table.features[label].names), fingerprint, unused)
 
 
 def _decoded(what: str, open_picture: Callable[[], Image.Image], transform: Transform) -> np.ndarray:
@@ -241,11 +258,17 @@ def _decoded(what: str, open_picture: Callable[[], Image.Image], transform: Tran
 
 
 def _fitted(
-    kept: Path, content: bytes | str, transform: Transform, count: int, pictures: Callable[[], Iterable[np.ndarray]]
+    kept: Path,
+    name: str,
+    content: bytes | str,
+    transform: Transform,
+    count: int,
+    pictures: Callable[[], Iterable[np.ndarray]],
 ) -> np.ndarray:
     """Returns images as the transform fits them, memory-mapped; they are made once, one at a time.
 
     Args:
+        name: of the source.
         content: names the pictures; with the transform's geometry it is the key of the file.
     """
     file = kept / f"{content_hash(content, transform.geometry)}.npy"
@@ -254,7 +277,19 @@ def _fitted(
         header: dict[str, Any] = {"descr": "|u1", "fortran_order": False, "shape": shape}
         with whole_file(file) as temporary, temporary.open("wb") as out:
             np.lib.format.write_array_header_1_0(out, header)
+            brightest = 0
             for picture in pictures():
                 out.write(picture.tobytes())
+                brightest = max(brightest, int(picture.max()))
+            _refuse_dim(brightest, name)
     images: np.ndarray = np.load(file, mmap_mode="r")
     return images
+
+
+def _refuse_dim(brightest: int, source: str) -> None:
+    """Raises DataError if no value of a whole source is over `brightest`, and that is nearly black."""
+    if 0 < brightest <= DIM:
+        raise DataError(
+            f"data source {source!r}: all images are nearly black, no value is over {brightest} of 255, as where 12 "
+            "bits are in files of 16, or values of 0 to 1 became integers; accepted: values that use the whole range"
+        )

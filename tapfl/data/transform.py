@@ -8,12 +8,22 @@ from functools import cached_property
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 
 from tapfl.errors import DataError
 
 WIDEST = 16  # times as long as wide: of a longer picture only the middle is scaled, which else may take gigabytes
+TURNS = {  # EXIF's orientation -> what turns the picture upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+WHITE_IS_ZERO = 0  # a TIFF's PhotometricInterpretation
 SIXTEEN_BITS = ("I;16", "I;16L", "I;16B", "I;16N")  # Pillow's modes
 SIXTEEN_BIT_FORMATS = ("PNG", "PPM")  # files in which Pillow's 32-bit mode `I` holds values of 16 bits
 
@@ -55,7 +65,10 @@ class Transform:
         Raises:
             DataError: if the range of its values is unknown.
         """
-        image = _eight_bits(ImageOps.exif_transpose(picture), picture.format).convert("RGB")
+        picture.load()  # a TIFF turns itself upright
+        image = _eight_bits(picture).convert("RGB")
+        if (turn := _turn(picture)) is not None:
+            image = image.transpose(turn)
         if self.channels == 1:
             image = image.convert("L")
         if self.crop_mode == "center":
@@ -107,14 +120,25 @@ class Transform:
         return Batches(self, images, batch)
 
 
-def _eight_bits(picture: Image.Image, file_format: str | None) -> Image.Image:
+def _turn(picture: Image.Image) -> Image.Transpose | None:
+    """Returns what turns a loaded picture upright; None if nothing, or if its metadata is damaged and says nothing."""
+    try:
+        return TURNS.get(picture.getexif().get(ExifTags.Base.Orientation, 1))
+    except Exception:  # SyntaxError, struct.error and more
+        return None
+
+
+def _eight_bits(picture: Image.Image) -> Image.Image:
     """Returns a picture of 16 bits with its whole range scaled to 8; others, which have 8 bits or fewer, unchanged.
 
     Raises:
         DataError: if it holds floats, or integers of 32 bits: their range is unknown.
     """
-    if picture.mode in SIXTEEN_BITS or (picture.mode == "I" and file_format in SIXTEEN_BIT_FORMATS):
-        return Image.fromarray(scaled_to_bytes(np.asarray(picture)))
+    if picture.mode in SIXTEEN_BITS or (picture.mode == "I" and picture.format in SIXTEEN_BIT_FORMATS):
+        grey = Image.fromarray(scaled_to_bytes(np.asarray(picture)))
+        tags = getattr(picture, "tag_v2", {})  # which Pillow heeds for 8 bits alone
+        white_is_zero = tags.get(ExifTags.Base.PhotometricInterpretation) == WHITE_IS_ZERO
+        return ImageOps.invert(grey) if white_is_zero else grey
     if picture.mode in ("I", "F"):
         values = "floats" if picture.mode == "F" else "integers of 32 bits"
         raise DataError(f"holds {values}, whose range is unknown; accepted: pictures of 8 or 16 bits a channel")

@@ -36,6 +36,7 @@ from tapfl.seeds import numpy_generator
 from tapfl.store import content_hash, read_tensors, write_bytes, write_tensors
 from tapfl.training import train_dense
 
+_PARTS = re.compile(r"(\d+)")
 BATCH = 64  # images in a minibatch when the backbone is trained
 
 
@@ -187,6 +188,8 @@ def load_weights(
     except PlanError as error:
         raise refusal(f"{error}; accepted: a .safetensors file, or hub") from None
     heads, own = _head_tensors(model), model.state_dict()
+    if needs_head and head_rows is None:
+        _require_one_order(classes)
     if head_rows is not None:
         _take_rows(state, heads, read_head_rows(head_rows, classes), head_rows, file.name)
     for key in own.keys() & state.keys():
@@ -211,6 +214,17 @@ def load_weights(
     if unexpected:
         raise refusal(f"do not fit the backbone: they hold {unexpected[0]!r}, which the backbone lacks")
     _require_finite(model, refusal)
+
+
+def _require_one_order(classes: tuple[str, ...]) -> None:
+    """Raises ModelError if a head may have another order of classes: torchvision has 10 before 2, timm 2 before 10."""
+    by_number = sorted(classes, key=lambda name: [int(part) if part.isdigit() else part for part in _PARTS.split(name)])
+    if list(classes) == sorted(classes) != by_number:
+        first = next(name for name, other in zip(classes, by_number, strict=True) if name != other)
+        raise ModelError(
+            f"model.head-rows = '': the head's rows may be in the order of texts or of numbers (class {first!r} is the "
+            f"first to differ); accepted: a JSON file, class name -> row"
+        )
 
 
 def load_hub_weights(model: nn.Module, spec: BackboneSpec, classes: tuple[str, ...], head_rows: Path | None) -> None:
