@@ -100,6 +100,11 @@ def run(
     show_summary(summary)
     show_line(f"the run's folder: {folder}")
     if page:
+        from experiments.report.reading import read_run
+        from experiments.report.warnings import warnings_of
+
+        for finding in warnings_of(read_run(folder)):
+            show_line(f"warning: {finding.found} What can be tried: {finding.advice}.")
         show_line(f"the report: {page}")
 
 

@@ -14,6 +14,7 @@ from experiments.figures.page import Page, Section, Table
 from experiments.output import count, duration, size
 from experiments.report import charts, heatmaps, series
 from experiments.report.reading import Run, named
+from experiments.report.warnings import warnings_of
 from strategies.records import AbsenceLine, FailureLine
 from tapfl.config import RunConfig
 
@@ -37,7 +38,9 @@ METHODS = {
 
 def page_of(run: Run) -> Page:
     """Returns the page of a run."""
-    sections = [Section("Devices", table=devices(run), pick=True)] if run.devices else []
+    sections = [Section("Warnings", table=warnings(run))] if warnings_of(run) else []
+    if run.devices:
+        sections.append(Section("Devices", table=devices(run), pick=True))
     for heading, draws in CHAPTERS.items():
         if figures := [figure for draw in draws if (figure := draw(run))]:
             sections.append(Section(heading, figures))
@@ -197,6 +200,11 @@ def devices(run: Run) -> Table:
         words={1} if profiles else (),
         note="images: training + test; gain: personal minus pruned accuracy.",
     )
+
+
+def warnings(run: Run) -> Table:
+    """Returns what should make the reader look twice, and what can be tried."""
+    return Table(("warning", "what can be tried"), [list(finding) for finding in warnings_of(run)], words={0, 1})
 
 
 def events(run: Run) -> Table:

@@ -1,0 +1,118 @@
+"""What in a run should make its reader look twice: a sentence each, with what can be tried."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+
+from experiments.report import series
+from experiments.report.reading import Run, named
+from strategies.records import DeviceLine
+
+BOUND = 0.01  # α nearer than this to 0 or 1 is at its bound
+LEARNT = 1e-3  # mean training loss below which a device knows its images by heart
+LOSS = 0.01  # of accuracy that is worth a warning
+ALONE = "local"  # the method that shares nothing
+
+
+class Finding(NamedTuple):
+    found: str
+    advice: str
+
+
+def warnings_of(run: Run) -> list[Finding]:
+    """Returns the warnings of a run, at most one of each kind."""
+    checks: Sequence[Callable[[Run], Finding | None]] = (disjoint, worse_than_start, falling, by_heart, alpha_at_bound)
+    return [finding for check in checks if run.equipped and (finding := check(run))]
+
+
+def shares(run: Run) -> bool:
+    return run.config.get("personalize.method") != ALONE
+
+
+def disjoint(run: Run) -> Finding | None:
+    """No class is on two devices, and the head is shared all the same."""
+    held = [set(np.flatnonzero(device.held_classes)) for device in run.equipped if device.held_classes]
+    held = held or [set(np.flatnonzero(images.train)) for images in run.images.values()]
+    apart = len(held) > 1 and all(not (left & right) for left, right in itertools.combinations(held, 2))
+    head = run.config.get("adapters.head")
+    if not apart or head == "personal" or not shares(run):
+        return None
+    return Finding(
+        f"No class is on two devices, and the head is shared (adapters.head = {head}). Each device then trains its "
+        "rows of the head against the others' images that it never sees.",
+        "adapters.head=personal",
+    )
+
+
+def worse_than_start(run: Run) -> Finding | None:
+    """The shared model is worse at the end than the pruned models before training."""
+    mean = series.accuracies(run).mean()
+    if not shares(run) or not run.rounds or not mean["global"] < mean["pruned"] - LOSS:
+        return None
+    return Finding(
+        f"The shared model ends at {mean['global']:.3f}, below the pruned models before training "
+        f"({mean['pruned']:.3f}).",
+        "a lower train.learning-rate, fewer train.epochs, or adapters.head=personal",
+    )
+
+
+def falling(run: Run) -> Finding | None:
+    """Accuracy has fallen since its best round, while the training loss went on falling."""
+    curves = series.curves(run)
+    accuracy = curves[curves["kind"] == "personal"].groupby("round")["accuracy"].mean()
+    losses = training_losses(run)
+    if len(accuracy) < 3 or len(losses) < 2:
+        return None
+    best, last = int(accuracy.idxmax()), int(accuracy.index[-1])
+    since = losses[losses.index >= best]
+    if accuracy[best] - accuracy[last] < LOSS or len(since) < 2 or since.iloc[-1] >= since.iloc[0]:
+        return None
+    return Finding(
+        f"Mean personal accuracy has fallen from {accuracy[best]:.3f} after round {best} to {accuracy[last]:.3f} while "
+        "the training loss went on falling: the devices overfit.",
+        "fewer train.rounds (chosen with data.evaluate=validation), a lower train.learning-rate, train.augment",
+    )
+
+
+def by_heart(run: Run) -> Finding | None:
+    """Devices whose training loss is next to 0."""
+    last = {line.device: line.next_loss for line in run.of(DeviceLine) if line.next_loss is not None}
+    known = sorted(device for device, loss in last.items() if loss < LEARNT)
+    if not known:
+        return None
+    return Finding(
+        f"The training loss of {named(known)} is below {LEARNT:g}: further rounds teach nothing but these images.",
+        "fewer train.epochs or train.rounds, train.label-smoothing, train.augment",
+    )
+
+
+def alpha_at_bound(run: Run) -> Finding | None:
+    """APFL's α has reached 0 or 1 on some devices."""
+    if run.config.get("personalize.method") != "apfl":
+        return None
+    trained = [device for device in run.equipped if device.rounds]
+    low = [device.device for device in trained if device.alpha < BOUND]
+    high = [device.device for device in trained if device.alpha > 1 - BOUND]
+    if not low and not high:
+        return None
+    parts = [
+        f"α is {bound} on {named(devices)}, which then {uses}"
+        for bound, devices, uses in ((0, low, "use the shared model alone"), (1, high, "use nothing that is shared"))
+        if devices
+    ]
+    return Finding(
+        "; ".join(parts) + ".",
+        "compare with personalize.method=fedavg" if low and not high else "compare with personalize.method=local",
+    )
+
+
+def training_losses(run: Run) -> pd.Series:
+    """Returns the mean training loss over devices, by round."""
+    lines = [line for line in run.of(DeviceLine) if line.next_loss is not None]
+    frame = pd.DataFrame({"round": [line.round + 1 for line in lines], "loss": [line.next_loss for line in lines]})
+    return frame.groupby("round")["loss"].mean()
