@@ -1,7 +1,7 @@
 """What must stay the same when a run goes on: its options, and what lies behind those that name images or files.
 
 ``inputs.json`` in the run's folder holds the fingerprints of what its server reads: the public pool, the weights, the
-rows of the head and the profiles. The images of a device are its own, and it compares them itself.
+rows of the head, the profiles, the modules of plugins. The images of a device are its own, and it compares them itself.
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 
-from tapfl.config import INPUT_OPTIONS, RunConfig, binding
-from tapfl.data.contents import ACCEPTED, changed, contents
+from tapfl.config import RunConfig, binding
+from tapfl.data.contents import ACCEPTED, OPTIONS, changed, contents
 from tapfl.errors import ConfigError
 from tapfl.options import differences
 from tapfl.store import RunFolder, write_json
@@ -21,7 +21,7 @@ INPUTS = "inputs.json"
 def inputs_of(config: RunConfig, require: bool = True) -> dict[str, str]:
     """Returns the fingerprints of what the server of a run reads, as `tapfl.data.contents.contents`."""
     private = ("data.source",) if config.data.public else ()
-    return contents(config, [option for option in INPUT_OPTIONS if option not in private], require)
+    return contents(config, [option for option in OPTIONS if option not in private], require)
 
 
 def write_begun(folder: RunFolder, config: RunConfig, inputs: Mapping[str, str]) -> None:

@@ -29,6 +29,7 @@ from tapfl.options import (
 
 INPUT_OPTIONS = ("data.source", "data.public", "model.weights", "model.head-rows", "devices.profiles")
 PATH_OPTIONS = ("out", "cache", *INPUT_OPTIONS)
+PLUGIN_OPTIONS = ("pruning.criterion", "adapters.rule", "personalize.method")
 PROFILE_SETS = ("equal", "tiers", "mobile")
 NOT_PATHS = ("", "digits", "hub", *PROFILE_SETS)
 # options, or beginnings of their names, that do not change a result: a resumed run may have other values

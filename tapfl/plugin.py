@@ -7,6 +7,8 @@ The module is imported where it is used, so it must be importable there: on ``PY
 from __future__ import annotations
 
 from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 from tapfl.errors import ConfigError, message_of
@@ -18,12 +20,26 @@ def is_plugin(value: str) -> bool:
     return PLUGIN.fullmatch(value) is not None
 
 
+def file_of_plugin(option: str, value: str) -> Path:
+    """Returns the file of the module in ``module:name``. Raises ConfigError, naming the option, if there is none."""
+    module = value.partition(":")[0]
+    try:
+        found = find_spec(module)
+    except Exception as error:  # a package is imported, which can raise anything
+        raise _cannot_be_imported(option, value, error) from None
+    if found is None or not found.has_location or found.origin is None:
+        raise _cannot_be_imported(option, value, ModuleNotFoundError(f"No module named {module!r}"))
+    return Path(found.origin)
+
+
 def load_plugin(option: str, value: str) -> Any:
     """Returns what ``module:name`` refers to. Raises ConfigError, naming the option, if it cannot be imported."""
     module, _, name = value.partition(":")
     try:
         return getattr(import_module(module), name)
     except Exception as error:  # a user's module can raise anything when it is imported
-        raise ConfigError(
-            f"{option} = {value!r}: cannot be imported ({message_of(error)}); is its folder on PYTHONPATH?"
-        ) from None
+        raise _cannot_be_imported(option, value, error) from None
+
+
+def _cannot_be_imported(option: str, value: str, error: Exception) -> ConfigError:
+    return ConfigError(f"{option} = {value!r}: cannot be imported ({message_of(error)}); is its folder on PYTHONPATH?")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -45,6 +46,18 @@ def test_a_file_that_says_nothing_to_measure_is_refused(text: str, said: str, tm
     with pytest.raises(ConfigError, match=said):
         measure_all(tmp_path / "bench.toml", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_the_page_names_the_versions_with_which_its_rows_were_measured(tmp_path: Path) -> None:
+    (tmp_path / "bench.toml").write_text(
+        '[[measure]]\ncommand = "tapfl bench a"\n[[measure]]\ncommand = "tapfl bench b"\n'
+    )
+    for name, versions in (("a", "torch 1.0"), ("b", "torch 2.0")):
+        rows = [{"speed": name}, {"took s": 1.0, "versions": versions}]
+        (tmp_path / f"bench-{name}.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    measure_all(tmp_path / "bench.toml", tmp_path)
+    text = (tmp_path / "bench.md").read_text()
+    assert "; torch 1.0; or torch 2.0." in text.splitlines()[0] and "versions" not in text
 
 
 @pytest.mark.slow

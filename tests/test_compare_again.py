@@ -148,6 +148,20 @@ def test_an_axis_may_grow_along_options_that_name_files(place: Path) -> None:
         finished_rows(both, out)
 
 
+def test_a_criterion_of_one_s_own_that_was_edited_is_another_one(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = place / "my_criteria.py"
+    module.write_text("from tapfl.pruning.criteria.norms import random_units as mine\n")
+    monkeypatch.syspath_prepend(place)
+    own, out = read_comparison(write_file(place, AXES.replace("magnitude", "my_criteria:mine"))), place / "own"
+    out.mkdir()
+    (out / "results.csv").write_bytes(as_csv([cell.point | MEASURED for cell in own.cells()], own.columns))
+    write_origin(out, origin_of(own))
+    assert len(finished_rows(own, out)) == 1
+    module.write_text("from tapfl.pruning.criteria.norms import random_units as mine  # better\n")
+    with pytest.raises(ConfigError, match=r"pruning\.criterion = 'my_criteria:mine': the lines of its module changed"):
+        finished_rows(own, out)
+
+
 @pytest.mark.parametrize("damage", [Path.unlink, lambda file: file.write_text("{}")], ids=["missing", "damaged"])
 def test_cells_of_which_nothing_is_known_are_not_handed_out(damage: Callable[[Path], object], place: Path) -> None:
     damage(place / "out" / FILE)

@@ -12,7 +12,7 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -26,7 +26,8 @@ from tapfl.progress import stage
 from tapfl.store import write_bytes
 
 Rows = Sequence[Mapping[str, Any]]
-TOOK = "took s"  # the column of a last row of each command, with the seconds of the whole command
+# columns of a last row of each command: seconds of the whole command, and the versions with which it was measured
+TOOK, VERSIONS = "took s", "versions"
 
 
 class Goal(Section):
@@ -100,7 +101,7 @@ def measure_all(
                 failed.append(str(error))
     goals = [goal.judged(rows.get(each.command, ())) for each in measurements for goal in each.goal]
     made_by = command("bench", "all", "--config", str(config), "--out", "DIR")
-    parts = [f"Made by `{made_by}`; {named(installed())}.\n", as_markdown(goals) if goals else ""]
+    parts = [f"Made by `{made_by}`; {_versions(rows.values())}.\n", as_markdown(goals) if goals else ""]
     for each in measurements:
         if each.table and (found := rows.get(each.command)):
             cells = [{name: str(value) for name, value in row.items()} for row in found if TOOK not in row]
@@ -124,6 +125,14 @@ def _rows(command: str, out: Path) -> Rows:
         if ended.returncode or not lines:
             last = (ended.stdout.strip().splitlines() or ["no output"])[-1]
             raise RunError(f"{command}: ended with {ended.returncode}: {last}")
-        lines.append(json.dumps({TOOK: round(time.monotonic() - began, 1)}))
+        lines.append(json.dumps({TOOK: round(time.monotonic() - began, 1), VERSIONS: named(installed())}))
         write_bytes(file, "".join(f"{line}\n" for line in lines).encode())
     return [json.loads(line) for line in file.read_text("utf-8").splitlines()]
+
+
+def _versions(measured: Iterable[Rows]) -> str:
+    """Returns the versions with which the rows were measured, which need not be those that are installed now."""
+    known = [
+        row.get(VERSIONS, "versions that were not written down") for rows in measured for row in rows if TOOK in row
+    ]
+    return "; or ".join(dict.fromkeys(known))

@@ -15,8 +15,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from experiments.compare.grid import Comparison, option_of
 from experiments.output import installed
 from experiments.preflight import absolute_paths
-from tapfl.config import INPUT_OPTIONS, binding
-from tapfl.data.contents import changed, fingerprints
+from tapfl.config import binding
+from tapfl.data.contents import OPTIONS, changed, fingerprints
 from tapfl.errors import ConfigError
 from tapfl.options import Scalar, differences
 from tapfl.store import write_json
@@ -65,7 +65,7 @@ def origin_of(comparison: Comparison, require: bool = True) -> Origin:
     """
     flat = absolute_paths(next(comparison.cells()).config).flat()
     axes = {option_of(axis): values for axis, values in comparison.axes.items()}
-    named = [(option, value) for option in INPUT_OPTIONS for value in axes.get(option, [flat[option]])]
+    named = [(option, value) for option in OPTIONS for value in axes.get(option, [flat[option]])]
     shared = {option: value for option, value in binding(flat).items() if option not in axes}
     return Origin(options=shared, contents=fingerprints(named, require), versions={})
 

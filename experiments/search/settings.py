@@ -16,8 +16,8 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 from experiments.search.schedule import Rungs, Schedule, bracket_tables, cost, in_rounds
 from experiments.search.space import SearchSpace
 from strategies.records import Summary
-from tapfl.config import INPUT_OPTIONS, RunConfig, binding
-from tapfl.data.contents import fingerprints
+from tapfl.config import RunConfig, binding
+from tapfl.data.contents import OPTIONS, fingerprints
 from tapfl.errors import ConfigError
 from tapfl.options import Count, Scalar, Section, flatten, read_toml_tables, validated
 
@@ -146,9 +146,7 @@ class Search:
     def inputs(self) -> dict[str, str]:
         """Returns the `fingerprints` of what the options of all runs name, and the choices of those that vary."""
         flat, varied = RunConfig.from_flat(self.options).flat(), self.space.parameters
-        values = {
-            option: self.space.choices(option) if option in varied else (flat[option],) for option in INPUT_OPTIONS
-        }
+        values = {option: self.space.choices(option) if option in varied else (flat[option],) for option in OPTIONS}
         named = [(option, value) for option, several in values.items() for value in several]
         return fingerprints(named, require=False)
 

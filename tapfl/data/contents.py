@@ -1,4 +1,7 @@
-"""What lies behind the options that name images or files, as fingerprints: work must not go on with other content."""
+"""What lies behind the options that name images, files or plugins, as fingerprints of their content.
+
+Work that goes on compares them, so that it does not go on with other content under the same name.
+"""
 
 from __future__ import annotations
 
@@ -6,18 +9,20 @@ from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from pathlib import Path
 
-from tapfl.config import INPUT_OPTIONS, NOT_PATHS, RunConfig
+from tapfl.config import INPUT_OPTIONS, NOT_PATHS, PLUGIN_OPTIONS, RunConfig
 from tapfl.data import hugging_face
 from tapfl.data.folders import list_images
 from tapfl.errors import ConfigError, DataError, TapflError, message_of
+from tapfl.plugin import file_of_plugin, is_plugin
 from tapfl.store import sha256_of
 
 ACCEPTED = "accepted: what was there then, or a new run in a new folder"
 SOURCES = "accepted: digits, a .npz file, an image folder, or hf:NAME"
+OPTIONS = (*INPUT_OPTIONS, *PLUGIN_OPTIONS)
 IMAGES = ("data", "data.source", "data.public")  # the first is an option of a node
 
 
-def contents(config: RunConfig, options: Iterable[str] = INPUT_OPTIONS, require: bool = True) -> dict[str, str]:
+def contents(config: RunConfig, options: Iterable[str] = OPTIONS, require: bool = True) -> dict[str, str]:
     """Returns the `fingerprints` of what these options of a run name."""
     flat = config.flat()
     return fingerprints([(option, flat[option]) for option in options], require)
@@ -35,7 +40,7 @@ def fingerprints(named: Iterable[tuple[str, object]], require: bool = True) -> d
     found: dict[str, str] = {}
     for option, value in named:
         try:
-            if value not in NOT_PATHS:
+            if is_plugin(str(value)) if option in PLUGIN_OPTIONS else value not in NOT_PATHS:
                 found[f"{option} = {value!r}"] = content_of(option, str(value))
         except TapflError:
             if require:
@@ -53,9 +58,10 @@ def content_of(option: str, value: str) -> str:
     if option in IMAGES:
         return _of_images(value)
     try:
-        return file_fingerprint(Path(value).expanduser())
-    except OSError as error:
-        raise ConfigError(f"{option} = {value!r}: cannot be read ({error.strerror})") from None
+        plugin = option in PLUGIN_OPTIONS
+        return file_fingerprint(file_of_plugin(option, value) if plugin else Path(value).expanduser())
+    except (OSError, ValueError, RuntimeError) as error:  # a name with a zero byte; the home of nobody
+        raise ConfigError(f"{option} = {value!r}: cannot be read ({message_of(error)})") from None
 
 
 def _of_images(source: str) -> str:
@@ -97,9 +103,16 @@ def _file_hash(path: Path, size: int, time: int) -> str:
 
 def changed(before: Mapping[str, str], now: Mapping[str, str], since: str = "this run began") -> list[str]:
     """Returns in words which fingerprints of `now` are not those of `before`, which was written down `since` when."""
+    odd = [name for name, fingerprint in now.items() if before.get(name) != fingerprint]
     return [
-        f"{name}: the {what} changed since {since}" if name in before else f"{name}: the {what} of then are not known"
-        for name, fingerprint in now.items()
-        if before.get(name) != fingerprint
-        for what in ["images" if name.startswith(IMAGES) else "contents"]
+        f"{name}: the {_what(name)} changed since {since}"
+        if name in before
+        else f"{name}: the {_what(name)} of then are not known"
+        for name in odd
     ]
+
+
+def _what(name: str) -> str:
+    if name.startswith(IMAGES):
+        return "images"
+    return "lines of its module" if name.startswith(PLUGIN_OPTIONS) else "contents"
