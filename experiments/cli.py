@@ -240,6 +240,7 @@ def _require_ray(engine: str, options: RayOptions, needs_ray: Sequence[str] = NE
 
 def main() -> NoReturn:
     """Entry point: every TapflError becomes one line on standard error and an exit code."""
+    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # as standard error: α in locale C
     try:
         app()
         sys.exit(0)

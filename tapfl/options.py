@@ -73,11 +73,19 @@ TermWeights = Annotated[
 
 
 class Section(BaseModel):
-    """A table of options: frozen, with kebab-case names; unknown options and infinite numbers are refused."""
+    """A table of options: frozen, with kebab-case names; unknown options, infinities and broken text are refused."""
 
     model_config = ConfigDict(
         alias_generator=_kebab, populate_by_name=True, extra="forbid", frozen=True, allow_inf_nan=False
     )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _text_can_be_written(cls, value: object) -> object:
+        """Names that a shell passed in another encoding have no UTF-8, in which options are kept and sent."""
+        if isinstance(value, str) and any("\ud800" <= letter <= "\udfff" for letter in value):
+            raise ValueError("is not UTF-8; accepted: another name, or, in the locale C, PYTHONUTF8=1")
+        return value
 
     @field_validator("*", mode="before")
     @classmethod

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
+import pytest
 from typer.testing import CliRunner
 
 from experiments import cli
 from tapfl.config import RunConfig
+from tapfl.errors import ConfigError
 from tapfl.options import flatten
 
 ROOT = Path(__file__).parent.parent
@@ -24,3 +29,18 @@ def test_every_option_is_listed_with_its_default() -> None:
     assert listed.exit_code == 0
     for name in RunConfig().flat():
         assert name in listed.output
+
+
+def test_text_that_no_file_can_hold_is_refused() -> None:
+    """Python reads what is not of the locale's encoding as lone surrogates."""
+    with pytest.raises(ConfigError, match=r"out = 'd\\udcc3\\udca9': is not UTF-8; accepted: another name"):
+        RunConfig.from_flat({"out": "d\udcc3\udca9"})
+    assert RunConfig.from_flat({"out": "dé α 😀"}).out == "dé α 😀"
+
+
+def test_results_are_shown_in_any_locale() -> None:
+    """In the locale C a terminal has no α: it is escaped, and the command goes on."""
+    ascii_only = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONPATH": str(ROOT)}
+    program = "import sys; from experiments import cli; sys.argv = ['tapfl', 'options']; cli.main()"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, env=ascii_only, check=True)
+    assert b"\\u03b1" in done.stdout and done.stdout.isascii()
