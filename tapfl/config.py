@@ -37,6 +37,7 @@ FREE_OPTIONS = ("resume", "out", "cache", "node-timeout", "window", "faults.", "
 LINEAR_RULES = ("fedit", "ffa", "rolora", "embed_side")  # plain sums of uploads, which the noise of DP can cover
 RULES = (*LINEAR_RULES, "hetlora", "flex")
 METHODS = ("apfl", "ditto", "local", "fedavg", "fedavg+finetune")
+RATE = 1e30  # the largest learning rate: Adam's steps with larger ones are no float32
 
 
 class DataOptions(Section):
@@ -98,7 +99,7 @@ class ModelOptions(Section):
         "auto", description="how images are resized; auto: timm's"
     )
     epochs: Count = Field(60, description="epochs on the public pool (with `weights`, of the head alone)")
-    learning_rate: float = Field(3e-3, gt=0, description="learning rate on the public pool (AdamW, one cycle)")
+    learning_rate: float = Field(3e-3, gt=0, le=RATE, description="learning rate on the public pool (AdamW, one cycle)")
 
 
 class SummaryOptions(Section):
@@ -184,7 +185,7 @@ class PruningOptions(Section):
     )
     recovery_steps: int = Field(100, ge=0, description="gradient steps, less those of the criterion's own training")
     recovery_batch: Count = Field(32, description="images in a minibatch of recovery")
-    recovery_learning_rate: float = Field(1e-4, gt=0, description="learning rate of recovery (Adam, constant)")
+    recovery_learning_rate: float = Field(1e-4, gt=0, le=RATE, description="learning rate of recovery (Adam, constant)")
     recovery_size: int = Field(0, ge=0, description="public images used for recovery; 0: the metric set")
 
 
@@ -209,7 +210,7 @@ class AdapterOptions(Section):
         "none", description="server optimiser: none, FedAvgM (`momentum`) or FedAdam (`adam`)"
     )
     server_learning_rate: float = Field(
-        0.0, ge=0, description="learning rate η of the server optimiser; 0: 1 for momentum, 0.01 for adam"
+        0.0, ge=0, le=RATE, description="learning rate η of the server optimiser; 0: 1 for momentum, 0.01 for adam"
     )
     server_momentum: float = Field(0.9, ge=0, lt=1, description="β of FedAvgM, β₁ of FedAdam")
     server_epsilon: float = Field(1e-3, gt=0, description="τ of FedAdam, its degree of adaptivity")
@@ -228,7 +229,7 @@ class TrainOptions(Section):
     epochs: Count = Field(3, description="local epochs in each round")
     steps: int = Field(0, ge=0, le=10**9, description="local steps in each round; 0: as many as `epochs` takes")
     batch: Count = Field(16, description="images in a minibatch")
-    learning_rate: float = Field(3e-3, gt=0, description="learning rate of local training")
+    learning_rate: float = Field(3e-3, gt=0, le=RATE, description="learning rate of local training")
     optimizer: Literal["adam", "adamw", "sgd"] = Field(
         "adam", description="optimiser of local training, new in each round"
     )
@@ -269,9 +270,9 @@ class PersonalizeOptions(Section):
     alpha_per: Literal["device", "layer"] = Field(
         "device", description="one α for the device, or one for each adapted linear and the head"
     )
-    alpha_learning_rate: float = Field(0.1, ge=0, description="learning rate of α")
+    alpha_learning_rate: float = Field(0.1, ge=0, le=RATE, description="learning rate of α")
     learning_rate: float = Field(
-        0.0, ge=0, description="learning rate of the personal model; 0: that of `train`; `fedavg` has none"
+        0.0, ge=0, le=RATE, description="learning rate of the personal model; 0: that of `train`; `fedavg` has none"
     )
     ditto_lambda: float = Field(
         0.1, ge=0, description="λ of `ditto`: strength of the pull of personal towards shared weights; 0: no pull"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 
 import numpy as np
@@ -12,11 +12,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tapfl.config import TrainOptions
+from tapfl.errors import ModelError
 from tapfl.progress import stage
 
 Params = dict[str, Tensor]
 Objective = Callable[[Params, object], Tensor]
 """(parameters, batch) -> loss"""
+LARGEST = 1e6  # far above any trained weight or adapter; products of such values stay finite in float32
+LOST = 10.0  # times the loss of guessing: a mean loss beyond that at the end is no result of training
 
 
 def batches(size: int, batch: int, epochs: int, generator: np.random.Generator) -> Iterator[np.ndarray]:
@@ -85,6 +88,16 @@ def accuracy(logits: Tensor, labels: Tensor) -> float:
     return float((logits.argmax(1) == labels).double().mean())
 
 
+def diverged(option: str, what: str, step: int, steps: int, sign: str) -> ModelError:
+    """Returns the error that training diverged: at which step, by which sign, and the learning rate to lower."""
+    return ModelError(f"{option}: {what} diverged at step {step} of {steps} ({sign}); accepted: a lower one")
+
+
+def largest(tensors: Iterable[Tensor]) -> float:
+    """Returns the largest absolute value in any of the tensors; NaN if one is NaN."""
+    return float(np.max([float(tensor.detach().abs().max()) for tensor in tensors if tensor.numel()], initial=0.0))
+
+
 def train_dense(
     model: nn.Module,
     inputs: Callable[[np.ndarray], Tensor],
@@ -102,7 +115,12 @@ def train_dense(
         inputs: positions -> input of the model, so that a large pool need not be in memory as floats.
         labels: (n,).
         name: of the stage that shows the progress and the mean loss of the epoch so far.
+
+    Raises:
+        ModelError: if it diverges: a loss is not finite, or at the end a weight exceeds LARGEST or the mean loss of the
+            last epoch is more than LOST times that of guessing.
     """
+    option = f"model.learning-rate = {learning_rate:g}"
     model.eval()  # no dropout, no stochastic depth: the result is a function of data and seed
     params = list(model.requires_grad_(True).parameters())
     an_epoch = -(-len(labels) // batch)
@@ -111,14 +129,22 @@ def train_dense(
     cycle = torch.optim.lr_scheduler.OneCycleLR(adam, learning_rate, total_steps=max(steps, 2))
     with stage(name) as advance:
         advance(0, steps)
-        mean = 0.0
+        mean, guessing = 0.0, math.inf
         for step, chosen in enumerate(batches(len(labels), batch, epochs, generator)):
-            loss = F.cross_entropy(model(inputs(chosen)), labels[torch.from_numpy(chosen)])
+            logits = model(inputs(chosen))
+            loss = F.cross_entropy(logits, labels[torch.from_numpy(chosen)])
             adam.zero_grad()
             loss.backward()
             adam.step()
             cycle.step()
             epoch, place = divmod(step, an_epoch)
             mean += (float(loss.detach()) - mean) / (place + 1)
+            if not math.isfinite(mean):
+                raise diverged(option, name, step + 1, steps, f"its loss is {float(loss.detach())}")
+            guessing = math.log(logits.shape[1])
             advance(step + 1, steps, f"epoch {epoch + 1} of {epochs}, loss {mean:.3f}")
+    if not (reached := largest(params)) <= LARGEST:
+        raise diverged(option, name, steps, steps, f"its weights reach {reached:.3g}")
+    if mean > LOST * guessing:
+        raise diverged(option, name, steps, steps, f"its loss is {mean:.3g}; that of guessing is {guessing:.3g}")
     model.requires_grad_(False)

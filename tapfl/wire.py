@@ -22,9 +22,9 @@ from tapfl.errors import ConfigError, DataError, WireError
 from tapfl.options import validated
 from tapfl.profiles import DeviceProfile
 from tapfl.summary.mixture import GaussianSummary
+from tapfl.training import LARGEST
 
 MAX_SAMPLES = 10**9
-MAX_ADAPTER = 1e6  # far above any trained adapter; products of such values stay finite in float32
 ENVELOPE = 4096  # bytes that a message may have beyond its expected arrays: names, headers, scalars
 PROFILE_FIELDS = ("budget", "rank", "compute", "upload", "download", "availability")
 
@@ -335,7 +335,7 @@ class TrainReply(_Evaluation):
         _require(self.adapters.shape == (length,), f"adapters have shape {self.adapters.shape}, not {(length,)}")
         _require(self.adapters.dtype == np.float32, f"adapters are {self.adapters.dtype}, not float32")
         largest = float(np.abs(self.adapters).max(initial=0))
-        _require(largest <= MAX_ADAPTER, f"adapters reach {largest:.3g}, at most {MAX_ADAPTER:g} is accepted")
+        _require(largest <= LARGEST, f"adapters reach {largest:.3g}, at most {LARGEST:g} is accepted")
 
 
 @dataclass(frozen=True)

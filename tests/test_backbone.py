@@ -24,7 +24,7 @@ from tapfl.models import dense
 from tapfl.models.arguments import parse_args
 from tapfl.models.backbone import BackboneSpec, build
 from tapfl.models.dense import DenseCache, dense_backbone, dense_key, load_hub_weights, load_weights, read_head_rows
-from tapfl.models.forward import head_names, image_features, transform_of
+from tapfl.models.forward import example_input, head_names, image_features, transform_of
 from tapfl.progress import shown_on
 from tapfl.store import read_tensors, write_tensors
 from tapfl.training import accuracy, predict
@@ -333,6 +333,25 @@ def test_a_dense_backbone_learns_and_is_frozen(tmp_path: Path) -> None:
     assert 0 < loss < 1
     assert not any(parameter.requires_grad for parameter in model.parameters())
     assert DenseCache(tmp_path).holds(key)
+
+
+@pytest.mark.parametrize("with_weights", [False, True])
+def test_a_backbone_that_diverged_is_refused_and_not_kept(with_weights: bool, weights: Path, tmp_path: Path) -> None:
+    text = ",".join(f"{name}={value}" for name, value in VIT_ARGS.items())
+    changes = {"args": text, "weights": str(weights)} if with_weights else {}
+    said = r"model\.learning-rate = 1e\+30: dense backbone diverged at step \d+ of 8 \(its loss is (nan|inf)\)"
+    with pytest.raises(ModelError, match=said):
+        dense_backbone(options(learning_rate=1e30, **changes), bright_and_dark(), 0, DenseCache(tmp_path))
+    assert not list(tmp_path.rglob("*.safetensors")) and not list(tmp_path.rglob("*.tmp*"))
+
+
+def test_features_that_are_not_finite_are_refused_by_image(tmp_path: Path) -> None:
+    _, _, model = dense_backbone(options(epochs=1), bright_and_dark(), 0, DenseCache(tmp_path))
+    inputs = torch.randn(6, *example_input(model).shape[1:])
+    assert np.isfinite(image_features(model, inputs.split(2))).all()
+    inputs[4] = torch.inf
+    with pytest.raises(ModelError, match=r"features of image 4 are not finite \(1 of 6 images\)"):
+        image_features(model, inputs.split(2))
 
 
 def test_the_second_call_trains_nothing_and_gives_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

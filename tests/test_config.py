@@ -210,3 +210,13 @@ def test_flatten_keeps_scalars_and_joins_lists() -> None:
 def test_options_that_name_files_are_known() -> None:
     config = RunConfig.from_flat({"data.source": "hf:mnist", "model.weights": "w.safetensors", "out": "runs/1"})
     assert config.paths() == {"out": "runs/1", "model.weights": "w.safetensors"}
+
+
+@pytest.mark.parametrize(
+    "option",
+    ["model.learning-rate", "train.learning-rate", "pruning.recovery-learning-rate", "adapters.server-learning-rate"],
+)
+def test_a_learning_rate_that_float32_does_not_know_is_refused(option: str) -> None:
+    assert RunConfig.from_flat({option: 1e30}).flat()[option] == 1e30
+    with pytest.raises(ConfigError, match=rf"{option} = 1e\+39"):
+        RunConfig.from_flat({option: 1e39})

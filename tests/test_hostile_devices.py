@@ -106,6 +106,14 @@ def test_when_all_lie_the_run_ends_with_the_reason(tmp_path: Path) -> None:
         federation(tmp_path, everyone)
 
 
+@pytest.mark.parametrize("method", ["apfl", "local"])
+def test_when_training_diverges_on_all_devices_the_run_ends_with_what_to_lower(method: str, tmp_path: Path) -> None:
+    said = r"round 1: no device answered; .*train\.learning-rate = 1e\+20: local training diverged at step \d+ of"
+    with pytest.raises(RunError, match=said):
+        federation(tmp_path, real.app, **{"train.learning-rate": 1e20, "personalize.method": method})
+    assert not list((tmp_path / "run" / "devices").rglob("round-*"))
+
+
 def test_a_relative_path_is_refused_where_flower_chooses_the_folder(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"out = 'somewhere': must be an absolute path"):
         federation(tmp_path, real.app, out="somewhere")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from personal_problems import ADAM, ALL, SGD, Params, problem, run, same_bits, s
 from torch import Tensor
 
 from tapfl.config import PersonalizeOptions, RunConfig, TrainOptions
-from tapfl.errors import ConfigError
+from tapfl.errors import ConfigError, ModelError
 from tapfl.personalize.apfl import Apfl
 from tapfl.personalize.method import Method, Personal, Trainee, local_round
 from tapfl.personalize.methods import Ditto, FedAvg, FineTune, Local, method_of, pull_of
@@ -43,6 +44,21 @@ def test_a_round_is_a_function_of_its_arguments(method: Method, train: TrainOpti
     assert same_bits(before, given)  # nothing given was changed
     for params in filter(None, (first.upload, first.personal and first.personal.params)):
         assert not any(theta.requires_grad for theta in params.values())
+
+
+@both_optimizers
+@every_method
+def test_training_that_diverges_says_at_which_step_and_what_to_lower(method: Method, train: TrainOptions) -> None:
+    objective, batches, v, w = problem(0)
+    wild = train.model_copy(update={"learning_rate": 1e30})
+    said = r"train\.learning-rate = 1e\+30: local training diverged at step \d of \d+ \((its loss|its parameters)"
+    with pytest.raises(ModelError, match=said):
+        local_round(method, objective, w, Personal(v, share(0.5)), 10 * batches, wild, ALL)
+    if hasattr(method, "learning_rate"):
+        said = r"train\.learning-rate = 0\.1, personalize\.learning-rate = 1e\+30: local training diverged"
+        wild_v = replace(method, learning_rate=1e30)  # type: ignore[type-var]
+        with pytest.raises(ModelError, match=said):
+            local_round(wild_v, objective, w, Personal(v, share(0.5)), 10 * batches, train, ALL)
 
 
 @every_method

@@ -164,8 +164,16 @@ def test_what_cannot_be_done_is_refused(tasks: dict[str, Task]) -> None:
         task.recovered(1, recovery="distill", teacher=None)
     with pytest.raises(ModelError, match="at least one image"):
         recover(task.small, task.inputs, task.labels[:0], options(), numpy_generator(0), steps=1)
-    with pytest.raises(ModelError, match=r"not finite at step \d of 9; pruning.recovery-learning-rate = 1e\+30"):
-        task.recovered(9, recovery_learning_rate=1e30)
+
+
+@pytest.mark.parametrize("recovery", ["fine-tune", "distill"])
+@pytest.mark.parametrize(("steps", "sign"), [(9, "its loss is nan"), (1, "its weights reach 1e")])
+def test_recovery_that_diverges_says_what_to_lower(
+    recovery: str, steps: int, sign: str, tasks: dict[str, Task]
+) -> None:
+    said = rf"pruning\.recovery-learning-rate = 1e\+30: recovery diverged at step \d of {steps} \({sign}"
+    with pytest.raises(ModelError, match=said):
+        tasks["vit"].recovered(steps, recovery=recovery, recovery_learning_rate=1e30)
 
 
 # ---------------------------------------------------------------- the loss

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
+from test_inprocess_run import SMALL
 
 from experiments import cli
 
@@ -178,6 +179,20 @@ def test_weights_that_do_not_fit_the_backbone(
     save_file({"blocks.0.attn.qkv.weight": torch.zeros(3, 3)}, tmp_path / "other.safetensors")
     error = refused(capsys, monkeypatch, "--set", "model.weights=other.safetensors")
     assert "other.safetensors" in error and "do not fit" in error
+
+
+def test_a_backbone_that_diverged(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    options = [*SMALL, "cache=cache", "model.learning-rate=1e20"]
+    sets = [part for option in options for part in ("--set", option)]
+    monkeypatch.setattr("sys.argv", ["tapfl", "run", "--engine", "inprocess", *sets])
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    said = capsys.readouterr().err
+    assert stopped.value.code == 2 and "Traceback" not in said
+    assert "tapfl: model.learning-rate = 1e+20: dense backbone diverged at step 2 of" in said.splitlines()[-1]
+    assert not list((tmp_path / "cache" / "backbones").glob("*"))
 
 
 def test_head_rows_that_lack_a_class(

@@ -14,6 +14,7 @@ from tapfl.adapters import rules
 from tapfl.adapters.layout import Placement, Update
 from tapfl.adapters.rules import ServerState
 from tapfl.config import AdapterOptions, PrivacyOptions
+from tapfl.errors import ModelError
 
 F64 = torch.float64
 
@@ -141,3 +142,18 @@ def test_flex_without_memory_is_flex() -> None:
     plain = advance(options(rule="flex"), state, updates)
     stepped = advance(options(rule="flex", server="momentum", server_momentum=0.0), state, updates)
     torch.testing.assert_close(product_of(stepped), product_of(plain), rtol=1e-9, atol=1e-9)
+
+
+def test_adapters_without_bounds_are_refused_with_what_moved_them() -> None:
+    wild = options(server="adam", server_learning_rate=1e20)
+    with pytest.raises(
+        ModelError, match=r"adapters\.server-learning-rate = 1e\+20: the shared adapters reach .* round 1"
+    ):
+        advance(wild, start(1.0), says(2.0))
+    with pytest.raises(ModelError, match=r"train\.learning-rate: the shared adapters reach 2e\+13"):
+        advance(options(), start(1.0), says(2e13))
+    with pytest.raises(ModelError, match=r"the shared adapters reach nan"):
+        advance(options(), start(1.0), says(float("nan")))
+    noisy = PrivacyOptions.model_validate({"dp_clip": 1.0, "dp_noise": 1e20})
+    with pytest.raises(ModelError, match=r"privacy\.dp-noise = 1e\+20: the shared adapters reach"):
+        rules.aggregate(options(rule="ffa"), noisy, start(1.0), says(2.0), {}, 1, torch.Generator())

@@ -9,7 +9,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tapfl.config import TrainOptions
-from tapfl.training import accuracy, batches, images_seen, is_evaluated, local_batches, optimizer, rate_factor
+from tapfl.errors import ModelError
+from tapfl.training import (
+    accuracy,
+    batches,
+    images_seen,
+    is_evaluated,
+    local_batches,
+    optimizer,
+    rate_factor,
+    train_dense,
+)
 
 
 @given(size=st.integers(1, 50), batch=st.integers(1, 60), epochs=st.integers(1, 3), seed=st.integers(0, 99))
@@ -93,3 +103,51 @@ def test_devices_evaluate_before_the_first_round_and_after_every_so_many() -> No
 
 def test_accuracy_is_the_share_that_is_right() -> None:
     assert accuracy(torch.eye(4), torch.tensor([0, 1, 2, 0])) == 0.75
+
+
+def trained_at(learning_rate: float, epochs: int = 4) -> torch.nn.Module:
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.randn(40, 6, generator=generator), torch.arange(40) % 4
+    model = torch.nn.Linear(6, 4)
+    how = {"epochs": epochs, "batch": 10, "learning_rate": learning_rate, "generator": np.random.default_rng(0)}
+    train_dense(model, lambda index: x[torch.from_numpy(index)], y, name="head", **how)  # type: ignore[arg-type]
+    return model
+
+
+@pytest.mark.parametrize(
+    ("learning_rate", "epochs", "said"),
+    [
+        (1e30, 4, r"model\.learning-rate = 1e\+30: head diverged at step \d of 16 \(its loss is (nan|inf)"),
+        (1e4, 4, r"model\.learning-rate = 10000: head diverged at step 16 of 16 \(its weights reach \d"),
+        (100, 4, r"model\.learning-rate = 100: head diverged at step 16 of 16 \(its loss is .*guessing is 1\.39"),
+    ],
+)
+def test_training_that_diverges_says_at_which_step_and_what_to_lower(
+    learning_rate: float, epochs: int, said: str
+) -> None:
+    with pytest.raises(ModelError, match=said):
+        trained_at(learning_rate, epochs)
+
+
+def test_training_that_goes_badly_has_not_diverged() -> None:
+    """A rate at which nothing is learned, and no training at all, are results."""
+    for learning_rate, epochs in ((1.0, 2), (1e-9, 1), (1e30, 0)):
+        assert all(bool(tensor.isfinite().all()) for tensor in trained_at(learning_rate, epochs).parameters())
+
+
+def test_weights_that_only_the_last_step_ruined_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    def ruin(self: torch.optim.AdamW) -> None:
+        self.param_groups[0]["params"][0].data.fill_(torch.inf)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", ruin)
+    x = torch.zeros(4, 2)
+    with pytest.raises(ModelError, match=r"training diverged at step 1 of 1 \(its weights reach inf\)"):
+        train_dense(
+            torch.nn.Linear(2, 3),
+            lambda index: x[torch.from_numpy(index)],
+            torch.zeros(4, dtype=torch.long),
+            epochs=1,
+            batch=4,
+            learning_rate=1e-3,
+            generator=np.random.default_rng(0),
+        )

@@ -44,9 +44,10 @@ from tapfl.adapters.layout import (
     whole_rank,
 )
 from tapfl.config import AdapterOptions, PrivacyOptions
+from tapfl.errors import ModelError
 from tapfl.models.units import PrunableLayer
 from tapfl.plugin import is_plugin, load_plugin
-from tapfl.training import Params
+from tapfl.training import LARGEST, Params, largest
 
 
 class Aggregate(Protocol):
@@ -226,6 +227,9 @@ def aggregate(
             state is returned unchanged.
         fresh: adapters of `initial`, for rules that need new directions.
         generator: of this round, for the noise of differential privacy.
+
+    Raises:
+        ModelError: if the new adapters exceed LARGEST² or are NaN, naming the option that can do that.
     """
     if not updates:
         return state
@@ -240,7 +244,20 @@ def aggregate(
     optimizer = None if options.server == "none" else ServerOptimizer(options, state.optimizer)
     combination = Combination(_combine(options, privacy, generator), optimizer.step if optimizer else None)
     params = rule_of(options).aggregate(state.params, updates, fresh, combination)
+    # one device can bring the mean to LARGEST, and products of factors beyond: that is what robust rules are for
+    if not (reached := largest(params.values())) <= LARGEST**2:
+        raise ModelError(
+            f"{_mover(options, privacy)}: the shared adapters reach {reached:.3g} after round {round}, and at most "
+            f"{LARGEST**2:g} is usable; accepted: a lower one"
+        )
     return ServerState(params, optimizer.moments if optimizer else state.optimizer)
+
+
+def _mover(options: AdapterOptions, privacy: PrivacyOptions) -> str:
+    """Returns what moved the shared adapters furthest, as an option."""
+    if options.server != "none" and options.server_learning_rate:
+        return f"adapters.server-learning-rate = {options.server_learning_rate:g}"
+    return f"privacy.dp-noise = {privacy.dp_noise:g}" if privacy.dp_noise else "train.learning-rate"
 
 
 def class_rows(update: Update) -> Update:

@@ -114,9 +114,20 @@ def tokens_read(model: Any) -> int | None:
 
 @torch.no_grad()
 def image_features(model: Any, inputs: Iterable[Tensor]) -> np.ndarray:
-    """Returns pooled pre-logits features, float32 (n, width), of batches in the backbone's input format."""
+    """Returns pooled pre-logits features, float32 (n, width), of batches in the backbone's input format.
+
+    Raises:
+        ModelError: if they are not finite, naming the first such image by its place.
+    """
     pooled = (model.forward_head(model.forward_features(x), pre_logits=True) for x in track(inputs, "features"))
-    return torch.cat(list(pooled)).numpy()
+    features: np.ndarray = torch.cat(list(pooled)).numpy()
+    finite = np.isfinite(features).all(axis=1)
+    if not finite.all():
+        raise ModelError(
+            f"backbone: its features of image {int(finite.argmin())} are not finite ({int((~finite).sum())} of "
+            f"{len(finite)} images); its weights are too large, or training it with model.learning-rate diverged"
+        )
+    return features
 
 
 def _pit_steps(model: Any) -> list[Step]:

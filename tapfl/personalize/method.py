@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tapfl.config import TrainOptions
-from tapfl.training import Objective, Params, optimizer
+from tapfl.training import LARGEST, Objective, Params, diverged, largest, optimizer
 
 S = TypeVar("S")
 TINY = 1e-30  # a float32
@@ -102,11 +102,30 @@ def local_round(
     train: TrainOptions,
     trained: frozenset[str],
 ) -> LocalResult:
-    """Returns the result of a round on one device, a function of the arguments alone (see `Method.init`)."""
+    """Returns the result of a round on one device, a function of the arguments alone (see `Method.init`).
+
+    Raises:
+        ModelError: if training diverges: a loss is not finite, or a parameter exceeds LARGEST at the end.
+    """
     state = method.init(received, personal, train, trained)
-    losses = [method.step(state, objective, batch).detach() for batch in batches]
+    losses = torch.stack([method.step(state, objective, batch).detach() for batch in batches])
     upload, stays = method.final(state)
+    option = _rates(method, train)
+    if not losses.isfinite().all():
+        first = int(losses.isfinite().logical_not().nonzero()[0])
+        raise diverged(option, "local training", first + 1, len(losses), f"its loss is {float(losses[first])}")
+    kept = (stays.alpha, *stays.params.values()) if stays else ()
+    if not (reached := largest((*(upload or {}).values(), *kept))) <= LARGEST:
+        raise diverged(option, "local training", len(losses), len(losses), f"its parameters reach {reached:.3g}")
     return LocalResult(upload, stays, float(sum(losses)) / len(losses))
+
+
+def _rates(method: Method[Any], train: TrainOptions) -> str:
+    """Returns the learning rates of a round, as options; a schedule has scaled them."""
+    now = " in this round" if train.warmup_rounds or train.schedule != "constant" else ""
+    own = getattr(method, "learning_rate", 0.0)
+    rates = {"train": train.learning_rate} | ({"personalize": own} if own else {})
+    return ", ".join(f"{section}.learning-rate = {rate:g}{now}" for section, rate in rates.items())
 
 
 @dataclass(frozen=True)

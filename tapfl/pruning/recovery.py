@@ -34,7 +34,7 @@ from tapfl.errors import ConfigError, ModelError
 from tapfl.models.units import put
 from tapfl.progress import track
 from tapfl.pruning.criteria.criterion import Selection
-from tapfl.training import batches
+from tapfl.training import LARGEST, batches, diverged, largest
 
 FADING_SHARE = 0.3  # of the steps, as published
 TEMPERATURE, SOFT_SHARE = 4.0, 0.9  # T and β of distillation
@@ -78,7 +78,7 @@ def recover(
 
     Raises:
         ConfigError: if distillation has no teacher.
-        ModelError: if there is no image, or the loss is not finite.
+        ModelError: if there is no image, or it diverges, saying at which step.
     """
     small = copy.deepcopy(model).eval().requires_grad_(True)
     if steps and options.recovery != "none":
@@ -93,6 +93,7 @@ def recover(
             dense = copy.deepcopy(branch).eval().requires_grad_(True)
             faders[name] = FadingBranch(dense, small.get_submodule(name))
             put(small, name, faders[name])
+        rate = f"pruning.recovery-learning-rate = {options.recovery_learning_rate:g}"
         adam = torch.optim.Adam(small.parameters(), lr=options.recovery_learning_rate)
         for step, chosen in enumerate(track(order, "recovery")):
             _fade(small, faders, strength(step, steps))
@@ -100,14 +101,13 @@ def recover(
             logits = small(inputs(chosen))
             loss = recovery_loss(logits, labels[index], None if targets is None else targets[index])
             if not torch.isfinite(loss):
-                raise ModelError(
-                    f"recovery: the loss is not finite at step {step + 1} of {steps}; "
-                    f"pruning.recovery-learning-rate = {options.recovery_learning_rate:g}"
-                )
+                raise diverged(rate, "recovery", step + 1, steps, f"its loss is {float(loss.detach())}")
             adam.zero_grad()
             loss.backward()
             adam.step()
         _fade(small, faders, 0.0)
+        if not (reached := largest(small.parameters())) <= LARGEST:
+            raise diverged(rate, "recovery", steps, steps, f"its weights reach {reached:.3g}")
     return small.requires_grad_(False)
 
 
