@@ -36,7 +36,7 @@ from tapfl.seeds import numpy_generator
 from tapfl.store import cache_folder
 from tapfl.summary.metric_set import Projection
 from tapfl.summary.mixture import device_mixture
-from tapfl.training import Params, accuracy, is_evaluated, local_batches, predict, rate_factor
+from tapfl.training import Params, accuracy, is_evaluated, local_batches, local_steps, predict, rate_factor
 from tapfl.wire import (
     PROFILE_FIELDS,
     Evaluate,
@@ -199,7 +199,8 @@ class Device:
                 yield augmented(inputs[index], options.augment, changes), labels[index]
 
         factor, trained = rate_factor(options, round), rules.trained(self.config.adapters, own.layout, round)
-        train = options.model_copy(update={"learning_rate": factor * options.learning_rate})
+        update = {"learning_rate": factor * options.learning_rate, "steps": local_steps(len(labels), options)}
+        train = options.model_copy(update=update)
         return local_round(self._method(factor), objective, received, personal, drawn(), train, trained)
 
     def _upload(self, received: Params, trained: Params, round: int) -> np.ndarray:

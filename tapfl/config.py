@@ -36,7 +36,8 @@ NOT_PATHS = ("", "digits", "hub", *PROFILE_SETS)
 FREE_OPTIONS = ("resume", "out", "cache", "node-timeout", "window", "faults.", "log.")
 LINEAR_RULES = ("fedit", "ffa", "rolora", "embed_side")  # plain sums of uploads, which the noise of DP can cover
 RULES = (*LINEAR_RULES, "hetlora", "flex")
-METHODS = ("apfl", "ditto", "local", "fedavg", "fedavg+finetune")
+PERSONAL_HEAD = ("fedper", "fedrep")  # methods in which the classifier stays on the device
+METHODS = ("apfl", "ditto", "local", "fedavg", "fedavg+finetune", "fedprox", *PERSONAL_HEAD)
 RATE = 1e30  # the largest learning rate: Adam's steps with larger ones are no float32
 
 
@@ -277,6 +278,12 @@ class PersonalizeOptions(Section):
     ditto_lambda: float = Field(
         0.1, ge=0, description="λ of `ditto`: strength of the pull of personal towards shared weights; 0: no pull"
     )
+    prox_mu: float = Field(
+        0.01, ge=0, description="μ of `fedprox`: strength of the pull of trained towards received weights; 0: no pull"
+    )
+    head_epochs: Count = Field(
+        1, description="epochs of a round in which `fedrep` trains the head; in the others it trains the body"
+    )
 
 
 class FaultOptions(Section):
@@ -359,6 +366,21 @@ class RunConfig(Section):
             accepted = f"adapters.combine={adapters.combine}: accepted is mean"
         if self.privacy.dp_clip and accepted:
             raise ValueError(f"privacy.dp-clip={self.privacy.dp_clip} cannot be combined with {accepted}")
+        return self
+
+    @model_validator(mode="after")
+    def _methods_fit(self) -> RunConfig:
+        method, train = self.personalize.method, self.train
+        if method in PERSONAL_HEAD and self.adapters.head != "personal":
+            raise ValueError(
+                f"personalize.method={method} keeps the head on the device, which adapters.head={self.adapters.head} "
+                "does not; accepted: adapters.head=personal"
+            )
+        if method == "fedrep" and (train.steps or self.personalize.head_epochs >= train.epochs):
+            raise ValueError(
+                f"personalize.head-epochs={self.personalize.head_epochs} are of the train.epochs={train.epochs} of a "
+                f"round, and train.steps={train.steps}; accepted: fewer than epochs, and steps=0"
+            )
         return self
 
     @classmethod

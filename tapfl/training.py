@@ -32,7 +32,12 @@ def batches(size: int, batch: int, epochs: int, generator: np.random.Generator) 
 def local_batches(size: int, options: TrainOptions, generator: np.random.Generator) -> Iterator[np.ndarray]:
     """Yields the batches of a device's round: of its `epochs`, or as many as its `steps`; see `batches`."""
     epochs = -(-options.steps // -(-size // options.batch)) if options.steps else options.epochs
-    return islice(batches(size, options.batch, epochs, generator), options.steps or None)
+    return islice(batches(size, options.batch, epochs, generator), local_steps(size, options))
+
+
+def local_steps(size: int, options: TrainOptions) -> int:
+    """Returns the number of batches of a device's round."""
+    return options.steps or options.epochs * -(-size // options.batch)
 
 
 def images_seen(size: int, options: TrainOptions) -> float:

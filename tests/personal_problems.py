@@ -16,8 +16,8 @@ from tapfl.config import TrainOptions
 from tapfl.personalize.method import LocalResult, Method, Personal, local_round
 from tapfl.training import Objective, Params
 
-SGD = TrainOptions(optimizer="sgd", learning_rate=0.1)
-ADAM = TrainOptions(optimizer="adam", learning_rate=0.1)
+SGD = TrainOptions(optimizer="sgd", learning_rate=0.1, epochs=3, steps=3)
+ADAM = TrainOptions(optimizer="adam", learning_rate=0.1, epochs=3, steps=3)
 UPDATES = ["round", "step", "fixed"]
 Moves = Literal["round", "step", "fixed"]
 

@@ -16,10 +16,20 @@ from tapfl.config import PersonalizeOptions, RunConfig, TrainOptions
 from tapfl.errors import ConfigError, ModelError
 from tapfl.personalize.apfl import Apfl
 from tapfl.personalize.method import Method, Personal, Trainee, local_round
-from tapfl.personalize.methods import Ditto, FedAvg, FineTune, Local, method_of, pull_of
+from tapfl.personalize.body_head import FedRep
+from tapfl.personalize.methods import FedAvg, FineTune, Local, method_of
+from tapfl.personalize.proximal import Ditto, FedProx, pull_of
 
-METHODS = [Apfl(0.5, "step"), Ditto(0.1, 2.0), FedAvg(), FineTune(), Local()]
-every_method = pytest.mark.parametrize("method", METHODS, ids=["apfl", "ditto", "fedavg", "tune", "local"])
+METHODS: dict[str, Method] = {
+    "apfl": Apfl(0.5, "step"),
+    "ditto": Ditto(0.1, 2.0),
+    "fedavg": FedAvg(),
+    "tune": FineTune(),
+    "local": Local(),
+    "fedprox": FedProx(0.1, 2.0),
+    "fedrep": FedRep(),
+}
+every_method = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 both_optimizers = pytest.mark.parametrize("train", [SGD, ADAM], ids=["sgd", "adam"])
 
 
@@ -233,8 +243,8 @@ def test_fine_tuning_at_its_own_rate_trains_two_models() -> None:
     assert FineTune().models_per_step == 1 and FineTune(0.1).models_per_step == 2
 
 
-def test_fine_tuning_alone_is_evaluated_after_training() -> None:
-    assert [method.evaluates_after_training for method in METHODS] == [False, False, False, True, False]
+def test_what_a_round_alone_makes_is_evaluated_after_it() -> None:
+    assert {name for name, method in METHODS.items() if method.evaluates_after_training} == {"tune"}
 
 
 # -- options ----------------------------------------------------------------------------------------------------------
@@ -257,6 +267,9 @@ def test_fine_tuning_alone_is_evaluated_after_training() -> None:
         ({"method": "fedavg"}, lambda method: type(method) is FedAvg),
         ({"method": "fedavg+finetune"}, lambda method: type(method) is FineTune),
         ({"method": "local"}, lambda method: type(method) is Local),
+        ({"method": "fedprox", "prox-mu": 0.3}, lambda method: method == FedProx(0.3, 2.0)),
+        ({"method": "fedper"}, lambda method: type(method) is FedAvg),
+        ({"method": "fedrep", "head-epochs": 2, "learning-rate": 0.1}, lambda method: method == FedRep(2, 0.1)),
     ],
 )
 def test_methods_by_name(options: dict[str, object], check: Callable[[Method], bool]) -> None:
@@ -266,7 +279,7 @@ def test_methods_by_name(options: dict[str, object], check: Callable[[Method], b
 @pytest.mark.parametrize(
     ("option", "value", "accepted"),
     [
-        ("method", "perfedavg", "apfl, ditto, local, fedavg, fedavg+finetune, or module:name"),
+        ("method", "scaffold", "apfl, ditto, local, fedavg, fedavg+finetune, fedprox, fedper, fedrep, or module:name"),
         ("alpha", 1.5, "less than or equal to 1"),
         ("alpha-update", "never", "'round', 'step' or 'fixed'"),
         ("alpha-per", "head", "'device' or 'layer'"),
@@ -280,3 +293,21 @@ def test_refused_options_name_value_and_what_is_accepted(option: str, value: obj
         RunConfig.from_flat({f"personalize.{option}": value})
     message = str(refused.value)
     assert f"personalize.{option} = {value!r}" in message and accepted in message and "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("options", "accepted"),
+    [
+        ({"method": "fedper"}, "personalize.method=fedper keeps the head on the device"),
+        ({"method": "fedrep", "adapters.head": "mean"}, "accepted: adapters.head=personal"),
+        ({"method": "fedrep", "adapters.head": "personal", "train.epochs": 2, "head-epochs": 2}, "fewer than epochs"),
+        ({"method": "fedrep", "adapters.head": "personal", "train.steps": 9}, "steps=0"),
+    ],
+)
+def test_methods_that_do_not_fit_the_run_are_refused(options: dict[str, object], accepted: str) -> None:
+    flat = {name if "." in name else f"personalize.{name}": value for name, value in options.items()}
+    with pytest.raises(ConfigError) as refused:
+        RunConfig.from_flat(flat)
+    assert accepted in str(refused.value) and "\n" not in str(refused.value)
+    changed = flat | {"adapters.head": "personal", "train.steps": 0, "train.epochs": 3}
+    assert RunConfig.from_flat(changed).personalize.method == options["method"]

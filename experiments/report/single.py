@@ -33,6 +33,9 @@ METHODS = {
     "local": "adapters that it trains alone",
     "fedavg": "the shared adapters (FedAvg)",
     "fedavg+finetune": "the shared adapters, fine-tuned on its own images at the end",
+    "fedprox": "the shared adapters, trained near those received (FedProx)",
+    "fedper": "the shared adapters with its own head (FedPer)",
+    "fedrep": "the shared adapters with its own head, each trained in turn (FedRep)",
 }
 
 

@@ -75,6 +75,7 @@ class Method(Protocol, Generic[S]):
         Args:
             received: the device's whole w, its names always in the order of its layout.
             personal: what stayed after the device's last round; None in its first.
+            train: its learning rate and its `steps` are those of this round.
             trained: the names that are trained in this round, in w and in v. All others keep their values in `received`
                 and in `personal.params`, to the bit.
         """

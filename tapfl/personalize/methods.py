@@ -1,4 +1,4 @@
-"""The methods that APFL is compared with, and all methods by name."""
+"""FedAvg, local training and what lies between them; and all methods by name."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from tapfl.adapters.layout import LORA_A, LORA_B
 from tapfl.config import PersonalizeOptions, TrainOptions
 from tapfl.personalize.apfl import Apfl
+from tapfl.personalize.body_head import FedRep
 from tapfl.personalize.method import Method, Personal, Trainee, wholly
+from tapfl.personalize.proximal import Ditto, FedProx
 from tapfl.plugin import is_plugin, load_plugin
 from tapfl.training import Objective, Params
 
@@ -100,71 +101,6 @@ class Local(FedAvg):
         return None, wholly(state.values())
 
 
-@dataclass(frozen=True)
-class DittoState:
-    """w and v in training, and w as it was received."""
-
-    w: Trainee
-    v: Trainee
-    received: Params
-
-
-@dataclass(frozen=True)
-class Ditto(Method[DittoState]):
-    """Ditto (Li et al. 2021, arXiv 2012.04221): a personal model that is pulled towards the shared one.
-
-        w ← w - η ∇f(w; ξ)
-        v ← v - η_v (∇f(v; ξ) + λ ∇_v d(v, w_received)),     d = ½ ‖θ(v) - θ(w_received)‖²
-
-    θ are the model's weights, as published. With adapters these are W₀ + s BA, so the distance is one of effective
-    weights, ½ s² ‖B_vA_v - B_wA_w‖² for each pair of factors. Many pairs of factors have the same product BA and the
-    rule `flex` sends another pair each round, so a distance of raw factors would pull v towards an arbitrary one of
-    them. Parameters without factors are compared directly.
-
-    Attributes:
-        strength: λ.
-        scale: s.
-        learning_rate: η_v; 0: η.
-    """
-
-    strength: float
-    scale: float
-    learning_rate: float = 0.0
-
-    def init(
-        self, received: Params, personal: Personal | None, train: TrainOptions, trained: frozenset[str]
-    ) -> DittoState:
-        v = personal.params if personal else received
-        own = Trainee.of(v, train, trained, self.learning_rate)
-        return DittoState(Trainee.of(received, train, trained), own, received)
-
-    def step(self, state: DittoState, objective: Objective, batch: object) -> Tensor:
-        state.w.apply(state.w.gradients(objective(state.w.params, batch)))
-        loss = objective(state.v.params, batch)
-        gradients = state.v.gradients(loss)
-        v = state.v.values()
-        pull = (pull_of(name, v, state.received, self.scale) for name in state.v.moving)
-        state.v.apply([g + self.strength * p for g, p in zip(gradients, pull, strict=True)])
-        return loss
-
-    def final(self, state: DittoState) -> tuple[Params | None, Personal | None]:
-        return state.w.values(), wholly(state.v.values())
-
-
-def pull_of(name: str, v: Params, w: Params, scale: float) -> Tensor:
-    """Returns ∂d/∂v[name] of Ditto, without a product of the size of the weights.
-
-    With D = B_vA_v - B_wA_w it is s² B_vᵀD for A_v, s² D A_vᵀ for B_v, and v - w for parameters without factors.
-    """
-    if name.endswith(LORA_A):
-        other = name.removesuffix(LORA_A) + LORA_B
-        return scale**2 * ((v[other].T @ v[other]) @ v[name] - (v[other].T @ w[other]) @ w[name])
-    if name.endswith(LORA_B):
-        other = name.removesuffix(LORA_B) + LORA_A
-        return scale**2 * (v[name] @ (v[other] @ v[other].T) - w[name] @ (w[other] @ v[other].T))
-    return v[name] - w[name]
-
-
 def method_of(options: PersonalizeOptions, scale: float) -> Method[Any]:
     """Returns the method that the options name, for adapters of scale s; a plugin is called with (options, scale).
 
@@ -183,5 +119,8 @@ def method_of(options: PersonalizeOptions, scale: float) -> Method[Any]:
         "local": lambda: Local(rate),
         "fedavg": FedAvg,
         "fedavg+finetune": lambda: FineTune(rate),
+        "fedprox": lambda: FedProx(options.prox_mu, scale),
+        "fedper": FedAvg,  # of the body; its head is personal by `adapters.head`, and both are trained together
+        "fedrep": lambda: FedRep(options.head_epochs, rate),
     }
     return methods[options.method]()

@@ -1,0 +1,71 @@
+"""A shared body with a personal head: FedRep. FedPer is FedAvg with `adapters.head=personal`.
+
+FedPer (Arivazhagan et al. 2019, arXiv 1912.00818, Algorithm 1) trains body and head together and averages the bodies.
+Here the body is the adapters that the rule shares, and the head is the classifier.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from torch import Tensor
+
+from tapfl.adapters.layout import LORA_A, LORA_B
+from tapfl.config import TrainOptions
+from tapfl.personalize.method import Method, Personal, Trainee
+from tapfl.training import Objective, Params
+
+
+@dataclass
+class FedRepState:
+    """What is in training now, and what comes next.
+
+    Attributes:
+        now: w, of which the head moves, later the body.
+        train, body: the options and the names of the body's training.
+        left: number of steps that the head still has; 0: the body's turn.
+    """
+
+    now: Trainee
+    train: TrainOptions
+    body: frozenset[str]
+    left: int = field(default=0)
+
+
+@dataclass(frozen=True)
+class FedRep(Method[FedRepState]):
+    """FedRep (Collins et al. 2021, arXiv 2102.07078, Algorithm 1): the head first, then the body that is shared.
+
+        h ← h - η_h ∇_h f(h, φ_received; ξ)     in the first `head_epochs` epochs of a round
+        φ ← φ - η ∇_φ f(h, φ; ξ)                in the others, with the new h fixed
+
+    Both are parts of w; the server never gets h, because `adapters.head` is `personal`.
+
+    Attributes:
+        head_epochs: of the epochs of a round.
+        learning_rate: η_h; 0: η.
+    """
+
+    has_local_state: ClassVar[bool] = False  # the head is a part of w that is not shared
+
+    head_epochs: int = 1
+    learning_rate: float = 0.0
+
+    def init(
+        self, received: Params, personal: Personal | None, train: TrainOptions, trained: frozenset[str]
+    ) -> FedRepState:
+        body = frozenset(name for name in trained if name.endswith((LORA_A, LORA_B)))
+        head = Trainee.of(received, train, trained - body, self.learning_rate)
+        return FedRepState(head, train, body, self.head_epochs * train.steps // train.epochs)
+
+    def step(self, state: FedRepState, objective: Objective, batch: object) -> Tensor:
+        if state.left == 0:
+            state.now = Trainee.of(state.now.values(), state.train, state.body)
+        state.left -= 1
+        loss = objective(state.now.params, batch)
+        state.now.apply(state.now.gradients(loss))
+        return loss
+
+    def final(self, state: FedRepState) -> tuple[Params | None, Personal | None]:
+        return state.now.values(), None

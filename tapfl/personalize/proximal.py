@@ -1,0 +1,127 @@
+"""Methods that pull one set of weights towards another.
+
+Their distance is one of the model's weights θ, as published. With adapters these are W₀ + s BA, so it is one of
+effective weights, d = ½ s² ‖B_vA_v - B_wA_w‖² for each pair of factors. Many pairs of factors have the same product BA
+and the rule `flex` sends another pair each round, so a distance of raw factors would pull towards an arbitrary one of
+them. Parameters without factors are compared directly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from tapfl.adapters.layout import LORA_A, LORA_B
+from tapfl.config import TrainOptions
+from tapfl.personalize.method import Method, Personal, Trainee, wholly
+from tapfl.training import Objective, Params
+
+
+@dataclass(frozen=True)
+class DittoState:
+    """w and v in training, and w as it was received."""
+
+    w: Trainee
+    v: Trainee
+    received: Params
+
+
+@dataclass(frozen=True)
+class Ditto(Method[DittoState]):
+    """Ditto (Li et al. 2021, arXiv 2012.04221): a personal model that is pulled towards the shared one.
+
+        w ← w - η ∇f(w; ξ)
+        v ← v - η_v (∇f(v; ξ) + λ ∇_v d(v, w_received)),     d = ½ ‖θ(v) - θ(w_received)‖²
+
+    Attributes:
+        strength: λ.
+        scale: s.
+        learning_rate: η_v; 0: η.
+    """
+
+    strength: float
+    scale: float
+    learning_rate: float = 0.0
+
+    def init(
+        self, received: Params, personal: Personal | None, train: TrainOptions, trained: frozenset[str]
+    ) -> DittoState:
+        v = personal.params if personal else received
+        own = Trainee.of(v, train, trained, self.learning_rate)
+        return DittoState(Trainee.of(received, train, trained), own, received)
+
+    def step(self, state: DittoState, objective: Objective, batch: object) -> Tensor:
+        state.w.apply(state.w.gradients(objective(state.w.params, batch)))
+        loss = objective(state.v.params, batch)
+        gradients = state.v.gradients(loss)
+        state.v.apply(pulled(gradients, state.v, state.received, self.strength, self.scale))
+        return loss
+
+    def final(self, state: DittoState) -> tuple[Params | None, Personal | None]:
+        return state.w.values(), wholly(state.v.values())
+
+
+@dataclass(frozen=True)
+class ProxState:
+    """w in training, and as it was received."""
+
+    w: Trainee
+    received: Params
+
+
+@dataclass(frozen=True)
+class FedProx(Method[ProxState]):
+    """FedProx (Li et al. 2020, arXiv 1812.06127, equation 2): FedAvg that stays near the w received.
+
+        w ← w - η ∇_w (f(w; ξ) + μ d(w, w_received)),     d = ½ ‖θ(w) - θ(w_received)‖²
+
+    Nothing is personal. A device always does the whole of its work; the paper's γ-inexact solutions of slow devices
+    are not simulated.
+
+    Attributes:
+        strength: μ.
+        scale: s.
+    """
+
+    has_local_state: ClassVar[bool] = False
+
+    strength: float
+    scale: float
+
+    def init(
+        self, received: Params, personal: Personal | None, train: TrainOptions, trained: frozenset[str]
+    ) -> ProxState:
+        return ProxState(Trainee.of(received, train, trained), received)
+
+    def step(self, state: ProxState, objective: Objective, batch: object) -> Tensor:
+        loss = objective(state.w.params, batch)
+        gradients = state.w.gradients(loss)
+        state.w.apply(pulled(gradients, state.w, state.received, self.strength, self.scale))
+        return loss
+
+    def final(self, state: ProxState) -> tuple[Params | None, Personal | None]:
+        return state.w.values(), None
+
+
+def pulled(gradients: Sequence[Tensor], trainee: Trainee, to: Params, strength: float, scale: float) -> list[Tensor]:
+    """Returns the gradients of what `trainee` trains, with those of strength · d(trainee, to) added."""
+    now = trainee.values()
+    pulls = (pull_of(name, now, to, scale) for name in trainee.moving)
+    return [g + strength * pull for g, pull in zip(gradients, pulls, strict=True)]
+
+
+def pull_of(name: str, v: Params, w: Params, scale: float) -> Tensor:
+    """Returns ∂d/∂v[name], without a product of the size of the weights.
+
+    With D = B_vA_v - B_wA_w it is s² B_vᵀD for A_v, s² D A_vᵀ for B_v, and v - w for parameters without factors.
+    """
+    if name.endswith(LORA_A):
+        other = name.removesuffix(LORA_A) + LORA_B
+        return scale**2 * ((v[other].T @ v[other]) @ v[name] - (v[other].T @ w[other]) @ w[name])
+    if name.endswith(LORA_B):
+        other = name.removesuffix(LORA_B) + LORA_A
+        return scale**2 * (v[name] @ (v[other] @ v[other].T) - w[name] @ (w[other] @ v[other].T))
+    return v[name] - w[name]
