@@ -15,8 +15,8 @@ from torch import Tensor
 from tapfl.config import PersonalizeOptions, RunConfig, TrainOptions
 from tapfl.errors import ConfigError, ModelError
 from tapfl.personalize.apfl import Apfl
-from tapfl.personalize.method import Method, Personal, Trainee, local_round
 from tapfl.personalize.body_head import FedRep
+from tapfl.personalize.method import Method, Personal, Trainee, local_round
 from tapfl.personalize.methods import FedAvg, FineTune, Local, method_of
 from tapfl.personalize.proximal import Ditto, FedProx, pull_of
 
