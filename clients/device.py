@@ -27,6 +27,7 @@ from tapfl.errors import RunError
 from tapfl.models.cost import measure_cost
 from tapfl.models.dense import DenseCache
 from tapfl.models.forward import image_features
+from tapfl.personalize.held_out import hold_out
 from tapfl.personalize.method import LocalResult, Method, Personal, local_round
 from tapfl.personalize.methods import method_of
 from tapfl.profiles import DeviceProfile
@@ -127,13 +128,13 @@ class Device:
 
     def train(self, message: Train) -> TrainReply:
         """Evaluates the received adapters, trains, stores the personal part and returns the shared part."""
-        state, method = self._state(message.state_round), self._method()
-        received = self._whole(state, message.adapters)
-        before = method.inference(received, state.personal)
-        result = self._local_round(received, state.personal, message.round)
-        used = method.inference(received, result.personal) if method.evaluates_after_training else before
+        state, method = self._state(message.state_round), self._method(message.round)
+        received = self._whole(method, state, message.adapters)
+        personal = self._weighted(method, received, state.personal)
+        result = self._local_round(method, received, personal, message.round)
+        used = result.personal if method.evaluates_after_training else personal
         due = is_evaluated(self.config.train, message.round - 1)
-        global_accuracy, personal_accuracy = self._evaluate(received, used) if due else (0.0, 0.0)
+        accuracies = self._evaluate(received, method.inference(received, used)) if due else (0.0, 0.0)
         trained = result.upload or {}
         private = {name: trained[name] for name in self._pruned.private if name in trained}
         if method.has_local_state or self._pruned.private:
@@ -143,50 +144,74 @@ class Device:
             round=message.round,
             adapters=self._upload(received, trained, message.round),
             loss=result.loss,
-            alpha=_alpha(result.personal),
-            global_accuracy=global_accuracy,
-            personal_accuracy=personal_accuracy,
+            alpha=_alpha(used),
+            global_accuracy=accuracies[0],
+            personal_accuracy=accuracies[1],
         )
 
     def evaluate(self, message: Evaluate) -> EvaluateReply:
         """Evaluates the last adapters, and writes the personal model as an adapter that stock peft loads."""
-        state, method = self._state(message.state_round), self._method()
-        received, personal = self._whole(state, message.adapters), state.personal
+        state, method = self._state(message.state_round), self._method(message.round)
+        received = self._whole(method, state, message.adapters)
+        personal = self._weighted(method, received, state.personal)
         if method.evaluates_after_training:
-            personal = self._local_round(received, personal, message.round).personal
+            personal = self._local_round(method, received, personal, message.round).personal
         final = method.inference(received, personal)
         accuracies = self._evaluate(received, final)
         save_peft(final, self.config.adapters.scale, self.storage.personal, base=str(self.storage.pruned))
-        return EvaluateReply(message.round, _alpha(state.personal), *accuracies)
+        return EvaluateReply(message.round, _alpha(personal), *accuracies)
 
-    def _method(self, factor: float = 1.0) -> Method[Any]:
-        """Returns the method with its learning rate times `factor`."""
+    def _method(self, round: int) -> Method[Any]:
+        """Returns the method of a round, with the round's learning rate."""
         options = self.config.personalize
-        scaled = options.model_copy(update={"learning_rate": factor * options.learning_rate})
-        return method_of(scaled, self.config.adapters.scale)
+        rate = rate_factor(self.config.train, round) * options.learning_rate
+        return method_of(options.model_copy(update={"learning_rate": rate}), self.config.adapters.scale, round)
 
     @cached_property
     def _pruned(self) -> caches.PrunedDevice:
         return caches.pruned(self.storage.pruned, self.partition_id, self.profile.rank, self.config)
 
     def _state(self, round: int) -> DeviceState:
-        kept = self._method().has_local_state or self._pruned.private
+        kept = self._method(round).has_local_state or self._pruned.private
         return self.storage.load_state(self.partition_id, round) if kept else DeviceState(None, {})
 
-    def _whole(self, state: DeviceState, adapters: np.ndarray) -> Params:
+    def _whole(self, method: Method[Any], state: DeviceState, adapters: np.ndarray) -> Params:
         """Returns all of w: the tensors that arrived, and those never sent: frozen and private ones.
 
         With a method that shares nothing, w arrives once; after that the device's personal parameters take its place.
         """
-        if not adapters.size and not self._method().shares_adapters and state.personal is not None:
+        if not adapters.size and not method.shares_adapters and state.personal is not None:
             return state.personal.params
         layout = self._pruned.layout
         whole = self._pruned.start | state.private | unpack(adapters, rules.down(self.config.adapters, layout))
         return {name: whole[name] for name in layout}
 
-    def _local_round(self, received: Params, personal: Personal | None, round: int) -> LocalResult:
+    @cached_property
+    def _trained_and_held_out(self) -> tuple[np.ndarray, np.ndarray]:
+        """Positions in the training part: of the images that are trained on, and of those that choose α."""
+        _, labels = self._part("train")
+        if not self.config.personalize.holds_out:
+            return np.arange(len(labels)), np.arange(0)
+        generator = numpy_generator(self.config.seed, "held-out", self.partition_id)
+        return hold_out(labels.numpy(), self.config.personalize.held_out_share, generator)
+
+    def _weighted(self, method: Method[Any], received: Params, personal: Personal | None) -> Personal | None:
+        """Returns what stayed on the device, with α as the held-out images choose it for the w just received."""
+        if personal is None or not self.config.personalize.holds_out:
+            return personal
+        inputs, labels = self._part("train")
+        chosen = torch.from_numpy(self._trained_and_held_out[1])
+
+        def losses(params: Params) -> Tensor:
+            logits = predict(partial(self._pruned.adapted, params), inputs[chosen])
+            return F.cross_entropy(logits, labels[chosen], reduction="none")
+
+        return method.weigh(received, personal, losses)
+
+    def _local_round(self, method: Method[Any], received: Params, personal: Personal | None, round: int) -> LocalResult:
         inputs, labels = self._part("train")
         own, options, seed = self._pruned, self.config.train, self.config.seed
+        positions, _ = self._trained_and_held_out
 
         def objective(params: Params, batch: Any) -> Tensor:
             x, y = batch
@@ -195,13 +220,15 @@ class Device:
         def drawn() -> Iterator[tuple[Tensor, Tensor]]:
             order = numpy_generator(seed, "train", round, self.partition_id)
             changes = numpy_generator(seed, "augment", round, self.partition_id)
-            for index in map(torch.from_numpy, local_batches(len(labels), options, order)):
+            for batch in local_batches(len(positions), options, order):
+                index = torch.from_numpy(positions[batch])
                 yield augmented(inputs[index], options.augment, changes), labels[index]
 
-        factor, trained = rate_factor(options, round), rules.trained(self.config.adapters, own.layout, round)
-        update = {"learning_rate": factor * options.learning_rate, "steps": local_steps(len(labels), options)}
+        trained = rules.trained(self.config.adapters, own.layout, round)
+        rate = rate_factor(options, round) * options.learning_rate
+        update = {"learning_rate": rate, "steps": local_steps(len(positions), options)}
         train = options.model_copy(update=update)
-        return local_round(self._method(factor), objective, received, personal, drawn(), train, trained)
+        return local_round(method, objective, received, personal, drawn(), train, trained)
 
     def _upload(self, received: Params, trained: Params, round: int) -> np.ndarray:
         """Returns the upload as one flat vector; with differential privacy, within `dp-clip` of the received w."""

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -52,7 +53,8 @@ from tapfl.data.federated import open_pool
 from tapfl.data.sources import ImageSet
 from tapfl.errors import ConfigError, PlanError
 from tapfl.models.forward import input_transform
-from tapfl.personalize.methods import method_of
+from tapfl.personalize.method import Method
+from tapfl.personalize.methods import method_of, never_begins
 from tapfl.profiles import max_rank
 from tapfl.progress import stage
 from tapfl.seeds import of_secret, torch_generator
@@ -103,6 +105,9 @@ def run_federation(
         with loggers(config, folder):  # they may lack some of it, or all
             log(logging.INFO, "the run is finished: %s", folder.path)
         return
+    if never_begins(config):
+        first = config.personalize.from_round
+        log(logging.WARNING, "personalize.from-round = %d: no device gets a personal model in this run", first)
     (folder.path / SUMMARY).unlink(missing_ok=True)
     write_begun(folder, config, inputs)
     folder.write_versions()
@@ -134,7 +139,7 @@ class Federation:
         self.preparation, self.replay, self.backbone = preparation, replay, preparation.backbone
         self.config, self.folder, self.fleet = preparation.config, preparation.folder, preparation.fleet
         self.hello = Hello(preparation.key)
-        self.method = method_of(self.config.personalize, self.config.adapters.scale)
+        self.shares_adapters = self._method(1).shares_adapters
         self._layouts: dict[int, Layout] = {}
 
     @cached_property
@@ -274,6 +279,9 @@ class Federation:
             self._layouts[i] = device_layout(self.shapes, self.preparation.layers, kept[0], rank)
         return self._layouts[i]
 
+    def _method(self, t: int) -> Method[Any]:
+        return method_of(self.config.personalize, self.config.adapters.scale, t)
+
     def _train_request(self, state: FederationState, t: int, i: int) -> Request[TrainReply]:
         record, length = state.devices[i], packed_size(self._upload_layout(state, i, t))
         trained = images_seen(record.train_samples, self.config.train)
@@ -283,7 +291,7 @@ class Federation:
             TrainReply,
             lambda reply: reply.check(t, length),
             max_bytes=4 * length + ENVELOPE,
-            macs=training_macs(record.macs, trained, evaluated, self.method.models_per_step),
+            macs=training_macs(record.macs, trained, evaluated, self._method(t).models_per_step),
         )
 
     def _seconds(self, state: FederationState, i: int, request: Request[TrainReply]) -> float:
@@ -292,12 +300,12 @@ class Federation:
 
     def _download(self, state: FederationState, i: int) -> np.ndarray:
         """Returns what a device gets of the global adapters; where nothing is shared, only once: to start from."""
-        if not self.method.shares_adapters and state.devices[i].last_round:
+        if not self.shares_adapters and state.devices[i].last_round:
             return np.zeros(0, np.float32)
         layout = rules.down(self.config.adapters, self.layout(state, i))
         return pack(gather_all(state.server.params, layout), layout)
 
     def _upload_layout(self, state: FederationState, i: int, t: int) -> Layout:
-        if not self.method.shares_adapters:
+        if not self.shares_adapters:
             return {}
         return rules.up(self.config.adapters, self.layout(state, i), t)

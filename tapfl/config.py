@@ -264,17 +264,25 @@ class PersonalizeOptions(Section):
     method: Annotated[str, one_of(METHODS)] = Field(
         "apfl", description=f"personalisation method: {', '.join(METHODS)}, or module:name of a plugin"
     )
-    alpha: float = Field(0.5, ge=0, le=1, description="initial weight α of the personal model, for `apfl`")
-    alpha_update: Literal["round", "step", "fixed"] = Field(
-        "round", description="when α is updated: at the first step of a round, at every step, or never"
+    from_round: Count = Field(
+        5, description="round in which personal parameters begin, as the shared ones, for `apfl` and `ditto`"
     )
-    alpha_per: Literal["device", "layer"] = Field(
-        "device", description="one α for the device, or one for each adapted linear and the head"
-    )
-    alpha_learning_rate: float = Field(0.1, ge=0, le=RATE, description="learning rate of α")
     learning_rate: float = Field(
         0.0, ge=0, le=RATE, description="learning rate of the personal model; 0: that of `train`; `fedavg` has none"
     )
+    alpha: float = Field(0.5, ge=0, le=1, description="initial weight α of the personal model, for `apfl`")
+    alpha_on: Literal["held-out", "train"] = Field(
+        "held-out",
+        description="images that α is learnt on: some that nothing is trained on, or a minibatch (published)",
+    )
+    held_out_share: float = Field(0.25, gt=0, lt=1, description="share of a device's training images that is held out")
+    alpha_update: Literal["round", "step", "fixed"] = Field(
+        "round", description="when α is updated: once a round, at every step (with alpha-on=train), or never"
+    )
+    alpha_per: Literal["device", "layer"] = Field(
+        "device", description="one α for the device, or (with alpha-on=train) one for each adapted linear and the head"
+    )
+    alpha_learning_rate: float = Field(0.1, ge=0, le=RATE, description="learning rate of α, with alpha-on=train")
     ditto_lambda: float = Field(
         0.1, ge=0, description="λ of `ditto`: strength of the pull of personal towards shared weights; 0: no pull"
     )
@@ -284,6 +292,20 @@ class PersonalizeOptions(Section):
     head_epochs: Count = Field(
         1, description="epochs of a round in which `fedrep` trains the head; in the others it trains the body"
     )
+
+    @property
+    def holds_out(self) -> bool:
+        """Whether devices keep a part of their training images for α, on which nothing is trained in any round."""
+        return self.method == "apfl" and self.alpha_on == "held-out" and self.alpha_update != "fixed"
+
+    @model_validator(mode="after")
+    def _held_out_alpha_is_one_number(self) -> PersonalizeOptions:
+        """A handful of images chooses one number, not one for each layer; and there is nothing new at each step."""
+        if self.holds_out and self.alpha_update == "step":
+            raise ValueError("alpha-update=step learns α on minibatches; accepted with alpha-on=held-out: round, fixed")
+        if self.holds_out and self.alpha_per == "layer":
+            raise ValueError("alpha-per=layer needs more than a few held-out images; accepted with it: alpha-on=train")
+        return self
 
 
 class FaultOptions(Section):

@@ -6,15 +6,23 @@ import itertools
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from click.testing import Result
+from personal_problems import same_bits
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
+from clients.device import Device
+from clients.storage import DeviceStorage
 from experiments import cli
 from tapfl import load_plan, load_pruned
+from tapfl.adapters.layout import packed_size
 from tapfl.config import RunConfig
+from tapfl.personalize.methods import FedAvg
+from tapfl.profiles import profiles_of
+from tapfl.training import Params
 
 # small enough for a second: four devices of about 60 training images, a backbone trained for two epochs
 TINY = "img_size=8,patch_size=2,in_chans=1,embed_dim=32,depth=2,num_heads=2,class_token=False,global_pool=avg"
@@ -26,6 +34,7 @@ SMALL = [
     "model.epochs=2",
     "train.rounds=2",
     "train.epochs=1",
+    "personalize.from-round=1",
     "metric.size=64",
     "pruning.align=1",
 ]
@@ -171,9 +180,21 @@ def test_every_rule_and_every_method_runs_and_goes_on(cache: Path, tmp_path: Pat
 @pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("extra", ["adapters.head=personal", "adapters.head=mean", "personalize.alpha-per=layer"])
-def test_every_rule_with_every_method_and_head(cache: Path, tmp_path: Path, rule: str, method: str, extra: str) -> None:
-    goes_on(tmp_path, cache, [f"personalize.method={method}", f"adapters.rule={rule}", extra, *NEEDS.get(method, [])])
+@pytest.mark.parametrize(
+    "extra",
+    [
+        ["adapters.head=personal"],
+        ["adapters.head=mean"],
+        ["personalize.alpha-per=layer", "personalize.alpha-on=train"],
+        ["personalize.from-round=2", "personalize.learning-rate=0.001"],
+    ],
+    ids=" ".join,
+)
+def test_every_rule_with_every_method_and_extra(
+    cache: Path, tmp_path: Path, rule: str, method: str, extra: list[str]
+) -> None:
+    options = [f"personalize.method={method}", f"adapters.rule={rule}", *extra, *NEEDS.get(method, [])]
+    goes_on(tmp_path, cache, options)
 
 
 @pytest.mark.parametrize(
@@ -184,6 +205,9 @@ def test_every_rule_with_every_method_and_head(cache: Path, tmp_path: Path, rule
         ["adapters.clip=0.5", "adapters.server=adam", "adapters.rule=flex"],
         ["adapters.rule=hetlora", "adapters.head=personal"],
         ["personalize.method=fedavg+finetune", "adapters.head=personal"],
+        ["personalize.from-round=2", "adapters.rule=embed_side"],  # w alone, then v as well, with private parts of w
+        ["personalize.from-round=3", "personalize.method=ditto"],  # v begins in a round that never comes
+        ["personalize.alpha-on=train", "personalize.alpha-per=layer", "personalize.learning-rate=0.001"],
         ["privacy.dp-clip=1", "privacy.dp-noise=0.5", "adapters.rule=fedit"],
     ],
     ids=lambda options: " ".join(options[:3]),
@@ -248,3 +272,35 @@ def test_a_round_to_which_nobody_comes_changes_nothing(cache: Path, tmp_path: Pa
     assert done.exit_code == 0, done.output
     said = json.loads(done.stdout.splitlines()[-1])
     assert said["personal_accuracy"] == said["global_accuracy"] == said["pruned_accuracy"]
+
+
+def test_nothing_is_trained_on_the_images_that_choose_alpha(
+    finished: tuple[Path, dict[str, object]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With other pixels in the held-out images the upload has the same bits, and α is another."""
+    folder, _ = finished
+    config = RunConfig.from_flat(json.loads((folder / "config.json").read_text()))
+    profile = profiles_of(config.devices)[1]
+    device = Device(config, 1, 4, profile, DeviceStorage(folder / "devices" / "01"))
+    inputs, labels = device._part("train")
+    trained, held = device._trained_and_held_out
+    assert len(held) == round(0.25 * len(labels)) and sorted([*trained, *held]) == list(range(len(labels)))
+    received = device._whole(FedAvg(), device._state(2), np.zeros(packed_size(device._pruned.layout), np.float32))
+    own = device._state(2).personal
+    assert own is not None
+
+    def outcome(changed: np.ndarray) -> tuple[Params, float]:
+        other = inputs.clone()
+        other[torch.from_numpy(changed)] = other[torch.from_numpy(changed)].flip(-1)
+        monkeypatch.setattr(Device, "_part", lambda self, name: (other, labels))
+        method = device._method(3)
+        upload = device._local_round(method, received, own, 3).upload
+        weighed = device._weighted(method, received, own)
+        assert upload is not None and weighed is not None
+        return upload, weighed.mean_alpha
+
+    (upload, alpha), (of_held, alpha_of_held), (of_trained, alpha_of_trained) = (
+        outcome(changed) for changed in (held[:0], held, trained[:1])
+    )
+    assert same_bits(upload, of_held) and alpha != alpha_of_held
+    assert not same_bits(upload, of_trained) and alpha == alpha_of_trained

@@ -254,7 +254,13 @@ def test_what_a_round_alone_makes_is_evaluated_after_it() -> None:
     ("options", "check"),
     [
         (
-            {"alpha": 0.2, "alpha-update": "step", "alpha-learning-rate": 0.3, "alpha-per": "layer"},
+            {
+                "alpha": 0.2,
+                "alpha-update": "step",
+                "alpha-learning-rate": 0.3,
+                "alpha-per": "layer",
+                "alpha-on": "train",
+            },
             lambda method: method == Apfl(0.2, "step", 0.3, "layer"),
         ),
         (
@@ -273,7 +279,7 @@ def test_what_a_round_alone_makes_is_evaluated_after_it() -> None:
     ],
 )
 def test_methods_by_name(options: dict[str, object], check: Callable[[Method], bool]) -> None:
-    assert check(method_of(PersonalizeOptions.model_validate(options), 2.0))
+    assert check(method_of(PersonalizeOptions.model_validate(options), 2.0, 5))
 
 
 @pytest.mark.parametrize(

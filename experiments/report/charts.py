@@ -110,8 +110,8 @@ def alpha(run: Run) -> Figure | None:
     return Figure(
         "alpha",
         "α, the weight of a device's own adapters in the interpolation",
-        f"A line a device; dashed: the mean. α starts at {found['α'].iloc[0]:g} and ends between {last.min():.3f} and "
-        f"{last.max():.3f}.",
+        "A line a device; dashed: the mean. With α = 0 a device uses the shared adapters, as all do until the personal "
+        f"ones begin. At the end α is between {last.min():.3f} and {last.max():.3f}.",
         layered(
             each.mark_line(strokeWidth=1.5)
             .encode(detail="device:N", opacity=fig.faded(0.08, 0.4))

@@ -164,16 +164,14 @@ def read_run(path: Path) -> Run:
 
 
 def _options(path: Path) -> dict[str, Any]:
-    """Returns the run's options, with defaults for those that a report needs and the run does not have."""
+    """Returns the run's options, with the default of the one that a report needs, if the run does not have it."""
     options = _whole(path, path / "config.json", _json(OPTIONS))
     found: dict[str, Any] = dict(options or {})
     if not found:
         raise ConfigError(f"report {path}: is not a run's folder, which has the run's options in its config.json")
-    defaults = RunConfig().flat()
-    for option, kinds in {"train.rounds": (int,), "personalize.alpha": (int, float)}.items():
-        value = found.setdefault(option, defaults[option])
-        if type(value) not in kinds:
-            raise ConfigError(f"report {path}: config.json is damaged ({option} = {value!r:.40})")
+    rounds = found.setdefault("train.rounds", RunConfig().train.rounds)
+    if type(rounds) is not int:
+        raise ConfigError(f"report {path}: config.json is damaged (train.rounds = {rounds!r:.40})")
     return found
 
 

@@ -47,14 +47,17 @@ def curves(run: Run) -> pd.DataFrame:
 def alphas(run: Run) -> pd.DataFrame:
     """Returns device, round, kind (always ``α``) and α of the devices that trained; nothing unless the method is APFL.
 
-    A device reports α when it has trained on the result of the round before: its line of round t is α after round
-    t + 1, except in the last evaluation, in which it trains no more.
+    α is the one with which a device used the result of the round, and 0 as long as it has no personal parameters.
     """
-    apfl, first = run.config.get("personalize.method") == "apfl", float(run.config["personalize.alpha"])
-    start = {device.device: first for device in run.equipped if device.rounds and apfl}
-    trained = [t for t in _ended(run) if t < int(run.config["train.rounds"])]
-    found = _carried(run, start, {"alpha": "α"}, "α", trained)
-    return found.assign(round=found["round"] + 1)
+    apfl = run.config.get("personalize.method") == "apfl"
+    found = _carried(
+        run,
+        {device.device: 0.0 for device in run.equipped if device.rounds and apfl},
+        {"alpha": "α"},
+        "α",
+        _ended(run),
+    )
+    return found[found["round"] >= 0]
 
 
 def _ended(run: Run) -> list[int]:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from tapfl.adapters.lora import alphas_of, interpolate, modules_of
 from tapfl.config import TrainOptions
+from tapfl.personalize.held_out import Losses, held_out_alpha
 from tapfl.personalize.method import Method, Personal, Trainee
 from tapfl.training import Objective, Params
 
@@ -40,7 +41,8 @@ class Apfl(Method[ApflState]):
 
     Attributes:
         alpha: α before a device's first round.
-        update: whether α moves at each step, at the first step of a round, or never.
+        update: whether α moves at each step, at the first step of a round, or, in training, never; `weigh` may still
+            choose it.
         alpha_learning_rate: η_α.
         per: one α a device, or one a layer (`tapfl.adapters.lora.modules_of`).
         learning_rate: η_v; 0: η.
@@ -78,8 +80,11 @@ class Apfl(Method[ApflState]):
         return state.w.values(), Personal(state.v.values(), state.alpha)
 
     def inference(self, received: Params, personal: Personal | None) -> Params:
-        personal = personal or self._first(received)
-        return interpolate(personal.params, received, personal.alpha)
+        return interpolate(personal.params, received, personal.alpha) if personal else received
+
+    def weigh(self, received: Params, personal: Personal, losses: Losses) -> Personal:
+        """Returns the personal parameters with α as held-out images choose it for the w just received."""
+        return Personal(personal.params, held_out_alpha(personal.params, received, losses))
 
     def _first(self, received: Params) -> Personal:
         alpha = torch.tensor(self.alpha, dtype=torch.float64)

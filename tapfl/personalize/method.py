@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from tapfl.config import TrainOptions
+from tapfl.personalize.held_out import Losses
 from tapfl.training import LARGEST, Objective, Params, diverged, largest, optimizer
 
 S = TypeVar("S")
@@ -88,6 +89,10 @@ class Method(Protocol, Generic[S]):
     def final(self, state: S) -> tuple[Params | None, Personal | None]:
         """Returns what is uploaded and what stays."""
         ...
+
+    def weigh(self, received: Params, personal: Personal, losses: Losses) -> Personal:
+        """Returns `personal` with the α that suits the w just received, by images held out of all training."""
+        return personal
 
     def inference(self, received: Params, personal: Personal | None) -> Params:
         """Returns the parameters of the model that the device uses, given what it received last: by default v."""

@@ -8,13 +8,15 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from tapfl.config import PersonalizeOptions, TrainOptions
+from tapfl.config import PersonalizeOptions, RunConfig, TrainOptions
 from tapfl.personalize.apfl import Apfl
 from tapfl.personalize.body_head import FedRep
 from tapfl.personalize.method import Method, Personal, Trainee, wholly
 from tapfl.personalize.proximal import Ditto, FedProx
 from tapfl.plugin import is_plugin, load_plugin
 from tapfl.training import Objective, Params
+
+BEGIN_LATER = ("apfl", "ditto")  # `personalize.from-round`: v beside w, begun as w
 
 
 class FedAvg(Method[Trainee]):
@@ -101,8 +103,11 @@ class Local(FedAvg):
         return None, wholly(state.values())
 
 
-def method_of(options: PersonalizeOptions, scale: float) -> Method[Any]:
-    """Returns the method that the options name, for adapters of scale s; a plugin is called with (options, scale).
+def method_of(options: PersonalizeOptions, scale: float, round: int) -> Method[Any]:
+    """Returns the method of a round (1 is the first), for adapters of scale s.
+
+    Before `personalize.from-round` the personal parameters are w, which is what `FedAvg` trains and uses. A plugin is
+    called with (options, scale), once for each message.
 
     Raises:
         ConfigError: if it is a plugin that cannot be imported.
@@ -110,10 +115,16 @@ def method_of(options: PersonalizeOptions, scale: float) -> Method[Any]:
     if is_plugin(options.method):
         plugin: Method[Any] = load_plugin("personalize.method", options.method)(options, scale)
         return plugin
+    if options.method in BEGIN_LATER and round < options.from_round:
+        return FedAvg()
     rate = options.learning_rate
     methods: dict[str, Callable[[], Method[Any]]] = {
         "apfl": lambda: Apfl(
-            options.alpha, options.alpha_update, options.alpha_learning_rate, options.alpha_per, learning_rate=rate
+            options.alpha,
+            "fixed" if options.holds_out else options.alpha_update,
+            options.alpha_learning_rate,
+            options.alpha_per,
+            rate,
         ),
         "ditto": lambda: Ditto(options.ditto_lambda, scale, rate),
         "local": lambda: Local(rate),
@@ -124,3 +135,8 @@ def method_of(options: PersonalizeOptions, scale: float) -> Method[Any]:
         "fedrep": lambda: FedRep(options.head_epochs, rate),
     }
     return methods[options.method]()
+
+
+def never_begins(config: RunConfig) -> bool:
+    """Returns whether the run is over before the personal parameters of its method begin."""
+    return config.personalize.method in BEGIN_LATER and config.personalize.from_round > config.train.rounds
