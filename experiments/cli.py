@@ -238,10 +238,18 @@ def _require_ray(engine: str, options: RayOptions, needs_ray: Sequence[str] = NE
             raise ConfigError(f"--{name.replace('_', '-')} {value}: only with --engine ray")
 
 
+def _require_folder() -> None:
+    try:
+        Path.cwd()
+    except FileNotFoundError:
+        raise ConfigError("the folder of this terminal was deleted; accepted: cd to one that is there") from None
+
+
 def main() -> NoReturn:
     """Entry point: every TapflError becomes one line on standard error and an exit code."""
     sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # as standard error: α in locale C
     try:
+        _require_folder()
         app()
         sys.exit(0)
     except TapflError as error:

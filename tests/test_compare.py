@@ -14,7 +14,7 @@ from experiments import cli
 from experiments.compare.grid import read_comparison
 from experiments.compare.run import run_comparison
 from experiments.compare.tables import table
-from tapfl.errors import ConfigError
+from tapfl.errors import ConfigError, ModelError
 
 
 def comparison_file(tmp_path: Path, axes: str, options: str = "") -> Path:
@@ -50,6 +50,14 @@ def test_a_comparison_is_carried_out_once_and_shown(tmp_path: Path) -> None:
     CliRunner().invoke(cli.app, [*invoked, "2"], catch_exceptions=False)
     again = [line.rsplit(",", 2)[0] for line in (out / "results.csv").read_text().splitlines()]
     assert again == [line.rsplit(",", 2)[0] for line in results.splitlines()]  # all but the seconds
+
+
+@pytest.mark.parametrize("args", ["img_size=8,patch_size=16,in_chans=1", "img_size=8,patch_size=2,qk_norm=True"])
+def test_a_backbone_that_will_not_do_is_refused_before_anything_is_written(args: str, tmp_path: Path) -> None:
+    file = comparison_file(tmp_path, 'criterion = ["tap"]\nbudget = [0.5]\ndevice = [0]')
+    with pytest.raises(ModelError, match=rf"model\.args = '{args}"):
+        run_comparison(read_comparison(file, [f"model.args={args}"]), tmp_path / "out", lambda *_: None)
+    assert not (tmp_path / "out").exists()
 
 
 def test_measures_are_shares_and_a_budget_that_cannot_be_met_is_told(tmp_path: Path) -> None:

@@ -22,6 +22,8 @@ from experiments.compare.scenario import Scenario
 from experiments.jobs.pool import LOOK, Emit, Job, ProcessPool
 from experiments.output import as_csv
 from tapfl.errors import ConfigError
+from tapfl.models.backbone import build, spec_of
+from tapfl.models.dense import layers_of
 from tapfl.progress import Advance
 from tapfl.store import write_bytes
 
@@ -37,6 +39,7 @@ def run_comparison(comparison: Comparison, out: Path, progress: Advance, jobs: i
 
     Raises:
         ConfigError: if `out` holds a comparison of other axes, measures, options, images or weights.
+        ModelError: if a backbone is unknown or cannot be pruned; nothing is written then.
     """
     path, fields = out / FILE, comparison.columns
     origin, cells, finished = origin_of(comparison), list(comparison.cells()), _read(path, comparison)
@@ -44,6 +47,8 @@ def run_comparison(comparison: Comparison, out: Path, progress: Advance, jobs: i
         origin = require_same(read_origin(out), origin, out)
     waiting = [cell for cell in cells if _key(comparison, cell.point) not in finished]
     if waiting:
+        for options in {cell.config.model: None for cell in waiting}:
+            layers_of(build(spec_of(options, ("any",))), options)  # refused before anything is written
         write_origin(out, origin.measured_now())
     done = len(cells) - len(waiting)
     progress(done, len(cells), "finished before" if done else "")
