@@ -37,7 +37,7 @@ FREE_OPTIONS = ("resume", "out", "cache", "node-timeout", "window", "faults.", "
 LINEAR_RULES = ("fedit", "ffa", "rolora", "embed_side")  # plain sums of uploads, which the noise of DP can cover
 RULES = (*LINEAR_RULES, "hetlora", "flex")
 PERSONAL_HEAD = ("fedper", "fedrep")  # methods in which the classifier stays on the device
-METHODS = ("apfl", "ditto", "local", "fedavg", "fedavg+finetune", "fedprox", *PERSONAL_HEAD)
+METHODS = ("apfl", "ditto", "local", "fedavg", "fedavg+finetune", "fedprox", "pfedme", "perfedavg", *PERSONAL_HEAD)
 RATE = 1e30  # the largest learning rate: Adam's steps with larger ones are no float32
 
 
@@ -288,6 +288,11 @@ class PersonalizeOptions(Section):
     )
     prox_mu: float = Field(
         0.01, ge=0, description="μ of `fedprox`: strength of the pull of trained towards received weights; 0: no pull"
+    )
+    pfedme_lambda: float = Field(15.0, ge=0, description="λ of `pfedme`: strength of the pull between θ and w")
+    inner_steps: Count = Field(5, description="steps in which `pfedme` finds θ on each minibatch")
+    inner_learning_rate: float = Field(
+        0.1, gt=0, le=RATE, description="α of `perfedavg`: size of the one gradient step from w to a device's model"
     )
     head_epochs: Count = Field(
         1, description="epochs of a round in which `fedrep` trains the head; in the others it trains the body"

@@ -134,7 +134,7 @@ def backbones(cache: Path) -> set[str]:
 
 
 RULES = ["fedit", "ffa", "rolora", "embed_side", "flex"]
-METHODS = ["apfl", "ditto", "local", "fedavg", "fedavg+finetune", "fedprox", "fedper", "fedrep"]
+METHODS = ["apfl", "ditto", "local", "fedavg", "fedavg+finetune", "fedprox", "perfedavg", "pfedme", "fedper", "fedrep"]
 NEEDS = {"fedper": ["adapters.head=personal"], "fedrep": ["adapters.head=personal", "train.epochs=2"]}
 TRAINING = [
     *("train.optimizer=sgd", "train.learning-rate=0.05", "train.momentum=0.9", "train.weight-decay=1e-4"),

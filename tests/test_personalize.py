@@ -18,7 +18,8 @@ from tapfl.personalize.apfl import Apfl
 from tapfl.personalize.body_head import FedRep
 from tapfl.personalize.method import Method, Personal, Trainee, local_round
 from tapfl.personalize.methods import FedAvg, FineTune, Local, method_of
-from tapfl.personalize.proximal import Ditto, FedProx, pull_of
+from tapfl.personalize.perfedavg import PerFedAvg
+from tapfl.personalize.proximal import Ditto, FedProx, PFedMe, pull_of
 
 METHODS: dict[str, Method] = {
     "apfl": Apfl(0.5, "step"),
@@ -27,6 +28,8 @@ METHODS: dict[str, Method] = {
     "tune": FineTune(),
     "local": Local(),
     "fedprox": FedProx(0.1, 2.0),
+    "pfedme": PFedMe(0.1, 2.0, inner_steps=1),
+    "perfedavg": PerFedAvg(),
     "fedrep": FedRep(),
 }
 every_method = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
@@ -244,7 +247,11 @@ def test_fine_tuning_at_its_own_rate_trains_two_models() -> None:
 
 
 def test_what_a_round_alone_makes_is_evaluated_after_it() -> None:
-    assert {name for name, method in METHODS.items() if method.evaluates_after_training} == {"tune"}
+    assert {name for name, method in METHODS.items() if method.evaluates_after_training} == {
+        "tune",
+        "pfedme",
+        "perfedavg",
+    }
 
 
 # -- options ----------------------------------------------------------------------------------------------------------
@@ -274,6 +281,11 @@ def test_what_a_round_alone_makes_is_evaluated_after_it() -> None:
         ({"method": "fedavg+finetune"}, lambda method: type(method) is FineTune),
         ({"method": "local"}, lambda method: type(method) is Local),
         ({"method": "fedprox", "prox-mu": 0.3}, lambda method: method == FedProx(0.3, 2.0)),
+        (
+            {"method": "pfedme", "pfedme-lambda": 3, "inner-steps": 7, "learning-rate": 0.1},
+            lambda method: method == PFedMe(3, 2.0, 7, 0.1) and method.models_per_step == 7,
+        ),
+        ({"method": "perfedavg", "inner-learning-rate": 0.3}, lambda method: method == PerFedAvg(0.3)),
         ({"method": "fedper"}, lambda method: type(method) is FedAvg),
         ({"method": "fedrep", "head-epochs": 2, "learning-rate": 0.1}, lambda method: method == FedRep(2, 0.1)),
     ],
@@ -285,7 +297,11 @@ def test_methods_by_name(options: dict[str, object], check: Callable[[Method], b
 @pytest.mark.parametrize(
     ("option", "value", "accepted"),
     [
-        ("method", "scaffold", "apfl, ditto, local, fedavg, fedavg+finetune, fedprox, fedper, fedrep, or module:name"),
+        (
+            "method",
+            "scaffold",
+            "apfl, ditto, local, fedavg, fedavg+finetune, fedprox, pfedme, perfedavg, fedper, fedrep, or module:name",
+        ),
         ("alpha", 1.5, "less than or equal to 1"),
         ("alpha-update", "never", "'round', 'step' or 'fixed'"),
         ("alpha-per", "head", "'device' or 'layer'"),

@@ -12,7 +12,8 @@ import torch
 from tapfl.config import TrainOptions
 from tapfl.personalize.body_head import FedRep
 from tapfl.personalize.method import LocalResult, Method, Personal, local_round
-from tapfl.personalize.proximal import FedProx
+from tapfl.personalize.perfedavg import PerFedAvg
+from tapfl.personalize.proximal import FedProx, PFedMe
 from tapfl.training import Params
 
 Numbers = tuple[float, float, float]  # a, b, h
@@ -87,3 +88,40 @@ def test_fedrep_trains_the_head_and_then_the_body() -> None:
         a, b = a - RATE * of_a, b - RATE * of_b
     result = result_of(FedRep(1, 0.2))
     assert numbers(result.upload) == pytest.approx((a, b, h), rel=1e-12) and result.personal is None
+
+
+@pytest.mark.parametrize("count", [4, 3, 1])
+def test_perfedavg(count: int) -> None:
+    """Pairs of batches; the last of an odd number is its own pair. The device uses one step from what it received."""
+    batches, w = BATCHES[:count], START
+    for first in range(0, count, 2):
+        adapted = moved(w, 0.2, gradient(w, batches[first]))
+        w = moved(w, RATE, gradient(adapted, batches[min(first + 1, count - 1)]))
+    result = result_of(PerFedAvg(0.2), batches=batches)
+    assert numbers(result.upload) == pytest.approx(w, rel=1e-12)
+    assert result.personal is not None and result.personal.mean_alpha == 1
+    used = moved(START, 0.2, gradient(START, BATCHES[0]))
+    assert numbers(result.personal.params) == pytest.approx(used, rel=1e-12)
+    assert PerFedAvg.evaluates_after_training and not PerFedAvg.has_local_state
+
+
+def test_pfedme() -> None:
+    w = theta = START
+    for batch in BATCHES:
+        for _ in range(3):
+            theta = moved(theta, 0.02, plus(gradient(theta, batch), 1.5, pull(theta, w)))
+        w = moved(w, RATE * 1.5, pull(w, theta))
+    result = result_of(PFedMe(1.5, SCALE, 3, 0.02))
+    assert numbers(result.upload) == pytest.approx(w, rel=1e-12)
+    assert result.personal is not None
+    assert numbers(result.personal.params) == pytest.approx(theta, rel=1e-12)
+
+
+def test_the_inner_steps_of_pfedme_go_to_the_moreau_envelope() -> None:
+    """Where the inner problem is solved, λ (θ - w) is minus the gradient of f at θ (equation 4), for the head too."""
+    method = PFedMe(5.0, SCALE, 4000, 0.02)
+    result = result_of(method, batches=BATCHES[:1])
+    assert result.personal is not None
+    theta = numbers(result.personal.params)
+    forces = plus(gradient(theta, BATCHES[0]), 5.0, pull(theta, START))
+    assert forces == pytest.approx((0, 0, 0), abs=1e-9)

@@ -34,6 +34,8 @@ METHODS = {
     "fedavg": "the shared adapters (FedAvg)",
     "fedavg+finetune": "the shared adapters, fine-tuned on its own images at the end",
     "fedprox": "the shared adapters, trained near those received (FedProx)",
+    "pfedme": "the shared adapters, trained on its own images near those received (pFedMe)",
+    "perfedavg": "the shared adapters, one gradient step away (Per-FedAvg)",
     "fedper": "the shared adapters with its own head (FedPer)",
     "fedrep": "the shared adapters with its own head, each trained in turn (FedRep)",
 }

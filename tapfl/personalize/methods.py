@@ -12,7 +12,8 @@ from tapfl.config import PersonalizeOptions, RunConfig, TrainOptions
 from tapfl.personalize.apfl import Apfl
 from tapfl.personalize.body_head import FedRep
 from tapfl.personalize.method import Method, Personal, Trainee, wholly
-from tapfl.personalize.proximal import Ditto, FedProx
+from tapfl.personalize.perfedavg import PerFedAvg
+from tapfl.personalize.proximal import Ditto, FedProx, PFedMe
 from tapfl.plugin import is_plugin, load_plugin
 from tapfl.training import Objective, Params
 
@@ -131,6 +132,8 @@ def method_of(options: PersonalizeOptions, scale: float, round: int) -> Method[A
         "fedavg": FedAvg,
         "fedavg+finetune": lambda: FineTune(rate),
         "fedprox": lambda: FedProx(options.prox_mu, scale),
+        "pfedme": lambda: PFedMe(options.pfedme_lambda, scale, options.inner_steps, rate),
+        "perfedavg": lambda: PerFedAvg(options.inner_learning_rate),
         "fedper": FedAvg,  # of the body; its head is personal by `adapters.head`, and both are trained together
         "fedrep": lambda: FedRep(options.head_epochs, rate),
     }

@@ -106,6 +106,62 @@ class FedProx(Method[ProxState]):
         return state.w.values(), None
 
 
+@dataclass(frozen=True)
+class MoreauState:
+    """w and θ in training."""
+
+    w: Trainee
+    theta: Trainee
+
+
+@dataclass(frozen=True)
+class PFedMe(Method[MoreauState]):
+    """pFedMe (T. Dinh, Tran, Nguyen 2020, arXiv 2006.08848, Algorithm 1): FedAvg of the devices' Moreau envelopes.
+
+        θ ≈ argmin_θ f(θ; ξ) + λ d(θ, w)     by `inner_steps` steps on one batch, from the θ before
+        w ← w - η λ ∇_w d(w, θ)              for parameters without factors: w - ηλ (w - θ)
+
+    The device uses θ after one round from the w just received, with which θ starts; nothing is kept for the next
+    round. Both steps go through the optimiser of `train`: with `sgd` they are as published.
+
+    Attributes:
+        strength: λ.
+        scale: s.
+        inner_steps: K.
+        learning_rate: of θ; 0: η.
+    """
+
+    evaluates_after_training: ClassVar[bool] = True
+    has_local_state: ClassVar[bool] = False
+
+    strength: float
+    scale: float
+    inner_steps: int = 5
+    learning_rate: float = 0.0
+
+    @property
+    def models_per_step(self) -> int:
+        return self.inner_steps
+
+    def init(
+        self, received: Params, personal: Personal | None, train: TrainOptions, trained: frozenset[str]
+    ) -> MoreauState:
+        theta = Trainee.of(received, train, trained, self.learning_rate)
+        return MoreauState(Trainee.of(received, train, trained), theta)
+
+    def step(self, state: MoreauState, objective: Objective, batch: object) -> Tensor:
+        w, theta = state.w.values(), state.theta
+        for _ in range(self.inner_steps):
+            loss = objective(theta.params, batch)
+            theta.apply(pulled(theta.gradients(loss), theta, w, self.strength, self.scale))
+        now = theta.values()
+        state.w.apply([self.strength * pull_of(name, w, now, self.scale) for name in state.w.moving])
+        return loss
+
+    def final(self, state: MoreauState) -> tuple[Params | None, Personal | None]:
+        return state.w.values(), wholly(state.theta.values())
+
+
 def pulled(gradients: Sequence[Tensor], trainee: Trainee, to: Params, strength: float, scale: float) -> list[Tensor]:
     """Returns the gradients of what `trainee` trains, with those of strength · d(trainee, to) added."""
     now = trainee.values()
