@@ -83,7 +83,9 @@ def centre_images(Z: Tensor) -> Tensor:
     mean = Z.mean(1, keepdim=True)
     Z -= mean
     size, limit = (torch.linalg.vector_norm(each, dim=(1, 2)) for each in (Z, mean))
-    Z[size <= ROUNDING * math.sqrt(Z.shape[1]) * limit] = 0
+    constant = size <= ROUNDING * math.sqrt(Z.shape[1]) * limit
+    if constant.any():  # otherwise writing nothing would take as long as the mean
+        Z[constant] = 0
     return Z
 
 
