@@ -25,8 +25,9 @@ def inputs_of(config: RunConfig, require: bool = True) -> dict[str, str]:
 
 
 def write_begun(folder: RunFolder, config: RunConfig, inputs: Mapping[str, str]) -> None:
-    """Writes down what binds a run: its options, and the fingerprints of its inputs."""
-    write_json(folder.path / INPUTS, inputs)
+    """Writes down what binds a run: its options, and the fingerprints of its inputs, if it has any."""
+    if inputs:
+        write_json(folder.path / INPUTS, inputs)
     write_json(folder.path / "config.json", config.flat() | {"resume": False})  # last: with it the run has begun
 
 

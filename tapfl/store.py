@@ -15,7 +15,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -327,9 +327,7 @@ class RunFolder:
         if self._lock:
             self._lock.close()
         if self._new and not (self.path / "config.json").exists():  # nothing to resume
-            (self.path / ".lock").unlink(missing_ok=True)
-            with suppress(OSError):
-                self.path.rmdir()
+            shutil.rmtree(self.path, ignore_errors=True)
 
     def write_versions(self) -> None:
         """Records the installed version of every package that can change a result."""

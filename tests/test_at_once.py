@@ -26,6 +26,7 @@ def test_a_folder_at_work_is_refused(
     command: str, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "c.toml").write_text(FILES[command])
+    (tmp_path / "out").mkdir()
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.argv", ["tapfl", command, "--config", "c.toml", "--out", "out"])
     with only_one(tmp_path / "out", "command"), pytest.raises(SystemExit) as ended:

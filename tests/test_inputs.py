@@ -176,6 +176,21 @@ def test_devices_refuse_their_own_images_and_the_server_learns_why_but_no_finger
     assert before not in str(refused.value) and now not in str(refused.value)
 
 
+def test_a_run_that_could_not_begin_leaves_no_folder(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = RunConfig.from_flat(config_of(place).flat() | {"out": str(tmp_path / "run"), "resume": False})
+    monkeypatch.setattr("strategies.server_app.write_begun", lambda folder, *_: _full(folder.path / "inputs.json"))
+    with pytest.raises(OSError, match="full"):
+        run_inprocess(server_app, client_app, config.flat(), 2)
+    assert not (tmp_path / "run").exists()
+
+
+def _full(file: Path) -> None:
+    file.write_text("{}")
+    raise OSError("full")
+
+
 @pytest.mark.usefixtures("unchanged")
 def test_the_same_inputs_go_on(place: Path) -> None:
     assert resumed(place)[0] == 0

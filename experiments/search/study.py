@@ -51,7 +51,6 @@ def open_study(search: Search, name: str, out: Path, url: str | None, resume: bo
         ConfigError: if the storage cannot be used, if a study exists and `resume` is false or none exists and it is
             true, or if the study belongs to another search.
     """
-    inputs = search.inputs()
     if url is None and resume and not (out / JOURNAL).is_file():
         raise ConfigError(f"--resume: there is no study in {out}")
     shown = _without_password(url) if url else str(out / JOURNAL)
@@ -62,6 +61,7 @@ def open_study(search: Search, name: str, out: Path, url: str | None, resume: bo
             raise ConfigError(f"storage {shown}: has a study {name!r} already; go on with it by --resume")
         if resume and not known:
             raise ConfigError(f"--resume: storage {shown} has no study {name!r}")
+        inputs = search.inputs()
         study = optuna.create_study(study_name=name, storage=storage, load_if_exists=True)
         if IDENTITY not in study.user_attrs and not study.get_trials(deepcopy=False):
             study.set_user_attr(INPUTS, inputs)
