@@ -16,6 +16,7 @@ from PIL import Image
 
 from tapfl.data import sources
 from tapfl.data.contents import content_of
+from tapfl.data.folders import list_images
 from tapfl.data.sources import load_images
 from tapfl.data.transform import Transform
 from tapfl.errors import DataError
@@ -195,6 +196,13 @@ def test_names_that_are_odd_are_taken(tmp_path: Path) -> None:
     names = ("10/x.png", "2/x.png", "Cat/x.png", "cat/x.png", "[bold]b/x.png", " c/a\nb.png")
     found = loaded(folder(tmp_path / "in", *names), tmp_path)
     assert found.classes == (" c", "10", "2", "Cat", "[bold]b", "cat") and len(found) == 6
+
+
+def test_a_picture_that_has_gone_is_named(tmp_path: Path) -> None:
+    found = list_images(folder(tmp_path / "in", "a/x.png", "a/y.png"))
+    (tmp_path / "in" / "a" / "y.png").unlink()
+    with pytest.raises(DataError, match=r"image '.*/a/y\.png': cannot be read \(No such file or directory\)"):
+        assert found.fingerprint
 
 
 @pytest.mark.parametrize("time", [-10, 0, 2**32])

@@ -47,11 +47,18 @@ class Listing:
 
     @property
     def fingerprint(self) -> str:
-        """A hash of names, sizes and times of the images; the folder's own place does not count."""
+        """A hash of names, sizes and times of the images; the folder's own place does not count.
+
+        Raises:
+            DataError: if one has gone, or its folder may be listed and not entered.
+        """
         digest = hashlib.sha256()
         for name, files in self.files.items():
             for file in files:
-                status = file.stat()
+                try:
+                    status = file.stat()
+                except OSError as error:
+                    raise DataError(f"image {str(file)!r}: cannot be read ({error.strerror})") from None
                 line = f"{name} {file.relative_to(self.root)} {status.st_size} {status.st_mtime_ns}\n"
                 digest.update(line.encode(errors="surrogateescape"))
         return digest.hexdigest()[:16]
