@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -130,7 +131,7 @@ class Device:
         """Evaluates the received adapters, trains, stores the personal part and returns the shared part."""
         state, method = self._state(message.state_round), self._method(message.round)
         received = self._whole(method, state, message.adapters)
-        personal = self._weighted(method, received, state.personal)
+        personal = self._weighted(method, received, state.personal, message.round)
         result = self._local_round(method, received, personal, message.round)
         used = result.personal if method.evaluates_after_training else personal
         due = is_evaluated(self.config.train, message.round - 1)
@@ -153,7 +154,7 @@ class Device:
         """Evaluates the last adapters, and writes the personal model as an adapter that stock peft loads."""
         state, method = self._state(message.state_round), self._method(message.round)
         received = self._whole(method, state, message.adapters)
-        personal = self._weighted(method, received, state.personal)
+        personal = self._weighted(method, received, state.personal, message.round)
         if method.evaluates_after_training:
             personal = self._local_round(method, received, personal, message.round).personal
         final = method.inference(received, personal)
@@ -165,7 +166,7 @@ class Device:
         """Returns the method of a round, with the round's learning rate."""
         options = self.config.personalize
         rate = rate_factor(self.config.train, round) * options.learning_rate
-        return method_of(options.model_copy(update={"learning_rate": rate}), self.config.adapters.scale, round)
+        return method_of(options.model_copy(update={"learning_rate": rate}), self.config.adapters, round)
 
     @cached_property
     def _pruned(self) -> caches.PrunedDevice:
@@ -195,18 +196,28 @@ class Device:
         generator = numpy_generator(self.config.seed, "held-out", self.partition_id)
         return hold_out(labels.numpy(), self.config.personalize.held_out_share, generator)
 
-    def _weighted(self, method: Method[Any], received: Params, personal: Personal | None) -> Personal | None:
-        """Returns what stayed on the device, with α as the held-out images choose it for the w just received."""
-        if personal is None or not self.config.personalize.holds_out:
+    def _weighing(self, round: int) -> list[np.ndarray]:
+        """Positions in the training part, by batches, of the images by which a method weighs v against w."""
+        options, (trained, held_out) = self.config.personalize, self._trained_and_held_out
+        if options.method != "fedala":
+            return [held_out[first : first + 256] for first in range(0, len(held_out), 256)]
+        drawn = numpy_generator(self.config.seed, "weigh", round, self.partition_id).permutation(trained)
+        drawn = drawn[: math.ceil(options.ala_share * len(drawn))]
+        return np.array_split(drawn, -(-len(drawn) // self.config.train.batch))
+
+    def _weighted(
+        self, method: Method[Any], received: Params, personal: Personal | None, round: int
+    ) -> Personal | None:
+        """Returns what stayed on the device, with the α that suits the w just received (`Method.weigh`)."""
+        if personal is None or not (chosen := self._weighing(round)):
             return personal
         inputs, labels = self._part("train")
-        chosen = torch.from_numpy(self._trained_and_held_out[1])
 
-        def losses(params: Params) -> Tensor:
-            logits = predict(partial(self._pruned.adapted, params), inputs[chosen])
-            return F.cross_entropy(logits, labels[chosen], reduction="none")
+        def losses(index: np.ndarray, params: Params) -> Tensor:
+            at = torch.from_numpy(index)
+            return F.cross_entropy(self._pruned.adapted(params, inputs[at]), labels[at], reduction="none")
 
-        return method.weigh(received, personal, losses)
+        return method.weigh(received, personal, [partial(losses, index) for index in chosen])
 
     def _local_round(self, method: Method[Any], received: Params, personal: Personal | None, round: int) -> LocalResult:
         inputs, labels = self._part("train")

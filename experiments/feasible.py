@@ -39,7 +39,7 @@ def check(config: RunConfig) -> None:
     """
     resolved(config.pruning)
     rule_of(config.adapters)
-    method_of(config.personalize, config.adapters.scale, config.personalize.from_round)
+    method_of(config.personalize, config.adapters, config.personalize.from_round)
     if config.privacy.dp_noise:
         require_accountant()
     cache = cache_folder(config.cache)

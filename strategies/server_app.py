@@ -280,7 +280,7 @@ class Federation:
         return self._layouts[i]
 
     def _method(self, t: int) -> Method[Any]:
-        return method_of(self.config.personalize, self.config.adapters.scale, t)
+        return method_of(self.config.personalize, self.config.adapters, t)
 
     def _train_request(self, state: FederationState, t: int, i: int) -> Request[TrainReply]:
         record, length = state.devices[i], packed_size(self._upload_layout(state, i, t))

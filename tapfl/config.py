@@ -37,7 +37,10 @@ FREE_OPTIONS = ("resume", "out", "cache", "node-timeout", "window", "faults.", "
 LINEAR_RULES = ("fedit", "ffa", "rolora", "embed_side")  # plain sums of uploads, which the noise of DP can cover
 RULES = (*LINEAR_RULES, "hetlora", "flex")
 PERSONAL_HEAD = ("fedper", "fedrep")  # methods in which the classifier stays on the device
-METHODS = ("apfl", "ditto", "local", "fedavg", "fedavg+finetune", "fedprox", "pfedme", "perfedavg", *PERSONAL_HEAD)
+METHODS = (
+    *("apfl", "ditto", "local", "fedavg", "fedavg+finetune", "fedprox", "pfedme", "perfedavg", "fedala"),
+    *PERSONAL_HEAD,
+)
 RATE = 1e30  # the largest learning rate: Adam's steps with larger ones are no float32
 
 
@@ -294,6 +297,11 @@ class PersonalizeOptions(Section):
     inner_learning_rate: float = Field(
         0.1, gt=0, le=RATE, description="α of `perfedavg`: size of the one gradient step from w to a device's model"
     )
+    ala_learning_rate: float = Field(1.0, ge=0, le=RATE, description="learning rate of the weights W of `fedala`")
+    ala_layers: int = Field(
+        0, ge=0, description="last adapted linears (the head included) of which `fedala` learns a W; 0: all"
+    )
+    ala_share: Share = Field(0.8, description="share of the training images, drawn in each round, for W of `fedala`")
     head_epochs: Count = Field(
         1, description="epochs of a round in which `fedrep` trains the head; in the others it trains the body"
     )
@@ -402,6 +410,11 @@ class RunConfig(Section):
             raise ValueError(
                 f"personalize.method={method} keeps the head on the device, which adapters.head={self.adapters.head} "
                 "does not; accepted: adapters.head=personal"
+            )
+        if method == "fedala" and self.adapters.rule == "rolora":
+            raise ValueError(
+                "personalize.method=fedala has nothing to mix with adapters.rule=rolora, which trains in a round the "
+                "factor that did not change in the last; accepted: the other rules"
             )
         if method == "fedrep" and (train.steps or self.personalize.head_epochs >= train.epochs):
             raise ValueError(

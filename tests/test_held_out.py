@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tapfl.config import PersonalizeOptions, RunConfig, TrainOptions
+from tapfl.config import AdapterOptions, PersonalizeOptions, RunConfig, TrainOptions
 from tapfl.errors import ConfigError
 from tapfl.personalize.apfl import Apfl
 from tapfl.personalize.held_out import held_out_alpha, hold_out
@@ -78,7 +78,7 @@ def test_few_images_are_not_believed() -> None:
 
 
 def test_v_that_is_w_leaves_alpha_at_its_prior_and_the_choice_keeps_v() -> None:
-    personal = Apfl().weigh(W, Personal(W, torch.tensor(0.9).double()), lambda p: p["x"].square())
+    personal = Apfl().weigh(W, Personal(W, torch.tensor(0.9).double()), [lambda p: p["x"].square()])
     assert float(personal.alpha) == pytest.approx(0.33, abs=0.02) and personal.params is W
     assert personal.alpha.dtype == torch.float64 and personal.alpha.dim() == 0
 
@@ -118,7 +118,7 @@ def federation(apart: float, images: int, held_out: bool) -> tuple[float, float]
         for i, (x, y) in enumerate(data):
             own = personal[i]
             if own is not None and held_out:
-                own = method.weigh(w, own, lambda p, x=x, y=y: losses(p, (x[kept:], y[kept:])))  # type: ignore[misc]
+                own = method.weigh(w, own, [lambda p, x=x, y=y: losses(p, (x[kept:], y[kept:]))])  # type: ignore[misc]
             result = local_round(method, objective, w, own, [(x[:kept], y[:kept])] * 8, TRAIN, frozenset("x"))
             uploads.append(result.upload["x"])  # type: ignore[index]
             personal[i] = own if t == ROUNDS else result.personal
@@ -186,13 +186,18 @@ def test_images_are_held_out_only_where_they_choose_alpha() -> None:
 
 def test_v_begins_as_w_in_the_federations_round() -> None:
     for method in ("apfl", "ditto"):
-        options = PersonalizeOptions(method=method, from_round=3)
-        assert [method_of(options, 2.0, t).has_local_state for t in (1, 2, 3, 9)] == [False, False, True, True]
-        late = method_of(options, 2.0, 9).init(W, None, TRAIN, frozenset("x"))  # a device that joins in round 9
+        options, rule = PersonalizeOptions(method=method, from_round=3), AdapterOptions()
+        assert [method_of(options, rule, t).has_local_state for t in (1, 2, 3, 9)] == [
+            False,
+            False,
+            True,
+            True,
+        ]
+        late = method_of(options, rule, 9).init(W, None, TRAIN, frozenset("x"))  # a device that joins in round 9
         assert torch.equal(late.v.params["x"].detach(), W["x"])
     assert never_begins(RunConfig.from_flat({"train.rounds": 4}))
     assert not never_begins(RunConfig.from_flat({"train.rounds": 5}))
     assert not never_begins(RunConfig.from_flat({"train.rounds": 4, "personalize.method": "local"}))
     for method in ("local", "fedavg", "fedavg+finetune"):
-        options = PersonalizeOptions(method=method, from_round=3)
-        assert type(method_of(options, 2.0, 1)) is type(method_of(options, 2.0, 9))
+        options, rule = PersonalizeOptions(method=method, from_round=3), AdapterOptions()
+        assert type(method_of(options, AdapterOptions(), 1)) is type(method_of(options, AdapterOptions(), 9))

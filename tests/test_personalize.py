@@ -12,10 +12,11 @@ from hypothesis import strategies as st
 from personal_problems import ADAM, ALL, SGD, Params, problem, run, same_bits, share
 from torch import Tensor
 
-from tapfl.config import PersonalizeOptions, RunConfig, TrainOptions
+from tapfl.config import AdapterOptions, PersonalizeOptions, RunConfig, TrainOptions
 from tapfl.errors import ConfigError, ModelError
 from tapfl.personalize.apfl import Apfl
 from tapfl.personalize.body_head import FedRep
+from tapfl.personalize.fedala import FedAla
 from tapfl.personalize.method import Method, Personal, Trainee, local_round
 from tapfl.personalize.methods import FedAvg, FineTune, Local, method_of
 from tapfl.personalize.perfedavg import PerFedAvg
@@ -30,6 +31,8 @@ METHODS: dict[str, Method] = {
     "fedprox": FedProx(0.1, 2.0),
     "pfedme": PFedMe(0.1, 2.0, inner_steps=1),
     "perfedavg": PerFedAvg(),
+    "fedala": FedAla(),
+    "fedala of factors": FedAla(products=False),
     "fedrep": FedRep(),
 }
 every_method = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
@@ -80,7 +83,16 @@ def test_what_a_method_says_of_itself_is_what_it_does(method: Method) -> None:
     result = local_round(method, objective, w, Personal(v, share(0.5)), batches, SGD, ALL)
     assert method.shares_adapters == (result.upload is not None)
     assert (method.has_local_state or method.evaluates_after_training) == (result.personal is not None)
-    assert method.models_per_step == (2 if method.shares_adapters and method.has_local_state else 1)
+    passes = 0
+
+    def counted(params: Params, batch: object) -> Tensor:
+        nonlocal passes
+        passes += 1
+        return objective(params, batch)
+
+    twice = SGD.model_copy(update={"steps": 2})
+    local_round(method, counted, w, Personal(v, share(0.5)), batches[:2], twice, ALL)
+    assert method.models_per_step == passes / 2
 
 
 @every_method
@@ -96,7 +108,9 @@ def test_only_what_is_trained_moves(method: Method, train: TrainOptions) -> None
     result = local_round(method, objective, w, Personal(v, share(0.5)), batches, train, ALL - {"fc.lora_A"})
     pairs = [(result.upload, w)]
     if result.personal is not None:
-        pairs.append((result.personal.params, w if method.evaluates_after_training else v))
+        pairs.append(
+            (result.personal.params, w if method.evaluates_after_training or isinstance(method, FedAla) else v)
+        )
     for after, before in pairs:
         if after is not None:
             assert after.keys() == before.keys()
@@ -286,12 +300,16 @@ def test_what_a_round_alone_makes_is_evaluated_after_it() -> None:
             lambda method: method == PFedMe(3, 2.0, 7, 0.1) and method.models_per_step == 7,
         ),
         ({"method": "perfedavg", "inner-learning-rate": 0.3}, lambda method: method == PerFedAvg(0.3)),
+        (
+            {"method": "fedala", "ala-learning-rate": 0.5, "ala-layers": 2},
+            lambda method: method == FedAla(0.5, 2, products=True),
+        ),
         ({"method": "fedper"}, lambda method: type(method) is FedAvg),
         ({"method": "fedrep", "head-epochs": 2, "learning-rate": 0.1}, lambda method: method == FedRep(2, 0.1)),
     ],
 )
 def test_methods_by_name(options: dict[str, object], check: Callable[[Method], bool]) -> None:
-    assert check(method_of(PersonalizeOptions.model_validate(options), 2.0, 5))
+    assert check(method_of(PersonalizeOptions.model_validate(options), AdapterOptions(), 5))
 
 
 @pytest.mark.parametrize(
@@ -300,7 +318,7 @@ def test_methods_by_name(options: dict[str, object], check: Callable[[Method], b
         (
             "method",
             "scaffold",
-            "apfl, ditto, local, fedavg, fedavg+finetune, fedprox, pfedme, perfedavg, fedper, fedrep, or module:name",
+            "local, fedavg, fedavg+finetune, fedprox, pfedme, perfedavg, fedala, fedper, fedrep, or module:name",
         ),
         ("alpha", 1.5, "less than or equal to 1"),
         ("alpha-update", "never", "'round', 'step' or 'fixed'"),
@@ -317,9 +335,16 @@ def test_refused_options_name_value_and_what_is_accepted(option: str, value: obj
     assert f"personalize.{option} = {value!r}" in message and accepted in message and "\n" not in message
 
 
+@pytest.mark.parametrize(("rule", "products"), [("flex", True), ("fedit", False), ("embed_side", False)])
+def test_fedala_mixes_what_the_rule_averages(rule: str, products: bool) -> None:
+    options = PersonalizeOptions(method="fedala")
+    assert method_of(options, AdapterOptions(rule=rule), 1).products is products  # type: ignore[attr-defined]
+
+
 @pytest.mark.parametrize(
     ("options", "accepted"),
     [
+        ({"method": "fedala", "adapters.rule": "rolora"}, "accepted: the other rules"),
         ({"method": "fedper"}, "personalize.method=fedper keeps the head on the device"),
         ({"method": "fedrep", "adapters.head": "mean"}, "accepted: adapters.head=personal"),
         ({"method": "fedrep", "adapters.head": "personal", "train.epochs": 2, "head-epochs": 2}, "fewer than epochs"),
@@ -331,5 +356,5 @@ def test_methods_that_do_not_fit_the_run_are_refused(options: dict[str, object],
     with pytest.raises(ConfigError) as refused:
         RunConfig.from_flat(flat)
     assert accepted in str(refused.value) and "\n" not in str(refused.value)
-    changed = flat | {"adapters.head": "personal", "train.steps": 0, "train.epochs": 3}
+    changed = flat | {"adapters.head": "personal", "adapters.rule": "ffa", "train.steps": 0, "train.epochs": 3}
     assert RunConfig.from_flat(changed).personalize.method == options["method"]

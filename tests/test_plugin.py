@@ -51,7 +51,7 @@ def test_one_file_is_enough(mine: str) -> None:
     }
     config = RunConfig.from_flat(options)
     assert rule_of(config.adapters) is RULES["fedit"]
-    assert method_of(config.personalize, 2.0, 1).seen == (f"{mine}:Method", 2.0)  # type: ignore[attr-defined]
+    assert method_of(config.personalize, config.adapters, 1).seen == (f"{mine}:Method", 2.0)  # type: ignore[attr-defined]
     assert resolved(config.pruning).ratio == "adaptive"
     assert RunConfig.from_flat(config.flat()) == config
 
@@ -64,7 +64,7 @@ def test_what_is_not_there_is_refused_by_its_option(value: str) -> None:
     with pytest.raises(ConfigError, match=f"adapters.rule = '{value}': cannot be imported"):
         rule_of(config.adapters)
     with pytest.raises(ConfigError, match=f"personalize.method = '{value}'"):
-        method_of(config.personalize, 2.0, 1)
+        method_of(config.personalize, config.adapters, 1)
     with pytest.raises(ConfigError, match=f"pruning.criterion = '{value}'"):
         resolved(config.pruning)
 

@@ -11,7 +11,10 @@ import torch
 
 from tapfl.config import TrainOptions
 from tapfl.personalize.body_head import FedRep
+from tapfl.personalize.fedala import FIRST_EPOCHS, FedAla, of_factors, of_products
+from tapfl.personalize.held_out import Losses
 from tapfl.personalize.method import LocalResult, Method, Personal, local_round
+from tapfl.personalize.methods import FedAvg
 from tapfl.personalize.perfedavg import PerFedAvg
 from tapfl.personalize.proximal import FedProx, PFedMe
 from tapfl.training import Params
@@ -39,7 +42,7 @@ def numbers(found: Params | None) -> Numbers:
 def loss(p: Params, batch: object) -> torch.Tensor:
     x, y = batch  # type: ignore[misc]
     a, b, h = (p[name] for name in NAMES)
-    return ((h * b * a * x - y) ** 2).sum() / 2
+    return ((h @ b @ a * x - y) ** 2).sum() / 2
 
 
 def gradient(p: Numbers, batch: Pair) -> Numbers:
@@ -125,3 +128,94 @@ def test_the_inner_steps_of_pfedme_go_to_the_moreau_envelope() -> None:
     theta = numbers(result.personal.params)
     forces = plus(gradient(theta, BATCHES[0]), 5.0, pull(theta, START))
     assert forces == pytest.approx((0, 0, 0), abs=1e-9)
+
+
+OWN: Numbers = (-0.3, 0.9, 0.6)
+
+
+def own(alpha: list[float] | float) -> Personal:
+    return Personal(params(OWN), torch.tensor(alpha, dtype=torch.float64))
+
+
+def of_image(batch: Pair) -> Losses:
+    return lambda p: loss(p, batch).reshape(1)
+
+
+def mixed(fc: float, head: float) -> Numbers:
+    (a, b, h), (a0, b0, h0) = OWN, START
+    return a0 + fc * (a - a0), b0 + fc * (b - b0), h0 + head * (h - h0)
+
+
+def learnt(fc: float, head: float, epochs: int, rate: float) -> tuple[float, float]:
+    """α = 1 - W of the two layers after gradient steps on each image."""
+    (a, b, h), (a0, b0, h0) = OWN, START
+    for batch in BATCHES * epochs:
+        of_a, of_b, of_h = gradient(mixed(fc, head), batch)
+        fc, head = fc - rate * (of_a * (a - a0) + of_b * (b - b0)), head - rate * of_h * (h - h0)
+        fc, head = min(max(fc, 0.0), 1.0), min(max(head, 0.0), 1.0)
+    return fc, head
+
+
+@pytest.mark.parametrize(("before", "epochs"), [(0.0, FIRST_EPOCHS), ([0.4, 0.7], 1)])
+def test_fedala(before: float | list[float], epochs: int) -> None:
+    """W is learnt, in more epochs when it is the first time, then the mixture is used, trained and sent."""
+    method = FedAla(0.1, products=False)
+    weighed = method.weigh(params(START), own(before), [of_image(batch) for batch in BATCHES])
+    fc, head = learnt(*(before if isinstance(before, list) else (0.0, 0.0)), epochs, 0.1)
+    assert weighed.alpha.tolist() == pytest.approx([fc, head], rel=1e-12) and 0 < fc < 1
+    used = mixed(fc, head)
+    assert numbers(method.inference(params(START), weighed)) == pytest.approx(used, rel=1e-12)
+    for batch in BATCHES:
+        used = moved(used, RATE, gradient(used, batch))
+    result = result_of(method, weighed)
+    assert result.personal is not None and torch.equal(result.personal.alpha, weighed.alpha)
+    for kept in (result.upload, result.personal.params):
+        assert numbers(kept) == pytest.approx(used, rel=1e-12)
+
+
+def test_fedala_of_products() -> None:
+    """α of the product: ∂f/∂α = r h x (b a - b0 a0). The pair of the mixture is balanced, with b > 0."""
+    (a, b, h), (a0, b0, h0) = OWN, START
+    fc, head = 0.4, 0.7
+    for x, y in BATCHES:
+        product, top = b0 * a0 + fc * (b * a - b0 * a0), h0 + head * (h - h0)
+        r = top * product * x - y
+        of_fc, of_head = r * top * x * (b * a - b0 * a0), r * product * x * (h - h0)
+        fc, head = min(max(fc - 0.1 * of_fc, 0.0), 1.0), min(max(head - 0.1 * of_head, 0.0), 1.0)
+    weighed = FedAla(0.1).weigh(params(START), own([0.4, 0.7]), [of_image(batch) for batch in BATCHES])
+    assert weighed.alpha.tolist() == pytest.approx([fc, head], rel=1e-12)
+    product = b0 * a0 + fc * (b * a - b0 * a0)
+    root = abs(product) ** 0.5
+    used = numbers(FedAla().inference(params(START), weighed))
+    assert used == pytest.approx((root if product > 0 else -root, root, h0 + head * (h - h0)), rel=1e-12)
+
+
+def test_fedala_of_the_last_layers_takes_w_below_them() -> None:
+    weighed = FedAla(0.1, layers=1).weigh(params(START), own(0.0), [of_image(batch) for batch in BATCHES])
+    assert weighed.alpha[0] == 0 and weighed.alpha[1] > 0
+    used = FedAla().inference(params(START), weighed)
+    assert all(torch.equal(used[name], params(START)[name]) for name in NAMES[:2])
+
+
+def test_before_its_first_round_a_device_of_fedala_uses_and_trains_w() -> None:
+    result = result_of(FedAla())
+    assert numbers(result.upload) == numbers(result_of(FedAvg()).upload)
+    assert result.personal is not None and result.personal.alpha.dim() == 0 and not result.personal.alpha
+
+
+def test_a_mixture_of_products_is_the_best_of_its_rank() -> None:
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"fc.lora_A": (2, 5), "fc.lora_B": (4, 2), "head.bias": (3,)}
+    v, w = ({name: torch.randn(shape, generator=generator) for name, shape in shapes.items()} for _ in range(2))
+    found = of_products(v, w, torch.tensor([0.3, 0.6], dtype=torch.float64))
+    assert {name: tuple(theta.shape) for name, theta in found.items()} == shapes
+    of_v, of_w, product = (p["fc.lora_B"].double() @ p["fc.lora_A"].double() for p in (v, w, found))
+    U, S, Vh = torch.linalg.svd(0.3 * of_v + 0.7 * of_w, full_matrices=False)
+    torch.testing.assert_close(product, U[:, :2] * S[:2] @ Vh[:2], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found["head.bias"], 0.6 * v["head.bias"] + 0.4 * w["head.bias"])
+
+
+def test_factors_that_are_the_same_stay_so_to_the_bit() -> None:
+    w = {name: theta.float() / 3 for name, theta in params(START).items()}
+    found = of_factors(w | {"head.weight": 2 * w["head.weight"]}, w, torch.tensor(0.37, dtype=torch.float64))
+    assert [torch.equal(found[name], w[name]) for name in NAMES] == [True, True, False]

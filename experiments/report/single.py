@@ -36,6 +36,7 @@ METHODS = {
     "fedprox": "the shared adapters, trained near those received (FedProx)",
     "pfedme": "the shared adapters, trained on its own images near those received (pFedMe)",
     "perfedavg": "the shared adapters, one gradient step away (Per-FedAvg)",
+    "fedala": "a mixture, layer by layer, of the shared adapters and those it trained last (FedALA)",
     "fedper": "the shared adapters with its own head (FedPer)",
     "fedrep": "the shared adapters with its own head, each trained in turn (FedRep)",
 }

@@ -12,6 +12,7 @@ factor α, which is the chain rule's, holds for the step of v under any optimise
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -82,9 +83,10 @@ class Apfl(Method[ApflState]):
     def inference(self, received: Params, personal: Personal | None) -> Params:
         return interpolate(personal.params, received, personal.alpha) if personal else received
 
-    def weigh(self, received: Params, personal: Personal, losses: Losses) -> Personal:
+    def weigh(self, received: Params, personal: Personal, batches: Sequence[Losses]) -> Personal:
         """Returns the personal parameters with α as held-out images choose it for the w just received."""
-        return Personal(personal.params, held_out_alpha(personal.params, received, losses))
+        of_all: Losses = lambda params: torch.cat([losses(params) for losses in batches])  # noqa: E731
+        return Personal(personal.params, held_out_alpha(personal.params, received, of_all))
 
     def _first(self, received: Params) -> Personal:
         alpha = torch.tensor(self.alpha, dtype=torch.float64)

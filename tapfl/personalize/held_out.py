@@ -17,7 +17,7 @@ from tapfl.adapters.lora import interpolate
 from tapfl.training import Params
 
 Losses = Callable[[Params], Tensor]
-"""parameters -> the loss of each held-out image (n,)"""
+"""parameters -> the loss of each image of a batch (n,)"""
 
 GRID = torch.linspace(0, 1, 11, dtype=torch.float64)
 PRIOR = 2.0  # κ: before any image is seen α is 0.34

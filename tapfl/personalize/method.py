@@ -90,8 +90,12 @@ class Method(Protocol, Generic[S]):
         """Returns what is uploaded and what stays."""
         ...
 
-    def weigh(self, received: Params, personal: Personal, losses: Losses) -> Personal:
-        """Returns `personal` with the α that suits the w just received, by images held out of all training."""
+    def weigh(self, received: Params, personal: Personal, batches: Sequence[Losses]) -> Personal:
+        """Returns `personal` with the α that suits the w just received, by the losses of some of the device's images.
+
+        Args:
+            batches: of `apfl`, images held out of all training; of `fedala`, a share of the training images.
+        """
         return personal
 
     def inference(self, received: Params, personal: Personal | None) -> Params:

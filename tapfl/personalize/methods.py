@@ -8,9 +8,10 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from tapfl.config import PersonalizeOptions, RunConfig, TrainOptions
+from tapfl.config import AdapterOptions, PersonalizeOptions, RunConfig, TrainOptions
 from tapfl.personalize.apfl import Apfl
 from tapfl.personalize.body_head import FedRep
+from tapfl.personalize.fedala import FedAla
 from tapfl.personalize.method import Method, Personal, Trainee, wholly
 from tapfl.personalize.perfedavg import PerFedAvg
 from tapfl.personalize.proximal import Ditto, FedProx, PFedMe
@@ -104,21 +105,21 @@ class Local(FedAvg):
         return None, wholly(state.values())
 
 
-def method_of(options: PersonalizeOptions, scale: float, round: int) -> Method[Any]:
-    """Returns the method of a round (1 is the first), for adapters of scale s.
+def method_of(options: PersonalizeOptions, adapters: AdapterOptions, round: int) -> Method[Any]:
+    """Returns the method of a round (1 is the first).
 
     Before `personalize.from-round` the personal parameters are w, which is what `FedAvg` trains and uses. A plugin is
-    called with (options, scale), once for each message.
+    called with (options, scale s of the adapters), once for each message.
 
     Raises:
         ConfigError: if it is a plugin that cannot be imported.
     """
     if is_plugin(options.method):
-        plugin: Method[Any] = load_plugin("personalize.method", options.method)(options, scale)
+        plugin: Method[Any] = load_plugin("personalize.method", options.method)(options, adapters.scale)
         return plugin
     if options.method in BEGIN_LATER and round < options.from_round:
         return FedAvg()
-    rate = options.learning_rate
+    rate, scale = options.learning_rate, adapters.scale
     methods: dict[str, Callable[[], Method[Any]]] = {
         "apfl": lambda: Apfl(
             options.alpha,
@@ -134,6 +135,7 @@ def method_of(options: PersonalizeOptions, scale: float, round: int) -> Method[A
         "fedprox": lambda: FedProx(options.prox_mu, scale),
         "pfedme": lambda: PFedMe(options.pfedme_lambda, scale, options.inner_steps, rate),
         "perfedavg": lambda: PerFedAvg(options.inner_learning_rate),
+        "fedala": lambda: FedAla(options.ala_learning_rate, options.ala_layers, adapters.rule == "flex"),
         "fedper": FedAvg,  # of the body; its head is personal by `adapters.head`, and both are trained together
         "fedrep": lambda: FedRep(options.head_epochs, rate),
     }
