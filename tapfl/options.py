@@ -89,6 +89,13 @@ class Section(BaseModel):
 
     @field_validator("*", mode="before")
     @classmethod
+    def _text_from_whole_number(cls, value: object, info: ValidationInfo) -> object:
+        """A folder may be called 2024, which ``--set`` and TOML read as a number."""
+        is_text = info.field_name and cls.model_fields[info.field_name].annotation is str
+        return str(value) if is_text and type(value) is int else value
+
+    @field_validator("*", mode="before")
+    @classmethod
     def _no_number_from_boolean(cls, value: object, info: ValidationInfo) -> object:
         if isinstance(value, bool) and info.field_name and cls.model_fields[info.field_name].annotation is not bool:
             raise ValueError("is not a boolean option; true and false are not accepted")

@@ -44,3 +44,10 @@ def test_results_are_shown_in_any_locale() -> None:
     program = "import sys; from experiments import cli; sys.argv = ['tapfl', 'options']; cli.main()"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, env=ascii_only, check=True)
     assert b"\\u03b1" in done.stdout and done.stdout.isascii()
+
+
+def test_a_name_of_digits_is_a_name() -> None:
+    assert RunConfig.from_flat({"data.source": 2024, "out": 7}).data.source == "2024"
+    for value in (True, 2024.0):
+        with pytest.raises(ConfigError, match=r"data\.source = "):
+            RunConfig.from_flat({"data.source": value})
