@@ -20,6 +20,7 @@ from clients.storage import DeviceState, DeviceStorage
 from tapfl.adapters import rules
 from tapfl.adapters.combination import clip_update
 from tapfl.adapters.layout import pack, unpack
+from tapfl.adapters.lora import interpolate
 from tapfl.adapters.peft_format import save_peft
 from tapfl.config import RunConfig
 from tapfl.data.augmentation import augmented
@@ -52,6 +53,8 @@ from tapfl.wire import (
     Train,
     TrainReply,
 )
+
+SHOWN_ALPHAS = (0.0, 0.25, 0.5, 0.75, 1.0)  # at which the interpolation is tested at the end, for the report
 
 
 @dataclass(frozen=True)
@@ -159,6 +162,8 @@ class Device:
             personal = self._local_round(method, received, personal, message.round).personal
         final = method.inference(received, personal)
         accuracies = self._evaluate(received, final)
+        if personal and self.config.personalize.method == "apfl":
+            self.storage.save_alphas({a: self._score(interpolate(personal.params, received, a)) for a in SHOWN_ALPHAS})
         save_peft(final, self.config.adapters.scale, self.storage.personal, base=str(self.storage.pruned))
         return EvaluateReply(message.round, _alpha(personal), *accuracies)
 
@@ -251,13 +256,12 @@ class Device:
 
     def _evaluate(self, received: Params, used: Params) -> tuple[float, float]:
         """Returns accuracies on the test part: of the received adapters, and of the model that the device uses."""
+        shared = self._score(received)
+        return shared, shared if used is received else self._score(used)
+
+    def _score(self, params: Params) -> float:
         inputs, labels = self._part("test")
-
-        def score(params: Params) -> float:
-            return accuracy(predict(partial(self._pruned.adapted, params), inputs), labels)
-
-        shared = score(received)
-        return shared, shared if used is received else score(used)
+        return accuracy(predict(partial(self._pruned.adapted, params), inputs), labels)
 
     def _receive_backbone(self, message: Summarize) -> None:
         cache = DenseCache(self._cache)

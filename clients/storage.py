@@ -14,7 +14,7 @@ from tapfl.store import Versions, part_of, read_sealed, write_json, write_sealed
 from tapfl.training import Params
 
 ALPHA, PERSONAL, PRIVATE, STATE = "alpha", "v:", "w:", "state"
-IMAGES_FILE = "images.json"
+IMAGES_FILE, ALPHAS_FILE = "images.json", "alphas.json"
 
 
 class DeviceState(NamedTuple):
@@ -32,6 +32,7 @@ class DeviceStorage:
     state/      round-NNNN.safetensors: the state after that round, the last two
     personal/   the personal model as a peft adapter, written at the end
     images.json   number of images of each class in its two parts, for readers of this folder
+    alphas.json   test accuracy of the interpolation at several α at the end, with `apfl`, for readers of this folder
     classes.json  names of the backbone's outputs, if the device has its own image source
     source.json   fingerprint of the images that the run began with
     ```
@@ -82,6 +83,10 @@ class DeviceStorage:
     def save_images(self, classes: Sequence[str], train: Sequence[int], test: Sequence[int]) -> None:
         """Writes the number of images of each of `classes`; `tapfl report` reads it in a simulation."""
         write_json(self.folder / IMAGES_FILE, {"classes": list(classes), "train": list(train), "test": list(test)})
+
+    def save_alphas(self, accuracies: Mapping[float, float]) -> None:
+        """Writes the test accuracy at each α; `tapfl report` reads it in a simulation, and nothing else does."""
+        write_json(self.folder / ALPHAS_FILE, {"alpha": [*accuracies], "accuracy": [*accuracies.values()]})
 
     def save_state(self, device: int, round: int, state: DeviceState, before: int) -> None:
         """Writes the state of a device after `round`; keeps the one after `before`, from which it was computed.

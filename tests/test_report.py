@@ -23,7 +23,7 @@ from experiments.figures.figure import Figure, chart, write_figure
 from experiments.figures.page import for_script, render
 from experiments.report.cli import write_report
 from experiments.report.comparison import differing, names, page_of_all
-from experiments.report.reading import Run, read_run
+from experiments.report.reading import Alphas, Run, read_run
 from experiments.report.single import changed_options, events, lead, page_of
 from strategies.records import AbsenceLine, DeviceLine, TrafficLine
 from tapfl.pruning.plan import read_plan
@@ -41,7 +41,17 @@ HOSTILE = (
     "9",
 )
 FIGURES = {
-    *("accuracy", "curves", "alpha", "partition", "metric-classes", "coverage", "kept-attention", "kept-ffn"),
+    *(
+        "accuracy",
+        "curves",
+        "alpha",
+        "alpha-oracle",
+        "partition",
+        "metric-classes",
+        "coverage",
+        "kept-attention",
+        "kept-ffn",
+    ),
     *("bytes", "simulated-rounds", "real-phases", "real-rounds"),
 }
 
@@ -90,6 +100,18 @@ def test_accuracies_are_those_of_the_summary(drawn: dict[str, Figure], summary: 
         for record in summary["devices"]
         for stage in ("dense", "pruned", "global", "personal")
     }
+
+
+def test_the_oracle_is_the_best_alpha_on_the_test_images(drawn: dict[str, Figure], run: Run) -> None:
+    shown = {row["device"]: row for row in rows(drawn["alpha-oracle"], "device", "best")}
+    assert shown.keys() == {record.device for record in run.equipped if record.rounds}
+    for record in run.equipped:
+        if record.rounds:
+            tested = dict(zip(run.alphas[record.device].alpha, run.alphas[record.device].accuracy, strict=True))
+            assert list(tested) == [0, 0.25, 0.5, 0.75, 1] and tested[0] == record.global_accuracy
+            assert shown[record.device]["α"] == record.alpha
+    assert Alphas(alpha=[0, 0.5, 1], accuracy=[0.2, 0.9, 0.9]).best == 0.75
+    assert "oracle" in drawn["alpha-oracle"].title and "no choice uses the test images" in drawn["alpha-oracle"].alt
 
 
 def test_curves_begin_at_the_pruned_models_and_end_at_the_summary(

@@ -74,9 +74,14 @@ APART = ((True, False, False), (False, True, True))
         ),
         ({"losses": (1.0, 0.5, 1e-4)}, "The training loss of devices 0, 1 is below 0.001", "fewer train.epochs"),
         ({"alphas": (0.0, 0.004)}, "α is 0 on devices 0, 1, which then use the shared model alone", "method=fedavg"),
+        (
+            {"alphas": (0.0, 0.0), "personalize__from-round": 4},
+            "personalize.from-round is 4, and the run has 3 rounds",
+            "begin earlier or train longer",
+        ),
         ({"alphas": (0.5, 1.0)}, "α is 1 on device 1, which then use", "method=local"),
     ],
-    ids=["disjoint", "worse", "overfit", "by heart", "no own part", "no shared part"],
+    ids=["disjoint", "worse", "overfit", "by heart", "no own part", "never begins", "no shared part"],
 )
 def test_each_warning_says_what_was_found_and_what_can_be_tried(
     run: Run, change: dict[str, Any], found: str, advice: str
@@ -97,8 +102,20 @@ def test_each_warning_says_what_was_found_and_what_can_be_tried(
         {"accuracies": (0.5, 0.72, 0.7, 0.65), "losses": (0.5, 0.6, 0.7)},
         {"accuracies": (0.5, 0.72, 0.7, 0.715)},
         {"alphas": (0.0, 1.0), "personalize__method": "ditto"},
+        {"alphas": (0.5, 0.5), "personalize__from-round": 3},
+        {"personalize__from-round": 4, "personalize__method": "fedavg"},
     ],
-    ids=["own heads", "nothing shared", "no shared model", "within noise", "loss rises", "hardly falls", "no α"],
+    ids=[
+        "own heads",
+        "nothing shared",
+        "no shared model",
+        "within noise",
+        "loss rises",
+        "hardly falls",
+        "no α",
+        "begins",
+        "no v",
+    ],
 )
 def test_what_is_as_it_should_be_is_no_warning(run: Run, change: dict[str, Any]) -> None:
     assert warnings_of(made(run, **change)) == []

@@ -126,6 +126,30 @@ def alpha(run: Run) -> Figure | None:
     )
 
 
+def oracle(run: Run) -> Figure | None:
+    used = {record.device: record.alpha for record in run.equipped if record.device in run.alphas}
+    if not used:
+        return None
+    found = pd.DataFrame([{"device": i, "best": run.alphas[i].best, "α": alpha} for i, alpha in used.items()])
+    span, ends = alt.Scale(domain=[0, 1]), [{"best": 0, "α": 0}, {"best": 1, "α": 1}]
+    x = alt.X("best:Q", title="best α on the device's test images (oracle)", scale=span)
+    y = alt.Y("α:Q", title="α in use", scale=span)
+    line = chart("equal").mark_line(strokeDash=[6, 4], strokeWidth=1).encode(x=x, y=y, opacity=alt.value(0.5))
+    points = chart("devices").mark_point(size=70).encode(x=x, y=y, opacity=fig.faded())
+    alphas = next(iter(run.alphas.values())).alpha
+    means = np.mean([each.accuracy for each in run.alphas.values() if each.alpha == alphas], axis=0)
+    by_alpha = ", ".join(f"{a:g}: {mean:.3f}" for a, mean in zip(alphas, means, strict=True))
+    return Figure(
+        "alpha-oracle",
+        "α in use against the best on the test images, an oracle",
+        f"One mark a device; dashed: equal. Means: {found['α'].mean():.3f} in use, {found['best'].mean():.3f} best. "
+        "The oracle is for comparison: no choice uses the test images, and with few of them it is noisy itself. Mean "
+        f"test accuracy with one α for all: {by_alpha}.",
+        layered(line, points.encode(tooltip=tips("device:O", "best:Q|best α|.2f", "α:Q||.3f")), height=300),
+        {"devices": found, "equal": ends},
+    )
+
+
 def _spread_tips(name: str) -> list[alt.Tooltip]:
     return tips("round:Q", "kind:N", f"mean:Q|mean {name}|.3f", "low:Q|lower quartile|.3f", "high:Q|upper quartile|.3f")
 

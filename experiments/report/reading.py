@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
+import numpy as np
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
-from clients.storage import IMAGES_FILE
+from clients.storage import ALPHAS_FILE, IMAGES_FILE
 from strategies.records import METRICS, SUMMARY, Count, DeviceRecord, Line, Record, Summary, read_metrics, read_summary
 from tapfl.config import RunConfig
 from tapfl.errors import ConfigError, PlanError, TapflError
@@ -64,6 +65,24 @@ class MetricSet(ClassCounts):
     pool: list[Count]
 
 
+class Alphas(Record):
+    """Test accuracy of a device's interpolation at several α."""
+
+    alpha: list[float]
+    accuracy: list[float]
+
+    @model_validator(mode="after")
+    def _paired(self) -> Self:
+        if not self.alpha or len(self.alpha) != len(self.accuracy):
+            raise ValueError("needs one accuracy for each α")
+        return self
+
+    @property
+    def best(self) -> float:
+        """The α with the highest accuracy; the mean of them if there are several."""
+        return float(np.mean([a for a, x in zip(self.alpha, self.accuracy, strict=True) if x == max(self.accuracy)]))
+
+
 class State(Record):
     """What a checkpoint records of the devices."""
 
@@ -72,6 +91,7 @@ class State(Record):
 
 
 TIMING, IMAGES, METRIC_SET, STATE = TypeAdapter(Timing), TypeAdapter(Images), TypeAdapter(MetricSet), TypeAdapter(State)
+ALPHAS = TypeAdapter(Alphas)
 
 
 @dataclass(frozen=True)
@@ -84,6 +104,7 @@ class Run:
         lines: of metrics.jsonl, in order.
         devices: by partition id; of a run that is not finished, from its last checkpoint.
         plans, images, metric_sets: by partition id.
+        alphas: by partition id, of those devices that have written them.
         rounds: how many are done.
         missing: a sentence for everything that a report would show and cannot.
     """
@@ -98,6 +119,7 @@ class Run:
     plans: dict[int, PruningPlan]
     images: dict[int, Images]
     metric_sets: dict[int, MetricSet]
+    alphas: dict[int, Alphas]
     rounds: int
     missing: list[str]
 
@@ -134,6 +156,7 @@ def read_run(path: Path) -> Run:
     plans = _each(path, {i: path / f"plans/{i:02d}.json" for i in equipped}, _plan)
     images = _each(path, {i: folder.device(i) / IMAGES_FILE for i in ids}, _json(IMAGES))
     metric_sets = _each(path, {i: folder.metric_set(i) for i in plans}, _json(METRIC_SET))
+    alphas = _each(path, {i: folder.device(i) / ALPHAS_FILE for i in equipped}, _json(ALPHAS)) if summary else {}
     state = f"after round {rounds} of {config['train.rounds']}" if devices else "before the first round"
     clock = timing.seconds or (summary and summary.seconds)
     sentences = [
@@ -159,7 +182,19 @@ def read_run(path: Path) -> Run:
     ]
     missing = [sentence for holds, sentence in sentences if holds]
     return Run(
-        path, config, versions, summary, timing, metrics.lines, devices, plans, images, metric_sets, rounds, missing
+        path,
+        config,
+        versions,
+        summary,
+        timing,
+        metrics.lines,
+        devices,
+        plans,
+        images,
+        metric_sets,
+        alphas,
+        rounds,
+        missing,
     )
 
 

@@ -19,7 +19,7 @@ from strategies.records import AbsenceLine, FailureLine
 from tapfl.config import RunConfig
 
 CHAPTERS: dict[str, Sequence[Callable[[Run], Figure | None]]] = {
-    "How accurate the devices are": (charts.accuracy, charts.curves, charts.alpha),
+    "How accurate the devices are": (charts.accuracy, charts.curves, charts.alpha, charts.oracle),
     "Which images they hold, and which public images stand for them": (
         *(heatmaps.partition, heatmaps.metric_classes, heatmaps.coverage),
     ),

@@ -12,6 +12,7 @@ import pandas as pd
 from experiments.report import series
 from experiments.report.reading import Run, named
 from strategies.records import DeviceLine
+from tapfl.personalize.methods import BEGIN_LATER
 
 BOUND = 0.01  # α nearer than this to 0 or 1 is at its bound
 LEARNT = 1e-3  # mean training loss below which a device knows its images by heart
@@ -26,7 +27,8 @@ class Finding(NamedTuple):
 
 def warnings_of(run: Run) -> list[Finding]:
     """Returns the warnings of a run, at most one of each kind."""
-    checks: Sequence[Callable[[Run], Finding | None]] = (disjoint, worse_than_start, falling, by_heart, alpha_at_bound)
+    checks: Sequence[Callable[[Run], Finding | None]]
+    checks = (disjoint, worse_than_start, falling, by_heart, not_begun, alpha_at_bound)
     return [finding for check in checks if run.equipped and (finding := check(run))]
 
 
@@ -91,9 +93,20 @@ def by_heart(run: Run) -> Finding | None:
     )
 
 
+def not_begun(run: Run) -> Finding | None:
+    """The personal parameters begin after the last round."""
+    first, rounds = run.config.get("personalize.from-round"), run.config["train.rounds"]
+    if run.config.get("personalize.method") not in BEGIN_LATER or not isinstance(first, int) or first <= rounds:
+        return None
+    return Finding(
+        f"No device has a personal model: personalize.from-round is {first}, and the run has {rounds} rounds.",
+        "begin earlier or train longer; with personalize.method=fedavg the result is that of all images",
+    )
+
+
 def alpha_at_bound(run: Run) -> Finding | None:
     """APFL's α has reached 0 or 1 on some devices."""
-    if run.config.get("personalize.method") != "apfl":
+    if run.config.get("personalize.method") != "apfl" or not_begun(run):
         return None
     trained = [device for device in run.equipped if device.rounds]
     low = [device.device for device in trained if device.alpha < BOUND]
