@@ -93,7 +93,8 @@ class DeviceStorage:
 
         The server will ask for one of the two: the new one if the reply arrives, otherwise the old one.
         """
-        tensors = {PRIVATE + name: tensor for name, tensor in state.private.items()}
+        # a method may return one tensor in w and in v; safetensors refuses two names for it
+        tensors = {PRIVATE + name: tensor.clone() for name, tensor in state.private.items()}
         if state.personal is not None:
             tensors |= {PERSONAL + name: tensor for name, tensor in state.personal.params.items()}
             tensors[ALPHA] = state.personal.alpha

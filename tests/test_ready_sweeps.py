@@ -14,9 +14,9 @@ from tapfl.options import parse_assignment
 
 
 def reduced(cell: SweepRun, cache: Path) -> SweepRun:
-    """The cell with a tiny backbone and one round; where it stands in the grid stays."""
+    """The cell with a tiny backbone and one round of two epochs; where it stands in the grid stays."""
     small = dict(parse_assignment(option) for option in SMALL) | {"devices.count": 10}
-    return replace(cell, options=small | cell.options | {"train.rounds": 1, "cache": str(cache)})
+    return replace(cell, options=small | cell.options | {"train.rounds": 1, "train.epochs": 2, "cache": str(cache)})
 
 
 def one_of_each(cells: list[SweepRun]) -> list[SweepRun]:

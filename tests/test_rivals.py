@@ -6,9 +6,12 @@ distance of effective weights, d = ½ s² (b a - b' a')² + ½ (h - h')².
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
+from clients.storage import DeviceState, DeviceStorage
 from tapfl.config import TrainOptions
 from tapfl.personalize.body_head import FedRep
 from tapfl.personalize.fedala import FIRST_EPOCHS, FedAla, of_factors, of_products
@@ -219,3 +222,14 @@ def test_factors_that_are_the_same_stay_so_to_the_bit() -> None:
     w = {name: theta.float() / 3 for name, theta in params(START).items()}
     found = of_factors(w | {"head.weight": 2 * w["head.weight"]}, w, torch.tensor(0.37, dtype=torch.float64))
     assert [torch.equal(found[name], w[name]) for name in NAMES] == [True, True, False]
+
+
+def test_a_device_keeps_a_tensor_that_is_both_personal_and_a_private_part_of_w(tmp_path: Path) -> None:
+    """FedALA's v is the w that it trained, and with `adapters.head=personal` the head of w stays on the device too."""
+    result, storage = result_of(FedAla()), DeviceStorage(tmp_path)
+    assert result.upload is not None
+    state = DeviceState(result.personal, {"head.weight": result.upload["head.weight"]})
+    storage.save_state(0, 1, state, before=0)
+    found = storage.load_state(0, 1)
+    assert found.personal is not None and numbers(found.personal.params) == numbers(result.upload)
+    assert torch.equal(found.private["head.weight"], result.upload["head.weight"])

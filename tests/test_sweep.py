@@ -163,6 +163,7 @@ CONFIGS = Path(cli.__file__).parent / "configs"
         ("criteria", "pruning.criterion", criterion_names()),
         ("rules", "adapters.rule", RULES),
         ("personalize", "personalize.method", METHODS),
+        ("methods", "personalize.method", METHODS),
         ("partitions", "data.partition", get_args(DataOptions.model_fields["partition"].annotation)),
     ],
 )
