@@ -116,6 +116,8 @@ class PrunedDevice(NamedTuple):
     # initial values of the tensors of w that the server does not send: frozen factors, computed from the run's seed as
     # on the server, private factors, and a private head, that of the device's model
     start: Params
+    # the whole of w before the first round, from the run's seed and the device's own head; empty if nobody asks
+    untrained: Params
     private: tuple[str, ...]  # the names in `start` that are trained
     nbytes: int  # of the model's weights
 
@@ -137,15 +139,16 @@ def _load(folder: Path, plan: PruningPlan, rank: int, config: RunConfig) -> Prun
     shapes = global_shapes(dense, layers, max_rank(config.devices))
     layout = device_layout(shapes, layers, plan, rank)
     staying = [name for name in layout if name not in rules.down(options, layout)]
-    start: Params = {}
-    if staying:
+    made: Params = {}
+    if wanted := list(layout) if config.personalize.alone else staying:
         initial = rules.initial(options, shapes, layers, dense, torch_generator(config.seed, "adapters"))
         heads = dict(model.named_parameters())
-        start = {
+        made = {
             name: heads[name].detach().clone() if layout[name].side == "whole" else gather(initial[name], layout[name])
-            for name in staying
+            for name in wanted
         }
+    start = {name: made[name] for name in staying}
     moving = rules.trained(options, layout, 1) | rules.trained(options, layout, 2)
     private = tuple(name for name in staying if name in moving)
     nbytes = sum(parameter.nbytes for parameter in model.parameters())
-    return PrunedDevice(layout, AdaptedModel(model, layout, options.scale), start, private, nbytes)
+    return PrunedDevice(layout, AdaptedModel(model, layout, options.scale), start, made, private, nbytes)

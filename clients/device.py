@@ -31,7 +31,7 @@ from tapfl.models.dense import DenseCache
 from tapfl.models.forward import image_features
 from tapfl.personalize.held_out import hold_out
 from tapfl.personalize.method import LocalResult, Method, Personal, local_round
-from tapfl.personalize.methods import method_of
+from tapfl.personalize.methods import Local, method_of
 from tapfl.profiles import DeviceProfile
 from tapfl.pruning.plan import PruningPlan
 from tapfl.pruning.surgery import rebuild, save_pruned, shrink
@@ -141,8 +141,9 @@ class Device:
         accuracies = self._evaluate(received, method.inference(received, used)) if due else (0.0, 0.0)
         trained = result.upload or {}
         private = {name: trained[name] for name in self._pruned.private if name in trained}
-        if method.has_local_state or self._pruned.private:
-            kept = DeviceState(result.personal if method.has_local_state else None, private)
+        alone = self._trained_alone(state, message.round)
+        if method.has_local_state or private or alone:
+            kept = DeviceState(result.personal if method.has_local_state else None, private, alone)
             self.storage.save_state(self.partition_id, message.round, kept, before=message.state_round)
         return TrainReply(
             round=message.round,
@@ -151,6 +152,7 @@ class Device:
             alpha=_alpha(used),
             global_accuracy=accuracies[0],
             personal_accuracy=accuracies[1],
+            alone_accuracy=self._alone_accuracy(state) if due else 0.0,
         )
 
     def evaluate(self, message: Evaluate) -> EvaluateReply:
@@ -165,7 +167,7 @@ class Device:
         if personal and self.config.personalize.method == "apfl":
             self.storage.save_alphas({a: self._score(interpolate(personal.params, received, a)) for a in SHOWN_ALPHAS})
         save_peft(final, self.config.adapters.scale, self.storage.personal, base=str(self.storage.pruned))
-        return EvaluateReply(message.round, _alpha(personal), *accuracies)
+        return EvaluateReply(message.round, _alpha(personal), *accuracies, self._alone_accuracy(state))
 
     def _method(self, round: int) -> Method[Any]:
         """Returns the method of a round, with the round's learning rate."""
@@ -178,7 +180,7 @@ class Device:
         return caches.pruned(self.storage.pruned, self.partition_id, self.profile.rank, self.config)
 
     def _state(self, round: int) -> DeviceState:
-        kept = self._method(round).has_local_state or self._pruned.private
+        kept = self._method(round).has_local_state or self._pruned.private or self.config.personalize.alone
         return self.storage.load_state(self.partition_id, round) if kept else DeviceState(None, {})
 
     def _whole(self, method: Method[Any], state: DeviceState, adapters: np.ndarray) -> Params:
@@ -224,10 +226,40 @@ class Device:
 
         return method.weigh(received, personal, [partial(losses, index) for index in chosen])
 
-    def _local_round(self, method: Method[Any], received: Params, personal: Personal | None, round: int) -> LocalResult:
+    def _trained_alone(self, state: DeviceState, round: int) -> Params:
+        """Returns the adapters that are trained on the device's own images alone, after a round; {} if none are.
+
+        They start from the pruned model and see all training images: nothing is held out of them.
+        """
+        options = self.config.personalize
+        if not options.alone:
+            return {}
+        method = Local(rate_factor(self.config.train, round) * options.alone_learning_rate)
+        everything = np.arange(len(self._part("train")[1]))
+        start = state.alone or self._pruned.untrained
+        result = self._local_round(method, start, None, round, everything).personal
+        return result.params if result else {}
+
+    def _alone_accuracy(self, state: DeviceState) -> float:
+        """Returns the accuracy of the adapters that were trained alone; 0 if there are none."""
+        return self._score(state.alone or self._pruned.untrained) if self.config.personalize.alone else 0.0
+
+    def _local_round(
+        self,
+        method: Method[Any],
+        received: Params,
+        personal: Personal | None,
+        round: int,
+        positions: np.ndarray | None = None,
+    ) -> LocalResult:
+        """Returns the result of a round's local training.
+
+        Args:
+            positions: of the training images that are used; by default those that are not held out.
+        """
         inputs, labels = self._part("train")
         own, options, seed = self._pruned, self.config.train, self.config.seed
-        positions, _ = self._trained_and_held_out
+        positions = self._trained_and_held_out[0] if positions is None else positions
 
         def objective(params: Params, batch: Any) -> Tensor:
             x, y = batch

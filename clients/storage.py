@@ -13,7 +13,7 @@ from tapfl.personalize.method import Personal
 from tapfl.store import Versions, part_of, read_sealed, write_json, write_sealed
 from tapfl.training import Params
 
-ALPHA, PERSONAL, PRIVATE, STATE = "alpha", "v:", "w:", "state"
+ALPHA, PERSONAL, PRIVATE, ALONE, STATE = "alpha", "v:", "w:", "alone:", "state"
 IMAGES_FILE, ALPHAS_FILE = "images.json", "alphas.json"
 
 
@@ -22,6 +22,7 @@ class DeviceState(NamedTuple):
 
     personal: Personal | None  # v and α; None where the method has none
     private: Params  # the parts of w that the aggregation rule does not share
+    alone: Params | None = None  # adapters that were trained alone, for comparison
 
 
 class DeviceStorage:
@@ -95,6 +96,7 @@ class DeviceStorage:
         """
         # a method may return one tensor in w and in v; safetensors refuses two names for it
         tensors = {PRIVATE + name: tensor.clone() for name, tensor in state.private.items()}
+        tensors |= {ALONE + name: tensor for name, tensor in (state.alone or {}).items()}
         if state.personal is not None:
             tensors |= {PERSONAL + name: tensor for name, tensor in state.personal.params.items()}
             tensors[ALPHA] = state.personal.alpha
@@ -115,4 +117,5 @@ class DeviceStorage:
             raise RunError(f"{self._state.folder}: has no state after round {round}, for which the server has a reply")
         tensors, _ = read_sealed(file, STATE, device=device, round=round)
         personal = part_of(tensors, PERSONAL)
-        return DeviceState(Personal(personal, tensors[ALPHA]) if personal else None, part_of(tensors, PRIVATE))
+        kept = Personal(personal, tensors[ALPHA]) if personal else None
+        return DeviceState(kept, part_of(tensors, PRIVATE), part_of(tensors, ALONE) or None)

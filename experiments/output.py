@@ -21,8 +21,6 @@ from rich.table import Column, Table
 if TYPE_CHECKING:
     from strategies.records import DeviceRecord, Summary
 
-STAGES = ("dense", "pruned", "global", "personal")
-SUMMARY_COLUMNS = ("device", "samples", "classes", "budget", "MACs", "params", *STAGES, "α", "up", "down")
 PACKAGES = ("tapfl", "torch", "timm", "numpy", "scikit-learn")
 PIPE = re.compile(r"\|(?=[^`]*(?:`[^`]*`[^`]*)*$)")  # outside of code
 
@@ -107,7 +105,10 @@ def show_line(text: str) -> None:
 
 def show_summary(summary: Summary) -> None:
     """Prints the closing table of a run: one line per device, the means, and remarks."""
-    columns = [Column(name, justify="right") for name in SUMMARY_COLUMNS]
+    alone = ["alone"] if summary.alone_accuracy is not None else []
+    stages = ["dense", "pruned", *alone, "global", "personal"]
+    names = ("device", "samples", "classes", "budget", "MACs", "params", *stages, "α", "up", "down")
+    columns = [Column(name, justify="right") for name in names]
     table = Table(*columns, title="accuracy on each device's own test part", title_justify="left")
     for device in summary.devices:
         table.add_row(
@@ -117,20 +118,21 @@ def show_summary(summary: Summary) -> None:
             device.profile.budget,
             f"{count(device.macs)} {device.macs_share:.2%}",
             f"{count(device.params)} {device.params_share:.0%}",
-            *_accuracies(device),
+            *_accuracies(device, stages),
             f"{device.alpha:.3f}",
             *(size(sum(sent.values())) for sent in (device.bytes_up, device.bytes_down)),
         )
     table.add_section()
     sent = (size(summary.bytes_up), size(summary.bytes_down))
-    table.add_row("mean", "", "", "", "", "", *_accuracies(summary), "", *sent)
+    table.add_row("mean", "", "", "", "", "", *_accuracies(summary, stages), "", *sent)
     console().print(table)
     for line in _remarks(summary):
         console().print(line, highlight=False)
 
 
-def _accuracies(record: DeviceRecord | Summary) -> list[str]:
-    return [f"{getattr(record, f'{stage}_accuracy'):.3f}" for stage in STAGES]
+def _accuracies(record: DeviceRecord | Summary, stages: Sequence[str]) -> list[str]:
+    values = (getattr(record, f"{stage}_accuracy") for stage in stages)
+    return ["–" if value is None else f"{value:.3f}" for value in values]
 
 
 def _remarks(summary: Summary) -> list[str]:

@@ -103,6 +103,7 @@ class Preparation:
                 "macs_share": reply.macs / dense.macs,
                 # adapters start without effect: so it does until it is first asked in a round
                 **dict.fromkeys(("pruned_accuracy", "global_accuracy", "personal_accuracy"), reply.pruned_accuracy),
+                "alone_accuracy": reply.pruned_accuracy if self.config.personalize.alone else None,
             }
         have = {**state.plans, **{i: plans[i].checksum for i in replies}}
         return replace(state.with_devices(changes), plans=dict(sorted(have.items())))

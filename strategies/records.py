@@ -51,6 +51,7 @@ class DeviceRecord(Record):
     pruned_accuracy: float = 0.0
     global_accuracy: float = 0.0
     personal_accuracy: float = 0.0
+    alone_accuracy: float | None = None  # of adapters trained on the device's own images alone, if there are any
     alpha: float = 0.0
     bytes_up: ByKind = {}
     bytes_down: ByKind = {}
@@ -101,6 +102,7 @@ class Summary(Record):
     pruned_accuracy: float
     global_accuracy: float
     personal_accuracy: float
+    alone_accuracy: float | None = None  # None: no adapters were trained alone for comparison
     personal_accuracy_worst_decile: float  # mean over the worst tenth of the devices (at least one)
     bytes_up: Count  # of all devices, whole run
     bytes_down: Count
@@ -142,6 +144,7 @@ class DeviceLine(Record):
     device: Count
     global_accuracy: float | None = None  # None: not evaluated after this round (train.evaluate-every)
     personal_accuracy: float | None = None
+    alone_accuracy: float | None = None
     alpha: float
     next_loss: float | None = None  # mean training loss in the round after, unless this was the last
 
@@ -155,6 +158,7 @@ class RoundLine(Record):
     simulated_seconds: float
     global_accuracy: float | None = None
     personal_accuracy: float | None = None
+    alone_accuracy: float | None = None
     alpha: float | None = None
     bytes_up: Count
     bytes_down: Count

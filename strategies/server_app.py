@@ -262,7 +262,8 @@ class Federation:
     def record(self, state: FederationState, replies: Replies, before: FederationState) -> FederationState:
         """Returns the state with the accuracies after the round of `before`, and writes them to metrics.jsonl."""
         ended = before.round == self.config.train.rounds
-        measured = MEASURES if ended or is_evaluated(self.config.train, before.round) else ("alpha",)
+        every = MEASURES if self.config.personalize.alone else [name for name in MEASURES if name != "alone_accuracy"]
+        measured = every if ended or is_evaluated(self.config.train, before.round) else ["alpha"]
         state, lines = evaluated(state, replies, before, measured)
         append_lines(self.folder.path, *lines)
         return state

@@ -41,7 +41,7 @@ from tapfl.wire import EvaluateReply, TrainReply
 PARAMS, OPTIMIZER = "params:", "optimizer:"
 Replies = Mapping[int, TrainReply] | Mapping[int, EvaluateReply]
 TIMES = TypeAdapter(dict[str, dict[str, float]])
-MEASURES = ("global_accuracy", "personal_accuracy", "alpha")
+MEASURES = ("global_accuracy", "personal_accuracy", "alone_accuracy", "alpha")
 
 
 @dataclass(frozen=True)
@@ -176,6 +176,7 @@ def summarise(state: FederationState, config: RunConfig, seconds: Mapping[str, f
         pruned_accuracy=mean("pruned_accuracy"),
         global_accuracy=mean("global_accuracy"),
         personal_accuracy=mean("personal_accuracy"),
+        alone_accuracy=mean("alone_accuracy") if config.personalize.alone and equipped else None,
         personal_accuracy_worst_decile=worst_decile([record.personal_accuracy for record in equipped]),
         bytes_up=sum(sum(record.bytes_up.values()) for record in equipped),
         bytes_down=sum(sum(record.bytes_down.values()) for record in equipped),

@@ -286,6 +286,10 @@ class PersonalizeOptions(Section):
         "device", description="one α for the device, or (with alpha-on=train) one for each adapted linear and the head"
     )
     alpha_learning_rate: float = Field(0.1, ge=0, le=RATE, description="learning rate of α, with alpha-on=train")
+    alone: bool = Field(
+        False, description="for comparison, devices also train adapters that never leave them, from the pruned model"
+    )
+    alone_learning_rate: float = Field(0.0, ge=0, description="learning rate of these; 0: that of `train`")
     ditto_lambda: float = Field(
         0.1, ge=0, description="λ of `ditto`: strength of the pull of personal towards shared weights; 0: no pull"
     )
@@ -310,6 +314,12 @@ class PersonalizeOptions(Section):
     def holds_out(self) -> bool:
         """Whether devices keep a part of their training images for α, on which nothing is trained in any round."""
         return self.method == "apfl" and self.alpha_on == "held-out" and self.alpha_update != "fixed"
+
+    @model_validator(mode="after")
+    def _alone_is_another_model(self) -> PersonalizeOptions:
+        if self.alone and self.method == "local":
+            raise ValueError("alone=true with method=local would train the same model twice; accepted: alone=false")
+        return self
 
     @model_validator(mode="after")
     def _held_out_alpha_is_one_number(self) -> PersonalizeOptions:

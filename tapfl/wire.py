@@ -307,11 +307,12 @@ class _Evaluation(WireMessage):
     personal_accuracy: Annotated[
         float, "for the report: accuracy of the personal model, on the test part; 0 if not evaluated"
     ]
+    alone_accuracy: Annotated[float, "for the report: accuracy of adapters trained alone, on the test part; 0 if none"]
 
     def check_evaluation(self, round: int) -> None:
         """Raises WireError unless this answers `round` with α and accuracies in [0, 1]."""
         _require(self.round == round, f"answers round {self.round}, not {round}")
-        for name in ("alpha", "global_accuracy", "personal_accuracy"):
+        for name in ("alpha", "global_accuracy", "personal_accuracy", "alone_accuracy"):
             value = getattr(self, name)
             _require(0 <= value <= 1, f"{name.removesuffix('_accuracy')} {value} must lie in [0, 1]")
 

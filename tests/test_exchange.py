@@ -23,6 +23,7 @@ GOOD = TrainReply(
     loss=0.5,
     alpha=0.5,
     global_accuracy=0.9,
+    alone_accuracy=0.7,
     personal_accuracy=1.0,
 )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -216,7 +217,7 @@ def test_every_rule_with_every_method_and_extra(
     [
         ["adapters.combine=median", "adapters.rule=flex"],
         ["adapters.combine=trimmed-mean", "adapters.rule=ffa", "adapters.server=momentum", *TRAINING],
-        ["adapters.clip=0.5", "adapters.server=adam", "adapters.rule=flex"],
+        ["adapters.clip=0.5", "adapters.server=adam", "adapters.rule=flex", "personalize.alone=true"],
         ["adapters.rule=hetlora", "adapters.head=personal"],
         ["personalize.method=fedavg+finetune", "adapters.head=personal"],
         ["personalize.from-round=2", "adapters.rule=embed_side"],  # w alone, then v as well, with private parts of w
@@ -236,6 +237,28 @@ def test_what_goes_on_top_of_a_rule_runs_and_goes_on(cache: Path, tmp_path: Path
         assert said["epsilon"] == pytest.approx(14.7, rel=0.5)  # two rounds at z = 0.5; exact values: test_privacy.py
     else:
         assert said["epsilon"] is None
+
+
+def test_what_is_trained_alone_beside_a_method_is_what_local_trains(cache: Path, tmp_path: Path) -> None:
+    """And it changes nothing else: the shared model is the same to the bit."""
+    runs = {}
+    for name, options in {
+        "beside": ["personalize.method=fedavg", "personalize.alone=true", "personalize.alone-learning-rate=0.01"],
+        "plain": ["personalize.method=fedavg"],
+        "local": ["personalize.method=local", "personalize.learning-rate=0.01"],
+    }.items():
+        done = tapfl("--out", str(tmp_path / name), cache=cache, options=options)
+        assert done.exit_code == 0, done.output
+        assert bool(re.search(r"alone\W+global", done.output)) == (name == "beside")
+        runs[name] = json.loads((tmp_path / name / "summary.json").read_text())
+    for beside, plain, local in zip(*(runs[name]["devices"] for name in ("beside", "plain", "local")), strict=True):
+        assert beside["alone_accuracy"] == local["personal_accuracy"] and plain["alone_accuracy"] is None
+        assert beside["global_accuracy"] == plain["global_accuracy"]
+    last = [json.loads(line) for line in (tmp_path / "beside" / "metrics.jsonl").read_text().splitlines()][-1]
+    assert last["alone_accuracy"] == pytest.approx(runs["beside"]["alone_accuracy"])
+    state = Path("server") / "round-0002.safetensors"
+    shared = [load_file(tmp_path / name / state) for name in ("beside", "plain")]
+    assert all(torch.equal(shared[0][key], shared[1][key]) for key in shared[1])
 
 
 def content(folder: Path) -> dict[str, bytes]:

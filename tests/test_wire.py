@@ -48,9 +48,9 @@ MESSAGES: list[WireMessage] = [
     Prune("a1b2", "{}", b"\x00\xff"),
     PruneReply(params=100, macs=2000, pruned_accuracy=0.8),
     Train(ROUND, 2, np.array([1.0, 2.0, 3.0], np.float32)),
-    TrainReply(ROUND, 0.5, 0.8, 0.9, adapters=np.array([1.0, 2.0, 3.0], np.float32), loss=0.7),
+    TrainReply(ROUND, 0.5, 0.8, 0.9, 0.7, adapters=np.array([1.0, 2.0, 3.0], np.float32), loss=0.7),
     Evaluate(ROUND, 2, np.array([1.0, 2.0, 3.0], np.float32)),
-    EvaluateReply(ROUND, 0.5, 0.8, 0.9),
+    EvaluateReply(ROUND, 0.5, 0.8, 0.9, 0.7),
 ]
 HELLO, SUMMARY, PRUNED, TRAINED, EVALUATED = MESSAGES[1::2]
 IDS = [type(message).__name__ for message in MESSAGES]
@@ -121,7 +121,7 @@ def test_what_leaves_a_device() -> None:
         *("train_samples", "holds_backbone"),
         *("weights", "means", "covariances", "n", "dense_accuracy", "test_samples", "classes", "held_classes"),
         *("params", "macs", "pruned_accuracy"),
-        *("round", "adapters", "loss", "alpha", "global_accuracy", "personal_accuracy"),
+        *("round", "adapters", "loss", "alpha", "global_accuracy", "personal_accuracy", "alone_accuracy"),
     }
 
 
@@ -131,7 +131,7 @@ def test_bytes_are_counted_by_kind_and_weights_apart_from_the_plan() -> None:
     assert sizes[HelloReply] == 8 * 8 + 3
     assert sizes[Summarize] == 4 + 2 + 2 + 3 * 8 + 6 * 4 + len('["a", "b"]')
     assert sizes[SummaryReply] == (2 + 4 + 4) * 8 + 4 * 8 + 3 * 4
-    assert sizes[TrainReply] == 8 + 3 * 4 + 4 * 8
+    assert sizes[TrainReply] == 8 + 3 * 4 + 5 * 8
     assert Hello("λ").bytes_by_kind == {"hello": 2}
     assert Train(1, 0, np.zeros(3, np.float32)).bytes_by_kind == {"adapters": 2 * 8 + 12}
     assert Prune("a1b2", "{}", b"12345").bytes_by_kind == {"plan": 6, "weights": 5}

@@ -57,7 +57,13 @@ idle_server = ServerApp()
 def _echo(message: Message, context: Context) -> Message:
     asked = Train.from_records(message.content)
     reply = TrainReply(
-        round=asked.round, adapters=asked.adapters, loss=0.0, alpha=0.0, global_accuracy=0.0, personal_accuracy=0.0
+        round=asked.round,
+        adapters=asked.adapters,
+        loss=0.0,
+        alpha=0.0,
+        global_accuracy=0.0,
+        personal_accuracy=0.0,
+        alone_accuracy=0.0,
     )
     return Message(reply.to_records(), reply_to=message)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import altair as alt
@@ -14,19 +15,20 @@ from experiments.output import duration, size
 from experiments.report import series
 from experiments.report.reading import Run
 
-# shape and size of the marks by stage, in the order of the palette: blue, orange, green, grey
+# shape and size of the marks by stage, in the order of the palette: blue, orange, green, grey, vermilion
 MARKS: dict[str, tuple[str, int]] = {
     "personal": ("circle", 70),
     "pruned": ("triangle-up", 80),
     "global": ("diamond", 130),
     "dense": ("M-0.2,-1.4H0.2V1.4H-0.2Z", 130),
+    "alone": ("square", 60),
 }
 ONE_PICKED = f"{fig.DEVICE} !== null && {PICKED}"
 
 
-def mark_scales() -> dict[str, Any]:
-    """Returns the encodings that tell the four models of a device apart: colour, shape and size."""
-    order, legend = list(MARKS), alt.Legend(values=list(series.STAGES))
+def mark_scales(stages: Sequence[str]) -> dict[str, Any]:
+    """Returns the encodings that tell the models of a device apart, of which these are shown: colour, shape, size."""
+    order, legend = list(MARKS), alt.Legend(values=list(stages))
     shapes, sizes = ([mark[k] for mark in MARKS.values()] for k in (0, 1))
     return {
         "color": alt.Color("stage:N", scale=alt.Scale(domain=order), legend=legend),
@@ -44,14 +46,22 @@ def accuracy(run: Run) -> Figure | None:
         return None
     devices, means, gain = sorted(found.index.tolist()), found.mean().dropna(), found["personal"] - found["pruned"]
     spans = pd.DataFrame({"low": found.min(axis=1), "high": found.max(axis=1)}).reset_index()
-    long = found[list(MARKS)[::-1]].melt(var_name="stage", value_name="accuracy", ignore_index=False).dropna()
+    long = (
+        found[[stage for stage in reversed(MARKS) if stage in found]]
+        .melt(var_name="stage", value_name="accuracy", ignore_index=False)
+        .dropna()
+    )
     x = alt.X("accuracy:Q", title="accuracy on the device's own test images", scale=alt.Scale(zero=False, nice=True))
     y = fig.device_axis(devices)
     span = (
         chart("spans").mark_rule(strokeWidth=2).encode(y=y, x=alt.X("low:Q"), x2="high:Q", opacity=fig.faded(0.1, 0.45))
     )
     tooltip = tips("device:O", *(f"of {stage}:Q|{stage}|.3f" for stage in means.index))
-    points = chart("accuracies").mark_point().encode(y=y, x=x, **mark_scales(), opacity=fig.faded(), tooltip=tooltip)
+    points = (
+        chart("accuracies")
+        .mark_point()
+        .encode(y=y, x=x, **mark_scales(series.stages(run)), opacity=fig.faded(), tooltip=tooltip)
+    )
     best = found.loc[gain.idxmax()]
     return Figure(
         "accuracy",
@@ -70,7 +80,7 @@ def curves(run: Run) -> Figure | None:
     if found.empty:
         return None
     means = series.spread(found, "accuracy")
-    legend = alt.Legend(values=list(series.KINDS), symbolOpacity=1)
+    legend = alt.Legend(values=sorted(set(found["kind"]), key=series.KINDS.index), symbolOpacity=1)
     colour = alt.Color("kind:N", scale=alt.Scale(domain=list(MARKS)), legend=legend)
     mean = chart("means").encode(x=fig.round_axis(means["round"]), color=colour)
     own = chart("devices").encode(x=fig.round_axis(means["round"]), y="accuracy:Q", color=colour)

@@ -90,11 +90,12 @@ def _lead(runs: dict[str, Run], options: Sequence[str]) -> list[str]:
 
 
 def _results(runs: dict[str, Run], options: Sequence[str]) -> Table:
-    columns = ["run", *series.STAGES, "worst tenth", "up", "down", "simulated", "devices", "rounds", *options]
+    stages = series.stages(*runs.values())
+    columns = ["run", *stages, "worst tenth", "up", "down", "simulated", "devices", "rounds", *options]
     rows = [
         [
             name,
-            *(shown_accuracy(series.mean_accuracy(run, stage)) for stage in series.STAGES),
+            *(shown_accuracy(series.mean_accuracy(run, stage)) for stage in stages),
             shown_accuracy(run.summary.personal_accuracy_worst_decile if run.summary else None),
             *(size(series.total_bytes(run.devices, side)) for side in DIRECTIONS),
             duration(run.summary.simulated_seconds) if run.summary and run.summary.simulated_seconds else "–",
@@ -113,7 +114,11 @@ def _stages(runs: dict[str, Run]) -> Figure:
     found = found.dropna().reset_index()[["run", "stage", "accuracy"]]
     x = alt.X("accuracy:Q", title="mean accuracy", scale=alt.Scale(zero=False, padding=8))
     y = alt.Y("run:N", sort=None, title=None, axis=alt.Axis(labelLimit=220, grid=True))
-    drawn = chart("means").mark_point().encode(y=y.scale(domain=list(runs)), x=x, **mark_scales())
+    drawn = (
+        chart("means")
+        .mark_point()
+        .encode(y=y.scale(domain=list(runs)), x=x, **mark_scales(series.stages(*runs.values())))
+    )
     return Figure(
         "runs",
         "Mean accuracy of each run, from dense to personal",

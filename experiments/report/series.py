@@ -15,21 +15,27 @@ from tapfl.models.backbone import BackboneSpec, outline
 from tapfl.models.prunable import prunable_layers
 from tapfl.models.units import PrunableLayer
 
-STAGES = ("dense", "pruned", "global", "personal")
-KINDS = ("personal", "global")  # of accuracy that change from round to round
+KINDS = ("personal", "global", "alone")  # of accuracy that change from round to round
+
+
+def stages(*runs: Run) -> tuple[str, ...]:
+    """Returns the models whose accuracies are known of each device; `alone` only if a run has it."""
+    alone = any(device.alone_accuracy is not None for run in runs for device in run.equipped)
+    return ("dense", "pruned", *(["alone"] if alone else []), "global", "personal")
 
 
 def accuracies(run: Run) -> pd.DataFrame:
     """Returns the accuracy of every stage by device that has a model; NaN if it never evaluated the dense model."""
-    found = {d.device: {stage: getattr(d, f"{stage}_accuracy") for stage in STAGES} for d in run.equipped}
-    frame = pd.DataFrame.from_dict(found, "index", columns=list(STAGES), dtype=float).rename_axis("device")
+    known = stages(run)
+    found = {d.device: {stage: getattr(d, f"{stage}_accuracy") for stage in known} for d in run.equipped}
+    frame = pd.DataFrame.from_dict(found, "index", columns=list(known), dtype=float).rename_axis("device")
     frame.loc[[d.device for d in run.equipped if d.generic], "dense"] = np.nan
     return frame
 
 
 def mean_accuracy(run: Run, stage: str) -> float:
     """Returns the mean over the devices that have a model, as in summary.json; NaN if there are none."""
-    return float(accuracies(run)[stage].mean())
+    return float(accuracies(run).reindex(columns=[stage])[stage].mean())
 
 
 def total_bytes(devices: Iterable[DeviceRecord], side: str) -> int:
@@ -40,7 +46,8 @@ def total_bytes(devices: Iterable[DeviceRecord], side: str) -> int:
 def curves(run: Run) -> pd.DataFrame:
     """Returns device, round, kind, accuracy of every device that has a model, after every round."""
     start = {device.device: device.pruned_accuracy for device in run.equipped}
-    found = _carried(run, start, {f"{kind}_accuracy": kind for kind in KINDS}, "accuracy", _ended(run))
+    kinds = [kind for kind in KINDS if kind in stages(run)]
+    found = _carried(run, start, {f"{kind}_accuracy": kind for kind in kinds}, "accuracy", _ended(run))
     return found[found["round"] >= 0]
 
 

@@ -186,7 +186,7 @@ def devices(run: Run) -> Table:
             "classes": str(device.classes or "?"),
             "budget": str(device.profile.budget),
         }
-        model = dict.fromkeys([*titles.values(), *series.STAGES, "gain", "α"], "–")
+        model = dict.fromkeys([*titles.values(), *series.stages(run), "gain", "α"], "–")
         if device.params:
             reached = accuracies.loc[device.device]
             model |= {

@@ -18,9 +18,11 @@ from strategies.records import SUMMARY, CurvePoint, Summary, first_at, read_summ
 from tapfl.errors import RunError
 from tapfl.store import write_bytes
 
+ALONE = "alone_accuracy"  # which only runs with personalize.alone have
 MEASURES = {  # of a run's summary, with their titles in the table
     "dense_accuracy": "dense",
     "pruned_accuracy": "pruned",
+    ALONE: "alone",
     "global_accuracy": "global",
     "personal_accuracy": "personal",
     "personal_accuracy_worst_decile": "worst decile",
@@ -36,6 +38,7 @@ DEVICE_MEASURES = (
     "params_share",
     "dense_accuracy",
     "pruned_accuracy",
+    ALONE,
     "global_accuracy",
     "personal_accuracy",
 )
@@ -147,7 +150,8 @@ def means_over_seeds(runs: Sequence[Outcome], options: SweepOptions) -> list[Map
             row |= {"difference": f"{test.difference:+.3f}", "p": f"{test.p:.2g} (n = {test.n})"}
             row |= {"Holm": f"{test.holm:.2g}"}
         rows.append(row)
-    return rows
+    unknown = {title for title in (_title(ALONE),) if not any(row[title] for row in rows)}
+    return [{title: value for title, value in row.items() if title not in unknown} for row in rows]
 
 
 def _title(measure: object) -> str:
@@ -160,7 +164,7 @@ def _title(measure: object) -> str:
 def _shown(measure: str, values: pd.Series[float]) -> str:
     known = values.dropna()
     if known.empty:
-        return "never"
+        return "" if measure == ALONE else "never"
     some = "" if len(known) == len(values) else f" ({len(known)} of {len(values)})"
     if "bytes" in measure:
         return f"{known.mean() / 1e6:.2f} MB{some}"
