@@ -15,8 +15,8 @@ $(READY): pyproject.toml constraints.txt
 	@$(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
-run: $(READY) ## the main job: ten devices on the embedded digits, no download
-	$(BIN)/tapfl run
+run: $(READY) ## the main job: what sharing is worth to twenty devices on the embedded digits, no download
+	$(BIN)/tapfl run --config experiments/configs/digits.toml
 
 deploy-demo: $(READY) ## server and two nodes over TLS with registered keys, on this machine, checked
 	$(BIN)/tapfl deploy-demo

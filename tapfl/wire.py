@@ -301,13 +301,10 @@ class Evaluate(_Adapters):
 class _Evaluation(WireMessage):
     round: Annotated[int, "which round this answers"]
     alpha: Annotated[float, "for the report: weight α of the personal part"]
-    global_accuracy: Annotated[
-        float, "for the report: accuracy of the global adapters, on the test part; 0 if not evaluated"
-    ]
-    personal_accuracy: Annotated[
-        float, "for the report: accuracy of the personal model, on the test part; 0 if not evaluated"
-    ]
-    alone_accuracy: Annotated[float, "for the report: accuracy of adapters trained alone, on the test part; 0 if none"]
+    # accuracies are on the test part, and 0 where nothing was evaluated in this round
+    global_accuracy: Annotated[float, "for the report: accuracy of the global adapters, on the test part"]
+    personal_accuracy: Annotated[float, "for the report: accuracy of the personal model, on the test part"]
+    alone_accuracy: Annotated[float, "for the report: accuracy of adapters trained alone, on the test part"]
 
     def check_evaluation(self, round: int) -> None:
         """Raises WireError unless this answers `round` with α and accuracies in [0, 1]."""
