@@ -24,6 +24,7 @@ from pydantic import (
 from tapfl.errors import ConfigError
 
 Scalar = bool | int | float | str
+RATE = 1e30  # the largest learning rate: Adam's steps with larger ones are no float32
 PLUGIN = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")  # module:name, see `tapfl.plugin`
 
 

@@ -1,0 +1,157 @@
+"""Every option of a run: typed, validated once, and the only place with defaults.
+
+The same options come from three sides: Flower's flat run-config (``"pruning.tau": 5.82``), a TOML file with one table
+a section, and ``--set key=value``. All of them go through `RunConfig.from_flat`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import Field, model_validator
+
+from tapfl.config.federation import (
+    LINEAR_RULES,
+    METHODS,
+    PERSONAL_HEAD,
+    RULES,
+    AdapterOptions,
+    FaultOptions,
+    LogOptions,
+    PersonalizeOptions,
+    PrivacyOptions,
+    TrainOptions,
+)
+from tapfl.config.round_zero import (
+    PROFILE_SETS,
+    DataOptions,
+    DeviceOptions,
+    MetricOptions,
+    ModelOptions,
+    PruningOptions,
+    SummaryOptions,
+)
+from tapfl.options import Count, Scalar, Section, flatten, nested, validated
+
+__all__ = [
+    "FREE_OPTIONS",
+    "INPUT_OPTIONS",
+    "LINEAR_RULES",
+    "METHODS",
+    "NOT_PATHS",
+    "PATH_OPTIONS",
+    "PERSONAL_HEAD",
+    "PLUGIN_OPTIONS",
+    "PROFILE_SETS",
+    "RULES",
+    "AdapterOptions",
+    "DataOptions",
+    "DeviceOptions",
+    "FaultOptions",
+    "LogOptions",
+    "MetricOptions",
+    "ModelOptions",
+    "PersonalizeOptions",
+    "PrivacyOptions",
+    "PruningOptions",
+    "RunConfig",
+    "SummaryOptions",
+    "TrainOptions",
+    "binding",
+    "names_path",
+]
+
+INPUT_OPTIONS = ("data.source", "data.public", "model.weights", "model.head-rows", "devices.profiles")
+PATH_OPTIONS = ("out", "cache", *INPUT_OPTIONS)
+PLUGIN_OPTIONS = ("pruning.criterion", "adapters.rule", "personalize.method")
+NOT_PATHS = ("", "digits", "hub", *PROFILE_SETS)
+# options, or beginnings of their names, that do not change a result: a resumed run may have other values
+FREE_OPTIONS = ("resume", "out", "cache", "node-timeout", "window", "faults.", "log.")
+
+
+class RunConfig(Section):
+    """All options of a run."""
+
+    seed: int = Field(0, ge=0, lt=2**63, description="seed of every random number of the run")
+    out: str = Field("", description="folder of the run; empty: a new one, named by date and time")
+    resume: bool = Field(False, description="continue the run in the folder `out`")
+    cache: str = Field("", description="cache of trained backbones and decoded images; empty: TAPFL_CACHE or ~/.cache")
+    node_timeout: float = Field(120.0, gt=0, description="seconds to wait for the nodes to connect")
+    window: Count = Field(16, description="messages in flight at once")
+    data: DataOptions = DataOptions()
+    devices: DeviceOptions = DeviceOptions()
+    model: ModelOptions = ModelOptions()
+    summary: SummaryOptions = SummaryOptions()
+    metric: MetricOptions = MetricOptions()
+    pruning: PruningOptions = PruningOptions()
+    adapters: AdapterOptions = AdapterOptions()
+    train: TrainOptions = TrainOptions()
+    personalize: PersonalizeOptions = PersonalizeOptions()
+    faults: FaultOptions = FaultOptions()
+    privacy: PrivacyOptions = PrivacyOptions()
+    log: LogOptions = LogOptions()
+
+    @model_validator(mode="after")
+    def _private_sums_are_linear(self) -> RunConfig:
+        """The noise covers a sum of clipped updates in which each device counts once; all else is refused."""
+        adapters, accepted = self.adapters, None
+        if adapters.rule not in LINEAR_RULES:
+            accepted = f"adapters.rule={adapters.rule}: accepted are fedit, ffa, rolora and embed_side (plain sums)"
+        elif adapters.combine != "mean":
+            accepted = f"adapters.combine={adapters.combine}: accepted is mean"
+        if self.privacy.dp_clip and accepted:
+            raise ValueError(f"privacy.dp-clip={self.privacy.dp_clip} cannot be combined with {accepted}")
+        return self
+
+    @model_validator(mode="after")
+    def _methods_fit(self) -> RunConfig:
+        method, train = self.personalize.method, self.train
+        if method in PERSONAL_HEAD and self.adapters.head != "personal":
+            raise ValueError(
+                f"personalize.method={method} keeps the head on the device, which adapters.head={self.adapters.head} "
+                "does not; accepted: adapters.head=personal"
+            )
+        if method == "fedala" and self.adapters.rule == "rolora":
+            raise ValueError(
+                "personalize.method=fedala has nothing to mix with adapters.rule=rolora, which trains in a round the "
+                "factor that did not change in the last; accepted: the other rules"
+            )
+        if method == "fedrep" and (train.steps or self.personalize.head_epochs >= train.epochs):
+            raise ValueError(
+                f"personalize.head-epochs={self.personalize.head_epochs} are of the train.epochs={train.epochs} of a "
+                f"round, and train.steps={train.steps}; accepted: fewer than epochs, and steps=0"
+            )
+        return self
+
+    @classmethod
+    def from_flat(cls, flat: Mapping[str, Any]) -> RunConfig:
+        """Returns the validated configuration of dotted options such as ``{"pruning.tau": 5.82}``.
+
+        Raises:
+            ConfigError: naming every option that is unknown, of the wrong type or out of range.
+        """
+        return validated(cls, nested(flat))
+
+    def flat(self) -> dict[str, Scalar]:
+        """Returns all options with dotted names, the form of Flower's run-config."""
+        return flatten(self.model_dump(by_alias=True))
+
+    def paths(self) -> dict[str, str]:
+        """Returns the options whose values are files or folders, with these values."""
+        flat = self.flat()
+        return {option: str(flat[option]) for option in PATH_OPTIONS if names_path(str(flat[option]))}
+
+
+def binding(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns those of a run's dotted options that must not change when it is resumed.
+
+    It may get more rounds, unless the learning rates depend on their number.
+    """
+    free = (*FREE_OPTIONS, "train.rounds") if flat.get("train.schedule", "constant") == "constant" else FREE_OPTIONS
+    return {k: v for k, v in flat.items() if not k.startswith(free)}
+
+
+def names_path(value: str) -> bool:
+    """Returns whether the value of one of `PATH_OPTIONS` is a path, rather than a built-in name."""
+    return value not in NOT_PATHS and not value.startswith("hf:")

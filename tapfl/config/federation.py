@@ -1,0 +1,204 @@
+"""Options of the rounds: adapters, local training, what is personal, failures, privacy, loggers."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+from urllib.parse import parse_qs, urlsplit
+
+from pydantic import Field, model_validator
+
+from tapfl.options import RATE, Count, Section, Share, one_of
+
+LINEAR_RULES = ("fedit", "ffa", "rolora", "embed_side")  # plain sums of uploads, which the noise of DP can cover
+RULES = (*LINEAR_RULES, "hetlora", "flex")
+PERSONAL_HEAD = ("fedper", "fedrep")  # methods in which the classifier stays on the device
+METHODS = (
+    *("apfl", "ditto", "local", "fedavg", "fedavg+finetune", "fedprox", "pfedme", "perfedavg", "fedala"),
+    *PERSONAL_HEAD,
+)
+
+
+class AdapterOptions(Section):
+    """The LoRA adapters, and how the server aggregates them."""
+
+    rule: Annotated[str, one_of(RULES)] = Field(
+        "flex", description=f"aggregation rule: {', '.join(RULES)}, or module:name of a plugin"
+    )
+    scale: float = Field(2.0, gt=0, description="s = lora_alpha / rank, the same for every rank")
+    head: Literal["class-rows", "mean", "personal"] = Field(
+        "class-rows",
+        description="classifier: each class's row averaged over the devices that hold the class, averaged over all, "
+        "or kept on the device",
+    )
+    combine: Literal["mean", "median", "trimmed-mean"] = Field(
+        "mean", description="how the values of a coordinate are aggregated over the devices that hold it"
+    )
+    trim: float = Field(0.1, ge=0, lt=0.5, description="share of values that `trimmed-mean` removes at each end")
+    clip: float = Field(0.0, ge=0, description="L2 norm to which each device's update is clipped; 0: no clipping")
+    server: Literal["none", "momentum", "adam"] = Field(
+        "none", description="server optimiser: none, FedAvgM (`momentum`) or FedAdam (`adam`)"
+    )
+    server_learning_rate: float = Field(
+        0.0, ge=0, le=RATE, description="learning rate η of the server optimiser; 0: 1 for momentum, 0.01 for adam"
+    )
+    server_momentum: float = Field(0.9, ge=0, lt=1, description="β of FedAvgM, β₁ of FedAdam")
+    server_epsilon: float = Field(1e-3, gt=0, description="τ of FedAdam, its degree of adaptivity")
+
+    @model_validator(mode="after")
+    def _hetlora_has_weights(self) -> AdapterOptions:
+        if self.rule == "hetlora" and self.combine != "mean":
+            raise ValueError(f"rule=hetlora computes weights, which combine={self.combine} ignores; accepted: mean")
+        return self
+
+
+class TrainOptions(Section):
+    """Local training on the devices."""
+
+    rounds: Count = Field(10, description="federated rounds")
+    epochs: Count = Field(3, description="local epochs in each round")
+    steps: int = Field(0, ge=0, le=10**9, description="local steps in each round; 0: as many as `epochs` takes")
+    batch: Count = Field(16, description="images in a minibatch")
+    learning_rate: float = Field(3e-3, gt=0, le=RATE, description="learning rate of local training")
+    optimizer: Literal["adam", "adamw", "sgd"] = Field(
+        "adam", description="optimiser of local training, new in each round"
+    )
+    momentum: float = Field(0.0, ge=0, lt=1, description="momentum of `sgd`")
+    weight_decay: float = Field(0.0, ge=0, description="weight decay of `sgd` and `adamw`")
+    schedule: Literal["constant", "cosine", "linear"] = Field(
+        "constant", description="learning rates over the rounds: constant, or falling towards 0 after the last"
+    )
+    warmup_rounds: int = Field(0, ge=0, description="first rounds, in which the learning rates rise linearly")
+    clip_gradient: float = Field(0.0, ge=0, description="L2 norm to which the gradient of a step is clipped; 0: none")
+    label_smoothing: float = Field(0.0, ge=0, lt=1, description="share of a label that is spread over all classes")
+    augment: Literal["none", "flip", "crop"] = Field(
+        "none", description="random changes of training images: left-right flips, or also crops of at least half"
+    )
+    evaluate_every: Count = Field(1, description="devices evaluate after every so many rounds, and after the last")
+
+    @model_validator(mode="after")
+    def _fit_the_optimizer(self) -> TrainOptions:
+        if self.momentum and self.optimizer != "sgd":
+            raise ValueError(f"momentum={self.momentum} is ignored by optimizer={self.optimizer}; accepted: sgd")
+        if self.weight_decay and self.optimizer == "adam":
+            raise ValueError(f"weight-decay={self.weight_decay} is ignored by optimizer=adam; accepted: sgd, adamw")
+        if self.warmup_rounds >= self.rounds:
+            raise ValueError(f"warmup-rounds={self.warmup_rounds} must be fewer than rounds={self.rounds}")
+        return self
+
+
+class PersonalizeOptions(Section):
+    """The personal part of a device's model."""
+
+    method: Annotated[str, one_of(METHODS)] = Field(
+        "apfl", description=f"personalisation method: {', '.join(METHODS)}, or module:name of a plugin"
+    )
+    from_round: Count = Field(
+        5, description="round in which personal parameters begin, as the shared ones, for `apfl` and `ditto`"
+    )
+    learning_rate: float = Field(
+        0.0, ge=0, le=RATE, description="learning rate of the personal model; 0: that of `train`; `fedavg` has none"
+    )
+    alpha: float = Field(0.5, ge=0, le=1, description="initial weight α of the personal model, for `apfl`")
+    alpha_on: Literal["held-out", "train"] = Field(
+        "held-out",
+        description="images that α is learnt on: some that nothing is trained on, or a minibatch (published)",
+    )
+    held_out_share: float = Field(0.25, gt=0, lt=1, description="share of a device's training images that is held out")
+    alpha_update: Literal["round", "step", "fixed"] = Field(
+        "round", description="when α is updated: once a round, at every step (with alpha-on=train), or never"
+    )
+    alpha_per: Literal["device", "layer"] = Field(
+        "device", description="one α for the device, or (with alpha-on=train) one for each adapted linear and the head"
+    )
+    alpha_learning_rate: float = Field(0.1, ge=0, le=RATE, description="learning rate of α, with alpha-on=train")
+    alone: bool = Field(
+        False, description="for comparison, devices also train adapters that never leave them, from the pruned model"
+    )
+    alone_learning_rate: float = Field(0.0, ge=0, description="learning rate of these; 0: that of `train`")
+    ditto_lambda: float = Field(
+        0.1, ge=0, description="λ of `ditto`: strength of the pull of personal towards shared weights; 0: no pull"
+    )
+    prox_mu: float = Field(
+        0.01, ge=0, description="μ of `fedprox`: strength of the pull of trained towards received weights; 0: no pull"
+    )
+    pfedme_lambda: float = Field(15.0, ge=0, description="λ of `pfedme`: strength of the pull between θ and w")
+    inner_steps: Count = Field(5, description="steps in which `pfedme` finds θ on each minibatch")
+    inner_learning_rate: float = Field(
+        0.1, gt=0, le=RATE, description="α of `perfedavg`: size of the one gradient step from w to a device's model"
+    )
+    ala_learning_rate: float = Field(1.0, ge=0, le=RATE, description="learning rate of the weights W of `fedala`")
+    ala_layers: int = Field(
+        0, ge=0, description="last adapted linears (the head included) of which `fedala` learns a W; 0: all"
+    )
+    ala_share: Share = Field(0.8, description="share of the training images, drawn in each round, for W of `fedala`")
+    head_epochs: Count = Field(
+        1, description="epochs of a round in which `fedrep` trains the head; in the others it trains the body"
+    )
+
+    @property
+    def holds_out(self) -> bool:
+        """Whether devices keep a part of their training images for α, on which nothing is trained in any round."""
+        return self.method == "apfl" and self.alpha_on == "held-out" and self.alpha_update != "fixed"
+
+    @model_validator(mode="after")
+    def _alone_is_another_model(self) -> PersonalizeOptions:
+        if self.alone and self.method == "local":
+            raise ValueError("alone=true with method=local would train the same model twice; accepted: alone=false")
+        return self
+
+    @model_validator(mode="after")
+    def _held_out_alpha_is_one_number(self) -> PersonalizeOptions:
+        """A handful of images chooses one number, not one for each layer; and there is nothing new at each step."""
+        if self.holds_out and self.alpha_update == "step":
+            raise ValueError("alpha-update=step learns α on minibatches; accepted with alpha-on=held-out: round, fixed")
+        if self.holds_out and self.alpha_per == "layer":
+            raise ValueError("alpha-per=layer needs more than a few held-out images; accepted with it: alpha-on=train")
+        return self
+
+
+class FaultOptions(Section):
+    """Which failures a run tolerates before it stops."""
+
+    min_success: Share = Field(0.5, description="smallest share of the sampled devices that must reply in a round")
+    retries: int = Field(3, ge=0, description="how often a message is sent again after its worker was lost")
+    device_timeout: float = Field(900.0, gt=0, description="seconds that a device may work on one message")
+    exchange_timeout: float = Field(3600.0, gt=0, description="seconds to wait for all replies to one request")
+
+
+class PrivacyOptions(Section):
+    """Client-level differential privacy of the adapters: the Gaussian mechanism on each round's sum of updates."""
+
+    dp_clip: float = Field(0.0, ge=0, description="L2 norm C to which each device's update is clipped; 0: no privacy")
+    dp_noise: float = Field(0.0, ge=0, description="noise multiplier z: the sum gets noise of standard deviation z·C")
+    dp_delta: float = Field(1e-5, gt=0, lt=1, description="δ for which ε is reported")
+
+    @model_validator(mode="after")
+    def _noise_has_a_scale(self) -> PrivacyOptions:
+        if self.dp_noise and not self.dp_clip:
+            raise ValueError(f"dp-noise={self.dp_noise} is a multiple of dp-clip and needs dp-clip above 0, got 0")
+        return self
+
+
+class LogOptions(Section):
+    """Loggers that receive the numbers of metrics.jsonl as well; docs/logging.md."""
+
+    tensorboard: bool = Field(False, description="write event files to the run's folder; needs tapfl[tensorboard]")
+    mlflow: str = Field(
+        "",
+        description="MLflow tracking URI, http://HOST:PORT or sqlite:////FOLDER/mlflow.db; empty: off; "
+        "needs tapfl[mlflow]",
+    )
+    mlflow_experiment: str = Field("tapfl", min_length=1, description="MLflow experiment, created if missing")
+
+    @model_validator(mode="after")
+    def _uri_is_public(self) -> LogOptions:
+        """The URI is written to config.json and sent to the devices, and it must not depend on the working folder."""
+        uri = urlsplit(self.mlflow)
+        if uri.password or "password" in parse_qs(uri.query):
+            raise ValueError(
+                "mlflow holds a password, which would be written to config.json and sent to the devices; accepted: "
+                "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD in the environment"
+            )
+        if uri.scheme.startswith("sqlite") and not uri.path.startswith("//"):
+            raise ValueError(f"mlflow={self.mlflow} must be absolute: sqlite:////FOLDER/mlflow.db, with four slashes")
+        return self

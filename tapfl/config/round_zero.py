@@ -1,0 +1,160 @@
+"""Options of the data, the devices, the backbone, and how it is cut for each device."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from tapfl.options import RATE, Count, Counts, Levels, Section, Share, Shares, TermWeights
+
+PROFILE_SETS = ("equal", "tiers", "mobile")
+
+
+class DataOptions(Section):
+    """The images, and how they are divided among the devices."""
+
+    source: str = Field("digits", min_length=1, description="`digits`, an .npz file, an image folder, or `hf:NAME`")
+    public: str = Field("", description="second source, for the public pool; empty: the pool is a share of `source`")
+    public_share: float = Field(0.5, gt=0, lt=1, description="share of `source` that becomes the public pool")
+    test_share: float = Field(0.3, gt=0, lt=1, description="share of a device's images used for testing")
+    evaluate: Literal["test", "validation"] = Field(
+        "test", description="`validation`: evaluate on a `test-share` of the training images, not on the test images"
+    )
+    partition: Literal["pathological", "class-blocks", "dirichlet", "iid", "shard"] = Field(
+        "pathological", description="partitioner of the private images; `class-blocks`: disjoint sets of classes"
+    )
+    classes_per_device: Count = Field(3, description="classes of each device, for `pathological` and `class-blocks`")
+    shards_per_device: Count = Field(3, description="shards of each device, for `shard`")
+    dirichlet_alpha: float = Field(0.3, gt=0, description="concentration of `dirichlet`; smaller is more uneven")
+
+
+class DeviceOptions(Section):
+    """The devices: their number, what each can do, and who takes part in a round. Lists are assigned cyclically."""
+
+    count: int = Field(0, ge=0, description="number of devices; 0: one for each node")
+    budgets: Shares = Field((0.3, 0.5, 0.7), description="largest share of the dense model's MACs a device can run")
+    ranks: Counts = Field((4, 6, 8), description="LoRA rank of the devices with the budget at the same position")
+    profiles: str = Field("", description=f"TOML file that replaces budgets and ranks, or {', '.join(PROFILE_SETS)}")
+    participation: Share = Field(1.0, description="share of the available devices that are sampled in a round")
+    dropout: float = Field(0.0, ge=0, lt=1, description="probability that a sampled device fails in that round")
+    deadline: float = Field(0.0, ge=0, description="simulated seconds after which a round ends; 0: no deadline")
+
+    @model_validator(mode="after")
+    def _paired(self) -> DeviceOptions:
+        if len(self.budgets) != len(self.ranks):
+            raise ValueError(f"budgets and ranks must be equally many, got {len(self.budgets)} and {len(self.ranks)}")
+        return self
+
+
+class ModelOptions(Section):
+    """The dense backbone before pruning."""
+
+    name: str = Field("vit_tiny_patch16_224", description="name of a timm ViT, DeiT, PiT or Swin")
+    args: str = Field(
+        "img_size=8,patch_size=2,in_chans=1,embed_dim=64,depth=4,num_heads=4,class_token=False,global_pool=avg",
+        description="arguments of timm's constructor, key=value; 2/2 is the tuple (2, 2)",
+    )
+    weights: str = Field("", description="empty: train from scratch; `hub`: timm's pretrained; or a .safetensors file")
+    head: Literal["train", "rows", "rows+train"] = Field(
+        "train", description="classifier: trained on the public pool, taken from rows of the head in `weights`, or both"
+    )
+    head_rows: str = Field("", description="JSON file, class name -> row of the head in `weights`, for `rows`")
+    mean: Levels = Field((), description="mean of each channel in the training of `weights`, or one; empty: timm's")
+    std: Levels = Field((), description="standard deviation of each channel, or one; empty: timm's")
+    crop_pct: float = Field(0.0, ge=0, le=1, description="share of the scaled image's side that is used; 0: timm's")
+    crop_mode: Literal["auto", "center", "squash", "border"] = Field(
+        "auto", description="scales the shorter side, both, or the longer side; auto: timm's"
+    )
+    interpolation: Literal["auto", "bicubic", "bilinear", "lanczos", "nearest"] = Field(
+        "auto", description="how images are resized; auto: timm's"
+    )
+    epochs: Count = Field(60, description="epochs on the public pool (with `weights`, of the head alone)")
+    learning_rate: float = Field(3e-3, gt=0, le=RATE, description="learning rate on the public pool (AdamW, one cycle)")
+
+
+class SummaryOptions(Section):
+    """The Gaussian mixture that describes a device's images to the server."""
+
+    dim: Count = Field(32, description="dimension of the descriptors after a PCA fitted on the public pool")
+    covariance: Literal["diag", "full"] = Field("diag", description="covariances of the components")
+    max_components: Count = Field(10, description="largest number of components; BIC chooses the number")
+    min_support: float = Field(5.0, ge=2, description="smallest number of images that an uploaded component describes")
+    clip: float = Field(0.0, ge=0, description="norm to which a device's descriptors are clipped; 0: no clipping")
+    noise: float = Field(0.0, ge=0, description="noise on a device's moments, over their sensitivity; docs/privacy.md")
+
+    @model_validator(mode="after")
+    def _noise_has_a_scale(self) -> SummaryOptions:
+        if self.noise and not self.clip:
+            raise ValueError(f"noise={self.noise} needs clip above 0: the norm that bounds the influence of one image")
+        return self
+
+
+class MetricOptions(Section):
+    """The metric set: public images chosen for a device, on which importance is measured."""
+
+    rule: Literal["density-ratio", "component-quota", "top-likelihood", "random"] = Field(
+        "density-ratio", description="how public images are chosen by a device's mixture"
+    )
+    size: Count = Field(256, description="number of images; a multiple of `batch`")
+    batch: Annotated[int, Field(ge=4)] = Field(64, description="images in one batch when units are scored")
+
+    @model_validator(mode="after")
+    def _whole_batches(self) -> MetricOptions:
+        if self.size % self.batch:
+            raise ValueError(f"size={self.size} must be a multiple of batch={self.batch}")
+        return self
+
+
+class PruningOptions(Section):
+    """How units are scored, how many each layer keeps, and what happens after the cut.
+
+    `auto` stands for the value with which the criterion was published.
+    """
+
+    criterion: str = Field(
+        "tap", description="criterion that chooses the units: a name of `tapfl criteria`, or module:name of a plugin"
+    )
+    ratio: Literal["auto", "adaptive", "uniform", "power"] = Field(
+        "auto", description="layer weights: softmax(KL/tau), all equal, or KL^gamma; auto: the criterion's choice"
+    )
+    tau: float = Field(5.82, gt=0, description="temperature τ in w = softmax(KL/τ), for ratio=adaptive")
+    gamma: float = Field(0.25, ge=0, description="γ in w ∝ KL^γ, for ratio=power; unaffected by the scale of KL")
+    basis: Literal["auto", "none", "canonical"] = Field(
+        "auto", description="basis of the attention heads before scoring; auto: the criterion's choice"
+    )
+    compensation: Literal["auto", "none", "one-pass", "sequential"] = Field(
+        "auto", description="kept units are refitted to replace the removed ones; auto: the criterion's choice"
+    )
+    compensation_rows: Literal["auto", "even", "sensitivity"] = Field(
+        "auto",
+        description="tokens in compensation: equal, or by Fisher sensitivity; auto: the criterion's choice",
+    )
+    align: int = Field(0, ge=0, description="widths are multiples of this; 0: 8, or 4 if heads have under 32 dims")
+    floor: float = Field(0.05, ge=0, lt=1, description="smallest share of its units that a layer keeps")
+    unit_shape: Literal["head-dims", "heads", "both"] = Field(
+        "head-dims", description="attention units: as many dims of every head, whole heads, or the better of both"
+    )
+    ffn_terms: TermWeights = Field(
+        (0.1, 0.1, 0.8), description="weights of relevance, 1 - redundancy and activeness in the FFN score of `tap`"
+    )
+    attention_terms: TermWeights = Field(
+        (0.8, 0.1, 0.1), description="weights of the same three terms in the attention score of `tap`"
+    )
+    probe: Literal["own", "pool"] = Field(
+        "own", description="images that layer importance is measured on: the device's metric set, or the pool, once"
+    )
+    labels: Literal["pseudo", "public"] = Field(
+        "pseudo", description="labels of the metric set: predicted by the dense model, or the true public labels"
+    )
+    send: Literal["auto", "weights"] = Field(
+        "auto",
+        description="auto: send the plan, and the weights only if they are not the backbone's; `weights`: always",
+    )
+    recovery: Literal["none", "fine-tune", "distill"] = Field(
+        "none", description="training after pruning: none, cross-entropy, or cross-entropy and distillation"
+    )
+    recovery_steps: int = Field(100, ge=0, description="gradient steps, less those of the criterion's own training")
+    recovery_batch: Count = Field(32, description="images in a minibatch of recovery")
+    recovery_learning_rate: float = Field(1e-4, gt=0, le=RATE, description="learning rate of recovery (Adam, constant)")
+    recovery_size: int = Field(0, ge=0, description="public images used for recovery; 0: the metric set")
