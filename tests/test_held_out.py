@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,7 +11,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from typer.testing import CliRunner
 
+from experiments import cli
+from strategies.records import read_summary
 from tapfl.config import AdapterOptions, PersonalizeOptions, RunConfig, TrainOptions
 from tapfl.errors import ConfigError
 from tapfl.personalize.apfl import Apfl
@@ -201,3 +205,33 @@ def test_v_begins_as_w_in_the_federations_round() -> None:
     for method in ("local", "fedavg", "fedavg+finetune"):
         options, rule = PersonalizeOptions(method=method, from_round=3), AdapterOptions()
         assert type(method_of(options, AdapterOptions(), 1)) is type(method_of(options, AdapterOptions(), 9))
+
+
+# -- whole federations ------------------------------------------------------------------------------------------------
+
+FEW_IMAGES = [
+    *("data.public-share=0.2", "metric.size=128", "train.rounds=16", "train.epochs=2", "train.batch=20"),
+    "train.evaluate-every=16",
+]
+ALIKE = ["devices.count=20", "data.partition=iid", "data.test-share=0.75"]
+DISJOINT = ["devices.count=5", "data.partition=class-blocks", "data.classes-per-device=2", "data.test-share=0.9375"]
+
+
+@pytest.mark.slow
+def test_on_digits_the_personal_model_follows_the_better_side(cache: Path, tmp_path: Path) -> None:
+    """18 training images a device. The published rule loses much of the shared model where all devices are alike."""
+
+    def run(name: str, *options: str) -> tuple[float, float, float]:
+        sets = [part for each in [*FEW_IMAGES, *options, f"cache={cache}"] for part in ("--set", each)]
+        command = ["run", "--engine", "inprocess", "--no-report", "--out", str(tmp_path / name), *sets]
+        done = CliRunner().invoke(cli.app, command, catch_exceptions=False)
+        assert done.exit_code == 0, done.output
+        summary = read_summary(tmp_path / name)
+        alpha = float(np.mean([device.alpha for device in summary.devices]))
+        return summary.personal_accuracy, summary.global_accuracy, alpha
+
+    alike, apart = run("alike", *ALIKE), run("apart", *DISJOINT)
+    published = run("published", *ALIKE, "personalize.alpha-on=train", "personalize.from-round=1")
+    assert alike[2] < apart[2] < published[2]
+    assert alike[0] > alike[1] - 0.02 and apart[0] > apart[1]
+    assert published[0] < published[1] - 0.03 and published[0] < alike[0] - 0.03
