@@ -116,7 +116,7 @@ def show_summary(summary: Summary) -> None:
             f"{device.train_samples}+{device.test_samples}",
             str(device.classes),
             device.profile.budget,
-            f"{count(device.macs)} {device.macs_share:.2%}",
+            f"{count(device.macs)} {device.macs_share:.1%}",
             f"{count(device.params)} {device.params_share:.0%}",
             *_accuracies(device, stages),
             f"{device.alpha:.3f}",
