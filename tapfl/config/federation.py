@@ -114,7 +114,7 @@ class PersonalizeOptions(Section):
     alone: bool = Field(
         False, description="for comparison, devices also train adapters that never leave them, from the pruned model"
     )
-    alone_learning_rate: float = Field(0.0, ge=0, description="learning rate of these; 0: that of `train`")
+    alone_learning_rate: float = Field(0.0, ge=0, le=RATE, description="learning rate of these; 0: that of `train`")
     ditto_lambda: float = Field(
         0.1, ge=0, description="λ of `ditto`: strength of the pull of personal towards shared weights; 0: no pull"
     )
