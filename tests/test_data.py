@@ -125,6 +125,8 @@ def test_a_class_with_too_few_images_for_both_sides_is_refused(images: int, shar
     labels = np.array([0] * 20 + [4] * images)
     with pytest.raises(DataError, match=rf"class 4 has {images} images: too few for data\.public-share = {share}"):
         split_public(labels, share, 0)
+    with pytest.raises(DataError, match=rf"class dog has {images} images"):
+        split_public(labels, share, 0, ("ant", "bee", "cat", "cow", "dog"))
 
 
 # ---------------------------------------------------------------- sources

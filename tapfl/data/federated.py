@@ -28,7 +28,7 @@ def open_pool(options: DataOptions, transform: Transform, seed: int, cache: Path
     if options.public:
         return load_images(options.public, transform, cache)
     source = load_images(options.source, transform, cache)
-    return source.subset(split_public(source.labels, options.public_share, seed)[0])
+    return source.subset(split_public(source.labels, options.public_share, seed, source.classes)[0])
 
 
 def open_private(options: DataOptions, transform: Transform, seed: int, cache: Path) -> ImageSet:
@@ -40,7 +40,7 @@ def open_private(options: DataOptions, transform: Transform, seed: int, cache: P
     source = load_images(options.source, transform, cache)
     if options.public:
         return source
-    return source.subset(split_public(source.labels, options.public_share, seed)[1])
+    return source.subset(split_public(source.labels, options.public_share, seed, source.classes)[1])
 
 
 def labels_among(classes: Sequence[str], images: ImageSet, source: str) -> np.ndarray:
@@ -88,8 +88,14 @@ class DeviceSplit:
     test: np.ndarray
 
 
-def split_public(labels: np.ndarray, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+def split_public(
+    labels: np.ndarray, share: float, seed: int, classes: Sequence[str] = ()
+) -> tuple[np.ndarray, np.ndarray]:
     """Returns sorted positions (public, private); `share` of the images of each class are public.
+
+    Args:
+        labels: int64 (n,).
+        classes: their names, for messages.
 
     Raises:
         DataError: if a class has too few images for both sides.
@@ -100,8 +106,9 @@ def split_public(labels: np.ndarray, share: float, seed: int) -> tuple[np.ndarra
         members = generator.permutation(np.flatnonzero(labels == label))
         taken = round(share * len(members))
         if taken < MIN_PUBLIC_PER_CLASS or taken == len(members):
+            name = classes[label] if classes else label
             raise DataError(
-                f"class {label} has {len(members)} images: too few for data.public-share = {share}; "
+                f"class {name} has {len(members)} images: too few for data.public-share = {share}; "
                 f"the pool needs at least {MIN_PUBLIC_PER_CLASS} of each class and the devices one"
             )
         public.append(members[:taken])
