@@ -63,7 +63,7 @@ def test_a_node_keeps_all_in_its_own_folders_and_trains_on_its_own_images(tmp_pa
     assert (second["train_samples"], second["test_samples"], second["classes"]) == (42, 18, 3)
     assert {path.name for path in (tmp_path / "run" / "devices").iterdir()} == {"00"}
     kept = {path.name for path in (node / "storage").iterdir()}
-    assert kept == {"pruned", "state", "personal", "classes.json", "images.json", "source.json"}
+    assert kept == {"pruned", "state", "personal", "alphas.json", "classes.json", "images.json", "source.json"}
     assert json.loads((node / "storage" / "classes.json").read_text()) == [str(digit) for digit in range(10)]
     images = json.loads((node / "storage" / "images.json").read_text())
     assert sum(images["train"]) == 42 and sum(images["test"]) == 18 and len(images["classes"]) == 10
