@@ -82,12 +82,17 @@ def part(
 ) -> tuple[Tensor, Tensor]:
     """Returns (inputs, labels) of the `train` or `test` part of one device, ready for its model.
 
+    `pooled` are the training parts of all devices of a simulation.
+
     The labels of a device with its own source are positions in `classes`.
     """
 
     def make() -> tuple[Tensor, Tensor]:
         images, split = images_of(config, devices, partition_id, source, fingerprint)
-        chosen = images.subset(getattr(split, name))
+        everybody = splits(config, devices, fingerprint) if name == "pooled" else []
+        chosen = images.subset(
+            np.concatenate([each.train for each in everybody]) if everybody else getattr(split, name)
+        )
         labels = labels_among(classes, chosen, source) if source else chosen.labels
         return input_transform(config.model)(chosen.images), torch.from_numpy(labels)
 

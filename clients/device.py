@@ -25,7 +25,7 @@ from tapfl.adapters.peft_format import save_peft
 from tapfl.config import RunConfig
 from tapfl.data.augmentation import augmented
 from tapfl.data.contents import fingerprints
-from tapfl.errors import RunError
+from tapfl.errors import ConfigError, RunError
 from tapfl.models.cost import measure_cost
 from tapfl.models.dense import DenseCache
 from tapfl.models.forward import image_features
@@ -257,9 +257,10 @@ class Device:
         Args:
             positions: of the training images that are used; by default those that are not held out.
         """
-        inputs, labels = self._part("train")
+        inputs, labels = self._part(method.trains_on)
         own, options, seed = self._pruned, self.config.train, self.config.seed
-        positions = self._trained_and_held_out[0] if positions is None else positions
+        if positions is None:
+            positions = self._trained_and_held_out[0] if method.trains_on == "train" else np.arange(len(labels))
 
         def objective(params: Params, batch: Any) -> Tensor:
             x, y = batch
@@ -303,6 +304,9 @@ class Device:
             raise RunError(f"device {self.partition_id}: backbone {message.backbone_key} is neither cached nor sent")
 
     def _part(self, name: str) -> tuple[Tensor, Tensor]:
+        if name == "pooled" and self.source:
+            accepted = "only a simulation has; this device has images of its own"
+            raise ConfigError(f"personalize.method = 'pooled': needs the images of all devices, which {accepted}")
         classes = self.storage.classes if self.source else ()
         owner = (self.config, self.devices, self.partition_id)
         return caches.part(*owner, name, self.source, self._fingerprint, classes)

@@ -139,6 +139,7 @@ METHODS = [
     "apfl",
     "ditto",
     "local",
+    "pooled",
     "fedavg",
     "fedavg+finetune",
     "fedprox",
@@ -174,7 +175,7 @@ def test_every_rule_and_every_method_runs_and_goes_on(cache: Path, tmp_path: Pat
     said = goes_on(tmp_path, cache, options)
     if method == "fedavg":
         assert said["personal_accuracy"] == said["global_accuracy"]
-    if method == "local":
+    if method in ("local", "pooled"):
         assert said["adapter_bytes_up_per_round"] < 100
         lines = [json.loads(line) for line in (tmp_path / "b" / "metrics.jsonl").read_text().splitlines()]
         down = {

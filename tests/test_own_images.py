@@ -8,9 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from flwr.app import Context, Message, RecordDict
 from test_inprocess_run import SMALL
 
+from clients.caches import part
 from clients.client_app import app as client_app
 from clients.client_app import device_of
 from experiments.engines.local import run_inprocess
@@ -104,6 +106,18 @@ def test_a_class_that_the_pool_lacks_costs_this_device_alone(tmp_path: Path) -> 
     lost = [line for line in lines if line["kind"] == "failure"]
     assert lost and all(line["device"] == 1 for line in lost)
     assert all("the public pool has no class five; it has 0, 1, 2" in line["reason"] for line in lost)
+
+
+def test_the_images_of_all_devices_are_known_to_a_simulation_alone(tmp_path: Path) -> None:
+    config = RunConfig.from_flat(dict(map(parse_assignment, [*SMALL, f"cache={tmp_path}"])))
+    pooled, _ = part(config, 4, 0, "pooled", "", "", ())
+    each = [part(config, 4, i, "train", "", "", ())[0] for i in range(4)]
+    assert torch.equal(pooled, torch.cat(each))
+    write_own(tmp_path / "mine.npz")
+    node = {"partition-id": 0, "num-partitions": 1, "data": str(tmp_path / "mine.npz"), "storage": str(tmp_path)}
+    device = device_of(Context(1, 2, node, RecordDict(), {"personalize.method": "pooled"}))
+    with pytest.raises(ConfigError, match="'pooled': needs the images of all devices, which only a simulation has"):
+        device._part("pooled")
 
 
 def test_too_few_images_are_refused(tmp_path: Path) -> None:

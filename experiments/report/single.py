@@ -31,6 +31,7 @@ METHODS = {
     "apfl": "an interpolation of the shared adapters and its own (APFL)",
     "ditto": "personal adapters that are kept close to the shared ones (Ditto)",
     "local": "adapters that it trains alone",
+    "pooled": "adapters that are trained on the images of all devices, an upper bound",
     "fedavg": "the shared adapters (FedAvg)",
     "fedavg+finetune": "the shared adapters, fine-tuned on its own images at the end",
     "fedprox": "the shared adapters, trained near those received (FedProx)",

@@ -17,7 +17,7 @@ from tapfl.personalize.methods import BEGIN_LATER
 BOUND = 0.01  # α nearer than this to 0 or 1 is at its bound
 LEARNT = 1e-3  # mean training loss below which a device knows its images by heart
 LOSS = 0.01  # of accuracy that is worth a warning
-ALONE = "local"  # the method that shares nothing
+ALONE = ("local", "pooled")  # the methods that share nothing
 
 
 class Finding(NamedTuple):
@@ -33,7 +33,7 @@ def warnings_of(run: Run) -> list[Finding]:
 
 
 def shares(run: Run) -> bool:
-    return run.config.get("personalize.method") != ALONE
+    return run.config.get("personalize.method") not in ALONE
 
 
 def disjoint(run: Run) -> Finding | None:

@@ -13,7 +13,7 @@ LINEAR_RULES = ("fedit", "ffa", "rolora", "embed_side")  # plain sums of uploads
 RULES = (*LINEAR_RULES, "hetlora", "flex")
 PERSONAL_HEAD = ("fedper", "fedrep")  # methods in which the classifier stays on the device
 METHODS = (
-    *("apfl", "ditto", "local", "fedavg", "fedavg+finetune", "fedprox", "pfedme", "perfedavg", "fedala"),
+    *("apfl", "ditto", "local", "pooled", "fedavg", "fedavg+finetune", "fedprox", "pfedme", "perfedavg", "fedala"),
     *PERSONAL_HEAD,
 )
 

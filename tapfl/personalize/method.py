@@ -59,11 +59,13 @@ class Method(Protocol, Generic[S]):
             measured after the training of a round; otherwise before.
         has_local_state: the device keeps parameters from round to round.
         shares_adapters: the device uploads w.
+        trains_on: `train`, the device's own training images, or `pooled`, those of all devices of a simulation.
     """
 
     evaluates_after_training: ClassVar[bool] = False
     has_local_state: ClassVar[bool] = True
     shares_adapters: ClassVar[bool] = True
+    trains_on: ClassVar[str] = "train"
 
     @property
     def models_per_step(self) -> int:

@@ -105,6 +105,16 @@ class Local(FedAvg):
         return None, wholly(state.values())
 
 
+@dataclass(frozen=True)
+class Pooled(Local):
+    """`Local` on the training images of all devices, which only a simulation has: an upper bound for a device's model.
+
+    The device's smaller model, its test images and the optimiser are as in every other method.
+    """
+
+    trains_on: ClassVar[str] = "pooled"
+
+
 def method_of(options: PersonalizeOptions, adapters: AdapterOptions, round: int) -> Method[Any]:
     """Returns the method of a round (1 is the first).
 
@@ -130,6 +140,7 @@ def method_of(options: PersonalizeOptions, adapters: AdapterOptions, round: int)
         ),
         "ditto": lambda: Ditto(options.ditto_lambda, scale, rate),
         "local": lambda: Local(rate),
+        "pooled": lambda: Pooled(rate),
         "fedavg": FedAvg,
         "fedavg+finetune": lambda: FineTune(rate),
         "fedprox": lambda: FedProx(options.prox_mu, scale),
