@@ -318,7 +318,7 @@ def test_methods_by_name(options: dict[str, object], check: Callable[[Method], b
         (
             "method",
             "scaffold",
-            "local, fedavg, fedavg+finetune, fedprox, pfedme, perfedavg, fedala, fedper, fedrep, or module:name",
+            "local, pooled, fedavg, fedavg+finetune, fedprox, pfedme, perfedavg, fedala, fedper, fedrep, or module",
         ),
         ("alpha", 1.5, "less than or equal to 1"),
         ("alpha-update", "never", "'round', 'step' or 'fixed'"),
