@@ -92,19 +92,16 @@ def run(
     if not (folder / SUMMARY).is_file():
         raise RunError(f"the run ended without a result; continue with: {again}")
     summary = read_summary(folder)
-    page = _report(folder) if report else None
+    page, warnings = _report(folder) if report else (None, [])
     if as_json:
         shared = {"run": str(folder)} | ({"report": str(page)} if page else {}) | {"devices": len(summary.devices)}
         print(json.dumps(shared | summary.model_dump(exclude={"devices"})))
         return
     show_summary(summary)
     show_line(f"the run's folder: {folder}")
+    for warning in warnings:
+        show_line(f"warning: {warning}")
     if page:
-        from experiments.report.reading import read_run
-        from experiments.report.warnings import warnings_of
-
-        for finding in warnings_of(read_run(folder)):
-            show_line(f"warning: {finding.found} What can be tried: {finding.advice}.")
         show_line(f"the report: {page}")
 
 
@@ -214,16 +211,20 @@ def search(
     show_line(f"as options: {found.folder / 'best.toml'}; in pictures: {found.folder / 'search.html'}")
 
 
-def _report(folder: Path) -> Path | None:
-    """Writes the report of a finished run; an error is reported and does not fail the run."""
-    from experiments.report.cli import write_report
+def _report(folder: Path) -> tuple[Path | None, list[str]]:
+    """Writes the report of a finished run, and returns its page and warnings; an error does not fail the run."""
+    from experiments.report.cli import write_page
+    from experiments.report.reading import read_run
+    from experiments.report.warnings import warnings_of
 
     try:
-        return write_report([folder])
+        run = read_run(folder)
+        found = [f"{each.found} What can be tried: {each.advice}." for each in warnings_of(run)]
+        return write_page([run]), found
     except Exception as error:
         reason = f"{type(error).__name__}: {error}"
         print(f"tapfl: no report was written ({reason}); try again with: tapfl report {folder}", file=sys.stderr)
-        return None
+        return None, []
 
 
 def _require_ray(engine: str, options: RayOptions, needs_ray: Sequence[str] = NEED_RAY) -> None:

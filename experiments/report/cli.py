@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from experiments.report.reading import Run
 
 app = typer.Typer()
 COMPARISON = Path("report")
@@ -36,15 +39,20 @@ def write_report(paths: Sequence[Path], out: Path | None = None) -> Path:
     Raises:
         ConfigError: if one of the folders holds no run, or `out` cannot be written.
     """
+    from experiments.report.reading import read_run
+
+    return write_page([read_run(path) for path in paths], out)
+
+
+def write_page(runs: Sequence[Run], out: Path | None = None) -> Path:
+    """Writes the report of runs that were read, as `write_report`."""
     from experiments.figures.figure import write_figure
     from experiments.figures.page import render
     from experiments.report.comparison import page_of_all
-    from experiments.report.reading import read_run
     from experiments.report.single import page_of
     from tapfl.errors import ConfigError
     from tapfl.store import write_bytes
 
-    runs = [read_run(path) for path in paths]
     folder = out or (runs[0].path if len(runs) == 1 else COMPARISON)
     page = page_of(runs[0]) if len(runs) == 1 else page_of_all(runs)
     html, pictures = render(page).encode(), folder / "figures"
