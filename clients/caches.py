@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from tapfl.adapters import rules
 from tapfl.adapters.layout import Layout, device_layout, gather, global_shapes
 from tapfl.adapters.lora import AdaptedModel
+from tapfl.compute import Compute
 from tapfl.config import RunConfig
 from tapfl.data.federated import DeviceSplit, labels_among, open_private, partition, split_device
 from tapfl.data.sources import ImageSet, load_images
@@ -32,10 +33,8 @@ from tapfl.seeds import torch_generator
 from tapfl.store import cache_folder
 from tapfl.training import Params
 
-# limits of the caches of devices' models and images; an entry that was dropped is read again
-MODEL_BYTES, IMAGE_BYTES = 512 * 2**20, 512 * 2**20
-
-_parts = Memo(IMAGE_BYTES, lambda made: made[0].nbytes)
+# what was dropped is read again; `compute.cache-mb` is the limit of each
+_parts = Memo(0, lambda made: made[0].nbytes)
 
 
 @lru_cache(maxsize=4)
@@ -79,8 +78,9 @@ def part(
     source: str,
     fingerprint: str,
     classes: tuple[str, ...],
+    compute: Compute,
 ) -> tuple[Tensor, Tensor]:
-    """Returns (inputs, labels) of the `train` or `test` part of one device, ready for its model.
+    """Returns (inputs, labels) of the `train` or `test` part of one device, ready for its model and where that is.
 
     `pooled` are the training parts of all devices of a simulation.
 
@@ -94,16 +94,18 @@ def part(
             np.concatenate([each.train for each in everybody]) if everybody else getattr(split, name)
         )
         labels = labels_among(classes, chosen, source) if source else chosen.labels
-        return input_transform(config.model)(chosen.images), torch.from_numpy(labels)
+        return compute.put(input_transform(config.model)(chosen.images)), compute.put(torch.from_numpy(labels))
 
-    made: tuple[Tensor, Tensor] = _parts.once((config, devices, partition_id, name, source, fingerprint, classes), make)
+    _parts.limit = config.compute.cache_mb * 2**20
+    key = (config, devices, partition_id, name, source, fingerprint, classes, compute)
+    made: tuple[Tensor, Tensor] = _parts.once(key, make)
     return made
 
 
 @lru_cache(maxsize=2)
-def dense(cache: Path, key: str, spec: str) -> nn.Module:
+def dense(cache: Path, key: str, spec: str, compute: Compute) -> nn.Module:
     """Returns the dense backbone with this key; `spec` is a BackboneSpec as JSON."""
-    return DenseCache(cache).load(key, BackboneSpec.from_json(spec))
+    return compute.put(DenseCache(cache).load(key, BackboneSpec.from_json(spec)))
 
 
 @lru_cache(maxsize=2)
@@ -127,18 +129,20 @@ class PrunedDevice(NamedTuple):
     nbytes: int  # of the model's weights
 
 
-_models = Memo(MODEL_BYTES, lambda device: device.nbytes)
+_models = Memo(0, lambda device: device.nbytes)
 
 
-def pruned(folder: Path, device: int, rank: int, config: RunConfig) -> PrunedDevice:
+def pruned(folder: Path, device: int, rank: int, config: RunConfig, compute: Compute) -> PrunedDevice:
     """Returns the model in a device's storage. Raises PlanError if it is missing, damaged or another device's."""
     plan, checksum = load_plan(folder)
     require_device(plan, device, f"{folder}: is the model")
-    made: PrunedDevice = _models.once((folder, checksum, rank, config), lambda: _load(folder, plan, rank, config))
+    _models.limit = config.compute.cache_mb * 2**20
+    key = (folder, checksum, rank, config, compute)
+    made: PrunedDevice = _models.once(key, lambda: _load(folder, plan, rank, config, compute))
     return made
 
 
-def _load(folder: Path, plan: PruningPlan, rank: int, config: RunConfig) -> PrunedDevice:
+def _load(folder: Path, plan: PruningPlan, rank: int, config: RunConfig, compute: Compute) -> PrunedDevice:
     dense, layers = skeleton(plan.backbone.model_dump_json())
     model, options = load_pruned(folder, dense), config.adapters
     shapes = global_shapes(dense, layers, max_rank(config.devices))
@@ -156,4 +160,5 @@ def _load(folder: Path, plan: PruningPlan, rank: int, config: RunConfig) -> Prun
     moving = rules.trained(options, layout, 1) | rules.trained(options, layout, 2)
     private = tuple(name for name in staying if name in moving)
     nbytes = sum(parameter.nbytes for parameter in model.parameters())
-    return PrunedDevice(layout, AdaptedModel(model, layout, options.scale), start, made, private, nbytes)
+    adapted = AdaptedModel(compute.put(model), layout, options.scale)
+    return PrunedDevice(layout, adapted, start, made, private, nbytes)

@@ -13,13 +13,13 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TypeVar
 
-import torch
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
 from clients.device import Device
 from clients.storage import DeviceStorage
-from tapfl.config import RunConfig, names_path
+from tapfl.compute import Compute
+from tapfl.config import ComputeOptions, RunConfig, names_path
 from tapfl.errors import ConfigError, RunError
 from tapfl.options import Scalar, validated
 from tapfl.profiles import DeviceProfile, profiles_of
@@ -50,11 +50,12 @@ def device_of(context: Context) -> Device:
 
     In a simulation the run's options assign the profiles; in a deployment a node's own configuration
     (``--node-config "budget=0.5 rank=6 storage='/var/tapfl' cache='/var/cache/tapfl' data='/photos' secret='…'"``)
-    overrides them. A node that has a storage uses neither `out` nor `cache` of the run, which are folders of the
-    server.
+    overrides them, and ``device='cuda'`` what it computes on. A node that has a storage uses neither `out` nor `cache`
+    of the run, which are folders of the server.
 
     Raises:
-        ConfigError: if a path in the node's configuration is not absolute, or its profile is not valid.
+        ConfigError: if a path in the node's configuration is not absolute, its profile is not valid, or there is no
+            such device to compute on.
     """
     config = _config(json.dumps(dict(context.run_config)))
     node = context.node_config
@@ -73,7 +74,13 @@ def device_of(context: Context) -> Device:
         storage=DeviceStorage(folder),
         source=source,
         secret=str(node.get("secret", "")),
+        compute=Compute.of(_own_compute(node, config)),
     )
+
+
+def _own_compute(node: Mapping[str, Scalar], config: RunConfig) -> ComputeOptions:
+    own = {"device": node["device"]} if "device" in node else {}
+    return validated(ComputeOptions, config.compute.model_dump() | own) if own else config.compute
 
 
 def _own_path(node: Mapping[str, Scalar], name: str) -> str:
@@ -118,8 +125,8 @@ def _is_ray_worker() -> bool:
 
 def _answering(type: type[M], handler: Callable[[Device, M], WireMessage]) -> Callable[[Message, Context], Message]:
     def answer(message: Message, context: Context) -> Message:
-        torch.set_num_threads(1)  # a worker uses one thread: more would compete for the cores and change the last bit
         device = device_of(context)
+        device.compute.prepare()
         what = f"device {device.partition_id}: {message.metadata.message_type}"
         with time_limit(device.config.faults.device_timeout, what):
             reply = handler(device, type.from_records(message.content))

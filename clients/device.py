@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
@@ -22,6 +22,7 @@ from tapfl.adapters.combination import clip_update
 from tapfl.adapters.layout import pack, unpack
 from tapfl.adapters.lora import interpolate
 from tapfl.adapters.peft_format import save_peft
+from tapfl.compute import HERE, Compute, home
 from tapfl.config import RunConfig
 from tapfl.data.augmentation import augmented
 from tapfl.data.contents import fingerprints
@@ -63,6 +64,7 @@ class Device:
 
     Attributes:
         source: images that all belong to this device; empty: its part of the run's `data.source`.
+        compute: where it computes. Models, images and parameters in use are there; what is sent or stored is not.
     """
 
     config: RunConfig
@@ -72,6 +74,7 @@ class Device:
     storage: DeviceStorage
     source: str = ""
     secret: str = field(default="", repr=False)
+    compute: Compute = HERE
 
     def hello(self, message: Hello) -> HelloReply:
         """Returns the device's number and profile.
@@ -94,20 +97,21 @@ class Device:
         classes: list[str] = json.loads(message.classes)
         if self.source:
             self.storage.save_classes(classes)
-        model = caches.dense(self._cache, message.backbone_key, message.backbone_spec)
+        model = caches.dense(self._cache, message.backbone_key, message.backbone_spec, self.compute)
         project = Projection(message.projection_mean, message.projection_components)
         inputs, labels = self._part("train")
-        points = project(image_features(model, inputs.split(256)))
+        with self.compute.forward():
+            points = project(image_features(model, inputs.split(256)))
         summary = device_mixture(points, self.config.summary, self.config.seed, self.partition_id, self.secret)
         test_inputs, test_labels = self._part("test")
-        held, tested = (each.bincount(minlength=len(classes)) for each in (labels, test_labels))
+        held, tested = (home(each).bincount(minlength=len(classes)) for each in (labels, test_labels))
         self.storage.save_images(classes, held.tolist(), tested.tolist())
         reports_classes = self.config.adapters.head == "class-rows"
         return SummaryReply(
             **vars(summary),
-            dense_accuracy=accuracy(predict(model, test_inputs), test_labels),
+            dense_accuracy=self._accuracy(model, test_inputs, test_labels),
             test_samples=len(test_labels),
-            classes=len(labels.unique()),
+            classes=int((held > 0).sum()),
             held_classes=held.clamp(max=1).float().numpy() if reports_classes else np.zeros(0, np.float32),
         )
 
@@ -121,14 +125,14 @@ class Device:
         """
         plan = PruningPlan.from_json(message.plan)
         if message.weights:
-            small = rebuild(plan, message.weights)
+            small = self.compute.put(rebuild(plan, message.weights))
         else:
-            dense = caches.dense(self._cache, message.backbone_key, plan.backbone.model_dump_json())
+            dense = caches.dense(self._cache, message.backbone_key, plan.backbone.model_dump_json(), self.compute)
             small = shrink(dense, plan)
         save_pruned(small, plan, self.storage.pruned, replace=True)
         cost = measure_cost(small)
-        inputs, labels = self._part("test")
-        return PruneReply(params=cost.params, macs=cost.macs, pruned_accuracy=accuracy(predict(small, inputs), labels))
+        accuracy = self._accuracy(small, *self._part("test"))
+        return PruneReply(params=cost.params, macs=cost.macs, pruned_accuracy=accuracy)
 
     def train(self, message: Train) -> TrainReply:
         """Evaluates the received adapters, trains, stores the personal part and returns the shared part."""
@@ -139,15 +143,15 @@ class Device:
         used = result.personal if method.evaluates_after_training else personal
         due = is_evaluated(self.config.train, message.round - 1)
         accuracies = self._evaluate(received, method.inference(received, used)) if due else (0.0, 0.0)
-        trained = result.upload or {}
+        trained = home(result.upload or {})
         private = {name: trained[name] for name in self._pruned.private if name in trained}
         alone = self._trained_alone(state, message.round)
         if method.has_local_state or private or alone:
-            kept = DeviceState(result.personal if method.has_local_state else None, private, alone)
+            kept = DeviceState(result.personal if method.has_local_state else None, private, alone).moved(home)
             self.storage.save_state(self.partition_id, message.round, kept, before=message.state_round)
         return TrainReply(
             round=message.round,
-            adapters=self._upload(received, trained, message.round),
+            adapters=self._upload(home(received), trained, message.round),
             loss=result.loss,
             alpha=_alpha(used),
             global_accuracy=accuracies[0],
@@ -166,7 +170,7 @@ class Device:
         accuracies = self._evaluate(received, final)
         if personal and self.config.personalize.method == "apfl":
             self.storage.save_alphas({a: self._score(interpolate(personal.params, received, a)) for a in SHOWN_ALPHAS})
-        save_peft(final, self.config.adapters.scale, self.storage.personal, base=str(self.storage.pruned))
+        save_peft(home(final), self.config.adapters.scale, self.storage.personal, base=str(self.storage.pruned))
         return EvaluateReply(message.round, _alpha(personal), *accuracies, self._alone_accuracy(state))
 
     def _method(self, round: int) -> Method[Any]:
@@ -177,11 +181,12 @@ class Device:
 
     @cached_property
     def _pruned(self) -> caches.PrunedDevice:
-        return caches.pruned(self.storage.pruned, self.partition_id, self.profile.rank, self.config)
+        return caches.pruned(self.storage.pruned, self.partition_id, self.profile.rank, self.config, self.compute)
 
     def _state(self, round: int) -> DeviceState:
         kept = self._method(round).has_local_state or self._pruned.private or self.config.personalize.alone
-        return self.storage.load_state(self.partition_id, round) if kept else DeviceState(None, {})
+        state = self.storage.load_state(self.partition_id, round) if kept else DeviceState(None, {})
+        return state.moved(self.compute.put)
 
     def _whole(self, method: Method[Any], state: DeviceState, adapters: np.ndarray) -> Params:
         """Returns all of w: the tensors that arrived, and those never sent: frozen and private ones.
@@ -192,7 +197,7 @@ class Device:
             return state.personal.params
         layout = self._pruned.layout
         whole = self._pruned.start | state.private | unpack(adapters, rules.down(self.config.adapters, layout))
-        return {name: whole[name] for name in layout}
+        return self.compute.put({name: whole[name] for name in layout})
 
     @cached_property
     def _trained_and_held_out(self) -> tuple[np.ndarray, np.ndarray]:
@@ -201,7 +206,7 @@ class Device:
         if not self.config.personalize.holds_out:
             return np.arange(len(labels)), np.arange(0)
         generator = numpy_generator(self.config.seed, "held-out", self.partition_id)
-        return hold_out(labels.numpy(), self.config.personalize.held_out_share, generator)
+        return hold_out(home(labels).numpy(), self.config.personalize.held_out_share, generator)
 
     def _weighing(self, round: int) -> list[np.ndarray]:
         """Positions in the training part, by batches, of the images by which a method weighs v against w."""
@@ -236,13 +241,14 @@ class Device:
             return {}
         method = Local(rate_factor(self.config.train, round) * options.alone_learning_rate)
         everything = np.arange(len(self._part("train")[1]))
-        start = state.alone or self._pruned.untrained
+        start = state.alone or self.compute.put(self._pruned.untrained)
         result = self._local_round(method, start, None, round, everything).personal
         return result.params if result else {}
 
     def _alone_accuracy(self, state: DeviceState) -> float:
         """Returns the accuracy of the adapters that were trained alone; 0 if there are none."""
-        return self._score(state.alone or self._pruned.untrained) if self.config.personalize.alone else 0.0
+        start = self.compute.put(self._pruned.untrained)
+        return self._score(state.alone or start) if self.config.personalize.alone else 0.0
 
     def _local_round(
         self,
@@ -293,8 +299,11 @@ class Device:
         return shared, shared if used is received else self._score(used)
 
     def _score(self, params: Params) -> float:
-        inputs, labels = self._part("test")
-        return accuracy(predict(partial(self._pruned.adapted, params), inputs), labels)
+        return self._accuracy(partial(self._pruned.adapted, params), *self._part("test"))
+
+    def _accuracy(self, model: Callable[[Tensor], Tensor], inputs: Tensor, labels: Tensor) -> float:
+        with self.compute.forward():
+            return accuracy(predict(model, inputs), labels)
 
     def _receive_backbone(self, message: Summarize) -> None:
         cache = DenseCache(self._cache)
@@ -309,7 +318,7 @@ class Device:
             raise ConfigError(f"personalize.method = 'pooled': needs the images of all devices, which {accepted}")
         classes = self.storage.classes if self.source else ()
         owner = (self.config, self.devices, self.partition_id)
-        return caches.part(*owner, name, self.source, self._fingerprint, classes)
+        return caches.part(*owner, name, self.source, self._fingerprint, classes, self.compute)
 
     @property
     def _images(self) -> tuple[str, str]:

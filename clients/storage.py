@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from tapfl.data.contents import ACCEPTED, changed
 from tapfl.errors import DataError, RunError
@@ -23,6 +23,11 @@ class DeviceState(NamedTuple):
     personal: Personal | None  # v and α; None where the method has none
     private: Params  # the parts of w that the aggregation rule does not share
     alone: Params | None = None  # adapters that were trained alone, for comparison
+
+    def moved(self, move: Callable[[Any], Any]) -> DeviceState:
+        """Returns the state with all tensors moved: `Compute.put`, or `home`."""
+        v = self.personal
+        return DeviceState(v and Personal(move(v.params), move(v.alpha)), move(self.private), move(self.alone))
 
 
 class DeviceStorage:

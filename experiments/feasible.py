@@ -9,6 +9,7 @@ from flwr.common.logger import log
 
 from strategies.loggers import require_loggers
 from tapfl.adapters.rules import rule_of
+from tapfl.compute import Compute
 from tapfl.config import RunConfig
 from tapfl.data.federated import check_classes, found, open_pool, open_private, partition
 from tapfl.data.sources import ImageSet
@@ -37,6 +38,7 @@ def check(config: RunConfig) -> None:
     Raises:
         TapflError: in one line.
     """
+    Compute.of(config.compute)
     resolved(config.pruning)
     rule_of(config.adapters)
     method_of(config.personalize, config.adapters, config.personalize.from_round)
@@ -64,7 +66,7 @@ def _check_backbone(config: RunConfig, public: ImageSet) -> None:
         raise ConfigError(f"model.head = {options.head!r}: takes rows of the head of model.weights, which is empty")
     spec = spec_of(options, public.classes)
     model = build(spec)
-    key = dense_key(options, spec, public, config.seed)
+    key = dense_key(options, spec, public, config.seed, Compute.of(config.compute))
     if not DenseCache(cache_folder(config.cache)).holds(key):
         fill_weights(model, options, spec, public.classes)
     layers = layers_of(model, options)

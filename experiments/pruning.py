@@ -6,16 +6,16 @@ A pruned model is a folder with `plan.json` and `model.safetensors`; a device's 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import nn
 
 from clients.storage import DeviceStorage
 from experiments.output import count
+from tapfl.compute import Compute
 from tapfl.config import ModelOptions, RunConfig
 from tapfl.data.sources import load_images
 from tapfl.errors import ConfigError, DataError, ModelError
@@ -49,21 +49,24 @@ def prune(config: RunConfig, budget: Budget | float | str, out: Path) -> Pruning
     Raises:
         TapflError: if an option is not valid or the budget cannot be met; nothing is written then.
     """
-    torch.set_num_threads(1)  # the same bits on machines of any number of cores
     require_new(out)
+    compute = Compute.of(config.compute)
+    compute.prepare()
     budget, options = Budget.parse(budget), resolved(config.pruning)
     cache, transform = cache_folder(config.cache), input_transform(config.model)
     images = load_images(config.data.source, transform, cache)
     for name, size in (("metric.size", config.metric.size), ("pruning.recovery-size", options.recovery_size)):
         if size > len(images):
             raise DataError(f"{name} = {size}: {config.data.source!r} has {len(images)} images")
-    _, spec, model = dense_backbone(config.model, images, config.seed, DenseCache(cache))
+    _, spec, model = dense_backbone(config.model, images, config.seed, DenseCache(cache), compute)
     with stage(f"pruning by {options.criterion}"):
-        model = in_basis(model, options.basis, lambda: turned_on_pool(model, images, transform, config.seed))
+        dense = compute.put(model)
+        model = in_basis(dense, options.basis, lambda: turned_on_pool(dense, images, transform, config.seed))
         drawn = images.subset(numpy_generator(config.seed, "metric").permutation(len(images)))
         metric = drawn.subset(np.arange(config.metric.size))
-        inputs, labels = transform(metric.images), labels_of(metric, options)
+        inputs, labels = compute.put(transform(metric.images)), compute.put(labels_of(metric, options))
         task = pruning_task(model, inputs, budget, options, config.metric.batch, labels, config.seed)
+        task = replace(task, at_once=compute.at_once, passing=compute.forward)
         fine_tune = fine_tune_set(lambda size: drawn.subset(np.arange(size)), transform, options)
         origin: dict[str, Scalar] = {"data": config.data.source, "metric-size": config.metric.size}
         pruned = prune_model(task, spec, fine_tune, origin | {"budget": str(budget)}, config.seed)

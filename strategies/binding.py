@@ -7,15 +7,20 @@ rows of the head, the profiles, the modules of plugins. The images of a device a
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping
 
+from flwr.common.logger import log
+
+from tapfl.compute import Compute
 from tapfl.config import RunConfig, binding
 from tapfl.data.contents import ACCEPTED, OPTIONS, changed, contents
 from tapfl.errors import ConfigError
 from tapfl.options import differences
 from tapfl.store import RunFolder, write_json
 
-INPUTS = "inputs.json"
+INPUTS, VERSIONS = "inputs.json", "versions.json"
+PROCESSOR = "processor"  # entry of versions.json
 
 
 def inputs_of(config: RunConfig, require: bool = True) -> dict[str, str]:
@@ -48,3 +53,23 @@ def require_same_inputs(folder: RunFolder, inputs: Mapping[str, str]) -> None:
         before = None
     if odd := changed(before if isinstance(before, dict) else {}, inputs):
         raise ConfigError(f"resume: {'; '.join(odd)}; {ACCEPTED}")
+
+
+def require_same_processor(folder: RunFolder, compute: Compute) -> None:
+    """Warns if the run in `folder` was computed on another kind of processor so far, which changes the last bits.
+
+    Raises:
+        ConfigError: instead, if it is to be deterministic.
+    """
+    try:
+        before = json.loads((folder.path / VERSIONS).read_text(encoding="utf-8"))[PROCESSOR]
+    except (OSError, ValueError, RecursionError, LookupError, TypeError):
+        return
+    if before == (now := compute.kind):
+        return
+    if compute.deterministic:
+        raise ConfigError(
+            f"compute.deterministic = true: the run in {folder.path} was computed on {before}, and here is {now}; "
+            "accepted: the same kind of processor"
+        )
+    log(logging.WARNING, "resume: computed on %s so far, now on %s: results differ in the last bits", before, now)

@@ -24,6 +24,7 @@ from strategies.fleet import Fleet
 from strategies.records import DeviceRecord, FailureLine, append_lines
 from strategies.round_zero import PublicPool, Shared, describe_pool, device_model
 from strategies.state import FederationState
+from tapfl.compute import HERE, Compute
 from tapfl.config import RunConfig
 from tapfl.data.sources import ImageSet
 from tapfl.errors import BudgetError, PlanError, RunError
@@ -41,10 +42,12 @@ from tapfl.wire import ENVELOPE, Prune, PruneReply, Summarize, SummaryReply
 class Preparation:
     """The server's side of round zero, and its dense backbone, whose `key` is its name in the caches."""
 
-    def __init__(self, config: RunConfig, images: ImageSet, folder: RunFolder, fleet: Fleet) -> None:
-        self.config, self.images, self.folder, self.fleet = config, images, folder, fleet
+    def __init__(
+        self, config: RunConfig, images: ImageSet, folder: RunFolder, fleet: Fleet, compute: Compute = HERE
+    ) -> None:
+        self.config, self.images, self.folder, self.fleet, self.compute = config, images, folder, fleet, compute
         self.cache = DenseCache(cache_folder(config.cache))
-        self.key, self.spec, self.backbone = dense_backbone(config.model, images, config.seed, self.cache)
+        self.key, self.spec, self.backbone = dense_backbone(config.model, images, config.seed, self.cache, compute)
         log(logging.INFO, "dense backbone: ready: %s", self.key)
 
     @cached_property
@@ -62,13 +65,13 @@ class Preparation:
             RunError: if too few devices send a mixture, or no device has a budget that can be met.
         """
         with stage("public pool"):
-            pool = describe_pool(self.config, self.images, self.backbone)
+            pool = describe_pool(self.config, self.images, self.backbone, self.compute)
         state, summaries = self._summaries(state, pool)
         state = state.with_devices({i: {"generic": i not in summaries} for i in state.devices})
         messages: dict[int, Prune] = {}
         with stage("smaller models") as advance:
             advance(0, len(state.devices))
-            shared = Shared(self.config, pool, self.backbone)
+            shared = Shared(self.config, pool, self.backbone, self.compute)
             for done, (i, record) in enumerate(state.devices.items(), start=1):
                 try:
                     made = self.planned(i)

@@ -8,6 +8,7 @@ from functools import cached_property, partial
 import numpy as np
 from torch import nn
 
+from tapfl.compute import HERE, Compute
 from tapfl.config import MetricOptions, RunConfig
 from tapfl.data.sources import ImageSet
 from tapfl.memo import Memo
@@ -43,10 +44,10 @@ class PublicPool:
         return self.mixture.log_likelihood(self.points)
 
 
-def describe_pool(config: RunConfig, images: ImageSet, model: nn.Module) -> PublicPool:
+def describe_pool(config: RunConfig, images: ImageSet, model: nn.Module, compute: Compute = HERE) -> PublicPool:
     """Returns the pool with its descriptors and mixture."""
     spec, cache = spec_of(config.model, images.classes), cache_folder(config.cache)
-    return pool_of(config, images, cached_features(model, spec, images, transform_of(model), cache))
+    return pool_of(config, images, cached_features(model, spec, images, transform_of(model), cache, compute))
 
 
 def pool_of(config: RunConfig, images: ImageSet, features: np.ndarray) -> PublicPool:
@@ -82,10 +83,14 @@ class Shared:
     """What the smaller models of all devices have in common: computed when it is first needed, and once.
 
     It changes no model, not by a bit, and holds little: no images and no activations beyond those of the pass at hand.
+
+    Args:
+        model: the dense backbone, on the CPU.
+        compute: where all this is computed, and where the smaller models are then.
     """
 
-    def __init__(self, config: RunConfig, pool: PublicPool, model: nn.Module) -> None:
-        self.config, self.pool, self._dense = config, pool, model
+    def __init__(self, config: RunConfig, pool: PublicPool, model: nn.Module, compute: Compute = HERE) -> None:
+        self.config, self.pool, self._dense, self.compute = config, pool, model, compute
         self.transform = transform_of(model)
         self._tasks, self._selections = Memo(BUDGETS), Memo(SELECTIONS)
 
@@ -96,7 +101,8 @@ class Shared:
         The canonical basis is found on the whole pool, never for one device: adapters are aggregated by index, which
         is meaningful only if a dim is the same dim on every device.
         """
-        dense, images, basis = self._dense, self.pool.images, resolved(self.config.pruning).basis
+        dense, images = self.compute.put(self._dense), self.pool.images
+        basis = resolved(self.config.pruning).basis
         return in_basis(dense, basis, lambda: turned_on_pool(dense, images, self.transform, self.config.seed))
 
     @cached_property
@@ -104,12 +110,13 @@ class Shared:
         """What the pool says of the layers, for ``pruning.probe = pool``."""
         config, model, images = self.config, self.model, self.pool.images.images
         batches = partial(self.transform.batches, images)
-        return PoolProbe(model, prunable_layers(model), batches, config.pruning, config.metric.batch)
+        layers, batch, compute = prunable_layers(model), config.metric.batch, self.compute
+        return PoolProbe(model, layers, batches, config.pruning, batch, compute.at_once, compute.forward)
 
     def task(self, chosen: np.ndarray, budget: float | str) -> PruningTask:
         """Returns the problem of a device; what depends on the backbone and the budget alone is measured once."""
         config, metric = self.config, self.pool.images.subset(chosen)
-        inputs, labels = self.transform(metric.images), labels_of(metric, config.pruning)
+        inputs = self.compute.put(self.transform(metric.images))
         task: PruningTask = self._tasks.once(
             budget,
             lambda: pruning_task(self.model, inputs, budget, config.pruning, config.metric.batch, seed=config.seed),
@@ -117,9 +124,11 @@ class Shared:
         return replace(
             task,
             inputs=inputs,
-            labels=labels,
+            labels=self.compute.put(labels_of(metric, config.pruning)),
             generator=torch_generator(config.seed, "criterion"),
             pool_probe=partial(self.probe.importance, chosen=chosen) if config.pruning.probe == "pool" else None,
+            at_once=self.compute.at_once,
+            passing=self.compute.forward,
         )
 
     def selection(self, chosen: np.ndarray, budget: float | str) -> tuple[PruningTask, Selection]:

@@ -21,7 +21,14 @@ from flwr.app import Context
 from flwr.common.logger import log
 from flwr.serverapp import Grid, ServerApp
 
-from strategies.binding import inputs_of, require_same_inputs, require_same_options, write_begun
+from strategies.binding import (
+    PROCESSOR,
+    inputs_of,
+    require_same_inputs,
+    require_same_options,
+    require_same_processor,
+    write_begun,
+)
 from strategies.exchange import Request
 from strategies.fleet import Fleet, sample_clients, seconds, training_macs
 from strategies.loggers import loggers, require_loggers
@@ -48,6 +55,7 @@ from strategies.state import (
 from tapfl.adapters import rules
 from tapfl.adapters.layout import Layout, Update, device_layout, gather_all, global_shapes, pack, packed_size, unpack
 from tapfl.adapters.rules import ServerState
+from tapfl.compute import HERE, Compute
 from tapfl.config import RunConfig
 from tapfl.data.federated import open_pool
 from tapfl.data.sources import ImageSet
@@ -67,8 +75,9 @@ app = ServerApp()
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    torch.set_num_threads(1)  # the same bits whatever the machine has
     config = RunConfig.from_flat(context.run_config)
+    compute = Compute.of(config.compute)
+    compute.prepare()
     if config.resume and not config.out:
         raise ConfigError("resume = true: needs out, the folder of the run to go on with")
     # Flower runs an app in the folder in which its daemon was first started: a relative path would go astray there
@@ -83,18 +92,25 @@ def main(grid: Grid, context: Context) -> None:
         if config.resume:
             require_same_options(folder, config)
             require_same_inputs(folder, inputs)
+            require_same_processor(folder, compute)
         pool = open_pool(config.data, input_transform(config.model), config.seed, cache_folder(config.cache))
-        run_federation(grid, config, pool, folder, inputs)
+        run_federation(grid, config, pool, folder, inputs, compute)
 
 
 def run_federation(
-    grid: Grid, config: RunConfig, images: ImageSet, folder: RunFolder, inputs: Mapping[str, str]
+    grid: Grid,
+    config: RunConfig,
+    images: ImageSet,
+    folder: RunFolder,
+    inputs: Mapping[str, str],
+    compute: Compute = HERE,
 ) -> None:
     """Carries a federation out, or continues it, and leaves the results in the run's folder.
 
     Args:
         images: the public pool.
         inputs: fingerprints of what the options name, to be written down.
+        compute: where the server computes.
 
     Raises:
         RunError: if too few devices come through in a phase; the run can be continued from its last state.
@@ -110,12 +126,13 @@ def run_federation(
         log(logging.WARNING, "personalize.from-round = %d: no device gets a personal model in this run", first)
     (folder.path / SUMMARY).unlink(missing_ok=True)
     write_begun(folder, config, inputs)
-    folder.write_versions()
+    folder.write_versions({PROCESSOR: compute.kind})
+    log(logging.INFO, "computing on: %s, %s", compute.kind, compute.precision)
     cut_metrics(folder.path, state.metrics_bytes if state else 0)
     clock = Clock(folder.path / "timing.json")
     with loggers(config, folder) as replay:
         with clock.phase("backbone"):
-            preparation = Preparation(config, images, folder, Fleet(grid, config, folder))
+            preparation = Preparation(config, images, folder, Fleet(grid, config, folder), compute)
         federation = Federation(preparation, replay)
         with clock.phase("round zero"):
             state = federation.resume(state) if state else federation.start()

@@ -95,7 +95,7 @@ def pack_tensors(tensors: Tensors, about: Mapping[str, str] | None = None) -> by
     """Returns the content of a safetensors file; `about` becomes its metadata."""
     from safetensors.torch import save
 
-    contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     return save(contiguous, metadata=dict(about or {}))
 
 
@@ -271,7 +271,7 @@ class RunFolder:
 
     ```
     config.json inputs.json       the resolved options; fingerprints of the images and files that they name
-    versions.json                 the versions of the packages
+    versions.json                 the versions of the packages, and the kind of processor
     summaries/NN.safetensors      the mixture that each device sent
     plans/NN.json NN.safetensors  each device's plan, and its weights if the plan alone does not determine them
     metric-sets/NN.json           public images of each class in the metric set of each plan, and in the pool
@@ -329,10 +329,10 @@ class RunFolder:
         if self._new and not (self.path / "config.json").exists():  # nothing to resume
             shutil.rmtree(self.path, ignore_errors=True)
 
-    def write_versions(self) -> None:
-        """Records the installed version of every package that can change a result."""
+    def write_versions(self, besides: Mapping[str, str]) -> None:
+        """Records the installed version of every package that can change a result, and what else can, `besides`."""
         packages = ("tapfl", "torch", "timm", "peft", "flwr", "flwr-datasets", "ray", "numpy", "scikit-learn")
-        write_json(self.path / "versions.json", {name: metadata.version(name) for name in packages})
+        write_json(self.path / "versions.json", {name: metadata.version(name) for name in packages} | dict(besides))
 
     @property
     def server(self) -> Versions:

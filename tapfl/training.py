@@ -100,7 +100,8 @@ def diverged(option: str, what: str, step: int, steps: int, sign: str) -> ModelE
 
 def largest(tensors: Iterable[Tensor]) -> float:
     """Returns the largest absolute value in any of the tensors; NaN if one is NaN."""
-    return float(np.max([float(tensor.detach().abs().max()) for tensor in tensors if tensor.numel()], initial=0.0))
+    found = [tensor.detach().abs().max().double() for tensor in tensors if tensor.numel()]
+    return float(torch.stack(found).max()) if found else 0.0  # one wait for a device
 
 
 def train_dense(

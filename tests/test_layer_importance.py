@@ -13,7 +13,6 @@ from tapfl.models.backbone import BackboneSpec
 from tapfl.models.forward import tokens_read
 from tapfl.models.residual import branch_steps, first_queries
 from tapfl.models.units import replaced
-from tapfl.pruning import layer_importance as module
 from tapfl.pruning.layer_importance import layer_importance, mean_divergence, sample_divergences
 
 POOLED = {**VIT_ARGS, "class_token": False, "global_pool": "avg"}
@@ -135,14 +134,14 @@ def test_a_sample_diverges_as_it_does_alone(family: str) -> None:
     assert mean_divergence(backbone.layers, together[:, some]) == pytest.approx(expected, rel=1e-4, abs=1e-7)
 
 
-def test_what_passes_a_block_together_is_bounded(vit: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_passes_a_block_together_is_bounded(vit: Tiny) -> None:
     kept = random_kept(vit.layers, 0.5)
     expected = layer_importance(vit.model, vit.layers, kept, vit.inputs, batch=4)
     sizes: list[int] = []
-    monkeypatch.setattr(module, "STREAM_AT_ONCE", 3 * vit.layers[0].tokens * vit.layers[0].embed_dim)
+    stream = 3 * vit.layers[0].tokens * vit.layers[0].embed_dim
     handle = vit.model.patch_embed.register_forward_pre_hook(lambda _m, inputs: sizes.append(len(inputs[0])))
     try:
-        found = layer_importance(vit.model, vit.layers, kept, vit.inputs, batch=4)
+        found = layer_importance(vit.model, vit.layers, kept, vit.inputs, batch=4, stream=stream)
     finally:
         handle.remove()
     assert sizes == [3, 1]

@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from experiments.bench.timing import peak_tensor_bytes
+from tapfl.compute import AtOnce
 from tapfl.errors import ModelError
 from tapfl.pruning.scores import (
-    STRIP,
     TERM_WEIGHTS,
     Terms,
     composite,
@@ -85,7 +85,7 @@ def test_vectorised_form_equals_the_loop(
     if constant:
         X[:, :, 0] = 3.0
     P = generator.dirichlet(np.ones(4), images).astype(np.float32)
-    parts = terms(torch.from_numpy(X), torch.from_numpy(P), heads, chunk)
+    parts = terms(torch.from_numpy(X), torch.from_numpy(P), heads, AtOnce(channels=chunk))
     expected = loop_terms(X.astype(np.float64), P.astype(np.float64), heads)
     for got, want in zip((parts.rel, parts.red, parts.act), expected, strict=True):
         np.testing.assert_allclose(got.numpy(), want, rtol=1e-3, atol=1e-4)
@@ -95,7 +95,7 @@ def test_vectorised_form_equals_the_loop(
         assert ((score >= -1e-6) & (score <= 1 + 1e-6)).all()
 
 
-@pytest.mark.parametrize("images", [STRIP, STRIP + 1, 2 * STRIP + 3])
+@pytest.mark.parametrize("images", [16, 17, 35])
 @pytest.mark.parametrize("heads", [0, 2])
 def test_strips_of_rows_together_are_the_loop(images: int, heads: int) -> None:
     generator = np.random.default_rng(images)
@@ -257,14 +257,14 @@ def test_no_hook_stays_behind(vit: Tiny) -> None:
 
 
 @pytest.mark.parametrize("heads", [0, 3])
-@pytest.mark.parametrize("chunk", [1, 5, 64])
-def test_channels_at_once_change_nothing_but_the_memory(heads: int, chunk: int) -> None:
+@pytest.mark.parametrize("at_once", [AtOnce(1), AtOnce(5), AtOnce(64), AtOnce(1024, strip=64)])
+def test_what_is_done_at_once_changes_nothing_but_the_memory(heads: int, at_once: AtOnce) -> None:
     generator = torch.Generator().manual_seed(heads)
     X = torch.randn(20, 7, 48, generator=generator)
     P, before = torch.randn(20, 4, generator=generator).softmax(-1), X.clone()
-    whole = terms(X, P, heads, 48)
-    assert peak_tensor_bytes(lambda: terms(X, P, heads, chunk)) <= scratch_bytes(20, 7, heads, chunk)
-    parts = terms(X, P, heads, chunk)
+    whole = terms(X, P, heads)
+    assert peak_tensor_bytes(lambda: terms(X, P, heads, at_once)) <= scratch_bytes(20, 7, heads, at_once)
+    parts = terms(X, P, heads, at_once)
     for name in ("rel", "red", "act"):
         torch.testing.assert_close(getattr(parts, name), getattr(whole, name), rtol=1e-5, atol=1e-6)
     assert torch.equal(X, before)
@@ -272,11 +272,11 @@ def test_channels_at_once_change_nothing_but_the_memory(heads: int, chunk: int) 
 
 def test_a_smaller_chunk_takes_less_memory() -> None:
     X, P = torch.randn(64, 50, 256), torch.randn(64, 10).softmax(-1)
-    small, large = (peak_tensor_bytes(lambda chunk=chunk: terms(X, P, 0, chunk)) for chunk in (16, 256))
+    small, large = (peak_tensor_bytes(lambda chunk=chunk: terms(X, P, 0, AtOnce(chunk))) for chunk in (16, 256))
     assert small < large / 8
 
 
 def test_large_activations_are_finite_though_their_sum_is_not() -> None:
-    refuse_not_finite("layer", torch.full((10,), 3e38), 0)
+    refuse_not_finite({"layer": torch.full((10,), 3e38)}, 0)
     with pytest.raises(ModelError, match="layer: activations are not finite in batch 2"):
-        refuse_not_finite("layer", torch.tensor([3e38, 3e38, float("-inf")]), 2)
+        refuse_not_finite({"layer": torch.tensor([3e38, 3e38, float("-inf")])}, 2)

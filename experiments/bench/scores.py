@@ -31,6 +31,7 @@ from experiments.bench.timing import (
     peak_tensor_bytes,
     side_by_side,
 )
+from tapfl.compute import AtOnce
 from tapfl.models.forward import example_input
 from tapfl.models.prunable import prunable_layers
 from tapfl.models.units import PrunableLayer, replaced
@@ -66,8 +67,8 @@ def scoring(
 @torch.no_grad()
 def _scoring(model: nn.Module, repeats: int, chunk: int, every: int) -> Row:
     layers = prunable_layers(model)
-    batch = torch.randn(example_input(model, BATCH).shape)
-    grown = peak_process_bytes(lambda: neuron_importance(model, layers, batch, BATCH, chunk=chunk))
+    batch, together = torch.randn(example_input(model, BATCH).shape), AtOnce(channels=chunk)
+    grown = peak_process_bytes(lambda: neuron_importance(model, layers, batch, BATCH, at_once=together))
     logits, activations = record_activations(model, layers, batch)
     P = logits.softmax(-1)
 
@@ -78,10 +79,10 @@ def _scoring(model: nn.Module, repeats: int, chunk: int, every: int) -> Row:
     ways: dict[str, TermsOf] = {
         "loop": lambda X, P, heads: loop_terms(X, P, heads, every),
         "hoisted": lambda X, P, heads: loop_terms(X, P, heads, every, hoisted=True),
-        "vectorised": lambda X, P, heads: terms(X, P, heads, chunk),
+        "vectorised": lambda X, P, heads: terms(X, P, heads, together),
     }
     scratch = peak_tensor_bytes(lambda: of_all(ways["vectorised"]))
-    bound = max(scratch_bytes(BATCH, layer.tokens, layer.heads, chunk) for layer in layers)
+    bound = max(scratch_bytes(BATCH, layer.tokens, layer.heads, together) for layer in layers)
     difference, in_common = _agreement(layers, of_all(ways["loop"]), of_all(ways["vectorised"]), every)
     variants: dict[str, Callable[[], object]] = {"forward": lambda: record_activations(model, layers, batch)}
     variants |= {way: partial(of_all, one) for way, one in ways.items()}

@@ -8,18 +8,17 @@ scenario ─► device's view ─► metric set ─► scores ─► selection �
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import TypeVar
 
 import numpy as np
-import torch
 from scipy.stats import spearmanr
 from torch import nn
 
 from experiments.compare.grid import MEASURES, Cell
 from experiments.compare.scenario import DeviceView, Scenario, score
+from tapfl.compute import Compute, home
 from tapfl.config import PruningOptions, RunConfig
 from tapfl.data.sources import ImageSet
 from tapfl.errors import BudgetError, ConfigError
@@ -39,10 +38,11 @@ SPENDING = ("criterion", "ratio", "tau", "gamma", "align", "floor", "unit_shape"
 KEPT = {"images": 2, "scores": 64, "sensitivities": 2, "moments": 2}  # results kept of a kind; of others the last one
 
 
-def timed(make: Callable[[], T]) -> tuple[T, float]:
-    """Returns the result of `make`, and the CPU seconds that it took."""
-    start = time.process_time()
-    return make(), time.process_time() - start
+def timed(make: Callable[[], T], compute: Compute) -> tuple[T, float]:
+    """Returns the result of `make`, and the seconds that it took by the clock of what it computes on."""
+    made: list[T] = []
+    seconds = compute.seconds(lambda: made.append(make()))
+    return made[0], seconds
 
 
 class CellRunner:
@@ -53,7 +53,6 @@ class CellRunner:
     """
 
     def __init__(self, rank: bool = False) -> None:
-        torch.set_num_threads(1)
         self.rank = rank
         self._kept: dict[str, Memo] = {}
 
@@ -67,6 +66,7 @@ class CellRunner:
         return result
 
     def _measure(self, cell: Cell) -> dict[str, object]:
+        Compute.of(cell.config.compute).prepare()
         try:
             options = resolved(cell.config.pruning)
         except ConfigError as error:  # the criterion does not support one of the options
@@ -104,13 +104,13 @@ class CellRunner:
         return self._view(cell).task(self._images(cell), cell.budget, config.pruning, config.metric.batch)
 
     def _select(self, cell: Cell, task: PruningTask) -> tuple[Selection | str, float]:
-        """Returns the selection of the criterion, or why there is none, and its CPU seconds."""
-        criterion = criterion_of(task.options.criterion)
+        """Returns the selection of the criterion, or why there is none, and its seconds."""
+        criterion, compute = criterion_of(task.options.criterion), Compute.of(cell.config.compute)
         try:
             if criterion.scores is None:
-                return timed(lambda: select(task))
+                return timed(lambda: select(task), compute)
             scores, scoring_seconds = self._scores(cell, task.options, criterion.scores, lambda: task)
-            selection, seconds = timed(lambda: criterion.spend(task, scores))
+            selection, seconds = timed(lambda: criterion.spend(task, scores), compute)
             return selection, scoring_seconds + seconds
         except BudgetError as error:
             return str(error), 0.0
@@ -120,7 +120,7 @@ class CellRunner:
     ) -> tuple[Scores, float]:
         def make() -> tuple[Scores, float]:
             problem = task()  # its time does not count
-            return timed(lambda: scoring(problem))
+            return timed(lambda: home(scoring(problem)), Compute.of(cell.config.compute))
 
         plain = options.model_copy(update=dict.fromkeys((*FINISH, *SPENDING)))
         return self._once("scores", (_images_key(cell), scoring, plain), make)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from strategies.round_zero import PublicPool, describe_pool, pool_of, task_images
+from tapfl.compute import Compute
 from tapfl.config import MetricOptions, PruningOptions, RunConfig
 from tapfl.data.federated import DeviceSplit, check_classes, open_pool, open_private, partition
 from tapfl.data.sources import ImageSet
@@ -39,6 +40,7 @@ class Scenario:
     splits: list[DeviceSplit]
     spec: BackboneSpec
     model: nn.Module
+    compute: Compute
 
     @classmethod
     def of(cls, config: RunConfig) -> Scenario:
@@ -47,8 +49,10 @@ class Scenario:
         private = open_private(config.data, transform, config.seed, cache)
         check_classes(config.data, images, private)
         splits = partition(private.labels, config.data, config.devices.count, config.seed)
-        _, spec, model = dense_backbone(config.model, images, config.seed, DenseCache(cache))
-        return cls(config, describe_pool(config, images, model), private, splits, spec, model)
+        compute = Compute.of(config.compute)
+        _, spec, model = dense_backbone(config.model, images, config.seed, DenseCache(cache), compute)
+        pool = describe_pool(config, images, model, compute)
+        return cls(config, pool, private, splits, spec, compute.put(model), compute)
 
     def lacking(self, device: int, share: float) -> Scenario:
         """Returns the scenario with a pool that has no images of a share of the device's classes.
@@ -60,7 +64,8 @@ class Scenario:
         classes, images = np.unique(self.private.labels[self.splits[device].train]), self.pool.images
         gone = classes_that_lack(classes, share, self.config.seed, device)
         stay = np.flatnonzero(~np.isin(images.labels, gone))
-        features = cached_features(self.model, self.spec, images, self.transform, cache_folder(self.config.cache))
+        cache = cache_folder(self.config.cache)
+        features = cached_features(self.model, self.spec, images, self.transform, cache, self.compute)
         return replace(self, pool=pool_of(self.config, images.subset(stay), features[stay]))
 
     @property
@@ -90,9 +95,11 @@ class DeviceView:
     def of(cls, scenario: Scenario, device: int) -> DeviceView:
         config, split, transform = scenario.config, scenario.splits[device], scenario.transform
         mine, test = scenario.private.subset(split.train), scenario.private.subset(split.test)
-        points = scenario.pool.projection(image_features(scenario.model, transform.batches(mine.images)))
+        with scenario.compute.forward():
+            points = scenario.pool.projection(image_features(scenario.model, transform.batches(mine.images)))
         summary = device_mixture(points, config.summary, config.seed, device)
-        inputs, labels = transform(test.images), torch.from_numpy(test.labels)
+        put = scenario.compute.put
+        inputs, labels = put(transform(test.images)), put(torch.from_numpy(test.labels))
         classes = torch.from_numpy(np.unique(mine.labels))
         dense = score(scenario.model, inputs, labels, classes)
         return cls(scenario, device, summary, mine, inputs, labels, classes, dense)
@@ -120,8 +127,10 @@ class DeviceView:
         """Returns the input of every criterion."""
         scenario = self.scenario
         model = in_basis(scenario.model, resolved(options).basis, lambda: scenario.turned)
-        inputs, labels = scenario.transform(images.images), labels_of(images, options)
-        return pruning_task(model, inputs, budget, options, batch, labels, scenario.config.seed)
+        compute = scenario.compute
+        inputs, labels = compute.put(scenario.transform(images.images)), compute.put(labels_of(images, options))
+        task = pruning_task(model, inputs, budget, options, batch, labels, scenario.config.seed)
+        return replace(task, at_once=compute.at_once, passing=compute.forward)
 
     def fine_tune_set(self, metric: MetricOptions, options: PruningOptions, instead: str = "") -> FineTuneSet | None:
         """Returns the images of recovery, or None where they are the metric set."""

@@ -17,6 +17,7 @@ from tapfl.config.federation import (
     PERSONAL_HEAD,
     RULES,
     AdapterOptions,
+    ComputeOptions,
     FaultOptions,
     LogOptions,
     PersonalizeOptions,
@@ -46,6 +47,7 @@ __all__ = [
     "PROFILE_SETS",
     "RULES",
     "AdapterOptions",
+    "ComputeOptions",
     "DataOptions",
     "DeviceOptions",
     "FaultOptions",
@@ -67,7 +69,7 @@ PATH_OPTIONS = ("out", "cache", *INPUT_OPTIONS)
 PLUGIN_OPTIONS = ("pruning.criterion", "adapters.rule", "personalize.method")
 NOT_PATHS = ("", "digits", "hub", *PROFILE_SETS)
 # options, or beginnings of their names, that do not change a result: a resumed run may have other values
-FREE_OPTIONS = ("resume", "out", "cache", "node-timeout", "window", "faults.", "log.")
+FREE_OPTIONS = ("resume", "out", "cache", "node-timeout", "window", "compute.cache-mb", "faults.", "log.")
 
 
 class RunConfig(Section):
@@ -88,6 +90,7 @@ class RunConfig(Section):
     adapters: AdapterOptions = AdapterOptions()
     train: TrainOptions = TrainOptions()
     personalize: PersonalizeOptions = PersonalizeOptions()
+    compute: ComputeOptions = ComputeOptions()
     faults: FaultOptions = FaultOptions()
     privacy: PrivacyOptions = PrivacyOptions()
     log: LogOptions = LogOptions()

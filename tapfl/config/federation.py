@@ -1,4 +1,4 @@
-"""Options of the rounds: adapters, local training, what is personal, failures, privacy, loggers."""
+"""Options of the rounds: adapters, local training, what is personal, processors, failures, privacy, loggers."""
 
 from __future__ import annotations
 
@@ -154,6 +154,21 @@ class PersonalizeOptions(Section):
         if self.holds_out and self.alpha_per == "layer":
             raise ValueError("alpha-per=layer needs more than a few held-out images; accepted with it: alpha-on=train")
         return self
+
+
+class ComputeOptions(Section):
+    """Where it is computed, and how precisely; docs/compute.md."""
+
+    device: Literal["cpu", "cuda", "auto"] = Field(
+        "cpu", description="`cuda`: the GPU that torch sees first; `auto`: a GPU if torch has one, else the CPU"
+    )
+    precision: Literal["exact", "fast"] = Field(
+        "exact", description="`fast`: bfloat16 for rankings, evaluation and the products with frozen weights"
+    )
+    deterministic: bool = Field(
+        False, description="on a GPU, only operations with the same bits each time; other processors are refused"
+    )
+    cache_mb: Count = Field(512, description="MB of devices' images, and again of their models, that a worker keeps")
 
 
 class FaultOptions(Section):

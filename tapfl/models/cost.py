@@ -1,15 +1,15 @@
 """The cost of a model: parameters, multiply-accumulates (MACs) for one image, and latency.
 
-Latency is milliseconds of one image on one thread of this machine, in the thread's own CPU time: time that other
+Latency is milliseconds of one image on the model's device. On a CPU it is the CPU time of one thread: time that other
 processes take from the core would fall on long calls more than on short ones, and a model would then seem slower than
-its branches together. On an idle core it is the time on the clock. It is measured, so no two runs give the same
-numbers; it enters a plan only where a budget names latency.
+its branches together. On an idle core it is the time on the clock. On a GPU it is the time until the work is done, by
+the GPU's own clock. It is measured, so no two runs give the same numbers; it enters a plan only where a budget names
+latency.
 """
 
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -21,6 +21,7 @@ from timm.layers import Attention
 from timm.models.swin_transformer import WindowAttention
 from torch import Tensor, nn
 
+from tapfl.compute import HERE, Compute
 from tapfl.models.forward import example_input, watch_example
 from tapfl.models.units import PrunableLayer, Shape
 from tapfl.progress import track
@@ -74,30 +75,29 @@ class Timings:
 
 
 @torch.no_grad()
-def timed_ms(calls: Sequence[Callable[[], object]], repeats: int) -> np.ndarray:
-    """Returns (calls, repeats), the milliseconds of this thread in each call in each turn."""
+def timed_ms(calls: Sequence[Callable[[], object]], repeats: int, where: Compute = HERE) -> np.ndarray:
+    """Returns (calls, repeats), the milliseconds of each call in each turn, by the clock of `where` they compute."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     seconds = np.zeros((repeats + WARM_UP, len(calls)))
     try:
         for turn in track(seconds, "latency"):
             for i, call in enumerate(calls):
-                start = time.thread_time()
-                call()
-                turn[i] = time.thread_time() - start
+                turn[i] = where.seconds(call)
     finally:
         torch.set_num_threads(threads)
     return seconds[WARM_UP:].T * 1e3
 
 
-def median_ms(calls: Sequence[Callable[[], object]], repeats: int) -> list[float]:
-    """Returns the median milliseconds of this thread in each call, all taking turns."""
-    return [float(value) for value in np.median(timed_ms(calls, repeats), axis=1)]
+def median_ms(calls: Sequence[Callable[[], object]], repeats: int, where: Compute = HERE) -> list[float]:
+    """Returns the median milliseconds of each call, all taking turns; see `timed_ms`."""
+    return [float(value) for value in np.median(timed_ms(calls, repeats, where), axis=1)]
 
 
 def latencies_ms(models: Sequence[nn.Module], repeats: int) -> list[float]:
-    """Returns the median milliseconds of one image through each model, all taking turns, on one thread."""
-    return median_ms([partial(model, example_input(model)) for model in models], repeats)
+    """Returns the median milliseconds of one image through each model, all on one device and taking turns."""
+    where = Compute(next(models[0].parameters()).device)
+    return median_ms([partial(model, example_input(model)) for model in models], repeats, where)
 
 
 def measure_timings(model: nn.Module, layers: Sequence[PrunableLayer], align: int = 1, repeats: int = 15) -> Timings:
@@ -117,13 +117,13 @@ def measure_timings(model: nn.Module, layers: Sequence[PrunableLayer], align: in
     for key, layer in kinds.items():
         branch, span = model.get_submodule(layer.name), layer.span or layer.tokens
         units = torch.arange(layer.units).view(layer.heads, -1)
-        example = torch.zeros(layer.tokens // span, span, layer.embed_dim)
+        example = layer.output_of(model).weight.new_zeros(layer.tokens // span, span, layer.embed_dim)
         heads = sorted({1, -(-layer.heads // 2), layer.heads})
         for shape in [Shape(0, 0), *(Shape(h, d) for h in heads for d in _dims(layer, align))]:
             kept = units[: shape.heads, : shape.dims].flatten()  # which ones makes no difference to the time
             places.append((key, shape))
             calls.append(partial(layer.shrink(branch, kept), example))
-    dense, *found = median_ms(calls, repeats)
+    dense, *found = median_ms(calls, repeats, Compute(next(model.parameters()).device))
     measured: dict[tuple[object, ...], dict[Shape, float]] = {key: {} for key in kinds}
     for (key, shape), milliseconds in zip(places, found, strict=True):
         measured[key][shape] = milliseconds

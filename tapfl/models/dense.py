@@ -24,6 +24,7 @@ from timm.models import (
 )
 from torch import Tensor, nn
 
+from tapfl.compute import HERE, Compute
 from tapfl.config import ModelOptions
 from tapfl.data.sources import ImageSet
 from tapfl.errors import ModelError, PlanError, message_of
@@ -81,11 +82,13 @@ class DenseCache:
         write_bytes(self.path(key), weights)
 
 
-def dense_key(options: ModelOptions, spec: BackboneSpec, pool: ImageSet, seed: int) -> str:
+def dense_key(options: ModelOptions, spec: BackboneSpec, pool: ImageSet, seed: int, compute: Compute = HERE) -> str:
     """Returns a hash of everything that the backbone's weights depend on."""
     files = [Path(name).read_bytes() for name in (options.weights, options.head_rows) if name and Path(name).is_file()]
     data = [str(pool.images.shape).encode(), pool.images.tobytes(), pool.labels.tobytes()]
-    return content_hash(options.model_dump_json(), spec.model_dump_json(), str(seed), *data, *pool.classes, *files)
+    return content_hash(
+        options.model_dump_json(), spec.model_dump_json(), str(seed), *data, *pool.classes, *files, *compute.marks
+    )
 
 
 def fill_weights(model: nn.Module, options: ModelOptions, spec: BackboneSpec, classes: tuple[str, ...]) -> None:
@@ -105,19 +108,22 @@ def fill_weights(model: nn.Module, options: ModelOptions, spec: BackboneSpec, cl
 
 
 def dense_backbone(
-    options: ModelOptions, pool: ImageSet, seed: int, cache: DenseCache
+    options: ModelOptions, pool: ImageSet, seed: int, cache: DenseCache, compute: Compute = HERE
 ) -> tuple[str, BackboneSpec, nn.Module]:
-    """Returns (key, spec, model) of the backbone that the options name, from the cache if it is there.
+    """Returns (key, spec, model) of the backbone that the options name, from the cache if it is there; on the CPU.
+
+    Args:
+        compute: where it is trained.
 
     Raises:
         ModelError: if the backbone is unknown, cannot be pruned, or its weights do not fit.
     """
     spec = spec_of(options, pool.classes)
-    key = dense_key(options, spec, pool, seed)
+    key = dense_key(options, spec, pool, seed, compute)
     if not cache.holds(key):
         with cache.making(key):
             if not cache.holds(key):  # another run may have made it meanwhile
-                cache.save(key, _make(options, spec, pool, seed).state_dict())
+                cache.save(key, _make(options, spec, pool, seed, compute).state_dict())
     return key, spec, cache.load(key, spec)
 
 
@@ -129,22 +135,22 @@ def layers_of(model: nn.Module, options: ModelOptions) -> list[PrunableLayer]:
         raise ModelError(f"model.name = {options.name!r} with model.args = {options.args!r:.200}: {error}") from None
 
 
-def _make(options: ModelOptions, spec: BackboneSpec, pool: ImageSet, seed: int) -> nn.Module:
+def _make(options: ModelOptions, spec: BackboneSpec, pool: ImageSet, seed: int, compute: Compute) -> nn.Module:
     model = build(spec, seed=int(numpy_generator(seed, "backbone").integers(2**62)))
     layers_of(model, options)  # refuses what cannot be pruned before training it
     fill_weights(model, options, spec, pool.classes)
     train = partial(
         train_dense,
-        labels=torch.from_numpy(pool.labels),
+        labels=compute.put(torch.from_numpy(pool.labels)),
         epochs=options.epochs,
         batch=BATCH,
         learning_rate=options.learning_rate,
         generator=numpy_generator(seed, "dense"),
         name="dense backbone",
     )
-    transform = transform_of(model)
+    transform, model = transform_of(model), compute.put(model)
     if not options.weights:
-        train(model, inputs=lambda index: transform(pool.images[index]))
+        train(model, inputs=lambda index: compute.put(transform(pool.images[index])))
     elif "train" in options.head:
         _train_head(model, image_features(model, transform.batches(pool.images)), train)
     return model
@@ -154,7 +160,7 @@ def _train_head(model: nn.Module, features: np.ndarray, train: Callable[..., Non
     """Trains the classifier on features that are computed once; both heads of a distilled DeiT become the same."""
     heads = [model.get_submodule(name) for name in head_names(model)]
     head = copy.deepcopy(heads[0])
-    inputs = torch.from_numpy(features)
+    inputs = torch.from_numpy(features).to(next(head.parameters()).device)
     train(head, inputs=lambda index: inputs[torch.from_numpy(index)])
     for own in heads:
         own.load_state_dict(head.state_dict())

@@ -6,7 +6,7 @@ This file, `tapfl.models.residual` and `tapfl.models.units` are the only ones th
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import lru_cache
 from typing import Any
 
@@ -24,6 +24,8 @@ from tapfl.models.backbone import ACCEPTED, build, spec_of
 from tapfl.progress import track
 
 Step = tuple[str, Callable[[Tensor], Tensor]]
+Passing = Callable[[], AbstractContextManager[Any]]
+"""Makes the context of a forward pass, such as one in lower precision."""
 Grid = tuple[int, int]
 
 
@@ -51,6 +53,11 @@ def transform_of(model: Any) -> Transform:
 def input_transform(options: ModelOptions) -> Transform:
     """Returns how images become the input of the backbone that the options name, whatever its classes."""
     return transform_of(build(spec_of(options, ("any",))))
+
+
+def full(x: Tensor) -> Tensor:
+    """Returns what came out of a pass in lower precision as float32; anything else as it is."""
+    return x.float() if x.dtype == torch.bfloat16 else x
 
 
 def example_input(model: nn.Module, batch: int = 1) -> Tensor:
@@ -119,7 +126,11 @@ def image_features(model: Any, inputs: Iterable[Tensor]) -> np.ndarray:
     Raises:
         ModelError: if they are not finite, naming the first such image by its place.
     """
-    pooled = (model.forward_head(model.forward_features(x), pre_logits=True) for x in track(inputs, "features"))
+    device = next(model.parameters()).device
+    pooled = (
+        model.forward_head(model.forward_features(x.to(device)), pre_logits=True).float().cpu()
+        for x in track(inputs, "features")
+    )
     features: np.ndarray = torch.cat(list(pooled)).numpy()
     finite = np.isfinite(features).all(axis=1)
     if not finite.all():

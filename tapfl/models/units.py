@@ -203,7 +203,7 @@ class ConstantBranch(nn.Module):
     def __init__(self, output: str, linear: nn.Linear) -> None:
         super().__init__()
         self.output = output
-        bias = linear.bias.detach().clone() if linear.bias is not None else torch.zeros(linear.out_features)
+        bias = linear.bias.detach().clone() if linear.bias is not None else linear.weight.new_zeros(linear.out_features)
         holder = nn.Module()
         holder.bias = nn.Parameter(bias)
         self.add_module(output, holder)

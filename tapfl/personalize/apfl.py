@@ -70,8 +70,7 @@ class Apfl(Method[ApflState]):
         loss = objective(interpolate(state.v.params, state.w.values(), alpha), batch)
         of_v = torch.autograd.grad(loss, [*state.v.moving.values(), *([alpha] if moves else [])])
         state.w.apply(of_w)
-        factors = {name: float(a) for name, a in alphas_of(state.w.params, state.alpha).items()}
-        state.v.apply_scaled(of_v[: len(state.v.moving)], factors)
+        state.v.apply_scaled(of_v[: len(state.v.moving)], alphas_of(state.w.params, state.alpha))
         if moves:
             state.alpha = (state.alpha - self.alpha_learning_rate * of_v[-1]).clamp(0, 1)
         state.steps += 1
@@ -89,5 +88,6 @@ class Apfl(Method[ApflState]):
         return Personal(personal.params, held_out_alpha(personal.params, received, of_all))
 
     def _first(self, received: Params) -> Personal:
-        alpha = torch.tensor(self.alpha, dtype=torch.float64)
+        device = next(iter(received.values())).device
+        alpha = torch.tensor(self.alpha, dtype=torch.float64, device=device)
         return Personal(received, alpha if self.per == "device" else alpha.repeat(len(modules_of(received))))

@@ -61,7 +61,8 @@ class FedAla(Method[AlaState]):
     def init(
         self, received: Params, personal: Personal | None, train: TrainOptions, trained: frozenset[str]
     ) -> AlaState:
-        alpha = personal.alpha if personal else torch.zeros((), dtype=torch.float64)
+        device = next(iter(received.values())).device
+        alpha = personal.alpha if personal else torch.zeros((), dtype=torch.float64, device=device)
         start = self.inference(received, personal)
         start = {name: start[name] if name in trained else theta for name, theta in received.items()}
         return AlaState(Trainee.of(start, train, trained), alpha)
@@ -77,8 +78,8 @@ class FedAla(Method[AlaState]):
     def weigh(self, received: Params, personal: Personal, batches: Sequence[Losses]) -> Personal:
         """Returns `personal` with the α that is learnt for the w just received; 0-d before it is learnt first."""
         count, first = len(modules_of(received)), personal.alpha.dim() == 0
-        alpha = torch.zeros(count, dtype=torch.float64) if first else personal.alpha
-        moves = torch.arange(count) >= (count - self.layers if self.layers else 0)
+        alpha = personal.alpha.new_zeros(count) if first else personal.alpha
+        moves = torch.arange(count, device=alpha.device) >= (count - self.layers if self.layers else 0)
         mix = interpolate if self.products else of_factors
         for losses in [*batches] * (FIRST_EPOCHS if first else 1):
             leaf = alpha.clone().requires_grad_()

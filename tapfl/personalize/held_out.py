@@ -54,4 +54,5 @@ def held_out_alpha(v: Params, w: Params, losses: Losses) -> Tensor:
     grid would follow the noise of a handful of images to 0 or 1.
     """
     of_each = torch.stack([losses(interpolate(v, w, a)).double().sum() for a in GRID])
-    return torch.softmax(-PRIOR * GRID - of_each, 0) @ GRID
+    grid = GRID.to(of_each.device)
+    return torch.softmax(-PRIOR * grid - of_each, 0) @ grid

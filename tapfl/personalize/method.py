@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Generic, Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from tapfl.compute import home
 from tapfl.config import TrainOptions
 from tapfl.personalize.held_out import Losses
 from tapfl.training import LARGEST, Objective, Params, diverged, largest, optimizer
@@ -120,7 +121,7 @@ def local_round(
         ModelError: if training diverges: a loss is not finite, or a parameter exceeds LARGEST at the end.
     """
     state = method.init(received, personal, train, trained)
-    losses = torch.stack([method.step(state, objective, batch).detach() for batch in batches])
+    losses = home(torch.stack([method.step(state, objective, batch).detach() for batch in batches]))
     upload, stays = method.final(state)
     option = _rates(method, train)
     if not losses.isfinite().all():
@@ -184,7 +185,7 @@ class Trainee:
         self.optimizer.step()
 
     @torch.no_grad()
-    def apply_scaled(self, gradients: Sequence[Tensor], factors: Mapping[str, float]) -> None:
+    def apply_scaled(self, gradients: Sequence[Tensor], factors: Mapping[str, Tensor]) -> None:
         """Takes one step with gradients that contain a factor in [0, 1], which shall act as the factor of the step.
 
         Adam divides a factor of the gradients out: its step would be the same for every factor. So the factor is taken
@@ -192,13 +193,13 @@ class Trainee:
         would be anyway.
 
         Args:
-            factors: of each tensor in `moving`, by name.
+            factors: 0-d, of each tensor in `moving`, by name; on its device, so that nothing waits for their values.
         """
         before = {name: theta.clone() for name, theta in self.moving.items()}
         # where the factor is 0 so is the gradient
-        self.apply([g / max(factors[name], TINY) for name, g in zip(before, gradients, strict=True)])
+        self.apply([g / factors[name].clamp(min=TINY) for name, g in zip(before, gradients, strict=True)])
         for name, theta in self.moving.items():
-            theta.copy_(torch.lerp(before[name], theta, factors[name]))
+            theta.copy_(torch.lerp(before[name], theta, factors[name].to(theta.dtype)))
 
     def values(self) -> Params:
         """Returns the current parameters as constants; they share memory with those in training."""

@@ -42,9 +42,9 @@ MARK = "tapfl_canonical"  # an attribute of the model, which copy.deepcopy prese
 class HeadMoments:
     """Float64 moments of one attention: of the queries, of the keys within their span, and of the heads' outputs."""
 
-    def __init__(self, heads: int, dims: int) -> None:
-        self.query, self.key, self.output = (torch.zeros(heads, dims, dims, dtype=torch.float64) for _ in range(3))
-        self.total = torch.zeros(heads, dims, dtype=torch.float64)
+    def __init__(self, heads: int, dims: int, device: torch.device | None = None) -> None:
+        self.total = torch.zeros(heads, dims, dtype=torch.float64, device=device)
+        self.query, self.key, self.output = (self.total.new_zeros(heads, dims, dims) for _ in range(3))
         self.tokens = 0
 
     def add_qkv(self, qkv: Tensor) -> None:
@@ -69,7 +69,8 @@ def canonical_basis(model: nn.Module, layers: Sequence[PrunableLayer], inputs: T
     Args:
         model: the dense backbone in evaluation mode; it is not changed.
         layers: its prunable layers.
-        inputs: images in the backbone's input format (n, channels, height, width), n >= 1, such as the public pool.
+        inputs: images in the backbone's input format (n, channels, height, width), n >= 1, such as the public pool; on
+            any device.
         batch: images a pass.
 
     Raises:
@@ -79,7 +80,8 @@ def canonical_basis(model: nn.Module, layers: Sequence[PrunableLayer], inputs: T
         raise ModelError("the canonical basis needs at least one image")
     turned = copy.deepcopy(model)
     attentions = [layer for layer in layers if layer.kind == "attention"]
-    moments = {layer.name: HeadMoments(layer.heads, layer.units_per_head) for layer in attentions}
+    device = next(model.parameters()).device
+    moments = {layer.name: HeadMoments(layer.heads, layer.units_per_head, device) for layer in attentions}
     handles = []
     for layer in attentions:
         module: Any = turned.get_submodule(layer.name)
@@ -88,10 +90,9 @@ def canonical_basis(model: nn.Module, layers: Sequence[PrunableLayer], inputs: T
         handles.append(module.proj.register_forward_pre_hook(lambda _m, x, found=found: found.add_output(x[0])))
     with hooked(handles):
         for number, part in enumerate(track(inputs.split(batch), "canonical basis")):
-            turned(part)
-            for name, found in moments.items():
-                for moment in (found.query, found.key, found.output):
-                    refuse_not_finite(name, moment, number)
+            turned(part.to(device))
+            sums = {name: torch.stack([m.query.sum(), m.key.sum(), m.output.sum()]) for name, m in moments.items()}
+            refuse_not_finite(sums, number)
     carried = {}
     for layer in attentions:
         carried[layer.name] = _turn(turned.get_submodule(layer.name), moments[layer.name]).flatten()
@@ -138,8 +139,8 @@ def _turn(module: Any, found: HeadMoments) -> Tensor:
     B_q, B_k, logits = ordering(found.query / found.tokens, found.key / found.tokens)
     second = found.output / found.tokens
     # a head whose output hardly varies has a covariance of rounding alone, which need not be positive
-    rounding = RESOLUTION * second.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None] * torch.eye(dims).double()
-    covariance = second - mu[..., :, None] * mu[..., None, :] + rounding
+    rounding = RESOLUTION * second.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True)
+    covariance = second - mu[..., :, None] * mu[..., None, :] + torch.diag_embed(rounding.expand(heads, dims))
     E_T, E_inverse, outputs = ordering(covariance, W_o.mT @ W_o)
     E = E_T.mT
     qkv.weight.copy_(torch.stack([B_q.mT @ W_q, B_k.mT @ W_k, E @ W_v]).flatten(0, 2))
@@ -169,9 +170,9 @@ def ordering(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def _root(G: Tensor) -> Tensor:
     """Returns lower triangular L with L Lᵀ = G up to RESOLUTION: G may be singular."""
-    size = G.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
+    size = G.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True)
     least = torch.where(size > 0, RESOLUTION * size, 1.0)
-    return torch.linalg.cholesky(G + least * torch.eye(G.shape[-1], dtype=G.dtype))
+    return torch.linalg.cholesky(G + torch.diag_embed(least.expand(G.shape[:-1])))
 
 
 def _products(x: Tensor) -> Tensor:

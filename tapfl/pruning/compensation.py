@@ -40,24 +40,30 @@ class LostOutput:
     Args:
         real: bool (tokens,), which tokens of an image count, or None: all.
         weights: of the rows (rows,), batch by batch, or None: all alike.
+        device: of Z and r.
     """
 
     def __init__(
-        self, kept: int, outputs: int, real: Tensor | None = None, weights: Sequence[Tensor] | None = None
+        self,
+        kept: int,
+        outputs: int,
+        real: Tensor | None = None,
+        weights: Sequence[Tensor] | None = None,
+        device: torch.device | None = None,
     ) -> None:
-        self.kept, self.rows, self.real = kept, 0.0, real
+        self.kept, self.real = kept, real
         self.weights = None if weights is None else iter(weights)
-        self.total = torch.zeros(kept + outputs, dtype=torch.float64)
-        self.product = torch.zeros(kept, kept + outputs, dtype=torch.float64)
+        self.total = torch.zeros(kept + outputs, dtype=torch.float64, device=device)
+        self.product, self.rows = self.total.new_zeros(kept, kept + outputs), self.total.new_zeros(())
 
     def add(self, Z: Tensor, r: Tensor) -> None:
         both = torch.cat([part.flatten(0, -2).double() for part in (Z, r)], dim=1)
-        weights = torch.ones(len(both)) if self.weights is None else next(self.weights)
+        weights = both.new_ones(len(both)) if self.weights is None else next(self.weights)
         if self.real is not None:
             real = self.real.repeat(len(both) // len(self.real))
             both, weights = both[real], weights[real]
         weighted = weights.double()[:, None] * both
-        self.rows += float(weights.double().sum())
+        self.rows += weights.double().sum()
         self.total += weighted.sum(0)
         self.product += both[:, : self.kept].T @ weighted
 
@@ -68,7 +74,7 @@ class LostOutput:
         """
         gone = torch.ones(self.kept, dtype=torch.bool).index_fill(0, kept, False)
         W_S = W.double()[:, gone]
-        found = LostOutput(len(kept), len(W))
+        found = LostOutput(len(kept), len(W), device=W.device)
         found.rows = self.rows
         found.total = torch.cat([self.total[kept], W_S @ self.total[gone]])
         product = self.product[kept]
@@ -79,8 +85,8 @@ class LostOutput:
         """Returns the covariance of the kept activations, float64 (kept, kept), with RESOLUTION on its diagonal."""
         mean = self.total[: self.kept] / self.rows
         second = self.product[:, : self.kept] / self.rows
-        rounding = RESOLUTION * second.diagonal().mean() * torch.eye(self.kept, dtype=second.dtype)
-        return second - mean[:, None] * mean + rounding
+        rounding = RESOLUTION * second.diagonal().mean()
+        return second - mean[:, None] * mean + torch.diag(rounding.expand(self.kept))
 
     def regression(self, ridge: float = RIDGE, intercept: bool = True) -> tuple[Tensor, Tensor]:
         """Returns D (outputs, kept) and e (outputs) of the ridge regression r ≈ D z + e; e = 0 without intercept."""
@@ -91,7 +97,7 @@ class LostOutput:
         D = torch.zeros_like(C_Zr.T)
         if size > 0:
             penalty = ridge * C_ZZ.diagonal().mean() + RESOLUTION * size
-            D = torch.linalg.solve(C_ZZ + penalty * torch.eye(self.kept, dtype=C_ZZ.dtype), C_Zr).T
+            D = torch.linalg.solve(C_ZZ + torch.diag(penalty.expand(self.kept)), C_Zr).T
         return D, mean[self.kept :] - D @ mean[: self.kept]
 
 
@@ -109,7 +115,7 @@ def unit_moments(
     """
     ffns = [layer for layer in layers if layer.kind == "ffn"]
     rows = {layer.name: fisher[layer.name].rows if fisher else None for layer in ffns}
-    found = {layer.name: LostOutput(layer.units, 0, weights=rows[layer.name]) for layer in ffns}
+    found = {n.name: LostOutput(n.units, 0, weights=rows[n.name], device=inputs.device) for n in ffns}
     for number, images in enumerate(inputs.split(batch)):
         for name, X in record_activations(model, ffns, images, number)[1].items():
             found[name].add(X, X[..., :0])
@@ -192,8 +198,7 @@ def compensate(
     with hooked(handles):
         for number, part in enumerate(track(inputs.split(batch) if handles else (), "compensation")):
             model(part)
-            for name, found in lost.items():
-                refuse_not_finite(name, found.total, number)
+            refuse_not_finite({name: found.total for name, found in lost.items()}, number)
     for layer in pruned:
         _absorb(small, layer, lost[layer.name], ridge)
     return small.eval()
@@ -238,7 +243,7 @@ def compensate_sequentially(
                 own: Tensor = f(*args, **kwargs)
                 drift = as_branch_output(small, layer, dense.stream - now.stream) + dense.output - own
                 lost.add(now.units, own - now.output + correction * drift)
-                refuse_not_finite(layer.name, lost.total, number)
+                refuse_not_finite({layer.name: lost.total}, number)
             _absorb(small, layer, lost, ridge)
         dense_x, small_x = [dense_step(x) for x in dense_x], [small_step(x) for x in small_x]
     return small.eval()
@@ -252,7 +257,7 @@ def _real_tokens(model: nn.Module, layer: PrunableLayer) -> Tensor | None:
     block: Any = model.get_submodule(layer.block)
     if layer.kind != "attention" or not isinstance(block, SwinTransformerBlock):
         return None
-    ones = torch.ones(1, *block.input_resolution, layer.embed_dim)
+    ones = layer.output_of(model).weight.new_ones(1, *block.input_resolution, layer.embed_dim)
     return as_branch_output(model, layer, ones)[..., 0].flatten() > 0
 
 
@@ -270,7 +275,8 @@ def _empty_moments(
     model: nn.Module, layer: PrunableLayer, kept: Mapping[str, Tensor], fisher: Sensitivities | None
 ) -> LostOutput:
     weights = fisher[layer.name].rows if fisher else None
-    return LostOutput(len(kept[layer.name]), layer.embed_dim, _real_tokens(model, layer), weights)
+    device = layer.output_of(model).weight.device
+    return LostOutput(len(kept[layer.name]), layer.embed_dim, _real_tokens(model, layer), weights, device)
 
 
 def _compare(shrunk: nn.Module, output: str, lost: LostOutput) -> Callable[..., None]:

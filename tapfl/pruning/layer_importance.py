@@ -12,8 +12,8 @@ different shapes to probe.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -22,17 +22,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tapfl.compute import OF_CPU, AtOnce, home
 from tapfl.config import PruningOptions
 from tapfl.memo import Memo
+from tapfl.models.forward import Passing
 from tapfl.models.residual import branch_steps
 from tapfl.models.units import PrunableLayer, Shape, replaced
 from tapfl.progress import track
 from tapfl.pruning.scores import neuron_importance
 from tapfl.pruning.unit_shape import keep_best
 
-# Floats of the residual stream that pass a block together (16 images of DeiT-T at 224 px): its activations then stay in
-# the processor's cache, which saves a sixth of the time
-STREAM_AT_ONCE = 600_000
+STREAM = OF_CPU.stream  # then a block's activations stay in a CPU's cache, which saves a sixth of the time
 # sets of shapes whose divergences are kept: float64 (layers, pool) each, 1 MB for DeiT and 5000 images
 LAYER_SHAPES = 32
 
@@ -41,19 +41,31 @@ Change = tuple[tuple[str, nn.Module], ...]  # those at one step of the model
 
 
 def layer_importance(
-    model: nn.Module, layers: Sequence[PrunableLayer], kept: Mapping[str, Tensor], inputs: Tensor, batch: int
+    model: nn.Module,
+    layers: Sequence[PrunableLayer],
+    kept: Mapping[str, Tensor],
+    inputs: Tensor,
+    batch: int,
+    stream: int = STREAM,
+    passing: Passing = nullcontext,
 ) -> dict[str, float]:
     """Returns KL_l in nats by layer name: the mean of `sample_divergences` over the metric set `inputs`."""
-    return mean_divergence(layers, sample_divergences(model, layers, kept, inputs, batch))
+    return mean_divergence(layers, sample_divergences(model, layers, kept, inputs, batch, stream, passing))
 
 
 def mean_divergence(layers: Sequence[PrunableLayer], samples: Tensor) -> dict[str, float]:
     """Returns KL_l in nats by layer name, of the divergences (layers, samples) of a metric set's samples."""
-    return {layer.name: float(mean) for layer, mean in zip(layers, samples.mean(1), strict=True)}
+    return {layer.name: mean for layer, mean in zip(layers, samples.mean(1).tolist(), strict=True)}
 
 
 def sample_divergences(
-    model: nn.Module, layers: Sequence[PrunableLayer], kept: Mapping[str, Tensor], inputs: Tensor, batch: int
+    model: nn.Module,
+    layers: Sequence[PrunableLayer],
+    kept: Mapping[str, Tensor],
+    inputs: Tensor,
+    batch: int,
+    stream: int = STREAM,
+    passing: Passing = nullcontext,
 ) -> Tensor:
     """Returns KL(P_dense ‖ P_probe) in nats for every layer's probe and every sample, float64 (layers, n).
 
@@ -61,6 +73,7 @@ def sample_divergences(
         kept: the units that each layer would keep, by name; a layer that keeps all of them has KL 0.
         inputs: images in the backbone's input format (n, channels, height, width).
         batch: images at once, at most.
+        stream, passing: as in `divergences`.
     """
     probes = [
         {layer.name: layer.shrink(model.get_submodule(layer.name), kept[layer.name])}
@@ -68,7 +81,7 @@ def sample_divergences(
         else {}
         for layer in layers
     ]
-    return divergences(model, layers, probes, inputs, batch, "layer importance")
+    return divergences(model, layers, probes, inputs, batch, stream, passing, "layer importance")
 
 
 @torch.no_grad()
@@ -78,6 +91,8 @@ def divergences(
     variants: Sequence[Variant],
     inputs: Tensor,
     batch: int,
+    stream: int = STREAM,
+    passing: Passing = nullcontext,
     name: str = "divergence",
 ) -> Tensor:
     """Returns KL(P_dense ‖ P_variant) in nats, float64 (variants, n): 0 for a variant without another branch.
@@ -89,21 +104,24 @@ def divergences(
         layers: the prunable layers of `model`.
         inputs: images in the backbone's input format (n, channels, height, width).
         batch: images at once, at most.
+        stream: floats of the residual stream that pass a block together.
+        passing: context of the passes.
         name: of the stage as which it is shown.
     """
     walk = _Walk(model, [{}, *variants])
-    found = torch.zeros(len(variants), len(inputs), dtype=torch.float64)
+    found = inputs.new_zeros(len(variants), len(inputs), dtype=torch.float64)
     floats = sum(layer.tokens * layer.embed_dim for layer in layers) / len(layers)  # an image, in an average block
-    at_once = min(batch, max(1, round(STREAM_AT_ONCE / floats)))
+    at_once = min(batch, max(1, round(stream / floats)))
     parts = list(zip(inputs.split(at_once), found.split(at_once, dim=1), strict=True))
     for part, columns in track(parts, name):
-        logits = walk.logits(part)
+        with passing():
+            logits = walk.logits(part)
         dense = logits[0].double().log_softmax(-1)
         for row, variant in enumerate(variants):
             if variant:
                 own = logits[row + 1].double().log_softmax(-1)
                 columns[row] = F.kl_div(own, dense, log_target=True, reduction="none").sum(-1)
-    return found.clamp_(min=0)
+    return home(found.clamp_(min=0))
 
 
 class _Walk:
@@ -155,6 +173,7 @@ class PoolProbe:
         batches: returns the whole pool in the backbone's input format, in order, in pieces; called for each pass.
         options: weights of the composite score.
         batch: images a scoring batch.
+        at_once, passing: as in `tapfl.pruning.criteria.criterion.PruningTask`.
     """
 
     model: nn.Module
@@ -162,6 +181,8 @@ class PoolProbe:
     batches: Callable[[], Iterable[Tensor]]
     options: PruningOptions
     batch: int
+    at_once: AtOnce = OF_CPU
+    passing: Passing = nullcontext
     _known: Memo = field(default_factory=lambda: Memo(LAYER_SHAPES), init=False)
 
     @cached_property
@@ -169,11 +190,11 @@ class PoolProbe:
         """The composite importance (units,) of every layer, summed over the whole batches of each piece."""
         weights = {"ffn": self.options.ffn_terms, "attention": self.options.attention_terms}
         total = {layer.name: torch.zeros(layer.units) for layer in self.layers}
-        for part in track(self.batches(), "pool"):
+        for part in self._parts():
             if len(part) >= self.batch:
-                found = neuron_importance(self.model, self.layers, part, self.batch, weights)
-                for name, values in found.items():
-                    total[name] += values
+                settings = (self.batch, weights, self.at_once, self.passing)
+                for name, values in neuron_importance(self.model, self.layers, part, *settings).items():
+                    total[name] += home(values)
         return total
 
     def divergences(self, shapes: Mapping[str, Shape]) -> Tensor:
@@ -181,11 +202,17 @@ class PoolProbe:
 
         def measure() -> Tensor:
             kept = {layer.name: keep_best(layer, self.scores[layer.name], shapes[layer.name]) for layer in self.layers}
-            pool = track(self.batches(), "pool")
-            return torch.cat([sample_divergences(self.model, self.layers, kept, p, self.batch) for p in pool], dim=1)
+            settings = (self.batch, self.at_once.stream, self.passing)
+            found = [sample_divergences(self.model, self.layers, kept, part, *settings) for part in self._parts()]
+            return torch.cat(found, dim=1)
 
         return self._known.once(tuple(shapes[layer.name] for layer in self.layers), measure)
 
     def importance(self, shapes: Mapping[str, Shape], chosen: np.ndarray) -> dict[str, float]:
         """Returns KL_l in nats by layer name, over the samples at the positions `chosen` of the pool."""
         return mean_divergence(self.layers, self.divergences(shapes)[:, torch.from_numpy(chosen)])
+
+    def _parts(self) -> Iterator[Tensor]:
+        device = next(self.model.parameters()).device
+        for part in track(self.batches(), "pool"):
+            yield part.to(device)

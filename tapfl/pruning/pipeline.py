@@ -187,10 +187,11 @@ def recovered(
     if task.options.recovery == "none" or not steps:
         return small
     images = fine_tune or FineTuneSet(lambda index: task.inputs[torch.from_numpy(index)], len(task.inputs), task.labels)
+    device, labels = task.inputs.device, _labels(task, images)
     return recover(
         small,
-        images.inputs,
-        _labels(task, images),
+        lambda index: images.inputs(index).to(device),
+        labels,
         task.options,
         numpy_generator(seed, "recovery"),
         steps=steps,
@@ -245,6 +246,8 @@ def plan_of(
 
 def _labels(task: PruningTask, images: FineTuneSet) -> Tensor:
     if images.labels is not None:
-        return images.labels
+        return images.labels.to(task.inputs.device)
     parts = np.array_split(np.arange(images.size), -(-images.size // task.batch))
-    return torch.cat([predict(task.model, images.inputs(part)).argmax(1) for part in track(parts, "labels")])
+    return torch.cat(
+        [predict(task.model, images.inputs(part).to(task.inputs.device)).argmax(1) for part in track(parts, "labels")]
+    )

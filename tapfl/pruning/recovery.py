@@ -135,7 +135,8 @@ def teacher_logits(
     seen = np.unique(np.concatenate(order))
     parts = np.array_split(seen, -(-len(seen) // len(order[0])))
     logits = torch.cat([teacher(inputs(part)) for part in track(parts, "teacher")])
-    return logits.new_full((size, logits.shape[1]), torch.nan).index_copy_(0, torch.from_numpy(seen), logits)
+    places = torch.from_numpy(seen).to(logits.device)
+    return logits.new_full((size, logits.shape[1]), torch.nan).index_copy_(0, places, logits)
 
 
 def strength(step: int, steps: int) -> float:

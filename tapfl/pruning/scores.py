@@ -16,19 +16,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from tapfl.compute import OF_CPU, AtOnce
 from tapfl.errors import ModelError
-from tapfl.models.forward import hooked
+from tapfl.models.forward import Passing, full, hooked
 from tapfl.models.units import PrunableLayer
 from tapfl.progress import track
 
 # (rel, 1 - red, act); constants of the authors' public code, which the paper follows
 TERM_WEIGHTS = {"ffn": (0.1, 0.1, 0.8), "attention": (0.8, 0.1, 0.1)}
-CHANNELS_AT_ONCE, STRIP = 128, 16
 ROUNDING = 1e-5  # relative; passes of single images in float32 differ by about a tenth of that
 
 
@@ -65,7 +66,7 @@ def five_kernels(exponents: Tensor) -> Tensor:
     terms of the series, so there is nothing to evaluate but products: exact to 1e-6, which is what float32 leaves.
     """
     x = exponents.clamp_(-20, 0)  # exp(-20) is 0 to these digits, and the series is good so far
-    other = torch.add(torch.ones((), dtype=x.dtype), x, alpha=1 / 192).mul_(x)
+    other = torch.add(x.new_ones(()), x, alpha=1 / 192).mul_(x)
     scaled = torch.addcmul(x, x, other, value=1 / 128)  # x + x²/(2·64) + x³/(6·64²)
     total = x
     for k in range(-6, 8):
@@ -78,15 +79,12 @@ def five_kernels(exponents: Tensor) -> Tensor:
     return total
 
 
-def centre_images(Z: Tensor) -> Tensor:
-    """Returns Z (C, B, N), overwritten, less its mean over the B images; 0 where no more than rounding is left."""
+def centre_images(Z: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns Z (C, B, N), overwritten, less its mean over the B images; and where only rounding is left, bool (C,)."""
     mean = Z.mean(1, keepdim=True)
     Z -= mean
     size, limit = (torch.linalg.vector_norm(each, dim=(1, 2)) for each in (Z, mean))
-    constant = size <= ROUNDING * math.sqrt(Z.shape[1]) * limit
-    if constant.any():  # otherwise writing nothing would take as long as the mean
-        Z[constant] = 0
-    return Z
+    return Z, size <= ROUNDING * math.sqrt(Z.shape[1]) * limit
 
 
 def centre(R: Tensor) -> Tensor:
@@ -94,7 +92,7 @@ def centre(R: Tensor) -> Tensor:
     return R - R.mean(-1, keepdim=True) - R.mean(-2, keepdim=True) + R.mean((-1, -2), keepdim=True)
 
 
-def terms(X: Tensor, P: Tensor, heads: int, chunk: int = CHANNELS_AT_ONCE) -> Terms:
+def terms(X: Tensor, P: Tensor, heads: int, at_once: AtOnce = OF_CPU) -> Terms:
     """Returns relevance, redundancy and activeness of every unit of a layer.
 
     Args:
@@ -102,45 +100,46 @@ def terms(X: Tensor, P: Tensor, heads: int, chunk: int = CHANNELS_AT_ONCE) -> Te
         P: class probabilities (B, classes).
         heads: 0 for an FFN (one reference for all channels), else the heads of an attention; channels are head-major.
             With one head there is no other head, and redundancy is 0.
-        chunk: channels in memory at once, `scratch_bytes` of them; it changes nothing else.
+        at_once: channels and rows of their kernels in memory at once, in `scratch_bytes`; it changes rounding alone.
     """
     B, N, C = X.shape
     groups = max(heads, 1)
-    means = centre_images(X.reshape(B, N, groups, C // groups).mean(-1).permute(2, 0, 1))
-    kernels = five_kernels(next(exponents(means, [slice(0, B)]))) / 5
-    deviation = centre_images(P[None].clone())[0]  # HP; its Gram matrix is H P Pᵀ H
+    means, still = centre_images(X.reshape(B, N, groups, C // groups).mean(-1).permute(2, 0, 1))
+    kernels = five_kernels(next(exponents(means, [slice(0, B)]))).masked_fill_(still[:, None, None], 0) / 5
+    (deviation,), still = centre_images(P[None].clone())  # HP; its Gram matrix is H P Pᵀ H
+    deviation = deviation.masked_fill_(still, 0)
     references = torch.cat([(deviation @ deviation.T)[None], centre(kernels)]) / 5
     # K and R are symmetric: strips of rows from the diagonal on are enough, if what lies right of a strip's square
     # counts twice
-    strips = [slice(start, min(start + STRIP, B)) for start in range(0, B, STRIP)]
+    strips = [slice(start, min(start + at_once.strip, B)) for start in range(0, B, at_once.strip)]
     weights = [_strip(references, rows) for rows in strips]
     traces, activeness = [], []
-    channel_major = X.new_empty(min(chunk, C), B * N)
-    for part in X.reshape(B * N, C).split(chunk, dim=1):
+    channel_major = X.new_empty(min(at_once.channels, C), B * N)
+    for part in X.reshape(B * N, C).split(at_once.channels, dim=1):
         Z = channel_major[: part.shape[1]]
         Z.copy_(part.contiguous().T)  # contiguous first: torch is fast at the transposition of a whole matrix
         activeness.append(Z.abs().sum(1))
-        Z = centre_images(Z.view(-1, B, N))
-        against = torch.zeros(1 + groups, len(Z), dtype=X.dtype)
+        Z, still = centre_images(Z.view(-1, B, N))
+        against = X.new_zeros(1 + groups, len(Z))
         for weight, strip in zip(weights, exponents(Z, strips), strict=True):
             against += weight @ five_kernels(strip).reshape(len(Z), -1).T
-        traces.append(against)
+        traces.append(against.masked_fill_(still, 0))
     rel, *by_head = torch.cat(traces, dim=1)
     red = by_head[0]
     if heads:
         stacked = torch.stack(by_head)
-        own = stacked.gather(0, torch.arange(C).div(C // heads, rounding_mode="floor")[None])[0]
+        own = stacked.gather(0, torch.arange(C, device=X.device).div(C // heads, rounding_mode="floor")[None])[0]
         red = (stacked.sum(0) - own) / (heads - 1) if heads > 1 else torch.zeros_like(rel)
     return Terms(rel, red, torch.cat(activeness))
 
 
-def scratch_bytes(batch: int, tokens: int, heads: int, chunk: int) -> int:
+def scratch_bytes(batch: int, tokens: int, heads: int, at_once: AtOnce) -> int:
     """Returns the memory that the tensors of `terms` take at most, besides its arguments.
 
     A chunk of channels and one copy of it, three strips of its kernels, and the references with what they are made of.
     """
     groups = max(heads, 1)
-    channels = chunk * batch * (2 * tokens + 3 * STRIP)
+    channels = at_once.channels * batch * (2 * tokens + 3 * at_once.strip)
     return 4 * (channels + 2 * groups * batch * tokens + 4 * (1 + groups) * batch * batch)
 
 
@@ -161,12 +160,13 @@ def composite(parts: Terms, weights: tuple[float, float, float]) -> Tensor:
 
 
 def record_activations(
-    model: nn.Module, layers: Sequence[PrunableLayer], batch: Tensor, number: int = 0
+    model: nn.Module, layers: Sequence[PrunableLayer], batch: Tensor, number: int = 0, passing: Passing = nullcontext
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Returns the logits of a batch and, by layer name, the activations (images, tokens, units) of its units.
 
     Args:
         number: of the batch, for the error.
+        passing: context of the pass.
 
     Raises:
         ModelError: naming the layer whose activations are not finite, and the batch.
@@ -174,21 +174,23 @@ def record_activations(
     seen: dict[str, Tensor] = {}
 
     def keep(layer: PrunableLayer) -> Callable[..., None]:
-        return lambda _module, inputs: seen.__setitem__(layer.name, layer.activations(inputs[0], len(batch)))
+        return lambda _module, inputs: seen.__setitem__(layer.name, full(layer.activations(inputs[0], len(batch))))
 
     hooks = (layer.output_of(model).register_forward_pre_hook(keep(layer)) for layer in layers)
-    with hooked(hooks), torch.no_grad():
-        logits = model(batch)
-    for name, activations in seen.items():
-        refuse_not_finite(name, activations, number)
+    with hooked(hooks), torch.no_grad(), passing():
+        logits = full(model(batch))
+    refuse_not_finite(seen, number)
     return logits, seen
 
 
-def refuse_not_finite(name: str, values: Tensor, number: int) -> None:
-    """Raises ModelError, naming the layer and the batch, unless all values are finite."""
-    # one pass where all is well: a sum is finite only if all its terms are
-    if not (values.sum().isfinite() or values.isfinite().all()):
-        raise ModelError(f"{name}: activations are not finite in batch {number} (counted from 0)")
+def refuse_not_finite(values: Mapping[str, Tensor], number: int) -> None:
+    """Raises ModelError, naming the first such layer and the batch, unless all values are finite."""
+    # one pass where all is well, since a sum is finite only if all its terms are; and a device is waited for once
+    if not values or bool(torch.stack([each.sum() for each in values.values()]).isfinite().all()):
+        return
+    for name, each in values.items():
+        if not each.isfinite().all():
+            raise ModelError(f"{name}: activations are not finite in batch {number} (counted from 0)")
 
 
 @torch.no_grad()
@@ -198,7 +200,8 @@ def neuron_importance(
     inputs: Tensor,
     batch: int,
     weights: Mapping[str, tuple[float, float, float]] = TERM_WEIGHTS,
-    chunk: int = CHANNELS_AT_ONCE,
+    at_once: AtOnce = OF_CPU,
+    passing: Passing = nullcontext,
 ) -> dict[str, Tensor]:
     """Returns the composite importance (units,) of every layer, summed over batches; no labels are used.
 
@@ -206,21 +209,22 @@ def neuron_importance(
         inputs: the metric set in the backbone's input format; a last incomplete batch is left out.
         batch: images a batch; the kernels are B×B.
         weights: of rel, 1 - red and act, by kind of layer.
-        chunk: as in `terms`.
+        at_once: as in `terms`.
+        passing: context of the passes; the kernels are computed outside of it.
 
     Raises:
         ModelError: if there is no whole batch, or activations are not finite.
     """
     if len(inputs) < batch:
         raise ModelError(f"metric set of {len(inputs)} images is smaller than one batch of {batch}")
-    importance = {layer.name: torch.zeros(layer.units) for layer in layers}
+    importance = {layer.name: inputs.new_zeros(layer.units) for layer in layers}
     for number in track(range(len(inputs) // batch), "scores"):
         part = inputs[number * batch : (number + 1) * batch]
-        logits, activations = record_activations(model, layers, part, number)
+        logits, activations = record_activations(model, layers, part, number, passing)
         P = logits.softmax(-1)
         for layer in layers:
             heads = layer.heads if layer.kind == "attention" else 0
-            parts = terms(activations.pop(layer.name), P, heads, chunk)
+            parts = terms(activations.pop(layer.name), P, heads, at_once)
             importance[layer.name] += composite(parts, weights[layer.kind])
     return importance
 
@@ -229,4 +233,4 @@ def _unit_range(values: Tensor) -> Tensor:
     """Returns (values - min) / (max - min); 0 where they are the same but for rounding, which would fill the range."""
     low, high = values.min(), values.max()
     constant = high - low <= ROUNDING * torch.maximum(low.abs(), high.abs())
-    return torch.zeros_like(values) if constant else (values - low) / (high - low)
+    return torch.where(constant, 0.0, (values - low) / (high - low))

@@ -63,7 +63,7 @@ def sensitivities(
     found = {}
     for name, parts in squares.items():
         count = sum(len(part) for part in parts)
-        mean = sum(float(part.sum()) for part in parts) / count
+        mean = sum(torch.stack([part.sum() for part in parts]).tolist()) / count
         rows = tuple(
             (TRUST * part / mean + (1 - TRUST) if mean > 0 else torch.ones_like(part)).float() for part in parts
         )
@@ -88,6 +88,7 @@ def _output_gradients(
         torch.enable_grad(),
     ):
         logits = model(images)
-    labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
+    P = logits.detach().softmax(-1).cpu()  # the generator's device, so that labels are the same wherever this runs
+    labels = torch.multinomial(P, 1, generator=generator)[:, 0].to(logits.device)
     loss = F.cross_entropy(logits, labels, reduction="sum")
     return dict(zip(outputs, torch.autograd.grad(loss, list(outputs.values())), strict=True))

@@ -19,6 +19,7 @@ import torch
 from sklearn.decomposition import PCA
 from torch import nn
 
+from tapfl.compute import HERE, Compute
 from tapfl.config import MetricOptions
 from tapfl.data.sources import ImageSet
 from tapfl.data.transform import Transform
@@ -56,18 +57,19 @@ class Projection:
 
 
 def cached_features(
-    model: nn.Module, spec: BackboneSpec, images: ImageSet, transform: Transform, cache: Path
+    model: nn.Module, spec: BackboneSpec, images: ImageSet, transform: Transform, cache: Path, compute: Compute = HERE
 ) -> np.ndarray:
     """Returns `image_features` of a whole set, from `cache` if the same model has seen the same images before.
 
     The same weights are another model under another `spec`, such as one with more heads.
     """
     seen = f"{spec.model_dump_json()} {transform} {images.images.shape}"
-    key = content_hash(model.state_dict(), seen, np.ascontiguousarray(images.images).tobytes())
+    key = content_hash(model.state_dict(), seen, np.ascontiguousarray(images.images).tobytes(), *compute.marks)
     file = cache / "features" / f"{key}.safetensors"
     if file.is_file():
         return read_tensors(file)["features"].numpy()
-    found = image_features(model, transform.batches(images.images))
+    with compute.forward():
+        found = image_features(compute.put(model), transform.batches(images.images))
     write_tensors(file, {"features": torch.from_numpy(found)})
     return found
 

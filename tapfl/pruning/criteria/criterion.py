@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from tapfl.compute import OF_CPU, AtOnce, home
 from tapfl.config import PruningOptions
 from tapfl.errors import ConfigError, ModelError
 from tapfl.models.cost import Cost
+from tapfl.models.forward import Passing
 from tapfl.models.units import PrunableLayer, Shape
 from tapfl.pruning.allocate import allocate, fit_widths, layer_weights
 from tapfl.pruning.cost_table import CostTable
@@ -34,9 +37,11 @@ class PruningTask:
         costs: the limits on the pruned model, and what every shape of every layer costs in their quantities.
         options: the pruning options, none of them `auto`.
         batch: images a batch; n is at least one batch.
-        generator: the only source of randomness.
+        generator: the only source of randomness, on the CPU wherever the model is.
         pool_probe: layer importance (KL by layer name) of layers cut to given shapes, measured on the public pool; None
             where there is no pool or ``pruning.probe`` is not `pool`.
+        at_once: how much is computed together.
+        passing: context of the passes of which a ranking is all that is used (`tapfl.compute.Compute.forward`).
     """
 
     model: nn.Module
@@ -49,6 +54,8 @@ class PruningTask:
     batch: int
     generator: torch.Generator
     pool_probe: Callable[[Mapping[str, Shape]], dict[str, float]] | None = None
+    at_once: AtOnce = OF_CPU
+    passing: Passing = nullcontext
 
 
 @dataclass(frozen=True)
@@ -160,7 +167,7 @@ class Criterion:
         if self.search is not None:
             return self.search(task)
         assert self.scores is not None, "a criterion has either scores or a search"
-        return self.spend(task, self.scores(task))
+        return self.spend(task, home(self.scores(task)))
 
 
 def refuse_nan(scores: Scores) -> None:
@@ -174,7 +181,8 @@ def refuse_nan(scores: Scores) -> None:
 
 def _layer_importance(task: PruningTask, scores: Scores, shapes: Mapping[str, Shape]) -> dict[str, float]:
     if task.options.probe == "own":
-        return layer_importance(task.model, task.layers, _keep(task, scores, shapes), task.inputs, task.batch)
+        kept, stream = _keep(task, scores, shapes), task.at_once.stream
+        return layer_importance(task.model, task.layers, kept, task.inputs, task.batch, stream, task.passing)
     if task.pool_probe is None:
         raise ConfigError("pruning.probe = 'pool': there is no public pool beside the metric set here; accepted: own")
     return task.pool_probe(shapes)

@@ -81,7 +81,7 @@ def image_gradients(task: PruningTask) -> Iterator[Gates]:
 
 def mean_over_images(task: PruningTask, of: Callable[[Tensor], Tensor]) -> Gates:
     """Returns the mean over the metric set of `of` (elementwise) of the images' gate gradients, (units,) by name."""
-    totals = {layer.name: torch.zeros(layer.units, dtype=torch.float64) for layer in task.layers}
+    totals = {layer.name: task.inputs.new_zeros(layer.units, dtype=torch.float64) for layer in task.layers}
     for gradients in image_gradients(task):
         for name, gradient in gradients.items():
             totals[name] += of(gradient.double()).sum(0)

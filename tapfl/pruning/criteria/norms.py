@@ -33,7 +33,7 @@ def coupled_norms(task: PruningTask) -> Scores:
 @torch.no_grad()
 def coupled_norm(layer: PrunableLayer, module: nn.Module) -> Tensor:
     """Returns the magnitude of the units of one branch, float64 (units,)."""
-    total = torch.zeros(layer.units, dtype=torch.float64)
+    total = torch.zeros(layer.units, dtype=torch.float64, device=next(module.parameters()).device)
     for cut in layer.cuts(torch.arange(layer.units)):
         linear = module.get_submodule(cut.linear)
         assert isinstance(linear, nn.Linear)
@@ -51,7 +51,7 @@ def coupled_norm(layer: PrunableLayer, module: nn.Module) -> Tensor:
 @torch.no_grad()
 def output_norms(task: PruningTask) -> dict[str, Tensor]:
     """Returns Wanda's score of every unit, float64 (units,) by layer name."""
-    squares = {layer.name: torch.zeros(layer.units, dtype=torch.float64) for layer in task.layers}
+    squares = {layer.name: task.inputs.new_zeros(layer.units, dtype=torch.float64) for layer in task.layers}
     for number, images in enumerate(task.inputs.split(task.batch)):
         _, activations = record_activations(task.model, task.layers, images, number)
         for name, x in activations.items():

@@ -29,6 +29,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tapfl.compute import home
 from tapfl.errors import BudgetError
 from tapfl.models.units import PrunableLayer
 from tapfl.progress import track
@@ -88,7 +89,9 @@ def importance_and_interactions(task: PruningTask) -> tuple[dict[str, Tensor], n
     groups = [[layer.name for layer in task.layers if layer.kind == kind] for kind in TYPES]
     count = np.array([sum(layer.units for layer in task.layers if layer.kind == kind) for kind in TYPES])
     scores = {
-        layer.name: torch.zeros(layer.heads if layer.kind == "attention" else layer.units, dtype=torch.float64)
+        layer.name: task.inputs.new_zeros(
+            layer.heads if layer.kind == "attention" else layer.units, dtype=torch.float64
+        )
         for layer in task.layers
     }
     S = np.zeros((2, 2))
@@ -107,10 +110,10 @@ def importance_and_interactions(task: PruningTask) -> tuple[dict[str, Tensor], n
         for i, names in enumerate(groups):
             slope = torch.stack([gradient[name].sum() for name in names]).sum()
             product = torch.autograd.grad(slope, list(gates.values()), retain_graph=True)
-            along = {name: float(part.double().sum()) for name, part in zip(gates, product, strict=True)}
+            along = dict(zip(gates, torch.stack([part.double().sum() for part in product]).tolist(), strict=True))
             for j, others in enumerate(groups):
                 S[i, j] += sum(along[name] for name in others) / (count[i] * count[j] * batches)
-    return scores, (S + S.T) / 2  # symmetric but for rounding
+    return home(scores), (S + S.T) / 2  # symmetric but for rounding
 
 
 def removal_order(

@@ -35,7 +35,7 @@ ROUNDS = 256  # in which a branch loses its units: one unit a round up to that w
 def composite_scores(task: PruningTask) -> Scores:
     """Returns the composite importance with the term weights of the options, (units,) by layer name."""
     weights = {"ffn": task.options.ffn_terms, "attention": task.options.attention_terms}
-    return neuron_importance(task.model, task.layers, task.inputs, task.batch, weights)
+    return neuron_importance(task.model, task.layers, task.inputs, task.batch, weights, task.at_once, task.passing)
 
 
 def tap_plus_scores(task: PruningTask) -> Scores:
@@ -59,9 +59,9 @@ def elimination_scores(task: PruningTask, fisher: Mapping[str, Sensitivity]) -> 
     found = unit_moments(task.model, task.layers, task.inputs, task.batch, fisher)
     for name, moments in track(found.items(), "elimination"):
         W = layers[name].output_of(task.model).weight.double()
-        order, _ = elimination_order(W, moments.covariance(), fisher[name].metric)
-        scores[name] = torch.empty(len(order), dtype=torch.float64)
-        scores[name][order] = torch.arange(len(order), dtype=torch.float64)
+        order, errors = elimination_order(W, moments.covariance(), fisher[name].metric)
+        scores[name] = torch.empty_like(errors)
+        scores[name][order] = torch.arange(len(order), dtype=errors.dtype, device=errors.device)
     return scores
 
 
@@ -83,26 +83,23 @@ def elimination_order(W: Tensor, C: Tensor, M: Tensor, ridge: float = RIDGE) -> 
         ridge: λ as a share of the mean variance of the units, >= 0.
     """
     units = len(C)
-    H = C + (ridge * C.diagonal().mean() + torch.finfo(C.dtype).tiny) * torch.eye(units, dtype=C.dtype)
+    H = C + torch.diag((ridge * C.diagonal().mean() + torch.finfo(C.dtype).tiny).expand(units))
     inverse = torch.linalg.inv(H)
     worth, directions = torch.linalg.eigh(M)
     W = worth.clamp(min=0).sqrt()[:, None] * (directions.T @ W)
-    left, order, errors = torch.arange(units), [], []
-    error = 0.0
+    left, order, growth = torch.arange(units, device=C.device), [], []
     while len(left):
         e = W.square().sum(0) / inverse.diagonal()
         count = min(max(1, units // ROUNDS), len(left))
-        gone = e.argsort(stable=True)[:count]
-        stay = torch.ones(len(left), dtype=torch.bool).index_fill(0, gone, False)
-        for j in gone.tolist():
-            error += float(e[j])
-            order.append(int(left[j]))
-            errors.append(error)
-        block = torch.linalg.solve(inverse[gone][:, gone], inverse[gone][:, stay])
+        gone, stay = e.argsort(stable=True).split([count, len(left) - count])
+        stay = stay.sort().values  # positions and not a mask, whose size a GPU would have to tell first
+        order.append(left[gone])
+        growth.append(e[gone])
+        block = torch.linalg.solve_ex(inverse[gone][:, gone], inverse[gone][:, stay]).result
         W = W[:, stay] - W[:, gone] @ block
         inverse = inverse[stay][:, stay] - inverse[stay][:, gone] @ block
         left = left[stay]
-    return torch.tensor(order), torch.tensor(errors, dtype=torch.float64)
+    return torch.cat(order), torch.cat(growth).cumsum(0)
 
 
 tap = Criterion(

@@ -97,7 +97,9 @@ def divergence(task: PruningTask, drops: Sequence[DropSet]) -> list[float]:
         for name in set().union(*drops)
     }
     variants = [{name: constant[name] for name in drop} for drop in drops]
-    return divergences(task.model, task.layers, variants, task.inputs, task.batch).mean(1).tolist()
+    batch, stream = task.batch, task.at_once.stream
+    found = divergences(task.model, task.layers, variants, task.inputs, batch, stream, task.passing)
+    return found.mean(1).tolist()
 
 
 def _thinned(task: PruningTask, images: int) -> PruningTask:

@@ -37,6 +37,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tapfl.compute import home
 from tapfl.models.forward import hooked
 from tapfl.models.units import PrunableLayer
 from tapfl.progress import track
@@ -125,7 +126,8 @@ def search(task: PruningTask) -> Selection:
             F.cross_entropy(model(task.inputs[chosen]), labels[chosen]).backward()
             optimizer.step()
             if step % interval == 0 or step == STEPS:
-                z = standardise(task.layers, {name: mask.grad for name, mask in masks.items() if mask.grad is not None})
+                gradients = {name: mask.grad for name, mask in masks.items() if mask.grad is not None}
+                z = home(standardise(task.layers, gradients))
                 now = schedule(step, STEPS, final)
                 for name, values in faded(task, z, now, final).items():
                     masks[name].data.copy_(values)
@@ -152,7 +154,7 @@ def faded(task: PruningTask, z: Mapping[str, Tensor], now: float, final: float) 
     unit = [layer.heads * float(task.costs.slopes[layer.name][limit]) for layer in task.layers]
     values = {layer.name: torch.ones_like(z[layer.name]) for layer in task.layers}
     ranked = sorted(
-        ((-float(score), i, k) for i, layer in enumerate(task.layers) for k, score in enumerate(z[layer.name]))
+        (-score, i, k) for i, layer in enumerate(task.layers) for k, score in enumerate(z[layer.name].tolist())
     )
     last = [int(z[layer.name].argmin()) for layer in task.layers]
     left = now * float(task.costs.prunable[limit]) * (1 + 1e-12)

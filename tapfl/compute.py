@@ -1,0 +1,184 @@
+"""Where a process computes, how precisely, and what of "the same bits" follows from it.
+
+Only this file knows what an accelerator is called. The mathematics takes the device from its arguments; a `Compute` is
+carried by what stands between host and device: `put` brings models, images and adapters there, and `home` brings back
+what is sent, stored, hashed or ranked.
+
+The same seed gives the same bits on devices of one `kind`, with one precision. On a GPU that takes `deterministic`.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import platform
+import re
+import time
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from tapfl.config import ComputeOptions
+from tapfl.errors import ConfigError
+
+T = TypeVar("T", bound=Tensor | nn.Module | Mapping[str, Tensor] | None)
+
+FULL = "ieee"  # float32 products in float32; torch's own default for convolutions on a GPU is TF32
+
+
+@dataclass(frozen=True)
+class AtOnce:
+    """How much of a long computation goes together, by kind of device: results differ by rounding between kinds.
+
+    The defaults keep what is worked on in a CPU's cache. A GPU works on more, so that it is not waiting for launches.
+
+    Attributes:
+        channels: of a layer, scored together (`tapfl.pruning.scores.terms`).
+        strip: rows of a kernel matrix that are computed together, likewise.
+        stream: floats of the residual stream that pass a block together in KL probes (16 images of DeiT-T at 224 px).
+    """
+
+    channels: int = 128
+    strip: int = 16
+    stream: int = 600_000
+
+
+CPU = torch.device("cpu")
+OF_CPU, OF_GPU = AtOnce(), AtOnce(channels=1024, strip=64, stream=2**24)
+
+
+@dataclass(frozen=True)
+class Compute:
+    """A device and a precision.
+
+    Attributes:
+        device: of all tensors that are computed with.
+        precision: `exact` computes everything as on the CPU; with `fast`, passes of which a ranking is all that is used
+            and the products with frozen weights are in bfloat16 (docs/compute.md has the errors).
+        deterministic: only operations that give the same bits each time.
+    """
+
+    device: torch.device = CPU
+    precision: str = "exact"
+    deterministic: bool = False
+
+    @classmethod
+    def of(cls, options: ComputeOptions) -> Compute:
+        """Returns what the options name, on this machine.
+
+        Raises:
+            ConfigError: if this machine does not have it.
+        """
+        name = options.device
+        if name == "auto":
+            name = "cuda" if torch.cuda.is_available() else "cpu"
+        if name == "cuda" and not torch.cuda.is_available():
+            why = "finds no GPU that it can use" if torch.version.cuda else "has no CUDA"
+            raise ConfigError(f"compute.device = 'cuda': torch here {why}; accepted: auto, cpu")
+        if name == "cuda" and options.precision == "fast" and not torch.cuda.is_bf16_supported(False):
+            raise ConfigError(
+                f"compute.precision = 'fast': {torch.cuda.get_device_name()} does not compute in bfloat16; "
+                "accepted: exact"
+            )
+        device = torch.device("cuda", 0) if name == "cuda" else CPU
+        return cls(device, options.precision, options.deterministic)
+
+    def prepare(self) -> None:
+        """Sets what torch knows once a process: one thread, and on a GPU full float32 and the choice of kernels.
+
+        A worker uses one thread: more would compete for the cores and change the last bit.
+        """
+        torch.set_num_threads(1)
+        if self.device.type == "cpu":  # where all operations that are used here are deterministic
+            return
+        if hasattr(torch.backends, "fp32_precision"):  # torch 2.9; the old flags and the new ones must not be mixed
+            torch.backends.fp32_precision = FULL
+        else:
+            torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+        torch.backends.cudnn.benchmark = False  # it would choose kernels by their time
+        if self.deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read at the first product on the GPU
+        torch.use_deterministic_algorithms(self.deterministic)
+        setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)  # noqa: B010  (a property of the module)
+
+    def put(self, x: T) -> T:
+        """Returns a tensor, tensors by name or a module on the device: a copy, or where it is the CPU, `x` itself."""
+        if self.device.type == "cpu" or x is None:
+            return x
+        moved: Any
+        if isinstance(x, nn.Module):  # `Module.to` would move the caller's own
+            moved = copy.deepcopy(x).to(self.device)
+        elif isinstance(x, Mapping):
+            moved = {name: tensor.to(self.device) for name, tensor in x.items()}
+        else:
+            moved = x.to(self.device)
+        return moved
+
+    def forward(self) -> AbstractContextManager[Any]:
+        """Returns a context for passes of which a ranking is all that is used: bfloat16 where `fast`, else nothing."""
+        if self.precision == "exact":
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=torch.bfloat16)
+
+    def seconds(self, call: Callable[[], object]) -> float:
+        """Returns how long `call` takes: on a CPU the seconds of this thread, on a GPU those until its work is done.
+
+        Other processes take time from a core, which is not counted; a launch takes no time of the GPU.
+        """
+        if self.device.type != "cuda":
+            start = time.thread_time()
+            call()
+            return time.thread_time() - start
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize(self.device)
+        begin.record()
+        call()
+        end.record()
+        torch.cuda.synchronize(self.device)
+        return float(begin.elapsed_time(end)) / 1e3
+
+    @property
+    def at_once(self) -> AtOnce:
+        return OF_CPU if self.device.type == "cpu" else OF_GPU
+
+    @property
+    def kind(self) -> str:
+        """What has to be the same for the same bits, besides the versions of the packages, in words."""
+        if self.device.type != "cuda":
+            return f"{_cpu()}, {torch.backends.cpu.get_cpu_capability()}"
+        cudnn = torch.backends.cudnn.version()
+        return f"{torch.cuda.get_device_name(self.device)}, CUDA {torch.version.cuda}, cuDNN {cudnn}"
+
+    @property
+    def marks(self) -> tuple[str, ...]:
+        """What the key of a cached result has besides what it is computed from; nothing for exact results of CPUs."""
+        plain = self.device.type == "cpu" and self.precision == "exact"
+        return () if plain else (self.kind, self.precision)
+
+
+HERE = Compute()  # the CPU, exact
+
+
+def home(x: T) -> T:
+    """Returns a tensor or tensors by name, detached, on the CPU."""
+    moved: Any = None
+    if isinstance(x, Mapping):
+        moved = {name: tensor.detach().cpu() for name, tensor in x.items()}
+    elif isinstance(x, Tensor):
+        moved = x.detach().cpu()
+    return moved
+
+
+@lru_cache(maxsize=1)
+def _cpu() -> str:
+    try:
+        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:
+        found = None
+    return found[1].strip() if found else platform.processor() or platform.machine()
