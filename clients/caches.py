@@ -47,7 +47,8 @@ def private_images(config: RunConfig, fingerprint: str) -> ImageSet:
 @lru_cache(maxsize=4)
 def splits(config: RunConfig, devices: int, fingerprint: str) -> list[DeviceSplit]:
     """Returns the split of each device."""
-    return partition(private_images(config, fingerprint).labels, config.data, devices, config.seed)
+    private = private_images(config, fingerprint)
+    return partition(private.labels, config.data, devices, config.seed, private.owners)
 
 
 @lru_cache(maxsize=4)

@@ -82,7 +82,7 @@ class Device:
         Raises:
             DataError: if its images are not those that the run began with.
         """
-        self.storage.begin(fingerprints([self._images]))
+        self.storage.begin(fingerprints([self._images], ids="" if self.source else self.config.data.ids))
         _, split = caches.images_of(self.config, self.devices, self.partition_id, self.source, self._fingerprint)
         return HelloReply(
             partition_id=self.partition_id,
@@ -105,7 +105,7 @@ class Device:
         summary = device_mixture(points, self.config.summary, self.config.seed, self.partition_id, self.secret)
         test_inputs, test_labels = self._part("test")
         held, tested = (home(each).bincount(minlength=len(classes)) for each in (labels, test_labels))
-        self.storage.save_images(classes, held.tolist(), tested.tolist())
+        self.storage.save_images(classes, held.tolist(), tested.tolist(), self._natural_ids)
         reports_classes = self.config.adapters.head == "class-rows"
         return SummaryReply(
             **vars(summary),
@@ -319,6 +319,14 @@ class Device:
         classes = self.storage.classes if self.source else ()
         owner = (self.config, self.devices, self.partition_id)
         return caches.part(*owner, name, self.source, self._fingerprint, classes, self.compute)
+
+    @property
+    def _natural_ids(self) -> tuple[str, ...]:
+        """Of whom the images are, where they were divided by that."""
+        if self.source or self.config.data.divided_by != "device":
+            return ()
+        images, split = caches.images_of(self.config, self.devices, self.partition_id, "", self._fingerprint)
+        return images.subset(split.train).owner_names
 
     @property
     def _images(self) -> tuple[str, str]:

@@ -37,7 +37,7 @@ class DeviceStorage:
     pruned/     plan.json and model.safetensors, for `tapfl.load_pruned`
     state/      round-NNNN.safetensors: the state after that round, the last two
     personal/   the personal model as a peft adapter, written at the end
-    images.json   number of images of each class in its two parts, for readers of this folder
+    images.json   number of images of each class in its two parts, and the natural ids, for readers of this folder
     alphas.json   test accuracy of the interpolation at several α at the end, with `apfl`, for readers of this folder
     classes.json  names of the backbone's outputs, if the device has its own image source
     source.json   fingerprint of the images that the run began with
@@ -86,9 +86,12 @@ class DeviceStorage:
         if odd := changed(before, {name: of for name, of in fingerprint.items() if name in before}):
             raise DataError(f"{'; '.join(odd)}; {ACCEPTED}")
 
-    def save_images(self, classes: Sequence[str], train: Sequence[int], test: Sequence[int]) -> None:
-        """Writes the number of images of each of `classes`; `tapfl report` reads it in a simulation."""
-        write_json(self.folder / IMAGES_FILE, {"classes": list(classes), "train": list(train), "test": list(test)})
+    def save_images(
+        self, classes: Sequence[str], train: Sequence[int], test: Sequence[int], ids: Sequence[str] = ()
+    ) -> None:
+        """Writes the number of images of each of `classes`, and the ids; `tapfl report` reads it in a simulation."""
+        counts = {"classes": list(classes), "train": list(train), "test": list(test)}
+        write_json(self.folder / IMAGES_FILE, counts | ({"ids": list(ids)} if ids else {}))
 
     def save_alphas(self, accuracies: Mapping[float, float]) -> None:
         """Writes the test accuracy at each α; `tapfl report` reads it in a simulation, and nothing else does."""

@@ -50,7 +50,7 @@ def check(config: RunConfig) -> None:
     private = open_private(config.data, transform, config.seed, cache)
     check_classes(config.data, public, private)
     transform(public.images[:1])
-    partition(private.labels, config.data, config.devices.count, config.seed)
+    partition(private.labels, config.data, config.devices.count, config.seed, private.owners)
     for name, size in (("metric.size", config.metric.size), ("pruning.recovery-size", config.pruning.recovery_size)):
         if size > len(public):
             raise DataError(f"{name} = {size}: the public pool has {len(public)} images")
@@ -58,6 +58,16 @@ def check(config: RunConfig) -> None:
     require_loggers(config.log)  # the last check: it may make an empty database
     for line in found(config.data, public, private):
         log(logging.INFO, "%s", line)
+
+
+def devices_of(config: RunConfig) -> int:
+    """Returns how many devices the partition makes of the private images, where it says that itself.
+
+    Raises:
+        TapflError: as `open_private` and `partition`.
+    """
+    private = open_private(config.data, input_transform(config.model), config.seed, cache_folder(config.cache))
+    return len(partition(private.labels, config.data, 0, config.seed, private.owners))
 
 
 def _check_backbone(config: RunConfig, public: ImageSet) -> None:

@@ -27,7 +27,7 @@ def resolve_run(options: Mapping[str, Any], out: Path, resume: bool) -> RunConfi
     Raises:
         TapflError: in one line, if the run could not be finished.
     """
-    kept = RunFolder(out).config() if resume else {"devices.count": DEFAULT_DEVICES}
+    kept = RunFolder(out).config() if resume else {}
     config = absolute_paths(RunConfig.from_flat({**kept, **options, "out": str(out), "resume": resume}))
     if resume:
         require_same_run(RunFolder(out), config)
@@ -39,8 +39,26 @@ def resolve_run(options: Mapping[str, Any], out: Path, resume: bool) -> RunConfi
     with stage("checking"):
         from experiments.feasible import check
 
+        config = counted(config)
         check(config)
     return config
+
+
+def counted(config: RunConfig) -> RunConfig:
+    """Returns the configuration with a number of devices: where it has none, as many as the partition makes, or ten.
+
+    Args:
+        config: with absolute paths.
+
+    Raises:
+        TapflError: if the images, which have to be read for it, are missing or do not serve that many.
+    """
+    if config.devices.count:
+        return config
+    from experiments.feasible import devices_of  # loads torch
+
+    count = devices_of(config) if config.data.makes_devices else DEFAULT_DEVICES
+    return RunConfig.from_flat(config.flat() | {"devices.count": count})
 
 
 def require_same_run(folder: RunFolder, config: RunConfig, require: bool = True) -> None:

@@ -9,10 +9,10 @@ import torch
 from backbones import SWIN, VIT
 from torch import nn
 
+from tapfl.arguments import parse_args, written
 from tapfl.config import ModelOptions
 from tapfl.errors import ModelError
-from tapfl.models.arguments import check_arguments, parse_args, written
-from tapfl.models.backbone import BackboneSpec, build, spec_of
+from tapfl.models.backbone import BackboneSpec, build, check_arguments, spec_of
 from tapfl.models.dense import layers_of
 
 CLASSES = tuple("abcde")
@@ -139,12 +139,12 @@ def test_no_classes_stand_for_features() -> None:
 @pytest.mark.parametrize("text", ["=1", " = ", "depth=2,=", "depth=2,3"])
 def test_a_part_without_a_key_is_refused(text: str) -> None:
     with pytest.raises(ModelError, match=r"model\.args = .*must have the form key=value"):
-        parse_args(text)
+        spec_of(ModelOptions(args=text), CLASSES)
 
 
 def test_a_key_that_is_given_twice_is_refused() -> None:
     with pytest.raises(ModelError, match=r"model\.args = 'depth=2, depth =3': depth is given twice"):
-        parse_args("depth=2, depth =3")
+        spec_of(ModelOptions(args="depth=2, depth =3"), CLASSES)
 
 
 def test_arguments_are_written_as_they_are_read() -> None:

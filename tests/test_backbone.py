@@ -17,11 +17,11 @@ import timm
 import torch
 from backbones import CLASSES, DEIT, SWIN, VIT, VIT_ARGS, scramble
 
+from tapfl.arguments import parse_args
 from tapfl.config import ModelOptions
 from tapfl.data.sources import ImageSet
 from tapfl.errors import ModelError
 from tapfl.models import dense
-from tapfl.models.arguments import parse_args
 from tapfl.models.backbone import BackboneSpec, build
 from tapfl.models.dense import DenseCache, dense_backbone, dense_key, load_hub_weights, load_weights, read_head_rows
 from tapfl.models.forward import example_input, head_names, image_features, transform_of
@@ -49,7 +49,7 @@ def test_arguments_are_read_as_what_they_are() -> None:
     }
     assert parse_args("class_token = True") == {"class_token": True}
     assert parse_args("") == {}
-    with pytest.raises(ModelError, match=r"model\.args = 'depth': 'depth' must have the form key=value"):
+    with pytest.raises(ValueError, match=r"^'depth': 'depth' must have the form key=value"):
         parse_args("depth")
 
 

@@ -14,9 +14,9 @@ from timm.layers import Attention
 from timm.models.vision_transformer import ResPostBlock
 from torch import Tensor, nn
 
+from tapfl.arguments import parse_args
 from tapfl.config import PruningOptions, RunConfig
 from tapfl.errors import ModelError
-from tapfl.models.arguments import parse_args
 from tapfl.models.backbone import BackboneSpec, build, spec_of
 from tapfl.models.cost import measure_cost
 from tapfl.models.forward import segments
@@ -237,7 +237,7 @@ def test_tuples_are_written_with_slashes() -> None:
     assert parse_args("depths=2/") == {"depths": (2,)}
     assert parse_args("norm_layer=a/b,x=/,y=True/2") == {"norm_layer": "a/b", "x": "/", "y": "True/2"}
     assert [type(value) for value in parse_args("depths=2/2")["depths"]] == [int, int]  # type: ignore[union-attr]
-    with pytest.raises(ModelError, match=r"'2\)' must have the form key=value \(a tuple: depths=2/2\)"):
+    with pytest.raises(ValueError, match=r"'2\)' must have the form key=value \(a tuple: depths=2/2\)"):
         parse_args("depths=(2,2)")
 
 

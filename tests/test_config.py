@@ -79,7 +79,10 @@ def test_a_list_of_one_may_be_written_without_a_list(value: object) -> None:
         ({"data.public-share": 1}, ["data.public-share = 1", "less than 1"]),
         (
             {"data.partition": "equal"},
-            ["data.partition = 'equal'", "'pathological', 'class-blocks', 'dirichlet', 'iid' or 'shard'"],
+            [
+                "data.partition = 'equal'",
+                "'pathological', 'class-blocks', 'dirichlet', 'iid', 'shard', 'natural'",
+            ],
         ),
         ({"adapters.rule": ""}, ["adapters.rule = ''", "must be one of fedit, ffa, rolora, embed_side, hetlora, flex"]),
         ({"adapters.trim": 0.5}, ["adapters.trim = 0.5", "less than 0.5"]),

@@ -151,7 +151,7 @@ class Workload:
     def _private(self) -> tuple[ImageSet, list[DeviceSplit]]:
         config = self.config
         private = open_private(config.data, input_transform(config.model), config.seed, cache_folder(config.cache))
-        return private, partition(private.labels, config.data, config.devices.count, config.seed)
+        return private, partition(private.labels, config.data, config.devices.count, config.seed, private.owners)
 
 
 def note_round(out: Path, round: int) -> None:

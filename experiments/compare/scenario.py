@@ -48,7 +48,7 @@ class Scenario:
         images = open_pool(config.data, transform, config.seed, cache)
         private = open_private(config.data, transform, config.seed, cache)
         check_classes(config.data, images, private)
-        splits = partition(private.labels, config.data, config.devices.count, config.seed)
+        splits = partition(private.labels, config.data, config.devices.count, config.seed, private.owners)
         compute = Compute.of(config.compute)
         _, spec, model = dense_backbone(config.model, images, config.seed, DenseCache(cache), compute)
         pool = describe_pool(config, images, model, compute)

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from experiments.command_line import JobOptions, RayOptions, starting
 from experiments.jobs.pool import Emit, Job, Pool, ProcessPool, ThreadPool
 from experiments.jobs.progress import on_both, reporting
-from experiments.preflight import DEFAULT_DEVICES, absolute_paths, require_same_run
+from experiments.preflight import absolute_paths, counted, require_same_run
 from strategies.binding import inputs_of, write_begun
 from strategies.progress import Lines
 from strategies.records import SUMMARY, Summary, read_summary
@@ -106,8 +106,9 @@ def federations(engine: str, options: JobOptions) -> Iterator[tuple[Pool, Engine
 
 def resolved(options: Mapping[str, Any], folder: Path) -> RunConfig:
     """Returns the configuration of a run in `folder`, which continues if it exists."""
-    own = {"out": str(folder), "resume": True}
-    return absolute_paths(RunConfig.from_flat({"devices.count": DEFAULT_DEVICES, **options, **own}))
+    begun = RunFolder(folder).config() if (folder / "config.json").is_file() else {}
+    known = {"devices.count": begun.get("devices.count", 0)}  # which may have been counted in images that are gone
+    return counted(absolute_paths(RunConfig.from_flat({**known, **options, "out": str(folder), "resume": True})))
 
 
 def federation_job(options: Mapping[str, Any], folder: Path, engine: Engine) -> Job:

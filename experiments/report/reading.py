@@ -42,7 +42,7 @@ class ClassCounts(Record):
 
     @model_validator(mode="after")
     def _one_a_class(self) -> Self:
-        if any(len(values) != len(self.classes) for values in vars(self).values()):
+        if any(len(values) != len(self.classes) for name, values in vars(self).items() if name != "ids"):
             raise ValueError("needs one count a class")
         return self
 
@@ -52,10 +52,11 @@ class ClassCounts(Record):
 
 
 class Images(ClassCounts):
-    """A device's own images."""
+    """A device's own images, and whose they are, where they were divided by that."""
 
     train: list[Count]
     test: list[Count]
+    ids: tuple[str, ...] = ()
 
 
 class MetricSet(ClassCounts):

@@ -182,6 +182,7 @@ def devices(run: Run) -> Table:
     for device in run.devices:
         data = {
             "device": str(device.device),
+            "id": _some(run.images[device.device].ids) if device.device in run.images else "",
             "profile": device.profile.name or "",
             "images": f"{device.train_samples} + {device.test_samples}",
             "classes": str(device.classes or "?"),
@@ -198,13 +199,13 @@ def devices(run: Run) -> Table:
                 "α": f"{device.alpha:.3f}" if apfl and device.rounds else "–",
             }
         rows.append(data | model | {side: size(series.total_bytes([device], side)) for side in ("up", "down")})
-    profiles = any(row["profile"] for row in rows)
-    columns = [column for column in rows[0] if column != "profile" or profiles]
+    words = [name for name in ("id", "profile") if any(row[name] for row in rows)]
+    columns = [column for column in rows[0] if column not in ("id", "profile") or column in words]
     return Table(
         columns,
         [[row[column] for column in columns] for row in rows],
         keys=[device.device for device in run.devices],
-        words={1} if profiles else (),
+        words={columns.index(name) for name in words},
         note="images: training + test; gain: personal minus pruned accuracy.",
     )
 

@@ -4,11 +4,44 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
+from tapfl.arguments import Argument, parse_args
 from tapfl.options import RATE, Count, Counts, Levels, Section, Share, Shares, TermWeights
 
+Partition = Literal[
+    "pathological",
+    "class-blocks",
+    "dirichlet",
+    "iid",
+    "shard",
+    "natural",
+    "IidPartitioner",
+    "LinearPartitioner",
+    "SquarePartitioner",
+    "ExponentialPartitioner",
+    "SizePartitioner",
+    "DirichletPartitioner",
+    "InnerDirichletPartitioner",
+    "PathologicalPartitioner",
+    "ShardPartitioner",
+    "DistributionPartitioner",
+    "ContinuousPartitioner",
+    "NaturalIdPartitioner",
+    "GroupedNaturalIdPartitioner",
+]
+UNUSED = {  # partitioners of flwr-datasets that cannot divide images by options
+    "VerticalEvenPartitioner": "divides columns among devices, and an image is one column",
+    "VerticalSizePartitioner": "divides columns among devices, and an image is one column",
+    "IdToSizeFncPartitioner": "takes a function; Linear-, Square- and ExponentialPartitioner are made of it",
+}
 PROFILE_SETS = ("equal", "tiers", "mobile")
+
+
+def _divides_images(name: object) -> object:
+    if why := UNUSED.get(str(name)):
+        raise ValueError(f"{why}; accepted: the other partitioners of flwr-datasets")
+    return name
 
 
 class DataOptions(Section):
@@ -21,12 +54,54 @@ class DataOptions(Section):
     evaluate: Literal["test", "validation"] = Field(
         "test", description="`validation`: evaluate on a `test-share` of the training images, not on the test images"
     )
-    partition: Literal["pathological", "class-blocks", "dirichlet", "iid", "shard"] = Field(
-        "pathological", description="partitioner of the private images; `class-blocks`: disjoint sets of classes"
+    partition: Annotated[Partition, BeforeValidator(_divides_images)] = Field(
+        "pathological", description="partitioner of the private images: a short name, or a class of flwr-datasets"
     )
+    partition_args: str = Field(
+        "", description="arguments of that class, key=value; 2/2 is the list (2, 2), and 1/2;3/4 has two rows"
+    )
+    device_column: str = Field(
+        "", description="array (.npz) or column (`hf:`) of device ids; any name: folders `ID/CLASS/`; empty: automatic"
+    )
+    min_images: int = Field(0, ge=0, description="device ids with fewer private images are left out; 0: none")
     classes_per_device: Count = Field(3, description="classes of each device, for `pathological` and `class-blocks`")
     shards_per_device: Count = Field(3, description="shards of each device, for `shard`")
     dirichlet_alpha: float = Field(0.3, gt=0, description="concentration of `dirichlet`; smaller is more uneven")
+
+    @property
+    def makes_devices(self) -> bool:
+        """Whether the partitioner says how many devices there are: one for each id, group of ids, or size given."""
+        own = ("natural", "NaturalIdPartitioner", "GroupedNaturalIdPartitioner")
+        return self.partition in (*own, "SizePartitioner", "InnerDirichletPartitioner")
+
+    @property
+    def divided_by(self) -> Argument:
+        """What the private images are divided by: ``label``, ``device``, or what `partition-args` says."""
+        natural = self.partition in ("natural", "NaturalIdPartitioner", "GroupedNaturalIdPartitioner")
+        return parse_args(self.partition_args).get("partition_by", "device" if natural else "label")
+
+    @property
+    def ids(self) -> str:
+        """The name under which `source` holds the ids of devices; empty: they are not asked for."""
+        return self.device_column or ("device" if self.divided_by == "device" else "")
+
+    @model_validator(mode="after")
+    def _options_go_together(self) -> DataOptions:
+        try:
+            given = parse_args(self.partition_args)
+        except ValueError as error:
+            raise ValueError(f"partition-args={error}") from None
+        if given and not self.partition.endswith("Partitioner"):
+            raise ValueError(
+                f"partition-args={self.partition_args} are those of a class, and partition={self.partition} is a short "
+                "name; accepted with it: none, or the name of a class, such as DirichletPartitioner"
+            )
+        if self.min_images and not self.ids:
+            raise ValueError(
+                f"min-images={self.min_images} counts the images of device ids; accepted: partition=natural or a "
+                "device-column"
+            )
+        return self
 
 
 class DeviceOptions(Section):

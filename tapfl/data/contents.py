@@ -25,14 +25,15 @@ IMAGES = ("data", "data.source", "data.public")  # the first is an option of a n
 def contents(config: RunConfig, options: Iterable[str] = OPTIONS, require: bool = True) -> dict[str, str]:
     """Returns the `fingerprints` of what these options of a run name."""
     flat = config.flat()
-    return fingerprints([(option, flat[option]) for option in options], require)
+    return fingerprints([(option, flat[option]) for option in options], require, config.data.ids)
 
 
-def fingerprints(named: Iterable[tuple[str, object]], require: bool = True) -> dict[str, str]:
+def fingerprints(named: Iterable[tuple[str, object]], require: bool = True, ids: str = "") -> dict[str, str]:
     """Returns ``option = 'value'`` -> fingerprint for options and values; what is built in has none and is left out.
 
     Args:
         require: whether all must be there; if not, what cannot be read is left out.
+        ids: under which name `data.source` holds ids of devices; empty: it has none.
 
     Raises:
         TapflError: if something that must be there cannot be read.
@@ -41,14 +42,14 @@ def fingerprints(named: Iterable[tuple[str, object]], require: bool = True) -> d
     for option, value in named:
         try:
             if is_plugin(str(value)) if option in PLUGIN_OPTIONS else value not in NOT_PATHS:
-                found[f"{option} = {value!r}"] = content_of(option, str(value))
+                found[f"{option} = {value!r}"] = content_of(option, str(value), ids)
         except TapflError:
             if require:
                 raise
     return found
 
 
-def content_of(option: str, value: str) -> str:
+def content_of(option: str, value: str, ids: str = "") -> str:
     """Returns the fingerprint of what an option's value names: of images that of their `ImageSet`.
 
     Raises:
@@ -56,7 +57,7 @@ def content_of(option: str, value: str) -> str:
         ConfigError: if a file cannot be read.
     """
     if option in IMAGES:
-        return _of_images(value)
+        return _of_images(value, by_device=bool(ids) and option == "data.source")
     try:
         plugin = option in PLUGIN_OPTIONS
         return file_fingerprint(file_of_plugin(option, value) if plugin else Path(value).expanduser())
@@ -64,12 +65,12 @@ def content_of(option: str, value: str) -> str:
         raise ConfigError(f"{option} = {value!r}: cannot be read ({message_of(error)})") from None
 
 
-def _of_images(source: str) -> str:
+def _of_images(source: str, by_device: bool) -> str:
     if source.startswith("hf:"):
         return hugging_face.fingerprint_of(hugging_face.open_table(source.removeprefix("hf:")))
     path = path_of(source)
     if path.is_dir():
-        return list_images(path).fingerprint
+        return list_images(path, by_device).fingerprint
     if path.is_file() and path.suffix.lower() == ".npz":
         return file_fingerprint(path)
     raise no_such_source(source)

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from tapfl.config import DataOptions
+from tapfl.data.partitions import MIN_TEST, MIN_TRAIN, divide
 from tapfl.data.sources import ImageSet, load_images
 from tapfl.data.transform import Transform
 from tapfl.errors import DataError
 from tapfl.seeds import numpy_generator
 
-MIN_TRAIN, MIN_TEST, MIN_PUBLIC_PER_CLASS = 8, 2, 2
+MIN_PUBLIC_PER_CLASS = 2
 
 
 def open_pool(options: DataOptions, transform: Transform, seed: int, cache: Path) -> ImageSet:
@@ -27,7 +26,7 @@ def open_pool(options: DataOptions, transform: Transform, seed: int, cache: Path
     """
     if options.public:
         return load_images(options.public, transform, cache)
-    source = load_images(options.source, transform, cache)
+    source = load_images(options.source, transform, cache, options.ids)
     return source.subset(split_public(source.labels, options.public_share, seed, source.classes)[0])
 
 
@@ -37,10 +36,32 @@ def open_private(options: DataOptions, transform: Transform, seed: int, cache: P
     Raises:
         DataError: as `open_pool`.
     """
-    source = load_images(options.source, transform, cache)
-    if options.public:
-        return source
-    return source.subset(split_public(source.labels, options.public_share, seed, source.classes)[1])
+    source = load_images(options.source, transform, cache, options.ids)
+    if not options.public:
+        source = source.subset(split_public(source.labels, options.public_share, seed, source.classes)[1])
+    return _of_enough(source, options)
+
+
+def _of_enough(images: ImageSet, options: DataOptions) -> ImageSet:
+    """Returns the images without those of devices that have fewer than `min_images`, and the ids of the others."""
+    if images.owners is None:
+        return images
+    counts = np.bincount(images.owners, minlength=len(images.ids))
+    stay = np.flatnonzero(counts >= max(1, options.min_images))
+    if not len(stay):
+        raise DataError(
+            f"data.min-images = {options.min_images}: the largest of {len(counts)} devices has {counts.max()} private "
+            "images; accepted: a smaller number"
+        )
+    here = np.isin(images.owners, stay)
+    few = int(counts[counts < options.min_images].sum())
+    reason = f"images of devices with fewer than {options.min_images} (data.min-images)"
+    return replace(
+        images.subset(np.flatnonzero(here)),
+        owners=np.searchsorted(stay, images.owners[here]),
+        ids=tuple(images.ids[i] for i in stay),
+        left_out={**images.left_out, reason: few} if few else images.left_out,
+    )
 
 
 def labels_among(classes: Sequence[str], images: ImageSet, source: str) -> np.ndarray:
@@ -116,72 +137,24 @@ def split_public(
     return pool, np.setdiff1d(np.arange(len(labels)), pool)
 
 
-def partition(labels: np.ndarray, options: DataOptions, devices: int, seed: int) -> list[DeviceSplit]:
+def partition(
+    labels: np.ndarray, options: DataOptions, devices: int, seed: int, owners: np.ndarray | None = None
+) -> list[DeviceSplit]:
     """Divides the private images among `devices` devices with a flwr-datasets partitioner, and splits each part.
 
     Args:
         labels: int64 (n,), classes of the private images.
+        devices: how many; 0: as many as the partitioner makes, where it says that.
+        owners: int64 (n,), numbers of the natural devices that the images come from, if that is known.
 
     Returns:
         One split for each device; positions refer to `labels`.
 
     Raises:
-        DataError: if there are too few images for that many devices.
+        DataError: if there are too few images for that many devices, or the partitioner makes another number.
     """
-    from datasets import Dataset  # with pyarrow and pandas: seconds, once a process
-
-    _check_enough(labels, options, devices)
-    partitioner = _partitioner(options, devices, int(numpy_generator(seed, "partition").integers(2**31)))
-    order = numpy_generator(seed, "order").permutation(len(labels))
-    partitioner.dataset = Dataset.from_dict({"label": labels[order].tolist(), "position": order.tolist()})
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # with few devices some classes belong to none, as intended
-            parts = [np.array(partitioner.load_partition(i)["position"], dtype=np.int64) for i in range(devices)]
-    except ValueError as error:
-        raise DataError(f"data.partition = {options.partition!r} for {devices} devices: {error}") from None
-    return [split_device(np.sort(part), labels, options, seed, i) for i, part in enumerate(parts)]
-
-
-def _check_enough(labels: np.ndarray, options: DataOptions, devices: int) -> None:
-    most, classes = len(labels) // (MIN_TRAIN + MIN_TEST), len(np.unique(labels))
-    if devices > most:
-        raise DataError(f"devices.count = {devices}: {len(labels)} private images serve at most {most} devices")
-    if options.partition == "shard" and devices * options.shards_per_device > len(labels):
-        raise DataError(
-            f"data.shards-per-device = {options.shards_per_device}: {len(labels)} private images make at most "
-            f"{len(labels) // devices} shards for each of {devices} devices"
-        )
-    if options.partition == "class-blocks" and devices * options.classes_per_device > classes:
-        raise DataError(
-            f"data.classes-per-device = {options.classes_per_device}: {classes} classes make at most "
-            f"{classes // options.classes_per_device} disjoint blocks for {devices} devices"
-        )
-
-
-def _partitioner(options: DataOptions, devices: int, seed: int) -> Any:
-    from flwr_datasets import partitioner as flwr
-
-    by_label = {"num_partitions": devices, "partition_by": "label", "seed": seed}
-    match options.partition:
-        case "iid":
-            return flwr.IidPartitioner(num_partitions=devices)
-        case "class-blocks":
-            return flwr.GroupedNaturalIdPartitioner(
-                partition_by="label", group_size=options.classes_per_device, sort_unique_ids=True
-            )
-        case "shard":
-            return flwr.ShardPartitioner(**by_label, num_shards_per_partition=options.shards_per_device)
-        case "dirichlet":
-            smallest = MIN_TRAIN + MIN_TEST
-            return flwr.DirichletPartitioner(**by_label, alpha=options.dirichlet_alpha, min_partition_size=smallest)
-        case "pathological":
-            return flwr.PathologicalPartitioner(
-                **by_label,
-                num_classes_per_partition=options.classes_per_device,
-                class_assignment_mode="deterministic",
-                shuffle=True,
-            )
+    parts = divide(labels, options, devices, seed, owners)
+    return [split_device(part, labels, options, seed, i) for i, part in enumerate(parts)]
 
 
 def split_device(part: np.ndarray, labels: np.ndarray, options: DataOptions, seed: int, device: int) -> DeviceSplit:
@@ -200,9 +173,10 @@ def split_device(part: np.ndarray, labels: np.ndarray, options: DataOptions, see
     if options.evaluate == "validation":
         split = _stratified(split.train, labels, options.test_share, numpy_generator(seed, "validation", device))
     if len(split.train) < MIN_TRAIN or len(split.test) < MIN_TEST:
+        ways = "data.min-images, which leaves such devices out" if options.ids else "fewer devices (devices.count)"
         raise DataError(
             f"device {device} would get {len(split.train)} training and {len(split.test)} {options.evaluate} images, "
-            f"it needs {MIN_TRAIN} and {MIN_TEST}: fewer devices (devices.count), another data.partition, "
+            f"it needs {MIN_TRAIN} and {MIN_TEST}: {ways}, another data.partition, "
             f"another data.test-share, or more images"
         )
     return split

@@ -38,12 +38,23 @@ class Listing:
     Attributes:
         root: the folder.
         files: class -> its images. Names are in NFC, in which all systems can agree; classes and files are sorted.
+        by_device: whether the folders of classes lie in one folder a device.
         left_out: reason -> number of files or folders that are no images.
     """
 
     root: Path
     files: dict[str, list[Path]] = field(default_factory=dict)
+    by_device: bool = False
     left_out: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def owners(self) -> list[str]:
+        """The name, in NFC, of the device's folder in which each image lies, in the order of `files`."""
+        return [
+            unicodedata.normalize("NFC", file.relative_to(self.root).parts[0])
+            for files in self.files.values()
+            for file in files
+        ]
 
     @property
     def fingerprint(self) -> str:
@@ -64,28 +75,36 @@ class Listing:
         return digest.hexdigest()[:16]
 
 
-def list_images(root: Path) -> Listing:
+def list_images(root: Path, by_device: bool = False) -> Listing:
     """Returns the images of a folder that has one folder a class, or is Tiny-ImageNet's validation part.
 
     Images may lie in folders within the class's folder. Links are followed.
+
+    Args:
+        by_device: it has one folder a device, and each of them one folder a class.
 
     Raises:
         DataError: if it has no images, has the parts of a data set or a single folder of folders in place of classes,
             or two classes are one folder.
     """
-    listing = Listing(root)
+    listing = Listing(root, by_device=by_device)
+    expected = "one folder a device with one folder of images a class" if by_device else "one folder of images a class"
     try:
-        if (root / ANNOTATIONS).is_file():
+        if by_device:
+            for device in _folders(listing, root):
+                _by_class(listing, device)
+        elif (root / ANNOTATIONS).is_file():
             _annotated(listing)
         else:
-            _by_class(listing)
+            _by_class(listing, root)
     except OSError as error:
         raise DataError(f"data source {str(root)!r}: cannot be read ({error.strerror}: {error.filename})") from None
     listing.files = {name: sorted(files) for name, files in sorted(listing.files.items()) if files}
     if not listing.files:
         found = f" (found {listed(listing.left_out)})" if listing.left_out else ""
-        raise DataError(f"data source {str(root)!r}: holds no images; one folder of images a class is expected{found}")
-    _refuse_one_above(listing)
+        raise DataError(f"data source {str(root)!r}: holds no images; {expected} is expected{found}")
+    if not by_device:
+        _refuse_one_above(listing)
     return listing
 
 
@@ -101,9 +120,10 @@ def _kind(name: str) -> str:
     return f"{Path(name).suffix.lower()} files" if Path(name).suffix else "files without an ending"
 
 
-def _by_class(listing: Listing) -> None:
+def _folders(listing: Listing, root: Path) -> list[Path]:
+    """Returns the folders in `root`, sorted, and counts what else is there. Raises DataError if two are the same."""
     folders = []
-    for entry in sorted(os.scandir(listing.root), key=lambda entry: entry.name):
+    for entry in sorted(os.scandir(root), key=lambda entry: entry.name):
         if entry.name.startswith("."):
             listing.left_out["hidden"] += 1
         elif entry.name in SYSTEM_FOLDERS:
@@ -116,9 +136,13 @@ def _by_class(listing: Listing) -> None:
             listing.left_out["images outside the classes' folders"] += 1
         else:
             listing.left_out[_kind(entry.name)] += 1
-    _refuse_parts(listing.root, folders)
-    _refuse_one_twice(listing.root, folders)
-    for folder in folders:
+    _refuse_parts(root, folders)
+    _refuse_one_twice(root, folders)
+    return folders
+
+
+def _by_class(listing: Listing, root: Path) -> None:
+    for folder in _folders(listing, root):
         held = listing.files.setdefault(unicodedata.normalize("NFC", folder.name), [])
         before = len(held)
         held.extend(_images(folder, listing.left_out, (os.path.realpath(listing.root),)))
@@ -142,11 +166,11 @@ def _refuse_parts(root: Path, folders: list[Path]) -> None:
 
 
 def _refuse_one_twice(root: Path, folders: list[Path]) -> None:
-    """Raises DataError if two classes are one folder, by a link: each image would be of both."""
+    """Raises DataError if two folders are one, by a link: each image would be there twice."""
     names: dict[str, str] = {}
     for folder in folders:
         if (other := names.setdefault(os.path.realpath(folder), folder.name)) != folder.name:
-            raise DataError(f"data source {str(root)!r}: the classes {other!r} and {folder.name!r} are the same folder")
+            raise DataError(f"data source {str(root)!r}: {other!r} and {folder.name!r} are the same folder")
 
 
 def _refuse_one_above(listing: Listing) -> None:

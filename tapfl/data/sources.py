@@ -7,7 +7,7 @@ import unicodedata
 import warnings
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -38,6 +38,8 @@ class ImageSet:
         images: uint8 (n, height, width, channels), channels 1 or 3.
         labels: int64 (n,), positions in `classes`.
         classes: names, in the order of the labels, in Unicode's NFC.
+        owners: int64 (n,), positions in `ids`; None: it is not known whose images they are.
+        ids: of the natural devices, such as users or hospitals, sorted, in Unicode's NFC.
         fingerprint: names the content of the whole source: a hash of an .npz file, of a folder's names, sizes and
             times; `subset` keeps it.
         left_out: reason -> number of files of the source that are not among the images.
@@ -48,13 +50,21 @@ class ImageSet:
     classes: tuple[str, ...]
     fingerprint: str = ""
     left_out: Mapping[str, int] = field(default_factory=dict)
+    owners: np.ndarray | None = None
+    ids: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def subset(self, indices: np.ndarray) -> ImageSet:
         """Returns the images at `indices`, in that order."""
-        return replace(self, images=self.images[indices], labels=self.labels[indices])
+        owners = None if self.owners is None else self.owners[indices]
+        return replace(self, images=self.images[indices], labels=self.labels[indices], owners=owners)
+
+    @property
+    def owner_names(self) -> tuple[str, ...]:
+        """The ids of the devices that these images come from, as far as they are known."""
+        return () if self.owners is None else tuple(self.ids[i] for i in np.unique(self.owners))
 
     def require(self, name: str, fingerprint: str) -> ImageSet:
         """Returns the images. Raises DataError if they are not those of `fingerprint`; empty: whatever they are."""
@@ -73,11 +83,12 @@ class ImageSet:
         images = f"{len(self)} {kind} images" if kind else f"{len(self)} images"
         empty = len(self.classes) - len(np.unique(self.labels))
         classes = f"{len(self.classes)} classes{f' ({empty} without images)' if empty else ''}"
-        line = f"{images} of {classes}, used at {height} × {width} px, {colours}"
+        owners = f" from {len(self.owner_names)} devices" if self.ids else ""
+        line = f"{images} of {classes}{owners}, used at {height} × {width} px, {colours}"
         return f"{line}; left out: {listed(self.left_out)}" if self.left_out else line
 
 
-def load_images(source: str, transform: Transform | None = None, cache: Path | None = None) -> ImageSet:
+def load_images(source: str, transform: Transform | None = None, cache: Path | None = None, ids: str = "") -> ImageSet:
     """Returns all images of a source.
 
     Args:
@@ -86,22 +97,26 @@ def load_images(source: str, transform: Transform | None = None, cache: Path | N
         transform: of the backbone, which resizes and crops every image to what it takes. None: images stay as they
             are, which digits and .npz files allow.
         cache: folder for images in the transform's size, which every process memory-maps; by default tapfl's own.
+        ids: array of an .npz file or column of ``hf:`` that says from which device, by its id, each image comes; with
+            any name a folder has one folder a device, and in each one folder of images a class. Empty: not asked for.
 
     Raises:
-        DataError: if the source is missing or of another kind, an image cannot be decoded, all are nearly black, or a
-            class has a name that cannot be printed.
+        DataError: if the source is missing or of another kind, an image cannot be decoded, all are nearly black, a
+            class has a name that cannot be printed, or there are no ids of devices.
     """
     kept = (cache or cache_folder()) / "images"
     if source == "digits":
         images = _array(_digits(), transform, kept, source)
     elif source.startswith("hf:"):
-        images = _hugging_face(source.removeprefix("hf:"), _needed(transform, source), kept)
+        images = _hugging_face(source.removeprefix("hf:"), _needed(transform, source), kept, ids)
     elif (path := path_of(source)).is_dir():
-        images = _folder(path, _needed(transform, source), kept)
+        images = _folder(path, _needed(transform, source), kept, bool(ids))
     elif path.suffix.lower() == ".npz":
-        images = _array(_npz(path), transform, kept, source)
+        images = _array(_npz(path, ids), transform, kept, source)
     else:
         raise no_such_source(source)
+    if ids and images.owners is None:
+        raise DataError(f"data source {source!r}: has no ids of devices; accepted with them: .npz, hf:NAME or a folder")
     return _with_plain_names(images, source)
 
 
@@ -123,6 +138,29 @@ def _with_plain_names(images: ImageSet, source: str) -> ImageSet:
     return replace(images, classes=names)
 
 
+def _owned(images: ImageSet, ids: Sequence[object] | np.ndarray, refusal: Callable[[str], DataError]) -> ImageSet:
+    """Returns the images with their devices.
+
+    Args:
+        ids: the id of each image's device, text or a whole number.
+
+    Raises:
+        DataError: if an id is missing or cannot be shown.
+    """
+    values = np.asarray(ids)
+    if values.shape != (len(images),) or values.dtype.kind not in "iuUS":
+        raise refusal(f"ids of devices must be {len(images)} texts or integers, got {values.dtype} {values.shape}")
+    if values.dtype.kind == "S":
+        values = np.char.decode(values, "utf-8")
+    known, owners = np.unique(values, return_inverse=True)
+    names = tuple(unicodedata.normalize("NFC", str(name)) for name in known)
+    if odd := [name for name in names if not name or not name.isprintable()]:
+        raise refusal(f"device id {odd[0]!r:.80} is empty or has characters that cannot be shown")
+    if len(set(names)) < len(names):
+        raise refusal("two ids of devices differ only in how Unicode writes their letters")
+    return replace(images, owners=owners.astype(np.int64), ids=names)
+
+
 def _digits() -> ImageSet:
     from sklearn.datasets import load_digits  # costs half a second; only the embedded default needs it
 
@@ -134,17 +172,20 @@ def _digits() -> ImageSet:
 # ---------------------------------------------------------------- an .npz file
 
 
-def _npz(path: Path) -> ImageSet:
+def _npz(path: Path, ids: str) -> ImageSet:
     def refusal(why: object) -> DataError:
         return DataError(f"data source {str(path)!r}: {why}")
 
     try:
         fingerprint = file_fingerprint(path)
         with np.load(path, allow_pickle=False) as arrays:
-            if lacking := [name for name in ("images", "labels") if name not in arrays]:
-                raise refusal(f"has no array `{lacking[0]}`; accepted: `images` and `labels`, has {', '.join(arrays)}")
+            needed = ("images", "labels", *([ids] if ids else []))
+            if lacking := [name for name in needed if name not in arrays]:
+                accepted = " and ".join(f"`{name}`" for name in needed)
+                raise refusal(f"has no array `{lacking[0]}`; accepted: {accepted}, has {', '.join(arrays)}")
             images, labels = np.asarray(arrays["images"]), np.asarray(arrays["labels"])
             names = np.asarray(arrays["classes"]) if "classes" in arrays else None
+            owners = np.asarray(arrays[ids]) if ids else None
         if names is not None and names.dtype.kind == "S":
             names = np.char.decode(names, "utf-8")
     except DataError:
@@ -173,7 +214,8 @@ def _npz(path: Path) -> ImageSet:
         why = f"no model has more than {most} classes" if names is None else f"`classes` has {most} names"
         raise refusal(f"`labels` must lie in 0..{most - 1} as {why}, got {labels.max()}")
     classes = range(int(labels.max()) + 1) if names is None else names
-    return ImageSet(images, labels.astype(np.int64), tuple(map(str, classes)), fingerprint)
+    found = ImageSet(images, labels.astype(np.int64), tuple(map(str, classes)), fingerprint)
+    return found if owners is None else _owned(found, owners, refusal)
 
 
 def _array(source: ImageSet, transform: Transform | None, kept: Path, name: str) -> ImageSet:
@@ -192,8 +234,8 @@ def _array(source: ImageSet, transform: Transform | None, kept: Path, name: str)
 # ---------------------------------------------------------------- folders and Hugging Face
 
 
-def _folder(path: Path, transform: Transform, kept: Path) -> ImageSet:
-    listing = list_images(path)
+def _folder(path: Path, transform: Transform, kept: Path, by_device: bool) -> ImageSet:
+    listing = list_images(path, by_device)
     files = [file for each in listing.files.values() for file in each]
 
     def pictures() -> Iterable[np.ndarray]:
@@ -203,10 +245,15 @@ def _folder(path: Path, transform: Transform, kept: Path) -> ImageSet:
     content = os.fsencode(path.resolve()) + listing.fingerprint.encode()
     images = _fitted(kept, str(path), content, transform, len(files), pictures)
     labels = np.repeat(np.arange(len(listing.files)), [len(each) for each in listing.files.values()])
-    return ImageSet(images, labels, tuple(listing.files), listing.fingerprint, listing.left_out)
+    found = ImageSet(images, labels, tuple(listing.files), listing.fingerprint, listing.left_out)
+
+    def refusal(why: str) -> DataError:
+        return DataError(f"data source {str(path)!r}: {why}")
+
+    return _owned(found, listing.owners, refusal) if by_device else found
 
 
-def _hugging_face(name: str, transform: Transform, kept: Path) -> ImageSet:
+def _hugging_face(name: str, transform: Transform, kept: Path, ids: str) -> ImageSet:
     from datasets import ClassLabel  # heavy, and only this source needs it
     from datasets import Image as ImageColumn
 
@@ -225,6 +272,8 @@ def _hugging_face(name: str, transform: Transform, kept: Path) -> ImageSet:
     unused = {f"column {key}": 1 for kind in columns for key in kind[1:]}
     if not len(table):
         raise refusal("holds no images")
+    if ids and ids not in table.features:
+        raise refusal(f"has no column {ids!r} of device ids (data.device-column); has {', '.join(table.features)}")
     labels = np.array([-1 if value is None else value for value in table[label]], dtype=np.int64)
     if (labels < 0).any():
         unlabelled = f"{(labels < 0).sum()} of {len(labels)} images have no label"
@@ -242,7 +291,8 @@ def _hugging_face(name: str, transform: Transform, kept: Path) -> ImageSet:
 
     fingerprint = fingerprint_of(table)
     images = _fitted(kept, f"hf:{name}", fingerprint, transform, len(table), pictures)
-    return ImageSet(images, labels, tuple(table.features[label].names), fingerprint, unused)
+    found = ImageSet(images, labels, tuple(table.features[label].names), fingerprint, unused)
+    return _owned(found, list(table[ids]), refusal) if ids else found
 
 
 def _decoded(what: str, open_picture: Callable[[], Image.Image], transform: Transform) -> np.ndarray:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache
 from importlib.metadata import entry_points
@@ -18,9 +18,9 @@ from timm.models import PoolingVisionTransformer, SwinTransformer, VisionTransfo
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
+from tapfl.arguments import Argument, is_list, parameters, parse_args, require_taken, written
 from tapfl.config import ModelOptions
 from tapfl.errors import ModelError, message_of
-from tapfl.models.arguments import Argument, check_arguments, parse_args, written
 
 _INITIALISING = threading.RLock()  # timm draws from torch's global generator, and runs may share a process
 
@@ -31,6 +31,7 @@ ACCEPTED = "timm's ViT, DeiT, PiT and Swin"
 UNSET: tuple[object, ...] = ((), 0.0, "auto")  # values of options that leave timm's
 LARGEST_ARGUMENT = 2**16  # of a backbone's constructor: no image, width or depth is larger
 LARGEST_MODEL = 2**31  # parameters: 8.6 GB; timm's largest ViT has 1.8e9
+NOT_SHAPES = ("pretrained", "checkpoint_path", "device", "dtype", "num_classes")  # arguments that are not the user's
 LARGEST_BUFFER = 2**28  # elements of Swin's masks and indices, which no file holds: 1 GB
 
 
@@ -92,7 +93,10 @@ class BackboneSpec(BaseModel):
 
 def spec_of(options: ModelOptions, classes: tuple[str, ...]) -> BackboneSpec:
     """Returns the backbone of the options, with one output a class. Raises ModelError if its arguments are invalid."""
-    args = parse_args(options.args)
+    try:
+        args = parse_args(options.args)
+    except ValueError as error:
+        raise ModelError(f"model.args = {error}") from None
     if rates := {key: value for key, value in args.items() if "drop" in key and value}:
         raise ModelError(f"model.args = {written(rates)!r}: no pass drops anything, in training either; accepted: 0")
     given = {name: getattr(options, name) for name in Preprocessing.model_fields}
@@ -105,6 +109,27 @@ def spec_of(options: ModelOptions, classes: tuple[str, ...]) -> BackboneSpec:
         return BackboneSpec(name=options.name, args=args, num_classes=len(classes), preprocessing=preprocessing)
     except ValidationError as error:
         raise ModelError(f"model.args = {options.args!r:.200}: {_said(error)}") from None
+
+
+def check_arguments(args: Mapping[str, Argument], name: str, kind: type) -> None:
+    """Refuses arguments by the annotations of timm's model `name`, which is a `kind`.
+
+    timm checks few of its arguments: ``class_token=no`` is true to it, as any text is, and ``kwargs_filter=depth`` or
+    ``features_only=x`` never reach the model.
+
+    Raises:
+        ModelError: if the constructor lacks one, says another type for it, or takes lists of one length alone.
+    """
+    constructors = (owner.__init__ for owner in kind.__mro__ if "__init__" in vars(owner))  # type: ignore[misc]
+    taken = parameters([timm.models.model_entrypoint(name), *constructors], without=NOT_SHAPES)
+    try:
+        require_taken(args, taken, name)
+    except ValueError as error:
+        raise ModelError(f"model.args = {error}") from None
+    lists = {key: value for key, value in args.items() if isinstance(value, tuple) and is_list(taken[key])}
+    if len({len(value) for value in lists.values()}) > 1:
+        why = "differ in length; accepted: one value for each stage in all of them"
+        raise ModelError(f"model.args = {written(lists)!r:.200}: {why}")
 
 
 def _said(error: ValidationError) -> str:
