@@ -5,7 +5,10 @@ They are in an importable module, because Ray pickles `__main__` by value and it
 
 from __future__ import annotations
 
-from functools import lru_cache
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,8 +21,11 @@ from tapfl.adapters.layout import Layout, device_layout, gather, global_shapes
 from tapfl.adapters.lora import AdaptedModel
 from tapfl.compute import Compute
 from tapfl.config import RunConfig
+from tapfl.data.decoded import ahead
 from tapfl.data.federated import DeviceSplit, labels_among, open_private, partition, split_device
-from tapfl.data.sources import ImageSet, load_images
+from tapfl.data.images import ImageSet, in_order
+from tapfl.data.sources import load_images
+from tapfl.data.transform import Transform
 from tapfl.memo import Memo
 from tapfl.models.backbone import BackboneSpec, build
 from tapfl.models.dense import DenseCache
@@ -34,7 +40,7 @@ from tapfl.store import cache_folder
 from tapfl.training import Params
 
 # what was dropped is read again; `compute.cache-mb` is the limit of each
-_parts = Memo(0, lambda made: made[0].nbytes)
+_parts = Memo(0, lambda part: part.nbytes)
 
 
 @lru_cache(maxsize=4)
@@ -66,9 +72,48 @@ def images_of(
     """
     if not source:
         return private_images(config, fingerprint), splits(config, devices, fingerprint)[partition_id]
-    images = load_images(source, input_transform(config.model), cache_folder(config.cache))
+    images = load_images(
+        source, input_transform(config.model), cache_folder(config.cache), cache_gb=config.data.cache_gb
+    )
     images.require(f"data = {source!r}", fingerprint)
     return images, split_device(np.arange(len(images)), images.labels, config.data, config.seed, partition_id)
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """Images of one device: bytes, which become the input of its model a batch at a time, where the model is."""
+
+    images: ImageSet
+    labels: Tensor  # int64 (n,)
+    transform: Transform
+    compute: Compute
+    limit: int  # bytes that may be kept
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def nbytes(self) -> int:
+        """What it keeps once an image was used: the bytes of all of them, or nothing if they are over the limit."""
+        size = math.prod(self.images.shape)
+        return size if size <= self.limit else 0
+
+    @cached_property
+    def _near(self) -> Tensor | None:
+        return self._put(self.images.read()) if self.nbytes else None
+
+    def _put(self, pixels: np.ndarray) -> Tensor:
+        return self.compute.put(torch.from_numpy(pixels))
+
+    def batch(self, positions: np.ndarray) -> Tensor:
+        """Returns the images at these positions in the backbone's input format."""
+        near = self._near
+        pixels = self._put(self.images.read(positions)) if near is None else near[torch.from_numpy(positions)]
+        return self.transform.normalised(pixels)
+
+    def split(self, batch: int, /) -> Iterable[Tensor]:
+        """Returns all images in order, so many at a time, as `Tensor.split` does."""
+        return ahead(self.batch, in_order(len(self), batch))
 
 
 def part(
@@ -80,26 +125,27 @@ def part(
     fingerprint: str,
     classes: tuple[str, ...],
     compute: Compute,
-) -> tuple[Tensor, Tensor]:
-    """Returns (inputs, labels) of the `train` or `test` part of one device, ready for its model and where that is.
+) -> Part:
+    """Returns the `train` or `test` part of one device.
 
     `pooled` are the training parts of all devices of a simulation.
 
     The labels of a device with its own source are positions in `classes`.
     """
 
-    def make() -> tuple[Tensor, Tensor]:
+    def make() -> Part:
         images, split = images_of(config, devices, partition_id, source, fingerprint)
         everybody = splits(config, devices, fingerprint) if name == "pooled" else []
         chosen = images.subset(
             np.concatenate([each.train for each in everybody]) if everybody else getattr(split, name)
         )
         labels = labels_among(classes, chosen, source) if source else chosen.labels
-        return compute.put(input_transform(config.model)(chosen.images)), compute.put(torch.from_numpy(labels))
+        put = compute.put(torch.from_numpy(labels))
+        return Part(chosen, put, input_transform(config.model), compute, _parts.limit)
 
     _parts.limit = config.compute.cache_mb * 2**20
     key = (config, devices, partition_id, name, source, fingerprint, classes, compute)
-    made: tuple[Tensor, Tensor] = _parts.once(key, make)
+    made: Part = _parts.once(key, make)
     return made
 
 

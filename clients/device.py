@@ -26,6 +26,7 @@ from tapfl.compute import HERE, Compute, home
 from tapfl.config import RunConfig
 from tapfl.data.augmentation import augmented
 from tapfl.data.contents import fingerprints
+from tapfl.data.decoded import ahead
 from tapfl.errors import ConfigError, RunError
 from tapfl.models.cost import measure_cost
 from tapfl.models.dense import DenseCache
@@ -99,18 +100,17 @@ class Device:
             self.storage.save_classes(classes)
         model = caches.dense(self._cache, message.backbone_key, message.backbone_spec, self.compute)
         project = Projection(message.projection_mean, message.projection_components)
-        inputs, labels = self._part("train")
+        train, test = self._part("train"), self._part("test")
         with self.compute.forward():
-            points = project(image_features(model, inputs.split(256)))
+            points = project(image_features(model, train.split(256)))
         summary = device_mixture(points, self.config.summary, self.config.seed, self.partition_id, self.secret)
-        test_inputs, test_labels = self._part("test")
-        held, tested = (home(each).bincount(minlength=len(classes)) for each in (labels, test_labels))
+        held, tested = (home(part.labels).bincount(minlength=len(classes)) for part in (train, test))
         self.storage.save_images(classes, held.tolist(), tested.tolist(), self._natural_ids)
         reports_classes = self.config.adapters.head == "class-rows"
         return SummaryReply(
             **vars(summary),
-            dense_accuracy=self._accuracy(model, test_inputs, test_labels),
-            test_samples=len(test_labels),
+            dense_accuracy=self._accuracy(model),
+            test_samples=len(test),
             classes=int((held > 0).sum()),
             held_classes=held.clamp(max=1).float().numpy() if reports_classes else np.zeros(0, np.float32),
         )
@@ -131,8 +131,7 @@ class Device:
             small = shrink(dense, plan)
         save_pruned(small, plan, self.storage.pruned, replace=True)
         cost = measure_cost(small)
-        accuracy = self._accuracy(small, *self._part("test"))
-        return PruneReply(params=cost.params, macs=cost.macs, pruned_accuracy=accuracy)
+        return PruneReply(params=cost.params, macs=cost.macs, pruned_accuracy=self._accuracy(small))
 
     def train(self, message: Train) -> TrainReply:
         """Evaluates the received adapters, trains, stores the personal part and returns the shared part."""
@@ -202,7 +201,7 @@ class Device:
     @cached_property
     def _trained_and_held_out(self) -> tuple[np.ndarray, np.ndarray]:
         """Positions in the training part: of the images that are trained on, and of those that choose α."""
-        _, labels = self._part("train")
+        labels = self._part("train").labels
         if not self.config.personalize.holds_out:
             return np.arange(len(labels)), np.arange(0)
         generator = numpy_generator(self.config.seed, "held-out", self.partition_id)
@@ -223,11 +222,11 @@ class Device:
         """Returns what stayed on the device, with the α that suits the w just received (`Method.weigh`)."""
         if personal is None or not (chosen := self._weighing(round)):
             return personal
-        inputs, labels = self._part("train")
+        train = self._part("train")
 
         def losses(index: np.ndarray, params: Params) -> Tensor:
-            at = torch.from_numpy(index)
-            return F.cross_entropy(self._pruned.adapted(params, inputs[at]), labels[at], reduction="none")
+            labels = train.labels[torch.from_numpy(index)]
+            return F.cross_entropy(self._pruned.adapted(params, train.batch(index)), labels, reduction="none")
 
         return method.weigh(received, personal, [partial(losses, index) for index in chosen])
 
@@ -240,7 +239,7 @@ class Device:
         if not options.alone:
             return {}
         method = Local(rate_factor(self.config.train, round) * options.alone_learning_rate)
-        everything = np.arange(len(self._part("train")[1]))
+        everything = np.arange(len(self._part("train")))
         start = state.alone or self.compute.put(self._pruned.untrained)
         result = self._local_round(method, start, None, round, everything).personal
         return result.params if result else {}
@@ -263,10 +262,10 @@ class Device:
         Args:
             positions: of the training images that are used; by default those that are not held out.
         """
-        inputs, labels = self._part(method.trains_on)
+        part = self._part(method.trains_on)
         own, options, seed = self._pruned, self.config.train, self.config.seed
         if positions is None:
-            positions = self._trained_and_held_out[0] if method.trains_on == "train" else np.arange(len(labels))
+            positions = self._trained_and_held_out[0] if method.trains_on == "train" else np.arange(len(part))
 
         def objective(params: Params, batch: Any) -> Tensor:
             x, y = batch
@@ -275,9 +274,9 @@ class Device:
         def drawn() -> Iterator[tuple[Tensor, Tensor]]:
             order = numpy_generator(seed, "train", round, self.partition_id)
             changes = numpy_generator(seed, "augment", round, self.partition_id)
-            for batch in local_batches(len(positions), options, order):
-                index = torch.from_numpy(positions[batch])
-                yield augmented(inputs[index], options.augment, changes), labels[index]
+            chosen = (positions[batch] for batch in local_batches(len(positions), options, order))
+            for index, inputs in ahead(lambda index: (index, part.batch(index)), chosen):
+                yield augmented(inputs, options.augment, changes), part.labels[torch.from_numpy(index)]
 
         trained = rules.trained(self.config.adapters, own.layout, round)
         rate = rate_factor(options, round) * options.learning_rate
@@ -299,11 +298,13 @@ class Device:
         return shared, shared if used is received else self._score(used)
 
     def _score(self, params: Params) -> float:
-        return self._accuracy(partial(self._pruned.adapted, params), *self._part("test"))
+        return self._accuracy(partial(self._pruned.adapted, params))
 
-    def _accuracy(self, model: Callable[[Tensor], Tensor], inputs: Tensor, labels: Tensor) -> float:
+    def _accuracy(self, model: Callable[[Tensor], Tensor]) -> float:
+        """Returns the accuracy on the test part."""
+        test = self._part("test")
         with self.compute.forward():
-            return accuracy(predict(model, inputs), labels)
+            return accuracy(predict(model, test), test.labels)
 
     def _receive_backbone(self, message: Summarize) -> None:
         cache = DenseCache(self._cache)
@@ -312,7 +313,7 @@ class Device:
         elif not cache.holds(message.backbone_key):
             raise RunError(f"device {self.partition_id}: backbone {message.backbone_key} is neither cached nor sent")
 
-    def _part(self, name: str) -> tuple[Tensor, Tensor]:
+    def _part(self, name: str) -> caches.Part:
         if name == "pooled" and self.source:
             accepted = "only a simulation has; this device has images of its own"
             raise ConfigError(f"personalize.method = 'pooled': needs the images of all devices, which {accepted}")

@@ -12,7 +12,7 @@ from tapfl.adapters.rules import rule_of
 from tapfl.compute import Compute
 from tapfl.config import RunConfig
 from tapfl.data.federated import check_classes, found, open_pool, open_private, partition
-from tapfl.data.sources import ImageSet
+from tapfl.data.images import ImageSet
 from tapfl.errors import ConfigError, DataError
 from tapfl.models.backbone import build, spec_of
 from tapfl.models.cost import measure_cost
@@ -49,7 +49,7 @@ def check(config: RunConfig) -> None:
     public = open_pool(config.data, transform, config.seed, cache)
     private = open_private(config.data, transform, config.seed, cache)
     check_classes(config.data, public, private)
-    transform(public.images[:1])
+    transform(public.read(range(1)))
     partition(private.labels, config.data, config.devices.count, config.seed, private.owners)
     for name, size in (("metric.size", config.metric.size), ("pruning.recovery-size", config.pruning.recovery_size)):
         if size > len(public):

@@ -54,7 +54,7 @@ def prune(config: RunConfig, budget: Budget | float | str, out: Path) -> Pruning
     compute.prepare()
     budget, options = Budget.parse(budget), resolved(config.pruning)
     cache, transform = cache_folder(config.cache), input_transform(config.model)
-    images = load_images(config.data.source, transform, cache)
+    images = load_images(config.data.source, transform, cache, cache_gb=config.data.cache_gb)
     for name, size in (("metric.size", config.metric.size), ("pruning.recovery-size", options.recovery_size)):
         if size > len(images):
             raise DataError(f"{name} = {size}: {config.data.source!r} has {len(images)} images")
@@ -64,7 +64,7 @@ def prune(config: RunConfig, budget: Budget | float | str, out: Path) -> Pruning
         model = in_basis(dense, options.basis, lambda: turned_on_pool(dense, images, transform, config.seed))
         drawn = images.subset(numpy_generator(config.seed, "metric").permutation(len(images)))
         metric = drawn.subset(np.arange(config.metric.size))
-        inputs, labels = compute.put(transform(metric.images)), compute.put(labels_of(metric, options))
+        inputs, labels = compute.put(transform(metric.read())), compute.put(labels_of(metric, options))
         task = pruning_task(model, inputs, budget, options, config.metric.batch, labels, config.seed)
         task = replace(task, at_once=compute.at_once, passing=compute.forward)
         fine_tune = fine_tune_set(lambda size: drawn.subset(np.arange(size)), transform, options)

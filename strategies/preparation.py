@@ -26,7 +26,7 @@ from strategies.round_zero import PublicPool, Shared, describe_pool, device_mode
 from strategies.state import FederationState
 from tapfl.compute import HERE, Compute
 from tapfl.config import RunConfig
-from tapfl.data.sources import ImageSet
+from tapfl.data.images import ImageSet
 from tapfl.errors import BudgetError, PlanError, RunError
 from tapfl.models.cost import Cost, measure_cost
 from tapfl.models.dense import DenseCache, dense_backbone

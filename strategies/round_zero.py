@@ -10,7 +10,7 @@ from torch import nn
 
 from tapfl.compute import HERE, Compute
 from tapfl.config import MetricOptions, RunConfig
-from tapfl.data.sources import ImageSet
+from tapfl.data.images import ImageSet
 from tapfl.memo import Memo
 from tapfl.models.backbone import BackboneSpec, spec_of
 from tapfl.models.forward import transform_of
@@ -108,7 +108,7 @@ class Shared:
     @cached_property
     def probe(self) -> PoolProbe:
         """What the pool says of the layers, for ``pruning.probe = pool``."""
-        config, model, images = self.config, self.model, self.pool.images.images
+        config, model, images = self.config, self.model, self.pool.images
         batches = partial(self.transform.batches, images)
         layers, batch, compute = prunable_layers(model), config.metric.batch, self.compute
         return PoolProbe(model, layers, batches, config.pruning, batch, compute.at_once, compute.forward)
@@ -116,7 +116,7 @@ class Shared:
     def task(self, chosen: np.ndarray, budget: float | str) -> PruningTask:
         """Returns the problem of a device; what depends on the backbone and the budget alone is measured once."""
         config, metric = self.config, self.pool.images.subset(chosen)
-        inputs = self.compute.put(self.transform(metric.images))
+        inputs = self.compute.put(self.transform(metric.read()))
         task: PruningTask = self._tasks.once(
             budget,
             lambda: pruning_task(self.model, inputs, budget, config.pruning, config.metric.batch, seed=config.seed),

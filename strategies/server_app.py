@@ -58,7 +58,7 @@ from tapfl.adapters.rules import ServerState
 from tapfl.compute import HERE, Compute
 from tapfl.config import RunConfig
 from tapfl.data.federated import open_pool
-from tapfl.data.sources import ImageSet
+from tapfl.data.images import ImageSet
 from tapfl.errors import ConfigError, PlanError
 from tapfl.models.forward import input_transform
 from tapfl.personalize.method import Method

@@ -10,7 +10,8 @@ from typing import Any
 
 _NAMES = {
     "config": "MetricOptions PruningOptions SummaryOptions",
-    "data.sources": "ImageSet load_images",
+    "data.images": "ImageSet",
+    "data.sources": "load_images",
     "errors": "TapflError",
     "models.backbone": "BackboneSpec build",
     "models.cost": "Cost measure_cost",

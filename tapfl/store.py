@@ -14,11 +14,11 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 from safetensors import SafetensorError, safe_open
 
@@ -181,7 +181,14 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def content_hash(*parts: bytes | str | Tensors) -> str:
+class Pieces(NamedTuple):
+    """Bytes that are hashed as one, and need not be in memory together."""
+
+    nbytes: int
+    pieces: Iterable[Any]  # buffers, contiguous
+
+
+def content_hash(*parts: bytes | str | Tensors | Pieces) -> str:
     """Returns 16 hex digits of a hash of text, bytes, or tensors by name, shape, type and value."""
     digest = hashlib.sha256()
     for part in parts:
@@ -195,8 +202,10 @@ def content_hash(*parts: bytes | str | Tensors) -> str:
                 digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b"")
         else:
             content = part.encode() if isinstance(part, str) else part
-            digest.update(f"{len(content)} bytes:".encode())
-            digest.update(content)
+            whole = content if isinstance(content, Pieces) else Pieces(len(content), [content])
+            digest.update(f"{whole.nbytes} bytes:".encode())
+            for piece in whole.pieces:
+                digest.update(piece)
     return digest.hexdigest()[:16]
 
 

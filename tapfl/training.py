@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -18,6 +19,16 @@ from tapfl.progress import stage
 Params = dict[str, Tensor]
 Objective = Callable[[Params, object], Tensor]
 """(parameters, batch) -> loss"""
+
+
+class InPieces(Protocol):
+    """Inputs that need not be in memory together."""
+
+    def split(self, batch: int, /) -> Iterable[Tensor]:
+        """Returns all of them in order, so many at a time, as `Tensor.split` does."""
+        ...
+
+
 LARGEST = 1e6  # far above any trained weight or adapter; products of such values stay finite in float32
 LOST = 10.0  # times the loss of guessing: a mean loss beyond that at the end is no result of training
 
@@ -83,7 +94,7 @@ def optimizer(
 
 
 @torch.no_grad()
-def predict(model: Callable[[Tensor], Tensor], inputs: Tensor, batch: int = 256) -> Tensor:
+def predict(model: Callable[[Tensor], Tensor], inputs: Tensor | InPieces, batch: int = 256) -> Tensor:
     """Returns the logits (n, classes) of all inputs."""
     return torch.cat([model(part) for part in inputs.split(batch)])
 

@@ -53,7 +53,7 @@ def reported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 
     folder, digits = tmp_path_factory.mktemp("reported"), load_images("digits")
     source = folder / "digits & <i>more.npz"
-    np.savez(source, images=digits.images, labels=digits.labels, classes=np.array(HOSTILE))
+    np.savez(source, images=digits.read(), labels=digits.labels, classes=np.array(HOSTILE))
     options = [f"data.source={source}", "devices.dropout=0.4", "data.partition=dirichlet", "data.dirichlet-alpha=1.0"]
     run = folder / "run & <b>one"
     done = tapfl("--out", str(run), cache=folder / "cache", options=options, report="--report")

@@ -19,7 +19,7 @@ from backbones import CLASSES, DEIT, SWIN, VIT, VIT_ARGS, scramble
 
 from tapfl.arguments import parse_args
 from tapfl.config import ModelOptions
-from tapfl.data.sources import ImageSet
+from tapfl.data.images import ArrayImages, ImageSet
 from tapfl.errors import ModelError
 from tapfl.models import dense
 from tapfl.models.backbone import BackboneSpec, build
@@ -313,7 +313,7 @@ def bright_and_dark(n: int = 40, seed: int = 0) -> ImageSet:
     images = generator.integers(0, 60, (n, 8, 8, 1)).astype(np.uint8)
     images[labels == 0, :4] += 150
     images[labels == 1, 4:] += 150
-    return ImageSet(images, labels.astype(np.int64), ("above", "below"))
+    return ImageSet.of(images, labels.astype(np.int64), ("above", "below"))
 
 
 def options(**values: object) -> ModelOptions:
@@ -326,7 +326,7 @@ def test_a_dense_backbone_learns_and_is_frozen(tmp_path: Path) -> None:
     with shown_on(lambda name: nullcontext(lambda *done: told.append((name, *done)))):
         key, made, model = dense_backbone(options(), pool, 0, DenseCache(tmp_path))
     assert made.num_classes == 2
-    assert accuracy(predict(model, transform_of(model)(pool.images)), torch.from_numpy(pool.labels)) > 0.9
+    assert accuracy(predict(model, transform_of(model)(pool.read())), torch.from_numpy(pool.labels)) > 0.9
     steps = 8 * -(-len(pool) // 64)
     assert [step[:3] for step in told] == [("dense backbone", done, steps) for done in range(steps + 1)]
     loss = float(str(told[-1][3]).removeprefix("epoch 8 of 8, loss "))
@@ -371,7 +371,7 @@ def test_the_key_changes_with_all_that_the_weights_depend_on(weights: Path, tmp_
     made = BackboneSpec(name=VIT.name, args=parse_args(ARGS), num_classes=2)
     relabelled = replace(pool, labels=1 - pool.labels)
     renamed = replace(pool, classes=("left", "right"))  # head rows are found by name
-    reshaped = replace(pool, images=pool.images.reshape(-1, 4, 16, 1))
+    reshaped = replace(pool, images=ArrayImages(pool.read().reshape(-1, 4, 16, 1)))
     copy = tmp_path / "copy.safetensors"
     copy.write_bytes(weights.read_bytes())
     keys = [

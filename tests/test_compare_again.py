@@ -30,7 +30,7 @@ MEASURED = {"macs_share": "0.5", "dense": "0.75", "dense_own": "0.9", "pruned_ow
 def place(tmp_path: Path) -> Path:
     """A folder with images, weights and a comparison of both whose cells are finished."""
     digits = load_images("digits")
-    np.savez(tmp_path / "images.npz", images=digits.images, labels=digits.labels)
+    np.savez(tmp_path / "images.npz", images=digits.read(), labels=digits.labels)
     (tmp_path / "w.safetensors").write_bytes(b"weights" * 1000)
     write_file(tmp_path)
     comparison = read_comparison(tmp_path / "compare.toml")
@@ -79,7 +79,7 @@ def rewrite(place: Path, before: str, after: str) -> None:
 
 def rewrite_images(place: Path) -> None:
     digits = load_images("digits")
-    np.savez(place / "images.npz", images=255 - digits.images, labels=digits.labels)
+    np.savez(place / "images.npz", images=255 - digits.read(), labels=digits.labels)
 
 
 OTHERS: dict[str, tuple[Callable[[Path], object], str]] = {

@@ -118,10 +118,10 @@ def test_rank_correlation_is_a_mean_over_the_layers_of_a_kind_that_rank_at_all(s
 def test_the_shared_plan_is_made_for_images_that_are_the_same_for_all_devices(scenario: Scenario, place: Path) -> None:
     metric = next(read_comparison(place / "compare.toml").cells()).config.metric
     chosen = [DeviceView.of(scenario, device).public_images(metric, 128, "shared") for device in (0, 1)]
-    assert np.array_equal(chosen[0].images, chosen[1].images)
+    assert np.array_equal(chosen[0].read(), chosen[1].read())
     assert len(np.unique(chosen[0].labels)) == 10  # of all classes, however the pool is sorted
     own = [DeviceView.of(scenario, device).public_images(metric, 128) for device in (0, 1)]
-    assert not np.array_equal(own[0].images, own[1].images)
+    assert not np.array_equal(own[0].read(), own[1].read())
 
 
 def test_the_classes_that_lack_are_a_share_of_the_device_s_own_drawn_for_each() -> None:

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from tapfl.config import DataOptions
 from tapfl.data.federated import DeviceSplit, check_classes, open_pool, open_private, partition, split_public
-from tapfl.data.sources import ImageSet, load_images
+from tapfl.data.images import ImageSet
+from tapfl.data.sources import load_images
 from tapfl.data.transform import Transform
 from tapfl.errors import DataError
 
@@ -134,9 +135,9 @@ def test_a_class_with_too_few_images_for_both_sides_is_refused(images: int, shar
 
 def test_the_digits_are_embedded(tmp_path: Path) -> None:
     digits = load_images("digits", GREY, tmp_path)
-    assert digits.images.shape == (1797, 8, 8, 1)
-    assert digits.images.dtype == np.uint8
-    assert digits.images.max() == 255
+    assert digits.read().shape == (1797, 8, 8, 1)
+    assert digits.read().dtype == np.uint8
+    assert digits.read().max() == 255
     assert digits.classes == tuple("0123456789")
     assert not list(tmp_path.iterdir())
 
@@ -151,7 +152,7 @@ IMAGES = np.arange(4 * 5 * 5, dtype=np.uint8).reshape(4, 5, 5)
 
 def test_npz_with_and_without_names_and_channels(tmp_path: Path) -> None:
     plain = load_images(npz(tmp_path / "a.npz", images=IMAGES, labels=np.array([0, 2, 2, 0])), None, tmp_path)
-    assert plain.images.shape == (4, 5, 5, 1)
+    assert plain.read().shape == (4, 5, 5, 1)
     assert plain.labels.dtype == np.int64
     assert plain.classes == ("0", "1", "2")
     colour = np.stack([IMAGES] * 3, -1)
@@ -160,10 +161,10 @@ def test_npz_with_and_without_names_and_channels(tmp_path: Path) -> None:
         None,
         tmp_path,
     )
-    assert named.images.shape == (4, 5, 5, 3)
+    assert named.read().shape == (4, 5, 5, 3)
     assert named.classes == ("a", "b")
     part = named.subset(np.array([3, 1]))
-    np.testing.assert_array_equal(part.images, colour[[3, 1]])
+    np.testing.assert_array_equal(part.read(), colour[[3, 1]])
     assert part.labels.tolist() == [0, 1]
     assert len(part) == 2
 
@@ -248,19 +249,19 @@ def test_one_source_is_shared_out_between_pool_and_devices(tmp_path: Path) -> No
     check_classes(options(), public, private)
     assert len(public) + len(private) == 1797
     assert len(public) == pytest.approx(0.4 * 1797, abs=10)
-    together = np.concatenate([public.images, private.images]).reshape(1797, -1)
-    whole = load_images("digits", GREY, tmp_path).images.reshape(1797, -1)
+    together = np.concatenate([public.read(), private.read()]).reshape(1797, -1)
+    whole = load_images("digits", GREY, tmp_path).read().reshape(1797, -1)
     assert sorted(map(bytes, together)) == sorted(map(bytes, whole))
 
 
 def test_a_second_source_is_the_pool_and_the_first_all_private(tmp_path: Path) -> None:
     file = npz(tmp_path / "pool.npz", images=IMAGES, labels=np.arange(4))
-    assert open_pool(options(public=file), GREY, 0, tmp_path / "cache").images.shape == (4, 8, 8, 1)
+    assert open_pool(options(public=file), GREY, 0, tmp_path / "cache").shape == (4, 8, 8, 1)
     assert len(open_private(options(public=file), GREY, 0, tmp_path / "cache")) == 1797
 
 
 def images_of(classes: tuple[str, ...], labels: list[int]) -> ImageSet:
-    return ImageSet(np.zeros((len(labels), 8, 8, 1), np.uint8), np.array(labels), classes)
+    return ImageSet.of(np.zeros((len(labels), 8, 8, 1), np.uint8), np.array(labels), classes)
 
 
 @pytest.mark.parametrize(
@@ -300,7 +301,7 @@ def test_images_of_another_size_or_number_of_channels_are_refused() -> None:
 @pytest.mark.parametrize("batch", [1, 3, 7, 100])
 def test_batches_are_all_the_images_in_order(batch: int) -> None:
     images = np.random.default_rng(0).integers(0, 256, (7, 8, 8, 1), dtype=np.uint8)
-    batches = GREY.batches(images, batch)
+    batches = GREY.batches(ImageSet.of(images, np.zeros(7, int), "a"), batch)
     for _ in range(2):  # from the start, each time
         parts = list(batches)
         assert all(len(part) == batch for part in parts[:-1]) and len(parts) == -(-7 // batch)

@@ -157,7 +157,7 @@ def test_recovery_is_on_the_best_public_images_of_the_device(
         best = task_images(pool, summary, config.metric, config.seed, device, size=100)
         assert fine_tune.size == 100 == len(set(best))
         assert fine_tune.labels is not None and fine_tune.labels.tolist() == pool.images.labels[best].tolist()
-        assert torch.equal(fine_tune.inputs(np.arange(100)), transform_of(model)(pool.images.images[best]))
+        assert torch.equal(fine_tune.inputs(np.arange(100)), transform_of(model)(pool.images.read(best)))
         assert best[:64].tolist() == task_images(pool, summary, config.metric, config.seed, device).tolist()
     assert sets[0].labels is not None and sets[0].labels.tolist() != sets[1].labels.tolist()
 

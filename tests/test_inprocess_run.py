@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ from experiments import cli
 from tapfl import load_plan, load_pruned
 from tapfl.adapters.layout import packed_size
 from tapfl.config import RunConfig
+from tapfl.data.images import ImageSet
 from tapfl.personalize.methods import FedAvg
 from tapfl.profiles import profiles_of
 from tapfl.training import Params
@@ -320,17 +322,18 @@ def test_nothing_is_trained_on_the_images_that_choose_alpha(
     config = RunConfig.from_flat(json.loads((folder / "config.json").read_text()))
     profile = profiles_of(config.devices)[1]
     device = Device(config, 1, 4, profile, DeviceStorage(folder / "devices" / "01"))
-    inputs, labels = device._part("train")
+    part = device._part("train")
     trained, held = device._trained_and_held_out
-    assert len(held) == round(0.25 * len(labels)) and sorted([*trained, *held]) == list(range(len(labels)))
+    assert len(held) == round(0.25 * len(part)) and sorted([*trained, *held]) == list(range(len(part)))
     received = device._whole(FedAvg(), device._state(2), np.zeros(packed_size(device._pruned.layout), np.float32))
     own = device._state(2).personal
     assert own is not None
 
     def outcome(changed: np.ndarray) -> tuple[Params, float]:
-        other = inputs.clone()
-        other[torch.from_numpy(changed)] = other[torch.from_numpy(changed)].flip(-1)
-        monkeypatch.setattr(Device, "_part", lambda self, name: (other, labels))
+        pixels = part.images.read()
+        pixels[changed] = pixels[changed, :, ::-1]
+        other = replace(part, images=ImageSet.of(pixels, part.images.labels, part.images.classes))
+        monkeypatch.setattr(Device, "_part", lambda self, name: other)
         method = device._method(3)
         upload = device._local_round(method, received, own, 3).upload
         weighed = device._weighted(method, received, own, 3)

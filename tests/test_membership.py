@@ -27,7 +27,7 @@ def scenario(tmp_path_factory: pytest.TempPathFactory) -> Scenario:
 
 
 def own_images(scenario: Scenario, device: int) -> np.ndarray:
-    return scenario.private.images[scenario.splits[device].train]
+    return scenario.private.read(scenario.splits[device].train)
 
 
 def describe(scenario: Scenario, images: np.ndarray) -> np.ndarray:

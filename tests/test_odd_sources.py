@@ -115,7 +115,7 @@ def test_a_picture_is_seen_as_it_is_shown(name: str, tmp_path: Path) -> None:
     content, expected, tolerance = PICTURES[name]
     (tmp_path / "in" / "a").mkdir(parents=True)
     (tmp_path / "in" / "a" / name).write_bytes(content)
-    (seen,) = loaded(tmp_path / "in", tmp_path).images
+    (seen,) = loaded(tmp_path / "in", tmp_path).read()
     assert np.abs(np.asarray(seen).astype(int) - expected.astype(int)).max() <= tolerance
 
 
@@ -228,7 +228,7 @@ def test_arrays_in_any_layout_are_the_same_images(tmp_path: Path) -> None:
         np.savez(tmp_path / f"{kind}.NPZ", images=given, labels=of)
         (tmp_path / f"{kind}.NPZ.npz").rename(tmp_path / f"{kind}.NPZ")
         found = loaded(tmp_path / f"{kind}.NPZ", tmp_path)
-        np.testing.assert_array_equal(found.images, images)
+        np.testing.assert_array_equal(found.read(), images)
         assert found.labels.tolist() == [0, 1, 2] and found.labels.dtype == np.int64
 
 

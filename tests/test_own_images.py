@@ -17,9 +17,11 @@ from clients.client_app import app as client_app
 from clients.client_app import device_of
 from experiments.engines.local import run_inprocess
 from strategies.server_app import app as server_app
+from tapfl.compute import HERE
 from tapfl.config import RunConfig
 from tapfl.data.federated import labels_among
-from tapfl.data.sources import ImageSet, load_images
+from tapfl.data.images import ImageSet
+from tapfl.data.sources import load_images
 from tapfl.errors import ConfigError, DataError
 from tapfl.options import parse_assignment
 from tapfl.wire import Hello
@@ -31,7 +33,7 @@ def write_own(file: Path, names: tuple[str, ...] = NAMES, count: int = 60) -> Im
     digits = load_images("digits")
     chosen = np.flatnonzero(np.isin(digits.labels, [int(name) for name in NAMES]))[:count]
     labels = np.array([NAMES.index(str(label)) for label in digits.labels[chosen]])
-    np.savez(file, images=digits.images[chosen], labels=labels, classes=np.array(names))
+    np.savez(file, images=digits.read(chosen), labels=labels, classes=np.array(names))
     return digits.subset(chosen)
 
 
@@ -110,9 +112,9 @@ def test_a_class_that_the_pool_lacks_costs_this_device_alone(tmp_path: Path) -> 
 
 def test_the_images_of_all_devices_are_known_to_a_simulation_alone(tmp_path: Path) -> None:
     config = RunConfig.from_flat(dict(map(parse_assignment, [*SMALL, f"cache={tmp_path}"])))
-    pooled, _ = part(config, 4, 0, "pooled", "", "", ())
-    each = [part(config, 4, i, "train", "", "", ())[0] for i in range(4)]
-    assert torch.equal(pooled, torch.cat(each))
+    pooled = part(config, 4, 0, "pooled", "", "", (), HERE)
+    each = [part(config, 4, i, "train", "", "", (), HERE) for i in range(4)]
+    assert torch.equal(torch.cat(list(pooled.split(50))), torch.cat([one.batch(np.arange(len(one))) for one in each]))
     write_own(tmp_path / "mine.npz")
     node = {"partition-id": 0, "num-partitions": 1, "data": str(tmp_path / "mine.npz"), "storage": str(tmp_path)}
     device = device_of(Context(1, 2, node, RecordDict(), {"personalize.method": "pooled"}))

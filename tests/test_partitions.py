@@ -16,7 +16,8 @@ from tapfl.config import DataOptions, RunConfig
 from tapfl.config.round_zero import UNUSED, Partition
 from tapfl.data.contents import contents
 from tapfl.data.federated import DeviceSplit, open_private, partition
-from tapfl.data.sources import ImageSet, load_images
+from tapfl.data.images import ImageSet
+from tapfl.data.sources import load_images
 from tapfl.data.transform import Transform
 from tapfl.errors import ConfigError, DataError
 
@@ -212,7 +213,7 @@ def test_one_device_an_id(made: Any, tmp_path: Path) -> None:
     assert "60 images of 2 classes from 3 devices" in images.described()
     splits = partition(images.labels, given, 3, 0, images.owners)
     for writer, split in zip(images.ids, splits, strict=True):
-        mine = images.images[held([split])][..., 0]
+        mine = images.read(held([split]))[..., 0]
         assert sorted(map(bytes, mine)) == sorted(map(bytes, PIXELS[writer == WRITERS]))
         assert images.subset(split.test).owner_names == (writer,)
     (fingerprint,) = contents(RunConfig(data=given), ["data.source"]).values()

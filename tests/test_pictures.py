@@ -22,7 +22,8 @@ from PIL import Image
 from tapfl.config import ModelOptions
 from tapfl.data import sources
 from tapfl.data.folders import list_images
-from tapfl.data.sources import ImageSet, load_images
+from tapfl.data.images import ImageSet
+from tapfl.data.sources import load_images
 from tapfl.data.transform import Transform
 from tapfl.errors import DataError, ModelError
 from tapfl.models.backbone import build, spec_of
@@ -56,7 +57,7 @@ def loaded(root: Path, transform: Transform) -> ImageSet:
 
 def seen(root: Path, transform: Transform) -> np.ndarray:
     """Returns the only image of a folder as it is stored."""
-    (image,) = loaded(root, transform).images
+    (image,) = loaded(root, transform).read()
     return np.asarray(image)
 
 
@@ -78,7 +79,7 @@ def test_inputs_are_those_of_timm_s_evaluation_transform(
     model, transform = build(spec_of(options, ("a",))), input_transform(options)
     config = timm.data.resolve_model_data_config(model)
     expected = timm.data.create_transform(**config | {"input_size": (3, *transform.size)}, is_training=False)(picture)
-    torch.testing.assert_close(transform(loaded(tmp_path / "in", transform).images)[0], expected, rtol=0, atol=1e-6)
+    torch.testing.assert_close(transform(loaded(tmp_path / "in", transform).read())[0], expected, rtol=0, atol=1e-6)
 
 
 @given(
@@ -143,11 +144,11 @@ def test_a_folder_an_npz_and_hugging_face_give_the_same_input(size: tuple[int, i
     table = datasets.Dataset.from_dict({"picture": pictures, "kind": [0, 0, 0]})
     table = table.cast_column("picture", datasets.Image()).cast_column("kind", datasets.ClassLabel(names=["a"]))
     transform = Transform(size, 3, (0.5,) * 3, (0.5,) * 3, 0.9)
-    folder = loaded(tmp_path / "in", transform).images
-    np.testing.assert_array_equal(load_images(str(tmp_path / "x.npz"), transform, tmp_path / "cache").images, folder)
+    folder = loaded(tmp_path / "in", transform).read()
+    np.testing.assert_array_equal(load_images(str(tmp_path / "x.npz"), transform, tmp_path / "cache").read(), folder)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(datasets, "load_dataset", lambda *_, **__: table)
-        np.testing.assert_array_equal(load_images("hf:mine", transform, tmp_path / "cache").images, folder)
+        np.testing.assert_array_equal(load_images("hf:mine", transform, tmp_path / "cache").read(), folder)
 
 
 # ---------------------------------------------------------------- pictures that are not eight plain bits
@@ -183,7 +184,7 @@ def test_sixteen_bits_are_scaled_by_their_range(ending: str, channels: int, tmp_
 
 def test_an_npz_of_sixteen_bits_is_scaled_too(tmp_path: Path) -> None:
     np.savez(tmp_path / "x.npz", images=RAMP[None].astype(">u2"), labels=np.zeros(1, int))
-    images = load_images(str(tmp_path / "x.npz"), square(32, 1), tmp_path).images
+    images = load_images(str(tmp_path / "x.npz"), square(32, 1), tmp_path).read()
     np.testing.assert_array_equal(images[0, ..., 0], np.round(RAMP / 257).astype(np.uint8))
 
 
@@ -213,7 +214,7 @@ def test_grey_and_colour_fit_a_backbone_of_either(tmp_path: Path) -> None:
     assert (seen(tmp_path / "in", square(14, 1)) == 51).all()
     assert (seen(tmp_path / "in", square(14, 3)) == 51).all()
     np.savez(tmp_path / "x.npz", images=np.asarray(level)[None], labels=np.zeros(1, int))
-    assert load_images(str(tmp_path / "x.npz"), square(14, 3), tmp_path).images.shape == (1, 14, 14, 3)
+    assert load_images(str(tmp_path / "x.npz"), square(14, 3), tmp_path).read().shape == (1, 14, 14, 3)
 
 
 def test_a_very_long_picture_is_cropped_before_it_is_scaled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -308,8 +309,8 @@ def test_an_image_folder(folder: Path) -> None:
     found = loaded(folder, square(6))
     assert found.classes == ("ant", "cat")
     assert found.labels.tolist() == [0, 1, 1] and found.labels.dtype == np.int64
-    assert found.images.shape == (3, 6, 6, 3) and found.images.dtype == np.uint8
-    assert found.images[:, 3, 3, 0].tolist() == [50, 200, 100]
+    assert found.read().shape == (3, 6, 6, 3) and found.read().dtype == np.uint8
+    assert found.read()[:, 3, 3, 0].tolist() == [50, 200, 100]
     assert found.described() == "3 images of 2 classes, used at 6 × 6 px, RGB"
 
 
@@ -328,7 +329,7 @@ def test_what_is_no_image_is_left_out_and_counted(folder: Path) -> None:
     (folder / "empty").mkdir()
     found = loaded(folder, square(6))
     assert found.classes == before.classes and found.labels.tolist() == before.labels.tolist()
-    np.testing.assert_array_equal(found.images, before.images)
+    np.testing.assert_array_equal(found.read(), before.read())
     assert found.left_out == {
         **{"hidden": 3, ".txt files": 1, ".heic files": 1, "files without an ending": 1, "broken links": 1},
         **{"images outside the classes' folders": 1, "links that lead in a circle": 1, "folders without images": 1},
@@ -393,7 +394,7 @@ def test_the_validation_part_of_tiny_imagenet(tmp_path: Path) -> None:
     annotations.write_text("val_0.png\tn02\t0\t0\t7\t7\nval_1.png\tn01\t0\t0\t7\t7\nval_2.png\tn02\t0\t0\t7\t7\n")
     found = loaded(root, square(8))
     assert found.classes == ("n01", "n02") and found.labels.tolist() == [0, 1, 1]
-    assert found.images[:, 0, 0, 0].tolist() == [20, 10, 30]
+    assert found.read()[:, 0, 0, 0].tolist() == [20, 10, 30]
     assert found.left_out == {"not in val_annotations.txt": 1}
     annotations.write_text("val_9.png\tn02\n")
     with pytest.raises(DataError, match=r"val_annotations.txt': line 1 names no image and class: 'val_9.png"):
@@ -408,11 +409,11 @@ def test_the_second_load_decodes_nothing(folder: Path, monkeypatch: pytest.Monke
     with monkeypatch.context() as patch:
         patch.setattr(sources, "_decoded", lambda *_: pytest.fail("decoded again"))
         second = loaded(folder, square(6))
-    np.testing.assert_array_equal(first.images, second.images)
-    assert loaded(folder, square(4)).images.shape == (3, 4, 4, 3)  # another size is another content
+    np.testing.assert_array_equal(first.read(), second.read())
+    assert loaded(folder, square(4)).read().shape == (3, 4, 4, 3)  # another size is another content
     loaded(folder, square(6, crop=0.5))  # and so is another crop
     plain(folder / "cat" / "2.png", 7, 8, 21)
-    assert loaded(folder, square(6)).images[2, 3, 3, 0] == 7
+    assert loaded(folder, square(6)).read()[2, 3, 3, 0] == 7
     assert len(list((folder.parent / "cache" / "images").iterdir())) == 4  # and nothing half written
 
 
@@ -463,7 +464,7 @@ def test_a_class_whose_name_cannot_be_shown_is_refused(name: str, tmp_path: Path
 
 
 def test_memory_mapped_images_are_read_without_complaint_or_change(folder: Path) -> None:
-    images = loaded(folder, square(8)).images
+    images = loaded(folder, square(8)).read()
     before = images.copy()
     with warnings.catch_warnings():
         warnings.simplefilter("error")

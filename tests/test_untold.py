@@ -23,7 +23,7 @@ def test_neither_secrets_of_the_environment_nor_names_of_private_files(
     for number in np.arange(300):
         folder = tmp_path / ("pool" if number % 2 else "private") / str(digits.labels[number])
         folder.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(digits.images[number, :, :, 0]).save(folder / f"aunt-mary-{number}.png")
+        Image.fromarray(digits.read()[number, :, :, 0]).save(folder / f"aunt-mary-{number}.png")
     options = [
         f"data.source={tmp_path / 'private'}",
         f"data.public={tmp_path / 'pool'}",

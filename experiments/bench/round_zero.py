@@ -18,6 +18,7 @@ from experiments.command_line import options_of
 from experiments.compare.scenario import DeviceView, Scenario, score
 from strategies.round_zero import PublicPool, Shared, describe_pool, device_model, task_images
 from tapfl.config import RunConfig
+from tapfl.data.images import ImageSet
 from tapfl.data.sources import load_images
 from tapfl.models.backbone import BackboneSpec, build, spec_of
 from tapfl.models.forward import image_features, transform_of
@@ -54,7 +55,7 @@ def devices(
         pool = describe_pool(config, images, model)
         described, plan = time.process_time() - start, partial(_plan, config, pool, spec, model)
         alone = cpu_seconds(partial(plan, ALONE, shared=False)) / ALONE if way == "own" else None
-        floor = _forward_seconds(config, images.images, model)
+        floor = _forward_seconds(config, images, model)
         for count in devices:
             plans = cpu_seconds(partial(plan, count, shared=True))
             yield {
@@ -88,8 +89,8 @@ def _plan(config: RunConfig, pool: PublicPool, spec: BackboneSpec, model: nn.Mod
 
 
 @torch.no_grad()
-def _forward_seconds(config: RunConfig, images: np.ndarray, model: nn.Module) -> float:
-    inputs = transform_of(model)(images[: config.metric.size])
+def _forward_seconds(config: RunConfig, images: ImageSet, model: nn.Module) -> float:
+    inputs = transform_of(model)(images.read(np.arange(config.metric.size)))
     return side_by_side({"": lambda: [model(part) for part in inputs.split(config.metric.batch)]}, 20)[""]
 
 
@@ -156,7 +157,7 @@ def noise(
         scenario = Scenario.of(RunConfig.from_flat({"devices.count": devices, **options_of(None, set), "seed": run}))
         for i in range(devices):
             images = scenario.private.subset(scenario.splits[i].train)
-            features = image_features(scenario.model, scenario.transform.batches(images.images))
+            features = image_features(scenario.model, scenario.transform.batches(images))
             described.append((scenario, i, scenario.pool.projection(features), np.unique(images.labels)))
     for amount in noise:
         components: list[int] = []

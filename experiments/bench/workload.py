@@ -19,7 +19,7 @@ from tapfl.adapters import rules
 from tapfl.adapters.layout import global_shapes
 from tapfl.config import RunConfig
 from tapfl.data.federated import DeviceSplit, open_pool, open_private, partition
-from tapfl.data.sources import ImageSet
+from tapfl.data.images import ImageSet
 from tapfl.models.backbone import BackboneSpec, spec_of
 from tapfl.models.dense import DenseCache, dense_backbone
 from tapfl.models.forward import input_transform
@@ -123,7 +123,7 @@ class Workload:
         if (device, name) not in self._parts:
             private, splits = self._private
             chosen = private.subset(getattr(splits[device], name))
-            inputs = input_transform(self.config.model)(chosen.images)
+            inputs = input_transform(self.config.model)(chosen.read())
             self._parts[device, name] = inputs, torch.from_numpy(chosen.labels)
         return self._parts[device, name]
 

@@ -20,7 +20,7 @@ from experiments.compare.grid import MEASURES, Cell
 from experiments.compare.scenario import DeviceView, Scenario, score
 from tapfl.compute import Compute, home
 from tapfl.config import PruningOptions, RunConfig
-from tapfl.data.sources import ImageSet
+from tapfl.data.images import ImageSet
 from tapfl.errors import BudgetError, ConfigError
 from tapfl.memo import Memo
 from tapfl.models.units import PrunableLayer

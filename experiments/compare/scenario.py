@@ -13,7 +13,7 @@ from strategies.round_zero import PublicPool, describe_pool, pool_of, task_image
 from tapfl.compute import Compute
 from tapfl.config import MetricOptions, PruningOptions, RunConfig
 from tapfl.data.federated import DeviceSplit, check_classes, open_pool, open_private, partition
-from tapfl.data.sources import ImageSet
+from tapfl.data.images import ImageSet
 from tapfl.data.transform import Transform
 from tapfl.models.backbone import BackboneSpec
 from tapfl.models.dense import DenseCache, dense_backbone
@@ -96,10 +96,10 @@ class DeviceView:
         config, split, transform = scenario.config, scenario.splits[device], scenario.transform
         mine, test = scenario.private.subset(split.train), scenario.private.subset(split.test)
         with scenario.compute.forward():
-            points = scenario.pool.projection(image_features(scenario.model, transform.batches(mine.images)))
+            points = scenario.pool.projection(image_features(scenario.model, transform.batches(mine)))
         summary = device_mixture(points, config.summary, config.seed, device)
         put = scenario.compute.put
-        inputs, labels = put(transform(test.images)), put(torch.from_numpy(test.labels))
+        inputs, labels = put(transform(test.read())), put(torch.from_numpy(test.labels))
         classes = torch.from_numpy(np.unique(mine.labels))
         dense = score(scenario.model, inputs, labels, classes)
         return cls(scenario, device, summary, mine, inputs, labels, classes, dense)
@@ -128,7 +128,7 @@ class DeviceView:
         scenario = self.scenario
         model = in_basis(scenario.model, resolved(options).basis, lambda: scenario.turned)
         compute = scenario.compute
-        inputs, labels = compute.put(scenario.transform(images.images)), compute.put(labels_of(images, options))
+        inputs, labels = compute.put(scenario.transform(images.read())), compute.put(labels_of(images, options))
         task = pruning_task(model, inputs, budget, options, batch, labels, scenario.config.seed)
         return replace(task, at_once=compute.at_once, passing=compute.forward)
 

@@ -218,4 +218,4 @@ def _write_images(file: Path) -> None:
     digits = open_private(config.data, input_transform(config.model), config.seed, file.parent)
     chosen = np.flatnonzero(np.isin(digits.labels, [digits.classes.index(name) for name in NAMES]))[:OWN_IMAGES]
     labels = [NAMES.index(digits.classes[label]) for label in digits.labels[chosen]]
-    np.savez(file, images=digits.images[chosen], labels=np.array(labels), classes=np.array(NAMES))
+    np.savez(file, images=digits.read(chosen), labels=np.array(labels), classes=np.array(NAMES))

@@ -69,7 +69,10 @@ PATH_OPTIONS = ("out", "cache", *INPUT_OPTIONS)
 PLUGIN_OPTIONS = ("pruning.criterion", "adapters.rule", "personalize.method")
 NOT_PATHS = ("", "digits", "hub", *PROFILE_SETS)
 # options, or beginnings of their names, that do not change a result: a resumed run may have other values
-FREE_OPTIONS = ("resume", "out", "cache", "node-timeout", "window", "compute.cache-mb", "faults.", "log.")
+FREE_OPTIONS = (
+    *("resume", "out", "cache", "node-timeout", "window"),
+    *("data.cache-gb", "compute.cache-mb", "faults.", "log."),
+)
 
 
 class RunConfig(Section):

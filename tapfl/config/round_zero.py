@@ -67,6 +67,7 @@ class DataOptions(Section):
     classes_per_device: Count = Field(3, description="classes of each device, for `pathological` and `class-blocks`")
     shards_per_device: Count = Field(3, description="shards of each device, for `shard`")
     dirichlet_alpha: float = Field(0.3, gt=0, description="concentration of `dirichlet`; smaller is more uneven")
+    cache_gb: float = Field(50.0, ge=0, description="gigabytes of a source's decoded images that are kept in `cache`")
 
     @property
     def makes_devices(self) -> bool:

@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 
 from tapfl.config import DataOptions
+from tapfl.data.images import ImageSet
 from tapfl.data.partitions import MIN_TEST, MIN_TRAIN, divide
-from tapfl.data.sources import ImageSet, load_images
+from tapfl.data.sources import load_images
 from tapfl.data.transform import Transform
 from tapfl.errors import DataError
 from tapfl.seeds import numpy_generator
@@ -25,8 +26,8 @@ def open_pool(options: DataOptions, transform: Transform, seed: int, cache: Path
         DataError: if the source is missing, or a class has too few images to be divided.
     """
     if options.public:
-        return load_images(options.public, transform, cache)
-    source = load_images(options.source, transform, cache, options.ids)
+        return load_images(options.public, transform, cache, cache_gb=options.cache_gb)
+    source = load_images(options.source, transform, cache, options.ids, options.cache_gb)
     return source.subset(split_public(source.labels, options.public_share, seed, source.classes)[0])
 
 
@@ -36,7 +37,7 @@ def open_private(options: DataOptions, transform: Transform, seed: int, cache: P
     Raises:
         DataError: as `open_pool`.
     """
-    source = load_images(options.source, transform, cache, options.ids)
+    source = load_images(options.source, transform, cache, options.ids, options.cache_gb)
     if not options.public:
         source = source.subset(split_public(source.labels, options.public_share, seed, source.classes)[1])
     return _of_enough(source, options)

@@ -2,93 +2,41 @@
 
 from __future__ import annotations
 
+import math
 import os
 import unicodedata
-import warnings
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 import numpy as np
 from PIL import Image
 
 from tapfl.data.contents import file_fingerprint, no_such_source, path_of
-from tapfl.data.folders import list_images, listed
+from tapfl.data.decoded import DecodedCache, DecodedImages, refuse_dim
+from tapfl.data.folders import list_images
 from tapfl.data.hugging_face import fingerprint_of, open_table
+from tapfl.data.images import ArrayImages, Images, ImageSet
 from tapfl.data.transform import Transform, scaled_to_bytes
 from tapfl.errors import DataError, message_of
-from tapfl.progress import track
-from tapfl.store import cache_folder, content_hash, whole_file
+from tapfl.store import cache_folder, content_hash
 
 MOST_CLASSES = 2**16  # of which no model has more
-DIM = 16  # of 255, to which 12 of 16 bits are scaled: no source of pictures is darker throughout
 # of `IMAGE_ENDINGS`; what Pillow decodes by starting another program (EPS) is none of them, whatever a file's name
 FORMATS = ("JPEG", "JPEG2000", "PNG", "BMP", "DIB", "GIF", "WEBP", "AVIF", "TIFF", "PPM", "TGA")
 
 
-@dataclass(frozen=True)
-class ImageSet:
-    """Labelled images.
-
-    Attributes:
-        images: uint8 (n, height, width, channels), channels 1 or 3.
-        labels: int64 (n,), positions in `classes`.
-        classes: names, in the order of the labels, in Unicode's NFC.
-        owners: int64 (n,), positions in `ids`; None: it is not known whose images they are.
-        ids: of the natural devices, such as users or hospitals, sorted, in Unicode's NFC.
-        fingerprint: names the content of the whole source: a hash of an .npz file, of a folder's names, sizes and
-            times; `subset` keeps it.
-        left_out: reason -> number of files of the source that are not among the images.
-    """
-
-    images: np.ndarray
-    labels: np.ndarray
-    classes: tuple[str, ...]
-    fingerprint: str = ""
-    left_out: Mapping[str, int] = field(default_factory=dict)
-    owners: np.ndarray | None = None
-    ids: tuple[str, ...] = ()
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def subset(self, indices: np.ndarray) -> ImageSet:
-        """Returns the images at `indices`, in that order."""
-        owners = None if self.owners is None else self.owners[indices]
-        return replace(self, images=self.images[indices], labels=self.labels[indices], owners=owners)
-
-    @property
-    def owner_names(self) -> tuple[str, ...]:
-        """The ids of the devices that these images come from, as far as they are known."""
-        return () if self.owners is None else tuple(self.ids[i] for i in np.unique(self.owners))
-
-    def require(self, name: str, fingerprint: str) -> ImageSet:
-        """Returns the images. Raises DataError if they are not those of `fingerprint`; empty: whatever they are."""
-        if fingerprint and fingerprint != self.fingerprint:  # which the message must not tell: it reaches the server
-            raise DataError(f"{name}: the images changed since this run began")
-        return self
-
-    def described(self, kind: str = "") -> str:
-        """Returns in a line how many images of how many classes there are, of which size, and what was left out.
-
-        Args:
-            kind: a word for these images, such as `private`.
-        """
-        height, width, channels = self.images.shape[1:]
-        colours = "grey" if channels == 1 else "RGB"
-        images = f"{len(self)} {kind} images" if kind else f"{len(self)} images"
-        empty = len(self.classes) - len(np.unique(self.labels))
-        classes = f"{len(self.classes)} classes{f' ({empty} without images)' if empty else ''}"
-        owners = f" from {len(self.owner_names)} devices" if self.ids else ""
-        line = f"{images} of {classes}{owners}, used at {height} × {width} px, {colours}"
-        return f"{line}; left out: {listed(self.left_out)}" if self.left_out else line
-
-
-def load_images(source: str, transform: Transform | None = None, cache: Path | None = None, ids: str = "") -> ImageSet:
+def load_images(
+    source: str,
+    transform: Transform | None = None,
+    cache: Path | None = None,
+    ids: str = "",
+    cache_gb: float = math.inf,
+) -> ImageSet:
     """Returns all images of a source.
 
     Args:
@@ -99,12 +47,13 @@ def load_images(source: str, transform: Transform | None = None, cache: Path | N
         cache: folder for images in the transform's size, which every process memory-maps; by default tapfl's own.
         ids: array of an .npz file or column of ``hf:`` that says from which device, by its id, each image comes; with
             any name a folder has one folder a device, and in each one folder of images a class. Empty: not asked for.
+        cache_gb: gigabytes that a source may take there; see `tapfl.data.decoded`.
 
     Raises:
         DataError: if the source is missing or of another kind, an image cannot be decoded, all are nearly black, a
             class has a name that cannot be printed, or there are no ids of devices.
     """
-    kept = (cache or cache_folder()) / "images"
+    kept = DecodedCache((cache or cache_folder()) / "images", cache_gb * 1e9)
     if source == "digits":
         images = _array(_digits(), transform, kept, source)
     elif source.startswith("hf:"):
@@ -166,7 +115,7 @@ def _digits() -> ImageSet:
 
     digits = load_digits()
     images = np.round(digits.images * (255 / 16)).astype(np.uint8)[..., None]
-    return ImageSet(images, digits.target.astype(np.int64), tuple(map(str, digits.target_names)), "digits")
+    return ImageSet.of(images, digits.target.astype(np.int64), tuple(map(str, digits.target_names)), "digits")
 
 
 # ---------------------------------------------------------------- an .npz file
@@ -214,36 +163,39 @@ def _npz(path: Path, ids: str) -> ImageSet:
         why = f"no model has more than {most} classes" if names is None else f"`classes` has {most} names"
         raise refusal(f"`labels` must lie in 0..{most - 1} as {why}, got {labels.max()}")
     classes = range(int(labels.max()) + 1) if names is None else names
-    found = ImageSet(images, labels.astype(np.int64), tuple(map(str, classes)), fingerprint)
+    found = ImageSet.of(images, labels.astype(np.int64), tuple(map(str, classes)), fingerprint)
     return found if owners is None else _owned(found, owners, refusal)
 
 
-def _array(source: ImageSet, transform: Transform | None, kept: Path, name: str) -> ImageSet:
+def _array(source: ImageSet, transform: Transform | None, cache: DecodedCache, name: str) -> ImageSet:
     """Returns the images of an array as `transform` fits them."""
-    _refuse_dim(int(source.images.max()), name)
-    if transform is None or transform.keeps(source.images):
+    array = cast(ArrayImages, source.images).array
+    refuse_dim(int(array.max()), name)
+    if transform is None or transform.keeps(array):
         return source
 
-    def pictures() -> Iterable[np.ndarray]:
-        for image in track(source.images, "resizing images"):
-            yield transform.fit(Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image))
+    def fitted(position: int) -> np.ndarray:
+        image = array[position]
+        return transform.fit(Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image))
 
-    return replace(source, images=_fitted(kept, name, source.fingerprint, transform, len(source), pictures))
+    decoded = DecodedImages(fitted, len(source), (*transform.size, transform.channels))
+    kept = cache.keep(decoded, content_hash(source.fingerprint, transform.geometry), name, "resizing images")
+    return replace(source, images=kept)
 
 
 # ---------------------------------------------------------------- folders and Hugging Face
 
 
-def _folder(path: Path, transform: Transform, kept: Path, by_device: bool) -> ImageSet:
+def _folder(path: Path, transform: Transform, cache: DecodedCache, by_device: bool) -> ImageSet:
     listing = list_images(path, by_device)
     files = [file for each in listing.files.values() for file in each]
 
-    def pictures() -> Iterable[np.ndarray]:
-        for file in track(files, "reading images"):
-            yield _decoded(f"image {str(file)!r}", partial(Image.open, file, formats=FORMATS), transform)
+    def decode(position: int) -> np.ndarray:
+        file = files[position]
+        return _decoded(f"image {str(file)!r}", partial(Image.open, file, formats=FORMATS), transform)
 
     content = os.fsencode(path.resolve()) + listing.fingerprint.encode()
-    images = _fitted(kept, str(path), content, transform, len(files), pictures)
+    images = _kept(cache, str(path), content, transform, len(files), decode)
     labels = np.repeat(np.arange(len(listing.files)), [len(each) for each in listing.files.values()])
     found = ImageSet(images, labels, tuple(listing.files), listing.fingerprint, listing.left_out)
 
@@ -253,7 +205,7 @@ def _folder(path: Path, transform: Transform, kept: Path, by_device: bool) -> Im
     return _owned(found, listing.owners, refusal) if by_device else found
 
 
-def _hugging_face(name: str, transform: Transform, kept: Path, ids: str) -> ImageSet:
+def _hugging_face(name: str, transform: Transform, cache: DecodedCache, ids: str) -> ImageSet:
     from datasets import ClassLabel  # heavy, and only this source needs it
     from datasets import Image as ImageColumn
 
@@ -285,61 +237,35 @@ def _hugging_face(name: str, transform: Transform, kept: Path, ids: str) -> Imag
             raise DataError("there is none")
         return made
 
-    def pictures() -> Iterable[np.ndarray]:
-        for row in track(range(len(table)), "reading images"):
-            yield _decoded(f"data source 'hf:{name}': image {row}", partial(picture, row), transform)
+    def decode(row: int) -> np.ndarray:
+        return _decoded(f"data source 'hf:{name}': image {row}", partial(picture, row), transform)
 
     fingerprint = fingerprint_of(table)
-    images = _fitted(kept, f"hf:{name}", fingerprint, transform, len(table), pictures)
+    images = _kept(cache, f"hf:{name}", fingerprint, transform, len(table), decode)
     found = ImageSet(images, labels, tuple(table.features[label].names), fingerprint, unused)
     return _owned(found, list(table[ids]), refusal) if ids else found
+
+
+def _kept(
+    cache: DecodedCache,
+    name: str,
+    content: bytes | str,
+    transform: Transform,
+    count: int,
+    decode: Callable[[int], np.ndarray],
+) -> Images:
+    """Returns pictures as the transform fits them; `content` names them, and with its geometry the images."""
+    key = content_hash(content, transform.geometry)
+    images = DecodedImages(decode, count, (*transform.size, transform.channels), key)
+    return cache.keep(images, key, name, "reading images")
 
 
 def _decoded(what: str, open_picture: Callable[[], Image.Image], transform: Transform) -> np.ndarray:
     """Returns a picture as it is stored. Raises DataError, naming it, whatever its decoder raises."""
     try:
-        # ignored: warnings of odd metadata, and of pictures of over 89 million pixels
-        with warnings.catch_warnings(action="ignore"), open_picture() as picture:
+        with open_picture() as picture:
             return transform.fit(picture)
     except DataError as error:
         raise DataError(f"{what}: {error}") from None
     except Exception as error:  # decoders raise SyntaxError, struct.error, DecompressionBombError and more
         raise DataError(f"{what}: cannot be decoded ({message_of(error)})") from None
-
-
-def _fitted(
-    kept: Path,
-    name: str,
-    content: bytes | str,
-    transform: Transform,
-    count: int,
-    pictures: Callable[[], Iterable[np.ndarray]],
-) -> np.ndarray:
-    """Returns images as the transform fits them, memory-mapped; they are made once, one at a time.
-
-    Args:
-        name: of the source.
-        content: names the pictures; with the transform's geometry it is the key of the file.
-    """
-    file = kept / f"{content_hash(content, transform.geometry)}.npy"
-    if not file.exists():
-        shape = (count, *transform.size, transform.channels)
-        header: dict[str, Any] = {"descr": "|u1", "fortran_order": False, "shape": shape}
-        with whole_file(file) as temporary, temporary.open("wb") as out:
-            np.lib.format.write_array_header_1_0(out, header)
-            brightest = 0
-            for picture in pictures():
-                out.write(picture.tobytes())
-                brightest = max(brightest, int(picture.max()))
-            _refuse_dim(brightest, name)
-    images: np.ndarray = np.load(file, mmap_mode="r")
-    return images
-
-
-def _refuse_dim(brightest: int, source: str) -> None:
-    """Raises DataError if no value of a whole source is over `brightest`, and that is nearly black."""
-    if 0 < brightest <= DIM:
-        raise DataError(
-            f"data source {source!r}: all images are nearly black, no value is over {brightest} of 255, as where 12 "
-            "bits are in files of 16, or values of 0 to 1 became integers; accepted: values that use the whole range"
-        )

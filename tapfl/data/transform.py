@@ -11,6 +11,8 @@ import torch
 from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 
+from tapfl.data.decoded import ahead
+from tapfl.data.images import ImageSet, in_order
 from tapfl.errors import DataError
 
 WIDEST = 16  # times as long as wide: of a longer picture only the middle is scaled, which else may take gigabytes
@@ -105,17 +107,21 @@ class Transform:
         Raises:
             DataError: if they are of another size or number of channels.
         """
-        if images.shape[1:] != (*self.size, self.channels):
+        return self.normalised(torch.from_numpy(np.array(images)))
+
+    def normalised(self, images: Tensor) -> Tensor:
+        """Returns the same of a tensor, on its device; each value is computed alone, so batches change no bit."""
+        if tuple(images.shape[1:]) != (*self.size, self.channels):
             height, width, channels = images.shape[1:]
             raise DataError(
                 f"images are {height} × {width} with {channels} channels, the backbone takes {self.size[0]} × "
                 f"{self.size[1]} with {self.channels}: load_images(source, transform) makes them so"
             )
-        x = torch.from_numpy(np.array(images)).permute(0, 3, 1, 2).float() / 255
-        mean, std = (torch.tensor(values).view(1, -1, 1, 1) for values in (self.mean, self.std))
+        x = images.permute(0, 3, 1, 2).float() / 255
+        mean, std = (x.new_tensor(values).view(1, -1, 1, 1) for values in (self.mean, self.std))
         return ((x - mean) / std).contiguous()
 
-    def batches(self, images: np.ndarray, batch: int = 256) -> Batches:
+    def batches(self, images: ImageSet, batch: int = 256) -> Batches:
         """Returns all images in order, `batch` at a time, each batch transformed when it is reached."""
         return Batches(self, images, batch)
 
@@ -164,12 +170,12 @@ class Batches:
     """Batches of images in the backbone's input format; can be iterated any number of times."""
 
     transform: Transform
-    images: np.ndarray
+    images: ImageSet
     batch: int
 
     def __len__(self) -> int:
         return -(-len(self.images) // self.batch)
 
     def __iter__(self) -> Iterator[Tensor]:
-        for start in range(0, len(self.images), self.batch):
-            yield self.transform(self.images[start : start + self.batch])
+        parts = in_order(len(self.images), self.batch)
+        yield from ahead(lambda part: self.transform(self.images.read(part)), parts)

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from tapfl.compute import HERE, Compute
 from tapfl.config import ModelOptions
-from tapfl.data.sources import ImageSet
+from tapfl.data.images import ImageSet
 from tapfl.errors import ModelError, PlanError, message_of
 from tapfl.models.backbone import BackboneSpec, build, spec_of
 from tapfl.models.forward import head_names, image_features, transform_of
@@ -34,7 +34,7 @@ from tapfl.models.prunable import prunable_layers
 from tapfl.models.units import PrunableLayer
 from tapfl.progress import stage
 from tapfl.seeds import numpy_generator
-from tapfl.store import content_hash, read_tensors, write_bytes, write_tensors
+from tapfl.store import Pieces, content_hash, read_tensors, write_bytes, write_tensors
 from tapfl.training import train_dense
 
 _PARTS = re.compile(r"(\d+)")
@@ -85,7 +85,7 @@ class DenseCache:
 def dense_key(options: ModelOptions, spec: BackboneSpec, pool: ImageSet, seed: int, compute: Compute = HERE) -> str:
     """Returns a hash of everything that the backbone's weights depend on."""
     files = [Path(name).read_bytes() for name in (options.weights, options.head_rows) if name and Path(name).is_file()]
-    data = [str(pool.images.shape).encode(), pool.images.tobytes(), pool.labels.tobytes()]
+    data: list[str | bytes | Pieces] = [str(pool.shape).encode(), *pool.content(), pool.labels.tobytes()]
     return content_hash(
         options.model_dump_json(), spec.model_dump_json(), str(seed), *data, *pool.classes, *files, *compute.marks
     )
@@ -150,9 +150,9 @@ def _make(options: ModelOptions, spec: BackboneSpec, pool: ImageSet, seed: int, 
     )
     transform, model = transform_of(model), compute.put(model)
     if not options.weights:
-        train(model, inputs=lambda index: compute.put(transform(pool.images[index])))
+        train(model, inputs=lambda index: compute.put(transform(pool.read(index))))
     elif "train" in options.head:
-        _train_head(model, image_features(model, transform.batches(pool.images)), train)
+        _train_head(model, image_features(model, transform.batches(pool)), train)
     return model
 
 

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tapfl.data.sources import ImageSet
+from tapfl.data.images import ImageSet
 from tapfl.data.transform import Transform
 from tapfl.errors import ModelError
 from tapfl.models.forward import hooked
@@ -114,7 +114,7 @@ def turned_on_pool(model: nn.Module, images: ImageSet, transform: Transform, see
     At most POOL_IMAGES are drawn evenly by `seed`: tokens enough for second moments of a head's dims.
     """
     drawn = numpy_generator(seed, "basis").permutation(len(images))[:POOL_IMAGES]
-    return canonical_basis(model, prunable_layers(model), transform(images.images[drawn]), BATCH)
+    return canonical_basis(model, prunable_layers(model), transform(images.read(drawn)), BATCH)
 
 
 def carried_energy(model: nn.Module) -> dict[str, Tensor] | None:

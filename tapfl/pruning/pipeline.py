@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from tapfl.config import PruningOptions
-from tapfl.data.sources import ImageSet
+from tapfl.data.images import ImageSet
 from tapfl.data.transform import Transform
 from tapfl.errors import ModelError
 from tapfl.models.backbone import BackboneSpec
@@ -97,7 +97,7 @@ def fine_tune_set(pick: Callable[[int], ImageSet], transform: Transform, options
     if options.recovery == "none" or not options.recovery_size:
         return None
     chosen = pick(options.recovery_size)
-    return FineTuneSet(lambda index: transform(chosen.images[index]), len(chosen), labels_of(chosen, options))
+    return FineTuneSet(lambda index: transform(chosen.read(index)), len(chosen), labels_of(chosen, options))
 
 
 def pruning_task(

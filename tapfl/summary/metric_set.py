@@ -21,7 +21,7 @@ from torch import nn
 
 from tapfl.compute import HERE, Compute
 from tapfl.config import MetricOptions
-from tapfl.data.sources import ImageSet
+from tapfl.data.images import ImageSet
 from tapfl.data.transform import Transform
 from tapfl.errors import DataError
 from tapfl.models.backbone import BackboneSpec
@@ -63,13 +63,13 @@ def cached_features(
 
     The same weights are another model under another `spec`, such as one with more heads.
     """
-    seen = f"{spec.model_dump_json()} {transform} {images.images.shape}"
-    key = content_hash(model.state_dict(), seen, np.ascontiguousarray(images.images).tobytes(), *compute.marks)
+    seen = f"{spec.model_dump_json()} {transform} {images.shape}"
+    key = content_hash(model.state_dict(), seen, *images.content(), *compute.marks)
     file = cache / "features" / f"{key}.safetensors"
     if file.is_file():
         return read_tensors(file)["features"].numpy()
     with compute.forward():
-        found = image_features(compute.put(model), transform.batches(images.images))
+        found = image_features(compute.put(model), transform.batches(images))
     write_tensors(file, {"features": torch.from_numpy(found)})
     return found
 

@@ -1,0 +1,215 @@
+"""Pictures in the size of a backbone: decoded once into a file that all processes map, or whenever they are needed.
+
+A source that fits the limit is decoded as a whole when it is first opened, so that a damaged picture is named before
+anything else happens. Of a larger one only a sample is; every so many of its images have a place in the file, are kept
+there when they are first read, and the others are decoded each time.
+
+Threads decode, not torch's DataLoader: Pillow lets go of the interpreter while it decodes and scales, so threads do the
+same work, without processes that each import torch, for every worker and anew for every device.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+import zlib
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+
+from tapfl.data.images import ArrayImages, Images, forget, in_order
+from tapfl.errors import DataError
+from tapfl.progress import stage
+from tapfl.store import whole_file
+
+DIM = 16  # of 255, to which 12 of 16 bits are scaled: no source of pictures is darker throughout
+AT_ONCE = 64  # pictures that are decoded between two writes
+SAMPLE = 256  # pictures of a source beyond the limit that are looked at when it is first opened
+
+T = TypeVar("T")
+
+
+def decoders() -> int:
+    """Returns how many threads may decode: OMP_NUM_THREADS, which Ray sets to the CPUs of a worker, or all cores."""
+    said = os.environ.get("OMP_NUM_THREADS", "")
+    return int(said) if said.isdigit() and int(said) else len(os.sched_getaffinity(0))
+
+
+@cache
+def _threads(process: int) -> ThreadPoolExecutor:  # a forked process has none of its parent's threads
+    return ThreadPoolExecutor(decoders(), thread_name_prefix="decode")
+
+
+def ahead(read: Callable[[np.ndarray], T], batches: Iterable[np.ndarray]) -> Iterator[T]:
+    """Yields what `read` returns for each batch of positions; where cores are to spare, the next is read meanwhile."""
+    if decoders() == 1:
+        yield from map(read, batches)
+        return
+    with ThreadPoolExecutor(1, thread_name_prefix="ahead") as reader:
+        waiting: deque[Future[T]] = deque()
+        for batch in batches:
+            waiting.append(reader.submit(read, batch))
+            if len(waiting) > 1:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
+@dataclass(frozen=True, eq=False)
+class DecodedImages:
+    """Images that are decoded each time they are read.
+
+    Attributes:
+        decode: position -> uint8 of `shape`; called from several threads.
+        count: how many there are.
+        shape: height, width, channels.
+        key: as in `Images`.
+    """
+
+    decode: Callable[[int], np.ndarray]
+    count: int
+    shape: tuple[int, int, int]
+    key: str = ""
+
+    def __len__(self) -> int:
+        return self.count
+
+    def read(self, positions: np.ndarray) -> np.ndarray:
+        found = np.empty((len(positions), *self.shape), np.uint8)
+        several = decoders() > 1 and len(positions) > 1
+        with warnings.catch_warnings(action="ignore"):  # of odd metadata, and of over 89 million pixels
+            decoded = (_threads(os.getpid()).map if several else map)(self.decode, positions.tolist())
+            for place, image in enumerate(decoded):
+                found[place] = image
+        return found
+
+
+@dataclass(frozen=True, eq=False)
+class PartlyKept:
+    """Images of which a share has a place in a file, at even distances, and is written there when it is first read.
+
+    A place holds the pixels and their checksum, so that any number of processes may write, and be killed while they do.
+    """
+
+    decoded: DecodedImages
+    file: Path
+    places: int
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return self.decoded.shape
+
+    @property
+    def key(self) -> str:
+        return self.decoded.key
+
+    def __len__(self) -> int:
+        return len(self.decoded)
+
+    def read(self, positions: np.ndarray) -> np.ndarray:
+        found, places = np.empty((len(positions), *self.shape), np.uint8), self._places(positions)
+        missing = np.ones(len(positions), bool)
+        records = np.load(self.file, mmap_mode="r")
+        for i in np.flatnonzero(places >= 0):
+            record = records[places[i]]
+            found[i] = record["pixels"]
+            missing[i] = not record["sum"] or zlib.crc32(found[i]) != record["sum"]
+        forget(records)
+        if missing.any():
+            found[missing] = self.decoded.read(positions[missing])
+            self._write(found[missing], places[missing])
+        return found
+
+    def _places(self, positions: np.ndarray) -> np.ndarray:
+        """Returns the place of each image, int64 (n,); -1: it has none."""
+        count, most = len(self), max(self.places, 1)
+        near = positions * self.places // count
+        return np.where((near * count + most - 1) // most == positions if self.places else False, near, -1)
+
+    def _write(self, images: np.ndarray, places: np.ndarray) -> None:
+        kind = _record(self.shape)
+        with suppress(OSError):  # a full disk, a folder of others: the images are decoded again then
+            start = self.file.stat().st_size - self.places * kind.itemsize
+            file = os.open(self.file, os.O_WRONLY)
+            try:
+                for i in np.flatnonzero(places >= 0):
+                    record = np.array((zlib.crc32(images[i]), images[i]), kind)
+                    os.pwrite(file, record.tobytes(), start + int(places[i]) * kind.itemsize)
+            finally:
+                os.close(file)
+
+
+def _record(shape: tuple[int, int, int]) -> np.dtype[Any]:
+    return np.dtype([("sum", "<u4"), ("pixels", "u1", shape)])
+
+
+@dataclass(frozen=True)
+class DecodedCache:
+    """A folder of decoded pictures, which all runs and processes of a machine share.
+
+    Attributes:
+        limit: bytes that the file of one source may have.
+    """
+
+    folder: Path
+    limit: float
+
+    def keep(self, decoded: DecodedImages, content: str, source: str, doing: str) -> Images:
+        """Returns the same images, from a file as far as they fit; it is made if it is not there.
+
+        Args:
+            content: names the pictures and what is done to them: the name of the file.
+            source: name of the source, for messages.
+            doing: what is shown meanwhile.
+
+        Raises:
+            DataError: if a picture that was looked at cannot be decoded, or all are nearly black.
+        """
+        whole = self.folder / f"{content}.npy"
+        kind = _record(decoded.shape)
+        if not whole.exists():
+            size = int(np.prod(decoded.shape))
+            if len(decoded) * size > self.limit:
+                return self._part(decoded, content, int(self.limit // kind.itemsize), source)
+            _write_whole(whole, decoded, source, doing)
+        return ArrayImages(np.load(whole, mmap_mode="r"), decoded.key)
+
+    def _part(self, decoded: DecodedImages, content: str, places: int, source: str) -> Images:
+        file = self.folder / f"{content}-{places}.npy"
+        if not file.exists():
+            spread = np.unique(np.linspace(0, len(decoded) - 1, SAMPLE).astype(np.int64))
+            refuse_dim(int(decoded.read(spread).max()), source)
+            with whole_file(file) as temporary:
+                np.lib.format.open_memmap(temporary, "w+", _record(decoded.shape), (places,))
+        return PartlyKept(decoded, file, places)
+
+
+def _write_whole(file: Path, decoded: DecodedImages, source: str, doing: str) -> None:
+    count = len(decoded)
+    header: dict[str, Any] = {"descr": "|u1", "fortran_order": False, "shape": (count, *decoded.shape)}
+    with whole_file(file) as temporary, temporary.open("wb") as out, stage(doing) as advance:
+        np.lib.format.write_array_header_1_0(out, header)
+        advance(0, count)
+        brightest = 0
+        for part in in_order(count, AT_ONCE):
+            images = decoded.read(part)
+            out.write(images.data)
+            brightest = max(brightest, int(images.max()))
+            advance(int(part[-1]) + 1, count)
+        refuse_dim(brightest, source)
+
+
+def refuse_dim(brightest: int, source: str) -> None:
+    """Raises DataError if no value of a whole source is over `brightest`, and that is nearly black."""
+    if 0 < brightest <= DIM:
+        raise DataError(
+            f"data source {source!r}: all images are nearly black, no value is over {brightest} of 255, as where 12 "
+            "bits are in files of 16, or values of 0 to 1 became integers; accepted: values that use the whole range"
+        )
