@@ -92,15 +92,15 @@ def run(
     if not (folder / SUMMARY).is_file():
         raise RunError(f"the run ended without a result; continue with: {again}")
     summary = read_summary(folder)
-    page, warnings = _report(folder) if report else (None, [])
+    page, remarks = _report(folder) if report else (None, [])
     if as_json:
         shared = {"run": str(folder)} | ({"report": str(page)} if page else {}) | {"devices": len(summary.devices)}
         print(json.dumps(shared | summary.model_dump(exclude={"devices"})))
         return
     show_summary(summary)
     show_line(f"the run's folder: {folder}")
-    for warning in warnings:
-        show_line(f"warning: {warning}")
+    for remark in remarks:
+        show_line(remark)
     if page:
         show_line(f"the report: {page}")
 
@@ -212,15 +212,16 @@ def search(
 
 
 def _report(folder: Path) -> tuple[Path | None, list[str]]:
-    """Writes the report of a finished run, and returns its page and warnings; an error does not fail the run."""
+    """Writes the report of a finished run, and returns its page and remarks; an error does not fail the run."""
     from experiments.report.cli import write_page
     from experiments.report.reading import read_run
+    from experiments.report.single import differences
     from experiments.report.warnings import warnings_of
 
     try:
         run = read_run(folder)
-        found = [f"{each.found} What can be tried: {each.advice}." for each in warnings_of(run)]
-        return write_page([run]), found
+        found = [f"warning: {each.found} What can be tried: {each.advice}." for each in warnings_of(run)]
+        return write_page([run]), [*filter(None, [differences(run).strip()]), *found]
     except Exception as error:
         reason = f"{type(error).__name__}: {error}"
         print(f"tapfl: no report was written ({reason}); try again with: tapfl report {folder}", file=sys.stderr)

@@ -210,6 +210,11 @@ class Preparation:
             log(logging.WARNING, "device %d gave no mixture: it gets the generic plan of its budget", i)
         return state.with_devices(changes), summaries
 
+    def mixtures(self, state: FederationState) -> list[GaussianSummary]:
+        """Returns the mixtures of the devices, in order, as far as they sent one and it is still in the folder."""
+        stored = [self._stored_summary(i) for i, record in sorted(state.devices.items()) if record.components]
+        return [reply.gaussians for reply in stored if reply is not None]
+
     def _store_summary(self, i: int, reply: SummaryReply) -> None:
         arrays = {name: torch.from_numpy(value) for name, value in vars(reply).items() if isinstance(value, np.ndarray)}
         rest = {name: value for name, value in vars(reply).items() if name not in arrays}

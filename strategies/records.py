@@ -110,6 +110,8 @@ class Summary(Record):
     full_model_bytes: Count  # what one device would upload if it sent the dense model, fp32, in every round
     failures: Count  # messages without a usable answer
     epsilon: float | None  # of differential privacy, the largest over devices; None: no guarantee
+    quantity_shift: float | None = None  # how far the devices are apart; docs/data.md. None: not known
+    feature_shift: float | None = None
     simulated_seconds: float  # until the last round ended
     time_to_accuracy: dict[str, float]  # cost at which the curve first reached 0.05, 0.10, …
     bytes_to_accuracy: ByKind

@@ -139,7 +139,7 @@ def run_federation(
         state = federation.rounds(state, clock)
         with clock.phase("evaluation"):
             state = federation.evaluate(state)
-        summary = summarise(state, config, clock.seconds, preparation.cost.params)
+        summary = summarise(state, config, clock.seconds, preparation.cost.params, preparation.mixtures(state))
         write_summary(folder.path, summary)
         log(logging.INFO, "mean personal accuracy %.4f", summary.personal_accuracy)
         log(logging.INFO, "the run's folder: %s", folder.path)

@@ -36,6 +36,8 @@ from tapfl.config import RunConfig, binding
 from tapfl.errors import ConfigError, PlanError
 from tapfl.privacy import epsilon
 from tapfl.store import RunFolder, content_hash, part_of, read_sealed, write_json, write_sealed
+from tapfl.summary.heterogeneity import feature_shift, quantity_shift
+from tapfl.summary.mixture import GaussianSummary
 from tapfl.wire import EvaluateReply, TrainReply
 
 PARAMS, OPTIMIZER = "params:", "optimizer:"
@@ -157,12 +159,19 @@ def evaluated(
     return replace(state, curve=(*state.curve, CurvePoint(seconds=spent, bytes=up + down, accuracy=accuracy))), lines
 
 
-def summarise(state: FederationState, config: RunConfig, seconds: Mapping[str, float], dense_params: int) -> Summary:
+def summarise(
+    state: FederationState,
+    config: RunConfig,
+    seconds: Mapping[str, float],
+    dense_params: int,
+    mixtures: Sequence[GaussianSummary] = (),
+) -> Summary:
     """Returns the summary of a run whose last evaluation is in the state.
 
     Args:
         seconds: wall time by phase.
         dense_params: parameters of the dense backbone.
+        mixtures: of the devices that have one.
     """
     known, rounds, reached = state.devices.values(), config.train.rounds, milestones(state.curve)
     records = [record.model_copy(update={"epsilon": _epsilon(config, record.rounds)}) for record in known]
@@ -184,6 +193,8 @@ def summarise(state: FederationState, config: RunConfig, seconds: Mapping[str, f
         full_model_bytes=4 * dense_params * rounds,
         failures=sum(record.failures for record in records),
         epsilon=max((r.epsilon for r in equipped if r.epsilon is not None), default=None),
+        quantity_shift=quantity_shift([record.train_samples for record in records]),
+        feature_shift=feature_shift(mixtures) if mixtures else None,
         simulated_seconds=state.curve[-1].seconds,
         time_to_accuracy={accuracy: point.seconds for accuracy, point in reached.items()},
         bytes_to_accuracy={accuracy: point.bytes for accuracy, point in reached.items()},

@@ -205,19 +205,20 @@ class SummaryReply(WireMessage):
         np.ndarray, "classes that it has images of, 0 or 1; only for adapters.head = class-rows", "C"
     ]
 
+    @property
+    def gaussians(self) -> GaussianSummary:
+        """The mixture, unchecked."""
+        weights, means, covariances = (part.astype(np.float64) for part in (self.weights, self.means, self.covariances))
+        return GaussianSummary(weights, means, covariances, self.n)
+
     def mixture(self, dim: int, min_support: float, train_samples: int) -> GaussianSummary:
         """Returns the mixture. Raises WireError if it is not valid or has more samples than announced."""
-        summary = GaussianSummary(
-            self.weights.astype(np.float64), self.means.astype(np.float64), self.covariances.astype(np.float64), self.n
-        )
+        summary = self.gaussians
         _require(1 <= self.n <= train_samples, f"mixture of {self.n} samples, {train_samples} were announced")
-        _require(self.weights.ndim == 1, f"mixture: weights have shape {self.weights.shape}")
         try:
             summary.check(dim, min_support)
             if summary.covariances.ndim == 3:
-                np.linalg.cholesky(
-                    summary.covariances
-                )  # the densities need it; positive eigenvalues do not guarantee it
+                np.linalg.cholesky(summary.covariances)  # for the densities: positive eigenvalues do not guarantee it
         except DataError as error:
             raise WireError(str(error)) from None
         except np.linalg.LinAlgError as error:

@@ -14,6 +14,7 @@ from strategies.records import DeviceLine, DeviceRecord, Line, RoundLine, Traffi
 from tapfl.models.backbone import BackboneSpec, outline
 from tapfl.models.prunable import prunable_layers
 from tapfl.models.units import PrunableLayer
+from tapfl.summary.heterogeneity import label_shift
 
 KINDS = ("personal", "global", "alone")  # of accuracy that change from round to round
 
@@ -104,6 +105,14 @@ def partition(run: Run) -> pd.DataFrame:
     ]
     frame = pd.DataFrame(rows, columns=["device", "class", "train", "test"])
     return frame[(frame["train"] > 0) | (frame["test"] > 0)]
+
+
+def shifts(run: Run) -> dict[str, float]:
+    """Returns how far the devices are apart in labels, quantity and features, as far as that is known here."""
+    counts = [images.train for images in run.images.values() if any(images.train)]
+    found = {"labels": label_shift(np.array(counts))} if counts and len(set(map(len, counts))) == 1 else {}
+    known = {name: getattr(run.summary, f"{name}_shift", None) for name in ("quantity", "feature")}
+    return found | {name: value for name, value in known.items() if value is not None}
 
 
 def widths(run: Run) -> pd.DataFrame:

@@ -107,8 +107,19 @@ def _setup(run: Run) -> str:
         f"got a {config.get('model.name')} pruned for its own task (criterion {config.get('pruning.criterion')}) to "
         f"{_shares(run)} of the dense model's MACs, and trained adapters for {run.rounds} "
         f"round{'s' if run.rounds != 1 else ''} (aggregation {config.get('adapters.rule')}). At the end each device "
-        f"uses {METHODS.get(method, method)}."
+        f"uses {METHODS.get(method, method)}.{differences(run)}"
     )
+
+
+def differences(run: Run) -> str:
+    """Returns a sentence on how far the devices are apart, or nothing."""
+    measures = {
+        "labels": "labels {:.3f} (mean total variation distance to all images)",
+        "quantity": "quantity {:.3f} (Gini coefficient of the numbers of training images)",
+        "feature": "features {:.3f} (mean squared Fréchet distance to all devices, over the variance)",
+    }
+    shown = [measures[name].format(value) for name, value in series.shifts(run).items()]
+    return f" How far the devices are apart: {'; '.join(shown)}." if shown else ""
 
 
 def _result(run: Run) -> str:
