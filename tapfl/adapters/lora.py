@@ -15,6 +15,7 @@ from torch.autograd.function import FunctionCtx
 from torch.nn import functional as F
 
 from tapfl.adapters.layout import LORA_A, LORA_B, Layout
+from tapfl.adapters.stack import flat, parts_of, shapes_of
 from tapfl.models.units import put
 from tapfl.training import Params
 
@@ -31,7 +32,7 @@ class MergedLora(torch.autograd.Function):
     def forward(
         ctx: FunctionCtx, x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, s: float
     ) -> Tensor:
-        merged = torch.addmm(weight, B, A, alpha=s)
+        merged = _added(weight, B, A, s)
         ctx.save_for_backward(x, merged, A, B)
         ctx.s = s  # type: ignore[attr-defined]
         return F.linear(x, merged, bias)
@@ -42,9 +43,14 @@ class MergedLora(torch.autograd.Function):
         s: float = ctx.s  # type: ignore[attr-defined]
         rows, flat_dy = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
         dx = dy @ merged if ctx.needs_input_grad[0] else None  # type: ignore[attr-defined]
-        dA = (B.T @ flat_dy.T) @ rows * s if ctx.needs_input_grad[3] else None  # type: ignore[attr-defined]
-        dB = ((A @ rows.T) @ flat_dy).T * s if ctx.needs_input_grad[4] else None  # type: ignore[attr-defined]
+        dA = _added(A, B.T @ flat_dy.T, rows, s, 0) if ctx.needs_input_grad[3] else None  # type: ignore[attr-defined]
+        dB = _added(B.T, A @ rows.T, flat_dy, s, 0).T if ctx.needs_input_grad[4] else None  # type: ignore[attr-defined]
         return dx, None, None, dA, dB, None
+
+
+def _added(theta: Tensor, b: Tensor, a: Tensor, s: float, share: float = 1) -> Tensor:
+    """Returns share · theta + s · b a, in one call; with a share of 0 theta gives its shape alone."""
+    return torch.addmm(theta, b, a, beta=share, alpha=s)
 
 
 class _BoundLinear(nn.Module):
@@ -99,6 +105,14 @@ def alphas_of(names: Collection[str], alpha: Tensor) -> dict[str, Tensor]:
     return {name: of_layer[name.rpartition(".")[0]] for name in names}
 
 
+def spread(alpha: Tensor, w: Params, like: Params, multiple: int = 1) -> Tensor:
+    """Returns α as a factor of ``flat(like, multiple)``, whose names are some of w's: one, or one for each element."""
+    if alpha.dim() != 1:
+        return alpha
+    each = alphas_of(w, alpha)
+    return flat({name: each[name].expand(theta.shape) for name, theta in like.items()}, multiple)
+
+
 def interpolate(v: Params, w: Params, alpha: Tensor | float) -> Params:
     """Returns adapters whose *effective* weights are αv + (1-α)w (APFL, arXiv 2003.13461). Differentiable in all three.
 
@@ -110,14 +124,21 @@ def interpolate(v: Params, w: Params, alpha: Tensor | float) -> Params:
         v, w: the same names and shapes; the order of w's names is that of the layers.
         alpha: one number, or (L,) with one α for each of the L layers of `modules_of(w)`.
     """
-    each = alphas_of(w, torch.as_tensor(alpha, dtype=torch.float64))
-    result: Params = {}
+    of_v, of_w = _weighed(v, w, alpha), _weighed(w, w, 1 - alpha)
+    mixed: Params = {}
     for name, theta in w.items():
-        a = each[name]
         if name.endswith(LORA_A):
-            result[name] = torch.cat([v[name], theta], dim=0)
+            mixed[name] = torch.cat([v[name], theta], dim=-2)
         elif name.endswith(LORA_B):
-            result[name] = torch.cat([a * v[name], (1 - a) * theta], dim=1)
+            mixed[name] = torch.cat([of_v[name], of_w[name]], dim=-1)
         else:
-            result[name] = a * v[name] + (1 - a) * theta
-    return result
+            mixed[name] = of_v[name] + of_w[name]
+    return mixed
+
+
+def _weighed(params: Params, w: Params, share: Tensor | float) -> Params:
+    """Returns the factors B and what has no factors, each times its share, in a few calls for all of them."""
+    chosen = {name: theta for name, theta in params.items() if not name.endswith(LORA_A)}
+    vector = flat(chosen)
+    factor = spread(torch.as_tensor(share, dtype=torch.float64), w, chosen).to(vector)
+    return parts_of(vector * factor, shapes_of(chosen))

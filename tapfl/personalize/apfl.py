@@ -19,10 +19,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from tapfl.adapters.lora import alphas_of, interpolate, modules_of
+from tapfl.adapters.lora import interpolate, modules_of, spread
 from tapfl.config import TrainOptions
 from tapfl.personalize.held_out import Losses, held_out_alpha
-from tapfl.personalize.method import Method, Personal, Trainee
+from tapfl.personalize.method import LINE, Method, Personal, Trainee
 from tapfl.training import Objective, Params
 
 
@@ -70,7 +70,7 @@ class Apfl(Method[ApflState]):
         loss = objective(interpolate(state.v.params, state.w.values(), alpha), batch)
         of_v = torch.autograd.grad(loss, [*state.v.moving.values(), *([alpha] if moves else [])])
         state.w.apply(of_w)
-        state.v.apply_scaled(of_v[: len(state.v.moving)], alphas_of(state.w.params, state.alpha))
+        state.v.apply_scaled(of_v[: len(state.v.moving)], spread(state.alpha, state.w.params, state.v.moving, LINE))
         if moves:
             state.alpha = (state.alpha - self.alpha_learning_rate * of_v[-1]).clamp(0, 1)
         state.steps += 1

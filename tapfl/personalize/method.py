@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
+from tapfl.adapters.stack import flat, parts_of, shapes_of
 from tapfl.compute import home
 from tapfl.config import TrainOptions
 from tapfl.personalize.held_out import Losses
@@ -16,6 +17,10 @@ from tapfl.training import LARGEST, Objective, Params, diverged, largest, optimi
 
 S = TypeVar("S")
 TINY = 1e-30  # a float32
+# elements to a multiple of which tensors begin in a vector: 64 bytes, as in a memory of their own; elsewhere the last
+# bits of a product may differ
+LINE = 16
+CLIPPED = 1e-6  # is added to a norm before it divides, as torch.nn.utils.clip_grad_norm_ does
 
 
 @dataclass(frozen=True, eq=False)
@@ -145,15 +150,20 @@ def _rates(method: Method[Any], train: TrainOptions) -> str:
 class Trainee:
     """Parameters in training, some of which may be constants of the round.
 
+    Those that are trained lie one after the other in one vector, so that an optimiser's step, a clipped norm or a
+    factor is a few calls, and not a few calls a tensor.
+
     Attributes:
         params: all parameters, in the order in which they were passed.
-        moving: those that are trained; the others keep their values to the bit.
-        optimizer: over `moving`.
-        most: L2 norm to which the gradient of a step is clipped; 0: no clipping.
+        moving: those that are trained, as parts of `theta`; the others keep their values to the bit.
+        theta: (P,); of stacked devices (K, P), see `tapfl.adapters.stack`.
+        optimizer: over `theta`.
+        most: L2 norm to which the gradient of a step is clipped, for each device by itself; 0: no clipping.
     """
 
     params: Params
     moving: Params
+    theta: Tensor
     optimizer: torch.optim.Optimizer
     most: float = 0.0
 
@@ -164,28 +174,26 @@ class Trainee:
         Args:
             learning_rate: 0: that of `train`.
         """
-        params = {
-            name: theta.detach().clone(memory_format=torch.contiguous_format).requires_grad_(name in trained)
-            for name, theta in start.items()
-        }
-        moving = {name: theta for name, theta in params.items() if name in trained}
+        moved = {name: theta.detach() for name, theta in start.items() if name in trained}
+        theta = flat(moved, LINE)
+        moving = {name: part.requires_grad_() for name, part in parts_of(theta, shapes_of(moved), LINE).items()}
+        params = {name: moving[name] if name in moving else fixed.detach().clone() for name, fixed in start.items()}
+        # fused Adam rounds the last elements of a tensor in another way, so a single device keeps its tensors; it
+        # takes no tensor that is not in one piece, as those of a stack
+        whole = [theta] if theta.dim() == 2 else list(moving.values())
         rate = learning_rate or train.learning_rate
-        return cls(params, moving, optimizer(train, list(moving.values()), rate, fused=True), train.clip_gradient)
+        return cls(params, moving, theta, optimizer(train, whole, rate, fused=True), train.clip_gradient)
 
     def gradients(self, loss: Tensor) -> tuple[Tensor, ...]:
-        """Returns the gradients of `moving`."""
-        return torch.autograd.grad(loss, list(self.moving.values()))
+        """Returns the gradients of `moving`; those of stacked devices, with a loss each, are each of its own loss."""
+        return torch.autograd.grad(loss, list(self.moving.values()), torch.ones_like(loss))
 
     def apply(self, gradients: Sequence[Tensor]) -> None:
-        """Takes one step with these gradients of `moving`; they replace earlier gradients."""
-        for parameter, gradient in zip(self.moving.values(), gradients, strict=True):
-            parameter.grad = gradient.contiguous()  # fused Adam reads the memory of both without their strides
-        if self.most:
-            torch.nn.utils.clip_grad_norm_(self.moving.values(), self.most)
-        self.optimizer.step()
+        """Takes one step with these gradients of `moving`."""
+        self._step(flat(dict(zip(self.moving, gradients, strict=True)), LINE))
 
     @torch.no_grad()
-    def apply_scaled(self, gradients: Sequence[Tensor], factors: Mapping[str, Tensor]) -> None:
+    def apply_scaled(self, gradients: Sequence[Tensor], factors: Tensor) -> None:
         """Takes one step with gradients that contain a factor in [0, 1], which shall act as the factor of the step.
 
         Adam divides a factor of the gradients out: its step would be the same for every factor. So the factor is taken
@@ -193,14 +201,22 @@ class Trainee:
         would be anyway.
 
         Args:
-            factors: 0-d, of each tensor in `moving`, by name; on its device, so that nothing waits for their values.
+            factors: one, or one for each element of `theta`.
         """
-        before = {name: theta.clone() for name, theta in self.moving.items()}
+        before, factors = self.theta.clone(), factors.to(self.theta.dtype)
         # where the factor is 0 so is the gradient
-        self.apply([g / factors[name].clamp(min=TINY) for name, g in zip(before, gradients, strict=True)])
-        for name, theta in self.moving.items():
-            theta.copy_(torch.lerp(before[name], theta, factors[name].to(theta.dtype)))
+        self._step(flat(dict(zip(self.moving, gradients, strict=True)), LINE) / factors.clamp(min=TINY))
+        self.theta.copy_(torch.lerp(before, self.theta, factors))
 
     def values(self) -> Params:
         """Returns the current parameters as constants; they share memory with those in training."""
         return {name: parameter.detach() for name, parameter in self.params.items()}
+
+    def _step(self, gradient: Tensor) -> None:
+        if self.most:
+            norm = torch.linalg.vector_norm(gradient, dim=-1, keepdim=True)
+            gradient *= (self.most / (norm + CLIPPED)).clamp(max=1.0)
+        self.theta.grad = gradient
+        for name, part in parts_of(gradient, shapes_of(self.moving), LINE).items():
+            self.moving[name].grad = part
+        self.optimizer.step()

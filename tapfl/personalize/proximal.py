@@ -176,8 +176,8 @@ def pull_of(name: str, v: Params, w: Params, scale: float) -> Tensor:
     """
     if name.endswith(LORA_A):
         other = name.removesuffix(LORA_A) + LORA_B
-        return scale**2 * ((v[other].T @ v[other]) @ v[name] - (v[other].T @ w[other]) @ w[name])
+        return scale**2 * ((v[other].mT @ v[other]) @ v[name] - (v[other].mT @ w[other]) @ w[name])
     if name.endswith(LORA_B):
         other = name.removesuffix(LORA_B) + LORA_A
-        return scale**2 * (v[name] @ (v[other] @ v[other].T) - w[name] @ (w[other] @ v[other].T))
+        return scale**2 * (v[name] @ (v[other] @ v[other].mT) - w[name] @ (w[other] @ v[other].mT))
     return v[name] - w[name]
