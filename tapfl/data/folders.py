@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import os
+import sys
 import unicodedata
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import chain
 from pathlib import Path
+from typing import overload
+
+import numpy as np
 
 from tapfl.errors import DataError
 
@@ -31,32 +37,62 @@ PARTS = {"train", "training", "val", "valid", "validation", "test", "testing"}  
 ANNOTATIONS = "val_annotations.txt"  # of Tiny-ImageNet's validation part, where one folder holds all classes
 
 
-@dataclass
+class Names(Sequence[str]):
+    """Paths below a folder, as bytes without a Python object each: a million of them take 50 MB."""
+
+    def __init__(self, names: Iterable[str]) -> None:
+        encoded = [os.fsencode(name) for name in names]
+        self._bytes = b"".join(encoded)
+        self._ends = np.cumsum([0, *map(len, encoded)])
+
+    def __len__(self) -> int:
+        return len(self._ends) - 1
+
+    @overload
+    def __getitem__(self, at: int) -> str: ...
+    @overload
+    def __getitem__(self, at: slice) -> Sequence[str]: ...
+    def __getitem__(self, at: int | slice) -> str | Sequence[str]:
+        if isinstance(at, slice):
+            return [self[i] for i in range(*at.indices(len(self)))]
+        if not 0 <= at < len(self):
+            raise IndexError(at)
+        return os.fsdecode(self._bytes[self._ends[at] : self._ends[at + 1]])
+
+
+@dataclass(frozen=True)
 class Listing:
     """The images of a folder.
 
     Attributes:
         root: the folder.
-        files: class -> its images. Names are in NFC, in which all systems can agree; classes and files are sorted.
-        by_device: whether the folders of classes lie in one folder a device.
+        classes: names in NFC, in which all systems can agree, sorted.
+        counts: int64, the number of images of each class.
+        names: paths of the images below `root`, class by class, sorted.
         left_out: reason -> number of files or folders that are no images.
     """
 
     root: Path
-    files: dict[str, list[Path]] = field(default_factory=dict)
-    by_device: bool = False
-    left_out: Counter[str] = field(default_factory=Counter)
+    classes: tuple[str, ...]
+    counts: np.ndarray
+    names: Names
+    left_out: Mapping[str, int]
+
+    @property
+    def labels(self) -> np.ndarray:
+        """The position in `classes` of each image, int64 (n,)."""
+        return np.repeat(np.arange(len(self.classes)), self.counts)
 
     @property
     def owners(self) -> list[str]:
-        """The name, in NFC, of the device's folder in which each image lies, in the order of `files`."""
-        return [
-            unicodedata.normalize("NFC", file.relative_to(self.root).parts[0])
-            for files in self.files.values()
-            for file in files
-        ]
+        """The name, in NFC, of the device's folder in which each image lies."""
+        return [sys.intern(unicodedata.normalize("NFC", name.split("/", 1)[0])) for name in self.names]
 
-    @property
+    def file(self, position: int) -> str:
+        """Returns the path of an image."""
+        return os.path.join(self.root, self.names[position])  # noqa: PTH118 (a million times)
+
+    @cached_property
     def fingerprint(self) -> str:
         """A hash of names, sizes and times of the images; the folder's own place does not count.
 
@@ -64,15 +100,25 @@ class Listing:
             DataError: if one has gone, or its folder may be listed and not entered.
         """
         digest = hashlib.sha256()
-        for name, files in self.files.items():
-            for file in files:
-                try:
-                    status = file.stat()
-                except OSError as error:
-                    raise DataError(f"image {str(file)!r}: cannot be read ({error.strerror})") from None
-                line = f"{name} {file.relative_to(self.root)} {status.st_size} {status.st_mtime_ns}\n"
-                digest.update(line.encode(errors="surrogateescape"))
+        classes = (name for name, count in zip(self.classes, self.counts, strict=True) for _ in range(count))
+        for position, (name, path) in enumerate(zip(classes, self.names, strict=True)):
+            file = self.file(position)
+            try:
+                status = os.stat(file)  # noqa: PTH116
+            except OSError as error:
+                raise DataError(f"image {file!r}: cannot be read ({error.strerror})") from None
+            line = f"{name} {path} {status.st_size} {status.st_mtime_ns}\n"
+            digest.update(line.encode(errors="surrogateescape"))
         return digest.hexdigest()[:16]
+
+
+@dataclass
+class _Found:
+    """What was found so far: class -> paths below `root`."""
+
+    root: Path
+    files: dict[str, list[str]] = field(default_factory=dict)
+    left_out: Counter[str] = field(default_factory=Counter)
 
 
 def list_images(root: Path, by_device: bool = False) -> Listing:
@@ -87,25 +133,30 @@ def list_images(root: Path, by_device: bool = False) -> Listing:
         DataError: if it has no images, has the parts of a data set or a single folder of folders in place of classes,
             or two classes are one folder.
     """
-    listing = Listing(root, by_device=by_device)
+    found = _Found(root)
     expected = "one folder a device with one folder of images a class" if by_device else "one folder of images a class"
     try:
         if by_device:
-            for device in _folders(listing, root):
-                _by_class(listing, device)
+            for device in _folders(found, root):
+                _by_class(found, device)
         elif (root / ANNOTATIONS).is_file():
-            _annotated(listing)
+            _annotated(found)
         else:
-            _by_class(listing, root)
+            _by_class(found, root)
     except OSError as error:
         raise DataError(f"data source {str(root)!r}: cannot be read ({error.strerror}: {error.filename})") from None
-    listing.files = {name: sorted(files) for name, files in sorted(listing.files.items()) if files}
-    if not listing.files:
-        found = f" (found {listed(listing.left_out)})" if listing.left_out else ""
-        raise DataError(f"data source {str(root)!r}: holds no images; {expected} is expected{found}")
-    if not by_device:
-        _refuse_one_above(listing)
-    return listing
+    files = {name: sorted(paths, key=_parts) for name, paths in sorted(found.files.items()) if paths}
+    if not files:
+        there = f" (found {listed(found.left_out)})" if found.left_out else ""
+        raise DataError(f"data source {str(root)!r}: holds no images; {expected} is expected{there}")
+    if not by_device and not (root / ANNOTATIONS).is_file():
+        _refuse_one_above(root, files)
+    counts = np.array([len(paths) for paths in files.values()])
+    return Listing(root, tuple(files), counts, Names(chain(*files.values())), found.left_out)
+
+
+def _parts(path: str) -> list[str]:
+    return path.split("/")
 
 
 def listed(left_out: Mapping[str, int]) -> str:
@@ -120,34 +171,35 @@ def _kind(name: str) -> str:
     return f"{Path(name).suffix.lower()} files" if Path(name).suffix else "files without an ending"
 
 
-def _folders(listing: Listing, root: Path) -> list[Path]:
+def _folders(found: _Found, root: Path) -> list[Path]:
     """Returns the folders in `root`, sorted, and counts what else is there. Raises DataError if two are the same."""
     folders = []
     for entry in sorted(os.scandir(root), key=lambda entry: entry.name):
         if entry.name.startswith("."):
-            listing.left_out["hidden"] += 1
+            found.left_out["hidden"] += 1
         elif entry.name in SYSTEM_FOLDERS:
-            listing.left_out["folders of the system"] += 1
+            found.left_out["folders of the system"] += 1
         elif entry.is_dir():
             folders.append(Path(entry.path))
         elif entry.is_symlink() and not entry.is_file():
-            listing.left_out["broken links"] += 1
+            found.left_out["broken links"] += 1
         elif Path(entry.name).suffix.lower() in IMAGE_ENDINGS:
-            listing.left_out["images outside the classes' folders"] += 1
+            found.left_out["images outside the classes' folders"] += 1
         else:
-            listing.left_out[_kind(entry.name)] += 1
+            found.left_out[_kind(entry.name)] += 1
     _refuse_parts(root, folders)
     _refuse_one_twice(root, folders)
     return folders
 
 
-def _by_class(listing: Listing, root: Path) -> None:
-    for folder in _folders(listing, root):
-        held = listing.files.setdefault(unicodedata.normalize("NFC", folder.name), [])
+def _by_class(found: _Found, root: Path) -> None:
+    for folder in _folders(found, root):
+        held = found.files.setdefault(unicodedata.normalize("NFC", folder.name), [])
         before = len(held)
-        held.extend(_images(folder, listing.left_out, (os.path.realpath(listing.root),)))
+        below = folder.relative_to(found.root).as_posix()
+        held.extend(_images(str(folder), below, found.left_out, (os.path.realpath(found.root),)))
         if len(held) == before:
-            listing.left_out["folders without images"] += 1
+            found.left_out["folders without images"] += 1
 
 
 def _refuse_parts(root: Path, folders: list[Path]) -> None:
@@ -173,22 +225,22 @@ def _refuse_one_twice(root: Path, folders: list[Path]) -> None:
             raise DataError(f"data source {str(root)!r}: {other!r} and {folder.name!r} are the same folder")
 
 
-def _refuse_one_above(listing: Listing) -> None:
+def _refuse_one_above(root: Path, files: Mapping[str, Sequence[str]]) -> None:
     """Raises DataError if the only class holds folders of images and no images beside them: those are the classes."""
-    if len(listing.files) != 1 or (listing.root / ANNOTATIONS).is_file():
+    if len(files) != 1:
         return
-    ((name, files),) = listing.files.items()
-    within = {file.relative_to(listing.root).parts[1] for file in files}
-    if len(within) > 1 and not any(file.parent.parent == listing.root for file in files):
-        folder = str(files[0].parents[len(files[0].relative_to(listing.root).parts) - 2])
+    ((name, paths),) = files.items()
+    parts = [_parts(path) for path in paths]
+    if len({part[1] for part in parts}) > 1 and all(len(part) > 2 for part in parts):
+        within, folder = len({part[1] for part in parts}), str(root / parts[0][0])
         raise DataError(
-            f"data source {str(listing.root)!r}: has one folder, {name!r}, with {len(within)} folders of images in it; "
+            f"data source {str(root)!r}: has one folder, {name!r}, with {within} folders of images in it; "
             f"if those are the classes, name {folder!r}"
         )
 
 
-def _images(folder: Path, left_out: Counter[str], above: tuple[str, ...]) -> Iterator[Path]:
-    """Yields the images in a folder and in folders within it.
+def _images(folder: str, below: str, left_out: Counter[str], above: tuple[str, ...]) -> Iterator[str]:
+    """Yields the images in a folder and in folders within it, as paths that begin with `below`.
 
     Args:
         above: real paths of the folders on the way here, so that a link to one of them is not followed for ever.
@@ -202,18 +254,18 @@ def _images(folder: Path, left_out: Counter[str], above: tuple[str, ...]) -> Ite
         elif entry.name in SYSTEM_FOLDERS:
             left_out["folders of the system"] += 1
         elif entry.is_dir():
-            yield from _images(Path(entry.path), left_out, (*above, here))
+            yield from _images(entry.path, f"{below}/{entry.name}", left_out, (*above, here))
         elif not entry.is_file():
             left_out["broken links" if entry.is_symlink() else "neither files nor folders"] += 1
-        elif Path(entry.name).suffix.lower() in IMAGE_ENDINGS:
-            yield Path(entry.path)
+        elif os.path.splitext(entry.name)[1].lower() in IMAGE_ENDINGS:  # noqa: PTH122 (a million times)
+            yield f"{below}/{entry.name}"
         else:
             left_out[_kind(entry.name)] += 1
 
 
-def _annotated(listing: Listing) -> None:
+def _annotated(found: _Found) -> None:
     """Lists the images of Tiny-ImageNet's validation part by the classes that its table names."""
-    table, images = listing.root / ANNOTATIONS, listing.root / "images"
+    table, images = found.root / ANNOTATIONS, found.root / "images"
     try:
         lines = table.read_text(encoding="utf-8").splitlines()
     except UnicodeDecodeError as error:
@@ -222,7 +274,7 @@ def _annotated(listing: Listing) -> None:
         name, tab, rest = line.partition("\t")
         if not tab or not (images / name).is_file():
             raise DataError(f"{str(table)!r}: line {number} names no image and class: {line[:80]!r}")
-        listing.files.setdefault(unicodedata.normalize("NFC", rest.split("\t")[0]), []).append(images / name)
-    named = sum(map(len, listing.files.values()))
+        found.files.setdefault(unicodedata.normalize("NFC", rest.split("\t")[0]), []).append(f"images/{name}")
+    named = sum(map(len, found.files.values()))
     if others := sum(1 for entry in os.scandir(images) if entry.is_file()) - named:
-        listing.left_out[f"not in {ANNOTATIONS}"] += others
+        found.left_out[f"not in {ANNOTATIONS}"] += others

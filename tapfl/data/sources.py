@@ -188,16 +188,14 @@ def _array(source: ImageSet, transform: Transform | None, cache: DecodedCache, n
 
 def _folder(path: Path, transform: Transform, cache: DecodedCache, by_device: bool) -> ImageSet:
     listing = list_images(path, by_device)
-    files = [file for each in listing.files.values() for file in each]
 
     def decode(position: int) -> np.ndarray:
-        file = files[position]
-        return _decoded(f"image {str(file)!r}", partial(Image.open, file, formats=FORMATS), transform)
+        file = listing.file(position)
+        return _decoded(f"image {file!r}", partial(Image.open, file, formats=FORMATS), transform)
 
     content = os.fsencode(path.resolve()) + listing.fingerprint.encode()
-    images = _kept(cache, str(path), content, transform, len(files), decode)
-    labels = np.repeat(np.arange(len(listing.files)), [len(each) for each in listing.files.values()])
-    found = ImageSet(images, labels, tuple(listing.files), listing.fingerprint, listing.left_out)
+    images = _kept(cache, str(path), content, transform, len(listing.names), decode)
+    found = ImageSet(images, listing.labels, listing.classes, listing.fingerprint, listing.left_out)
 
     def refusal(why: str) -> DataError:
         return DataError(f"data source {str(path)!r}: {why}")
