@@ -22,7 +22,7 @@ from tapfl.adapters.lora import AdaptedModel
 from tapfl.compute import Compute
 from tapfl.config import RunConfig
 from tapfl.data.decoded import ahead
-from tapfl.data.federated import DeviceSplit, labels_among, open_private, partition, split_device
+from tapfl.data.federated import DeviceSplit, kept_partition, labels_among, open_private, split_device
 from tapfl.data.images import ImageSet, in_order
 from tapfl.data.sources import load_images
 from tapfl.data.transform import Transform
@@ -54,7 +54,7 @@ def private_images(config: RunConfig, fingerprint: str) -> ImageSet:
 def splits(config: RunConfig, devices: int, fingerprint: str) -> list[DeviceSplit]:
     """Returns the split of each device."""
     private = private_images(config, fingerprint)
-    return partition(private.labels, config.data, devices, config.seed, private.owners)
+    return kept_partition(private, config.data, devices, config.seed, cache_folder(config.cache))
 
 
 @lru_cache(maxsize=4)

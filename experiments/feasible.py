@@ -11,7 +11,7 @@ from strategies.loggers import require_loggers
 from tapfl.adapters.rules import rule_of
 from tapfl.compute import Compute
 from tapfl.config import RunConfig
-from tapfl.data.federated import check_classes, found, open_pool, open_private, partition
+from tapfl.data.federated import check_classes, found, kept_partition, open_pool, open_private
 from tapfl.data.images import ImageSet
 from tapfl.errors import ConfigError, DataError
 from tapfl.models.backbone import build, spec_of
@@ -50,7 +50,7 @@ def check(config: RunConfig) -> None:
     private = open_private(config.data, transform, config.seed, cache)
     check_classes(config.data, public, private)
     transform(public.read(range(1)))
-    partition(private.labels, config.data, config.devices.count, config.seed, private.owners)
+    kept_partition(private, config.data, config.devices.count, config.seed, cache)
     for name, size in (("metric.size", config.metric.size), ("pruning.recovery-size", config.pruning.recovery_size)):
         if size > len(public):
             raise DataError(f"{name} = {size}: the public pool has {len(public)} images")
@@ -66,8 +66,9 @@ def devices_of(config: RunConfig) -> int:
     Raises:
         TapflError: as `open_private` and `partition`.
     """
-    private = open_private(config.data, input_transform(config.model), config.seed, cache_folder(config.cache))
-    return len(partition(private.labels, config.data, 0, config.seed, private.owners))
+    cache = cache_folder(config.cache)
+    private = open_private(config.data, input_transform(config.model), config.seed, cache)
+    return len(kept_partition(private, config.data, 0, config.seed, cache))
 
 
 def _check_backbone(config: RunConfig, public: ImageSet) -> None:

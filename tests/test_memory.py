@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import os
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from tapfl.data import decoded
+from tapfl.config import DataOptions
+from tapfl.data import decoded, federated, folders
 from tapfl.data.decoded import DecodedCache, DecodedImages, ahead
+from tapfl.data.federated import DeviceSplit, kept_partition, partition
+from tapfl.data.folders import Names, list_images
 from tapfl.data.images import ImageSet
 from tapfl.data.sources import load_images
 from tapfl.data.transform import Transform
@@ -165,3 +169,46 @@ def test_what_a_reader_raises_reaches_the_caller(monkeypatch: pytest.MonkeyPatch
 
     with pytest.raises(DataError, match="image 2"):
         list(ahead(read, np.arange(4)[:, None]))
+
+
+# ---------------------------------------------------------------- listings and partitions
+
+
+def test_paths_of_any_bytes_come_back() -> None:
+    names = ["ant/1.png", "ant/ü.png", os.fsdecode(b"bee/\xff.png"), "bee/a\nb.png"]
+    packed = Names(names)
+    assert [packed[i] for i in range(4)] == list(packed) == names and len(packed) == 4
+    assert packed[1:3] == names[1:3] and len(Names([])) == 0
+    with pytest.raises(IndexError):
+        packed[4]
+
+
+def test_a_large_folder_is_listed_once_in_a_while(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = list_images(folder)
+    assert list_images(folder) is not first  # a small one: each time
+    monkeypatch.setattr(folders, "MANY", 29)
+    large = list_images(folder)
+    assert list_images(folder) is large and list_images(folder.parent / "images", by_device=False) is large
+    monkeypatch.setattr(folders, "FRESH", 0.0)
+    assert list_images(folder) is not large
+    folders._recent.clear()
+
+
+def test_a_partition_is_computed_once_and_read_by_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    labels = np.random.default_rng(0).integers(0, 6, 300)
+    images = ImageSet.of(np.zeros((300, 1, 1, 1), np.uint8), labels, "abcdef")
+    options = DataOptions(partition="dirichlet")
+    plain = partition(labels, options, 4, 0)
+    first = kept_partition(images, options, 4, 0, tmp_path)
+    monkeypatch.setattr(federated, "partition", lambda *_: pytest.fail("computed again"))
+    larger_cache = options.model_copy(update={"cache_gb": 7.0})
+    for made in (first, kept_partition(images, larger_cache, 4, 0, tmp_path)):
+        for split, own in zip(plain, made, strict=True):
+            np.testing.assert_array_equal(split.train, own.train)
+            np.testing.assert_array_equal(split.test, own.test)
+    others = [(images, options, 4, 1), (images, options, 5, 0), (images, DataOptions(partition="iid"), 4, 0)]
+    others.append((images.subset(np.arange(299)), options, 4, 0))
+    others.append((replace(images, owners=labels, ids=tuple("abcdef")), options, 4, 0))
+    monkeypatch.setattr(federated, "partition", lambda *_: [DeviceSplit(np.arange(3), np.arange(2))])
+    for other in others:
+        assert len(kept_partition(*other, tmp_path)) == 1

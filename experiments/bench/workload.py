@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from tapfl.adapters import rules
 from tapfl.adapters.layout import global_shapes
 from tapfl.config import RunConfig
-from tapfl.data.federated import DeviceSplit, open_pool, open_private, partition
+from tapfl.data.federated import DeviceSplit, kept_partition, open_pool, open_private
 from tapfl.data.images import ImageSet
 from tapfl.models.backbone import BackboneSpec, spec_of
 from tapfl.models.dense import DenseCache, dense_backbone
@@ -150,8 +150,9 @@ class Workload:
     @cached_property
     def _private(self) -> tuple[ImageSet, list[DeviceSplit]]:
         config = self.config
-        private = open_private(config.data, input_transform(config.model), config.seed, cache_folder(config.cache))
-        return private, partition(private.labels, config.data, config.devices.count, config.seed, private.owners)
+        cache = cache_folder(config.cache)
+        private = open_private(config.data, input_transform(config.model), config.seed, cache)
+        return private, kept_partition(private, config.data, config.devices.count, config.seed, cache)
 
 
 def note_round(out: Path, round: int) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from strategies.round_zero import PublicPool, describe_pool, pool_of, task_images
 from tapfl.compute import Compute
 from tapfl.config import MetricOptions, PruningOptions, RunConfig
-from tapfl.data.federated import DeviceSplit, check_classes, open_pool, open_private, partition
+from tapfl.data.federated import DeviceSplit, check_classes, kept_partition, open_pool, open_private
 from tapfl.data.images import ImageSet
 from tapfl.data.transform import Transform
 from tapfl.models.backbone import BackboneSpec
@@ -48,7 +48,7 @@ class Scenario:
         images = open_pool(config.data, transform, config.seed, cache)
         private = open_private(config.data, transform, config.seed, cache)
         check_classes(config.data, images, private)
-        splits = partition(private.labels, config.data, config.devices.count, config.seed, private.owners)
+        splits = kept_partition(private, config.data, config.devices.count, config.seed, cache)
         compute = Compute.of(config.compute)
         _, spec, model = dense_backbone(config.model, images, config.seed, DenseCache(cache), compute)
         pool = describe_pool(config, images, model, compute)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from importlib import metadata
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from tapfl.config import DataOptions
 from tapfl.data.images import ImageSet
@@ -15,6 +17,7 @@ from tapfl.data.sources import load_images
 from tapfl.data.transform import Transform
 from tapfl.errors import DataError
 from tapfl.seeds import numpy_generator
+from tapfl.store import content_hash, read_tensors, write_tensors
 
 MIN_PUBLIC_PER_CLASS = 2
 
@@ -156,6 +159,26 @@ def partition(
     """
     parts = divide(labels, options, devices, seed, owners)
     return [split_device(part, labels, options, seed, i) for i, part in enumerate(parts)]
+
+
+def kept_partition(images: ImageSet, options: DataOptions, devices: int, seed: int, cache: Path) -> list[DeviceSplit]:
+    """Returns the `partition` of private images, which the first process of a machine computes and the others read."""
+    chosen = options.model_dump_json(exclude={"source", "public", "cache_gb"})
+    owners = b"" if images.owners is None else images.owners.tobytes()
+    version = metadata.version("flwr-datasets")
+    file = (
+        cache
+        / "splits"
+        / f"{content_hash(images.labels.tobytes(), owners, chosen, f'{devices} {seed} {version}')}.safetensors"
+    )
+    if not file.exists():
+        made = partition(images.labels, options, devices, seed, images.owners)
+        parts = [part for split in made for part in (split.train, split.test)]
+        ends = torch.tensor([len(part) for part in parts]).cumsum(0)
+        write_tensors(file, {"positions": torch.from_numpy(np.concatenate(parts)), "ends": ends})
+    kept = {name: tensor.numpy() for name, tensor in read_tensors(file).items()}
+    parts = np.split(kept["positions"], kept["ends"][:-1])
+    return [DeviceSplit(train, test) for train, test in zip(parts[::2], parts[1::2], strict=True)]
 
 
 def split_device(part: np.ndarray, labels: np.ndarray, options: DataOptions, seed: int, device: int) -> DeviceSplit:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import sys
+import time
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -34,6 +35,7 @@ SYSTEM_FOLDERS = {
     "lost+found",
 }
 PARTS = {"train", "training", "val", "valid", "validation", "test", "testing"}  # of a data set, not classes
+MANY, FRESH = 100_000, 60.0
 ANNOTATIONS = "val_annotations.txt"  # of Tiny-ImageNet's validation part, where one folder holds all classes
 
 
@@ -121,7 +123,26 @@ class _Found:
     left_out: Counter[str] = field(default_factory=Counter)
 
 
+_recent: dict[tuple[Path, bool], tuple[float, Listing]] = {}
+
+
 def list_images(root: Path, by_device: bool = False) -> Listing:
+    """Returns `listing_of` a folder; one of more than `MANY` images is listed once in `FRESH` seconds.
+
+    A run opens a source several times in a process when it begins, and a million files take seconds each time.
+    """
+    for key, (since, _) in list(_recent.items()):
+        if time.monotonic() - since > FRESH:
+            del _recent[key]
+    if (root, by_device) in _recent:
+        return _recent[root, by_device][1]
+    made = listing_of(root, by_device)
+    if len(made.names) > MANY:
+        _recent[root, by_device] = time.monotonic(), made
+    return made
+
+
+def listing_of(root: Path, by_device: bool = False) -> Listing:
     """Returns the images of a folder that has one folder a class, or is Tiny-ImageNet's validation part.
 
     Images may lie in folders within the class's folder. Links are followed.
