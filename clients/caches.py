@@ -20,7 +20,7 @@ from tapfl.adapters import rules
 from tapfl.adapters.layout import Layout, device_layout, gather, global_shapes
 from tapfl.adapters.lora import AdaptedModel
 from tapfl.compute import Compute
-from tapfl.config import RunConfig
+from tapfl.config import NEW_HEADS, RunConfig
 from tapfl.data.decoded import ahead
 from tapfl.data.federated import DeviceSplit, kept_partition, labels_among, open_private, split_device
 from tapfl.data.images import ImageSet, in_order
@@ -79,6 +79,12 @@ def images_of(
     return images, split_device(np.arange(len(images)), images.labels, config.data, config.seed, partition_id)
 
 
+def class_names(config: RunConfig, devices: int, partition_id: int, source: str, fingerprint: str) -> tuple[str, ...]:
+    """Returns the names of the classes that a device has training images of, sorted."""
+    images, split = images_of(config, devices, partition_id, source, fingerprint)
+    return images.subset(split.train).held
+
+
 @dataclass(frozen=True, eq=False)
 class Part:
     """Images of one device: bytes, which become the input of its model a batch at a time, where the model is."""
@@ -130,7 +136,8 @@ def part(
 
     `pooled` are the training parts of all devices of a simulation.
 
-    The labels of a device with its own source are positions in `classes`.
+    Args:
+        classes: of which labels are positions; none: those of the source.
     """
 
     def make() -> Part:
@@ -139,7 +146,8 @@ def part(
         chosen = images.subset(
             np.concatenate([each.train for each in everybody]) if everybody else getattr(split, name)
         )
-        labels = labels_among(classes, chosen, source) if source else chosen.labels
+        may_lack = name == "test" and config.model.head in NEW_HEADS  # images of a class that nobody trains on
+        labels = labels_among(classes, chosen, source, may_lack) if classes else chosen.labels
         put = compute.put(torch.from_numpy(labels))
         return Part(chosen, put, input_transform(config.model), compute, _parts.limit)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
@@ -23,7 +23,7 @@ from tapfl.adapters.layout import pack, unpack
 from tapfl.adapters.lora import interpolate
 from tapfl.adapters.peft_format import save_peft
 from tapfl.compute import HERE, Compute, home
-from tapfl.config import RunConfig
+from tapfl.config import NEW_HEADS, RunConfig
 from tapfl.data.augmentation import augmented
 from tapfl.data.contents import fingerprints
 from tapfl.data.decoded import ahead
@@ -31,6 +31,7 @@ from tapfl.errors import ConfigError, RunError
 from tapfl.models.cost import measure_cost
 from tapfl.models.dense import DenseCache
 from tapfl.models.forward import image_features
+from tapfl.models.new_head import fill_with_prototypes
 from tapfl.personalize.held_out import hold_out
 from tapfl.personalize.method import LocalResult, Method, Personal, local_round
 from tapfl.personalize.methods import Local, method_of
@@ -90,22 +91,28 @@ class Device:
             **{name: getattr(self.profile, name) for name in PROFILE_FIELDS},
             train_samples=len(split.train),
             holds_backbone=DenseCache(self._cache).holds(message.backbone_key),
+            class_names=json.dumps(self._reported),
         )
 
     def summarize(self, message: Summarize) -> SummaryReply:
         """Fits the mixture to the training part; the test part is used for the report only."""
         self._receive_backbone(message)
-        classes: list[str] = json.loads(message.classes)
-        if self.source:
+        classes: Sequence[str] = json.loads(message.classes)
+        if self.source or self._names:
             self.storage.save_classes(classes)
         model = caches.dense(self._cache, message.backbone_key, message.backbone_spec, self.compute)
         project = Projection(message.projection_mean, message.projection_components)
         train, test = self._part("train"), self._part("test")
         with self.compute.forward():
-            points = project(image_features(model, train.split(256)))
+            features = image_features(model, train.split(256))
+        points = project(features)
         summary = device_mixture(points, self.config.summary, self.config.seed, self.partition_id, self.secret)
-        held, tested = (home(part.labels).bincount(minlength=len(classes)) for part in (train, test))
-        self.storage.save_images(classes, held.tolist(), tested.tolist(), self._natural_ids)
+        labels, tested_labels = (home(part.labels) for part in (train, test))
+        held, tested = (each[each >= 0].bincount(minlength=len(classes)) for each in (labels, tested_labels))
+        own = self._names if self._keeps_names else classes
+        self.storage.save_images(own, held[: len(own)].tolist(), tested[: len(own)].tolist(), self._natural_ids)
+        if self.config.model.head == "prototypes":
+            model = fill_with_prototypes(model, features, labels.numpy())
         reports_classes = self.config.adapters.head == "class-rows"
         return SummaryReply(
             **vars(summary),
@@ -129,6 +136,10 @@ class Device:
         else:
             dense = caches.dense(self._cache, message.backbone_key, plan.backbone.model_dump_json(), self.compute)
             small = shrink(dense, plan)
+        if self.config.model.head == "prototypes":
+            train = self._part("train")
+            features = image_features(small, train.split(256))
+            small = fill_with_prototypes(small, features, home(train.labels).numpy())
         save_pruned(small, plan, self.storage.pruned, replace=True)
         cost = measure_cost(small)
         return PruneReply(params=cost.params, macs=cost.macs, pruned_accuracy=self._accuracy(small))
@@ -317,7 +328,7 @@ class Device:
         if name == "pooled" and self.source:
             accepted = "only a simulation has; this device has images of its own"
             raise ConfigError(f"personalize.method = 'pooled': needs the images of all devices, which {accepted}")
-        classes = self.storage.classes if self.source else ()
+        classes = self._names if self._keeps_names else self.storage.classes if self.source or self._names else ()
         owner = (self.config, self.devices, self.partition_id)
         return caches.part(*owner, name, self.source, self._fingerprint, classes, self.compute)
 
@@ -328,6 +339,24 @@ class Device:
             return ()
         images, split = caches.images_of(self.config, self.devices, self.partition_id, "", self._fingerprint)
         return images.subset(split.train).owner_names
+
+    @cached_property
+    def _names(self) -> tuple[str, ...]:
+        """The names of its classes, of which the classifier has a row each; none if that is the backbone's own."""
+        if self.config.model.head not in NEW_HEADS:
+            return ()
+        owner = (self.config, self.devices, self.partition_id)
+        return caches.class_names(*owner, self.source, self._fingerprint)
+
+    @property
+    def _keeps_names(self) -> bool:
+        """Whether the names stay here: the classifier is personal, and so is which row stands for which class."""
+        return bool(self._names) and self.config.adapters.head == "personal"
+
+    @property
+    def _reported(self) -> Sequence[str]:
+        """What the server learns of the names: nothing, or their number, where it needs none."""
+        return sorted(map(str, range(len(self._names)))) if self._keeps_names else self._names
 
     @property
     def _images(self) -> tuple[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 
 import numpy as np
 from flwr.common.logger import log
@@ -10,14 +11,15 @@ from flwr.common.logger import log
 from strategies.loggers import require_loggers
 from tapfl.adapters.rules import rule_of
 from tapfl.compute import Compute
-from tapfl.config import RunConfig
+from tapfl.config import NEW_HEADS, RunConfig
 from tapfl.data.federated import check_classes, found, kept_partition, open_pool, open_private
 from tapfl.data.images import ImageSet
-from tapfl.errors import ConfigError, DataError
-from tapfl.models.backbone import build, spec_of
+from tapfl.errors import ConfigError, DataError, ModelError
+from tapfl.models.backbone import build
 from tapfl.models.cost import measure_cost
-from tapfl.models.dense import DenseCache, dense_key, fill_weights, layers_of
+from tapfl.models.dense import DenseCache, dense_key, dense_spec, fill_weights, layers_of, read_head_rows
 from tapfl.models.forward import input_transform
+from tapfl.models.new_head import agreed_classes
 from tapfl.personalize.methods import method_of
 from tapfl.privacy import require_accountant
 from tapfl.profiles import profiles_of
@@ -25,6 +27,7 @@ from tapfl.pruning.allocate import allocate
 from tapfl.pruning.budget import Budget
 from tapfl.pruning.cost_table import cost_table
 from tapfl.pruning.criteria.registry import resolved
+from tapfl.pruning.pipeline import labels_of
 from tapfl.pruning.unit_shape import aligned, candidates
 from tapfl.store import cache_folder
 
@@ -48,13 +51,15 @@ def check(config: RunConfig) -> None:
     transform = input_transform(config.model)
     public = open_pool(config.data, transform, config.seed, cache)
     private = open_private(config.data, transform, config.seed, cache)
-    check_classes(config.data, public, private)
+    if config.model.head not in NEW_HEADS:
+        check_classes(config.data, public, private)
+    labels_of(public, resolved(config.pruning))
     transform(public.read(range(1)))
-    kept_partition(private, config.data, config.devices.count, config.seed, cache)
+    splits = kept_partition(private, config.data, config.devices.count, config.seed, cache)
     for name, size in (("metric.size", config.metric.size), ("pruning.recovery-size", config.pruning.recovery_size)):
         if size > len(public):
             raise DataError(f"{name} = {size}: the public pool has {len(public)} images")
-    _check_backbone(config, public)
+    _check_backbone(config, public, agreed_classes(private.subset(split.train).held for split in splits))
     require_loggers(config.log)  # the last check: it may make an empty database
     for line in found(config.data, public, private):
         log(logging.INFO, "%s", line)
@@ -71,18 +76,27 @@ def devices_of(config: RunConfig) -> int:
     return len(kept_partition(private, config.data, 0, config.seed, cache))
 
 
-def _check_backbone(config: RunConfig, public: ImageSet) -> None:
-    options = config.model
-    if options.head != "train" and not options.weights:
+def _check_backbone(config: RunConfig, public: ImageSet, classes: tuple[str, ...]) -> None:
+    """Checks the backbone; `classes` are those of the devices, for a new head."""
+    options, new = config.model, config.model.head in NEW_HEADS
+    if not options.weights and ("rows" in options.head or (new and options.head_rows)):
         raise ConfigError(f"model.head = {options.head!r}: takes rows of the head of model.weights, which is empty")
-    spec = spec_of(options, public.classes)
+    spec = dense_spec(options, public)
     model = build(spec)
     key = dense_key(options, spec, public, config.seed, Compute.of(config.compute))
     if not DenseCache(cache_folder(config.cache)).holds(key):
         fill_weights(model, options, spec, public.classes)
+    if new and options.head_rows:
+        _require_rows(Path(options.head_rows), classes, spec.num_classes)
     layers = layers_of(model, options)
-    pruning, cost = aligned(resolved(config.pruning), layers), measure_cost(model)
+    given = build(spec.model_copy(update={"num_classes": len(classes)})) if new else model
+    pruning, cost = aligned(resolved(config.pruning), layers), measure_cost(given)
     for budget in sorted({profile.budget for profile in profiles_of(config.devices)}):
         table = cost_table(layers, cost, Budget.parse(budget))
         shapes = [candidates(n, table.branches[n.name], pruning.unit_shape, pruning.align) for n in layers]
         allocate(shapes, np.ones(len(layers)), table, pruning)
+
+
+def _require_rows(file: Path, classes: tuple[str, ...], available: int) -> None:
+    if (largest := max(read_head_rows(file, classes))) >= available:
+        raise ModelError(f"model.head-rows = {str(file)!r}: row {largest} is not in the head, which has {available}")

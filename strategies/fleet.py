@@ -18,12 +18,12 @@ from flwr.serverapp import Grid
 from strategies.exchange import Answers, R, Request, exchange, wait_for_nodes
 from strategies.records import DeviceRecord, FailureLine, Line, TrafficLine, added, append_lines
 from strategies.state import FederationState
-from tapfl.config import DeviceOptions, RunConfig
+from tapfl.config import NEW_HEADS, DeviceOptions, RunConfig
 from tapfl.errors import ConfigError
 from tapfl.profiles import DeviceProfile, max_rank
 from tapfl.seeds import numpy_generator
 from tapfl.store import RunFolder
-from tapfl.wire import ENVELOPE, Hello, HelloReply
+from tapfl.wire import ENVELOPE, LONGEST_NAMES, Hello, HelloReply
 
 STEP = 3  # a training step in forward passes
 
@@ -35,6 +35,7 @@ class Fleet:
         self.grid, self.config, self.folder = grid, config, folder
         self.nodes: dict[int, int] = {}  # node id by partition id
         self.holds_backbone: set[int] = set()  # devices that have the dense backbone in a cache of their own
+        self.classes: dict[int, tuple[str, ...]] = {}  # the names of a device's classes, for a new head
         self._seen: set[int] = set()  # nodes
 
     def meet(self, hello: Hello) -> dict[int, DeviceRecord]:
@@ -47,6 +48,12 @@ class Fleet:
         for node, record in self._introduce(self._wait(), hello, {}, self.config.faults.min_success):
             self.nodes[record.device], records[record.device] = node, record
         return dict(sorted(records.items()))
+
+    def learn_holders(self, hello: Hello) -> None:
+        """Asks the known devices which of them hold another backbone; whoever does not answer is sent it."""
+        request = self._hello(hello, max(self.nodes) + 1)
+        answers = self._exchange(self.nodes, dict.fromkeys(self.nodes, request), "hello")
+        self.holds_backbone = {i for i, reply in answers.replies.items() if reply.holds_backbone}
 
     def meet_again(self, hello: Hello, known: Mapping[int, DeviceRecord], resumed: bool = False) -> None:
         """Learns which of the known devices the new nodes are: a device that was restarted has another node id.
@@ -114,7 +121,7 @@ class Fleet:
     ) -> Iterator[tuple[int, DeviceRecord]]:
         """Yields each node with its device; of two nodes that claim to be one device, the first."""
         count, rank = max(len(nodes), 1 + max(known, default=0)), max_rank(self.config.devices)
-        request = Request(hello, HelloReply, lambda reply: reply.profile(count, rank), max_bytes=ENVELOPE)
+        request = self._hello(hello, count)
         answers = self._exchange(dict(enumerate(nodes)), dict.fromkeys(range(len(nodes)), request), "hello")
         self._seen |= set(nodes)
         met: set[int] = set()
@@ -125,6 +132,7 @@ class Fleet:
             met.add(i)
             if reply.holds_backbone:
                 self.holds_backbone.add(i)
+            self.classes[i] = reply.named(self._asks_classes)
             yield (
                 nodes[position],
                 DeviceRecord(
@@ -135,6 +143,19 @@ class Fleet:
                     bytes_up=dict(reply.bytes_by_kind),
                 ),
             )
+
+    def _hello(self, hello: Hello, count: int) -> Request[HelloReply]:
+        """Returns the request to introduce itself, to one of `count` devices."""
+        rank, asked = max_rank(self.config.devices), self._asks_classes
+
+        def check(reply: HelloReply) -> object:
+            return reply.profile(count, rank), reply.named(asked)
+
+        return Request(hello, HelloReply, check, max_bytes=ENVELOPE + (LONGEST_NAMES if asked else 0))
+
+    @property
+    def _asks_classes(self) -> bool:
+        return self.config.model.head in NEW_HEADS
 
     def _exchange(self, nodes: Mapping[int, int], requests: Mapping[int, Request[R]], phase: str) -> Answers[R]:
         timeout, retries = self.config.faults.exchange_timeout, self.config.faults.retries

@@ -25,11 +25,12 @@ from strategies.records import DeviceRecord, FailureLine, append_lines
 from strategies.round_zero import PublicPool, Shared, describe_pool, device_model
 from strategies.state import FederationState
 from tapfl.compute import HERE, Compute
-from tapfl.config import RunConfig
+from tapfl.config import NEW_HEADS, RunConfig
 from tapfl.data.images import ImageSet
 from tapfl.errors import BudgetError, PlanError, RunError
 from tapfl.models.cost import Cost, measure_cost
 from tapfl.models.dense import DenseCache, dense_backbone
+from tapfl.models.new_head import agreed_classes, with_new_head
 from tapfl.models.prunable import prunable_layers
 from tapfl.models.units import PrunableLayer
 from tapfl.progress import stage
@@ -40,7 +41,13 @@ from tapfl.wire import ENVELOPE, Prune, PruneReply, Summarize, SummaryReply
 
 
 class Preparation:
-    """The server's side of round zero, and its dense backbone, whose `key` is its name in the caches."""
+    """The server's side of round zero, and the dense backbone, whose `key` is its name in the caches.
+
+    Attributes:
+        backbone: as devices have it, with a head of `classes`.
+        judge: the same one with the head whose predictions count in round zero; another only if `backbone` has a new
+            head (`tapfl.models.new_head`), which it gets from `agree`.
+    """
 
     def __init__(
         self, config: RunConfig, images: ImageSet, folder: RunFolder, fleet: Fleet, compute: Compute = HERE
@@ -48,7 +55,26 @@ class Preparation:
         self.config, self.images, self.folder, self.fleet, self.compute = config, images, folder, fleet, compute
         self.cache = DenseCache(cache_folder(config.cache))
         self.key, self.spec, self.backbone = dense_backbone(config.model, images, config.seed, self.cache, compute)
+        self.judge, self.classes = self.backbone, images.classes
         log(logging.INFO, "dense backbone: ready: %s", self.key)
+
+    def agree(self) -> bool:
+        """Gives the backbone a head of the classes that the devices named, if it gets a new one; returns whether.
+
+        The classes are written down: a run that goes on keeps them, whoever of its devices is there then.
+
+        Raises:
+            PlanError: if what was written down is damaged.
+            ModelError: as `with_new_head`.
+        """
+        if self.config.model.head not in NEW_HEADS:
+            return False
+        if not self.folder.classes_file.exists():
+            write_json(self.folder.classes_file, agreed_classes(self.fleet.classes.values()))
+        old, self.classes = (self.key, self.spec, self.judge), self.folder.classes
+        self.key, self.spec, self.backbone = with_new_head(self.config.model, old, self.classes, self.cache)
+        log(logging.INFO, "new head: %d classes", len(self.classes))
+        return True
 
     @cached_property
     def layers(self) -> list[PrunableLayer]:
@@ -65,13 +91,14 @@ class Preparation:
             RunError: if too few devices send a mixture, or no device has a budget that can be met.
         """
         with stage("public pool"):
-            pool = describe_pool(self.config, self.images, self.backbone, self.compute)
+            pool = describe_pool(self.config, self.images, self.judge, self.compute)
         state, summaries = self._summaries(state, pool)
         state = state.with_devices({i: {"generic": i not in summaries} for i in state.devices})
         messages: dict[int, Prune] = {}
         with stage("smaller models") as advance:
             advance(0, len(state.devices))
-            shared = Shared(self.config, pool, self.backbone, self.compute)
+            new_head = self.backbone if self.backbone is not self.judge else None
+            shared = Shared(self.config, pool, self.judge, self.compute, new_head)
             for done, (i, record) in enumerate(state.devices.items(), start=1):
                 try:
                     made = self.planned(i)
@@ -144,7 +171,7 @@ class Preparation:
         # a device that sent no mixture may not have got the backbone either
         weights = pruned.weights(always=self.config.pruning.send == "weights" or record.generic)
         if pruned.metric_set is not None:
-            self._keep_metric_set(i, pruned.metric_set)
+            self._keep_metric_set(i, pruned.metric_set, shared.pool.effective_size(summary, pruned.metric_set))
         self._keep(i, pruned.plan, weights)
         return Prune(self.key, pruned.plan.model_dump_json(), weights)
 
@@ -154,18 +181,20 @@ class Preparation:
         # last: with it the device's model is complete
         write_json(self.plan_file(i), signed(plan, hashlib.sha256(weights).hexdigest()))
 
-    def _keep_metric_set(self, i: int, chosen: np.ndarray) -> None:
+    def _keep_metric_set(self, i: int, chosen: np.ndarray, effective: float | None) -> None:
         """Counts the images by class, for the report; no plan depends on that, unless `labels` says so."""
         labels, classes = self.images.labels, self.images.classes
-        counts = (np.bincount(each, minlength=len(classes)).tolist() for each in (labels[chosen], labels))
-        write_json(self.folder.metric_set(i), dict(zip(("classes", "metric", "pool"), (classes, *counts), strict=True)))
+        metric, pool = (np.bincount(each[each >= 0], minlength=len(classes)) for each in (labels[chosen], labels))
+        counts = {"classes": classes, "metric": metric.tolist(), "pool": pool.tolist()}
+        about = {"size": len(chosen), "effective_size": effective}
+        write_json(self.folder.metric_set(i), counts | about)
 
     def _summaries(
         self, state: FederationState, pool: PublicPool
     ) -> tuple[FederationState, dict[int, GaussianSummary]]:
         """Asks every device for its mixture; a device that does not hold the backbone is sent it."""
         weights = self.cache.path(self.key).read_bytes()
-        dim, options, classes = pool.points.shape[1], self.config.summary, len(self.images.classes)
+        dim, options, classes = pool.points.shape[1], self.config.summary, len(self.classes)
         reports_classes = self.config.adapters.head == "class-rows"
         limit = 8 * options.max_components * (1 + dim + dim * dim) + 4 * classes + ENVELOPE
 
@@ -180,7 +209,7 @@ class Preparation:
                 backbone_weights=b"" if i in self.fleet.holds_backbone else weights,
                 projection_mean=pool.projection.mean,
                 projection_components=pool.projection.components,
-                classes=json.dumps(self.images.classes),
+                classes=json.dumps(self.classes),
             )
             check = partial(values, samples=record.train_samples)
             requests[i] = Request(

@@ -23,7 +23,7 @@ from tapfl.pruning.layer_importance import PoolProbe
 from tapfl.pruning.pipeline import Pruned, fine_tune_set, labels_of, prune_model, pruning_task, select
 from tapfl.seeds import numpy_generator, torch_generator
 from tapfl.store import cache_folder
-from tapfl.summary.metric_set import Projection, cached_features, pick_metric_set
+from tapfl.summary.metric_set import Projection, cached_features, effective_size, pick_metric_set
 from tapfl.summary.mixture import GaussianSummary, fit_mixture
 
 BUDGETS, SELECTIONS = 64, 256  # results that are kept; a selection is the kept units of every layer, 90 kB for DeiT-T
@@ -42,6 +42,12 @@ class PublicPool:
     def density(self) -> np.ndarray:
         """The log-likelihood of the points under the pool's own mixture, float64 (n,)."""
         return self.mixture.log_likelihood(self.points)
+
+    def effective_size(self, summary: GaussianSummary | None, chosen: np.ndarray) -> float | None:
+        """Returns how many of these images stand for the device, by its density ratios; None without a mixture."""
+        if summary is None:
+            return None
+        return effective_size(summary.log_likelihood(self.points[chosen]) - self.density[chosen])
 
 
 def describe_pool(config: RunConfig, images: ImageSet, model: nn.Module, compute: Compute = HERE) -> PublicPool:
@@ -85,12 +91,21 @@ class Shared:
     It changes no model, not by a bit, and holds little: no images and no activations beyond those of the pass at hand.
 
     Args:
-        model: the dense backbone, on the CPU.
+        model: the dense backbone whose predictions count, on the CPU.
         compute: where all this is computed, and where the smaller models are then.
+        new_head: the same backbone with the classifier that devices get, if that is another.
     """
 
-    def __init__(self, config: RunConfig, pool: PublicPool, model: nn.Module, compute: Compute = HERE) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        pool: PublicPool,
+        model: nn.Module,
+        compute: Compute = HERE,
+        new_head: nn.Module | None = None,
+    ) -> None:
         self.config, self.pool, self._dense, self.compute = config, pool, model, compute
+        self.new_head = None if new_head is None else compute.put(new_head)
         self.transform = transform_of(model)
         self._tasks, self._selections = Memo(BUDGETS), Memo(SELECTIONS)
 
@@ -116,10 +131,10 @@ class Shared:
     def task(self, chosen: np.ndarray, budget: float | str) -> PruningTask:
         """Returns the problem of a device; what depends on the backbone and the budget alone is measured once."""
         config, metric = self.config, self.pool.images.subset(chosen)
-        inputs = self.compute.put(self.transform(metric.read()))
+        inputs, head, batch = self.compute.put(self.transform(metric.read())), self.new_head, config.metric.batch
         task: PruningTask = self._tasks.once(
             budget,
-            lambda: pruning_task(self.model, inputs, budget, config.pruning, config.metric.batch, seed=config.seed),
+            lambda: pruning_task(self.model, inputs, budget, config.pruning, batch, seed=config.seed, new_head=head),
         )
         return replace(
             task,

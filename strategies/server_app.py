@@ -153,7 +153,7 @@ class Federation:
     """
 
     def __init__(self, preparation: Preparation, replay: Callable[[], None]) -> None:
-        self.preparation, self.replay, self.backbone = preparation, replay, preparation.backbone
+        self.preparation, self.replay = preparation, replay
         self.config, self.folder, self.fleet = preparation.config, preparation.folder, preparation.fleet
         self.hello = Hello(preparation.key)
         self.shares_adapters = self._method(1).shares_adapters
@@ -162,7 +162,7 @@ class Federation:
     @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shapes of the global adapters."""
-        return global_shapes(self.backbone, self.preparation.layers, max_rank(self.config.devices))
+        return global_shapes(self.preparation.backbone, self.preparation.layers, max_rank(self.config.devices))
 
     @cached_property
     def initial(self) -> Params:
@@ -172,12 +172,16 @@ class Federation:
         own, which give way to the shared one from the first round on: it is trained as a whole anyway, and what they
         learnt in the rest of the model stays. On digits no device's accuracy changed by it.
         """
-        layers, generator = self.preparation.layers, torch_generator(self.config.seed, "adapters")
-        return rules.initial(self.config.adapters, self.shapes, layers, self.backbone, generator)
+        backbone, layers = self.preparation.backbone, self.preparation.layers
+        generator = torch_generator(self.config.seed, "adapters")
+        return rules.initial(self.config.adapters, self.shapes, layers, backbone, generator)
 
     def start(self) -> FederationState:
         """Returns the state after round zero: devices have introduced themselves and received their pruned models."""
         devices = self.fleet.meet(self.hello)
+        if self.preparation.agree():
+            self.hello = Hello(self.preparation.key)
+            self.fleet.learn_holders(self.hello)
         state = FederationState(0, ServerState(self.initial, {}), devices, plans={})
         state, messages = self.preparation.pruned_models(state)
         return self.save(self.preparation.surgery(state, messages))
@@ -188,6 +192,8 @@ class Federation:
         Raises:
             PlanError: if a device's plan is missing, or not the one by which its model was cut.
         """
+        if self.preparation.agree():
+            self.hello = Hello(self.preparation.key)
         self.fleet.meet_again(self.hello, state.devices, resumed=True)
         for i in state.plans:
             self.layout(state, i)

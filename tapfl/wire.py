@@ -8,6 +8,7 @@ shows these annotations.
 
 from __future__ import annotations
 
+import json
 import math
 from collections import Counter
 from dataclasses import dataclass, field, fields
@@ -25,6 +26,7 @@ from tapfl.summary.mixture import GaussianSummary
 from tapfl.training import LARGEST
 
 MAX_SAMPLES = 10**9
+LONGEST_NAMES, LONGEST_NAME = 2**20, 200  # bytes of all class names of a device, and letters of one
 ENVELOPE = 4096  # bytes that a message may have beyond its expected arrays: names, headers, scalars
 PROFILE_FIELDS = ("budget", "rank", "compute", "upload", "download", "availability")
 
@@ -154,6 +156,9 @@ class HelloReply(WireMessage):
     availability: Annotated[float, "probability that it is available when a round begins"]
     train_samples: Annotated[int, "number of images in its training part"]
     holds_backbone: Annotated[bool, "whether it already has the dense backbone"]
+    class_names: Annotated[
+        str, "names of its classes, or 0, 1, … in their place if its head is personal; only for a new head (model.head)"
+    ]
 
     def profile(self, devices: int, max_rank: int) -> DeviceProfile:
         """Returns the profile. Raises WireError unless the device is one of `devices` and its profile is valid."""
@@ -164,6 +169,17 @@ class HelloReply(WireMessage):
             return validated(DeviceProfile, {name: getattr(self, name) for name in PROFILE_FIELDS})
         except ConfigError as error:
             raise WireError(f"{error!s:.300}") from None
+
+    def named(self, asked: bool) -> tuple[str, ...]:
+        """Returns the classes of its training part, sorted. Raises WireError unless they are names, if asked for."""
+        try:
+            names = json.loads(self.class_names)
+        except (ValueError, RecursionError):
+            names = None
+        _require(isinstance(names, list) and bool(names) == asked, f"class names {self.class_names!r:.80}")
+        plain = (isinstance(name, str) and 0 < len(name) <= LONGEST_NAME and name.isprintable() for name in names)
+        _require(all(plain) and names == sorted(set(names)), "class names must be printable, sorted and different")
+        return tuple(names)
 
 
 @dataclass(frozen=True)

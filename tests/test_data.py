@@ -231,7 +231,9 @@ def test_a_damaged_npz_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("source", ["no/such/folder", "digit", "images.tar"])
 def test_a_source_that_is_not_there_is_refused(source: str, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=f"'{source}': there is no such file or folder; accepted: digits, a .npz"):
+    with pytest.raises(
+        DataError, match=f"'{source}': there is no such file or folder; accepted: digits, letters, a .npz"
+    ):
         load_images(source, GREY, tmp_path)
 
 

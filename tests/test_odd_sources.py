@@ -265,7 +265,7 @@ def test_classes_without_images_are_said(tmp_path: Path) -> None:
 )
 def test_what_is_no_source_is_refused(name: str, said: str, tmp_path: Path) -> None:
     np.save(tmp_path / "x.npy", PIXELS)
-    with pytest.raises(DataError, match=rf"data source .*{said}.*accepted: digits, a \.npz file"):
+    with pytest.raises(DataError, match=rf"data source .*{said}.*accepted: digits, letters, a \.npz file"):
         loaded(tmp_path / name, tmp_path)
 
 

@@ -33,7 +33,7 @@ from tapfl.wire import (
 DIM, MIN_SUPPORT, LENGTH, ROUND = 2, 5.0, 3, 4
 MESSAGES: list[WireMessage] = [
     Hello("a1b2"),
-    HelloReply(2, "0.5", 4, 5e9, 1e6, 5e6, 0.9, train_samples=40, holds_backbone=True),
+    HelloReply(2, "0.5", 4, 5e9, 1e6, 5e6, 0.9, train_samples=40, holds_backbone=True, class_names='["a", "b"]'),
     Summarize("a1b2", "{}", b"\x00\xff", np.zeros(3), np.ones((2, 3), np.float32), '["a", "b"]'),
     SummaryReply(
         weights=np.array([0.25, 0.75]),
@@ -61,6 +61,7 @@ def accept(kind: type[WireMessage], content: RecordDict) -> WireMessage:
     message = kind.from_records(content)
     if isinstance(message, HelloReply):
         message.profile(devices=3, max_rank=8)
+        message.named(asked=True)
     elif isinstance(message, SummaryReply):
         message.mixture(DIM, MIN_SUPPORT, train_samples=40)
         message.held(3, asked=True)
@@ -118,7 +119,7 @@ def test_what_leaves_a_device() -> None:
     """docs/privacy.md lists it; whoever adds a field here adds it there."""
     assert {field.name for kind in map(type, MESSAGES[1::2]) for field in fields(kind)} == {
         *("partition_id", "budget", "rank", "compute", "upload", "download", "availability"),
-        *("train_samples", "holds_backbone"),
+        *("train_samples", "holds_backbone", "class_names"),
         *("weights", "means", "covariances", "n", "dense_accuracy", "test_samples", "classes", "held_classes"),
         *("params", "macs", "pruned_accuracy"),
         *("round", "adapters", "loss", "alpha", "global_accuracy", "personal_accuracy", "alone_accuracy"),
@@ -128,7 +129,7 @@ def test_what_leaves_a_device() -> None:
 def test_bytes_are_counted_by_kind_and_weights_apart_from_the_plan() -> None:
     sizes = {type(message): message.bytes_by_kind.total() for message in MESSAGES}
     assert sizes[Hello] == 4
-    assert sizes[HelloReply] == 8 * 8 + 3
+    assert sizes[HelloReply] == 8 * 8 + 3 + len('["a", "b"]')
     assert sizes[Summarize] == 4 + 2 + 2 + 3 * 8 + 6 * 4 + len('["a", "b"]')
     assert sizes[SummaryReply] == (2 + 4 + 4) * 8 + 4 * 8 + 3 * 4
     assert sizes[TrainReply] == 8 + 3 * 4 + 5 * 8

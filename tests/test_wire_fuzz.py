@@ -22,7 +22,7 @@ from tapfl.errors import WireError
 from tapfl.wire import TrainReply, WireMessage
 
 MB = 2**20
-CHECKS = {"profile", "mixture", "held", "check"}  # what `accept` applies to a message that could be read
+CHECKS = {"profile", "named", "mixture", "held", "check"}  # what `accept` applies to a message that could be read
 
 
 @contextmanager

@@ -27,7 +27,7 @@ from tapfl.models.units import PrunableLayer
 from tapfl.pruning.compensation import unit_moments
 from tapfl.pruning.criteria.criterion import PruningTask, Scores, Selection
 from tapfl.pruning.criteria.registry import criterion_of, resolved
-from tapfl.pruning.pipeline import cut, plan_of, recovered, row_sensitivities, select
+from tapfl.pruning.pipeline import cut, finished, plan_of, recovered, row_sensitivities, select
 
 T = TypeVar("T")
 Row = dict[str, str]
@@ -81,7 +81,7 @@ class CellRunner:
         cutting = (*choice, options.compensation, options.compensation_rows)
         small = self._once("cut", cutting, lambda: self._cut(cell, task, selection))
         fine_tune = view.fine_tune_set(cell.config.metric, options, cell.instead)
-        small = recovered(task, selection, small, fine_tune, cell.config.seed)
+        small = view.own(finished(task, recovered(task, selection, small, fine_tune, cell.config.seed)))
         plan = plan_of(task, selection, view.scenario.spec)
         shares = (plan.cost.macs / plan.dense.macs, plan.cost.params / plan.dense.params)
         accuracies = (*view.dense, *score(small, view.inputs, view.labels, view.classes))

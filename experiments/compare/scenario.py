@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -11,13 +12,15 @@ from torch import Tensor, nn
 
 from strategies.round_zero import PublicPool, describe_pool, pool_of, task_images
 from tapfl.compute import Compute
-from tapfl.config import MetricOptions, PruningOptions, RunConfig
-from tapfl.data.federated import DeviceSplit, check_classes, kept_partition, open_pool, open_private
+from tapfl.config import NEW_HEADS, MetricOptions, PruningOptions, RunConfig
+from tapfl.data.federated import DeviceSplit, check_classes, kept_partition, labels_among, open_pool, open_private
 from tapfl.data.images import ImageSet
 from tapfl.data.transform import Transform
+from tapfl.errors import DataError
 from tapfl.models.backbone import BackboneSpec
 from tapfl.models.dense import DenseCache, dense_backbone
 from tapfl.models.forward import image_features, input_transform
+from tapfl.models.new_head import agreed_classes, fill_with_prototypes, with_new_head
 from tapfl.pruning.basis import in_basis, turned_on_pool
 from tapfl.pruning.budget import Budget
 from tapfl.pruning.criteria.criterion import PruningTask
@@ -32,7 +35,10 @@ from tapfl.training import accuracy, predict
 
 @dataclass(frozen=True)
 class Scenario:
-    """Data, public pool and dense backbone, which all cells of one seed share."""
+    """Data, public pool and dense backbone, which all cells of one seed share.
+
+    With a new head (`tapfl.models.new_head`) the private labels are positions in its classes, those of the devices.
+    """
 
     config: RunConfig
     pool: PublicPool
@@ -41,29 +47,44 @@ class Scenario:
     spec: BackboneSpec
     model: nn.Module
     compute: Compute
+    new_head: nn.Module | None = None  # the backbone with the classifier that devices get, if that is another
 
     @classmethod
     def of(cls, config: RunConfig) -> Scenario:
         cache, transform = cache_folder(config.cache), input_transform(config.model)
         images = open_pool(config.data, transform, config.seed, cache)
         private = open_private(config.data, transform, config.seed, cache)
-        check_classes(config.data, images, private)
+        if config.model.head not in NEW_HEADS:
+            check_classes(config.data, images, private)
         splits = kept_partition(private, config.data, config.devices.count, config.seed, cache)
         compute = Compute.of(config.compute)
-        _, spec, model = dense_backbone(config.model, images, config.seed, DenseCache(cache), compute)
+        old = dense_backbone(config.model, images, config.seed, DenseCache(cache), compute)
+        (_, spec, model), new_head = old, None
         pool = describe_pool(config, images, model, compute)
-        return cls(config, pool, private, splits, spec, compute.put(model), compute)
+        if config.model.head in NEW_HEADS:
+            classes = agreed_classes(private.subset(split.train).held for split in splits)
+            labels = labels_among(classes, private, config.data.source, may_lack=True)
+            private = replace(private, labels=labels, classes=classes)
+            _, spec, new_head = with_new_head(config.model, old, classes, DenseCache(cache))
+            new_head = compute.put(new_head)
+        return cls(config, pool, private, splits, spec, compute.put(model), compute, new_head)
 
     def lacking(self, device: int, share: float) -> Scenario:
         """Returns the scenario with a pool that has no images of a share of the device's classes.
 
         The pool is described anew; the dense backbone is the same.
+
+        Raises:
+            DataError: if it has images of none of them anyway.
         """
         if not share:
             return self
         classes, images = np.unique(self.private.labels[self.splits[device].train]), self.pool.images
         gone = classes_that_lack(classes, share, self.config.seed, device)
-        stay = np.flatnonzero(~np.isin(images.labels, gone))
+        names = {self.private.classes[label] for label in gone}
+        if names and not names & set(images.classes):
+            raise DataError(f"pool-lacks = {share}: the public pool has none of the devices' classes; accepted: 0")
+        stay = np.flatnonzero(~_among(names, images))
         cache = cache_folder(self.config.cache)
         features = cached_features(self.model, self.spec, images, self.transform, cache, self.compute)
         return replace(self, pool=pool_of(self.config, images.subset(stay), features[stay]))
@@ -101,8 +122,15 @@ class DeviceView:
         put = scenario.compute.put
         inputs, labels = put(transform(test.read())), put(torch.from_numpy(test.labels))
         classes = torch.from_numpy(np.unique(mine.labels))
-        dense = score(scenario.model, inputs, labels, classes)
-        return cls(scenario, device, summary, mine, inputs, labels, classes, dense)
+        view = cls(scenario, device, summary, mine, inputs, labels, classes, (0.0, 0.0))
+        return replace(view, dense=score(view.own(scenario.new_head or scenario.model), inputs, labels, classes))
+
+    def own(self, model: nn.Module) -> nn.Module:
+        """Returns a model of these classes, pruned or not, as this device uses it before any training."""
+        if self.scenario.config.model.head != "prototypes":
+            return model
+        features = image_features(model, self.scenario.transform.batches(self.train))
+        return fill_with_prototypes(model, features, self.train.labels)
 
     def public_images(self, options: MetricOptions, size: int, instead: str = "") -> ImageSet:
         """Returns the metric set: the `size` images that represent the device's task, best first; see `task_images`.
@@ -119,9 +147,15 @@ class DeviceView:
         summary = None if instead == "shared" else self.summary
         return pool.images.subset(task_images(pool, summary, options, seed, self.device, size))
 
-    def coverage(self, images: ImageSet) -> tuple[float, float]:
-        """Returns the share of `images` of the device's classes, and the share of these classes that they cover."""
-        return float(np.isin(images.labels, self.classes).mean()), float(np.isin(self.classes, images.labels).mean())
+    def coverage(self, images: ImageSet) -> tuple[float | str, float | str]:
+        """Returns the share of `images` of the device's classes, and the share of these classes that they cover.
+
+        Both are empty where `images` have no labels.
+        """
+        own = set(self.train.held)
+        if not images.classes:
+            return "", ""
+        return float(_among(own, images).mean()), len(own & set(images.held)) / len(own)
 
     def task(self, images: ImageSet, budget: Budget, options: PruningOptions, batch: int) -> PruningTask:
         """Returns the input of every criterion."""
@@ -129,12 +163,19 @@ class DeviceView:
         model = in_basis(scenario.model, resolved(options).basis, lambda: scenario.turned)
         compute = scenario.compute
         inputs, labels = compute.put(scenario.transform(images.read())), compute.put(labels_of(images, options))
-        task = pruning_task(model, inputs, budget, options, batch, labels, scenario.config.seed)
+        seed, new_head = scenario.config.seed, scenario.new_head
+        task = pruning_task(model, inputs, budget, options, batch, labels, seed, new_head=new_head)
         return replace(task, at_once=compute.at_once, passing=compute.forward)
 
     def fine_tune_set(self, metric: MetricOptions, options: PruningOptions, instead: str = "") -> FineTuneSet | None:
         """Returns the images of recovery, or None where they are the metric set."""
         return fine_tune_set(lambda size: self.public_images(metric, size, instead), self.scenario.transform, options)
+
+
+def _among(names: Collection[str], images: ImageSet) -> np.ndarray:
+    """Returns which of `images` are of a class with one of these names, bool (n,)."""
+    positions = [position for position, name in enumerate(images.classes) if name in names]
+    return np.isin(images.labels, positions)
 
 
 def classes_that_lack(classes: np.ndarray, share: float, seed: int, device: int) -> np.ndarray:

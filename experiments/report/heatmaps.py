@@ -76,6 +76,29 @@ def coverage(run: Run) -> Figure | None:
     )
 
 
+def effective(run: Run) -> Figure | None:
+    """Returns how well each metric set stands for its device, where no classes say so."""
+    found = series.effective_sizes(run)
+    if found.empty or not series.coverage(run).empty:
+        return None
+    devices, worst = devices_of(found), found.loc[found["share"].idxmin()]
+    tooltip = tips("device:O", "effective:Q|effective size|.1f", "size:Q|images", "share:Q|effective share|.1%")
+    axis = alt.Axis(format="%", tickCount=5)
+    x = alt.X("share:Q", title="effective share of the metric set", axis=axis, scale=alt.Scale(domain=[0, 1]))
+    bars = chart("devices").mark_bar(height={"band": 0.45}).encode(y=device_axis(devices), x=x, opacity=faded())
+    return Figure(
+        "effective",
+        "Share of each metric set that stands for the device",
+        "The public images have none of the devices' classes, so none can be counted. Shown is the effective sample "
+        "size of the metric set (Kish), weighted by how much likelier an image is on the device than in the pool; low: "
+        f"the device's density rests on few of these images. The mean is {found['share'].mean():.1%}; the lowest is "
+        f"{worst['share']:.1%} (device {int(worst['device'])}).{_one_component(run)}",
+        layered(bars.encode(tooltip=tooltip), height=device_height(devices)),
+        {"devices": found},
+        wide=True,
+    )
+
+
 def _one_component(run: Run) -> str:
     """Returns a sentence on the devices whose mixture does not tell their classes apart, or nothing."""
     alike = [device.device for device in run.devices if device.one_component]
@@ -108,7 +131,13 @@ def metric_classes(run: Run) -> Figure | None:
         "metric-classes",
         "Classes that each metric set covers",
         "Images of each device's metric set by class; framed: the device's own classes. "
-        + (f"{missed} of the framed cells are empty." if missed else "No framed cell is empty."),
+        + (
+            f"{missed} of the framed cells are empty."
+            if missed
+            else "No framed cell is empty."
+            if found["own"].any()
+            else "None of these classes is known to be a device's own."
+        ),
         layered(*cells, own, height=device_height(devices)),
         {"cells": found[found["images"] > 0], "own": found[found["own"]]},
         found,

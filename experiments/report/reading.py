@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
@@ -25,6 +25,7 @@ STRICT = ConfigDict(strict=True, allow_inf_nan=False)
 OPTIONS: TypeAdapter[dict[str, str | bool | int | float]] = TypeAdapter(
     dict[str, str | bool | int | float], config=STRICT
 )
+NAMES = TypeAdapter(list[str], config=STRICT)
 VERSIONS: TypeAdapter[dict[str, str]] = TypeAdapter(dict[str, str], config=STRICT)
 
 
@@ -42,7 +43,7 @@ class ClassCounts(Record):
 
     @model_validator(mode="after")
     def _one_a_class(self) -> Self:
-        if any(len(values) != len(self.classes) for name, values in vars(self).items() if name != "ids"):
+        if any(len(values) != len(self.classes) for values in vars(self).values() if isinstance(values, list)):
             raise ValueError("needs one count a class")
         return self
 
@@ -60,10 +61,12 @@ class Images(ClassCounts):
 
 
 class MetricSet(ClassCounts):
-    """The public images chosen for a device, and the pool that they were chosen from."""
+    """The public images chosen for a device, and the pool that they were chosen from; no classes without labels."""
 
     metric: list[Count]
     pool: list[Count]
+    size: Count = 0  # how many were chosen; 0: an older file
+    effective_size: float | None = None  # how many of them stand for the device; None: it sent no mixture
 
 
 class Alphas(Record):
@@ -108,6 +111,7 @@ class Run:
         alphas: by partition id, of those devices that have written them.
         rounds: how many are done.
         missing: a sentence for everything that a report would show and cannot.
+        classes: of the classifier, if devices reported them.
     """
 
     path: Path
@@ -123,6 +127,7 @@ class Run:
     alphas: dict[int, Alphas]
     rounds: int
     missing: list[str]
+    classes: list[str] = field(default_factory=list)
 
     @property
     def equipped(self) -> list[DeviceRecord]:
@@ -196,6 +201,7 @@ def read_run(path: Path) -> Run:
         alphas,
         rounds,
         missing,
+        _whole(path, folder.classes_file, _json(NAMES)) or [],
     )
 
 

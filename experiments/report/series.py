@@ -150,7 +150,7 @@ def _own_classes(run: Run, i: int) -> set[str]:
     if i in run.images:
         return {name for name, count in zip(run.images[i].names, run.images[i].train, strict=True) if count}
     held = next((device.held_classes for device in run.devices if device.device == i), None)
-    return {name for name, has in zip(run.metric_sets[i].names, held or (), strict=False) if has}
+    return {name for name, has in zip(run.classes or run.metric_sets[i].names, held or (), strict=False) if has}
 
 
 def coverage(run: Run) -> pd.DataFrame:
@@ -165,6 +165,13 @@ def coverage(run: Run) -> pd.DataFrame:
         rows.append((i, shares["images"], shares["pool"], covered, len(own), ", ".join(missed)))
     columns = ["device", "own share", "by chance", "covered", "own classes", "not covered"]
     return pd.DataFrame(rows, columns=columns)
+
+
+def effective_sizes(run: Run) -> pd.DataFrame:
+    """Returns device, size of its metric set, how many of these images stand for it, and their share."""
+    known = {i: chosen for i, chosen in run.metric_sets.items() if chosen.effective_size and chosen.size}
+    rows = [(i, c.size, c.effective_size, c.effective_size / c.size) for i, c in known.items() if c.effective_size]
+    return pd.DataFrame(rows, columns=["device", "size", "effective", "share"])
 
 
 def bytes_by_kind(run: Run) -> pd.DataFrame:

@@ -21,7 +21,7 @@ from tapfl.config import RunConfig
 CHAPTERS: dict[str, Sequence[Callable[[Run], Figure | None]]] = {
     "How accurate the devices are": (charts.accuracy, charts.curves, charts.alpha, charts.oracle),
     "Which images they hold, and which public images stand for them": (
-        *(heatmaps.partition, heatmaps.metric_classes, heatmaps.coverage),
+        *(heatmaps.partition, heatmaps.metric_classes, heatmaps.coverage, heatmaps.effective),
     ),
     "What is kept of the model": [partial(heatmaps.kept, kind=kind) for kind in heatmaps.KEPT],
     "What it cost": (charts.traffic, charts.simulated_rounds, charts.phases, charts.real_rounds),

@@ -25,6 +25,7 @@ from tapfl.config.federation import (
     TrainOptions,
 )
 from tapfl.config.round_zero import (
+    NEW_HEADS,
     PROFILE_SETS,
     DataOptions,
     DeviceOptions,
@@ -40,6 +41,7 @@ __all__ = [
     "INPUT_OPTIONS",
     "LINEAR_RULES",
     "METHODS",
+    "NEW_HEADS",
     "NOT_PATHS",
     "PATH_OPTIONS",
     "PERSONAL_HEAD",
@@ -67,7 +69,7 @@ __all__ = [
 INPUT_OPTIONS = ("data.source", "data.public", "model.weights", "model.head-rows", "devices.profiles")
 PATH_OPTIONS = ("out", "cache", *INPUT_OPTIONS)
 PLUGIN_OPTIONS = ("pruning.criterion", "adapters.rule", "personalize.method")
-NOT_PATHS = ("", "digits", "hub", *PROFILE_SETS)
+NOT_PATHS = ("", "digits", "letters", "hub", *PROFILE_SETS)
 # options, or beginnings of their names, that do not change a result: a resumed run may have other values
 FREE_OPTIONS = (
     *("resume", "out", "cache", "node-timeout", "window"),
@@ -127,6 +129,34 @@ class RunConfig(Section):
             raise ValueError(
                 f"personalize.head-epochs={self.personalize.head_epochs} are of the train.epochs={train.epochs} of a "
                 f"round, and train.steps={train.steps}; accepted: fewer than epochs, and steps=0"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _heads_fit(self) -> RunConfig:
+        """A new head may stay on the device with the names of its classes; what needs either is refused."""
+        model, personal = self.model, self.adapters.head == "personal"
+        if model.head not in NEW_HEADS:
+            return self
+        if model.head == "prototypes" and not personal:
+            raise ValueError(
+                f"model.head=prototypes starts from the means of a device's classes, which adapters.head="
+                f"{self.adapters.head} would show to the server; accepted: adapters.head=personal, or model.head=new"
+            )
+        if model.head_rows and personal:
+            raise ValueError(
+                f"model.head-rows={model.head_rows} needs the names of a device's classes, which stay on it with "
+                f"model.head={model.head} and adapters.head=personal; accepted: head-rows='', or a shared head"
+            )
+        if personal and self.personalize.method == "pooled":
+            raise ValueError(
+                f"personalize.method=pooled needs one classifier for all devices; with model.head={model.head} and "
+                "adapters.head=personal each has its own; accepted: a shared head, or another method"
+            )
+        if model.weights and self.pruning.labels == "public":
+            raise ValueError(
+                f"pruning.labels=public are of the pool's classes; with model.head={model.head} and model.weights the "
+                "predictions are of the classes of the weights; accepted: pruning.labels=pseudo"
             )
         return self
 

@@ -35,6 +35,7 @@ UNUSED = {  # partitioners of flwr-datasets that cannot divide images by options
     "VerticalSizePartitioner": "divides columns among devices, and an image is one column",
     "IdToSizeFncPartitioner": "takes a function; Linear-, Square- and ExponentialPartitioner are made of it",
 }
+NEW_HEADS = ("new", "prototypes")  # values of model.head with which the classes are those that devices report
 PROFILE_SETS = ("equal", "tiers", "mobile")
 
 
@@ -48,7 +49,11 @@ class DataOptions(Section):
     """The images, and how they are divided among the devices."""
 
     source: str = Field("digits", min_length=1, description="`digits`, an .npz file, an image folder, or `hf:NAME`")
-    public: str = Field("", description="second source, for the public pool; empty: the pool is a share of `source`")
+    public: str = Field(
+        "",
+        description="second source, for the public pool, with model.head=new of any classes or without labels, such as "
+        "`letters`; empty: the pool is a share of `source`",
+    )
     public_share: float = Field(0.5, gt=0, lt=1, description="share of `source` that becomes the public pool")
     test_share: float = Field(0.3, gt=0, lt=1, description="share of a device's images used for testing")
     evaluate: Literal["test", "validation"] = Field(
@@ -132,10 +137,14 @@ class ModelOptions(Section):
         description="arguments of timm's constructor, key=value; 2/2 is the tuple (2, 2)",
     )
     weights: str = Field("", description="empty: train from scratch; `hub`: timm's pretrained; or a .safetensors file")
-    head: Literal["train", "rows", "rows+train"] = Field(
-        "train", description="classifier: trained on the public pool, taken from rows of the head in `weights`, or both"
+    head: Literal["train", "rows", "rows+train", "new", "prototypes"] = Field(
+        "train",
+        description="classifier: trained on the public pool, taken from rows of the head in `weights`, or both; `new`: "
+        "of the classes that devices report, from 0 or `head-rows`; `prototypes`: from the means of a device's classes",
     )
-    head_rows: str = Field("", description="JSON file, class name -> row of the head in `weights`, for `rows`")
+    head_rows: str = Field(
+        "", description="JSON file, class name -> row of the head in `weights`, for `rows` and `new`"
+    )
     mean: Levels = Field((), description="mean of each channel in the training of `weights`, or one; empty: timm's")
     std: Levels = Field((), description="standard deviation of each channel, or one; empty: timm's")
     crop_pct: float = Field(0.0, ge=0, le=1, description="share of the scaled image's side that is used; 0: timm's")

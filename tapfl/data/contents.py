@@ -17,7 +17,7 @@ from tapfl.plugin import file_of_plugin, is_plugin
 from tapfl.store import sha256_of
 
 ACCEPTED = "accepted: what was there then, or a new run in a new folder"
-SOURCES = "accepted: digits, a .npz file, an image folder, or hf:NAME"
+SOURCES = "accepted: digits, letters, a .npz file, an image folder, or hf:NAME"
 OPTIONS = (*INPUT_OPTIONS, *PLUGIN_OPTIONS)
 IMAGES = ("data", "data.source", "data.public")  # the first is an option of a node
 
@@ -70,7 +70,7 @@ def _of_images(source: str, by_device: bool) -> str:
         return hugging_face.fingerprint_of(hugging_face.open_table(source.removeprefix("hf:")))
     path = path_of(source)
     if path.is_dir():
-        return list_images(path, by_device).fingerprint
+        return list_images(path, by_device, flat=not by_device).fingerprint
     if path.is_file() and path.suffix.lower() == ".npz":
         return file_fingerprint(path)
     raise no_such_source(source)

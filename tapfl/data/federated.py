@@ -29,7 +29,7 @@ def open_pool(options: DataOptions, transform: Transform, seed: int, cache: Path
         DataError: if the source is missing, or a class has too few images to be divided.
     """
     if options.public:
-        return load_images(options.public, transform, cache, cache_gb=options.cache_gb)
+        return load_images(options.public, transform, cache, cache_gb=options.cache_gb, unlabelled=True)
     source = load_images(options.source, transform, cache, options.ids, options.cache_gb)
     return source.subset(split_public(source.labels, options.public_share, seed, source.classes)[0])
 
@@ -68,14 +68,18 @@ def _of_enough(images: ImageSet, options: DataOptions) -> ImageSet:
     )
 
 
-def labels_among(classes: Sequence[str], images: ImageSet, source: str) -> np.ndarray:
+def labels_among(classes: Sequence[str], images: ImageSet, source: str, may_lack: bool = False) -> np.ndarray:
     """Returns the labels of `images`, int64 (n,), as positions in `classes`: classes are matched by name.
 
+    Args:
+        may_lack: labels of images of other classes are -1.
+
     Raises:
-        DataError: if there is an image of a class that is not in `classes`.
+        DataError: if there is an image of a class that is not in `classes`, and may not be.
     """
     position = {name: index for index, name in enumerate(classes)}
-    if unknown := [name for label in np.unique(images.labels) if (name := images.classes[label]) not in position]:
+    unknown = [name for label in np.unique(images.labels) if (name := images.classes[label]) not in position]
+    if unknown and not may_lack:
         raise DataError(
             f"data source {source!r}: the public pool has no class {', '.join(unknown[:5])}; "
             f"it has {', '.join(classes[:10])}{', …' if len(classes) > 10 else ''}"
@@ -84,15 +88,19 @@ def labels_among(classes: Sequence[str], images: ImageSet, source: str) -> np.nd
 
 
 def check_classes(options: DataOptions, public: ImageSet, private: ImageSet) -> None:
-    """Raises DataError unless both sides have the same classes and the pool an image of each private class."""
+    """Raises DataError unless both sides have the same classes and the pool an image of each private class.
+
+    With a new head (`tapfl.models.new_head`) neither is needed.
+    """
     if public.classes != private.classes:
         odd = sorted(set(public.classes) ^ set(private.classes)) or ["their order"]
         raise DataError(
-            f"data.public = {options.public!r} and data.source differ in their classes: {', '.join(odd[:5])}"
+            f"data.public = {options.public!r} and data.source differ in their classes: {', '.join(odd[:5])}; "
+            "accepted: the same classes, or model.head = 'new'"
         )
     if missing := sorted(set(np.unique(private.labels)) - set(np.unique(public.labels))):
         names = ", ".join(private.classes[label] for label in missing[:5])
-        raise DataError(f"data.public = {options.public!r} has no image of {names}")
+        raise DataError(f"data.public = {options.public!r} has no image of {names}; model.head = 'new' needs none")
 
 
 def found(options: DataOptions, public: ImageSet, private: ImageSet) -> list[str]:

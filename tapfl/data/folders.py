@@ -36,6 +36,7 @@ SYSTEM_FOLDERS = {
 }
 PARTS = {"train", "training", "val", "valid", "validation", "test", "testing"}  # of a data set, not classes
 MANY, FRESH = 100_000, 60.0
+BESIDE = "images outside the classes' folders"
 ANNOTATIONS = "val_annotations.txt"  # of Tiny-ImageNet's validation part, where one folder holds all classes
 
 
@@ -68,7 +69,7 @@ class Listing:
 
     Attributes:
         root: the folder.
-        classes: names in NFC, in which all systems can agree, sorted.
+        classes: names in NFC, in which all systems can agree, sorted; none if the images lie in the folder itself.
         counts: int64, the number of images of each class.
         names: paths of the images below `root`, class by class, sorted.
         left_out: reason -> number of files or folders that are no images.
@@ -82,7 +83,9 @@ class Listing:
 
     @property
     def labels(self) -> np.ndarray:
-        """The position in `classes` of each image, int64 (n,)."""
+        """The position in `classes` of each image, int64 (n,); -1 where there are none."""
+        if not self.classes:
+            return np.full(len(self.names), -1, dtype=np.int64)
         return np.repeat(np.arange(len(self.classes)), self.counts)
 
     @property
@@ -102,7 +105,8 @@ class Listing:
             DataError: if one has gone, or its folder may be listed and not entered.
         """
         digest = hashlib.sha256()
-        classes = (name for name, count in zip(self.classes, self.counts, strict=True) for _ in range(count))
+        parts = zip(self.classes, self.counts, strict=True) if self.classes else [("", len(self.names))]
+        classes = (name for name, count in parts for _ in range(count))
         for position, (name, path) in enumerate(zip(classes, self.names, strict=True)):
             file = self.file(position)
             try:
@@ -116,17 +120,18 @@ class Listing:
 
 @dataclass
 class _Found:
-    """What was found so far: class -> paths below `root`."""
+    """What was found so far: class -> paths below `root`, and images beside the folders of the classes."""
 
     root: Path
     files: dict[str, list[str]] = field(default_factory=dict)
+    beside: list[str] = field(default_factory=list)
     left_out: Counter[str] = field(default_factory=Counter)
 
 
-_recent: dict[tuple[Path, bool], tuple[float, Listing]] = {}
+_recent: dict[tuple[Path, bool, bool], tuple[float, Listing]] = {}
 
 
-def list_images(root: Path, by_device: bool = False) -> Listing:
+def list_images(root: Path, by_device: bool = False, flat: bool = False) -> Listing:
     """Returns `listing_of` a folder; one of more than `MANY` images is listed once in `FRESH` seconds.
 
     A run opens a source several times in a process when it begins, and a million files take seconds each time.
@@ -134,21 +139,22 @@ def list_images(root: Path, by_device: bool = False) -> Listing:
     for key, (since, _) in list(_recent.items()):
         if time.monotonic() - since > FRESH:
             del _recent[key]
-    if (root, by_device) in _recent:
-        return _recent[root, by_device][1]
-    made = listing_of(root, by_device)
+    if (asked := (root, by_device, flat)) in _recent:
+        return _recent[asked][1]
+    made = listing_of(*asked)
     if len(made.names) > MANY:
-        _recent[root, by_device] = time.monotonic(), made
+        _recent[asked] = time.monotonic(), made
     return made
 
 
-def listing_of(root: Path, by_device: bool = False) -> Listing:
+def listing_of(root: Path, by_device: bool = False, flat: bool = False) -> Listing:
     """Returns the images of a folder that has one folder a class, or is Tiny-ImageNet's validation part.
 
     Images may lie in folders within the class's folder. Links are followed.
 
     Args:
         by_device: it has one folder a device, and each of them one folder a class.
+        flat: accept images that lie in the folder itself as images without classes, if no folder in it has any.
 
     Raises:
         DataError: if it has no images, has the parts of a data set or a single folder of folders in place of classes,
@@ -167,6 +173,9 @@ def listing_of(root: Path, by_device: bool = False) -> Listing:
     except OSError as error:
         raise DataError(f"data source {str(root)!r}: cannot be read ({error.strerror}: {error.filename})") from None
     files = {name: sorted(paths, key=_parts) for name, paths in sorted(found.files.items()) if paths}
+    if flat and found.beside and not files:
+        del found.left_out[BESIDE]
+        return Listing(root, (), np.zeros(0, np.int64), Names(sorted(found.beside)), found.left_out)
     if not files:
         there = f" (found {listed(found.left_out)})" if found.left_out else ""
         raise DataError(f"data source {str(root)!r}: holds no images; {expected} is expected{there}")
@@ -205,7 +214,8 @@ def _folders(found: _Found, root: Path) -> list[Path]:
         elif entry.is_symlink() and not entry.is_file():
             found.left_out["broken links"] += 1
         elif Path(entry.name).suffix.lower() in IMAGE_ENDINGS:
-            found.left_out["images outside the classes' folders"] += 1
+            found.left_out[BESIDE] += 1
+            found.beside.append(entry.name)
         else:
             found.left_out[_kind(entry.name)] += 1
     _refuse_parts(root, folders)

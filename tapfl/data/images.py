@@ -78,12 +78,12 @@ def in_order(count: int, batch: int) -> Iterator[np.ndarray]:
 
 @dataclass(frozen=True, eq=False)
 class ImageSet:
-    """Labelled images: a view of a source, which holds positions and labels and no image.
+    """Images, usually with labels: a view of a source, which holds positions and labels and no image.
 
     Attributes:
         images: all images of the source.
-        labels: int64 (n,), positions in `classes`.
-        classes: names, in the order of the labels, in Unicode's NFC.
+        labels: int64 (n,), positions in `classes`; -1 everywhere if the images have no labels.
+        classes: names, in the order of the labels, in Unicode's NFC; none if the images have no labels.
         owners: int64 (n,), positions in `ids`; None: it is not known whose images they are.
         ids: of the natural devices, such as users or hospitals, sorted, in Unicode's NFC.
         fingerprint: names the content of the whole source: a hash of an .npz file, of a folder's names, sizes and
@@ -124,6 +124,11 @@ class ImageSet:
         return replace(self, labels=self.labels[chosen], positions=self._at(chosen), owners=owners)
 
     @property
+    def held(self) -> tuple[str, ...]:
+        """The names of the classes that have images, sorted."""
+        return tuple(sorted(self.classes[label] for label in np.unique(self.labels) if label >= 0))
+
+    @property
     def owner_names(self) -> tuple[str, ...]:
         """The ids of the devices that these images come from, as far as they are known."""
         return () if self.owners is None else tuple(self.ids[i] for i in np.unique(self.owners))
@@ -160,7 +165,8 @@ class ImageSet:
         colours = "grey" if channels == 1 else "RGB"
         images = f"{len(self)} {kind} images" if kind else f"{len(self)} images"
         empty = len(self.classes) - len(np.unique(self.labels))
-        classes = f"{len(self.classes)} classes{f' ({empty} without images)' if empty else ''}"
+        classes = f" of {len(self.classes)} classes{f' ({empty} without images)' if empty else ''}"
+        classes = classes if self.classes else " without labels"
         owners = f" from {len(self.owner_names)} devices" if self.ids else ""
-        line = f"{images} of {classes}{owners}, used at {height} × {width} px, {colours}"
+        line = f"{images}{classes}{owners}, used at {height} × {width} px, {colours}"
         return f"{line}; left out: {listed(self.left_out)}" if self.left_out else line

@@ -1,4 +1,4 @@
-"""Sources of labelled images: scikit-learn's digits, an .npz file, an image folder, a Hugging Face name."""
+"""Sources of images: what is built in (digits, letters), an .npz file, an image folder, a Hugging Face name."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 import unicodedata
 import zipfile
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -36,32 +36,36 @@ def load_images(
     cache: Path | None = None,
     ids: str = "",
     cache_gb: float = math.inf,
+    unlabelled: bool = False,
 ) -> ImageSet:
     """Returns all images of a source.
 
     Args:
-        source: `digits`, the path of an .npz file (`images`, `labels`, optionally `classes`), the path of a folder
-            with one folder of images a class (both parts of the Tiny-ImageNet release too), or ``hf:NAME[:SPLIT]``.
+        source: `digits`, `letters`, the path of an .npz file (`images`, `labels`, optionally `classes`), the path of a
+            folder with one folder of images a class (both parts of the Tiny-ImageNet release too), or
+            ``hf:NAME[:SPLIT]``.
         transform: of the backbone, which resizes and crops every image to what it takes. None: images stay as they
-            are, which digits and .npz files allow.
+            are, which what is built in and .npz files allow.
         cache: folder for images in the transform's size, which every process memory-maps; by default tapfl's own.
         ids: array of an .npz file or column of ``hf:`` that says from which device, by its id, each image comes; with
             any name a folder has one folder a device, and in each one folder of images a class. Empty: not asked for.
         cache_gb: gigabytes that a source may take there; see `tapfl.data.decoded`.
+        unlabelled: accept a source without labels as well: a folder of images without folders of classes, an .npz file
+            without `labels`, a table of images alone or one in which no image has a label.
 
     Raises:
         DataError: if the source is missing or of another kind, an image cannot be decoded, all are nearly black, a
             class has a name that cannot be printed, or there are no ids of devices.
     """
     kept = DecodedCache((cache or cache_folder()) / "images", cache_gb * 1e9)
-    if source == "digits":
-        images = _array(_digits(), transform, kept, source)
+    if source in BUILT_IN:
+        images = _array(BUILT_IN[source](), transform, kept, source)
     elif source.startswith("hf:"):
-        images = _hugging_face(source.removeprefix("hf:"), _needed(transform, source), kept, ids)
+        images = _hugging_face(source.removeprefix("hf:"), _needed(transform, source), kept, ids, unlabelled)
     elif (path := path_of(source)).is_dir():
-        images = _folder(path, _needed(transform, source), kept, bool(ids))
+        images = _folder(path, _needed(transform, source), kept, bool(ids), unlabelled)
     elif path.suffix.lower() == ".npz":
-        images = _array(_npz(path, ids), transform, kept, source)
+        images = _array(_npz(path, ids, unlabelled), transform, kept, source)
     else:
         raise no_such_source(source)
     if ids and images.owners is None:
@@ -118,21 +122,32 @@ def _digits() -> ImageSet:
     return ImageSet.of(images, digits.target.astype(np.int64), tuple(map(str, digits.target_names)), "digits")
 
 
+def _letters() -> ImageSet:
+    from tapfl.data.letters import drawn_letters
+
+    images, labels, names = drawn_letters()
+    return ImageSet.of(images, labels, names, "letters")
+
+
+BUILT_IN: Mapping[str, Callable[[], ImageSet]] = {"digits": _digits, "letters": _letters}
+
+
 # ---------------------------------------------------------------- an .npz file
 
 
-def _npz(path: Path, ids: str) -> ImageSet:
+def _npz(path: Path, ids: str, unlabelled: bool) -> ImageSet:
     def refusal(why: object) -> DataError:
         return DataError(f"data source {str(path)!r}: {why}")
 
     try:
         fingerprint = file_fingerprint(path)
         with np.load(path, allow_pickle=False) as arrays:
-            needed = ("images", "labels", *([ids] if ids else []))
+            needed = ("images", *([] if unlabelled else ["labels"]), *([ids] if ids else []))
             if lacking := [name for name in needed if name not in arrays]:
                 accepted = " and ".join(f"`{name}`" for name in needed)
                 raise refusal(f"has no array `{lacking[0]}`; accepted: {accepted}, has {', '.join(arrays)}")
-            images, labels = np.asarray(arrays["images"]), np.asarray(arrays["labels"])
+            images = np.asarray(arrays["images"])
+            labels = np.asarray(arrays["labels"]) if "labels" in arrays else None
             names = np.asarray(arrays["classes"]) if "classes" in arrays else None
             owners = np.asarray(arrays[ids]) if ids else None
         if names is not None and names.dtype.kind == "S":
@@ -152,6 +167,8 @@ def _npz(path: Path, ids: str) -> ImageSet:
         raise refusal(f"`images` must be {accepted}, got {images.dtype} {images.shape}")
     if len(images) == 0:
         raise refusal("holds no images")
+    if labels is None:
+        return ImageSet.of(images, np.full(len(images), -1), (), fingerprint)
     if labels.shape != (len(images),) or not np.issubdtype(labels.dtype, np.integer):
         raise refusal(f"`labels` must be {len(images)} integers, got {labels.dtype} {labels.shape}")
     if labels.min() < 0:
@@ -186,8 +203,8 @@ def _array(source: ImageSet, transform: Transform | None, cache: DecodedCache, n
 # ---------------------------------------------------------------- folders and Hugging Face
 
 
-def _folder(path: Path, transform: Transform, cache: DecodedCache, by_device: bool) -> ImageSet:
-    listing = list_images(path, by_device)
+def _folder(path: Path, transform: Transform, cache: DecodedCache, by_device: bool, unlabelled: bool) -> ImageSet:
+    listing = list_images(path, by_device, flat=unlabelled)
 
     def decode(position: int) -> np.ndarray:
         file = listing.file(position)
@@ -203,7 +220,7 @@ def _folder(path: Path, transform: Transform, cache: DecodedCache, by_device: bo
     return _owned(found, listing.owners, refusal) if by_device else found
 
 
-def _hugging_face(name: str, transform: Transform, cache: DecodedCache, ids: str) -> ImageSet:
+def _hugging_face(name: str, transform: Transform, cache: DecodedCache, ids: str, unlabelled: bool) -> ImageSet:
     from datasets import ClassLabel  # heavy, and only this source needs it
     from datasets import Image as ImageColumn
 
@@ -215,19 +232,23 @@ def _hugging_face(name: str, transform: Transform, cache: DecodedCache, ids: str
     columns = [
         [key for key, of in table.features.items() if isinstance(of, kind)] for kind in (ImageColumn, ClassLabel)
     ]
-    if not all(columns):
+    if not columns[0] or not (columns[1] or unlabelled):
         has = ", ".join(f"{key}: {getattr(of, 'dtype', type(of).__name__)}" for key, of in table.features.items())
-        raise refusal(f"needs a column of type Image and one of type ClassLabel, has {has}")
-    (image, *_), (label, *_) = columns
+        more = "" if unlabelled else " and one of type ClassLabel"
+        raise refusal(f"needs a column of type Image{more}, has {has}")
+    image, label = columns[0][0], next(iter(columns[1]), None)
     unused = {f"column {key}": 1 for kind in columns for key in kind[1:]}
     if not len(table):
         raise refusal("holds no images")
     if ids and ids not in table.features:
         raise refusal(f"has no column {ids!r} of device ids (data.device-column); has {', '.join(table.features)}")
-    labels = np.array([-1 if value is None else value for value in table[label]], dtype=np.int64)
-    if (labels < 0).any():
-        unlabelled = f"{(labels < 0).sum()} of {len(labels)} images have no label"
-        raise refusal(f"{unlabelled}; give a split with labels, hf:NAME:SPLIT")
+    labels, classes = np.full(len(table), -1), ()
+    if label is not None:
+        labels = np.array([-1 if value is None else value for value in table[label]], dtype=np.int64)
+        classes = () if unlabelled and (labels < 0).all() else tuple(table.features[label].names)
+    if classes and (labels < 0).any():
+        without = f"{(labels < 0).sum()} of {len(labels)} images have no label"
+        raise refusal(f"{without}; give a split with labels, hf:NAME:SPLIT")
 
     def picture(row: int) -> Image.Image:
         made: Image.Image | None = table[row][image]
@@ -240,7 +261,7 @@ def _hugging_face(name: str, transform: Transform, cache: DecodedCache, ids: str
 
     fingerprint = fingerprint_of(table)
     images = _kept(cache, f"hf:{name}", fingerprint, transform, len(table), decode)
-    found = ImageSet(images, labels, tuple(table.features[label].names), fingerprint, unused)
+    found = ImageSet(images, labels, classes, fingerprint, unused)
     return _owned(found, list(table[ids]), refusal) if ids else found
 
 

@@ -25,7 +25,7 @@ from timm.models import (
 from torch import Tensor, nn
 
 from tapfl.compute import HERE, Compute
-from tapfl.config import ModelOptions
+from tapfl.config import NEW_HEADS, ModelOptions
 from tapfl.data.images import ImageSet
 from tapfl.errors import ModelError, PlanError, message_of
 from tapfl.models.backbone import BackboneSpec, build, spec_of
@@ -91,13 +91,33 @@ def dense_key(options: ModelOptions, spec: BackboneSpec, pool: ImageSet, seed: i
     )
 
 
+def dense_spec(options: ModelOptions, pool: ImageSet) -> BackboneSpec:
+    """Returns the backbone that is scored and cut. Its outputs are the pool's classes, as a rule.
+
+    With a new head (`tapfl.models.new_head`) they are those of the head that the weights have, whatever its classes.
+
+    Raises:
+        ModelError: if the pool has no labels, and the head needs them.
+    """
+    spec, head = spec_of(options, pool.classes), options.head
+    if head in NEW_HEADS and (rows := _rows_in_weights(options)):
+        return spec.model_copy(update={"num_classes": rows})
+    if pool.classes:
+        return spec
+    accepted = "accepted: a pool with labels, or model.head = 'new' with model.weights that have a head"
+    if head == "rows":
+        raise ModelError(f"model.head = 'rows': its classes are those of the pool, which has no labels; {accepted}")
+    what = "the classifier is" if options.weights else "model.weights = '' and the backbone is"
+    raise ModelError(f"model.head = {head!r}: {what} trained on the labels of the pool, which has none; {accepted}")
+
+
 def fill_weights(model: nn.Module, options: ModelOptions, spec: BackboneSpec, classes: tuple[str, ...]) -> None:
     """Loads the weights that the options name into `model`, if they name any.
 
     Raises:
         ModelError: if they are not available, do not fit, or lack the required head.
     """
-    takes_head = options.head != "train"
+    takes_head = options.head in ("rows", "rows+train")
     rows = Path(options.head_rows) if takes_head and options.head_rows else None
     if options.weights == "hub":
         if takes_head and rows is None:
@@ -118,7 +138,7 @@ def dense_backbone(
     Raises:
         ModelError: if the backbone is unknown, cannot be pruned, or its weights do not fit.
     """
-    spec = spec_of(options, pool.classes)
+    spec = dense_spec(options, pool)
     key = dense_key(options, spec, pool, seed, compute)
     if not cache.holds(key):
         with cache.making(key):
@@ -151,7 +171,7 @@ def _make(options: ModelOptions, spec: BackboneSpec, pool: ImageSet, seed: int, 
     transform, model = transform_of(model), compute.put(model)
     if not options.weights:
         train(model, inputs=lambda index: compute.put(transform(pool.read(index))))
-    elif "train" in options.head:
+    elif "train" in options.head or (options.head in NEW_HEADS and not _rows_in_weights(options)):
         _train_head(model, image_features(model, transform.batches(pool)), train)
     return model
 
@@ -197,7 +217,7 @@ def load_weights(
     if needs_head and head_rows is None:
         _require_one_order(classes)
     if head_rows is not None:
-        _take_rows(state, heads, read_head_rows(head_rows, classes), head_rows, file.name)
+        take_rows(state, heads, read_head_rows(head_rows, classes), head_rows, file.name)
     for key in own.keys() & state.keys():
         if own[key].is_floating_point() and not state[key].is_floating_point():
             raise refusal(f"{key} is of type {state[key].dtype}; accepted: floating point (of any precision)")
@@ -222,6 +242,18 @@ def load_weights(
     _require_finite(model, refusal)
 
 
+def _rows_in_weights(options: ModelOptions) -> int:
+    """Returns how many classes the head in the weights has; 0 if there are no weights, or none that can be read."""
+    if options.weights == "hub":
+        config = timm.get_pretrained_cfg(options.name)
+        return config.num_classes if config else 0
+    try:
+        state = read_tensors(Path(options.weights)) if options.weights else {}
+    except PlanError:
+        return 0  # `load_weights` says why
+    return next((len(state[name]) for name in ("head.weight", "head.fc.weight") if name in state), 0)
+
+
 def _require_one_order(classes: tuple[str, ...]) -> None:
     """Raises ModelError if a head may have another order of classes: torchvision has 10 before 2, timm 2 before 10."""
     by_number = sorted(classes, key=lambda name: [int(part) if part.isdigit() else part for part in _PARTS.split(name)])
@@ -244,7 +276,7 @@ def load_hub_weights(model: nn.Module, spec: BackboneSpec, classes: tuple[str, .
         spec = spec.model_copy(update={"num_classes": theirs.num_classes})
     state = build(spec, pretrained=True).state_dict()
     if head_rows and rows:
-        _take_rows(state, _head_tensors(model), rows, head_rows, f"the hub's {spec.name}")
+        take_rows(state, _head_tensors(model), rows, head_rows, f"the hub's {spec.name}")
     model.load_state_dict(state)
     _require_finite(model, lambda why: ModelError(f"model.weights = 'hub': {spec.name}: {why}"))
 
@@ -259,7 +291,7 @@ def _head_tensors(model: nn.Module) -> list[str]:
     return [f"{name}.{part}" for name in head_names(model) for part in ("weight", "bias")]
 
 
-def _take_rows(state: dict[str, Tensor], heads: list[str], rows: list[int], named_by: Path, source: str) -> None:
+def take_rows(state: dict[str, Tensor], heads: list[str], rows: list[int], named_by: Path, source: str) -> None:
     """Reduces the heads in `state` to these rows. Raises ModelError if one lacks them."""
     for key in heads:
         if key not in state or not state[key].ndim or max(rows) >= len(state[key]):

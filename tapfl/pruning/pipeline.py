@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from tapfl.config import PruningOptions
 from tapfl.data.images import ImageSet
 from tapfl.data.transform import Transform
-from tapfl.errors import ModelError
+from tapfl.errors import ConfigError, ModelError
 from tapfl.models.backbone import BackboneSpec
 from tapfl.models.cost import Timings, measure_cost, measure_timings
 from tapfl.models.forward import example_input
+from tapfl.models.new_head import put_head
 from tapfl.models.prunable import prunable_layers
 from tapfl.options import Scalar
 from tapfl.progress import track
@@ -84,8 +85,16 @@ class Pruned:
 
 
 def labels_of(images: ImageSet, options: PruningOptions) -> Tensor | None:
-    """Returns the labels that the options allow to use, int64 (n,); None stands for the dense model's predictions."""
-    return torch.from_numpy(images.labels) if options.labels == "public" else None
+    """Returns the labels that the options allow to use, int64 (n,); None stands for the dense model's predictions.
+
+    Raises:
+        ConfigError: if the options want labels and the images have none.
+    """
+    if options.labels != "public":
+        return None
+    if not images.classes:
+        raise ConfigError("pruning.labels = 'public': the public pool has no labels; accepted: pseudo")
+    return torch.from_numpy(images.labels)
 
 
 def fine_tune_set(pick: Callable[[int], ImageSet], transform: Transform, options: PruningOptions) -> FineTuneSet | None:
@@ -109,6 +118,7 @@ def pruning_task(
     labels: Tensor | None = None,
     seed: int = 0,
     timings: Timings | None = None,
+    new_head: nn.Module | None = None,
 ) -> PruningTask:
     """Returns the input of a criterion.
 
@@ -117,6 +127,7 @@ def pruning_task(
 
     Args:
         timings: of the model, for a budget that names latency; measured here if None.
+        new_head: the same backbone with the classifier that devices get, if it is another.
 
     Raises:
         ConfigError: if the budget is not valid.
@@ -124,13 +135,13 @@ def pruning_task(
     """
     check_metric_set(model, inputs, batch)
     limits, options = Budget.parse(budget), resolved(options or PruningOptions())
-    layers, dense = tuple(prunable_layers(model)), measure_cost(model)
-    options = aligned(options, layers)
+    layers, given = tuple(prunable_layers(model)), new_head or model
+    dense, options = measure_cost(given), aligned(options, layers)
     model = in_basis(model, options.basis, lambda: canonical_basis(model, layers, inputs, batch))
     if limits.measured and timings is None:
-        timings = measure_timings(model, layers, options.align)
-    costs = cost_table(layers, dense, limits, timings)
-    return PruningTask(model, layers, dense, inputs, labels, costs, options, batch, torch_generator(seed, "criterion"))
+        timings = measure_timings(given, layers, options.align)
+    costs, generator = cost_table(layers, dense, limits, timings), torch_generator(seed, "criterion")
+    return PruningTask(model, layers, dense, inputs, labels, costs, options, batch, generator, new_head=new_head)
 
 
 def check_metric_set(model: nn.Module, inputs: Tensor, batch: int) -> None:
@@ -200,6 +211,11 @@ def recovered(
     )
 
 
+def finished(task: PruningTask, small: nn.Module) -> nn.Module:
+    """Returns the smaller model as a device gets it: with the new head, if there is one."""
+    return small if task.new_head is None else put_head(small, task.new_head)
+
+
 def prune_model(
     task: PruningTask,
     spec: BackboneSpec,
@@ -211,13 +227,14 @@ def prune_model(
     """Returns the smaller model and its plan: all of the above.
 
     Args:
+        spec: of the backbone that devices get.
         selection: of the task's criterion, if it is known.
 
     Raises:
         BudgetError: if the budget cannot be met.
     """
     selection = selection or select(task)
-    small = recovered(task, selection, cut(task, selection, seed), fine_tune, seed)
+    small = finished(task, recovered(task, selection, cut(task, selection, seed), fine_tune, seed))
     parts = {name: getattr(task.options, name) for name in ("criterion", "ratio", *CHANGES)}
     plan = plan_of(task, selection, spec, {**parts, "seed": seed, **(provenance or {})})
     changed = selection.model is not None or any(parts[name] != "none" for name in CHANGES)
@@ -241,7 +258,7 @@ def plan_of(
     plan = PruningPlan(
         backbone=spec, layers=parts, dense=task.dense, cost=task.dense, provenance=dict(provenance or {})
     )
-    return plan.model_copy(update={"cost": measure_cost(shrink(task.model, plan))})
+    return plan.model_copy(update={"cost": measure_cost(shrink(task.new_head or task.model, plan))})
 
 
 def _labels(task: PruningTask, images: FineTuneSet) -> Tensor:

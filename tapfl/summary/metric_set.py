@@ -105,6 +105,19 @@ def pick_metric_set(
     return _largest(worth, options.size)
 
 
+def effective_size(log_ratios: np.ndarray) -> float:
+    """Returns Kish's effective sample size (Σ w)² / Σ w² of importance weights w, from 1 to their number.
+
+    With w = p_i / p_pool it says how many of the images stand for a device: few, if it is on a few that its density
+    rests, and the others are unlike its own. It needs no labels.
+
+    Args:
+        log_ratios: log w, float64 (n,), n >= 1.
+    """
+    weights = np.exp(log_ratios - log_ratios.max())
+    return float(weights.sum() ** 2 / (weights**2).sum())
+
+
 def _component_quota(device: GaussianSummary, points: np.ndarray, size: int) -> np.ndarray:
     affinity = device.component_log_densities(points)  # log π_k N_k(x) = log p(x) + log r_k(x)
     exact = device.weights * size

@@ -40,6 +40,7 @@ class PruningTask:
         generator: the only source of randomness, on the CPU wherever the model is.
         pool_probe: layer importance (KL by layer name) of layers cut to given shapes, measured on the public pool; None
             where there is no pool or ``pruning.probe`` is not `pool`.
+        new_head: the backbone with the classifier that devices get, where that is not `model`'s; its costs count.
         at_once: how much is computed together.
         passing: context of the passes of which a ranking is all that is used (`tapfl.compute.Compute.forward`).
     """
@@ -54,6 +55,7 @@ class PruningTask:
     batch: int
     generator: torch.Generator
     pool_probe: Callable[[Mapping[str, Shape]], dict[str, float]] | None = None
+    new_head: nn.Module | None = None
     at_once: AtOnce = OF_CPU
     passing: Passing = nullcontext
 

@@ -1,0 +1,299 @@
+"""A public pool of other classes than the devices', or without labels; and a classifier of the devices' classes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from test_inprocess_run import TINY, content, tapfl
+from test_wire import HELLO
+
+from experiments.report.reading import read_run
+from experiments.report.single import page_of
+from tapfl.config import ModelOptions, PruningOptions, RunConfig
+from tapfl.data.images import ImageSet
+from tapfl.data.sources import load_images
+from tapfl.data.transform import Transform
+from tapfl.errors import ConfigError, DataError, ModelError, TapflError, WireError
+from tapfl.models.backbone import BackboneSpec, build
+from tapfl.models.cost import measure_cost
+from tapfl.models.dense import DenseCache, dense_backbone, dense_spec
+from tapfl.models.new_head import agreed_classes, fill_with_prototypes, put_head, with_new_head
+from tapfl.pruning.pipeline import labels_of, prune_model, pruning_task
+from tapfl.pruning.surgery import shrink
+from tapfl.summary.metric_set import effective_size
+
+RGB = Transform((8, 8), 3, (0.5,) * 3, (0.5,) * 3)
+SPEC = BackboneSpec(
+    name="vit_tiny_patch16_224",
+    args={"img_size": 8, "patch_size": 2, "in_chans": 1, "embed_dim": 32, "depth": 2, "num_heads": 2},
+    num_classes=7,
+)
+
+
+def options(**changes: object) -> ModelOptions:
+    return RunConfig.from_flat({"model.args": TINY, **{f"model.{k}": v for k, v in changes.items()}}).model
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Weights with a head of 7 classes, none of which anybody here has."""
+    file = tmp_path_factory.mktemp("weights") / "seven.safetensors"
+    args = dict(part.split("=") for part in TINY.split(","))
+    spec = SPEC.model_copy(update={"args": {**SPEC.args, "class_token": False, "global_pool": args["global_pool"]}})
+    save_file(build(spec, seed=3).state_dict(), file)
+    return file
+
+
+@pytest.fixture(scope="module")
+def unlabelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Letters whose labels are not told."""
+    file = tmp_path_factory.mktemp("pool") / "letters.npz"
+    np.savez(file, images=load_images("letters").read()[::5])
+    return file
+
+
+# -- images without labels ---------------------------------------------------------------------------------------------
+
+
+def folder_of(root: Path, *names: str) -> Path:
+    for number, name in enumerate(names):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (9, 9), (200, number, 50)).save(root / name)
+    return root
+
+
+def hugging_face(root: Path, column: str) -> str:
+    from datasets import ClassLabel, Dataset, Features, Value
+    from datasets import Image as ImageColumn
+
+    pictures = [Image.new("RGB", (9, 9), (200, 10, 50))] * 3
+    kind = ClassLabel(names=["a", "b"]) if column == "label" else Value("string")
+    values = [-1] * 3 if column == "label" else ["x"] * 3
+    features = Features({"image": ImageColumn(), column: kind})
+    Dataset.from_dict({"image": pictures, column: values}, features=features).save_to_disk(str(root / "hf"))
+    return f"hf:{root / 'hf'}"
+
+
+def npz_of(root: Path) -> str:
+    np.savez(root / "x.npz", images=np.full((3, 8, 8, 3), 200, np.uint8))
+    return str(root / "x.npz")
+
+
+SOURCES: dict[str, tuple[Callable[[Path], str], str]] = {
+    "a flat folder": (lambda root: str(folder_of(root / "flat", "a.png", "b.png", "c.png")), "one folder of images a"),
+    "an npz": (npz_of, "has no array `labels`"),
+    "a table of images": (lambda root: hugging_face(root, "caption"), "one of type ClassLabel"),
+    "an unlabelled split": (lambda root: hugging_face(root, "label"), "3 of 3 images have no label"),
+}
+
+
+@pytest.mark.parametrize("case", SOURCES)
+def test_a_pool_may_have_no_labels_and_devices_must(case: str, tmp_path: Path) -> None:
+    make, refused = SOURCES[case]
+    source = make(tmp_path)
+    pool = load_images(source, RGB, tmp_path / "cache", unlabelled=True)
+    assert len(pool) == 3 and pool.classes == () and pool.labels.tolist() == [-1] * 3 and pool.held == ()
+    assert "3 images without labels" in pool.described()
+    with pytest.raises(DataError, match=refused):
+        load_images(source, RGB, tmp_path / "cache")
+
+
+def test_a_folder_with_classes_stays_one_and_what_lies_beside_them_is_left_out(tmp_path: Path) -> None:
+    pool = load_images(str(folder_of(tmp_path / "x", "a/1.png", "2.png")), RGB, tmp_path / "cache", unlabelled=True)
+    assert (
+        pool.classes == ("a",) and len(pool) == 1 and dict(pool.left_out) == {"images outside the classes' folders": 1}
+    )
+
+
+def test_letters_are_the_same_whenever_they_are_drawn() -> None:
+    one, other = load_images("letters"), load_images("letters")
+    assert one.classes == tuple("ABCDEFGHIJKLMNOPQRSTUVWXYZ") and len(one) == 26 * 60
+    np.testing.assert_array_equal(one.read(), other.read())
+    assert len(np.unique(one.read().reshape(len(one), -1), axis=0)) > 0.95 * len(one)
+
+
+def test_the_effective_size_of_equal_weights_is_their_number() -> None:
+    assert effective_size(np.full(5, -700.0)) == pytest.approx(5)
+    assert effective_size(np.log([3.0, 1.0, 1.0, 1.0])) == pytest.approx(36 / 12)
+    assert effective_size(np.array([900.0, 0, 0])) == pytest.approx(1)
+
+
+# -- refused, by name --------------------------------------------------------------------------------------------------
+
+POOL = ImageSet.of(np.full((4, 8, 8, 1), 9, np.uint8), np.full(4, -1), ())
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"head": "train"}, r"model.head = 'train': model.weights = '' and the backbone is trained on the labels"),
+        ({"head": "train", "weights": "x"}, r"model.head = 'train': the classifier is trained on the labels"),
+        ({"head": "rows+train", "weights": "x"}, r"model.head = 'rows\+train': the classifier is trained"),
+        ({"head": "rows", "weights": "x"}, r"model.head = 'rows': its classes are those of the pool, which has no lab"),
+        ({"head": "new"}, r"model.head = 'new': model.weights = '' and the backbone is trained on the labels"),
+    ],
+)
+def test_what_needs_the_labels_of_the_pool(changes: dict[str, str], said: str) -> None:
+    with pytest.raises(ModelError, match=f"{said}.*accepted: a pool with labels, or model.head = 'new'"):
+        dense_spec(options(**changes), POOL)
+
+
+def test_public_labels_of_a_pool_without_labels() -> None:
+    assert labels_of(POOL, PruningOptions()) is None
+    with pytest.raises(
+        ConfigError, match=r"pruning.labels = 'public': the public pool has no labels; accepted: pseudo"
+    ):
+        labels_of(POOL, PruningOptions(labels="public"))
+
+
+@pytest.mark.parametrize(
+    ("flat", "said"),
+    [
+        ({"model.head": "prototypes"}, "model.head=prototypes starts from the means.*adapters.head=personal"),
+        (
+            {"model.head": "new", "adapters.head": "personal", "model.head-rows": "rows.json"},
+            "model.head-rows=rows.json needs the names.*accepted: head-rows=''",
+        ),
+        (
+            {"model.head": "new", "adapters.head": "personal", "personalize.method": "pooled"},
+            "personalize.method=pooled needs one classifier",
+        ),
+        (
+            {"model.head": "new", "model.weights": "x", "pruning.labels": "public"},
+            "pruning.labels=public are of the pool's classes.*accepted: pruning.labels=pseudo",
+        ),
+    ],
+)
+def test_options_that_contradict_a_new_head(flat: dict[str, object], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        RunConfig.from_flat(flat)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ([], "data.public = 'letters' and data.source differ in their classes.*model.head = 'new'"),
+        (["model.head=new", "model.head-rows=rows.json"], "takes rows of the head of model.weights, which is empty"),
+        (["model.head=new", "model.weights={weights}", "model.head-rows={rows}"], "names no row for class '3'"),
+        (["model.head=new", "model.weights={weights}", "model.head-rows={beyond}"], "row 7 is not in the head, which"),
+    ],
+)
+def test_a_run_that_could_not_be_finished_is_refused_before_it_begins(
+    changes: list[str], said: str, weights: Path, cache: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "rows.json").write_text(json.dumps({"0": 0, "1": 1, "2": 2}))
+    (tmp_path / "beyond.json").write_text(json.dumps({str(digit): digit + 2 for digit in range(6)}))
+    paths = {"weights": weights, "rows": tmp_path / "rows.json", "beyond": tmp_path / "beyond.json"}
+    given = ["data.public=letters", *(change.format(**paths) for change in changes)]
+    with pytest.raises(TapflError, match=said):
+        tapfl("--out", str(tmp_path / "run"), cache=cache, options=given)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "names",
+    ["", "[]", "[1]", '["b", "a"]', '["a", "a"]', '["a\\n"]', '[""]', '{"a": 1}', f'["{"a" * 201}"]', "[" * 9999],
+)
+def test_names_that_are_none(names: str) -> None:
+    with pytest.raises(WireError):
+        replace(HELLO, class_names=names).named(asked=True)
+
+
+def test_names_are_taken_only_if_they_were_asked_for() -> None:
+    assert HELLO.named(asked=True) == ("a", "b")
+    assert replace(HELLO, class_names="[]").named(asked=False) == ()
+    with pytest.raises(WireError, match="class names"):
+        HELLO.named(asked=False)
+
+
+# -- the new head ------------------------------------------------------------------------------------------------------
+
+
+def test_classes_are_those_of_all_devices_in_one_order() -> None:
+    assert agreed_classes([("b", "c"), ("a", "c"), ("10", "9")]) == ("10", "9", "a", "b", "c")
+
+
+def test_a_new_head_is_zero_or_has_the_rows_that_are_named(weights: Path, tmp_path: Path) -> None:
+    cache, given = DenseCache(tmp_path / "cache"), options(head="new", weights=str(weights))
+    old = dense_backbone(given, POOL, 0, cache)
+    assert old[1].num_classes == 7  # of the weights, whatever the pool has
+    torch.testing.assert_close(old[2].head.weight, load_file(weights)["head.weight"])
+    key, spec, zero = with_new_head(given, old, ("a", "b", "c"), cache)
+    assert key != old[0] and spec.num_classes == 3 and not zero.head.weight.any() and not zero.head.bias.any()
+    x = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(zero.forward_features(x), old[2].forward_features(x))
+    (tmp_path / "rows.json").write_text(json.dumps({"a": 5, "b": 0, "c": 2, "z": 1}))
+    named = given.model_copy(update={"head_rows": str(tmp_path / "rows.json")})
+    other, _, rows = with_new_head(named, old, ("a", "b", "c"), cache)
+    assert other not in (key, old[0])
+    torch.testing.assert_close(rows(x), old[2](x)[:, [5, 0, 2]])
+
+
+def test_prototypes_take_an_image_for_the_nearest_class() -> None:
+    model = build(SPEC.model_copy(update={"num_classes": 4}), seed=0).requires_grad_(False)
+    generator = np.random.default_rng(0)
+    labels = np.array([0, 1, 3] * 20)
+    features = generator.normal(size=(4, 32))[labels] * 3 + generator.normal(size=(60, 32)) + 5
+    filled = fill_with_prototypes(model, features.astype(np.float32), labels)
+    logits = filled.head(torch.from_numpy(features).float())
+    means = np.stack([features[labels == label].mean(0) for label in (0, 1, 3)])
+    nearest = np.array([0, 1, 3])[((features[:, None] - means) ** 2).sum(-1).argmin(1)]
+    np.testing.assert_array_equal(logits.argmax(1).numpy(), nearest)  # and never class 2, of which there is no image
+    assert not torch.equal(model.head.weight, filled.head.weight)
+
+
+def test_costs_are_those_of_the_model_with_the_new_head() -> None:
+    old = build(SPEC, seed=1).requires_grad_(False)
+    new = put_head(old, build(SPEC.model_copy(update={"num_classes": 40}), seed=2).requires_grad_(False))
+    inputs = torch.randn(64, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    task = pruning_task(old, inputs, 0.5, PruningOptions(align=1), new_head=new)
+    made = prune_model(task, SPEC.model_copy(update={"num_classes": 40}))
+    assert made.plan.dense == measure_cost(new) and made.plan.cost == measure_cost(made.model)
+    assert 0.49 < made.plan.cost.macs / made.plan.dense.macs <= 0.5
+    assert made.exact and made.model(inputs[:1]).shape == (1, 40)
+    torch.testing.assert_close(made.model(inputs), shrink(new, made.plan)(inputs))
+
+
+# -- whole runs --------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_with_an_unlabelled_foreign_pool(weights: Path, unlabelled: Path, cache: Path, tmp_path: Path) -> None:
+    """The head is of the devices' classes, is learnt by the federation, and the report tells the effective sizes."""
+    given = [f"data.public={unlabelled}", f"model.weights={weights}", "model.head=new", "metric.size=64"]
+    done = tapfl("--out", str(tmp_path / "run"), cache=cache, options=given, report="--report")
+    assert done.exit_code == 0, done.output
+    classes = json.loads((tmp_path / "run" / "classes.json").read_text())
+    state = load_file(tmp_path / "run" / "server" / "round-0002.safetensors")
+    assert state["params:head.weight"].shape == (len(classes), 32) and state["params:head.weight"].abs().max() > 0
+    run = read_run(tmp_path / "run")
+    held = {name for i in range(4) for name, n in zip(run.images[i].names, run.images[i].train, strict=True) if n}
+    assert sorted(held) == classes and all(plan.backbone.num_classes == len(classes) for plan in run.plans.values())
+    for record in run.devices:
+        assert float(record.profile.budget) * 0.995 <= record.macs_share <= float(record.profile.budget)
+    figures = {figure.name for figure in page_of(run).figures}
+    assert "effective" in figures and not figures & {"coverage", "metric-classes"}
+    assert all(1 <= chosen.effective_size <= 64 == chosen.size for chosen in run.metric_sets.values())
+    done = tapfl("--out", str(tmp_path / "again"), cache=cache, options=given)
+    assert content(tmp_path / "again") == content(tmp_path / "run")
+
+
+def test_a_personal_head_of_prototypes_keeps_the_names_on_the_devices(cache: Path, tmp_path: Path) -> None:
+    given = ["data.public=letters", "model.head=prototypes", "adapters.head=personal", "data.classes-per-device=2"]
+    first = tapfl("--out", str(tmp_path / "run"), cache=cache, options=[*given, "train.rounds=1"])
+    assert first.exit_code == 0, first.output
+    assert json.loads((tmp_path / "run" / "classes.json").read_text()) == ["0", "1"]  # of six digits: places, not names
+    run = read_run(tmp_path / "run")
+    assert {name for images in run.images.values() for name in images.names} - {"0", "1"}
+    chance = np.mean([max(run.images[i].test) / sum(run.images[i].test) for i in range(4)])
+    assert np.mean([record.pruned_accuracy for record in run.devices]) > chance + 0.1  # without a step of training
+    assert tapfl("--resume", str(tmp_path / "run"), cache=cache, options=[*given, "train.rounds=2"]).exit_code == 0
+    whole = tapfl("--out", str(tmp_path / "whole"), cache=cache, options=given)
+    assert whole.exit_code == 0 and content(tmp_path / "whole") == content(tmp_path / "run")
