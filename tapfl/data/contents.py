@@ -57,7 +57,7 @@ def content_of(option: str, value: str, ids: str = "") -> str:
         ConfigError: if a file cannot be read.
     """
     if option in IMAGES:
-        return _of_images(value, by_device=bool(ids) and option == "data.source")
+        return _of_images(value, bool(ids) and option == "data.source", flat=option == "data.public")
     try:
         plugin = option in PLUGIN_OPTIONS
         return file_fingerprint(file_of_plugin(option, value) if plugin else Path(value).expanduser())
@@ -65,12 +65,12 @@ def content_of(option: str, value: str, ids: str = "") -> str:
         raise ConfigError(f"{option} = {value!r}: cannot be read ({message_of(error)})") from None
 
 
-def _of_images(source: str, by_device: bool) -> str:
+def _of_images(source: str, by_device: bool, flat: bool) -> str:
     if source.startswith("hf:"):
         return hugging_face.fingerprint_of(hugging_face.open_table(source.removeprefix("hf:")))
     path = path_of(source)
     if path.is_dir():
-        return list_images(path, by_device, flat=not by_device).fingerprint
+        return list_images(path, by_device, flat).fingerprint
     if path.is_file() and path.suffix.lower() == ".npz":
         return file_fingerprint(path)
     raise no_such_source(source)
