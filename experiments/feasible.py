@@ -85,7 +85,8 @@ def _check_backbone(config: RunConfig, public: ImageSet, classes: tuple[str, ...
     model = build(spec)
     key = dense_key(options, spec, public, config.seed, Compute.of(config.compute))
     if not DenseCache(cache_folder(config.cache)).holds(key):
-        fill_weights(model, options, spec, public.classes)
+        for note in fill_weights(model, options, spec, public.classes):
+            log(logging.INFO, "%s", note)
     if new and options.head_rows:
         _require_rows(Path(options.head_rows), classes, spec.num_classes)
     layers = layers_of(model, options)

@@ -80,7 +80,23 @@ def require_same_run(folder: RunFolder, config: RunConfig, require: bool = True)
         DeviceStorage(device).require_same_images(images)
 
 
+def with_model_of_hub(config: RunConfig) -> RunConfig:
+    """Returns the configuration with timm's name and arguments of a model that is named by repository or folder."""
+    if ":" not in config.model.name:
+        return config
+    from tapfl.models.checkpoints import of_hub  # loads torch
+
+    return config.model_copy(update={"model": of_hub(config.model)})
+
+
 def absolute_paths(config: RunConfig) -> RunConfig:
-    """Returns the configuration with absolute paths, because server and devices run in folders of their own."""
+    """Returns the configuration with absolute paths, because server and devices run in folders of their own.
+
+    A repository of timm's hub, or a copy of one, becomes the model that it holds: no device looks it up.
+
+    Raises:
+        ModelError: if that is not there.
+    """
+    config = with_model_of_hub(config)
     absolute = {option: str(Path(value).expanduser().absolute()) for option, value in config.paths().items()}
     return RunConfig.from_flat(config.flat() | absolute)

@@ -192,23 +192,6 @@ def test_weights_of_odd_shapes_are_refused(key: str, shape: tuple[int, ...], wei
         load_weights(build(VIT), tmp_path / "other.safetensors", NAMES, None)
 
 
-def test_weights_under_other_names_are_refused_with_one_of_each(weights: Path, tmp_path: Path) -> None:
-    state = {f"module.{name}": tensor for name, tensor in read_tensors(weights).items()}  # of DistributedDataParallel
-    write_tensors(tmp_path / "other.safetensors", state)
-    with pytest.raises(
-        ModelError, match=r"lack 'cls_token', and hold 'module\..*which it lacks; accepted: timm's names"
-    ):
-        load_weights(build(VIT), tmp_path / "other.safetensors", NAMES, None)
-
-
-def test_weights_of_another_format_are_refused(weights: Path, tmp_path: Path) -> None:
-    torch.save(read_tensors(weights), tmp_path / "other.pth")
-    with pytest.raises(
-        ModelError, match=r"other\.pth': .*not a whole safetensors file.*accepted: a \.safetensors file"
-    ):
-        load_weights(build(VIT), tmp_path / "other.pth", NAMES, None)
-
-
 def rows_file(folder: Path, table: object) -> Path:
     file = folder / "rows.json"
     file.write_text(json.dumps(table))

@@ -32,7 +32,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from experiments.preflight import DEFAULT_DEVICES
+from experiments.preflight import DEFAULT_DEVICES, with_model_of_hub
 from tapfl.config import PruningOptions, RunConfig
 from tapfl.errors import ConfigError
 from tapfl.options import Section, flatten, parse_assignment, read_toml_tables, validated
@@ -165,7 +165,7 @@ class Comparison:
         instead = options.get("metric.rule")
         if instead in INSTEAD:
             del options["metric.rule"]
-        config = RunConfig.from_flat(options)
+        config = with_model_of_hub(RunConfig.from_flat(options))
         require_criterion(config.pruning.criterion)
         device, count = point["device"], config.devices.count
         if type(device) is not int or not 0 <= device < count:

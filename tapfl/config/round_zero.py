@@ -131,12 +131,17 @@ class DeviceOptions(Section):
 class ModelOptions(Section):
     """The dense backbone before pruning."""
 
-    name: str = Field("vit_tiny_patch16_224", description="name of a timm ViT, DeiT, PiT or Swin")
+    name: str = Field(
+        "vit_tiny_patch16_224",
+        description="timm ViT, DeiT, PiT or Swin: its name, `hf-hub:NAME`, or `local-dir:FOLDER`",
+    )
     args: str = Field(
         "img_size=8,patch_size=2,in_chans=1,embed_dim=64,depth=4,num_heads=4,class_token=False,global_pool=avg",
         description="arguments of timm's constructor, key=value; 2/2 is the tuple (2, 2)",
     )
-    weights: str = Field("", description="empty: train from scratch; `hub`: timm's pretrained; or a .safetensors file")
+    weights: str = Field(
+        "", description="empty: train from scratch; `hub`: the pretrained ones; or a file, .safetensors or .pth"
+    )
     head: Literal["train", "rows", "rows+train", "new", "prototypes"] = Field(
         "train",
         description="classifier: trained on the public pool, taken from rows of the head in `weights`, or both; `new`: "

@@ -27,6 +27,10 @@ _INITIALISING = threading.RLock()  # timm draws from torch's global generator, a
 FAMILIES = VisionTransformer | SwinTransformer | PoolingVisionTransformer
 ENTRY_POINTS = "tapfl.backbones"  # of installed packages; loading one registers its models with timm
 ACCEPTED = "timm's ViT, DeiT, PiT and Swin"
+REFUSED = {  # why a family that is near to those cannot be cut exactly
+    "Eva": ", in which rotary positions turn a head's dims in pairs, or a norm over hidden units ties them",
+    "Beit": ", whose blocks have biases of relative positions, and biases of q and v apart from their linear",
+}
 
 UNSET: tuple[object, ...] = ((), 0.0, "auto")  # values of options that leave timm's
 LARGEST_ARGUMENT = 2**16  # of a backbone's constructor: no image, width or depth is larger
@@ -228,7 +232,8 @@ def _create(spec: BackboneSpec, pretrained: bool = False) -> nn.Module:
             f"model.args = {written(spec.args)!r:.200}: timm cannot build {spec.name} with them ({_reason(error)})"
         ) from None
     if not isinstance(model, FAMILIES):
-        raise ModelError(f"model.name = {spec.name!r}: is a {type(model).__name__}; accepted: {ACCEPTED}")
+        why = REFUSED.get(type(model).__name__, "")
+        raise ModelError(f"model.name = {spec.name!r}: is a {type(model).__name__}{why}; accepted: {ACCEPTED}")
     changed = spec.preprocessing.model_dump(exclude_none=True)
     model.pretrained_cfg = {**model.pretrained_cfg, **changed}  # where timm looks it up
     return model.eval()

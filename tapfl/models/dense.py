@@ -27,8 +27,9 @@ from torch import Tensor, nn
 from tapfl.compute import HERE, Compute
 from tapfl.config import NEW_HEADS, ModelOptions
 from tapfl.data.images import ImageSet
-from tapfl.errors import ModelError, PlanError, message_of
+from tapfl.errors import ModelError, message_of
 from tapfl.models.backbone import BackboneSpec, build, spec_of
+from tapfl.models.checkpoints import read_checkpoint
 from tapfl.models.forward import head_names, image_features, transform_of
 from tapfl.models.prunable import prunable_layers
 from tapfl.models.units import PrunableLayer
@@ -111,8 +112,8 @@ def dense_spec(options: ModelOptions, pool: ImageSet) -> BackboneSpec:
     raise ModelError(f"model.head = {head!r}: {what} trained on the labels of the pool, which has none; {accepted}")
 
 
-def fill_weights(model: nn.Module, options: ModelOptions, spec: BackboneSpec, classes: tuple[str, ...]) -> None:
-    """Loads the weights that the options name into `model`, if they name any.
+def fill_weights(model: nn.Module, options: ModelOptions, spec: BackboneSpec, classes: tuple[str, ...]) -> list[str]:
+    """Loads the weights that the options name into `model`, if they name any; returns what a user should know.
 
     Raises:
         ModelError: if they are not available, do not fit, or lack the required head.
@@ -124,7 +125,8 @@ def fill_weights(model: nn.Module, options: ModelOptions, spec: BackboneSpec, cl
             raise ModelError(f"model.head = {options.head!r} with model.weights = 'hub': needs model.head-rows")
         load_hub_weights(model, spec, classes, rows)
     elif options.weights:
-        load_weights(model, Path(options.weights), classes, rows, needs_head=takes_head)
+        return load_weights(model, Path(options.weights), classes, rows, needs_head=takes_head)
+    return []
 
 
 def dense_backbone(
@@ -191,8 +193,10 @@ def _train_head(model: nn.Module, features: np.ndarray, train: Callable[..., Non
 
 def load_weights(
     model: nn.Module, file: Path, classes: tuple[str, ...], head_rows: Path | None, needs_head: bool = False
-) -> None:
-    """Loads a safetensors file into `model`; position embeddings are resampled to the model's size.
+) -> list[str]:
+    """Loads a checkpoint into `model`; position embeddings are resampled to the model's size.
+
+    Returns a sentence if a head of another size was left out, none otherwise.
 
     Args:
         classes: names of the federation's classes, in the order of its labels.
@@ -207,12 +211,10 @@ def load_weights(
     def refusal(why: object) -> ModelError:
         return ModelError(f"model.weights = {str(file)!r}: {why}")
 
-    if not file.is_file():
-        raise refusal("there is no such file; accepted: a .safetensors file, or hub")
     try:
-        state = read_tensors(file)
-    except PlanError as error:
-        raise refusal(f"{error}; accepted: a .safetensors file, or hub") from None
+        state = read_checkpoint(file)
+    except ValueError as error:
+        raise refusal(error) from None
     heads, own = _head_tensors(model), model.state_dict()
     if needs_head and head_rows is None:
         _require_one_order(classes)
@@ -221,8 +223,12 @@ def load_weights(
     for key in own.keys() & state.keys():
         if own[key].is_floating_point() and not state[key].is_floating_point():
             raise refusal(f"{key} is of type {state[key].dtype}; accepted: floating point (of any precision)")
+    notes: list[str] = []
     for key in heads:
         if key in state and state[key].shape != own[key].shape:
+            if key.endswith("weight"):
+                theirs, mine = ("×".join(map(str, of[key].shape)) for of in (state, own))
+                notes.append(f"model.weights = {str(file)!r}: {key} is {theirs}, and a new one of {mine} is trained")
             del state[key]
         if needs_head and key not in state:
             raise refusal(
@@ -240,6 +246,7 @@ def load_weights(
     if unexpected:
         raise refusal(f"do not fit the backbone: they hold {unexpected[0]!r}, which the backbone lacks")
     _require_finite(model, refusal)
+    return notes
 
 
 def _rows_in_weights(options: ModelOptions) -> int:
@@ -248,8 +255,8 @@ def _rows_in_weights(options: ModelOptions) -> int:
         config = timm.get_pretrained_cfg(options.name)
         return config.num_classes if config else 0
     try:
-        state = read_tensors(Path(options.weights)) if options.weights else {}
-    except PlanError:
+        state = read_checkpoint(Path(options.weights)) if options.weights else {}
+    except ValueError:
         return 0  # `load_weights` says why
     return next((len(state[name]) for name in ("head.weight", "head.fc.weight") if name in state), 0)
 
@@ -332,11 +339,12 @@ def read_head_rows(file: Path, classes: tuple[str, ...]) -> list[int]:
 
 def _resampled(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     """Returns `state` under the names and in the sizes of `model`, as timm's own filter of its family has them."""
-    for family, module in (
-        (SwinTransformer, swin_transformer),
-        (PoolingVisionTransformer, pit),
-        (VisionTransformer, vision_transformer),
+    deit3 = partial(vision_transformer.checkpoint_filter_fn, adapt_layer_scale=True)  # whose gamma_1 is ls1.gamma here
+    for family, filtered in (
+        (SwinTransformer, swin_transformer.checkpoint_filter_fn),
+        (PoolingVisionTransformer, pit.checkpoint_filter_fn),
+        (VisionTransformer, deit3),
     ):
         if isinstance(model, family):
-            state = module.checkpoint_filter_fn(state, model)
+            state = filtered(state, model)
     return state

@@ -65,7 +65,7 @@ class GaussianSummary:
 
     def check(self, dim: int, min_support: float) -> None:
         """Raises DataError unless this is a mixture of dimension `dim` whose components are all supported."""
-        k = len(self.weights)
+        k = len(self.weights) if self.weights.ndim == 1 else 0
         shapes = ((k, dim), (k, dim, dim))
         wrong = ""
         if k == 0 or self.weights.ndim != 1 or self.means.shape != shapes[0] or self.covariances.shape not in shapes:
