@@ -170,8 +170,8 @@ def skeleton(spec: str) -> tuple[nn.Module, list[PrunableLayer]]:
     return model, prunable_layers(model)
 
 
-class PrunedDevice(NamedTuple):
-    """A device's pruned model: the layout of its adapters, and the model as a function of them."""
+class AdaptedDevice(NamedTuple):
+    """A model of a device: the layout of its adapters, and the model as a function of them."""
 
     layout: Layout
     adapted: AdaptedModel
@@ -187,24 +187,38 @@ class PrunedDevice(NamedTuple):
 _models = Memo(0, lambda device: device.nbytes)
 
 
-def pruned(folder: Path, device: int, rank: int, config: RunConfig, compute: Compute) -> PrunedDevice:
+def pruned(folder: Path, device: int, rank: int, config: RunConfig, compute: Compute) -> AdaptedDevice:
     """Returns the model in a device's storage. Raises PlanError if it is missing, damaged or another device's."""
     plan, checksum = load_plan(folder)
     require_device(plan, device, f"{folder}: is the model")
+
+    def make() -> AdaptedDevice:
+        spec = plan.backbone.model_dump_json()
+        model = load_pruned(folder, skeleton(spec)[0])
+        return _adapted(compute.put(model), spec, plan, rank, config)
+
     _models.limit = config.compute.cache_mb * 2**20
-    key = (folder, checksum, rank, config, compute)
-    made: PrunedDevice = _models.once(key, lambda: _load(folder, plan, rank, config, compute))
+    made: AdaptedDevice = _models.once((folder, checksum, rank, config, compute), make)
     return made
 
 
-def _load(folder: Path, plan: PruningPlan, rank: int, config: RunConfig, compute: Compute) -> PrunedDevice:
-    dense, layers = skeleton(plan.backbone.model_dump_json())
-    model, options = load_pruned(folder, dense), config.adapters
+def unpruned(cache: Path, key: str, spec: str, rank: int, config: RunConfig, compute: Compute) -> AdaptedDevice:
+    """Returns the dense backbone with adapters of a device's rank, which are not shared with anyone."""
+    _models.limit = config.compute.cache_mb * 2**20
+    made: AdaptedDevice = _models.once(
+        (cache, key, rank, config, compute),
+        lambda: _adapted(dense(cache, key, spec, compute), spec, None, rank, config),
+    )
+    return made
+
+
+def _adapted(model: nn.Module, spec: str, plan: PruningPlan | None, rank: int, config: RunConfig) -> AdaptedDevice:
+    (dense, layers), options = skeleton(spec), config.adapters
     shapes = global_shapes(dense, layers, max_rank(config.devices))
     layout = device_layout(shapes, layers, plan, rank)
     staying = [name for name in layout if name not in rules.down(options, layout)]
     made: Params = {}
-    if wanted := list(layout) if config.personalize.alone else staying:
+    if wanted := list(layout) if config.personalize.references else staying:
         initial = rules.initial(options, shapes, layers, dense, torch_generator(config.seed, "adapters"))
         heads = dict(model.named_parameters())
         made = {
@@ -215,5 +229,4 @@ def _load(folder: Path, plan: PruningPlan, rank: int, config: RunConfig, compute
     moving = rules.trained(options, layout, 1) | rules.trained(options, layout, 2)
     private = tuple(name for name in staying if name in moving)
     nbytes = sum(parameter.nbytes for parameter in model.parameters())
-    adapted = AdaptedModel(compute.put(model), layout, options.scale)
-    return PrunedDevice(layout, adapted, start, made, private, nbytes)
+    return AdaptedDevice(layout, AdaptedModel(model, layout, options.scale), start, made, private, nbytes)

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from clients import caches
+from clients.references import References
 from clients.storage import DeviceState, DeviceStorage
 from tapfl.adapters import rules
 from tapfl.adapters.combination import clip_update
@@ -34,7 +35,7 @@ from tapfl.models.forward import image_features
 from tapfl.models.new_head import fill_with_prototypes
 from tapfl.personalize.held_out import hold_out
 from tapfl.personalize.method import LocalResult, Method, Personal, local_round
-from tapfl.personalize.methods import Local, method_of
+from tapfl.personalize.methods import method_of
 from tapfl.profiles import DeviceProfile
 from tapfl.pruning.plan import PruningPlan
 from tapfl.pruning.surgery import rebuild, save_pruned, shrink
@@ -140,6 +141,7 @@ class Device:
             train = self._part("train")
             features = image_features(small, train.split(256))
             small = fill_with_prototypes(small, features, home(train.labels).numpy())
+        self._references.begin(message.backbone_key, plan, simulated=not self.source)
         save_pruned(small, plan, self.storage.pruned, replace=True)
         cost = measure_cost(small)
         return PruneReply(params=cost.params, macs=cost.macs, pruned_accuracy=self._accuracy(small))
@@ -155,9 +157,14 @@ class Device:
         accuracies = self._evaluate(received, method.inference(received, used)) if due else (0.0, 0.0)
         trained = home(result.upload or {})
         private = {name: trained[name] for name in self._pruned.private if name in trained}
-        alone = self._trained_alone(state, message.round)
-        if method.has_local_state or private or alone:
-            kept = DeviceState(result.personal if method.has_local_state else None, private, alone).moved(home)
+
+        def for_comparison(method: Method[Any], start: Params, model: caches.AdaptedDevice) -> Params:
+            alone = self._local_round(method, start, None, message.round, model).personal
+            return alone.params if alone else start
+
+        references = self._references.trained(state.references, self._pruned, message.round, for_comparison)
+        if method.has_local_state or private or references:
+            kept = DeviceState(result.personal if method.has_local_state else None, private, references).moved(home)
             self.storage.save_state(self.partition_id, message.round, kept, before=message.state_round)
         return TrainReply(
             round=message.round,
@@ -166,7 +173,9 @@ class Device:
             alpha=_alpha(used),
             global_accuracy=accuracies[0],
             personal_accuracy=accuracies[1],
-            alone_accuracy=self._alone_accuracy(state) if due else 0.0,
+            reference_accuracies=self._references.accuracies(state.references, self._pruned, self._score)
+            if due
+            else np.zeros(len(self._references.rates)),
         )
 
     def evaluate(self, message: Evaluate) -> EvaluateReply:
@@ -181,7 +190,8 @@ class Device:
         if personal and self.config.personalize.method == "apfl":
             self.storage.save_alphas({a: self._score(interpolate(personal.params, received, a)) for a in SHOWN_ALPHAS})
         save_peft(home(final), self.config.adapters.scale, self.storage.personal, base=str(self.storage.pruned))
-        return EvaluateReply(message.round, _alpha(personal), *accuracies, self._alone_accuracy(state))
+        references = self._references.accuracies(state.references, self._pruned, self._score)
+        return EvaluateReply(message.round, _alpha(personal), *accuracies, references)
 
     def _method(self, round: int) -> Method[Any]:
         """Returns the method of a round, with the round's learning rate."""
@@ -190,11 +200,11 @@ class Device:
         return method_of(options.model_copy(update={"learning_rate": rate}), self.config.adapters, round)
 
     @cached_property
-    def _pruned(self) -> caches.PrunedDevice:
+    def _pruned(self) -> caches.AdaptedDevice:
         return caches.pruned(self.storage.pruned, self.partition_id, self.profile.rank, self.config, self.compute)
 
     def _state(self, round: int) -> DeviceState:
-        kept = self._method(round).has_local_state or self._pruned.private or self.config.personalize.alone
+        kept = self._method(round).has_local_state or self._pruned.private or self.config.personalize.references
         state = self.storage.load_state(self.partition_id, round) if kept else DeviceState(None, {})
         return state.moved(self.compute.put)
 
@@ -209,18 +219,17 @@ class Device:
         whole = self._pruned.start | state.private | unpack(adapters, rules.down(self.config.adapters, layout))
         return self.compute.put({name: whole[name] for name in layout})
 
-    @cached_property
-    def _trained_and_held_out(self) -> tuple[np.ndarray, np.ndarray]:
-        """Positions in the training part: of the images that are trained on, and of those that choose α."""
+    def _trained_and_held_out(self, round: int) -> tuple[np.ndarray, np.ndarray]:
+        """Positions in the training part: of the images that a round trains on, and of those that choose α in it."""
         labels = self._part("train").labels
-        if not self.config.personalize.holds_out:
+        if not self.config.personalize.holds_out_in(round):
             return np.arange(len(labels)), np.arange(0)
         generator = numpy_generator(self.config.seed, "held-out", self.partition_id)
         return hold_out(home(labels).numpy(), self.config.personalize.held_out_share, generator)
 
     def _weighing(self, round: int) -> list[np.ndarray]:
         """Positions in the training part, by batches, of the images by which a method weighs v against w."""
-        options, (trained, held_out) = self.config.personalize, self._trained_and_held_out
+        options, (trained, held_out) = self.config.personalize, self._trained_and_held_out(round)
         if options.method != "fedala":
             return [held_out[first : first + 256] for first in range(0, len(held_out), 256)]
         drawn = numpy_generator(self.config.seed, "weigh", round, self.partition_id).permutation(trained)
@@ -241,24 +250,9 @@ class Device:
 
         return method.weigh(received, personal, [partial(losses, index) for index in chosen])
 
-    def _trained_alone(self, state: DeviceState, round: int) -> Params:
-        """Returns the adapters that are trained on the device's own images alone, after a round; {} if none are.
-
-        They start from the pruned model and see all training images: nothing is held out of them.
-        """
-        options = self.config.personalize
-        if not options.alone:
-            return {}
-        method = Local(rate_factor(self.config.train, round) * options.alone_learning_rate)
-        everything = np.arange(len(self._part("train")))
-        start = state.alone or self.compute.put(self._pruned.untrained)
-        result = self._local_round(method, start, None, round, everything).personal
-        return result.params if result else {}
-
-    def _alone_accuracy(self, state: DeviceState) -> float:
-        """Returns the accuracy of the adapters that were trained alone; 0 if there are none."""
-        start = self.compute.put(self._pruned.untrained)
-        return self._score(state.alone or start) if self.config.personalize.alone else 0.0
+    @property
+    def _references(self) -> References:
+        return References(self.config, self.storage, self.profile.rank, self.compute)
 
     def _local_round(
         self,
@@ -266,17 +260,21 @@ class Device:
         received: Params,
         personal: Personal | None,
         round: int,
-        positions: np.ndarray | None = None,
+        reference: caches.AdaptedDevice | None = None,
     ) -> LocalResult:
         """Returns the result of a round's local training.
 
         Args:
-            positions: of the training images that are used; by default those that are not held out.
+            reference: the model that is trained for comparison: on all images, nothing is held out, in as many steps
+                as the device's own take. By default the device's own model.
         """
         part = self._part(method.trains_on)
-        own, options, seed = self._pruned, self.config.train, self.config.seed
-        if positions is None:
-            positions = self._trained_and_held_out[0] if method.trains_on == "train" else np.arange(len(part))
+        own, options, seed = reference or self._pruned, self.config.train, self.config.seed
+        if reference:
+            steps = local_steps(len(self._part("train")), options)
+            positions, options = np.arange(len(part)), options.model_copy(update={"steps": steps})
+        else:
+            positions = self._trained_and_held_out(round)[0] if method.trains_on == "train" else np.arange(len(part))
 
         def objective(params: Params, batch: Any) -> Tensor:
             x, y = batch
@@ -308,8 +306,9 @@ class Device:
         shared = self._score(received)
         return shared, shared if used is received else self._score(used)
 
-    def _score(self, params: Params) -> float:
-        return self._accuracy(partial(self._pruned.adapted, params))
+    def _score(self, params: Params, own: caches.AdaptedDevice | None = None) -> float:
+        """Returns the accuracy of a model, by default the device's own, with these adapters."""
+        return self._accuracy(partial((own or self._pruned).adapted, params))
 
     def _accuracy(self, model: Callable[[Tensor], Tensor]) -> float:
         """Returns the accuracy on the test part."""

@@ -7,13 +7,14 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from tapfl.config import REFERENCES
 from tapfl.data.contents import ACCEPTED, changed
 from tapfl.errors import DataError, RunError
 from tapfl.personalize.method import Personal
 from tapfl.store import Versions, part_of, read_sealed, write_json, write_sealed
 from tapfl.training import Params
 
-ALPHA, PERSONAL, PRIVATE, ALONE, STATE = "alpha", "v:", "w:", "alone:", "state"
+ALPHA, PERSONAL, PRIVATE, STATE = "alpha", "v:", "w:", "state"
 IMAGES_FILE, ALPHAS_FILE = "images.json", "alphas.json"
 
 
@@ -22,12 +23,13 @@ class DeviceState(NamedTuple):
 
     personal: Personal | None  # v and α; None where the method has none
     private: Params  # the parts of w that the aggregation rule does not share
-    alone: Params | None = None  # adapters that were trained alone, for comparison
+    references: Mapping[str, Params] = {}  # adapters that were trained for comparison, by `personalize.references`
 
     def moved(self, move: Callable[[Any], Any]) -> DeviceState:
         """Returns the state with all tensors moved: `Compute.put`, or `home`."""
         v = self.personal
-        return DeviceState(v and Personal(move(v.params), move(v.alpha)), move(self.private), move(self.alone))
+        references = {name: move(params) for name, params in self.references.items()}
+        return DeviceState(v and Personal(move(v.params), move(v.alpha)), move(self.private), references)
 
 
 class DeviceStorage:
@@ -41,6 +43,7 @@ class DeviceStorage:
     alphas.json   test accuracy of the interpolation at several α at the end, with `apfl`, for readers of this folder
     classes.json  names of the backbone's outputs, if the device has its own image source
     source.json   fingerprint of the images that the run began with
+    backbone.json the dense backbone's key and spec, if a reference needs it
     ```
     """
 
@@ -48,7 +51,7 @@ class DeviceStorage:
         self.folder = folder
         self.pruned, self.personal = folder / "pruned", folder / "personal"
         self._classes, self._state = folder / "classes.json", Versions(folder / "state")
-        self._source = folder / "source.json"
+        self._source, self._backbone = folder / "source.json", folder / "backbone.json"
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -60,6 +63,18 @@ class DeviceStorage:
 
     def save_classes(self, classes: Sequence[str]) -> None:
         write_json(self._classes, list(classes))
+
+    @property
+    def backbone(self) -> tuple[str, str]:
+        """The key and the spec, as JSON, of the dense backbone. Raises RunError if no model was received before."""
+        try:
+            known = json.loads(self._backbone.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise RunError(f"{self._backbone}: cannot be read ({error.strerror})") from None
+        return known["key"], known["spec"]
+
+    def save_backbone(self, key: str, spec: str) -> None:
+        write_json(self._backbone, {"key": key, "spec": spec})
 
     @property
     def source(self) -> dict[str, str]:
@@ -104,7 +119,8 @@ class DeviceStorage:
         """
         # a method may return one tensor in w and in v; safetensors refuses two names for it
         tensors = {PRIVATE + name: tensor.clone() for name, tensor in state.private.items()}
-        tensors |= {ALONE + name: tensor for name, tensor in (state.alone or {}).items()}
+        for reference, params in state.references.items():
+            tensors |= {f"{reference}:{name}": tensor for name, tensor in params.items()}
         if state.personal is not None:
             tensors |= {PERSONAL + name: tensor for name, tensor in state.personal.params.items()}
             tensors[ALPHA] = state.personal.alpha
@@ -126,4 +142,5 @@ class DeviceStorage:
         tensors, _ = read_sealed(file, STATE, device=device, round=round)
         personal = part_of(tensors, PERSONAL)
         kept = Personal(personal, tensors[ALPHA]) if personal else None
-        return DeviceState(kept, part_of(tensors, PRIVATE), part_of(tensors, ALONE) or None)
+        references = {name: found for name in REFERENCES if (found := part_of(tensors, f"{name}:"))}
+        return DeviceState(kept, part_of(tensors, PRIVATE), references)

@@ -71,6 +71,7 @@ def run(
     from experiments.jobs.federation import engine_of
     from experiments.jobs.pool import interruptible
     from experiments.preflight import resolve_run
+    from experiments.statistics import against_references
     from strategies.progress import shown
     from strategies.records import SUMMARY, read_summary
 
@@ -97,7 +98,7 @@ def run(
         shared = {"run": str(folder)} | ({"report": str(page)} if page else {}) | {"devices": len(summary.devices)}
         print(json.dumps(shared | summary.model_dump(exclude={"devices"})))
         return
-    show_summary(summary)
+    show_summary(summary, against_references(summary.equipped))
     show_line(f"the run's folder: {folder}")
     for remark in remarks:
         show_line(remark)

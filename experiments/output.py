@@ -103,12 +103,15 @@ def show_line(text: str) -> None:
     console().print(text, highlight=False, soft_wrap=True)
 
 
-def show_summary(summary: Summary) -> None:
-    """Prints the closing table of a run: one line per device, the means, and remarks."""
-    alone = ["alone"] if summary.alone_accuracy is not None else []
-    stages = ["dense", "pruned", *alone, "global", "personal"]
+def show_summary(summary: Summary, against: Mapping[str, object]) -> None:
+    """Prints the closing table of a run: one line per device, the means, and remarks.
+
+    Args:
+        against: how the personal accuracies differ from those of each reference, by its name.
+    """
+    stages = ["dense", "pruned", *(summary.reference_accuracies or {}), "global", "personal"]
     names = ("device", "samples", "classes", "budget", "MACs", "params", *stages, "α", "up", "down")
-    columns = [Column(name, justify="right") for name in names]
+    columns = [Column(name.replace("+", " + "), justify="right") for name in names]  # wraps at the spaces
     table = Table(*columns, title="accuracy on each device's own test part", title_justify="left")
     for device in summary.devices:
         table.add_row(
@@ -126,12 +129,13 @@ def show_summary(summary: Summary) -> None:
     sent = (size(summary.bytes_up), size(summary.bytes_down))
     table.add_row("mean", "", "", "", "", "", *_accuracies(summary, stages), "", *sent)
     console().print(table)
-    for line in _remarks(summary):
+    gains = [f"personal - {name}: {difference}" for name, difference in against.items()]
+    for line in (*gains, *_remarks(summary)):
         console().print(line, highlight=False)
 
 
 def _accuracies(record: DeviceRecord | Summary, stages: Sequence[str]) -> list[str]:
-    values = (getattr(record, f"{stage}_accuracy") for stage in stages)
+    values = (record.accuracy_of(stage) for stage in stages)
     return ["–" if value is None else f"{value:.3f}" for value in values]
 
 

@@ -23,6 +23,7 @@ from typing import TypeVar
 import numpy as np
 from scipy import stats
 
+from strategies.records import DeviceRecord
 from tapfl.seeds import numpy_generator
 
 TEST = "two-sided sign-flip permutation test over devices (scipy.stats.permutation_test)"
@@ -75,6 +76,14 @@ def paired(values: Mapping[Hashable, float], reference: Mapping[Hashable, float]
         rng=numpy_generator(0, "sign flips"),
     )
     return Paired(float(differences.mean()), min(1.0, float(found.pvalue)), len(both))
+
+
+def against_references(devices: Sequence[DeviceRecord]) -> dict[str, Paired]:
+    """Returns how the personal accuracies differ from those of each of `personalize.references`, by its name."""
+    personal: dict[Hashable, float] = {each.device: each.personal_accuracy for each in devices}
+    beside = {each.device: each.reference_accuracies or {} for each in devices}
+    names = dict.fromkeys(name for known in beside.values() for name in known)
+    return {name: paired(personal, {i: known[name] for i, known in beside.items() if name in known}) for name in names}
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

@@ -123,9 +123,9 @@ class Preparation:
             work = macs * state.devices[i].test_samples
             requests[i] = Request(message, PruneReply, check, max_bytes=ENVELOPE, macs=work)
         state, replies = self.fleet.ask(state, "surgery", requests, min_success=min_success)
-        changes = {}
+        changes, names = {}, [*self.config.personalize.reference_rates]
         for i, reply in replies.items():
-            dense = plans[i].dense
+            dense, before = plans[i].dense, {"dense+alone": state.devices[i].dense_accuracy}
             changes[i] = {
                 "params": reply.params,
                 "params_share": reply.params / dense.params,
@@ -133,7 +133,7 @@ class Preparation:
                 "macs_share": reply.macs / dense.macs,
                 # adapters start without effect: so it does until it is first asked in a round
                 **dict.fromkeys(("pruned_accuracy", "global_accuracy", "personal_accuracy"), reply.pruned_accuracy),
-                "alone_accuracy": reply.pruned_accuracy if self.config.personalize.alone else None,
+                "reference_accuracies": {name: before.get(name, reply.pruned_accuracy) for name in names} or None,
             }
         have = {**state.plans, **{i: plans[i].checksum for i in replies}}
         return replace(state.with_devices(changes), plans=dict(sorted(have.items())))

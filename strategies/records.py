@@ -24,6 +24,7 @@ SUMMARY, METRICS = "summary.json", "metrics.jsonl"
 
 Count = Annotated[int, Field(ge=0, le=2**63)]
 ByKind = dict[str, Count]
+Accuracies = dict[str, float]
 
 
 class Record(BaseModel):
@@ -32,7 +33,18 @@ class Record(BaseModel):
     model_config = ConfigDict(strict=True, allow_inf_nan=False, extra="ignore", frozen=True)
 
 
-class DeviceRecord(Record):
+class Accurate(Record):
+    """Base of records with the accuracies of several models."""
+
+    reference_accuracies: Accuracies | None = None  # of `personalize.references`, by name; None: there are none
+
+    def accuracy_of(self, model: str) -> float | None:
+        """Returns the accuracy of `dense`, `pruned`, `global`, `personal` or a reference; None if it is not known."""
+        found: float | None = getattr(self, f"{model}_accuracy", None)
+        return (self.reference_accuracies or {}).get(model) if found is None else found
+
+
+class DeviceRecord(Accurate):
     """What the server knows of one device. Shares and accuracies lie in [0, 1]."""
 
     device: Count
@@ -51,7 +63,6 @@ class DeviceRecord(Record):
     pruned_accuracy: float = 0.0
     global_accuracy: float = 0.0
     personal_accuracy: float = 0.0
-    alone_accuracy: float | None = None  # of adapters trained on the device's own images alone, if there are any
     alpha: float = 0.0
     bytes_up: ByKind = {}
     bytes_down: ByKind = {}
@@ -91,7 +102,7 @@ def milestones(curve: Sequence[CurvePoint]) -> dict[str, CurvePoint]:
     return {accuracy: point for accuracy, point in found.items() if point is not None}
 
 
-class Summary(Record):
+class Summary(Accurate):
     """The content of `summary.json`, which exists once a run is finished.
 
     Means are over devices that have a model; the dense one over those that evaluated the dense backbone.
@@ -102,7 +113,6 @@ class Summary(Record):
     pruned_accuracy: float
     global_accuracy: float
     personal_accuracy: float
-    alone_accuracy: float | None = None  # None: no adapters were trained alone for comparison
     personal_accuracy_worst_decile: float  # mean over the worst tenth of the devices (at least one)
     bytes_up: Count  # of all devices, whole run
     bytes_down: Count
@@ -138,7 +148,7 @@ class Header(Record):
     version: Literal[1] = VERSION
 
 
-class DeviceLine(Record):
+class DeviceLine(Accurate):
     """How a device did with the adapters that `round` ended with; round 0: with the first ones."""
 
     kind: Literal["device"] = "device"
@@ -146,12 +156,11 @@ class DeviceLine(Record):
     device: Count
     global_accuracy: float | None = None  # None: not evaluated after this round (train.evaluate-every)
     personal_accuracy: float | None = None
-    alone_accuracy: float | None = None
     alpha: float
     next_loss: float | None = None  # mean training loss in the round after, unless this was the last
 
 
-class RoundLine(Record):
+class RoundLine(Accurate):
     """Means over the devices that answered after `round`, and what the run had cost when it ended."""
 
     kind: Literal["round"] = "round"
@@ -160,7 +169,6 @@ class RoundLine(Record):
     simulated_seconds: float
     global_accuracy: float | None = None
     personal_accuracy: float | None = None
-    alone_accuracy: float | None = None
     alpha: float | None = None
     bytes_up: Count
     bytes_down: Count

@@ -275,7 +275,7 @@ class Federation:
             requests[i] = Request(
                 Evaluate(last, record.last_round, self._download(state, i)),
                 EvaluateReply,
-                lambda reply: reply.check(last),
+                lambda reply: reply.check(last, len(self.config.personalize.references)),
                 max_bytes=ENVELOPE,
                 macs=2 * record.macs * record.test_samples,
             )
@@ -285,9 +285,8 @@ class Federation:
     def record(self, state: FederationState, replies: Replies, before: FederationState) -> FederationState:
         """Returns the state with the accuracies after the round of `before`, and writes them to metrics.jsonl."""
         ended = before.round == self.config.train.rounds
-        every = MEASURES if self.config.personalize.alone else [name for name in MEASURES if name != "alone_accuracy"]
-        measured = every if ended or is_evaluated(self.config.train, before.round) else ["alpha"]
-        state, lines = evaluated(state, replies, before, measured)
+        measured = MEASURES if ended or is_evaluated(self.config.train, before.round) else ["alpha"]
+        state, lines = evaluated(state, replies, before, measured, [*self.config.personalize.reference_rates])
         append_lines(self.folder.path, *lines)
         return state
 
@@ -313,7 +312,7 @@ class Federation:
         return Request(
             Train(t, record.last_round, self._download(state, i)),
             TrainReply,
-            lambda reply: reply.check(t, length),
+            lambda reply: reply.check(t, length, len(self.config.personalize.references)),
             max_bytes=4 * length + ENVELOPE,
             macs=training_macs(record.macs, trained, evaluated, self._method(t).models_per_step),
         )

@@ -43,7 +43,7 @@ from tapfl.wire import EvaluateReply, TrainReply
 PARAMS, OPTIMIZER = "params:", "optimizer:"
 Replies = Mapping[int, TrainReply] | Mapping[int, EvaluateReply]
 TIMES = TypeAdapter(dict[str, dict[str, float]])
-MEASURES = ("global_accuracy", "personal_accuracy", "alone_accuracy", "alpha")
+MEASURES = ("global_accuracy", "personal_accuracy", "reference_accuracies", "alpha")
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,11 @@ def config_hash(flat: Mapping[str, Any]) -> str:
 
 
 def evaluated(
-    state: FederationState, replies: Replies, before: FederationState, measured: Sequence[str] = MEASURES
+    state: FederationState,
+    replies: Replies,
+    before: FederationState,
+    measured: Sequence[str] = MEASURES,
+    references: Sequence[str] = (),
 ) -> tuple[FederationState, list[Line]]:
     """Returns the state with the accuracies after a round, and the lines that record them.
 
@@ -143,14 +147,20 @@ def evaluated(
     Args:
         before: the state when that round had ended.
         measured: those of `MEASURES` that the answers have.
+        references: names of the `reference_accuracies`.
     """
-    values = {i: {name: getattr(reply, name) for name in measured} for i, reply in replies.items()}
+
+    def value(reply: TrainReply | EvaluateReply, name: str) -> Any:
+        found = getattr(reply, name)
+        return (dict(zip(references, found.tolist(), strict=True)) or None) if isinstance(found, np.ndarray) else found
+
+    values = {i: {name: value(reply, name) for name in measured} for i, reply in replies.items()}
     state = state.with_devices(values)
     lines: list[Line] = [
         DeviceLine(round=before.round, device=i, **values[i], next_loss=getattr(reply, "loss", None))
         for i, reply in replies.items()
     ]
-    means = {name: float(np.mean([each[name] for each in values.values()])) for name in measured if values}
+    means = {name: _mean_of([each[name] for each in values.values()]) for name in measured if values}
     spent, up, down = before.simulated_seconds, before.bytes_up, before.bytes_down
     line = RoundLine(round=before.round, devices=len(replies), simulated_seconds=spent, bytes_up=up, bytes_down=down)
     lines.append(line.model_copy(update=means))
@@ -185,7 +195,7 @@ def summarise(
         pruned_accuracy=mean("pruned_accuracy"),
         global_accuracy=mean("global_accuracy"),
         personal_accuracy=mean("personal_accuracy"),
-        alone_accuracy=mean("alone_accuracy") if config.personalize.alone and equipped else None,
+        reference_accuracies=_mean_of([record.reference_accuracies for record in equipped]),
         personal_accuracy_worst_decile=worst_decile([record.personal_accuracy for record in equipped]),
         bytes_up=sum(sum(record.bytes_up.values()) for record in equipped),
         bytes_down=sum(sum(record.bytes_down.values()) for record in equipped),
@@ -245,3 +255,12 @@ def _epsilon(config: RunConfig, rounds: int) -> float | None:
 
 def _mean(values: Sequence[float]) -> float:
     return float(np.mean(values)) if values else 0.0
+
+
+def _mean_of(values: Sequence[Any]) -> Any:
+    """Returns the mean over devices of a number, or by name of the numbers in tables; None where one has none."""
+    if not values or any(value is None for value in values):
+        return None
+    if isinstance(values[0], Mapping):
+        return {name: _mean([value[name] for value in values]) for name in values[0]}
+    return _mean(values)

@@ -67,6 +67,7 @@ AnyShares = Annotated[tuple[Share, ...], BeforeValidator(_split), PlainSerialize
 Shares = Annotated[AnyShares, Field(min_length=1)]
 Level = Annotated[float, Field(ge=0, le=1)]
 Levels = Annotated[tuple[Level, ...], BeforeValidator(_split), PlainSerializer(_join), Field(max_length=3)]
+Words = Annotated[tuple[str, ...], BeforeValidator(_split), PlainSerializer(_join)]
 Counts = Annotated[tuple[Count, ...], BeforeValidator(_split), PlainSerializer(_join), Field(min_length=1)]
 TermWeights = Annotated[
     tuple[Weight, Weight, Weight], BeforeValidator(_split), PlainSerializer(_join), AfterValidator(_not_all_zero)

@@ -321,14 +321,19 @@ class _Evaluation(WireMessage):
     # accuracies are on the test part, and 0 where nothing was evaluated in this round
     global_accuracy: Annotated[float, "for the report: accuracy of the global adapters, on the test part"]
     personal_accuracy: Annotated[float, "for the report: accuracy of the personal model, on the test part"]
-    alone_accuracy: Annotated[float, "for the report: accuracy of adapters trained alone, on the test part"]
+    reference_accuracies: Annotated[
+        np.ndarray, "for the report: accuracies of personalize.references, on the test part", "references"
+    ]
 
-    def check_evaluation(self, round: int) -> None:
-        """Raises WireError unless this answers `round` with α and accuracies in [0, 1]."""
+    def check_evaluation(self, round: int, references: int) -> None:
+        """Raises WireError unless this answers `round` with α and accuracies in [0, 1], of so many references."""
         _require(self.round == round, f"answers round {self.round}, not {round}")
-        for name in ("alpha", "global_accuracy", "personal_accuracy", "alone_accuracy"):
+        for name in ("alpha", "global_accuracy", "personal_accuracy"):
             value = getattr(self, name)
             _require(0 <= value <= 1, f"{name.removesuffix('_accuracy')} {value} must lie in [0, 1]")
+        found, expected = self.reference_accuracies, (references,)
+        _require(found.shape == expected, f"accuracies of references have shape {found.shape}, not {expected}")
+        _require(bool(((found >= 0) & (found <= 1)).all()), "accuracies of references must lie in [0, 1]")
 
 
 @dataclass(frozen=True)
@@ -344,9 +349,9 @@ class TrainReply(_Evaluation):
     ]
     loss: Annotated[float, "for the report: training loss of this round"]
 
-    def check(self, round: int, length: int) -> None:
+    def check(self, round: int, length: int, references: int = 0) -> None:
         """Raises WireError unless this answers `round` with adapters of the right length."""
-        self.check_evaluation(round)
+        self.check_evaluation(round, references)
         _require(self.adapters.shape == (length,), f"adapters have shape {self.adapters.shape}, not {(length,)}")
         _require(self.adapters.dtype == np.float32, f"adapters are {self.adapters.dtype}, not float32")
         largest = float(np.abs(self.adapters).max(initial=0))
@@ -361,6 +366,6 @@ class EvaluateReply(_Evaluation):
     kind: ClassVar[str] = "hello"
     when: ClassVar[str] = "once, last"
 
-    def check(self, round: int) -> None:
+    def check(self, round: int, references: int = 0) -> None:
         """Raises WireError unless this answers `round`."""
-        self.check_evaluation(round)
+        self.check_evaluation(round, references)

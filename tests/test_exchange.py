@@ -23,7 +23,7 @@ GOOD = TrainReply(
     loss=0.5,
     alpha=0.5,
     global_accuracy=0.9,
-    alone_accuracy=0.7,
+    reference_accuracies=np.array([0.7]),
     personal_accuracy=1.0,
 )
 
@@ -70,7 +70,7 @@ def _hasty(monkeypatch: pytest.MonkeyPatch) -> None:
 def ask(grid: ScriptedGrid, timeout: float = 5.0, window: int = 16) -> module.Answers[TrainReply]:
     nodes = {i: node for node, i in grid.partitions.items()}
     message = Train(1, 0, np.zeros(3, np.float32))
-    request = Request(message, TrainReply, lambda reply: reply.check(1, 3), max_bytes=12 + ENVELOPE)
+    request = Request(message, TrainReply, lambda reply: reply.check(1, 3, references=1), max_bytes=12 + ENVELOPE)
     return exchange(grid, nodes, dict.fromkeys(nodes, request), "round 1", timeout=timeout, retries=3, window=window)
 
 

@@ -21,7 +21,7 @@ from clients.storage import DeviceStorage
 from experiments import cli
 from tapfl import load_plan, load_pruned
 from tapfl.adapters.layout import packed_size
-from tapfl.config import RunConfig
+from tapfl.config import REFERENCES, RunConfig
 from tapfl.data.images import ImageSet
 from tapfl.personalize.methods import FedAvg
 from tapfl.profiles import profiles_of
@@ -151,6 +151,7 @@ METHODS = [
     "fedala",
     "fedrep",
 ]
+BESIDE = "alone:0.01,dense+alone:0.01,pooled:0.01"
 NEEDS = {"fedper": ["adapters.head=personal"], "fedrep": ["adapters.head=personal", "train.epochs=2"]}
 TRAINING = [
     *("train.optimizer=sgd", "train.learning-rate=0.05", "train.momentum=0.9", "train.weight-decay=1e-4"),
@@ -220,7 +221,7 @@ def test_every_rule_with_every_method_and_extra(
     [
         ["adapters.combine=median", "adapters.rule=flex"],
         ["adapters.combine=trimmed-mean", "adapters.rule=ffa", "adapters.server=momentum", *TRAINING],
-        ["adapters.clip=0.5", "adapters.server=adam", "adapters.rule=flex", "personalize.alone=true"],
+        ["adapters.clip=0.5", "adapters.server=adam", "adapters.rule=flex", f"personalize.references={BESIDE}"],
         ["adapters.rule=hetlora", "adapters.head=personal"],
         ["personalize.method=fedavg+finetune", "adapters.head=personal"],
         ["personalize.from-round=2", "adapters.rule=embed_side"],  # w alone, then v as well, with private parts of w
@@ -242,23 +243,28 @@ def test_what_goes_on_top_of_a_rule_runs_and_goes_on(cache: Path, tmp_path: Path
         assert said["epsilon"] is None
 
 
-def test_what_is_trained_alone_beside_a_method_is_what_local_trains(cache: Path, tmp_path: Path) -> None:
-    """And it changes nothing else: the shared model is the same to the bit."""
+def test_references_are_what_runs_of_their_own_train(cache: Path, tmp_path: Path) -> None:
+    """And they change nothing else: the shared model is the same to the bit."""
     runs = {}
+    alone = ["personalize.method=local", "personalize.learning-rate=0.01", "train.steps=3"]
     for name, options in {
-        "beside": ["personalize.method=fedavg", "personalize.alone=true", "personalize.alone-learning-rate=0.01"],
-        "plain": ["personalize.method=fedavg"],
-        "local": ["personalize.method=local", "personalize.learning-rate=0.01"],
+        "beside": ["personalize.method=fedavg", f"personalize.references={BESIDE}", "train.steps=3"],
+        "plain": ["personalize.method=fedavg", "train.steps=3"],
+        "alone": alone,
+        "dense+alone": [*alone, "devices.budgets=1,1,1"],
+        "pooled": [*alone, "personalize.method=pooled"],
     }.items():
         done = tapfl("--out", str(tmp_path / name), cache=cache, options=options)
         assert done.exit_code == 0, done.output
-        assert bool(re.search(r"alone\W+global", done.output)) == (name == "beside")
+        assert [f"personal - {reference}: " in done.output for reference in REFERENCES] == 3 * [name == "beside"]
+        assert bool(re.search(r"pooled\W+global", done.output)) == (name == "beside")
         runs[name] = json.loads((tmp_path / name / "summary.json").read_text())
-    for beside, plain, local in zip(*(runs[name]["devices"] for name in ("beside", "plain", "local")), strict=True):
-        assert beside["alone_accuracy"] == local["personal_accuracy"] and plain["alone_accuracy"] is None
+    for k, (beside, plain) in enumerate(zip(runs["beside"]["devices"], runs["plain"]["devices"], strict=True)):
+        own = {name: runs[name]["devices"][k]["personal_accuracy"] for name in REFERENCES}
+        assert beside["reference_accuracies"] == own and plain["reference_accuracies"] is None
         assert beside["global_accuracy"] == plain["global_accuracy"]
     last = [json.loads(line) for line in (tmp_path / "beside" / "metrics.jsonl").read_text().splitlines()][-1]
-    assert last["alone_accuracy"] == pytest.approx(runs["beside"]["alone_accuracy"])
+    assert last["reference_accuracies"] == pytest.approx(runs["beside"]["reference_accuracies"])
     state = Path("server") / "round-0002.safetensors"
     shared = [load_file(tmp_path / name / state) for name in ("beside", "plain")]
     assert all(torch.equal(shared[0][key], shared[1][key]) for key in shared[1])
@@ -323,7 +329,7 @@ def test_nothing_is_trained_on_the_images_that_choose_alpha(
     profile = profiles_of(config.devices)[1]
     device = Device(config, 1, 4, profile, DeviceStorage(folder / "devices" / "01"))
     part = device._part("train")
-    trained, held = device._trained_and_held_out
+    trained, held = device._trained_and_held_out(3)
     assert len(held) == round(0.25 * len(part)) and sorted([*trained, *held]) == list(range(len(part)))
     received = device._whole(FedAvg(), device._state(2), np.zeros(packed_size(device._pruned.layout), np.float32))
     own = device._state(2).personal

@@ -48,9 +48,9 @@ MESSAGES: list[WireMessage] = [
     Prune("a1b2", "{}", b"\x00\xff"),
     PruneReply(params=100, macs=2000, pruned_accuracy=0.8),
     Train(ROUND, 2, np.array([1.0, 2.0, 3.0], np.float32)),
-    TrainReply(ROUND, 0.5, 0.8, 0.9, 0.7, adapters=np.array([1.0, 2.0, 3.0], np.float32), loss=0.7),
+    TrainReply(ROUND, 0.5, 0.8, 0.9, np.array([0.7]), adapters=np.array([1.0, 2.0, 3.0], np.float32), loss=0.7),
     Evaluate(ROUND, 2, np.array([1.0, 2.0, 3.0], np.float32)),
-    EvaluateReply(ROUND, 0.5, 0.8, 0.9, 0.7),
+    EvaluateReply(ROUND, 0.5, 0.8, 0.9, np.array([0.7])),
 ]
 HELLO, SUMMARY, PRUNED, TRAINED, EVALUATED = MESSAGES[1::2]
 IDS = [type(message).__name__ for message in MESSAGES]
@@ -68,9 +68,9 @@ def accept(kind: type[WireMessage], content: RecordDict) -> WireMessage:
     elif isinstance(message, PruneReply):
         message.check(params=100, macs=2000)
     elif isinstance(message, TrainReply):
-        message.check(ROUND, LENGTH)
+        message.check(ROUND, LENGTH, references=1)
     elif isinstance(message, EvaluateReply):
-        message.check(ROUND)
+        message.check(ROUND, references=1)
     return message
 
 
@@ -122,7 +122,7 @@ def test_what_leaves_a_device() -> None:
         *("train_samples", "holds_backbone", "class_names"),
         *("weights", "means", "covariances", "n", "dense_accuracy", "test_samples", "classes", "held_classes"),
         *("params", "macs", "pruned_accuracy"),
-        *("round", "adapters", "loss", "alpha", "global_accuracy", "personal_accuracy", "alone_accuracy"),
+        *("round", "adapters", "loss", "alpha", "global_accuracy", "personal_accuracy", "reference_accuracies"),
     }
 
 
@@ -397,6 +397,8 @@ def test_costs(match: str, changes: dict[str, Any]) -> None:
         ("alpha", {"alpha": 1.01}),
         ("global", {"global_accuracy": -0.01}),
         ("personal", {"personal_accuracy": 1.01}),
+        ("references must lie", {"reference_accuracies": np.array([1.01])}),
+        (r"references have shape \(2,\), not \(1,\)", {"reference_accuracies": np.zeros(2)}),
     ],
 )
 def test_trained_adapters(match: str, changes: dict[str, Any]) -> None:
@@ -412,9 +414,9 @@ def test_adapters_that_would_overflow(value: float) -> None:
 
 def test_a_device_that_trains_for_itself_sends_nothing() -> None:
     assert isinstance(TRAINED, TrainReply)
-    replace(TRAINED, adapters=np.zeros(0, np.float32)).check(ROUND, 0)
+    replace(TRAINED, adapters=np.zeros(0, np.float32)).check(ROUND, 0, references=1)
     with pytest.raises(WireError, match="shape"):
-        TRAINED.check(ROUND, 0)
+        TRAINED.check(ROUND, 0, references=1)
 
 
 @pytest.mark.parametrize(

@@ -63,7 +63,7 @@ def _echo(message: Message, context: Context) -> Message:
         alpha=0.0,
         global_accuracy=0.0,
         personal_accuracy=0.0,
-        alone_accuracy=0.0,
+        reference_accuracies=np.zeros(0),
     )
     return Message(reply.to_records(), reply_to=message)
 

@@ -15,13 +15,16 @@ from experiments.output import duration, size
 from experiments.report import series
 from experiments.report.reading import Run
 
-# shape and size of the marks by stage, in the order of the palette: blue, orange, green, grey, vermilion
+# shape and size of the marks by stage, in the order of the palette: blue, orange, green, grey, vermilion,
+# purple, sky
 MARKS: dict[str, tuple[str, int]] = {
     "personal": ("circle", 70),
     "pruned": ("triangle-up", 80),
     "global": ("diamond", 130),
     "dense": ("M-0.2,-1.4H0.2V1.4H-0.2Z", 130),
     "alone": ("square", 60),
+    "dense+alone": ("cross", 80),
+    "pooled": ("triangle-down", 80),
 }
 ONE_PICKED = f"{fig.DEVICE} !== null && {PICKED}"
 

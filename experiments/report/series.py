@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -11,24 +12,25 @@ import pandas as pd
 from experiments.pruning import layers_of
 from experiments.report.reading import Run
 from strategies.records import DeviceLine, DeviceRecord, Line, RoundLine, TrafficLine
+from tapfl.config import REFERENCES
 from tapfl.models.backbone import BackboneSpec, outline
 from tapfl.models.prunable import prunable_layers
 from tapfl.models.units import PrunableLayer
 from tapfl.summary.heterogeneity import label_shift
 
-KINDS = ("personal", "global", "alone")  # of accuracy that change from round to round
+KINDS = ("personal", "global", *REFERENCES)  # of accuracy that change from round to round
 
 
 def stages(*runs: Run) -> tuple[str, ...]:
-    """Returns the models whose accuracies are known of each device; `alone` only if a run has it."""
-    alone = any(device.alone_accuracy is not None for run in runs for device in run.equipped)
-    return ("dense", "pruned", *(["alone"] if alone else []), "global", "personal")
+    """Returns the models whose accuracies are known of each device; references only if a run has them."""
+    known = {name for run in runs for device in run.equipped for name in device.reference_accuracies or {}}
+    return ("dense", "pruned", *(name for name in REFERENCES if name in known), "global", "personal")
 
 
 def accuracies(run: Run) -> pd.DataFrame:
     """Returns the accuracy of every stage by device that has a model; NaN if it never evaluated the dense model."""
     known = stages(run)
-    found = {d.device: {stage: getattr(d, f"{stage}_accuracy") for stage in known} for d in run.equipped}
+    found = {d.device: {stage: d.accuracy_of(stage) for stage in known} for d in run.equipped}
     frame = pd.DataFrame.from_dict(found, "index", columns=list(known), dtype=float).rename_axis("device")
     frame.loc[[d.device for d in run.equipped if d.generic], "dense"] = np.nan
     return frame
@@ -48,7 +50,11 @@ def curves(run: Run) -> pd.DataFrame:
     """Returns device, round, kind, accuracy of every device that has a model, after every round."""
     start = {device.device: device.pruned_accuracy for device in run.equipped}
     kinds = [kind for kind in KINDS if kind in stages(run)]
-    found = _carried(run, start, {f"{kind}_accuracy": kind for kind in kinds}, "accuracy", _ended(run))
+    lines = [
+        {"device": line.device, "round": line.round} | {k: line.accuracy_of(k) for k in kinds}
+        for line in run.of(DeviceLine)
+    ]
+    found = _carried(lines, start, kinds, "accuracy", _ended(run))
     return found[found["round"] >= 0]
 
 
@@ -58,13 +64,9 @@ def alphas(run: Run) -> pd.DataFrame:
     α is the one with which a device used the result of the round, and 0 as long as it has no personal parameters.
     """
     apfl = run.config.get("personalize.method") == "apfl"
-    found = _carried(
-        run,
-        {device.device: 0.0 for device in run.equipped if device.rounds and apfl},
-        {"alpha": "α"},
-        "α",
-        _ended(run),
-    )
+    start = {device.device: 0.0 for device in run.equipped if device.rounds and apfl}
+    lines = [{"device": line.device, "round": line.round, "α": line.alpha} for line in run.of(DeviceLine)]
+    found = _carried(lines, start, ["α"], "α", _ended(run))
     return found[found["round"] >= 0]
 
 
@@ -73,19 +75,23 @@ def _ended(run: Run) -> list[int]:
 
 
 def _carried(
-    run: Run, start: Mapping[int, float], fields: Mapping[str, str], name: str, rounds: Sequence[int]
+    lines: Sequence[Mapping[str, Any]],
+    start: Mapping[int, float],
+    kinds: Sequence[str],
+    name: str,
+    rounds: Sequence[int],
 ) -> pd.DataFrame:
-    """Returns device, round (-1: its `start`), kind and value, the kinds being `fields` of the device's lines.
+    """Returns device, round (-1: its `start`), kind and value, from lines of device, round and a value a kind.
 
     A device that did not answer in a round keeps its value; otherwise means would depend on who answered.
     """
     if not start:
         return pd.DataFrame(columns=["device", "round", "kind", name])
-    first = [{"device": i, "round": -1, **dict.fromkeys(fields, value)} for i, value in start.items()]
-    lines = pd.DataFrame(first + [vars(line) for line in run.of(DeviceLine)])
+    first = [{"device": i, "round": -1, **dict.fromkeys(kinds, value)} for i, value in start.items()]
+    found = pd.DataFrame([*first, *lines])
     index = pd.MultiIndex.from_product([[-1, *rounds], list(start)], names=["round", "device"])
-    known = lines.groupby(["round", "device"])[list(fields)].last().reindex(index).groupby("device").ffill()
-    long = known.rename(columns=fields).rename_axis(columns="kind").stack().rename(name)
+    known = found.groupby(["round", "device"])[[*kinds]].last().reindex(index).groupby("device").ffill()
+    long = known.rename_axis(columns="kind").stack().rename(name)
     return long.reset_index()[["device", "round", "kind", name]]
 
 

@@ -15,6 +15,7 @@ from experiments.output import count, duration, size
 from experiments.report import charts, heatmaps, series
 from experiments.report.reading import Run, named
 from experiments.report.warnings import warnings_of
+from experiments.statistics import against_references
 from strategies.records import AbsenceLine, FailureLine
 from tapfl.config import RunConfig
 
@@ -135,10 +136,12 @@ def _result(run: Run) -> str:
         else "Training helped no device."
     )
     tenth = found["personal"].nsmallest(-(-len(found) // 10)).mean()
+    against = "; ".join(f"{name} {test}" for name, test in against_references(run.equipped).items())
+    compared = f" Against what was trained for comparison: {against}." if against else ""
     return (
         f"On the devices' own test images the mean accuracy of the personal models is {personal:.3f}, "
         f"{_against(personal - pruned)} the pruned models before training ({pruned:.3f}){dense_too}. {gained} The "
-        f"mean of the worst tenth of the devices is {tenth:.3f}."
+        f"mean of the worst tenth of the devices is {tenth:.3f}.{compared}"
     )
 
 

@@ -18,11 +18,9 @@ from strategies.records import SUMMARY, CurvePoint, Summary, first_at, read_summ
 from tapfl.errors import RunError
 from tapfl.store import write_bytes
 
-ALONE = "alone_accuracy"  # which only runs with personalize.alone have
 MEASURES = {  # of a run's summary, with their titles in the table
     "dense_accuracy": "dense",
     "pruned_accuracy": "pruned",
-    ALONE: "alone",
     "global_accuracy": "global",
     "personal_accuracy": "personal",
     "personal_accuracy_worst_decile": "worst decile",
@@ -38,7 +36,6 @@ DEVICE_MEASURES = (
     "params_share",
     "dense_accuracy",
     "pruned_accuracy",
-    ALONE,
     "global_accuracy",
     "personal_accuracy",
 )
@@ -68,7 +65,7 @@ class Outcome:
         return self.summary.curve
 
     def measures(self, reach: Sequence[float]) -> dict[str, float | None]:
-        """Returns `MEASURES`, the cost of round zero, and the cost after round zero of reaching each of `reach`.
+        """Returns `MEASURES`, accuracies of references, the cost of round zero, and that after it of reaching `reach`.
 
         Bytes are those of all devices, up and down. The cost is None if an accuracy was never reached, and 0 if the
         pruned models had it before the first round. Round zero is separate because it dominates the traffic (backbone
@@ -76,6 +73,7 @@ class Outcome:
         """
         start = self.curve[0]
         row: dict[str, float | None] = {name: getattr(self.summary, name) for name in MEASURES}
+        row |= {f"{name}_accuracy": value for name, value in (self.summary.reference_accuracies or {}).items()}
         row |= {"round_zero_bytes": start.bytes, "round_zero_seconds": start.seconds}
         for accuracy in reach:
             first = first_at(self.curve, accuracy)
@@ -90,6 +88,7 @@ class Outcome:
                 "device": record.device,
                 "budget": record.profile.budget,
                 **{name: getattr(record, name) for name in DEVICE_MEASURES},
+                **{f"{name}_accuracy": value for name, value in (record.reference_accuracies or {}).items()},
                 "bytes_up": sum(record.bytes_up.values()),
                 "bytes_down": sum(record.bytes_down.values()),
             }
@@ -124,7 +123,8 @@ def write_results(runs: Sequence[Outcome], out: Path, options: SweepOptions) -> 
     devices = [(run.point, device) for run in runs for device in run.devices()]
     axes = list(dict.fromkeys(key for run in runs for key in run.point))
     for name, lines in (("results.csv", results), ("devices.csv", devices)):
-        write_bytes(out / name, as_csv([{**point, **line} for point, line in lines], [*axes, *lines[0][1]]))
+        columns = dict.fromkeys([*axes, *(key for _, line in lines for key in line)])
+        write_bytes(out / name, as_csv([{**point, **line} for point, line in lines], [*columns]))
 
 
 def means_over_seeds(runs: Sequence[Outcome], options: SweepOptions) -> list[Mapping[str, str]]:
@@ -132,11 +132,12 @@ def means_over_seeds(runs: Sequence[Outcome], options: SweepOptions) -> list[Map
 
     Accuracies are mean ± sample standard deviation over several runs, other values means. With a reference, each point
     that has one is tested against it: mean difference of the devices' personal accuracies, p, number of devices, and p
-    by Holm's correction over all points with the same reference.
+    by Holm's correction over all points with the same reference. Personal accuracies are also tested against those of
+    `personalize.references`, of the same runs.
     """
     groups = grouped(runs)
     against = references(groups, options.reference)
-    raw = {point: paired(_personal(groups[point]), _personal(groups[base])) for point, base in against.items()}
+    raw = {point: paired(_accuracies(groups[point]), _accuracies(groups[base])) for point, base in against.items()}
     tests = corrected(raw, against)
     axes = dict.fromkeys((key for point in groups for key, _ in point), "")
     rows: list[Mapping[str, str]] = []
@@ -144,27 +145,31 @@ def means_over_seeds(runs: Sequence[Outcome], options: SweepOptions) -> list[Map
         table = pd.DataFrame([run.measures(options.reach) for run in alike], dtype=float)
         row = axes | {key: str(value) for key, value in point} | {"runs": str(len(alike))}
         row |= {_title(name): _shown(str(name), table[name]) for name in table}
+        row |= {
+            f"personal - {name}": str(paired(_accuracies(alike), _accuracies(alike, name)))
+            for name in alike[0].summary.reference_accuracies or {}
+        }
         if options.reference:
             row |= {"difference": "", "p": "", "Holm": ""}
         if test := tests.get(point):
             row |= {"difference": f"{test.difference:+.3f}", "p": f"{test.p:.2g} (n = {test.n})"}
             row |= {"Holm": f"{test.holm:.2g}"}
         rows.append(row)
-    unknown = {title for title in (_title(ALONE),) if not any(row[title] for row in rows)}
-    return [{title: value for title, value in row.items() if title not in unknown} for row in rows]
+    titles = dict.fromkeys(title for row in rows for title in row)
+    return [{title: row.get(title, "") for title in titles} for row in rows]
 
 
 def _title(measure: object) -> str:
     name = str(measure)
     if what := re.fullmatch("round_zero_(.*)", name):
         return f"{what[1].replace('seconds', 'time')} of round zero"
-    return MEASURES.get(name) or name.replace("seconds", "time").replace("_", " ")
+    return MEASURES.get(name) or name.removesuffix("_accuracy").replace("seconds", "time").replace("_", " ")
 
 
 def _shown(measure: str, values: pd.Series[float]) -> str:
     known = values.dropna()
     if known.empty:
-        return "" if measure == ALONE else "never"
+        return "never"
     some = "" if len(known) == len(values) else f" ({len(known)} of {len(values)})"
     if "bytes" in measure:
         return f"{known.mean() / 1e6:.2f} MB{some}"
@@ -173,9 +178,9 @@ def _shown(measure: str, values: pd.Series[float]) -> str:
     return f"{known.mean():.3f}" + (f" ± {known.std():.3f}" if len(known) > 1 else "")
 
 
-def _personal(runs: Iterable[Outcome]) -> dict[Hashable, float]:
-    """Returns the personal accuracy of each device, the mean over the runs."""
-    devices = pd.DataFrame([(each.device, each.personal_accuracy) for run in runs for each in run.summary.equipped])
+def _accuracies(runs: Iterable[Outcome], model: str = "personal") -> dict[Hashable, float]:
+    """Returns the accuracy of a model of each device, the mean over the runs."""
+    devices = pd.DataFrame([(each.device, each.accuracy_of(model)) for run in runs for each in run.summary.equipped])
     means: dict[Hashable, float] = devices.groupby(0)[1].mean().to_dict()
     return means
 

@@ -90,11 +90,15 @@ def global_shapes(model: nn.Module, layers: Sequence[PrunableLayer], rank: int) 
     return shapes
 
 
-def device_layout(shapes: Shapes, layers: Sequence[PrunableLayer], plan: PruningPlan, rank: int) -> Layout:
-    """Returns the placement of every tensor of a device with this plan and rank; removed branches have none."""
+def device_layout(shapes: Shapes, layers: Sequence[PrunableLayer], plan: PruningPlan | None, rank: int) -> Layout:
+    """Returns the placement of every tensor of a device with this plan and rank; removed branches have none.
+
+    Args:
+        plan: None: the model is not pruned.
+    """
     layout: Layout = {}
     for layer in layers:
-        kept = plan.layer(layer.name).index()
+        kept = plan.layer(layer.name).index() if plan else torch.arange(layer.units)
         if not len(kept):
             continue
         for cut in layer.cuts(kept):

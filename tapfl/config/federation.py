@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Literal
 from urllib.parse import parse_qs, urlsplit
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from tapfl.options import RATE, Count, Section, Share, one_of
+from tapfl.options import RATE, Count, Section, Share, Words, one_of
 
 LINEAR_RULES = ("fedit", "ffa", "rolora", "embed_side")  # plain sums of uploads, which the noise of DP can cover
 RULES = (*LINEAR_RULES, "hetlora", "flex")
+REFERENCES = ("alone", "dense+alone", "pooled")  # models for comparison that devices train beside their own
 PERSONAL_HEAD = ("fedper", "fedrep")  # methods in which the classifier stays on the device
 METHODS = (
     *("apfl", "ditto", "local", "pooled", "fedavg", "fedavg+finetune", "fedprox", "pfedme", "perfedavg", "fedala"),
@@ -104,6 +106,9 @@ class PersonalizeOptions(Section):
         description="images that α is learnt on: some that nothing is trained on, or a minibatch (published)",
     )
     held_out_share: float = Field(0.25, gt=0, lt=1, description="share of a device's training images that is held out")
+    held_out_rounds: int = Field(
+        0, ge=0, description="rounds after `from-round` that choose α; later ones train on all images; 0: all rounds do"
+    )
     alpha_update: Literal["round", "step", "fixed"] = Field(
         "round", description="when α is updated: once a round, at every step (with alpha-on=train), or never"
     )
@@ -111,10 +116,11 @@ class PersonalizeOptions(Section):
         "device", description="one α for the device, or (with alpha-on=train) one for each adapted linear and the head"
     )
     alpha_learning_rate: float = Field(0.1, ge=0, le=RATE, description="learning rate of α, with alpha-on=train")
-    alone: bool = Field(
-        False, description="for comparison, devices also train adapters that never leave them, from the pruned model"
+    references: Words = Field(
+        (),
+        description="models that devices also train, for comparison, of which nothing leaves them: alone, dense+alone, "
+        "pooled; a learning rate of its own as alone:0.001, otherwise that of `train`",
     )
-    alone_learning_rate: float = Field(0.0, ge=0, le=RATE, description="learning rate of these; 0: that of `train`")
     ditto_lambda: float = Field(
         0.1, ge=0, description="λ of `ditto`: strength of the pull of personal towards shared weights; 0: no pull"
     )
@@ -137,13 +143,35 @@ class PersonalizeOptions(Section):
 
     @property
     def holds_out(self) -> bool:
-        """Whether devices keep a part of their training images for α, on which nothing is trained in any round."""
+        """Whether devices choose α on a part of their training images, on which nothing is trained meanwhile."""
         return self.method == "apfl" and self.alpha_on == "held-out" and self.alpha_update != "fixed"
 
+    def holds_out_in(self, round: int) -> bool:
+        """Returns whether that part is held out in a round (1 is the first), at whose start α is chosen."""
+        return self.holds_out and not 0 < self.held_out_rounds < round - self.from_round
+
+    @property
+    def reference_rates(self) -> dict[str, float]:
+        """The learning rate of each of the `references`, in their order; 0: that of `train`."""
+        return {name: float(rate or 0) for name, _, rate in (each.partition(":") for each in self.references)}
+
+    @field_validator("references")
+    @classmethod
+    def _references_are_known(cls, references: tuple[str, ...]) -> tuple[str, ...]:
+        accepted = f"accepted: {', '.join(REFERENCES)}, each at most once, or with a learning rate as alone:0.001"
+        names = [each.partition(":")[0] for each in references]
+        for each in references:
+            name, colon, rate = each.partition(":")
+            if name not in REFERENCES or names.count(name) > 1 or (colon and not 0 < _number(rate) <= RATE):
+                raise ValueError(f"{each!r} cannot be a reference; {accepted}")
+        return references
+
     @model_validator(mode="after")
-    def _alone_is_another_model(self) -> PersonalizeOptions:
-        if self.alone and self.method == "local":
-            raise ValueError("alone=true with method=local would train the same model twice; accepted: alone=false")
+    def _references_are_other_models(self) -> PersonalizeOptions:
+        if (same := {"local": "alone", "pooled": "pooled"}.get(self.method)) in self.reference_rates:
+            raise ValueError(
+                f"references: {same} with method={self.method} would train the same model twice; accepted: the others"
+            )
         return self
 
     @model_validator(mode="after")
@@ -217,3 +245,11 @@ class LogOptions(Section):
         if uri.scheme.startswith("sqlite") and not uri.path.startswith("//"):
             raise ValueError(f"mlflow={self.mlflow} must be absolute: sqlite:////FOLDER/mlflow.db, with four slashes")
         return self
+
+
+def _number(text: str) -> float:
+    """Returns the number that a text names, NaN if it names none."""
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
