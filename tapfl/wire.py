@@ -179,6 +179,7 @@ class HelloReply(WireMessage):
         _require(isinstance(names, list) and bool(names) == asked, f"class names {self.class_names!r:.80}")
         plain = (isinstance(name, str) and 0 < len(name) <= LONGEST_NAME and name.isprintable() for name in names)
         _require(all(plain) and names == sorted(set(names)), "class names must be printable, sorted and different")
+        _require(len(names) <= self.train_samples, f"{len(names)} classes of {self.train_samples} training samples")
         return tuple(names)
 
 

@@ -214,6 +214,8 @@ def test_names_are_taken_only_if_they_were_asked_for() -> None:
     assert replace(HELLO, class_names="[]").named(asked=False) == ()
     with pytest.raises(WireError, match="class names"):
         HELLO.named(asked=False)
+    with pytest.raises(WireError, match="2 classes of 1 training samples"):
+        replace(HELLO, train_samples=1).named(asked=True)
 
 
 # -- the new head ------------------------------------------------------------------------------------------------------

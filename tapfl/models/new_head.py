@@ -18,7 +18,8 @@ import torch
 from torch import nn
 
 from tapfl.config import ModelOptions
-from tapfl.models.backbone import BackboneSpec, build
+from tapfl.errors import ModelError
+from tapfl.models.backbone import LARGEST_ARGUMENT, BackboneSpec, build
 from tapfl.models.dense import DenseCache, read_head_rows, take_rows
 from tapfl.models.forward import head_names
 from tapfl.models.units import put
@@ -38,8 +39,10 @@ def with_new_head(options: ModelOptions, old: Dense, classes: Sequence[str], cac
     """Returns the backbone with a classifier of `classes`, in the cache as a backbone of its own.
 
     Raises:
-        ModelError: if `model.head-rows` does not name a row of the old head for each of them.
+        ModelError: if there are too many, or `model.head-rows` does not name a row of the old head for each of them.
     """
+    if len(classes) > LARGEST_ARGUMENT:
+        raise ModelError(f"the devices name {len(classes)} classes; accepted: at most {LARGEST_ARGUMENT}")
     key, spec, model = old
     spec = spec.model_copy(update={"num_classes": len(classes)})
     key = content_hash(key, spec.model_dump_json(), *(classes if options.head_rows else ()))
