@@ -21,7 +21,7 @@ from flwr.common.logger import log
 
 from strategies.exchange import Request
 from strategies.fleet import Fleet
-from strategies.records import DeviceRecord, FailureLine, append_lines
+from strategies.records import CLASSES, DeviceRecord, FailureLine, append_lines, read_classes
 from strategies.round_zero import PublicPool, Shared, describe_pool, device_model
 from strategies.state import FederationState
 from tapfl.compute import HERE, Compute
@@ -69,9 +69,9 @@ class Preparation:
         """
         if self.config.model.head not in NEW_HEADS:
             return False
-        if not self.folder.classes_file.exists():
-            write_json(self.folder.classes_file, agreed_classes(self.fleet.classes.values()))
-        old, self.classes = (self.key, self.spec, self.judge), self.folder.classes
+        if not (file := self.folder.path / CLASSES).exists():
+            write_json(file, agreed_classes(self.fleet.classes.values()))
+        old, self.classes = (self.key, self.spec, self.judge), tuple(read_classes(file))
         self.key, self.spec, self.backbone = with_new_head(self.config.model, old, self.classes, self.cache)
         log(logging.INFO, "new head: %d classes", len(self.classes))
         return True

@@ -20,7 +20,7 @@ from tapfl.profiles import DeviceProfile
 from tapfl.store import write_json
 
 VERSION: Final = 1
-SUMMARY, METRICS = "summary.json", "metrics.jsonl"
+SUMMARY, METRICS, CLASSES = "summary.json", "metrics.jsonl", "classes.json"
 
 Count = Annotated[int, Field(ge=0, le=2**63)]
 ByKind = dict[str, Count]
@@ -205,6 +205,7 @@ class AbsenceLine(Record):
 
 
 Line = DeviceLine | RoundLine | TrafficLine | FailureLine | AbsenceLine
+NAMES = TypeAdapter(Annotated[list[str], Field(strict=True, min_length=1)])
 LINE: TypeAdapter[Line | Header] = TypeAdapter(Annotated[Line | Header, Field(discriminator="kind")])
 
 
@@ -240,6 +241,15 @@ def read_summary(folder: Path) -> Summary:
     except ValidationError as error:
         _require_version(error, file)
         raise PlanError(f"{file}: is not a whole summary of version {VERSION} ({_first(error)})") from None
+
+
+def read_classes(file: Path) -> list[str]:
+    """Returns the names of the classifier's classes, in order. Raises PlanError if the file is missing or damaged."""
+    try:
+        return NAMES.validate_json(file.read_bytes())
+    except (OSError, ValidationError) as error:
+        why = error.strerror if isinstance(error, OSError) else _first(error)
+        raise PlanError(f"{file}: is no list of class names ({why})") from None
 
 
 def append_lines(folder: Path, *lines: Line) -> None:

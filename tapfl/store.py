@@ -347,21 +347,6 @@ class RunFolder:
     def server(self) -> Versions:
         return Versions(self.path / "server")
 
-    @property
-    def classes_file(self) -> Path:
-        return self.path / "classes.json"
-
-    @property
-    def classes(self) -> tuple[str, ...]:
-        """The names of the classifier's classes, if devices reported them. Raises PlanError if the file is damaged."""
-        try:
-            names = json.loads(self.classes_file.read_text(encoding="utf-8"))
-            if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
-                raise ValueError("a list of names is expected")
-        except (OSError, ValueError, RecursionError) as error:
-            raise PlanError(f"{self.classes_file}: cannot be read ({error})") from None
-        return tuple(names)
-
     def metric_set(self, partition_id: int) -> Path:
         """Returns the file with the class counts of the metric set of a device's plan."""
         return self.path / "metric-sets" / f"{partition_id:02d}.json"

@@ -19,11 +19,12 @@ from test_wire import HELLO
 
 from experiments.report.reading import read_run
 from experiments.report.single import page_of
+from strategies.records import read_classes
 from tapfl.config import ModelOptions, PruningOptions, RunConfig
 from tapfl.data.images import ImageSet
 from tapfl.data.sources import load_images
 from tapfl.data.transform import Transform
-from tapfl.errors import ConfigError, DataError, ModelError, TapflError, WireError
+from tapfl.errors import ConfigError, DataError, ModelError, PlanError, TapflError, WireError
 from tapfl.models.backbone import BackboneSpec, build
 from tapfl.models.cost import measure_cost
 from tapfl.models.dense import DenseCache, dense_backbone, dense_spec
@@ -223,6 +224,17 @@ def test_names_are_taken_only_if_they_were_asked_for() -> None:
 
 def test_classes_are_those_of_all_devices_in_one_order() -> None:
     assert agreed_classes([("b", "c"), ("a", "c"), ("10", "9")]) == ("10", "9", "a", "b", "c")
+
+
+@pytest.mark.parametrize("content", [None, "", "[]", "[1]", '{"a": 1}', '["a"'])
+def test_written_down_classes_that_are_damaged(content: str | None, tmp_path: Path) -> None:
+    file = tmp_path / "classes.json"
+    if content is not None:
+        file.write_text(content)
+    with pytest.raises(PlanError, match=r"classes\.json: is no list of class names"):
+        read_classes(file)
+    file.write_text('["b", "a"]')
+    assert read_classes(file) == ["b", "a"]
 
 
 def test_a_new_head_is_zero_or_has_the_rows_that_are_named(weights: Path, tmp_path: Path) -> None:

@@ -11,7 +11,19 @@ import numpy as np
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
 from clients.storage import ALPHAS_FILE, IMAGES_FILE
-from strategies.records import METRICS, SUMMARY, Count, DeviceRecord, Line, Record, Summary, read_metrics, read_summary
+from strategies.records import (
+    CLASSES,
+    METRICS,
+    SUMMARY,
+    Count,
+    DeviceRecord,
+    Line,
+    Record,
+    Summary,
+    read_classes,
+    read_metrics,
+    read_summary,
+)
 from tapfl.config import RunConfig
 from tapfl.errors import ConfigError, PlanError, TapflError
 from tapfl.pruning.plan import PruningPlan, read_plan
@@ -25,7 +37,6 @@ STRICT = ConfigDict(strict=True, allow_inf_nan=False)
 OPTIONS: TypeAdapter[dict[str, str | bool | int | float]] = TypeAdapter(
     dict[str, str | bool | int | float], config=STRICT
 )
-NAMES = TypeAdapter(list[str], config=STRICT)
 VERSIONS: TypeAdapter[dict[str, str]] = TypeAdapter(dict[str, str], config=STRICT)
 
 
@@ -201,7 +212,7 @@ def read_run(path: Path) -> Run:
         alphas,
         rounds,
         missing,
-        _whole(path, folder.classes_file, _json(NAMES)) or [],
+        _whole(path, path / CLASSES, read_classes) or [],
     )
 
 
