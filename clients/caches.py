@@ -195,7 +195,7 @@ def pruned(folder: Path, device: int, rank: int, config: RunConfig, compute: Com
     def make() -> AdaptedDevice:
         spec = plan.backbone.model_dump_json()
         model = load_pruned(folder, skeleton(spec)[0])
-        return _adapted(compute.put(model), spec, plan, rank, config)
+        return _adapted(compute.put(model), spec, plan, rank, config, compute)
 
     _models.limit = config.compute.cache_mb * 2**20
     made: AdaptedDevice = _models.once((folder, checksum, rank, config, compute), make)
@@ -207,12 +207,14 @@ def unpruned(cache: Path, key: str, spec: str, rank: int, config: RunConfig, com
     _models.limit = config.compute.cache_mb * 2**20
     made: AdaptedDevice = _models.once(
         (cache, key, rank, config, compute),
-        lambda: _adapted(dense(cache, key, spec, compute), spec, None, rank, config),
+        lambda: _adapted(dense(cache, key, spec, compute), spec, None, rank, config, compute),
     )
     return made
 
 
-def _adapted(model: nn.Module, spec: str, plan: PruningPlan | None, rank: int, config: RunConfig) -> AdaptedDevice:
+def _adapted(
+    model: nn.Module, spec: str, plan: PruningPlan | None, rank: int, config: RunConfig, compute: Compute
+) -> AdaptedDevice:
     (dense, layers), options = skeleton(spec), config.adapters
     shapes = global_shapes(dense, layers, max_rank(config.devices))
     layout = device_layout(shapes, layers, plan, rank)
@@ -229,4 +231,5 @@ def _adapted(model: nn.Module, spec: str, plan: PruningPlan | None, rank: int, c
     moving = rules.trained(options, layout, 1) | rules.trained(options, layout, 2)
     private = tuple(name for name in staying if name in moving)
     nbytes = sum(parameter.nbytes for parameter in model.parameters())
-    return AdaptedDevice(layout, AdaptedModel(model, layout, options.scale), start, made, private, nbytes)
+    adapted = AdaptedModel(model, layout, options.scale, compute.reduced)
+    return AdaptedDevice(layout, adapted, start, made, private, nbytes)

@@ -50,7 +50,7 @@ class AtOnce:
 
 
 CPU = torch.device("cpu")
-OF_CPU, OF_GPU = AtOnce(), AtOnce(channels=1024, strip=64, stream=2**24)
+OF_CPU, OF_GPU = AtOnce(), AtOnce(channels=1536, strip=64, stream=2**24)
 
 
 @dataclass(frozen=True)
@@ -122,9 +122,12 @@ class Compute:
 
     def forward(self) -> AbstractContextManager[Any]:
         """Returns a context for passes of which a ranking is all that is used: bfloat16 where `fast`, else nothing."""
-        if self.precision == "exact":
-            return nullcontext()
-        return torch.autocast(self.device.type, dtype=torch.bfloat16)
+        return nullcontext() if self.reduced is None else torch.autocast(self.device.type, self.reduced)
+
+    @property
+    def reduced(self) -> torch.dtype | None:
+        """The type of numbers where `fast`, for passes and products as above; None where all are float32."""
+        return torch.bfloat16 if self.precision == "fast" else None
 
     def seconds(self, call: Callable[[], object]) -> float:
         """Returns how long `call` takes: on a CPU the seconds of this thread, on a GPU those until its work is done.

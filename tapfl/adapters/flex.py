@@ -139,7 +139,7 @@ def balanced(U: Tensor, S: Tensor, Vh: Tensor, fresh_A: Tensor) -> tuple[Tensor,
         U.gather(0, U.abs().argmax(0, keepdim=True))[0] < 0, -1.0, 1.0
     )  # the signs of an SVD are arbitrary
     root = S.sqrt() * sign
-    new_B = torch.zeros(len(U), rank, dtype=torch.float64)
+    new_B = U.new_zeros(len(U), rank)
     new_A = fresh_A.double().clone()
     alive = int((DEAD * S[0] < S).sum())
     new_B[:, :alive] = (U * root)[:, :alive]

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from tapfl.adapters.layout import LORA_A, LORA_B, Layout
 from tapfl.adapters.stack import flat, parts_of, shapes_of
+from tapfl.models.forward import full
 from tapfl.models.units import put
 from tapfl.training import Params
 
@@ -53,19 +54,31 @@ def _added(theta: Tensor, b: Tensor, a: Tensor, s: float, share: float = 1) -> T
     return torch.addmm(theta, b, a, beta=share, alpha=s)
 
 
+def plain_lora(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, s: float) -> Tensor:
+    """Returns x W₀ᵀ + b + s (x Aᵀ) Bᵀ, float32, for W₀ and b in a lower precision, inside of autocast.
+
+    In `MergedLora` the update would be added to W₀ and rounded with it, and in bfloat16 most of a small one is lost.
+    Here it has digits of its own, and the sum is in float32.
+    """
+    return torch.add(F.linear(x, weight, bias).float(), F.linear(F.linear(x, A), B), alpha=s)
+
+
 class _BoundLinear(nn.Module):
     """A frozen linear that takes its adapter, or its whole weight and bias, from the parameters of the call."""
 
-    def __init__(self, name: str, linear: nn.Linear, bound: Params, scale: float) -> None:
+    def __init__(self, name: str, linear: nn.Linear, bound: Params, scale: float, plain: bool) -> None:
         super().__init__()
-        self.name, self.linear, self.bound, self.scale = name, linear, bound, scale
+        self.name, self.linear, self.bound, self.scale, self.plain = name, linear, bound, scale, plain
 
     def forward(self, x: Tensor) -> Tensor:
         weight = self.bound.get(f"{self.name}.weight")
         if weight is not None:
             return F.linear(x, weight, self.bound.get(f"{self.name}.bias"))
         A, B = self.bound[f"{self.name}.{LORA_A}"], self.bound[f"{self.name}.{LORA_B}"]
-        return MergedLora.apply(x, self.linear.weight, self.linear.bias, A, B, self.scale)
+        weight, bias = self.linear.weight, self.linear.bias
+        if self.plain:
+            return plain_lora(x, weight, bias, A, B, self.scale)
+        return MergedLora.apply(x, weight, bias, A, B, self.scale)
 
 
 class AdaptedModel:
@@ -75,20 +88,27 @@ class AdaptedModel:
         model: the pruned backbone.
         layout: names the linears that have adapters and the heads that are trained whole.
         scale: s.
+        reduced: of the products with frozen weights, instead of the model's own dtype: a lower one. Adapters, their
+            gradients and the logits stay float32.
     """
 
-    def __init__(self, model: nn.Module, layout: Layout, scale: float) -> None:
+    def __init__(self, model: nn.Module, layout: Layout, scale: float, reduced: torch.dtype | None = None) -> None:
         self._bound: Params = {}
+        self._reduced = reduced
         self._model = copy.deepcopy(model).requires_grad_(False).eval()
         for name in modules_of(layout):
             linear: nn.Linear = self._model.get_submodule(name)  # type: ignore[assignment]
-            put(self._model, name, _BoundLinear(name, linear, self._bound, scale))
+            if reduced is not None:
+                linear.to(reduced)  # once, where autocast would do it in every pass
+            put(self._model, name, _BoundLinear(name, linear, self._bound, scale, plain=reduced is not None))
 
     def __call__(self, params: Params, x: Tensor) -> Tensor:
         self._bound.update(params)
         try:
-            logits: Tensor = self._model(x)
-            return logits
+            if self._reduced is None:
+                return full(self._model(x))
+            with torch.autocast(x.device.type, self._reduced):
+                return full(self._model(x))
         finally:
             self._bound.clear()
 

@@ -20,7 +20,7 @@ from tapfl.data.transform import Transform
 from tapfl.errors import ConfigError, ModelError
 from tapfl.models.backbone import BackboneSpec
 from tapfl.models.cost import Timings, measure_cost, measure_timings
-from tapfl.models.forward import example_input
+from tapfl.models.forward import example_input, full
 from tapfl.models.new_head import put_head
 from tapfl.models.prunable import prunable_layers
 from tapfl.options import Scalar
@@ -199,6 +199,11 @@ def recovered(
         return small
     images = fine_tune or FineTuneSet(lambda index: task.inputs[torch.from_numpy(index)], len(task.inputs), task.labels)
     device, labels = task.inputs.device, _labels(task, images)
+
+    def teacher(x: Tensor) -> Tensor:
+        with task.passing():
+            return full(task.model(x))
+
     return recover(
         small,
         lambda index: images.inputs(index).to(device),
@@ -206,7 +211,7 @@ def recovered(
         task.options,
         numpy_generator(seed, "recovery"),
         steps=steps,
-        teacher=task.model,
+        teacher=teacher,
         fading=fading_branches(task.model, selection),
     )
 

@@ -60,7 +60,7 @@ def recover(
     generator: np.random.Generator,
     *,
     steps: int,
-    teacher: nn.Module | None = None,
+    teacher: Callable[[Tensor], Tensor] | None = None,
     fading: Mapping[str, nn.Module] | None = None,
 ) -> nn.Module:
     """Returns a trained copy of `model`, frozen and in evaluation mode, with all names and shapes as they were.
@@ -73,7 +73,7 @@ def recover(
         options: kind of recovery, batch and learning rate.
         generator: the only source of chance: the order of the images. Fewer steps see the first batches of more.
         steps: gradient steps; with 0, or with ``recovery = none``, the copy is what `model` is.
-        teacher: the dense model, for ``recovery = distill``.
+        teacher: images -> logits of the dense model, for ``recovery = distill``.
         fading: dense branches that fade, by name; each must be one of which nothing is left in `model`.
 
     Raises:
@@ -129,7 +129,7 @@ def recovery_loss(logits: Tensor, labels: Tensor, teacher: Tensor | None = None)
 
 @torch.no_grad()
 def teacher_logits(
-    teacher: nn.Module, inputs: Callable[[np.ndarray], Tensor], size: int, order: list[np.ndarray]
+    teacher: Callable[[Tensor], Tensor], inputs: Callable[[np.ndarray], Tensor], size: int, order: list[np.ndarray]
 ) -> Tensor:
     """Returns the logits (size, classes) of the images that `order` names, each computed once; the others are NaN."""
     seen = np.unique(np.concatenate(order))

@@ -1,0 +1,159 @@
+"""Where it is computed, and how precisely: options, what they refuse, and what `fast` costs."""
+
+from __future__ import annotations
+
+import json
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from backbones import Tiny, kept_units, plan_of, random_kept
+from test_inprocess_run import tapfl
+from torch import nn
+from torch.nn import functional as F
+
+from strategies.binding import PROCESSOR, require_same_processor
+from tapfl.adapters import lora
+from tapfl.adapters.layout import device_layout, gather_all, global_shapes
+from tapfl.adapters.lora import AdaptedModel, MergedLora
+from tapfl.adapters.rules import initial
+from tapfl.compute import HERE, Compute, home
+from tapfl.config import AdapterOptions, ComputeOptions, PruningOptions, TrainOptions
+from tapfl.errors import ConfigError
+from tapfl.personalize.method import Trainee
+from tapfl.pruning.pipeline import prune_model, pruning_task
+from tapfl.pruning.surgery import shrink
+from tapfl.store import RunFolder
+from tapfl.training import Params
+
+FAST = Compute(precision="fast")
+
+
+def no_gpu(monkeypatch: pytest.MonkeyPatch, cuda: str | None) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+
+
+@pytest.mark.parametrize(("cuda", "why"), [(None, "torch here has no CUDA"), ("13.2", "torch here finds no GPU")])
+def test_a_device_that_is_not_there_is_refused(cuda: str | None, why: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    no_gpu(monkeypatch, cuda)
+    with pytest.raises(ConfigError, match=f"compute.device = 'cuda': {why}.*; accepted: auto, cpu"):
+        Compute.of(ComputeOptions(device="cuda"))
+    assert Compute.of(ComputeOptions(device="auto", deterministic=True)) == Compute(deterministic=True)
+
+
+def test_a_run_on_a_device_that_is_not_there_leaves_nothing(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    no_gpu(monkeypatch, None)
+    with pytest.raises(ConfigError, match="torch here has no CUDA"):
+        tapfl("--out", str(tmp_path / "run"), cache=cache, options=["compute.device=cuda"])
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_gpu_without_bfloat16_computes_exactly_or_not_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "Tesla T4")
+    with pytest.raises(ConfigError, match=r"compute\.precision = 'fast': Tesla T4 does not compute in bfloat16"):
+        Compute.of(ComputeOptions(device="cuda", precision="fast"))
+    assert Compute.of(ComputeOptions(device="auto")).device == torch.device("cuda", 0)
+
+
+def test_on_the_cpu_nothing_is_copied_and_keys_are_as_they_were() -> None:
+    x, model = torch.ones(2, requires_grad=True), nn.Linear(2, 2)
+    assert HERE.put(x) is x and HERE.put(model) is model and HERE.put(None) is None
+    assert home({"x": x})["x"].requires_grad is False and home(None) is None
+    assert HERE.marks == () and FAST.marks == (HERE.kind, "fast")
+    assert isinstance(HERE.forward(), nullcontext)
+
+
+def test_seconds_are_those_of_this_thread() -> None:
+    assert 0 < HERE.seconds(lambda: sum(range(10**5))) < 1
+
+
+# -- the kind of processor --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def elsewhere(tmp_path: Path) -> RunFolder:
+    (tmp_path / "versions.json").write_text(json.dumps({"torch": "2.15.0", PROCESSOR: "another processor"}))
+    return RunFolder(tmp_path)
+
+
+def test_a_run_that_goes_on_elsewhere_says_so(elsewhere: RunFolder, caplog: pytest.LogCaptureFixture) -> None:
+    require_same_processor(elsewhere, HERE)
+    assert f"computed on another processor so far, now on {HERE.kind}" in caplog.text
+
+
+def test_a_deterministic_run_does_not_go_on_elsewhere(elsewhere: RunFolder, caplog: pytest.LogCaptureFixture) -> None:
+    with pytest.raises(ConfigError, match=r"compute\.deterministic = true: .* another processor, and here is"):
+        require_same_processor(elsewhere, Compute(deterministic=True))
+    (elsewhere.path / "versions.json").write_text(json.dumps({PROCESSOR: HERE.kind}))
+    require_same_processor(elsewhere, Compute(deterministic=True))
+    (elsewhere.path / "versions.json").unlink()  # of an older version: nothing is known
+    require_same_processor(elsewhere, Compute(deterministic=True))
+    assert not caplog.text
+
+
+# -- fast -------------------------------------------------------------------------------------------------------------
+
+
+def after_one_step(adapted: AdaptedModel, start: Params, x: torch.Tensor) -> tuple[Params, Trainee]:
+    train = TrainOptions(learning_rate=1e-4)
+    trainee = Trainee.of(start, train, frozenset(start))
+    trainee.apply(trainee.gradients(F.cross_entropy(adapted(trainee.params, x), torch.tensor([3, 1, 4, 1]))))
+    return trainee.values(), trainee
+
+
+def test_a_fast_step_is_an_exact_step_to_a_few_percent(vit: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The adapters that a step of Adam gives, by what they do to the logits; they and the optimiser are float32."""
+    plan = plan_of(vit, random_kept(vit.layers, 0.5))
+    shapes = global_shapes(vit.model, vit.layers, 4)
+    layout = device_layout(shapes, vit.layers, plan, 4)
+    whole = initial(AdapterOptions(), shapes, vit.layers, vit.model, torch.Generator().manual_seed(0))
+    start, small = gather_all(whole, layout), shrink(vit.model, plan)
+    exact = AdaptedModel(small, layout, 2.0)
+    before, (want, _) = exact(start, vit.inputs), after_one_step(exact, start, vit.inputs)
+    with monkeypatch.context() as patch:
+        patch.setattr(MergedLora, "apply", lambda *_: pytest.fail("merged in bfloat16"))
+        fast = AdaptedModel(small, layout, 2.0, FAST.reduced)
+        got, trainee = after_one_step(fast, start, vit.inputs)
+        assert fast(start, vit.inputs).dtype == torch.float32
+    assert {theta.dtype for theta in got.values()} == {torch.float32}
+    moments = [v for state in trainee.optimizer.state.values() for v in state.values() if v.dim()]
+    assert moments and {moment.dtype for moment in moments} == {torch.float32}
+    change, wanted = exact(got, vit.inputs) - before, exact(want, vit.inputs) - before
+    assert (change - wanted).norm() <= 0.05 * wanted.norm()
+
+
+def test_what_a_small_update_does_survives_beside_the_product_and_not_in_it() -> None:
+    """W₀ of the size of a trained linear, B as one step of Adam at 1e-5 leaves it; merged, most of it is gone."""
+    draw = torch.Generator().manual_seed(0)
+    W, A, x = (torch.randn(shape, generator=draw) for shape in ((192, 192), (8, 192), (64, 192)))
+    W, A, B = W * 0.05, A / 192**0.5, 1e-5 * torch.randn(192, 8, generator=draw).sign()
+    effect, zero = 2 * (x @ A.T) @ B.T, torch.zeros_like(B)
+    low = W.bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        beside = lora.plain_lora(x, low, None, A, B, 2.0) - lora.plain_lora(x, low, None, A, zero, 2.0)
+    merged = (x.bfloat16() @ (W + 2 * B @ A).bfloat16().T - x.bfloat16() @ low.T).float()
+    assert (beside - effect).norm() <= 0.02 * effect.norm()
+    assert (merged - effect).norm() >= effect.norm()
+
+
+def test_fast_plans_keep_nearly_the_same_units(vit: Tiny) -> None:
+    options = PruningOptions(align=1)
+    task = pruning_task(vit.model, torch.cat([vit.inputs, vit.inputs.flip(0) / 2]), 0.6, options, batch=4)
+    exact = kept_units(prune_model(task, vit.spec).plan)
+    fast = kept_units(prune_model(replace(task, passing=FAST.forward), vit.spec).plan)
+    both = sum(len(set(exact[name].tolist()) & set(fast[name].tolist())) for name in exact)
+    assert both >= 0.98 * sum(map(len, exact.values()))
+
+
+def test_a_fast_run_comes_through(cache: Path, tmp_path: Path) -> None:
+    options = ["compute.precision=fast", "train.rounds=1", "train.steps=1", "model.epochs=1"]
+    done = tapfl("--out", str(tmp_path / "run"), cache=cache, options=options)
+    assert done.exit_code == 0, done.output
+    assert json.loads((tmp_path / "run" / "versions.json").read_text())[PROCESSOR] == HERE.kind

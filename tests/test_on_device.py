@@ -1,0 +1,310 @@
+"""Whatever can be computed on a device is computed on one here: the pretended accelerator, which counts the waits."""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from backbones import DEIT, SWIN, VIT, Tiny, kept_units, plan_of, random_kept, tiny
+from pages import ROOT
+from pretended import THERE, There, accelerator
+from test_inprocess_run import tapfl
+from test_lora import with_noise
+from test_personalize import METHODS
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tapfl.adapters.layout import device_layout, gather_all, global_shapes
+from tapfl.adapters.lora import AdaptedModel
+from tapfl.adapters.rules import initial
+from tapfl.compute import HERE, OF_CPU, OF_GPU, AtOnce, Compute, home
+from tapfl.config import AdapterOptions, PruningOptions, TrainOptions
+from tapfl.models.backbone import BackboneSpec
+from tapfl.personalize.apfl import Apfl
+from tapfl.personalize.fedala import FedAla
+from tapfl.personalize.method import LocalResult, Method, Personal, local_round
+from tapfl.personalize.methods import FedAvg
+from tapfl.personalize.proximal import Ditto
+from tapfl.pruning.criteria import registry, upop
+from tapfl.pruning.criteria.tap import elimination_order
+from tapfl.pruning.layer_importance import sample_divergences
+from tapfl.pruning.pipeline import Pruned, prune_model, pruning_task
+from tapfl.pruning.scores import neuron_importance, terms
+from tapfl.pruning.surgery import shrink
+from tapfl.training import Params
+
+PIT: dict[str, Any] = {"img_size": 32, "base_dims": (8, 8), "depth": (1, 1), "heads": (2, 4)}
+OTHERS: dict[str, tuple[BackboneSpec, dict[str, str]]] = {
+    "distilled": (DEIT, {"criterion": "tap", "compensation": "one-pass", "recovery": "distill"}),
+    "windows that overhang": (
+        SWIN.model_copy(update={"args": SWIN.args | {"img_size": 12}}),
+        {"criterion": "tap+"},
+    ),
+    "pit": (BackboneSpec(name="pit_ti_224", args=PIT, num_classes=10), {"criterion": "tap+"}),
+    "no biases": (
+        VIT.model_copy(update={"args": VIT.args | {"qkv_bias": False, "proj_bias": False}}),
+        {"criterion": "tap+"},
+    ),
+}
+WIDE = VIT.model_copy(update={"args": VIT.args | {"mlp_ratio": 8}})
+SEARCHES_BY_KL = {"updp"}  # how much it measures follows from what it finds
+
+
+def pruned(backbone: Tiny, where: Compute, **options: Any) -> Pruned:
+    model, inputs = where.put(backbone.model), where.put(backbone.inputs)
+    settings = PruningOptions(align=1, recovery_steps=2, **options)
+    return prune_model(pruning_task(model, inputs, 0.6, settings, batch=2), backbone.spec)
+
+
+def check_equal(there: Pruned, here: Pruned, inputs: Tensor) -> None:
+    """Inside `accelerator`. Weights may differ: the sign of a gradient that is 0 but for rounding is a step of Adam."""
+    assert kept_units(there.plan).keys() == kept_units(here.plan).keys()
+    assert all(torch.equal(kept, kept_units(here.plan)[name]) for name, kept in kept_units(there.plan).items())
+    for one, other in zip(there.plan.layers, here.plan.layers, strict=True):
+        assert (one.importance is None) == (other.importance is None)
+        assert (one.importance or 0.0) == pytest.approx(other.importance or 0.0, rel=1e-3, abs=1e-7)
+    assert all(isinstance(tensor, There) for tensor in there.model.state_dict().values())
+    torch.testing.assert_close(home(there.model(THERE.put(inputs))), here.model(inputs), rtol=1e-4, atol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def wide() -> Tiny:
+    return tiny(WIDE)
+
+
+@pytest.mark.parametrize("name", sorted(registry.BUILT_IN))
+def test_a_criterion_finds_there_what_it_finds_here(
+    name: str, vit: Tiny, wide: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And however many units there are, the device is waited for as often."""
+    monkeypatch.setattr(upop, "STEPS", 4)
+    here, waits = pruned(vit, HERE, criterion=name), []
+    for backbone in (vit, wide):
+        with accelerator() as counts:
+            there = pruned(backbone, THERE, criterion=name)
+            waits.append(counts.waits)
+            if backbone is vit:
+                check_equal(there, here, vit.inputs)
+    assert waits[0] == waits[1] or name in SEARCHES_BY_KL
+
+
+@pytest.mark.parametrize("family", OTHERS)
+def test_other_backbones_find_there_what_they_find_here(family: str) -> None:
+    spec, options = OTHERS[family]
+    backbone = tiny(spec)
+    here = pruned(backbone, HERE, **options)
+    with accelerator():
+        check_equal(pruned(backbone, THERE, **options), here, backbone.inputs)
+
+
+def test_scores_wait_once_a_batch_and_an_elimination_a_few_times_a_branch(vit: Tiny) -> None:
+    inputs, waits = torch.cat([vit.inputs, vit.inputs]), []
+    with accelerator() as counts:
+        model, images = THERE.put(vit.model), THERE.put(inputs)
+        for count in (4, 8):
+            before = counts.waits
+            neuron_importance(model, vit.layers, images[:count], 2)
+            waits.append(counts.waits - before)
+        assert waits == [2, 4]
+        before, W = counts.waits, torch.randn(6, 40, dtype=torch.float64)
+        elimination_order(THERE.put(W), THERE.put(W.T @ W), THERE.put(W @ W.T))
+        assert counts.waits - before <= 8
+
+
+# -- local training ---------------------------------------------------------------------------------------------------
+
+ROUND = TrainOptions(learning_rate=1e-2, epochs=2, steps=4)
+EVERY_METHOD = METHODS | {
+    "apfl, α a layer": Apfl(0.5, "step", per="layer"),
+    "apfl, α held out": Apfl(0.5, "fixed"),
+    "fedala": FedAla(1e-3),  # with larger steps, W is as sensitive to rounding as it can be
+    "fedala of factors": FedAla(1e-3, products=False),
+}
+
+
+class Place:
+    """A pruned device's model, images and adapters, here or there."""
+
+    def __init__(self, backbone: Tiny, where: Compute) -> None:
+        plan = plan_of(backbone, random_kept(backbone.layers, 0.5))
+        shapes = global_shapes(backbone.model, backbone.layers, 4)
+        layout = device_layout(shapes, backbone.layers, plan, 3)
+        whole = initial(AdapterOptions(), shapes, backbone.layers, backbone.model, torch.Generator().manual_seed(0))
+        start = gather_all(whole, layout)
+        self.adapted = AdaptedModel(where.put(shrink(backbone.model, plan)), layout, 2.0)
+        self.w, v = where.put(with_noise(start, 1)), where.put(with_noise(start, 2))
+        self.personal = Personal(v, where.put(torch.tensor(0.3, dtype=torch.float64)))
+        self.trained = frozenset(layout)
+        self.batch = where.put(backbone.inputs), where.put(torch.tensor([3, 1, 4, 1]))
+
+    def losses(self, params: Params) -> Tensor:
+        return F.cross_entropy(self.adapted(params, self.batch[0]), self.batch[1], reduction="none")
+
+    def round(self, method: Method[Any]) -> LocalResult:
+        weighed = method.weigh(self.w, self.personal, [self.losses])
+        objective: Callable[[Params, object], Tensor] = lambda params, _: self.losses(params).mean()  # noqa: E731
+        return local_round(method, objective, self.w, weighed, range(4), ROUND, self.trained)
+
+
+@pytest.mark.parametrize("name", EVERY_METHOD)
+def test_a_round_there_is_a_round_here(name: str, vit: Tiny) -> None:
+    method, here = EVERY_METHOD[name], Place(vit, HERE)
+    want = here.round(method)
+    with accelerator():
+        place = Place(vit, THERE)
+        got = place.round(method)
+        used = home(method.inference(place.w, got.personal))
+    assert got.loss == pytest.approx(want.loss, rel=1e-4)
+    pairs = [(home(got.upload or {}), want.upload or {}), (used, method.inference(here.w, want.personal))]
+    if want.personal:
+        pairs += [(home(got.personal.params), want.personal.params)]
+        pairs += [({"α": home(got.personal.alpha)}, {"α": want.personal.alpha})]
+    for there, other in pairs:
+        assert there.keys() == other.keys()
+        for key in other:
+            torch.testing.assert_close(there[key], other[key], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", [FedAvg(), Ditto(0.1, 2.0), Apfl(0.5, "step"), Apfl(0.5, "step", per="layer")])
+def test_no_step_waits_for_the_device_and_a_round_does_once(method: Method[Any], vit: Tiny) -> None:
+    with accelerator() as counts:
+        place = Place(vit, THERE)
+        objective: Callable[[Params, object], Tensor] = lambda params, _: place.losses(params).mean()  # noqa: E731
+        state = method.init(place.w, place.personal, ROUND, place.trained)
+        before = counts.waits, counts.to_host
+        for _ in range(2):
+            method.step(state, objective, None)
+        assert (counts.waits, counts.to_host) == before, counts.by_operation
+        local_round(method, objective, place.w, place.personal, range(4), ROUND, place.trained)
+        assert counts.waits - before[0] <= 1 and counts.to_host - before[1] <= 1, counts.by_operation
+
+
+# -- sizes that suit the kind of device -------------------------------------------------------------------------------
+
+
+def test_the_sizes_of_both_kinds_give_the_same(vit: Tiny) -> None:
+    kept = random_kept(vit.layers, 0.5)
+    found = [
+        (
+            neuron_importance(vit.model, vit.layers, vit.inputs, 4, at_once=at_once),
+            sample_divergences(vit.model, vit.layers, kept, vit.inputs, 4, at_once.stream),
+        )
+        for at_once in (OF_CPU, OF_GPU, AtOnce(channels=7, strip=3, stream=1))
+    ]
+    for scores, divergences in found[1:]:
+        torch.testing.assert_close(divergences, found[0][1], rtol=1e-5, atol=1e-7)
+        for name, values in scores.items():
+            torch.testing.assert_close(values, found[0][0][name], rtol=1e-5, atol=1e-5)
+
+
+class Kernels(TorchDispatchMode):
+    """Counts the operations that are work for a device: all that are not views."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += not func.is_view
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("heads", [0, 6])
+def test_scores_of_a_layer_take_few_kernels_on_a_gpu(heads: int) -> None:
+    """A layer of DeiT-S, 64 images with fewer tokens than at 224 px, which changes no count."""
+    X, P = torch.randn(64, 3, 1536 if heads == 0 else 384), torch.randn(64, 10).softmax(-1)
+    with Kernels() as kernels:
+        terms(X, P, heads, OF_GPU)
+    assert kernels.count <= 120
+
+
+# -- a whole federation -----------------------------------------------------------------------------------------------
+
+FEDERATION = [
+    *(
+        "adapters.head=personal",
+        "adapters.rule=fedit",
+        "privacy.dp-clip=1.0",
+        "personalize.references=alone,dense+alone",
+    ),
+    *("model.epochs=1", "train.steps=2"),
+]
+
+
+def test_a_federation_there_is_a_federation_here_resumed_after_its_first_round(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here, there = tmp_path / "here", tmp_path / "there"
+    assert tapfl("--out", str(here), cache=cache, options=FEDERATION).exit_code == 0
+    monkeypatch.setattr(Compute, "of", classmethod(lambda cls, options: THERE))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # the pretended device is that of one thread
+    with accelerator():
+        done = tapfl("--out", str(there), cache=cache, options=[*FEDERATION, "train.rounds=1"])
+        assert done.exit_code == 0, done.output
+        done = tapfl("--resume", str(there), cache=cache, options=["train.rounds=2"])
+        assert done.exit_code == 0, done.output
+    for plan in sorted((here / "plans").glob("*.json")):
+        want, got = (json.loads(file.read_text()) for file in (plan, there / "plans" / plan.name))
+        assert [layer["kept"] for layer in got["layers"]] == [layer["kept"] for layer in want["layers"]]
+    want, got = (json.loads((folder / "summary.json").read_text())["devices"] for folder in (here, there))
+    measures = ("dense_accuracy", "pruned_accuracy", "global_accuracy", "personal_accuracy")
+    for one, other in zip(want, got, strict=True):
+        np.testing.assert_allclose([other[name] for name in measures], [one[name] for name in measures], atol=0.02)
+
+
+# -- the source -------------------------------------------------------------------------------------------------------
+
+MAKES = "arange|as_tensor|empty|eye|full|linspace|ones|rand|randn|tensor|zeros"
+ON_THE_CPU = {
+    "torch.arange(0 if layer.name in drop else layer.units)",  # positions of units and images, and what ranks them
+    "torch.arange(0)",
+    "torch.arange(count)",
+    "torch.arange(layer.units)",
+    "torch.ones(layer.units)",
+    "torch.ones(self.kept, dtype=torch.bool)",
+    "torch.tensor(self.kept, dtype=torch.int64)",
+    "torch.zeros(layer.units)",
+    "torch.ones(len(kept))",  # moved where it is used: a plan's, and a placement's
+    "torch.linspace(0, 1, 11, dtype=torch.float64)",
+    "torch.as_tensor(alpha, dtype=torch.float64)",  # one number, which goes along with any device
+    "torch.as_tensor(share, dtype=torch.float64)",
+    "torch.ones((), dtype=torch.float64)",
+}
+MATHEMATICS = ("tapfl/pruning", "tapfl/personalize", "tapfl/models", "tapfl/summary", "tapfl/adapters/lora.py")
+
+
+def test_no_tensor_is_made_on_the_default_device_by_accident() -> None:
+    found = {call for file in sources(*MATHEMATICS) for call in made_anywhere(file)}
+    assert found <= ON_THE_CPU
+
+
+def test_one_file_knows_what_an_accelerator_is_called() -> None:
+    naming = [
+        str(file.relative_to(ROOT))
+        for file in sources("tapfl", "clients", "strategies")
+        if re.search(r"\bcuda\b", file.read_text("utf-8"))
+    ]
+    assert sorted(naming) == ["clients/client_app.py", "tapfl/compute.py", "tapfl/config/federation.py"]
+
+
+def sources(*rooms: str) -> list[Path]:
+    return [file for room in rooms for file in ([ROOT / room] if room.endswith(".py") else (ROOT / room).rglob("*.py"))]
+
+
+def made_anywhere(file: Path) -> list[str]:
+    """The calls by which a file makes tensors on torch's default device; what is drawn always is on the CPU."""
+    calls = [node for node in ast.walk(ast.parse(file.read_text("utf-8"))) if isinstance(node, ast.Call)]
+    return [
+        ast.unparse(call)
+        for call in calls
+        if re.fullmatch(rf"torch\.({MAKES})", ast.unparse(call.func))
+        and not {"device", "generator"} & {keyword.arg for keyword in call.keywords}
+    ]
