@@ -184,5 +184,6 @@ def test_a_run_says_whose_mixture_does_not_tell_classes_apart(capsys: pytest.Cap
         DeviceRecord(device=i, profile=profile, train_samples=9, components=k, classes=classes)
         for i, (k, classes) in enumerate(kinds)
     ]
-    show_summary(a_summary(devices=devices))
-    assert "one component, which does not tell classes apart: 0, 4\n" in capsys.readouterr().out
+    show_summary(a_summary(devices=devices), {"alone": "+0.1"})
+    said = capsys.readouterr().out
+    assert "one component, which does not tell classes apart: 0, 4\n" in said and "personal - alone: +0.1\n" in said

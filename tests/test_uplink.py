@@ -106,7 +106,10 @@ def test_the_command_shows_the_list_and_what_a_run_sent(tmp_path: Path) -> None:
     devices = [DeviceRecord(device=i, profile=profile, train_samples=9, bytes_up=up) for i, up in enumerate(sent)]
     numbers: dict[str, Any] = dict.fromkeys(Summary.model_fields.keys() - {"version"}, 0)
     empty: dict[str, Any] = {key: {} for key in ("time_to_accuracy", "bytes_to_accuracy", "seconds")}
-    write_summary(tmp_path, Summary(**numbers | empty | {"curve": [], "epsilon": None, "devices": devices}))
+    write_summary(
+        tmp_path,
+        Summary(**numbers | empty | {"curve": [], "epsilon": None, "reference_accuracies": None, "devices": devices}),
+    )
     alone, with_run = tapfl("--uplink", "--json"), tapfl(str(tmp_path), "--uplink", "--json")
     assert json.loads(alone.output) == {"uplink": uplink()}
     assert json.loads(with_run.output)["sent"] == [

@@ -155,6 +155,11 @@ class RunConfig(Section):
                 f"personalize.method=pooled needs one classifier for all devices; with model.head={model.head} and "
                 "adapters.head=personal each has its own; accepted: a shared head, or another method"
             )
+        if personal and (shared := {"dense+alone", "pooled"} & {*self.personalize.reference_rates}):
+            raise ValueError(
+                f"personalize.references: {', '.join(sorted(shared))} need one classifier for all devices; with "
+                f"model.head={model.head} and adapters.head=personal each has its own; accepted: alone"
+            )
         if model.weights and self.pruning.labels == "public":
             raise ValueError(
                 f"pruning.labels=public are of the pool's classes; with model.head={model.head} and model.weights the "
