@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from tapfl.adapters import rules
-from tapfl.adapters.layout import Layout, device_layout, gather, global_shapes
+from tapfl.adapters.layout import Layout, device_layout, global_shapes, last_blocks
 from tapfl.adapters.lora import AdaptedModel
 from tapfl.compute import Compute
 from tapfl.config import NEW_HEADS, RunConfig
@@ -216,17 +216,14 @@ def _adapted(
     model: nn.Module, spec: str, plan: PruningPlan | None, rank: int, config: RunConfig, compute: Compute
 ) -> AdaptedDevice:
     (dense, layers), options = skeleton(spec), config.adapters
+    layers = last_blocks(layers, options.blocks)
     shapes = global_shapes(dense, layers, max_rank(config.devices))
     layout = device_layout(shapes, layers, plan, rank)
     staying = [name for name in layout if name not in rules.down(options, layout)]
     made: Params = {}
     if wanted := list(layout) if config.personalize.references else staying:
         initial = rules.initial(options, shapes, layers, dense, torch_generator(config.seed, "adapters"))
-        heads = dict(model.named_parameters())
-        made = {
-            name: heads[name].detach().clone() if layout[name].side == "whole" else gather(initial[name], layout[name])
-            for name in wanted
-        }
+        made = rules.untrained({name: layout[name] for name in wanted}, initial, model)
     start = {name: made[name] for name in staying}
     moving = rules.trained(options, layout, 1) | rules.trained(options, layout, 2)
     private = tuple(name for name in staying if name in moving)

@@ -38,7 +38,7 @@ from tapfl.personalize.method import LocalResult, Method, Personal, local_round
 from tapfl.personalize.methods import method_of
 from tapfl.profiles import DeviceProfile
 from tapfl.pruning.plan import PruningPlan
-from tapfl.pruning.surgery import rebuild, save_pruned, shrink
+from tapfl.pruning.surgery import save_pruned, smaller_model
 from tapfl.seeds import numpy_generator
 from tapfl.store import cache_folder
 from tapfl.summary.metric_set import Projection
@@ -132,17 +132,18 @@ class Device:
             PlanError: if the plan does not fit the backbone, or the weights do not fit the plan.
         """
         plan = PruningPlan.from_json(message.plan)
-        if message.weights:
-            small = self.compute.put(rebuild(plan, message.weights))
-        else:
-            dense = caches.dense(self._cache, message.backbone_key, plan.backbone.model_dump_json(), self.compute)
-            small = shrink(dense, plan)
+        spec = plan.backbone.model_dump_json()
+        dense = partial(caches.dense, self._cache, message.backbone_key, spec, self.compute)
+        small = self.compute.put(smaller_model(plan, message.weights, dense))
         if self.config.model.head == "prototypes":
             train = self._part("train")
             features = image_features(small, train.split(256))
             small = fill_with_prototypes(small, features, home(train.labels).numpy())
         self._references.begin(message.backbone_key, plan, simulated=not self.source)
         save_pruned(small, plan, self.storage.pruned, replace=True)
+        if message.adapters.size:
+            references = self._references.warm(self._start(message.adapters))
+            self.storage.save_state(self.partition_id, 0, DeviceState(None, {}, references).moved(home), before=0)
         cost = measure_cost(small)
         return PruneReply(params=cost.params, macs=cost.macs, pruned_accuracy=self._accuracy(small))
 
@@ -215,8 +216,12 @@ class Device:
         """
         if not adapters.size and not method.shares_adapters and state.personal is not None:
             return state.personal.params
+        return self._start(adapters, state.private)
+
+    def _start(self, adapters: np.ndarray, private: Params | None = None) -> Params:
+        """Returns all of w: the tensors that arrived, private ones, and initial values of the others."""
         layout = self._pruned.layout
-        whole = self._pruned.start | state.private | unpack(adapters, rules.down(self.config.adapters, layout))
+        whole = self._pruned.start | (private or {}) | unpack(adapters, rules.down(self.config.adapters, layout))
         return self.compute.put({name: whole[name] for name in layout})
 
     def _trained_and_held_out(self, round: int) -> tuple[np.ndarray, np.ndarray]:

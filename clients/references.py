@@ -2,7 +2,8 @@
 
 `alone` is the device's pruned model, trained on its own images alone; `dense+alone` is the dense backbone, trained so;
 `pooled` is the pruned model, trained on the images of all devices, which only a simulation has. Adapters start without
-effect and never leave the device. Nothing is held out of them, and they take as many steps as the device's own model.
+effect, or from the warm start as the device's own do, and never leave the device. Nothing is held out of them, and they
+take as many steps as the device's own model.
 """
 
 from __future__ import annotations
@@ -61,6 +62,13 @@ class References:
             if not DenseCache(self._cache).holds(key):
                 raise ConfigError(refused.format("dense+alone", "the dense backbone"))
             self.storage.save_backbone(key, plan.backbone.model_dump_json())
+
+    def warm(self, start: Params) -> dict[str, Params]:
+        """Returns the adapters of each before the first round, if the device's model came with a warm start.
+
+        The dense model, whose answers that was distilled from, keeps adapters without effect.
+        """
+        return {name: start for name in self.rates if name != "dense+alone"}
 
     def trained(
         self, before: Mapping[str, Params], own: caches.AdaptedDevice, round: int, train: Training

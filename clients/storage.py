@@ -128,16 +128,16 @@ class DeviceStorage:
         self._state.keep((before, round))
 
     def load_state(self, device: int, round: int) -> DeviceState:
-        """Returns the state of a device after `round`; an empty one for 0.
+        """Returns the state of a device after `round`; for 0 an empty one, unless something came with its model.
 
         Raises:
             RunError: if it is missing: another device's storage, or a lost one.
             PlanError: if it is damaged, or belongs to another device or round.
         """
-        if round == 0:
-            return DeviceState(None, {})
         file = self._state.path(round)
         if not file.exists():
+            if round == 0:
+                return DeviceState(None, {})
             raise RunError(f"{self._state.folder}: has no state after round {round}, for which the server has a reply")
         tensors, _ = read_sealed(file, STATE, device=device, round=round)
         personal = part_of(tensors, PERSONAL)

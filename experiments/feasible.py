@@ -9,6 +9,7 @@ import numpy as np
 from flwr.common.logger import log
 
 from strategies.loggers import require_loggers
+from tapfl.adapters.layout import last_blocks
 from tapfl.adapters.rules import rule_of
 from tapfl.compute import Compute
 from tapfl.config import NEW_HEADS, RunConfig
@@ -91,6 +92,7 @@ def _check_backbone(config: RunConfig, public: ImageSet, classes: tuple[str, ...
         _require_rows(Path(options.head_rows), classes, spec.num_classes)
     layers = layers_of(model, options)
     given = build(spec.model_copy(update={"num_classes": len(classes)})) if new else model
+    last_blocks(layers, config.adapters.blocks)
     pruning, cost = aligned(resolved(config.pruning), layers), measure_cost(given)
     for budget in sorted({profile.budget for profile in profiles_of(config.devices)}):
         table = cost_table(layers, cost, Budget.parse(budget))

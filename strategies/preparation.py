@@ -22,7 +22,7 @@ from flwr.common.logger import log
 from strategies.exchange import Request
 from strategies.fleet import Fleet
 from strategies.records import CLASSES, DeviceRecord, FailureLine, append_lines, read_classes
-from strategies.round_zero import PublicPool, Shared, describe_pool, device_model
+from strategies.round_zero import PublicPool, Shared, describe_pool, device_model, task_images
 from strategies.state import FederationState
 from tapfl.compute import HERE, Compute
 from tapfl.config import NEW_HEADS, RunConfig
@@ -31,8 +31,6 @@ from tapfl.errors import BudgetError, PlanError, RunError
 from tapfl.models.cost import Cost, measure_cost
 from tapfl.models.dense import DenseCache, dense_backbone
 from tapfl.models.new_head import agreed_classes, with_new_head
-from tapfl.models.prunable import prunable_layers
-from tapfl.models.units import PrunableLayer
 from tapfl.progress import stage
 from tapfl.pruning.plan import PruningPlan, load_plan, require_device, signed
 from tapfl.store import RunFolder, cache_folder, read_sealed, write_bytes, write_json, write_sealed
@@ -77,12 +75,20 @@ class Preparation:
         return True
 
     @cached_property
-    def layers(self) -> list[PrunableLayer]:
-        return prunable_layers(self.backbone)
-
-    @cached_property
     def cost(self) -> Cost:
         return measure_cost(self.backbone)
+
+    @cached_property
+    def pool(self) -> PublicPool:
+        with stage("public pool"):
+            return describe_pool(self.config, self.images, self.judge, self.compute)
+
+    def metric_set(self, record: DeviceRecord) -> np.ndarray:
+        """Returns the positions in the pool of the images that the smaller model of a device is made with."""
+        reply, options = self._stored_summary(record.device), self.config.summary
+        dim = self.pool.points.shape[1]
+        summary = reply.mixture(dim, options.min_support, record.train_samples) if reply else None
+        return task_images(self.pool, summary, self.config.metric, self.config.seed, record.device)
 
     def pruned_models(self, state: FederationState) -> tuple[FederationState, dict[int, Prune]]:
         """Asks the devices for their mixtures, and makes a plan for each; returns the messages that bring it its model.
@@ -90,15 +96,13 @@ class Preparation:
         Raises:
             RunError: if too few devices send a mixture, or no device has a budget that can be met.
         """
-        with stage("public pool"):
-            pool = describe_pool(self.config, self.images, self.judge, self.compute)
-        state, summaries = self._summaries(state, pool)
+        state, summaries = self._summaries(state, self.pool)
         state = state.with_devices({i: {"generic": i not in summaries} for i in state.devices})
         messages: dict[int, Prune] = {}
         with stage("smaller models") as advance:
             advance(0, len(state.devices))
             new_head = self.backbone if self.backbone is not self.judge else None
-            shared = Shared(self.config, pool, self.judge, self.compute, new_head)
+            shared = Shared(self.config, self.pool, self.judge, self.compute, new_head)
             for done, (i, record) in enumerate(state.devices.items(), start=1):
                 try:
                     made = self.planned(i)
@@ -131,7 +135,7 @@ class Preparation:
                 "params_share": reply.params / dense.params,
                 "macs": reply.macs,
                 "macs_share": reply.macs / dense.macs,
-                # adapters start without effect: so it does until it is first asked in a round
+                # so it does until it is first asked in a round, for adapters start without effect; or for all it knows
                 **dict.fromkeys(("pruned_accuracy", "global_accuracy", "personal_accuracy"), reply.pruned_accuracy),
                 "reference_accuracies": {name: before.get(name, reply.pruned_accuracy) for name in names} or None,
             }

@@ -11,7 +11,6 @@ import logging
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +30,7 @@ from strategies.binding import (
 )
 from strategies.exchange import Request
 from strategies.fleet import Fleet, sample_clients, seconds, training_macs
+from strategies.global_adapters import GlobalAdapters
 from strategies.loggers import loggers, require_loggers
 from strategies.preparation import Preparation
 from strategies.progress import shown
@@ -53,7 +53,7 @@ from strategies.state import (
     summarise,
 )
 from tapfl.adapters import rules
-from tapfl.adapters.layout import Layout, Update, device_layout, gather_all, global_shapes, pack, packed_size, unpack
+from tapfl.adapters.layout import Layout, Update, gather_all, pack, packed_size, unpack
 from tapfl.adapters.rules import ServerState
 from tapfl.compute import HERE, Compute
 from tapfl.config import RunConfig
@@ -63,11 +63,10 @@ from tapfl.errors import ConfigError, PlanError
 from tapfl.models.forward import input_transform
 from tapfl.personalize.method import Method
 from tapfl.personalize.methods import method_of, never_begins
-from tapfl.profiles import max_rank
 from tapfl.progress import stage
 from tapfl.seeds import of_secret, torch_generator
 from tapfl.store import RunFolder, cache_folder, run_path
-from tapfl.training import Params, images_seen, is_evaluated
+from tapfl.training import images_seen, is_evaluated
 from tapfl.wire import ENVELOPE, Evaluate, EvaluateReply, Hello, Train, TrainReply
 
 app = ServerApp()
@@ -155,26 +154,9 @@ class Federation:
     def __init__(self, preparation: Preparation, replay: Callable[[], None]) -> None:
         self.preparation, self.replay = preparation, replay
         self.config, self.folder, self.fleet = preparation.config, preparation.folder, preparation.fleet
-        self.hello = Hello(preparation.key)
+        self.adapters, self.hello = GlobalAdapters(preparation), Hello(preparation.key)
         self.shares_adapters = self._method(1).shares_adapters
         self._layouts: dict[int, Layout] = {}
-
-    @cached_property
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shapes of the global adapters."""
-        return global_shapes(self.preparation.backbone, self.preparation.layers, max_rank(self.config.devices))
-
-    @cached_property
-    def initial(self) -> Params:
-        """The global adapters before the first round.
-
-        Their head is the dense model's. Where recovery or a criterion trained, the devices' models have heads of their
-        own, which give way to the shared one from the first round on: it is trained as a whole anyway, and what they
-        learnt in the rest of the model stays. On digits no device's accuracy changed by it.
-        """
-        backbone, layers = self.preparation.backbone, self.preparation.layers
-        generator = torch_generator(self.config.seed, "adapters")
-        return rules.initial(self.config.adapters, self.shapes, layers, backbone, generator)
 
     def start(self) -> FederationState:
         """Returns the state after round zero: devices have introduced themselves and received their pruned models."""
@@ -182,9 +164,10 @@ class Federation:
         if self.preparation.agree():
             self.hello = Hello(self.preparation.key)
             self.fleet.learn_holders(self.hello)
-        state = FederationState(0, ServerState(self.initial, {}), devices, plans={})
+        state = FederationState(0, ServerState(self.adapters.initial), devices, plans={})
         state, messages = self.preparation.pruned_models(state)
-        return self.save(self.preparation.surgery(state, messages))
+        state = replace(state, server=ServerState(self.adapters.first(state.devices, messages)))
+        return self.save(self.preparation.surgery(state, self.adapters.with_start(state.devices, messages)))
 
     def resume(self, state: FederationState) -> FederationState:
         """Returns a saved state, ready for the next round.
@@ -199,7 +182,7 @@ class Federation:
             self.layout(state, i)
         log(logging.INFO, "the run goes on after round %d of %d", state.round, self.config.train.rounds)
         # in the order of the layers, which is that of the noise and of every sum; a file has an order of its own
-        params = {name: state.server.params[name] for name in self.initial}
+        params = {name: state.server.params[name] for name in self.adapters.shapes}
         return replace(state, server=replace(state.server, params=params))
 
     def save(self, state: FederationState) -> FederationState:
@@ -231,7 +214,8 @@ class Federation:
         """Learns nodes that joined since the last round, and sends pruned models to devices that have none yet."""
         self.fleet.meet_again(self.hello, state.devices)
         waiting = {i: self.preparation.planned(i) for i in state.devices if i not in state.plans}
-        messages = {i: message for i, message in waiting.items() if message is not None}
+        planned = {i: message for i, message in waiting.items() if message is not None}
+        messages = self.adapters.with_start(state.devices, planned)
         return self.preparation.surgery(state, messages, min_success=0) if messages else state
 
     def train(self, state: FederationState, t: int) -> tuple[FederationState, dict[int, TrainReply]]:
@@ -264,7 +248,7 @@ class Federation:
         # anyone who knows the seed can draw the noise again: a server that needs it secret sets a secret of its own
         generator = torch_generator(self.config.seed, "aggregate", t, *of_secret(os.environ.get("TAPFL_SECRET", "")))
         options, privacy = self.config.adapters, self.config.privacy
-        server = rules.aggregate(options, privacy, state.server, updates, self.initial, t, generator)
+        server = rules.aggregate(options, privacy, state.server, updates, self.adapters.initial, t, generator)
         return replace(state, server=server)
 
     def evaluate(self, state: FederationState) -> FederationState:
@@ -298,8 +282,7 @@ class Federation:
                 raise PlanError(f"{file}: is gone, by which the model of device {i} was cut")
             if kept[0].checksum != state.plans[i]:
                 raise PlanError(f"{file}: is not the plan by which the model of device {i} was cut")
-            rank = state.devices[i].profile.rank
-            self._layouts[i] = device_layout(self.shapes, self.preparation.layers, kept[0], rank)
+            self._layouts[i] = self.adapters.layout(kept[0], state.devices[i].profile.rank)
         return self._layouts[i]
 
     def _method(self, t: int) -> Method[Any]:

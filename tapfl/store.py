@@ -284,6 +284,7 @@ class RunFolder:
     summaries/NN.safetensors      the mixture that each device sent
     plans/NN.json NN.safetensors  each device's plan, and its weights if the plan alone does not determine them
     metric-sets/NN.json           public images of each class in the metric set of each plan, and in the pool
+    start.safetensors             the adapters of the warm start, if there is one
     server/round-NNNN.safetensors the server's state after each of the last two rounds: `strategies.state`
     devices/NN/                   a device's own storage; in a deployment it is on the device
     metrics.jsonl                 one line a device a round, one a round, one a loss

@@ -257,6 +257,7 @@ class Prune(WireMessage):
     """The device's plan for its backbone, and the weights if the plan alone does not determine its model.
 
     `weights` is a safetensors file of the smaller model's state dict, or empty: the device then cuts its own backbone.
+    `adapters` are those of the warm start, for a device that also trains references; otherwise empty.
     """
 
     type: ClassVar[str] = "query.prune"
@@ -265,6 +266,7 @@ class Prune(WireMessage):
     backbone_key: str
     plan: str
     weights: bytes = field(default=b"", metadata={"kind": "weights"})
+    adapters: np.ndarray = field(default_factory=lambda: np.zeros(0, np.float32), metadata={"kind": "adapters"})
 
 
 @dataclass(frozen=True)

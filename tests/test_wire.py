@@ -45,7 +45,7 @@ MESSAGES: list[WireMessage] = [
         classes=3,
         held_classes=np.array([1, 0, 1], np.float32),
     ),
-    Prune("a1b2", "{}", b"\x00\xff"),
+    Prune("a1b2", "{}", b"\x00\xff", np.array([1.0, 2.0], np.float32)),
     PruneReply(params=100, macs=2000, pruned_accuracy=0.8),
     Train(ROUND, 2, np.array([1.0, 2.0, 3.0], np.float32)),
     TrainReply(ROUND, 0.5, 0.8, 0.9, np.array([0.7]), adapters=np.array([1.0, 2.0, 3.0], np.float32), loss=0.7),
@@ -137,6 +137,7 @@ def test_bytes_are_counted_by_kind_and_weights_apart_from_the_plan() -> None:
     assert Train(1, 0, np.zeros(3, np.float32)).bytes_by_kind == {"adapters": 2 * 8 + 12}
     assert Prune("a1b2", "{}", b"12345").bytes_by_kind == {"plan": 6, "weights": 5}
     assert Prune("a1b2", "{}").bytes_by_kind == {"plan": 6}
+    assert Prune("a1b2", "{}", b"", np.zeros(3, np.float32)).bytes_by_kind == {"plan": 6, "adapters": 12}
 
 
 # -- what any message is refused for ----------------------------------------------------------------------------------

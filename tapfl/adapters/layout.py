@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from tapfl.errors import ConfigError
 from tapfl.models.forward import head_names
 from tapfl.models.units import PrunableLayer
 from tapfl.models.units import Side as CutSide
@@ -73,6 +74,20 @@ class Update:
     layout: Layout
     weight: float
     classes: Tensor | None = None
+
+
+def last_blocks(layers: Sequence[PrunableLayer], count: int) -> list[PrunableLayer]:
+    """Returns the layers of the last `count` blocks, those that get adapters; 0: of all blocks.
+
+    Raises:
+        ConfigError: if there are fewer blocks.
+    """
+    blocks = list(dict.fromkeys(layer.name.rpartition(".")[0] for layer in layers))
+    if count > len(blocks):
+        there = f"the backbone has {len(blocks)}"
+        raise ConfigError(f"adapters.blocks = {count}: {there}; accepted: at most that, or 0 for all")
+    adapted = blocks[-count:]  # -0: all
+    return [layer for layer in layers if layer.name.rpartition(".")[0] in adapted]
 
 
 def global_shapes(model: nn.Module, layers: Sequence[PrunableLayer], rank: int) -> Shapes:

@@ -37,6 +37,7 @@ from tapfl.adapters.layout import (
     Shapes,
     Side,
     Update,
+    gather,
     gather_all,
     global_sides,
     scatter_mean,
@@ -194,6 +195,15 @@ def initial(
         else:
             params[name] = torch.zeros(shape)
     return params
+
+
+def untrained(layout: Layout, initial: Params, model: nn.Module) -> Params:
+    """Returns all of a device's w before anything is trained: its part of `initial`, and the heads of its `model`."""
+    heads = dict(model.named_parameters())
+    return {
+        name: heads[name].detach().clone() if placement.side == "whole" else gather(initial[name], placement)
+        for name, placement in layout.items()
+    }
 
 
 def down(options: AdapterOptions, layout: Layout) -> Layout:

@@ -145,6 +145,11 @@ class RunConfig(Section):
                 f"model.head=prototypes starts from the means of a device's classes, which adapters.head="
                 f"{self.adapters.head} would show to the server; accepted: adapters.head=personal, or model.head=new"
             )
+        if self.adapters.start != "zero":
+            raise ValueError(
+                f"adapters.start={self.adapters.start} learns the dense model's answers, which with "
+                f"model.head={model.head} are not of the devices' classes; accepted: adapters.start=zero"
+            )
         if model.head_rows and personal:
             raise ValueError(
                 f"model.head-rows={model.head_rows} needs the names of a device's classes, which stay on it with "

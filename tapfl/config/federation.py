@@ -32,6 +32,15 @@ class AdapterOptions(Section):
         description="classifier: each class's row averaged over the devices that hold the class, averaged over all, "
         "or kept on the device",
     )
+    blocks: int = Field(0, ge=0, description="last blocks of the backbone, which get adapters; 0: all blocks")
+    start: Literal["zero", "metric-sets", "pool"] = Field(
+        "zero",
+        description="adapters of the first round: without effect, or distilled from the dense model on each device's "
+        "metric set or on the public pool",
+    )
+    start_rounds: Count = Field(3, description="rounds of this distillation at most; fewer if the held-out loss rises")
+    start_steps: Count = Field(20, description="gradient steps a device in each of them")
+    start_learning_rate: float = Field(3e-3, gt=0, le=RATE, description="learning rate of this distillation (Adam)")
     combine: Literal["mean", "median", "trimmed-mean"] = Field(
         "mean", description="how the values of a coordinate are aggregated over the devices that hold it"
     )

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import islice
 
 import numpy as np
@@ -82,7 +82,7 @@ def recover(
     """
     small = copy.deepcopy(model).eval().requires_grad_(True)
     if steps and options.recovery != "none":
-        order = _order(len(labels), options.recovery_batch, steps, generator)
+        order = batch_order(len(labels), options.recovery_batch, steps, generator)
         targets = None
         if options.recovery == "distill":
             if teacher is None:
@@ -93,22 +93,47 @@ def recover(
             dense = copy.deepcopy(branch).eval().requires_grad_(True)
             faders[name] = FadingBranch(dense, small.get_submodule(name))
             put(small, name, faders[name])
-        rate = f"pruning.recovery-learning-rate = {options.recovery_learning_rate:g}"
-        adam = torch.optim.Adam(small.parameters(), lr=options.recovery_learning_rate)
-        for step, chosen in enumerate(track(order, "recovery")):
+
+        def loss(step: int, chosen: np.ndarray) -> Tensor:
             _fade(small, faders, strength(step, steps))
             index = torch.from_numpy(chosen)
-            logits = small(inputs(chosen))
-            loss = recovery_loss(logits, labels[index], None if targets is None else targets[index])
-            if not torch.isfinite(loss):
-                raise diverged(rate, "recovery", step + 1, steps, f"its loss is {float(loss.detach())}")
-            adam.zero_grad()
-            loss.backward()
-            adam.step()
+            return recovery_loss(small(inputs(chosen)), labels[index], None if targets is None else targets[index])
+
+        rate = options.recovery_learning_rate
+        option, shown = "pruning.recovery-learning-rate", track(order, "recovery")
+        minimise(list(small.parameters()), loss, shown, steps, rate, (option, "recovery"))
         _fade(small, faders, 0.0)
-        if not (reached := largest(small.parameters())) <= LARGEST:
-            raise diverged(rate, "recovery", steps, steps, f"its weights reach {reached:.3g}")
     return small.requires_grad_(False)
+
+
+def minimise(
+    params: Sequence[Tensor],
+    loss_of: Callable[[int, np.ndarray], Tensor],
+    order: Iterable[np.ndarray],
+    steps: int,
+    learning_rate: float,
+    said: tuple[str, str],
+) -> None:
+    """Trains leaf tensors in place, by a step of Adam for each batch.
+
+    Args:
+        loss_of: (step, from 0, and positions of the batch) -> loss.
+        order: the batches, as many as `steps`.
+        said: the option of the learning rate, and what is trained, for errors.
+
+    Raises:
+        ModelError: if a loss is not finite, saying at which step, or a parameter exceeds LARGEST at the end.
+    """
+    adam, rate, what = torch.optim.Adam(params, lr=learning_rate), f"{said[0]} = {learning_rate:g}", said[1]
+    for step, chosen in enumerate(order):
+        loss = loss_of(step, chosen)
+        if not torch.isfinite(loss):
+            raise diverged(rate, what, step + 1, steps, f"its loss is {float(loss.detach())}")
+        adam.zero_grad()
+        loss.backward()
+        adam.step()
+    if not (reached := largest(params)) <= LARGEST:
+        raise diverged(rate, what, steps, steps, f"its weights reach {reached:.3g}")
 
 
 def recovery_loss(logits: Tensor, labels: Tensor, teacher: Tensor | None = None) -> Tensor:
@@ -122,9 +147,14 @@ def recovery_loss(logits: Tensor, labels: Tensor, teacher: Tensor | None = None)
     hard = F.cross_entropy(logits, labels)
     if teacher is None:
         return hard
-    T, share = TEMPERATURE, SOFT_SHARE
+    return SOFT_SHARE * soft_loss(logits, teacher) + (1 - SOFT_SHARE) * hard
+
+
+def soft_loss(logits: Tensor, teacher: Tensor) -> Tensor:
+    """Returns T² KL(softmax(t/T) ‖ softmax(z/T)), the mean over the images; both are logits (n, classes)."""
+    T = TEMPERATURE
     soft = F.kl_div((logits / T).log_softmax(-1), (teacher / T).log_softmax(-1), log_target=True, reduction="batchmean")
-    return share * T**2 * soft + (1 - share) * hard
+    return T**2 * soft
 
 
 @torch.no_grad()
@@ -157,7 +187,8 @@ class FadingBranch(nn.Module):
         return b + self.strength * (self.branch(x, *args, **kwargs) - b)
 
 
-def _order(size: int, batch: int, steps: int, generator: np.random.Generator) -> list[np.ndarray]:
+def batch_order(size: int, batch: int, steps: int, generator: np.random.Generator) -> list[np.ndarray]:
+    """Returns the positions of the images of each step. Raises ModelError if there is no image."""
     if size == 0:
         raise ModelError("recovery needs at least one image")
     passes = -(-steps // -(-size // batch))

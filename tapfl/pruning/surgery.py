@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -118,6 +118,15 @@ def rebuild(plan: PruningPlan, weights: bytes) -> nn.Module:
     source = f"weights for {plan.backbone.name}"
     state = unpack_tensors(weights, source)
     return _filled(_skeleton(plan, len(state)), state, f"{source}: do not fit their plan")
+
+
+def smaller_model(plan: PruningPlan, weights: bytes, dense: Callable[[], nn.Module]) -> nn.Module:
+    """Returns the model of a plan and the weights that travel with it: `rebuild`, or with no weights `dense` cut by it.
+
+    Raises:
+        PlanError: as `rebuild` and `shrink`.
+    """
+    return rebuild(plan, weights) if weights else shrink(dense(), plan)
 
 
 def require_fitting(plan: PruningPlan) -> None:

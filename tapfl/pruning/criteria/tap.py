@@ -88,17 +88,20 @@ def elimination_order(W: Tensor, C: Tensor, M: Tensor, ridge: float = RIDGE) -> 
     worth, directions = torch.linalg.eigh(M)
     W = worth.clamp(min=0).sqrt()[:, None] * (directions.T @ W)
     left, order, growth = torch.arange(units, device=C.device), [], []
-    while len(left):
-        e = W.square().sum(0) / inverse.diagonal()
-        count = min(max(1, units // ROUNDS), len(left))
-        gone, stay = e.argsort(stable=True).split([count, len(left) - count])
-        stay = stay.sort().values  # positions and not a mask, whose size a GPU would have to tell first
-        order.append(left[gone])
-        growth.append(e[gone])
-        block = torch.linalg.solve_ex(inverse[gone][:, gone], inverse[gone][:, stay]).result
-        W = W[:, stay] - W[:, gone] @ block
-        inverse = inverse[stay][:, stay] - inverse[stay][:, gone] @ block
-        left = left[stay]
+    gone, remaining = torch.zeros(units, dtype=torch.uint8, device=C.device), units
+    while remaining:
+        e = (W.square().sum(0) / inverse.diagonal()).masked_fill(gone > 0, torch.inf)
+        first = e.argsort(stable=True)[: min(max(1, units // ROUNDS), remaining)]
+        order.append(left[first])
+        growth.append(e[first])
+        block = torch.linalg.solve_ex(inverse[first][:, first], inverse[first]).result
+        W.addmm_(W[:, first], block, alpha=-1)
+        inverse.addmm_(inverse[:, first], block, alpha=-1)
+        gone[first] = 1
+        remaining -= len(first)
+        if 2 * remaining < len(left):  # what is gone costs time in every round until it is cut out, and that costs some
+            stay = gone.argsort(stable=True)[:remaining]  # positions and not a mask, whose size a GPU had to tell first
+            W, inverse, left, gone = W[:, stay], inverse[stay][:, stay], left[stay], gone[stay]
     return torch.cat(order), torch.cat(growth).cumsum(0)
 
 

@@ -1,0 +1,115 @@
+"""The global adapters: their shapes, where a device's lie in them, and what they are before the first round.
+
+A warm start is kept in the run's folder as ``start.safetensors``: a run that was killed does not train it again, and a
+device that joins later gets the same.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import cached_property, partial
+
+import numpy as np
+import torch
+from flwr.common.logger import log
+from torch import nn
+
+from strategies.preparation import Preparation
+from strategies.records import DeviceRecord
+from tapfl.adapters import rules
+from tapfl.adapters.layout import Layout, Shapes, device_layout, gather_all, global_shapes, last_blocks, pack
+from tapfl.adapters.warm_start import Pupil, warm_start
+from tapfl.models.forward import transform_of
+from tapfl.models.prunable import prunable_layers
+from tapfl.models.units import PrunableLayer
+from tapfl.profiles import max_rank
+from tapfl.pruning.plan import PruningPlan
+from tapfl.pruning.surgery import smaller_model
+from tapfl.seeds import torch_generator
+from tapfl.store import read_sealed, write_sealed
+from tapfl.training import Params
+from tapfl.wire import Prune
+
+
+class GlobalAdapters:
+    """See above; `preparation` has the backbone, the pool and the folder."""
+
+    def __init__(self, preparation: Preparation) -> None:
+        self.preparation, self.config = preparation, preparation.config
+        self._file = preparation.folder.path / "start.safetensors"
+
+    @property
+    def backbone(self) -> nn.Module:
+        return self.preparation.backbone
+
+    @cached_property
+    def layers(self) -> list[PrunableLayer]:
+        """The layers that get adapters."""
+        return last_blocks(prunable_layers(self.backbone), self.config.adapters.blocks)
+
+    @cached_property
+    def shapes(self) -> Shapes:
+        return global_shapes(self.backbone, self.layers, max_rank(self.config.devices))
+
+    @cached_property
+    def initial(self) -> Params:
+        """Adapters without effect.
+
+        Their head is the dense model's. Where recovery or a criterion trained, the devices' models have heads of their
+        own, which give way to the shared one from the first round on: it is trained as a whole anyway, and what they
+        learnt in the rest of the model stays. On digits no device's accuracy changed by it.
+        """
+        generator = torch_generator(self.config.seed, "adapters")
+        return rules.initial(self.config.adapters, self.shapes, self.layers, self.backbone, generator)
+
+    def layout(self, plan: PruningPlan, rank: int) -> Layout:
+        """Returns where the adapters of a device lie in the global ones."""
+        return device_layout(self.shapes, self.layers, plan, rank)
+
+    def first(self, devices: Mapping[int, DeviceRecord], messages: Mapping[int, Prune]) -> Params:
+        """Returns the adapters of the first round: without effect, or the warm start with the models of `messages`.
+
+        Raises:
+            PlanError: if the warm start was made before, and its file is damaged.
+            ModelError: if it diverges.
+        """
+        if self.config.adapters.start == "zero":
+            return self.initial
+        if not self._file.exists():
+            pupils = [self._pupil(devices[i], message) for i, message in messages.items()]
+            images, transform, compute = self.preparation.images, transform_of(self.backbone), self.preparation.compute
+
+            def inputs(positions: np.ndarray) -> torch.Tensor:
+                return compute.put(transform(images.read(positions)))
+
+            options, dense = self.config.adapters, compute.put(self.backbone)
+            made = warm_start(options, self.initial, pupils, inputs, dense, self.config.seed, compute)
+            log(logging.INFO, "warm start: held-out loss %s", ", ".join(f"{loss:.4f}" for loss in made.losses))
+            write_sealed(self._file, made.params, "start", {"losses": made.losses})
+        params, _ = read_sealed(self._file, "start")
+        return {name: params[name] for name in self.shapes}
+
+    def with_start(self, devices: Mapping[int, DeviceRecord], messages: Mapping[int, Prune]) -> dict[int, Prune]:
+        """Returns the messages with the warm start, for devices that also train references: these begin with it too."""
+        if self.config.adapters.start == "zero" or not self.config.personalize.references:
+            return dict(messages)
+        first, changed = self.first(devices, messages), {}
+        for i, message in messages.items():
+            layout = self.layout(PruningPlan.from_json(message.plan), devices[i].profile.rank)
+            sent = rules.down(self.config.adapters, layout)
+            changed[i] = replace(message, adapters=pack(gather_all(first, sent), sent))
+        return changed
+
+    def _pupil(self, record: DeviceRecord, message: Prune) -> Pupil:
+        plan = PruningPlan.from_json(message.plan)
+        on_pool = self.config.adapters.start == "pool"
+        return Pupil(
+            device=record.device,
+            model=partial(smaller_model, plan, message.weights, lambda: self.backbone),
+            layout=self.layout(plan, record.profile.rank),
+            weight=record.train_samples,
+            classes=None if record.held_classes is None else torch.tensor(record.held_classes),
+            images=np.arange(len(self.preparation.images)) if on_pool else self.preparation.metric_set(record),
+        )
