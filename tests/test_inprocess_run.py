@@ -223,6 +223,7 @@ def test_every_rule_with_every_method_and_extra(
         ["adapters.combine=trimmed-mean", "adapters.rule=ffa", "adapters.server=momentum", *TRAINING],
         ["adapters.clip=0.5", "adapters.server=adam", "adapters.rule=flex", f"personalize.references={BESIDE}"],
         ["adapters.rule=hetlora", "adapters.head=personal"],
+        ["adapters.start=pool", "adapters.blocks=1", "adapters.rule=embed_side", "personalize.references=alone"],
         ["personalize.method=fedavg+finetune", "adapters.head=personal"],
         ["personalize.from-round=2", "adapters.rule=embed_side"],  # w alone, then v as well, with private parts of w
         ["personalize.from-round=3", "personalize.method=ditto"],  # v begins in a round that never comes
@@ -268,6 +269,26 @@ def test_references_are_what_runs_of_their_own_train(cache: Path, tmp_path: Path
     state = Path("server") / "round-0002.safetensors"
     shared = [load_file(tmp_path / name / state) for name in ("beside", "plain")]
     assert all(torch.equal(shared[0][key], shared[1][key]) for key in shared[1])
+
+
+def test_a_warm_start_is_everybodys(cache: Path, tmp_path: Path) -> None:
+    """Also that of a device which trains alone, beside a method or with `local`."""
+    warm = ["adapters.start=metric-sets", "adapters.start-learning-rate=0.001", "devices.participation=0.5"]
+    runs = {}
+    for name, method in {"beside": "fedavg", "local": "local"}.items():
+        options = [
+            *warm,
+            f"personalize.method={method}",
+            *(["personalize.references=alone"] if name == "beside" else []),
+        ]
+        done = tapfl("--out", str(tmp_path / name), cache=cache, options=options)
+        assert done.exit_code == 0, done.output
+        runs[name] = json.loads((tmp_path / name / "summary.json").read_text())["devices"]
+        made = load_file(tmp_path / name / "start.safetensors")
+        assert all(made[tensor].any() for tensor in made)
+    assert [device["rounds"] for device in runs["local"]] != [2, 2, 2, 2]
+    for beside, local in zip(runs["beside"], runs["local"], strict=True):
+        assert beside["reference_accuracies"] == {"alone": local["personal_accuracy"]}
 
 
 def content(folder: Path) -> dict[str, bytes]:

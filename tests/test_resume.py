@@ -10,13 +10,20 @@ import pytest
 from killing import killed_after
 from test_inprocess_run import content, tapfl
 
-OPTIONS = ["train.rounds=3", "devices.participation=0.75", "devices.profiles=tiers", "adapters.server=adam"]
+OPTIONS = [
+    "train.rounds=3",
+    "devices.participation=0.75",
+    "devices.profiles=tiers",
+    "adapters.server=adam",
+    "adapters.start=metric-sets",
+]
 
 # where the process is killed: right after this function was called for the n-th time
 MOMENTS = {
     "while the devices sum up": ("clients.device", "Device.summarize", 2),
     "when a summary is kept": ("strategies.preparation", "Preparation._store_summary", 3),
     "while plans are made": ("strategies.preparation", "Preparation._keep", 2),
+    "after the warm start": ("strategies.global_adapters", "write_sealed", 1),
     "before the first round": ("strategies.server_app", "save_checkpoint", 1),
     "when a device has kept its state": ("clients.storage", "DeviceStorage.save_state", 2),
     "in the second round": ("clients.storage", "DeviceStorage.save_state", 5),
