@@ -16,6 +16,7 @@ OPTIONS = [
     "devices.profiles=tiers",
     "adapters.server=adam",
     "adapters.start=metric-sets",
+    "adapters.start-learning-rate=1e-4",
 ]
 
 # where the process is killed: right after this function was called for the n-th time
