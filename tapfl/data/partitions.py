@@ -42,19 +42,14 @@ def divide(
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # some classes belong to none of few devices, as intended
             made = partitioner.num_partitions
-            parts = [
-                np.array(partitioner.load_partition(i)["position"], np.int64) for i in range(min(devices or made, made))
-            ]
+            parts = [partitioner.load_partition(i)["position"] for i in range(min(devices or made, made))]
     except Exception as error:  # of the partitioner: it checks some of its arguments when it has seen the labels
         why = " ".join(str(error).split()) if isinstance(error, ValueError) else message_of(error)
         raise DataError(f"data.partition = {options.partition!r} for {devices} devices: {why}") from None
-    if (
-        made != (devices or made) and options.partition != "class-blocks"
-    ):  # which leaves the classes of further blocks out
-        raise DataError(
-            f"devices.count = {devices}: data.partition = {options.partition!r} makes {made}; accepted: {made}"
-        )
-    return [np.sort(part) for part in parts]
+    if devices not in (0, made) and options.partition != "class-blocks":  # which leaves classes of further blocks out
+        makes = f"data.partition = {options.partition!r} makes {made}"
+        raise DataError(f"devices.count = {devices}: {makes}; accepted: {made}")
+    return [np.sort(np.array(part, dtype=np.int64)) for part in parts]
 
 
 def _check_enough(labels: np.ndarray, options: DataOptions, devices: int) -> None:

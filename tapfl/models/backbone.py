@@ -216,6 +216,10 @@ def _create(spec: BackboneSpec, pretrained: bool = False) -> nn.Module:
     if not timm.is_model(spec.name):
         for point in entry_points(group=ENTRY_POINTS, name=spec.name):
             point.load()  # registers itself with timm
+    if ":" in spec.name:
+        raise ModelError(
+            f"model.name = {spec.name!r}: only `tapfl` looks repositories up; accepted here: a name of timm"
+        )
     if not timm.is_model(spec.name):
         near = ", ".join(timm.list_models(f"*{spec.name.split('_')[0]}*")[:5]) or "see timm.list_models()"
         raise ModelError(f"model.name = {spec.name!r}: timm has no such model; for instance {near}")

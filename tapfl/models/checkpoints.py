@@ -49,10 +49,8 @@ def read_checkpoint(file: Path) -> dict[str, Tensor]:
             state = load_state_dict(str(file), weights_only=True)
     except Exception as error:  # of torch, of its unpickler, or of what is in the file
         if found := _objects(file, error):
-            made = "holds objects that reading it would have to make"
-            raise ValueError(
-                f"{made} ({found}); accepted: tensors, as of torch.save(model.state_dict(), FILE)"
-            ) from None
+            accepted = "tensors, as of torch.save(model.state_dict(), FILE)"
+            raise ValueError(f"holds objects that reading it would make ({found}); accepted: {accepted}") from None
         raise ValueError(f"is not a whole file of torch.save ({message_of(error)}); accepted: {ACCEPTED}") from None
     for name, value in state.items():
         if not isinstance(name, str) or not isinstance(value, Tensor):
