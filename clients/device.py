@@ -224,17 +224,18 @@ class Device:
         whole = self._pruned.start | (private or {}) | unpack(adapters, rules.down(self.config.adapters, layout))
         return self.compute.put({name: whole[name] for name in layout})
 
-    def _trained_and_held_out(self, round: int) -> tuple[np.ndarray, np.ndarray]:
-        """Positions in the training part: of the images that a round trains on, and of those that choose α in it."""
+    @cached_property
+    def _trained_and_held_out(self) -> tuple[np.ndarray, np.ndarray]:
+        """Positions in the training part: of the images that are trained on, and of those that choose α."""
         labels = self._part("train").labels
-        if not self.config.personalize.holds_out_in(round):
+        if not self.config.personalize.holds_out:
             return np.arange(len(labels)), np.arange(0)
         generator = numpy_generator(self.config.seed, "held-out", self.partition_id)
         return hold_out(home(labels).numpy(), self.config.personalize.held_out_share, generator)
 
     def _weighing(self, round: int) -> list[np.ndarray]:
         """Positions in the training part, by batches, of the images by which a method weighs v against w."""
-        options, (trained, held_out) = self.config.personalize, self._trained_and_held_out(round)
+        options, (trained, held_out) = self.config.personalize, self._trained_and_held_out
         if options.method != "fedala":
             return [held_out[first : first + 256] for first in range(0, len(held_out), 256)]
         drawn = numpy_generator(self.config.seed, "weigh", round, self.partition_id).permutation(trained)
@@ -279,7 +280,7 @@ class Device:
             steps = local_steps(len(self._part("train")), options)
             positions, options = np.arange(len(part)), options.model_copy(update={"steps": steps})
         else:
-            positions = self._trained_and_held_out(round)[0] if method.trains_on == "train" else np.arange(len(part))
+            positions = self._trained_and_held_out[0] if method.trains_on == "train" else np.arange(len(part))
 
         def objective(params: Params, batch: Any) -> Tensor:
             x, y = batch

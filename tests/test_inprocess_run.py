@@ -350,7 +350,7 @@ def test_nothing_is_trained_on_the_images_that_choose_alpha(
     profile = profiles_of(config.devices)[1]
     device = Device(config, 1, 4, profile, DeviceStorage(folder / "devices" / "01"))
     part = device._part("train")
-    trained, held = device._trained_and_held_out(3)
+    trained, held = device._trained_and_held_out
     assert len(held) == round(0.25 * len(part)) and sorted([*trained, *held]) == list(range(len(part)))
     received = device._whole(FedAvg(), device._state(2), np.zeros(packed_size(device._pruned.layout), np.float32))
     own = device._state(2).personal

@@ -115,9 +115,6 @@ class PersonalizeOptions(Section):
         description="images that α is learnt on: some that nothing is trained on, or a minibatch (published)",
     )
     held_out_share: float = Field(0.25, gt=0, lt=1, description="share of a device's training images that is held out")
-    held_out_rounds: int = Field(
-        0, ge=0, description="rounds after `from-round` that choose α; later ones train on all images; 0: all rounds do"
-    )
     alpha_update: Literal["round", "step", "fixed"] = Field(
         "round", description="when α is updated: once a round, at every step (with alpha-on=train), or never"
     )
@@ -152,12 +149,8 @@ class PersonalizeOptions(Section):
 
     @property
     def holds_out(self) -> bool:
-        """Whether devices choose α on a part of their training images, on which nothing is trained meanwhile."""
+        """Whether devices keep a part of their training images for α, on which nothing is trained in any round."""
         return self.method == "apfl" and self.alpha_on == "held-out" and self.alpha_update != "fixed"
-
-    def holds_out_in(self, round: int) -> bool:
-        """Returns whether that part is held out in a round (1 is the first), at whose start α is chosen."""
-        return self.holds_out and not 0 < self.held_out_rounds < round - self.from_round
 
     @property
     def reference_rates(self) -> dict[str, float]:
