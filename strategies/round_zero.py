@@ -35,7 +35,7 @@ class PublicPool:
 
     images: ImageSet  # the public images
     points: np.ndarray  # their descriptors, float64 (n, d)
-    mixture: GaussianSummary  # fitted on all of them
+    mixture: GaussianSummary  # fitted on them
     projection: Projection  # from features to descriptors; devices use the same
 
     @cached_property
@@ -57,11 +57,19 @@ def describe_pool(config: RunConfig, images: ImageSet, model: nn.Module, compute
 
 
 def pool_of(config: RunConfig, images: ImageSet, features: np.ndarray) -> PublicPool:
-    """Returns the same of images whose features, float32 (n, width), are known."""
-    projection = Projection.fit(features, config.summary.dim)
+    """Returns the same of images whose features, float32 (n, width), are known.
+
+    Projection and mixture are fitted on `summary.pool-sample` of them; every image has its descriptor.
+    """
+    options = config.summary
+    chosen: slice | np.ndarray = slice(None)
+    if len(features) > options.pool_sample:
+        order = numpy_generator(config.seed, "pool-sample").permutation(len(features))
+        chosen = np.sort(order[: options.pool_sample])
+    projection = Projection.fit(features[chosen], options.dim)
     points = projection(features)
     drawn = int(numpy_generator(config.seed, "pool").integers(2**31))
-    return PublicPool(images, points, fit_mixture(points, config.summary, drawn), projection)
+    return PublicPool(images, points, fit_mixture(points[chosen], options, drawn), projection)
 
 
 def task_images(

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tapfl.config import DataOptions
+from strategies.round_zero import pool_of
+from tapfl.config import DataOptions, ModelOptions, RunConfig
 from tapfl.data import decoded, federated, folders
 from tapfl.data.decoded import DecodedCache, DecodedImages, ahead
 from tapfl.data.federated import DeviceSplit, kept_partition, partition
@@ -20,7 +21,11 @@ from tapfl.data.images import ImageSet
 from tapfl.data.sources import load_images
 from tapfl.data.transform import Transform
 from tapfl.errors import DataError
+from tapfl.models.backbone import build, spec_of
+from tapfl.models.forward import transform_of
 from tapfl.store import content_hash
+from tapfl.summary import metric_set
+from tapfl.summary.metric_set import cached_features
 
 SIX = Transform((6, 6), 3, (0.5,) * 3, (0.25,) * 3)
 BYTES = 6 * 6 * 3
@@ -212,3 +217,37 @@ def test_a_partition_is_computed_once_and_read_by_others(tmp_path: Path, monkeyp
     monkeypatch.setattr(federated, "partition", lambda *_: [DeviceSplit(np.arange(3), np.arange(2))])
     for other in others:
         assert len(kept_partition(*other, tmp_path)) == 1
+
+
+# ---------------------------------------------------------------- the pool
+
+
+def test_of_a_large_pool_a_sample_is_fitted_and_all_images_are_placed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    noise = np.random.default_rng(0)
+    features = noise.normal(size=(500, 12)).astype(np.float32)
+    images = ImageSet.of(np.zeros((500, 1, 1, 1), np.uint8), np.zeros(500, int), "a")
+    options = {"summary.dim": 4, "summary.max-components": 2}
+    whole, enough, sample, again = (
+        pool_of(RunConfig.from_flat(options | {"summary.pool-sample": size}), images, features)
+        for size in (20_000, 500, 200, 200)
+    )
+    assert (whole.points == enough.points).all() and (whole.mixture.means == enough.mixture.means).all()
+    assert len(sample.points) == len(sample.density) == 500 and sample.mixture.n <= 200
+    assert (sample.points == again.points).all() and (sample.points != whole.points).any()
+    monkeypatch.setattr(metric_set, "AT_ONCE", 100)
+    np.testing.assert_allclose(whole.projection(features), whole.points, atol=1e-12)
+
+
+def test_features_are_written_in_pieces_and_mapped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    args = "img_size=8,patch_size=4,in_chans=1,embed_dim=32,depth=1,num_heads=2"
+    spec = spec_of(ModelOptions.model_validate({"args": args}), ("a",))
+    model = build(spec, seed=0).eval().requires_grad_(False)
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 8, 8, 1), dtype=np.uint8)
+    images, transform = ImageSet.of(pixels, np.zeros(20, int), "a"), transform_of(model)
+    whole = cached_features(model, spec, images, transform, tmp_path / "whole")
+    monkeypatch.setattr(metric_set, "AT_ONCE", 8)
+    pieces = cached_features(model, spec, images, transform, tmp_path / "pieces")
+    assert isinstance(pieces, np.memmap) and pieces.shape == (20, 32)
+    np.testing.assert_allclose(pieces, whole, atol=1e-5)

@@ -169,6 +169,7 @@ class SummaryOptions(Section):
     dim: Count = Field(32, description="dimension of the descriptors after a PCA fitted on the public pool")
     covariance: Literal["diag", "full"] = Field("diag", description="covariances of the components")
     max_components: Count = Field(10, description="largest number of components; BIC chooses the number")
+    pool_sample: Count = Field(20_000, description="most public images that PCA and their mixture are fitted on")
     min_support: float = Field(5.0, ge=2, description="smallest number of images that an uploaded component describes")
     clip: float = Field(0.0, ge=0, description="norm to which a device's descriptors are clipped; 0: no clipping")
     noise: float = Field(0.0, ge=0, description="noise on a device's moments, over their sensitivity; docs/privacy.md")

@@ -120,8 +120,11 @@ def tokens_read(model: Any) -> int | None:
 
 
 @torch.no_grad()
-def image_features(model: Any, inputs: Iterable[Tensor]) -> np.ndarray:
+def image_features(model: Any, inputs: Iterable[Tensor], first: int = 0) -> np.ndarray:
     """Returns pooled pre-logits features, float32 (n, width), of batches in the backbone's input format.
+
+    Args:
+        first: place of the first of these images, for messages.
 
     Raises:
         ModelError: if they are not finite, naming the first such image by its place.
@@ -135,7 +138,7 @@ def image_features(model: Any, inputs: Iterable[Tensor]) -> np.ndarray:
     finite = np.isfinite(features).all(axis=1)
     if not finite.all():
         raise ModelError(
-            f"backbone: its features of image {int(finite.argmin())} are not finite ({int((~finite).sum())} of "
+            f"backbone: its features of image {first + int(finite.argmin())} are not finite ({int((~finite).sum())} of "
             f"{len(finite)} images); its weights are too large, or training it with model.learning-rate diverged"
         )
     return features

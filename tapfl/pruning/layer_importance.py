@@ -33,8 +33,8 @@ from tapfl.pruning.scores import neuron_importance
 from tapfl.pruning.unit_shape import keep_best
 
 STREAM = OF_CPU.stream  # then a block's activations stay in a CPU's cache, which saves a sixth of the time
-# sets of shapes whose divergences are kept: float64 (layers, pool) each, 1 MB for DeiT and 5000 images
-LAYER_SHAPES = 32
+# of the divergences that are kept, float64 (layers, pool) for a set of shapes: 1 MB for DeiT and 5000 images
+KEPT_BYTES = 256 * 2**20
 
 Variant = Mapping[str, nn.Module]  # the branches that take the place of the dense model's, by layer name
 Change = tuple[tuple[str, nn.Module], ...]  # those at one step of the model
@@ -183,7 +183,7 @@ class PoolProbe:
     batch: int
     at_once: AtOnce = OF_CPU
     passing: Passing = nullcontext
-    _known: Memo = field(default_factory=lambda: Memo(LAYER_SHAPES), init=False)
+    _known: Memo = field(default_factory=lambda: Memo(KEPT_BYTES, lambda found: found.nbytes), init=False)
 
     @cached_property
     def scores(self) -> dict[str, Tensor]:

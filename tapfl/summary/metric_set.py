@@ -15,20 +15,20 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 from sklearn.decomposition import PCA
 from torch import nn
 
 from tapfl.compute import HERE, Compute
 from tapfl.config import MetricOptions
-from tapfl.data.images import ImageSet
+from tapfl.data.images import ImageSet, forget, in_order
 from tapfl.data.transform import Transform
 from tapfl.errors import DataError
 from tapfl.models.backbone import BackboneSpec
 from tapfl.models.forward import image_features
-from tapfl.store import content_hash, read_tensors, write_tensors
+from tapfl.store import content_hash, whole_file
 from tapfl.summary.mixture import GaussianSummary
 
+AT_ONCE = 2**16  # images whose features are in memory together
 RULES = ("top-likelihood", "density-ratio", "component-quota", "random")
 
 
@@ -53,25 +53,37 @@ class Projection:
 
     def __call__(self, features: np.ndarray) -> np.ndarray:
         """Returns descriptors, float64 (n, dim)."""
-        return (features.astype(np.float64) - self.mean) @ self.components.T.astype(np.float64)
+        components = self.components.T.astype(np.float64)
+        starts = range(0, max(len(features), 1), AT_ONCE)
+        parts = [(np.asarray(features[i : i + AT_ONCE], np.float64) - self.mean) @ components for i in starts]
+        forget(features)
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
 def cached_features(
     model: nn.Module, spec: BackboneSpec, images: ImageSet, transform: Transform, cache: Path, compute: Compute = HERE
 ) -> np.ndarray:
-    """Returns `image_features` of a whole set, from `cache` if the same model has seen the same images before.
+    """Returns `image_features` of a whole set, mapped from `cache`, where they are written if they are not there.
 
     The same weights are another model under another `spec`, such as one with more heads.
     """
     seen = f"{spec.model_dump_json()} {transform} {images.shape}"
     key = content_hash(model.state_dict(), seen, *images.content(), *compute.marks)
-    file = cache / "features" / f"{key}.safetensors"
-    if file.is_file():
-        return read_tensors(file)["features"].numpy()
-    with compute.forward():
-        found = image_features(compute.put(model), transform.batches(images))
-    write_tensors(file, {"features": torch.from_numpy(found)})
+    file = cache / "features" / f"{key}.npy"
+    if not file.is_file():
+        with whole_file(file) as temporary, compute.forward():
+            _write_features(temporary, compute.put(model), images, transform)
+    found: np.ndarray = np.load(file, mmap_mode="r")
     return found
+
+
+def _write_features(file: Path, model: nn.Module, images: ImageSet, transform: Transform) -> None:
+    written: np.ndarray | None = None
+    for part in in_order(len(images), AT_ONCE):
+        found = image_features(model, transform.batches(images.subset(part)), first=int(part[0]))
+        if written is None:
+            written = np.lib.format.open_memmap(file, "w+", np.float32, (len(images), found.shape[1]))
+        written[part] = found
 
 
 def pick_metric_set(
