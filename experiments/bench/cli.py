@@ -20,6 +20,7 @@ BENCHES = {  # command -> module and function
     "devices": "round_zero:devices",
     "probe": "round_zero:probe",
     "noise": "round_zero:noise",
+    "data": "data:data",
     "latency": "latency:latency",
     "gain": "latency:gain",
     "search": "search:search",

@@ -1,0 +1,204 @@
+"""A source larger than memory: how long a federation needs to open it, what its processes hold, how fast images come.
+
+The images are generated JPEGs: a few files, and links to them under as many names as are asked for.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import resource
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
+from multiprocessing import get_context
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import typer
+from PIL import Image
+
+from clients import caches
+from clients.device import Device
+from clients.storage import DeviceStorage
+from experiments.bench.timing import Repeats, Row
+from experiments.feasible import check
+from tapfl.compute import HERE
+from tapfl.config import RunConfig
+from tapfl.data.contents import contents, fingerprints
+from tapfl.data.folders import list_images
+from tapfl.models.forward import input_transform
+from tapfl.options import Scalar
+from tapfl.profiles import profiles_of
+from tapfl.progress import stage
+from tapfl.seeds import numpy_generator
+from tapfl.wire import Hello
+
+CLASSES, SIZE, BATCH = 100, (500, 375), 64
+FILES, LINKS = 16, 50_000  # distinct files at least, and links to one of them at most: file systems have a limit
+NO_BACKBONE = "0" * 16
+
+
+def data(
+    images: Annotated[int, typer.Option(min=2 * CLASSES, help="images of the devices")] = 4_000,
+    devices: Annotated[int, typer.Option(min=1, help="devices that share them")] = 20,
+    kilobytes: Annotated[int, typer.Option(min=20, help="size of an image's file")] = 200,
+    threads: Annotated[list[int], typer.Option(min=1, help="threads that decode, and processes of torch's loader")] = [
+        1
+    ],
+    repeats: Repeats = 3,
+    folder: Annotated[Path | None, typer.Option(help="where the files are made, and found again")] = None,
+) -> Iterator[Row]:
+    """Open a folder of JPEGs that nothing is kept of, and read a device's images, beside torch's own loader.
+
+    `until hello` is what the command and one worker do before round zero: list the files, divide the images, check the
+    options, and answer for every device. Memory is the most that was resident, libraries included.
+    """
+    with ExitStack() as stack:
+        place = folder or Path(stack.enter_context(TemporaryDirectory()))
+        options = _make(place, images, devices, kilobytes)
+        for count in threads:
+            os.environ["OMP_NUM_THREADS"] = str(count)
+            server = _alone(_serve, options)
+            worker = _alone(_work, options, str(place), repeats, count)
+            yield {
+                "images": str(images),
+                "devices": str(devices),
+                "threads": str(count),
+                "until hello s": f"{server['wall'] + worker['wall']:.1f}",
+                "CPU s": f"{server['cpu'] + worker['cpu']:.1f}",
+                "command MB": f"{server['bytes'] / 1e6:.0f}",
+                "worker MB": f"{worker['bytes'] / 1e6:.0f}",
+                **{f"{kind} ÷ loader's": f"{worker[kind]:.2f}" for kind in ("images/s", "images/CPU s")},
+                "images/s": f"{worker['rate']:.1f}",
+            }
+
+
+def _alone(work: Callable[..., dict[str, float]], *arguments: Any) -> dict[str, float]:
+    """Returns what `work` returns in a process of its own."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
+        return process.submit(work, *arguments).result()
+
+
+def _make(place: Path, images: int, devices: int, kilobytes: int) -> dict[str, Scalar]:
+    """Makes the folder of images and the pool, as far as they are not there; returns the options of a run with them."""
+    source, pool = place / f"images-{images}-{kilobytes}kB", place / "pool.npz"
+    if not source.exists():
+        kinds = max(FILES, -(-images // LINKS))
+        (place / "files").mkdir(parents=True, exist_ok=True)
+        for kind in range(kinds):
+            (place / "files" / f"{kilobytes}kB-{kind}.jpg").write_bytes(_jpeg(kind, kilobytes))
+        unfinished = place / "unfinished"
+        with stage("links") as advance:
+            for number in range(CLASSES):
+                of_class = unfinished / f"c{number:03d}"
+                of_class.mkdir(parents=True)
+                for image in range(number, images, CLASSES):
+                    os.link(place / "files" / f"{kilobytes}kB-{image % kinds}.jpg", of_class / f"{image:08d}.jpg")
+                advance(number + 1, CLASSES)
+        unfinished.rename(source)
+    if not pool.exists():
+        pixels = numpy_generator(0, "pool").integers(0, 256, (4 * CLASSES, 32, 32, 3), dtype=np.uint8)
+        names = np.array([f"c{number:03d}" for number in range(CLASSES)])
+        np.savez(pool, images=pixels, labels=np.arange(4 * CLASSES) % CLASSES, classes=names)
+    return {
+        "data.source": str(source),
+        "data.public": str(pool),
+        "data.partition": "iid",
+        "data.cache-gb": 0.1,  # the pool's
+        "devices.count": devices,
+        "cache": str(place / "cache"),
+        "model.name": "deit_tiny_patch16_224",
+        "model.args": "",
+        "metric.size": 64,
+    }
+
+
+def _jpeg(kind: int, kilobytes: int) -> bytes:
+    """Returns a picture that compresses as photographs do, with noise that fills the rest of its size."""
+    noise = numpy_generator(0, "jpeg", kind)
+    smooth = Image.fromarray(noise.integers(0, 256, (12, 16, 3), dtype=np.uint8)).resize(SIZE, Image.Resampling.BICUBIC)
+    for spread in range(4, 120, 4):
+        pixels = np.asarray(smooth, np.int16) + noise.integers(-spread, spread + 1, (*SIZE[::-1], 3))
+        file = io.BytesIO()
+        Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(file, "JPEG", quality=92)
+        if len(file.getvalue()) >= 1000 * kilobytes:
+            break
+    return file.getvalue()
+
+
+def _peak() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _serve(options: Mapping[str, Scalar]) -> dict[str, float]:
+    config = RunConfig.from_flat(options)
+    start = _now()
+    contents(config)
+    check(config)
+    wall, cpu = _now() - start
+    return {"wall": wall, "cpu": cpu, "bytes": _peak()}
+
+
+def _work(options: Mapping[str, Scalar], place: str, repeats: int, threads: int) -> dict[str, float]:
+    config = RunConfig.from_flat(options)
+    count, profile = config.devices.count, profiles_of(config.devices)[0]
+    start = _now()
+    with TemporaryDirectory(dir=place) as folder:
+        for i in range(count):
+            Device(config, i, count, profile, DeviceStorage(Path(folder) / str(i))).hello(Hello(NO_BACKBONE))
+    wall, cpu = _now() - start
+    (fingerprint,) = fingerprints([("data.source", config.data.source)]).values()
+    parts = [caches.part(config, count, i % count, "train", "", fingerprint, (), HERE) for i in range(repeats)]
+    file, peak, took = list_images(Path(config.data.source)).file, 0, []
+    for part in parts:
+        own = _seconds_an_image(part.split(BATCH))
+        peak = peak or _peak()
+        positions = np.arange(len(part)) if part.images.positions is None else part.images.positions
+        took.append((own, _seconds_an_image(_torch_loader(config, [file(int(i)) for i in positions], threads))))
+    ours, theirs = np.median(took, axis=0)
+    rate, cpu_rate = theirs / ours
+    found = {"wall": wall, "cpu": cpu, "bytes": peak, "rate": 1 / ours[0]}
+    return found | {"images/s": rate, "images/CPU s": cpu_rate}
+
+
+def _now() -> np.ndarray:
+    """Returns wall seconds, and CPU seconds of this process and its children that have ended."""
+    times = os.times()
+    return np.array([times.elapsed, sum(times[:4])])
+
+
+def _seconds_an_image(batches: Any) -> np.ndarray:
+    """Returns the same two for an image of these batches."""
+    start = _now()
+    count = sum(len(batch) for batch in batches)
+    return (_now() - start) / count
+
+
+def _torch_loader(config: RunConfig, files: list[str], threads: int) -> Any:
+    """Returns torch's loader of these files with timm's evaluation transform, as it is commonly written."""
+    from timm.data import create_transform
+
+    ours = input_transform(config.model)
+    transform = create_transform(
+        (ours.channels, *ours.size), interpolation=ours.interpolation, mean=ours.mean, std=ours.std, crop_pct=ours.crop
+    )
+    torch.set_num_threads(1)
+    return torch.utils.data.DataLoader(Files(files, transform), BATCH, num_workers=threads if threads > 1 else 0)
+
+
+class Files(torch.utils.data.Dataset[torch.Tensor]):
+    """Pictures as a Dataset of torch."""
+
+    def __init__(self, files: list[str], transform: Callable[[Image.Image], torch.Tensor]) -> None:
+        self.files, self.transform = files, transform
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, i: int) -> torch.Tensor:
+        with Image.open(self.files[i]) as picture:
+            return self.transform(picture.convert("RGB"))
