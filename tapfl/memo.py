@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from typing import Any
@@ -29,4 +30,26 @@ class Memo:
             self._total += self._size(result)
             while self._total > self.limit and len(self._held) > 1:
                 self._total -= self._size(self._held.popitem(last=False)[1])
+        return result
+
+
+class Recent:
+    """Results of large inputs that are outside this process, taken as current for so many seconds.
+
+    A run opens a source many times in a process when it begins; of a million images that takes seconds each time.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+        self._held: dict[Hashable, tuple[float, Any]] = {}
+
+    def once(self, key: Hashable, make: Callable[[], Any], keep: Callable[[Any], bool]) -> Any:
+        """Returns the result of `make`, or that of before; errors and what `keep` refuses are not kept."""
+        now = time.monotonic()
+        self._held = {held: (since, of) for held, (since, of) in self._held.items() if now - since < self.seconds}
+        if key in self._held:
+            return self._held[key][1]
+        result = make()
+        if keep(result):
+            self._held[key] = time.monotonic(), result
         return result

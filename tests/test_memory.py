@@ -194,9 +194,8 @@ def test_a_large_folder_is_listed_once_in_a_while(folder: Path, monkeypatch: pyt
     monkeypatch.setattr(folders, "MANY", 29)
     large = list_images(folder)
     assert list_images(folder) is large and list_images(folder.parent / "images", by_device=False) is large
-    monkeypatch.setattr(folders, "FRESH", 0.0)
+    monkeypatch.setattr(folders._recent, "seconds", 0.0)
     assert list_images(folder) is not large
-    folders._recent.clear()
 
 
 def test_a_partition_is_computed_once_and_read_by_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

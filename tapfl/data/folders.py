@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import os
 import sys
-import time
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -18,6 +17,7 @@ from typing import overload
 import numpy as np
 
 from tapfl.errors import DataError
+from tapfl.memo import Recent
 
 # what Pillow decodes without further programs; of an animation the first picture is used
 IMAGE_ENDINGS = {
@@ -35,7 +35,7 @@ SYSTEM_FOLDERS = {
     "lost+found",
 }
 PARTS = {"train", "training", "val", "valid", "validation", "test", "testing"}  # of a data set, not classes
-MANY, FRESH = 100_000, 60.0
+MANY, FRESH = 100_000, 60.0  # images, seconds: a larger source is looked at again after that time
 BESIDE = "images outside the classes' folders"
 ANNOTATIONS = "val_annotations.txt"  # of Tiny-ImageNet's validation part, where one folder holds all classes
 
@@ -128,22 +128,13 @@ class _Found:
     left_out: Counter[str] = field(default_factory=Counter)
 
 
-_recent: dict[tuple[Path, bool, bool], tuple[float, Listing]] = {}
+_recent = Recent(FRESH)
 
 
 def list_images(root: Path, by_device: bool = False, flat: bool = False) -> Listing:
-    """Returns `listing_of` a folder; one of more than `MANY` images is listed once in `FRESH` seconds.
-
-    A run opens a source several times in a process when it begins, and a million files take seconds each time.
-    """
-    for key, (since, _) in list(_recent.items()):
-        if time.monotonic() - since > FRESH:
-            del _recent[key]
-    if (asked := (root, by_device, flat)) in _recent:
-        return _recent[asked][1]
-    made = listing_of(*asked)
-    if len(made.names) > MANY:
-        _recent[asked] = time.monotonic(), made
+    """Returns `listing_of` a folder; one of more than `MANY` images is listed once in `FRESH` seconds."""
+    asked = (root, by_device, flat)
+    made: Listing = _recent.once(asked, lambda: listing_of(*asked), keep=lambda made: len(made.names) > MANY)
     return made
 
 

@@ -5,10 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from tapfl.data.folders import FRESH, MANY
 from tapfl.errors import DataError, message_of
+from tapfl.memo import Recent
+
+_recent = Recent(FRESH)
 
 
 def open_table(name: str) -> Any:
+    """Returns `table_of` a name; one of more than `MANY` rows is opened once in `FRESH` seconds."""
+    return _recent.once(name, lambda: table_of(name), keep=lambda table: len(table) > MANY)
+
+
+def table_of(name: str) -> Any:
     """Returns the rows of ``NAME[:SPLIT]``, a `datasets.Dataset`; the split is `train` if none is given.
 
     The name may be that of a folder, also of one that `save_to_disk` wrote.
