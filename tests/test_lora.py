@@ -114,7 +114,7 @@ def test_every_adapter_is_trained_and_nothing_else(vit: Tiny) -> None:
     trained = {name: theta.requires_grad_() for name, theta in with_noise(params, 0).items()}
     adapted(trained, vit.inputs).square().sum().backward()
     assert all(theta.grad is not None and theta.grad.abs().max() > 0 for theta in trained.values())
-    assert not any(parameter.requires_grad for parameter in adapted._model.parameters())
+    assert not any(parameter.requires_grad for parameter in adapted.model.parameters())
 
 
 def test_layers_in_the_order_of_the_layout(vit: Tiny) -> None:

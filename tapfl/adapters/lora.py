@@ -15,7 +15,7 @@ from torch.autograd.function import FunctionCtx
 from torch.nn import functional as F
 
 from tapfl.adapters.layout import LORA_A, LORA_B, Layout
-from tapfl.adapters.stack import flat, parts_of, shapes_of
+from tapfl.adapters.stack import flat, lead, parts_of, shapes_of
 from tapfl.models.forward import full
 from tapfl.models.units import put
 from tapfl.training import Params
@@ -27,6 +27,8 @@ class MergedLora(torch.autograd.Function):
     One product forward, and no gradient of the size of W₀ backward: ∂L/∂A = s (dy B)ᵀ x and ∂L/∂B = s dyᵀ (x Aᵀ). This
     equals plain LoRA with one large product where plain LoRA has three. The thin products are written as (Bᵀ dyᵀ) x and
     ((A xᵀ) dy)ᵀ, so that their long side comes last: on a CPU that is 2-4 times as fast.
+
+    A stack of devices (`tapfl.adapters.stack`) has W₀ (K, out, in), b (K, 1, out), and x one device after the other.
     """
 
     @staticmethod
@@ -36,22 +38,34 @@ class MergedLora(torch.autograd.Function):
         merged = _added(weight, B, A, s)
         ctx.save_for_backward(x, merged, A, B)
         ctx.s = s  # type: ignore[attr-defined]
-        return F.linear(x, merged, bias)
+        return linear(x, merged, bias)
 
     @staticmethod
     def backward(ctx: FunctionCtx, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, merged, A, B = ctx.saved_tensors  # type: ignore[attr-defined]
         s: float = ctx.s  # type: ignore[attr-defined]
-        rows, flat_dy = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
-        dx = dy @ merged if ctx.needs_input_grad[0] else None  # type: ignore[attr-defined]
-        dA = _added(A, B.T @ flat_dy.T, rows, s, 0) if ctx.needs_input_grad[3] else None  # type: ignore[attr-defined]
-        dB = _added(B.T, A @ rows.T, flat_dy, s, 0).T if ctx.needs_input_grad[4] else None  # type: ignore[attr-defined]
+        rows, flat_dy = (each.reshape(*lead(A), -1, each.shape[-1]) for each in (x, dy))
+        dx = (flat_dy @ merged).view(x.shape) if ctx.needs_input_grad[0] else None  # type: ignore[attr-defined]
+        dA = _added(A, B.mT @ flat_dy.mT, rows, s, 0) if ctx.needs_input_grad[3] else None  # type: ignore[attr-defined]
+        dB = None
+        if ctx.needs_input_grad[4]:  # type: ignore[attr-defined]
+            dB = _added(B.mT, A @ rows.mT, flat_dy, s, 0).mT
         return dx, None, None, dA, dB, None
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Returns x Wᵀ + b, or of a stack that of each device."""
+    if weight.dim() == 2:
+        return F.linear(x, weight, bias)
+    rows = x.reshape(len(weight), -1, x.shape[-1])
+    y = rows @ weight.mT if bias is None else torch.baddbmm(bias, rows, weight.mT)
+    return y.view(*x.shape[:-1], -1)
 
 
 def _added(theta: Tensor, b: Tensor, a: Tensor, s: float, share: float = 1) -> Tensor:
     """Returns share · theta + s · b a, in one call; with a share of 0 theta gives its shape alone."""
-    return torch.addmm(theta, b, a, beta=share, alpha=s)
+    add = torch.addmm if theta.dim() == 2 else torch.baddbmm
+    return add(theta, b, a, beta=share, alpha=s)
 
 
 def plain_lora(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, s: float) -> Tensor:
@@ -63,21 +77,28 @@ def plain_lora(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Ten
     return torch.add(F.linear(x, weight, bias).float(), F.linear(F.linear(x, A), B), alpha=s)
 
 
-class _BoundLinear(nn.Module):
-    """A frozen linear that takes its adapter, or its whole weight and bias, from the parameters of the call."""
+class BoundLinear(nn.Module):
+    """A frozen linear that takes its adapter, or its whole weight and bias, from the parameters of the call.
 
-    def __init__(self, name: str, linear: nn.Linear, bound: Params, scale: float, plain: bool) -> None:
+    Args:
+        linear: has `weight` and `bias`, those of one device or of a stack.
+    """
+
+    def __init__(self, name: str, linear: nn.Module, bound: Params, scale: float, plain: bool = False) -> None:
         super().__init__()
         self.name, self.linear, self.bound, self.scale, self.plain = name, linear, bound, scale, plain
 
     def forward(self, x: Tensor) -> Tensor:
         weight = self.bound.get(f"{self.name}.weight")
         if weight is not None:
-            return F.linear(x, weight, self.bound.get(f"{self.name}.bias"))
-        A, B = self.bound[f"{self.name}.{LORA_A}"], self.bound[f"{self.name}.{LORA_B}"]
-        weight, bias = self.linear.weight, self.linear.bias
+            return linear(x, weight, self.bound.get(f"{self.name}.bias"))
+        A, B = self.bound.get(f"{self.name}.{LORA_A}"), self.bound.get(f"{self.name}.{LORA_B}")
+        weight, bias = self.linear.weight, self.linear.bias  # type: ignore[assignment]
+        assert weight is not None
+        if A is None or B is None:  # of a stack in which no device has an adapter here
+            return linear(x, weight, bias)  # type: ignore[arg-type]
         if self.plain:
-            return plain_lora(x, weight, bias, A, B, self.scale)
+            return plain_lora(x, weight, bias, A, B, self.scale)  # type: ignore[arg-type]
         return MergedLora.apply(x, weight, bias, A, B, self.scale)
 
 
@@ -93,22 +114,22 @@ class AdaptedModel:
     """
 
     def __init__(self, model: nn.Module, layout: Layout, scale: float, reduced: torch.dtype | None = None) -> None:
+        self.layout, self.scale, self.reduced = layout, scale, reduced
         self._bound: Params = {}
-        self._reduced = reduced
-        self._model = copy.deepcopy(model).requires_grad_(False).eval()
+        self.model = copy.deepcopy(model).requires_grad_(False).eval()
         for name in modules_of(layout):
-            linear: nn.Linear = self._model.get_submodule(name)  # type: ignore[assignment]
+            module: nn.Linear = self.model.get_submodule(name)  # type: ignore[assignment]
             if reduced is not None:
-                linear.to(reduced)  # once, where autocast would do it in every pass
-            put(self._model, name, _BoundLinear(name, linear, self._bound, scale, plain=reduced is not None))
+                module.to(reduced)  # once, where autocast would do it in every pass
+            put(self.model, name, BoundLinear(name, module, self._bound, scale, plain=reduced is not None))
 
     def __call__(self, params: Params, x: Tensor) -> Tensor:
         self._bound.update(params)
         try:
-            if self._reduced is None:
-                return full(self._model(x))
-            with torch.autocast(x.device.type, self._reduced):
-                return full(self._model(x))
+            if self.reduced is None:
+                return full(self.model(x))
+            with torch.autocast(x.device.type, self.reduced):
+                return full(self.model(x))
         finally:
             self._bound.clear()
 

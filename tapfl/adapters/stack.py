@@ -8,6 +8,8 @@ on single elements acts on a stack as on each device by itself.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -48,3 +50,57 @@ def shapes_of(params: Params) -> Shapes:
 def lead(theta: Tensor) -> torch.Size:
     """Returns the leading axis of a tensor: (K,) in a stack, otherwise ()."""
     return theta.shape[:-2] if theta.dim() == 3 else torch.Size()
+
+
+@dataclass(frozen=True)
+class Stacking:
+    """Where the tensors of K devices lie in their stack.
+
+    Attributes:
+        shapes: rows and columns of each tensor of the stack, those of the widest device.
+        own: of each device, the shapes of its tensors.
+        places: of each device, by name, the rows and the columns that its tensor has in the stack; a tensor that is not
+            named lies at the beginning.
+    """
+
+    shapes: Shapes
+    own: Sequence[Shapes]
+    places: Sequence[Mapping[str, tuple[Tensor, Tensor]]]
+
+    @classmethod
+    def of(cls, own: Sequence[Shapes], places: Sequence[Mapping[str, tuple[Tensor, Tensor]]], wide: Shapes) -> Stacking:
+        """Returns the stacking of tensors with these shapes; `wide` has shapes that follow from the places."""
+        shapes: Shapes = {}
+        for name in dict.fromkeys(name for each in own for name in each):
+            rows, columns = zip(*(_two(each[name]) for each in own if name in each), strict=True)
+            least = wide.get(name, (0, 0))
+            shapes[name] = (max(*rows, least[0]), max(*columns, least[1]))
+        return cls(shapes, own, places)
+
+    def up(self, sets: Sequence[Params]) -> Params:
+        """Returns the stack of a set of each device; names that a device lacks are 0 there."""
+        like = next(iter(sets[0].values()))
+        stack: Params = {}
+        for name, shape in self.shapes.items():
+            stack[name] = like.new_zeros((len(sets), *shape))
+            for i, params in enumerate(sets):
+                if name in params:
+                    stack[name][i][self._place(i, name)] = params[name].detach().reshape(_two(params[name].shape))
+        return stack
+
+    def down(self, stack: Params, i: int) -> Params:
+        """Returns a copy of what device `i` has in a stack."""
+        return {
+            name: stack[name][i][self._place(i, name)].detach().reshape(shape).clone()
+            for name, shape in self.own[i].items()
+        }
+
+    def _place(self, i: int, name: str) -> tuple[Tensor | slice, Tensor | slice]:
+        rows, columns = _two(self.own[i][name])
+        found = self.places[i].get(name)
+        return (slice(rows), slice(columns)) if found is None else (found[0][:, None], found[1])
+
+
+def _two(shape: Sequence[int]) -> tuple[int, int]:
+    """Returns rows and columns; a vector is a row."""
+    return (1, shape[0]) if len(shape) == 1 else (shape[0], shape[1])

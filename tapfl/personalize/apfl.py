@@ -14,12 +14,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from tapfl.adapters.lora import interpolate, modules_of, spread
+from tapfl.adapters.stack import lead
 from tapfl.config import TrainOptions
 from tapfl.personalize.held_out import Losses, held_out_alpha
 from tapfl.personalize.method import LINE, Method, Personal, Trainee
@@ -41,13 +42,15 @@ class Apfl(Method[ApflState]):
     """APFL.
 
     Attributes:
-        alpha: α before a device's first round.
+        alpha: α before a device's first round; of stacked devices it is (K, 1).
         update: whether α moves at each step, at the first step of a round, or, in training, never; `weigh` may still
             choose it.
         alpha_learning_rate: η_α.
         per: one α a device, or one a layer (`tapfl.adapters.lora.modules_of`).
         learning_rate: η_v; 0: η.
     """
+
+    together: ClassVar[bool] = True
 
     alpha: float = 0.5
     update: Literal["round", "step", "fixed"] = "round"
@@ -68,7 +71,7 @@ class Apfl(Method[ApflState]):
         alpha = state.alpha.clone().requires_grad_(moves)
         of_w = state.w.gradients(objective(state.w.params, batch))
         loss = objective(interpolate(state.v.params, state.w.values(), alpha), batch)
-        of_v = torch.autograd.grad(loss, [*state.v.moving.values(), *([alpha] if moves else [])])
+        of_v = state.v.gradients(loss, *([alpha] if moves else []))
         state.w.apply(of_w)
         state.v.apply_scaled(of_v[: len(state.v.moving)], spread(state.alpha, state.w.params, state.v.moving, LINE))
         if moves:
@@ -88,6 +91,8 @@ class Apfl(Method[ApflState]):
         return Personal(personal.params, held_out_alpha(personal.params, received, of_all))
 
     def _first(self, received: Params) -> Personal:
-        device = next(iter(received.values())).device
-        alpha = torch.tensor(self.alpha, dtype=torch.float64, device=device)
+        theta = next(iter(received.values()))
+        alpha = torch.tensor(self.alpha, dtype=torch.float64, device=theta.device)
+        if lead(theta):
+            return Personal(received, alpha.repeat(len(theta), 1))
         return Personal(received, alpha if self.per == "device" else alpha.repeat(len(modules_of(received))))

@@ -66,12 +66,15 @@ class Method(Protocol, Generic[S]):
         has_local_state: the device keeps parameters from round to round.
         shares_adapters: the device uploads w.
         trains_on: `train`, the device's own training images, or `pooled`, those of all devices of a simulation.
+        together: whether `init`, `step` and `final` do with a stack of devices (`tapfl.adapters.stack`), whose objective
+            returns K losses and whose α is (K, 1), what they do with each device by itself.
     """
 
     evaluates_after_training: ClassVar[bool] = False
     has_local_state: ClassVar[bool] = True
     shares_adapters: ClassVar[bool] = True
     trains_on: ClassVar[str] = "train"
+    together: ClassVar[bool] = False
 
     @property
     def models_per_step(self) -> int:
@@ -127,7 +130,13 @@ def local_round(
     """
     state = method.init(received, personal, train, trained)
     losses = home(torch.stack([method.step(state, objective, batch).detach() for batch in batches]))
-    upload, stays = method.final(state)
+    return checked(method, train, *method.final(state), losses)
+
+
+def checked(
+    method: Method[Any], train: TrainOptions, upload: Params | None, stays: Personal | None, losses: Tensor
+) -> LocalResult:
+    """Returns what a round gave, with the losses of its steps. Raises ModelError as `local_round`."""
     option = _rates(method, train)
     if not losses.isfinite().all():
         first = int(losses.isfinite().logical_not().nonzero()[0])
@@ -184,9 +193,9 @@ class Trainee:
         rate = learning_rate or train.learning_rate
         return cls(params, moving, theta, optimizer(train, whole, rate, fused=True), train.clip_gradient)
 
-    def gradients(self, loss: Tensor) -> tuple[Tensor, ...]:
-        """Returns the gradients of `moving`; those of stacked devices, with a loss each, are each of its own loss."""
-        return torch.autograd.grad(loss, list(self.moving.values()), torch.ones_like(loss))
+    def gradients(self, loss: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
+        """Returns the gradients of `moving` and of `others`; of stacked devices, each of its own of K losses."""
+        return torch.autograd.grad(loss, [*self.moving.values(), *others], torch.ones_like(loss))
 
     def apply(self, gradients: Sequence[Tensor]) -> None:
         """Takes one step with these gradients of `moving`."""

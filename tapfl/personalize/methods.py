@@ -25,6 +25,7 @@ class FedAvg(Method[Trainee]):
     """FedAvg (McMahan et al. 2017, arXiv 1602.05629): w ← w - η ∇f(w; ξ); nothing is personal."""
 
     has_local_state: ClassVar[bool] = False
+    together: ClassVar[bool] = True
 
     def init(
         self, received: Params, personal: Personal | None, train: TrainOptions, trained: frozenset[str]
@@ -60,6 +61,7 @@ class FineTune(Method[FineTuneState]):
 
     evaluates_after_training: ClassVar[bool] = True
     has_local_state: ClassVar[bool] = False
+    together: ClassVar[bool] = True
 
     learning_rate: float = 0.0
 

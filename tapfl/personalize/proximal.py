@@ -42,6 +42,8 @@ class Ditto(Method[DittoState]):
         learning_rate: η_v; 0: η.
     """
 
+    together: ClassVar[bool] = True
+
     strength: float
     scale: float
     learning_rate: float = 0.0
@@ -87,6 +89,7 @@ class FedProx(Method[ProxState]):
     """
 
     has_local_state: ClassVar[bool] = False
+    together: ClassVar[bool] = True
 
     strength: float
     scale: float

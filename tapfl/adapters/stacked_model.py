@@ -1,0 +1,202 @@
+"""The smaller models of several devices as one: a step of all of them takes the calls of one device's step.
+
+Heads, dims a head and neurons are padded to the widest device with weights of 0, and a branch that a device lost has
+weights of 0 and its constant as bias. So a device's slice computes what its own model does, but for rounding, and the
+gradient of the padding is exactly 0: it stays 0 under every optimiser. Images of the devices lie one device after the
+other, so all that is not pruned is the backbone's own code.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from timm.layers import Attention, Mlp
+from timm.models import VisionTransformer
+from timm.models.vision_transformer import Block
+from torch import Tensor, nn
+
+from tapfl.adapters.layout import LORA_A, LORA_B, Shapes
+from tapfl.adapters.lora import AdaptedModel, BoundLinear, modules_of
+from tapfl.adapters.stack import Stacking
+from tapfl.errors import ModelError
+from tapfl.models.units import ConstantBranch, put
+
+Place = tuple[Tensor, Tensor]  # rows and columns
+BRANCHES = {"attn": ("qkv", "proj"), "mlp": ("fc1", "fc2")}
+
+
+class StackedModel(AdaptedModel):
+    """K adapted models as one: ``stacked(params, x)`` with a stack of adapters returns logits (K · n, classes).
+
+    Attributes:
+        stacking: where each device's adapters lie in a stack.
+
+    Raises:
+        ModelError: if the models have other families than ViT and DeiT, or differ in what is not pruned.
+    """
+
+    def __init__(self, members: Sequence[AdaptedModel]) -> None:
+        models: list[Any] = [member.model for member in members]
+        for model in models:
+            _require_plain(model)
+        if any(member.reduced for member in members):
+            raise ModelError("train.together: compute.precision = fast trains one by one; accepted: exact")
+        self.layout, self.scale, self.reduced, self._bound = {}, members[0].scale, None, {}
+        self.model: Any = copy.deepcopy(models[0])
+        places: list[dict[str, Place]] = [{} for _ in models]
+        wide: dict[str, tuple[int, int]] = {}
+        for i in range(len(self.model.blocks)):
+            for branch in BRANCHES:
+                name = f"blocks.{i}.{branch}"
+                put(
+                    self.model, name, self._stacked(name, [model.get_submodule(name) for model in models], places, wide)
+                )
+        for head in modules_of(name for member in members for name in member.layout):
+            if isinstance(module := self.model.get_submodule(head), BoundLinear):
+                put(self.model, head, BoundLinear(head, module.linear, self._bound, self.scale))
+        _require_same(models)
+        own: list[Shapes] = [{name: place.shape for name, place in member.layout.items()} for member in members]
+        factors = [_factor_places(each, shapes) for each, shapes in zip(places, own, strict=True)]
+        self.stacking = Stacking.of(own, factors, _factor_shapes(wide, own))
+
+    def _stacked(
+        self, name: str, branches: Sequence[Any], places: Sequence[dict[str, Place]], wide: dict[str, tuple[int, int]]
+    ) -> nn.Module:
+        """Returns a branch of all devices, and notes where the rows and columns of its linears lie."""
+        whole = [branch for branch in branches if not isinstance(branch, ConstantBranch)]
+        inner, output = BRANCHES[name.rpartition(".")[2]]
+        if not whole:
+            bias = torch.stack([branch.get_submodule(output).bias for branch in branches])
+            return _Constant(bias)
+        made = copy.copy(whole[0])
+        made._modules = dict(made._modules)
+        attention = isinstance(made, Attention)
+        shapes = [_shape(branch) for branch in branches]
+        heads, dims = (max(sizes) for sizes in zip(*shapes, strict=True))
+        parts = 3 if attention else 1
+        for linear, rows in ((inner, True), (output, False)):
+            embed = _linear(whole[0], inner).weight.shape[1]
+            units = heads * dims
+            wide[f"{name}.{linear}"] = (parts * units, embed) if rows else (embed, units)
+            for place, (own_heads, own_dims) in zip(places, shapes, strict=True):
+                kept = (torch.arange(own_heads)[:, None] * dims + torch.arange(own_dims)).flatten()
+                if rows:
+                    kept = torch.cat([part * units + kept for part in range(parts)])
+                place[f"{name}.{linear}"] = (kept, torch.arange(embed)) if rows else (torch.arange(embed), kept)
+            here = [place[f"{name}.{linear}"] for place in places]
+            holder = _padded([_linear(branch, linear) for branch in branches], here, wide[f"{name}.{linear}"])
+            setattr(made, linear, BoundLinear(f"{name}.{linear}", holder, self._bound, self.scale))
+        if attention:
+            made.num_heads, made.head_dim, made.attn_dim, made.scale = heads, dims, heads * dims, dims**-0.5
+            if any(own and own != dims for _, own in shapes):
+                made.q_norm = _QueryScale([math.sqrt(dims / own) if own else 1.0 for _, own in shapes], holder.weight)
+        return made
+
+
+class _Constant(nn.Module):
+    """A branch that no device has: the constants (K, d) of all of them."""
+
+    def __init__(self, bias: Tensor) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(bias, requires_grad=False)
+
+    def forward(self, x: Tensor, *_: object, **__: object) -> Tensor:
+        return self.bias.repeat_interleave(len(x) // len(self.bias), 0)[:, None, :].expand_as(x)
+
+
+class _QueryScale(nn.Module):
+    """Multiplies q (K · n, heads, tokens, dims) so that attention divides by √dims of each device's own."""
+
+    def __init__(self, factors: Sequence[float], like: Tensor) -> None:
+        super().__init__()
+        self.factors = nn.Parameter(like.new_tensor(factors), requires_grad=False)
+
+    def forward(self, q: Tensor) -> Tensor:
+        return (q.unflatten(0, (len(self.factors), -1)) * self.factors[:, None, None, None, None]).flatten(0, 1)
+
+
+def _linear(branch: nn.Module, name: str) -> Any:
+    """Returns what has the weight (none in a lost branch) and the bias of a linear."""
+    module = branch.get_submodule(name) if hasattr(branch, name) else nn.Module()
+    return module.linear if isinstance(module, BoundLinear) else module
+
+
+def _shape(branch: Any) -> tuple[int, int]:
+    """Returns heads and dims a head; neurons are the dims of one head."""
+    if isinstance(branch, ConstantBranch):
+        return 0, 0
+    return (
+        (branch.num_heads, branch.head_dim)
+        if isinstance(branch, Attention)
+        else (1, _linear(branch, "fc1").weight.shape[0])
+    )
+
+
+def _padded(linears: Sequence[Any], places: Sequence[Place], shape: tuple[int, int]) -> nn.Module:
+    """Returns a module with the weights (K, out, in) and biases (K, 1, out) of all devices."""
+    like = next(each.weight for each in linears if hasattr(each, "weight"))
+    weight, bias = like.new_zeros((len(linears), *shape)), like.new_zeros((len(linears), 1, shape[0]))
+    for i, (linear, (rows, columns)) in enumerate(zip(linears, places, strict=True)):
+        if hasattr(linear, "weight"):
+            weight[i][rows[:, None], columns] = linear.weight.detach()
+        if getattr(linear, "bias", None) is not None:
+            bias[i, 0, rows] = linear.bias.detach()
+    holder = nn.Module()
+    holder.weight = nn.Parameter(weight, requires_grad=False)
+    holder.bias = nn.Parameter(bias, requires_grad=False)
+    return holder
+
+
+def _factor_places(places: Mapping[str, Place], shapes: Shapes) -> dict[str, Place]:
+    """Returns the places of a device's factors A (rank, in) and B (out, rank)."""
+    found: dict[str, Place] = {}
+    for linear, (rows, columns) in places.items():
+        if f"{linear}.{LORA_A}" in shapes:
+            rank = torch.arange(shapes[f"{linear}.{LORA_A}"][0])
+            found |= {f"{linear}.{LORA_A}": (rank, columns), f"{linear}.{LORA_B}": (rows, rank)}
+    return found
+
+
+def _factor_shapes(wide: Mapping[str, tuple[int, int]], own: Sequence[Shapes]) -> Shapes:
+    """Returns the shapes of all factors in the stack."""
+    shapes: Shapes = {}
+    for linear, (rows, columns) in wide.items():
+        ranks = [each[f"{linear}.{LORA_A}"][0] for each in own if f"{linear}.{LORA_A}" in each]
+        shapes |= {f"{linear}.{LORA_A}": (max(ranks, default=0), columns)}
+        shapes |= {f"{linear}.{LORA_B}": (rows, max(ranks, default=0))}
+    return shapes
+
+
+def _require_plain(model: Any) -> None:
+    """Raises ModelError unless all blocks are attention and FFN as in ViT and DeiT."""
+    if not isinstance(model, VisionTransformer):
+        raise ModelError(f"train.together: {type(model).__name__} trains one by one; accepted: ViT and DeiT")
+    for name, module in model.named_modules():
+        odd = type(module) is not Block if name.count(".") == 1 and name.startswith("blocks.") else False
+        if isinstance(module, Attention):
+            odd = module.gate is not None or not all(
+                isinstance(m, nn.Identity) for m in (module.q_norm, module.k_norm, module.norm)
+            )
+        elif isinstance(module, Mlp):
+            odd = not isinstance(module.norm, nn.Identity) or bool(module.act(torch.zeros(1)).any())
+        if odd:
+            raise ModelError(
+                f"train.together: {name} of the backbone is no plain block; accepted: those of ViT and DeiT"
+            )
+
+
+def _require_same(models: Sequence[nn.Module]) -> None:
+    """Raises ModelError unless all tensors outside of branches and heads are the same."""
+    first, *others = [{n: t for n, t in model.state_dict().items() if not _is_stacked(n)} for model in models]
+    for other in others:
+        for name, tensor in first.items():
+            if not torch.equal(tensor, other[name]):
+                raise ModelError(f"train.together: {name} differs between devices; accepted: 1")
+
+
+def _is_stacked(name: str) -> bool:
+    return name.startswith("blocks.") and name.split(".")[2] in BRANCHES or ".linear." in name

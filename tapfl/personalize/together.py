@@ -1,0 +1,148 @@
+"""Local rounds: of one device, or of several that step together as one stack.
+
+Together, a step of K devices takes the calls of one device's step, which is what a small model's time goes into. A
+method that acts on single elements, and on products of the factors of one device, does with a stack what it does with
+each device (`Method.together`). Results agree with those of one by one but for rounding, so which devices step together
+has to follow from a run's options and plans alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from tapfl.adapters.lora import AdaptedModel
+from tapfl.adapters.stacked_model import StackedModel
+from tapfl.compute import home
+from tapfl.config import TrainOptions
+from tapfl.errors import ModelError, TapflError
+from tapfl.personalize.method import LocalResult, Method, Personal, checked, local_round
+from tapfl.training import Params
+
+Batch = tuple[Tensor, Tensor]  # images and labels
+
+
+@dataclass(frozen=True, eq=False)
+class LocalTask:
+    """A round of one device that waits to be computed: the arguments of `local_round`, with the device's model.
+
+    Attributes:
+        batches: in the model's input format, with labels; they can be read once.
+        train: its learning rate and its `steps` are those of this round.
+    """
+
+    method: Method[Any]
+    model: AdaptedModel
+    received: Params
+    personal: Personal | None
+    batches: Iterable[Batch]
+    train: TrainOptions
+    trained: frozenset[str]
+
+    def alone(self) -> LocalResult:
+        """Returns the result, computed by itself. Raises ModelError if training diverges."""
+
+        def objective(params: Params, batch: Any) -> Tensor:
+            x, y = batch
+            return F.cross_entropy(self.model(params, x), y, label_smoothing=self.train.label_smoothing)
+
+        args = self.method, objective, self.received, self.personal, self.batches, self.train, self.trained
+        return local_round(*args)
+
+
+Outcome = LocalResult | TapflError
+
+
+def all_of(tasks: Sequence[LocalTask]) -> list[Outcome]:
+    """Returns the result of each task, or the error with which it ended; those that can step together do."""
+    if len(tasks) > 1 and (model := stackable(tasks)):
+        return together(tasks, model)
+    outcomes: list[Outcome] = []
+    for task in tasks:
+        try:
+            outcomes.append(task.alone())
+        except TapflError as error:
+            outcomes.append(error)
+    return outcomes
+
+
+def stackable(tasks: Sequence[LocalTask]) -> StackedModel | None:
+    """Returns the models of all tasks as one; None if the tasks have to be computed one by one."""
+    first = tasks[0]
+    alike = all(task.method.together and vars(task.method) == vars(first.method) for task in tasks)
+    begun = {task.personal is not None for task in tasks}
+    if not alike or len(begun) > 1 or any(task.personal and task.personal.alpha.dim() for task in tasks):
+        return None
+    try:
+        return StackedModel([task.model for task in tasks])
+    except ModelError:
+        return None
+
+
+def together(tasks: Sequence[LocalTask], model: StackedModel) -> list[Outcome]:
+    """Returns the results of tasks with one method, computed as one stack.
+
+    A device that has taken all its steps leaves with what it has; its slice goes on with its last images until the last
+    device is done, and nobody reads it.
+    """
+    method, stacking = tasks[0].method, model.stacking
+    train = tasks[0].train.model_copy(update={"steps": max(task.train.steps for task in tasks)})
+    received = stacking.up([task.received for task in tasks])
+    state = method.init(received, _stacked(tasks, model), train, frozenset().union(*(task.trained for task in tasks)))
+
+    def objective(params: Params, batch: Any) -> Tensor:
+        x, y, share = batch
+        each = F.cross_entropy(model(params, x), y, reduction="none", label_smoothing=train.label_smoothing)
+        return (each.view(share.shape) * share).sum(1)
+
+    sources = [iter(task.batches) for task in tasks]
+    batches: list[Batch] = [next(source) for source in sources]
+    ended: dict[int, tuple[Params | None, Personal | None, int]] = {}
+    losses: list[Tensor] = []
+    while len(ended) < len(tasks):
+        losses.append(method.step(state, objective, _beside(batches)).detach())
+        following = [next(source, None) for source in sources]
+        if done := [i for i, batch in enumerate(following) if batch is None and i not in ended]:
+            upload, stays = method.final(state)
+            for i in done:
+                ended[i] = (upload and stacking.down(upload, i), stays and _own(stays, model, i), len(losses))
+        batches = [batch or last for batch, last in zip(following, batches, strict=True)]
+    of_each = home(torch.stack(losses, 1))
+    return [_outcome(task, *ended[i][:2], of_each[i, : ended[i][2]]) for i, task in enumerate(tasks)]
+
+
+def _outcome(task: LocalTask, upload: Params | None, stays: Personal | None, losses: Tensor) -> Outcome:
+    try:
+        return checked(task.method, task.train, upload, stays, losses)
+    except ModelError as error:
+        return error
+
+
+def _stacked(tasks: Sequence[LocalTask], model: StackedModel) -> Personal | None:
+    kept = [task.personal for task in tasks if task.personal]
+    if not kept:
+        return None
+    alpha = torch.stack([personal.alpha for personal in kept])[:, None]
+    return Personal(model.stacking.up([personal.params for personal in kept]), alpha)
+
+
+def _own(personal: Personal, model: StackedModel, i: int) -> Personal:
+    alpha = personal.alpha if personal.alpha.dim() == 0 else personal.alpha[i, 0].clone()
+    return replace(personal, params=model.stacking.down(personal.params, i), alpha=alpha)
+
+
+def _beside(batches: Sequence[Batch]) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns images (K · n, …) and labels (K · n,) of all devices, and the share (K, n) of each in its device's loss.
+
+    Devices with fewer images than others have empty ones, whose share is 0.
+    """
+    most = max(len(y) for _, y in batches)
+    images = [F.pad(x, (0, 0) * (x.dim() - 1) + (0, most - len(x))) for x, _ in batches]
+    labels = [F.pad(y, (0, most - len(y))) for _, y in batches]
+    shares = [F.pad(x.new_full((len(y),), 1 / len(y)), (0, most - len(y))) for x, y in batches]
+    return torch.cat(images), torch.cat(labels), torch.stack(shares)

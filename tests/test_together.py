@@ -1,0 +1,109 @@
+"""Devices that step together: as one by one, whatever their widths, ranks, numbers of steps and of images."""
+
+from __future__ import annotations
+
+import torch
+from backbones import Tiny, plan_of
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import pytest
+from tapfl.adapters.layout import device_layout, gather_all, global_shapes
+from tapfl.adapters.lora import AdaptedModel
+from tapfl.adapters.stack import flat
+from tapfl.adapters.stacked_model import StackedModel
+from tapfl.config import TrainOptions
+from tapfl.errors import ModelError
+from tapfl.personalize.apfl import Apfl
+from tapfl.personalize.method import LocalResult, Method, Personal, wholly
+from tapfl.personalize.methods import FedAvg, FineTune, Local
+from tapfl.personalize.perfedavg import PerFedAvg
+from tapfl.personalize.proximal import Ditto, FedProx
+from tapfl.personalize.together import LocalTask, all_of, stackable, together
+from tapfl.pruning.surgery import shrink
+from tapfl.training import Params
+
+METHODS: dict[str, Method] = {
+    "fedavg": FedAvg(),
+    "local": Local(2e-3),
+    "finetune": FineTune(2e-3),
+    "fedprox": FedProx(0.5, 2.0),
+    "ditto": Ditto(0.5, 2.0),
+    "apfl": Apfl(0.4, "fixed"),
+    "apfl, α moves": Apfl(0.4, "step", 0.5),
+}
+RANK = 4
+
+
+def drawn(generator: torch.Generator, *shape: int) -> Tensor:
+    return torch.randn(shape, generator=generator)
+
+
+def task(
+    backbone: Tiny,
+    method: Method,
+    train: TrainOptions,
+    *,
+    seed: int,
+    kept: dict[str, Tensor],
+    rank: int = 2,
+    sizes: tuple[int, ...] = (4, 3),
+    begun: bool = True,
+) -> LocalTask:
+    """Returns a device's round: random adapters, and as many batches as `sizes`."""
+    generator = torch.Generator().manual_seed(seed)
+    plan = plan_of(backbone, kept)
+    shapes = global_shapes(backbone.model, backbone.layers, RANK)
+    layout = device_layout(shapes, backbone.layers, plan, rank)
+    w, v = (gather_all({name: 0.1 * drawn(generator, *s) for name, s in shapes.items()}, layout) for _ in range(2))
+    images = [drawn(generator, size, *backbone.inputs.shape[1:]) for size in sizes]
+    batches = [(x, torch.randint(10, (len(x),), generator=generator)) for x in images]
+    own = Personal(v, torch.tensor(0.2 + 0.1 * seed, dtype=torch.float64)) if isinstance(method, Apfl) else wholly(v)
+    options = train.model_copy(update={"steps": len(sizes)})
+    model = AdaptedModel(shrink(backbone.model, plan), layout, 2.0)
+    return LocalTask(method, model, w, own if begun else None, batches, options, frozenset(layout))
+
+
+def kept_of(data: st.DataObject, backbone: Tiny) -> dict[str, Tensor]:
+    kept: dict[str, Tensor] = {}
+    for layer in backbone.layers:
+        heads = data.draw(st.sets(st.integers(0, layer.heads - 1)), label=f"heads of {layer.name}")
+        dims = data.draw(st.integers(1, layer.units_per_head))
+        units = [torch.arange(dims) + head * layer.units_per_head for head in sorted(heads)]
+        kept[layer.name] = torch.cat(units) if units else torch.zeros(0, dtype=torch.int64)
+    return kept
+
+
+def assert_near(got: object, want: LocalResult) -> None:
+    assert isinstance(got, LocalResult)
+    assert got.loss == pytest.approx(want.loss, rel=1e-5)
+    for mine, theirs in ((got.upload, want.upload), (got.personal and got.personal.params, want.personal and want.personal.params)):
+        assert (mine is None) == (theirs is None)
+        if mine is not None and theirs is not None:
+            assert {n: t.shape for n, t in mine.items()} == {n: t.shape for n, t in theirs.items()}
+            a, b = flat(mine), flat(theirs)
+            assert float((a - b).norm()) <= 1e-6 * float(b.norm()) * 10
+    if got.personal and want.personal:
+        torch.testing.assert_close(got.personal.alpha, want.personal.alpha, rtol=1e-5, atol=1e-7)
+
+
+@settings(max_examples=20, phases=[Phase.generate], deadline=None)
+@given(data=st.data())
+def test_together_is_one_by_one(data: st.DataObject, families: dict[str, Tiny]) -> None:
+    backbone = families[data.draw(st.sampled_from(["vit", "deit"]))]
+    method = METHODS[data.draw(st.sampled_from(sorted(METHODS)))]
+    clip = data.draw(st.sampled_from([0.0, 0.05]))
+    train = TrainOptions(optimizer="sgd", momentum=0.9, learning_rate=3e-2, clip_gradient=clip, label_smoothing=0.1)
+    begun = data.draw(st.booleans())
+
+    def tasks() -> list[LocalTask]:
+        return [task(backbone, method, train, seed=i, kept=k, rank=r, sizes=s, begun=begun) for i, (k, r, s) in enumerate(each)]
+
+    count = data.draw(st.integers(2, 3))
+    sizes = st.lists(st.integers(1, 4), min_size=1, max_size=3).map(tuple)
+    each = [(kept_of(data, backbone), data.draw(st.integers(1, RANK)), data.draw(sizes)) for _ in range(count)]
+    model = stackable(tasks())
+    assert model is not None
+    for got, alone in zip(together(tasks(), model), tasks(), strict=True):
+        assert_near(got, alone.alone())
