@@ -7,13 +7,14 @@ import json
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
+from traceback import format_exception
 from typing import TypeVar
 
-from flwr.app import Context, Message
+from flwr.app import Context, Error, Message
 from flwr.clientapp import ClientApp
 
 from clients.device import Device
@@ -22,11 +23,35 @@ from tapfl.compute import Compute
 from tapfl.config import ComputeOptions, RunConfig, names_path
 from tapfl.errors import ConfigError, RunError
 from tapfl.options import Scalar, validated
+from tapfl.personalize.together import carried_out
 from tapfl.profiles import DeviceProfile, profiles_of
 from tapfl.store import RunFolder, run_path
 from tapfl.wire import PROFILE_FIELDS, Evaluate, Hello, Prune, Summarize, Train, WireMessage
 
-app = ClientApp()
+
+class DeviceApp(ClientApp):
+    """Flower's ClientApp, which can also answer several devices' messages at once, for the engines of this project."""
+
+    def answer_together(self, messages: Sequence[Message], contexts: Sequence[Context]) -> list[Message]:
+        """Returns the replies to `train` messages of several devices, whose local rounds step together.
+
+        A device that fails has an error as its reply. All of them have as much time as each would have by itself.
+        """
+        devices = [device_of(context) for context in contexts]
+        devices[0].compute.prepare()
+        what = f"devices {', '.join(str(device.partition_id) for device in devices)}: train"
+        with time_limit(len(devices) * devices[0].config.faults.device_timeout, what):
+            each = zip(devices, messages, strict=True)
+            answers = carried_out([device.training(Train.from_records(message.content)) for device, message in each])
+        return [
+            Message(Error(RAISED, "".join(format_exception(answer))), reply_to=message)
+            if isinstance(answer, Exception)
+            else Message(answer.to_records(), reply_to=message)
+            for answer, message in zip(answers, messages, strict=True)
+        ]
+
+
+app = DeviceApp()
 
 # Flower's simulation returns a worker that died to its pool and never replaces it, so every later message to it fails.
 # Ray can restart actors, and this module is imported before the pool is built. Outside a simulation nothing is done.
@@ -35,6 +60,7 @@ if "flwr.simulation" in sys.modules:
 
     ClientAppActor._default_options["max_restarts"] = -1  # type: ignore[attr-defined]
 
+RAISED = 2  # Flower's code for an exception in the ClientApp
 HARD = 2.0  # a worker stuck where Python cannot interrupt it ends itself after this many time limits
 
 M = TypeVar("M", bound=WireMessage)

@@ -34,8 +34,9 @@ from tapfl.models.dense import DenseCache
 from tapfl.models.forward import image_features
 from tapfl.models.new_head import fill_with_prototypes
 from tapfl.personalize.held_out import hold_out
-from tapfl.personalize.method import LocalResult, Method, Personal, local_round
+from tapfl.personalize.method import Method, Personal
 from tapfl.personalize.methods import method_of
+from tapfl.personalize.together import LocalTask, Training, carried_out
 from tapfl.profiles import DeviceProfile
 from tapfl.pruning.plan import PruningPlan
 from tapfl.pruning.surgery import save_pruned, smaller_model
@@ -148,11 +149,18 @@ class Device:
         return PruneReply(params=cost.params, macs=cost.macs, pruned_accuracy=self._accuracy(small))
 
     def train(self, message: Train) -> TrainReply:
+        """Returns the reply of `training`, by itself."""
+        (reply,) = carried_out([self.training(message)])
+        if isinstance(reply, Exception):
+            raise reply
+        return reply
+
+    def training(self, message: Train) -> Training[TrainReply]:
         """Evaluates the received adapters, trains, stores the personal part and returns the shared part."""
         state, method = self._state(message.state_round), self._method(message.round)
         received = self._whole(method, state, message.adapters)
         personal = self._weighted(method, received, state.personal, message.round)
-        result = self._local_round(method, received, personal, message.round)
+        result = yield self._local_task(method, received, personal, message.round)
         used = result.personal if method.evaluates_after_training else personal
         due = is_evaluated(self.config.train, message.round - 1)
         accuracies = self._evaluate(received, method.inference(received, used)) if due else (0.0, 0.0)
@@ -160,7 +168,7 @@ class Device:
         private = {name: trained[name] for name in self._pruned.private if name in trained}
 
         def for_comparison(method: Method[Any], start: Params, model: caches.AdaptedDevice) -> Params:
-            alone = self._local_round(method, start, None, message.round, model).personal
+            alone = self._local_task(method, start, None, message.round, model).alone().personal
             return alone.params if alone else start
 
         references = self._references.trained(state.references, self._pruned, message.round, for_comparison)
@@ -185,7 +193,7 @@ class Device:
         received = self._whole(method, state, message.adapters)
         personal = self._weighted(method, received, state.personal, message.round)
         if method.evaluates_after_training:
-            personal = self._local_round(method, received, personal, message.round).personal
+            personal = self._local_task(method, received, personal, message.round).alone().personal
         final = method.inference(received, personal)
         accuracies = self._evaluate(received, final)
         if personal and self.config.personalize.method == "apfl":
@@ -260,15 +268,15 @@ class Device:
     def _references(self) -> References:
         return References(self.config, self.storage, self.profile.rank, self.compute)
 
-    def _local_round(
+    def _local_task(
         self,
         method: Method[Any],
         received: Params,
         personal: Personal | None,
         round: int,
         reference: caches.AdaptedDevice | None = None,
-    ) -> LocalResult:
-        """Returns the result of a round's local training.
+    ) -> LocalTask:
+        """Returns a round's local training, not computed yet.
 
         Args:
             reference: the model that is trained for comparison: on all images, nothing is held out, in as many steps
@@ -282,10 +290,6 @@ class Device:
         else:
             positions = self._trained_and_held_out[0] if method.trains_on == "train" else np.arange(len(part))
 
-        def objective(params: Params, batch: Any) -> Tensor:
-            x, y = batch
-            return F.cross_entropy(own.adapted(params, x), y, label_smoothing=options.label_smoothing)
-
         def drawn() -> Iterator[tuple[Tensor, Tensor]]:
             order = numpy_generator(seed, "train", round, self.partition_id)
             changes = numpy_generator(seed, "augment", round, self.partition_id)
@@ -297,7 +301,7 @@ class Device:
         rate = rate_factor(options, round) * options.learning_rate
         update = {"learning_rate": rate, "steps": local_steps(len(positions), options)}
         train = options.model_copy(update=update)
-        return local_round(method, objective, received, personal, drawn(), train, trained)
+        return LocalTask(method, own.adapted, received, personal, drawn(), train, trained)
 
     def _upload(self, received: Params, trained: Params, round: int) -> np.ndarray:
         """Returns the upload as one flat vector; with differential privacy, within `dp-clip` of the received w."""

@@ -7,7 +7,7 @@ import math
 import re
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, NamedTuple, TypeVar
 
@@ -95,9 +95,9 @@ def wait_for_nodes(grid: Grid, count: int, timeout: float) -> list[int]:
 
 
 class Attempt(NamedTuple):
-    """The `number`-th time that a request is sent to device `i`, not before `start`."""
+    """The `number`-th time that devices which step together are sent their requests, not before `start`."""
 
-    i: int
+    devices: tuple[int, ...]
     number: int = 1
     start: float = 0.0
 
@@ -111,6 +111,7 @@ def exchange(
     timeout: float,
     retries: int,
     window: int,
+    groups: Sequence[Sequence[int]] = (),
 ) -> Answers[R]:
     """Sends each device its request; returns the answers that passed their check, and the failures.
 
@@ -120,40 +121,63 @@ def exchange(
         timeout: seconds for all of it; what has not arrived by then has failed, and is not looked at later.
         retries: how often a request is sent again whose worker was lost.
         window: requests in flight at once; Flower slows down with every message that it holds.
+        groups: devices that one worker gets at once; all others get their request by themselves. A group that is lost
+            is sent again as a group. A larger one than the window is in flight alone.
     """
     answers: Answers[R] = Answers()
-    waiting = deque(Attempt(i) for i in sorted(requests))
-    in_flight: dict[str, Attempt] = {}
+    together = [tuple(i for i in group if i in requests) for group in groups]
+    apart = sorted(requests.keys() - {i for group in together for i in group})
+    waiting = deque(Attempt(group) for group in (*filter(None, together), *((i,) for i in apart)))
+    in_flight: dict[str, tuple[int, Attempt]] = {}
+    lost: dict[Attempt, list[int]] = {}
     end, poll = time.monotonic() + timeout, POLL_FIRST
     with stage(phase) as advance:
         advance(0, len(requests), "devices")
         while waiting or in_flight:
             now = time.monotonic()
             if now >= end:
-                for attempt in (*waiting, *in_flight.values()):
-                    answers.fail(attempt.i, f"no answer within {timeout:g} s (faults.exchange-timeout)")
+                for i in (*(i for attempt in waiting for i in attempt.devices), *(i for i, _ in in_flight.values())):
+                    answers.fail(i, f"no answer within {timeout:g} s (faults.exchange-timeout)")
                 break
-            for attempt in [each for each in waiting if each.start <= now][: window - len(in_flight)]:
+            for attempt in [each for each in waiting if each.start <= now]:
+                if in_flight and len(in_flight) + len(attempt.devices) > window:
+                    break
                 waiting.remove(attempt)
-                message = requests[attempt.i].message
-                content = Message(message.to_records(), nodes[attempt.i], message.type, group_id=phase)
-                (message_id,) = grid.push_messages([content])
-                in_flight[message_id] = attempt
+                messages = [
+                    Message(request.message.to_records(), nodes[i], request.message.type, group_id=phase)
+                    for i, request in ((i, requests[i]) for i in attempt.devices)
+                ]
+                ids = _push(grid, messages)
+                in_flight |= {message_id: (i, attempt) for message_id, i in zip(ids, attempt.devices, strict=True)}
             replies = list(grid.pull_messages(list(in_flight))) if in_flight else []
             for reply in replies:
-                answered = in_flight.pop(reply.metadata.reply_to_message_id, None)
+                i, answered = in_flight.pop(reply.metadata.reply_to_message_id, (-1, None))
                 if answered is None:
                     log(logging.WARNING, "ignored an answer to no request, or a second answer to one")
-                elif reply.has_error() and reply.error.code != CLIENT_RAISED and answered.number <= retries:
-                    log(logging.WARNING, "device %d: %s; sent again", answered.i, _reason(reply))
-                    waiting.append(Attempt(answered.i, answered.number + 1, now + RETRY_AFTER * answered.number))
+                    continue
+                if reply.has_error() and reply.error.code != CLIENT_RAISED and answered.number <= retries:
+                    log(logging.WARNING, "device %d: %s; sent again", i, _reason(reply))
+                    lost.setdefault(answered, []).append(i)
                 else:
-                    _accept(answers, answered.i, reply, requests[answered.i])
+                    _accept(answers, i, reply, requests[i])
+                if answered in lost and all(attempt is not answered for _, attempt in in_flight.values()):
+                    again = tuple(each for each in answered.devices if each in lost[answered])
+                    waiting.append(Attempt(again, answered.number + 1, now + RETRY_AFTER * answered.number))
                 advance(len(answers), len(requests), "devices")
             poll = POLL_FIRST if replies else min(poll * 1.5, POLL_LAST)
             if not replies:
                 time.sleep(poll)
     return answers
+
+
+def hands_out_groups(grid: Grid) -> bool:
+    """Returns whether a grid can give one worker several messages at once; Flower's own cannot."""
+    return hasattr(grid, "push_group")
+
+
+def _push(grid: Grid, messages: list[Message]) -> list[str]:
+    pushed = grid.push_group(messages) if len(messages) > 1 else grid.push_messages(messages)  # type: ignore[attr-defined]
+    return list(pushed)
 
 
 def _accept(answers: Answers[R], i: int, reply: Message, request: Request[R]) -> None:

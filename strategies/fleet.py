@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from flwr.common.logger import log
 from flwr.serverapp import Grid
@@ -18,7 +18,7 @@ from flwr.serverapp import Grid
 from strategies.exchange import Answers, R, Request, exchange, wait_for_nodes
 from strategies.records import DeviceRecord, FailureLine, Line, TrafficLine, added, append_lines
 from strategies.state import FederationState
-from tapfl.config import NEW_HEADS, DeviceOptions, RunConfig
+from tapfl.config import NEW_HEADS, DeviceOptions, RunConfig, TrainOptions
 from tapfl.errors import ConfigError
 from tapfl.profiles import DeviceProfile, max_rank
 from tapfl.seeds import numpy_generator
@@ -26,6 +26,9 @@ from tapfl.store import RunFolder
 from tapfl.wire import ENVELOPE, LONGEST_NAMES, Hello, HelloReply
 
 STEP = 3  # a training step in forward passes
+# `train.together = auto`, by docs/benchmarks.md: devices in a group, MACs of its widest over its smallest, and
+# the MACs of a step, forward, beyond which a CPU gains nothing
+AT_MOST, LIKE, SMALL = 10, 1.6, 2e8
 
 
 class Fleet:
@@ -89,6 +92,7 @@ class Fleet:
         known: Mapping[int, R] | None = None,
         waited: float = 0.0,
         min_success: float | None = None,
+        groups: Sequence[Sequence[int]] = (),
     ) -> tuple[FederationState, dict[int, R]]:
         """Sends the requests; returns the state after it and the answers, and records traffic and failures.
 
@@ -96,13 +100,14 @@ class Fleet:
             known: answers from before the run was resumed; these devices are not asked again.
             waited: simulated seconds that the phase takes at least.
             min_success: in place of the option's; 0 accepts that nobody answers.
+            groups: devices that step together (`groups_of`).
 
         Raises:
             RunError: if fewer answered than `min_success` of them.
         """
         known = known or {}
         sent = {i: request for i, request in requests.items() if i in self.nodes and i not in known}
-        answers = self._exchange(self.nodes, sent, phase)
+        answers = self._exchange(self.nodes, sent, phase, groups)
         answers.replies |= known
         for i in requests.keys() - sent.keys() - known.keys():
             answers.failures[i] = "is not connected"
@@ -157,9 +162,16 @@ class Fleet:
     def _asks_classes(self) -> bool:
         return self.config.model.head in NEW_HEADS
 
-    def _exchange(self, nodes: Mapping[int, int], requests: Mapping[int, Request[R]], phase: str) -> Answers[R]:
-        timeout, retries = self.config.faults.exchange_timeout, self.config.faults.retries
-        return exchange(self.grid, nodes, requests, phase, timeout=timeout, retries=retries, window=self.config.window)
+    def _exchange(
+        self,
+        nodes: Mapping[int, int],
+        requests: Mapping[int, Request[R]],
+        phase: str,
+        groups: Sequence[Sequence[int]] = (),
+    ) -> Answers[R]:
+        timeout, retries, window = self.config.faults.exchange_timeout, self.config.faults.retries, self.config.window
+        limits: dict[str, Any] = {"timeout": timeout, "retries": retries, "window": window}
+        return exchange(self.grid, nodes, requests, phase, **limits, groups=groups)
 
 
 def account(
@@ -229,3 +241,26 @@ def training_macs(macs: int, trained: float, evaluated: int, models: int) -> flo
         evaluated: images that pass through the shared and the personal model in evaluation.
     """
     return macs * (STEP * models * trained + 2 * evaluated)
+
+
+def groups_of(macs: Mapping[int, int], options: TrainOptions) -> list[list[int]]:
+    """Returns the devices that step together: a function of their plans, so that any number of workers has the same.
+
+    Devices of like size stand next to each other, because all of a group are padded to the widest.
+
+    Args:
+        macs: an image, of each device that trains.
+    """
+    order = sorted(macs, key=lambda i: (macs[i], i))
+    if options.together == "auto":
+        order, most = [i for i in order if macs[i] * options.batch <= SMALL], AT_MOST
+    else:
+        most = options.together
+    groups: list[list[int]] = []
+    for i in order:
+        fits = groups and len(groups[-1]) < most
+        if fits and (options.together != "auto" or macs[i] <= LIKE * macs[groups[-1][0]]):
+            groups[-1].append(i)
+        else:
+            groups.append([i])
+    return [sorted(group) for group in groups if len(group) > 1]

@@ -19,6 +19,7 @@ import torch
 from flwr.app import Context
 from flwr.common.logger import log
 from flwr.serverapp import Grid, ServerApp
+from timm.models import VisionTransformer
 
 from strategies.binding import (
     PROCESSOR,
@@ -28,8 +29,8 @@ from strategies.binding import (
     require_same_processor,
     write_begun,
 )
-from strategies.exchange import Request
-from strategies.fleet import Fleet, sample_clients, seconds, training_macs
+from strategies.exchange import Request, hands_out_groups
+from strategies.fleet import Fleet, groups_of, sample_clients, seconds, training_macs
 from strategies.global_adapters import GlobalAdapters
 from strategies.loggers import loggers, require_loggers
 from strategies.preparation import Preparation
@@ -156,6 +157,7 @@ class Federation:
         self.config, self.folder, self.fleet = preparation.config, preparation.folder, preparation.fleet
         self.adapters, self.hello = GlobalAdapters(preparation), Hello(preparation.key)
         self.shares_adapters = self._method(1).shares_adapters
+        self.steps_together = self._steps_together()
         self._layouts: dict[int, Layout] = {}
 
     def start(self) -> FederationState:
@@ -232,7 +234,8 @@ class Federation:
         waited = options.deadline if unanswered else 0.0
         if not requests:
             return replace(state, simulated_seconds=state.simulated_seconds + waited), {}
-        return self.fleet.ask(state, f"round {t}", requests, waited=waited)
+        groups = groups_of({i: devices[i].macs for i in requests}, self.config.train) if self.steps_together else []
+        return self.fleet.ask(state, f"round {t}", requests, waited=waited, groups=groups)
 
     def aggregate(self, state: FederationState, t: int, replies: Mapping[int, TrainReply]) -> FederationState:
         """Returns the state with the global adapters after round `t`; without answers they stay as they were."""
@@ -284,6 +287,24 @@ class Federation:
                 raise PlanError(f"{file}: is not the plan by which the model of device {i} was cut")
             self._layouts[i] = self.adapters.layout(kept[0], state.devices[i].profile.rank)
         return self._layouts[i]
+
+    def _steps_together(self) -> bool:
+        """Returns whether devices may step together. Raises ConfigError for a number of them where they cannot."""
+        wanted, method = self.config.train.together, self.config.personalize.method
+        why = ""
+        if not hands_out_groups(self.fleet.grid):
+            why = "this engine hands out single messages; those of inprocess and ray hand out groups"
+        elif not self._method(self.config.train.rounds).together:
+            why = f"personalize.method = {method!r} trains each device by itself"
+        elif self.config.compute.precision == "fast":
+            why = "compute.precision = 'fast' trains each device by itself"
+        elif not isinstance(self.preparation.backbone, VisionTransformer):
+            why = f"{type(self.preparation.backbone).__name__} trains each device by itself; ViT and DeiT step together"
+        if why and wanted == "auto":
+            log(logging.INFO, "train.together = auto: one by one, because %s", why)
+        elif why and wanted != 1:
+            raise ConfigError(f"train.together = {wanted}: {why}; accepted: 1, auto")
+        return not why
 
     def _method(self, t: int) -> Method[Any]:
         return method_of(self.config.personalize, self.config.adapters, t)

@@ -362,7 +362,7 @@ def test_nothing_is_trained_on_the_images_that_choose_alpha(
         other = replace(part, images=ImageSet.of(pixels, part.images.labels, part.images.classes))
         monkeypatch.setattr(Device, "_part", lambda self, name: other)
         method = device._method(3)
-        upload = device._local_round(method, received, own, 3).upload
+        upload = device._local_task(method, received, own, 3).alone().upload
         weighed = device._weighted(method, received, own, 3)
         assert upload is not None and weighed is not None
         return upload, weighed.mean_alpha

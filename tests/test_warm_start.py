@@ -136,7 +136,7 @@ def test_blocks_without_adapters_build_no_graph(vit: Tiny) -> None:
     params = rules.initial(options(), shapes, layers, vit.model, torch.Generator().manual_seed(0))
     own = {name: rules.gather(params[name], place).requires_grad_() for name, place in layout.items()}
     graphs: list[bool] = []
-    for block in adapted._model.blocks:  # type: ignore[union-attr]
+    for block in adapted.model.blocks:  # type: ignore[union-attr]
         block.register_forward_hook(lambda module, given, out: graphs.append(out.requires_grad))  # type: ignore[operator]
     assert adapted(own, vit.inputs).requires_grad
     assert graphs == [False, True]

@@ -7,7 +7,7 @@ import secrets
 import time
 import traceback
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
@@ -87,6 +87,17 @@ def answer(client_app: ClientApp, message: Message, context: Context) -> Message
         return Message(Error(CLIENT_APP_RAISED, traceback.format_exc()), reply_to=message)
 
 
+def answer_group(client_app: ClientApp, messages: Sequence[Message], contexts: Sequence[Context]) -> list[Message]:
+    """Returns the replies of a ClientApp to messages that one worker got at once (`answer`)."""
+    if len(messages) == 1 or not hasattr(client_app, "answer_together"):
+        return [answer(client_app, *each) for each in zip(messages, contexts, strict=True)]
+    try:
+        return list(client_app.answer_together(messages, contexts))
+    except Exception:
+        reason = traceback.format_exc()
+        return [Message(Error(CLIENT_APP_RAISED, reason), reply_to=message) for message in messages]
+
+
 def server_context(run_id: int, run_config: Mapping[str, Scalar]) -> Context:
     """Returns the context of a run's ServerApp, and sets the identity with which Flower stamps its messages.
 
@@ -108,21 +119,25 @@ class InProcessGrid(LocalGrid):
     def __init__(self, client_app: ClientApp, run_config: dict[str, Scalar], nodes: int) -> None:
         super().__init__(run_config, nodes)
         self._client_app = client_app
-        self._waiting: dict[str, Message] = {}
+        self._waiting: list[list[Message]] = []
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        sent = {self.stamp(message): message for message in messages}
-        self._waiting |= sent
-        return list(sent)
+        return [message_id for message in messages for message_id in self.push_group([message])]
+
+    def push_group(self, messages: Sequence[Message]) -> Sequence[str]:
+        """Sends messages that are answered at once."""
+        self._waiting.append(list(messages))
+        return [self.stamp(message) for message in messages]
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        """Returns one reply, that to the oldest message, so that the caller can show progress."""
+        """Returns the replies to the oldest message and its group, so that the caller can show progress."""
         wanted = set(message_ids)
-        first = next((message_id for message_id in self._waiting if message_id in wanted), None)
-        if first is None:
+        group = next((each for each in self._waiting if each[0].metadata.message_id in wanted), None)
+        if group is None:
             return []
-        message = self._waiting.pop(first)
-        return [answer(self._client_app, message, self.context(message.metadata.dst_node_id))]
+        self._waiting.remove(group)
+        contexts = [self.context(message.metadata.dst_node_id) for message in group]
+        return answer_group(self._client_app, group, contexts)
 
 
 def run_inprocess(server_app: ServerApp, client_app: ClientApp, run_config: dict[str, Scalar], nodes: int) -> None:

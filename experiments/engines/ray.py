@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack, suppress
 from functools import lru_cache, partial
@@ -28,7 +28,7 @@ from flwr.common.logger import log
 from flwr.serverapp import ServerApp
 
 from experiments.engines.cluster import ray_cluster
-from experiments.engines.local import CLIENT_APP_RAISED, WORKER_LOST, LocalGrid, answer, serve
+from experiments.engines.local import CLIENT_APP_RAISED, WORKER_LOST, LocalGrid, answer_group, serve
 from tapfl.errors import ConfigError, RunError
 from tapfl.options import Scalar
 from tapfl.progress import stage
@@ -53,8 +53,8 @@ class Actor:
         """Returns the versions of the packages that can change a result."""
         return versions()
 
-    def answer(self, client_app: str, message: Message, context: Context) -> Message:
-        return answer(load_app(client_app), message, context)
+    def answer(self, client_app: str, messages: list[Message], contexts: list[Context]) -> list[Message]:
+        return answer_group(load_app(client_app), messages, contexts)
 
 
 def versions() -> dict[str, str]:
@@ -72,21 +72,28 @@ class RayGrid(LocalGrid):
     """One federation on an `ActorPool`.
 
     Attributes:
-        waiting: messages that no actor has yet; only the pool's thread touches them.
+        waiting: groups of messages that no actor has yet; only the pool's thread touches them.
     """
 
     def __init__(self, pool: ActorPool, client_app: str, run_config: dict[str, Scalar], nodes: int) -> None:
         super().__init__(run_config, nodes)
         self.client_app = client_app
-        self.waiting: deque[Message] = deque()
+        self.waiting: deque[list[Message]] = deque()
         self._pool = pool
         self._replies: dict[str, Message] = {}
         self._news = threading.Condition()
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        sent = {self.stamp(message): message for message in messages}
-        self._pool.queue(self, list(sent.values()))
-        return list(sent)
+        groups = [[message] for message in messages]
+        ids = [self.stamp(message) for (message,) in groups]
+        self._pool.queue(self, groups)
+        return ids
+
+    def push_group(self, messages: Sequence[Message]) -> Sequence[str]:
+        """Sends messages that one actor answers at once."""
+        ids = [self.stamp(message) for message in messages]
+        self._pool.queue(self, [list(messages)])
+        return ids
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         """Returns the replies that have arrived; waits a moment if there is none.
@@ -127,7 +134,7 @@ class ActorPool:
         self.lost = ""  # why no actor is left
         self._address, self._count, self._needs = address, count, {"CPU": cpus, "GPU": gpus}
         self._actors: list[Any] = []
-        self._at: dict[Any, set[str]] = {}  # ids of the messages that each actor which is there has
+        self._at: dict[Any, set[str]] = {}  # first ids of the groups that each actor which is there has
         self._turns: deque[RayGrid] = deque()  # federations with messages that wait
         self._events: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._first: Future[None] = Future()  # done when the first actor is ready
@@ -158,9 +165,9 @@ class ActorPool:
         finally:
             self._events.put(grid.waiting.clear)
 
-    def queue(self, grid: RayGrid, messages: list[Message]) -> None:
-        """Sends messages to actors as they become free; the replies are delivered to `grid`."""
-        self._events.put(partial(self._queue, grid, messages))
+    def queue(self, grid: RayGrid, groups: list[list[Message]]) -> None:
+        """Sends groups of messages to actors as they become free; the replies are delivered to `grid`."""
+        self._events.put(partial(self._queue, grid, groups))
 
     # -- start and stop -----------------------------------------------------------------------------------------------
 
@@ -235,22 +242,23 @@ class ActorPool:
     def _watch(self, ref: Any, done: Callable[[Future[Any]], None]) -> None:
         ref.future().add_done_callback(lambda future: self._events.put(partial(done, future)))
 
-    def _queue(self, grid: RayGrid, messages: list[Message]) -> None:
+    def _queue(self, grid: RayGrid, groups: list[list[Message]]) -> None:
         if not grid.waiting:
             self._turns.append(grid)
-        grid.waiting.extend(messages)
+        grid.waiting.extend(groups)
 
     def _hand_out(self) -> None:
         while self._turns and (actor := self._taker()) is not None:
             grid = self._turns.popleft()
             if not grid.waiting:  # its federation has ended
                 continue
-            message = grid.waiting.popleft()
+            group = grid.waiting.popleft()
             if grid.waiting:
                 self._turns.append(grid)
-            self._at[actor].add(message.metadata.message_id)
-            ref = actor.answer.remote(grid.client_app, message, grid.context(message.metadata.dst_node_id))
-            self._watch(ref, partial(self._answered, actor, grid, message))
+            self._at[actor].add(group[0].metadata.message_id)
+            contexts = [grid.context(message.metadata.dst_node_id) for message in group]
+            ref = actor.answer.remote(grid.client_app, group, contexts)
+            self._watch(ref, partial(self._answered, actor, grid, group))
 
     def _taker(self) -> Any | None:
         """Returns the actor that gets the next message, None if the message has to wait.
@@ -264,22 +272,25 @@ class ActorPool:
         waiting = sum(len(grid.waiting) for grid in self._turns)
         return actor if len(self._at[actor]) < (2 if waiting > len(self._at) else 1) else None
 
-    def _answered(self, actor: Any, grid: RayGrid, message: Message, future: Future[Message]) -> None:
+    def _answered(self, actor: Any, grid: RayGrid, group: list[Message], future: Future[list[Message]]) -> None:
         from ray.exceptions import RayActorError, RayTaskError
 
         error = future.exception()
         if error is None:
-            reply = future.result()
+            replies = future.result()
         else:
             code = CLIENT_APP_RAISED if isinstance(error, RayTaskError) else WORKER_LOST
-            reply = Message(Error(code, f"{type(error).__name__}: {error}"), reply_to=message)
-        if message.metadata.message_id in self._at.get(actor, ()):  # otherwise it was lost before with another actor
+            reason = Error(code, f"{type(error).__name__}: {error}")
+            replies = [Message(reason, reply_to=message) for message in group]
+        first = group[0].metadata.message_id
+        if first in self._at.get(actor, ()):  # otherwise it was lost before with another actor
             if isinstance(error, RayActorError):
                 del self._at[actor]
                 self._await(actor)
             else:
-                self._at[actor].remove(message.metadata.message_id)
-        grid.deliver(reply)
+                self._at[actor].remove(first)
+        for reply in replies:
+            grid.deliver(reply)
 
     def _await(self, actor: Any) -> None:
         """Waits until Ray has started or restarted an actor, however long there is no room for it."""

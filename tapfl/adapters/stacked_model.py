@@ -93,7 +93,9 @@ class StackedModel(AdaptedModel):
         if attention:
             made.num_heads, made.head_dim, made.attn_dim, made.scale = heads, dims, heads * dims, dims**-0.5
             if any(own and own != dims for _, own in shapes):
-                made.q_norm = _QueryScale([math.sqrt(dims / own) if own else 1.0 for _, own in shapes], holder.weight)
+                made.q_norm = _QueryScale(
+                    [math.sqrt(dims / own) if own else 1.0 for _, own in shapes], _linear(whole[0], inner).weight
+                )
         return made
 
 
@@ -199,4 +201,4 @@ def _require_same(models: Sequence[nn.Module]) -> None:
 
 
 def _is_stacked(name: str) -> bool:
-    return name.startswith("blocks.") and name.split(".")[2] in BRANCHES or ".linear." in name
+    return ".linear." in name or (name.startswith("blocks.") and name.split(".")[2] in BRANCHES)

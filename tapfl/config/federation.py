@@ -69,6 +69,9 @@ class TrainOptions(Section):
     epochs: Count = Field(3, description="local epochs in each round")
     steps: int = Field(0, ge=0, le=10**9, description="local steps in each round; 0: as many as `epochs` takes")
     batch: Count = Field(16, description="images in a minibatch")
+    together: Count | Literal["auto"] = Field(
+        1, description="devices whose steps are computed as one; `auto`: as many as gain by it; changes last bits"
+    )
     learning_rate: float = Field(3e-3, gt=0, le=RATE, description="learning rate of local training")
     optimizer: Literal["adam", "adamw", "sgd"] = Field(
         "adam", description="optimiser of local training, new in each round"

@@ -66,8 +66,8 @@ class Method(Protocol, Generic[S]):
         has_local_state: the device keeps parameters from round to round.
         shares_adapters: the device uploads w.
         trains_on: `train`, the device's own training images, or `pooled`, those of all devices of a simulation.
-        together: whether `init`, `step` and `final` do with a stack of devices (`tapfl.adapters.stack`), whose objective
-            returns K losses and whose α is (K, 1), what they do with each device by itself.
+        together: whether `init`, `step` and `final` do with a stack of devices what they do with each by itself. Its
+            objective returns K losses, and its α is (K, 1) (`tapfl.adapters.stack`).
     """
 
     evaluates_after_training: ClassVar[bool] = False

@@ -8,9 +8,9 @@ has to follow from a run's options and plans alone.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from tapfl.adapters.lora import AdaptedModel
 from tapfl.adapters.stacked_model import StackedModel
 from tapfl.compute import home
 from tapfl.config import TrainOptions
-from tapfl.errors import ModelError, TapflError
+from tapfl.errors import ModelError
 from tapfl.personalize.method import LocalResult, Method, Personal, checked, local_round
 from tapfl.training import Params
 
@@ -55,7 +55,36 @@ class LocalTask:
         return local_round(*args)
 
 
-Outcome = LocalResult | TapflError
+Outcome = LocalResult | Exception
+R = TypeVar("R")
+Training = Generator[LocalTask, LocalResult, R]
+"""Work of one device that yields the local rounds in it, is sent their results, and returns R."""
+
+
+def carried_out(devices: Sequence[Training[R]]) -> list[R | Exception]:
+    """Returns what each device's work returns, or what it raises; local rounds for which several wait go together."""
+    results: dict[int, R | Exception] = {}
+    waiting: dict[int, LocalTask] = {}
+
+    def advance(i: int, outcome: Outcome | None) -> None:
+        waiting.pop(i, None)
+        try:
+            if isinstance(outcome, Exception):
+                waiting[i] = devices[i].throw(outcome)
+            else:
+                waiting[i] = devices[i].send(outcome)  # type: ignore[arg-type]  # None is how a generator begins
+        except StopIteration as end:
+            results[i] = end.value
+        except Exception as error:
+            results[i] = error
+
+    for i in range(len(devices)):
+        advance(i, None)
+    while waiting:
+        asking = list(waiting)
+        for i, outcome in zip(asking, all_of([waiting[i] for i in asking]), strict=True):
+            advance(i, outcome)
+    return [results[i] for i in range(len(devices))]
 
 
 def all_of(tasks: Sequence[LocalTask]) -> list[Outcome]:
@@ -66,7 +95,7 @@ def all_of(tasks: Sequence[LocalTask]) -> list[Outcome]:
     for task in tasks:
         try:
             outcomes.append(task.alone())
-        except TapflError as error:
+        except Exception as error:
             outcomes.append(error)
     return outcomes
 
