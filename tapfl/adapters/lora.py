@@ -92,11 +92,8 @@ class BoundLinear(nn.Module):
         weight = self.bound.get(f"{self.name}.weight")
         if weight is not None:
             return linear(x, weight, self.bound.get(f"{self.name}.bias"))
-        A, B = self.bound.get(f"{self.name}.{LORA_A}"), self.bound.get(f"{self.name}.{LORA_B}")
+        A, B = self.bound[f"{self.name}.{LORA_A}"], self.bound[f"{self.name}.{LORA_B}"]
         weight, bias = self.linear.weight, self.linear.bias  # type: ignore[assignment]
-        assert weight is not None
-        if A is None or B is None:  # of a stack in which no device has an adapter here
-            return linear(x, weight, bias)  # type: ignore[arg-type]
         if self.plain:
             return plain_lora(x, weight, bias, A, B, self.scale)  # type: ignore[arg-type]
         return MergedLora.apply(x, weight, bias, A, B, self.scale)

@@ -20,7 +20,7 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from tapfl.adapters.layout import LORA_A, LORA_B, Shapes
-from tapfl.adapters.lora import AdaptedModel, BoundLinear, modules_of
+from tapfl.adapters.lora import AdaptedModel, BoundLinear, linear, modules_of
 from tapfl.adapters.stack import Stacking
 from tapfl.errors import ModelError
 from tapfl.models.units import ConstantBranch, put
@@ -47,6 +47,7 @@ class StackedModel(AdaptedModel):
             raise ModelError("train.together: compute.precision = fast trains one by one; accepted: exact")
         self.layout, self.scale, self.reduced, self._bound = {}, members[0].scale, None, {}
         self.model: Any = copy.deepcopy(models[0])
+        self.linears = modules_of(name for member in members for name in member.layout)
         places: list[dict[str, Place]] = [{} for _ in models]
         wide: dict[str, tuple[int, int]] = {}
         for i in range(len(self.model.blocks)):
@@ -55,7 +56,7 @@ class StackedModel(AdaptedModel):
                 put(
                     self.model, name, self._stacked(name, [model.get_submodule(name) for model in models], places, wide)
                 )
-        for head in modules_of(name for member in members for name in member.layout):
+        for head in self.linears:
             if isinstance(module := self.model.get_submodule(head), BoundLinear):
                 put(self.model, head, BoundLinear(head, module.linear, self._bound, self.scale))
         _require_same(models)
@@ -78,18 +79,23 @@ class StackedModel(AdaptedModel):
         shapes = [_shape(branch) for branch in branches]
         heads, dims = (max(sizes) for sizes in zip(*shapes, strict=True))
         parts = 3 if attention else 1
-        for linear, rows in ((inner, True), (output, False)):
+        for leaf, rows in ((inner, True), (output, False)):
             embed = _linear(whole[0], inner).weight.shape[1]
             units = heads * dims
-            wide[f"{name}.{linear}"] = (parts * units, embed) if rows else (embed, units)
+            wide[f"{name}.{leaf}"] = (parts * units, embed) if rows else (embed, units)
             for place, (own_heads, own_dims) in zip(places, shapes, strict=True):
                 kept = (torch.arange(own_heads)[:, None] * dims + torch.arange(own_dims)).flatten()
                 if rows:
                     kept = torch.cat([part * units + kept for part in range(parts)])
-                place[f"{name}.{linear}"] = (kept, torch.arange(embed)) if rows else (torch.arange(embed), kept)
-            here = [place[f"{name}.{linear}"] for place in places]
-            holder = _padded([_linear(branch, linear) for branch in branches], here, wide[f"{name}.{linear}"])
-            setattr(made, linear, BoundLinear(f"{name}.{linear}", holder, self._bound, self.scale))
+                place[f"{name}.{leaf}"] = (kept, torch.arange(embed)) if rows else (torch.arange(embed), kept)
+            here = [place[f"{name}.{leaf}"] for place in places]
+            holder = _padded([_linear(branch, leaf) for branch in branches], here, wide[f"{name}.{leaf}"])
+            adapted = f"{name}.{leaf}" in self.linears
+            setattr(
+                made,
+                leaf,
+                BoundLinear(f"{name}.{leaf}", holder, self._bound, self.scale) if adapted else holder,
+            )
         if attention:
             made.num_heads, made.head_dim, made.attn_dim, made.scale = heads, dims, heads * dims, dims**-0.5
             if any(own and own != dims for _, own in shapes):
@@ -108,6 +114,17 @@ class _Constant(nn.Module):
 
     def forward(self, x: Tensor, *_: object, **__: object) -> Tensor:
         return self.bias.repeat_interleave(len(x) // len(self.bias), 0)[:, None, :].expand_as(x)
+
+
+class _StackedLinear(nn.Module):
+    """A frozen linear of each device: weights (K, out, in) and biases (K, 1, out)."""
+
+    def __init__(self, weight: Tensor, bias: Tensor) -> None:
+        super().__init__()
+        self.weight, self.bias = (nn.Parameter(each, requires_grad=False) for each in (weight, bias))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
 
 
 class _QueryScale(nn.Module):
@@ -142,34 +159,31 @@ def _padded(linears: Sequence[Any], places: Sequence[Place], shape: tuple[int, i
     """Returns a module with the weights (K, out, in) and biases (K, 1, out) of all devices."""
     like = next(each.weight for each in linears if hasattr(each, "weight"))
     weight, bias = like.new_zeros((len(linears), *shape)), like.new_zeros((len(linears), 1, shape[0]))
-    for i, (linear, (rows, columns)) in enumerate(zip(linears, places, strict=True)):
-        if hasattr(linear, "weight"):
-            weight[i][rows[:, None], columns] = linear.weight.detach()
-        if getattr(linear, "bias", None) is not None:
-            bias[i, 0, rows] = linear.bias.detach()
-    holder = nn.Module()
-    holder.weight = nn.Parameter(weight, requires_grad=False)
-    holder.bias = nn.Parameter(bias, requires_grad=False)
-    return holder
+    for i, (each, (rows, columns)) in enumerate(zip(linears, places, strict=True)):
+        if hasattr(each, "weight"):
+            weight[i][rows[:, None], columns] = each.weight.detach()
+        if getattr(each, "bias", None) is not None:
+            bias[i, 0, rows] = each.bias.detach()
+    return _StackedLinear(weight, bias)
 
 
 def _factor_places(places: Mapping[str, Place], shapes: Shapes) -> dict[str, Place]:
     """Returns the places of a device's factors A (rank, in) and B (out, rank)."""
     found: dict[str, Place] = {}
-    for linear, (rows, columns) in places.items():
-        if f"{linear}.{LORA_A}" in shapes:
-            rank = torch.arange(shapes[f"{linear}.{LORA_A}"][0])
-            found |= {f"{linear}.{LORA_A}": (rank, columns), f"{linear}.{LORA_B}": (rows, rank)}
+    for name, (rows, columns) in places.items():
+        if f"{name}.{LORA_A}" in shapes:
+            rank = torch.arange(shapes[f"{name}.{LORA_A}"][0])
+            found |= {f"{name}.{LORA_A}": (rank, columns), f"{name}.{LORA_B}": (rows, rank)}
     return found
 
 
 def _factor_shapes(wide: Mapping[str, tuple[int, int]], own: Sequence[Shapes]) -> Shapes:
     """Returns the shapes of all factors in the stack."""
     shapes: Shapes = {}
-    for linear, (rows, columns) in wide.items():
-        ranks = [each[f"{linear}.{LORA_A}"][0] for each in own if f"{linear}.{LORA_A}" in each]
-        shapes |= {f"{linear}.{LORA_A}": (max(ranks, default=0), columns)}
-        shapes |= {f"{linear}.{LORA_B}": (rows, max(ranks, default=0))}
+    for name, (rows, columns) in wide.items():
+        ranks = [each[f"{name}.{LORA_A}"][0] for each in own if f"{name}.{LORA_A}" in each]
+        shapes |= {f"{name}.{LORA_A}": (max(ranks, default=0), columns)}
+        shapes |= {f"{name}.{LORA_B}": (rows, max(ranks, default=0))}
     return shapes
 
 
