@@ -10,6 +10,7 @@ import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -121,12 +122,18 @@ def check_pip(words: list[str], context: Context) -> None:
         assert set(extra.split(",")) <= set(extras), f"tapfl has no extra {extra}"
 
 
+def check_python(words: list[str], context: Context) -> None:
+    if words[1:2] == ["-m"]:
+        assert find_spec(words[2]), f"there is no module {words[2]}"
+
+
 PROGRAMS: dict[str, Callable[[list[str], Context], None]] = {
     "flower-superlink": check_by_help,
     "flower-supernode": check_by_help,
     "flwr": check_flwr,
     "make": check_make,
     "pip": check_pip,
+    "python": check_python,
     "ray": check_ray,
     "tapfl": check_tapfl,
     "tensorboard": check_by_help,

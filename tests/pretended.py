@@ -145,6 +145,8 @@ class _Functions(TorchFunctionMode):
             if name == "tolist":
                 _counts.note("waits", name)
                 return first.inner.tolist()
+            if name == "new_tensor":
+                return There(torch.tensor(args[1], dtype=first.dtype))
             if name in ("numpy", "__array__"):
                 raise TypeError(f"can't convert {THERE.device} tensor to numpy; use Tensor.cpu() first")
             if func is torch.nn.functional.scaled_dot_product_attention:  # its choice of a kernel needs a real device

@@ -14,6 +14,7 @@ from test_inprocess_run import tapfl
 from torch import nn
 from torch.nn import functional as F
 
+from experiments.bench import gpu
 from strategies.binding import PROCESSOR, require_same_processor
 from tapfl.adapters import lora
 from tapfl.adapters.layout import device_layout, gather_all, global_shapes
@@ -157,3 +158,31 @@ def test_a_fast_run_comes_through(cache: Path, tmp_path: Path) -> None:
     done = tapfl("--out", str(tmp_path / "run"), cache=cache, options=options)
     assert done.exit_code == 0, done.output
     assert json.loads((tmp_path / "run" / "versions.json").read_text())[PROCESSOR] == HERE.kind
+
+
+# -- the script for a GPU ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_script_for_a_gpu_comes_through_on_the_cpu(tmp_path: Path) -> None:
+    out = tmp_path / "gpu.jsonl"
+    assert gpu.main([str(out), "--device", "cpu", "--small"]) == 0
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert {row["about"] for row in rows} == set(gpu.PARTS) and not any("failed" in row for row in rows)
+    differences = {row["adapters"]: row["largest difference"] for row in rows if "adapters" in row}
+    assert set(differences.values()) == {0.0}  # the CPU against itself
+    assert all(row["kept alike"] == 1 for row in rows if "kept alike" in row)
+
+
+def test_its_parts_measure_at_the_size_of_a_test() -> None:
+    rows = list(gpu.steps(gpu.SMALL, HERE))
+    assert {(row["method"], row["precision"]) for row in rows} == {
+        (method, precision) for method in gpu.METHODS for precision in ("exact", "fast")
+    }
+    assert all(row["ms"] > 0 for row in rows)
+
+
+def test_a_part_that_takes_too_long_leaves_what_it_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(gpu.PARTS, "steps", (gpu.steps, 0.0))
+    assert list(gpu.rows_of("steps", gpu.SMALL, HERE)) == [{"failed": "took more than 0 s"}]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import copy
 import json
 import re
 from collections.abc import Callable
@@ -39,7 +40,8 @@ from tapfl.pruning.layer_importance import sample_divergences
 from tapfl.pruning.pipeline import Pruned, prune_model, pruning_task
 from tapfl.pruning.scores import neuron_importance, terms
 from tapfl.pruning.surgery import shrink
-from tapfl.training import Params
+from tapfl.seeds import numpy_generator
+from tapfl.training import Params, train_dense
 
 PIT: dict[str, Any] = {"img_size": 32, "base_dims": (8, 8), "depth": (1, 1), "heads": (2, 4)}
 OTHERS: dict[str, tuple[BackboneSpec, dict[str, str]]] = {
@@ -187,6 +189,18 @@ def test_no_step_waits_for_the_device_and_a_round_does_once(method: Method[Any],
         assert counts.waits - before[0] <= 1 and counts.to_host - before[1] <= 1, counts.by_operation
 
 
+def test_a_backbone_is_trained_there_as_here(vit: Tiny) -> None:
+    labels, trained = torch.tensor([3, 1, 4, 1]), []
+    settings: dict[str, Any] = {"epochs": 2, "batch": 2, "learning_rate": 1e-3}
+    with accelerator():
+        for where in (HERE, THERE):
+            model, order = where.put(copy.deepcopy(vit.model)), numpy_generator(0, "dense")
+            images = where.put(vit.inputs)
+            train_dense(model, lambda index, x=images: x[index], where.put(labels), generator=order, **settings)
+            trained.append(home(model(images)))
+    torch.testing.assert_close(trained[1], trained[0], rtol=1e-3, atol=1e-3)
+
+
 # -- sizes that suit the kind of device -------------------------------------------------------------------------------
 
 
@@ -245,11 +259,12 @@ def test_a_federation_there_is_a_federation_here_resumed_after_its_first_round(
     here, there = tmp_path / "here", tmp_path / "there"
     assert tapfl("--out", str(here), cache=cache, options=FEDERATION).exit_code == 0
     monkeypatch.setattr(Compute, "of", classmethod(lambda cls, options: THERE))
+    monkeypatch.setattr(Compute, "marks", ())  # the same backbone
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # the pretended device is that of one thread
     with accelerator():
         done = tapfl("--out", str(there), cache=cache, options=[*FEDERATION, "train.rounds=1"])
         assert done.exit_code == 0, done.output
-        done = tapfl("--resume", str(there), cache=cache, options=["train.rounds=2"])
+        done = tapfl("--resume", str(there), cache=cache, options=FEDERATION)
         assert done.exit_code == 0, done.output
     for plan in sorted((here / "plans").glob("*.json")):
         want, got = (json.loads(file.read_text()) for file in (plan, there / "plans" / plan.name))

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from tapfl.compute import Compute
 from tapfl.config import PruningOptions
 from tapfl.data.images import ImageSet
 from tapfl.data.transform import Transform
@@ -241,7 +242,10 @@ def prune_model(
     selection = selection or select(task)
     small = finished(task, recovered(task, selection, cut(task, selection, seed), fine_tune, seed))
     parts = {name: getattr(task.options, name) for name in ("criterion", "ratio", *CHANGES)}
-    plan = plan_of(task, selection, spec, {**parts, "seed": seed, **(provenance or {})})
+    on: dict[str, Scalar] = {}
+    if any(limit.quantity == "latency" for limit in task.costs.limits):
+        on = {"latency-on": Compute(task.inputs.device).kind}
+    plan = plan_of(task, selection, spec, {**parts, **on, "seed": seed, **(provenance or {})})
     changed = selection.model is not None or any(parts[name] != "none" for name in CHANGES)
     return Pruned(small, plan, exact=not changed)
 

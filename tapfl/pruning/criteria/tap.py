@@ -21,6 +21,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from tapfl.compute import home
 from tapfl.progress import track
 from tapfl.pruning.basis import carried_energy
 from tapfl.pruning.compensation import RIDGE, unit_moments
@@ -102,7 +103,8 @@ def elimination_order(W: Tensor, C: Tensor, M: Tensor, ridge: float = RIDGE) -> 
         if 2 * remaining < len(left):  # what is gone costs time in every round until it is cut out, and that costs some
             stay = gone.argsort(stable=True)[:remaining]  # positions and not a mask, whose size a GPU had to tell first
             W, inverse, left, gone = W[:, stay], inverse[stay][:, stay], left[stay], gone[stay]
-    return torch.cat(order), torch.cat(growth).cumsum(0)
+    # at home: older versions of torch have no deterministic cumsum on a GPU
+    return home(torch.cat(order)), home(torch.cat(growth)).cumsum(0)
 
 
 tap = Criterion(

@@ -1,0 +1,346 @@
+"""What a GPU is worth here: one prepared script of under ten minutes, which writes each figure as soon as it is there.
+
+``python -m experiments.bench.gpu OUT.jsonl [--device cpu] [--small]``
+
+It needs torch, timm, scikit-learn, scipy, safetensors and pydantic, and neither Flower nor Ray nor a network. Weights
+and images are random. Each part is a process of its own that ends at its time limit; what it found until then is kept.
+Ratios are of things measured in the same part on the same device. ``--small`` is the size of a test.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import statistics
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from tapfl.adapters import rules
+from tapfl.adapters.layout import device_layout, gather_all, global_shapes
+from tapfl.adapters.lora import AdaptedModel
+from tapfl.compute import Compute, home
+from tapfl.config import AdapterOptions, ComputeOptions, PruningOptions, TrainOptions
+from tapfl.models.backbone import BackboneSpec, build
+from tapfl.models.forward import example_input
+from tapfl.models.prunable import prunable_layers
+from tapfl.personalize.apfl import Apfl
+from tapfl.personalize.method import Method, local_round
+from tapfl.personalize.methods import FedAvg
+from tapfl.pruning.compensation import compensated
+from tapfl.pruning.criteria.criterion import PruningTask
+from tapfl.pruning.layer_importance import layer_importance
+from tapfl.pruning.pipeline import prune_model, pruning_task, select
+from tapfl.pruning.scores import neuron_importance
+from tapfl.pruning.sensitivity import sensitivities
+from tapfl.seeds import numpy_generator, torch_generator
+from tapfl.training import Params, batches
+
+Row = dict[str, Any]
+RANK, SCALE, CLASSES = 8, 2.0, 20
+WAIT = 60.0  # seconds that processes wait for each other
+DIGITS = BackboneSpec(
+    name="vit_tiny_patch16_224",
+    args={"img_size": 8, "patch_size": 2, "in_chans": 1, "embed_dim": 64, "depth": 4, "num_heads": 4},
+    num_classes=10,
+)
+METHODS: dict[str, Method[Any]] = {"fedavg": FedAvg(), "apfl": Apfl(0.5, "step")}
+
+
+@dataclass(frozen=True)
+class Size:
+    """What is measured.
+
+    Attributes:
+        models: timm names, or `digits`.
+        of_round, of_zero: those of a round, and of round zero with its criteria.
+        images: of a device; metric: images of a metric set, by batches of `batch`.
+        patience: times the limits of the parts.
+    """
+
+    models: tuple[str, ...] = ("deit_tiny_patch16_224", "deit_small_patch16_224", "swin_tiny_patch4_window7_224")
+    of_round: str = "deit_small_patch16_224"
+    of_zero: tuple[tuple[str, str], ...] = (
+        ("deit_small_patch16_224", "tap"),
+        ("deit_small_patch16_224", "tap+"),
+        ("deit_base_patch16_224", "tap+"),
+    )
+    devices: int = 20
+    images: int = 256
+    metric: int = 640
+    batch: int = 64
+    step: int = 32
+    repeats: int = 15
+    processes: tuple[int, ...] = (1, 2, 4, 8)
+    patience: float = 1.0
+
+
+SMALL = Size(("digits",), "digits", (("digits", "tap"), ("digits", "tap+")), 2, 16, 16, 8, 8, 2, (1, 2), 10.0)
+
+
+def spec_named(name: str) -> BackboneSpec:
+    return DIGITS if name == "digits" else BackboneSpec(name=name, args={}, num_classes=CLASSES)
+
+
+def model_named(name: str) -> nn.Module:
+    torch.manual_seed(0)
+    return build(spec_named(name)).requires_grad_(False)
+
+
+def drawn(model: nn.Module, count: int, seed: int = 0) -> Tensor:
+    return torch.randn(example_input(model, count).shape, generator=torch.Generator().manual_seed(seed))
+
+
+def task_of(model: nn.Module, inputs: Tensor, criterion: str, batch: int, compute: Compute) -> PruningTask:
+    """Returns a pruning problem at half of the MACs, where `compute` says."""
+    options = PruningOptions(criterion=criterion)
+    task = pruning_task(compute.put(model), compute.put(inputs), 0.5, options, batch)
+    return replace(task, at_once=compute.at_once, passing=compute.forward)
+
+
+class Device:
+    """A pruned model and its adapters, cut at random, for `images` random images."""
+
+    def __init__(self, name: str, images: int, compute: Compute) -> None:
+        dense, spec = model_named(name), spec_named(name)
+        task = pruning_task(dense, drawn(dense, 4), 0.5, PruningOptions(criterion="random", ratio="uniform"), batch=4)
+        made = prune_model(task, spec)
+        shapes = global_shapes(dense, prunable_layers(dense), RANK)
+        self.layout = device_layout(shapes, prunable_layers(dense), made.plan, RANK)
+        generator = torch_generator(0, "adapters")
+        whole = rules.initial(AdapterOptions(), shapes, prunable_layers(dense), dense, generator)
+        self.start: Params = compute.put(gather_all(whole, self.layout))
+        self.adapted = AdaptedModel(compute.put(made.model), self.layout, SCALE, compute.reduced)
+        self.inputs = compute.put(drawn(dense, images))
+        self.labels = compute.put(torch.arange(images) % spec.num_classes)
+
+    def loss(self, params: Params, index: object) -> Tensor:
+        return F.cross_entropy(self.adapted(params, self.inputs[index]), self.labels[index])  # type: ignore[index]
+
+    def round(self, method: Method[Any], step: int) -> Params:
+        """Returns what an epoch of local training gives."""
+        order = [torch.from_numpy(each) for each in batches(len(self.labels), step, 1, numpy_generator(0, "train"))]
+        train = TrainOptions(batch=step, steps=len(order))
+        return local_round(method, self.loss, self.start, None, order, train, frozenset(self.start)).upload or {}
+
+    def bare(self, step: int) -> None:
+        """The same epoch of FedAvg as anyone would write it."""
+        params = {name: theta.clone().requires_grad_() for name, theta in self.start.items()}
+        adam = torch.optim.Adam(list(params.values()), lr=3e-3, fused=True)
+        for index in batches(len(self.labels), step, 1, numpy_generator(0, "train")):
+            adam.zero_grad()
+            self.loss(params, torch.from_numpy(index)).backward()
+            adam.step()
+
+
+def median_seconds(compute: Compute, call: Callable[[], object], repeats: int) -> float:
+    """Returns the median seconds of a call by the device's clock, after two that warm it up."""
+    return statistics.median([compute.seconds(call) for _ in range(repeats + 2)][2:])
+
+
+# -- the parts --------------------------------------------------------------------------------------------------------
+
+
+def agreement(size: Size, compute: Compute) -> Iterator[Row]:
+    """The CPU against the device, on a small ViT: plans and adapters; the same round twice; the cost of determinism."""
+    replace(compute, deterministic=True).prepare()  # what cuBLAS reads has to be set before it is first used
+    dense, here = model_named("digits"), Compute()
+    inputs = drawn(dense, 64)
+    for criterion in ("tap", "tap+"):
+        plans = [prune_model(task_of(dense, inputs, criterion, 16, way), DIGITS).plan for way in (here, compute)]
+        pairs = [(set(a.kept), set(b.kept)) for a, b in zip(plans[0].layers, plans[1].layers, strict=True)]
+        alike = sum(len(a & b) for a, b in pairs) / sum(len(a) for a, _ in pairs)
+        yield {"criterion": criterion, "kept alike": round(alike, 5)}
+    ways = {"cpu": here, "device": compute, "deterministic": replace(compute, deterministic=True)}
+    found: dict[str, Params] = {}
+    for name, way in ways.items():
+        way.prepare()
+        a_round = partial(Device("digits", 64, way).round, METHODS["fedavg"], 16)
+        found[name], found[f"{name} again"] = home(a_round()), home(a_round())
+        yield {"round": name, "s": median_seconds(way, a_round, 3)}
+    for one, other in (("cpu", "device"), ("device", "device again"), ("deterministic", "deterministic again")):
+        differ = max(float((found[one][key] - found[other][key]).abs().max()) for key in found[one])
+        yield {"adapters": f"{one} against {other}", "largest difference": differ}
+
+
+def steps(size: Size, compute: Compute) -> Iterator[Row]:
+    """One step of local training: milliseconds of the device, and of the host until it has launched all of it."""
+    for name in size.models:
+        for way in both(compute):
+            device = Device(name, size.step, way)
+            index = torch.arange(size.step)
+            for label, method in METHODS.items():
+                train = TrainOptions(batch=size.step, steps=10**6)
+                state = method.init(device.start, None, train, frozenset(device.start))
+                step = partial(method.step, state, device.loss, index)
+                seconds = median_seconds(way, step, size.repeats)
+                begun = time.perf_counter()
+                for _ in range(size.repeats):
+                    step()
+                launching = (time.perf_counter() - begun) / size.repeats
+                row = {"model": name, "method": label, "precision": way.precision, "batch": size.step}
+                yield row | {"ms": 1e3 * seconds, "ms until launched": 1e3 * launching, **memory()}
+
+
+def a_round(size: Size, compute: Compute) -> Iterator[Row]:
+    """Devices one after the other: `local_round` against a bare loop (ratio), and in several processes at once."""
+    for way in both(compute):
+        device = Device(size.of_round, size.images, way)
+        loop = median_seconds(way, partial(device.bare, size.step), 3)
+        ours = median_seconds(way, partial(device.round, METHODS["fedavg"], size.step), 3)
+        yield {"precision": way.precision, "bare s": loop, "ours s": ours, "ours / bare": ours / loop, **memory()}
+    for count in size.processes:
+        yield {"processes": count, "s of a round": at_once(count, size, compute), "devices": size.devices}
+
+
+def round_zero(size: Size, compute: Compute) -> Iterator[Row]:
+    """The smaller model of one device, part by part, in forward passes of its metric set."""
+    for name, criterion in size.of_zero:
+        dense, spec = model_named(name), spec_named(name)
+        inputs = drawn(dense, size.metric)
+        for way in both(compute):
+            task = task_of(dense, inputs, criterion, size.batch, way)
+            row = {"model": name, "criterion": criterion, "precision": way.precision}
+            whole = median_seconds(way, partial(forward, task), 3)
+            yield row | {"part": "forward", "s": whole}
+            for part, call in parts_of(task).items():
+                call()  # kernels are chosen and loaded at first
+                seconds = way.seconds(call)
+                yield row | {"part": part, "s": seconds, "forward passes": seconds / whole}
+            seconds = way.seconds(partial(prune_model, task, spec))
+            yield row | {"part": "all", "s": seconds, "forward passes": seconds / whole, **memory()}
+
+
+def forward(task: PruningTask) -> None:
+    """Passes the metric set through the dense model."""
+    with torch.no_grad(), task.passing():
+        for part in task.inputs.split(task.batch):
+            task.model(part)
+
+
+PARTS: dict[str, tuple[Callable[[Size, Compute], Iterator[Row]], float]] = {
+    "agreement": (agreement, 60),
+    "steps": (steps, 120),
+    "a round": (a_round, 150),
+    "round zero": (round_zero, 180),
+}
+
+
+def parts_of(task: PruningTask) -> dict[str, Callable[[], object]]:
+    """The parts of which a criterion of `tap` or `tap+` consists, each by itself."""
+    model, layers, inputs, batch = task.model, task.layers, task.inputs, task.batch
+    kept = {layer.name: torch.arange(0, layer.units, 2) for layer in layers}
+    stream, passing = task.at_once.stream, task.passing
+    found: dict[str, Callable[[], object]] = {
+        "layer KL": lambda: layer_importance(model, layers, kept, inputs, batch, stream, passing)
+    }
+    if task.options.criterion == "tap":
+        scores = lambda: neuron_importance(model, layers, inputs, batch, at_once=task.at_once, passing=passing)  # noqa: E731
+        return found | {"scores": scores}
+    fisher = lambda: sensitivities(model, layers, inputs, batch, torch_generator(0, "sensitivity"))  # noqa: E731
+    chosen = select(task).kept
+    compensate = lambda: compensated(model, chosen, layers, inputs, batch, "sequential")  # noqa: E731
+    return found | {"sensitivities": fisher, "selection": lambda: select(task), "compensation": compensate}
+
+
+def both(compute: Compute) -> tuple[Compute, Compute]:
+    return replace(compute, precision="exact"), replace(compute, precision="fast")
+
+
+def memory() -> Row:
+    """The most memory of the device that this process has used."""
+    return {"MB": torch.cuda.max_memory_allocated() / 1e6} if torch.cuda.is_available() else {}
+
+
+def at_once(count: int, size: Size, compute: Compute) -> float:
+    """Returns the seconds of a round of all devices in so many processes, from when each has its model."""
+    context = multiprocessing.get_context("spawn")
+    ready, go = context.Barrier(count + 1), context.Barrier(count + 1)
+    shares = [len(range(i, size.devices, count)) for i in range(count)]
+    workers = [context.Process(target=_worker, args=(share, size, compute, ready, go)) for share in shares]
+    for worker in workers:
+        worker.start()
+    ready.wait(WAIT)
+    begun = time.perf_counter()
+    go.wait(WAIT)
+    for worker in workers:
+        worker.join()
+    return time.perf_counter() - begun
+
+
+def _worker(devices: int, size: Size, compute: Compute, ready: Any, go: Any) -> None:
+    compute.prepare()
+    device = Device(size.of_round, size.images, compute)
+    device.round(METHODS["fedavg"], size.step)
+    ready.wait(WAIT)
+    go.wait(WAIT)
+    for _ in range(devices):
+        device.round(METHODS["fedavg"], size.step)
+
+
+def _carry_out(name: str, size: Size, compute: Compute, pipe: Connection) -> None:
+    """A part's own process: its rows through the pipe, each when it is there."""
+    compute.prepare()
+    try:
+        for row in PARTS[name][0](size, compute):
+            pipe.send(row)
+    except Exception:
+        pipe.send({"failed": traceback.format_exc().strip().splitlines()[-1]})
+    pipe.close()
+
+
+def rows_of(name: str, size: Size, compute: Compute) -> Iterator[Row]:
+    """Yields the rows of a part until it is done, or its time is over."""
+    context = multiprocessing.get_context("spawn")
+    here, there = context.Pipe(duplex=False)
+    limit = PARTS[name][1] * size.patience
+    end = time.monotonic() + limit
+    process = context.Process(target=_carry_out, args=(name, size, compute, there))
+    process.start()
+    there.close()
+    try:
+        while here.poll(max(0.0, end - time.monotonic())):
+            yield here.recv()
+        yield {"failed": f"took more than {limit:g} s"}
+    except EOFError:
+        pass
+    finally:
+        process.terminate()
+        process.join()
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m experiments.bench.gpu", description=__doc__)
+    parser.add_argument("out", type=Path, help="file that gets a line of JSON for each figure")
+    parser.add_argument("--device", default="cuda", choices=["cpu", "cuda", "auto"])
+    parser.add_argument("--small", action="store_true", help="the size of a test")
+    given = parser.parse_args(arguments)
+    compute, size = Compute.of(ComputeOptions(device=given.device)), SMALL if given.small else Size()
+    failed = 0
+    with given.out.open("a", encoding="utf-8") as file:
+        for name in PARTS:
+            for row in rows_of(name, size, compute):
+                failed += "failed" in row
+                line = {"about": name, "on": compute.kind, "torch": torch.__version__} | row
+                file.write(json.dumps(line) + "\n")
+                file.flush()
+                shown = (
+                    f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in row.items()
+                )
+                print(f"{name}: {', '.join(shown)}", flush=True)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
