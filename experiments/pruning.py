@@ -16,7 +16,7 @@ from torch import nn
 from clients.storage import DeviceStorage
 from experiments.output import count
 from tapfl.compute import Compute
-from tapfl.config import ModelOptions, RunConfig
+from tapfl.config import NEW_HEADS, ModelOptions, RunConfig
 from tapfl.data.sources import load_images
 from tapfl.errors import ConfigError, DataError, ModelError
 from tapfl.models.backbone import BackboneSpec, build, spec_of
@@ -50,6 +50,9 @@ def prune(config: RunConfig, budget: Budget | float | str, out: Path) -> Pruning
         TapflError: if an option is not valid or the budget cannot be met; nothing is written then.
     """
     require_new(out)
+    if config.model.head in NEW_HEADS:
+        accepted = "accepted: train, rows, rows+train"
+        raise ConfigError(f"model.head = {config.model.head!r}: is of classes that devices report; {accepted}")
     compute = Compute.of(config.compute)
     compute.prepare()
     budget, options = Budget.parse(budget), resolved(config.pruning)

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from test_inprocess_run import SMALL, TINY, content, tapfl
 from test_wire import HELLO
 
+from experiments.pruning import prune
 from experiments.report.reading import read_run
 from experiments.report.single import page_of
 from strategies.records import read_classes
@@ -208,6 +209,12 @@ def test_a_run_that_could_not_be_finished_is_refused_before_it_begins(
 def test_names_that_are_none(names: str) -> None:
     with pytest.raises(WireError):
         replace(HELLO, class_names=names).named(asked=True)
+
+
+def test_one_model_alone_has_no_devices_that_report_classes(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="model.head = 'new': is of classes that devices report; accepted: train"):
+        prune(RunConfig.from_flat({"model.head": "new"}), 0.5, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_names_are_taken_only_if_they_were_asked_for() -> None:
