@@ -212,7 +212,7 @@ def test_names_that_are_none(names: str) -> None:
 
 
 def test_one_model_alone_has_no_devices_that_report_classes(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="model.head = 'new': is of classes that devices report; accepted: train"):
+    with pytest.raises(ConfigError, match=r"model.head = 'new': is of classes that devices report; accepted: train"):
         prune(RunConfig.from_flat({"model.head": "new"}), 0.5, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
