@@ -50,7 +50,7 @@ def devices(
     spec = spec_of(RunConfig().model, images.classes)
     model = build(spec).requires_grad_(False)
     for way in probe:
-        config = RunConfig.from_flat({"pruning.probe": way})
+        config = RunConfig.from_flat({"pruning.criterion": "tap", "pruning.probe": way})
         start = time.process_time()
         pool = describe_pool(config, images, model)
         described, plan = time.process_time() - start, partial(_plan, config, pool, spec, model)
@@ -110,7 +110,9 @@ def probe(
     torch.set_num_threads(1)
     found: dict[tuple[float, float], list[list[float]]] = {(t, b): [] for t in tau for b in budget}
     for run in seed:
-        config = RunConfig.from_flat({**options_of(None, set), "seed": run, "devices.count": devices})
+        config = RunConfig.from_flat(
+            {"pruning.criterion": "tap", **options_of(None, set), "seed": run, "devices.count": devices}
+        )
         scenario = Scenario.of(config)
         views = [DeviceView.of(scenario, device) for device in range(devices)]
         for t in tau:

@@ -204,7 +204,7 @@ class PruningOptions(Section):
     """
 
     criterion: str = Field(
-        "tap", description="criterion that chooses the units: a name of `tapfl criteria`, or module:name of a plugin"
+        "tap+", description="criterion that chooses the units: a name of `tapfl criteria`, or module:name of a plugin"
     )
     ratio: Literal["auto", "adaptive", "uniform", "power"] = Field(
         "auto", description="layer weights: softmax(KL/tau), all equal, or KL^gamma; auto: the criterion's choice"
