@@ -197,9 +197,9 @@ class NotedActor:
     def answer(self) -> NotedActor:
         return self
 
-    def remote(self, app: str, message: Message, *rest: object) -> Message:
-        self.taken.append(message.metadata.dst_node_id)
-        return message
+    def remote(self, app: str, messages: list[Message], *rest: object) -> list[Message]:
+        self.taken += [message.metadata.dst_node_id for message in messages]
+        return messages
 
 
 @pytest.fixture
@@ -217,7 +217,7 @@ def queued(workers: ActorPool, count: int) -> tuple[RayGrid, int, list[Message]]
     messages = [Message(RecordDict(), node, "train") for _ in range(count)]
     for message in messages:
         grid.stamp(message)
-    workers._queue(grid, messages)
+    workers._queue(grid, [[message] for message in messages])
     return grid, node, messages
 
 
@@ -239,9 +239,9 @@ def test_a_busy_actor_has_its_next_message_but_the_last_ones_wait_for_who_is_fre
 
     def told(number: int) -> list[int]:
         """Hands out what the second actor's answer to a message makes free; returns how many each was given."""
-        done = Future[Message]()
-        done.set_result(Message(RecordDict(), reply_to=messages[number]))
-        unstarted._answered(actors[1], grid, messages[number], done)
+        done = Future[list[Message]]()
+        done.set_result([Message(RecordDict(), reply_to=messages[number])])
+        unstarted._answered(actors[1], grid, [messages[number]], done)
         unstarted._hand_out()
         return [len(taken) for taken in handed]
 
@@ -259,12 +259,42 @@ def test_an_actor_that_dies_is_awaited_once_whatever_it_had(
     actor, (grid, _, messages) = NotedActor([]), queued(unstarted, 3)
     unstarted._at = {actor: set()}
     unstarted._hand_out()
-    lost = Future[Message]()
+    lost = Future[list[Message]]()
     lost.set_exception(RayActorError())
-    unstarted._answered(actor, grid, messages[0], lost)
-    unstarted._answered(actor, grid, messages[1], lost)
+    unstarted._answered(actor, grid, [messages[0]], lost)
+    unstarted._answered(actor, grid, [messages[1]], lost)
     unstarted._hand_out()
     assert awaited == [actor]
     assert len(actor.taken) == 2
     replies = list(grid.pull_messages([message.metadata.message_id for message in messages]))
     assert [reply.error.code for reply in replies] == [WORKER_LOST, WORKER_LOST]
+
+
+def test_an_actor_gets_the_devices_that_it_had_last(unstarted: ActorPool) -> None:
+    grid = RayGrid(unstarted, "apps:app", {}, 4)
+    nodes, taken = list(grid.partitions), ([], [])
+    actors = [NotedActor(each) for each in taken]
+    for order in (nodes, nodes[::-1]):
+        unstarted._queue(grid, [[Message(RecordDict(), node, "train")] for node in order])
+        for group in grid.waiting:
+            grid.stamp(group[0])
+        for _ in range(2):
+            unstarted._at = {actor: set() for actor in actors}
+            unstarted._hand_out()
+    first, second = taken
+    assert sorted(first[:2]) == sorted(first[2:]) and sorted(second[:2]) == sorted(second[2:])
+    assert sorted(first[:2] + second[:2]) == sorted(nodes)
+
+
+def test_a_group_is_one_call_of_one_actor_and_is_lost_as_a_whole(unstarted: ActorPool) -> None:
+    grid = RayGrid(unstarted, "apps:app", {}, 3)
+    messages = [Message(RecordDict(), node, "train") for node in grid.partitions]
+    actor, ids = NotedActor([]), [grid.stamp(message) for message in messages]
+    unstarted._at = {actor: set()}
+    unstarted._queue(grid, [messages])
+    unstarted._hand_out()
+    assert actor.taken == list(grid.partitions)
+    lost = Future[list[Message]]()
+    lost.set_exception(RuntimeError("gone"))
+    unstarted._answered(actor, grid, messages, lost)
+    assert [reply.error.code for reply in grid.pull_messages(ids)] == [WORKER_LOST] * 3

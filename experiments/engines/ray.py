@@ -81,6 +81,7 @@ class RayGrid(LocalGrid):
         self.waiting: deque[list[Message]] = deque()
         self._pool = pool
         self._replies: dict[str, Message] = {}
+        self._had: dict[int, Any] = {}  # the actor that each node's last message went to
         self._news = threading.Condition()
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
@@ -108,6 +109,17 @@ class RayGrid(LocalGrid):
         if not found and self._pool.lost:
             raise RunError(self._pool.lost)
         return found
+
+    def next_for(self, actor: Any) -> list[Message]:
+        """Takes the group that an actor gets next out of those that wait: of a device that it had last, or the oldest.
+
+        It has the model and the images of such a device in its caches; no result depends on it.
+        """
+        waiting = ((self._had.get(each[0].metadata.dst_node_id), each) for each in self.waiting)
+        group = next((each for last, each in waiting if last is actor), self.waiting[0])
+        self.waiting.remove(group)
+        self._had |= {message.metadata.dst_node_id: actor for message in group}
+        return group
 
     def deliver(self, reply: Message) -> None:
         with self._news:
@@ -252,7 +264,7 @@ class ActorPool:
             grid = self._turns.popleft()
             if not grid.waiting:  # its federation has ended
                 continue
-            group = grid.waiting.popleft()
+            group = grid.next_for(actor)
             if grid.waiting:
                 self._turns.append(grid)
             self._at[actor].add(group[0].metadata.message_id)
