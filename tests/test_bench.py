@@ -24,11 +24,14 @@ from experiments.bench.adapters import (
     step_of,
 )
 from experiments.bench.cli import BENCHES
+from experiments.bench.data import data, generated_jpeg, torch_loader
 from experiments.bench.latency import latency
 from experiments.bench.scores import loop_terms, plain_layer_importance
 from experiments.bench.timing import peak_process_bytes, peak_tensor_bytes, side_by_side
-from tapfl.config import AdapterOptions
+from tapfl.config import AdapterOptions, RunConfig
+from tapfl.data.sources import load_images
 from tapfl.models.backbone import BackboneSpec
+from tapfl.models.forward import input_transform
 from tapfl.personalize.methods import FedAvg
 from tapfl.pruning.layer_importance import layer_importance
 from tapfl.pruning.scores import terms
@@ -191,3 +194,23 @@ def test_every_benchmark_is_a_command_with_its_functions_options() -> None:
     done = CliRunner().invoke(cli.app, ["bench", "devices", "--devices", "1", "--probe", "own", "--json"])
     assert json.loads(done.output.splitlines()[-1])["devices"] == "1"
     assert "No such command 'scorings'" in CliRunner().invoke(cli.app, ["bench", "scorings"]).output
+
+
+def test_torch_s_loader_reads_the_same_pixels(tmp_path: Path) -> None:
+    (tmp_path / "images" / "a").mkdir(parents=True)
+    file = tmp_path / "images" / "a" / "1.jpg"
+    file.write_bytes(generated_jpeg(0, 60))
+    assert 60_000 <= file.stat().st_size < 90_000
+    config = RunConfig.from_flat({"model.name": "deit_tiny_patch16_224", "model.args": ""})
+    transform = input_transform(config.model)
+    (theirs,) = torch_loader(config, [str(file)], threads=1)
+    ours = transform(load_images(str(tmp_path / "images"), transform, tmp_path / "cache").read())
+    torch.testing.assert_close(theirs, ours, rtol=0, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_a_source_is_opened_and_read_beside_torch_s_loader(tmp_path: Path) -> None:
+    (row,) = data(images=200, devices=2, kilobytes=20, threads=[1], repeats=1, folder=tmp_path)
+    assert row["images"] == "200" and row["devices"] == "2"
+    assert all(float(row[name]) > 0 for name in ("until hello s", "command MB", "worker MB", "images/s"))
+    assert len(list((tmp_path / "images-200-20kB").rglob("*.jpg"))) == 200

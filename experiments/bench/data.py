@@ -90,7 +90,7 @@ def _make(place: Path, images: int, devices: int, kilobytes: int) -> dict[str, S
         kinds = max(FILES, -(-images // LINKS))
         (place / "files").mkdir(parents=True, exist_ok=True)
         for kind in range(kinds):
-            (place / "files" / f"{kilobytes}kB-{kind}.jpg").write_bytes(_jpeg(kind, kilobytes))
+            (place / "files" / f"{kilobytes}kB-{kind}.jpg").write_bytes(generated_jpeg(kind, kilobytes))
         unfinished = place / "unfinished"
         with stage("links") as advance:
             for number in range(CLASSES):
@@ -117,7 +117,7 @@ def _make(place: Path, images: int, devices: int, kilobytes: int) -> dict[str, S
     }
 
 
-def _jpeg(kind: int, kilobytes: int) -> bytes:
+def generated_jpeg(kind: int, kilobytes: int) -> bytes:
     """Returns a picture that compresses as photographs do, with noise that fills the rest of its size."""
     noise = numpy_generator(0, "jpeg", kind)
     smooth = Image.fromarray(noise.integers(0, 256, (12, 16, 3), dtype=np.uint8)).resize(SIZE, Image.Resampling.BICUBIC)
@@ -158,7 +158,7 @@ def _work(options: Mapping[str, Scalar], place: str, repeats: int, threads: int)
         own = _seconds_an_image(part.split(BATCH))
         peak = peak or _peak()
         positions = np.arange(len(part)) if part.images.positions is None else part.images.positions
-        took.append((own, _seconds_an_image(_torch_loader(config, [file(int(i)) for i in positions], threads))))
+        took.append((own, _seconds_an_image(torch_loader(config, [file(int(i)) for i in positions], threads))))
     ours, theirs = np.median(took, axis=0)
     rate, cpu_rate = theirs / ours
     found = {"wall": wall, "cpu": cpu, "bytes": peak, "rate": 1 / ours[0]}
@@ -178,7 +178,7 @@ def _seconds_an_image(batches: Any) -> np.ndarray:
     return (_now() - start) / count
 
 
-def _torch_loader(config: RunConfig, files: list[str], threads: int) -> Any:
+def torch_loader(config: RunConfig, files: list[str], threads: int) -> Any:
     """Returns torch's loader of these files with timm's evaluation transform, as it is commonly written."""
     from timm.data import create_transform
 
