@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from experiments.bench import gpu
+from experiments.engines.ray import ActorPool, processors
 from strategies.binding import PROCESSOR, require_same_processor
 from tapfl.adapters import lora
 from tapfl.adapters.layout import device_layout, gather_all, global_shapes
@@ -97,6 +98,16 @@ def test_a_deterministic_run_does_not_go_on_elsewhere(elsewhere: RunFolder, capl
     (elsewhere.path / "versions.json").unlink()  # of an older version: nothing is known
     require_same_processor(elsewhere, Compute(deterministic=True))
     assert not caplog.text
+
+
+def test_actors_on_other_processors_are_named_or_refused(caplog: pytest.LogCaptureFixture) -> None:
+    pool = ActorPool()
+    pool.processors.add((processors()[0], "another GPU"))
+    pool._require_one_kind({"compute.deterministic": True})  # their CPUs are of one kind
+    pool._require_one_kind({"compute.device": "auto"})
+    assert "depend in the last bits" in caplog.text and "another GPU" in caplog.text
+    with pytest.raises(ConfigError, match=r"compute\.deterministic = true: there are .*another GPU"):
+        pool._require_one_kind({"compute.device": "auto", "compute.deterministic": True})
 
 
 # -- fast -------------------------------------------------------------------------------------------------------------

@@ -29,10 +29,12 @@ from flwr.serverapp import ServerApp
 
 from experiments.engines.cluster import ray_cluster
 from experiments.engines.local import CLIENT_APP_RAISED, WORKER_LOST, LocalGrid, answer_group, serve
+from tapfl.config import ComputeOptions
 from tapfl.errors import ConfigError, RunError
 from tapfl.options import Scalar
 from tapfl.progress import stage
 
+Processors = tuple[str, str]
 CLIENT_APP = "clients.client_app:app"
 START = 180.0  # seconds within which the first actor must be ready: it imports torch, perhaps on a busy machine
 FREE = 6.0  # seconds within which a cluster that others use must have room for one actor
@@ -49,9 +51,9 @@ class Actor:
         torch.set_num_threads(1)
         load_app(CLIENT_APP)  # its imports take seconds: now, not in the first message
 
-    def ready(self) -> dict[str, str]:
-        """Returns the versions of the packages that can change a result."""
-        return versions()
+    def ready(self) -> tuple[dict[str, str], Processors]:
+        """Returns the versions of the packages that can change a result, and what it can compute on."""
+        return versions(), processors()
 
     def answer(self, client_app: str, messages: list[Message], contexts: list[Context]) -> list[Message]:
         return answer_group(load_app(client_app), messages, contexts)
@@ -59,6 +61,13 @@ class Actor:
 
 def versions() -> dict[str, str]:
     return {name: metadata.version(name) for name in MUST_AGREE}
+
+
+def processors() -> Processors:
+    """Returns the kinds of processor that ``compute.device = cpu`` and ``auto`` compute on in this process."""
+    from tapfl.compute import Compute
+
+    return Compute().kind, Compute.of(ComputeOptions(device="auto")).kind
 
 
 @lru_cache(maxsize=8)
@@ -145,6 +154,7 @@ class ActorPool:
     def __init__(self, address: str = "", count: int = 0, cpus: float = 1.0, gpus: float = 0.0) -> None:
         self.lost = ""  # why no actor is left
         self._address, self._count, self._needs = address, count, {"CPU": cpus, "GPU": gpus}
+        self.processors: set[Processors] = set()  # of the actors
         self._actors: list[Any] = []
         self._at: dict[Any, set[str]] = {}  # first ids of the groups that each actor which is there has
         self._turns: deque[RayGrid] = deque()  # federations with messages that wait
@@ -170,12 +180,26 @@ class ActorPool:
     def run(
         self, server_app: ServerApp, run_config: dict[str, Scalar], nodes: int, client_app: str = CLIENT_APP
     ) -> None:
-        """Carries out a federation. Raises whatever the ServerApp raises."""
+        """Carries out a federation. Raises whatever the ServerApp raises.
+
+        Raises:
+            ConfigError: if it is to be deterministic, and machines have other kinds of processor.
+        """
+        self._require_one_kind(run_config)
         grid = RayGrid(self, client_app, run_config, nodes)
         try:
             serve(server_app, grid)
         finally:
             self._events.put(grid.waiting.clear)
+
+    def _require_one_kind(self, run_config: dict[str, Scalar]) -> None:
+        on_gpu = run_config.get("compute.device", "cpu") != "cpu"
+        kinds = sorted({each[on_gpu] for each in [processors(), *self.processors]})
+        if len(kinds) > 1 and run_config.get("compute.deterministic"):
+            accepted = "machines with one kind of processor"
+            raise ConfigError(f"compute.deterministic = true: there are {'; '.join(kinds)}; accepted: {accepted}")
+        if len(kinds) > 1:
+            log(logging.WARNING, "results depend in the last bits on which machine computes them: %s", "; ".join(kinds))
 
     def queue(self, grid: RayGrid, groups: list[list[Message]]) -> None:
         """Sends groups of messages to actors as they become free; the replies are delivered to `grid`."""
@@ -308,10 +332,12 @@ class ActorPool:
         """Waits until Ray has started or restarted an actor, however long there is no room for it."""
         self._watch(actor.ready.options(max_task_retries=-1).remote(), partial(self._ready, actor))
 
-    def _ready(self, actor: Any, future: Future[dict[str, str]]) -> None:
+    def _ready(self, actor: Any, future: Future[tuple[dict[str, str], Processors]]) -> None:
         here, error = versions(), future.exception()
-        if error is None and (there := future.result()) == here:
+        there, kinds = (here, ("", "")) if error else future.result()
+        if error is None and there == here:
             self._at[actor] = set()
+            self.processors.add(kinds)
         else:
             differ = "" if error else ", ".join(f"{n} {there[n]}, not {here[n]}" for n in here if there[n] != here[n])
             log(logging.WARNING, "a Ray actor is not used: %s", differ or error)
