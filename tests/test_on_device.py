@@ -28,6 +28,7 @@ from tapfl.adapters.lora import AdaptedModel
 from tapfl.adapters.rules import initial
 from tapfl.compute import HERE, OF_CPU, OF_GPU, AtOnce, Compute, home
 from tapfl.config import AdapterOptions, PruningOptions, TrainOptions
+from tapfl.data.augmentation import augmented
 from tapfl.models.backbone import BackboneSpec
 from tapfl.personalize.apfl import Apfl
 from tapfl.personalize.fedala import FedAla
@@ -199,6 +200,14 @@ def test_a_backbone_is_trained_there_as_here(vit: Tiny) -> None:
             train_dense(model, lambda index, x=images: x[index], where.put(labels), generator=order, **settings)
             trained.append(home(model(images)))
     torch.testing.assert_close(trained[1], trained[0], rtol=1e-3, atol=1e-3)
+
+
+def test_images_are_changed_there_as_here(vit: Tiny) -> None:
+    with accelerator():
+        for where in (HERE, THERE):
+            images = where.put(vit.inputs)
+            mirrored = home(augmented(images, "flip", np.random.default_rng(3)))
+            assert torch.equal(mirrored, augmented(vit.inputs, "flip", np.random.default_rng(3)))
 
 
 # -- sizes that suit the kind of device -------------------------------------------------------------------------------
