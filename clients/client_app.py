@@ -19,14 +19,14 @@ from flwr.clientapp import ClientApp
 
 from clients.device import Device
 from clients.storage import DeviceStorage
-from tapfl.compute import Compute
+from tapfl.compute import Compute, within_memory
 from tapfl.config import ComputeOptions, RunConfig, names_path
 from tapfl.errors import ConfigError, RunError
 from tapfl.options import Scalar, validated
 from tapfl.personalize.together import carried_out
 from tapfl.profiles import DeviceProfile, profiles_of
 from tapfl.store import RunFolder, run_path
-from tapfl.wire import PROFILE_FIELDS, Evaluate, Hello, Prune, Summarize, Train, WireMessage
+from tapfl.wire import PROFILE_FIELDS, Evaluate, Hello, Prune, Summarize, Train, TrainReply, WireMessage
 
 
 class DeviceApp(ClientApp):
@@ -41,8 +41,12 @@ class DeviceApp(ClientApp):
         devices[0].compute.prepare()
         what = f"devices {', '.join(str(device.partition_id) for device in devices)}: train"
         with time_limit(len(devices) * devices[0].config.faults.device_timeout, what):
-            each = zip(devices, messages, strict=True)
-            answers = carried_out([device.training(Train.from_records(message.content)) for device, message in each])
+            asked = [Train.from_records(message.content) for message in messages]
+
+            def carry_out() -> list[TrainReply | Exception]:
+                return carried_out([device.training(each) for device, each in zip(devices, asked, strict=True)])
+
+            answers = within_memory(carry_out, what)
         return [
             Message(Error(RAISED, "".join(format_exception(answer))), reply_to=message)
             if isinstance(answer, Exception)
@@ -155,7 +159,8 @@ def _answering(type: type[M], handler: Callable[[Device, M], WireMessage]) -> Ca
         device.compute.prepare()
         what = f"device {device.partition_id}: {message.metadata.message_type}"
         with time_limit(device.config.faults.device_timeout, what):
-            reply = handler(device, type.from_records(message.content))
+            asked = type.from_records(message.content)
+            reply = within_memory(lambda: handler(device, asked), what)
         return Message(reply.to_records(), reply_to=message)
 
     return answer

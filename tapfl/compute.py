@@ -25,8 +25,9 @@ import torch
 from torch import Tensor, nn
 
 from tapfl.config import ComputeOptions
-from tapfl.errors import ConfigError
+from tapfl.errors import ConfigError, RunError
 
+R = TypeVar("R")
 T = TypeVar("T", bound=Tensor | nn.Module | Mapping[str, Tensor] | None)
 
 FULL = "ieee"  # float32 products in float32; torch's own default for convolutions on a GPU is TF32
@@ -163,6 +164,24 @@ class Compute:
         """What the key of a cached result has besides what it is computed from; nothing for exact results of CPUs."""
         plain = self.device.type == "cpu" and self.precision == "exact"
         return () if plain else (self.kind, self.precision)
+
+
+def within_memory(call: Callable[[], R], what: str) -> R:
+    """Returns what `call` returns. If a GPU's memory is full, what others left in it is freed, and it is tried again.
+
+    Raises:
+        RunError: if the memory is full again.
+    """
+    try:
+        return call()
+    except torch.OutOfMemoryError:
+        torch.cuda.empty_cache()
+    try:
+        return call()
+    except torch.OutOfMemoryError as error:
+        full = str(error).splitlines()[0]
+        lower = "a smaller train.batch, train.together = 1, or fewer workers a GPU (--actor-gpus)"
+        raise RunError(f"{what}: the memory is full ({full}); accepted: {lower}") from None
 
 
 HERE = Compute()  # the CPU, exact

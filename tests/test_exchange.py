@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -168,3 +168,26 @@ def test_records_of_a_stranger_are_refused() -> None:
             return Message(RecordDict(), reply_to=message)
 
     assert "refused" in ask(Stranger(1, lambda i, _: GOOD)).failures[0]
+
+
+class GroupGrid(ScriptedGrid):
+    """Notes which devices one worker got at once."""
+
+    def push_group(self, messages: Sequence[Message]) -> Sequence[str]:
+        if len(messages) > 1:
+            groups.append([self.partitions[message.metadata.dst_node_id] for message in messages])
+        return super().push_group(messages)
+
+
+groups: list[list[int]] = []
+
+
+def test_a_group_that_is_lost_is_sent_again_as_a_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "RETRY_AFTER", 0.0)
+    groups.clear()
+    grid = GroupGrid(4, lambda i, attempt: GOOD if attempt == 2 or i == 3 else Error(0, "lost"))
+    nodes = {i: node for node, i in grid.partitions.items()}
+    requests = {i: Request(Train(1, 0, np.ones(3, np.float32)), TrainReply, lambda reply: None) for i in range(4)}
+    limits = {"timeout": 20.0, "retries": 1, "window": 2}  # a group may be larger than the window
+    answers = exchange(grid, nodes, requests, "round 1", **limits, groups=[[0, 1, 2]])  # type: ignore[arg-type]
+    assert sorted(answers.replies) == [0, 1, 2, 3] and groups == [[0, 1, 2], [0, 1, 2]]

@@ -133,6 +133,21 @@ def test_a_second_run_repeats_to_the_bit_and_finds_the_backbone(
     assert backbones(cache) == found
 
 
+def test_devices_that_step_together_end_where_they_end_one_by_one(
+    finished: tuple[Path, dict[str, object]], cache: Path, tmp_path: Path
+) -> None:
+    done = tapfl("--out", str(tmp_path / "together"), "--json", cache=cache, options=["train.together=auto"])
+    assert done.exit_code == 0, done.output
+    said = json.loads(done.stdout.splitlines()[-1])
+    assert said["personal_accuracy"] == pytest.approx(finished[1]["personal_accuracy"], abs=1e-2)
+    ours, theirs = (
+        load_file(path / "server" / "round-0002.safetensors") for path in (tmp_path / "together", finished[0])
+    )
+    assert any(not torch.equal(ours[name], theirs[name]) for name in theirs)  # they did step together
+    for name, theta in theirs.items():
+        torch.testing.assert_close(ours[name], theta, rtol=1e-4, atol=1e-5)
+
+
 def backbones(cache: Path) -> set[str]:
     return {file.name for file in (cache / "backbones").iterdir()}
 

@@ -14,8 +14,9 @@ from tapfl.adapters.layout import device_layout, gather_all, global_shapes
 from tapfl.adapters.lora import AdaptedModel
 from tapfl.adapters.stack import flat
 from tapfl.adapters.stacked_model import StackedModel
+from tapfl.compute import within_memory
 from tapfl.config import TrainOptions
-from tapfl.errors import ModelError
+from tapfl.errors import ModelError, RunError
 from tapfl.personalize.apfl import Apfl
 from tapfl.personalize.method import LocalResult, Method, Personal, Trainee, wholly
 from tapfl.personalize.methods import FedAvg, FineTune, Local
@@ -186,3 +187,19 @@ def test_groups_follow_from_the_sizes_of_devices_alone() -> None:
     assert groups_of(MACS, TrainOptions(together="auto")) == [[1, 3, 5], [0, 2]]
     assert groups_of(dict(reversed(MACS.items())), TrainOptions(together=2)) == [[1, 3], [2, 5], [0, 4]]
     assert groups_of(dict.fromkeys(range(4), 10**9), TrainOptions(together="auto")) == []
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_full_memory_is_freed_once_and_then_is_the_devices_loss(times: int) -> None:
+    full = [torch.OutOfMemoryError("CUDA out of memory.\nMore")] * times
+
+    def call() -> int:
+        if full:
+            raise full.pop()
+        return 7
+
+    if times == 1:
+        assert within_memory(call, "device 3: train") == 7
+    else:
+        with pytest.raises(RunError, match=r"device 3: train: the memory is full .CUDA out of memory.* train.batch"):
+            within_memory(call, "device 3: train")
