@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
+import signal
 import statistics
 import sys
 import time
@@ -268,7 +269,7 @@ def at_once(count: int, size: Size, compute: Compute) -> float:
     context = multiprocessing.get_context("spawn")
     ready, go = context.Barrier(count + 1), context.Barrier(count + 1)
     shares = [len(range(i, size.devices, count)) for i in range(count)]
-    workers = [context.Process(target=_worker, args=(share, size, compute, ready, go)) for share in shares]
+    workers = [context.Process(target=_worker, args=(share, size, compute, ready, go), daemon=True) for share in shares]
     for worker in workers:
         worker.start()
     ready.wait(WAIT)
@@ -291,6 +292,7 @@ def _worker(devices: int, size: Size, compute: Compute, ready: Any, go: Any) -> 
 
 def _carry_out(name: str, size: Size, compute: Compute, pipe: Connection) -> None:
     """A part's own process: its rows through the pipe, each when it is there."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # an ordinary exit, which ends its own processes as well
     compute.prepare()
     try:
         for row in PARTS[name][0](size, compute):
