@@ -18,9 +18,10 @@ from tapfl.data.images import ImageSet
 from tapfl.errors import ConfigError, DataError, ModelError
 from tapfl.models.backbone import build
 from tapfl.models.cost import measure_cost
-from tapfl.models.dense import DenseCache, dense_key, dense_spec, fill_weights, layers_of, read_head_rows
+from tapfl.models.dense import DenseCache, dense_key, dense_spec, layers_of
 from tapfl.models.forward import input_transform
 from tapfl.models.new_head import agreed_classes
+from tapfl.models.weights import fill_weights, read_head_rows
 from tapfl.personalize.methods import method_of
 from tapfl.privacy import require_accountant
 from tapfl.profiles import profiles_of

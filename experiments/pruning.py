@@ -21,10 +21,11 @@ from tapfl.data.sources import load_images
 from tapfl.errors import ConfigError, DataError, ModelError
 from tapfl.models.backbone import BackboneSpec, build, spec_of
 from tapfl.models.cost import latencies_ms, median_ms
-from tapfl.models.dense import DenseCache, dense_backbone, load_hub_weights, load_weights
+from tapfl.models.dense import DenseCache, dense_backbone
 from tapfl.models.forward import example_input, input_transform
 from tapfl.models.prunable import prunable_layers
 from tapfl.models.units import PrunableLayer
+from tapfl.models.weights import load_hub_weights, load_weights
 from tapfl.options import Scalar
 from tapfl.progress import stage
 from tapfl.pruning.basis import in_basis, turned_on_pool

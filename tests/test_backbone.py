@@ -23,8 +23,9 @@ from tapfl.data.images import ArrayImages, ImageSet
 from tapfl.errors import ModelError
 from tapfl.models import dense
 from tapfl.models.backbone import BackboneSpec, build
-from tapfl.models.dense import DenseCache, dense_backbone, dense_key, load_hub_weights, load_weights, read_head_rows
+from tapfl.models.dense import DenseCache, dense_backbone, dense_key
 from tapfl.models.forward import example_input, head_names, image_features, transform_of
+from tapfl.models.weights import load_hub_weights, load_weights, read_head_rows
 from tapfl.progress import shown_on
 from tapfl.store import read_tensors, write_tensors
 from tapfl.training import accuracy, predict

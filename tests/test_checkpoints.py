@@ -19,8 +19,8 @@ from tapfl.config import ModelOptions
 from tapfl.errors import ModelError
 from tapfl.models.backbone import BackboneSpec, build, outline, spec_of
 from tapfl.models.checkpoints import of_hub, read_checkpoint
-from tapfl.models.dense import load_weights
 from tapfl.models.prunable import prunable_layers
+from tapfl.models.weights import load_weights
 from tapfl.store import write_tensors
 
 NAMES = tuple("abcde")
@@ -141,7 +141,7 @@ def test_a_whole_pickled_model_is_refused(tmp_path: Path) -> None:
         ("a.pth", b"no zip and no pickle", "is not a whole file of torch.save|holds objects"),
         ("a.bin", pickle.dumps({"a": 1}), "holds a int under 'a'|is not a whole file|holds objects"),
         ("a.safetensors", b"half", "is not a whole safetensors file .*; accepted: a .safetensors file, one of torch"),
-        ("a.onnx", b"x", "is a file of another kind; accepted: a .safetensors file, one of torch.save"),
+        ("a.onnx", b"x", "has no known ending; accepted: a .safetensors file, one of torch.save"),
         ("none.pth", None, "there is no such file; accepted: a .safetensors file, one of torch.save"),
     ],
 )

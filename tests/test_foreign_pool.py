@@ -277,7 +277,7 @@ def test_costs_are_those_of_the_model_with_the_new_head() -> None:
     old = build(SPEC, seed=1).requires_grad_(False)
     new = put_head(old, build(SPEC.model_copy(update={"num_classes": 40}), seed=2).requires_grad_(False))
     inputs = torch.randn(64, 1, 8, 8, generator=torch.Generator().manual_seed(0))
-    task = pruning_task(old, inputs, 0.5, PruningOptions(align=1), new_head=new)
+    task = pruning_task(old, inputs, 0.5, PruningOptions(criterion="tap", align=1), new_head=new)
     made = prune_model(task, SPEC.model_copy(update={"num_classes": 40}))
     assert made.plan.dense == measure_cost(new) and made.plan.cost == measure_cost(made.model)
     assert 0.49 < made.plan.cost.macs / made.plan.dense.macs <= 0.5

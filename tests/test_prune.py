@@ -148,9 +148,9 @@ def test_a_plan_is_applied_to_other_weights(vit: Tiny, tmp_path: Path) -> None:
         ((), "model.weights = '': --plan needs the weights"),
         (("model.weights={}/none",), "there is no such file"),
         (("model.weights={}/small/model.safetensors",), r"blocks\.0\.attn\.qkv\.weight: .*\[48, 32\].*\[96, 32\]"),
-        (("model.weights={}/headless",), r"has no head\.weight for 10 classes"),
-        (("model.weights={}/w", "model.name=deit_tiny_patch16_224"), "the plan is for vit_tiny_patch16_224"),
-        (("model.weights={}/w", "model.head-rows={}/rows.json"), "a plan knows the number of classes"),
+        (("model.weights={}/headless.safetensors",), r"has no head\.weight for 10 classes"),
+        (("model.weights={}/w.pth", "model.name=deit_tiny_patch16_224"), "the plan is for vit_tiny_patch16_224"),
+        (("model.weights={}/w.pth", "model.head-rows={}/rows.json"), "a plan knows the number of classes"),
         (("model.weights=hub",), r"their head has \d+ classes, the plan's 10"),
     ],
 )
@@ -160,8 +160,9 @@ def test_weights_that_a_plan_does_not_fit_are_refused(
     plan = plan_of(vit, random_kept(vit.layers, 0.5))
     save_pruned(shrink(vit.model, plan), plan, tmp_path / "small")
     state = vit.model.state_dict()
-    write_tensors(tmp_path / "w", state)
-    write_tensors(tmp_path / "headless", {name: value for name, value in state.items() if "head" not in name})
+    torch.save(state, tmp_path / "w.pth")
+    headless = {name: value for name, value in state.items() if "head" not in name}
+    write_tensors(tmp_path / "headless.safetensors", headless)
     with pytest.raises(TapflError, match=message):
         reapply(tmp_path, *(text.format(tmp_path) for text in sets))
     assert not (tmp_path / "other").exists()

@@ -33,7 +33,7 @@ def read_checkpoint(file: Path) -> dict[str, Tensor]:
     The prefixes of data-parallel and of compiled models are taken off. No object of a pickle is made.
 
     Raises:
-        ValueError: if it is missing, damaged, of another kind, or holds something else.
+        ValueError: if it is missing, damaged, of no known ending, or holds something else.
     """
     if not file.is_file():
         raise ValueError(f"there is no such file; accepted: {ACCEPTED}")
@@ -43,7 +43,7 @@ def read_checkpoint(file: Path) -> dict[str, Tensor]:
         except PlanError as error:
             raise ValueError(f"{error}; accepted: {ACCEPTED}") from None
     if file.suffix.lower() not in TORCH:
-        raise ValueError(f"is a file of another kind; accepted: {ACCEPTED}")
+        raise ValueError(f"has no known ending; accepted: {ACCEPTED}")
     try:
         with warnings.catch_warnings(action="ignore"):  # of a pickle's protocol
             state = load_state_dict(str(file), weights_only=True)

@@ -4,41 +4,29 @@ from __future__ import annotations
 
 import copy
 import fcntl
-import json
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
-import numpy as np
-import timm
 import torch
-from timm.models import (
-    PoolingVisionTransformer,
-    SwinTransformer,
-    VisionTransformer,
-    pit,
-    swin_transformer,
-    vision_transformer,
-)
 from torch import Tensor, nn
 
 from tapfl.compute import HERE, Compute
 from tapfl.config import NEW_HEADS, ModelOptions
 from tapfl.data.images import ImageSet
-from tapfl.errors import ModelError, message_of
+from tapfl.errors import ModelError
 from tapfl.models.backbone import BackboneSpec, build, spec_of
-from tapfl.models.checkpoints import read_checkpoint
 from tapfl.models.forward import head_names, image_features, transform_of
 from tapfl.models.prunable import prunable_layers
 from tapfl.models.units import PrunableLayer
+from tapfl.models.weights import fill_weights, rows_in_weights
 from tapfl.progress import stage
 from tapfl.seeds import numpy_generator
 from tapfl.store import Pieces, content_hash, read_tensors, write_bytes, write_tensors
 from tapfl.training import train_dense
 
-_PARTS = re.compile(r"(\d+)")
 BATCH = 64  # images in a minibatch when the backbone is trained
 
 
@@ -101,7 +89,7 @@ def dense_spec(options: ModelOptions, pool: ImageSet) -> BackboneSpec:
         ModelError: if the pool has no labels, and the head needs them.
     """
     spec, head = spec_of(options, pool.classes), options.head
-    if head in NEW_HEADS and (rows := _rows_in_weights(options)):
+    if head in NEW_HEADS and (rows := rows_in_weights(options)):
         return spec.model_copy(update={"num_classes": rows})
     if pool.classes:
         return spec
@@ -110,23 +98,6 @@ def dense_spec(options: ModelOptions, pool: ImageSet) -> BackboneSpec:
         raise ModelError(f"model.head = 'rows': its classes are those of the pool, which has no labels; {accepted}")
     what = "the classifier is" if options.weights else "model.weights = '' and the backbone is"
     raise ModelError(f"model.head = {head!r}: {what} trained on the labels of the pool, which has none; {accepted}")
-
-
-def fill_weights(model: nn.Module, options: ModelOptions, spec: BackboneSpec, classes: tuple[str, ...]) -> list[str]:
-    """Loads the weights that the options name into `model`, if they name any; returns what a user should know.
-
-    Raises:
-        ModelError: if they are not available, do not fit, or lack the required head.
-    """
-    takes_head = options.head in ("rows", "rows+train")
-    rows = Path(options.head_rows) if takes_head and options.head_rows else None
-    if options.weights == "hub":
-        if takes_head and rows is None:
-            raise ModelError(f"model.head = {options.head!r} with model.weights = 'hub': needs model.head-rows")
-        load_hub_weights(model, spec, classes, rows)
-    elif options.weights:
-        return load_weights(model, Path(options.weights), classes, rows, needs_head=takes_head)
-    return []
 
 
 def dense_backbone(
@@ -173,178 +144,16 @@ def _make(options: ModelOptions, spec: BackboneSpec, pool: ImageSet, seed: int, 
     transform, model = transform_of(model), compute.put(model)
     if not options.weights:
         train(model, inputs=lambda index: compute.put(transform(pool.read(index))))
-    elif "train" in options.head or (options.head in NEW_HEADS and not _rows_in_weights(options)):
-        _train_head(model, image_features(model, transform.batches(pool)), train)
+    elif "train" in options.head or (options.head in NEW_HEADS and not rows_in_weights(options)):
+        features = image_features(model, transform.batches(pool))
+        _train_head(model, compute.put(torch.from_numpy(features)), train)
     return model
 
 
-def _train_head(model: nn.Module, features: np.ndarray, train: Callable[..., None]) -> None:
+def _train_head(model: nn.Module, features: Tensor, train: Callable[..., None]) -> None:
     """Trains the classifier on features that are computed once; both heads of a distilled DeiT become the same."""
     heads = [model.get_submodule(name) for name in head_names(model)]
     head = copy.deepcopy(heads[0])
-    inputs = torch.from_numpy(features).to(next(head.parameters()).device)
-    train(head, inputs=lambda index: inputs[torch.from_numpy(index)])
+    train(head, inputs=lambda index: features[torch.from_numpy(index)])
     for own in heads:
         own.load_state_dict(head.state_dict())
-
-
-# ---------------------------------------------------------------- weights from a file or the hub
-
-
-def load_weights(
-    model: nn.Module, file: Path, classes: tuple[str, ...], head_rows: Path | None, needs_head: bool = False
-) -> list[str]:
-    """Loads a checkpoint into `model`; position embeddings are resampled to the model's size.
-
-    Returns a sentence if a head of another size was left out, none otherwise.
-
-    Args:
-        classes: names of the federation's classes, in the order of its labels.
-        head_rows: JSON file of class name -> row of the file's head. Without it the file's head is used if it has one
-            row a class, and left as initialised if not.
-        needs_head: refuse weights without a head for these classes.
-
-    Raises:
-        ModelError: naming the first weights that do not fit.
-    """
-
-    def refusal(why: object) -> ModelError:
-        return ModelError(f"model.weights = {str(file)!r}: {why}")
-
-    try:
-        state = read_checkpoint(file)
-    except ValueError as error:
-        raise refusal(error) from None
-    heads, own = _head_tensors(model), model.state_dict()
-    if needs_head and head_rows is None:
-        _require_one_order(classes)
-    if head_rows is not None:
-        take_rows(state, heads, read_head_rows(head_rows, classes), head_rows, file.name)
-    for key in own.keys() & state.keys():
-        if own[key].is_floating_point() and not state[key].is_floating_point():
-            raise refusal(f"{key} is of type {state[key].dtype}; accepted: floating point (of any precision)")
-    notes: list[str] = []
-    for key in heads:
-        if key in state and state[key].shape != own[key].shape:
-            if key.endswith("weight"):
-                theirs, mine = ("×".join(map(str, of[key].shape)) for of in (state, own))
-                notes.append(f"model.weights = {str(file)!r}: {key} is {theirs}, and a new one of {mine} is trained")
-            del state[key]
-        if needs_head and key not in state:
-            raise refusal(
-                f"has no {key} for {len(classes)} classes; "
-                f"model.head-rows names the rows to take, model.head=train trains a new one"
-            )
-    try:
-        state = _resampled(state, model)
-        missing, unexpected = model.load_state_dict(state, strict=False)
-    except Exception as error:  # timm's filters take the names and shapes of what they are given for granted
-        raise refusal(f"do not fit {type(model).__name__} ({message_of(error)})") from None
-    if lacking := [key for key in missing if key not in heads]:
-        theirs = f", and hold {unexpected[0]!r}, which it lacks" if unexpected else ""
-        raise refusal(f"do not fit the backbone: they lack {lacking[0]!r}{theirs}; accepted: timm's names")
-    if unexpected:
-        raise refusal(f"do not fit the backbone: they hold {unexpected[0]!r}, which the backbone lacks")
-    _require_finite(model, refusal)
-    return notes
-
-
-def _rows_in_weights(options: ModelOptions) -> int:
-    """Returns how many classes the head in the weights has; 0 if there are no weights, or none that can be read."""
-    if options.weights == "hub":
-        config = timm.get_pretrained_cfg(options.name)
-        return config.num_classes if config else 0
-    try:
-        state = read_checkpoint(Path(options.weights)) if options.weights else {}
-    except ValueError:
-        return 0  # `load_weights` says why
-    return next((len(state[name]) for name in ("head.weight", "head.fc.weight") if name in state), 0)
-
-
-def _require_one_order(classes: tuple[str, ...]) -> None:
-    """Raises ModelError if a head may have another order of classes: torchvision has 10 before 2, timm 2 before 10."""
-    by_number = sorted(classes, key=lambda name: [int(part) if part.isdigit() else part for part in _PARTS.split(name)])
-    if list(classes) == sorted(classes) != by_number:
-        first = next(name for name, other in zip(classes, by_number, strict=True) if name != other)
-        raise ModelError(
-            f"model.head-rows = '': the head's rows may be in the order of texts or of numbers (class {first!r} is the "
-            f"first to differ); accepted: a JSON file, class name -> row"
-        )
-
-
-def load_hub_weights(model: nn.Module, spec: BackboneSpec, classes: tuple[str, ...], head_rows: Path | None) -> None:
-    """Loads the weights of timm's hub for `spec` into `model`.
-
-    Raises:
-        ModelError: if the hub cannot be reached, has no weights under that name, or their head lacks a row.
-    """
-    rows = read_head_rows(head_rows, classes) if head_rows else None  # refused before anything is fetched
-    if rows and (theirs := timm.get_pretrained_cfg(spec.name)):
-        spec = spec.model_copy(update={"num_classes": theirs.num_classes})
-    state = build(spec, pretrained=True).state_dict()
-    if head_rows and rows:
-        take_rows(state, _head_tensors(model), rows, head_rows, f"the hub's {spec.name}")
-    model.load_state_dict(state)
-    _require_finite(model, lambda why: ModelError(f"model.weights = 'hub': {spec.name}: {why}"))
-
-
-def _require_finite(model: nn.Module, refusal: Callable[[str], ModelError]) -> None:
-    for key, tensor in model.state_dict().items():
-        if not bool(tensor.isfinite().all()):
-            raise refusal(f"{key} holds values that are not finite; accepted: finite ones, in float32 as well")
-
-
-def _head_tensors(model: nn.Module) -> list[str]:
-    return [f"{name}.{part}" for name in head_names(model) for part in ("weight", "bias")]
-
-
-def take_rows(state: dict[str, Tensor], heads: list[str], rows: list[int], named_by: Path, source: str) -> None:
-    """Reduces the heads in `state` to these rows. Raises ModelError if one lacks them."""
-    for key in heads:
-        if key not in state or not state[key].ndim or max(rows) >= len(state[key]):
-            raise ModelError(f"model.head-rows = {str(named_by)!r}: row {max(rows)} is not in {key} of {source}")
-        state[key] = state[key][rows]
-
-
-def read_head_rows(file: Path, classes: tuple[str, ...]) -> list[int]:
-    """Returns the row of the head for each class. Raises ModelError if the file, a class, or a row of its own lacks."""
-
-    def refusal(why: object) -> ModelError:
-        return ModelError(f"model.head-rows = {str(file)!r}: {why}")
-
-    def each_once(pairs: list[tuple[str, object]]) -> dict[str, object]:
-        table: dict[str, object] = {}
-        for name, row in pairs:
-            if name in table:
-                raise ValueError(f"{name!r} is in it twice")
-            table[name] = row
-        return table
-
-    try:
-        table = json.loads(file.read_text(encoding="utf-8-sig"), object_pairs_hook=each_once)
-    except (OSError, ValueError, RecursionError) as error:
-        raise refusal(f"is not a readable JSON file ({error})") from None
-    if not isinstance(table, dict):
-        raise refusal("must map class names to rows")
-    holder: dict[int, str] = {}
-    for name in classes:
-        row = table.get(name)
-        if type(row) is not int or row < 0:
-            raise refusal(f"names no row for class {name!r}; accepted: a whole number from 0")
-        if row in holder:
-            raise refusal(f"row {row} is that of {holder[row]!r} and of {name!r}; accepted: a row of its own for each")
-        holder[row] = name
-    return list(holder)
-
-
-def _resampled(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """Returns `state` under the names and in the sizes of `model`, as timm's own filter of its family has them."""
-    deit3 = partial(vision_transformer.checkpoint_filter_fn, adapt_layer_scale=True)  # whose gamma_1 is ls1.gamma here
-    for family, filtered in (
-        (SwinTransformer, swin_transformer.checkpoint_filter_fn),
-        (PoolingVisionTransformer, pit.checkpoint_filter_fn),
-        (VisionTransformer, deit3),
-    ):
-        if isinstance(model, family):
-            state = filtered(state, model)
-    return state

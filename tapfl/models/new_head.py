@@ -20,9 +20,10 @@ from torch import nn
 from tapfl.config import ModelOptions
 from tapfl.errors import ModelError
 from tapfl.models.backbone import LARGEST_ARGUMENT, BackboneSpec, build
-from tapfl.models.dense import DenseCache, read_head_rows, take_rows
+from tapfl.models.dense import DenseCache
 from tapfl.models.forward import head_names
 from tapfl.models.units import put
+from tapfl.models.weights import head_tensors, read_head_rows, take_rows
 from tapfl.store import content_hash
 
 NEVER = -100.0  # a logit far below those of distances, which are of the order of 1
@@ -48,7 +49,7 @@ def with_new_head(options: ModelOptions, old: Dense, classes: Sequence[str], cac
     key = content_hash(key, spec.model_dump_json(), *(classes if options.head_rows else ()))
     if not cache.holds(key):
         fresh, state = build(spec), dict(model.state_dict())
-        heads = [f"{name}.{part}" for name in head_names(fresh) for part in ("weight", "bias")]
+        heads = head_tensors(fresh)
         if options.head_rows:
             rows = Path(options.head_rows)
             take_rows(state, heads, read_head_rows(rows, tuple(classes)), rows, "the head of model.weights")
