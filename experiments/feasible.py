@@ -57,11 +57,14 @@ def check(config: RunConfig) -> None:
         check_classes(config.data, public, private)
     labels_of(public, resolved(config.pruning))
     transform(public.read(range(1)))
-    splits = kept_partition(private, config.data, config.devices.count, config.seed, cache)
     for name, size in (("metric.size", config.metric.size), ("pruning.recovery-size", config.pruning.recovery_size)):
         if size > len(public):
             raise DataError(f"{name} = {size}: the public pool has {len(public)} images")
-    _check_backbone(config, public, agreed_classes(private.subset(split.train).held for split in splits))
+    if config.model.head not in NEW_HEADS:
+        _check_backbone(config, public, ())
+    splits = kept_partition(private, config.data, config.devices.count, config.seed, cache)  # in the cache: nearly last
+    if config.model.head in NEW_HEADS:
+        _check_backbone(config, public, agreed_classes(private.subset(split.train).held for split in splits))
     require_loggers(config.log)  # the last check: it may make an empty database
     for line in found(config.data, public, private):
         log(logging.INFO, "%s", line)

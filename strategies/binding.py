@@ -9,15 +9,18 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 from flwr.common.logger import log
 
-from tapfl.compute import Compute
 from tapfl.config import RunConfig, binding
 from tapfl.data.contents import ACCEPTED, OPTIONS, changed, contents
 from tapfl.errors import ConfigError
 from tapfl.options import differences
 from tapfl.store import RunFolder, write_json
+
+if TYPE_CHECKING:
+    from tapfl.compute import Compute  # loads torch, which a bad option need not wait for
 
 INPUTS, VERSIONS = "inputs.json", "versions.json"
 PROCESSOR = "processor"  # entry of versions.json

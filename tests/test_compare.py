@@ -18,7 +18,9 @@ from tapfl.errors import ConfigError, ModelError
 
 
 def comparison_file(tmp_path: Path, axes: str, options: str = "") -> Path:
-    shared = [option.split("=", 1) for option in SMALL if not option.startswith(("train.", "metric"))]
+    shared = [
+        option.split("=", 1) for option in SMALL if not option.startswith(("train.", "metric", "pruning.criterion"))
+    ]
     lines = [f'"{key}" = {value if value.isdigit() else json.dumps(value)}' for key, value in shared]
     lines += [f'"cache" = {json.dumps(str(tmp_path / "cache"))}', '"metric.size" = 128', '"metric.batch" = 16', options]
     file = tmp_path / "compare.toml"

@@ -156,7 +156,7 @@ def test_what_a_small_update_does_survives_beside_the_product_and_not_in_it() ->
 
 
 def test_fast_plans_keep_nearly_the_same_units(vit: Tiny) -> None:
-    options = PruningOptions(align=1)
+    options = PruningOptions(criterion="tap", align=1)  # tap+ weighs near ties, of which a random model has many
     task = pruning_task(vit.model, torch.cat([vit.inputs, vit.inputs.flip(0) / 2]), 0.6, options, batch=4)
     exact = kept_units(prune_model(task, vit.spec).plan)
     fast = kept_units(prune_model(replace(task, passing=FAST.forward), vit.spec).plan)

@@ -233,7 +233,9 @@ def test_a_pooling_head_with_its_own_mlp_is_left_alone() -> None:
 
 
 def a_plan(backbone: Tiny, budget: float = 0.5) -> PruningPlan:
-    return planned(backbone.model, backbone.spec, backbone.inputs, budget, PruningOptions(align=2), batch=4)
+    return planned(
+        backbone.model, backbone.spec, backbone.inputs, budget, PruningOptions(criterion="tap", align=2), batch=4
+    )
 
 
 @pytest.fixture
@@ -392,7 +394,7 @@ def test_an_edited_plan_is_noticed(change: Callable[[Content], object], saved: P
         (lambda content: content.pop("sha256"), r"plan\.json: is not the plan of a saved model \(it has no 'sha256'"),
         (
             lambda content: content["backbone"].update(name="vgg11", args={}),
-            r"plan\.json: .*'vgg11': is a VGG",
+            r"plan\.json: .*'vgg11': is timm's VGG",
         ),
         (lambda content: content["backbone"].update(name="vit_none"), r"plan\.json: .*timm has no such model"),
         (lambda content: content["layers"][0].update(importance=float("nan")), r"plan\.json: is not a plan \(NaN"),

@@ -237,7 +237,7 @@ def _create(spec: BackboneSpec, pretrained: bool = False) -> nn.Module:
         ) from None
     if not isinstance(model, FAMILIES):
         why = REFUSED.get(type(model).__name__, "")
-        raise ModelError(f"model.name = {spec.name!r}: is a {type(model).__name__}{why}; accepted: {ACCEPTED}")
+        raise ModelError(f"model.name = {spec.name!r}: is timm's {type(model).__name__}{why}; accepted: {ACCEPTED}")
     changed = spec.preprocessing.model_dump(exclude_none=True)
     model.pretrained_cfg = {**model.pretrained_cfg, **changed}  # where timm looks it up
     return model.eval()
