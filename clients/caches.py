@@ -79,12 +79,6 @@ def images_of(
     return images, split_device(np.arange(len(images)), images.labels, config.data, config.seed, partition_id)
 
 
-def class_names(config: RunConfig, devices: int, partition_id: int, source: str, fingerprint: str) -> tuple[str, ...]:
-    """Returns the names of the classes that a device has training images of, sorted."""
-    images, split = images_of(config, devices, partition_id, source, fingerprint)
-    return images.subset(split.train).held
-
-
 @dataclass(frozen=True, eq=False)
 class Part:
     """Images of one device: bytes, which become the input of its model a batch at a time, where the model is."""

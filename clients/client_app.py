@@ -25,8 +25,9 @@ from tapfl.errors import ConfigError, RunError
 from tapfl.options import Scalar, validated
 from tapfl.personalize.together import carried_out
 from tapfl.profiles import DeviceProfile, profiles_of
-from tapfl.store import RunFolder, run_path
-from tapfl.wire import PROFILE_FIELDS, Evaluate, Hello, Prune, Summarize, Train, TrainReply, WireMessage
+from tapfl.run_folder import RunFolder, run_path
+from tapfl.wire import PROFILE_FIELDS, Evaluate, Hello, Prune, Summarize, Train, TrainReply
+from tapfl.wire_format import WireMessage
 
 
 class DeviceApp(ClientApp):

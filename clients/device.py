@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -16,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from clients import caches
+from clients.images import OwnImages
 from clients.references import References
 from clients.storage import DeviceState, DeviceStorage
 from tapfl.adapters import rules
@@ -24,16 +24,14 @@ from tapfl.adapters.layout import pack, unpack
 from tapfl.adapters.lora import interpolate
 from tapfl.adapters.peft_format import save_peft
 from tapfl.compute import HERE, Compute, home
-from tapfl.config import NEW_HEADS, RunConfig
+from tapfl.config import RunConfig
 from tapfl.data.augmentation import augmented
-from tapfl.data.contents import fingerprints
 from tapfl.data.decoded import ahead
-from tapfl.errors import ConfigError, RunError
+from tapfl.errors import RunError
 from tapfl.models.cost import measure_cost
 from tapfl.models.dense import DenseCache
 from tapfl.models.forward import image_features
 from tapfl.models.new_head import fill_with_prototypes
-from tapfl.personalize.held_out import hold_out
 from tapfl.personalize.method import Method, Personal
 from tapfl.personalize.methods import method_of
 from tapfl.personalize.together import LocalTask, Training, carried_out
@@ -86,33 +84,32 @@ class Device:
         Raises:
             DataError: if its images are not those that the run began with.
         """
-        self.storage.begin(fingerprints([self._images], ids="" if self.source else self.config.data.ids))
-        _, split = caches.images_of(self.config, self.devices, self.partition_id, self.source, self._fingerprint)
+        train_samples = self._images.begin()
         return HelloReply(
             partition_id=self.partition_id,
             **{name: getattr(self.profile, name) for name in PROFILE_FIELDS},
-            train_samples=len(split.train),
+            train_samples=train_samples,
             holds_backbone=DenseCache(self._cache).holds(message.backbone_key),
-            class_names=json.dumps(self._reported),
+            class_names=json.dumps(self._images.reported),
         )
 
     def summarize(self, message: Summarize) -> SummaryReply:
         """Fits the mixture to the training part; the test part is used for the report only."""
         self._receive_backbone(message)
         classes: Sequence[str] = json.loads(message.classes)
-        if self.source or self._names:
+        if self.source or self._images.names:
             self.storage.save_classes(classes)
         model = caches.dense(self._cache, message.backbone_key, message.backbone_spec, self.compute)
         project = Projection(message.projection_mean, message.projection_components)
-        train, test = self._part("train"), self._part("test")
+        train, test = self._images.part("train"), self._images.part("test")
         with self.compute.forward():
             features = image_features(model, train.split(256))
         points = project(features)
         summary = device_mixture(points, self.config.summary, self.config.seed, self.partition_id, self.secret)
         labels, tested_labels = (home(part.labels) for part in (train, test))
         held, tested = (each[each >= 0].bincount(minlength=len(classes)) for each in (labels, tested_labels))
-        own = self._names if self._keeps_names else classes
-        self.storage.save_images(own, held[: len(own)].tolist(), tested[: len(own)].tolist(), self._natural_ids)
+        own = self._images.names if self._images.keeps_names else classes
+        self.storage.save_images(own, held[: len(own)].tolist(), tested[: len(own)].tolist(), self._images.natural_ids)
         if self.config.model.head == "prototypes":
             model = fill_with_prototypes(model, features, labels.numpy())
         reports_classes = self.config.adapters.head == "class-rows"
@@ -137,7 +134,7 @@ class Device:
         dense = partial(caches.dense, self._cache, message.backbone_key, spec, self.compute)
         small = self.compute.put(smaller_model(plan, message.weights, dense))
         if self.config.model.head == "prototypes":
-            train = self._part("train")
+            train = self._images.part("train")
             features = image_features(small, train.split(256))
             small = fill_with_prototypes(small, features, home(train.labels).numpy())
         self._references.begin(message.backbone_key, plan, simulated=not self.source)
@@ -209,6 +206,10 @@ class Device:
         return method_of(options.model_copy(update={"learning_rate": rate}), self.config.adapters, round)
 
     @cached_property
+    def _images(self) -> OwnImages:
+        return OwnImages(self.config, self.devices, self.partition_id, self.source, self.storage, self.compute)
+
+    @cached_property
     def _pruned(self) -> caches.AdaptedDevice:
         return caches.pruned(self.storage.pruned, self.partition_id, self.profile.rank, self.config, self.compute)
 
@@ -232,31 +233,13 @@ class Device:
         whole = self._pruned.start | (private or {}) | unpack(adapters, rules.down(self.config.adapters, layout))
         return self.compute.put({name: whole[name] for name in layout})
 
-    @cached_property
-    def _trained_and_held_out(self) -> tuple[np.ndarray, np.ndarray]:
-        """Positions in the training part: of the images that are trained on, and of those that choose α."""
-        labels = self._part("train").labels
-        if not self.config.personalize.holds_out:
-            return np.arange(len(labels)), np.arange(0)
-        generator = numpy_generator(self.config.seed, "held-out", self.partition_id)
-        return hold_out(home(labels).numpy(), self.config.personalize.held_out_share, generator)
-
-    def _weighing(self, round: int) -> list[np.ndarray]:
-        """Positions in the training part, by batches, of the images by which a method weighs v against w."""
-        options, (trained, held_out) = self.config.personalize, self._trained_and_held_out
-        if options.method != "fedala":
-            return [held_out[first : first + 256] for first in range(0, len(held_out), 256)]
-        drawn = numpy_generator(self.config.seed, "weigh", round, self.partition_id).permutation(trained)
-        drawn = drawn[: math.ceil(options.ala_share * len(drawn))]
-        return np.array_split(drawn, -(-len(drawn) // self.config.train.batch))
-
     def _weighted(
         self, method: Method[Any], received: Params, personal: Personal | None, round: int
     ) -> Personal | None:
         """Returns what stayed on the device, with the α that suits the w just received (`Method.weigh`)."""
-        if personal is None or not (chosen := self._weighing(round)):
+        if personal is None or not (chosen := self._images.weighing(round)):
             return personal
-        train = self._part("train")
+        train = self._images.part("train")
 
         def losses(index: np.ndarray, params: Params) -> Tensor:
             labels = train.labels[torch.from_numpy(index)]
@@ -282,13 +265,13 @@ class Device:
             reference: the model that is trained for comparison: on all images, nothing is held out, in as many steps
                 as the device's own take. By default the device's own model.
         """
-        part = self._part(method.trains_on)
+        part = self._images.part(method.trains_on)
         own, options, seed = reference or self._pruned, self.config.train, self.config.seed
         if reference:
-            steps = local_steps(len(self._part("train")), options)
+            steps = local_steps(len(self._images.part("train")), options)
             positions, options = np.arange(len(part)), options.model_copy(update={"steps": steps})
         else:
-            positions = self._trained_and_held_out[0] if method.trains_on == "train" else np.arange(len(part))
+            positions = self._images.trained_and_held_out[0] if method.trains_on == "train" else np.arange(len(part))
 
         def drawn() -> Iterator[tuple[Tensor, Tensor]]:
             order = numpy_generator(seed, "train", round, self.partition_id)
@@ -322,7 +305,7 @@ class Device:
 
     def _accuracy(self, model: Callable[[Tensor], Tensor]) -> float:
         """Returns the accuracy on the test part."""
-        test = self._part("test")
+        test = self._images.part("test")
         with self.compute.forward():
             return accuracy(predict(model, test), test.labels)
 
@@ -332,50 +315,6 @@ class Device:
             cache.receive(message.backbone_key, message.backbone_weights)
         elif not cache.holds(message.backbone_key):
             raise RunError(f"device {self.partition_id}: backbone {message.backbone_key} is neither cached nor sent")
-
-    def _part(self, name: str) -> caches.Part:
-        if name == "pooled" and self.source:
-            accepted = "only a simulation has; this device has images of its own"
-            raise ConfigError(f"personalize.method = 'pooled': needs the images of all devices, which {accepted}")
-        classes = self._names if self._keeps_names else self.storage.classes if self.source or self._names else ()
-        owner = (self.config, self.devices, self.partition_id)
-        return caches.part(*owner, name, self.source, self._fingerprint, classes, self.compute)
-
-    @property
-    def _natural_ids(self) -> tuple[str, ...]:
-        """Of whom the images are, where they were divided by that."""
-        if self.source or self.config.data.divided_by != "device":
-            return ()
-        images, split = caches.images_of(self.config, self.devices, self.partition_id, "", self._fingerprint)
-        return images.subset(split.train).owner_names
-
-    @cached_property
-    def _names(self) -> tuple[str, ...]:
-        """The names of its classes, of which the classifier has a row each; none if that is the backbone's own."""
-        if self.config.model.head not in NEW_HEADS:
-            return ()
-        owner = (self.config, self.devices, self.partition_id)
-        return caches.class_names(*owner, self.source, self._fingerprint)
-
-    @property
-    def _keeps_names(self) -> bool:
-        """Whether the names stay here: the classifier is personal, and so is which row stands for which class."""
-        return bool(self._names) and self.config.adapters.head == "personal"
-
-    @property
-    def _reported(self) -> Sequence[str]:
-        """What the server learns of the names: nothing, or their number, where it needs none."""
-        return sorted(map(str, range(len(self._names)))) if self._keeps_names else self._names
-
-    @property
-    def _images(self) -> tuple[str, str]:
-        """The option that names the device's images, and its value."""
-        return ("data", self.source) if self.source else ("data.source", self.config.data.source)
-
-    @cached_property
-    def _fingerprint(self) -> str:
-        """Of the images that the run began with; empty if they are built in."""
-        return next(iter(self.storage.source.values()), "")
 
     @property
     def _cache(self) -> Path:

@@ -11,7 +11,8 @@ from tapfl.config import REFERENCES
 from tapfl.data.contents import ACCEPTED, changed
 from tapfl.errors import DataError, RunError
 from tapfl.personalize.method import Personal
-from tapfl.store import Versions, part_of, read_sealed, write_json, write_sealed
+from tapfl.run_folder import Versions
+from tapfl.store import part_of, read_sealed, write_json, write_sealed
 from tapfl.training import Params
 
 ALPHA, PERSONAL, PRIVATE, STATE = "alpha", "v:", "w:", "state"

@@ -149,7 +149,7 @@ def sweep(
     from experiments.sweep.results import caption_of, means_over_seeds, outcomes, write_results, write_table
     from strategies.progress import shown
     from tapfl.progress import stage
-    from tapfl.store import only_one
+    from tapfl.run_folder import only_one
 
     _require_ray(engine, runs)
     planned = read_sweep(config, options_of(None, set))

@@ -12,7 +12,7 @@ from tapfl.data.contents import contents
 from tapfl.errors import ConfigError
 from tapfl.progress import stage
 from tapfl.pruning.criteria.registry import require_criterion
-from tapfl.store import RunFolder
+from tapfl.run_folder import RunFolder
 
 DEFAULT_DEVICES = 10
 

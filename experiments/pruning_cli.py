@@ -215,7 +215,8 @@ def compare(
     from experiments.jobs.pool import interruptible
     from strategies.progress import shown
     from tapfl.progress import stage
-    from tapfl.store import only_one, write_bytes
+    from tapfl.run_folder import only_one
+    from tapfl.store import write_bytes
 
     if finished:
         rows = finished_rows(comparison, out)

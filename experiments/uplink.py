@@ -9,6 +9,7 @@ from typing import Annotated, get_args, get_origin, get_type_hints
 import numpy as np
 
 from tapfl import wire
+from tapfl.wire_format import WireMessage
 
 
 def uplink(messages: ModuleType = wire) -> list[dict[str, str]]:
@@ -19,7 +20,7 @@ def uplink(messages: ModuleType = wire) -> list[dict[str, str]]:
     """
     rows = []
     for reply in [value for name, value in vars(messages).items() if isinstance(value, type) and "Reply" in name]:
-        if not issubclass(reply, wire.WireMessage) or not hasattr(reply, "when"):
+        if not issubclass(reply, WireMessage) or not hasattr(reply, "when"):
             raise TypeError(f"{reply.__name__}: is no message, or has no `when`")
         message = {"message": reply.__name__.removesuffix("Reply").lower(), "when": reply.when}
         hints = get_type_hints(reply, include_extras=True)

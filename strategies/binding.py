@@ -17,7 +17,8 @@ from tapfl.config import RunConfig, binding
 from tapfl.data.contents import ACCEPTED, OPTIONS, changed, contents
 from tapfl.errors import ConfigError
 from tapfl.options import differences
-from tapfl.store import RunFolder, write_json
+from tapfl.run_folder import RunFolder
+from tapfl.store import write_json
 
 if TYPE_CHECKING:
     from tapfl.compute import Compute  # loads torch, which a bad option need not wait for

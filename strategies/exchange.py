@@ -17,7 +17,7 @@ from flwr.serverapp import Grid
 
 from tapfl.errors import RunError, WireError
 from tapfl.progress import stage
-from tapfl.wire import WireMessage
+from tapfl.wire_format import WireMessage
 
 R = TypeVar("R", bound=WireMessage)
 

@@ -21,8 +21,8 @@ from strategies.state import FederationState
 from tapfl.config import NEW_HEADS, DeviceOptions, RunConfig, TrainOptions
 from tapfl.errors import ConfigError
 from tapfl.profiles import DeviceProfile, max_rank
+from tapfl.run_folder import RunFolder
 from tapfl.seeds import numpy_generator
-from tapfl.store import RunFolder
 from tapfl.wire import ENVELOPE, LONGEST_NAMES, Hello, HelloReply
 
 STEP = 3  # a training step in forward passes

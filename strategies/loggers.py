@@ -22,7 +22,8 @@ from strategies.records import DeviceLine, Line, RoundLine, TrafficLine, read_me
 from tapfl.config import FREE_OPTIONS, LogOptions, RunConfig
 from tapfl.errors import ConfigError
 from tapfl.options import Scalar
-from tapfl.store import RunFolder, write_json
+from tapfl.run_folder import RunFolder
+from tapfl.store import write_json
 
 POSITION = ("kind", "round", "device")  # what says where a number belongs, and is none itself
 DEVICE = "device-"

@@ -33,7 +33,8 @@ from tapfl.models.dense import DenseCache, dense_backbone
 from tapfl.models.new_head import agreed_classes, with_new_head
 from tapfl.progress import stage
 from tapfl.pruning.plan import PruningPlan, load_plan, require_device, signed
-from tapfl.store import RunFolder, cache_folder, read_sealed, write_bytes, write_json, write_sealed
+from tapfl.run_folder import RunFolder
+from tapfl.store import cache_folder, read_sealed, write_bytes, write_json, write_sealed
 from tapfl.summary.mixture import GaussianSummary
 from tapfl.wire import ENVELOPE, Prune, PruneReply, Summarize, SummaryReply
 

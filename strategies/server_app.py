@@ -65,8 +65,9 @@ from tapfl.models.forward import input_transform
 from tapfl.personalize.method import Method
 from tapfl.personalize.methods import method_of, never_begins
 from tapfl.progress import stage
+from tapfl.run_folder import RunFolder, run_path
 from tapfl.seeds import of_secret, torch_generator
-from tapfl.store import RunFolder, cache_folder, run_path
+from tapfl.store import cache_folder
 from tapfl.training import images_seen, is_evaluated
 from tapfl.wire import ENVELOPE, Evaluate, EvaluateReply, Hello, Train, TrainReply
 

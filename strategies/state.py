@@ -35,7 +35,8 @@ from tapfl.adapters.rules import ServerState
 from tapfl.config import RunConfig, binding
 from tapfl.errors import ConfigError, PlanError
 from tapfl.privacy import epsilon
-from tapfl.store import RunFolder, content_hash, part_of, read_sealed, write_json, write_sealed
+from tapfl.run_folder import RunFolder
+from tapfl.store import content_hash, part_of, read_sealed, write_json, write_sealed
 from tapfl.summary.heterogeneity import feature_shift, quantity_shift
 from tapfl.summary.mixture import GaussianSummary
 from tapfl.wire import EvaluateReply, TrainReply

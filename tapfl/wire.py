@@ -1,7 +1,6 @@
-"""The messages between a device and the server, and the check of everything that arrives.
+"""The messages between a device and the server, and the check of what they say.
 
-One dataclass a message. Arrays travel in an ArrayRecord, everything else in a ConfigRecord, nothing is pickled. This is
-the only module of `tapfl` that imports Flower, and the complete list of what can leave a device: the fields of the
+One dataclass a message (`tapfl.wire_format`). This is the complete list of what can leave a device: the fields of the
 classes named ``...Reply``. Each is annotated with its meaning, and an array with its shape; `tapfl inspect --uplink`
 shows these annotations.
 """
@@ -9,119 +8,23 @@ shows these annotations.
 from __future__ import annotations
 
 import json
-import math
-from collections import Counter
-from dataclasses import dataclass, field, fields
-from io import BytesIO
-from typing import Annotated, Any, ClassVar, Self, get_type_hints
+from dataclasses import dataclass, field
+from typing import Annotated, ClassVar
 
 import numpy as np
 import torch
-from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
 from tapfl.errors import ConfigError, DataError, WireError
 from tapfl.options import validated
 from tapfl.profiles import DeviceProfile
 from tapfl.summary.mixture import GaussianSummary
 from tapfl.training import LARGEST
+from tapfl.wire_format import WireMessage
 
 MAX_SAMPLES = 10**9
 LONGEST_NAMES, LONGEST_NAME = 2**20, 200  # bytes of all class names of a device, and letters of one
 ENVELOPE = 4096  # bytes that a message may have beyond its expected arrays: names, headers, scalars
 PROFILE_FIELDS = ("budget", "rank", "compute", "upload", "download", "availability")
-
-
-@dataclass(frozen=True)
-class WireMessage:
-    """Base of all messages, converted field by field to and from Flower's records."""
-
-    type: ClassVar[str]  # Flower's message type
-    kind: ClassVar[str]  # under which its bytes are counted, except for fields with a kind of their own
-
-    def to_records(self) -> RecordDict:
-        """Returns the message as Flower's records."""
-        arrays, config = ArrayRecord(), ConfigRecord()
-        for each in fields(self):
-            value = getattr(self, each.name)
-            if isinstance(value, np.ndarray):
-                arrays[each.name] = Array(np.ascontiguousarray(value))
-            else:
-                config[each.name] = value
-        return RecordDict({"arrays": arrays, "config": config})
-
-    @classmethod
-    def from_records(cls, content: RecordDict, limit: float = math.inf) -> Self:
-        """Returns the message that `content` holds.
-
-        Args:
-            limit: bytes of all arrays, texts and names together; a larger message is refused unread.
-
-        Raises:
-            WireError: if a field is missing, unknown, of another type, or not finite, or if it is too large.
-        """
-        arrays, config = content.get("arrays", ArrayRecord()), content.get("config", ConfigRecord())
-        known = set(content) <= {"arrays", "config"}
-        if not isinstance(arrays, ArrayRecord) or not isinstance(config, ConfigRecord) or not known:
-            raise WireError(f"{cls.__name__}: records {sorted(content)!s:.80} are not `arrays` and `config`")
-        size = sum(len(array.data) + len(array.dtype) + 8 * len(array.shape) for array in arrays.values())
-        size += sum(map(_nbytes, (*config.values(), *config, *arrays)))
-        if size > limit:
-            raise WireError(f"{cls.__name__}: {size} bytes, at most {limit:.0f} are accepted")
-        hints = get_type_hints(cls)
-        names = [each.name for each in fields(cls)]
-        in_arrays = {name for name in names if hints[name] is np.ndarray}
-        if odd := sorted((set(arrays) ^ in_arrays) | (set(config) ^ (set(names) - in_arrays))):
-            raise WireError(f"{cls.__name__}: fields differ: {', '.join(name[:40] for name in odd[:5])}")
-        values: dict[str, Any] = {}
-        for name in names:
-            if name in in_arrays:
-                values[name] = _array(f"{cls.__name__}.{name}", arrays[name])
-            elif type(config[name]) is not hints[name]:
-                raise WireError(f"{cls.__name__}.{name}: must be {hints[name].__name__}, got {config[name]!r:.40}")
-            else:
-                values[name] = config[name]
-        if bad := [n for n, v in values.items() if isinstance(v, float) and not math.isfinite(v)]:
-            raise WireError(f"{cls.__name__}.{bad[0]}: is not finite")
-        return cls(**values)
-
-    @property
-    def bytes_by_kind(self) -> Counter[str]:
-        """Bytes of the fields by kind, without Flower's envelope; kinds without bytes are left out."""
-        counted: Counter[str] = Counter()
-        for each in fields(self):
-            counted[each.metadata.get("kind", self.kind)] += _nbytes(getattr(self, each.name))
-        return +counted
-
-
-def _array(field: str, array: Array) -> np.ndarray:
-    """Returns the values; memory is allocated by the bytes that arrived, not by the shape in the header."""
-    try:
-        content = BytesIO(array.data)
-        if np.lib.format.read_magic(content) != (1, 0):  # the only version that `np.save` writes for numbers
-            raise ValueError
-        shape, _, dtype = np.lib.format.read_array_header_1_0(content)
-        if dtype not in (np.float32, np.float64):
-            raise WireError(f"{field}: must be finite float32 or float64, got {dtype!s:.40}")
-        if math.prod(shape) * dtype.itemsize != len(array.data) - content.tell():
-            raise WireError(f"{field}: the shape {shape!s:.80} does not match its number of bytes")
-        value = array.numpy()
-    except WireError:
-        raise
-    except Exception as error:  # numpy's reader can raise anything on foreign bytes
-        raise WireError(f"{field}: cannot be read ({type(error).__name__})") from None
-    if not np.isfinite(value).all():
-        raise WireError(f"{field}: must be finite float32 or float64")
-    return value
-
-
-def _nbytes(value: object) -> int:
-    if isinstance(value, np.ndarray):
-        return int(value.nbytes)
-    if isinstance(value, list):
-        return sum(map(_nbytes, value))
-    if isinstance(value, str | bytes):
-        return len(value.encode(errors="surrogatepass") if isinstance(value, str) else value)
-    return 8
 
 
 def _require(condition: bool, message: str) -> None:

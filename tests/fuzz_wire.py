@@ -22,11 +22,11 @@ from flwr.common.serde import recorddict_from_proto
 from flwr.proto.recorddict_pb2 import RecordDict as Proto
 from test_wire import MESSAGES, accept
 
-from tapfl import profiles, wire
+from tapfl import profiles, wire, wire_format
 from tapfl.errors import WireError
 from tapfl.pruning import budget
 from tapfl.summary import mixture
-from tapfl.wire import WireMessage
+from tapfl.wire_format import WireMessage
 
 NUMBERS = (
     0.0,
@@ -151,7 +151,7 @@ if __name__ == "__main__":
     import atheris
 
     warnings.simplefilter("ignore")  # numpy's about odd headers and overflows
-    for module in (wire, mixture, profiles, budget, np.lib._format_impl):
+    for module in (wire, wire_format, mixture, profiles, budget, np.lib._format_impl):
         for owner in (module, *(kind for kind in vars(module).values() if inspect.isclass(kind))):
             for function in vars(owner).values():
                 function = getattr(function, "__func__", function)

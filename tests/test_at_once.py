@@ -13,7 +13,8 @@ from experiments import cli
 from experiments.search import study
 from tapfl.errors import ConfigError, ModelError
 from tapfl.models.dense import DenseCache
-from tapfl.store import RunFolder, only_one, write_json
+from tapfl.run_folder import RunFolder, only_one
+from tapfl.store import write_json
 
 FILES = {
     "sweep": "[grid]\nseed = [0]\n",

@@ -22,7 +22,7 @@ from experiments.engines.local import run_inprocess
 from strategies.server_app import app as server_app
 from strategies.state import load_checkpoint
 from tapfl.errors import ConfigError, RunError
-from tapfl.store import RunFolder
+from tapfl.run_folder import RunFolder
 
 MODEL = "img_size=8,patch_size=4,embed_dim=16,depth=2,num_heads=2"
 BURN = "import time\nwhile time.process_time() < {seconds}: pass\n"

@@ -27,7 +27,7 @@ from tapfl.errors import ConfigError
 from tapfl.personalize.method import Trainee
 from tapfl.pruning.pipeline import prune_model, pruning_task
 from tapfl.pruning.surgery import shrink
-from tapfl.store import RunFolder
+from tapfl.run_folder import RunFolder
 from tapfl.training import Params
 
 FAST = Compute(precision="fast")

@@ -12,7 +12,8 @@ from test_inprocess_run import SMALL, content, tapfl
 from experiments import cli
 from strategies.records import METRICS, FailureLine, append_lines
 from tapfl.errors import RunError
-from tapfl.store import RunFolder, write_bytes
+from tapfl.run_folder import RunFolder
+from tapfl.store import write_bytes
 
 OPTIONS = ["train.rounds=2"]
 

@@ -20,7 +20,8 @@ from strategies.server_app import app as server_app
 from tapfl.config import RunConfig
 from tapfl.errors import ConfigError, RunError
 from tapfl.options import parse_assignment
-from tapfl.wire import HelloReply, PruneReply, SummaryReply, TrainReply, WireMessage
+from tapfl.wire import HelloReply, PruneReply, SummaryReply, TrainReply
+from tapfl.wire_format import WireMessage
 
 Lie = Callable[[WireMessage], WireMessage]
 

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from clients.device import Device
+from clients.images import OwnImages
 from clients.storage import DeviceStorage
 from experiments import cli
 from tapfl import load_plan, load_pruned
@@ -365,8 +366,8 @@ def test_nothing_is_trained_on_the_images_that_choose_alpha(
     config = RunConfig.from_flat(json.loads((folder / "config.json").read_text()))
     profile = profiles_of(config.devices)[1]
     device = Device(config, 1, 4, profile, DeviceStorage(folder / "devices" / "01"))
-    part = device._part("train")
-    trained, held = device._trained_and_held_out
+    part = device._images.part("train")
+    trained, held = device._images.trained_and_held_out
     assert len(held) == round(0.25 * len(part)) and sorted([*trained, *held]) == list(range(len(part)))
     received = device._whole(FedAvg(), device._state(2), np.zeros(packed_size(device._pruned.layout), np.float32))
     own = device._state(2).personal
@@ -376,7 +377,7 @@ def test_nothing_is_trained_on_the_images_that_choose_alpha(
         pixels = part.images.read()
         pixels[changed] = pixels[changed, :, ::-1]
         other = replace(part, images=ImageSet.of(pixels, part.images.labels, part.images.classes))
-        monkeypatch.setattr(Device, "_part", lambda self, name: other)
+        monkeypatch.setattr(OwnImages, "part", lambda self, name: other)
         method = device._method(3)
         upload = device._local_task(method, received, own, 3).alone().upload
         weighed = device._weighted(method, received, own, 3)

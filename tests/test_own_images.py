@@ -119,7 +119,7 @@ def test_the_images_of_all_devices_are_known_to_a_simulation_alone(tmp_path: Pat
     node = {"partition-id": 0, "num-partitions": 1, "data": str(tmp_path / "mine.npz"), "storage": str(tmp_path)}
     device = device_of(Context(1, 2, node, RecordDict(), {"personalize.method": "pooled"}))
     with pytest.raises(ConfigError, match="'pooled': needs the images of all devices, which only a simulation has"):
-        device._part("pooled")
+        device._images.part("pooled")
 
 
 def test_too_few_images_are_refused(tmp_path: Path) -> None:

@@ -36,7 +36,7 @@ from strategies.records import Summary
 from tapfl.config import RunConfig
 from tapfl.errors import ConfigError, RunError
 from tapfl.options import parse_assignment
-from tapfl.store import only_one
+from tapfl.run_folder import only_one
 
 RATE = "train.learning-rate"
 SEARCH = '[search]\nmax-rounds = 2\neta = 2\nbrackets = 1\nkeep = "best"\n'

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from tapfl.errors import ConfigError, PlanError
-from tapfl.store import RunFolder, content_hash, read_tensors, write_bytes, write_json, write_tensors
+from tapfl.run_folder import RunFolder
+from tapfl.store import content_hash, read_tensors, write_bytes, write_json, write_tensors
 
 
 @pytest.mark.parametrize("step", ["replace", "fsync"])

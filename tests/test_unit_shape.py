@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from itertools import pairwise
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -171,8 +172,8 @@ def test_masked_is_shrunk_with_whole_heads_gone(
 
 def task_of(backbone: Tiny, budget: str, **options: object) -> PruningTask:
     settings = PruningOptions(**({"align": 1, "ratio": "uniform"} | options))  # type: ignore[arg-type]
-    timings = made_up_timings(backbone.layers)
-    return pipeline.pruning_task(backbone.model, backbone.inputs, budget, settings, batch=2, timings=timings)
+    with patch.object(pipeline, "measure_timings", lambda *_: made_up_timings(backbone.layers)):
+        return pipeline.pruning_task(backbone.model, backbone.inputs, budget, settings, batch=2)
 
 
 BUDGETS = ["params<=0.6", "macs<=0.6,params<=0.5", "latency<=0.8", "block-macs<=0.5,latency<=0.9"]

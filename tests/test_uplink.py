@@ -14,11 +14,12 @@ from typer.testing import CliRunner
 
 from clients.device import Device
 from experiments import cli
+from experiments import uplink as reading
 from experiments.uplink import uplink
 from strategies.records import DeviceRecord, Summary, write_summary
-from tapfl import wire
 from tapfl.errors import TapflError
 from tapfl.profiles import DeviceProfile
+from tapfl.wire_format import WireMessage
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ def listed(*replies: type) -> list[dict[str, str]]:
 
 @pytest.fixture
 def _stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(wire, "WireMessage", Base)
+    monkeypatch.setattr(reading, "WireMessage", Base)
 
 
 def test_every_answer_of_a_device_is_listed_with_every_field() -> None:
@@ -44,7 +45,7 @@ def test_every_answer_of_a_device_is_listed_with_every_field() -> None:
         for name, value in vars(Device).items()
         if name[0] != "_" and callable(value)
     ]
-    replies = [kind for kind in answers if isinstance(kind, type) and issubclass(kind, wire.WireMessage)]
+    replies = [kind for kind in answers if isinstance(kind, type) and issubclass(kind, WireMessage)]
     assert len(replies) >= 5
     rows = uplink()
     for reply in replies:

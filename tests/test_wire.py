@@ -27,8 +27,8 @@ from tapfl.wire import (
     SummaryReply,
     Train,
     TrainReply,
-    WireMessage,
 )
+from tapfl.wire_format import WireMessage
 
 DIM, MIN_SUPPORT, LENGTH, ROUND = 2, 5.0, 3, 4
 MESSAGES: list[WireMessage] = [

@@ -19,7 +19,8 @@ from test_wire import MESSAGES, TRAINED, accept, changed
 
 from tapfl import wire
 from tapfl.errors import WireError
-from tapfl.wire import TrainReply, WireMessage
+from tapfl.wire import TrainReply
+from tapfl.wire_format import WireMessage
 
 MB = 2**20
 CHECKS = {"profile", "named", "mixture", "held", "check"}  # what `accept` applies to a message that could be read

@@ -37,7 +37,8 @@ from tapfl.pruning.export import export, load_exported
 from tapfl.pruning.pipeline import prune_model, pruning_task
 from tapfl.pruning.plan import PruningPlan, load_plan
 from tapfl.pruning.surgery import WEIGHTS_FILE, load_pruned
-from tapfl.store import RunFolder, pack_tensors, write_bytes
+from tapfl.run_folder import RunFolder
+from tapfl.store import pack_tensors, write_bytes
 
 ENGINES = ("torch", "onnxruntime")
 

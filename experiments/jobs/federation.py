@@ -29,7 +29,8 @@ from tapfl.data.contents import contents
 from tapfl.errors import RunError
 from tapfl.options import Scalar
 from tapfl.progress import shown_on, stage
-from tapfl.store import RunFolder, content_hash, whole_folder
+from tapfl.run_folder import RunFolder
+from tapfl.store import content_hash, whole_folder
 
 if TYPE_CHECKING:
     from experiments.engines.ray import ActorPool

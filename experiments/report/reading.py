@@ -28,7 +28,8 @@ from tapfl.config import RunConfig
 from tapfl.errors import ConfigError, PlanError, TapflError
 from tapfl.pruning.plan import PruningPlan, read_plan
 from tapfl.pruning.surgery import require_fitting
-from tapfl.store import RunFolder, read_about
+from tapfl.run_folder import RunFolder
+from tapfl.store import read_about
 
 T = TypeVar("T")
 L = TypeVar("L", bound=Line)

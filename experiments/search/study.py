@@ -34,7 +34,8 @@ from tapfl.data.contents import changed
 from tapfl.errors import ConfigError, RunError
 from tapfl.options import Scalar, differences, nested
 from tapfl.progress import stage
-from tapfl.store import only_one, write_bytes
+from tapfl.run_folder import only_one
+from tapfl.store import write_bytes
 
 JOURNAL = "study.journal"
 IDENTITY, INPUTS = "tapfl:search", "tapfl:inputs"

@@ -48,7 +48,7 @@ from tapfl.config import RunConfig
 from tapfl.errors import ConfigError, TapflError
 from tapfl.options import AnyShares, Scalar, Section, flatten, read_toml_tables, validated
 from tapfl.progress import Advance
-from tapfl.store import RunFolder
+from tapfl.run_folder import RunFolder
 
 LONGEST_NAME = 240  # bytes of a run's name: file systems take 255, and its log's is longer
 Point = tuple[tuple[str, Any], ...]  # options in which runs differ, without the seed

@@ -20,7 +20,7 @@ from tapfl.data.images import ImageSet
 from tapfl.data.transform import Transform
 from tapfl.errors import ConfigError, ModelError
 from tapfl.models.backbone import BackboneSpec
-from tapfl.models.cost import Timings, measure_cost, measure_timings
+from tapfl.models.cost import measure_cost, measure_timings
 from tapfl.models.forward import example_input, full
 from tapfl.models.new_head import put_head
 from tapfl.models.prunable import prunable_layers
@@ -118,7 +118,6 @@ def pruning_task(
     batch: int = 64,
     labels: Tensor | None = None,
     seed: int = 0,
-    timings: Timings | None = None,
     new_head: nn.Module | None = None,
 ) -> PruningTask:
     """Returns the input of a criterion.
@@ -127,7 +126,6 @@ def pruning_task(
     found on the metric set unless `model` is in it already (`turned_on_pool`).
 
     Args:
-        timings: of the model, for a budget that names latency; measured here if None.
         new_head: the same backbone with the classifier that devices get, if it is another.
 
     Raises:
@@ -139,8 +137,7 @@ def pruning_task(
     layers, given = tuple(prunable_layers(model)), new_head or model
     dense, options = measure_cost(given), aligned(options, layers)
     model = in_basis(model, options.basis, lambda: canonical_basis(model, layers, inputs, batch))
-    if limits.measured and timings is None:
-        timings = measure_timings(given, layers, options.align)
+    timings = measure_timings(given, layers, options.align) if limits.measured else None
     costs, generator = cost_table(layers, dense, limits, timings), torch_generator(seed, "criterion")
     return PruningTask(model, layers, dense, inputs, labels, costs, options, batch, generator, new_head=new_head)
 
