@@ -26,13 +26,20 @@ from experiments.bench.adapters import (
 from experiments.bench.cli import BENCHES
 from experiments.bench.data import data, generated_jpeg, torch_loader
 from experiments.bench.latency import latency
+from experiments.bench.local_training import DIGITS, Device
 from experiments.bench.scores import loop_terms, plain_layer_importance
 from experiments.bench.timing import peak_process_bytes, peak_tensor_bytes, side_by_side
+from experiments.bench.together import together
+from tapfl.adapters.stack import flat
+from tapfl.compute import HERE
 from tapfl.config import AdapterOptions, RunConfig
 from tapfl.data.sources import load_images
+from tapfl.errors import ConfigError
 from tapfl.models.backbone import BackboneSpec
 from tapfl.models.forward import input_transform
+from tapfl.personalize.method import LocalResult
 from tapfl.personalize.methods import FedAvg
+from tapfl.personalize.together import all_of
 from tapfl.pruning.layer_importance import layer_importance
 from tapfl.pruning.scores import terms
 
@@ -186,6 +193,30 @@ def test_a_row_of_the_apfl_bench() -> None:
     (row,) = apfl(["digits"], [64, 128], batch=2, rank=1, steps=1, repeats=1)
     assert row["model"] == "digits" and row["batch"] == "2"
     assert all(float(row[name]) > 0 for name in ("two peft ms", "deep copies", "frozen", "APFL"))
+
+
+@pytest.mark.parametrize("method", ["fedavg", "apfl"])
+def test_the_loop_over_devices_by_hand_ends_where_they_end_together(method: str) -> None:
+    devices = [Device(DIGITS, 12, HERE, budget, rank, seed) for seed, (budget, rank) in enumerate([(0.5, 6), (0.7, 8)])]
+    outcomes = all_of([device.task(method, 6, epochs=2) for device in devices])
+    for device, outcome in zip(devices, outcomes, strict=True):
+        assert isinstance(outcome, LocalResult) and outcome.upload
+        start = flat(device.start)
+        for mine, theirs in zip(
+            (outcome.upload, outcome.personal and outcome.personal.params), device.by_hand(method, 6, 2), strict=True
+        ):
+            assert (mine is None) == (not theirs)
+            if mine:
+                wanted = flat(theirs).detach()
+                assert (flat(mine) - wanted).norm() <= 0.01 * (wanted - start).norm()
+
+
+def test_the_bench_of_devices_together_has_a_row_for_every_method() -> None:
+    rows = list(together(devices=3, at_once="3", samples=4, batch=4, repeats=1))
+    assert [(row["method"], row["groups"]) for row in rows] == [("fedavg", "1 × 3"), ("apfl", "1 × 3")]
+    assert all(float(row[name].split(" ")[0]) > 0 for row in rows for name in ("together / loop", "stacking"))
+    with pytest.raises(ConfigError, match=r"train\.together"):
+        list(together(at_once="many"))
 
 
 def test_every_benchmark_is_a_command_with_its_functions_options() -> None:

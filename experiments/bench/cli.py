@@ -26,6 +26,7 @@ BENCHES = {  # command -> module and function
     "search": "search:search",
     "simulation": "engines:simulation",
     "engine": "engines:engine",
+    "together": "together:together",
     "aggregate": "adapters:aggregate",
     "apfl": "adapters:apfl",
     "all": "goals:measure_all",

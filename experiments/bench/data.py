@@ -187,7 +187,9 @@ def torch_loader(config: RunConfig, files: list[str], threads: int) -> Any:
         (ours.channels, *ours.size), interpolation=ours.interpolation, mean=ours.mean, std=ours.std, crop_pct=ours.crop
     )
     torch.set_num_threads(1)
-    return torch.utils.data.DataLoader(Files(files, transform), BATCH, num_workers=threads if threads > 1 else 0)
+    # forked, as in a script on Linux; this process was spawned, and its children would be, with all their imports
+    own: dict[str, Any] = {"num_workers": threads, "multiprocessing_context": "fork"} if threads > 1 else {}
+    return torch.utils.data.DataLoader(Files(files, transform), BATCH, **own)
 
 
 class Files(torch.utils.data.Dataset[torch.Tensor]):

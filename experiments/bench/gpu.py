@@ -26,37 +26,21 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from tapfl.adapters import rules
-from tapfl.adapters.layout import device_layout, gather_all, global_shapes
-from tapfl.adapters.lora import AdaptedModel
+from experiments.bench.local_training import DIGITS, METHODS, Device, drawn, model_of, spec_named
 from tapfl.compute import Compute, home
-from tapfl.config import AdapterOptions, ComputeOptions, PruningOptions, TrainOptions
-from tapfl.models.backbone import BackboneSpec, build
-from tapfl.models.forward import example_input
-from tapfl.models.prunable import prunable_layers
-from tapfl.personalize.apfl import Apfl
-from tapfl.personalize.method import Method, local_round
-from tapfl.personalize.methods import FedAvg
+from tapfl.config import ComputeOptions, PruningOptions, TrainOptions
 from tapfl.pruning.compensation import compensated
 from tapfl.pruning.criteria.criterion import PruningTask
 from tapfl.pruning.layer_importance import layer_importance
 from tapfl.pruning.pipeline import prune_model, pruning_task, select
 from tapfl.pruning.scores import neuron_importance
 from tapfl.pruning.sensitivity import sensitivities
-from tapfl.seeds import numpy_generator, torch_generator
-from tapfl.training import Params, batches
+from tapfl.seeds import torch_generator
+from tapfl.training import Params
 
 Row = dict[str, Any]
-RANK, SCALE, CLASSES = 8, 2.0, 20
 WAIT = 60.0  # seconds that processes wait for each other
-DIGITS = BackboneSpec(
-    name="vit_tiny_patch16_224",
-    args={"img_size": 8, "patch_size": 2, "in_chans": 1, "embed_dim": 64, "depth": 4, "num_heads": 4},
-    num_classes=10,
-)
-METHODS: dict[str, Method[Any]] = {"fedavg": FedAvg(), "apfl": Apfl(0.5, "step")}
 
 
 @dataclass(frozen=True)
@@ -90,59 +74,11 @@ class Size:
 SMALL = Size(("digits",), "digits", (("digits", "tap"), ("digits", "tap+")), 2, 16, 16, 8, 8, 2, (1, 2), 10.0)
 
 
-def spec_named(name: str) -> BackboneSpec:
-    return DIGITS if name == "digits" else BackboneSpec(name=name, args={}, num_classes=CLASSES)
-
-
-def model_named(name: str) -> nn.Module:
-    torch.manual_seed(0)
-    return build(spec_named(name)).requires_grad_(False)
-
-
-def drawn(model: nn.Module, count: int, seed: int = 0) -> Tensor:
-    return torch.randn(example_input(model, count).shape, generator=torch.Generator().manual_seed(seed))
-
-
 def task_of(model: nn.Module, inputs: Tensor, criterion: str, batch: int, compute: Compute) -> PruningTask:
     """Returns a pruning problem at half of the MACs, where `compute` says."""
     options = PruningOptions(criterion=criterion)
     task = pruning_task(compute.put(model), compute.put(inputs), 0.5, options, batch)
     return replace(task, at_once=compute.at_once, passing=compute.forward)
-
-
-class Device:
-    """A pruned model and its adapters, cut at random, for `images` random images."""
-
-    def __init__(self, name: str, images: int, compute: Compute) -> None:
-        dense, spec = model_named(name), spec_named(name)
-        task = pruning_task(dense, drawn(dense, 4), 0.5, PruningOptions(criterion="random", ratio="uniform"), batch=4)
-        made = prune_model(task, spec)
-        shapes = global_shapes(dense, prunable_layers(dense), RANK)
-        self.layout = device_layout(shapes, prunable_layers(dense), made.plan, RANK)
-        generator = torch_generator(0, "adapters")
-        whole = rules.initial(AdapterOptions(), shapes, prunable_layers(dense), dense, generator)
-        self.start: Params = compute.put(gather_all(whole, self.layout))
-        self.adapted = AdaptedModel(compute.put(made.model), self.layout, SCALE, compute.reduced)
-        self.inputs = compute.put(drawn(dense, images))
-        self.labels = compute.put(torch.arange(images) % spec.num_classes)
-
-    def loss(self, params: Params, index: object) -> Tensor:
-        return F.cross_entropy(self.adapted(params, self.inputs[index]), self.labels[index])  # type: ignore[index]
-
-    def round(self, method: Method[Any], step: int) -> Params:
-        """Returns what an epoch of local training gives."""
-        order = [torch.from_numpy(each) for each in batches(len(self.labels), step, 1, numpy_generator(0, "train"))]
-        train = TrainOptions(batch=step, steps=len(order))
-        return local_round(method, self.loss, self.start, None, order, train, frozenset(self.start)).upload or {}
-
-    def bare(self, step: int) -> None:
-        """The same epoch of FedAvg as anyone would write it."""
-        params = {name: theta.clone().requires_grad_() for name, theta in self.start.items()}
-        adam = torch.optim.Adam(list(params.values()), lr=3e-3, fused=True)
-        for index in batches(len(self.labels), step, 1, numpy_generator(0, "train")):
-            adam.zero_grad()
-            self.loss(params, torch.from_numpy(index)).backward()
-            adam.step()
 
 
 def median_seconds(compute: Compute, call: Callable[[], object], repeats: int) -> float:
@@ -156,7 +92,7 @@ def median_seconds(compute: Compute, call: Callable[[], object], repeats: int) -
 def agreement(size: Size, compute: Compute) -> Iterator[Row]:
     """The CPU against the device, on a small ViT: plans and adapters; the same round twice; the cost of determinism."""
     replace(compute, deterministic=True).prepare()  # what cuBLAS reads has to be set before it is first used
-    dense, here = model_named("digits"), Compute()
+    dense, here = model_of(DIGITS), Compute()
     inputs = drawn(dense, 64)
     for criterion in ("tap", "tap+"):
         plans = [prune_model(task_of(dense, inputs, criterion, 16, way), DIGITS).plan for way in (here, compute)]
@@ -167,7 +103,7 @@ def agreement(size: Size, compute: Compute) -> Iterator[Row]:
     found: dict[str, Params] = {}
     for name, way in ways.items():
         way.prepare()
-        a_round = partial(Device("digits", 64, way).round, METHODS["fedavg"], 16)
+        a_round = partial(Device(DIGITS, 64, way).round, "fedavg", 16)
         found[name], found[f"{name} again"] = home(a_round()), home(a_round())
         yield {"round": name, "s": median_seconds(way, a_round, 3)}
     for one, other in (("cpu", "device"), ("device", "device again"), ("deterministic", "deterministic again")):
@@ -179,7 +115,7 @@ def steps(size: Size, compute: Compute) -> Iterator[Row]:
     """One step of local training: milliseconds of the device, and of the host until it has launched all of it."""
     for name in size.models:
         for way in both(compute):
-            device = Device(name, size.step, way)
+            device = Device(spec_named(name), size.step, way)
             index = torch.arange(size.step)
             for label, method in METHODS.items():
                 train = TrainOptions(batch=size.step, steps=10**6)
@@ -197,9 +133,9 @@ def steps(size: Size, compute: Compute) -> Iterator[Row]:
 def a_round(size: Size, compute: Compute) -> Iterator[Row]:
     """Devices one after the other: `local_round` against a bare loop (ratio), and in several processes at once."""
     for way in both(compute):
-        device = Device(size.of_round, size.images, way)
-        loop = median_seconds(way, partial(device.bare, size.step), 3)
-        ours = median_seconds(way, partial(device.round, METHODS["fedavg"], size.step), 3)
+        device = Device(spec_named(size.of_round), size.images, way)
+        loop = median_seconds(way, partial(device.by_hand, "fedavg", size.step), 3)
+        ours = median_seconds(way, partial(device.round, "fedavg", size.step), 3)
         yield {"precision": way.precision, "bare s": loop, "ours s": ours, "ours / bare": ours / loop, **memory()}
     for count in size.processes:
         yield {"processes": count, "s of a round": at_once(count, size, compute), "devices": size.devices}
@@ -208,7 +144,8 @@ def a_round(size: Size, compute: Compute) -> Iterator[Row]:
 def round_zero(size: Size, compute: Compute) -> Iterator[Row]:
     """The smaller model of one device, part by part, in forward passes of its metric set."""
     for name, criterion in size.of_zero:
-        dense, spec = model_named(name), spec_named(name)
+        spec = spec_named(name)
+        dense = model_of(spec)
         inputs = drawn(dense, size.metric)
         for way in both(compute):
             task = task_of(dense, inputs, criterion, size.batch, way)
@@ -282,12 +219,12 @@ def at_once(count: int, size: Size, compute: Compute) -> float:
 
 def _worker(devices: int, size: Size, compute: Compute, ready: Any, go: Any) -> None:
     compute.prepare()
-    device = Device(size.of_round, size.images, compute)
-    device.round(METHODS["fedavg"], size.step)
+    device = Device(spec_named(size.of_round), size.images, compute)
+    device.round("fedavg", size.step)
     ready.wait(WAIT)
     go.wait(WAIT)
     for _ in range(devices):
-        device.round(METHODS["fedavg"], size.step)
+        device.round("fedavg", size.step)
 
 
 def _carry_out(name: str, size: Size, compute: Compute, pipe: Connection) -> None:

@@ -44,10 +44,23 @@ def cpu_seconds(work: Callable[[], object]) -> float:
     return time.process_time() - start
 
 
+def turns(variants: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, np.ndarray]:
+    """Returns wall and CPU seconds of each turn of each variant, (repeats, 2).
+
+    They take turns, so that a busy machine is busy for all.
+    """
+    taken: dict[str, list[tuple[float, float]]] = {name: [] for name in variants}
+    for _ in range(repeats):
+        for name, work in variants.items():
+            start = time.perf_counter()
+            cpu = cpu_seconds(work)
+            taken[name].append((time.perf_counter() - start, cpu))
+    return {name: np.array(each) for name, each in taken.items()}
+
+
 def side_by_side(variants: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, float]:
-    """Returns the median CPU seconds of each variant. They take turns, so that a busy machine is busy for all."""
-    turns = [[cpu_seconds(work) for work in variants.values()] for _ in range(repeats)]
-    return dict(zip(variants, np.median(turns, axis=0).tolist(), strict=True))
+    """Returns the median CPU seconds of each variant in its turns."""
+    return {name: float(np.median(taken[:, 1])) for name, taken in turns(variants, repeats).items()}
 
 
 class _Storages(TorchDispatchMode):

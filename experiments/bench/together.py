@@ -1,0 +1,116 @@
+"""Local rounds of devices that step together, against the same devices one by one and against a loop by hand.
+
+All three take turns on one thread. Local training alone is counted: no messages, no evaluation, nothing is stored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Annotated
+
+import numpy as np
+import torch
+import typer
+
+from experiments.bench.local_training import METHODS, Device, spec_named
+from experiments.bench.timing import Repeats, Row, Sizes, turns
+from strategies.fleet import groups_of
+from tapfl.adapters.stacked_model import StackedModel
+from tapfl.compute import HERE
+from tapfl.config import DeviceOptions, RunConfig, TrainOptions
+from tapfl.errors import ConfigError
+from tapfl.options import parse_assignment
+from tapfl.personalize.together import LocalTask, Outcome, all_of
+
+LOOP, ALONE, TOGETHER, STACKING = "loop by hand", "one by one", "together", "stacking"
+
+
+def together(
+    model: Annotated[list[str], typer.Option("--model", help="`digits`, or timm names")] = ["digits"],
+    size: Sizes = [64],
+    method: Annotated[list[str], typer.Option(help=f"{', '.join(METHODS)}; default: all")] = [],
+    devices: Annotated[int, typer.Option(min=2, help="of the default budgets and ranks in turn")] = 20,
+    at_once: Annotated[str, typer.Option(help="as train.together: a number, or auto")] = "auto",
+    samples: Annotated[int, typer.Option(min=2, help="training images per device")] = 72,
+    batch: Annotated[int, typer.Option(min=2, help="images per step")] = 16,
+    repeats: Repeats = 3,
+) -> Iterator[Row]:
+    """A local round of devices that step together, as a share of a bare loop over them; stacking them is included.
+
+    A round has three epochs. `stacking` is the share of the time that goes into making one model of each group.
+    """
+    if unknown := [name for name in method if name not in METHODS]:
+        raise ConfigError(f"--method {unknown[0]}: accepted: {', '.join(METHODS)}")
+    train = RunConfig.from_flat(dict([parse_assignment(f"train.together={at_once}")]) | {"train.batch": batch}).train
+    torch.set_num_threads(1)
+    for name in model:
+        for pixels in size[:1] if name == "digits" else size:
+            shown = name if name == "digits" else f"{name.removesuffix('_patch16_224')} {pixels} px"
+            made = _made(name, pixels, devices, samples)
+            groups = _groups(made, train)
+            for each in method or METHODS:
+                taken = turns(_variants(made, groups, each, train), repeats)
+                yield {"model": shown, "method": each, "groups": _sizes(groups)} | _row(taken)
+
+
+def _made(name: str, pixels: int, count: int, samples: int) -> Sequence[Device]:
+    defaults = DeviceOptions()
+    kinds = list(zip(defaults.budgets, defaults.ranks, strict=True))
+    spec = spec_named(name, pixels)
+    return [Device(spec, samples, HERE, *kinds[i % len(kinds)], seed=i) for i in range(count)]
+
+
+def _groups(devices: Sequence[Device], train: TrainOptions) -> list[list[int]]:
+    """Returns all devices by what is computed at once, as in a run."""
+    groups = groups_of({i: device.macs for i, device in enumerate(devices)}, train)
+    grouped = {i for group in groups for i in group}
+    return groups + [[i] for i in range(len(devices)) if i not in grouped]
+
+
+def _sizes(groups: Sequence[Sequence[int]]) -> str:
+    sizes = [len(group) for group in groups]
+    return " + ".join(f"{sizes.count(size)} × {size}" for size in dict.fromkeys(sizes))
+
+
+def rounds(devices: Sequence[Device], group: Sequence[int], method: str, train: TrainOptions) -> list[LocalTask]:
+    """Returns the local rounds of a group."""
+    return [devices[i].task(method, train.batch, train.epochs) for i in group]
+
+
+def _variants(
+    devices: Sequence[Device], groups: Sequence[Sequence[int]], method: str, train: TrainOptions
+) -> dict[str, Callable[[], object]]:
+    of = partial(rounds, devices, method=method, train=train)
+
+    return {
+        LOOP: lambda: [device.by_hand(method, train.batch, train.epochs) for device in devices],
+        ALONE: lambda: [task.alone() for task in of(range(len(devices)))],
+        TOGETHER: lambda: [_whole(all_of(of(group))) for group in groups],
+        STACKING: lambda: [StackedModel([devices[i].adapted for i in group]) for group in groups if len(group) > 1],
+    }
+
+
+def _whole(outcomes: Sequence[Outcome]) -> Sequence[Outcome]:
+    """Returns the results. Raises the error with which a device's training ended."""
+    for outcome in outcomes:
+        if isinstance(outcome, Exception):
+            raise outcome
+    return outcomes
+
+
+def _row(taken: dict[str, np.ndarray]) -> Row:
+    """Returns columns of medians; `taken` has wall and CPU seconds of each turn."""
+
+    def ratio(what: str, to: str, unit: int = 1) -> str:
+        shares = taken[what][:, unit] / taken[to][:, unit]
+        return f"{np.median(shares):.2f} ({shares.min():.2f}–{shares.max():.2f})"
+
+    return {
+        "loop s": f"{np.median(taken[LOOP][:, 1]):.2f}",
+        "one by one / loop": ratio(ALONE, LOOP),
+        "together / loop": ratio(TOGETHER, LOOP),
+        "together / one by one": ratio(TOGETHER, ALONE),
+        "wall / loop": ratio(TOGETHER, LOOP, 0),
+        "stacking": ratio(STACKING, TOGETHER),
+    }
