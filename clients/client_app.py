@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import faulthandler
 import json
+import logging
+import os
 import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from traceback import format_exception
 from typing import TypeVar
 
 from flwr.app import Context, Error, Message
 from flwr.clientapp import ClientApp
+from flwr.common.logger import log
 
 from clients.device import Device
 from clients.storage import DeviceStorage
-from tapfl.compute import Compute, within_memory
+from tapfl.compute import Compute, is_fault, within_memory
 from tapfl.config import ComputeOptions, RunConfig, names_path
 from tapfl.errors import ConfigError, RunError
 from tapfl.options import Scalar, validated
@@ -39,17 +42,23 @@ class DeviceApp(ClientApp):
         A device that fails has an error as its reply. All of them have as much time as each would have by itself.
         """
         devices = [device_of(context) for context in contexts]
-        devices[0].compute.prepare()
+        devices[0].compute.prepare(gpu_share())
         what = f"devices {', '.join(str(device.partition_id) for device in devices)}: train"
         with time_limit(len(devices) * devices[0].config.faults.device_timeout, what):
             asked = [Train.from_records(message.content) for message in messages]
 
             def carry_out() -> list[TrainReply | Exception]:
-                return carried_out([device.training(each) for device, each in zip(devices, asked, strict=True)])
+                work = [device.training(each) for device, each in zip(devices, asked, strict=True)]
+                return carried_out(work, partial(_once, devices[0].config.out))
 
-            answers = within_memory(carry_out, what)
+            try:
+                answers = within_memory(carry_out, what)
+            except Exception as error:
+                answers = [error] * len(messages)
+        if fault := next((each for each in answers if isinstance(each, Exception) and ends_worker(each)), None):
+            answers = [fault] * len(messages)  # sent again as the same group
         return [
-            Message(Error(RAISED, "".join(format_exception(answer))), reply_to=message)
+            error_reply(answer, message)
             if isinstance(answer, Exception)
             else Message(answer.to_records(), reply_to=message)
             for answer, message in zip(answers, messages, strict=True)
@@ -65,8 +74,10 @@ if "flwr.simulation" in sys.modules:
 
     ClientAppActor._default_options["max_restarts"] = -1  # type: ignore[attr-defined]
 
-RAISED = 2  # Flower's code for an exception in the ClientApp
+LOST, RAISED = 0, 2  # Flower's codes: the worker is gone and the server asks again; an exception in the ClientApp
 HARD = 2.0  # a worker stuck where Python cannot interrupt it ends itself after this many time limits
+
+ENDING = 0.5  # seconds for a last reply to leave a worker; if it does not, the server asks again just the same
 
 M = TypeVar("M", bound=WireMessage)
 
@@ -86,7 +97,7 @@ def device_of(context: Context) -> Device:
 
     Raises:
         ConfigError: if a path in the node's configuration is not absolute, its profile is not valid, or there is no
-            such device to compute on.
+            such device to compute on, or Ray has reserved none.
     """
     config = _config(json.dumps(dict(context.run_config)))
     node = context.node_config
@@ -105,13 +116,20 @@ def device_of(context: Context) -> Device:
         storage=DeviceStorage(folder),
         source=source,
         secret=str(node.get("secret", "")),
-        compute=Compute.of(_own_compute(node, config)),
+        compute=_compute(node, config),
     )
 
 
-def _own_compute(node: Mapping[str, Scalar], config: RunConfig) -> ComputeOptions:
+def _compute(node: Mapping[str, Scalar], config: RunConfig) -> Compute:
     own = {"device": node["device"]} if "device" in node else {}
-    return validated(ComputeOptions, config.compute.model_dump() | own) if own else config.compute
+    options = validated(ComputeOptions, config.compute.model_dump() | own) if own else config.compute
+    compute = Compute.of(options)
+    if compute.device.type != "cpu" and not gpu_share():  # all workers would use the first GPU
+        accepted = "--actor-gpus (flwr run: client-resources-num-gpus) above 0, or compute.device = cpu"
+        raise ConfigError(
+            f"compute.device = {options.device!r}: this worker has no share of a GPU; accepted: {accepted}"
+        )
+    return compute
 
 
 def _own_path(node: Mapping[str, Scalar], name: str) -> str:
@@ -154,14 +172,48 @@ def _is_ray_worker() -> bool:
     return bool(ray and ray.is_initialized() and ray.get_runtime_context().worker.mode == ray.WORKER_MODE)
 
 
+def gpu_share() -> float:
+    """Returns how much of a GPU this process has: what Ray reserved for a worker of its, elsewhere all of one."""
+    if not _is_ray_worker():
+        return 1.0
+    return float(sys.modules["ray"].get_runtime_context().get_assigned_resources().get("GPU", 0.0))
+
+
+@lru_cache(maxsize=1024)
+def _once(run: str, line: str) -> None:
+    """Logs a line the first time that this process has it of a run."""
+    log(logging.INFO, "%s", line)
+
+
+def ends_worker(error: Exception) -> bool:
+    """Returns whether a Ray worker cannot go on after an error: its GPU can be used again by a new process only."""
+    return is_fault(error) and _is_ray_worker()
+
+
+def error_reply(error: Exception, message: Message) -> Message:
+    """Returns the reply of a device that failed. A worker that cannot go on ends; Ray starts it anew."""
+    code = RAISED
+    if ends_worker(error):
+        code = LOST
+        end = threading.Timer(ENDING, os._exit, [1])
+        end.daemon = True
+        end.start()
+    return Message(Error(code, "".join(format_exception(error))), reply_to=message)
+
+
 def _answering(type: type[M], handler: Callable[[Device, M], WireMessage]) -> Callable[[Message, Context], Message]:
     def answer(message: Message, context: Context) -> Message:
         device = device_of(context)
-        device.compute.prepare()
+        device.compute.prepare(gpu_share())
         what = f"device {device.partition_id}: {message.metadata.message_type}"
         with time_limit(device.config.faults.device_timeout, what):
             asked = type.from_records(message.content)
-            reply = within_memory(lambda: handler(device, asked), what)
+            try:
+                reply = within_memory(lambda: handler(device, asked), what)
+            except Exception as error:
+                if ends_worker(error):
+                    return error_reply(error, message)
+                raise
         return Message(reply.to_records(), reply_to=message)
 
     return answer

@@ -284,7 +284,7 @@ class Device:
         rate = rate_factor(options, round) * options.learning_rate
         update = {"learning_rate": rate, "steps": local_steps(len(positions), options)}
         train = options.model_copy(update=update)
-        return LocalTask(method, own.adapted, received, personal, drawn(), train, trained)
+        return LocalTask(method, own.adapted, received, personal, drawn(), train, trained, self.partition_id)
 
     def _upload(self, received: Params, trained: Params, round: int) -> np.ndarray:
         """Returns the upload as one flat vector; with differential privacy, within `dp-clip` of the received w."""

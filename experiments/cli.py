@@ -68,7 +68,7 @@ def run(
 ) -> None:
     """Run one federation: summaries, pruning plans, smaller models, adapter rounds, personal models."""
     options = options_of(config, set)
-    from experiments.jobs.federation import engine_of
+    from experiments.jobs.federation import engine_of, require_gpus
     from experiments.jobs.pool import interruptible
     from experiments.preflight import resolve_run
     from experiments.statistics import against_references
@@ -81,6 +81,7 @@ def run(
     _require_ray(engine, ray)
     with shown():
         resolved = resolve_run(options, Path(str(path)), resume is not None or bool(options.get("resume")))
+    require_gpus(engine, ray, [resolved.compute.device])
     folder, again = Path(resolved.out), f"tapfl run --resume {resolved.out}"
     with interruptible(again):
         try:
@@ -142,7 +143,7 @@ def sweep(
     With --engine ray they share this process and one pool of actors; otherwise each run is a process of its own.
     Runs that differ only in options that take effect after round zero share round zero.
     """
-    from experiments.jobs.federation import federations
+    from experiments.jobs.federation import federations, require_gpus
     from experiments.jobs.pool import interruptible
     from experiments.sweep.grid import group_of, read_sweep, read_sweep_options, references, run_sweep
     from experiments.sweep.picture import picture
@@ -154,6 +155,7 @@ def sweep(
     _require_ray(engine, runs)
     planned = read_sweep(config, options_of(None, set))
     options = read_sweep_options(config, options_of(None, reference))
+    require_gpus(engine, runs, [str(run.options.get("compute.device", "cpu")) for run in planned])
     references([group_of(run.point) for run in planned], options.reference)
     with interruptible("the same command"), only_one(out, "sweep"), ExitStack() as stack:
         stack.enter_context(shown())
@@ -190,7 +192,7 @@ def search(
     as_json: JsonObject = False,
 ) -> None:
     """Search for good options. Budgets are rounds; promising runs continue from their checkpoints."""
-    from experiments.jobs.federation import federations
+    from experiments.jobs.federation import federations, require_gpus
     from experiments.jobs.pool import interruptible
     from experiments.preflight import DEFAULT_DEVICES
     from experiments.search.settings import read_search
@@ -199,6 +201,7 @@ def search(
     _require_ray(engine, runs, needs_ray=("workers", *NEED_RAY))
     wanted = read_search(config, method, {"devices.count": DEFAULT_DEVICES})
     load_torch()  # only after the file has been checked
+    require_gpus(engine, runs, [str(wanted.options.get("compute.device", "cpu"))])
     from experiments.search.study import run_search
 
     folder, start = out or Path("runs") / config.stem, partial(federations, engine, runs)
@@ -237,6 +240,8 @@ def _require_ray(engine: str, options: RayOptions, needs_ray: Sequence[str] = NE
         require_reachable(options.address)
         return
     for name in needs_ray:
+        if name == "actor_gpus" and engine == "flower":
+            continue
         if (value := getattr(options, name)) != getattr(RayOptions, name):
             raise ConfigError(f"--{name.replace('_', '-')} {value}: only with --engine ray")
 

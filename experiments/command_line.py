@@ -70,7 +70,7 @@ class RayOptions:
     ] = ""
     actor_cpus: Annotated[float, typer.Option(min=0, help="ray: CPUs that each actor reserves")] = 1.0
     actor_gpus: Annotated[
-        float, typer.Option(min=0, help="ray: GPUs that each actor reserves, for plugins; 0.25: four actors share one")
+        float, typer.Option(min=0, help="ray and flower: GPUs that each worker reserves; 0.25: four workers share one")
     ] = 0.0
 
 

@@ -90,10 +90,13 @@ class Compute:
         device = torch.device("cuda", 0) if name == "cuda" else CPU
         return cls(device, options.precision, options.deterministic)
 
-    def prepare(self) -> None:
+    def prepare(self, share: float = 1.0) -> None:
         """Sets what torch knows once a process: one thread, and on a GPU full float32 and the choice of kernels.
 
         A worker uses one thread: more would compete for the cores and change the last bit.
+
+        Args:
+            share: of the GPU's memory that tensors of this process may take.
         """
         torch.set_num_threads(1)
         if self.device.type == "cpu":  # where all operations that are used here are deterministic
@@ -107,6 +110,8 @@ class Compute:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read at the first product on the GPU
         torch.use_deterministic_algorithms(self.deterministic)
         setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)  # noqa: B010  (a property of the module)
+        if share < 1:
+            torch.cuda.set_per_process_memory_fraction(share, self.device)
 
     def put(self, x: T) -> T:
         """Returns a tensor, tensors by name or a module on the device: a copy, or where it is the CPU, `x` itself."""
@@ -182,6 +187,18 @@ def within_memory(call: Callable[[], R], what: str) -> R:
         full = str(error).splitlines()[0]
         lower = "a smaller train.batch, train.together = 1, or fewer workers a GPU (--actor-gpus)"
         raise RunError(f"{what}: the memory is full ({full}); accepted: {lower}") from None
+
+
+def is_fault(error: BaseException) -> bool:
+    """Returns whether an error of a GPU leaves it unusable for the rest of this process; a full memory does not."""
+    if not isinstance(error, RuntimeError) or "out of memory" in str(error):
+        return False
+    kind = getattr(torch, "AcceleratorError", ())  # torch 2.8; libraries' errors are plain RuntimeErrors
+    return isinstance(error, kind) or str(error).startswith(("CUDA error", "cuDNN error"))
+
+
+def gpus_here() -> int:
+    return torch.cuda.device_count()
 
 
 HERE = Compute()  # the CPU, exact

@@ -5,16 +5,19 @@ from __future__ import annotations
 import os
 import signal
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import torch
 from flwr.app import Array, ArrayRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
 from clients import client_app as real
 from clients.client_app import time_limit
+from clients.device import Device
 from tapfl.wire import Train, TrainReply
 
 broken_server = ServerApp()
@@ -44,6 +47,40 @@ def _dies_once(context: Context, partition_id: int) -> None:
     if context.node_config["partition-id"] == partition_id and not mark.exists():
         mark.touch()
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+class MortalTogether(real.DeviceApp):
+    """Its worker dies with a group, once."""
+
+    def answer_together(self, messages: Sequence[Message], contexts: Sequence[Context]) -> list[Message]:
+        for context in contexts:
+            _dies_once(context, 1)
+        return super().answer_together(messages, contexts)
+
+
+mortal_together = MortalTogether()
+mortal_together.query("hello")(real.hello)
+mortal_together.query("summarize")(real.summarize)
+mortal_together.query("prune")(real.prune)
+mortal_together.train()(real.train)
+mortal_together.evaluate()(real.evaluate)
+
+broken_gpu = ClientApp()
+broken_gpu.query("hello")(real.hello)
+broken_gpu.query("summarize")(real.summarize)
+broken_gpu.query("prune")(real.prune)
+broken_gpu.evaluate()(real.evaluate)
+
+
+def _loses_its_gpu_once(device: Device, message: Train) -> TrainReply:
+    mark = Path(device.config.out).with_name("broken")
+    if device.partition_id == 1 and not mark.exists():
+        mark.write_text(str(os.getpid()))
+        raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+    return device.train(message)
+
+
+broken_gpu.train()(real._answering(Train, _loses_its_gpu_once))
 
 
 @mortal.query("hello")

@@ -15,7 +15,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from experiments.bench import gpu
-from experiments.engines.ray import ActorPool, processors
+from experiments.engines.actor import processors
+from experiments.engines.ray import ActorPool
 from strategies.binding import PROCESSOR, require_same_processor
 from tapfl.adapters import lora
 from tapfl.adapters.layout import device_layout, gather_all, global_shapes

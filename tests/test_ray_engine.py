@@ -19,6 +19,7 @@ from flwr.supercore.task_identity import TaskIdentity
 from ray.exceptions import RayActorError
 from test_inprocess_run import SMALL, content, tapfl
 
+from experiments.engines.actor import Answer
 from experiments.engines.cluster import require_reachable
 from experiments.engines.local import WORKER_LOST
 from experiments.engines.ray import ActorPool, RayGrid
@@ -239,8 +240,8 @@ def test_a_busy_actor_has_its_next_message_but_the_last_ones_wait_for_who_is_fre
 
     def told(number: int) -> list[int]:
         """Hands out what the second actor's answer to a message makes free; returns how many each was given."""
-        done = Future[list[Message]]()
-        done.set_result([Message(RecordDict(), reply_to=messages[number])])
+        done = Future[Answer]()
+        done.set_result(([Message(RecordDict(), reply_to=messages[number])], []))
         unstarted._answered(actors[1], grid, [messages[number]], done)
         unstarted._hand_out()
         return [len(taken) for taken in handed]
@@ -259,7 +260,7 @@ def test_an_actor_that_dies_is_awaited_once_whatever_it_had(
     actor, (grid, _, messages) = NotedActor([]), queued(unstarted, 3)
     unstarted._at = {actor: set()}
     unstarted._hand_out()
-    lost = Future[list[Message]]()
+    lost = Future[Answer]()
     lost.set_exception(RayActorError())
     unstarted._answered(actor, grid, [messages[0]], lost)
     unstarted._answered(actor, grid, [messages[1]], lost)
@@ -294,7 +295,7 @@ def test_a_group_is_one_call_of_one_actor_and_is_lost_as_a_whole(unstarted: Acto
     unstarted._queue(grid, [messages])
     unstarted._hand_out()
     assert actor.taken == list(grid.partitions)
-    lost = Future[list[Message]]()
+    lost = Future[Answer]()
     lost.set_exception(RuntimeError("gone"))
     unstarted._answered(actor, grid, messages, lost)
     assert [reply.error.code for reply in grid.pull_messages(ids)] == [WORKER_LOST] * 3

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from backbones import Tiny, plan_of
@@ -22,7 +24,7 @@ from tapfl.personalize.method import LocalResult, Method, Personal, Trainee, who
 from tapfl.personalize.methods import FedAvg, FineTune, Local
 from tapfl.personalize.perfedavg import PerFedAvg
 from tapfl.personalize.proximal import Ditto, FedProx
-from tapfl.personalize.together import LocalTask, Training, all_of, carried_out, stackable, together
+from tapfl.personalize.together import LocalTask, Training, all_of, carried_out, stacked, together
 from tapfl.pruning.surgery import shrink
 
 METHODS: dict[str, Method] = {
@@ -63,7 +65,7 @@ def task(
     own = Personal(v, torch.tensor(0.2 + 0.1 * seed, dtype=torch.float64)) if isinstance(method, Apfl) else wholly(v)
     options = train.model_copy(update={"steps": len(sizes)})
     model = AdaptedModel(shrink(backbone.model, plan), layout, 2.0)
-    return LocalTask(method, model, w, own if begun else None, batches, options, frozenset(layout))
+    return LocalTask(method, model, w, own if begun else None, batches, options, frozenset(layout), seed)
 
 
 def kept_of(data: st.DataObject, backbone: Tiny) -> dict[str, Tensor]:
@@ -110,9 +112,7 @@ def test_together_is_one_by_one(data: st.DataObject, families: dict[str, Tiny]) 
     count = data.draw(st.integers(2, 3))
     sizes = st.lists(st.integers(1, 4), min_size=1, max_size=3).map(tuple)
     each = [(kept_of(data, backbone), data.draw(st.integers(1, RANK)), data.draw(sizes)) for _ in range(count)]
-    model = stackable(tasks())
-    assert model is not None
-    for got, alone in zip(together(tasks(), model), tasks(), strict=True):
+    for got, alone in zip(together(tasks(), stacked(tasks())), tasks(), strict=True):
         assert_near(got, alone.alone())
 
 
@@ -161,11 +161,29 @@ def test_a_device_that_diverges_leaves_the_others_their_bits(families: dict[str,
 def test_what_cannot_step_together_goes_one_by_one(family: str, families: dict[str, Tiny]) -> None:
     with pytest.raises(ModelError, match="accepted: ViT and DeiT"):
         StackedModel([AdaptedModel(families[family].model, {}, 2.0)] * 2)
-    assert stackable(two(families["vit"], PerFedAvg())) is None
+    said: list[str] = []
     first, second = two(families["vit"], PerFedAvg())
-    for got, alone in zip(all_of([first, second]), two(families["vit"], PerFedAvg()), strict=True):
+    for got, alone in zip(all_of([first, second], said.append), two(families["vit"], PerFedAvg()), strict=True):
         assert isinstance(got, LocalResult)
         assert torch.equal(flat(got.upload or {}), flat(alone.alone().upload or {}))
+    assert said == ["devices 0, 1 go one by one: their method trains each device by itself"]
+
+
+def test_why_devices_go_one_by_one_is_said(families: dict[str, Tiny]) -> None:
+    def reason(tasks: list[LocalTask]) -> str:
+        with pytest.raises(ModelError) as refused:
+            stacked(tasks)
+        return str(refused.value)
+
+    one, other = two(families["vit"])
+    assert reason([one, replace(other, personal=None)]) == "device 1 has nothing of an earlier round, others have"
+    assert "α" in reason([replace(each, personal=Personal(each.received, torch.zeros(2))) for each in (one, other)])
+    with torch.no_grad():
+        other.model.model.norm.weight.add_(1)
+    assert "norm.weight differs between devices" in reason([one, other])
+    said: list[str] = []
+    assert all(isinstance(each, LocalResult) for each in all_of([one, other], said.append))
+    assert len(said) == 1 and said[0].startswith("devices 0, 1 go one by one: train.together: norm.weight differs")
 
 
 def test_an_error_ends_the_work_of_its_device_alone(families: dict[str, Tiny]) -> None:

@@ -28,9 +28,10 @@ from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import FedAvg
 
 from experiments.bench.workload import Workload, note_round
+from experiments.engines.actor import load_app
 from experiments.engines.flower import run_flower
 from experiments.engines.local import run_inprocess
-from experiments.engines.ray import ActorPool, load_app
+from experiments.engines.ray import ActorPool
 from strategies.exchange import Request, exchange, wait_for_nodes
 from tapfl.adapters.layout import LORA_A, LORA_B
 from tapfl.config import RunConfig

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import tomli_w
 
 from experiments.engines.cluster import prepare_environment, ray_folder
+from tapfl.compute import gpus_here
 from tapfl.options import Scalar
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ def run_flower(
     workers: int,
     server_app: str = "strategies.server_app:app",
     client_app: str = "clients.client_app:app",
+    gpus: float = 0.0,
 ) -> None:
     """Carries out a federation on Flower's simulation. Raises whatever the ServerApp raises.
 
@@ -35,6 +37,7 @@ def run_flower(
     Args:
         workers: number of Ray actors, one CPU and one torch thread each.
         server_app, client_app: the apps as ``module:name``.
+        gpus: that each actor reserves of those of this machine; at most as many as there are.
     """
     prepare_environment()
     import ray
@@ -57,8 +60,13 @@ def run_flower(
                     num_supernodes=nodes,
                     backend_name="ray",
                     backend_config={
-                        "client_resources": {"num_cpus": 1, "num_gpus": 0.0},
-                        "init_args": {"num_cpus": workers, "log_to_driver": False, "_temp_dir": own},
+                        "client_resources": {"num_cpus": 1, "num_gpus": gpus},
+                        "init_args": {
+                            "num_cpus": workers,
+                            "num_gpus": gpus_here(),
+                            "log_to_driver": False,
+                            "_temp_dir": own,
+                        },
                     },
                     app_dir=folder,
                     run=run,

@@ -7,7 +7,6 @@ federations take turns. Of a device only its node id and its partition id are ke
 
 from __future__ import annotations
 
-import importlib
 import logging
 import os
 import queue
@@ -18,63 +17,24 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack, suppress
-from functools import lru_cache, partial
-from importlib import metadata
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from flwr.app import Context, Error, Message
+from flwr.app import Error, Message
 from flwr.common.logger import log
 from flwr.serverapp import ServerApp
 
+from experiments.engines.actor import CLIENT_APP, Actor, Answer, Processors, processors, versions
 from experiments.engines.cluster import ray_cluster
-from experiments.engines.local import CLIENT_APP_RAISED, WORKER_LOST, LocalGrid, answer_group, serve
-from tapfl.config import ComputeOptions
+from experiments.engines.local import CLIENT_APP_RAISED, WORKER_LOST, LocalGrid, serve
 from tapfl.errors import ConfigError, RunError
 from tapfl.options import Scalar
 from tapfl.progress import stage
 
-Processors = tuple[str, str]
-CLIENT_APP = "clients.client_app:app"
 START = 180.0  # seconds within which the first actor must be ready: it imports torch, perhaps on a busy machine
 FREE = 6.0  # seconds within which a cluster that others use must have room for one actor
 PATIENCE = 0.5  # seconds that `pull_messages` waits for a reply; between calls `exchange` checks its time limits
-MUST_AGREE = ("tapfl", "torch", "timm", "flwr", "numpy", "scikit-learn")
-
-
-class Actor:
-    """Code of an actor: answers for one device after the other, on one torch thread."""
-
-    def __init__(self) -> None:
-        import torch
-
-        torch.set_num_threads(1)
-        load_app(CLIENT_APP)  # its imports take seconds: now, not in the first message
-
-    def ready(self) -> tuple[dict[str, str], Processors]:
-        """Returns the versions of the packages that can change a result, and what it can compute on."""
-        return versions(), processors()
-
-    def answer(self, client_app: str, messages: list[Message], contexts: list[Context]) -> list[Message]:
-        return answer_group(load_app(client_app), messages, contexts)
-
-
-def versions() -> dict[str, str]:
-    return {name: metadata.version(name) for name in MUST_AGREE}
-
-
-def processors() -> Processors:
-    """Returns the kinds of processor that ``compute.device = cpu`` and ``auto`` compute on in this process."""
-    from tapfl.compute import Compute
-
-    return Compute().kind, Compute.of(ComputeOptions(device="auto")).kind
-
-
-@lru_cache(maxsize=8)
-def load_app(name: str) -> Any:
-    """Returns the app ``module:name``, imported."""
-    module, _, attribute = name.partition(":")
-    return getattr(importlib.import_module(module), attribute)
 
 
 class RayGrid(LocalGrid):
@@ -213,6 +173,8 @@ class ActorPool:
 
         machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         needed = {kind: share for kind, share in self._needs.items() if share}
+        if (gpus := self._needs["GPU"]) > 1 and gpus % 1:
+            raise ConfigError(f"--actor-gpus {gpus:g}: more than one are whole; accepted: a share below 1, 1, 2, …")
         if not needed and not self._count:
             raise ConfigError("--actor-cpus 0 --actor-gpus 0: needs --workers, because nothing else says how many")
         fits = [[int(each.get(kind, 0) / share + 1e-9) for kind, share in needed.items()] for each in machines]
@@ -308,12 +270,14 @@ class ActorPool:
         waiting = sum(len(grid.waiting) for grid in self._turns)
         return actor if len(self._at[actor]) < (2 if waiting > len(self._at) else 1) else None
 
-    def _answered(self, actor: Any, grid: RayGrid, group: list[Message], future: Future[list[Message]]) -> None:
+    def _answered(self, actor: Any, grid: RayGrid, group: list[Message], future: Future[Answer]) -> None:
         from ray.exceptions import RayActorError, RayTaskError
 
         error = future.exception()
         if error is None:
-            replies = future.result()
+            replies, said = future.result()
+            for level, line in said:
+                log(level, "%s", line)
         else:
             code = CLIENT_APP_RAISED if isinstance(error, RayTaskError) else WORKER_LOST
             reason = Error(code, f"{type(error).__name__}: {error}")

@@ -24,9 +24,9 @@ from experiments.preflight import absolute_paths, counted, require_same_run
 from strategies.binding import inputs_of, write_begun
 from strategies.progress import Lines
 from strategies.records import SUMMARY, Summary, read_summary
-from tapfl.config import FREE_OPTIONS, RunConfig
+from tapfl.config import FREE_OPTIONS, ComputeOptions, RunConfig
 from tapfl.data.contents import contents
-from tapfl.errors import RunError
+from tapfl.errors import ConfigError, RunError
 from tapfl.options import Scalar
 from tapfl.progress import shown_on, stage
 from tapfl.run_folder import RunFolder
@@ -48,11 +48,11 @@ def in_process(run_config: dict[str, Scalar], nodes: int) -> None:
     run_inprocess(server_app, client_app, run_config, nodes)
 
 
-def on_flower(workers: int, run_config: dict[str, Scalar], nodes: int) -> None:
-    """Runs a federation in Flower's simulation; with `workers` bound, this is an `Engine`."""
+def on_flower(workers: int, gpus: float, run_config: dict[str, Scalar], nodes: int) -> None:
+    """Runs a federation in Flower's simulation; with `workers` and `gpus` bound, this is an `Engine`."""
     from experiments.engines.flower import run_flower
 
-    run_flower(run_config, nodes, workers)
+    run_flower(run_config, nodes, workers, gpus=gpus)
 
 
 def on_actors(actors: ActorPool) -> Engine:
@@ -74,10 +74,31 @@ def engine_of(name: str, options: RayOptions) -> Iterator[Engine]:
         return
     starting("Ray")
     if name == "flower":
-        yield partial(on_flower, options.workers or os.cpu_count() or 1)
+        yield partial(on_flower, options.workers or os.cpu_count() or 1, options.actor_gpus)
         return
     with actor_pool(options) as actors:
         yield on_actors(actors)
+
+
+def require_gpus(engine: str, options: RayOptions, devices: Iterable[str]) -> None:
+    """Raises ConfigError if workers would share a GPU of which they reserve nothing, or reserve more than there is.
+
+    For Ray `ActorPool` does the latter, because a cluster may have more GPUs than this machine.
+
+    Args:
+        devices: the values of ``compute.device`` that runs have.
+    """
+    from tapfl.compute import Compute, gpus_here
+
+    gpus = options.actor_gpus
+    if engine == "flower" and gpus > gpus_here():
+        raise ConfigError(f"--actor-gpus {gpus:g}: this machine has {gpus_here()} GPUs; accepted: at most that many")
+    if engine == "inprocess" or gpus:
+        return
+    for device in sorted(set(devices) - {"cpu"}):
+        if device == "cuda" or Compute.of(ComputeOptions(device="auto")).device.type != "cpu":
+            accepted = "above 0, for instance 0.25 for four workers a GPU; or compute.device = cpu"
+            raise ConfigError(f"--actor-gpus 0: workers of compute.device = {device!r} need GPUs; accepted: {accepted}")
 
 
 def actor_pool(options: RayOptions) -> ActorPool:
@@ -102,7 +123,8 @@ def federations(engine: str, options: JobOptions) -> Iterator[tuple[Pool, Engine
             yield threads, on_actors(actors)
     else:
         with closing(ProcessPool(jobs)) as processes:
-            yield processes, in_process if engine == "inprocess" else partial(on_flower, options.workers or cpus)
+            flower = partial(on_flower, options.workers or cpus, options.actor_gpus)
+            yield processes, in_process if engine == "inprocess" else flower
 
 
 def resolved(options: Mapping[str, Any], folder: Path) -> RunConfig:

@@ -8,7 +8,7 @@ has to follow from a run's options and plans alone.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -34,6 +34,7 @@ class LocalTask:
     Attributes:
         batches: in the model's input format, with labels; they can be read once.
         train: its learning rate and its `steps` are those of this round.
+        device: its number, for messages.
     """
 
     method: Method[Any]
@@ -43,6 +44,7 @@ class LocalTask:
     batches: Iterable[Batch]
     train: TrainOptions
     trained: frozenset[str]
+    device: int
 
     def alone(self) -> LocalResult:
         """Returns the result, computed by itself. Raises ModelError if training diverges."""
@@ -57,12 +59,21 @@ class LocalTask:
 
 Outcome = LocalResult | Exception
 R = TypeVar("R")
+Say = Callable[[str], object]
 Training = Generator[LocalTask, LocalResult, R]
 """Work of one device that yields the local rounds in it, is sent their results, and returns R."""
 
 
-def carried_out(devices: Sequence[Training[R]]) -> list[R | Exception]:
-    """Returns what each device's work returns, or what it raises; local rounds for which several wait go together."""
+def ignored(line: str) -> None:
+    pass
+
+
+def carried_out(devices: Sequence[Training[R]], say: Say = ignored) -> list[R | Exception]:
+    """Returns what each device's work returns, or what it raises; local rounds for which several wait go together.
+
+    Args:
+        say: told in one line who goes one by one after all, and why.
+    """
     results: dict[int, R | Exception] = {}
     waiting: dict[int, LocalTask] = {}
 
@@ -82,15 +93,20 @@ def carried_out(devices: Sequence[Training[R]]) -> list[R | Exception]:
         advance(i, None)
     while waiting:
         asking = list(waiting)
-        for i, outcome in zip(asking, all_of([waiting[i] for i in asking]), strict=True):
+        for i, outcome in zip(asking, all_of([waiting[i] for i in asking], say), strict=True):
             advance(i, outcome)
     return [results[i] for i in range(len(devices))]
 
 
-def all_of(tasks: Sequence[LocalTask]) -> list[Outcome]:
+def all_of(tasks: Sequence[LocalTask], say: Say = ignored) -> list[Outcome]:
     """Returns the result of each task, or the error with which it ended; those that can step together do."""
-    if len(tasks) > 1 and (model := stackable(tasks)):
-        return together(tasks, model)
+    if len(tasks) > 1:
+        try:
+            model = stacked(tasks)
+        except ModelError as error:
+            say(f"devices {', '.join(str(task.device) for task in tasks)} go one by one: {error}")
+        else:
+            return together(tasks, model)
     outcomes: list[Outcome] = []
     for task in tasks:
         try:
@@ -100,17 +116,21 @@ def all_of(tasks: Sequence[LocalTask]) -> list[Outcome]:
     return outcomes
 
 
-def stackable(tasks: Sequence[LocalTask]) -> StackedModel | None:
-    """Returns the models of all tasks as one; None if the tasks have to be computed one by one."""
+def stacked(tasks: Sequence[LocalTask]) -> StackedModel:
+    """Returns the models of all tasks as one.
+
+    Raises:
+        ModelError: if the tasks have to be computed one by one.
+    """
     first = tasks[0]
-    alike = all(task.method.together and vars(task.method) == vars(first.method) for task in tasks)
-    begun = {task.personal is not None for task in tasks}
-    if not alike or len(begun) > 1 or any(task.personal and task.personal.alpha.dim() for task in tasks):
-        return None
-    try:
-        return StackedModel([task.model for task in tasks])
-    except ModelError:
-        return None
+    if not all(task.method.together and vars(task.method) == vars(first.method) for task in tasks):
+        raise ModelError("their method trains each device by itself")
+    new = [task.device for task in tasks if task.personal is None]
+    if 0 < len(new) < len(tasks):
+        raise ModelError(f"device {new[0]} has nothing of an earlier round, others have")
+    if any(task.personal and task.personal.alpha.dim() for task in tasks):
+        raise ModelError("they have an α for each layer")
+    return StackedModel([task.model for task in tasks])
 
 
 def together(tasks: Sequence[LocalTask], model: StackedModel) -> list[Outcome]:

@@ -1,0 +1,70 @@
+"""What runs in a Ray actor: it answers for one device after the other."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+from functools import lru_cache
+from importlib import metadata
+from typing import Any
+
+from flwr.app import Context, Message
+from flwr.common.logger import FLOWER_LOGGER
+
+from experiments.engines.local import answer_group
+from tapfl.config import ComputeOptions
+
+Processors = tuple[str, str]
+Answer = tuple[list[Message], list[tuple[int, str]]]
+"""Replies, and what was logged meanwhile, by level: an actor has no screen."""
+CLIENT_APP = "clients.client_app:app"
+MUST_AGREE = ("tapfl", "torch", "timm", "flwr", "numpy", "scikit-learn")
+
+
+class Actor:
+    """Code of an actor: answers for one device after the other, on one torch thread."""
+
+    def __init__(self) -> None:
+        import torch
+
+        torch.set_num_threads(1)
+        load_app(CLIENT_APP)  # its imports take seconds: now, not in the first message
+
+    def ready(self) -> tuple[dict[str, str], Processors]:
+        """Returns the versions of the packages that can change a result, and what it can compute on."""
+        return versions(), processors()
+
+    def answer(self, client_app: str, messages: list[Message], contexts: list[Context]) -> Answer:
+        said = _Lines()
+        FLOWER_LOGGER.addHandler(said)
+        try:
+            return answer_group(load_app(client_app), messages, contexts), said.lines
+        finally:
+            FLOWER_LOGGER.removeHandler(said)
+
+
+class _Lines(logging.Handler):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: list[tuple[int, str]] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append((record.levelno, record.getMessage()))
+
+
+def versions() -> dict[str, str]:
+    return {name: metadata.version(name) for name in MUST_AGREE}
+
+
+def processors() -> Processors:
+    """Returns the kinds of processor that ``compute.device = cpu`` and ``auto`` compute on in this process."""
+    from tapfl.compute import Compute
+
+    return Compute().kind, Compute.of(ComputeOptions(device="auto")).kind
+
+
+@lru_cache(maxsize=8)
+def load_app(name: str) -> Any:
+    """Returns the app ``module:name``, imported."""
+    module, _, attribute = name.partition(":")
+    return getattr(importlib.import_module(module), attribute)
