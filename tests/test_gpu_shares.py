@@ -1,0 +1,123 @@
+"""Shares of GPUs: what is refused, and what a worker does with its share. Stand-ins take the place of a GPU."""
+
+from __future__ import annotations
+
+import importlib
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from flwr.app import Context, Message, RecordDict
+from flwr.supercore.task_identity import TaskIdentity
+
+from clients import client_app
+from experiments.command_line import RayOptions
+from experiments.engines.flower import run_flower
+from experiments.engines.ray import ActorPool
+from experiments.jobs.federation import require_gpus
+from tapfl.compute import HERE, Compute, is_fault
+from tapfl.config import RunConfig
+from tapfl.errors import ConfigError
+
+GPU = torch.device("cuda", 0)
+
+
+def test_workers_without_a_share_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    none = RayOptions()
+    with pytest.raises(ConfigError, match=r"--actor-gpus 0: .*compute.device = 'cuda' need GPUs; accepted: above 0"):
+        require_gpus("ray", none, ["cpu", "cuda"])
+    require_gpus("inprocess", none, ["cuda"])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    require_gpus("flower", none, ["auto"])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(ConfigError, match="'auto'"):
+        require_gpus("flower", none, ["auto"])
+    require_gpus("ray", RayOptions(actor_gpus=0.5), ["cuda", "auto"])
+
+
+def test_more_than_there_are_and_odd_numbers_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    require_gpus("flower", RayOptions(actor_gpus=1.0), ["cuda"])
+    with pytest.raises(ConfigError, match="--actor-gpus 2: this machine has 1 GPUs"):
+        require_gpus("flower", RayOptions(actor_gpus=2.0), ["cuda"])
+    monkeypatch.setattr("ray.nodes", lambda: [])
+    with pytest.raises(ConfigError, match=r"--actor-gpus 1\.5: .*accepted: a share below 1, 1, 2"):
+        ActorPool(gpus=1.5)._room()
+
+
+def test_a_worker_that_ray_gave_no_gpu_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With `flwr run` nothing else can know."""
+    monkeypatch.setattr(Compute, "of", classmethod(lambda cls, options: Compute(GPU)))
+    assert client_app._compute({}, RunConfig()).device == GPU
+    monkeypatch.setattr(client_app, "gpu_share", lambda: 0.0)
+    with pytest.raises(ConfigError, match=r"no share of a GPU; accepted: --actor-gpus \(flwr run: client-resources"):
+        client_app._compute({"device": "cuda"}, RunConfig())
+
+
+def test_flowers_workers_get_their_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: dict[str, Any] = {}
+    flower = importlib.import_module("flwr.simulation.run_simulation")  # the package has a function of this name
+    monkeypatch.setattr(flower, "_run_simulation", lambda **arguments: given.update(arguments["backend_config"]))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    run_flower({}, 4, 3, gpus=0.5)
+    assert given["client_resources"] == {"num_cpus": 1, "num_gpus": 0.5}
+    assert given["init_args"]["num_cpus"] == 3 and given["init_args"]["num_gpus"] == 2
+
+
+@pytest.mark.parametrize(("share", "limits"), [(0.25, [(0.25, GPU)]), (1.0, [])])
+def test_a_worker_takes_its_share_of_the_memory(
+    share: float, limits: list[object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    set_to: list[object] = []
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda *given: set_to.append(given))
+    monkeypatch.setattr(torch.backends, "fp32_precision", "ieee")
+    Compute(GPU).prepare(share)
+    assert set_to == limits
+
+
+def test_what_is_a_fault() -> None:
+    assert is_fault(torch.AcceleratorError("CUDA error: unspecified launch failure"))
+    assert is_fault(RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling cublasSgemm"))
+    assert not is_fault(torch.OutOfMemoryError("CUDA out of memory."))
+    assert not is_fault(torch.AcceleratorError("CUDA error: out of memory"))
+    assert not is_fault(RuntimeError("shapes differ")) and not is_fault(ValueError("CUDA error: none"))
+
+
+@pytest.mark.parametrize(("in_ray", "codes"), [(True, [0, 0]), (False, [2, 2])])
+def test_a_group_is_lost_as_a_whole_with_its_gpu(
+    in_ray: bool, codes: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only in a Ray worker, which can be started anew; in another process the devices fail."""
+    ended: list[object] = []
+    faults = SimpleNamespace(device_timeout=60.0)
+    device = SimpleNamespace(partition_id=0, compute=HERE, config=SimpleNamespace(faults=faults, out="run"))
+    device.training = lambda asked: asked
+    fault = torch.AcceleratorError("CUDA error: unspecified launch failure")
+    monkeypatch.setattr(client_app, "device_of", lambda context: device)
+    monkeypatch.setattr(client_app.Train, "from_records", lambda records: None)
+    monkeypatch.setattr(client_app, "carried_out", lambda work, say: [ValueError("its own"), fault])
+    monkeypatch.setattr(client_app, "_is_ray_worker", lambda: in_ray)
+    monkeypatch.setattr(client_app, "gpu_share", lambda: 1.0)
+    monkeypatch.setattr(client_app, "time_limit", lambda *given: nullcontext())
+    monkeypatch.setattr(
+        client_app.threading, "Timer", lambda *given: SimpleNamespace(start=lambda: ended.append(given))
+    )
+    TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
+    messages = [Message(RecordDict(), node, "train") for node in (1, 2)]
+    contexts = [Context(1, node, {}, RecordDict(), {}) for node in (1, 2)]
+    replies = client_app.app.answer_together(messages, contexts)
+    assert [reply.error.code for reply in replies] == codes
+    assert ("CUDA error" in replies[0].error.reason) == in_ray and "CUDA error" in replies[1].error.reason
+    assert bool(ended) == in_ray
+
+
+def test_a_refused_run_leaves_nothing(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from test_inprocess_run import tapfl
+
+    monkeypatch.setattr("experiments.feasible.Compute", SimpleNamespace(of=lambda options: HERE))
+    with pytest.raises(ConfigError, match="--actor-gpus 0"):
+        tapfl("--out", str(tmp_path / "run"), "--engine", "ray", cache=cache, options=["compute.device=cuda"])
+    assert not (tmp_path / "run").exists()
