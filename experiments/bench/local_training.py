@@ -92,7 +92,7 @@ class Device:
         order = self.order(step, epochs)
         train = TrainOptions(batch=step, steps=len(order), learning_rate=RATE)
         data = ((self.inputs[index], self.labels[index]) for index in order)
-        return LocalTask(METHODS[method], self.adapted, self.start, None, data, train, frozenset(self.start))
+        return LocalTask(METHODS[method], self.adapted, self.start, None, data, train, frozenset(self.start), 0)
 
     def round(self, method: str, step: int, epochs: int = 1) -> Params:
         """Returns the w that a round of local training gives."""
