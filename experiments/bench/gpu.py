@@ -17,7 +17,7 @@ import statistics
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from multiprocessing.connection import Connection
@@ -28,8 +28,10 @@ import torch
 from torch import Tensor, nn
 
 from experiments.bench.local_training import DIGITS, METHODS, Device, drawn, model_of, spec_named
+from tapfl.adapters.stacked_model import StackedModel
 from tapfl.compute import Compute, home
 from tapfl.config import ComputeOptions, PruningOptions, TrainOptions
+from tapfl.personalize.together import LocalTask, all_of
 from tapfl.pruning.compensation import compensated
 from tapfl.pruning.criteria.criterion import PruningTask
 from tapfl.pruning.layer_importance import layer_importance
@@ -52,6 +54,7 @@ class Size:
         of_round, of_zero: those of a round, and of round zero with its criteria.
         images: of a device; metric: images of a metric set, by batches of `batch`.
         patience: times the limits of the parts.
+        stacked: of which so many devices, a `group`, step together.
     """
 
     models: tuple[str, ...] = ("deit_tiny_patch16_224", "deit_small_patch16_224", "swin_tiny_patch4_window7_224")
@@ -69,9 +72,13 @@ class Size:
     repeats: int = 15
     processes: tuple[int, ...] = (1, 2, 4, 8)
     patience: float = 1.0
+    stacked: tuple[str, ...] = ("deit_tiny_patch16_224", "deit_small_patch16_224")
+    group: int = 4
 
 
-SMALL = Size(("digits",), "digits", (("digits", "tap"), ("digits", "tap+")), 2, 16, 16, 8, 8, 2, (1, 2), 10.0)
+SMALL = Size(
+    ("digits",), "digits", (("digits", "tap"), ("digits", "tap+")), 2, 16, 16, 8, 8, 2, (1, 2), 10.0, ("digits",), 2
+)
 
 
 def task_of(model: nn.Module, inputs: Tensor, criterion: str, batch: int, compute: Compute) -> PruningTask:
@@ -141,6 +148,25 @@ def a_round(size: Size, compute: Compute) -> Iterator[Row]:
         yield {"processes": count, "s of a round": at_once(count, size, compute), "devices": size.devices}
 
 
+def together(size: Size, compute: Compute) -> Iterator[Row]:
+    """A step of devices together against the same devices one by one, in a round of two steps; and making the stack."""
+    exact, steps = replace(compute, precision="exact"), 2
+    for name in size.stacked:
+        devices = [Device(spec_named(name), steps * size.step, exact, seed=i) for i in range(size.group)]
+        stacking = median_seconds(exact, lambda: StackedModel([device.adapted for device in devices]), 3)  # noqa: B023
+        for label in METHODS:
+            tasks = partial(_tasks, devices, label, size.step)
+            alone = median_seconds(exact, lambda: [task.alone() for task in tasks()], 3)  # noqa: B023
+            stacked = median_seconds(exact, lambda: all_of(tasks()), 3)  # noqa: B023
+            row = {"model": name, "method": label, "batch": size.step, "devices": size.group}
+            seconds = {"one by one": alone / steps, "together": (stacked - stacking) / steps, "stacking": stacking}
+            yield row | {f"{what}, ms": 1e3 * each for what, each in seconds.items()} | memory()
+
+
+def _tasks(devices: Sequence[Device], method: str, step: int) -> list[LocalTask]:
+    return [device.task(method, step) for device in devices]
+
+
 def round_zero(size: Size, compute: Compute) -> Iterator[Row]:
     """The smaller model of one device, part by part, in forward passes of its metric set."""
     for name, criterion in size.of_zero:
@@ -171,6 +197,7 @@ PARTS: dict[str, tuple[Callable[[Size, Compute], Iterator[Row]], float]] = {
     "agreement": (agreement, 60),
     "steps": (steps, 120),
     "a round": (a_round, 150),
+    "together": (together, 60),
     "round zero": (round_zero, 180),
 }
 
