@@ -173,7 +173,7 @@ def test_a_checkpoint_without_weights_is_refused(content: Any, message: str, tmp
     ("name", "reason"),
     [
         ("eva02_tiny_patch14_224", "is timm's Eva, in which rotary positions turn a head's dims in pairs"),
-        ("beit_base_patch16_224", "is a Beit, whose blocks have biases of relative positions"),
+        ("beit_base_patch16_224", "is timm's Beit, whose blocks have biases of relative positions"),
         ("vit_giant_patch14_dinov2", "blocks.0.mlp: cannot be pruned exactly; it is a GluMlp"),
         ("vit_medium_patch16_rope_reg1_gap_256", "is timm's Eva"),
     ],
