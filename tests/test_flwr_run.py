@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -41,8 +43,10 @@ def free_port() -> int:
 def flower_at_home(folder: Path) -> Iterator[dict[str, str]]:
     """Flower in a home and on a port of its own; the SuperLink that `flwr run` leaves behind is ended by its id."""
     home = folder / "home"
+    ray = tempfile.mkdtemp(prefix="tapfl-test-")  # short: a socket's path is limited
     yield os.environ | {
         "FLWR_HOME": str(home),
+        "RAY_TMPDIR": ray,  # Ray joins the cluster that its folder names, also one that was killed
         "FLWR_LOCAL_SUPERLINK_HTTP_API_PORT": str(free_port()),
         "FLWR_TELEMETRY_ENABLED": "0",
         "FLWR_DISABLE_UPDATE_CHECK": "1",
@@ -56,6 +60,7 @@ def flower_at_home(folder: Path) -> Iterator[dict[str, str]]:
         for pid in left:
             os.kill(pid, signal.SIGTERM)
         time.sleep(0.2)
+    shutil.rmtree(ray, ignore_errors=True)
 
 
 @pytest.fixture(scope="module")
