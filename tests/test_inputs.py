@@ -232,7 +232,7 @@ def test_a_worker_that_is_new_in_the_middle_of_a_run_does_not_take_other_images(
     fresh = replace(own_device(tmp_path), config=RunConfig.from_flat({"model.args": TINY, "seed": 7}))  # in no cache
     fresh.storage.save_classes(CLASSES)
     with pytest.raises(DataError, match="the images changed since this run began"):
-        fresh._part("train")
+        fresh._images.part("train")
 
 
 @pytest.mark.parametrize("source", ["images", "pool.npz"])
