@@ -102,6 +102,17 @@ class Attempt(NamedTuple):
     start: float = 0.0
 
 
+def _attempts(requests: Mapping[int, Request[R]], groups: Sequence[Sequence[int]]) -> deque[Attempt]:
+    """Returns the first attempts: groups in their order, then all other devices by themselves."""
+    together = [tuple(i for i in group if i in requests) for group in groups]
+    apart = sorted(requests.keys() - {i for group in together for i in group})
+    return deque(Attempt(group) for group in (*filter(None, together), *((i,) for i in apart)))
+
+
+def _message(request: Request[R], node: int, phase: str) -> Message:
+    return Message(request.message.to_records(), node, request.message.type, group_id=phase)
+
+
 def exchange(
     grid: Grid,
     nodes: Mapping[int, int],
@@ -125,9 +136,7 @@ def exchange(
             is sent again as a group. A larger one than the window is in flight alone.
     """
     answers: Answers[R] = Answers()
-    together = [tuple(i for i in group if i in requests) for group in groups]
-    apart = sorted(requests.keys() - {i for group in together for i in group})
-    waiting = deque(Attempt(group) for group in (*filter(None, together), *((i,) for i in apart)))
+    waiting = _attempts(requests, groups)
     in_flight: dict[str, tuple[int, Attempt]] = {}
     lost: dict[Attempt, list[int]] = {}
     end, poll = time.monotonic() + timeout, POLL_FIRST
@@ -143,11 +152,7 @@ def exchange(
                 if in_flight and len(in_flight) + len(attempt.devices) > window:
                     break
                 waiting.remove(attempt)
-                messages = [
-                    Message(request.message.to_records(), nodes[i], request.message.type, group_id=phase)
-                    for i, request in ((i, requests[i]) for i in attempt.devices)
-                ]
-                ids = _push(grid, messages)
+                ids = _push(grid, [_message(requests[i], nodes[i], phase) for i in attempt.devices])
                 in_flight |= {message_id: (i, attempt) for message_id, i in zip(ids, attempt.devices, strict=True)}
             replies = list(grid.pull_messages(list(in_flight))) if in_flight else []
             for reply in replies:
