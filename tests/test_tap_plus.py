@@ -17,10 +17,12 @@ from tapfl.config import PruningOptions
 from tapfl.pruning import sensitivity
 from tapfl.pruning.basis import carried_energy
 from tapfl.pruning.compensation import LostOutput
+from tapfl.pruning.criteria import criterion
 from tapfl.pruning.criteria.registry import resolved
 from tapfl.pruning.criteria.tap import elimination_order
 from tapfl.pruning.pipeline import prune_model, pruning_task
 from tapfl.pruning.sensitivity import TRUST, sensitivities
+from tapfl.seeds import torch_generator
 
 FAMILIES = ["vit", "deit", "swin"]
 
@@ -141,6 +143,18 @@ def test_tap_plus_prunes_every_family_and_repeats(family: str, families: dict[st
     assert all(torch.equal(value, state[name]) for name, value in made[0].model.state_dict().items())
     said = made[0].plan.provenance
     assert (said["basis"], said["compensation"], said["ratio"]) == ("canonical", "sequential", "power")
+
+
+def test_scores_and_compensation_share_their_sensitivities(vit: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[nn.Module] = []
+    monkeypatch.setattr(
+        criterion, "sensitivities", lambda model, *args: (made.append(model), sensitivities(model, *args))[1]
+    )
+    task = pruning_task(vit.model, vit.inputs, 0.6, PruningOptions(criterion="tap+", align=1), 4)
+    prune_model(task, vit.spec)
+    assert made == [task.model]
+    again = sensitivities(task.model, task.layers, task.inputs, task.batch, torch_generator(0, "criterion"))
+    assert all(torch.equal(again[name].metric, found.metric) for name, found in task.fisher.items())
 
 
 def test_each_part_of_tap_plus_can_be_taken_out(vit: Tiny) -> None:

@@ -37,8 +37,6 @@ from tapfl.pruning.criteria.criterion import PruningTask
 from tapfl.pruning.layer_importance import layer_importance
 from tapfl.pruning.pipeline import prune_model, pruning_task, select
 from tapfl.pruning.scores import neuron_importance
-from tapfl.pruning.sensitivity import sensitivities
-from tapfl.seeds import torch_generator
 from tapfl.training import Params
 
 Row = dict[str, Any]
@@ -213,10 +211,10 @@ def parts_of(task: PruningTask) -> dict[str, Callable[[], object]]:
     if task.options.criterion == "tap":
         scores = lambda: neuron_importance(model, layers, inputs, batch, at_once=task.at_once, passing=passing)  # noqa: E731
         return found | {"scores": scores}
-    fisher = lambda: sensitivities(model, layers, inputs, batch, torch_generator(0, "sensitivity"))  # noqa: E731
+    fisher = lambda: task.fisher_of(model)  # noqa: E731
     chosen = select(task).kept
     compensate = lambda: compensated(model, chosen, layers, inputs, batch, "sequential")  # noqa: E731
-    return found | {"sensitivities": fisher, "selection": lambda: select(task), "compensation": compensate}
+    return found | {"sensitivities": fisher, "selection": lambda: select(replace(task)), "compensation": compensate}
 
 
 def both(compute: Compute) -> tuple[Compute, Compute]:

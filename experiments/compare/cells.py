@@ -136,14 +136,14 @@ class CellRunner:
         return rank_correlations(task.layers, ours, theirs)
 
     def _cut(self, cell: Cell, task: PruningTask, selection: Selection) -> nn.Module:
-        seed, options, rows, moments = cell.config.seed, task.options, None, None
+        options, rows, moments = task.options, None, None
         if selection.model is None and options.compensation != "none":  # the same weights for all criteria of a basis
             key = (_images_key(cell), options.basis, options.compensation_rows)
-            rows = self._once("sensitivities", key, lambda: row_sensitivities(task, task.model, seed))
+            rows = self._once("sensitivities", key, lambda: row_sensitivities(task, task.model))
             if options.compensation == "one-pass":
                 inputs = (task.model, task.layers, task.inputs, task.batch, rows)
                 moments = self._once("moments", key, lambda: unit_moments(*inputs))
-        return cut(task, selection, seed, rows, moments)
+        return cut(task, selection, rows, moments)
 
 
 def scenario_of(config: RunConfig) -> RunConfig:

@@ -34,7 +34,7 @@ from tapfl.pruning.criteria.criterion import PruningTask, Selection
 from tapfl.pruning.criteria.registry import criterion_of, resolved
 from tapfl.pruning.plan import LayerPlan, PruningPlan
 from tapfl.pruning.recovery import fading_branches, recover, steps_left
-from tapfl.pruning.sensitivity import Sensitivities, sensitivities
+from tapfl.pruning.sensitivity import Sensitivities
 from tapfl.pruning.surgery import shrink
 from tapfl.pruning.unit_shape import aligned
 from tapfl.seeds import numpy_generator, torch_generator
@@ -163,7 +163,6 @@ def select(task: PruningTask) -> Selection:
 def cut(
     task: PruningTask,
     selection: Selection,
-    seed: int,
     fisher: Sensitivities | None = None,
     moments: Moments | None = None,
 ) -> nn.Module:
@@ -174,15 +173,15 @@ def cut(
         moments: their `unit_moments`, likewise.
     """
     weights, how = selection.model or task.model, task.options.compensation
-    fisher = fisher or row_sensitivities(task, weights, seed)
+    fisher = fisher or row_sensitivities(task, weights)
     return compensated(weights, selection.kept, task.layers, task.inputs, task.batch, how, fisher, moments)
 
 
-def row_sensitivities(task: PruningTask, weights: nn.Module, seed: int) -> Sensitivities | None:
+def row_sensitivities(task: PruningTask, weights: nn.Module) -> Sensitivities | None:
     """Returns the Fisher sensitivities of a model, or None unless the task's compensation weights rows by them."""
     if task.options.compensation == "none" or task.options.compensation_rows != "sensitivity":
         return None
-    return sensitivities(weights, task.layers, task.inputs, task.batch, torch_generator(seed, "sensitivity"))
+    return task.fisher if weights is task.model else task.fisher_of(weights)
 
 
 def recovered(
@@ -237,7 +236,7 @@ def prune_model(
         BudgetError: if the budget cannot be met.
     """
     selection = selection or select(task)
-    small = finished(task, recovered(task, selection, cut(task, selection, seed), fine_tune, seed))
+    small = finished(task, recovered(task, selection, cut(task, selection), fine_tune, seed))
     parts = {name: getattr(task.options, name) for name in ("criterion", "ratio", *CHANGES)}
     on: dict[str, Scalar] = {}
     if any(limit.quantity == "latency" for limit in task.costs.limits):

@@ -88,7 +88,7 @@ def _output_gradients(
         torch.enable_grad(),
     ):
         logits = model(images)
-    P = logits.detach().softmax(-1).cpu()  # the generator's device, so that labels are the same wherever this runs
-    labels = torch.multinomial(P, 1, generator=generator)[:, 0].to(logits.device)
-    loss = F.cross_entropy(logits, labels, reduction="sum")
+        P = logits.detach().softmax(-1).cpu()  # the generator's device, so that labels are the same wherever this runs
+        labels = torch.multinomial(P, 1, generator=generator)[:, 0].to(logits.device)
+        loss = F.cross_entropy(logits, labels, reduction="sum")
     return dict(zip(outputs, torch.autograd.grad(loss, list(outputs.values())), strict=True))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -19,6 +20,7 @@ from tapfl.models.units import PrunableLayer, Shape
 from tapfl.pruning.allocate import allocate, fit_widths, layer_weights
 from tapfl.pruning.cost_table import CostTable
 from tapfl.pruning.layer_importance import layer_importance
+from tapfl.pruning.sensitivity import Sensitivities, sensitivities
 from tapfl.pruning.unit_shape import Candidates, candidates, keep_best, slices
 
 Scores = Mapping[str, Tensor]  # of all units of every layer (units,), by layer name; the largest stay
@@ -58,6 +60,16 @@ class PruningTask:
     new_head: nn.Module | None = None
     at_once: AtOnce = OF_CPU
     passing: Passing = nullcontext
+
+    @cached_property
+    def fisher(self) -> Sensitivities:
+        """The sensitivities of `model`, for the criterion and for compensation: computed when they are first needed."""
+        return self.fisher_of(self.model)
+
+    def fisher_of(self, weights: nn.Module) -> Sensitivities:
+        """Returns the sensitivities of a model with the same layers; equal calls draw equal labels."""
+        draws = torch.Generator().manual_seed(self.generator.initial_seed())
+        return sensitivities(weights, self.layers, self.inputs, self.batch, draws)
 
 
 @dataclass(frozen=True)

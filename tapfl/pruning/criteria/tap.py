@@ -15,7 +15,6 @@ by layer with rows weighted by Fisher sensitivity, and widths by KL^γ. It needs
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
@@ -28,7 +27,6 @@ from tapfl.pruning.compensation import RIDGE, unit_moments
 from tapfl.pruning.criteria.criterion import Criterion, PruningTask, Scores
 from tapfl.pruning.criteria.norms import output_norms
 from tapfl.pruning.scores import neuron_importance
-from tapfl.pruning.sensitivity import Sensitivity, sensitivities
 
 ROUNDS = 256  # in which a branch loses its units: one unit a round up to that width, a few a round beyond
 
@@ -45,22 +43,21 @@ def tap_plus_scores(task: PruningTask) -> Scores:
     FFN units score their place in the order of elimination, 0 for the first to go. Attention dims score their energy in
     the canonical basis, or as in `wanda` in another basis.
     """
-    fisher = sensitivities(task.model, task.layers, task.inputs, task.batch, task.generator)
     attentions = tuple(layer for layer in task.layers if layer.kind == "attention")
-    return elimination_scores(task, fisher) | (
+    return elimination_scores(task) | (
         carried_energy(task.model) or output_norms(replace(task, layers=attentions))
     )
 
 
 @torch.no_grad()
-def elimination_scores(task: PruningTask, fisher: Mapping[str, Sensitivity]) -> dict[str, Tensor]:
+def elimination_scores(task: PruningTask) -> dict[str, Tensor]:
     """Returns the place of every FFN unit in the order of elimination, float64 (units,) by name: 0 goes first."""
     layers = {layer.name: layer for layer in task.layers}
     scores = {}
-    found = unit_moments(task.model, task.layers, task.inputs, task.batch, fisher)
+    found = unit_moments(task.model, task.layers, task.inputs, task.batch, task.fisher)
     for name, moments in track(found.items(), "elimination"):
         W = layers[name].output_of(task.model).weight.double()
-        order, errors = elimination_order(W, moments.covariance(), fisher[name].metric)
+        order, errors = elimination_order(W, moments.covariance(), task.fisher[name].metric)
         scores[name] = torch.empty_like(errors)
         scores[name][order] = torch.arange(len(order), dtype=errors.dtype, device=errors.device)
     return scores
