@@ -64,7 +64,7 @@ def run(
     engine: Annotated[Engine, typer.Option(help="Flower's simulation, Ray actors, or this process")] = "flower",
     ray: RayOptions,
     as_json: JsonObject = False,
-    report: Annotated[bool, typer.Option(help="also write report.html and figures/*.png")] = True,
+    report: Annotated[bool, typer.Option(help="also write report.html")] = True,
 ) -> None:
     """Run one federation: summaries, pruning plans, smaller models, adapter rounds, personal models."""
     options = options_of(config, set)
@@ -225,7 +225,7 @@ def _report(folder: Path) -> tuple[Path | None, list[str]]:
     try:
         run = read_run(folder)
         found = [f"warning: {each.found} What can be tried: {each.advice}." for each in warnings_of(run)]
-        return write_page([run]), [*filter(None, [differences(run).strip()]), *found]
+        return write_page([run], pictures=False), [*filter(None, [differences(run).strip()]), *found]
     except Exception as error:
         reason = f"{type(error).__name__}: {error}"
         print(f"tapfl: no report was written ({reason}); try again with: tapfl report {folder}", file=sys.stderr)

@@ -236,12 +236,21 @@ def test_options_that_are_not_the_defaults_come_first(run: Run) -> None:
 def test_a_run_leaves_its_report_and_says_where(reported: tuple[Path, str]) -> None:
     folder, said = reported
     assert said.rstrip().endswith(f"the report: {folder / 'report.html'}")
-    assert {file.stem for file in (folder / "figures").iterdir()} == FIGURES
+    assert not (folder / "figures").exists()
+
+
+@pytest.fixture(scope="module")
+def pictures(reported: tuple[Path, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_report([reported[0]], tmp_path_factory.mktemp("pictures")).parent / "figures"
+
+
+def test_a_report_draws_every_figure(pictures: Path) -> None:
+    assert {file.stem for file in pictures.iterdir()} == FIGURES
 
 
 @pytest.mark.parametrize("name", sorted(FIGURES))
-def test_pictures_are_not_blank(name: str, reported: tuple[Path, str]) -> None:
-    picture = np.asarray(Image.open(reported[0] / "figures" / f"{name}.png").convert("RGB")).reshape(-1, 3)
+def test_pictures_are_not_blank(name: str, pictures: Path) -> None:
+    picture = np.asarray(Image.open(pictures / f"{name}.png").convert("RGB")).reshape(-1, 3)
     assert len(picture) > 400_000
     colours, counts = np.unique(picture, axis=0, return_counts=True)
     assert colours[counts.argmax()].tolist() == [255, 255, 255]
@@ -291,7 +300,7 @@ def test_a_report_that_fails_costs_the_run_nothing(
         raise OSError("no space left")
 
     folder = shutil.copytree(reported[0], tmp_path / "run")
-    monkeypatch.setattr("experiments.figures.figure.write_figure", fails)
+    monkeypatch.setattr("experiments.figures.page.render", fails)
     said = resume(folder)
     assert "no report was written" in said and f"tapfl report {folder}" in said
 

@@ -44,8 +44,8 @@ def write_report(paths: Sequence[Path], out: Path | None = None) -> Path:
     return write_page([read_run(path) for path in paths], out)
 
 
-def write_page(runs: Sequence[Run], out: Path | None = None) -> Path:
-    """Writes the report of runs that were read, as `write_report`."""
+def write_page(runs: Sequence[Run], out: Path | None = None, pictures: bool = True) -> Path:
+    """Writes the report of runs that were read, as `write_report`; without the pictures, which take seconds."""
     from experiments.figures.figure import write_figure
     from experiments.figures.page import render
     from experiments.report.comparison import page_of_all
@@ -55,12 +55,12 @@ def write_page(runs: Sequence[Run], out: Path | None = None) -> Path:
 
     folder = out or (runs[0].path if len(runs) == 1 else COMPARISON)
     page = page_of(runs[0]) if len(runs) == 1 else page_of_all(runs)
-    html, pictures = render(page).encode(), folder / "figures"
-    if pictures.is_symlink() and not pictures.resolve().is_relative_to(folder.resolve()):
-        raise ConfigError(f"{pictures}: is a link that leads out of {folder}; nothing is written there")
+    html, place = render(page).encode(), folder / "figures"
+    if place.is_symlink() and not place.resolve().is_relative_to(folder.resolve()):
+        raise ConfigError(f"{place}: is a link that leads out of {folder}; nothing is written there")
     try:
-        for figure in page.figures:
-            write_figure(figure, pictures / f"{figure.name}.png")
+        for figure in page.figures if pictures else ():
+            write_figure(figure, place / f"{figure.name}.png")
         write_bytes(folder / "report.html", html)
     except OSError as error:
         raise ConfigError(f"--out {folder}: cannot be written ({error.strerror})") from None

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 
 from torch import Tensor, nn
 
 from tapfl.errors import ModelError, PlanError, TapflError, message_of
-from tapfl.models.backbone import outline
+from tapfl.models.backbone import BackboneSpec, outline
 from tapfl.models.prunable import prunable_layers
-from tapfl.models.units import put
+from tapfl.models.units import PrunableLayer, put
 from tapfl.pruning.basis import carried_energy
 from tapfl.pruning.plan import PLAN_FILE, PruningPlan, load_plan, read_plan, signed
 from tapfl.store import read_tensors, sha256_of, unpack_tensors, whole_folder, write_json, write_tensors
@@ -26,7 +27,11 @@ def shrink(model: nn.Module, plan: PruningPlan) -> nn.Module:
     Raises:
         PlanError: if the plan was made for a model of other layers or sizes; it names the first.
     """
-    layers = prunable_layers(model)
+    return _cut(model, prunable_layers(model), plan)
+
+
+def _cut(model: nn.Module, layers: Sequence[PrunableLayer], plan: PruningPlan) -> nn.Module:
+    """Returns `shrink(model, plan)`, where `layers` are what can be pruned in the model."""
     found = {layer.name: f"{layer.kind} of {layer.units} units" for layer in layers}
     expected = {layer.name: f"{layer.kind} of {layer.units} units" for layer in plan.layers}
     if list(found.items()) != list(expected.items()):
@@ -142,11 +147,17 @@ def _skeleton(plan: PruningPlan, tensors: int) -> nn.Module:
     """
     spec = plan.backbone
     try:
-        return shrink(outline(spec, 2 * tensors + 8 * len(plan.layers) + 64), plan)
+        return _cut(*_outline(spec.model_dump_json(), 2 * tensors + 8 * len(plan.layers) + 64), plan)
     except TapflError:
         raise
     except Exception as error:  # layers that no family of ours has
         raise PlanError(f"{spec.name} cannot be cut by the plan, with {spec.args} ({message_of(error)})") from None
+
+
+@lru_cache(maxsize=8)  # the plans of a run are of one backbone, and building its outline takes longer than cutting it
+def _outline(spec_as_json: str, tensors: int) -> tuple[nn.Module, list[PrunableLayer]]:
+    model = outline(BackboneSpec.from_json(spec_as_json), tensors)
+    return model, prunable_layers(model)
 
 
 def _filled(skeleton: nn.Module, state: Mapping[str, Tensor], what: str) -> nn.Module:
