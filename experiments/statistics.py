@@ -12,6 +12,9 @@ Of many methods against one reference some differ by chance. Holm's correction (
     Holm's p_(i) = max over j ≤ i of min(1, (m − j + 1) p_(j))
 
 whatever the dependence between the tests.
+
+A difference also has a standard error over images, which says what other test images of the same devices would change:
+each image counts as -1, 0 or 1, so that what both methods find hard cancels.
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ from typing import TypeVar
 
 import numpy as np
 from scipy import stats
+from torch import Tensor
 
 from strategies.records import DeviceRecord
 from tapfl.seeds import numpy_generator
@@ -41,17 +45,20 @@ class Paired:
         p: of the two-sided test; 1 where all differences are zero. No smaller than 2 / 2^n.
         n: devices that both have.
         holm: p by Holm's correction over the tests that this one is among; None: it stands alone.
+        error: standard error of the difference over the devices' images; None: it is not known.
     """
 
     difference: float
     p: float
     n: int
     holm: float | None = None
+    error: float | None = None
 
     def __str__(self) -> str:
         p = "p < 0.001" if self.p < 0.001 else f"p = {self.p:.3f}"
         holm = "" if self.holm is None else ", Holm < 0.001" if self.holm < 0.001 else f", Holm {self.holm:.3f}"
-        return f"{self.difference:+.3f} ({p}{holm}, n = {self.n})"
+        error = "" if self.error is None else f" ± {self.error:.3f}"
+        return f"{self.difference:+.3f}{error} ({p}{holm}, n = {self.n})"
 
 
 def paired(values: Mapping[Hashable, float], reference: Mapping[Hashable, float]) -> Paired:
@@ -76,6 +83,27 @@ def paired(values: Mapping[Hashable, float], reference: Mapping[Hashable, float]
         rng=numpy_generator(0, "sign flips"),
     )
     return Paired(float(differences.mean()), min(1.0, float(found.pvalue)), len(both))
+
+
+def as_text(right: Tensor) -> str:
+    """Returns which images a model is right about, bool (n,), as a hexadecimal number; its first bit is always 1."""
+    return f"{int('1' + ''.join('1' if each else '0' for each in right.tolist()), 2):x}"
+
+
+def from_text(text: str) -> np.ndarray:
+    """Returns what `as_text` wrote, float64 (n,) of 0 and 1."""
+    return np.array([float(bit) for bit in f"{int(text, 16):b}"[1:]])
+
+
+def image_error(apart: Mapping[Hashable, Sequence[np.ndarray]]) -> float:
+    """Returns the standard error of the mean over devices of the mean difference over a device's images.
+
+    Args:
+        apart: by device, for each of its seeds, the difference of every test image (n,). Seeds share most of a device's
+            images, so that they make its error no smaller: it is that of one seed.
+    """
+    variances = [np.mean([each.std(ddof=1) / np.sqrt(len(each)) for each in seeds]) ** 2 for seeds in apart.values()]
+    return float(np.sqrt(np.sum(variances)) / len(variances))
 
 
 def against_references(devices: Sequence[DeviceRecord]) -> dict[str, Paired]:

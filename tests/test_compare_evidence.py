@@ -17,13 +17,13 @@ from typer.testing import CliRunner
 
 from experiments import cli
 from experiments.compare.cells import rank_correlations, scenario_of
-from experiments.compare.grid import read_comparison
+from experiments.compare.grid import IMAGES, read_comparison
 from experiments.compare.picture import accuracy_against_macs, comparable
 from experiments.compare.run import run_comparison
 from experiments.compare.scenario import DeviceView, Scenario, classes_that_lack
 from experiments.compare.tables import difference, mean_over_devices, sections
 from experiments.figures.figure import write_figure
-from experiments.statistics import corrected, paired
+from experiments.statistics import corrected, from_text, paired
 from tapfl.models.prunable import prunable_layers
 
 AXES = """criterion = ["tap", "magnitude", "updp"]
@@ -159,6 +159,12 @@ def test_a_pool_that_lacks_classes_is_an_axis(place: Path, tmp_path: Path) -> No
     )
 
 
+def test_a_cell_says_which_images_its_model_was_right_about(rows: list[dict[str, str]]) -> None:
+    measured = [row for row in rows if not row["refused"]]
+    for accuracy, column in IMAGES.items():
+        assert [from_text(row[column]).mean() for row in measured] == [float(row[accuracy]) for row in measured]
+
+
 def line(values: dict[tuple[int, int], float]) -> pd.DataFrame:
     return pd.DataFrame([{"device": str(d), "seed": str(s), "acc": str(v)} for (d, s), v in values.items()])
 
@@ -243,7 +249,7 @@ def test_tables_keep_the_devices_apart_that_something_was_chosen_on(
     apart = {rule: difference(of[rule], of["density-ratio"], "pruned_own") for rule in ("oracle", "shared")}
     tests = corrected({rule: test for rule, test in apart.items() if test}, dict.fromkeys(apart, "density-ratio"))
     assert [lines["tap", rule][column] for rule in apart] == [str(test) for test in tests.values()]
-    assert all(", Holm " in str(test) for test in tests.values())
+    assert all(", Holm " in str(test) and test.error is not None for test in tests.values())
     assert "(2)" in shown[0].rows[0]["50% MACs"] and "(3)" in shown[1].rows[0]["50% MACs"]
 
 

@@ -7,11 +7,12 @@ from random import Random
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from experiments.output import caption, command
-from experiments.statistics import Paired, corrected, holm, paired
+from experiments.statistics import Paired, as_text, corrected, from_text, holm, image_error, paired
 
 accuracies = st.lists(st.tuples(st.integers(0, 20), st.integers(0, 20)), min_size=2, max_size=8)
 
@@ -77,6 +78,20 @@ def test_tests_are_corrected_over_those_with_the_same_reference() -> None:
     assert str(found["a"]) == "+0.100 (p = 0.010, Holm 0.020, n = 8)"
     assert str(Paired(0.1, 0.0001, 8, 0.0002)) == "+0.100 (p < 0.001, Holm < 0.001, n = 8)"
     assert str(tests["b"]) == "+0.200 (p = 0.030, n = 8)"
+    assert str(Paired(0.2, 0.03, 8, 0.06, 0.0123)) == "+0.200 ± 0.012 (p = 0.030, Holm 0.060, n = 8)"
+
+
+@given(st.lists(st.booleans(), max_size=40))
+def test_which_images_a_model_is_right_about_comes_back_from_text(right: list[bool]) -> None:
+    assert from_text(as_text(torch.tensor(right, dtype=torch.bool))).tolist() == right
+
+
+def test_the_error_over_images_by_hand() -> None:
+    one = np.array([1, 0, 0, -1])  # variance 2/3, of the mean 1/6
+    assert image_error({"a": [one]}) == pytest.approx(np.sqrt(1 / 6))
+    assert image_error({"a": [one, one]}) == pytest.approx(np.sqrt(1 / 6))  # another seed, the same images
+    assert image_error({"a": [one], "b": [0 * one]}) == pytest.approx(np.sqrt(1 / 6) / 2)
+    assert image_error({i: [one] for i in range(4)}) == pytest.approx(np.sqrt(1 / 24))
 
 
 def test_nothing_in_common_is_an_error_and_no_difference_is_none() -> None:

@@ -15,7 +15,7 @@ from torch import nn
 
 from experiments.bench.timing import Counts, Row, Set, cpu_seconds, side_by_side
 from experiments.command_line import options_of
-from experiments.compare.scenario import DeviceView, Scenario, score
+from experiments.compare.scenario import DeviceView, Scenario, hits, shares
 from strategies.round_zero import PublicPool, Shared, describe_pool, device_model, task_images
 from tapfl.config import RunConfig
 from tapfl.data.images import ImageSet
@@ -141,7 +141,7 @@ def _compare(view: DeviceView, answers: Sequence[tuple[PruningTask, Selection]])
     accuracies = []
     for selection in (own, pool):
         model = compensated(task.model, selection.kept, task.layers, task.inputs, task.batch, "none")
-        accuracies.append(score(model, view.inputs, view.labels, view.classes)[1])
+        accuracies.append(shares(hits(model, view.inputs, view.labels, view.classes))[1])
     return [*correlations, alike, *accuracies, accuracies[1] - accuracies[0]]
 
 

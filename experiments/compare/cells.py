@@ -16,8 +16,9 @@ import numpy as np
 from scipy.stats import spearmanr
 from torch import nn
 
-from experiments.compare.grid import MEASURES, Cell
-from experiments.compare.scenario import DeviceView, Scenario, score
+from experiments.compare.grid import IMAGES, MEASURES, Cell
+from experiments.compare.scenario import DeviceView, Scenario, hits, shares
+from experiments.statistics import as_text
 from tapfl.compute import Compute, home
 from tapfl.config import PruningOptions, RunConfig
 from tapfl.data.images import ImageSet
@@ -83,10 +84,11 @@ class CellRunner:
         fine_tune = view.fine_tune_set(cell.config.metric, options, cell.instead)
         small = view.own(finished(task, recovered(task, selection, small, fine_tune, cell.config.seed)))
         plan = plan_of(task, selection, view.scenario.spec)
-        shares = (plan.cost.macs / plan.dense.macs, plan.cost.params / plan.dense.params)
-        accuracies = (*view.dense, *score(small, view.inputs, view.labels, view.classes))
-        values = (*shares, *view.coverage(self._images(cell)), *accuracies, round(seconds, 4))
+        right = hits(small, view.inputs, view.labels, view.classes)
+        cost = (plan.cost.macs / plan.dense.macs, plan.cost.params / plan.dense.params)
+        values = (*cost, *view.coverage(self._images(cell)), *view.dense, *shares(right), round(seconds, 4))
         measures: dict[str, object] = dict(zip(MEASURES, values, strict=True))
+        measures |= {name: as_text(each) for name, each in zip(IMAGES.values(), right, strict=True)}
         return measures | (self._agreement(cell, task) if self.rank else {})
 
     def _view(self, cell: Cell) -> DeviceView:

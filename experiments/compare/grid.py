@@ -55,6 +55,8 @@ FINISH = (r"pruning\.compensation.*", r"pruning\.recovery.*")
 STAGES = ("device", "pool-lacks", r"metric\..*", r"pruning\..*", "budget", *FINISH)
 ACCURACIES = ("dense", "dense_own", "pruned", "pruned_own")
 MEASURES = ("macs_share", "params_share", "own_share", "classes_covered", *ACCURACIES, "seconds")
+# by accuracy of the pruned model, the column that says which of the device's test images it was right about
+IMAGES = {"pruned": "right", "pruned_own": "right_own"}
 RANK_MEASURES = ("rank_ffn", "rank_attention")
 
 
@@ -145,7 +147,7 @@ class Comparison:
     @property
     def columns(self) -> list[str]:
         """The columns of `results.csv`."""
-        return [*self.axes, *self.results.columns, "refused"]
+        return [*self.axes, *self.results.columns, *IMAGES.values(), "refused"]
 
     def cells(self) -> Iterator[Cell]:
         """Yields every cell; the axis that is most expensive to change varies slowest.

@@ -30,7 +30,7 @@ from tapfl.seeds import numpy_generator
 from tapfl.store import cache_folder
 from tapfl.summary.metric_set import cached_features
 from tapfl.summary.mixture import GaussianSummary, device_mixture
-from tapfl.training import accuracy, predict
+from tapfl.training import predict
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ class DeviceView:
         inputs, labels = put(transform(test.read())), put(torch.from_numpy(test.labels))
         classes = torch.from_numpy(np.unique(mine.labels))
         view = cls(scenario, device, summary, mine, inputs, labels, classes, (0.0, 0.0))
-        return replace(view, dense=score(view.own(scenario.new_head or scenario.model), inputs, labels, classes))
+        return replace(view, dense=shares(hits(view.own(scenario.new_head or scenario.model), inputs, labels, classes)))
 
     def own(self, model: nn.Module) -> nn.Module:
         """Returns a model of these classes, pruned or not, as this device uses it before any training."""
@@ -187,9 +187,15 @@ def classes_that_lack(classes: np.ndarray, share: float, seed: int, device: int)
     return drawn[: round(share * len(classes))]
 
 
-def score(model: nn.Module, inputs: Tensor, labels: Tensor, classes: Tensor) -> tuple[float, float]:
-    """Returns the accuracy among all classes, and among the device's own classes only."""
+def hits(model: nn.Module, inputs: Tensor, labels: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns which images a model is right about, bool (n,): among all classes, and among the device's own only."""
     logits = predict(model, inputs)
     own = torch.full_like(logits, -torch.inf)
     own[:, classes] = logits[:, classes]
-    return accuracy(logits, labels), accuracy(own, labels)
+    return logits.argmax(1) == labels, own.argmax(1) == labels
+
+
+def shares(hits: tuple[Tensor, Tensor]) -> tuple[float, float]:
+    """Returns the two accuracies."""
+    among_all, among_own = (float(each.double().mean()) for each in hits)
+    return among_all, among_own

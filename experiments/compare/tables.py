@@ -6,14 +6,14 @@ Results are a `pandas.DataFrame` of text, one row per cell, as in `results.csv`;
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pandas as pd
 
 from experiments.compare.folder import Origin, inputs_in_words
-from experiments.compare.grid import Comparison, ResultOptions
+from experiments.compare.grid import IMAGES, Comparison, ResultOptions
 from experiments.output import as_markdown, caption
-from experiments.statistics import CORRECTED, TEST, Paired, corrected, paired
+from experiments.statistics import CORRECTED, TEST, Paired, corrected, from_text, image_error, paired
 from tapfl.models.forward import input_transform
 from tapfl.pruning.budget import Budget
 
@@ -112,7 +112,12 @@ def difference(line: pd.DataFrame, reference: pd.DataFrame, measure: str) -> Pai
     if both.empty:
         return None
     means = both.groupby(level="device", sort=False).mean()
-    return paired(means[0].to_dict(), means[1].to_dict())
+    found = paired(means[0].to_dict(), means[1].to_dict())
+    if measure not in IMAGES:
+        return found
+    ours, theirs = (rows.set_index(OWNER)[IMAGES[measure]].map(from_text) for rows in (line, reference))
+    apart = {device: [ours[key] - theirs[key] for key in keys] for device, keys in both.groupby("device").groups.items()}
+    return replace(found, error=image_error(apart))
 
 
 def _spread(rows: pd.DataFrame, measure: str) -> str:
@@ -156,7 +161,8 @@ def caption_of(rows: pd.DataFrame, comparison: Comparison, origin: Origin, resul
         about.append(f"dense: {dense:.3f} among all classes, {own:.3f} among the device's own")
     if results.reference:
         about.append(
-            f"differences to the line of {named_reference(results.values)}: mean over devices (p, Holm, n devices); "
+            f"differences to the line of {named_reference(results.values)}: mean over devices ± standard error "
+            "over their images, paired (p, Holm, n devices); "
             f"p: {TEST}; {CORRECTED} in a column"
         )
     versions = {package: " and ".join(known) for package, known in origin.versions.items()}
