@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from typing import Protocol
 
@@ -29,6 +30,7 @@ class InPieces(Protocol):
         ...
 
 
+LOOK = 10  # steps between looks at held-out images
 LARGEST = 1e6  # far above any trained weight or adapter; products of such values stay finite in float32
 LOST = 10.0  # times the loss of guessing: a mean loss beyond that at the end is no result of training
 
@@ -113,6 +115,74 @@ def largest(tensors: Iterable[Tensor]) -> float:
     """Returns the largest absolute value in any of the tensors; NaN if one is NaN."""
     found = [tensor.detach().abs().max().double() for tensor in tensors if tensor.numel()]
     return float(torch.stack(found).max()) if found else 0.0  # one wait for a device
+
+
+def minimise(
+    params: Sequence[Tensor],
+    loss_of: Callable[[int, np.ndarray], Tensor],
+    order: Iterable[np.ndarray],
+    steps: int,
+    learning_rate: float,
+    said: tuple[str, str],
+) -> None:
+    """Trains leaf tensors in place, by a step of Adam for each batch.
+
+    Args:
+        loss_of: (step, from 0, and positions of the batch) -> loss.
+        order: the batches, as many as `steps`.
+        said: the option of the learning rate, and what is trained, for errors.
+
+    Raises:
+        ModelError: if a loss is not finite, saying at which step, or a parameter exceeds LARGEST at the end.
+    """
+    adam, rate, what = torch.optim.Adam(params, lr=learning_rate), f"{said[0]} = {learning_rate:g}", said[1]
+    for step, chosen in enumerate(order):
+        loss = loss_of(step, chosen)
+        if not torch.isfinite(loss):
+            raise diverged(rate, what, step + 1, steps, f"its loss is {float(loss.detach())}")
+        adam.zero_grad()
+        loss.backward()
+        adam.step()
+    if not (reached := largest(params)) <= LARGEST:
+        raise diverged(rate, what, steps, steps, f"its weights reach {reached:.3g}")
+
+
+def apart(count: int, share: float, what: str) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the positions 0..count-1 to train on, and those to judge by, evenly between them: a share, at least one.
+
+    Raises:
+        ModelError: if there are not two images, saying for `what`.
+    """
+    if count < 2:
+        raise ModelError(f"{what} needs at least two images, one of them to judge by; there are {count}")
+    number = min(max(round(count * share), 1), count - 1)
+    held = (np.arange(number) + 1) * count // number - 1
+    return np.setdiff1d(np.arange(count), held), held
+
+
+class BestSoFar:
+    """The weights of a model that is trained, at the least error on held-out images so far; those it began with count.
+
+    Args:
+        error: of the model as it is, on images that it is not trained on; not finite counts as the worst.
+
+    Attributes:
+        first, least: the error before training, and the least so far.
+    """
+
+    def __init__(self, model: nn.Module, error: Callable[[], float]) -> None:
+        self.model, self._error = model, torch.no_grad()(error)
+        self.first = self.least = self._error()
+        self._weights = copy.deepcopy(model.state_dict())
+
+    def look(self) -> None:
+        """Keeps the model's weights if their error is less than the least."""
+        if (error := self._error()) < self.least:
+            self.least, self._weights = error, copy.deepcopy(self.model.state_dict())
+
+    def restore(self) -> None:
+        """Gives the model the weights of the least error."""
+        self.model.load_state_dict(self._weights)
 
 
 def train_dense(

@@ -16,12 +16,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from tapfl.errors import ConfigError, ModelError, PlanError
+from tapfl.config import PruningOptions
+from tapfl.errors import ModelError, PlanError
 from tapfl.models.backbone import BackboneSpec
 from tapfl.models.forward import example_input
 from tapfl.models.residual import as_branch_output, observe
 from tapfl.models.units import PrunableLayer, replaced
-from tapfl.pruning.compensation import LostOutput, compensate, compensate_sequentially, compensated, unit_moments
+from tapfl.pruning.compensation import Fit, LostOutput, compensate, compensate_sequentially, compensated, unit_moments
 from tapfl.pruning.sensitivity import Sensitivity, sensitivities
 from tapfl.pruning.surgery import load_pruned, save_pruned, shrink
 
@@ -67,7 +68,7 @@ def test_linear_functions_of_kept_units_come_back_exactly(form: Form, family: st
     kept = random_kept(backbone.layers, 0.5)
     model = with_redundant_units(backbone, kept)
     dense = model(backbone.inputs)
-    small = form(model, kept, backbone.layers, backbone.inputs, batch=3, ridge=0.0)
+    small = form(model, kept, backbone.layers, backbone.inputs, batch=3, fit=Fit(ridge=0.0))
     assert (small(backbone.inputs) - dense).abs().max() < 1e-4 * dense.abs().max()
     without = shrink(model, plan_of(backbone, kept))(backbone.inputs)
     assert (without - dense).abs().max() > 0.05 * dense.abs().max()
@@ -132,8 +133,8 @@ def test_one_pass_asks_an_attention_what_its_shrunk_form_lacks(family: str, fami
     np.testing.assert_allclose(found.proj.bias.detach().numpy(), shrunk.proj.bias.numpy() + intercept, atol=2e-5)
 
 
-@pytest.mark.parametrize(("given", "share"), [({"correction": 0.4}, 0.4), ({}, 0.25)])
-def test_the_sequential_form_by_hand(given: dict[str, float], share: float, vit: Tiny) -> None:
+@pytest.mark.parametrize(("given", "share"), [({"fit": Fit(correction=0.4)}, 0.4), ({}, 0.25)])
+def test_the_sequential_form_by_hand(given: dict[str, Fit], share: float, vit: Tiny) -> None:
     """blocks.1.mlp behind a shrunk blocks.0.attn: its own loss, and a share of the drift of the stream."""
     kept = {
         name: ids for name, ids in random_kept(vit.layers, 0.5).items() if name in ("blocks.0.attn", "blocks.1.mlp")
@@ -333,16 +334,17 @@ def test_what_cannot_be_is_refused(form: Form, vit: Tiny) -> None:
 
 def test_the_form_is_the_one_that_is_named(vit: Tiny) -> None:
     kept = random_kept(vit.layers, 0.5)
-    given = (vit.model, kept, vit.layers, vit.inputs, 4)
+    given = (vit.model, kept, vit.layers, images(vit, 60), 30)
     forms = {
         "none": shrink(vit.model, plan_of(vit, kept)),
         "one-pass": compensate(*given),
         "sequential": compensate_sequentially(*given),
+        "reconstruction": compensate_sequentially(*given, Fit(steps=3, learning_rate=1e-3)),
     }
     for how, expected in forms.items():
-        assert torch.equal(compensated(*given, how)(vit.inputs), expected(vit.inputs))
-    with pytest.raises(ConfigError, match="'both': accepted are none, one-pass, sequential"):
-        compensated(*given, "both")
+        options = PruningOptions.model_validate({"compensation": how, "compensation_steps": 3})
+        assert torch.equal(compensated(*given, options)(vit.inputs), expected(vit.inputs))
+    assert len({form(vit.inputs).sum().item() for form in forms.values()}) == len(forms)
 
 
 def a_backbone(name: str) -> nn.Module:

@@ -45,8 +45,17 @@ from tapfl.seeds import numpy_generator
 from tapfl.training import Params, train_dense
 
 PIT: dict[str, Any] = {"img_size": 32, "base_dims": (8, 8), "depth": (1, 1), "heads": (2, 4)}
-OTHERS: dict[str, tuple[BackboneSpec, dict[str, str]]] = {
+OTHERS: dict[str, tuple[BackboneSpec, dict[str, Any]]] = {
     "distilled": (DEIT, {"criterion": "tap", "compensation": "one-pass", "recovery": "distill"}),
+    "reconstructed": (
+        DEIT,
+        {
+            "criterion": "lowrank-heads",
+            "compensation": "reconstruction",
+            "recovery": "distill",
+            "recovery_held_out": 0.5,
+        },
+    ),
     "windows that overhang": (
         SWIN.model_copy(update={"args": SWIN.args | {"img_size": 12}}),
         {"criterion": "tap+"},

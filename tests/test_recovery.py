@@ -32,7 +32,7 @@ from tapfl.pruning.recovery import (
 )
 from tapfl.pruning.surgery import load_pruned, save_pruned, shrink
 from tapfl.seeds import numpy_generator
-from tapfl.training import predict
+from tapfl.training import apart, predict
 
 FAMILIES = ["vit", "deit", "swin"]
 NOBODY = torch.empty(0, dtype=torch.int64)
@@ -83,6 +83,29 @@ def bits(model: nn.Module) -> dict[str, bytes]:
 
 
 # ---------------------------------------------------------------- training
+
+
+@pytest.mark.parametrize("rate", [1e-3, 0.3])
+@pytest.mark.parametrize("recovery", ["fine-tune", "distill"])
+def test_the_loss_on_images_held_out_never_rises(recovery: str, rate: float, tasks: dict[str, Task]) -> None:
+    task, values = tasks["vit"], {"recovery": recovery, "recovery_held_out": 0.25, "recovery_learning_rate": rate}
+    fading = {name: task.dense.get_submodule(name) for name in task.gone}
+    model = task.recovered(25, fading=fading, **values)
+    _, held = apart(len(task.labels), 0.25, "")
+    images, labels = task.images[held], task.labels[held]
+    targets = predict(task.dense, images) if recovery == "distill" else None
+    before, after = (float(recovery_loss(predict(each, images), labels, targets)) for each in (task.small, model))
+    assert after <= before and (after == before) == (bits(model) == bits(task.small))
+    assert after < before or rate > 0.1
+    if rate < 0.1:
+        assert bits(model) == bits(task.recovered(25, fading=fading, **values))
+
+
+def test_images_held_out_are_not_trained_on(tasks: dict[str, Task], monkeypatch: pytest.MonkeyPatch) -> None:
+    task, seen = tasks["vit"], []
+    monkeypatch.setattr(recovery, "minimise", lambda params, loss, order, *rest: seen.extend(order))
+    task.recovered(6, recovery_held_out=0.25)
+    assert sorted({*np.concatenate(seen)}) == apart(len(task.labels), 0.25, "")[0].tolist()
 
 
 @pytest.mark.parametrize("recovery", ["fine-tune", "distill"])

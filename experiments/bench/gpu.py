@@ -32,7 +32,7 @@ from tapfl.adapters.stacked_model import StackedModel
 from tapfl.compute import Compute, home
 from tapfl.config import ComputeOptions, PruningOptions, TrainOptions
 from tapfl.personalize.together import LocalTask, all_of
-from tapfl.pruning.compensation import compensated
+from tapfl.pruning.compensation import compensate_sequentially
 from tapfl.pruning.criteria.criterion import PruningTask
 from tapfl.pruning.layer_importance import layer_importance
 from tapfl.pruning.pipeline import prune_model, pruning_task, select
@@ -213,7 +213,7 @@ def parts_of(task: PruningTask) -> dict[str, Callable[[], object]]:
         return found | {"scores": scores}
     fisher = lambda: task.fisher_of(model)  # noqa: E731
     chosen = select(task).kept
-    compensate = lambda: compensated(model, chosen, layers, inputs, batch, "sequential")  # noqa: E731
+    compensate = lambda: compensate_sequentially(model, chosen, layers, inputs, batch)  # noqa: E731
     return found | {"sensitivities": fisher, "selection": lambda: select(replace(task)), "compensation": compensate}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Annotated
 
@@ -22,8 +23,8 @@ from tapfl.data.images import ImageSet
 from tapfl.data.sources import load_images
 from tapfl.models.backbone import BackboneSpec, build, spec_of
 from tapfl.models.forward import image_features, transform_of
-from tapfl.pruning.compensation import compensated
 from tapfl.pruning.criteria.criterion import PruningTask, Selection
+from tapfl.pruning.pipeline import cut
 from tapfl.seeds import numpy_generator
 from tapfl.summary.metric_set import RULES
 from tapfl.summary.mixture import GaussianSummary, device_mixture
@@ -140,7 +141,8 @@ def _compare(view: DeviceView, answers: Sequence[tuple[PruningTask, Selection]])
     alike = float(same) / sum(len(kept) for kept in own.kept.values())
     accuracies = []
     for selection in (own, pool):
-        model = compensated(task.model, selection.kept, task.layers, task.inputs, task.batch, "none")
+        options = task.options.model_copy(update={"compensation": "none"})
+        model = cut(replace(task, options=options), selection, seed=0)
         accuracies.append(shares(hits(model, view.inputs, view.labels, view.classes))[1])
     return [*correlations, alike, *accuracies, accuracies[1] - accuracies[0]]
 

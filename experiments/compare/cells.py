@@ -79,7 +79,7 @@ class CellRunner:
         selection, seconds = self._once("selection", choice, lambda: self._select(cell, task))
         if isinstance(selection, str):
             return {"refused": selection}
-        cutting = (*choice, options.compensation, options.compensation_rows)
+        cutting = (*choice, *(getattr(options, name) for name in FINISH if name.startswith("compensation")))
         small = self._once("cut", cutting, lambda: self._cut(cell, task, selection))
         fine_tune = view.fine_tune_set(cell.config.metric, options, cell.instead)
         small = view.own(finished(task, recovered(task, selection, small, fine_tune, cell.config.seed)))

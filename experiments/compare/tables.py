@@ -116,7 +116,9 @@ def difference(line: pd.DataFrame, reference: pd.DataFrame, measure: str) -> Pai
     if measure not in IMAGES:
         return found
     ours, theirs = (rows.set_index(OWNER)[IMAGES[measure]].map(from_text) for rows in (line, reference))
-    apart = {device: [ours[key] - theirs[key] for key in keys] for device, keys in both.groupby("device").groups.items()}
+    apart = {
+        device: [ours[key] - theirs[key] for key in keys] for device, keys in both.groupby("device").groups.items()
+    }
     return replace(found, error=image_error(apart))
 
 

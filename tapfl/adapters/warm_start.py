@@ -25,9 +25,9 @@ from tapfl.adapters.lora import AdaptedModel
 from tapfl.compute import HERE, Compute, home
 from tapfl.config import AdapterOptions, PrivacyOptions
 from tapfl.progress import stage
-from tapfl.pruning.recovery import batch_order, minimise, soft_loss, teacher_logits
+from tapfl.pruning.recovery import batch_order, soft_loss, teacher_logits
 from tapfl.seeds import numpy_generator, torch_generator
-from tapfl.training import Params
+from tapfl.training import Params, minimise
 
 BATCH = 32  # images in a minibatch
 HELD_OUT, MOST_HELD_OUT = 0.25, 256  # share of a device's images, and at most so many

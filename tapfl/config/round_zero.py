@@ -214,13 +214,17 @@ class PruningOptions(Section):
     basis: Literal["auto", "none", "canonical"] = Field(
         "auto", description="basis of the attention heads before scoring; auto: the criterion's choice"
     )
-    compensation: Literal["auto", "none", "one-pass", "sequential"] = Field(
-        "auto", description="kept units are refitted to replace the removed ones; auto: the criterion's choice"
+    compensation: Literal["auto", "none", "one-pass", "sequential", "reconstruction"] = Field(
+        "auto",
+        description="how kept units are refitted to replace the removed ones; `reconstruction`: `sequential`, and "
+        "gradient steps after each layer; auto: the criterion's choice",
     )
     compensation_rows: Literal["auto", "even", "sensitivity"] = Field(
         "auto",
         description="tokens in compensation: equal, or by Fisher sensitivity; auto: the criterion's choice",
     )
+    compensation_steps: Count = Field(40, description="gradient steps a layer, for compensation=reconstruction")
+    compensation_learning_rate: float = Field(1e-3, gt=0, le=RATE, description="their learning rate (Adam, constant)")
     align: int = Field(0, ge=0, description="widths are multiples of this; 0: 8, or 4 if heads have under 32 dims")
     floor: float = Field(0.05, ge=0, lt=1, description="smallest share of its units that a layer keeps")
     unit_shape: Literal["head-dims", "heads", "both"] = Field(
@@ -249,3 +253,9 @@ class PruningOptions(Section):
     recovery_batch: Count = Field(32, description="images in a minibatch of recovery")
     recovery_learning_rate: float = Field(1e-4, gt=0, le=RATE, description="learning rate of recovery (Adam, constant)")
     recovery_size: int = Field(0, ge=0, description="public images used for recovery; 0: the metric set")
+    recovery_held_out: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="share of these that only judge: the weights of least loss on them stay; 0: the last",
+    )

@@ -14,24 +14,43 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from timm.models.swin_transformer import SwinTransformerBlock
 from torch import Tensor, nn
 
-from tapfl.errors import ConfigError, ModelError
+from tapfl.config import PruningOptions
+from tapfl.errors import ModelError
 from tapfl.models.forward import hooked, segments
 from tapfl.models.residual import as_branch_output, observe
 from tapfl.models.units import PrunableLayer, put
 from tapfl.progress import track
+from tapfl.pruning.reconstruction import Call, reconstruct
 from tapfl.pruning.scores import record_activations, refuse_not_finite
 from tapfl.pruning.sensitivity import Sensitivities
 
-COMPENSATIONS = ("none", "one-pass", "sequential")
 CORRECTION = 0.25  # γ, share of the drift of the residual stream that a branch is asked to correct
 RIDGE = 1e-3  # λ, of the mean variance of the kept activations
 RESOLUTION = 1e-12  # of the mean square of the kept activations: less variance than that is rounding
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How what is kept is refitted.
+
+    Attributes:
+        ridge: λ as a share of the mean variance of a layer's kept activations, >= 0.
+        correction: γ in [0, 1], for the sequential form.
+        steps: of gradient that follow the closed form of each layer (`reconstruct`), for the sequential form.
+        learning_rate: of these.
+    """
+
+    ridge: float = RIDGE
+    correction: float = CORRECTION
+    steps: int = 0
+    learning_rate: float = 0.0
 
 
 class LostOutput:
@@ -56,16 +75,19 @@ class LostOutput:
         self.total = torch.zeros(kept + outputs, dtype=torch.float64, device=device)
         self.product, self.rows = self.total.new_zeros(kept, kept + outputs), self.total.new_zeros(())
 
-    def add(self, Z: Tensor, r: Tensor) -> None:
+    def add(self, Z: Tensor, r: Tensor) -> Tensor:
+        """Adds a batch; returns the weights of its rows, float32 (rows,), 0 for tokens that do not count."""
         both = torch.cat([part.flatten(0, -2).double() for part in (Z, r)], dim=1)
         weights = both.new_ones(len(both)) if self.weights is None else next(self.weights)
+        given = weights.float()
         if self.real is not None:
             real = self.real.repeat(len(both) // len(self.real))
-            both, weights = both[real], weights[real]
+            both, weights, given = both[real], weights[real], given * real
         weighted = weights.double()[:, None] * both
         self.rows += weights.double().sum()
         self.total += weighted.sum(0)
         self.product += both[:, : self.kept].T @ weighted
+        return given
 
     def of_cut(self, kept: Tensor, W: Tensor) -> LostOutput:
         """Returns the moments of the units at `kept` and of r = W_S x_S, the output of the other units S.
@@ -128,23 +150,21 @@ def compensated(
     layers: Sequence[PrunableLayer],
     inputs: Tensor,
     batch: int,
-    how: str,
+    options: PruningOptions,
     fisher: Sensitivities | None = None,
     moments: Moments | None = None,
 ) -> nn.Module:
-    """Returns `model` shrunk to `kept` and compensated by method `how`: ``none``, ``one-pass`` or ``sequential``.
+    """Returns `model` shrunk to `kept` and compensated as the options say, which are not `auto`.
 
     Args: as `compensate`; `moments` are of use for ``one-pass`` alone, since another prefix changes the activations.
-
-    Raises:
-        ConfigError: if `how` is none of these.
     """
-    if how not in COMPENSATIONS:
-        raise ConfigError(f"compensation = {how!r}: accepted are {', '.join(COMPENSATIONS)}")
-    if how == "one-pass":
+    if options.compensation == "one-pass":
         return compensate(model, kept, layers, inputs, batch, fisher=fisher, moments=moments)
-    if how == "sequential":
+    if options.compensation == "sequential":
         return compensate_sequentially(model, kept, layers, inputs, batch, fisher=fisher)
+    if options.compensation == "reconstruction":
+        fit = Fit(steps=options.compensation_steps, learning_rate=options.compensation_learning_rate)
+        return compensate_sequentially(model, kept, layers, inputs, batch, fit, fisher)
     small = copy.deepcopy(model)
     for layer in layers:
         if len(kept.get(layer.name, range(layer.units))) < layer.units:
@@ -159,7 +179,7 @@ def compensate(
     layers: Sequence[PrunableLayer],
     inputs: Tensor,
     batch: int,
-    ridge: float = RIDGE,
+    fit: Fit = Fit(),
     fisher: Sensitivities | None = None,
     moments: Moments | None = None,
 ) -> nn.Module:
@@ -175,7 +195,7 @@ def compensate(
         layers: the prunable layers of `model`.
         inputs: the metric set in the backbone's input format (n, channels, height, width), n >= 1.
         batch: images a pass.
-        ridge: λ as a share of the mean variance of a layer's kept activations, >= 0.
+        fit: how.
         fisher: sensitivities on `inputs` by layer name, as weights of the rows; None: all rows alike.
         moments: `unit_moments` of the same model, images and `fisher`; these FFNs are not measured again.
 
@@ -200,7 +220,7 @@ def compensate(
             model(part)
             refuse_not_finite({name: found.total for name, found in lost.items()}, number)
     for layer in pruned:
-        _absorb(small, layer, lost[layer.name], ridge)
+        _absorb(small, layer, lost[layer.name], fit.ridge)
     return small.eval()
 
 
@@ -211,8 +231,7 @@ def compensate_sequentially(
     layers: Sequence[PrunableLayer],
     inputs: Tensor,
     batch: int,
-    ridge: float = RIDGE,
-    correction: float = CORRECTION,
+    fit: Fit = Fit(),
     fisher: Sensitivities | None = None,
 ) -> nn.Module:
     """Returns `model` shrunk and compensated layer by layer, each with the statistics of the already shrunk prefix.
@@ -227,24 +246,31 @@ def compensate_sequentially(
     on to the next; all of it is more than the branch's units can predict. The target f(x) alone is worse still (2.31,
     1.34), because it leaves x - x' in the stream.
 
-    Arguments and errors are those of `compensate`; `correction` is γ in [0, 1].
+    With `fit.steps` the branch then takes gradient steps towards f'(x') + r, with r as it was before the closed form.
+
+    Arguments and errors are those of `compensate`, and those of `reconstruct`.
     """
     small, pruned = _begin(model, kept, layers, inputs)
-    dense_x = small_x = list(inputs.split(batch))
+    images = dense_x = small_x = list(inputs.split(batch))
     steps = list(zip(segments(model)[:-1], segments(small)[:-1], strict=True))
     for (block, dense_step), (_, small_step) in track(steps, "compensation"):
         for layer in (layer for layer in pruned if layer.block == block):
             f = model.get_submodule(layer.name)
             put(small, layer.name, layer.shrink(small.get_submodule(layer.name), kept[layer.name]))
-            lost = _empty_moments(model, layer, kept, fisher)
+            lost, calls = _empty_moments(model, layer, kept, fisher), []
             for number, (x, y) in enumerate(zip(dense_x, small_x, strict=True)):
                 dense, now = observe(model, layer, dense_step, x), observe(small, layer, small_step, y)
                 args, kwargs = now.arguments
                 own: Tensor = f(*args, **kwargs)
                 drift = as_branch_output(small, layer, dense.stream - now.stream) + dense.output - own
-                lost.add(now.units, own - now.output + correction * drift)
+                r = own - now.output + fit.correction * drift
+                weights = lost.add(now.units, r)
                 refuse_not_finite({layer.name: lost.total}, number)
-            _absorb(small, layer, lost, ridge)
+                if fit.steps:
+                    calls.append(Call(len(images[number]), now.arguments, now.output + r, weights))
+            _absorb(small, layer, lost, fit.ridge)
+            if calls:
+                reconstruct(small.get_submodule(layer.name), calls, fit.steps, fit.learning_rate)
         dense_x, small_x = [dense_step(x) for x in dense_x], [small_step(x) for x in small_x]
     return small.eval()
 

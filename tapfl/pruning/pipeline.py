@@ -172,9 +172,9 @@ def cut(
         fisher: the `row_sensitivities` of the weights that are cut, if they are known.
         moments: their `unit_moments`, likewise.
     """
-    weights, how = selection.model or task.model, task.options.compensation
+    weights = selection.model or task.model
     fisher = fisher or row_sensitivities(task, weights)
-    return compensated(weights, selection.kept, task.layers, task.inputs, task.batch, how, fisher, moments)
+    return compensated(weights, selection.kept, task.layers, task.inputs, task.batch, task.options, fisher, moments)
 
 
 def row_sensitivities(task: PruningTask, weights: nn.Module) -> Sensitivities | None:

@@ -1,7 +1,9 @@
 """Recovery: training of a pruned model after surgery, the same for all criteria.
 
 A fixed number of steps of Adam at a constant learning rate on public images, with no augmentation and no dropout, and
-nothing selected on test data. With logits z, label y and the dense model's logits t, the loss is
+nothing selected on test data. With ``recovery-held-out`` a share of these images only judges: the weights with the
+least loss on them stay, those before any step among them, so that a model never gets worse on them. With logits z,
+label y and the dense model's logits t, the loss is
 
     fine-tune   CE(z, y)
     distill     β T² KL(softmax(t/T) ‖ softmax(z/T)) + (1 − β) CE(z, y)            (Hinton et al., arXiv 1503.02531)
@@ -21,7 +23,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from itertools import islice
 
 import numpy as np
@@ -34,7 +36,7 @@ from tapfl.errors import ConfigError, ModelError
 from tapfl.models.units import put
 from tapfl.progress import track
 from tapfl.pruning.criteria.criterion import Selection
-from tapfl.training import LARGEST, batches, diverged, largest
+from tapfl.training import LOOK, BestSoFar, apart, batches, minimise
 
 FADING_SHARE = 0.3  # of the steps, as published
 TEMPERATURE, SOFT_SHARE = 4.0, 0.9  # T and β of distillation
@@ -82,12 +84,25 @@ def recover(
     """
     small = copy.deepcopy(model).eval().requires_grad_(True)
     if steps and options.recovery != "none":
-        order = batch_order(len(labels), options.recovery_batch, steps, generator)
+        trained, held = np.arange(len(labels)), np.arange(0)
+        if options.recovery_held_out:
+            trained, held = apart(len(labels), options.recovery_held_out, "pruning.recovery-held-out")
+        order = [trained[chosen] for chosen in batch_order(len(trained), options.recovery_batch, steps, generator)]
         targets = None
         if options.recovery == "distill":
             if teacher is None:
                 raise ConfigError("pruning.recovery = 'distill': needs the dense model as teacher")
-            targets = teacher_logits(teacher, inputs, len(labels), order)
+            targets = teacher_logits(teacher, inputs, len(labels), [*order, held])
+
+        def loss_of(chosen: np.ndarray) -> Tensor:
+            index = torch.from_numpy(chosen)
+            return recovery_loss(small(inputs(chosen)), labels[index], None if targets is None else targets[index])
+
+        def error() -> float:
+            parts = np.array_split(held, -(-len(held) // options.recovery_batch))
+            return sum(float(loss_of(part)) * len(part) for part in parts) / len(held)
+
+        best = BestSoFar(small, error) if len(held) else None
         faders = {}
         for name, branch in (fading or {}).items():
             dense = copy.deepcopy(branch).eval().requires_grad_(True)
@@ -96,44 +111,18 @@ def recover(
 
         def loss(step: int, chosen: np.ndarray) -> Tensor:
             _fade(small, faders, strength(step, steps))
-            index = torch.from_numpy(chosen)
-            return recovery_loss(small(inputs(chosen)), labels[index], None if targets is None else targets[index])
+            if best and step and step % LOOK == 0 and not faders:
+                best.look()
+            return loss_of(chosen)
 
         rate = options.recovery_learning_rate
         option, shown = "pruning.recovery-learning-rate", track(order, "recovery")
         minimise(list(small.parameters()), loss, shown, steps, rate, (option, "recovery"))
         _fade(small, faders, 0.0)
+        if best:
+            best.look()
+            best.restore()
     return small.requires_grad_(False)
-
-
-def minimise(
-    params: Sequence[Tensor],
-    loss_of: Callable[[int, np.ndarray], Tensor],
-    order: Iterable[np.ndarray],
-    steps: int,
-    learning_rate: float,
-    said: tuple[str, str],
-) -> None:
-    """Trains leaf tensors in place, by a step of Adam for each batch.
-
-    Args:
-        loss_of: (step, from 0, and positions of the batch) -> loss.
-        order: the batches, as many as `steps`.
-        said: the option of the learning rate, and what is trained, for errors.
-
-    Raises:
-        ModelError: if a loss is not finite, saying at which step, or a parameter exceeds LARGEST at the end.
-    """
-    adam, rate, what = torch.optim.Adam(params, lr=learning_rate), f"{said[0]} = {learning_rate:g}", said[1]
-    for step, chosen in enumerate(order):
-        loss = loss_of(step, chosen)
-        if not torch.isfinite(loss):
-            raise diverged(rate, what, step + 1, steps, f"its loss is {float(loss.detach())}")
-        adam.zero_grad()
-        loss.backward()
-        adam.step()
-    if not (reached := largest(params)) <= LARGEST:
-        raise diverged(rate, what, steps, steps, f"its weights reach {reached:.3g}")
 
 
 def recovery_loss(logits: Tensor, labels: Tensor, teacher: Tensor | None = None) -> Tensor:
