@@ -142,7 +142,7 @@ def _compare(view: DeviceView, answers: Sequence[tuple[PruningTask, Selection]])
     accuracies = []
     for selection in (own, pool):
         options = task.options.model_copy(update={"compensation": "none"})
-        model = cut(replace(task, options=options), selection, seed=0)
+        model = cut(replace(task, options=options), selection)
         accuracies.append(shares(hits(model, view.inputs, view.labels, view.classes))[1])
     return [*correlations, alike, *accuracies, accuracies[1] - accuracies[0]]
 

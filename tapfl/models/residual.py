@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -29,12 +30,18 @@ class Passage:
         arguments: of the branch's call (positional, by name).
         units: input of the branch's output linear, with 0 units where the branch is gone.
         output: of the branch.
+        after: output of the block, if the branch is its FFN; an attention is the end of a pass, which saves the rest.
     """
 
     stream: Tensor
     arguments: tuple[tuple[Any, ...], dict[str, Any]]
     units: Tensor
     output: Tensor
+    after: Tensor | None = None
+
+
+class _Seen(Exception):  # noqa: N818  (no error)
+    """Ends a pass of which the rest is of no use."""
 
 
 @torch.no_grad()
@@ -48,15 +55,19 @@ def observe(model: nn.Module, layer: PrunableLayer, step: Callable[[Tensor], Ten
     linear: Any = branch.get_submodule(layer.output)
     norm = getattr(_block(model, layer), f"norm{PLACE[layer.kind]}")
     seen: dict[str, Any] = {}
+
+    def leave(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+        seen.update(arguments=(args, kwargs), output=output)
+        if layer.kind == "attention":
+            raise _Seen
+
     handles = [
         norm.register_forward_pre_hook(lambda _module, inputs: seen.update(stream=inputs[0])),
         linear.register_forward_pre_hook(lambda _module, inputs: seen.update(units=inputs[0])),
-        branch.register_forward_hook(
-            lambda _module, args, kwargs, output: seen.update(arguments=(args, kwargs), output=output), with_kwargs=True
-        ),
+        branch.register_forward_hook(leave, with_kwargs=True),
     ]
-    with hooked(handles):
-        step(x)
+    with hooked(handles), suppress(_Seen):
+        seen["after"] = step(x)
     return Passage(**({"units": seen["output"][..., :0]} | seen))
 
 

@@ -254,13 +254,14 @@ def compensate_sequentially(
     images = dense_x = small_x = list(inputs.split(batch))
     steps = list(zip(segments(model)[:-1], segments(small)[:-1], strict=True))
     for (block, dense_step), (_, small_step) in track(steps, "compensation"):
+        after: list[Tensor | None] = [None] * len(images)
         for layer in (layer for layer in pruned if layer.block == block):
             f = model.get_submodule(layer.name)
             put(small, layer.name, layer.shrink(small.get_submodule(layer.name), kept[layer.name]))
             lost, calls = _empty_moments(model, layer, kept, fisher), []
             for number, (x, y) in enumerate(zip(dense_x, small_x, strict=True)):
                 dense, now = observe(model, layer, dense_step, x), observe(small, layer, small_step, y)
-                args, kwargs = now.arguments
+                after[number], (args, kwargs) = dense.after, now.arguments
                 own: Tensor = f(*args, **kwargs)
                 drift = as_branch_output(small, layer, dense.stream - now.stream) + dense.output - own
                 r = own - now.output + fit.correction * drift
@@ -271,7 +272,8 @@ def compensate_sequentially(
             _absorb(small, layer, lost, fit.ridge)
             if calls:
                 reconstruct(small.get_submodule(layer.name), calls, fit.steps, fit.learning_rate)
-        dense_x, small_x = [dense_step(x) for x in dense_x], [small_step(x) for x in small_x]
+        dense_x = [dense_step(x) if known is None else known for x, known in zip(dense_x, after, strict=True)]
+        small_x = [small_step(x) for x in small_x]
     return small.eval()
 
 
