@@ -32,6 +32,7 @@ from tapfl.models.cost import measure_cost
 from tapfl.models.dense import DenseCache
 from tapfl.models.forward import image_features
 from tapfl.models.new_head import fill_with_prototypes
+from tapfl.personalize.label_prior import informed, log_prior, with_prior
 from tapfl.personalize.method import Method, Personal
 from tapfl.personalize.methods import method_of
 from tapfl.personalize.together import LocalTask, Training, carried_out
@@ -195,6 +196,7 @@ class Device:
         accuracies = self._evaluate(received, final)
         if personal and self.config.personalize.method == "apfl":
             self.storage.save_alphas({a: self._score(interpolate(personal.params, received, a)) for a in SHOWN_ALPHAS})
+        final = with_prior(final, self._prior())
         save_peft(home(final), self.config.adapters.scale, self.storage.personal, base=str(self.storage.pruned))
         references = self._references.accuracies(state.references, self._pruned, self._score)
         return EvaluateReply(message.round, _alpha(personal), *accuracies, references)
@@ -239,11 +241,12 @@ class Device:
         """Returns what stayed on the device, with the α that suits the w just received (`Method.weigh`)."""
         if personal is None or not (chosen := self._images.weighing(round)):
             return personal
-        train = self._images.part("train")
+        train, prior = self._images.part("train"), self._prior()
 
         def losses(index: np.ndarray, params: Params) -> Tensor:
             labels = train.labels[torch.from_numpy(index)]
-            return F.cross_entropy(self._pruned.adapted(params, train.batch(index)), labels, reduction="none")
+            logits = informed(self._pruned.adapted(params, train.batch(index)), prior)
+            return F.cross_entropy(logits, labels, reduction="none")
 
         return method.weigh(received, personal, [partial(losses, index) for index in chosen])
 
@@ -284,7 +287,8 @@ class Device:
         rate = rate_factor(options, round) * options.learning_rate
         update = {"learning_rate": rate, "steps": local_steps(len(positions), options)}
         train = options.model_copy(update=update)
-        return LocalTask(method, own.adapted, received, personal, drawn(), train, trained, self.partition_id)
+        device = self.partition_id, self._prior(method.trains_on)
+        return LocalTask(method, own.adapted, received, personal, drawn(), train, trained, *device)
 
     def _upload(self, received: Params, trained: Params, round: int) -> np.ndarray:
         """Returns the upload as one flat vector; with differential privacy, within `dp-clip` of the received w."""
@@ -301,7 +305,14 @@ class Device:
 
     def _score(self, params: Params, own: caches.AdaptedDevice | None = None) -> float:
         """Returns the accuracy of a model, by default the device's own, with these adapters."""
-        return self._accuracy(partial((own or self._pruned).adapted, params))
+        adapted, prior = (own or self._pruned).adapted, self._prior()
+        return self._accuracy(lambda x: informed(adapted(params, x), prior))
+
+    def _prior(self, part: str = "train") -> Tensor | None:
+        """Returns log p(y) of the classes in a part of the images, if the model shall know it."""
+        model: Any = self._pruned.adapted.model
+        labels = home(self._images.part(part).labels)
+        return self.compute.put(log_prior(self.config.train.label_prior, labels, model.num_classes))
 
     def _accuracy(self, model: Callable[[Tensor], Tensor]) -> float:
         """Returns the accuracy on the test part."""

@@ -173,7 +173,7 @@ NEEDS = {"fedper": ["adapters.head=personal"], "fedrep": ["adapters.head=persona
 TRAINING = [
     *("train.optimizer=sgd", "train.learning-rate=0.05", "train.momentum=0.9", "train.weight-decay=1e-4"),
     *("train.steps=5", "train.clip-gradient=1", "train.label-smoothing=0.1", "train.augment=crop"),
-    "train.evaluate-every=2",
+    *("train.evaluate-every=2", "train.label-prior=counts"),
 ]
 PAIRS = list(zip(itertools.cycle(RULES), METHODS, strict=False))  # all, with three kinds of head, are slow tests
 
@@ -238,7 +238,7 @@ def test_every_rule_with_every_method_and_extra(
     [
         ["adapters.combine=median", "adapters.rule=flex"],
         ["adapters.combine=trimmed-mean", "adapters.rule=ffa", "adapters.server=momentum", *TRAINING],
-        ["adapters.clip=0.5", "adapters.server=adam", "adapters.rule=flex", f"personalize.references={BESIDE}"],
+        ["adapters.clip=0.5", "adapters.server=adam", "train.label-prior=counts", f"personalize.references={BESIDE}"],
         ["adapters.rule=hetlora", "adapters.head=personal"],
         ["adapters.start=pool", "adapters.blocks=1", "adapters.rule=embed_side", "personalize.references=alone"],
         ["personalize.method=fedavg+finetune", "adapters.head=personal"],

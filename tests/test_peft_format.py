@@ -12,6 +12,7 @@ from backbones import Tiny, plan_of, random_kept
 from tapfl.adapters.layout import Layout, device_layout, gather_all, global_shapes
 from tapfl.adapters.lora import AdaptedModel, interpolate
 from tapfl.adapters.peft_format import CONFIG_FILE, WEIGHTS_FILE, save_peft
+from tapfl.personalize.label_prior import with_prior
 from tapfl.pruning.plan import PruningPlan
 from tapfl.pruning.surgery import load_pruned, save_pruned, shrink
 from tapfl.store import read_tensors
@@ -47,13 +48,13 @@ def test_stock_peft_loads_the_personal_model(family: str, tmp_path: Path, reques
     plan, layout = device(backbone)
     small = shrink(backbone.model, plan)
     save_pruned(small, plan, tmp_path / "pruned")
-    params = personal(backbone, layout)
-    save_peft(params, SCALE, tmp_path / "personal", base=str(tmp_path / "pruned"))
+    params, prior = personal(backbone, layout), torch.linspace(-3, 0, 10)
+    save_peft(with_prior(params, prior), SCALE, tmp_path / "personal", base=str(tmp_path / "pruned"))
     # peft replaces modules of the model it is given, so it gets one of its own
     loaded = PeftModel.from_pretrained(load_pruned(tmp_path / "pruned"), str(tmp_path / "personal")).eval()
     with torch.no_grad():
         got = loaded(backbone.inputs)
-        want = AdaptedModel(small, layout, SCALE)(params, backbone.inputs)
+        want = AdaptedModel(small, layout, SCALE)(params, backbone.inputs) + prior
         bare = small(backbone.inputs)
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
     assert (want - bare).abs().max() > 0.1

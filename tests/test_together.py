@@ -53,6 +53,7 @@ def task(
     rank: int = 2,
     sizes: tuple[int, ...] = (4, 3),
     begun: bool = True,
+    informed: bool = False,
 ) -> LocalTask:
     """Returns a device's round: random adapters, and as many batches as `sizes`."""
     generator = torch.Generator().manual_seed(seed)
@@ -65,7 +66,8 @@ def task(
     own = Personal(v, torch.tensor(0.2 + 0.1 * seed, dtype=torch.float64)) if isinstance(method, Apfl) else wholly(v)
     options = train.model_copy(update={"steps": len(sizes)})
     model = AdaptedModel(shrink(backbone.model, plan), layout, 2.0)
-    return LocalTask(method, model, w, own if begun else None, batches, options, frozenset(layout), seed)
+    prior = drawn(generator, 10) if informed else None
+    return LocalTask(method, model, w, own if begun else None, batches, options, frozenset(layout), seed, prior)
 
 
 def kept_of(data: st.DataObject, backbone: Tiny) -> dict[str, Tensor]:
@@ -101,11 +103,11 @@ def test_together_is_one_by_one(data: st.DataObject, families: dict[str, Tiny]) 
     method = METHODS[data.draw(st.sampled_from(sorted(METHODS)))]
     clip = data.draw(st.sampled_from([0.0, 0.05]))
     train = TrainOptions(optimizer="sgd", momentum=0.9, learning_rate=3e-2, clip_gradient=clip, label_smoothing=0.1)
-    begun = data.draw(st.booleans())
+    begun, informed = data.draw(st.booleans()), data.draw(st.booleans())
 
     def tasks() -> list[LocalTask]:
         return [
-            task(backbone, method, train, seed=i, kept=k, rank=r, sizes=s, begun=begun)
+            task(backbone, method, train, seed=i, kept=k, rank=r, sizes=s, begun=begun, informed=informed)
             for i, (k, r, s) in enumerate(each)
         ]
 

@@ -84,6 +84,11 @@ class TrainOptions(Section):
     warmup_rounds: int = Field(0, ge=0, description="first rounds, in which the learning rates rise linearly")
     clip_gradient: float = Field(0.0, ge=0, description="L2 norm to which the gradient of a step is clipped; 0: none")
     label_smoothing: float = Field(0.0, ge=0, lt=1, description="share of a label that is spread over all classes")
+    label_prior: Literal["none", "counts"] = Field(
+        "none",
+        description="what a device's model knows of its classes, in training and in use: nothing, or how often each is "
+        "among its training images, as a term added to the logits",
+    )
     augment: Literal["none", "flip", "crop"] = Field(
         "none", description="random changes of training images: left-right flips, or also crops of at least half"
     )

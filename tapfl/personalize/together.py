@@ -21,6 +21,7 @@ from tapfl.adapters.stacked_model import StackedModel
 from tapfl.compute import home
 from tapfl.config import TrainOptions
 from tapfl.errors import ModelError
+from tapfl.personalize.label_prior import informed
 from tapfl.personalize.method import LocalResult, Method, Personal, checked, local_round
 from tapfl.training import Params
 
@@ -35,6 +36,7 @@ class LocalTask:
         batches: in the model's input format, with labels; they can be read once.
         train: its learning rate and its `steps` are those of this round.
         device: its number, for messages.
+        prior: log p(y) of the images' classes, which the model adds to its logits (`tapfl.personalize.label_prior`).
     """
 
     method: Method[Any]
@@ -45,13 +47,15 @@ class LocalTask:
     train: TrainOptions
     trained: frozenset[str]
     device: int
+    prior: Tensor | None = None
 
     def alone(self) -> LocalResult:
         """Returns the result, computed by itself. Raises ModelError if training diverges."""
 
         def objective(params: Params, batch: Any) -> Tensor:
             x, y = batch
-            return F.cross_entropy(self.model(params, x), y, label_smoothing=self.train.label_smoothing)
+            logits = informed(self.model(params, x), self.prior)
+            return F.cross_entropy(logits, y, label_smoothing=self.train.label_smoothing)
 
         args = self.method, objective, self.received, self.personal, self.batches, self.train, self.trained
         return local_round(*args)
@@ -141,12 +145,15 @@ def together(tasks: Sequence[LocalTask], model: StackedModel) -> list[Outcome]:
     """
     method, stacking = tasks[0].method, model.stacking
     train = tasks[0].train.model_copy(update={"steps": max(task.train.steps for task in tasks)})
+    priors = [task.prior for task in tasks if task.prior is not None]
     received = stacking.up([task.received for task in tasks])
     state = method.init(received, _stacked(tasks, model), train, frozenset().union(*(task.trained for task in tasks)))
 
     def objective(params: Params, batch: Any) -> Tensor:
         x, y, share = batch
-        each = F.cross_entropy(model(params, x), y, reduction="none", label_smoothing=train.label_smoothing)
+        beside = torch.stack(priors).repeat_interleave(share.shape[1], 0) if priors else None
+        logits = informed(model(params, x), beside)
+        each = F.cross_entropy(logits, y, reduction="none", label_smoothing=train.label_smoothing)
         return (each.view(share.shape) * share).sum(1)
 
     sources = [iter(task.batches) for task in tasks]
