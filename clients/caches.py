@@ -21,6 +21,7 @@ from tapfl.adapters.layout import Layout, device_layout, global_shapes, last_blo
 from tapfl.adapters.lora import AdaptedModel
 from tapfl.compute import Compute
 from tapfl.config import NEW_HEADS, RunConfig
+from tapfl.data.changing import identified, split_changing
 from tapfl.data.decoded import ahead
 from tapfl.data.federated import DeviceSplit, kept_partition, labels_among, open_private, split_device
 from tapfl.data.images import ImageSet, in_order
@@ -65,16 +66,19 @@ def images_of(
 
     Args:
         source: the device's own, or empty.
-        fingerprint: of the images that the run began with; empty: any.
+        fingerprint: of the images that the run began with; empty: any. If they may change, of those that are there.
 
     Raises:
-        DataError: if the images are others now.
+        DataError: if the images are others now, and must not change.
     """
     if not source:
         return private_images(config, fingerprint), splits(config, devices, fingerprint)[partition_id]
-    images = load_images(
-        source, input_transform(config.model), cache_folder(config.cache), cache_gb=config.data.cache_gb
-    )
+    changing, cache = config.data.changing, cache_folder(config.cache)
+    kept = 0.0 if changing else config.data.cache_gb  # which would be a file of all images for each change
+    images = load_images(source, input_transform(config.model), cache, cache_gb=kept)
+    if changing:
+        images = identified(images, cache)
+        return images, split_changing(images, config.data, config.seed)
     images.require(f"data = {source!r}", fingerprint)
     return images, split_device(np.arange(len(images)), images.labels, config.data, config.seed, partition_id)
 
@@ -131,7 +135,8 @@ def part(
     `pooled` are the training parts of all devices of a simulation.
 
     Args:
-        classes: of which labels are positions; none: those of the source.
+        classes: of which labels are positions; none: those of the source. Images that may change are left out if they
+            are of another class.
     """
 
     def make() -> Part:
@@ -141,7 +146,9 @@ def part(
             np.concatenate([each.train for each in everybody]) if everybody else getattr(split, name)
         )
         may_lack = name == "test" and config.model.head in NEW_HEADS  # images of a class that nobody trains on
-        labels = labels_among(classes, chosen, source, may_lack) if classes else chosen.labels
+        labels = labels_among(classes, chosen, source, may_lack or config.data.changing) if classes else chosen.labels
+        if config.data.changing:
+            chosen, labels = chosen.subset(np.flatnonzero(labels >= 0)), labels[labels >= 0]
         put = compute.put(torch.from_numpy(labels))
         return Part(chosen, put, input_transform(config.model), compute, _parts.limit)
 

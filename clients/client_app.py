@@ -21,6 +21,7 @@ from flwr.clientapp import ClientApp
 from flwr.common.logger import log
 
 from clients.device import Device
+from clients.images import natural_folder
 from clients.storage import DeviceStorage
 from tapfl.compute import Compute, is_fault, within_memory
 from tapfl.config import ComputeOptions, RunConfig, names_path
@@ -108,6 +109,8 @@ def device_of(context: Context) -> Device:
     own = {name: node[name] for name in PROFILE_FIELDS if name in node}
     profile = dealt[i % len(dealt)]
     folder = Path(storage) if storage else RunFolder(run_path(config.out, context.run_id)).device(i)
+    if config.data.changing and not source:
+        source = natural_folder(config, i, DeviceStorage(folder))
     return Device(
         config=config,
         partition_id=i,

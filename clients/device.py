@@ -27,7 +27,7 @@ from tapfl.compute import HERE, Compute, home
 from tapfl.config import RunConfig
 from tapfl.data.augmentation import augmented
 from tapfl.data.decoded import ahead
-from tapfl.errors import RunError
+from tapfl.errors import DataError, RunError
 from tapfl.models.cost import measure_cost
 from tapfl.models.dense import DenseCache
 from tapfl.models.forward import image_features
@@ -83,7 +83,7 @@ class Device:
         """Returns the device's number and profile.
 
         Raises:
-            DataError: if its images are not those that the run began with.
+            DataError: if its images are not those that the run began with, unless they may change.
         """
         train_samples = self._images.begin()
         return HelloReply(
@@ -98,8 +98,10 @@ class Device:
         """Fits the mixture to the training part; the test part is used for the report only."""
         self._receive_backbone(message)
         classes: Sequence[str] = json.loads(message.classes)
-        if self.source or self._images.names:
+        if (self.source or self._images.names) and not self._images.keeps_names:
             self.storage.save_classes(classes)
+        if self._images.too_few:
+            raise DataError(f"device {self.partition_id}: has too few images now")
         model = caches.dense(self._cache, message.backbone_key, message.backbone_spec, self.compute)
         project = Projection(message.projection_mean, message.projection_components)
         train, test = self._images.part("train"), self._images.part("test")
@@ -110,7 +112,7 @@ class Device:
         labels, tested_labels = (home(part.labels) for part in (train, test))
         held, tested = (each[each >= 0].bincount(minlength=len(classes)) for each in (labels, tested_labels))
         own = self._images.names if self._images.keeps_names else classes
-        self.storage.save_images(own, held[: len(own)].tolist(), tested[: len(own)].tolist(), self._images.natural_ids)
+        self._images.note(own, held[: len(own)].tolist(), tested[: len(own)].tolist())
         if self.config.model.head == "prototypes":
             model = fill_with_prototypes(model, features, labels.numpy())
         reports_classes = self.config.adapters.head == "class-rows"
@@ -154,7 +156,12 @@ class Device:
         return reply
 
     def training(self, message: Train) -> Training[TrainReply]:
-        """Evaluates the received adapters, trains, stores the personal part and returns the shared part."""
+        """Evaluates the received adapters, trains, stores the personal part and returns the shared part.
+
+        A device that has too few images does nothing, and keeps its state.
+        """
+        if self._images.too_few:
+            return TrainReply.absent(message.round, self._references.rates, adapters=np.zeros(0, np.float32), loss=0.0)
         state, method = self._state(message.state_round), self._method(message.round)
         received = self._whole(method, state, message.adapters)
         personal = self._weighted(method, received, state.personal, message.round)
@@ -183,10 +190,16 @@ class Device:
             reference_accuracies=self._references.accuracies(state.references, self._pruned, self._score)
             if due
             else np.zeros(len(self._references.rates)),
+            images=self._images.present,
         )
 
     def evaluate(self, message: Evaluate) -> EvaluateReply:
-        """Evaluates the last adapters, and writes the personal model as an adapter that stock peft loads."""
+        """Evaluates the last adapters, and writes the personal model as an adapter that stock peft loads.
+
+        A device that has too few images by now does nothing.
+        """
+        if self._images.too_few:
+            return EvaluateReply.absent(message.round, self._references.rates)
         state, method = self._state(message.state_round), self._method(message.round)
         received = self._whole(method, state, message.adapters)
         personal = self._weighted(method, received, state.personal, message.round)
@@ -199,7 +212,7 @@ class Device:
         final = with_prior(final, self._prior())
         save_peft(home(final), self.config.adapters.scale, self.storage.personal, base=str(self.storage.pruned))
         references = self._references.accuracies(state.references, self._pruned, self._score)
-        return EvaluateReply(message.round, _alpha(personal), *accuracies, references)
+        return EvaluateReply(message.round, _alpha(personal), *accuracies, references, self._images.present)
 
     def _method(self, round: int) -> Method[Any]:
         """Returns the method of a round, with the round's learning rate."""

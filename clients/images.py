@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 
 import numpy as np
+from flwr.common.logger import log
 
 from clients import caches
 from clients.storage import DeviceStorage
 from tapfl.compute import Compute, home
 from tapfl.config import NEW_HEADS, RunConfig
-from tapfl.data.contents import fingerprints
-from tapfl.data.federated import DeviceSplit
+from tapfl.data.changing import device_folders, drawn
+from tapfl.data.contents import content_of, fingerprints, path_of
+from tapfl.data.federated import DeviceSplit, require_enough
 from tapfl.data.images import ImageSet
-from tapfl.errors import ConfigError
+from tapfl.errors import ConfigError, NoImagesError
 from tapfl.personalize.held_out import hold_out
 from tapfl.seeds import numpy_generator
 
@@ -40,11 +45,56 @@ class OwnImages:
         """Returns the number of training images.
 
         Raises:
-            DataError: if the images are not those that the run began with.
+            DataError: if the images are not those that the run began with, or they may change and are too few for one.
         """
+        if self.config.data.changing:
+            return self._begin_changing()
         option = ("data", self.source) if self.source else ("data.source", self.config.data.source)
         self.storage.begin(fingerprints([option], ids="" if self.source else self.config.data.ids))
         return len(self._divided[1].train)
+
+    def _begin_changing(self) -> int:
+        if self.storage.begun:
+            with suppress(NoImagesError):
+                return len(self._divided[1].train)
+            return 0
+        split = self._divided[1]
+        require_enough(split, self.config.data, self.partition_id)
+        if self.keeps_names:
+            self.storage.save_classes(self.names)
+        below = Path(self.source).parent == path_of(self.config.data.source)
+        self.storage.begin_changing(Path(self.source).name if below else "")
+        return len(split.train)
+
+    @cached_property
+    def present(self) -> np.ndarray:
+        """What a reply says of images that may change: how many there are in the two parts, float64 (2,), or (0,).
+
+        Both are 0 if there are too few: the device then sits the round out.
+        """
+        if not self.config.data.changing:
+            return np.zeros(0)
+        with suppress(NoImagesError):
+            train, test = self.part("train"), self.part("test")
+            enough = DeviceSplit(np.arange(len(train)), np.arange(len(test))).enough
+            if enough and len(train) + len(test) >= self.config.data.min_images:
+                return np.array([len(train), len(test)], dtype=np.float64)
+        return np.zeros(2)
+
+    @property
+    def too_few(self) -> bool:
+        return bool(len(self.present)) and not self.present.any()
+
+    def note(self, classes: Sequence[str], train: Sequence[int], test: Sequence[int]) -> None:
+        """Writes down how many images of each of `classes` the two parts have, and of how many others joined."""
+        others: dict[str, int] = {}
+        if self.config.data.changing:
+            held = self._divided[0].count_by_class()
+            others = {name: count for name, count in held.items() if name not in classes}
+        if others:
+            named = ", ".join(f"{name}: {count}" for name, count in others.items())
+            log(logging.WARNING, "device %d: images of unknown classes are left out: %s", self.partition_id, named)
+        self.storage.save_images(classes, train, test, self.natural_ids, others)
 
     def part(self, name: str) -> caches.Part:
         """Returns the `train` or `test` part, or `pooled`, the training parts of all devices of a simulation.
@@ -62,6 +112,8 @@ class OwnImages:
     @property
     def natural_ids(self) -> tuple[str, ...]:
         """Of whom the images are, where they were divided by that."""
+        if self.storage.own_folder:
+            return (self.storage.own_folder,)
         if self.source or self.config.data.divided_by != "device":
             return ()
         images, split = self._divided
@@ -72,13 +124,15 @@ class OwnImages:
         """The names of its classes, of which the classifier has a row each; none if that is the backbone's own."""
         if self.config.model.head not in NEW_HEADS:
             return ()
+        if self.config.data.changing and self.keeps_names and self.storage.begun:
+            return self.storage.classes  # a row stays that of its class
         images, split = self._divided
         return images.subset(split.train).held
 
     @property
     def keeps_names(self) -> bool:
         """Whether the names stay here: the classifier is personal, and so is which row stands for which class."""
-        return bool(self.names) and self.config.adapters.head == "personal"
+        return self.config.model.head in NEW_HEADS and self.config.adapters.head == "personal"
 
     @property
     def reported(self) -> Sequence[str]:
@@ -88,11 +142,14 @@ class OwnImages:
     @cached_property
     def trained_and_held_out(self) -> tuple[np.ndarray, np.ndarray]:
         """Positions in the training part: of the images that are trained on, and of those that choose α."""
-        labels = self.part("train").labels
-        if not self.config.personalize.holds_out:
-            return np.arange(len(labels)), np.arange(0)
-        generator = numpy_generator(self.config.seed, "held-out", self.partition_id)
-        return hold_out(home(labels).numpy(), self.config.personalize.held_out_share, generator)
+        train, options, seed = self.part("train"), self.config.personalize, self.config.seed
+        if not options.holds_out:
+            return np.arange(len(train)), np.arange(0)
+        if self.config.data.changing:
+            chosen = drawn(train.images, options.held_out_share, seed, "held-out")
+            return np.flatnonzero(~chosen), np.flatnonzero(chosen)
+        generator = numpy_generator(seed, "held-out", self.partition_id)
+        return hold_out(home(train.labels).numpy(), options.held_out_share, generator)
 
     def weighing(self, round: int) -> list[np.ndarray]:
         """Positions in the training part, by batches, of the images by which a method weighs v against w."""
@@ -109,5 +166,21 @@ class OwnImages:
 
     @cached_property
     def _fingerprint(self) -> str:
-        """Of the images that the run began with; empty if they are built in."""
+        """Of the images that the run began with, or if they may change of those there now; empty if built in."""
+        if self.config.data.changing:
+            return content_of("data", self.source)
         return next(iter(self.storage.source.values()), "")
+
+
+def natural_folder(config: RunConfig, device: int, storage: DeviceStorage) -> str:
+    """Returns the folder of a simulated device whose images may change: the one that it had when the run began.
+
+    Raises:
+        ConfigError: as `device_folders`, or if there are fewer.
+    """
+    if storage.own_folder:
+        return str(path_of(config.data.source) / storage.own_folder)
+    folders = device_folders(config.data)
+    if device >= len(folders):
+        raise ConfigError(f"device {device}: data.source = {config.data.source!r} has {len(folders)} folders")
+    return str(folders[device])

@@ -16,6 +16,7 @@ from tapfl.store import part_of, read_sealed, write_json, write_sealed
 from tapfl.training import Params
 
 ALPHA, PERSONAL, PRIVATE, STATE = "alpha", "v:", "w:", "state"
+FOLDER = "folder"  # entry of source.json
 IMAGES_FILE, ALPHAS_FILE = "images.json", "alphas.json"
 
 
@@ -43,7 +44,7 @@ class DeviceStorage:
     images.json   number of images of each class in its two parts, and the natural ids, for readers of this folder
     alphas.json   test accuracy of the interpolation at several α at the end, with `apfl`, for readers of this folder
     classes.json  names of the backbone's outputs, if the device has its own image source
-    source.json   fingerprint of the images that the run began with
+    source.json   fingerprint of the images that the run began with; if they may change, the device's folder
     backbone.json the dense backbone's key and spec, if a reference needs it
     ```
     """
@@ -93,6 +94,21 @@ class DeviceStorage:
         if fingerprint and not self.source:
             write_json(self._source, dict(fingerprint))
 
+    @property
+    def begun(self) -> bool:
+        """Whether a run with this device has begun."""
+        return self._source.exists()
+
+    @property
+    def own_folder(self) -> str:
+        """The name of the folder below `data.source` that a device with changing images has since the run began."""
+        return self.source.get(FOLDER, "")
+
+    def begin_changing(self, folder: str) -> None:
+        """Writes the name of the device's folder down when a run begins."""
+        if not self.begun:
+            write_json(self._source, {FOLDER: folder})
+
     def require_same_images(self, fingerprint: Mapping[str, str]) -> None:
         """Raises DataError unless these are the images that the run began with; before it began all are.
 
@@ -103,11 +119,21 @@ class DeviceStorage:
             raise DataError(f"{'; '.join(odd)}; {ACCEPTED}")
 
     def save_images(
-        self, classes: Sequence[str], train: Sequence[int], test: Sequence[int], ids: Sequence[str] = ()
+        self,
+        classes: Sequence[str],
+        train: Sequence[int],
+        test: Sequence[int],
+        ids: Sequence[str] = (),
+        left_out: Mapping[str, int] | None = None,
     ) -> None:
-        """Writes the number of images of each of `classes`, and the ids; `tapfl report` reads it in a simulation."""
+        """Writes the number of images of each of `classes`, and the ids; `tapfl report` reads it in a simulation.
+
+        Args:
+            left_out: numbers of images of other classes, by name, which are not used.
+        """
         counts = {"classes": list(classes), "train": list(train), "test": list(test)}
-        write_json(self.folder / IMAGES_FILE, counts | ({"ids": list(ids)} if ids else {}))
+        more = {name: of for name, of in (("ids", list(ids)), ("left_out", dict(left_out or {}))) if of}
+        write_json(self.folder / IMAGES_FILE, counts | more)
 
     def save_alphas(self, accuracies: Mapping[float, float]) -> None:
         """Writes the test accuracy at each α; `tapfl report` reads it in a simulation, and nothing else does."""

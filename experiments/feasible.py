@@ -13,7 +13,16 @@ from tapfl.adapters.layout import last_blocks
 from tapfl.adapters.rules import rule_of
 from tapfl.compute import Compute
 from tapfl.config import NEW_HEADS, RunConfig
-from tapfl.data.federated import check_classes, found, kept_partition, open_pool, open_private
+from tapfl.data.changing import device_folders, identified, split_changing
+from tapfl.data.federated import (
+    DeviceSplit,
+    check_classes,
+    found,
+    kept_partition,
+    open_pool,
+    open_private,
+    require_enough,
+)
 from tapfl.data.images import ImageSet
 from tapfl.errors import ConfigError, DataError, ModelError
 from tapfl.models.backbone import build
@@ -52,22 +61,47 @@ def check(config: RunConfig) -> None:
     cache = cache_folder(config.cache)
     transform = input_transform(config.model)
     public = open_pool(config.data, transform, config.seed, cache)
-    private = open_private(config.data, transform, config.seed, cache)
-    if config.model.head not in NEW_HEADS:
-        check_classes(config.data, public, private)
     labels_of(public, resolved(config.pruning))
     transform(public.read(range(1)))
     for name, size in (("metric.size", config.metric.size), ("pruning.recovery-size", config.pruning.recovery_size)):
         if size > len(public):
             raise DataError(f"{name} = {size}: the public pool has {len(public)} images")
+    if config.data.changing and config.resume:  # whoever has too few images by now sits out
+        require_loggers(config.log)
+        return
+    private = open_private(config.data, transform, config.seed, cache)
     if config.model.head not in NEW_HEADS:
+        if not config.data.changing:
+            check_classes(config.data, public, private)
         _check_backbone(config, public, ())
-    splits = kept_partition(private, config.data, config.devices.count, config.seed, cache)  # in the cache: nearly last
+    if config.data.changing:
+        splits = _splits_of_folders(config, public, private)
+    else:
+        splits = kept_partition(private, config.data, config.devices.count, config.seed, cache)  # in the cache: late
     if config.model.head in NEW_HEADS:
         _check_backbone(config, public, agreed_classes(private.subset(split.train).held for split in splits))
     require_loggers(config.log)  # the last check: it may make an empty database
     for line in found(config.data, public, private):
         log(logging.INFO, "%s", line)
+
+
+def _splits_of_folders(config: RunConfig, public: ImageSet, private: ImageSet) -> list[DeviceSplit]:
+    """Returns the split of each device whose images may change; images of classes that the pool lacks are left out.
+
+    Raises:
+        TapflError: as `device_folders`, or if there are other devices, or one has too few images to begin.
+    """
+    count, options, splits = len(device_folders(config.data)), config.data, []
+    if config.devices.count != count:
+        raise ConfigError(f"devices.count = {config.devices.count}: data.source has {count} folders; accepted: {count}")
+    known = np.array([config.model.head in NEW_HEADS or name in public.classes for name in private.classes])
+    images = identified(private, cache_folder(config.cache))
+    for i in range(count):
+        own = np.flatnonzero((private.owners == i) & known[private.labels])
+        split = split_changing(images.subset(own), options, config.seed)
+        require_enough(split, options, i)
+        splits.append(DeviceSplit(own[split.train], own[split.test]))
+    return splits
 
 
 def devices_of(config: RunConfig) -> int:
@@ -76,6 +110,8 @@ def devices_of(config: RunConfig) -> int:
     Raises:
         TapflError: as `open_private` and `partition`.
     """
+    if config.data.changing:
+        return len(device_folders(config.data))
     cache = cache_folder(config.cache)
     private = open_private(config.data, input_transform(config.model), config.seed, cache)
     return len(kept_partition(private, config.data, 0, config.seed, cache))

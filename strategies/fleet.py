@@ -67,14 +67,15 @@ class Fleet:
 
         Raises:
             RunError: as `meet`, if resumed.
-            ConfigError: if resumed and a device has another profile or other images now.
+            ConfigError: if resumed and a device has another profile now, or other images that must not change.
         """
         nodes = self._wait() if resumed else sorted(set(self.grid.get_node_ids()) - self._seen)
         if not nodes:
             return
         for node, met in self._introduce(nodes, hello, known, self.config.faults.min_success if resumed else 0.0):
             i, record = met.device, known.get(met.device)
-            if record and (record.profile, record.train_samples) == (met.profile, met.train_samples):
+            samples = record and (record.train_samples if not self.config.data.changing else met.train_samples)
+            if record and (record.profile, samples) == (met.profile, met.train_samples):
                 self.nodes[i] = node
             elif record and resumed:
                 raise ConfigError(
@@ -126,7 +127,7 @@ class Fleet:
         self, nodes: Sequence[int], hello: Hello, known: Mapping[int, DeviceRecord], min_success: float
     ) -> Iterator[tuple[int, DeviceRecord]]:
         """Yields each node with its device; of two nodes that claim to be one device, the first."""
-        count, rank = max(len(nodes), 1 + max(known, default=0)), max_rank(self.config.devices)
+        count = max(len(nodes), 1 + max(known, default=0))
         request = self._hello(hello, count)
         answers = self._exchange(dict(enumerate(nodes)), dict.fromkeys(range(len(nodes)), request), "hello")
         self._seen |= set(nodes)
@@ -143,7 +144,7 @@ class Fleet:
                 nodes[position],
                 DeviceRecord(
                     device=i,
-                    profile=reply.profile(count, rank),
+                    profile=self._profile(reply, count),
                     train_samples=reply.train_samples,
                     bytes_down=dict(hello.bytes_by_kind),
                     bytes_up=dict(reply.bytes_by_kind),
@@ -152,12 +153,15 @@ class Fleet:
 
     def _hello(self, hello: Hello, count: int) -> Request[HelloReply]:
         """Returns the request to introduce itself, to one of `count` devices."""
-        rank, asked = max_rank(self.config.devices), self._asks_classes
+        asked = self._asks_classes
 
         def check(reply: HelloReply) -> object:
-            return reply.profile(count, rank), reply.named(asked)
+            return self._profile(reply, count), reply.named(asked)
 
         return Request(hello, HelloReply, check, max_bytes=ENVELOPE + (LONGEST_NAMES if asked else 0))
+
+    def _profile(self, reply: HelloReply, count: int) -> DeviceProfile:
+        return reply.profile(count, max_rank(self.config.devices), fewest=0 if self.config.data.changing else 1)
 
     @property
     def _asks_classes(self) -> bool:

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, Protocol
 
 from flwr.common.logger import log
 
-from strategies.records import DeviceLine, Line, RoundLine, TrafficLine, read_metrics
+from strategies.records import DeviceLine, DriftLine, Line, RoundLine, TrafficLine, read_metrics
 from tapfl.config import FREE_OPTIONS, LogOptions, RunConfig
 from tapfl.errors import ConfigError
 from tapfl.options import Scalar
@@ -164,6 +164,7 @@ def points_of(line: Line) -> list[Point]:
     ```
     round    round/NAME                                          for every number of the line
     device   NAME/device-NN                                      the same
+    drift    drift/device-NN                                     the same
     traffic  seconds, up, down: simulated_seconds/device-NN, ...  of the rounds; round zero has several phases
     ```
 
@@ -176,7 +177,7 @@ def points_of(line: Line) -> list[Point]:
             return [Point(f"round/{name}", line.round, value) for name, value in numbers.items()]
         case TrafficLine() if line.round:
             numbers |= {"bytes_up": sum(line.up.values()), "bytes_down": sum(line.down.values())}
-        case DeviceLine():
+        case DeviceLine() | DriftLine():
             pass
         case _:
             return []

@@ -20,8 +20,8 @@ import torch
 from flwr.common.logger import log
 
 from strategies.exchange import Request
-from strategies.fleet import Fleet
-from strategies.records import CLASSES, DeviceRecord, FailureLine, append_lines, read_classes
+from strategies.fleet import Fleet, sample_clients
+from strategies.records import CLASSES, DeviceRecord, DriftLine, FailureLine, append_lines, read_classes
 from strategies.round_zero import PublicPool, Shared, describe_pool, device_model, task_images
 from strategies.state import FederationState
 from tapfl.compute import HERE, Compute
@@ -35,8 +35,9 @@ from tapfl.progress import stage
 from tapfl.pruning.plan import PruningPlan, load_plan, require_device, signed
 from tapfl.run_folder import RunFolder
 from tapfl.store import cache_folder, read_sealed, write_bytes, write_json, write_sealed
+from tapfl.summary.heterogeneity import feature_shift
 from tapfl.summary.mixture import GaussianSummary
-from tapfl.wire import ENVELOPE, Prune, PruneReply, Summarize, SummaryReply
+from tapfl.wire import ENVELOPE, MAX_SAMPLES, Prune, PruneReply, Summarize, SummaryReply
 
 
 class Preparation:
@@ -88,7 +89,7 @@ class Preparation:
         """Returns the positions in the pool of the images that the smaller model of a device is made with."""
         reply, options = self._stored_summary(record.device), self.config.summary
         dim = self.pool.points.shape[1]
-        summary = reply.mixture(dim, options.min_support, record.train_samples) if reply else None
+        summary = reply.mixture(dim, options.min_support, self._announced(record)) if reply else None
         return task_images(self.pool, summary, self.config.metric, self.config.seed, record.device)
 
     def pruned_models(self, state: FederationState) -> tuple[FederationState, dict[int, Prune]]:
@@ -198,61 +199,97 @@ class Preparation:
         self, state: FederationState, pool: PublicPool
     ) -> tuple[FederationState, dict[int, GaussianSummary]]:
         """Asks every device for its mixture; a device that does not hold the backbone is sent it."""
-        weights = self.cache.path(self.key).read_bytes()
-        dim, options, classes = pool.points.shape[1], self.config.summary, len(self.classes)
-        reports_classes = self.config.adapters.head == "class-rows"
-        limit = 8 * options.max_components * (1 + dim + dim * dim) + 4 * classes + ENVELOPE
-
-        def values(reply: SummaryReply, samples: int) -> tuple[GaussianSummary, torch.Tensor | None]:
-            return reply.mixture(dim, options.min_support, samples), reply.held(classes, reports_classes)
-
         requests, known = {}, {}
         for i, record in state.devices.items():
-            message = Summarize(
-                backbone_key=self.key,
-                backbone_spec=self.spec.model_dump_json(),
-                backbone_weights=b"" if i in self.fleet.holds_backbone else weights,
-                projection_mean=pool.projection.mean,
-                projection_components=pool.projection.components,
-                classes=json.dumps(self.classes),
-            )
-            check = partial(values, samples=record.train_samples)
-            requests[i] = Request(
-                message,
-                SummaryReply,
-                check,
-                max_bytes=limit,
-                macs=self.cost.macs * (record.train_samples + record.test_samples),
-                cached_bytes=len(weights) if i in self.fleet.holds_backbone else 0,
-            )
+            requests[i] = self._summary_request(record, pool, i in self.fleet.holds_backbone)
             if (reply := self._stored_summary(i)) is not None:
-                check(reply)
+                requests[i].check(reply)
                 known[i] = reply
         state, replies = self.fleet.ask(state, "summaries", requests, known=known)
-        changes, summaries = {}, {}
         for i, reply in replies.items():
-            summaries[i], held = values(reply, state.devices[i].train_samples)
-            changes[i] = {
-                "dense_accuracy": reply.dense_accuracy,
-                "test_samples": reply.test_samples,
-                "classes": reply.classes,
-                "components": len(summaries[i].weights),
-                "held_classes": None if held is None else held.tolist(),
-            }
             self._store_summary(i, reply)
         for i in sorted(state.devices.keys() - replies.keys()):
             log(logging.WARNING, "device %d gave no mixture: it gets the generic plan of its budget", i)
-        return state.with_devices(changes), summaries
+        changes = {i: self._described(reply) for i, reply in replies.items()}
+        return state.with_devices(changes), {i: reply.gaussians for i, reply in replies.items()}
+
+    def refit(self, state: FederationState) -> FederationState:
+        """Asks the devices for the mixtures of their present images if it is time, and notes how far those have moved.
+
+        They are kept beside the first ones. A device keeps its plan, which its personal parameters have the shapes of.
+        """
+        if not (every := self.config.summary.refresh) or not state.round or state.round % every:
+            return state
+        profiles, requests = {i: state.devices[i].profile for i in state.plans}, {}
+        away = sample_clients(profiles, self.config.devices, self.config.seed, state.round + 1).away
+        for i in state.plans.keys() - set(away):
+            record = state.devices[i]
+            holds_backbone = i in self.fleet.holds_backbone or record.components > 0
+            requests[i] = self._summary_request(record, self.pool, holds_backbone)
+        state, replies = self.fleet.ask(state, f"mixtures after round {state.round}", requests, min_success=0)
+        changes = {}
+        for i, reply in replies.items():
+            self._store_summary(i, reply, again=True)
+            first = self._stored_summary(i)
+            drift = None if first is None else feature_shift([first.gaussians, reply.gaussians])
+            changes[i] = self._described(reply) | {"drift": drift}
+            if drift is not None:
+                append_lines(self.folder.path, DriftLine(round=state.round, device=i, drift=drift))
+        return state.with_devices(changes)
+
+    def _summary_request(self, record: DeviceRecord, pool: PublicPool, holds_backbone: bool) -> Request[SummaryReply]:
+        weights = self.cache.path(self.key).read_bytes()
+        dim, options, classes = pool.points.shape[1], self.config.summary, len(self.classes)
+        message = Summarize(
+            backbone_key=self.key,
+            backbone_spec=self.spec.model_dump_json(),
+            backbone_weights=b"" if holds_backbone else weights,
+            projection_mean=pool.projection.mean,
+            projection_components=pool.projection.components,
+            classes=json.dumps(self.classes),
+        )
+
+        def check(reply: SummaryReply) -> object:
+            mixture = reply.mixture(dim, options.min_support, self._announced(record))
+            return mixture, reply.held(classes, self._reports_classes)
+
+        return Request(
+            message,
+            SummaryReply,
+            check,
+            max_bytes=8 * options.max_components * (1 + dim + dim * dim) + 4 * classes + ENVELOPE,
+            macs=self.cost.macs * (record.train_samples + record.test_samples),
+            cached_bytes=len(weights) if holds_backbone else 0,
+        )
+
+    def _described(self, reply: SummaryReply) -> dict[str, object]:
+        """Returns what the record of a device holds of a checked answer."""
+        held = reply.held(len(self.classes), self._reports_classes)
+        return {
+            "dense_accuracy": reply.dense_accuracy,
+            "test_samples": reply.test_samples,
+            "classes": reply.classes,
+            "components": len(reply.weights),
+            "held_classes": None if held is None else held.tolist(),
+        }
+
+    def _announced(self, record: DeviceRecord) -> int:
+        """Returns the most training images that a mixture may be of: more may have joined since, if they change."""
+        return MAX_SAMPLES if self.config.data.changing else record.train_samples
+
+    @property
+    def _reports_classes(self) -> bool:
+        return self.config.adapters.head == "class-rows"
 
     def mixtures(self, state: FederationState) -> list[GaussianSummary]:
         """Returns the mixtures of the devices, in order, as far as they sent one and it is still in the folder."""
         stored = [self._stored_summary(i) for i, record in sorted(state.devices.items()) if record.components]
         return [reply.gaussians for reply in stored if reply is not None]
 
-    def _store_summary(self, i: int, reply: SummaryReply) -> None:
+    def _store_summary(self, i: int, reply: SummaryReply, again: bool = False) -> None:
         arrays = {name: torch.from_numpy(value) for name, value in vars(reply).items() if isinstance(value, np.ndarray)}
         rest = {name: value for name, value in vars(reply).items() if name not in arrays}
-        write_sealed(self._summary_file(i), arrays, "reply", rest | {"device": i})
+        write_sealed(self._summary_file(i, again), arrays, "reply", rest | {"device": i})
 
     def _stored_summary(self, i: int) -> SummaryReply | None:
         """Returns a device's answer from before; None if there is none, or it is damaged, or another device's."""
@@ -264,5 +301,5 @@ class Preparation:
         except (PlanError, TypeError):
             return None
 
-    def _summary_file(self, i: int) -> Path:
-        return self.folder.path / "summaries" / f"{i:02d}.safetensors"
+    def _summary_file(self, i: int, again: bool = False) -> Path:
+        return self.folder.path / ("summaries-now" if again else "summaries") / f"{i:02d}.safetensors"

@@ -70,6 +70,7 @@ class DeviceRecord(Accurate):
     rounds: Count = 0  # in how many its answer was used
     last_round: Count = 0  # the last of these; the device continues from its own state after it
     epsilon: float | None = None  # of differential privacy, in the summary only; None: no guarantee
+    drift: float | None = None  # of its mixture since round zero, when it was last fitted again; docs/data.md
 
     @model_validator(mode="after")
     def _has_shares(self) -> Self:
@@ -122,6 +123,7 @@ class Summary(Accurate):
     epsilon: float | None  # of differential privacy, the largest over devices; None: no guarantee
     quantity_shift: float | None = None  # how far the devices are apart; docs/data.md. None: not known
     feature_shift: float | None = None
+    drift: float | None = None  # mean over devices whose mixture was fitted again
     simulated_seconds: float  # until the last round ended
     time_to_accuracy: dict[str, float]  # cost at which the curve first reached 0.05, 0.10, …
     bytes_to_accuracy: ByKind
@@ -204,7 +206,16 @@ class AbsenceLine(Record):
     reason: str
 
 
-Line = DeviceLine | RoundLine | TrafficLine | FailureLine | AbsenceLine
+class DriftLine(Record):
+    """How far a device's mixture has moved since round zero, when it was fitted again after `round`."""
+
+    kind: Literal["drift"] = "drift"
+    round: Count
+    device: Count
+    drift: float
+
+
+Line = DeviceLine | RoundLine | TrafficLine | FailureLine | AbsenceLine | DriftLine
 NAMES = TypeAdapter(Annotated[list[str], Field(strict=True, min_length=1)])
 LINE: TypeAdapter[Line | Header] = TypeAdapter(Annotated[Line | Header, Field(discriminator="kind")])
 

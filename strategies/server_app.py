@@ -47,9 +47,11 @@ from strategies.state import (
     MEASURES,
     Clock,
     FederationState,
+    R,
     Replies,
     evaluated,
     load_checkpoint,
+    present,
     save_checkpoint,
     summarise,
 )
@@ -219,7 +221,8 @@ class Federation:
         waiting = {i: self.preparation.planned(i) for i in state.devices if i not in state.plans}
         planned = {i: message for i, message in waiting.items() if message is not None}
         messages = self.adapters.with_start(state.devices, planned)
-        return self.preparation.surgery(state, messages, min_success=0) if messages else state
+        state = self.preparation.surgery(state, messages, min_success=0) if messages else state
+        return self.preparation.refit(state)
 
     def train(self, state: FederationState, t: int) -> tuple[FederationState, dict[int, TrainReply]]:
         """Sends the adapters to the devices of round `t`; returns their answers, none if nobody is there."""
@@ -236,7 +239,15 @@ class Federation:
         if not requests:
             return replace(state, simulated_seconds=state.simulated_seconds + waited), {}
         groups = groups_of({i: devices[i].macs for i in requests}, self.config.train) if self.steps_together else []
-        return self.fleet.ask(state, f"round {t}", requests, waited=waited, groups=groups)
+        state, replies = self.fleet.ask(state, f"round {t}", requests, waited=waited, groups=groups)
+        return self._present(state, replies, t)
+
+    def _present(
+        self, state: FederationState, replies: Mapping[int, R], t: int
+    ) -> tuple[FederationState, dict[int, R]]:
+        state, here, lines = present(state, replies, t)
+        append_lines(self.folder.path, *lines)
+        return state, here
 
     def aggregate(self, state: FederationState, t: int, replies: Mapping[int, TrainReply]) -> FederationState:
         """Returns the state with the global adapters after round `t`; without answers they stay as they were."""
@@ -263,11 +274,11 @@ class Federation:
             requests[i] = Request(
                 Evaluate(last, record.last_round, self._download(state, i)),
                 EvaluateReply,
-                lambda reply: reply.check(last, len(self.config.personalize.references)),
+                lambda reply: reply.check(last, len(self.config.personalize.references), self.config.data.changing),
                 max_bytes=ENVELOPE,
                 macs=2 * record.macs * record.test_samples,
             )
-        state, replies = self.fleet.ask(state, "evaluation", requests)
+        state, replies = self._present(*self.fleet.ask(state, "evaluation", requests), last)
         return self.record(state, replies, before)
 
     def record(self, state: FederationState, replies: Replies, before: FederationState) -> FederationState:
@@ -317,7 +328,7 @@ class Federation:
         return Request(
             Train(t, record.last_round, self._download(state, i)),
             TrainReply,
-            lambda reply: reply.check(t, length, len(self.config.personalize.references)),
+            lambda reply: reply.check(t, length, len(self.config.personalize.references), self.config.data.changing),
             max_bytes=4 * length + ENVELOPE,
             macs=training_macs(record.macs, trained, evaluated, self._method(t).models_per_step),
         )

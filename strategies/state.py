@@ -14,13 +14,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from pydantic import TypeAdapter
 
 from strategies.records import (
     VERSION,
+    AbsenceLine,
     ByKind,
     CurvePoint,
     DeviceLine,
@@ -43,6 +44,7 @@ from tapfl.wire import EvaluateReply, TrainReply
 
 PARAMS, OPTIMIZER = "params:", "optimizer:"
 Replies = Mapping[int, TrainReply] | Mapping[int, EvaluateReply]
+R = TypeVar("R", TrainReply, EvaluateReply)
 TIMES = TypeAdapter(dict[str, dict[str, float]])
 MEASURES = ("global_accuracy", "personal_accuracy", "reference_accuracies", "alpha")
 
@@ -170,6 +172,21 @@ def evaluated(
     return replace(state, curve=(*state.curve, CurvePoint(seconds=spent, bytes=up + down, accuracy=accuracy))), lines
 
 
+def present(
+    state: FederationState, replies: Mapping[int, R], round: int
+) -> tuple[FederationState, dict[int, R], list[Line]]:
+    """Returns the state with the present numbers of images, the answers of devices with enough, and lines of others.
+
+    Where images do not change, all answers remain.
+    """
+    here = {i: reply for i, reply in replies.items() if not reply.sits_out}
+    names = ("train_samples", "test_samples")
+    counts = {i: dict(zip(names, map(int, reply.images), strict=False)) for i, reply in here.items()}
+    out = replies.keys() - here.keys()
+    lines: list[Line] = [AbsenceLine(round=round, device=i, reason="too few images") for i in sorted(out)]
+    return state.with_devices(counts), here, lines
+
+
 def summarise(
     state: FederationState,
     config: RunConfig,
@@ -206,6 +223,7 @@ def summarise(
         epsilon=max((r.epsilon for r in equipped if r.epsilon is not None), default=None),
         quantity_shift=quantity_shift([record.train_samples for record in records]),
         feature_shift=feature_shift(mixtures) if mixtures else None,
+        drift=_mean(drifts) if (drifts := [r.drift for r in records if r.drift is not None]) else None,
         simulated_seconds=state.curve[-1].seconds,
         time_to_accuracy={accuracy: point.seconds for accuracy, point in reached.items()},
         bytes_to_accuracy={accuracy: point.bytes for accuracy, point in reached.items()},

@@ -13,6 +13,10 @@ class DataError(TapflError):
     """A data source is missing, unreadable, or unsuitable for the federation."""
 
 
+class NoImagesError(DataError):
+    """A data source is there and holds no images."""
+
+
 class ModelError(TapflError):
     """A backbone is unknown or not supported, or weights do not fit it."""
 

@@ -8,8 +8,9 @@ shows these annotations.
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from dataclasses import dataclass, field
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar, Self
 
 import numpy as np
 import torch
@@ -63,10 +64,14 @@ class HelloReply(WireMessage):
         str, "names of its classes, or 0, 1, … in their place if its head is personal; only for a new head (model.head)"
     ]
 
-    def profile(self, devices: int, max_rank: int) -> DeviceProfile:
-        """Returns the profile. Raises WireError unless the device is one of `devices` and its profile is valid."""
+    def profile(self, devices: int, max_rank: int, fewest: int = 1) -> DeviceProfile:
+        """Returns the profile. Raises WireError unless the device is one of `devices` and its profile is valid.
+
+        Args:
+            fewest: training samples that it must have.
+        """
         _require(0 <= self.partition_id < devices, f"unknown device: partition {self.partition_id} of {devices}")
-        _require(1 <= self.train_samples <= MAX_SAMPLES, f"{self.train_samples} training samples")
+        _require(fewest <= self.train_samples <= MAX_SAMPLES, f"{self.train_samples} training samples")
         _require(self.rank <= max_rank, f"rank {self.rank} must lie in 1..{max_rank}")
         try:
             return validated(DeviceProfile, {name: getattr(self, name) for name in PROFILE_FIELDS})
@@ -230,9 +235,33 @@ class _Evaluation(WireMessage):
     reference_accuracies: Annotated[
         np.ndarray, "for the report: accuracies of personalize.references, on the test part", "references"
     ]
+    images: Annotated[
+        np.ndarray,
+        "numbers of images in its training and test part, both 0 if it sits out with too few; only for data.changing",
+        "2",
+    ]
 
-    def check_evaluation(self, round: int, references: int) -> None:
-        """Raises WireError unless this answers `round` with α and accuracies in [0, 1], of so many references."""
+    @classmethod
+    def absent(cls, round: int, references: Collection[str], **rest: Any) -> Self:
+        """Returns the answer of a device that sits `round` out.
+
+        Args:
+            rest: the other fields.
+        """
+        none = dict.fromkeys(("alpha", "global_accuracy", "personal_accuracy"), 0.0)
+        return cls(round=round, **none, reference_accuracies=np.zeros(len(references)), images=np.zeros(2), **rest)
+
+    @property
+    def sits_out(self) -> bool:
+        """Whether the device has too few images in this round, and therefore did nothing."""
+        return bool(len(self.images)) and not self.images.any()
+
+    def check_evaluation(self, round: int, references: int, changing: bool) -> None:
+        """Raises WireError unless this answers `round` with α and accuracies in [0, 1], of so many references.
+
+        Args:
+            changing: whether numbers of images are asked for.
+        """
         _require(self.round == round, f"answers round {self.round}, not {round}")
         for name in ("alpha", "global_accuracy", "personal_accuracy"):
             value = getattr(self, name)
@@ -240,6 +269,10 @@ class _Evaluation(WireMessage):
         found, expected = self.reference_accuracies, (references,)
         _require(found.shape == expected, f"accuracies of references have shape {found.shape}, not {expected}")
         _require(bool(((found >= 0) & (found <= 1)).all()), "accuracies of references must lie in [0, 1]")
+        expected, n = (2 if changing else 0,), self.images
+        _require(n.shape == expected, f"numbers of images have shape {n.shape}, not {expected}")
+        whole = ((n == n.round()) & (n >= 0 if self.sits_out else n >= 1) & (n <= MAX_SAMPLES)).all()
+        _require(bool(whole), f"numbers of images must be whole, both from 1 to {MAX_SAMPLES} or both 0")
 
 
 @dataclass(frozen=True)
@@ -255,9 +288,10 @@ class TrainReply(_Evaluation):
     ]
     loss: Annotated[float, "for the report: training loss of this round"]
 
-    def check(self, round: int, length: int, references: int = 0) -> None:
-        """Raises WireError unless this answers `round` with adapters of the right length."""
-        self.check_evaluation(round, references)
+    def check(self, round: int, length: int, references: int = 0, changing: bool = False) -> None:
+        """Raises WireError unless this answers `round` with adapters of the right length, or none if it sits out."""
+        self.check_evaluation(round, references, changing)
+        length = 0 if self.sits_out else length
         _require(self.adapters.shape == (length,), f"adapters have shape {self.adapters.shape}, not {(length,)}")
         _require(self.adapters.dtype == np.float32, f"adapters are {self.adapters.dtype}, not float32")
         largest = float(np.abs(self.adapters).max(initial=0))
@@ -272,6 +306,6 @@ class EvaluateReply(_Evaluation):
     kind: ClassVar[str] = "hello"
     when: ClassVar[str] = "once, last"
 
-    def check(self, round: int, references: int = 0) -> None:
+    def check(self, round: int, references: int = 0, changing: bool = False) -> None:
         """Raises WireError unless this answers `round`."""
-        self.check_evaluation(round, references)
+        self.check_evaluation(round, references, changing)

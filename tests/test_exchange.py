@@ -24,6 +24,7 @@ GOOD = TrainReply(
     alpha=0.5,
     global_accuracy=0.9,
     reference_accuracies=np.array([0.7]),
+    images=np.zeros(0),
     personal_accuracy=1.0,
 )
 

@@ -48,9 +48,11 @@ MESSAGES: list[WireMessage] = [
     Prune("a1b2", "{}", b"\x00\xff", np.array([1.0, 2.0], np.float32)),
     PruneReply(params=100, macs=2000, pruned_accuracy=0.8),
     Train(ROUND, 2, np.array([1.0, 2.0, 3.0], np.float32)),
-    TrainReply(ROUND, 0.5, 0.8, 0.9, np.array([0.7]), adapters=np.array([1.0, 2.0, 3.0], np.float32), loss=0.7),
+    TrainReply(
+        ROUND, 0.5, 0.8, 0.9, np.array([0.7]), np.zeros(0), adapters=np.array([1.0, 2.0, 3.0], np.float32), loss=0.7
+    ),
     Evaluate(ROUND, 2, np.array([1.0, 2.0, 3.0], np.float32)),
-    EvaluateReply(ROUND, 0.5, 0.8, 0.9, np.array([0.7])),
+    EvaluateReply(ROUND, 0.5, 0.8, 0.9, np.array([0.7]), np.zeros(0)),
 ]
 HELLO, SUMMARY, PRUNED, TRAINED, EVALUATED = MESSAGES[1::2]
 IDS = [type(message).__name__ for message in MESSAGES]
@@ -123,6 +125,7 @@ def test_what_leaves_a_device() -> None:
         *("weights", "means", "covariances", "n", "dense_accuracy", "test_samples", "classes", "held_classes"),
         *("params", "macs", "pruned_accuracy"),
         *("round", "adapters", "loss", "alpha", "global_accuracy", "personal_accuracy", "reference_accuracies"),
+        "images",
     }
 
 
@@ -220,7 +223,7 @@ def test_values_that_are_not_finite(message: WireMessage, value: float) -> None:
         own = getattr(message, field.name)
         if isinstance(own, float):
             refuse(message, f"{field.name}: is not finite", **{field.name: value})
-        elif isinstance(own, np.ndarray):
+        elif isinstance(own, np.ndarray) and own.size:
             spoilt = own.copy()
             spoilt.flat[-1] = value
             refuse(message, field.name, **{field.name: spoilt})

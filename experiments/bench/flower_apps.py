@@ -65,6 +65,7 @@ def _echo(message: Message, context: Context) -> Message:
         global_accuracy=0.0,
         personal_accuracy=0.0,
         reference_accuracies=np.zeros(0),
+        images=np.zeros(0),
     )
     return Message(reply.to_records(), reply_to=message)
 

@@ -120,7 +120,10 @@ def differences(run: Run) -> str:
         "feature": "features {:.3f} (mean squared Fréchet distance to all devices, over the variance)",
     }
     shown = [measures[name].format(value) for name, value in series.shifts(run).items()]
-    return f" How far the devices are apart: {'; '.join(shown)}." if shown else ""
+    apart = f" How far the devices are apart: {'; '.join(shown)}." if shown else ""
+    drifts = [device.drift for device in run.devices if device.drift is not None]
+    moved = f" Their mixtures have moved by {_between(drifts, '.3f')} since round zero (the unit of the features)."
+    return apart + (moved if drifts else "")
 
 
 def _result(run: Run) -> str:

@@ -135,6 +135,20 @@ class RunConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _changing_images_fit(self) -> RunConfig:
+        if self.summary.refresh and not self.data.changing:
+            raise ValueError(
+                f"summary.refresh={self.summary.refresh} fits mixtures again to the same images; accepted: 0, or "
+                "data.changing=true"
+            )
+        if self.data.changing and "pooled" in {self.personalize.method, *self.personalize.reference_rates}:
+            raise ValueError(
+                "data.changing=true: a device reads its own images alone, and pooled needs those of all devices; "
+                "accepted: another personalize.method and personalize.references"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _heads_fit(self) -> RunConfig:
         """A new head may stay on the device with the names of its classes; what needs either is refused."""
         model, personal = self.model, self.adapters.head == "personal"

@@ -68,7 +68,12 @@ class DataOptions(Section):
     device_column: str = Field(
         "", description="array (.npz) or column (`hf:`) of device ids; any name: folders `ID/CLASS/`; empty: automatic"
     )
-    min_images: int = Field(0, ge=0, description="device ids with fewer private images are left out; 0: none")
+    min_images: int = Field(
+        0, ge=0, description="device ids with fewer private images are left out, of a round if `changing`; 0: none"
+    )
+    changing: bool = Field(
+        False, description="a device's own images may change between rounds: those of a node, or of a natural folder"
+    )
     classes_per_device: Count = Field(3, description="classes of each device, for `pathological` and `class-blocks`")
     shards_per_device: Count = Field(3, description="shards of each device, for `shard`")
     dirichlet_alpha: float = Field(0.3, gt=0, description="concentration of `dirichlet`; smaller is more uneven")
@@ -102,10 +107,10 @@ class DataOptions(Section):
                 f"partition-args={self.partition_args} are those of a class, and partition={self.partition} is a short "
                 "name; accepted with it: none, or the name of a class, such as DirichletPartitioner"
             )
-        if self.min_images and not self.ids:
+        if self.min_images and not self.ids and not self.changing:
             raise ValueError(
-                f"min-images={self.min_images} counts the images of device ids; accepted: partition=natural or a "
-                "device-column"
+                f"min-images={self.min_images} counts the images of device ids; accepted: partition=natural, a "
+                "device-column, or changing=true"
             )
         return self
 
@@ -170,6 +175,7 @@ class SummaryOptions(Section):
     covariance: Literal["diag", "full"] = Field("diag", description="covariances of the components")
     max_components: Count = Field(10, description="largest number of components; BIC chooses the number")
     pool_sample: Count = Field(20_000, description="most public images that PCA and their mixture are fitted on")
+    refresh: int = Field(0, ge=0, description="rounds after which mixtures are fitted again (data.changing); 0: never")
     min_support: float = Field(5.0, ge=2, description="smallest number of images that an uploaded component describes")
     clip: float = Field(0.0, ge=0, description="norm to which a device's descriptors are clipped; 0: no clipping")
     noise: float = Field(0.0, ge=0, description="noise on a device's moments, over their sensitivity; docs/privacy.md")
@@ -178,6 +184,11 @@ class SummaryOptions(Section):
     def _noise_has_a_scale(self) -> SummaryOptions:
         if self.noise and not self.clip:
             raise ValueError(f"noise={self.noise} needs clip above 0: the norm that bounds the influence of one image")
+        if self.noise and self.refresh:
+            raise ValueError(
+                f"refresh={self.refresh} uploads a mixture again, and noise={self.noise} bounds what the first one "
+                "tells; accepted: refresh=0, or noise=0"
+            )
         return self
 
 

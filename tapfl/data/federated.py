@@ -120,6 +120,11 @@ class DeviceSplit:
     train: np.ndarray
     test: np.ndarray
 
+    @property
+    def enough(self) -> bool:
+        """Whether these are enough to train and to report on."""
+        return len(self.train) >= MIN_TRAIN and len(self.test) >= MIN_TEST
+
 
 def split_public(
     labels: np.ndarray, share: float, seed: int, classes: Sequence[str] = ()
@@ -204,14 +209,19 @@ def split_device(part: np.ndarray, labels: np.ndarray, options: DataOptions, see
     split = _stratified(part, labels, options.test_share, numpy_generator(seed, "test", device))
     if options.evaluate == "validation":
         split = _stratified(split.train, labels, options.test_share, numpy_generator(seed, "validation", device))
-    if len(split.train) < MIN_TRAIN or len(split.test) < MIN_TEST:
+    require_enough(split, options, device)
+    return split
+
+
+def require_enough(split: DeviceSplit, options: DataOptions, device: int) -> None:
+    """Raises DataError if a device has too few images for a federation."""
+    if not split.enough:
         ways = "data.min-images, which leaves such devices out" if options.ids else "fewer devices (devices.count)"
         raise DataError(
             f"device {device} would get {len(split.train)} training and {len(split.test)} {options.evaluate} images, "
             f"it needs {MIN_TRAIN} and {MIN_TEST}: {ways}, another data.partition, "
             f"another data.test-share, or more images"
         )
-    return split
 
 
 def _stratified(part: np.ndarray, labels: np.ndarray, share: float, generator: np.random.Generator) -> DeviceSplit:

@@ -16,7 +16,7 @@ from typing import overload
 
 import numpy as np
 
-from tapfl.errors import DataError
+from tapfl.errors import DataError, NoImagesError
 from tapfl.memo import Recent
 
 # what Pillow decodes without further programs; of an animation the first picture is used
@@ -148,7 +148,8 @@ def listing_of(root: Path, by_device: bool = False, flat: bool = False) -> Listi
         flat: accept images that lie in the folder itself as images without classes, if no folder in it has any.
 
     Raises:
-        DataError: if it has no images, has the parts of a data set or a single folder of folders in place of classes,
+        NoImagesError: if it has none.
+        DataError: if it has the parts of a data set or a single folder of folders in place of classes,
             or two classes are one folder.
     """
     found = _Found(root)
@@ -169,7 +170,7 @@ def listing_of(root: Path, by_device: bool = False, flat: bool = False) -> Listi
         return Listing(root, (), np.zeros(0, np.int64), Names(sorted(found.beside)), found.left_out)
     if not files:
         there = f" (found {listed(found.left_out)})" if found.left_out else ""
-        raise DataError(f"data source {str(root)!r}: holds no images; {expected} is expected{there}")
+        raise NoImagesError(f"data source {str(root)!r}: holds no images; {expected} is expected{there}")
     if not by_device and not (root / ANNOTATIONS).is_file():
         _refuse_one_above(root, files)
     counts = np.array([len(paths) for paths in files.values()])

@@ -86,6 +86,7 @@ class ImageSet:
         classes: names, in the order of the labels, in Unicode's NFC; none if the images have no labels.
         owners: int64 (n,), positions in `ids`; None: it is not known whose images they are.
         ids: of the natural devices, such as users or hospitals, sorted, in Unicode's NFC.
+        identity: int64 (n,), of each image's pixels (`tapfl.data.changing`); None: not asked for.
         fingerprint: names the content of the whole source: a hash of an .npz file, of a folder's names, sizes and
             times; `subset` keeps it.
         left_out: reason -> number of files of the source that are not among the images.
@@ -100,6 +101,7 @@ class ImageSet:
     positions: np.ndarray | None = None
     owners: np.ndarray | None = None
     ids: tuple[str, ...] = ()
+    identity: np.ndarray | None = None
 
     @classmethod
     def of(cls, array: np.ndarray, labels: np.ndarray, classes: Sequence[str], fingerprint: str = "") -> ImageSet:
@@ -120,13 +122,19 @@ class ImageSet:
 
     def subset(self, chosen: np.ndarray) -> ImageSet:
         """Returns the images at these positions of the set, in that order; no image is read or copied."""
-        owners = None if self.owners is None else self.owners[chosen]
-        return replace(self, labels=self.labels[chosen], positions=self._at(chosen), owners=owners)
+        owners, identity = (None if each is None else each[chosen] for each in (self.owners, self.identity))
+        labels, positions = self.labels[chosen], self._at(chosen)
+        return replace(self, labels=labels, positions=positions, owners=owners, identity=identity)
 
     @property
     def held(self) -> tuple[str, ...]:
         """The names of the classes that have images, sorted."""
-        return tuple(sorted(self.classes[label] for label in np.unique(self.labels) if label >= 0))
+        return tuple(sorted(self.count_by_class()))
+
+    def count_by_class(self) -> dict[str, int]:
+        """Returns the number of images of each class that has any, by name."""
+        found, counts = np.unique(self.labels, return_counts=True)
+        return {self.classes[label]: count for label, count in zip(found, counts.tolist(), strict=True) if label >= 0}
 
     @property
     def owner_names(self) -> tuple[str, ...]:

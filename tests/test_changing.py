@@ -1,0 +1,201 @@
+"""Devices whose images change between rounds: who is in which part for ever, and runs in which images come and go."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from flwr.app import Context, Message
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from test_inprocess_run import SMALL, content
+
+from clients.client_app import app as client_app
+from experiments.engines.local import run_inprocess
+from experiments.preflight import resolve_run
+from strategies.records import AbsenceLine, DriftLine, RoundLine, TrafficLine, read_metrics, read_summary
+from strategies.server_app import app as server_app
+from strategies.state import present
+from tapfl.config import DataOptions, RunConfig
+from tapfl.data.changing import drawn, identified, split_changing
+from tapfl.data.images import ImageSet
+from tapfl.data.sources import load_images
+from tapfl.errors import ConfigError, DataError, WireError
+from tapfl.options import parse_assignment
+from tapfl.wire import Train, TrainReply
+
+DIGITS = load_images("digits")
+
+# -- parts of images that come and go ----------------------------------------------------------------------------------
+
+
+def images(which: list[int]) -> ImageSet:
+    """Some of the digits as a device's images, identified by their pixels."""
+    array = DIGITS.read(np.array(which, dtype=np.int64))
+    return identified(ImageSet.of(array, np.zeros(len(which), np.int64), "a"), Path("unused"))
+
+
+def parts(which: list[int], evaluate: str = "test") -> dict[str, set[int]]:
+    """The training and the test part, and what is held out of the first, as numbers of digits."""
+    own, options = images(which), DataOptions(evaluate=evaluate)
+    split = split_changing(own, options, seed=3)
+    held = drawn(own.subset(split.train), 0.2, 3, "held-out")
+    train, numbers = split.train, np.array(which, dtype=np.int64)
+    found = {"trained": train[~held], "held out": train[held], "test": split.test}
+    return {name: set(numbers[positions].tolist()) for name, positions in found.items()}
+
+
+some = st.lists(st.integers(0, 299), min_size=1, max_size=40, unique=True)
+
+
+@given(before=some, after=some, evaluate=st.sampled_from(["test", "validation"]))
+def test_no_image_moves_whatever_joins_or_vanishes(before: list[int], after: list[int], evaluate: str) -> None:
+    first, second = parts(before, evaluate), parts(after, evaluate)
+    both = {*before} & {*after}
+    for name in first:
+        assert first[name] & both == second[name] & both
+    if evaluate == "test":
+        assert set.union(*first.values()) == {*before}
+
+
+@given(which=some)
+def test_who_is_tested_on_for_a_choice_is_no_test_image_and_not_trained_on(which: list[int]) -> None:
+    last, chosen = parts(which), parts(which, "validation")
+    assert not chosen["test"] & last["test"] and not (chosen["trained"] | chosen["held out"]) & last["test"]
+    assert not chosen["test"] & (chosen["trained"] | chosen["held out"])
+
+
+def test_shares_are_met_on_average_and_copies_are_in_one_part() -> None:
+    everything = list(range(1500))
+    found = parts(everything)
+    assert abs(len(found["test"]) / 1500 - 0.3) < 0.03 and abs(len(found["held out"]) / 1050 - 0.2) < 0.03
+    twice = split_changing(images(everything[:50] + everything[:50]), DataOptions(), seed=3)
+    assert {*(twice.test % 50)} == {*twice.test[twice.test < 50]} and len(twice.test) % 2 == 0
+    other = split_changing(images(everything), DataOptions(), seed=4).test
+    assert 0.15 < len({*other.tolist()} & found["test"]) / len(other) < 0.45
+
+
+def test_identities_of_a_folder_are_kept_until_it_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = replace(images([1, 2, 3]), identity=None)
+    named = replace(own, images=replace(own.images, key="as it is"))  # type: ignore[type-var]
+    first = identified(named, tmp_path)
+    assert first.identity is not None and first.identity.tolist() == images([1, 2, 3]).identity.tolist()
+    monkeypatch.setattr(ImageSet, "read", lambda *_: pytest.fail("read again"))
+    assert identified(named, tmp_path).identity.tolist() == first.identity.tolist()
+
+
+# -- whole runs --------------------------------------------------------------------------------------------------------
+
+WRITERS = ("ada", "bob", "cleo")
+OPTIONS = [
+    *(option for option in SMALL if not option.startswith(("devices.count", "train.rounds", "metric.size"))),
+    *("data.public=digits", "data.partition=natural", "data.changing=true", "metric.size=64", "summary.dim=8"),
+    *("adapters.head=class-rows", "summary.max-components=2"),
+]
+
+
+def write(folder: Path, writer: str, numbers: range) -> None:
+    for number, pixels in zip(numbers, DIGITS.read(np.array(numbers)), strict=True):
+        place = folder / writer / str(DIGITS.labels[number])
+        place.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels[..., 0]).save(place / f"{number}.png")
+
+
+@pytest.fixture
+def writers(tmp_path: Path) -> Path:
+    for place, writer in enumerate(WRITERS):
+        write(tmp_path / "writers", writer, range(60 * place, 60 * place + 50))
+    return tmp_path / "writers"
+
+
+def change(folder: Path) -> None:
+    """Ada writes more, of a class too that nobody knows; bob has hardly any left; cleo loses some, and dora is new."""
+    write(folder, "ada", range(200, 260))
+    shutil.copytree(folder / "ada" / "3", folder / "ada" / "three")
+    shutil.rmtree(folder / "bob")
+    write(folder, "bob", range(60, 65))
+    shutil.rmtree(folder / "cleo" / "1")
+    write(folder, "dora", range(300, 350))
+
+
+class Changing:
+    """A ClientApp on whose devices images change before the second round begins, and come back before the third."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.round = folder, 1
+
+    def __call__(self, message: Message, context: Context) -> Message:
+        if message.metadata.message_type == "train":
+            asked = Train.from_records(message.content).round
+            if asked > self.round:
+                self.round = asked
+                if asked == 2:
+                    change(self.folder)
+                else:
+                    write(self.folder, "bob", range(60, 100))
+        return client_app(message, context)
+
+
+def carry_out(run: Path, writers: Path, cache: Path, app: object, *options: str, resume: bool = False) -> None:
+    settings = [*OPTIONS, f"data.source={writers}", f"cache={cache}", *options]
+    config = resolve_run(dict(map(parse_assignment, settings)), run, resume)
+    run_inprocess(server_app, app, config.flat(), config.devices.count)  # type: ignore[arg-type]
+
+
+def test_images_come_and_go_between_rounds_and_a_killed_run_goes_on(
+    writers: Path, cache: Path, tmp_path: Path
+) -> None:
+    at_first, whole, killed = (tmp_path / name for name in ("at first", "whole", "killed"))
+    shutil.copytree(writers, at_first)
+    carry_out(whole, writers, cache, Changing(writers), "train.rounds=3", "summary.refresh=2")
+
+    lines, summary = read_metrics(whole).lines, read_summary(whole)
+    absent = [line for line in lines if isinstance(line, AbsenceLine)]
+    assert [(line.round, line.device, line.reason) for line in absent] == [(2, 1, "too few images")]
+    assert [line.devices for line in lines if isinstance(line, RoundLine)] == [3, 2, 3, 3]
+    ada, bob, cleo = summary.devices
+    assert [device.rounds for device in summary.devices] == [3, 2, 3] and bob.last_round == 3
+    assert ada.train_samples + ada.test_samples == 110  # not those of the class that nobody knows
+    assert bob.train_samples + bob.test_samples == 40 and 30 < cleo.train_samples + cleo.test_samples < 50
+    assert [device.failures for device in summary.devices] == [0, 1, 0]  # for bob has no mixture to send
+    drifts = {line.device: line.drift for line in lines if isinstance(line, DriftLine)}
+    assert drifts.keys() == {0, 2} and min(drifts.values()) > 0 and bob.drift is None  # bob could not be asked
+    assert summary.drift == pytest.approx(np.mean([*drifts.values()]))
+    noted = json.loads((whole / "devices" / "00" / "images.json").read_text())
+    assert set(noted["left_out"]) == {"three"} and sum(noted["train"]) + sum(noted["test"]) == 110
+    for i, writer in enumerate(WRITERS):
+        assert json.loads((whole / "devices" / f"{i:02d}" / "source.json").read_text()) == {"folder": writer}
+    asked = [line.phase for line in lines if isinstance(line, TrafficLine) and line.phase.startswith("mixtures")]
+    assert asked == ["mixtures after round 2"] * 2
+
+    shutil.rmtree(writers)
+    shutil.copytree(at_first, writers)
+    carry_out(killed, writers, cache, client_app, "train.rounds=1", "summary.refresh=2")
+    change(writers)
+    app = Changing(writers)
+    app.round = 2
+    carry_out(killed, writers, cache, app, "train.rounds=3", "summary.refresh=2", resume=True)
+    assert content(killed) == content(whole)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["data.partition=iid", "devices.count=2"], "data.changing = true: needs devices with images of their own"),
+        (["data.public="], "data.changing = true: needs devices with images of their own"),
+        (["devices.count=2"], "devices.count = 2: data.source has 3 folders; accepted: 3"),
+        (["personalize.method=pooled"], "data.changing=true: a device reads its own images alone, and pooled needs"),
+        (["data.changing=false", "summary.refresh=2"], "summary.refresh=2 fits mixtures again to the same images"),
+        (["summary.refresh=2", "summary.clip=1", "summary.noise=1"], "refresh=2 uploads a mixture again"),
+        (["data.min-images=70"], "min-images = 70"),
+    ],
+)
+def test_what_cannot_change_is_refused(options: list[str], said: str, writers: Path, cache: Path, tmp_path: Path) -> None:
+    with pytest.raises((ConfigError, DataError), match=said):
+        carry_out(tmp_path / "run", writers, cache, client_app, *options)
+    assert not (tmp_path / "run").exists()
