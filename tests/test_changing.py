@@ -9,27 +9,31 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from flwr.app import Context, Message
+from flwr.app import Context, Message, RecordDict
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from test_inprocess_run import SMALL, content
 
 from clients.client_app import app as client_app
+from clients.client_app import device_of
+from clients.device import Device
 from experiments.engines.local import run_inprocess
 from experiments.preflight import resolve_run
-from strategies.records import AbsenceLine, DriftLine, RoundLine, TrafficLine, read_metrics, read_summary
+from strategies.records import AbsenceLine, DeviceRecord, DriftLine, RoundLine, TrafficLine, read_metrics, read_summary
 from strategies.server_app import app as server_app
-from strategies.state import present
-from tapfl.config import DataOptions, RunConfig
+from strategies.state import FederationState, present
+from tapfl.adapters.rules import ServerState
+from tapfl.config import DataOptions
 from tapfl.data.changing import drawn, identified, split_changing
 from tapfl.data.images import ImageSet
 from tapfl.data.sources import load_images
 from tapfl.errors import ConfigError, DataError, WireError
 from tapfl.options import parse_assignment
-from tapfl.wire import Train, TrainReply
+from tapfl.profiles import DeviceProfile
+from tapfl.wire import Hello, Train, TrainReply
 
-DIGITS = load_images("digits")
+DIGITS, HELLO = load_images("digits"), Hello("a1b2" * 4)
 
 # -- parts of images that come and go ----------------------------------------------------------------------------------
 
@@ -147,9 +151,7 @@ def carry_out(run: Path, writers: Path, cache: Path, app: object, *options: str,
     run_inprocess(server_app, app, config.flat(), config.devices.count)  # type: ignore[arg-type]
 
 
-def test_images_come_and_go_between_rounds_and_a_killed_run_goes_on(
-    writers: Path, cache: Path, tmp_path: Path
-) -> None:
+def test_images_come_and_go_between_rounds_and_a_killed_run_goes_on(writers: Path, cache: Path, tmp_path: Path) -> None:
     at_first, whole, killed = (tmp_path / name for name in ("at first", "whole", "killed"))
     shutil.copytree(writers, at_first)
     carry_out(whole, writers, cache, Changing(writers), "train.rounds=3", "summary.refresh=2")
@@ -195,7 +197,73 @@ def test_images_come_and_go_between_rounds_and_a_killed_run_goes_on(
         (["data.min-images=70"], "min-images = 70"),
     ],
 )
-def test_what_cannot_change_is_refused(options: list[str], said: str, writers: Path, cache: Path, tmp_path: Path) -> None:
+def test_what_cannot_change_is_refused(
+    options: list[str], said: str, writers: Path, cache: Path, tmp_path: Path
+) -> None:
     with pytest.raises((ConfigError, DataError), match=said):
         carry_out(tmp_path / "run", writers, cache, client_app, *options)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_node_with_its_own_images_begins_with_enough_and_goes_on_with_few(tmp_path: Path) -> None:
+    """Its array is written anew; images of unknown classes are left out of both parts."""
+    file = tmp_path / "mine.npz"
+
+    def device(count: int, classes: str = "0123456789") -> Device:
+        chosen = np.arange(count)
+        np.savez(file, images=DIGITS.read(chosen), labels=DIGITS.labels[chosen], classes=np.array(list(classes)))
+        node = {"partition-id": 0, "num-partitions": 1, "data": str(file), "storage": str(tmp_path / "node")}
+        return device_of(Context(1, 2, node, RecordDict(), {"data.changing": True, "data.min-images": 20}))
+
+    with pytest.raises(DataError, match="3 training and 1 test images, it needs 8 and 2"):
+        device(4).hello(HELLO)
+    first = device(100).hello(HELLO).train_samples
+    assert 55 < first < 85 and (tmp_path / "node" / "source.json").exists()
+    device(100).storage.save_classes(DIGITS.classes)
+    assert device(4).hello(HELLO).train_samples == 3 and device(4)._images.too_few
+    assert device(19)._images.too_few and not device(40)._images.too_few  # of data.min-images
+    odd = device(100, classes="abc3456789")
+    assert odd._images.present.sum() == (DIGITS.labels[:100] > 2).sum()
+    assert {*odd._images.part("test").labels.tolist()} <= {*range(3, 10)}
+
+
+# -- what the server makes of it ---------------------------------------------------------------------------------------
+
+
+def reply(*images: float, adapters: int = 0) -> TrainReply:
+    return TrainReply(3, 0.0, 0.5, 0.5, np.zeros(0), np.array(images), np.zeros(adapters, np.float32), 0.0)
+
+
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        (reply(adapters=4), r"numbers of images have shape \(0,\), not \(2,\)"),
+        (reply(20.5, 4, adapters=4), "must be whole"),
+        (reply(-1, 4, adapters=4), "must be whole"),
+        (reply(0, 4, adapters=4), "both from 1"),
+        (reply(1e12, 4, adapters=4), "both from 1 to 1000000000"),
+        (reply(0, 0, adapters=4), r"adapters have shape \(4,\), not \(0,\)"),
+    ],
+)
+def test_numbers_of_images_that_are_none(answer: TrainReply, said: str) -> None:
+    with pytest.raises(WireError, match=said):
+        answer.check(3, 4, changing=True)
+
+
+def test_numbers_are_taken_only_if_they_were_asked_for() -> None:
+    reply(20, 4, adapters=4).check(3, 4, changing=True)
+    reply(0, 0).check(3, 4, changing=True)
+    reply(adapters=4).check(3, 4)
+    with pytest.raises(WireError, match="numbers of images have shape"):
+        reply(20, 4, adapters=4).check(3, 4)
+
+
+def test_the_present_numbers_are_the_weights_of_a_round() -> None:
+    records = {i: DeviceRecord(device=i, profile=DeviceProfile(budget=0.5, rank=4), train_samples=50) for i in range(3)}
+    state = FederationState(2, ServerState({}), records, plans={})
+    state, here, lines = present(state, {0: reply(80, 30), 1: reply(0, 0)}, 3)
+    assert [record.train_samples for record in state.devices.values()] == [80, 50, 50]
+    assert state.devices[0].test_samples == 30 and [*here] == [0]
+    assert lines == [AbsenceLine(round=3, device=1, reason="too few images")]
+    unchanged, everybody, lines = present(state, {0: reply(), 1: reply()}, 4)
+    assert unchanged.devices == state.devices and [*everybody] == [0, 1] and not lines

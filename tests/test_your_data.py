@@ -12,7 +12,10 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from test_inprocess_run import TINY, tapfl
 
+from experiments.compare.grid import read_comparison
+from experiments.jobs.federation import resolved
 from experiments.preflight import counted
+from experiments.search.settings import read_search
 from tapfl.config import RunConfig
 from tapfl.errors import DataError
 from tapfl.summary.heterogeneity import label_shift
@@ -81,3 +84,16 @@ def test_other_partitions_have_ten_devices_unless_told() -> None:
     assert counted(RunConfig()).devices.count == 10
     sizes = {"data.partition": "SizePartitioner", "data.partition-args": "partition_sizes=100/200", "model.args": TINY}
     assert counted(RunConfig.from_flat(sizes)).devices.count == 2
+
+
+def test_comparisons_and_searches_count_the_devices_too(writers: Path, cache: Path, tmp_path: Path) -> None:
+    lines = [f'cache = "{cache}"', f'[data]\nsource = "{writers}"\npartition = "natural"', f'[model]\nargs = "{TINY}"']
+    (tmp_path / "compare.toml").write_text("\n".join([*lines, '[compare]\ncriterion = ["tap"]\nbudget = [0.5]']))
+    (tmp_path / "search.toml").write_text(
+        "\n".join([*lines, '[space]\n"train.learning-rate" = { low = 1e-3, high = 1e-2 }'])
+    )
+    comparison = read_comparison(tmp_path / "compare.toml")
+    assert comparison.axes["device"] == [0, 1, 2] and comparison.options["devices.count"] == 3
+    search = read_search(tmp_path / "search.toml", defaults={"devices.count": 10})
+    assert resolved(search.options, tmp_path / "trial").devices.count == 3
+    assert read_search(tmp_path / "search.toml").options.get("devices.count") is None

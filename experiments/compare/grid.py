@@ -32,7 +32,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from experiments.preflight import DEFAULT_DEVICES, with_model_of_hub
+from experiments.preflight import DEFAULT_DEVICES, absolute_paths, counted, with_model_of_hub
 from tapfl.config import PruningOptions, RunConfig
 from tapfl.errors import ConfigError
 from tapfl.options import Section, flatten, parse_assignment, read_toml_tables, validated
@@ -188,6 +188,7 @@ def read_comparison(file: Path, assignments: Iterable[str] = ()) -> Comparison:
 
     Raises:
         ConfigError: if an axis or an option is not valid.
+        TapflError: if the devices have to be counted in the images, and these are missing or do not serve.
     """
     tables = read_toml_tables(file)
     given = tables.pop("compare", None)
@@ -203,6 +204,7 @@ def read_comparison(file: Path, assignments: Iterable[str] = ()) -> Comparison:
     options = flatten(tables) | dict(parse_assignment(text) for text in assignments)
     if twice := sorted({option_of(axis) for axis in given_axes} & options.keys()):
         raise ConfigError(f"{twice[0]}: is an axis of [compare] and an option of all cells; give one of the two")
+    options |= _devices_of({**options, **{axis: values[0] for axis, values in grids[0].items()}})
     named = sorted(dict.fromkeys([*DEFAULTS, *given_axes]), key=stage_of)
     parts = tuple(_part(grid, named, options) for grid in grids)
     axes = {axis: list({str(value): value for part in parts for value in part[axis]}.values()) for axis in named}
@@ -222,6 +224,15 @@ def option_of(axis: str) -> str:
 def stage_of(axis: str) -> int:
     """Returns the position in `STAGES` of an axis; cells that differ in a later stage only share more work."""
     return max((i for i, pattern in enumerate(STAGES, start=1) if re.fullmatch(pattern, option_of(axis))), default=0)
+
+
+def _devices_of(given: Mapping[str, Any]) -> dict[str, int]:
+    """Returns the number of devices as an option, if the partition makes as many as the images say."""
+    unknown = (*OWN_AXES, "metric.rule")  # which has values that only a comparison knows
+    config = RunConfig.from_flat({option_of(name): value for name, value in given.items() if name not in unknown})
+    if "devices.count" in given or not config.data.makes_devices:
+        return {}
+    return {"devices.count": counted(absolute_paths(config)).devices.count}
 
 
 def _part(grid: Mapping[str, list[Any]], named: Iterable[str], options: Mapping[str, Any]) -> dict[str, list[Any]]:

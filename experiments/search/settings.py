@@ -156,7 +156,7 @@ def read_search(file: Path, method: str | None = None, defaults: Mapping[str, Sc
 
     Args:
         method: overrides the file's.
-        defaults: options of all runs that the file may override.
+        defaults: options of all runs that the file may override, unless the partition says how many devices there are.
 
     Raises:
         ConfigError: if the file, an option or the space is not valid.
@@ -166,7 +166,9 @@ def read_search(file: Path, method: str | None = None, defaults: Mapping[str, Sc
     if not isinstance(how, dict):
         raise ConfigError(f"{file}: search must be a table, [search]")
     settings = validated(_File, {"search": how | ({"method": method} if method else {})}).search
-    options = {**UNSEEN, **(defaults or {}), **flatten(tables)}
+    given = flatten(tables)
+    counted = RunConfig.from_flat({**UNSEEN, **given}).data.makes_devices  # in the images, by each run
+    options = {**UNSEEN, **({} if counted else defaults or {}), **given}
     RunConfig.from_flat(options)
     if not isinstance(where, dict) or not where:
         raise ConfigError(
