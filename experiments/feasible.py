@@ -29,6 +29,7 @@ from tapfl.models.backbone import build
 from tapfl.models.cost import measure_cost
 from tapfl.models.dense import DenseCache, dense_key, dense_spec, layers_of
 from tapfl.models.forward import input_transform
+from tapfl.models.merging import Schedule
 from tapfl.models.new_head import agreed_classes
 from tapfl.models.weights import fill_weights, read_head_rows
 from tapfl.personalize.methods import method_of
@@ -39,6 +40,7 @@ from tapfl.pruning.budget import Budget
 from tapfl.pruning.cost_table import cost_table
 from tapfl.pruning.criteria.registry import resolved
 from tapfl.pruning.pipeline import labels_of
+from tapfl.pruning.tokens import SHARES, costs_under, schedule_of, stream_of
 from tapfl.pruning.unit_shape import aligned, candidates
 from tapfl.store import cache_folder
 
@@ -134,9 +136,13 @@ def _check_backbone(config: RunConfig, public: ImageSet, classes: tuple[str, ...
     given = build(spec.model_copy(update={"num_classes": len(classes)})) if new else model
     last_blocks(layers, config.adapters.blocks)
     pruning, cost = aligned(resolved(config.pruning), layers), measure_cost(given)
+    schedule: Schedule = ()
+    if pruning.tokens != "none":
+        share = pruning.token_share if pruning.tokens == "merge" else min(SHARES)
+        schedule = schedule_of(stream_of(given, pruning), share)
     for budget in sorted({profile.budget for profile in profiles_of(config.devices)}):
-        table = cost_table(layers, cost, Budget.parse(budget))
-        shapes = [candidates(n, table.branches[n.name], pruning.unit_shape, pruning.align) for n in layers]
+        seen, table = costs_under(given, layers, cost_table(layers, cost, Budget.parse(budget)), schedule)
+        shapes = [candidates(n, table.branches[n.name], pruning.unit_shape, pruning.align) for n in seen]
         allocate(shapes, np.ones(len(layers)), table, pruning)
 
 

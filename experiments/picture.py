@@ -57,6 +57,7 @@ def _stages(layers: Sequence[Mapping[str, Any]]) -> dict[str, list[Row]]:
         block = blocks.setdefault(str(layer["name"]).rpartition(".")[0], len(blocks))
         row = {key: layer[key] for key in ("name", "width", "importance")}
         row |= {"block": block, "kind": KINDS[layer["kind"]], "kept": layer["kept"] / layer["units"]}
+        row |= {"tokens": layer["tokens"] / layer["tokens_dense"]}
         stages.setdefault(f"stage {len(numbers) - 1}", []).append(row)
     return stages
 
@@ -86,6 +87,10 @@ def _panel(stage: str, rows: Sequence[Row], form: _Form, first: bool) -> Chart:
         inside = text.transform_filter(f"datum.kept > {INSIDE}").mark_text(angle=270, align="right", dx=-4)
         above = text.transform_filter(f"datum.kept <= {INSIDE}").mark_text(angle=270, align="left", dx=4)
         drawn += [inside, above.encode(color=alt.value(alt.ExprRef("ink")))]
+    if any(row["tokens"] < 1 for row in rows):
+        y = _axis("tokens", "", 1.0, first)
+        ticks = _bars(stage, rows, y, form).mark_tick(thickness=3, bandSize=form.step / 2.5, color="black")
+        drawn.append(ticks.encode(y=alt.Y("tokens:Q"), color=alt.value(alt.ExprRef("ink"))))
     title = {"title": alt.TitleParams(stage, fontSize=12)} if form.stages > 1 else {}
     top = alt.layer(*drawn).properties(height=230, **title)
     if form.importance is None:

@@ -23,6 +23,7 @@ from tapfl.models.backbone import BackboneSpec, build, spec_of
 from tapfl.models.cost import latencies_ms, median_ms
 from tapfl.models.dense import DenseCache, dense_backbone
 from tapfl.models.forward import example_input, input_transform
+from tapfl.models.merging import tokens_seen
 from tapfl.models.prunable import prunable_layers
 from tapfl.models.units import PrunableLayer
 from tapfl.models.weights import load_hub_weights, load_weights
@@ -164,12 +165,13 @@ def inspect(folder: Path, repeats: int = 20) -> dict[str, Any]:
         "bytes_dense": sum(tensor.numel() * tensor.element_size() for tensor in dense.state_dict().values()),
         "latency_ms": small_ms,
         "latency_ms_dense": dense_ms,
+        "merges": plan.tokens,
         "layers": layers_of(prunable_layers(dense), plan),
     }
 
 
 def layers_of(dense: Sequence[PrunableLayer], plan: PruningPlan) -> list[dict[str, Any]]:
-    """Returns one row per layer of a plan: name, kind, stage, units, kept units, widths and importance.
+    """Returns one row per layer of a plan: name, kind, stage, units, kept units, widths, importance and tokens.
 
     Args:
         dense: the prunable layers of the plan's backbone, with any weights.
@@ -184,8 +186,10 @@ def layers_of(dense: Sequence[PrunableLayer], plan: PruningPlan) -> list[dict[st
             "width": _width(layer.kind, layer.shape_of(part.index()).heads, len(part.kept)),
             "width_dense": _width(layer.kind, layer.heads, layer.units),
             "importance": part.importance,
+            "tokens": tokens,
+            "tokens_dense": layer.tokens,
         }
-        for layer, part in zip(dense, plan.layers, strict=True)
+        for layer, part, tokens in zip(dense, plan.layers, tokens_seen(dense, plan.tokens), strict=True)
     ]
 
 

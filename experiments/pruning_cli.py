@@ -139,6 +139,7 @@ def _inspect_pruned(folder: Path, picture: Path | None, as_json: bool) -> None:
             "share": f"{layer['kept'] / layer['units']:.0%}",
             "importance (KL)": "" if layer["importance"] is None else f"{layer['importance']:.3g}",
         }
+        | ({"tokens": f"{layer['tokens']} of {layer['tokens_dense']}"} if found["merges"] else {})
         for layer in found["layers"]
     ]
     show_rows(layers, as_json=False)

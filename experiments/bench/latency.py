@@ -31,8 +31,10 @@ from tapfl.errors import ConfigError
 from tapfl.models.backbone import BackboneSpec, build
 from tapfl.models.cost import median_ms, timed_ms
 from tapfl.models.forward import example_input
+from tapfl.models.merging import Schedule
 from tapfl.models.prunable import prunable_layers
 from tapfl.models.units import Shape
+from tapfl.options import validated
 from tapfl.pruning.export import export, load_exported
 from tapfl.pruning.pipeline import prune_model, pruning_task
 from tapfl.pruning.plan import PruningPlan, load_plan
@@ -49,43 +51,52 @@ def latency(
     share: Annotated[list[float], typer.Option(help="shares of the MACs")] = [0.75, 0.5, 0.25],
     batch: Annotated[list[int], typer.Option(min=1, help="images at once")] = [1, 8],
     align: Annotated[int, typer.Option(min=1, help="widths are multiples of this")] = 8,
+    token_share: Annotated[
+        list[float], typer.Option(help="tokens that stay, see pruning.token-share; widths make up the rest of --share")
+    ] = [],
     repeats: Repeats = 11,
 ) -> Iterator[Row]:
     """Latency of dense and pruned models in torch and onnxruntime, beside the ratio of their MACs; one thread.
 
     All layers are cut alike. The ratio of the MACs is the best possible speed-up if all operations cost the same.
     """
-    options = PruningOptions(criterion="random", ratio="uniform", align=align)
+    whole = PruningOptions(criterion="random", ratio="uniform", align=align)
+    merge = [
+        validated(PruningOptions, {**whole.model_dump(), "tokens": "merge", "token_share": t}) for t in token_share
+    ]
+    cuts = [(1.0, whole), *((each, options) for each in share for options in (whole, *merge))]
     for name, spec, dense in backbones(model, size):
-        yield from ({"model": name} | row for row in _latency(spec, dense, (1.0, *share), batch, repeats, options))
+        yield from ({"model": name} | row for row in _latency(spec, dense, cuts, batch, repeats))
 
 
 def _latency(
     spec: BackboneSpec,
     dense: nn.Module,
-    shares: Sequence[float],
+    cuts: Sequence[tuple[float, PruningOptions]],
     batches: Sequence[int],
     repeats: int,
-    options: PruningOptions,
 ) -> Iterator[Row]:
+    """Yields a row for each share of the MACs with its options; the first is the dense model."""
     inputs = example_input(dense, 1)
-    macs: dict[float, float] = {}
-    runs: dict[tuple[str, int, float], Callable[[], object]] = {}
-    for share in shares:
+    macs: list[float] = []
+    runs: dict[tuple[str, int, int], Callable[[], object]] = {}
+    for i, (share, options) in enumerate(cuts):
         pruned = prune_model(pruning_task(dense, inputs, share, options, batch=1), spec)
-        macs[share] = pruned.plan.cost.macs / pruned.plan.dense.macs
+        macs.append(pruned.plan.cost.macs / pruned.plan.dense.macs)
         session = _onnx(pruned.model, pruned.plan)
         for batch in batches:
             images = torch.randn(example_input(dense, batch).shape)
-            runs["torch", batch, share] = partial(pruned.model, images)
-            runs["onnxruntime", batch, share] = partial(session, images)
+            runs["torch", batch, i] = partial(pruned.model, images)
+            runs["onnxruntime", batch, i] = partial(session, images)
     milliseconds = dict(zip(runs, median_ms(list(runs.values()), repeats), strict=True))
-    for share, achieved in macs.items():
+    for i, (achieved, (_, options)) in enumerate(zip(macs, cuts, strict=True)):
         row = {"MACs": f"{achieved:.1%}", "MACs ratio": f"{1 / achieved:.2f}"}
+        if any(each.tokens == "merge" for _, each in cuts):
+            row["tokens"] = f"{options.token_share:.0%}" if options.tokens == "merge" else ""
         for engine in ENGINES:
             for batch in batches:
-                now = milliseconds[engine, batch, share]
-                row[f"{engine} ×{batch}"] = f"{milliseconds[engine, batch, 1.0] / now:.2f}, {now:.1f} ms"
+                now = milliseconds[engine, batch, i]
+                row[f"{engine} ×{batch}"] = f"{milliseconds[engine, batch, 0] / now:.2f}, {now:.1f} ms"
         yield row
 
 
@@ -185,10 +196,10 @@ def measure_gain(run: Path, repeats: int, devices: Sequence[int] = ()) -> list[M
     first = next(iter(plans.values()))
     dense = build(first.backbone).requires_grad_(False)
     layers = prunable_layers(dense)
-    alike: dict[tuple[Shape, ...], list[int]] = {}
+    alike: dict[tuple[tuple[Shape, ...], Schedule], list[int]] = {}
     for device, plan in plans.items():
         shapes = tuple(layer.shape_of(part.index()) for layer, part in zip(layers, plan.layers, strict=True))
-        alike.setdefault(shapes, []).append(device)
+        alike.setdefault((shapes, plan.tokens), []).append(device)
     models: list[tuple[nn.Module, PruningPlan]] = [(dense, _whole(first))]
     models += [(load_pruned(_pruned(run, group[0]), dense), plans[group[0]]) for group in alike.values()]
     calls: list[Callable[[], object]] = []
@@ -234,7 +245,7 @@ def _pruned(run: Path, device: int) -> Path:
 def _whole(plan: PruningPlan) -> PruningPlan:
     """Returns the plan that keeps everything."""
     layers = tuple(layer.model_copy(update={"kept": tuple(range(layer.units))}) for layer in plan.layers)
-    return plan.model_copy(update={"layers": layers, "cost": plan.dense})
+    return plan.model_copy(update={"layers": layers, "cost": plan.dense, "tokens": ()})
 
 
 def _onnx(model: nn.Module, plan: PruningPlan, batch: int | None = None) -> Callable[[torch.Tensor], torch.Tensor]:

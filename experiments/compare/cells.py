@@ -33,9 +33,12 @@ from tapfl.pruning.pipeline import cut, finished, plan_of, recovered, row_sensit
 T = TypeVar("T")
 Row = dict[str, str]
 Scoring = Callable[[PruningTask], Scores]
-FINISH = tuple(name for name in PruningOptions.model_fields if name.startswith(("compensation", "recovery", "distill")))
+FINISH = tuple(name for name in PruningOptions.model_fields if name.startswith(("compensation", "recovery")))
+RECOVERY = tuple(name for name in FINISH if name.startswith("recovery"))
 # options that scores do not depend on: they decide how a budget is spent
-SPENDING = ("criterion", "ratio", "tau", "gamma", "align", "floor", "unit_shape", "probe", "send")
+SPENDING = (
+    *("criterion", "ratio", "tau", "gamma", "align", "floor", "unit_shape", "probe", "send", "tokens", "token_share"),
+)
 KEPT = {"images": 2, "scores": 64, "sensitivities": 2, "moments": 2}  # results kept of a kind; of others the last one
 
 
@@ -73,7 +76,8 @@ class CellRunner:
         except ConfigError as error:  # the criterion does not support one of the options
             return {"refused": str(error)}
         view = self._view(cell)
-        choice = (_images_key(cell), cell.budget, options.model_copy(update=dict.fromkeys(FINISH)))
+        later = FINISH if options.tokens != "auto" else RECOVERY  # tokens are chosen by what compensation leaves
+        choice = (_images_key(cell), cell.budget, options.model_copy(update=dict.fromkeys(later)))
         task = self._once("task", choice, lambda: self._task(cell))
         task = replace(task, options=task.options.model_copy(update={name: getattr(options, name) for name in FINISH}))
         selection, seconds = self._once("selection", choice, lambda: self._select(cell, task))
@@ -112,7 +116,7 @@ class CellRunner:
             if criterion.scores is None:
                 return timed(lambda: select(task), compute)
             scores, scoring_seconds = self._scores(cell, task.options, criterion.scores, lambda: task)
-            selection, seconds = timed(lambda: criterion.spend(task, scores), compute)
+            selection, seconds = timed(lambda: select(task, scores), compute)
             return selection, scoring_seconds + seconds
         except BudgetError as error:
             return str(error), 0.0

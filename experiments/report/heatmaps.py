@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 import altair as alt
+import pandas as pd
 
 from experiments.figures.figure import (
     Figure,
@@ -151,20 +152,40 @@ def kept(run: Run, kind: str) -> Figure | None:
     if found.empty:
         return None
     of, units = KEPT[kind]
-    devices, mean = devices_of(found), found.groupby("block", sort=False)["share"].mean()
-    places, most, least = _places(list(mean.index)), mean.idxmax(), mean.idxmin()
+    mean = found.groupby("block", sort=False)["share"].mean()
+    most, least = mean.idxmax(), mean.idxmin()
+    said = (
+        f"Share of the {units} that is kept. On average {most} keeps most ({mean[most]:.0%}), {least} least "
+        f"({mean[least]:.0%})."
+    )
+    return _by_block(f"kept-{kind}", f"Kept width of {of} by layer", said, found, ("width", "dense width"))
+
+
+def merged(run: Run) -> Figure | None:
+    """Returns the share of an image's tokens that the FFN of each block sees, where any are merged."""
+    found = series.widths(run)
+    found = found[found["kind"] == "ffn"]
+    found = found.assign(share=found["tokens"] / found["dense tokens"])
+    if not (found["share"] < 1).any():
+        return None
+    said = "Share of an image's tokens that is left behind the attention of each block."
+    return _by_block("tokens", "Tokens by block", said, found, ("tokens", "dense tokens"))
+
+
+def _by_block(key: str, title: str, said: str, found: pd.DataFrame, of: tuple[str, str]) -> Figure:
+    """Returns a heat map of `share` by device and block; `of` are the columns that it is the quotient of, in words."""
+    devices, places = devices_of(found), _places(list(dict.fromkeys(found["block"])))
     cells = found.assign(text=found["share"].map("{:.0%}".format), place=found["block"].map(places))
     scale = alt.Scale(domain=list(places.values()), paddingInner=GAP)
     axis = alt.X("place:N", title="block", scale=scale, axis=alt.Axis(labelAngle=0))
-    tooltip = tips("device:O", "layer:N", "width:N", "dense width:N", "share:Q|kept|.0%")
+    tooltip = tips("device:O", "layer:N", *(f"{name}:N" for name in of), "share:Q|kept|.0%")
     return Figure(
-        f"kept-{kind}",
-        f"Kept width of {of} by layer",
-        f"Share of the {units} that is kept. On average {most} keeps most ({mean[most]:.0%}), {least} least "
-        f"({mean[least]:.0%}).",
+        key,
+        title,
+        said,
         layered(*_cells("share:Q|kept share|.0%", 1, devices, axis, tooltip, "text:N"), height=device_height(devices)),
         {"cells": cells},
-        columns=("device", "layer", "width", "dense width", "share"),
+        columns=("device", "layer", *of, "share"),
     )
 
 

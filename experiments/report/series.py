@@ -122,17 +122,17 @@ def shifts(run: Run) -> dict[str, float]:
 
 
 def widths(run: Run) -> pd.DataFrame:
-    """Returns a row a device and layer: block, kind, kept units, of how many, and the widths in words."""
+    """Returns a row a device and layer: block, kind, kept units, of how many, the widths in words, and tokens."""
     rows = [
         {"device": i, "layer": layer["name"], "block": layer["name"].rpartition(".")[0]}
         | {key: layer[key] for key in ("kind", "kept", "units", "width")}
         | {"dense width": layer["width_dense"], "share": layer["kept"] / layer["units"]}
+        | {"tokens": layer["tokens"], "dense tokens": layer["tokens_dense"]}
         for i, plan in run.plans.items()
         for layer in layers_of(_layers(plan.backbone.model_dump_json()), plan)
     ]
-    return pd.DataFrame(
-        rows, columns=["device", "layer", "block", "kind", "kept", "units", "width", "dense width", "share"]
-    )
+    columns = ["device", "layer", "block", "kind", "kept", "units", "width", "dense width", "share"]
+    return pd.DataFrame(rows, columns=[*columns, "tokens", "dense tokens"])
 
 
 @lru_cache(maxsize=4)

@@ -24,7 +24,7 @@ CHAPTERS: dict[str, Sequence[Callable[[Run], Figure | None]]] = {
     "Which images they hold, and which public images stand for them": (
         *(heatmaps.partition, heatmaps.metric_classes, heatmaps.coverage, heatmaps.effective),
     ),
-    "What is kept of the model": [partial(heatmaps.kept, kind=kind) for kind in heatmaps.KEPT],
+    "What is kept of the model": [*(partial(heatmaps.kept, kind=kind) for kind in heatmaps.KEPT), heatmaps.merged],
     "What it cost": (charts.traffic, charts.simulated_rounds, charts.phases, charts.real_rounds),
 }
 PLACE = {"out", "resume", "cache", "devices.count"}  # options that name a place, or that every run sets

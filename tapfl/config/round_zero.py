@@ -241,6 +241,12 @@ class PruningOptions(Section):
     unit_shape: Literal["head-dims", "heads", "both"] = Field(
         "head-dims", description="attention units: as many dims of every head, whole heads, or the better of both"
     )
+    tokens: Literal["none", "merge", "auto"] = Field(
+        "none", description="similar tokens of ViT and DeiT merge; auto: as many as cost least on the metric set"
+    )
+    token_share: Share = Field(
+        0.8, description="tokens that stay, on average over the FFNs of all blocks, for tokens=merge"
+    )
     ffn_terms: TermWeights = Field(
         (0.1, 0.1, 0.8), description="weights of relevance, 1 - redundancy and activeness in the FFN score of `tap`"
     )

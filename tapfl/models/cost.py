@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 
 from tapfl.compute import HERE, Compute
 from tapfl.models.forward import example_input, watch_example
+from tapfl.models.merging import Merge
 from tapfl.models.units import PrunableLayer, Shape
 from tapfl.progress import track
 
@@ -40,13 +42,13 @@ class Cost(BaseModel):
 
 
 def measure_cost(model: nn.Module) -> Cost:
-    """Returns the cost of `model` as it is, pruned or not: linears, convolutions and the two products of attention.
+    """Returns the cost of `model` as it is, pruned or not: linears, convolutions, products of attention and of merging.
 
     Counted from the shapes of a real forward pass; norms, activations and additions are not counted, as usual.
     """
     macs = 0
 
-    def count(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    def count(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
         nonlocal macs
         x = inputs[0]
         if isinstance(module, nn.Linear):
@@ -55,8 +57,12 @@ def measure_cost(model: nn.Module) -> Cost:
             macs += output.numel() * module.weight[0].numel()
         elif isinstance(module, Attention | WindowAttention):
             macs += 2 * math.prod(x.shape[:-1]) * x.shape[-2] * module.proj.in_features
+        elif isinstance(module, Merge):
+            stream, keys = inputs
+            _, tokens, embed_dim = stream.x.shape
+            macs += module.macs(tokens, embed_dim, keys.shape[-1])
 
-    counted = (nn.Linear, nn.Conv2d, Attention, WindowAttention)
+    counted = (nn.Linear, nn.Conv2d, Attention, WindowAttention, Merge)
     watch_example(model, {module: count for module in model.modules() if isinstance(module, counted)})
     return Cost(params=sum(p.numel() for p in model.parameters()), macs=macs)
 

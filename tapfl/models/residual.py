@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from tapfl.errors import ModelError
 from tapfl.models.forward import Step, hooked, segments, tokens_read
+from tapfl.models.merging import Merged, MergingBlock
 from tapfl.models.units import PrunableLayer, replaced
 
 PLACE = {"attention": "1", "ffn": "2"}  # norm1 and ls1 belong to the attention of a block, norm2 and ls2 to its FFN
@@ -31,6 +32,7 @@ class Passage:
         units: input of the branch's output linear, with 0 units where the branch is gone.
         output: of the branch.
         after: output of the block, if the branch is its FFN; an attention is the end of a pass, which saves the rest.
+        source: where each of the image's tokens is in the stream (`tapfl.models.merging`); None: none was merged.
     """
 
     stream: Tensor
@@ -38,6 +40,7 @@ class Passage:
     units: Tensor
     output: Tensor
     after: Tensor | None = None
+    source: Tensor | None = None
 
 
 class _Seen(Exception):  # noqa: N818  (no error)
@@ -53,7 +56,8 @@ def observe(model: nn.Module, layer: PrunableLayer, step: Callable[[Tensor], Ten
     """
     branch: Any = model.get_submodule(layer.name)
     linear: Any = branch.get_submodule(layer.output)
-    norm = getattr(_block(model, layer), f"norm{PLACE[layer.kind]}")
+    block = _block(model, layer)
+    norm = getattr(block, f"norm{PLACE[layer.kind]}")
     seen: dict[str, Any] = {}
 
     def leave(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
@@ -66,8 +70,13 @@ def observe(model: nn.Module, layer: PrunableLayer, step: Callable[[Tensor], Ten
         linear.register_forward_pre_hook(lambda _module, inputs: seen.update(units=inputs[0])),
         branch.register_forward_hook(leave, with_kwargs=True),
     ]
+    if isinstance(block, MergingBlock):
+        handles.append(block.merge.register_forward_hook(lambda _merge, _inputs, merged: seen.update(merged=merged)))
     with hooked(handles), suppress(_Seen):
         seen["after"] = step(x)
+    stream = seen.pop("merged", x)
+    if isinstance(stream, Merged):
+        seen["source"] = stream.source
     return Passage(**({"units": seen["output"][..., :0]} | seen))
 
 

@@ -63,6 +63,7 @@ class PrunableLayer:
         inner_bias: whether the linears that write the units have biases.
         output_bias: whether the output linear has one.
         params_per_head: parameters that go with a whole head alone (Swin's column of relative position biases).
+        pairs: of tokens whose keys are compared, where tokens are merged.
     """
 
     name: str
@@ -75,6 +76,7 @@ class PrunableLayer:
     inner_bias: bool = True
     output_bias: bool = True
     params_per_head: int = 0
+    pairs: int = 0
 
     kind: ClassVar[Literal["attention", "ffn"]]
     inner: ClassVar[str]  # the linear that writes the units
@@ -94,7 +96,7 @@ class PrunableLayer:
     @property
     def macs_per_unit(self) -> int:
         """Multiply-accumulates an image that one unit costs, with its part in the two products of attention."""
-        return self.tokens * ((self.parts + 1) * self.embed_dim + 2 * self.span)
+        return self.tokens * ((self.parts + 1) * self.embed_dim + 2 * self.span) + self.pairs
 
     @property
     def params_per_unit(self) -> int:
@@ -107,8 +109,8 @@ class PrunableLayer:
         return Shape(self.heads, self.units_per_head)
 
     def macs(self, shape: Shape) -> int:
-        """Returns the MACs an image of the branch in that shape."""
-        return shape.units * self.macs_per_unit
+        """Returns the MACs an image of the branch in that shape; without keys, tokens are compared by its input."""
+        return shape.units * self.macs_per_unit or self.pairs * self.embed_dim
 
     def params(self, shape: Shape) -> int:
         """Returns the parameters of the branch in that shape; without units it is a `ConstantBranch`."""

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from tapfl.config import PruningOptions
 from tapfl.errors import ModelError
 from tapfl.models.forward import hooked, segments
+from tapfl.models.merging import Schedule, group_means, group_sums, merging, passing
 from tapfl.models.residual import as_branch_output, observe
 from tapfl.models.units import PrunableLayer, put
 from tapfl.progress import track
@@ -75,10 +76,17 @@ class LostOutput:
         self.total = torch.zeros(kept + outputs, dtype=torch.float64, device=device)
         self.product, self.rows = self.total.new_zeros(kept, kept + outputs), self.total.new_zeros(())
 
-    def add(self, Z: Tensor, r: Tensor) -> Tensor:
-        """Adds a batch; returns the weights of its rows, float32 (rows,), 0 for tokens that do not count."""
+    def add(self, Z: Tensor, r: Tensor, source: Tensor | None = None) -> Tensor:
+        """Adds a batch; returns the weights of its rows, float32 (rows,), 0 for tokens that do not count.
+
+        Args:
+            source: of merged tokens (`Merged`), which have the weight of all that they stand for.
+        """
         both = torch.cat([part.flatten(0, -2).double() for part in (Z, r)], dim=1)
-        weights = both.new_ones(len(both)) if self.weights is None else next(self.weights)
+        rows = len(both) if source is None else source.numel()
+        weights = both.new_ones(rows) if self.weights is None else next(self.weights)
+        if source is not None:
+            weights = group_sums(weights.view(*source.shape, 1), source, Z.shape[1]).flatten()
         given = weights.float()
         if self.real is not None:
             real = self.real.repeat(len(both) // len(self.real))
@@ -153,23 +161,26 @@ def compensated(
     options: PruningOptions,
     fisher: Sensitivities | None = None,
     moments: Moments | None = None,
+    tokens: Schedule = (),
 ) -> nn.Module:
     """Returns `model` shrunk to `kept` and compensated as the options say, which are not `auto`.
 
     Args: as `compensate`; `moments` are of use for ``one-pass`` alone, since another prefix changes the activations.
+        tokens: schedule by which the smaller model merges tokens. All statistics are then of merged tokens, but those
+            that the last block drops are still there.
     """
-    if options.compensation == "one-pass":
-        return compensate(model, kept, layers, inputs, batch, fisher=fisher, moments=moments)
-    if options.compensation == "sequential":
-        return compensate_sequentially(model, kept, layers, inputs, batch, fisher=fisher)
-    if options.compensation == "reconstruction":
-        fit = Fit(steps=options.compensation_steps, learning_rate=options.compensation_learning_rate)
-        return compensate_sequentially(model, kept, layers, inputs, batch, fit, fisher)
-    small = copy.deepcopy(model)
-    for layer in layers:
-        if len(kept.get(layer.name, range(layer.units))) < layer.units:
+    how = options.compensation
+    if how == "none":
+        small, pruned = _begin(model, kept, layers, inputs)
+        for layer in pruned:
             put(small, layer.name, layer.shrink(small.get_submodule(layer.name), kept[layer.name]))
-    return small.eval()
+    elif how == "one-pass":
+        small = compensate(model, kept, layers, inputs, batch, fisher=fisher, moments=moments, tokens=tokens)
+    else:
+        steps = options.compensation_steps if how == "reconstruction" else 0
+        fit = Fit(steps=steps, learning_rate=options.compensation_learning_rate)
+        small = compensate_sequentially(model, kept, layers, inputs, batch, fit, fisher, tokens)
+    return merging(small, tokens).eval()
 
 
 @torch.no_grad()
@@ -182,6 +193,7 @@ def compensate(
     fit: Fit = Fit(),
     fisher: Sensitivities | None = None,
     moments: Moments | None = None,
+    tokens: Schedule = (),
 ) -> nn.Module:
     """Returns `model` shrunk to `kept` and compensated, with the statistics of one pass of the dense model.
 
@@ -198,11 +210,13 @@ def compensate(
         fit: how.
         fisher: sensitivities on `inputs` by layer name, as weights of the rows; None: all rows alike.
         moments: `unit_moments` of the same model, images and `fisher`; these FFNs are not measured again.
+        tokens: schedule by which the dense model merges tokens in that pass; `fisher` is of that model then.
 
     Raises:
         ModelError: if there is no image, or a layer's activations are not finite, naming layer and batch.
         PlanError: if `kept` does not fit the layers.
     """
+    model = passing(model, tokens)
     small, pruned = _begin(model, kept, layers, inputs)
     lost: dict[str, LostOutput] = {}
     handles = []
@@ -233,6 +247,7 @@ def compensate_sequentially(
     batch: int,
     fit: Fit = Fit(),
     fisher: Sensitivities | None = None,
+    tokens: Schedule = (),
 ) -> nn.Module:
     """Returns `model` shrunk and compensated layer by layer, each with the statistics of the already shrunk prefix.
 
@@ -246,11 +261,15 @@ def compensate_sequentially(
     on to the next; all of it is more than the branch's units can predict. The target f(x) alone is worse still (2.31,
     1.34), because it leaves x - x' in the stream.
 
+    With merged tokens x' has fewer tokens than x. Each is compared with the mean of those of x and f(x) that became it,
+    and weighs what they weigh together; f(x') attends to tokens by their sizes, as f'(x') does. `fisher` is of the
+    dense model.
+
     With `fit.steps` the branch then takes gradient steps towards f'(x') + r, with r as it was before the closed form.
 
     Arguments and errors are those of `compensate`, and those of `reconstruct`.
     """
-    small, pruned = _begin(model, kept, layers, inputs)
+    small, pruned = _begin(passing(model, tokens), kept, layers, inputs)
     images = dense_x = small_x = list(inputs.split(batch))
     steps = list(zip(segments(model)[:-1], segments(small)[:-1], strict=True))
     for (block, dense_step), (_, small_step) in track(steps, "compensation"):
@@ -263,9 +282,12 @@ def compensate_sequentially(
                 dense, now = observe(model, layer, dense_step, x), observe(small, layer, small_step, y)
                 after[number], (args, kwargs) = dense.after, now.arguments
                 own: Tensor = f(*args, **kwargs)
-                drift = as_branch_output(small, layer, dense.stream - now.stream) + dense.output - own
+                x_dense, f_dense = dense.stream, dense.output
+                if now.source is not None:
+                    x_dense, f_dense = (group_means(each, now.source, own.shape[1]) for each in (x_dense, f_dense))
+                drift = as_branch_output(small, layer, x_dense - now.stream) + f_dense - own
                 r = own - now.output + fit.correction * drift
-                weights = lost.add(now.units, r)
+                weights = lost.add(now.units, r, now.source)
                 refuse_not_finite({layer.name: lost.total}, number)
                 if fit.steps:
                     calls.append(Call(len(images[number]), now.arguments, now.output + r, weights))

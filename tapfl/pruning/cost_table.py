@@ -42,6 +42,11 @@ class CostTable:
         """The largest allowed cost of the whole model (M,), in the units of the limits."""
         return np.array([limit.allowed(dense) for limit, dense in zip(self.limits, self.dense, strict=True)])
 
+    @property
+    def measured(self) -> bool:
+        """Whether latency is among the limits."""
+        return any(limit.quantity == "latency" for limit in self.limits)
+
     @cached_property
     def slopes(self) -> dict[str, np.ndarray]:
         """Cost of a unit (M,) by layer name, on average between none and all of them."""

@@ -8,11 +8,12 @@ model ─ canonical basis ─► task ─ criterion ─► selection ─ compens
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from tapfl.compute import Compute
 from tapfl.config import PruningOptions
@@ -22,6 +23,7 @@ from tapfl.errors import ConfigError, ModelError
 from tapfl.models.backbone import BackboneSpec
 from tapfl.models.cost import measure_cost, measure_timings
 from tapfl.models.forward import example_input, full
+from tapfl.models.merging import passing
 from tapfl.models.new_head import put_head
 from tapfl.models.prunable import prunable_layers
 from tapfl.options import Scalar
@@ -30,12 +32,13 @@ from tapfl.pruning.basis import canonical_basis, in_basis
 from tapfl.pruning.budget import Budget
 from tapfl.pruning.compensation import Moments, compensated
 from tapfl.pruning.cost_table import cost_table
-from tapfl.pruning.criteria.criterion import PruningTask, Selection
+from tapfl.pruning.criteria.criterion import PruningTask, Scores, Selection
 from tapfl.pruning.criteria.registry import criterion_of, resolved
 from tapfl.pruning.plan import LayerPlan, PruningPlan
 from tapfl.pruning.recovery import fading_branches, recover, steps_left
 from tapfl.pruning.sensitivity import Sensitivities
 from tapfl.pruning.surgery import shrink
+from tapfl.pruning.tokens import stream_of, with_tokens
 from tapfl.pruning.unit_shape import aligned
 from tapfl.seeds import numpy_generator, torch_generator
 from tapfl.store import pack_tensors
@@ -134,6 +137,8 @@ def pruning_task(
     """
     check_metric_set(model, inputs, batch)
     limits, options = Budget.parse(budget), resolved(options or PruningOptions())
+    if options.tokens != "none":
+        stream_of(model, options)  # refused before anything is measured
     layers, given = tuple(prunable_layers(model)), new_head or model
     dense, options = measure_cost(given), aligned(options, layers)
     model = in_basis(model, options.basis, lambda: canonical_basis(model, layers, inputs, batch))
@@ -155,9 +160,32 @@ def check_metric_set(model: nn.Module, inputs: Tensor, batch: int) -> None:
         )
 
 
-def select(task: PruningTask) -> Selection:
-    """Returns the choice of the criterion that the task's options name."""
-    return criterion_of(task.options.criterion)(task)
+def select(task: PruningTask, scores: Scores | None = None) -> Selection:
+    """Returns the choice of the criterion that the task's options name, and the tokens that merge beside it.
+
+    Args:
+        scores: of the criterion, if they are known.
+    """
+    spend = criterion_of(task.options.criterion).chooser(task, scores)
+    return with_tokens(task, spend, divergence(task) if task.options.tokens == "auto" else None)
+
+
+@torch.no_grad()
+def divergence(task: PruningTask) -> Callable[[Selection], float]:
+    """Returns how far a selection is from the dense model: KL(P_dense ‖ P_cut) in nats, on the metric set.
+
+    The smaller model is cut and compensated with every other of its images, and judged on the rest of them.
+    """
+    half, held = replace(task, inputs=task.inputs[::2]), task.inputs[1::2].split(task.batch)
+    dense = [task.model(x).double().log_softmax(-1) for x in held]
+
+    @torch.no_grad()
+    def judge(selection: Selection) -> float:
+        small = cut(half, selection)
+        found = [small(x).double().log_softmax(-1) for x in held]
+        return float(F.kl_div(torch.cat(found), torch.cat(dense), log_target=True, reduction="batchmean"))
+
+    return judge
 
 
 def cut(
@@ -173,8 +201,11 @@ def cut(
         moments: their `unit_moments`, likewise.
     """
     weights = selection.model or task.model
+    if task.options.compensation == "one-pass" and any(selection.tokens):
+        weights, fisher, moments = passing(weights, selection.tokens), None, None  # the tokens of its pass are merged
     fisher = fisher or row_sensitivities(task, weights)
-    return compensated(weights, selection.kept, task.layers, task.inputs, task.batch, task.options, fisher, moments)
+    images = (task.inputs, task.batch, task.options)
+    return compensated(weights, selection.kept, task.layers, *images, fisher, moments, selection.tokens)
 
 
 def row_sensitivities(task: PruningTask, weights: nn.Module) -> Sensitivities | None:
@@ -239,8 +270,10 @@ def prune_model(
     small = finished(task, recovered(task, selection, cut(task, selection), fine_tune, seed))
     parts = {name: getattr(task.options, name) for name in ("criterion", "ratio", *CHANGES)}
     on: dict[str, Scalar] = {}
-    if any(limit.quantity == "latency" for limit in task.costs.limits):
+    if task.costs.measured:
         on = {"latency-on": Compute(task.inputs.device).kind}
+    if task.options.tokens != "none":
+        on |= {"tokens": task.options.tokens}
     plan = plan_of(task, selection, spec, {**parts, **on, "seed": seed, **(provenance or {})})
     changed = selection.model is not None or any(parts[name] != "none" for name in CHANGES)
     return Pruned(small, plan, exact=not changed)
@@ -261,7 +294,12 @@ def plan_of(
         for layer in task.layers
     )
     plan = PruningPlan(
-        backbone=spec, layers=parts, dense=task.dense, cost=task.dense, provenance=dict(provenance or {})
+        backbone=spec,
+        layers=parts,
+        dense=task.dense,
+        cost=task.dense,
+        tokens=selection.tokens,
+        provenance=dict(provenance or {}),
     )
     return plan.model_copy(update={"cost": measure_cost(shrink(task.new_head or task.model, plan))})
 

@@ -6,14 +6,21 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+)
 from torch import Tensor
 
 from tapfl.errors import PlanError
-from tapfl.models.backbone import BackboneSpec
+from tapfl.models.backbone import LARGEST_ARGUMENT, BackboneSpec
 from tapfl.models.cost import Cost
 from tapfl.options import Scalar
 
@@ -37,7 +44,11 @@ class LayerPlan(BaseModel):
 
 
 class PruningPlan(BaseModel):
-    """The kept units of a backbone, the cost before and after, and the provenance."""
+    """The kept units of a backbone, the cost before and after, and the provenance.
+
+    Attributes:
+        tokens: merges of each block (`tapfl.models.merging`); empty, and then not written: none.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -45,6 +56,7 @@ class PruningPlan(BaseModel):
     layers: tuple[LayerPlan, ...]
     dense: Cost
     cost: Cost
+    tokens: tuple[Annotated[int, Field(ge=0, le=LARGEST_ARGUMENT)], ...] = Field((), max_length=LARGEST_ARGUMENT)
     provenance: dict[str, Scalar] = {}
 
     @classmethod
@@ -60,6 +72,11 @@ class PruningPlan(BaseModel):
         if wrong := next(plan._faults(), None):
             raise PlanError(f"{source}: {wrong}")
         return plan
+
+    @model_serializer(mode="wrap")
+    def _without_empty(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        content: dict[str, Any] = write(self)
+        return content if self.tokens else {key: value for key, value in content.items() if key != "tokens"}
 
     def content(self) -> dict[str, Any]:
         """Returns the plan as what JSON can hold."""

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from tapfl.errors import ModelError, PlanError, TapflError, message_of
 from tapfl.models.backbone import BackboneSpec, outline
+from tapfl.models.merging import merging
 from tapfl.models.prunable import prunable_layers
 from tapfl.models.units import PrunableLayer, put
 from tapfl.pruning.basis import carried_energy
@@ -23,6 +24,8 @@ TURNED = {"lowrank-heads"}  # criteria that choose among dims of another basis t
 
 def shrink(model: nn.Module, plan: PruningPlan) -> nn.Module:
     """Returns a smaller copy of `model`, equal (fp32, 1e-5) to it with the dropped units masked to 0.
+
+    Where the plan merges tokens, it also does.
 
     Raises:
         PlanError: if the plan was made for a model of other layers or sizes; it names the first.
@@ -44,7 +47,10 @@ def _cut(model: nn.Module, layers: Sequence[PrunableLayer], plan: PruningPlan) -
     small = copy.deepcopy(model)
     for layer, part in zip(layers, plan.layers, strict=True):
         put(small, layer.name, layer.shrink(small.get_submodule(layer.name), part.index()))
-    return small.eval()
+    try:
+        return merging(small, plan.tokens).eval()
+    except ModelError as error:
+        raise PlanError(f"plan for {plan.backbone.name}: does not fit this model ({error})") from None
 
 
 def apply_plan(plan: PruningPlan | Path | str, model: nn.Module) -> nn.Module:

@@ -16,6 +16,7 @@ from tapfl.config import PruningOptions
 from tapfl.errors import ConfigError, ModelError
 from tapfl.models.cost import Cost
 from tapfl.models.forward import Passing
+from tapfl.models.merging import Schedule
 from tapfl.models.units import PrunableLayer, Shape
 from tapfl.pruning.allocate import allocate, fit_widths, layer_weights
 from tapfl.pruning.cost_table import CostTable
@@ -83,6 +84,7 @@ class Selection:
         model: the backbone with the weights that the criterion's search trained, or None.
         steps: gradient steps of that search; a fair comparison deducts them from recovery.
         fades: branches that are dropped as a whole fade out during recovery.
+        tokens: schedule by which the smaller model merges tokens (`tapfl.models.merging`); empty: it merges none.
     """
 
     kept: dict[str, Tensor]
@@ -90,6 +92,7 @@ class Selection:
     model: nn.Module | None = None
     steps: int = 0
     fades: bool = False
+    tokens: Schedule = ()
 
 
 def by_layer(task: PruningTask, scores: Scores) -> Selection:
@@ -177,11 +180,20 @@ class Criterion:
     defaults: Mapping[str, str] = field(default_factory=dict)
     requires: tuple[str, ...] = ()
 
-    def __call__(self, task: PruningTask) -> Selection:
+    def chooser(self, task: PruningTask, scores: Scores | None = None) -> Callable[[PruningTask], Selection]:
+        """Returns what chooses the units that stay, for any budget of `task`, which is scored here at most once.
+
+        Args:
+            scores: of the task, if they are known.
+        """
         if self.search is not None:
-            return self.search(task)
+            return self.search
         assert self.scores is not None, "a criterion has either scores or a search"
-        return self.spend(task, home(self.scores(task)))
+        known = home(self.scores(task)) if scores is None else scores
+        return lambda task: self.spend(task, known)
+
+    def __call__(self, task: PruningTask) -> Selection:
+        return self.chooser(task)(task)
 
 
 def refuse_nan(scores: Scores) -> None:

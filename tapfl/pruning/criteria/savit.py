@@ -55,7 +55,8 @@ def select(task: PruningTask) -> Selection:
     costs = np.array([layer.units_per_head * slopes[layer.name][equality] for layer, _ in order])
     heads = sum(layer.heads for layer in attentions)
     ffn_cost = float(sum(layer.units * slopes[layer.name][equality] for layer in ffns))
-    to_go = max(float((task.costs.dense - task.costs.allowed)[equality]), 0.0)
+    whole = float(task.costs.total({layer.name: layer.full for layer in task.layers})[equality])
+    to_go = max(whole - float(task.costs.allowed[equality]), 0.0)
     for count in splits(S, costs, heads, ffn_cost, to_go):
         kept = {}
         gone = {(layer.name, head) for layer, head in order[:count]}
@@ -71,7 +72,7 @@ def select(task: PruningTask) -> Selection:
             continue  # the FFNs are whole, and the heads gave more than they had to
         return Selection({layer.name: kept[layer.name] for layer in task.layers})
     limit, dense = task.costs.limits[equality], float(task.costs.dense[equality])
-    least = dense - costs.sum() - (1 - task.options.floor) * ffn_cost
+    least = whole - costs.sum() - (1 - task.options.floor) * ffn_cost
     raise BudgetError(
         f"budget {limit.words} cannot be met by whole heads and FFN units: they can go down to about "
         f"{limit.express(least, dense)} (pruning.floor = {task.options.floor:g}); "

@@ -1,0 +1,267 @@
+"""Token merging: between attention and FFN of a block, tokens are averaged with the tokens most like them.
+
+Bipartite soft matching (ToMe, Bolya et al., ICLR 2023, arXiv 2210.09461). The tokens are divided alternately into A and
+B. Each of A is matched with the most similar of B, by the cosine of their keys, and the `merges` pairs that are most
+alike become one token each: the mean of all tokens it stands for. A token that stands for s counts s times in later
+attentions, by log s added to its logits. Class, distillation and register tokens stay as they are. Ties go to the token
+that comes first.
+
+A *schedule* is the number of merges of each block. In the last block of a model whose head reads class tokens alone all
+others may go, which changes nothing. Everything is a function of the images, so models are exported as any other.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate
+from typing import Any, NamedTuple
+
+import torch
+from timm.models import VisionTransformer
+from timm.models.vision_transformer import Block
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from tapfl.errors import ModelError
+from tapfl.models.forward import tokens_read
+from tapfl.models.units import PrunableLayer, put
+
+Schedule = tuple[int, ...]
+
+
+class Merged(NamedTuple):
+    """A residual stream whose tokens stand for one or several of the image's.
+
+    Attributes:
+        x: the tokens (n, t, d).
+        size: for how many each stands (n, t).
+        source: where each of the image's T tokens is now, int64 (n, T).
+    """
+
+    x: Tensor
+    size: Tensor
+    source: Tensor
+
+    @classmethod
+    def of(cls, x: Tensor) -> Merged:
+        """Returns the stream before anything is merged."""
+        source = torch.arange(x.shape[1], device=x.device).expand(x.shape[:2])
+        return cls(x, x.new_ones(()).expand(x.shape[:2]), source)
+
+
+def group_sums(values: Tensor, source: Tensor, tokens: int) -> Tensor:
+    """Returns the sums (n, tokens, d) of what the image's tokens have (n, T, d), over those that became one."""
+    members = source[:, None, :] == torch.arange(tokens, device=source.device)[:, None]
+    return members.to(values.dtype) @ values  # a product, as a sum by index has no fixed order on a GPU
+
+
+def group_means(values: Tensor, source: Tensor, tokens: int) -> Tensor:
+    """Returns the means (n, tokens, d) of what the image's tokens have (n, T, d), over those that became one."""
+    return group_sums(values, source, tokens) / group_sums(torch.ones_like(values[..., :1]), source, tokens)
+
+
+class Merge(nn.Module):
+    """Merges `merges` pairs of the tokens behind the first `protected`; or drops them all, where `drop` says so."""
+
+    def __init__(self, merges: int, protected: int, drop: bool) -> None:
+        super().__init__()
+        self.merges, self.protected, self.drop = merges, protected, drop
+
+    def macs(self, tokens: int, embed_dim: int, key_dims: int) -> int:
+        """Returns the MACs an image: similarities, and sums as a product with zeros and ones."""
+        if not self.merges or self.drop:
+            return 0
+        return pairs(tokens - self.protected) * key_dims + (tokens - self.protected) // 2 * self.merges * embed_dim
+
+    def forward(self, stream: Merged, keys: Tensor) -> Merged:
+        """Returns the stream after merging.
+
+        Args:
+            keys: of its tokens (n, t, width).
+        """
+        x, size, source = stream
+        if not self.merges:
+            return stream
+        if self.drop:
+            first = self.protected
+            return Merged(x[:, :first], size[:, :first], source.clamp(max=first - 1))
+        first, merges = self.protected, self.merges
+        rank, into = _matching(F.normalize(keys[:, first:].float(), dim=-1))
+        order = rank.argsort(1)
+        gone, stay = order[:, :merges], order[:, merges:]
+        weighed = torch.cat([x * size[..., None], size[..., None]], dim=-1)[:, first:]
+        A, B = weighed[:, ::2], weighed[:, 1::2]
+        B = B + group_sums(_rows(A, gone), into.gather(1, gone), B.shape[1])
+        joined = torch.cat([_rows(A, stay), B], dim=1)
+        before, after = first + rank - merges, first + stay.shape[1] + torch.arange(B.shape[1], device=x.device)
+        of_a = torch.where(rank < merges, first + stay.shape[1] + into, before)
+        kept = torch.arange(first, device=x.device).expand(x.shape[0], -1)
+        place = torch.cat([kept, _alternate(of_a, after.expand(x.shape[0], -1))], dim=1)
+        merged = joined[..., :-1] / joined[..., -1:]
+        sizes = torch.cat([size[:, :first], joined[..., -1]], dim=1)
+        return Merged(torch.cat([x[:, :first], merged], dim=1), sizes, place.gather(1, source))
+
+
+def pairs(tokens: int) -> int:
+    """Returns how many pairs of so many tokens are compared."""
+    return (tokens + 1) // 2 * (tokens // 2)
+
+
+def _matching(keys: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns the rank of each token of A, by its similarity to the one of B that it is most like, and which that is.
+
+    Both int64 (n, A); ranks are all different, the most similar first.
+    """
+    similarity = keys[:, ::2] @ keys[:, 1::2].transpose(1, 2)
+    best, into = similarity.amax(-1), similarity.argmax(-1)
+    mine, other = best[:, :, None], best[:, None, :]
+    earlier = torch.ones(best.shape[1], best.shape[1], dtype=torch.bool, device=keys.device).tril(-1)
+    return ((other > mine) | ((other == mine) & earlier)).sum(-1), into
+
+
+def _rows(x: Tensor, index: Tensor) -> Tensor:
+    return x.gather(1, index[..., None].expand(-1, -1, x.shape[-1]))
+
+
+def _alternate(a: Tensor, b: Tensor) -> Tensor:
+    """Returns a_0, b_0, a_1, b_1, … (n, A + B), for as many of b as of a or one fewer."""
+    both = torch.stack([a[:, : b.shape[1]], b], dim=-1).flatten(1)
+    return torch.cat([both, a[:, b.shape[1] :]], dim=1)
+
+
+class Keys(nn.Module):
+    """Takes the place of an attention's `k_norm`, and holds its keys until the block has read them."""
+
+    seen: Tensor | None = None
+
+    def forward(self, k: Tensor) -> Tensor:
+        self.seen = k
+        return k
+
+    def take(self) -> Tensor:
+        """Returns the keys (n, tokens, heads · dims) of the last call."""
+        k, self.seen = self.seen, None
+        assert k is not None
+        return k.transpose(1, 2).flatten(2)
+
+
+class MergingBlock(Block):
+    """A block of a ViT that merges tokens, or that comes behind one: the same modules under the same names.
+
+    Attributes:
+        reads: in the last block, whether the head reads the first tokens alone (True) or the image's T (False); None
+            in others.
+    """
+
+    def __init__(self, block: Block, merge: Merge, reads: bool | None) -> None:
+        nn.Module.__init__(self)
+        for name, module in block.named_children():
+            self.add_module(name, module)
+        self.merge, self.reads, self.training = merge, reads, block.training
+        if merge.merges and not merge.drop:
+            self.attn.k_norm = Keys()
+
+    def forward(self, given: Tensor | Merged) -> Tensor | Merged:
+        merged = isinstance(given, Merged)
+        x, size, source = given if isinstance(given, Merged) else Merged.of(given)
+        normed = self.norm1(x)
+        mask = size.log()[:, None, None, :] if merged else None
+        x = x + self.drop_path1(self.ls1(self.attn(normed, attn_mask=mask)))
+        held = getattr(self.attn, "k_norm", None)
+        keys = held.take() if isinstance(held, Keys) else normed  # nothing is left of the attention, or nothing merges
+        x, size, source = self.merge(Merged(x, size, source), keys)
+        x = x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
+        if self.reads is None:
+            return Merged(x, size, source)
+        return x if self.reads else _rows(x, source)
+
+
+def merging(model: nn.Module, schedule: Schedule) -> nn.Module:
+    """Makes the blocks of `model` merge by a schedule, in place, and returns it. An empty schedule, or one of zeros,
+    changes nothing.
+
+    Raises:
+        ModelError: if it is no ViT or DeiT of timm's plain blocks, or the schedule does not fit it.
+    """
+    if not any(schedule):
+        return model
+    stream = Tokens.of(model)
+    if len(schedule) != stream.blocks:
+        raise ModelError(f"tokens: a schedule of {len(schedule)} blocks for a backbone of {stream.blocks}")
+    left, last, drops = stream.free, stream.blocks - 1, stream.drops(schedule)
+    for i, merges in enumerate(schedule):
+        drop = drops and i == last
+        if not (0 <= merges <= left // 2 or drop):
+            raise ModelError(f"tokens.{i}: {merges} merges of {left} tokens; accepted: 0 to {left // 2}")
+        if any(schedule[: i + 1]):
+            block: Any = model.get_submodule(f"blocks.{i}")
+            merge = Merge(merges, stream.protected, drop)
+            put(model, f"blocks.{i}", MergingBlock(block, merge, stream.class_only if i == last else None))
+        left -= merges
+    return model
+
+
+def passing(model: nn.Module, schedule: Schedule) -> nn.Module:
+    """Returns a copy of `model` that merges by a schedule but drops nothing, for statistics; with no merges, itself.
+
+    Raises:
+        ModelError: as `merging`.
+    """
+    if not any(schedule):
+        return model
+    return merging(copy.deepcopy(model), Tokens.of(model).without_drop(schedule))
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """The tokens of an image in a ViT.
+
+    Attributes:
+        free: how many may merge.
+        protected: how many may not: those of class, distillation and registers.
+        blocks: blocks that they pass.
+        class_only: whether the head reads protected tokens alone.
+    """
+
+    free: int
+    protected: int
+    blocks: int
+    class_only: bool
+
+    @classmethod
+    def of(cls, model: Any) -> Tokens:
+        """Returns the tokens of `model`. Raises ModelError unless it is a ViT or DeiT of timm's plain blocks."""
+        if not isinstance(model, VisionTransformer):
+            raise ModelError(f"{type(model).__name__} cannot merge tokens; accepted: ViT and DeiT")
+        if odd := [i for i, block in enumerate(model.blocks) if type(block) not in (Block, MergingBlock)]:
+            raise ModelError(f"blocks.{odd[0]}: a {type(model.blocks[odd[0]]).__name__} cannot merge tokens")
+        class_only = tokens_read(model) is not None
+        return cls(int(model.patch_embed.num_patches), int(model.num_prefix_tokens), len(model.blocks), class_only)
+
+    def drops(self, schedule: Schedule) -> bool:
+        """Returns whether the last block of a schedule drops all tokens that the head does not read."""
+        return self.class_only and bool(schedule[-1]) and sum(schedule) == self.free
+
+    def without_drop(self, schedule: Schedule) -> Schedule:
+        """Returns a schedule in which the last block keeps the tokens that it drops in `schedule`."""
+        return (*schedule[:-1], 0) if schedule and self.drops(schedule) else schedule
+
+
+def tokens_seen(layers: Sequence[PrunableLayer], schedule: Schedule) -> list[int]:
+    """Returns how many tokens of an image each layer sees under a schedule; in a block the merge is before the FFN."""
+    gone = [0, *accumulate(schedule)]
+    blocks = {name: i for i, name in enumerate(dict.fromkeys(layer.block for layer in layers))}
+    return [n.tokens - (gone[blocks[n.block] + (n.kind == "ffn")] if schedule else 0) for n in layers]
+
+
+def merged_layers(layers: Sequence[PrunableLayer], schedule: Schedule, stream: Tokens) -> tuple[PrunableLayer, ...]:
+    """Returns the layers of a ViT with the tokens that they see under a schedule, and the pairs that are compared."""
+    compares = dict(zip(dict.fromkeys(n.block for n in layers), stream.without_drop(schedule), strict=True))
+    found = []
+    for layer, tokens in zip(layers, tokens_seen(layers, schedule), strict=True):
+        attention = layer.kind == "attention"
+        compared = pairs(tokens - stream.protected) if attention and compares[layer.block] else 0
+        found.append(replace(layer, tokens=tokens, span=tokens if attention else 0, pairs=compared))
+    return tuple(found)
