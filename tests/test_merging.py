@@ -185,12 +185,12 @@ def task_of(model: nn.Module, budget: str = "macs<=0.5", **options: object):
     return pruning_task(model, images(64), budget, PruningOptions(**{**given, **options}), batch=16)
 
 
-@pytest.mark.parametrize("compensation", ["none", "one-pass", "sequential"])
+@pytest.mark.parametrize("compensation", ["none", "one-pass", "sequential", "reconstruction"])
 @pytest.mark.parametrize("rows", ["even", "sensitivity"])
 def test_budget_and_compensation_know_the_tokens(model: nn.Module, compensation: str, rows: str) -> None:
     task = task_of(model, compensation=compensation, compensation_rows=rows)
     selection = select(task)
-    small = cut(task, selection, 0)
+    small = cut(task, selection)
     assert 0.49 <= measure_cost(small).macs / task.dense.macs <= 0.5
     assert small(images(2)).isfinite().all()
     widths = sum(len(kept) for kept in selection.kept.values())
@@ -202,7 +202,7 @@ def test_compensation_brings_the_merged_model_nearer(vit: nn.Module) -> None:
     x, off = images(64, 9), {}
     for how in ("none", "sequential"):
         task = task_of(vit, compensation=how)
-        off[how] = float((cut(task, select(task), 0)(x) - vit(x)).detach().square().mean())
+        off[how] = float((cut(task, select(task))(x) - vit(x)).detach().square().mean())
     assert off["sequential"] < 0.7 * off["none"]
 
 
@@ -211,7 +211,7 @@ def test_auto_takes_what_costs_least_on_the_metric_set(vit: nn.Module) -> None:
     chosen, again = (select(task_of(vit, **how, tokens="auto")) for _ in range(2))
     assert chosen.tokens in [schedule_of(Tokens.of(vit), share) for share in SHARES]
     assert again.tokens == chosen.tokens and all(torch.equal(again.kept[n], chosen.kept[n]) for n in chosen.kept)
-    judge = divergence(task_of(vit), 0)
+    judge = divergence(task_of(vit))
     others = [select(task_of(vit, **how, token_share=share)) for share in SHARES]
     assert judge(chosen) == min(judge(other) for other in others)
 
