@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -22,9 +22,9 @@ from flwr.common.logger import log
 from strategies.exchange import Request
 from strategies.fleet import Fleet, sample_clients
 from strategies.records import CLASSES, DeviceRecord, DriftLine, FailureLine, append_lines, read_classes
-from strategies.round_zero import PublicPool, Shared, describe_pool, device_model, task_images
+from strategies.round_zero import PublicPool, Shared, describe_pool, device_model, side_by_side, task_images
 from strategies.state import FederationState
-from tapfl.compute import HERE, Compute
+from tapfl.compute import HERE, Compute, cores
 from tapfl.config import NEW_HEADS, RunConfig
 from tapfl.data.images import ImageSet
 from tapfl.errors import BudgetError, PlanError, RunError
@@ -32,12 +32,15 @@ from tapfl.models.cost import Cost, measure_cost
 from tapfl.models.dense import DenseCache, dense_backbone
 from tapfl.models.new_head import agreed_classes, with_new_head
 from tapfl.progress import stage
+from tapfl.pruning.budget import Budget
 from tapfl.pruning.plan import PruningPlan, load_plan, require_device, signed
 from tapfl.run_folder import RunFolder
 from tapfl.store import cache_folder, read_sealed, write_bytes, write_json, write_sealed
 from tapfl.summary.heterogeneity import feature_shift
 from tapfl.summary.mixture import GaussianSummary
 from tapfl.wire import ENVELOPE, MAX_SAMPLES, Prune, PruneReply, Summarize, SummaryReply
+
+AT_ONCE = 4  # smaller models at a time: the activations of a batch of 64 are 1.2 GB for DeiT-S at 224 px
 
 
 class Preparation:
@@ -101,21 +104,39 @@ class Preparation:
         state, summaries = self._summaries(state, self.pool)
         state = state.with_devices({i: {"generic": i not in summaries} for i in state.devices})
         messages: dict[int, Prune] = {}
+
+        def make(shared: Shared, record: DeviceRecord) -> Prune | BudgetError:
+            try:
+                made = self.planned(record.device)
+                return made or self._plan(shared, summaries.get(record.device), record)
+            except BudgetError as error:  # a device's own budget: its loss, and no one else's
+                return error
+
         with stage("smaller models") as advance:
             advance(0, len(state.devices))
-            new_head = self.backbone if self.backbone is not self.judge else None
+            new_head, records = self.backbone if self.backbone is not self.judge else None, [*state.devices.values()]
             shared = Shared(self.config, self.pool, self.judge, self.compute, new_head)
-            for done, (i, record) in enumerate(state.devices.items(), start=1):
-                try:
-                    made = self.planned(i)
-                    messages[i] = made or self._plan(shared, summaries.get(i), record)
-                except BudgetError as error:  # a device's own budget: its loss, and no one else's
-                    append_lines(self.folder.path, FailureLine(phase="smaller models", device=i, reason=str(error)))
+            each = side_by_side(shared, make, records, self._at_once(records))
+            for done, (record, made) in enumerate(zip(records, each, strict=True), start=1):
+                i = record.device
+                if isinstance(made, BudgetError):
+                    append_lines(self.folder.path, FailureLine(phase="smaller models", device=i, reason=str(made)))
                     state = state.with_devices({i: {"failures": record.failures + 1}})
-                advance(done, len(state.devices), f"device {i}")
+                else:
+                    messages[i] = made
+                advance(done, len(records), f"device {i}")
         if not messages:
             raise RunError("smaller models: no device has a budget that this backbone can meet")
         return state, messages
+
+    def _at_once(self, records: Sequence[DeviceRecord]) -> int:
+        """Returns how many smaller models are made at once: as many as the memory is likely to hold activations of.
+
+        One on a GPU, where a latency is measured, and where the probe of the pool is the work.
+        """
+        measured = any(Budget.parse(record.profile.budget).measured for record in records)
+        alone = measured or self.compute.device.type != "cpu" or self.config.pruning.probe == "pool"
+        return 1 if alone else min(cores(), AT_ONCE, len(records))
 
     def surgery(
         self, state: FederationState, messages: Mapping[int, Prune], min_success: float | None = None

@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
+from queue import SimpleQueue
+from threading import Event, Lock
+from typing import TypeVar
 
 import numpy as np
 from torch import nn
@@ -16,6 +23,7 @@ from tapfl.models.backbone import BackboneSpec, spec_of
 from tapfl.models.forward import transform_of
 from tapfl.models.prunable import prunable_layers
 from tapfl.options import Scalar
+from tapfl.progress import shown_on
 from tapfl.pruning.basis import in_basis, turned_on_pool
 from tapfl.pruning.criteria.criterion import PruningTask, Selection
 from tapfl.pruning.criteria.registry import resolved
@@ -25,6 +33,9 @@ from tapfl.seeds import numpy_generator, torch_generator
 from tapfl.store import cache_folder
 from tapfl.summary.metric_set import Projection, cached_features, effective_size, pick_metric_set
 from tapfl.summary.mixture import GaussianSummary, fit_mixture
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 BUDGETS, SELECTIONS = 64, 256  # results that are kept; a selection is the kept units of every layer, 90 kB for DeiT-T
 
@@ -116,6 +127,14 @@ class Shared:
         self.new_head = None if new_head is None else compute.put(new_head)
         self.transform = transform_of(model)
         self._tasks, self._selections = Memo(BUDGETS), Memo(SELECTIONS)
+        self._origin: Shared | None = None
+        self._lock = Lock()
+
+    def beside(self) -> Shared:
+        """Returns the same for another thread, with models of its own: criteria watch the layers of a model."""
+        other = Shared(self.config, self.pool, self._dense, self.compute)
+        other.new_head, other._origin = copy.deepcopy(self.new_head), self
+        return other
 
     @cached_property
     def model(self) -> nn.Module:
@@ -124,6 +143,9 @@ class Shared:
         The canonical basis is found on the whole pool, never for one device: adapters are aggregated by index, which
         is meaningful only if a dim is the same dim on every device.
         """
+        if self._origin is not None:
+            with self._origin._lock:
+                return copy.deepcopy(self._origin.model)
         dense, images = self.compute.put(self._dense), self.pool.images
         basis = resolved(self.config.pruning).basis
         return in_basis(dense, basis, lambda: turned_on_pool(dense, images, self.transform, self.config.seed))
@@ -161,6 +183,39 @@ class Shared:
         """
         task, key = self.task(chosen, budget), (chosen.tobytes(), budget)
         return task, self._selections.once(key, lambda: select(task), keep=lambda found: found.model is None)
+
+
+def side_by_side(shared: Shared, make: Callable[[Shared, T], R], items: Sequence[T], at_once: int) -> Iterator[R]:
+    """Yields what `make` returns for each item, in order; threads compute `at_once` of them at a time.
+
+    A thread computes what one alone would, bit by bit: none splits its operations among several cores. If the caller
+    stops early, threads end at the next step that they report.
+    """
+    if at_once < 2:
+        yield from (make(shared, item) for item in items)
+        return
+    ended, free = Event(), SimpleQueue[Shared]()
+    for _ in range(at_once):
+        free.put(shared.beside())
+
+    def advance(*_: object) -> None:
+        if ended.is_set():
+            raise KeyboardInterrupt
+
+    def made(item: T) -> R:
+        mine = free.get()
+        try:
+            with shown_on(lambda _: nullcontext(advance)):
+                return make(mine, item)
+        finally:
+            free.put(mine)
+
+    threads = ThreadPoolExecutor(at_once, "smaller models", shared.compute.prepare)
+    try:
+        yield from threads.map(made, items)
+    finally:
+        ended.set()
+        threads.shutdown(cancel_futures=True)
 
 
 def device_model(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -11,7 +12,7 @@ from backbones import Tiny
 
 from experiments.bench.round_zero import synthetic_mixture
 from strategies import round_zero
-from strategies.round_zero import PublicPool, Shared, describe_pool, device_model
+from strategies.round_zero import PublicPool, Shared, describe_pool, device_model, side_by_side
 from tapfl.config import PruningOptions, RunConfig
 from tapfl.data.sources import load_images
 from tapfl.errors import ConfigError
@@ -19,6 +20,7 @@ from tapfl.memo import Memo
 from tapfl.models.backbone import BackboneSpec, build, spec_of
 from tapfl.models.prunable import prunable_layers
 from tapfl.models.units import Shape
+from tapfl.progress import track
 from tapfl.pruning import layer_importance as layer_importance_module
 from tapfl.pruning.criteria.criterion import by_layer
 from tapfl.pruning.layer_importance import PoolProbe, layer_importance
@@ -145,3 +147,28 @@ def test_a_memo_keeps_what_was_used_last() -> None:
     with pytest.raises(ZeroDivisionError):
         memo.once("d", lambda: 1 // 0)
     assert memo.once("d", lambda: 4) == 4
+
+
+def test_smaller_models_made_side_by_side_are_the_same_and_come_in_order(place: Place) -> None:
+    shared, devices = Shared(place.config, place.pool, place.model), range(7)
+    alone = list(side_by_side(shared, lambda shared, i: place.plan(i, shared), devices, at_once=1))
+    assert list(side_by_side(shared, lambda shared, i: place.plan(i, shared), devices, at_once=3)) == alone
+    assert [plan.provenance["device"] for plan in alone] == [*devices]
+
+
+def test_an_error_of_one_ends_the_threads_of_all(place: Place) -> None:
+    begun: list[int] = []
+
+    def make(_: Shared, i: int) -> int:
+        begun.append(i)
+        if i == 1:
+            raise ConfigError("one")
+        for _ in track(range(i and 10_000), "steps"):  # ended at a step, not after all of them
+            time.sleep(0.01)
+        return i
+
+    each = side_by_side(Shared(place.config, place.pool, place.model), make, range(50), at_once=2)
+    assert next(each) == 0
+    with pytest.raises(ConfigError, match="one"):
+        next(each)
+    assert len(begun) < 10

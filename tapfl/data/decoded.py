@@ -24,6 +24,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from tapfl.compute import cores
 from tapfl.data.images import ArrayImages, Images, forget, in_order
 from tapfl.errors import DataError
 from tapfl.progress import stage
@@ -36,20 +37,14 @@ SAMPLE = 256  # pictures of a source beyond the limit that are looked at when it
 T = TypeVar("T")
 
 
-def decoders() -> int:
-    """Returns how many threads may decode: OMP_NUM_THREADS, which Ray sets to the CPUs of a worker, or all cores."""
-    said = os.environ.get("OMP_NUM_THREADS", "")
-    return int(said) if said.isdigit() and int(said) else len(os.sched_getaffinity(0))
-
-
 @cache
 def _threads(process: int) -> ThreadPoolExecutor:  # a forked process has none of its parent's threads
-    return ThreadPoolExecutor(decoders(), thread_name_prefix="decode")
+    return ThreadPoolExecutor(cores(), thread_name_prefix="decode")
 
 
 def ahead(read: Callable[[np.ndarray], T], batches: Iterable[np.ndarray]) -> Iterator[T]:
     """Yields what `read` returns for each batch of positions; where cores are to spare, the next is read meanwhile."""
-    if decoders() == 1:
+    if cores() == 1:
         yield from map(read, batches)
         return
     with ThreadPoolExecutor(1, thread_name_prefix="ahead") as reader:
@@ -83,7 +78,7 @@ class DecodedImages:
 
     def read(self, positions: np.ndarray) -> np.ndarray:
         found = np.empty((len(positions), *self.shape), np.uint8)
-        several = decoders() > 1 and len(positions) > 1
+        several = cores() > 1 and len(positions) > 1
         with warnings.catch_warnings(action="ignore"):  # of odd metadata, and of over 89 million pixels
             decoded = (_threads(os.getpid()).map if several else map)(self.decode, positions.tolist())
             for place, image in enumerate(decoded):
