@@ -18,6 +18,7 @@ from torch import nn
 from tapfl.compute import HERE, Compute
 from tapfl.config import MetricOptions, RunConfig
 from tapfl.data.images import ImageSet
+from tapfl.data.transform import Batches
 from tapfl.memo import Memo
 from tapfl.models.backbone import BackboneSpec, spec_of
 from tapfl.models.forward import transform_of
@@ -48,6 +49,7 @@ class PublicPool:
     points: np.ndarray  # their descriptors, float64 (n, d)
     mixture: GaussianSummary  # fitted on them
     projection: Projection  # from features to descriptors; devices use the same
+    sample: np.ndarray | None = None  # the positions that both were fitted on; None: all
 
     @cached_property
     def density(self) -> np.ndarray:
@@ -72,15 +74,15 @@ def pool_of(config: RunConfig, images: ImageSet, features: np.ndarray) -> Public
 
     Projection and mixture are fitted on `summary.pool-sample` of them; every image has its descriptor.
     """
-    options = config.summary
-    chosen: slice | np.ndarray = slice(None)
+    options, sample = config.summary, None
     if len(features) > options.pool_sample:
         order = numpy_generator(config.seed, "pool-sample").permutation(len(features))
-        chosen = np.sort(order[: options.pool_sample])
+        sample = np.sort(order[: options.pool_sample])
+    chosen = slice(None) if sample is None else sample
     projection = Projection.fit(features[chosen], options.dim)
     points = projection(features)
     drawn = int(numpy_generator(config.seed, "pool").integers(2**31))
-    return PublicPool(images, points, fit_mixture(points[chosen], options, drawn), projection)
+    return PublicPool(images, points, fit_mixture(points[chosen], options, drawn), projection, sample)
 
 
 def task_images(
@@ -152,11 +154,16 @@ class Shared:
 
     @cached_property
     def probe(self) -> PoolProbe:
-        """What the pool says of the layers, for ``pruning.probe = pool``."""
-        config, model, images = self.config, self.model, self.pool.images
-        batches = partial(self.transform.batches, images)
+        """What the pool says of the layers, for ``pruning.probe = pool``; a large pool is probed where it is asked."""
+        config, model, images, sample = self.config, self.model, self.pool.images, self.pool.sample
+
+        def at(positions: np.ndarray) -> Batches:
+            return self.transform.batches(images.subset(positions))
+
+        batches = partial(self.transform.batches, images) if sample is None else partial(at, sample)
         layers, batch, compute = prunable_layers(model), config.metric.batch, self.compute
-        return PoolProbe(model, layers, batches, config.pruning, batch, compute.at_once, compute.forward)
+        settings = (config.pruning, batch, compute.at_once, compute.forward)
+        return PoolProbe(model, layers, batches, *settings, at=None if sample is None else at)
 
     def task(self, chosen: np.ndarray, budget: float | str) -> PruningTask:
         """Returns the problem of a device; what depends on the backbone and the budget alone is measured once."""

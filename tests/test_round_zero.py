@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from backbones import Tiny
+from torch import Tensor
 
 from experiments.bench.round_zero import synthetic_mixture
 from strategies import round_zero
@@ -130,6 +131,29 @@ def test_the_pool_gives_the_layer_importance_of_its_samples(vit: Tiny) -> None:
     ]  # the last is not
     for layer in vit.layers:
         torch.testing.assert_close(probe.scores[layer.name], whole[0][layer.name] + whole[1][layer.name])
+
+
+def test_of_a_large_pool_the_metric_set_alone_is_probed(vit: Tiny) -> None:
+    """Units are ranked on a part of it; the divergences are those that the whole pool would give."""
+    pool, options, seen = torch.cat([vit.inputs, vit.inputs.flip(-1)]), PruningOptions(), list[int]()
+
+    def at(positions: np.ndarray) -> list[Tensor]:
+        seen.extend(positions.tolist())
+        return [pool[torch.from_numpy(positions)]]
+
+    whole = PoolProbe(vit.model, vit.layers, lambda: pool.split(4), options, batch=4)
+    probe = PoolProbe(vit.model, vit.layers, lambda: pool.split(4), options, batch=4, at=at)
+    shapes = {layer.name: Shape(layer.heads, layer.units_per_head // 2) for layer in vit.layers}
+    chosen = np.array([7, 2, 5])
+    assert probe.importance(shapes, chosen) == pytest.approx(whole.importance(shapes, chosen), rel=1e-4)
+    assert seen == [7, 2, 5]
+
+
+def test_a_pool_beyond_the_sample_is_probed_in_part(place: Place) -> None:
+    large = replace(place.pool, sample=np.arange(64))
+    shared = Shared(with_options(place, pruning__probe="pool").config, large, place.model)
+    assert shared.probe.at is not None and sum(map(len, shared.probe.batches())) == 64
+    assert Shared(place.config, place.pool, place.model).probe.at is None
 
 
 def test_probing_on_a_pool_needs_one(vit: Tiny) -> None:

@@ -167,10 +167,13 @@ class _Walk:
 class PoolProbe:
     """The divergences of all samples of a pool, by the shapes that layers are probed at.
 
+    Of a pool that is too large for that, units are ranked on a part, and divergences measured where they are asked for.
+
     Attributes:
         model: the dense backbone.
         layers: its prunable layers.
-        batches: returns the whole pool in the backbone's input format, in order, in pieces; called for each pass.
+        batches: returns the whole pool in the backbone's input format, in order, in pieces; called for each pass. Of a
+            large pool: the part.
         options: weights of the composite score.
         batch: images a scoring batch.
         at_once, passing: as in `tapfl.pruning.criteria.criterion.PruningTask`.
@@ -183,6 +186,7 @@ class PoolProbe:
     batch: int
     at_once: AtOnce = OF_CPU
     passing: Passing = nullcontext
+    at: Callable[[np.ndarray], Iterable[Tensor]] | None = None  # of a large pool: the images at these positions
     _known: Memo = field(default_factory=lambda: Memo(KEPT_BYTES, lambda found: found.nbytes), init=False)
 
     @cached_property
@@ -190,7 +194,7 @@ class PoolProbe:
         """The composite importance (units,) of every layer, summed over the whole batches of each piece."""
         weights = {"ffn": self.options.ffn_terms, "attention": self.options.attention_terms}
         total = {layer.name: torch.zeros(layer.units) for layer in self.layers}
-        for part in self._parts():
+        for part in self._parts(self.batches()):
             if len(part) >= self.batch:
                 settings = (self.batch, weights, self.at_once, self.passing)
                 for name, values in neuron_importance(self.model, self.layers, part, *settings).items():
@@ -199,20 +203,22 @@ class PoolProbe:
 
     def divergences(self, shapes: Mapping[str, Shape]) -> Tensor:
         """Returns KL(P_dense ‖ P_probe) in nats, float64 (layers, pool), each layer cut to its shape alone."""
+        key = tuple(shapes[layer.name] for layer in self.layers)
+        return self._known.once(key, lambda: self._measured(shapes, self.batches()))
 
-        def measure() -> Tensor:
-            kept = {layer.name: keep_best(layer, self.scores[layer.name], shapes[layer.name]) for layer in self.layers}
-            settings = (self.batch, self.at_once.stream, self.passing)
-            found = [sample_divergences(self.model, self.layers, kept, part, *settings) for part in self._parts()]
-            return torch.cat(found, dim=1)
-
-        return self._known.once(tuple(shapes[layer.name] for layer in self.layers), measure)
+    def _measured(self, shapes: Mapping[str, Shape], images: Iterable[Tensor]) -> Tensor:
+        kept = {layer.name: keep_best(layer, self.scores[layer.name], shapes[layer.name]) for layer in self.layers}
+        settings = (self.batch, self.at_once.stream, self.passing)
+        found = [sample_divergences(self.model, self.layers, kept, part, *settings) for part in self._parts(images)]
+        return torch.cat(found, dim=1)
 
     def importance(self, shapes: Mapping[str, Shape], chosen: np.ndarray) -> dict[str, float]:
         """Returns KL_l in nats by layer name, over the samples at the positions `chosen` of the pool."""
+        if self.at is not None:
+            return mean_divergence(self.layers, self._measured(shapes, self.at(chosen)))
         return mean_divergence(self.layers, self.divergences(shapes)[:, torch.from_numpy(chosen)])
 
-    def _parts(self) -> Iterator[Tensor]:
+    def _parts(self, images: Iterable[Tensor]) -> Iterator[Tensor]:
         device = next(self.model.parameters()).device
-        for part in track(self.batches(), "pool"):
+        for part in track(images, "pool"):
             yield part.to(device)
