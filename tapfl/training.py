@@ -6,7 +6,7 @@ import copy
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -18,8 +18,8 @@ from tapfl.errors import ModelError
 from tapfl.progress import stage
 
 Params = dict[str, Tensor]
-Objective = Callable[[Params, object], Tensor]
-"""(parameters, batch) -> loss"""
+Objective = Callable[[Any, object], Tensor]
+"""(parameters, batch) -> loss; of a pair of parameters (`tapfl.adapters.lora.Pair`) -> both losses (2, …)"""
 
 
 class InPieces(Protocol):

@@ -11,6 +11,7 @@ from backbones import golden
 from torch import Tensor
 
 from tapfl.adapters.layout import Placement, Update
+from tapfl.adapters.lora import Pair, interpolate
 from tapfl.adapters.rules import RULES
 from tapfl.config import TrainOptions
 from tapfl.personalize.method import LocalResult, Method, Personal, local_round
@@ -30,9 +31,21 @@ def share(alpha: float) -> Tensor:
     return torch.tensor(alpha, dtype=torch.float64)
 
 
+def of_each(loss: Objective) -> Objective:
+    """Returns an objective that also has the losses of a pair, computed one after the other."""
+
+    def objective(params: Any, batch: object) -> Tensor:
+        if not isinstance(params, Pair):
+            return loss(params, batch)
+        fixed = {name: theta.detach() for name, theta in params.w.items()}
+        return torch.stack([loss(params.w, batch), loss(interpolate(params.v, fixed, params.alpha), batch)])
+
+    return objective
+
+
 def quadratic(device: int) -> Objective:
     H, c = (torch.tensor(CASE[name][device], dtype=torch.float64) for name in "Hc")
-    return lambda params, batch: (H * (params["x"] - c) ** 2).sum() / 2
+    return of_each(lambda params, batch: (H * (params["x"] - c) ** 2).sum() / 2)
 
 
 def check_golden(method: Method[Any], update: str) -> None:
@@ -58,7 +71,7 @@ def check_nonlinear(method: Method[Any], alpha: float) -> None:
 
     `method` moves α at each step with η_α = 0.1.
     """
-    objective: Objective = lambda params, batch: ((torch.tanh(params["x"]) - 1) ** 2).sum()  # noqa: E731
+    objective = of_each(lambda params, batch: ((torch.tanh(params["x"]) - 1) ** 2).sum())
     v, w = 1.5, -1.0
     between = alpha * v + (1 - alpha) * w
     slope = 2 * (np.tanh(between) - 1) * (1 - np.tanh(between) ** 2)
@@ -84,6 +97,7 @@ def problem(seed: int) -> tuple[Objective, list[tuple[Tensor, Tensor]], Params, 
 
     weight = draw(3, 4)
 
+    @of_each
     def objective(params: Params, batch: object) -> Tensor:
         x, y = batch  # type: ignore[misc]
         hidden = torch.tanh(x @ (weight + params["fc.lora_B"] @ params["fc.lora_A"]).T)

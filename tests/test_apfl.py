@@ -16,6 +16,7 @@ from personal_problems import (
     UPDATES,
     Moves,
     check_golden,
+    of_each,
     problem,
     run,
     same_bits,
@@ -27,7 +28,7 @@ from tapfl.config import TrainOptions
 from tapfl.personalize.apfl import Apfl
 from tapfl.personalize.method import Personal, local_round
 from tapfl.personalize.methods import FedAvg, Local
-from tapfl.training import Objective, Params
+from tapfl.training import Params
 
 
 @pytest.mark.parametrize("per", ["device", "layer"])
@@ -128,7 +129,7 @@ def test_alpha_moves_once_a_round_or_at_every_step() -> None:
 def test_alpha_is_a_factor_of_the_step_of_v_under_any_optimizer(train: TrainOptions) -> None:
     """On a linear loss the steps differ in α alone. Adam would take equal steps: it divides the gradient's size out."""
     slope = torch.tensor([0.3, -2.0, 1e-4])
-    objective: Objective = lambda params, batch: (slope * params["a.x"]).sum() + (slope * params["b.x"]).sum()  # noqa: E731
+    objective = of_each(lambda params, batch: (slope * params["a.x"]).sum() + (slope * params["b.x"]).sum())
     start = {"a.x": torch.zeros(3), "b.x": torch.zeros(3)}
 
     def moved(alpha: Tensor, per: Literal["device", "layer"]) -> Params:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from personal_problems import of_each
 from torch import Tensor
 from typer.testing import CliRunner
 
@@ -21,7 +22,7 @@ from tapfl.personalize.apfl import Apfl
 from tapfl.personalize.held_out import held_out_alpha, hold_out
 from tapfl.personalize.method import Personal, local_round
 from tapfl.personalize.methods import method_of, never_begins
-from tapfl.training import Objective, Params
+from tapfl.training import Params
 
 # -- which images -----------------------------------------------------------------------------------------------------
 
@@ -111,7 +112,7 @@ def federation(apart: float, images: int, held_out: bool) -> tuple[float, float]
         x, y = batch  # type: ignore[misc]
         return (x @ params["x"] - y) ** 2 / (2 * 0.5**2)
 
-    objective: Objective = lambda params, batch: losses(params, batch).mean()  # noqa: E731
+    objective = of_each(lambda params, batch: losses(params, batch).mean())
     kept = images - (images // 4 if held_out else 0)
     data, fresh = [points(images, i) for i in range(DEVICES)], [points(500, i) for i in range(DEVICES)]
     method = Apfl(0.5, "fixed" if held_out else "round", 0.1)

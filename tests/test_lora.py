@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
-from backbones import Tiny, plan_of, random_kept
+from backbones import Tiny, plan_of, random_kept, tiny
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
 from tapfl.adapters.layout import Layout, device_layout, gather_all, global_shapes
-from tapfl.adapters.lora import AdaptedModel, MergedLora, interpolate, modules_of
+from tapfl.adapters.lora import AdaptedModel, MergedLora, Pair, interpolate, modules_of
 from tapfl.adapters.rules import initial
 from tapfl.config import AdapterOptions
+from tapfl.models.backbone import BackboneSpec
 from tapfl.pruning.surgery import shrink
 from tapfl.training import Params
 
@@ -195,3 +198,59 @@ def test_gradient_of_alpha_is_that_of_finite_differences(vit: Tiny, at: float) -
         difference = (loss(alpha + step) - loss(alpha - step)) / (2 * step)
     assert abs(float(gradient)) > 1e-2
     torch.testing.assert_close(gradient, difference, rtol=1e-6, atol=1e-8)
+
+
+# -- a pair in one pass -----------------------------------------------------------------------------------------------
+
+PIT = BackboneSpec(
+    name="pit_ti_224", args={"img_size": 32, "base_dims": (8, 8), "depth": (1, 1), "heads": (2, 4)}, num_classes=10
+)
+
+
+def later(params: Params, backbone: Tiny) -> Params:
+    """What lies in the second half of the layers, and the head."""
+    first = {layer.name for layer in backbone.layers[: len(backbone.layers) // 2]}
+    return {name: theta for name, theta in params.items() if name.rsplit(".", 2)[0] not in first}
+
+
+def only(backbone: Tiny, layout: Layout, reduced: torch.dtype | None = None) -> AdaptedModel:
+    """The model of `device` with adapters where `layout` says."""
+    return AdaptedModel(
+        shrink(backbone.model, plan_of(backbone, random_kept(backbone.layers, 0.5))), layout, 2.0, reduced
+    )
+
+
+@pytest.mark.parametrize("per", ["device", "layer"])
+@pytest.mark.parametrize("family", [*FAMILIES, "pit", "last blocks", "bfloat16"])
+def test_a_pair_in_one_pass_is_w_and_the_mixture_in_two(family: str, per: str, families: dict[str, Tiny]) -> None:
+    backbone = tiny(PIT) if family == "pit" else families.get(family, families["vit"])
+    _, layout, params = device(backbone, 0.5, 2)
+    params = later(params, backbone) if family == "last blocks" else params
+    reduced = torch.bfloat16 if family == "bfloat16" else None
+    adapted = only(backbone, {name: layout[name] for name in params}, reduced)
+    v, w = ({n: t.requires_grad_() for n, t in with_noise(params, seed).items()} for seed in (1, 2))
+    alpha = torch.tensor(0.3, dtype=torch.float64)
+    alpha = (
+        alpha if per == "device" else torch.linspace(0, 1, len(modules_of(w)), dtype=torch.float64)
+    ).requires_grad_()
+    loss = partial(F.cross_entropy, target=torch.tensor([0, 1, 2, 3]))
+    fixed = {name: theta.detach() for name, theta in w.items()}
+    apart = torch.stack(
+        [loss(adapted(w, backbone.inputs)), loss(adapted(interpolate(v, fixed, alpha), backbone.inputs))]
+    )
+    got, leaves = adapted.losses(Pair(w, v, alpha), backbone.inputs, loss), [*w.values(), *v.values(), alpha]
+    torch.testing.assert_close(got, apart, rtol=(tolerance := 2e-2 if reduced else 1e-5), atol=1e-6)
+    gradients = zip(*(torch.autograd.grad(each.sum(), leaves) for each in (got, apart)), strict=True)
+    for mine, theirs in gradients:
+        assert (mine - theirs).norm() <= 10 * tolerance * theirs.norm() + 1e-6
+
+
+def test_what_lies_before_the_first_adapter_is_passed_once(vit: Tiny) -> None:
+    _, layout, params = device(vit, 0.5, 2)
+    params, seen = later(params, vit), []
+    model = only(vit, {name: layout[name] for name in params})
+    for block in model.model.blocks:  # type: ignore[union-attr]
+        block.register_forward_hook(lambda module, args, output: seen.append((len(output), output.requires_grad)))
+    w = {name: theta.requires_grad_() for name, theta in params.items()}
+    model.losses(Pair(w, w, torch.tensor(0.5)), vit.inputs, torch.sum)
+    assert seen == [(4, False), (8, True)]

@@ -247,7 +247,8 @@ def step_of(work: Work, method: Apfl | FedAvg) -> Callable[[], Tensor]:
     """Returns a step of ours; each call is the next step of the same round."""
     adapted = work.adapted()
     state: Any = method.init(work.params, None, TRAIN, frozenset(work.params))
-    return lambda: method.step(state, lambda params, batch: work.loss(lambda x: adapted(params, x)), None).detach()
+    loss = partial(F.cross_entropy, target=work.labels)
+    return lambda: method.step(state, lambda params, batch: adapted.losses(params, work.inputs, loss), None).detach()
 
 
 def apfl(

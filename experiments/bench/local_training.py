@@ -6,6 +6,7 @@ It needs neither Flower nor Ray.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -79,8 +80,8 @@ class Device:
         self.inputs = compute.put(drawn(dense, images, seed))
         self.labels = compute.put(torch.arange(images) % spec.num_classes)
 
-    def loss(self, params: Params, index: object) -> Tensor:
-        return F.cross_entropy(self.adapted(params, self.inputs[index]), self.labels[index])  # type: ignore[index]
+    def loss(self, params: Any, index: Any) -> Tensor:
+        return self.adapted.losses(params, self.inputs[index], partial(F.cross_entropy, target=self.labels[index]))
 
     def order(self, step: int, epochs: int = 1) -> Sequence[Tensor]:
         """Returns the positions of the images of each step of a round, at most `step` at a time."""

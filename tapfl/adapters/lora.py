@@ -1,24 +1,32 @@
 """A frozen model as a function of its adapters, and the interpolation of two sets of adapters.
 
 The parameters are not stored in the model: each call passes them, so one frozen model serves the shared adapters, the
-personal ones and any interpolation between them.
+personal ones and any interpolation between them, and a `Pair` of them in one pass.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Iterable
+import math
+import re
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 from torch.nn import functional as F
+from torch.utils._pytree import tree_map_only
 
-from tapfl.adapters.layout import LORA_A, LORA_B, Layout
-from tapfl.adapters.stack import flat, lead, parts_of, shapes_of
-from tapfl.models.forward import full
+from tapfl.adapters.layout import LORA_A, LORA_B, Layout, Shapes
+from tapfl.adapters.stack import LINE, flat, lead, parts_of, shapes_of, two_dims
+from tapfl.models.forward import full, hooked
 from tapfl.models.units import put
 from tapfl.training import Params
+
+REST = "rest"  # beside the factors of a pair: what the second set has of the first one's A
 
 
 class MergedLora(torch.autograd.Function):
@@ -29,20 +37,31 @@ class MergedLora(torch.autograd.Function):
     ((A xᵀ) dy)ᵀ, so that their long side comes last: on a CPU that is 2-4 times as fast.
 
     A stack of devices (`tapfl.adapters.stack`) has W₀ (K, out, in), b (K, 1, out), and x one device after the other.
+    A pair has two sets of factors (2, …), or of a stack (2K, …), for each W₀; the second has W₀ + s (B A + R A_first),
+    where R, (1, out, rank) or (K, out, rank), is the last argument and A_first, that of the first set, a constant.
     """
 
     @staticmethod
     def forward(
-        ctx: FunctionCtx, x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, s: float
+        ctx: FunctionCtx,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        A: Tensor,
+        B: Tensor,
+        s: float,
+        rest: Tensor | None = None,
     ) -> Tensor:
-        merged = _added(weight, B, A, s)
-        ctx.save_for_backward(x, merged, A, B)
+        merged = _added(_for_all(weight, A), B, A, s)
+        if rest is not None:
+            merged[1::2].baddbmm_(rest, A[::2], alpha=s)
+        ctx.save_for_backward(x, merged, A, B, rest)  # type: ignore[arg-type]  # None as well
         ctx.s = s  # type: ignore[attr-defined]
         return linear(x, merged, bias)
 
     @staticmethod
     def backward(ctx: FunctionCtx, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, merged, A, B = ctx.saved_tensors  # type: ignore[attr-defined]
+        x, merged, A, B, rest = ctx.saved_tensors  # type: ignore[attr-defined]
         s: float = ctx.s  # type: ignore[attr-defined]
         rows, flat_dy = (each.reshape(*lead(A), -1, each.shape[-1]) for each in (x, dy))
         dx = (flat_dy @ merged).view(x.shape) if ctx.needs_input_grad[0] else None  # type: ignore[attr-defined]
@@ -50,7 +69,10 @@ class MergedLora(torch.autograd.Function):
         dB = None
         if ctx.needs_input_grad[4]:  # type: ignore[attr-defined]
             dB = _added(B.mT, A @ rows.mT, flat_dy, s, 0).mT
-        return dx, None, None, dA, dB, None
+        dR = None
+        if rest is not None and ctx.needs_input_grad[6]:  # type: ignore[attr-defined]
+            dR = _added(rest.mT, A[::2] @ rows[1::2].mT, flat_dy[1::2], s, 0).mT
+        return dx, None, None, dA, dB, None, dR
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -58,8 +80,15 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if weight.dim() == 2:
         return F.linear(x, weight, bias)
     rows = x.reshape(len(weight), -1, x.shape[-1])
-    y = rows @ weight.mT if bias is None else torch.baddbmm(bias, rows, weight.mT)
+    y = rows @ weight.mT if bias is None else torch.baddbmm(_for_all(bias, weight), rows, weight.mT)
     return y.view(*x.shape[:-1], -1)
+
+
+def _for_all(theta: Tensor, sets: Tensor) -> Tensor:
+    """Returns a frozen weight or bias once for each set of a stack or a pair."""
+    if theta.dim() < 3 or len(theta) == len(sets):
+        return theta.expand(*lead(sets), *theta.shape) if theta.dim() == 2 else theta
+    return theta.repeat_interleave(len(sets) // len(theta), 0)
 
 
 def _added(theta: Tensor, b: Tensor, a: Tensor, s: float, share: float = 1) -> Tensor:
@@ -68,13 +97,19 @@ def _added(theta: Tensor, b: Tensor, a: Tensor, s: float, share: float = 1) -> T
     return add(theta, b, a, beta=share, alpha=s)
 
 
-def plain_lora(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, s: float) -> Tensor:
+def plain_lora(
+    x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, s: float, rest: Tensor | None = None
+) -> Tensor:
     """Returns x W₀ᵀ + b + s (x Aᵀ) Bᵀ, float32, for W₀ and b in a lower precision, inside of autocast.
 
     In `MergedLora` the update would be added to W₀ and rounded with it, and in bfloat16 most of a small one is lost.
     Here it has digits of its own, and the sum is in float32.
     """
-    return torch.add(F.linear(x, weight, bias).float(), F.linear(F.linear(x, A), B), alpha=s)
+    y = torch.add(F.linear(x, weight, bias).float(), linear(linear(x, A, None), B, None), alpha=s)
+    if rest is not None:
+        second = x.reshape(len(A), -1, x.shape[-1])[1::2]
+        y.view(len(A), -1, y.shape[-1])[1::2].add_(linear(linear(second, A[::2].detach(), None), rest, None), alpha=s)
+    return y
 
 
 class BoundLinear(nn.Module):
@@ -93,10 +128,8 @@ class BoundLinear(nn.Module):
         if weight is not None:
             return linear(x, weight, self.bound.get(f"{self.name}.bias"))
         A, B = self.bound[f"{self.name}.{LORA_A}"], self.bound[f"{self.name}.{LORA_B}"]
-        weight, bias = self.linear.weight, self.linear.bias  # type: ignore[assignment]
-        if self.plain:
-            return plain_lora(x, weight, bias, A, B, self.scale)  # type: ignore[arg-type]
-        return MergedLora.apply(x, weight, bias, A, B, self.scale)
+        form: Any = plain_lora if self.plain else MergedLora.apply
+        return form(x, self.linear.weight, self.linear.bias, A, B, self.scale, self.bound.get(f"{self.name}.{REST}"))
 
 
 class AdaptedModel:
@@ -129,6 +162,29 @@ class AdaptedModel:
                 return full(self.model(x))
         finally:
             self._bound.clear()
+
+    def losses(self, params: Params | Pair, x: Tensor, loss: Callable[[Tensor], Tensor]) -> Tensor:
+        """Returns ``loss(logits)``; of a pair both (2, …), in one pass that shares all before the first adapter."""
+        if not isinstance(params, Pair):
+            return loss(self(params, x))
+        count = params.devices
+
+        def beside(each: Tensor) -> Tensor:
+            return each.unflatten(0, (count, 1, -1)).expand(-1, 2, *[-1] * each.dim()).flatten(0, 2)
+
+        def twice(module: nn.Module, args: tuple[object, ...]) -> Any:
+            return tree_map_only(Tensor, beside, args)
+
+        with hooked([self._first.register_forward_pre_hook(twice)]):
+            logits = self(params.bound(), x)
+        return torch.stack([loss(each.flatten(0, 1)) for each in logits.unflatten(0, (count, 2, -1)).unbind(1)])
+
+    @cached_property
+    def _first(self) -> nn.Module:
+        """The first block (of ViT) or stage (of others) that has adapters; the model if only its heads do."""
+        name = next(name for name, module in self.model.named_modules() if isinstance(module, BoundLinear))
+        block = re.match(r"\w+\.\d+", name)
+        return self.model.get_submodule(block[0] if block else "")
 
 
 def modules_of(names: Iterable[str]) -> list[str]:
@@ -172,6 +228,51 @@ def interpolate(v: Params, w: Params, alpha: Tensor | float) -> Params:
         else:
             mixed[name] = of_v[name] + of_w[name]
     return mixed
+
+
+@dataclass(frozen=True)
+class Pair:
+    """w, and the mixture αv + (1-α)w in which this w is a constant, for one pass through a model (see `interpolate`).
+
+    Differentiable in w, v and α. Sets of K devices are stacks.
+    """
+
+    w: Params
+    v: Params
+    alpha: Tensor
+
+    @property
+    def devices(self) -> int:
+        """K, or 1 without a stack."""
+        return math.prod(lead(next(iter(self.w.values()))))
+
+    def bound(self) -> Params:
+        """Returns both as a stack, w and the mixture of one device after the other: in a few calls for all tensors.
+
+        Factors of the mixture are A_v and αB_v; the rest of its product is R A_w with `REST` R = (1-α)B_w.
+        """
+        others = [name for name in self.w if not name.endswith(LORA_A)]
+        thin = [name for name in self.w if name.endswith(LORA_A)]
+        of_w, of_v = (flat({name: params[name] for name in others}, LINE) for params in (self.w, self.v))
+        alpha = spread(self.alpha, self.w, {name: self.w[name] for name in others}, LINE).to(of_w)
+        rests = self._parts(others, (1 - alpha) * of_w.detach())
+        found = self._parts(others, of_w, alpha * of_v)
+        if thin:
+            of_a = (flat({name: params[name] for name in thin}, LINE) for params in (self.w, self.v))
+            found |= self._parts(thin, *of_a)
+        for name in others:
+            if name.endswith(LORA_B):
+                found[f"{name.removesuffix(LORA_B)}{REST}"] = rests[name]
+            else:
+                w, v = found[name].unflatten(0, (-1, 2)).unbind(1)
+                found[name] = torch.stack([w, v + rests[name]], 1).flatten(0, 1)
+        return found
+
+    def _parts(self, names: Iterable[str], *vectors: Tensor) -> Params:
+        """Returns the parts of vectors (P,) or (K, P) as a stack, the vectors of a device one after the other."""
+        rows = torch.stack([vector.view(self.devices, -1) for vector in vectors], 1).flatten(0, 1)
+        shapes: Shapes = {name: (len(rows), *two_dims(self.w[name].shape[-2:])) for name in names}
+        return parts_of(rows, shapes, LINE)
 
 
 def _weighed(params: Params, w: Params, share: Tensor | float) -> Params:

@@ -17,6 +17,10 @@ from torch import Tensor
 from tapfl.adapters.layout import Shapes
 from tapfl.training import Params
 
+# elements to a multiple of which tensors begin in a vector: 64 bytes, as in a memory of their own; elsewhere the last
+# bits of a product may differ
+LINE = 16
+
 
 def flat(params: Params, multiple: int = 1) -> Tensor:
     """Returns all tensors one after the other, (P,); of a stack (K, P).
@@ -72,7 +76,7 @@ class Stacking:
         """Returns the stacking of tensors with these shapes; `wide` has shapes that follow from the places."""
         shapes: Shapes = {}
         for name in dict.fromkeys(name for each in own for name in each):
-            rows, columns = zip(*(_two(each[name]) for each in own if name in each), strict=True)
+            rows, columns = zip(*(two_dims(each[name]) for each in own if name in each), strict=True)
             least = wide.get(name, (0, 0))
             shapes[name] = (max(*rows, least[0]), max(*columns, least[1]))
         return cls(shapes, own, places)
@@ -85,7 +89,7 @@ class Stacking:
             stack[name] = like.new_zeros((len(sets), *shape))
             for i, params in enumerate(sets):
                 if name in params:
-                    stack[name][i][self._place(i, name)] = params[name].detach().reshape(_two(params[name].shape))
+                    stack[name][i][self._place(i, name)] = params[name].detach().reshape(two_dims(params[name].shape))
         return stack
 
     def down(self, stack: Params, i: int) -> Params:
@@ -96,11 +100,11 @@ class Stacking:
         }
 
     def _place(self, i: int, name: str) -> tuple[Tensor | slice, Tensor | slice]:
-        rows, columns = _two(self.own[i][name])
+        rows, columns = two_dims(self.own[i][name])
         found = self.places[i].get(name)
         return (slice(rows), slice(columns)) if found is None else (found[0][:, None], found[1])
 
 
-def _two(shape: Sequence[int]) -> tuple[int, int]:
+def two_dims(shape: Sequence[int]) -> tuple[int, int]:
     """Returns rows and columns; a vector is a row."""
     return (1, shape[0]) if len(shape) == 1 else (shape[0], shape[1])

@@ -19,11 +19,11 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from tapfl.adapters.lora import interpolate, modules_of, spread
-from tapfl.adapters.stack import lead
+from tapfl.adapters.lora import Pair, interpolate, modules_of, spread
+from tapfl.adapters.stack import LINE, lead
 from tapfl.config import TrainOptions
 from tapfl.personalize.held_out import Losses, held_out_alpha
-from tapfl.personalize.method import LINE, Method, Personal, Trainee
+from tapfl.personalize.method import Method, Personal, Trainee
 from tapfl.training import Objective, Params
 
 
@@ -69,15 +69,15 @@ class Apfl(Method[ApflState]):
     def step(self, state: ApflState, objective: Objective, batch: object) -> Tensor:
         moves = self.update == "step" or (self.update == "round" and state.steps == 0)
         alpha = state.alpha.clone().requires_grad_(moves)
-        of_w = state.w.gradients(objective(state.w.params, batch))
-        loss = objective(interpolate(state.v.params, state.w.values(), alpha), batch)
-        of_v = state.v.gradients(loss, *([alpha] if moves else []))
+        losses = objective(Pair(state.w.params, state.v.params, alpha), batch)
+        found = state.w.gradients(losses, *state.v.moving.values(), *([alpha] if moves else []))
+        of_w, of_v = found[: len(state.w.moving)], found[len(state.w.moving) :][: len(state.v.moving)]
         state.w.apply(of_w)
-        state.v.apply_scaled(of_v[: len(state.v.moving)], spread(state.alpha, state.w.params, state.v.moving, LINE))
+        state.v.apply_scaled(of_v, spread(state.alpha, state.w.params, state.v.moving, LINE))
         if moves:
-            state.alpha = (state.alpha - self.alpha_learning_rate * of_v[-1]).clamp(0, 1)
+            state.alpha = (state.alpha - self.alpha_learning_rate * found[-1]).clamp(0, 1)
         state.steps += 1
-        return loss
+        return losses[1]
 
     def final(self, state: ApflState) -> tuple[Params | None, Personal | None]:
         return state.w.values(), Personal(state.v.values(), state.alpha)

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Generic, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from tapfl.adapters.stack import flat, parts_of, shapes_of
+from tapfl.adapters.stack import LINE, flat, parts_of, shapes_of
 from tapfl.compute import home
 from tapfl.config import TrainOptions
 from tapfl.personalize.held_out import Losses
@@ -17,9 +17,6 @@ from tapfl.training import LARGEST, Objective, Params, diverged, largest, optimi
 
 S = TypeVar("S")
 TINY = 1e-30  # a float32
-# elements to a multiple of which tensors begin in a vector: 64 bytes, as in a memory of their own; elsewhere the last
-# bits of a product may differ
-LINE = 16
 CLIPPED = 1e-6  # is added to a norm before it divides, as torch.nn.utils.clip_grad_norm_ does
 
 

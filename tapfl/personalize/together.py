@@ -52,10 +52,13 @@ class LocalTask:
     def alone(self) -> LocalResult:
         """Returns the result, computed by itself. Raises ModelError if training diverges."""
 
-        def objective(params: Params, batch: Any) -> Tensor:
+        def objective(params: Any, batch: Any) -> Tensor:
             x, y = batch
-            logits = informed(self.model(params, x), self.prior)
-            return F.cross_entropy(logits, y, label_smoothing=self.train.label_smoothing)
+
+            def loss(logits: Tensor) -> Tensor:
+                return F.cross_entropy(informed(logits, self.prior), y, label_smoothing=self.train.label_smoothing)
+
+            return self.model.losses(params, x, loss)
 
         args = self.method, objective, self.received, self.personal, self.batches, self.train, self.trained
         return local_round(*args)
@@ -149,12 +152,16 @@ def together(tasks: Sequence[LocalTask], model: StackedModel) -> list[Outcome]:
     received = stacking.up([task.received for task in tasks])
     state = method.init(received, _stacked(tasks, model), train, frozenset().union(*(task.trained for task in tasks)))
 
-    def objective(params: Params, batch: Any) -> Tensor:
+    def objective(params: Any, batch: Any) -> Tensor:
         x, y, share = batch
         beside = torch.stack(priors).repeat_interleave(share.shape[1], 0) if priors else None
-        logits = informed(model(params, x), beside)
-        each = F.cross_entropy(logits, y, reduction="none", label_smoothing=train.label_smoothing)
-        return (each.view(share.shape) * share).sum(1)
+
+        def loss(logits: Tensor) -> Tensor:
+            logits = informed(logits, beside)
+            each = F.cross_entropy(logits, y, reduction="none", label_smoothing=train.label_smoothing)
+            return (each.view(share.shape) * share).sum(1)
+
+        return model.losses(params, x, loss)
 
     sources = [iter(task.batches) for task in tasks]
     batches: list[Batch] = [next(source) for source in sources]
