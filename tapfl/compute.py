@@ -10,12 +10,13 @@ The same seed gives the same bits on devices of one `kind`, with one precision. 
 from __future__ import annotations
 
 import copy
+import ctypes
 import os
 import platform
 import re
 import time
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -30,6 +31,7 @@ from tapfl.errors import ConfigError, RunError
 R = TypeVar("R")
 T = TypeVar("T", bound=Tensor | nn.Module | Mapping[str, Tensor] | None)
 
+KEPT, M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = 2**29, -1, -3  # the latter from malloc.h
 FULL = "ieee"  # float32 products in float32; torch's own default for convolutions on a GPU is TF32
 
 
@@ -99,6 +101,7 @@ class Compute:
             share: of the GPU's memory that tensors of this process may take.
         """
         torch.set_num_threads(1)
+        _keep_freed_memory()
         if self.device.type == "cpu":  # where all operations that are used here are deterministic
             return
         if hasattr(torch.backends, "fp32_precision"):  # torch 2.9; the old flags and the new ones must not be mixed
@@ -218,6 +221,19 @@ def home(x: T) -> T:
     elif isinstance(x, Tensor):
         moved = x.detach().cpu()
     return moved
+
+
+@lru_cache(maxsize=1)
+def _keep_freed_memory() -> None:
+    """Lets this process use freed memory again, up to `KEPT` bytes of it.
+
+    By default the GNU C library returns the activations of each step to the system, which clears their pages anew for
+    the next: up to a tenth of a step. Other libraries have no `mallopt`.
+    """
+    with suppress(OSError, AttributeError):
+        library = ctypes.CDLL(None)
+        library.mallopt(M_MMAP_THRESHOLD, 2**25)  # the most that it accepts
+        library.mallopt(M_TRIM_THRESHOLD, KEPT)
 
 
 @lru_cache(maxsize=1)

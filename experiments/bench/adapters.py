@@ -28,6 +28,7 @@ from experiments.bench.timing import Counts, Repeats, Row, Sizes, peak_process_b
 from tapfl.adapters import flex, rules
 from tapfl.adapters.layout import LORA_A, LORA_B, Placement, Update, device_layout, gather_all, global_shapes
 from tapfl.adapters.lora import AdaptedModel, modules_of
+from tapfl.compute import HERE
 from tapfl.config import AdapterOptions, DeviceOptions, PrivacyOptions, PruningOptions, RunConfig, TrainOptions
 from tapfl.models.backbone import BackboneSpec, build, spec_of
 from tapfl.models.forward import example_input, head_names
@@ -262,7 +263,7 @@ def apfl(
     """A step of APFL as a share of two steps of stock peft, beside deep copies and the floor; one thread, Adam."""
     for name in model:
         for pixels in size[:1] if name == "digits" else size:
-            torch.set_num_threads(1)
+            HERE.prepare()
             torch.manual_seed(0)
             if name == "digits":
                 shown, spec = name, spec_of(RunConfig().model, tuple("0123456789"))
