@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-COUNT, PIXELS, KINDS, ALLOWED = 20_000, 48, 12, 110 * 2**20
+COUNT, PIXELS, KINDS, ALLOWED = 16_000, 48, 12, 90 * 2**20
 SCRIPT = """
 import ctypes, gc, re, resource, sys
 from contextlib import suppress
