@@ -253,7 +253,7 @@ def compensate_sequentially(
 
     With x the residual stream of the dense model at a branch f, x' that of the shrunk prefix and f' the shrunk branch:
 
-        r = f(x') - f'(x') + γ [(x + f(x)) - (x' + f'(x'))]
+        r = f(x') - f'(x') + γ [(x + f(x)) - (x' + f(x'))]
 
     what the branch itself lost, plus a share of the drift of the stream. Both extremes are worse on held-out images
     (DeiT-Tiny, half the MACs; KL to the dense model for γ = 0, 1/4, 1/2, 1 of tap: 1.53, 1.13, 1.14, 1.50; of low-rank
@@ -265,7 +265,7 @@ def compensate_sequentially(
     and weighs what they weigh together; f(x') attends to tokens by their sizes, as f'(x') does. `fisher` is of the
     dense model.
 
-    With `fit.steps` the branch then takes gradient steps towards f'(x') + r, with r as it was before the closed form.
+    With `fit.steps` all weights of the branch then take gradient steps towards the same output, f(x') + γ […].
 
     Arguments and errors are those of `compensate`, and those of `reconstruct`.
     """
@@ -286,11 +286,11 @@ def compensate_sequentially(
                 if now.source is not None:
                     x_dense, f_dense = (group_means(each, now.source, own.shape[1]) for each in (x_dense, f_dense))
                 drift = as_branch_output(small, layer, x_dense - now.stream) + f_dense - own
-                r = own - now.output + fit.correction * drift
-                weights = lost.add(now.units, r, now.source)
+                pull = fit.correction * drift
+                weights = lost.add(now.units, own - now.output + pull, now.source)
                 refuse_not_finite({layer.name: lost.total}, number)
                 if fit.steps:
-                    calls.append(Call(len(images[number]), now.arguments, now.output + r, weights))
+                    calls.append(Call(len(images[number]), now.arguments, own + pull, weights))
             _absorb(small, layer, lost, fit.ridge)
             if calls:
                 reconstruct(small.get_submodule(layer.name), calls, fit.steps, fit.learning_rate)
