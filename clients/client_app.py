@@ -16,6 +16,7 @@ from pathlib import Path
 from traceback import format_exception
 from typing import TypeVar
 
+import torch
 from flwr.app import Context, Error, Message
 from flwr.clientapp import ClientApp
 from flwr.common.logger import log
@@ -43,7 +44,7 @@ class DeviceApp(ClientApp):
         A device that fails has an error as its reply. All of them have as much time as each would have by itself.
         """
         devices = [device_of(context) for context in contexts]
-        devices[0].compute.prepare(gpu_share())
+        devices[0].compute.prepare(memory_share())
         what = f"devices {', '.join(str(device.partition_id) for device in devices)}: train"
         with time_limit(len(devices) * devices[0].config.faults.device_timeout, what):
             asked = [Train.from_records(message.content) for message in messages]
@@ -53,7 +54,8 @@ class DeviceApp(ClientApp):
                 return carried_out(work, partial(_once, devices[0].config.out))
 
             try:
-                answers = within_memory(carry_out, what)
+                found = within_memory(carry_out, what)
+                answers = [_again(*each) for each in zip(devices, asked, found, strict=True)]
             except Exception as error:
                 answers = [error] * len(messages)
         if fault := next((each for each in answers if isinstance(each, Exception) and ends_worker(each)), None):
@@ -74,6 +76,8 @@ if "flwr.simulation" in sys.modules:
     from flwr.simulation.ray_transport.ray_actor import ClientAppActor
 
     ClientAppActor._default_options["max_restarts"] = -1  # type: ignore[attr-defined]
+
+FOR_DRIVER = 0.1  # of a GPU's memory, for the smaller models that the driver makes there
 
 LOST, RAISED = 0, 2  # Flower's codes: the worker is gone and the server asks again; an exception in the ClientApp
 HARD = 2.0  # a worker stuck where Python cannot interrupt it ends itself after this many time limits
@@ -182,6 +186,21 @@ def gpu_share() -> float:
     return float(sys.modules["ray"].get_runtime_context().get_assigned_resources().get("GPU", 0.0))
 
 
+def memory_share() -> float:
+    """Returns how much of a GPU's memory this process may take: of what Ray gave it, less a part for the driver."""
+    return (1 - FOR_DRIVER) * min(gpu_share(), 1.0) if _is_ray_worker() else 1.0
+
+
+def _again(device: Device, asked: Train, answer: TrainReply | Exception) -> TrainReply | Exception:
+    """Returns the answer. A device of a group that goes one by one is tried again if its memory was full."""
+    if not isinstance(answer, torch.OutOfMemoryError):
+        return answer
+    try:
+        return within_memory(partial(device.train, asked), f"device {device.partition_id}: train")
+    except Exception as error:
+        return error
+
+
 @lru_cache(maxsize=1024)
 def _once(run: str, line: str) -> None:
     """Logs a line the first time that this process has it of a run."""
@@ -207,7 +226,7 @@ def error_reply(error: Exception, message: Message) -> Message:
 def _answering(type: type[M], handler: Callable[[Device, M], WireMessage]) -> Callable[[Message, Context], Message]:
     def answer(message: Message, context: Context) -> Message:
         device = device_of(context)
-        device.compute.prepare(gpu_share())
+        device.compute.prepare(memory_share())
         what = f"device {device.partition_id}: {message.metadata.message_type}"
         with time_limit(device.config.faults.device_timeout, what):
             asked = type.from_records(message.content)

@@ -139,6 +139,7 @@ def run_federation(
         federation = Federation(preparation, replay)
         with clock.phase("round zero"):
             state = federation.resume(state) if state else federation.start()
+        compute.release()
         state = federation.rounds(state, clock)
         with clock.phase("evaluation"):
             state = federation.evaluate(state)

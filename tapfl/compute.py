@@ -155,6 +155,11 @@ class Compute:
         torch.cuda.synchronize(self.device)
         return float(begin.elapsed_time(end)) / 1e3
 
+    def release(self) -> None:
+        """Gives the memory of a GPU that nothing uses any more to its other processes."""
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
     @property
     def at_once(self) -> AtOnce:
         return OF_CPU if self.device.type == "cpu" else OF_GPU

@@ -114,6 +114,29 @@ def test_a_group_is_lost_as_a_whole_with_its_gpu(
     assert bool(ended) == in_ray
 
 
+@pytest.mark.parametrize("full", [1, 3])
+def test_a_device_of_a_group_that_goes_one_by_one_is_tried_again_when_its_memory_is_full(full: int) -> None:
+    errors: list[Exception] = [torch.OutOfMemoryError("CUDA out of memory.")] * full
+
+    def train(asked: object) -> str:
+        if errors:
+            raise errors.pop()
+        return f"trained {asked}"
+
+    device: Any = SimpleNamespace(partition_id=3, train=train)
+    assert client_app._again(device, "asked", other := ValueError("its own")) is other  # type: ignore[arg-type]
+    answer = client_app._again(device, "asked", torch.OutOfMemoryError("CUDA out of memory."))  # type: ignore[arg-type]
+    assert str(answer).startswith("trained asked" if full == 1 else "device 3: train: the memory is full")
+
+
+def test_workers_leave_some_memory_to_the_driver(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert client_app.memory_share() == 1.0
+    monkeypatch.setattr(client_app, "_is_ray_worker", lambda: True)
+    for share in (0.25, 1.0, 2.0):
+        monkeypatch.setattr(client_app, "gpu_share", lambda share=share: share)
+        assert client_app.memory_share() == pytest.approx(0.9 * min(share, 1))
+
+
 def test_a_refused_run_leaves_nothing(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from test_inprocess_run import tapfl
 
