@@ -143,6 +143,20 @@ def test_a_token_of_several_counts_as_often_in_attention(vit: nn.Module) -> None
     torch.testing.assert_close(found.x, vit.blocks[0](twice)[:, :5], atol=1e-5, rtol=1e-5)
 
 
+def test_a_cut_branch_that_is_called_beside_has_no_say(vit: nn.Module) -> None:
+    model = merging(copy.deepcopy(vit), (4, 3, 0, 0))
+    want, layer, attention = model(images(2)), prunable_layers(vit)[0], model.blocks[0].attn
+    cut_one = layer.shrink(attention, torch.cat([torch.arange(4), torch.arange(16, 20)]))
+    assert cut_one.k_norm is attention.k_norm
+
+    def beside(_attention: nn.Module, args: tuple[Tensor, ...], _output: Tensor) -> None:
+        cut_one(*args)
+
+    attention.register_forward_hook(beside)
+    cut_one(torch.zeros(3, 7, 32))
+    assert torch.equal(model(images(2)), want)
+
+
 # ---------------------------------------------------------------- schedules and costs
 
 
@@ -309,5 +323,7 @@ def test_adapters_train_through_it(pruned) -> None:
     torch.testing.assert_close(adapted(params, images(2)), pruned.model(images(2)), atol=1e-6, rtol=0)
     adapted(params, images(2)).square().sum().backward()
     assert all(params[f"{name}.{LORA_B}"].grad.abs().sum() > 0 for name in names)
-    with pytest.raises(ModelError, match=r"train.together: blocks.. of the backbone is no plain block"):
+    with pytest.raises(
+        ModelError, match=r"train.together: blocks.. of the model is no plain block of ViT or DeiT, or merges tokens"
+    ):
         StackedModel([adapted, adapted])

@@ -125,19 +125,22 @@ def _alternate(a: Tensor, b: Tensor) -> Tensor:
 
 
 class Keys(nn.Module):
-    """Takes the place of an attention's `k_norm`, and holds its keys until the block has read them."""
+    """Takes the place of an attention's `k_norm`, and holds the first keys it gets until its block has read them.
+
+    A cut copy of the attention shares it, and compensation calls that copy beside the attention itself.
+    """
 
     seen: Tensor | None = None
 
     def forward(self, k: Tensor) -> Tensor:
-        self.seen = k
+        if self.seen is None:
+            self.seen = k
         return k
 
-    def take(self) -> Tensor:
-        """Returns the keys (n, tokens, heads · dims) of the last call."""
+    def take(self) -> Tensor | None:
+        """Returns the keys (n, tokens, heads · dims), and forgets them."""
         k, self.seen = self.seen, None
-        assert k is not None
-        return k.transpose(1, 2).flatten(2)
+        return None if k is None else k.transpose(1, 2).flatten(2)
 
 
 class MergingBlock(Block):
@@ -159,12 +162,13 @@ class MergingBlock(Block):
     def forward(self, given: Tensor | Merged) -> Tensor | Merged:
         merged = isinstance(given, Merged)
         x, size, source = given if isinstance(given, Merged) else Merged.of(given, self.traced)
-        normed = self.norm1(x)
+        normed, held = self.norm1(x), getattr(self.attn, "k_norm", None)
+        if isinstance(held, Keys):
+            held.take()  # of calls of the attention alone
         mask = size.log()[:, None, None, :] if merged else None
         x = x + self.drop_path1(self.ls1(self.attn(normed, attn_mask=mask)))
-        held = getattr(self.attn, "k_norm", None)
-        keys = held.take() if isinstance(held, Keys) else normed  # nothing is left of the attention, or nothing merges
-        x, size, source = self.merge(Merged(x, size, source), keys)
+        keys = held.take() if isinstance(held, Keys) else None  # None: nothing merges, or no attention is left
+        x, size, source = self.merge(Merged(x, size, source), normed if keys is None else keys)
         x = x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
         if not self.last:
             return Merged(x, size, source)
