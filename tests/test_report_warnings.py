@@ -65,7 +65,7 @@ APART = ((True, False, False), (False, True, True))
 @pytest.mark.parametrize(
     ("change", "found", "advice"),
     [
-        ({"held": APART}, "No class is on two devices, and the head is shared", "adapters.head=personal"),
+        ({"held": APART}, "No class is on two devices, and the head is shared", "personal or train.label-prior"),
         ({"shared": 0.3}, "shared model ends at 0.300, below the pruned models before training (0.400)", "learning-"),
         (
             {"accuracies": (0.5, 0.72, 0.7, 0.65)},
@@ -96,6 +96,7 @@ def test_each_warning_says_what_was_found_and_what_can_be_tried(
     "change",
     [
         {"held": APART, "adapters__head": "personal"},
+        {"held": APART, "train__label-prior": "counts"},
         {"held": APART, "personalize__method": "local"},
         {"shared": 0.3, "personalize__method": "local"},
         {"shared": 0.395},
@@ -107,6 +108,7 @@ def test_each_warning_says_what_was_found_and_what_can_be_tried(
     ],
     ids=[
         "own heads",
+        "known classes",
         "nothing shared",
         "no shared model",
         "within noise",

@@ -37,17 +37,18 @@ def shares(run: Run) -> bool:
 
 
 def disjoint(run: Run) -> Finding | None:
-    """No class is on two devices, and the head is shared all the same."""
+    """No class is on two devices, the head is shared all the same, and no device's model knows which it has."""
     held = [set(np.flatnonzero(device.held_classes)) for device in run.equipped if device.held_classes]
     held = held or [set(np.flatnonzero(images.train)) for images in run.images.values()]
     apart = len(held) > 1 and all(not (left & right) for left, right in itertools.combinations(held, 2))
     head = run.config.get("adapters.head")
-    if not apart or head == "personal" or not shares(run):
+    informed = run.config.get("train.label-prior") == "counts"
+    if not apart or head == "personal" or informed or not shares(run):
         return None
     return Finding(
         f"No class is on two devices, and the head is shared (adapters.head = {head}). Each device then trains its "
         "rows of the head against the others' images that it never sees.",
-        "adapters.head=personal",
+        "adapters.head=personal or train.label-prior=counts",
     )
 
 
