@@ -81,13 +81,15 @@ class _Form:
 
 def _panel(stage: str, rows: Sequence[Row], form: _Form, first: bool) -> Chart:
     """Returns kept widths above importance, block by block of a stage."""
-    drawn: list[Any] = [_bars(stage, rows, _axis("kept", "share of units kept", 1.0, first, format="%"), form)]
+    merges = any(row["tokens"] < 1 for row in rows)
+    kept = "share kept: bars units, lines tokens" if merges else "share of units kept"
+    drawn: list[Any] = [_bars(stage, rows, _axis("kept", kept, 1.0, first, format="%"), form)]
     if form.labelled:
         text = drawn[0].encode(text="width:N", color=alt.value("white"))
         inside = text.transform_filter(f"datum.kept > {INSIDE}").mark_text(angle=270, align="right", dx=-4)
         above = text.transform_filter(f"datum.kept <= {INSIDE}").mark_text(angle=270, align="left", dx=4)
         drawn += [inside, above.encode(color=alt.value(alt.ExprRef("ink")))]
-    if any(row["tokens"] < 1 for row in rows):
+    if merges:
         y = _axis("tokens", "", 1.0, first)
         ticks = _bars(stage, rows, y, form).mark_tick(thickness=3, bandSize=form.step / 2.5, color="black")
         drawn.append(ticks.encode(y=alt.Y("tokens:Q"), color=alt.value(alt.ExprRef("ink"))))

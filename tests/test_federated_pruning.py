@@ -29,6 +29,7 @@ from tapfl.store import pack_tensors
 CHANGED = {
     "one-pass": ["pruning.compensation=one-pass"],
     "low-rank heads, sequential": ["pruning.criterion=lowrank-heads", "pruning.compensation=sequential"],
+    "merged tokens, sequential": ["pruning.tokens=merge", "pruning.token-share=0.7", "pruning.compensation=sequential"],
     "upop": ["pruning.criterion=upop"],
     "fine-tune": ["pruning.recovery=fine-tune", "pruning.recovery-steps=3"],
 }

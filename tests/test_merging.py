@@ -135,12 +135,26 @@ def test_the_most_alike_merge_and_ties_go_to_the_first() -> None:
 
 
 def test_a_token_of_several_counts_as_often_in_attention(vit: nn.Module) -> None:
-    block = MergingBlock(copy.deepcopy(vit.blocks[0]), Merge(0, 1, drop=False), None)
+    block = MergingBlock(copy.deepcopy(vit.blocks[0]), Merge(0, 1, drop=False), last=False, traced=True)
     x = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(0))
     twice = torch.cat([x, x[:, 4:]], dim=1)
     size = torch.tensor([1.0, 1, 1, 1, 2]).expand(2, 5)
     found = block(Merged(x, size, torch.zeros(2, 6, dtype=torch.int64)))
     torch.testing.assert_close(found.x, vit.blocks[0](twice)[:, :5], atol=1e-5, rtol=1e-5)
+
+
+def test_a_cut_branch_that_is_called_beside_has_no_say(vit: nn.Module) -> None:
+    model = merging(copy.deepcopy(vit), (4, 3, 0, 0))
+    want, layer, attention = model(images(2)), prunable_layers(vit)[0], model.blocks[0].attn
+    cut_one = layer.shrink(attention, torch.cat([torch.arange(4), torch.arange(16, 20)]))
+    assert cut_one.k_norm is attention.k_norm
+
+    def beside(_attention: nn.Module, args: tuple[Tensor, ...], _output: Tensor) -> None:
+        cut_one(*args)
+
+    attention.register_forward_hook(beside)
+    cut_one(torch.zeros(3, 7, 32))
+    assert torch.equal(model(images(2)), want)
 
 
 # ---------------------------------------------------------------- schedules and costs
@@ -239,7 +253,9 @@ def test_a_budget_that_is_met_in_no_way_is_refused(vit: nn.Module) -> None:
 @pytest.mark.parametrize("tokens", ["merge", "auto"])
 def test_other_families_are_refused_by_name(name: str, tokens: str) -> None:
     model = timm.create_model(name, num_classes=3).eval()
-    with pytest.raises(ConfigError, match=rf"pruning.tokens = '{tokens}': .*accepted: ViT and DeiT"):
+    with pytest.raises(
+        ConfigError, match=rf"pruning.tokens = '{tokens}': .* of ViT and DeiT alone; accepted here: none"
+    ):
         pruning_task(model, torch.zeros(8, 3, 224, 224), 0.5, PruningOptions(tokens=tokens), batch=8)
 
 
@@ -284,7 +300,7 @@ def test_a_hostile_schedule_is_no_plan(pruned, tokens: object) -> None:
 
 def test_a_schedule_of_another_family_is_refused() -> None:
     swin = timm.create_model("swin_tiny_patch4_window7_224", num_classes=3).eval()
-    with pytest.raises(Exception, match="accepted: ViT and DeiT"):
+    with pytest.raises(Exception, match="of ViT and DeiT alone"):
         merging(swin, (1,) * 12)
 
 
@@ -307,5 +323,7 @@ def test_adapters_train_through_it(pruned) -> None:
     torch.testing.assert_close(adapted(params, images(2)), pruned.model(images(2)), atol=1e-6, rtol=0)
     adapted(params, images(2)).square().sum().backward()
     assert all(params[f"{name}.{LORA_B}"].grad.abs().sum() > 0 for name in names)
-    with pytest.raises(ModelError, match=r"train.together: blocks.. of the backbone is no plain block"):
+    with pytest.raises(
+        ModelError, match=r"train.together: blocks.. of the model is no plain block of ViT or DeiT, or merges tokens"
+    ):
         StackedModel([adapted, adapted])

@@ -82,6 +82,7 @@ def _latency(
     runs: dict[tuple[str, int, int], Callable[[], object]] = {}
     for i, (share, options) in enumerate(cuts):
         pruned = prune_model(pruning_task(dense, inputs, share, options, batch=1), spec)
+        pruned.model.requires_grad_(False)  # as one that is loaded; for gradients torch takes another form of attention
         macs.append(pruned.plan.cost.macs / pruned.plan.dense.macs)
         session = _onnx(pruned.model, pruned.plan)
         for batch in batches:

@@ -200,9 +200,7 @@ def _require_plain(model: Any) -> None:
         elif isinstance(module, Mlp):
             odd = not isinstance(module.norm, nn.Identity) or bool(module.act(torch.zeros(1)).any())
         if odd:
-            raise ModelError(
-                f"train.together: {name} of the backbone is no plain block; accepted: those of ViT and DeiT"
-            )
+            raise ModelError(f"train.together: {name} of the model is no plain block of ViT or DeiT, or merges tokens")
 
 
 def _require_same(models: Sequence[nn.Module]) -> None:

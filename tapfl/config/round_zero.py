@@ -244,8 +244,8 @@ class PruningOptions(Section):
     tokens: Literal["none", "merge", "auto"] = Field(
         "none", description="similar tokens of ViT and DeiT merge; auto: as many as cost least on the metric set"
     )
-    token_share: Share = Field(
-        0.8, description="tokens that stay, on average over the FFNs of all blocks, for tokens=merge"
+    token_share: float = Field(
+        0.8, ge=0.5, le=1, description="tokens that stay, on average over the FFNs of all blocks, for tokens=merge"
     )
     ffn_terms: TermWeights = Field(
         (0.1, 0.1, 0.8), description="weights of relevance, 1 - redundancy and activeness in the FFN score of `tap`"

@@ -29,6 +29,7 @@ from tapfl.models.forward import tokens_read
 from tapfl.models.units import PrunableLayer, put
 
 Schedule = tuple[int, ...]
+TIE = 1e-12  # less than cosines of float32 differ by
 
 
 class Merged(NamedTuple):
@@ -37,17 +38,21 @@ class Merged(NamedTuple):
     Attributes:
         x: the tokens (n, t, d).
         size: for how many each stands (n, t).
-        source: where each of the image's T tokens is now, int64 (n, T).
+        source: where each of the image's T tokens is now, int64 (n, T); None: nobody asks.
     """
 
     x: Tensor
     size: Tensor
-    source: Tensor
+    source: Tensor | None
 
     @classmethod
-    def of(cls, x: Tensor) -> Merged:
-        """Returns the stream before anything is merged."""
-        source = torch.arange(x.shape[1], device=x.device).expand(x.shape[:2])
+    def of(cls, x: Tensor, traced: bool = True) -> Merged:
+        """Returns the stream before anything is merged.
+
+        Args:
+            traced: whether to note where tokens go.
+        """
+        source = torch.arange(x.shape[1], device=x.device).expand(x.shape[:2]) if traced else None
         return cls(x, x.new_ones(()).expand(x.shape[:2]), source)
 
 
@@ -84,41 +89,29 @@ class Merge(nn.Module):
         x, size, source = stream
         if not self.merges:
             return stream
-        if self.drop:
-            first = self.protected
-            return Merged(x[:, :first], size[:, :first], source.clamp(max=first - 1))
         first, merges = self.protected, self.merges
-        rank, into = _matching(F.normalize(keys[:, first:].float(), dim=-1))
-        order = rank.argsort(1)
+        if self.drop:
+            return Merged(x[:, :first], size[:, :first], source)  # none of what is dropped is asked for any more
+        keys = F.normalize(keys[:, first:].float(), dim=-1)
+        best, into = (keys[:, ::2] @ keys[:, 1::2].transpose(1, 2)).max(-1)  # of equals the first
+        first_wins = TIE * torch.arange(best.shape[1], device=x.device, dtype=torch.float64)
+        order = (best.double() - first_wins).argsort(1, descending=True)  # ONNX has no stable sort
         gone, stay = order[:, :merges], order[:, merges:]
-        weighed = torch.cat([x * size[..., None], size[..., None]], dim=-1)[:, first:]
-        A, B = weighed[:, ::2], weighed[:, 1::2]
+        weighed = torch.cat([x * size[..., None], size[..., None]], dim=-1)
+        A, B = weighed[:, first::2], weighed[:, first + 1 :: 2]
         B = B + group_sums(_rows(A, gone), into.gather(1, gone), B.shape[1])
-        joined = torch.cat([_rows(A, stay), B], dim=1)
-        before, after = first + rank - merges, first + stay.shape[1] + torch.arange(B.shape[1], device=x.device)
-        of_a = torch.where(rank < merges, first + stay.shape[1] + into, before)
-        kept = torch.arange(first, device=x.device).expand(x.shape[0], -1)
-        place = torch.cat([kept, _alternate(of_a, after.expand(x.shape[0], -1))], dim=1)
-        merged = joined[..., :-1] / joined[..., -1:]
-        sizes = torch.cat([size[:, :first], joined[..., -1]], dim=1)
-        return Merged(torch.cat([x[:, :first], merged], dim=1), sizes, place.gather(1, source))
+        joined = torch.cat([weighed[:, :first], _rows(A, stay), B], dim=1)
+        if source is not None:
+            rank, behind = order.argsort(1), first + stay.shape[1]
+            of_a = torch.where(rank < merges, behind + into, first + rank - merges)
+            kept, of_b = (torch.arange(n, device=x.device).expand(x.shape[0], -1) for n in (first, B.shape[1]))
+            source = torch.cat([kept, _alternate(of_a, behind + of_b)], dim=1).gather(1, source)
+        return Merged(joined[..., :-1] / joined[..., -1:], joined[..., -1], source)
 
 
 def pairs(tokens: int) -> int:
     """Returns how many pairs of so many tokens are compared."""
     return (tokens + 1) // 2 * (tokens // 2)
-
-
-def _matching(keys: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns the rank of each token of A, by its similarity to the one of B that it is most like, and which that is.
-
-    Both int64 (n, A); ranks are all different, the most similar first.
-    """
-    similarity = keys[:, ::2] @ keys[:, 1::2].transpose(1, 2)
-    best, into = similarity.amax(-1), similarity.argmax(-1)
-    mine, other = best[:, :, None], best[:, None, :]
-    earlier = torch.ones(best.shape[1], best.shape[1], dtype=torch.bool, device=keys.device).tril(-1)
-    return ((other > mine) | ((other == mine) & earlier)).sum(-1), into
 
 
 def _rows(x: Tensor, index: Tensor) -> Tensor:
@@ -132,55 +125,62 @@ def _alternate(a: Tensor, b: Tensor) -> Tensor:
 
 
 class Keys(nn.Module):
-    """Takes the place of an attention's `k_norm`, and holds its keys until the block has read them."""
+    """Takes the place of an attention's `k_norm`, and holds the first keys it gets until its block has read them.
+
+    A cut copy of the attention shares it, and compensation calls that copy beside the attention itself.
+    """
 
     seen: Tensor | None = None
 
     def forward(self, k: Tensor) -> Tensor:
-        self.seen = k
+        if self.seen is None:
+            self.seen = k
         return k
 
-    def take(self) -> Tensor:
-        """Returns the keys (n, tokens, heads · dims) of the last call."""
+    def take(self) -> Tensor | None:
+        """Returns the keys (n, tokens, heads · dims), and forgets them."""
         k, self.seen = self.seen, None
-        assert k is not None
-        return k.transpose(1, 2).flatten(2)
+        return None if k is None else k.transpose(1, 2).flatten(2)
 
 
 class MergingBlock(Block):
     """A block of a ViT that merges tokens, or that comes behind one: the same modules under the same names.
 
     Attributes:
-        reads: in the last block, whether the head reads the first tokens alone (True) or the image's T (False); None
-            in others.
+        last: whether no block follows: tokens are then all of the image's again if they are traced.
+        traced: whether to note where tokens go.
     """
 
-    def __init__(self, block: Block, merge: Merge, reads: bool | None) -> None:
+    def __init__(self, block: Block, merge: Merge, last: bool, traced: bool) -> None:
         nn.Module.__init__(self)
         for name, module in block.named_children():
             self.add_module(name, module)
-        self.merge, self.reads, self.training = merge, reads, block.training
+        self.merge, self.last, self.traced, self.training = merge, last, traced, block.training
         if merge.merges and not merge.drop:
             self.attn.k_norm = Keys()
 
     def forward(self, given: Tensor | Merged) -> Tensor | Merged:
         merged = isinstance(given, Merged)
-        x, size, source = given if isinstance(given, Merged) else Merged.of(given)
-        normed = self.norm1(x)
+        x, size, source = given if isinstance(given, Merged) else Merged.of(given, self.traced)
+        normed, held = self.norm1(x), getattr(self.attn, "k_norm", None)
+        if isinstance(held, Keys):
+            held.take()  # of calls of the attention alone
         mask = size.log()[:, None, None, :] if merged else None
         x = x + self.drop_path1(self.ls1(self.attn(normed, attn_mask=mask)))
-        held = getattr(self.attn, "k_norm", None)
-        keys = held.take() if isinstance(held, Keys) else normed  # nothing is left of the attention, or nothing merges
-        x, size, source = self.merge(Merged(x, size, source), keys)
+        keys = held.take() if isinstance(held, Keys) else None  # None: nothing merges, or no attention is left
+        x, size, source = self.merge(Merged(x, size, source), normed if keys is None else keys)
         x = x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
-        if self.reads is None:
+        if not self.last:
             return Merged(x, size, source)
-        return x if self.reads else _rows(x, source)
+        return x if source is None else _rows(x, source)
 
 
-def merging(model: nn.Module, schedule: Schedule) -> nn.Module:
+def merging(model: nn.Module, schedule: Schedule, traced: bool = False) -> nn.Module:
     """Makes the blocks of `model` merge by a schedule, in place, and returns it. An empty schedule, or one of zeros,
     changes nothing.
+
+    Args:
+        traced: note where tokens go, which a head that reads class tokens alone need not know.
 
     Raises:
         ModelError: if it is no ViT or DeiT of timm's plain blocks, or the schedule does not fit it.
@@ -198,7 +198,7 @@ def merging(model: nn.Module, schedule: Schedule) -> nn.Module:
         if any(schedule[: i + 1]):
             block: Any = model.get_submodule(f"blocks.{i}")
             merge = Merge(merges, stream.protected, drop)
-            put(model, f"blocks.{i}", MergingBlock(block, merge, stream.class_only if i == last else None))
+            put(model, f"blocks.{i}", MergingBlock(block, merge, i == last, traced or not stream.class_only))
         left -= merges
     return model
 
@@ -211,7 +211,7 @@ def passing(model: nn.Module, schedule: Schedule) -> nn.Module:
     """
     if not any(schedule):
         return model
-    return merging(copy.deepcopy(model), Tokens.of(model).without_drop(schedule))
+    return merging(copy.deepcopy(model), Tokens.of(model).without_drop(schedule), traced=True)
 
 
 @dataclass(frozen=True)
@@ -234,7 +234,7 @@ class Tokens:
     def of(cls, model: Any) -> Tokens:
         """Returns the tokens of `model`. Raises ModelError unless it is a ViT or DeiT of timm's plain blocks."""
         if not isinstance(model, VisionTransformer):
-            raise ModelError(f"{type(model).__name__} cannot merge tokens; accepted: ViT and DeiT")
+            raise ModelError(f"{type(model).__name__} cannot merge tokens, of ViT and DeiT alone")
         if odd := [i for i, block in enumerate(model.blocks) if type(block) not in (Block, MergingBlock)]:
             raise ModelError(f"blocks.{odd[0]}: a {type(model.blocks[odd[0]]).__name__} cannot merge tokens")
         class_only = tokens_read(model) is not None

@@ -33,7 +33,10 @@ SHARES = (1.0, 0.85, 0.7, 0.55)
 
 
 def schedule_of(stream: Tokens, share: float) -> Schedule:
-    """Returns the merges of each block: evenly many, so that at least `share` of the tokens stay on average."""
+    """Returns the merges of each block: evenly many, so that at least `share` of the tokens stay on average.
+
+    Even merges of all tokens leave half of them on average, so a smaller share is the same schedule.
+    """
     T, L = stream.free + stream.protected, stream.blocks
     schedule: Schedule = (0,) * L
     for total in range(1, stream.free):
