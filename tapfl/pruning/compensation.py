@@ -44,8 +44,7 @@ class Fit:
     Attributes:
         ridge: λ as a share of the mean variance of a layer's kept activations, >= 0.
         correction: γ in [0, 1], for the sequential form.
-        steps: of gradient that follow the closed form of each layer (`reconstruct`), for the sequential form.
-        learning_rate: of these.
+        steps, learning_rate: of `reconstruct` after each layer's closed form, for the sequential form.
     """
 
     ridge: float = RIDGE
@@ -79,8 +78,7 @@ class LostOutput:
     def add(self, Z: Tensor, r: Tensor, source: Tensor | None = None) -> Tensor:
         """Adds a batch; returns the weights of its rows, float32 (rows,), 0 for tokens that do not count.
 
-        Args:
-            source: of merged tokens (`Merged`), which have the weight of all that they stand for.
+        Merged tokens (`source` as in `Merged`) have the weight of all that they stand for.
         """
         both = torch.cat([part.flatten(0, -2).double() for part in (Z, r)], dim=1)
         rows = len(both) if source is None else source.numel()

@@ -88,11 +88,7 @@ def recover(
         if options.recovery_held_out:
             trained, held = apart(len(labels), options.recovery_held_out, "pruning.recovery-held-out")
         order = [trained[chosen] for chosen in batch_order(len(trained), options.recovery_batch, steps, generator)]
-        targets = None
-        if options.recovery == "distill":
-            if teacher is None:
-                raise ConfigError("pruning.recovery = 'distill': needs the dense model as teacher")
-            targets = teacher_logits(teacher, inputs, len(labels), [*order, held])
+        targets = _targets(options, teacher, inputs, len(labels), [*order, held])
 
         def loss_of(chosen: np.ndarray) -> Tensor:
             index = torch.from_numpy(chosen)
@@ -103,11 +99,7 @@ def recover(
             return sum(float(loss_of(part)) * len(part) for part in parts) / len(held)
 
         best = BestSoFar(small, error) if len(held) else None
-        faders = {}
-        for name, branch in (fading or {}).items():
-            dense = copy.deepcopy(branch).eval().requires_grad_(True)
-            faders[name] = FadingBranch(dense, small.get_submodule(name))
-            put(small, name, faders[name])
+        faders = _faders(small, fading or {})
 
         def loss(step: int, chosen: np.ndarray) -> Tensor:
             _fade(small, faders, strength(step, steps))
@@ -115,14 +107,28 @@ def recover(
                 best.look()
             return loss_of(chosen)
 
-        rate = options.recovery_learning_rate
-        option, shown = "pruning.recovery-learning-rate", track(order, "recovery")
-        minimise(list(small.parameters()), loss, shown, steps, rate, (option, "recovery"))
+        rate, said = options.recovery_learning_rate, ("pruning.recovery-learning-rate", "recovery")
+        minimise(list(small.parameters()), loss, track(order, "recovery"), steps, rate, said)
         _fade(small, faders, 0.0)
         if best:
             best.look()
             best.restore()
     return small.requires_grad_(False)
+
+
+def _targets(
+    options: PruningOptions,
+    teacher: Callable[[Tensor], Tensor] | None,
+    inputs: Callable[[np.ndarray], Tensor],
+    size: int,
+    order: list[np.ndarray],
+) -> Tensor | None:
+    """Returns the `teacher_logits` for distillation, and None without it."""
+    if options.recovery != "distill":
+        return None
+    if teacher is None:
+        raise ConfigError("pruning.recovery = 'distill': needs the dense model as teacher")
+    return teacher_logits(teacher, inputs, size, order)
 
 
 def recovery_loss(logits: Tensor, labels: Tensor, teacher: Tensor | None = None) -> Tensor:
@@ -182,6 +188,16 @@ def batch_order(size: int, batch: int, steps: int, generator: np.random.Generato
         raise ModelError("recovery needs at least one image")
     passes = -(-steps // -(-size // batch))
     return list(islice(batches(size, batch, passes, generator), steps))
+
+
+def _faders(small: nn.Module, fading: Mapping[str, nn.Module]) -> dict[str, FadingBranch]:
+    """Puts dense branches in the places of what is left of them, to fade; returns them by name."""
+    faders = {}
+    for name, branch in fading.items():
+        dense = copy.deepcopy(branch).eval().requires_grad_(True)
+        faders[name] = FadingBranch(dense, small.get_submodule(name))
+        put(small, name, faders[name])
+    return faders
 
 
 def _fade(small: nn.Module, faders: dict[str, FadingBranch], strength: float) -> None:
