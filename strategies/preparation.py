@@ -243,7 +243,7 @@ class Preparation:
             return state
         profiles, requests = {i: state.devices[i].profile for i in state.plans}, {}
         away = sample_clients(profiles, self.config.devices, self.config.seed, state.round + 1).away
-        for i in state.plans.keys() - set(away):
+        for i in sorted(state.plans.keys() - set(away)):
             record = state.devices[i]
             holds_backbone = i in self.fleet.holds_backbone or record.components > 0
             requests[i] = self._summary_request(record, self.pool, holds_backbone)
