@@ -7,7 +7,7 @@ import math
 import re
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, NamedTuple, TypeVar
 
@@ -20,6 +20,7 @@ from tapfl.progress import stage
 from tapfl.wire_format import WireMessage
 
 R = TypeVar("R", bound=WireMessage)
+M = TypeVar("M", bound=WireMessage)
 
 CLIENT_RAISED = 2  # Flower's code for an exception in the ClientApp: it would only be raised again
 RETRY_AFTER = 2.0  # a worker that died is back within seconds; what was sent to it meanwhile is sent again
@@ -28,9 +29,9 @@ POLL_FIRST, POLL_LAST = 0.01, 0.2
 
 @dataclass(frozen=True)
 class Request(Generic[R]):
-    """A message to one device, and what its answer must be."""
+    """A message to one device, or what makes it when it is sent, and what its answer must be."""
 
-    message: WireMessage
+    content: WireMessage | Callable[[], WireMessage]
     reply_type: type[R]
     check: Callable[[R], object]  # raises WireError for an answer that must not be used
     max_bytes: float = math.inf  # that the answer may have
@@ -38,8 +39,31 @@ class Request(Generic[R]):
     cached_bytes: int = 0  # that it found in a cache here and would have downloaded elsewhere: the message's own
 
     @property
+    def message(self) -> WireMessage:
+        return self.content() if callable(self.content) else self.content
+
+    @property
     def bytes_by_kind(self) -> Counter[str]:
-        return self.message.bytes_by_kind + Counter({self.message.kind: self.cached_bytes})
+        message = self.message
+        return message.bytes_by_kind + Counter({message.kind: self.cached_bytes})
+
+
+class Lazily(Mapping[int, M]):
+    """A message for each device, made whenever it is asked for and not kept."""
+
+    def __init__(self, devices: Iterable[int], make: Callable[[int], M]) -> None:
+        self._devices, self._make = dict.fromkeys(devices), make
+
+    def __getitem__(self, i: int) -> M:
+        if i not in self._devices:
+            raise KeyError(i)
+        return self._make(i)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._devices)
+
+    def __len__(self) -> int:
+        return len(self._devices)
 
 
 @dataclass
@@ -110,7 +134,8 @@ def _attempts(requests: Mapping[int, Request[R]], groups: Sequence[Sequence[int]
 
 
 def _message(request: Request[R], node: int, phase: str) -> Message:
-    return Message(request.message.to_records(), node, request.message.type, group_id=phase)
+    message = request.message
+    return Message(message.to_records(), node, message.type, group_id=phase)
 
 
 def exchange(

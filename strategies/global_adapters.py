@@ -7,7 +7,7 @@ device that joins later gets the same.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import cached_property, partial
 
@@ -16,6 +16,7 @@ import torch
 from flwr.common.logger import log
 from torch import nn
 
+from strategies.exchange import Lazily
 from strategies.preparation import Preparation
 from strategies.records import DeviceRecord
 from tapfl.adapters import rules
@@ -78,7 +79,7 @@ class GlobalAdapters:
         if self.config.adapters.start == "zero":
             return self.initial
         if not self._file.exists():
-            pupils = [self._pupil(devices[i], message) for i, message in messages.items()]
+            pupils = [self._pupil(devices[i], partial(messages.__getitem__, i)) for i in messages]
             images, transform, compute = self.preparation.images, transform_of(self.backbone), self.preparation.compute
 
             def inputs(positions: np.ndarray) -> torch.Tensor:
@@ -91,23 +92,26 @@ class GlobalAdapters:
         params, _ = read_sealed(self._file, "start")
         return {name: params[name] for name in self.shapes}
 
-    def with_start(self, devices: Mapping[int, DeviceRecord], messages: Mapping[int, Prune]) -> dict[int, Prune]:
+    def with_start(self, devices: Mapping[int, DeviceRecord], messages: Mapping[int, Prune]) -> Mapping[int, Prune]:
         """Returns the messages with the warm start, for devices that also train references: these begin with it too."""
         if self.config.adapters.start == "zero" or not self.config.personalize.references:
-            return dict(messages)
-        first, changed = self.first(devices, messages), {}
-        for i, message in messages.items():
+            return messages
+        first = self.first(devices, messages)
+
+        def started(i: int) -> Prune:
+            message = messages[i]
             layout = self.layout(PruningPlan.from_json(message.plan), devices[i].profile.rank)
             sent = rules.down(self.config.adapters, layout)
-            changed[i] = replace(message, adapters=pack(gather_all(first, sent), sent))
-        return changed
+            return replace(message, adapters=pack(gather_all(first, sent), sent))
 
-    def _pupil(self, record: DeviceRecord, message: Prune) -> Pupil:
-        plan = PruningPlan.from_json(message.plan)
+        return Lazily(messages, started)
+
+    def _pupil(self, record: DeviceRecord, message: Callable[[], Prune]) -> Pupil:
+        plan = PruningPlan.from_json(message().plan)
         on_pool = self.config.adapters.start == "pool"
         return Pupil(
             device=record.device,
-            model=partial(smaller_model, plan, message.weights, lambda: self.backbone),
+            model=lambda: smaller_model(plan, message().weights, lambda: self.backbone),
             layout=self.layout(plan, record.profile.rank),
             weight=record.train_samples,
             classes=None if record.held_classes is None else torch.tensor(record.held_classes),

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from flwr.common.logger import log
 
-from strategies.exchange import Request
+from strategies.exchange import Lazily, Request
 from strategies.fleet import Fleet, sample_clients
 from strategies.records import CLASSES, DeviceRecord, DriftLine, FailureLine, append_lines, read_classes
 from strategies.round_zero import PublicPool, Shared, describe_pool, device_model, side_by_side, task_images
@@ -95,22 +95,26 @@ class Preparation:
         summary = reply.mixture(dim, options.min_support, self._announced(record)) if reply else None
         return task_images(self.pool, summary, self.config.metric, self.config.seed, record.device)
 
-    def pruned_models(self, state: FederationState) -> tuple[FederationState, dict[int, Prune]]:
+    def pruned_models(self, state: FederationState) -> tuple[FederationState, Mapping[int, Prune]]:
         """Asks the devices for their mixtures, and makes a plan for each; returns the messages that bring it its model.
+
+        A message is read from the run's folder whenever it is asked for: the weights of a thousand devices are
+        gigabytes.
 
         Raises:
             RunError: if too few devices send a mixture, or no device has a budget that can be met.
         """
         state, summaries = self._summaries(state, self.pool)
         state = state.with_devices({i: {"generic": i not in summaries} for i in state.devices})
-        messages: dict[int, Prune] = {}
+        planned: list[int] = []
 
-        def make(shared: Shared, record: DeviceRecord) -> Prune | BudgetError:
+        def make(shared: Shared, record: DeviceRecord) -> BudgetError | None:
             try:
-                made = self.planned(record.device)
-                return made or self._plan(shared, summaries.get(record.device), record)
+                if self.plan(record.device) is None:
+                    self._plan(shared, summaries.get(record.device), record)
             except BudgetError as error:  # a device's own budget: its loss, and no one else's
                 return error
+            return None
 
         with stage("smaller models") as advance:
             advance(0, len(state.devices))
@@ -123,11 +127,11 @@ class Preparation:
                     append_lines(self.folder.path, FailureLine(phase="smaller models", device=i, reason=str(made)))
                     state = state.with_devices({i: {"failures": record.failures + 1}})
                 else:
-                    messages[i] = made
+                    planned.append(i)
                 advance(done, len(records), f"device {i}")
-        if not messages:
+        if not planned:
             raise RunError("smaller models: no device has a budget that this backbone can meet")
-        return state, messages
+        return state, self.messages(planned)
 
     def _at_once(self, records: Sequence[DeviceRecord]) -> int:
         """Returns how many smaller models are made at once: as many as the memory is likely to hold activations of.
@@ -144,11 +148,11 @@ class Preparation:
         """Sends devices their pruned models; returns the state in which those that answered have theirs."""
         plans = {i: PruningPlan.from_json(message.plan) for i, message in messages.items()}
         requests = {}
-        for i, message in messages.items():
-            params, macs = plans[i].cost.params, plans[i].cost.macs
+        for i, plan in plans.items():
+            params, macs = plan.cost.params, plan.cost.macs
             check = partial(PruneReply.check, params=params, macs=macs)
             work = macs * state.devices[i].test_samples
-            requests[i] = Request(message, PruneReply, check, max_bytes=ENVELOPE, macs=work)
+            requests[i] = Request(partial(messages.__getitem__, i), PruneReply, check, max_bytes=ENVELOPE, macs=work)
         state, replies = self.fleet.ask(state, "surgery", requests, min_success=min_success)
         changes, names = {}, [*self.config.personalize.reference_rates]
         for i, reply in replies.items():
@@ -181,32 +185,32 @@ class Preparation:
         require_device(plan, i, f"{file}: is the plan")
         return plan, checksum
 
-    def planned(self, i: int) -> Prune | None:
-        """Returns the message of a device whose plan was made before, from the run's folder. Raises PlanError."""
-        if (kept := self.plan(i)) is None:
-            return None
-        (plan, checksum), weights = kept, self.plan_file(i).with_suffix(".safetensors")
+    def messages(self, devices: Iterable[int]) -> Mapping[int, Prune]:
+        """Returns the messages of those devices that have a plan, read when they are asked for. Raises PlanError."""
+        return Lazily([i for i in devices if self.plan_file(i).exists()], self._message)
+
+    def _message(self, i: int) -> Prune:
+        """Returns the message of a device that has a plan, from the run's folder. Raises PlanError."""
+        kept, weights = self.plan(i), self.plan_file(i).with_suffix(".safetensors")
+        assert kept is not None
+        plan, checksum = kept
         content = weights.read_bytes() if weights.exists() else b""
         if checksum and checksum != hashlib.sha256(content).hexdigest():
             name = self.plan_file(i).name
             raise PlanError(f"{weights}: is not the file that {name} was written with (checksum differs)")
         return Prune(self.key, plan.model_dump_json(), content)
 
-    def _plan(self, shared: Shared, summary: GaussianSummary | None, record: DeviceRecord) -> Prune:
+    def _plan(self, shared: Shared, summary: GaussianSummary | None, record: DeviceRecord) -> None:
         i = record.device
         pruned = device_model(shared, self.spec, summary, i, record.profile.budget)
         # a device that sent no mixture may not have got the backbone either
         weights = pruned.weights(always=self.config.pruning.send == "weights" or record.generic)
         if pruned.metric_set is not None:
             self._keep_metric_set(i, pruned.metric_set, shared.pool.effective_size(summary, pruned.metric_set))
-        self._keep(i, pruned.plan, weights)
-        return Prune(self.key, pruned.plan.model_dump_json(), weights)
-
-    def _keep(self, i: int, plan: PruningPlan, weights: bytes) -> None:
         if weights:
             write_bytes(self.plan_file(i).with_suffix(".safetensors"), weights)
         # last: with it the device's model is complete
-        write_json(self.plan_file(i), signed(plan, hashlib.sha256(weights).hexdigest()))
+        write_json(self.plan_file(i), signed(pruned.plan, hashlib.sha256(weights).hexdigest()))
 
     def _keep_metric_set(self, i: int, chosen: np.ndarray, effective: float | None) -> None:
         """Counts the images by class, for the report; no plan depends on that, unless `labels` says so."""

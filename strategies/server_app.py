@@ -219,9 +219,8 @@ class Federation:
     def welcome(self, state: FederationState) -> FederationState:
         """Learns nodes that joined since the last round, and sends pruned models to devices that have none yet."""
         self.fleet.meet_again(self.hello, state.devices)
-        waiting = {i: self.preparation.planned(i) for i in state.devices if i not in state.plans}
-        planned = {i: message for i, message in waiting.items() if message is not None}
-        messages = self.adapters.with_start(state.devices, planned)
+        waiting = self.preparation.messages(i for i in state.devices if i not in state.plans)
+        messages = self.adapters.with_start(state.devices, waiting)
         state = self.preparation.surgery(state, messages, min_success=0) if messages else state
         return self.preparation.refit(state)
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -13,7 +15,7 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from experiments.engines.local import InProcessGrid
 from strategies import exchange as module
-from strategies.exchange import Request, exchange, wait_for_nodes
+from strategies.exchange import Lazily, Request, exchange, wait_for_nodes
 from tapfl.errors import RunError
 from tapfl.wire import ENVELOPE, Train, TrainReply
 
@@ -192,3 +194,25 @@ def test_a_group_that_is_lost_is_sent_again_as_a_group(monkeypatch: pytest.Monke
     limits = {"timeout": 20.0, "retries": 1, "window": 2}  # a group may be larger than the window
     answers = exchange(grid, nodes, requests, "round 1", **limits, groups=[[0, 1, 2]])  # type: ignore[arg-type]
     assert sorted(answers.replies) == [0, 1, 2, 3] and groups == [[0, 1, 2], [0, 1, 2]]
+
+
+def test_messages_that_are_made_when_they_are_sent_are_not_kept() -> None:
+    alive: list[weakref.ref[Train]] = []
+    most = 0
+
+    def make(i: int) -> Train:
+        nonlocal most
+        most = max(most, sum(each() is not None for each in alive))
+        message = Train(1, 0, np.full(3, i, np.float32))
+        alive.append(weakref.ref(message))
+        return message
+
+    messages = Lazily(range(6), make)
+    requests = {i: Request(partial(messages.__getitem__, i), TrainReply, lambda reply: None) for i in messages}
+    grid = ScriptedGrid(6, lambda i, attempt: GOOD)
+    nodes = {i: node for node, i in grid.partitions.items()}
+    answers = exchange(grid, nodes, requests, "round 1", timeout=300.0, retries=0, window=2)
+    assert len(answers.replies) == 6 and len(messages) == 6 and most < 3
+    assert requests[4].bytes_by_kind == Train(1, 0, np.full(3, 4, np.float32)).bytes_by_kind
+    with pytest.raises(KeyError):
+        messages[6]
