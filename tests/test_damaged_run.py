@@ -212,7 +212,7 @@ def test_a_summary_that_is_damaged_is_asked_for_again(
 
 def test_weights_beside_a_plan_are_those_that_it_was_written_with(cache: Path, tmp_path: Path) -> None:
     folder, options = tmp_path / "run", [*OPTIONS, "pruning.send=weights"]
-    moment = ("strategies.preparation", "Preparation._keep", 4)
+    moment = ("strategies.preparation", "Preparation._plan", 4)
     killed_after(moment, "--out", str(folder), cache=cache, options=options)
     a_bit(folder / "plans" / "02.safetensors")
     with pytest.raises(PlanError, match=r"02\.safetensors: is not the file that 02\.json was written with"):

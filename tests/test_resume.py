@@ -23,7 +23,7 @@ OPTIONS = [
 MOMENTS = {
     "while the devices sum up": ("clients.device", "Device.summarize", 2),
     "when a summary is kept": ("strategies.preparation", "Preparation._store_summary", 3),
-    "while plans are made": ("strategies.preparation", "Preparation._keep", 2),
+    "while plans are made": ("strategies.preparation", "Preparation._plan", 2),
     "after the warm start": ("strategies.global_adapters", "write_sealed", 1),
     "before the first round": ("strategies.server_app", "save_checkpoint", 1),
     "when a device has kept its state": ("clients.storage", "DeviceStorage.save_state", 2),
