@@ -233,8 +233,10 @@ def _keep_freed_memory() -> None:
     """Lets this process use freed memory again, up to `KEPT` bytes of it.
 
     By default the GNU C library returns the activations of each step to the system, which clears their pages anew for
-    the next: up to a tenth of a step. Other libraries have no `mallopt`.
+    the next: up to a tenth of a step. Other libraries have no `mallopt`. What the environment says of it stands.
     """
+    if {"MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"} & os.environ.keys():
+        return
     with suppress(OSError, AttributeError):
         library = ctypes.CDLL(None)
         library.mallopt(M_MMAP_THRESHOLD, 2**25)  # the most that it accepts
