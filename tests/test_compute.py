@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,7 @@ from test_inprocess_run import tapfl
 from torch import nn
 from torch.nn import functional as F
 
-from experiments.bench import gpu
+from experiments.bench import gpu, timing
 from experiments.engines.actor import processors
 from experiments.engines.ray import ActorPool
 from strategies.binding import PROCESSOR, require_same_processor
@@ -185,6 +186,11 @@ def test_the_script_for_a_gpu_comes_through_on_the_cpu(tmp_path: Path) -> None:
     differences = {row["adapters"]: row["largest difference"] for row in rows if "adapters" in row}
     assert set(differences.values()) == {0.0}  # the CPU against itself
     assert all(row["kept alike"] == 1 for row in rows if "kept alike" in row)
+    found = {(row["computed"], row["when"]): row["accuracy"] for row in rows if "computed" in row}
+    assert len(found) == 9 and found["cpu", "after round 2"] > 0.5
+    for when in ("after the cut", "after round 2"):
+        assert found["exact", when] == found["cpu", when]
+        assert found["fast", when] == pytest.approx(found["cpu", when], abs=0.02)
 
 
 def test_its_parts_measure_at_the_size_of_a_test() -> None:
@@ -193,6 +199,19 @@ def test_its_parts_measure_at_the_size_of_a_test() -> None:
         (method, precision) for method in gpu.METHODS for precision in ("exact", "fast")
     }
     assert all(row["ms"] > 0 for row in rows)
+
+
+def test_how_busy_a_gpu_was_is_read_from_its_tool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with timing.watched() as nothing:
+        pass
+    tool, begun = tmp_path / timing.WATCH[0], tmp_path / "begun"
+    tool.write_text(f"#!/bin/sh\necho '40, 1000'\necho '60, 3000'\n: > {begun}\nexec /bin/sleep 60\n")
+    tool.chmod(0o700)
+    with timing.watched() as seen:
+        while not begun.exists():
+            time.sleep(0.01)
+    assert (nothing, seen) == ({}, {"GPU busy %": 50, "MB of all processes": 3000})
 
 
 def test_a_part_that_takes_too_long_leaves_what_it_found(monkeypatch: pytest.MonkeyPatch) -> None:

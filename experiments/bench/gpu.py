@@ -27,9 +27,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from experiments.bench.digits_accuracy import TRAINED, accuracies, digits, trained
 from experiments.bench.local_training import DIGITS, METHODS, Device, drawn, model_of, spec_named
+from experiments.bench.timing import watched
 from tapfl.adapters.stacked_model import StackedModel
-from tapfl.compute import Compute, home
+from tapfl.compute import HERE, Compute, home
 from tapfl.config import ComputeOptions, PruningOptions, TrainOptions
 from tapfl.personalize.together import LocalTask, all_of
 from tapfl.pruning.compensation import compensate_sequentially
@@ -143,7 +145,9 @@ def a_round(size: Size, compute: Compute) -> Iterator[Row]:
         ours = median_seconds(way, partial(device.round, "fedavg", size.step), 3)
         yield {"precision": way.precision, "bare s": loop, "ours s": ours, "ours / bare": ours / loop, **memory()}
     for count in size.processes:
-        yield {"processes": count, "s of a round": at_once(count, size, compute), "devices": size.devices}
+        with watched() as seen:
+            seconds = at_once(count, size, compute)
+        yield {"processes": count, "s of a round": seconds, "devices": size.devices} | seen
 
 
 def together(size: Size, compute: Compute) -> Iterator[Row]:
@@ -191,12 +195,23 @@ def forward(task: PruningTask) -> None:
             task.model(part)
 
 
+def accuracy(size: Size, compute: Compute) -> Iterator[Row]:
+    """The digits' accuracy on the CPU, and on the device in both precisions."""
+    inputs, labels = digits()
+    dense = trained(inputs[:TRAINED], labels[:TRAINED])
+    for name, way in zip(("cpu", "exact", "fast"), (HERE, *both(compute)), strict=True):
+        way.prepare()
+        for when, share in accuracies(dense, inputs, labels, way):
+            yield {"computed": name, "when": when, "accuracy": share}
+
+
 PARTS: dict[str, tuple[Callable[[Size, Compute], Iterator[Row]], float]] = {
     "agreement": (agreement, 60),
+    "accuracy": (accuracy, 60),
     "steps": (steps, 120),
     "a round": (a_round, 150),
     "together": (together, 60),
-    "round zero": (round_zero, 180),
+    "round zero": (round_zero, 130),
 }
 
 
@@ -229,27 +244,28 @@ def memory() -> Row:
 def at_once(count: int, size: Size, compute: Compute) -> float:
     """Returns the seconds of a round of all devices in so many processes, from when each has its model."""
     context = multiprocessing.get_context("spawn")
-    ready, go = context.Barrier(count + 1), context.Barrier(count + 1)
+    meeting = context.Barrier(count + 1)  # when all are ready, and when all are done: a process takes long to end
     shares = [len(range(i, size.devices, count)) for i in range(count)]
-    workers = [context.Process(target=_worker, args=(share, size, compute, ready, go), daemon=True) for share in shares]
+    workers = [context.Process(target=_worker, args=(share, size, compute, meeting), daemon=True) for share in shares]
     for worker in workers:
         worker.start()
-    ready.wait(WAIT)
+    meeting.wait(WAIT * size.patience)
     begun = time.perf_counter()
-    go.wait(WAIT)
+    meeting.wait(WAIT * size.patience)
+    taken = time.perf_counter() - begun
     for worker in workers:
         worker.join()
-    return time.perf_counter() - begun
+    return taken
 
 
-def _worker(devices: int, size: Size, compute: Compute, ready: Any, go: Any) -> None:
+def _worker(devices: int, size: Size, compute: Compute, meeting: Any) -> None:
     compute.prepare()
     device = Device(spec_named(size.of_round), size.images, compute)
     device.round("fedavg", size.step)
-    ready.wait(WAIT)
-    go.wait(WAIT)
+    meeting.wait(WAIT * size.patience)
     for _ in range(devices):
-        device.round("fedavg", size.step)
+        home(device.round("fedavg", size.step))
+    meeting.wait(WAIT * size.patience)
 
 
 def _carry_out(name: str, size: Size, compute: Compute, pipe: Connection) -> None:
@@ -278,7 +294,7 @@ def rows_of(name: str, size: Size, compute: Compute) -> Iterator[Row]:
             yield here.recv()
         yield {"failed": f"took more than {limit:g} s"}
     except EOFError:
-        pass
+        process.join(WAIT)
     finally:
         process.terminate()
         process.join()

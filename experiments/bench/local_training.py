@@ -26,7 +26,7 @@ from tapfl.personalize.apfl import Apfl
 from tapfl.personalize.method import Method
 from tapfl.personalize.methods import FedAvg
 from tapfl.personalize.together import LocalTask
-from tapfl.pruning.pipeline import prune_model, pruning_task
+from tapfl.pruning.pipeline import Pruned, prune_model, pruning_task
 from tapfl.seeds import numpy_generator, torch_generator
 from tapfl.training import Params, batches
 
@@ -58,6 +58,16 @@ def drawn(model: nn.Module, count: int, seed: int = 0) -> Tensor:
     return torch.randn(example_input(model, count).shape, generator=torch.Generator().manual_seed(seed))
 
 
+def with_adapters(dense: nn.Module, made: Pruned, compute: Compute, rank: int = RANK) -> tuple[AdaptedModel, Params]:
+    """Returns a smaller model as a function of its adapters, and initial ones."""
+    layers = prunable_layers(dense)
+    shapes = global_shapes(dense, layers, max(rank, RANK))
+    layout = device_layout(shapes, layers, made.plan, rank)
+    whole = rules.initial(AdapterOptions(), shapes, layers, dense, torch_generator(0, "adapters"))
+    adapted = AdaptedModel(compute.put(made.model), layout, SCALE, compute.reduced)
+    return adapted, compute.put(gather_all(whole, layout))
+
+
 class Device:
     """A pruned model and its adapters, cut at random, for `images` random images.
 
@@ -69,14 +79,10 @@ class Device:
         self, spec: BackboneSpec, images: int, compute: Compute, budget: float = 0.5, rank: int = RANK, seed: int = 0
     ) -> None:
         dense, self.seed = model_of(spec), seed
-        layers, options = prunable_layers(dense), PruningOptions(criterion="random", ratio="uniform")
+        options = PruningOptions(criterion="random", ratio="uniform")
         made = prune_model(pruning_task(dense, drawn(dense, 4), budget, options, batch=4, seed=seed), spec)
-        shapes = global_shapes(dense, layers, max(rank, RANK))
-        layout = device_layout(shapes, layers, made.plan, rank)
-        whole = rules.initial(AdapterOptions(), shapes, layers, dense, torch_generator(0, "adapters"))
-        self.start: Params = compute.put(gather_all(whole, layout))
         self.macs = measure_cost(made.model).macs
-        self.adapted = AdaptedModel(compute.put(made.model), layout, SCALE, compute.reduced)
+        self.adapted, self.start = with_adapters(dense, made, compute, rank)
         self.inputs = compute.put(drawn(dense, images, seed))
         self.labels = compute.put(torch.arange(images) % spec.num_classes)
 

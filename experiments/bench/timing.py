@@ -1,12 +1,17 @@
-"""What the benchmarks share: options, interleaved timing, and peak memory."""
+"""What the benchmarks share: options, interleaved timing, peak memory, and how busy a GPU is."""
 
 from __future__ import annotations
 
 import ctypes
 import gc
+import shutil
+import statistics
+import subprocess
+import tempfile
 import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,6 +25,14 @@ from torch.utils._pytree import tree_leaves
 from tapfl.models.backbone import BackboneSpec, build
 
 Row = dict[str, str]
+WATCH = (
+    "nvidia-smi",
+    "--id=0",
+    "--query-gpu=utilization.gpu,memory.used",
+    "--format=csv,noheader,nounits",
+    "-lms",
+    "200",
+)
 Models = Annotated[list[str], typer.Option("--model", help="timm names")]
 Sizes = Annotated[list[int], typer.Option("--size", help="image sizes, pixels per side")]
 Repeats = Annotated[int, typer.Option(min=1, help="turns; the median counts")]
@@ -110,6 +123,26 @@ def peak_process_bytes(work: Callable[[], object]) -> int | None:
         return _status("VmHWM") - before
     except OSError:
         return None
+
+
+@contextmanager
+def watched() -> Iterator[dict[str, float]]:
+    """Yields a row that at the end has how busy the GPU was and its memory in use, if NVIDIA's tool is there."""
+    seen: dict[str, float] = {}
+    if not shutil.which(WATCH[0]):
+        yield seen
+        return
+    with tempfile.TemporaryFile("w+") as out:
+        process = subprocess.Popen(WATCH, stdout=out)
+        try:
+            yield seen
+        finally:
+            process.terminate()
+            process.wait()
+        out.seek(0)
+        if pairs := [tuple(map(float, line.split(","))) for line in out if line.endswith("\n")]:
+            busy, used = zip(*pairs, strict=True)
+            seen |= {"GPU busy %": statistics.mean(busy), "MB of all processes": max(used)}
 
 
 def _status(field: str) -> int:
