@@ -25,7 +25,6 @@ from typing import TypeVar
 
 import numpy as np
 from scipy import stats
-from torch import Tensor
 
 from strategies.records import DeviceRecord
 from tapfl.seeds import numpy_generator
@@ -85,9 +84,9 @@ def paired(values: Mapping[Hashable, float], reference: Mapping[Hashable, float]
     return Paired(float(differences.mean()), min(1.0, float(found.pvalue)), len(both))
 
 
-def as_text(right: Tensor) -> str:
-    """Returns which images a model is right about, bool (n,), as a hexadecimal number; its first bit is always 1."""
-    return f"{int('1' + ''.join('1' if each else '0' for each in right.tolist()), 2):x}"
+def as_text(right: Sequence[bool]) -> str:
+    """Returns which images a model is right about, (n,), as a hexadecimal number; its first bit is always 1."""
+    return f"{int('1' + ''.join('1' if each else '0' for each in right), 2):x}"
 
 
 def from_text(text: str) -> np.ndarray:

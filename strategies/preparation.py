@@ -24,8 +24,9 @@ from strategies.fleet import Fleet, sample_clients
 from strategies.records import CLASSES, DeviceRecord, DriftLine, FailureLine, append_lines, read_classes
 from strategies.round_zero import PublicPool, Shared, describe_pool, device_model, side_by_side, task_images
 from strategies.state import FederationState
-from tapfl.compute import HERE, Compute, cores
+from tapfl.compute import HERE, Compute
 from tapfl.config import NEW_HEADS, RunConfig
+from tapfl.data.decoded import cores
 from tapfl.data.images import ImageSet
 from tapfl.errors import BudgetError, PlanError, RunError
 from tapfl.models.cost import Cost, measure_cost

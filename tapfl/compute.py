@@ -205,12 +205,6 @@ def is_fault(error: BaseException) -> bool:
     return isinstance(error, kind) or str(error).startswith(("CUDA error", "cuDNN error"))
 
 
-def cores() -> int:
-    """Returns how many threads may work: OMP_NUM_THREADS, which Ray sets to the CPUs of a worker, or all cores."""
-    said = os.environ.get("OMP_NUM_THREADS", "")
-    return int(said) if said.isdigit() and int(said) else len(os.sched_getaffinity(0))
-
-
 def gpus_here() -> int:
     return torch.cuda.device_count()
 

@@ -240,7 +240,7 @@ def test_a_repository_that_is_not_there_is_refused(tmp_path: Path, monkeypatch: 
     (tmp_path / "copy" / "model.safetensors").unlink()
     with pytest.raises(ModelError, match=r"local-dir:.* has none of model\.safetensors, pytorch_model\.bin that can"):
         of_hub(copy)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # the environment was read at its import
     with pytest.raises(ModelError, match=r"'hf-hub:timm/no_such': has no config\.json that timm wrote \(.*; accepted"):
         of_hub(options.model_copy(update={"name": "hf-hub:timm/no_such"}))
 

@@ -91,7 +91,7 @@ class CellRunner:
         cost = (plan.cost.macs / plan.dense.macs, plan.cost.params / plan.dense.params)
         values = (*cost, *view.coverage(self._images(cell)), *view.dense, *shares(right), round(seconds, 4))
         measures: dict[str, object] = dict(zip(MEASURES, values, strict=True))
-        measures |= {name: as_text(each) for name, each in zip(IMAGES.values(), right, strict=True)}
+        measures |= {name: as_text(each.tolist()) for name, each in zip(IMAGES.values(), right, strict=True)}
         return measures | (self._agreement(cell, task) if self.rank else {})
 
     def _view(self, cell: Cell) -> DeviceView:

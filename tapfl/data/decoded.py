@@ -24,7 +24,6 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from tapfl.compute import cores
 from tapfl.data.images import ArrayImages, Images, forget, in_order
 from tapfl.errors import DataError
 from tapfl.progress import stage
@@ -35,6 +34,12 @@ AT_ONCE = 64  # pictures that are decoded between two writes
 SAMPLE = 256  # pictures of a source beyond the limit that are looked at when it is first opened
 
 T = TypeVar("T")
+
+
+def cores() -> int:
+    """Returns how many threads may work: OMP_NUM_THREADS, which Ray sets to the CPUs of a worker, or all cores."""
+    said = os.environ.get("OMP_NUM_THREADS", "")
+    return int(said) if said.isdigit() and int(said) else len(os.sched_getaffinity(0))
 
 
 @cache
