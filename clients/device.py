@@ -324,7 +324,7 @@ class Device:
     def _prior(self, part: str = "train") -> Tensor | None:
         """Returns log p(y) of the classes in a part of the images, if the model shall know it."""
         model: Any = self._pruned.adapted.model
-        labels = home(self._images.part(part).labels)
+        labels = self._images.part(part).labels
         return self.compute.put(log_prior(self.config.train.label_prior, labels, model.num_classes))
 
     def _accuracy(self, model: Callable[[Tensor], Tensor]) -> float:

@@ -187,6 +187,7 @@ def account(
     All requests count as sent. The phase takes as long as its slowest device, and at least `waited` seconds.
     """
     downs = {i: request.bytes_by_kind for i, request in requests.items()}
+    round = next((getattr(request.message, "round", 0) for request in requests.values()), 0)  # that of the phase
     state = state.with_sent(downs)
     changes: dict[int, dict[str, object]] = {}
     lines: list[Line] = []
@@ -195,7 +196,6 @@ def account(
         took = seconds(record.profile, down.total(), requests[i].macs, up.total())
         waited = max(waited, took)
         changes[i] = {"bytes_up": added(record.bytes_up, up)}
-        round = getattr(requests[i].message, "round", 0)
         lines.append(
             TrafficLine(phase=phase, round=round, device=i, down=dict(down), up=dict(up), simulated_seconds=took)
         )

@@ -7,9 +7,9 @@ device that joins later gets the same.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
-from functools import cached_property, partial
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -79,7 +79,7 @@ class GlobalAdapters:
         if self.config.adapters.start == "zero":
             return self.initial
         if not self._file.exists():
-            pupils = [self._pupil(devices[i], partial(messages.__getitem__, i)) for i in messages]
+            pupils = [self._pupil(devices[i], messages) for i in messages]
             images, transform, compute = self.preparation.images, transform_of(self.backbone), self.preparation.compute
 
             def inputs(positions: np.ndarray) -> torch.Tensor:
@@ -106,12 +106,13 @@ class GlobalAdapters:
 
         return Lazily(messages, started)
 
-    def _pupil(self, record: DeviceRecord, message: Callable[[], Prune]) -> Pupil:
-        plan = PruningPlan.from_json(message().plan)
-        on_pool = self.config.adapters.start == "pool"
+    def _pupil(self, record: DeviceRecord, messages: Mapping[int, Prune]) -> Pupil:
+        kept = self.preparation.plan(record.device)
+        assert kept is not None, "a message brings a plan that is in the run's folder"
+        plan, on_pool = kept[0], self.config.adapters.start == "pool"
         return Pupil(
             device=record.device,
-            model=lambda: smaller_model(plan, message().weights, lambda: self.backbone),
+            model=lambda: smaller_model(plan, messages[record.device].weights, lambda: self.backbone),
             layout=self.layout(plan, record.profile.rank),
             weight=record.train_samples,
             classes=None if record.held_classes is None else torch.tensor(record.held_classes),

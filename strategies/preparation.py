@@ -105,7 +105,7 @@ class Preparation:
         Raises:
             RunError: if too few devices send a mixture, or no device has a budget that can be met.
         """
-        state, summaries = self._summaries(state, self.pool)
+        state, summaries = self._summaries(state)
         state = state.with_devices({i: {"generic": i not in summaries} for i in state.devices})
         planned: list[int] = []
 
@@ -147,7 +147,7 @@ class Preparation:
         self, state: FederationState, messages: Mapping[int, Prune], min_success: float | None = None
     ) -> FederationState:
         """Sends devices their pruned models; returns the state in which those that answered have theirs."""
-        plans = {i: PruningPlan.from_json(message.plan) for i, message in messages.items()}
+        plans = {i: kept[0] for i in messages if (kept := self.plan(i))}
         requests = {}
         for i, plan in plans.items():
             params, macs = plan.cost.params, plan.cost.macs
@@ -221,13 +221,11 @@ class Preparation:
         about = {"size": len(chosen), "effective_size": effective}
         write_json(self.folder.metric_set(i), counts | about)
 
-    def _summaries(
-        self, state: FederationState, pool: PublicPool
-    ) -> tuple[FederationState, dict[int, GaussianSummary]]:
+    def _summaries(self, state: FederationState) -> tuple[FederationState, dict[int, GaussianSummary]]:
         """Asks every device for its mixture; a device that does not hold the backbone is sent it."""
-        requests, known = {}, {}
+        requests, known, weights = {}, {}, self.cache.path(self.key).read_bytes()
         for i, record in state.devices.items():
-            requests[i] = self._summary_request(record, pool, i in self.fleet.holds_backbone)
+            requests[i] = self._summary_request(record, weights, i in self.fleet.holds_backbone)
             if (reply := self._stored_summary(i)) is not None:
                 requests[i].check(reply)
                 known[i] = reply
@@ -248,10 +246,11 @@ class Preparation:
             return state
         profiles, requests = {i: state.devices[i].profile for i in state.plans}, {}
         away = sample_clients(profiles, self.config.devices, self.config.seed, state.round + 1).away
+        weights = self.cache.path(self.key).read_bytes()
         for i in sorted(state.plans.keys() - set(away)):
             record = state.devices[i]
             holds_backbone = i in self.fleet.holds_backbone or record.components > 0
-            requests[i] = self._summary_request(record, self.pool, holds_backbone)
+            requests[i] = self._summary_request(record, weights, holds_backbone)
         state, replies = self.fleet.ask(state, f"mixtures after round {state.round}", requests, min_success=0)
         changes = {}
         for i, reply in replies.items():
@@ -263,8 +262,8 @@ class Preparation:
                 append_lines(self.folder.path, DriftLine(round=state.round, device=i, drift=drift))
         return state.with_devices(changes)
 
-    def _summary_request(self, record: DeviceRecord, pool: PublicPool, holds_backbone: bool) -> Request[SummaryReply]:
-        weights = self.cache.path(self.key).read_bytes()
+    def _summary_request(self, record: DeviceRecord, weights: bytes, holds_backbone: bool) -> Request[SummaryReply]:
+        pool = self.pool
         dim, options, classes = pool.points.shape[1], self.config.summary, len(self.classes)
         message = Summarize(
             backbone_key=self.key,

@@ -11,13 +11,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from tapfl.compute import home
 from tapfl.training import Params
 
 CONCENTRATIONS = torch.logspace(-2, 3, 51, dtype=torch.float64)
 
 
 def log_prior(kind: str, labels: Tensor, classes: int) -> Tensor | None:
-    """Returns log p(y), float32 (classes,): the posterior mean of the shares, given the device's labels.
+    """Returns log p(y), float32 (classes,) on the CPU: the posterior mean of the shares, given the device's labels.
 
         p(y) = (n_y + a) / (n + C a),    a = argmax Γ(Ca) / Γ(n + Ca) Π_y Γ(n_y + a) / Γ(a)
 
@@ -30,7 +31,7 @@ def log_prior(kind: str, labels: Tensor, classes: int) -> Tensor | None:
     """
     if kind == "none":
         return None
-    counts = labels.bincount(minlength=classes).double()
+    counts = home(labels).bincount(minlength=classes).double()
     a = CONCENTRATIONS[:, None]
     likelihood = (torch.lgamma(counts + a) - torch.lgamma(a)).sum(1, keepdim=True)
     likelihood += torch.lgamma(classes * a) - torch.lgamma(counts.sum() + classes * a)
