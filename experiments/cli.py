@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Annotated, Literal, NoReturn
 
 import typer
-from rich.table import Table
 
 from experiments import pruning_cli
 from experiments.bench import cli as bench_cli
@@ -31,7 +30,6 @@ from experiments.command_line import (
 from experiments.deploy import cli as deploy_cli
 from experiments.output import command, console, flags, show_line, show_rows, show_summary
 from experiments.report import cli as report_cli
-from tapfl.config import RunConfig
 from tapfl.errors import ConfigError, RunError, TapflError
 
 app = typer.Typer(
@@ -68,12 +66,8 @@ def run(
 ) -> None:
     """Run one federation: summaries, pruning plans, smaller models, adapter rounds, personal models."""
     options = options_of(config, set)
-    from experiments.jobs.federation import engine_of, require_gpus
-    from experiments.jobs.pool import interruptible
     from experiments.preflight import resolve_run
-    from experiments.statistics import against_references
     from strategies.progress import shown
-    from strategies.records import SUMMARY, read_summary
 
     if resume is not None and out is not None and out.absolute() != resume.absolute():
         raise ConfigError(f"--out {out}: a resumed run stays in its folder, {resume}")
@@ -81,6 +75,11 @@ def run(
     _require_ray(engine, ray)
     with shown():
         resolved = resolve_run(options, Path(str(path)), resume is not None or bool(options.get("resume")))
+    from experiments.jobs.federation import engine_of, require_gpus
+    from experiments.jobs.pool import interruptible
+    from experiments.statistics import against_references
+    from strategies.records import SUMMARY, read_summary
+
     require_gpus(engine, ray, [resolved.compute.device])
     folder, again = Path(resolved.out), f"tapfl run --resume {resolved.out}"
     with interruptible(again):
@@ -110,6 +109,10 @@ def run(
 @app.command()
 def options() -> None:
     """List every option of a run with its default. The names are those of --set, TOML files and flwr's --run-config."""
+    from rich.table import Table
+
+    from tapfl.config import RunConfig
+
     table = Table("option", "default", "meaning")
     for name, value in RunConfig().flat().items():
         section, _, option = name.rpartition(".")
@@ -146,8 +149,6 @@ def sweep(
     from experiments.jobs.federation import federations, require_gpus
     from experiments.jobs.pool import interruptible
     from experiments.sweep.grid import group_of, read_sweep, read_sweep_options, references, run_sweep
-    from experiments.sweep.picture import picture
-    from experiments.sweep.results import caption_of, means_over_seeds, outcomes, write_results, write_table
     from strategies.progress import shown
     from tapfl.progress import stage
     from tapfl.run_folder import only_one
@@ -161,6 +162,9 @@ def sweep(
         stack.enter_context(shown())
         pool, each = stack.enter_context(federations(engine, runs))
         failures = run_sweep(planned, out, pool, each, stack.enter_context(stage("runs")))
+    from experiments.sweep.picture import picture
+    from experiments.sweep.results import caption_of, means_over_seeds, outcomes, write_results, write_table
+
     found = outcomes(planned, out)
     write_results(found, out, options)
     rows = means_over_seeds(found, options)
@@ -192,8 +196,6 @@ def search(
     as_json: JsonObject = False,
 ) -> None:
     """Search for good options. Budgets are rounds; promising runs continue from their checkpoints."""
-    from experiments.jobs.federation import federations, require_gpus
-    from experiments.jobs.pool import interruptible
     from experiments.preflight import DEFAULT_DEVICES
     from experiments.search.settings import read_search
     from strategies.progress import shown
@@ -201,9 +203,11 @@ def search(
     _require_ray(engine, runs, needs_ray=("workers", *NEED_RAY))
     wanted = read_search(config, method, {"devices.count": DEFAULT_DEVICES})
     load_torch()  # only after the file has been checked
-    require_gpus(engine, runs, [str(wanted.options.get("compute.device", "cpu"))])
+    from experiments.jobs.federation import federations, require_gpus
+    from experiments.jobs.pool import interruptible
     from experiments.search.study import run_search
 
+    require_gpus(engine, runs, [str(wanted.options.get("compute.device", "cpu"))])
     folder, start = out or Path("runs") / config.stem, partial(federations, engine, runs)
     with interruptible("the same command and --resume"), shown():
         found = run_search(wanted, config.stem, folder, start, storage, resume)

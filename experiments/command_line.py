@@ -24,7 +24,6 @@ from typing import Annotated, Any, TypeVar
 import typer
 
 from tapfl.errors import message_of
-from tapfl.options import parse_assignment, read_toml
 
 T = TypeVar("T")
 Config = Annotated[Path | None, typer.Option(help="TOML file of options, one table per section")]
@@ -83,6 +82,8 @@ class JobOptions(RayOptions):
 
 def options_of(config: Path | None, assignments: list[str] | None) -> dict[str, Any]:
     """Returns options by dotted name; those of --set override those of --config."""
+    from tapfl.options import parse_assignment, read_toml  # with pydantic, which no help needs
+
     return (read_toml(config) if config else {}) | dict(parse_assignment(text) for text in assignments or [])
 
 

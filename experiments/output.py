@@ -12,7 +12,6 @@ import re
 import shlex
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -181,6 +180,8 @@ def flags(**repeated: Sequence[str] | None) -> list[str]:
 
 def installed(packages: Iterable[str] = PACKAGES) -> dict[str, str]:
     """Returns the installed version of each package."""
+    from importlib import metadata  # with all of email, for a caption alone
+
     return {name: metadata.version(name) for name in packages}
 
 

@@ -13,7 +13,6 @@ import typer
 
 from experiments.command_line import Config, JsonObject, JsonRows, Set, load_torch, option_groups, options_of
 from experiments.output import command, flags, show_line, show_rows
-from tapfl.config import RunConfig
 from tapfl.errors import ConfigError
 
 PRUNED = "pruned model: a folder with plan.json and model.safetensors, or devices/NN of a run"
@@ -52,6 +51,7 @@ def prune(
         raise ConfigError(f"--budget {budget}, --plan {plan}: give one of the two")
     from experiments.preflight import absolute_paths
     from strategies.progress import shown
+    from tapfl.config import RunConfig
     from tapfl.pruning.budget import Budget
     from tapfl.pruning.criteria.registry import require_criterion
 

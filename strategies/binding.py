@@ -11,8 +11,6 @@ import logging
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from flwr.common.logger import log
-
 from tapfl.config import RunConfig, binding
 from tapfl.data.contents import ACCEPTED, OPTIONS, changed, contents
 from tapfl.errors import ConfigError
@@ -76,4 +74,6 @@ def require_same_processor(folder: RunFolder, compute: Compute) -> None:
             f"compute.deterministic = true: the run in {folder.path} was computed on {before}, and here is {now}; "
             "accepted: the same kind of processor"
         )
+    from flwr.common.logger import log  # takes a while, which a bad option need not wait for
+
     log(logging.WARNING, "resume: computed on %s so far, now on %s: results differ in the last bits", before, now)

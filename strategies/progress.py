@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from contextvars import copy_context
 
-from flwr.common.logger import FLOWER_LOGGER, log
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Column
@@ -127,6 +126,8 @@ class Bars:
 @contextmanager
 def drawn_on(console: Console) -> Iterator[Drawn]:
     """Draws at the foot of `console`; what Flower logs while it lasts goes above."""
+    from flwr.common.logger import FLOWER_LOGGER  # now: all of Flower takes a while, and a refused option shows no bar
+
     note = Column(no_wrap=True, overflow="ellipsis", ratio=1)
     columns = (
         TextColumn("{task.description:<24}", table_column=Column(no_wrap=True)),
@@ -198,6 +199,8 @@ class Lines:
 
     def _say(self, text: str) -> None:
         self._said = time.monotonic()
+        from flwr.common.logger import log  # as in `drawn_on`
+
         log(logging.INFO, "%s", text)
 
     def _break_silence(self) -> None:

@@ -5,9 +5,8 @@ from __future__ import annotations
 import inspect
 import json
 from collections.abc import Callable, Iterable, Mapping
+from numbers import Integral, Number
 from typing import Any, Literal, get_args, get_origin
-
-import numpy as np
 
 from tapfl.options import Scalar
 
@@ -105,8 +104,8 @@ def _kinds(annotation: Any) -> list[Any]:
         return []
     if get_origin(annotation) is Literal:
         return list(get_args(annotation))
-    if inspect.isclass(annotation) and issubclass(annotation, np.number):
-        return [int if issubclass(annotation, np.integer) else float]
+    if inspect.isclass(annotation) and issubclass(annotation, Number) and annotation is not bool:  # numpy's as well
+        return [int if issubclass(annotation, Integral) else float]
     parts = [part for part in get_args(annotation) if part is not Ellipsis]
     return [kind for part in parts for kind in _kinds(part)] if parts else [annotation]
 

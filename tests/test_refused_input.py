@@ -133,20 +133,36 @@ BEFORE_TORCH = {
 }
 
 
-@pytest.mark.parametrize("case", BEFORE_TORCH)
-def test_a_bad_option_is_refused_before_torch_is_loaded(case: str, tmp_path: Path) -> None:
-    """Whose import takes seconds, and a minute on a busy machine."""
-    for name, text in FILES.items():
-        (tmp_path / name).write_text(text)
+SLOW = {"torch", "timm", "flwr", "ray", "scipy", "sklearn", "pandas", "matplotlib"}  # a tenth of a second to two each
+
+
+def loaded_by(command: str) -> tuple[set[str], subprocess.CompletedProcess[str]]:
+    """Returns which packages a process of `tapfl` has loaded when it ends, and that process."""
     program = (
-        "import sys\nfrom experiments import cli\ntry:\n    cli.main()\nfinally:\n    print('torch' in sys.modules)"
+        "import sys\nfrom experiments import cli\ntry:\n    cli.main()\nfinally:\n    print('\\n', *sys.modules)"
     )
-    arguments = [sys.executable, "-c", program, *BEFORE_TORCH[case].split()]
+    arguments = [sys.executable, "-c", program, *command.split()]
     here = os.environ | {"PYTHONPATH": str(Path(cli.__file__).parent.parent)}
     done = subprocess.run(arguments, capture_output=True, text=True, env=here, check=False, timeout=60)
+    return set(done.stdout.splitlines()[-1].split()), done
+
+
+@pytest.mark.parametrize("case", BEFORE_TORCH)
+def test_a_bad_option_is_refused_before_anything_slow_is_loaded(case: str, tmp_path: Path) -> None:
+    """Torch takes seconds, and a minute on a busy machine."""
+    for name, text in FILES.items():
+        (tmp_path / name).write_text(text)
+    loaded, done = loaded_by(BEFORE_TORCH[case])
     assert done.returncode == 2 and done.stderr.startswith("tapfl: ") and len(done.stderr.splitlines()) == 1
-    assert done.stdout == "False\n"
+    assert not loaded & SLOW
     assert {file.name for file in tmp_path.iterdir()} == set(FILES)
+
+
+@pytest.mark.parametrize("command", ["--help", "run --help"])
+def test_help_loads_no_options_and_nothing_slow(command: str) -> None:
+    loaded, done = loaded_by(command)
+    assert done.returncode == 0 and "Usage" in done.stdout
+    assert not loaded & {*SLOW, "numpy", "pydantic", "grpc", "optuna"}
 
 
 def test_every_fault_is_named_at_once(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

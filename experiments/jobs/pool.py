@@ -23,8 +23,6 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
-from flwr.common.logger import FLOWER_LOGGER, log
-
 from tapfl.errors import RunError, TapflError
 
 ATTEMPTS = 3  # workers that may be lost over one job before it fails
@@ -205,6 +203,8 @@ def _end_with_the_command() -> None:
 
 def _called(job: Job, emit: Emit) -> Any:
     """Returns the job's result. Every exception is logged, and raised as a TapflError."""
+    from flwr.common.logger import log  # takes a while, which a refused sweep need not wait for
+
     try:
         return job.function(emit, *job.arguments)
     except TapflError as error:
@@ -263,6 +263,8 @@ _LOG: ContextVar[Path | None] = ContextVar("log", default=None)
 @contextmanager
 def own_log(file: Path) -> Iterator[None]:
     """Within the block all that this thread logs, and only that, goes to `file`, and not to the screen."""
+    from flwr.common.logger import FLOWER_LOGGER
+
     for shown in FLOWER_LOGGER.handlers:
         if not isinstance(shown, logging.FileHandler):
             shown.addFilter(_of_no_job)
