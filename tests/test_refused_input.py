@@ -138,9 +138,7 @@ SLOW = {"torch", "timm", "flwr", "ray", "scipy", "sklearn", "pandas", "matplotli
 
 def loaded_by(command: str) -> tuple[set[str], subprocess.CompletedProcess[str]]:
     """Returns which packages a process of `tapfl` has loaded when it ends, and that process."""
-    program = (
-        "import sys\nfrom experiments import cli\ntry:\n    cli.main()\nfinally:\n    print('\\n', *sys.modules)"
-    )
+    program = "import sys\nfrom experiments import cli\ntry:\n    cli.main()\nfinally:\n    print('\\n', *sys.modules)"
     arguments = [sys.executable, "-c", program, *command.split()]
     here = os.environ | {"PYTHONPATH": str(Path(cli.__file__).parent.parent)}
     done = subprocess.run(arguments, capture_output=True, text=True, env=here, check=False, timeout=60)
