@@ -44,9 +44,11 @@ def test_chaos_in_one_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.mark.slow
 def test_twenty_devices_ten_rounds_on_flower(tmp_path: Path) -> None:
-    """The run ends, every loss is accounted for, and the final accuracy is within a point of the run without faults."""
+    """The run ends, every loss is accounted for, and on 620 test images it costs at most two points of accuracy."""
     options = {
         "devices.count": 20,
+        "data.public-share": 0.5,
+        "data.test-share": 0.7,
         "train.rounds": 10,
         "model.epochs": 20,
         "train.epochs": 2,
@@ -62,5 +64,5 @@ def test_twenty_devices_ten_rounds_on_flower(tmp_path: Path) -> None:
     check_accounts(lines, results["chaos"], 10, 20)
     assert results["calm"]["failures"] == 0
     for measure in ("personal_accuracy", "global_accuracy"):
-        assert results["chaos"][measure] >= results["calm"][measure] - 0.01
+        assert results["chaos"][measure] >= results["calm"][measure] - 0.02
     assert not left_running(str(tmp_path))
