@@ -6,15 +6,16 @@ They are in an importable module, because Ray pickles `__main__` by value and it
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from tapfl.adapters import rules
 from tapfl.adapters.layout import Layout, device_layout, global_shapes, last_blocks
@@ -38,9 +39,11 @@ from tapfl.pruning.plan import PruningPlan, require_device
 from tapfl.pruning.surgery import load_plan, load_pruned
 from tapfl.seeds import torch_generator
 from tapfl.store import cache_folder
-from tapfl.training import Params
+from tapfl.training import Params, images_seen
 
-# what was dropped is read again; `compute.cache-mb` is the limit of each
+AT_ONCE = 64  # images that pass the blocks before the first adapter together
+
+# what was dropped is read or computed again; `compute.cache-mb` is the limit of each
 _parts = Memo(0, lambda part: part.nbytes)
 
 
@@ -92,6 +95,7 @@ class Part:
     transform: Transform
     compute: Compute
     limit: int  # bytes that may be kept
+    key: Hashable  # of the content
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -150,7 +154,7 @@ def part(
         if config.data.changing:
             chosen, labels = chosen.subset(np.flatnonzero(labels >= 0)), labels[labels >= 0]
         put = compute.put(torch.from_numpy(labels))
-        return Part(chosen, put, input_transform(config.model), compute, _parts.limit)
+        return Part(chosen, put, input_transform(config.model), compute, _parts.limit, key)
 
     _parts.limit = config.compute.cache_mb * 2**20
     key = (config, devices, partition_id, name, source, fingerprint, classes, compute)
@@ -183,6 +187,7 @@ class AdaptedDevice(NamedTuple):
     untrained: Params
     private: tuple[str, ...]  # the names in `start` that are trained
     nbytes: int  # of the model's weights
+    key: Hashable  # of the model
 
 
 _models = Memo(0, lambda device: device.nbytes)
@@ -196,20 +201,21 @@ def pruned(folder: Path, device: int, rank: int, config: RunConfig, compute: Com
     def make() -> AdaptedDevice:
         spec = plan.backbone.model_dump_json()
         model = load_pruned(folder, skeleton(spec)[0])
-        return _adapted(compute.put(model), spec, plan, rank, config, compute)
+        return _adapted(compute.put(model), spec, plan, rank, config, compute)._replace(key=key)
 
-    _models.limit = config.compute.cache_mb * 2**20
-    made: AdaptedDevice = _models.once((folder, checksum, rank, config, compute), make)
+    _models.limit, key = config.compute.cache_mb * 2**20, (folder, checksum, rank, config, compute)
+    made: AdaptedDevice = _models.once(key, make)
     return made
 
 
 def unpruned(cache: Path, key: str, spec: str, rank: int, config: RunConfig, compute: Compute) -> AdaptedDevice:
     """Returns the dense backbone with adapters of a device's rank, which are not shared with anyone."""
-    _models.limit = config.compute.cache_mb * 2**20
-    made: AdaptedDevice = _models.once(
-        (cache, key, rank, config, compute),
-        lambda: _adapted(dense(cache, key, spec, compute), spec, None, rank, config, compute),
-    )
+
+    def make() -> AdaptedDevice:
+        return _adapted(dense(cache, key, spec, compute), spec, None, rank, config, compute)._replace(key=own)
+
+    _models.limit, own = config.compute.cache_mb * 2**20, (cache, key, rank, config, compute)
+    made: AdaptedDevice = _models.once(own, make)
     return made
 
 
@@ -230,4 +236,66 @@ def _adapted(
     private = tuple(name for name in staying if name in moving)
     nbytes = sum(parameter.nbytes for parameter in model.parameters())
     adapted = AdaptedModel(model, layout, options.scale, compute.reduced)
-    return AdaptedDevice(layout, adapted, start, made, private, nbytes)
+    return AdaptedDevice(layout, adapted, start, made, private, nbytes, key=None)
+
+
+@dataclass(frozen=True, eq=False)
+class Arriving:
+    """The images of a part as they arrive at the first adapter of a model, which is the same in every round."""
+
+    labels: Tensor
+    stream: Any  # tensors (n, …)
+
+    @classmethod
+    def of(cls, part: Part, model: AdaptedModel) -> Arriving:
+        """Computes them in batches that follow from the part alone, so that they have the same bits each time."""
+        stream: Any = None
+        for place, batch in zip(in_order(len(part), AT_ONCE), part.split(AT_ONCE), strict=True):
+            found = model.before(batch)
+            if stream is None:
+                stream = tree_map_only(Tensor, lambda each: each.new_empty((len(part), *each.shape[1:])), found)
+            for whole, each in zip(tree_leaves(stream), tree_leaves(found), strict=True):
+                if isinstance(each, Tensor):
+                    whole[place[0] : place[-1] + 1] = each
+        return cls(part.labels, stream)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(each.nbytes for each in tree_leaves(self.stream) if isinstance(each, Tensor))
+
+    def batch(self, positions: np.ndarray) -> Any:
+        """Returns what arrives of the images at these positions."""
+        index = torch.from_numpy(positions)
+        return tree_map_only(Tensor, lambda each: each[index], self.stream)
+
+    def split(self, batch: int, /) -> Iterable[Any]:
+        """Returns all images in order, so many at a time, as `Tensor.split` does."""
+        return map(self.batch, in_order(len(self), batch))
+
+
+Inputs = Part | Arriving
+_arriving = Memo(0, lambda arriving: arriving.nbytes)
+
+
+def inputs(own: AdaptedDevice, part: Part, name: str, config: RunConfig) -> tuple[AdaptedModel, Inputs]:
+    """Returns a model and the inputs that it takes of a part: images, or what of them never changes.
+
+    That is kept where blocks before the first adapter are passed anew in each round: with `adapters.blocks`, of test
+    images, and of training images that nothing changes and of which a round uses as many as there are; if it fits
+    `compute.cache-mb`. Which of the two it is has to follow from options, for it changes the last bits of a result.
+
+    Args:
+        name: of the part.
+    """
+    limit, train = config.compute.cache_mb * 2**20, config.train
+    whole = name == "train" and train.augment == "none" and images_seen(len(part), train) >= len(part)
+    if not (config.adapters.blocks and (name == "test" or whole)):
+        return own.adapted, part
+    if len(part) * own.adapted.bytes_before > limit:
+        return own.adapted, part
+    _arriving.limit = limit
+    made: Arriving = _arriving.once((own.key, part.key), lambda: Arriving.of(part, own.adapted))
+    return own.adapted.beyond, made

@@ -85,11 +85,10 @@ class Device:
         Raises:
             DataError: if its images are not those that the run began with, unless they may change.
         """
-        train_samples = self._images.begin()
         return HelloReply(
             partition_id=self.partition_id,
             **{name: getattr(self.profile, name) for name in PROFILE_FIELDS},
-            train_samples=train_samples,
+            train_samples=self._images.begin(),
             holds_backbone=DenseCache(self._cache).holds(message.backbone_key),
             class_names=json.dumps(self._images.reported),
         )
@@ -138,8 +137,7 @@ class Device:
         small = self.compute.put(smaller_model(plan, message.weights, dense))
         if self.config.model.head == "prototypes":
             train = self._images.part("train")
-            features = image_features(small, train.split(256))
-            small = fill_with_prototypes(small, features, home(train.labels).numpy())
+            small = fill_with_prototypes(small, image_features(small, train.split(256)), home(train.labels).numpy())
         self._references.begin(message.backbone_key, plan, simulated=not self.source)
         save_pruned(small, plan, self.storage.pruned, replace=True)
         if message.adapters.size:
@@ -254,11 +252,11 @@ class Device:
         """Returns what stayed on the device, with the α that suits the w just received (`Method.weigh`)."""
         if personal is None or not (chosen := self._images.weighing(round)):
             return personal
-        train, prior = self._images.part("train"), self._prior()
+        (adapted, train), prior = self._images.inputs("train", self._pruned), self._prior()
 
         def losses(index: np.ndarray, params: Params) -> Tensor:
             labels = train.labels[torch.from_numpy(index)]
-            logits = informed(self._pruned.adapted(params, train.batch(index)), prior)
+            logits = informed(adapted(params, train.batch(index)), prior)
             return F.cross_entropy(logits, labels, reduction="none")
 
         return method.weigh(received, personal, [partial(losses, index) for index in chosen])
@@ -281,8 +279,8 @@ class Device:
             reference: the model that is trained for comparison: on all images, nothing is held out, in as many steps
                 as the device's own take. By default the device's own model.
         """
-        part = self._images.part(method.trains_on)
         own, options, seed = reference or self._pruned, self.config.train, self.config.seed
+        adapted, part = self._images.inputs(method.trains_on, own)
         if reference:
             steps = local_steps(len(self._images.part("train")), options)
             positions, options = np.arange(len(part)), options.model_copy(update={"steps": steps})
@@ -301,7 +299,7 @@ class Device:
         update = {"learning_rate": rate, "steps": local_steps(len(positions), options)}
         train = options.model_copy(update=update)
         device = self.partition_id, self._prior(method.trains_on)
-        return LocalTask(method, own.adapted, received, personal, drawn(), train, trained, *device)
+        return LocalTask(method, adapted, received, personal, drawn(), train, trained, *device)
 
     def _upload(self, received: Params, trained: Params, round: int) -> np.ndarray:
         """Returns the upload as one flat vector; with differential privacy, within `dp-clip` of the received w."""
@@ -318,8 +316,8 @@ class Device:
 
     def _score(self, params: Params, own: caches.AdaptedDevice | None = None) -> float:
         """Returns the accuracy of a model, by default the device's own, with these adapters."""
-        adapted, prior = (own or self._pruned).adapted, self._prior()
-        return self._accuracy(lambda x: informed(adapted(params, x), prior))
+        (adapted, test), prior = self._images.inputs("test", own or self._pruned), self._prior()
+        return self._accuracy(lambda x: informed(adapted(params, x), prior), test)
 
     def _prior(self, part: str = "train") -> Tensor | None:
         """Returns log p(y) of the classes in a part of the images, if the model shall know it."""
@@ -327,9 +325,9 @@ class Device:
         labels = self._images.part(part).labels
         return self.compute.put(log_prior(self.config.train.label_prior, labels, model.num_classes))
 
-    def _accuracy(self, model: Callable[[Tensor], Tensor]) -> float:
-        """Returns the accuracy on the test part."""
-        test = self._images.part("test")
+    def _accuracy(self, model: Callable[[Any], Tensor], inputs: caches.Inputs | None = None) -> float:
+        """Returns the accuracy on the test part, by default as images."""
+        test = inputs or self._images.part("test")
         with self.compute.forward():
             return accuracy(predict(model, test), test.labels)
 

@@ -15,6 +15,7 @@ from flwr.common.logger import log
 
 from clients import caches
 from clients.storage import DeviceStorage
+from tapfl.adapters.lora import AdaptedModel
 from tapfl.compute import Compute, home
 from tapfl.config import NEW_HEADS, RunConfig
 from tapfl.data.changing import device_folders, drawn
@@ -108,6 +109,10 @@ class OwnImages:
         classes = self.names if self.keeps_names else self.storage.classes if self.source or self.names else ()
         owner = (self.config, self.devices, self.partition_id)
         return caches.part(*owner, name, self.source, self._fingerprint, classes, self.compute)
+
+    def inputs(self, name: str, model: caches.AdaptedDevice) -> tuple[AdaptedModel, caches.Inputs]:
+        """Returns a model, and a part of the images as it takes them (`caches.inputs`)."""
+        return caches.inputs(model, self.part(name), name, self.config)
 
     @property
     def natural_ids(self) -> tuple[str, ...]:

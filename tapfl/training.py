@@ -25,7 +25,7 @@ Objective = Callable[[Any, object], Tensor]
 class InPieces(Protocol):
     """Inputs that need not be in memory together."""
 
-    def split(self, batch: int, /) -> Iterable[Tensor]:
+    def split(self, batch: int, /) -> Iterable[Any]:
         """Returns all of them in order, so many at a time, as `Tensor.split` does."""
         ...
 
@@ -96,7 +96,7 @@ def optimizer(
 
 
 @torch.no_grad()
-def predict(model: Callable[[Tensor], Tensor], inputs: Tensor | InPieces, batch: int = 256) -> Tensor:
+def predict(model: Callable[[Any], Tensor], inputs: Tensor | InPieces, batch: int = 256) -> Tensor:
     """Returns the logits (n, classes) of all inputs."""
     return torch.cat([model(part) for part in inputs.split(batch)])
 

@@ -13,7 +13,7 @@ from experiments.engines.ray import ActorPool
 from tapfl.personalize import together
 
 pytestmark = pytest.mark.slow
-TOGETHER = {"train.rounds": 3, "train.together": "2", "train.label-prior": "counts"}
+TOGETHER = {"train.rounds": 3, "train.together": "2", "train.label-prior": "counts", "adapters.blocks": 1}
 OPTIONS = [f"{name}={value}" for name, value in TOGETHER.items()]
 
 

@@ -26,7 +26,16 @@ from torch.nn import functional as F
 
 from experiments.bench.timing import Counts, Repeats, Row, Sizes, peak_process_bytes, side_by_side
 from tapfl.adapters import flex, rules
-from tapfl.adapters.layout import LORA_A, LORA_B, Placement, Update, device_layout, gather_all, global_shapes
+from tapfl.adapters.layout import (
+    LORA_A,
+    LORA_B,
+    Placement,
+    Update,
+    device_layout,
+    gather_all,
+    global_shapes,
+    last_blocks,
+)
 from tapfl.adapters.lora import AdaptedModel, modules_of
 from tapfl.compute import HERE
 from tapfl.config import AdapterOptions, DeviceOptions, PrivacyOptions, PruningOptions, RunConfig, TrainOptions
@@ -161,9 +170,9 @@ class Work:
     labels: Tensor
 
     @classmethod
-    def of(cls, spec: BackboneSpec, rank: int, batch: int) -> Work:
+    def of(cls, spec: BackboneSpec, rank: int, batch: int, blocks: int = 0) -> Work:
         model = build(spec).requires_grad_(False).eval()
-        layers, generator = prunable_layers(model), torch.Generator().manual_seed(0)
+        layers, generator = last_blocks(prunable_layers(model), blocks), torch.Generator().manual_seed(0)
         params = rules.initial(AdapterOptions(), global_shapes(model, layers, rank), layers, model, generator)
         inputs = torch.randn(example_input(model, batch).shape)
         return cls(model, params, inputs, torch.randint(spec.num_classes, (batch,)))
@@ -244,12 +253,18 @@ def frozen_passes(work: Work) -> Callable[[], None]:
     return run
 
 
-def step_of(work: Work, method: Apfl | FedAvg) -> Callable[[], Tensor]:
-    """Returns a step of ours; each call is the next step of the same round."""
-    adapted = work.adapted()
+def step_of(work: Work, method: Apfl | FedAvg, kept: bool = False) -> Callable[[], Tensor]:
+    """Returns a step of ours; each call is the next step of the same round.
+
+    Args:
+        kept: what arrives at the first adapter has been computed.
+    """
+    adapted, inputs = work.adapted(), work.inputs
+    if kept:
+        adapted, inputs = adapted.beyond, adapted.before(inputs)
     state: Any = method.init(work.params, None, TRAIN, frozenset(work.params))
     loss = partial(F.cross_entropy, target=work.labels)
-    return lambda: method.step(state, lambda params, batch: adapted.losses(params, work.inputs, loss), None).detach()
+    return lambda: method.step(state, lambda params, batch: adapted.losses(params, inputs, loss), None).detach()
 
 
 def apfl(
@@ -257,6 +272,7 @@ def apfl(
     size: Sizes = [64],
     batch: Annotated[int, typer.Option(min=2, help="images per step")] = 16,
     rank: Annotated[int, typer.Option(min=1, help="of every adapter")] = 8,
+    blocks: Annotated[int, typer.Option(min=0, help="as adapters.blocks; steps from kept images are added")] = 0,
     steps: Annotated[int, typer.Option(min=1, help="steps per turn")] = 4,
     repeats: Repeats = 5,
 ) -> Iterator[Row]:
@@ -270,12 +286,12 @@ def apfl(
             else:
                 shown = f"{name.removesuffix('_patch16_224')} {pixels} px"
                 spec = BackboneSpec(name=name, args={"img_size": pixels}, num_classes=CLASSES)
-            shares = _shares(Work.of(spec, rank, batch), steps, repeats)
+            shares = _shares(Work.of(spec, rank, batch, blocks), steps, repeats, blocks > 0)
             row = {"model": shown, "batch": str(batch), "two peft ms": f"{shares.pop('two peft') * 1e3:.1f}"}
             yield row | {variant: f"{share:.2f}" for variant, share in shares.items()}
 
 
-def _shares(work: Work, steps: int, repeats: int) -> dict[str, float]:
+def _shares(work: Work, steps: int, repeats: int, kept: bool) -> dict[str, float]:
     """Returns the seconds of two peft steps, and what the other variants take as a share of them."""
     both = PeftStep(work), PeftStep(work)
     variants: dict[str, Callable[[], object]] = {
@@ -287,6 +303,8 @@ def _shares(work: Work, steps: int, repeats: int) -> dict[str, float]:
         "APFL": step_of(work, Apfl()),
         "α moves": step_of(work, Apfl(update="step")),
     }
+    if kept:
+        variants |= {"FedAvg, kept": step_of(work, FedAvg(), kept), "APFL, kept": step_of(work, Apfl(), kept)}
     for run in variants.values():
         run()  # the first step allocates the optimizer's state, and moves α
     seconds = side_by_side({name: _repeated(run, steps) for name, run in variants.items()}, repeats)

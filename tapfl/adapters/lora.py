@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import copy
 import math
-import re
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -18,11 +18,11 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 from torch.nn import functional as F
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from tapfl.adapters.layout import LORA_A, LORA_B, Layout, Shapes
 from tapfl.adapters.stack import LINE, flat, lead, parts_of, shapes_of, two_dims
-from tapfl.models.forward import full, hooked
+from tapfl.models.forward import Step, example_input, full, segments
 from tapfl.models.units import put
 from tapfl.training import Params
 
@@ -141,7 +141,13 @@ class AdaptedModel:
         scale: s.
         reduced: of the products with frozen weights, instead of the model's own dtype: a lower one. Adapters, their
             gradients and the logits stay float32.
+
+    Attributes:
+        prefix, rest: the steps of a pass before the first that has adapters, and from it on.
     """
+
+    prefix: Sequence[Step]
+    rest: Sequence[Step]
 
     def __init__(self, model: nn.Module, layout: Layout, scale: float, reduced: torch.dtype | None = None) -> None:
         self.layout, self.scale, self.reduced = layout, scale, reduced
@@ -152,18 +158,41 @@ class AdaptedModel:
             if reduced is not None:
                 module.to(reduced)  # once, where autocast would do it in every pass
             put(self.model, name, BoundLinear(name, module, self._bound, scale, plain=reduced is not None))
+        self._divide()
 
-    def __call__(self, params: Params, x: Tensor) -> Tensor:
-        self._bound.update(params)
-        try:
-            if self.reduced is None:
-                return full(self.model(x))
-            with torch.autocast(x.device.type, self.reduced):
-                return full(self.model(x))
-        finally:
-            self._bound.clear()
+    def _divide(self) -> None:
+        """Divides the steps of a pass."""
+        steps = segments(self.model)
+        adapted = [name for name, module in self.model.named_modules() if isinstance(module, BoundLinear)]
+        holds = [any(name.startswith(f"{step}.") for name in adapted) for step, _ in steps]
+        first = holds.index(True) if True in holds else len(steps) - 1  # the last step has the heads
+        self.prefix, self.rest = steps[:first], steps[first:]
 
-    def losses(self, params: Params | Pair, x: Tensor, loss: Callable[[Tensor], Tensor]) -> Tensor:
+    def __call__(self, params: Params, x: Any) -> Tensor:
+        return self._rest_of(self.before(x), params)
+
+    @torch.no_grad()
+    def before(self, x: Any) -> Any:
+        """Returns what arrives at the first adapter: tensors (n, …), a function of the images alone."""
+        if not self.prefix:
+            return x
+        with self._precision(x.device.type):
+            return _through(self.prefix, x)
+
+    @cached_property
+    def beyond(self) -> AdaptedModel:
+        """The same model for inputs that are what `before` returns."""
+        made = copy.copy(self)
+        made.prefix = ()
+        return made
+
+    @cached_property
+    def bytes_before(self) -> int:
+        """Of what `before` returns for one image."""
+        found = self.before(example_input(self.model))
+        return sum(each.nbytes for each in tree_leaves(found) if isinstance(each, Tensor))
+
+    def losses(self, params: Params | Pair, x: Any, loss: Callable[[Tensor], Tensor]) -> Tensor:
         """Returns ``loss(logits)``; of a pair both (2, …), in one pass that shares all before the first adapter."""
         if not isinstance(params, Pair):
             return loss(self(params, x))
@@ -172,19 +201,25 @@ class AdaptedModel:
         def beside(each: Tensor) -> Tensor:
             return each.unflatten(0, (count, 1, -1)).expand(-1, 2, *[-1] * each.dim()).flatten(0, 2)
 
-        def twice(module: nn.Module, args: tuple[object, ...]) -> Any:
-            return tree_map_only(Tensor, beside, args)
-
-        with hooked([self._first.register_forward_pre_hook(twice)]):
-            logits = self(params.bound(), x)
+        logits = self._rest_of(tree_map_only(Tensor, beside, self.before(x)), params.bound())
         return torch.stack([loss(each.flatten(0, 1)) for each in logits.unflatten(0, (count, 2, -1)).unbind(1)])
 
-    @cached_property
-    def _first(self) -> nn.Module:
-        """The first block (of ViT) or stage (of others) that has adapters; the model if only its heads do."""
-        name = next(name for name, module in self.model.named_modules() if isinstance(module, BoundLinear))
-        block = re.match(r"\w+\.\d+", name)
-        return self.model.get_submodule(block[0] if block else "")
+    def _rest_of(self, x: Any, params: Params) -> Tensor:
+        self._bound.update(params)
+        try:
+            with self._precision(next(iter(params.values())).device.type):
+                return full(_through(self.rest, x))
+        finally:
+            self._bound.clear()
+
+    def _precision(self, device: str) -> AbstractContextManager[Any]:
+        return nullcontext() if self.reduced is None else torch.autocast(device, self.reduced)
+
+
+def _through(steps: Sequence[Step], x: Any) -> Any:
+    for _, step in steps:
+        x = step(x)
+    return x
 
 
 def modules_of(names: Iterable[str]) -> list[str]:

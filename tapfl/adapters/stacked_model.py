@@ -36,7 +36,8 @@ class StackedModel(AdaptedModel):
         stacking: where each device's adapters lie in a stack.
 
     Raises:
-        ModelError: if the models have other families than ViT and DeiT, or differ in what is not pruned.
+        ModelError: if the models have other families than ViT and DeiT, or differ in what is not pruned or in what
+            their inputs are (`AdaptedModel.beyond`).
     """
 
     def __init__(self, members: Sequence[AdaptedModel]) -> None:
@@ -60,6 +61,11 @@ class StackedModel(AdaptedModel):
             if isinstance(module := self.model.get_submodule(head), BoundLinear):
                 put(self.model, head, BoundLinear(head, module.linear, self._bound, self.scale))
         _require_same(models)
+        self._divide()
+        if not all(member.prefix for member in members):
+            if any(member.prefix or len(member.rest) != len(self.rest) for member in members):
+                raise ModelError("train.together: their inputs are of different blocks")
+            self.prefix = ()
         own: list[Shapes] = [{name: place.shape for name, place in member.layout.items()} for member in members]
         factors = [_factor_places(each, shapes) for each, shapes in zip(places, own, strict=True)]
         self.stacking = Stacking.of(own, factors, _factor_shapes(wide, own))

@@ -208,10 +208,15 @@ class RunConfig(Section):
 def binding(flat: Mapping[str, Any]) -> dict[str, Any]:
     """Returns those of a run's dotted options that must not change when it is resumed.
 
-    It may get more rounds, unless the learning rates depend on their number.
+    It may get more rounds, unless the learning rates depend on their number. With `adapters.blocks` the size of the
+    cache says what is computed once for all rounds and what in each batch, which may differ in the last bits.
     """
-    free = (*FREE_OPTIONS, "train.rounds") if flat.get("train.schedule", "constant") == "constant" else FREE_OPTIONS
-    return {k: v for k, v in flat.items() if not k.startswith(free)}
+    free = {*FREE_OPTIONS, "train.rounds"}
+    if flat.get("train.schedule", "constant") != "constant":
+        free.discard("train.rounds")
+    if flat.get("adapters.blocks"):
+        free.discard("compute.cache-mb")
+    return {k: v for k, v in flat.items() if not k.startswith(tuple(free))}
 
 
 def names_path(value: str) -> bool:

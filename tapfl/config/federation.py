@@ -206,7 +206,10 @@ class ComputeOptions(Section):
     deterministic: bool = Field(
         False, description="on a GPU, only operations with the same bits each time; other processors are refused"
     )
-    cache_mb: Count = Field(512, description="MB of devices' images, and again of their models, that a worker keeps")
+    cache_mb: Count = Field(
+        512,
+        description="MB that a worker keeps of devices' images, of their models, and of what arrives at adapters: each",
+    )
 
 
 class FaultOptions(Section):
