@@ -22,7 +22,7 @@ from flwr.common.logger import log
 from strategies.exchange import Lazily, Request
 from strategies.fleet import Fleet, sample_clients
 from strategies.records import CLASSES, DeviceRecord, DriftLine, FailureLine, append_lines, read_classes
-from strategies.round_zero import PublicPool, Shared, describe_pool, device_model, side_by_side, task_images
+from strategies.round_zero import PublicPool, Shared, describe_pool, device_model, probed, side_by_side, task_images
 from strategies.state import FederationState
 from tapfl.compute import HERE, Compute
 from tapfl.config import NEW_HEADS, RunConfig
@@ -120,7 +120,8 @@ class Preparation:
         with stage("smaller models") as advance:
             advance(0, len(state.devices))
             new_head, records = self.backbone if self.backbone is not self.judge else None, [*state.devices.values()]
-            shared = Shared(self.config, self.pool, self.judge, self.compute, new_head)
+            config = probed(self.config, [record.profile.budget for record in records], self.pool)
+            shared = Shared(config, self.pool, self.judge, self.compute, new_head)
             each = side_by_side(shared, make, records, self._at_once(records))
             for done, (record, made) in enumerate(zip(records, each, strict=True), start=1):
                 i = record.device
@@ -137,11 +138,10 @@ class Preparation:
     def _at_once(self, records: Sequence[DeviceRecord]) -> int:
         """Returns how many smaller models are made at once: as many as the memory is likely to hold activations of.
 
-        One on a GPU, where a latency is measured, and where the probe of the pool is the work.
+        One on a GPU, and where a latency is measured.
         """
         measured = any(Budget.parse(record.profile.budget).measured for record in records)
-        alone = measured or self.compute.device.type != "cpu" or self.config.pruning.probe == "pool"
-        return 1 if alone else min(cores(), AT_ONCE, len(records))
+        return 1 if measured or self.compute.device.type != "cpu" else min(cores(), AT_ONCE, len(records))
 
     def surgery(
         self, state: FederationState, messages: Mapping[int, Prune], min_success: float | None = None

@@ -9,27 +9,25 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from queue import SimpleQueue
-from threading import Event, Lock
+from threading import Event, RLock
 from typing import TypeVar
 
 import numpy as np
-from torch import nn
+from torch import Tensor, nn
 
 from tapfl.compute import HERE, Compute
 from tapfl.config import MetricOptions, RunConfig
 from tapfl.data.images import ImageSet
-from tapfl.data.transform import Batches
 from tapfl.memo import Memo
 from tapfl.models.backbone import BackboneSpec, spec_of
 from tapfl.models.forward import transform_of
-from tapfl.models.prunable import prunable_layers
 from tapfl.options import Scalar
 from tapfl.progress import shown_on
 from tapfl.pruning.basis import in_basis, turned_on_pool
 from tapfl.pruning.criteria.criterion import PruningTask, Selection
 from tapfl.pruning.criteria.registry import resolved
-from tapfl.pruning.layer_importance import PoolProbe
 from tapfl.pruning.pipeline import Pruned, fine_tune_set, labels_of, prune_model, pruning_task, select
+from tapfl.pruning.pool import PoolTables
 from tapfl.seeds import numpy_generator, torch_generator
 from tapfl.store import cache_folder
 from tapfl.summary.metric_set import Projection, cached_features, effective_size, pick_metric_set
@@ -106,10 +104,25 @@ def task_images(
     return pick_metric_set(summary, pool.density, pool.points, options, generator)
 
 
+def probed(config: RunConfig, budgets: Sequence[float | str], pool: PublicPool) -> RunConfig:
+    """Returns the options of a run with `pruning.probe = auto` decided, given the budget of each device.
+
+    The pool passes the backbone once for all devices, and about six times for the layers under each different budget; a
+    device's own images pass it as often for the device alone. So the pool pays from devices · metric.size ≥ budgets ·
+    images of the pool on. One that is too large for tables never does.
+    """
+    if config.pruning.probe != "auto":
+        return config
+    asked, held = len(budgets) * config.metric.size, len(set(budgets)) * len(pool.images)
+    probe = "pool" if asked >= held and pool.sample is None else "own"
+    return config.model_copy(update={"pruning": config.pruning.model_copy(update={"probe": probe})})
+
+
 class Shared:
     """What the smaller models of all devices have in common: computed when it is first needed, and once.
 
-    It changes no model, not by a bit, and holds little: no images and no activations beyond those of the pass at hand.
+    It changes no model, not by a bit, and its memory holds no images and no activations beyond those of the pass at
+    hand.
 
     Args:
         model: the dense backbone whose predictions count, on the CPU.
@@ -130,7 +143,7 @@ class Shared:
         self.transform = transform_of(model)
         self._tasks, self._selections = Memo(BUDGETS), Memo(SELECTIONS)
         self._origin: Shared | None = None
-        self._lock = Lock()
+        self._lock = RLock()  # of what the threads have in common
 
     def beside(self) -> Shared:
         """Returns the same for another thread, with models of its own: criteria watch the layers of a model."""
@@ -153,35 +166,51 @@ class Shared:
         return in_basis(dense, basis, lambda: turned_on_pool(dense, images, self.transform, self.config.seed))
 
     @cached_property
-    def probe(self) -> PoolProbe:
-        """What the pool says of the layers, for ``pruning.probe = pool``; a large pool is probed where it is asked."""
-        config, model, images, sample = self.config, self.model, self.pool.images, self.pool.sample
-
-        def at(positions: np.ndarray) -> Batches:
-            return self.transform.batches(images.subset(positions))
-
-        batches = partial(self.transform.batches, images) if sample is None else partial(at, sample)
-        layers, batch, compute = prunable_layers(model), config.metric.batch, self.compute
-        settings = (config.pruning, batch, compute.at_once, compute.forward)
-        return PoolProbe(model, layers, batches, *settings, at=None if sample is None else at)
+    def tables(self) -> PoolTables:
+        """What the pool says of all its images, for ``pruning.probe = pool``."""
+        pool, config = self.pool, self.config
+        task = self._problem(np.arange(config.metric.batch), budget=1.0)
+        return PoolTables(task, self._images, len(pool.images), cache_folder(config.cache), pool.sample)
 
     def task(self, chosen: np.ndarray, budget: float | str) -> PruningTask:
         """Returns the problem of a device; what depends on the backbone and the budget alone is measured once."""
-        config, metric = self.config, self.pool.images.subset(chosen)
-        inputs, head, batch = self.compute.put(self.transform(metric.read())), self.new_head, config.metric.batch
+        task = self._problem(chosen, budget)
+        if self.config.pruning.probe != "pool":
+            return task
+
+        def ask(of: Callable[..., R], *about: object) -> R:
+            with self._common._lock:
+                return of(chosen, *about)
+
+        with self._common._lock:
+            tables = self._common.tables
+        sums = partial(ask, tables.sums) if tables.sample is None else None
+        return replace(task, probe=partial(ask, tables.importance), sums=sums)
+
+    @property
+    def _common(self) -> Shared:
+        return self._origin or self
+
+    def _problem(self, chosen: np.ndarray, budget: float | str) -> PruningTask:
+        config, head, (inputs, labels) = self.config, self.new_head, self._images(chosen)
         task: PruningTask = self._tasks.once(
             budget,
-            lambda: pruning_task(self.model, inputs, budget, config.pruning, batch, seed=config.seed, new_head=head),
+            lambda: pruning_task(
+                self.model, inputs, budget, config.pruning, config.metric.batch, seed=config.seed, new_head=head
+            ),
         )
         return replace(
             task,
             inputs=inputs,
-            labels=self.compute.put(labels_of(metric, config.pruning)),
+            labels=labels,
             generator=torch_generator(config.seed, "criterion"),
-            pool_probe=partial(self.probe.importance, chosen=chosen) if config.pruning.probe == "pool" else None,
             at_once=self.compute.at_once,
             passing=self.compute.forward,
         )
+
+    def _images(self, positions: np.ndarray) -> tuple[Tensor, Tensor | None]:
+        images = self.pool.images.subset(positions)
+        return self.compute.put(self.transform(images.read())), self.compute.put(labels_of(images, self.config.pruning))
 
     def selection(self, chosen: np.ndarray, budget: float | str) -> tuple[PruningTask, Selection]:
         """Returns the problem and its answer; equal metric sets under equal budgets are scored once.

@@ -98,8 +98,8 @@ def test_the_memory_of_the_process_sees_what_is_written() -> None:
 
 @pytest.mark.parametrize("probe", ["own", "pool"])
 def test_a_row_for_every_number_of_devices(probe: str) -> None:
-    rows = list(round_zero.devices([1, 2], [probe]))
-    assert [(row["probe"], row["devices"]) for row in rows] == [(probe, "1"), (probe, "2")]
+    rows = list(round_zero.devices([1, 2], [probe], ["wanda"]))
+    assert [(row["criterion"], row["probe"], row["devices"]) for row in rows] == [("wanda", probe, c) for c in "12"]
     for row in rows:
         total, plans, pool = (float(row[name]) for name in ("s a device", "plans, s a device", "pool s"))
         assert total == pytest.approx(plans + pool / int(row["devices"]), abs=0.02)

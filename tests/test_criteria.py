@@ -148,9 +148,9 @@ def test_taylor_and_fisher_are_means_over_images(vit: Tiny) -> None:
     task = replace(task_of(vit), labels=LABELS)
     name = "blocks.0.mlp"
     each = torch.cat([batch[name] for batch in gradients.image_gradients(task)]).double()
-    torch.testing.assert_close(gradients.mean_over_images(task, torch.abs)[name], each.abs().mean(0))
-    torch.testing.assert_close(gradients.mean_over_images(task, torch.square)[name], (each**2).mean(0))
-    whole = gradients.mean_over_images(replace(task, batch=4), torch.abs)[name]  # an image's gradient knows no batch
+    torch.testing.assert_close(gradients.taylor_scores(task)[name], each.abs().mean(0))
+    torch.testing.assert_close(gradients.fisher_scores(task)[name], (each**2).mean(0))
+    whole = gradients.taylor_scores(replace(task, batch=4))[name]  # an image's gradient knows no batch
     torch.testing.assert_close(whole, each.abs().mean(0), rtol=1e-4, atol=1e-7)
 
 
@@ -162,19 +162,19 @@ def test_without_labels_the_dense_predictions_are_the_targets(vit: Tiny) -> None
 
 def test_global_ranking_follows_the_scale_of_a_layer_and_ranking_within_layers_does_not(vit: Tiny) -> None:
     task = task_of(vit)
-    scores = gradients.mean_over_images(task, torch.abs)
+    scores = gradients.taylor_scores(task)
     louder = scores | {"blocks.1.mlp": scores["blocks.1.mlp"] * 1e6}
     assert same(by_layer(task, scores), by_layer(task, louder))
     assert len(across_layers(task, louder).kept["blocks.1.mlp"]) == 128
     assert len(across_layers(task, scores).kept["blocks.1.mlp"]) < 128
     assert same(gradients.taylor_global(task), across_layers(task, scores))
-    assert same(gradients.fisher(task), by_layer(task, gradients.mean_over_images(task, torch.square)))
+    assert same(gradients.fisher(task), by_layer(task, gradients.fisher_scores(task)))
 
 
 @pytest.mark.parametrize("family", ["vit", "swin"])
 def test_isomorphic_ranks_only_within_a_type(family: str, families: dict[str, Tiny]) -> None:
     task = task_of(families[family], budget=0.5)
-    scores = gradients.mean_over_images(task, torch.abs)
+    scores = gradients.taylor_scores(task)
     plain = gradients.within_types(task, scores)
     louder = {layer.name: scores[layer.name] * (1e6 if layer.kind == "ffn" else 1) for layer in task.layers}
     assert same(plain, gradients.within_types(task, louder))

@@ -2,31 +2,40 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from backbones import Tiny
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from experiments.bench.round_zero import synthetic_mixture
 from strategies import round_zero
-from strategies.round_zero import PublicPool, Shared, describe_pool, device_model, side_by_side
+from strategies.round_zero import PublicPool, Shared, describe_pool, device_model, probed, side_by_side
 from tapfl.config import PruningOptions, RunConfig
 from tapfl.data.sources import load_images
 from tapfl.errors import ConfigError
 from tapfl.memo import Memo
 from tapfl.models.backbone import BackboneSpec, build, spec_of
 from tapfl.models.prunable import prunable_layers
-from tapfl.models.units import Shape
+from tapfl.models.units import PrunableLayer, Shape
 from tapfl.progress import track
-from tapfl.pruning import layer_importance as layer_importance_module
-from tapfl.pruning.criteria.criterion import by_layer
-from tapfl.pruning.layer_importance import PoolProbe, layer_importance
+from tapfl.pruning import pool as pool_module
+from tapfl.pruning.criteria.criterion import OverImages, PruningTask, by_layer
+from tapfl.pruning.criteria.registry import BUILT_IN, criterion_of
+from tapfl.pruning.layer_importance import layer_importance
 from tapfl.pruning.pipeline import pruning_task
 from tapfl.pruning.plan import PruningPlan
+from tapfl.pruning.pool import PoolTables, mapped
 from tapfl.pruning.scores import neuron_importance
 from tapfl.pruning.unit_shape import keep_best
 
@@ -80,9 +89,9 @@ def test_shared_plans_are_unshared_plans_bit_by_bit(place: Place, probe: str, ru
     assert together[0].layers != together[3].layers  # same budget, another task
 
 
-@pytest.mark.parametrize("criterion", ["random", "taylor"])
-def test_other_criteria_share_as_well(place: Place, criterion: str) -> None:
-    there = with_options(place, pruning__criterion=criterion)
+@pytest.mark.parametrize(("probe", "criterion"), [("own", "random"), ("own", "taylor"), ("pool", "wanda")])
+def test_other_criteria_share_as_well(place: Place, probe: str, criterion: str) -> None:
+    there = with_options(place, pruning__criterion=criterion, pruning__probe=probe)
     shared = Shared(there.config, there.pool, there.model)
     assert [there.plan(i, shared) for i in range(3)] == [there.plan(i, None) for i in range(3)]
 
@@ -101,10 +110,8 @@ def test_equal_metric_sets_under_equal_budgets_are_scored_once(place: Place, mon
 def test_the_pool_is_probed_once_for_a_budget(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     there = with_options(place, pruning__probe="pool")
     pieces: list[int] = []
-    measure = layer_importance_module.sample_divergences
-    monkeypatch.setattr(
-        layer_importance_module, "sample_divergences", lambda *given: (pieces.append(1), measure(*given))[1]
-    )
+    measure = pool_module.sample_divergences
+    monkeypatch.setattr(pool_module, "sample_divergences", lambda *given: (pieces.append(1), measure(*given))[1])
     shared = Shared(there.config, there.pool, there.model)
     passed = []
     for device in range(6):
@@ -115,45 +122,131 @@ def test_the_pool_is_probed_once_for_a_budget(place: Place, monkeypatch: pytest.
     assert passed == [each, 2 * each, 3 * each, 3 * each, 3 * each, 3 * each]
 
 
-def test_the_pool_gives_the_layer_importance_of_its_samples(vit: Tiny) -> None:
-    """With the same masks, the mean over a part of the pool is the importance measured on that part."""
-    pool = torch.cat([vit.inputs, vit.inputs.flip(-1), vit.inputs[:1]])
-    options = PruningOptions()
-    probe = PoolProbe(vit.model, vit.layers, lambda: pool.split(4), options, batch=4)
-    shapes = {layer.name: Shape(layer.heads, layer.units_per_head // 2) for layer in vit.layers}
-    chosen = np.array([7, 2, 8])
-    kept = {layer.name: keep_best(layer, probe.scores[layer.name], shapes[layer.name]) for layer in vit.layers}
-    expected = layer_importance(vit.model, vit.layers, kept, pool[torch.from_numpy(chosen)], batch=4)
-    assert probe.importance(shapes, chosen) == pytest.approx(expected, rel=1e-4)
-    assert probe.divergences(shapes).shape == (len(vit.layers), 9)
-    whole = [
-        neuron_importance(vit.model, vit.layers, part, batch=4) for part in (pool[:4], pool[4:8])
-    ]  # the last is not
-    for layer in vit.layers:
-        torch.testing.assert_close(probe.scores[layer.name], whole[0][layer.name] + whole[1][layer.name])
+@dataclass(frozen=True)
+class Pool:
+    """Twelve images, and the problem of those at some positions."""
+
+    backbone: Tiny
+    task: PruningTask
+    images: Tensor
+    tables: PoolTables
+    seen: list[int]
+
+    def of(self, chosen: Sequence[int]) -> PruningTask:
+        return replace(self.task, inputs=self.images[list(chosen)])
 
 
-def test_of_a_large_pool_the_metric_set_alone_is_probed(vit: Tiny) -> None:
-    """Units are ranked on a part of it; the divergences are those that the whole pool would give."""
-    pool, options, seen = torch.cat([vit.inputs, vit.inputs.flip(-1)]), PruningOptions(), list[int]()
+def pool_of(backbone: Tiny, folder: Path, criterion: str = "tap", sample: np.ndarray | None = None) -> Pool:
+    options = PruningOptions(criterion=criterion, align=1)
+    images = torch.cat([backbone.inputs, backbone.inputs.flip(-1), backbone.inputs.roll(1, -1)])
+    task, seen = pruning_task(backbone.model, backbone.inputs, 0.5, options, batch=4), list[int]()
 
-    def at(positions: np.ndarray) -> list[Tensor]:
+    def at(positions: np.ndarray) -> tuple[Tensor, None]:
         seen.extend(positions.tolist())
-        return [pool[torch.from_numpy(positions)]]
+        return images[torch.from_numpy(positions)], None
 
-    whole = PoolProbe(vit.model, vit.layers, lambda: pool.split(4), options, batch=4)
-    probe = PoolProbe(vit.model, vit.layers, lambda: pool.split(4), options, batch=4, at=at)
-    shapes = {layer.name: Shape(layer.heads, layer.units_per_head // 2) for layer in vit.layers}
-    chosen = np.array([7, 2, 5])
-    assert probe.importance(shapes, chosen) == pytest.approx(whole.importance(shapes, chosen), rel=1e-4)
-    assert seen == [7, 2, 5]
+    return Pool(backbone, task, images, PoolTables(task, at, len(images), folder, sample), seen)
+
+
+def halves(layers: Sequence[PrunableLayer]) -> dict[str, Shape]:
+    return {layer.name: Shape(layer.heads, layer.units_per_head // 2) for layer in layers}
+
+
+def criteria_over_images() -> list[str]:
+    return [name for name in BUILT_IN if isinstance(criterion_of(name).scores, OverImages)]
+
+
+def test_which_criteria_are_sums_over_images() -> None:
+    names = {"taylor", "taylor-global", "isomorphic", "fisher", "fisher-global", "wanda", "lowrank-heads"}
+    assert set(criteria_over_images()) == names
+
+
+@pytest.mark.parametrize("name", criteria_over_images())
+def test_scores_of_a_metric_set_are_those_of_the_sums_over_its_images(name: str, vit: Tiny, tmp_path: Path) -> None:
+    """Whatever part of the pool it is, in whatever order: as if it were scored alone, to 1e-6 of the largest score."""
+    pool, scores = pool_of(vit, tmp_path, name), criterion_of(name).scores
+    assert isinstance(scores, OverImages)
+
+    @settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+    @given(st.lists(st.integers(0, 11), min_size=4, max_size=12, unique=True))
+    def check(chosen: list[int]) -> None:
+        own, known = pool.of(chosen), partial(pool.tables.sums, np.array(chosen))
+        shared = scores(replace(own, sums=known))
+        for layer, values in scores(own).items():
+            torch.testing.assert_close(shared[layer], values, rtol=0, atol=1e-6 * float(values.abs().max()))
+
+    check()
+    assert pool.seen == [*range(12)]  # once
+
+
+def test_a_table_is_a_file_without_a_name_and_refuses_a_full_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table = mapped(tmp_path / "new", 3, 2)
+    assert table.shape == (3, 2) and not table.any() and not list((tmp_path / "new").iterdir())
+
+    def full(*_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(OSError, match="No space"):
+        mapped(tmp_path, 3, 2)
+
+
+def test_the_pool_gives_the_layer_importance_of_its_samples(vit: Tiny, tmp_path: Path) -> None:
+    """With the same masks, the mean over a part of the pool is the importance measured on that part."""
+    pool, chosen, shapes = pool_of(vit, tmp_path), np.array([7, 2, 8]), halves(vit.layers)
+    tables = pool.tables
+    kept = {layer.name: keep_best(layer, tables.ranking[layer.name], shapes[layer.name]) for layer in vit.layers}
+    expected = layer_importance(vit.model, vit.layers, kept, pool.of(chosen).inputs, batch=4)
+    assert tables.importance(chosen, shapes) == pytest.approx(expected, rel=1e-4)
+    assert tables.divergences(shapes).shape == (len(vit.layers), 12)
+    parts = [neuron_importance(vit.model, vit.layers, part, batch=4) for part in pool.images.split(4)]
+    for layer in vit.layers:
+        torch.testing.assert_close(tables.ranking[layer.name], sum(part[layer.name] for part in parts))
+
+
+def test_where_masks_do_not_depend_on_images_the_pool_gives_the_exact_importance(vit: Tiny, tmp_path: Path) -> None:
+    """Attentions of `lowrank-heads` are ranked by their energy in the canonical basis."""
+    pool, chosen = pool_of(vit, tmp_path, "lowrank-heads"), np.array([7, 2, 8, 0])
+    task = replace(pool.of(chosen), layers=tuple(n for n in vit.layers if n.kind == "attention"))
+    shapes = halves(task.layers)
+    own = criterion_of("lowrank-heads").scores(pool.of(chosen))
+    kept = {layer.name: keep_best(layer, own[layer.name], shapes[layer.name]) for layer in task.layers}
+    expected = layer_importance(task.model, task.layers, kept, task.inputs, batch=4)
+    found = pool.tables.importance(chosen, halves(vit.layers))
+    assert {name: found[name] for name in expected} == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("criterion", ["tap", "wanda"])
+def test_of_a_large_pool_the_metric_set_alone_is_probed(criterion: str, vit: Tiny, tmp_path: Path) -> None:
+    """Units are ranked on a part of it; the divergences are those that the whole pool would give."""
+    whole = pool_of(vit, tmp_path, criterion)
+    part = pool_of(vit, tmp_path, criterion, sample=np.arange(12))
+    chosen, shapes = np.array([7, 2, 5]), halves(vit.layers)
+    assert part.tables.importance(chosen, shapes) == pytest.approx(whole.tables.importance(chosen, shapes), rel=1e-4)
+    assert part.seen[:3] == [7, 2, 5] and part.seen[3:] == [*range(12)]
 
 
 def test_a_pool_beyond_the_sample_is_probed_in_part(place: Place) -> None:
-    large = replace(place.pool, sample=np.arange(64))
-    shared = Shared(with_options(place, pruning__probe="pool").config, large, place.model)
-    assert shared.probe.at is not None and sum(map(len, shared.probe.batches())) == 64
-    assert Shared(place.config, place.pool, place.model).probe.at is None
+    config = with_options(place, pruning__probe="pool").config
+    large = Shared(config, replace(place.pool, sample=np.arange(64)), place.model)
+    assert large.tables.sample is not None and large.task(np.arange(48), 0.5).sums is None
+    assert Shared(config, place.pool, place.model).task(np.arange(48), 0.5).sums is not None
+    assert Shared(place.config, place.pool, place.model).task(np.arange(48), 0.5).probe is None
+
+
+def test_auto_takes_the_pool_where_devices_have_more_images_than_it(place: Place) -> None:
+    """Of 200 images, at 48 a device: from 5 devices of one budget on, or 13 of three."""
+    there = with_options(place, pruning__probe="auto")
+
+    def decided(budgets: Sequence[float | str], pool: PublicPool = place.pool) -> str:
+        return probed(there.config, budgets, pool).pruning.probe
+
+    assert [decided([0.5] * count) for count in (1, 4, 5)] == ["own", "own", "pool"]
+    assert [decided([0.3, 0.5, 0.7] * count) for count in (4, 5)] == ["own", "pool"]
+    assert decided([0.5] * 99, replace(place.pool, sample=np.arange(64))) == "own"
+    assert probed(place.config, [0.5] * 99, place.pool) is place.config
 
 
 def test_probing_on_a_pool_needs_one(vit: Tiny) -> None:
@@ -173,9 +266,14 @@ def test_a_memo_keeps_what_was_used_last() -> None:
     assert memo.once("d", lambda: 4) == 4
 
 
-def test_smaller_models_made_side_by_side_are_the_same_and_come_in_order(place: Place) -> None:
+@pytest.mark.parametrize(("probe", "criterion"), [("own", "tap"), ("pool", "lowrank-heads")])
+def test_smaller_models_made_side_by_side_are_the_same_and_come_in_order(
+    place: Place, probe: str, criterion: str
+) -> None:
+    place = with_options(place, pruning__probe=probe, pruning__criterion=criterion)
     shared, devices = Shared(place.config, place.pool, place.model), range(7)
     alone = list(side_by_side(shared, lambda shared, i: place.plan(i, shared), devices, at_once=1))
+    shared = Shared(place.config, place.pool, place.model)
     assert list(side_by_side(shared, lambda shared, i: place.plan(i, shared), devices, at_once=3)) == alone
     assert [plan.provenance["device"] for plan in alone] == [*devices]
 

@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import product
 from typing import Annotated
 
 import numpy as np
@@ -38,38 +39,42 @@ Devices = Annotated[int, typer.Option(min=1, help="devices of the digits run")]
 def devices(
     devices: Counts = [1, 10, 100],
     probe: Annotated[list[str], typer.Option(help="own or pool, as pruning.probe")] = ["own", "pool"],
+    criterion: Annotated[list[str], typer.Option(help="as pruning.criterion")] = ["lowrank-heads", "tap"],
 ) -> Iterator[Row]:
     """Round zero on the server for many devices with one public pool: CPU seconds per device, one thread.
 
     The pool's descriptors and mixture are computed once, then a metric set, its scores and a plan for each device, with
-    synthetic mixtures and a digits ViT of random weights. `unshared` is the same with nothing shared by the devices;
-    `forward` is one forward pass of a metric set.
+    synthetic mixtures and a digits ViT of random weights. `unshared` is a plan of ``probe=own`` with nothing shared by
+    the devices, `forward` one forward pass of a metric set, `goal` the plans over 5 × one and a pass for each device.
     """
     torch.set_num_threads(1)
     torch.manual_seed(0)
     images = load_images("digits").subset(np.arange(POOL))
     spec = spec_of(RunConfig().model, images.classes)
     model = build(spec).requires_grad_(False)
-    for way in probe:
-        config = RunConfig.from_flat({"pruning.criterion": "tap", "pruning.probe": way})
+    for name, way in product(criterion, probe):
+        own = RunConfig.from_flat({"pruning.criterion": name})
+        config = RunConfig.from_flat(own.flat() | {"pruning.probe": way})
         start = time.process_time()
         pool = describe_pool(config, images, model)
-        described, plan = time.process_time() - start, partial(_plan, config, pool, spec, model)
-        alone = cpu_seconds(partial(plan, ALONE, shared=False)) / ALONE if way == "own" else None
+        described = time.process_time() - start
+        alone = cpu_seconds(partial(_plan, own, pool, spec, model, ALONE, shared=False)) / ALONE
         floor = _forward_seconds(config, images, model)
         for count in devices:
-            plans = cpu_seconds(partial(plan, count, shared=True))
+            plans = cpu_seconds(partial(_plan, config, pool, spec, model, count, shared=True))
             yield {
+                "criterion": name,
                 "probe": way,
                 "devices": str(count),
                 "pool s": f"{described:.2f}",
                 "plans s": f"{plans:.2f}",
                 "s a device": f"{(described + plans) / count:.3f}",
                 "plans, s a device": f"{plans / count:.3f}",
-                "unshared": f"{alone:.3f}" if alone else "",
+                "unshared": f"{alone:.3f}",
                 "forward": f"{floor:.4f}",
                 "device / forward": f"{(described + plans) / count / floor:.1f}",
                 "plan / forward": f"{plans / count / floor:.1f}",
+                "goal": f"{plans / (5 * alone + count * floor):.2f}",
             }
 
 

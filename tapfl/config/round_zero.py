@@ -253,8 +253,10 @@ class PruningOptions(Section):
     attention_terms: TermWeights = Field(
         (0.8, 0.1, 0.1), description="weights of the same three terms in the attention score of `tap`"
     )
-    probe: Literal["own", "pool"] = Field(
-        "own", description="images that layer importance is measured on: the device's metric set, or the pool, once"
+    probe: Literal["own", "pool", "auto"] = Field(
+        "own",
+        description="where layers, and units if that is exact, are measured: on the device's metric set; on the pool, "
+        "once for all devices; auto: the pool, if they have more images than it times the budgets",
     )
     labels: Literal["pseudo", "public"] = Field(
         "pseudo", description="labels of the metric set: predicted by the dense model, or the true public labels"

@@ -62,7 +62,8 @@ def water_fill(
     if affordable(high):
         return high, keep(high)
     for _ in range(200):
-        middle = (low + high) / 2
+        if (middle := (low + high) / 2) in (low, high):  # there is no number between them
+            break
         low, high = (middle, high) if affordable(middle) else (low, middle)
     return low, keep(low)
 

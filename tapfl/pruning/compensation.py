@@ -312,11 +312,12 @@ def _real_tokens(model: nn.Module, layer: PrunableLayer) -> Tensor | None:
 def _begin(
     model: nn.Module, kept: Mapping[str, Tensor], layers: Sequence[PrunableLayer], inputs: Tensor
 ) -> tuple[nn.Module, list[PrunableLayer]]:
-    """Returns a copy of the model and the layers that lose units."""
+    """Returns a copy of the model in which the branches that lose units are the model's own, and their layers."""
     if not len(inputs):
         raise ModelError("compensation needs at least one image")
     pruned = [layer for layer in layers if layer.name in kept and len(kept[layer.name]) < layer.units]
-    return copy.deepcopy(model), pruned
+    own = [model.get_submodule(layer.name) for layer in pruned]
+    return copy.deepcopy(model, {id(branch): branch for branch in own}), pruned
 
 
 def _empty_moments(

@@ -2,39 +2,24 @@
 
 KL_l = mean over the metric set of KL(P_dense ‖ P_probe), where the probe is the dense model with layer l cut to its
 planned width and everything else dense.
-
-KL_l is a mean over samples. Where the masks of the probes do not depend on the device, one pass over the public pool
-measures the divergence of every sample and layer, and the layer importance of a device is the mean over the samples of
-its metric set (``pruning.probe = pool``, ours). That is an approximation: units are then ranked by the composite
-importance of the pool as a whole, and not of the device's metric set. It pays where there are many devices and few
-different shapes to probe.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass, field
-from functools import cached_property
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tapfl.compute import OF_CPU, AtOnce, home
-from tapfl.config import PruningOptions
-from tapfl.memo import Memo
+from tapfl.compute import OF_CPU, home
 from tapfl.models.forward import Passing
 from tapfl.models.residual import branch_steps
-from tapfl.models.units import PrunableLayer, Shape, replaced
+from tapfl.models.units import PrunableLayer, replaced
 from tapfl.progress import track
-from tapfl.pruning.scores import neuron_importance
-from tapfl.pruning.unit_shape import keep_best
 
 STREAM = OF_CPU.stream  # then a block's activations stay in a CPU's cache, which saves a sixth of the time
-# of the divergences that are kept, float64 (layers, pool) for a set of shapes: 1 MB for DeiT and 5000 images
-KEPT_BYTES = 256 * 2**20
 
 Variant = Mapping[str, nn.Module]  # the branches that take the place of the dense model's, by layer name
 Change = tuple[tuple[str, nn.Module], ...]  # those at one step of the model
@@ -161,64 +146,3 @@ class _Walk:
             for name, branch in change:
                 stack.enter_context(replaced(self.model, name, branch))
             return self.steps[position][1](x)
-
-
-@dataclass(eq=False)
-class PoolProbe:
-    """The divergences of all samples of a pool, by the shapes that layers are probed at.
-
-    Of a pool that is too large for that, units are ranked on a part, and divergences measured where they are asked for.
-
-    Attributes:
-        model: the dense backbone.
-        layers: its prunable layers.
-        batches: returns the whole pool in the backbone's input format, in order, in pieces; called for each pass. Of a
-            large pool: the part.
-        options: weights of the composite score.
-        batch: images a scoring batch.
-        at_once, passing: as in `tapfl.pruning.criteria.criterion.PruningTask`.
-    """
-
-    model: nn.Module
-    layers: Sequence[PrunableLayer]
-    batches: Callable[[], Iterable[Tensor]]
-    options: PruningOptions
-    batch: int
-    at_once: AtOnce = OF_CPU
-    passing: Passing = nullcontext
-    at: Callable[[np.ndarray], Iterable[Tensor]] | None = None  # of a large pool: the images at these positions
-    _known: Memo = field(default_factory=lambda: Memo(KEPT_BYTES, lambda found: found.nbytes), init=False)
-
-    @cached_property
-    def scores(self) -> dict[str, Tensor]:
-        """The composite importance (units,) of every layer, summed over the whole batches of each piece."""
-        weights = {"ffn": self.options.ffn_terms, "attention": self.options.attention_terms}
-        total = {layer.name: torch.zeros(layer.units) for layer in self.layers}
-        for part in self._parts(self.batches()):
-            if len(part) >= self.batch:
-                settings = (self.batch, weights, self.at_once, self.passing)
-                for name, values in neuron_importance(self.model, self.layers, part, *settings).items():
-                    total[name] += home(values)
-        return total
-
-    def divergences(self, shapes: Mapping[str, Shape]) -> Tensor:
-        """Returns KL(P_dense ‖ P_probe) in nats, float64 (layers, pool), each layer cut to its shape alone."""
-        key = tuple(shapes[layer.name] for layer in self.layers)
-        return self._known.once(key, lambda: self._measured(shapes, self.batches()))
-
-    def _measured(self, shapes: Mapping[str, Shape], images: Iterable[Tensor]) -> Tensor:
-        kept = {layer.name: keep_best(layer, self.scores[layer.name], shapes[layer.name]) for layer in self.layers}
-        settings = (self.batch, self.at_once.stream, self.passing)
-        found = [sample_divergences(self.model, self.layers, kept, part, *settings) for part in self._parts(images)]
-        return torch.cat(found, dim=1)
-
-    def importance(self, shapes: Mapping[str, Shape], chosen: np.ndarray) -> dict[str, float]:
-        """Returns KL_l in nats by layer name, over the samples at the positions `chosen` of the pool."""
-        if self.at is not None:
-            return mean_divergence(self.layers, self._measured(shapes, self.at(chosen)))
-        return mean_divergence(self.layers, self.divergences(shapes)[:, torch.from_numpy(chosen)])
-
-    def _parts(self, images: Iterable[Tensor]) -> Iterator[Tensor]:
-        device = next(self.model.parameters()).device
-        for part in track(images, "pool"):
-            yield part.to(device)

@@ -274,15 +274,19 @@ def prune_model(
         on = {"latency-on": Compute(task.inputs.device).kind}
     if task.options.tokens != "none":
         on |= {"tokens": task.options.tokens}
-    plan = plan_of(task, selection, spec, {**parts, **on, "seed": seed, **(provenance or {})})
+    plan = plan_of(task, selection, spec, {**parts, **on, "seed": seed, **(provenance or {})}, small)
     changed = selection.model is not None or any(parts[name] != "none" for name in CHANGES)
     return Pruned(small, plan, exact=not changed)
 
 
 def plan_of(
-    task: PruningTask, selection: Selection, spec: BackboneSpec, provenance: Mapping[str, Scalar] | None = None
+    task: PruningTask,
+    selection: Selection,
+    spec: BackboneSpec,
+    provenance: Mapping[str, Scalar] | None = None,
+    small: nn.Module | None = None,
 ) -> PruningPlan:
-    """Returns a criterion's selection as a plan, with its cost measured on the shrunk model."""
+    """Returns a criterion's selection as a plan, with the cost of the smaller model, which is cut here if need be."""
     parts = tuple(
         LayerPlan(
             name=layer.name,
@@ -301,7 +305,7 @@ def plan_of(
         tokens=selection.tokens,
         provenance=dict(provenance or {}),
     )
-    return plan.model_copy(update={"cost": measure_cost(shrink(task.new_head or task.model, plan))})
+    return plan.model_copy(update={"cost": measure_cost(small or shrink(task.new_head or task.model, plan))})
 
 
 def _labels(task: PruningTask, images: FineTuneSet) -> Tensor:

@@ -125,4 +125,4 @@ def with_tokens(
 
 def _with_importance(task: PruningTask, importance: dict[str, float]) -> PruningTask:
     """Returns the task with a known importance of its layers, whose probes cost more than a cut."""
-    return replace(task, options=task.options.model_copy(update={"probe": "pool"}), pool_probe=lambda _: importance)
+    return replace(task, probe=lambda _: importance)

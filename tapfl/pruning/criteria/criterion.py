@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -25,6 +25,7 @@ from tapfl.pruning.sensitivity import Sensitivities, sensitivities
 from tapfl.pruning.unit_shape import Candidates, candidates, keep_best, slices
 
 Scores = Mapping[str, Tensor]  # of all units of every layer (units,), by layer name; the largest stay
+Samples = Callable[["PruningTask"], Iterator[dict[str, Tensor]]]  # of each image (images, units), batch by batch
 
 
 @dataclass(frozen=True)
@@ -41,8 +42,8 @@ class PruningTask:
         options: the pruning options, none of them `auto`.
         batch: images a batch; n is at least one batch.
         generator: the only source of randomness, on the CPU wherever the model is.
-        pool_probe: layer importance (KL by layer name) of layers cut to given shapes, measured on the public pool; None
-            where there is no pool or ``pruning.probe`` is not `pool`.
+        probe: layer importance (KL by layer name) of layers cut to given shapes, where it is not measured on `inputs`.
+        sums: what `OverImages` adds up, of `inputs` and these layers, where it is known from elsewhere.
         new_head: the backbone with the classifier that devices get, where that is not `model`'s; its costs count.
         at_once: how much is computed together.
         passing: context of the passes of which a ranking is all that is used (`tapfl.compute.Compute.forward`).
@@ -57,7 +58,8 @@ class PruningTask:
     options: PruningOptions
     batch: int
     generator: torch.Generator
-    pool_probe: Callable[[Mapping[str, Shape]], dict[str, float]] | None = None
+    probe: Callable[[Mapping[str, Shape]], dict[str, float]] | None = None
+    sums: Callable[[Samples, Sequence[PrunableLayer]], dict[str, Tensor]] | None = None
     new_head: nn.Module | None = None
     at_once: AtOnce = OF_CPU
     passing: Passing = nullcontext
@@ -71,6 +73,37 @@ class PruningTask:
         """Returns the sensitivities of a model with the same layers; equal calls draw equal labels."""
         draws = torch.Generator().manual_seed(self.generator.initial_seed())
         return sensitivities(weights, self.layers, self.inputs, self.batch, draws)
+
+
+@dataclass(frozen=True)
+class OverImages:
+    """Scores that follow from sums over the images i of the metric set S,
+
+        score(S) = finish(Σ_{i ∈ S} t_i)
+
+    where t_i depends on image i alone, and on no other image of its batch. One pass over a pool then scores all metric
+    sets that are drawn from it (`tapfl.pruning.pool`).
+
+    Attributes:
+        samples: yields t (images, units) by layer name.
+        finish: the scores of a task by the sums over its images, float64 (units,) by layer name.
+    """
+
+    samples: Samples
+    finish: Callable[[PruningTask, Mapping[str, Tensor]], Scores]
+
+    def __call__(self, task: PruningTask) -> Scores:
+        known = task.sums
+        return self.finish(task, total(self.samples(task)) if known is None else known(self.samples, task.layers))
+
+
+def total(samples: Iterator[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Returns the sums over all images, float64 (units,) by layer name."""
+    sums: dict[str, Tensor] = {}
+    for batch in samples:
+        for name, values in batch.items():
+            sums[name] = sums.get(name, 0) + values.double().sum(0)
+    return sums
 
 
 @dataclass(frozen=True)
@@ -165,7 +198,8 @@ class Criterion:
 
     Attributes:
         about: what it is, in a sentence or two, with its source.
-        scores: uses neither the task's budget and costs nor the options that control how a budget is spent.
+        scores: `OverImages` where they are of that form. They use neither the task's budget and costs nor the options
+            that control how a budget is spent.
         spend: chooses the units that stay by their scores.
         search: chooses the units that stay; takes the place of `scores` and `spend`.
         defaults: what `auto` means for it, by name of the option (`ratio`, `basis`, `compensation`,
@@ -206,12 +240,12 @@ def refuse_nan(scores: Scores) -> None:
 
 
 def _layer_importance(task: PruningTask, scores: Scores, shapes: Mapping[str, Shape]) -> dict[str, float]:
-    if task.options.probe == "own":
-        kept, stream = _keep(task, scores, shapes), task.at_once.stream
-        return layer_importance(task.model, task.layers, kept, task.inputs, task.batch, stream, task.passing)
-    if task.pool_probe is None:
+    if task.probe is not None:
+        return task.probe(shapes)
+    if task.options.probe == "pool":
         raise ConfigError("pruning.probe = 'pool': there is no public pool beside the metric set here; accepted: own")
-    return task.pool_probe(shapes)
+    kept, stream = _keep(task, scores, shapes), task.at_once.stream
+    return layer_importance(task.model, task.layers, kept, task.inputs, task.batch, stream, task.passing)
 
 
 def _candidates(task: PruningTask, scores: Scores, unit_shape: str) -> list[Candidates]:

@@ -29,7 +29,7 @@ from torch.nn import functional as F
 from tapfl.models.forward import hooked
 from tapfl.models.units import PrunableLayer
 from tapfl.progress import track
-from tapfl.pruning.criteria.criterion import Criterion, PruningTask, Scores, Selection, across_layers
+from tapfl.pruning.criteria.criterion import Criterion, OverImages, PruningTask, Scores, Selection, across_layers
 from tapfl.training import predict
 
 Gates = dict[str, Tensor]
@@ -79,18 +79,18 @@ def image_gradients(task: PruningTask) -> Iterator[Gates]:
         yield dict(zip(gates, torch.autograd.grad(loss, list(gates.values())), strict=True))
 
 
-def mean_over_images(task: PruningTask, of: Callable[[Tensor], Tensor]) -> Gates:
-    """Returns the mean over the metric set of `of` (elementwise) of the images' gate gradients, (units,) by name."""
-    totals = {layer.name: task.inputs.new_zeros(layer.units, dtype=torch.float64) for layer in task.layers}
+def sizes(task: PruningTask, of: Callable[[Tensor], Tensor]) -> Iterator[Gates]:
+    """Yields `of` (elementwise) of each image's gate gradients, float64 (images, units) by layer name."""
     for gradients in image_gradients(task):
-        for name, gradient in gradients.items():
-            totals[name] += of(gradient.double()).sum(0)
-    return {name: total / len(task.inputs) for name, total in totals.items()}
+        yield {name: of(gradient.double()) for name, gradient in gradients.items()}
 
 
-# (units,) by layer name
-taylor_scores: Callable[[PruningTask], Scores] = partial(mean_over_images, of=torch.abs)  # E_b |∂L_b/∂g|
-fisher_scores: Callable[[PruningTask], Scores] = partial(mean_over_images, of=torch.square)  # E_b (∂L_b/∂g)²
+def mean(task: PruningTask, sums: Mapping[str, Tensor]) -> Scores:
+    return {name: values / len(task.inputs) for name, values in sums.items()}
+
+
+taylor_scores = OverImages(partial(sizes, of=torch.abs), mean)  # E_b |∂L_b/∂g|
+fisher_scores = OverImages(partial(sizes, of=torch.square), mean)  # E_b (∂L_b/∂g)²
 
 
 def within_types(task: PruningTask, scores: Scores) -> Selection:

@@ -13,6 +13,7 @@ in which the first dims of a head are the best low-rank head, and FFNs as Wanda 
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 import torch
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from tapfl.errors import ConfigError
 from tapfl.models.units import PrunableLayer
 from tapfl.pruning.basis import carried_energy
-from tapfl.pruning.criteria.criterion import Criterion, PruningTask, Scores
+from tapfl.pruning.criteria.criterion import Criterion, OverImages, PruningTask, Scores
 from tapfl.pruning.scores import record_activations
 
 
@@ -48,15 +49,18 @@ def coupled_norm(layer: PrunableLayer, module: nn.Module) -> Tensor:
     return total
 
 
-@torch.no_grad()
-def output_norms(task: PruningTask) -> dict[str, Tensor]:
-    """Returns Wanda's score of every unit, float64 (units,) by layer name."""
-    squares = {layer.name: task.inputs.new_zeros(layer.units, dtype=torch.float64) for layer in task.layers}
+def squares(task: PruningTask) -> Iterator[dict[str, Tensor]]:
+    """Yields the squared norms of each image's activations, float64 (images, units) by layer name."""
     for number, images in enumerate(task.inputs.split(task.batch)):
-        _, activations = record_activations(task.model, task.layers, images, number)
-        for name, x in activations.items():
-            squares[name] += x.double().square().sum((0, 1))
-    return {n.name: squares[n.name].sqrt() * n.output_of(task.model).weight.double().norm(dim=0) for n in task.layers}
+        activations = record_activations(task.model, task.layers, images, number)[1]
+        yield {name: x.double().square().sum(1) for name, x in activations.items()}
+
+
+@torch.no_grad()
+def times_weights(task: PruningTask, sums: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Returns Wanda's score of every unit, float64 (units,), of layers by the squared norms of their activations."""
+    weights = {n.name: n.output_of(task.model).weight.double() for n in task.layers if n.name in sums}
+    return {name: sums[name].sqrt() * weight.norm(dim=0) for name, weight in weights.items()}
 
 
 def random_scores(task: PruningTask) -> Scores:
@@ -64,7 +68,11 @@ def random_scores(task: PruningTask) -> Scores:
     return {layer.name: torch.rand(layer.units, generator=task.generator) for layer in task.layers}
 
 
-def lowrank_scores(task: PruningTask) -> Scores:
+def ffn_squares(task: PruningTask) -> Iterator[dict[str, Tensor]]:
+    return squares(replace(task, layers=tuple(n for n in task.layers if n.kind == "ffn")))
+
+
+def lowrank(task: PruningTask, sums: Mapping[str, Tensor]) -> Scores:
     """Returns the energy of attention dims and Wanda's score of FFN units, (units,) by layer name.
 
     Raises:
@@ -73,9 +81,10 @@ def lowrank_scores(task: PruningTask) -> Scores:
     energy = carried_energy(task.model)
     if energy is None:
         raise ConfigError("pruning.basis = 'none': criterion lowrank-heads cuts in the canonical basis; accepted: auto")
-    return output_norms(replace(task, layers=tuple(n for n in task.layers if n.kind == "ffn"))) | energy
+    return times_weights(task, sums) | energy
 
 
+output_norms = OverImages(squares, times_weights)
 magnitude = Criterion("Squared L2 norm of all weights that belong to a unit (Li et al., ICLR 2017).", coupled_norms)
 wanda = Criterion(
     "Norm of a unit's activations times norm of its output weights (Sun et al., ICLR 2024).", output_norms
@@ -83,7 +92,7 @@ wanda = Criterion(
 random_units = Criterion("Random scores: the control that every criterion has to beat.", random_scores)
 lowrank_heads = Criterion(
     "Attentions by the energy of dims in the canonical basis of their heads, FFNs as `wanda` (ours).",
-    lowrank_scores,
+    OverImages(ffn_squares, lowrank),
     defaults={"basis": "canonical"},
     requires=("basis",),
 )

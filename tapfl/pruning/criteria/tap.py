@@ -44,7 +44,10 @@ def tap_plus_scores(task: PruningTask) -> Scores:
     the canonical basis, or as in `wanda` in another basis.
     """
     attentions = tuple(layer for layer in task.layers if layer.kind == "attention")
-    return elimination_scores(task) | (carried_energy(task.model) or output_norms(replace(task, layers=attentions)))
+    return {
+        **elimination_scores(task),
+        **(carried_energy(task.model) or output_norms(replace(task, layers=attentions))),
+    }
 
 
 @torch.no_grad()
