@@ -40,6 +40,7 @@ def devices(
     devices: Counts = [1, 10, 100],
     probe: Annotated[list[str], typer.Option(help="own or pool, as pruning.probe")] = ["own", "pool"],
     criterion: Annotated[list[str], typer.Option(help="as pruning.criterion")] = ["lowrank-heads", "tap"],
+    set: Set = [],
 ) -> Iterator[Row]:
     """Round zero on the server for many devices with one public pool: CPU seconds per device, one thread.
 
@@ -53,7 +54,7 @@ def devices(
     spec = spec_of(RunConfig().model, images.classes)
     model = build(spec).requires_grad_(False)
     for name, way in product(criterion, probe):
-        own = RunConfig.from_flat({"pruning.criterion": name})
+        own = RunConfig.from_flat(options_of(None, set) | {"pruning.criterion": name})
         config = RunConfig.from_flat(own.flat() | {"pruning.probe": way})
         start = time.process_time()
         pool = describe_pool(config, images, model)
