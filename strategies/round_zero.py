@@ -47,7 +47,6 @@ class PublicPool:
     points: np.ndarray  # their descriptors, float64 (n, d)
     mixture: GaussianSummary  # fitted on them
     projection: Projection  # from features to descriptors; devices use the same
-    sample: np.ndarray | None = None  # the positions that both were fitted on; None: all
 
     @cached_property
     def density(self) -> np.ndarray:
@@ -72,15 +71,14 @@ def pool_of(config: RunConfig, images: ImageSet, features: np.ndarray) -> Public
 
     Projection and mixture are fitted on `summary.pool-sample` of them; every image has its descriptor.
     """
-    options, sample = config.summary, None
+    options, chosen = config.summary, np.arange(len(features))
     if len(features) > options.pool_sample:
         order = numpy_generator(config.seed, "pool-sample").permutation(len(features))
-        sample = np.sort(order[: options.pool_sample])
-    chosen = slice(None) if sample is None else sample
+        chosen = np.sort(order[: options.pool_sample])
     projection = Projection.fit(features[chosen], options.dim)
     points = projection(features)
     drawn = int(numpy_generator(config.seed, "pool").integers(2**31))
-    return PublicPool(images, points, fit_mixture(points[chosen], options, drawn), projection, sample)
+    return PublicPool(images, points, fit_mixture(points[chosen], options, drawn), projection)
 
 
 def task_images(
@@ -109,12 +107,12 @@ def probed(config: RunConfig, budgets: Sequence[float | str], pool: PublicPool) 
 
     The pool passes the backbone once for all devices, and about six times for the layers under each different budget; a
     device's own images pass it as often for the device alone. So the pool pays from devices · metric.size ≥ budgets ·
-    images of the pool on. One that is too large for tables never does.
+    images of the pool on.
     """
     if config.pruning.probe != "auto":
         return config
     asked, held = len(budgets) * config.metric.size, len(set(budgets)) * len(pool.images)
-    probe = "pool" if asked >= held and pool.sample is None else "own"
+    probe = "pool" if asked >= held else "own"
     return config.model_copy(update={"pruning": config.pruning.model_copy(update={"probe": probe})})
 
 
@@ -170,7 +168,7 @@ class Shared:
         """What the pool says of all its images, for ``pruning.probe = pool``."""
         pool, config = self.pool, self.config
         task = self._problem(np.arange(config.metric.batch), budget=1.0)
-        return PoolTables(task, self._images, len(pool.images), cache_folder(config.cache), pool.sample)
+        return PoolTables(task, self._images, len(pool.images), cache_folder(config.cache))
 
     def task(self, chosen: np.ndarray, budget: float | str) -> PruningTask:
         """Returns the problem of a device; what depends on the backbone and the budget alone is measured once."""
@@ -184,8 +182,7 @@ class Shared:
 
         with self._common._lock:
             tables = self._common.tables
-        sums = partial(ask, tables.sums) if tables.sample is None else None
-        return replace(task, probe=partial(ask, tables.importance), sums=sums)
+        return replace(task, probe=partial(ask, tables.importance), sums=partial(ask, tables.sums))
 
     @property
     def _common(self) -> Shared:

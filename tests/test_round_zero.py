@@ -79,8 +79,10 @@ def with_options(place: Place, **options: object) -> Place:
     return replace(place, config=RunConfig.from_flat(flat))
 
 
-@pytest.mark.parametrize("probe", ["own", "pool"])
-@pytest.mark.parametrize("rule", ["density-ratio", "top-likelihood", "random"])
+@pytest.mark.parametrize(
+    ("probe", "rule"),
+    [("own", "density-ratio"), ("own", "top-likelihood"), ("own", "random"), ("pool", "density-ratio")],
+)
 def test_shared_plans_are_unshared_plans_bit_by_bit(place: Place, probe: str, rule: str) -> None:
     there = with_options(place, pruning__probe=probe, metric__rule=rule)
     shared = Shared(there.config, there.pool, there.model)
@@ -136,7 +138,7 @@ class Pool:
         return replace(self.task, inputs=self.images[list(chosen)])
 
 
-def pool_of(backbone: Tiny, folder: Path, criterion: str = "tap", sample: np.ndarray | None = None) -> Pool:
+def pool_of(backbone: Tiny, folder: Path, criterion: str = "tap") -> Pool:
     options = PruningOptions(criterion=criterion, align=1)
     images = torch.cat([backbone.inputs, backbone.inputs.flip(-1), backbone.inputs.roll(1, -1)])
     task, seen = pruning_task(backbone.model, backbone.inputs, 0.5, options, batch=4), list[int]()
@@ -145,7 +147,7 @@ def pool_of(backbone: Tiny, folder: Path, criterion: str = "tap", sample: np.nda
         seen.extend(positions.tolist())
         return images[torch.from_numpy(positions)], None
 
-    return Pool(backbone, task, images, PoolTables(task, at, len(images), folder, sample), seen)
+    return Pool(backbone, task, images, PoolTables(task, at, len(images), folder), seen)
 
 
 def halves(layers: Sequence[PrunableLayer]) -> dict[str, Shape]:
@@ -218,34 +220,23 @@ def test_where_masks_do_not_depend_on_images_the_pool_gives_the_exact_importance
     assert {name: found[name] for name in expected} == pytest.approx(expected, rel=1e-4)
 
 
-@pytest.mark.parametrize("criterion", ["tap", "wanda"])
-def test_of_a_large_pool_the_metric_set_alone_is_probed(criterion: str, vit: Tiny, tmp_path: Path) -> None:
-    """Units are ranked on a part of it; the divergences are those that the whole pool would give."""
-    whole = pool_of(vit, tmp_path, criterion)
-    part = pool_of(vit, tmp_path, criterion, sample=np.arange(12))
-    chosen, shapes = np.array([7, 2, 5]), halves(vit.layers)
-    assert part.tables.importance(chosen, shapes) == pytest.approx(whole.tables.importance(chosen, shapes), rel=1e-4)
-    assert part.seen[:3] == [7, 2, 5] and part.seen[3:] == [*range(12)]
-
-
-def test_a_pool_beyond_the_sample_is_probed_in_part(place: Place) -> None:
-    config = with_options(place, pruning__probe="pool").config
-    large = Shared(config, replace(place.pool, sample=np.arange(64)), place.model)
-    assert large.tables.sample is not None and large.task(np.arange(48), 0.5).sums is None
-    assert Shared(config, place.pool, place.model).task(np.arange(48), 0.5).sums is not None
-    assert Shared(place.config, place.pool, place.model).task(np.arange(48), 0.5).probe is None
+def test_only_with_the_pool_is_a_task_answered_by_it(place: Place) -> None:
+    shared = [
+        Shared(with_options(place, pruning__probe=way).config, place.pool, place.model) for way in ("own", "pool")
+    ]
+    own, pool = (each.task(np.arange(48), 0.5) for each in shared)
+    assert own.sums is own.probe is None and pool.sums is not None and pool.probe is not None
 
 
 def test_auto_takes_the_pool_where_devices_have_more_images_than_it(place: Place) -> None:
     """Of 200 images, at 48 a device: from 5 devices of one budget on, or 13 of three."""
     there = with_options(place, pruning__probe="auto")
 
-    def decided(budgets: Sequence[float | str], pool: PublicPool = place.pool) -> str:
-        return probed(there.config, budgets, pool).pruning.probe
+    def decided(budgets: Sequence[float | str]) -> str:
+        return probed(there.config, budgets, place.pool).pruning.probe
 
     assert [decided([0.5] * count) for count in (1, 4, 5)] == ["own", "own", "pool"]
     assert [decided([0.3, 0.5, 0.7] * count) for count in (4, 5)] == ["own", "pool"]
-    assert decided([0.5] * 99, replace(place.pool, sample=np.arange(64))) == "own"
     assert probed(place.config, [0.5] * 99, place.pool) is place.config
 
 

@@ -20,7 +20,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from tempfile import TemporaryFile
 
@@ -32,7 +32,7 @@ from tapfl.compute import home
 from tapfl.memo import Memo
 from tapfl.models.units import PrunableLayer, Shape
 from tapfl.progress import track
-from tapfl.pruning.criteria.criterion import OverImages, PruningTask, Samples, Scores, total
+from tapfl.pruning.criteria.criterion import OverImages, PruningTask, Samples, Scores
 from tapfl.pruning.criteria.registry import criterion_of
 from tapfl.pruning.layer_importance import mean_divergence, sample_divergences
 from tapfl.pruning.scores import neuron_importance
@@ -54,14 +54,10 @@ class PoolTables:
         size: images of the pool.
         folder: where the tables of scores are: files that are mapped, without a name, and gone with the process. They
             hold a float64 an image and unit: 92 kB an image for DeiT-T.
-        sample: positions that units are ranked on for the probes, of a pool that is too large for tables. There are no
-            sums then, and divergences are measured where they are asked for; None: the whole pool.
     """
 
-    def __init__(
-        self, task: PruningTask, images: Images, size: int, folder: Path, sample: np.ndarray | None = None
-    ) -> None:
-        self.task, self.images, self.size, self.folder, self.sample = task, images, size, folder, sample
+    def __init__(self, task: PruningTask, images: Images, size: int, folder: Path) -> None:
+        self.task, self.images, self.size, self.folder = task, images, size, folder
         self._tables = Memo(TABLES)
         self._divergences = Memo(KEPT_BYTES, lambda found: found.nbytes)
 
@@ -74,14 +70,12 @@ class PoolTables:
 
     def importance(self, chosen: np.ndarray, shapes: Mapping[str, Shape]) -> dict[str, float]:
         """Returns KL_l in nats by layer name, over the images at the positions `chosen`."""
-        if self.sample is not None:
-            return mean_divergence(self.task.layers, self._measured(shapes, chosen))
         return mean_divergence(self.task.layers, self.divergences(shapes)[:, torch.from_numpy(np.sort(chosen))])
 
     def divergences(self, shapes: Mapping[str, Shape]) -> Tensor:
         """Returns KL(P_dense ‖ P_probe) in nats, float64 (layers, pool), each layer cut to its shape alone."""
         key = tuple(sorted(shapes.items()))
-        return self._divergences.once(key, lambda: self._measured(shapes, np.arange(self.size)))
+        return self._divergences.once(key, lambda: self._measured(shapes))
 
     @cached_property
     def ranking(self) -> Scores:
@@ -89,14 +83,12 @@ class PoolTables:
 
         The latter is summed over the whole batches of each piece.
         """
-        task, positions = self.task, np.arange(self.size) if self.sample is None else self.sample
+        task = self.task
         if isinstance(scores := criterion_of(task.options.criterion).scores, OverImages):
-            each = (batch for piece in self._pieces(positions) for batch in scores.samples(piece))
-            known = self.sums(positions, scores.samples, task.layers) if self.sample is None else total(each)
-            return home(scores.finish(task, known))
+            return home(scores(replace(task, sums=partial(self.sums, np.arange(self.size)))))
         weights = {"ffn": task.options.ffn_terms, "attention": task.options.attention_terms}
         found = {layer.name: torch.zeros(layer.units) for layer in task.layers}
-        for piece in self._pieces(positions):
+        for piece in self._pieces():
             if len(piece.inputs) >= piece.batch:
                 settings = (piece.inputs, piece.batch, weights, piece.at_once, piece.passing)
                 for name, values in neuron_importance(piece.model, piece.layers, *settings).items():
@@ -106,7 +98,7 @@ class PoolTables:
     def _table(self, samples: Samples, layers: Sequence[PrunableLayer]) -> tuple[np.ndarray, dict[str, int]]:
         """Returns t of all images, (pool, columns), and how many columns each layer has."""
         table, widths, row = np.empty((0, 0)), dict[str, int](), 0
-        for piece in self._pieces(np.arange(self.size)):
+        for piece in self._pieces():
             for batch in samples(replace(piece, layers=tuple(layers))):
                 if not widths:
                     widths = {name: values.shape[1] for name, values in batch.items()}
@@ -116,17 +108,17 @@ class PoolTables:
                 row += len(found)
         return table, widths
 
-    def _measured(self, shapes: Mapping[str, Shape], positions: np.ndarray) -> Tensor:
+    def _measured(self, shapes: Mapping[str, Shape]) -> Tensor:
         found = []
-        for piece in self._pieces(positions):
+        for piece in self._pieces():
             kept = {n.name: keep_best(n, self.ranking[n.name], shapes[n.name]) for n in piece.layers}
             settings = (piece.inputs, piece.batch, piece.at_once.stream, piece.passing)
             found.append(sample_divergences(piece.model, piece.layers, kept, *settings))
         return torch.cat(found, dim=1)
 
-    def _pieces(self, positions: np.ndarray) -> Iterator[PruningTask]:
-        for part in track(np.array_split(positions, range(PIECE, len(positions), PIECE)), "pool"):
-            inputs, labels = self.images(part)
+    def _pieces(self) -> Iterator[PruningTask]:
+        for start in track(range(0, self.size, PIECE), "pool"):
+            inputs, labels = self.images(np.arange(start, min(start + PIECE, self.size)))
             yield replace(self.task, inputs=inputs, labels=labels)
 
 
@@ -138,5 +130,6 @@ def mapped(folder: Path, rows: int, columns: int) -> np.ndarray:
     """
     folder.mkdir(parents=True, exist_ok=True)
     with TemporaryFile(dir=folder) as file:
-        os.posix_fallocate(file.fileno(), 0, 8 * rows * columns)  # a full disk is an error here, and a signal later
+        if hasattr(os, "posix_fallocate"):  # a full disk is an error here, and a signal later; macOS does not have it
+            os.posix_fallocate(file.fileno(), 0, 8 * rows * columns)
         return np.memmap(file, np.float64, "r+", shape=(rows, columns))
