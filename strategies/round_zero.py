@@ -141,7 +141,7 @@ class Shared:
         self.transform = transform_of(model)
         self._tasks, self._selections = Memo(BUDGETS), Memo(SELECTIONS)
         self._origin: Shared | None = None
-        self._lock = RLock()  # of what the threads have in common
+        self._lock = RLock()  # while the model is watched, or copied for another thread
 
     def beside(self) -> Shared:
         """Returns the same for another thread, with models of its own: criteria watch the layers of a model."""
@@ -165,28 +165,19 @@ class Shared:
 
     @cached_property
     def tables(self) -> PoolTables:
-        """What the pool says of all its images, for ``pruning.probe = pool``."""
-        pool, config = self.pool, self.config
-        task = self._problem(np.arange(config.metric.batch), budget=1.0)
-        return PoolTables(task, self._images, len(pool.images), cache_folder(config.cache))
+        """What the pool says of all its images, for ``pruning.probe = pool``; the same for all threads."""
+        if self._origin is not None:
+            with self._origin._lock:
+                return self._origin.tables
+        task = self._problem(np.arange(self.config.metric.batch), budget=1.0)
+        return PoolTables(task, self._images, len(self.pool.images), cache_folder(self.config.cache), self._lock)
 
     def task(self, chosen: np.ndarray, budget: float | str) -> PruningTask:
         """Returns the problem of a device; what depends on the backbone and the budget alone is measured once."""
         task = self._problem(chosen, budget)
         if self.config.pruning.probe != "pool":
             return task
-
-        def ask(of: Callable[..., R], *about: object) -> R:
-            with self._common._lock:
-                return of(chosen, *about)
-
-        with self._common._lock:
-            tables = self._common.tables
-        return replace(task, probe=partial(ask, tables.importance), sums=partial(ask, tables.sums))
-
-    @property
-    def _common(self) -> Shared:
-        return self._origin or self
+        return replace(task, probe=partial(self.tables.importance, chosen), sums=partial(self.tables.sums, chosen))
 
     def _problem(self, chosen: np.ndarray, budget: float | str) -> PruningTask:
         config, head, (inputs, labels) = self.config, self.new_head, self._images(chosen)

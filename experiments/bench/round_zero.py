@@ -45,16 +45,17 @@ def devices(
     """Round zero on the server for many devices with one public pool: CPU seconds per device, one thread.
 
     The pool's descriptors and mixture are computed once, then a metric set, its scores and a plan for each device, with
-    synthetic mixtures and a digits ViT of random weights. `unshared` is a plan of ``probe=own`` with nothing shared by
-    the devices, `forward` one forward pass of a metric set, `goal` the plans over 5 × one and a pass for each device.
+    synthetic mixtures and the run's backbone with random weights. `unshared` is a plan of ``probe=own`` that shares
+    nothing, `forward` one forward pass of a metric set, `goal` the plans over 5 × one and a pass for each device.
     """
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    images = load_images("digits").subset(np.arange(POOL))
-    spec = spec_of(RunConfig().model, images.classes)
+    options = RunConfig.from_flat(options_of(None, set))
+    images = load_images(options.data.source).subset(np.arange(POOL))
+    spec = spec_of(options.model, images.classes)
     model = build(spec).requires_grad_(False)
     for name, way in product(criterion, probe):
-        own = RunConfig.from_flat(options_of(None, set) | {"pruning.criterion": name})
+        own = RunConfig.from_flat(options.flat() | {"pruning.criterion": name})
         config = RunConfig.from_flat(own.flat() | {"pruning.probe": way})
         start = time.process_time()
         pool = describe_pool(config, images, model)

@@ -19,10 +19,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 from tempfile import TemporaryFile
+from typing import Any
 
 import numpy as np
 import torch
@@ -43,6 +45,7 @@ TABLES = 2  # of scores that are kept: a criterion has one, or one for each kind
 KEPT_BYTES = 256 * 2**20  # of divergences, float64 (layers, pool) for a set of shapes: 1 MB for DeiT and 5000 images
 
 Images = Callable[[np.ndarray], tuple[Tensor, Tensor | None]]
+Lock = AbstractContextManager[Any]
 
 
 class PoolTables:
@@ -54,23 +57,28 @@ class PoolTables:
         size: images of the pool.
         folder: where the tables of scores are: files that are mapped, without a name, and gone with the process. They
             hold a float64 an image and unit: 92 kB an image for DeiT-T.
+        lock: held while a table is looked at or computed, for threads; a holder may take it again.
     """
 
-    def __init__(self, task: PruningTask, images: Images, size: int, folder: Path) -> None:
+    def __init__(self, task: PruningTask, images: Images, size: int, folder: Path, lock: Lock | None = None) -> None:
         self.task, self.images, self.size, self.folder = task, images, size, folder
+        self.lock = lock or nullcontext()
         self._tables = Memo(TABLES)
         self._divergences = Memo(KEPT_BYTES, lambda found: found.nbytes)
 
     def sums(self, chosen: np.ndarray, samples: Samples, layers: Sequence[PrunableLayer]) -> dict[str, Tensor]:
         """Returns Σ t_i over the images at positions `chosen`, float64 (units,) by name of the layers that have t."""
         names = tuple(layer.name for layer in layers)
-        table, widths = self._tables.once((samples, names), lambda: self._table(samples, layers))
+        with self.lock:
+            table, widths = self._tables.once((samples, names), lambda: self._table(samples, layers))
         found = torch.from_numpy(table[np.sort(chosen)].sum(0)).to(self.task.inputs.device)
         return dict(zip(widths, found.split([*widths.values()]), strict=True))
 
     def importance(self, chosen: np.ndarray, shapes: Mapping[str, Shape]) -> dict[str, float]:
         """Returns KL_l in nats by layer name, over the images at the positions `chosen`."""
-        return mean_divergence(self.task.layers, self.divergences(shapes)[:, torch.from_numpy(np.sort(chosen))])
+        with self.lock:
+            found = self.divergences(shapes)
+        return mean_divergence(self.task.layers, found[:, torch.from_numpy(np.sort(chosen))])
 
     def divergences(self, shapes: Mapping[str, Shape]) -> Tensor:
         """Returns KL(P_dense ‖ P_probe) in nats, float64 (layers, pool), each layer cut to its shape alone."""
