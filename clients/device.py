@@ -298,7 +298,7 @@ class Device:
         rate = rate_factor(options, round) * options.learning_rate
         update = {"learning_rate": rate, "steps": local_steps(len(positions), options)}
         train = options.model_copy(update=update)
-        device = self.partition_id, self._prior(method.trains_on)
+        device = self.partition_id, self._prior(method.trains_on), self.compute.recorder
         return LocalTask(method, adapted, received, personal, drawn(), train, trained, *device)
 
     def _upload(self, received: Params, trained: Params, round: int) -> np.ndarray:

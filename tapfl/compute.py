@@ -20,10 +20,11 @@ from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from tapfl.config import ComputeOptions
 from tapfl.errors import ConfigError, RunError
@@ -65,11 +66,13 @@ class Compute:
         precision: `exact` computes everything as on the CPU; with `fast`, passes of which a ranking is all that is used
             and the products with frozen weights are in bfloat16 (docs/compute.md has the errors).
         deterministic: only operations that give the same bits each time.
+        graphs: whether steps of local training are recorded, see `recorder`.
     """
 
     device: torch.device = CPU
     precision: str = "exact"
     deterministic: bool = False
+    graphs: bool = False
 
     @classmethod
     def of(cls, options: ComputeOptions) -> Compute:
@@ -89,8 +92,10 @@ class Compute:
                 f"compute.precision = 'fast': {torch.cuda.get_device_name()} does not compute in bfloat16; "
                 "accepted: exact"
             )
+        if name == "cpu" and options.graphs:
+            raise ConfigError(f"compute.graphs = true: compute.device = {options.device!r} is the CPU; accepted: false")
         device = torch.device("cuda", 0) if name == "cuda" else CPU
-        return cls(device, options.precision, options.deterministic)
+        return cls(device, options.precision, options.deterministic, options.graphs)
 
     def prepare(self, share: float = 1.0) -> None:
         """Sets what torch knows once a process: one thread, and on a GPU full float32 and the choice of kernels.
@@ -138,6 +143,11 @@ class Compute:
         """The type of numbers where `fast`, for passes and products as above; None where all are float32."""
         return torch.bfloat16 if self.precision == "fast" else None
 
+    @property
+    def recorder(self) -> Recorder | None:
+        """What records calls on this device; None: nothing does."""
+        return _graphs(self.device) if self.graphs and self.device.type == "cuda" else None
+
     def seconds(self, call: Callable[[], object]) -> float:
         """Returns how long `call` takes: on a CPU the seconds of this thread, on a GPU those until its work is done.
 
@@ -177,6 +187,65 @@ class Compute:
         """What the key of a cached result has besides what it is computed from; nothing for exact results of CPUs."""
         plain = self.device.type == "cpu" and self.precision == "exact"
         return () if plain else (self.kind, self.precision)
+
+
+class Recorder(Protocol):
+    """Records calls of functions that work on the same tensors each time, to make them again with one launch."""
+
+    def aside(self, call: Callable[[], Tensor]) -> Tensor:
+        """Returns ``call()``, made where calls are recorded, so that what is made at a first call is there."""
+        ...
+
+    def record(self, call: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        """Returns what does as `call` does. It returns the same tensor each time; `call` itself is not made.
+
+        Only what `call` does to tensors on the device is recorded: it must not look at their values, nor make a tensor
+        of what is on the host.
+        """
+        ...
+
+
+class Graphs(Recorder):
+    """CUDA graphs, on a stream of their own: libraries make their workspaces for each stream anew."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._stream = torch.cuda.Stream(device)
+
+    def aside(self, call: Callable[[], Tensor]) -> Tensor:
+        here = torch.cuda.current_stream(self._stream.device)
+        self._stream.wait_stream(here)
+        with torch.cuda.stream(self._stream):
+            found = call()
+        here.wait_stream(self._stream)  # before anything that `call` read or made is freed
+        return found
+
+    def record(self, call: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        graph = torch.cuda.CUDAGraph()
+        # `thread_local`, as the next images may be read meanwhile by another thread, which waits for the GPU
+        recording = torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local")
+        allowing = register_optimizer_step_pre_hook(_capturable)
+        try:
+            with recording:
+                found = call()
+        finally:
+            allowing.remove()
+
+        def again() -> Tensor:
+            graph.replay()
+            return found
+
+        return again
+
+
+def _capturable(optimizer: torch.optim.Optimizer, *_: object) -> None:
+    """Lets a step of Adam be recorded. Its count of steps is on the GPU: it is so if fused, without this."""
+    for group in optimizer.param_groups:
+        group["capturable"] = True
+
+
+@lru_cache(maxsize=1)
+def _graphs(device: torch.device) -> Graphs:
+    return Graphs(device)
 
 
 def within_memory(call: Callable[[], R], what: str) -> R:

@@ -9,19 +9,20 @@ import numpy as np
 import pytest
 import torch
 from backbones import Tiny
+from recording import Recording
 from test_inprocess_run import content, tapfl
 from test_lora import device, later, only, with_noise
 
 from clients import caches
 from clients.caches import AdaptedDevice, Arriving, Part
-from tapfl.compute import HERE
+from tapfl.compute import HERE, Compute
 from tapfl.config import RunConfig
 from tapfl.config import binding as bound
 from tapfl.data.images import ImageSet
 from tapfl.data.transform import Transform
 from tapfl.memo import Memo
 from tapfl.models.merging import merging
-from tapfl.personalize import together
+from tapfl.personalize import method, together
 
 BLOCKS = {"adapters.blocks": 1}
 
@@ -99,7 +100,7 @@ def test_what_does_not_fit_the_cache_is_not_kept_and_the_cache_is_then_bound_to_
     assert "compute.cache-mb" not in bound(RunConfig().flat()) and "data.cache-gb" not in bound(config.flat())
 
 
-def test_a_run_has_the_same_bits_where_the_cache_drops_all_and_when_it_is_resumed(
+def test_a_run_has_the_same_bits_where_the_cache_drops_all_and_steps_are_recorded_and_when_it_is_resumed(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And its devices step together on what arrives."""
@@ -115,7 +116,10 @@ def test_a_run_has_the_same_bits_where_the_cache_drops_all_and_when_it_is_resume
     assert sizes == [(2, 0)] * 4  # four devices, two rounds
     monkeypatch.setattr(caches, "_arriving", made := Memo(0, lambda arriving: arriving.nbytes))
     monkeypatch.setattr(made, "once", lambda key, make: make())
+    monkeypatch.setattr(Compute, "recorder", recording := Recording())
+    monkeypatch.setattr(method, "WORTH", 1)
     for more in (["--out", str(dropped)], ["--resume", str(dropped)]):
         rounds = ["train.rounds=1"] if more[0] == "--out" else []
         assert tapfl(*more, cache=cache, options=[*options, *rounds]).exit_code == 0
+    assert recording.replayed > recording.recorded == 4
     assert content(dropped) == content(held)

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from backbones import Tiny, kept_units, plan_of, random_kept
+from recording import Recording
 from test_inprocess_run import tapfl
 from torch import nn
 from torch.nn import functional as F
@@ -193,12 +194,15 @@ def test_the_script_for_a_gpu_comes_through_on_the_cpu(tmp_path: Path) -> None:
         assert found["fast", when] == pytest.approx(found["cpu", when], abs=0.02)
 
 
-def test_its_parts_measure_at_the_size_of_a_test() -> None:
+def test_its_parts_measure_at_the_size_of_a_test(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Compute, "recorder", property(lambda way: Recording() if way.graphs else None))
     rows = list(gpu.steps(gpu.SMALL, HERE))
     assert {(row["method"], row["precision"]) for row in rows} == {
         (method, precision) for method in gpu.METHODS for precision in ("exact", "fast")
     }
-    assert all(row["ms"] > 0 for row in rows)
+    ordinary = [row for row in rows if "ms" in row]
+    assert len(rows) == 2 * len(ordinary) and all(row["ms"] > 0 for row in ordinary)
+    assert all(row["ms as a graph"] > 0 and row["ms to record it"] > 0 for row in rows if row not in ordinary)
 
 
 def test_how_busy_a_gpu_was_is_read_from_its_tool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

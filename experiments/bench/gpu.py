@@ -33,6 +33,7 @@ from experiments.bench.timing import watched
 from tapfl.adapters.stacked_model import StackedModel
 from tapfl.compute import HERE, Compute, home
 from tapfl.config import ComputeOptions, PruningOptions, TrainOptions
+from tapfl.personalize.recorded import WARM, RecordedStep
 from tapfl.personalize.together import LocalTask, all_of
 from tapfl.pruning.compensation import compensate_sequentially
 from tapfl.pruning.criteria.criterion import PruningTask
@@ -119,11 +120,14 @@ def agreement(size: Size, compute: Compute) -> Iterator[Row]:
 
 
 def steps(size: Size, compute: Compute) -> Iterator[Row]:
-    """One step of local training: milliseconds of the device, and of the host until it has launched all of it."""
+    """One step of local training: milliseconds of the device, and of the host until it has launched all of it.
+
+    And of the step as a graph, and of recording it, which has to be less than the rest of a round gains.
+    """
     for name in size.models:
         for way in both(compute):
-            device = Device(spec_named(name), size.step, way)
-            index = torch.arange(size.step)
+            device, recorder = Device(spec_named(name), size.step, way), replace(way, graphs=True).recorder
+            index = way.put(torch.arange(size.step))
             for label, method in METHODS.items():
                 train = TrainOptions(batch=size.step, steps=10**6)
                 state = method.init(device.start, None, train, frozenset(device.start))
@@ -135,6 +139,12 @@ def steps(size: Size, compute: Compute) -> Iterator[Row]:
                 launching = (time.perf_counter() - begun) / size.repeats
                 row = {"model": name, "method": label, "precision": way.precision, "batch": size.step}
                 yield row | {"ms": 1e3 * seconds, "ms until launched": 1e3 * launching, **memory()}
+                if recorder:
+                    again = partial(RecordedStep(partial(method.step, state, device.loss), recorder), index)
+                    for _ in range(WARM):
+                        again()
+                    recording, seconds = way.seconds(again), median_seconds(way, again, size.repeats)
+                    yield row | {"ms as a graph": 1e3 * seconds, "ms to record it": 1e3 * recording, **memory()}
 
 
 def a_round(size: Size, compute: Compute) -> Iterator[Row]:

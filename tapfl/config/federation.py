@@ -206,6 +206,9 @@ class ComputeOptions(Section):
     deterministic: bool = Field(
         False, description="on a GPU, only operations with the same bits each time; other processors are refused"
     )
+    graphs: bool = Field(
+        False, description="on a GPU, each step of local training as one launch (CUDA graphs); not tested on a GPU yet"
+    )
     cache_mb: Count = Field(
         512,
         description="MB that a worker keeps of devices' images, of their models, and of what arrives at adapters: each",

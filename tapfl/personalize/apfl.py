@@ -51,6 +51,7 @@ class Apfl(Method[ApflState]):
     """
 
     together: ClassVar[bool] = True
+    steady: ClassVar[bool] = True
 
     alpha: float = 0.5
     update: Literal["round", "step", "fixed"] = "round"
@@ -64,7 +65,7 @@ class Apfl(Method[ApflState]):
         personal = personal or self._first(received)
         v = {name: personal.params[name] for name in received}
         own = Trainee.of(v, train, trained, self.learning_rate)
-        return ApflState(Trainee.of(received, train, trained), own, personal.alpha)
+        return ApflState(Trainee.of(received, train, trained), own, personal.alpha.clone())
 
     def step(self, state: ApflState, objective: Objective, batch: object) -> Tensor:
         moves = self.update == "step" or (self.update == "round" and state.steps == 0)
@@ -75,7 +76,7 @@ class Apfl(Method[ApflState]):
         state.w.apply(of_w)
         state.v.apply_scaled(of_v, spread(state.alpha, state.w.params, state.v.moving, LINE))
         if moves:
-            state.alpha = (state.alpha - self.alpha_learning_rate * found[-1]).clamp(0, 1)
+            state.alpha.sub_(self.alpha_learning_rate * found[-1]).clamp_(0, 1)
         state.steps += 1
         return losses[1]
 

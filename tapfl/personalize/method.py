@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from tapfl.adapters.stack import LINE, flat, parts_of, shapes_of
-from tapfl.compute import home
+from tapfl.compute import Recorder, home
 from tapfl.config import TrainOptions
 from tapfl.personalize.held_out import Losses
+from tapfl.personalize.recorded import WORTH, RecordedStep
 from tapfl.training import LARGEST, Objective, Params, diverged, largest, optimizer
 
 S = TypeVar("S")
@@ -65,6 +67,8 @@ class Method(Protocol, Generic[S]):
         trains_on: `train`, the device's own training images, or `pooled`, those of all devices of a simulation.
         together: whether `init`, `step` and `final` do with a stack of devices what they do with each by itself. Its
             objective returns K losses, and its α is (K, 1) (`tapfl.adapters.stack`).
+        steady: whether all steps of a round after its first do the same to the same tensors, whatever their values, so
+            that a step can be recorded.
     """
 
     evaluates_after_training: ClassVar[bool] = False
@@ -72,6 +76,7 @@ class Method(Protocol, Generic[S]):
     shares_adapters: ClassVar[bool] = True
     trains_on: ClassVar[str] = "train"
     together: ClassVar[bool] = False
+    steady: ClassVar[bool] = False
 
     @property
     def models_per_step(self) -> int:
@@ -119,15 +124,28 @@ def local_round(
     batches: Iterable[object],
     train: TrainOptions,
     trained: frozenset[str],
+    recorder: Recorder | None = None,
 ) -> LocalResult:
     """Returns the result of a round on one device, a function of the arguments alone (see `Method.init`).
+
+    Args:
+        recorder: of steps, for as long as the round takes; batches are then tensors.
 
     Raises:
         ModelError: if training diverges: a loss is not finite, or a parameter exceeds LARGEST at the end.
     """
     state = method.init(received, personal, train, trained)
-    losses = home(torch.stack([method.step(state, objective, batch).detach() for batch in batches]))
+    step = step_of(method, state, objective, train, recorder)
+    losses = home(torch.stack([step(batch).detach() for batch in batches]))
     return checked(method, train, *method.final(state), losses)
+
+
+def step_of(
+    method: Method[S], state: S, objective: Objective, train: TrainOptions, recorder: Recorder | None
+) -> Callable[[Any], Tensor]:
+    """Returns what advances the state by a batch, as `Method.step`: recorded, if it can be and that pays."""
+    step = partial(method.step, state, objective)
+    return RecordedStep(step, recorder) if recorder and method.steady and train.steps >= WORTH else step
 
 
 def checked(

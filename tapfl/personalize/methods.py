@@ -26,6 +26,7 @@ class FedAvg(Method[Trainee]):
 
     has_local_state: ClassVar[bool] = False
     together: ClassVar[bool] = True
+    steady: ClassVar[bool] = True
 
     def init(
         self, received: Params, personal: Personal | None, train: TrainOptions, trained: frozenset[str]
@@ -62,6 +63,7 @@ class FineTune(Method[FineTuneState]):
     evaluates_after_training: ClassVar[bool] = True
     has_local_state: ClassVar[bool] = False
     together: ClassVar[bool] = True
+    steady: ClassVar[bool] = True
 
     learning_rate: float = 0.0
 

@@ -43,6 +43,7 @@ class Ditto(Method[DittoState]):
     """
 
     together: ClassVar[bool] = True
+    steady: ClassVar[bool] = True
 
     strength: float
     scale: float
@@ -90,6 +91,7 @@ class FedProx(Method[ProxState]):
 
     has_local_state: ClassVar[bool] = False
     together: ClassVar[bool] = True
+    steady: ClassVar[bool] = True
 
     strength: float
     scale: float

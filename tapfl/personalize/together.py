@@ -18,11 +18,11 @@ from torch.nn import functional as F
 
 from tapfl.adapters.lora import AdaptedModel
 from tapfl.adapters.stacked_model import StackedModel
-from tapfl.compute import home
+from tapfl.compute import Recorder, home
 from tapfl.config import TrainOptions
 from tapfl.errors import ModelError
 from tapfl.personalize.label_prior import informed
-from tapfl.personalize.method import LocalResult, Method, Personal, checked, local_round
+from tapfl.personalize.method import LocalResult, Method, Personal, checked, local_round, step_of
 from tapfl.training import Params
 
 Batch = tuple[Tensor, Tensor]  # images and labels
@@ -37,6 +37,7 @@ class LocalTask:
         train: its learning rate and its `steps` are those of this round.
         device: its number, for messages.
         prior: log p(y) of the images' classes, which the model adds to its logits (`tapfl.personalize.label_prior`).
+        recorder: of steps.
     """
 
     method: Method[Any]
@@ -48,6 +49,7 @@ class LocalTask:
     trained: frozenset[str]
     device: int
     prior: Tensor | None = None
+    recorder: Recorder | None = None
 
     def alone(self) -> LocalResult:
         """Returns the result, computed by itself. Raises ModelError if training diverges."""
@@ -61,7 +63,7 @@ class LocalTask:
             return self.model.losses(params, x, loss)
 
         args = self.method, objective, self.received, self.personal, self.batches, self.train, self.trained
-        return local_round(*args)
+        return local_round(*args, self.recorder)
 
 
 Outcome = LocalResult | Exception
@@ -163,12 +165,13 @@ def together(tasks: Sequence[LocalTask], model: StackedModel) -> list[Outcome]:
 
         return model.losses(params, x, loss)
 
+    step = step_of(method, state, objective, train, tasks[0].recorder)
     sources = [iter(task.batches) for task in tasks]
     batches: list[Batch] = [next(source) for source in sources]
     ended: dict[int, tuple[Params | None, Personal | None, int]] = {}
     losses: list[Tensor] = []
     while len(ended) < len(tasks):
-        losses.append(method.step(state, objective, _beside(batches)).detach())
+        losses.append(step(_beside(batches)).detach())
         following = [next(source, None) for source in sources]
         if done := [i for i, batch in enumerate(following) if batch is None and i not in ended]:
             upload, stays = method.final(state)
