@@ -49,7 +49,7 @@ def test_the_page_of_a_command_shows_all_its_options(name: str) -> None:
 
 def test_every_criterion_and_every_configuration_is_listed() -> None:
     assert all(f"| `{name}` |" in manual.criteria_table() for name in BUILT_IN)
-    assert "ratio = power, basis = canonical" in manual.criteria_table()
+    assert "ratio = uniform, basis = canonical, compensation = sequential" in manual.criteria_table()
     for file in (ROOT / "experiments" / "configs").glob("*.toml"):
         assert f"[{file.name}](" in manual.configs_table()
 

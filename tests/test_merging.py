@@ -234,7 +234,7 @@ def test_auto_measures_layer_importance_once(vit: nn.Module, monkeypatch: pytest
     calls = []
     measure = criterion.layer_importance
     monkeypatch.setattr(criterion, "layer_importance", lambda *args: calls.append(1) or measure(*args))
-    chosen = select(task_of(vit, "block-macs<=0.6", ratio="power", tokens="auto"))
+    chosen = select(task_of(vit, "block-macs<=0.6", ratio="adaptive", tokens="auto"))
     assert len(calls) == 1 and len(chosen.importance) == 8
 
 

@@ -22,10 +22,7 @@ from experiments.jobs.pool import ThreadPool
 from experiments.sweep.grid import (
     SweepOptions,
     SweepRun,
-    group_of,
     read_sweep,
-    read_sweep_options,
-    references,
     run_sweep,
 )
 from experiments.sweep.results import means_over_seeds, outcomes
@@ -168,20 +165,6 @@ CONFIGS = Path(cli.__file__).parent / "configs"
 )
 def test_the_ready_sweeps_leave_nothing_out(file: str, option: str, values: list[str]) -> None:
     assert {cell.options[option] for cell in read_sweep(CONFIGS / f"{file}.toml")} == set(values)
-
-
-def test_the_evidence_of_the_federation_has_every_rule_and_both_partitions_and_references() -> None:
-    rules, methods = (CONFIGS / f"evidence-{name}.toml" for name in ("rules", "federation"))
-    wanted = {*RULES} - {"hetlora"}  # fedit with other weights, of which nothing was measured on real images
-    assert {cell.options["adapters.rule"] for cell in read_sweep(rules)} == wanted
-    compared = {(cell.options["data.partition"], cell.options["personalize.method"]) for cell in read_sweep(methods)}
-    of_each = ("local", "fedavg", "ditto", "apfl")
-    assert compared == {(partition, method) for partition in ("class-blocks", "dirichlet") for method in of_each}
-    for file in (rules, methods):
-        points = [group_of(cell.point) for cell in read_sweep(file)]
-        assert len(references(points, read_sweep_options(file).reference)) == len(points) - len(points) // len(
-            of_each if file == methods else wanted
-        )
 
 
 def test_the_run_of_which_gains_are_measured_is_one() -> None:

@@ -142,7 +142,7 @@ def test_tap_plus_prunes_every_family_and_repeats(family: str, families: dict[st
     state = made[1].model.state_dict()
     assert all(torch.equal(value, state[name]) for name, value in made[0].model.state_dict().items())
     said = made[0].plan.provenance
-    assert (said["basis"], said["compensation"], said["ratio"]) == ("canonical", "sequential", "power")
+    assert (said["basis"], said["compensation"], said["ratio"]) == ("canonical", "sequential", "uniform")
 
 
 def test_scores_and_compensation_share_their_sensitivities(vit: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -160,10 +160,10 @@ def test_scores_and_compensation_share_their_sensitivities(vit: Tiny, monkeypatc
 def test_each_part_of_tap_plus_can_be_taken_out(vit: Tiny) -> None:
     own = resolved(PruningOptions(criterion="tap+"))
     assert (own.ratio, own.basis, own.compensation, own.compensation_rows) == (
-        "power", "canonical", "sequential", "sensitivity",
+        "uniform", "canonical", "sequential", "sensitivity",
     )  # fmt: skip
     assert resolved(PruningOptions(criterion="tap")).compensation == "none"
-    options = PruningOptions(criterion="tap+", align=1, ratio="uniform", basis="none", compensation="none")
+    options = PruningOptions(criterion="tap+", align=1, basis="none", compensation="none")
     task = pruning_task(vit.model, vit.inputs, 0.6, options, 4)
     assert carried_energy(task.model) is None
     assert prune_model(task, vit.spec).exact

@@ -37,7 +37,7 @@ FINISH = tuple(name for name in PruningOptions.model_fields if name.startswith((
 RECOVERY = tuple(name for name in FINISH if name.startswith("recovery"))
 # options that scores do not depend on: they decide how a budget is spent
 OF_TOKENS = ("tokens", "token_share")
-SPENDING = ("criterion", "ratio", "tau", "gamma", "align", "floor", "unit_shape", "probe", "send", *OF_TOKENS)
+SPENDING = ("criterion", "ratio", "tau", "align", "floor", "unit_shape", "probe", "send", *OF_TOKENS)
 KEPT = {"images": 2, "scores": 64, "sensitivities": 2, "moments": 2}  # results kept of a kind; of others the last one
 
 

@@ -43,9 +43,9 @@ DEFAULTS: dict[str, list[Any]] = {
     "seed": [0],
     "device": [],  # replaced by all devices
     "metric.rule": ["density-ratio"],
-    "criterion": ["tap", "random"],
+    "criterion": [PruningOptions().criterion],
     "budget": [0.5],
-    "compensation": ["none"],
+    "compensation": ["auto"],
 }
 OWN_AXES = ("device", "budget", "pool-lacks")  # axes that are not options of a run
 # values of metric.rule that only a comparison has: the device's own training images, or images of the whole pool

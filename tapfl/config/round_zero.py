@@ -217,11 +217,10 @@ class PruningOptions(Section):
     criterion: str = Field(
         "tap+", description="criterion that chooses the units: a name of `tapfl criteria`, or module:name of a plugin"
     )
-    ratio: Literal["auto", "adaptive", "uniform", "power"] = Field(
-        "auto", description="layer weights: softmax(KL/tau), all equal, or KL^gamma; auto: the criterion's choice"
+    ratio: Literal["auto", "adaptive", "uniform"] = Field(
+        "auto", description="layer weights: softmax(KL/tau), or all equal; auto: the criterion's choice"
     )
     tau: float = Field(5.82, gt=0, description="temperature τ in w = softmax(KL/τ), for ratio=adaptive")
-    gamma: float = Field(0.25, ge=0, description="γ in w ∝ KL^γ, for ratio=power; unaffected by the scale of KL")
     basis: Literal["auto", "none", "canonical"] = Field(
         "auto", description="basis of the attention heads before scoring; auto: the criterion's choice"
     )

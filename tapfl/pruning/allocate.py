@@ -27,7 +27,6 @@ from tapfl.pruning.cost_table import TOLERANCE, CostTable, reached, within
 from tapfl.pruning.unit_shape import Candidates
 
 LEAST_WEIGHT = 1e-12  # of the largest: a softmax may underflow to 0, and c is found by halving 200 times
-KL_ROUNDING = 1e-12  # nats; errors of 1e-6 in the logits, squared
 WIDTHS = 96  # candidate widths of a layer in the integer program, evenly spread
 MIP_GAP, NODES = 0.01, 300  # a solution this near to the best one is enough; HiGHS stops there, the same way each time
 HIGHS_ERROR = 2e-6  # by which HiGHS may exceed a constraint
@@ -71,9 +70,7 @@ def water_fill(
 def layer_weights(layers: Sequence[PrunableLayer], kl: Mapping[str, float], options: PruningOptions) -> np.ndarray:
     """Returns the weight of each layer, mean 1 over the FFNs and, separately, over the attentions.
 
-    adaptive    softmax(KL/τ), as published
-    power       KL^γ (ours): unaffected by the scale of KL, where the softmax is nearly even for small KLs; 1 for all
-                where no KL exceeds the rounding of float32 logits
+    adaptive    softmax(KL/τ), as published; nearly even where the KLs are small
     uniform     1 for all
     """
     weights = np.ones(len(layers))
@@ -82,10 +79,7 @@ def layer_weights(layers: Sequence[PrunableLayer], kl: Mapping[str, float], opti
     for kind in {layer.kind for layer in layers}:
         members = [i for i, layer in enumerate(layers) if layer.kind == kind]
         values = np.array([kl[layers[i].name] for i in members])
-        if options.ratio == "adaptive":
-            weights[members] = softmax_weights(values, options.tau) * len(members)
-        elif values.max() > KL_ROUNDING:
-            weights[members] = values**options.gamma / (values**options.gamma).mean()
+        weights[members] = softmax_weights(values, options.tau) * len(members)
     return weights
 
 

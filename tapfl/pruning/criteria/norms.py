@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from tapfl.errors import ConfigError
 from tapfl.models.units import PrunableLayer
+from tapfl.progress import track
 from tapfl.pruning.basis import carried_energy
 from tapfl.pruning.criteria.criterion import Criterion, OverImages, PruningTask, Scores
 from tapfl.pruning.scores import record_activations
@@ -51,7 +52,7 @@ def coupled_norm(layer: PrunableLayer, module: nn.Module) -> Tensor:
 
 def squares(task: PruningTask) -> Iterator[dict[str, Tensor]]:
     """Yields the squared norms of each image's activations, float64 (images, units) by layer name."""
-    for number, images in enumerate(task.inputs.split(task.batch)):
+    for number, images in enumerate(track(task.inputs.split(task.batch), "scores")):
         activations = record_activations(task.model, task.layers, images, number)[1]
         yield {name: x.double().square().sum(1) for name, x in activations.items()}
 
@@ -93,6 +94,6 @@ random_units = Criterion("Random scores: the control that every criterion has to
 lowrank_heads = Criterion(
     "Attentions by the energy of dims in the canonical basis of their heads, FFNs as `wanda` (ours).",
     OverImages(ffn_squares, lowrank),
-    defaults={"basis": "canonical"},
+    defaults={"ratio": "uniform", "basis": "canonical", "compensation": "sequential"},
     requires=("basis",),
 )

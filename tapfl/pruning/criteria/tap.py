@@ -9,8 +9,8 @@ methods would then differ in size.
 output for the relevance (`tapfl.pruning.sensitivity`), the inverse covariance of the units for the redundancy, the norm
 of what a unit writes for the activeness. Attentions are cut in the canonical basis of their heads
 (`tapfl.pruning.basis`), in which the first dims of a head are the best low-rank head; in another basis as `wanda` does.
-Its other parts are options with an ablation each (`docs/tap-plus.md`): the density-ratio metric set, compensation layer
-by layer with rows weighted by Fisher sensitivity, and widths by KL^γ. It needs no labels.
+Its other parts are options of any criterion (`docs/pruning.md`): the density-ratio metric set, even widths, and
+compensation layer by layer with rows weighted by Fisher sensitivity. It needs no labels.
 """
 
 from __future__ import annotations
@@ -112,5 +112,10 @@ tap = Criterion(
 tap_plus = Criterion(
     "The change of the prediction when a unit goes and the other units compensate (ours).",
     tap_plus_scores,
-    defaults={"ratio": "power", "basis": "canonical", "compensation": "sequential", "compensation_rows": "sensitivity"},
+    defaults={
+        "ratio": "uniform",
+        "basis": "canonical",
+        "compensation": "sequential",
+        "compensation_rows": "sensitivity",
+    },
 )
