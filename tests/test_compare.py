@@ -95,6 +95,7 @@ device = [1]"""
     with pytest.raises(ConfigError, match="--measure loss: accepted are macs_share"):
         comparison.results.override(["loss"], None).check(comparison.axes)
     other = read_comparison(comparison_file(tmp_path, 'criterion = ["tap"]\ndevice = [1]'))
+    assert other.axes["compensation"] == ["auto"]  # what is not named is as in a run
     with pytest.raises(ConfigError, match="is a comparison of other axes"):
         run_comparison(other, tmp_path / "out", lambda *_: None)
 
