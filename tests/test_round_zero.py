@@ -62,6 +62,7 @@ def place() -> Place:
         {
             "metric.size": 48,
             "metric.batch": 16,
+            "pruning.ratio": "adaptive",
             "pruning.tau": 0.01,
             "pruning.align": 1,
             "model.args": "img_size=8,patch_size=2,in_chans=1,embed_dim=32,depth=2,num_heads=2",
@@ -241,7 +242,7 @@ def test_auto_takes_the_pool_where_devices_have_more_images_than_it(place: Place
 
 
 def test_probing_on_a_pool_needs_one(vit: Tiny) -> None:
-    task = pruning_task(vit.model, vit.inputs, 0.5, PruningOptions(probe="pool", align=1), batch=4)
+    task = pruning_task(vit.model, vit.inputs, 0.5, PruningOptions(ratio="adaptive", probe="pool", align=1), batch=4)
     scores = {layer.name: torch.arange(float(layer.units)) for layer in prunable_layers(vit.model)}
     with pytest.raises(ConfigError, match=r"pruning\.probe = 'pool': there is no public pool"):
         by_layer(task, scores)

@@ -144,7 +144,7 @@ def test_the_shrunk_model_costs_what_the_plan_says(
     family: str, budget: float, floor: float, families: dict[str, Tiny]
 ) -> None:
     backbone = families[family]
-    options = PruningOptions(align=1, floor=floor, tau=0.3)
+    options = PruningOptions(align=1, floor=floor, ratio="adaptive", tau=0.3)
     plan = planned(backbone.model, backbone.spec, backbone.inputs, budget, options, batch=4)
     small = shrink(backbone.model, plan)
     assert measure_cost(small) == plan.cost
