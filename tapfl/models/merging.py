@@ -58,8 +58,7 @@ class Merged(NamedTuple):
 
 def group_sums(values: Tensor, source: Tensor, tokens: int) -> Tensor:
     """Returns the sums (n, tokens, d) of what the image's tokens have (n, T, d), over those that became one."""
-    members = source[:, None, :] == torch.arange(tokens, device=source.device)[:, None]
-    return members.to(values.dtype) @ values  # a product, as a sum by index has no fixed order on a GPU
+    return _members(source, tokens, values.dtype) @ values  # as a sum by index has no fixed order on a GPU
 
 
 def group_means(values: Tensor, source: Tensor, tokens: int) -> Tensor:
@@ -95,18 +94,19 @@ class Merge(nn.Module):
         keys = F.normalize(keys[:, first:].float(), dim=-1)
         best, into = (keys[:, ::2] @ keys[:, 1::2].transpose(1, 2)).max(-1)  # of equals the first
         first_wins = TIE * torch.arange(best.shape[1], device=x.device, dtype=torch.float64)
-        order = (best.double() - first_wins).argsort(1, descending=True)  # ONNX has no stable sort
-        gone, stay = order[:, :merges], order[:, merges:]
-        weighed = torch.cat([x * size[..., None], size[..., None]], dim=-1)
-        A, B = weighed[:, first::2], weighed[:, first + 1 :: 2]
-        B = B + group_sums(_rows(A, gone), into.gather(1, gone), B.shape[1])
-        joined = torch.cat([weighed[:, :first], _rows(A, stay), B], dim=1)
+        order = (best - first_wins).argsort(1, descending=True)  # in float64, as ONNX has no stable sort
+        A, B = _rows(x, first + 2 * order), x[:, first + 1 :: 2]
+        count, own = size[:, first::2].gather(1, order), size[:, first + 1 :: 2]
+        joining = _members(into.gather(1, order[:, :merges]), B.shape[1], x.dtype) * count[:, None, :merges]
+        total = own + joining.sum(-1)
+        B = torch.baddbmm(B * own[..., None], joining, A[:, :merges]) / total[..., None]
         if source is not None:
-            rank, behind = order.argsort(1), first + stay.shape[1]
+            rank, behind = order.argsort(1), first + order.shape[1] - merges
             of_a = torch.where(rank < merges, behind + into, first + rank - merges)
             kept, of_b = (torch.arange(n, device=x.device).expand(x.shape[0], -1) for n in (first, B.shape[1]))
             source = torch.cat([kept, _alternate(of_a, behind + of_b)], dim=1).gather(1, source)
-        return Merged(joined[..., :-1] / joined[..., -1:], joined[..., -1], source)
+        x = torch.cat([x[:, :first], A[:, merges:], B], dim=1)
+        return Merged(x, torch.cat([size[:, :first], count[:, merges:], total], dim=1), source)
 
 
 def pairs(tokens: int) -> int:
@@ -114,8 +114,15 @@ def pairs(tokens: int) -> int:
     return (tokens + 1) // 2 * (tokens // 2)
 
 
+def _members(group: Tensor, groups: int, dtype: torch.dtype) -> Tensor:
+    """Returns (n, groups, T) with 1 where token t is in group g, from the group (n, T) of each."""
+    return (group[:, None] == torch.arange(groups, device=group.device)[:, None]).to(dtype)
+
+
 def _rows(x: Tensor, index: Tensor) -> Tensor:
-    return x.gather(1, index[..., None].expand(-1, -1, x.shape[-1]))
+    """Returns tokens `index` (n, k) of x (n, t, d) by whole rows, which `gather` takes number by number."""
+    starts = x.shape[1] * torch.arange(x.shape[0], device=x.device)
+    return F.embedding(index + starts[:, None], x.flatten(0, 1))
 
 
 def _alternate(a: Tensor, b: Tensor) -> Tensor:
