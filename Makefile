@@ -27,7 +27,7 @@ test: $(READY) ## the default test suite
 test-slow: $(READY) ## the long tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow --timeout=1800
 
-bench: $(READY) ## every figure of docs/benchmarks.md beside its goal; an hour on two cores at rest
+bench: $(READY) ## every goal of docs/benchmarks.md beside what is measured; 25 minutes on two cores at rest
 	OMP_NUM_THREADS=1 $(BIN)/tapfl bench all --config experiments/configs/bench.toml --out runs/bench
 
 lint: $(READY) ## style, and what each floor of the house may import

@@ -131,13 +131,15 @@ def test_all_variants_in_one_table() -> None:
     assert rows[0]["CPU / limit"] == "1.00" and all(float(row["peak GB"]) > 0.2 for row in rows)
 
 
-@pytest.mark.parametrize("work", ["none", pytest.param("real", marks=pytest.mark.slow)])
-def test_the_engine_bench_measures_a_federation_in_one_process(work: str) -> None:
-    rows = list(
-        engine(devices=[2], work=[work], options=small(rounds=3, samples=400, workers=1), variant=["inprocess"])
-    )
-    assert [row["engine"] for row in rows] == ([LIMIT] if work == "real" else []) + ["inprocess"]
-    assert all(float(row["wall s a round"]) >= 0 and float(row["start-up s"]) > 0 for row in rows)
+@pytest.mark.slow
+def test_an_engine_takes_its_turn_beside_the_loop() -> None:
+    rows = list(simulation(devices=[2], options=small(rounds=3, samples=400, workers=1), variant=["inprocess"]))
+    assert [row["variant"] for row in rows] == [LIMIT, "inprocess"]
+
+
+def test_the_engine_bench_measures_a_federation_in_one_process() -> None:
+    (row,) = engine(devices=[2], options=small(rounds=3, workers=1), variant=["inprocess"])
+    assert row["engine"] == "inprocess" and float(row["wall s a round"]) >= 0 and float(row["start-up s"]) > 0
 
 
 def test_an_engine_that_is_none_is_refused() -> None:

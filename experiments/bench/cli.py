@@ -15,6 +15,7 @@ from experiments.command_line import JsonRows, option_groups
 from experiments.output import show_rows
 
 BENCHES = {  # command -> module and function
+    "start": "start:start",
     "scoring": "scores:scoring",
     "layers": "scores:layers",
     "devices": "round_zero:devices",

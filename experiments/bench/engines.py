@@ -32,7 +32,6 @@ from tapfl.errors import ConfigError, RunError
 LIMIT = "loop by hand"
 VARIANTS = ("with plain LoRA", "tapfl run", "usual Flower app")
 ENGINES = ("inprocess", "flower", "ray", "ray warm")
-WORKS = ("none", "real")
 POLL, MEMORY_EVERY = 0.02, 2.0  # seconds
 
 
@@ -40,11 +39,16 @@ def simulation(
     *,
     devices: Counts = [20],
     options: FederationOptions,
-    variant: Annotated[list[str], typer.Option(help="besides the loop by hand; default: all")] = [],
+    variant: Annotated[list[str], typer.Option(help=f"besides the loop by hand: {', '.join(VARIANTS + ENGINES)}")] = [
+        *VARIANTS
+    ],
 ) -> Iterator[Row]:
-    """A round of FedAvg on Flower's engine against the bare loop that does its work, and the usual Flower app."""
+    """A round of FedAvg on any engine against the bare loop that does its work, and the usual Flower app.
+
+    Engines: Flower's, Ray actors cold and warm, and one process.
+    """
     require_proc("tapfl bench simulation", options.rounds)
-    names = (LIMIT, *_chosen("--variant", variant, VARIANTS))
+    names = (LIMIT, *_chosen(variant, VARIANTS + ENGINES))
     for count in devices:
         with tempfile.TemporaryDirectory(prefix="tapfl-bench-") as folder:
             Workload.prepare(Path(folder), count, options)
@@ -57,32 +61,19 @@ def simulation(
 def engine(
     *,
     devices: Counts = [10, 200],
-    work: Annotated[list[str], typer.Option(help="none, real")] = ["none", "real"],
     options: FederationOptions,
-    variant: Annotated[list[str], typer.Option(help="inprocess, flower, ray, ray warm; default: all")] = [],
+    variant: Annotated[list[str], typer.Option(help=", ".join(ENGINES))] = [*ENGINES],
 ) -> Iterator[Row]:
-    """Flower's engine, Ray actors cold and warm, and one process: a round, the start, and the memory of each.
-
-    Real work is the federation of `tapfl bench simulation`. Without work each device receives and returns adapters of
-    299 kB.
-    """
+    """Engines alone: a round, the start, and the memory, where each device receives and returns 299 kB of adapters."""
     require_proc("tapfl bench engine", options.rounds)
-    names = _chosen("--variant", variant, ENGINES)
-    for kind in _chosen("--work", work, WORKS):
-        limit = (LIMIT,) if kind == "real" else ()
-        for count in devices:
-            with tempfile.TemporaryDirectory(prefix="tapfl-bench-") as name:
-                folder = Path(name)
-                if kind == "real":
-                    Workload.prepare(folder, count, options)
-                else:
-                    config = RunConfig.from_flat({"devices.count": count, "train.rounds": options.rounds})
-                    (folder / "config.toml").write_text(tomli_w.dumps(config.flat()))
-                command = partial(_command, folder, options.workers, kind)
-                timings = take_turns((*limit, *names), command, folder, options)
-            for name, taken in timings.items():
-                beside = ratio(taken, timings[LIMIT], "wall") if limit else ""
-                yield {"devices": str(count), "work": kind, "engine": name, "wall / limit": beside} | medians(taken)
+    names = _chosen(variant, ENGINES)
+    for count in devices:
+        with tempfile.TemporaryDirectory(prefix="tapfl-bench-") as folder:
+            config = RunConfig.from_flat({"devices.count": count, "train.rounds": options.rounds})
+            (Path(folder) / "config.toml").write_text(tomli_w.dumps(config.flat()))
+            timings = take_turns(names, partial(_command, Path(folder), options.workers, "none"), Path(folder), options)
+        for name, taken in timings.items():
+            yield {"devices": str(count), "engine": name} | medians(taken)
 
 
 def _command(folder: Path, workers: int, work: str, variant: str, out: Path) -> list[str]:
@@ -97,11 +88,11 @@ def _command(folder: Path, workers: int, work: str, variant: str, out: Path) -> 
     return ["-m", "experiments.bench.flower_apps", engine, work, *places]
 
 
-def _chosen(option: str, names: list[str], known: tuple[str, ...]) -> tuple[str, ...]:
-    """Returns the named ones, or all. Raises ConfigError for an unknown name."""
+def _chosen(names: list[str], known: tuple[str, ...]) -> tuple[str, ...]:
+    """Returns the names in the order of `known`. Raises ConfigError for one that is not."""
     if unknown := [name for name in names if name not in known]:
-        raise ConfigError(f"{option} {unknown[0]}: accepted: {', '.join(known)}")
-    return tuple(name for name in known if name in names) or known
+        raise ConfigError(f"--variant {unknown[0]}: accepted: {', '.join(known)}")
+    return tuple(name for name in known if name in names)
 
 
 class ProcessTree:

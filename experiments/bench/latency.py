@@ -51,6 +51,7 @@ def latency(
     share: Annotated[list[float], typer.Option(help="shares of the MACs")] = [0.75, 0.5, 0.25],
     batch: Annotated[list[int], typer.Option(min=1, help="images at once")] = [1, 8],
     align: Annotated[int, typer.Option(min=1, help="widths are multiples of this")] = 8,
+    unit_shape: Annotated[list[str], typer.Option(help="as pruning.unit-shape")] = ["head-dims", "heads"],
     token_share: Annotated[
         list[float], typer.Option(help="tokens that stay, see pruning.token-share; widths make up the rest of --share")
     ] = [],
@@ -60,11 +61,10 @@ def latency(
 
     All layers are cut alike. The ratio of the MACs is the best possible speed-up if all operations cost the same.
     """
-    whole = PruningOptions(criterion="random", ratio="uniform", align=align)
-    merge = [
-        validated(PruningOptions, {**whole.model_dump(), "tokens": "merge", "token_share": t}) for t in token_share
-    ]
-    cuts = [(1.0, whole), *((each, options) for each in share for options in (whole, *merge))]
+    base = {"criterion": "random", "ratio": "uniform", "align": align}
+    tokens: list[dict[str, Any]] = [{}, *({"tokens": "merge", "token_share": each} for each in token_share)]
+    ways = [validated(PruningOptions, {**base, "unit_shape": shape, **kept}) for shape in unit_shape for kept in tokens]
+    cuts = [(1.0, PruningOptions(**base)), *((each, options) for each in share for options in ways)]
     for name, spec, dense in backbones(model, size):
         yield from ({"model": name} | row for row in _latency(spec, dense, cuts, batch, repeats))
 
@@ -92,6 +92,7 @@ def _latency(
     milliseconds = dict(zip(runs, median_ms(list(runs.values()), repeats), strict=True))
     for i, (achieved, (_, options)) in enumerate(zip(macs, cuts, strict=True)):
         row = {"MACs": f"{achieved:.1%}", "MACs ratio": f"{1 / achieved:.2f}"}
+        row["unit shape"] = options.unit_shape if achieved < 1 else "dense"
         if any(each.tokens == "merge" for _, each in cuts):
             row["tokens"] = f"{options.token_share:.0%}" if options.tokens == "merge" else ""
         for engine in ENGINES:
