@@ -30,7 +30,7 @@ test-slow: $(READY) ## the long tests
 bench: $(READY) ## every goal of docs/benchmarks.md beside what is measured; 25 minutes on two cores at rest
 	OMP_NUM_THREADS=1 $(BIN)/tapfl bench all --config experiments/configs/bench.toml --out runs/bench
 
-lint: $(READY) ## style, and what each floor of the house may import
+lint: $(READY) ## style, and which package may import which
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports

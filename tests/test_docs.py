@@ -28,23 +28,23 @@ CONFIGS = sorted((ROOT / "experiments" / "configs").glob("*.toml"))
 MADE = ("small", "runs/first")  # what pages take as given: a smaller model, and the folder of a run
 
 
-def test_the_rooms_of_the_house_are_those_that_lint_knows() -> None:
-    """Each table of docs/architecture.md has the rooms of its contract, none above one that may import it."""
+def test_the_architecture_page_lists_the_modules_that_lint_knows() -> None:
+    """Each table of docs/architecture.md has the modules of its contract, none above one that may import it."""
     contracts = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["tool"]["importlinter"]["contracts"]
-    lines = {floor: contract["layers"] for contract in contracts for floor in contract.get("containers", ())}
+    lines = {level: contract["layers"] for contract in contracts for level in contract.get("containers", ())}
     depths = {
-        floor: {room: depth for depth, line in enumerate(layers) for room in line.split(" | ")}
-        for floor, layers in lines.items()
+        level: {module: depth for depth, line in enumerate(layers) for module in line.split(" | ")}
+        for level, layers in lines.items()
     }
     page = (ROOT / "docs" / "architecture.md").read_text("utf-8")
     tables = {section.split("`")[1]: section for section in page.split("\n### ")[1:]}
     assert tables.keys() == depths.keys()
-    for floor, table in tables.items():
+    for level, table in tables.items():
         named = [
-            room for cell in re.findall(r"^\| (`.*?) \|", table, re.MULTILINE) for room in re.findall(r"\w+", cell)
+            module for cell in re.findall(r"^\| (`.*?) \|", table, re.MULTILINE) for module in re.findall(r"\w+", cell)
         ]
-        assert sorted(named) == sorted(depths[floor]), floor
-        assert [depths[floor][room] for room in named] == sorted(depths[floor].values()), floor
+        assert sorted(named) == sorted(depths[level]), level
+        assert [depths[level][module] for module in named] == sorted(depths[level].values()), level
 
 
 def files_of(page: Path) -> dict[str, str]:
