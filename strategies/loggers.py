@@ -81,7 +81,7 @@ def require_loggers(options: LogOptions) -> None:
         ) from None
     if found is not None and found.lifecycle_stage != "active":
         raise ConfigError(
-            f"log.mlflow-experiment = {options.mlflow_experiment!r}: is there, but deleted; restore it or give another"
+            f"log.mlflow-experiment = {options.mlflow_experiment!r}: exists, but is deleted; restore it or give another"
         )
 
 
@@ -153,7 +153,7 @@ class Feed:
             act()
         except Exception as error:  # of whatever kind: the run is worth more than its pictures
             if not self._pause:
-                said = "%s: %s; the run goes on without, metrics.jsonl has all of it, and it is tried again"
+                said = "%s: %s; the run continues without it, metrics.jsonl has everything, and it is tried again"
                 log(logging.WARNING, said, self._option, _in_short(error))
             self._pause = self._left = 2 * self._pause or 1
 

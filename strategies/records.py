@@ -316,7 +316,7 @@ def cut_metrics(folder: Path, size: int) -> None:
     file = folder / METRICS
     available = file.stat().st_size if file.exists() else 0
     if available < size:
-        raise PlanError(f"{file}: has {available} bytes, and had {size} at the last checkpoint: it was cut since")
+        raise PlanError(f"{file}: has {available} bytes, but had {size} at the last checkpoint: it was truncated since")
     if available:
         os.truncate(file, size)
 

@@ -82,7 +82,7 @@ def main(grid: Grid, context: Context) -> None:
     compute = Compute.of(config.compute)
     compute.prepare()
     if config.resume and not config.out:
-        raise ConfigError("resume = true: needs out, the folder of the run to go on with")
+        raise ConfigError("resume = true: needs out, the folder of the run to continue")
     # Flower runs an app in the folder in which its daemon was first started: a relative path would go astray there
     for option, value in config.paths().items():
         if not Path(value).expanduser().is_absolute():
@@ -186,7 +186,7 @@ class Federation:
         self.fleet.meet_again(self.hello, state.devices, resumed=True)
         for i in state.plans:
             self.layout(state, i)
-        log(logging.INFO, "the run goes on after round %d of %d", state.round, self.config.train.rounds)
+        log(logging.INFO, "the run continues after round %d of %d", state.round, self.config.train.rounds)
         # in the order of the layers, which is that of the noise and of every sum; a file has an order of its own
         params = {name: state.server.params[name] for name in self.adapters.shapes}
         return replace(state, server=replace(state.server, params=params))
@@ -294,9 +294,9 @@ class Federation:
         if i not in self._layouts:
             file = self.preparation.plan_file(i)
             if (kept := self.preparation.plan(i)) is None:
-                raise PlanError(f"{file}: is gone, by which the model of device {i} was cut")
+                raise PlanError(f"{file}: is missing; the model of device {i} was pruned by this plan")
             if kept[0].checksum != state.plans[i]:
-                raise PlanError(f"{file}: is not the plan by which the model of device {i} was cut")
+                raise PlanError(f"{file}: is not the plan by which the model of device {i} was pruned")
             self._layouts[i] = self.adapters.layout(kept[0], state.devices[i].profile.rank)
         return self._layouts[i]
 

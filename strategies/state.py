@@ -113,11 +113,11 @@ def load_checkpoint(folder: RunFolder, config: RunConfig) -> FederationState | N
     try:
         tensors, about = read_sealed(file, "checkpoint", round=rounds[-1])
     except PlanError as error:
-        raise PlanError(f"{error}; without this file the run goes on from the checkpoint before") from None
+        raise PlanError(f"{error}; without this file the run continues from the checkpoint before") from None
     if (version := about.get("version", "none")) != VERSION:
         raise ConfigError(f"resume: {file} has version {version}; accepted: {VERSION}; start the run anew")
     if about.get("config") != config_hash(config.flat()):
-        raise ConfigError(f"resume: {file} was written under other options than those of config.json beside it")
+        raise ConfigError(f"resume: {file} was written with other options than those of config.json beside it")
     if about["round"] > config.train.rounds:
         raise ConfigError(f"train.rounds = {config.train.rounds}: the run has done {about['round']} already")
     return FederationState(

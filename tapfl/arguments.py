@@ -95,7 +95,7 @@ def require_taken(args: Mapping[str, Any], taken: Mapping[str, Any], name: str) 
             raise ValueError(f"{shown}: {name} has no argument {key}; accepted: {', '.join(sorted(taken)) or 'none'}")
         if (kinds := _kinds(taken[key])) and not _fits(value, kinds):
             accepted = " or ".join(dict.fromkeys(filter(None, map(_shown, kinds)))) or "none, as it takes a class"
-            raise ValueError(f"{shown}: is not what {name} takes; accepted for {key}: {accepted}")
+            raise ValueError(f"{shown}: {name} does not take this value; accepted for {key}: {accepted}")
 
 
 def _kinds(annotation: Any) -> list[Any]:

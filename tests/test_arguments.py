@@ -53,13 +53,13 @@ REFUSED = [
     ("vit", "use_naflex=False", "has no argument use_naflex"),
     ("deit", "distilled=True", "has no argument distilled"),
     ("swin", "output_stride=8", "has no argument output_stride"),
-    ("vit", "num_classes=5", "num_classes: is the number of classes of the data"),
-    ("vit", "weight_init=skip", "leaves the weights as the memory was"),
-    ("swin", "weight_init=skip", "leaves the weights as the memory was"),
+    ("vit", "num_classes=5", "num_classes: is set by the classes of the data"),
+    ("vit", "weight_init=skip", "leaves the weights uninitialised"),
+    ("swin", "weight_init=skip", "leaves the weights uninitialised"),
     # not one row of classes for an image
-    ("vit", "global_pool=", r"makes \(1, 17, 5\) of one image; accepted: what makes \(1, 5\)"),
-    ("pit", "global_pool=", r"makes \(1, 1, 5\) of one image"),
-    ("swin", "global_pool=", r"makes \(1, 4, 4, 5\) of one image"),
+    ("vit", "global_pool=", r"turns one image into \(1, 17, 5\); accepted: \(1, 5\)"),
+    ("pit", "global_pool=", r"turns one image into \(1, 1, 5\)"),
+    ("swin", "global_pool=", r"turns one image into \(1, 4, 4, 5\)"),
     ("vit", "in_chans=4", r"images of in_chans=4 channels; accepted: 1 \(grey\) or 3 \(colour\)"),
     ("swin", "in_chans=2", "images of in_chans=2 channels"),
     ("pit", "in_chans=0", "images of in_chans=0 channels"),
@@ -73,15 +73,15 @@ REFUSED = [
     ("pit", "depth=1/", "base_dims=8/8,heads=2/4,depth=1/': differ in length"),
     ("pit", "heads=1/1/1", "differ in length; accepted: one value for each stage"),
     ("swin", "num_heads=1/1/1", "depths=2/2,num_heads=1/1/1': differ in length"),
-    ("pit", "patch_size=0", r"has nothing in its patch_embed\.conv\.weight"),
+    ("pit", "patch_size=0", r"has an empty patch_embed\.conv\.weight"),
     # what timm refuses itself: an assertion without words is quoted
     ("vit", "pos_embed=sincos", "timm cannot build .*assert pos_embed in"),
     ("vit", "class_token=False", "timm cannot build .*Token pooling needs the class token"),
     ("vit", "embed_dim=15", "timm cannot build .*divisible by num_heads"),
     ("pit", "global_pool=avg", "timm cannot build .*token pooling"),
     # nothing that drops is active in any pass
-    ("vit", "patch_drop_rate=0.5", "no pass drops anything, in training either; accepted: 0"),
-    ("swin", "drop_path_rate=1.5", "no pass drops anything"),
+    ("vit", "patch_drop_rate=0.5", "dropout is not supported, in training either; accepted: 0"),
+    ("swin", "drop_path_rate=1.5", "dropout is not supported"),
 ]
 # valid but unusual: taken
 TAKEN = [

@@ -68,7 +68,9 @@ command = "tapfl bench devices --devices 1 --probe own"
 goal = [{ what = "a device, s", where = { devices = "1" }, column = "s a device", at-most = 1e9 }]
 """
     file.write_text('[[measure]]\ncommand = "tapfl bench apfl --steps 0"\n' + devices)
-    with pytest.raises(RunError, match=r"tapfl bench apfl --steps 0: ended with 2.*\n.*the same command goes on"):
+    with pytest.raises(
+        RunError, match=r"tapfl bench apfl --steps 0: ended with 2.*\n.*run the same command again to continue"
+    ):
         measure_all(file, out)
     (rows,) = out.glob("*.jsonl")
     before = rows.stat().st_mtime_ns

@@ -201,9 +201,9 @@ def test_images_come_and_go_between_rounds_and_a_killed_run_goes_on(writers: Pat
         (["data.partition=iid", "devices.count=2"], "data.changing = true: needs devices with images of their own"),
         (["data.public="], "data.changing = true: needs devices with images of their own"),
         (["devices.count=2"], "devices.count = 2: data.source has 3 folders; accepted: 3"),
-        (["personalize.method=pooled"], "data.changing=true: a device reads its own images alone, and pooled needs"),
-        (["data.changing=false", "summary.refresh=2"], "summary.refresh=2 fits mixtures again to the same images"),
-        (["summary.refresh=2", "summary.clip=1", "summary.noise=1"], "refresh=2 uploads a mixture again"),
+        (["personalize.method=pooled"], "data.changing=true cannot be combined with pooled, which needs"),
+        (["data.changing=false", "summary.refresh=2"], "summary.refresh=2 would fit the mixtures to the same images"),
+        (["summary.refresh=2", "summary.clip=1", "summary.noise=1"], "refresh=2 uploads further mixtures"),
         (["data.min-images=70"], "min-images = 70"),
     ],
 )

@@ -122,7 +122,7 @@ class Malicious:
 def test_a_pickle_that_would_run_code_is_refused_and_does_not_run(old: bool, tmp_path: Path) -> None:
     file, made = tmp_path / "bad.pth", tmp_path / "made"
     torch.save({"model": Malicious(made)}, file, _use_new_zipfile_serialization=not old)
-    with pytest.raises(ModelError, match=r"bad\.pth': holds objects that reading it would make \(.*\); accepted") as r:
+    with pytest.raises(ModelError, match=r"bad\.pth': holds objects other than tensors \(.*\); accepted") as r:
         load_weights(build(VIT), file, NAMES, None)
     assert not made.exists() and "\n" not in str(r.value)
     assert old or "Path" in str(r.value)
@@ -130,16 +130,18 @@ def test_a_pickle_that_would_run_code_is_refused_and_does_not_run(old: bool, tmp
 
 def test_a_whole_pickled_model_is_refused(tmp_path: Path) -> None:
     torch.save(nn.Linear(2, 2), tmp_path / "model.pth")
-    with pytest.raises(ModelError, match=r"would make \(torch\.nn\.modules\.linear\.Linear\); accepted: tensors"):
+    with pytest.raises(
+        ModelError, match=r"other than tensors \(torch\.nn\.modules\.linear\.Linear\); accepted: tensors"
+    ):
         load_weights(build(VIT), tmp_path / "model.pth", NAMES, None)
 
 
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.pth", b"", "is not a whole file of torch.save"),
-        ("a.pth", b"no zip and no pickle", "is not a whole file of torch.save|holds objects"),
-        ("a.bin", pickle.dumps({"a": 1}), "holds a int under 'a'|is not a whole file|holds objects"),
+        ("a.pth", b"", "is not a complete file of torch.save"),
+        ("a.pth", b"no zip and no pickle", "is not a complete file of torch.save|holds objects"),
+        ("a.bin", pickle.dumps({"a": 1}), "holds a int under 'a'|is not a complete file|holds objects"),
         ("a.safetensors", b"half", "is not a whole safetensors file .*; accepted: a .safetensors file, one of torch"),
         ("a.onnx", b"x", "has no known ending; accepted: a .safetensors file, one of torch.save"),
         ("none.pth", None, "there is no such file; accepted: a .safetensors file, one of torch.save"),
@@ -156,7 +158,7 @@ def test_a_file_that_is_none_is_refused(name: str, content: bytes | None, messag
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ([1, 2], "is not a whole file of torch.save"),
+        ([1, 2], "is not a complete file of torch.save"),
         ({"encoder": {"a": torch.ones(1)}}, "holds a dict under 'encoder'; accepted: tensors by name"),
         ({"model": {"a": 3}}, "holds a int under 'a'"),
         ({3: torch.ones(1)}, "holds a Tensor under 3|is not a whole"),
@@ -246,7 +248,9 @@ def test_a_repository_that_is_not_there_is_refused(tmp_path: Path, monkeypatch: 
 
 
 def test_a_repository_in_a_message_is_not_looked_up() -> None:
-    with pytest.raises(ModelError, match=r"'hf-hub:someone/model': only `tapfl` looks repositories up; accepted here"):
+    with pytest.raises(
+        ModelError, match=r"'hf-hub:someone/model': only the command `tapfl` resolves repositories; accepted here"
+    ):
         build(BackboneSpec(name="hf-hub:someone/model", num_classes=2))
 
 

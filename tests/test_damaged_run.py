@@ -113,7 +113,7 @@ DAMAGE = {
     "nested options": ("config.json", nested, "is not a run's folder"),
     "half a checkpoint": (CHECKPOINT, half, "is not a whole safetensors file"),
     "a pickled checkpoint": (CHECKPOINT, pickled, "is not a whole safetensors file"),
-    "a bit of a checkpoint": (CHECKPOINT, a_bit, "its checksum differs); without this file the run goes on from"),
+    "a bit of a checkpoint": (CHECKPOINT, a_bit, "its checksum differs); without this file the run continues from"),
     "a checkpoint with other records": (CHECKPOINT, other_records, "its checksum differs"),
     "a checkpoint of another round": (
         CHECKPOINT,
@@ -126,9 +126,9 @@ DAMAGE = {
     "a plan of other units": ("plans/00.json", other_units, "was edited or damaged"),
     "a plan of other units, from elsewhere": ("plans/00.json", other_units_signed, "is not the plan by which"),
     "another device's plan": ("plans/00.json", of_another_device, "is the plan of device 1, not of 0"),
-    "no plan": ("plans/00.json", Path.unlink, "is gone"),
-    "half the metrics": ("metrics.jsonl", half, "it was cut since"),
-    "no metrics": ("metrics.jsonl", Path.unlink, "it was cut since"),
+    "no plan": ("plans/00.json", Path.unlink, "is missing"),
+    "half the metrics": ("metrics.jsonl", half, "it was truncated since"),
+    "no metrics": ("metrics.jsonl", Path.unlink, "it was truncated since"),
 }
 
 

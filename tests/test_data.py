@@ -93,7 +93,7 @@ def test_validation_does_not_touch_the_test_part(name: str) -> None:
 
 @pytest.mark.parametrize("name", PARTITIONS)
 def test_more_devices_than_images_can_serve_are_refused(name: str) -> None:
-    with pytest.raises(DataError, match=r"devices\.count = 31: 300 private images serve at most 30 devices"):
+    with pytest.raises(DataError, match=r"devices\.count = 31: 300 private images allow at most 30 devices"):
         partition(LABELS, options(partition=name), 31, seed=0)
 
 

@@ -112,7 +112,7 @@ def test_ctrl_c_ends_the_run_at_once_and_nothing_stays(engine: str, cache: Path,
     finally:
         process.kill()
     assert process.returncode == 130
-    assert f"interrupted; go on with: tapfl run --resume {tmp_path / 'run'}" in said
+    assert f"interrupted; continue with: tapfl run --resume {tmp_path / 'run'}" in said
     assert not left_running(str(tmp_path))
 
 
@@ -138,7 +138,7 @@ def test_a_simulation_that_was_killed_goes_on_to_the_same_bits(cache: Path, tmp_
     assert not (folder / "summary.json").exists()
     done = subprocess.run([*command, "--resume", str(folder)], capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert "the run goes on after round" in done.stdout + done.stderr
+    assert "the run continues after round" in done.stdout + done.stderr
     assert content(folder) == content(tmp_path / "whole")
     deadline = time.monotonic() + 120
     while left_running(str(folder)) and time.monotonic() < deadline:

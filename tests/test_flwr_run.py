@@ -141,7 +141,7 @@ def test_flwr_run_goes_on_with_a_run(environment: dict[str, str], tmp_path: Path
     options: dict[str, object] = {"out": str(tmp_path / "run"), "log.tensorboard": True}
     flwr(environment, "run", ".", "--stream", "--run-config", run_config(**options))
     more = run_config(**options | {"train.rounds": 2, "resume": True})
-    assert "goes on after round 1 of 2" in flwr(environment, "run", ".", "--stream", "--run-config", more)
+    assert "continues after round 1 of 2" in flwr(environment, "run", ".", "--stream", "--run-config", more)
     assert (tmp_path / "run" / "server" / "round-0002.safetensors").exists()
     events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
     events.Reload()

@@ -161,7 +161,7 @@ def test_public_labels_of_a_pool_without_labels() -> None:
 @pytest.mark.parametrize(
     ("flat", "said"),
     [
-        ({"model.head": "prototypes"}, "model.head=prototypes starts from the means.*adapters.head=personal"),
+        ({"model.head": "prototypes"}, "model.head=prototypes with adapters.head=.*means.*adapters.head=personal"),
         (
             {"model.head": "new", "adapters.head": "personal", "model.head-rows": "rows.json"},
             "model.head-rows=rows.json needs the names.*accepted: head-rows=''",
@@ -172,7 +172,7 @@ def test_public_labels_of_a_pool_without_labels() -> None:
         ),
         (
             {"model.head": "new", "model.weights": "x", "pruning.labels": "public"},
-            "pruning.labels=public are of the pool's classes.*accepted: pruning.labels=pseudo",
+            "pruning.labels=public has labels of the pool's classes.*accepted: pruning.labels=pseudo",
         ),
     ],
 )

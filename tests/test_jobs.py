@@ -115,7 +115,7 @@ def test_no_process_outlives_the_command(number: int, command: subprocess.Popen[
     if number == signal.SIGKILL:
         assert command.returncode == -signal.SIGKILL
     else:
-        assert command.returncode == 130 and printed == "tapfl: interrupted; go on with: the same command\n"
+        assert command.returncode == 130 and printed == "tapfl: interrupted; continue with: the same command\n"
     until(lambda: not running(command.pid), 30)
 
 

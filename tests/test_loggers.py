@@ -168,7 +168,7 @@ def test_a_server_that_goes_away_is_warned_of_once_and_gets_what_it_missed(
     done = tapfl("--out", str(tmp_path / "run"), cache=cache, options=options)
     assert done.exit_code == 0, done.output
     warnings = [record.getMessage() for record in caplog.records if "log.mlflow" in record.getMessage()]
-    assert len(warnings) == 1 and "no route to host" in warnings[0] and "the run goes on" in warnings[0]
+    assert len(warnings) == 1 and "no route to host" in warnings[0] and "the run continues" in warnings[0]
     assert len(calls) == 3  # after the first and the third checkpoint with lines, and at the end
     assert in_mlflow(tmp_path / "run", uri) == metrics(tmp_path / "run")
 
@@ -283,7 +283,7 @@ def test_an_experiment_that_was_deleted_is_refused(finished: Path, uri: str) -> 
     client = MlflowClient(tracking_uri=uri)
     client.delete_experiment(client.create_experiment("gone"))
     options = RunConfig.from_flat({"log.mlflow": uri, "log.mlflow-experiment": "gone"}).log
-    with pytest.raises(ConfigError, match=r"log\.mlflow-experiment = 'gone': is there, but deleted"):
+    with pytest.raises(ConfigError, match=r"log\.mlflow-experiment = 'gone': exists, but is deleted"):
         loggers.require_loggers(options)
 
 

@@ -136,7 +136,7 @@ def test_a_picture_that_cannot_be_decoded_is_named(name: str, tmp_path: Path) ->
 def test_an_npz_that_does_not_use_its_range_is_refused(values: np.ndarray, tmp_path: Path) -> None:
     """12 bits in 16, and values of 0 to 1 as integers."""
     np.savez(tmp_path / "x.npz", images=values[None], labels=[0])
-    with pytest.raises(DataError, match=r"x\.npz': all images are nearly black, no value is over (16|15|1) of 255"):
+    with pytest.raises(DataError, match=r"x\.npz': all images are nearly black \(no value is above (16|15|1) of 255"):
         loaded(tmp_path / "x.npz", tmp_path)
     with pytest.raises(DataError, match="nearly black"):  # of another size, so that they are resized
         load_images(str(tmp_path / "x.npz"), Transform((8, 8), 3, (0.5,) * 3, (0.5,) * 3), tmp_path / "cache")
@@ -162,8 +162,8 @@ def test_a_dark_picture_among_others_is_taken(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("names", "said"),
     [
-        (("train/a/x.png", "test/t.png"), r"has the parts test and train in place of .*'.*train' .* leave the others"),
-        (("train/x.png", "test/x.png"), "has the parts test and train in place of classes; one folder of images a cl"),
+        (("train/a/x.png", "test/t.png"), r"has the folders test and train instead .*'.*train' .* leave the others"),
+        (("train/x.png", "test/x.png"), "has the folders test and train instead of classes; one folder of images a cl"),
         (("data/cat/x.png", "data/dog/y.png"), r"has one folder, 'data', with 2 folders .* name '.*/in/data'"),
         (("x.png",), r"holds no images; .*images outside the classes' folders: 1"),
     ],

@@ -115,7 +115,7 @@ def test_what_cannot_divide_images_is_refused_by_name(name: str) -> None:
     ("name", "args", "message"),
     [
         ("DirichletPartitioner", "alpha", r"data: partition-args='alpha': 'alpha' must have the form key=value"),
-        ("dirichlet", "alpha=1", r"partition-args=alpha=1 are those of a class, and partition=dirichlet is a short"),
+        ("dirichlet", "alpha=1", r"partition-args=alpha=1 are arguments of a class, but partition=dirichlet is a s"),
     ],
 )
 def test_arguments_in_another_form_are_refused(name: str, args: str, message: str) -> None:
@@ -130,7 +130,7 @@ def test_arguments_in_another_form_are_refused(name: str, args: str, message: st
             "DirichletPartitioner",
             "alpha=x",
             4,
-            r"'alpha=x': is not what Dirichlet.*: whole numbers or n",
+            r"'alpha=x': Dirichlet.* does not take this value; .*: whole numbers or n",
         ),
         ("DirichletPartitioner", "", 4, r"partition-args = '': missing 1 required positional argument: 'alpha'"),
         ("DirichletPartitioner", "alpha=-1.0", 4, r"alpha=-1.0': Alpha values should be strictly greater than zero"),
@@ -168,11 +168,13 @@ def test_arguments_that_do_not_fit_are_refused(name: str, args: str, devices: in
 
 
 def test_without_ids_nothing_is_divided_by_them() -> None:
-    with pytest.raises(DataError, match="partition_by = 'device' is not known of these images; accepted: label"):
+    with pytest.raises(DataError, match="these images have no 'device' to partition by; accepted: label"):
         partition(LABELS, options(partition="GroupedNaturalIdPartitioner", partition_args="group_size=2"), 2, 0)
-    with pytest.raises(DataError, match=r"'digits': has no ids of devices; accepted with them: \.npz, hf:NAME or a fo"):
+    with pytest.raises(DataError, match=r"'digits': has no device ids; \.npz, hf:NAME and folders can"):
         load_images("digits", GREY, ids="device")
-    with pytest.raises(ConfigError, match="min-images=5 counts the images of device ids; accepted: partition=natural"):
+    with pytest.raises(
+        ConfigError, match="min-images=5 counts the images of each device id; accepted with it: partition=nat"
+    ):
         options(min_images=5)
 
 
@@ -256,10 +258,10 @@ def test_ids_that_will_not_do_are_refused(tmp_path: Path) -> None:
             load_images(str(tmp_path / "bad.npz"), GREY, tmp_path, ids="device")
 
     refused("has no array `device`; accepted: `images` and `labels` and `device`, has images, labels")
-    refused("ids of devices must be 60 texts or integers, got float64", device=np.zeros(60))
-    refused("ids of devices must be 60 texts or integers, got int64 .59,.", device=np.zeros(59, int))
+    refused("device ids must be 60 texts or integers, got float64", device=np.zeros(60))
+    refused("device ids must be 60 texts or integers, got int64 .59,.", device=np.zeros(59, int))
     refused("device id '' is empty or has characters", device=np.repeat(["", "b"], 30))
-    refused("two ids of devices differ only in how", device=np.repeat(["zo\u00eb", "zoe\u0308"], 30))
+    refused("two device ids differ only in their Unicode form", device=np.repeat(["zo\u00eb", "zoe\u0308"], 30))
     with pytest.raises(DataError, match=r"has no column 'writer' of device ids .*; has image, label, device"):
         load_images(as_table(tmp_path), GREY, tmp_path, ids="writer")
     (tmp_path / "flat" / "ada").mkdir(parents=True)

@@ -349,7 +349,7 @@ def test_fedala_mixes_what_the_rule_averages(rule: str, products: bool) -> None:
         ({"method": "fedala", "adapters.rule": "rolora"}, "accepted: the other rules"),
         ({"method": "fedper"}, "personalize.method=fedper keeps the head on the device"),
         ({"method": "fedrep", "adapters.head": "mean"}, "accepted: adapters.head=personal"),
-        ({"method": "fedrep", "adapters.head": "personal", "train.epochs": 2, "head-epochs": 2}, "fewer than epochs"),
+        ({"method": "fedrep", "adapters.head": "personal", "train.epochs": 2, "head-epochs": 2}, "fewer than train"),
         ({"method": "fedrep", "adapters.head": "personal", "train.steps": 9}, "steps=0"),
     ],
 )

@@ -355,7 +355,7 @@ def test_the_parts_of_a_data_set_are_no_classes(names: tuple[str, ...], tmp_path
     for name in names:
         plain(tmp_path / "in" / name / "cat" / "1.png", 1)
     message = (
-        rf"has the parts {' and '.join(names)} in place of classes; name one of them, such as '.*/{names[0]}' \(da"
+        rf"has the folders {' and '.join(names)} instead of classes; name one of them, such as '.*/{names[0]}' \(da"
     )
     with pytest.raises(DataError, match=message):
         loaded(tmp_path / "in", square(6))
@@ -451,7 +451,7 @@ def test_a_folder_without_images_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_folder_of_images_needs_a_transform(folder: Path) -> None:
-    with pytest.raises(DataError, match="its images may differ in size: needs the transform of a backbone"):
+    with pytest.raises(DataError, match="its images may differ in size; pass the transform of a backbone"):
         load_images(str(folder))
 
 

@@ -23,7 +23,7 @@ REFUSED = {
     "share over 1": ("devices.budgets=1.7", "devices.budgets = 1.7", "less than or equal to 1"),
     "share of 0": ("data.public-share=0", "data.public-share = 0", "greater than 0"),
     "choice": ("adapters.rule=median", "adapters.rule = 'median'", "embed_side, hetlora, flex, or module:name"),
-    "unpaired": ("devices.budgets=0.3,0.5", "devices", "equally many"),
+    "unpaired": ("devices.budgets=0.3,0.5", "devices", "equally long"),
     "too many devices": ("devices.count=400", "devices.count = 400", "at most"),
     "too many classes": ("data.classes-per-device=11", "pathological", "11"),
     "class too small": ("data.public-share=0.001", "data.public-share = 0.001", "at least 2"),

@@ -250,7 +250,7 @@ REFUSED = {
     "not a table": ('"train.batch" = [1, 2]', "needs low and high"),
     "condition below": (
         '"adapters.trim" = { low = 0.1, high = 0.2, if = { "adapters.combine" = "mean" } }',
-        r"space\.adapters\.trim\.if: adapters\.combine must stand in \[space\], above it",
+        r"space\.adapters\.trim\.if: adapters\.combine must be in \[space\], before it",
     ),
     "condition never": (
         '"adapters.combine" = { choices = ["mean", "median"] }\n'

@@ -301,7 +301,7 @@ def test_a_study_is_gone_on_with_only_as_it_was(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="there is no study"):
         open_study(search_of(), "test", tmp_path, None, resume=True)
     open_study(search_of(), "test", tmp_path, None, resume=False)
-    with pytest.raises(ConfigError, match="already; go on with it by --resume"):
+    with pytest.raises(ConfigError, match="already; continue it with --resume"):
         open_study(search_of(), "test", tmp_path, None, resume=False)
     with pytest.raises(ConfigError, match=r"search\.eta: 3\.0 then, 4\.0 now"):
         open_study(search_of(eta=4), "test", tmp_path, None, resume=True)

@@ -98,7 +98,7 @@ def test_a_command_that_is_ended_leaves_no_process(command: str, number: int, tm
         until(lambda: len(running(working.pid)) >= 4)  # itself, multiprocessing's tracker, two workers
         (os.killpg if number == signal.SIGINT else os.kill)(working.pid, number)
         _, printed = working.communicate(timeout=60)
-        assert working.returncode == 130 and printed.endswith("tapfl: interrupted; go on with: the same command\n")
+        assert working.returncode == 130 and printed.endswith("tapfl: interrupted; continue with: the same command\n")
         until(lambda: not running(working.pid), 30)
     finally:
         with suppress(ProcessLookupError):

@@ -108,7 +108,7 @@ def measure_all(
             parts += [f"`{each.command}`\n", f"{each.about}\n" if each.about else "", as_markdown(cells)]
     write_bytes(out / "bench.md", "\n".join(filter(None, parts)).encode())
     if failed:
-        raise RunError("\n".join([*failed, f"{out}: has the rows of the others; the same command goes on"]))
+        raise RunError("\n".join([*failed, f"{out}: has the other rows; run the same command again to continue"]))
     print(f"in {out}: bench.md", file=sys.stderr)
     return goals
 

@@ -174,7 +174,7 @@ class ActorPool:
         machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         needed = {kind: share for kind, share in self._needs.items() if share}
         if (gpus := self._needs["GPU"]) > 1 and gpus % 1:
-            raise ConfigError(f"--actor-gpus {gpus:g}: more than one are whole; accepted: a share below 1, 1, 2, …")
+            raise ConfigError(f"--actor-gpus {gpus:g}: above 1 it must be whole; accepted: a share below 1, 1, 2, …")
         if not needed and not self._count:
             raise ConfigError("--actor-cpus 0 --actor-gpus 0: needs --workers, because nothing else says how many")
         fits = [[int(each.get(kind, 0) / share + 1e-9) for kind, share in needed.items()] for each in machines]

@@ -304,7 +304,7 @@ def interruptible(go_on: str) -> Iterator[None]:
     except (KeyboardInterrupt, SystemExit):  # the latter also from the handler of SIGTERM that Ray installs
         if sys.stderr.isatty():
             sys.stderr.write("\x1b[?25h")  # a thread that hid the cursor to draw bars is not asked to end
-        print(f"tapfl: interrupted; go on with: {go_on}", file=sys.stderr, flush=True)
+        print(f"tapfl: interrupted; continue with: {go_on}", file=sys.stderr, flush=True)
         os._exit(130)  # Ray is stopped, but runs in threads of this process would go on
     finally:
         if before is not None:

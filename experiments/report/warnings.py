@@ -89,7 +89,7 @@ def by_heart(run: Run) -> Finding | None:
     if not known:
         return None
     return Finding(
-        f"The training loss of {named(known)} is below {LEARNT:g}: further rounds teach nothing but these images.",
+        f"The training loss of {named(known)} is below {LEARNT:g}: further rounds only memorise these images.",
         "fewer train.epochs or train.rounds, train.label-smoothing, train.augment",
     )
 

@@ -176,7 +176,7 @@ def _numbers(read: _Range, default: Scalar) -> tuple[BaseDistribution, list[floa
 def _allowed(name: str, value: Any, above: Mapping[str, Parameter]) -> tuple[Scalar, ...]:
     """Returns the values of another parameter under which one exists."""
     if name not in above:
-        raise ConfigError(f".if: {name} must stand in [space], above it")
+        raise ConfigError(f".if: {name} must be in [space], before it")
     allowed = tuple(value) if isinstance(value, list) else (value,)
     if not allowed or not all(isinstance(each, Scalar) for each in allowed):
         raise ConfigError(f".if: {name} = {value!r}: must be a value of it, or a list of values, at least one")

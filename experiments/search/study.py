@@ -59,7 +59,7 @@ def open_study(search: Search, name: str, out: Path, url: str | None, resume: bo
         storage = _storage(url, out)
         known = name in optuna.get_all_study_names(storage)
         if known and not resume:
-            raise ConfigError(f"storage {shown}: has a study {name!r} already; go on with it by --resume")
+            raise ConfigError(f"storage {shown}: has a study {name!r} already; continue it with --resume")
         if resume and not known:
             raise ConfigError(f"--resume: storage {shown} has no study {name!r}")
         inputs = search.inputs()

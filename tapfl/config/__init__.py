@@ -124,13 +124,13 @@ class RunConfig(Section):
             )
         if method == "fedala" and self.adapters.rule == "rolora":
             raise ValueError(
-                "personalize.method=fedala has nothing to mix with adapters.rule=rolora, which trains in a round the "
-                "factor that did not change in the last; accepted: the other rules"
+                "personalize.method=fedala cannot be combined with adapters.rule=rolora: the factor that a round does "
+                "not train is the same in both models, so nothing is left to mix; accepted: the other rules"
             )
         if method == "fedrep" and (train.steps or self.personalize.head_epochs >= train.epochs):
             raise ValueError(
-                f"personalize.head-epochs={self.personalize.head_epochs} are of the train.epochs={train.epochs} of a "
-                f"round, and train.steps={train.steps}; accepted: fewer than epochs, and steps=0"
+                f"personalize.head-epochs={self.personalize.head_epochs} must be fewer than "
+                f"train.epochs={train.epochs}, with train.steps=0, got {train.steps}"
             )
         return self
 
@@ -138,13 +138,13 @@ class RunConfig(Section):
     def _changing_images_fit(self) -> RunConfig:
         if self.summary.refresh and not self.data.changing:
             raise ValueError(
-                f"summary.refresh={self.summary.refresh} fits mixtures again to the same images; accepted: 0, or "
-                "data.changing=true"
+                f"summary.refresh={self.summary.refresh} would fit the mixtures to the same images again; accepted: "
+                "0, or data.changing=true"
             )
         if self.data.changing and "pooled" in {self.personalize.method, *self.personalize.reference_rates}:
             raise ValueError(
-                "data.changing=true: a device reads its own images alone, and pooled needs those of all devices; "
-                "accepted: another personalize.method and personalize.references"
+                "data.changing=true cannot be combined with pooled, which needs the images of all devices; accepted: "
+                "another personalize.method and personalize.references"
             )
         return self
 
@@ -156,18 +156,18 @@ class RunConfig(Section):
             return self
         if model.head == "prototypes" and not personal:
             raise ValueError(
-                f"model.head=prototypes starts from the means of a device's classes, which adapters.head="
-                f"{self.adapters.head} would show to the server; accepted: adapters.head=personal, or model.head=new"
+                f"model.head=prototypes with adapters.head={self.adapters.head} would send the means of a device's "
+                "classes to the server; accepted: adapters.head=personal, or model.head=new"
             )
         if self.adapters.start != "zero":
             raise ValueError(
-                f"adapters.start={self.adapters.start} learns the dense model's answers, which with "
+                f"adapters.start={self.adapters.start} learns the dense model's predictions, which with "
                 f"model.head={model.head} are not of the devices' classes; accepted: adapters.start=zero"
             )
         if model.head_rows and personal:
             raise ValueError(
-                f"model.head-rows={model.head_rows} needs the names of a device's classes, which stay on it with "
-                f"model.head={model.head} and adapters.head=personal; accepted: head-rows='', or a shared head"
+                f"model.head-rows={model.head_rows} needs the names of the devices' classes, which are not sent "
+                f"with model.head={model.head} and adapters.head=personal; accepted: head-rows='', or a shared head"
             )
         if personal and self.personalize.method == "pooled":
             raise ValueError(
@@ -181,8 +181,8 @@ class RunConfig(Section):
             )
         if model.weights and self.pruning.labels == "public":
             raise ValueError(
-                f"pruning.labels=public are of the pool's classes; with model.head={model.head} and model.weights the "
-                "predictions are of the classes of the weights; accepted: pruning.labels=pseudo"
+                f"pruning.labels=public has labels of the pool's classes, but with model.head={model.head} and "
+                "model.weights the predictions are of the classes of the weights; accepted: pruning.labels=pseudo"
             )
         return self
 

@@ -58,7 +58,7 @@ class AdapterOptions(Section):
     @model_validator(mode="after")
     def _hetlora_has_weights(self) -> AdapterOptions:
         if self.rule == "hetlora" and self.combine != "mean":
-            raise ValueError(f"rule=hetlora computes weights, which combine={self.combine} ignores; accepted: mean")
+            raise ValueError(f"rule=hetlora weights devices, which combine={self.combine} ignores; accepted: mean")
         return self
 
 
@@ -190,7 +190,7 @@ class PersonalizeOptions(Section):
         if self.holds_out and self.alpha_update == "step":
             raise ValueError("alpha-update=step learns α on minibatches; accepted with alpha-on=held-out: round, fixed")
         if self.holds_out and self.alpha_per == "layer":
-            raise ValueError("alpha-per=layer needs more than a few held-out images; accepted with it: alpha-on=train")
+            raise ValueError("alpha-per=layer needs more images than are held out; accepted with it: alpha-on=train")
         return self
 
 

@@ -104,13 +104,13 @@ class DataOptions(Section):
             raise ValueError(f"partition-args={error}") from None
         if given and not self.partition.endswith("Partitioner"):
             raise ValueError(
-                f"partition-args={self.partition_args} are those of a class, and partition={self.partition} is a short "
-                "name; accepted with it: none, or the name of a class, such as DirichletPartitioner"
+                f"partition-args={self.partition_args} are arguments of a class, but partition={self.partition} is a "
+                "short name; accepted: no arguments, or the name of a class, such as DirichletPartitioner"
             )
         if self.min_images and not self.ids and not self.changing:
             raise ValueError(
-                f"min-images={self.min_images} counts the images of device ids; accepted: partition=natural, a "
-                "device-column, or changing=true"
+                f"min-images={self.min_images} counts the images of each device id; accepted with it: "
+                "partition=natural, a device-column, or changing=true"
             )
         return self
 
@@ -129,7 +129,7 @@ class DeviceOptions(Section):
     @model_validator(mode="after")
     def _paired(self) -> DeviceOptions:
         if len(self.budgets) != len(self.ranks):
-            raise ValueError(f"budgets and ranks must be equally many, got {len(self.budgets)} and {len(self.ranks)}")
+            raise ValueError(f"budgets and ranks must be equally long, got {len(self.budgets)} and {len(self.ranks)}")
         return self
 
 
@@ -186,8 +186,8 @@ class SummaryOptions(Section):
             raise ValueError(f"noise={self.noise} needs clip above 0: the norm that bounds the influence of one image")
         if self.noise and self.refresh:
             raise ValueError(
-                f"refresh={self.refresh} uploads a mixture again, and noise={self.noise} bounds what the first one "
-                "tells; accepted: refresh=0, or noise=0"
+                f"refresh={self.refresh} uploads further mixtures, but noise={self.noise} protects only one; "
+                "accepted: refresh=0, or noise=0"
             )
         return self
 

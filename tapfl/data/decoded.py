@@ -210,6 +210,6 @@ def refuse_dim(brightest: int, source: str) -> None:
     """Raises DataError if no value of a whole source is over `brightest`, and that is nearly black."""
     if 0 < brightest <= DIM:
         raise DataError(
-            f"data source {source!r}: all images are nearly black, no value is over {brightest} of 255, as where 12 "
-            "bits are in files of 16, or values of 0 to 1 became integers; accepted: values that use the whole range"
+            f"data source {source!r}: all images are nearly black (no value is above {brightest} of 255), as "
+            "12-bit values in 16-bit files are, or 0 to 1 as integers; accepted: values that use the whole range"
         )

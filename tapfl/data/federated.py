@@ -100,7 +100,7 @@ def check_classes(options: DataOptions, public: ImageSet, private: ImageSet) -> 
         )
     if missing := sorted(set(np.unique(private.labels)) - set(np.unique(public.labels))):
         names = ", ".join(private.classes[label] for label in missing[:5])
-        raise DataError(f"data.public = {options.public!r} has no image of {names}; model.head = 'new' needs none")
+        raise DataError(f"data.public = {options.public!r} has no image of {names}; model.head = 'new' allows it")
 
 
 def found(options: DataOptions, public: ImageSet, private: ImageSet) -> list[str]:

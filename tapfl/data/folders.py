@@ -237,7 +237,7 @@ def _refuse_parts(root: Path, folders: list[Path]) -> None:
         else "one folder of images a class is expected"
     )
     names = " and ".join(folder.name for folder in folders)
-    raise DataError(f"data source {str(root)!r}: has the parts {names} in place of classes; {accepted}")
+    raise DataError(f"data source {str(root)!r}: has the folders {names} instead of classes; {accepted}")
 
 
 def _refuse_one_twice(root: Path, folders: list[Path]) -> None:

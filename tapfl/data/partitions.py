@@ -55,7 +55,7 @@ def divide(
 def _check_enough(labels: np.ndarray, options: DataOptions, devices: int) -> None:
     most, classes = len(labels) // (MIN_TRAIN + MIN_TEST), len(np.unique(labels))
     if devices > most:
-        raise DataError(f"devices.count = {devices}: {len(labels)} private images serve at most {most} devices")
+        raise DataError(f"devices.count = {devices}: {len(labels)} private images allow at most {most} devices")
     if options.partition == "shard" and devices * options.shards_per_device > len(labels):
         raise DataError(
             f"data.shards-per-device = {options.shards_per_device}: {len(labels)} private images make at most "
@@ -121,7 +121,7 @@ def _by_class_name(name: str, options: DataOptions, ours: dict[str, int], column
         given["partition_by"] = column = options.divided_by
         if column not in columns or column == "position":
             accepted = ", ".join(sorted(columns.keys() - {"position"}))
-            raise DataError(f"{written}: partition_by = {column!r} is not known of these images; accepted: {accepted}")
+            raise DataError(f"{written}: these images have no {column!r} to partition by; accepted: {accepted}")
     if name == "NaturalIdPartitioner":
         return _natural_ids(given["partition_by"])
     arguments = {key: value for key, value in ours.items() if key in known} | {

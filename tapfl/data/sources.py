@@ -69,13 +69,13 @@ def load_images(
     else:
         raise no_such_source(source)
     if ids and images.owners is None:
-        raise DataError(f"data source {source!r}: has no ids of devices; accepted with them: .npz, hf:NAME or a folder")
+        raise DataError(f"data source {source!r}: has no device ids; .npz, hf:NAME and folders can have them")
     return _with_plain_names(images, source)
 
 
 def _needed(transform: Transform | None, source: str) -> Transform:
     if transform is None:
-        raise DataError(f"data source {source!r}: its images may differ in size: needs the transform of a backbone")
+        raise DataError(f"data source {source!r}: its images may differ in size; pass the transform of a backbone")
     return transform
 
 
@@ -102,7 +102,7 @@ def _owned(images: ImageSet, ids: Sequence[object] | np.ndarray, refusal: Callab
     """
     values = np.asarray(ids)
     if values.shape != (len(images),) or values.dtype.kind not in "iuUS":
-        raise refusal(f"ids of devices must be {len(images)} texts or integers, got {values.dtype} {values.shape}")
+        raise refusal(f"device ids must be {len(images)} texts or integers, got {values.dtype} {values.shape}")
     if values.dtype.kind == "S":
         values = np.char.decode(values, "utf-8")
     known, owners = np.unique(values, return_inverse=True)
@@ -110,7 +110,7 @@ def _owned(images: ImageSet, ids: Sequence[object] | np.ndarray, refusal: Callab
     if odd := [name for name in names if not name or not name.isprintable()]:
         raise refusal(f"device id {odd[0]!r:.80} is empty or has characters that cannot be shown")
     if len(set(names)) < len(names):
-        raise refusal("two ids of devices differ only in how Unicode writes their letters")
+        raise refusal("two device ids differ only in their Unicode form (NFC, NFD)")
     return replace(images, owners=owners.astype(np.int64), ids=names)
 
 

@@ -76,11 +76,11 @@ class BackboneSpec(BaseModel):
     def _only_shapes(cls, args: dict[str, Argument]) -> dict[str, Argument]:
         for key, value in args.items():
             if key.startswith(("pretrained", "checkpoint", "device", "dtype")):
-                raise ValueError(f"{key}: names neither a shape nor a layer; weights come by model.weights")
+                raise ValueError(f"{key}: is no argument of the architecture; for weights see model.weights")
             if key == "num_classes":
-                raise ValueError(f"{key}: is the number of classes of the data")
+                raise ValueError(f"{key}: is set by the classes of the data")
             if key == "weight_init" and value == "skip":
-                raise ValueError(f"{key}=skip: leaves the weights as the memory was; accepted: another, or none")
+                raise ValueError(f"{key}=skip: leaves the weights uninitialised; accepted: another value, or none")
             for number in value if isinstance(value, tuple) else (value,):
                 if isinstance(number, int | float) and not abs(number) <= LARGEST_ARGUMENT:
                     raise ValueError(f"{key} = {number!r:.40}: is beyond {LARGEST_ARGUMENT}")
@@ -102,7 +102,7 @@ def spec_of(options: ModelOptions, classes: tuple[str, ...]) -> BackboneSpec:
     except ValueError as error:
         raise ModelError(f"model.args = {error}") from None
     if rates := {key: value for key, value in args.items() if "drop" in key and value}:
-        raise ModelError(f"model.args = {written(rates)!r}: no pass drops anything, in training either; accepted: 0")
+        raise ModelError(f"model.args = {written(rates)!r}: dropout is not supported, in training either; accepted: 0")
     given = {name: getattr(options, name) for name in Preprocessing.model_fields}
     try:
         preprocessing = Preprocessing(**{name: value for name, value in given.items() if value not in UNSET})
@@ -201,7 +201,7 @@ def _require_logits(spec: BackboneSpec, model: nn.Module) -> None:
     if shape[0] not in (1, 3):
         raise ModelError(f"{option} takes images of in_chans={shape[0]} channels; accepted: 1 (grey) or 3 (colour)")
     if empty := [name for name, parameter in model.named_parameters() if not parameter.numel()]:
-        raise ModelError(f"{option} has nothing in its {empty[0]}; accepted: sizes that leave no layer empty")
+        raise ModelError(f"{option} has an empty {empty[0]}; accepted: sizes that leave no layer empty")
     try:
         logits = model(torch.zeros(1, *shape, device="meta"))
     except Exception as error:  # of any layer
@@ -209,7 +209,7 @@ def _require_logits(spec: BackboneSpec, model: nn.Module) -> None:
     want = (1, spec.num_classes or model.num_features)
     if not isinstance(logits, Tensor) or logits.shape != want:
         given = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-        raise ModelError(f"{option} makes {given} of one image; accepted: what makes {want}, one row of classes")
+        raise ModelError(f"{option} turns one image into {given}; accepted: {want}, a value for each class")
 
 
 def _create(spec: BackboneSpec, pretrained: bool = False) -> nn.Module:
@@ -218,7 +218,7 @@ def _create(spec: BackboneSpec, pretrained: bool = False) -> nn.Module:
             point.load()  # registers itself with timm
     if ":" in spec.name:
         raise ModelError(
-            f"model.name = {spec.name!r}: only `tapfl` looks repositories up; accepted here: a name of timm"
+            f"model.name = {spec.name!r}: only the command `tapfl` resolves repositories; accepted here: a name of timm"
         )
     if not timm.is_model(spec.name):
         near = ", ".join(timm.list_models(f"*{spec.name.split('_')[0]}*")[:5]) or "see timm.list_models()"

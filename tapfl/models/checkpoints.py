@@ -50,8 +50,8 @@ def read_checkpoint(file: Path) -> dict[str, Tensor]:
     except Exception as error:  # of torch, of its unpickler, or of what is in the file
         if found := _objects(file, error):
             accepted = "tensors, as of torch.save(model.state_dict(), FILE)"
-            raise ValueError(f"holds objects that reading it would make ({found}); accepted: {accepted}") from None
-        raise ValueError(f"is not a whole file of torch.save ({message_of(error)}); accepted: {ACCEPTED}") from None
+            raise ValueError(f"holds objects other than tensors ({found}); accepted: {accepted}") from None
+        raise ValueError(f"is not a complete file of torch.save ({message_of(error)}); accepted: {ACCEPTED}") from None
     for name, value in state.items():
         if not isinstance(name, str) or not isinstance(value, Tensor):
             kind = type(value).__name__

@@ -241,7 +241,7 @@ class Tokens:
     def of(cls, model: Any) -> Tokens:
         """Returns the tokens of `model`. Raises ModelError unless it is a ViT or DeiT of timm's plain blocks."""
         if not isinstance(model, VisionTransformer):
-            raise ModelError(f"{type(model).__name__} cannot merge tokens, of ViT and DeiT alone")
+            raise ModelError(f"{type(model).__name__} cannot merge tokens (only ViT and DeiT can)")
         if odd := [i for i, block in enumerate(model.blocks) if type(block) not in (Block, MergingBlock)]:
             raise ModelError(f"blocks.{odd[0]}: a {type(model.blocks[odd[0]]).__name__} cannot merge tokens")
         class_only = tokens_read(model) is not None

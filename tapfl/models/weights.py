@@ -123,8 +123,8 @@ def _require_one_order(classes: tuple[str, ...]) -> None:
     if list(classes) == sorted(classes) != by_number:
         first = next(name for name, other in zip(classes, by_number, strict=True) if name != other)
         raise ModelError(
-            f"model.head-rows = '': the head's rows may be in the order of texts or of numbers (class {first!r} is the "
-            f"first to differ); accepted: a JSON file, class name -> row"
+            f"model.head-rows = '': the head's rows may be sorted as text or as numbers, which differ from class "
+            f"{first!r} on; accepted: a JSON file, class name -> row"
         )
 
 
@@ -189,7 +189,7 @@ def read_head_rows(file: Path, classes: tuple[str, ...]) -> list[int]:
         if type(row) is not int or row < 0:
             raise refusal(f"names no row for class {name!r}; accepted: a whole number from 0")
         if row in holder:
-            raise refusal(f"row {row} is that of {holder[row]!r} and of {name!r}; accepted: a row of its own for each")
+            raise refusal(f"row {row} is given to {holder[row]!r} and {name!r}; accepted: a different row for each")
         holder[row] = name
     return list(holder)
 

@@ -162,7 +162,7 @@ def _write_script(model: nn.Module, file: Path, about: Mapping[str, str], batch:
 def _write_onnx(model: nn.Module, file: Path, about: Mapping[str, str], batch: int | None, opset: int | None) -> None:
     weights = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
     if weights > ONNX_BYTES:
-        raise RunError(f"onnx: one file holds 2 GB, the weights are {weights / 1e9:.1f} GB")
+        raise RunError(f"onnx: a file can hold at most 2 GB, and the weights have {weights / 1e9:.1f} GB")
     program = torch.onnx.export(
         _program(model, batch), input_names=["images"], output_names=["logits"], opset_version=opset, verbose=False
     )
