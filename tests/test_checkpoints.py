@@ -161,7 +161,7 @@ def test_a_file_that_is_none_is_refused(name: str, content: bytes | None, messag
         ([1, 2], "is not a complete file of torch.save"),
         ({"encoder": {"a": torch.ones(1)}}, "holds a dict under 'encoder'; accepted: tensors by name"),
         ({"model": {"a": 3}}, "holds a int under 'a'"),
-        ({3: torch.ones(1)}, "holds a Tensor under 3|is not a whole"),
+        ({3: torch.ones(1)}, "holds a Tensor under 3|is not a complete"),
         ({}, "do not fit the backbone: they lack"),
     ],
 )
