@@ -250,7 +250,8 @@ class Device:
         self, method: Method[Any], received: Params, personal: Personal | None, round: int
     ) -> Personal | None:
         """Returns what stayed on the device, with the α that suits the w just received (`Method.weigh`)."""
-        if personal is None or not (chosen := self._images.weighing(round)):
+        chosen = self._images.weighing(round)
+        if personal is None or not (chosen or self.config.personalize.holds_out):
             return personal
         (adapted, train), prior = self._images.inputs("train", self._pruned), self._prior()
 

@@ -23,7 +23,7 @@ from tapfl.data.contents import content_of, fingerprints, path_of
 from tapfl.data.federated import DeviceSplit, require_enough
 from tapfl.data.images import ImageSet
 from tapfl.errors import ConfigError, NoImagesError
-from tapfl.personalize.held_out import hold_out
+from tapfl.personalize.held_out import FEWEST, hold_out
 from tapfl.seeds import numpy_generator
 
 
@@ -148,7 +148,7 @@ class OwnImages:
     def trained_and_held_out(self) -> tuple[np.ndarray, np.ndarray]:
         """Positions in the training part: of the images that are trained on, and of those that choose α."""
         train, options, seed = self.part("train"), self.config.personalize, self.config.seed
-        if not options.holds_out:
+        if not options.holds_out or options.held_out_share * len(train) < FEWEST:
             return np.arange(len(train)), np.arange(0)
         if self.config.data.changing:
             chosen = drawn(train.images, options.held_out_share, seed, "held-out")

@@ -88,8 +88,7 @@ class Apfl(Method[ApflState]):
 
     def weigh(self, received: Params, personal: Personal, batches: Sequence[Losses]) -> Personal:
         """Returns the personal parameters with α as held-out images choose it for the w just received."""
-        of_all: Losses = lambda params: torch.cat([losses(params) for losses in batches])  # noqa: E731
-        return Personal(personal.params, held_out_alpha(personal.params, received, of_all))
+        return Personal(personal.params, held_out_alpha(personal.params, received, batches))
 
     def _first(self, received: Params) -> Personal:
         theta = next(iter(received.values()))

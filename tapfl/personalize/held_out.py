@@ -2,12 +2,13 @@
 
 On a training batch α is biased to v, which has seen the batch many times: its gradient there favours the personal model
 even where the shared one is better. So a share of the device's training images is held out, of v and of w, in every
-round.
+round. A handful of images hardly moves α from the mean of its prior, and v and w miss them: a device that would hold out
+fewer than `FEWEST` holds out none, and has the prior's α.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -21,6 +22,7 @@ Losses = Callable[[Params], Tensor]
 
 GRID = torch.linspace(0, 1, 11, dtype=torch.float64)
 PRIOR = 2.0  # κ: before any image is seen α is 0.31
+FEWEST = 12  # held-out images
 
 
 def hold_out(labels: np.ndarray, share: float, generator: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
@@ -44,8 +46,8 @@ def hold_out(labels: np.ndarray, share: float, generator: np.random.Generator) -
 
 
 @torch.no_grad()
-def held_out_alpha(v: Params, w: Params, losses: Losses) -> Tensor:
-    """Returns α, 0-d float64: the mean of its posterior, given the held-out images.
+def held_out_alpha(v: Params, w: Params, batches: Sequence[Losses]) -> Tensor:
+    """Returns α, 0-d float64: the mean of its posterior, given the held-out images, or of its prior if there are none.
 
         α = Σ_g g p_g,    p_g ∝ exp(-κ g - Σ_i f_i(g v + (1-g) w)),    g in {0, 0.1, …, 1}
 
@@ -53,6 +55,7 @@ def held_out_alpha(v: Params, w: Params, losses: Losses) -> Tensor:
     Few images move α little from the mean of its prior, and many move it to where their loss is least. The best of the
     grid would follow the noise of a handful of images to 0 or 1.
     """
-    of_each = torch.stack([losses(interpolate(v, w, a)).double().sum() for a in GRID])
+    sums = [sum(losses(interpolate(v, w, a)).double().sum() for losses in batches) for a in GRID]
+    of_each = torch.stack([torch.as_tensor(each, dtype=torch.float64) for each in sums])
     grid = GRID.to(of_each.device)
     return torch.softmax(-PRIOR * grid - of_each, 0) @ grid
