@@ -61,7 +61,7 @@ V, W = {"x": torch.ones(1, dtype=torch.float64)}, {"x": torch.zeros(1, dtype=tor
 
 def chosen(best: float, images: int, curvature: float = 1.0) -> float:
     """α where the loss of each image is ½ c (α - best)²."""
-    return float(held_out_alpha(V, W, lambda p: (curvature / 2 * (p["x"] - best) ** 2).expand(images)))
+    return float(held_out_alpha(V, W, [lambda p: (curvature / 2 * (p["x"] - best) ** 2).expand(images)]))
 
 
 def test_the_formula_by_hand() -> None:
@@ -84,8 +84,16 @@ def test_few_images_are_not_believed() -> None:
 
 def test_v_that_is_w_leaves_alpha_at_its_prior_and_the_choice_keeps_v() -> None:
     personal = Apfl().weigh(W, Personal(W, torch.tensor(0.9).double()), [lambda p: p["x"].square()])
-    assert float(personal.alpha) == pytest.approx(0.33, abs=0.02) and personal.params is W
+    assert float(personal.alpha) == pytest.approx(0.31, abs=0.01) and personal.params is W
     assert personal.alpha.dtype == torch.float64 and personal.alpha.dim() == 0
+
+
+def test_images_in_two_batches_choose_as_in_one_and_without_any_the_prior_does() -> None:
+    grid = np.linspace(0, 1, 11)
+    prior = float((grid * np.exp(-2 * grid)).sum() / np.exp(-2 * grid).sum())
+    assert float(held_out_alpha(V, W, [])) == pytest.approx(prior, rel=1e-12)
+    loss = lambda p: ((p["x"] - 0.7) ** 2).expand(5)  # noqa: E731
+    assert float(held_out_alpha(V, W, [loss, loss])) == pytest.approx(chosen(0.7, images=10, curvature=2), rel=1e-12)
 
 
 # -- where α goes -----------------------------------------------------------------------------------------------------
@@ -219,8 +227,8 @@ DISJOINT = ["devices.count=5", "data.partition=class-blocks", "data.classes-per-
 
 
 @pytest.mark.slow
-def test_on_digits_the_personal_model_follows_the_better_side(cache: Path, tmp_path: Path) -> None:
-    """18 training images a device. The published rule loses much of the shared model where all devices are alike."""
+def test_on_digits_the_personal_model_is_near_the_shared_one_or_above_it(cache: Path, tmp_path: Path) -> None:
+    """18 training images a device: none is held out. The published rule loses much of w where all devices are alike."""
 
     def run(name: str, *options: str) -> tuple[float, float, float]:
         sets = [part for each in [*FEW_IMAGES, *options, f"cache={cache}"] for part in ("--set", each)]
@@ -233,6 +241,6 @@ def test_on_digits_the_personal_model_follows_the_better_side(cache: Path, tmp_p
 
     alike, apart = run("alike", *ALIKE), run("apart", *DISJOINT)
     published = run("published", *ALIKE, "personalize.alpha-on=train", "personalize.from-round=1")
-    assert alike[2] < apart[2] < published[2]
+    assert alike[2] == apart[2] == pytest.approx(0.3146, abs=1e-4) and published[2] > 0.5
     assert alike[0] > alike[1] - 0.02 and apart[0] > apart[1]
     assert published[0] < published[1] - 0.03 and published[0] < alike[0] - 0.03

@@ -28,7 +28,7 @@ from tapfl.personalize.methods import FedAvg
 from tapfl.profiles import profiles_of
 from tapfl.training import Params
 
-# small enough for a second: four devices of about 60 training images, a backbone trained for two epochs
+# small enough for a second: four devices of about 30 training images, a backbone trained for two epochs
 TINY = "img_size=8,patch_size=2,in_chans=1,embed_dim=32,depth=2,num_heads=2,class_token=False,global_pool=avg"
 SMALL = [
     "devices.count=4",
@@ -39,6 +39,7 @@ SMALL = [
     "train.rounds=2",
     "train.epochs=1",
     "personalize.from-round=1",
+    "personalize.held-out-share=0.5",  # of 30 images: enough to choose α
     "metric.size=64",
     "pruning.align=1",
     "pruning.criterion=tap",  # a plan says all of its models, and it is the fastest
@@ -368,7 +369,7 @@ def test_nothing_is_trained_on_the_images_that_choose_alpha(
     device = Device(config, 1, 4, profile, DeviceStorage(folder / "devices" / "01"))
     part = device._images.part("train")
     trained, held = device._images.trained_and_held_out
-    assert len(held) == round(0.25 * len(part)) and sorted([*trained, *held]) == list(range(len(part)))
+    assert len(held) == round(0.5 * len(part)) and sorted([*trained, *held]) == list(range(len(part)))
     received = device._whole(FedAvg(), device._state(2), np.zeros(packed_size(device._pruned.layout), np.float32))
     own = device._state(2).personal
     assert own is not None
@@ -389,3 +390,17 @@ def test_nothing_is_trained_on_the_images_that_choose_alpha(
     )
     assert same_bits(upload, of_held) and alpha != alpha_of_held
     assert not same_bits(upload, of_trained) and alpha == alpha_of_trained
+
+
+
+def test_a_handful_of_images_is_trained_on_and_alpha_is_its_priors(finished: tuple[Path, dict[str, object]]) -> None:
+    folder, _ = finished
+    settings = json.loads((folder / "config.json").read_text())
+    config = RunConfig.from_flat(settings | {"personalize.held-out-share": 0.25})
+    device = Device(config, 1, 4, profiles_of(config.devices)[1], DeviceStorage(folder / "devices" / "01"))
+    trained, held = device._images.trained_and_held_out
+    assert np.array_equal(trained, np.arange(len(device._images.part("train")))) and len(held) == 0
+    own = device._state(2).personal
+    assert own is not None
+    weighed = device._weighted(device._method(3), own.params, own, 3)
+    assert weighed is not None and weighed.mean_alpha == pytest.approx(0.3146, abs=1e-4)
