@@ -2,8 +2,8 @@
 
 On a training batch α is biased to v, which has seen the batch many times: its gradient there favours the personal model
 even where the shared one is better. So a share of the device's training images is held out, of v and of w, in every
-round. A handful of images hardly moves α from the mean of its prior, and w and v miss them in training. So a device that
-would hold out fewer than `FEWEST` holds out none, and has the prior's α.
+round. A handful of images hardly moves α from the mean of its prior, and w and v miss them in training. So a device
+that would hold out fewer than `FEWEST` holds out none, and has the prior's α.
 """
 
 from __future__ import annotations
