@@ -392,7 +392,6 @@ def test_nothing_is_trained_on_the_images_that_choose_alpha(
     assert not same_bits(upload, of_trained) and alpha == alpha_of_trained
 
 
-
 def test_a_handful_of_images_is_trained_on_and_alpha_is_its_priors(finished: tuple[Path, dict[str, object]]) -> None:
     folder, _ = finished
     settings = json.loads((folder / "config.json").read_text())
