@@ -6,6 +6,7 @@ import ast
 import copy
 import json
 import re
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -38,9 +39,11 @@ from tapfl.personalize.method import LocalResult, Method, Personal, local_round
 from tapfl.personalize.methods import FedAvg
 from tapfl.personalize.proximal import Ditto
 from tapfl.pruning.criteria import registry, upop
+from tapfl.pruning.criteria.criterion import Selection
 from tapfl.pruning.criteria.tap import elimination_order
 from tapfl.pruning.layer_importance import sample_divergences
-from tapfl.pruning.pipeline import Pruned, prune_model, pruning_task
+from tapfl.pruning.pipeline import Pruned, prune_model, pruning_task, select
+from tapfl.pruning.pool import PoolTables
 from tapfl.pruning.scores import neuron_importance, terms
 from tapfl.pruning.surgery import shrink
 from tapfl.seeds import numpy_generator
@@ -117,6 +120,20 @@ def test_other_backbones_find_there_what_they_find_here(family: str) -> None:
     here = pruned(backbone, HERE, **options)
     with accelerator():
         check_equal(pruned(backbone, THERE, **options), here, backbone.inputs)
+
+
+def test_a_pool_says_there_what_it_says_here(vit: Tiny, tmp_path: Path) -> None:
+    def chosen_by_tables(where: Compute) -> Selection:
+        images, chosen, options = where.put(vit.inputs), np.array([2, 0, 3]), PruningOptions(align=1, criterion="wanda")
+        task = pruning_task(where.put(vit.model), images, 0.6, options, batch=2)
+        tables = PoolTables(task, lambda positions: (images[torch.from_numpy(positions)], None), 4, tmp_path)
+        return select(replace(task, probe=partial(tables.importance, chosen), sums=partial(tables.sums, chosen)))
+
+    here = chosen_by_tables(HERE)
+    with accelerator():
+        there = chosen_by_tables(THERE)
+    assert all(torch.equal(there.kept[name], kept) for name, kept in here.kept.items())
+    assert there.importance == pytest.approx(here.importance, rel=1e-3, abs=1e-7)
 
 
 def test_scores_wait_once_a_batch_and_an_elimination_a_few_times_a_branch(vit: Tiny) -> None:
