@@ -23,7 +23,7 @@ from tapfl.config import RunConfig
 from tapfl.data.images import ImageSet
 from tapfl.data.sources import load_images
 from tapfl.models.backbone import BackboneSpec, build, spec_of
-from tapfl.models.forward import image_features, transform_of
+from tapfl.models.forward import image_features, input_transform, transform_of
 from tapfl.pruning.criteria.criterion import PruningTask, Selection
 from tapfl.pruning.pipeline import cut
 from tapfl.seeds import numpy_generator
@@ -51,7 +51,7 @@ def devices(
     torch.set_num_threads(1)
     torch.manual_seed(0)
     options = RunConfig.from_flat(options_of(None, set))
-    images = load_images(options.data.source).subset(np.arange(POOL))
+    images = load_images(options.data.source, input_transform(options.model)).subset(np.arange(POOL))
     spec = spec_of(options.model, images.classes)
     model = build(spec).requires_grad_(False)
     for name, way in product(criterion, probe):
