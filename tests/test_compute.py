@@ -8,15 +8,19 @@ from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from backbones import Tiny, kept_units, plan_of, random_kept
+from PIL import Image
 from recording import Recording
+from safetensors.torch import save_file
 from test_inprocess_run import tapfl
 from torch import nn
 from torch.nn import functional as F
 
 from experiments.bench import gpu, timing
+from experiments.bench.accuracy import accuracies, pictures
 from experiments.engines.actor import processors
 from experiments.engines.ray import ActorPool
 from strategies.binding import PROCESSOR, require_same_processor
@@ -187,7 +191,7 @@ def test_the_script_for_a_gpu_comes_through_on_the_cpu(tmp_path: Path) -> None:
     differences = {row["adapters"]: row["largest difference"] for row in rows if "adapters" in row}
     assert set(differences.values()) == {0.0}  # the CPU against itself
     assert all(row["kept alike"] == 1 for row in rows if "kept alike" in row)
-    found = {(row["computed"], row["when"]): row["accuracy"] for row in rows if "computed" in row}
+    found = {(row["computed"], row["when"]): row["accuracy"] for row in rows if row.get("images") == "digits"}
     assert len(found) == 9 and found["cpu", "after round 2"] > 0.5
     for when in ("after the cut", "after round 2"):
         assert found["exact", when] == found["cpu", when]
@@ -203,6 +207,24 @@ def test_its_parts_measure_at_the_size_of_a_test(monkeypatch: pytest.MonkeyPatch
     ordinary = [row for row in rows if "ms" in row]
     assert len(rows) == 2 * len(ordinary) and all(row["ms"] > 0 for row in ordinary)
     assert all(row["ms as a graph"] > 0 and row["ms to record it"] > 0 for row in rows if row not in ordinary)
+
+
+def test_the_accuracy_of_pictures_is_that_of_devices_with_classes_of_their_own(tmp_path: Path, deit: Tiny) -> None:
+    save_file(deit.model.state_dict(), tmp_path / "weights.safetensors")
+    for label in range(4):
+        (tmp_path / "pictures" / f"class {label}").mkdir(parents=True)
+        for i in range(8):
+            pixels = np.random.default_rng([label, i]).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "pictures" / f"class {label}" / f"{i}.png")
+    spec = deit.spec.model_copy(update={"num_classes": 2})
+    given = str(tmp_path / "pictures"), tmp_path / "weights.safetensors", spec
+    made = list(pictures(*given, devices=2, images=8, cache=tmp_path / "cache"))
+    assert [len(each.inputs) for each in made] == [16, 16] and made[0].labels[:4].tolist() == [0, 1, 0, 1]
+    seen = [{x.numpy().tobytes() for x in each.inputs} for each in made]
+    assert len(seen[0]) == len(seen[1]) == 16 and not seen[0] & seen[1]
+    found = dict(accuracies(made[0], HERE))
+    assert list(found) == ["after the cut", "after round 1", "after round 2"]
+    assert all(0 <= share <= 1 for share in found.values())
 
 
 def test_how_busy_a_gpu_was_is_read_from_its_tool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -180,6 +180,7 @@ def test_why_devices_go_one_by_one_is_said(families: dict[str, Tiny]) -> None:
     one, other = two(families["vit"])
     assert reason([one, replace(other, personal=None)]) == "device 1 has nothing of an earlier round, others have"
     assert "α" in reason([replace(each, personal=Personal(each.received, torch.zeros(2))) for each in (one, other)])
+    assert "arrive at different blocks" in reason([one, replace(other, model=other.model.beyond)])
     with torch.no_grad():
         other.model.model.norm.weight.add_(1)
     assert "norm.weight differs between devices" in reason([one, other])

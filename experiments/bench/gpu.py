@@ -1,10 +1,11 @@
 """What a GPU is worth here: one prepared script of under ten minutes, which writes each figure as soon as it is there.
 
-``python -m experiments.bench.gpu OUT.jsonl [--device cpu] [--small]``
+``python -m experiments.bench.gpu OUT.jsonl [--device cpu] [--small] [--pictures FOLDER --weights FILE]``
 
 It needs torch, timm, scikit-learn, scipy, safetensors and pydantic, and neither Flower nor Ray nor a network. Weights
-and images are random. Each part is a process of its own that ends at its time limit; what it found until then is kept.
-Ratios are of things measured in the same part on the same device. ``--small`` is the size of a test.
+and images are random, save for what accuracy is measured on. Each part is a process of its own that ends at its time
+limit; what it found until then is kept. Ratios are of things measured in the same part on the same device.
+``--small`` is the size of a test.
 """
 
 from __future__ import annotations
@@ -27,12 +28,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from experiments.bench.digits_accuracy import TRAINED, accuracies, digits, trained
+from experiments.bench.accuracy import accuracies, digits, pictures
 from experiments.bench.local_training import DIGITS, METHODS, Device, drawn, model_of, spec_named
 from experiments.bench.timing import watched
 from tapfl.adapters.stacked_model import StackedModel
 from tapfl.compute import HERE, Compute, home
 from tapfl.config import ComputeOptions, PruningOptions, TrainOptions
+from tapfl.data.decoded import cores
 from tapfl.personalize.recorded import WARM, RecordedStep
 from tapfl.personalize.together import LocalTask, all_of
 from tapfl.pruning.compensation import compensate_sequentially
@@ -56,6 +58,8 @@ class Size:
         images: of a device; metric: images of a metric set, by batches of `batch`.
         patience: times the limits of the parts.
         stacked: of which so many devices, a `group`, step together.
+        pictures, weights: a folder with one of pictures for each of 60 classes or more, and a checkpoint of the first
+            of the models; empty: random ones do.
     """
 
     models: tuple[str, ...] = ("deit_tiny_patch16_224", "deit_small_patch16_224", "swin_tiny_patch4_window7_224")
@@ -75,6 +79,8 @@ class Size:
     patience: float = 1.0
     stacked: tuple[str, ...] = ("deit_tiny_patch16_224", "deit_small_patch16_224")
     group: int = 4
+    pictures: str = ""
+    weights: str = ""
 
 
 SMALL = Size(
@@ -206,18 +212,21 @@ def forward(task: PruningTask) -> None:
 
 
 def accuracy(size: Size, compute: Compute) -> Iterator[Row]:
-    """The digits' accuracy on the CPU, and on the device in both precisions."""
-    inputs, labels = digits()
-    dense = trained(inputs[:TRAINED], labels[:TRAINED])
-    for name, way in zip(("cpu", "exact", "fast"), (HERE, *both(compute)), strict=True):
-        way.prepare()
-        for when, share in accuracies(dense, inputs, labels, way):
-            yield {"computed": name, "when": when, "accuracy": share}
+    """Accuracy on the CPU, and on the device in both precisions: of the digits, and of any pictures."""
+    given = pictures(size.pictures, Path(size.weights), spec_named(size.models[0])) if size.pictures else ()
+    for place, problem in enumerate((digits(), *given)):
+        about = {"images": f"pictures {place}" if place else "digits"}
+        for name, way in zip(("cpu", "exact", "fast"), (HERE, *both(compute)), strict=True):
+            way.prepare()
+            if way is HERE and place:
+                torch.set_num_threads(cores())  # one would take minutes
+            for when, share in accuracies(problem, way):
+                yield about | {"computed": name, "when": when, "accuracy": share}
 
 
 PARTS: dict[str, tuple[Callable[[Size, Compute], Iterator[Row]], float]] = {
     "agreement": (agreement, 60),
-    "accuracy": (accuracy, 60),
+    "accuracy": (accuracy, 120),
     "steps": (steps, 120),
     "a round": (a_round, 150),
     "together": (together, 60),
@@ -315,8 +324,13 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("out", type=Path, help="file that gets a line of JSON for each figure")
     parser.add_argument("--device", default="cuda", choices=["cpu", "cuda", "auto"])
     parser.add_argument("--small", action="store_true", help="the size of a test")
+    parser.add_argument("--pictures", default="", help="folder with one of pictures for each class, for accuracy")
+    parser.add_argument("--weights", default="", help="of deit_tiny_patch16_224, for the pictures")
     given = parser.parse_args(arguments)
+    if bool(given.pictures) != bool(given.weights):
+        parser.error("--pictures and --weights need each other")
     compute, size = Compute.of(ComputeOptions(device=given.device)), SMALL if given.small else Size()
+    size = replace(size, pictures=given.pictures, weights=given.weights)
     failed = 0
     with given.out.open("a", encoding="utf-8") as file:
         for name in PARTS:

@@ -46,12 +46,19 @@ class StackedModel(AdaptedModel):
             _require_plain(model)
         if any(member.reduced for member in members):
             raise ModelError("train.together: compute.precision = fast trains one by one; accepted: exact")
+        begins = {  # blocks that the inputs have passed; None: they are images
+            None if member.prefix else len(model.blocks) + 1 - len(member.rest)
+            for member, model in zip(members, models, strict=True)
+        }
+        if len(begins) > 1:
+            raise ModelError("train.together: their inputs arrive at different blocks; accepted: 1")
+        (begin,) = begins
         self.layout, self.scale, self.reduced, self._bound = {}, members[0].scale, None, {}
         self.model: Any = copy.deepcopy(models[0])
         self.linears = modules_of(name for member in members for name in member.layout)
         places: list[dict[str, Place]] = [{} for _ in models]
         wide: dict[str, tuple[int, int]] = {}
-        for i in range(len(self.model.blocks)):
+        for i in range(begin or 0, len(self.model.blocks)):
             for branch in BRANCHES:
                 name = f"blocks.{i}.{branch}"
                 put(
@@ -62,10 +69,7 @@ class StackedModel(AdaptedModel):
                 put(self.model, head, BoundLinear(head, module.linear, self._bound, self.scale))
         _require_same(models)
         self._divide()
-        if not all(member.prefix for member in members):
-            if any(member.prefix or len(member.rest) != len(self.rest) for member in members):
-                raise ModelError("train.together: their inputs are of different blocks")
-            self.prefix = ()
+        self.prefix = self.prefix if begin is None else ()
         own: list[Shapes] = [{name: place.shape for name, place in member.layout.items()} for member in members]
         factors = [_factor_places(each, shapes) for each, shapes in zip(places, own, strict=True)]
         self.stacking = Stacking.of(own, factors, _factor_shapes(wide, own))

@@ -1,0 +1,102 @@
+"""Whether a device and a precision cost accuracy: backbones cut by `tap` and trained for two rounds.
+
+A ViT of the digits, which scikit-learn has; and with weights and pictures at hand, a backbone with these weights on
+devices of some classes each. It needs neither Flower nor Ray nor a network.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from sklearn.datasets import load_digits
+from torch import Tensor, nn
+
+from experiments.bench.local_training import DIGITS, METHODS, RATE, model_of, with_adapters
+from tapfl.compute import Compute
+from tapfl.config import PruningOptions, TrainOptions
+from tapfl.data.sources import load_images
+from tapfl.models.backbone import BackboneSpec
+from tapfl.models.forward import image_features, transform_of
+from tapfl.models.new_head import fill_with_prototypes
+from tapfl.models.weights import load_weights
+from tapfl.personalize.together import LocalTask
+from tapfl.pruning.pipeline import prune_model, pruning_task
+from tapfl.seeds import numpy_generator
+from tapfl.training import Params, accuracy, batches, predict, train_dense
+
+EPOCHS, ROUNDS, BATCH = 8, 2, 32
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A dense model, and images with labels, of which the first `train` are trained on and the first `metric` measure.
+
+    Attributes:
+        inputs: in the model's input format.
+    """
+
+    dense: nn.Module
+    spec: BackboneSpec
+    inputs: Tensor
+    labels: Tensor
+    train: int
+    metric: int
+
+
+def digits() -> Problem:
+    """Returns the digits, in an order that mixes the writers, and a model that was trained on the CPU."""
+    found, order = load_digits(), numpy_generator(0, "digits").permutation(1797)
+    inputs = torch.from_numpy(found.images[order]).float()[:, None] / 8 - 1
+    made = Problem(model_of(DIGITS), DIGITS, inputs, torch.from_numpy(found.target[order]).long(), 1200, 256)
+    options = {"epochs": EPOCHS, "batch": BATCH, "learning_rate": 1e-3, "generator": numpy_generator(0, "dense")}
+    labels = made.labels[: made.train]
+    train_dense(made.dense, lambda index: inputs[torch.from_numpy(index)], labels, **options)  # type: ignore[arg-type]
+    return made
+
+
+def pictures(
+    source: str, weights: Path, spec: BackboneSpec, devices: int = 3, images: int = 40, cache: Path | None = None
+) -> Iterator[Problem]:
+    """Yields a problem for each device: it has `spec.num_classes` classes of the source, no two devices the same ones.
+
+    The head are prototypes of its training images, three of four of so many `images` a class.
+    """
+    everything = load_images(source, transform_of(model_of(spec)), cache)
+    for i in range(devices):
+        order = numpy_generator(0, "pictures", i).permutation(len(everything))
+        own = everything.labels[order] - i * spec.num_classes
+        each = [order[own == label][:images] for label in range(spec.num_classes)]
+        chosen = np.stack(each, 1).flatten()  # class by class in turn, so that any beginning has all of them
+        labels = torch.arange(spec.num_classes).repeat(len(each[0]))
+        dense, train = model_of(spec), len(chosen) * 3 // 4
+        load_weights(dense, weights, everything.classes, None)
+        inputs = transform_of(dense)(everything.subset(chosen).read())
+        features = image_features(dense, inputs[:train].split(64))
+        dense = fill_with_prototypes(dense, features, labels[:train].numpy())
+        yield Problem(dense, spec, inputs, labels, train, min(96, train))
+
+
+def accuracies(problem: Problem, compute: Compute) -> Iterator[tuple[str, float]]:
+    """Yields the accuracy on images that nothing was trained on: of the smaller model, and after each round."""
+    given = compute.put(problem.dense), compute.put(problem.inputs[: problem.metric])
+    task = pruning_task(*given, 0.5, PruningOptions(criterion="tap"), min(64, problem.metric))
+    made = prune_model(replace(task, at_once=compute.at_once, passing=compute.forward), problem.spec)
+    adapted, params = with_adapters(problem.dense, made, compute)
+    x, y, train = compute.put(problem.inputs), compute.put(problem.labels), problem.train
+
+    def measured(params: Params) -> float:
+        with compute.forward():
+            return accuracy(predict(lambda images: adapted(params, images), x[train:]), y[train:])
+
+    yield "after the cut", measured(params)
+    for round in range(1, ROUNDS + 1):
+        order = [torch.from_numpy(index) for index in batches(train, BATCH, 1, numpy_generator(0, "train", round))]
+        options = TrainOptions(batch=BATCH, steps=len(order), learning_rate=RATE)
+        data = ((x[index], y[index]) for index in order)
+        own = LocalTask(METHODS["fedavg"], adapted, params, None, data, options, frozenset(params), 0)
+        params = own.alone().upload or {}
+        yield f"after round {round}", measured(params)
