@@ -87,9 +87,11 @@ def measure_all(
 ) -> list[dict[str, str]]:
     """Run all measurements of a file, and show every goal beside what was measured.
 
-    All tables are in bench.md. If commands fail, the rows of the others are kept, and the same command goes on.
+    All tables are in bench.md, which is written anew after each command. If commands fail, or it is interrupted, the
+    rows of the others are kept, and the same command goes on.
     """
     measurements = read_measurements(config)
+    made_by = command("bench", "all", "--config", str(config), "--out", "DIR")
     rows: dict[str, Rows] = {}
     failed = []
     with stage("measurements") as advance:
@@ -99,18 +101,20 @@ def measure_all(
                 rows[each.command] = _rows(each.command, out)
             except RunError as error:
                 failed.append(str(error))
-    goals = [goal.judged(rows.get(each.command, ())) for each in measurements for goal in each.goal]
-    made_by = command("bench", "all", "--config", str(config), "--out", "DIR")
-    parts = [f"Made by `{made_by}`; {_versions(rows.values())}.\n", as_markdown(goals) if goals else ""]
-    for each in measurements:
-        if each.table and (found := rows.get(each.command)):
-            cells = [{name: str(value) for name, value in row.items()} for row in found if TOOK not in row]
-            parts += [f"`{each.command}`\n", f"{each.about}\n" if each.about else "", as_markdown(cells)]
-    write_bytes(out / "bench.md", "\n".join(filter(None, parts)).encode())
+            goals = [goal.judged(rows.get(each.command, ())) for each in measurements for goal in each.goal]
+            page = [f"Made by `{made_by}`; {_versions(rows.values())}.\n", as_markdown(goals) if goals else ""]
+            page += [_table(each, rows[each.command]) for each in measurements if each.table and each.command in rows]
+            write_bytes(out / "bench.md", "\n".join(filter(None, page)).encode())
     if failed:
         raise RunError("\n".join([*failed, f"{out}: has the other rows; run the same command again to continue"]))
     print(f"in {out}: bench.md", file=sys.stderr)
     return goals
+
+
+def _table(measurement: Measurement, rows: Rows) -> str:
+    cells = [{name: str(value) for name, value in row.items()} for row in rows if TOOK not in row]
+    parts = [f"`{measurement.command}`\n", f"{measurement.about}\n" if measurement.about else "", as_markdown(cells)]
+    return "\n".join(filter(None, parts))
 
 
 def _rows(command: str, out: Path) -> Rows:
