@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_map_only
 
 from tapfl.adapters import rules
 from tapfl.adapters.layout import Layout, device_layout, global_shapes, last_blocks
@@ -39,7 +39,7 @@ from tapfl.pruning.plan import PruningPlan, require_device
 from tapfl.pruning.surgery import load_plan, load_pruned
 from tapfl.seeds import torch_generator
 from tapfl.store import cache_folder
-from tapfl.training import Params, images_seen
+from tapfl.training import Params, images_seen, tensors_in
 
 AT_ONCE = 64  # images that pass the blocks before the first adapter together
 
@@ -254,9 +254,8 @@ class Arriving:
             found = model.before(batch)
             if stream is None:
                 stream = tree_map_only(Tensor, lambda each: each.new_empty((len(part), *each.shape[1:])), found)
-            for whole, each in zip(tree_leaves(stream), tree_leaves(found), strict=True):
-                if isinstance(each, Tensor):
-                    whole[place[0] : place[-1] + 1] = each
+            for whole, each in zip(tensors_in(stream), tensors_in(found), strict=True):
+                whole[place[0] : place[-1] + 1] = each
         return cls(part.labels, stream)
 
     def __len__(self) -> int:
@@ -264,7 +263,7 @@ class Arriving:
 
     @property
     def nbytes(self) -> int:
-        return sum(each.nbytes for each in tree_leaves(self.stream) if isinstance(each, Tensor))
+        return sum(each.nbytes for each in tensors_in(self.stream))
 
     def batch(self, positions: np.ndarray) -> Any:
         """Returns what arrives of the images at these positions."""

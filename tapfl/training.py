@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._pytree import tree_leaves
 
 from tapfl.config import TrainOptions
 from tapfl.errors import ModelError
@@ -33,6 +34,11 @@ class InPieces(Protocol):
 LOOK = 10  # steps between looks at held-out images
 LARGEST = 1e6  # far above any trained weight or adapter; products of such values stay finite in float32
 LOST = 10.0  # times the loss of guessing: a mean loss beyond that at the end is no result of training
+
+
+def tensors_in(tree: Any) -> list[Tensor]:
+    """Returns the tensors in nested tuples and the like, in their order."""
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
 def batches(size: int, batch: int, epochs: int, generator: np.random.Generator) -> Iterator[np.ndarray]:

@@ -18,13 +18,13 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 from torch.nn import functional as F
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_map_only
 
 from tapfl.adapters.layout import LORA_A, LORA_B, Layout, Shapes
 from tapfl.adapters.stack import LINE, flat, lead, parts_of, shapes_of, two_dims
 from tapfl.models.forward import Step, example_input, full, segments
 from tapfl.models.units import put
-from tapfl.training import Params
+from tapfl.training import Params, tensors_in
 
 REST = "rest"  # beside the factors of a pair: what the second set has of the first one's A
 
@@ -189,8 +189,7 @@ class AdaptedModel:
     @cached_property
     def bytes_before(self) -> int:
         """Of what `before` returns for one image."""
-        found = self.before(example_input(self.model))
-        return sum(each.nbytes for each in tree_leaves(found) if isinstance(each, Tensor))
+        return sum(each.nbytes for each in tensors_in(self.before(example_input(self.model))))
 
     def losses(self, params: Params | Pair, x: Any, loss: Callable[[Tensor], Tensor]) -> Tensor:
         """Returns ``loss(logits)``; of a pair both (2, …), in one pass that shares all before the first adapter."""

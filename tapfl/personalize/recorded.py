@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_map_only
 
 from tapfl.compute import Recorder
+from tapfl.training import tensors_in
 
 WARM = 2  # steps of a shape before it is recorded: the first makes what a round keeps, such as an optimiser's state
 WORTH = 20  # steps of a round from which a recording pays; an estimate, no GPU has measured it
@@ -39,7 +40,7 @@ class RecordedStep:
 
     def __call__(self, batch: Any) -> Tensor:
         """Returns the loss, as the step itself does; detached."""
-        given = [each for each in tree_leaves(batch) if isinstance(each, Tensor)]
+        given = tensors_in(batch)
         shape = tuple(each.shape for each in given)
         if shape not in self._recorded:
             self._seen[shape] += 1
@@ -48,6 +49,6 @@ class RecordedStep:
             own = tree_map_only(Tensor, torch.clone, batch)
             self._recorded[shape] = own, self._recorder.record(lambda: self._step(own).detach())
         own, again = self._recorded[shape]
-        for mine, new in zip((each for each in tree_leaves(own) if isinstance(each, Tensor)), given, strict=True):
+        for mine, new in zip(tensors_in(own), given, strict=True):
             mine.copy_(new)
         return again().clone()
