@@ -37,6 +37,7 @@ class Problem:
 
     Attributes:
         inputs: in the model's input format.
+        prototypes: whether the heads, of the dense model and of a smaller one, are prototypes of the training images.
     """
 
     dense: nn.Module
@@ -45,6 +46,12 @@ class Problem:
     labels: Tensor
     train: int
     metric: int
+    prototypes: bool = False
+
+    def with_prototypes(self, model: nn.Module, inputs: Tensor) -> nn.Module:
+        """Returns a model whose head are prototypes of the training images, the first of `inputs`."""
+        features = image_features(model, inputs[: self.train].split(64))
+        return fill_with_prototypes(model, features, self.labels[: self.train].numpy())
 
 
 def digits() -> Problem:
@@ -63,7 +70,7 @@ def pictures(
 ) -> Iterator[Problem]:
     """Yields a problem for each device: it has `spec.num_classes` classes of the source, no two devices the same ones.
 
-    The head are prototypes of its training images, three of four of so many `images` a class.
+    Three of four of so many `images` a class are training images.
     """
     everything = load_images(source, transform_of(model_of(spec)), cache)
     for i in range(devices):
@@ -75,9 +82,8 @@ def pictures(
         dense, train = model_of(spec), len(chosen) * 3 // 4
         load_weights(dense, weights, everything.classes, None)
         inputs = transform_of(dense)(everything.subset(chosen).read())
-        features = image_features(dense, inputs[:train].split(64))
-        dense = fill_with_prototypes(dense, features, labels[:train].numpy())
-        yield Problem(dense, spec, inputs, labels, train, min(96, train))
+        made = Problem(dense, spec, inputs, labels, train, min(96, train), prototypes=True)
+        yield replace(made, dense=made.with_prototypes(dense, inputs))
 
 
 def accuracies(problem: Problem, compute: Compute) -> Iterator[tuple[str, float]]:
@@ -87,6 +93,9 @@ def accuracies(problem: Problem, compute: Compute) -> Iterator[tuple[str, float]
     made = prune_model(replace(task, at_once=compute.at_once, passing=compute.forward), problem.spec)
     adapted, params = with_adapters(problem.dense, made, compute)
     x, y, train = compute.put(problem.inputs), compute.put(problem.labels), problem.train
+    if problem.prototypes:
+        own = problem.with_prototypes(compute.put(made.model), x)
+        params |= {name: theta.detach() for name, theta in own.named_parameters() if name in params}
 
     def measured(params: Params) -> float:
         with compute.forward():
@@ -97,6 +106,6 @@ def accuracies(problem: Problem, compute: Compute) -> Iterator[tuple[str, float]
         order = [torch.from_numpy(index) for index in batches(train, BATCH, 1, numpy_generator(0, "train", round))]
         options = TrainOptions(batch=BATCH, steps=len(order), learning_rate=RATE)
         data = ((x[index], y[index]) for index in order)
-        own = LocalTask(METHODS["fedavg"], adapted, params, None, data, options, frozenset(params), 0)
-        params = own.alone().upload or {}
+        task_of_round = LocalTask(METHODS["fedavg"], adapted, params, None, data, options, frozenset(params), 0)
+        params = task_of_round.alone().upload or {}
         yield f"after round {round}", measured(params)
