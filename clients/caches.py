@@ -6,11 +6,11 @@ They are in an importable module, because Ray pickles `__main__` by value and it
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -43,8 +43,17 @@ from tapfl.training import Params, images_seen, tensors_in
 
 AT_ONCE = 64  # images that pass the blocks before the first adapter together
 
-# what was dropped is read or computed again; `compute.cache-mb` is the limit of each
-_parts = Memo(0, lambda part: part.nbytes)
+MODULE = 3000  # bytes that a module of torch takes besides its weights: most of a model of the digits
+T = TypeVar("T")
+
+# images and models of devices, and what arrives at adapters; what was dropped is read or computed again
+kept = Memo(0, lambda each: each.nbytes)
+
+
+def _once(config: RunConfig, key: tuple[Hashable, ...], make: Callable[[], T]) -> T:
+    kept.limit = config.compute.cache_mb * 2**20
+    made: T = kept.once(key, make)
+    return made
 
 
 @lru_cache(maxsize=4)
@@ -102,13 +111,16 @@ class Part:
 
     @property
     def nbytes(self) -> int:
-        """What it keeps once an image was used: the bytes of all of them, or nothing if they are over the limit."""
-        size = math.prod(self.images.shape)
-        return size if size <= self.limit else 0
+        """What it keeps once an image was used: the labels, and all images unless they are over the limit."""
+        return self.labels.nbytes + (math.prod(self.images.shape) if self._fits else 0)
+
+    @property
+    def _fits(self) -> bool:
+        return math.prod(self.images.shape) <= self.limit
 
     @cached_property
     def _near(self) -> Tensor | None:
-        return self._put(self.images.read()) if self.nbytes else None
+        return self._put(self.images.read()) if self._fits else None
 
     def _put(self, pixels: np.ndarray) -> Tensor:
         return self.compute.put(torch.from_numpy(pixels))
@@ -154,12 +166,10 @@ def part(
         if config.data.changing:
             chosen, labels = chosen.subset(np.flatnonzero(labels >= 0)), labels[labels >= 0]
         put = compute.put(torch.from_numpy(labels))
-        return Part(chosen, put, input_transform(config.model), compute, _parts.limit, key)
+        return Part(chosen, put, input_transform(config.model), compute, kept.limit, key)
 
-    _parts.limit = config.compute.cache_mb * 2**20
     key = (config, devices, partition_id, name, source, fingerprint, classes, compute)
-    made: Part = _parts.once(key, make)
-    return made
+    return _once(config, key, make)
 
 
 @lru_cache(maxsize=2)
@@ -186,11 +196,8 @@ class AdaptedDevice(NamedTuple):
     # the whole of w before the first round, from the run's seed and the device's own head; empty if nobody asks
     untrained: Params
     private: tuple[str, ...]  # the names in `start` that are trained
-    nbytes: int  # of the model's weights
+    nbytes: int  # of the model, and of these
     key: Hashable  # of the model
-
-
-_models = Memo(0, lambda device: device.nbytes)
 
 
 def pruned(folder: Path, device: int, rank: int, config: RunConfig, compute: Compute) -> AdaptedDevice:
@@ -203,9 +210,8 @@ def pruned(folder: Path, device: int, rank: int, config: RunConfig, compute: Com
         model = load_pruned(folder, skeleton(spec)[0])
         return _adapted(compute.put(model), spec, plan, rank, config, compute)._replace(key=key)
 
-    _models.limit, key = config.compute.cache_mb * 2**20, (folder, checksum, rank, config, compute)
-    made: AdaptedDevice = _models.once(key, make)
-    return made
+    key = (folder, checksum, rank, config, compute)
+    return _once(config, key, make)
 
 
 def unpruned(cache: Path, key: str, spec: str, rank: int, config: RunConfig, compute: Compute) -> AdaptedDevice:
@@ -214,9 +220,8 @@ def unpruned(cache: Path, key: str, spec: str, rank: int, config: RunConfig, com
     def make() -> AdaptedDevice:
         return _adapted(dense(cache, key, spec, compute), spec, None, rank, config, compute)._replace(key=own)
 
-    _models.limit, own = config.compute.cache_mb * 2**20, (cache, key, rank, config, compute)
-    made: AdaptedDevice = _models.once(own, make)
-    return made
+    own = (cache, key, rank, config, compute)
+    return _once(config, own, make)
 
 
 def _adapted(
@@ -234,7 +239,8 @@ def _adapted(
     start = {name: made[name] for name in staying}
     moving = rules.trained(options, layout, 1) | rules.trained(options, layout, 2)
     private = tuple(name for name in staying if name in moving)
-    nbytes = sum(parameter.nbytes for parameter in model.parameters())
+    nbytes = sum(each.nbytes for each in (*model.parameters(), *made.values()))
+    nbytes += sum(place.nbytes for place in layout.values()) + MODULE * len([*model.modules()])
     adapted = AdaptedModel(model, layout, options.scale, compute.reduced)
     return AdaptedDevice(layout, adapted, start, made, private, nbytes, key=None)
 
@@ -276,7 +282,6 @@ class Arriving:
 
 
 Inputs = Part | Arriving
-_arriving = Memo(0, lambda arriving: arriving.nbytes)
 
 
 def inputs(own: AdaptedDevice, part: Part, name: str, config: RunConfig) -> tuple[AdaptedModel, Inputs]:
@@ -295,6 +300,4 @@ def inputs(own: AdaptedDevice, part: Part, name: str, config: RunConfig) -> tupl
         return own.adapted, part
     if len(part) * own.adapted.bytes_before > limit:
         return own.adapted, part
-    _arriving.limit = limit
-    made: Arriving = _arriving.once((own.key, part.key), lambda: Arriving.of(part, own.adapted))
-    return own.adapted.beyond, made
+    return own.adapted.beyond, _once(config, (own.key, part.key), lambda: Arriving.of(part, own.adapted))

@@ -80,6 +80,7 @@ if "flwr.simulation" in sys.modules:
 FOR_DRIVER = 0.1  # of a GPU's memory, for the smaller models that the driver makes there
 
 LOST, RAISED = 0, 2  # Flower's codes: the worker is gone and the server asks again; an exception in the ClientApp
+REPLACED = "TAPFL_REPLACED"  # set in the environment of a worker that is replaced when it dies, as Ray's are
 HARD = 2.0  # a worker stuck where Python cannot interrupt it ends itself after this many time limits
 
 ENDING = 0.5  # seconds for a last reply to leave a worker; if it does not, the server asks again just the same
@@ -152,8 +153,8 @@ def _own_path(node: Mapping[str, Scalar], name: str) -> str:
 def time_limit(seconds: float, what: str) -> Iterator[None]:
     """Ends the block after `seconds` with a RunError that names `what`: Flower cancels nothing.
 
-    Inside C code (an endless product, a lock) the error cannot be raised; there a Ray worker, which Ray restarts, ends
-    its process after twice the time. Only the main thread can be interrupted; in others nothing is done.
+    Inside C code (an endless product, a lock) the error cannot be raised; there a worker that is replaced when it dies
+    ends its process after twice the time. Only the main thread can be interrupted; in others nothing is done.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -164,7 +165,7 @@ def time_limit(seconds: float, what: str) -> Iterator[None]:
 
     before = signal.signal(signal.SIGALRM, stop)
     signal.setitimer(signal.ITIMER_REAL, seconds)
-    if _is_ray_worker():
+    if _is_ray_worker() or REPLACED in os.environ:
         faulthandler.dump_traceback_later(HARD * seconds, exit=True)
     try:
         yield

@@ -59,7 +59,9 @@ def run(
     set: Set = None,
     out: Annotated[Path | None, typer.Option(help="folder of the run; must not exist")] = None,
     resume: Annotated[Path | None, typer.Option(help="continue the run in this folder")] = None,
-    engine: Annotated[Engine, typer.Option(help="Flower's simulation, Ray actors, or this process")] = "flower",
+    engine: Annotated[
+        Engine, typer.Option(help="Flower's simulation, Ray actors, or this process and its forks")
+    ] = "flower",
     ray: RayOptions,
     as_json: JsonObject = False,
     report: Annotated[bool, typer.Option(help="also write report.html")] = True,

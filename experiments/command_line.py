@@ -62,7 +62,10 @@ class RayOptions:
     """Options of a command whose devices can run on Ray actors."""
 
     workers: Annotated[
-        int, typer.Option(min=0, help="number of workers, one torch thread each; 0: as many as there is room for")
+        int,
+        typer.Option(
+            min=0, help="workers, one torch thread each; 0: as many as there is room for, or none with inprocess"
+        ),
     ] = 0
     address: Annotated[
         str, typer.Option(help="ray: HOST:PORT of a cluster, or auto; empty: RAY_ADDRESS, otherwise a local Ray")

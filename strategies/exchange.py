@@ -173,7 +173,7 @@ def exchange(
                 for i in (*(i for attempt in waiting for i in attempt.devices), *(i for i, _ in in_flight.values())):
                     answers.fail(i, f"no answer within {timeout:g} s (faults.exchange-timeout)")
                 break
-            for attempt in [each for each in waiting if each.start <= now]:
+            while (attempt := next((each for each in waiting if each.start <= now), None)) is not None:
                 if in_flight and len(in_flight) + len(attempt.devices) > window:
                     break
                 waiting.remove(attempt)

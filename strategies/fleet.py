@@ -224,8 +224,9 @@ def sample_clients(
     def chance(what: str, i: int) -> float:
         return float(numpy_generator(seed, what, round, i).random())
 
-    available = [i for i in sorted(profiles) if chance("availability", i) < profiles[i].availability]
-    away = tuple(i for i in sorted(profiles) if i not in available)
+    sometimes = [i for i in sorted(profiles) if profiles[i].availability < 1]  # a draw takes 20 µs
+    away = tuple(i for i in sometimes if chance("availability", i) >= profiles[i].availability)
+    available = sorted(profiles.keys() - away)
     wanted = max(1, int(options.participation * len(available) + 0.5))  # a half goes up, unlike Python's `round`
     sampled = sorted(sorted(available, key=lambda i: chance("participation", i))[:wanted])
     dropped = tuple(i for i in sampled if chance("dropout", i) < options.dropout)

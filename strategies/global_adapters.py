@@ -22,6 +22,8 @@ from strategies.records import DeviceRecord
 from tapfl.adapters import rules
 from tapfl.adapters.layout import Layout, Shapes, device_layout, gather_all, global_shapes, last_blocks, pack
 from tapfl.adapters.warm_start import Pupil, warm_start
+from tapfl.errors import PlanError
+from tapfl.memo import Memo
 from tapfl.models.forward import transform_of
 from tapfl.models.prunable import prunable_layers
 from tapfl.models.units import PrunableLayer
@@ -33,6 +35,8 @@ from tapfl.store import read_sealed, write_sealed
 from tapfl.training import Params
 from tapfl.wire import Prune
 
+LAYOUTS = 2**26  # bytes of devices' layouts that are kept; that of DeiT-T has half a megabyte
+
 
 class GlobalAdapters:
     """See above; `preparation` has the backbone, the pool and the folder."""
@@ -40,6 +44,7 @@ class GlobalAdapters:
     def __init__(self, preparation: Preparation) -> None:
         self.preparation, self.config = preparation, preparation.config
         self._file = preparation.folder.path / "start.safetensors"
+        self._layouts = Memo(LAYOUTS, lambda layout: sum(place.nbytes for place in layout.values()))
 
     @property
     def backbone(self) -> nn.Module:
@@ -68,6 +73,27 @@ class GlobalAdapters:
     def layout(self, plan: PruningPlan, rank: int) -> Layout:
         """Returns where the adapters of a device lie in the global ones."""
         return device_layout(self.shapes, self.layers, plan, rank)
+
+    def layout_of(self, record: DeviceRecord, checksum: str) -> Layout:
+        """Returns the layout of a device by its plan in the run's folder.
+
+        Args:
+            checksum: of the plan by which its model was pruned.
+
+        Raises:
+            PlanError: if the plan is missing, or another one.
+        """
+
+        def make() -> Layout:
+            file, kept = self.preparation.plan_file(record.device), self.preparation.plan(record.device)
+            if kept is None:
+                raise PlanError(f"{file}: is missing; the model of device {record.device} was pruned by this plan")
+            if kept[0].checksum != checksum:
+                raise PlanError(f"{file}: is not the plan by which the model of device {record.device} was pruned")
+            return self.layout(kept[0], record.profile.rank)
+
+        found: Layout = self._layouts.once(record.device, make)
+        return found
 
     def first(self, devices: Mapping[int, DeviceRecord], messages: Mapping[int, Prune]) -> Params:
         """Returns the adapters of the first round: without effect, or the warm start with the models of `messages`.

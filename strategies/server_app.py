@@ -11,6 +11,7 @@ import logging
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from strategies.binding import (
     require_same_processor,
     write_begun,
 )
-from strategies.exchange import Request, hands_out_groups
+from strategies.exchange import Lazily, Request, hands_out_groups
 from strategies.fleet import Fleet, groups_of, sample_clients, seconds, training_macs
 from strategies.global_adapters import GlobalAdapters
 from strategies.loggers import loggers, require_loggers
@@ -62,7 +63,7 @@ from tapfl.compute import HERE, Compute
 from tapfl.config import RunConfig
 from tapfl.data.federated import open_pool
 from tapfl.data.images import ImageSet
-from tapfl.errors import ConfigError, PlanError
+from tapfl.errors import ConfigError
 from tapfl.models.forward import input_transform
 from tapfl.personalize.method import Method
 from tapfl.personalize.methods import method_of, never_begins
@@ -162,7 +163,6 @@ class Federation:
         self.adapters, self.hello = GlobalAdapters(preparation), Hello(preparation.key)
         self.shares_adapters = self._method(1).shares_adapters
         self.steps_together = self._steps_together()
-        self._layouts: dict[int, Layout] = {}
 
     def start(self) -> FederationState:
         """Returns the state after round zero: devices have introduced themselves and received their pruned models."""
@@ -269,10 +269,13 @@ class Federation:
     def evaluate(self, state: FederationState) -> FederationState:
         """Has all devices evaluate the last global adapters and keep their personal model."""
         last, before, requests = self.config.train.rounds + 1, state, {}
+        messages = Lazily(
+            state.plans, lambda i: Evaluate(last, before.devices[i].last_round, self._download(before, i))
+        )
         for i in state.plans:
             record = state.devices[i]
             requests[i] = Request(
-                Evaluate(last, record.last_round, self._download(state, i)),
+                partial(messages.__getitem__, i),  # those of all devices would fill the memory
                 EvaluateReply,
                 lambda reply: reply.check(last, len(self.config.personalize.references), self.config.data.changing),
                 max_bytes=ENVELOPE,
@@ -291,14 +294,7 @@ class Federation:
 
     def layout(self, state: FederationState, i: int) -> Layout:
         """Returns where the adapters of device `i` lie in the global ones. Raises PlanError as `resume`."""
-        if i not in self._layouts:
-            file = self.preparation.plan_file(i)
-            if (kept := self.preparation.plan(i)) is None:
-                raise PlanError(f"{file}: is missing; the model of device {i} was pruned by this plan")
-            if kept[0].checksum != state.plans[i]:
-                raise PlanError(f"{file}: is not the plan by which the model of device {i} was pruned")
-            self._layouts[i] = self.adapters.layout(kept[0], state.devices[i].profile.rank)
-        return self._layouts[i]
+        return self.adapters.layout_of(state.devices[i], state.plans[i])
 
     def _steps_together(self) -> bool:
         """Returns whether devices may step together. Raises ConfigError for a number of them where they cannot."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
 from typing import Any
 
 
@@ -18,6 +18,9 @@ class Memo:
     def __init__(self, limit: int, size: Callable[[Any], int] = lambda result: 1) -> None:
         self.limit, self._size, self._total = limit, size, 0
         self._held: OrderedDict[Hashable, Any] = OrderedDict()
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._held.values())
 
     def once(self, key: Hashable, make: Callable[[], Any], keep: Callable[[Any], bool] = lambda result: True) -> Any:
         """Returns the result of `make`, a function of `key` alone; errors and what `keep` refuses are not kept."""

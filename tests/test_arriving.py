@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -114,8 +115,8 @@ def test_a_run_has_the_same_bits_where_the_cache_drops_all_and_steps_are_recorde
     held, dropped = tmp_path / "held", tmp_path / "dropped"
     assert tapfl("--out", str(held), cache=cache, options=options).exit_code == 0
     assert sizes == [(2, 0)] * 4  # four devices, two rounds
-    monkeypatch.setattr(caches, "_arriving", made := Memo(0, lambda arriving: arriving.nbytes))
-    monkeypatch.setattr(made, "once", lambda key, make: make())
+    monkeypatch.setattr(caches, "kept", memo := Memo(0, lambda each: each.nbytes))
+    monkeypatch.setattr(memo, "once", partial(memo.once, keep=lambda each: not isinstance(each, Arriving)))
     monkeypatch.setattr(Compute, "recorder", recording := Recording())
     monkeypatch.setattr(method, "WORTH", 1)
     for more in (["--out", str(dropped)], ["--resume", str(dropped)]):

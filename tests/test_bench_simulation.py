@@ -143,5 +143,5 @@ def test_the_engine_bench_measures_a_federation_in_one_process() -> None:
 
 
 def test_an_engine_that_is_none_is_refused() -> None:
-    with pytest.raises(ConfigError, match="accepted: inprocess, flower, ray, ray warm"):
+    with pytest.raises(ConfigError, match="accepted: inprocess, forked, flower, ray, ray warm"):
         list(engine(options=small(), variant=["spark"]))

@@ -30,6 +30,8 @@ def test_workers_without_a_share_are_refused(monkeypatch: pytest.MonkeyPatch) ->
     with pytest.raises(ConfigError, match=r"--actor-gpus 0: .*compute.device = 'cuda' need GPUs; accepted: above 0"):
         require_gpus("ray", none, ["cpu", "cuda"])
     require_gpus("inprocess", none, ["cuda"])
+    with pytest.raises(ConfigError, match=r"--workers 2: .*compute.device = 'cuda' need GPUs; accepted: --workers 1"):
+        require_gpus("inprocess", RayOptions(workers=2), ["cuda"])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     require_gpus("flower", none, ["auto"])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

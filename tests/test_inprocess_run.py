@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -12,18 +13,25 @@ import numpy as np
 import pytest
 import torch
 from click.testing import Result
+from faulty_apps import mortal
 from personal_problems import same_bits
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
+from clients import caches
 from clients.device import Device
 from clients.images import OwnImages
 from clients.storage import DeviceStorage
 from experiments import cli
+from experiments.engines.forked import run_forked
+from experiments.preflight import absolute_paths
+from strategies.server_app import app as server_app
 from tapfl import load_plan, load_pruned
 from tapfl.adapters.layout import packed_size
+from tapfl.compute import HERE
 from tapfl.config import REFERENCES, RunConfig
 from tapfl.data.images import ImageSet
+from tapfl.memo import Memo
 from tapfl.personalize.methods import FedAvg
 from tapfl.profiles import profiles_of
 from tapfl.training import Params
@@ -403,3 +411,40 @@ def test_a_handful_of_images_is_trained_on_and_alpha_is_its_priors(finished: tup
     assert own is not None
     weighed = device._weighted(device._method(3), own.params, own, 3)
     assert weighed is not None and weighed.mean_alpha == pytest.approx(0.3146, abs=1e-4)
+
+
+def test_forked_workers_give_the_same_bits(
+    finished: tuple[Path, dict[str, object]], cache: Path, tmp_path: Path
+) -> None:
+    assert tapfl("--out", str(tmp_path / "run"), "--workers", "2", cache=cache).exit_code == 0
+    assert content(tmp_path / "run") == content(finished[0])
+
+
+def test_a_forked_worker_that_is_killed_is_replaced_and_what_it_lost_is_sent_again(
+    finished: tuple[Path, dict[str, object]], cache: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    given = dict(option.split("=", 1) for option in SMALL) | {"out": str(tmp_path / "run"), "cache": str(cache)}
+    config = absolute_paths(RunConfig.from_flat(given))
+    run_forked(server_app, mortal, config.flat(), config.devices.count, workers=2)
+    assert (tmp_path / "died").exists() and "sent again" in caplog.text
+    assert content(tmp_path / "run") == content(finished[0])
+    with pytest.raises(ChildProcessError):
+        os.waitpid(-1, os.WNOHANG)  # no process is left
+
+
+def test_images_and_models_of_devices_share_one_limit(
+    finished: tuple[Path, dict[str, object]], cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(caches, "kept", Memo(0, lambda each: each.nbytes))
+    images = np.zeros((160, 64, 64, 3), np.uint8)
+    np.savez(tmp_path / "a.npz", images=images, labels=np.arange(160) % 2, device=np.arange(160) // 40)
+    given = {"data.source": str(tmp_path / "a.npz"), "data.partition": "natural", "cache": str(cache)}
+    options = {"model.args": "img_size=64,in_chans=3", "data.public-share": 0.1, "compute.cache-mb": 1}
+    config = RunConfig.from_flat(given | options)
+    for i in range(4):
+        caches.part(config, 4, i, "train", "", "", (), HERE).batch(np.arange(2))
+        caches.pruned(finished[0] / "devices" / f"{i:02d}" / "pruned", i, 4, config, HERE)
+        held = list(caches.kept)
+        assert {type(each) for each in held} == {caches.Part, caches.AdaptedDevice}
+        assert sum(each.nbytes for each in held) <= 2**20
+    assert len(held) < 8 and caches.kept.limit == 2**20

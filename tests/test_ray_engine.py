@@ -218,7 +218,8 @@ def queued(workers: ActorPool, count: int) -> tuple[RayGrid, int, list[Message]]
     messages = [Message(RecordDict(), node, "train") for _ in range(count)]
     for message in messages:
         grid.stamp(message)
-    workers._queue(grid, [[message] for message in messages])
+    for message in messages:
+        workers._queue(grid, [message])
     return grid, node, messages
 
 
@@ -276,7 +277,8 @@ def test_an_actor_gets_the_devices_that_it_had_last(unstarted: ActorPool) -> Non
     nodes, taken = list(grid.partitions), ([], [])
     actors = [NotedActor(each) for each in taken]
     for order in (nodes, nodes[::-1]):
-        unstarted._queue(grid, [[Message(RecordDict(), node, "train")] for node in order])
+        for node in order:
+            unstarted._queue(grid, [Message(RecordDict(), node, "train")])
         for group in grid.waiting:
             grid.stamp(group[0])
         for _ in range(2):
@@ -292,7 +294,7 @@ def test_a_group_is_one_call_of_one_actor_and_is_lost_as_a_whole(unstarted: Acto
     messages = [Message(RecordDict(), node, "train") for node in grid.partitions]
     actor, ids = NotedActor([]), [grid.stamp(message) for message in messages]
     unstarted._at = {actor: set()}
-    unstarted._queue(grid, [messages])
+    unstarted._queue(grid, messages)
     unstarted._hand_out()
     assert actor.taken == list(grid.partitions)
     lost = Future[Answer]()

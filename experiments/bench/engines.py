@@ -31,7 +31,7 @@ from tapfl.errors import ConfigError, RunError
 
 LIMIT = "loop by hand"
 VARIANTS = ("with plain LoRA", "tapfl run", "usual Flower app")
-ENGINES = ("inprocess", "flower", "ray", "ray warm")
+ENGINES = ("inprocess", "forked", "flower", "ray", "ray warm")
 POLL, MEMORY_EVERY = 0.02, 2.0  # seconds
 
 

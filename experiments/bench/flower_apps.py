@@ -30,6 +30,7 @@ from flwr.serverapp.strategy import FedAvg
 from experiments.bench.workload import Workload, note_round
 from experiments.engines.actor import load_app
 from experiments.engines.flower import run_flower
+from experiments.engines.forked import run_forked
 from experiments.engines.local import run_inprocess
 from experiments.engines.ray import ActorPool
 from strategies.exchange import Request, exchange, wait_for_nodes
@@ -174,6 +175,8 @@ def drive(engine: str, work: str, config: dict[str, Scalar], out: Path, workers:
         run_flower({**config, "out": str(out)}, nodes, workers, server_app, client_app)
     elif engine == "inprocess":
         run_inprocess(load_app(server_app), load_app(client_app), {**config, "out": str(out)}, nodes)
+    elif engine == "forked":
+        run_forked(load_app(server_app), load_app(client_app), {**config, "out": str(out)}, nodes, workers)
     else:
         with ActorPool(count=workers) as pool:
             if engine == "ray warm":

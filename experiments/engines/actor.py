@@ -1,22 +1,24 @@
-"""What runs in a Ray actor: it answers for one device after the other."""
+"""What runs in a worker: a Ray actor, and what the workers of all engines of this project have in common."""
 
 from __future__ import annotations
 
 import importlib
 import logging
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from importlib import metadata
 from typing import Any
 
 from flwr.app import Context, Message
-from flwr.common.logger import FLOWER_LOGGER
+from flwr.clientapp import ClientApp
+from flwr.common.logger import FLOWER_LOGGER, log
 
 from experiments.engines.local import answer_group
 from tapfl.config import ComputeOptions
 
 Processors = tuple[str, str]
 Answer = tuple[list[Message], list[tuple[int, str]]]
-"""Replies, and what was logged meanwhile, by level: an actor has no screen."""
+"""Replies, and what was logged meanwhile, by level."""
 CLIENT_APP = "clients.client_app:app"
 MUST_AGREE = ("tapfl", "torch", "timm", "flwr", "numpy", "scikit-learn")
 
@@ -35,12 +37,22 @@ class Actor:
         return versions(), processors()
 
     def answer(self, client_app: str, messages: list[Message], contexts: list[Context]) -> Answer:
-        said = _Lines()
-        FLOWER_LOGGER.addHandler(said)
-        try:
-            return answer_group(load_app(client_app), messages, contexts), said.lines
-        finally:
-            FLOWER_LOGGER.removeHandler(said)
+        return answer_aside(load_app(client_app), messages, contexts)
+
+
+def answer_aside(client_app: ClientApp, messages: Sequence[Message], contexts: Sequence[Context]) -> Answer:
+    """Returns the replies of a ClientApp in a process that has no screen, and what it logged meanwhile."""
+    said = _Lines()
+    FLOWER_LOGGER.addHandler(said)
+    try:
+        return answer_group(client_app, messages, contexts), said.lines
+    finally:
+        FLOWER_LOGGER.removeHandler(said)
+
+
+def log_all(lines: Iterable[tuple[int, str]]) -> None:
+    for level, line in lines:
+        log(level, "%s", line)
 
 
 class _Lines(logging.Handler):

@@ -7,7 +7,9 @@ import secrets
 import time
 import traceback
 import uuid
+from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
@@ -34,12 +36,15 @@ class LocalGrid(Grid):
 
     Attributes:
         partitions: partition id by node id.
+        waiting: groups of messages that no worker has yet.
     """
 
     def __init__(self, run_config: dict[str, Scalar], nodes: int) -> None:
         self._run = empty_run()
         self.run_config = run_config
         self.partitions = {secrets.randbits(62): i for i in range(nodes)}
+        self.waiting: deque[list[Message]] = deque()
+        self._had: dict[int, Any] = {}  # the worker that each node's last message went to
 
     def set_run(self, run: Run) -> None:
         self._run = run
@@ -55,6 +60,25 @@ class LocalGrid(Grid):
 
     def get_node_ids(self) -> Iterable[int]:
         return list(self.partitions)
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        return [message_id for message in messages for message_id in self.push_group([message])]
+
+    def push_group(self, messages: Sequence[Message]) -> Sequence[str]:
+        """Sends messages that one worker answers at once."""
+        self.waiting.append(list(messages))
+        return [self.stamp(message) for message in messages]
+
+    def next_for(self, worker: Any) -> list[Message]:
+        """Takes the group that a worker gets next out of those that wait: of a device that it had last, or the oldest.
+
+        It has the model and the images of such a device in its caches; no result depends on it.
+        """
+        waiting = ((self._had.get(each[0].metadata.dst_node_id), each) for each in self.waiting)
+        group = next((each for last, each in waiting if last is worker), self.waiting[0])
+        self.waiting.remove(group)
+        self._had |= {message.metadata.dst_node_id: worker for message in group}
+        return group
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
         """Returns the replies that have arrived after `timeout` seconds; Flower's own strategies call it."""
@@ -94,8 +118,12 @@ def answer_group(client_app: ClientApp, messages: Sequence[Message], contexts: S
     try:
         return list(client_app.answer_together(messages, contexts))
     except Exception:
-        reason = traceback.format_exc()
-        return [Message(Error(CLIENT_APP_RAISED, reason), reply_to=message) for message in messages]
+        return lost(messages, traceback.format_exc(), CLIENT_APP_RAISED)
+
+
+def lost(messages: Iterable[Message], reason: str, code: int = WORKER_LOST) -> list[Message]:
+    """Returns error messages in place of replies that will never come."""
+    return [Message(Error(code, reason), reply_to=message) for message in messages]
 
 
 def server_context(run_id: int, run_config: Mapping[str, Scalar]) -> Context:
@@ -119,23 +147,14 @@ class InProcessGrid(LocalGrid):
     def __init__(self, client_app: ClientApp, run_config: dict[str, Scalar], nodes: int) -> None:
         super().__init__(run_config, nodes)
         self._client_app = client_app
-        self._waiting: list[list[Message]] = []
-
-    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        return [message_id for message in messages for message_id in self.push_group([message])]
-
-    def push_group(self, messages: Sequence[Message]) -> Sequence[str]:
-        """Sends messages that are answered at once."""
-        self._waiting.append(list(messages))
-        return [self.stamp(message) for message in messages]
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         """Returns the replies to the oldest message and its group, so that the caller can show progress."""
         wanted = set(message_ids)
-        group = next((each for each in self._waiting if each[0].metadata.message_id in wanted), None)
+        group = next((each for each in self.waiting if each[0].metadata.message_id in wanted), None)
         if group is None:
             return []
-        self._waiting.remove(group)
+        self.waiting.remove(group)
         contexts = [self.context(message.metadata.dst_node_id) for message in group]
         return answer_group(self._client_app, group, contexts)
 

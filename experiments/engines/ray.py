@@ -21,13 +21,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from flwr.app import Error, Message
+from flwr.app import Message
 from flwr.common.logger import log
 from flwr.serverapp import ServerApp
 
-from experiments.engines.actor import CLIENT_APP, Actor, Answer, Processors, processors, versions
+from experiments.engines.actor import CLIENT_APP, Actor, Answer, Processors, log_all, processors, versions
 from experiments.engines.cluster import ray_cluster
-from experiments.engines.local import CLIENT_APP_RAISED, WORKER_LOST, LocalGrid, serve
+from experiments.engines.local import CLIENT_APP_RAISED, WORKER_LOST, LocalGrid, lost, serve
 from tapfl.errors import ConfigError, RunError
 from tapfl.options import Scalar
 from tapfl.progress import stage
@@ -40,29 +40,19 @@ PATIENCE = 0.5  # seconds that `pull_messages` waits for a reply; between calls 
 class RayGrid(LocalGrid):
     """One federation on an `ActorPool`.
 
-    Attributes:
-        waiting: groups of messages that no actor has yet; only the pool's thread touches them.
+    Only the pool's thread touches the messages that wait.
     """
 
     def __init__(self, pool: ActorPool, client_app: str, run_config: dict[str, Scalar], nodes: int) -> None:
         super().__init__(run_config, nodes)
         self.client_app = client_app
-        self.waiting: deque[list[Message]] = deque()
         self._pool = pool
         self._replies: dict[str, Message] = {}
-        self._had: dict[int, Any] = {}  # the actor that each node's last message went to
         self._news = threading.Condition()
 
-    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        groups = [[message] for message in messages]
-        ids = [self.stamp(message) for (message,) in groups]
-        self._pool.queue(self, groups)
-        return ids
-
     def push_group(self, messages: Sequence[Message]) -> Sequence[str]:
-        """Sends messages that one actor answers at once."""
         ids = [self.stamp(message) for message in messages]
-        self._pool.queue(self, [list(messages)])
+        self._pool.queue(self, list(messages))
         return ids
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
@@ -78,17 +68,6 @@ class RayGrid(LocalGrid):
         if not found and self._pool.lost:
             raise RunError(self._pool.lost)
         return found
-
-    def next_for(self, actor: Any) -> list[Message]:
-        """Takes the group that an actor gets next out of those that wait: of a device that it had last, or the oldest.
-
-        It has the model and the images of such a device in its caches; no result depends on it.
-        """
-        waiting = ((self._had.get(each[0].metadata.dst_node_id), each) for each in self.waiting)
-        group = next((each for last, each in waiting if last is actor), self.waiting[0])
-        self.waiting.remove(group)
-        self._had |= {message.metadata.dst_node_id: actor for message in group}
-        return group
 
     def deliver(self, reply: Message) -> None:
         with self._news:
@@ -161,9 +140,9 @@ class ActorPool:
         if len(kinds) > 1:
             log(logging.WARNING, "results depend in the last bits on which machine computes them: %s", "; ".join(kinds))
 
-    def queue(self, grid: RayGrid, groups: list[list[Message]]) -> None:
-        """Sends groups of messages to actors as they become free; the replies are delivered to `grid`."""
-        self._events.put(partial(self._queue, grid, groups))
+    def queue(self, grid: RayGrid, group: list[Message]) -> None:
+        """Sends a group of messages to an actor as soon as one is free; the replies are delivered to `grid`."""
+        self._events.put(partial(self._queue, grid, group))
 
     # -- start and stop -----------------------------------------------------------------------------------------------
 
@@ -240,10 +219,10 @@ class ActorPool:
     def _watch(self, ref: Any, done: Callable[[Future[Any]], None]) -> None:
         ref.future().add_done_callback(lambda future: self._events.put(partial(done, future)))
 
-    def _queue(self, grid: RayGrid, groups: list[list[Message]]) -> None:
+    def _queue(self, grid: RayGrid, group: list[Message]) -> None:
         if not grid.waiting:
             self._turns.append(grid)
-        grid.waiting.extend(groups)
+        grid.waiting.append(group)
 
     def _hand_out(self) -> None:
         while self._turns and (actor := self._taker()) is not None:
@@ -276,12 +255,10 @@ class ActorPool:
         error = future.exception()
         if error is None:
             replies, said = future.result()
-            for level, line in said:
-                log(level, "%s", line)
+            log_all(said)
         else:
             code = CLIENT_APP_RAISED if isinstance(error, RayTaskError) else WORKER_LOST
-            reason = Error(code, f"{type(error).__name__}: {error}")
-            replies = [Message(reason, reply_to=message) for message in group]
+            replies = lost(group, f"{type(error).__name__}: {error}", code)
         first = group[0].metadata.message_id
         if first in self._at.get(actor, ()):  # otherwise it was lost before with another actor
             if isinstance(error, RayActorError):

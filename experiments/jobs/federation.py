@@ -39,13 +39,17 @@ if TYPE_CHECKING:
 Engine = Callable[[dict[str, Scalar], int], None]  # of a run's options and its number of devices
 
 
-def in_process(run_config: dict[str, Scalar], nodes: int) -> None:
-    """Carries out a federation with its devices in this process, one after the other: an `Engine`."""
+def in_process(run_config: dict[str, Scalar], nodes: int, workers: int = 0) -> None:
+    """Carries out a federation with its devices in this process, or in so many that are forked from it: an `Engine`."""
     from clients.client_app import app as client_app
+    from experiments.engines.forked import run_forked
     from experiments.engines.local import run_inprocess
     from strategies.server_app import app as server_app
 
-    run_inprocess(server_app, client_app, run_config, nodes)
+    if workers > 1:
+        run_forked(server_app, client_app, run_config, nodes, workers)
+    else:
+        run_inprocess(server_app, client_app, run_config, nodes)
 
 
 def on_flower(workers: int, gpus: float, run_config: dict[str, Scalar], nodes: int) -> None:
@@ -70,7 +74,7 @@ def on_actors(actors: ActorPool) -> Engine:
 def engine_of(name: str, options: RayOptions) -> Iterator[Engine]:
     """Yields the `Engine` of this name: ``inprocess``, ``flower``, or ``ray`` with actors of its own."""
     if name == "inprocess":
-        yield in_process
+        yield partial(in_process, workers=options.workers)
         return
     starting("Ray")
     if name == "flower":
@@ -93,12 +97,16 @@ def require_gpus(engine: str, options: RayOptions, devices: Iterable[str]) -> No
     gpus = options.actor_gpus
     if engine == "flower" and gpus > gpus_here():
         raise ConfigError(f"--actor-gpus {gpus:g}: this machine has {gpus_here()} GPUs; accepted: at most that many")
-    if engine == "inprocess" or gpus:
+    forked = engine == "inprocess" and options.workers > 1
+    if gpus or (engine == "inprocess" and not forked):
         return
     for device in sorted(set(devices) - {"cpu"}):
         if device == "cuda" or Compute.of(ComputeOptions(device="auto")).device.type != "cpu":
             accepted = "above 0, for instance 0.25 for four workers a GPU; or compute.device = cpu"
-            raise ConfigError(f"--actor-gpus 0: workers of compute.device = {device!r} need GPUs; accepted: {accepted}")
+            if forked:
+                accepted = "--workers 1, or --engine ray with --actor-gpus above 0; or compute.device = cpu"
+            what = f"--workers {options.workers}" if forked else "--actor-gpus 0"
+            raise ConfigError(f"{what}: workers of compute.device = {device!r} need GPUs; accepted: {accepted}")
 
 
 def actor_pool(options: RayOptions) -> ActorPool:
@@ -124,7 +132,7 @@ def federations(engine: str, options: JobOptions) -> Iterator[tuple[Pool, Engine
     else:
         with closing(ProcessPool(jobs)) as processes:
             flower = partial(on_flower, options.workers or cpus, options.actor_gpus)
-            yield processes, in_process if engine == "inprocess" else flower
+            yield processes, partial(in_process, workers=options.workers) if engine == "inprocess" else flower
 
 
 def resolved(options: Mapping[str, Any], folder: Path) -> RunConfig:

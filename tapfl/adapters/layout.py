@@ -54,6 +54,10 @@ class Placement:
     def shape(self) -> tuple[int, ...]:
         return tuple(len(axis) for axis in self.index)
 
+    @property
+    def nbytes(self) -> int:
+        return sum(each.nbytes for each in (*self.index, self.row_scale) if each is not None)
+
 
 Layout = dict[str, Placement]
 Part = tuple[Tensor, Placement, float]  # a device's values of one tensor, their placement, its weight

@@ -211,7 +211,7 @@ class ComputeOptions(Section):
     )
     cache_mb: Count = Field(
         512,
-        description="MB that a worker keeps of devices' images, of their models, and of what arrives at adapters: each",
+        description="MB that a worker keeps of devices' images, their models, and what arrives at adapters, together",
     )
 
 
