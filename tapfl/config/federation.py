@@ -122,7 +122,9 @@ class PersonalizeOptions(Section):
         "held-out",
         description="images that α is learnt on: some that nothing is trained on, or a minibatch (published)",
     )
-    held_out_share: float = Field(0.25, gt=0, lt=1, description="share of a device's training images that is held out")
+    held_out_share: float = Field(
+        0.25, gt=0, lt=1, description="share of a device's training images that is held out; none if fewer than 12"
+    )
     alpha_update: Literal["round", "step", "fixed"] = Field(
         "round", description="when α is updated: once a round, at every step (with alpha-on=train), or never"
     )
