@@ -105,7 +105,11 @@ def test_a_run_has_the_same_bits_where_the_cache_drops_all_and_steps_are_recorde
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And its devices step together on what arrives."""
-    options, sizes, real = ["adapters.blocks=1", "train.together=2", "train.batch=8"], [], together.together
+    options, sizes, real = (
+        ["adapters.blocks=1", "train.together=2", "train.batch=8", "train.epochs=4"],
+        [],
+        together.together,
+    )
 
     def noted(tasks: list[together.LocalTask], model: together.StackedModel) -> list[together.Outcome]:
         sizes.append((len(tasks), len(model.prefix)))
