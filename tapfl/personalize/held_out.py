@@ -55,7 +55,7 @@ def held_out_alpha(v: Params, w: Params, batches: Sequence[Losses]) -> Tensor:
     Few images move α little from the mean of its prior, and many move it to where their loss is least. The best of the
     grid would follow the noise of a handful of images to 0 or 1.
     """
-    sums = [sum(losses(interpolate(v, w, a)).double().sum() for losses in batches) for a in GRID]
-    of_each = torch.stack([torch.as_tensor(each, dtype=torch.float64) for each in sums])
+    none = torch.zeros((), dtype=torch.float64, device=next(iter(v.values())).device)
+    of_each = torch.stack([sum((f(interpolate(v, w, a)).double().sum() for f in batches), none) for a in GRID])
     grid = GRID.to(of_each.device)
     return torch.softmax(-PRIOR * grid - of_each, 0) @ grid

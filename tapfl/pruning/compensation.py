@@ -256,8 +256,7 @@ def compensate_sequentially(
     what the branch itself lost, plus a share of the drift of the stream. Both extremes are worse on held-out images
     (DeiT-Tiny, half the MACs; KL to the dense model for γ = 0, 1/4, 1/2, 1 of tap: 1.53, 1.13, 1.14, 1.50; of low-rank
     heads: 0.82, 0.66, 0.65, 0.73; in one pass: 1.78, 0.79): without the drift, the shrinkage of one regression passes
-    on to the next; all of it is more than the branch's units can predict. The target f(x) alone is worse still (2.31,
-    1.34), because it leaves x - x' in the stream.
+    on to the next; all of it is more than the branch's units can predict. The target f(x) alone is worse (2.31, 1.34).
 
     With merged tokens x' has fewer tokens than x. Each is compared with the mean of those of x and f(x) that became it,
     and weighs what they weigh together; f(x') attends to tokens by their sizes, as f'(x') does. `fisher` is of the
