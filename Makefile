@@ -16,7 +16,7 @@ $(READY): pyproject.toml constraints.txt
 	@touch $@
 
 run: $(READY) ## the main job: what sharing is worth to twenty devices on the embedded digits, no download
-	$(BIN)/tapfl run --config experiments/configs/digits.toml
+	$(BIN)/tapfl run --config experiments/configs/digits.toml --engine inprocess --workers 2
 
 deploy-demo: $(READY) ## server and two nodes over TLS with registered keys, on this machine, checked
 	$(BIN)/tapfl deploy-demo
