@@ -45,6 +45,9 @@ class FederationOptions:
         "img_size=32,patch_size=4,embed_dim=96,depth=6,num_heads=3"
     )
     workers: Annotated[int, typer.Option(min=1, help="processes of one thread")] = 2
+    together: Annotated[
+        str, typer.Option(help="as train.together; the loop by hand trains one device after another")
+    ] = "1"
 
 
 @dataclass(frozen=True)
@@ -83,6 +86,7 @@ class Workload:
                 "train.rounds": options.rounds,
                 "train.epochs": 1,
                 "train.batch": options.batch,
+                "train.together": options.together,
                 "personalize.method": "fedavg",
             }
         )
