@@ -30,7 +30,7 @@ from strategies.binding import (
     require_same_processor,
     write_begun,
 )
-from strategies.exchange import Lazily, Request, hands_out_groups
+from strategies.exchange import Request, hands_out_groups
 from strategies.fleet import Fleet, groups_of, sample_clients, seconds, training_macs
 from strategies.global_adapters import GlobalAdapters
 from strategies.loggers import loggers, require_loggers
@@ -269,13 +269,14 @@ class Federation:
     def evaluate(self, state: FederationState) -> FederationState:
         """Has all devices evaluate the last global adapters and keep their personal model."""
         last, before, requests = self.config.train.rounds + 1, state, {}
-        messages = Lazily(
-            state.plans, lambda i: Evaluate(last, before.devices[i].last_round, self._download(before, i))
-        )
+
+        def message(i: int) -> Evaluate:  # made when it is sent: those of all devices would fill the memory
+            return Evaluate(last, before.devices[i].last_round, self._download(before, i))
+
         for i in state.plans:
             record = state.devices[i]
             requests[i] = Request(
-                partial(messages.__getitem__, i),  # those of all devices would fill the memory
+                partial(message, i),
                 EvaluateReply,
                 lambda reply: reply.check(last, len(self.config.personalize.references), self.config.data.changing),
                 max_bytes=ENVELOPE,

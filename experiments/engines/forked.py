@@ -66,7 +66,7 @@ class ForkedGrid(LocalGrid):
         try:
             return Connection(recv_handle(self._keeper))
         except (EOFError, OSError, RuntimeError):
-            raise RunError("the process that forks the workers is gone") from None
+            raise RunError("the process that forks the workers has ended") from None
 
     def _hand_out(self) -> None:
         for worker in [each for each, group in self._at.items() if not group][: len(self.waiting)]:
