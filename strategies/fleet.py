@@ -8,10 +8,12 @@ two products of the backward pass).
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
+import numpy as np
 from flwr.common.logger import log
 from flwr.serverapp import Grid
 
@@ -252,21 +254,29 @@ def training_macs(macs: int, trained: float, evaluated: int, models: int) -> flo
 def groups_of(macs: Mapping[int, int], options: TrainOptions) -> list[list[int]]:
     """Returns the devices that step together: a function of their plans, so that any number of workers has the same.
 
-    Devices of like size stand next to each other, because all of a group are padded to the widest.
+    Devices of like size stand next to each other, because all of a group are padded to the widest. The largest come
+    first: what is handed out last is then small, and workers end at about the same time.
 
     Args:
         macs: an image, of each device that trains.
     """
-    order = sorted(macs, key=lambda i: (macs[i], i))
-    if options.together == "auto":
-        order, most = [i for i in order if macs[i] * options.batch <= SMALL], AT_MOST
+    order = sorted(macs, key=lambda i: (macs[i], i), reverse=True)
+    if options.together != "auto":
+        groups = [order[at : at + options.together] for at in range(0, len(order), options.together)]
     else:
-        most = options.together
-    groups: list[list[int]] = []
-    for i in order:
-        fits = groups and len(groups[-1]) < most
-        if fits and (options.together != "auto" or macs[i] <= LIKE * macs[groups[-1][0]]):
-            groups[-1].append(i)
-        else:
-            groups.append([i])
+        small = [i for i in order if macs[i] * options.batch <= SMALL]
+        runs = _of_like_size(small, macs)
+        groups = [part.tolist() for run in runs for part in np.array_split(run, math.ceil(len(run) / AT_MOST))]
     return [sorted(group) for group in groups if len(group) > 1]
+
+
+def _of_like_size(order: Sequence[int], macs: Mapping[int, int]) -> Iterator[list[int]]:
+    """Yields runs of devices, the largest first, of which each has at least 1 / LIKE of the MACs of its run's first."""
+    run: list[int] = []
+    for i in order:
+        if run and macs[run[0]] > LIKE * macs[i]:
+            yield run
+            run = []
+        run.append(i)
+    if run:
+        yield run

@@ -204,9 +204,12 @@ MACS = {0: 50, 1: 10, 2: 49, 3: 11, 4: 400, 5: 12}
 
 def test_groups_follow_from_the_sizes_of_devices_alone() -> None:
     assert groups_of(MACS, TrainOptions(together=1)) == []
-    assert groups_of(MACS, TrainOptions(together=2)) == [[1, 3], [2, 5], [0, 4]]
-    assert groups_of(MACS, TrainOptions(together="auto")) == [[1, 3, 5], [0, 2]]
-    assert groups_of(dict(reversed(MACS.items())), TrainOptions(together=2)) == [[1, 3], [2, 5], [0, 4]]
+    assert groups_of(MACS, TrainOptions(together=2)) == [[0, 4], [2, 5], [1, 3]]
+    assert groups_of(MACS, TrainOptions(together=4)) == [[0, 2, 4, 5], [1, 3]]
+    assert groups_of(MACS, TrainOptions(together="auto")) == [[0, 2], [1, 3, 5]]
+    assert groups_of(dict(reversed(MACS.items())), TrainOptions(together=2)) == [[0, 4], [2, 5], [1, 3]]
+    of_one_size = groups_of(dict.fromkeys(range(13), 50), TrainOptions(together="auto"))
+    assert [len(group) for group in of_one_size] == [7, 6]  # even parts of at most ten
     assert groups_of(dict.fromkeys(range(4), 10**9), TrainOptions(together="auto")) == []
 
 
