@@ -21,7 +21,7 @@ from tapfl.models.backbone import BackboneSpec, build, spec_of
 from tapfl.models.cost import measure_cost
 from tapfl.models.forward import segments
 from tapfl.models.prunable import prunable_layers
-from tapfl.pruning.compensation import compensate, compensate_sequentially
+from tapfl.pruning.compensation import compensated
 from tapfl.pruning.plan import PruningPlan
 from tapfl.pruning.surgery import load_pruned, save_pruned, shrink
 
@@ -127,14 +127,15 @@ def test_saved_and_loaded_is_the_same_model(backbone: Tiny, tmp_path: Path) -> N
     assert torch.equal(load_pruned(tmp_path)(backbone.inputs), small(backbone.inputs))
 
 
-@pytest.mark.parametrize("form", [compensate, compensate_sequentially])
-def test_all_of_them_can_be_compensated(form: Any, backbone: Tiny) -> None:
+@pytest.mark.parametrize("how", ["one-pass", "sequential"])
+def test_all_of_them_can_be_compensated(how: str, backbone: Tiny) -> None:
     """Where no unit is lost in truth, because its output weights are 0, nothing is to be compensated."""
     model: Any = copy.deepcopy(backbone.model)
     layer = backbone.layers[-1]
     half = torch.arange(layer.units // 2)
     model.get_submodule(layer.name).fc2.weight[:, layer.units // 2 :] = 0
-    small = form(model, {layer.name: half}, backbone.layers, backbone.inputs, batch=4)
+    options = PruningOptions.model_validate({"compensation": how})
+    small = compensated(model, {layer.name: half}, backbone.layers, backbone.inputs, 4, options)
     torch.testing.assert_close(small(backbone.inputs), model(backbone.inputs), rtol=1e-4, atol=1e-4)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +23,30 @@ from tapfl.models.backbone import BackboneSpec
 from tapfl.models.forward import example_input
 from tapfl.models.residual import as_branch_output, observe
 from tapfl.models.units import PrunableLayer, replaced
-from tapfl.pruning.compensation import Fit, LostOutput, compensate, compensate_sequentially, compensated, unit_moments
-from tapfl.pruning.sensitivity import Sensitivity, sensitivities
+from tapfl.pruning import compensation
+from tapfl.pruning.compensation import LostOutput, compensated
+from tapfl.pruning.sensitivity import Sensitivities, Sensitivity
 from tapfl.pruning.surgery import load_pruned, save_pruned, shrink
 
 FAMILIES = ["vit", "deit", "swin"]
-BOTH = pytest.mark.parametrize("form", [compensate, compensate_sequentially])
 NOBODY = torch.empty(0, dtype=torch.int64)
 Form = Callable[..., nn.Module]
+
+
+def refitted(
+    model: nn.Module,
+    kept: dict[str, Tensor],
+    layers: list[PrunableLayer],
+    inputs: Tensor,
+    batch: int,
+    fisher: Sensitivities | None = None,
+    **how: object,
+) -> nn.Module:
+    return compensated(model, kept, layers, inputs, batch, PruningOptions.model_validate(how), fisher)
+
+
+one_pass, sequential = (partial(refitted, compensation=how) for how in ("one-pass", "sequential"))
+BOTH = pytest.mark.parametrize("form", [one_pass, sequential], ids=["one-pass", "sequential"])
 
 
 def images(backbone: Tiny, count: int, seed: int = 5) -> Tensor:
@@ -63,12 +80,15 @@ def with_redundant_units(backbone: Tiny, kept: dict[str, Tensor]) -> nn.Module:
 
 @BOTH
 @pytest.mark.parametrize("family", FAMILIES)
-def test_linear_functions_of_kept_units_come_back_exactly(form: Form, family: str, families: dict[str, Tiny]) -> None:
+def test_linear_functions_of_kept_units_come_back_exactly(
+    form: Form, family: str, families: dict[str, Tiny], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compensation, "RIDGE", 0.0)
     backbone = families[family]
     kept = random_kept(backbone.layers, 0.5)
     model = with_redundant_units(backbone, kept)
     dense = model(backbone.inputs)
-    small = form(model, kept, backbone.layers, backbone.inputs, batch=3, fit=Fit(ridge=0.0))
+    small = form(model, kept, backbone.layers, backbone.inputs, batch=3)
     assert (small(backbone.inputs) - dense).abs().max() < 1e-4 * dense.abs().max()
     without = shrink(model, plan_of(backbone, kept))(backbone.inputs)
     assert (without - dense).abs().max() > 0.05 * dense.abs().max()
@@ -91,7 +111,7 @@ def ridge_by_lstsq(X_R: np.ndarray, r: np.ndarray) -> tuple[np.ndarray, np.ndarr
 def test_one_pass_is_ridge_regression_of_pruned_units(family: str, families: dict[str, Tiny]) -> None:
     backbone = families[family]
     kept = random_kept(backbone.layers, 0.5)
-    small = compensate(backbone.model, kept, backbone.layers, backbone.inputs, batch=3)
+    small = one_pass(backbone.model, kept, backbone.layers, backbone.inputs, batch=3)
     layer = backbone.layers[-1]
     assert layer.kind == "ffn"
     linear: Any = backbone.model.get_submodule(f"{layer.name}.{layer.output}")
@@ -115,7 +135,7 @@ def test_one_pass_asks_an_attention_what_its_shrunk_form_lacks(family: str, fami
     layer = backbone.layers[0]
     assert layer.kind == "attention"
     kept = {layer.name: random_kept([layer], 0.5)[layer.name]}
-    small = compensate(backbone.model, kept, backbone.layers, backbone.inputs, batch=3)
+    small = one_pass(backbone.model, kept, backbone.layers, backbone.inputs, batch=3)
     branch: Any = backbone.model.get_submodule(layer.name)
     shrunk: Any = layer.shrink(branch, kept[layer.name]).requires_grad_(False)
     Z: list[Tensor] = []
@@ -133,13 +153,14 @@ def test_one_pass_asks_an_attention_what_its_shrunk_form_lacks(family: str, fami
     np.testing.assert_allclose(found.proj.bias.detach().numpy(), shrunk.proj.bias.numpy() + intercept, atol=2e-5)
 
 
-@pytest.mark.parametrize(("given", "share"), [({"fit": Fit(correction=0.4)}, 0.4), ({}, 0.25)])
-def test_the_sequential_form_by_hand(given: dict[str, Fit], share: float, vit: Tiny) -> None:
+@pytest.mark.parametrize("share", [0.4, compensation.CORRECTION])
+def test_the_sequential_form_by_hand(share: float, vit: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     """blocks.1.mlp behind a shrunk blocks.0.attn: its own loss, and a share of the drift of the stream."""
     kept = {
         name: ids for name, ids in random_kept(vit.layers, 0.5).items() if name in ("blocks.0.attn", "blocks.1.mlp")
     }
-    small: Any = compensate_sequentially(vit.model, kept, vit.layers, vit.inputs, batch=3, **given)
+    monkeypatch.setattr(compensation, "CORRECTION", share)
+    small: Any = sequential(vit.model, kept, vit.layers, vit.inputs, batch=3)
     dense: Any = vit.model
 
     def parts(model: Any) -> tuple[Tensor, Tensor]:  # the stream before blocks.1.mlp, and what its norm makes of it
@@ -201,7 +222,7 @@ def test_an_ffn_alone_answers_with_less_error(family: str, families: dict[str, T
             m.get_submodule(layer.name)._forward_hooks.clear()
         return float((outputs[0] - outputs[1]).square().sum())
 
-    small = compensate(backbone.model, kept, backbone.layers, backbone.inputs, batch=4)
+    small = one_pass(backbone.model, kept, backbone.layers, backbone.inputs, batch=4)
     assert error(small) < error(shrink(backbone.model, plan_of(backbone, kept)))
 
 
@@ -217,8 +238,8 @@ def test_layer_by_layer_is_at_least_as_good_as_one_pass(seed: int) -> None:
         return float((model(held_out) - vit.model(held_out)).square().mean())
 
     plain = error(shrink(vit.model, plan_of(vit, kept)))
-    once = error(compensate(vit.model, kept, vit.layers, fitted, batch=24))
-    by_layer = error(compensate_sequentially(vit.model, kept, vit.layers, fitted, batch=24))
+    once = error(one_pass(vit.model, kept, vit.layers, fitted, batch=24))
+    by_layer = error(sequential(vit.model, kept, vit.layers, fitted, batch=24))
     assert by_layer < once < plain
 
 
@@ -333,19 +354,10 @@ def test_what_cannot_be_is_refused(form: Form, vit: Tiny) -> None:
         form(vit.model, {"blocks.0.mlp": torch.tensor([3, 1])}, vit.layers, vit.inputs, batch=4)
 
 
-def test_the_form_is_the_one_that_is_named(vit: Tiny) -> None:
+def test_without_compensation_the_model_is_shrunk(vit: Tiny) -> None:
     kept = random_kept(vit.layers, 0.5)
-    given = (vit.model, kept, vit.layers, images(vit, 60), 30)
-    forms = {
-        "none": shrink(vit.model, plan_of(vit, kept)),
-        "one-pass": compensate(*given),
-        "sequential": compensate_sequentially(*given),
-        "reconstruction": compensate_sequentially(*given, Fit(steps=3, learning_rate=1e-3)),
-    }
-    for how, expected in forms.items():
-        options = PruningOptions.model_validate({"compensation": how, "compensation_steps": 3})
-        assert torch.equal(compensated(*given, options)(vit.inputs), expected(vit.inputs))
-    assert len({form(vit.inputs).sum().item() for form in forms.values()}) == len(forms)
+    small = refitted(vit.model, kept, vit.layers, vit.inputs, 4, compensation="none")
+    assert torch.equal(small(vit.inputs), shrink(vit.model, plan_of(vit, kept))(vit.inputs))
 
 
 def a_backbone(name: str) -> nn.Module:
@@ -405,24 +417,3 @@ def test_every_kind_of_block_is_compensated(form: Form, name: str) -> None:
         setattr(plain.get_submodule(parent), leaf, layer.shrink(plain.get_submodule(layer.name), kept[layer.name]))
     small = form(backbone.model, kept, backbone.layers, fitted, batch=4)
     assert (small(fitted) - dense).square().sum() < 0.7 * (plain(fitted) - dense).square().sum()
-
-
-@pytest.mark.parametrize("weighted", [False, True])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_what_is_known_of_all_units_gives_the_same_as_looking_again(
-    family: str, weighted: bool, families: dict[str, Tiny], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    backbone = families[family]
-    inputs, generator = images(backbone, 6), torch.Generator().manual_seed(4)
-    fisher = sensitivities(backbone.model, backbone.layers, inputs, 3, generator) if weighted else None
-    moments = unit_moments(backbone.model, backbone.layers, inputs, 3, fisher)
-    assert moments.keys() == {layer.name for layer in backbone.layers if layer.kind == "ffn"}
-    kept = random_kept(list(backbone.layers), 0.5)
-    kept[next(iter(moments))] = NOBODY
-    looked = compensate(backbone.model, kept, backbone.layers, inputs, 3, fisher=fisher)
-    remembered = compensate(backbone.model, kept, backbone.layers, inputs, 3, fisher=fisher, moments=moments)
-    for name, value in looked.state_dict().items():
-        torch.testing.assert_close(remembered.state_dict()[name], value, rtol=1e-4, atol=1e-5)
-    ffns = {name: kept[name] for name in moments}  # nothing is left to look at: an image is not even asked for
-    monkeypatch.setattr(backbone.model, "forward", None)
-    compensate(backbone.model, ffns, backbone.layers, inputs, 3, fisher=fisher, moments=moments)

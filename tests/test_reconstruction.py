@@ -11,16 +11,16 @@ import torch
 from backbones import Tiny, random_kept
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_compensation import images
+from test_compensation import images, refitted, sequential
 from torch import Tensor, nn
 
 from tapfl.errors import ModelError
 from tapfl.pruning import reconstruction
-from tapfl.pruning.compensation import Fit, compensate_sequentially
 from tapfl.pruning.reconstruction import Call, reconstruct
 from tapfl.training import apart
 
 FAMILIES = ["vit", "deit", "swin"]
+THIRTY_STEPS = {"compensation": "reconstruction", "compensation_steps": 30, "compensation_learning_rate": 3e-3}
 
 
 def alike(a: nn.Module, b: nn.Module) -> bool:
@@ -75,9 +75,8 @@ def test_the_held_out_images_are_a_share_spread_evenly(count: int, share: float)
 
 
 def test_one_image_cannot_judge_and_train(vit: Tiny) -> None:
-    fit = Fit(steps=1, learning_rate=1e-3)
     with pytest.raises(ModelError, match="reconstruction needs at least two images"):
-        compensate_sequentially(vit.model, random_kept(vit.layers, 0.5), vit.layers, vit.inputs[:1], 1, fit)
+        refitted(vit.model, random_kept(vit.layers, 0.5), vit.layers, vit.inputs[:1], 1, **THIRTY_STEPS)
 
 
 def test_a_rate_that_diverges_is_named() -> None:
@@ -102,24 +101,23 @@ def test_every_branch_is_judged_on_what_the_cut_model_sends_it(
     monkeypatch.setattr("tapfl.pruning.compensation.reconstruct", watched)
     fitted, kept = images(backbone, 100), random_kept(backbone.layers, 0.4)
     given = (backbone.model, kept, backbone.layers, fitted, 30)  # a last batch that is not full
-    fit = Fit(steps=30, learning_rate=3e-3)
-    small = compensate_sequentially(*given, fit)
+    small = refitted(*given, **THIRTY_STEPS)
     assert len(errors) == len(backbone.layers) and all(after <= before for before, after in errors)
     assert sum(after < before for before, after in errors) >= len(errors) / 2
-    plain = compensate_sequentially(*given)
+    plain = sequential(*given)
     with torch.no_grad():
         apart_of = [float((each(fitted) - backbone.model(fitted)).square().mean()) for each in (small, plain)]
     assert apart_of[0] < apart_of[1]
     assert {k: v.shape for k, v in small.state_dict().items()} == {k: v.shape for k, v in plain.state_dict().items()}
     torch.manual_seed(3)
-    again = compensate_sequentially(*given, fit)  # the same bits, whatever the state of torch's own generator
+    again = refitted(*given, **THIRTY_STEPS)  # the same bits, whatever the state of torch's own generator
     assert alike(small, again)
     assert not any(parameter.requires_grad for parameter in small.parameters())
 
 
 def test_layers_that_lose_nothing_stay_as_they_are(vit: Tiny) -> None:
     kept = {"blocks.0.mlp": random_kept(vit.layers, 0.5)["blocks.0.mlp"]}
-    small = compensate_sequentially(vit.model, kept, vit.layers, vit.inputs, 3, Fit(steps=5, learning_rate=1e-3))
+    small = refitted(vit.model, kept, vit.layers, vit.inputs, 3, **THIRTY_STEPS)
     changed = {name for name, tensor in small.state_dict().items() if not _same(tensor, vit.model.state_dict()[name])}
     assert changed == {f"blocks.0.mlp.{name}" for name in ("fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias")}
 

@@ -37,7 +37,7 @@ from tapfl.config import ComputeOptions, PruningOptions, TrainOptions
 from tapfl.data.decoded import cores
 from tapfl.personalize.recorded import WARM, RecordedStep
 from tapfl.personalize.together import LocalTask, all_of
-from tapfl.pruning.compensation import compensate_sequentially
+from tapfl.pruning.compensation import compensated
 from tapfl.pruning.criteria.criterion import PruningTask
 from tapfl.pruning.layer_importance import layer_importance
 from tapfl.pruning.pipeline import prune_model, pruning_task, select
@@ -247,7 +247,8 @@ def parts_of(task: PruningTask) -> dict[str, Callable[[], object]]:
         return found | {"scores": scores}
     fisher = lambda: task.fisher_of(model)  # noqa: E731
     chosen = select(task).kept
-    compensate = lambda: compensate_sequentially(model, chosen, layers, inputs, batch)  # noqa: E731
+    sequential = task.options.model_copy(update={"compensation": "sequential"})
+    compensate = lambda: compensated(model, chosen, layers, inputs, batch, sequential)  # noqa: E731
     return found | {"sensitivities": fisher, "selection": lambda: select(replace(task)), "compensation": compensate}
 
 

@@ -25,7 +25,6 @@ from tapfl.data.images import ImageSet
 from tapfl.errors import BudgetError, ConfigError
 from tapfl.memo import Memo
 from tapfl.models.units import PrunableLayer
-from tapfl.pruning.compensation import unit_moments
 from tapfl.pruning.criteria.criterion import PruningTask, Scores, Selection
 from tapfl.pruning.criteria.registry import criterion_of, resolved
 from tapfl.pruning.pipeline import cut, finished, plan_of, recovered, row_sensitivities, select
@@ -38,7 +37,7 @@ RECOVERY = tuple(name for name in FINISH if name.startswith("recovery"))
 # options that scores do not depend on: they decide how a budget is spent
 OF_TOKENS = ("tokens", "token_share")
 SPENDING = ("criterion", "ratio", "tau", "align", "floor", "unit_shape", "probe", "send", *OF_TOKENS)
-KEPT = {"images": 2, "scores": 64, "sensitivities": 2, "moments": 2}  # results kept of a kind; of others the last one
+KEPT = {"images": 2, "scores": 64, "sensitivities": 2}  # results kept of a kind; of others the last one
 
 
 def timed(make: Callable[[], T], compute: Compute) -> tuple[T, float]:
@@ -141,14 +140,11 @@ class CellRunner:
         return rank_correlations(task.layers, ours, theirs)
 
     def _cut(self, cell: Cell, task: PruningTask, selection: Selection) -> nn.Module:
-        options, rows, moments = task.options, None, None
+        options, rows = task.options, None
         if selection.model is None and options.compensation != "none":  # the same weights for all criteria of a basis
             key = (_images_key(cell), options.basis, options.compensation_rows)
             rows = self._once("sensitivities", key, lambda: row_sensitivities(task, task.model))
-            if options.compensation == "one-pass":
-                inputs = (task.model, task.layers, task.inputs, task.batch, rows)
-                moments = self._once("moments", key, lambda: unit_moments(*inputs))
-        return cut(task, selection, rows, moments)
+        return cut(task, selection, rows)
 
 
 def scenario_of(config: RunConfig) -> RunConfig:

@@ -30,7 +30,7 @@ from tapfl.options import Scalar
 from tapfl.progress import track
 from tapfl.pruning.basis import canonical_basis, in_basis
 from tapfl.pruning.budget import Budget
-from tapfl.pruning.compensation import Moments, compensated
+from tapfl.pruning.compensation import compensated
 from tapfl.pruning.cost_table import cost_table
 from tapfl.pruning.criteria.criterion import PruningTask, Scores, Selection
 from tapfl.pruning.criteria.registry import criterion_of, resolved
@@ -188,24 +188,18 @@ def divergence(task: PruningTask) -> Callable[[Selection], float]:
     return judge
 
 
-def cut(
-    task: PruningTask,
-    selection: Selection,
-    fisher: Sensitivities | None = None,
-    moments: Moments | None = None,
-) -> nn.Module:
+def cut(task: PruningTask, selection: Selection, fisher: Sensitivities | None = None) -> nn.Module:
     """Returns the smaller model of a selection, compensated as the task's options say.
 
     Args:
         fisher: the `row_sensitivities` of the weights that are cut, if they are known.
-        moments: their `unit_moments`, likewise.
     """
     weights = selection.model or task.model
     if task.options.compensation == "one-pass" and any(selection.tokens):
-        weights, fisher, moments = passing(weights, selection.tokens), None, None  # the tokens of its pass are merged
+        fisher = row_sensitivities(task, passing(weights, selection.tokens))
     fisher = fisher or row_sensitivities(task, weights)
     images = (task.inputs, task.batch, task.options)
-    return compensated(weights, selection.kept, task.layers, *images, fisher, moments, selection.tokens)
+    return compensated(weights, selection.kept, task.layers, *images, fisher, selection.tokens)
 
 
 def row_sensitivities(task: PruningTask, weights: nn.Module) -> Sensitivities | None:
