@@ -39,7 +39,7 @@ from tapfl.pruning.allocate import allocate
 from tapfl.pruning.budget import Budget
 from tapfl.pruning.cost_table import cost_table
 from tapfl.pruning.criteria.registry import resolved
-from tapfl.pruning.pipeline import labels_of
+from tapfl.pruning.recovery import labels_of
 from tapfl.pruning.tokens import SHARES, costs_under, schedule_of, stream_of
 from tapfl.pruning.unit_shape import aligned, candidates
 from tapfl.store import cache_folder

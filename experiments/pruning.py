@@ -33,8 +33,9 @@ from tapfl.pruning.basis import in_basis, turned_on_pool
 from tapfl.pruning.budget import Budget
 from tapfl.pruning.criteria.registry import resolved
 from tapfl.pruning.export import export, load_exported
-from tapfl.pruning.pipeline import fine_tune_set, labels_of, prune_model, pruning_task
+from tapfl.pruning.pipeline import prune_model, pruning_task
 from tapfl.pruning.plan import PLAN_FILE, PruningPlan, load_plan, read_plan
+from tapfl.pruning.recovery import fine_tune_set, labels_of
 from tapfl.pruning.surgery import WEIGHTS_FILE, apply_plan, load_pruned, save_pruned
 from tapfl.seeds import numpy_generator
 from tapfl.store import cache_folder, content_hash

@@ -26,8 +26,9 @@ from tapfl.progress import shown_on
 from tapfl.pruning.basis import in_basis, turned_on_pool
 from tapfl.pruning.criteria.criterion import PruningTask, Selection
 from tapfl.pruning.criteria.registry import resolved
-from tapfl.pruning.pipeline import Pruned, fine_tune_set, labels_of, prune_model, pruning_task, select
+from tapfl.pruning.pipeline import Pruned, prune_model, pruning_task, select
 from tapfl.pruning.pool import PoolTables
+from tapfl.pruning.recovery import fine_tune_set, labels_of
 from tapfl.seeds import numpy_generator, torch_generator
 from tapfl.store import cache_folder
 from tapfl.summary.metric_set import Projection, cached_features, effective_size, pick_metric_set

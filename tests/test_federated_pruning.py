@@ -22,7 +22,8 @@ from tapfl.errors import PlanError
 from tapfl.models.dense import DenseCache
 from tapfl.models.forward import transform_of
 from tapfl.pruning.criteria import upop
-from tapfl.pruning.pipeline import FineTuneSet, Pruned
+from tapfl.pruning.pipeline import Pruned
+from tapfl.pruning.recovery import FineTuneSet
 from tapfl.pruning.surgery import rebuild, shrink
 from tapfl.store import pack_tensors
 

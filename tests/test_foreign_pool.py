@@ -30,7 +30,8 @@ from tapfl.models.backbone import BackboneSpec, build
 from tapfl.models.cost import measure_cost
 from tapfl.models.dense import DenseCache, dense_backbone, dense_spec
 from tapfl.models.new_head import agreed_classes, fill_with_prototypes, put_head, with_new_head
-from tapfl.pruning.pipeline import labels_of, prune_model, pruning_task
+from tapfl.pruning.pipeline import prune_model, pruning_task
+from tapfl.pruning.recovery import labels_of
 from tapfl.pruning.surgery import load_pruned, shrink
 from tapfl.summary.metric_set import effective_size
 

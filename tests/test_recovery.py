@@ -14,35 +14,21 @@ from backbones import Tiny, plan_of, random_kept
 from torch import Tensor, nn
 
 from tapfl.config import PruningOptions
-from tapfl.errors import ConfigError, ModelError
+from tapfl.errors import ModelError
 from tapfl.models.forward import example_input
 from tapfl.progress import shown_on
 from tapfl.pruning import recovery
 from tapfl.pruning.criteria.criterion import Selection
 from tapfl.pruning.criteria.updp import updp
 from tapfl.pruning.pipeline import pruning_task
-from tapfl.pruning.recovery import (
-    FadingBranch,
-    fading_branches,
-    recover,
-    recovery_loss,
-    steps_left,
-    strength,
-    teacher_logits,
-)
+from tapfl.pruning.recovery import FadingBranch, FineTuneSet, recovered, recovery_loss, strength, teacher_logits
 from tapfl.pruning.surgery import load_pruned, save_pruned, shrink
-from tapfl.seeds import numpy_generator
 from tapfl.training import apart, predict
 
 FAMILIES = ["vit", "deit", "swin"]
 NOBODY = torch.empty(0, dtype=torch.int64)
+PLAIN = {"criterion": "magnitude", "recovery": "fine-tune", "recovery_batch": 8, "recovery_learning_rate": 1e-2}
 STILL = 1e-12  # a learning rate at which no weight moves
-
-
-def options(**values: object) -> PruningOptions:
-    return PruningOptions.model_validate(
-        {"recovery": "fine-tune", "recovery_batch": 8, "recovery_learning_rate": 1e-2} | values
-    )
 
 
 class Task:
@@ -57,16 +43,15 @@ class Task:
         shape = example_input(backbone.model, 24).shape
         self.images = torch.randn(shape, generator=torch.Generator().manual_seed(5))
         self.labels = predict(backbone.model, self.images).argmax(1)
+        self.fine_tune: FineTuneSet | None = None
 
-    def inputs(self, chosen: np.ndarray) -> Tensor:
-        return self.images[torch.from_numpy(chosen)]
-
-    def recovered(self, steps: int, seed: int = 0, model: nn.Module | None = None, **values: object) -> nn.Module:
-        extra = {name: values.pop(name) for name in ("fading", "teacher") if name in values}
-        extra = {"teacher": self.dense} | extra
-        generator = numpy_generator(seed, "recovery")
-        model = self.small if model is None else model
-        return recover(model, self.inputs, self.labels, options(**values), generator, steps=steps, **extra)
+    def recovered(
+        self, steps: int, seed: int = 0, model: nn.Module | None = None, fades: bool = False, **values: object
+    ) -> nn.Module:
+        options = PruningOptions.model_validate(PLAIN | {"recovery_steps": steps} | values)
+        task = pruning_task(self.dense, self.images, 1.0, options, 24, self.labels)
+        selection = Selection(self.kept, fades=fades)
+        return recovered(task, selection, self.small if model is None else model, self.fine_tune, seed)
 
     def loss(self, model: nn.Module, **values: object) -> float:
         teacher = predict(self.dense, self.images) if values.get("recovery") == "distill" else None
@@ -89,8 +74,7 @@ def bits(model: nn.Module) -> dict[str, bytes]:
 @pytest.mark.parametrize("recovery", ["fine-tune", "distill"])
 def test_the_loss_on_images_held_out_never_rises(recovery: str, rate: float, tasks: dict[str, Task]) -> None:
     task, values = tasks["vit"], {"recovery": recovery, "recovery_held_out": 0.25, "recovery_learning_rate": rate}
-    fading = {name: task.dense.get_submodule(name) for name in task.gone}
-    model = task.recovered(25, fading=fading, **values)
+    model = task.recovered(25, fades=True, **values)
     _, held = apart(len(task.labels), 0.25, "")
     images, labels = task.images[held], task.labels[held]
     targets = predict(task.dense, images) if recovery == "distill" else None
@@ -98,7 +82,7 @@ def test_the_loss_on_images_held_out_never_rises(recovery: str, rate: float, tas
     assert after <= before and (after == before) == (bits(model) == bits(task.small))
     assert after < before or rate > 0.1
     if rate < 0.1:
-        assert bits(model) == bits(task.recovered(25, fading=fading, **values))
+        assert bits(model) == bits(task.recovered(25, fades=True, **values))
 
 
 def test_images_held_out_are_not_trained_on(tasks: dict[str, Task], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -121,9 +105,8 @@ def test_a_pruned_model_gets_better_on_its_fine_tune_set(family: str, recovery: 
 @pytest.mark.parametrize("recovery", ["fine-tune", "distill"])
 def test_what_is_given_is_left_as_it_is(recovery: str, tasks: dict[str, Task]) -> None:
     task = tasks["swin"]
-    fading = {name: task.dense.get_submodule(name) for name in task.gone}
     before = bits(task.small), bits(task.dense)
-    task.recovered(4, recovery=recovery, fading=fading)
+    task.recovered(4, recovery=recovery, fades=True)
     assert (bits(task.small), bits(task.dense)) == before
 
 
@@ -137,26 +120,26 @@ def test_the_same_seed_gives_the_same_bits(tasks: dict[str, Task]) -> None:
 
 
 @pytest.mark.parametrize(("recovery", "steps"), [("fine-tune", 0), ("distill", 0), ("none", 9)])
-def test_without_steps_the_copy_is_the_model(recovery: str, steps: int, tasks: dict[str, Task]) -> None:
+def test_without_steps_the_model_is_left_alone(recovery: str, steps: int, tasks: dict[str, Task]) -> None:
     task = tasks["vit"]
-    fading = {name: task.dense.get_submodule(name) for name in task.gone}
-    model = task.recovered(steps, recovery=recovery, fading=fading)
-    assert model is not task.small
-    assert bits(model) == bits(task.small)
-    assert not any(parameter.requires_grad for parameter in model.parameters())
+    before = bits(task.small)
+    assert task.recovered(steps, recovery=recovery, fades=True) is task.small and bits(task.small) == before
 
 
-def test_fewer_steps_see_the_first_batches_of_more(tasks: dict[str, Task]) -> None:
+@pytest.mark.parametrize("searched", [0, 3])
+def test_fewer_steps_see_the_first_batches_of_more(searched: int, tasks: dict[str, Task]) -> None:
     """What a criterion's search has taken is deducted at the end, so that all criteria start alike."""
     task, seen = tasks["vit"], []
 
     def inputs(chosen: np.ndarray) -> Tensor:
         seen.append(chosen.tolist())
-        return task.inputs(chosen)
+        return task.images[torch.from_numpy(chosen)]
 
-    for steps in (7, 4):
-        recover(task.small, inputs, task.labels, options(), numpy_generator(0, "x"), steps=steps)
-    assert seen[7:] == seen[:4]
+    options = PruningOptions.model_validate(PLAIN | {"recovery_steps": 7})
+    problem = pruning_task(task.dense, task.images, 1.0, options, 24)
+    for steps in (0, searched):
+        recovered(problem, Selection(task.kept, steps=steps), task.small, FineTuneSet(inputs, 24, task.labels))
+    assert len(seen) == 14 - searched and seen[7:] == seen[: 7 - searched]
     assert sorted(itertools.chain(*seen[:3])) == list(range(24))  # a pass sees every image once
     assert seen[:3] != seen[3:6]
 
@@ -176,17 +159,9 @@ def test_progress_is_told_and_no_dropout_is_active(tasks: dict[str, Task]) -> No
 
 def test_a_recovered_model_can_be_saved(tasks: dict[str, Task], tmp_path: Path) -> None:
     task = tasks["deit"]
-    model = task.recovered(2, fading={name: task.dense.get_submodule(name) for name in task.gone})
+    model = task.recovered(2, fades=True)
     save_pruned(model, task.plan, tmp_path)
     assert torch.equal(load_pruned(tmp_path)(task.images), model(task.images))
-
-
-def test_what_cannot_be_done_is_refused(tasks: dict[str, Task]) -> None:
-    task = tasks["vit"]
-    with pytest.raises(ConfigError, match=r"pruning\.recovery = 'distill': needs the dense model"):
-        task.recovered(1, recovery="distill", teacher=None)
-    with pytest.raises(ModelError, match="at least one image"):
-        recover(task.small, task.inputs, task.labels[:0], options(), numpy_generator(0), steps=1)
 
 
 @pytest.mark.parametrize("recovery", ["fine-tune", "distill"])
@@ -252,11 +227,6 @@ def test_the_teacher_of_each_image_is_its_own(tasks: dict[str, Task], monkeypatc
 # ---------------------------------------------------------------- steps and fading
 
 
-@pytest.mark.parametrize(("spent", "left"), [(0, 100), (30, 70), (100, 0), (300, 0)])
-def test_steps_of_the_search_are_deducted(spent: int, left: int) -> None:
-    assert steps_left(PruningOptions(recovery_steps=100), Selection({}, steps=spent)) == left
-
-
 def test_the_fading_is_linear_over_the_first_30_percent() -> None:
     assert [strength(step, 10) for step in range(5)] == pytest.approx([1, 2 / 3, 1 / 3, 0, 0])
     assert [strength(step, 100) for step in (0, 15, 30, 99)] == pytest.approx([1, 0.5, 0, 0])
@@ -275,19 +245,14 @@ def test_what_fades_is_what_the_branch_does_beyond_its_constant(vit: Tiny) -> No
 
 def logits_on_the_way(task: Task, steps: int) -> tuple[list[Tensor], Tensor]:
     """Logits of all images at every step of a recovery in which no weight moves, and those of its result."""
-    kept = dict.fromkeys(task.gone, NOBODY)
-    small = shrink(task.dense, plan_of(task.backbone, kept))
+    whole = {layer.name: torch.arange(layer.units) for layer in task.backbone.layers}
+    way = copy.copy(task)
+    way.kept = whole | dict.fromkeys(task.gone, NOBODY)
+    way.fine_tune = FineTuneSet(lambda _chosen: task.images, 24, task.labels)
+    small = shrink(task.dense, plan_of(task.backbone, way.kept))
     seen: list[Tensor] = []
     small.register_forward_hook(lambda _module, _inputs, output: seen.append(output.detach()))
-    end = recover(
-        small,
-        lambda _chosen: task.images,
-        task.labels,
-        options(recovery_learning_rate=STILL, recovery_batch=24),
-        numpy_generator(0),
-        steps=steps,
-        fading=fading_branches(task.dense, Selection(kept, fades=True)),
-    )
+    end = way.recovered(steps, model=small, fades=True, recovery_learning_rate=STILL, recovery_batch=24)
     return seen, end(task.images)
 
 
@@ -305,9 +270,8 @@ def test_fading_leads_from_the_dense_to_the_shrunk_model(family: str, tasks: dic
 @pytest.mark.parametrize("family", FAMILIES)
 def test_fading_ends_in_the_structure_of_the_shrunk_model(family: str, tasks: dict[str, Task]) -> None:
     task = tasks[family]
-    fading = {name: task.dense.get_submodule(name) for name in task.gone}
     for steps in (1, 2, 7):
-        model = task.recovered(steps, fading=fading)
+        model = task.recovered(steps, fades=True)
         assert {name: type(m) for name, m in model.named_modules()} == {
             name: type(m) for name, m in task.small.named_modules()
         }
@@ -318,16 +282,12 @@ def test_fading_ends_in_the_structure_of_the_shrunk_model(family: str, tasks: di
     assert bits(model) != bits(task.recovered(7))  # to fade makes a difference
 
 
-def test_only_whole_branches_of_a_criterion_that_asks_for_it_fade(tasks: dict[str, Task]) -> None:
-    task = tasks["vit"]
-    fading = fading_branches(task.dense, Selection(task.kept, fades=True))
-    assert set(fading) == set(task.gone)
-    assert fading[task.gone[0]] is task.dense.get_submodule(task.gone[0])
-    assert fading_branches(task.dense, Selection(task.kept)) == {}
-
-
-def test_what_updp_drops_fades(vit: Tiny) -> None:
-    selection = updp(pruning_task(vit.model, vit.inputs, 0.8, batch=4))
-    gone = {name for name, kept in selection.kept.items() if not len(kept)}
-    assert gone
-    assert set(fading_branches(vit.model, selection)) == gone
+def test_only_whole_branches_of_a_criterion_that_asks_for_it_fade(
+    tasks: dict[str, Task], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task, faded = tasks["vit"], []
+    monkeypatch.setattr(recovery, "_fade", lambda small, faders, strength: faded.append(set(faders)))
+    for fades in (True, False):
+        task.recovered(1, fades=fades)
+    assert faded == [set(task.gone)] * 2 + [set()] * 2
+    assert updp(pruning_task(task.dense, task.images, 0.8, batch=4)).fades

@@ -27,7 +27,8 @@ from tapfl.memo import Memo
 from tapfl.models.units import PrunableLayer
 from tapfl.pruning.criteria.criterion import PruningTask, Scores, Selection
 from tapfl.pruning.criteria.registry import criterion_of, resolved
-from tapfl.pruning.pipeline import cut, finished, plan_of, recovered, row_sensitivities, select
+from tapfl.pruning.pipeline import cut, finished, plan_of, row_sensitivities, select
+from tapfl.pruning.recovery import recovered
 
 T = TypeVar("T")
 Row = dict[str, str]

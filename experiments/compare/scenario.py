@@ -25,7 +25,8 @@ from tapfl.pruning.basis import in_basis, turned_on_pool
 from tapfl.pruning.budget import Budget
 from tapfl.pruning.criteria.criterion import PruningTask
 from tapfl.pruning.criteria.registry import resolved
-from tapfl.pruning.pipeline import FineTuneSet, fine_tune_set, labels_of, pruning_task
+from tapfl.pruning.pipeline import pruning_task
+from tapfl.pruning.recovery import FineTuneSet, fine_tune_set, labels_of
 from tapfl.seeds import numpy_generator
 from tapfl.store import cache_folder
 from tapfl.summary.metric_set import cached_features

@@ -17,17 +17,14 @@ from torch.nn import functional as F
 
 from tapfl.compute import Compute
 from tapfl.config import PruningOptions
-from tapfl.data.images import ImageSet
-from tapfl.data.transform import Transform
-from tapfl.errors import ConfigError, ModelError
+from tapfl.errors import ModelError
 from tapfl.models.backbone import BackboneSpec
 from tapfl.models.cost import measure_cost, measure_timings
-from tapfl.models.forward import example_input, full
+from tapfl.models.forward import example_input
 from tapfl.models.merging import passing
 from tapfl.models.new_head import put_head
 from tapfl.models.prunable import prunable_layers
 from tapfl.options import Scalar
-from tapfl.progress import track
 from tapfl.pruning.basis import canonical_basis, in_basis
 from tapfl.pruning.budget import Budget
 from tapfl.pruning.compensation import compensated
@@ -35,31 +32,15 @@ from tapfl.pruning.cost_table import cost_table
 from tapfl.pruning.criteria.criterion import PruningTask, Scores, Selection
 from tapfl.pruning.criteria.registry import criterion_of, resolved
 from tapfl.pruning.plan import LayerPlan, PruningPlan
-from tapfl.pruning.recovery import fading_branches, recover, steps_left
+from tapfl.pruning.recovery import FineTuneSet, recovered
 from tapfl.pruning.sensitivity import Sensitivities
 from tapfl.pruning.surgery import shrink
 from tapfl.pruning.tokens import stream_of, with_tokens
 from tapfl.pruning.unit_shape import aligned
-from tapfl.seeds import numpy_generator, torch_generator
+from tapfl.seeds import torch_generator
 from tapfl.store import pack_tensors
-from tapfl.training import predict
 
 CHANGES = ("basis", "compensation", "recovery")  # options that change weights, unless they are `none`
-
-
-@dataclass(frozen=True)
-class FineTuneSet:
-    """The public images of recovery.
-
-    Attributes:
-        inputs: positions -> images in the backbone's input format, so that not all need be in memory as floats.
-        size: how many there are.
-        labels: int64 (size,), or None: the dense model's predictions then.
-    """
-
-    inputs: Callable[[np.ndarray], Tensor]
-    size: int
-    labels: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -86,31 +67,6 @@ class Pruned:
         `tapfl.pruning.surgery.rebuild` makes the model of both.
         """
         return b"" if self.exact and not always else pack_tensors(self.model.state_dict())
-
-
-def labels_of(images: ImageSet, options: PruningOptions) -> Tensor | None:
-    """Returns the labels that the options allow to use, int64 (n,); None stands for the dense model's predictions.
-
-    Raises:
-        ConfigError: if the options want labels and the images have none.
-    """
-    if options.labels != "public":
-        return None
-    if not images.classes:
-        raise ConfigError("pruning.labels = 'public': the public pool has no labels; accepted: pseudo")
-    return torch.from_numpy(images.labels)
-
-
-def fine_tune_set(pick: Callable[[int], ImageSet], transform: Transform, options: PruningOptions) -> FineTuneSet | None:
-    """Returns `recovery-size` images; None if recovery uses the metric set or is off.
-
-    Args:
-        pick: returns so many public images of the task; called only if they are needed.
-    """
-    if options.recovery == "none" or not options.recovery_size:
-        return None
-    chosen = pick(options.recovery_size)
-    return FineTuneSet(lambda index: transform(chosen.read(index)), len(chosen), labels_of(chosen, options))
 
 
 def pruning_task(
@@ -209,35 +165,6 @@ def row_sensitivities(task: PruningTask, weights: nn.Module) -> Sensitivities | 
     return task.fisher if weights is task.model else task.fisher_of(weights)
 
 
-def recovered(
-    task: PruningTask, selection: Selection, small: nn.Module, fine_tune: FineTuneSet | None, seed: int
-) -> nn.Module:
-    """Returns the smaller model after the recovery that the task's options ask for.
-
-    Without a fine-tune set of its own, recovery is on the metric set.
-    """
-    steps = steps_left(task.options, selection)
-    if task.options.recovery == "none" or not steps:
-        return small
-    images = fine_tune or FineTuneSet(lambda index: task.inputs[torch.from_numpy(index)], len(task.inputs), task.labels)
-    device, labels = task.inputs.device, _labels(task, images)
-
-    def teacher(x: Tensor) -> Tensor:
-        with task.passing():
-            return full(task.model(x))
-
-    return recover(
-        small,
-        lambda index: images.inputs(index).to(device),
-        labels,
-        task.options,
-        numpy_generator(seed, "recovery"),
-        steps=steps,
-        teacher=teacher,
-        fading=fading_branches(task.model, selection),
-    )
-
-
 def finished(task: PruningTask, small: nn.Module) -> nn.Module:
     """Returns the smaller model as a device gets it: with the new head, if there is one."""
     return small if task.new_head is None else put_head(small, task.new_head)
@@ -300,12 +227,3 @@ def plan_of(
         provenance=dict(provenance or {}),
     )
     return plan.model_copy(update={"cost": measure_cost(small or shrink(task.new_head or task.model, plan))})
-
-
-def _labels(task: PruningTask, images: FineTuneSet) -> Tensor:
-    if images.labels is not None:
-        return images.labels.to(task.inputs.device)
-    parts = np.array_split(np.arange(images.size), -(-images.size // task.batch))
-    return torch.cat(
-        [predict(task.model, images.inputs(part).to(task.inputs.device)).argmax(1) for part in track(parts, "labels")]
-    )

@@ -23,7 +23,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import islice
 
 import numpy as np
@@ -32,103 +33,128 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tapfl.config import PruningOptions
+from tapfl.data.images import ImageSet
+from tapfl.data.transform import Transform
 from tapfl.errors import ConfigError, ModelError
+from tapfl.models.forward import full
 from tapfl.models.units import put
 from tapfl.progress import track
-from tapfl.pruning.criteria.criterion import Selection
-from tapfl.training import LOOK, BestSoFar, apart, batches, minimise
+from tapfl.pruning.criteria.criterion import PruningTask, Selection
+from tapfl.seeds import numpy_generator
+from tapfl.training import LOOK, BestSoFar, apart, batches, minimise, predict
 
 FADING_SHARE = 0.3  # of the steps, as published
 TEMPERATURE, SOFT_SHARE = 4.0, 0.9  # T and β of distillation
 
 
-def steps_left(options: PruningOptions, selection: Selection) -> int:
-    """Returns the steps of recovery that remain after the steps of the criterion's own search are deducted."""
-    return max(options.recovery_steps - selection.steps, 0)
+@dataclass(frozen=True)
+class FineTuneSet:
+    """The public images of recovery.
+
+    Attributes:
+        inputs: positions -> images in the backbone's input format, so that not all need be in memory as floats.
+        size: how many there are.
+        labels: int64 (size,), or None: the dense model's predictions then.
+    """
+
+    inputs: Callable[[np.ndarray], Tensor]
+    size: int
+    labels: Tensor | None
 
 
-def fading_branches(model: nn.Module, selection: Selection) -> dict[str, nn.Module]:
-    """Returns, by name, the branches of the dense `model` that fade: dropped as a whole, if the criterion lets them."""
-    if not selection.fades:
-        return {}
-    return {name: model.get_submodule(name) for name, kept in selection.kept.items() if len(kept) == 0}
-
-
-def recover(
-    model: nn.Module,
-    inputs: Callable[[np.ndarray], Tensor],
-    labels: Tensor,
-    options: PruningOptions,
-    generator: np.random.Generator,
-    *,
-    steps: int,
-    teacher: Callable[[Tensor], Tensor] | None = None,
-    fading: Mapping[str, nn.Module] | None = None,
-) -> nn.Module:
-    """Returns a trained copy of `model`, frozen and in evaluation mode, with all names and shapes as they were.
+def fine_tune_set(pick: Callable[[int], ImageSet], transform: Transform, options: PruningOptions) -> FineTuneSet | None:
+    """Returns `recovery-size` images; None if recovery uses the metric set or is off.
 
     Args:
-        model: the pruned model; it is left as it is, and so are `teacher` and `fading`.
-        inputs: positions -> images in the backbone's input format, so that a large fine-tune set need not be in memory
-            as floats.
-        labels: int64 (n,) of the fine-tune set, n >= 1.
-        options: kind of recovery, batch and learning rate.
-        generator: the only source of chance: the order of the images. Fewer steps see the first batches of more.
-        steps: gradient steps; with 0, or with ``recovery = none``, the copy is what `model` is.
-        teacher: images -> logits of the dense model, for ``recovery = distill``.
-        fading: dense branches that fade, by name; each must be one of which nothing is left in `model`.
+        pick: returns so many public images of the task; called only if they are needed.
+    """
+    if options.recovery == "none" or not options.recovery_size:
+        return None
+    chosen = pick(options.recovery_size)
+    return FineTuneSet(lambda index: transform(chosen.read(index)), len(chosen), labels_of(chosen, options))
+
+
+def labels_of(images: ImageSet, options: PruningOptions) -> Tensor | None:
+    """Returns the labels that the options allow to use, int64 (n,); None stands for the dense model's predictions.
 
     Raises:
-        ConfigError: if distillation has no teacher.
-        ModelError: if there is no image, or it diverges, saying at which step.
+        ConfigError: if the options want labels and the images have none.
     """
-    small = copy.deepcopy(model).eval().requires_grad_(True)
-    if steps and options.recovery != "none":
-        trained, held = np.arange(len(labels)), np.arange(0)
-        if options.recovery_held_out:
-            trained, held = apart(len(labels), options.recovery_held_out, "pruning.recovery-held-out")
-        order = [trained[chosen] for chosen in batch_order(len(trained), options.recovery_batch, steps, generator)]
-        targets = _targets(options, teacher, inputs, len(labels), [*order, held])
+    if options.labels != "public":
+        return None
+    if not images.classes:
+        raise ConfigError("pruning.labels = 'public': the public pool has no labels; accepted: pseudo")
+    return torch.from_numpy(images.labels)
 
-        def loss_of(chosen: np.ndarray) -> Tensor:
-            index = torch.from_numpy(chosen)
-            return recovery_loss(small(inputs(chosen)), labels[index], None if targets is None else targets[index])
 
-        def error() -> float:
-            parts = np.array_split(held, -(-len(held) // options.recovery_batch))
-            return sum(float(loss_of(part)) * len(part) for part in parts) / len(held)
+def recovered(
+    task: PruningTask, selection: Selection, pruned: nn.Module, fine_tune: FineTuneSet | None = None, seed: int = 0
+) -> nn.Module:
+    """Returns a trained copy of `pruned`, frozen and in evaluation mode; without steps to train, `pruned` itself.
 
-        best = BestSoFar(small, error) if len(held) else None
-        faders = _faders(small, fading or {})
+    The steps of the criterion's own search are deducted.
 
-        def loss(step: int, chosen: np.ndarray) -> Tensor:
-            _fade(small, faders, strength(step, steps))
-            if best and step and step % LOOK == 0 and not faders:
-                best.look()
-            return loss_of(chosen)
+    Args:
+        fine_tune: the images that it is trained on; None: the metric set.
+        seed: of the order of the images. Fewer steps see the first batches of more.
 
-        rate, said = options.recovery_learning_rate, ("pruning.recovery-learning-rate", "recovery")
-        minimise(list(small.parameters()), loss, track(order, "recovery"), steps, rate, said)
-        _fade(small, faders, 0.0)
-        if best:
+    Raises:
+        ModelError: if there are too few images, or it diverges, saying at which step.
+    """
+    options, steps = task.options, max(task.options.recovery_steps - selection.steps, 0)
+    if options.recovery == "none" or not steps:
+        return pruned
+    device, small = task.inputs.device, copy.deepcopy(pruned).eval().requires_grad_(True)
+    images = fine_tune or FineTuneSet(lambda index: task.inputs[torch.from_numpy(index)], len(task.inputs), task.labels)
+    trained, held = np.arange(images.size), np.arange(0)
+    if options.recovery_held_out:
+        trained, held = apart(images.size, options.recovery_held_out, "pruning.recovery-held-out")
+    generator = numpy_generator(seed, "recovery")
+    order = [trained[chosen] for chosen in batch_order(len(trained), options.recovery_batch, steps, generator)]
+
+    def inputs(chosen: np.ndarray) -> Tensor:
+        return images.inputs(chosen).to(device)
+
+    def teacher(x: Tensor) -> Tensor:
+        with task.passing():
+            return full(task.model(x))
+
+    labels, targets = _labels(task, images), None
+    if options.recovery == "distill":
+        targets = teacher_logits(teacher, inputs, images.size, [*order, held])
+
+    def loss_of(chosen: np.ndarray) -> Tensor:
+        index = torch.from_numpy(chosen)
+        return recovery_loss(small(inputs(chosen)), labels[index], None if targets is None else targets[index])
+
+    def error() -> float:
+        parts = np.array_split(held, -(-len(held) // options.recovery_batch))
+        return sum(float(loss_of(part)) * len(part) for part in parts) / len(held)
+
+    best = BestSoFar(small, error) if len(held) else None
+    faders = _faders(small, task.model, selection)
+
+    def loss(step: int, chosen: np.ndarray) -> Tensor:
+        _fade(small, faders, strength(step, steps))
+        if best and step and step % LOOK == 0 and not faders:
             best.look()
-            best.restore()
+        return loss_of(chosen)
+
+    rate, said = options.recovery_learning_rate, ("pruning.recovery-learning-rate", "recovery")
+    minimise(list(small.parameters()), loss, track(order, "recovery"), steps, rate, said)
+    _fade(small, faders, 0.0)
+    if best:
+        best.look()
+        best.restore()
     return small.requires_grad_(False)
 
 
-def _targets(
-    options: PruningOptions,
-    teacher: Callable[[Tensor], Tensor] | None,
-    inputs: Callable[[np.ndarray], Tensor],
-    size: int,
-    order: list[np.ndarray],
-) -> Tensor | None:
-    """Returns the `teacher_logits` for distillation, and None without it."""
-    if options.recovery != "distill":
-        return None
-    if teacher is None:
-        raise ConfigError("pruning.recovery = 'distill': needs the dense model as teacher")
-    return teacher_logits(teacher, inputs, size, order)
+def _labels(task: PruningTask, images: FineTuneSet) -> Tensor:
+    device = task.inputs.device
+    if images.labels is not None:
+        return images.labels.to(device)
+    parts = np.array_split(np.arange(images.size), -(-images.size // task.batch))
+    return torch.cat([predict(task.model, images.inputs(part).to(device)).argmax(1) for part in track(parts, "labels")])
 
 
 def recovery_loss(logits: Tensor, labels: Tensor, teacher: Tensor | None = None) -> Tensor:
@@ -190,11 +216,14 @@ def batch_order(size: int, batch: int, steps: int, generator: np.random.Generato
     return list(islice(batches(size, batch, passes, generator), steps))
 
 
-def _faders(small: nn.Module, fading: Mapping[str, nn.Module]) -> dict[str, FadingBranch]:
-    """Puts dense branches in the places of what is left of them, to fade; returns them by name."""
+def _faders(small: nn.Module, model: nn.Module, selection: Selection) -> dict[str, FadingBranch]:
+    """Puts branches of the dense `model` in the places of what is left of them, to fade; returns them by name.
+
+    They are those that were dropped as a whole, if the criterion lets them fade.
+    """
     faders = {}
-    for name, branch in fading.items():
-        dense = copy.deepcopy(branch).eval().requires_grad_(True)
+    for name in [name for name, kept in selection.kept.items() if selection.fades and not len(kept)]:
+        dense = copy.deepcopy(model.get_submodule(name)).eval().requires_grad_(True)
         faders[name] = FadingBranch(dense, small.get_submodule(name))
         put(small, name, faders[name])
     return faders
