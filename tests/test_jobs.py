@@ -16,7 +16,7 @@ import trivial_jobs
 from test_search import running, until
 
 from experiments.jobs import pool as pool_module
-from experiments.jobs.pool import EngineLostError, Job, Pool, ProcessPool, ThreadPool
+from experiments.jobs.pool import Job, ProcessPool, ThreadPool
 from experiments.jobs.progress import Overview, StageProgress, reporting
 from strategies.progress import Pace
 from tapfl.errors import ConfigError, RunError
@@ -30,7 +30,7 @@ def processes() -> Iterator[ProcessPool]:
 
 
 @pytest.fixture(params=["processes", "threads"])
-def pool(request: pytest.FixtureRequest, processes: ProcessPool) -> Iterator[Pool]:
+def pool(request: pytest.FixtureRequest, processes: ProcessPool) -> Iterator[ThreadPool]:
     if request.param == "processes":
         yield processes
     else:
@@ -38,13 +38,13 @@ def pool(request: pytest.FixtureRequest, processes: ProcessPool) -> Iterator[Poo
             yield threads
 
 
-def test_a_job_s_events_come_before_its_result(pool: Pool) -> None:
+def test_a_job_s_events_come_before_its_result(pool: ThreadPool) -> None:
     heard: list[int] = []
     assert pool.submit(Job(trivial_jobs.doubled, (3,)), heard.append).result(60) == 6
     assert heard == [0, 1, 2]
 
 
-def test_what_a_job_raises_is_one_line_and_the_rest_is_in_its_log(pool: Pool, tmp_path: Path) -> None:
+def test_what_a_job_raises_is_one_line_and_the_rest_is_in_its_log(pool: ThreadPool, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"budget = 1\.7"):
         pool.submit(Job(trivial_jobs.refused, (), tmp_path / "a" / "refused.log")).result(60)
     with pytest.raises(RunError, match="LookupError: not there"):
@@ -69,13 +69,6 @@ def test_a_worker_that_dies_is_replaced_but_not_for_ever(processes: ProcessPool,
     with pytest.raises(RunError, match="3 workers were lost over this job"):
         processes.submit(Job(trivial_jobs.dying, (tmp_path / "always", 99))).result(60)
     assert (tmp_path / "always").read_text() == "xxx"
-
-
-def test_an_engine_that_is_lost_is_no_job_s_fault() -> None:
-    with closing(ThreadPool(1, lambda: "no Ray actor is left")) as threads:
-        assert threads.submit(Job(trivial_jobs.doubled, (1,))).result(60) == 2
-        with pytest.raises(EngineLostError, match="no Ray actor is left"):
-            threads.submit(Job(trivial_jobs.broken)).result(60)
 
 
 def test_closing_ends_what_is_at_work_and_what_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,11 +21,11 @@ from ray.exceptions import RayActorError
 from test_inprocess_run import SMALL, content, tapfl
 
 from experiments.engines.actor import Answer
-from experiments.engines.cluster import require_reachable
+from experiments.engines.cluster import EngineLostError, require_reachable
 from experiments.engines.local import WORKER_LOST
 from experiments.engines.ray import ActorPool, RayGrid
 from experiments.jobs.federation import Engine, carry_out, in_process, on_actors
-from experiments.jobs.pool import EngineLostError, Job, Pool, ThreadPool
+from experiments.jobs.pool import Job, ThreadPool
 from experiments.preflight import absolute_paths
 from experiments.search.settings import Search, SearchOptions
 from experiments.search.space import SearchSpace
@@ -94,12 +95,12 @@ def test_a_search_comes_to_the_same_on_ray(workers: ActorPool, cache: Path, tmp_
     search = Search(settings, SearchSpace.parse(space, shared), shared)
 
     @contextmanager
-    def on(engine: Engine, jobs: int) -> Iterator[tuple[Pool, Engine]]:
+    def on(engine: Engine, jobs: int) -> Iterator[tuple[ThreadPool, Engine]]:
         with closing(ThreadPool(jobs)) as pool:
             yield pool, engine
 
     run_search(search, "s", tmp_path / "here", lambda: on(in_process, 1))
-    run_search(search, "s", tmp_path / "ray", lambda: on(on_actors(workers), 2))
+    run_search(search, "s", tmp_path / "ray", lambda: on(partial(on_actors, actors=workers), 2))
     here, ray = tmp_path / "here", tmp_path / "ray"
     for name in ("trials.csv", "best.toml"):
         assert (here / name).read_text() == (ray / name).read_text()
@@ -111,19 +112,11 @@ def test_a_search_comes_to_the_same_on_ray(workers: ActorPool, cache: Path, tmp_
 
 
 def test_a_search_whose_actors_are_lost_ends_and_blames_no_trial(cache: Path, tmp_path: Path) -> None:
-    class Lost(ActorPool):
-        lost = "no Ray actor is left"
-
-        def __init__(self) -> None:
-            pass
-
-        def run(self, *arguments: object) -> None:
-            raise RunError(self.lost)
-
     shared = dict(parse_assignment(o) for o in SMALL) | {"cache": str(cache)}
-    actors = Lost()
-    with closing(ThreadPool(1, lambda: actors.lost)) as pool:
-        future = pool.submit(Job(carry_out, (shared, tmp_path / "0000", on_actors(actors))))
+    actors = ActorPool()
+    actors.lost = "no Ray actor is left"
+    with closing(ThreadPool(1)) as pool:
+        future = pool.submit(Job(carry_out, (shared, tmp_path / "0000", partial(on_actors, actors=actors))))
         with pytest.raises(EngineLostError, match="no Ray actor is left"):
             future.result(timeout=60)
 

@@ -27,9 +27,10 @@ from typer.testing import CliRunner
 from clients.device import Device
 from experiments import cli
 from experiments.bench.search import METHODS, Toy, search
+from experiments.figures.page import render
 from experiments.jobs.federation import AFTER, AFTER_SUMMARIES, BUT, carry_out, in_process
 from experiments.jobs.pool import unheard
-from experiments.search.page import page_of_search, write_page
+from experiments.search.page import page_of_search
 from experiments.search.settings import MEASURES, read_search
 from strategies import preparation
 from strategies.records import Summary
@@ -99,7 +100,7 @@ def test_the_page_holds_its_pictures_and_the_study_is_optunas(finished: tuple[Pa
     assert len(study.trials) == 2 and study.best_trial.number == said["trial"]
 
 
-def test_the_page_of_a_search_shows_what_the_trials_came_to(tmp_path: Path) -> None:
+def test_the_page_of_a_search_shows_what_the_trials_came_to() -> None:
     study = optuna.create_study()
     space: dict[str, Any] = {"rate": FloatDistribution(1e-4, 1e-1, log=True), "batch": IntDistribution(8, 16)}
     space |= {"rule": CategoricalDistribution(["a", "</script>"])}
@@ -120,8 +121,7 @@ def test_the_page_of_a_search_shows_what_the_trials_came_to(tmp_path: Path) -> N
     assert places[2, "batch"] == 0.5 and places[0, "rule"] == 0.25 and len(places) == 3 * 3
     assert {row["round"] for row in drawn["rounds"]["rungs"]} == {1, 3} and len(drawn["rounds"]["trials"]) == 8
     assert "5 trials: 3 complete, 1 fail, 1 pruned" in page.lead[0] and "trial is 2" in page.lead[1]
-    write_page(study, [1, 3], "loss (mean)", tmp_path / "search.html")
-    assert (tmp_path / "search.html").read_text().count("</script>") == 3
+    assert render(page).count("</script>") == 3
     empty = page_of_search(optuna.create_study(), [1], "loss")
     assert not empty.figures and "importance" in empty.missing[0]
 

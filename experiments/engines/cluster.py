@@ -23,6 +23,10 @@ ENVIRONMENT = {
 REACH = 5.0  # seconds within which a cluster must answer; Ray itself would retry for minutes
 
 
+class EngineLostError(RunError):
+    """Nothing is left that could carry a federation out. No federation is to blame, so the command ends."""
+
+
 def prepare_environment() -> None:
     """Sets the variables of `ENVIRONMENT` that are not set already."""
     for name, value in ENVIRONMENT.items():

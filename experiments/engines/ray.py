@@ -26,7 +26,7 @@ from flwr.common.logger import log
 from flwr.serverapp import ServerApp
 
 from experiments.engines.actor import CLIENT_APP, Actor, Answer, Processors, log_all, processors, versions
-from experiments.engines.cluster import ray_cluster
+from experiments.engines.cluster import EngineLostError, ray_cluster
 from experiments.engines.local import CLIENT_APP_RAISED, WORKER_LOST, LocalGrid, lost, serve
 from tapfl.errors import ConfigError, RunError
 from tapfl.options import Scalar
@@ -59,14 +59,14 @@ class RayGrid(LocalGrid):
         """Returns the replies that have arrived; waits a moment if there is none.
 
         Raises:
-            RunError: if no actor is left.
+            EngineLostError: if no actor is left.
         """
         wanted = list(message_ids)
         with self._news:
             self._news.wait_for(lambda: any(i in self._replies for i in wanted), PATIENCE if wanted else 0)
             found = [self._replies.pop(i) for i in wanted if i in self._replies]
         if not found and self._pool.lost:
-            raise RunError(self._pool.lost)
+            raise EngineLostError(self._pool.lost)
         return found
 
     def deliver(self, reply: Message) -> None:

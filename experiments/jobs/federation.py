@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from experiments.command_line import JobOptions, RayOptions, starting
-from experiments.jobs.pool import Emit, Job, Pool, ProcessPool, ThreadPool
+from experiments.jobs.pool import Emit, Job, ProcessPool, ThreadPool
 from experiments.jobs.progress import on_both, reporting
 from experiments.preflight import absolute_paths, counted, require_same_run
 from strategies.binding import inputs_of, write_begun
@@ -52,36 +52,46 @@ def in_process(run_config: dict[str, Scalar], nodes: int, workers: int = 0) -> N
         run_inprocess(server_app, client_app, run_config, nodes)
 
 
-def on_flower(workers: int, gpus: float, run_config: dict[str, Scalar], nodes: int) -> None:
-    """Runs a federation in Flower's simulation; with `workers` and `gpus` bound, this is an `Engine`."""
+def on_flower(run_config: dict[str, Scalar], nodes: int, workers: int, gpus: float) -> None:
+    """Carries out a federation in Flower's simulation; with `workers` and `gpus` bound an `Engine`."""
     from experiments.engines.flower import run_flower
 
+    starting("Ray")
     run_flower(run_config, nodes, workers, gpus=gpus)
 
 
-def on_actors(actors: ActorPool) -> Engine:
-    """Returns the `Engine` that sends devices' messages to Ray actors which other federations use as well."""
+def on_actors(run_config: dict[str, Scalar], nodes: int, actors: ActorPool) -> None:
+    """Carries out a federation on Ray actors, which others use as well; with `actors` bound an `Engine`."""
+    from strategies.server_app import app as server_app
 
-    def run(run_config: dict[str, Scalar], nodes: int) -> None:
-        from strategies.server_app import app as server_app
-
-        actors.run(server_app, run_config, nodes)
-
-    return run
+    actors.run(server_app, run_config, nodes)
 
 
 @contextmanager
 def engine_of(name: str, options: RayOptions) -> Iterator[Engine]:
-    """Yields the `Engine` of this name: ``inprocess``, ``flower``, or ``ray`` with actors of its own."""
+    """Yields the `Engine` of this name: ``inprocess``, ``flower``, or ``ray`` with actors that end with the block."""
     if name == "inprocess":
         yield partial(in_process, workers=options.workers)
-        return
-    starting("Ray")
-    if name == "flower":
-        yield partial(on_flower, options.workers or os.cpu_count() or 1, options.actor_gpus)
-        return
-    with actor_pool(options) as actors:
-        yield on_actors(actors)
+    elif name == "flower":
+        yield partial(on_flower, workers=options.workers or os.cpu_count() or 1, gpus=options.actor_gpus)
+    else:
+        from experiments.engines.ray import ActorPool
+
+        starting("Ray")
+        with ActorPool(options.address, options.workers, options.actor_cpus, options.actor_gpus) as actors:
+            yield partial(on_actors, actors=actors)
+
+
+@contextmanager
+def federations(engine: str, options: JobOptions) -> Iterator[tuple[ThreadPool, Engine]]:
+    """Yields a pool for ``options.jobs`` federations at a time, and the engine that each of them uses.
+
+    Args:
+        engine: ``inprocess`` or ``flower``: each federation in a process; ``ray``: all of them on the same actors.
+    """
+    make = ThreadPool if engine == "ray" else ProcessPool
+    with engine_of(engine, options) as each, closing(make(options.jobs or os.cpu_count() or 1)) as pool:
+        yield pool, each
 
 
 def require_gpus(engine: str, options: RayOptions, devices: Iterable[str]) -> None:
@@ -107,32 +117,6 @@ def require_gpus(engine: str, options: RayOptions, devices: Iterable[str]) -> No
                 accepted = "--workers 1, or --engine ray with --actor-gpus above 0; or compute.device = cpu"
             what = f"--workers {options.workers}" if forked else "--actor-gpus 0"
             raise ConfigError(f"{what}: workers of compute.device = {device!r} need GPUs; accepted: {accepted}")
-
-
-def actor_pool(options: RayOptions) -> ActorPool:
-    """Returns the pool of actors that the options describe, not started yet."""
-    from experiments.engines.ray import ActorPool
-
-    return ActorPool(options.address, options.workers, options.actor_cpus, options.actor_gpus)
-
-
-@contextmanager
-def federations(engine: str, options: JobOptions) -> Iterator[tuple[Pool, Engine]]:
-    """Yields a pool for ``options.jobs`` federations at a time, and the engine that each of them uses.
-
-    Args:
-        engine: ``inprocess`` or ``flower``: each federation in a process; ``ray``: all of them on the same actors.
-    """
-    cpus = os.cpu_count() or 1
-    jobs = options.jobs or cpus
-    if engine == "ray":
-        starting("Ray")
-        with actor_pool(options) as actors, closing(ThreadPool(jobs, lambda: actors.lost)) as threads:
-            yield threads, on_actors(actors)
-    else:
-        with closing(ProcessPool(jobs)) as processes:
-            flower = partial(on_flower, options.workers or cpus, options.actor_gpus)
-            yield processes, partial(in_process, workers=options.workers) if engine == "inprocess" else flower
 
 
 def resolved(options: Mapping[str, Any], folder: Path) -> RunConfig:

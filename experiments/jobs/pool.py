@@ -1,6 +1,6 @@
 """Pools of workers: processes of this machine, or threads whose work is done elsewhere (on Ray's actors).
 
-Sweep, search and compare submit `Job`s to a `Pool`. What a job emits reaches the submitter while the job runs; its
+Sweep, search and compare submit `Job`s to a pool. What a job emits reaches the submitter while the job runs; its
 result comes with the future. When a pool is closed, or the command ends in whatever way, no worker is left.
 """
 
@@ -16,12 +16,12 @@ import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar, copy_context
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, NoReturn, Protocol
+from typing import Any, NoReturn
 
 from tapfl.errors import RunError, TapflError
 
@@ -47,28 +47,6 @@ class Job:
     log: Path | None = None
 
 
-class EngineLostError(RunError):
-    """Nothing is left that could carry a job out. No job is to blame, so the command ends."""
-
-
-class Pool(Protocol):
-    """Carries out jobs, `jobs` at a time."""
-
-    jobs: int
-
-    def submit(self, job: Job, listen: Emit = ..., /) -> Future[Any]:
-        """Starts a job as soon as a worker is free.
-
-        Args:
-            listen: called in another thread with each value that the job emits.
-
-        The future raises a `TapflError` if the job failed, and `EngineLostError` if no job can be carried out any more.
-        """
-
-    def close(self) -> None:
-        """Ends all jobs at once, and their workers. A federation that is ended goes on from its checkpoint later."""
-
-
 def first_done(futures: Iterable[Future[Any]]) -> set[Future[Any]]:
     """Returns the futures that are done, after waiting for one."""
     flying = list(futures)
@@ -81,27 +59,52 @@ def unheard(value: Any) -> None:
     """Listens to nothing."""
 
 
-class ProcessPool:
-    """A `Pool` of `jobs` processes that carry out one job after another, with one torch thread each.
+class ThreadPool:
+    """Carries out jobs, `jobs` at a time, on threads of this process: for work that is done elsewhere.
+
+    Threads cannot be ended: `close` leaves those at work to whoever ends what they wait for.
+    """
+
+    def __init__(self, jobs: int) -> None:
+        self.jobs = jobs
+        self._threads = ThreadPoolExecutor(jobs, thread_name_prefix="job")
+
+    def submit(self, job: Job, listen: Emit = unheard, /) -> Future[Any]:
+        """Starts a job as soon as a worker is free; the future raises a `TapflError` if it fails.
+
+        Args:
+            listen: called in another thread with each value that the job emits.
+        """
+        ours = copy_context()  # what listens logs as this thread does, not as the job
+        return self._threads.submit(self._carry_out, job, lambda value: ours.run(listen, value))
+
+    def close(self) -> None:
+        """Ends what waits. A federation that is ended goes on from its checkpoint later."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+    def _carry_out(self, job: Job, emit: Emit) -> Any:
+        with own_log(job.log) if job.log else nullcontext():
+            return _called(job, emit)
+
+
+class ProcessPool(ThreadPool):
+    """A pool of `jobs` processes that carry out one job after another, with one torch thread each.
 
     A process starts when it is first needed and stays, so that torch is imported once. A process that dies is replaced,
     and its job is tried again. None outlives this process, however that ends.
     """
 
     def __init__(self, jobs: int) -> None:
-        self.jobs = jobs
+        super().__init__(jobs)
         os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the workers, which read it when torch is imported
-        self._threads = ThreadPoolExecutor(jobs, thread_name_prefix="worker")
         self._mine = threading.local()  # each thread has one process
         self._lock = threading.Lock()
         self._processes: set[_Process] = set()
         self._closed = False
 
-    def submit(self, job: Job, listen: Emit = unheard, /) -> Future[Any]:
-        return self._threads.submit(self._carry_out, job, listen)
-
     def close(self) -> None:
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        """Ends all jobs at once, and their workers."""
+        super().close()
         with self._lock:
             self._closed = True
             processes = list(self._processes)
@@ -112,11 +115,11 @@ class ProcessPool:
             process.end(deadline - time.monotonic())
         self._threads.shutdown(wait=True)
 
-    def _carry_out(self, job: Job, listen: Emit) -> Any:
+    def _carry_out(self, job: Job, emit: Emit) -> Any:
         for _ in range(ATTEMPTS):
             process = self._process()
             try:
-                return process.carry_out(job, listen)
+                return process.carry_out(job, emit)
             except (EOFError, OSError):
                 process.end(0)
                 with self._lock:
@@ -222,39 +225,6 @@ def _print_to(file: Path) -> None:
     with file.open("a") as stream:
         os.dup2(stream.fileno(), 1)
         os.dup2(stream.fileno(), 2)
-
-
-class ThreadPool:
-    """A `Pool` of `jobs` threads of this process, for jobs whose work is done elsewhere.
-
-    Args:
-        lost: says why no job can be carried out any more; empty while it can.
-
-    Threads cannot be ended: `close` leaves those at work to whoever ends what they wait for.
-    """
-
-    def __init__(self, jobs: int, lost: Callable[[], str] = str) -> None:
-        self.jobs = jobs
-        self._threads = ThreadPoolExecutor(jobs, thread_name_prefix="job")
-        self._lost = lost
-
-    def submit(self, job: Job, listen: Emit = unheard, /) -> Future[Any]:
-        ours = copy_context()  # what listens logs as this thread does, not as the job
-        return self._threads.submit(self._carry_out, job, lambda value: ours.run(listen, value))
-
-    def close(self) -> None:
-        self._threads.shutdown(wait=False, cancel_futures=True)
-
-    def _carry_out(self, job: Job, emit: Emit) -> Any:
-        try:
-            if job.log is None:
-                return _called(job, emit)
-            with own_log(job.log):
-                return _called(job, emit)
-        except TapflError:
-            if why := self._lost():
-                raise EngineLostError(why) from None
-            raise
 
 
 _LOG: ContextVar[Path | None] = ContextVar("log", default=None)

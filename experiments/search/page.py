@@ -7,7 +7,6 @@ import warnings
 from collections import Counter
 from collections.abc import Sequence
 from itertools import accumulate
-from pathlib import Path
 from typing import Any
 
 import altair as alt
@@ -18,24 +17,18 @@ from optuna.trial import FrozenTrial, TrialState
 
 from experiments.figures import figure as fig
 from experiments.figures.figure import ZOOM, Figure, Row, chart, layered, tips
-from experiments.figures.page import Page, Section, render
-from tapfl.store import write_bytes
+from experiments.figures.page import Page, Section
 
 BEST = alt.value(alt.ExprRef("ink"))
 
 
-def write_page(study: optuna.Study, rungs: Sequence[int], loss: str, path: Path) -> None:
-    """Writes the page of a search as one HTML file that opens offline.
+def page_of_search(study: optuna.Study, rungs: Sequence[int], loss: str) -> Page:
+    """Returns what there is to see of a search; figures for which there are too few trials are left out.
 
     Args:
         rungs: rounds after which trials were compared.
         loss: name of the objective's value.
     """
-    write_bytes(path, render(page_of_search(study, rungs, loss)).encode())
-
-
-def page_of_search(study: optuna.Study, rungs: Sequence[int], loss: str) -> Page:
-    """Returns what there is to see of a search; figures for which there are too few trials are left out."""
     trials = study.get_trials(deepcopy=False)
     completed = [trial for trial in trials if trial.state == TrialState.COMPLETE]
     found = [

@@ -19,11 +19,12 @@ from optuna.samplers import BaseSampler, TPESampler
 from optuna.study import Study
 from optuna.trial import FrozenTrial, Trial, TrialState
 
+from experiments.engines.cluster import EngineLostError
 from experiments.jobs import federation
 from experiments.jobs.federation import Engine
-from experiments.jobs.pool import Emit, EngineLostError, first_done
+from experiments.jobs.pool import Emit, first_done
 from experiments.search.sampler import BOHBSampler, scores, violation_key
-from experiments.search.schedule import FAILED, bracket_tables, in_rounds
+from experiments.search.schedule import FAILED, bracket_tables
 from experiments.search.settings import MEASURES, Search, SearchOptions
 from tapfl.errors import TapflError
 from tapfl.options import Scalar
@@ -160,8 +161,7 @@ def carry_out(runner: Runner, search: Search) -> None:
 
 def rungs_of(settings: SearchOptions) -> list[int]:
     """Returns the rounds after which trials are compared."""
-    longest = bracket_tables(settings.min_rounds, settings.max_rounds, settings.eta)[0]
-    return [rounds for _, rounds in in_rounds(longest)]
+    return [rounds for _, rounds in bracket_tables(settings.min_rounds, settings.max_rounds, settings.eta)[0]]
 
 
 def spent(trials: Sequence[FrozenTrial]) -> int:

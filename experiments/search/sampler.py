@@ -13,12 +13,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
 from optuna.distributions import BaseDistribution
 from optuna.samplers import BaseSampler
+from optuna.search_space import intersection_search_space
 from optuna.study import Study, StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 from scipy.special import logsumexp, ndtr, ndtri
@@ -120,27 +120,20 @@ def _at_most_even(bandwidths: np.ndarray, choices: np.ndarray) -> np.ndarray:
 
 
 OBSERVED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.RUNNING, TrialState.FAIL)
-
-
-@dataclass(frozen=True)
-class Observation:
-    """The result of a configuration at one budget."""
-
-    params: Mapping[str, Any]
-    score: Score
+Observation = tuple[Score, Mapping[str, Any]]  # the result of a configuration at one budget, and its parameters
 
 
 class BOHBSampler(BaseSampler):
     """Draws from the model of the largest budget that has enough observations, and uniformly now and then.
 
     A budget has enough observations if they are N_min + 2 or more and N_min of them succeeded, which the density of the
-    good ones needs. What counts as an observation, and where, says `observations`.
+    good ones needs. Each intermediate value of a trial is one, also while the trial runs and after it was pruned.
 
     Args:
-        space: all possible parameters; None: those of the study's trials so far.
+        space: all possible parameters, also those that exist only under a condition; None: those that all trials have.
         random_share: ρ, the share of configurations that are always drawn uniformly.
         sees: (number, other, rounds) -> whether trial `number` may use the result of trial `other` after so many
-            rounds; None: it uses all results.
+            rounds; by default it uses all results.
     """
 
     def __init__(
@@ -148,22 +141,15 @@ class BOHBSampler(BaseSampler):
         seed: int,
         space: Space | None = None,
         random_share: float = 1 / 3,
-        sees: Callable[[int, int, float], bool] | None = None,
+        sees: Callable[[int, int, float], bool] = lambda number, other, rounds: True,
     ) -> None:
         self.seed, self.space, self.random_share, self.sees = seed, space, random_share, sees
 
     def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
-        """Returns the parameters that are drawn together: also those that exist only under a condition."""
-        if self.space is not None:
-            found: dict[str, BaseDistribution] = dict(self.space)
-        else:
-            found, changed = {}, set()
-            for other in study.get_trials(deepcopy=False, states=OBSERVED):
-                for name, distribution in other.distributions.items():
-                    if found.setdefault(name, distribution) != distribution:
-                        changed.add(name)  # one whose range moves is drawn alone, uniformly
-            found = {name: found[name] for name in sorted(found) if name not in changed}
-        return {name: distribution for name, distribution in found.items() if not distribution.single()}
+        """Returns the parameters that are drawn together."""
+        known = study.get_trials(deepcopy=False) if self.space is None else ()
+        space = intersection_search_space(known) if self.space is None else self.space
+        return {name: distribution for name, distribution in space.items() if not distribution.single()}
 
     def sample_relative(
         self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
@@ -190,19 +176,22 @@ class BOHBSampler(BaseSampler):
     def _observations(self, study: Study, number: int, d: int) -> list[Observation]:
         """Returns those of the largest budget that has enough of them, best first; none if no budget has."""
         sign = -1.0 if study.direction == StudyDirection.MAXIMIZE else 1.0
-        others = [trial for trial in study.get_trials(deepcopy=False, states=OBSERVED) if trial.number != number]
-        by_budget = observations(others, sign, partial(self.sees, number) if self.sees else None)
-        for budget in sorted(by_budget, reverse=True):
-            found = sorted(by_budget[budget], key=lambda each: each.score)
-            if len(found) >= d + 3 and found[d].score != FAILED:  # N_min = d + 1
+        by_budget: dict[int, list[Observation]] = {}
+        for other in study.get_trials(deepcopy=False, states=OBSERVED):
+            for rounds, score in scores(other, sign).items():
+                if other.number != number and self.sees(number, other.number, rounds):
+                    by_budget.setdefault(rounds, []).append((score, other.params))
+        for rounds in sorted(by_budget, reverse=True):
+            found = sorted(by_budget[rounds], key=lambda each: each[0])
+            if len(found) >= d + 3 and found[d][0] != FAILED:  # N_min = d + 1
                 return found
         return []
 
     def _from_model(self, space: Space, model: Sequence[Observation], generator: np.random.Generator) -> np.ndarray:
         """Returns the internal values (d,) of a new configuration."""
         n_good, n_bad = split_counts(len(model), len(space))
-        best = [found for found in model[:n_good] if found.score != FAILED]
-        rows = internal_values(space, [found.params for found in (*best, *model[-n_bad:])])
+        best = [found for found in model[:n_good] if found[0] != FAILED]
+        rows = internal_values(space, [params for _, params in (*best, *model[-n_bad:])])
         fallback = decode(space, uniform(space, len(rows), generator))
         rows = impute(rows, rows[: len(best)], fallback, generator)
         good, bad = rows[: len(best)], rows[len(best) :]
@@ -217,41 +206,8 @@ def violation_key(budget: float) -> str:
 
 
 def scores(trial: FrozenTrial, sign: float = 1.0) -> dict[int, Score]:
-    """Returns the results of a trial by rounds; `sign` is -1 for a study that maximises."""
+    """Returns the results of a trial by rounds; what is not finite failed. `sign` is -1 for a study that maximises."""
     return {
         rounds: (trial.user_attrs.get(violation_key(rounds), 0.0), sign * loss) if math.isfinite(loss) else FAILED
         for rounds, loss in trial.intermediate_values.items()
     }
-
-
-def observations(
-    trials: Sequence[FrozenTrial], sign: float = 1.0, sees: Callable[[int, float], bool] | None = None
-) -> dict[float, list[Observation]]:
-    """Returns the observations by budget.
-
-    A trial counts with each of its intermediate values, also while it runs and after it was pruned; a complete one
-    without any with its final value, at a budget above all others. A value that is not finite is a failure, which is
-    worse than all others. A trial that failed without such a value failed on its way to the next budget, as in
-    HpBandSter, which gives a crashed run an infinite loss at the budget it was given: it counts there, if other trials
-    have that budget. One that was pruned or runs without a value says nothing.
-
-    Args:
-        sees: (number of a trial, budget) -> whether that result counts; None: all do.
-    """
-    results = [_results(trial, sign) for trial in trials]
-    budgets = sorted({budget for found in results for budget in found})
-    by_budget: dict[float, list[Observation]] = {}
-    for trial, found in zip(trials, results, strict=True):
-        if trial.state == TrialState.FAIL and FAILED not in found.values():
-            beyond = [budget for budget in budgets if budget > max(found, default=-math.inf)]
-            found |= dict.fromkeys(beyond[:1], FAILED)
-        for budget, score in found.items():
-            if sees is None or sees(trial.number, budget):
-                by_budget.setdefault(budget, []).append(Observation(trial.params, score))
-    return by_budget
-
-
-def _results(trial: FrozenTrial, sign: float) -> dict[float, Score]:
-    if not trial.intermediate_values and trial.value is not None:
-        return {math.inf: (0.0, sign * trial.value) if math.isfinite(trial.value) else FAILED}
-    return {float(rounds): score for rounds, score in scores(trial, sign).items()}

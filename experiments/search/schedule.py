@@ -19,35 +19,29 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
 
-Bracket = tuple[tuple[int, float], ...]  # (configurations, budget) rung by rung
-Rungs = tuple[tuple[int, int], ...]  # the same with budgets of whole rounds
+Rungs = tuple[tuple[int, int], ...]  # a bracket: (configurations, rounds) rung by rung
 EXACT = 1e-9  # log and powers of η are taken as whole numbers within this
 
 
-def bracket_tables(b_min: float, b_max: float, eta: float) -> list[Bracket]:
+def bracket_tables(b_min: float, b_max: float, eta: float) -> list[Rungs]:
     """Returns the brackets of one iteration, s_max first.
 
     ``s_max = ⌊log_η(b_max / b_min)⌋``; bracket s starts with ``n₀ = ⌈(s_max + 1) / (s + 1) · η^s⌉`` configurations, and
-    rung i keeps ``⌊n₀ η^−i⌋`` of them at the budget ``b_max η^(i − s)``.
+    rung i keeps ``⌊n₀ η^−i⌋`` of them at the budget ``b_max η^(i − s)``, in whole rounds.
     """
     s_max = math.floor(math.log(b_max / b_min, eta) + EXACT)
     return [_bracket(s, s_max, b_max, eta) for s in range(s_max, -1, -1)]
 
 
-def _bracket(s: int, s_max: int, b_max: float, eta: float) -> Bracket:
+def _bracket(s: int, s_max: int, b_max: float, eta: float) -> Rungs:
     n0 = math.ceil((s_max + 1) / (s + 1) * eta**s - EXACT)
-    return tuple((math.floor(n0 * eta**-i + EXACT), b_max * eta ** (i - s)) for i in range(s + 1))
+    return tuple((math.floor(n0 * eta**-i + EXACT), max(1, round(b_max * eta ** (i - s)))) for i in range(s + 1))
 
 
-def in_rounds(bracket: Bracket) -> Rungs:
-    """Returns the bracket with budgets of whole rounds."""
-    return tuple((count, max(1, round(budget))) for count, budget in bracket)
-
-
-def cost(bracket: Bracket | Rungs) -> float:
+def cost(bracket: Rungs) -> int:
     """Returns the rounds of a bracket whose trials continue from rung to rung."""
-    before = [0.0, *(budget for _, budget in bracket)]
-    return sum(count * (budget - start) for (count, budget), start in zip(bracket, before, strict=False))
+    before = [0, *(rounds for _, rounds in bracket)]
+    return sum(count * (rounds - start) for (count, rounds), start in zip(bracket, before, strict=False))
 
 
 Score = tuple[float, float]  # (by how much constraints are broken, loss): less is better

@@ -13,7 +13,7 @@ from typing import Literal
 import numpy as np
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from experiments.search.schedule import Rungs, Schedule, bracket_tables, cost, in_rounds
+from experiments.search.schedule import Rungs, Schedule, bracket_tables, cost
 from experiments.search.space import SearchSpace
 from strategies.records import Summary
 from tapfl.config import RunConfig, binding
@@ -120,20 +120,20 @@ class Search:
     def schedule(self) -> Schedule:
         """Returns the brackets of the search; of `random` one of a single rung that costs as much as BOHB's."""
         s = self.settings
-        one = [in_rounds(table) for table in bracket_tables(s.min_rounds, s.max_rounds, s.eta)]
+        one = bracket_tables(s.min_rounds, s.max_rounds, s.eta)
         tables: list[Rungs] = []
-        spent, wanted = 0.0, s.brackets or (0 if s.rounds else len(one))
+        spent, wanted = 0, s.brackets or (0 if s.rounds else len(one))
         while len(tables) < wanted or spent < s.rounds:
             tables.append(one[len(tables) % len(one)])
             spent += cost(tables[-1])
         if s.method == "random":
-            tables = [((max(1, int(spent // s.max_rounds)), s.max_rounds),)]
+            tables = [((max(1, spent // s.max_rounds), s.max_rounds),)]
         return Schedule(tuple(tables), s.block, s.overlap)
 
     @property
     def rounds(self) -> int:
         """The cost of the search if nothing fails."""
-        return int(sum(cost(table) for table in self.schedule().brackets))
+        return sum(map(cost, self.schedule().brackets))
 
     def identity(self) -> dict[str, str]:
         """Returns by name what must stay the same when a search is continued."""

@@ -21,10 +21,11 @@ from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 from optuna.trial import FrozenTrial
 
 from experiments.feasible import check
+from experiments.figures.page import render
 from experiments.jobs.federation import Engine
-from experiments.jobs.pool import Job, Pool
+from experiments.jobs.pool import Job, ThreadPool
 from experiments.preflight import absolute_paths
-from experiments.search.page import write_page
+from experiments.search.page import page_of_search
 from experiments.search.runner import Runner, carry_out, measured, measures_key, run_folder, rungs_of, sampler_of, spent
 from experiments.search.sampler import scores
 from experiments.search.schedule import FAILED
@@ -159,7 +160,7 @@ def run_search(
     search: Search,
     name: str,
     out: Path,
-    start: Callable[[], AbstractContextManager[tuple[Pool, Engine]]],
+    start: Callable[[], AbstractContextManager[tuple[ThreadPool, Engine]]],
     storage: str | None = None,
     resume: bool = False,
 ) -> Found:
@@ -210,7 +211,8 @@ def write_results(search: Search, study: optuna.Study, out: Path) -> Found:
     write_table(search, found, out / "trials.csv")
     best, rounds = best_trial(found)
     write_best(search, best, rounds, out / "best.toml")
-    write_page(study, rungs_of(search.settings), f"loss ({' + '.join(search.settings.objective)})", out / "search.html")
+    page = page_of_search(study, rungs_of(search.settings), f"loss ({' + '.join(search.settings.objective)})")
+    write_bytes(out / "search.html", render(page).encode())
     return Found(best.number, rounds, best.intermediate_values[rounds], dict(best.params), out)
 
 

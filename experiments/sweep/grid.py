@@ -39,8 +39,9 @@ from typing import Any
 
 from pydantic import Field, field_validator
 
+from experiments.engines.cluster import EngineLostError
 from experiments.jobs.federation import Engine, federation_job, name_of, resolved
-from experiments.jobs.pool import EngineLostError, Pool, first_done
+from experiments.jobs.pool import ThreadPool, first_done
 from experiments.jobs.progress import Overview
 from experiments.preflight import require_same_run
 from strategies.records import SUMMARY
@@ -106,7 +107,7 @@ def read_sweep(file: Path, changes: Mapping[str, Any] | None = None) -> list[Swe
     return list(planned.values())
 
 
-def run_sweep(runs: list[SweepRun], out: Path, pool: Pool, engine: Engine, progress: Advance) -> dict[str, str]:
+def run_sweep(runs: list[SweepRun], out: Path, pool: ThreadPool, engine: Engine, progress: Advance) -> dict[str, str]:
     """Carries out the runs that are not finished. Of those with the same round zero, one runs before the others.
 
     Returns:
