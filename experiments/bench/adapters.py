@@ -24,7 +24,8 @@ import typer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from experiments.bench.timing import Counts, Repeats, Row, Sizes, peak_process_bytes, side_by_side
+from experiments.bench.local_training import IMAGENET, SCALE, model_of, spec_named, specs
+from experiments.bench.timing import Counts, Models, Repeats, Row, Sizes, peak_process_bytes, side_by_side
 from tapfl.adapters import flex, rules
 from tapfl.adapters.layout import (
     LORA_A,
@@ -38,15 +39,14 @@ from tapfl.adapters.layout import (
 )
 from tapfl.adapters.lora import AdaptedModel, modules_of
 from tapfl.compute import HERE
-from tapfl.config import AdapterOptions, DeviceOptions, PrivacyOptions, PruningOptions, RunConfig, TrainOptions
-from tapfl.models.backbone import BackboneSpec, build, spec_of
+from tapfl.config import AdapterOptions, DeviceOptions, PrivacyOptions, PruningOptions, TrainOptions
+from tapfl.models.backbone import BackboneSpec, build
 from tapfl.models.forward import example_input, head_names
 from tapfl.models.prunable import prunable_layers
 from tapfl.personalize.apfl import Apfl
 from tapfl.personalize.methods import FedAvg
 from tapfl.pruning.criteria.norms import random_units
-from tapfl.pruning.pipeline import pruning_task
-from tapfl.pruning.plan import LayerPlan, PruningPlan
+from tapfl.pruning.pipeline import plan_of, pruning_task
 from tapfl.seeds import torch_generator
 from tapfl.training import Params
 
@@ -98,7 +98,7 @@ def aggregate(
     robust_products: Annotated[bool, typer.Option(help="medians and trimmed means of products too (slow)")] = True,
 ) -> Iterator[Row]:
     """A round's aggregation on the server by every rule: CPU seconds and memory; flex also with either form forced."""
-    spec = BackboneSpec(name=model, args={}, num_classes=1000)
+    spec = spec_named(model, classes=IMAGENET)
     chosen = VARIANTS | (ROBUST_PRODUCTS if robust_products else {})
     for count in devices:
         yield from rows_of(random_round(spec, count), chosen, repeats)
@@ -130,7 +130,7 @@ def rows_of(round: Round, variants: dict[str, AdapterOptions], repeats: int) -> 
 
 def random_round(spec: BackboneSpec, devices: int) -> Round:
     """Returns random adapters of the largest default rank, and updates near them by different devices."""
-    model = build(spec).requires_grad_(False)
+    model = model_of(spec)
     layers, defaults = prunable_layers(model), DeviceOptions()
     shapes = global_shapes(model, layers, max(defaults.ranks))
     options = PruningOptions(criterion="random", ratio="uniform", align=1)
@@ -144,19 +144,14 @@ def random_round(spec: BackboneSpec, devices: int) -> Round:
     updates = []
     for i in range(devices):
         task, rank = tasks[i % len(tasks)], defaults.ranks[i % len(defaults.ranks)]
-        kept = random_units(replace(task, generator=torch_generator(0, "bench aggregate", i))).kept
-        parts = tuple(
-            LayerPlan(name=layer.name, kind=layer.kind, units=layer.units, kept=tuple(kept[layer.name].tolist()))
-            for layer in layers
-        )
-        plan = PruningPlan(backbone=spec, layers=parts, dense=task.dense, cost=task.dense)
-        layout = device_layout(shapes, layers, plan, rank)
+        chosen = random_units(replace(task, generator=torch_generator(0, "bench aggregate", i)))
+        layout = device_layout(shapes, layers, plan_of(task, chosen, spec), rank)
         own = {name: theta + noise(theta.shape) for name, theta in gather_all(params, layout).items()}
         updates.append(Update(own, layout, 100.0 + i))
     return Round(params, updates)
 
 
-SCALE, CLASSES = 2.0, 100
+CLASSES = 100
 TRAIN = TrainOptions()
 
 
@@ -268,7 +263,7 @@ def step_of(work: Work, method: Apfl | FedAvg, kept: bool = False) -> Callable[[
 
 
 def apfl(
-    model: Annotated[list[str], typer.Option("--model", help="`digits`, or timm names")] = ["digits"],
+    model: Models = ["digits"],
     size: Sizes = [64],
     batch: Annotated[int, typer.Option(min=2, help="images per step")] = 16,
     rank: Annotated[int, typer.Option(min=1, help="of every adapter")] = 8,
@@ -277,18 +272,12 @@ def apfl(
     repeats: Repeats = 5,
 ) -> Iterator[Row]:
     """A step of APFL as a share of two steps of stock peft, beside deep copies and the floor; one thread, Adam."""
-    for name in model:
-        for pixels in size[:1] if name == "digits" else size:
-            HERE.prepare()
-            torch.manual_seed(0)
-            if name == "digits":
-                shown, spec = name, spec_of(RunConfig().model, tuple("0123456789"))
-            else:
-                shown = f"{name.removesuffix('_patch16_224')} {pixels} px"
-                spec = BackboneSpec(name=name, args={"img_size": pixels}, num_classes=CLASSES)
-            shares = _shares(Work.of(spec, rank, batch, blocks), steps, repeats, blocks > 0)
-            row = {"model": shown, "batch": str(batch), "two peft ms": f"{shares.pop('two peft') * 1e3:.1f}"}
-            yield row | {variant: f"{share:.2f}" for variant, share in shares.items()}
+    HERE.prepare()
+    for name, spec in specs(model, size, CLASSES):
+        torch.manual_seed(0)
+        shares = _shares(Work.of(spec, rank, batch, blocks), steps, repeats, blocks > 0)
+        row = {"model": name, "batch": str(batch), "two peft ms": f"{shares.pop('two peft') * 1e3:.1f}"}
+        yield row | {variant: f"{share:.2f}" for variant, share in shares.items()}
 
 
 def _shares(work: Work, steps: int, repeats: int, kept: bool) -> dict[str, float]:

@@ -22,7 +22,8 @@ import typer
 from torch import nn
 
 from clients.storage import DeviceStorage
-from experiments.bench.timing import Models, Repeats, Row, Sizes, backbones
+from experiments.bench.local_training import IMAGENET, model_of, specs
+from experiments.bench.timing import Models, Repeats, Row, Sizes
 from experiments.command_line import JsonRows
 from experiments.output import as_csv, caption, command, installed
 from experiments.sweep.results import write_table
@@ -65,18 +66,16 @@ def latency(
     tokens: list[dict[str, Any]] = [{}, *({"tokens": "merge", "token_share": each} for each in token_share)]
     ways = [validated(PruningOptions, {**base, "unit_shape": shape, **kept}) for shape in unit_shape for kept in tokens]
     cuts = [(1.0, PruningOptions(**base)), *((each, options) for each in share for options in ways)]
-    for name, spec, dense in backbones(model, size):
-        yield from ({"model": name} | row for row in _latency(spec, dense, cuts, batch, repeats))
+    torch.set_num_threads(1)
+    for name, spec in specs(model, size, IMAGENET):
+        yield from ({"model": name} | row for row in _latency(spec, cuts, batch, repeats))
 
 
 def _latency(
-    spec: BackboneSpec,
-    dense: nn.Module,
-    cuts: Sequence[tuple[float, PruningOptions]],
-    batches: Sequence[int],
-    repeats: int,
+    spec: BackboneSpec, cuts: Sequence[tuple[float, PruningOptions]], batches: Sequence[int], repeats: int
 ) -> Iterator[Row]:
     """Yields a row for each share of the MACs with its options; the first is the dense model."""
+    dense = model_of(spec)
     inputs = example_input(dense, 1)
     macs: list[float] = []
     runs: dict[tuple[str, int, int], Callable[[], object]] = {}

@@ -1,11 +1,11 @@
-"""A device's local training, for what measures it: a smaller model of random weights, and the same round by hand.
+"""The models that are measured, with random weights; and a device's local training, beside the same round by hand.
 
 It needs neither Flower nor Ray.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -31,6 +31,7 @@ from tapfl.seeds import numpy_generator, torch_generator
 from tapfl.training import Params, batches
 
 RANK, SCALE, CLASSES, ALPHA = 8, 2.0, 20, 0.5
+IMAGENET = 1000  # classes
 RATE = TrainOptions().learning_rate
 DIGITS = BackboneSpec(
     name="vit_tiny_patch16_224",
@@ -40,11 +41,19 @@ DIGITS = BackboneSpec(
 METHODS: dict[str, Method[Any]] = {"fedavg": FedAvg(), "apfl": Apfl(ALPHA, "fixed")}
 
 
-def spec_named(name: str, pixels: int = 224) -> BackboneSpec:
+def spec_named(name: str, pixels: int = 224, classes: int = CLASSES) -> BackboneSpec:
     """Returns the spec of `digits`, or of a timm model for images of so many pixels per side."""
     if name == "digits":
         return DIGITS
-    return BackboneSpec(name=name, args={} if pixels == 224 else {"img_size": pixels}, num_classes=CLASSES)
+    return BackboneSpec(name=name, args={} if pixels == 224 else {"img_size": pixels}, num_classes=classes)
+
+
+def specs(models: Sequence[str], sizes: Sequence[int], classes: int = CLASSES) -> Iterator[tuple[str, BackboneSpec]]:
+    """Yields each model in each size: its name in a table, and its spec."""
+    for name in models:
+        for pixels in sizes[:1] if name == "digits" else sizes:
+            shown = name if name == "digits" else f"{name.removesuffix('_patch16_224')} {pixels} px"
+            yield shown, spec_named(name, pixels, classes)
 
 
 def model_of(spec: BackboneSpec) -> nn.Module:

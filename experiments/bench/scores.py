@@ -21,12 +21,12 @@ import typer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from experiments.bench.local_training import IMAGENET, model_of, specs
 from experiments.bench.timing import (
     Models,
     Repeats,
     Row,
     Sizes,
-    backbones,
     peak_process_bytes,
     peak_tensor_bytes,
     side_by_side,
@@ -60,8 +60,9 @@ def scoring(
     every: Annotated[int, typer.Option(min=1, help="the loops take every n-th channel, scaled up by n")] = 16,
 ) -> Iterator[Row]:
     """Composite neuron importance against the per-channel loop and the arithmetic floor; one thread, batch 64."""
-    for name, _, backbone in backbones(model, size):
-        yield {"model": name} | _scoring(backbone, repeats, chunk, every)
+    torch.set_num_threads(1)
+    for name, spec in specs(model, size, IMAGENET):
+        yield {"model": name} | _scoring(model_of(spec), repeats, chunk, every)
 
 
 @torch.no_grad()
@@ -175,8 +176,9 @@ def layers(
     every: Annotated[int, typer.Option(min=1, help="whole passes for every n-th layer, scaled up by n")] = 5,
 ) -> Iterator[Row]:
     """Layer importance with all that probes share computed once, against two whole forward passes per probe."""
-    for name, _, backbone in backbones(model, size):
-        yield {"model": name} | _layers(backbone, repeats, every)
+    torch.set_num_threads(1)
+    for name, spec in specs(model, size, IMAGENET):
+        yield {"model": name} | _layers(model_of(spec), repeats, every)
 
 
 @torch.no_grad()

@@ -10,19 +10,16 @@ import subprocess
 import tempfile
 import time
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
-import torch
 import typer
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-
-from tapfl.models.backbone import BackboneSpec, build
 
 Row = dict[str, str]
 WATCH = (
@@ -33,21 +30,11 @@ WATCH = (
     "-lms",
     "200",
 )
-Models = Annotated[list[str], typer.Option("--model", help="timm names")]
+Models = Annotated[list[str], typer.Option("--model", help="timm names, or `digits`")]
 Sizes = Annotated[list[int], typer.Option("--size", help="image sizes, pixels per side")]
 Repeats = Annotated[int, typer.Option(min=1, help="turns; the median counts")]
 Counts = Annotated[list[int], typer.Option(min=1, help="numbers of devices")]
 Set = Annotated[list[str], typer.Option("--set", help="key=value, further options of the runs")]
-
-
-def backbones(models: Sequence[str], sizes: Sequence[int]) -> Iterator[tuple[str, BackboneSpec, nn.Module]]:
-    """Yields (label, spec, frozen module with random weights) of timm's models; torch then uses one thread."""
-    for name in models:
-        for pixels in sizes:
-            torch.set_num_threads(1)
-            torch.manual_seed(0)
-            spec = BackboneSpec(name=name, args={"img_size": pixels}, num_classes=1000)
-            yield f"{name.removesuffix('_patch16_224')} {pixels} px", spec, build(spec).requires_grad_(False)
 
 
 def cpu_seconds(work: Callable[[], object]) -> float:

@@ -6,15 +6,14 @@ All three take turns on one thread. Local training alone is counted: no messages
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from typing import Annotated
 
 import numpy as np
 import torch
 import typer
 
-from experiments.bench.local_training import METHODS, Device, spec_named
-from experiments.bench.timing import Repeats, Row, Sizes, turns
+from experiments.bench.local_training import METHODS, Device, specs
+from experiments.bench.timing import Models, Repeats, Row, Sizes, turns
 from strategies.fleet import groups_of
 from tapfl.adapters.stacked_model import StackedModel
 from tapfl.compute import HERE
@@ -23,11 +22,12 @@ from tapfl.errors import ConfigError
 from tapfl.options import parse_assignment
 from tapfl.personalize.together import LocalTask, Outcome, all_of
 
+KINDS = list(zip(DeviceOptions().budgets, DeviceOptions().ranks, strict=True))
 LOOP, ALONE, TOGETHER, STACKING = "loop by hand", "one by one", "together", "stacking"
 
 
 def together(
-    model: Annotated[list[str], typer.Option("--model", help="`digits`, or timm names")] = ["digits"],
+    model: Models = ["digits"],
     size: Sizes = [64],
     method: Annotated[list[str], typer.Option(help=f"{', '.join(METHODS)}; default: all")] = [],
     devices: Annotated[int, typer.Option(min=2, help="of the default budgets and ranks in turn")] = 20,
@@ -44,21 +44,12 @@ def together(
         raise ConfigError(f"--method {unknown[0]}: accepted: {', '.join(METHODS)}")
     train = RunConfig.from_flat(dict([parse_assignment(f"train.together={at_once}")]) | {"train.batch": batch}).train
     torch.set_num_threads(1)
-    for name in model:
-        for pixels in size[:1] if name == "digits" else size:
-            shown = name if name == "digits" else f"{name.removesuffix('_patch16_224')} {pixels} px"
-            made = _made(name, pixels, devices, samples)
-            groups = _groups(made, train)
-            for each in method or METHODS:
-                taken = turns(_variants(made, groups, each, train), repeats)
-                yield {"model": shown, "method": each, "groups": _sizes(groups)} | _row(taken)
-
-
-def _made(name: str, pixels: int, count: int, samples: int) -> Sequence[Device]:
-    defaults = DeviceOptions()
-    kinds = list(zip(defaults.budgets, defaults.ranks, strict=True))
-    spec = spec_named(name, pixels)
-    return [Device(spec, samples, HERE, *kinds[i % len(kinds)], seed=i) for i in range(count)]
+    for name, spec in specs(model, size):
+        made = [Device(spec, samples, HERE, *KINDS[i % len(KINDS)], seed=i) for i in range(devices)]
+        groups = _groups(made, train)
+        for each in method or METHODS:
+            taken = turns(_variants(made, groups, each, train), repeats)
+            yield {"model": name, "method": each, "groups": _sizes(groups)} | _row(taken)
 
 
 def _groups(devices: Sequence[Device], train: TrainOptions) -> list[list[int]]:
@@ -73,20 +64,16 @@ def _sizes(groups: Sequence[Sequence[int]]) -> str:
     return " + ".join(f"{sizes.count(size)} × {size}" for size in dict.fromkeys(sizes))
 
 
-def rounds(devices: Sequence[Device], group: Sequence[int], method: str, train: TrainOptions) -> list[LocalTask]:
-    """Returns the local rounds of a group."""
-    return [devices[i].task(method, train.batch, train.epochs) for i in group]
-
-
 def _variants(
     devices: Sequence[Device], groups: Sequence[Sequence[int]], method: str, train: TrainOptions
 ) -> dict[str, Callable[[], object]]:
-    of = partial(rounds, devices, method=method, train=train)
+    def tasks(group: Sequence[int]) -> list[LocalTask]:
+        return [devices[i].task(method, train.batch, train.epochs) for i in group]
 
     return {
         LOOP: lambda: [device.by_hand(method, train.batch, train.epochs) for device in devices],
-        ALONE: lambda: [task.alone() for task in of(range(len(devices)))],
-        TOGETHER: lambda: [_whole(all_of(of(group))) for group in groups],
+        ALONE: lambda: [task.alone() for task in tasks(range(len(devices)))],
+        TOGETHER: lambda: [_whole(all_of(tasks(group))) for group in groups],
         STACKING: lambda: [StackedModel([devices[i].adapted for i in group]) for group in groups if len(group) > 1],
     }
 

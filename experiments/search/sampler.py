@@ -147,8 +147,7 @@ class BOHBSampler(BaseSampler):
 
     def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
         """Returns the parameters that are drawn together."""
-        known = study.get_trials(deepcopy=False) if self.space is None else ()
-        space = intersection_search_space(known) if self.space is None else self.space
+        space = intersection_search_space(study.get_trials(deepcopy=False)) if self.space is None else self.space
         return {name: distribution for name, distribution in space.items() if not distribution.single()}
 
     def sample_relative(
