@@ -16,6 +16,7 @@ from flwr.supercore.primitives.asymmetric import public_key_to_bytes, uses_nist_
 from experiments.deploy.demo import OPTIONS
 from experiments.deploy.network import Credentials, write_node_key, write_private, write_server_credentials
 from tapfl.config import RunConfig
+from tapfl.personalize.methods import never_begins
 
 
 def handshake(server: Credentials, authority: Path, host: str) -> str:
@@ -73,5 +74,5 @@ def test_only_the_owner_reads_them_and_none_is_overwritten(tmp_path: Path) -> No
     assert len(server.key.read_bytes()) > 100
 
 
-def test_the_options_of_the_demo_are_options_of_a_run() -> None:
-    RunConfig.from_flat(OPTIONS)
+def test_the_options_of_the_demo_are_options_of_a_run_in_which_nodes_have_a_state_to_keep() -> None:
+    assert not never_begins(RunConfig.from_flat(OPTIONS))

@@ -40,6 +40,7 @@ OPTIONS: dict[str, Scalar] = {
     "metric.size": 128,
     "pruning.send": "weights",
     "train.rounds": ROUNDS,
+    "personalize.from-round": ROUNDS,  # so that nodes have a state to keep
     "faults.exchange-timeout": 180.0,
 }
 NAMES, OWN_IMAGES = ("9", "7", "5"), 120  # the second node's own classes, in its own order
