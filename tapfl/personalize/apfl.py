@@ -13,7 +13,7 @@ factor α, which is the chain rule's, holds for the step of v under any optimise
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
@@ -23,7 +23,7 @@ from tapfl.adapters.lora import Pair, interpolate, modules_of, spread
 from tapfl.adapters.stack import LINE, lead
 from tapfl.config import TrainOptions
 from tapfl.personalize.held_out import Losses, held_out_alpha
-from tapfl.personalize.method import Method, Personal, Trainee
+from tapfl.personalize.method import Method, Names, Personal, Trainee
 from tapfl.training import Objective, Params
 
 
@@ -34,7 +34,7 @@ class ApflState:
     w: Trainee
     v: Trainee
     alpha: Tensor
-    steps: int = field(default=0)
+    steps: int = 0
 
 
 @dataclass(frozen=True)
@@ -59,9 +59,7 @@ class Apfl(Method[ApflState]):
     per: Literal["device", "layer"] = "device"
     learning_rate: float = 0.0
 
-    def init(
-        self, received: Params, personal: Personal | None, train: TrainOptions, trained: frozenset[str]
-    ) -> ApflState:
+    def init(self, received: Params, personal: Personal | None, train: TrainOptions, trained: Names) -> ApflState:
         personal = personal or self._first(received)
         v = {name: personal.params[name] for name in received}
         own = Trainee.of(v, train, trained, self.learning_rate)

@@ -6,14 +6,14 @@ Here the body is the adapters that the rule shares, and the head is the classifi
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import Tensor
 
 from tapfl.adapters.layout import LORA_A, LORA_B
 from tapfl.config import TrainOptions
-from tapfl.personalize.method import Method, Personal, Trainee
+from tapfl.personalize.method import Method, Names, Personal, Trainee
 from tapfl.training import Objective, Params
 
 
@@ -30,7 +30,7 @@ class FedRepState:
     now: Trainee
     train: TrainOptions
     body: frozenset[str]
-    left: int = field(default=0)
+    left: int = 0
 
 
 @dataclass(frozen=True)
@@ -52,9 +52,7 @@ class FedRep(Method[FedRepState]):
     head_epochs: int = 1
     learning_rate: float = 0.0
 
-    def init(
-        self, received: Params, personal: Personal | None, train: TrainOptions, trained: frozenset[str]
-    ) -> FedRepState:
+    def init(self, received: Params, personal: Personal | None, train: TrainOptions, trained: Names) -> FedRepState:
         body = frozenset(name for name in trained if name.endswith((LORA_A, LORA_B)))
         head = Trainee.of(received, train, trained - body, self.learning_rate)
         return FedRepState(head, train, body, self.head_epochs * train.steps // train.epochs)

@@ -26,7 +26,7 @@ from tapfl.adapters.layout import LORA_A, LORA_B
 from tapfl.adapters.lora import alphas_of, interpolate, modules_of
 from tapfl.config import TrainOptions
 from tapfl.personalize.held_out import Losses
-from tapfl.personalize.method import Method, Personal, Trainee
+from tapfl.personalize.method import Method, Names, Personal, Trainee
 from tapfl.training import Objective, Params
 
 FIRST_EPOCHS = 10  # the authors' code stops when the loss is steady over ten epochs
@@ -58,9 +58,7 @@ class FedAla(Method[AlaState]):
     layers: int = 0
     products: bool = True
 
-    def init(
-        self, received: Params, personal: Personal | None, train: TrainOptions, trained: frozenset[str]
-    ) -> AlaState:
+    def init(self, received: Params, personal: Personal | None, train: TrainOptions, trained: Names) -> AlaState:
         device = next(iter(received.values())).device
         alpha = personal.alpha if personal else torch.zeros((), dtype=torch.float64, device=device)
         start = self.inference(received, personal)

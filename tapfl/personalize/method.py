@@ -18,6 +18,7 @@ from tapfl.personalize.recorded import WORTH, RecordedStep
 from tapfl.training import LARGEST, Objective, Params, diverged, largest, optimizer
 
 S = TypeVar("S")
+Names = frozenset[str]
 TINY = 1e-30  # a float32
 CLIPPED = 1e-6  # is added to a norm before it divides, as torch.nn.utils.clip_grad_norm_ does
 
@@ -83,7 +84,7 @@ class Method(Protocol, Generic[S]):
         """Number of models that one step trains."""
         return 2 if self.shares_adapters and self.has_local_state else 1
 
-    def init(self, received: Params, personal: Personal | None, train: TrainOptions, trained: frozenset[str]) -> S:
+    def init(self, received: Params, personal: Personal | None, train: TrainOptions, trained: Names) -> S:
         """Returns the state at the start of a round.
 
         Args:
@@ -123,7 +124,7 @@ def local_round(
     personal: Personal | None,
     batches: Iterable[object],
     train: TrainOptions,
-    trained: frozenset[str],
+    trained: Names,
     recorder: Recorder | None = None,
 ) -> LocalResult:
     """Returns the result of a round on one device, a function of the arguments alone (see `Method.init`).
@@ -178,6 +179,7 @@ class Trainee:
     factor is a few calls, and not a few calls a tensor.
 
     Attributes:
+        start: what they began as.
         params: all parameters, in the order in which they were passed.
         moving: those that are trained, as parts of `theta`; the others keep their values to the bit.
         theta: (P,); of stacked devices (K, P), see `tapfl.adapters.stack`.
@@ -185,6 +187,7 @@ class Trainee:
         most: L2 norm to which the gradient of a step is clipped, for each device by itself; 0: no clipping.
     """
 
+    start: Params
     params: Params
     moving: Params
     theta: Tensor
@@ -192,7 +195,7 @@ class Trainee:
     most: float = 0.0
 
     @classmethod
-    def of(cls, start: Params, train: TrainOptions, trained: frozenset[str], learning_rate: float = 0.0) -> Trainee:
+    def of(cls, start: Params, train: TrainOptions, trained: Names, learning_rate: float = 0.0) -> Trainee:
         """Returns copies of `start`, of which those named in `trained` are trained.
 
         Args:
@@ -206,7 +209,7 @@ class Trainee:
         # takes no tensor that is not in one piece, as those of a stack
         whole = [theta] if theta.dim() == 2 else list(moving.values())
         rate = learning_rate or train.learning_rate
-        return cls(params, moving, theta, optimizer(train, whole, rate, fused=True), train.clip_gradient)
+        return cls(start, params, moving, theta, optimizer(train, whole, rate, fused=True), train.clip_gradient)
 
     def gradients(self, loss: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
         """Returns the gradients of `moving` and of `others`; of stacked devices, each of its own of K losses."""

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from tapfl.config import TrainOptions
-from tapfl.personalize.method import Method, Personal, Trainee, wholly
+from tapfl.personalize.method import Method, Names, Personal, Trainee, wholly
 from tapfl.training import Objective, Params
 
 
@@ -52,9 +52,7 @@ class PerFedAvg(Method[PerFedAvgState]):
 
     inner_learning_rate: float = 0.1
 
-    def init(
-        self, received: Params, personal: Personal | None, train: TrainOptions, trained: frozenset[str]
-    ) -> PerFedAvgState:
+    def init(self, received: Params, personal: Personal | None, train: TrainOptions, trained: Names) -> PerFedAvgState:
         return PerFedAvgState(Trainee.of(received, train, trained), train.steps)
 
     def step(self, state: PerFedAvgState, objective: Objective, batch: object) -> Tensor:
@@ -62,7 +60,7 @@ class PerFedAvg(Method[PerFedAvgState]):
         if state.adapted is None:
             loss = objective(state.w.params, batch)
             state.adapted = self._adapted(state.w, state.w.gradients(loss))
-            state.used = state.used or _constant(state.adapted)
+            state.used = state.used or {name: theta.detach() for name, theta in state.adapted.items()}
             if state.left != 0:
                 return loss
         loss = objective(state.adapted, batch)
@@ -78,7 +76,3 @@ class PerFedAvg(Method[PerFedAvgState]):
         for name, g in zip(w.moving, gradients, strict=True):
             values[name] = (values[name] - self.inner_learning_rate * g).requires_grad_()
         return values
-
-
-def _constant(params: Params) -> Params:
-    return {name: theta.detach() for name, theta in params.items()}

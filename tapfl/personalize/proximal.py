@@ -15,22 +15,13 @@ from typing import ClassVar
 from torch import Tensor
 
 from tapfl.adapters.layout import LORA_A, LORA_B
-from tapfl.config import TrainOptions
-from tapfl.personalize.method import Method, Personal, Trainee, wholly
+from tapfl.personalize.fedavg import Beside, FedAvg, TwoModels
+from tapfl.personalize.method import Trainee
 from tapfl.training import Objective, Params
 
 
 @dataclass(frozen=True)
-class DittoState:
-    """w and v in training, and w as it was received."""
-
-    w: Trainee
-    v: Trainee
-    received: Params
-
-
-@dataclass(frozen=True)
-class Ditto(Method[DittoState]):
+class Ditto(TwoModels):
     """Ditto (Li et al. 2021, arXiv 2012.04221): a personal model that is pulled towards the shared one.
 
         w ← w - η ∇f(w; ξ)
@@ -49,34 +40,15 @@ class Ditto(Method[DittoState]):
     scale: float
     learning_rate: float = 0.0
 
-    def init(
-        self, received: Params, personal: Personal | None, train: TrainOptions, trained: frozenset[str]
-    ) -> DittoState:
-        v = personal.params if personal else received
-        own = Trainee.of(v, train, trained, self.learning_rate)
-        return DittoState(Trainee.of(received, train, trained), own, received)
-
-    def step(self, state: DittoState, objective: Objective, batch: object) -> Tensor:
+    def step(self, state: Beside, objective: Objective, batch: object) -> Tensor:
         state.w.apply(state.w.gradients(objective(state.w.params, batch)))
         loss = objective(state.v.params, batch)
-        gradients = state.v.gradients(loss)
-        state.v.apply(pulled(gradients, state.v, state.received, self.strength, self.scale))
+        state.v.apply(pulled(state.v.gradients(loss), state.v, state.w.start, self.strength, self.scale))
         return loss
 
-    def final(self, state: DittoState) -> tuple[Params | None, Personal | None]:
-        return state.w.values(), wholly(state.v.values())
-
 
 @dataclass(frozen=True)
-class ProxState:
-    """w in training, and as it was received."""
-
-    w: Trainee
-    received: Params
-
-
-@dataclass(frozen=True)
-class FedProx(Method[ProxState]):
+class FedProx(FedAvg):
     """FedProx (Li et al. 2020, arXiv 1812.06127, equation 2): FedAvg that stays near the w received.
 
         w ← w - η ∇_w (f(w; ξ) + μ d(w, w_received)),     d = ½ ‖θ(w) - θ(w_received)‖²
@@ -89,38 +61,17 @@ class FedProx(Method[ProxState]):
         scale: s.
     """
 
-    has_local_state: ClassVar[bool] = False
-    together: ClassVar[bool] = True
-    steady: ClassVar[bool] = True
-
     strength: float
     scale: float
 
-    def init(
-        self, received: Params, personal: Personal | None, train: TrainOptions, trained: frozenset[str]
-    ) -> ProxState:
-        return ProxState(Trainee.of(received, train, trained), received)
-
-    def step(self, state: ProxState, objective: Objective, batch: object) -> Tensor:
-        loss = objective(state.w.params, batch)
-        gradients = state.w.gradients(loss)
-        state.w.apply(pulled(gradients, state.w, state.received, self.strength, self.scale))
+    def step(self, state: Trainee, objective: Objective, batch: object) -> Tensor:
+        loss = objective(state.params, batch)
+        state.apply(pulled(state.gradients(loss), state, state.start, self.strength, self.scale))
         return loss
 
-    def final(self, state: ProxState) -> tuple[Params | None, Personal | None]:
-        return state.w.values(), None
-
 
 @dataclass(frozen=True)
-class MoreauState:
-    """w and θ in training."""
-
-    w: Trainee
-    theta: Trainee
-
-
-@dataclass(frozen=True)
-class PFedMe(Method[MoreauState]):
+class PFedMe(TwoModels):
     """pFedMe (T. Dinh, Tran, Nguyen 2020, arXiv 2006.08848, Algorithm 1): FedAvg of the devices' Moreau envelopes.
 
         θ ≈ argmin_θ f(θ; ξ) + λ d(θ, w)     by `inner_steps` steps on one batch, from the θ before
@@ -148,23 +99,14 @@ class PFedMe(Method[MoreauState]):
     def models_per_step(self) -> int:
         return self.inner_steps
 
-    def init(
-        self, received: Params, personal: Personal | None, train: TrainOptions, trained: frozenset[str]
-    ) -> MoreauState:
-        theta = Trainee.of(received, train, trained, self.learning_rate)
-        return MoreauState(Trainee.of(received, train, trained), theta)
-
-    def step(self, state: MoreauState, objective: Objective, batch: object) -> Tensor:
-        w, theta = state.w.values(), state.theta
+    def step(self, state: Beside, objective: Objective, batch: object) -> Tensor:
+        w, theta = state.w.values(), state.v
         for _ in range(self.inner_steps):
             loss = objective(theta.params, batch)
             theta.apply(pulled(theta.gradients(loss), theta, w, self.strength, self.scale))
         now = theta.values()
         state.w.apply([self.strength * pull_of(name, w, now, self.scale) for name in state.w.moving])
         return loss
-
-    def final(self, state: MoreauState) -> tuple[Params | None, Personal | None]:
-        return state.w.values(), wholly(state.theta.values())
 
 
 def pulled(gradients: Sequence[Tensor], trainee: Trainee, to: Params, strength: float, scale: float) -> list[Tensor]:
