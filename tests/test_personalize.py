@@ -205,7 +205,7 @@ def test_the_pull_is_to_what_was_received_not_to_what_w_becomes() -> None:
     state = method.init(w, None, SGD, ALL)
     for batch in batches:
         method.step(state, objective, batch)
-    assert same_bits(state.received, problem(0)[3]) and not same_bits(state.w.values(), w)
+    assert same_bits(state.w.start, problem(0)[3]) and not same_bits(state.w.values(), w)
 
 
 @both_optimizers
