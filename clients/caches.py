@@ -208,7 +208,7 @@ def pruned(folder: Path, device: int, rank: int, config: RunConfig, compute: Com
     def make() -> AdaptedDevice:
         spec = plan.backbone.model_dump_json()
         model = load_pruned(folder, skeleton(spec)[0])
-        return _adapted(compute.put(model), spec, plan, rank, config, compute)._replace(key=key)
+        return _adapted(compute.put(model), spec, plan, rank, config, compute, key)
 
     key = (folder, checksum, rank, config, compute)
     return _once(config, key, make)
@@ -218,14 +218,20 @@ def unpruned(cache: Path, key: str, spec: str, rank: int, config: RunConfig, com
     """Returns the dense backbone with adapters of a device's rank, which are not shared with anyone."""
 
     def make() -> AdaptedDevice:
-        return _adapted(dense(cache, key, spec, compute), spec, None, rank, config, compute)._replace(key=own)
+        return _adapted(dense(cache, key, spec, compute), spec, None, rank, config, compute, own)
 
     own = (cache, key, rank, config, compute)
     return _once(config, own, make)
 
 
 def _adapted(
-    model: nn.Module, spec: str, plan: PruningPlan | None, rank: int, config: RunConfig, compute: Compute
+    model: nn.Module,
+    spec: str,
+    plan: PruningPlan | None,
+    rank: int,
+    config: RunConfig,
+    compute: Compute,
+    key: Hashable,
 ) -> AdaptedDevice:
     (dense, layers), options = skeleton(spec), config.adapters
     layers = last_blocks(layers, options.blocks)
@@ -242,7 +248,7 @@ def _adapted(
     nbytes = sum(each.nbytes for each in (*model.parameters(), *made.values()))
     nbytes += sum(place.nbytes for place in layout.values()) + MODULE * len([*model.modules()])
     adapted = AdaptedModel(model, layout, options.scale, compute.reduced)
-    return AdaptedDevice(layout, adapted, start, made, private, nbytes, key=None)
+    return AdaptedDevice(layout, adapted, start, made, private, nbytes, key)
 
 
 @dataclass(frozen=True, eq=False)

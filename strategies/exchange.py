@@ -7,7 +7,7 @@ import math
 import re
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, NamedTuple, TypeVar
 
@@ -20,7 +20,6 @@ from tapfl.progress import stage
 from tapfl.wire_format import WireMessage
 
 R = TypeVar("R", bound=WireMessage)
-M = TypeVar("M", bound=WireMessage)
 
 CLIENT_RAISED = 2  # Flower's code for an exception in the ClientApp: it would only be raised again
 RETRY_AFTER = 2.0  # a worker that died is back within seconds; what was sent to it meanwhile is sent again
@@ -46,24 +45,6 @@ class Request(Generic[R]):
     def bytes_by_kind(self) -> Counter[str]:
         message = self.message
         return message.bytes_by_kind + Counter({message.kind: self.cached_bytes})
-
-
-class Lazily(Mapping[int, M]):
-    """A message for each device, made whenever it is asked for and not kept."""
-
-    def __init__(self, devices: Iterable[int], make: Callable[[int], M]) -> None:
-        self._devices, self._make = dict.fromkeys(devices), make
-
-    def __getitem__(self, i: int) -> M:
-        if i not in self._devices:
-            raise KeyError(i)
-        return self._make(i)
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(self._devices)
-
-    def __len__(self) -> int:
-        return len(self._devices)
 
 
 @dataclass

@@ -55,11 +55,12 @@ class Fleet:
             self.nodes[record.device], records[record.device] = node, record
         return dict(sorted(records.items()))
 
-    def learn_holders(self, hello: Hello) -> None:
+    def learn_holders(self, state: FederationState, hello: Hello) -> FederationState:
         """Asks the known devices which of them hold another backbone; whoever does not answer is sent it."""
         request = self._hello(hello, max(self.nodes) + 1)
-        answers = self._exchange(self.nodes, dict.fromkeys(self.nodes, request), "hello")
-        self.holds_backbone = {i for i, reply in answers.replies.items() if reply.holds_backbone}
+        state, replies = self.ask(state, "hello", dict.fromkeys(self.nodes, request), min_success=0)
+        self.holds_backbone = {i for i, reply in replies.items() if reply.holds_backbone}
+        return state
 
     def meet_again(self, hello: Hello, known: Mapping[int, DeviceRecord], resumed: bool = False) -> None:
         """Learns which of the known devices the new nodes are: a device that was restarted has another node id.

@@ -7,7 +7,7 @@ device that joins later gets the same.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
 
@@ -16,7 +16,6 @@ import torch
 from flwr.common.logger import log
 from torch import nn
 
-from strategies.exchange import Lazily
 from strategies.preparation import Preparation
 from strategies.records import DeviceRecord
 from tapfl.adapters import rules
@@ -95,17 +94,22 @@ class GlobalAdapters:
         found: Layout = self._layouts.once(record.device, make)
         return found
 
-    def first(self, devices: Mapping[int, DeviceRecord], messages: Mapping[int, Prune]) -> Params:
-        """Returns the adapters of the first round: without effect, or the warm start with the models of `messages`.
+    @property
+    def starts_warm(self) -> bool:
+        return self.config.adapters.start != "zero"
 
-        Raises:
-            PlanError: if the warm start was made before, and its file is damaged.
-            ModelError: if it diverges.
-        """
-        if self.config.adapters.start == "zero":
+    @cached_property
+    def first(self) -> Params:
+        """The adapters of the first round. Raises PlanError if the file of the warm start is missing or damaged."""
+        if not self.starts_warm:
             return self.initial
-        if not self._file.exists():
-            pupils = [self._pupil(devices[i], messages) for i in messages]
+        params, _ = read_sealed(self._file, "start")
+        return {name: params[name] for name in self.shapes}
+
+    def warm_up(self, devices: Sequence[DeviceRecord]) -> None:
+        """Makes the warm start with the models of these devices, if there shall be one. ModelError if it diverges."""
+        if self.starts_warm and not self._file.exists():
+            pupils = [self._pupil(record) for record in devices]
             images, transform, compute = self.preparation.images, transform_of(self.backbone), self.preparation.compute
 
             def inputs(positions: np.ndarray) -> torch.Tensor:
@@ -115,30 +119,23 @@ class GlobalAdapters:
             made = warm_start(options, self.initial, pupils, inputs, dense, self.config.seed, compute)
             log(logging.INFO, "warm start: held-out loss %s", ", ".join(f"{loss:.4f}" for loss in made.losses))
             write_sealed(self._file, made.params, "start", {"losses": made.losses})
-        params, _ = read_sealed(self._file, "start")
-        return {name: params[name] for name in self.shapes}
 
-    def with_start(self, devices: Mapping[int, DeviceRecord], messages: Mapping[int, Prune]) -> Mapping[int, Prune]:
-        """Returns the messages with the warm start, for devices that also train references: these begin with it too."""
-        if self.config.adapters.start == "zero" or not self.config.personalize.references:
-            return messages
-        first = self.first(devices, messages)
+    def message(self, record: DeviceRecord) -> Prune:
+        """Returns what brings a device its model, with the warm start if it trains references: they begin so too."""
+        message = self.preparation.message(record.device)
+        if not (self.starts_warm and self.config.personalize.references):
+            return message
+        layout = self.layout(PruningPlan.from_json(message.plan), record.profile.rank)
+        sent = rules.down(self.config.adapters, layout)
+        return replace(message, adapters=pack(gather_all(self.first, sent), sent))
 
-        def started(i: int) -> Prune:
-            message = messages[i]
-            layout = self.layout(PruningPlan.from_json(message.plan), devices[i].profile.rank)
-            sent = rules.down(self.config.adapters, layout)
-            return replace(message, adapters=pack(gather_all(first, sent), sent))
-
-        return Lazily(messages, started)
-
-    def _pupil(self, record: DeviceRecord, messages: Mapping[int, Prune]) -> Pupil:
+    def _pupil(self, record: DeviceRecord) -> Pupil:
         kept = self.preparation.plan(record.device)
-        assert kept is not None, "a message brings a plan that is in the run's folder"
+        assert kept is not None, "the device has a plan"
         plan, on_pool = kept[0], self.config.adapters.start == "pool"
         return Pupil(
             device=record.device,
-            model=lambda: smaller_model(plan, messages[record.device].weights, lambda: self.backbone),
+            model=lambda: smaller_model(plan, self.preparation.message(record.device).weights, lambda: self.backbone),
             layout=self.layout(plan, record.profile.rank),
             weight=record.train_samples,
             classes=None if record.held_classes is None else torch.tensor(record.held_classes),

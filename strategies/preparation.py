@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from flwr.common.logger import log
 
-from strategies.exchange import Lazily, Request
+from strategies.exchange import Request
 from strategies.fleet import Fleet, sample_clients
 from strategies.records import CLASSES, DeviceRecord, DriftLine, FailureLine, append_lines, read_classes
 from strategies.round_zero import PublicPool, Shared, describe_pool, device_model, probed, side_by_side, task_images
@@ -96,11 +96,8 @@ class Preparation:
         summary = reply.mixture(dim, options.min_support, self._announced(record)) if reply else None
         return task_images(self.pool, summary, self.config.metric, self.config.seed, record.device)
 
-    def pruned_models(self, state: FederationState) -> tuple[FederationState, Mapping[int, Prune]]:
-        """Asks the devices for their mixtures, and makes a plan for each; returns the messages that bring it its model.
-
-        A message is read from the run's folder whenever it is asked for: the weights of a thousand devices are
-        gigabytes.
+    def pruned_models(self, state: FederationState) -> tuple[FederationState, list[int]]:
+        """Asks the devices for their mixtures, and makes a plan for each; returns the devices that have one now.
 
         Raises:
             RunError: if too few devices send a mixture, or no device has a budget that can be met.
@@ -133,7 +130,7 @@ class Preparation:
                 advance(done, len(records), f"device {i}")
         if not planned:
             raise RunError("smaller models: no device has a budget that this backbone can meet")
-        return state, self.messages(planned)
+        return state, planned
 
     def _at_once(self, records: Sequence[DeviceRecord]) -> int:
         """Returns how many smaller models are made at once: as many as the memory is likely to hold activations of.
@@ -144,16 +141,26 @@ class Preparation:
         return 1 if measured or self.compute.device.type != "cpu" else min(cores(), AT_ONCE, len(records))
 
     def surgery(
-        self, state: FederationState, messages: Mapping[int, Prune], min_success: float | None = None
+        self,
+        state: FederationState,
+        devices: Iterable[int],
+        message: Callable[[int], Prune],
+        min_success: float | None = None,
     ) -> FederationState:
-        """Sends devices their pruned models; returns the state in which those that answered have theirs."""
-        plans = {i: kept[0] for i in messages if (kept := self.plan(i))}
+        """Sends those of the devices that have a plan their models; returns the state in which they have them.
+
+        Args:
+            message: makes what a device gets when it is sent: the weights of a thousand devices are gigabytes.
+        """
+        plans = {i: kept[0] for i in devices if (kept := self.plan(i))}
+        if not plans:
+            return state
         requests = {}
         for i, plan in plans.items():
             params, macs = plan.cost.params, plan.cost.macs
             check = partial(PruneReply.check, params=params, macs=macs)
             work = macs * state.devices[i].test_samples
-            requests[i] = Request(partial(messages.__getitem__, i), PruneReply, check, max_bytes=ENVELOPE, macs=work)
+            requests[i] = Request(partial(message, i), PruneReply, check, max_bytes=ENVELOPE, macs=work)
         state, replies = self.fleet.ask(state, "surgery", requests, min_success=min_success)
         changes, names = {}, [*self.config.personalize.reference_rates]
         for i, reply in replies.items():
@@ -186,12 +193,8 @@ class Preparation:
         require_device(plan, i, f"{file}: is the plan")
         return plan, checksum
 
-    def messages(self, devices: Iterable[int]) -> Mapping[int, Prune]:
-        """Returns the messages of those devices that have a plan, read when they are asked for. Raises PlanError."""
-        return Lazily([i for i in devices if self.plan_file(i).exists()], self._message)
-
-    def _message(self, i: int) -> Prune:
-        """Returns the message of a device that has a plan, from the run's folder. Raises PlanError."""
+    def message(self, i: int) -> Prune:
+        """Returns what brings a device that has a plan its model, from the run's folder. Raises PlanError."""
         kept, weights = self.plan(i), self.plan_file(i).with_suffix(".safetensors")
         assert kept is not None
         plan, checksum = kept

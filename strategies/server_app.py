@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -72,7 +72,7 @@ from tapfl.run_folder import RunFolder, run_path
 from tapfl.seeds import of_secret, torch_generator
 from tapfl.store import cache_folder
 from tapfl.training import images_seen, is_evaluated
-from tapfl.wire import ENVELOPE, Evaluate, EvaluateReply, Hello, Train, TrainReply
+from tapfl.wire import ENVELOPE, Evaluate, EvaluateReply, Hello, Prune, Train, TrainReply
 
 app = ServerApp()
 
@@ -160,20 +160,23 @@ class Federation:
     def __init__(self, preparation: Preparation, replay: Callable[[], None]) -> None:
         self.preparation, self.replay = preparation, replay
         self.config, self.folder, self.fleet = preparation.config, preparation.folder, preparation.fleet
-        self.adapters, self.hello = GlobalAdapters(preparation), Hello(preparation.key)
+        self.adapters = GlobalAdapters(preparation)
         self.shares_adapters = self._method(1).shares_adapters
         self.steps_together = self._steps_together()
 
+    @property
+    def hello(self) -> Hello:
+        return Hello(self.preparation.key)
+
     def start(self) -> FederationState:
         """Returns the state after round zero: devices have introduced themselves and received their pruned models."""
-        devices = self.fleet.meet(self.hello)
+        state = FederationState(0, ServerState({}), self.fleet.meet(self.hello), plans={})
         if self.preparation.agree():
-            self.hello = Hello(self.preparation.key)
-            self.fleet.learn_holders(self.hello)
-        state = FederationState(0, ServerState(self.adapters.initial), devices, plans={})
-        state, messages = self.preparation.pruned_models(state)
-        state = replace(state, server=ServerState(self.adapters.first(state.devices, messages)))
-        return self.save(self.preparation.surgery(state, self.adapters.with_start(state.devices, messages)))
+            state = self.fleet.learn_holders(state, self.hello)
+        state, planned = self.preparation.pruned_models(state)
+        self.adapters.warm_up([state.devices[i] for i in planned])
+        state = replace(state, server=ServerState(self.adapters.first))
+        return self.save(self.equip(state, planned))
 
     def resume(self, state: FederationState) -> FederationState:
         """Returns a saved state, ready for the next round.
@@ -181,8 +184,7 @@ class Federation:
         Raises:
             PlanError: if a device's plan is missing, or not the one by which its model was cut.
         """
-        if self.preparation.agree():
-            self.hello = Hello(self.preparation.key)
+        self.preparation.agree()
         self.fleet.meet_again(self.hello, state.devices, resumed=True)
         for i in state.plans:
             self.layout(state, i)
@@ -219,10 +221,18 @@ class Federation:
     def welcome(self, state: FederationState) -> FederationState:
         """Learns nodes that joined since the last round, and sends pruned models to devices that have none yet."""
         self.fleet.meet_again(self.hello, state.devices)
-        waiting = self.preparation.messages(i for i in state.devices if i not in state.plans)
-        messages = self.adapters.with_start(state.devices, waiting)
-        state = self.preparation.surgery(state, messages, min_success=0) if messages else state
-        return self.preparation.refit(state)
+        waiting = [i for i in state.devices if i not in state.plans]
+        return self.preparation.refit(self.equip(state, waiting, min_success=0))
+
+    def equip(
+        self, state: FederationState, devices: Iterable[int], min_success: float | None = None
+    ) -> FederationState:
+        """Sends devices that have a plan their pruned models."""
+
+        def message(i: int) -> Prune:
+            return self.adapters.message(state.devices[i])
+
+        return self.preparation.surgery(state, devices, message, min_success)
 
     def train(self, state: FederationState, t: int) -> tuple[FederationState, dict[int, TrainReply]]:
         """Sends the adapters to the devices of round `t`; returns their answers, none if nobody is there."""
@@ -278,7 +288,7 @@ class Federation:
             requests[i] = Request(
                 partial(message, i),
                 EvaluateReply,
-                lambda reply: reply.check(last, len(self.config.personalize.references), self.config.data.changing),
+                lambda reply: reply.check(last, *self._asked),
                 max_bytes=ENVELOPE,
                 macs=2 * record.macs * record.test_samples,
             )
@@ -318,6 +328,11 @@ class Federation:
     def _method(self, t: int) -> Method[Any]:
         return method_of(self.config.personalize, self.config.adapters, t)
 
+    @property
+    def _asked(self) -> tuple[int, bool]:
+        """The number of references, and whether images change: what the check of an answer needs."""
+        return len(self.config.personalize.references), self.config.data.changing
+
     def _train_request(self, state: FederationState, t: int, i: int) -> Request[TrainReply]:
         record, length = state.devices[i], packed_size(self._upload_layout(state, i, t))
         trained = images_seen(record.train_samples, self.config.train)
@@ -325,7 +340,7 @@ class Federation:
         return Request(
             Train(t, record.last_round, self._download(state, i)),
             TrainReply,
-            lambda reply: reply.check(t, length, len(self.config.personalize.references), self.config.data.changing),
+            lambda reply: reply.check(t, *self._asked, length),
             max_bytes=4 * length + ENVELOPE,
             macs=training_macs(record.macs, trained, evaluated, self._method(t).models_per_step),
         )

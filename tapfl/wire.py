@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Collection
 from dataclasses import dataclass, field
-from typing import Annotated, Any, ClassVar, Self
+from typing import Annotated, Any, Self
 
 import numpy as np
 import torch
@@ -34,22 +34,15 @@ def _require(condition: bool, message: str) -> None:
 
 
 @dataclass(frozen=True)
-class Hello(WireMessage):
+class Hello(WireMessage, type="query.hello", kind="hello"):
     """The server's first message: the backbone that this federation starts from."""
-
-    type: ClassVar[str] = "query.hello"
-    kind: ClassVar[str] = "hello"
 
     backbone_key: str
 
 
 @dataclass(frozen=True)
-class HelloReply(WireMessage):
+class HelloReply(WireMessage, type=Hello.type, kind="hello", when="once, first"):
     """A device's profile, as in `tapfl.profiles`."""
-
-    type: ClassVar[str] = Hello.type
-    kind: ClassVar[str] = "hello"
-    when: ClassVar[str] = "once, first"
 
     partition_id: Annotated[int, "which device this is"]
     budget: Annotated[str, "budget of its model"]
@@ -92,14 +85,11 @@ class HelloReply(WireMessage):
 
 
 @dataclass(frozen=True)
-class Summarize(WireMessage):
+class Summarize(WireMessage, type="query.summarize", kind="backbone"):
     """The dense backbone (with weights if the device lacks them), the projection and class names of the pool.
 
     `classes` is a JSON list, in the order of the backbone's outputs.
     """
-
-    type: ClassVar[str] = "query.summarize"
-    kind: ClassVar[str] = "backbone"
 
     backbone_key: str
     backbone_spec: str
@@ -110,12 +100,8 @@ class Summarize(WireMessage):
 
 
 @dataclass(frozen=True)
-class SummaryReply(WireMessage):
+class SummaryReply(WireMessage, type=Summarize.type, kind="summary", when="once, before pruning"):
     """The mixture, and for the report the accuracy of the dense model on the device's test part."""
-
-    type: ClassVar[str] = Summarize.type
-    kind: ClassVar[str] = "summary"
-    when: ClassVar[str] = "once, before pruning"
 
     weights: Annotated[np.ndarray, "mixture: share π of each component", "K"]
     means: Annotated[np.ndarray, "mixture: mean μ of each component's descriptors", "K, d"]
@@ -161,15 +147,12 @@ class SummaryReply(WireMessage):
 
 
 @dataclass(frozen=True)
-class Prune(WireMessage):
+class Prune(WireMessage, type="query.prune", kind="plan"):
     """The device's plan for its backbone, and the weights if the plan alone does not determine its model.
 
     `weights` is a safetensors file of the smaller model's state dict, or empty: the device then cuts its own backbone.
     `adapters` are those of the warm start, for a device that also trains references; otherwise empty.
     """
-
-    type: ClassVar[str] = "query.prune"
-    kind: ClassVar[str] = "plan"
 
     backbone_key: str
     plan: str
@@ -178,12 +161,8 @@ class Prune(WireMessage):
 
 
 @dataclass(frozen=True)
-class PruneReply(WireMessage):
+class PruneReply(WireMessage, type=Prune.type, kind="hello", when="once, after pruning"):
     """The measured cost of the device's model, and its accuracy on the test part."""
-
-    type: ClassVar[str] = Prune.type
-    kind: ClassVar[str] = "hello"
-    when: ClassVar[str] = "once, after pruning"
 
     params: Annotated[int, "parameters of the device's model, as counted there"]
     macs: Annotated[int, "multiply-accumulates of the device's model, as counted there"]
@@ -199,30 +178,24 @@ class PruneReply(WireMessage):
 
 
 @dataclass(frozen=True)
-class _Adapters(WireMessage):
-    kind: ClassVar[str] = "adapters"
-
+class _Adapters(WireMessage, kind="adapters"):
     round: int
     state_round: int
     adapters: np.ndarray
 
 
 @dataclass(frozen=True)
-class Train(_Adapters):
+class Train(_Adapters, type="train"):
     """The device's part of the global adapters: evaluate them, train, and reply. `local` receives them only once.
 
     `state_round` is the last round for which the server has this device's reply, 0 for none: the device continues from
     its own state after that round, and drops later states whose replies were lost.
     """
 
-    type: ClassVar[str] = "train"
-
 
 @dataclass(frozen=True)
-class Evaluate(_Adapters):
+class Evaluate(_Adapters, type="evaluate"):
     """The last global adapters: evaluate them, and store the personal model. `state_round` as in `Train`."""
-
-    type: ClassVar[str] = "evaluate"
 
 
 @dataclass(frozen=True)
@@ -256,7 +229,7 @@ class _Evaluation(WireMessage):
         """Whether the device has too few images in this round, and therefore did nothing."""
         return bool(len(self.images)) and not self.images.any()
 
-    def check_evaluation(self, round: int, references: int, changing: bool) -> None:
+    def check(self, round: int, references: int = 0, changing: bool = False) -> None:
         """Raises WireError unless this answers `round` with α and accuracies in [0, 1], of so many references.
 
         Args:
@@ -276,21 +249,17 @@ class _Evaluation(WireMessage):
 
 
 @dataclass(frozen=True)
-class TrainReply(_Evaluation):
+class TrainReply(_Evaluation, type=Train.type, kind="adapters", when="every round"):
     """The device's shared adapters (empty under `local`), and its accuracy *before* this round's training."""
-
-    type: ClassVar[str] = Train.type
-    kind: ClassVar[str] = "adapters"
-    when: ClassVar[str] = "every round"
 
     adapters: Annotated[
         np.ndarray, "shared adapters and head after local training; nothing if the method is local", "parameters"
     ]
     loss: Annotated[float, "for the report: training loss of this round"]
 
-    def check(self, round: int, length: int, references: int = 0, changing: bool = False) -> None:
-        """Raises WireError unless this answers `round` with adapters of the right length, or none if it sits out."""
-        self.check_evaluation(round, references, changing)
+    def check(self, round: int, references: int = 0, changing: bool = False, length: int = 0) -> None:
+        """As for every evaluation; and WireError unless the adapters have this length, or none if it sits out."""
+        super().check(round, references, changing)
         length = 0 if self.sits_out else length
         _require(self.adapters.shape == (length,), f"adapters have shape {self.adapters.shape}, not {(length,)}")
         _require(self.adapters.dtype == np.float32, f"adapters are {self.adapters.dtype}, not float32")
@@ -299,13 +268,5 @@ class TrainReply(_Evaluation):
 
 
 @dataclass(frozen=True)
-class EvaluateReply(_Evaluation):
+class EvaluateReply(_Evaluation, type=Evaluate.type, kind="hello", when="once, last"):
     """The device's final accuracies."""
-
-    type: ClassVar[str] = Evaluate.type
-    kind: ClassVar[str] = "hello"
-    when: ClassVar[str] = "once, last"
-
-    def check(self, round: int, references: int = 0, changing: bool = False) -> None:
-        """Raises WireError unless this answers `round`."""
-        self.check_evaluation(round, references, changing)

@@ -20,10 +20,21 @@ from tapfl.errors import WireError
 
 @dataclass(frozen=True)
 class WireMessage:
-    """Base of all messages, converted field by field to and from Flower's records."""
+    """Base of all messages, converted field by field to and from Flower's records.
 
-    type: ClassVar[str]  # Flower's message type
-    kind: ClassVar[str]  # under which its bytes are counted, except for fields with a kind of their own
+    Attributes:
+        type: Flower's message type.
+        kind: under which its bytes are counted, except for fields with a kind of their own.
+        when: when a device sends it.
+    """
+
+    type: ClassVar[str]
+    kind: ClassVar[str]
+    when: ClassVar[str]
+
+    def __init_subclass__(cls, **attributes: str) -> None:
+        for name, value in attributes.items():
+            setattr(cls, name, value)
 
     def to_records(self) -> RecordDict:
         """Returns the message as Flower's records."""

@@ -257,15 +257,15 @@ def reply(*images: float, adapters: int = 0) -> TrainReply:
 )
 def test_numbers_of_images_that_are_none(answer: TrainReply, said: str) -> None:
     with pytest.raises(WireError, match=said):
-        answer.check(3, 4, changing=True)
+        answer.check(3, changing=True, length=4)
 
 
 def test_numbers_are_taken_only_if_they_were_asked_for() -> None:
-    reply(20, 4, adapters=4).check(3, 4, changing=True)
-    reply(0, 0).check(3, 4, changing=True)
-    reply(adapters=4).check(3, 4)
+    reply(20, 4, adapters=4).check(3, changing=True, length=4)
+    reply(0, 0).check(3, changing=True, length=4)
+    reply(adapters=4).check(3, length=4)
     with pytest.raises(WireError, match="numbers of images have shape"):
-        reply(20, 4, adapters=4).check(3, 4)
+        reply(20, 4, adapters=4).check(3, length=4)
 
 
 def test_the_present_numbers_are_the_weights_of_a_round() -> None:

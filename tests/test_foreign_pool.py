@@ -20,7 +20,7 @@ from test_wire import HELLO
 from experiments.pruning import prune
 from experiments.report.reading import read_run
 from experiments.report.single import page_of
-from strategies.records import read_classes
+from strategies.records import TrafficLine, read_classes, read_metrics
 from tapfl.config import ModelOptions, PruningOptions, RunConfig
 from tapfl.data.images import ImageSet
 from tapfl.data.sources import load_images
@@ -300,8 +300,14 @@ def test_a_run_with_an_unlabelled_foreign_pool(weights: Path, unlabelled: Path, 
     run = read_run(tmp_path / "run")
     held = {name for i in range(4) for name, n in zip(run.images[i].names, run.images[i].train, strict=True) if n}
     assert sorted(held) == classes and all(plan.backbone.num_classes == len(classes) for plan in run.plans.values())
+    lines = read_metrics(tmp_path / "run").lines
+    asked = [line for line in lines if isinstance(line, TrafficLine) and line.phase == "hello"]
     for record in run.devices:
         assert float(record.profile.budget) * 0.995 <= record.macs_share <= float(record.profile.budget)
+        # it is asked twice who it is: of the first backbone, and of that with the new head
+        (again,) = [each for each in asked if each.device == record.device]
+        assert record.bytes_down["hello"] == 2 * again.down["hello"]
+        assert record.bytes_up["hello"] > 2 * again.up["hello"] > 0  # and of two more answers
     figures = {figure.name for figure in page_of(run).figures}
     assert "effective" in figures and not figures & {"coverage", "metric-classes"}
     assert all(1 <= chosen.effective_size <= 64 == chosen.size for chosen in run.metric_sets.values())

@@ -83,7 +83,7 @@ def _ask(grid: Grid, context: Context) -> None:
 
 def _round(grid: Grid, config: RunConfig, nodes: dict[int, int], t: int) -> None:
     message, phase = Train(t, 0, np.zeros(VALUES, np.float32)), f"round {t}"
-    request = Request(message, TrainReply, lambda reply: reply.check(t, VALUES))
+    request = Request(message, TrainReply, lambda reply: reply.check(t, length=VALUES))
     for first in range(0, len(nodes), SLICE):
         requests = dict.fromkeys(range(first, min(first + SLICE, len(nodes))), request)
         answers = exchange(
