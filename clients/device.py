@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from clients import caches
 from clients.images import OwnImages
 from clients.references import References
-from clients.storage import DeviceState, DeviceStorage
+from clients.storage import ALPHAS_FILE, DeviceState, DeviceStorage
 from tapfl.adapters import rules
 from tapfl.adapters.combination import clip_update
 from tapfl.adapters.layout import pack, unpack
@@ -206,7 +206,8 @@ class Device:
         final = method.inference(received, personal)
         accuracies = self._evaluate(received, final)
         if personal and self.config.personalize.method == "apfl":
-            self.storage.save_alphas({a: self._score(interpolate(personal.params, received, a)) for a in SHOWN_ALPHAS})
+            accuracies_at = [self._score(interpolate(personal.params, received, a)) for a in SHOWN_ALPHAS]
+            self.storage.note(ALPHAS_FILE, {"alpha": SHOWN_ALPHAS, "accuracy": accuracies_at})
         final = with_prior(final, self._prior())
         save_peft(home(final), self.config.adapters.scale, self.storage.personal, base=str(self.storage.pruned))
         references = self._references.accuracies(state.references, self._pruned, self._score)

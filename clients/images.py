@@ -14,7 +14,7 @@ import numpy as np
 from flwr.common.logger import log
 
 from clients import caches
-from clients.storage import DeviceStorage
+from clients.storage import IMAGES_FILE, DeviceStorage
 from tapfl.adapters.lora import AdaptedModel
 from tapfl.compute import Compute, home
 from tapfl.config import NEW_HEADS, RunConfig
@@ -95,7 +95,9 @@ class OwnImages:
         if others:
             named = ", ".join(f"{name}: {count}" for name, count in others.items())
             log(logging.WARNING, "device %d: images of unknown classes are left out: %s", self.partition_id, named)
-        self.storage.save_images(classes, train, test, self.natural_ids, others)
+        counts = {"classes": list(classes), "train": list(train), "test": list(test)}
+        more = {"ids": list(self.natural_ids), "left_out": others}
+        self.storage.note(IMAGES_FILE, counts | {name: of for name, of in more.items() if of})
 
     def part(self, name: str) -> caches.Part:
         """Returns the `train` or `test` part, or `pooled`, the training parts of all devices of a simulation.

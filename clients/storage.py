@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from tapfl.config import REFERENCES
 from tapfl.data.contents import ACCEPTED, changed
@@ -16,6 +16,7 @@ from tapfl.store import part_of, read_sealed, write_json, write_sealed
 from tapfl.training import Params
 
 ALPHA, PERSONAL, PRIVATE, STATE = "alpha", "v:", "w:", "state"
+T = TypeVar("T")
 FOLDER = "folder"  # entry of source.json
 IMAGES_FILE, ALPHAS_FILE = "images.json", "alphas.json"
 
@@ -58,10 +59,7 @@ class DeviceStorage:
     @property
     def classes(self) -> tuple[str, ...]:
         """Names of the backbone's outputs. Raises RunError if no summary was requested before."""
-        try:
-            return tuple(json.loads(self._classes.read_text(encoding="utf-8")))
-        except OSError as error:
-            raise RunError(f"{self._classes}: cannot be read ({error.strerror})") from None
+        return _read(self._classes, tuple)
 
     def save_classes(self, classes: Sequence[str]) -> None:
         write_json(self._classes, list(classes))
@@ -69,10 +67,7 @@ class DeviceStorage:
     @property
     def backbone(self) -> tuple[str, str]:
         """The key and the spec, as JSON, of the dense backbone. Raises RunError if no model was received before."""
-        try:
-            known = json.loads(self._backbone.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise RunError(f"{self._backbone}: cannot be read ({error.strerror})") from None
+        known = _read(self._backbone, dict)
         return known["key"], known["spec"]
 
     def save_backbone(self, key: str, spec: str) -> None:
@@ -81,12 +76,7 @@ class DeviceStorage:
     @property
     def source(self) -> dict[str, str]:
         """The fingerprint of the images that the run began with, by what they were named; empty if built in."""
-        try:
-            return dict(json.loads(self._source.read_text(encoding="utf-8")))
-        except FileNotFoundError:
-            return {}
-        except (OSError, ValueError, TypeError) as error:
-            raise RunError(f"{self._source}: cannot be read ({error})") from None
+        return _read(self._source, dict) if self.begun else {}
 
     def begin(self, fingerprint: Mapping[str, str]) -> None:
         """Writes the fingerprint of the images down when a run begins. Raises DataError as `require_same_images`."""
@@ -118,26 +108,9 @@ class DeviceStorage:
         if odd := changed(before, {name: of for name, of in fingerprint.items() if name in before}):
             raise DataError(f"{'; '.join(odd)}; {ACCEPTED}")
 
-    def save_images(
-        self,
-        classes: Sequence[str],
-        train: Sequence[int],
-        test: Sequence[int],
-        ids: Sequence[str] = (),
-        left_out: Mapping[str, int] | None = None,
-    ) -> None:
-        """Writes the number of images of each of `classes`, and the ids; `tapfl report` reads it in a simulation.
-
-        Args:
-            left_out: numbers of images of other classes, by name, which are not used.
-        """
-        counts = {"classes": list(classes), "train": list(train), "test": list(test)}
-        more = {name: of for name, of in (("ids", list(ids)), ("left_out", dict(left_out or {}))) if of}
-        write_json(self.folder / IMAGES_FILE, counts | more)
-
-    def save_alphas(self, accuracies: Mapping[float, float]) -> None:
-        """Writes the test accuracy at each α; `tapfl report` reads it in a simulation, and nothing else does."""
-        write_json(self.folder / ALPHAS_FILE, {"alpha": [*accuracies], "accuracy": [*accuracies.values()]})
+    def note(self, name: str, content: Mapping[str, object]) -> None:
+        """Writes one of the files for readers of this folder, such as `tapfl report` in a simulation."""
+        write_json(self.folder / name, content)
 
     def save_state(self, device: int, round: int, state: DeviceState, before: int) -> None:
         """Writes the state of a device after `round`; keeps the one after `before`, from which it was computed.
@@ -171,3 +144,11 @@ class DeviceStorage:
         kept = Personal(personal, tensors[ALPHA]) if personal else None
         references = {name: found for name in REFERENCES if (found := part_of(tensors, f"{name}:"))}
         return DeviceState(kept, part_of(tensors, PRIVATE), references)
+
+
+def _read(file: Path, kind: Callable[[Any], T]) -> T:
+    """Returns what a file of JSON holds. Raises RunError if that cannot be read, or is of another kind."""
+    try:
+        return kind(json.loads(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise RunError(f"{file}: cannot be read ({getattr(error, 'strerror', None) or error})") from None

@@ -27,7 +27,7 @@ from tapfl.run_folder import RunFolder
 from tapfl.seeds import numpy_generator
 from tapfl.wire import ENVELOPE, LONGEST_NAMES, Hello, HelloReply
 
-STEP = 3  # a training step in forward passes
+BACK = 2  # the backward pass in forward passes
 # `train.together = auto`: devices in a group, MACs of its widest over its smallest, and the MACs of a step, forward, up
 # to which it is stacked. With them `tapfl bench together` gains a third for the digits (2e7 to 4e7); DeiT-T at 64 px
 # (4.5e8 and more) loses 13 % in stacks of three. Where between these sizes the gain ends was not measured.
@@ -241,15 +241,16 @@ def seconds(profile: DeviceProfile, bytes_down: int, macs: float, bytes_up: int)
     return bytes_down / profile.download + macs / profile.compute + bytes_up / profile.upload
 
 
-def training_macs(macs: int, trained: float, evaluated: int, models: int) -> float:
-    """Returns the MACs of a round on one device.
+def training_macs(macs: int, trained: float, evaluated: int, models: int, adapted: float = 1.0) -> float:
+    """Returns the MACs of a round on one device: nothing passes back beyond the first block that has adapters.
 
     Args:
         macs: of one image through its model.
         trained: images that pass through it in training, in each of so many `models`.
         evaluated: images that pass through the shared and the personal model in evaluation.
+        adapted: share of the MACs from that block on.
     """
-    return macs * (STEP * models * trained + 2 * evaluated)
+    return macs * ((1 + BACK * adapted) * models * trained + 2 * evaluated)
 
 
 def groups_of(macs: Mapping[int, int], options: TrainOptions) -> list[list[int]]:

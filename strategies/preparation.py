@@ -24,6 +24,7 @@ from strategies.fleet import Fleet, sample_clients
 from strategies.records import CLASSES, DeviceRecord, DriftLine, FailureLine, append_lines, read_classes
 from strategies.round_zero import PublicPool, Shared, describe_pool, device_model, probed, side_by_side, task_images
 from strategies.state import FederationState
+from tapfl.adapters.layout import adapted_share
 from tapfl.compute import HERE, Compute
 from tapfl.config import NEW_HEADS, RunConfig
 from tapfl.data.decoded import cores
@@ -32,6 +33,7 @@ from tapfl.errors import BudgetError, PlanError, RunError
 from tapfl.models.cost import Cost, measure_cost
 from tapfl.models.dense import DenseCache, dense_backbone
 from tapfl.models.new_head import agreed_classes, with_new_head
+from tapfl.models.prunable import prunable_layers
 from tapfl.progress import stage
 from tapfl.pruning.budget import Budget
 from tapfl.pruning.plan import PruningPlan, load_plan, require_device, signed
@@ -162,7 +164,7 @@ class Preparation:
             work = macs * state.devices[i].test_samples
             requests[i] = Request(partial(message, i), PruneReply, check, max_bytes=ENVELOPE, macs=work)
         state, replies = self.fleet.ask(state, "surgery", requests, min_success=min_success)
-        changes, names = {}, [*self.config.personalize.reference_rates]
+        changes, names, layers = {}, [*self.config.personalize.reference_rates], prunable_layers(self.backbone)
         for i, reply in replies.items():
             dense, before = plans[i].dense, {"dense+alone": state.devices[i].dense_accuracy}
             changes[i] = {
@@ -170,6 +172,7 @@ class Preparation:
                 "params_share": reply.params / dense.params,
                 "macs": reply.macs,
                 "macs_share": reply.macs / dense.macs,
+                "adapted_share": adapted_share(layers, plans[i], self.config.adapters.blocks),
                 # so it does until it is first asked in a round, for adapters start without effect; or for all it knows
                 **dict.fromkeys(("pruned_accuracy", "global_accuracy", "personal_accuracy"), reply.pruned_accuracy),
                 "reference_accuracies": {name: before.get(name, reply.pruned_accuracy) for name in names} or None,

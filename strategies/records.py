@@ -57,6 +57,7 @@ class DeviceRecord(Accurate):
     components: Count = 0  # of its mixture; 0: it sent none
     macs: Count = 0
     macs_share: float = 0.0
+    adapted_share: float = 1.0  # of the MACs: that of the blocks with adapters (`adapters.blocks`)
     params: Count = 0  # of its pruned model; 0: it has none yet
     params_share: float = 0.0
     dense_accuracy: float = 0.0

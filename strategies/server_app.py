@@ -342,7 +342,7 @@ class Federation:
             TrainReply,
             lambda reply: reply.check(t, *self._asked, length),
             max_bytes=4 * length + ENVELOPE,
-            macs=training_macs(record.macs, trained, evaluated, self._method(t).models_per_step),
+            macs=training_macs(record.macs, trained, evaluated, self._method(t).models_per_step, record.adapted_share),
         )
 
     def _seconds(self, state: FederationState, i: int, request: Request[TrainReply]) -> float:

@@ -18,6 +18,7 @@ from tapfl.adapters.layout import (
     LORA_B,
     Placement,
     Update,
+    adapted_share,
     device_layout,
     gather,
     gather_all,
@@ -165,6 +166,19 @@ def test_layout_of_a_plan_by_hand(vit: Tiny) -> None:
     assert layout["blocks.1.attn.qkv.lora_B"].shape == (96, 2)
     assert not [name for name in layout if name.startswith("blocks.1.mlp")]
     assert layout["head.weight"].shape == (10, 32) and layout["head.bias"].shape == (10,)
+
+
+def test_the_share_of_the_work_that_has_adapters(vit: Tiny) -> None:
+    half = {"blocks.0.attn": torch.arange(8), "blocks.0.mlp": NOBODY}  # of 32 units; the second block is whole
+    attention, ffn = (layer.macs_per_unit * layer.units for layer in vit.layers[:2])
+    share = adapted_share(vit.layers, plan_of(vit, half), 1)
+    assert share == pytest.approx((attention + ffn) / (attention / 4 + attention + ffn))
+    assert adapted_share(vit.layers, plan_of(vit, half), 0) == adapted_share(vit.layers, plan_of(vit, half), 2) == 1
+
+
+def test_what_a_placement_holds_is_more_than_its_positions() -> None:
+    """Of a small model most is the tensors themselves: 590 bytes a tensor of torch with six positions, measured."""
+    assert 1000 < Placement((torch.arange(6), torch.arange(6))).nbytes < 2000
 
 
 @pytest.mark.parametrize("family", FAMILIES)

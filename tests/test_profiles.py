@@ -116,6 +116,8 @@ def test_simulated_seconds_by_hand() -> None:
     assert seconds(PHONE, bytes_down=2000, macs=3e6, bytes_up=50) == pytest.approx(2 + 3 + 0.5)
     # 10 images, 2 epochs, two models: 3 x 2 x 2 x 10 forward passes, and 4 test images through two models
     assert training_macs(1000, trained=20, evaluated=4, models=2) == 1000 * (120 + 8)
+    # with adapters in a quarter of the model: a pass through all of it, and twice through that quarter, in each step
+    assert training_macs(1000, trained=20, evaluated=4, models=2, adapted=0.25) == 1000 * (40 * 1.5 + 8)
 
 
 def test_time_and_bytes_to_accuracy_are_those_when_it_was_first_reached() -> None:

@@ -65,7 +65,7 @@ APART = ((True, False, False), (False, True, True))
 @pytest.mark.parametrize(
     ("change", "found", "advice"),
     [
-        ({"held": APART}, "No class is on two devices, and the head is shared", "personal or train.label-prior"),
+        ({"held": APART}, "teaches the shared model that there are no classes but its own", "or train.label-prior"),
         ({"shared": 0.3}, "shared model ends at 0.300, below the pruned models before training (0.400)", "learning-"),
         (
             {"accuracies": (0.5, 0.72, 0.7, 0.65)},

@@ -70,7 +70,7 @@ def accept(kind: type[WireMessage], content: RecordDict) -> WireMessage:
     elif isinstance(message, PruneReply):
         message.check(params=100, macs=2000)
     elif isinstance(message, TrainReply):
-        message.check(ROUND, LENGTH, references=1)
+        message.check(ROUND, references=1, length=LENGTH)
     elif isinstance(message, EvaluateReply):
         message.check(ROUND, references=1)
     return message
@@ -418,9 +418,9 @@ def test_adapters_that_would_overflow(value: float) -> None:
 
 def test_a_device_that_trains_for_itself_sends_nothing() -> None:
     assert isinstance(TRAINED, TrainReply)
-    replace(TRAINED, adapters=np.zeros(0, np.float32)).check(ROUND, 0, references=1)
+    replace(TRAINED, adapters=np.zeros(0, np.float32)).check(ROUND, references=1)
     with pytest.raises(WireError, match="shape"):
-        TRAINED.check(ROUND, 0, references=1)
+        TRAINED.check(ROUND, references=1)
 
 
 @pytest.mark.parametrize(

@@ -46,8 +46,8 @@ def disjoint(run: Run) -> Finding | None:
     if not apart or head == "personal" or informed or not shares(run):
         return None
     return Finding(
-        f"No class is on two devices, and the head is shared (adapters.head = {head}). Each device then trains its "
-        "rows of the head against the others' images that it never sees.",
+        f"No class is on two devices, and the head is shared (adapters.head = {head}). Each device then "
+        "teaches the shared model that there are no classes but its own, and the next device contradicts it.",
         "adapters.head=personal or train.label-prior=counts",
     )
 

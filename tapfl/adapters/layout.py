@@ -32,6 +32,8 @@ Side = Literal["embed", "width", "whole"]
 
 LORA_A, LORA_B = "lora_A", "lora_B"
 
+OBJECT = 650  # bytes that a tensor of torch takes besides its values, with its part of what holds it
+
 
 @dataclass(frozen=True)
 class Placement:
@@ -56,7 +58,7 @@ class Placement:
 
     @property
     def nbytes(self) -> int:
-        return sum(each.nbytes for each in (*self.index, self.row_scale) if each is not None)
+        return sum(each.nbytes + OBJECT for each in (*self.index, self.row_scale) if each is not None)
 
 
 Layout = dict[str, Placement]
@@ -92,6 +94,16 @@ def last_blocks(layers: Sequence[PrunableLayer], count: int) -> list[PrunableLay
         raise ConfigError(f"adapters.blocks = {count}: {there}; accepted: at most that, or 0 for all")
     adapted = blocks[-count:]  # -0: all
     return [layer for layer in layers if layer.name.rpartition(".")[0] in adapted]
+
+
+def adapted_share(layers: Sequence[PrunableLayer], plan: PruningPlan, count: int) -> float:
+    """Returns the share of the MACs of a pruned model's branches that those with adapters have, as if none merged tokens.
+
+    Args:
+        count: last blocks that have adapters; 0: all.
+    """
+    macs = {layer.name: layer.macs(layer.shape_of(plan.layer(layer.name).index())) for layer in layers}
+    return sum(macs[layer.name] for layer in last_blocks(layers, count)) / max(1, sum(macs.values()))
 
 
 def global_shapes(model: nn.Module, layers: Sequence[PrunableLayer], rank: int) -> Shapes:

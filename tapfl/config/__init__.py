@@ -37,37 +37,6 @@ from tapfl.config.round_zero import (
 )
 from tapfl.options import Count, Scalar, Section, flatten, nested, validated
 
-__all__ = [
-    "FREE_OPTIONS",
-    "INPUT_OPTIONS",
-    "LINEAR_RULES",
-    "METHODS",
-    "NEW_HEADS",
-    "NOT_PATHS",
-    "PATH_OPTIONS",
-    "PERSONAL_HEAD",
-    "PLUGIN_OPTIONS",
-    "PROFILE_SETS",
-    "REFERENCES",
-    "RULES",
-    "AdapterOptions",
-    "ComputeOptions",
-    "DataOptions",
-    "DeviceOptions",
-    "FaultOptions",
-    "LogOptions",
-    "MetricOptions",
-    "ModelOptions",
-    "PersonalizeOptions",
-    "PrivacyOptions",
-    "PruningOptions",
-    "RunConfig",
-    "SummaryOptions",
-    "TrainOptions",
-    "binding",
-    "names_path",
-]
-
 INPUT_OPTIONS = ("data.source", "data.public", "model.weights", "model.head-rows", "devices.profiles")
 PATH_OPTIONS = ("out", "cache", *INPUT_OPTIONS)
 PLUGIN_OPTIONS = ("pruning.criterion", "adapters.rule", "personalize.method")
