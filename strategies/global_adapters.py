@@ -27,7 +27,6 @@ from tapfl.models.forward import transform_of
 from tapfl.models.prunable import prunable_layers
 from tapfl.models.units import PrunableLayer
 from tapfl.profiles import max_rank
-from tapfl.pruning.plan import PruningPlan
 from tapfl.pruning.surgery import smaller_model
 from tapfl.seeds import torch_generator
 from tapfl.store import read_sealed, write_sealed
@@ -69,29 +68,24 @@ class GlobalAdapters:
         generator = torch_generator(self.config.seed, "adapters")
         return rules.initial(self.config.adapters, self.shapes, self.layers, self.backbone, generator)
 
-    def layout(self, plan: PruningPlan, rank: int) -> Layout:
-        """Returns where the adapters of a device lie in the global ones."""
-        return device_layout(self.shapes, self.layers, plan, rank)
-
-    def layout_of(self, record: DeviceRecord, checksum: str) -> Layout:
-        """Returns the layout of a device by its plan in the run's folder.
+    def layout(self, record: DeviceRecord, checksum: str = "") -> Layout:
+        """Returns where the adapters of a device lie in the global ones, by its plan in the run's folder.
 
         Args:
-            checksum: of the plan by which its model was pruned.
+            checksum: of the plan by which its model was pruned; empty: it has none yet.
 
         Raises:
             PlanError: if the plan is missing, or another one.
         """
 
         def make() -> Layout:
-            file, kept = self.preparation.plan_file(record.device), self.preparation.plan(record.device)
-            if kept is None:
-                raise PlanError(f"{file}: is missing; the model of device {record.device} was pruned by this plan")
-            if kept[0].checksum != checksum:
+            plan, _ = self.preparation.plan(record.device)
+            if checksum and plan.checksum != checksum:
+                file = self.preparation.plan_file(record.device)
                 raise PlanError(f"{file}: is not the plan by which the model of device {record.device} was pruned")
-            return self.layout(kept[0], record.profile.rank)
+            return device_layout(self.shapes, self.layers, plan, record.profile.rank)
 
-        found: Layout = self._layouts.once(record.device, make)
+        found: Layout = self._layouts.once((record.device, checksum), make)
         return found
 
     @property
@@ -125,18 +119,15 @@ class GlobalAdapters:
         message = self.preparation.message(record.device)
         if not (self.starts_warm and self.config.personalize.references):
             return message
-        layout = self.layout(PruningPlan.from_json(message.plan), record.profile.rank)
-        sent = rules.down(self.config.adapters, layout)
+        sent = rules.down(self.config.adapters, self.layout(record))
         return replace(message, adapters=pack(gather_all(self.first, sent), sent))
 
     def _pupil(self, record: DeviceRecord) -> Pupil:
-        kept = self.preparation.plan(record.device)
-        assert kept is not None, "the device has a plan"
-        plan, on_pool = kept[0], self.config.adapters.start == "pool"
+        (plan, _), on_pool = self.preparation.plan(record.device), self.config.adapters.start == "pool"
         return Pupil(
             device=record.device,
             model=lambda: smaller_model(plan, self.preparation.message(record.device).weights, lambda: self.backbone),
-            layout=self.layout(plan, record.profile.rank),
+            layout=self.layout(record),
             weight=record.train_samples,
             classes=None if record.held_classes is None else torch.tensor(record.held_classes),
             images=np.arange(len(self.preparation.images)) if on_pool else self.preparation.metric_set(record),

@@ -110,7 +110,7 @@ class Preparation:
 
         def make(shared: Shared, record: DeviceRecord) -> BudgetError | None:
             try:
-                if self.plan(record.device) is None:
+                if not self.plan_file(record.device).exists():
                     self._plan(shared, summaries.get(record.device), record)
             except BudgetError as error:  # a device's own budget: its loss, and no one else's
                 return error
@@ -154,7 +154,7 @@ class Preparation:
         Args:
             message: makes what a device gets when it is sent: the weights of a thousand devices are gigabytes.
         """
-        plans = {i: kept[0] for i in devices if (kept := self.plan(i))}
+        plans = {i: self.plan(i)[0] for i in devices if self.plan_file(i).exists()}
         if not plans:
             return state
         requests = {}
@@ -183,24 +183,21 @@ class Preparation:
     def plan_file(self, i: int) -> Path:
         return self.folder.path / "plans" / f"{i:02d}.json"
 
-    def plan(self, i: int) -> tuple[PruningPlan, str] | None:
-        """Returns the plan of device `i`, if it was made, and the SHA-256 of the weights beside it.
+    def plan(self, i: int) -> tuple[PruningPlan, str]:
+        """Returns the plan of device `i`, and the SHA-256 of the weights beside it.
 
         Raises:
-            PlanError: if it is damaged, or another device's.
+            PlanError: if it is missing, damaged, or another device's.
         """
-        file = self.plan_file(i)
-        if not file.exists():
-            return None
+        if not (file := self.plan_file(i)).exists():
+            raise PlanError(f"{file}: is missing; the model of device {i} was pruned by this plan")
         plan, checksum = load_plan(file, saved=False)
         require_device(plan, i, f"{file}: is the plan")
         return plan, checksum
 
     def message(self, i: int) -> Prune:
         """Returns what brings a device that has a plan its model, from the run's folder. Raises PlanError."""
-        kept, weights = self.plan(i), self.plan_file(i).with_suffix(".safetensors")
-        assert kept is not None
-        plan, checksum = kept
+        (plan, checksum), weights = self.plan(i), self.plan_file(i).with_suffix(".safetensors")
         content = weights.read_bytes() if weights.exists() else b""
         if checksum and checksum != hashlib.sha256(content).hexdigest():
             name = self.plan_file(i).name

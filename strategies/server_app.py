@@ -305,7 +305,7 @@ class Federation:
 
     def layout(self, state: FederationState, i: int) -> Layout:
         """Returns where the adapters of device `i` lie in the global ones. Raises PlanError as `resume`."""
-        return self.adapters.layout_of(state.devices[i], state.plans[i])
+        return self.adapters.layout(state.devices[i], state.plans[i])
 
     def _steps_together(self) -> bool:
         """Returns whether devices may step together. Raises ConfigError for a number of them where they cannot."""

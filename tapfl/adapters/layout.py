@@ -97,7 +97,7 @@ def last_blocks(layers: Sequence[PrunableLayer], count: int) -> list[PrunableLay
 
 
 def adapted_share(layers: Sequence[PrunableLayer], plan: PruningPlan, count: int) -> float:
-    """Returns the share of the MACs of a pruned model's branches that those with adapters have, as if none merged tokens.
+    """Returns the share of the MACs of all branches of a pruned model in those with adapters, as if no tokens merged.
 
     Args:
         count: last blocks that have adapters; 0: all.
