@@ -70,19 +70,29 @@ def splits(config: RunConfig, devices: int, fingerprint: str) -> list[DeviceSpli
     return kept_partition(private, config.data, devices, config.seed, cache_folder(config.cache))
 
 
-@lru_cache(maxsize=4)
-def images_of(
-    config: RunConfig, devices: int, partition_id: int, source: str, fingerprint: str
-) -> tuple[ImageSet, DeviceSplit]:
-    """Returns the images that a device's split refers to, and the split.
+class Owner(NamedTuple):
+    """Whose images.
 
-    Args:
-        source: the device's own, or empty.
+    Attributes:
+        source: images that all belong to this device; empty: its part of the run's `data.source`.
         fingerprint: of the images that the run began with; empty: any. If they may change, of those that are there.
+    """
+
+    config: RunConfig
+    devices: int
+    partition_id: int
+    source: str = ""
+    fingerprint: str = ""
+
+
+@lru_cache(maxsize=4)
+def images_of(owner: Owner) -> tuple[ImageSet, DeviceSplit]:
+    """Returns the images that a device's split refers to, and the split.
 
     Raises:
         DataError: if the images are others now, and must not change.
     """
+    config, devices, partition_id, source, fingerprint = owner
     if not source:
         return private_images(config, fingerprint), splits(config, devices, fingerprint)[partition_id]
     changing, cache = config.data.changing, cache_folder(config.cache)
@@ -136,19 +146,8 @@ class Part:
         return ahead(self.batch, in_order(len(self), batch))
 
 
-def part(
-    config: RunConfig,
-    devices: int,
-    partition_id: int,
-    name: str,
-    source: str,
-    fingerprint: str,
-    classes: tuple[str, ...],
-    compute: Compute,
-) -> Part:
-    """Returns the `train` or `test` part of one device.
-
-    `pooled` are the training parts of all devices of a simulation.
+def part(owner: Owner, name: str, classes: tuple[str, ...], compute: Compute) -> Part:
+    """Returns the `train` or `test` part of one device, or `pooled`, the training parts of all of a simulation.
 
     Args:
         classes: of which labels are positions; none: those of the source. Images that may change are left out if they
@@ -156,19 +155,21 @@ def part(
     """
 
     def make() -> Part:
-        images, split = images_of(config, devices, partition_id, source, fingerprint)
-        everybody = splits(config, devices, fingerprint) if name == "pooled" else []
+        images, split = images_of(owner)
+        everybody = splits(config, owner.devices, owner.fingerprint) if name == "pooled" else []
         chosen = images.subset(
             np.concatenate([each.train for each in everybody]) if everybody else getattr(split, name)
         )
         may_lack = name == "test" and config.model.head in NEW_HEADS  # images of a class that nobody trains on
-        labels = labels_among(classes, chosen, source, may_lack or config.data.changing) if classes else chosen.labels
+        labels = (
+            labels_among(classes, chosen, owner.source, may_lack or config.data.changing) if classes else chosen.labels
+        )
         if config.data.changing:
             chosen, labels = chosen.subset(np.flatnonzero(labels >= 0)), labels[labels >= 0]
         put = compute.put(torch.from_numpy(labels))
         return Part(chosen, put, input_transform(config.model), compute, kept.limit, key)
 
-    key = (config, devices, partition_id, name, source, fingerprint, classes, compute)
+    config, key = owner.config, (owner, name, classes, compute)
     return _once(config, key, make)
 
 

@@ -109,8 +109,7 @@ class OwnImages:
             accepted = "only a simulation has; this device has images of its own"
             raise ConfigError(f"personalize.method = 'pooled': needs the images of all devices, which {accepted}")
         classes = self.names if self.keeps_names else self.storage.classes if self.source or self.names else ()
-        owner = (self.config, self.devices, self.partition_id)
-        return caches.part(*owner, name, self.source, self._fingerprint, classes, self.compute)
+        return caches.part(self._owner, name, classes, self.compute)
 
     def inputs(self, name: str, model: caches.AdaptedDevice) -> tuple[AdaptedModel, caches.Inputs]:
         """Returns a model, and a part of the images as it takes them (`caches.inputs`)."""
@@ -169,14 +168,13 @@ class OwnImages:
 
     @property
     def _divided(self) -> tuple[ImageSet, DeviceSplit]:
-        return caches.images_of(self.config, self.devices, self.partition_id, self.source, self._fingerprint)
+        return caches.images_of(self._owner)
 
     @cached_property
-    def _fingerprint(self) -> str:
-        """Of the images that the run began with, or if they may change of those there now; empty if built in."""
-        if self.config.data.changing:
-            return content_of("data", self.source)
-        return next(iter(self.storage.source.values()), "")
+    def _owner(self) -> caches.Owner:
+        changing = self.config.data.changing
+        known = content_of("data", self.source) if changing else next(iter(self.storage.source.values()), "")
+        return caches.Owner(self.config, self.devices, self.partition_id, self.source, known)
 
 
 def natural_folder(config: RunConfig, device: int, storage: DeviceStorage) -> str:

@@ -442,7 +442,7 @@ def test_images_and_models_of_devices_share_one_limit(
     options = {"model.args": "img_size=64,in_chans=3", "data.public-share": 0.1, "compute.cache-mb": 1}
     config = RunConfig.from_flat(given | options)
     for i in range(4):
-        caches.part(config, 4, i, "train", "", "", (), HERE).batch(np.arange(2))
+        caches.part(caches.Owner(config, 4, i), "train", (), HERE).batch(np.arange(2))
         caches.pruned(finished[0] / "devices" / f"{i:02d}" / "pruned", i, 4, config, HERE)
         held = list(caches.kept)
         assert {type(each) for each in held} == {caches.Part, caches.AdaptedDevice}

@@ -12,7 +12,7 @@ import torch
 from flwr.app import Context, Message, RecordDict
 from test_inprocess_run import SMALL
 
-from clients.caches import part
+from clients.caches import Owner, part
 from clients.client_app import app as client_app
 from clients.client_app import device_of
 from experiments.engines.local import run_inprocess
@@ -112,8 +112,8 @@ def test_a_class_that_the_pool_lacks_costs_this_device_alone(tmp_path: Path) -> 
 
 def test_the_images_of_all_devices_are_known_to_a_simulation_alone(tmp_path: Path) -> None:
     config = RunConfig.from_flat(dict(map(parse_assignment, [*SMALL, f"cache={tmp_path}"])))
-    pooled = part(config, 4, 0, "pooled", "", "", (), HERE)
-    each = [part(config, 4, i, "train", "", "", (), HERE) for i in range(4)]
+    pooled = part(Owner(config, 4, 0), "pooled", (), HERE)
+    each = [part(Owner(config, 4, i), "train", (), HERE) for i in range(4)]
     assert torch.equal(torch.cat(list(pooled.split(50))), torch.cat([one.batch(np.arange(len(one))) for one in each]))
     write_own(tmp_path / "mine.npz")
     node = {"partition-id": 0, "num-partitions": 1, "data": str(tmp_path / "mine.npz"), "storage": str(tmp_path)}

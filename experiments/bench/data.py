@@ -152,7 +152,8 @@ def _work(options: Mapping[str, Scalar], place: str, repeats: int, threads: int)
             Device(config, i, count, profile, DeviceStorage(Path(folder) / str(i))).hello(Hello(NO_BACKBONE))
     wall, cpu = _now() - start
     (fingerprint,) = fingerprints([("data.source", config.data.source)]).values()
-    parts = [caches.part(config, count, i % count, "train", "", fingerprint, (), HERE) for i in range(repeats)]
+    owners = [caches.Owner(config, count, i % count, fingerprint=fingerprint) for i in range(repeats)]
+    parts = [caches.part(owner, "train", (), HERE) for owner in owners]
     file, peak, took = list_images(Path(config.data.source)).file, 0, []
     for part in parts:
         own = _seconds_an_image(part.split(BATCH))

@@ -55,18 +55,16 @@ class StackedModel(AdaptedModel):
         (begin,) = begins
         self.layout, self.scale, self.reduced, self._bound = {}, members[0].scale, None, {}
         self.model: Any = copy.deepcopy(models[0])
-        self.linears = modules_of(name for member in members for name in member.layout)
         places: list[dict[str, Place]] = [{} for _ in models]
         wide: dict[str, tuple[int, int]] = {}
         for i in range(begin or 0, len(self.model.blocks)):
             for branch in BRANCHES:
                 name = f"blocks.{i}.{branch}"
-                put(
-                    self.model, name, self._stacked(name, [model.get_submodule(name) for model in models], places, wide)
-                )
-        for head in self.linears:
-            if isinstance(module := self.model.get_submodule(head), BoundLinear):
-                put(self.model, head, BoundLinear(head, module.linear, self._bound, self.scale))
+                put(self.model, name, _stacked(name, [model.get_submodule(name) for model in models], places, wide))
+        for name in modules_of(name for member in members for name in member.layout):
+            module = self.model.get_submodule(name)
+            frozen = module.linear if isinstance(module, BoundLinear) else module
+            put(self.model, name, BoundLinear(name, frozen, self._bound, self.scale))
         _require_same(models)
         self._divide()
         self.prefix = self.prefix if begin is None else ()
@@ -74,45 +72,40 @@ class StackedModel(AdaptedModel):
         factors = [_factor_places(each, shapes) for each, shapes in zip(places, own, strict=True)]
         self.stacking = Stacking.of(own, factors, _factor_shapes(wide, own))
 
-    def _stacked(
-        self, name: str, branches: Sequence[Any], places: Sequence[dict[str, Place]], wide: dict[str, tuple[int, int]]
-    ) -> nn.Module:
-        """Returns a branch of all devices, and notes where the rows and columns of its linears lie."""
-        whole = [branch for branch in branches if not isinstance(branch, ConstantBranch)]
-        inner, output = BRANCHES[name.rpartition(".")[2]]
-        if not whole:
-            bias = torch.stack([branch.get_submodule(output).bias for branch in branches])
-            return _Constant(bias)
-        made = copy.copy(whole[0])
-        made._modules = dict(made._modules)
-        attention = isinstance(made, Attention)
-        shapes = [_shape(branch) for branch in branches]
-        heads, dims = (max(sizes) for sizes in zip(*shapes, strict=True))
-        parts = 3 if attention else 1
-        for leaf, rows in ((inner, True), (output, False)):
-            embed = _linear(whole[0], inner).weight.shape[1]
-            units = heads * dims
-            wide[f"{name}.{leaf}"] = (parts * units, embed) if rows else (embed, units)
-            for place, (own_heads, own_dims) in zip(places, shapes, strict=True):
-                kept = (torch.arange(own_heads)[:, None] * dims + torch.arange(own_dims)).flatten()
-                if rows:
-                    kept = torch.cat([part * units + kept for part in range(parts)])
-                place[f"{name}.{leaf}"] = (kept, torch.arange(embed)) if rows else (torch.arange(embed), kept)
-            here = [place[f"{name}.{leaf}"] for place in places]
-            holder = _padded([_linear(branch, leaf) for branch in branches], here, wide[f"{name}.{leaf}"])
-            adapted = f"{name}.{leaf}" in self.linears
-            setattr(
-                made,
-                leaf,
-                BoundLinear(f"{name}.{leaf}", holder, self._bound, self.scale) if adapted else holder,
+
+def _stacked(
+    name: str, branches: Sequence[Any], places: Sequence[dict[str, Place]], wide: dict[str, tuple[int, int]]
+) -> nn.Module:
+    """Returns a branch of all devices, and notes where the rows and columns of its linears lie."""
+    whole = [branch for branch in branches if not isinstance(branch, ConstantBranch)]
+    inner, output = BRANCHES[name.rpartition(".")[2]]
+    if not whole:
+        bias = torch.stack([branch.get_submodule(output).bias for branch in branches])
+        return _Constant(bias)
+    made = copy.copy(whole[0])
+    made._modules = dict(made._modules)
+    attention = isinstance(made, Attention)
+    shapes = [_shape(branch) for branch in branches]
+    heads, dims = (max(sizes) for sizes in zip(*shapes, strict=True))
+    parts = 3 if attention else 1
+    for leaf, rows in ((inner, True), (output, False)):
+        embed = _linear(whole[0], inner).weight.shape[1]
+        units = heads * dims
+        wide[f"{name}.{leaf}"] = (parts * units, embed) if rows else (embed, units)
+        for place, (own_heads, own_dims) in zip(places, shapes, strict=True):
+            kept = (torch.arange(own_heads)[:, None] * dims + torch.arange(own_dims)).flatten()
+            if rows:
+                kept = torch.cat([part * units + kept for part in range(parts)])
+            place[f"{name}.{leaf}"] = (kept, torch.arange(embed)) if rows else (torch.arange(embed), kept)
+        here = [place[f"{name}.{leaf}"] for place in places]
+        setattr(made, leaf, _padded([_linear(branch, leaf) for branch in branches], here, wide[f"{name}.{leaf}"]))
+    if attention:
+        made.num_heads, made.head_dim, made.attn_dim, made.scale = heads, dims, heads * dims, dims**-0.5
+        if any(own and own != dims for _, own in shapes):
+            made.q_norm = _QueryScale(
+                [math.sqrt(dims / own) if own else 1.0 for _, own in shapes], _linear(whole[0], inner).weight
             )
-        if attention:
-            made.num_heads, made.head_dim, made.attn_dim, made.scale = heads, dims, heads * dims, dims**-0.5
-            if any(own and own != dims for _, own in shapes):
-                made.q_norm = _QueryScale(
-                    [math.sqrt(dims / own) if own else 1.0 for _, own in shapes], _linear(whole[0], inner).weight
-                )
-        return made
+    return made
 
 
 class _Constant(nn.Module):
