@@ -20,6 +20,7 @@ from tapfl.training import Params
 # elements to a multiple of which tensors begin in a vector: 64 bytes, as in a memory of their own; elsewhere the last
 # bits of a product may differ
 LINE = 16
+Place = tuple[int, Tensor]  # an axis, and positions on it
 
 
 def flat(params: Params, multiple: int = 1) -> Tensor:
@@ -63,17 +64,17 @@ class Stacking:
     Attributes:
         shapes: rows and columns of each tensor of the stack, those of the widest device.
         own: of each device, the shapes of its tensors.
-        places: of each device, by name, the rows and the columns that its tensor has in the stack; a tensor that is not
-            named lies at the beginning.
+        places: of each device, by name, an axis, and where on it the tensor lies in the stack; on the other axis, and
+            if it is not named, it lies at the beginning.
     """
 
     shapes: Shapes
     own: Sequence[Shapes]
-    places: Sequence[Mapping[str, tuple[Tensor, Tensor]]]
+    places: Sequence[Mapping[str, Place]]
 
     @classmethod
-    def of(cls, own: Sequence[Shapes], places: Sequence[Mapping[str, tuple[Tensor, Tensor]]], wide: Shapes) -> Stacking:
-        """Returns the stacking of tensors with these shapes; `wide` has shapes that follow from the places."""
+    def of(cls, own: Sequence[Shapes], places: Sequence[Mapping[str, Place]], wide: Shapes) -> Stacking:
+        """Returns the stacking of tensors with these shapes; `wide` has least shapes, which follow from the places."""
         shapes: Shapes = {}
         for name in dict.fromkeys(name for each in own for name in each):
             rows, columns = zip(*(two_dims(each[name]) for each in own if name in each), strict=True)
@@ -94,15 +95,18 @@ class Stacking:
 
     def down(self, stack: Params, i: int) -> Params:
         """Returns a copy of what device `i` has in a stack."""
-        return {
-            name: stack[name][i][self._place(i, name)].detach().reshape(shape).clone()
-            for name, shape in self.own[i].items()
-        }
+        found: Params = {}
+        for name, shape in self.own[i].items():
+            part = stack[name][i][self._place(i, name)].detach().reshape(shape)
+            found[name] = part.clone(memory_format=torch.contiguous_format)
+        return found
 
-    def _place(self, i: int, name: str) -> tuple[Tensor | slice, Tensor | slice]:
-        rows, columns = two_dims(self.own[i][name])
-        found = self.places[i].get(name)
-        return (slice(rows), slice(columns)) if found is None else (found[0][:, None], found[1])
+    def _place(self, i: int, name: str) -> tuple[Tensor | slice, ...]:
+        index: list[Tensor | slice] = [slice(size) for size in two_dims(self.own[i][name])]
+        if name in self.places[i]:
+            axis, where = self.places[i][name]
+            index[axis] = where
+        return tuple(index)
 
 
 def two_dims(shape: Sequence[int]) -> tuple[int, int]:

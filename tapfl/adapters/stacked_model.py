@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -21,11 +21,10 @@ from torch import Tensor, nn
 
 from tapfl.adapters.layout import LORA_A, LORA_B, Shapes
 from tapfl.adapters.lora import AdaptedModel, BoundLinear, linear, modules_of
-from tapfl.adapters.stack import Stacking
+from tapfl.adapters.stack import Place, Stacking
 from tapfl.errors import ModelError
 from tapfl.models.units import ConstantBranch, put
 
-Place = tuple[Tensor, Tensor]  # rows and columns
 BRANCHES = {"attn": ("qkv", "proj"), "mlp": ("fc1", "fc2")}
 
 
@@ -56,7 +55,7 @@ class StackedModel(AdaptedModel):
         self.layout, self.scale, self.reduced, self._bound = {}, members[0].scale, None, {}
         self.model: Any = copy.deepcopy(models[0])
         places: list[dict[str, Place]] = [{} for _ in models]
-        wide: dict[str, tuple[int, int]] = {}
+        wide: Shapes = {}
         for i in range(begin or 0, len(self.model.blocks)):
             for branch in BRANCHES:
                 name = f"blocks.{i}.{branch}"
@@ -69,14 +68,11 @@ class StackedModel(AdaptedModel):
         self._divide()
         self.prefix = self.prefix if begin is None else ()
         own: list[Shapes] = [{name: place.shape for name, place in member.layout.items()} for member in members]
-        factors = [_factor_places(each, shapes) for each, shapes in zip(places, own, strict=True)]
-        self.stacking = Stacking.of(own, factors, _factor_shapes(wide, own))
+        self.stacking = Stacking.of(own, places, wide)
 
 
-def _stacked(
-    name: str, branches: Sequence[Any], places: Sequence[dict[str, Place]], wide: dict[str, tuple[int, int]]
-) -> nn.Module:
-    """Returns a branch of all devices, and notes where the rows and columns of its linears lie."""
+def _stacked(name: str, branches: Sequence[Any], places: Sequence[dict[str, Place]], wide: Shapes) -> nn.Module:
+    """Returns a branch of all devices, and notes where the units of each lie in the factors of width."""
     whole = [branch for branch in branches if not isinstance(branch, ConstantBranch)]
     inner, output = BRANCHES[name.rpartition(".")[2]]
     if not whole:
@@ -87,18 +83,14 @@ def _stacked(
     attention = isinstance(made, Attention)
     shapes = [_shape(branch) for branch in branches]
     heads, dims = (max(sizes) for sizes in zip(*shapes, strict=True))
-    parts = 3 if attention else 1
-    for leaf, rows in ((inner, True), (output, False)):
-        embed = _linear(whole[0], inner).weight.shape[1]
-        units = heads * dims
-        wide[f"{name}.{leaf}"] = (parts * units, embed) if rows else (embed, units)
-        for place, (own_heads, own_dims) in zip(places, shapes, strict=True):
-            kept = (torch.arange(own_heads)[:, None] * dims + torch.arange(own_dims)).flatten()
-            if rows:
-                kept = torch.cat([part * units + kept for part in range(parts)])
-            place[f"{name}.{leaf}"] = (kept, torch.arange(embed)) if rows else (torch.arange(embed), kept)
-        here = [place[f"{name}.{leaf}"] for place in places]
-        setattr(made, leaf, _padded([_linear(branch, leaf) for branch in branches], here, wide[f"{name}.{leaf}"]))
+    kept = [(torch.arange(h)[:, None] * dims + torch.arange(d)).flatten() for h, d in shapes]
+    rows = [torch.cat([part * heads * dims + each for part in range(3 if attention else 1)]) for each in kept]
+    for axis, leaf, factor, units in ((0, inner, LORA_B, rows), (1, output, LORA_A, kept)):
+        size = heads * dims * (3 if attention and axis == 0 else 1)
+        wide[f"{name}.{leaf}.{factor}"] = (size, 0) if axis == 0 else (0, size)
+        for place, each in zip(places, units, strict=True):
+            place[f"{name}.{leaf}.{factor}"] = (axis, each)
+        setattr(made, leaf, _StackedLinear([_linear(branch, leaf) for branch in branches], axis, units, size))
     if attention:
         made.num_heads, made.head_dim, made.attn_dim, made.scale = heads, dims, heads * dims, dims**-0.5
         if any(own and own != dims for _, own in shapes):
@@ -120,10 +112,25 @@ class _Constant(nn.Module):
 
 
 class _StackedLinear(nn.Module):
-    """A frozen linear of each device: weights (K, out, in) and biases (K, 1, out)."""
+    """A frozen linear of each device: weights (K, out, in) and biases (K, 1, out), padded with 0.
 
-    def __init__(self, weight: Tensor, bias: Tensor) -> None:
+    Args:
+        linears: have a weight, unless the branch is lost, and a bias, unless there is none.
+        axis: of the weights that differs: 0, the rows, or 1, the columns.
+        units: where those of each device lie on this axis, of so many as `size`.
+    """
+
+    def __init__(self, linears: Sequence[Any], axis: int, units: Sequence[Tensor], size: int) -> None:
         super().__init__()
+        like = next(each.weight for each in linears if hasattr(each, "weight"))
+        shape = (size, like.shape[1]) if axis == 0 else (like.shape[0], size)
+        weight, bias = like.new_zeros((len(linears), *shape)), like.new_zeros((len(linears), 1, shape[0]))
+        for i, (each, place) in enumerate(zip(linears, units, strict=True)):
+            rows, columns = (place, slice(None)) if axis == 0 else (slice(None), place)
+            if hasattr(each, "weight"):
+                weight[i][rows, columns] = each.weight.detach()
+            if getattr(each, "bias", None) is not None:
+                bias[i, 0, rows] = each.bias.detach()
         self.weight, self.bias = (nn.Parameter(each, requires_grad=False) for each in (weight, bias))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -151,43 +158,9 @@ def _shape(branch: Any) -> tuple[int, int]:
     """Returns heads and dims a head; neurons are the dims of one head."""
     if isinstance(branch, ConstantBranch):
         return 0, 0
-    return (
-        (branch.num_heads, branch.head_dim)
-        if isinstance(branch, Attention)
-        else (1, _linear(branch, "fc1").weight.shape[0])
-    )
-
-
-def _padded(linears: Sequence[Any], places: Sequence[Place], shape: tuple[int, int]) -> nn.Module:
-    """Returns a module with the weights (K, out, in) and biases (K, 1, out) of all devices."""
-    like = next(each.weight for each in linears if hasattr(each, "weight"))
-    weight, bias = like.new_zeros((len(linears), *shape)), like.new_zeros((len(linears), 1, shape[0]))
-    for i, (each, (rows, columns)) in enumerate(zip(linears, places, strict=True)):
-        if hasattr(each, "weight"):
-            weight[i][rows[:, None], columns] = each.weight.detach()
-        if getattr(each, "bias", None) is not None:
-            bias[i, 0, rows] = each.bias.detach()
-    return _StackedLinear(weight, bias)
-
-
-def _factor_places(places: Mapping[str, Place], shapes: Shapes) -> dict[str, Place]:
-    """Returns the places of a device's factors A (rank, in) and B (out, rank)."""
-    found: dict[str, Place] = {}
-    for name, (rows, columns) in places.items():
-        if f"{name}.{LORA_A}" in shapes:
-            rank = torch.arange(shapes[f"{name}.{LORA_A}"][0])
-            found |= {f"{name}.{LORA_A}": (rank, columns), f"{name}.{LORA_B}": (rows, rank)}
-    return found
-
-
-def _factor_shapes(wide: Mapping[str, tuple[int, int]], own: Sequence[Shapes]) -> Shapes:
-    """Returns the shapes of all factors in the stack."""
-    shapes: Shapes = {}
-    for name, (rows, columns) in wide.items():
-        ranks = [each[f"{name}.{LORA_A}"][0] for each in own if f"{name}.{LORA_A}" in each]
-        shapes |= {f"{name}.{LORA_A}": (max(ranks, default=0), columns)}
-        shapes |= {f"{name}.{LORA_B}": (rows, max(ranks, default=0))}
-    return shapes
+    if isinstance(branch, Attention):
+        return branch.num_heads, branch.head_dim
+    return 1, _linear(branch, "fc1").weight.shape[0]
 
 
 def _require_plain(model: Any) -> None:
