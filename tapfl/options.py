@@ -7,7 +7,8 @@ import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, get_args
+from types import UnionType
+from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 
 from pydantic import (
     AfterValidator,
@@ -62,6 +63,7 @@ def one_of(names: tuple[str, ...]) -> AfterValidator:
 
 Share = Annotated[float, Field(gt=0, le=1)]
 Count = Annotated[int, Field(ge=1, le=10**9)]
+Number = Annotated[int, Field(ge=0, le=10**9)]  # 0 often stands for all, none or automatic
 Weight = Annotated[float, Field(ge=0)]
 AnyShares = Annotated[tuple[Share, ...], BeforeValidator(_split), PlainSerializer(_join)]
 Shares = Annotated[AnyShares, Field(min_length=1)]
@@ -70,7 +72,11 @@ Levels = Annotated[tuple[Level, ...], BeforeValidator(_split), PlainSerializer(_
 Words = Annotated[tuple[str, ...], BeforeValidator(_split), PlainSerializer(_join)]
 Counts = Annotated[tuple[Count, ...], BeforeValidator(_split), PlainSerializer(_join), Field(min_length=1)]
 TermWeights = Annotated[
-    tuple[Weight, Weight, Weight], BeforeValidator(_split), PlainSerializer(_join), AfterValidator(_not_all_zero)
+    tuple[Weight, ...],
+    BeforeValidator(_split),
+    PlainSerializer(_join),
+    Field(min_length=3, max_length=3),
+    AfterValidator(_not_all_zero),
 ]
 
 
@@ -111,10 +117,10 @@ def nested(flat: Mapping[str, Any]) -> dict[str, Any]:
     """Returns dotted options such as ``{"pruning.tau": 5.82}`` as one table a section."""
     tables: dict[str, Any] = {}
     for key, value in flat.items():
-        table, _, option = key.rpartition(".")
-        section = tables.setdefault(table, {}) if table else tables
+        table, _, option = key.partition(".")
+        section = tables.setdefault(table, {}) if option else tables
         if isinstance(section, dict):  # otherwise a value stands in place of the section, which validation refuses
-            section[option] = value
+            section[option or table] = value
     return tables
 
 
@@ -130,11 +136,11 @@ def flatten(tables: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def validated(model: type[S], tables: Mapping[str, Any]) -> S:
-    """Returns nested tables as a `model`. Raises ConfigError with one line for every option that is not valid."""
+    """Returns nested tables as a `model`. Raises ConfigError with one line for each option that is not valid."""
     try:
         return model.model_validate(tables)
     except ValidationError as error:
-        raise ConfigError("\n".join(_explain(dict(e), model) for e in error.errors())) from None
+        raise ConfigError("\n".join(_explained([dict(each) for each in error.errors()], model))) from None
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
@@ -181,21 +187,52 @@ def parse_assignment(text: str) -> tuple[str, Scalar]:
     return key.strip(), parsed if isinstance(parsed, bool | int | float) else value
 
 
-def _explain(error: dict[str, Any], root: type[BaseModel]) -> str:
-    """One line for one of pydantic's errors: the option as the user writes it, the value, what is accepted."""
-    path = [str(part) for part in error["loc"] if not isinstance(part, int)]
-    option = ".".join(_kebab(part) for part in path) or "configuration"
+def _explained(errors: list[dict[str, Any]], root: type[BaseModel]) -> list[str]:
+    """Returns a line for each option that pydantic refuses: as the user writes it, the value, what is accepted.
+
+    Of a list the first wrong item is named. Of an option of several types it is said what each accepts.
+    """
+    found: dict[str, tuple[object, str]] = {}
+    for error in errors:
+        path, value = _path(error["loc"], root), error["input"]
+        option, message = ".".join(map(_kebab, path)) or "configuration", _message(error, path, root)
+        before, said = found.get(option, (value, ""))
+        if before is value:
+            found[option] = value, f"{said}, or {message}" if said else message
+    return [
+        f"{option if option.isprintable() else repr(option)}: {message}"
+        if isinstance(value, dict | Section) or "is not an option" in message
+        else f"{option} = {value!r:.200}: {message}"
+        for option, (value, message) in found.items()
+    ]
+
+
+def _message(error: dict[str, Any], path: list[str], root: type[BaseModel]) -> str:
     if error["type"] == "extra_forbidden":
-        shown = option if option.isprintable() else repr(option)
-        return f"{shown}: is not an option; accepted here: {', '.join(_siblings(root, path[:-1]))}"
-    message = error["msg"].removeprefix("Value error, ")
-    value = error["input"]
-    shown = "" if isinstance(value, dict | Section) else f" = {value!r:.200}"
-    return f"{option}{shown}: {message[0].lower()}{message[1:]}"
+        fields = _type_of(path[:-1], root).model_fields.items()
+        return f"is not an option; accepted here: {', '.join(field.alias or name for name, field in fields)}"
+    if error["type"] == "model_type":
+        return "is a table of options"
+    message: str = error["msg"].removeprefix("Value error, ")
+    return message[0].lower() + message[1:]
 
 
-def _siblings(section: type[BaseModel], tables: list[str]) -> list[str]:
-    for table in tables:
-        annotation = section.model_fields[table].annotation
-        (section,) = get_args(annotation)[:1] or (annotation,)  # for a list of tables, the type of one of them
-    return [field.alias or name for name, field in section.model_fields.items()]
+def _path(loc: tuple[int | str, ...], root: type[BaseModel]) -> list[str]:
+    """Returns the names of the tables and the option, without what pydantic adds: places in lists, alternative types."""
+    path: list[str] = []
+    for part in loc:
+        if isinstance(part, str):
+            path.append(part)
+            if get_origin(_type_of(path, root)) in (Union, UnionType):
+                break
+    return path
+
+
+def _type_of(path: list[str], root: type[BaseModel]) -> Any:
+    """Returns the type of a table or option, of a list of tables that of each; None if there is no such name."""
+    found: Any = root
+    for part in path:
+        fields = {field.alias: field.annotation for field in getattr(found, "model_fields", {}).values()}
+        found = fields.get(_kebab(part))
+        found = get_args(found)[0] if get_origin(found) is tuple else found
+    return found

@@ -8,7 +8,7 @@ from urllib.parse import parse_qs, urlsplit
 
 from pydantic import Field, field_validator, model_validator
 
-from tapfl.options import RATE, Count, Section, Share, Words, one_of
+from tapfl.options import RATE, Count, Number, Section, Share, Words, one_of
 
 LINEAR_RULES = ("fedit", "ffa", "rolora", "embed_side")  # plain sums of uploads, which the noise of DP can cover
 RULES = (*LINEAR_RULES, "hetlora", "flex")
@@ -32,7 +32,7 @@ class AdapterOptions(Section):
         description="classifier: each class's row averaged over the devices that hold the class, averaged over all, "
         "or kept on the device",
     )
-    blocks: int = Field(0, ge=0, description="last blocks of the backbone, which get adapters; 0: all blocks")
+    blocks: Number = Field(0, description="last blocks of the backbone, which get adapters; 0: all blocks")
     start: Literal["zero", "metric-sets", "pool"] = Field(
         "zero",
         description="adapters of the first round: without effect, or distilled from the dense model on each device's "
@@ -67,7 +67,7 @@ class TrainOptions(Section):
 
     rounds: Count = Field(10, description="federated rounds")
     epochs: Count = Field(3, description="local epochs in each round")
-    steps: int = Field(0, ge=0, le=10**9, description="local steps in each round; 0: as many as `epochs` takes")
+    steps: Number = Field(0, description="local steps in each round; 0: as many as `epochs` takes")
     batch: Count = Field(16, description="images in a minibatch")
     together: Count | Literal["auto"] = Field(
         1, description="devices whose steps are computed as one; `auto`: as many as gain by it; changes last bits"
@@ -81,7 +81,7 @@ class TrainOptions(Section):
     schedule: Literal["constant", "cosine", "linear"] = Field(
         "constant", description="learning rates over the rounds: constant, or falling towards 0 after the last"
     )
-    warmup_rounds: int = Field(0, ge=0, description="first rounds, in which the learning rates rise linearly")
+    warmup_rounds: Number = Field(0, description="first rounds, in which the learning rates rise linearly")
     clip_gradient: float = Field(0.0, ge=0, description="L2 norm to which the gradient of a step is clipped; 0: none")
     label_smoothing: float = Field(0.0, ge=0, lt=1, description="share of a label that is spread over all classes")
     label_prior: Literal["none", "counts"] = Field(
@@ -149,8 +149,8 @@ class PersonalizeOptions(Section):
         0.1, gt=0, le=RATE, description="α of `perfedavg`: size of the one gradient step from w to a device's model"
     )
     ala_learning_rate: float = Field(1.0, ge=0, le=RATE, description="learning rate of the weights W of `fedala`")
-    ala_layers: int = Field(
-        0, ge=0, description="last adapted linears (the head included) of which `fedala` learns a W; 0: all"
+    ala_layers: Number = Field(
+        0, description="last adapted linears (the head included) of which `fedala` learns a W; 0: all"
     )
     ala_share: Share = Field(0.8, description="share of the training images, drawn in each round, for W of `fedala`")
     head_epochs: Count = Field(
@@ -221,7 +221,7 @@ class FaultOptions(Section):
     """Which failures a run tolerates before it stops."""
 
     min_success: Share = Field(0.5, description="smallest share of the sampled devices that must reply in a round")
-    retries: int = Field(3, ge=0, description="how often a message is sent again after its worker was lost")
+    retries: Number = Field(3, description="how often a message is sent again after its worker was lost")
     device_timeout: float = Field(900.0, gt=0, description="seconds that a device may work on one message")
     exchange_timeout: float = Field(3600.0, gt=0, description="seconds to wait for all replies to one request")
 

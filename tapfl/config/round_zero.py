@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from tapfl.arguments import Argument, parse_args
-from tapfl.options import RATE, Count, Counts, Levels, Section, Share, Shares, TermWeights
+from tapfl.options import RATE, Count, Counts, Levels, Number, Section, Share, Shares, TermWeights
 
 Partition = Literal[
     "pathological",
@@ -68,8 +68,8 @@ class DataOptions(Section):
     device_column: str = Field(
         "", description="array (.npz) or column (`hf:`) of device ids; any name: folders `ID/CLASS/`; empty: automatic"
     )
-    min_images: int = Field(
-        0, ge=0, description="device ids with fewer private images are left out, of a round if `changing`; 0: none"
+    min_images: Number = Field(
+        0, description="device ids with fewer private images are left out, of a round if `changing`; 0: none"
     )
     changing: bool = Field(
         False, description="a device's own images may change between rounds: those of a node, or of a natural folder"
@@ -118,7 +118,7 @@ class DataOptions(Section):
 class DeviceOptions(Section):
     """The devices: their number, what each can do, and who takes part in a round. Lists are assigned cyclically."""
 
-    count: int = Field(0, ge=0, description="number of devices; 0: one for each node")
+    count: Number = Field(0, description="number of devices; 0: one for each node")
     budgets: Shares = Field((0.3, 0.5, 0.7), description="largest share of the dense model's MACs a device can run")
     ranks: Counts = Field((4, 6, 8), description="LoRA rank of the devices with the budget at the same position")
     profiles: str = Field("", description=f"TOML file that replaces budgets and ranks, or {', '.join(PROFILE_SETS)}")
@@ -175,7 +175,7 @@ class SummaryOptions(Section):
     covariance: Literal["diag", "full"] = Field("diag", description="covariances of the components")
     max_components: Count = Field(10, description="largest number of components; BIC chooses the number")
     pool_sample: Count = Field(20_000, description="most public images that PCA and their mixture are fitted on")
-    refresh: int = Field(0, ge=0, description="rounds after which mixtures are fitted again (data.changing); 0: never")
+    refresh: Number = Field(0, description="rounds after which mixtures are fitted again (data.changing); 0: never")
     min_support: float = Field(5.0, ge=2, description="smallest number of images that an uploaded component describes")
     clip: float = Field(0.0, ge=0, description="norm to which a device's descriptors are clipped; 0: no clipping")
     noise: float = Field(0.0, ge=0, description="noise on a device's moments, over their sensitivity; docs/privacy.md")
@@ -235,7 +235,7 @@ class PruningOptions(Section):
     )
     compensation_steps: Count = Field(40, description="gradient steps a layer, for compensation=reconstruction")
     compensation_learning_rate: float = Field(1e-3, gt=0, le=RATE, description="their learning rate (Adam, constant)")
-    align: int = Field(0, ge=0, description="widths are multiples of this; 0: 8, or 4 if heads have under 32 dims")
+    align: Number = Field(0, description="widths are multiples of this; 0: 8, or 4 if heads have under 32 dims")
     floor: float = Field(0.05, ge=0, lt=1, description="smallest share of its units that a layer keeps")
     unit_shape: Literal["head-dims", "heads", "both"] = Field(
         "head-dims", description="attention units: as many dims of every head, whole heads, or the better of both"
@@ -267,10 +267,10 @@ class PruningOptions(Section):
     recovery: Literal["none", "fine-tune", "distill"] = Field(
         "none", description="training after pruning: none, cross-entropy, or cross-entropy and distillation"
     )
-    recovery_steps: int = Field(100, ge=0, description="gradient steps, less those of the criterion's own training")
+    recovery_steps: Number = Field(100, description="gradient steps, less those of the criterion's own training")
     recovery_batch: Count = Field(32, description="images in a minibatch of recovery")
     recovery_learning_rate: float = Field(1e-4, gt=0, le=RATE, description="learning rate of recovery (Adam, constant)")
-    recovery_size: int = Field(0, ge=0, description="public images used for recovery; 0: the metric set")
+    recovery_size: Number = Field(0, description="public images used for recovery; 0: the metric set")
     recovery_held_out: float = Field(
         0.0,
         ge=0,
