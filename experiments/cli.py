@@ -167,14 +167,14 @@ def sweep(
     from experiments.sweep.picture import picture
     from experiments.sweep.results import caption_of, means_over_seeds, outcomes, write_results, write_table
 
-    found = outcomes(planned, out)
-    write_results(found, out, options)
-    rows = means_over_seeds(found, options)
-    made_by = command("sweep", "--config", str(config), "--out", "DIR", *flags(set=set, reference=reference))
-    write_table(rows, caption_of(found, made_by, options), out / "table.md")
-    picture(found, out / "learning-curves.png")
-    show_rows(rows, as_json)
-    print(f"in {out}: results.csv, devices.csv, table.md, learning-curves.png", file=sys.stderr)
+    if found := outcomes(planned, out):
+        write_results(found, out, options)
+        rows = means_over_seeds(found, options)
+        made_by = command("sweep", "--config", str(config), "--out", "DIR", *flags(set=set, reference=reference))
+        write_table(rows, caption_of(found, made_by, options), out / "table.md")
+        picture(found, out / "learning-curves.png")
+        show_rows(rows, as_json)
+        print(f"in {out}: results.csv, devices.csv, table.md, learning-curves.png", file=sys.stderr)
     if failures:
         reasons = "\n".join(f"  {name}: {error}" for name, error in failures.items())
         raise RunError(f"{len(failures)} of {len(planned)} runs failed; their logs are in {out}\n{reasons}")

@@ -16,7 +16,7 @@ from tapfl.config import NEW_HEADS, RunConfig
 from tapfl.data.changing import device_folders, identified, split_changing
 from tapfl.data.federated import (
     DeviceSplit,
-    check_classes,
+    check_pool,
     found,
     kept_partition,
     open_pool,
@@ -65,26 +65,30 @@ def check(config: RunConfig) -> None:
     public = open_pool(config.data, transform, config.seed, cache)
     labels_of(public, resolved(config.pruning))
     transform(public.read(range(1)))
-    for name, size in (("metric.size", config.metric.size), ("pruning.recovery-size", config.pruning.recovery_size)):
-        if size > len(public):
-            raise DataError(f"{name} = {size}: the public pool has {len(public)} images")
+    _require_as_many("metric.size", config.metric.size, public, f"a multiple of metric.batch = {config.metric.batch}")
+    _require_as_many("pruning.recovery-size", config.pruning.recovery_size, public, "a whole number")
     if config.data.changing and config.resume:  # whoever has too few images by now sits out
         require_loggers(config.log)
         return
     private = open_private(config.data, transform, config.seed, cache)
-    if config.model.head not in NEW_HEADS:
-        if not config.data.changing:
-            check_classes(config.data, public, private)
+    new_head = config.model.head in NEW_HEADS
+    check_pool(config.data, public, private, other_classes=new_head or config.data.changing)
+    if not new_head:
         _check_backbone(config, public, ())
     if config.data.changing:
         splits = _splits_of_folders(config, public, private)
     else:
         splits = kept_partition(private, config.data, config.devices.count, config.seed, cache)  # in the cache: late
-    if config.model.head in NEW_HEADS:
+    if new_head:
         _check_backbone(config, public, agreed_classes(private.subset(split.train).held for split in splits))
     require_loggers(config.log)  # the last check: it may make an empty database
     for line in found(config.data, public, private):
         log(logging.INFO, "%s", line)
+
+
+def _require_as_many(option: str, size: int, public: ImageSet, accepted: str) -> None:
+    if size > len(public):
+        raise DataError(f"{option} = {size}: the public pool has {len(public)} images; accepted: {accepted}, at most that")
 
 
 def _splits_of_folders(config: RunConfig, public: ImageSet, private: ImageSet) -> list[DeviceSplit]:

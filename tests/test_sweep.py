@@ -111,6 +111,16 @@ def in_threads(runs: list[SweepRun], out: Path, jobs: int = 2) -> dict[str, str]
         return run_sweep(runs, out, pool, in_process, lambda *_: None)
 
 
+def test_a_sweep_of_which_every_run_fails_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from experiments.sweep import grid
+
+    monkeypatch.setattr(grid, "run_sweep", lambda runs, *_: {run.name: "no images" for run in runs})
+    file = sweep_file(tmp_path, "seed = [0, 1]")
+    done = CliRunner().invoke(cli.app, ["sweep", "--config", str(file), "--out", str(tmp_path / "out"), "--jobs", "1"])
+    assert isinstance(done.exception, RunError) and "2 of 2 runs failed" in str(done.exception)
+    assert "seed=1: no images" in str(done.exception)
+
+
 def test_a_run_whose_folder_would_have_too_long_a_name_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "sweep.toml"
     numbers = [f'"{key}" = {value}' for key, value in RunConfig().flat().items() if type(value) is float]
@@ -143,6 +153,7 @@ def test_runs_of_a_list_are_crossed_with_the_grid(tmp_path: Path) -> None:
         "seed = []",
         '"train.roundz" = [1]',
         'seed = ["x"]',
+        'out = ["a", "b"]',
     ],
 )
 def test_a_grid_that_is_not_one_is_refused(tmp_path: Path, grid: str) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from strategies.round_zero import PublicPool, describe_pool, pool_of, task_images
 from tapfl.compute import Compute
 from tapfl.config import NEW_HEADS, MetricOptions, PruningOptions, RunConfig
-from tapfl.data.federated import DeviceSplit, check_classes, kept_partition, labels_among, open_pool, open_private
+from tapfl.data.federated import DeviceSplit, check_pool, kept_partition, labels_among, open_pool, open_private
 from tapfl.data.images import ImageSet
 from tapfl.data.transform import Transform
 from tapfl.errors import DataError
@@ -55,8 +55,7 @@ class Scenario:
         cache, transform = cache_folder(config.cache), input_transform(config.model)
         images = open_pool(config.data, transform, config.seed, cache)
         private = open_private(config.data, transform, config.seed, cache)
-        if config.model.head not in NEW_HEADS:
-            check_classes(config.data, images, private)
+        check_pool(config.data, images, private, other_classes=config.model.head in NEW_HEADS)
         splits = kept_partition(private, config.data, config.devices.count, config.seed, cache)
         compute = Compute.of(config.compute)
         old = dense_backbone(config.model, images, config.seed, DenseCache(cache), compute)

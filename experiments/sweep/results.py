@@ -15,7 +15,6 @@ from experiments.output import PACKAGES, as_csv, as_markdown, caption
 from experiments.statistics import CORRECTED, TEST, corrected, paired
 from experiments.sweep.grid import Point, SweepOptions, SweepRun, group_of, references
 from strategies.records import SUMMARY, CurvePoint, Summary, first_at, read_summary
-from tapfl.errors import RunError
 from tapfl.store import write_bytes
 
 MEASURES = {  # of a run's summary, with their titles in the table
@@ -97,15 +96,13 @@ class Outcome:
 
 
 def outcomes(runs: Sequence[SweepRun], out: Path) -> list[Outcome]:
-    """Returns the finished runs of a sweep, in their order in the file. Raises RunError if none is finished."""
+    """Returns the finished runs of a sweep, in their order in the file."""
     found = []
     for run in runs:
         folder = out / run.name
         if (folder / SUMMARY).is_file():
             config, versions = (json.loads((folder / name).read_text()) for name in ("config.json", "versions.json"))
             found.append(Outcome(run.point, folder, config, versions, read_summary(folder)))
-    if not found:
-        raise RunError(f"no run of the sweep in {out} is finished")
     return found
 
 

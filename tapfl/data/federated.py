@@ -87,20 +87,31 @@ def labels_among(classes: Sequence[str], images: ImageSet, source: str, may_lack
     return np.array([position.get(name, -1) for name in images.classes], dtype=np.int64)[images.labels]
 
 
-def check_classes(options: DataOptions, public: ImageSet, private: ImageSet) -> None:
-    """Raises DataError unless both sides have the same classes and the pool an image of each private class.
+def check_pool(options: DataOptions, public: ImageSet, private: ImageSet, other_classes: bool = False) -> None:
+    """Raises DataError if the public source will not do beside the private one.
 
-    With a new head (`tapfl.models.new_head`) neither is needed.
+    Its images must be others: the backbone would be trained on the devices' test images. Unless it may have
+    `other_classes`, both sides need the same classes, and the pool an image of each private class.
     """
+    if not options.public:
+        return
+    name = f"data.public = {options.public!r}"
+    if public.fingerprint == private.fingerprint:
+        raise DataError(
+            f"{name}: has the same images as data.source, of which devices keep some for testing; accepted: other "
+            "images, or none: the pool is then data.public-share of data.source"
+        )
+    if other_classes:
+        return
     if public.classes != private.classes:
         odd = sorted(set(public.classes) ^ set(private.classes)) or ["their order"]
         raise DataError(
-            f"data.public = {options.public!r} and data.source differ in their classes: {', '.join(odd[:5])}; "
+            f"{name} and data.source differ in their classes: {', '.join(odd[:5])}; "
             "accepted: the same classes, or model.head = 'new'"
         )
     if missing := sorted(set(np.unique(private.labels)) - set(np.unique(public.labels))):
         names = ", ".join(private.classes[label] for label in missing[:5])
-        raise DataError(f"data.public = {options.public!r} has no image of {names}; model.head = 'new' allows it")
+        raise DataError(f"{name} has no image of {names}; model.head = 'new' allows it")
 
 
 def found(options: DataOptions, public: ImageSet, private: ImageSet) -> list[str]:

@@ -28,15 +28,19 @@ def table_of(name: str) -> Any:
     from datasets import load_dataset, load_from_disk  # heavy, and only this source needs it
 
     name, _, split = name.partition(":")
-    folder = Path(name)
+    if not name:
+        raise DataError("data source 'hf:': names no table; accepted: hf:NAME or hf:NAME:SPLIT")
+    split = split or "train"
     try:
-        if (folder / "state.json").is_file() and not split:  # of Dataset.save_to_disk, which load_dataset refuses
-            return load_from_disk(name)
-        if (folder / "dataset_dict.json").is_file():
-            return load_from_disk(name)[split or "train"]
-        return load_dataset(name, split=split or "train")
+        if not any((Path(name) / file).is_file() for file in ("state.json", "dataset_dict.json")):
+            return load_dataset(name, split=split)
+        tables = load_from_disk(name)  # of save_to_disk, which load_dataset refuses
     except Exception as error:
         raise DataError(f"data source 'hf:{name}': cannot be loaded ({message_of(error)})") from None
+    tables = tables if isinstance(tables, dict) else {"train": tables}  # which was saved without splits
+    if split not in tables:
+        raise DataError(f"data source 'hf:{name}': has no split {split!r}; accepted: {', '.join(tables)}")
+    return tables[split]
 
 
 def fingerprint_of(table: Any) -> str:

@@ -6,7 +6,6 @@ import math
 import os
 import unicodedata
 import zipfile
-import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -64,7 +63,7 @@ def load_images(
         images = _hugging_face(source.removeprefix("hf:"), _needed(transform, source), kept, ids, unlabelled)
     elif (path := path_of(source)).is_dir():
         images = _folder(path, _needed(transform, source), kept, bool(ids), unlabelled)
-    elif path.suffix.lower() == ".npz":
+    elif path.is_file() and path.suffix.lower() == ".npz":
         images = _array(_npz(path, ids, unlabelled), transform, kept, source)
     else:
         raise no_such_source(source)
@@ -141,6 +140,8 @@ def _npz(path: Path, ids: str, unlabelled: bool) -> ImageSet:
 
     try:
         fingerprint = file_fingerprint(path)
+        if not zipfile.is_zipfile(path):
+            raise refusal("is not an .npz file, as numpy.savez writes")
         with np.load(path, allow_pickle=False) as arrays:
             needed = ("images", *([] if unlabelled else ["labels"]), *([ids] if ids else []))
             if lacking := [name for name in needed if name not in arrays]:
@@ -154,9 +155,9 @@ def _npz(path: Path, ids: str, unlabelled: bool) -> ImageSet:
             names = np.char.decode(names, "utf-8")
     except DataError:
         raise
-    except (OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise refusal(f"cannot be read ({error})") from None
-    except Exception as error:  # a damaged header, or one that claims more than there is memory
+    except OSError as error:
+        raise refusal(f"cannot be read ({error.strerror})") from None
+    except Exception as error:  # damaged, objects instead of plain arrays, more than there is memory
         raise refusal(f"needs plain arrays `images` and `labels` ({message_of(error)})") from None
     if images.ndim == 3:
         images = images[..., None]
@@ -234,7 +235,7 @@ def _hugging_face(name: str, transform: Transform, cache: DecodedCache, ids: str
     ]
     if not columns[0] or not (columns[1] or unlabelled):
         has = ", ".join(f"{key}: {getattr(of, 'dtype', type(of).__name__)}" for key, of in table.features.items())
-        more = "" if unlabelled else " and one of type ClassLabel"
+        more = "" if unlabelled else " and one of type ClassLabel (Dataset.class_encode_column makes one)"
         raise refusal(f"needs a column of type Image{more}, has {has}")
     image, label = columns[0][0], next(iter(columns[1]), None)
     unused = {f"column {key}": 1 for kind in columns for key in kind[1:]}
