@@ -13,6 +13,7 @@ A command with many options takes some of them as one frozen dataclass:
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, is_dataclass
@@ -57,6 +58,12 @@ def option_groups(command: Callable[..., T]) -> Callable[..., T]:
     return with_groups
 
 
+def _finite(value: float) -> float:
+    if not math.isfinite(value):  # which is in any range for click
+        raise typer.BadParameter(f"{value} is not a finite number.")
+    return value
+
+
 @dataclass(frozen=True)
 class RayOptions:
     """Options of a command whose devices can run on Ray actors."""
@@ -70,9 +77,16 @@ class RayOptions:
     address: Annotated[
         str, typer.Option(help="ray: HOST:PORT of a cluster, or auto; empty: RAY_ADDRESS, otherwise a local Ray")
     ] = ""
-    actor_cpus: Annotated[float, typer.Option(min=0, help="ray: CPUs that each actor reserves")] = 1.0
+    actor_cpus: Annotated[
+        float, typer.Option(min=0, callback=_finite, help="ray: CPUs that each actor reserves")
+    ] = 1.0
     actor_gpus: Annotated[
-        float, typer.Option(min=0, help="ray and flower: GPUs that each worker reserves; 0.25: four workers share one")
+        float,
+        typer.Option(
+            min=0,
+            callback=_finite,
+            help="ray and flower: GPUs that each worker reserves; 0.25: four workers share one",
+        ),
     ] = 0.0
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from flwr.common.logger import log
 
 from strategies.loggers import require_loggers
-from tapfl.adapters.layout import last_blocks
+from tapfl.adapters.layout import global_shapes, last_blocks
 from tapfl.adapters.rules import rule_of
 from tapfl.compute import Compute
 from tapfl.config import NEW_HEADS, RunConfig
@@ -34,7 +34,7 @@ from tapfl.models.new_head import agreed_classes
 from tapfl.models.weights import fill_weights, read_head_rows
 from tapfl.personalize.methods import method_of
 from tapfl.privacy import require_accountant
-from tapfl.profiles import profiles_of
+from tapfl.profiles import max_rank, profiles_of
 from tapfl.pruning.allocate import allocate
 from tapfl.pruning.budget import Budget
 from tapfl.pruning.cost_table import cost_table
@@ -139,6 +139,9 @@ def _check_backbone(config: RunConfig, public: ImageSet, classes: tuple[str, ...
     layers = layers_of(model, options)
     given = build(spec.model_copy(update={"num_classes": len(classes)})) if new else model
     last_blocks(layers, config.adapters.blocks)
+    widest = max(max(shape) for shape in global_shapes(model, layers, rank=1).values())
+    if (rank := max_rank(config.devices)) > widest:
+        raise ConfigError(f"rank {rank} (devices.ranks): the widest layer has {widest} units; accepted: at most that")
     pruning, cost = aligned(resolved(config.pruning), layers), measure_cost(given)
     schedule: Schedule = ()
     if pruning.tokens != "none":

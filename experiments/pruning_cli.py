@@ -48,7 +48,7 @@ def prune(
 ) -> None:
     """Prune a backbone for the images of data.source, or apply an existing plan to other weights."""
     if (plan is None) == (budget is None):
-        raise ConfigError(f"--budget {budget}, --plan {plan}: give one of the two")
+        raise ConfigError("--budget, --plan: give one of the two")
     from experiments.preflight import absolute_paths
     from strategies.progress import shown
     from tapfl.config import RunConfig

@@ -58,7 +58,7 @@ class DeviceProfile(Section):
         try:
             budget = Budget.parse(value)
         except ConfigError as error:
-            raise ValueError(str(error)) from None
+            raise ValueError(str(error).removeprefix(f"budget = {value!r}: ")) from None
         if budget.measured:
             raise ValueError(
                 "latency is measured on the server and cannot limit a device; accepted: macs, block-macs, params"
@@ -76,8 +76,12 @@ def profiles_of(options: DeviceOptions) -> tuple[DeviceProfile, ...]:
     if not options.profiles:
         pairs = zip(options.budgets, options.ranks, strict=True)
         return tuple(DeviceProfile(budget=repr(budget), rank=rank) for budget, rank in pairs)
-    built_in = options.profiles in PROFILE_SETS
-    return _read(FOLDER / f"{options.profiles}.toml" if built_in else Path(options.profiles).expanduser())
+    if options.profiles in PROFILE_SETS:
+        return _read(FOLDER / f"{options.profiles}.toml")
+    if not (file := Path(options.profiles).expanduser()).exists():
+        accepted = f"a TOML file, or {', '.join(PROFILE_SETS)}"
+        raise ConfigError(f"devices.profiles = {options.profiles!r}: there is no such file; accepted: {accepted}")
+    return _read(file)
 
 
 def _read(file: Path) -> tuple[DeviceProfile, ...]:

@@ -48,6 +48,7 @@ def test_a_file_of_profiles(tmp_path: Path) -> None:
 REFUSED = {
     "a budget above 1": ("budget = 1.7\nrank = 4", r"device 1: budget = 1.7: .*must lie in \(0, 1\]"),
     "latency": ('budget = "latency<=5ms"\nrank = 4', "device 1: budget = .*accepted: macs, block-macs, params"),
+    "a budget over all": ("budget = 2\nrank = 4", "device 1: budget = 2: is a share"),
     "no rank": ("budget = 0.5", "device 1: rank"),
     "a rank of 0": ("budget = 0.5\nrank = 0", "device 1: rank = 0: .*greater than or equal to 1"),
     "no speed": ("budget = 0.5\nrank = 4\ncompute = 0", "device 1: compute = 0: .*greater than or equal"),
@@ -70,7 +71,7 @@ def test_an_impossible_profile_is_refused(case: str, tmp_path: Path) -> None:
 
 
 def test_a_set_that_is_neither_built_in_nor_a_file() -> None:
-    with pytest.raises(ConfigError, match=r"devices.profiles laptops: cannot be read"):
+    with pytest.raises(ConfigError, match=r"devices.profiles = 'laptops': there is no such file; accepted: a TOML file, or equal"):
         profiles_of(DeviceOptions(profiles="laptops"))
 
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from test_inprocess_run import SMALL
+from typer.testing import CliRunner
 
 from experiments import cli
 
@@ -44,13 +45,14 @@ REFUSED = {
     "nobody asked": ("devices.participation=0", "devices.participation = 0", "greater than 0"),
     "all drop out": ("devices.dropout=1", "devices.dropout = 1", "less than 1"),
     "negative deadline": ("devices.deadline=-1", "devices.deadline = -1", "greater than or equal to 0"),
-    "no such profiles": ("devices.profiles=/no/such.toml", "devices.profiles /no/such.toml", "cannot be read"),
+    "no such profiles": ("devices.profiles=/no/such.toml", "devices.profiles = '/no/such.toml'", "equal, tiers, mobile"),
     "success over 1": ("faults.min-success=1.5", "faults.min-success = 1.5", "less than or equal to 1"),
     "no time at all": ("faults.device-timeout=0", "faults.device-timeout = 0", "greater than 0"),
     "nothing to go on with": ("resume=true", "resume", "not a run's folder"),
     "rounds without end": ("train.rounds=1000000000000000000000000000000", "train.rounds = 1", "less than or equal to"),
     "batch without end": ("train.batch=1000000000000000000000000000000", "train.batch = 1", "less than or equal to"),
-    "devices without end": ("devices.count=1000000000000", "devices.count = 1000000000000", "at most"),
+    "devices without end": ("devices.count=1000000000000", "devices.count = 1000000000000", "less than or equal"),
+    "a rank without end": ("devices.ranks=4,6,1000000", "rank 1000000", "at most that"),
     "images too small": ("data.image-size=64", "data.image-size: is not an option", "public-share"),
     "a crop of nothing": ("model.crop-pct=-0.5", "model.crop-pct = -0.5", "greater than or equal to 0"),
     "four channels": ("model.args=img_size=8,patch_size=2,in_chans=4", "in_chans=4", "1 (grey) or 3 (colour)"),
@@ -161,6 +163,11 @@ def test_help_loads_no_options_and_nothing_slow(command: str) -> None:
     loaded, done = loaded_by(command)
     assert done.returncode == 0 and "Usage" in done.stdout
     assert not loaded & {*SLOW, "numpy", "pydantic", "grpc", "optuna"}
+
+
+def test_a_share_of_a_machine_is_a_number() -> None:
+    done = CliRunner().invoke(cli.app, ["run", "--engine", "ray", "--actor-cpus", "nan"])
+    assert done.exit_code == 2 and "nan is not a finite number" in done.output
 
 
 def test_every_fault_is_named_at_once(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ import traceback
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from difflib import get_close_matches
 from functools import lru_cache
 from importlib.metadata import entry_points
 from typing import Annotated, Any, Literal
@@ -221,8 +222,8 @@ def _create(spec: BackboneSpec, pretrained: bool = False) -> nn.Module:
             f"model.name = {spec.name!r}: only the command `tapfl` resolves repositories; accepted here: a name of timm"
         )
     if not timm.is_model(spec.name):
-        near = ", ".join(timm.list_models(f"*{spec.name.split('_')[0]}*")[:5]) or "see timm.list_models()"
-        raise ModelError(f"model.name = {spec.name!r}: timm has no such model; for instance {near}")
+        near = ", ".join(get_close_matches(spec.name, timm.list_models())) or "timm.list_models() has all names"
+        raise ModelError(f"model.name = {spec.name!r}: timm has no such model; similar: {near}")
     try:
         model = timm.create_model(spec.name, pretrained, num_classes=spec.num_classes, **spec.args)
     except ModelError:
