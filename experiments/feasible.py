@@ -88,7 +88,8 @@ def check(config: RunConfig) -> None:
 
 def _require_as_many(option: str, size: int, public: ImageSet, accepted: str) -> None:
     if size > len(public):
-        raise DataError(f"{option} = {size}: the public pool has {len(public)} images; accepted: {accepted}, at most that")
+        has = f"the public pool has {len(public)} images"
+        raise DataError(f"{option} = {size}: {has}; accepted: {accepted}, at most that")
 
 
 def _splits_of_folders(config: RunConfig, public: ImageSet, private: ImageSet) -> list[DeviceSplit]:

@@ -218,7 +218,7 @@ def _message(error: dict[str, Any], path: list[str], root: type[BaseModel]) -> s
 
 
 def _path(loc: tuple[int | str, ...], root: type[BaseModel]) -> list[str]:
-    """Returns the names of the tables and the option, without what pydantic adds: places in lists, alternative types."""
+    """Returns the names of the tables and the option, without pydantic's places in lists and alternative types."""
     path: list[str] = []
     for part in loc:
         if isinstance(part, str):

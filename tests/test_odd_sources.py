@@ -308,7 +308,7 @@ def test_columns_may_have_any_name_and_those_not_used_are_said(
 @pytest.mark.parametrize(
     ("columns", "said"),
     [
-        ({"label": ([0, 1], datasets.Value("int64"))}, r"one of type ClassLabel .*makes one\), has image: .*, label: int"),
+        ({"label": ([0, 1], datasets.Value("int64"))}, r"type ClassLabel .*makes one\), has image: .*, label: int"),
         ({"label": ([-1, -1], LABELS[1])}, "2 of 2 images have no label; give a split with labels"),
         ({"label": ([None, 1], LABELS[1])}, "1 of 2 images have no label"),
         ({"label": LABELS, "image": ([None, None], datasets.Image())}, "image 0: there is none"),

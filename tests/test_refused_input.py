@@ -45,7 +45,7 @@ REFUSED = {
     "nobody asked": ("devices.participation=0", "devices.participation = 0", "greater than 0"),
     "all drop out": ("devices.dropout=1", "devices.dropout = 1", "less than 1"),
     "negative deadline": ("devices.deadline=-1", "devices.deadline = -1", "greater than or equal to 0"),
-    "no such profiles": ("devices.profiles=/no/such.toml", "devices.profiles = '/no/such.toml'", "equal, tiers, mobile"),
+    "no such profiles": ("devices.profiles=/no/such.toml", "devices.profiles = '/no/", "equal, tiers, mobile"),
     "success over 1": ("faults.min-success=1.5", "faults.min-success = 1.5", "less than or equal to 1"),
     "no time at all": ("faults.device-timeout=0", "faults.device-timeout = 0", "greater than 0"),
     "nothing to go on with": ("resume=true", "resume", "not a run's folder"),

@@ -89,7 +89,7 @@ def read_sweep(file: Path, changes: Mapping[str, Any] | None = None) -> list[Swe
     shared = flatten(tables) | dict(changes)
     varied = {*grid, *(key for run in runs for key in flatten(run))}
     if odd := sorted(varied & {"out", "resume"}):
-        raise ConfigError(f"{file}: {odd[0]}: each run of a sweep has a folder of its own, in --out; accepted: other options")
+        raise ConfigError(f"{file}: {odd[0]}: each run has a folder of its own in --out; accepted: other options")
     if fixed := sorted(varied & {*changes}):
         raise ConfigError(f"--set {fixed[0]}: the runs of {file} differ in it; change it there")
     planned: dict[str, SweepRun] = {}
