@@ -71,7 +71,7 @@ def test_an_impossible_profile_is_refused(case: str, tmp_path: Path) -> None:
 
 
 def test_a_set_that_is_neither_built_in_nor_a_file() -> None:
-    with pytest.raises(ConfigError, match="devices.profiles = 'laptops': there is no such file; accepted: .*equal, tiers"):
+    with pytest.raises(ConfigError, match=r"profiles = 'laptops': there is no such file; accepted: .*equal, tiers"):
         profiles_of(DeviceOptions(profiles="laptops"))
 
 
