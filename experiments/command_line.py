@@ -77,9 +77,7 @@ class RayOptions:
     address: Annotated[
         str, typer.Option(help="ray: HOST:PORT of a cluster, or auto; empty: RAY_ADDRESS, otherwise a local Ray")
     ] = ""
-    actor_cpus: Annotated[
-        float, typer.Option(min=0, callback=_finite, help="ray: CPUs that each actor reserves")
-    ] = 1.0
+    actor_cpus: Annotated[float, typer.Option(min=0, callback=_finite, help="ray: CPUs that each actor reserves")] = 1.0
     actor_gpus: Annotated[
         float,
         typer.Option(
