@@ -44,6 +44,12 @@ def _join(values: tuple[object, ...]) -> str:
     return ",".join(str(value) for value in values)
 
 
+def _three(values: object) -> object:
+    if isinstance(values, list | tuple) and len(values) != 3:
+        raise ValueError("needs three numbers, with commas between them")
+    return values
+
+
 def _not_all_zero(weights: tuple[float, ...]) -> tuple[float, ...]:
     if not any(weights):
         raise ValueError("at least one weight must be above 0")
@@ -72,10 +78,10 @@ Levels = Annotated[tuple[Level, ...], BeforeValidator(_split), PlainSerializer(_
 Words = Annotated[tuple[str, ...], BeforeValidator(_split), PlainSerializer(_join)]
 Counts = Annotated[tuple[Count, ...], BeforeValidator(_split), PlainSerializer(_join), Field(min_length=1)]
 TermWeights = Annotated[
-    tuple[Weight, ...],
-    BeforeValidator(_split),
+    tuple[Weight, Weight, Weight],
+    BeforeValidator(_three),
+    BeforeValidator(_split),  # runs first
     PlainSerializer(_join),
-    Field(min_length=3, max_length=3),
     AfterValidator(_not_all_zero),
 ]
 
