@@ -44,7 +44,8 @@ def _join(values: tuple[object, ...]) -> str:
     return ",".join(str(value) for value in values)
 
 
-def _three(values: object) -> object:
+def _three(value: object) -> object:
+    values = _split(value)
     if isinstance(values, list | tuple) and len(values) != 3:
         raise ValueError("needs three numbers, with commas between them")
     return values
@@ -80,7 +81,6 @@ Counts = Annotated[tuple[Count, ...], BeforeValidator(_split), PlainSerializer(_
 TermWeights = Annotated[
     tuple[Weight, Weight, Weight],
     BeforeValidator(_three),
-    BeforeValidator(_split),  # runs first
     PlainSerializer(_join),
     AfterValidator(_not_all_zero),
 ]
