@@ -226,13 +226,7 @@ def unpruned(cache: Path, key: str, spec: str, rank: int, config: RunConfig, com
 
 
 def _adapted(
-    model: nn.Module,
-    spec: str,
-    plan: PruningPlan | None,
-    rank: int,
-    config: RunConfig,
-    compute: Compute,
-    key: Hashable,
+    model: nn.Module, spec: str, plan: PruningPlan | None, rank: int, config: RunConfig, compute: Compute, key: Hashable
 ) -> AdaptedDevice:
     (dense, layers), options = skeleton(spec), config.adapters
     layers = last_blocks(layers, options.blocks)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tapfl.config import RunConfig, binding
 from tapfl.data.contents import ACCEPTED, OPTIONS, changed, contents
@@ -49,11 +49,7 @@ def require_same_options(folder: RunFolder, config: RunConfig) -> None:
 
 def require_same_inputs(folder: RunFolder, inputs: Mapping[str, str]) -> None:
     """Raises ConfigError, naming what changed, unless `inputs` are those that the run in `folder` began with."""
-    try:
-        before = json.loads((folder.path / INPUTS).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        before = None
-    if odd := changed(before if isinstance(before, dict) else {}, inputs):
+    if odd := changed(_noted(folder, INPUTS), inputs):
         raise ConfigError(f"resume: {'; '.join(odd)}; {ACCEPTED}")
 
 
@@ -63,11 +59,8 @@ def require_same_processor(folder: RunFolder, compute: Compute) -> None:
     Raises:
         ConfigError: instead, if it is to be deterministic.
     """
-    try:
-        before = json.loads((folder.path / VERSIONS).read_text(encoding="utf-8"))[PROCESSOR]
-    except (OSError, ValueError, RecursionError, LookupError, TypeError):
-        return
-    if before == (now := compute.kind):
+    before, now = _noted(folder, VERSIONS).get(PROCESSOR), compute.kind
+    if before in (None, now):
         return
     if compute.deterministic:
         raise ConfigError(
@@ -77,3 +70,12 @@ def require_same_processor(folder: RunFolder, compute: Compute) -> None:
     from flwr.common.logger import log  # takes a while, which a bad option need not wait for
 
     log(logging.WARNING, "resume: computed on %s so far, now on %s: results differ in the last bits", before, now)
+
+
+def _noted(folder: RunFolder, name: str) -> dict[str, Any]:
+    """Returns what a file of the run's folder holds; nothing if it cannot be read."""
+    try:
+        found = json.loads((folder.path / name).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        found = None
+    return found if isinstance(found, dict) else {}

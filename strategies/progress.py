@@ -135,12 +135,7 @@ def drawn_on(console: Console) -> Iterator[Drawn]:
         TextColumn("{task.fields[pace].count:>9}", markup=False),
         TextColumn("{task.fields[pace].elapsed}", markup=False),
         TextColumn("{task.fields[pace].time_left:>12}", markup=False),
-        TextColumn(
-            "{task.fields[pace].note}",
-            style="none",
-            markup=False,
-            table_column=note,
-        ),
+        TextColumn("{task.fields[pace].note}", style="none", markup=False, table_column=note),
     )
     drawn = Drawn(*columns, console=console, redirect_stdout=sys.stdout.isatty(), expand=True, refresh_per_second=4)
     shown = [h for h in FLOWER_LOGGER.handlers if isinstance(h, logging.StreamHandler) and h.stream is sys.stderr]

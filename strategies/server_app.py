@@ -36,14 +36,7 @@ from strategies.global_adapters import GlobalAdapters
 from strategies.loggers import loggers, require_loggers
 from strategies.preparation import Preparation
 from strategies.progress import shown
-from strategies.records import (
-    SUMMARY,
-    AbsenceLine,
-    append_lines,
-    cut_metrics,
-    metrics_size,
-    write_summary,
-)
+from strategies.records import SUMMARY, AbsenceLine, append_lines, cut_metrics, metrics_size, write_summary
 from strategies.state import (
     MEASURES,
     Clock,

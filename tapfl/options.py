@@ -95,25 +95,15 @@ class Section(BaseModel):
 
     @field_validator("*", mode="before")
     @classmethod
-    def _text_can_be_written(cls, value: object) -> object:
-        """Names that a shell passed in another encoding have no UTF-8, in which options are kept and sent."""
-        if isinstance(value, str) and any("\ud800" <= letter <= "\udfff" for letter in value):
-            raise ValueError("is not UTF-8; accepted: another name, or, in the locale C, PYTHONUTF8=1")
-        return value
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _text_from_whole_number(cls, value: object, info: ValidationInfo) -> object:
-        """A folder may be called 2024, which ``--set`` and TOML read as a number."""
-        is_text = info.field_name and cls.model_fields[info.field_name].annotation is str
-        return str(value) if is_text and type(value) is int else value
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _no_number_from_boolean(cls, value: object, info: ValidationInfo) -> object:
-        if isinstance(value, bool) and info.field_name and cls.model_fields[info.field_name].annotation is not bool:
+    def _as_written(cls, value: object, info: ValidationInfo) -> object:
+        kind = cls.model_fields[info.field_name].annotation if info.field_name else None
+        if isinstance(value, bool) and kind is not bool:
             raise ValueError("is not a boolean option; true and false are not accepted")
-        return value
+        if isinstance(value, str) and any("\ud800" <= letter <= "\udfff" for letter in value):
+            # a name that a shell passed in another encoding has no UTF-8, in which options are kept and sent
+            raise ValueError("is not UTF-8; accepted: another name, or, in the locale C, PYTHONUTF8=1")
+        # a folder may be called 2024, which ``--set`` and TOML read as a number
+        return str(value) if kind is str and type(value) is int else value
 
 
 S = TypeVar("S", bound=Section)
@@ -151,15 +141,12 @@ def validated(model: type[S], tables: Mapping[str, Any]) -> S:
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """Returns the options that differ, in words, sorted: ``seed: 0 then, 1 now``."""
+    then, new = ({key: repr(value) for key, value in values.items()} for values in (before, now))
     return [
-        f"{key}: {_said(before, key, '(not there then)')} then, {_said(now, key, '(not there now)')} now"
-        for key in sorted(before.keys() | now.keys())
-        if (key in before) != (key in now) or before.get(key) != now.get(key)
+        f"{key}: {then.get(key, '(not there then)')} then, {new.get(key, '(not there now)')} now"
+        for key in sorted(then.keys() | new.keys())
+        if (key in then) != (key in new) or before.get(key) != now.get(key)
     ]
-
-
-def _said(values: Mapping[str, Any], key: str, otherwise: str) -> str:
-    return repr(values[key]) if key in values else otherwise
 
 
 def read_toml(path: Path) -> dict[str, Any]:

@@ -14,16 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tapfl.adapters.layout import (
-    Layout,
-    Part,
-    Update,
-    overlap_sums,
-    positions,
-    quotient,
-    scatter_mean,
-    to_global_scale,
-)
+from tapfl.adapters.layout import Layout, Part, Update, overlap_sums, positions, quotient, scatter_mean, to_global_scale
 from tapfl.config import AdapterOptions
 from tapfl.training import Params
 

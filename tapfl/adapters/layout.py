@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from tapfl.errors import ConfigError
 from tapfl.models.forward import head_names
 from tapfl.models.units import PrunableLayer
-from tapfl.models.units import Side as CutSide
 from tapfl.pruning.plan import PruningPlan
 from tapfl.training import Params
 
@@ -133,32 +132,16 @@ def device_layout(shapes: Shapes, layers: Sequence[PrunableLayer], plan: Pruning
         if not len(kept):
             continue
         for cut in layer.cuts(kept):
-            name = f"{layer.name}.{cut.linear}"
-            prefix = torch.arange(rank)
-            rows = cut.index if cut.side == "rows" else torch.arange(shapes[f"{name}.{LORA_B}"][0])
-            columns = cut.index if cut.side == "columns" else torch.arange(shapes[f"{name}.{LORA_A}"][1])
-            sides = factor_sides(name, cut.side)
-            layout[f"{name}.{LORA_A}"] = Placement((prefix, columns), side=sides[f"{name}.{LORA_A}"])
-            layout[f"{name}.{LORA_B}"] = Placement((rows, prefix), cut.scale, sides[f"{name}.{LORA_B}"])
+            A, B = f"{layer.name}.{cut.linear}.{LORA_A}", f"{layer.name}.{cut.linear}.{LORA_B}"
+            prefix, by_rows = torch.arange(rank), cut.side == "rows"
+            rows = cut.index if by_rows else torch.arange(shapes[B][0])
+            columns = torch.arange(shapes[A][1]) if by_rows else cut.index
+            layout[A] = Placement((prefix, columns), side="embed" if by_rows else "width")
+            layout[B] = Placement((rows, prefix), cut.scale, "width" if by_rows else "embed")
     for name, shape in shapes.items():
         if not name.endswith((LORA_A, LORA_B)):
             layout[name] = Placement(tuple(torch.arange(size) for size in shape))
     return layout
-
-
-def factor_sides(linear: str, cut: CutSide) -> dict[str, Side]:
-    """Returns the side of each factor of a linear whose `cut` side (rows or columns) is pruned."""
-    A, B = f"{linear}.{LORA_A}", f"{linear}.{LORA_B}"
-    return {A: "embed", B: "width"} if cut == "rows" else {A: "width", B: "embed"}
-
-
-def global_sides(layers: Sequence[PrunableLayer]) -> dict[str, Side]:
-    """Returns the side of every factor by name."""
-    sides: dict[str, Side] = {}
-    for layer in layers:
-        for cut in layer.cuts(torch.arange(layer.units)):
-            sides |= factor_sides(f"{layer.name}.{cut.linear}", cut.side)
-    return sides
 
 
 def gather(theta: Tensor, placement: Placement) -> Tensor:

@@ -37,9 +37,9 @@ from tapfl.adapters.layout import (
     Shapes,
     Side,
     Update,
+    device_layout,
     gather,
     gather_all,
-    global_sides,
     scatter_mean,
     to_global_scale,
     whole_rank,
@@ -183,13 +183,13 @@ def initial(
     because the first steps -ηs²G AᵀA and -ηs² BBᵀ G of the product are then of the same size: E AᵀA = E BBᵀ =
     r/(3 d_in) I. The heads are copied from `model` and use no random numbers.
     """
-    sides, rule = global_sides(layers), rule_of(options)
+    dense, rule = device_layout(shapes, layers, None, rank=1), rule_of(options)
     params: Params = {}
     for name, shape in shapes.items():
         linear, _, factor = name.rpartition(".")
         if factor not in (LORA_A, LORA_B):
             params[name] = model.get_parameter(name).detach().clone()
-        elif factor == LORA_A if rule.random == "A" else sides[name] == rule.random:
+        elif factor == LORA_A if rule.random == "A" else dense[name].side == rule.random:
             d_in = shapes[f"{linear}.{LORA_A}"][1]
             params[name] = (torch.rand(shape, generator=generator) * 2 - 1) / d_in**0.5
         else:

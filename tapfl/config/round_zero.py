@@ -230,8 +230,7 @@ class PruningOptions(Section):
         "gradient steps after each layer; auto: the criterion's choice",
     )
     compensation_rows: Literal["auto", "even", "sensitivity"] = Field(
-        "auto",
-        description="tokens in compensation: equal, or by Fisher sensitivity; auto: the criterion's choice",
+        "auto", description="tokens in compensation: equal, or by Fisher sensitivity; auto: the criterion's choice"
     )
     compensation_steps: Count = Field(40, description="gradient steps a layer, for compensation=reconstruction")
     compensation_learning_rate: float = Field(1e-3, gt=0, le=RATE, description="their learning rate (Adam, constant)")
