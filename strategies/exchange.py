@@ -41,16 +41,24 @@ class Request(Generic[R]):
     def message(self) -> WireMessage:
         return self.content() if callable(self.content) else self.content
 
+    def bytes_of(self, message: WireMessage) -> Counter[str]:
+        """Returns the bytes by kind of its message, which may be large to make again."""
+        return message.bytes_by_kind + Counter({message.kind: self.cached_bytes})
+
     @property
     def bytes_by_kind(self) -> Counter[str]:
-        message = self.message
-        return message.bytes_by_kind + Counter({message.kind: self.cached_bytes})
+        return self.bytes_of(self.message)
 
 
 @dataclass
 class Answers(Generic[R]):
-    """What came back, by partition id: the answers that passed their check, and why the others are missing."""
+    """What came back, by partition id: the answers that passed their check, and why the others are missing.
 
+    Attributes:
+        sent: bytes by kind of the messages.
+    """
+
+    sent: dict[int, Counter[str]] = field(default_factory=dict)
     replies: dict[int, R] = field(default_factory=dict)
     failures: dict[int, str] = field(default_factory=dict)
 
@@ -114,11 +122,6 @@ def _attempts(requests: Mapping[int, Request[R]], groups: Sequence[Sequence[int]
     return deque(Attempt(group) for group in (*filter(None, together), *((i,) for i in apart)))
 
 
-def _message(request: Request[R], node: int, phase: str) -> Message:
-    message = request.message
-    return Message(message.to_records(), node, message.type, group_id=phase)
-
-
 def exchange(
     grid: Grid,
     nodes: Mapping[int, int],
@@ -141,6 +144,12 @@ def exchange(
         groups: devices that one worker gets at once; all others get their request by themselves. A group that is lost
             is sent again as a group. A larger one than the window is in flight alone.
     """
+
+    def message_to(i: int) -> Message:
+        message = requests[i].message
+        answers.sent[i] = requests[i].bytes_of(message)
+        return Message(message.to_records(), nodes[i], message.type, group_id=phase)
+
     answers: Answers[R] = Answers()
     waiting = _attempts(requests, groups)
     in_flight: dict[str, tuple[int, Attempt]] = {}
@@ -158,7 +167,7 @@ def exchange(
                 if in_flight and len(in_flight) + len(attempt.devices) > window:
                     break
                 waiting.remove(attempt)
-                ids = _push(grid, [_message(requests[i], nodes[i], phase) for i in attempt.devices])
+                ids = _push(grid, [message_to(i) for i in attempt.devices])
                 in_flight |= {message_id: (i, attempt) for message_id, i in zip(ids, attempt.devices, strict=True)}
             replies = list(grid.pull_messages(list(in_flight))) if in_flight else []
             for reply in replies:

@@ -189,8 +189,7 @@ def account(
 
     All requests count as sent. The phase takes as long as its slowest device, and at least `waited` seconds.
     """
-    downs = {i: request.bytes_by_kind for i, request in requests.items()}
-    round = next((getattr(request.message, "round", 0) for request in requests.values()), 0)  # that of the phase
+    downs = {i: answers.sent.get(i) or request.bytes_by_kind for i, request in requests.items()}
     state = state.with_sent(downs)
     changes: dict[int, dict[str, object]] = {}
     lines: list[Line] = []
@@ -199,6 +198,7 @@ def account(
         took = seconds(record.profile, down.total(), requests[i].macs, up.total())
         waited = max(waited, took)
         changes[i] = {"bytes_up": added(record.bytes_up, up)}
+        round = getattr(reply, "round", 0)  # round zero has no other
         lines.append(
             TrafficLine(phase=phase, round=round, device=i, down=dict(down), up=dict(up), simulated_seconds=took)
         )
