@@ -191,12 +191,10 @@ class AdaptedDevice(NamedTuple):
 
     layout: Layout
     adapted: AdaptedModel
-    # initial values of the tensors of w that the server does not send: frozen factors, computed from the run's seed as
-    # on the server, private factors, and a private head, that of the device's model
+    # initial values of what the server does not send of w: frozen and private factors, computed from the run's seed as
+    # on the server, and a private head, that of the device's model; of the whole of w where references begin with it
     start: Params
-    # the whole of w before the first round, from the run's seed and the device's own head; empty if nobody asks
-    untrained: Params
-    private: tuple[str, ...]  # the names in `start` that are trained
+    private: tuple[str, ...]  # the names in `start` that are trained and not sent
     nbytes: int  # of the model, and of these
     key: Hashable  # of the model
 
@@ -237,13 +235,12 @@ def _adapted(
     if wanted := list(layout) if config.personalize.references else staying:
         initial = rules.initial(options, shapes, layers, dense, torch_generator(config.seed, "adapters"))
         made = rules.untrained({name: layout[name] for name in wanted}, initial, model)
-    start = {name: made[name] for name in staying}
     moving = rules.trained(options, layout, 1) | rules.trained(options, layout, 2)
     private = tuple(name for name in staying if name in moving)
     nbytes = sum(each.nbytes for each in (*model.parameters(), *made.values()))
     nbytes += sum(place.nbytes for place in layout.values()) + MODULE * len([*model.modules()])
     adapted = AdaptedModel(model, layout, options.scale, compute.reduced)
-    return AdaptedDevice(layout, adapted, start, made, private, nbytes, key)
+    return AdaptedDevice(layout, adapted, made, private, nbytes, key)
 
 
 @dataclass(frozen=True, eq=False)

@@ -92,7 +92,7 @@ class References:
         return np.array([score(now.get(name) or self._start(model), model) for name, model in models.items()])
 
     def _start(self, model: caches.AdaptedDevice) -> Params:
-        return self.compute.put(model.untrained)
+        return self.compute.put(model.start)
 
     def _model(self, name: str, own: caches.AdaptedDevice) -> caches.AdaptedDevice:
         if name != "dense+alone":

@@ -32,7 +32,7 @@ def own(backbone: Tiny) -> tuple[AdaptedDevice, dict[str, torch.Tensor]]:
     """A model with adapters in the second half of its layers, and such adapters."""
     _, layout, params = device(backbone, 0.5, 2)
     layout = {name: layout[name] for name in later(params, backbone)}
-    made = AdaptedDevice(layout, only(backbone, layout), {}, {}, (), 0, backbone.spec.name)
+    made = AdaptedDevice(layout, only(backbone, layout), {}, (), 0, backbone.spec.name)
     return made, with_noise({name: params[name] for name in layout}, 1)
 
 
