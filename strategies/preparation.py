@@ -225,13 +225,11 @@ class Preparation:
         write_json(self.folder.metric_set(i), counts | about)
 
     def _summaries(self, state: FederationState) -> tuple[FederationState, dict[int, GaussianSummary]]:
-        """Asks every device for its mixture; a device that does not hold the backbone is sent it."""
-        requests, known, weights = {}, {}, self.cache.path(self.key).read_bytes()
-        for i, record in state.devices.items():
-            requests[i] = self._summary_request(record, weights, i in self.fleet.holds_backbone)
-            if (reply := self._stored_summary(i)) is not None:
-                requests[i].check(reply)
-                known[i] = reply
+        """Asks every device for its mixture."""
+        requests = self._requests(state, state.devices)
+        known = {i: reply for i in requests if (reply := self._stored_summary(i)) is not None}
+        for i, reply in known.items():
+            requests[i].check(reply)
         state, replies = self.fleet.ask(state, "summaries", requests, known=known)
         for i, reply in replies.items():
             self._store_summary(i, reply)
@@ -247,13 +245,9 @@ class Preparation:
         """
         if not (every := self.config.summary.refresh) or not state.round or state.round % every:
             return state
-        profiles, requests = {i: state.devices[i].profile for i in state.plans}, {}
+        profiles = {i: state.devices[i].profile for i in state.plans}
         away = sample_clients(profiles, self.config.devices, self.config.seed, state.round + 1).away
-        weights = self.cache.path(self.key).read_bytes()
-        for i in sorted(state.plans.keys() - set(away)):
-            record = state.devices[i]
-            holds_backbone = i in self.fleet.holds_backbone or record.components > 0
-            requests[i] = self._summary_request(record, weights, holds_backbone)
+        requests = self._requests(state, sorted(state.plans.keys() - set(away)))
         state, replies = self.fleet.ask(state, f"mixtures after round {state.round}", requests, min_success=0)
         changes = {}
         for i, reply in replies.items():
@@ -265,7 +259,13 @@ class Preparation:
                 append_lines(self.folder.path, DriftLine(round=state.round, device=i, drift=drift))
         return state.with_devices(changes)
 
-    def _summary_request(self, record: DeviceRecord, weights: bytes, holds_backbone: bool) -> Request[SummaryReply]:
+    def _requests(self, state: FederationState, devices: Iterable[int]) -> dict[int, Request[SummaryReply]]:
+        weights = self.cache.path(self.key).read_bytes()
+        return {i: self._summary_request(state.devices[i], weights) for i in devices}
+
+    def _summary_request(self, record: DeviceRecord, weights: bytes) -> Request[SummaryReply]:
+        """Returns the request for a mixture; a device that does not hold the backbone is sent it."""
+        holds_backbone = record.device in self.fleet.holds_backbone or record.components > 0
         pool = self.pool
         dim, options, classes = pool.points.shape[1], self.config.summary, len(self.classes)
         message = Summarize(
