@@ -72,7 +72,7 @@ def prune(config: RunConfig, budget: Budget | float | str, out: Path) -> Pruning
         metric = drawn.subset(np.arange(config.metric.size))
         inputs, labels = compute.put(transform(metric.read())), compute.put(labels_of(metric, options))
         task = pruning_task(model, inputs, budget, options, config.metric.batch, labels, config.seed)
-        task = replace(task, at_once=compute.at_once, passing=compute.forward)
+        task = replace(task, compute=compute)
         fine_tune = fine_tune_set(lambda size: drawn.subset(np.arange(size)), transform, options)
         origin: dict[str, Scalar] = {"data": config.data.source, "metric-size": config.metric.size}
         pruned = prune_model(task, spec, fine_tune, origin | {"budget": str(budget)}, config.seed)

@@ -26,9 +26,10 @@ from tapfl.progress import shown_on
 from tapfl.pruning.basis import in_basis, turned_on_pool
 from tapfl.pruning.criteria.criterion import PruningTask, Selection
 from tapfl.pruning.criteria.registry import resolved
-from tapfl.pruning.pipeline import Pruned, prune_model, pruning_task, select
+from tapfl.pruning.pipeline import Pruned, prune_model, pruning_task
 from tapfl.pruning.pool import PoolTables
 from tapfl.pruning.recovery import fine_tune_set, labels_of
+from tapfl.pruning.tokens import select
 from tapfl.seeds import numpy_generator, torch_generator
 from tapfl.store import cache_folder
 from tapfl.summary.metric_set import Projection, cached_features, effective_size, pick_metric_set
@@ -193,8 +194,7 @@ class Shared:
             inputs=inputs,
             labels=labels,
             generator=torch_generator(config.seed, "criterion"),
-            at_once=self.compute.at_once,
-            passing=self.compute.forward,
+            compute=self.compute,
         )
 
     def _images(self, positions: np.ndarray) -> tuple[Tensor, Tensor | None]:

@@ -21,7 +21,9 @@ from tapfl.models.backbone import BackboneSpec, build, spec_of
 from tapfl.models.cost import measure_cost
 from tapfl.models.forward import segments
 from tapfl.models.prunable import prunable_layers
-from tapfl.pruning.compensation import compensated
+from tapfl.pruning.compensation import cut
+from tapfl.pruning.criteria.criterion import Selection
+from tapfl.pruning.pipeline import pruning_task
 from tapfl.pruning.plan import PruningPlan
 from tapfl.pruning.surgery import load_pruned, save_pruned, shrink
 
@@ -134,8 +136,8 @@ def test_all_of_them_can_be_compensated(how: str, backbone: Tiny) -> None:
     layer = backbone.layers[-1]
     half = torch.arange(layer.units // 2)
     model.get_submodule(layer.name).fc2.weight[:, layer.units // 2 :] = 0
-    options = PruningOptions.model_validate({"compensation": how})
-    small = compensated(model, {layer.name: half}, backbone.layers, backbone.inputs, 4, options)
+    options = PruningOptions.model_validate({"criterion": "magnitude", "compensation": how})
+    small = cut(pruning_task(model, backbone.inputs, 1.0, options, 4), Selection({layer.name: half}))
     torch.testing.assert_close(small(backbone.inputs), model(backbone.inputs), rtol=1e-4, atol=1e-4)
 
 

@@ -27,12 +27,13 @@ from tapfl.models.merging import (
     tokens_seen,
 )
 from tapfl.models.prunable import prunable_layers
+from tapfl.pruning.compensation import cut
 from tapfl.pruning.criteria import criterion
 from tapfl.pruning.export import FORMATS, export
-from tapfl.pruning.pipeline import cut, divergence, prune_model, pruning_task, select
+from tapfl.pruning.pipeline import prune_model, pruning_task
 from tapfl.pruning.plan import PruningPlan
 from tapfl.pruning.surgery import load_pruned, rebuild, save_pruned, shrink
-from tapfl.pruning.tokens import SHARES, schedule_of
+from tapfl.pruning.tokens import SHARES, divergence, schedule_of, select
 from tapfl.store import pack_tensors
 
 ARGS = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 2}

@@ -26,6 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from experiments.bench.local_training import METHODS as METHODS_MEASURED
 from experiments.bench.local_training import Device
+from experiments.bench.scores import Sized
 from tapfl.adapters.layout import device_layout, gather_all, global_shapes
 from tapfl.adapters.lora import AdaptedModel
 from tapfl.adapters.rules import initial
@@ -41,11 +42,12 @@ from tapfl.personalize.proximal import Ditto
 from tapfl.pruning.criteria import registry, upop
 from tapfl.pruning.criteria.criterion import Selection
 from tapfl.pruning.criteria.tap import elimination_order
-from tapfl.pruning.layer_importance import sample_divergences
-from tapfl.pruning.pipeline import Pruned, prune_model, pruning_task, select
+from tapfl.pruning.layer_importance import layer_importance
+from tapfl.pruning.pipeline import Pruned, prune_model, pruning_task
 from tapfl.pruning.pool import PoolTables
 from tapfl.pruning.scores import neuron_importance, terms
 from tapfl.pruning.surgery import shrink
+from tapfl.pruning.tokens import select
 from tapfl.seeds import numpy_generator
 from tapfl.training import train_dense
 
@@ -247,13 +249,13 @@ def test_the_sizes_of_both_kinds_give_the_same(vit: Tiny) -> None:
     kept = random_kept(vit.layers, 0.5)
     found = [
         (
-            neuron_importance(vit.model, vit.layers, vit.inputs, 4, at_once=at_once),
-            sample_divergences(vit.model, vit.layers, kept, vit.inputs, 4, at_once.stream),
+            neuron_importance(vit.model, vit.layers, vit.inputs, 4, compute=Sized(at_once=at_once)),
+            layer_importance(vit.model, vit.layers, kept, vit.inputs, 4, Sized(at_once=at_once)),
         )
         for at_once in (OF_CPU, OF_GPU, AtOnce(channels=7, strip=3, stream=1))
     ]
     for scores, divergences in found[1:]:
-        torch.testing.assert_close(divergences, found[0][1], rtol=1e-5, atol=1e-7)
+        assert divergences == pytest.approx(found[0][1], rel=1e-5, abs=1e-7)
         for name, values in scores.items():
             torch.testing.assert_close(values, found[0][0][name], rtol=1e-5, atol=1e-5)
 

@@ -76,7 +76,7 @@ def test_the_held_out_images_are_a_share_spread_evenly(count: int, share: float)
 
 def test_one_image_cannot_judge_and_train(vit: Tiny) -> None:
     with pytest.raises(ModelError, match="reconstruction needs at least two images"):
-        refitted(vit.model, random_kept(vit.layers, 0.5), vit.layers, vit.inputs[:1], 1, **THIRTY_STEPS)
+        refitted(vit.model, random_kept(vit.layers, 0.5), vit.inputs[:1], 1, **THIRTY_STEPS)
 
 
 def test_a_rate_that_diverges_is_named() -> None:
@@ -100,7 +100,7 @@ def test_every_branch_is_judged_on_what_the_cut_model_sends_it(
 
     monkeypatch.setattr("tapfl.pruning.compensation.reconstruct", watched)
     fitted, kept = images(backbone, 100), random_kept(backbone.layers, 0.4)
-    given = (backbone.model, kept, backbone.layers, fitted, 30)  # a last batch that is not full
+    given = (backbone.model, kept, fitted, 30)  # a last batch that is not full
     small = refitted(*given, **THIRTY_STEPS)
     assert len(errors) == len(backbone.layers) and all(after <= before for before, after in errors)
     assert sum(after < before for before, after in errors) >= len(errors) / 2
@@ -117,7 +117,7 @@ def test_every_branch_is_judged_on_what_the_cut_model_sends_it(
 
 def test_layers_that_lose_nothing_stay_as_they_are(vit: Tiny) -> None:
     kept = {"blocks.0.mlp": random_kept(vit.layers, 0.5)["blocks.0.mlp"]}
-    small = refitted(vit.model, kept, vit.layers, vit.inputs, 3, **THIRTY_STEPS)
+    small = refitted(vit.model, kept, vit.inputs, 3, **THIRTY_STEPS)
     changed = {name for name, tensor in small.state_dict().items() if not _same(tensor, vit.model.state_dict()[name])}
     assert changed == {f"blocks.0.mlp.{name}" for name in ("fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias")}
 

@@ -113,8 +113,8 @@ def test_equal_metric_sets_under_equal_budgets_are_scored_once(place: Place, mon
 def test_the_pool_is_probed_once_for_a_budget(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     there = with_options(place, pruning__probe="pool")
     pieces: list[int] = []
-    measure = pool_module.sample_divergences
-    monkeypatch.setattr(pool_module, "sample_divergences", lambda *given: (pieces.append(1), measure(*given))[1])
+    measure = pool_module.divergences
+    monkeypatch.setattr(pool_module, "divergences", lambda *given: (pieces.append(1), measure(*given))[1])
     shared = Shared(there.config, there.pool, there.model)
     passed = []
     for device in range(6):

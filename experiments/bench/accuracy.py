@@ -90,7 +90,7 @@ def accuracies(problem: Problem, compute: Compute) -> Iterator[tuple[str, float]
     """Yields the accuracy on images that nothing was trained on: of the smaller model, and after each round."""
     given = compute.put(problem.dense), compute.put(problem.inputs[: problem.metric])
     task = pruning_task(*given, 0.5, PruningOptions(criterion="tap"), min(64, problem.metric))
-    made = prune_model(replace(task, at_once=compute.at_once, passing=compute.forward), problem.spec)
+    made = prune_model(replace(task, compute=compute), problem.spec)
     adapted, params = with_adapters(problem.dense, made, compute)
     x, y, train = compute.put(problem.inputs), compute.put(problem.labels), problem.train
     if problem.prototypes:

@@ -37,11 +37,12 @@ from tapfl.config import ComputeOptions, PruningOptions, TrainOptions
 from tapfl.data.decoded import cores
 from tapfl.personalize.recorded import WARM, RecordedStep
 from tapfl.personalize.together import LocalTask, all_of
-from tapfl.pruning.compensation import compensated
+from tapfl.pruning.compensation import cut
 from tapfl.pruning.criteria.criterion import PruningTask
 from tapfl.pruning.layer_importance import layer_importance
-from tapfl.pruning.pipeline import prune_model, pruning_task, select
+from tapfl.pruning.pipeline import prune_model, pruning_task
 from tapfl.pruning.scores import neuron_importance
+from tapfl.pruning.tokens import select
 from tapfl.training import Params
 
 Row = dict[str, Any]
@@ -92,7 +93,7 @@ def task_of(model: nn.Module, inputs: Tensor, criterion: str, batch: int, comput
     """Returns a pruning problem at half of the MACs, where `compute` says."""
     options = PruningOptions(criterion=criterion)
     task = pruning_task(compute.put(model), compute.put(inputs), 0.5, options, batch)
-    return replace(task, at_once=compute.at_once, passing=compute.forward)
+    return replace(task, compute=compute)
 
 
 def median_seconds(compute: Compute, call: Callable[[], object], repeats: int) -> float:
@@ -238,17 +239,16 @@ def parts_of(task: PruningTask) -> dict[str, Callable[[], object]]:
     """The parts of which a criterion of `tap` or `tap+` consists, each by itself."""
     model, layers, inputs, batch = task.model, task.layers, task.inputs, task.batch
     kept = {layer.name: torch.arange(0, layer.units, 2) for layer in layers}
-    stream, passing = task.at_once.stream, task.passing
     found: dict[str, Callable[[], object]] = {
-        "layer KL": lambda: layer_importance(model, layers, kept, inputs, batch, stream, passing)
+        "layer KL": lambda: layer_importance(model, layers, kept, inputs, batch, task.compute)
     }
     if task.options.criterion == "tap":
-        scores = lambda: neuron_importance(model, layers, inputs, batch, at_once=task.at_once, passing=passing)  # noqa: E731
+        scores = lambda: neuron_importance(model, layers, inputs, batch, compute=task.compute)  # noqa: E731
         return found | {"scores": scores}
     fisher = lambda: task.fisher_of(model)  # noqa: E731
-    chosen = select(task).kept
-    sequential = task.options.model_copy(update={"compensation": "sequential"})
-    compensate = lambda: compensated(model, chosen, layers, inputs, batch, sequential)  # noqa: E731
+    chosen, options = select(task), {"compensation": "sequential", "compensation_rows": "even"}
+    sequential = replace(task, options=task.options.model_copy(update=options))
+    compensate = lambda: cut(sequential, chosen)  # noqa: E731
     return found | {"sensitivities": fisher, "selection": lambda: select(replace(task)), "compensation": compensate}
 
 

@@ -24,8 +24,8 @@ from tapfl.data.images import ImageSet
 from tapfl.data.sources import load_images
 from tapfl.models.backbone import BackboneSpec, build, spec_of
 from tapfl.models.forward import image_features, input_transform, transform_of
+from tapfl.pruning.compensation import cut
 from tapfl.pruning.criteria.criterion import PruningTask, Selection
-from tapfl.pruning.pipeline import cut
 from tapfl.seeds import numpy_generator
 from tapfl.summary.metric_set import RULES
 from tapfl.summary.mixture import GaussianSummary, device_mixture

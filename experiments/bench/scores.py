@@ -13,6 +13,7 @@ Layers: each probe with two whole forward passes, against `layer_importance`, wh
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Annotated
 
@@ -31,7 +32,7 @@ from experiments.bench.timing import (
     peak_tensor_bytes,
     side_by_side,
 )
-from tapfl.compute import AtOnce
+from tapfl.compute import OF_CPU, AtOnce, Compute
 from tapfl.models.forward import example_input
 from tapfl.models.prunable import prunable_layers
 from tapfl.models.units import PrunableLayer, replaced
@@ -65,11 +66,18 @@ def scoring(
         yield {"model": name} | _scoring(model_of(spec), repeats, chunk, every)
 
 
+@dataclass(frozen=True)
+class Sized(Compute):
+    """The CPU, with other sizes than those that suit it."""
+
+    at_once: AtOnce = OF_CPU
+
+
 @torch.no_grad()
 def _scoring(model: nn.Module, repeats: int, chunk: int, every: int) -> Row:
     layers = prunable_layers(model)
     batch, together = torch.randn(example_input(model, BATCH).shape), AtOnce(channels=chunk)
-    grown = peak_process_bytes(lambda: neuron_importance(model, layers, batch, BATCH, at_once=together))
+    grown = peak_process_bytes(lambda: neuron_importance(model, layers, batch, BATCH, compute=Sized(at_once=together)))
     logits, activations = record_activations(model, layers, batch)
     P = logits.softmax(-1)
 

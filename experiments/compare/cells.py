@@ -25,10 +25,12 @@ from tapfl.data.images import ImageSet
 from tapfl.errors import BudgetError, ConfigError
 from tapfl.memo import Memo
 from tapfl.models.units import PrunableLayer
+from tapfl.pruning.compensation import cut, row_sensitivities
 from tapfl.pruning.criteria.criterion import PruningTask, Scores, Selection
 from tapfl.pruning.criteria.registry import criterion_of, resolved
-from tapfl.pruning.pipeline import cut, finished, plan_of, row_sensitivities, select
+from tapfl.pruning.pipeline import finished, plan_of
 from tapfl.pruning.recovery import recovered
+from tapfl.pruning.tokens import select
 
 T = TypeVar("T")
 Row = dict[str, str]

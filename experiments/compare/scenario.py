@@ -165,7 +165,7 @@ class DeviceView:
         inputs, labels = compute.put(scenario.transform(images.read())), compute.put(labels_of(images, options))
         seed, new_head = scenario.config.seed, scenario.new_head
         task = pruning_task(model, inputs, budget, options, batch, labels, seed, new_head=new_head)
-        return replace(task, at_once=compute.at_once, passing=compute.forward)
+        return replace(task, compute=compute)
 
     def fine_tune_set(self, metric: MetricOptions, options: PruningOptions, instead: str = "") -> FineTuneSet | None:
         """Returns the images of recovery, or None where they are the metric set."""

@@ -6,7 +6,7 @@ This file, `tapfl.models.residual` and `tapfl.models.units` are the only ones th
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
 
@@ -24,8 +24,6 @@ from tapfl.models.backbone import ACCEPTED, build, spec_of
 from tapfl.progress import track
 
 Step = tuple[str, Callable[[Tensor], Tensor]]
-Passing = Callable[[], AbstractContextManager[Any]]
-"""Makes the context of a forward pass, such as one in lower precision."""
 Grid = tuple[int, int]
 
 

@@ -27,20 +27,19 @@ form (`tapfl.pruning.reconstruction`).
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from timm.models.swin_transformer import SwinTransformerBlock
 from torch import Tensor, nn
 
-from tapfl.config import PruningOptions
-from tapfl.errors import ModelError
 from tapfl.models.forward import segments
-from tapfl.models.merging import Schedule, group_means, group_sums, merging, passing
+from tapfl.models.merging import group_means, group_sums, merging, passing
 from tapfl.models.residual import Passage, as_branch_output, observe
 from tapfl.models.units import PrunableLayer, put
 from tapfl.progress import track
+from tapfl.pruning.criteria.criterion import PruningTask, Selection
 from tapfl.pruning.reconstruction import Call, reconstruct
 from tapfl.pruning.scores import record_activations, refuse_not_finite
 from tapfl.pruning.sensitivity import Sensitivities
@@ -126,47 +125,43 @@ def unit_moments(
     return found
 
 
+def row_sensitivities(task: PruningTask, weights: nn.Module) -> Sensitivities | None:
+    """Returns the Fisher sensitivities of a model, or None unless the task's compensation weights rows by them."""
+    if task.options.compensation == "none" or task.options.compensation_rows != "sensitivity":
+        return None
+    return task.fisher if weights is task.model else task.fisher_of(weights)
+
+
 @torch.no_grad()
-def compensated(
-    model: nn.Module,
-    kept: Mapping[str, Tensor],
-    layers: Sequence[PrunableLayer],
-    inputs: Tensor,
-    batch: int,
-    options: PruningOptions,
-    fisher: Sensitivities | None = None,
-    tokens: Schedule = (),
-) -> nn.Module:
-    """Returns `model` shrunk to `kept` and compensated as the options say, which are not `auto`; it is not changed.
+def cut(task: PruningTask, selection: Selection, fisher: Sensitivities | None = None) -> nn.Module:
+    """Returns the smaller model of a selection, compensated as the task's options say.
 
     Args:
-        kept: the units that stay (sorted, int64) by layer name; layers that it does not name stay whole.
-        inputs: the metric set in the backbone's input format (n, channels, height, width), n >= 1.
-        fisher: sensitivities on `inputs` by layer name, as weights of the rows; None: all rows alike. They are those of
-            `model`, or in one pass with merged tokens of the model that merges.
-        tokens: schedule by which the smaller model merges tokens.
+        selection: layers that it does not name stay whole.
+        fisher: the `row_sensitivities` of the weights that are cut, if they are known.
 
     Raises:
-        ModelError: if there is no image, if a layer's activations are not finite, or as `reconstruct`.
-        PlanError: if `kept` does not fit the layers.
+        ModelError: if a layer's activations are not finite, or as `reconstruct`.
+        PlanError: if the selection does not fit the layers.
     """
-    if not len(inputs):
-        raise ModelError("compensation needs at least one image")
-    how, merged = options.compensation, passing(model, tokens)
-    pruned = [layer for layer in layers if layer.name in kept and len(kept[layer.name]) < layer.units]
+    how, kept, model = task.options.compensation, selection.kept, selection.model or task.model
+    merged = passing(model, selection.tokens)
+    if how == "one-pass" and any(selection.tokens):
+        fisher = row_sensitivities(task, merged)
+    fisher = fisher or row_sensitivities(task, model)
+    pruned = [layer for layer in task.layers if layer.name in kept and len(kept[layer.name]) < layer.units]
     own = {layer.name: merged.get_submodule(layer.name) for layer in pruned}
-    cut = {layer.name: layer.shrink(own[layer.name], kept[layer.name]) for layer in pruned}
+    shrunk = {layer.name: layer.shrink(own[layer.name], kept[layer.name]) for layer in pruned}
     small = copy.deepcopy(merged, {id(branch): branch for branch in own.values()})
-    images = dense_x = small_x = list(inputs.split(batch))
+    images = dense_x = small_x = list(task.inputs.split(task.batch))
     steps = list(zip(segments(model)[:-1], segments(small)[:-1], strict=True)) if how != "none" else []
     for (block, dense_step), (_, small_step) in track(steps, "compensation"):
         after: list[Tensor | None] = [None] * len(images)
         for layer in (layer for layer in pruned if layer.block == block):
-            put(small, layer.name, cut[layer.name])
+            put(small, layer.name, shrunk[layer.name])
             weights = fisher[layer.name].rows if fisher else None
-            lost = LostOutput(
-                len(kept[layer.name]), layer.embed_dim, _real_tokens(model, layer), weights, inputs.device
-            )
+            real = _real_tokens(model, layer)
+            lost = LostOutput(len(kept[layer.name]), layer.embed_dim, real, weights, task.inputs.device)
             calls: list[Call] = []
             for number, (x, y) in enumerate(zip(dense_x, small_x, strict=True)):
                 now = observe(small, layer, small_step, y)
@@ -181,17 +176,18 @@ def compensated(
                 refuse_not_finite({layer.name: lost.total}, number)
                 if how == "reconstruction":
                     calls.append(Call(len(images[number]), now.arguments, target, counted))
-            _absorb(cut[layer.name], layer, lost)
+            _absorb(shrunk[layer.name], layer, lost)
             if calls:
-                reconstruct(cut[layer.name], calls, options.compensation_steps, options.compensation_learning_rate)
+                rate = task.options.compensation_learning_rate
+                reconstruct(shrunk[layer.name], calls, task.options.compensation_steps, rate)
             if how == "one-pass":  # the next layers see the dense model
                 put(small, layer.name, own[layer.name])
         small_x = [small_step(x) for x in small_x]
         if how != "one-pass":
             dense_x = [dense_step(x) if known is None else known for x, known in zip(dense_x, after, strict=True)]
-    for name, branch in cut.items():
+    for name, branch in shrunk.items():
         put(small, name, branch)
-    return merging(small, tokens).eval()
+    return merging(small, selection.tokens).eval()
 
 
 def _drift(small: nn.Module, layer: PrunableLayer, dense: Passage, now: Passage, own: Tensor) -> Tensor:
@@ -214,9 +210,9 @@ def _real_tokens(model: nn.Module, layer: PrunableLayer) -> Tensor | None:
     return as_branch_output(model, layer, ones)[..., 0].flatten() > 0
 
 
-def _absorb(shrunk: nn.Module, layer: PrunableLayer, lost: LostOutput) -> None:
+def _absorb(branch: nn.Module, layer: PrunableLayer, lost: LostOutput) -> None:
     """Adds to the output linear of a shrunk branch the regression of the lost output."""
-    linear: Any = shrunk.get_submodule(layer.output)
+    linear: Any = branch.get_submodule(layer.output)
     D, e = lost.regression(RIDGE, intercept=linear.bias is not None)
     if lost.kept:
         linear.weight += D.to(linear.weight.dtype)

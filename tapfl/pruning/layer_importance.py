@@ -7,19 +7,16 @@ planned width and everything else dense.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tapfl.compute import OF_CPU, home
-from tapfl.models.forward import Passing
+from tapfl.compute import HERE, Compute, home
 from tapfl.models.residual import branch_steps
 from tapfl.models.units import PrunableLayer, replaced
 from tapfl.progress import track
-
-STREAM = OF_CPU.stream  # then a block's activations stay in a CPU's cache, which saves a sixth of the time
 
 Variant = Mapping[str, nn.Module]  # the branches that take the place of the dense model's, by layer name
 Change = tuple[tuple[str, nn.Module], ...]  # those at one step of the model
@@ -31,42 +28,17 @@ def layer_importance(
     kept: Mapping[str, Tensor],
     inputs: Tensor,
     batch: int,
-    stream: int = STREAM,
-    passing: Passing = nullcontext,
+    compute: Compute = HERE,
 ) -> dict[str, float]:
-    """Returns KL_l in nats by layer name: the mean of `sample_divergences` over the metric set `inputs`."""
-    return mean_divergence(layers, sample_divergences(model, layers, kept, inputs, batch, stream, passing))
+    """Returns KL_l in nats by layer name, of the probes that keep the units `kept`; see `divergences`."""
+    found = divergences(model, layers, probes(model, layers, kept), inputs, batch, compute, "layer importance")
+    return {layer.name: kl for layer, kl in zip(layers, found.mean(1).tolist(), strict=True)}
 
 
-def mean_divergence(layers: Sequence[PrunableLayer], samples: Tensor) -> dict[str, float]:
-    """Returns KL_l in nats by layer name, of the divergences (layers, samples) of a metric set's samples."""
-    return {layer.name: mean for layer, mean in zip(layers, samples.mean(1).tolist(), strict=True)}
-
-
-def sample_divergences(
-    model: nn.Module,
-    layers: Sequence[PrunableLayer],
-    kept: Mapping[str, Tensor],
-    inputs: Tensor,
-    batch: int,
-    stream: int = STREAM,
-    passing: Passing = nullcontext,
-) -> Tensor:
-    """Returns KL(P_dense ‖ P_probe) in nats for every layer's probe and every sample, float64 (layers, n).
-
-    Args:
-        kept: the units that each layer would keep, by name; a layer that keeps all of them has KL 0.
-        inputs: images in the backbone's input format (n, channels, height, width).
-        batch: images at once, at most.
-        stream, passing: as in `divergences`.
-    """
-    probes = [
-        {layer.name: layer.shrink(model.get_submodule(layer.name), kept[layer.name])}
-        if len(kept[layer.name]) < layer.units
-        else {}
-        for layer in layers
-    ]
-    return divergences(model, layers, probes, inputs, batch, stream, passing, "layer importance")
+def probes(model: nn.Module, layers: Sequence[PrunableLayer], kept: Mapping[str, Tensor]) -> list[Variant]:
+    """Returns the probe of every layer: without another branch if it keeps all of its units."""
+    cut = [layer if len(kept[layer.name]) < layer.units else None for layer in layers]
+    return [{n.name: n.shrink(model.get_submodule(n.name), kept[n.name])} if n else {} for n in cut]
 
 
 @torch.no_grad()
@@ -76,8 +48,7 @@ def divergences(
     variants: Sequence[Variant],
     inputs: Tensor,
     batch: int,
-    stream: int = STREAM,
-    passing: Passing = nullcontext,
+    compute: Compute = HERE,
     name: str = "divergence",
 ) -> Tensor:
     """Returns KL(P_dense ‖ P_variant) in nats, float64 (variants, n): 0 for a variant without another branch.
@@ -88,18 +59,16 @@ def divergences(
     Args:
         layers: the prunable layers of `model`.
         inputs: images in the backbone's input format (n, channels, height, width).
-        batch: images at once, at most.
-        stream: floats of the residual stream that pass a block together.
-        passing: context of the passes.
+        batch: images at once, at most: a block's activations should stay in a CPU's cache, which saves a sixth.
         name: of the stage as which it is shown.
     """
     walk = _Walk(model, [{}, *variants])
     found = inputs.new_zeros(len(variants), len(inputs), dtype=torch.float64)
     floats = sum(layer.tokens * layer.embed_dim for layer in layers) / len(layers)  # an image, in an average block
-    at_once = min(batch, max(1, round(stream / floats)))
+    at_once = min(batch, max(1, round(compute.at_once.stream / floats)))
     parts = list(zip(inputs.split(at_once), found.split(at_once, dim=1), strict=True))
     for part, columns in track(parts, name):
-        with passing():
+        with compute.forward():
             logits = walk.logits(part)
         dense = logits[0].double().log_softmax(-1)
         for row, variant in enumerate(variants):

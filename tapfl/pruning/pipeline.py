@@ -7,13 +7,11 @@ model ─ canonical basis ─► task ─ criterion ─► selection ─ compens
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 import numpy as np
-import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from tapfl.compute import Compute
 from tapfl.config import PruningOptions
@@ -21,21 +19,19 @@ from tapfl.errors import ModelError
 from tapfl.models.backbone import BackboneSpec
 from tapfl.models.cost import measure_cost, measure_timings
 from tapfl.models.forward import example_input
-from tapfl.models.merging import passing
 from tapfl.models.new_head import put_head
 from tapfl.models.prunable import prunable_layers
 from tapfl.options import Scalar
 from tapfl.pruning.basis import canonical_basis, in_basis
 from tapfl.pruning.budget import Budget
-from tapfl.pruning.compensation import compensated
+from tapfl.pruning.compensation import cut
 from tapfl.pruning.cost_table import cost_table
-from tapfl.pruning.criteria.criterion import PruningTask, Scores, Selection
-from tapfl.pruning.criteria.registry import criterion_of, resolved
+from tapfl.pruning.criteria.criterion import PruningTask, Selection
+from tapfl.pruning.criteria.registry import resolved
 from tapfl.pruning.plan import LayerPlan, PruningPlan
 from tapfl.pruning.recovery import FineTuneSet, recovered
-from tapfl.pruning.sensitivity import Sensitivities
 from tapfl.pruning.surgery import shrink
-from tapfl.pruning.tokens import stream_of, with_tokens
+from tapfl.pruning.tokens import select, stream_of
 from tapfl.pruning.unit_shape import aligned
 from tapfl.seeds import torch_generator
 from tapfl.store import pack_tensors
@@ -114,55 +110,6 @@ def check_metric_set(model: nn.Module, inputs: Tensor, batch: int) -> None:
         raise ModelError(
             f"metric set of images {given} does not fit the backbone, which takes {wanted} (channels×height×width)"
         )
-
-
-def select(task: PruningTask, scores: Scores | None = None) -> Selection:
-    """Returns the choice of the criterion that the task's options name, and the tokens that merge beside it.
-
-    Args:
-        scores: of the criterion, if they are known.
-    """
-    spend = criterion_of(task.options.criterion).chooser(task, scores)
-    return with_tokens(task, spend, divergence(task) if task.options.tokens == "auto" else None)
-
-
-@torch.no_grad()
-def divergence(task: PruningTask) -> Callable[[Selection], float]:
-    """Returns how far a selection is from the dense model: KL(P_dense ‖ P_cut) in nats, on the metric set.
-
-    The smaller model is cut and compensated with every other of its images, and judged on the rest of them.
-    """
-    half, held = replace(task, inputs=task.inputs[::2]), task.inputs[1::2].split(task.batch)
-    dense = [task.model(x).double().log_softmax(-1) for x in held]
-
-    @torch.no_grad()
-    def judge(selection: Selection) -> float:
-        small = cut(half, selection)
-        found = [small(x).double().log_softmax(-1) for x in held]
-        return float(F.kl_div(torch.cat(found), torch.cat(dense), log_target=True, reduction="batchmean"))
-
-    return judge
-
-
-def cut(task: PruningTask, selection: Selection, fisher: Sensitivities | None = None) -> nn.Module:
-    """Returns the smaller model of a selection, compensated as the task's options say.
-
-    Args:
-        fisher: the `row_sensitivities` of the weights that are cut, if they are known.
-    """
-    weights = selection.model or task.model
-    if task.options.compensation == "one-pass" and any(selection.tokens):
-        fisher = row_sensitivities(task, passing(weights, selection.tokens))
-    fisher = fisher or row_sensitivities(task, weights)
-    images = (task.inputs, task.batch, task.options)
-    return compensated(weights, selection.kept, task.layers, *images, fisher, selection.tokens)
-
-
-def row_sensitivities(task: PruningTask, weights: nn.Module) -> Sensitivities | None:
-    """Returns the Fisher sensitivities of a model, or None unless the task's compensation weights rows by them."""
-    if task.options.compensation == "none" or task.options.compensation_rows != "sensitivity":
-        return None
-    return task.fisher if weights is task.model else task.fisher_of(weights)
 
 
 def finished(task: PruningTask, small: nn.Module) -> nn.Module:

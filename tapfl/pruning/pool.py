@@ -36,7 +36,7 @@ from tapfl.models.units import PrunableLayer, Shape
 from tapfl.progress import track
 from tapfl.pruning.criteria.criterion import OverImages, PruningTask, Samples, Scores
 from tapfl.pruning.criteria.registry import criterion_of
-from tapfl.pruning.layer_importance import mean_divergence, sample_divergences
+from tapfl.pruning.layer_importance import divergences, probes
 from tapfl.pruning.scores import neuron_importance
 from tapfl.pruning.unit_shape import keep_best
 
@@ -77,8 +77,8 @@ class PoolTables:
     def importance(self, chosen: np.ndarray, shapes: Mapping[str, Shape]) -> dict[str, float]:
         """Returns KL_l in nats by layer name, over the images at the positions `chosen`."""
         with self.lock:
-            found = self.divergences(shapes)
-        return mean_divergence(self.task.layers, found[:, torch.from_numpy(np.sort(chosen))])
+            found = self.divergences(shapes)[:, torch.from_numpy(np.sort(chosen))].mean(1)
+        return dict(zip((layer.name for layer in self.task.layers), found.tolist(), strict=True))
 
     def divergences(self, shapes: Mapping[str, Shape]) -> Tensor:
         """Returns KL(P_dense ‖ P_probe) in nats, float64 (layers, pool), each layer cut to its shape alone."""
@@ -98,7 +98,7 @@ class PoolTables:
         found = {layer.name: torch.zeros(layer.units) for layer in task.layers}
         for piece in self._pieces():
             if len(piece.inputs) >= piece.batch:
-                settings = (piece.inputs, piece.batch, weights, piece.at_once, piece.passing)
+                settings = (piece.inputs, piece.batch, weights, piece.compute)
                 for name, values in neuron_importance(piece.model, piece.layers, *settings).items():
                     found[name] += home(values)
         return found
@@ -120,8 +120,8 @@ class PoolTables:
         found = []
         for piece in self._pieces():
             kept = {n.name: keep_best(n, self.ranking[n.name], shapes[n.name]) for n in piece.layers}
-            settings = (piece.inputs, piece.batch, piece.at_once.stream, piece.passing)
-            found.append(sample_divergences(piece.model, piece.layers, kept, *settings))
+            variants = probes(piece.model, piece.layers, kept)
+            found.append(divergences(piece.model, piece.layers, variants, piece.inputs, piece.batch, piece.compute))
         return torch.cat(found, dim=1)
 
     def _pieces(self) -> Iterator[PruningTask]:

@@ -116,7 +116,7 @@ def recovered(
         return images.inputs(chosen).to(device)
 
     def teacher(x: Tensor) -> Tensor:
-        with task.passing():
+        with task.compute.forward():
             return full(task.model(x))
 
     labels, targets = _labels(task, images), None

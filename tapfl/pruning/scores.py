@@ -16,15 +16,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from tapfl.compute import OF_CPU, AtOnce
+from tapfl.compute import HERE, OF_CPU, AtOnce, Compute
 from tapfl.errors import ModelError
-from tapfl.models.forward import Passing, full, hooked
+from tapfl.models.forward import full, hooked
 from tapfl.models.units import PrunableLayer
 from tapfl.progress import track
 
@@ -160,13 +159,13 @@ def composite(parts: Terms, weights: tuple[float, float, float]) -> Tensor:
 
 
 def record_activations(
-    model: nn.Module, layers: Sequence[PrunableLayer], batch: Tensor, number: int = 0, passing: Passing = nullcontext
+    model: nn.Module, layers: Sequence[PrunableLayer], batch: Tensor, number: int = 0, compute: Compute = HERE
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Returns the logits of a batch and, by layer name, the activations (images, tokens, units) of its units.
 
     Args:
         number: of the batch, for the error.
-        passing: context of the pass.
+        compute: how precisely.
 
     Raises:
         ModelError: naming the layer whose activations are not finite, and the batch.
@@ -177,7 +176,7 @@ def record_activations(
         return lambda _module, inputs: seen.__setitem__(layer.name, full(layer.activations(inputs[0], len(batch))))
 
     hooks = (layer.output_of(model).register_forward_pre_hook(keep(layer)) for layer in layers)
-    with hooked(hooks), torch.no_grad(), passing():
+    with hooked(hooks), torch.no_grad(), compute.forward():
         logits = full(model(batch))
     refuse_not_finite(seen, number)
     return logits, seen
@@ -200,8 +199,7 @@ def neuron_importance(
     inputs: Tensor,
     batch: int,
     weights: Mapping[str, tuple[float, float, float]] = TERM_WEIGHTS,
-    at_once: AtOnce = OF_CPU,
-    passing: Passing = nullcontext,
+    compute: Compute = HERE,
 ) -> dict[str, Tensor]:
     """Returns the composite importance (units,) of every layer, summed over batches; no labels are used.
 
@@ -209,8 +207,7 @@ def neuron_importance(
         inputs: the metric set in the backbone's input format; a last incomplete batch is left out.
         batch: images a batch; the kernels are B×B.
         weights: of rel, 1 - red and act, by kind of layer.
-        at_once: as in `terms`.
-        passing: context of the passes; the kernels are computed outside of it.
+        compute: how precise the passes are, not the kernels, and how much is computed together.
 
     Raises:
         ModelError: if there is no whole batch, or activations are not finite.
@@ -220,11 +217,11 @@ def neuron_importance(
     importance = {layer.name: inputs.new_zeros(layer.units) for layer in layers}
     for number in track(range(len(inputs) // batch), "scores"):
         part = inputs[number * batch : (number + 1) * batch]
-        logits, activations = record_activations(model, layers, part, number, passing)
+        logits, activations = record_activations(model, layers, part, number, compute)
         P = logits.softmax(-1)
         for layer in layers:
             heads = layer.heads if layer.kind == "attention" else 0
-            parts = terms(activations.pop(layer.name), P, heads, at_once)
+            parts = terms(activations.pop(layer.name), P, heads, compute.at_once)
             importance[layer.name] += composite(parts, weights[layer.kind])
     return importance
 

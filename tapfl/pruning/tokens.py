@@ -17,7 +17,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import pairwise
 
+import torch
 from torch import nn
+from torch.nn import functional as F
 
 from tapfl.config import PruningOptions
 from tapfl.errors import BudgetError, ConfigError, ModelError
@@ -26,8 +28,10 @@ from tapfl.models.merging import Schedule, Tokens, merged_layers, merging
 from tapfl.models.units import PrunableLayer
 from tapfl.progress import track
 from tapfl.pruning.budget import Budget
+from tapfl.pruning.compensation import cut
 from tapfl.pruning.cost_table import CostTable, cost_table
-from tapfl.pruning.criteria.criterion import PruningTask, Selection
+from tapfl.pruning.criteria.criterion import PruningTask, Scores, Selection
+from tapfl.pruning.criteria.registry import criterion_of
 
 SHARES = (1.0, 0.85, 0.7, 0.55)
 
@@ -77,20 +81,17 @@ def costs_under(
     return layers, replace(found, dense=costs.dense)
 
 
-def with_tokens(
-    task: PruningTask, spend: Callable[[PruningTask], Selection], judge: Callable[[Selection], float] | None
-) -> Selection:
-    """Returns widths and a schedule that meet the budget together, as `pruning.tokens` says.
+def select(task: PruningTask, scores: Scores | None = None) -> Selection:
+    """Returns the choice of the criterion that the task's options name, and the tokens that merge beside it.
 
     Args:
-        spend: the criterion's choice of widths.
-        judge: how far a choice is from the dense model, for `auto` alone; the least wins, the first of equals.
+        scores: of the criterion, if they are known.
 
     Raises:
-        BudgetError: if no widths do under the schedule, or under any.
+        BudgetError: if no widths meet the budget under the schedule, or under any.
         ConfigError: if the backbone cannot merge tokens.
     """
-    options = task.options
+    spend, options = criterion_of(task.options.criterion).chooser(task, scores), task.options
     if options.tokens == "none":
         return spend(task)
     stream = stream_of(task.model, options)
@@ -103,8 +104,7 @@ def with_tokens(
 
     if options.tokens == "merge":
         return under(options.token_share)
-    assert judge is not None
-    found: list[tuple[float, Selection]] = []
+    judge, found = divergence(task), list[tuple[float, Selection]]()
     refused: BudgetError | None = None
     for share in track(SHARES, "tokens"):
         try:
@@ -113,8 +113,8 @@ def with_tokens(
             refused = refused or error
             continue
         found.append((judge(selection), selection))
-        if selection.importance:
-            task = _with_importance(task, selection.importance)
+        if importance := selection.importance:  # its probes cost more than a cut
+            task = replace(task, probe=lambda _, known=importance: known)
         if all(len(selection.kept[layer.name]) == layer.units for layer in task.layers):
             break  # the tokens alone meet the budget, and fewer would only lose more
     if not found:
@@ -123,6 +123,19 @@ def with_tokens(
     return min(found, key=lambda each: each[0])[1]
 
 
-def _with_importance(task: PruningTask, importance: dict[str, float]) -> PruningTask:
-    """Returns the task with a known importance of its layers, whose probes cost more than a cut."""
-    return replace(task, probe=lambda _: importance)
+@torch.no_grad()
+def divergence(task: PruningTask) -> Callable[[Selection], float]:
+    """Returns how far a selection is from the dense model: KL(P_dense ‖ P_cut) in nats, on the metric set.
+
+    The smaller model is cut and compensated with every other of its images, and judged on the rest of them.
+    """
+    half, held = replace(task, inputs=task.inputs[::2]), task.inputs[1::2].split(task.batch)
+    dense = [task.model(x).double().log_softmax(-1) for x in held]
+
+    @torch.no_grad()
+    def judge(selection: Selection) -> float:
+        small = cut(half, selection)
+        found = [small(x).double().log_softmax(-1) for x in held]
+        return float(F.kl_div(torch.cat(found), torch.cat(dense), log_target=True, reduction="batchmean"))
+
+    return judge

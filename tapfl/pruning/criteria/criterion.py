@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -11,11 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tapfl.compute import OF_CPU, AtOnce, home
+from tapfl.compute import HERE, Compute, home
 from tapfl.config import PruningOptions
 from tapfl.errors import ConfigError, ModelError
 from tapfl.models.cost import Cost
-from tapfl.models.forward import Passing
 from tapfl.models.merging import Schedule
 from tapfl.models.units import PrunableLayer, Shape
 from tapfl.pruning.allocate import allocate, fit_widths, layer_weights
@@ -45,8 +43,7 @@ class PruningTask:
         probe: layer importance (KL by layer name) of layers cut to given shapes, where it is not measured on `inputs`.
         sums: what `OverImages` adds up, of `inputs` and these layers, where it is known from elsewhere.
         new_head: the backbone with the classifier that devices get, where that is not `model`'s; its costs count.
-        at_once: how much is computed together.
-        passing: context of the passes of which a ranking is all that is used (`tapfl.compute.Compute.forward`).
+        compute: how much is computed together, and how precisely where a ranking is all that is used.
     """
 
     model: nn.Module
@@ -61,8 +58,7 @@ class PruningTask:
     probe: Callable[[Mapping[str, Shape]], dict[str, float]] | None = None
     sums: Callable[[Samples, Sequence[PrunableLayer]], dict[str, Tensor]] | None = None
     new_head: nn.Module | None = None
-    at_once: AtOnce = OF_CPU
-    passing: Passing = nullcontext
+    compute: Compute = HERE
 
     @cached_property
     def fisher(self) -> Sensitivities:
@@ -244,8 +240,8 @@ def _layer_importance(task: PruningTask, scores: Scores, shapes: Mapping[str, Sh
         return task.probe(shapes)
     if task.options.probe == "pool":
         raise ConfigError("pruning.probe = 'pool': there is no public pool beside the metric set here; accepted: own")
-    kept, stream = _keep(task, scores, shapes), task.at_once.stream
-    return layer_importance(task.model, task.layers, kept, task.inputs, task.batch, stream, task.passing)
+    kept = _keep(task, scores, shapes)
+    return layer_importance(task.model, task.layers, kept, task.inputs, task.batch, task.compute)
 
 
 def _candidates(task: PruningTask, scores: Scores, unit_shape: str) -> list[Candidates]:

@@ -34,7 +34,7 @@ ROUNDS = 256  # in which a branch loses its units: one unit a round up to that w
 def composite_scores(task: PruningTask) -> Scores:
     """Returns the composite importance with the term weights of the options, (units,) by layer name."""
     weights = {"ffn": task.options.ffn_terms, "attention": task.options.attention_terms}
-    return neuron_importance(task.model, task.layers, task.inputs, task.batch, weights, task.at_once, task.passing)
+    return neuron_importance(task.model, task.layers, task.inputs, task.batch, weights, task.compute)
 
 
 def tap_plus_scores(task: PruningTask) -> Scores:

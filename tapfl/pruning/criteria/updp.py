@@ -97,8 +97,7 @@ def divergence(task: PruningTask, drops: Sequence[DropSet]) -> list[float]:
         for name in set().union(*drops)
     }
     variants = [{name: constant[name] for name in drop} for drop in drops]
-    batch, stream = task.batch, task.at_once.stream
-    found = divergences(task.model, task.layers, variants, task.inputs, batch, stream, task.passing)
+    found = divergences(task.model, task.layers, variants, task.inputs, task.batch, task.compute)
     return found.mean(1).tolist()
 
 
