@@ -547,9 +547,8 @@ def test_a_plan_cuts_other_weights_of_its_backbone_alike(saved: Path, tmp_path: 
         assert torch.equal(apply_plan(source, other)(x), shrink(other, plan)(x))
 
 
-@pytest.mark.parametrize("provenance", [{"basis": "canonical"}, {"criterion": "lowrank-heads"}])
-def test_a_plan_made_in_another_basis_is_not_reapplied(provenance: dict[str, str], vit: Tiny) -> None:
-    plan = a_plan(vit).model_copy(update={"provenance": provenance})
+def test_a_plan_made_in_another_basis_is_not_reapplied(vit: Tiny) -> None:
+    plan = a_plan(vit).model_copy(update={"provenance": {"basis": "canonical"}})
     with pytest.raises(PlanError, match="was made in the canonical basis of the heads"):
         apply_plan(plan, vit.model)
     turned = canonical_basis(vit.model, vit.layers, vit.inputs, 4)

@@ -16,6 +16,7 @@ from torch import Tensor
 from tapfl.arguments import Argument, parse_args, written
 from tapfl.config import ModelOptions
 from tapfl.errors import ConfigError, ModelError, PlanError, TapflError, message_of
+from tapfl.models.backbone import Preprocessing
 from tapfl.options import validated
 from tapfl.store import read_tensors
 
@@ -23,7 +24,6 @@ TORCH = (".pth", ".pt", ".bin", ".ckpt", ".tar")  # endings of files of torch.sa
 ACCEPTED = f"a .safetensors file, one of torch.save ({', '.join(TORCH)}), or hub"
 SOURCES = ("hf-hub:", "local-dir:")  # timm's marks of a repository and of a copy of one
 FILES = ("model.safetensors", "pytorch_model.bin")  # in which a repository of timm has its weights
-PREPROCESSING = ("mean", "std", "crop_pct", "crop_mode", "interpolation")
 
 
 def read_checkpoint(file: Path) -> dict[str, Tensor]:
@@ -93,7 +93,7 @@ def of_hub(options: ModelOptions) -> ModelOptions:
     update: dict[str, Any] = {"name": name, "args": arguments}
     if options.weights == "hub":
         update["weights"] = str(_weights(options.name))
-    for key in PREPROCESSING:
+    for key in Preprocessing.model_fields:
         if getattr(options, key) == ModelOptions.model_fields[key].default and pretrained.get(key) is not None:
             update[key] = pretrained[key]
     try:

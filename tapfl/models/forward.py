@@ -20,7 +20,7 @@ from torch.utils.hooks import RemovableHandle
 from tapfl.config import ModelOptions
 from tapfl.data.transform import Transform
 from tapfl.errors import ModelError
-from tapfl.models.backbone import ACCEPTED, build, spec_of
+from tapfl.models.backbone import ACCEPTED, build, input_shape, spec_of
 from tapfl.progress import track
 
 Step = tuple[str, Callable[[Tensor], Tensor]]
@@ -29,15 +29,13 @@ Grid = tuple[int, int]
 
 def transform_of(model: Any) -> Transform:
     """Returns how images become the input of `model`: timm's evaluation transform, for its size and channels."""
-    config = timm.data.resolve_model_data_config(model)
-    size = model.patch_embed.img_size or config["input_size"][1:]
-    channels = next(module for module in model.modules() if isinstance(module, nn.Conv2d)).in_channels
+    config, (channels, *size) = timm.data.resolve_model_data_config(model), input_shape(model)
     mean, std = (
         tuple(map(float, values * channels if len(values) == 1 else values[:channels]))
         for values in (config["mean"], config["std"])
     )
     return Transform(
-        size=(int(size[0]), int(size[1])),
+        size=(size[0], size[1]),
         channels=channels,
         mean=mean,
         std=std,
@@ -60,8 +58,7 @@ def full(x: Tensor) -> Tensor:
 
 def example_input(model: nn.Module, batch: int = 1) -> Tensor:
     """Returns zeros in the shape that `model` takes, on its device."""
-    transform = transform_of(model)
-    return torch.zeros(batch, transform.channels, *transform.size, device=next(model.parameters()).device)
+    return torch.zeros(batch, *input_shape(model), device=next(model.parameters()).device)
 
 
 @contextmanager

@@ -68,14 +68,8 @@ def water_fill(
 
 
 def layer_weights(layers: Sequence[PrunableLayer], kl: Mapping[str, float], options: PruningOptions) -> np.ndarray:
-    """Returns the weight of each layer, mean 1 over the FFNs and, separately, over the attentions.
-
-    adaptive    softmax(KL/τ), as published; nearly even where the KLs are small
-    uniform     1 for all
-    """
+    """Returns softmax(KL/τ) of each layer, scaled to mean 1 over the FFNs and, separately, over the attentions."""
     weights = np.ones(len(layers))
-    if options.ratio == "uniform":
-        return weights
     for kind in {layer.kind for layer in layers}:
         members = [i for i, layer in enumerate(layers) if layer.kind == kind]
         values = np.array([kl[layers[i].name] for i in members])

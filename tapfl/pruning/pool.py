@@ -36,8 +36,8 @@ from tapfl.models.units import PrunableLayer, Shape
 from tapfl.progress import track
 from tapfl.pruning.criteria.criterion import OverImages, PruningTask, Samples, Scores
 from tapfl.pruning.criteria.registry import criterion_of
+from tapfl.pruning.criteria.tap import composite_scores
 from tapfl.pruning.layer_importance import divergences, probes
-from tapfl.pruning.scores import neuron_importance
 from tapfl.pruning.unit_shape import keep_best
 
 PIECE = 256  # images that are read together
@@ -94,12 +94,10 @@ class PoolTables:
         task = self.task
         if isinstance(scores := criterion_of(task.options.criterion).scores, OverImages):
             return home(scores(replace(task, sums=partial(self.sums, np.arange(self.size)))))
-        weights = {"ffn": task.options.ffn_terms, "attention": task.options.attention_terms}
         found = {layer.name: torch.zeros(layer.units) for layer in task.layers}
         for piece in self._pieces():
             if len(piece.inputs) >= piece.batch:
-                settings = (piece.inputs, piece.batch, weights, piece.compute)
-                for name, values in neuron_importance(piece.model, piece.layers, *settings).items():
+                for name, values in composite_scores(piece).items():
                     found[name] += home(values)
         return found
 

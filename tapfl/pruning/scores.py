@@ -210,10 +210,8 @@ def neuron_importance(
         compute: how precise the passes are, not the kernels, and how much is computed together.
 
     Raises:
-        ModelError: if there is no whole batch, or activations are not finite.
+        ModelError: if activations are not finite.
     """
-    if len(inputs) < batch:
-        raise ModelError(f"metric set of {len(inputs)} images is smaller than one batch of {batch}")
     importance = {layer.name: inputs.new_zeros(layer.units) for layer in layers}
     for number in track(range(len(inputs) // batch), "scores"):
         part = inputs[number * batch : (number + 1) * batch]

@@ -19,7 +19,6 @@ from tapfl.pruning.plan import PLAN_FILE, PruningPlan, load_plan, read_plan, sig
 from tapfl.store import read_tensors, sha256_of, unpack_tensors, whole_folder, write_json, write_tensors
 
 WEIGHTS_FILE = "model.safetensors"
-TURNED = {"lowrank-heads"}  # criteria that choose among dims of another basis than that of the weights
 
 
 def shrink(model: nn.Module, plan: PruningPlan) -> nn.Module:
@@ -63,8 +62,7 @@ def apply_plan(plan: PruningPlan | Path | str, model: nn.Module) -> nn.Module:
         PlanError: if it does not fit the model, or was made in another basis of the heads than the model's.
     """
     plan = plan if isinstance(plan, PruningPlan) else read_plan(plan)
-    turned = plan.provenance.get("basis") == "canonical" or plan.provenance.get("criterion") in TURNED
-    if turned and carried_energy(model) is None:
+    if plan.provenance.get("basis") == "canonical" and carried_energy(model) is None:
         raise PlanError(
             f"plan for {plan.backbone.name}: was made in the canonical basis of the heads, and these weights are not "
             "in it; prune them again, or load the pruned model itself"
