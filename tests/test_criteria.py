@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from dataclasses import replace
 from importlib.metadata import EntryPoint
-from itertools import chain, combinations
 
 import numpy as np
 import pytest
@@ -15,15 +14,17 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tapfl.config import PruningOptions
-from tapfl.errors import BudgetError, ConfigError, ModelError
-from tapfl.models.units import PrunableLayer, replaced
-from tapfl.pruning.criteria import gradients, norms, registry, savit, updp, upop
+from tapfl.errors import ConfigError, ModelError
+from tapfl.pruning.criteria import gradients, norms, registry, upop
 from tapfl.pruning.criteria.criterion import PruningTask, Selection, across_layers, by_layer
 from tapfl.pruning.pipeline import plan_of, pruning_task
-from tapfl.pruning.surgery import shrink
 
 FAMILIES = ["vit", "deit", "swin"]
+
+
 LABELS = torch.tensor([3, 1, 4, 1])
+
+
 QUANTISED = {"updp"}  # drops whole branches, so the budget is met from below only
 
 
@@ -204,50 +205,6 @@ def test_isomorphic_asks_what_a_unit_is_worth_and_not_what_it_costs(swin: Tiny) 
     assert spread(gradients.within_types(task, scores)) < 0.15 < spread(across_layers(task, scores))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_upop_masks_are_shared_by_heads_and_sit_before_the_activation(family: str, families: dict[str, Tiny]) -> None:
-    """A mask of 0 does what surgery does to the unit, in every head, and its gradient is a finite difference."""
-    task = replace(in_double(task_of(families[family], batch=4)), labels=LABELS)
-    masks = upop.open_masks(task.layers, task.inputs)
-    with upop.masked(task.model, task.layers, masks):
-        loss = F.cross_entropy(task.model(task.inputs), LABELS)
-    found = dict(zip(masks, torch.autograd.grad(loss, list(masks.values())), strict=True))
-    ε = 1e-5
-    for layer in task.layers[:2]:
-        assert found[layer.name].shape == (layer.units_per_head,)
-        module = task.model.get_submodule(layer.name)
-        first = module.fc1 if layer.kind == "ffn" else module.qkv
-        for k in (0, layer.units_per_head - 1):
-            around = []
-            for value in (1 + ε, 1 - ε):
-                factor = torch.ones(layer.units_per_head).double()
-                factor[k] = value
-                factor = factor.repeat(first.out_features // layer.units_per_head)  # by q, k and v and by head
-                handle = first.register_forward_hook(lambda _m, _x, y, f=factor: y * f)
-                around.append(F.cross_entropy(task.model(task.inputs), LABELS))
-                handle.remove()
-            assert float(found[layer.name][k]) == pytest.approx(
-                float(around[0] - around[1]) / (2 * ε), rel=1e-4, abs=1e-9
-            )
-
-        with torch.no_grad():
-            masks[layer.name][1] = 0
-        heads = torch.arange(layer.heads) * layer.units_per_head
-        stay = torch.tensor(sorted(set(range(layer.units)) - set((heads + 1).tolist())))
-        with upop.masked(task.model, [layer], masks):
-            zeroed = task.model(task.inputs)
-        with replaced(task.model, layer.name, layer.shrink(module, stay).double()):
-            torch.testing.assert_close(task.model(task.inputs), zeroed.detach())
-
-
-def test_upop_makes_nothing_of_gradients_that_agree_to_rounding(vit: Tiny) -> None:
-    generator = torch.Generator().manual_seed(0)
-    gradients = {n.name: 0.1 + 1e-9 * torch.randn(n.units_per_head, generator=generator).double() for n in vit.layers}
-    assert all(not z.any() for z in upop.standardise(vit.layers, gradients).values())
-    tiny = {n.name: 1e-30 * torch.randn(n.units_per_head, generator=generator).double() for n in vit.layers}
-    assert all(z.any() for z in upop.standardise(vit.layers, tiny).values())
-
-
 def test_scores_that_are_no_numbers_are_refused_by_layer(vit: Tiny) -> None:
     task = task_of(vit)
     scores = {layer.name: torch.rand(layer.units) for layer in vit.layers}
@@ -255,272 +212,6 @@ def test_scores_that_are_no_numbers_are_refused_by_layer(vit: Tiny) -> None:
     for spend in (by_layer, across_layers):
         with pytest.raises(ModelError, match=r"blocks\.1\.mlp: scores of units are not numbers"):
             spend(task, scores)
-
-
-def test_upop_standardises_within_types_and_ranks_all_types_in_one(vit: Tiny) -> None:
-    gradients = {layer.name: torch.randn(layer.units_per_head, dtype=torch.float64) for layer in vit.layers}
-    z = upop.standardise(vit.layers, gradients)
-    for kind in ("attention", "ffn"):
-        members = [layer.name for layer in vit.layers if layer.kind == kind]
-        values = np.concatenate([gradients[name].numpy() for name in members])
-        expected = (values - values.mean()) / values.std(ddof=1)
-        np.testing.assert_allclose(np.concatenate([z[name].numpy() for name in members]), expected, rtol=1e-12)
-
-    task = task_of(vit, budget=0.7)
-    kept = upop.unified(task, upop.worth(task.layers, z)).kept
-    worst_kept = {layer.name: float(z[layer.name][_dims(layer, kept)].max()) for layer in vit.layers}
-    ranked = sorted((-float(v), layer.macs_per_unit * layer.heads) for layer in vit.layers for v in z[layer.name])
-    left, threshold = 0.3 * task.dense.macs, 0.0  # by falling z, until the costs sum up to what has to go
-    for value, macs in ranked:
-        threshold, left = -value, left - macs
-        if left < 0:
-            break
-    for layer in vit.layers:  # one threshold for both types, but for the units that make the budget exact
-        count = int((z[layer.name] < threshold).sum())
-        assert abs(len(_dims(layer, kept)) - count) <= 2, (layer.name, worst_kept)
-
-
-def _dims(layer: PrunableLayer, kept: dict[str, Tensor]) -> Tensor:
-    """The dims that stay, which must be the same in every head."""
-    by_head = kept[layer.name].view(layer.heads, -1) - torch.arange(layer.heads)[:, None] * layer.units_per_head
-    assert (by_head == by_head[0]).all()
-    return by_head[0]
-
-
-@pytest.mark.parametrize("name", ["upop", "upop-oneshot"])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_upop_keeps_the_same_dims_in_every_head(
-    name: str, family: str, families: dict[str, Tiny], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(upop, "STEPS", 4)
-    kept = registry.criterion_of(name)(task_of(families[family])).kept
-    for layer in families[family].layers:
-        _dims(layer, kept)
-
-
-def test_upop_schedule_runs_from_nothing_to_all() -> None:
-    assert upop.schedule(0, 100, 0.4) == 0
-    assert upop.schedule(100, 100, 0.4) == pytest.approx(0.4, rel=1e-15)
-    assert upop.schedule(50, 100, 0.4) == pytest.approx(0.4 * 0.5**0.5)
-    steps = [upop.schedule(t, 20, 1.0) for t in range(21)]
-    assert steps == sorted(steps)
-
-
-def test_upop_masks_fade_to_nothing_at_a_cost_of_what_has_to_go(vit: Tiny) -> None:
-    task = task_of(vit, budget=0.7)
-    p = upop.share_to_go(task)
-    z = {layer.name: torch.randn(layer.units_per_head, dtype=torch.float64) for layer in vit.layers}
-    whole = sum(layer.units * layer.macs_per_unit for layer in vit.layers)
-    assert p * whole == pytest.approx(0.3 * task.dense.macs)
-    for now in (0.0, p / 2, p):
-        masks = upop.faded(task, z, now, p)
-        gone = sum(int((masks[n.name] < 1).sum()) * n.heads * n.macs_per_unit for n in vit.layers)
-        most = max(layer.heads * layer.macs_per_unit for layer in vit.layers)
-        assert now * whole - most <= gone <= now * whole * (1 + 1e-9)
-        for name, mask in masks.items():
-            below = mask < 1
-            assert (mask[below] == 1 - now / p).all()
-            assert not below.any() or z[name][below].min() > z[name][~below].max()  # the largest z go first
-    assert all(set(mask.tolist()) <= {0.0, 1.0} for mask in upop.faded(task, z, p, p).values())
-
-
-def test_upop_adds_up_gradients_from_the_first_step(vit: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With weights and masks that stay, every step has the same gradient: the one-shot variant's."""
-    monkeypatch.setattr(upop, "STEPS", 5)
-    monkeypatch.setattr(upop, "LEARNING_RATE", 0.0)
-    seen: list[dict[str, Tensor]] = []
-    standardise = upop.standardise
-
-    def record(layers: list[PrunableLayer], gradients: dict[str, Tensor]) -> dict[str, Tensor]:
-        seen.append({name: gradient.clone() for name, gradient in gradients.items()})
-        return standardise(layers, gradients)
-
-    monkeypatch.setattr(upop, "standardise", record)
-    monkeypatch.setattr(upop, "faded", lambda task, z, now, final: {n: torch.ones_like(v) for n, v in z.items()})
-    task = task_of(vit, batch=4)  # one batch is the whole metric set
-    found = upop.upop(task)
-    assert len(seen) == 5
-    for step, accumulated in enumerate(seen, start=1):
-        for name, gradient in accumulated.items():
-            torch.testing.assert_close(gradient, step * seen[0][name], rtol=1e-3, atol=1e-6)
-    assert same(found, upop.upop_oneshot(task))
-
-
-def test_upop_trains_through_masks_that_fade(vit: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Written anew: weights step by their own gradients alone, masks add theirs up, and fade after each selection."""
-    monkeypatch.setattr(upop, "STEPS", 4)
-    monkeypatch.setattr(upop, "SELECTIONS", 4)
-    task = task_of(vit, batch=4)  # one batch is the whole metric set, in some order
-    found = upop.upop(task)
-    model, labels = copy.deepcopy(task.model).requires_grad_(True), task.model(task.inputs).argmax(1)
-    masks, final = upop.open_masks(task.layers, task.inputs), upop.share_to_go(task)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=upop.LEARNING_RATE, weight_decay=upop.WEIGHT_DECAY)
-    total = {name: torch.zeros_like(mask) for name, mask in masks.items()}
-    for step in range(1, 5):
-        with torch.enable_grad(), upop.masked(model, task.layers, masks):
-            loss = F.cross_entropy(model(task.inputs), labels)
-        weights = list(model.parameters())
-        gradients = torch.autograd.grad(loss, [*weights, *masks.values()])
-        for weight, gradient in zip(weights, gradients, strict=False):
-            weight.grad = gradient
-        optimizer.step()
-        for name, gradient in zip(masks, gradients[len(weights) :], strict=True):
-            total[name] += gradient
-        now = upop.faded(task, upop.standardise(task.layers, total), upop.schedule(step, 4, final), final)
-        masks = {name: values.float().requires_grad_() for name, values in now.items()}
-    assert found.model is not None
-    for name, weight in model.state_dict().items():
-        if not name.endswith("qkv.bias"):  # that of keys has a gradient of 0 but for rounding, which AdamW makes a step
-            torch.testing.assert_close(found.model.state_dict()[name], weight, rtol=1e-3, atol=1e-5)
-
-
-def test_upop_trains_a_copy(vit: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(upop, "STEPS", 7)
-    found = upop.upop(task_of(vit))
-    assert found.steps == 7 and found.model is not None
-    moved = [not torch.equal(a, b) for a, b in zip(found.model.parameters(), vit.model.parameters(), strict=True)]
-    assert all(moved)
-    other = upop.upop(task_of(vit, seed=1)).model
-    assert other is not None and not torch.equal(other.blocks[0].mlp.fc1.weight, found.model.blocks[0].mlp.fc1.weight)
-
-
-@pytest.mark.parametrize(
-    ("family", "budget"), [("vit", 0.85), ("vit", 0.6), ("vit", 0.35), ("vit", 0.15), ("deit", 0.85), ("deit", 0.6)]
-)
-def test_updp_finds_the_best_drop_set(family: str, budget: float, families: dict[str, Tiny]) -> None:
-    """Two blocks have 16 drop sets; of those that only just meet the budget, the one of least divergence is found."""
-    backbone = families[family]
-    task = task_of(backbone, budget)
-    names = [layer.name for layer in task.layers]
-    dense = backbone.model(backbone.inputs).detach().double().log_softmax(-1)
-    divergences = {}
-    for drop in map(set, chain.from_iterable(combinations(names, n) for n in range(5))):
-        kept = {name: torch.arange(0) for name in drop}
-        whole = {layer.name: torch.arange(layer.units) for layer in task.layers}
-        plan = plan_of(task, Selection(whole | kept), backbone.spec)
-        if plan.cost.macs <= budget * task.dense.macs:
-            logits = shrink(backbone.model, plan)(backbone.inputs).detach().double().log_softmax(-1)
-            divergences[frozenset(drop)] = float((dense.exp() * (dense - logits)).sum(1).mean())
-    minimal = {drop: kl for drop, kl in divergences.items() if not any(other < drop for other in divergences)}
-    best = min(minimal, key=lambda drop: minimal[drop])
-    found, alone = updp.search(task, updp.BEAM)
-    assert found[0] == best
-    together = updp.divergence(task, list(divergences))
-    assert together == pytest.approx(list(divergences.values()), rel=1e-4, abs=1e-6)
-    for name, kl in alone.items():
-        assert kl == pytest.approx(updp.divergence(task, [frozenset({name})])[0], rel=1e-5)
-    selection = updp.updp(task)
-    assert {name for name, kept in selection.kept.items() if not len(kept)} == best
-    assert all(len(selection.kept[layer.name]) in (0, layer.units) for layer in task.layers)
-
-
-def test_updp_restores_what_may_stay_and_says_what_can_be_had(vit: Tiny) -> None:
-    task = task_of(vit, 0.6)
-    everything = frozenset(layer.name for layer in vit.layers)
-    smaller = updp._minimal(task, everything)
-    assert smaller < everything and updp._fits(task, smaller)
-    assert not any(updp._fits(task, smaller - {name}) for name in smaller)
-    assert updp.search(task_of(vit, 1.0), 4) == ([frozenset()], {})
-    with pytest.raises(BudgetError, match="without any branch"):
-        updp.updp(task_of(vit, 0.001))
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_savit_interactions_are_finite_differences_of_gate_gradients(family: str, families: dict[str, Tiny]) -> None:
-    """And its scores are squared gradients of minibatches, of whole heads in attentions."""
-    task = replace(in_double(task_of(families[family], batch=2)), labels=LABELS)
-    scores, S = savit.importance_and_interactions(task)
-    assert (S == S.T).all() and abs(S).min() > 0
-
-    def gate_gradients(factors: dict[str, float], rows: slice) -> dict[str, Tensor]:
-        """Gradients of two images' mean loss where all gates of a type have the value that `factors` names."""
-        gates_ = {
-            n.name: torch.full((n.units,), factors[n.kind], dtype=torch.float64).requires_grad_() for n in task.layers
-        }
-        with gradients.gated(task.model, task.layers, gates_):
-            loss = F.cross_entropy(task.model(task.inputs[rows]), LABELS[rows])
-        return dict(zip(gates_, torch.autograd.grad(loss, list(gates_.values())), strict=True))
-
-    ε, halves = 1e-5, (slice(0, 2), slice(2, 4))
-    units = {kind: sum(layer.units for layer in task.layers if layer.kind == kind) for kind in savit.TYPES}
-    one = dict.fromkeys(savit.TYPES, 1.0)
-    for i, moved in enumerate(savit.TYPES):
-        total = dict.fromkeys(savit.TYPES, 0.0)
-        for rows in halves:
-            up, down = gate_gradients(one | {moved: 1 + ε}, rows), gate_gradients(one | {moved: 1 - ε}, rows)
-            for layer in task.layers:
-                total[layer.kind] += float((up[layer.name] - down[layer.name]).sum()) / (2 * ε) / len(halves)
-        for j, kind in enumerate(savit.TYPES):
-            assert S[i, j] == pytest.approx(total[kind] / (units[moved] * units[kind]), rel=1e-4)
-
-    at_one = [gate_gradients(one, rows) for rows in halves]
-    for layer in task.layers:
-        each = torch.stack([part[layer.name] for part in at_one])
-        if layer.kind == "attention":
-            each = each.view(2, layer.heads, -1).sum(2)
-        torch.testing.assert_close(scores[layer.name], each.square().mean(0))
-
-
-@pytest.mark.parametrize("S", [[[3.0, 1.0], [1.0, 2.0]], [[1.0, -0.5], [-0.5, 4.0]], [[-2.0, 0.1], [0.1, -1.0]]])
-def test_savit_split_is_that_of_a_brute_force_grid(S: list[list[float]]) -> None:
-    heads, head_macs, ffn_macs, to_go = 240, 1.0, 480.0, 300.0
-    order = savit.splits(np.array(S), np.full(heads, head_macs), heads, ffn_macs, to_go)
-    a = np.linspace(0, 1, 200_001)
-    b = (to_go - a * heads * head_macs) / ffn_macs
-    objective = np.where((b >= 0) & (b <= 1), S[0][0] * a * a + 2 * S[0][1] * a * b + S[1][1] * b * b, np.inf)
-    assert order[0] / heads == pytest.approx(a[objective.argmin()], abs=0.51 / heads)
-    assert sorted(order) == list(range(241))
-
-
-def test_savit_split_leaves_out_what_the_ffns_cannot_give_or_take() -> None:
-    assert sorted(savit.splits(np.eye(2), np.full(10, 10.0), 10, 100.0, 120.0)) == list(range(2, 11))
-    assert sorted(savit.splits(np.eye(2), np.full(10, 10.0), 10, 100.0, 40.0)) == list(range(5))
-    assert savit.splits(np.eye(2), np.full(10, 10.0), 10, 100.0, 250.0) == []
-
-
-def test_savit_removes_whole_heads_by_one_threshold(swin: Tiny) -> None:
-    task = task_of(swin, budget=0.4)
-    kept = savit.savit(task).kept
-    scores, _ = savit.importance_and_interactions(task)
-    stay, gone = [], []
-    for layer in swin.layers:
-        if layer.kind == "attention":
-            sizes = torch.bincount(kept[layer.name] // layer.units_per_head, minlength=layer.heads)
-            assert set(sizes.tolist()) <= {0, layer.units_per_head} and sizes.any()  # the floor keeps one
-            best = float(scores[layer.name].max())
-            gone += scores[layer.name][sizes == 0].tolist()
-            stay += [score for score in scores[layer.name][sizes > 0].tolist() if score < best]
-    assert gone and (not stay or max(gone) < min(stay))
-
-
-def test_savit_says_what_heads_and_ffns_cannot_meet(deit: Tiny) -> None:
-    with pytest.raises(BudgetError, match=r"budget 0\.45 of the MACs cannot be met by whole heads and FFN units"):
-        savit.savit(task_of(deit, budget=0.45))
-
-
-def test_updp_lets_the_finalists_of_a_thinned_search_meet_on_the_whole_metric_set(
-    vit: Tiny, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    task = task_of(vit, 0.35)
-    monkeypatch.setattr(updp, "IMAGES", 2)
-    part = updp._thinned(task, 2)
-    assert torch.equal(part.inputs, vit.inputs[[0, 2]])
-    finalists = updp.search(part, updp.BEAM)[0][: updp.BEAM]
-    best = min(finalists, key=lambda drop: updp.divergence(task, [drop])[0])
-    assert {name for name, kept in updp.updp(task).kept.items() if not len(kept)} == best
-
-
-def test_updp_measures_only_the_best_of_a_level_on_all_images(vit: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
-    task = task_of(vit, 0.35)
-    monkeypatch.setattr(updp, "SCREEN_IMAGES", 2)
-    monkeypatch.setattr(updp, "SCREENED", 2)
-    few = updp._thinned(task, 2)
-    pairs = [frozenset(pair) for pair in combinations([layer.name for layer in vit.layers], 2)]
-    rough = dict(zip(pairs, updp.divergence(few, pairs), strict=True))
-    assert updp._screened(task, pairs) == sorted(pairs, key=rough.__getitem__)[:2]
-    assert updp._screened(few, pairs) == pairs and updp._screened(task, pairs[:2]) == pairs[:2]
-    singles = [frozenset({layer.name}) for layer in vit.layers]
-    assert updp._screened(task, singles) == singles, "their divergence is the importance of a layer"
 
 
 def test_an_unknown_name_is_refused_and_the_known_ones_are_named() -> None:
