@@ -21,7 +21,7 @@ from tapfl.config import PruningOptions
 from tapfl.errors import ModelError, PlanError
 from tapfl.models.backbone import BackboneSpec
 from tapfl.models.forward import example_input
-from tapfl.models.residual import as_branch_output, observe
+from tapfl.models.residual import as_branch_output, branch_steps
 from tapfl.models.units import PrunableLayer, replaced
 from tapfl.pruning import compensation
 from tapfl.pruning.compensation import LostOutput, cut
@@ -381,8 +381,12 @@ def a_backbone(name: str) -> nn.Module:
 def test_a_piece_of_the_stream_as_output_of_a_branch_is_what_the_block_adds(name: str) -> None:
     model: Any = a_backbone(name)
     backbone = tiny(VIT, model)
+    x, streams = backbone.inputs, {}
+    for name, step in branch_steps(model, all_tokens=True):
+        x, streams[name] = step(x), x
     for layer in backbone.layers:
-        x = observe(model, layer, model, backbone.inputs).stream
+        x = streams[layer.name]
+        x = x if layer.kind == "attention" else x.reshape(len(x), -1, x.shape[-1])  # not a grid
         piece = torch.randn(x.shape, generator=torch.Generator().manual_seed(3))
 
         class Answer(nn.Module):

@@ -167,6 +167,10 @@ class MergingBlock(Block):
             self.attn.k_norm = Keys()
 
     def forward(self, given: Tensor | Merged) -> Tensor | Merged:
+        return self.feed(self.attend(given))
+
+    def attend(self, given: Tensor | Merged) -> Merged:
+        """Returns the stream behind the attention, and merged."""
         merged = isinstance(given, Merged)
         x, size, source = given if isinstance(given, Merged) else Merged.of(given, self.traced)
         normed, held = self.norm1(x), getattr(self.attn, "k_norm", None)
@@ -175,7 +179,12 @@ class MergingBlock(Block):
         mask = size.log()[:, None, None, :] if merged else None
         x = x + self.drop_path1(self.ls1(self.attn(normed, attn_mask=mask)))
         keys = held.take() if isinstance(held, Keys) else None  # None: nothing merges, or no attention is left
-        x, size, source = self.merge(Merged(x, size, source), normed if keys is None else keys)
+        found: Merged = self.merge(Merged(x, size, source), normed if keys is None else keys)
+        return found
+
+    def feed(self, merged: Merged) -> Tensor | Merged:
+        """Returns the stream behind the FFN."""
+        x, size, source = merged
         x = x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
         if not self.last:
             return Merged(x, size, source)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -24,14 +23,14 @@ PLACE = {"attention": "1", "ffn": "2"}  # norm1 and ls1 belong to the attention 
 
 @dataclass(frozen=True)
 class Passage:
-    """Tensors around a branch in one pass of its block.
+    """Tensors around a branch in one pass of its step (`branch_steps`).
 
     Attributes:
         stream: the residual stream that the branch's norm read.
         arguments: of the branch's call (positional, by name).
         units: input of the branch's output linear, with 0 units where the branch is gone.
         output: of the branch.
-        after: output of the block, if the branch is its FFN; an attention is the end of a pass, which saves the rest.
+        after: of the step.
         source: where each of the image's tokens is in the stream (`tapfl.models.merging`); None: none was merged.
     """
 
@@ -39,51 +38,35 @@ class Passage:
     arguments: tuple[tuple[Any, ...], dict[str, Any]]
     units: Tensor
     output: Tensor
-    after: Tensor | None = None
-    source: Tensor | None = None
-
-
-class _Seen(Exception):  # noqa: N818  (no error)
-    """Ends a pass of which the rest is of no use."""
+    after: Any
+    source: Tensor | None
 
 
 @torch.no_grad()
-def observe(model: nn.Module, layer: PrunableLayer, step: Callable[[Tensor], Tensor], x: Tensor) -> Passage:
-    """Returns the passage of `x` through the branch `layer` when `step` (its block) takes it.
-
-    Raises:
-        ModelError: if the block is not of timm's pre-norm kinds.
-    """
+def observe(model: nn.Module, layer: PrunableLayer, step: Callable[[Any], Any], x: Tensor | Merged) -> Passage:
+    """Returns the passage of the residual stream `x` through the branch `layer`, of which `step` is the step."""
     branch: Any = model.get_submodule(layer.name)
-    linear: Any = branch.get_submodule(layer.output)
-    block = _block(model, layer)
-    norm = getattr(block, f"norm{PLACE[layer.kind]}")
     seen: dict[str, Any] = {}
 
     def leave(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
         seen.update(arguments=(args, kwargs), output=output)
-        if layer.kind == "attention":
-            raise _Seen
 
     handles = [
-        norm.register_forward_pre_hook(lambda _module, inputs: seen.update(stream=inputs[0])),
-        linear.register_forward_pre_hook(lambda _module, inputs: seen.update(units=inputs[0])),
+        branch.get_submodule(layer.output).register_forward_pre_hook(lambda _, inputs: seen.update(units=inputs[0])),
         branch.register_forward_hook(leave, with_kwargs=True),
     ]
-    if isinstance(block, MergingBlock):
-        handles.append(block.merge.register_forward_hook(lambda _merge, _inputs, merged: seen.update(merged=merged)))
-    with hooked(handles), suppress(_Seen):
-        seen["after"] = step(x)
-    stream = seen.pop("merged", x)
-    if isinstance(stream, Merged):
-        seen["source"] = stream.source
-    return Passage(**({"units": seen["output"][..., :0]} | seen))
+    with hooked(handles):
+        after = step(x)
+    stream, source = (x.x, x.source) if isinstance(x, Merged) else (x, None)
+    if layer.kind == "ffn":
+        stream = stream.reshape(seen["output"].shape)  # a Swin's is a grid
+    return Passage(stream, after=after, source=source, **({"units": seen["output"][..., :0]} | seen))
 
 
 @torch.no_grad()
 def as_branch_output(model: nn.Module, layer: PrunableLayer, stream: Tensor) -> Tensor:
     """Returns the branch output that adds `stream` to the residual stream: in its layout, before LayerScale."""
-    block = _block(model, layer)
+    block = block_of(model, layer)
     if isinstance(block, SwinTransformerBlock) and layer.kind == "attention":
         echo = Echo()
         with replaced(model, layer.name, echo):
@@ -96,26 +79,33 @@ def as_branch_output(model: nn.Module, layer: PrunableLayer, stream: Tensor) -> 
     return stream
 
 
-def branch_steps(model: nn.Module) -> list[Step]:
+def branch_steps(model: nn.Module, all_tokens: bool = False) -> list[Step]:
     """Returns `segments` with the blocks taken apart: one step a residual branch, under the branch's name.
 
-    A pass can then be resumed from the stream that enters a branch, whatever module stands in its place by then. The
-    last block of a ViT computes only the tokens that the head reads. Applied in turn the steps equal ``model(x)`` up to
-    rounding, for a model whose branches `prunable_layers` accepts; blocks of other kinds stay whole.
+    A pass can then be resumed from the stream that enters a branch, whatever module stands in its place by then.
+    Applied in turn the steps equal ``model(x)`` up to rounding, for a model whose branches `prunable_layers` accepts;
+    blocks of other kinds stay whole. Tokens merge at the end of an attention's step.
+
+    Args:
+        all_tokens: otherwise the last block of a ViT computes only those that the head reads.
     """
     chain = segments(model)
     last = chain[-2][0]
     steps: list[Step] = []
     for name, step in chain:
+        attend: Callable[[Any], Any]
+        feed: Callable[[Any], Any]
         if type(step) is Block:  # a subclass may pass its branches in another way
-            read = tokens_read(model) if name == last else None
-            steps.append((f"{name}.attn", partial(_attention_step, step, read)))
-            steps.append((f"{name}.mlp", partial(_ffn_step, step)))
+            read = tokens_read(model) if name == last and not all_tokens else None
+            attend, feed = partial(_attention_step, step, read), partial(_ffn_step, step)
         elif type(step) is SwinTransformerBlock:
-            steps.append((f"{name}.attn", partial(_window_attention_step, step)))
-            steps.append((f"{name}.mlp", partial(_grid_ffn_step, step)))
+            attend, feed = partial(_window_attention_step, step), partial(_grid_ffn_step, step)
+        elif type(step) is MergingBlock:
+            attend, feed = step.attend, step.feed
         else:
             steps.append((name, step))
+            continue
+        steps += [(f"{name}.attn", attend), (f"{name}.mlp", feed)]
     return steps
 
 
@@ -171,8 +161,9 @@ class Echo(nn.Module):
         return x
 
 
-def _block(model: nn.Module, layer: PrunableLayer) -> Any:
+def block_of(model: nn.Module, layer: PrunableLayer) -> Any:
+    """Returns the block of a branch. Raises ModelError if it is not of timm's pre-norm kinds."""
     block = model.get_submodule(layer.block)
-    if not isinstance(block, Block | SwinTransformerBlock):
+    if type(block) not in (Block, SwinTransformerBlock, MergingBlock):
         raise ModelError(f"{layer.block}: is a {type(block).__name__}; accepted: timm's Block and SwinTransformerBlock")
     return block

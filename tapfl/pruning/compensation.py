@@ -34,9 +34,8 @@ import torch
 from timm.models.swin_transformer import SwinTransformerBlock
 from torch import Tensor, nn
 
-from tapfl.models.forward import segments
 from tapfl.models.merging import group_means, group_sums, merging, passing
-from tapfl.models.residual import Passage, as_branch_output, observe
+from tapfl.models.residual import Passage, as_branch_output, block_of, branch_steps, observe
 from tapfl.models.units import PrunableLayer, put
 from tapfl.progress import track
 from tapfl.pruning.criteria.criterion import PruningTask, Selection
@@ -144,47 +143,48 @@ def cut(task: PruningTask, selection: Selection, fisher: Sensitivities | None = 
         ModelError: if a layer's activations are not finite, or as `reconstruct`.
         PlanError: if the selection does not fit the layers.
     """
-    how, kept, model = task.options.compensation, selection.kept, selection.model or task.model
+    how, rate = task.options.compensation, task.options.compensation_learning_rate
+    kept, model = selection.kept, selection.model or task.model
     merged = passing(model, selection.tokens)
     if how == "one-pass" and any(selection.tokens):
         fisher = row_sensitivities(task, merged)
     fisher = fisher or row_sensitivities(task, model)
-    pruned = [layer for layer in task.layers if layer.name in kept and len(kept[layer.name]) < layer.units]
-    own = {layer.name: merged.get_submodule(layer.name) for layer in pruned}
-    shrunk = {layer.name: layer.shrink(own[layer.name], kept[layer.name]) for layer in pruned}
+    pruned = {n.name: n for n in task.layers if n.name in kept and len(kept[n.name]) < n.units}
+    own = {name: merged.get_submodule(name) for name in pruned}
+    shrunk = {name: layer.shrink(own[name], kept[name]) for name, layer in pruned.items()}
+    real = {name: _real_tokens(model, layer) for name, layer in pruned.items() if how != "none"}
     small = copy.deepcopy(merged, {id(branch): branch for branch in own.values()})
     images = dense_x = small_x = list(task.inputs.split(task.batch))
-    steps = list(zip(segments(model)[:-1], segments(small)[:-1], strict=True)) if how != "none" else []
-    for (block, dense_step), (_, small_step) in track(steps, "compensation"):
-        after: list[Tensor | None] = [None] * len(images)
-        for layer in (layer for layer in pruned if layer.block == block):
-            put(small, layer.name, shrunk[layer.name])
-            weights = fisher[layer.name].rows if fisher else None
-            real = _real_tokens(model, layer)
-            lost = LostOutput(len(kept[layer.name]), layer.embed_dim, real, weights, task.inputs.device)
+    steps = list(zip(branch_steps(model, True)[:-1], branch_steps(small, True)[:-1], strict=True))
+    for (name, dense_step), (_, small_step) in track(steps if real else (), "compensation"):
+        after = []
+        if layer := pruned.get(name):
+            put(small, name, shrunk[name])
+            weights = fisher[name].rows if fisher else None
+            lost = LostOutput(len(kept[name]), layer.embed_dim, real[name], weights, task.inputs.device)
             calls: list[Call] = []
             for number, (x, y) in enumerate(zip(dense_x, small_x, strict=True)):
                 now = observe(small, layer, small_step, y)
                 args, kwargs = now.arguments
-                target: Tensor = own[layer.name](*args, **kwargs)
+                target: Tensor = own[name](*args, **kwargs)
                 r, source = target - now.output, None
                 if how != "one-pass":
                     dense = observe(model, layer, dense_step, x)
+                    after.append(dense.after)
                     pull = CORRECTION * _drift(small, layer, dense, now, target)
-                    after[number], r, target, source = dense.after, r + pull, target + pull, now.source
+                    r, target, source = r + pull, target + pull, now.source
                 counted = lost.add(now.units, r, source)
-                refuse_not_finite({layer.name: lost.total}, number)
+                refuse_not_finite({name: lost.total}, number)
                 if how == "reconstruction":
                     calls.append(Call(len(images[number]), now.arguments, target, counted))
-            _absorb(shrunk[layer.name], layer, lost)
+            _absorb(shrunk[name], layer, lost)
             if calls:
-                rate = task.options.compensation_learning_rate
-                reconstruct(shrunk[layer.name], calls, task.options.compensation_steps, rate)
+                reconstruct(shrunk[name], calls, task.options.compensation_steps, rate)
             if how == "one-pass":  # the next layers see the dense model
-                put(small, layer.name, own[layer.name])
-        small_x = [small_step(x) for x in small_x]
+                put(small, name, own[name])
+        small_x = [small_step(y) for y in small_x]
         if how != "one-pass":
-            dense_x = [dense_step(x) if known is None else known for x, known in zip(dense_x, after, strict=True)]
+            dense_x = after or [dense_step(x) for x in dense_x]
     for name, branch in shrunk.items():
         put(small, name, branch)
     return merging(small, selection.tokens).eval()
@@ -203,7 +203,7 @@ def _real_tokens(model: nn.Module, layer: PrunableLayer) -> Tensor | None:
 
     Where windows extend beyond the grid, a Swin attention pads them; its block drops the output there.
     """
-    block: Any = model.get_submodule(layer.block)
+    block = block_of(model, layer)
     if layer.kind != "attention" or not isinstance(block, SwinTransformerBlock):
         return None
     ones = layer.output_of(model).weight.new_ones(1, *block.input_resolution, layer.embed_dim)
