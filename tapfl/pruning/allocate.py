@@ -23,7 +23,7 @@ from scipy.sparse import csr_array
 from tapfl.config import PruningOptions
 from tapfl.errors import BudgetError
 from tapfl.models.units import PrunableLayer, Shape
-from tapfl.pruning.cost_table import TOLERANCE, CostTable, reached, within
+from tapfl.pruning.cost_table import TOLERANCE, CostTable
 from tapfl.pruning.unit_shape import Candidates
 
 LEAST_WEIGHT = 1e-12  # of the largest: a softmax may underflow to 0, and c is found by halving 200 times
@@ -143,10 +143,10 @@ class Fit:
         return self.costs.fixed + sum(layer.costs[:, i] for layer, i in zip(self.layers, chosen, strict=True))
 
     def affordable(self, chosen: np.ndarray) -> bool:
-        return within(self.total(chosen), self.costs.allowed)
+        return self.costs.within(self.total(chosen))
 
     def met(self, chosen: np.ndarray) -> bool:
-        return self.affordable(chosen) and reached(self.total(chosen), self.costs.allowed)
+        return self.affordable(chosen) and self.costs.reached(self.total(chosen))
 
     def used(self, chosen: np.ndarray) -> float:
         """Returns the used share of the limit that is nearest to binding."""
@@ -181,7 +181,7 @@ def _fill(fit: Fit, chosen: np.ndarray, ideal: np.ndarray, top: np.ndarray | Non
             for i, layer in enumerate(fit.layers)
             if chosen[i] < top[i]
         }
-        steps = {i: cost for i, cost in steps.items() if within(total + cost, fit.costs.allowed)}
+        steps = {i: cost for i, cost in steps.items() if fit.costs.within(total + cost)}
         if not steps:
             return chosen
         i = max(steps, key=lambda i: lack[i])

@@ -90,13 +90,17 @@ class CostTable:
             table[:, shapes[name].heads, shapes[name].dims] for name, table in self.branches.items()
         )
 
-    def satisfied(self, shapes: Mapping[str, Shape]) -> bool:
-        """Returns whether all limits hold."""
-        return within(self.total(shapes), self.allowed)
+    def within(self, cost: np.ndarray) -> bool:
+        """Returns whether a cost of the whole model (M,) is within every limit, up to rounding."""
+        return bool((cost <= self.allowed * (1 + ROUNDING)).all())
+
+    def reached(self, cost: np.ndarray) -> bool:
+        """Returns whether at least one limit is reached within 0.5 %."""
+        return bool((cost >= self.allowed * (1 - TOLERANCE)).any())
 
     def require_reachable(self, least: np.ndarray, words: str, options: str = "") -> None:
         """Raises BudgetError, with `words` before the number, unless the smallest model, of cost `least` (M,), fits."""
-        if not within(least, self.allowed):
+        if not self.within(least):
             i = int((least / self.allowed).argmax())
             can = self.limits[i].express(least[i], self.dense[i])
             raise BudgetError(f"budget {self.limits[i].words} cannot be met: {words} {can}{options}")
@@ -112,16 +116,6 @@ class CostTable:
 
     def _sum(self, costs: Iterable[np.ndarray]) -> np.ndarray:
         return sum(costs, np.zeros(len(self.limits)))
-
-
-def within(cost: np.ndarray, allowed: np.ndarray) -> bool:
-    """Returns whether every cost is at most its limit, up to rounding."""
-    return bool((cost <= allowed * (1 + ROUNDING)).all())
-
-
-def reached(cost: np.ndarray, allowed: np.ndarray) -> bool:
-    """Returns whether at least one cost is within 0.5 % of its limit."""
-    return bool((cost >= allowed * (1 - TOLERANCE)).any())
 
 
 def cost_table(

@@ -94,10 +94,6 @@ class PruningPlan(BaseModel):
             return layer
         raise PlanError(f"plan: has no layer {name}")
 
-    @property
-    def widths(self) -> dict[str, int]:
-        return {layer.name: len(layer.kept) for layer in self.layers}
-
     def _faults(self) -> Iterator[str]:
         """Yields faults that are wrong for any backbone."""
         if not self.backbone.name.isprintable():

@@ -33,7 +33,6 @@ from tapfl.compute import home
 from tapfl.errors import BudgetError
 from tapfl.models.units import PrunableLayer
 from tapfl.progress import track
-from tapfl.pruning.cost_table import reached
 from tapfl.pruning.criteria.criterion import Criterion, PruningTask, Selection
 from tapfl.pruning.criteria.gradients import gated, open_gates, targets, within_types
 
@@ -68,7 +67,7 @@ def select(task: PruningTask) -> Selection:
             kept |= within_types(replace(task, layers=ffns, costs=settled), scores).kept
         except BudgetError:  # the FFNs would have to give more than they can, or no widths are within 0.5 %
             continue
-        if to_go > 0 and not reached(settled.total({n.name: n.shape_of(kept[n.name]) for n in ffns}), settled.allowed):
+        if to_go > 0 and not settled.reached(settled.total({n.name: n.shape_of(kept[n.name]) for n in ffns})):
             continue  # the FFNs are whole, and the heads gave more than they had to
         return Selection({layer.name: kept[layer.name] for layer in task.layers})
     limit, dense = task.costs.limits[equality], float(task.costs.dense[equality])

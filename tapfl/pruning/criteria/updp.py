@@ -114,7 +114,7 @@ def _shapes(task: PruningTask, drop: Iterable[str]) -> dict[str, Shape]:
 
 
 def _fits(task: PruningTask, drop: Iterable[str]) -> bool:
-    return task.costs.satisfied(_shapes(task, drop))
+    return task.costs.within(task.costs.total(_shapes(task, drop)))
 
 
 def _minimal(task: PruningTask, drop: DropSet) -> DropSet:
