@@ -24,8 +24,9 @@ from tapfl.models.forward import example_input
 from tapfl.models.residual import as_branch_output, branch_steps
 from tapfl.models.units import PrunableLayer, replaced
 from tapfl.pruning import compensation
-from tapfl.pruning.compensation import LostOutput, cut
+from tapfl.pruning.compensation import cut
 from tapfl.pruning.criteria.criterion import Selection
+from tapfl.pruning.moments import LostOutput
 from tapfl.pruning.pipeline import pruning_task
 from tapfl.pruning.sensitivity import Sensitivities, Sensitivity
 from tapfl.pruning.surgery import load_pruned, save_pruned, shrink

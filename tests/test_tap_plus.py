@@ -16,10 +16,10 @@ from torch.nn import functional as F
 from tapfl.config import PruningOptions
 from tapfl.pruning import sensitivity
 from tapfl.pruning.basis import carried_energy
-from tapfl.pruning.compensation import LostOutput
 from tapfl.pruning.criteria import criterion
 from tapfl.pruning.criteria.registry import resolved
 from tapfl.pruning.criteria.tap import elimination_order
+from tapfl.pruning.moments import LostOutput
 from tapfl.pruning.pipeline import prune_model, pruning_task
 from tapfl.pruning.sensitivity import TRUST, sensitivities
 from tapfl.seeds import torch_generator

@@ -207,7 +207,7 @@ def round_zero(size: Size, compute: Compute) -> Iterator[Row]:
 
 def forward(task: PruningTask) -> None:
     """Passes the metric set through the dense model."""
-    with torch.no_grad(), task.passing():
+    with torch.no_grad(), task.compute.forward():
         for part in task.inputs.split(task.batch):
             task.model(part)
 

@@ -23,7 +23,7 @@ from tapfl.errors import ModelError
 from tapfl.models.backbone import ACCEPTED, build, input_shape, spec_of
 from tapfl.progress import track
 
-Step = tuple[str, Callable[[Tensor], Tensor]]
+Step = tuple[str, Callable[[Any], Any]]  # its name, and what it makes of a residual stream
 Grid = tuple[int, int]
 
 

@@ -27,101 +27,23 @@ form (`tapfl.pruning.reconstruction`).
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from timm.models.swin_transformer import SwinTransformerBlock
 from torch import Tensor, nn
 
-from tapfl.models.merging import group_means, group_sums, merging, passing
+from tapfl.models.merging import group_means, merging, passing
 from tapfl.models.residual import Passage, as_branch_output, block_of, branch_steps, observe
 from tapfl.models.units import PrunableLayer, put
 from tapfl.progress import track
 from tapfl.pruning.criteria.criterion import PruningTask, Selection
+from tapfl.pruning.moments import RIDGE, LostOutput
 from tapfl.pruning.reconstruction import Call, reconstruct
-from tapfl.pruning.scores import record_activations, refuse_not_finite
+from tapfl.pruning.scores import refuse_not_finite
 from tapfl.pruning.sensitivity import Sensitivities
 
 CORRECTION = 0.25  # γ, share of the drift of the residual stream that a branch is asked to correct
-RIDGE = 1e-3  # λ, of the mean variance of the kept activations
-RESOLUTION = 1e-12  # of the mean square of the kept activations: less variance than that is rounding
-
-
-class LostOutput:
-    """Float64 moments of a branch's kept activations Z (rows, kept) and of the output r (rows, outputs) it has lost.
-
-    Args:
-        real: bool (tokens,), which tokens of an image count, or None: all.
-        weights: of the rows (rows,), batch by batch, or None: all alike.
-        device: of Z and r.
-    """
-
-    def __init__(
-        self,
-        kept: int,
-        outputs: int,
-        real: Tensor | None = None,
-        weights: Sequence[Tensor] | None = None,
-        device: torch.device | None = None,
-    ) -> None:
-        self.kept, self.real = kept, real
-        self.weights = None if weights is None else iter(weights)
-        self.total = torch.zeros(kept + outputs, dtype=torch.float64, device=device)
-        self.product, self.rows = self.total.new_zeros(kept, kept + outputs), self.total.new_zeros(())
-
-    def add(self, Z: Tensor, r: Tensor, source: Tensor | None = None) -> Tensor:
-        """Adds a batch; returns the weights of its rows, float32 (rows,), 0 for tokens that do not count.
-
-        Merged tokens (`source` as in `Merged`) have the weight of all that they stand for.
-        """
-        both = torch.cat([part.flatten(0, -2).double() for part in (Z, r)], dim=1)
-        rows = len(both) if source is None else source.numel()
-        weights = both.new_ones(rows) if self.weights is None else next(self.weights)
-        if source is not None:
-            weights = group_sums(weights.view(*source.shape, 1), source, Z.shape[1]).flatten()
-        given = weights.float()
-        if self.real is not None:
-            real = self.real.repeat(len(both) // len(self.real))
-            both, weights, given = both[real], weights[real], given * real
-        weighted = weights.double()[:, None] * both
-        self.rows += weights.double().sum()
-        self.total += weighted.sum(0)
-        self.product += both[:, : self.kept].T @ weighted
-        return given
-
-    def covariance(self) -> Tensor:
-        """Returns the covariance of the kept activations, float64 (kept, kept), with RESOLUTION on its diagonal."""
-        mean = self.total[: self.kept] / self.rows
-        second = self.product[:, : self.kept] / self.rows
-        rounding = RESOLUTION * second.diagonal().mean()
-        return second - mean[:, None] * mean + torch.diag(rounding.expand(self.kept))
-
-    def regression(self, ridge: float = RIDGE, intercept: bool = True) -> tuple[Tensor, Tensor]:
-        """Returns D (outputs, kept) and e (outputs) of the ridge regression r ≈ D z + e; e = 0 without intercept."""
-        mean = self.total / self.rows if intercept else torch.zeros_like(self.total)
-        second = self.product / self.rows
-        C_ZZ, C_Zr = (second - mean[: self.kept, None] * mean).split([self.kept, len(mean) - self.kept], dim=1)
-        size = second.diagonal().sum() / max(self.kept, 1)
-        D = torch.zeros_like(C_Zr.T)
-        if size > 0:
-            penalty = ridge * C_ZZ.diagonal().mean() + RESOLUTION * size
-            D = torch.linalg.solve(C_ZZ + torch.diag(penalty.expand(self.kept)), C_Zr).T
-        return D, mean[self.kept :] - D @ mean[: self.kept]
-
-
-@torch.no_grad()
-def unit_moments(
-    model: nn.Module, layers: Sequence[PrunableLayer], inputs: Tensor, batch: int, fisher: Sensitivities | None = None
-) -> dict[str, LostOutput]:
-    """Returns the moments of all units of every FFN, by layer name, and of no output."""
-    ffns = [layer for layer in layers if layer.kind == "ffn"]
-    rows = {layer.name: fisher[layer.name].rows if fisher else None for layer in ffns}
-    found = {n.name: LostOutput(n.units, 0, weights=rows[n.name], device=inputs.device) for n in ffns}
-    for number, images in enumerate(inputs.split(batch)):
-        for name, X in record_activations(model, ffns, images, number)[1].items():
-            found[name].add(X, X[..., :0])
-    return found
 
 
 def row_sensitivities(task: PruningTask, weights: nn.Module) -> Sensitivities | None:

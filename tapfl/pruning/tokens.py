@@ -113,14 +113,19 @@ def select(task: PruningTask, scores: Scores | None = None) -> Selection:
             refused = refused or error
             continue
         found.append((judge(selection), selection))
-        if importance := selection.importance:  # its probes cost more than a cut
-            task = replace(task, probe=lambda _, known=importance: known)
+        if importance := selection.importance:
+            task = _with_importance(task, importance)
         if all(len(selection.kept[layer.name]) == layer.units for layer in task.layers):
             break  # the tokens alone meet the budget, and fewer would only lose more
     if not found:
         assert refused is not None
         raise refused
     return min(found, key=lambda each: each[0])[1]
+
+
+def _with_importance(task: PruningTask, importance: dict[str, float]) -> PruningTask:
+    """Returns the task with a known importance of its layers, whose probes cost more than a cut."""
+    return replace(task, probe=lambda _: importance)
 
 
 @torch.no_grad()

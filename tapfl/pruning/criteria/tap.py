@@ -23,9 +23,9 @@ from torch import Tensor
 from tapfl.compute import home
 from tapfl.progress import track
 from tapfl.pruning.basis import carried_energy
-from tapfl.pruning.compensation import RIDGE, unit_moments
 from tapfl.pruning.criteria.criterion import Criterion, PruningTask, Scores
 from tapfl.pruning.criteria.norms import output_norms
+from tapfl.pruning.moments import RIDGE, unit_moments
 from tapfl.pruning.scores import neuron_importance
 
 ROUNDS = 256  # in which a branch loses its units: one unit a round up to that width, a few a round beyond
