@@ -164,7 +164,8 @@ def sweep(
         stack.enter_context(shown())
         pool, each = stack.enter_context(federations(engine, runs))
         failures = run_sweep(planned, out, pool, each, stack.enter_context(stage("runs")))
-    from experiments.sweep.picture import picture
+    from experiments.figures.figure import write_figure
+    from experiments.sweep.picture import learning_curves
     from experiments.sweep.results import caption_of, means_over_seeds, outcomes, write_results, write_table
 
     if found := outcomes(planned, out):
@@ -172,7 +173,7 @@ def sweep(
         rows = means_over_seeds(found, options)
         made_by = command("sweep", "--config", str(config), "--out", "DIR", *flags(set=set, reference=reference))
         write_table(rows, caption_of(found, made_by, options), out / "table.md")
-        picture(found, out / "learning-curves.png")
+        write_figure(learning_curves(found), out / "learning-curves.png")
         show_rows(rows, as_json)
         print(f"in {out}: results.csv, devices.csv, table.md, learning-curves.png", file=sys.stderr)
     if failures:

@@ -119,11 +119,6 @@ def test_rounds_too_short_to_be_timed_are_refused() -> None:
         ratio([some], [none], "cpu")
 
 
-def test_one_round_alone_is_refused() -> None:
-    with pytest.raises(ConfigError, match="--rounds 1: must be at least 2"):
-        list(simulation(devices=[2], options=small(rounds=1)))
-
-
 @pytest.mark.slow
 def test_all_variants_in_one_table() -> None:
     rows = list(simulation(devices=[2], options=small(rounds=3, samples=400)))

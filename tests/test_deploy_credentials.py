@@ -14,16 +14,16 @@ from cryptography.hazmat.primitives.serialization import load_ssh_private_key, l
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes, uses_nist_ec_curve
 
 from experiments.deploy.demo import OPTIONS
-from experiments.deploy.network import Credentials, write_node_key, write_private, write_server_credentials
+from experiments.deploy.network import write_node_key, write_private, write_server_credentials
 from tapfl.config import RunConfig
 from tapfl.personalize.methods import never_begins
 
 
-def handshake(server: Credentials, authority: Path, host: str) -> str:
-    """Returns the protocol of a TLS connection over a pair of sockets, checked as Python's clients do."""
+def handshake(server: Path, authority: Path, host: str) -> str:
+    """Returns the protocol of a TLS connection to a server with the credentials in a folder, over a pair of sockets, checked as Python's clients do."""
     ours, theirs = socket.socketpair()
     serving = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    serving.load_cert_chain(server.certificate, server.key)
+    serving.load_cert_chain(server / "server.crt", server / "server.key")
 
     def answer() -> None:
         try:
@@ -44,14 +44,15 @@ def handshake(server: Credentials, authority: Path, host: str) -> str:
 
 
 def test_a_server_is_known_by_its_names_and_its_authority(tmp_path: Path) -> None:
-    server = write_server_credentials(tmp_path / "server", ["127.0.0.1", "superlink.example"])
-    assert handshake(server, server.authority, "127.0.0.1") == "TLSv1.3"
-    assert handshake(server, server.authority, "superlink.example") == "TLSv1.3"
+    server = tmp_path / "server"
+    authority = write_server_credentials(server, ["127.0.0.1", "superlink.example"])
+    assert handshake(server, authority, "127.0.0.1") == "TLSv1.3"
+    assert handshake(server, authority, "superlink.example") == "TLSv1.3"
     with pytest.raises(ssl.SSLCertVerificationError, match=r"doesn't match|not valid for"):
-        handshake(server, server.authority, "elsewhere.example")
+        handshake(server, authority, "elsewhere.example")
     stranger = write_server_credentials(tmp_path / "stranger", ["127.0.0.1"])
     with pytest.raises(ssl.SSLCertVerificationError):
-        handshake(server, stranger.authority, "127.0.0.1")
+        handshake(server, stranger, "127.0.0.1")
 
 
 def test_a_nodes_keys_belong_together_and_are_of_the_kind_that_flower_takes(tmp_path: Path) -> None:
@@ -66,12 +67,12 @@ def test_a_nodes_keys_belong_together_and_are_of_the_kind_that_flower_takes(tmp_
 
 
 def test_only_the_owner_reads_them_and_none_is_overwritten(tmp_path: Path) -> None:
-    server = write_server_credentials(tmp_path, ["localhost"])
-    files = [server.authority, server.certificate, server.key, *write_node_key(tmp_path)]
+    key = tmp_path / "server.key"
+    files = [write_server_credentials(tmp_path, ["localhost"]), tmp_path / "server.crt", key, *write_node_key(tmp_path)]
     assert {stat.S_IMODE(file.stat().st_mode) for file in files} == {0o600}
     with pytest.raises(FileExistsError):
-        write_private(server.key, b"")
-    assert len(server.key.read_bytes()) > 100
+        write_private(key, b"")
+    assert len(key.read_bytes()) > 100
 
 
 def test_the_options_of_the_demo_are_options_of_a_run_in_which_nodes_have_a_state_to_keep() -> None:

@@ -13,8 +13,9 @@ from PIL import Image
 from test_inprocess_run import content, tapfl
 from test_sweep import in_threads, sweep_file
 
+from experiments.figures.figure import write_figure
 from experiments.sweep.grid import SweepOptions, group_of, read_sweep, read_sweep_options, references
-from experiments.sweep.picture import _panels, learning_curves, picture
+from experiments.sweep.picture import _panels, learning_curves
 from experiments.sweep.results import (
     MEASURES,
     Outcome,
@@ -109,7 +110,7 @@ def test_learning_curves_are_drawn(runs: list[Outcome], tmp_path: Path) -> None:
             ends = {"rounds": 1, "MB": np.mean([c[-1].bytes - c[0].bytes for c in both]) / 1e6}
             ends["seconds"] = np.mean([c[-1].seconds - c[0].seconds for c in both])
             assert points[0]["x"] == 0 and points[-1]["x"] == pytest.approx(ends[across])
-    picture(runs, tmp_path / "curves.png")
+    write_figure(drawn, tmp_path / "curves.png")
     pixels = np.asarray(Image.open(tmp_path / "curves.png"))
     assert pixels.shape[1] > 1000 and len(np.unique(pixels.reshape(-1, pixels.shape[2]), axis=0)) > 50
 

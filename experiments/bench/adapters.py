@@ -145,7 +145,7 @@ def random_round(spec: BackboneSpec, devices: int) -> Round:
     for i in range(devices):
         task, rank = tasks[i % len(tasks)], defaults.ranks[i % len(defaults.ranks)]
         chosen = random_units(replace(task, generator=torch_generator(0, "bench aggregate", i)))
-        layout = device_layout(shapes, layers, plan_of(task, chosen, spec), rank)
+        layout = device_layout(shapes, layers, plan_of(task, chosen, spec, small=model), rank)
         own = {name: theta + noise(theta.shape) for name, theta in gather_all(params, layout).items()}
         updates.append(Update(own, layout, 100.0 + i))
     return Round(params, updates)

@@ -47,7 +47,7 @@ def simulation(
 
     Engines: Flower's, Ray actors cold and warm, and one process.
     """
-    require_proc("tapfl bench simulation", options.rounds)
+    require_proc("tapfl bench simulation")
     names = (LIMIT, *_chosen(variant, VARIANTS + ENGINES))
     for count in devices:
         with tempfile.TemporaryDirectory(prefix="tapfl-bench-") as folder:
@@ -65,7 +65,7 @@ def engine(
     variant: Annotated[list[str], typer.Option(help=", ".join(ENGINES))] = [*ENGINES],
 ) -> Iterator[Row]:
     """Engines alone: a round, the start, and the memory, where each device receives and returns 299 kB of adapters."""
-    require_proc("tapfl bench engine", options.rounds)
+    require_proc("tapfl bench engine")
     names = _chosen(variant, ENGINES)
     for count in devices:
         with tempfile.TemporaryDirectory(prefix="tapfl-bench-") as folder:
@@ -213,12 +213,10 @@ def _rounds_done(file: Path) -> int:
     return file.read_text().count(ROUND_LINE) if file.is_file() else 0
 
 
-def require_proc(command: str, rounds: int) -> None:
-    """Raises ConfigError where /proc is missing, or if there is no round after the first."""
+def require_proc(command: str) -> None:
+    """Raises ConfigError where /proc is missing."""
     if not os.access("/proc/self/smaps_rollup", os.R_OK):
         raise ConfigError(f"{command}: needs Linux's /proc to count CPU seconds and memory of processes")
-    if rounds < 2:
-        raise ConfigError(f"--rounds {rounds}: must be at least 2, because the first counts as start-up")
 
 
 def medians(taken: Sequence[Timing]) -> dict[str, str]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import csv
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import closing
 from functools import cache
@@ -28,6 +28,7 @@ from tapfl.progress import Advance
 from tapfl.store import write_bytes
 
 FILE = "results.csv"
+Key = tuple[str, ...]  # a cell's values along the axes
 
 
 def run_comparison(comparison: Comparison, out: Path, progress: Advance, jobs: int = 1) -> list[Row]:
@@ -41,30 +42,31 @@ def run_comparison(comparison: Comparison, out: Path, progress: Advance, jobs: i
         ConfigError: if `out` holds a comparison of other axes, measures, options, images or weights.
         ModelError: if a backbone is unknown or cannot be pruned; nothing is written then.
     """
-    path, fields = out / FILE, comparison.columns
-    origin, cells, finished = origin_of(comparison), list(comparison.cells()), _read(path, comparison)
+    path, origin, finished = out / FILE, origin_of(comparison), _read(out / FILE, comparison)
+    cells = {_key(comparison, cell.point): cell for cell in comparison.cells()}
     if finished:
         origin = require_same(read_origin(out), origin, out)
-    waiting = [cell for cell in cells if _key(comparison, cell.point) not in finished]
+    waiting = [cell for key, cell in cells.items() if key not in finished]
     if waiting:
         for options in {cell.config.model: None for cell in waiting}:
             layers_of(build(spec_of(options, ("any",))), options)  # refused before anything is written
         write_origin(out, origin.measured_now())
-    done = len(cells) - len(waiting)
-    progress(done, len(cells), "finished before" if done else "")
-    write_bytes(path, as_csv(finished.values(), fields))  # drops the half line of a killed run
-    with path.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, fieldnames=fields)
-        for measured in _rows(waiting, jobs, "rank" in comparison.results.measures):
-            if (key := _key(comparison, measured)) in finished:  # already written by a worker that was lost later
-                continue
-            finished[key] = row = dict.fromkeys(fields, "") | measured
-            writer.writerow(row)
-            file.flush()
-            done += 1
-            progress(done, len(cells), f"device {row['device']} {row['criterion']} {row['budget']}")
-    rows = [finished.pop(_key(comparison, cell.point)) for cell in cells]
-    write_bytes(path, as_csv([*rows, *finished.values()], fields))  # in the order of the grid
+    before, done = "finished before" if len(waiting) < len(cells) else "", len(cells) - len(waiting)
+    progress(done, len(cells), before)
+    for row in _rows(waiting, jobs, "rank" in comparison.results.measures):
+        key = _key(comparison, row)
+        done += key not in finished  # otherwise by a worker that was lost later
+        finished.setdefault(key, row)
+        _write(path, cells, finished, comparison)
+        progress(done, len(cells), f"device {row['device']} {row['criterion']} {row['budget']}")
+    return _write(path, cells, finished, comparison)[: len(cells)]
+
+
+def _write(path: Path, cells: Iterable[Key], finished: Mapping[Key, Row], comparison: Comparison) -> list[Row]:
+    """Writes the rows of finished cells in the order of the grid, and then the others; returns them."""
+    order = [key for key in dict.fromkeys([*cells, *finished]) if key in finished]
+    rows = [dict.fromkeys(comparison.columns, "") | finished[key] for key in order]
+    write_bytes(path, as_csv(rows, comparison.columns))
     return rows
 
 
@@ -118,11 +120,11 @@ def _run_group(emit: Emit, cells: Sequence[Cell], rank: bool) -> None:
 _runner = cache(CellRunner)  # of a process of the pool; its caches serve the next group
 
 
-def _key(comparison: Comparison, row: Mapping[str, str]) -> tuple[str, ...]:
+def _key(comparison: Comparison, row: Mapping[str, str]) -> Key:
     return tuple(row[axis] for axis in comparison.axes)
 
 
-def _read(path: Path, comparison: Comparison) -> dict[tuple[str, ...], Row]:
+def _read(path: Path, comparison: Comparison) -> dict[Key, Row]:
     """Returns the finished cells by their values along the axes."""
     if not path.is_file():
         return {}

@@ -101,7 +101,7 @@ class Scenario:
 
 @dataclass(frozen=True)
 class DeviceView:
-    """One device of a scenario: its mixture, its test images, and the accuracy of the dense model on them."""
+    """One device of a scenario: its mixture and its test images."""
 
     scenario: Scenario
     device: int
@@ -110,7 +110,6 @@ class DeviceView:
     inputs: Tensor
     labels: Tensor
     classes: Tensor
-    dense: tuple[float, float]
 
     @classmethod
     def of(cls, scenario: Scenario, device: int) -> DeviceView:
@@ -122,8 +121,13 @@ class DeviceView:
         put = scenario.compute.put
         inputs, labels = put(transform(test.read())), put(torch.from_numpy(test.labels))
         classes = torch.from_numpy(np.unique(mine.labels))
-        view = cls(scenario, device, summary, mine, inputs, labels, classes, (0.0, 0.0))
-        return replace(view, dense=shares(hits(view.own(scenario.new_head or scenario.model), inputs, labels, classes)))
+        return cls(scenario, device, summary, mine, inputs, labels, classes)
+
+    @cached_property
+    def dense(self) -> tuple[float, float]:
+        """The accuracies of the dense model on the test images."""
+        dense = self.own(self.scenario.new_head or self.scenario.model)
+        return shares(hits(dense, self.inputs, self.labels, self.classes))
 
     def own(self, model: nn.Module) -> nn.Module:
         """Returns a model of these classes, pruned or not, as this device uses it before any training."""

@@ -14,7 +14,6 @@ import numpy as np
 
 from experiments.deploy.network import (
     HOST,
-    Credentials,
     Node,
     Operator,
     guarded,
@@ -90,18 +89,18 @@ class Demo:
         ]
 
     def _federation(self, running: Processes) -> tuple[list[Node], list[Check]]:
-        credentials = write_server_credentials(self.server, [HOST])
+        authority = write_server_credentials(self.server, [HOST])
         with ExitStack() as reserved:
             superlink, *ports = (free_port(reserved) for _ in range(5))
         start_superlink(running, self.server, superlink)
         self._print(f"SuperLink at https://{HOST}:{superlink}, which admits only registered nodes")
-        operator = Operator(_with_authority(self.folder / "operator", credentials), superlink)
-        nodes = [self._node(i, credentials) for i in range(2)]
+        operator = Operator(_with_authority(self.folder / "operator", authority), superlink)
+        nodes = [self._node(i, authority) for i in range(2)]
         for node in nodes:
             operator.register(node.folder / "node.pub")
         started = [start_supernode(running, node, superlink, ports.pop()) for node in nodes]
         self._print("two SuperNodes started, their keys registered")
-        refused = [self._refused(running, what, credentials, superlink, ports.pop()) for what in REFUSALS]
+        refused = [self._refused(running, what, authority, superlink, ports.pop()) for what in REFUSALS]
         self._wait_for_nodes(running, started)
         run = operator.submit(ROOT, OPTIONS | {"out": str(self.server / "run")})
         self._print(f"run {run} submitted: {ROUNDS} rounds, pruned weights sent")
@@ -111,9 +110,9 @@ class Demo:
             raise RunError(f"the run ended as {status}; the end of {log}:\n{log.read_text()[-2000:]}")
         return nodes, refused
 
-    def _node(self, i: int, credentials: Credentials) -> Node:
+    def _node(self, i: int, authority: Path) -> Node:
         """Creates a node's folder. The second node has its own images, the first takes its part of `data.source`."""
-        folder = _with_authority(self.folder / f"node-{i}", credentials)
+        folder = _with_authority(self.folder / f"node-{i}", authority)
         write_node_key(folder)
         config: dict[str, Scalar] = {
             "partition-id": i,
@@ -126,12 +125,12 @@ class Demo:
             _write_images(folder / "images.npz")
         return Node(folder, config, guarded(folder / "guard", self.server))
 
-    def _refused(self, running: Processes, what: str, credentials: Credentials, superlink: int, port: int) -> Check:
+    def _refused(self, running: Processes, what: str, authority: Path, superlink: int, port: int) -> Check:
         """Starts a node that must not be admitted, and checks that it is refused."""
         folder = self.folder / what.replace(" ", "-")
         if what == "another authority":
-            credentials = write_server_credentials(folder / "elsewhere", [HOST])
-        write_node_key(_with_authority(folder, credentials))
+            authority = write_server_credentials(folder / "elsewhere", [HOST])
+        write_node_key(_with_authority(folder, authority))
         process = start_supernode(running, Node(folder, {"partition-id": 0, "num-partitions": 2}, {}), superlink, port)
         code = running.wait(process, JOIN)
         log = running.end(process).read_text(errors="replace")
@@ -208,8 +207,8 @@ def free_port(reserved: ExitStack) -> int:
     return int(listener.getsockname()[1])
 
 
-def _with_authority(folder: Path, credentials: Credentials) -> Path:
-    write_private(folder / "ca.crt", credentials.authority.read_bytes())
+def _with_authority(folder: Path, authority: Path) -> Path:
+    write_private(folder / "ca.crt", authority.read_bytes())
     return folder
 
 

@@ -46,15 +46,6 @@ sys.addaudithook(refuse)
 '''
 
 
-@dataclass(frozen=True)
-class Credentials:
-    """Paths of a server's certificate, its private key, and the authority that nodes check the certificate by."""
-
-    authority: Path
-    certificate: Path
-    key: Path
-
-
 def write_private(path: Path, content: bytes) -> Path:
     """Writes a file that only its owner can read. Raises FileExistsError if it exists."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -63,18 +54,17 @@ def write_private(path: Path, content: bytes) -> Path:
     return path
 
 
-def write_server_credentials(folder: Path, hosts: Sequence[str]) -> Credentials:
-    """Writes ``ca.crt``, ``server.crt`` and ``server.key`` for a server that is reached as any of `hosts`.
+def write_server_credentials(folder: Path, hosts: Sequence[str]) -> Path:
+    """Writes ``server.crt`` and ``server.key`` for a server that is reached as any of `hosts`.
 
-    The authority signs this certificate only; its own key is never written.
+    Returns:
+        ``ca.crt``, by which nodes check it. That authority signs this certificate only; its own key is never written.
     """
     authority = trustme.CA(path_length=0)
     issued = authority.issue_cert(*hosts, not_after=datetime.datetime.now(datetime.UTC) + LIFETIME)
-    return Credentials(
-        write_private(folder / "ca.crt", authority.cert_pem.bytes()),
-        write_private(folder / "server.crt", issued.cert_chain_pems[0].bytes()),
-        write_private(folder / "server.key", issued.private_key_pem.bytes()),
-    )
+    write_private(folder / "server.crt", issued.cert_chain_pems[0].bytes())
+    write_private(folder / "server.key", issued.private_key_pem.bytes())
+    return write_private(folder / "ca.crt", authority.cert_pem.bytes())
 
 
 def write_node_key(folder: Path) -> tuple[Path, Path]:

@@ -103,20 +103,17 @@ class LocalGrid(Grid):
         return Context(self.run.run_id, node_id, node, RecordDict(), dict(self.run_config))
 
 
-def answer(client_app: ClientApp, message: Message, context: Context) -> Message:
-    """Returns the reply of a ClientApp; an exception becomes an error message, as in Flower's own simulation."""
-    try:
-        return client_app(message, context)
-    except Exception:
-        return Message(Error(CLIENT_APP_RAISED, traceback.format_exc()), reply_to=message)
-
-
 def answer_group(client_app: ClientApp, messages: Sequence[Message], contexts: Sequence[Context]) -> list[Message]:
-    """Returns the replies of a ClientApp to messages that one worker got at once (`answer`)."""
-    if len(messages) == 1 or not hasattr(client_app, "answer_together"):
-        return [answer(client_app, *each) for each in zip(messages, contexts, strict=True)]
+    """Returns the replies of a ClientApp to messages that one worker got at once.
+
+    An exception becomes an error message for each, as in Flower's own simulation.
+    """
+    if len(messages) > 1 and not hasattr(client_app, "answer_together"):
+        return [answer_group(client_app, [message], [own])[0] for message, own in zip(messages, contexts, strict=True)]
     try:
-        return list(client_app.answer_together(messages, contexts))
+        if len(messages) == 1:
+            return [client_app(messages[0], contexts[0])]
+        return list(client_app.answer_together(messages, contexts))  # type: ignore[attr-defined]
     except Exception:
         return lost(messages, traceback.format_exc(), CLIENT_APP_RAISED)
 

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 
 import numpy as np
 
-from experiments.figures.figure import Figure, Panel, Row, panels_of_curves, write_figure
+from experiments.figures.figure import Figure, Panel, Row, panels_of_curves
 from experiments.sweep.grid import Point
 from experiments.sweep.results import Outcome, grouped
 from strategies.records import CurvePoint
@@ -18,11 +17,6 @@ ACROSS: Mapping[str, Callable[[int, CurvePoint, CurvePoint], float]] = {
     "MB after round zero, up and down, all devices": lambda round, point, start: (point.bytes - start.bytes) / 1e6,
     "simulated seconds after round zero": lambda round, point, start: point.seconds - start.seconds,
 }
-
-
-def picture(runs: Sequence[Outcome], file: Path) -> None:
-    """Writes the learning curves of a sweep as PNG."""
-    write_figure(learning_curves(runs), file)
 
 
 def learning_curves(runs: Sequence[Outcome]) -> Figure:
@@ -73,7 +67,5 @@ def _curve(name: str, runs: Sequence[Outcome], place: Callable[[int, CurvePoint,
         accuracies = [point.accuracy for point in points]
         mean, deviation = np.mean(accuracies), np.std(accuracies, ddof=1) if len(runs) > 1 else 0.0
         x = np.mean([place(t, point, run.curve[0]) for point, run in zip(points, runs, strict=True)])
-        yield {"line": name, "x": float(x), "mean": float(mean)} | {
-            "low": float(mean - deviation),
-            "high": float(mean + deviation),
-        }
+        ends = {"low": float(mean - deviation), "high": float(mean + deviation)}
+        yield {"line": name, "x": float(x), "mean": float(mean)} | ends
