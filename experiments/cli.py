@@ -199,12 +199,11 @@ def search(
     as_json: JsonObject = False,
 ) -> None:
     """Search for good options. Budgets are rounds; promising runs continue from their checkpoints."""
-    from experiments.preflight import DEFAULT_DEVICES
     from experiments.search.settings import read_search
     from strategies.progress import shown
 
     _require_ray(engine, runs, needs_ray=("workers", *NEED_RAY))
-    wanted = read_search(config, method, {"devices.count": DEFAULT_DEVICES})
+    wanted = read_search(config, method)
     load_torch()  # only after the file has been checked
     from experiments.jobs.federation import federations, require_gpus
     from experiments.jobs.pool import interruptible

@@ -88,7 +88,7 @@ def test_the_memory_of_tensors_is_that_of_those_alive_together() -> None:
         second.view(10, 100).add_(given[0])  # no memory of its own
         assert torch.zeros(100).sum() == 0
 
-    assert peak_tensor_bytes(work) in range(8000, 8010)
+    assert peak_tensor_bytes(work) in range(8000, 8020)
 
 
 def test_the_memory_of_the_process_sees_what_is_written() -> None:
@@ -197,7 +197,9 @@ def test_a_row_of_the_apfl_bench() -> None:
 
 @pytest.mark.parametrize("method", ["fedavg", "apfl"])
 def test_the_loop_over_devices_by_hand_ends_where_they_end_together(method: str) -> None:
-    devices = [Device(DIGITS, 12, HERE, budget, rank, seed) for seed, (budget, rank) in enumerate([(0.5, 6), (0.7, 8)])]
+    devices = [
+        Device.random(DIGITS, 12, HERE, budget, rank, seed) for seed, (budget, rank) in enumerate([(0.5, 6), (0.7, 8)])
+    ]
     outcomes = all_of([device.task(method, 6, epochs=2) for device in devices])
     for device, outcome in zip(devices, outcomes, strict=True):
         assert isinstance(outcome, LocalResult) and outcome.upload
@@ -232,10 +234,11 @@ def test_torch_s_loader_reads_the_same_pixels(tmp_path: Path) -> None:
     file = tmp_path / "images" / "a" / "1.jpg"
     file.write_bytes(generated_jpeg(0, 60))
     assert 60_000 <= file.stat().st_size < 90_000
-    config = RunConfig.from_flat({"model.name": "deit_tiny_patch16_224", "model.args": ""})
+    source = str(tmp_path / "images")
+    config = RunConfig.from_flat({"model.name": "deit_tiny_patch16_224", "model.args": "", "data.source": source})
     transform = input_transform(config.model)
-    (theirs,) = torch_loader(config, [str(file)], threads=1)
-    ours = transform(load_images(str(tmp_path / "images"), transform, tmp_path / "cache").read())
+    (theirs,) = torch_loader(config, [0], threads=1)
+    ours = transform(load_images(source, transform, tmp_path / "cache").read())
     torch.testing.assert_close(theirs, ours, rtol=0, atol=1e-6)
 
 

@@ -20,7 +20,7 @@ from tapfl.personalize.methods import never_begins
 
 
 def handshake(server: Path, authority: Path, host: str) -> str:
-    """Returns the protocol of a TLS connection to a server with the credentials in a folder, over a pair of sockets, checked as Python's clients do."""
+    """Returns the protocol of a TLS connection to the server with these credentials, checked as Python's clients do."""
     ours, theirs = socket.socketpair()
     serving = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     serving.load_cert_chain(server / "server.crt", server / "server.key")

@@ -292,7 +292,7 @@ def test_scores_of_a_layer_take_few_kernels_on_a_gpu(heads: int) -> None:
 def test_a_step_takes_few_kernels(method: str, most: int) -> None:
     """A backbone of twelve blocks, as DeiT has; their width changes no count."""
     small = {"img_size": 8, "patch_size": 2, "in_chans": 1, "embed_dim": 32, "depth": 12, "num_heads": 2}
-    device = Device(VIT.model_copy(update={"args": small}), 4, HERE)
+    device = Device.random(VIT.model_copy(update={"args": small}), 4, HERE)
     state = METHODS_MEASURED[method].init(device.start, None, ROUND, frozenset(device.start))
     for _ in range(2):  # the first step makes the optimiser's state
         with Kernels() as kernels:

@@ -94,6 +94,6 @@ def test_comparisons_and_searches_count_the_devices_too(writers: Path, cache: Pa
     )
     comparison = read_comparison(tmp_path / "compare.toml")
     assert comparison.axes["device"] == [0, 1, 2] and comparison.options["devices.count"] == 3
-    search = read_search(tmp_path / "search.toml", defaults={"devices.count": 10})
+    search = read_search(tmp_path / "search.toml")
     assert resolved(search.options, tmp_path / "trial").devices.count == 3
-    assert read_search(tmp_path / "search.toml").options.get("devices.count") is None
+    assert search.options.get("devices.count") is None

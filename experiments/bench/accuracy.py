@@ -15,18 +15,17 @@ import torch
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
-from experiments.bench.local_training import DIGITS, METHODS, RATE, model_of, with_adapters
+from experiments.bench.local_training import DIGITS, Device, model_of, with_adapters
 from tapfl.compute import Compute
-from tapfl.config import PruningOptions, TrainOptions
+from tapfl.config import PruningOptions
 from tapfl.data.sources import load_images
 from tapfl.models.backbone import BackboneSpec
 from tapfl.models.forward import image_features, transform_of
 from tapfl.models.new_head import fill_with_prototypes
 from tapfl.models.weights import load_weights
-from tapfl.personalize.together import LocalTask
 from tapfl.pruning.pipeline import prune_model, pruning_task
 from tapfl.seeds import numpy_generator
-from tapfl.training import Params, accuracy, batches, predict, train_dense
+from tapfl.training import Params, accuracy, predict, train_dense
 
 EPOCHS, ROUNDS, BATCH = 8, 2, 32
 
@@ -102,10 +101,7 @@ def accuracies(problem: Problem, compute: Compute) -> Iterator[tuple[str, float]
             return accuracy(predict(lambda images: adapted(params, images), x[train:]), y[train:])
 
     yield "after the cut", measured(params)
+    device = Device(adapted, params, x[:train], y[:train])
     for round in range(1, ROUNDS + 1):
-        order = [torch.from_numpy(index) for index in batches(train, BATCH, 1, numpy_generator(0, "train", round))]
-        options = TrainOptions(batch=BATCH, steps=len(order), learning_rate=RATE)
-        data = ((x[index], y[index]) for index in order)
-        task_of_round = LocalTask(METHODS["fedavg"], adapted, params, None, data, options, frozenset(params), 0)
-        params = task_of_round.alone().upload or {}
-        yield f"after round {round}", measured(params)
+        device = replace(device, start=replace(device, seed=round).round("fedavg", BATCH))
+        yield f"after round {round}", measured(device.start)

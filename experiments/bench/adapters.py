@@ -296,10 +296,11 @@ def _shares(work: Work, steps: int, repeats: int, kept: bool) -> dict[str, float
         variants |= {"FedAvg, kept": step_of(work, FedAvg(), kept), "APFL, kept": step_of(work, Apfl(), kept)}
     for run in variants.values():
         run()  # the first step allocates the optimizer's state, and moves α
-    seconds = side_by_side({name: _repeated(run, steps) for name, run in variants.items()}, repeats)
+    seconds = side_by_side({name: partial(_repeat, run, steps) for name, run in variants.items()}, repeats)
     unit = seconds.pop("two peft")
     return {"two peft": unit / steps} | {name: taken / unit for name, taken in seconds.items()}
 
 
-def _repeated(run: Callable[[], object], steps: int) -> Callable[[], object]:
-    return lambda: [run() for _ in range(steps)]
+def _repeat(run: Callable[[], object], steps: int) -> None:
+    for _ in range(steps):
+        run()

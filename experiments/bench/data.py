@@ -8,7 +8,7 @@ from __future__ import annotations
 import io
 import os
 import resource
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
 from multiprocessing import get_context
@@ -29,7 +29,6 @@ from experiments.feasible import check
 from tapfl.compute import HERE
 from tapfl.config import RunConfig
 from tapfl.data.contents import contents, fingerprints
-from tapfl.data.folders import list_images
 from tapfl.models.forward import input_transform
 from tapfl.options import Scalar
 from tapfl.profiles import profiles_of
@@ -154,12 +153,12 @@ def _work(options: Mapping[str, Scalar], place: str, repeats: int, threads: int)
     (fingerprint,) = fingerprints([("data.source", config.data.source)]).values()
     owners = [caches.Owner(config, count, i % count, fingerprint=fingerprint) for i in range(repeats)]
     parts = [caches.part(owner, "train", (), HERE) for owner in owners]
-    file, peak, took = list_images(Path(config.data.source)).file, 0, []
+    peak, took = 0, []
     for part in parts:
         own = _seconds_an_image(part.split(BATCH))
         peak = peak or _peak()
         positions = np.arange(len(part)) if part.images.positions is None else part.images.positions
-        took.append((own, _seconds_an_image(torch_loader(config, [file(int(i)) for i in positions], threads))))
+        took.append((own, _seconds_an_image(torch_loader(config, positions.tolist(), threads))))
     ours, theirs = np.median(took, axis=0)
     rate, cpu_rate = theirs / ours
     found = {"wall": wall, "cpu": cpu, "bytes": peak, "rate": 1 / ours[0]}
@@ -179,29 +178,17 @@ def _seconds_an_image(batches: Any) -> np.ndarray:
     return (_now() - start) / count
 
 
-def torch_loader(config: RunConfig, files: list[str], threads: int) -> Any:
-    """Returns torch's loader of these files with timm's evaluation transform, as it is commonly written."""
-    from timm.data import create_transform
+def torch_loader(config: RunConfig, positions: Sequence[int], threads: int) -> Iterator[torch.Tensor]:
+    """Yields the images at these positions of the folder as torch's loader reads them, with timm's transform."""
+    from timm.data import create_transform  # here, for what the command and a worker hold is measured
+    from torchvision.datasets import ImageFolder
 
     ours = input_transform(config.model)
     transform = create_transform(
         (ours.channels, *ours.size), interpolation=ours.interpolation, mean=ours.mean, std=ours.std, crop_pct=ours.crop
     )
     torch.set_num_threads(1)
+    images = torch.utils.data.Subset(ImageFolder(config.data.source, transform), positions)
     # forked, as in a script on Linux; this process was spawned, and its children would be, with all their imports
     own: dict[str, Any] = {"num_workers": threads, "multiprocessing_context": "fork"} if threads > 1 else {}
-    return torch.utils.data.DataLoader(Files(files, transform), BATCH, **own)
-
-
-class Files(torch.utils.data.Dataset[torch.Tensor]):
-    """Pictures as a Dataset of torch."""
-
-    def __init__(self, files: list[str], transform: Callable[[Image.Image], torch.Tensor]) -> None:
-        self.files, self.transform = files, transform
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def __getitem__(self, i: int) -> torch.Tensor:
-        with Image.open(self.files[i]) as picture:
-            return self.transform(picture.convert("RGB"))
+    return (inputs for inputs, _ in torch.utils.data.DataLoader(images, BATCH, **own))

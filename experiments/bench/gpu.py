@@ -118,7 +118,7 @@ def agreement(size: Size, compute: Compute) -> Iterator[Row]:
     found: dict[str, Params] = {}
     for name, way in ways.items():
         way.prepare()
-        a_round = partial(Device(DIGITS, 64, way).round, "fedavg", 16)
+        a_round = partial(Device.random(DIGITS, 64, way).round, "fedavg", 16)
         found[name], found[f"{name} again"] = home(a_round()), home(a_round())
         yield {"round": name, "s": median_seconds(way, a_round, 3)}
     for one, other in (("cpu", "device"), ("device", "device again"), ("deterministic", "deterministic again")):
@@ -133,7 +133,7 @@ def steps(size: Size, compute: Compute) -> Iterator[Row]:
     """
     for name in size.models:
         for way in both(compute):
-            device, recorder = Device(spec_named(name), size.step, way), replace(way, graphs=True).recorder
+            device, recorder = Device.random(spec_named(name), size.step, way), replace(way, graphs=True).recorder
             index = way.put(torch.arange(size.step))
             for label, method in METHODS.items():
                 train = TrainOptions(batch=size.step, steps=10**6)
@@ -157,7 +157,7 @@ def steps(size: Size, compute: Compute) -> Iterator[Row]:
 def a_round(size: Size, compute: Compute) -> Iterator[Row]:
     """Devices one after the other: `local_round` against a bare loop (ratio), and in several processes at once."""
     for way in both(compute):
-        device = Device(spec_named(size.of_round), size.images, way)
+        device = Device.random(spec_named(size.of_round), size.images, way)
         loop = median_seconds(way, partial(device.by_hand, "fedavg", size.step), 3)
         ours = median_seconds(way, partial(device.round, "fedavg", size.step), 3)
         yield {"precision": way.precision, "bare s": loop, "ours s": ours, "ours / bare": ours / loop, **memory()}
@@ -171,7 +171,7 @@ def together(size: Size, compute: Compute) -> Iterator[Row]:
     """A step of devices together against the same devices one by one, in a round of two steps; and making the stack."""
     exact, steps = replace(compute, precision="exact"), 2
     for name in size.stacked:
-        devices = [Device(spec_named(name), steps * size.step, exact, seed=i) for i in range(size.group)]
+        devices = [Device.random(spec_named(name), steps * size.step, exact, seed=i) for i in range(size.group)]
         stacking = median_seconds(exact, lambda: StackedModel([device.adapted for device in devices]), 3)  # noqa: B023
         for label in METHODS:
             tasks = partial(_tasks, devices, label, size.step)
@@ -280,7 +280,7 @@ def at_once(count: int, size: Size, compute: Compute) -> float:
 
 def _worker(devices: int, size: Size, compute: Compute, meeting: Any) -> None:
     compute.prepare()
-    device = Device(spec_named(size.of_round), size.images, compute)
+    device = Device.random(spec_named(size.of_round), size.images, compute)
     device.round("fedavg", size.step)
     meeting.wait(WAIT * size.patience)
     for _ in range(devices):

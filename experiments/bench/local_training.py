@@ -6,6 +6,7 @@ It needs neither Flower nor Ray.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -19,7 +20,6 @@ from tapfl.adapters.lora import AdaptedModel, interpolate
 from tapfl.compute import Compute
 from tapfl.config import AdapterOptions, PruningOptions, TrainOptions
 from tapfl.models.backbone import BackboneSpec, build
-from tapfl.models.cost import measure_cost
 from tapfl.models.forward import example_input
 from tapfl.models.prunable import prunable_layers
 from tapfl.personalize.apfl import Apfl
@@ -77,23 +77,31 @@ def with_adapters(dense: nn.Module, made: Pruned, compute: Compute, rank: int = 
     return adapted, compute.put(gather_all(whole, layout))
 
 
+@dataclass(frozen=True)
 class Device:
-    """A pruned model and its adapters, cut at random, for `images` random images.
+    """A smaller model as a function of its adapters, the adapters before a round, and training images.
 
-    Args:
-        seed: of the units that are cut, the images and their order.
+    Attributes:
+        seed: of the order of the images.
+        macs: of the model; 0: not measured.
     """
 
-    def __init__(
-        self, spec: BackboneSpec, images: int, compute: Compute, budget: float = 0.5, rank: int = RANK, seed: int = 0
-    ) -> None:
-        dense, self.seed = model_of(spec), seed
-        options = PruningOptions(criterion="random", ratio="uniform")
+    adapted: AdaptedModel
+    start: Params
+    inputs: Tensor
+    labels: Tensor
+    seed: int = 0
+    macs: int = 0
+
+    @classmethod
+    def random(
+        cls, spec: BackboneSpec, images: int, compute: Compute, budget: float = 0.5, rank: int = RANK, seed: int = 0
+    ) -> Device:
+        """Returns a device with random images, and a model of random weights that is cut at random."""
+        dense, options = model_of(spec), PruningOptions(criterion="random", ratio="uniform")
         made = prune_model(pruning_task(dense, drawn(dense, 4), budget, options, batch=4, seed=seed), spec)
-        self.macs = measure_cost(made.model).macs
-        self.adapted, self.start = with_adapters(dense, made, compute, rank)
-        self.inputs = compute.put(drawn(dense, images, seed))
-        self.labels = compute.put(torch.arange(images) % spec.num_classes)
+        inputs, labels = compute.put(drawn(dense, images, seed)), compute.put(torch.arange(images) % spec.num_classes)
+        return cls(*with_adapters(dense, made, compute, rank), inputs, labels, seed, made.plan.cost.macs)
 
     def loss(self, params: Any, index: Any) -> Tensor:
         return self.adapted.losses(params, self.inputs[index], partial(F.cross_entropy, target=self.labels[index]))

@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import os
 import shutil
 import statistics
 import subprocess
 import tempfile
 import time
-import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import accumulate
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import numpy as np
 import typer
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.profiler import profile
 
 Row = dict[str, str]
 WATCH = (
@@ -63,37 +62,14 @@ def side_by_side(variants: Mapping[str, Callable[[], object]], repeats: int) -> 
     return {name: float(np.median(taken[:, 1])) for name, taken in turns(variants, repeats).items()}
 
 
-class _Storages(TorchDispatchMode):
-    """Counts the bytes of all tensors that operations return, until nothing refers to them."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.known: weakref.WeakSet[Any] = weakref.WeakSet()
-        self.alive = self.peak = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        inputs = [tensor.untyped_storage() for tensor in tree_leaves((args, kwargs)) if isinstance(tensor, Tensor)]
-        output = func(*args, **(kwargs or {}))
-        older = {storage.data_ptr() for storage in inputs if storage not in self.known}
-        for tensor in tree_leaves(output):
-            if isinstance(tensor, Tensor):
-                storage = tensor.untyped_storage()
-                if storage not in self.known and storage.data_ptr() not in older:
-                    self.known.add(storage)
-                    self.alive += storage.nbytes()
-                    weakref.finalize(storage, self._release, storage.nbytes())
-        self.peak = max(self.peak, self.alive)
-        return output
-
-    def _release(self, count: int) -> None:
-        self.alive -= count
-
-
 def peak_tensor_bytes(work: Callable[[], object]) -> int:
-    """Returns the peak bytes of the tensors that `work` creates, without the workspaces of single operations."""
-    with _Storages() as storages:
+    """Returns the peak bytes of the tensors that `work` creates, as torch's profiler counts them."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else it says on standard error that it begins and ends
+    with profile(profile_memory=True) as seen:
         work()
-    return storages.peak
+    assert seen.profiler is not None and seen.profiler.kineto_results is not None
+    found = [event for event in seen.profiler.kineto_results.events() if event.name() == "[memory]"]
+    return max(accumulate(event.nbytes() for event in sorted(found, key=lambda event: event.start_ns())), default=0)
 
 
 def peak_process_bytes(work: Callable[[], object]) -> int | None:

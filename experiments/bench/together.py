@@ -45,7 +45,7 @@ def together(
     train = RunConfig.from_flat(dict([parse_assignment(f"train.together={at_once}")]) | {"train.batch": batch}).train
     torch.set_num_threads(1)
     for name, spec in specs(model, size):
-        made = [Device(spec, samples, HERE, *KINDS[i % len(KINDS)], seed=i) for i in range(devices)]
+        made = [Device.random(spec, samples, HERE, *KINDS[i % len(KINDS)], seed=i) for i in range(devices)]
         groups = _groups(made, train)
         for each in method or METHODS:
             taken = turns(_variants(made, groups, each, train), repeats)

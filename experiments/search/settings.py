@@ -13,6 +13,7 @@ from typing import Literal
 import numpy as np
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
+from experiments.preflight import DEFAULT_DEVICES
 from experiments.search.schedule import Rungs, Schedule, bracket_tables, cost
 from experiments.search.space import SearchSpace
 from strategies.records import Summary
@@ -151,12 +152,11 @@ class Search:
         return fingerprints(named, require=False)
 
 
-def read_search(file: Path, method: str | None = None, defaults: Mapping[str, Scalar] | None = None) -> Search:
+def read_search(file: Path, method: str | None = None) -> Search:
     """Returns the search of a TOML file.
 
     Args:
         method: overrides the file's.
-        defaults: options of all runs that the file may override, unless the partition says how many devices there are.
 
     Raises:
         ConfigError: if the file, an option or the space is not valid.
@@ -168,7 +168,7 @@ def read_search(file: Path, method: str | None = None, defaults: Mapping[str, Sc
     settings = validated(_File, {"search": how | ({"method": method} if method else {})}).search
     given = flatten(tables)
     counted = RunConfig.from_flat({**UNSEEN, **given}).data.makes_devices  # in the images, by each run
-    options = {**UNSEEN, **({} if counted else defaults or {}), **given}
+    options = {**UNSEEN, **({} if counted else {"devices.count": DEFAULT_DEVICES}), **given}
     RunConfig.from_flat(options)
     if not isinstance(where, dict) or not where:
         raise ConfigError(
