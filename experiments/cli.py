@@ -223,7 +223,7 @@ def search(
 
 def _report(folder: Path) -> tuple[Path | None, list[str]]:
     """Writes the report of a finished run, and returns its page and remarks; an error does not fail the run."""
-    from experiments.report.cli import write_page
+    from experiments.report.cli import write_report
     from experiments.report.reading import read_run
     from experiments.report.single import differences
     from experiments.report.warnings import warnings_of
@@ -231,7 +231,7 @@ def _report(folder: Path) -> tuple[Path | None, list[str]]:
     try:
         run = read_run(folder)
         found = [f"warning: {each.found} What can be tried: {each.advice}." for each in warnings_of(run)]
-        return write_page([run], pictures=False), [*filter(None, [differences(run).strip()]), *found]
+        return write_report([run], pictures=False), [*filter(None, [differences(run).strip()]), *found]
     except Exception as error:
         reason = f"{type(error).__name__}: {error}"
         print(f"tapfl: no report was written ({reason}); try again with: tapfl report {folder}", file=sys.stderr)

@@ -241,7 +241,7 @@ def test_a_run_leaves_its_report_and_says_where(reported: tuple[Path, str]) -> N
 
 @pytest.fixture(scope="module")
 def pictures(reported: tuple[Path, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_report([reported[0]], tmp_path_factory.mktemp("pictures")).parent / "figures"
+    return write_report([read_run(reported[0])], tmp_path_factory.mktemp("pictures")).parent / "figures"
 
 
 def test_a_report_draws_every_figure(pictures: Path) -> None:
@@ -459,7 +459,7 @@ def test_a_comparison_is_written_where_it_is_wanted(
     done = CliRunner().invoke(cli.app, ["report", *map(str, others)], catch_exceptions=False)
     assert done.exit_code == 0 and "report/report.html" in done.stdout
     assert len(list((tmp_path / "report" / "figures").glob("*.png"))) == 6
-    alone = write_report([others[1]], tmp_path / "elsewhere")
+    alone = write_report([read_run(others[1])], tmp_path / "elsewhere")
     assert alone == tmp_path / "elsewhere" / "report.html" and not (others[1] / "report.html").exists()
 
 

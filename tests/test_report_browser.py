@@ -12,6 +12,7 @@ import pytest
 from test_report import FIGURES, HOSTILE
 
 from experiments.report.cli import write_report
+from experiments.report.reading import read_run
 
 playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright, of tapfl's dev extra")
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
@@ -150,7 +151,7 @@ def test_dark_light_and_paper(browser: Any, file: Path) -> None:
 
 
 def test_several_runs_over_rounds_bytes_and_time(browser: Any, reported: tuple[Path, str], tmp_path: Path) -> None:
-    file = write_report([reported[0], reported[0]], tmp_path)
+    file = write_report([read_run(reported[0])] * 2, tmp_path)
     with opened(browser, file) as page:
         assert look(page)["curves-over-round"] and not look(page)["curves-over-mb"]
         page.select_option("select[data-choice]", label="bytes")

@@ -23,7 +23,7 @@ import psutil
 import tomli_w
 import typer
 
-from experiments.bench.timing import Counts, Row
+from experiments.bench.timing import Counts, Row, chosen
 from experiments.bench.workload import ROUND_LINE, FederationOptions, Workload
 from experiments.deploy.processes import end_processes
 from tapfl.config import RunConfig
@@ -48,7 +48,7 @@ def simulation(
     Engines: Flower's, Ray actors cold and warm, and one process.
     """
     require_proc("tapfl bench simulation")
-    names = (LIMIT, *_chosen(variant, VARIANTS + ENGINES))
+    names = (LIMIT, *chosen("--variant", variant, VARIANTS + ENGINES))
     for count in devices:
         with tempfile.TemporaryDirectory(prefix="tapfl-bench-") as folder:
             Workload.prepare(Path(folder), count, options)
@@ -66,7 +66,7 @@ def engine(
 ) -> Iterator[Row]:
     """Engines alone: a round, the start, and the memory, where each device receives and returns 299 kB of adapters."""
     require_proc("tapfl bench engine")
-    names = _chosen(variant, ENGINES)
+    names = chosen("--variant", variant, ENGINES)
     for count in devices:
         with tempfile.TemporaryDirectory(prefix="tapfl-bench-") as folder:
             config = RunConfig.from_flat({"devices.count": count, "train.rounds": options.rounds})
@@ -86,13 +86,6 @@ def _command(folder: Path, workers: int, work: str, variant: str, out: Path) -> 
         return ["-m", "experiments.bench.bare_loop", *places, "merged" if variant == LIMIT else "plain"]
     engine, work = ("flower", "usual") if variant == "usual Flower app" else (variant, work)
     return ["-m", "experiments.bench.flower_apps", engine, work, *places]
-
-
-def _chosen(names: list[str], known: tuple[str, ...]) -> tuple[str, ...]:
-    """Returns the names in the order of `known`. Raises ConfigError for one that is not."""
-    if unknown := [name for name in names if name not in known]:
-        raise ConfigError(f"--variant {unknown[0]}: accepted: {', '.join(known)}")
-    return tuple(name for name in known if name in names)
 
 
 class ProcessTree:

@@ -19,12 +19,11 @@ import typer
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 from scipy.stats import sem
 
-from experiments.bench.timing import Row
+from experiments.bench.timing import Row, chosen
 from experiments.command_line import options_of
 from experiments.search.runner import Runner, carry_out, sampler_of
 from experiments.search.settings import Search, SearchOptions
 from experiments.search.space import Parameter, SearchSpace
-from tapfl.errors import ConfigError
 from tapfl.options import validated
 
 R, ETA = 27, 3
@@ -121,12 +120,11 @@ def search(
 
     Regret is the mean over seeds ± its standard error.
     """
-    if unknown := sorted({*method} - {*METHODS}):
-        raise ConfigError(f"--method {unknown[0]}: accepted: {', '.join(METHODS)}")
+    methods = chosen("--method", method, [*METHODS])
     changes = options_of(None, set)
     validated(SearchOptions, changes)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    for name in method or METHODS:
+    for name in methods:
         runs = [regrets(seed, rounds, {**METHODS[name], **changes}) for seed in range(first_seed, first_seed + seeds)]
         means, errors = np.mean(runs, axis=0), sem(runs) if seeds > 1 else np.zeros(len(rounds))
         cells = {f"{t} rounds": f"{m:.3f} ± {e:.3f}" for t, m, e in zip(rounds, means, errors, strict=True)}

@@ -10,7 +10,7 @@ import statistics
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import accumulate
 from pathlib import Path
@@ -19,6 +19,8 @@ from typing import Annotated
 import numpy as np
 import typer
 from torch.profiler import profile
+
+from tapfl.errors import ConfigError
 
 Row = dict[str, str]
 WATCH = (
@@ -34,6 +36,13 @@ Sizes = Annotated[list[int], typer.Option("--size", help="image sizes, pixels pe
 Repeats = Annotated[int, typer.Option(min=1, help="turns; the median counts")]
 Counts = Annotated[list[int], typer.Option(min=1, help="numbers of devices")]
 Set = Annotated[list[str], typer.Option("--set", help="key=value, further options of the runs")]
+
+
+def chosen(option: str, names: Collection[str], known: Sequence[str]) -> list[str]:
+    """Returns the names in the order of `known`; all, if none is given. Raises ConfigError for one that is unknown."""
+    if unknown := [name for name in names if name not in known]:
+        raise ConfigError(f"{option} {unknown[0]}: accepted: {', '.join(known)}")
+    return [name for name in known if name in names or not names]
 
 
 def cpu_seconds(work: Callable[[], object]) -> float:

@@ -13,12 +13,11 @@ import torch
 import typer
 
 from experiments.bench.local_training import METHODS, Device, specs
-from experiments.bench.timing import Models, Repeats, Row, Sizes, turns
+from experiments.bench.timing import Models, Repeats, Row, Sizes, chosen, turns
 from strategies.fleet import groups_of
 from tapfl.adapters.stacked_model import StackedModel
 from tapfl.compute import HERE
 from tapfl.config import DeviceOptions, RunConfig, TrainOptions
-from tapfl.errors import ConfigError
 from tapfl.options import parse_assignment
 from tapfl.personalize.together import LocalTask, Outcome, all_of
 
@@ -40,14 +39,13 @@ def together(
 
     A round has three epochs. `stacking` is the share of the time that goes into making one model of each group.
     """
-    if unknown := [name for name in method if name not in METHODS]:
-        raise ConfigError(f"--method {unknown[0]}: accepted: {', '.join(METHODS)}")
+    methods = chosen("--method", method, [*METHODS])
     train = RunConfig.from_flat(dict([parse_assignment(f"train.together={at_once}")]) | {"train.batch": batch}).train
     torch.set_num_threads(1)
     for name, spec in specs(model, size):
         made = [Device.random(spec, samples, HERE, *KINDS[i % len(KINDS)], seed=i) for i in range(devices)]
         groups = _groups(made, train)
-        for each in method or METHODS:
+        for each in methods:
             taken = turns(_variants(made, groups, each, train), repeats)
             yield {"model": name, "method": each, "groups": _sizes(groups)} | _row(taken)
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from experiments.command_line import JobOptions, RayOptions, starting
-from experiments.jobs.pool import Emit, Job, ProcessPool, ThreadPool
+from experiments.jobs.pool import Emit, ProcessPool, ThreadPool
 from experiments.jobs.progress import on_both, reporting
 from experiments.preflight import absolute_paths, counted, require_same_run
 from strategies.binding import inputs_of, write_begun
@@ -124,11 +124,6 @@ def resolved(options: Mapping[str, Any], folder: Path) -> RunConfig:
     begun = RunFolder(folder).config() if (folder / "config.json").is_file() else {}
     known = {"devices.count": begun.get("devices.count", 0)}  # which may have been counted in images that are gone
     return counted(absolute_paths(RunConfig.from_flat({**known, **options, "out": str(folder), "resume": True})))
-
-
-def federation_job(options: Mapping[str, Any], folder: Path, engine: Engine) -> Job:
-    """Returns the job that carries out a run and returns its summary; it logs to ``FOLDER.log``."""
-    return Job(carry_out, (dict(options), folder, engine), folder.with_name(f"{folder.name}.log"))
 
 
 def carry_out(emit: Emit, options: Mapping[str, Any], folder: Path, engine: Engine) -> Summary:

@@ -24,28 +24,22 @@ def report(
 ) -> None:
     """Show the result of a run, or compare several: one page that opens offline, and its figures as PNG."""
     from experiments.output import console
+    from experiments.report.reading import read_run
 
-    path = write_report(runs, out)
+    path = write_report([read_run(run) for run in runs], out)
     console().print(f"the report: {path}", highlight=False, soft_wrap=True)
 
 
-def write_report(paths: Sequence[Path], out: Path | None = None) -> Path:
+def write_report(runs: Sequence[Run], out: Path | None = None, pictures: bool = True) -> Path:
     """Writes the report of a run, or the comparison of several, and returns the path of its page.
 
     Args:
-        paths: the runs' folders.
         out: output folder; by default the run's own folder, or `report` in the working folder for several runs.
+        pictures: write PNGs of the figures too, which takes seconds.
 
     Raises:
-        ConfigError: if one of the folders holds no run, or `out` cannot be written.
+        ConfigError: if `out` cannot be written.
     """
-    from experiments.report.reading import read_run
-
-    return write_page([read_run(path) for path in paths], out)
-
-
-def write_page(runs: Sequence[Run], out: Path | None = None, pictures: bool = True) -> Path:
-    """Writes the report of runs that were read, as `write_report`; without the pictures, which take seconds."""
     from experiments.figures.figure import write_figure
     from experiments.figures.page import render
     from experiments.report.comparison import page_of_all

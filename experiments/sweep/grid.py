@@ -40,8 +40,8 @@ from typing import Any
 from pydantic import Field, field_validator
 
 from experiments.engines.cluster import EngineLostError
-from experiments.jobs.federation import Engine, federation_job, name_of, resolved
-from experiments.jobs.pool import ThreadPool, first_done
+from experiments.jobs.federation import Engine, carry_out, name_of, resolved
+from experiments.jobs.pool import Job, ThreadPool, first_done
 from experiments.jobs.progress import Overview
 from experiments.preflight import require_same_run
 from strategies.records import SUMMARY
@@ -128,7 +128,7 @@ def run_sweep(runs: list[SweepRun], out: Path, pool: ThreadPool, engine: Engine,
     flying: dict[Future[Any], tuple[SweepRun, list[SweepRun]]] = {}
 
     def begin(run: SweepRun, followers: list[SweepRun]) -> None:
-        job = federation_job(run.options, out / run.name, engine)
+        job = Job(carry_out, (run.options, out / run.name, engine), out / f"{run.name}.log")
         flying[pool.submit(job, overview.listen(run.name))] = run, followers
 
     for first, *others in alike.values():
