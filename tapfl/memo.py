@@ -5,7 +5,10 @@ from __future__ import annotations
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
-from typing import Any
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
+
+P, T = ParamSpec("P"), TypeVar("T")
 
 
 class Memo:
@@ -36,23 +39,27 @@ class Memo:
         return result
 
 
-class Recent:
-    """Results of large inputs that are outside this process, taken as current for so many seconds.
+def recent(seconds: float, keep: Callable[[T], bool]) -> Callable[[Callable[P, T]], Callable[P, T]]:
+    """Decorates a function that reads large inputs outside this process: what `keep` accepts is current for so long.
 
     A run opens a source many times in a process when it begins; of a million images that takes seconds each time.
     """
 
-    def __init__(self, seconds: float) -> None:
-        self.seconds = seconds
-        self._held: dict[Hashable, tuple[float, Any]] = {}
+    def decorated(make: Callable[P, T]) -> Callable[P, T]:
+        held: dict[Hashable, tuple[float, T]] = {}
 
-    def once(self, key: Hashable, make: Callable[[], Any], keep: Callable[[Any], bool]) -> Any:
-        """Returns the result of `make`, or that of before; errors and what `keep` refuses are not kept."""
-        now = time.monotonic()
-        self._held = {held: (since, of) for held, (since, of) in self._held.items() if now - since < self.seconds}
-        if key in self._held:
-            return self._held[key][1]
-        result = make()
-        if keep(result):
-            self._held[key] = time.monotonic(), result
-        return result
+        @wraps(make)
+        def once(*args: P.args, **kwargs: P.kwargs) -> T:
+            key, now = (args, *sorted(kwargs.items())), time.monotonic()
+            for old in [each for each, (since, _) in held.items() if now - since >= seconds]:
+                del held[old]
+            if key not in held:
+                result = make(*args, **kwargs)
+                if not keep(result):
+                    return result
+                held[key] = time.monotonic(), result
+            return held[key][1]
+
+        return once
+
+    return decorated

@@ -18,7 +18,6 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -40,11 +39,6 @@ def cores() -> int:
     """Returns how many threads may work: OMP_NUM_THREADS, which Ray sets to the CPUs of a worker, or all cores."""
     said = os.environ.get("OMP_NUM_THREADS", "")
     return int(said) if said.isdigit() and int(said) else len(os.sched_getaffinity(0))
-
-
-@cache
-def _threads(process: int) -> ThreadPoolExecutor:  # a forked process has none of its parent's threads
-    return ThreadPoolExecutor(cores(), thread_name_prefix="decode")
 
 
 def ahead(read: Callable[[np.ndarray], T], batches: Iterable[np.ndarray]) -> Iterator[T]:
@@ -70,13 +64,13 @@ class DecodedImages:
         decode: position -> uint8 of `shape`; called from several threads.
         count: how many there are.
         shape: height, width, channels.
-        key: as in `Images`.
+        key: as in `Images`; also names their file in the cache.
     """
 
     decode: Callable[[int], np.ndarray]
     count: int
     shape: tuple[int, int, int]
-    key: str = ""
+    key: str
 
     def __len__(self) -> int:
         return self.count
@@ -84,9 +78,8 @@ class DecodedImages:
     def read(self, positions: np.ndarray) -> np.ndarray:
         found = np.empty((len(positions), *self.shape), np.uint8)
         several = cores() > 1 and len(positions) > 1
-        with warnings.catch_warnings(action="ignore"):  # of odd metadata, and of over 89 million pixels
-            decoded = (_threads(os.getpid()).map if several else map)(self.decode, positions.tolist())
-            for place, image in enumerate(decoded):
+        with warnings.catch_warnings(action="ignore"), ThreadPoolExecutor(cores()) as threads:  # of odd metadata
+            for place, image in enumerate((threads.map if several else map)(self.decode, positions.tolist())):
                 found[place] = image
         return found
 
@@ -161,28 +154,26 @@ class DecodedCache:
     folder: Path
     limit: float
 
-    def keep(self, decoded: DecodedImages, content: str, source: str, doing: str) -> Images:
+    def keep(self, decoded: DecodedImages, source: str) -> Images:
         """Returns the same images, from a file as far as they fit; it is made if it is not there.
 
         Args:
-            content: names the pictures and what is done to them: the name of the file.
             source: name of the source, for messages.
-            doing: what is shown meanwhile.
 
         Raises:
             DataError: if a picture that was looked at cannot be decoded, or all are nearly black.
         """
-        whole = self.folder / f"{content}.npy"
+        whole = self.folder / f"{decoded.key}.npy"
         kind = _record(decoded.shape)
         if not whole.exists():
             size = int(np.prod(decoded.shape))
             if len(decoded) * size > self.limit:
-                return self._part(decoded, content, int(self.limit // kind.itemsize), source)
-            _write_whole(whole, decoded, source, doing)
+                return self._part(decoded, int(self.limit // kind.itemsize), source)
+            _write_whole(whole, decoded, source)
         return ArrayImages(np.load(whole, mmap_mode="r"), decoded.key)
 
-    def _part(self, decoded: DecodedImages, content: str, places: int, source: str) -> Images:
-        file = self.folder / f"{content}-{places}.npy"
+    def _part(self, decoded: DecodedImages, places: int, source: str) -> Images:
+        file = self.folder / f"{decoded.key}-{places}.npy"
         if not file.exists():
             spread = np.unique(np.linspace(0, len(decoded) - 1, SAMPLE).astype(np.int64))
             refuse_dim(int(decoded.read(spread).max()), source)
@@ -191,10 +182,10 @@ class DecodedCache:
         return PartlyKept(decoded, file, places)
 
 
-def _write_whole(file: Path, decoded: DecodedImages, source: str, doing: str) -> None:
+def _write_whole(file: Path, decoded: DecodedImages, source: str) -> None:
     count = len(decoded)
     header: dict[str, Any] = {"descr": "|u1", "fortran_order": False, "shape": (count, *decoded.shape)}
-    with whole_file(file) as temporary, temporary.open("wb") as out, stage(doing) as advance:
+    with whole_file(file) as temporary, temporary.open("wb") as out, stage("reading images") as advance:
         np.lib.format.write_array_header_1_0(out, header)
         advance(0, count)
         brightest = 0

@@ -12,12 +12,11 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
-from typing import overload
 
 import numpy as np
 
 from tapfl.errors import DataError, NoImagesError
-from tapfl.memo import Recent
+from tapfl.memo import recent
 
 # what Pillow decodes without further programs; of an animation the first picture is used
 IMAGE_ENDINGS = {
@@ -40,7 +39,7 @@ BESIDE = "images outside the classes' folders"
 ANNOTATIONS = "val_annotations.txt"  # of Tiny-ImageNet's validation part, where one folder holds all classes
 
 
-class Names(Sequence[str]):
+class Names:
     """Paths below a folder, as bytes without a Python object each: a million of them take 50 MB."""
 
     def __init__(self, names: Iterable[str]) -> None:
@@ -51,16 +50,11 @@ class Names(Sequence[str]):
     def __len__(self) -> int:
         return len(self._ends) - 1
 
-    @overload
-    def __getitem__(self, at: int) -> str: ...
-    @overload
-    def __getitem__(self, at: slice) -> Sequence[str]: ...
-    def __getitem__(self, at: int | slice) -> str | Sequence[str]:
-        if isinstance(at, slice):
-            return [self[i] for i in range(*at.indices(len(self)))]
-        if not 0 <= at < len(self):
-            raise IndexError(at)
+    def __getitem__(self, at: int) -> str:
         return os.fsdecode(self._bytes[self._ends[at] : self._ends[at + 1]])
+
+    def __iter__(self) -> Iterator[str]:
+        return map(self.__getitem__, range(len(self)))
 
 
 @dataclass(frozen=True)
@@ -128,17 +122,8 @@ class _Found:
     left_out: Counter[str] = field(default_factory=Counter)
 
 
-_recent = Recent(FRESH)
-
-
+@recent(FRESH, keep=lambda listing: len(listing.names) > MANY)
 def list_images(root: Path, by_device: bool = False, flat: bool = False) -> Listing:
-    """Returns `listing_of` a folder; one of more than `MANY` images is listed once in `FRESH` seconds."""
-    asked = (root, by_device, flat)
-    made: Listing = _recent.once(asked, lambda: listing_of(*asked), keep=lambda made: len(made.names) > MANY)
-    return made
-
-
-def listing_of(root: Path, by_device: bool = False, flat: bool = False) -> Listing:
     """Returns the images of a folder that has one folder a class, or is Tiny-ImageNet's validation part.
 
     Images may lie in folders within the class's folder. Links are followed.
@@ -188,28 +173,32 @@ def listed(left_out: Mapping[str, int]) -> str:
     return ", ".join([*shown, f"others: {sum(count for _, count in most[8:])}"] if most[8:] else shown)
 
 
-def _kind(name: str) -> str:
-    """Returns the reason for which a file of this name is no image."""
-    return f"{Path(name).suffix.lower()} files" if Path(name).suffix else "files without an ending"
+def _entries(folder: str | Path, left_out: Counter[str]) -> Iterator[tuple[os.DirEntry[str], bool]]:
+    """Yields the folders and the images in a folder, and whether each is a folder; counts what else is there."""
+    for entry in os.scandir(folder):
+        if entry.name.startswith("."):
+            left_out["hidden"] += 1
+        elif entry.name in SYSTEM_FOLDERS:
+            left_out["folders of the system"] += 1
+        elif entry.is_dir():
+            yield entry, True
+        elif not entry.is_file():
+            left_out["broken links" if entry.is_symlink() else "neither files nor folders"] += 1
+        elif (ending := os.path.splitext(entry.name)[1].lower()) in IMAGE_ENDINGS:  # noqa: PTH122 (a million times)
+            yield entry, False
+        else:
+            left_out[f"{ending} files" if ending else "files without an ending"] += 1
 
 
 def _folders(found: _Found, root: Path) -> list[Path]:
     """Returns the folders in `root`, sorted, and counts what else is there. Raises DataError if two are the same."""
     folders = []
-    for entry in sorted(os.scandir(root), key=lambda entry: entry.name):
-        if entry.name.startswith("."):
-            found.left_out["hidden"] += 1
-        elif entry.name in SYSTEM_FOLDERS:
-            found.left_out["folders of the system"] += 1
-        elif entry.is_dir():
+    for entry, is_folder in sorted(_entries(root, found.left_out), key=lambda each: each[0].name):
+        if is_folder:
             folders.append(Path(entry.path))
-        elif entry.is_symlink() and not entry.is_file():
-            found.left_out["broken links"] += 1
-        elif Path(entry.name).suffix.lower() in IMAGE_ENDINGS:
+        else:
             found.left_out[BESIDE] += 1
             found.beside.append(entry.name)
-        else:
-            found.left_out[_kind(entry.name)] += 1
     _refuse_parts(root, folders)
     _refuse_one_twice(root, folders)
     return folders
@@ -271,19 +260,11 @@ def _images(folder: str, below: str, left_out: Counter[str], above: tuple[str, .
     if (here := os.path.realpath(folder)) in above:
         left_out["links that lead in a circle"] += 1
         return
-    for entry in os.scandir(folder):
-        if entry.name.startswith("."):
-            left_out["hidden"] += 1
-        elif entry.name in SYSTEM_FOLDERS:
-            left_out["folders of the system"] += 1
-        elif entry.is_dir():
+    for entry, is_folder in _entries(folder, left_out):
+        if is_folder:
             yield from _images(entry.path, f"{below}/{entry.name}", left_out, (*above, here))
-        elif not entry.is_file():
-            left_out["broken links" if entry.is_symlink() else "neither files nor folders"] += 1
-        elif os.path.splitext(entry.name)[1].lower() in IMAGE_ENDINGS:  # noqa: PTH122 (a million times)
-            yield f"{below}/{entry.name}"
         else:
-            left_out[_kind(entry.name)] += 1
+            yield f"{below}/{entry.name}"
 
 
 def _annotated(found: _Found) -> None:

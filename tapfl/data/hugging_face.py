@@ -7,17 +7,11 @@ from typing import Any
 
 from tapfl.data.folders import FRESH, MANY
 from tapfl.errors import DataError, message_of
-from tapfl.memo import Recent
-
-_recent = Recent(FRESH)
+from tapfl.memo import recent
 
 
+@recent(FRESH, keep=lambda table: len(table) > MANY)
 def open_table(name: str) -> Any:
-    """Returns `table_of` a name; one of more than `MANY` rows is opened once in `FRESH` seconds."""
-    return _recent.once(name, lambda: table_of(name), keep=lambda table: len(table) > MANY)
-
-
-def table_of(name: str) -> Any:
     """Returns the rows of ``NAME[:SPLIT]``, a `datasets.Dataset`; the split is `train` if none is given.
 
     The name may be that of a folder, also of one that `save_to_disk` wrote.

@@ -72,6 +72,10 @@ def load_images(
     return _with_plain_names(images, source)
 
 
+def _refusal_of(source: str) -> Callable[[str], DataError]:
+    return lambda why: DataError(f"data source {source!r}: {why}")
+
+
 def _needed(transform: Transform | None, source: str) -> Transform:
     if transform is None:
         raise DataError(f"data source {source!r}: its images may differ in size; pass the transform of a backbone")
@@ -135,9 +139,7 @@ BUILT_IN: Mapping[str, Callable[[], ImageSet]] = {"digits": _digits, "letters": 
 
 
 def _npz(path: Path, ids: str, unlabelled: bool) -> ImageSet:
-    def refusal(why: object) -> DataError:
-        return DataError(f"data source {str(path)!r}: {why}")
-
+    refusal = _refusal_of(str(path))
     try:
         fingerprint = file_fingerprint(path)
         if not zipfile.is_zipfile(path):
@@ -196,9 +198,7 @@ def _array(source: ImageSet, transform: Transform | None, cache: DecodedCache, n
         image = array[position]
         return transform.fit(Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image))
 
-    decoded = DecodedImages(fitted, len(source), (*transform.size, transform.channels))
-    kept = cache.keep(decoded, content_hash(source.fingerprint, transform.geometry), name, "resizing images")
-    return replace(source, images=kept)
+    return replace(source, images=_kept(cache, name, source.fingerprint, transform, len(source), fitted))
 
 
 # ---------------------------------------------------------------- folders and Hugging Face
@@ -214,11 +214,7 @@ def _folder(path: Path, transform: Transform, cache: DecodedCache, by_device: bo
     content = os.fsencode(path.resolve()) + listing.fingerprint.encode()
     images = _kept(cache, str(path), content, transform, len(listing.names), decode)
     found = ImageSet(images, listing.labels, listing.classes, listing.fingerprint, listing.left_out)
-
-    def refusal(why: str) -> DataError:
-        return DataError(f"data source {str(path)!r}: {why}")
-
-    return _owned(found, listing.owners, refusal) if by_device else found
+    return _owned(found, listing.owners, _refusal_of(str(path))) if by_device else found
 
 
 def _hugging_face(name: str, transform: Transform, cache: DecodedCache, ids: str, unlabelled: bool) -> ImageSet:
@@ -226,10 +222,7 @@ def _hugging_face(name: str, transform: Transform, cache: DecodedCache, ids: str
     from datasets import Image as ImageColumn
 
     table, name = open_table(name), name.partition(":")[0]
-
-    def refusal(why: object) -> DataError:
-        return DataError(f"data source 'hf:{name}': {why}")
-
+    refusal = _refusal_of(f"hf:{name}")
     columns = [
         [key for key, of in table.features.items() if isinstance(of, kind)] for kind in (ImageColumn, ClassLabel)
     ]
@@ -276,8 +269,7 @@ def _kept(
 ) -> Images:
     """Returns pictures as the transform fits them; `content` names them, and with its geometry the images."""
     key = content_hash(content, transform.geometry)
-    images = DecodedImages(decode, count, (*transform.size, transform.channels), key)
-    return cache.keep(images, key, name, "reading images")
+    return cache.keep(DecodedImages(decode, count, (*transform.size, transform.channels), key), name)
 
 
 def _decoded(what: str, open_picture: Callable[[], Image.Image], transform: Transform) -> np.ndarray:
