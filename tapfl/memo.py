@@ -8,7 +8,8 @@ from collections.abc import Callable, Hashable, Iterator
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar
 
-P, T = ParamSpec("P"), TypeVar("T")
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 class Memo:
