@@ -40,7 +40,7 @@ class Memo:
         return result
 
 
-def recent(seconds: float, keep: Callable[[T], bool]) -> Callable[[Callable[P, T]], Callable[P, T]]:
+def recent(seconds: float, keep: Callable[[Any], bool]) -> Callable[[Callable[P, T]], Callable[P, T]]:
     """Decorates a function that reads large inputs outside this process: what `keep` accepts is current for so long.
 
     A run opens a source many times in a process when it begins; of a million images that takes seconds each time.
