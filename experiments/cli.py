@@ -150,14 +150,13 @@ def sweep(
     """
     from experiments.jobs.federation import federations, require_gpus
     from experiments.jobs.pool import interruptible
-    from experiments.sweep.grid import group_of, read_sweep, read_sweep_options, references, run_sweep
+    from experiments.sweep.grid import group_of, read_sweep, references, run_sweep
     from strategies.progress import shown
     from tapfl.progress import stage
     from tapfl.run_folder import only_one
 
     _require_ray(engine, runs)
-    planned = read_sweep(config, options_of(None, set))
-    options = read_sweep_options(config, options_of(None, reference))
+    planned, options = read_sweep(config, options_of(None, set), options_of(None, reference))
     require_gpus(engine, runs, [str(run.options.get("compute.device", "cpu")) for run in planned])
     references([group_of(run.point) for run in planned], options.reference)
     with interruptible("the same command"), only_one(out, "sweep"), ExitStack() as stack:

@@ -270,7 +270,7 @@ def test_a_sweep_does_not_hand_out_runs_of_other_images(place: Path, tmp_path: P
         "\n".join(f"{json.dumps(k)} = {json.dumps(v)}" for k, v in shared.items()) + "\n[grid]\nseed = [0]\n"
     )
     file.write_text(file.read_text().replace('"seed" = 0\n', ""))
-    (run,) = runs = read_sweep(file)
+    (run,) = runs = read_sweep(file)[0]
     shutil.copytree(place / "run", out / run.name)
 
     def again() -> dict[str, str]:

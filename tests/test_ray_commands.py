@@ -79,7 +79,7 @@ def test_a_sweep_on_ray_comes_to_the_same_and_leaves_nothing(typed: type[Typed],
     assert len(sweep.folders) == 1 and len(sweep.ports) == 1, "a Ray of its own"
     assert "6379" not in sweep.ports, "where somebody else's may listen"
     assert not sweep.left()
-    cells, here = read_sweep(file), tmp_path / "here"
+    cells, here = read_sweep(file)[0], tmp_path / "here"
     assert not in_threads(cells, here, 1)
     for cell in cells:
         assert content(out / cell.name) == content(here / cell.name)

@@ -70,7 +70,7 @@ def test_a_sweep_runs_each_cell_once_and_tells_what_failed(tmp_path: Path) -> No
 def test_runs_share_a_warm_pool_and_their_logs_do_not_mix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two at a time in one process, the messages of each answered here; one of them fails on its own."""
     file = sweep_file(tmp_path, '"personalize.method" = ["fedavg", "local"]\n"devices.count" = [2, 400]')
-    cells, out = read_sweep(file), tmp_path / "out"
+    cells, out = read_sweep(file)[0], tmp_path / "out"
     failures = in_threads(cells, out)
     assert sorted(failures) == [f"personalize.method={method} devices.count=400" for method in ("fedavg", "local")]
     assert all("devices.count = 400" in error for error in failures.values())
@@ -128,12 +128,12 @@ def test_a_run_whose_folder_would_have_too_long_a_name_is_refused(tmp_path: Path
     with pytest.raises(ConfigError, match=r"would have a folder's name of \d+ bytes, at most 240 are accepted; give a"):
         read_sweep(file)
     file.write_text(file.read_text().replace("[[run]]", '[[run]]\nname = "mine"'))
-    assert [cell.name for cell in read_sweep(file)] == ["run=mine"]
+    assert [cell.name for cell in read_sweep(file)[0]] == ["run=mine"]
 
 
 def test_runs_of_a_list_are_crossed_with_the_grid(tmp_path: Path) -> None:
     file = sweep_file(tmp_path, 'seed = [0, 1]\n[[run]]\nname = "a"\ntrain.epochs = 2\n[[run]]\nadapters.rule = "ffa"')
-    cells = read_sweep(file)
+    cells = read_sweep(file)[0]
     assert [cell.name for cell in cells] == [
         "run=a seed=0",
         "run=a seed=1",
@@ -175,7 +175,7 @@ CONFIGS = Path(cli.__file__).parent / "configs"
     ],
 )
 def test_the_ready_sweeps_leave_nothing_out(file: str, option: str, values: list[str]) -> None:
-    assert {cell.options[option] for cell in read_sweep(CONFIGS / f"{file}.toml")} == set(values)
+    assert {cell.options[option] for cell in read_sweep(CONFIGS / f"{file}.toml")[0]} == set(values)
 
 
 def test_the_run_of_which_gains_are_measured_is_one() -> None:
@@ -184,5 +184,5 @@ def test_the_run_of_which_gains_are_measured_is_one() -> None:
 
 
 def test_the_ready_sweep_of_devices() -> None:
-    counts = {cell.options["devices.count"] for cell in read_sweep(CONFIGS / "devices.toml")}
+    counts = {cell.options["devices.count"] for cell in read_sweep(CONFIGS / "devices.toml")[0]}
     assert min(counts) <= 5 and max(counts) >= 40

@@ -14,7 +14,7 @@ from test_inprocess_run import content, tapfl
 from test_sweep import in_threads, sweep_file
 
 from experiments.figures.figure import write_figure
-from experiments.sweep.grid import SweepOptions, group_of, read_sweep, read_sweep_options, references
+from experiments.sweep.grid import SweepOptions, group_of, read_sweep, references
 from experiments.sweep.picture import _panels, learning_curves
 from experiments.sweep.results import (
     MEASURES,
@@ -34,7 +34,7 @@ REFERENCE = {"personalize.method": "local"}
 
 
 def carry_out(file: Path, out: Path, changes: Mapping[str, Any] | None = None) -> list[Outcome]:
-    cells = read_sweep(file, changes)
+    cells = read_sweep(file, changes)[0]
     assert not in_threads(cells, out)
     return outcomes(cells, out)
 
@@ -156,7 +156,7 @@ def test_a_sweep_goes_on_for_more_rounds_but_not_under_other_options(tmp_path: P
 
 
 def test_what_the_runs_differ_in_cannot_be_set_for_all(file: Path) -> None:
-    assert read_sweep(file, {"train.rounds": 7})[0].options["train.rounds"] == 7
+    assert read_sweep(file, {"train.rounds": 7})[0][0].options["train.rounds"] == 7
     with pytest.raises(ConfigError, match=r"--set seed: the runs of .* differ in it"):
         read_sweep(file, {"seed": 3})
 
@@ -184,12 +184,12 @@ def test_a_report_that_cannot_be_is_refused(tmp_path: Path, table: str, said: st
     file = tmp_path / "sweep.toml"
     file.write_text(table)
     with pytest.raises(ConfigError, match=said):
-        read_sweep_options(file)
+        read_sweep(file)
 
 
 def test_how_a_sweep_is_reported_stands_in_its_file(tmp_path: Path) -> None:
     file = tmp_path / "sweep.toml"
     file.write_text('[sweep]\nreach = 0.5\nreference = { "personalize.method" = "local" }\n[grid]\nseed = [0]')
-    assert read_sweep_options(file) == SweepOptions(reach=(0.5,), reference=REFERENCE)
-    assert read_sweep_options(file, {"seed": 1}).reference == {"seed": 1}
-    assert grouped([]) == {} and len(read_sweep(file)) == 1
+    assert read_sweep(file)[1] == SweepOptions(reach=(0.5,), reference=REFERENCE)
+    assert read_sweep(file, reference={"seed": 1})[1].reference == {"seed": 1}
+    assert grouped([]) == {} and len(read_sweep(file)[0]) == 1

@@ -85,7 +85,19 @@ class Size:
 
 
 SMALL = Size(
-    ("digits",), "digits", (("digits", "tap"), ("digits", "tap+")), 2, 16, 16, 8, 8, 2, (1, 2), 10.0, ("digits",), 2
+    models=("digits",),
+    of_round="digits",
+    of_zero=(("digits", "tap"), ("digits", "tap+")),
+    devices=2,
+    images=16,
+    metric=16,
+    batch=8,
+    step=8,
+    repeats=2,
+    processes=(1, 2),
+    patience=10.0,
+    stacked=("digits",),
+    group=2,
 )
 
 

@@ -97,9 +97,8 @@ class ProcessPool(ThreadPool):
     def __init__(self, jobs: int) -> None:
         super().__init__(jobs)
         os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the workers, which read it when torch is imported
-        self._mine = threading.local()  # each thread has one process
         self._lock = threading.Lock()
-        self._processes: set[_Process] = set()
+        self._processes: dict[int, _Process] = {}  # one a thread
         self._closed = False
 
     def close(self) -> None:
@@ -107,7 +106,7 @@ class ProcessPool(ThreadPool):
         super().close()
         with self._lock:
             self._closed = True
-            processes = list(self._processes)
+            processes = list(self._processes.values())
         for process in processes:
             process.terminate()
         deadline = time.monotonic() + GRACE
@@ -123,19 +122,16 @@ class ProcessPool(ThreadPool):
             except (EOFError, OSError):
                 process.end(0)
                 with self._lock:
-                    self._processes.discard(process)
-                self._mine.process = None
+                    del self._processes[threading.get_ident()]
         raise RunError(f"{ATTEMPTS} workers were lost over this job")
 
     def _process(self) -> _Process:
         with self._lock:
             if self._closed:
                 raise RunError("the pool was closed")
-            if getattr(self._mine, "process", None) is None:
-                self._mine.process = _Process()
-                self._processes.add(self._mine.process)
-            process: _Process = self._mine.process
-            return process
+            if (thread := threading.get_ident()) not in self._processes:
+                self._processes[thread] = _Process()
+            return self._processes[thread]
 
 
 class _Process:

@@ -64,22 +64,44 @@ class SweepRun:
     options: dict[str, Any]
 
 
+class SweepOptions(Section):
+    """The table ``[sweep]``: how a sweep is reported."""
+
+    reach: AnyShares = Field(
+        (), description="mean personal accuracies; the table lists bytes and simulated time until each is reached"
+    )
+    reference: dict[str, Scalar] = Field(
+        {}, description="option values: each point is tested against the point that differs in these alone"
+    )
+
+    @field_validator("reference", mode="before")
+    @classmethod
+    def _dotted(cls, value: object) -> object:
+        return flatten(value) if isinstance(value, Mapping) else value
+
+
 def group_of(point: Mapping[str, Any]) -> Point:
     """Returns the options of a point without the seed."""
     return tuple((key, value) for key, value in point.items() if key != "seed")
 
 
-def read_sweep(file: Path, changes: Mapping[str, Any] | None = None) -> list[SweepRun]:
-    """Returns the runs of a sweep.
+def read_sweep(
+    file: Path, changes: Mapping[str, Any] | None = None, reference: Mapping[str, Scalar] | None = None
+) -> tuple[list[SweepRun], SweepOptions]:
+    """Returns the runs of a sweep, and how it is reported.
 
     Args:
         changes: options that override those that the file's runs share.
+        reference: overrides the file's, unless it is empty.
 
     Raises:
-        ConfigError: if the grid or any run is not valid, or if the runs differ in an option of `changes`.
+        ConfigError: if a table or any run is not valid, or if the runs differ in an option of `changes`.
     """
     tables = read_toml_tables(file)
-    tables.pop("sweep", None)  # see `read_sweep_options`
+    table = tables.pop("sweep", {})
+    if not isinstance(table, dict):
+        raise ConfigError(f"{file}: sweep = {table!r}: must be a table, [sweep]")
+    options = validated(SweepOptions, table | ({"reference": reference} if reference else {}))
     grid, runs = tables.pop("grid", {}), tables.pop("run", [])
     if not isinstance(grid, dict) or not all(isinstance(v, list) and v for v in grid.values()) or not (grid or runs):
         raise ConfigError(f"{file}: needs a table [grid] of options with a list of values each, or tables [[run]]")
@@ -103,10 +125,9 @@ def read_sweep(file: Path, changes: Mapping[str, Any] | None = None) -> list[Swe
         if (size := len(name.encode())) > LONGEST_NAME:
             accepted = f"at most {LONGEST_NAME} are accepted; give a [[run]] a name, or cross fewer options"
             raise ConfigError(f"{file}: the run {name:.60}… would have a folder's name of {size} bytes, {accepted}")
-        options = shared | own | crossed
-        RunConfig.from_flat(options)
-        planned[name] = SweepRun(name, point, options)
-    return list(planned.values())
+        planned[name] = SweepRun(name, point, shared | own | crossed)
+        RunConfig.from_flat(planned[name].options)
+    return list(planned.values()), options
 
 
 def run_sweep(runs: list[SweepRun], out: Path, pool: ThreadPool, engine: Engine, progress: Advance) -> dict[str, str]:
@@ -156,37 +177,6 @@ def _finished(run: SweepRun, out: Path) -> bool:
     wanted = resolved(run.options, folder.path)
     require_same_run(folder, wanted, require=False)
     return (folder.path / SUMMARY).is_file() and folder.config()["train.rounds"] >= wanted.train.rounds
-
-
-class SweepOptions(Section):
-    """The table ``[sweep]``: how a sweep is reported."""
-
-    reach: AnyShares = Field(
-        (), description="mean personal accuracies; the table lists bytes and simulated time until each is reached"
-    )
-    reference: dict[str, Scalar] = Field(
-        {}, description="option values: each point is tested against the point that differs in these alone"
-    )
-
-    @field_validator("reference", mode="before")
-    @classmethod
-    def _dotted(cls, value: object) -> object:
-        return flatten(value) if isinstance(value, Mapping) else value
-
-
-def read_sweep_options(file: Path, reference: Mapping[str, Scalar] | None = None) -> SweepOptions:
-    """Returns the table `[sweep]` of a sweep's TOML.
-
-    Args:
-        reference: overrides the file's, unless it is empty.
-
-    Raises:
-        ConfigError: if the table is not valid.
-    """
-    table = read_toml_tables(file).get("sweep", {})
-    if not isinstance(table, dict):
-        raise ConfigError(f"{file}: sweep = {table!r}: must be a table, [sweep]")
-    return validated(SweepOptions, table | ({"reference": reference} if reference else {}))
 
 
 def references(points: Iterable[Point], reference: Mapping[str, Scalar]) -> dict[Point, Point]:
