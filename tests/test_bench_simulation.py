@@ -16,11 +16,12 @@ from torch.nn.utils import parameters_to_vector
 from clients.client_app import app as client_app
 from experiments.bench.bare_loop import LoopWorker, average
 from experiments.bench.engines import LIMIT, ProcessTree, Timing, engine, measure, ratio, simulation
-from experiments.bench.flower_apps import build, peft_name
+from experiments.bench.flower_apps import build
 from experiments.bench.workload import ROUND_LINE, FederationOptions, Workload
 from experiments.engines.local import run_inprocess
 from strategies.server_app import app as server_app
 from strategies.state import load_checkpoint
+from tapfl.adapters.peft_format import peft_name
 from tapfl.errors import ConfigError, RunError
 from tapfl.run_folder import RunFolder
 

@@ -38,6 +38,7 @@ from tapfl.adapters.layout import (
     last_blocks,
 )
 from tapfl.adapters.lora import AdaptedModel, modules_of
+from tapfl.adapters.peft_format import peft_name
 from tapfl.compute import HERE
 from tapfl.config import AdapterOptions, DeviceOptions, PrivacyOptions, PruningOptions, TrainOptions
 from tapfl.models.backbone import BackboneSpec, build
@@ -195,11 +196,12 @@ class PeftStep:
             modules_to_save=list(head_names(work.model)),
         )
         self.model: Any = get_peft_model(copy.deepcopy(work.model), config).eval()
-        trained = {_plain(name): p for name, p in self.model.named_parameters() if p.requires_grad}
+        named = ((name, p) for name, p in self.model.named_parameters() if p.requires_grad)
+        trained = {name.replace(".modules_to_save", "").replace(".default", ""): p for name, p in named}
+        self.trained = {name: trained[peft_name(name)] for name in work.params}
         with torch.no_grad():
-            for name, theta in work.params.items():
-                trained[name].copy_(theta)
-        self.trained = {name: trained[name] for name in work.params}
+            for name, parameter in self.trained.items():
+                parameter.copy_(work.params[name])
         self.optimizer = torch.optim.Adam(self.trained.values(), lr=TRAIN.learning_rate)
 
     def __call__(self) -> Tensor:
@@ -208,12 +210,6 @@ class PeftStep:
         loss.backward()
         self.optimizer.step()
         return loss.detach()
-
-
-def _plain(name: str) -> str:
-    """Returns our name of one of peft's parameters: no prefix, no adapter's name, no `.weight` after a factor."""
-    name = name.removeprefix("base_model.model.").replace(".modules_to_save.default", "").replace(".default", "")
-    return name.removesuffix(".weight") if name.endswith((f"{LORA_A}.weight", f"{LORA_B}.weight")) else name
 
 
 class DeepCopies:

@@ -34,7 +34,7 @@ from experiments.engines.forked import run_forked
 from experiments.engines.local import run_inprocess
 from experiments.engines.ray import ActorPool
 from strategies.exchange import Request, exchange, wait_for_nodes
-from tapfl.adapters.layout import LORA_A, LORA_B
+from tapfl.adapters.peft_format import peft_name
 from tapfl.config import RunConfig
 from tapfl.options import Scalar, read_toml
 from tapfl.store import write_tensors
@@ -47,7 +47,6 @@ APPS = {
     "usual": ("experiments.bench.flower_apps:usual_server", "experiments.bench.flower_apps:usual_client"),
 }
 TARGETS = r"blocks\.\d+\.(attn\.(qkv|proj)|mlp\.(fc1|fc2))"
-PREFIX = "base_model.model."
 VALUES = 75_000  # float32 in both directions: adapters of rank 8 on the ViT of `tapfl bench simulation`, 299 kB
 SLICE = 500  # devices whose replies are in memory at once: the memory that is measured is the engine's
 
@@ -107,11 +106,6 @@ def build(workload: Workload) -> Any:
         modules_to_save=["head"],
     )
     return get_peft_model(workload.dense(), options)
-
-
-def peft_name(name: str) -> str:
-    """Returns peft's name of one of tapfl's tensors."""
-    return f"{PREFIX}{name}.weight" if name.endswith((LORA_A, LORA_B)) else PREFIX + name
 
 
 def _workload(context: Context) -> Workload:

@@ -11,6 +11,11 @@ from tapfl.training import Params
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 
 
+def peft_name(name: str) -> str:
+    """Returns the name that a tensor of the adapters has in peft's files."""
+    return f"base_model.model.{name}" + (".weight" if name.endswith((LORA_A, LORA_B)) else "")
+
+
 def save_peft(params: Params, scale: float, folder: Path, base: str) -> None:
     """Writes adapters to `folder`; `PeftModel.from_pretrained(tapfl.load_pruned(base), folder)` loads them.
 
@@ -35,9 +40,6 @@ def save_peft(params: Params, scale: float, folder: Path, base: str) -> None:
         "modules_to_save": heads,
         "inference_mode": True,
     }
-    state = {
-        f"base_model.model.{name}.weight" if name.endswith((LORA_A, LORA_B)) else f"base_model.model.{name}": tensor
-        for name, tensor in params.items()
-    }
+    state = {peft_name(name): tensor for name, tensor in params.items()}
     write_tensors(folder / WEIGHTS_FILE, state, {"format": "pt"})
     write_json(folder / CONFIG_FILE, config)
