@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -227,6 +228,14 @@ def test_branches_before_their_norm_are_cut_as_well() -> None:
     kept = {layer.name: torch.arange(0, layer.units, 2) for layer in backbone.layers}
     kept[backbone.layers[0].name] = torch.empty(0, dtype=torch.int64)
     assert difference(backbone, plan_of(backbone, kept), model) <= 1e-5
+    options = PruningOptions(criterion="magnitude", compensation="one-pass")
+    task = pruning_task(model, backbone.inputs, 1.0, options, 4)
+    once, plain = cut(task, Selection(kept)), shrink(model, plan_of(backbone, kept))
+    layer = backbone.layers[0]
+    assert not torch.equal(*(small.get_submodule(f"{layer.name}.proj").bias for small in (once, plain)))
+    options = options.model_copy(update={"compensation": "sequential"})
+    with pytest.raises(ModelError, match=r"blocks\.0: is a ResPostBlock; accepted: timm's Block and"):
+        cut(replace(task, options=options), Selection(kept))
 
 
 # ---------------------------------------------------------------- arguments that are tuples

@@ -65,8 +65,12 @@ def observe(model: nn.Module, layer: PrunableLayer, step: Callable[[Any], Any], 
 
 @torch.no_grad()
 def as_branch_output(model: nn.Module, layer: PrunableLayer, stream: Tensor) -> Tensor:
-    """Returns the branch output that adds `stream` to the residual stream: in its layout, before LayerScale."""
-    block = block_of(model, layer)
+    """Returns the branch output that adds `stream` to the residual stream: in its layout, before LayerScale.
+
+    Raises:
+        ModelError: if the block is not of timm's pre-norm kinds.
+    """
+    block = _block(model, layer)
     if isinstance(block, SwinTransformerBlock) and layer.kind == "attention":
         echo = Echo()
         with replaced(model, layer.name, echo):
@@ -161,8 +165,7 @@ class Echo(nn.Module):
         return x
 
 
-def block_of(model: nn.Module, layer: PrunableLayer) -> Any:
-    """Returns the block of a branch. Raises ModelError if it is not of timm's pre-norm kinds."""
+def _block(model: nn.Module, layer: PrunableLayer) -> Any:
     block = model.get_submodule(layer.block)
     if type(block) not in (Block, SwinTransformerBlock, MergingBlock):
         raise ModelError(f"{layer.block}: is a {type(block).__name__}; accepted: timm's Block and SwinTransformerBlock")

@@ -34,7 +34,7 @@ from timm.models.swin_transformer import SwinTransformerBlock
 from torch import Tensor, nn
 
 from tapfl.models.merging import group_means, merging, passing
-from tapfl.models.residual import Passage, as_branch_output, block_of, branch_steps, observe
+from tapfl.models.residual import Passage, as_branch_output, branch_steps, observe
 from tapfl.models.units import PrunableLayer, put
 from tapfl.progress import track
 from tapfl.pruning.criteria.criterion import PruningTask, Selection
@@ -78,9 +78,10 @@ def cut(task: PruningTask, selection: Selection, fisher: Sensitivities | None = 
     small = copy.deepcopy(merged, {id(branch): branch for branch in own.values()})
     images = dense_x = small_x = list(task.inputs.split(task.batch))
     steps = list(zip(branch_steps(model, True)[:-1], branch_steps(small, True)[:-1], strict=True))
-    for (name, dense_step), (_, small_step) in track(steps if real else (), "compensation"):
+    for (step, dense_step), (_, small_step) in track(steps if real else (), "compensation"):
         after = []
-        if layer := pruned.get(name):
+        for layer in (each for each in pruned.values() if step in (each.name, each.block)):
+            name = layer.name
             put(small, name, shrunk[name])
             weights = fisher[name].rows if fisher else None
             lost = LostOutput(len(kept[name]), layer.embed_dim, real[name], weights, task.inputs.device)
@@ -125,7 +126,7 @@ def _real_tokens(model: nn.Module, layer: PrunableLayer) -> Tensor | None:
 
     Where windows extend beyond the grid, a Swin attention pads them; its block drops the output there.
     """
-    block = block_of(model, layer)
+    block: Any = model.get_submodule(layer.block)
     if layer.kind != "attention" or not isinstance(block, SwinTransformerBlock):
         return None
     ones = layer.output_of(model).weight.new_ones(1, *block.input_resolution, layer.embed_dim)

@@ -35,19 +35,13 @@ def coupled_norms(task: PruningTask) -> Scores:
 @torch.no_grad()
 def coupled_norm(layer: PrunableLayer, module: nn.Module) -> Tensor:
     """Returns the magnitude of the units of one branch, float64 (units,)."""
-    total = torch.zeros(layer.units, dtype=torch.float64, device=next(module.parameters()).device)
-    for cut in layer.cuts(torch.arange(layer.units)):
-        linear = module.get_submodule(cut.linear)
-        assert isinstance(linear, nn.Linear)
-        weight = linear.weight.double()
-        if cut.side == "columns":
-            total += weight.square().sum(0)[cut.index]
-            continue
-        rows = weight.square().sum(1)
-        if layer.kind == "ffn" and linear.bias is not None:
-            rows = rows + linear.bias.double().square()
-        total += rows[cut.index].view(-1, layer.units).sum(0)  # an attention's unit has a row in each of q, k and v
-    return total
+    inner, output = (module.get_submodule(name) for name in (layer.inner, layer.output))
+    assert isinstance(inner, nn.Linear) and isinstance(output, nn.Linear)
+    rows = inner.weight.double().square().sum(1)
+    if layer.kind == "ffn" and inner.bias is not None:
+        rows = rows + inner.bias.double().square()
+    by_part = rows.view(-1, layer.units)  # an attention's unit has a row in each of q, k and v
+    return by_part.sum(0) + output.weight.double().square().sum(0)
 
 
 def squares(task: PruningTask) -> Iterator[dict[str, Tensor]]:

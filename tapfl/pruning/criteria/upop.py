@@ -65,16 +65,13 @@ def masked(
 
     def hook(layer: PrunableLayer) -> Callable[..., Tensor]:
         def multiply(_module: nn.Module, _inputs: object, output: Tensor) -> Tensor:
-            return output * masks[layer.name].repeat(output.shape[-1] // layer.units_per_head)
+            mask = masks[layer.name]  # outputs are ordered by part (q, k, v), head and dim
+            return output * mask.repeat(layer.parts * layer.heads)
 
         return multiply
 
-    return hooked(
-        model.get_submodule(f"{layer.name}.{cut.linear}").register_forward_hook(hook(layer))
-        for layer in layers
-        for cut in layer.cuts(torch.arange(layer.units))
-        if cut.side == "rows"  # rows are ordered by part (q, k, v), head and dim
-    )
+    inner = ((layer, model.get_submodule(f"{layer.name}.{layer.inner}")) for layer in layers)
+    return hooked(linear.register_forward_hook(hook(layer)) for layer, linear in inner)
 
 
 def standardise(layers: Sequence[PrunableLayer], gradients: Mapping[str, Tensor]) -> Masks:
