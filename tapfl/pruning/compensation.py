@@ -65,9 +65,8 @@ def cut(task: PruningTask, selection: Selection, fisher: Sensitivities | None = 
         ModelError: if a layer's activations are not finite, or as `reconstruct`.
         PlanError: if the selection does not fit the layers.
     """
-    how, rate = task.options.compensation, task.options.compensation_learning_rate
-    kept, model = selection.kept, selection.model or task.model
-    merged = passing(model, selection.tokens)
+    options, kept, model = task.options, selection.kept, selection.model or task.model
+    how, merged = options.compensation, passing(model, selection.tokens)
     if how == "one-pass" and any(selection.tokens):
         fisher = row_sensitivities(task, merged)
     fisher = fisher or row_sensitivities(task, model)
@@ -80,6 +79,7 @@ def cut(task: PruningTask, selection: Selection, fisher: Sensitivities | None = 
     steps = list(zip(branch_steps(model, True)[:-1], branch_steps(small, True)[:-1], strict=True))
     for (step, dense_step), (_, small_step) in track(steps if real else (), "compensation"):
         after = []
+        # one layer, or none; those of a block of another kind than timm's plain ones, which is one step
         for layer in (each for each in pruned.values() if step in (each.name, each.block)):
             name = layer.name
             put(small, name, shrunk[name])
@@ -102,7 +102,7 @@ def cut(task: PruningTask, selection: Selection, fisher: Sensitivities | None = 
                     calls.append(Call(len(images[number]), now.arguments, target, counted))
             _absorb(shrunk[name], layer, lost)
             if calls:
-                reconstruct(shrunk[name], calls, task.options.compensation_steps, rate)
+                reconstruct(shrunk[name], calls, options.compensation_steps, options.compensation_learning_rate)
             if how == "one-pass":  # the next layers see the dense model
                 put(small, name, own[name])
         small_x = [small_step(y) for y in small_x]
