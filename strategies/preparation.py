@@ -146,7 +146,7 @@ class Preparation:
         self,
         state: FederationState,
         devices: Iterable[int],
-        message: Callable[[int], Prune],
+        message: Callable[[DeviceRecord], Prune],
         min_success: float | None = None,
     ) -> FederationState:
         """Sends those of the devices that have a plan their models; returns the state in which they have them.
@@ -162,7 +162,7 @@ class Preparation:
             params, macs = plan.cost.params, plan.cost.macs
             check = partial(PruneReply.check, params=params, macs=macs)
             work = macs * state.devices[i].test_samples
-            requests[i] = Request(partial(message, i), PruneReply, check, max_bytes=ENVELOPE, macs=work)
+            requests[i] = Request(partial(message, state.devices[i]), PruneReply, check, max_bytes=ENVELOPE, macs=work)
         state, replies = self.fleet.ask(state, "surgery", requests, min_success=min_success)
         changes, names, layers = {}, [*self.config.personalize.reference_rates], prunable_layers(self.backbone)
         for i, reply in replies.items():

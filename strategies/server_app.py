@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -65,7 +65,7 @@ from tapfl.run_folder import RunFolder, run_path
 from tapfl.seeds import of_secret, torch_generator
 from tapfl.store import cache_folder
 from tapfl.training import images_seen, is_evaluated
-from tapfl.wire import ENVELOPE, Evaluate, EvaluateReply, Hello, Prune, Train, TrainReply
+from tapfl.wire import ENVELOPE, Evaluate, EvaluateReply, Hello, Train, TrainReply
 
 app = ServerApp()
 
@@ -169,7 +169,7 @@ class Federation:
         state, planned = self.preparation.pruned_models(state)
         self.adapters.warm_up([state.devices[i] for i in planned])
         state = replace(state, server=ServerState(self.adapters.first))
-        return self.save(self.equip(state, planned))
+        return self.save(self.preparation.surgery(state, planned, self.adapters.message))
 
     def resume(self, state: FederationState) -> FederationState:
         """Returns a saved state, ready for the next round.
@@ -215,17 +215,8 @@ class Federation:
         """Learns nodes that joined since the last round, and sends pruned models to devices that have none yet."""
         self.fleet.meet_again(self.hello, state.devices)
         waiting = [i for i in state.devices if i not in state.plans]
-        return self.preparation.refit(self.equip(state, waiting, min_success=0))
-
-    def equip(
-        self, state: FederationState, devices: Iterable[int], min_success: float | None = None
-    ) -> FederationState:
-        """Sends devices that have a plan their pruned models."""
-
-        def message(i: int) -> Prune:
-            return self.adapters.message(state.devices[i])
-
-        return self.preparation.surgery(state, devices, message, min_success)
+        state = self.preparation.surgery(state, waiting, self.adapters.message, min_success=0)
+        return self.preparation.refit(state)
 
     def train(self, state: FederationState, t: int) -> tuple[FederationState, dict[int, TrainReply]]:
         """Sends the adapters to the devices of round `t`; returns their answers, none if nobody is there."""
