@@ -117,13 +117,11 @@ class DeviceStorage:
 
         The server will ask for one of the two: the new one if the reply arrives, otherwise the old one.
         """
-        # a method may return one tensor in w and in v; safetensors refuses two names for it
-        tensors = {PRIVATE + name: tensor.clone() for name, tensor in state.private.items()}
-        for reference, params in state.references.items():
-            tensors |= {f"{reference}:{name}": tensor for name, tensor in params.items()}
+        parts = {PRIVATE: state.private, **{f"{name}:": params for name, params in state.references.items()}}
         if state.personal is not None:
-            tensors |= {PERSONAL + name: tensor for name, tensor in state.personal.params.items()}
-            tensors[ALPHA] = state.personal.alpha
+            parts |= {PERSONAL: state.personal.params, "": {ALPHA: state.personal.alpha}}
+        # one tensor may be in several parts; safetensors refuses two names for it
+        tensors = {part + name: tensor.clone() for part, params in parts.items() for name, tensor in params.items()}
         write_sealed(self._state.path(round), tensors, STATE, {"device": device, "round": round})
         self._state.keep((before, round))
 

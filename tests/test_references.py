@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 from backbones import Tiny, plan_of
 
 from clients.references import References
-from clients.storage import DeviceStorage
+from clients.storage import DeviceState, DeviceStorage
 from experiments.statistics import against_references
 from strategies.records import DeviceRecord
 from tapfl.compute import Compute
@@ -92,3 +93,13 @@ def test_personal_models_are_tested_against_each_reference() -> None:
     assert found["alone"].difference == pytest.approx(0.2) and found["pooled"].difference == pytest.approx(-0.3)
     assert found["alone"].p == found["pooled"].p == 0.25 and found["alone"].n == 3
     assert against_references([record(0, 0.5, None)]) == {}
+
+
+def test_references_that_begin_alike_are_kept_each_by_itself(tmp_path: Path) -> None:
+    """With a warm start `alone` and `pooled` are the same tensors, for which safetensors has one name only."""
+    storage, start = DeviceStorage(tmp_path), {"head.weight": torch.ones(2, 3)}
+    storage.save_state(0, 0, DeviceState(None, start, {"alone": start, "pooled": start}), before=0)
+    kept = storage.load_state(0, 0)
+    for params in (kept.private, *kept.references.values()):
+        assert torch.equal(params["head.weight"], start["head.weight"])
+    assert [*kept.references] == ["alone", "pooled"]
