@@ -130,7 +130,7 @@ def _read(path: Path, comparison: Comparison) -> dict[Key, Row]:
         return {}
     with path.open(newline="", encoding="utf-8") as file:
         reader = csv.DictReader(file)
-        rows = list(reader)
+        rows = [row for row in reader if None not in row.values()]  # earlier versions could leave half a line
     if reader.fieldnames is not None and list(reader.fieldnames) != comparison.columns:
         theirs = ", ".join(reader.fieldnames)
         raise ConfigError(f"{path}: is a comparison of other axes or measures ({theirs}); give another --out")
