@@ -65,8 +65,14 @@ def check(config: RunConfig) -> None:
     public = open_pool(config.data, transform, config.seed, cache)
     labels_of(public, resolved(config.pruning))
     transform(public.read(range(1)))
-    _require_as_many("metric.size", config.metric.size, public, f"a multiple of metric.batch = {config.metric.batch}")
-    _require_as_many("pruning.recovery-size", config.pruning.recovery_size, public, "a whole number")
+    parts = f", and a multiple of metric.batch = {config.metric.batch}, which may be smaller"
+    for name, size, also in (
+        ("metric.size", config.metric.size, parts),
+        ("pruning.recovery-size", config.pruning.recovery_size, ""),
+    ):
+        if size > len(public):
+            has = f"the public pool has {len(public)} images"
+            raise DataError(f"{name} = {size}: {has}; accepted: at most that{also}")
     if config.data.changing and config.resume:  # whoever has too few images by now sits out
         require_loggers(config.log)
         return
@@ -84,12 +90,6 @@ def check(config: RunConfig) -> None:
     require_loggers(config.log)  # the last check: it may make an empty database
     for line in found(config.data, public, private):
         log(logging.INFO, "%s", line)
-
-
-def _require_as_many(option: str, size: int, public: ImageSet, accepted: str) -> None:
-    if size > len(public):
-        has = f"the public pool has {len(public)} images"
-        raise DataError(f"{option} = {size}: {has}; accepted: {accepted}, at most that")
 
 
 def _splits_of_folders(config: RunConfig, public: ImageSet, private: ImageSet) -> list[DeviceSplit]:

@@ -219,3 +219,5 @@ def test_a_grid_too_coarse_for_the_budget_is_refused_with_what_comes_nearest() -
     dense = layer.macs_per_unit * layer.units
     with pytest.raises(BudgetError, match=r"the nearest below is 0\.5 and above is 1; a smaller pruning\.align"):
         widths_of([layer], np.ones(1), dense, 0.6, PruningOptions(align=32))
+    with pytest.raises(BudgetError, match=r"nearest .*; accepted: a budget of that size"):
+        widths_of([layer], np.ones(1), dense, 0.695, PruningOptions(align=1))

@@ -292,7 +292,6 @@ def _optimum(fit: Fit, ideal: np.ndarray, options: PruningOptions) -> np.ndarray
         for side, choice in near.items()
         if choice is not None
     )
-    raise BudgetError(
-        f"budget {limit.words} cannot be met within 0.5 %: the nearest {named}; "
-        f"a smaller pruning.align than {options.align} comes nearer"
-    )
+    finer = f"a smaller pruning.align than {options.align} comes nearer"
+    accepted = finer if options.align > 1 else "accepted: a budget of that size"
+    raise BudgetError(f"budget {limit.words} cannot be met within 0.5 %: the nearest {named}; {accepted}")
