@@ -216,6 +216,7 @@ def _accept(answers: Answers[R], i: int, reply: Message, request: Request[R]) ->
 def _reason(reply: Message) -> str:
     """The last line of what may be kilobytes of coloured traceback: the exception itself."""
     plain = re.sub(r"\x1b\[[0-9;]*m", "", reply.error.reason or "")
+    plain = re.sub(r"((?:Error|Exception):)\s*\n", r"\1 ", plain)  # torch begins some messages on a line of their own
     lines = [line.strip() for line in plain.splitlines() if line.strip()]
     named = [line for line in lines if re.match(r"[\w.]*(Error|Exception)\b", line)]
     own = [line for line in named if not re.search(r"RayTaskError|ClientAppException", line)]  # what they only wrap

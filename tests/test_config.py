@@ -124,6 +124,10 @@ def test_a_list_of_one_may_be_written_without_a_list(value: object) -> None:
         ({"devices.budgets": ""}, ["devices.budgets", "at least 1 item"]),
         ({"devices.budgets": "0.3,0.5"}, ["devices: budgets and ranks must be equally long, got 2 and 3"]),
         ({"metric.size": 100, "metric.batch": 64}, ["metric: size=100 must be a multiple of batch=64"]),
+        (
+            {"model.head-rows": "rows.json"},
+            ["model: head-rows=rows.json is not used with head=train", "accepted: head=rows"],
+        ),
         ({"summary.min-support": 1}, ["summary.min-support = 1", "greater than or equal to 2"]),
         ({"seed": -1}, ["seed = -1", "greater than or equal to 0"]),
         ({"seed": 2**63}, [f"seed = {2**63}", "less than"]),

@@ -116,6 +116,12 @@ def test_of_a_traceback_through_ray_the_device_s_own_exception_is_told() -> None
     assert answers.failures == {1: "ArithmeticError: mine"}
 
 
+def test_a_message_that_begins_on_a_line_of_its_own_is_told() -> None:
+    told = "Traceback\n  line\nRuntimeError: \nNo autocast here\nfor this kernel\n"
+    answers = ask(ScriptedGrid(2, lambda i, _: Error(2, told) if i else GOOD))
+    assert answers.failures == {1: "RuntimeError: No autocast here"}
+
+
 def test_a_device_that_hangs_costs_only_itself() -> None:
     answers = ask(ScriptedGrid(3, lambda i, _: None if i == 0 else GOOD), timeout=0.3)
     assert sorted(answers.replies) == [1, 2] and "no answer within 0.3 s" in answers.failures[0]

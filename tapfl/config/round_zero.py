@@ -167,6 +167,14 @@ class ModelOptions(Section):
     epochs: Count = Field(60, description="epochs on the public pool (with `weights`, of the head alone)")
     learning_rate: float = Field(3e-3, gt=0, le=RATE, description="learning rate on the public pool (AdamW, one cycle)")
 
+    @model_validator(mode="after")
+    def _rows_are_used(self) -> ModelOptions:
+        if self.head_rows and self.head in ("train", "prototypes"):
+            raise ValueError(
+                f"head-rows={self.head_rows} is not used with head={self.head}; accepted: head=rows, rows+train or new"
+            )
+        return self
+
 
 class SummaryOptions(Section):
     """The Gaussian mixture that describes a device's images to the server."""
