@@ -33,7 +33,6 @@ R = TypeVar("R")
 T = TypeVar("T", bound=Tensor | nn.Module | Mapping[str, Tensor] | None)
 
 KEPT, M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = 2**29, -1, -3  # the latter from malloc.h
-FULL = "ieee"  # float32 products in float32; torch's own default for convolutions on a GPU is TF32
 
 
 @dataclass(frozen=True)
@@ -109,10 +108,9 @@ class Compute:
         _keep_freed_memory()
         if self.device.type == "cpu":  # where all operations that are used here are deterministic
             return
-        if hasattr(torch.backends, "fp32_precision"):  # torch 2.9; the old flags and the new ones must not be mixed
-            torch.backends.fp32_precision = FULL
-        else:
-            torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+        # products in float32; torch's default for convolutions is TF32. Its exporters read these flags, and fail where
+        # `torch.backends.fp32_precision`, of torch 2.9 and later, was set in their place.
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
         torch.backends.cudnn.benchmark = False  # it would choose kernels by their time
         if self.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read at the first product on the GPU

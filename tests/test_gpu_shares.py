@@ -75,9 +75,9 @@ def test_a_worker_takes_its_share_of_the_memory(
 ) -> None:
     set_to: list[object] = []
     monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda *given: set_to.append(given))
-    monkeypatch.setattr(torch.backends, "fp32_precision", "ieee")
     Compute(GPU).prepare(share)
     assert set_to == limits
+    assert not torch.backends.cudnn.allow_tf32 and not torch.backends.cuda.matmul.allow_tf32  # exporters ask, too
 
 
 def test_what_is_a_fault() -> None:
