@@ -150,7 +150,10 @@ def test_a_plan_is_applied_to_other_weights(vit: Tiny, tmp_path: Path) -> None:
         (("model.weights={}/small/model.safetensors",), r"blocks\.0\.attn\.qkv\.weight: .*\[48, 32\].*\[96, 32\]"),
         (("model.weights={}/headless.safetensors",), r"has no head\.weight for 10 classes"),
         (("model.weights={}/w.pth", "model.name=deit_tiny_patch16_224"), "the plan is for vit_tiny_patch16_224"),
-        (("model.weights={}/w.pth", "model.head-rows={}/rows.json"), "a plan knows the number of classes"),
+        (
+            ("model.weights={}/w.pth", "model.head=rows", "model.head-rows={}/rows.json"),
+            "a plan knows the number of classes",
+        ),
         (("model.weights=hub",), r"their head has \d+ classes, the plan's 10"),
     ],
 )
