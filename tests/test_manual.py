@@ -84,7 +84,8 @@ def test_the_site_is_built_strictly_and_fetches_nothing(tmp_path: Path) -> None:
         fetched = re.findall(r"<(?:script|img|iframe)[^>]*\ssrc=\"?(https?:[^\s\">]+)", text)
         fetched += re.findall(r"<link[^>]*\shref=\"?(https?:[^\s\">]+)", text)
         assert not fetched, f"{page.name}: {fetched}"
-        assert "<!-- table:" not in text and "mkdocs-click" not in text
+        if "source" not in page.relative_to(tmp_path / "site").parts:  # a file's own text may name them
+            assert "<!-- table:" not in text and "mkdocs-click" not in text
     assert "numpy_generator" in (tmp_path / "site" / "source" / "tapfl" / "seeds.py.html").read_text()
     for style in (tmp_path / "site" / "assets").rglob("*.css"):
         assert not re.findall(r"(?:url\(|@import )[\"']?https?:", style.read_text()), style.name
