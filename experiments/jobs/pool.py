@@ -56,7 +56,7 @@ def first_done(futures: Iterable[Future[Any]]) -> set[Future[Any]]:
 
 
 def unheard(value: Any) -> None:
-    """Listens to nothing."""
+    """Ignores what a job emits."""
 
 
 class ThreadPool:
