@@ -140,9 +140,10 @@ def exchange(
         phase: name of the stage, and of Flower's message group.
         timeout: seconds for all of it; what has not arrived by then has failed, and is not looked at later.
         retries: how often a request is sent again whose worker was lost.
-        window: requests in flight at once; Flower slows down with every message that it holds.
+        window: requests in flight at once, where a group counts as one; Flower slows down with every message that it
+            holds.
         groups: devices that one worker gets at once; all others get their request by themselves. A group that is lost
-            is sent again as a group. A larger one than the window is in flight alone.
+            is sent again as a group.
     """
 
     def message_to(i: int) -> Message:
@@ -164,7 +165,7 @@ def exchange(
                     answers.fail(i, f"no answer within {timeout:g} s (faults.exchange-timeout)")
                 break
             while (attempt := next((each for each in waiting if each.start <= now), None)) is not None:
-                if in_flight and len(in_flight) + len(attempt.devices) > window:
+                if len({each for _, each in in_flight.values()}) >= window:
                     break
                 waiting.remove(attempt)
                 ids = _push(grid, [message_to(i) for i in attempt.devices])
@@ -193,6 +194,11 @@ def exchange(
 def hands_out_groups(grid: Grid) -> bool:
     """Returns whether a grid can give one worker several messages at once; Flower's own cannot."""
     return hasattr(grid, "push_group")
+
+
+def window_of(grid: Grid, least: int) -> int:
+    """Returns how many requests are in flight at once: two for each worker of an engine that says how many it has."""
+    return max(least, 2 * getattr(grid, "workers", 0))
 
 
 def _push(grid: Grid, messages: list[Message]) -> list[str]:

@@ -17,7 +17,7 @@ import numpy as np
 from flwr.common.logger import log
 from flwr.serverapp import Grid
 
-from strategies.exchange import Answers, R, Request, exchange, wait_for_nodes
+from strategies.exchange import Answers, R, Request, exchange, wait_for_nodes, window_of
 from strategies.records import DeviceRecord, FailureLine, Line, TrafficLine, added, append_lines
 from strategies.state import FederationState
 from tapfl.config import NEW_HEADS, DeviceOptions, RunConfig, TrainOptions
@@ -177,8 +177,8 @@ class Fleet:
         phase: str,
         groups: Sequence[Sequence[int]] = (),
     ) -> Answers[R]:
-        timeout, retries, window = self.config.faults.exchange_timeout, self.config.faults.retries, self.config.window
-        limits: dict[str, Any] = {"timeout": timeout, "retries": retries, "window": window}
+        faults, window = self.config.faults, window_of(self.grid, self.config.window)
+        limits: dict[str, Any] = {"timeout": faults.exchange_timeout, "retries": faults.retries, "window": window}
         return exchange(self.grid, nodes, requests, phase, **limits, groups=groups)
 
 

@@ -15,7 +15,7 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from experiments.engines.local import InProcessGrid
 from strategies import exchange as module
-from strategies.exchange import Request, exchange, wait_for_nodes
+from strategies.exchange import Request, exchange, wait_for_nodes, window_of
 from tapfl.errors import RunError
 from tapfl.wire import ENVELOPE, Train, TrainReply
 
@@ -49,8 +49,8 @@ class ScriptedGrid(InProcessGrid):
             return Message(answer.to_records(), reply_to=message)
         return Message(answer or Error(0, "silent"), reply_to=message)
 
-    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        ids = list(super().push_messages(messages))
+    def push_group(self, messages: Sequence[Message]) -> Sequence[str]:
+        ids = super().push_group(messages)
         self.in_flight += len(ids)
         self.most_in_flight = max(self.most_in_flight, self.in_flight)
         return ids
@@ -199,9 +199,26 @@ def test_a_group_that_is_lost_is_sent_again_as_a_group(monkeypatch: pytest.Monke
     grid = GroupGrid(4, lambda i, attempt: GOOD if attempt == 2 or i == 3 else Error(0, "lost"))
     nodes = {i: node for node, i in grid.partitions.items()}
     requests = {i: Request(Train(1, 0, np.ones(3, np.float32)), TrainReply, lambda reply: None) for i in range(4)}
-    limits = {"timeout": 20.0, "retries": 1, "window": 2}  # a group may be larger than the window
+    limits = {"timeout": 20.0, "retries": 1, "window": 2}
     answers = exchange(grid, nodes, requests, "round 1", **limits, groups=[[0, 1, 2]])  # type: ignore[arg-type]
     assert sorted(answers.replies) == [0, 1, 2, 3] and groups == [[0, 1, 2], [0, 1, 2]]
+
+
+def test_a_group_counts_as_one_request_of_the_window() -> None:
+    grid = GroupGrid(9, lambda i, _: GOOD)
+    nodes = {i: node for node, i in grid.partitions.items()}
+    requests = {i: Request(Train(1, 0, np.ones(3, np.float32)), TrainReply, lambda reply: None) for i in range(9)}
+    triples = [[0, 1, 2], [3, 4, 5], [6, 7, 8]]
+    limits = {"timeout": 20.0, "retries": 1, "window": 2}
+    answers = exchange(grid, nodes, requests, "round 1", **limits, groups=triples)  # type: ignore[arg-type]
+    assert len(answers.replies) == 9 and grid.most_in_flight == 6
+
+
+def test_an_engine_with_many_workers_has_two_requests_for_each() -> None:
+    grid = ScriptedGrid(1, lambda i, _: GOOD)
+    assert window_of(grid, 16) == 16
+    grid.workers = 64
+    assert window_of(grid, 16) == 128 and window_of(grid, 1000) == 1000
 
 
 def test_messages_that_are_made_when_they_are_sent_are_not_kept() -> None:

@@ -39,8 +39,8 @@ class ForkedGrid(LocalGrid):
         keeper: from which each new worker's connection comes.
     """
 
-    def __init__(self, keeper: Connection, run_config: dict[str, Scalar], nodes: int) -> None:
-        super().__init__(run_config, nodes)
+    def __init__(self, keeper: Connection, run_config: dict[str, Scalar], nodes: int, workers: int) -> None:
+        super().__init__(run_config, nodes, workers)
         self._keeper = keeper
         self._at: dict[Connection, list[Message]] = {}  # what each worker works at
 
@@ -94,7 +94,7 @@ def run_forked(
         workers: number of processes, with one torch thread each.
     """
     with _keeper(client_app, workers) as keeper:
-        serve(server_app, ForkedGrid(keeper, run_config, nodes))
+        serve(server_app, ForkedGrid(keeper, run_config, nodes, workers))
 
 
 @contextmanager

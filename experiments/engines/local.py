@@ -36,12 +36,14 @@ class LocalGrid(Grid):
 
     Attributes:
         partitions: partition id by node id.
+        workers: processes that answer; 0: this one does.
         waiting: groups of messages that no worker has yet.
     """
 
-    def __init__(self, run_config: dict[str, Scalar], nodes: int) -> None:
+    def __init__(self, run_config: dict[str, Scalar], nodes: int, workers: int = 0) -> None:
         self._run = empty_run()
         self.run_config = run_config
+        self.workers = workers
         self.partitions = {secrets.randbits(62): i for i in range(nodes)}
         self.waiting: deque[list[Message]] = deque()
         self._had: dict[int, Any] = {}  # the worker that each node's last message went to

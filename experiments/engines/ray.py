@@ -44,7 +44,7 @@ class RayGrid(LocalGrid):
     """
 
     def __init__(self, pool: ActorPool, client_app: str, run_config: dict[str, Scalar], nodes: int) -> None:
-        super().__init__(run_config, nodes)
+        super().__init__(run_config, nodes, pool.size)
         self.client_app = client_app
         self._pool = pool
         self._replies: dict[str, Message] = {}
@@ -115,6 +115,11 @@ class ActorPool:
 
     def __exit__(self, *exception: object) -> None:
         self._stack.close()
+
+    @property
+    def size(self) -> int:
+        """Number of actors that were started and are still of use."""
+        return len(self._actors)
 
     def run(
         self, server_app: ServerApp, run_config: dict[str, Scalar], nodes: int, client_app: str = CLIENT_APP
