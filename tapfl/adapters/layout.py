@@ -11,6 +11,7 @@ at rows (0), columns (0, 1, 2, 3), its ``lora_B`` at rows (1, 2, 4), columns (0)
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -223,11 +224,11 @@ def pack(params: Mapping[str, Tensor], layout: Layout) -> np.ndarray:
 
 def unpack(vector: np.ndarray, layout: Layout) -> Params:
     """Returns the tensors of a flat vector; the inverse of `pack`."""
-    sizes = [int(np.prod(placement.shape)) for placement in layout.values()]
+    sizes = [math.prod(placement.shape) for placement in layout.values()]
     parts = torch.from_numpy(np.array(vector, dtype=np.float32)).split(sizes)
     return {name: part.view(place.shape).clone() for (name, place), part in zip(layout.items(), parts, strict=True)}
 
 
 def packed_size(layout: Layout) -> int:
     """Returns the length of the flat vector of a layout."""
-    return sum(int(np.prod(placement.shape)) for placement in layout.values())
+    return sum(math.prod(placement.shape) for placement in layout.values())
