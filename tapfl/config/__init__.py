@@ -56,7 +56,7 @@ class RunConfig(Section):
     resume: bool = Field(False, description="continue the run in the folder `out`")
     cache: str = Field("", description="cache of trained backbones and decoded images; empty: TAPFL_CACHE or ~/.cache")
     node_timeout: float = Field(120.0, gt=0, description="seconds to wait for the nodes to connect")
-    window: Count = Field(16, description="messages in flight at once")
+    window: Count = Field(16, description="requests in flight at once; with many workers two for each of them")
     data: DataOptions = DataOptions()
     devices: DeviceOptions = DeviceOptions()
     model: ModelOptions = ModelOptions()
