@@ -19,7 +19,7 @@ from test_inprocess_run import tapfl
 from torch import nn
 from torch.nn import functional as F
 
-from experiments.bench import gpu, timing
+from experiments.bench import gpu, gpu_parts, timing
 from experiments.bench.accuracy import accuracies, pictures
 from experiments.engines.actor import processors
 from experiments.engines.ray import ActorPool
@@ -187,7 +187,7 @@ def test_the_script_for_a_gpu_comes_through_on_the_cpu(tmp_path: Path) -> None:
     out = tmp_path / "gpu.jsonl"
     assert gpu.main([str(out), "--device", "cpu", "--small"]) == 0
     rows = [json.loads(line) for line in out.read_text().splitlines()]
-    assert {row["about"] for row in rows} == set(gpu.PARTS) and not any("failed" in row for row in rows)
+    assert {row["about"] for row in rows} == set(gpu_parts.PARTS) and not any("failed" in row for row in rows)
     differences = {row["adapters"]: row["largest difference"] for row in rows if "adapters" in row}
     assert set(differences.values()) == {0.0}  # the CPU against itself
     assert all(row["kept alike"] == 1 for row in rows if "kept alike" in row)
@@ -200,9 +200,9 @@ def test_the_script_for_a_gpu_comes_through_on_the_cpu(tmp_path: Path) -> None:
 
 def test_its_parts_measure_at_the_size_of_a_test(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Compute, "recorder", property(lambda way: Recording() if way.graphs else None))
-    rows = list(gpu.steps(gpu.SMALL, HERE))
+    rows = list(gpu_parts.steps(gpu_parts.SMALL, HERE))
     assert {(row["method"], row["precision"]) for row in rows} == {
-        (method, precision) for method in gpu.METHODS for precision in ("exact", "fast")
+        (method, precision) for method in gpu_parts.METHODS for precision in ("exact", "fast")
     }
     ordinary = [row for row in rows if "ms" in row]
     assert len(rows) == 2 * len(ordinary) and all(row["ms"] > 0 for row in ordinary)
@@ -241,5 +241,5 @@ def test_how_busy_a_gpu_was_is_read_from_its_tool(tmp_path: Path, monkeypatch: p
 
 
 def test_a_part_that_takes_too_long_leaves_what_it_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(gpu.PARTS, "steps", (gpu.steps, 0.0))
-    assert list(gpu.rows_of("steps", gpu.SMALL, HERE)) == [{"failed": "took more than 0 s"}]
+    monkeypatch.setitem(gpu_parts.PARTS, "steps", (gpu_parts.steps, 0.0))
+    assert list(gpu.rows_of("steps", gpu_parts.SMALL, HERE)) == [{"failed": "took more than 0 s"}]
