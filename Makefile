@@ -5,45 +5,45 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-help: ## show this list
+help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
 $(READY): pyproject.toml constraints.txt
-	@echo "setting up $(VENV); this happens once and takes a minute or two"
+	@echo "setting up $(VENV); this is done once and takes a minute or two"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt uv
 	@$(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
-run: $(READY) ## the main job: what sharing is worth to twenty devices on the embedded digits, no download
+run: $(READY) ## the main example: twenty devices on scikit-learn's digits; downloads no data
 	$(BIN)/tapfl run --config experiments/configs/digits.toml --engine inprocess --workers 2
 
-deploy-demo: $(READY) ## server and two nodes over TLS with registered keys, on this machine, checked
+deploy-demo: $(READY) ## a test deployment on this machine: a server and two nodes with TLS and registered keys
 	$(BIN)/tapfl deploy-demo
 
-test: $(READY) ## the default test suite
+test: $(READY) ## run the default test suite
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-test-slow: $(READY) ## the long tests
+test-slow: $(READY) ## the slow tests, minutes each
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow --timeout=1800
 
-bench: $(READY) ## every goal of docs/benchmarks.md beside what is measured; 25 minutes on two cores at rest
+bench: $(READY) ## measure every goal of docs/benchmarks.md; 25 minutes on two idle cores
 	OMP_NUM_THREADS=1 $(BIN)/tapfl bench all --config experiments/configs/bench.toml --out runs/bench
 
-lint: $(READY) ## style, and which package may import which
+lint: $(READY) ## check style, formatting and import contracts
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
 
-type: $(READY) ## types
+type: $(READY) ## check types with mypy
 	$(BIN)/mypy
 
 docs: export NO_MKDOCS_2_WARNING = 1
-docs: $(READY) ## the documentation, into site/: open site/index.html
+docs: $(READY) ## build the documentation into site/; open site/index.html
 	$(BIN)/python -m mkdocs build --strict --quiet
 
-docs-serve: $(READY) ## the documentation while it is being written, at 127.0.0.1:8000
+docs-serve: $(READY) ## serve the documentation at 127.0.0.1:8000, with live reload
 	$(BIN)/python -m mkdocs serve
 
-clean: ## remove the environment and what tools left behind; runs stay
+clean: ## remove the environment and the files that tools create; keep runs
 	rm -rf $(VENV) build dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
