@@ -1,6 +1,6 @@
-"""Caches of a worker process between messages, keyed by content: any entry can be dropped at any time.
+"""What a worker process caches between messages. Keys identify content, so any entry can be dropped at any time.
 
-They are in an importable module, because Ray pickles `__main__` by value and its caches would be empty.
+The caches are in an importable module because Ray pickles `__main__` by value, and caches in it would be empty.
 """
 
 from __future__ import annotations
@@ -41,13 +41,13 @@ from tapfl.seeds import torch_generator
 from tapfl.store import cache_folder
 from tapfl.training import Params, images_seen, tensors_in
 
-AT_ONCE = 64  # images that pass the blocks before the first adapter together
+AT_ONCE = 64  # batch size of the pass through the blocks before the first adapter
 
-MODULE = 3000  # bytes that a module of torch takes besides its weights: most of a model of the digits
+MODULE = 3000  # approximate bytes of a torch module besides its weights, which dominate in a model of the digits
 T = TypeVar("T")
 
-# images and models of devices, and what arrives at adapters; what was dropped is read or computed again
-kept = Memo(0, lambda each: each.nbytes)
+# images, models, and inputs of the first adapters; what was dropped is read or computed again
+kept = Memo(0, lambda entry: entry.nbytes)
 
 
 def _once(config: RunConfig, key: tuple[Hashable, ...], make: Callable[[], T]) -> T:
@@ -58,24 +58,25 @@ def _once(config: RunConfig, key: tuple[Hashable, ...], make: Callable[[], T]) -
 
 @lru_cache(maxsize=4)
 def private_images(config: RunConfig, fingerprint: str) -> ImageSet:
-    """Returns the private images of the federation that `config` describes. Raises DataError as `images_of`."""
+    """Returns the private images of the federation that `config` describes. Raises DataError as `images_of` does."""
     images = open_private(config.data, input_transform(config.model), config.seed, cache_folder(config.cache))
     return images.require(f"data.source = {config.data.source!r}", fingerprint)
 
 
 @lru_cache(maxsize=4)
 def splits(config: RunConfig, devices: int, fingerprint: str) -> list[DeviceSplit]:
-    """Returns the split of each device."""
+    """Returns the split of every device."""
     private = private_images(config, fingerprint)
     return kept_partition(private, config.data, devices, config.seed, cache_folder(config.cache))
 
 
 class Owner(NamedTuple):
-    """Whose images.
+    """The device that images belong to.
 
     Attributes:
-        source: images that all belong to this device; empty: its part of the run's `data.source`.
-        fingerprint: of the images that the run began with; empty: any. If they may change, of those that are there.
+        source: images that all belong to this device; empty: it has a part of the run's `data.source`.
+        fingerprint: of the images at the start of the run, or if they may change, of the present ones; empty: images
+            are not compared.
     """
 
     config: RunConfig
@@ -90,14 +91,14 @@ def images_of(owner: Owner) -> tuple[ImageSet, DeviceSplit]:
     """Returns the images that a device's split refers to, and the split.
 
     Raises:
-        DataError: if the images are others now, and must not change.
+        DataError: if the images differ from those at the start of the run, and must not change.
     """
     config, devices, partition_id, source, fingerprint = owner
     if not source:
         return private_images(config, fingerprint), splits(config, devices, fingerprint)[partition_id]
     changing, cache = config.data.changing, cache_folder(config.cache)
-    kept = 0.0 if changing else config.data.cache_gb  # which would be a file of all images for each change
-    images = load_images(source, input_transform(config.model), cache, cache_gb=kept)
+    cache_gb = 0.0 if changing else config.data.cache_gb  # otherwise every change would write a file of all images
+    images = load_images(source, input_transform(config.model), cache, cache_gb=cache_gb)
     if changing:
         images = identified(images, cache)
         return images, split_changing(images, config.data, config.seed)
@@ -107,21 +108,27 @@ def images_of(owner: Owner) -> tuple[ImageSet, DeviceSplit]:
 
 @dataclass(frozen=True, eq=False)
 class Part:
-    """Images of one device: bytes, which become the input of its model a batch at a time, where the model is."""
+    """Images of one device, stored as bytes and converted to the model's input one batch at a time, on its device.
+
+    Attributes:
+        labels: int64 (n,).
+        limit: largest number of bytes of images that are kept in memory.
+        key: identifies the content.
+    """
 
     images: ImageSet
-    labels: Tensor  # int64 (n,)
+    labels: Tensor
     transform: Transform
     compute: Compute
-    limit: int  # bytes that may be kept
-    key: Hashable  # of the content
+    limit: int
+    key: Hashable
 
     def __len__(self) -> int:
         return len(self.labels)
 
     @property
     def nbytes(self) -> int:
-        """What it keeps once an image was used: the labels, and all images unless they are over the limit."""
+        """Bytes in memory once an image was used: the labels, and all images unless they exceed the limit."""
         return self.labels.nbytes + (math.prod(self.images.shape) if self._fits else 0)
 
     @property
@@ -129,7 +136,7 @@ class Part:
         return math.prod(self.images.shape) <= self.limit
 
     @cached_property
-    def _near(self) -> Tensor | None:
+    def _pixels(self) -> Tensor | None:
         return self._put(self.images.read()) if self._fits else None
 
     def _put(self, pixels: np.ndarray) -> Tensor:
@@ -137,37 +144,37 @@ class Part:
 
     def batch(self, positions: np.ndarray) -> Tensor:
         """Returns the images at these positions in the backbone's input format."""
-        near = self._near
-        pixels = self._put(self.images.read(positions)) if near is None else near[torch.from_numpy(positions)]
+        kept = self._pixels
+        pixels = self._put(self.images.read(positions)) if kept is None else kept[torch.from_numpy(positions)]
         return self.transform.normalised(pixels)
 
     def split(self, batch: int, /) -> Iterable[Tensor]:
-        """Returns all images in order, so many at a time, as `Tensor.split` does."""
+        """Returns all images in order, in batches of size `batch`, as `Tensor.split` does."""
         return ahead(self.batch, in_order(len(self), batch))
 
 
 def part(owner: Owner, name: str, classes: tuple[str, ...], compute: Compute) -> Part:
-    """Returns the `train` or `test` part of one device, or `pooled`, the training parts of all of a simulation.
+    """Returns the `train` or `test` part of one device, or `pooled`, the training parts of all devices of a simulation.
 
     Args:
-        classes: of which labels are positions; none: those of the source. Images that may change are left out if they
-            are of another class.
+        classes: the classes that labels are positions in; empty: those of the source. If images may change, those of
+            other classes are left out.
     """
 
     def make() -> Part:
         images, split = images_of(owner)
-        everybody = splits(config, owner.devices, owner.fingerprint) if name == "pooled" else []
-        chosen = images.subset(
-            np.concatenate([each.train for each in everybody]) if everybody else getattr(split, name)
-        )
-        may_lack = name == "test" and config.model.head in NEW_HEADS  # images of a class that nobody trains on
-        labels = (
-            labels_among(classes, chosen, owner.source, may_lack or config.data.changing) if classes else chosen.labels
-        )
+        if name == "pooled":
+            positions = np.concatenate([own.train for own in splits(config, owner.devices, owner.fingerprint)])
+        else:
+            positions = getattr(split, name)
+        chosen = images.subset(positions)
+        # the test part may have a class that no device trains on
+        others = config.data.changing or (name == "test" and config.model.head in NEW_HEADS)
+        labels = labels_among(classes, chosen, owner.source, others) if classes else chosen.labels
         if config.data.changing:
             chosen, labels = chosen.subset(np.flatnonzero(labels >= 0)), labels[labels >= 0]
-        put = compute.put(torch.from_numpy(labels))
-        return Part(chosen, put, input_transform(config.model), compute, kept.limit, key)
+        moved = compute.put(torch.from_numpy(labels))
+        return Part(chosen, moved, input_transform(config.model), compute, kept.limit, key)
 
     config, key = owner.config, (owner, name, classes, compute)
     return _once(config, key, make)
@@ -187,16 +194,25 @@ def skeleton(spec: str) -> tuple[nn.Module, list[PrunableLayer]]:
 
 
 class AdaptedDevice(NamedTuple):
-    """A model of a device: the layout of its adapters, and the model as a function of them."""
+    """A model of a device as a function of its adapters.
+
+    Attributes:
+        layout: of the adapters.
+        adapted: the model.
+        start: initial values of the tensors of w that the server does not send: frozen and private factors, computed
+            from the run's seed as on the server, and a private head, which is that of the device's model. With
+            references, which start from them, initial values of all of w.
+        private: names of the tensors that are trained and never sent.
+        nbytes: approximate memory of the model, `start` and `layout`.
+        key: identifies the model.
+    """
 
     layout: Layout
     adapted: AdaptedModel
-    # initial values of what the server does not send of w: frozen and private factors, computed from the run's seed as
-    # on the server, and a private head, that of the device's model; of the whole of w where references begin with it
     start: Params
-    private: tuple[str, ...]  # the names in `start` that are trained and not sent
-    nbytes: int  # of the model, and of these
-    key: Hashable  # of the model
+    private: tuple[str, ...]
+    nbytes: int
+    key: Hashable
 
 
 def pruned(folder: Path, device: int, rank: int, config: RunConfig, compute: Compute) -> AdaptedDevice:
@@ -214,7 +230,7 @@ def pruned(folder: Path, device: int, rank: int, config: RunConfig, compute: Com
 
 
 def unpruned(cache: Path, key: str, spec: str, rank: int, config: RunConfig, compute: Compute) -> AdaptedDevice:
-    """Returns the dense backbone with adapters of a device's rank, which are not shared with anyone."""
+    """Returns the dense backbone with adapters of a device's rank, for training that shares nothing."""
 
     def make() -> AdaptedDevice:
         return _adapted(dense(cache, key, spec, compute), spec, None, rank, config, compute, own)
@@ -231,35 +247,35 @@ def _adapted(
     shapes = global_shapes(dense, layers, max_rank(config.devices))
     layout = device_layout(shapes, layers, plan, rank)
     staying = [name for name in layout if name not in rules.down(options, layout)]
-    made: Params = {}
-    if wanted := list(layout) if config.personalize.references else staying:
+    start: Params = {}
+    if needed := list(layout) if config.personalize.references else staying:
         initial = rules.initial(options, shapes, layers, dense, torch_generator(config.seed, "adapters"))
-        made = rules.untrained({name: layout[name] for name in wanted}, initial, model)
-    moving = rules.trained(options, layout, 1) | rules.trained(options, layout, 2)
-    private = tuple(name for name in staying if name in moving)
-    nbytes = sum(each.nbytes for each in (*model.parameters(), *made.values()))
+        start = rules.untrained({name: layout[name] for name in needed}, initial, model)
+    trained = rules.trained(options, layout, 1) | rules.trained(options, layout, 2)
+    private = tuple(name for name in staying if name in trained)
+    nbytes = sum(tensor.nbytes for tensor in (*model.parameters(), *start.values()))
     nbytes += sum(place.nbytes for place in layout.values()) + MODULE * len([*model.modules()])
     adapted = AdaptedModel(model, layout, options.scale, compute.reduced)
-    return AdaptedDevice(layout, adapted, made, private, nbytes, key)
+    return AdaptedDevice(layout, adapted, start, private, nbytes, key)
 
 
 @dataclass(frozen=True, eq=False)
 class Arriving:
-    """The images of a part as they arrive at the first adapter of a model, which is the same in every round."""
+    """The inputs of a model's first adapter for the images of a part, which are the same in every round."""
 
     labels: Tensor
     stream: Any  # tensors (n, …)
 
     @classmethod
     def of(cls, part: Part, model: AdaptedModel) -> Arriving:
-        """Computes them in batches that follow from the part alone, so that they have the same bits each time."""
+        """Returns the inputs, computed in batches that depend only on the part, so that they have the same bits."""
         stream: Any = None
-        for place, batch in zip(in_order(len(part), AT_ONCE), part.split(AT_ONCE), strict=True):
-            found = model.before(batch)
+        for positions, images in zip(in_order(len(part), AT_ONCE), part.split(AT_ONCE), strict=True):
+            batch = model.before(images)
             if stream is None:
-                stream = tree_map_only(Tensor, lambda each: each.new_empty((len(part), *each.shape[1:])), found)
-            for whole, each in zip(tensors_in(stream), tensors_in(found), strict=True):
-                whole[place[0] : place[-1] + 1] = each
+                stream = tree_map_only(Tensor, lambda x: x.new_empty((len(part), *x.shape[1:])), batch)
+            for whole, rows in zip(tensors_in(stream), tensors_in(batch), strict=True):
+                whole[positions[0] : positions[-1] + 1] = rows
         return cls(part.labels, stream)
 
     def __len__(self) -> int:
@@ -267,15 +283,15 @@ class Arriving:
 
     @property
     def nbytes(self) -> int:
-        return sum(each.nbytes for each in tensors_in(self.stream))
+        return sum(tensor.nbytes for tensor in tensors_in(self.stream))
 
     def batch(self, positions: np.ndarray) -> Any:
-        """Returns what arrives of the images at these positions."""
+        """Returns the inputs for the images at these positions."""
         index = torch.from_numpy(positions)
-        return tree_map_only(Tensor, lambda each: each[index], self.stream)
+        return tree_map_only(Tensor, lambda tensor: tensor[index], self.stream)
 
     def split(self, batch: int, /) -> Iterable[Any]:
-        """Returns all images in order, so many at a time, as `Tensor.split` does."""
+        """Returns all images in order, in batches of size `batch`, as `Tensor.split` does."""
         return map(self.batch, in_order(len(self), batch))
 
 
@@ -283,14 +299,15 @@ Inputs = Part | Arriving
 
 
 def inputs(own: AdaptedDevice, part: Part, name: str, config: RunConfig) -> tuple[AdaptedModel, Inputs]:
-    """Returns a model and the inputs that it takes of a part: images, or what of them never changes.
+    """Returns a model and its inputs for a part of the images: either the images, or the inputs of its first adapter.
 
-    That is kept where blocks before the first adapter are passed anew in each round: with `adapters.blocks`, of test
-    images, and of training images that nothing changes and of which a round uses as many as there are; if it fits
-    `compute.cache-mb`. Which of the two it is has to follow from options, for it changes the last bits of a result.
+    The latter are cached instead of computed anew in each round, if blocks come before the first adapter
+    (`adapters.blocks`) and they fit `compute.cache-mb`. This is done for test images, and for training images if they
+    are not augmented and a round uses at least as many images as there are. The choice must follow from the options,
+    because it changes the last bits of a result.
 
     Args:
-        name: of the part.
+        name: `train`, `test` or `pooled`.
     """
     limit, train = config.compute.cache_mb * 2**20, config.train
     whole = name == "train" and train.augment == "none" and images_seen(len(part), train) >= len(part)

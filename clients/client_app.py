@@ -1,4 +1,4 @@
-"""The ClientApp: Flower's messages in, a device's replies out, within a limit on time."""
+"""The ClientApp: takes Flower's messages and returns a device's replies, within a time limit."""
 
 from __future__ import annotations
 
@@ -36,54 +36,54 @@ from tapfl.wire_format import WireMessage
 
 
 class DeviceApp(ClientApp):
-    """Flower's ClientApp, which can also answer several devices' messages at once, for the engines of this project."""
+    """Flower's ClientApp, which can also answer messages of several devices together, for this project's engines."""
 
     def answer_together(self, messages: Sequence[Message], contexts: Sequence[Context]) -> list[Message]:
-        """Returns the replies to `train` messages of several devices, whose local rounds step together.
+        """Returns the replies to `train` messages of several devices, whose local rounds are computed together.
 
-        A device that fails has an error as its reply. All of them have as much time as each would have by itself.
+        The reply of a device that fails is an error. The time limit is the sum of the devices' limits.
         """
         devices = [device_of(context) for context in contexts]
         devices[0].compute.prepare(memory_share())
         what = f"devices {', '.join(str(device.partition_id) for device in devices)}: train"
         with time_limit(len(devices) * devices[0].config.faults.device_timeout, what):
-            asked = [Train.from_records(message.content) for message in messages]
+            requests = [Train.from_records(message.content) for message in messages]
 
             def carry_out() -> list[TrainReply | Exception]:
-                work = [device.training(each) for device, each in zip(devices, asked, strict=True)]
-                return carried_out(work, partial(_once, devices[0].config.out))
+                work = [device.training(request) for device, request in zip(devices, requests, strict=True)]
+                return carried_out(work, partial(_log_once, devices[0].config.out))
 
             try:
-                found = within_memory(carry_out, what)
-                answers = [_again(*each) for each in zip(devices, asked, found, strict=True)]
+                first = within_memory(carry_out, what)
+                replies = [_retried(*entry) for entry in zip(devices, requests, first, strict=True)]
             except Exception as error:
-                answers = [error] * len(messages)
-        if fault := next((each for each in answers if isinstance(each, Exception) and ends_worker(each)), None):
-            answers = [fault] * len(messages)  # sent again as the same group
+                replies = [error] * len(messages)
+        if fault := next((reply for reply in replies if isinstance(reply, Exception) and ends_worker(reply)), None):
+            replies = [fault] * len(messages)  # so that the server sends the same group again
         return [
-            error_reply(answer, message)
-            if isinstance(answer, Exception)
-            else Message(answer.to_records(), reply_to=message)
-            for answer, message in zip(answers, messages, strict=True)
+            error_reply(reply, message)
+            if isinstance(reply, Exception)
+            else Message(reply.to_records(), reply_to=message)
+            for reply, message in zip(replies, messages, strict=True)
         ]
 
 
 app = DeviceApp()
 
-# Flower's simulation returns a worker that died to its pool and never replaces it, so every later message to it fails.
-# Ray can restart actors, and this module is imported before the pool is built. Outside a simulation nothing is done.
+# Flower's simulation puts a worker that died back into its pool without restarting it, so all further messages to it
+# fail. Ray can restart actors, and this module is imported before the pool is built. This is only for simulations.
 if "flwr.simulation" in sys.modules:
     from flwr.simulation.ray_transport.ray_actor import ClientAppActor
 
     ClientAppActor._default_options["max_restarts"] = -1  # type: ignore[attr-defined]
 
-FOR_DRIVER = 0.1  # of a GPU's memory, for the smaller models that the driver makes there
+FOR_DRIVER = 0.1  # fraction of a GPU's memory that is left to the driver, which prunes models there
 
-LOST, RAISED = 0, 2  # Flower's codes: the worker is gone and the server asks again; an exception in the ClientApp
-REPLACED = "TAPFL_REPLACED"  # set in the environment of a worker that is replaced when it dies, as Ray's are
-HARD = 2.0  # a worker stuck where Python cannot interrupt it ends itself after this many time limits
+LOST, RAISED = 0, 2  # Flower's error codes: the worker is gone (the server asks again); the ClientApp raised
+REPLACED = "TAPFL_REPLACED"  # set in the environment of workers that are replaced if they die, as Ray's workers are
+HARD = 2.0  # a worker that hangs where Python cannot interrupt it exits after this multiple of the time limit
 
-ENDING = 0.5  # seconds for a last reply to leave a worker; if it does not, the server asks again just the same
+ENDING = 0.5  # seconds for the last reply to leave a worker; if it does not arrive, the server asks again as well
 
 M = TypeVar("M", bound=WireMessage)
 
@@ -96,23 +96,23 @@ def _config(run_config: str) -> RunConfig:
 def device_of(context: Context) -> Device:
     """Returns the device that runs on a Flower node.
 
-    In a simulation the run's options assign the profiles; in a deployment a node's own configuration
-    (``--node-config "budget=0.5 rank=6 storage='/var/tapfl' cache='/var/cache/tapfl' data='/photos' secret='…'"``)
-    overrides them, and ``device='cuda'`` what it computes on. A node that has a storage uses neither `out` nor `cache`
-    of the run, which are folders of the server.
+    In a simulation, the run's options assign the profiles. In a deployment, a node's own configuration overrides them:
+    ``--node-config "budget=0.5 rank=6 storage='/var/tapfl' cache='/var/cache/tapfl' data='/photos' secret='…'"``, and
+    ``device='cuda'`` for `compute.device`. A node that has a `storage` does not use the run's `out` and `cache`, which
+    are folders of the server.
 
     Raises:
-        ConfigError: if a path in the node's configuration is not absolute, its profile is not valid, or there is no
-            such device to compute on, or Ray has reserved none.
+        ConfigError: if a path in the node's configuration is not absolute, its profile is not valid, or the device to
+            compute on does not exist or was not reserved by Ray.
     """
     config = _config(json.dumps(dict(context.run_config)))
     node = context.node_config
     storage, cache, source = (_own_path(node, name) for name in ("storage", "cache", "data"))
     if storage or cache:
         config = config.model_copy(update={"cache": cache})
-    i, dealt = int(node["partition-id"]), profiles_of(config.devices)
+    i, profiles = int(node["partition-id"]), profiles_of(config.devices)
     own = {name: node[name] for name in PROFILE_FIELDS if name in node}
-    profile = dealt[i % len(dealt)]
+    profile = profiles[i % len(profiles)]
     folder = Path(storage) if storage else RunFolder(run_path(config.out, context.run_id)).device(i)
     if config.data.changing and not source:
         source = natural_folder(config, i, DeviceStorage(folder))
@@ -132,7 +132,7 @@ def _compute(node: Mapping[str, Scalar], config: RunConfig) -> Compute:
     own = {"device": node["device"]} if "device" in node else {}
     options = validated(ComputeOptions, config.compute.model_dump() | own) if own else config.compute
     compute = Compute.of(options)
-    if compute.device.type != "cpu" and not gpu_share():  # all workers would use the first GPU
+    if compute.device.type != "cpu" and not gpu_share():  # otherwise all workers would use the first GPU
         accepted = "--actor-gpus (flwr run: client-resources-num-gpus) above 0, or compute.device = cpu"
         raise ConfigError(
             f"compute.device = {options.device!r}: this worker has no share of a GPU; accepted: {accepted}"
@@ -151,10 +151,11 @@ def _own_path(node: Mapping[str, Scalar], name: str) -> str:
 
 @contextmanager
 def time_limit(seconds: float, what: str) -> Iterator[None]:
-    """Ends the block after `seconds` with a RunError that names `what`: Flower cancels nothing.
+    """Raises a RunError that names `what` if the block takes longer than `seconds`. Flower itself never cancels a call.
 
-    Inside C code (an endless product, a lock) the error cannot be raised; there a worker that is replaced when it dies
-    ends its process after twice the time. Only the main thread can be interrupted; in others nothing is done.
+    While C code is running (a very large product, a lock), Python cannot raise the error. A worker that is replaced if
+    it dies then exits after `HARD` times the limit. Only the main thread can be interrupted; in other threads this does
+    nothing.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -181,40 +182,40 @@ def _is_ray_worker() -> bool:
 
 
 def gpu_share() -> float:
-    """Returns how much of a GPU this process has: what Ray reserved for a worker of its, elsewhere all of one."""
+    """Returns the fraction of a GPU that this process has: in a Ray worker what Ray reserved, elsewhere 1."""
     if not _is_ray_worker():
         return 1.0
     return float(sys.modules["ray"].get_runtime_context().get_assigned_resources().get("GPU", 0.0))
 
 
 def memory_share() -> float:
-    """Returns how much of a GPU's memory this process may take: of what Ray gave it, less a part for the driver."""
+    """Returns the fraction of a GPU's memory that this process may use; Ray workers leave a part for the driver."""
     return (1 - FOR_DRIVER) * min(gpu_share(), 1.0) if _is_ray_worker() else 1.0
 
 
-def _again(device: Device, asked: Train, answer: TrainReply | Exception) -> TrainReply | Exception:
-    """Returns the answer. A device of a group that goes one by one is tried again if its memory was full."""
-    if not isinstance(answer, torch.OutOfMemoryError):
-        return answer
+def _retried(device: Device, request: Train, reply: TrainReply | Exception) -> TrainReply | Exception:
+    """Returns a device's reply; if it ran out of memory in its group, the device alone is tried again."""
+    if not isinstance(reply, torch.OutOfMemoryError):
+        return reply
     try:
-        return within_memory(partial(device.train, asked), f"device {device.partition_id}: train")
+        return within_memory(partial(device.train, request), f"device {device.partition_id}: train")
     except Exception as error:
         return error
 
 
 @lru_cache(maxsize=1024)
-def _once(run: str, line: str) -> None:
-    """Logs a line the first time that this process has it of a run."""
+def _log_once(run: str, line: str) -> None:
+    """Logs a line of a run only the first time in this process."""
     log(logging.INFO, "%s", line)
 
 
 def ends_worker(error: Exception) -> bool:
-    """Returns whether a Ray worker cannot go on after an error: its GPU can be used again by a new process only."""
+    """Returns whether an error ends a Ray worker, because its GPU can then be used only by a new process."""
     return is_fault(error) and _is_ray_worker()
 
 
 def error_reply(error: Exception, message: Message) -> Message:
-    """Returns the reply of a device that failed. A worker that cannot go on ends; Ray starts it anew."""
+    """Returns the reply of a device that failed. A worker that cannot continue exits, and Ray restarts it."""
     code = RAISED
     if ends_worker(error):
         code = LOST
@@ -230,9 +231,9 @@ def _answering(type: type[M], handler: Callable[[Device, M], WireMessage]) -> Ca
         device.compute.prepare(memory_share())
         what = f"device {device.partition_id}: {message.metadata.message_type}"
         with time_limit(device.config.faults.device_timeout, what):
-            asked = type.from_records(message.content)
+            request = type.from_records(message.content)
             try:
-                reply = within_memory(lambda: handler(device, asked), what)
+                reply = within_memory(lambda: handler(device, request), what)
             except Exception as error:
                 if ends_worker(error):
                     return error_reply(error, message)

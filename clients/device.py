@@ -1,4 +1,4 @@
-"""One device: each reply is a function of the message, the device's images and its storage."""
+"""One device: computes each reply from the message, the device's images and its storage."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ from tapfl.wire import (
     TrainReply,
 )
 
-SHOWN_ALPHAS = (0.0, 0.25, 0.5, 0.75, 1.0)  # at which the interpolation is tested at the end, for the report
+SHOWN_ALPHAS = (0.0, 0.25, 0.5, 0.75, 1.0)  # α at which the interpolation is tested at the end, for the report
 
 
 @dataclass(frozen=True)
@@ -66,8 +66,8 @@ class Device:
     """One device of a federation: its number, its profile and its storage.
 
     Attributes:
-        source: images that all belong to this device; empty: its part of the run's `data.source`.
-        compute: where it computes. Models, images and parameters in use are there; what is sent or stored is not.
+        source: images that all belong to this device; empty: it has a part of the run's `data.source`.
+        compute: the CPU or GPU for models, images and parameters in use. Sent and stored tensors are on the CPU.
     """
 
     config: RunConfig
@@ -83,7 +83,7 @@ class Device:
         """Returns the device's number and profile.
 
         Raises:
-            DataError: if its images are not those that the run began with, unless they may change.
+            DataError: if its images differ from those at the start of the run, and must not change.
         """
         return HelloReply(
             partition_id=self.partition_id,
@@ -94,7 +94,7 @@ class Device:
         )
 
     def summarize(self, message: Summarize) -> SummaryReply:
-        """Fits the mixture to the training part; the test part is used for the report only."""
+        """Fits the mixture to the training images. The test images are used only for the report."""
         self._receive_backbone(message)
         classes: Sequence[str] = json.loads(message.classes)
         if (self.source or self._images.names) and not self._images.keeps_names:
@@ -108,10 +108,10 @@ class Device:
             features = image_features(model, train.split(256))
         points = project(features)
         summary = device_mixture(points, self.config.summary, self.config.seed, self.partition_id, self.secret)
-        labels, tested_labels = (home(part.labels) for part in (train, test))
-        held, tested = (each[each >= 0].bincount(minlength=len(classes)) for each in (labels, tested_labels))
+        labels, test_labels = (home(part.labels) for part in (train, test))
+        trained, tested = (known[known >= 0].bincount(minlength=len(classes)) for known in (labels, test_labels))
         own = self._images.names if self._images.keeps_names else classes
-        self._images.note(own, held[: len(own)].tolist(), tested[: len(own)].tolist())
+        self._images.note(own, trained[: len(own)].tolist(), tested[: len(own)].tolist())
         if self.config.model.head == "prototypes":
             model = fill_with_prototypes(model, features, labels.numpy())
         reports_classes = self.config.adapters.head == "class-rows"
@@ -119,14 +119,14 @@ class Device:
             **vars(summary),
             dense_accuracy=self._accuracy(model),
             test_samples=len(test),
-            classes=int((held > 0).sum()),
-            held_classes=held.clamp(max=1).float().numpy() if reports_classes else np.zeros(0, np.float32),
+            classes=int((trained > 0).sum()),
+            held_classes=trained.clamp(max=1).float().numpy() if reports_classes else np.zeros(0, np.float32),
         )
 
     def prune(self, message: Prune) -> PruneReply:
-        """Stores the smaller model: the one that was sent, or the backbone cut by the plan.
+        """Stores the pruned model: the one that was sent, or the backbone cut by the plan.
 
-        It is frozen except for the head, which is trained as a whole and arrives with the adapters of each round.
+        Its weights are frozen except for the head, which is sent with the adapters in each round.
 
         Raises:
             PlanError: if the plan does not fit the backbone, or the weights do not fit the plan.
@@ -147,7 +147,7 @@ class Device:
         return PruneReply(params=cost.params, macs=cost.macs, pruned_accuracy=self._accuracy(small))
 
     def train(self, message: Train) -> TrainReply:
-        """Returns the reply of `training`, by itself."""
+        """Returns the reply of `training`, computed without other devices."""
         (reply,) = carried_out([self.training(message)])
         if isinstance(reply, Exception):
             raise reply
@@ -156,7 +156,7 @@ class Device:
     def training(self, message: Train) -> Training[TrainReply]:
         """Evaluates the received adapters, trains, stores the personal part and returns the shared part.
 
-        A device that has too few images does nothing, and keeps its state.
+        A device with too few images does nothing, and keeps its state.
         """
         if self._images.too_few:
             return TrainReply.absent(message.round, self._references.rates, adapters=np.zeros(0, np.float32), loss=0.0)
@@ -170,11 +170,11 @@ class Device:
         trained = home(result.upload or {})
         private = {name: trained[name] for name in self._pruned.private if name in trained}
 
-        def for_comparison(method: Method[Any], start: Params, model: caches.AdaptedDevice) -> Params:
-            alone = self._local_task(method, start, None, message.round, model).alone().personal
-            return alone.params if alone else start
+        def train_reference(method: Method[Any], start: Params, model: caches.AdaptedDevice) -> Params:
+            personal = self._local_task(method, start, None, message.round, model).alone().personal
+            return personal.params if personal else start
 
-        references = self._references.trained(state.references, self._pruned, message.round, for_comparison)
+        references = self._references.trained(state.references, self._pruned, message.round, train_reference)
         if method.has_local_state or private or references:
             kept = DeviceState(result.personal if method.has_local_state else None, private, references).moved(home)
             self.storage.save_state(self.partition_id, message.round, kept, before=message.state_round)
@@ -192,9 +192,9 @@ class Device:
         )
 
     def evaluate(self, message: Evaluate) -> EvaluateReply:
-        """Evaluates the last adapters, and writes the personal model as an adapter that stock peft loads.
+        """Evaluates the final adapters, and saves the personal model as an adapter that stock peft can load.
 
-        A device that has too few images by now does nothing.
+        A device with too few images does nothing.
         """
         if self._images.too_few:
             return EvaluateReply.absent(message.round, self._references.rates)
@@ -233,16 +233,16 @@ class Device:
         return state.moved(self.compute.put)
 
     def _whole(self, method: Method[Any], state: DeviceState, adapters: np.ndarray) -> Params:
-        """Returns all of w: the tensors that arrived, and those never sent: frozen and private ones.
+        """Returns all of w: the received tensors, and those that are never sent (frozen and private ones).
 
-        With a method that shares nothing, w arrives once; after that the device's personal parameters take its place.
+        With a method that shares nothing, w is received once; later the device's personal parameters take its place.
         """
         if not adapters.size and not method.shares_adapters and state.personal is not None:
             return state.personal.params
         return self._start(adapters, state.private)
 
     def _start(self, adapters: np.ndarray, private: Params | None = None) -> Params:
-        """Returns all of w: the tensors that arrived, private ones, and initial values of the others."""
+        """Returns all of w: the received tensors, the private ones, and initial values of the others."""
         layout = self._pruned.layout
         whole = self._pruned.start | (private or {}) | unpack(adapters, rules.down(self.config.adapters, layout))
         return self.compute.put({name: whole[name] for name in layout})
@@ -250,7 +250,7 @@ class Device:
     def _weighted(
         self, method: Method[Any], received: Params, personal: Personal | None, round: int
     ) -> Personal | None:
-        """Returns what stayed on the device, with the α that suits the w just received (`Method.weigh`)."""
+        """Returns the personal parameters with α chosen for the w just received (`Method.weigh`)."""
         chosen = self._images.weighing(round)
         if personal is None or not (chosen or self.config.personalize.holds_out):
             return personal
@@ -275,11 +275,11 @@ class Device:
         round: int,
         reference: caches.AdaptedDevice | None = None,
     ) -> LocalTask:
-        """Returns a round's local training, not computed yet.
+        """Returns the local training of a round, not computed yet.
 
         Args:
-            reference: the model that is trained for comparison: on all images, nothing is held out, in as many steps
-                as the device's own take. By default the device's own model.
+            reference: a model to train for comparison, on all training images and in as many steps as the device's own
+                model. By default, the device's own model is trained.
         """
         own, options, seed = reference or self._pruned, self.config.train, self.config.seed
         adapted, part = self._images.inputs(method.trains_on, own)
@@ -304,7 +304,7 @@ class Device:
         return LocalTask(method, adapted, received, personal, drawn(), train, trained, *device)
 
     def _upload(self, received: Params, trained: Params, round: int) -> np.ndarray:
-        """Returns the upload as one flat vector; with differential privacy, within `dp-clip` of the received w."""
+        """Returns the upload as one flat vector; with differential privacy, the update is clipped to `dp-clip`."""
         layout = rules.up(self.config.adapters, self._pruned.layout, round) if trained else {}
         shared = {name: trained[name] for name in layout}
         if shared and self.config.privacy.dp_clip:
@@ -312,23 +312,23 @@ class Device:
         return pack(shared, layout) if layout else np.zeros(0, np.float32)
 
     def _evaluate(self, received: Params, used: Params) -> tuple[float, float]:
-        """Returns accuracies on the test part: of the received adapters, and of the model that the device uses."""
+        """Returns the test accuracies of the received adapters and of the model that the device uses."""
         shared = self._score(received)
         return shared, shared if used is received else self._score(used)
 
     def _score(self, params: Params, own: caches.AdaptedDevice | None = None) -> float:
-        """Returns the accuracy of a model, by default the device's own, with these adapters."""
+        """Returns the test accuracy of a model, by default the device's own, with these adapters."""
         (adapted, test), prior = self._images.inputs("test", own or self._pruned), self._prior()
         return self._accuracy(lambda x: informed(adapted(params, x), prior), test)
 
     def _prior(self, part: str = "train") -> Tensor | None:
-        """Returns log p(y) of the classes in a part of the images, if the model shall know it."""
+        """Returns the label prior log p(y) of a part of the images, or None without `train.label-prior`."""
         model: Any = self._pruned.adapted.model
         labels = self._images.part(part).labels
         return self.compute.put(log_prior(self.config.train.label_prior, labels, model.num_classes))
 
     def _accuracy(self, model: Callable[[Any], Tensor], inputs: caches.Inputs | None = None) -> float:
-        """Returns the accuracy on the test part, by default as images."""
+        """Returns the test accuracy of a model that takes these inputs, by default images."""
         test = inputs or self._images.part("test")
         with self.compute.forward():
             return accuracy(predict(model, test), test.labels)

@@ -1,4 +1,4 @@
-"""The images of one device, their parts, and the names of their classes."""
+"""The images of one device, their training and test parts, and the names of their classes."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ from tapfl.seeds import numpy_generator
 
 @dataclass(frozen=True)
 class OwnImages:
-    """The images of one device; the worker's caches hold them.
+    """The images of one device, which are kept in the worker's caches.
 
     Attributes:
-        source: images that all belong to this device; empty: its part of the run's `data.source`.
+        source: images that all belong to this device; empty: it has a part of the run's `data.source`.
     """
 
     config: RunConfig
@@ -46,7 +46,8 @@ class OwnImages:
         """Returns the number of training images.
 
         Raises:
-            DataError: if the images are not those that the run began with, or they may change and are too few for one.
+            DataError: if the images differ from those at the start of the run, or if they may change and are too few
+                at the start.
         """
         if self.config.data.changing:
             return self._begin_changing()
@@ -63,15 +64,15 @@ class OwnImages:
         require_enough(split, self.config.data, self.partition_id)
         if self.keeps_names:
             self.storage.save_classes(self.names)
-        below = Path(self.source).parent == path_of(self.config.data.source)
-        self.storage.begin_changing(Path(self.source).name if below else "")
+        in_source = Path(self.source).parent == path_of(self.config.data.source)
+        self.storage.begin_changing(Path(self.source).name if in_source else "")
         return len(split.train)
 
     @cached_property
     def present(self) -> np.ndarray:
-        """What a reply says of images that may change: how many there are in the two parts, float64 (2,), or (0,).
+        """The numbers of training and test images, for a reply, float64 (2,); (0,) if images cannot change.
 
-        Both are 0 if there are too few: the device then sits the round out.
+        Both are 0 if there are too few images: the device then skips the round.
         """
         if not self.config.data.changing:
             return np.zeros(0)
@@ -87,11 +88,14 @@ class OwnImages:
         return bool(len(self.present)) and not self.present.any()
 
     def note(self, classes: Sequence[str], train: Sequence[int], test: Sequence[int]) -> None:
-        """Writes down how many images of each of `classes` the two parts have, and of how many others joined."""
+        """Stores the numbers of training and test images of each class, and of images of other classes.
+
+        Logs a warning if images are left out because their class is not among `classes`.
+        """
         others: dict[str, int] = {}
         if self.config.data.changing:
-            held = self._divided[0].count_by_class()
-            others = {name: count for name, count in held.items() if name not in classes}
+            counts_now = self._divided[0].count_by_class()
+            others = {name: count for name, count in counts_now.items() if name not in classes}
         if others:
             named = ", ".join(f"{name}: {count}" for name, count in others.items())
             log(logging.WARNING, "device %d: images of unknown classes are left out: %s", self.partition_id, named)
@@ -103,7 +107,7 @@ class OwnImages:
         """Returns the `train` or `test` part, or `pooled`, the training parts of all devices of a simulation.
 
         Raises:
-            ConfigError: if the device has images of its own, and those of all are asked for.
+            ConfigError: for `pooled`, if the device has images of its own.
         """
         if name == "pooled" and self.source:
             accepted = "only a simulation has; this device has images of its own"
@@ -112,12 +116,12 @@ class OwnImages:
         return caches.part(self._owner, name, classes, self.compute)
 
     def inputs(self, name: str, model: caches.AdaptedDevice) -> tuple[AdaptedModel, caches.Inputs]:
-        """Returns a model, and a part of the images as it takes them (`caches.inputs`)."""
+        """Returns a model, and a part of the images in the form that it takes (`caches.inputs`)."""
         return caches.inputs(model, self.part(name), name, self.config)
 
     @property
     def natural_ids(self) -> tuple[str, ...]:
-        """Of whom the images are, where they were divided by that."""
+        """The natural ids (such as writers or cameras) of the images, if they were divided among devices by these."""
         if self.storage.own_folder:
             return (self.storage.own_folder,)
         if self.source or self.config.data.divided_by != "device":
@@ -127,27 +131,27 @@ class OwnImages:
 
     @cached_property
     def names(self) -> tuple[str, ...]:
-        """The names of its classes, of which the classifier has a row each; none if that is the backbone's own."""
+        """The classes of its training images, which a new head has rows for; empty with the backbone's own head."""
         if self.config.model.head not in NEW_HEADS:
             return ()
         if self.config.data.changing and self.keeps_names and self.storage.begun:
-            return self.storage.classes  # a row stays that of its class
+            return self.storage.classes  # rows keep their classes for the whole run
         images, split = self._divided
         return images.subset(split.train).held
 
     @property
     def keeps_names(self) -> bool:
-        """Whether the names stay here: the classifier is personal, and so is which row stands for which class."""
+        """Whether class names stay on the device, because its classifier is personal."""
         return self.config.model.head in NEW_HEADS and self.config.adapters.head == "personal"
 
     @property
     def reported(self) -> Sequence[str]:
-        """What the server learns of the names: nothing, or their number, where it needs none."""
+        """The class names to report to the server; if names stay on the device, numbers in their place."""
         return sorted(map(str, range(len(self.names)))) if self.keeps_names else self.names
 
     @cached_property
     def trained_and_held_out(self) -> tuple[np.ndarray, np.ndarray]:
-        """Positions in the training part: of the images that are trained on, and of those that choose α."""
+        """Positions in the training part of the images to train on, and of the held-out images, which choose α."""
         train, options, seed = self.part("train"), self.config.personalize, self.config.seed
         if not options.holds_out or options.held_out_share * len(train) < FEWEST:
             return np.arange(len(train)), np.arange(0)
@@ -158,7 +162,7 @@ class OwnImages:
         return hold_out(home(train.labels).numpy(), options.held_out_share, generator)
 
     def weighing(self, round: int) -> list[np.ndarray]:
-        """Positions in the training part, by batches, of the images by which a method weighs v against w."""
+        """Returns positions in the training part, in batches, of the images that `Method.weigh` uses."""
         options, (trained, held_out) = self.config.personalize, self.trained_and_held_out
         if options.method != "fedala":
             return [held_out[first : first + 256] for first in range(0, len(held_out), 256)]
@@ -178,10 +182,10 @@ class OwnImages:
 
 
 def natural_folder(config: RunConfig, device: int, storage: DeviceStorage) -> str:
-    """Returns the folder of a simulated device whose images may change: the one that it had when the run began.
+    """Returns the folder of a simulated device whose images may change: the one that it had at the start of the run.
 
     Raises:
-        ConfigError: as `device_folders`, or if there are fewer.
+        ConfigError: as for `device_folders`, or if there are too few folders.
     """
     if storage.own_folder:
         return str(path_of(config.data.source) / storage.own_folder)

@@ -1,9 +1,11 @@
-"""Models that a device also trains, for comparison with its own: `personalize.references`.
+"""Reference models, which a device also trains to compare them with its own: `personalize.references`.
 
-`alone` is the device's pruned model, trained on its own images alone; `dense+alone` is the dense backbone, trained so;
-`pooled` is the pruned model, trained on the images of all devices, which only a simulation has. Adapters start without
-effect, or from the warm start as the device's own do, and never leave the device. Nothing is held out of them, and they
-take as many steps as the device's own model.
+    alone          the device's pruned model, trained only on its own images
+    dense+alone    the dense backbone, trained only on the device's images
+    pooled         the pruned model, trained on the images of all devices, which only a simulation has
+
+Their adapters start like the device's own (without effect, or from the warm start) and never leave the device. No
+images are held out from their training, and they take as many steps as the device's own model.
 """
 
 from __future__ import annotations
@@ -28,14 +30,14 @@ from tapfl.store import cache_folder
 from tapfl.training import Params, rate_factor
 
 Training = Callable[[Method[Any], Params, caches.AdaptedDevice], Params]
-"""(method, adapters, model) -> the adapters after a round of this method, which shares nothing"""
+"""(method, adapters, model) -> the adapters after a round of this method, which shares nothing."""
 Scoring = Callable[[Params, caches.AdaptedDevice], float]
-"""(adapters, model) -> accuracy"""
+"""(adapters, model) -> accuracy."""
 
 
 @dataclass(frozen=True)
 class References:
-    """The references of one device, by name."""
+    """The reference models of one device, by name."""
 
     config: RunConfig
     storage: DeviceStorage
@@ -47,10 +49,12 @@ class References:
         return self.config.personalize.reference_rates
 
     def begin(self, key: str, plan: PruningPlan, simulated: bool) -> None:
-        """Keeps what they need, when the device gets its pruned model.
+        """Checks that the device can train them, and stores what they need, when it gets its pruned model.
 
         Args:
             key: of the dense backbone.
+            plan: of the pruned model.
+            simulated: whether the images of all devices are available.
 
         Raises:
             ConfigError: if the device cannot train one of them.
@@ -64,30 +68,31 @@ class References:
             self.storage.save_backbone(key, plan.backbone.model_dump_json())
 
     def warm(self, start: Params) -> dict[str, Params]:
-        """Returns the adapters of each before the first round, if the device's model came with a warm start.
+        """Returns the adapters of each reference before the first round, if the device got warm-started adapters.
 
-        The dense model, whose answers that was distilled from, keeps adapters without effect.
+        The dense backbone is not in the result, because the warm start was distilled from it.
         """
         return {name: start for name in self.rates if name != "dense+alone"}
 
     def trained(
         self, before: Mapping[str, Params], own: caches.AdaptedDevice, round: int, train: Training
     ) -> dict[str, Params]:
-        """Returns the adapters of each after a round.
+        """Returns the adapters of each reference after a round.
 
         Args:
-            before: those before it, none at first.
+            before: the adapters before the round; empty in the first.
             own: the device's pruned model.
+            train: trains one reference.
         """
-        found: dict[str, Params] = {}
-        for name, own_rate in self.rates.items():
-            rate, model = rate_factor(self.config.train, round) * own_rate, self._model(name, own)
+        after: dict[str, Params] = {}
+        for name, base_rate in self.rates.items():
+            rate, model = rate_factor(self.config.train, round) * base_rate, self._model(name, own)
             method = Pooled(rate) if name == "pooled" else Local(rate)
-            found[name] = train(method, before.get(name) or self._start(model), model)
-        return found
+            after[name] = train(method, before.get(name) or self._start(model), model)
+        return after
 
     def accuracies(self, now: Mapping[str, Params], own: caches.AdaptedDevice, score: Scoring) -> np.ndarray:
-        """Returns the accuracy of each, float64."""
+        """Returns the accuracy of each reference, float64 (references,)."""
         models = {name: self._model(name, own) for name in self.rates}
         return np.array([score(now.get(name) or self._start(model), model) for name, model in models.items()])
 

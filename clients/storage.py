@@ -1,4 +1,4 @@
-"""A device's own storage: its smaller model, and its state by round. None of it leaves the device."""
+"""A device's own storage: its pruned model, and its state after each round. None of it leaves the device."""
 
 from __future__ import annotations
 
@@ -22,14 +22,20 @@ IMAGES_FILE, ALPHAS_FILE = "images.json", "alphas.json"
 
 
 class DeviceState(NamedTuple):
-    """What a device keeps from round to round."""
+    """What a device keeps from round to round.
 
-    personal: Personal | None  # v and α; None where the method has none
-    private: Params  # the parts of w that the aggregation rule does not share
-    references: Mapping[str, Params] = {}  # adapters that were trained for comparison, by `personalize.references`
+    Attributes:
+        personal: v and α; None if the method has none.
+        private: the parts of w that the aggregation rule does not share.
+        references: adapters of the reference models (`personalize.references`), by name.
+    """
+
+    personal: Personal | None
+    private: Params
+    references: Mapping[str, Params] = {}
 
     def moved(self, move: Callable[[Any], Any]) -> DeviceState:
-        """Returns the state with all tensors moved: `Compute.put`, or `home`."""
+        """Returns the state with all tensors moved by `move`: `Compute.put` or `home`."""
         v = self.personal
         references = {name: move(params) for name, params in self.references.items()}
         return DeviceState(v and Personal(move(v.params), move(v.alpha)), move(self.private), references)
@@ -39,13 +45,13 @@ class DeviceStorage:
     """A folder per device.
 
     ```
-    pruned/     plan.json and model.safetensors, for `tapfl.load_pruned`
-    state/      round-NNNN.safetensors: the state after that round, the last two
-    personal/   the personal model as a peft adapter, written at the end
-    images.json   number of images of each class in its two parts, and the natural ids, for readers of this folder
-    alphas.json   test accuracy of the interpolation at several α at the end, with `apfl`, for readers of this folder
+    pruned/       plan.json and model.safetensors, for `tapfl.load_pruned`
+    state/        round-NNNN.safetensors: the state after that round; the last two are kept
+    personal/     the personal model as a peft adapter, written at the end
+    images.json   number of training and test images of each class, and natural ids, for readers of this folder
+    alphas.json   with `apfl`: final test accuracy of the interpolation at several α, for readers of this folder
     classes.json  names of the backbone's outputs, if the device has its own image source
-    source.json   fingerprint of the images that the run began with; if they may change, the device's folder
+    source.json   fingerprint of the images at the start of the run; if they may change, the device's folder
     backbone.json the dense backbone's key and spec, if a reference needs it
     ```
     """
@@ -58,7 +64,7 @@ class DeviceStorage:
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """Names of the backbone's outputs. Raises RunError if no summary was requested before."""
+        """Names of the backbone's outputs. Raises RunError if no `Summarize` message came before."""
         return _read(self._classes, tuple)
 
     def save_classes(self, classes: Sequence[str]) -> None:
@@ -66,70 +72,70 @@ class DeviceStorage:
 
     @property
     def backbone(self) -> tuple[str, str]:
-        """The key and the spec, as JSON, of the dense backbone. Raises RunError if no model was received before."""
-        known = _read(self._backbone, dict)
-        return known["key"], known["spec"]
+        """(key, spec as JSON) of the dense backbone. Raises RunError if no model was received before."""
+        content = _read(self._backbone, dict)
+        return content["key"], content["spec"]
 
     def save_backbone(self, key: str, spec: str) -> None:
         write_json(self._backbone, {"key": key, "spec": spec})
 
     @property
     def source(self) -> dict[str, str]:
-        """The fingerprint of the images that the run began with, by what they were named; empty if built in."""
+        """The fingerprint of the images at the start of the run, by source; empty for a built-in source."""
         return _read(self._source, dict) if self.begun else {}
 
     def begin(self, fingerprint: Mapping[str, str]) -> None:
-        """Writes the fingerprint of the images down when a run begins. Raises DataError as `require_same_images`."""
+        """Stores the fingerprint of the images at the start of a run. Raises DataError as `require_same_images`."""
         self.require_same_images(fingerprint)
         if fingerprint and not self.source:
             write_json(self._source, dict(fingerprint))
 
     @property
     def begun(self) -> bool:
-        """Whether a run with this device has begun."""
+        """Whether a run has started with this device."""
         return self._source.exists()
 
     @property
     def own_folder(self) -> str:
-        """The name of the folder below `data.source` that a device with changing images has since the run began."""
+        """The folder of a device with changing images: its name in `data.source`, fixed at the start of the run."""
         return self.source.get(FOLDER, "")
 
     def begin_changing(self, folder: str) -> None:
-        """Writes the name of the device's folder down when a run begins."""
+        """Stores the name of the device's folder at the start of a run."""
         if not self.begun:
             write_json(self._source, {FOLDER: folder})
 
     def require_same_images(self, fingerprint: Mapping[str, str]) -> None:
-        """Raises DataError unless these are the images that the run began with; before it began all are.
+        """Raises DataError if the images differ from those at the start of the run; before the start, all are accepted.
 
-        The message holds no fingerprint: it may reach the server.
+        The message does not contain a fingerprint, because it may reach the server.
         """
         before = self.source
-        if odd := changed(before, {name: of for name, of in fingerprint.items() if name in before}):
-            raise DataError(f"{'; '.join(odd)}; {ACCEPTED}")
+        if faults := changed(before, {name: of for name, of in fingerprint.items() if name in before}):
+            raise DataError(f"{'; '.join(faults)}; {ACCEPTED}")
 
     def note(self, name: str, content: Mapping[str, object]) -> None:
         """Writes one of the files for readers of this folder, such as `tapfl report` in a simulation."""
         write_json(self.folder / name, content)
 
     def save_state(self, device: int, round: int, state: DeviceState, before: int) -> None:
-        """Writes the state of a device after `round`; keeps the one after `before`, from which it was computed.
+        """Writes the state of a device after `round`, and keeps the state after `before`, from which it was computed.
 
         The server will ask for one of the two: the new one if the reply arrives, otherwise the old one.
         """
         parts = {PRIVATE: state.private, **{f"{name}:": params for name, params in state.references.items()}}
         if state.personal is not None:
             parts |= {PERSONAL: state.personal.params, "": {ALPHA: state.personal.alpha}}
-        # one tensor may be in several parts; safetensors refuses two names for it
+        # clones, because one tensor may be in several parts and safetensors refuses tensors that share memory
         tensors = {part + name: tensor.clone() for part, params in parts.items() for name, tensor in params.items()}
         write_sealed(self._state.path(round), tensors, STATE, {"device": device, "round": round})
         self._state.keep((before, round))
 
     def load_state(self, device: int, round: int) -> DeviceState:
-        """Returns the state of a device after `round`; for 0 an empty one, unless something came with its model.
+        """Returns the state of a device after `round`. For round 0 it is empty, unless adapters came with the model.
 
         Raises:
-            RunError: if it is missing: another device's storage, or a lost one.
+            RunError: if it is missing, because the storage was lost or is another device's.
             PlanError: if it is damaged, or belongs to another device or round.
         """
         file = self._state.path(round)
@@ -140,12 +146,12 @@ class DeviceStorage:
         tensors, _ = read_sealed(file, STATE, device=device, round=round)
         personal = part_of(tensors, PERSONAL)
         kept = Personal(personal, tensors[ALPHA]) if personal else None
-        references = {name: found for name in REFERENCES if (found := part_of(tensors, f"{name}:"))}
+        references = {name: params for name in REFERENCES if (params := part_of(tensors, f"{name}:"))}
         return DeviceState(kept, part_of(tensors, PRIVATE), references)
 
 
 def _read(file: Path, kind: Callable[[Any], T]) -> T:
-    """Returns what a file of JSON holds. Raises RunError if that cannot be read, or is of another kind."""
+    """Returns the content of a JSON file as a `kind`. Raises RunError if it cannot be read or has another type."""
     try:
         return kind(json.loads(file.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:

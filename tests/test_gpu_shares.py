@@ -126,8 +126,8 @@ def test_a_device_of_a_group_that_goes_one_by_one_is_tried_again_when_its_memory
         return f"trained {asked}"
 
     device: Any = SimpleNamespace(partition_id=3, train=train)
-    assert client_app._again(device, "asked", other := ValueError("its own")) is other  # type: ignore[arg-type]
-    answer = client_app._again(device, "asked", torch.OutOfMemoryError("CUDA out of memory."))  # type: ignore[arg-type]
+    assert client_app._retried(device, "asked", other := ValueError("its own")) is other  # type: ignore[arg-type]
+    answer = client_app._retried(device, "asked", torch.OutOfMemoryError("CUDA out of memory."))  # type: ignore[arg-type]
     assert str(answer).startswith("trained asked" if full == 1 else "device 3: train: the memory is full")
 
 

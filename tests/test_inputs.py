@@ -125,7 +125,7 @@ OTHERS: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "nothing is known": (
         lambda place: (place / "run" / "inputs.json").unlink(),
-        "model.weights = '{place}/weights.safetensors': the contents of then are not known",
+        "model.weights = '{place}/weights.safetensors': the contents at that time are not known",
     ),
 }
 

@@ -163,7 +163,7 @@ def test_a_dark_picture_among_others_is_taken(tmp_path: Path) -> None:
     ("names", "said"),
     [
         (("train/a/x.png", "test/t.png"), r"has the folders test and train instead .*'.*train' .* leave the others"),
-        (("train/x.png", "test/x.png"), "has the folders test and train instead of classes; one folder of images a cl"),
+        (("train/x.png", "test/x.png"), "has the folders test and train instead of classes; one folder of images p"),
         (("data/cat/x.png", "data/dog/y.png"), r"has one folder, 'data', with 2 folders .* name '.*/in/data'"),
         (("x.png",), r"holds no images; .*images outside the classes' folders: 1"),
     ],
@@ -182,7 +182,7 @@ def test_what_a_file_server_puts_beside_pictures_is_left_out(tmp_path: Path) -> 
     names = ("a/x.png", "a/@eaDir/x.png/SYNOPHOTO_THUMB_M.png", "b/y.png", "$RECYCLE.BIN/z.png", "__MACOSX/a/._x.png")
     found = loaded(folder(tmp_path / "in", *names), tmp_path)
     assert found.classes == ("a", "b") and len(found) == 2
-    assert found.left_out == {"folders of the system": 3}
+    assert found.left_out == {"system folders": 3}
 
 
 def test_two_classes_that_are_one_folder_are_refused(tmp_path: Path) -> None:

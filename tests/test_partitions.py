@@ -266,5 +266,5 @@ def test_ids_that_will_not_do_are_refused(tmp_path: Path) -> None:
         load_images(as_table(tmp_path), GREY, tmp_path, ids="writer")
     (tmp_path / "flat" / "ada").mkdir(parents=True)
     Image.fromarray(PIXELS[0]).save(tmp_path / "flat" / "ada" / "1.png")
-    with pytest.raises(DataError, match="holds no images; one folder a device with one folder of images a cl"):
+    with pytest.raises(DataError, match="holds no images; one folder per device with one folder of images"):
         load_images(str(tmp_path / "flat"), GREY, tmp_path, ids="device")

@@ -331,13 +331,12 @@ def test_what_is_no_image_is_left_out_and_counted(folder: Path) -> None:
     assert found.classes == before.classes and found.labels.tolist() == before.labels.tolist()
     np.testing.assert_array_equal(found.read(), before.read())
     assert found.left_out == {
-        **{"hidden": 3, ".txt files": 1, ".heic files": 1, "files without an ending": 1, "broken links": 1},
-        **{"images outside the classes' folders": 1, "links that lead in a circle": 1, "folders without images": 1},
+        **{"hidden": 3, ".txt files": 1, ".heic files": 1, "files without an extension": 1, "broken links": 1},
+        **{"images outside the classes' folders": 1, "circular links": 1, "folders without images": 1},
     }
     assert found.described().endswith(
-        "; left out: hidden: 3, .heic files: 1, .txt files: 1, broken links: 1, "
-        "files without an ending: 1, folders without images: 1, images outside the classes' folders: 1, "
-        "links that lead in a circle: 1"
+        "; left out: hidden: 3, .heic files: 1, .txt files: 1, broken links: 1, circular links: 1, "
+        "files without an extension: 1, folders without images: 1, images outside the classes' folders: 1"
     )
 
 

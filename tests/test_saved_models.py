@@ -191,7 +191,7 @@ def test_an_edited_plan_is_noticed(change: Callable[[Content], object], saved: P
         ),
         (lambda content: content["backbone"].update(name="vit_none"), r"plan\.json: .*timm has no such model"),
         (lambda content: content["layers"][0].update(importance=float("nan")), r"plan\.json: is not a plan \(NaN"),
-        (arguments(checkpoint_path="x.pth"), r"backbone\.args: checkpoint_path: is no argument of the architecture"),
+        (arguments(checkpoint_path="x.pth"), r"backbone\.args: checkpoint_path: is not an argument of the arch"),
         (
             arguments(act_layer="nope"),
             r"plan\.json: .*timm cannot build vit_tiny_patch16_224 with them \(KeyError: 'nope'\)",

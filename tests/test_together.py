@@ -168,7 +168,7 @@ def test_what_cannot_step_together_goes_one_by_one(family: str, families: dict[s
     for got, alone in zip(all_of([first, second], said.append), two(families["vit"], PerFedAvg()), strict=True):
         assert isinstance(got, LocalResult)
         assert torch.equal(flat(got.upload or {}), flat(alone.alone().upload or {}))
-    assert said == ["devices 0, 1 go one by one: their method trains each device by itself"]
+    assert said == ["devices 0, 1 are trained one by one: their method cannot train devices together"]
 
 
 def test_why_devices_go_one_by_one_is_said(families: dict[str, Tiny]) -> None:
@@ -178,7 +178,8 @@ def test_why_devices_go_one_by_one_is_said(families: dict[str, Tiny]) -> None:
         return str(refused.value)
 
     one, other = two(families["vit"])
-    assert reason([one, replace(other, personal=None)]) == "device 1 has nothing of an earlier round, others have"
+    without = "device 1 has no personal parameters of an earlier round, but others do"
+    assert reason([one, replace(other, personal=None)]) == without
     assert "α" in reason([replace(each, personal=Personal(each.received, torch.zeros(2))) for each in (one, other)])
     assert "arrive at different blocks" in reason([one, replace(other, model=other.model.beyond)])
     with torch.no_grad():
@@ -186,7 +187,7 @@ def test_why_devices_go_one_by_one_is_said(families: dict[str, Tiny]) -> None:
     assert "norm.weight differs between devices" in reason([one, other])
     said: list[str] = []
     assert all(isinstance(each, LocalResult) for each in all_of([one, other], said.append))
-    assert len(said) == 1 and said[0].startswith("devices 0, 1 go one by one: train.together: norm.weight differs")
+    assert len(said) == 1 and said[0].startswith("devices 0, 1 are trained one by one: train.together: norm.weight")
 
 
 def test_an_error_ends_the_work_of_its_device_alone(families: dict[str, Tiny]) -> None:

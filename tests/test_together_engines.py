@@ -72,5 +72,5 @@ def test_why_a_group_cannot_step_together_comes_from_an_actor(
     changes = {"train.rounds": 1, "train.together": "4", "pruning.recovery": "fine-tune", "pruning.recovery-steps": 2}
     with ActorPool(count=1) as workers, caplog.at_level("INFO"):
         on_ray(workers, tmp_path / "run", cache, **changes)
-    said = [line for line in caplog.messages if "go one by one" in line]
-    assert len(said) == 1 and said[0].startswith("devices 0, 1, 2, 3 go one by one: train.together: ")
+    said = [line for line in caplog.messages if "are trained one by one" in line]
+    assert len(said) == 1 and said[0].startswith("devices 0, 1, 2, 3 are trained one by one: train.together: ")

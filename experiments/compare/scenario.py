@@ -63,7 +63,7 @@ class Scenario:
         pool = describe_pool(config, images, model, compute)
         if config.model.head in NEW_HEADS:
             classes = agreed_classes(private.subset(split.train).held for split in splits)
-            labels = labels_among(classes, private, config.data.source, may_lack=True)
+            labels = labels_among(classes, private, config.data.source, other_classes=True)
             private = replace(private, labels=labels, classes=classes)
             _, spec, new_head = with_new_head(config.model, old, classes, DenseCache(cache))
             new_head = compute.put(new_head)

@@ -1,1 +1,1 @@
-"""LoRA on pruned backbones: the forward pass, the place of a device's adapters in the global ones, aggregation."""
+"""LoRA on pruned backbones: the forward pass, the mapping of a device's adapters to the global ones, aggregation."""

@@ -1,8 +1,8 @@
-"""How the values that devices sent become the next global value, coordinate by coordinate.
+"""Combines the values that devices sent into the next global value, coordinate by coordinate.
 
-In this order: each device's update is clipped (`clip_update`), the values that the holders of a coordinate sent are
-combined (`tapfl.adapters.layout.scatter_mean`, `noisy_mean`, `scatter_trimmed`), and the server's optimiser takes a
-step (`ServerOptimizer`).
+The steps are, in this order: each device's update is clipped (`clip_update`); the values that the holders of a
+coordinate sent are combined (`tapfl.adapters.layout.scatter_mean`, `noisy_mean`, `scatter_trimmed`); the server's
+optimiser takes a step (`ServerOptimizer`). The holders of a coordinate are the devices whose model has it.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from tapfl.config import AdapterOptions
 from tapfl.training import Params
 
 Combine = Callable[[Tensor, Sequence[Part]], Tensor]  # (previous θ, parts) -> θ, as `scatter_mean`
-Step = Callable[[str, Tensor, Tensor, Tensor], Tensor]  # (name, previous θ, combined θ, held, bool) -> θ
+Step = Callable[[str, Tensor, Tensor, Tensor], Tensor]  # (name, previous θ, combined θ, bool mask of held) -> θ
 Cut = Callable[[int], int]  # number of holders -> number of values cut off at each end
 
-BLOCK = 2**21  # float64 values held side by side at once: 16 MiB
+BLOCK = 2**21  # largest number of float64 values in memory at once: 16 MiB
 BETA2 = 0.99  # β₂ of FedAdam, as in all experiments of the paper
 DEFAULT_LEARNING_RATE = {"momentum": 1.0, "adam": 0.01}
 
 
 @dataclass(frozen=True)
 class Combination:
-    """How the parts of a tensor become its next value: combined over holders, then a step of the server's optimiser.
+    """Computes the next value of a tensor: combines its parts over the holders, then takes a step of the optimiser.
 
-    Without `step` the combined value is the next one.
+    Without `step`, the combined value is the next one.
     """
 
     combine: Combine = scatter_mean
@@ -47,7 +47,7 @@ class Combination:
         return self.step(name, previous, combined, held)
 
     def each(self, previous: Params, updates: Sequence[Update]) -> Params:
-        """Returns every tensor combined by itself; a tensor that nobody sent keeps its value."""
+        """Returns the next value of every tensor, each combined on its own; without parts it is the previous value."""
         result: Params = {}
         for name, theta in previous.items():
             parts = [(u.params[name], u.layout[name], u.weight) for u in updates if name in u.layout]
@@ -61,10 +61,10 @@ PLAIN = Combination()
 def clip_update(params: Mapping[str, Tensor], received: Mapping[str, Tensor], layout: Layout, bound: float) -> Params:
     """Returns received + (params - received) · min(1, bound / ‖params - received‖₂), in the shapes of the device.
 
-    It bounds the influence of one device (Sun et al. 2019, arXiv 1911.07963), and the sensitivity of the private sums
-    of `noisy_mean`, for which the device clips as well. The norm is that of all tensors of the layout together, on the
-    global scale on which the server sums: the rows of q are larger there (`Placement.row_scale`). An update within the
-    bound is returned unchanged, a clipped one in float64.
+    This limits the influence of one device (Sun et al. 2019, arXiv 1911.07963), and the sensitivity of the private sums
+    of `noisy_mean`, for which the device clips its update as well. The norm is taken over all tensors of the layout
+    together, on the global scale, which is the scale of the server's sums: the rows of q are larger there
+    (`Placement.row_scale`). An update within the bound is returned unchanged; a clipped one is float64.
     """
     change = {name: params[name].double() - received[name].double() for name in layout}
     squares = sum(to_global_scale(change[name], place).square().sum() for name, place in layout.items())
@@ -77,11 +77,12 @@ def clip_update(params: Mapping[str, Tensor], received: Mapping[str, Tensor], la
 def noisy_mean(std: float, generator: torch.Generator) -> Combine:
     """Returns a function like `scatter_mean` that adds N(0, std²) to each sum before it is divided.
 
-    Client-level differential privacy (Gaussian mechanism; McMahan et al. 2018, arXiv 1710.06963): every device counts
-    once and its whole update is clipped to an L2 norm of C, so adding or removing one device moves the sum by at most
-    C, and std = zC. The sum is divided by the number of holders of the coordinate. The set of holders is treated as
-    public: kept units, ranks, and with `head = class-rows` classes. A coordinate without a holder keeps its value and
-    needs no noise. The step of the server's optimiser is post-processing.
+    This gives client-level differential privacy (Gaussian mechanism; McMahan et al. 2018, arXiv 1710.06963). Every
+    device has weight 1 and its whole update is clipped to an L2 norm of C. Adding or removing one device therefore
+    changes the sum by at most C, and std = zC for a noise multiplier z. The sum is divided by the number of holders of
+    the coordinate. The set of holders is treated as public: kept units, ranks, and with `head = class-rows` classes. A
+    coordinate without a holder keeps its value and needs no noise. The step of the server's optimiser is
+    post-processing.
     """
 
     def combine(previous: Tensor, parts: Sequence[Part]) -> Tensor:
@@ -97,17 +98,18 @@ def median_cut(holders: int) -> int:
 
 
 def trimmed_cut(trim: float) -> Cut:
-    """Returns the cut of a trimmed mean; `trim` is the share cut off at each end, in [0, 0.5)."""
-    return lambda holders: int(trim * holders + 1e-9)  # 0.29 · 100 is 28.999…
+    """Returns the `Cut` of a trimmed mean; `trim` is the fraction cut off at each end, in [0, 0.5)."""
+    return lambda holders: int(trim * holders + 1e-9)  # in floating point, 0.29 · 100 is 28.999…
 
 
 def scatter_trimmed(cut: Cut) -> Combine:
-    """Returns a function like `scatter_mean`: a trimmed mean or median of each coordinate's holders.
+    """Returns a function like `scatter_mean` that takes the trimmed mean or median over each coordinate's holders.
 
-    Of the m values that the holders of a coordinate sent, k = cut(m) are cut off at each end and the rest is averaged
-    (Yin et al. 2018, arXiv 1803.01498); with k = ⌊(m - 1) / 2⌋ one or two are left, which is the median. A coordinate
-    with one holder takes its value, one with none keeps its own. Sample counts are not used as weights, because a
-    device reports its own and could outvote the others. Memory: `BLOCK`.
+    Of the m values that the holders of a coordinate sent, the k = cut(m) smallest and the k largest are removed, and
+    the rest is averaged (Yin et al. 2018, arXiv 1803.01498). With k = ⌊(m - 1) / 2⌋ one or two values are left, which
+    gives the median. A coordinate with one holder takes the holder's value; one without a holder keeps its previous
+    value. Values are not weighted by sample counts, because a device reports its own count and could outvote the
+    others. At most `BLOCK` values are in memory at once.
     """
 
     def combine(previous: Tensor, parts: Sequence[Part]) -> Tensor:
@@ -122,20 +124,20 @@ def scatter_trimmed(cut: Cut) -> Combine:
 
 
 def row_blocks(rows: int, width: int) -> Iterator[tuple[int, int]]:
-    """Yields consecutive blocks of rows, each of at most `BLOCK` values of `width` a row, but of at least one row."""
+    """Yields (start, stop) of consecutive blocks of rows of `width` values, with at most `BLOCK` values if possible."""
     step = max(1, BLOCK // max(1, width))
     for start in range(0, rows, step):
         yield start, min(start + step, rows)
 
 
 def rows_of(part: Part, start: int, stop: int) -> Part:
-    """Returns the rows of a part that lie in global rows start..stop-1, placed from 0 on, on the global scale."""
+    """Returns the values of a part in global rows start..stop-1, on the global scale; row `start` becomes row 0."""
     values, placement, weight = part
     first, last = np.searchsorted(placement.index[0].numpy(), (start, stop))
     scale = None if placement.row_scale is None else placement.row_scale[first:last]
     index = (placement.index[0][first:last] - start, *placement.index[1:])
-    here = replace(placement, index=index, row_scale=scale)
-    return to_global_scale(values[first:last], here), replace(here, row_scale=None), weight
+    block = replace(placement, index=index, row_scale=scale)
+    return to_global_scale(values[first:last], block), replace(block, row_scale=None), weight
 
 
 def _trimmed_block(previous: Tensor, parts: Sequence[Part], cut: Cut) -> Tensor:
@@ -143,7 +145,7 @@ def _trimmed_block(previous: Tensor, parts: Sequence[Part], cut: Cut) -> Tensor:
     for row, (values, placement, _) in zip(stacked, parts, strict=True):
         row[positions(placement, previous.shape)] = values.reshape(-1)
     ordered = np.ascontiguousarray(stacked.numpy().T)
-    ordered.sort(axis=1)  # NaN marks what a device does not hold and sorts to the end
+    ordered.sort(axis=1)  # NaN marks values that a device does not have; it sorts to the end
     holders = len(parts) - np.isnan(ordered).sum(1)
     result = previous.double().reshape(-1).numpy().copy()
     for m in np.unique(holders[holders > 0]):
@@ -153,20 +155,22 @@ def _trimmed_block(previous: Tensor, parts: Sequence[Part], cut: Cut) -> Tensor:
 
 
 class ServerOptimizer:
-    """One round of the server's optimiser, with the change of the round as pseudo-gradient g = previous - combined.
+    """One round of the server's optimiser. The pseudo-gradient is the change of the round, g = previous - combined.
 
         FedAvgM (Hsu, Qi, Brown 2019, arXiv 1909.06335):       m ← βm + g,  θ ← θ - ηm
         FedAdam (Reddi et al. 2021, arXiv 2003.00295, Alg. 2): m ← β₁m + (1 - β₁)g,  v ← β₂v + (1 - β₂)g²,
                                                               θ ← θ - ηm / (√v + τ);  v starts at τ², no bias correction
 
     A coordinate without a holder in a round keeps its value and its moments; otherwise a neuron that only an absent
-    device holds would drift with old gradients. Moments are float32, one (FedAvgM) or two (FedAdam) of the size of the
-    tensors they act on: the adapters, or for `flex` the dense weights of the adapted linears, because the factors of an
-    SVD rotate from round to round and their products do not. For DeiT-S with rank 8 that is 2.4 or 4.7 MB, and the
-    head's, against 85 or 170 MB.
+    device has would drift with old gradients.
+
+    Moments are float32. FedAvgM has one and FedAdam two, each of the size of the tensors that they act on. These are
+    the adapters, and for `flex` the products B A, in the size of the adapted linears' dense weights, because the
+    factors of an SVD rotate from round to round and their products do not. For DeiT-S with rank 8, moments of adapters
+    take 2.4 (FedAvgM) or 4.7 MB (FedAdam), and those of products 85 or 170 MB, each without the head's.
 
     Attributes:
-        moments: those of the round before; after `step`, those of this round.
+        moments: the moments of the previous round; after `step`, those of this round.
     """
 
     def __init__(self, options: AdapterOptions, moments: Params) -> None:
@@ -174,7 +178,7 @@ class ServerOptimizer:
         self.rate = options.server_learning_rate or DEFAULT_LEARNING_RATE[options.server]
 
     def step(self, name: str, previous: Tensor, combined: Tensor, held: Tensor) -> Tensor:
-        """Returns the next θ of a tensor, in the dtype of the previous one; `held` (bool) marks where it may move."""
+        """Returns the next θ of a tensor, in the dtype of `previous`. Only entries where `held` is true change."""
         β, theta = self.options.server_momentum, previous.double()
         g = theta - combined.double()
         if self.options.server == "momentum":
@@ -189,7 +193,7 @@ class ServerOptimizer:
     def _moment(
         self, kind: str, name: str, held: Tensor, follow: Callable[[Tensor], Tensor], start: float = 0.0
     ) -> Tensor:
-        """Returns the next value of a moment, float64, and stores it as float32."""
+        """Returns the next value of a moment as float64, and stores it as float32."""
         key = f"{kind}.{name}"
         before = self.moments[key].double() if key in self.moments else torch.full(held.shape, start).double()
         after = torch.where(held, follow(before), before)

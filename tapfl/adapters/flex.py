@@ -1,14 +1,16 @@
-"""FlexLoRA (arXiv 2402.11505) on pruned widths: the products B_i A_i themselves are combined.
+"""FlexLoRA (arXiv 2402.11505) on pruned widths: combines the products B_i A_i instead of the factors.
 
-ΔW[j, :] = Σ_{i∋j} n_i (B_i A_i)[j, :] / Σ_{i∋j} n_i is exact; each device then receives the best rank-r_i
-approximation, restricted to the units that it kept. One side of every pruned linear is whole, so the normaliser belongs
-to the rows (qkv, fc1) or to the columns (proj, fc2) of ΔW and is absorbed into the stacked factor of that side: ΔW =
-B_stack A_stack with Σ r_i columns, and its SVD comes from two thin QRs and a small SVD. The dense matrix is formed only
-when it is the smaller one, or when an operation acts on its coordinates: medians and trimmed means, which are taken
-over a block of rows at a time, and the server's optimiser.
+ΔW[j, :] = Σ_{i∋j} n_i (B_i A_i)[j, :] / Σ_{i∋j} n_i is exact. Each device then receives the best rank-r_i
+approximation, restricted to the units that it kept.
 
-Shapes: A (r, d_in) and B (d_out, r) of the global adapters; a device has the prefix r_i of r, and the rows of B or the
-columns of A that its plan kept. Both factors travel in both directions.
+Every pruned linear is pruned on one side only. The normaliser therefore depends only on the row (qkv, fc1) or only on
+the column (proj, fc2) of ΔW, and is absorbed into the stacked factor of that side: ΔW = B_stack A_stack with inner
+dimension Σ r_i. Its SVD is computed from two thin QRs and a small SVD. The dense matrix is formed only if it is smaller
+than the factors, or if an operation needs its entries: medians and trimmed means, which take a block of rows at a time,
+and the server's optimiser.
+
+Shapes: A (r, d_in) and B (d_out, r) of the global adapters. A device has the first r_i of the r directions, and the
+rows of B or the columns of A that its plan kept. Both factors are sent in both directions.
 """
 
 from __future__ import annotations
@@ -22,18 +24,19 @@ from tapfl.adapters.combination import PLAIN, Combination, Combine, row_blocks, 
 from tapfl.adapters.layout import LORA_A, LORA_B, Part, Placement, Update, scatter_mean, to_global_scale
 from tapfl.training import Params
 
-DEAD = 1e-7  # singular values below this share of the largest are fp32 noise
+DEAD = 1e-7  # relative to the largest singular value; smaller ones are float32 noise
 
 
 def aggregate(previous: Params, updates: Sequence[Update], fresh: Params, combination: Combination = PLAIN) -> Params:
-    """Returns the global factors (U√Σ, √ΣVᵀ) of the combined product, and the heads combined directly.
+    """Returns the global factors (U√Σ, √ΣVᵀ) of the combined product, and the heads, which are combined directly.
 
     Args:
-        previous: global adapters; a row or column that no device holds keeps its product.
+        previous: global adapters. A row or column of a product that no device has keeps its value.
         updates: in an order that does not depend on arrival.
-        fresh: adapters with a random A. Where the rank of the product is below the global rank, A is taken from here
-            and B is 0: two zero factors would never train again. (Ours; it does not occur with equal ranks.)
-        combination: for the heads, and coordinate by coordinate for the products.
+        fresh: adapters with a random A. If the product has a lower rank than the global adapters, the missing rows of A
+            are taken from here and the columns of B are 0; two zero factors would never train again. (This is ours; it
+            does not occur if all ranks are equal.)
+        combination: applied to the heads, and to the products coordinate by coordinate.
     """
     heads = {name: theta for name, theta in previous.items() if not name.endswith((LORA_A, LORA_B))}
     result = combination.each(heads, updates)
@@ -56,7 +59,12 @@ def next_factors(
     fresh_A: Tensor,
     combination: Combination,
 ) -> tuple[Tensor, Tensor]:
-    """Returns the global factors of one linear, named `b` and `a`, after a round that `holders` took part in."""
+    """Returns the global factors of one linear after a round; `b` and `a` name them.
+
+    Args:
+        holders: updates of the devices that have this linear.
+        fresh_A: as for `aggregate`.
+    """
     mean = combination.combine is scatter_mean
     if mean and combination.step is None:
         return best_rank(*stacked_mean(previous_B, previous_A, holders, b, a), fresh_A)
@@ -77,7 +85,7 @@ def next_factors(
 
 
 def combined_products(before: Tensor, holders: Sequence[Update], b: str, a: str, combine: Combine) -> Tensor:
-    """Returns `combine` of the devices' products (d_out, d_in), float64, a block of rows in memory at a time."""
+    """Returns `combine` of the devices' products, float64 (d_out, d_in), computed one block of rows at a time."""
 
     def part(update: Update, start: int, stop: int) -> Part:
         B, rows, weight = rows_of((update.params[b], update.layout[b], update.weight), start, stop)
@@ -109,22 +117,22 @@ def stacked_mean(
         whole_A[:, update.layout[a].index[1]] = A if by_rows else A * factor
         Bs.append(whole_B)
         As.append(whole_A)
-    nobody = held == 0
-    if nobody.any() and previous_B.any():
-        Bs.append(previous_B.double() * nobody[:, None] if by_rows else previous_B.double())
-        As.append(previous_A.double() if by_rows else previous_A.double() * nobody)
+    unheld = held == 0
+    if unheld.any() and previous_B.any():
+        Bs.append(previous_B.double() * unheld[:, None] if by_rows else previous_B.double())
+        As.append(previous_A.double() if by_rows else previous_A.double() * unheld)
     return torch.cat(Bs, dim=1), torch.cat(As, dim=0)
 
 
 def best_rank(B: Tensor, A: Tensor, fresh_A: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns the balanced factors of the best approximation of B A with as many directions as `fresh_A` has rows."""
+    """Returns the balanced factors of the best approximation of B A by a matrix of the rank of `fresh_A` (its rows)."""
     thin = B.shape[1] < min(B.shape[0], A.shape[1])
     U, S, Vh = thin_svd(B, A) if thin else torch.linalg.svd(B @ A, full_matrices=False)
     return balanced(U, S, Vh, fresh_A)
 
 
 def thin_svd(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns the SVD (U, Σ, Vᵀ) of B A (d_out, k) (k, d_in) without forming it: two QRs and the SVD of k × k."""
+    """Returns the SVD (U, Σ, Vᵀ) of B A, B (d_out, k) and A (k, d_in), from two QRs and the SVD of a k × k matrix."""
     Q_B, R_B = torch.linalg.qr(B)
     Q_A, R_A = torch.linalg.qr(A.T)
     U, S, Vh = torch.linalg.svd(R_B @ R_A.T, full_matrices=False)
@@ -132,12 +140,14 @@ def thin_svd(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def balanced(U: Tensor, S: Tensor, Vh: Tensor, fresh_A: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns (U√Σ, √ΣVᵀ) of the largest singular values, as many as `fresh_A` has rows; fresh where dead."""
+    """Returns (U√Σ, √ΣVᵀ) for the largest singular values, as many as `fresh_A` has rows.
+
+    For singular values that are 0 up to rounding (`DEAD`), A has the rows of `fresh_A` and B is 0.
+    """
     rank = len(fresh_A)
     U, S, Vh = U[:, :rank], S[:rank], Vh[:rank]
-    sign = torch.where(
-        U.gather(0, U.abs().argmax(0, keepdim=True))[0] < 0, -1.0, 1.0
-    )  # the signs of an SVD are arbitrary
+    largest = U.gather(0, U.abs().argmax(0, keepdim=True))[0]
+    sign = torch.where(largest < 0, -1.0, 1.0)  # the signs of an SVD are arbitrary
     root = S.sqrt() * sign
     new_B = U.new_zeros(len(U), rank)
     new_A = fresh_A.double().clone()

@@ -1,12 +1,12 @@
-"""Which rows and columns of the global adapters a device holds.
+"""The rows and columns of the global adapters that a device has.
 
 The global adapters have the shapes of the dense backbone and the largest rank. A device's tensor is described by its
-values and one index vector a dimension: the units that its plan kept, and the prefix 0..r-1 of the rank axis. Two
+values and one index vector per dimension: the units that its plan kept, and the first r positions of the rank axis. Two
 primitives serve every aggregation rule: `gather`, and the overlap mean `scatter_mean`. HeteroFL, FedRolex and rank
 truncation are special cases.
 
-Example, one fc1 with 6 neurons on 4 inputs, global rank 2; a device of rank 1 kept neurons 1, 2, 4: its ``lora_A`` lies
-at rows (0), columns (0, 1, 2, 3), its ``lora_B`` at rows (1, 2, 4), columns (0).
+Example: an fc1 with 6 neurons and 4 inputs has global rank 2. A device of rank 1 kept neurons 1, 2 and 4. Its
+``lora_A`` is at rows (0) and columns (0, 1, 2, 3) of the global one, its ``lora_B`` at rows (1, 2, 4) and columns (0).
 """
 
 from __future__ import annotations
@@ -32,20 +32,20 @@ Side = Literal["embed", "width", "whole"]
 
 LORA_A, LORA_B = "lora_A", "lora_B"
 
-OBJECT = 650  # bytes that a tensor of torch takes besides its values, with its part of what holds it
+OBJECT = 650  # approximate bytes of a torch tensor besides its values, including its share of the containers
 
 
 @dataclass(frozen=True)
 class Placement:
-    """The place of one tensor in its global tensor: an int64 index vector a dimension.
+    """The position of a device's tensor in its global tensor.
 
     Attributes:
-        index: the global positions along each dimension, sorted.
-        row_scale: factors of the device's rows relative to the global ones, if any: pruning multiplies the rows of q by
+        index: for each dimension, the sorted global positions of the device's entries, int64.
+        row_scale: scale of the device's rows relative to the global ones, or None. Pruning multiplies the rows of q by
             sqrt(k/d) (`tapfl.models.units`), so their adapters are on that scale as well.
-        side: a linear is pruned on one side only, so one of its two factors has the embedding width, which every device
-            holds (`embed`: A of qkv and fc1, B of proj and fc2); the other one is as wide as the device (`width`).
-            Heads are `whole`.
+        side: a linear is pruned on one side only. So one of its two factors has the embedding width, which is the same
+            on every device (`embed`: A of qkv and fc1, B of proj and fc2). The other has the width that the device kept
+            (`width`). Heads are `whole`.
     """
 
     index: tuple[Tensor, ...]
@@ -58,7 +58,7 @@ class Placement:
 
     @property
     def nbytes(self) -> int:
-        return sum(each.nbytes + OBJECT for each in (*self.index, self.row_scale) if each is not None)
+        return sum(tensor.nbytes + OBJECT for tensor in (*self.index, self.row_scale) if tensor is not None)
 
 
 Layout = dict[str, Placement]
@@ -71,9 +71,9 @@ class Update:
 
     Attributes:
         params: adapters in the device's own shapes.
-        layout: their placements; tensors that the rule does not upload are in neither.
-        weight: training samples.
-        classes: bool (C,), the classes of its training samples; None: all of them.
+        layout: their placements. Tensors that the rule does not upload are in neither.
+        weight: number of training samples.
+        classes: which classes its training samples have, bool (C,); None: all of them.
     """
 
     params: Params
@@ -83,31 +83,33 @@ class Update:
 
 
 def last_blocks(layers: Sequence[PrunableLayer], count: int) -> list[PrunableLayer]:
-    """Returns the layers of the last `count` blocks, those that get adapters; 0: of all blocks.
+    """Returns the layers that get adapters: those of the last `count` blocks, or of all blocks if it is 0.
 
     Raises:
-        ConfigError: if there are fewer blocks.
+        ConfigError: if the backbone has fewer blocks.
     """
     blocks = list(dict.fromkeys(layer.name.rpartition(".")[0] for layer in layers))
     if count > len(blocks):
-        there = f"the backbone has {len(blocks)}"
-        raise ConfigError(f"adapters.blocks = {count}: {there}; accepted: at most that, or 0 for all")
-    adapted = blocks[-count:]  # -0: all
+        has = f"the backbone has {len(blocks)}"
+        raise ConfigError(f"adapters.blocks = {count}: {has}; accepted: at most that, or 0 for all")
+    adapted = blocks[-count:]  # all if count is 0
     return [layer for layer in layers if layer.name.rpartition(".")[0] in adapted]
 
 
 def adapted_share(layers: Sequence[PrunableLayer], plan: PruningPlan, count: int) -> float:
-    """Returns the share of the MACs of all branches of a pruned model in those with adapters, as if no tokens merged.
+    """Returns the fraction of the MACs of a pruned model's branches that is in branches with adapters.
+
+    Token merging is not taken into account.
 
     Args:
-        count: last blocks that have adapters; 0: all.
+        count: as for `last_blocks`.
     """
     macs = {layer.name: layer.macs(layer.shape_of(plan.layer(layer.name).index())) for layer in layers}
     return sum(macs[layer.name] for layer in last_blocks(layers, count)) / max(1, sum(macs.values()))
 
 
 def global_shapes(model: nn.Module, layers: Sequence[PrunableLayer], rank: int) -> Shapes:
-    """Returns the shape of every global tensor: A (rank, d_in) and B (d_out, rank) of each linear, and the head's."""
+    """Returns the shape of every global tensor: A (rank, d_in) and B (d_out, rank) of each linear, and the heads."""
     shapes: Shapes = {}
     for layer in layers:
         for cut in layer.cuts(torch.arange(layer.units)):
@@ -122,10 +124,10 @@ def global_shapes(model: nn.Module, layers: Sequence[PrunableLayer], rank: int) 
 
 
 def device_layout(shapes: Shapes, layers: Sequence[PrunableLayer], plan: PruningPlan | None, rank: int) -> Layout:
-    """Returns the placement of every tensor of a device with this plan and rank; removed branches have none.
+    """Returns the placement of every tensor of a device with this plan and rank. Removed branches have none.
 
     Args:
-        plan: None: the model is not pruned.
+        plan: the device's plan; None: its model is not pruned.
     """
     layout: Layout = {}
     for layer in layers:
@@ -146,7 +148,7 @@ def device_layout(shapes: Shapes, layers: Sequence[PrunableLayer], plan: Pruning
 
 
 def gather(theta: Tensor, placement: Placement) -> Tensor:
-    """Returns the part of a global tensor that a device holds, on the device's scale."""
+    """Returns the part of a global tensor that a device has, on the device's scale."""
     part = theta[torch.meshgrid(*placement.index, indexing="ij")]
     return part if placement.row_scale is None else part * placement.row_scale[:, None]
 
@@ -157,16 +159,17 @@ def gather_all(params: Mapping[str, Tensor], layout: Layout) -> Params:
 
 
 def to_global_scale(theta: Tensor, placement: Placement) -> Tensor:
-    """Returns a device's tensor on the scale of the global one, in float64."""
+    """Returns a device's tensor on the global scale, as float64."""
     values = theta.double()
     return values if placement.row_scale is None else values / placement.row_scale.double()[:, None]
 
 
 def whole_rank(update: Update, previous: Mapping[str, Tensor]) -> Update:
-    """Returns the update with its width-side factors padded by 0 from the device's rank to the global rank.
+    """Returns the update with its width-side factors padded with zeros from the device's rank to the global rank.
 
-    With the same embed-side factor on all devices, the overlap mean of these is that of the products: the product of a
-    device of rank r is 0 in the directions beyond r, so the device holds a 0 there for every unit that it holds.
+    If all devices have the same embed-side factor, the overlap mean of the padded factors equals that of the products:
+    the product of a device of rank r is 0 in all further directions, so the device contributes a 0 there for every unit
+    that it has.
     """
     params, layout = dict(update.params), dict(update.layout)
     for name, placement in update.layout.items():
@@ -183,7 +186,7 @@ def whole_rank(update: Update, previous: Mapping[str, Tensor]) -> Update:
 
 
 def positions(placement: Placement, shape: Sequence[int]) -> Tensor:
-    """Returns the positions of a device's values in the flat global tensor of that shape: int64, in their order."""
+    """Returns the positions of a device's values in the flattened global tensor of shape `shape`, int64, in order."""
     flat = placement.index[0]
     for axis, size in zip(placement.index[1:], shape[1:], strict=True):
         flat = (flat[:, None] * size + axis).view(-1)
@@ -191,7 +194,7 @@ def positions(placement: Placement, shape: Sequence[int]) -> Tensor:
 
 
 def overlap_sums(shape: Sequence[int], parts: Iterable[Part]) -> tuple[Tensor, Tensor]:
-    """Returns Σ n_i θ_i[j] and Σ n_i over the devices that hold j, float64 in the global shape."""
+    """Returns Σ n_i θ_i[j] and Σ n_i over the devices that have entry j, float64 in the global shape."""
     total, weight = (torch.zeros(tuple(shape), dtype=torch.float64) for _ in range(2))
     for values, placement, n in parts:
         where = positions(placement, shape)
@@ -201,18 +204,18 @@ def overlap_sums(shape: Sequence[int], parts: Iterable[Part]) -> tuple[Tensor, T
 
 
 def scatter_mean(previous: Tensor, parts: Iterable[Part]) -> Tensor:
-    """Returns θ[j] = Σ_{i: j∈S_i} n_i θ_i[j] / Σ_{i: j∈S_i} n_i; where nobody holds j, the previous θ[j] stays.
+    """Returns θ[j] = Σ_{i: j∈S_i} n_i θ_i[j] / Σ_{i: j∈S_i} n_i. If no device has j, θ[j] keeps its previous value.
 
     Args:
         previous: the global tensor.
-        parts: (values, placement, weight) of each device, in an order that does not depend on their arrival: sums are
-            in float64 and in the order given.
+        parts: (values, placement, weight) of each device. Sums are float64 and in this order, so it must not depend on
+            arrival.
     """
     return quotient(*overlap_sums(previous.shape, parts), previous)
 
 
 def quotient(total: Tensor, weight: Tensor, previous: Tensor) -> Tensor:
-    """Returns total / weight where there is weight, and the previous value elsewhere."""
+    """Returns total / weight where the weight is positive, and the previous value elsewhere."""
     mean = total / weight.clamp(min=torch.finfo(torch.float64).tiny)
     return torch.where(weight > 0, mean, previous.double()).to(previous.dtype)
 

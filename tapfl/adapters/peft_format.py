@@ -12,20 +12,20 @@ CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 
 
 def peft_name(name: str) -> str:
-    """Returns the name that a tensor of the adapters has in peft's files."""
+    """Returns the name of an adapter tensor in peft's files."""
     return f"base_model.model.{name}" + (".weight" if name.endswith((LORA_A, LORA_B)) else "")
 
 
 def save_peft(params: Params, scale: float, folder: Path, base: str) -> None:
     """Writes adapters to `folder`; `PeftModel.from_pretrained(tapfl.load_pruned(base), folder)` loads them.
 
-    The configuration is written without peft: importing it, with all of transformers, takes a worker several seconds
-    at the end of every run. peft fills in the fields that are not named.
+    The configuration is written without importing peft, which imports all of transformers and would take a worker
+    several seconds at the end of every run. peft sets missing fields to their defaults.
 
     Args:
-        params: A (r, d_in) and B (d_out, r) by linear, equal r everywhere, and whole heads.
+        params: A (r, d_in) and B (d_out, r) of each linear, with the same r everywhere, and whole heads.
         scale: s = lora_alpha / r.
-        base: folder of the pruned model; only recorded.
+        base: folder of the pruned model; it is only recorded.
     """
     linears = [name.removesuffix(f".{LORA_A}") for name in params if name.endswith(LORA_A)]
     heads = sorted({name.rpartition(".")[0] for name in params if not name.endswith((LORA_A, LORA_B))})
@@ -35,7 +35,7 @@ def save_peft(params: Params, scale: float, folder: Path, base: str) -> None:
         "task_type": None,
         "base_model_name_or_path": base,
         "r": rank,
-        "lora_alpha": scale * rank,  # peft divides by r; it need not be a whole number
+        "lora_alpha": scale * rank,  # peft divides it by r; it need not be an integer
         "target_modules": sorted(linears),
         "modules_to_save": heads,
         "inference_mode": True,

@@ -1,12 +1,15 @@
 """The aggregation rules by name, and one round on the server.
 
-Server and devices call the same functions of the same options, so that both know what a message holds without sending
-its layout. A round on the server: each update is cut to the tensors that the rule uploads -> clipped -> combined over
-the holders of each coordinate (mean, median, trimmed mean, noisy mean), by factor or by product as the rule says -> a
-step of the server's optimiser.
+Server and devices call the same functions with the same options, so both know what a message contains without sending
+its layout. In a round, the server
 
-Shapes: A (r, d_in) and B (d_out, r) of the global adapters; a device has the prefix r_i of r, and of the factor on its
-width side the rows or columns of the units that its plan kept (`tapfl.adapters.layout.Placement`).
+1. reduces each update to the tensors that the rule uploads, and clips it,
+2. combines the values of the holders of each coordinate (mean, median, trimmed mean, noisy mean), of factors or of
+   products as the rule says,
+3. takes a step of its optimiser.
+
+Shapes: A (r, d_in) and B (d_out, r) of the global adapters. A device has the first r_i of the r directions, and in the
+factor on the width side, the rows or columns of the units that its plan kept (`tapfl.adapters.layout.Placement`).
 """
 
 from __future__ import annotations
@@ -54,7 +57,7 @@ from tapfl.training import LARGEST, Params, largest
 class Aggregate(Protocol):
     """(global adapters, updates in order of partition ids, fresh adapters, combination) -> global adapters.
 
-    `fresh` are adapters as `initial` returns them, for rules that need new directions.
+    `fresh` is a set of adapters from `initial`, for rules that need new directions.
     """
 
     def __call__(
@@ -69,14 +72,14 @@ BOTH = EMBED | WIDTH
 
 @dataclass(frozen=True)
 class Rule:
-    """Which factors of a linear, by their side, a rule sends, trains and averages. Heads do not depend on the rule.
+    """Which of a linear's two factors a rule sends, trains and averages, by side. Heads do not depend on the rule.
 
     Attributes:
         aggregate: the server's part.
-        random: the factor that starts random: A, as in LoRA, or the one on the embedding's side. The other starts at 0.
+        random: the factor that is initialised at random: A, as in LoRA, or the embed-side factor. The other is 0.
         down: sides that the server sends.
-        up: round -> sides that a device uploads; 1 is the first round.
-        trained: round -> sides that a device trains.
+        up: maps a round to the sides that a device uploads; the first round is 1.
+        trained: maps a round to the sides that a device trains.
     """
 
     aggregate: Aggregate
@@ -89,11 +92,11 @@ class Rule:
 def factor_means(
     previous: Params, updates: Sequence[Update], fresh: Params, combination: Combination = PLAIN
 ) -> Params:
-    """FedIT (arXiv 2305.05644): every tensor combined by itself.
+    """FedIT (arXiv 2305.05644): every tensor is combined on its own.
 
-    Σ p_i B_i Σ p_i A_i is not Σ p_i B_i A_i: the error is Σ p_i (B_i - B̄)(A_i - Ā), and with pruned widths the embed
-    side adds an error of its own, because Ā also averages devices that do not hold a row. Not exact, but cheap, and the
-    usual baseline.
+    This is cheap and the usual baseline, but not exact: Σ p_i B_i Σ p_i A_i differs from Σ p_i B_i A_i by
+    Σ p_i (B_i - B̄)(A_i - Ā). With pruned widths, the embed side adds another error, because Ā also averages over
+    devices that do not have a given row of B.
     """
     return combination.each(previous, updates)
 
@@ -103,8 +106,8 @@ def norm_weighted_means(
 ) -> Params:
     """HetLoRA's sparsity-weighted aggregation (Cho et al. 2024, arXiv 2401.06432): FedIT with weights ‖B_i A_i‖_F.
 
-    A device whose product is 0 does not count in that linear; heads are weighted by samples. The other half of the
-    paper, pruning of ranks, is not implemented: a device's rank is fixed.
+    A device whose product is 0 has weight 0 in that linear. Heads are weighted by samples. The paper's rank pruning is
+    not implemented: a device's rank is fixed.
     """
     result: Params = {}
     for name, theta in previous.items():
@@ -117,7 +120,7 @@ def norm_weighted_means(
 
 
 def product_norm(update: Update, a: str) -> float:
-    """Returns ‖BA‖_F on the global scale from ‖BA‖² = tr(BᵀB AAᵀ), which needs two r × r matrices; `a` names A."""
+    """Returns ‖BA‖_F on the global scale from ‖BA‖² = tr(BᵀB AAᵀ), which needs only r × r matrices; `a` names A."""
     b = a.removesuffix(LORA_A) + LORA_B
     A, B = (to_global_scale(update.params[name], update.layout[name]) for name in (a, b))
     return float(((B.T @ B) * (A @ A.T)).sum().clamp(min=0).sqrt())
@@ -126,10 +129,11 @@ def product_norm(update: Update, a: str) -> float:
 def one_sided_means(
     previous: Params, updates: Sequence[Update], fresh: Params, combination: Combination = PLAIN
 ) -> Params:
-    """The mean of one factor while the other one is the same for all devices (FFA-LoRA, RoLoRA).
+    """FFA-LoRA and RoLoRA: the mean of one factor, while the other is the same on all devices.
 
-    Exact for the width side: B̄ A is the overlap mean of the B_i A_i, also where ranks differ (`whole_rank`). The price
-    is that a direction which few devices hold is diluted by those that do not, as in the mean of the products.
+    This is exact for the width side: B̄ A is the overlap mean of the B_i A_i, even if ranks differ (`whole_rank`). The
+    price is that devices without a direction count as 0 in it, so a direction of few devices is diluted, as in the mean
+    of the products.
     """
     return combination.each(previous, [whole_rank(update, previous) for update in updates])
 
@@ -141,17 +145,18 @@ def _turn(round: int) -> frozenset[Side]:
 RULES: dict[str, Rule] = {
     "fedit": Rule(factor_means),
     "hetlora": Rule(norm_weighted_means),
-    # FFA-LoRA (arXiv 2403.12313) freezes A. Here the factor on the embedding's side is frozen, A of qkv and fc1 and B
-    # of proj and fc2: every device holds the whole of it, so a row (column) of the mean product is the mean of the
-    # other factor's row (column) times it. Only the width side travels; the seed gives the frozen side.
+    # FFA-LoRA (arXiv 2403.12313) freezes A. Here the embed-side factor is frozen: A of qkv and fc1, B of proj and fc2.
+    # Every device has all of it, so a row (column) of the mean product is the mean of the other factor's row (column)
+    # times the frozen factor. Only the width side is sent; the frozen side follows from the seed.
     "ffa": Rule(one_sided_means, random="embed", down=WIDTH, up=lambda round: WIDTH, trained=lambda round: WIDTH),
-    # RoLoRA (arXiv 2409.02346): the two factors take turns. The width side starts at 0 and comes first: its gradient
-    # passes through the random factor, while the other factor's passes through zeros and round 1 would be lost. Exact
-    # in odd rounds; in even ones Ā (of qkv and fc1; B̄ of proj and fc2) averages devices that lack a row or a direction.
+    # RoLoRA (arXiv 2409.02346): the two factors are trained in turns. The width side starts at 0 and is trained first:
+    # its gradient passes through the random factor, while the gradient of the other factor would be 0 in round 1. The
+    # mean is exact in odd rounds. In even rounds Ā (of qkv and fc1; B̄ of proj and fc2) also averages over devices that
+    # do not have a row or a direction.
     "rolora": Rule(one_sided_means, random="embed", up=_turn, trained=_turn),
-    # FedSA-LoRA (arXiv 2410.01463) shares A, which learns what is common, and keeps B on the device. Here the factor on
-    # the embedding's side is shared: its shape is the same for every device but for the rank, so no index of a kept
-    # unit, which would reveal something about the task, is needed to combine it.
+    # FedSA-LoRA (arXiv 2410.01463) shares A, which learns common knowledge, and keeps B on the device. Here the
+    # embed-side factor is shared. Except for the rank, its shape is the same on every device, so it is combined without
+    # the indices of kept units, which would reveal something about a device's task.
     "embed_side": Rule(factor_means, down=EMBED, up=lambda round: EMBED),
     "flex": Rule(flex.aggregate),
 }
@@ -163,7 +168,7 @@ class ServerState:
 
     Attributes:
         params: the global adapters.
-        optimizer: moments of the server's optimiser, float32, by prefixed names; empty without an optimiser.
+        optimizer: moments of the server's optimiser, float32, by prefixed name; empty without an optimiser.
     """
 
     params: Params
@@ -177,11 +182,11 @@ def initial(
     model: nn.Module,
     generator: torch.Generator,
 ) -> Params:
-    """Returns the global adapters before round one: one factor of each linear uniform in ±1/√d_in, the other 0.
+    """Returns the global adapters before round 1: one factor of each linear is uniform in ±1/√d_in, the other is 0.
 
-    With a random A this is peft's initialisation. A random B has the same bound, with the d_in of the dense linear,
-    because the first steps -ηs²G AᵀA and -ηs² BBᵀ G of the product are then of the same size: E AᵀA = E BBᵀ =
-    r/(3 d_in) I. The heads are copied from `model` and use no random numbers.
+    With a random A this is peft's initialisation. A random B has the same bound, with the d_in of the dense linear.
+    Then the first steps of the product, -ηs²G AᵀA and -ηs² BBᵀ G, have the same size: E AᵀA = E BBᵀ = r/(3 d_in) I.
+    The heads are copied from `model` and use no random numbers.
     """
     dense, rule = device_layout(shapes, layers, None, rank=1), rule_of(options)
     params: Params = {}
@@ -198,7 +203,7 @@ def initial(
 
 
 def untrained(layout: Layout, initial: Params, model: nn.Module) -> Params:
-    """Returns all of a device's w before anything is trained: its part of `initial`, and the heads of its `model`."""
+    """Returns a device's whole w before training: its part of `initial`, and the heads of its `model`."""
     heads = dict(model.named_parameters())
     return {
         name: heads[name].detach().clone() if placement.side == "whole" else gather(initial[name], placement)
@@ -212,12 +217,12 @@ def down(options: AdapterOptions, layout: Layout) -> Layout:
 
 
 def up(options: AdapterOptions, layout: Layout, round: int) -> Layout:
-    """Returns the part of a device's layout that it uploads in a round (1 is the first), in its order."""
+    """Returns the part of a device's layout that it uploads in a round (the first is 1), in its order."""
     return _cut(layout, rule_of(options).up(round) | _heads(options))
 
 
 def trained(options: AdapterOptions, layout: Layout, round: int) -> frozenset[str]:
-    """Returns the names of the tensors that a device trains in a round, in shared and personal parameters alike."""
+    """Returns the names of the tensors that a device trains in a round, among shared and personal parameters."""
     return frozenset(_cut(layout, rule_of(options).trained(round) | {"whole"}))
 
 
@@ -233,13 +238,13 @@ def aggregate(
     """Returns the state after a round.
 
     Args:
-        updates: in order of partition ids; tensors that the rule does not upload are ignored. With no updates the
+        updates: in order of partition ids. Tensors that the rule does not upload are ignored. Without updates, the
             state is returned unchanged.
-        fresh: adapters of `initial`, for rules that need new directions.
+        fresh: adapters from `initial`, for rules that need new directions.
         generator: of this round, for the noise of differential privacy.
 
     Raises:
-        ModelError: if the new adapters exceed LARGEST² or are NaN, naming the option that can do that.
+        ModelError: if the new adapters exceed LARGEST² or are NaN. It names the option that is the likely cause.
     """
     if not updates:
         return state
@@ -254,24 +259,24 @@ def aggregate(
     optimizer = None if options.server == "none" else ServerOptimizer(options, state.optimizer)
     combination = Combination(_combine(options, privacy, generator), optimizer.step if optimizer else None)
     params = rule_of(options).aggregate(state.params, updates, fresh, combination)
-    # one device can bring the mean to LARGEST, and products of factors beyond: that is what robust rules are for
+    # one device can drive the mean to LARGEST, and products of factors beyond it; robust means prevent that
     if not (reached := largest(params.values())) <= LARGEST**2:
         raise ModelError(
-            f"{_mover(options, privacy)}: the shared adapters reach {reached:.3g} after round {round}, and at most "
-            f"{LARGEST**2:g} is usable; accepted: a lower one"
+            f"{_likely_cause(options, privacy)}: the shared adapters reach {reached:.3g} after round {round}, and at "
+            f"most {LARGEST**2:g} is usable; accepted: a lower one"
         )
     return ServerState(params, optimizer.moments if optimizer else state.optimizer)
 
 
-def _mover(options: AdapterOptions, privacy: PrivacyOptions) -> str:
-    """Returns what moved the shared adapters furthest, as an option."""
+def _likely_cause(options: AdapterOptions, privacy: PrivacyOptions) -> str:
+    """Returns the option that most likely made the shared adapters diverge."""
     if options.server != "none" and options.server_learning_rate:
         return f"adapters.server-learning-rate = {options.server_learning_rate:g}"
     return f"privacy.dp-noise = {privacy.dp_noise:g}" if privacy.dp_noise else "train.learning-rate"
 
 
 def class_rows(update: Update) -> Update:
-    """Returns the update with its heads reduced to the rows of the classes that the device holds."""
+    """Returns the update with its heads reduced to the rows of the device's own classes."""
     if update.classes is None:
         return update
     params, layout = dict(update.params), dict(update.layout)

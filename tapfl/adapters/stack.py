@@ -1,8 +1,8 @@
-"""A device's parameters as one vector, and those of several devices as one set: stacked, zero-padded to the widest.
+"""The parameters of a device as one vector, and those of several devices as one stack, zero-padded to the widest.
 
-A set of parameters has tensors of one or two dims. A *stack* of K sets has the same names, and tensors of three dims,
-(K, rows, columns); a bias is one row. Each device lies at the beginning of its slice, and the rest is 0. Whatever acts
-on single elements acts on a stack as on each device by itself.
+A set of parameters has tensors of one or two dims. A *stack* of K sets has the same names, and tensors of three dims
+(K, rows, columns); a bias has one row. A device's values are at the beginning of its slice, or where `Stacking.places`
+says, and the rest is 0. Elementwise operations on a stack equal those on each device.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from torch import Tensor
 from tapfl.adapters.layout import Shapes
 from tapfl.training import Params
 
-# elements to a multiple of which tensors begin in a vector: 64 bytes, as in a memory of their own; elsewhere the last
-# bits of a product may differ
+# tensors in a vector begin at multiples of so many elements (64 bytes), as tensors with memory of their own do; with
+# another alignment, the last bits of a product may differ
 LINE = 16
 Place = tuple[int, Tensor]  # an axis, and positions on it
 
 
 def flat(params: Params, multiple: int = 1) -> Tensor:
-    """Returns all tensors one after the other, (P,); of a stack (K, P).
+    """Returns all tensors flattened and concatenated, (P,), or for a stack (K, P).
 
     Args:
-        multiple: zeros fill each tensor's place up to a multiple of this size.
+        multiple: each tensor is padded with zeros to a multiple of this size.
     """
     pieces = []
     for theta in params.values():
@@ -38,7 +38,7 @@ def flat(params: Params, multiple: int = 1) -> Tensor:
 
 
 def parts_of(vector: Tensor, shapes: Shapes, multiple: int = 1) -> Params:
-    """Returns the parts of a vector that `flat` made of tensors with these names and shapes. They share its memory."""
+    """Returns the tensors of a vector that `flat` made, given their names and shapes. They are views of the vector."""
     sizes = [math.prod(shape[-2:]) for shape in shapes.values()]
     parts = vector.split([size + -size % multiple for size in sizes], -1)
     return {
@@ -59,13 +59,13 @@ def lead(theta: Tensor) -> torch.Size:
 
 @dataclass(frozen=True)
 class Stacking:
-    """Where the tensors of K devices lie in their stack.
+    """The positions of K devices' tensors in their stack.
 
     Attributes:
         shapes: rows and columns of each tensor of the stack, those of the widest device.
-        own: of each device, the shapes of its tensors.
-        places: of each device, by name, an axis, and where on it the tensor lies in the stack; on the other axis, and
-            if it is not named, it lies at the beginning.
+        own: for each device, the shapes of its tensors.
+        places: for each device, by tensor name, an axis and the positions of the tensor on it. On the other axis, and
+            for tensors that are not named, the positions are the first ones.
     """
 
     shapes: Shapes
@@ -74,16 +74,16 @@ class Stacking:
 
     @classmethod
     def of(cls, own: Sequence[Shapes], places: Sequence[Mapping[str, Place]], wide: Shapes) -> Stacking:
-        """Returns the stacking of tensors with these shapes; `wide` has least shapes, which follow from the places."""
+        """Returns the stacking of tensors with the shapes `own`; `wide` has the least shapes that `places` needs."""
         shapes: Shapes = {}
-        for name in dict.fromkeys(name for each in own for name in each):
-            rows, columns = zip(*(two_dims(each[name]) for each in own if name in each), strict=True)
+        for name in dict.fromkeys(name for device in own for name in device):
+            rows, columns = zip(*(two_dims(device[name]) for device in own if name in device), strict=True)
             least = wide.get(name, (0, 0))
             shapes[name] = (max(*rows, least[0]), max(*columns, least[1]))
         return cls(shapes, own, places)
 
     def up(self, sets: Sequence[Params]) -> Params:
-        """Returns the stack of a set of each device; names that a device lacks are 0 there."""
+        """Returns the stack of one set per device; tensors that a device does not have are 0."""
         like = next(iter(sets[0].values()))
         stack: Params = {}
         for name, shape in self.shapes.items():
@@ -94,21 +94,21 @@ class Stacking:
         return stack
 
     def down(self, stack: Params, i: int) -> Params:
-        """Returns a copy of what device `i` has in a stack."""
-        found: Params = {}
+        """Returns a copy of the tensors of device `i` from a stack."""
+        params: Params = {}
         for name, shape in self.own[i].items():
             part = stack[name][i][self._place(i, name)].detach().reshape(shape)
-            found[name] = part.clone(memory_format=torch.contiguous_format)
-        return found
+            params[name] = part.clone(memory_format=torch.contiguous_format)
+        return params
 
     def _place(self, i: int, name: str) -> tuple[Tensor | slice, ...]:
         index: list[Tensor | slice] = [slice(size) for size in two_dims(self.own[i][name])]
         if name in self.places[i]:
-            axis, where = self.places[i][name]
-            index[axis] = where
+            axis, positions = self.places[i][name]
+            index[axis] = positions
         return tuple(index)
 
 
 def two_dims(shape: Sequence[int]) -> tuple[int, int]:
-    """Returns rows and columns; a vector is a row."""
+    """Returns (rows, columns); a vector is one row."""
     return (1, shape[0]) if len(shape) == 1 else (shape[0], shape[1])

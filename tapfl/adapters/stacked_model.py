@@ -1,9 +1,9 @@
-"""The smaller models of several devices as one: a step of all of them takes the calls of one device's step.
+"""The pruned models of several devices as one model. A training step of all takes as many calls as one of a device.
 
-Heads, dims a head and neurons are padded to the widest device with weights of 0, and a branch that a device lost has
-weights of 0 and its constant as bias. So a device's slice computes what its own model does, but for rounding, and the
-gradient of the padding is exactly 0: it stays 0 under every optimiser. Images of the devices lie one device after the
-other, so all that is not pruned is the backbone's own code.
+Heads, dims per head and neurons are padded to the widest device with zero weights. A branch that was removed from a
+device's model has zero weights and its constant as bias. Each slice computes what the device's own model computes,
+except for rounding. The gradient of the padding is exactly 0, so it stays 0 under every optimiser. The images of all
+devices are concatenated, so that modules that are not pruned can be used unchanged.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ class StackedModel(AdaptedModel):
     """K adapted models as one: ``stacked(params, x)`` with a stack of adapters returns logits (K · n, classes).
 
     Attributes:
-        stacking: where each device's adapters lie in a stack.
+        stacking: the positions of each device's adapters in a stack.
 
     Raises:
-        ModelError: if the models have other families than ViT and DeiT, or differ in what is not pruned or in what
-            their inputs are (`AdaptedModel.beyond`).
+        ModelError: if a model is not a ViT or DeiT, or if the models differ in tensors that are not pruned or in the
+            block at which their inputs enter (`AdaptedModel.beyond`).
     """
 
     def __init__(self, members: Sequence[AdaptedModel]) -> None:
@@ -45,7 +45,7 @@ class StackedModel(AdaptedModel):
             _require_plain(model)
         if any(member.reduced for member in members):
             raise ModelError("train.together: compute.precision = fast trains one by one; accepted: exact")
-        begins = {  # blocks that the inputs have passed; None: they are images
+        begins = {  # number of blocks that the inputs have passed; None if they are images
             None if member.prefix else len(model.blocks) + 1 - len(member.rest)
             for member, model in zip(members, models, strict=True)
         }
@@ -72,36 +72,42 @@ class StackedModel(AdaptedModel):
 
 
 def _stacked(name: str, branches: Sequence[Any], places: Sequence[dict[str, Place]], wide: Shapes) -> nn.Module:
-    """Returns a branch of all devices, and notes where the units of each lie in the factors of width."""
-    whole = [branch for branch in branches if not isinstance(branch, ConstantBranch)]
+    """Returns the stacked branch of all devices.
+
+    Args:
+        name: of the branch.
+        branches: of each device.
+        places: filled with the positions of each device's units in its width-side factors.
+        wide: filled with the sizes of the width-side factors in the stack.
+    """
+    present = [branch for branch in branches if not isinstance(branch, ConstantBranch)]
     inner, output = BRANCHES[name.rpartition(".")[2]]
-    if not whole:
+    if not present:
         bias = torch.stack([branch.get_submodule(output).bias for branch in branches])
         return _Constant(bias)
-    made = copy.copy(whole[0])
-    made._modules = dict(made._modules)
-    attention = isinstance(made, Attention)
+    stacked = copy.copy(present[0])
+    stacked._modules = dict(stacked._modules)
+    attention = isinstance(stacked, Attention)
     shapes = [_shape(branch) for branch in branches]
     heads, dims = (max(sizes) for sizes in zip(*shapes, strict=True))
     kept = [(torch.arange(h)[:, None] * dims + torch.arange(d)).flatten() for h, d in shapes]
-    rows = [torch.cat([part * heads * dims + each for part in range(3 if attention else 1)]) for each in kept]
+    rows = [torch.cat([part * heads * dims + units for part in range(3 if attention else 1)]) for units in kept]
     for axis, leaf, factor, units in ((0, inner, LORA_B, rows), (1, output, LORA_A, kept)):
         size = heads * dims * (3 if attention and axis == 0 else 1)
         wide[f"{name}.{leaf}.{factor}"] = (size, 0) if axis == 0 else (0, size)
-        for place, each in zip(places, units, strict=True):
-            place[f"{name}.{leaf}.{factor}"] = (axis, each)
-        setattr(made, leaf, _StackedLinear([_linear(branch, leaf) for branch in branches], axis, units, size))
+        for place, positions in zip(places, units, strict=True):
+            place[f"{name}.{leaf}.{factor}"] = (axis, positions)
+        setattr(stacked, leaf, _StackedLinear([_linear(branch, leaf) for branch in branches], axis, units, size))
     if attention:
-        made.num_heads, made.head_dim, made.attn_dim, made.scale = heads, dims, heads * dims, dims**-0.5
+        stacked.num_heads, stacked.head_dim, stacked.attn_dim, stacked.scale = heads, dims, heads * dims, dims**-0.5
         if any(own and own != dims for _, own in shapes):
-            made.q_norm = _QueryScale(
-                [math.sqrt(dims / own) if own else 1.0 for _, own in shapes], _linear(whole[0], inner).weight
-            )
-    return made
+            factors = [math.sqrt(dims / own) if own else 1.0 for _, own in shapes]
+            stacked.q_norm = _QueryScale(factors, _linear(present[0], inner).weight)
+    return stacked
 
 
 class _Constant(nn.Module):
-    """A branch that no device has: the constants (K, d) of all of them."""
+    """A branch that was removed from the models of all devices: their constants (K, d)."""
 
     def __init__(self, bias: Tensor) -> None:
         super().__init__()
@@ -115,30 +121,31 @@ class _StackedLinear(nn.Module):
     """A frozen linear of each device: weights (K, out, in) and biases (K, 1, out), padded with 0.
 
     Args:
-        linears: have a weight, unless the branch is lost, and a bias, unless there is none.
-        axis: of the weights that differs: 0, the rows, or 1, the columns.
-        units: where those of each device lie on this axis, of so many as `size`.
+        linears: of each device; without a weight if the branch was removed, and without a bias if the linear has none.
+        axis: the pruned axis of the weights: 0 for rows, 1 for columns.
+        units: positions of each device's units on this axis.
+        size: length of this axis in the stack.
     """
 
     def __init__(self, linears: Sequence[Any], axis: int, units: Sequence[Tensor], size: int) -> None:
         super().__init__()
-        like = next(each.weight for each in linears if hasattr(each, "weight"))
+        like = next(own.weight for own in linears if hasattr(own, "weight"))
         shape = (size, like.shape[1]) if axis == 0 else (like.shape[0], size)
         weight, bias = like.new_zeros((len(linears), *shape)), like.new_zeros((len(linears), 1, shape[0]))
-        for i, (each, place) in enumerate(zip(linears, units, strict=True)):
+        for i, (own, place) in enumerate(zip(linears, units, strict=True)):
             rows, columns = (place, slice(None)) if axis == 0 else (slice(None), place)
-            if hasattr(each, "weight"):
-                weight[i][rows, columns] = each.weight.detach()
-            if getattr(each, "bias", None) is not None:
-                bias[i, 0, rows] = each.bias.detach()
-        self.weight, self.bias = (nn.Parameter(each, requires_grad=False) for each in (weight, bias))
+            if hasattr(own, "weight"):
+                weight[i][rows, columns] = own.weight.detach()
+            if getattr(own, "bias", None) is not None:
+                bias[i, 0, rows] = own.bias.detach()
+        self.weight, self.bias = (nn.Parameter(tensor, requires_grad=False) for tensor in (weight, bias))
 
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.weight, self.bias)
 
 
 class _QueryScale(nn.Module):
-    """Multiplies q (K · n, heads, tokens, dims) so that attention divides by √dims of each device's own."""
+    """Scales q (K · n, heads, tokens, dims) so that attention in effect divides by the √dims of each device."""
 
     def __init__(self, factors: Sequence[float], like: Tensor) -> None:
         super().__init__()
@@ -149,13 +156,13 @@ class _QueryScale(nn.Module):
 
 
 def _linear(branch: nn.Module, name: str) -> Any:
-    """Returns what has the weight (none in a lost branch) and the bias of a linear."""
+    """Returns the module with the weight (none if the branch was removed) and the bias of a linear."""
     module = branch.get_submodule(name) if hasattr(branch, name) else nn.Module()
     return module.linear if isinstance(module, BoundLinear) else module
 
 
 def _shape(branch: Any) -> tuple[int, int]:
-    """Returns heads and dims a head; neurons are the dims of one head."""
+    """Returns (heads, dims per head); the neurons of an FFN are the dims of one head."""
     if isinstance(branch, ConstantBranch):
         return 0, 0
     if isinstance(branch, Attention):
@@ -180,7 +187,7 @@ def _require_plain(model: Any) -> None:
 
 
 def _require_same(models: Sequence[nn.Module]) -> None:
-    """Raises ModelError unless all tensors outside of branches and heads are the same."""
+    """Raises ModelError unless all tensors outside the branches and heads are equal."""
     first, *others = [{n: t for n, t in model.state_dict().items() if not _is_stacked(n)} for model in models]
     for other in others:
         for name, tensor in first.items():

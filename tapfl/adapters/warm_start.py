@@ -1,12 +1,12 @@
-"""A warm start: the global adapters of the first round, trained on the server by distillation from the dense model.
+"""Warm start: trains the global adapters on the server, before the first round, by distillation from the dense model.
 
-In each of a few rounds the server trains every device's part of the global adapters on public images, so that the
-device's smaller model answers as the dense model does, and aggregates them by the rule of the federation: FedAvg
-without devices. It uses no label, and nothing of a device beyond its plan and its metric set. As on the devices, a
-tensor that the server does not send has its initial value, and is not trained.
+For a few rounds, the server does what the devices do in federated training. It trains every device's part of the global
+adapters on public images, so that the device's pruned model predicts what the dense model predicts, and aggregates the
+adapters by the rule of the federation. It uses no labels, and of a device only the plan and the metric set. As on the
+devices, a tensor that the server does not send keeps its initial value and is not trained.
 
-Some of each device's images are held out. Of the adapters after each round, and of those without effect from before
-the first, the ones with the least held-out loss are returned. The rounds end when that loss rises.
+Some of the images of each device are held out. The rounds end when the held-out loss does not fall any more. The
+adapters with the smallest held-out loss are returned, which may be the initial ones.
 """
 
 from __future__ import annotations
@@ -30,20 +30,20 @@ from tapfl.seeds import numpy_generator, torch_generator
 from tapfl.training import Params, minimise
 
 BATCH = 32  # images in a minibatch
-HELD_OUT, MOST_HELD_OUT = 0.25, 256  # share of a device's images, and at most so many
+HELD_OUT, MOST_HELD_OUT = 0.25, 256  # fraction of a device's images that is held out, and the largest number of them
 
 
 @dataclass(frozen=True)
 class Pupil:
-    """A device as the server knows it.
+    """What the server knows of a device.
 
     Attributes:
         device: its partition id.
-        model: makes its smaller model, which is not kept from round to round.
+        model: builds its pruned model, which is not kept between rounds.
         layout: of its adapters.
-        weight: its training samples.
-        classes: bool (C,), the classes of these, as in `tapfl.adapters.layout.Update`.
-        images: positions of the public images that stand for its task, at least two.
+        weight: number of its training samples.
+        classes: as in `tapfl.adapters.layout.Update`.
+        images: positions of the public images that represent its task, at least two.
     """
 
     device: int
@@ -56,18 +56,18 @@ class Pupil:
 
 @dataclass(frozen=True)
 class WarmStart:
-    """The global adapters to begin with, and the mean held-out loss before the first round and after each."""
+    """The global adapters to start from, and the mean held-out loss before the first round and after each round."""
 
     params: Params
     losses: tuple[float, ...]
 
 
 class Teacher:
-    """The dense model's answers to public images.
+    """The dense model's logits of public images.
 
     Args:
-        inputs: positions of public images -> these in the backbone's input format.
-        positions: of all images that will be asked for; each is answered once.
+        inputs: maps positions of public images to the images in the backbone's input format.
+        positions: positions of all images that `loss` will be called with; their logits are computed once.
     """
 
     def __init__(self, model: nn.Module, inputs: Callable[[np.ndarray], Tensor], positions: np.ndarray) -> None:
@@ -86,7 +86,7 @@ class Lesson:
     """The distillation of one device's adapters.
 
     Args:
-        options: as in `warm_start`, and so are `initial` and `seed`.
+        options, initial, seed: as for `warm_start`.
     """
 
     def __init__(
@@ -99,7 +99,7 @@ class Lesson:
         self._sent = rules.down(options, pupil.layout)
 
     def order(self, round: int) -> list[np.ndarray]:
-        """Returns the positions of the images of each step of a round."""
+        """Returns the positions of the images of each step in a round."""
         generator = numpy_generator(self.seed, "warm start", self.pupil.device, round)
         return [self.images[i] for i in batch_order(len(self.images), BATCH, self.options.start_steps, generator)]
 
@@ -110,10 +110,10 @@ class Lesson:
         return float(teacher.loss(partial(adapted, received), self.held_out))
 
     def update(self, w: Params, teacher: Teacher, round: int) -> Update:
-        """Returns the device's adapters after a round of training that begins with the global ones, `w`."""
+        """Returns the device's adapters after a round of training that starts from the global adapters `w`."""
         adapted, received = self._received(w)
-        moving = self._sent.keys() & rules.trained(self.options, self.pupil.layout, round)
-        params = {name: theta.clone().requires_grad_(name in moving) for name, theta in received.items()}
+        trained = self._sent.keys() & rules.trained(self.options, self.pupil.layout, round)
+        params = {name: theta.clone().requires_grad_(name in trained) for name, theta in received.items()}
         minimise(
             [theta for theta in params.values() if theta.requires_grad],
             lambda step, batch: teacher.loss(partial(adapted, params), batch),
@@ -125,7 +125,7 @@ class Lesson:
         return Update(home(params), self.pupil.layout, self.pupil.weight, self.pupil.classes)
 
     def _received(self, w: Params) -> tuple[AdaptedModel, Params]:
-        """Returns the device's model as a function of its adapters, and these when it has received `w`."""
+        """Returns the device's model as a function of its adapters, and its adapters after it has received `w`."""
         model, layout = self.pupil.model(), self.pupil.layout
         whole = rules.untrained(layout, self.initial, model) | gather_all(w, self._sent)
         return AdaptedModel(self.compute.put(model), layout, self.options.scale), self.compute.put(whole)
@@ -140,15 +140,15 @@ def warm_start(
     seed: int,
     compute: Compute = HERE,
 ) -> WarmStart:
-    """Returns the adapters to begin with, a function of the arguments alone.
+    """Returns the adapters to start from. They depend only on the arguments.
 
     Args:
-        options: the rule, the head and `start-*`. Robust means, clipping and the server's optimiser are for what
-            devices upload, and are not applied.
-        initial: the global adapters without effect.
+        options: the rule, the head and `start-*`. Robust means, clipping and the server's optimiser are meant for
+            uploads of devices and are not applied.
+        initial: the initial global adapters, whose product is 0.
         pupils: the devices, in order of partition ids.
-        inputs: positions of public images -> these in the backbone's input format, where `compute` is.
-        dense: the teacher, likewise.
+        inputs: maps positions of public images to the images in the backbone's input format, where `compute` is.
+        dense: the teacher, on the same device.
 
     Raises:
         ModelError: if training diverges.
@@ -156,9 +156,9 @@ def warm_start(
     options = options.model_copy(update={"combine": "mean", "clip": 0.0, "server": "none"})
     lessons = [Lesson(options, initial, pupil, seed, compute) for pupil in pupils]
     rounds = range(1, options.start_rounds + 1)
-    asked = [lesson.held_out for lesson in lessons]
-    asked += [batch for lesson in lessons for t in rounds for batch in lesson.order(t)]
-    teacher, weights = Teacher(dense, inputs, np.concatenate(asked)), [pupil.weight for pupil in pupils]
+    used = [lesson.held_out for lesson in lessons]
+    used += [batch for lesson in lessons for t in rounds for batch in lesson.order(t)]
+    teacher, weights = Teacher(dense, inputs, np.concatenate(used)), [pupil.weight for pupil in pupils]
 
     def loss(w: Params) -> float:
         return float(np.average([lesson.loss(w, teacher) for lesson in lessons], weights=weights))

@@ -1,1 +1,1 @@
-"""Images: where they come from, who holds them, and how they become tensors."""
+"""Images: their sources, their division among devices, and their conversion to tensors."""

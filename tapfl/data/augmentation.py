@@ -1,4 +1,4 @@
-"""Random changes of training images. All randomness comes from a generator, so the same seed gives the same images."""
+"""Random augmentation of training images. All randomness comes from a generator, so results follow from the seed."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-SMALLEST = 0.5  # share of an image's area that a crop keeps at least
-LONGEST = 4 / 3  # of a crop's width over its height, relative to the image's; the shortest is 3 / 4
+SMALLEST = 0.5  # smallest fraction of an image's area that a crop keeps
+LONGEST = 4 / 3  # largest aspect ratio of a crop, relative to the image's; the smallest is 3 / 4
 
 
 def augmented(images: Tensor, how: str, generator: np.random.Generator) -> Tensor:
@@ -17,12 +17,12 @@ def augmented(images: Tensor, how: str, generator: np.random.Generator) -> Tenso
 
     Args:
         images: float32 (n, channels, height, width).
-        how: `none`; `flip`: half of the images are mirrored, left for right; `crop`: each is also replaced by a random
-            part, scaled to the whole size (Szegedy et al. 2015, arXiv 1409.4842, with a larger smallest area).
+        how: `none`; `flip`: each image is mirrored horizontally with probability 1/2; `crop`: each is also replaced by
+            a random crop, resized to the full size (Szegedy et al. 2015, arXiv 1409.4842, with a larger minimum area).
     """
     if how == "none":
         return images
-    from torchvision.transforms.v2 import functional as vision  # a second, which runs without augmentation save
+    from torchvision.transforms.v2 import functional as vision  # takes a second, which other runs need not spend
 
     n, _, height, width = images.shape
     mirrored = torch.from_numpy(generator.random(n) < 0.5).to(images.device)
@@ -39,7 +39,7 @@ def augmented(images: Tensor, how: str, generator: np.random.Generator) -> Tenso
 
 
 def _part(height: int, width: int, generator: np.random.Generator) -> tuple[int, int, int, int]:
-    """Returns top, left, height and width of a random part of an image."""
+    """Returns (top, left, height, width) of a random crop of an image."""
     area, ratio = generator.uniform(SMALLEST, 1), LONGEST ** generator.uniform(-1, 1)
     tall = min(height, max(1, round(height * math.sqrt(area / ratio))))
     wide = min(width, max(1, round(width * math.sqrt(area * ratio))))

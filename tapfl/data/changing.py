@@ -1,8 +1,9 @@
-"""Devices whose images change during a run (`data.changing`): where they are, and which part each image is in.
+"""Devices whose images change during a run (`data.changing`): their folders, and the part that each image is in.
 
-An image's part follows from its pixels and the run's seed alone. Whatever joins or vanishes, no other image moves: what
-was once tested on is never trained on, nor the other way round. A copy of an image, under whatever name and on whatever
-device, is in the same part. The price: shares are met on average only, and not class by class.
+Whether an image is in the training or the test part depends only on its pixels and the run's seed. When images are
+added or removed, all others stay in their part, so a test image never becomes a training image, nor the reverse. A copy
+of an image is in the same part, whatever its name and on any device. The price is that the test share is met only on
+average, and not class by class.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ def identities(images: ImageSet) -> np.ndarray:
 
 
 def identified(images: ImageSet, cache: Path) -> ImageSet:
-    """Returns the images with their identities; `cache` keeps those of a folder or a table until it changes."""
+    """Returns the images with their identities. Those of a folder or a table are stored in `cache` until it changes."""
     if not images.images.key:
         return replace(images, identity=identities(images))
     file = cache / "identities" / f"{content_hash(*images.content())}.safetensors"
@@ -46,10 +47,10 @@ def identified(images: ImageSet, cache: Path) -> ImageSet:
 
 
 def drawn(images: ImageSet, share: float, seed: int, purpose: str) -> np.ndarray:
-    """Returns for each identified image whether it is drawn, with the probability `share`, bool (n,).
+    """Returns which of the identified images are drawn, each with probability `share`, bool (n,).
 
     Args:
-        purpose: draws of one purpose say nothing about those of another.
+        purpose: draws for different purposes are independent.
     """
     assert images.identity is not None
     stream = hashlib.sha256(f"{seed} {purpose} ".encode())
@@ -63,7 +64,7 @@ def drawn(images: ImageSet, share: float, seed: int, purpose: str) -> np.ndarray
 
 
 def split_changing(images: ImageSet, options: DataOptions, seed: int) -> DeviceSplit:
-    """Returns the two parts of a device's images, as `tapfl.data.federated.split_device` does, by their identities."""
+    """Returns the two parts of a device's images by their identities; compare `tapfl.data.federated.split_device`."""
     tested = drawn(images, options.test_share, seed, "test")
     if options.evaluate == "test":
         return DeviceSplit(np.flatnonzero(~tested), np.flatnonzero(tested))
@@ -72,11 +73,11 @@ def split_changing(images: ImageSet, options: DataOptions, seed: int) -> DeviceS
 
 
 def device_folders(options: DataOptions) -> list[Path]:
-    """Returns the folders of natural devices whose images may change, by name: each is one device's own source.
+    """Returns the folders of natural devices whose images may change, sorted by name. Each is one device's own source.
 
     Raises:
         ConfigError: if the devices have no folders of their own.
-        DataError: if the source is missing or holds no images.
+        DataError: if the source is missing or contains no images.
     """
     root = path_of(options.source)
     if options.partition not in ("natural", "NaturalIdPartitioner") or not options.public or not root.is_dir():

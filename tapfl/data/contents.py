@@ -1,6 +1,6 @@
-"""What lies behind the options that name images, files or plugins, as fingerprints of their content.
+"""Fingerprints of the content of images, files and plugins that options name.
 
-Work that goes on compares them, so that it does not go on with other content under the same name.
+Work that is resumed compares them, so that it does not continue with changed content under the same name.
 """
 
 from __future__ import annotations
@@ -23,34 +23,34 @@ IMAGES = ("data", "data.source", "data.public")  # the first is an option of a n
 
 
 def contents(config: RunConfig, options: Iterable[str] = OPTIONS, require: bool = True) -> dict[str, str]:
-    """Returns the `fingerprints` of what these options of a run name."""
+    """Returns the `fingerprints` of what the given options of a run name."""
     flat = config.flat()
     return fingerprints([(option, flat[option]) for option in options], require, config.data.ids)
 
 
 def fingerprints(named: Iterable[tuple[str, object]], require: bool = True, ids: str = "") -> dict[str, str]:
-    """Returns ``option = 'value'`` -> fingerprint for options and values; what is built in has none and is left out.
+    """Returns ``option = 'value'`` -> fingerprint for pairs of option and value. Built-in values are left out.
 
     Args:
-        require: whether all must be there; if not, what cannot be read is left out.
-        ids: under which name `data.source` holds ids of devices; empty: it has none.
+        require: whether all must be readable; if not, those that cannot be read are left out.
+        ids: name under which `data.source` has ids of devices; empty: it has none.
 
     Raises:
-        TapflError: if something that must be there cannot be read.
+        TapflError: with `require`, if one cannot be read.
     """
-    found: dict[str, str] = {}
+    result: dict[str, str] = {}
     for option, value in named:
         try:
             if is_plugin(str(value)) if option in PLUGIN_OPTIONS else value not in NOT_PATHS:
-                found[f"{option} = {value!r}"] = content_of(option, str(value), ids)
+                result[f"{option} = {value!r}"] = content_of(option, str(value), ids)
         except TapflError:
             if require:
                 raise
-    return found
+    return result
 
 
 def content_of(option: str, value: str, ids: str = "") -> str:
-    """Returns the fingerprint of what an option's value names: of images that of their `ImageSet`.
+    """Returns the fingerprint of what an option's value names; for images, that of their `ImageSet`.
 
     Raises:
         DataError: if images are missing.
@@ -61,7 +61,7 @@ def content_of(option: str, value: str, ids: str = "") -> str:
     try:
         plugin = option in PLUGIN_OPTIONS
         return file_fingerprint(file_of_plugin(option, value) if plugin else Path(value).expanduser())
-    except (OSError, ValueError, RuntimeError) as error:  # a name with a zero byte; the home of nobody
+    except (OSError, ValueError, RuntimeError) as error:  # such as a name with a zero byte, or an unknown user's home
         raise ConfigError(f"{option} = {value!r}: cannot be read ({message_of(error)})") from None
 
 
@@ -77,11 +77,11 @@ def _of_images(source: str, by_device: bool, flat: bool) -> str:
 
 
 def path_of(source: str) -> Path:
-    """Returns the path that a source names. Raises DataError if the system has no such names."""
+    """Returns the path that a source names. Raises DataError if the system does not accept it."""
     try:
         path = Path(source).expanduser()
         path.is_dir()
-    except (OSError, RuntimeError) as error:  # a name that is too long; the home of nobody
+    except (OSError, RuntimeError) as error:  # such as a name that is too long, or an unknown user's home
         raise DataError(f"data source {source!r:.80}: cannot be read ({message_of(error)}); {SOURCES}") from None
     return path
 
@@ -92,7 +92,7 @@ def no_such_source(source: str) -> DataError:
 
 
 def file_fingerprint(path: Path) -> str:
-    """Returns the start of a file's SHA-256, 16 hex digits. Many runs of the same file read it once."""
+    """Returns the first 16 hex digits of a file's SHA-256. An unchanged file is read once per process."""
     status = path.stat()
     return _file_hash(path, status.st_size, status.st_mtime_ns)
 
@@ -103,13 +103,17 @@ def _file_hash(path: Path, size: int, time: int) -> str:
 
 
 def changed(before: Mapping[str, str], now: Mapping[str, str], since: str = "this run began") -> list[str]:
-    """Returns in words which fingerprints of `now` are not those of `before`, which was written down `since` when."""
-    odd = [name for name, fingerprint in now.items() if before.get(name) != fingerprint]
+    """Returns a sentence for each fingerprint of `now` that is not in `before`.
+
+    Args:
+        since: the event at which `before` was stored, for the sentences.
+    """
+    different = [name for name, fingerprint in now.items() if before.get(name) != fingerprint]
     return [
         f"{name}: the {_what(name)} changed since {since}"
         if name in before
-        else f"{name}: the {_what(name)} of then are not known"
-        for name in odd
+        else f"{name}: the {_what(name)} at that time are not known"
+        for name in different
     ]
 
 

@@ -1,11 +1,11 @@
-"""Pictures in the size of a backbone: decoded once into a file that all processes map, or whenever they are needed.
+"""Pictures in the size of a backbone: decoded once into a file that all processes map, or each time they are read.
 
-A source that fits the limit is decoded as a whole when it is first opened, so that a damaged picture is named before
-anything else happens. Of a larger one only a sample is; every so many of its images have a place in the file, are kept
-there when they are first read, and the others are decoded each time.
+A source that fits the limit is decoded completely when it is first opened, so that a damaged picture is reported before
+anything else happens. Of a larger source, only a sample is decoded at first. Evenly spaced images of it have a place in
+the file, where they are stored when they are first read. All others are decoded each time.
 
-Threads decode, not torch's DataLoader: Pillow lets go of the interpreter while it decodes and scales, so threads do the
-same work, without processes that each import torch, for every worker and anew for every device.
+Pictures are decoded in threads, not by torch's DataLoader. Pillow releases the GIL while it decodes and scales, so
+threads are as fast, and avoid processes that would each import torch, in every worker and again for every device.
 """
 
 from __future__ import annotations
@@ -28,21 +28,21 @@ from tapfl.errors import DataError
 from tapfl.progress import stage
 from tapfl.store import whole_file
 
-DIM = 16  # of 255, to which 12 of 16 bits are scaled: no source of pictures is darker throughout
-AT_ONCE = 64  # pictures that are decoded between two writes
-SAMPLE = 256  # pictures of a source beyond the limit that are looked at when it is first opened
+DIM = 16  # of 255; the brightest value of 12-bit data in 16-bit files, and no proper source is darker
+AT_ONCE = 64  # pictures decoded between two writes
+SAMPLE = 256  # pictures of a source beyond the limit that are checked when it is first opened
 
 T = TypeVar("T")
 
 
 def cores() -> int:
-    """Returns how many threads may work: OMP_NUM_THREADS, which Ray sets to the CPUs of a worker, or all cores."""
-    said = os.environ.get("OMP_NUM_THREADS", "")
-    return int(said) if said.isdigit() and int(said) else len(os.sched_getaffinity(0))
+    """Returns the number of threads to use: OMP_NUM_THREADS, which Ray sets to the CPUs of a worker, or all cores."""
+    value = os.environ.get("OMP_NUM_THREADS", "")
+    return int(value) if value.isdigit() and int(value) else len(os.sched_getaffinity(0))
 
 
 def ahead(read: Callable[[np.ndarray], T], batches: Iterable[np.ndarray]) -> Iterator[T]:
-    """Yields what `read` returns for each batch of positions; where cores are to spare, the next is read meanwhile."""
+    """Yields ``read(batch)`` for each batch of positions. With more than one core, it reads the next batch ahead."""
     if cores() == 1:
         yield from map(read, batches)
         return
@@ -61,10 +61,10 @@ class DecodedImages:
     """Images that are decoded each time they are read.
 
     Attributes:
-        decode: position -> uint8 of `shape`; called from several threads.
-        count: how many there are.
-        shape: height, width, channels.
-        key: as in `Images`; also names their file in the cache.
+        decode: maps a position to an image, uint8 of `shape`; called from several threads.
+        count: number of images.
+        shape: (height, width, channels).
+        key: as in `Images`; also the name of their file in the cache.
     """
 
     decode: Callable[[int], np.ndarray]
@@ -76,19 +76,20 @@ class DecodedImages:
         return self.count
 
     def read(self, positions: np.ndarray) -> np.ndarray:
-        found = np.empty((len(positions), *self.shape), np.uint8)
+        images = np.empty((len(positions), *self.shape), np.uint8)
         several = cores() > 1 and len(positions) > 1
-        with warnings.catch_warnings(action="ignore"), ThreadPoolExecutor(cores()) as threads:  # of odd metadata
-            for place, image in enumerate((threads.map if several else map)(self.decode, positions.tolist())):
-                found[place] = image
-        return found
+        # ignored are warnings about unusual metadata
+        with warnings.catch_warnings(action="ignore"), ThreadPoolExecutor(cores()) as threads:
+            for i, image in enumerate((threads.map if several else map)(self.decode, positions.tolist())):
+                images[i] = image
+        return images
 
 
 @dataclass(frozen=True, eq=False)
 class PartlyKept:
-    """Images of which a share has a place in a file, at even distances, and is written there when it is first read.
+    """Images of which some, evenly spaced, have a place in a file and are written there when they are first read.
 
-    A place holds the pixels and their checksum, so that any number of processes may write, and be killed while they do.
+    A place holds the pixels and their checksum, so any number of processes may write, and may be killed while writing.
     """
 
     decoded: DecodedImages
@@ -107,28 +108,28 @@ class PartlyKept:
         return len(self.decoded)
 
     def read(self, positions: np.ndarray) -> np.ndarray:
-        found, places = np.empty((len(positions), *self.shape), np.uint8), self._places(positions)
+        images, places = np.empty((len(positions), *self.shape), np.uint8), self._places(positions)
         missing = np.ones(len(positions), bool)
         records = np.load(self.file, mmap_mode="r")
         for i in np.flatnonzero(places >= 0):
             record = records[places[i]]
-            found[i] = record["pixels"]
-            missing[i] = not record["sum"] or zlib.crc32(found[i]) != record["sum"]
+            images[i] = record["pixels"]
+            missing[i] = not record["sum"] or zlib.crc32(images[i]) != record["sum"]
         forget(records)
         if missing.any():
-            found[missing] = self.decoded.read(positions[missing])
-            self._write(found[missing], places[missing])
-        return found
+            images[missing] = self.decoded.read(positions[missing])
+            self._write(images[missing], places[missing])
+        return images
 
     def _places(self, positions: np.ndarray) -> np.ndarray:
-        """Returns the place of each image, int64 (n,); -1: it has none."""
+        """Returns the place of each image in the file, int64 (n,), or -1 if it has none."""
         count, most = len(self), max(self.places, 1)
         near = positions * self.places // count
         return np.where((near * count + most - 1) // most == positions if self.places else False, near, -1)
 
     def _write(self, images: np.ndarray, places: np.ndarray) -> None:
         kind = _record(self.shape)
-        with suppress(OSError):  # a full disk, a folder of others: the images are decoded again then
+        with suppress(OSError):  # if the disk is full or not writable, the images are decoded again next time
             start = self.file.stat().st_size - self.places * kind.itemsize
             file = os.open(self.file, os.O_WRONLY)
             try:
@@ -145,23 +146,23 @@ def _record(shape: tuple[int, int, int]) -> np.dtype[Any]:
 
 @dataclass(frozen=True)
 class DecodedCache:
-    """A folder of decoded pictures, which all runs and processes of a machine share.
+    """A folder of decoded pictures, shared by all runs and processes on a machine.
 
     Attributes:
-        limit: bytes that the file of one source may have.
+        limit: largest size of the file of one source, in bytes.
     """
 
     folder: Path
     limit: float
 
     def keep(self, decoded: DecodedImages, source: str) -> Images:
-        """Returns the same images, from a file as far as they fit; it is made if it is not there.
+        """Returns the same images backed by a file, as far as they fit in it. The file is made if it does not exist.
 
         Args:
             source: name of the source, for messages.
 
         Raises:
-            DataError: if a picture that was looked at cannot be decoded, or all are nearly black.
+            DataError: if a picture that is checked cannot be decoded, or if all of them are nearly black.
         """
         whole = self.folder / f"{decoded.key}.npy"
         kind = _record(decoded.shape)
@@ -198,7 +199,7 @@ def _write_whole(file: Path, decoded: DecodedImages, source: str) -> None:
 
 
 def refuse_dim(brightest: int, source: str) -> None:
-    """Raises DataError if no value of a whole source is over `brightest`, and that is nearly black."""
+    """Raises DataError if `brightest`, the largest value of a whole source, is nearly black."""
     if 0 < brightest <= DIM:
         raise DataError(
             f"data source {source!r}: all images are nearly black (no value is above {brightest} of 255), as "

@@ -1,4 +1,4 @@
-"""Who holds which image: the public pool, the private images, and the train and test part of each device."""
+"""Divides images into the public pool, the private images, and the training and test part of each device."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def open_pool(options: DataOptions, transform: Transform, seed: int, cache: Path
     """Returns the public pool: all of `public`, or otherwise the public share of `source`.
 
     Raises:
-        DataError: if the source is missing, or a class has too few images to be divided.
+        DataError: if the source is missing, or a class has too few images to divide.
     """
     if options.public:
         return load_images(options.public, transform, cache, cache_gb=options.cache_gb, unlabelled=True)
@@ -35,19 +35,19 @@ def open_pool(options: DataOptions, transform: Transform, seed: int, cache: Path
 
 
 def open_private(options: DataOptions, transform: Transform, seed: int, cache: Path) -> ImageSet:
-    """Returns all private images; each device uses its own part only (`partition`).
+    """Returns all private images. Each device uses only its own part (`partition`).
 
     Raises:
-        DataError: as `open_pool`.
+        DataError: as for `open_pool`.
     """
     source = load_images(options.source, transform, cache, options.ids, options.cache_gb)
     if not options.public:
         source = source.subset(split_public(source.labels, options.public_share, seed, source.classes)[1])
-    return _of_enough(source, options)
+    return _of_large_devices(source, options)
 
 
-def _of_enough(images: ImageSet, options: DataOptions) -> ImageSet:
-    """Returns the images without those of devices that have fewer than `min_images`, and the ids of the others."""
+def _of_large_devices(images: ImageSet, options: DataOptions) -> ImageSet:
+    """Returns the images without those of natural devices that have fewer than `min_images` images."""
     if images.owners is None:
         return images
     counts = np.bincount(images.owners, minlength=len(images.ids))
@@ -57,29 +57,29 @@ def _of_enough(images: ImageSet, options: DataOptions) -> ImageSet:
             f"data.min-images = {options.min_images}: the largest of {len(counts)} devices has {counts.max()} private "
             "images; accepted: a smaller number"
         )
-    here = np.isin(images.owners, stay)
+    chosen = np.isin(images.owners, stay)
     few = int(counts[counts < options.min_images].sum())
     reason = f"images of devices with fewer than {options.min_images} (data.min-images)"
     return replace(
-        images.subset(np.flatnonzero(here)),
-        owners=np.searchsorted(stay, images.owners[here]),
+        images.subset(np.flatnonzero(chosen)),
+        owners=np.searchsorted(stay, images.owners[chosen]),
         ids=tuple(images.ids[i] for i in stay),
         left_out={**images.left_out, reason: few} if few else images.left_out,
     )
 
 
-def labels_among(classes: Sequence[str], images: ImageSet, source: str, may_lack: bool = False) -> np.ndarray:
-    """Returns the labels of `images`, int64 (n,), as positions in `classes`: classes are matched by name.
+def labels_among(classes: Sequence[str], images: ImageSet, source: str, other_classes: bool = False) -> np.ndarray:
+    """Returns the labels of `images`, int64 (n,), as positions in `classes`. Classes are matched by name.
 
     Args:
-        may_lack: labels of images of other classes are -1.
+        other_classes: accept images of other classes, and give them the label -1.
 
     Raises:
-        DataError: if there is an image of a class that is not in `classes`, and may not be.
+        DataError: if an image has another class and this is not accepted.
     """
     position = {name: index for index, name in enumerate(classes)}
     unknown = [name for label in np.unique(images.labels) if (name := images.classes[label]) not in position]
-    if unknown and not may_lack:
+    if unknown and not other_classes:
         raise DataError(
             f"data source {source!r}: the public pool has no class {', '.join(unknown[:5])}; "
             f"it has {', '.join(classes[:10])}{', …' if len(classes) > 10 else ''}"
@@ -88,10 +88,10 @@ def labels_among(classes: Sequence[str], images: ImageSet, source: str, may_lack
 
 
 def check_pool(options: DataOptions, public: ImageSet, private: ImageSet, other_classes: bool = False) -> None:
-    """Raises DataError if the public source will not do beside the private one.
+    """Raises DataError if the public pool cannot be used with the private images.
 
-    Its images must be others: the backbone would be trained on the devices' test images. Unless it may have
-    `other_classes`, both sides need the same classes, and the pool an image of each private class.
+    The two must have different images; otherwise the backbone would be trained on test images of the devices. Unless
+    `other_classes` is set, both need the same classes, and the pool needs an image of each private class.
     """
     if not options.public:
         return
@@ -115,7 +115,7 @@ def check_pool(options: DataOptions, public: ImageSet, private: ImageSet, other_
 
 
 def found(options: DataOptions, public: ImageSet, private: ImageSet) -> list[str]:
-    """Returns a line for each source: what was found there, and what was left out."""
+    """Returns a line of text for each source: the images that were found, and what was left out."""
     if options.public:
         return [
             f"data.source = {options.source!r}: {private.described()}",
@@ -126,28 +126,28 @@ def found(options: DataOptions, public: ImageSet, private: ImageSet) -> list[str
 
 @dataclass(frozen=True)
 class DeviceSplit:
-    """Positions of a device's images in the private source: `train` for fitting and training, `test` for reports."""
+    """Positions of a device's images in the private source: `train` for training, `test` for evaluation."""
 
     train: np.ndarray
     test: np.ndarray
 
     @property
     def enough(self) -> bool:
-        """Whether these are enough to train and to report on."""
+        """Whether these are enough images to train and to evaluate."""
         return len(self.train) >= MIN_TRAIN and len(self.test) >= MIN_TEST
 
 
 def split_public(
     labels: np.ndarray, share: float, seed: int, classes: Sequence[str] = ()
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Returns sorted positions (public, private); `share` of the images of each class are public.
+    """Returns the sorted positions of the public and of the private images; a `share` of each class is public.
 
     Args:
         labels: int64 (n,).
-        classes: their names, for messages.
+        classes: names of the classes, for messages.
 
     Raises:
-        DataError: if a class has too few images for both sides.
+        DataError: if a class has too few images for both.
     """
     generator = numpy_generator(seed, "public")
     public: list[np.ndarray] = []
@@ -172,32 +172,29 @@ def partition(
 
     Args:
         labels: int64 (n,), classes of the private images.
-        devices: how many; 0: as many as the partitioner makes, where it says that.
-        owners: int64 (n,), numbers of the natural devices that the images come from, if that is known.
+        devices: number of devices; 0: as many as the partitioner makes, if it determines that.
+        owners: natural device of each image, int64 (n,), if it is known.
 
     Returns:
         One split for each device; positions refer to `labels`.
 
     Raises:
-        DataError: if there are too few images for that many devices, or the partitioner makes another number.
+        DataError: if there are too few images for that many devices, or the partitioner makes a different number.
     """
     parts = divide(labels, options, devices, seed, owners)
     return [split_device(part, labels, options, seed, i) for i, part in enumerate(parts)]
 
 
 def kept_partition(images: ImageSet, options: DataOptions, devices: int, seed: int, cache: Path) -> list[DeviceSplit]:
-    """Returns the `partition` of private images, which the first process of a machine computes and the others read."""
+    """Returns the `partition` of private images. The first process on a machine stores it, and the others read it."""
     chosen = options.model_dump_json(exclude={"source", "public", "cache_gb"})
     owners = b"" if images.owners is None else images.owners.tobytes()
     version = metadata.version("flwr-datasets")
-    file = (
-        cache
-        / "splits"
-        / f"{content_hash(images.labels.tobytes(), owners, chosen, f'{devices} {seed} {version}')}.safetensors"
-    )
+    key = content_hash(images.labels.tobytes(), owners, chosen, f"{devices} {seed} {version}")
+    file = cache / "splits" / f"{key}.safetensors"
     if not file.exists():
-        made = partition(images.labels, options, devices, seed, images.owners)
-        parts = [part for split in made for part in (split.train, split.test)]
+        splits = partition(images.labels, options, devices, seed, images.owners)
+        parts = [part for split in splits for part in (split.train, split.test)]
         ends = torch.tensor([len(part) for part in parts]).cumsum(0)
         write_tensors(file, {"positions": torch.from_numpy(np.concatenate(parts)), "ends": ends})
     kept = {name: tensor.numpy() for name, tensor in read_tensors(file).items()}
@@ -206,16 +203,17 @@ def kept_partition(images: ImageSet, options: DataOptions, devices: int, seed: i
 
 
 def split_device(part: np.ndarray, labels: np.ndarray, options: DataOptions, seed: int, device: int) -> DeviceSplit:
-    """Returns the two parts of one device's images: the one it trains on, and the one it reports on.
+    """Returns the split of one device's images into those it trains on and those it is evaluated on.
 
-    With `data.evaluate` = `validation` both come from its training part: a choice made by what is reported has then not
-    used the test part.
+    With ``data.evaluate = validation`` both come from the training part, so that choices made by the reported accuracy
+    do not use the test part.
 
     Args:
-        part: sorted positions of its images in the source that `labels`, int64 (n,), belong to.
+        part: sorted positions of the device's images in the source.
+        labels: of all images of the source, int64 (n,).
 
     Raises:
-        DataError: if there are too few.
+        DataError: if there are too few images.
     """
     split = _stratified(part, labels, options.test_share, numpy_generator(seed, "test", device))
     if options.evaluate == "validation":
@@ -236,7 +234,7 @@ def require_enough(split: DeviceSplit, options: DataOptions, device: int) -> Non
 
 
 def _stratified(part: np.ndarray, labels: np.ndarray, share: float, generator: np.random.Generator) -> DeviceSplit:
-    """Splits `part`: `share` of the images of each class go to `test`, up to rounding."""
+    """Returns `part` split so that a `share` of each class is in `test`, up to rounding."""
     test: list[int] = []
     due = 0.0
     for label in np.unique(labels[part]):

@@ -1,4 +1,4 @@
-"""Folders of images: which files are images of which class, and which files are left out."""
+"""Folders of images: finds the images and their classes, and counts the files that are left out."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ import numpy as np
 from tapfl.errors import DataError, NoImagesError
 from tapfl.memo import recent
 
-# what Pillow decodes without further programs; of an animation the first picture is used
+# formats that Pillow decodes without other programs; of an animation, the first picture is used
 IMAGE_ENDINGS = {
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".jp2", ".png", ".bmp", ".dib", ".gif", ".webp", ".avif"),
     *(".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".tga"),
 }
-# what file servers and archives put beside pictures: thumbnails, deleted files, metadata
+# folders that file servers and archives add: thumbnails, deleted files, metadata
 SYSTEM_FOLDERS = {
     "@eaDir",
     "#recycle",
@@ -33,14 +33,14 @@ SYSTEM_FOLDERS = {
     "__MACOSX",
     "lost+found",
 }
-PARTS = {"train", "training", "val", "valid", "validation", "test", "testing"}  # of a data set, not classes
-MANY, FRESH = 100_000, 60.0  # images, seconds: a larger source is looked at again after that time
+PARTS = {"train", "training", "val", "valid", "validation", "test", "testing"}  # parts of a data set, not classes
+MANY, FRESH = 100_000, 60.0  # the listing of a source with more images than MANY is cached for FRESH seconds
 BESIDE = "images outside the classes' folders"
 ANNOTATIONS = "val_annotations.txt"  # of Tiny-ImageNet's validation part, where one folder holds all classes
 
 
 class Names:
-    """Paths below a folder, as bytes without a Python object each: a million of them take 50 MB."""
+    """Relative paths, stored in one bytes object instead of a Python object each: a million of them take 50 MB."""
 
     def __init__(self, names: Iterable[str]) -> None:
         encoded = [os.fsencode(name) for name in names]
@@ -63,10 +63,10 @@ class Listing:
 
     Attributes:
         root: the folder.
-        classes: names in NFC, in which all systems can agree, sorted; none if the images lie in the folder itself.
-        counts: int64, the number of images of each class.
-        names: paths of the images below `root`, class by class, sorted.
-        left_out: reason -> number of files or folders that are no images.
+        classes: names, sorted and in NFC, which is the same on all systems; empty if the images are directly in `root`.
+        counts: number of images of each class, int64.
+        names: paths of the images relative to `root`, class by class, sorted.
+        left_out: reason -> number of files or folders that are not images.
     """
 
     root: Path
@@ -77,14 +77,14 @@ class Listing:
 
     @property
     def labels(self) -> np.ndarray:
-        """The position in `classes` of each image, int64 (n,); -1 where there are none."""
+        """The position in `classes` of each image, int64 (n,); -1 if there are no classes."""
         if not self.classes:
             return np.full(len(self.names), -1, dtype=np.int64)
         return np.repeat(np.arange(len(self.classes)), self.counts)
 
     @property
     def owners(self) -> list[str]:
-        """The name, in NFC, of the device's folder in which each image lies."""
+        """The name, in NFC, of the device's folder that each image is in."""
         return [sys.intern(unicodedata.normalize("NFC", name.split("/", 1)[0])) for name in self.names]
 
     def file(self, position: int) -> str:
@@ -93,10 +93,10 @@ class Listing:
 
     @cached_property
     def fingerprint(self) -> str:
-        """A hash of names, sizes and times of the images; the folder's own place does not count.
+        """A hash of the images' names, sizes and times. It does not depend on the path of the folder.
 
         Raises:
-            DataError: if one has gone, or its folder may be listed and not entered.
+            DataError: if an image has disappeared, or its folder can be listed but not entered.
         """
         digest = hashlib.sha256()
         parts = zip(self.classes, self.counts, strict=True) if self.classes else [("", len(self.names))]
@@ -114,7 +114,13 @@ class Listing:
 
 @dataclass
 class _Found:
-    """What was found so far: class -> paths below `root`, and images beside the folders of the classes."""
+    """The images found so far.
+
+    Attributes:
+        files: class -> paths relative to `root`.
+        beside: names of images that are outside the classes' folders.
+        left_out: as in `Listing`.
+    """
 
     root: Path
     files: dict[str, list[str]] = field(default_factory=dict)
@@ -124,21 +130,21 @@ class _Found:
 
 @recent(FRESH, keep=lambda listing: len(listing.names) > MANY)
 def list_images(root: Path, by_device: bool = False, flat: bool = False) -> Listing:
-    """Returns the images of a folder that has one folder a class, or is Tiny-ImageNet's validation part.
+    """Returns the images of a folder that has one folder per class, or is Tiny-ImageNet's validation part.
 
-    Images may lie in folders within the class's folder. Links are followed.
+    Images may be in folders within the class's folder. Links are followed.
 
     Args:
-        by_device: it has one folder a device, and each of them one folder a class.
-        flat: accept images that lie in the folder itself as images without classes, if no folder in it has any.
+        by_device: the folder has one folder per device, and each of these one folder per class.
+        flat: accept images directly in the folder as images without classes, if its subfolders have no images.
 
     Raises:
-        NoImagesError: if it has none.
-        DataError: if it has the parts of a data set or a single folder of folders in place of classes,
-            or two classes are one folder.
+        NoImagesError: if there are no images.
+        DataError: if the folder contains the parts of a data set, or a single folder of folders, instead of classes, or
+            if two classes are the same folder.
     """
     found = _Found(root)
-    expected = "one folder a device with one folder of images a class" if by_device else "one folder of images a class"
+    expected = ("one folder per device with " if by_device else "") + "one folder of images per class"
     try:
         if by_device:
             for device in _folders(found, root):
@@ -154,8 +160,8 @@ def list_images(root: Path, by_device: bool = False, flat: bool = False) -> List
         del found.left_out[BESIDE]
         return Listing(root, (), np.zeros(0, np.int64), Names(sorted(found.beside)), found.left_out)
     if not files:
-        there = f" (found {listed(found.left_out)})" if found.left_out else ""
-        raise NoImagesError(f"data source {str(root)!r}: holds no images; {expected} is expected{there}")
+        others = f" (found {listed(found.left_out)})" if found.left_out else ""
+        raise NoImagesError(f"data source {str(root)!r}: holds no images; {expected} is expected{others}")
     if not by_device and not (root / ANNOTATIONS).is_file():
         _refuse_one_above(root, files)
     counts = np.array([len(paths) for paths in files.values()])
@@ -167,19 +173,19 @@ def _parts(path: str) -> list[str]:
 
 
 def listed(left_out: Mapping[str, int]) -> str:
-    """Returns what was left out in words, the most frequent first: ``hidden: 8, .txt files: 2``."""
+    """Returns what was left out as text, the most frequent reason first: ``hidden: 8, .txt files: 2``."""
     most = sorted(left_out.items(), key=lambda item: (-item[1], item[0]))
     shown = [f"{reason}: {count}" for reason, count in most[:8]]
     return ", ".join([*shown, f"others: {sum(count for _, count in most[8:])}"] if most[8:] else shown)
 
 
 def _entries(folder: str | Path, left_out: Counter[str]) -> Iterator[tuple[os.DirEntry[str], bool]]:
-    """Yields the folders and the images in a folder, and whether each is a folder; counts what else is there."""
+    """Yields the folders and images in a folder, each with whether it is a folder. Counts everything else."""
     for entry in os.scandir(folder):
         if entry.name.startswith("."):
             left_out["hidden"] += 1
         elif entry.name in SYSTEM_FOLDERS:
-            left_out["folders of the system"] += 1
+            left_out["system folders"] += 1
         elif entry.is_dir():
             yield entry, True
         elif not entry.is_file():
@@ -187,13 +193,17 @@ def _entries(folder: str | Path, left_out: Counter[str]) -> Iterator[tuple[os.Di
         elif (ending := os.path.splitext(entry.name)[1].lower()) in IMAGE_ENDINGS:  # noqa: PTH122 (a million times)
             yield entry, False
         else:
-            left_out[f"{ending} files" if ending else "files without an ending"] += 1
+            left_out[f"{ending} files" if ending else "files without an extension"] += 1
 
 
 def _folders(found: _Found, root: Path) -> list[Path]:
-    """Returns the folders in `root`, sorted, and counts what else is there. Raises DataError if two are the same."""
+    """Returns the folders in `root`, sorted, and notes everything else in `found`.
+
+    Raises:
+        DataError: if the folders are the parts of a data set, or two of them are the same.
+    """
     folders = []
-    for entry, is_folder in sorted(_entries(root, found.left_out), key=lambda each: each[0].name):
+    for entry, is_folder in sorted(_entries(root, found.left_out), key=lambda item: item[0].name):
         if is_folder:
             folders.append(Path(entry.path))
         else:
@@ -223,14 +233,14 @@ def _refuse_parts(root: Path, folders: list[Path]) -> None:
     accepted = (
         f"name one of them, such as {str(with_classes[0])!r} (data.source), and {which}"
         if with_classes
-        else "one folder of images a class is expected"
+        else "one folder of images per class is expected"
     )
     names = " and ".join(folder.name for folder in folders)
     raise DataError(f"data source {str(root)!r}: has the folders {names} instead of classes; {accepted}")
 
 
 def _refuse_one_twice(root: Path, folders: list[Path]) -> None:
-    """Raises DataError if two folders are one, by a link: each image would be there twice."""
+    """Raises DataError if two folders are the same by a link, because each image would be counted twice."""
     names: dict[str, str] = {}
     for folder in folders:
         if (other := names.setdefault(os.path.realpath(folder), folder.name)) != folder.name:
@@ -238,7 +248,7 @@ def _refuse_one_twice(root: Path, folders: list[Path]) -> None:
 
 
 def _refuse_one_above(root: Path, files: Mapping[str, Sequence[str]]) -> None:
-    """Raises DataError if the only class holds folders of images and no images beside them: those are the classes."""
+    """Raises DataError if there is one class and it contains only folders of images: these are probably the classes."""
     if len(files) != 1:
         return
     ((name, paths),) = files.items()
@@ -252,17 +262,17 @@ def _refuse_one_above(root: Path, files: Mapping[str, Sequence[str]]) -> None:
 
 
 def _images(folder: str, below: str, left_out: Counter[str], above: tuple[str, ...]) -> Iterator[str]:
-    """Yields the images in a folder and in folders within it, as paths that begin with `below`.
+    """Yields the images in a folder and its subfolders, as paths that begin with `below`.
 
     Args:
-        above: real paths of the folders on the way here, so that a link to one of them is not followed for ever.
+        above: real paths of the parent folders, so that a link to one of them is not followed forever.
     """
-    if (here := os.path.realpath(folder)) in above:
-        left_out["links that lead in a circle"] += 1
+    if (real := os.path.realpath(folder)) in above:
+        left_out["circular links"] += 1
         return
     for entry, is_folder in _entries(folder, left_out):
         if is_folder:
-            yield from _images(entry.path, f"{below}/{entry.name}", left_out, (*above, here))
+            yield from _images(entry.path, f"{below}/{entry.name}", left_out, (*above, real))
         else:
             yield f"{below}/{entry.name}"
 

@@ -1,4 +1,4 @@
-"""Data sets of Hugging Face's hub, of its library's cache, or of a folder that the library wrote."""
+"""Data sets from the Hugging Face hub, from its library's cache, or from a folder that the library wrote."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from tapfl.memo import recent
 
 @recent(FRESH, keep=lambda table: len(table) > MANY)
 def open_table(name: str) -> Any:
-    """Returns the rows of ``NAME[:SPLIT]``, a `datasets.Dataset`; the split is `train` if none is given.
+    """Returns the rows of ``NAME[:SPLIT]`` as a `datasets.Dataset`; the default split is `train`.
 
-    The name may be that of a folder, also of one that `save_to_disk` wrote.
+    The name may be that of a folder, including one that `save_to_disk` wrote.
 
     Raises:
         DataError: if it cannot be loaded.
     """
-    from datasets import load_dataset, load_from_disk  # heavy, and only this source needs it
+    from datasets import load_dataset, load_from_disk  # slow to import, and only this source needs it
 
     name, _, split = name.partition(":")
     if not name:
@@ -28,16 +28,16 @@ def open_table(name: str) -> Any:
     try:
         if not any((Path(name) / file).is_file() for file in ("state.json", "dataset_dict.json")):
             return load_dataset(name, split=split)
-        tables = load_from_disk(name)  # of save_to_disk, which load_dataset refuses
+        tables = load_from_disk(name)  # written by save_to_disk; load_dataset refuses it
     except Exception as error:
         raise DataError(f"data source 'hf:{name}': cannot be loaded ({message_of(error)})") from None
-    tables = tables if isinstance(tables, dict) else {"train": tables}  # which was saved without splits
+    tables = tables if isinstance(tables, dict) else {"train": tables}  # saved without splits
     if split not in tables:
         raise DataError(f"data source 'hf:{name}': has no split {split!r}; accepted: {', '.join(tables)}")
     return tables[split]
 
 
 def fingerprint_of(table: Any) -> str:
-    """Returns the fingerprint under which the library caches the table; the same for the same files."""
+    """Returns the fingerprint under which the library caches the table; it is the same for the same files."""
     fingerprint: str = table._fingerprint
     return fingerprint

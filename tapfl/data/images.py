@@ -1,4 +1,4 @@
-"""Images as they lie: in an array, in a file that is mapped into memory, or in files that are decoded when needed."""
+"""Images in an array, in a memory-mapped file, or in files that are decoded when needed; and labelled views of them."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from tapfl.data.folders import listed
 from tapfl.errors import DataError
 from tapfl.store import Pieces
 
-AT_ONCE = 256  # images that are read together where all of them are read
+AT_ONCE = 256  # images per read when all images are read
 
 
 class Images(Protocol):
-    """All images of a source, in one size. They stay where they are; what is read is a copy.
+    """All images of a source, in the same size. `read` returns copies.
 
     Attributes:
-        shape: height, width, channels.
-        key: names their content without an image being read; empty: only their bytes do.
+        shape: (height, width, channels).
+        key: identifies the content without reading an image; empty if only the bytes of the images do.
     """
 
     @property
@@ -39,7 +39,7 @@ class Images(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class ArrayImages:
-    """Images of an array in memory, or of one that is mapped: what was read of it counts as no memory of the process.
+    """Images of an array in memory, or of a memory-mapped one, whose pages are released after each read.
 
     Attributes:
         array: uint8 (n, height, width, channels).
@@ -58,14 +58,14 @@ class ArrayImages:
         return len(self.array)
 
     def read(self, positions: np.ndarray) -> np.ndarray:
-        found: np.ndarray = np.asarray(self.array[positions])
+        images: np.ndarray = np.asarray(self.array[positions])
         forget(self.array)
-        return found
+        return images
 
 
 def forget(array: np.ndarray) -> None:
-    """Gives the pages of a mapped array back; the system keeps the file's content as long as it has room."""
-    mapped = getattr(array, "_mmap", None)  # of np.memmap
+    """Releases the pages of a memory-mapped array from this process; the system may keep them in its page cache."""
+    mapped = getattr(array, "_mmap", None)  # an attribute of np.memmap
     if mapped is not None:
         mapped.madvise(mmap.MADV_DONTNEED)
 
@@ -78,19 +78,19 @@ def in_order(count: int, batch: int) -> Iterator[np.ndarray]:
 
 @dataclass(frozen=True, eq=False)
 class ImageSet:
-    """Images, usually with labels: a view of a source, which holds positions and labels and no image.
+    """Images of a source, usually with labels. It is a view that stores positions and labels, but no images.
 
     Attributes:
         images: all images of the source.
-        labels: int64 (n,), positions in `classes`; -1 everywhere if the images have no labels.
-        classes: names, in the order of the labels, in Unicode's NFC; none if the images have no labels.
-        owners: int64 (n,), positions in `ids`; None: it is not known whose images they are.
-        ids: of the natural devices, such as users or hospitals, sorted, in Unicode's NFC.
-        identity: int64 (n,), of each image's pixels (`tapfl.data.changing`); None: not asked for.
-        fingerprint: names the content of the whole source: a hash of an .npz file, of a folder's names, sizes and
-            times; `subset` keeps it.
+        labels: positions in `classes`, int64 (n,); all -1 if the images have no labels.
+        classes: class names in the order of the labels, in Unicode's NFC; empty if the images have no labels.
+        owners: natural device of each image as a position in `ids`, int64 (n,); None if unknown.
+        ids: names of the natural devices, such as users or hospitals, sorted, in Unicode's NFC.
+        identity: hash of each image's pixels (`tapfl.data.changing`), int64 (n,); None if not needed.
+        fingerprint: identifies the content of the whole source: a hash of an .npz file, or of a folder's names, sizes
+            and times. `subset` keeps it.
         left_out: reason -> number of files of the source that are not among the images.
-        positions: int64 (n,) in `images`; None: all of them, in order.
+        positions: positions in `images`, int64 (n,); None for all of them in order.
     """
 
     images: Images
@@ -110,7 +110,7 @@ class ImageSet:
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
-        """Number of images, height, width, channels."""
+        """(number of images, height, width, channels)."""
         return len(self), *self.images.shape
 
     def __len__(self) -> int:
@@ -122,7 +122,7 @@ class ImageSet:
 
     def subset(self, chosen: np.ndarray) -> ImageSet:
         """Returns the images at these positions of the set, in that order; no image is read or copied."""
-        owners, identity = (None if each is None else each[chosen] for each in (self.owners, self.identity))
+        owners, identity = (None if column is None else column[chosen] for column in (self.owners, self.identity))
         labels, positions = self.labels[chosen], self._at(chosen)
         return replace(self, labels=labels, positions=positions, owners=owners, identity=identity)
 
@@ -138,15 +138,17 @@ class ImageSet:
 
     @property
     def owner_names(self) -> tuple[str, ...]:
-        """The ids of the devices that these images come from, as far as they are known."""
+        """The ids of the natural devices that these images come from; empty if unknown."""
         return () if self.owners is None else tuple(self.ids[i] for i in np.unique(self.owners))
 
     def _at(self, chosen: np.ndarray) -> np.ndarray:
         return chosen if self.positions is None else self.positions[chosen]
 
     def content(self) -> list[Pieces]:
-        """Returns what `content_hash` knows the images by, without labels: their bytes, or, where the source has a
-        key, that and their positions."""
+        """Returns what identifies the images, without labels, for `content_hash`.
+
+        This is the key of the source and the positions, or if the source has no key, the bytes of the images.
+        """
         if not self.images.key:
             return [Pieces(int(np.prod(self.shape)), self._pieces())]
         positions = np.arange(len(self)) if self.positions is None else self.positions
@@ -158,16 +160,16 @@ class ImageSet:
             yield np.ascontiguousarray(self.read(part))
 
     def require(self, name: str, fingerprint: str) -> ImageSet:
-        """Returns the images. Raises DataError if they are not those of `fingerprint`; empty: whatever they are."""
-        if fingerprint and fingerprint != self.fingerprint:  # which the message must not tell: it reaches the server
+        """Returns the images. Raises DataError if they have another fingerprint, unless `fingerprint` is empty."""
+        if fingerprint and fingerprint != self.fingerprint:  # not in the message, because it reaches the server
             raise DataError(f"{name}: the images changed since this run began")
         return self
 
     def described(self, kind: str = "") -> str:
-        """Returns in a line how many images of how many classes there are, of which size, and what was left out.
+        """Returns a line with the number of images and classes, the image size, and what was left out.
 
         Args:
-            kind: a word for these images, such as `private`.
+            kind: an adjective for these images, such as `private`.
         """
         height, width, channels = self.images.shape
         colours = "grey" if channels == 1 else "RGB"

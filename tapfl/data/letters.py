@@ -1,7 +1,7 @@
-"""The built-in source `letters`: capital letters, drawn by Pillow in the font that is part of it.
+"""The built-in source `letters`: capital letters, drawn by Pillow in its own font.
 
-A public pool for devices that hold digits: images of the same kind, of other classes. With one version of Pillow they
-are always the same, and they need no file and no network.
+It is a public pool for devices with digits: similar images of other classes. With a given version of Pillow the images
+are always the same. They need no file and no network.
 """
 
 from __future__ import annotations
@@ -13,11 +13,14 @@ from PIL import Image, ImageDraw, ImageFont
 
 PIXELS = 32  # height and width
 EACH = 60  # images of each letter
-SIZES, ANGLES, SHIFTS, STROKES = (28, 36), (-15, 15), (-2, 2), (0, 2)  # lowest and highest: points, degrees, pixels
+SIZES, ANGLES, SHIFTS, STROKES = (28, 36), (-15, 15), (-2, 2), (0, 2)  # (min, max) in points, degrees and pixels
 
 
 def drawn_letters() -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
-    """Returns bright letters on black, uint8 (1560, 32, 32, 1), in random sizes, angles and places; labels; names."""
+    """Returns images of bright letters on black, their labels, and the class names.
+
+    The images are uint8 (1560, 32, 32, 1); sizes, angles and positions of the letters are random.
+    """
     names, generator = tuple(string.ascii_uppercase), np.random.default_rng(0)
     images = [_drawn(letter, generator) for letter in names for _ in range(EACH)]
     return np.stack(images)[..., None], np.repeat(np.arange(len(names)), EACH), names

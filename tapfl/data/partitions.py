@@ -1,4 +1,4 @@
-"""Which device gets which private image: the partitioners of flwr-datasets, by their class names or by short names."""
+"""Divides private images among devices with the partitioners of flwr-datasets, by class name or short name."""
 
 from __future__ import annotations
 
@@ -13,23 +13,24 @@ from tapfl.errors import DataError, message_of
 from tapfl.seeds import numpy_generator
 
 MIN_TRAIN, MIN_TEST = 8, 2
-OURS = ("num_partitions", "seed")  # arguments that follow from other options
+OURS = ("num_partitions", "seed")  # arguments that are set by other options
 
 
 def divide(
     labels: np.ndarray, options: DataOptions, devices: int, seed: int, owners: np.ndarray | None = None
 ) -> list[np.ndarray]:
-    """Returns the sorted positions, int64, of each device's images; with some partitioners not all images have one.
+    """Returns the sorted positions, int64, of each device's images. Some partitioners leave images without a device.
 
     Args:
         labels: int64 (n,), classes of the private images.
-        devices: how many; 0: as many as the partitioner makes, where it says that (`DataOptions.makes_devices`).
-        owners: int64 (n,), numbers of the natural devices that the images come from, if that is known.
+        devices: number of devices; 0: as many as the partitioner makes, if it determines that
+            (`DataOptions.makes_devices`).
+        owners: natural device of each image, int64 (n,), if it is known.
 
     Raises:
-        DataError: if an argument is not the partitioner's, or there are too few images for that many devices.
+        DataError: if the partitioner does not take an argument, or there are too few images for that many devices.
     """
-    from datasets import Dataset  # with pyarrow and pandas: seconds, once a process
+    from datasets import Dataset  # imports pyarrow and pandas, which takes seconds
 
     _check_enough(labels, options, devices)
     order = numpy_generator(seed, "order").permutation(len(labels))
@@ -40,13 +41,13 @@ def divide(
     partitioner.dataset = Dataset.from_dict(columns)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # some classes belong to none of few devices, as intended
+            warnings.simplefilter("ignore", UserWarning)  # with few devices, some classes belong to none; intended
             made = partitioner.num_partitions
             parts = [partitioner.load_partition(i)["position"] for i in range(min(devices or made, made))]
-    except Exception as error:  # of the partitioner: it checks some of its arguments when it has seen the labels
+    except Exception as error:  # partitioners check some arguments only now, with the labels
         why = " ".join(str(error).split()) if isinstance(error, ValueError) else message_of(error)
         raise DataError(f"data.partition = {options.partition!r} for {devices} devices: {why}") from None
-    if devices not in (0, made) and options.partition != "class-blocks":  # which leaves classes of further blocks out
+    if devices not in (0, made) and options.partition != "class-blocks":  # class-blocks may leave classes out
         makes = f"data.partition = {options.partition!r} makes {made}"
         raise DataError(f"devices.count = {devices}: {makes}; accepted: {made}")
     return [np.sort(np.array(part, dtype=np.int64)) for part in parts]
@@ -98,7 +99,7 @@ def _partitioner(options: DataOptions, devices: int, seed: int, columns: dict[st
 
 
 def _natural_ids(column: str) -> Any:
-    """Returns what divides as NaturalIdPartitioner does, which draws a bar of its own on the screen."""
+    """Returns a partitioner that divides like NaturalIdPartitioner, but without the latter's progress bar."""
     from flwr_datasets.partitioner import GroupedNaturalIdPartitioner
 
     return GroupedNaturalIdPartitioner(partition_by=column, group_size=1, sort_unique_ids=True)
@@ -112,24 +113,24 @@ def _by_class_name(name: str, options: DataOptions, ours: dict[str, int], column
     known = parameters([kind.__init__])
     taken = {key: annotation for key, annotation in known.items() if key not in OURS}
     written = f"data.partition-args = {options.partition_args!r:.200}"
-    given: dict[str, Any] = {key: _table(value) for key, value in parse_args(options.partition_args).items()}
+    args: dict[str, Any] = {key: _table(value) for key, value in parse_args(options.partition_args).items()}
     try:
-        require_taken(given, taken, name)
+        require_taken(args, taken, name)
     except ValueError as error:
         raise DataError(f"data.partition-args = {error}") from None
     if "partition_by" in taken:
-        given["partition_by"] = column = options.divided_by
+        args["partition_by"] = column = options.divided_by
         if column not in columns or column == "position":
             accepted = ", ".join(sorted(columns.keys() - {"position"}))
             raise DataError(f"{written}: these images have no {column!r} to partition by; accepted: {accepted}")
     if name == "NaturalIdPartitioner":
-        return _natural_ids(given["partition_by"])
+        return _natural_ids(args["partition_by"])
     arguments = {key: value for key, value in ours.items() if key in known} | {
-        key: _as_taken(value, taken[key]) for key, value in given.items()
+        key: _converted(value, taken[key]) for key, value in args.items()
     }
     try:
         return kind(**arguments)
-    except (TypeError, ValueError) as error:  # one is missing, or out of range
+    except (TypeError, ValueError) as error:  # an argument is missing or out of range
         why = " ".join(str(error).split()).removeprefix(f"{name}.__init__() ")
         raise DataError(f"{written}: {why}") from None
 
@@ -142,8 +143,8 @@ def _table(value: Any) -> Any:
     return tuple(row if isinstance(row, tuple) else (row,) for row in rows)
 
 
-def _as_taken(value: Any, annotation: Any) -> Any:
-    """Returns a tuple as the array or list that the partitioner takes, and one number for a list as a list of one."""
+def _converted(value: Any, annotation: Any) -> Any:
+    """Returns a value in the annotated type: tuples as an array or a list, and a number as a list of one if needed."""
     if "ndarray" in str(annotation) and isinstance(value, tuple) and isinstance(value[0], tuple):
         return np.array(value)
     return list(value) if isinstance(value, tuple) else [value] if is_list(annotation) else value

@@ -1,4 +1,4 @@
-"""Sources of images: what is built in (digits, letters), an .npz file, an image folder, a Hugging Face name."""
+"""Opens sources of images: built-in ones (digits, letters), an .npz file, an image folder, or a Hugging Face name."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from tapfl.data.transform import Transform, scaled_to_bytes
 from tapfl.errors import DataError, message_of
 from tapfl.store import cache_folder, content_hash
 
-MOST_CLASSES = 2**16  # of which no model has more
-# of `IMAGE_ENDINGS`; what Pillow decodes by starting another program (EPS) is none of them, whatever a file's name
+MOST_CLASSES = 2**16  # no model has more
+# the formats of `IMAGE_ENDINGS`; EPS, which Pillow decodes by starting another program, is refused under any file name
 FORMATS = ("JPEG", "JPEG2000", "PNG", "BMP", "DIB", "GIF", "WEBP", "AVIF", "TIFF", "PPM", "TGA")
 
 
@@ -41,20 +41,21 @@ def load_images(
 
     Args:
         source: `digits`, `letters`, the path of an .npz file (`images`, `labels`, optionally `classes`), the path of a
-            folder with one folder of images a class (both parts of the Tiny-ImageNet release too), or
+            folder with one folder of images per class (including both parts of the Tiny-ImageNet release), or
             ``hf:NAME[:SPLIT]``.
-        transform: of the backbone, which resizes and crops every image to what it takes. None: images stay as they
-            are, which what is built in and .npz files allow.
+        transform: of the backbone; resizes and crops every image to its input size. None leaves images unchanged, which
+            is possible for built-in sources and .npz files.
         cache: folder for images in the transform's size, which every process memory-maps; by default tapfl's own.
-        ids: array of an .npz file or column of ``hf:`` that says from which device, by its id, each image comes; with
-            any name a folder has one folder a device, and in each one folder of images a class. Empty: not asked for.
-        cache_gb: gigabytes that a source may take there; see `tapfl.data.decoded`.
-        unlabelled: accept a source without labels as well: a folder of images without folders of classes, an .npz file
-            without `labels`, a table of images alone or one in which no image has a label.
+        ids: name of the array of an .npz file, or of the column of a ``hf:`` table, that has the id of each image's
+            natural device. For a folder, any name: it then has one folder per device with one folder of images per
+            class. Empty: devices are not read.
+        cache_gb: gigabytes that a source may take in the cache; see `tapfl.data.decoded`.
+        unlabelled: also accept a source without labels: a folder of images without class folders, an .npz file without
+            `labels`, or a table that has only images or in which no image has a label.
 
     Raises:
         DataError: if the source is missing or of another kind, an image cannot be decoded, all are nearly black, a
-            class has a name that cannot be printed, or there are no ids of devices.
+            class has a name that cannot be printed, or device ids are missing.
     """
     kept = DecodedCache((cache or cache_folder()) / "images", cache_gb * 1e9)
     if source in BUILT_IN:
@@ -83,7 +84,7 @@ def _needed(transform: Transform | None, source: str) -> Transform:
 
 
 def _with_plain_names(images: ImageSet, source: str) -> ImageSet:
-    """Returns the images with class names in NFC. Raises DataError if one cannot be shown, or stands there twice."""
+    """Returns the images with class names in NFC. Raises DataError if a name cannot be shown or occurs twice."""
     names = tuple(unicodedata.normalize("NFC", name) for name in images.classes)
     for name in names:
         if any(unicodedata.category(letter) in ("Cc", "Cs") for letter in name):  # control characters, lone surrogates
@@ -95,10 +96,10 @@ def _with_plain_names(images: ImageSet, source: str) -> ImageSet:
 
 
 def _owned(images: ImageSet, ids: Sequence[object] | np.ndarray, refusal: Callable[[str], DataError]) -> ImageSet:
-    """Returns the images with their devices.
+    """Returns the images with their natural devices.
 
     Args:
-        ids: the id of each image's device, text or a whole number.
+        ids: the id of each image's device, text or an integer.
 
     Raises:
         DataError: if an id is missing or cannot be shown.
@@ -118,7 +119,7 @@ def _owned(images: ImageSet, ids: Sequence[object] | np.ndarray, refusal: Callab
 
 
 def _digits() -> ImageSet:
-    from sklearn.datasets import load_digits  # costs half a second; only the embedded default needs it
+    from sklearn.datasets import load_digits  # takes half a second, and only this source needs it
 
     digits = load_digits()
     images = np.round(digits.images * (255 / 16)).astype(np.uint8)[..., None]
@@ -146,9 +147,9 @@ def _npz(path: Path, ids: str, unlabelled: bool) -> ImageSet:
             raise refusal("is not an .npz file, as numpy.savez writes")
         with np.load(path, allow_pickle=False) as arrays:
             needed = ("images", *([] if unlabelled else ["labels"]), *([ids] if ids else []))
-            if lacking := [name for name in needed if name not in arrays]:
+            if missing := [name for name in needed if name not in arrays]:
                 accepted = " and ".join(f"`{name}`" for name in needed)
-                raise refusal(f"has no array `{lacking[0]}`; accepted: {accepted}, has {', '.join(arrays)}")
+                raise refusal(f"has no array `{missing[0]}`; accepted: {accepted}, has {', '.join(arrays)}")
             images = np.asarray(arrays["images"])
             labels = np.asarray(arrays["labels"]) if "labels" in arrays else None
             names = np.asarray(arrays["classes"]) if "classes" in arrays else None
@@ -159,7 +160,7 @@ def _npz(path: Path, ids: str, unlabelled: bool) -> ImageSet:
         raise
     except OSError as error:
         raise refusal(f"cannot be read ({error.strerror})") from None
-    except Exception as error:  # damaged, objects instead of plain arrays, more than there is memory
+    except Exception as error:  # damaged, objects instead of plain arrays, or out of memory
         raise refusal(f"needs plain arrays `images` and `labels` ({message_of(error)})") from None
     if images.ndim == 3:
         images = images[..., None]
@@ -183,12 +184,12 @@ def _npz(path: Path, ids: str, unlabelled: bool) -> ImageSet:
         why = f"no model has more than {most} classes" if names is None else f"`classes` has {most} names"
         raise refusal(f"`labels` must lie in 0..{most - 1} as {why}, got {labels.max()}")
     classes = range(int(labels.max()) + 1) if names is None else names
-    found = ImageSet.of(images, labels.astype(np.int64), tuple(map(str, classes)), fingerprint)
-    return found if owners is None else _owned(found, owners, refusal)
+    result = ImageSet.of(images, labels.astype(np.int64), tuple(map(str, classes)), fingerprint)
+    return result if owners is None else _owned(result, owners, refusal)
 
 
 def _array(source: ImageSet, transform: Transform | None, cache: DecodedCache, name: str) -> ImageSet:
-    """Returns the images of an array as `transform` fits them."""
+    """Returns the images of an array, resized and cropped by `transform`."""
     array = cast(ArrayImages, source.images).array
     refuse_dim(int(array.max()), name)
     if transform is None or transform.keeps(array):
@@ -213,12 +214,12 @@ def _folder(path: Path, transform: Transform, cache: DecodedCache, by_device: bo
 
     content = os.fsencode(path.resolve()) + listing.fingerprint.encode()
     images = _kept(cache, str(path), content, transform, len(listing.names), decode)
-    found = ImageSet(images, listing.labels, listing.classes, listing.fingerprint, listing.left_out)
-    return _owned(found, listing.owners, _refusal_of(str(path))) if by_device else found
+    result = ImageSet(images, listing.labels, listing.classes, listing.fingerprint, listing.left_out)
+    return _owned(result, listing.owners, _refusal_of(str(path))) if by_device else result
 
 
 def _hugging_face(name: str, transform: Transform, cache: DecodedCache, ids: str, unlabelled: bool) -> ImageSet:
-    from datasets import ClassLabel  # heavy, and only this source needs it
+    from datasets import ClassLabel  # slow to import, and only this source needs it
     from datasets import Image as ImageColumn
 
     table, name = open_table(name), name.partition(":")[0]
@@ -245,18 +246,18 @@ def _hugging_face(name: str, transform: Transform, cache: DecodedCache, ids: str
         raise refusal(f"{without}; give a split with labels, hf:NAME:SPLIT")
 
     def picture(row: int) -> Image.Image:
-        made: Image.Image | None = table[row][image]
-        if made is None:
+        opened: Image.Image | None = table[row][image]
+        if opened is None:
             raise DataError("there is none")
-        return made
+        return opened
 
     def decode(row: int) -> np.ndarray:
         return _decoded(f"data source 'hf:{name}': image {row}", partial(picture, row), transform)
 
     fingerprint = fingerprint_of(table)
     images = _kept(cache, f"hf:{name}", fingerprint, transform, len(table), decode)
-    found = ImageSet(images, labels, classes, fingerprint, unused)
-    return _owned(found, list(table[ids]), refusal) if ids else found
+    result = ImageSet(images, labels, classes, fingerprint, unused)
+    return _owned(result, list(table[ids]), refusal) if ids else result
 
 
 def _kept(
@@ -267,13 +268,20 @@ def _kept(
     count: int,
     decode: Callable[[int], np.ndarray],
 ) -> Images:
-    """Returns pictures as the transform fits them; `content` names them, and with its geometry the images."""
+    """Returns cached images, resized and cropped by the transform.
+
+    Args:
+        name: of the source, for messages.
+        content: identifies the pictures; with the transform's geometry it identifies the images.
+        count: number of pictures.
+        decode: maps a position to an image.
+    """
     key = content_hash(content, transform.geometry)
     return cache.keep(DecodedImages(decode, count, (*transform.size, transform.channels), key), name)
 
 
 def _decoded(what: str, open_picture: Callable[[], Image.Image], transform: Transform) -> np.ndarray:
-    """Returns a picture as it is stored. Raises DataError, naming it, whatever its decoder raises."""
+    """Returns a decoded picture, resized and cropped. Raises DataError, naming it, if its decoder raises anything."""
     try:
         with open_picture() as picture:
             return transform.fit(picture)

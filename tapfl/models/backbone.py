@@ -1,4 +1,4 @@
-"""timm backbones by name: described by a spec that may come from a message or a file, and built within bounds."""
+"""timm backbones by name. Their specs may come from messages or files, so sizes are limited before a model is built."""
 
 from __future__ import annotations
 
@@ -26,22 +26,22 @@ from tapfl.errors import ModelError, message_of
 _INITIALISING = threading.RLock()  # timm draws from torch's global generator, and runs may share a process
 
 FAMILIES = VisionTransformer | SwinTransformer | PoolingVisionTransformer
-ENTRY_POINTS = "tapfl.backbones"  # of installed packages; loading one registers its models with timm
+ENTRY_POINTS = "tapfl.backbones"  # group of entry points; loading one registers its models with timm
 ACCEPTED = "timm's ViT, DeiT, PiT and Swin"
-REFUSED = {  # why a family that is near to those cannot be cut exactly
+REFUSED = {  # why a similar family cannot be cut exactly
     "Eva": ", in which rotary positions turn a head's dims in pairs, or a norm over hidden units ties them",
     "Beit": ", whose blocks have biases of relative positions, and biases of q and v apart from their linear",
 }
 
-UNSET: tuple[object, ...] = ((), 0.0, "auto")  # values of options that leave timm's
-LARGEST_ARGUMENT = 2**16  # of a backbone's constructor: no image, width or depth is larger
-LARGEST_MODEL = 2**31  # parameters: 8.6 GB; timm's largest ViT has 1.8e9
-NOT_SHAPES = ("pretrained", "checkpoint_path", "device", "dtype", "num_classes")  # arguments that are not the user's
-LARGEST_BUFFER = 2**28  # elements of Swin's masks and indices, which no file holds: 1 GB
+UNSET: tuple[object, ...] = ((), 0.0, "auto")  # option values that stand for timm's own value
+LARGEST_ARGUMENT = 2**16  # limit on numbers in a constructor's arguments: no image, width or depth is larger
+LARGEST_MODEL = 2**31  # parameters, 8.6 GB; timm's largest ViT has 1.8e9
+NOT_SHAPES = ("pretrained", "checkpoint_path", "device", "dtype", "num_classes")  # arguments that a user cannot set
+LARGEST_BUFFER = 2**28  # elements of Swin's masks and indices, which are not in any file; 1 GB
 
 
 class Preprocessing(BaseModel):
-    """What differs from timm's data configuration of a backbone, under timm's names; None: as timm has it."""
+    """Overrides of timm's data configuration of a backbone, under timm's names. None keeps timm's value."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -60,9 +60,9 @@ class Preprocessing(BaseModel):
 
 
 class BackboneSpec(BaseModel):
-    """A backbone: timm's name, arguments of its constructor, number of classes, and how images become its input.
+    """A backbone: timm's name, constructor arguments, number of classes and preprocessing.
 
-    It may come from a message or a file, so arguments that would load weights or fill the memory are refused.
+    It may come from a message or a file, so arguments that would load weights or exhaust memory are refused.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -77,7 +77,7 @@ class BackboneSpec(BaseModel):
     def _only_shapes(cls, args: dict[str, Argument]) -> dict[str, Argument]:
         for key, value in args.items():
             if key.startswith(("pretrained", "checkpoint", "device", "dtype")):
-                raise ValueError(f"{key}: is no argument of the architecture; for weights see model.weights")
+                raise ValueError(f"{key}: is not an argument of the architecture; for weights see model.weights")
             if key == "num_classes":
                 raise ValueError(f"{key}: is set by the classes of the data")
             if key == "weight_init" and value == "skip":
@@ -93,37 +93,38 @@ class BackboneSpec(BaseModel):
         try:
             return cls.model_validate_json(text)
         except ValidationError as error:
-            raise ModelError(f"backbone {text!r:.200}: {_said(error)}") from None
+            raise ModelError(f"backbone {text!r:.200}: {_first_message(error)}") from None
 
 
 def spec_of(options: ModelOptions, classes: tuple[str, ...]) -> BackboneSpec:
-    """Returns the backbone of the options, with one output a class. Raises ModelError if its arguments are invalid."""
+    """Returns the spec of the options, with one output per class. Raises ModelError if its arguments are invalid."""
     try:
         args = parse_args(options.args)
     except ValueError as error:
         raise ModelError(f"model.args = {error}") from None
     if rates := {key: value for key, value in args.items() if "drop" in key and value}:
         raise ModelError(f"model.args = {written(rates)!r}: dropout is not supported, in training either; accepted: 0")
-    given = {name: getattr(options, name) for name in Preprocessing.model_fields}
+    values = {name: getattr(options, name) for name in Preprocessing.model_fields}
     try:
-        preprocessing = Preprocessing(**{name: value for name, value in given.items() if value not in UNSET})
+        preprocessing = Preprocessing(**{name: value for name, value in values.items() if value not in UNSET})
     except ValidationError as error:
         (option, *_), value = error.errors()[0]["loc"], error.errors()[0]["input"]
-        raise ModelError(f"model.{option} = {value}: {_said(error)}") from None
+        raise ModelError(f"model.{option} = {value}: {_first_message(error)}") from None
     try:
         return BackboneSpec(name=options.name, args=args, num_classes=len(classes), preprocessing=preprocessing)
     except ValidationError as error:
-        raise ModelError(f"model.args = {options.args!r:.200}: {_said(error)}") from None
+        raise ModelError(f"model.args = {options.args!r:.200}: {_first_message(error)}") from None
 
 
 def check_arguments(args: Mapping[str, Argument], name: str, kind: type) -> None:
-    """Refuses arguments by the annotations of timm's model `name`, which is a `kind`.
+    """Checks arguments against the annotations of timm's model `name`, which is a `kind`.
 
-    timm checks few of its arguments: ``class_token=no`` is true to it, as any text is, and ``kwargs_filter=depth`` or
-    ``features_only=x`` never reach the model.
+    timm itself checks few of its arguments. For example, it treats ``class_token=no`` as true, as any text, and
+    ``kwargs_filter=depth`` or ``features_only=x`` never reach the model.
 
     Raises:
-        ModelError: if the constructor lacks one, says another type for it, or takes lists of one length alone.
+        ModelError: if the constructor has no such argument, if the argument has another type, or if lists differ in
+            length.
     """
     constructors = (owner.__init__ for owner in kind.__mro__ if "__init__" in vars(owner))  # type: ignore[misc]
     taken = parameters([timm.models.model_entrypoint(name), *constructors], without=NOT_SHAPES)
@@ -137,20 +138,20 @@ def check_arguments(args: Mapping[str, Argument], name: str, kind: type) -> None
         raise ModelError(f"model.args = {written(lists)!r:.200}: {why}")
 
 
-def _said(error: ValidationError) -> str:
+def _first_message(error: ValidationError) -> str:
     return error.errors()[0]["msg"].removeprefix("Value error, ")
 
 
 def build(spec: BackboneSpec, pretrained: bool = False, seed: int | None = None) -> nn.Module:
-    """Returns the backbone in evaluation mode, with timm's initial weights, or those of its hub.
+    """Returns the backbone in evaluation mode, with timm's random initial weights or its pretrained ones.
 
     Args:
-        pretrained: fetch the weights that timm's hub has for it.
-        seed: of the initial weights; None: uses torch's global generator.
+        pretrained: fetch the weights of timm's hub.
+        seed: of the random initial weights; None uses torch's global generator.
 
     Raises:
-        ModelError: if timm has no such model, its arguments are invalid, it is of another family or does not classify
-            images, it is too large (then nothing is built), or the hub has no weights.
+        ModelError: if timm has no such model, its arguments are invalid, it belongs to another family, it does not
+            classify images, it is too large, or the hub has no weights for it. A model that is too large is not built.
     """
     _require_usable(spec.model_dump_json())
     with _INITIALISING, torch.random.fork_rng(devices=[], enabled=seed is not None):
@@ -160,16 +161,16 @@ def build(spec: BackboneSpec, pretrained: bool = False, seed: int | None = None)
 
 
 def outline(spec: BackboneSpec, tensors: int = 2**14) -> nn.Module:
-    """Returns the backbone on torch's meta device, without memory for its weights, however large it is.
+    """Returns the backbone on torch's meta device, which allocates no memory for its weights.
 
     Args:
-        tensors: most parameter tensors that it may have.
+        tensors: largest number of parameter tensors that it may have.
 
     Raises:
-        ModelError: as `build` does.
+        ModelError: as for `build`.
     """
     with torch.device("meta"), _at_most(tensors), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Initializing zero-element tensors")  # refused by `build`, in one line
+        warnings.filterwarnings("ignore", "Initializing zero-element tensors")  # `build` raises an error for these
         model = _create(spec)
     if (elements := sum(buffer.numel() for buffer in model.buffers())) > LARGEST_BUFFER:
         raise ModelError(f"{spec.name} with {spec.args} needs {elements:.2g} elements for its masks")
@@ -177,7 +178,7 @@ def outline(spec: BackboneSpec, tensors: int = 2**14) -> nn.Module:
 
 
 def input_shape(model: Any) -> tuple[int, int, int]:
-    """Returns channels, height and width of the images that `model` takes."""
+    """Returns (channels, height, width) of the images that `model` takes."""
     size = model.patch_embed.img_size or model.pretrained_cfg["input_size"][1:]
     channels = next(module for module in model.modules() if isinstance(module, nn.Conv2d)).in_channels
     return channels, int(size[0]), int(size[1])
@@ -189,7 +190,8 @@ def _require_usable(spec_as_json: str) -> None:
     try:
         model = outline(spec)
     except ModelError:
-        check_arguments(spec.args, spec.name, type(outline(spec.model_copy(update={"args": {}}))))  # says more
+        default = outline(spec.model_copy(update={"args": {}}))
+        check_arguments(spec.args, spec.name, type(default))  # raises a clearer error if an argument is to blame
         raise
     check_arguments(spec.args, spec.name, type(model))
     _require_logits(spec, model)
@@ -197,7 +199,7 @@ def _require_usable(spec_as_json: str) -> None:
 
 @torch.no_grad()
 def _require_logits(spec: BackboneSpec, model: nn.Module) -> None:
-    """Raises ModelError unless an image becomes one number a class (a feature vector, without classes)."""
+    """Raises ModelError unless the model maps an image to one number per class, or to features if it has no classes."""
     option, shape = f"model.args = {written(spec.args)!r:.200}: {spec.name}", input_shape(model)
     if shape[0] not in (1, 3):
         raise ModelError(f"{option} takes images of in_chans={shape[0]} channels; accepted: 1 (grey) or 3 (colour)")
@@ -205,18 +207,18 @@ def _require_logits(spec: BackboneSpec, model: nn.Module) -> None:
         raise ModelError(f"{option} has an empty {empty[0]}; accepted: sizes that leave no layer empty")
     try:
         logits = model(torch.zeros(1, *shape, device="meta"))
-    except Exception as error:  # of any layer
+    except Exception as error:  # any layer may raise
         raise ModelError(f"{option} cannot take an image of {shape} ({message_of(error)})") from None
     want = (1, spec.num_classes or model.num_features)
     if not isinstance(logits, Tensor) or logits.shape != want:
-        given = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-        raise ModelError(f"{option} turns one image into {given}; accepted: {want}, a value for each class")
+        got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise ModelError(f"{option} turns one image into {got}; accepted: {want}, a value for each class")
 
 
 def _create(spec: BackboneSpec, pretrained: bool = False) -> nn.Module:
     if not timm.is_model(spec.name):
         for point in entry_points(group=ENTRY_POINTS, name=spec.name):
-            point.load()  # registers itself with timm
+            point.load()  # registers its models with timm
     if ":" in spec.name:
         raise ModelError(
             f"model.name = {spec.name!r}: only the command `tapfl` resolves repositories; accepted here: a name of timm"
@@ -228,7 +230,7 @@ def _create(spec: BackboneSpec, pretrained: bool = False) -> nn.Module:
         model = timm.create_model(spec.name, pretrained, num_classes=spec.num_classes, **spec.args)
     except ModelError:
         raise
-    except Exception as error:  # timm does not check arguments, and its hub's client raises many types
+    except Exception as error:  # timm does not check arguments, and the hub's client raises many types
         if pretrained:
             raise ModelError(
                 f"model.weights = 'hub': no weights for {spec.name} available ({message_of(error)})"
@@ -240,12 +242,12 @@ def _create(spec: BackboneSpec, pretrained: bool = False) -> nn.Module:
         why = REFUSED.get(type(model).__name__, "")
         raise ModelError(f"model.name = {spec.name!r}: is timm's {type(model).__name__}{why}; accepted: {ACCEPTED}")
     changed = spec.preprocessing.model_dump(exclude_none=True)
-    model.pretrained_cfg = {**model.pretrained_cfg, **changed}  # where timm looks it up
+    model.pretrained_cfg = {**model.pretrained_cfg, **changed}  # timm reads the preprocessing from there
     return model.eval()
 
 
 def _reason(error: Exception) -> str:
-    """Returns the error's message; of an assertion without one, what it asserts."""
+    """Returns the error's message, or the failing line of code if it is an assertion without a message."""
     if str(error):
         return message_of(error)
     return str(traceback.extract_tb(error.__traceback__)[-1].line)
@@ -253,7 +255,7 @@ def _reason(error: Exception) -> str:
 
 @contextmanager
 def _at_most(tensors: int) -> Iterator[None]:
-    """Stops the construction of a model at so many parameter tensors, or at `LARGEST_MODEL` elements in them."""
+    """Aborts the construction of a model with more than `tensors` parameter tensors or `LARGEST_MODEL` parameters."""
     thread, registered, elements = threading.get_ident(), 0, 0
 
     def count_up(_module: nn.Module, _name: str, parameter: nn.Parameter | None) -> None:

@@ -1,4 +1,4 @@
-"""Weights and models as people have them: checkpoints of torch and safetensors, names and folders of timm's hub."""
+"""Reads checkpoints (torch or safetensors), and resolves models of timm's hub and local copies of them."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ from tapfl.models.backbone import Preprocessing
 from tapfl.options import validated
 from tapfl.store import read_tensors
 
-TORCH = (".pth", ".pt", ".bin", ".ckpt", ".tar")  # endings of files of torch.save
+TORCH = (".pth", ".pt", ".bin", ".ckpt", ".tar")  # file name suffixes of torch.save
 ACCEPTED = f"a .safetensors file, one of torch.save ({', '.join(TORCH)}), or hub"
-SOURCES = ("hf-hub:", "local-dir:")  # timm's marks of a repository and of a copy of one
-FILES = ("model.safetensors", "pytorch_model.bin")  # in which a repository of timm has its weights
+SOURCES = ("hf-hub:", "local-dir:")  # timm's prefixes for a repository and for a local copy of one
+FILES = ("model.safetensors", "pytorch_model.bin")  # the weights in a timm repository
 
 
 def read_checkpoint(file: Path) -> dict[str, Tensor]:
-    """Returns the tensors of a checkpoint under the names that its model has for them.
+    """Returns the tensors of a checkpoint by name.
 
-    Those of training lie in `state_dict_ema`, `model_ema`, `state_dict` or `model`; the first that is there is taken.
-    The prefixes of data-parallel and of compiled models are taken off. No object of a pickle is made.
+    If the file is a training checkpoint, the weights are the first of `state_dict_ema`, `model_ema`, `state_dict` and
+    `model` that exists. The prefixes of data-parallel and compiled models are removed. No object is unpickled.
 
     Raises:
-        ValueError: if it is missing, damaged, of no known ending, or holds something else.
+        ValueError: if it is missing or damaged, has no known suffix, or holds something other than tensors.
     """
     if not file.is_file():
         raise ValueError(f"there is no such file; accepted: {ACCEPTED}")
@@ -45,12 +45,12 @@ def read_checkpoint(file: Path) -> dict[str, Tensor]:
     if file.suffix.lower() not in TORCH:
         raise ValueError(f"has no known ending; accepted: {ACCEPTED}")
     try:
-        with warnings.catch_warnings(action="ignore"):  # of a pickle's protocol
+        with warnings.catch_warnings(action="ignore"):  # about the pickle protocol
             state = load_state_dict(str(file), weights_only=True)
-    except Exception as error:  # of torch, of its unpickler, or of what is in the file
-        if found := _objects(file, error):
+    except Exception as error:  # torch and its unpickler raise many types
+        if names := _objects(file, error):
             accepted = "tensors, as of torch.save(model.state_dict(), FILE)"
-            raise ValueError(f"holds objects other than tensors ({found}); accepted: {accepted}") from None
+            raise ValueError(f"holds objects other than tensors ({names}); accepted: {accepted}") from None
         raise ValueError(f"is not a complete file of torch.save ({message_of(error)}); accepted: {ACCEPTED}") from None
     for name, value in state.items():
         if not isinstance(name, str) or not isinstance(value, Tensor):
@@ -60,24 +60,24 @@ def read_checkpoint(file: Path) -> dict[str, Tensor]:
 
 
 def _objects(file: Path, error: Exception) -> str:
-    """Returns the names of what a pickle would make or call, if that is why it was refused."""
+    """Returns the names of classes and functions that the pickle refers to, if the file was refused because of them."""
     if "weights_only" not in str(error):
         return ""
     try:
         names = torch.serialization.get_unsafe_globals_in_checkpoint(file)
-    except Exception:  # of a file from before torch 1.6
+    except Exception:  # the file is older than torch 1.6
         names = []
     return ", ".join(sorted(names)[:3]) or "of no name"
 
 
 def of_hub(options: ModelOptions) -> ModelOptions:
-    """Returns options that name a model of timm, where they name a repository of its hub or a local copy of one.
+    """Returns the options with a repository of timm's hub, or a local copy of one, replaced by the model in it.
 
-    Its config.json gives the architecture, its arguments and the preprocessing, as far as the options leave them open;
-    ``weights = "hub"`` becomes the file of its weights.
+    Its config.json provides the architecture, the arguments and the preprocessing, unless the options set them.
+    ``weights = "hub"`` becomes the path of the repository's weights. Other options are returned unchanged.
 
     Raises:
-        ModelError: if it is not there, or was not written by timm.
+        ModelError: if the repository cannot be read, or was not written by timm.
     """
     if not options.name.startswith(SOURCES):
         return options
@@ -87,7 +87,7 @@ def of_hub(options: ModelOptions) -> ModelOptions:
         arguments = _arguments(options, pretrained, config.get("model_args", {}))
     except TapflError:
         raise
-    except Exception as error:  # of the system, of the hub's client, of JSON, or of a file of another library
+    except Exception as error:  # of the file system, the hub's client or JSON, or the file is from another library
         why = f"has no config.json that timm wrote ({message_of(error)})"
         raise ModelError(f"model.name = {options.name!r}: {why}; accepted: a repository or folder of timm") from None
     update: dict[str, Any] = {"name": name, "args": arguments}
@@ -103,7 +103,7 @@ def of_hub(options: ModelOptions) -> ModelOptions:
 
 
 def _arguments(options: ModelOptions, pretrained: Mapping[str, Any], stored: Mapping[str, Any]) -> str:
-    """Returns the arguments of the stored model, and over them those of the options."""
+    """Returns the arguments of the stored model, overridden by those of the options."""
     arguments: dict[str, Argument] = {}
     channels, *size = pretrained.get("input_size", (3,))
     if size and pretrained.get("fixed_input_size"):
@@ -111,10 +111,10 @@ def _arguments(options: ModelOptions, pretrained: Mapping[str, Any], stored: Map
     if channels != 3:
         arguments["in_chans"] = channels
     for key, value in stored.items():
-        kept = tuple(value) if isinstance(value, list) else value
-        if not isinstance(kept, bool | int | float | str | tuple):
+        argument = tuple(value) if isinstance(value, list) else value
+        if not isinstance(argument, bool | int | float | str | tuple):
             raise ModelError(f"model.name = {options.name!r}: its config.json gives {key} the value {value!r:.80}")
-        arguments[key] = kept
+        arguments[key] = argument
     try:
         return written(arguments | parse_args(options.args))
     except ValueError as error:
@@ -122,16 +122,16 @@ def _arguments(options: ModelOptions, pretrained: Mapping[str, Any], stored: Map
 
 
 def _weights(name: str) -> Path:
-    """Returns the file of the weights in a folder, or in the hub's cache after it was fetched."""
+    """Returns the file of the weights: in the local copy, or fetched into the hub's cache."""
     for file in FILES:
-        with suppress(Exception):  # of the hub's client: no such file, or no connection
-            if (found := _file(name, file)).is_file():
-                return found
+        with suppress(Exception):  # the hub's client raises if there is no such file or no connection
+            if (path := _file(name, file)).is_file():
+                return path
     raise ModelError(f"model.weights = 'hub': {name} has none of {', '.join(FILES)} that can be read")
 
 
 def _file(name: str, file: str) -> Path:
-    """Returns a file of a local copy, or of a repository, from which it is fetched if it is not in the hub's cache."""
+    """Returns the path of a file in a local copy, or in the hub's cache, fetching it from the repository if needed."""
     source, _, place = name.partition(":")
     if source == "local-dir":
         return Path(place).expanduser().absolute() / file

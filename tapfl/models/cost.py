@@ -1,10 +1,10 @@
 """The cost of a model: parameters, multiply-accumulates (MACs) for one image, and latency.
 
-Latency is milliseconds of one image on the model's device. On a CPU it is the CPU time of one thread: time that other
-processes take from the core would fall on long calls more than on short ones, and a model would then seem slower than
-its branches together. On an idle core it is the time on the clock. On a GPU it is the time until the work is done, by
-the GPU's own clock. It is measured, so no two runs give the same numbers; it enters a plan only where a budget names
-latency.
+Latency is the time for one image on the model's device, in milliseconds. On a CPU it is the CPU time of one thread,
+which equals wall-clock time on an idle core. Wall-clock time would include what other processes take from the core;
+that affects long calls more than short ones, and a model would then seem slower than its branches together. On a GPU it
+is the time until the work is done, by the GPU's own clock. Latency is measured and differs from run to run. It affects
+a plan only if the budget limits latency.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from tapfl.models.units import PrunableLayer, Shape
 from tapfl.progress import track
 
 WARM_UP = 2
-POINTS = (1 / 8, 1 / 4, 1 / 2, 3 / 4, 1)  # widths, as shares of the dense one, at which a branch is timed
+POINTS = (1 / 8, 1 / 4, 1 / 2, 3 / 4, 1)  # widths at which a branch is timed, relative to the dense width
 
 
 class Cost(BaseModel):
-    """Parameters, and MACs an image."""
+    """Number of parameters, and MACs per image."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -42,9 +42,10 @@ class Cost(BaseModel):
 
 
 def measure_cost(model: nn.Module) -> Cost:
-    """Returns the cost of `model` as it is, pruned or not: linears, convolutions, products of attention and of merging.
+    """Returns the cost of `model`, pruned or not.
 
-    Counted from the shapes of a real forward pass; norms, activations and additions are not counted, as usual.
+    MACs are counted from the shapes of a real forward pass: of linears, convolutions, and the matrix products of
+    attention and of token merging. Norms, activations and additions are not counted, as is usual.
     """
     macs = 0
 
@@ -69,11 +70,11 @@ def measure_cost(model: nn.Module) -> Cost:
 
 @dataclass(frozen=True, eq=False)
 class Timings:
-    """What a dense model takes, and each of its branches in any shape.
+    """The latency of a dense model, and of each of its branches in every shape.
 
     Attributes:
         dense: milliseconds of the dense model.
-        branches: by layer name, milliseconds (heads + 1, units a head + 1) by heads and dims that stay.
+        branches: by layer name, milliseconds by number of heads and dims that stay (heads + 1, units per head + 1).
     """
 
     dense: float
@@ -82,7 +83,7 @@ class Timings:
 
 @torch.no_grad()
 def timed_ms(calls: Sequence[Callable[[], object]], repeats: int, where: Compute = HERE) -> np.ndarray:
-    """Returns (calls, repeats), the milliseconds of each call in each turn, by the clock of `where` they compute."""
+    """Returns the milliseconds of each call in each repetition (calls, repeats), by the clock of the device `where`."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     seconds = np.zeros((repeats + WARM_UP, len(calls)))
@@ -96,24 +97,25 @@ def timed_ms(calls: Sequence[Callable[[], object]], repeats: int, where: Compute
 
 
 def median_ms(calls: Sequence[Callable[[], object]], repeats: int, where: Compute = HERE) -> list[float]:
-    """Returns the median milliseconds of each call, all taking turns; see `timed_ms`."""
+    """Returns the median milliseconds of each call. The calls take turns; see `timed_ms`."""
     return [float(value) for value in np.median(timed_ms(calls, repeats, where), axis=1)]
 
 
 def latencies_ms(models: Sequence[nn.Module], repeats: int) -> list[float]:
-    """Returns the median milliseconds of one image through each model, all on one device and taking turns."""
+    """Returns the median milliseconds of one image through each model. All are on one device and take turns."""
     where = Compute(next(models[0].parameters()).device)
     return median_ms([partial(model, example_input(model)) for model in models], repeats, where)
 
 
 def measure_timings(model: nn.Module, layers: Sequence[PrunableLayer], align: int = 1, repeats: int = 15) -> Timings:
-    """Returns timings of `model`, and of its branches at a few shapes, monotone in both sizes and interpolated between.
+    """Returns timings of `model` and of its branches.
 
-    Branches that differ in name alone are timed once. A branch is timed by itself, without what its block adds to it
-    (norms, windows and their masks), which is in the model's own time and which no pruning saves.
+    A branch is timed at a few shapes. Its table is interpolated between them and non-decreasing in both sizes. Branches
+    that differ only in their name are timed once. A branch is timed on its own, without the rest of its block (norms,
+    window partition and masks). That rest is part of the model's time, and pruning does not reduce it.
 
     Args:
-        align: dims at which branches are timed are multiples of it where they can be.
+        align: branches are timed at dims that are multiples of it, where possible.
     """
     kinds: dict[tuple[object, ...], PrunableLayer] = {}
     for layer in layers:
@@ -126,22 +128,22 @@ def measure_timings(model: nn.Module, layers: Sequence[PrunableLayer], align: in
         example = layer.output_of(model).weight.new_zeros(layer.tokens // span, span, layer.embed_dim)
         heads = sorted({1, -(-layer.heads // 2), layer.heads})
         for shape in [Shape(0, 0), *(Shape(h, d) for h in heads for d in _dims(layer, align))]:
-            kept = units[: shape.heads, : shape.dims].flatten()  # which ones makes no difference to the time
+            kept = units[: shape.heads, : shape.dims].flatten()  # which units stay does not affect the time
             places.append((key, shape))
             calls.append(partial(layer.shrink(branch, kept), example))
-    dense, *found = median_ms(calls, repeats, Compute(next(model.parameters()).device))
+    dense, *branches = median_ms(calls, repeats, Compute(next(model.parameters()).device))
     measured: dict[tuple[object, ...], dict[Shape, float]] = {key: {} for key in kinds}
-    for (key, shape), milliseconds in zip(places, found, strict=True):
+    for (key, shape), milliseconds in zip(places, branches, strict=True):
         measured[key][shape] = milliseconds
     tables = {key: interpolated(measured[key]) for key in kinds}
     return Timings(dense, {layer.name: tables[_likeness(layer)] for layer in layers})
 
 
 def interpolated(measured: Mapping[Shape, float]) -> np.ndarray:
-    """Returns (heads + 1, dims + 1) by linear interpolation, never falling with either size.
+    """Returns a table (heads + 1, dims + 1) by linear interpolation, made non-decreasing in both sizes.
 
     Args:
-        measured: the shape (0, 0), and a grid of heads by dims, of which the largest are the whole layer's.
+        measured: values at the shape (0, 0) and on a grid of heads × dims that includes the full layer.
     """
     heads, dims = (sorted({0, *sizes}) for sizes in zip(*measured, strict=True))
     grid = np.array([[measured[Shape(h, d) if h * d else Shape(0, 0)] for d in dims] for h in heads])

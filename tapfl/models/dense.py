@@ -1,4 +1,4 @@
-"""The dense backbone of a federation: weights from a file, from timm's hub or trained once, then cached by content."""
+"""The dense backbone of a federation: loaded from a file or timm's hub, or trained, and then cached by content."""
 
 from __future__ import annotations
 
@@ -31,13 +31,16 @@ BATCH = 64  # images in a minibatch when the backbone is trained
 
 
 class DenseCache:
-    """Dense backbones by key, shared by all runs of a machine; a device that has the key need not be sent weights."""
+    """A folder of dense backbones by key, shared by all runs on a machine.
+
+    A device that has a backbone in its cache need not be sent the weights.
+    """
 
     def __init__(self, cache: Path) -> None:
         self.folder = cache / "backbones"
 
     def path(self, key: str) -> Path:
-        """Returns the file of a backbone. Raises ModelError if the key, which may come over the wire, is not one."""
+        """Returns the file of a backbone. Raises ModelError if the key, which may come over the wire, is not valid."""
         if not re.fullmatch(r"[0-9a-f]{16}", key):
             raise ModelError(f"backbone key {key!r:.40}: must be 16 hex digits")
         return self.folder / f"{key}.safetensors"
@@ -46,14 +49,14 @@ class DenseCache:
         return self.path(key).is_file()
 
     def load(self, key: str, spec: BackboneSpec) -> nn.Module:
-        """Returns the backbone in evaluation mode, all weights frozen."""
+        """Returns the backbone in evaluation mode, with all weights frozen."""
         model = build(spec)
         model.load_state_dict(read_tensors(self.path(key)))
         return model.requires_grad_(False)
 
     @contextmanager
     def making(self, key: str) -> Iterator[None]:
-        """Lets one run on this machine at a time make the backbone `key`; the others wait, and then find it."""
+        """Holds a lock so that only one run on this machine makes the backbone `key`; other runs wait for it."""
         self.folder.mkdir(parents=True, exist_ok=True)
         with (self.folder.parent / f".backbone-{key}.lock").open("w") as lock:
             try:
@@ -67,7 +70,7 @@ class DenseCache:
         write_tensors(self.path(key), state)
 
     def receive(self, key: str, weights: bytes) -> None:
-        """Stores weights that came over the wire, as safetensors. Raises ModelError if the key is not one."""
+        """Stores weights that came over the wire, as safetensors. Raises ModelError if the key is not valid."""
         write_bytes(self.path(key), weights)
 
 
@@ -81,12 +84,12 @@ def dense_key(options: ModelOptions, spec: BackboneSpec, pool: ImageSet, seed: i
 
 
 def dense_spec(options: ModelOptions, pool: ImageSet) -> BackboneSpec:
-    """Returns the backbone that is scored and cut. Its outputs are the pool's classes, as a rule.
+    """Returns the spec of the backbone that is scored and cut. Usually its outputs are the classes of the pool.
 
-    With a new head (`tapfl.models.new_head`) they are those of the head that the weights have, whatever its classes.
+    With a new head (`tapfl.models.new_head`) its outputs are those of the head in the weights, whatever their classes.
 
     Raises:
-        ModelError: if the pool has no labels, and the head needs them.
+        ModelError: if the head needs labels of the pool, and the pool has none.
     """
     spec, head = spec_of(options, pool.classes), options.head
     if head in NEW_HEADS and (rows := rows_in_weights(options)):
@@ -103,10 +106,12 @@ def dense_spec(options: ModelOptions, pool: ImageSet) -> BackboneSpec:
 def dense_backbone(
     options: ModelOptions, pool: ImageSet, seed: int, cache: DenseCache, compute: Compute = HERE
 ) -> tuple[str, BackboneSpec, nn.Module]:
-    """Returns (key, spec, model) of the backbone that the options name, from the cache if it is there; on the CPU.
+    """Returns (key, spec, model) of the backbone that the options name. The model is on the CPU.
+
+    It is taken from the cache if it is there, and otherwise made and cached.
 
     Args:
-        compute: where it is trained.
+        compute: the device to train on.
 
     Raises:
         ModelError: if the backbone is unknown, cannot be pruned, or its weights do not fit.
@@ -121,7 +126,7 @@ def dense_backbone(
 
 
 def layers_of(model: nn.Module, options: ModelOptions) -> list[PrunableLayer]:
-    """Returns `prunable_layers` of the backbone that the options name, which a refusal names as well."""
+    """Returns `prunable_layers` of a model. Raises ModelError, naming the options, if it cannot be pruned."""
     try:
         return prunable_layers(model)
     except ModelError as error:
@@ -130,7 +135,7 @@ def layers_of(model: nn.Module, options: ModelOptions) -> list[PrunableLayer]:
 
 def _make(options: ModelOptions, spec: BackboneSpec, pool: ImageSet, seed: int, compute: Compute) -> nn.Module:
     model = build(spec, seed=int(numpy_generator(seed, "backbone").integers(2**62)))
-    layers_of(model, options)  # refuses what cannot be pruned before training it
+    layers_of(model, options)  # raises before training if the model cannot be pruned
     fill_weights(model, options, spec, pool.classes)
     train = partial(
         train_dense,
@@ -151,9 +156,9 @@ def _make(options: ModelOptions, spec: BackboneSpec, pool: ImageSet, seed: int, 
 
 
 def _train_head(model: nn.Module, features: Tensor, train: Callable[..., None]) -> None:
-    """Trains the classifier on features that are computed once; both heads of a distilled DeiT become the same."""
+    """Trains the classifier on precomputed features. Both heads of a distilled DeiT get the same weights."""
     heads = [model.get_submodule(name) for name in head_names(model)]
-    head = copy.deepcopy(heads[0])
-    train(head, inputs=lambda index: features[torch.from_numpy(index)])
-    for own in heads:
-        own.load_state_dict(head.state_dict())
+    trained = copy.deepcopy(heads[0])
+    train(trained, inputs=lambda index: features[torch.from_numpy(index)])
+    for head in heads:
+        head.load_state_dict(trained.state_dict())

@@ -1,6 +1,6 @@
-"""How images pass through a backbone: its input format, its steps, its features, its heads.
+"""The forward pass of a backbone: its input format, its steps, its features and its heads.
 
-This file, `tapfl.models.residual` and `tapfl.models.units` are the only ones that know the layout of timm's models.
+Only this file, `tapfl.models.residual` and `tapfl.models.units` know the layout of timm's models.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from tapfl.errors import ModelError
 from tapfl.models.backbone import ACCEPTED, build, input_shape, spec_of
 from tapfl.progress import track
 
-Step = tuple[str, Callable[[Any], Any]]  # its name, and what it makes of a residual stream
+Step = tuple[str, Callable[[Any], Any]]  # its name, and a function from residual stream to residual stream
 Grid = tuple[int, int]
 
 
 def transform_of(model: Any) -> Transform:
-    """Returns how images become the input of `model`: timm's evaluation transform, for its size and channels."""
+    """Returns the preprocessing of `model`: timm's evaluation transform, for its image size and channels."""
     config, (channels, *size) = timm.data.resolve_model_data_config(model), input_shape(model)
     mean, std = (
         tuple(map(float, values * channels if len(values) == 1 else values[:channels]))
@@ -47,23 +47,23 @@ def transform_of(model: Any) -> Transform:
 
 @lru_cache(maxsize=16)
 def input_transform(options: ModelOptions) -> Transform:
-    """Returns how images become the input of the backbone that the options name, whatever its classes."""
+    """Returns the preprocessing of the backbone that the options name; it does not depend on the classes."""
     return transform_of(build(spec_of(options, ("any",))))
 
 
 def full(x: Tensor) -> Tensor:
-    """Returns what came out of a pass in lower precision as float32; anything else as it is."""
+    """Returns a bfloat16 tensor as float32, and any other tensor unchanged."""
     return x.float() if x.dtype == torch.bfloat16 else x
 
 
 def example_input(model: nn.Module, batch: int = 1) -> Tensor:
-    """Returns zeros in the shape that `model` takes, on its device."""
+    """Returns zeros in the input shape of `model`, on its device."""
     return torch.zeros(batch, *input_shape(model), device=next(model.parameters()).device)
 
 
 @contextmanager
 def hooked(handles: Iterable[RemovableHandle]) -> Iterator[None]:
-    """Removes these hooks at the end of the block."""
+    """Removes the hooks of these handles at the end of the context."""
     handles = list(handles)
     try:
         yield
@@ -74,7 +74,7 @@ def hooked(handles: Iterable[RemovableHandle]) -> Iterator[None]:
 
 @torch.no_grad()
 def watch_example(model: nn.Module, hooks: Mapping[nn.Module, Callable[..., None]]) -> None:
-    """Passes an example input through `model`, with a forward hook on each of these modules."""
+    """Passes an example input through `model`, with a forward hook on each module in `hooks`."""
     with hooked(module.register_forward_hook(hook) for module, hook in hooks.items()):
         model(example_input(model))
 
@@ -87,9 +87,9 @@ def head_names(model: Any) -> tuple[str, ...]:
 
 
 def segments(model: nn.Module) -> list[Step]:
-    """Returns the forward pass as a chain of named steps; applying them in turn equals ``model(x)``.
+    """Returns the forward pass as a chain of named steps; applying them in order equals ``model(x)``.
 
-    The names of blocks are their module paths, so that a pass can be resumed from the input of any block.
+    A block's step has the block's module path as its name, so that a pass can be resumed at any block.
     """
     steps: list[Step]
     if isinstance(model, VisionTransformer):
@@ -108,7 +108,7 @@ def segments(model: nn.Module) -> list[Step]:
 
 
 def tokens_read(model: Any) -> int | None:
-    """Returns how many of the first tokens the head reads, if it reads no others; None if it pools over the image."""
+    """Returns the number of leading tokens that the head reads, or None if it reads all (pools over the image)."""
     if not isinstance(model, VisionTransformer) or model.global_pool != "token" or model.attn_pool is not None:
         return None
     return len(head_names(model))  # the class token, and the distillation token of a second head
@@ -119,10 +119,10 @@ def image_features(model: Any, inputs: Iterable[Tensor], first: int = 0) -> np.n
     """Returns pooled pre-logits features, float32 (n, width), of batches in the backbone's input format.
 
     Args:
-        first: place of the first of these images, for messages.
+        first: position of the first image, for the error message.
 
     Raises:
-        ModelError: if they are not finite, naming the first such image by its place.
+        ModelError: if they are not finite. It names the position of the first such image.
     """
     device = next(model.parameters()).device
     pooled = (
@@ -142,8 +142,8 @@ def image_features(model: Any, inputs: Iterable[Tensor], first: int = 0) -> np.n
 def _pit_steps(model: Any) -> list[Step]:
     """Returns the forward pass of a PiT (pooling-based ViT, arXiv 2103.16302) up to its last norm, as named steps.
 
-    timm passes the grid and the class tokens side by side. Here they travel as the one sequence (n, class tokens +
-    grid, width) that the blocks see, so that a pass can be resumed from the input of any block.
+    timm passes the grid and the class tokens separately. Here they form one sequence (n, class tokens + grid, width),
+    as the blocks see it, so that a pass can be resumed at any block.
     """
 
     def stem(x: Tensor) -> Tensor:

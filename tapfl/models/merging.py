@@ -1,13 +1,14 @@
-"""Token merging: between attention and FFN of a block, tokens are averaged with the tokens most like them.
+"""Token merging: between the attention and the FFN of a block, each token may be averaged with its most similar token.
 
-Bipartite soft matching (ToMe, Bolya et al., ICLR 2023, arXiv 2210.09461). The tokens are divided alternately into A and
-B. Each of A is matched with the most similar of B, by the cosine of their keys, and the `merges` pairs that are most
-alike become one token each: the mean of all tokens it stands for. A token that stands for s counts s times in later
-attentions, by log s added to its logits. Class, distillation and register tokens stay as they are. Ties go to the token
-that comes first.
+This is bipartite soft matching (ToMe, Bolya et al., ICLR 2023, arXiv 2210.09461). The tokens are assigned alternately
+to A and B. Each token of A is matched with the most similar token of B, by the cosine of their keys. The `merges` most
+similar pairs become one token each: the mean of all original tokens that were merged into it. A token of size s (made
+of s original tokens) counts s times in later attentions: log s is added to its logits. Class, distillation and register
+tokens never merge. Ties go to the earlier token.
 
-A *schedule* is the number of merges of each block. In the last block of a model whose head reads class tokens alone all
-others may go, which changes nothing. Everything is a function of the images, so models are exported as any other.
+A *schedule* is the number of merges in each block. If the head reads only class tokens, the last block may drop all
+other tokens, which does not change the output. Merging depends only on the images, so these models can be exported like
+any other.
 """
 
 from __future__ import annotations
@@ -29,16 +30,17 @@ from tapfl.models.forward import tokens_read
 from tapfl.models.units import PrunableLayer, put
 
 Schedule = tuple[int, ...]
-TIE = 1e-12  # less than cosines of float32 differ by
+TIE = 1e-12  # breaks ties; smaller than the difference of any two float32 cosines
 
 
 class Merged(NamedTuple):
-    """A residual stream whose tokens stand for one or several of the image's.
+    """A residual stream with merged tokens.
 
     Attributes:
         x: the tokens (n, t, d).
-        size: for how many each stands (n, t).
-        source: where each of the image's T tokens is now, int64 (n, T); None: nobody asks.
+        size: number of original tokens that each token is made of (n, t).
+        source: for each of the T original tokens, the position of the token it was merged into, int64 (n, T); None if
+            this is not traced.
     """
 
     x: Tensor
@@ -47,34 +49,34 @@ class Merged(NamedTuple):
 
     @classmethod
     def of(cls, x: Tensor, traced: bool = True) -> Merged:
-        """Returns the stream before anything is merged.
+        """Returns the stream before any token is merged.
 
         Args:
-            traced: whether to note where tokens go.
+            traced: whether to track `source`.
         """
         source = torch.arange(x.shape[1], device=x.device).expand(x.shape[:2]) if traced else None
         return cls(x, x.new_ones(()).expand(x.shape[:2]), source)
 
 
 def group_sums(values: Tensor, source: Tensor, tokens: int) -> Tensor:
-    """Returns the sums (n, tokens, d) of what the image's tokens have (n, T, d), over those that became one."""
-    return _members(source, tokens, values.dtype) @ values  # as a sum by index has no fixed order on a GPU
+    """Returns the sums (n, tokens, d) of the original tokens' values (n, T, d) over the tokens merged into one."""
+    return _members(source, tokens, values.dtype) @ values  # scatter-add is not deterministic on a GPU
 
 
 def group_means(values: Tensor, source: Tensor, tokens: int) -> Tensor:
-    """Returns the means (n, tokens, d) of what the image's tokens have (n, T, d), over those that became one."""
+    """Returns the means (n, tokens, d) of the original tokens' values (n, T, d) over the tokens merged into one."""
     return group_sums(values, source, tokens) / group_sums(torch.ones_like(values[..., :1]), source, tokens)
 
 
 class Merge(nn.Module):
-    """Merges `merges` pairs of the tokens behind the first `protected`; or drops them all, where `drop` says so."""
+    """Merges `merges` pairs of the tokens after the first `protected` ones, or with `drop`, drops all of them."""
 
     def __init__(self, merges: int, protected: int, drop: bool) -> None:
         super().__init__()
         self.merges, self.protected, self.drop = merges, protected, drop
 
     def macs(self, tokens: int, embed_dim: int, key_dims: int) -> int:
-        """Returns the MACs an image: similarities, and sums as a product with zeros and ones."""
+        """Returns the MACs per image: of the similarities, and of the sums, which are products with a 0/1 matrix."""
         if not self.merges or self.drop:
             return 0
         return pairs(tokens - self.protected) * key_dims + (tokens - self.protected) // 2 * self.merges * embed_dim
@@ -83,18 +85,18 @@ class Merge(nn.Module):
         """Returns the stream after merging.
 
         Args:
-            keys: of its tokens (n, t, width).
+            keys: keys of the tokens (n, t, width).
         """
         x, size, source = stream
         if not self.merges:
             return stream
         first, merges = self.protected, self.merges
         if self.drop:
-            return Merged(x[:, :first], size[:, :first], source)  # none of what is dropped is asked for any more
+            return Merged(x[:, :first], size[:, :first], source)  # `source` of dropped tokens is never read
         keys = F.normalize(keys[:, first:].float(), dim=-1)
-        best, into = (keys[:, ::2] @ keys[:, 1::2].transpose(1, 2)).max(-1)  # of equals the first
+        best, into = (keys[:, ::2] @ keys[:, 1::2].transpose(1, 2)).max(-1)  # the first of equal ones
         first_wins = TIE * torch.arange(best.shape[1], device=x.device, dtype=torch.float64)
-        order = (best - first_wins).argsort(1, descending=True)  # in float64, as ONNX has no stable sort
+        order = (best - first_wins).argsort(1, descending=True)  # float64 breaks ties, since ONNX has no stable sort
         A, B = _rows(x, first + 2 * order), x[:, first + 1 :: 2]
         count, own = size[:, first::2].gather(1, order), size[:, first + 1 :: 2]
         joining = _members(into.gather(1, order[:, :merges]), B.shape[1], x.dtype) * count[:, None, :merges]
@@ -110,31 +112,31 @@ class Merge(nn.Module):
 
 
 def pairs(tokens: int) -> int:
-    """Returns how many pairs of so many tokens are compared."""
+    """Returns the number of pairs that are compared among `tokens` tokens."""
     return (tokens + 1) // 2 * (tokens // 2)
 
 
 def _members(group: Tensor, groups: int, dtype: torch.dtype) -> Tensor:
-    """Returns (n, groups, T) with 1 where token t is in group g, from the group (n, T) of each."""
+    """Returns the indicator matrix (n, groups, T) with 1 where token t is in group g, given the groups (n, T)."""
     return (group[:, None] == torch.arange(groups, device=group.device)[:, None]).to(dtype)
 
 
 def _rows(x: Tensor, index: Tensor) -> Tensor:
-    """Returns tokens `index` (n, k) of x (n, t, d) by whole rows, which `gather` takes number by number."""
+    """Returns the tokens `index` (n, k) of x (n, t, d). Copies whole rows, where `gather` copies single numbers."""
     starts = x.shape[1] * torch.arange(x.shape[0], device=x.device)
     return F.embedding(index + starts[:, None], x.flatten(0, 1))
 
 
 def _alternate(a: Tensor, b: Tensor) -> Tensor:
-    """Returns a_0, b_0, a_1, b_1, … (n, A + B), for as many of b as of a or one fewer."""
+    """Returns a_0, b_0, a_1, b_1, … (n, A + B); b has as many columns as a, or one fewer."""
     both = torch.stack([a[:, : b.shape[1]], b], dim=-1).flatten(1)
     return torch.cat([both, a[:, b.shape[1] :]], dim=1)
 
 
 class Keys(nn.Module):
-    """Takes the place of an attention's `k_norm`, and holds the first keys it gets until its block has read them.
+    """Takes the place of an attention's `k_norm`, and keeps the first keys it gets until its block has read them.
 
-    A cut copy of the attention shares it, and compensation calls that copy beside the attention itself.
+    Only the first, because a pruned copy of the attention shares this module, and compensation calls both.
     """
 
     seen: Tensor | None = None
@@ -145,17 +147,17 @@ class Keys(nn.Module):
         return k
 
     def take(self) -> Tensor | None:
-        """Returns the keys (n, tokens, heads · dims), and forgets them."""
+        """Returns the keys (n, tokens, heads · dims), or None if there are none, and forgets them."""
         k, self.seen = self.seen, None
         return None if k is None else k.transpose(1, 2).flatten(2)
 
 
 class MergingBlock(Block):
-    """A block of a ViT that merges tokens, or that comes behind one: the same modules under the same names.
+    """A block of a ViT that merges tokens or follows one that does. It has the same modules under the same names.
 
     Attributes:
-        last: whether no block follows: tokens are then all of the image's again if they are traced.
-        traced: whether to note where tokens go.
+        last: whether it is the last block. If tokens are traced, it returns one token per original token again.
+        traced: whether to track where tokens go.
     """
 
     def __init__(self, block: Block, merge: Merge, last: bool, traced: bool) -> None:
@@ -166,24 +168,23 @@ class MergingBlock(Block):
         if merge.merges and not merge.drop:
             self.attn.k_norm = Keys()
 
-    def forward(self, given: Tensor | Merged) -> Tensor | Merged:
-        return self.feed(self.attend(given))
+    def forward(self, stream: Tensor | Merged) -> Tensor | Merged:
+        return self.feed(self.attend(stream))
 
-    def attend(self, given: Tensor | Merged) -> Merged:
-        """Returns the stream behind the attention, and merged."""
-        merged = isinstance(given, Merged)
-        x, size, source = given if isinstance(given, Merged) else Merged.of(given, self.traced)
-        normed, held = self.norm1(x), getattr(self.attn, "k_norm", None)
-        if isinstance(held, Keys):
-            held.take()  # of calls of the attention alone
-        mask = size.log()[:, None, None, :] if merged else None
+    def attend(self, stream: Tensor | Merged) -> Merged:
+        """Returns the stream after attention and merging."""
+        x, size, source = stream if isinstance(stream, Merged) else Merged.of(stream, self.traced)
+        normed, recorder = self.norm1(x), getattr(self.attn, "k_norm", None)
+        if isinstance(recorder, Keys):
+            recorder.take()  # discards keys of earlier calls of the attention alone
+        mask = size.log()[:, None, None, :] if isinstance(stream, Merged) else None
         x = x + self.drop_path1(self.ls1(self.attn(normed, attn_mask=mask)))
-        keys = held.take() if isinstance(held, Keys) else None  # None: nothing merges, or no attention is left
-        found: Merged = self.merge(Merged(x, size, source), normed if keys is None else keys)
-        return found
+        keys = recorder.take() if isinstance(recorder, Keys) else None  # None: no merges, or the attention was pruned
+        after: Merged = self.merge(Merged(x, size, source), normed if keys is None else keys)
+        return after
 
     def feed(self, merged: Merged) -> Tensor | Merged:
-        """Returns the stream behind the FFN."""
+        """Returns the stream after the FFN."""
         x, size, source = merged
         x = x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
         if not self.last:
@@ -192,14 +193,15 @@ class MergingBlock(Block):
 
 
 def merging(model: nn.Module, schedule: Schedule, traced: bool = False) -> nn.Module:
-    """Makes the blocks of `model` merge by a schedule, in place, and returns it. An empty schedule, or one of zeros,
-    changes nothing.
+    """Makes the blocks of `model` merge tokens by a schedule, in place, and returns the model.
+
+    An empty schedule, or one of zeros, changes nothing.
 
     Args:
-        traced: note where tokens go, which a head that reads class tokens alone need not know.
+        traced: track where tokens go, even if the head reads only class tokens and does not need it.
 
     Raises:
-        ModelError: if it is no ViT or DeiT of timm's plain blocks, or the schedule does not fit it.
+        ModelError: if it is not a ViT or DeiT of timm's plain blocks, or the schedule does not fit it.
     """
     if not any(schedule):
         return model
@@ -220,10 +222,12 @@ def merging(model: nn.Module, schedule: Schedule, traced: bool = False) -> nn.Mo
 
 
 def passing(model: nn.Module, schedule: Schedule) -> nn.Module:
-    """Returns a copy of `model` that merges by a schedule but drops nothing, for statistics; with no merges, itself.
+    """Returns a copy of `model` that merges by a schedule but drops no tokens, to collect statistics of all tokens.
+
+    If the schedule has no merges, it returns `model` itself.
 
     Raises:
-        ModelError: as `merging`.
+        ModelError: as for `merging`.
     """
     if not any(schedule):
         return model
@@ -235,10 +239,10 @@ class Tokens:
     """The tokens of an image in a ViT.
 
     Attributes:
-        free: how many may merge.
-        protected: how many may not: those of class, distillation and registers.
-        blocks: blocks that they pass.
-        class_only: whether the head reads protected tokens alone.
+        free: number of tokens that may merge.
+        protected: number of tokens that may not: class, distillation and register tokens.
+        blocks: number of blocks.
+        class_only: whether the head reads only protected tokens.
     """
 
     free: int
@@ -261,23 +265,23 @@ class Tokens:
         return self.class_only and bool(schedule[-1]) and sum(schedule) == self.free
 
     def without_drop(self, schedule: Schedule) -> Schedule:
-        """Returns a schedule in which the last block keeps the tokens that it drops in `schedule`."""
+        """Returns the schedule with the drop in the last block, if there is one, left out."""
         return (*schedule[:-1], 0) if schedule and self.drops(schedule) else schedule
 
 
 def tokens_seen(layers: Sequence[PrunableLayer], schedule: Schedule) -> list[int]:
-    """Returns how many tokens of an image each layer sees under a schedule; in a block the merge is before the FFN."""
+    """Returns the number of tokens that each layer sees under a schedule. Blocks merge between attention and FFN."""
     gone = [0, *accumulate(schedule)]
     blocks = {name: i for i, name in enumerate(dict.fromkeys(layer.block for layer in layers))}
     return [n.tokens - (gone[blocks[n.block] + (n.kind == "ffn")] if schedule else 0) for n in layers]
 
 
 def merged_layers(layers: Sequence[PrunableLayer], schedule: Schedule, stream: Tokens) -> tuple[PrunableLayer, ...]:
-    """Returns the layers of a ViT with the tokens that they see under a schedule, and the pairs that are compared."""
-    compares = dict(zip(dict.fromkeys(n.block for n in layers), stream.without_drop(schedule), strict=True))
-    found = []
+    """Returns the layers of a ViT with the numbers of tokens and of compared pairs that they have under a schedule."""
+    merges = dict(zip(dict.fromkeys(n.block for n in layers), stream.without_drop(schedule), strict=True))
+    merged = []
     for layer, tokens in zip(layers, tokens_seen(layers, schedule), strict=True):
         attention = layer.kind == "attention"
-        compared = pairs(tokens - stream.protected) if attention and compares[layer.block] else 0
-        found.append(replace(layer, tokens=tokens, span=tokens if attention else 0, pairs=compared))
-    return tuple(found)
+        compared = pairs(tokens - stream.protected) if attention and merges[layer.block] else 0
+        merged.append(replace(layer, tokens=tokens, span=tokens if attention else 0, pairs=compared))
+    return tuple(merged)

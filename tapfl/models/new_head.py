@@ -1,10 +1,11 @@
-"""A classifier of the classes that the devices report, in place of the one that the backbone's weights came with.
+"""A new classifier for the classes that the devices report, in place of the one in the backbone's weights.
 
-With ``model.head = new`` or ``prototypes`` the public pool may have other classes than the devices, or none. Two heads
-then share one backbone. The *old* one, of the weights or trained on the pool's own classes, never leaves the server:
-its predictions are what scores, layer importance and distillation look at. The *new* one has a row for each class of
-the devices; it is what devices get, train and share. It starts at 0, or as rows of the old one that `model.head-rows`
-names, or on each device as the means of its own classes (`fill_with_prototypes`), which stay there.
+With ``model.head = new`` or ``prototypes``, the public pool may have other classes than the devices, or none. Two heads
+then share one backbone. The *old* head comes with the weights or is trained on the pool's own classes. It never leaves
+the server; scores, layer importance and distillation use its predictions. The *new* head has one row for each class of
+the devices. Devices get it, train it and share it. It starts at 0, or from the rows of the old head that
+`model.head-rows` names, or on each device from the means of its own classes (`fill_with_prototypes`). These means stay
+on the device.
 """
 
 from __future__ import annotations
@@ -26,21 +27,21 @@ from tapfl.models.units import put
 from tapfl.models.weights import head_tensors, read_head_rows, take_rows
 from tapfl.store import content_hash
 
-NEVER = -100.0  # a logit far below those of distances, which are of the order of 1
+NEVER = -100.0  # far below the logits of other classes, which are of the order of 1
 
 Dense = tuple[str, BackboneSpec, nn.Module]  # key in the cache, description, model
 
 
 def agreed_classes(names: Iterable[Sequence[str]]) -> tuple[str, ...]:
-    """Returns the classes of all devices, each once, in an order that depends on nothing else."""
-    return tuple(sorted({name for each in names for name in each}))
+    """Returns the distinct classes of all devices, sorted by name."""
+    return tuple(sorted({name for own in names for name in own}))
 
 
 def with_new_head(options: ModelOptions, old: Dense, classes: Sequence[str], cache: DenseCache) -> Dense:
-    """Returns the backbone with a classifier of `classes`, in the cache as a backbone of its own.
+    """Returns the backbone with a new classifier of `classes`, which is cached under a key of its own.
 
     Raises:
-        ModelError: if there are too many, or `model.head-rows` does not name a row of the old head for each of them.
+        ModelError: if there are too many classes, or `model.head-rows` does not name a row of the old head for each.
     """
     if len(classes) > LARGEST_ARGUMENT:
         raise ModelError(f"the devices name {len(classes)} classes; accepted: at most {LARGEST_ARGUMENT}")
@@ -60,7 +61,7 @@ def with_new_head(options: ModelOptions, old: Dense, classes: Sequence[str], cac
 
 
 def put_head(model: nn.Module, source: nn.Module) -> nn.Module:
-    """Returns a copy of `model`, pruned or not, with the classifier of `source`, a model of the same embedding."""
+    """Returns a copy of `model`, pruned or not, with the classifier of `source`, which has the same feature width."""
     model = copy.deepcopy(model)
     for name in head_names(source):
         put(model, name, copy.deepcopy(source.get_submodule(name)))
@@ -69,14 +70,14 @@ def put_head(model: nn.Module, source: nn.Module) -> nn.Module:
 
 
 def fill_with_prototypes(model: nn.Module, features: np.ndarray, labels: np.ndarray) -> nn.Module:
-    """Returns a copy of `model` that takes an image for the class with the nearest mean.
+    """Returns a copy of `model` that assigns an image to the class with the nearest mean.
 
-    Its logits are -‖f - m_c‖² / 2τ up to what is the same for all classes: m_c is the mean of the features f of class
-    c, τ the mean squared distance of an image to the mean of its class (weight imprinting, Qi et al. 2018, arXiv
-    1712.07136, with means of features as they are). A class without an image is never the nearest.
+    Its logits are -‖f - m_c‖² / 2τ up to a constant that is the same for all classes. m_c is the mean of the features f
+    of class c, and τ the mean squared distance of an image to the mean of its class (weight imprinting, Qi et al. 2018,
+    arXiv 1712.07136, without normalising the features). A class without images is never predicted.
 
     Args:
-        features: of a device's own images before the head, float32 (n, width).
+        features: of the device's own images before the head, float32 (n, width).
         labels: int64 (n,).
     """
     model = copy.deepcopy(model)

@@ -1,4 +1,4 @@
-"""Finding what can be pruned in a backbone, and refusing by name what cannot be cut exactly."""
+"""Finds the branches of a backbone that can be pruned, and refuses models that cannot be cut exactly."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from tapfl.models.units import Ffn, PrunableLayer, SelfAttention
 
 
 def prunable_layers(model: nn.Module) -> list[PrunableLayer]:
-    """Returns the branches of the blocks of `model` that can be pruned, in the order in which an image passes them.
+    """Returns the prunable branches of `model`, in the order of the forward pass.
 
     Raises:
-        ModelError: naming a branch of a kind that cannot be pruned exactly (query-key norms, gates, other layouts).
+        ModelError: if a branch cannot be pruned exactly (query-key norms, gates, other layouts). It names the branch.
     """
     branches = _branches(model)
     shapes: dict[str, torch.Size] = {}
@@ -32,26 +32,26 @@ def prunable_layers(model: nn.Module) -> list[PrunableLayer]:
     layers: list[PrunableLayer] = []
     for name in shapes:
         module, shape = branches[name], shapes[name]
-        place: dict[str, Any] = {
+        common: dict[str, Any] = {
             "name": name,
             "block": name.rpartition(".")[0],
             "tokens": math.prod(shape[:-1]),
             "embed_dim": shape[-1],
         }
         if isinstance(module, Mlp):
-            place |= _biases(module.fc1, module.fc2)
-            layers.append(Ffn(**place, heads=1, units=module.fc1.out_features, span=0))
+            common |= _biases(module.fc1, module.fc2)
+            layers.append(Ffn(**common, heads=1, units=module.fc1.out_features, span=0))
         else:
-            place |= _biases(module.qkv, module.proj)
+            common |= _biases(module.qkv, module.proj)
             if isinstance(module, WindowAttention):
-                place["params_per_head"] = len(module.relative_position_bias_table)
+                common["params_per_head"] = len(module.relative_position_bias_table)
             units = module.proj.in_features
-            layers.append(SelfAttention(**place, heads=module.num_heads, units=units, span=shape[-2]))
+            layers.append(SelfAttention(**common, heads=module.num_heads, units=units, span=shape[-2]))
     return layers
 
 
 def _branches(model: nn.Module) -> dict[str, Any]:
-    """Returns the branches of all blocks by name. Raises ModelError, naming the module, if one has to be refused."""
+    """Returns the branches of all blocks by name. Raises ModelError if one cannot be pruned exactly."""
     branches: dict[str, Any] = {}
     for block in (name for name, _ in segments(model) if ".blocks." in f".{name}"):
         module = model.get_submodule(block)
@@ -74,7 +74,7 @@ def _branches(model: nn.Module) -> dict[str, Any]:
 
 
 def _is_plain(branch: nn.Module) -> bool:
-    """Whether it is computed as timm's own classes do: cut, another forward of a subclass may be wrong."""
+    """Returns whether the branch has timm's own `forward`; a subclass with another one may be wrong after cutting."""
     kinds = (kind for kind in (Attention, WindowAttention, Mlp) if isinstance(branch, kind))
     return any(type(branch).forward is kind.forward for kind in kinds)
 

@@ -18,20 +18,20 @@ from tapfl.models.forward import Step, hooked, segments, tokens_read
 from tapfl.models.merging import Merged, MergingBlock
 from tapfl.models.units import PrunableLayer, replaced
 
-PLACE = {"attention": "1", "ffn": "2"}  # norm1 and ls1 belong to the attention of a block, norm2 and ls2 to its FFN
+PLACE = {"attention": "1", "ffn": "2"}  # norm1 and ls1 belong to a block's attention, norm2 and ls2 to its FFN
 
 
 @dataclass(frozen=True)
 class Passage:
-    """Tensors around a branch in one pass of its step (`branch_steps`).
+    """Tensors around a branch, recorded in one pass through its step (`branch_steps`).
 
     Attributes:
-        stream: the residual stream that the branch's norm read.
-        arguments: of the branch's call (positional, by name).
-        units: input of the branch's output linear, with 0 units where the branch is gone.
-        output: of the branch.
-        after: of the step.
-        source: where each of the image's tokens is in the stream (`tapfl.models.merging`); None: none was merged.
+        stream: the residual stream that the branch's norm reads.
+        arguments: positional and keyword arguments of the branch's call.
+        units: input of the branch's output linear; it has 0 units if the branch was pruned entirely.
+        output: output of the branch.
+        after: output of the step.
+        source: as in `tapfl.models.merging.Merged`; None if no token was merged.
     """
 
     stream: Tensor
@@ -44,7 +44,7 @@ class Passage:
 
 @torch.no_grad()
 def observe(model: nn.Module, layer: PrunableLayer, step: Callable[[Any], Any], x: Tensor | Merged) -> Passage:
-    """Returns the passage of the residual stream `x` through the branch `layer`, of which `step` is the step."""
+    """Returns the tensors around the branch `layer` when the residual stream `x` passes through its step `step`."""
     branch: Any = model.get_submodule(layer.name)
     seen: dict[str, Any] = {}
 
@@ -59,16 +59,18 @@ def observe(model: nn.Module, layer: PrunableLayer, step: Callable[[Any], Any], 
         after = step(x)
     stream, source = (x.x, x.source) if isinstance(x, Merged) else (x, None)
     if layer.kind == "ffn":
-        stream = stream.reshape(seen["output"].shape)  # a Swin's is a grid
+        stream = stream.reshape(seen["output"].shape)  # in a Swin, the stream is a grid
     return Passage(stream, after=after, source=source, **({"units": seen["output"][..., :0]} | seen))
 
 
 @torch.no_grad()
 def as_branch_output(model: nn.Module, layer: PrunableLayer, stream: Tensor) -> Tensor:
-    """Returns the branch output that adds `stream` to the residual stream: in its layout, before LayerScale.
+    """Returns the branch output that would add `stream` to the residual stream.
+
+    It is in the layout of the branch (windows in a Swin), before LayerScale.
 
     Raises:
-        ModelError: if the block is not of timm's pre-norm kinds.
+        ModelError: if the block is not one of timm's pre-norm blocks.
     """
     block = _block(model, layer)
     if isinstance(block, SwinTransformerBlock) and layer.kind == "attention":
@@ -84,14 +86,14 @@ def as_branch_output(model: nn.Module, layer: PrunableLayer, stream: Tensor) -> 
 
 
 def branch_steps(model: nn.Module, all_tokens: bool = False) -> list[Step]:
-    """Returns `segments` with the blocks taken apart: one step a residual branch, under the branch's name.
+    """Returns `segments` with blocks split into their residual branches: one step per branch, under the branch's name.
 
-    A pass can then be resumed from the stream that enters a branch, whatever module stands in its place by then.
-    Applied in turn the steps equal ``model(x)`` up to rounding, for a model whose branches `prunable_layers` accepts;
-    blocks of other kinds stay whole. Tokens merge at the end of an attention's step.
+    A pass can then be resumed from the stream that enters a branch, and a step uses the module that is in the model
+    when it is called. Applied in order, the steps equal ``model(x)`` up to rounding, if `prunable_layers` accepts the
+    branches of the model. Blocks of other kinds stay whole. Tokens merge at the end of an attention's step.
 
     Args:
-        all_tokens: otherwise the last block of a ViT computes only those that the head reads.
+        all_tokens: compute all tokens in the last block of a ViT, instead of only those that the head reads.
     """
     chain = segments(model)
     last = chain[-2][0]
@@ -99,7 +101,7 @@ def branch_steps(model: nn.Module, all_tokens: bool = False) -> list[Step]:
     for name, step in chain:
         attend: Callable[[Any], Any]
         feed: Callable[[Any], Any]
-        if type(step) is Block:  # a subclass may pass its branches in another way
+        if type(step) is Block:  # a subclass may combine its branches differently
             read = tokens_read(model) if name == last and not all_tokens else None
             attend, feed = partial(_attention_step, step, read), partial(_ffn_step, step)
         elif type(step) is SwinTransformerBlock:
@@ -114,10 +116,11 @@ def branch_steps(model: nn.Module, all_tokens: bool = False) -> list[Step]:
 
 
 def first_queries(attention: Attention, x: Tensor, count: int) -> Tensor:
-    """Returns ``attention(x)[:, :count]`` without the keys and values of all tokens.
+    """Returns ``attention(x)[:, :count]`` without computing the keys and values of all tokens.
 
-    For few queries it is less work to bring W_k to the query, q·(W_k x) = (W_kᵀ q)·x, and W_v to the mixture,
-    Σ a_n W_v x_n = W_v Σ a_n x_n. The bias of the keys adds the same to all logits of a query and falls out.
+    For few queries it is cheaper to apply W_k to the query, q·(W_k x) = (W_kᵀ q)·x, and W_v to the weighted sum,
+    Σ a_n W_v x_n = W_v Σ a_n x_n. The bias of the keys adds the same number to all logits of a query, so it has no
+    effect.
     """
     shape = (3, attention.num_heads, attention.head_dim)
     W_q, W_k, W_v = attention.qkv.weight.view(*shape, -1)
@@ -156,7 +159,7 @@ def _grid_ffn_step(block: Any, x: Tensor) -> Tensor:
 
 
 class Echo(nn.Module):
-    """Takes the place of a branch and records its input, in the layout (windows) of its block."""
+    """Takes the place of a branch, records its input (in the windows of a Swin block) and returns it."""
 
     heard: Tensor
 

@@ -1,11 +1,12 @@
 """Units: the parts of a block that can be pruned, and the weights that belong to them.
 
-A *prunable layer* is one residual branch: an FFN, whose units are its hidden neurons, or an attention, whose units are
-the dims of its heads (one unit = one dim of one head, in q, k and v together). The algorithms see only the interface
-`PrunableLayer`; a new kind of branch is one more subclass here.
+A *prunable layer* is one residual branch. In an FFN, the units are the hidden neurons. In an attention, a unit is one
+dim of one head, in q, k and v together. The algorithms use only the interface `PrunableLayer`; to support another kind
+of branch, add a subclass here.
 
-Worked example, embedding 6, two heads of three dims: ``units = 6``, unit 4 is dim 1 of head 1; to drop it removes rows
-4, 10 and 16 of qkv and column 4 of proj. Attention needs equal dims a head, so one dim of head 0 has to go with it.
+Example: with embedding 6 and two heads of three dims, ``units = 6``, and unit 4 is dim 1 of head 1. Dropping it removes
+rows 4, 10 and 16 of qkv and column 4 of proj. All heads need the same number of dims, so one dim of head 0 has to be
+dropped as well.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ Side = Literal["rows", "columns"]
 
 
 class Shape(NamedTuple):
-    """How large a layer is: heads that stay (1 or 0 for an FFN), and units in each of them."""
+    """The size of a layer: number of heads that stay (1 or 0 for an FFN), and number of units in each of them."""
 
     heads: int
     dims: int
@@ -40,7 +41,7 @@ class Shape(NamedTuple):
 
 @dataclass(frozen=True)
 class LinearCut:
-    """What remains of one linear: `index` into its rows (outputs) or columns (inputs), and a factor for each row."""
+    """The part of a linear that stays: `index` into its rows (outputs) or columns (inputs), and a scale of each row."""
 
     linear: str
     side: Side
@@ -56,14 +57,14 @@ class PrunableLayer:
         name: module path, such as ``blocks.3.attn``.
         block: module path of the block it belongs to.
         heads: groups of units that must stay equally large (1 for an FFN).
-        units: number of units when dense.
+        units: number of units in the dense model.
         embed_dim: width of the residual stream at this block.
-        tokens: tokens an image, as they pass the branch's linears.
-        span: tokens that attend to each other (0 for an FFN).
-        inner_bias: whether the linears that write the units have biases.
-        output_bias: whether the output linear has one.
-        params_per_head: parameters that go with a whole head alone (Swin's column of relative position biases).
-        pairs: of tokens whose keys are compared, where tokens are merged.
+        tokens: number of tokens per image that pass through the branch's linears.
+        span: number of tokens that attend to each other (0 for an FFN).
+        inner_bias: whether the inner linear has a bias.
+        output_bias: whether the output linear has a bias.
+        params_per_head: parameters that belong to a head as a whole (Swin's column of relative position biases).
+        pairs: number of token pairs per image whose keys are compared, if the block merges tokens.
     """
 
     name: str
@@ -79,9 +80,9 @@ class PrunableLayer:
     pairs: int = 0
 
     kind: ClassVar[Literal["attention", "ffn"]]
-    inner: ClassVar[str]  # the linear that writes the units
-    parts: ClassVar[int]  # its rows for one unit: one in fc1, three in qkv
-    output: ClassVar[str]  # the linear whose input are the units' activations
+    inner: ClassVar[str]  # the linear whose outputs are the units
+    parts: ClassVar[int]  # its number of rows per unit: one in fc1, three in qkv
+    output: ClassVar[str]  # the linear whose inputs are the units' activations
 
     def output_of(self, model: nn.Module) -> nn.Linear:
         """Returns the linear of this branch of `model` that reads the units."""
@@ -95,56 +96,57 @@ class PrunableLayer:
 
     @property
     def macs_per_unit(self) -> int:
-        """Multiply-accumulates an image that one unit costs, with its part in the two products of attention."""
+        """MACs per image of one unit, including its part in the two matrix products of attention."""
         return self.tokens * ((self.parts + 1) * self.embed_dim + 2 * self.span) + self.pairs
 
     @property
     def params_per_unit(self) -> int:
-        """Weights and biases that go with one unit."""
+        """Number of weights and biases that belong to one unit."""
         return (self.parts + 1) * self.embed_dim + self.parts * self.inner_bias
 
     @property
     def full(self) -> Shape:
-        """The shape when dense."""
+        """The shape in the dense model."""
         return Shape(self.heads, self.units_per_head)
 
     def macs(self, shape: Shape) -> int:
-        """Returns the MACs an image of the branch in that shape; without keys, tokens are compared by its input."""
+        """Returns the MACs per image of the branch in a shape."""
+        # without units there are no keys, and merging compares tokens by the input of the branch
         return shape.units * self.macs_per_unit or self.pairs * self.embed_dim
 
     def params(self, shape: Shape) -> int:
-        """Returns the parameters of the branch in that shape; without units it is a `ConstantBranch`."""
+        """Returns the number of parameters of the branch in a shape; without units it is a `ConstantBranch`."""
         if shape.units == 0:
             return self.embed_dim
         bias = self.embed_dim if self.output_bias else 0
         return shape.units * self.params_per_unit + shape.heads * self.params_per_head + bias
 
     def shape_of(self, kept: Tensor) -> Shape:
-        """Returns the shape of the branch when the units `kept` stay, which are balanced over the heads that stay."""
+        """Returns the shape of the branch if the units `kept` stay; every head that stays has equally many of them."""
         sizes = self._per_head(kept)
         return Shape(int((sizes > 0).sum()), int(sizes.max()))
 
     def cuts(self, kept: Tensor) -> list[LinearCut]:
-        """Returns what remains of the branch's linears when the units `kept` (sorted, int64) stay."""
+        """Returns the parts of the branch's linears that stay with the units `kept` (sorted, int64)."""
         rows = torch.cat([kept + part * self.units for part in range(self.parts)])
         return [LinearCut(self.inner, "rows", rows, self._scale(kept)), LinearCut(self.output, "columns", kept)]
 
     def _scale(self, kept: Tensor) -> Tensor | None:
-        """Returns a factor for each row of the inner linear that keeps the branch's function, or None."""
+        """Returns a factor for each row of the inner linear that preserves the branch's function, or None."""
         return None
 
     def _resize(self, module: Any, kept: Tensor) -> None:
-        """Sets the attributes of a branch whose linears were cut already."""
+        """Sets the attributes of a branch whose linears have been cut."""
 
     def activations(self, x: Tensor, images: int) -> Tensor:
-        """Returns the input of the output linear as (images, tokens, units): one row of windows an image for Swin."""
+        """Returns the input x of the output linear as (images, tokens, units); a Swin's windows are concatenated."""
         return x.reshape(images, -1, x.shape[-1])
 
     def shrink(self, module: Any, kept: Tensor) -> nn.Module:
-        """Returns a smaller copy of the branch that computes what `module` does with all but `kept` masked to 0.
+        """Returns a smaller copy of the branch that computes what `module` does with all units but `kept` set to 0.
 
         Raises:
-            PlanError: if `kept` is not sorted, unique and in range, or leaves heads of different size.
+            PlanError: if `kept` is not sorted, unique and in range, or leaves heads of different sizes.
         """
         self.check(kept)
         if len(kept) == self.units:
@@ -158,7 +160,7 @@ class PrunableLayer:
         return small
 
     def check(self, kept: Tensor) -> None:
-        """Raises PlanError unless `kept` is sorted, unique, in range and balanced over the heads that stay."""
+        """Raises PlanError unless `kept` is sorted, unique, in range, and of equal size in all heads that stay."""
         if len(kept) and not (bool((kept[1:] > kept[:-1]).all()) and int(kept[0]) >= 0 and int(kept[-1]) < self.units):
             raise PlanError(f"{self.name}: kept units must be sorted, unique and lie in 0..{self.units - 1}")
         if len(set(self._per_head(kept).tolist()) - {0}) > 1:
@@ -175,13 +177,13 @@ class Ffn(PrunableLayer):
 
 
 class SelfAttention(PrunableLayer):
-    """qkv -> heads -> proj, the heads attending to `span` tokens (all of an image, or one window of it)."""
+    """qkv -> heads -> proj. The heads attend to `span` tokens: all of an image, or one window of it."""
 
     kind, inner, parts, output = "attention", "qkv", 3, "proj"
 
     def _scale(self, kept: Tensor) -> Tensor:
-        # The softmax divides by sqrt(dims a head). With fewer dims it divides by less, so q takes the difference:
-        # q' = q sqrt(k / d), exact for timm's fused and unfused paths alike.
+        # Attention divides logits by sqrt(dims per head). With k instead of d dims it would divide by less, so q is
+        # scaled: q' = q sqrt(k / d). This is exact in timm's fused and unfused code.
         dims = int(self._per_head(kept).max()) if len(kept) else 0
         factor = math.sqrt(dims / self.units_per_head)
         ones = torch.ones(len(kept))
@@ -200,7 +202,7 @@ class SelfAttention(PrunableLayer):
 
 
 class ConstantBranch(nn.Module):
-    """What is left of a branch without units: the bias of its output linear. State-dict keys stay as they were."""
+    """A branch without units, of which only the bias of its output linear is left, under the same state-dict key."""
 
     def __init__(self, output: str, linear: nn.Linear) -> None:
         super().__init__()
@@ -217,7 +219,7 @@ class ConstantBranch(nn.Module):
 
 @contextmanager
 def replaced(model: nn.Module, name: str, module: nn.Module) -> Iterator[None]:
-    """Puts `module` in the place `name` of `model` for the duration of the block."""
+    """Replaces the submodule `name` of `model` by `module` while the context is active."""
     original = model.get_submodule(name)
     put(model, name, module)
     try:
@@ -227,23 +229,23 @@ def replaced(model: nn.Module, name: str, module: nn.Module) -> Iterator[None]:
 
 
 def put(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Puts `module` in the place `name` of `model`."""
+    """Replaces the submodule `name` of `model` by `module`."""
     parent, _, leaf = name.rpartition(".")
     setattr(model.get_submodule(parent), leaf, module)
 
 
 def _bare_copy(module: Any) -> Any:
-    """A module with the same children and parameters, in dictionaries of its own, and without hooks."""
+    """Returns a shallow copy of a module, with the same children and parameters but no hooks."""
     bare = copy.copy(module)
     bare._modules, bare._parameters = dict(module._modules), dict(module._parameters)
     bare._buffers = dict(module._buffers)
     for name in [name for name in vars(bare) if name.endswith("_hooks")]:
-        setattr(bare, name, OrderedDict())  # hooks on the one are not hooks on the other
+        setattr(bare, name, OrderedDict())
     return bare
 
 
 def _cut_linear(linear: nn.Linear, cut: LinearCut) -> nn.Linear:
-    small = _bare_copy(linear)  # a new one would be initialised first, on any device
+    small = _bare_copy(linear)  # a new nn.Linear would be initialised first, which takes time
     for name, tensor in linear.named_parameters():
         part = tensor.detach()
         if cut.side == "rows":

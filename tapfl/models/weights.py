@@ -1,4 +1,4 @@
-"""Loading the weights of a checkpoint or of timm's hub into a backbone of another size or with another head."""
+"""Loads the weights of a checkpoint or of timm's hub into a backbone, which may have another image size or head."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ _DIGITS = re.compile(r"(\d+)")
 
 
 def fill_weights(model: nn.Module, options: ModelOptions, spec: BackboneSpec, classes: tuple[str, ...]) -> list[str]:
-    """Loads the weights that the options name into `model`, if they name any; returns what a user should know.
+    """Loads the weights that the options name, if any, into `model`. Returns notes for the user.
 
     Raises:
-        ModelError: if they are not available, do not fit, or lack the required head.
+        ModelError: if they are not available, do not fit, or do not have the required head.
     """
     takes_head = options.head in ("rows", "rows+train")
     rows = Path(options.head_rows) if takes_head and options.head_rows else None
@@ -48,18 +48,19 @@ def fill_weights(model: nn.Module, options: ModelOptions, spec: BackboneSpec, cl
 def load_weights(
     model: nn.Module, file: Path, classes: tuple[str, ...], head_rows: Path | None, needs_head: bool = False
 ) -> list[str]:
-    """Loads a checkpoint into `model`; position embeddings are resampled to the model's size.
-
-    Returns a sentence if a head of another size was left out, none otherwise.
+    """Loads a checkpoint into `model`. Position embeddings are resampled to the model's image size.
 
     Args:
         classes: names of the federation's classes, in the order of its labels.
-        head_rows: JSON file of class name -> row of the file's head. Without it the file's head is used if it has one
-            row a class, and left as initialised if not.
+        head_rows: JSON file that maps class names to rows of the checkpoint's head. Without it, the checkpoint's head
+            is loaded if it has one row per class; otherwise the model's head stays as initialised.
         needs_head: refuse weights without a head for these classes.
 
+    Returns:
+        Notes for the user: one if a head of another size was left out.
+
     Raises:
-        ModelError: naming the first weights that do not fit.
+        ModelError: if weights do not fit. It names the first.
     """
 
     def refusal(why: object) -> ModelError:
@@ -92,11 +93,11 @@ def load_weights(
     try:
         state = _resampled(state, model)
         missing, unexpected = model.load_state_dict(state, strict=False)
-    except Exception as error:  # timm's filters take the names and shapes of what they are given for granted
+    except Exception as error:  # timm's filters assume names and shapes that these weights may not have
         raise refusal(f"do not fit {type(model).__name__} ({message_of(error)})") from None
-    if lacking := [key for key in missing if key not in heads]:
+    if missing := [key for key in missing if key not in heads]:
         theirs = f", and hold {unexpected[0]!r}, which it lacks" if unexpected else ""
-        raise refusal(f"do not fit the backbone: they lack {lacking[0]!r}{theirs}; accepted: timm's names")
+        raise refusal(f"do not fit the backbone: they lack {missing[0]!r}{theirs}; accepted: timm's names")
     if unexpected:
         raise refusal(f"do not fit the backbone: they hold {unexpected[0]!r}, which the backbone lacks")
     _require_finite(model, refusal)
@@ -104,19 +105,19 @@ def load_weights(
 
 
 def rows_in_weights(options: ModelOptions) -> int:
-    """Returns how many classes the head in the weights has; 0 if there are no weights, or none that can be read."""
+    """Returns the number of classes of the head in the weights; 0 without weights or if they cannot be read."""
     if options.weights == "hub":
         config = timm.get_pretrained_cfg(options.name)
         return config.num_classes if config else 0
     try:
         state = read_checkpoint(Path(options.weights)) if options.weights else {}
     except ValueError:
-        return 0  # `load_weights` says why
+        return 0  # `load_weights` raises the error
     return next((len(state[name]) for name in ("head.weight", "head.fc.weight") if name in state), 0)
 
 
 def _require_one_order(classes: tuple[str, ...]) -> None:
-    """Raises ModelError if a head may have another order of classes: torchvision has 10 before 2, timm 2 before 10."""
+    """Raises ModelError if the order of a head's classes is ambiguous: torchvision sorts 10 before 2, timm after it."""
     by_number = sorted(
         classes, key=lambda name: [int(part) if part.isdigit() else part for part in _DIGITS.split(name)]
     )
@@ -132,9 +133,9 @@ def load_hub_weights(model: nn.Module, spec: BackboneSpec, classes: tuple[str, .
     """Loads the weights of timm's hub for `spec` into `model`.
 
     Raises:
-        ModelError: if the hub cannot be reached, has no weights under that name, or their head lacks a row.
+        ModelError: if the hub cannot be reached, has no weights under that name, or their head does not have a row.
     """
-    rows = read_head_rows(head_rows, classes) if head_rows else None  # refused before anything is fetched
+    rows = read_head_rows(head_rows, classes) if head_rows else None  # raises before anything is fetched
     if rows and (theirs := timm.get_pretrained_cfg(spec.name)):
         spec = spec.model_copy(update={"num_classes": theirs.num_classes})
     state = build(spec, pretrained=True).state_dict()
@@ -156,7 +157,7 @@ def head_tensors(model: nn.Module) -> list[str]:
 
 
 def take_rows(state: dict[str, Tensor], heads: list[str], rows: list[int], named_by: Path, source: str) -> None:
-    """Reduces the heads in `state` to these rows. Raises ModelError if one lacks them."""
+    """Reduces the heads in `state` to these rows. Raises ModelError if a head does not have them."""
     for key in heads:
         if key not in state or not state[key].ndim or max(rows) >= len(state[key]):
             raise ModelError(f"model.head-rows = {str(named_by)!r}: row {max(rows)} is not in {key} of {source}")
@@ -164,7 +165,11 @@ def take_rows(state: dict[str, Tensor], heads: list[str], rows: list[int], named
 
 
 def read_head_rows(file: Path, classes: tuple[str, ...]) -> list[int]:
-    """Returns the row of the head for each class. Raises ModelError if the file, a class, or a row of its own lacks."""
+    """Returns the row of the head for each class.
+
+    Raises:
+        ModelError: if the file cannot be read, or does not give every class a row of its own.
+    """
 
     def refusal(why: object) -> ModelError:
         return ModelError(f"model.head-rows = {str(file)!r}: {why}")
@@ -195,8 +200,8 @@ def read_head_rows(file: Path, classes: tuple[str, ...]) -> list[int]:
 
 
 def _resampled(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """Returns `state` under the names and in the sizes of `model`, as timm's own filter of its family has them."""
-    deit3 = partial(vision_transformer.checkpoint_filter_fn, adapt_layer_scale=True)  # whose gamma_1 is ls1.gamma here
+    """Returns `state` converted to the names and sizes of `model` by timm's own filter for its family."""
+    deit3 = partial(vision_transformer.checkpoint_filter_fn, adapt_layer_scale=True)  # renames gamma_1 to ls1.gamma
     for family, filtered in (
         (SwinTransformer, swin_transformer.checkpoint_filter_fn),
         (PoolingVisionTransformer, pit.checkpoint_filter_fn),

@@ -1,13 +1,13 @@
 """APFL (Deng, Kamani, Mahdavi 2020, arXiv 2003.13461): adaptive personalised federated learning.
 
-A local step, all right-hand sides from the old iterates and the same minibatch ξ (Algorithm 1):
+A local step (Algorithm 1); all right-hand sides use the old iterates and the same minibatch ξ:
 
     w ← w - η ∇f(w; ξ)
-    v ← v - η_v α ∇f(v̄; ξ),          v̄ = αv + (1-α)w with w held fixed
+    v ← v - η_v α ∇f(v̄; ξ),          v̄ = αv + (1-α)w, with w a constant
     α ← clip(α - η_α ∂f(v̄; ξ)/∂α, 0, 1)
 
-The interpolation v̄ is in effective weights (`tapfl.adapters.lora.interpolate`). Only w is uploaded. v starts as w. The
-factor α, which is the chain rule's, holds for the step of v under any optimiser (`Trainee.apply_scaled`).
+v̄ interpolates effective weights (`tapfl.adapters.lora.interpolate`). Only w is uploaded. v starts as w. The factor α
+in the step of v comes from the chain rule; it scales the step under any optimiser (`Trainee.apply_scaled`).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from tapfl.training import Objective, Params
 
 @dataclass
 class ApflState:
-    """w and v in training, α, and the number of steps taken in this round."""
+    """w and v in training, α, and the number of steps in this round so far."""
 
     w: Trainee
     v: Trainee
@@ -42,12 +42,12 @@ class Apfl(Method[ApflState]):
     """APFL.
 
     Attributes:
-        alpha: α before a device's first round; of stacked devices it is (K, 1).
-        update: whether α moves at each step, at the first step of a round, or, in training, never; `weigh` may still
+        alpha: α before a device's first round; for stacked devices (K, 1).
+        update: whether training updates α at each step, at the first step of a round, or never; `weigh` may still
             choose it.
         alpha_learning_rate: η_α.
-        per: one α a device, or one a layer (`tapfl.adapters.lora.modules_of`).
-        learning_rate: η_v; 0: η.
+        per: one α per device, or one per layer (`tapfl.adapters.lora.modules_of`).
+        learning_rate: η_v; 0 means η.
     """
 
     together: ClassVar[bool] = True
@@ -66,15 +66,15 @@ class Apfl(Method[ApflState]):
         return ApflState(Trainee.of(received, train, trained), own, personal.alpha.clone())
 
     def step(self, state: ApflState, objective: Objective, batch: object) -> Tensor:
-        moves = self.update == "step" or (self.update == "round" and state.steps == 0)
-        alpha = state.alpha.clone().requires_grad_(moves)
+        update_alpha = self.update == "step" or (self.update == "round" and state.steps == 0)
+        alpha = state.alpha.clone().requires_grad_(update_alpha)
         losses = objective(Pair(state.w.params, state.v.params, alpha), batch)
-        found = state.w.gradients(losses, *state.v.moving.values(), *([alpha] if moves else []))
-        of_w, of_v = found[: len(state.w.moving)], found[len(state.w.moving) :][: len(state.v.moving)]
+        gradients = state.w.gradients(losses, *state.v.moving.values(), *([alpha] if update_alpha else []))
+        of_w, of_v = gradients[: len(state.w.moving)], gradients[len(state.w.moving) :][: len(state.v.moving)]
         state.w.apply(of_w)
         state.v.apply_scaled(of_v, spread(state.alpha, state.w.params, state.v.moving, LINE))
-        if moves:
-            state.alpha.sub_(self.alpha_learning_rate * found[-1]).clamp_(0, 1)
+        if update_alpha:
+            state.alpha.sub_(self.alpha_learning_rate * gradients[-1]).clamp_(0, 1)
         state.steps += 1
         return losses[1]
 
@@ -85,7 +85,7 @@ class Apfl(Method[ApflState]):
         return interpolate(personal.params, received, personal.alpha) if personal else received
 
     def weigh(self, received: Params, personal: Personal, batches: Sequence[Losses]) -> Personal:
-        """Returns the personal parameters with α as held-out images choose it for the w just received."""
+        """Returns the personal parameters with the α that the held-out images give for the w just received."""
         return Personal(personal.params, held_out_alpha(personal.params, received, batches))
 
     def _first(self, received: Params) -> Personal:

@@ -1,7 +1,8 @@
-"""A shared body with a personal head: FedRep. FedPer is FedAvg with `adapters.head=personal`.
+"""A shared body with a personal head: FedRep.
 
-FedPer (Arivazhagan et al. 2019, arXiv 1912.00818, Algorithm 1) trains body and head together and averages the bodies.
-Here the body is the adapters that the rule shares, and the head is the classifier.
+The body is the adapters that the rule shares, and the head is the classifier. FedPer (Arivazhagan et al. 2019, arXiv
+1912.00818, Algorithm 1) trains body and head together and averages the bodies; here it is FedAvg with
+`adapters.head=personal`.
 """
 
 from __future__ import annotations
@@ -19,12 +20,13 @@ from tapfl.training import Objective, Params
 
 @dataclass
 class FedRepState:
-    """What is in training now, and what comes next.
+    """The state of a round: first the head is trained, then the body.
 
     Attributes:
-        now: w, of which the head moves, later the body.
-        train, body: the options and the names of the body's training.
-        left: number of steps that the head still has; 0: the body's turn.
+        now: w in training: first its head, later its body.
+        train: the training options.
+        body: names of the tensors of the body that are trained.
+        left: remaining steps of the head; at 0 the training of the body begins.
     """
 
     now: Trainee
@@ -35,19 +37,19 @@ class FedRepState:
 
 @dataclass(frozen=True)
 class FedRep(Method[FedRepState]):
-    """FedRep (Collins et al. 2021, arXiv 2102.07078, Algorithm 1): the head first, then the body that is shared.
+    """FedRep (Collins et al. 2021, arXiv 2102.07078, Algorithm 1): trains the personal head, then the shared body.
 
         h ← h - η_h ∇_h f(h, φ_received; ξ)     in the first `head_epochs` epochs of a round
-        φ ← φ - η ∇_φ f(h, φ; ξ)                in the others, with the new h fixed
+        φ ← φ - η ∇_φ f(h, φ; ξ)                in the other epochs, with the new h fixed
 
-    Both are parts of w; the server never gets h, because `adapters.head` is `personal`.
+    Both h and φ are parts of w. The server never gets h, because `adapters.head` is `personal`.
 
     Attributes:
-        head_epochs: of the epochs of a round.
-        learning_rate: η_h; 0: η.
+        head_epochs: number of epochs of a round in which the head is trained.
+        learning_rate: η_h; 0 means η.
     """
 
-    has_local_state: ClassVar[bool] = False  # the head is a part of w that is not shared
+    has_local_state: ClassVar[bool] = False  # the head is kept as a part of w that is not shared
 
     head_epochs: int = 1
     learning_rate: float = 0.0

@@ -1,15 +1,15 @@
 """FedALA (Zhang et al. 2023, arXiv 2212.01197): adaptive local aggregation.
 
-A device starts a round, and is evaluated, not with the w received but with a mixture of it and its own model v of the
-last round (Algorithm 1, equations 4-6):
+A device does not train and evaluate the received w itself, but a mixture of it and its own model v of the last round
+(Algorithm 1, equations 4-6):
 
     Θ = v + (w - v) ⊙ W,     W ← clip(W - η ∂f(Θ; ξ)/∂W, 0, 1)
 
-W is learnt on a share of the device's training images before each round, in one epoch, and from W = 1 in several when
-it is learnt first. Then Θ is trained and uploaded; v is the result.
+W is learnt before each round on a fraction of the device's training images: the first time from W = 1 in several
+epochs, and later in one epoch. Then Θ is trained and uploaded, and the result is the next v.
 
-Ours: W has one number a layer (`tapfl.adapters.lora.modules_of`), not one a parameter, of which a pair of factors has
-many with one product. α = 1 - W is kept, the weight of v as in APFL.
+Different from the paper, W has one number per layer (`tapfl.adapters.lora.modules_of`) instead of one per parameter,
+because many pairs of LoRA factors have the same product. The code stores α = 1 - W, the weight of v, as in APFL.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from tapfl.personalize.held_out import Losses
 from tapfl.personalize.method import Method, Names, Personal, Trainee
 from tapfl.training import Objective, Params
 
-FIRST_EPOCHS = 10  # the authors' code stops when the loss is steady over ten epochs
+FIRST_EPOCHS = 10  # the authors' code stops when the loss has been stable for ten epochs
 
 
 @dataclass
@@ -45,11 +45,11 @@ class FedAla(Method[AlaState]):
     """FedALA.
 
     Attributes:
-        learning_rate_w: η, of W.
-        layers: number of last layers whose W is learnt; the others take w. 0: all.
-        products: mix effective weights, of which the start is the best approximation of the device's rank; otherwise
-            mix the factors. A rule that averages products turns the factors anew in each round; the others average
-            factors, which must then not be turned on a device.
+        learning_rate_w: η, the learning rate of W.
+        layers: number of last layers whose W is learnt; the others use w. 0 means all.
+        products: whether to mix effective weights, which the best approximation of the device's rank then replaces, or
+            to mix the factors. A rule that averages products returns factors in another basis each round, so factors
+            cannot be mixed. Other rules average factors, which must then keep their basis on the device.
     """
 
     models_per_step: ClassVar[int] = 1
@@ -74,15 +74,15 @@ class FedAla(Method[AlaState]):
         return state.w.values(), Personal(state.w.values(), state.alpha)
 
     def weigh(self, received: Params, personal: Personal, batches: Sequence[Losses]) -> Personal:
-        """Returns `personal` with the α that is learnt for the w just received; 0-d before it is learnt first."""
+        """Returns `personal` with α (L,) learnt for the w just received. Before it is first learnt, α is 0-d."""
         count, first = len(modules_of(received)), personal.alpha.dim() == 0
         alpha = personal.alpha.new_zeros(count) if first else personal.alpha
-        moves = torch.arange(count, device=alpha.device) >= (count - self.layers if self.layers else 0)
+        learnt = torch.arange(count, device=alpha.device) >= (count - self.layers if self.layers else 0)
         mix = interpolate if self.products else of_factors
         for losses in [*batches] * (FIRST_EPOCHS if first else 1):
             leaf = alpha.clone().requires_grad_()
             (gradient,) = torch.autograd.grad(losses(mix(personal.params, received, leaf)).mean(), leaf)
-            alpha = torch.where(moves, (alpha - self.learning_rate_w * gradient).clamp(0, 1), alpha)
+            alpha = torch.where(learnt, (alpha - self.learning_rate_w * gradient).clamp(0, 1), alpha)
         return Personal(personal.params, alpha)
 
     def inference(self, received: Params, personal: Personal | None) -> Params:
@@ -95,17 +95,17 @@ class FedAla(Method[AlaState]):
 
 
 def of_factors(v: Params, w: Params, alpha: Tensor) -> Params:
-    """Returns w + α(v - w), tensor by tensor; a tensor that is the same in v and w stays so to the bit."""
-    each = alphas_of(w, alpha)
-    return {name: theta + each[name].to(theta.dtype) * (v[name] - theta) for name, theta in w.items()}
+    """Returns w + α(v - w), tensor by tensor. A tensor that is equal in v and w is unchanged to the bit."""
+    alphas = alphas_of(w, alpha)
+    return {name: theta + alphas[name].to(theta.dtype) * (v[name] - theta) for name, theta in w.items()}
 
 
 def of_products(v: Params, w: Params, alpha: Tensor) -> Params:
-    """Returns `interpolate`, each product approximated by factors of the rank that it has in w."""
-    mixed, each = interpolate(v, w, alpha), alphas_of(w, alpha)
+    """Returns ``interpolate(v, w, alpha)`` with each product approximated by factors of the rank of w."""
+    mixed, alphas = interpolate(v, w, alpha), alphas_of(w, alpha)
     for a in [name for name in w if name.endswith(LORA_A)]:
         b = a.removesuffix(LORA_A) + LORA_B
-        if each[a] == 0:
+        if alphas[a] == 0:
             mixed[a], mixed[b] = w[a], w[b]
         else:
             mixed[b], mixed[a] = best_rank(mixed[b].double(), mixed[a].double(), w[a])

@@ -1,4 +1,4 @@
-"""FedAvg, and the methods that differ from it in a second model or in what is shared."""
+"""FedAvg, and methods that add a second model to it or share less."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ class FedAvg(Method[Trainee]):
 
 @dataclass(frozen=True)
 class Local(FedAvg):
-    """Local training alone: v ← v - η_v ∇f(v; ξ), from the adapters received first; nothing is shared.
+    """Local training only: v ← v - η_v ∇f(v; ξ), starting from the adapters received first. Nothing is shared.
 
     Attributes:
-        learning_rate: η_v; 0: that of `train`.
+        learning_rate: η_v; 0 means that of `train`.
     """
 
     has_local_state: ClassVar[bool] = True
@@ -55,33 +55,33 @@ class Local(FedAvg):
 class Pooled(Local):
     """`Local` on the training images of all devices, which only a simulation has: an upper bound for a device's model.
 
-    The device's smaller model, its test images and the optimiser are as in every other method.
+    The device's pruned model, its test images and the optimiser are the same as in every other method.
     """
 
     trains_on: ClassVar[str] = "pooled"
 
 
-class Beside(NamedTuple):
-    """w in training, and v in training beside it; one and the same where v is w."""
+class Trainees(NamedTuple):
+    """w and v in training; the same object if v is w."""
 
     w: Trainee
     v: Trainee
 
 
-class TwoModels(Method[Beside]):
-    """A method that uploads w and uses v. A round begins with the v that stayed, if it does, and otherwise with v = w.
+class TwoModels(Method[Trainees]):
+    """A method that uploads w and evaluates v. A round starts from the device's last v if it is kept, else from v = w.
 
     Attributes:
-        learning_rate: of v; 0: that of `train`.
+        learning_rate: of v; 0 means that of `train`.
     """
 
     learning_rate: float
 
-    def init(self, received: Params, personal: Personal | None, train: TrainOptions, trained: Names) -> Beside:
+    def init(self, received: Params, personal: Personal | None, train: TrainOptions, trained: Names) -> Trainees:
         v = personal.params if personal and self.has_local_state else received
-        return Beside(Trainee.of(received, train, trained), Trainee.of(v, train, trained, self.learning_rate))
+        return Trainees(Trainee.of(received, train, trained), Trainee.of(v, train, trained, self.learning_rate))
 
-    def final(self, state: Beside) -> tuple[Params | None, Personal | None]:
+    def final(self, state: Trainees) -> tuple[Params | None, Personal | None]:
         return state.w.values(), wholly(state.v.values())
 
 
@@ -89,8 +89,8 @@ class TwoModels(Method[Beside]):
 class FineTune(TwoModels):
     """FedAvg with local fine-tuning (FedAvg+; Jiang et al. 2019, arXiv 1909.12488).
 
-    A device uses the result v of a round's local training on the w just received; it keeps nothing for the next round.
-    Without a learning rate of its own v is the w that is uploaded.
+    A device uses v, the result of training the w just received for one round, and keeps nothing for the next round. If
+    v has no learning rate of its own, it is the w that is uploaded.
     """
 
     evaluates_after_training: ClassVar[bool] = True
@@ -104,11 +104,11 @@ class FineTune(TwoModels):
     def models_per_step(self) -> int:
         return 2 if self.learning_rate else 1
 
-    def init(self, received: Params, personal: Personal | None, train: TrainOptions, trained: Names) -> Beside:
+    def init(self, received: Params, personal: Personal | None, train: TrainOptions, trained: Names) -> Trainees:
         w = Trainee.of(received, train, trained)
-        return Beside(w, Trainee.of(received, train, trained, self.learning_rate) if self.learning_rate else w)
+        return Trainees(w, Trainee.of(received, train, trained, self.learning_rate) if self.learning_rate else w)
 
-    def step(self, state: Beside, objective: Objective, batch: object) -> Tensor:
+    def step(self, state: Trainees, objective: Objective, batch: object) -> Tensor:
         for trainee in state[: self.models_per_step]:
             loss = objective(trainee.params, batch)
             trainee.apply(trainee.gradients(loss))

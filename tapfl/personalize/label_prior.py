@@ -1,9 +1,9 @@
-"""The classes that a device has, known to its model: log p_i(y), added to the logits in training and in use.
+"""The label prior of a device, log p_i(y), which its model adds to the logits in training and in inference.
 
-Where devices differ in how often they have a class, and not in how a class looks, the best model of device i is
-softmax(f(x) + log p_i(y)) with one f for all (logit adjustment: Menon et al. 2021, arXiv 2007.07314; FedLC, Zhang et
-al. 2022, arXiv 2209.00189, trains federations with a related term). Trained so, the shared f need not learn from each
-device which classes it has, which the next device's images would contradict. The prior never leaves the device.
+If devices differ in how frequent each class is, but not in how a class looks, the best model of device i is
+softmax(f(x) + log p_i(y)) with one f for all devices (logit adjustment: Menon et al. 2021, arXiv 2007.07314; FedLC,
+Zhang et al. 2022, arXiv 2209.00189, trains federations with a related term). Trained in this way, the shared f does not
+have to learn which classes a device has, which differ from device to device. The prior never leaves the device.
 """
 
 from __future__ import annotations
@@ -18,16 +18,18 @@ CONCENTRATIONS = torch.logspace(-2, 3, 51, dtype=torch.float64)
 
 
 def log_prior(kind: str, labels: Tensor, classes: int) -> Tensor | None:
-    """Returns log p(y), float32 (classes,) on the CPU: the posterior mean of the shares, given the device's labels.
+    """Returns log p(y), float32 (classes,) on the CPU: the posterior mean of the class frequencies, given the labels.
 
         p(y) = (n_y + a) / (n + C a),    a = argmax Γ(Ca) / Γ(n + Ca) Π_y Γ(n_y + a) / Γ(a)
 
-    The concentration a of the symmetric Dirichlet prior is the one under which the counts n_y are likeliest (empirical
-    Bayes; Minka 2000, Estimating a Dirichlet distribution): large where classes are as even as chance has them, and p
-    is then uniform; small where a device has few classes.
+    The concentration a of the symmetric Dirichlet prior maximises the likelihood of the counts n_y (empirical Bayes;
+    Minka 2000, Estimating a Dirichlet distribution). If the counts are as even as random ones, a is large and p almost
+    uniform. If a device has few classes, a is small.
 
     Args:
-        labels: of training images, int64 (n,).
+        kind: value of `train.label-prior`; for `none` the result is None.
+        labels: of the training images, int64 (n,).
+        classes: number of classes C.
     """
     if kind == "none":
         return None
@@ -40,13 +42,13 @@ def log_prior(kind: str, labels: Tensor, classes: int) -> Tensor | None:
 
 
 def informed(logits: Tensor, prior: Tensor | None) -> Tensor:
-    """Returns the logits (n, classes) of a model that knows this prior: (classes,), or one for each image."""
+    """Returns the logits (n, classes) with the prior added: (classes,), or (n, classes) with one for each image."""
     return logits if prior is None else logits + prior
 
 
 def with_prior(params: Params, prior: Tensor | None) -> Params:
-    """Returns adapters with the prior in the biases of the heads, for who has the model alone.
+    """Returns adapters with the prior added to the biases of the heads, so that the model includes it.
 
-    Heads of one model are averaged, so each gets the whole of it. Linears that have adapters give no bias.
+    If a model has two heads, they are averaged, so each gets the whole prior. Only heads have biases among adapters.
     """
     return {name: informed(theta, prior) if name.endswith(".bias") else theta for name, theta in params.items()}

@@ -19,17 +19,17 @@ from tapfl.training import LARGEST, Objective, Params, diverged, largest, optimi
 
 S = TypeVar("S")
 Names = frozenset[str]
-TINY = 1e-30  # a float32
-CLIPPED = 1e-6  # is added to a norm before it divides, as torch.nn.utils.clip_grad_norm_ does
+TINY = 1e-30  # smallest divisor; representable in float32
+CLIPPED = 1e-6  # added to a norm before dividing by it, as in torch.nn.utils.clip_grad_norm_
 
 
 @dataclass(frozen=True, eq=False)
 class Personal:
-    """A device's personal parameters v, which never leave it, and the weight α that they have in its model.
+    """A device's personal parameters v, which never leave it, and their weight α in its model.
 
     Attributes:
         params: v, in the shapes of the device.
-        alpha: α in [0, 1], float64: 0-d, or (L,) with one α a layer (`tapfl.adapters.lora.modules_of`).
+        alpha: α in [0, 1], float64: 0-d, or (L,) with one α per layer (`tapfl.adapters.lora.modules_of`).
     """
 
     params: Params
@@ -42,13 +42,19 @@ class Personal:
 
 
 def wholly(params: Params) -> Personal:
-    """Returns the personal parameters of a device that uses them alone, α = 1."""
+    """Returns the personal parameters of a device that uses only these, α = 1."""
     return Personal(params, torch.ones((), dtype=torch.float64))
 
 
 @dataclass(frozen=True)
 class LocalResult:
-    """A round on one device: what is uploaded (None: nothing), what stays, and the mean loss over the steps."""
+    """The result of a round on one device.
+
+    Attributes:
+        upload: the parameters to upload; None: nothing is uploaded.
+        personal: what the device keeps.
+        loss: mean over the steps.
+    """
 
     upload: Params | None
     personal: Personal | None
@@ -56,20 +62,20 @@ class LocalResult:
 
 
 class Method(Protocol, Generic[S]):
-    """A method: three pure steps around its own state `S`, and the model that the device then uses.
+    """A personalisation method: `init`, `step` and `final` of a round with a state `S`, and the model used afterwards.
 
-    The defaults are those of a method with personal parameters v beside the shared w.
+    The defaults are those of a method with personal parameters v in addition to the shared w.
 
     Attributes:
-        evaluates_after_training: the device uses the result of training on the w just received, so its accuracy is
-            measured after the training of a round; otherwise before.
-        has_local_state: the device keeps parameters from round to round.
-        shares_adapters: the device uploads w.
+        evaluates_after_training: whether the device uses the result of training the w just received. Its accuracy is
+            then measured after the training of a round, otherwise before.
+        has_local_state: whether the device keeps parameters from round to round.
+        shares_adapters: whether the device uploads w.
         trains_on: `train`, the device's own training images, or `pooled`, those of all devices of a simulation.
-        together: whether `init`, `step` and `final` do with a stack of devices what they do with each by itself. Its
-            objective returns K losses, and its α is (K, 1) (`tapfl.adapters.stack`).
-        steady: whether all steps of a round after its first do the same to the same tensors, whatever their values, so
-            that a step can be recorded.
+        together: whether `init`, `step` and `final` work on a stack of devices (`tapfl.adapters.stack`) and give the
+            same results as for each device alone. The objective of a stack returns K losses, and its α is (K, 1).
+        steady: whether all steps of a round after the first apply the same operations to the same tensors, whatever
+            their values, so that a step can be recorded.
     """
 
     evaluates_after_training: ClassVar[bool] = False
@@ -88,32 +94,32 @@ class Method(Protocol, Generic[S]):
         """Returns the state at the start of a round.
 
         Args:
-            received: the device's whole w, its names always in the order of its layout.
-            personal: what stayed after the device's last round; None in its first.
-            train: its learning rate and its `steps` are those of this round.
-            trained: the names that are trained in this round, in w and in v. All others keep their values in `received`
-                and in `personal.params`, to the bit.
+            received: the device's whole w, with its names in the order of its layout.
+            personal: what the device kept after its last round; None in its first.
+            train: training options, with the learning rate and the `steps` of this round.
+            trained: names of the tensors that are trained in this round, in w and in v. All others keep their values in
+                `received` and `personal.params` to the bit.
         """
         ...
 
     def step(self, state: S, objective: Objective, batch: object) -> Tensor:
-        """Advances the state by one batch; returns the loss of the model that the device would use."""
+        """Takes one training step on a batch. Returns the loss of the model that the device uses."""
         ...
 
     def final(self, state: S) -> tuple[Params | None, Personal | None]:
-        """Returns what is uploaded and what stays."""
+        """Returns (what is uploaded, what the device keeps)."""
         ...
 
     def weigh(self, received: Params, personal: Personal, batches: Sequence[Losses]) -> Personal:
-        """Returns `personal` with the α that suits the w just received, by the losses of some of the device's images.
+        """Returns `personal` with α chosen for the w just received, by the losses on some of the device's images.
 
         Args:
-            batches: of `apfl`, images held out of all training; of `fedala`, a share of the training images.
+            batches: for `apfl`, images held out from all training; for `fedala`, a fraction of the training images.
         """
         return personal
 
     def inference(self, received: Params, personal: Personal | None) -> Params:
-        """Returns the parameters of the model that the device uses, given what it received last: by default v."""
+        """Returns the parameters of the model that the device uses, given what it received last; by default, v."""
         return personal.params if personal else received
 
 
@@ -127,10 +133,10 @@ def local_round(
     trained: Names,
     recorder: Recorder | None = None,
 ) -> LocalResult:
-    """Returns the result of a round on one device, a function of the arguments alone (see `Method.init`).
+    """Returns the result of a round on one device. It depends only on the arguments (see `Method.init`).
 
     Args:
-        recorder: of steps, for as long as the round takes; batches are then tensors.
+        recorder: records steps during this round; None: steps are not recorded.
 
     Raises:
         ModelError: if training diverges: a loss is not finite, or a parameter exceeds LARGEST at the end.
@@ -144,27 +150,27 @@ def local_round(
 def step_of(
     method: Method[S], state: S, objective: Objective, train: TrainOptions, recorder: Recorder | None
 ) -> Callable[[Any], Tensor]:
-    """Returns what advances the state by a batch, as `Method.step`: recorded, if it can be and that pays."""
+    """Returns a function that takes one step on a batch, as `Method.step`, recorded if possible and worthwhile."""
     step = partial(method.step, state, objective)
     return RecordedStep(step, recorder) if recorder and method.steady and train.steps >= WORTH else step
 
 
 def checked(
-    method: Method[Any], train: TrainOptions, upload: Params | None, stays: Personal | None, losses: Tensor
+    method: Method[Any], train: TrainOptions, upload: Params | None, personal: Personal | None, losses: Tensor
 ) -> LocalResult:
-    """Returns what a round gave, with the losses of its steps. Raises ModelError as `local_round`."""
+    """Returns the result of a round, given the losses of its steps. Raises ModelError as `local_round` does."""
     option = _rates(method, train)
     if not losses.isfinite().all():
         first = int(losses.isfinite().logical_not().nonzero()[0])
         raise diverged(option, "local training", first + 1, len(losses), f"its loss is {float(losses[first])}")
-    kept = (stays.alpha, *stays.params.values()) if stays else ()
+    kept = (personal.alpha, *personal.params.values()) if personal else ()
     if not (reached := largest((*(upload or {}).values(), *kept))) <= LARGEST:
         raise diverged(option, "local training", len(losses), len(losses), f"its parameters reach {reached:.3g}")
-    return LocalResult(upload, stays, float(sum(losses)) / len(losses))
+    return LocalResult(upload, personal, float(sum(losses)) / len(losses))
 
 
 def _rates(method: Method[Any], train: TrainOptions) -> str:
-    """Returns the learning rates of a round, as options; a schedule has scaled them."""
+    """Returns the learning rates of a round, already scaled by the schedule, as text for an error message."""
     now = " in this round" if train.warmup_rounds or train.schedule != "constant" else ""
     own = getattr(method, "learning_rate", 0.0)
     rates = {"train": train.learning_rate} | ({"personalize": own} if own else {})
@@ -173,18 +179,18 @@ def _rates(method: Method[Any], train: TrainOptions) -> str:
 
 @dataclass(frozen=True)
 class Trainee:
-    """Parameters in training, some of which may be constants of the round.
+    """Parameters in training, some of which may be constant in this round.
 
-    Those that are trained lie one after the other in one vector, so that an optimiser's step, a clipped norm or a
-    factor is a few calls, and not a few calls a tensor.
+    The trained parameters are stored in one vector. An optimiser step, a clipped norm or a scaling then takes a few
+    calls in all, instead of a few calls per tensor.
 
     Attributes:
-        start: what they began as.
+        start: initial values.
         params: all parameters, in the order in which they were passed.
-        moving: those that are trained, as parts of `theta`; the others keep their values to the bit.
-        theta: (P,); of stacked devices (K, P), see `tapfl.adapters.stack`.
-        optimizer: over `theta`.
-        most: L2 norm to which the gradient of a step is clipped, for each device by itself; 0: no clipping.
+        moving: the trained parameters, as views of `theta`. The others keep their values to the bit.
+        theta: all trained parameters (P,); for stacked devices (K, P), see `tapfl.adapters.stack`.
+        optimizer: of `theta`.
+        most: L2 norm to which the gradient of a step is clipped, separately for each device; 0: no clipping.
     """
 
     start: Params
@@ -196,23 +202,23 @@ class Trainee:
 
     @classmethod
     def of(cls, start: Params, train: TrainOptions, trained: Names, learning_rate: float = 0.0) -> Trainee:
-        """Returns copies of `start`, of which those named in `trained` are trained.
+        """Returns copies of `start`, ready to train those named in `trained`.
 
         Args:
-            learning_rate: 0: that of `train`.
+            learning_rate: 0 means that of `train`.
         """
         moved = {name: theta.detach() for name, theta in start.items() if name in trained}
         theta = flat(moved, LINE)
         moving = {name: part.requires_grad_() for name, part in parts_of(theta, shapes_of(moved), LINE).items()}
         params = {name: moving[name] if name in moving else fixed.detach().clone() for name, fixed in start.items()}
-        # fused Adam rounds the last elements of a tensor in another way, so a single device keeps its tensors; it
-        # takes no tensor that is not in one piece, as those of a stack
+        # fused Adam rounds the last elements of a tensor differently, so a single device passes its separate tensors;
+        # those of a stack are not contiguous, which fused Adam does not accept
         whole = [theta] if theta.dim() == 2 else list(moving.values())
         rate = learning_rate or train.learning_rate
         return cls(start, params, moving, theta, optimizer(train, whole, rate, fused=True), train.clip_gradient)
 
     def gradients(self, loss: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
-        """Returns the gradients of `moving` and of `others`; of stacked devices, each of its own of K losses."""
+        """Returns the gradients of `moving` and `others`; with stacked devices, each device's of its own loss."""
         return torch.autograd.grad(loss, [*self.moving.values(), *others], torch.ones_like(loss))
 
     def apply(self, gradients: Sequence[Tensor]) -> None:
@@ -221,22 +227,21 @@ class Trainee:
 
     @torch.no_grad()
     def apply_scaled(self, gradients: Sequence[Tensor], factors: Tensor) -> None:
-        """Takes one step with gradients that contain a factor in [0, 1], which shall act as the factor of the step.
+        """Takes one step with gradients that contain a factor in [0, 1], and scales the step by this factor.
 
-        Adam divides a factor of the gradients out: its step would be the same for every factor. So the factor is taken
-        out of the gradients, and the parameters go that part of the optimiser's step. With SGD this is the step as it
-        would be anyway.
+        Adam normalises its gradients, so its step would be the same for every factor. The factor is therefore divided
+        out of the gradients, and the optimiser's step is multiplied by it. With SGD this does not change the step.
 
         Args:
-            factors: one, or one for each element of `theta`.
+            factors: one number, or one for each element of `theta`.
         """
         before, factors = self.theta.clone(), factors.to(self.theta.dtype)
-        # where the factor is 0 so is the gradient
+        # where the factor is 0, the gradient is 0 as well
         self._step(flat(dict(zip(self.moving, gradients, strict=True)), LINE) / factors.clamp(min=TINY))
         self.theta.copy_(torch.lerp(before, self.theta, factors))
 
     def values(self) -> Params:
-        """Returns the current parameters as constants; they share memory with those in training."""
+        """Returns the current parameters, detached; they share memory with those in training."""
         return {name: parameter.detach() for name, parameter in self.params.items()}
 
     def _step(self, gradient: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""All methods by name."""
+"""All personalisation methods by name."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from tapfl.personalize.perfedavg import PerFedAvg
 from tapfl.personalize.proximal import Ditto, FedProx, PFedMe
 from tapfl.plugin import is_plugin, load_plugin
 
-BEGIN_LATER = ("apfl", "ditto")  # `personalize.from-round`: v beside w, begun as w
+BEGIN_LATER = ("apfl", "ditto")  # methods with `personalize.from-round`: their v starts as w
 
 
 def method_of(options: PersonalizeOptions, adapters: AdapterOptions, round: int) -> Method[Any]:
-    """Returns the method of a round (1 is the first).
+    """Returns the method of a round (the first is 1).
 
-    Before `personalize.from-round` the personal parameters are w, which is what `FedAvg` trains and uses. A plugin is
-    called with (options, scale s of the adapters), once for each message.
+    Before `personalize.from-round`, a device has no personal parameters and trains by `FedAvg`. A plugin is called with
+    (options, scale s of the adapters), once for each message.
 
     Raises:
         ConfigError: if it is a plugin that cannot be imported.
@@ -50,12 +50,12 @@ def method_of(options: PersonalizeOptions, adapters: AdapterOptions, round: int)
         "pfedme": lambda: PFedMe(options.pfedme_lambda, scale, options.inner_steps, rate),
         "perfedavg": lambda: PerFedAvg(options.inner_learning_rate),
         "fedala": lambda: FedAla(options.ala_learning_rate, options.ala_layers, adapters.rule == "flex"),
-        "fedper": FedAvg,  # of the body; its head is personal by `adapters.head`, and both are trained together
+        "fedper": FedAvg,  # `adapters.head` makes the head personal; body and head are trained together
         "fedrep": lambda: FedRep(options.head_epochs, rate),
     }
     return methods[options.method]()
 
 
 def never_begins(config: RunConfig) -> bool:
-    """Returns whether the run is over before the personal parameters of its method begin."""
+    """Returns whether the run ends before `personalize.from-round`, so that its method never starts."""
     return config.personalize.method in BEGIN_LATER and config.personalize.from_round > config.train.rounds

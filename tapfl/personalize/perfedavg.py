@@ -1,6 +1,7 @@
-"""Per-FedAvg (Fallah, Mokhtari, Ozdaglar 2020, arXiv 2002.07948): a shared w from which one step leads to each device.
+"""Per-FedAvg (Fallah, Mokhtari, Ozdaglar 2020, arXiv 2002.07948): a shared w that one gradient step adapts to a device.
 
-Algorithm 1 in its first-order variant, FO (section 5), which leaves out the Hessian. A local step takes two batches:
+This is Algorithm 1 in its first-order variant, FO (section 5), which leaves out the Hessian. A local step takes two
+batches:
 
     w̃ ← w - α ∇f(w; D)
     w ← w - β ∇f(w̃; D')
@@ -23,12 +24,13 @@ from tapfl.training import Objective, Params
 
 @dataclass
 class PerFedAvgState:
-    """w in training, and what was adapted from it.
+    """The state of a round.
 
     Attributes:
-        adapted: w̃ between the two batches of a step, its trained tensors leaves; otherwise None.
-        used: the first w̃ of the round.
-        left: number of batches that are still to come.
+        w: w in training.
+        left: number of remaining batches.
+        adapted: w̃ between the two batches of a step, with its trained tensors as leaves; otherwise None.
+        used: the first w̃ of the round, which the device uses.
     """
 
     w: Trainee
@@ -39,9 +41,9 @@ class PerFedAvgState:
 
 @dataclass(frozen=True)
 class PerFedAvg(Method[PerFedAvgState]):
-    """Per-FedAvg (FO). The steps of w go through the optimiser of `train`; the adaptation is a plain gradient step.
+    """Per-FedAvg (FO). The steps of w use the optimiser of `train`; the adaptation is a plain gradient step.
 
-    Where a round has an odd number of batches, the last one serves as D and as D'.
+    If a round has an odd number of batches, the last one serves as both D and D'.
 
     Attributes:
         inner_learning_rate: α.

@@ -1,9 +1,9 @@
 """Methods that pull one set of weights towards another.
 
-Their distance is one of the model's weights θ, as published. With adapters these are W₀ + s BA, so it is one of
-effective weights, d = ½ s² ‖B_vA_v - B_wA_w‖² for each pair of factors. Many pairs of factors have the same product BA
-and the rule `flex` sends another pair each round, so a distance of raw factors would pull towards an arbitrary one of
-them. Parameters without factors are compared directly.
+As published, the distance is between the weights θ of two models. With adapters the weights are W₀ + s BA, so the
+distance is between effective weights, d = ½ s² ‖B_vA_v - B_wA_w‖² for each pair of factors. Many pairs of factors have
+the same product BA, and the rule `flex` sends a different pair each round, so a distance between factors would pull
+towards an arbitrary one of them. Parameters without factors are compared directly.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from tapfl.adapters.layout import LORA_A, LORA_B
-from tapfl.personalize.fedavg import Beside, FedAvg, TwoModels
+from tapfl.personalize.fedavg import FedAvg, Trainees, TwoModels
 from tapfl.personalize.method import Trainee
 from tapfl.training import Objective, Params
 
@@ -30,7 +30,7 @@ class Ditto(TwoModels):
     Attributes:
         strength: λ.
         scale: s.
-        learning_rate: η_v; 0: η.
+        learning_rate: η_v; 0 means η.
     """
 
     together: ClassVar[bool] = True
@@ -40,7 +40,7 @@ class Ditto(TwoModels):
     scale: float
     learning_rate: float = 0.0
 
-    def step(self, state: Beside, objective: Objective, batch: object) -> Tensor:
+    def step(self, state: Trainees, objective: Objective, batch: object) -> Tensor:
         state.w.apply(state.w.gradients(objective(state.w.params, batch)))
         loss = objective(state.v.params, batch)
         state.v.apply(pulled(state.v.gradients(loss), state.v, state.w.start, self.strength, self.scale))
@@ -49,12 +49,12 @@ class Ditto(TwoModels):
 
 @dataclass(frozen=True)
 class FedProx(FedAvg):
-    """FedProx (Li et al. 2020, arXiv 1812.06127, equation 2): FedAvg that stays near the w received.
+    """FedProx (Li et al. 2020, arXiv 1812.06127, equation 2): FedAvg that stays close to the received w.
 
         w ← w - η ∇_w (f(w; ξ) + μ d(w, w_received)),     d = ½ ‖θ(w) - θ(w_received)‖²
 
-    Nothing is personal. A device always does the whole of its work; the paper's γ-inexact solutions of slow devices
-    are not simulated.
+    Nothing is personal. A device always does all of its work; the paper's γ-inexact solutions of slow devices are not
+    simulated.
 
     Attributes:
         strength: μ.
@@ -74,17 +74,17 @@ class FedProx(FedAvg):
 class PFedMe(TwoModels):
     """pFedMe (T. Dinh, Tran, Nguyen 2020, arXiv 2006.08848, Algorithm 1): FedAvg of the devices' Moreau envelopes.
 
-        θ ≈ argmin_θ f(θ; ξ) + λ d(θ, w)     by `inner_steps` steps on one batch, from the θ before
+        θ ≈ argmin_θ f(θ; ξ) + λ d(θ, w)     by `inner_steps` steps on one batch, from the previous θ
         w ← w - η λ ∇_w d(w, θ)              for parameters without factors: w - ηλ (w - θ)
 
-    The device uses θ after one round from the w just received, with which θ starts; nothing is kept for the next
-    round. Both steps go through the optimiser of `train`: with `sgd` they are as published.
+    In each round θ starts as the w just received. The device uses θ at the end of the round and keeps nothing for the
+    next. Both steps use the optimiser of `train`; with `sgd` they are as published.
 
     Attributes:
         strength: λ.
         scale: s.
         inner_steps: K.
-        learning_rate: of θ; 0: η.
+        learning_rate: of θ; 0 means η.
     """
 
     evaluates_after_training: ClassVar[bool] = True
@@ -99,7 +99,7 @@ class PFedMe(TwoModels):
     def models_per_step(self) -> int:
         return self.inner_steps
 
-    def step(self, state: Beside, objective: Objective, batch: object) -> Tensor:
+    def step(self, state: Trainees, objective: Objective, batch: object) -> Tensor:
         w, theta = state.w.values(), state.v
         for _ in range(self.inner_steps):
             loss = objective(theta.params, batch)
@@ -110,16 +110,16 @@ class PFedMe(TwoModels):
 
 
 def pulled(gradients: Sequence[Tensor], trainee: Trainee, to: Params, strength: float, scale: float) -> list[Tensor]:
-    """Returns the gradients of what `trainee` trains, with those of strength · d(trainee, to) added."""
+    """Returns the gradients of the trained parameters plus those of strength · d(trainee, to)."""
     now = trainee.values()
     pulls = (pull_of(name, now, to, scale) for name in trainee.moving)
     return [g + strength * pull for g, pull in zip(gradients, pulls, strict=True)]
 
 
 def pull_of(name: str, v: Params, w: Params, scale: float) -> Tensor:
-    """Returns ∂d/∂v[name], without a product of the size of the weights.
+    """Returns ∂d/∂v[name] without computing a product of the size of the weights.
 
-    With D = B_vA_v - B_wA_w it is s² B_vᵀD for A_v, s² D A_vᵀ for B_v, and v - w for parameters without factors.
+    With D = B_vA_v - B_wA_w, it is s² B_vᵀD for A_v, s² D A_vᵀ for B_v, and v - w for parameters without factors.
     """
     if name.endswith(LORA_A):
         other = name.removesuffix(LORA_A) + LORA_B

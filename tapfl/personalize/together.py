@@ -1,9 +1,9 @@
-"""Local rounds: of one device, or of several that step together as one stack.
+"""Local rounds of one device, or of several devices that step together as one stack.
 
-Together, a step of K devices takes the calls of one device's step, which is what a small model's time goes into. A
-method that acts on single elements, and on products of the factors of one device, does with a stack what it does with
-each device (`Method.together`). Results agree with those of one by one but for rounding, so which devices step together
-has to follow from a run's options and plans alone.
+A step of K devices together takes as many calls as a step of one device, and calls dominate the time of a small model.
+A method whose operations are elementwise, or products of one device's factors, gives the same results for a stack as
+for each device (`Method.together`), except for rounding. Which devices step together must therefore depend only on a
+run's options and plans.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ Batch = tuple[Tensor, Tensor]  # images and labels
 
 @dataclass(frozen=True, eq=False)
 class LocalTask:
-    """A round of one device that waits to be computed: the arguments of `local_round`, with the device's model.
+    """A round of one device that has not been computed yet: the arguments of `local_round`, and the device's model.
 
     Attributes:
-        batches: in the model's input format, with labels; they can be read once.
-        train: its learning rate and its `steps` are those of this round.
-        device: its number, for messages.
-        prior: log p(y) of the images' classes, which the model adds to its logits (`tapfl.personalize.label_prior`).
-        recorder: of steps.
+        batches: images in the model's input format, and labels; they can be read only once.
+        train: training options, with the learning rate and the `steps` of this round.
+        device: number of the device, for messages.
+        prior: log p(y), which the model adds to its logits (`tapfl.personalize.label_prior`).
+        recorder: records the steps.
     """
 
     method: Method[Any]
@@ -52,7 +52,7 @@ class LocalTask:
     recorder: Recorder | None = None
 
     def alone(self) -> LocalResult:
-        """Returns the result, computed by itself. Raises ModelError if training diverges."""
+        """Returns the result, computed without other devices. Raises ModelError if training diverges."""
 
         def objective(params: Any, batch: Any) -> Tensor:
             x, y = batch
@@ -70,7 +70,7 @@ Outcome = LocalResult | Exception
 R = TypeVar("R")
 Say = Callable[[str], object]
 Training = Generator[LocalTask, LocalResult, R]
-"""Work of one device that yields the local rounds in it, is sent their results, and returns R."""
+"""A device's work as a generator: it yields local rounds, receives their results, and returns R."""
 
 
 def ignored(line: str) -> None:
@@ -78,10 +78,10 @@ def ignored(line: str) -> None:
 
 
 def carried_out(devices: Sequence[Training[R]], say: Say = ignored) -> list[R | Exception]:
-    """Returns what each device's work returns, or what it raises; local rounds for which several wait go together.
+    """Returns what each device's work returns or raises. Local rounds that wait at the same time are computed together.
 
     Args:
-        say: told in one line who goes one by one after all, and why.
+        say: called with a line of text if devices cannot step together, with the reason.
     """
     results: dict[int, R | Exception] = {}
     waiting: dict[int, LocalTask] = {}
@@ -92,7 +92,7 @@ def carried_out(devices: Sequence[Training[R]], say: Say = ignored) -> list[R | 
             if isinstance(outcome, Exception):
                 waiting[i] = devices[i].throw(outcome)
             else:
-                waiting[i] = devices[i].send(outcome)  # type: ignore[arg-type]  # None is how a generator begins
+                waiting[i] = devices[i].send(outcome)  # type: ignore[arg-type]  # None starts a generator
         except StopIteration as end:
             results[i] = end.value
         except Exception as error:
@@ -101,19 +101,19 @@ def carried_out(devices: Sequence[Training[R]], say: Say = ignored) -> list[R | 
     for i in range(len(devices)):
         advance(i, None)
     while waiting:
-        asking = list(waiting)
-        for i, outcome in zip(asking, all_of([waiting[i] for i in asking], say), strict=True):
+        members = list(waiting)
+        for i, outcome in zip(members, all_of([waiting[i] for i in members], say), strict=True):
             advance(i, outcome)
     return [results[i] for i in range(len(devices))]
 
 
 def all_of(tasks: Sequence[LocalTask], say: Say = ignored) -> list[Outcome]:
-    """Returns the result of each task, or the error with which it ended; those that can step together do."""
+    """Returns the result of each task, or its error. The tasks are computed together if possible."""
     if len(tasks) > 1:
         try:
             model = stacked(tasks)
         except ModelError as error:
-            say(f"devices {', '.join(str(task.device) for task in tasks)} go one by one: {error}")
+            say(f"devices {', '.join(str(task.device) for task in tasks)} are trained one by one: {error}")
         else:
             return together(tasks, model)
     outcomes: list[Outcome] = []
@@ -126,27 +126,27 @@ def all_of(tasks: Sequence[LocalTask], say: Say = ignored) -> list[Outcome]:
 
 
 def stacked(tasks: Sequence[LocalTask]) -> StackedModel:
-    """Returns the models of all tasks as one.
+    """Returns the models of all tasks as one model.
 
     Raises:
         ModelError: if the tasks have to be computed one by one.
     """
     first = tasks[0]
     if not all(task.method.together and vars(task.method) == vars(first.method) for task in tasks):
-        raise ModelError("their method trains each device by itself")
+        raise ModelError("their method cannot train devices together")
     new = [task.device for task in tasks if task.personal is None]
     if 0 < len(new) < len(tasks):
-        raise ModelError(f"device {new[0]} has nothing of an earlier round, others have")
+        raise ModelError(f"device {new[0]} has no personal parameters of an earlier round, but others do")
     if any(task.personal and task.personal.alpha.dim() for task in tasks):
-        raise ModelError("they have an α for each layer")
+        raise ModelError("each layer has an α of its own")
     return StackedModel([task.model for task in tasks])
 
 
 def together(tasks: Sequence[LocalTask], model: StackedModel) -> list[Outcome]:
-    """Returns the results of tasks with one method, computed as one stack.
+    """Returns the results of tasks with the same method, computed as one stack.
 
-    A device that has taken all its steps leaves with what it has; its slice goes on with its last images until the last
-    device is done, and nobody reads it.
+    The result of a device is taken after its last step. Its slice then continues with the device's last batch until all
+    devices are done, and is ignored.
     """
     method, stacking = tasks[0].method, model.stacking
     train = tasks[0].train.model_copy(update={"steps": max(task.train.steps for task in tasks)})
@@ -155,13 +155,13 @@ def together(tasks: Sequence[LocalTask], model: StackedModel) -> list[Outcome]:
     state = method.init(received, _stacked(tasks, model), train, frozenset().union(*(task.trained for task in tasks)))
 
     def objective(params: Any, batch: Any) -> Tensor:
-        x, y, share = batch
-        beside = torch.stack(priors).repeat_interleave(share.shape[1], 0) if priors else None
+        x, y, weights = batch
+        prior = torch.stack(priors).repeat_interleave(weights.shape[1], 0) if priors else None
 
         def loss(logits: Tensor) -> Tensor:
-            logits = informed(logits, beside)
-            each = F.cross_entropy(logits, y, reduction="none", label_smoothing=train.label_smoothing)
-            return (each.view(share.shape) * share).sum(1)
+            logits = informed(logits, prior)
+            losses = F.cross_entropy(logits, y, reduction="none", label_smoothing=train.label_smoothing)
+            return (losses.view(weights.shape) * weights).sum(1)
 
         return model.losses(params, x, loss)
 
@@ -171,20 +171,20 @@ def together(tasks: Sequence[LocalTask], model: StackedModel) -> list[Outcome]:
     ended: dict[int, tuple[Params | None, Personal | None, int]] = {}
     losses: list[Tensor] = []
     while len(ended) < len(tasks):
-        losses.append(step(_beside(batches)).detach())
+        losses.append(step(_concatenated(batches)).detach())
         following = [next(source, None) for source in sources]
         if done := [i for i, batch in enumerate(following) if batch is None and i not in ended]:
-            upload, stays = method.final(state)
+            upload, kept = method.final(state)
             for i in done:
-                ended[i] = (upload and stacking.down(upload, i), stays and _own(stays, model, i), len(losses))
+                ended[i] = (upload and stacking.down(upload, i), kept and _own(kept, model, i), len(losses))
         batches = [batch or last for batch, last in zip(following, batches, strict=True)]
-    of_each = home(torch.stack(losses, 1))
-    return [_outcome(task, *ended[i][:2], of_each[i, : ended[i][2]]) for i, task in enumerate(tasks)]
+    by_device = home(torch.stack(losses, 1))
+    return [_outcome(task, *ended[i][:2], by_device[i, : ended[i][2]]) for i, task in enumerate(tasks)]
 
 
-def _outcome(task: LocalTask, upload: Params | None, stays: Personal | None, losses: Tensor) -> Outcome:
+def _outcome(task: LocalTask, upload: Params | None, personal: Personal | None, losses: Tensor) -> Outcome:
     try:
-        return checked(task.method, task.train, upload, stays, losses)
+        return checked(task.method, task.train, upload, personal, losses)
     except ModelError as error:
         return error
 
@@ -202,13 +202,13 @@ def _own(personal: Personal, model: StackedModel, i: int) -> Personal:
     return replace(personal, params=model.stacking.down(personal.params, i), alpha=alpha)
 
 
-def _beside(batches: Sequence[Batch]) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns images (K · n, …) and labels (K · n,) of all devices, and the share (K, n) of each in its device's loss.
+def _concatenated(batches: Sequence[Batch]) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns images (K · n, …) and labels (K · n,) of all devices, and the images' weights (K, n) in the losses.
 
-    Devices with fewer images than others have empty ones, whose share is 0.
+    Smaller batches are padded with zero images, whose weight is 0.
     """
     most = max(len(y) for _, y in batches)
     images = [F.pad(x, (0, 0) * (x.dim() - 1) + (0, most - len(x))) for x, _ in batches]
     labels = [F.pad(y, (0, most - len(y))) for _, y in batches]
-    shares = [F.pad(x.new_full((len(y),), 1 / len(y)), (0, most - len(y))) for x, y in batches]
-    return torch.cat(images), torch.cat(labels), torch.stack(shares)
+    weights = [F.pad(x.new_full((len(y),), 1 / len(y)), (0, most - len(y))) for x, y in batches]
+    return torch.cat(images), torch.cat(labels), torch.stack(weights)

@@ -1,14 +1,16 @@
-"""From layer importance and a budget to widths: water-filling, then whole shapes within 0.5 % below the budget.
+"""Turns layer importance and a budget into layer widths: water-filling, then integer shapes within 0.5 % of the budget.
 
-As published, keep_l = clip(L · k · w_l, 0, 1), which loses the clipped part. Ours: the largest c for which
+The published rule is keep_l = clip(L · k · w_l, 0, 1), and the budget that is clipped off stays unused. Our rule finds
+the largest c for which
 
     cost(clip(c · w_l, floor, 1) of every layer l) is within every limit of the budget
 
-found by bisection, with the real costs of the layers (`tapfl.pruning.cost_table`), linear in the width or not.
+by bisection. It uses the real costs of the layers (`tapfl.pruning.cost_table`), which need not be linear in the width.
 
-Whole shapes near these ideal widths are then chosen greedily under one limit: ideal widths rounded down, the rest spent
-step by step on the layer that is furthest below its ideal, one step exchanged where that comes nearer to the budget.
-Under several limits, and where steps are too coarse for that, they are the solution of an integer program.
+These ideal widths are fractional. With one limit, integer shapes near them are found greedily: round the ideal widths
+down, spend the rest step by step on the layer that is furthest below its ideal, then take one step away from one layer
+and refill if that comes nearer to the budget. With several limits, or if the steps are too coarse for the greedy
+method, the shapes are the solution of an integer program.
 """
 
 from __future__ import annotations
@@ -26,10 +28,10 @@ from tapfl.models.units import PrunableLayer, Shape
 from tapfl.pruning.cost_table import TOLERANCE, CostTable
 from tapfl.pruning.unit_shape import Candidates
 
-LEAST_WEIGHT = 1e-12  # of the largest: a softmax may underflow to 0, and c is found by halving 200 times
+LEAST_WEIGHT = 1e-12  # relative to the largest weight, since a softmax may underflow to 0; bisection takes 200 steps
 WIDTHS = 96  # candidate widths of a layer in the integer program, evenly spread
-MIP_GAP, NODES = 0.01, 300  # a solution this near to the best one is enough; HiGHS stops there, the same way each time
-HIGHS_ERROR = 2e-6  # by which HiGHS may exceed a constraint
+MIP_GAP, NODES = 0.01, 300  # HiGHS stops at this relative gap or number of nodes; both are deterministic, time is not
+HIGHS_ERROR = 2e-6  # HiGHS may violate a constraint by this much
 
 
 def softmax_weights(kl: np.ndarray, tau: float) -> np.ndarray:
@@ -41,13 +43,13 @@ def softmax_weights(kl: np.ndarray, tau: float) -> np.ndarray:
 def water_fill(
     weights: np.ndarray, cost: Callable[[np.ndarray], np.ndarray], spendable: np.ndarray, floor: float
 ) -> tuple[float, np.ndarray]:
-    """Returns (c, keep): the largest c for which no cost of keep = clip(c · w, floor, 1) is over what may be spent.
+    """Returns (c, keep): the largest c for which the cost of keep = clip(c · w, floor, 1) is within `spendable`.
 
     Args:
         weights: positive (L,).
-        cost: cost of kept shares (L,) of the layers, by limit (M,); it never falls with a share.
+        cost: maps the kept shares (L,) of the layers to their cost by limit (M,); non-decreasing in every share.
         spendable: what may be spent on these layers, by limit (M,), at least the cost of the floor.
-        floor: least share of a layer.
+        floor: smallest share of a layer that is kept.
     """
     weights = np.maximum(weights, LEAST_WEIGHT * weights.max())
 
@@ -61,14 +63,14 @@ def water_fill(
     if affordable(high):
         return high, keep(high)
     for _ in range(200):
-        if (middle := (low + high) / 2) in (low, high):  # there is no number between them
+        if (middle := (low + high) / 2) in (low, high):  # no float lies between them
             break
         low, high = (middle, high) if affordable(middle) else (low, middle)
     return low, keep(low)
 
 
 def layer_weights(layers: Sequence[PrunableLayer], kl: Mapping[str, float], options: PruningOptions) -> np.ndarray:
-    """Returns softmax(KL/τ) of each layer, scaled to mean 1 over the FFNs and, separately, over the attentions."""
+    """Returns softmax(KL/τ) by layer (L,), scaled to mean 1 over the FFNs and, separately, over the attentions."""
     weights = np.ones(len(layers))
     for kind in {layer.kind for layer in layers}:
         members = [i for i, layer in enumerate(layers) if layer.kind == kind]
@@ -83,7 +85,7 @@ def allocate(
     """Returns the shape of each layer, by name: water-filling by `weights`, then `fit_widths`.
 
     Raises:
-        BudgetError: as `fit_widths`.
+        BudgetError: as for `fit_widths`.
     """
     full = np.array([layer.full for layer in layers])
 
@@ -103,12 +105,12 @@ def allocate(
 def fit_widths(
     layers: Sequence[Candidates], ideal: np.ndarray, costs: CostTable, options: PruningOptions
 ) -> dict[str, Shape]:
-    """Returns the shape of each layer, by name, near `ideal` units.
+    """Returns the shape of each layer, by name, close to `ideal` units.
 
-    Every limit holds, and one at least is reached to 99.5 %; where no limit binds, all layers stay whole.
+    Every limit holds, and at least one is used to 99.5 % or more. If no limit binds, no layer is cut.
 
     Raises:
-        BudgetError: if there are no such shapes, naming the limit and the nearest possible values of it.
+        BudgetError: if there are no such shapes. The error names the limit and the nearest values that are possible.
     """
     fit = Fit(tuple(layers), costs, np.array([layer.least(options.floor) for layer in layers]))
     steps = f" (pruning.floor = {options.floor:g}, pruning.align = {options.align})"
@@ -125,9 +127,9 @@ def fit_widths(
 
 @dataclass(frozen=True)
 class Fit:
-    """The candidate shapes of L layers, the budget, and the smallest candidate (L,) that each layer may take.
+    """The candidate shapes of L layers, the budget, and the smallest candidate that each layer may take, int (L,).
 
-    A choice is the position of a candidate for each layer, int (L,).
+    A choice assigns to each layer the position of one of its candidates, int (L,).
     """
 
     layers: tuple[Candidates, ...]
@@ -139,7 +141,7 @@ class Fit:
         return np.array([len(layer.units) - 1 for layer in self.layers])
 
     def total(self, chosen: np.ndarray) -> np.ndarray:
-        """Returns the cost of the whole model (M,)."""
+        """Returns the cost of the whole model by limit (M,)."""
         return self.costs.fixed + sum(layer.costs[:, i] for layer, i in zip(self.layers, chosen, strict=True))
 
     def affordable(self, chosen: np.ndarray) -> bool:
@@ -149,11 +151,11 @@ class Fit:
         return self.affordable(chosen) and self.costs.reached(self.total(chosen))
 
     def used(self, chosen: np.ndarray) -> float:
-        """Returns the used share of the limit that is nearest to binding."""
+        """Returns how much of its limit is used, as a fraction, for the limit that is closest to binding."""
         return float((self.total(chosen) / self.costs.allowed).max())
 
     def lack(self, chosen: np.ndarray, ideal: np.ndarray) -> np.ndarray:
-        """Returns how far each layer is below its ideal, as a share of its whole width (L,)."""
+        """Returns how far each layer is below its ideal, as a fraction of its full width (L,)."""
         units = np.array([layer.units[i] for layer, i in zip(self.layers, chosen, strict=True)])
         return (ideal - units) / np.array([layer.full for layer in self.layers])
 
@@ -164,14 +166,14 @@ class Fit:
 def _round_down(fit: Fit, ideal: np.ndarray) -> np.ndarray:
     chosen = np.array([layer.below(units) for layer, units in zip(fit.layers, ideal, strict=True)])
     chosen = np.maximum(chosen, fit.least)
-    while not fit.affordable(chosen):  # the least widths may cost more than their layers' shares
+    while not fit.affordable(chosen):  # layers at their minimum may cost more than their ideal widths do
         lack = np.where(chosen > fit.least, fit.lack(chosen, ideal), np.inf)
         chosen[int(lack.argmin())] -= 1
     return chosen
 
 
 def _fill(fit: Fit, chosen: np.ndarray, ideal: np.ndarray, top: np.ndarray | None = None) -> np.ndarray:
-    """Spends what is left, one step at a time, on the layer that is furthest below its ideal."""
+    """Spends the remaining budget, one step at a time, on the layer that is furthest below its ideal."""
     chosen, top = chosen.copy(), fit.top if top is None else top
     total = fit.total(chosen)
     while True:
@@ -190,7 +192,7 @@ def _fill(fit: Fit, chosen: np.ndarray, ideal: np.ndarray, top: np.ndarray | Non
 
 
 def _exchange(fit: Fit, chosen: np.ndarray, ideal: np.ndarray) -> np.ndarray:
-    """Takes one step from a layer and fills up again, if that comes nearer to the budget; the nearest wins."""
+    """Tries to shrink each layer by one step and refill the others; returns the choice that uses most of the budget."""
     best = chosen
     for i in np.flatnonzero(chosen > fit.least):
         trial, top = chosen.copy(), fit.top
@@ -205,9 +207,9 @@ def _exchange(fit: Fit, chosen: np.ndarray, ideal: np.ndarray) -> np.ndarray:
 
 
 class Program:
-    """One candidate for each layer under all limits, as an integer program over N candidates.
+    """The choice of one candidate for each layer under all limits, as an integer program over N candidates.
 
-    Costs are shares of what the limits allow beyond the fixed part, in an order that does not depend on the budget's.
+    Costs are relative to the limits. The limits are sorted, so that their order in the budget does not matter.
     """
 
     def __init__(self, fit: Fit) -> None:
@@ -224,7 +226,7 @@ class Program:
         self.fixed, self.most = (fit.costs.fixed / allowed)[self.limits], float((fit.total(fit.top) / allowed).max())
 
     def nearest(self, ideal: np.ndarray) -> np.ndarray | None:
-        """Returns the choice of least squared deviation from `ideal` that meets the budget, or None."""
+        """Returns the choice that meets the budget with the smallest squared deviation from `ideal`, or None."""
         deviation = np.concatenate(
             [
                 ((layer.units[choice] - wanted) / layer.full) ** 2
@@ -238,7 +240,7 @@ class Program:
         return self._solve(np.concatenate([deviation, np.zeros(M)]), np.ones(M), rows, self.fit.met)
 
     def extreme(self, aim: int, above: bool) -> np.ndarray | None:
-        """Returns the choice nearest below, or nearest above, the limit `aim` while all others hold, or None."""
+        """Returns the choice whose cost is nearest below (or above) limit `aim` with all other limits met, or None."""
         row = int(np.flatnonzero(self.limits == aim)[0])
         upper = np.ones(len(self.cost))
         if not above:
@@ -254,23 +256,26 @@ class Program:
         rows: Sequence[LinearConstraint],
         good: Callable[[np.ndarray], bool],
     ) -> np.ndarray | None:
-        """Returns the best choice with cost ≤ upper, or None; tightens the limits if HiGHS exceeds them slightly."""
+        """Returns the best choice with cost ≤ upper, or None.
+
+        If HiGHS slightly violates a limit, the program is solved once more with tighter limits.
+        """
         N, extra = self.cost.shape[1], len(objective) - self.cost.shape[1]
         members = np.repeat(np.arange(len(self.sizes)), self.sizes)
         one_each = csr_array((np.ones(N), (members, np.arange(N))), shape=(len(self.sizes), N + extra))
         cost = np.hstack([self.cost, np.zeros((len(self.cost), extra))])
         for slack in (0.0, HIGHS_ERROR):
             limits = LinearConstraint(cost, -np.inf, upper - self.fixed - slack)
-            found = milp(
+            solution = milp(
                 objective,
                 integrality=np.ones(N + extra),
                 bounds=Bounds(0, 1),
                 constraints=[LinearConstraint(one_each, 1, 1), limits, *rows],
                 options={"mip_rel_gap": MIP_GAP, "node_limit": NODES},
             )
-            if found.x is None:
+            if solution.x is None:
                 return None
-            parts = np.split(found.x[:N], np.cumsum(self.sizes)[:-1])
+            parts = np.split(solution.x[:N], np.cumsum(self.sizes)[:-1])
             chosen = np.array([c[int(part.argmax())] for c, part in zip(self.choices, parts, strict=True)])
             if good(chosen):
                 return chosen
@@ -278,7 +283,7 @@ class Program:
 
 
 def _optimum(fit: Fit, ideal: np.ndarray, options: PruningOptions) -> np.ndarray:
-    """Returns the choice nearest to `ideal` that meets the budget. Raises BudgetError if there is none."""
+    """Returns the choice closest to `ideal` that meets the budget. Raises BudgetError if there is none."""
     program = Program(fit)
     chosen = program.nearest(ideal)
     if chosen is not None:

@@ -1,17 +1,18 @@
-"""The canonical basis of heads (ours): the same function, with the dims of each head ordered by their energy.
+"""The canonical basis of attention heads (ours): the same function, with the dims of each head ordered by energy.
 
 Attention does not change under a change of basis inside a head,
 
     W_q ← B_qᵀ W_q,  W_k ← B_kᵀ W_k,  B_q B_kᵀ = I        W_v ← E W_v,  W_o ← W_o E⁻¹        (biases alike)
 
-so the basis is chosen by the singular vectors of what the head computes on real inputs: of its logits, and of what it
-adds to the residual stream. Dropping the last dims of both orders is then the best low-rank head (Eckart-Young)
-instead of the removal of arbitrary axes. Computed once on the public pool for all devices, index-aligned aggregation
-of adapters keeps its meaning, because all devices cut in the same basis.
+so the basis can be chosen freely. We take the singular vectors of what the head computes on real inputs: of its
+attention logits, and of what it adds to the residual stream. Dropping the last dims in both orders then gives the best
+low-rank approximation of the head (Eckart-Young), where without it arbitrary axes would go. The basis is computed once,
+on the public pool, for all devices. All devices then cut in the same basis, so the server can still aggregate adapters
+index by index.
 
-Two constants are removed first. The mean key of the tokens of a span adds the same number to every logit of a query,
-which does not change the softmax. The mean μ of a head's output moves to the biases, b_v -= μ, b_o += W_o μ, since
-attention weights sum to 1, so that no dim is spent on it.
+Two constants are removed first. The mean key over the tokens of a span adds the same number to every logit of a query,
+which does not change the softmax. The mean μ of a head's output moves to the biases, b_v -= μ, b_o += W_o μ, so that no
+dim is spent on it; this is exact because attention weights sum to 1.
 """
 
 from __future__ import annotations
@@ -33,14 +34,14 @@ from tapfl.progress import track
 from tapfl.pruning.scores import refuse_not_finite
 from tapfl.seeds import numpy_generator
 
-RESOLUTION = 1e-9  # of the mean square of a head's activations: less energy than that is rounding
-LEAST = 1e-6  # of the largest singular value: smaller ones set no scale
+RESOLUTION = 1e-9  # relative to the mean square of a head's activations; less energy than that is rounding
+LEAST = 1e-6  # relative to the largest singular value; smaller ones are not used to scale
 POOL_IMAGES, BATCH = 1024, 64
 MARK = "tapfl_canonical"  # an attribute of the model, which copy.deepcopy preserves
 
 
 class HeadMoments:
-    """Float64 moments of one attention: of the queries, of the keys within their span, and of the heads' outputs."""
+    """Float64 second moments of one attention: of queries, of keys centred within their span, and of heads' outputs."""
 
     def __init__(self, heads: int, dims: int, device: torch.device | None = None) -> None:
         self.total = torch.zeros(heads, dims, dtype=torch.float64, device=device)
@@ -48,7 +49,7 @@ class HeadMoments:
         self.tokens = 0
 
     def add_qkv(self, qkv: Tensor) -> None:
-        """Adds the output (images or windows, tokens of a span, 3 units) of qkv."""
+        """Adds the output of the qkv linear (images or windows, tokens of a span, 3 units)."""
         heads, dims = self.total.shape
         q, k, _ = qkv.double().unflatten(-1, (3, heads, dims)).unbind(2)
         self.query += _products(q)
@@ -56,7 +57,7 @@ class HeadMoments:
         self.tokens += q.shape[0] * q.shape[1]
 
     def add_output(self, o: Tensor) -> None:
-        """Adds the input (images or windows, tokens of a span, units) of the output linear."""
+        """Adds the input of the output linear (images or windows, tokens of a span, units)."""
         o = o.double().unflatten(-1, self.total.shape)
         self.output += _products(o)
         self.total += o.sum((0, 1))
@@ -64,17 +65,17 @@ class HeadMoments:
 
 @torch.no_grad()
 def canonical_basis(model: nn.Module, layers: Sequence[PrunableLayer], inputs: Tensor, batch: int) -> nn.Module:
-    """Returns a copy of `model` with its heads in the canonical basis, which computes the same (fp32, 1e-5).
+    """Returns a copy of `model` with its heads in the canonical basis. Its outputs stay the same (fp32, 1e-5).
 
     Args:
         model: the dense backbone in evaluation mode; it is not changed.
         layers: its prunable layers.
         inputs: images in the backbone's input format (n, channels, height, width), n >= 1, such as the public pool; on
             any device.
-        batch: images a pass.
+        batch: images per forward pass.
 
     Raises:
-        ModelError: if there is no image, or a layer's activations are not finite, naming layer and batch.
+        ModelError: if there is no image, or a layer's activations are not finite. It names the layer and the batch.
     """
     if not len(inputs):
         raise ModelError("the canonical basis needs at least one image")
@@ -85,60 +86,59 @@ def canonical_basis(model: nn.Module, layers: Sequence[PrunableLayer], inputs: T
     handles = []
     for layer in attentions:
         module: Any = turned.get_submodule(layer.name)
-        found = moments[layer.name]
-        handles.append(module.qkv.register_forward_hook(lambda _m, _x, y, found=found: found.add_qkv(y)))
-        handles.append(module.proj.register_forward_pre_hook(lambda _m, x, found=found: found.add_output(x[0])))
+        own = moments[layer.name]
+        handles.append(module.qkv.register_forward_hook(lambda _m, _x, y, own=own: own.add_qkv(y)))
+        handles.append(module.proj.register_forward_pre_hook(lambda _m, x, own=own: own.add_output(x[0])))
     with hooked(handles):
         for number, part in enumerate(track(inputs.split(batch), "canonical basis")):
             turned(part.to(device))
             sums = {name: torch.stack([m.query.sum(), m.key.sum(), m.output.sum()]) for name, m in moments.items()}
             refuse_not_finite(sums, number)
-    carried = {}
-    for layer in attentions:
-        carried[layer.name] = _turn(turned.get_submodule(layer.name), moments[layer.name]).flatten()
-    setattr(turned, MARK, carried)
+    energy = {n.name: _turn(turned.get_submodule(n.name), moments[n.name]).flatten() for n in attentions}
+    setattr(turned, MARK, energy)
     return turned
 
 
 def in_basis(model: nn.Module, basis: str, turn: Callable[[], nn.Module]) -> nn.Module:
-    """Returns the model that is cut under ``pruning.basis = basis``: `model`, or what `turn` returns.
+    """Returns the model to cut under ``pruning.basis = basis``.
 
-    `turn` is called if the basis is `canonical` and `model` is not in it yet.
+    This is what `turn` returns if the basis is `canonical` and `model` is not in it yet, and otherwise `model`.
     """
     return turn() if basis == "canonical" and carried_energy(model) is None else model
 
 
 def turned_on_pool(model: nn.Module, images: ImageSet, transform: Transform, seed: int) -> nn.Module:
-    """Returns `model` in the canonical basis by images of the public pool: one basis for all devices of a federation.
+    """Returns `model` in the canonical basis of the public pool: one basis for all devices of a federation.
 
-    At most POOL_IMAGES are drawn evenly by `seed`: tokens enough for second moments of a head's dims.
+    It is computed on at most POOL_IMAGES images, drawn uniformly with `seed`. Their tokens are enough to estimate the
+    second moments of a head's dims.
     """
     drawn = numpy_generator(seed, "basis").permutation(len(images))[:POOL_IMAGES]
     return canonical_basis(model, prunable_layers(model), transform(images.read(drawn)), BATCH)
 
 
 def carried_energy(model: nn.Module) -> dict[str, Tensor] | None:
-    """Returns the energy of every dim, by attention, float64 (units,); None unless the basis is canonical.
+    """Returns the energy of every dim, float64 (units,) by attention name, or None if the basis is not canonical.
 
-    The energy of a dim is its share of its head's, Σσ² = 1, averaged over the head's logits and its output. It falls
-    within a head and is comparable between heads and layers.
+    The energy of a dim is its share of the energy of its head, Σσ² = 1, averaged over the head's logits and its output.
+    It decreases within a head and can be compared between heads and layers.
     """
     marked: dict[str, Tensor] | None = getattr(model, MARK, None)
     return marked
 
 
-def _turn(module: Any, found: HeadMoments) -> Tensor:
-    """Changes the basis of one attention in place; returns the energy of each dim (heads, dims)."""
-    heads, dims = found.total.shape
+def _turn(module: Any, moments: HeadMoments) -> Tensor:
+    """Changes the basis of one attention in place. Returns the energy of each dim (heads, dims)."""
+    heads, dims = moments.total.shape
     qkv, proj = module.qkv, module.proj
     W_q, W_k, W_v = qkv.weight.double().unflatten(0, (3, heads, dims))
     W_o = proj.weight.double().unflatten(1, (heads, dims)).transpose(0, 1)  # (heads, outputs, dims)
     foldable = qkv.bias is not None and proj.bias is not None
-    mu = found.total / found.tokens if foldable else torch.zeros_like(found.total)
+    mu = moments.total / moments.tokens if foldable else torch.zeros_like(moments.total)
 
-    B_q, B_k, logits = ordering(found.query / found.tokens, found.key / found.tokens)
-    second = found.output / found.tokens
-    # a head whose output hardly varies has a covariance of rounding alone, which need not be positive
+    B_q, B_k, logits = ordering(moments.query / moments.tokens, moments.key / moments.tokens)
+    second = moments.output / moments.tokens
+    # where a head's output hardly varies, its covariance is only rounding error, which need not be positive definite
     rounding = RESOLUTION * second.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True)
     covariance = second - mu[..., :, None] * mu[..., None, :] + torch.diag_embed(rounding.expand(heads, dims))
     E_T, E_inverse, outputs = ordering(covariance, W_o.mT @ W_o)
@@ -154,10 +154,10 @@ def _turn(module: Any, found: HeadMoments) -> Tensor:
 
 
 def ordering(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns (B, B', σ), B B'ᵀ = I, that order the terms of x·y = Σ_c x_c y_c by their energy.
+    """Returns (B, B', σ) with B B'ᵀ = I that order the terms of x·y = Σ_c x_c y_c by their energy.
 
-    With x ← Bᵀx and y ← B'ᵀy, the products are the same, both second moments are diag(σ), σ falling, and the sum over
-    the first k dims is the best approximation of rank k of the products of all x with all y.
+    Under x ← Bᵀx and y ← B'ᵀy the products x·y stay the same, and both second moments become diag(σ), σ descending. The
+    sum over the first k dims is the best approximation of rank k of the products of all x with all y.
 
     Args:
         left, right: second moments (..., dims, dims) of x and of y.
@@ -169,14 +169,14 @@ def ordering(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _root(G: Tensor) -> Tensor:
-    """Returns lower triangular L with L Lᵀ = G up to RESOLUTION: G may be singular."""
+    """Returns the lower triangular L with L Lᵀ = G, up to RESOLUTION; G may be singular."""
     size = G.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True)
     least = torch.where(size > 0, RESOLUTION * size, 1.0)
     return torch.linalg.cholesky(G + torch.diag_embed(least.expand(G.shape[:-1])))
 
 
 def _products(x: Tensor) -> Tensor:
-    """Returns Σ x xᵀ by head (heads, dims, dims), for x (spans, tokens, heads, dims)."""
+    """Returns Σ x xᵀ over all tokens, by head (heads, dims, dims), for x (spans, tokens, heads, dims)."""
     by_head = x.flatten(0, 1).transpose(0, 1)
     return by_head.mT @ by_head
 

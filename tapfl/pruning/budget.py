@@ -49,7 +49,7 @@ class Limit:
 
     @property
     def title(self) -> str:
-        """The limit as the head of a column, such as ``50% MACs``, ``8M parameters`` or ``5 ms``."""
+        """The limit as a column header, such as ``50% MACs``, ``8M parameters`` or ``5 ms``."""
         if self.share:
             return f"{self.value * 100:.4g}% {NOUNS[self.quantity]}"
         if self.quantity == "latency":
@@ -57,7 +57,7 @@ class Limit:
         return f"{_thousands(self.value)} {NOUNS[self.quantity]}"
 
     def allowed(self, dense: float) -> float:
-        """Returns the limit in the quantity's own unit, given what the dense model costs."""
+        """Returns the limit in the quantity's own unit; `dense` is the cost of the dense model."""
         return self.value * dense if self.share else self.value
 
     def express(self, cost: float, dense: float) -> str:
@@ -74,16 +74,16 @@ class Limit:
 
 @dataclass(frozen=True)
 class Budget:
-    """Limits on different quantities, all of which have to hold; `parse` reads what `str` returns."""
+    """Limits on different quantities, which must all hold. `parse` reads what `str` returns."""
 
     limits: tuple[Limit, ...]
 
     @classmethod
     def parse(cls, given: Budget | float | str) -> Budget:
-        """Returns the budget of a text, a share of the MACs, or a budget.
+        """Returns a budget from its text, from a share of the MACs, or from a budget (unchanged).
 
         Raises:
-            ConfigError: naming the part that is wrong and the accepted forms.
+            ConfigError: if it is not valid. The error names the wrong part and the accepted forms.
         """
         if isinstance(given, Budget):
             return given
@@ -101,12 +101,12 @@ class Budget:
 
     @property
     def title(self) -> str:
-        """The budget as the head of a column of a table."""
+        """The budget as the header of a table column."""
         return ", ".join(limit.title for limit in self.limits)
 
     @property
     def measured(self) -> bool:
-        """Whether it names latency, which has to be measured."""
+        """Whether one of the limits is on latency, which has to be measured."""
         return any(limit.quantity == "latency" for limit in self.limits)
 
 

@@ -1,27 +1,28 @@
-"""Closed-form compensation (ours): the kept units take over what they can of the signal of the pruned ones.
+"""Closed-form compensation (ours): the kept units of a branch take over what they can of the pruned units' output.
 
-A shrunk branch f' is fitted to z, the activations of its units, and r, the output that it has lost of the branch f, by
-the ridge regression of r on z, with λ = 1e-3 of the mean variance of z. No labels, no gradients. A branch without units
-becomes the mean of f. An output linear without bias is fitted without intercept.
+A pruned branch f' has activations z and has lost the output r of the dense branch f. The ridge regression of r on z,
+with λ = 1e-3 times the mean variance of z, is added to the output linear of f'. It needs no labels and no gradients. A
+branch without units becomes the mean of f. An output linear without bias is fitted without intercept.
 
-    one-pass     r = f(x) - f'(x)                                           x in the dense model
-    sequential   r = f(x') - f'(x') + γ [(x + f(x)) - (x' + f(x'))]         x' behind the already shrunk layers
+    one-pass     r = f(x) - f'(x)                                           x: input in the dense model
+    sequential   r = f(x') - f'(x') + γ [(x + f(x)) - (x' + f(x'))]         x': input behind the layers already pruned
 
-In one pass an FFN has lost r = W2_S x_S, the output of its pruned units S. A shrunk attention also changes the values
-of the dims that it kept, since its logits lack dims.
+In the one-pass form an FFN has lost r = W2_S x_S, the output of its pruned units S. A pruned attention also changes the
+values of the dims that it kept, because its logits are computed from fewer dims.
 
-In the sequential form r is what the branch itself lost, plus a share of the drift of the stream. Both extremes are
-worse on held-out images (DeiT-Tiny, half the MACs; KL to the dense model for γ = 0, 1/4, 1/2, 1 of tap: 1.53, 1.13,
-1.14, 1.50; of low-rank heads: 0.82, 0.66, 0.65, 0.73; in one pass: 1.78, 0.79): without the drift, the shrinkage of one
-regression passes on to the next; all of it is more than the branch's units can predict. The target f(x) alone is worse
-(2.31, 1.34).
+In the sequential form r is what the branch itself lost plus the fraction γ of the drift of the residual stream. Both
+extremes are worse on held-out images. At half the MACs of DeiT-Tiny, the KL to the dense model for γ = 0, 1/4, 1/2, 1
+is 1.53, 1.13, 1.14, 1.50 for tap and 0.82, 0.66, 0.65, 0.73 for low-rank heads; the one-pass form gives 1.78 and 0.79.
+With γ = 0, the error that one ridge regression leaves is passed on to the next layer. With γ = 1, the target is more
+than the units of the branch can predict. The target f(x) alone is worse (2.31, 1.34).
 
-With merged tokens x' has fewer tokens than x. Each is compared with the mean of those of x and f(x) that became it, and
-weighs what they weigh together; f(x') attends to tokens by their sizes, as f'(x') does. In one pass the dense model
-merges, too. Tokens that the last block drops are still there in all statistics.
+With merged tokens, x' has fewer tokens than x. Each token of x' is compared with the mean of the tokens of x and f(x)
+that were merged into it, and its weight is the sum of theirs. The attention in f(x') weights tokens by their sizes, as
+in f'(x'). In the one-pass form the dense model merges tokens, too. All statistics still include the tokens that the
+last block drops.
 
-With ``reconstruction`` all weights of a branch then take gradient steps towards the output f'(x') + r of the sequential
-form (`tapfl.pruning.reconstruction`).
+With ``reconstruction``, all weights of a branch are then trained by gradient steps towards the output f'(x') + r of the
+sequential form (`tapfl.pruning.reconstruction`).
 """
 
 from __future__ import annotations
@@ -43,11 +44,11 @@ from tapfl.pruning.reconstruction import Call, reconstruct
 from tapfl.pruning.scores import refuse_not_finite
 from tapfl.pruning.sensitivity import Sensitivities
 
-CORRECTION = 0.25  # γ, share of the drift of the residual stream that a branch is asked to correct
+CORRECTION = 0.25  # γ, the fraction of the drift of the residual stream that a branch has to correct
 
 
 def row_sensitivities(task: PruningTask, weights: nn.Module) -> Sensitivities | None:
-    """Returns the Fisher sensitivities of a model, or None unless the task's compensation weights rows by them."""
+    """Returns the Fisher sensitivities of `weights`, or None if compensation does not weight rows by them."""
     if task.options.compensation == "none" or task.options.compensation_rows != "sensitivity":
         return None
     return task.fisher if weights is task.model else task.fisher_of(weights)
@@ -55,14 +56,14 @@ def row_sensitivities(task: PruningTask, weights: nn.Module) -> Sensitivities | 
 
 @torch.no_grad()
 def cut(task: PruningTask, selection: Selection, fisher: Sensitivities | None = None) -> nn.Module:
-    """Returns the smaller model of a selection, compensated as the task's options say.
+    """Returns the pruned model of a selection, compensated as the task's options say.
 
     Args:
-        selection: layers that it does not name stay whole.
-        fisher: the `row_sensitivities` of the weights that are cut, if they are known.
+        selection: layers that it does not name are not cut.
+        fisher: the `row_sensitivities` of the model that is cut, if they are already known.
 
     Raises:
-        ModelError: if a layer's activations are not finite, or as `reconstruct`.
+        ModelError: if a layer's activations are not finite, or as for `reconstruct`.
         PlanError: if the selection does not fit the layers.
     """
     options, kept, model = task.options, selection.kept, selection.model or task.model
@@ -79,7 +80,7 @@ def cut(task: PruningTask, selection: Selection, fisher: Sensitivities | None = 
     steps = list(zip(branch_steps(model, True)[:-1], branch_steps(small, True)[:-1], strict=True))
     for (step, dense_step), (_, small_step) in track(steps if real else (), "compensation"):
         after = []
-        # one layer, or none; those of a block of another kind than timm's plain ones, which is one step
+        # one layer or none; several where a step is a whole block, because it is not one of timm's plain blocks
         for layer in (each for each in pruned.values() if step in (each.name, each.block)):
             name = layer.name
             put(small, name, shrunk[name])
@@ -114,7 +115,13 @@ def cut(task: PruningTask, selection: Selection, fisher: Sensitivities | None = 
 
 
 def _drift(small: nn.Module, layer: PrunableLayer, dense: Passage, now: Passage, own: Tensor) -> Tensor:
-    """Returns (x + f(x)) - (x' + f(x')) as an output of the branch, given its passages of x and x' and f(x')."""
+    """Returns the drift (x + f(x)) - (x' + f(x')) in the shape of the branch's output.
+
+    Args:
+        dense: the passage of x.
+        now: the passage of x'.
+        own: f(x').
+    """
     x, f_x = dense.stream, dense.output
     if now.source is not None:
         x, f_x = (group_means(each, now.source, own.shape[1]) for each in (x, f_x))
@@ -122,9 +129,10 @@ def _drift(small: nn.Module, layer: PrunableLayer, dense: Passage, now: Passage,
 
 
 def _real_tokens(model: nn.Module, layer: PrunableLayer) -> Tensor | None:
-    """Returns which tokens of an image are not padding (bool, in the order in which the branch sees them); None: all.
+    """Returns a mask of the tokens of an image that are not padding, bool (tokens,), or None if none is padding.
 
-    Where windows extend beyond the grid, a Swin attention pads them; its block drops the output there.
+    The tokens are in the order in which the branch sees them. A Swin attention pads windows that extend beyond the
+    grid, and its block drops the output at the padding.
     """
     block: Any = model.get_submodule(layer.block)
     if layer.kind != "attention" or not isinstance(block, SwinTransformerBlock):
@@ -134,7 +142,7 @@ def _real_tokens(model: nn.Module, layer: PrunableLayer) -> Tensor | None:
 
 
 def _absorb(branch: nn.Module, layer: PrunableLayer, lost: LostOutput) -> None:
-    """Adds to the output linear of a shrunk branch the regression of the lost output."""
+    """Adds the regression of the lost output to the output linear of a pruned branch."""
     linear: Any = branch.get_submodule(layer.output)
     D, e = lost.regression(RIDGE, intercept=linear.bias is not None)
     if lost.kept:

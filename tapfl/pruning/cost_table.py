@@ -1,7 +1,7 @@
 """The cost of every shape of every prunable layer, in the quantities of a budget.
 
-MACs and parameters are computed, latency is measured. Both become a fixed part and a table for each layer here, so that
-linear and nonlinear costs are treated alike.
+MACs and parameters are computed; latency is measured. Each quantity becomes a fixed part and one table per layer, so
+that the code that spends a budget need not know whether a cost is linear in the width.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ from tapfl.models.cost import Cost, Timings
 from tapfl.models.units import PrunableLayer, Shape
 from tapfl.pruning.budget import Budget, Limit
 
-TOLERANCE = 0.005  # the cost that binds ends at most this far below its limit
-ROUNDING = 1e-12  # a share that is a quotient of whole costs can be met exactly
+TOLERANCE = 0.005  # relative; the cost that binds may be at most this far below its limit
+ROUNDING = 1e-12  # relative; a limit that equals the cost of a model up to rounding is met
 
 
 @dataclass(frozen=True, eq=False)
 class CostTable:
-    """A budget over a backbone.
+    """The limits of a budget and the costs of a backbone in their quantities.
 
     Attributes:
-        limits: the limits that all have to hold.
-        dense: what the dense model costs, by limit (M,).
-        fixed: cost outside the prunable branches (M,).
-        branches: cost by layer name, heads and dims a head (M, heads + 1, dims + 1).
+        limits: M limits, which must all hold.
+        dense: cost of the dense model, by limit (M,).
+        fixed: cost outside the prunable branches, by limit (M,).
+        branches: by layer name, the cost for every number of heads and of dims per head (M, heads + 1, dims + 1).
     """
 
     limits: tuple[Limit, ...]
@@ -49,7 +49,7 @@ class CostTable:
 
     @cached_property
     def slopes(self) -> dict[str, np.ndarray]:
-        """Cost of a unit (M,) by layer name, on average between none and all of them."""
+        """Average cost of a unit (M,) by layer name: the cost of all units divided by their number."""
         return {
             name: (table[:, -1, -1] - table[:, 0, 0]) / ((table.shape[1] - 1) * (table.shape[2] - 1))
             for name, table in self.branches.items()
@@ -62,24 +62,25 @@ class CostTable:
 
     @cached_property
     def spendable(self) -> np.ndarray:
-        """The budget for units (M,), at most their cost; negative if a model without units is over the limit."""
+        """What may be spent on units (M,), at most their cost; negative if a model without units exceeds the limit."""
         least = self.fixed + self._sum(table[:, 0, 0] for table in self.branches.values())
         return np.minimum(self.allowed - least, self.prunable)
 
     @property
     def shares(self) -> np.ndarray:
-        """The share of the units' cost that may stay, in [0, 1], by limit (M,)."""
+        """The fraction of the units' cost that each limit leaves, in [0, 1] (M,)."""
         return np.clip(self.spendable / self.prunable, 0, 1)
 
     @property
     def tightest(self) -> int:
-        """The position of the limit that leaves the smallest share of the units."""
+        """The position of the limit that leaves the smallest fraction of the units' cost."""
         return int(self.shares.argmin())
 
     def price(self, name: str) -> float:
-        """Returns the cost of a unit of a layer: in the limit's quantity, or over several limits the sum of its shares.
+        """Returns the cost of a unit of a layer as one number.
 
-        A share is relative to what the limit allows for units.
+        With one limit it is in that limit's quantity. With several it is the sum of the costs, each relative to what
+        its limit allows for units.
         """
         slope = self.slopes[name]
         return float(slope[0] if len(slope) == 1 else (slope / np.maximum(self.spendable, ROUNDING)).sum())
@@ -95,18 +96,23 @@ class CostTable:
         return bool((cost <= self.allowed * (1 + ROUNDING)).all())
 
     def reached(self, cost: np.ndarray) -> bool:
-        """Returns whether at least one limit is reached within 0.5 %."""
+        """Returns whether the cost reaches at least one limit to within 0.5 %."""
         return bool((cost >= self.allowed * (1 - TOLERANCE)).any())
 
     def require_reachable(self, least: np.ndarray, words: str, options: str = "") -> None:
-        """Raises BudgetError, with `words` before the number, unless the smallest model, of cost `least` (M,), fits."""
+        """Raises BudgetError if the smallest model, of cost `least` (M,), is over a limit.
+
+        Args:
+            words: stand before the smallest possible cost in the message.
+            options: stands after it.
+        """
         if not self.within(least):
             i = int((least / self.allowed).argmax())
             can = self.limits[i].express(least[i], self.dense[i])
             raise BudgetError(f"budget {self.limits[i].words} cannot be met: {words} {can}{options}")
 
     def settled(self, shapes: Mapping[str, Shape]) -> CostTable:
-        """Returns the table of the other layers, with the layers that `shapes` names counted as fixed."""
+        """Returns the table with the layers in `shapes` fixed at these shapes, so that only the others are left."""
         rest = {name: table for name, table in self.branches.items() if name not in shapes}
         return replace(
             self,
@@ -126,7 +132,7 @@ def cost_table(
     Args:
         layers: all its prunable layers.
         dense: its cost.
-        timings: needed if the budget names latency; the fixed part is the model's time minus that of its branches.
+        timings: needed if the budget limits latency. The fixed part is then the model's time less that of its branches.
     """
     by_quantity = {limit.quantity: _branches(layers, limit.quantity, timings) for limit in budget.limits}
     whole = {"macs": float(dense.macs), "params": float(dense.params), "latency": timings.dense if timings else 0.0}

@@ -1,7 +1,7 @@
 """Export of a pruned model: ONNX, torch.export and TorchScript.
 
-A file is read again and compared with the model before it gets its name, so an existing file computes what the model
-computes.
+A file is read back and compared with the model before it gets its final name, so every exported file computes what the
+model computes.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from tapfl.pruning.plan import PruningPlan
 from tapfl.seeds import torch_generator
 from tapfl.store import whole_file
 
-TOLERANCE = 1e-4  # largest difference of a logit
+TOLERANCE = 1e-4  # largest accepted difference of a logit
 ONNX_BYTES = 2**31 - 2**20  # capacity of one protobuf message
-ABOUT = "tapfl.json"  # where the archives of torch keep what ONNX calls metadata
+ABOUT = "tapfl.json"  # the file with the metadata in torch's archives; ONNX has metadata of its own
 
 Forward = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
 class Exported:
-    """A written file, and its difference from the model: logits of random inputs at `batches_checked`."""
+    """A written file, and how its logits differ from the model's on random inputs of `batches_checked` images."""
 
     file: Path
     format: str
@@ -58,12 +58,12 @@ def export(
         model: as `load_pruned` returns it.
         plan: its pruning plan.
         format: a key of `FORMATS`.
-        batch: images a pass; None leaves it open.
+        batch: batch size; None makes it dynamic.
         opset: ONNX operator set; None takes the exporter's.
 
     Raises:
         ConfigError: if an argument is invalid, a package is missing, or `file` exists or cannot be written.
-        RunError: if the format cannot hold the model, or the file computes something else; no file is left then.
+        RunError: if the format cannot represent the model, or the file computes something else. No file is left then.
     """
     file = Path(file)
     if format not in FORMATS:
@@ -75,8 +75,8 @@ def export(
     if file.exists():
         raise ConfigError(f"out = {str(file)!r}: exists already; give a file that does not")
     write, read, packages = FORMATS[format]
-    if lacking := [package for package in packages if find_spec(package) is None]:
-        raise ConfigError(f"format = {format!r}: needs {', '.join(lacking)}; pip install 'tapfl[export]'")
+    if missing := [package for package in packages if find_spec(package) is None]:
+        raise ConfigError(f"format = {format!r}: needs {', '.join(missing)}; pip install 'tapfl[export]'")
     batches = (batch,) if batch else (1, 3)
     try:
         with whole_file(file) as temporary:
@@ -85,7 +85,7 @@ def export(
                     write(model, temporary, _about(model, plan), batch, opset)
                 except (ConfigError, RunError, OSError):
                     raise
-                except Exception as error:  # whatever torch raises, the format has no form of this model
+                except Exception as error:  # torch's exporters raise many types when they cannot represent a model
                     named = format + (f", opset = {opset}" if opset else "")
                     raise RunError(f"{named}: cannot hold this model ({message_of(error)})") from None
                 difference, same = _check(model, read(temporary), batches)
@@ -120,7 +120,7 @@ def _about(model: nn.Module, plan: PruningPlan) -> dict[str, str]:
 
 @torch.no_grad()
 def _check(model: nn.Module, exported: Forward, batches: Sequence[int]) -> tuple[float, bool]:
-    """Returns the largest difference of a logit on normal inputs, and whether the largest logit is always the same."""
+    """Returns the largest difference of a logit on normally distributed inputs, and whether every top-1 is equal."""
     difference, same = 0.0, True
     for batch in batches:
         x = torch.randn(example_input(model, batch).shape, generator=torch_generator(0, "export", batch))
@@ -136,11 +136,11 @@ def _check(model: nn.Module, exported: Forward, batches: Sequence[int]) -> tuple
 
 
 def _program(model: nn.Module, batch: int | None) -> torch.export.ExportedProgram:
-    """Returns the graph of `model`; traced with two images if the batch is dynamic, as torch takes 1 for a constant."""
+    """Returns the graph of `model`. A dynamic batch is traced with two images, because torch specialises on size 1."""
     shapes = None if batch else ({0: torch.export.Dim("batch", min=1)},)
     program = torch.export.export(model, (example_input(model, batch or 2),), dynamic_shapes=shapes)
     for node in program.graph.nodes:
-        node.meta.pop("stack_trace", None)  # paths of the machine that exported it
+        node.meta.pop("stack_trace", None)  # holds paths of the machine that exports it
     return program
 
 
@@ -166,13 +166,13 @@ def _write_onnx(model: nn.Module, file: Path, about: Mapping[str, str], batch: i
     program = torch.onnx.export(
         _program(model, batch), input_names=["images"], output_names=["logits"], opset_version=opset, verbose=False
     )
-    assert program is not None  # it is for the old exporter alone
+    assert program is not None  # only the old exporter returns None
     proto = program.model_proto
     got = next(entry.version for entry in proto.opset_import if entry.domain in ("", "ai.onnx"))
     if opset is not None and got != opset:
         raise ConfigError(f"opset = {opset}: torch's exporter does not write it (it wrote {got})")
     for node in proto.graph.node:
-        del node.metadata_props[:]  # notes of the exporter, more bytes than a small model's weights
+        del node.metadata_props[:]  # the exporter's debug information can be larger than the weights of a small model
     for key, value in about.items():
         entry = proto.metadata_props.add()
         entry.key, entry.value = key, value
@@ -187,7 +187,7 @@ def _read_onnx(file: Path) -> Forward:
     options.log_severity_level = 3
     try:
         session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # its types are those of its C++ code
+    except Exception as error:  # onnxruntime raises exception types of its C++ code
         raise RunError(f"onnxruntime does not take the file ({message_of(error)})") from None
     (images,) = (entry.name for entry in session.get_inputs())
     return lambda x: torch.from_numpy(session.run(None, {images: x.numpy()})[0])

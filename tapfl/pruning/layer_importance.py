@@ -1,7 +1,7 @@
-"""Layer importance (TAP-ViTs): the KL divergence of the prediction when one layer alone is pruned as planned.
+"""Layer importance (TAP-ViTs): the KL divergence of the prediction when only one layer is pruned.
 
-KL_l = mean over the metric set of KL(P_dense ‖ P_probe), where the probe is the dense model with layer l cut to its
-planned width and everything else dense.
+KL_l = mean over the metric set of KL(P_dense ‖ P_probe), where the probe is the dense model with only layer l cut to
+its planned width.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from tapfl.models.residual import branch_steps
 from tapfl.models.units import PrunableLayer, replaced
 from tapfl.progress import track
 
-Variant = Mapping[str, nn.Module]  # the branches that take the place of the dense model's, by layer name
-Change = tuple[tuple[str, nn.Module], ...]  # those at one step of the model
+Variant = Mapping[str, nn.Module]  # branches that replace the dense model's, by layer name
+Change = tuple[tuple[str, nn.Module], ...]  # the replaced branches at one step of the model
 
 
 def layer_importance(
@@ -30,13 +30,13 @@ def layer_importance(
     batch: int,
     compute: Compute = HERE,
 ) -> dict[str, float]:
-    """Returns KL_l in nats by layer name, of the probes that keep the units `kept`; see `divergences`."""
-    found = divergences(model, layers, probes(model, layers, kept), inputs, batch, compute, "layer importance")
-    return {layer.name: kl for layer, kl in zip(layers, found.mean(1).tolist(), strict=True)}
+    """Returns KL_l in nats by layer name, for the probes that keep the units `kept`; see `divergences`."""
+    kl = divergences(model, layers, probes(model, layers, kept), inputs, batch, compute, "layer importance")
+    return {layer.name: value for layer, value in zip(layers, kl.mean(1).tolist(), strict=True)}
 
 
 def probes(model: nn.Module, layers: Sequence[PrunableLayer], kept: Mapping[str, Tensor]) -> list[Variant]:
-    """Returns the probe of every layer: without another branch if it keeps all of its units."""
+    """Returns the probe of every layer: a variant that replaces this layer, or nothing if it keeps all its units."""
     cut = [layer if len(kept[layer.name]) < layer.units else None for layer in layers]
     return [{n.name: n.shrink(model.get_submodule(n.name), kept[n.name])} if n else {} for n in cut]
 
@@ -51,20 +51,21 @@ def divergences(
     compute: Compute = HERE,
     name: str = "divergence",
 ) -> Tensor:
-    """Returns KL(P_dense ‖ P_variant) in nats, float64 (variants, n): 0 for a variant without another branch.
+    """Returns KL(P_dense ‖ P_variant) in nats, float64 (variants, n); 0 for a variant that replaces nothing.
 
-    Variants that agree up to a branch pass the model together up to there, so every common prefix, the dense model's
-    included, is computed once.
+    Variants that agree up to some branch share the forward pass up to it. Every common prefix, including the dense
+    model's, is computed once.
 
     Args:
         layers: the prunable layers of `model`.
         inputs: images in the backbone's input format (n, channels, height, width).
-        batch: images at once, at most: a block's activations should stay in a CPU's cache, which saves a sixth.
-        name: of the stage as which it is shown.
+        batch: largest number of images per pass. Fewer are taken if a block's activations would not fit into a CPU's
+            cache, which saves a sixth of the time.
+        name: of the stage, as progress shows it.
     """
     walk = _Walk(model, [{}, *variants])
     found = inputs.new_zeros(len(variants), len(inputs), dtype=torch.float64)
-    floats = sum(layer.tokens * layer.embed_dim for layer in layers) / len(layers)  # an image, in an average block
+    floats = sum(layer.tokens * layer.embed_dim for layer in layers) / len(layers)  # per image, in an average block
     at_once = min(batch, max(1, round(compute.at_once.stream / floats)))
     parts = list(zip(inputs.split(at_once), found.split(at_once, dim=1), strict=True))
     for part, columns in track(parts, name):
@@ -79,7 +80,7 @@ def divergences(
 
 
 class _Walk:
-    """The passes of all variants as a tree: a node is a residual stream, an edge a step of the model."""
+    """The forward passes of all variants as a tree: a node is a residual stream, an edge a step of the model."""
 
     def __init__(self, model: nn.Module, variants: Sequence[Variant]) -> None:
         self.model, self.steps = model, branch_steps(model)
@@ -93,10 +94,11 @@ class _Walk:
             self.changes.append(changes)
 
     def logits(self, x: Tensor, start: int = 0, members: Sequence[int] | None = None) -> dict[int, Tensor]:
-        """Returns the logits (n, classes), by variant, of the variants `members` that agree up to step `start`.
+        """Returns the logits (n, classes) by variant, for `members`, which agree on all steps before `start`.
 
         Args:
-            x: the residual stream that enters the step; for step 0, the images.
+            x: the residual stream that enters step `start`; for step 0, the images.
+            members: positions of variants; None stands for all of them.
         """
         found: dict[int, Tensor] = {}
         members = range(len(self.changes)) if members is None else members

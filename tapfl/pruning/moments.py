@@ -1,4 +1,4 @@
-"""Second moments of the units of a branch and of the output that it lost; the regression of the one on the other."""
+"""Second moments of a branch's units and of the output it has lost, and the regression of the output on the units."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from tapfl.models.units import PrunableLayer
 from tapfl.pruning.scores import record_activations
 from tapfl.pruning.sensitivity import Sensitivities
 
-RIDGE = 1e-3  # λ, of the mean variance of the kept activations
-RESOLUTION = 1e-12  # of the mean square of the kept activations: less variance than that is rounding
+RIDGE = 1e-3  # λ, relative to the mean variance of the kept activations
+RESOLUTION = 1e-12  # relative to the mean square of the kept activations; less variance than that is rounding
 
 
 class LostOutput:
     """Float64 moments of a branch's kept activations Z (rows, kept) and of the output r (rows, outputs) it has lost.
 
     Args:
-        real: bool (tokens,), which tokens of an image count, or None: all.
-        weights: of the rows (rows,), batch by batch, or None: all alike.
+        real: which tokens of an image count, bool (tokens,); None for all.
+        weights: weights of the rows (rows,), batch by batch; None for equal weights.
         device: of Z and r.
     """
 
@@ -39,34 +39,34 @@ class LostOutput:
         self.product, self.rows = self.total.new_zeros(kept, kept + outputs), self.total.new_zeros(())
 
     def add(self, Z: Tensor, r: Tensor, source: Tensor | None = None) -> Tensor:
-        """Adds a batch; returns the weights of its rows, float32 (rows,), 0 for tokens that do not count.
+        """Adds a batch. Returns the weights of its rows, float32 (rows,), with 0 for tokens that do not count.
 
-        Merged tokens (`source` as in `Merged`) have the weight of all that they stand for.
+        The weight of a merged token (`source` as in `Merged`) is the sum of the weights of the tokens in it.
         """
         both = torch.cat([part.flatten(0, -2).double() for part in (Z, r)], dim=1)
         rows = len(both) if source is None else source.numel()
         weights = both.new_ones(rows) if self.weights is None else next(self.weights)
         if source is not None:
             weights = group_sums(weights.view(*source.shape, 1), source, Z.shape[1]).flatten()
-        given = weights.float()
+        counted = weights.float()
         if self.real is not None:
             real = self.real.repeat(len(both) // len(self.real))
-            both, weights, given = both[real], weights[real], given * real
+            both, weights, counted = both[real], weights[real], counted * real
         weighted = weights.double()[:, None] * both
         self.rows += weights.double().sum()
         self.total += weighted.sum(0)
         self.product += both[:, : self.kept].T @ weighted
-        return given
+        return counted
 
     def covariance(self) -> Tensor:
-        """Returns the covariance of the kept activations, float64 (kept, kept), with RESOLUTION on its diagonal."""
+        """Returns the covariance of the kept activations, float64 (kept, kept), regularised by RESOLUTION."""
         mean = self.total[: self.kept] / self.rows
         second = self.product[:, : self.kept] / self.rows
         rounding = RESOLUTION * second.diagonal().mean()
         return second - mean[:, None] * mean + torch.diag(rounding.expand(self.kept))
 
     def regression(self, ridge: float = RIDGE, intercept: bool = True) -> tuple[Tensor, Tensor]:
-        """Returns D (outputs, kept) and e (outputs) of the ridge regression r ≈ D z + e; e = 0 without intercept."""
+        """Returns D (outputs, kept) and e (outputs,) of the ridge regression r ≈ D z + e; e = 0 without intercept."""
         mean = self.total / self.rows if intercept else torch.zeros_like(self.total)
         second = self.product / self.rows
         C_ZZ, C_Zr = (second - mean[: self.kept, None] * mean).split([self.kept, len(mean) - self.kept], dim=1)
@@ -82,11 +82,11 @@ class LostOutput:
 def unit_moments(
     model: nn.Module, layers: Sequence[PrunableLayer], inputs: Tensor, batch: int, fisher: Sensitivities | None = None
 ) -> dict[str, LostOutput]:
-    """Returns the moments of all units of every FFN, by layer name, and of no output."""
+    """Returns the moments of all units of every FFN, by layer name, without any lost output."""
     ffns = [layer for layer in layers if layer.kind == "ffn"]
     rows = {layer.name: fisher[layer.name].rows if fisher else None for layer in ffns}
-    found = {n.name: LostOutput(n.units, 0, weights=rows[n.name], device=inputs.device) for n in ffns}
+    moments = {n.name: LostOutput(n.units, 0, weights=rows[n.name], device=inputs.device) for n in ffns}
     for number, images in enumerate(inputs.split(batch)):
         for name, X in record_activations(model, ffns, images, number)[1].items():
-            found[name].add(X, X[..., :0])
-    return found
+            moments[name].add(X, X[..., :0])
+    return moments

@@ -1,4 +1,4 @@
-"""From a pruning problem to a smaller model: select, cut and compensate, recover; each step as the options say.
+"""From a pruning task to a pruned model: select units, cut and compensate, recover, each as the options say.
 
 ```
 model ─ canonical basis ─► task ─ criterion ─► selection ─ compensation ─► smaller model ─ recovery ─► smaller model
@@ -41,12 +41,12 @@ CHANGES = ("basis", "compensation", "recovery")  # options that change weights, 
 
 @dataclass(frozen=True)
 class Pruned:
-    """A smaller model and its plan.
+    """A pruned model and its plan.
 
     Attributes:
-        exact: whether `shrink` makes the same model of the dense weights and the plan alone, because no weight was
-            changed: neither by the basis, nor by the criterion, compensation or recovery.
-        metric_set: positions in the public pool, int64, of the images that it was measured on, where they are known.
+        exact: whether the dense weights and the plan alone determine the model (by `shrink`). This holds if neither
+            the basis, the criterion, compensation nor recovery has changed a weight.
+        metric_set: positions of the metric set's images in the public pool, int64, if they are known.
     """
 
     model: nn.Module
@@ -55,12 +55,12 @@ class Pruned:
     metric_set: np.ndarray | None = None
 
     def weights(self, always: bool = False) -> bytes:
-        """Returns what travels with the plan: nothing where it is exact, else the model's weights as safetensors.
+        """Returns the weights to send with the plan: the model's as safetensors, or nothing if the plan is `exact`.
+
+        `tapfl.pruning.surgery.rebuild` makes the model from the plan and the weights.
 
         Args:
-            always: the weights in any case, for a device that does not cut its own backbone.
-
-        `tapfl.pruning.surgery.rebuild` makes the model of both.
+            always: return the weights in any case, for a device that does not cut its own backbone.
         """
         return b"" if self.exact and not always else pack_tensors(self.model.state_dict())
 
@@ -77,30 +77,30 @@ def pruning_task(
 ) -> PruningTask:
     """Returns the input of a criterion.
 
-    Options that are `auto` take the criterion's defaults. With ``basis = canonical`` the task's model is in that basis,
-    found on the metric set unless `model` is in it already (`turned_on_pool`).
+    Options that are `auto` take the criterion's defaults. With ``basis = canonical`` the task's model is in that basis.
+    The basis is computed on the metric set, unless `model` is already in it (`turned_on_pool`).
 
     Args:
-        new_head: the same backbone with the classifier that devices get, if it is another.
+        new_head: the same backbone with the classifier that devices get, if it is not the classifier of `model`.
 
     Raises:
         ConfigError: if the budget is not valid.
-        ModelError: if the metric set is empty, smaller than one batch, or not of the backbone's input format.
+        ModelError: if the metric set is empty, smaller than one batch, or not in the backbone's input format.
     """
     check_metric_set(model, inputs, batch)
     limits, options = Budget.parse(budget), resolved(options or PruningOptions())
     if options.tokens != "none":
-        stream_of(model, options)  # refused before anything is measured
-    layers, given = tuple(prunable_layers(model)), new_head or model
-    dense, options = measure_cost(given), aligned(options, layers)
+        stream_of(model, options)  # raises before anything slow is done
+    layers, deployed = tuple(prunable_layers(model)), new_head or model
+    dense, options = measure_cost(deployed), aligned(options, layers)
     model = in_basis(model, options.basis, lambda: canonical_basis(model, layers, inputs, batch))
-    timings = measure_timings(given, layers, options.align) if limits.measured else None
+    timings = measure_timings(deployed, layers, options.align) if limits.measured else None
     costs, generator = cost_table(layers, dense, limits, timings), torch_generator(seed, "criterion")
     return PruningTask(model, layers, dense, inputs, labels, costs, options, batch, generator, new_head=new_head)
 
 
 def check_metric_set(model: nn.Module, inputs: Tensor, batch: int) -> None:
-    """Raises ModelError if `inputs` is empty, smaller than one batch, or not of the input format of `model`."""
+    """Raises ModelError if `inputs` is empty, smaller than one batch, or not in the input format of `model`."""
     if not len(inputs):
         raise ModelError("metric set is empty; it takes at least one batch of images")
     if len(inputs) < batch:
@@ -113,7 +113,7 @@ def check_metric_set(model: nn.Module, inputs: Tensor, batch: int) -> None:
 
 
 def finished(task: PruningTask, small: nn.Module) -> nn.Module:
-    """Returns the smaller model as a device gets it: with the new head, if there is one."""
+    """Returns the pruned model as a device gets it: with the new head, if there is one."""
     return small if task.new_head is None else put_head(small, task.new_head)
 
 
@@ -125,11 +125,11 @@ def prune_model(
     seed: int = 0,
     selection: Selection | None = None,
 ) -> Pruned:
-    """Returns the smaller model and its plan: all of the above.
+    """Returns the pruned model of a task and its plan, after all steps of this module.
 
     Args:
         spec: of the backbone that devices get.
-        selection: of the task's criterion, if it is known.
+        selection: the selection of the task's criterion, if it is already known.
 
     Raises:
         BudgetError: if the budget cannot be met.
@@ -154,7 +154,11 @@ def plan_of(
     provenance: Mapping[str, Scalar] | None = None,
     small: nn.Module | None = None,
 ) -> PruningPlan:
-    """Returns a criterion's selection as a plan, with the cost of the smaller model, which is cut here if need be."""
+    """Returns a criterion's selection as a plan, with the cost of the pruned model.
+
+    Args:
+        small: the pruned model; None: it is cut here to measure its cost.
+    """
     parts = tuple(
         LayerPlan(
             name=layer.name,

@@ -1,4 +1,4 @@
-"""The pruning plan: which units of which layers stay. The server need not send more than that."""
+"""The pruning plan: which units of which layers stay. If no weights changed, the server sends a device only this."""
 
 from __future__ import annotations
 
@@ -44,10 +44,11 @@ class LayerPlan(BaseModel):
 
 
 class PruningPlan(BaseModel):
-    """The kept units of a backbone, the cost before and after, and the provenance.
+    """The kept units of a backbone, its cost before and after, and the provenance.
 
     Attributes:
-        tokens: merges of each block (`tapfl.models.merging`); empty, and then not written: none.
+        tokens: number of tokens that each block merges (`tapfl.models.merging`). It is empty, and not written to JSON,
+            if no block merges any.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -61,7 +62,7 @@ class PruningPlan(BaseModel):
 
     @classmethod
     def from_json(cls, text: str | bytes, source: str = "plan") -> PruningPlan:
-        """Returns a plan from a file or a message. Raises PlanError, naming `source` and the first wrong field."""
+        """Returns the plan of a file or a message. Raises PlanError, naming `source` and the first wrong field."""
         try:
             plan = cls.model_validate_json(text)
         except ValidationError as error:
@@ -79,7 +80,7 @@ class PruningPlan(BaseModel):
         return content if self.tokens else {key: value for key, value in content.items() if key != "tokens"}
 
     def content(self) -> dict[str, Any]:
-        """Returns the plan as what JSON can hold."""
+        """Returns the plan as a dict of JSON values."""
         content: dict[str, Any] = json.loads(self.model_dump_json())
         return content
 
@@ -95,7 +96,7 @@ class PruningPlan(BaseModel):
         raise PlanError(f"plan: has no layer {name}")
 
     def _faults(self) -> Iterator[str]:
-        """Yields faults that are wrong for any backbone."""
+        """Yields what is wrong with the plan, whatever its backbone."""
         if not self.backbone.name.isprintable():
             yield f"backbone.name: {self.backbone.name!r:.100} is not a model's name"
         names: set[str] = set()
@@ -110,29 +111,29 @@ class PruningPlan(BaseModel):
 
 
 def checksum_of(content: Mapping[str, Any]) -> str:
-    """Returns 64 hex digits that name a JSON content, whatever the order of its keys and its spaces."""
+    """Returns a checksum of JSON content (64 hex digits) that does not depend on the order of keys or on whitespace."""
     return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def signed(plan: PruningPlan, weights: str) -> dict[str, Any]:
-    """Returns the content of `plan.json` beside weights with this SHA-256."""
+    """Returns the content of `plan.json`: the plan, its checksum, and the SHA-256 of the weights saved with it."""
     return plan.content() | {"checksum": plan.checksum, "sha256": weights}
 
 
 def read_plan(path: Path | str) -> PruningPlan:
-    """Returns the plan of a pruned model's folder, of its `plan.json`, or of a run's `plans/NN.json`.
+    """Returns the plan from a pruned model's folder, from its `plan.json`, or from a run's `plans/NN.json`.
 
     Raises:
-        PlanError: if it is missing, damaged, or was edited since it was written.
+        PlanError: if it is missing or damaged, or was edited after it was written.
     """
     return load_plan(path, saved=False)[0]
 
 
 def load_plan(path: Path | str, saved: bool = True) -> tuple[PruningPlan, str]:
-    """Returns the plan that `read_plan` reads and the SHA-256 of the weights beside it, empty if it has none.
+    """Returns the plan and the SHA-256 of the weights that it was saved with, or an empty string without weights.
 
     Raises:
-        PlanError: as `read_plan` does; with `saved`, also if it is not the signed plan of a saved model.
+        PlanError: as for `read_plan`; with `saved`, also if it is not the signed plan of a saved model.
     """
     path = Path(path)
     file = path / PLAN_FILE if path.is_dir() or saved else path
@@ -155,7 +156,7 @@ def load_plan(path: Path | str, saved: bool = True) -> tuple[PruningPlan, str]:
 
 
 def require_device(plan: PruningPlan, device: int, subject: str) -> None:
-    """Raises PlanError, with `subject` as its first words, if a plan belongs to another device."""
+    """Raises PlanError, with a message that begins with `subject`, if the plan belongs to another device."""
     if (own := plan.provenance.get("device", device)) != device:
         raise PlanError(f"{subject} of device {own}, not of {device}")
 

@@ -1,13 +1,14 @@
-"""Reconstruction of a branch that was cut: gradient steps after the closed form (ours).
+"""Reconstruction of a pruned branch: gradient steps after the closed form (ours).
 
-The closed form (`tapfl.pruning.compensation`) refits the output linear of a branch alone. Here all weights of the cut
-branch f' move towards the same target t, on the inputs y that the cut model sends into it:
+The closed form (`tapfl.pruning.compensation`) refits only the output linear of a branch. Here all weights of the pruned
+branch f' are trained towards the same target t, on the inputs y that the branch gets in the pruned model:
 
     minimise  Σ s |f'(y) − t|² / Σ s        over rows (tokens of an image) of weight s
 
-by a few dozen steps of Adam, as BRECQ (Li et al., ICLR 2021, arXiv 2102.05426) does with the blocks of a quantised
-model. No labels, and nothing is drawn: the images come best first, and a batch is every k-th of them. Every fifth image
-is held out. The weights with the least error on these stay, so that a branch never gets worse on them.
+by a few dozen steps of Adam, as BRECQ (Li et al., ICLR 2021, arXiv 2102.05426) does for the blocks of a quantised
+model. No labels are needed and nothing is random: the images are sorted, best first, and a batch is every k-th of them.
+Every fifth image is held out. The weights with the smallest held-out error are kept, so a branch never gets worse on
+the held-out images.
 """
 
 from __future__ import annotations
@@ -22,19 +23,19 @@ from torch import Tensor, nn
 
 from tapfl.training import LOOK, BestSoFar, apart, minimise
 
-HELD_OUT = 0.2  # of the images
-BATCH = 32  # images a step, at most
+HELD_OUT = 0.2  # fraction of the images
+BATCH = 32  # largest number of images per step
 OPTION = "pruning.compensation-learning-rate"
 
 
 class Call(NamedTuple):
-    """A batch of images on its way through a branch.
+    """One call of a branch, with a batch of images.
 
     Attributes:
-        images: how many.
-        arguments: of the branch (positional, by name): first the input (images or windows, tokens, width).
-        target: t, as the branch's output.
-        weights: s of its rows, float (rows,).
+        images: number of images.
+        arguments: positional and keyword arguments. The first is the input (images or windows, tokens, width).
+        target: t, in the shape of the branch's output.
+        weights: s of the rows, float (rows,).
     """
 
     images: int
@@ -45,14 +46,20 @@ class Call(NamedTuple):
 
 @dataclass(frozen=True)
 class Rows:
-    """All calls together, with the images first: inputs, targets (images, windows, tokens, width) and weights."""
+    """All calls together: inputs and targets (images, windows, tokens, width), weights (images, windows, tokens).
+
+    Attributes:
+        others: positional arguments after the input, the same for all calls.
+        options: keyword arguments, the same for all calls except `attn_mask`.
+        masks: `attn_mask` of each image, where merged tokens have sizes.
+    """
 
     inputs: Tensor
     targets: Tensor
     weights: Tensor
     others: tuple[Any, ...]
     options: Mapping[str, Any]
-    masks: Tensor | None  # of the tokens of each image, where they have sizes
+    masks: Tensor | None
 
     @classmethod
     def of(cls, calls: Sequence[Call]) -> Rows:
@@ -67,23 +74,27 @@ class Rows:
         return cls(inputs, targets, weights.view(targets.shape[:3]), tuple(others), options, masks)
 
     def squares(self, branch: nn.Module, chosen: np.ndarray) -> tuple[Tensor, Tensor]:
-        """Returns Σ s |f'(y) − t|², the mean over the width, and Σ s, of the images at these positions."""
+        """Returns (Σ s |f'(y) − t|², Σ s) of the images at the positions `chosen`; |·|² is the mean over the width."""
         i = torch.from_numpy(chosen).to(self.inputs.device)
         options = self.options if self.masks is None else {**self.options, "attn_mask": self.masks[i]}
-        found = branch(self.inputs[i].flatten(0, 1), *self.others, **options)
-        apart = (found.view_as(self.targets[i]) - self.targets[i]).square().mean(-1)
-        return (self.weights[i] * apart).sum(), self.weights[i].sum()
+        output = branch(self.inputs[i].flatten(0, 1), *self.others, **options)
+        errors = (output.view_as(self.targets[i]) - self.targets[i]).square().mean(-1)
+        return (self.weights[i] * errors).sum(), self.weights[i].sum()
 
 
 def reconstruct(branch: nn.Module, calls: Sequence[Call], steps: int, learning_rate: float) -> tuple[float, float]:
-    """Trains all weights of a cut branch in place; returns its held-out error before and after, which is no larger.
+    """Trains all weights of a pruned branch in place.
 
     Args:
-        calls: on which it is trained and judged; the arguments that are not one an image are alike in all.
+        calls: the images to train on and to hold out. Arguments that do not have one entry per image must be equal in
+            all calls.
         steps: gradient steps, >= 0.
 
+    Returns:
+        The held-out error before and after; the second is never larger.
+
     Raises:
-        ModelError: if there are fewer than two images, or it diverges, saying at which step.
+        ModelError: if there are fewer than two images, or training diverges. It names the step.
     """
     rows = Rows.of(calls)
     trained, held = apart(len(rows.inputs), HELD_OUT, "reconstruction")

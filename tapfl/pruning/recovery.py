@@ -1,22 +1,22 @@
 """Recovery: training of a pruned model after surgery, the same for all criteria.
 
-A fixed number of steps of Adam at a constant learning rate on public images, with no augmentation and no dropout, and
-nothing selected on test data. With ``recovery-held-out`` a share of these images only judges: the weights with the
-least loss on them stay, those before any step among them, so that a model never gets worse on them. With logits z,
-label y and the dense model's logits t, the loss is
+It takes a fixed number of Adam steps at a constant learning rate on public images, without augmentation or dropout, and
+selects nothing on test data. With ``recovery-held-out``, a fraction of these images is held out. The weights with the
+smallest loss on them are kept, and the weights before the first step are candidates too, so a model never gets worse on
+the held-out images. With logits z, label y and the dense model's logits t, the loss is
 
     fine-tune   CE(z, y)
     distill     β T² KL(softmax(t/T) ‖ softmax(z/T)) + (1 − β) CE(z, y)            (Hinton et al., arXiv 1503.02531)
 
-As published for TAP-ViTs: fine-tuning on the 6400 top public images, Adam 1e-5, batch 64. The defaults are ours (100
-steps of 32 images at 1e-4), and so is distillation.
+TAP-ViTs as published fine-tunes on the 6400 top public images with Adam at 1e-5 and batches of 64. The defaults here
+(100 steps of 32 images at 1e-4) and distillation are ours.
 
-A branch f that was dropped as a whole may *fade* (UPDP, AAAI 2024) instead of being gone at once. Surgery leaves its
-constant b, the bias of its output linear, so what fades is what the branch does beyond that:
+A branch f that is dropped entirely may *fade out* (UPDP, AAAI 2024) instead of disappearing at once. Surgery keeps its
+constant b, the bias of its output linear, so only the rest of its output fades:
 
     x + b + λ (f(x) − b),   λ from 1 to 0 over the first 30 % of the steps
 
-It begins as the dense branch and ends as the shrunk model has it, with no step in between.
+This starts as the dense branch and ends as the pruned model, without a jump.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from tapfl.pruning.criteria.criterion import PruningTask, Selection
 from tapfl.seeds import numpy_generator
 from tapfl.training import LOOK, BestSoFar, apart, batches, minimise, predict
 
-FADING_SHARE = 0.3  # of the steps, as published
+FADING_SHARE = 0.3  # fraction of the steps, as published
 TEMPERATURE, SOFT_SHARE = 4.0, 0.9  # T and β of distillation
 
 
@@ -52,9 +52,9 @@ class FineTuneSet:
     """The public images of recovery.
 
     Attributes:
-        inputs: positions -> images in the backbone's input format, so that not all need be in memory as floats.
-        size: how many there are.
-        labels: int64 (size,), or None: the dense model's predictions then.
+        inputs: maps positions to images in the backbone's input format, so that not all are in memory as floats.
+        size: number of images.
+        labels: int64 (size,); None stands for the dense model's predictions.
     """
 
     inputs: Callable[[np.ndarray], Tensor]
@@ -63,10 +63,10 @@ class FineTuneSet:
 
 
 def fine_tune_set(pick: Callable[[int], ImageSet], transform: Transform, options: PruningOptions) -> FineTuneSet | None:
-    """Returns `recovery-size` images; None if recovery uses the metric set or is off.
+    """Returns `recovery-size` public images, or None if recovery uses the metric set or is off.
 
     Args:
-        pick: returns so many public images of the task; called only if they are needed.
+        pick: returns the given number of public images; called only if they are needed.
     """
     if options.recovery == "none" or not options.recovery_size:
         return None
@@ -75,10 +75,10 @@ def fine_tune_set(pick: Callable[[int], ImageSet], transform: Transform, options
 
 
 def labels_of(images: ImageSet, options: PruningOptions) -> Tensor | None:
-    """Returns the labels that the options allow to use, int64 (n,); None stands for the dense model's predictions.
+    """Returns the labels that the options allow, int64 (n,); None stands for the dense model's predictions.
 
     Raises:
-        ConfigError: if the options want labels and the images have none.
+        ConfigError: if the options ask for labels and the images have none.
     """
     if options.labels != "public":
         return None
@@ -90,16 +90,16 @@ def labels_of(images: ImageSet, options: PruningOptions) -> Tensor | None:
 def recovered(
     task: PruningTask, selection: Selection, pruned: nn.Module, fine_tune: FineTuneSet | None = None, seed: int = 0
 ) -> nn.Module:
-    """Returns a trained copy of `pruned`, frozen and in evaluation mode; without steps to train, `pruned` itself.
+    """Returns a trained copy of `pruned`, frozen and in evaluation mode, or `pruned` itself if there are no steps.
 
-    The steps of the criterion's own search are deducted.
+    The steps that the criterion's own search has trained are deducted.
 
     Args:
-        fine_tune: the images that it is trained on; None: the metric set.
-        seed: of the order of the images. Fewer steps see the first batches of more.
+        fine_tune: the images to train on; None: the metric set.
+        seed: determines the order of the images. A shorter training sees the first batches of a longer one.
 
     Raises:
-        ModelError: if there are too few images, or it diverges, saying at which step.
+        ModelError: if there are too few images, or training diverges. It names the step.
     """
     options, steps = task.options, max(task.options.recovery_steps - selection.steps, 0)
     if options.recovery == "none" or not steps:
@@ -140,8 +140,8 @@ def recovered(
             best.look()
         return loss_of(chosen)
 
-    rate, said = options.recovery_learning_rate, ("pruning.recovery-learning-rate", "recovery")
-    minimise(list(small.parameters()), loss, track(order, "recovery"), steps, rate, said)
+    rate, names = options.recovery_learning_rate, ("pruning.recovery-learning-rate", "recovery")
+    minimise(list(small.parameters()), loss, track(order, "recovery"), steps, rate, names)
     _fade(small, faders, 0.0)
     if best:
         best.look()
@@ -161,9 +161,9 @@ def recovery_loss(logits: Tensor, labels: Tensor, teacher: Tensor | None = None)
     """Returns the mean loss of a batch, as defined above.
 
     Args:
-        logits: (n, classes) of the pruned model.
+        logits: logits of the pruned model (n, classes).
         labels: int64 (n,).
-        teacher: logits (n, classes) of the dense model, or None for cross-entropy alone.
+        teacher: logits of the dense model (n, classes); None for cross-entropy only.
     """
     hard = F.cross_entropy(logits, labels)
     if teacher is None:
@@ -172,7 +172,7 @@ def recovery_loss(logits: Tensor, labels: Tensor, teacher: Tensor | None = None)
 
 
 def soft_loss(logits: Tensor, teacher: Tensor) -> Tensor:
-    """Returns T² KL(softmax(t/T) ‖ softmax(z/T)), the mean over the images; both are logits (n, classes)."""
+    """Returns T² KL(softmax(t/T) ‖ softmax(z/T)), the mean over the images, for two sets of logits (n, classes)."""
     T = TEMPERATURE
     soft = F.kl_div((logits / T).log_softmax(-1), (teacher / T).log_softmax(-1), log_target=True, reduction="batchmean")
     return T**2 * soft
@@ -182,7 +182,7 @@ def soft_loss(logits: Tensor, teacher: Tensor) -> Tensor:
 def teacher_logits(
     teacher: Callable[[Tensor], Tensor], inputs: Callable[[np.ndarray], Tensor], size: int, order: list[np.ndarray]
 ) -> Tensor:
-    """Returns the logits (size, classes) of the images that `order` names, each computed once; the others are NaN."""
+    """Returns the teacher's logits (size, classes), computed once per image in `order`; the other rows are NaN."""
     seen = np.unique(np.concatenate(order))
     parts = np.array_split(seen, -(-len(seen) // len(order[0])))
     logits = torch.cat([teacher(inputs(part)) for part in track(parts, "teacher")])
@@ -191,12 +191,12 @@ def teacher_logits(
 
 
 def strength(step: int, steps: int) -> float:
-    """Returns λ at `step` (from 0) of `steps`: 1 at first, and 0 from 30 % of the steps on."""
+    """Returns λ at `step` (counted from 0) of `steps`: 1 at first, and 0 after 30 % of the steps."""
     return max(0.0, 1 - step / math.ceil(FADING_SHARE * steps))
 
 
 class FadingBranch(nn.Module):
-    """b + λ (f(x) − b), in place of a branch f of which only the constant b stays."""
+    """b + λ (f(x) − b): takes the place of a dropped branch f, of which only the constant b will stay."""
 
     def __init__(self, branch: nn.Module, constant: nn.Module) -> None:
         super().__init__()
@@ -209,7 +209,7 @@ class FadingBranch(nn.Module):
 
 
 def batch_order(size: int, batch: int, steps: int, generator: np.random.Generator) -> list[np.ndarray]:
-    """Returns the positions of the images of each step. Raises ModelError if there is no image."""
+    """Returns the positions of the images of each step, batch by batch. Raises ModelError if there is no image."""
     if size == 0:
         raise ModelError("recovery needs at least one image")
     passes = -(-steps // -(-size // batch))
@@ -217,9 +217,9 @@ def batch_order(size: int, batch: int, steps: int, generator: np.random.Generato
 
 
 def _faders(small: nn.Module, model: nn.Module, selection: Selection) -> dict[str, FadingBranch]:
-    """Puts branches of the dense `model` in the places of what is left of them, to fade; returns them by name.
+    """Puts the dropped branches of the dense `model` back into `small` as `FadingBranch`. Returns these by name.
 
-    They are those that were dropped as a whole, if the criterion lets them fade.
+    Only branches that were dropped entirely fade, and only if the criterion asks for it.
     """
     faders = {}
     for name in [name for name, kept in selection.kept.items() if selection.fades and not len(kept)]:

@@ -1,13 +1,14 @@
-"""Fisher sensitivity (ours): how the prediction depends on what a branch writes, by row and by direction.
+"""Fisher sensitivity (ours): how much the prediction depends on the output of a branch, by row and by direction.
 
-With g = ∂L/∂y the gradient of an image's cross-entropy at the output y of a branch, for a label drawn from the model's
-own prediction, E[g gᵀ] is the Fisher information of y: a change δ of the output changes the prediction by about
-½ E[(gᵀδ)²] nats. No labels are needed. Two quantities follow:
+Let g = ∂L/∂y be the gradient of an image's cross-entropy with respect to the output y of a branch, for a label drawn
+from the model's own prediction. Then E[g gᵀ] is the Fisher information of y: a change δ of the output changes the
+prediction by about ½ E[(gᵀδ)²] nats. No labels are needed. Two quantities follow:
 
-    rows      s = |g|², one number a row (a token of an image): the weight of the row in a regression
+    rows      s = |g|², one number per row (a token of an image): the weight of the row in a regression
     metric    M = E[g gᵀ]: the weight of a direction of the output
 
-Rows are heavy-tailed, so their weights are ρ s/E[s] + (1 − ρ), ρ = 0.7: mean 1, and every row counts.
+The distribution of s is heavy-tailed, so the weights of the rows are ρ s/E[s] + (1 − ρ) with ρ = 0.7. Their mean is 1,
+and every row counts.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from tapfl.models.forward import hooked
 from tapfl.models.units import PrunableLayer
 from tapfl.progress import track
 
-TRUST = 0.7  # ρ; 0: all rows alike
+TRUST = 0.7  # ρ; 0 gives all rows equal weight
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,8 @@ class Sensitivity:
     """Fisher sensitivity of one branch on one set of images.
 
     Attributes:
-        rows: weights by batch, float32 (rows,), in the order of the rows at the branch's output linear; mean 1.
+        rows: weights of the rows, float32 (rows,) per batch, in the order of the rows at the branch's output linear;
+            their mean is 1.
         metric: M, float64 (outputs, outputs).
     """
 
@@ -50,14 +52,14 @@ def sensitivities(
     Args:
         model: the dense backbone, frozen and in evaluation mode.
         inputs: the metric set in the backbone's input format (n, channels, height, width).
-        batch: images a pass; `Sensitivity.rows` has one entry a batch.
+        batch: images per pass; `Sensitivity.rows` has one entry per batch.
         generator: draws the labels.
     """
     squares: dict[str, list[Tensor]] = {layer.name: [] for layer in layers}
     products: dict[str, Tensor] = {}
     for images in track(inputs.split(batch), "sensitivity"):
         for name, gradient in _output_gradients(model, layers, images, generator).items():
-            g = gradient.flatten(0, -2).double()  # in float32 the squares of a sure model's gradients are 0
+            g = gradient.flatten(0, -2).double()  # in float32, squared gradients of a confident model underflow to 0
             squares[name].append(g.square().sum(1))
             products[name] = products.get(name, 0) + g.T @ g
     found = {}
@@ -88,7 +90,7 @@ def _output_gradients(
         torch.enable_grad(),
     ):
         logits = model(images)
-        P = logits.detach().softmax(-1).cpu()  # the generator's device, so that labels are the same wherever this runs
+        P = logits.detach().softmax(-1).cpu()  # drawing on the CPU gives the same labels on any device
         labels = torch.multinomial(P, 1, generator=generator)[:, 0].to(logits.device)
         loss = F.cross_entropy(logits, labels, reduction="sum")
     return dict(zip(outputs, torch.autograd.grad(loss, list(outputs.values())), strict=True))

@@ -1,4 +1,4 @@
-"""Surgery: from a plan and a backbone to a smaller plain timm model, which is saved and loaded by itself."""
+"""Surgery: cuts a backbone by a plan into a smaller plain timm model, and saves and loads such models."""
 
 from __future__ import annotations
 
@@ -22,26 +22,26 @@ WEIGHTS_FILE = "model.safetensors"
 
 
 def shrink(model: nn.Module, plan: PruningPlan) -> nn.Module:
-    """Returns a smaller copy of `model`, equal (fp32, 1e-5) to it with the dropped units masked to 0.
+    """Returns a smaller copy of `model` whose outputs equal (fp32, 1e-5) those of `model` with dropped units set to 0.
 
-    Where the plan merges tokens, it also does.
+    It merges tokens if the plan does.
 
     Raises:
-        PlanError: if the plan was made for a model of other layers or sizes; it names the first.
+        PlanError: if the plan was made for a model with other layers or sizes. It names the first that differs.
     """
     return _cut(model, prunable_layers(model), plan)
 
 
 def _cut(model: nn.Module, layers: Sequence[PrunableLayer], plan: PruningPlan) -> nn.Module:
-    """Returns `shrink(model, plan)`, where `layers` are what can be pruned in the model."""
-    found = {layer.name: f"{layer.kind} of {layer.units} units" for layer in layers}
+    """Returns `shrink(model, plan)`; `layers` are the prunable layers of the model."""
+    actual = {layer.name: f"{layer.kind} of {layer.units} units" for layer in layers}
     expected = {layer.name: f"{layer.kind} of {layer.units} units" for layer in plan.layers}
-    if list(found.items()) != list(expected.items()):
-        names = (name for name in [*expected, *found] if found.get(name) != expected.get(name))
+    if list(actual.items()) != list(expected.items()):
+        names = (name for name in [*expected, *actual] if actual.get(name) != expected.get(name))
         name = next(names, "the order of layers")
         raise PlanError(
             f"plan for {plan.backbone.name}: does not fit this model ({name}: expected "
-            f"{expected.get(name, 'none')}, found {found.get(name, 'none')})"
+            f"{expected.get(name, 'none')}, found {actual.get(name, 'none')})"
         )
     small = copy.deepcopy(model)
     for layer, part in zip(layers, plan.layers, strict=True):
@@ -53,13 +53,16 @@ def _cut(model: nn.Module, layers: Sequence[PrunableLayer], plan: PruningPlan) -
 
 
 def apply_plan(plan: PruningPlan | Path | str, model: nn.Module) -> nn.Module:
-    """Returns `model` cut by a plan, given as such, as a pruned model's folder, or as a file that holds one.
+    """Returns `model` cut by a plan.
 
-    A plan holds positions of units only: weights that were changed after cutting are not carried over (see
+    A plan holds only positions of units. Weights that were changed after cutting are not carried over (see
     `provenance["compensation"]`).
 
+    Args:
+        plan: the plan, the folder of a pruned model, or a file that holds a plan.
+
     Raises:
-        PlanError: if it does not fit the model, or was made in another basis of the heads than the model's.
+        PlanError: if it does not fit the model, or was made in the canonical basis and the model is not in it.
     """
     plan = plan if isinstance(plan, PruningPlan) else read_plan(plan)
     if plan.provenance.get("basis") == "canonical" and carried_energy(model) is None:
@@ -71,23 +74,23 @@ def apply_plan(plan: PruningPlan | Path | str, model: nn.Module) -> nn.Module:
 
 
 def save_pruned(model: nn.Module, plan: PruningPlan, folder: Path | str, replace: bool = False) -> None:
-    """Writes `plan.json` and `model.safetensors` to a new `folder`: both complete, or neither.
+    """Writes `plan.json` and `model.safetensors` to a new `folder`: both completely, or neither.
 
     Args:
-        replace: replace a pruned model that is there. If the process is killed in between, the folder is missing; it
-            never mixes the two.
+        replace: replace a pruned model that is in the folder. If the process is killed meanwhile, the folder may be
+            missing, but it never mixes the old and the new model.
 
     Raises:
-        PlanError: if the folder exists (with `replace`: holds anything but a pruned model) or cannot be written, or if
-            the model does not match the plan or is not finite.
+        PlanError: if the folder exists (with `replace`: if it holds anything but a pruned model), if it cannot be
+            written, or if the model does not match the plan or is not finite.
     """
     folder, state = Path(folder), model.state_dict()
     _check_state(state, _skeleton(plan, len(state)).state_dict(), "model to be saved")
     try:
-        there = {file.name for file in folder.iterdir()} if folder.exists() else set()
-        if there and not (replace and there <= {PLAN_FILE, WEIGHTS_FILE}):
+        existing = {file.name for file in folder.iterdir()} if folder.exists() else set()
+        if existing and not (replace and existing <= {PLAN_FILE, WEIGHTS_FILE}):
             accepted = "a new folder, or that of a pruned model alone" if replace else "a folder that does not"
-            raise PlanError(f"{folder}: exists already, with {min(there)} in it; give {accepted}")
+            raise PlanError(f"{folder}: exists already, with {min(existing)} in it; give {accepted}")
         with whole_folder(folder, replace) as new:
             about = {"plan": plan.checksum}  # one key: safetensors writes several in no fixed order
             write_tensors(new / WEIGHTS_FILE, state, about)
@@ -97,10 +100,10 @@ def save_pruned(model: nn.Module, plan: PruningPlan, folder: Path | str, replace
 
 
 def load_pruned(folder: Path | str, dense: nn.Module | None = None) -> nn.Module:
-    """Returns the pruned model of `folder`, rebuilt from the plan; neither dense weights nor pickle are needed.
+    """Returns the pruned model of `folder`, rebuilt from its plan and weights, without dense weights and pickle.
 
     Args:
-        dense: a model of the plan's backbone with any weights: cutting it is faster than building one.
+        dense: a model of the plan's backbone with any weights, if one exists. Cutting it is faster than building one.
 
     Raises:
         PlanError: if a file is missing, damaged, edited, or does not belong to the plan.
@@ -119,10 +122,10 @@ def load_pruned(folder: Path | str, dense: nn.Module | None = None) -> nn.Module
 
 
 def rebuild(plan: PruningPlan, weights: bytes) -> nn.Module:
-    """Returns the pruned model of a plan and its weights, the content of a safetensors file.
+    """Returns the pruned model from a plan and its weights, the content of a safetensors file.
 
     Raises:
-        PlanError: if the weights are damaged, not finite, or not those of the plan's model; it names the first.
+        PlanError: if the weights are damaged, not finite, or not those of the plan's model. It names the first tensor.
     """
     source = f"weights for {plan.backbone.name}"
     state = unpack_tensors(weights, source)
@@ -130,54 +133,54 @@ def rebuild(plan: PruningPlan, weights: bytes) -> nn.Module:
 
 
 def smaller_model(plan: PruningPlan, weights: bytes, dense: Callable[[], nn.Module]) -> nn.Module:
-    """Returns the model of a plan and the weights that travel with it: `rebuild`, or with no weights `dense` cut by it.
+    """Returns the pruned model from a message: rebuilt from its weights, or if it has none, `dense` cut by the plan.
 
     Raises:
-        PlanError: as `rebuild` and `shrink`.
+        PlanError: as for `rebuild` and `shrink`.
     """
     return rebuild(plan, weights) if weights else shrink(dense(), plan)
 
 
 def require_fitting(plan: PruningPlan) -> None:
-    """Raises TapflError if the plan's backbone does not exist or has other layers; builds none in memory."""
+    """Raises TapflError if the plan's backbone does not exist or has other layers. No weights are allocated."""
     _skeleton(plan, 64 * len(plan.layers))
 
 
 def _skeleton(plan: PruningPlan, tensors: int) -> nn.Module:
-    """Returns the pruned model on torch's meta device, without memory for its weights, however large it is.
+    """Returns the pruned model on torch's meta device, which allocates no memory for its weights.
 
     Args:
-        tensors: number of its weights; the dense model can have a few more in each layer.
+        tensors: number of weight tensors of the pruned model; the dense model can have a few more in each layer.
     """
     spec = plan.backbone
     try:
         return _cut(*_outline(spec.model_dump_json(), 2 * tensors + 8 * len(plan.layers) + 64), plan)
     except TapflError:
         raise
-    except Exception as error:  # layers that no family of ours has
+    except Exception as error:  # spec.args may describe layers that no supported family has
         raise PlanError(f"{spec.name} cannot be cut by the plan, with {spec.args} ({message_of(error)})") from None
 
 
-@lru_cache(maxsize=8)  # the plans of a run are of one backbone, and building its outline takes longer than cutting it
+@lru_cache(maxsize=8)  # all plans of a run share one backbone, and building its outline takes longer than cutting it
 def _outline(spec_as_json: str, tensors: int) -> tuple[nn.Module, list[PrunableLayer]]:
     model = outline(BackboneSpec.from_json(spec_as_json), tensors)
     return model, prunable_layers(model)
 
 
 def _filled(skeleton: nn.Module, state: Mapping[str, Tensor], what: str) -> nn.Module:
-    """Returns a skeleton as a model with these weights. Raises PlanError, beginning with `what`, if they do not fit."""
+    """Returns the skeleton filled with weights. Raises PlanError, beginning with `what`, if they do not fit."""
     _check_state(state, skeleton.state_dict(), what)
     model = skeleton.to_empty(device="cpu")
     for module in model.modules():
-        compute = getattr(module, "init_non_persistent_buffers", None)  # timm: what no file holds
-        if callable(compute):
-            compute()
+        fill_buffers = getattr(module, "init_non_persistent_buffers", None)  # timm's buffers that no file holds
+        if callable(fill_buffers):
+            fill_buffers()
     model.load_state_dict(state)
     return model.requires_grad_(False)
 
 
 def _check_state(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], what: str) -> None:
-    """Raises PlanError, beginning with `what`, for the first tensor that is missing, of wrong shape or not finite."""
+    """Raises PlanError, beginning with `what`, if a tensor is missing, has a wrong shape or is not finite."""
     for name in [*expected, *state]:
         want, got = (list(tensors[name].shape) if name in tensors else "none" for tensors in (expected, state))
         if want != got:

@@ -1,13 +1,14 @@
-"""How many tokens a smaller model merges, and where: the schedule that joins the widths in one budget (ours).
+"""Chooses how many tokens a pruned model merges in each block, so that tokens and widths share one budget (ours).
 
     none     no token is merged
-    merge    `pruning.token-share` of the tokens stay, on average over the blocks' FFNs; widths take what is left to cut
-    auto     each of SHARES is tried with the widths that it leaves room for, on the metric set alone: cut and
-             compensated with one half of its images, and judged on the other half by the KL divergence from the dense
-             model's prediction. The least wins
+    merge    `pruning.token-share` of the tokens stay, on average over the blocks' FFNs; widths are cut for the rest of
+             the budget
+    auto     tries every share of SHARES, each with the widths that then fit the budget. The model is cut and
+             compensated on one half of the metric set. On the other half, the KL divergence from the dense model's
+             prediction is measured. The share with the smallest divergence is taken
 
-Every block merges equally many tokens. Where the head reads class tokens alone, the last block drops all others, which
-changes nothing.
+Every block merges the same number of tokens. If the head reads only class tokens, the last block drops all others,
+which does not change the output.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import pairwise
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -37,19 +39,18 @@ SHARES = (1.0, 0.85, 0.7, 0.55)
 
 
 def schedule_of(stream: Tokens, share: float) -> Schedule:
-    """Returns the merges of each block: evenly many, so that at least `share` of the tokens stay on average.
+    """Returns the number of merges in each block, as many as possible with at least `share` of the tokens left.
 
-    Even merges of all tokens leave half of them on average, so a smaller share is the same schedule.
+    The share is the average over the blocks, and all blocks merge about equally many tokens. Merging all tokens this
+    way leaves half of them on average, so all smaller shares give the same schedule.
     """
     T, L = stream.free + stream.protected, stream.blocks
     schedule: Schedule = (0,) * L
     for total in range(1, stream.free):
         merges = tuple(b - a for a, b in pairwise([round(total * i / L) for i in range(L + 1)]))
-        left, lefts = stream.free, []
-        for each in merges:
-            lefts.append(left := left - each)
-        halved = all(each <= (after + each) // 2 for each, after in zip(merges, lefts, strict=True))
-        if not halved or sum(lefts) + L * stream.protected < share * L * T:
+        remaining = stream.free - np.cumsum(merges)  # free tokens after each block
+        pairs = all(m <= (after + m) // 2 for m, after in zip(merges, remaining, strict=True))  # merging halves at most
+        if not pairs or remaining.sum() + L * stream.protected < share * L * T:
             break
         schedule = merges
     return (*schedule[:-1], stream.free - sum(schedule[:-1])) if stream.class_only else schedule
@@ -66,29 +67,31 @@ def stream_of(model: nn.Module, options: PruningOptions) -> Tokens:
 def costs_under(
     model: nn.Module, layers: Sequence[PrunableLayer], costs: CostTable, schedule: Schedule, align: int = 1
 ) -> tuple[Sequence[PrunableLayer], CostTable]:
-    """Returns the layers of `model` and what their shapes cost under a schedule; shares stay those of the dense model.
+    """Returns the layers of `model` and the costs of their shapes when tokens are merged by `schedule`.
+
+    Limits that are shares still refer to the dense model without merging.
 
     Args:
-        costs: without a schedule.
-        align: of `measure_timings`, where latency is among the limits.
+        costs: the costs without merging.
+        align: of `measure_timings`, if latency is limited.
     """
     if not any(schedule):
         return layers, costs
     merged = merging(copy.deepcopy(model), schedule)
     layers = merged_layers(layers, schedule, Tokens.of(merged))
     timings = measure_timings(merged, layers, align) if costs.measured else None
-    found = cost_table(layers, measure_cost(merged), Budget(costs.limits), timings)
-    return layers, replace(found, dense=costs.dense)
+    table = cost_table(layers, measure_cost(merged), Budget(costs.limits), timings)
+    return layers, replace(table, dense=costs.dense)
 
 
 def select(task: PruningTask, scores: Scores | None = None) -> Selection:
-    """Returns the choice of the criterion that the task's options name, and the tokens that merge beside it.
+    """Returns the selection of the criterion that the task's options name, with the schedule of merged tokens.
 
     Args:
-        scores: of the criterion, if they are known.
+        scores: scores of the criterion, if they are already known.
 
     Raises:
-        BudgetError: if no widths meet the budget under the schedule, or under any.
+        BudgetError: if no widths meet the budget under the schedule, or with `auto`, under any of them.
         ConfigError: if the backbone cannot merge tokens.
     """
     spend, options = criterion_of(task.options.criterion).chooser(task, scores), task.options
@@ -97,42 +100,42 @@ def select(task: PruningTask, scores: Scores | None = None) -> Selection:
     stream = stream_of(task.model, options)
 
     def under(share: float) -> Selection:
-        schedule, given = schedule_of(stream, share), task.new_head or task.model
-        layers, costs = costs_under(given, task.layers, task.costs, schedule, options.align)
+        schedule, deployed = schedule_of(stream, share), task.new_head or task.model
+        layers, costs = costs_under(deployed, task.layers, task.costs, schedule, options.align)
         chosen = spend(replace(task, layers=tuple(layers), costs=costs))
         return replace(chosen, tokens=schedule if any(schedule) else ())
 
     if options.tokens == "merge":
         return under(options.token_share)
-    judge, found = divergence(task), list[tuple[float, Selection]]()
-    refused: BudgetError | None = None
+    judge, judged = divergence(task), list[tuple[float, Selection]]()
+    first_error: BudgetError | None = None
     for share in track(SHARES, "tokens"):
         try:
             selection = under(share)
         except BudgetError as error:
-            refused = refused or error
+            first_error = first_error or error
             continue
-        found.append((judge(selection), selection))
+        judged.append((judge(selection), selection))
         if importance := selection.importance:
             task = _with_importance(task, importance)
         if all(len(selection.kept[layer.name]) == layer.units for layer in task.layers):
-            break  # the tokens alone meet the budget, and fewer would only lose more
-    if not found:
-        assert refused is not None
-        raise refused
-    return min(found, key=lambda each: each[0])[1]
+            break  # merging alone meets the budget; fewer tokens would only lose more
+    if not judged:
+        assert first_error is not None
+        raise first_error
+    return min(judged, key=lambda entry: entry[0])[1]
 
 
 def _with_importance(task: PruningTask, importance: dict[str, float]) -> PruningTask:
-    """Returns the task with a known importance of its layers, whose probes cost more than a cut."""
+    """Returns the task with a known layer importance: measuring it again would take longer than cutting the model."""
     return replace(task, probe=lambda _: importance)
 
 
 @torch.no_grad()
 def divergence(task: PruningTask) -> Callable[[Selection], float]:
-    """Returns how far a selection is from the dense model: KL(P_dense ‖ P_cut) in nats, on the metric set.
+    """Returns a function that measures the divergence KL(P_dense ‖ P_cut) of a selection, in nats, on the metric set.
 
-    The smaller model is cut and compensated with every other of its images, and judged on the rest of them.
+    The model is cut and compensated on the even-numbered images of the metric set and measured on the odd-numbered.
     """
     half, held = replace(task, inputs=task.inputs[::2]), task.inputs[1::2].split(task.batch)
     dense = [task.model(x).double().log_softmax(-1) for x in held]
@@ -140,7 +143,7 @@ def divergence(task: PruningTask) -> Callable[[Selection], float]:
     @torch.no_grad()
     def judge(selection: Selection) -> float:
         small = cut(half, selection)
-        found = [small(x).double().log_softmax(-1) for x in held]
-        return float(F.kl_div(torch.cat(found), torch.cat(dense), log_target=True, reduction="batchmean"))
+        own = [small(x).double().log_softmax(-1) for x in held]
+        return float(F.kl_div(torch.cat(own), torch.cat(dense), log_target=True, reduction="batchmean"))
 
     return judge

@@ -1,10 +1,10 @@
-"""Unit shape: the sizes to which a layer can be cut, and the units that a size keeps.
+"""Unit shape: the shapes that a layer can be cut to, and the units that a shape keeps.
 
-    head-dims   equal dims of every head go; all heads stay
-    heads       whole heads go
-    both        heads × dims: of the shapes of one size, the one that keeps the largest sum of scores
+    head-dims   removes equally many dims from every head; all heads stay
+    heads       removes whole heads
+    both        heads × dims: among the shapes of equal size, the one that keeps the largest sum of scores
 
-An FFN is one head, and its units go under all three.
+An FFN counts as one head, and loses single units under all three.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ SMALL_HEAD = 32  # dims
 
 @dataclass(frozen=True, eq=False)
 class Candidates:
-    """The shapes that a layer may take, by rising size.
+    """The shapes that a layer may take, in order of size.
 
     Attributes:
-        name: of the layer.
-        shapes: R of them, from none to all units.
-        units: how many each keeps (R,), rising.
-        costs: what each costs, by limit (M, R), never falling.
+        name: name of the layer.
+        shapes: R shapes, from no unit to all units.
+        units: number of units that each shape keeps (R,), increasing.
+        costs: cost of each shape by limit (M, R), non-decreasing.
     """
 
     name: str
@@ -44,16 +44,16 @@ class Candidates:
         return float(self.units[-1])
 
     def least(self, floor: float) -> int:
-        """Returns the position of the smallest shape that keeps a share `floor` of the units, at least one if > 0."""
+        """Returns the position of the smallest shape that keeps a share `floor` of the units (if > 0, at least one)."""
         return int(np.searchsorted(self.units, max(floor * self.full - 1e-9, 1.0 if floor > 0 else 0.0)))
 
     def below(self, units: float) -> int:
-        """Returns the position of the largest shape of at most so many units, up to rounding."""
+        """Returns the position of the largest shape with at most `units` units, up to rounding."""
         return int(np.searchsorted(self.units, units + 1e-9 * self.full, side="right")) - 1
 
 
 def aligned(options: PruningOptions, layers: Sequence[PrunableLayer]) -> PruningOptions:
-    """Returns the options with an `align` of 0 replaced: 8 suits kernels, but small heads need finer steps."""
+    """Returns the options with ``align = 0`` replaced by 8, which suits kernels, or by 4 if heads are small."""
     if options.align:
         return options
     small = any(layer.units_per_head < SMALL_HEAD for layer in layers if layer.kind == "attention")
@@ -63,11 +63,11 @@ def aligned(options: PruningOptions, layers: Sequence[PrunableLayer]) -> Pruning
 def candidates(
     layer: PrunableLayer, table: np.ndarray, unit_shape: str, align: int, scores: Tensor | None = None
 ) -> Candidates:
-    """Returns the shapes of a layer whose dims (or units, in an FFN) are multiples of `align`, or all there are.
+    """Returns the shapes of a layer whose dims per head (units, in an FFN) are a multiple of `align`, or all of them.
 
     Args:
-        table: what each shape costs (M, heads + 1, dims + 1).
-        scores: of the units (units,); only ``both`` needs them, and without scores treats all units alike.
+        table: cost of every shape (M, heads + 1, dims + 1).
+        scores: of the units (units,). Only ``both`` uses them; without scores it treats all units alike.
     """
     heads, full = layer.full
     dims = [*range(0, full, align), full]
@@ -78,7 +78,7 @@ def candidates(
     else:
         shapes = [Shape(heads, d) for d in dims]
     costs = np.stack([table[:, shape.heads, shape.dims] for shape in shapes], axis=1)
-    # drops shapes that cost more than a larger one (more heads, fewer dims)
+    # drop shapes that cost more than a larger one (with more heads and fewer dims)
     worth = (costs <= np.minimum.accumulate(costs[:, ::-1], axis=1)[:, ::-1]).all(axis=0)
     chosen = np.flatnonzero(worth)
     units = np.array([shapes[i].units for i in chosen], dtype=np.float64)
@@ -86,9 +86,10 @@ def candidates(
 
 
 def keep_best(layer: PrunableLayer, scores: Tensor, shape: Shape) -> Tensor:
-    """Returns the sorted positions of the units that stay: the best dims of every head, of the heads best by their sum.
+    """Returns the sorted positions of the units that stay in a layer of this shape.
 
-    Ties go to the lower position, so the choice depends on nothing but the scores.
+    Each head keeps its dims of largest score; the heads with the largest sum of these scores stay. Ties go to the lower
+    position, so the choice depends only on the scores.
     """
     by_head = scores.view(layer.heads, layer.units_per_head)
     order = by_head.argsort(dim=1, descending=True, stable=True)[:, : shape.dims]
@@ -98,10 +99,11 @@ def keep_best(layer: PrunableLayer, scores: Tensor, shape: Shape) -> Tensor:
 
 
 def slices(layer: PrunableLayer, unit_shape: str, scores: Tensor) -> list[tuple[float, float]]:
-    """Returns (mean score, units) of the slices in which a layer grows, the best first.
+    """Returns (mean score, number of units) of the slices by which a layer grows, best first.
 
-    The best dim of every head, the second best of every head, and so on; or the best head, the second best; or, where
-    both are possible, the steps between those shapes that keep most for their size (the concave hull).
+    With ``head-dims`` the slices are the best dim of every head, then the second best of every head, and so on. With
+    ``heads`` they are the best head, the second best, and so on. With ``both`` they are the steps between the shapes
+    that keep the largest scores for their size (their concave hull).
     """
     ranked = scores.view(layer.heads, layer.units_per_head).sort(dim=1, descending=True).values.double()
     if unit_shape == "heads" and layer.kind == "attention":
@@ -121,7 +123,7 @@ def slices(layer: PrunableLayer, unit_shape: str, scores: Tensor) -> list[tuple[
 
 
 def _kept_sums(layer: PrunableLayer, scores: Tensor) -> np.ndarray:
-    """Returns the sum of scores that `keep_best` keeps, float64 (heads + 1, dims + 1), by heads and dims."""
+    """Returns the sum of scores that `keep_best` keeps, by number of heads and dims, float64 (heads + 1, dims + 1)."""
     ranked = scores.double().view(layer.heads, layer.units_per_head).sort(dim=1, descending=True).values
     sums = ranked.cumsum(1).sort(dim=0, descending=True).values.cumsum(0)
     return torch.nn.functional.pad(sums, (1, 0, 1, 0)).numpy()

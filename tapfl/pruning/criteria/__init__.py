@@ -1,1 +1,1 @@
-"""Criteria: which units stay, given a backbone, a metric set and a budget. One file each, one signature."""
+"""Criteria: each chooses the units that stay, given a backbone, a metric set and a budget."""

@@ -1,4 +1,4 @@
-"""Criteria: from a pruning task to the units that stay; and how a budget is spent by scores."""
+"""The interface of a criterion, from a pruning task to the units that stay, and how scores spend a budget."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from tapfl.pruning.layer_importance import layer_importance
 from tapfl.pruning.sensitivity import Sensitivities, sensitivities
 from tapfl.pruning.unit_shape import Candidates, candidates, keep_best, slices
 
-Scores = Mapping[str, Tensor]  # of all units of every layer (units,), by layer name; the largest stay
-Samples = Callable[["PruningTask"], Iterator[dict[str, Tensor]]]  # of each image (images, units), batch by batch
+Scores = Mapping[str, Tensor]  # scores of all units of every layer (units,), by layer name; the largest stay
+Samples = Callable[["PruningTask"], Iterator[dict[str, Tensor]]]  # terms of each image (images, units), by batch
 
 
 @dataclass(frozen=True)
@@ -35,15 +35,17 @@ class PruningTask:
         layers: its prunable layers, in the order of the forward pass.
         dense: its cost.
         inputs: the metric set in the backbone's input format (n, channels, height, width).
-        labels: int64 (n,), or None: criteria that need labels then use the dense model's predictions.
-        costs: the limits on the pruned model, and what every shape of every layer costs in their quantities.
+        labels: int64 (n,). If None, criteria that need labels use the dense model's predictions.
+        costs: the limits on the pruned model, and the costs of every shape of every layer in their quantities.
         options: the pruning options, none of them `auto`.
-        batch: images a batch; n is at least one batch.
-        generator: the only source of randomness, on the CPU wherever the model is.
-        probe: layer importance (KL by layer name) of layers cut to given shapes, where it is not measured on `inputs`.
-        sums: what `OverImages` adds up, of `inputs` and these layers, where it is known from elsewhere.
-        new_head: the backbone with the classifier that devices get, where that is not `model`'s; its costs count.
-        compute: how much is computed together, and how precisely where a ranking is all that is used.
+        batch: batch size; n is at least one batch.
+        generator: the only source of randomness. It is on the CPU, whatever the device of the model.
+        probe: returns the layer importance (KL by layer name) of layers cut to the given shapes, if it is not to be
+            measured on `inputs`.
+        sums: returns the sums of `OverImages` over `inputs` for the given layers, if they need not be computed.
+        new_head: the backbone with the classifier that devices get, if that is not the classifier of `model`. The
+            budget refers to it.
+        compute: how much is computed at once, and the precision where only a ranking is used.
     """
 
     model: nn.Module
@@ -62,35 +64,35 @@ class PruningTask:
 
     @cached_property
     def fisher(self) -> Sensitivities:
-        """The sensitivities of `model`, for the criterion and for compensation: computed when they are first needed."""
+        """The sensitivities of `model`, computed when they are first needed."""
         return self.fisher_of(self.model)
 
     def fisher_of(self, weights: nn.Module) -> Sensitivities:
-        """Returns the sensitivities of a model with the same layers; equal calls draw equal labels."""
+        """Returns the sensitivities of a model with the same layers. Every call draws with the same seed."""
         draws = torch.Generator().manual_seed(self.generator.initial_seed())
         return sensitivities(weights, self.layers, self.inputs, self.batch, draws)
 
 
 @dataclass(frozen=True)
 class OverImages:
-    """Scores that follow from sums over the images i of the metric set S,
+    """Scores computed from sums over the images i of the metric set S,
 
         score(S) = finish(Σ_{i ∈ S} t_i)
 
-    where t_i depends on image i alone, and on no other image of its batch. One pass over a pool then scores all metric
-    sets that are drawn from it (`tapfl.pruning.pool`).
+    where t_i depends only on image i, not on other images of its batch. One pass over a pool therefore scores all
+    metric sets drawn from it (`tapfl.pruning.pool`).
 
     Attributes:
-        samples: yields t (images, units) by layer name.
-        finish: the scores of a task by the sums over its images, float64 (units,) by layer name.
+        samples: yields t (images, units) by layer name, batch by batch.
+        finish: returns the scores of a task, given the sums over its images, float64 (units,) by layer name.
     """
 
     samples: Samples
     finish: Callable[[PruningTask, Mapping[str, Tensor]], Scores]
 
     def __call__(self, task: PruningTask) -> Scores:
-        known = task.sums
-        return self.finish(task, total(self.samples(task)) if known is None else known(self.samples, task.layers))
+        sums = total(self.samples(task)) if task.sums is None else task.sums(self.samples, task.layers)
+        return self.finish(task, sums)
 
 
 def total(samples: Iterator[dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -104,16 +106,16 @@ def total(samples: Iterator[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class Selection:
-    """A criterion's answer.
+    """What a criterion returns.
 
     Attributes:
-        kept: the units that stay (sorted, int64), by layer name; all limits of the budget hold, and one is reached to
-            99.5 %.
-        importance: one number a layer, if the criterion computes one.
-        model: the backbone with the weights that the criterion's search trained, or None.
-        steps: gradient steps of that search; a fair comparison deducts them from recovery.
-        fades: branches that are dropped as a whole fade out during recovery.
-        tokens: schedule by which the smaller model merges tokens (`tapfl.models.merging`); empty: it merges none.
+        kept: the units that stay (sorted, int64), by layer name. All limits of the budget hold, and at least one is
+            used to 99.5 % or more.
+        importance: one number per layer, if the criterion computes it.
+        model: the backbone with the weights that the criterion's search has trained, or None.
+        steps: gradient steps of that search. They are deducted from recovery, so that criteria compare fairly.
+        fades: whether branches that are dropped entirely fade out during recovery.
+        tokens: schedule by which the pruned model merges tokens (`tapfl.models.merging`); empty: it merges none.
     """
 
     kept: dict[str, Tensor]
@@ -125,18 +127,18 @@ class Selection:
 
 
 def by_layer(task: PruningTask, scores: Scores) -> Selection:
-    """Ranks units within each layer; widths are equal shares, or follow the layers' importance (`layer_weights`).
+    """Returns the best units of each layer; all layers keep equal shares, or shares by importance (`layer_weights`).
 
     Raises:
         ConfigError: if the importance is to be measured on a pool and the task has none.
-        ModelError: if a score is NaN, naming the layer.
+        ModelError: if a score is NaN. It names the layer.
     """
     refuse_nan(scores)
     options = task.options
     steps = _candidates(task, scores, options.unit_shape)
     shapes = allocate(steps, np.ones(len(task.layers)), task.costs, options)
     importance: dict[str, float] = {}
-    if options.ratio != "uniform":  # each layer is probed at the width that equal shares give it
+    if options.ratio != "uniform":  # each layer is probed at the width that it has with equal shares
         importance = _layer_importance(task, scores, shapes)
         shapes = allocate(steps, layer_weights(task.layers, importance, options), task.costs, options)
     return Selection(_keep(task, scores, shapes), importance)
@@ -149,18 +151,19 @@ def across_layers(
     per_cost: bool = True,
     unit_shape: str | None = None,
 ) -> Selection:
-    """Ranks all units of a group of layers together; groups share the budget evenly.
+    """Returns the best units of each group of layers, ranked together; groups share the budget evenly.
 
-    The heads of an attention stay equally large, so an attention is ranked in slices: the best dim of every head, then
-    the second best of every head; or whole heads. The score of a slice is the mean of its units. With
-    ``unit_shape = both`` the slices are the steps between the shapes that keep most for their size.
+    The heads of an attention stay equally large, so an attention is ranked in slices (`slices`): the best dim of every
+    head, then the second best of every head; or whole heads; or with ``unit_shape = both`` the steps between the shapes
+    that keep most for their size. The score of a slice is the mean over its units.
 
     Args:
+        group_of: returns the group of a layer.
         per_cost: rank by score per cost in the budget's own quantity (`CostTable.price`) instead of by score.
         unit_shape: replaces the option of that name.
 
     Raises:
-        ModelError: if a score is NaN, naming the layer.
+        ModelError: if a score is NaN. It names the layer.
     """
     refuse_nan(scores)
     unit_shape = unit_shape or task.options.unit_shape
@@ -189,17 +192,17 @@ def across_layers(
 class Criterion:
     """A way to choose the units that stay.
 
-    Most criteria score units without looking at the budget (`scores`) and then spend the budget by these scores
-    (`spend`), so that one scoring serves many budgets. The others search (`search`) and have no scores.
+    Most criteria score units without using the budget (`scores`) and then spend the budget by these scores (`spend`),
+    so that the scores can be reused for many budgets. The other criteria search (`search`) and have no scores.
 
     Attributes:
         about: what it is, in a sentence or two, with its source.
-        scores: `OverImages` where they are of that form. They use neither the task's budget and costs nor the options
-            that control how a budget is spent.
+        scores: computes the scores; an `OverImages` if they have that form. They must not depend on the task's budget
+            and costs, nor on the options that control how a budget is spent.
         spend: chooses the units that stay by their scores.
-        search: chooses the units that stay; takes the place of `scores` and `spend`.
-        defaults: what `auto` means for it, by name of the option (`ratio`, `basis`, `compensation`,
-            `compensation_rows`), where that differs from the method as published.
+        search: chooses the units that stay, in place of `scores` and `spend`.
+        defaults: the meaning of `auto` for the options `ratio`, `basis`, `compensation` and `compensation_rows`, by
+            name, where it differs from `PUBLISHED` in the registry.
         requires: options that must have the value in `defaults`; other values are refused before anything starts.
     """
 
@@ -211,10 +214,10 @@ class Criterion:
     requires: tuple[str, ...] = ()
 
     def chooser(self, task: PruningTask, scores: Scores | None = None) -> Callable[[PruningTask], Selection]:
-        """Returns what chooses the units that stay, for any budget of `task`, which is scored here at most once.
+        """Returns a function that chooses the units that stay, for `task` under any budget. Scores are computed once.
 
         Args:
-            scores: of the task, if they are known.
+            scores: the scores of the task, if they are already known.
         """
         if self.search is not None:
             return self.search
@@ -227,7 +230,7 @@ class Criterion:
 
 
 def refuse_nan(scores: Scores) -> None:
-    """Raises ModelError, naming the layer, if a score is NaN: it has no place in a ranking."""
+    """Raises ModelError, naming the layer, if a score is NaN, which cannot be ranked."""
     for name, values in scores.items():
         if values.isnan().any():
             raise ModelError(

@@ -1,19 +1,19 @@
 """Criteria by the gradient of the loss with respect to a gate on each unit.
 
 A gate is a factor of 1 on the activation of a unit, where it enters its branch's output linear
-(`PrunableLayer.output`). Gates are inputs of the pass, not parameters, so the model stays frozen. With one gate an
-image, one backward pass gives every image's own gradient, because images do not depend on each other.
+(`PrunableLayer.output`). Gates are inputs of the pass, not parameters, so the model stays frozen. With separate gates
+for each image, one backward pass gives the gradient of every image, because images do not depend on each other.
 
     taylor   s = E_b |∂L_b/∂g|,   L_b the cross-entropy of image b      (Molchanov et al., ICLR 2017)
     fisher   s = E_b (∂L_b/∂g)²                                          (Theis et al., 2018; Kwon et al., NeurIPS 2022)
 
-Taylor differs from the publication in that tokens are summed before the absolute value is taken (a gate is one number
-an image), and in that `taylor-global` ranks by score per cost where the publication subtracts a FLOPs regulariser.
-Fisher differs from the publications in that masks are not rearranged by a search and units are not removed one by one.
-Isomorphic pruning (Fang et al., ECCV 2024) ranks Taylor scores only among units of one type, because scores of
-different substructures follow different distributions; each type loses the same share. Types are attention dims and FFN
-units, of whatever size: the stages of a Swin are ranked together, as in the public code. It differs from the
-publication, which sums weight times gradient over coupled weights and also prunes the embedding.
+Taylor differs from the publication in two ways: tokens are summed before the absolute value is taken (a gate is one
+number per image), and `taylor-global` ranks by score per cost where the publication subtracts a FLOPs regulariser.
+Fisher differs from the publications in that no search rearranges the masks and units are not removed one by one.
+Isomorphic pruning (Fang et al., ECCV 2024) ranks Taylor scores only among units of the same type, because scores of
+different substructures have different distributions. Each type loses the same share. The types are attention dims and
+FFN units of any size: the stages of a Swin are ranked together, as in the public code. The publication differs: it sums
+weight times gradient over coupled weights and also prunes the embedding.
 """
 
 from __future__ import annotations
@@ -47,7 +47,11 @@ def labelled_batches(task: PruningTask) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def open_gates(layers: Sequence[PrunableLayer], like: Tensor, images: int | None = None) -> Gates:
-    """Returns gates of 1 by layer name, (units,), or (images, units) for a gate an image; of the dtype of `like`."""
+    """Returns gates of 1 by layer name, (units,) or, with separate gates per image, (images, units).
+
+    Args:
+        like: sets dtype and device.
+    """
     shape = () if images is None else (images,)
     return {layer.name: like.new_ones(*shape, layer.units).requires_grad_() for layer in layers}
 
@@ -55,7 +59,7 @@ def open_gates(layers: Sequence[PrunableLayer], like: Tensor, images: int | None
 def gated(
     model: nn.Module, layers: Sequence[PrunableLayer], gates: Mapping[str, Tensor]
 ) -> AbstractContextManager[None]:
-    """Multiplies the units' activations by their gates, (units,) or (images, units), for the duration of the block."""
+    """Multiplies the units' activations by their gates, (units,) or (images, units), while the context is active."""
 
     def hook(layer: PrunableLayer) -> Callable[..., tuple[Tensor]]:
         gate = gates[layer.name]
@@ -71,7 +75,7 @@ def gated(
 
 
 def image_gradients(task: PruningTask) -> Iterator[Gates]:
-    """Yields, batch by batch, each image's own gradients (images, units) of its cross-entropy, by layer name."""
+    """Yields the gate gradients of each image's own cross-entropy (images, units) by layer name, batch by batch."""
     for images, labels in labelled_batches(task):
         gates = open_gates(task.layers, images, len(images))
         with torch.enable_grad(), gated(task.model, task.layers, gates):
@@ -80,7 +84,7 @@ def image_gradients(task: PruningTask) -> Iterator[Gates]:
 
 
 def sizes(task: PruningTask, of: Callable[[Tensor], Tensor]) -> Iterator[Gates]:
-    """Yields `of` (elementwise) of each image's gate gradients, float64 (images, units) by layer name."""
+    """Yields the function `of`, elementwise, of each image's gate gradients, float64 (images, units) by layer name."""
     for gradients in image_gradients(task):
         yield {name: of(gradient.double()) for name, gradient in gradients.items()}
 
@@ -94,11 +98,11 @@ fisher_scores = OverImages(partial(sizes, of=torch.square), mean)  # E_b (∂L_b
 
 
 def within_types(task: PruningTask, scores: Scores) -> Selection:
-    """Ranks all units of a type (attention or FFN) together; the types share the budget evenly."""
+    """Returns the best units when each type (attention or FFN) is ranked together; types share the budget evenly."""
     return across_layers(task, scores, group_of=lambda layer: layer.kind, per_cost=False)
 
 
-_TAYLOR = "First-order estimate of the change of an image's loss when a unit goes (Molchanov et al., ICLR 2017)"
+_TAYLOR = "First-order estimate of the change of an image's loss if a unit is removed (Molchanov et al., ICLR 2017)"
 _FISHER = "Diagonal of the empirical Fisher information of gates on the units (Theis et al., 2018)"
 taylor = Criterion(f"{_TAYLOR}; ranked within layers.", taylor_scores)
 taylor_global = Criterion(f"{_TAYLOR}; ranked across layers by score per cost.", taylor_scores, across_layers)

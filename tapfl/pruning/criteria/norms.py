@@ -6,9 +6,9 @@
 
 Magnitude (Li et al., ICLR 2017, for coupled structures as in DepGraph, CVPR 2023) differs from the publication, which
 sums absolute weights of single filters. Wanda (Sun et al., ICLR 2024) takes the norms of the activations over all
-images and tokens of the metric set; the publication scores single weights |W_ij| · ‖x_j‖₂ and compares them within a
-row, where here a unit is a column. Low-rank heads (ours) cut attentions in the canonical basis (`tapfl.pruning.basis`),
-in which the first dims of a head are the best low-rank head, and FFNs as Wanda does. All rank within layers.
+images and tokens of the metric set. The publication scores single weights |W_ij| · ‖x_j‖₂ and compares them within a
+row; here a unit is a column. Low-rank heads (ours) cuts attentions in the canonical basis (`tapfl.pruning.basis`), in
+which the first dims of a head are its best low-rank approximation, and FFNs as Wanda does. All rank within layers.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from tapfl.pruning.scores import record_activations
 
 
 def coupled_norms(task: PruningTask) -> Scores:
-    """Returns the magnitude of every unit, float64 (units,) by layer name; looks at no images."""
+    """Returns the magnitude of every unit, float64 (units,) by layer name. It uses no images."""
     return {layer.name: coupled_norm(layer, task.model.get_submodule(layer.name)) for layer in task.layers}
 
 
@@ -53,13 +53,13 @@ def squares(task: PruningTask) -> Iterator[dict[str, Tensor]]:
 
 @torch.no_grad()
 def times_weights(task: PruningTask, sums: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Returns Wanda's score of every unit, float64 (units,), of layers by the squared norms of their activations."""
+    """Returns Wanda's scores, float64 (units,) by layer name, given the squared norms of the activations as `sums`."""
     weights = {n.name: n.output_of(task.model).weight.double() for n in task.layers if n.name in sums}
     return {name: sums[name].sqrt() * weight.norm(dim=0) for name, weight in weights.items()}
 
 
 def random_scores(task: PruningTask) -> Scores:
-    """Returns U(0, 1) for every unit, from the task's generator."""
+    """Returns a random score from U(0, 1) for every unit, drawn with the task's generator."""
     return {layer.name: torch.rand(layer.units, generator=task.generator) for layer in task.layers}
 
 
@@ -82,11 +82,11 @@ def lowrank(task: PruningTask, sums: Mapping[str, Tensor]) -> Scores:
 output_norms = OverImages(squares, times_weights)
 magnitude = Criterion("Squared L2 norm of all weights that belong to a unit (Li et al., ICLR 2017).", coupled_norms)
 wanda = Criterion(
-    "Norm of a unit's activations times norm of its output weights (Sun et al., ICLR 2024).", output_norms
+    "Norm of a unit's activations times the norm of its output weights (Sun et al., ICLR 2024).", output_norms
 )
 random_units = Criterion("Random scores: the control that every criterion has to beat.", random_scores)
 lowrank_heads = Criterion(
-    "Attentions by the energy of dims in the canonical basis of their heads, FFNs as `wanda` (ours).",
+    "Attention dims by their energy in the canonical basis of the heads, FFN units as in `wanda` (ours).",
     OverImages(ffn_squares, lowrank),
     defaults={"ratio": "uniform", "basis": "canonical", "compensation": "sequential"},
     requires=("basis",),

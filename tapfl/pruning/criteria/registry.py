@@ -1,7 +1,7 @@
 """The criteria by name, and what `auto` means for each.
 
-A plugin is named ``module:name``; an installed package offers a criterion under a plain name by an entry point of the
-group ``tapfl.criteria``. Both are a `Criterion`, or a function `PruningTask -> Selection`.
+A plugin is named ``module:name``. An installed package can register a criterion under a plain name with an entry point
+of the group ``tapfl.criteria``. Either is a `Criterion` or a function `PruningTask -> Selection`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from tapfl.config import PruningOptions
 from tapfl.errors import ConfigError
 from tapfl.plugin import is_plugin, load_plugin
 
-if TYPE_CHECKING:  # it imports torch, and unknown names are refused before
+if TYPE_CHECKING:  # importing it at run time would load torch before an unknown name is refused
     from tapfl.pruning.criteria.criterion import Criterion
 
 ENTRY_POINTS = "tapfl.criteria"
@@ -48,8 +48,8 @@ def criterion_names() -> list[str]:
 
 
 def require_criterion(name: str) -> None:
-    """Raises ConfigError if there is no criterion of that name; a plugin is imported only when it is used."""
-    if name in BUILT_IN or is_plugin(name):  # looking through all installed packages takes milliseconds
+    """Raises ConfigError if there is no criterion of that name. A plugin is not imported before it is used."""
+    if name in BUILT_IN or is_plugin(name):  # searching all installed packages takes milliseconds
         return
     if name not in (names := criterion_names()):
         raise ConfigError(
@@ -79,7 +79,7 @@ def resolved(options: PruningOptions) -> PruningOptions:
     """Returns the options with every `auto` replaced by the criterion's default.
 
     Raises:
-        ConfigError: if there is no such criterion, or it requires another value of an option.
+        ConfigError: if there is no such criterion, or it requires a different value of an option.
     """
     criterion = criterion_of(options.criterion)
     defaults = PUBLISHED | dict(criterion.defaults)

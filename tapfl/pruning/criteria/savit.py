@@ -1,22 +1,22 @@
 """SAViT (Zheng et al., "SAViT: structure-aware vision transformer pruning via collaborative optimization", NeurIPS
-2022): heads and FFN units, with the split between them from how they interact.
+2022): prunes heads and FFN units, and splits the budget between the two types by how they interact.
 
-Gates g = 1 on whole heads and on FFN units, L the mean cross-entropy of a minibatch.
+Gates g = 1 are put on whole heads and on FFN units. L is the mean cross-entropy of a minibatch.
 
     score         s = E[(g · ∂L/∂g)²] over minibatches; within a type, one global threshold over all layers
     interactions  S_ij = E[gᵀ H_ij g] / (n_i n_j),  H_ij = ∂²L/∂g_i∂g_j between all gates of the types i and j, by
                   Hessian-vector products; n counts units: a head counts as its dims, as in the public code
-    split         the shares ρ of heads and of FFN units that go minimise ρᵀ S ρ under Σ cost = budget
+    split         the shares ρ of heads and of FFN units to remove minimise ρᵀ S ρ under Σ cost = budget
 
-The cost is in MACs, or in the quantity of the budget's tightest limit. With two types the equality leaves one unknown,
-and since whole heads go it is a number of heads: all of them are tried, so the search is exact. FFN units then make the
-budget exact, within all its limits.
+The cost is in MACs, or in the quantity of the budget's tightest limit. With two types, the equality constraint leaves
+one unknown: the number of heads to remove. All numbers are tried, so the search is exact. FFN units then fill the
+budget exactly, within all its limits.
 
-Differs from the publication, whose code (a) also prunes the embedding, as a third type, and so needs an evolutionary
-search, (b) draws one random pair of layers a minibatch for H_ij, where one product with the gates of a whole type gives
-the sum over all pairs (S is the same in expectation, for stages of equal width), and (c) may remove all heads of a
-layer, which here only ``pruning.floor = 0`` allows. S need not be positive, then the best split is at an end of what is
-possible.
+The publication's code differs in three ways. (a) It also prunes the embedding, as a third type, and so needs an
+evolutionary search. (b) It draws one random pair of layers per minibatch for H_ij. Here one product with the gates of a
+whole type gives the sum over all pairs; S is the same in expectation for stages of equal width. (c) It may remove all
+heads of a layer, which is possible here only with ``pruning.floor = 0``. If S is not positive definite, the best split
+may be at an end of the possible range.
 """
 
 from __future__ import annotations
@@ -36,15 +36,15 @@ from tapfl.progress import track
 from tapfl.pruning.criteria.criterion import Criterion, PruningTask, Selection
 from tapfl.pruning.criteria.gradients import gated, open_gates, targets, within_types
 
-MINIBATCH = 32  # as published: the expectation is over squared gradients of minibatches, so their size is part of it
+MINIBATCH = 32  # as published; the scores are squared gradients of minibatches, so they depend on this size
 TYPES = ("attention", "ffn")
 
 
 def select(task: PruningTask) -> Selection:
-    """Returns the whole heads and the FFN units that stay.
+    """Returns the heads and the FFN units that stay.
 
     Raises:
-        BudgetError: if no number of heads leaves a budget that FFN widths can meet.
+        BudgetError: if there is no number of heads with which FFN widths can meet the budget.
     """
     scores, S = importance_and_interactions(task)
     attentions = [layer for layer in task.layers if layer.kind == "attention"]
@@ -65,10 +65,10 @@ def select(task: PruningTask) -> Selection:
         settled = task.costs.settled({layer.name: layer.shape_of(kept[layer.name]) for layer in attentions})
         try:
             kept |= within_types(replace(task, layers=ffns, costs=settled), scores).kept
-        except BudgetError:  # the FFNs would have to give more than they can, or no widths are within 0.5 %
+        except BudgetError:  # the FFNs cannot shrink enough, or no widths are within 0.5 % of the budget
             continue
         if to_go > 0 and not settled.reached(settled.total({n.name: n.shape_of(kept[n.name]) for n in ffns})):
-            continue  # the FFNs are whole, and the heads gave more than they had to
+            continue  # too many heads are removed: the budget is not used even with all FFN units
         return Selection({layer.name: kept[layer.name] for layer in task.layers})
     limit, dense = task.costs.limits[equality], float(task.costs.dense[equality])
     least = whole - costs.sum() - (1 - task.options.floor) * ffn_cost
@@ -80,9 +80,10 @@ def select(task: PruningTask) -> Selection:
 
 
 def importance_and_interactions(task: PruningTask) -> tuple[dict[str, Tensor], np.ndarray]:
-    """Returns the scores, (heads,) of attentions and (units,) of FFNs by layer name, and S, symmetric (2, 2), float64.
+    """Returns the scores and the interactions S, all float64.
 
-    The gates of S are ordered as `TYPES`.
+    The scores are (heads,) for attentions and (units,) for FFNs, by layer name. S is symmetric (2, 2), in the order of
+    `TYPES`.
     """
     model = unfused(task.model)
     size = min(MINIBATCH, task.batch)
@@ -96,15 +97,14 @@ def importance_and_interactions(task: PruningTask) -> tuple[dict[str, Tensor], n
     }
     S = np.zeros((2, 2))
     labels, batches = targets(task), len(task.inputs) // size
-    for start in track(
-        range(0, batches * size, size), "interactions"
-    ):  # a smaller rest would have noisier gradients, and larger squares
+    # an incomplete last batch is left out: its gradients would be noisier, and their squares larger
+    for start in track(range(0, batches * size, size), "interactions"):
         gates = open_gates(task.layers, task.inputs)
         with torch.enable_grad(), gated(model, task.layers, gates):
             loss = F.cross_entropy(model(task.inputs[start : start + size]), labels[start : start + size])
             found = torch.autograd.grad(loss, list(gates.values()), create_graph=True)
         gradient = dict(zip(gates, found, strict=True))
-        for layer in task.layers:  # a gate on a head is one on all its units: its gradient is the sum of theirs
+        for layer in task.layers:  # the gradient of a head's gate is the sum over the gates of its units
             own = gradient[layer.name].detach().double().view(len(scores[layer.name]), -1).sum(1)
             scores[layer.name] += own.square() / batches
         for i, names in enumerate(groups):
@@ -113,13 +113,16 @@ def importance_and_interactions(task: PruningTask) -> tuple[dict[str, Tensor], n
             along = dict(zip(gates, torch.stack([part.double().sum() for part in product]).tolist(), strict=True))
             for j, others in enumerate(groups):
                 S[i, j] += sum(along[name] for name in others) / (count[i] * count[j] * batches)
-    return home(scores), (S + S.T) / 2  # symmetric but for rounding
+    return home(scores), (S + S.T) / 2  # removes asymmetry by rounding
 
 
 def removal_order(
     attentions: list[PrunableLayer], scores: dict[str, Tensor], floor: float
 ) -> list[tuple[PrunableLayer, int]]:
-    """Returns the heads that may go, as (layer, head), by rising score, but for the best `floor` of a layer."""
+    """Returns the heads that may be removed, as (layer, head), by increasing score.
+
+    The best heads of each layer, a share of at least `floor`, are not among them.
+    """
     ranked = []
     for i, layer in enumerate(attentions):
         safe = int(np.ceil(floor * layer.heads))
@@ -129,14 +132,14 @@ def removal_order(
 
 
 def splits(S: np.ndarray, head_costs: np.ndarray, heads: int, ffn_cost: float, to_go: float) -> list[int]:
-    """Returns the numbers of heads that may go under the cost equality, by rising ρᵀ S ρ: the first is the best.
+    """Returns the numbers of heads to remove that can satisfy the cost equality, by increasing ρᵀ S ρ (best first).
 
     Args:
         S: interactions of heads and FFN units (2, 2).
-        head_costs: what each head costs, in the order in which heads go.
-        heads: how many there are in all.
-        ffn_cost: what all FFN units cost.
-        to_go: cost that heads and FFN units together have to give.
+        head_costs: cost of each head, in the order in which heads are removed.
+        heads: total number of heads.
+        ffn_cost: cost of all FFN units.
+        to_go: cost that heads and FFN units together must lose.
     """
     by_heads = np.concatenate([[0.0], np.cumsum(head_costs)])
     ratio = np.stack([np.arange(len(by_heads)) / heads, (to_go - by_heads) / ffn_cost])
@@ -146,7 +149,7 @@ def splits(S: np.ndarray, head_costs: np.ndarray, heads: int, ffn_cost: float, t
 
 
 def unfused(model: nn.Module) -> nn.Module:
-    """Returns a copy of `model` whose attention is written out: the fused kernel has no second derivative."""
+    """Returns a copy of `model` with unfused attention, because the fused kernel has no second derivative."""
     copied = copy.deepcopy(model)
     for module in copied.modules():
         if hasattr(module, "fused_attn"):
@@ -155,7 +158,7 @@ def unfused(model: nn.Module) -> nn.Module:
 
 
 savit = Criterion(
-    "Whole heads and FFN units by squared gate gradients; the split between them from their interactions "
+    "Whole heads and FFN units by squared gate gradients; their interactions determine how many of each are removed "
     "(SAViT, NeurIPS 2022).",
     search=select,
 )

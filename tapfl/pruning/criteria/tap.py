@@ -1,16 +1,17 @@
-"""TAP and TAP+: the task-adaptive criterion as published (TAP-ViTs, arXiv 2601.02437), and ours.
+"""TAP, the task-adaptive criterion as published (TAP-ViTs, arXiv 2601.02437), and TAP+, our extension.
 
-`tap` takes the composite neuron importance within layers (`tapfl.pruning.scores`) and KL importance between them. It
-differs from the publication in how a budget becomes widths (`tapfl.pruning.allocate`): clipping loses budget, and
-methods would then differ in size.
+`tap` ranks units within layers by the composite neuron importance (`tapfl.pruning.scores`), and weights layers by their
+KL importance. It differs from the publication in how a budget becomes widths (`tapfl.pruning.allocate`): the published
+clipping leaves part of the budget unused, and models of different methods would then differ in size.
 
-`tap+` scores a unit by how much the prediction changes when it goes and the other units compensate. The three terms of
-`tap` are one expression here, the error that is left (`elimination_order`): the Fisher information of the branch's
-output for the relevance (`tapfl.pruning.sensitivity`), the inverse covariance of the units for the redundancy, the norm
-of what a unit writes for the activeness. Attentions are cut in the canonical basis of their heads
-(`tapfl.pruning.basis`), in which the first dims of a head are the best low-rank head; in another basis as `wanda` does.
-Its other parts are options of any criterion (`docs/pruning.md`): the density-ratio metric set, even widths, and
-compensation layer by layer with rows weighted by Fisher sensitivity. It needs no labels.
+`tap+` scores a unit by how much the prediction changes if the unit is removed and the other units compensate. One
+expression, the remaining error (`elimination_order`), takes the place of the three terms of `tap`: the Fisher
+information of the branch's output is the relevance (`tapfl.pruning.sensitivity`), the inverse covariance of the units
+the redundancy, and the norm of a unit's contribution to the output the activeness. Attentions are cut in the canonical
+basis of their heads (`tapfl.pruning.basis`), in which the first dims of a head are its best low-rank approximation. In
+another basis they are scored as by `wanda`. The other parts of TAP+ are options of any criterion (`docs/pruning.md`):
+the density-ratio metric set, uniform widths, and compensation layer by layer with rows weighted by Fisher sensitivity.
+It needs no labels.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from tapfl.pruning.criteria.norms import output_norms
 from tapfl.pruning.moments import RIDGE, unit_moments
 from tapfl.pruning.scores import neuron_importance
 
-ROUNDS = 256  # in which a branch loses its units: one unit a round up to that width, a few a round beyond
+ROUNDS = 256  # about the number of elimination rounds of a wide branch; narrower ones lose one unit per round
 
 
 def composite_scores(task: PruningTask) -> Scores:
@@ -38,10 +39,10 @@ def composite_scores(task: PruningTask) -> Scores:
 
 
 def tap_plus_scores(task: PruningTask) -> Scores:
-    """Returns the scores of TAP+, (units,) by layer name; needs one gradient a batch.
+    """Returns the scores of TAP+, (units,) by layer name. It takes one backward pass per batch.
 
-    FFN units score their place in the order of elimination, 0 for the first to go. Attention dims score their energy in
-    the canonical basis, or as in `wanda` in another basis.
+    The score of an FFN unit is its position in the order of elimination; 0 is eliminated first. The score of an
+    attention dim is its energy in the canonical basis, or its `wanda` score in another basis.
     """
     attentions = tuple(layer for layer in task.layers if layer.kind == "attention")
     return {
@@ -52,11 +53,11 @@ def tap_plus_scores(task: PruningTask) -> Scores:
 
 @torch.no_grad()
 def elimination_scores(task: PruningTask) -> dict[str, Tensor]:
-    """Returns the place of every FFN unit in the order of elimination, float64 (units,) by name: 0 goes first."""
+    """Returns the position of every FFN unit in the order of elimination, float64 (units,) by layer name."""
     layers = {layer.name: layer for layer in task.layers}
     scores = {}
-    found = unit_moments(task.model, task.layers, task.inputs, task.batch, task.fisher)
-    for name, moments in track(found.items(), "elimination"):
+    by_name = unit_moments(task.model, task.layers, task.inputs, task.batch, task.fisher)
+    for name, moments in track(by_name.items(), "elimination"):
         W = layers[name].output_of(task.model).weight.double()
         order, errors = elimination_order(W, moments.covariance(), task.fisher[name].metric)
         scores[name] = torch.empty_like(errors)
@@ -67,25 +68,26 @@ def elimination_scores(task: PruningTask) -> dict[str, Tensor]:
 def elimination_order(W: Tensor, C: Tensor, M: Tensor, ridge: float = RIDGE) -> tuple[Tensor, Tensor]:
     """Returns the order in which backward elimination removes units, int64 (units,), and the error after each, float64.
 
-    The optimal brain surgeon, unit by unit (Hassibi and Stork, NeurIPS 1992; for structures Kurtic et al., "ZipLM",
-    NeurIPS 2023). If unit j goes and the others compensate, the error of the output grows by
+    This is the optimal brain surgeon, unit by unit (Hassibi and Stork, NeurIPS 1992; for structures Kurtic et al.,
+    "ZipLM", NeurIPS 2023). If unit j is removed and the others compensate, the output error grows by
 
         e_j = (Wᵀ M W)_jj / (H⁻¹)_jj,   H = C + λI
 
-    and W ← W − W_:j H⁻¹_j: / H⁻¹_jj,  H⁻¹ ← H⁻¹ − H⁻¹_:j H⁻¹_j: / H⁻¹_jj. The unit of the smallest e_j goes, again and
-    again, so one of several equal units stays.
+    and W ← W − W_:j H⁻¹_j: / H⁻¹_jj,  H⁻¹ ← H⁻¹ − H⁻¹_:j H⁻¹_j: / H⁻¹_jj. The unit with the smallest e_j is removed.
+    This is repeated, so of several identical units one stays.
 
     Args:
-        W: the output linear, float64 (outputs, units).
+        W: weights of the output linear, float64 (outputs, units).
         C: covariance of the units, float64 (units, units), positive semi-definite.
-        M: weight of an output error, float64 (outputs, outputs), positive semi-definite; identity: all errors alike.
-        ridge: λ as a share of the mean variance of the units, >= 0.
+        M: metric of an output error, float64 (outputs, outputs), positive semi-definite; the identity weights all
+            directions equally.
+        ridge: λ relative to the mean variance of the units, >= 0.
     """
     units = len(C)
     H = C + torch.diag((ridge * C.diagonal().mean() + torch.finfo(C.dtype).tiny).expand(units))
     inverse = torch.linalg.inv(H)
-    worth, directions = torch.linalg.eigh(M)
-    W = worth.clamp(min=0).sqrt()[:, None] * (directions.T @ W)
+    eigenvalues, directions = torch.linalg.eigh(M)
+    W = eigenvalues.clamp(min=0).sqrt()[:, None] * (directions.T @ W)
     left, order, growth = torch.arange(units, device=C.device), [], []
     gone, remaining = torch.zeros(units, dtype=torch.uint8, device=C.device), units
     while remaining:
@@ -98,19 +100,19 @@ def elimination_order(W: Tensor, C: Tensor, M: Tensor, ridge: float = RIDGE) -> 
         inverse.addmm_(inverse[:, first], block, alpha=-1)
         gone[first] = 1
         remaining -= len(first)
-        if 2 * remaining < len(left):  # what is gone costs time in every round until it is cut out, and that costs some
-            stay = gone.argsort(stable=True)[:remaining]  # positions and not a mask, whose size a GPU had to tell first
+        if 2 * remaining < len(left):  # removed units cost time in every round; cutting them out costs time once
+            stay = gone.argsort(stable=True)[:remaining]  # with a mask, the CPU would wait for the GPU to count it
             W, inverse, left, gone = W[:, stay], inverse[stay][:, stay], left[stay], gone[stay]
-    # at home: older versions of torch have no deterministic cumsum on a GPU
+    # on the CPU: older versions of torch have no deterministic cumsum on a GPU
     return home(torch.cat(order)), home(torch.cat(growth)).cumsum(0)
 
 
 tap = Criterion(
-    "Composite neuron importance within layers, KL importance between them (TAP-ViTs, arXiv 2601.02437).",
+    "Composite neuron importance within layers, KL importance across layers (TAP-ViTs, arXiv 2601.02437).",
     composite_scores,
 )
 tap_plus = Criterion(
-    "The change of the prediction when a unit goes and the other units compensate (ours).",
+    "The change of the prediction if a unit is removed and the other units compensate (ours).",
     tap_plus_scores,
     defaults={
         "ratio": "uniform",

@@ -1,19 +1,19 @@
 """UPDP (Liu et al., "UPDP: a unified progressive depth pruner for CNN and vision transformer", AAAI 2024): depth only.
 
-Whole residual branches go (an attention or an FFN). A beam search finds which ones, with the fitness
+Whole residual branches (an attention or an FFN) are dropped. A beam search finds which ones; it minimises
 
     mean over the metric set of KL(P_dense ‖ P_subnet)
 
-on a part of a large metric set; the finalists are compared on all of it. Of the many drop sets of a level only those
-that are best on 16 images are measured on that part, so a search takes about a minute for DeiT-T instead of ten. A drop
-set is a solution if it brings the model within the budget and no branch of it could stay. Whole branches meet a budget
-from below, by up to the price of one, so report the achieved cost (`PruningPlan.cost`). The options `floor`, `align`,
-`ratio` and `unit-shape` have no effect.
+on 64 images of the metric set, and the finalists are compared on all of it. Each level of the search has many drop
+sets. They are screened on 16 images, and only the best are measured on the 64, so a search takes about a minute for
+DeiT-T instead of ten. A drop set is a solution if the model without its branches is within the budget, and no branch of
+it could stay. With whole branches, the cost can end below the budget by up to the cost of one branch, so report the
+achieved cost (`PruningPlan.cost`). The options `floor`, `align`, `ratio` and `unit-shape` have no effect.
 
-Differs from the publication, which has no public code: the search is over one-shot KL, where the paper trains a
-supernet first, and the re-parameterised block that the paper puts in the place of a dropped one is replaced by identity
-(plus the constant bias of the branch's output linear, which surgery keeps). In the paper's progressive training a
-dropped branch fades, x + λ f(x) with λ from 1 to 0 over the first 30 %, and only then goes; here recovery does that.
+The publication has no public code, and this implementation differs from it. The search uses the KL without training,
+where the paper trains a supernet first. A dropped block becomes the identity (plus the constant bias of the branch's
+output linear, which surgery keeps), where the paper puts a re-parameterised block. In the paper's progressive training
+a dropped branch fades out, x + λ f(x) with λ from 1 to 0 over the first 30 % of the steps; here recovery does that.
 """
 
 from __future__ import annotations
@@ -28,18 +28,21 @@ from tapfl.progress import stage
 from tapfl.pruning.criteria.criterion import Criterion, PruningTask, Selection
 from tapfl.pruning.layer_importance import divergences
 
-BEAM = 4  # drop sets that are pursued
-IMAGES = 64  # of the metric set, evenly spaced, that the search uses; the BEAM best solutions are compared on all of it
-SCREEN_IMAGES, SCREENED = 16, 16  # of these; the drop sets of a level that are best on them are measured on all IMAGES
+BEAM = 4  # beam width; also the number of finalists
+IMAGES = 64  # evenly spaced images of the metric set that the search uses
+SCREEN_IMAGES = 16  # images on which the drop sets of a level are screened
+SCREENED = 16  # drop sets per level that pass the screening and are measured on IMAGES images
 
 DropSet = frozenset[str]
 
 
 def select(task: PruningTask) -> Selection:
-    """Returns what stays; `importance` is the KL of dropping each branch alone. No labels, no gradients.
+    """Returns the branches that stay; `importance` is the KL of dropping each branch alone.
+
+    It needs no labels and no gradients.
 
     Raises:
-        BudgetError: if the budget is below the cost without any branch.
+        BudgetError: if the budget is below the cost of the model without any branch.
     """
     everything = frozenset(layer.name for layer in task.layers)
     least = task.costs.total(_shapes(task, everything))
@@ -54,9 +57,10 @@ def select(task: PruningTask) -> Selection:
 
 
 def search(task: PruningTask, beam: int) -> tuple[list[DropSet], dict[str, float]]:
-    """Returns the solutions that a beam search finds, by rising divergence, and the divergence of each branch alone.
+    """Returns the solutions of a beam search, and the divergence of dropping each branch alone.
 
-    Level n of the search holds the `beam` best drop sets of n branches that are still over the budget.
+    The solutions are sorted by increasing divergence. Level n of the search keeps the `beam` best drop sets of n
+    branches with which the model is still over the budget.
     """
     names = [layer.name for layer in task.layers]
     alone: dict[str, float] = {}
@@ -69,19 +73,19 @@ def search(task: PruningTask, beam: int) -> tuple[list[DropSet], dict[str, float
             depth = len(level[0]) + 1
             advance(depth - 1, 0, f"{depth} branches dropped")
             children = dict.fromkeys(parent | {name} for parent in level for name in names if name not in parent)
-            # a child that could keep a branch is replaced by its minimal subset, which the beam may not reach
+            # a child that could keep a branch is replaced by its minimal subset, which the beam might miss
             fitting = [_minimal(task, child) for child in children if _fits(task, child)]
             open_sets = _screened(task, [child for child in children if not _fits(task, child)])
             fresh = list(dict.fromkeys([*open_sets, *(drop for drop in fitting if drop not in solutions)]))
-            found = dict(zip(fresh, divergence(task, fresh), strict=True))
-            solutions |= {drop: found[drop] for drop in fitting if drop in found}
-            alone |= {name: found[frozenset({name})] for name in names if frozenset({name}) in found}
-            level = sorted(open_sets, key=lambda drop: (found[drop], sorted(drop)))[:beam]
+            kl = dict(zip(fresh, divergence(task, fresh), strict=True))
+            solutions |= {drop: kl[drop] for drop in fitting if drop in kl}
+            alone |= {name: kl[frozenset({name})] for name in names if frozenset({name}) in kl}
+            level = sorted(open_sets, key=lambda drop: (kl[drop], sorted(drop)))[:beam]
     return sorted(solutions, key=lambda drop: (solutions[drop], sorted(drop))), alone
 
 
 def _screened(task: PruningTask, drops: list[DropSet]) -> list[DropSet]:
-    """Returns the `SCREENED` drop sets that are best on a few images; all single branches, and all of few sets."""
+    """Returns the `SCREENED` drop sets that are best on a few images, or all if they are few or of the first level."""
     if len(task.inputs) <= SCREEN_IMAGES or len(drops) <= SCREENED or len(drops[0]) == 1:
         return drops
     rough = dict(zip(drops, divergence(_thinned(task, SCREEN_IMAGES), drops), strict=True))
@@ -89,7 +93,7 @@ def _screened(task: PruningTask, drops: list[DropSet]) -> list[DropSet]:
 
 
 def divergence(task: PruningTask, drops: Sequence[DropSet]) -> list[float]:
-    """Returns the mean KL in nats of every drop set."""
+    """Returns the mean KL of every drop set, in nats."""
     layers = {layer.name: layer for layer in task.layers}
     nothing = torch.arange(0)
     constant = {
@@ -97,12 +101,12 @@ def divergence(task: PruningTask, drops: Sequence[DropSet]) -> list[float]:
         for name in set().union(*drops)
     }
     variants = [{name: constant[name] for name in drop} for drop in drops]
-    found = divergences(task.model, task.layers, variants, task.inputs, task.batch, task.compute)
-    return found.mean(1).tolist()
+    kl = divergences(task.model, task.layers, variants, task.inputs, task.batch, task.compute)
+    return kl.mean(1).tolist()
 
 
 def _thinned(task: PruningTask, images: int) -> PruningTask:
-    """The same problem on at most `images` evenly spaced images of the metric set."""
+    """Returns the task with at most `images` evenly spaced images of its metric set."""
     count = min(images, len(task.inputs))
     chosen = torch.arange(count) * len(task.inputs) // count
     return replace(task, inputs=task.inputs[chosen], labels=None)
@@ -118,7 +122,7 @@ def _fits(task: PruningTask, drop: Iterable[str]) -> bool:
 
 
 def _minimal(task: PruningTask, drop: DropSet) -> DropSet:
-    """Returns `drop` without the branches that can stay, the most expensive one that can first."""
+    """Returns `drop` without the branches that can stay; the most expensive of them is kept first."""
     cost = {layer.name: layer.units * task.costs.price(layer.name) for layer in task.layers}
     while free := [name for name in sorted(drop) if _fits(task, drop - {name})]:
         drop -= {max(free, key=lambda name: cost[name])}

@@ -1,27 +1,32 @@
 """UPop (Shi et al., "UPop: unified and progressive pruning for compressing vision-language transformers", ICML 2023).
 
-Masks m = 1 multiply the FFN's hidden units before the activation, and q, k and v; an attention's dims are shared by all
-heads of a layer, so every head keeps the same dims. Units go in falling order of
+Masks m = 1 multiply the hidden units of an FFN before the activation, and q, k and v of an attention. The masks of an
+attention are shared by all heads of the layer, so every head keeps the same dims. Units are removed in descending order
+of
 
-    z = ∂L/∂m, standardised over all masks of its type (attention or FFN)    signed: L falls when such a mask falls
+    z = ∂L/∂m, standardised over all masks of its type (attention or FFN)
 
-in one ranking of both types, until the real costs of the units add up to what has to go. `z` itself is ranked, not z
-per MAC. L is the mean cross-entropy with the task's labels or the dense predictions. `upop-oneshot` stops there, with
-the gradients of the whole metric set at masks of 1. `upop` adds the progressive search: over T steps of training, with
-p the share of the units' cost that has to go in the end (in MACs, or in the quantity of the budget's tightest limit),
+z is signed: if it is positive, L falls when the mask falls. Both types are in one ranking, by z itself and not by z per
+MAC, and units are removed until their real costs add up to what is over the budget. L is the mean cross-entropy with
+the task's labels or the dense model's predictions.
+
+`upop-oneshot` does this once, with the gradients of the whole metric set at masks of 1. `upop` adds the progressive
+search over T steps of training. With p the share of the units' cost to remove in the end (in MACs, or in the quantity
+of the budget's tightest limit),
 
     p_t = p · sqrt((1 − cos(πt/T)) / 2)
 
-and every T/20 steps the units of largest z, up to a cost of p_t, are selected anew by the masks' gradients, accumulated
-since the first step as in the public code. (Cleared at each selection, a unit that fades gets a gradient of the other
-sign and comes back, and hardly any unit is selected twice.) Masks of selected units fall to 1 − p_t/p, all others
-return to 1, while the weights keep training. The units that are selected at the end, when their masks are 0, go.
+Every T/20 steps the units of largest z, up to a cost of p_t, are selected anew. As in the public code, the masks'
+gradients accumulate from the first step. (If they were cleared at each selection, the gradient of a fading unit would
+change sign and the unit would come back; hardly any unit would be selected twice.) Masks of selected units fall to
+1 − p_t/p and all others return to 1, while the weights keep training. In the end the masks of the selected units are 0,
+and these units are removed.
 
-Differs from the publication: T is 100 steps and not 60 epochs of ImageNet, on the metric set alone, without
-augmentation or distillation, at a constant learning rate; costs are MACs of this backbone (the public code has a
-constant for DeiT); L1 regularisation of the masks is left out (its gradient is the same for all masks of a type, so z
-does not depend on it); widths are aligned afterwards (`tapfl.pruning.allocate`). Exact for activations with f(0) = 0,
-such as GELU.
+This differs from the publication: T is 100 steps on the metric set instead of 60 epochs of ImageNet, without
+augmentation or distillation, at a constant learning rate. Costs are MACs of this backbone (the public code has a
+constant for DeiT). L1 regularisation of the masks is left out: its gradient is the same for all masks of a type, so z
+does not depend on it. Widths are aligned afterwards (`tapfl.pruning.allocate`). Removal equals masking for activations
+with f(0) = 0, such as GELU.
 """
 
 from __future__ import annotations
@@ -44,24 +49,24 @@ from tapfl.progress import track
 from tapfl.pruning.criteria.criterion import Criterion, PruningTask, Scores, Selection, across_layers
 from tapfl.pruning.criteria.gradients import labelled_batches, targets
 
-STEPS = 100  # T; 100 to 300 is the short form of the method
-SELECTIONS = 20  # of them over the search, as published
-LEARNING_RATE = 1e-4  # of AdamW, the same as recovery's in our comparisons
+STEPS = 100  # T; 100 to 300 is a short form of the method
+SELECTIONS = 20  # number of selections over the search, as published
+LEARNING_RATE = 1e-4  # of AdamW; the same as recovery's in our comparisons
 WEIGHT_DECAY = 0.05  # as published
-ROUNDING = 1e-6  # of the largest gradient: a smaller spread is none
+ROUNDING = 1e-6  # relative to the largest gradient; a smaller spread counts as 0
 
 Masks = dict[str, Tensor]
 
 
 def open_masks(layers: Sequence[PrunableLayer], like: Tensor) -> Masks:
-    """Returns masks of 1, (units a head,) by layer name, of the dtype of `like`; an attention's heads share theirs."""
+    """Returns masks of 1, (units per head,) by layer name, shared by the heads; `like` sets dtype and device."""
     return {layer.name: like.new_ones(layer.units_per_head).requires_grad_() for layer in layers}
 
 
 def masked(
     model: nn.Module, layers: Sequence[PrunableLayer], masks: Mapping[str, Tensor]
 ) -> AbstractContextManager[None]:
-    """Multiplies the outputs of the branches' first linears (fc1; q, k and v) by their masks."""
+    """Multiplies the outputs of the branches' first linears (fc1; q, k and v) by their masks within the context."""
 
     def hook(layer: PrunableLayer) -> Callable[..., Tensor]:
         def multiply(_module: nn.Module, _inputs: object, output: Tensor) -> Tensor:
@@ -75,7 +80,7 @@ def masked(
 
 
 def standardise(layers: Sequence[PrunableLayer], gradients: Mapping[str, Tensor]) -> Masks:
-    """Returns z by layer name: mean 0 and standard deviation 1 over all masks of a type, or 0 if all are alike."""
+    """Returns z by layer name: mean 0 and standard deviation 1 over all masks of a type, or 0 if all are equal."""
     z: Masks = {}
     for kind in {layer.kind for layer in layers}:
         names = [layer.name for layer in layers if layer.kind == kind]
@@ -88,12 +93,12 @@ def standardise(layers: Sequence[PrunableLayer], gradients: Mapping[str, Tensor]
 
 
 def worth(layers: Sequence[PrunableLayer], z: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Returns -z of every unit (units,) by layer name: those of the largest z go."""
+    """Returns -z as the score of every unit, (units,) by layer name, because the units of the largest z are removed."""
     return {layer.name: -z[layer.name].repeat(layer.heads) for layer in layers}
 
 
 def first_gradients(task: PruningTask) -> Scores:
-    """Returns -z of every unit by the gradients of the whole metric set at masks of 1, (units,) by layer name."""
+    """Returns -z of every unit, from the gradients of the whole metric set at masks of 1, (units,) by layer name."""
     masks = open_masks(task.layers, task.inputs)
     totals = {name: torch.zeros_like(mask).detach() for name, mask in masks.items()}
     for images, labels in labelled_batches(task):
@@ -105,12 +110,12 @@ def first_gradients(task: PruningTask) -> Scores:
 
 
 def unified(task: PruningTask, scores: Scores) -> Selection:
-    """Returns what stays when units of all layers go by rising score until the rest is within the budget."""
+    """Returns the units that stay if those of lowest score over all layers are removed until the budget is met."""
     return across_layers(task, scores, per_cost=False, unit_shape="head-dims")
 
 
 def search(task: PruningTask) -> Selection:
-    """Returns what stays, and in `model` the trained copy it is to be cut from; `steps` is T."""
+    """Returns the units that stay, with the trained backbone to cut in `model` and T in `steps`."""
     model = copy.deepcopy(task.model).eval().requires_grad_(True)
     labels = targets(task)
     masks = open_masks(task.layers, task.inputs)
@@ -138,14 +143,14 @@ def schedule(t: int, T: int, p: float) -> float:
 
 
 def share_to_go(task: PruningTask) -> float:
-    """Returns p, the share of the cost of all prunable units that exceeds the budget's tightest limit."""
+    """Returns p, the share of the units' cost that exceeds the budget's tightest limit."""
     return 1 - float(task.costs.shares.min())
 
 
 def faded(task: PruningTask, z: Mapping[str, Tensor], now: float, final: float) -> dict[str, Tensor]:
-    """Returns the masks at p_t = `now`, p = `final`: 1 − p_t/p for the units of largest z up to the cost p_t, else 1.
+    """Returns the masks at p_t = `now`, p = `final`: 1 − p_t/p for the units of largest z up to a cost of p_t, else 1.
 
-    A layer never loses all units: its unit of smallest z stays at 1, as in the public code.
+    A layer never loses all units: the mask of its unit of smallest z stays at 1, as in the public code.
     """
     limit = task.costs.tightest
     unit = [layer.heads * float(task.costs.slopes[layer.name][limit]) for layer in task.layers]
@@ -166,7 +171,7 @@ def faded(task: PruningTask, z: Mapping[str, Tensor], now: float, final: float) 
 
 
 def _batches(task: PruningTask) -> Iterator[Tensor]:
-    """Yields the positions of batches of the metric set, which is shuffled anew each time through, without end."""
+    """Yields positions of batches of the metric set without end; each epoch has a new order."""
     while True:
         yield from torch.randperm(len(task.inputs), generator=task.generator).split(task.batch)
 
