@@ -1,6 +1,6 @@
-"""tapfl: task-adaptive pruning of Vision Transformers, and federated learning of what remains.
+"""tapfl: task-adaptive pruning of Vision Transformers, and federated learning of the pruned models.
 
-The method without Flower, a name at a time: ``import tapfl`` costs nothing until a name is used.
+These names are the method without Flower. Each is imported when it is first used, so ``import tapfl`` is fast.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Arguments of a library's constructors: read from one text, and checked against what the constructor says it takes."""
+"""Arguments of a library's constructors: parsed from text, and checked against the constructor's annotations."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from tapfl.options import Scalar
 
 Argument = Scalar | tuple[int | float, ...]
 
-# what a value may be, under the name that a user knows
+# names of types in messages
 KINDS: dict[type, str] = {bool: "True or False", int: "whole numbers", float: "numbers", str: "a name"}
 
 
 def parse_args(text: str) -> dict[str, Argument]:
-    """Returns constructor arguments of ``"img_size=8,class_token=False,depths=2/2"``; ``2/2`` is the tuple (2, 2).
+    """Returns the constructor arguments in ``"img_size=8,class_token=False,depths=2/2"``; ``2/2`` is the tuple (2, 2).
 
     Raises:
         ValueError: if a part is not key=value, or a key is given twice.
@@ -43,13 +43,13 @@ def _argument(value: str) -> Argument:
 def _literal(text: str) -> Scalar:
     try:
         parsed = json.loads({"True": "true", "False": "false"}.get(text, text))
-    except (ValueError, RecursionError):  # of thousands of digits or brackets too
+    except (ValueError, RecursionError):  # also raised for thousands of digits or brackets
         return text
     return parsed if isinstance(parsed, bool | int | float) else text
 
 
 def written(args: Mapping[str, Argument]) -> str:
-    """Returns arguments as the option has them, the inverse of `parse_args`."""
+    """Returns arguments as text; the inverse of `parse_args`."""
     return ",".join(f"{key}={_tuple(value) if isinstance(value, tuple) else value}" for key, value in args.items())
 
 
@@ -58,17 +58,18 @@ def _tuple(numbers: tuple[int | float, ...]) -> str:
 
 
 def parameters(callables: Iterable[Callable[..., Any]], without: Iterable[str] = ()) -> dict[str, Any]:
-    """Returns the annotations by name of the first callable, and of those that it passes the rest to, in turn.
+    """Returns the parameters of a callable, name -> annotation.
 
     Args:
-        without: parameters that are not the user's.
+        callables: the callable, then the one that its ``**kwargs`` are passed to, and so on.
+        without: parameters that a user cannot set.
     """
     taken: dict[str, Any] = {}
     for call in callables:
-        of_call = _signature(call).parameters.values()
-        named = [each for each in of_call if each.kind in (each.POSITIONAL_OR_KEYWORD, each.KEYWORD_ONLY)]
-        taken |= {each.name: each.annotation for each in named if each.name not in taken}
-        if not any(each.kind is each.VAR_KEYWORD for each in of_call):
+        own = _signature(call).parameters.values()
+        named = [param for param in own if param.kind in (param.POSITIONAL_OR_KEYWORD, param.KEYWORD_ONLY)]
+        taken |= {param.name: param.annotation for param in named if param.name not in taken}
+        if not any(param.kind is param.VAR_KEYWORD for param in own):
             break
     return {key: kind for key, kind in taken.items() if key not in ("self", *without)}
 
@@ -76,18 +77,19 @@ def parameters(callables: Iterable[Callable[..., Any]], without: Iterable[str] =
 def _signature(call: Callable[..., Any]) -> inspect.Signature:
     try:
         return inspect.signature(call, eval_str=True)
-    except Exception:  # an annotation names what is not there at run time
+    except Exception:  # an annotation names something that does not exist at run time
         return inspect.signature(call)
 
 
 def require_taken(args: Mapping[str, Any], taken: Mapping[str, Any], name: str) -> None:
-    """Refuses arguments that the constructor called `name` does not take.
+    """Checks that a constructor takes the given arguments.
 
     Args:
-        taken: its `parameters`.
+        taken: the `parameters` of the constructor.
+        name: name of the constructor, for messages.
 
     Raises:
-        ValueError: beginning with the refused argument as it is written.
+        ValueError: if it does not take one of them. The message begins with this argument.
     """
     for key, value in args.items():
         shown = repr(written({key: value}))[:200]
@@ -99,19 +101,19 @@ def require_taken(args: Mapping[str, Any], taken: Mapping[str, Any], name: str) 
 
 
 def _kinds(annotation: Any) -> list[Any]:
-    """Returns the types and literal values in an annotation; none if it says nothing."""
+    """Returns the types and literal values in an annotation; empty if there is no usable annotation."""
     if annotation is inspect.Parameter.empty or isinstance(annotation, str):
         return []
     if get_origin(annotation) is Literal:
         return list(get_args(annotation))
-    if inspect.isclass(annotation) and issubclass(annotation, Number) and annotation is not bool:  # numpy's as well
+    if inspect.isclass(annotation) and issubclass(annotation, Number) and annotation is not bool:  # or a numpy type
         return [int if issubclass(annotation, Integral) else float]
     parts = [part for part in get_args(annotation) if part is not Ellipsis]
     return [kind for part in parts for kind in _kinds(part)] if parts else [annotation]
 
 
 def _fits(value: Any, kinds: list[Any]) -> bool:
-    if isinstance(value, tuple):  # annotations of timm leave out that one number may be given for each side or stage
+    if isinstance(value, tuple):  # timm also takes one number per side or stage, without saying so in annotations
         return all(_fits(number, kinds) for number in value)
     return any(
         type(value) is kind or (kind is float and type(value) is int) if isinstance(kind, type) else value == kind
@@ -120,13 +122,13 @@ def _fits(value: Any, kinds: list[Any]) -> bool:
 
 
 def _shown(kind: Any) -> str:
-    """Returns what a user may write for it, if anything does what it says: '' and skip leave a part of a model out."""
+    """Returns a type or literal as text for a message; empty for '' and skip, which leave a part of a model out."""
     if isinstance(kind, type):
         return KINDS.get(kind, "")
     return kind if isinstance(kind, str) and kind != "skip" else ""
 
 
 def is_list(annotation: Any) -> bool:
-    """Whether it is a sequence of any length."""
+    """Returns whether an annotation is a sequence of any length."""
     inside: tuple[Any, ...] = get_args(annotation)
     return Ellipsis in inside or (inspect.isclass(get_origin(annotation)) and len(inside) == 1)

@@ -1,10 +1,10 @@
-"""Where a process computes, how precisely, and what of "the same bits" follows from it.
+"""The device that a process computes on (CPU or GPU), its precision, and the transfers to and from it.
 
-Only this file knows what an accelerator is called. The mathematics takes the device from its arguments; a `Compute` is
-carried by what stands between host and device: `put` brings models, images and adapters there, and `home` brings back
-what is sent, stored, hashed or ranked.
+Only this file names a type of accelerator. All other code takes the device from its tensors, or has a `Compute`: `put`
+moves models, images and adapters to the device, and `home` moves tensors back that are sent, stored, hashed or ranked.
 
-The same seed gives the same bits on devices of one `kind`, with one precision. On a GPU that takes `deterministic`.
+The same seed gives the same bits on devices of the same `kind` with the same precision; on a GPU, only with
+`deterministic`.
 """
 
 from __future__ import annotations
@@ -32,19 +32,20 @@ from tapfl.errors import ConfigError, RunError
 R = TypeVar("R")
 T = TypeVar("T", bound=Tensor | nn.Module | Mapping[str, Tensor] | None)
 
-KEPT, M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = 2**29, -1, -3  # the latter from malloc.h
+KEPT = 2**29  # bytes of freed memory that the process keeps
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # from malloc.h
 
 
 @dataclass(frozen=True)
 class AtOnce:
-    """How much of a long computation goes together, by kind of device: results differ by rounding between kinds.
+    """Sizes of the chunks of long computations. They depend on the kind of device and affect only rounding.
 
-    The defaults keep what is worked on in a CPU's cache. A GPU works on more, so that it is not waiting for launches.
+    The defaults keep a chunk in a CPU's cache. A GPU has larger chunks, so that it does not wait for launches.
 
     Attributes:
-        channels: of a layer, scored together (`tapfl.pruning.scores.terms`).
-        strip: rows of a kernel matrix that are computed together, likewise.
-        stream: floats of the residual stream that pass a block together in KL probes (16 images of DeiT-T at 224 px).
+        channels: number of channels of a layer that are scored at once (`tapfl.pruning.scores.terms`).
+        strip: number of rows of a kernel matrix that are computed at once there.
+        stream: number of floats of the residual stream per pass in KL probes (16 images of DeiT-T at 224 px).
     """
 
     channels: int = 128
@@ -61,11 +62,11 @@ class Compute:
     """A device and a precision.
 
     Attributes:
-        device: of all tensors that are computed with.
-        precision: `exact` computes everything as on the CPU; with `fast`, passes of which a ranking is all that is used
-            and the products with frozen weights are in bfloat16 (docs/compute.md has the errors).
-        deterministic: only operations that give the same bits each time.
-        graphs: whether steps of local training are recorded, see `recorder`.
+        device: the device of all tensors in use.
+        precision: `exact` is float32 everywhere. `fast` uses bfloat16 for products with frozen weights, and for passes
+            whose result is only used to rank (docs/compute.md has the errors).
+        deterministic: whether only deterministic operations are used.
+        graphs: whether steps of local training are recorded as CUDA graphs, see `recorder`.
     """
 
     device: torch.device = CPU
@@ -75,10 +76,10 @@ class Compute:
 
     @classmethod
     def of(cls, options: ComputeOptions) -> Compute:
-        """Returns what the options name, on this machine.
+        """Returns the device and precision that the options name, on this machine.
 
         Raises:
-            ConfigError: if this machine does not have it.
+            ConfigError: if this machine does not have them.
         """
         name = options.device
         if name == "auto":
@@ -97,34 +98,34 @@ class Compute:
         return cls(device, options.precision, options.deterministic, options.graphs)
 
     def prepare(self, share: float = 1.0) -> None:
-        """Sets what torch knows once a process: one thread, and on a GPU full float32 and the choice of kernels.
+        """Sets torch's global options in this process: one thread, and on a GPU full float32 and the choice of kernels.
 
-        A worker uses one thread: more would compete for the cores and change the last bit.
+        A worker uses one thread. More threads would compete for the cores and change the last bits of results.
 
         Args:
-            share: of the GPU's memory that tensors of this process may take.
+            share: fraction of the GPU's memory that tensors of this process may take.
         """
         torch.set_num_threads(1)
         _keep_freed_memory()
-        if self.device.type == "cpu":  # where all operations that are used here are deterministic
+        if self.device.type == "cpu":  # all operations used here are deterministic on a CPU
             return
-        # products in float32; torch's default for convolutions is TF32. Its exporters read these flags, and fail where
-        # `torch.backends.fp32_precision`, of torch 2.9 and later, was set in their place.
+        # products in float32; torch's default for convolutions is TF32. These flags, because torch's exporters read
+        # them and fail if `torch.backends.fp32_precision` of torch 2.9 and later was set instead
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-        torch.backends.cudnn.benchmark = False  # it would choose kernels by their time
+        torch.backends.cudnn.benchmark = False  # otherwise kernels are chosen by measured time
         if self.deterministic:
-            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read at the first product on the GPU
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it at the first product
         torch.use_deterministic_algorithms(self.deterministic)
         setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)  # noqa: B010  (a property of the module)
         if share < 1:
             torch.cuda.set_per_process_memory_fraction(share, self.device)
 
     def put(self, x: T) -> T:
-        """Returns a tensor, tensors by name or a module on the device: a copy, or where it is the CPU, `x` itself."""
+        """Returns a tensor, a dict of tensors or a module on the device: a copy, or if it is the CPU, `x` itself."""
         if self.device.type == "cpu" or x is None:
             return x
         moved: Any
-        if isinstance(x, nn.Module):  # `Module.to` would move the caller's own
+        if isinstance(x, nn.Module):  # a copy, because `Module.to` works in place
             moved = copy.deepcopy(x).to(self.device)
         elif isinstance(x, Mapping):
             moved = {name: tensor.to(self.device) for name, tensor in x.items()}
@@ -133,23 +134,23 @@ class Compute:
         return moved
 
     def forward(self) -> AbstractContextManager[Any]:
-        """Returns a context for passes of which a ranking is all that is used: bfloat16 where `fast`, else nothing."""
+        """Returns a context for passes whose result is only used to rank: bfloat16 autocast with `fast`, else none."""
         return nullcontext() if self.reduced is None else torch.autocast(self.device.type, self.reduced)
 
     @property
     def reduced(self) -> torch.dtype | None:
-        """The type of numbers where `fast`, for passes and products as above; None where all are float32."""
+        """The reduced precision of `fast`; None with `exact`."""
         return torch.bfloat16 if self.precision == "fast" else None
 
     @property
     def recorder(self) -> Recorder | None:
-        """What records calls on this device; None: nothing does."""
+        """Records calls on this device; None if calls are not recorded."""
         return _graphs(self.device) if self.graphs and self.device.type == "cuda" else None
 
     def seconds(self, call: Callable[[], object]) -> float:
-        """Returns how long `call` takes: on a CPU the seconds of this thread, on a GPU those until its work is done.
+        """Returns the seconds that `call` takes: on a CPU, this thread's CPU time; on a GPU, until its work is done.
 
-        Other processes take time from a core, which is not counted; a launch takes no time of the GPU.
+        CPU time does not include time that other processes take from the core.
         """
         if self.device.type != "cuda":
             start = time.thread_time()
@@ -164,7 +165,7 @@ class Compute:
         return float(begin.elapsed_time(end)) / 1e3
 
     def release(self) -> None:
-        """Gives the memory of a GPU that nothing uses any more to its other processes."""
+        """Releases unused GPU memory, so that other processes can use it."""
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -174,7 +175,7 @@ class Compute:
 
     @property
     def kind(self) -> str:
-        """What has to be the same for the same bits, besides the versions of the packages, in words."""
+        """The kind of processor as text: results have the same bits if it and the package versions are the same."""
         if self.device.type != "cuda":
             return f"{_cpu()}, {torch.backends.cpu.get_cpu_capability()}"
         cudnn = torch.backends.cudnn.version()
@@ -182,61 +183,61 @@ class Compute:
 
     @property
     def marks(self) -> tuple[str, ...]:
-        """What the key of a cached result has besides what it is computed from; nothing for exact results of CPUs."""
+        """Additional parts of the key of a cached result; empty for exact results on a CPU."""
         plain = self.device.type == "cpu" and self.precision == "exact"
         return () if plain else (self.kind, self.precision)
 
 
 class Recorder(Protocol):
-    """Records calls of functions that work on the same tensors each time, to make them again with one launch."""
+    """Records calls of functions that work on the same tensors each time, and replays each with a single launch."""
 
     def aside(self, call: Callable[[], Tensor]) -> Tensor:
-        """Returns ``call()``, made where calls are recorded, so that what is made at a first call is there."""
+        """Returns ``call()``, run on the stream of the recordings, so that state of a first call is created there."""
         ...
 
     def record(self, call: Callable[[], Tensor]) -> Callable[[], Tensor]:
-        """Returns what does as `call` does. It returns the same tensor each time; `call` itself is not made.
+        """Returns a function that replays `call` and returns the same tensor each time. `call` itself is not executed.
 
-        Only what `call` does to tensors on the device is recorded: it must not look at their values, nor make a tensor
-        of what is on the host.
+        Only operations on tensors of the device are recorded. `call` must not read their values, nor create tensors
+        from data on the host.
         """
         ...
 
 
 class Graphs(Recorder):
-    """CUDA graphs, on a stream of their own: libraries make their workspaces for each stream anew."""
+    """Records CUDA graphs, on a stream of its own, because libraries create their workspaces per stream."""
 
     def __init__(self, device: torch.device) -> None:
         self._stream = torch.cuda.Stream(device)
 
     def aside(self, call: Callable[[], Tensor]) -> Tensor:
-        here = torch.cuda.current_stream(self._stream.device)
-        self._stream.wait_stream(here)
+        current = torch.cuda.current_stream(self._stream.device)
+        self._stream.wait_stream(current)
         with torch.cuda.stream(self._stream):
-            found = call()
-        here.wait_stream(self._stream)  # before anything that `call` read or made is freed
-        return found
+            result = call()
+        current.wait_stream(self._stream)  # before any tensor that `call` used is freed
+        return result
 
     def record(self, call: Callable[[], Tensor]) -> Callable[[], Tensor]:
         graph = torch.cuda.CUDAGraph()
-        # `thread_local`, as the next images may be read meanwhile by another thread, which waits for the GPU
+        # `thread_local`, because another thread may read the next images meanwhile and wait for the GPU
         recording = torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local")
-        allowing = register_optimizer_step_pre_hook(_capturable)
+        hook = register_optimizer_step_pre_hook(_capturable)
         try:
             with recording:
-                found = call()
+                result = call()
         finally:
-            allowing.remove()
+            hook.remove()
 
-        def again() -> Tensor:
+        def replay() -> Tensor:
             graph.replay()
-            return found
+            return result
 
-        return again
+        return replay
 
 
 def _capturable(optimizer: torch.optim.Optimizer, *_: object) -> None:
-    """Lets a step of Adam be recorded. Its count of steps is on the GPU: it is so if fused, without this."""
+    """Allows a step of Adam to be recorded. Its step count must be on the GPU, as it always is in fused Adam."""
     for group in optimizer.param_groups:
         group["capturable"] = True
 
@@ -247,7 +248,10 @@ def _graphs(device: torch.device) -> Graphs:
 
 
 def within_memory(call: Callable[[], R], what: str) -> R:
-    """Returns what `call` returns. If a GPU's memory is full, what others left in it is freed, and it is tried again.
+    """Returns ``call()``. If the GPU is out of memory, cached memory is released and the call is tried once more.
+
+    Args:
+        what: names the work in the message.
 
     Raises:
         RunError: if the memory is full again.
@@ -260,15 +264,15 @@ def within_memory(call: Callable[[], R], what: str) -> R:
         return call()
     except torch.OutOfMemoryError as error:
         full = str(error).splitlines()[0]
-        lower = "a smaller train.batch, train.together = 1, or fewer workers a GPU (--actor-gpus)"
+        lower = "a smaller train.batch, train.together = 1, or fewer workers per GPU (--actor-gpus)"
         raise RunError(f"{what}: the memory is full ({full}); accepted: {lower}") from None
 
 
 def is_fault(error: BaseException) -> bool:
-    """Returns whether an error of a GPU leaves it unusable for the rest of this process; a full memory does not."""
+    """Returns whether an error makes the GPU unusable for the rest of this process; running out of memory does not."""
     if not isinstance(error, RuntimeError) or "out of memory" in str(error):
         return False
-    kind = getattr(torch, "AcceleratorError", ())  # torch 2.8; libraries' errors are plain RuntimeErrors
+    kind = getattr(torch, "AcceleratorError", ())  # since torch 2.8; errors of CUDA libraries are RuntimeErrors
     return isinstance(error, kind) or str(error).startswith(("CUDA error", "cuDNN error"))
 
 
@@ -280,7 +284,7 @@ HERE = Compute()  # the CPU, exact
 
 
 def home(x: T) -> T:
-    """Returns a tensor or tensors by name, detached, on the CPU."""
+    """Returns a tensor, or a dict of tensors, detached and on the CPU."""
     moved: Any = None
     if isinstance(x, Mapping):
         moved = {name: tensor.detach().cpu() for name, tensor in x.items()}
@@ -291,23 +295,24 @@ def home(x: T) -> T:
 
 @lru_cache(maxsize=1)
 def _keep_freed_memory() -> None:
-    """Lets this process use freed memory again, up to `KEPT` bytes of it.
+    """Lets this process reuse up to `KEPT` bytes of freed memory.
 
-    By default the GNU C library returns the activations of each step to the system, which clears their pages anew for
-    the next: up to a tenth of a step. Other libraries have no `mallopt`. What the environment says of it stands.
+    By default, the GNU C library returns the memory of each step's activations to the system, which must clear the
+    pages again for the next step. That takes up to a tenth of a step. Other C libraries have no `mallopt`. Settings in
+    the environment take precedence.
     """
     if {"MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"} & os.environ.keys():
         return
     with suppress(OSError, AttributeError):
         library = ctypes.CDLL(None)
-        library.mallopt(M_MMAP_THRESHOLD, 2**25)  # the most that it accepts
+        library.mallopt(M_MMAP_THRESHOLD, 2**25)  # the largest value that it accepts
         library.mallopt(M_TRIM_THRESHOLD, KEPT)
 
 
 @lru_cache(maxsize=1)
 def _cpu() -> str:
     try:
-        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+        match = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
     except OSError:
-        found = None
-    return found[1].strip() if found else platform.processor() or platform.machine()
+        match = None
+    return match[1].strip() if match else platform.processor() or platform.machine()

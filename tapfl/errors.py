@@ -2,7 +2,7 @@
 
 
 class TapflError(Exception):
-    """Base of all errors that are reported in one line, without a traceback."""
+    """Base class of all errors that are reported in one line, without a traceback."""
 
 
 class ConfigError(TapflError):
@@ -14,7 +14,7 @@ class DataError(TapflError):
 
 
 class NoImagesError(DataError):
-    """A data source is there and holds no images."""
+    """A data source exists but contains no images."""
 
 
 class ModelError(TapflError):
@@ -22,7 +22,7 @@ class ModelError(TapflError):
 
 
 class BudgetError(TapflError):
-    """A budget cannot be met; the message names the smallest possible one."""
+    """A budget cannot be met. The message names the nearest possible one."""
 
 
 class PlanError(TapflError):
@@ -30,7 +30,7 @@ class PlanError(TapflError):
 
 
 class WireError(TapflError):
-    """A message failed its check and was refused."""
+    """A message failed its checks and was refused."""
 
 
 class RunError(TapflError):
@@ -38,8 +38,8 @@ class RunError(TapflError):
 
 
 def message_of(error: BaseException) -> str:
-    """Returns type and message of a library's error as one printable line, such as ``KeyError: 'x'``."""
+    """Returns the type and message of a library's error as one printable line, such as ``KeyError: 'x'``."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    first = next((line for line in lines if "loading state_dict" not in line), "")  # torch's headline names no tensor
+    first = next((line for line in lines if "loading state_dict" not in line), "")  # that line names no tensor
     shown = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in first)
     return f"{type(error).__name__}: {shown[:200]}"

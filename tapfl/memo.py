@@ -1,4 +1,4 @@
-"""A bounded cache of results, by the content they were computed from."""
+"""A bounded cache of results, keyed by the content that they are computed from."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ T = TypeVar("T")
 
 
 class Memo:
-    """The most recently used results, up to a total size of `limit`. Dropping entries only costs time.
+    """An LRU cache of results with a total size of at most `limit`. Dropping an entry only costs time.
 
     Args:
-        size: size of a result, such as its bytes; by default each counts one. The last result is always kept.
+        size: returns the size of a result, such as its bytes; by default, 1. The last result is always kept.
     """
 
     def __init__(self, limit: int, size: Callable[[Any], int] = lambda result: 1) -> None:
@@ -27,7 +27,10 @@ class Memo:
         return iter(self._held.values())
 
     def once(self, key: Hashable, make: Callable[[], Any], keep: Callable[[Any], bool] = lambda result: True) -> Any:
-        """Returns the result of `make`, a function of `key` alone; errors and what `keep` refuses are not kept."""
+        """Returns the cached result for `key`, or else ``make()``, which must depend only on `key`.
+
+        A result is cached if `keep` accepts it; errors are not.
+        """
         if key in self._held:
             self._held.move_to_end(key)
             return self._held[key]
@@ -41,9 +44,12 @@ class Memo:
 
 
 def recent(seconds: float, keep: Callable[[Any], bool]) -> Callable[[Callable[P, T]], Callable[P, T]]:
-    """Decorates a function that reads large inputs outside this process: what `keep` accepts is current for so long.
+    """Returns a decorator that caches results for some seconds, for functions that read files or network.
 
-    A run opens a source many times in a process when it begins; of a million images that takes seconds each time.
+    At its start, a run opens a source many times in a process; with a million images this takes seconds each time.
+
+    Args:
+        keep: a result is cached if it accepts it.
     """
 
     def decorated(make: Callable[P, T]) -> Callable[P, T]:
@@ -52,7 +58,7 @@ def recent(seconds: float, keep: Callable[[Any], bool]) -> Callable[[Callable[P,
         @wraps(make)
         def once(*args: P.args, **kwargs: P.kwargs) -> T:
             key, now = (args, *sorted(kwargs.items())), time.monotonic()
-            for old in [each for each, (since, _) in held.items() if now - since >= seconds]:
+            for old in [entry for entry, (since, _) in held.items() if now - since >= seconds]:
                 del held[old]
             if key not in held:
                 result = make(*args, **kwargs)

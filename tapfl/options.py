@@ -1,4 +1,4 @@
-"""How options are typed, read and refused: the base of every options class, TOML files, and ``key=value``."""
+"""Types, parsing and validation of options: the base class of all option tables, TOML files, and ``key=value``."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from pydantic import (
 from tapfl.errors import ConfigError
 
 Scalar = bool | int | float | str
-RATE = 1e30  # the largest learning rate: Adam's steps with larger ones are no float32
+RATE = 1e30  # the largest learning rate; with larger ones, Adam's steps exceed float32
 PLUGIN = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")  # module:name, see `tapfl.plugin`
 
 
@@ -34,7 +34,7 @@ def _kebab(name: str) -> str:
 
 
 def _split(value: object) -> object:
-    """Flower's run-config has no lists, so ``"0.3,0.5"`` stands for one."""
+    """Returns the list in a text such as ``"0.3,0.5"``, because Flower's run-config has no lists."""
     if isinstance(value, str):
         return [part.strip() for part in value.split(",") if part.strip()]
     return [value] if isinstance(value, int | float) else value
@@ -58,7 +58,7 @@ def _not_all_zero(weights: tuple[float, ...]) -> tuple[float, ...]:
 
 
 def one_of(names: tuple[str, ...]) -> AfterValidator:
-    """Accepts these names, and ``module:name`` of a plugin."""
+    """Returns a validator that accepts these names, and ``module:name`` of a plugin."""
 
     def check(value: str) -> str:
         if value not in names and not PLUGIN.fullmatch(value):
@@ -70,7 +70,7 @@ def one_of(names: tuple[str, ...]) -> AfterValidator:
 
 Share = Annotated[float, Field(gt=0, le=1)]
 Count = Annotated[int, Field(ge=1, le=10**9)]
-Number = Annotated[int, Field(ge=0, le=10**9)]  # 0 often stands for all, none or automatic
+Number = Annotated[int, Field(ge=0, le=10**9)]  # 0 usually stands for all, none or automatic
 Weight = Annotated[float, Field(ge=0)]
 AnyShares = Annotated[tuple[Share, ...], BeforeValidator(_split), PlainSerializer(_join)]
 Shares = Annotated[AnyShares, Field(min_length=1)]
@@ -87,7 +87,7 @@ TermWeights = Annotated[
 
 
 class Section(BaseModel):
-    """A table of options: frozen, with kebab-case names; unknown options, infinities and broken text are refused."""
+    """A table of options: frozen, with kebab-case names. It refuses unknown options, infinities and invalid Unicode."""
 
     model_config = ConfigDict(
         alias_generator=_kebab, populate_by_name=True, extra="forbid", frozen=True, allow_inf_nan=False
@@ -100,7 +100,7 @@ class Section(BaseModel):
         if isinstance(value, bool) and kind is not bool:
             raise ValueError("is not a boolean option; true and false are not accepted")
         if isinstance(value, str) and any("\ud800" <= letter <= "\udfff" for letter in value):
-            # a name that a shell passed in another encoding has no UTF-8, in which options are kept and sent
+            # a shell passed the text in another encoding; options are stored and sent as UTF-8
             raise ValueError("is not UTF-8; accepted: another name, or, in the locale C, PYTHONUTF8=1")
         # a folder may be called 2024, which ``--set`` and TOML read as a number
         return str(value) if kind is str and type(value) is int else value
@@ -110,12 +110,12 @@ S = TypeVar("S", bound=Section)
 
 
 def nested(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns dotted options such as ``{"pruning.tau": 5.82}`` as one table a section."""
+    """Returns dotted options such as ``{"pruning.tau": 5.82}`` as one table per section."""
     tables: dict[str, Any] = {}
     for key, value in flat.items():
         table, _, option = key.partition(".")
         section = tables.setdefault(table, {}) if option else tables
-        if isinstance(section, dict):  # otherwise a value stands in place of the section, which validation refuses
+        if isinstance(section, dict):  # otherwise a value takes the place of the section, and validation refuses it
             section[option or table] = value
     return tables
 
@@ -136,11 +136,11 @@ def validated(model: type[S], tables: Mapping[str, Any]) -> S:
     try:
         return model.model_validate(tables)
     except ValidationError as error:
-        raise ConfigError("\n".join(_explained([dict(each) for each in error.errors()], model))) from None
+        raise ConfigError("\n".join(_explained([dict(fault) for fault in error.errors()], model))) from None
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Returns the options that differ, in words, sorted: ``seed: 0 then, 1 now``."""
+    """Returns a line for each option that differs, sorted: ``seed: 0 then, 1 now``."""
     then, new = ({key: repr(value) for key, value in values.items()} for values in (before, now))
     return [
         f"{key}: {then.get(key, '(not there then)')} then, {new.get(key, '(not there now)')} now"
@@ -165,7 +165,7 @@ def read_toml_tables(path: Path, option: str = "--config") -> dict[str, Any]:
 
 
 def parse_assignment(text: str) -> tuple[str, Scalar]:
-    """Returns key and value of ``key=value``; a number or a boolean is read as JSON, all else as text.
+    """Returns (key, value) of ``key=value``. Numbers and booleans are parsed as JSON; all other values are text.
 
     Raises:
         ConfigError: if there is no ``=``.
@@ -181,22 +181,22 @@ def parse_assignment(text: str) -> tuple[str, Scalar]:
 
 
 def _explained(errors: list[dict[str, Any]], root: type[BaseModel]) -> list[str]:
-    """Returns a line for each option that pydantic refuses: as the user writes it, the value, what is accepted.
+    """Returns a line for each option that pydantic refuses: its name, its value, and what is accepted.
 
-    Of a list the first wrong item is named. Of an option of several types it is said what each accepts.
+    For a list, the line is about the first wrong item. For an option of several types, it says what each accepts.
     """
-    found: dict[str, tuple[object, str]] = {}
+    lines: dict[str, tuple[object, str]] = {}
     for error in errors:
         path, value = _path(error["loc"], root), error["input"]
         option, message = ".".join(map(_kebab, path)) or "configuration", _message(error, path, root)
-        before, said = found.get(option, (value, ""))
-        if before is value:
-            found[option] = value, f"{said}, or {message}" if said else message
+        first_value, earlier = lines.get(option, (value, ""))
+        if first_value is value:
+            lines[option] = value, f"{earlier}, or {message}" if earlier else message
     return [
         f"{option if option.isprintable() else repr(option)}: {message}"
         if isinstance(value, dict | Section) or "is not an option" in message
         else f"{option} = {value!r:.200}: {message}"
-        for option, (value, message) in found.items()
+        for option, (value, message) in lines.items()
     ]
 
 
@@ -211,7 +211,7 @@ def _message(error: dict[str, Any], path: list[str], root: type[BaseModel]) -> s
 
 
 def _path(loc: tuple[int | str, ...], root: type[BaseModel]) -> list[str]:
-    """Returns the names of the tables and the option, without pydantic's places in lists and alternative types."""
+    """Returns the names of the tables and the option, without pydantic's list positions and alternative types."""
     path: list[str] = []
     for part in loc:
         if isinstance(part, str):
@@ -222,10 +222,10 @@ def _path(loc: tuple[int | str, ...], root: type[BaseModel]) -> list[str]:
 
 
 def _type_of(path: list[str], root: type[BaseModel]) -> Any:
-    """Returns the type of a table or option, of a list of tables that of each; None if there is no such name."""
-    found: Any = root
+    """Returns the type of a table or option, for a list that of its items; None if there is no such name."""
+    kind: Any = root
     for part in path:
-        fields = {field.alias: field.annotation for field in getattr(found, "model_fields", {}).values()}
-        found = fields.get(_kebab(part))
-        found = get_args(found)[0] if get_origin(found) is tuple else found
-    return found
+        fields = {field.alias: field.annotation for field in getattr(kind, "model_fields", {}).values()}
+        kind = fields.get(_kebab(part))
+        kind = get_args(kind)[0] if get_origin(kind) is tuple else kind
+    return kind

@@ -1,7 +1,7 @@
-"""Plugins: an option can name a user's own function or class as ``module:name`` where it takes a built-in name.
+"""Plugins: an option that takes a built-in name can instead name a user's own function or class as ``module:name``.
 
-The module is imported where it is used, so it must be importable there: on ``PYTHONPATH``, or installed. Devices use
-`personalize.method` and `adapters.rule` too, so those must be importable on every machine of the federation.
+The module must be importable where it is used: on ``PYTHONPATH``, or installed. Devices use `personalize.method` and
+`adapters.rule` too, so plugins of these options must be importable on every machine of the federation.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ def file_of_plugin(option: str, value: str) -> Path:
     """Returns the file of the module in ``module:name``. Raises ConfigError, naming the option, if there is none."""
     module = value.partition(":")[0]
     try:
-        found = find_spec(module)
-    except Exception as error:  # a package is imported, which can raise anything
+        spec = find_spec(module)
+    except Exception as error:  # it imports the parent package, which can raise anything
         raise _cannot_be_imported(option, value, error) from None
-    if found is None or not found.has_location or found.origin is None:
+    if spec is None or not spec.has_location or spec.origin is None:
         raise _cannot_be_imported(option, value, ModuleNotFoundError(f"No module named {module!r}"))
-    return Path(found.origin)
+    return Path(spec.origin)
 
 
 def load_plugin(option: str, value: str) -> Any:
@@ -37,7 +37,7 @@ def load_plugin(option: str, value: str) -> Any:
     module, _, name = value.partition(":")
     try:
         return getattr(import_module(module), name)
-    except Exception as error:  # a user's module can raise anything when it is imported
+    except Exception as error:  # a user's module can raise anything on import
         raise _cannot_be_imported(option, value, error) from None
 
 

@@ -12,11 +12,11 @@ from importlib.util import find_spec
 
 from tapfl.errors import ConfigError
 
-LEAST_NOISE = 1e-3  # of z/√rounds: below it ε is above 500,000, and e^ε soon overflows
+LEAST_NOISE = 1e-3  # smallest z/√rounds; below it, ε is above 500,000 and e^ε soon overflows
 
 
 def require_accountant() -> None:
-    """Raises ConfigError unless the accountant that computes ε is installed."""
+    """Raises ConfigError if the package that computes ε is not installed."""
     if find_spec("dp_accounting") is None:
         raise ConfigError("privacy.dp-noise: needs dp-accounting; pip install 'tapfl[dp]'; or leave it at 0")
 
@@ -25,17 +25,17 @@ def require_accountant() -> None:
 def epsilon(noise_multiplier: float, rounds: int, delta: float) -> float:
     """Returns ε of (ε, δ)-differential privacy for a device whose updates were used in `rounds` rounds.
 
-    By the accountant of privacy loss distributions: never below the true value, and above it by at most 0.1 %, or 1e-5.
-    Adaptive rounds compose as Gaussian mechanisms do, k of noise z to one of z/√k (Dong, Roth and Su 2019, arXiv
-    1905.02383, Corollary 3.3). No amplification by sampling.
+    It is computed by a privacy loss distribution accountant, and is never below the true value, and above it by at most
+    0.1 % or 1e-5. Adaptive rounds compose like Gaussian mechanisms: k rounds with noise z are equivalent to one with
+    noise z/√k (Dong, Roth and Su 2019, arXiv 1905.02383, Corollary 3.3). Amplification by sampling is not used.
 
     Args:
-        noise_multiplier: z, standard deviation of the noise on the sum over the clip.
-        rounds: k, the rounds in which the device took part; later rounds may depend on earlier ones.
+        noise_multiplier: z, the standard deviation of the noise on the sum, divided by the clipping norm.
+        rounds: k, the number of rounds that the device took part in; later rounds may depend on earlier ones.
         delta: δ in (0, 1).
 
     Returns:
-        0 for a device that never took part; ∞, no guarantee, without noise or with almost none.
+        ε; 0 for a device that never took part, and ∞ (no guarantee) with little or no noise.
 
     Raises:
         ConfigError: without the extra `dp`.
@@ -49,6 +49,6 @@ def epsilon(noise_multiplier: float, rounds: int, delta: float) -> float:
     from dp_accounting import GaussianDpEvent
     from dp_accounting.pld import PLDAccountant
 
-    # losses have mean 1/2z²: this grid has at most a million points; one of fixed width would run out of memory
+    # the privacy loss has mean 1/2z²; with this step the grid has at most a million points, with a fixed one too many
     accountant = PLDAccountant(value_discretization_interval=max(1e-4, 1e-5 / z**2))
     return float(accountant.compose(GaussianDpEvent(z)).get_epsilon(delta))

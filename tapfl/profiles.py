@@ -1,11 +1,12 @@
-"""Device profiles: budget and rank, speed of computing and sending, and availability.
+"""Device profiles: budget and rank, speed of computation and transfer, and availability.
 
-A set of profiles is TOML; `count` devices have the first profile, the next ones the second, and so on, cyclically:
+A set of profiles is a TOML file. The first `count` devices have the first profile, the next ones the second, and so on,
+cyclically:
 
 ```toml
 [[device]]
 name = "phone"
-count = 3                        # 1 if not given
+count = 3                        # default: 1
 budget = "macs<=0.5,params<=4e6" # or a share of the MACs
 rank = 4
 compute = 5e9                    # MAC/s
@@ -37,10 +38,10 @@ class DeviceProfile(Section):
 
     Attributes:
         name: shown in tables.
-        budget: as `Budget.parse` takes it: a share of the dense MACs, or limits on MACs, block MACs, parameters.
+        budget: text for `Budget.parse`: a share of the dense MACs, or limits on MACs, block MACs and parameters.
         rank: LoRA rank.
-        compute: MAC/s in training, of the simulated time.
-        upload, download: bytes/s, of the simulated time.
+        compute: MAC/s in training, for the simulated time.
+        upload, download: bytes/s, for the simulated time.
         availability: probability in (0, 1] that the device is available when a round begins.
     """
 
@@ -68,7 +69,7 @@ class DeviceProfile(Section):
 
 @lru_cache(maxsize=16)
 def profiles_of(options: DeviceOptions) -> tuple[DeviceProfile, ...]:
-    """Returns the profiles that are assigned cyclically: device i has the i-th, modulo their number.
+    """Returns the profiles, which are assigned cyclically: device i has profile i modulo their number.
 
     Raises:
         ConfigError: if the set is neither built in nor a readable file, or a profile in it is not valid.

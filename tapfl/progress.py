@@ -1,6 +1,6 @@
-"""Progress of long work: loops report it, and the caller decides where it is shown, if anywhere.
+"""Progress of long work: loops report it, and the caller decides whether and where it is shown.
 
-A notebook shows nothing; commands show bars or lines (`strategies.progress`). No result depends on it.
+Commands show bars or lines (`strategies.progress`); a notebook shows nothing. No result depends on it.
 """
 
 from __future__ import annotations
@@ -15,23 +15,27 @@ T = TypeVar("T")
 
 class Advance(Protocol):
     def __call__(self, done: float, total: float, note: str = "", left: float | None = None, /) -> None:
-        """Reports that `done` of `total` steps (0: unknown) are done, with an optional note; steps can be partly done.
+        """Reports that `done` of `total` steps are done, which may include a fraction of a step.
 
-        The first call marks the start of the work; the time left is estimated from the steps after it, or is `left`
-        seconds if the caller knows better.
+        The first call marks the start of the work.
+
+        Args:
+            total: 0 if unknown.
+            note: text to show with it.
+            left: remaining seconds, if the caller knows; otherwise they are estimated from the steps so far.
         """
         ...
 
 
 Screen = Callable[[str], AbstractContextManager[Advance]]
-"""name of a stage -> context that shows it while it lasts; stages can be nested"""
+"""Name of a stage -> a context that shows the stage while it is active. Stages can be nested."""
 
 _SCREEN: ContextVar[Screen | None] = ContextVar("screen", default=None)
 
 
 @contextmanager
 def stage(name: str) -> Iterator[Advance]:
-    """Shows the block as a stage of the work; yields a function that reports the steps done."""
+    """Shows the block as a stage of the work. Yields a function that reports progress."""
     screen = _SCREEN.get()
     if screen is None:
         yield _unseen
@@ -41,7 +45,7 @@ def stage(name: str) -> Iterator[Advance]:
 
 
 def track(items: Iterable[T], name: str, total: int = 0) -> Iterator[T]:
-    """Yields the items of a loop, which is shown as a stage.
+    """Yields the items of a loop, and shows the loop as a stage.
 
     Args:
         total: number of items, if `items` has no length.
@@ -56,7 +60,7 @@ def track(items: Iterable[T], name: str, total: int = 0) -> Iterator[T]:
 
 @contextmanager
 def shown_on(screen: Screen | None) -> Iterator[None]:
-    """Shows the stages of this thread on `screen` within the block; None: nowhere."""
+    """Shows the stages of this thread on `screen` within the context; with None, they are not shown."""
     token = _SCREEN.set(screen)
     try:
         yield

@@ -1,4 +1,4 @@
-"""A run's folder: what lies where in it, and the lock of the process that works in it."""
+"""A run's folder: its files, and the lock of the process that works in it."""
 
 from __future__ import annotations
 
@@ -18,9 +18,12 @@ from tapfl.store import write_json
 
 @contextmanager
 def only_one(out: Path, what: str) -> Iterator[None]:
-    """Locks a folder against other processes while the block lasts, creating it if necessary.
+    """Locks a folder against other processes within the context, creating it if necessary.
 
-    A folder that is new, and that the block leaves empty, is removed again.
+    A new folder that is still empty at the end is removed.
+
+    Args:
+        what: what another process would be, for the message.
 
     Raises:
         ConfigError: if another process has locked it.
@@ -31,13 +34,13 @@ def only_one(out: Path, what: str) -> Iterator[None]:
         try:
             yield
         finally:
-            if new and [each.name for each in out.glob("*")] == [Path(lock.name).name]:
+            if new and [file.name for file in out.glob("*")] == [Path(lock.name).name]:
                 Path(lock.name).unlink()
                 out.rmdir()
 
 
 def _held(folder: Path, other: str) -> IO[str]:
-    """Returns an open file that locks a folder until it is closed, or this process has ended.
+    """Returns an open file that locks a folder until the file is closed or this process ends.
 
     Raises:
         ConfigError: if another process has locked it; the message begins with `other`.
@@ -52,7 +55,7 @@ def _held(folder: Path, other: str) -> IO[str]:
 
 
 def run_path(out: str, run_id: int) -> Path:
-    """Returns a run's folder: `out`, or one that server and devices both derive from Flower's run id."""
+    """Returns a run's folder: `out`, or a default that both server and devices derive from Flower's run id."""
     return Path(out) if out else Path.home() / "tapfl-runs" / str(run_id)
 
 
@@ -71,26 +74,26 @@ class Versions:
         return sorted(int(match[1]) for match in matches if match)
 
     def keep(self, rounds: Collection[int]) -> None:
-        """Removes all versions but these."""
+        """Removes all versions except those of the given rounds."""
         for round in self.rounds():
             if round not in rounds:
                 self.path(round).unlink(missing_ok=True)
 
 
 class RunFolder:
-    """A run's folder; a context manager that holds its lock while a run works in it.
+    """A run's folder. It is a context manager that holds the lock while a run works in it.
 
     ```
     config.json inputs.json       the resolved options; fingerprints of the images and files that they name
     versions.json                 the versions of the packages, and the kind of processor
     summaries/NN.safetensors      the mixture that each device sent
     plans/NN.json NN.safetensors  each device's plan, and its weights if the plan alone does not determine them
-    metric-sets/NN.json           public images of each class in the metric set of each plan, and in the pool
+    metric-sets/NN.json           number of public images of each class in the metric set of each plan, and in the pool
     start.safetensors             the adapters of the warm start, if there is one
     server/round-NNNN.safetensors the server's state after each of the last two rounds: `strategies.state`
     devices/NN/                   a device's own storage; in a deployment it is on the device
-    metrics.jsonl                 one line a device a round, one a round, one a loss
-    timing.json                   wall seconds by phase and by round
+    metrics.jsonl                 one line per device and round, one per round, and one per failure
+    timing.json                   wall-clock seconds by phase and by round
     tensorboard/ mlflow.json      event files, and the id of the MLflow run, if these loggers are on
     summary.json                  the results of the whole run, written last
     ```
@@ -98,7 +101,7 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._lock: IO[str] | None = None  # held until the block or this process ends
+        self._lock: IO[str] | None = None  # held until the context or this process ends
         self._new = False
 
     @classmethod
@@ -110,27 +113,27 @@ class RunFolder:
             raise ConfigError(f"out = {str(path)!r}: exists already; give a folder that does not") from None
         except OSError as error:
             raise ConfigError(f"out = {str(path)!r}: cannot be made ({error.strerror})") from None
-        made = cls(path)
-        made._lock, made._new = _held(path, f"out = {str(path)!r}: another run"), True
-        return made
+        folder = cls(path)
+        folder._lock, folder._new = _held(path, f"out = {str(path)!r}: another run"), True
+        return folder
 
     @classmethod
     def reopen(cls, path: Path) -> RunFolder:
-        """Returns the folder of a run to resume. Raises ConfigError if it holds no run, or a run is at work in it."""
-        found = cls(path)
-        found.config()
-        found._lock = _held(path, f"out = {str(path)!r}: another run")
-        return found
+        """Returns the folder of a run to resume. Raises ConfigError if it contains no run, or a run works in it."""
+        folder = cls(path)
+        folder.config()
+        folder._lock = _held(path, f"out = {str(path)!r}: another run")
+        return folder
 
     def config(self) -> dict[str, Any]:
-        """Returns the options of the run. Raises ConfigError if the folder holds no run."""
+        """Returns the options of the run. Raises ConfigError if the folder contains no run."""
         try:
-            found = json.loads((self.path / "config.json").read_text(encoding="utf-8"))
+            options = json.loads((self.path / "config.json").read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError) as error:
             raise ConfigError(f"resume: {self.path} is not a run's folder (config.json: {error})") from None
-        if not isinstance(found, dict):
+        if not isinstance(options, dict):
             raise ConfigError(f"resume: {self.path} is not a run's folder (config.json holds no options)")
-        return found
+        return options
 
     def __enter__(self) -> RunFolder:
         return self
@@ -142,7 +145,7 @@ class RunFolder:
             shutil.rmtree(self.path, ignore_errors=True)
 
     def write_versions(self, besides: Mapping[str, str]) -> None:
-        """Records the installed version of every package that can change a result, and what else can, `besides`."""
+        """Records the version of every package that can affect results, and other factors in `besides`."""
         packages = ("tapfl", "torch", "timm", "peft", "flwr", "flwr-datasets", "ray", "numpy", "scikit-learn")
         write_json(self.path / "versions.json", {name: metadata.version(name) for name in packages} | dict(besides))
 

@@ -1,7 +1,7 @@
 """Random generators derived from their purpose, so that no result depends on the order of events.
 
-A stream is named by the run's seed and a path such as ``("train", round, device)``: two devices, or one device in two
-rounds, never share numbers, and any of them can be drawn again alone.
+A stream of random numbers is named by the run's seed and a path such as ``("train", round, device)``. Two devices, or
+one device in two rounds, never share a stream, and every stream can be drawn again on its own.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ import numpy as np
 if TYPE_CHECKING:
     import torch
 
-WORD = 32  # bits; numpy's SeedSequence takes a number as words, without a mark between two numbers
+WORD = 32  # bits; numpy's SeedSequence splits numbers into words, without a separator between numbers
 
 
 def _entropy(seed: int, path: tuple[str | int, ...]) -> list[int]:
-    """Returns the numbers of a stream's name; a text counts as its CRC-32.
+    """Returns the name of a stream as a list of numbers; a text is replaced by its CRC-32.
 
-    SeedSequence fills up to four words with zeros, and does not see where a number of several words ends. Where the
-    numbers alone could therefore be another name's, the words of each and their count follow. Such lists alone end in
-    zeros, and they have more than four words, so they are no other name's either.
+    SeedSequence pads with zeros to four words, and does not mark where a number of several words ends. If a list could
+    therefore be confused with that of another name, the number of words of each number and their count are appended.
+    Only such lists end in zeros, and they have more than four words, so no two names have the same words.
     """
     numbers = [seed, *(zlib.crc32(part.encode()) if isinstance(part, str) else part for part in path)]
     lengths = [max(1, -(-number.bit_length() // WORD)) for number in numbers]
@@ -44,7 +44,7 @@ def numpy_generator(seed: int, *path: str | int) -> np.random.Generator:
 
 def torch_generator(seed: int, *path: str | int) -> torch.Generator:
     """Returns the torch (CPU) generator of the stream `path` of `seed`."""
-    import torch  # here, so that callers of numpy_generator alone need no torch
+    import torch  # here, so that callers of numpy_generator do not import torch
 
     state = np.random.SeedSequence(_entropy(seed, path)).generate_state(1, np.uint64)[0]
     return torch.Generator().manual_seed(int(state >> np.uint64(1)))

@@ -1,8 +1,8 @@
-"""Files that are whole or not there: written atomically, checked by checksums, without pickle.
+"""Files that are written atomically and verified by checksums, without pickle.
 
-A file appears under its name only when every byte of it is on disk (temporary file, fsync, rename), so a run that is
-killed at any moment leaves either the old version or the new one. torch is imported with the first tensor, so that
-invalid options are refused before.
+A file gets its name only when all of it is on disk (temporary file, fsync, rename). A run that is killed at any moment
+therefore leaves either the old version or the new one. torch is imported only when tensors are used, so that invalid
+options are refused before.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ def whole_file(path: Path) -> Iterator[Path]:
         yield temporary
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
-        temporary.chmod(0o644)  # mkstemp makes it private; others may read a run's folder
+        temporary.chmod(0o644)  # mkstemp makes it private, but other users may read a run's folder
         temporary.replace(path)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.errno:  # a full disk, for example, names no file
+        if isinstance(error, OSError) and error.errno:  # some, such as those of a full disk, do not name the file
             raise OSError(error.errno, os.strerror(error.errno), str(path)) from error
         raise
 
@@ -52,10 +52,10 @@ def whole_folder(path: Path, replace: bool = False) -> Iterator[Path]:
     """Yields an empty temporary folder that is renamed to `path` when the block ends, and removed if it fails.
 
     Args:
-        replace: replace an existing folder, which is first moved aside; if killed at that moment, `path` is missing.
+        replace: replace an existing folder. It is first moved aside; if the process is killed then, `path` is missing.
 
     Raises:
-        OSError: if `path` exists, is not empty, and must not be replaced.
+        OSError: if `path` exists and is not empty, without `replace`.
     """
     path = path.resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -63,13 +63,13 @@ def whole_folder(path: Path, replace: bool = False) -> Iterator[Path]:
     try:
         yield temporary
         temporary.chmod(0o755)
-        there = replace and path.exists()
-        if there:
+        exists = replace and path.exists()
+        if exists:
             path.replace(aside)
         try:
             temporary.replace(path)
         except OSError:
-            if there:
+            if exists:
                 aside.replace(path)
             raise
     finally:
@@ -130,25 +130,26 @@ def unpack_tensors(content: bytes, source: str) -> dict[str, torch.Tensor]:
 
 
 def seal(about: Mapping[str, Any], tensors: Tensors) -> str:
-    """Returns `about` as JSON with a checksum of itself and of the tensors it describes."""
+    """Returns `about` as JSON, with a checksum of it and of the tensors it describes."""
     return json.dumps({**about, "checksum": content_hash(json.dumps(about), tensors)})
 
 
 def unseal(text: str, tensors: Tensors, source: str, **of: Any) -> dict[str, Any]:
-    """Returns the sealed mapping; a text without a checksum comes from a version that wrote none.
+    """Returns the sealed mapping of `seal`. A text without a checksum, from an old version, is accepted.
 
     Args:
-        of: expected entries that name the owner, such as ``device=3``: an intact file can be in the wrong place.
+        source: names the file or message in errors.
+        of: expected entries that identify the owner, such as ``device=3``, because an intact file may be misplaced.
 
     Raises:
-        PlanError: naming `source`, if text or tensors were changed, or belong to another owner.
+        PlanError: if text or tensors were changed, or belong to another owner.
     """
     try:
         about = json.loads(text)
-        given = about.pop("checksum", None)
+        checksum = about.pop("checksum", None)
     except (ValueError, RecursionError, AttributeError, TypeError) as error:
         raise PlanError(f"{source}: is damaged ({error})") from None
-    if given is not None and given != content_hash(json.dumps(about), tensors):
+    if checksum is not None and checksum != content_hash(json.dumps(about), tensors):
         raise PlanError(f"{source}: was changed or damaged since it was written (its checksum differs)")
     for key, value in of.items():
         if about.get(key, value) != value:
@@ -162,13 +163,13 @@ def write_sealed(path: Path, tensors: Tensors, name: str, about: Mapping[str, An
 
 
 def read_sealed(path: Path, name: str, **of: Any) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Returns the tensors and the sealed mapping of such a file. Raises PlanError as `read_tensors` and `unseal`."""
+    """Returns the tensors and the mapping of a sealed file. Raises PlanError as `read_tensors` and `unseal` do."""
     tensors = read_tensors(path)
     return tensors, unseal(read_about(path).get(name, "{}"), tensors, str(path), **of)
 
 
 def part_of(tensors: Tensors, prefix: str) -> dict[str, torch.Tensor]:
-    """Returns the tensors whose names begin with `prefix`, by the rest of their names."""
+    """Returns the tensors whose names begin with `prefix`, by their names without it."""
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
@@ -179,14 +180,19 @@ def sha256_of(path: Path) -> str:
 
 
 class Pieces(NamedTuple):
-    """Bytes that are hashed as one, and need not be in memory together."""
+    """Bytes that are hashed together but need not be in memory at the same time.
+
+    Attributes:
+        nbytes: total number of bytes.
+        pieces: contiguous buffers.
+    """
 
     nbytes: int
-    pieces: Iterable[Any]  # buffers, contiguous
+    pieces: Iterable[Any]
 
 
 def content_hash(*parts: bytes | str | Tensors | Pieces) -> str:
-    """Returns 16 hex digits of a hash of text, bytes, or tensors by name, shape, type and value."""
+    """Returns a hash, 16 hex digits, of text, bytes, and tensors (their names, shapes, types and values)."""
     digest = hashlib.sha256()
     for part in parts:
         if isinstance(part, Mapping):

@@ -1,4 +1,4 @@
-"""Minibatches, optimisers and evaluation; and the training of the dense backbone."""
+"""Minibatches, optimisers and evaluation, and the training of the dense backbone."""
 
 from __future__ import annotations
 
@@ -20,61 +20,62 @@ from tapfl.progress import stage
 
 Params = dict[str, Tensor]
 Objective = Callable[[Any, object], Tensor]
-"""(parameters, batch) -> loss; of a pair of parameters (`tapfl.adapters.lora.Pair`) -> both losses (2, …)"""
+"""(parameters, batch) -> loss; for a pair of parameters (`tapfl.adapters.lora.Pair`), both losses (2, …)."""
 
 
 class InPieces(Protocol):
-    """Inputs that need not be in memory together."""
+    """Inputs that need not be in memory at the same time."""
 
     def split(self, batch: int, /) -> Iterable[Any]:
-        """Returns all of them in order, so many at a time, as `Tensor.split` does."""
+        """Returns all inputs in order, in batches of size `batch`, as `Tensor.split` does."""
         ...
 
 
-LOOK = 10  # steps between looks at held-out images
+LOOK = 10  # steps between evaluations on held-out images
 LARGEST = 1e6  # far above any trained weight or adapter; products of such values stay finite in float32
-LOST = 10.0  # times the loss of guessing: a mean loss beyond that at the end is no result of training
+LOST = 10.0  # training has failed if the final mean loss is more than this multiple of the loss of guessing
 
 
 def tensors_in(tree: Any) -> list[Tensor]:
-    """Returns the tensors in nested tuples and the like, in their order."""
+    """Returns the tensors in nested containers, in order."""
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
 def batches(size: int, batch: int, epochs: int, generator: np.random.Generator) -> Iterator[np.ndarray]:
-    """Yields positions 0..size-1, shuffled anew each epoch, in batches of nearly equal size (at most `batch`)."""
+    """Yields positions 0..size-1, reshuffled in each epoch, in batches of nearly equal size, at most `batch`."""
     count = -(-size // batch)
     for _ in range(epochs):
         yield from np.array_split(generator.permutation(size), count)
 
 
 def local_batches(size: int, options: TrainOptions, generator: np.random.Generator) -> Iterator[np.ndarray]:
-    """Yields the batches of a device's round: of its `epochs`, or as many as its `steps`; see `batches`."""
+    """Yields the batches of a device's round: those of its `epochs`, or `steps` of them; see `batches`."""
     epochs = -(-options.steps // -(-size // options.batch)) if options.steps else options.epochs
     return islice(batches(size, options.batch, epochs, generator), local_steps(size, options))
 
 
 def local_steps(size: int, options: TrainOptions) -> int:
-    """Returns the number of batches of a device's round."""
+    """Returns the number of batches in a device's round."""
     return options.steps or options.epochs * -(-size // options.batch)
 
 
 def images_seen(size: int, options: TrainOptions) -> float:
-    """Returns how many of `size` images pass through the model in a round, with repetition."""
+    """Returns how many of `size` images pass through the model in a round, counting repetitions."""
     return options.steps * size / -(-size // options.batch) if options.steps else options.epochs * size
 
 
 def is_evaluated(options: TrainOptions, round: int) -> bool:
-    """Returns whether devices evaluate what `round` ended with when they train in the next one; 0: before the first."""
+    """Returns whether devices evaluate the result of `round` when they train in the next one (0: the initial model)."""
     return round % options.evaluate_every == 0
 
 
 def rate_factor(options: TrainOptions, round: int) -> float:
     """Returns the factor of the learning rates in `round`, counted from 1: warm-up, then the schedule.
 
-    Linear warm-up has t / (warm-up + 1) in round t. After it, with p in [0, 1) the share of the other rounds that is
-    over, `linear` has 1 - p and `cosine` (1 + cos πp) / 2 (Loshchilov and Hutter 2017, arXiv 1608.03983, without
-    restarts). A round after the last, in which models are fine-tuned to be evaluated, has the factor of the last.
+    In round t of the warm-up it is t / (warm-up + 1). Afterwards, let p in [0, 1) be the fraction of the remaining
+    rounds that are over. Then it is 1 - p for `linear` and (1 + cos πp) / 2 for `cosine` (Loshchilov and Hutter 2017,
+    arXiv 1608.03983, without restarts). Fine-tuning for the last evaluation, after the last round, has the factor of
+    the last round.
     """
     if round <= (warm_up := options.warmup_rounds):
         return round / (warm_up + 1)
@@ -86,10 +87,10 @@ def rate_factor(options: TrainOptions, round: int) -> float:
 def optimizer(
     options: TrainOptions, params: list[Tensor], learning_rate: float, fused: bool = False
 ) -> torch.optim.Optimizer:
-    """Returns the optimiser of local training over leaf tensors; a new one each round: no state is carried over.
+    """Returns a new optimiser of local training for leaf tensors. Each round has a new one, without earlier state.
 
-    Fused Adam makes one call a tensor instead of a dozen, which saves 4-8 % of a step of a small model; parameters and
-    gradients must then have the same memory layout.
+    Fused Adam makes one call per tensor instead of a dozen, which saves 4-8 % of a step of a small model. Parameters
+    and gradients must then have the same memory layout.
     """
     match options.optimizer:
         case "adam":
@@ -108,19 +109,25 @@ def predict(model: Callable[[Any], Tensor], inputs: Tensor | InPieces, batch: in
 
 
 def accuracy(logits: Tensor, labels: Tensor) -> float:
-    """Returns the share of rows whose largest logit is that of the label."""
+    """Returns the fraction of rows whose largest logit is that of the label."""
     return float((logits.argmax(1) == labels).double().mean())
 
 
 def diverged(option: str, what: str, step: int, steps: int, sign: str) -> ModelError:
-    """Returns the error that training diverged: at which step, by which sign, and the learning rate to lower."""
+    """Returns the error that training diverged.
+
+    Args:
+        option: the learning rate to lower, as ``option = value``.
+        what: the training that diverged.
+        sign: how it was noticed.
+    """
     return ModelError(f"{option}: {what} diverged at step {step} of {steps} ({sign}); accepted: a lower one")
 
 
 def largest(tensors: Iterable[Tensor]) -> float:
     """Returns the largest absolute value in any of the tensors; NaN if one is NaN."""
-    found = [tensor.detach().abs().max().double() for tensor in tensors if tensor.numel()]
-    return float(torch.stack(found).max()) if found else 0.0  # one wait for a device
+    maxima = [tensor.detach().abs().max().double() for tensor in tensors if tensor.numel()]
+    return float(torch.stack(maxima).max()) if maxima else 0.0  # waits for the GPU only once
 
 
 def minimise(
@@ -129,19 +136,19 @@ def minimise(
     order: Iterable[np.ndarray],
     steps: int,
     learning_rate: float,
-    said: tuple[str, str],
+    names: tuple[str, str],
 ) -> None:
-    """Trains leaf tensors in place, by a step of Adam for each batch.
+    """Trains leaf tensors in place, with one step of Adam for each batch.
 
     Args:
-        loss_of: (step, from 0, and positions of the batch) -> loss.
-        order: the batches, as many as `steps`.
-        said: the option of the learning rate, and what is trained, for errors.
+        loss_of: (step, counted from 0; positions of the batch) -> loss.
+        order: positions of each batch, `steps` of them.
+        names: the option of the learning rate, and the name of the training, for errors.
 
     Raises:
-        ModelError: if a loss is not finite, saying at which step, or a parameter exceeds LARGEST at the end.
+        ModelError: if a loss is not finite (it names the step), or a parameter exceeds LARGEST at the end.
     """
-    adam, rate, what = torch.optim.Adam(params, lr=learning_rate), f"{said[0]} = {learning_rate:g}", said[1]
+    adam, rate, what = torch.optim.Adam(params, lr=learning_rate), f"{names[0]} = {learning_rate:g}", names[1]
     for step, chosen in enumerate(order):
         loss = loss_of(step, chosen)
         if not torch.isfinite(loss):
@@ -154,10 +161,14 @@ def minimise(
 
 
 def apart(count: int, share: float, what: str) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the positions 0..count-1 to train on, and those to judge by, evenly between them: a share, at least one.
+    """Returns the positions 0..count-1 split into those to train on and those to hold out, which are evenly spaced.
+
+    Args:
+        share: fraction to hold out; at least one image is held out.
+        what: names the training in the error.
 
     Raises:
-        ModelError: if there are not two images, saying for `what`.
+        ModelError: if there are fewer than two images.
     """
     if count < 2:
         raise ModelError(f"{what} needs at least two images, one of them to judge by; there are {count}")
@@ -167,13 +178,14 @@ def apart(count: int, share: float, what: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 class BestSoFar:
-    """The weights of a model that is trained, at the least error on held-out images so far; those it began with count.
+    """The weights of a model in training that had the smallest held-out error so far, including the initial weights.
 
     Args:
-        error: of the model as it is, on images that it is not trained on; not finite counts as the worst.
+        error: returns the current error of the model on held-out images. A value that is not finite counts as worst.
 
     Attributes:
-        first, least: the error before training, and the least so far.
+        first: error before training.
+        least: smallest error so far.
     """
 
     def __init__(self, model: nn.Module, error: Callable[[], float]) -> None:
@@ -182,12 +194,12 @@ class BestSoFar:
         self._weights = copy.deepcopy(model.state_dict())
 
     def look(self) -> None:
-        """Keeps the model's weights if their error is less than the least."""
+        """Stores the model's current weights if their error is the smallest so far."""
         if (error := self._error()) < self.least:
             self.least, self._weights = error, copy.deepcopy(self.model.state_dict())
 
     def restore(self) -> None:
-        """Gives the model the weights of the least error."""
+        """Loads the weights of the smallest error into the model."""
         self.model.load_state_dict(self._weights)
 
 
@@ -202,22 +214,22 @@ def train_dense(
     generator: np.random.Generator,
     name: str = "training",
 ) -> None:
-    """Trains all parameters of `model` in place with AdamW and one cycle of the learning rate, no data augmentation.
+    """Trains all parameters of `model` in place with AdamW and a one-cycle learning rate, without data augmentation.
 
     Args:
-        inputs: positions -> input of the model, so that a large pool need not be in memory as floats.
+        inputs: maps positions to inputs of the model, so that a large pool need not be in memory as floats.
         labels: (n,).
-        name: of the stage that shows the progress and the mean loss of the epoch so far.
+        name: of the stage that shows the progress and the mean loss of the current epoch.
 
     Raises:
-        ModelError: if it diverges: a loss is not finite, or at the end a weight exceeds LARGEST or the mean loss of the
-            last epoch is more than LOST times that of guessing.
+        ModelError: if training diverges: a loss is not finite, or at the end, a weight exceeds LARGEST or the mean loss
+            of the last epoch is more than LOST times that of guessing.
     """
     option = f"model.learning-rate = {learning_rate:g}"
-    model.eval()  # no dropout, no stochastic depth: the result is a function of data and seed
+    model.eval()  # without dropout and stochastic depth, the result depends only on data and seed
     params = list(model.requires_grad_(True).parameters())
-    an_epoch = -(-len(labels) // batch)
-    steps = epochs * an_epoch
+    epoch_steps = -(-len(labels) // batch)
+    steps = epochs * epoch_steps
     adam = torch.optim.AdamW(params, lr=learning_rate, weight_decay=0.05)
     cycle = torch.optim.lr_scheduler.OneCycleLR(adam, learning_rate, total_steps=max(steps, 2))
     with stage(name) as advance:
@@ -230,8 +242,8 @@ def train_dense(
             loss.backward()
             adam.step()
             cycle.step()
-            epoch, place = divmod(step, an_epoch)
-            mean += (float(loss.detach()) - mean) / (place + 1)
+            epoch, in_epoch = divmod(step, epoch_steps)
+            mean += (float(loss.detach()) - mean) / (in_epoch + 1)
             if not math.isfinite(mean):
                 raise diverged(option, name, step + 1, steps, f"its loss is {float(loss.detach())}")
             guessing = math.log(logits.shape[1])

@@ -1,8 +1,8 @@
-"""The messages between a device and the server, and the check of what they say.
+"""The messages between a device and the server, and the checks of their values.
 
-One dataclass a message (`tapfl.wire_format`). This is the complete list of what can leave a device: the fields of the
-classes named ``...Reply``. Each is annotated with its meaning, and an array with its shape; `tapfl inspect --uplink`
-shows these annotations.
+Each message is a dataclass (`tapfl.wire_format`). The fields of the classes named ``...Reply`` are the complete list of
+what can leave a device. Each field is annotated with its meaning, and arrays also with their shape; `tapfl inspect
+--uplink` shows these annotations.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from tapfl.training import LARGEST
 from tapfl.wire_format import WireMessage
 
 MAX_SAMPLES = 10**9
-LONGEST_NAMES, LONGEST_NAME = 2**20, 200  # bytes of all class names of a device, and letters of one
-ENVELOPE = 4096  # bytes that a message may have beyond its expected arrays: names, headers, scalars
+LONGEST_NAMES, LONGEST_NAME = 2**20, 200  # most bytes of all class names of a device, and most characters of one
+ENVELOPE = 4096  # bytes that a message may have in addition to its expected arrays: names, headers, scalars
 PROFILE_FIELDS = ("budget", "rank", "compute", "upload", "download", "availability")
 
 
@@ -44,7 +44,7 @@ class Hello(WireMessage, type="query.hello", kind="hello"):
 class HelloReply(WireMessage, type=Hello.type, kind="hello", when="once, first"):
     """A device's profile, as in `tapfl.profiles`."""
 
-    partition_id: Annotated[int, "which device this is"]
+    partition_id: Annotated[int, "number of the device"]
     budget: Annotated[str, "budget of its model"]
     rank: Annotated[int, "LoRA rank of its adapters"]
     compute: Annotated[float, "MAC/s, for the simulated time"]
@@ -61,7 +61,9 @@ class HelloReply(WireMessage, type=Hello.type, kind="hello", when="once, first")
         """Returns the profile. Raises WireError unless the device is one of `devices` and its profile is valid.
 
         Args:
-            fewest: training samples that it must have.
+            devices: number of devices.
+            max_rank: largest accepted rank.
+            fewest: smallest accepted number of training samples.
         """
         _require(0 <= self.partition_id < devices, f"unknown device: partition {self.partition_id} of {devices}")
         _require(fewest <= self.train_samples <= MAX_SAMPLES, f"{self.train_samples} training samples")
@@ -72,7 +74,7 @@ class HelloReply(WireMessage, type=Hello.type, kind="hello", when="once, first")
             raise WireError(f"{error!s:.300}") from None
 
     def named(self, asked: bool) -> tuple[str, ...]:
-        """Returns the classes of its training part, sorted. Raises WireError unless they are names, if asked for."""
+        """Returns the sorted classes of its training part, if `asked` for. Raises WireError if they are not valid."""
         try:
             names = json.loads(self.class_names)
         except (ValueError, RecursionError):
@@ -86,9 +88,9 @@ class HelloReply(WireMessage, type=Hello.type, kind="hello", when="once, first")
 
 @dataclass(frozen=True)
 class Summarize(WireMessage, type="query.summarize", kind="backbone"):
-    """The dense backbone (with weights if the device lacks them), the projection and class names of the pool.
+    """The dense backbone (with weights if the device does not have them), and the projection and classes of the pool.
 
-    `classes` is a JSON list, in the order of the backbone's outputs.
+    `classes` is a JSON list of names, in the order of the backbone's outputs.
     """
 
     backbone_key: str
@@ -101,7 +103,7 @@ class Summarize(WireMessage, type="query.summarize", kind="backbone"):
 
 @dataclass(frozen=True)
 class SummaryReply(WireMessage, type=Summarize.type, kind="summary", when="once, before pruning"):
-    """The mixture, and for the report the accuracy of the dense model on the device's test part."""
+    """The mixture, and for the report, the accuracy of the dense model on the device's test part."""
 
     weights: Annotated[np.ndarray, "mixture: share π of each component", "K"]
     means: Annotated[np.ndarray, "mixture: mean μ of each component's descriptors", "K, d"]
@@ -139,7 +141,11 @@ class SummaryReply(WireMessage, type=Summarize.type, kind="summary", when="once,
         return summary
 
     def held(self, classes: int, asked: bool) -> torch.Tensor | None:
-        """Returns which of `classes` the device holds, bool (classes,); None where the server did not ask."""
+        """Returns which classes the device has images of, bool (classes,); None if the server did not ask.
+
+        Args:
+            classes: number of classes.
+        """
         expected = (classes if asked else 0,)
         _require(self.held_classes.shape == expected, f"held classes have shape {self.held_classes.shape}")
         _require(bool(np.isin(self.held_classes, (0, 1)).all()), "held classes must be 0 or 1")
@@ -150,8 +156,8 @@ class SummaryReply(WireMessage, type=Summarize.type, kind="summary", when="once,
 class Prune(WireMessage, type="query.prune", kind="plan"):
     """The device's plan for its backbone, and the weights if the plan alone does not determine its model.
 
-    `weights` is a safetensors file of the smaller model's state dict, or empty: the device then cuts its own backbone.
-    `adapters` are those of the warm start, for a device that also trains references; otherwise empty.
+    `weights` is a safetensors file of the pruned model's state dict. If it is empty, the device cuts its own backbone.
+    `adapters` are those of the warm start, for a device that also trains references; otherwise it is empty.
     """
 
     backbone_key: str
@@ -162,14 +168,14 @@ class Prune(WireMessage, type="query.prune", kind="plan"):
 
 @dataclass(frozen=True)
 class PruneReply(WireMessage, type=Prune.type, kind="hello", when="once, after pruning"):
-    """The measured cost of the device's model, and its accuracy on the test part."""
+    """The cost of the device's model as counted on the device, and its accuracy on the test part."""
 
     params: Annotated[int, "parameters of the device's model, as counted there"]
     macs: Annotated[int, "multiply-accumulates of the device's model, as counted there"]
     pruned_accuracy: Annotated[float, "for the report: accuracy of the pruned model on the test part"]
 
     def check(self, params: int, macs: int) -> None:
-        """Raises WireError unless the cost of the device's model is that of its plan."""
+        """Raises WireError unless the cost of the device's model equals that of its plan."""
         _require(
             (self.params, self.macs) == (params, macs),
             f"model of {self.params} parameters and {self.macs} MACs, the plan says {params} and {macs}",
@@ -188,21 +194,21 @@ class _Adapters(WireMessage, kind="adapters"):
 class Train(_Adapters, type="train"):
     """The device's part of the global adapters: evaluate them, train, and reply. `local` receives them only once.
 
-    `state_round` is the last round for which the server has this device's reply, 0 for none: the device continues from
-    its own state after that round, and drops later states whose replies were lost.
+    `state_round` is the last round for which the server has this device's reply, or 0. The device continues from its
+    own state after that round, and discards later states, whose replies were lost.
     """
 
 
 @dataclass(frozen=True)
 class Evaluate(_Adapters, type="evaluate"):
-    """The last global adapters: evaluate them, and store the personal model. `state_round` as in `Train`."""
+    """The final global adapters: evaluate them, and store the personal model. `state_round` is as in `Train`."""
 
 
 @dataclass(frozen=True)
 class _Evaluation(WireMessage):
-    round: Annotated[int, "which round this answers"]
+    round: Annotated[int, "number of the round that this replies to"]
     alpha: Annotated[float, "for the report: weight α of the personal part"]
-    # accuracies are on the test part, and 0 where nothing was evaluated in this round
+    # accuracies are on the test part, and 0 if nothing was evaluated in this round
     global_accuracy: Annotated[float, "for the report: accuracy of the global adapters, on the test part"]
     personal_accuracy: Annotated[float, "for the report: accuracy of the personal model, on the test part"]
     reference_accuracies: Annotated[
@@ -210,15 +216,17 @@ class _Evaluation(WireMessage):
     ]
     images: Annotated[
         np.ndarray,
-        "numbers of images in its training and test part, both 0 if it sits out with too few; only for data.changing",
+        "numbers of training and test images, both 0 if they are too few and it skips the round; only with "
+        "data.changing",
         "2",
     ]
 
     @classmethod
     def absent(cls, round: int, references: Collection[str], **rest: Any) -> Self:
-        """Returns the answer of a device that sits `round` out.
+        """Returns the reply of a device that skips `round`.
 
         Args:
+            references: names of the reference models.
             rest: the other fields.
         """
         none = dict.fromkeys(("alpha", "global_accuracy", "personal_accuracy"), 0.0)
@@ -230,10 +238,11 @@ class _Evaluation(WireMessage):
         return bool(len(self.images)) and not self.images.any()
 
     def check(self, round: int, references: int = 0, changing: bool = False) -> None:
-        """Raises WireError unless this answers `round` with α and accuracies in [0, 1], of so many references.
+        """Raises WireError unless this replies to `round`, with α and accuracies in [0, 1].
 
         Args:
-            changing: whether numbers of images are asked for.
+            references: number of reference models.
+            changing: whether the server has asked for numbers of images.
         """
         _require(self.round == round, f"answers round {self.round}, not {round}")
         for name in ("alpha", "global_accuracy", "personal_accuracy"):
@@ -250,15 +259,15 @@ class _Evaluation(WireMessage):
 
 @dataclass(frozen=True)
 class TrainReply(_Evaluation, type=Train.type, kind="adapters", when="every round"):
-    """The device's shared adapters (empty under `local`), and its accuracy *before* this round's training."""
+    """The device's shared adapters (empty with `local`), and its accuracy *before* this round's training."""
 
     adapters: Annotated[
-        np.ndarray, "shared adapters and head after local training; nothing if the method is local", "parameters"
+        np.ndarray, "shared adapters and head after local training; empty if the method is local", "parameters"
     ]
     loss: Annotated[float, "for the report: training loss of this round"]
 
     def check(self, round: int, references: int = 0, changing: bool = False, length: int = 0) -> None:
-        """As for every evaluation; and WireError unless the adapters have this length, or none if it sits out."""
+        """Raises WireError as `_Evaluation` does, and if the adapters have another length (in a skipped round, 0)."""
         super().check(round, references, changing)
         length = 0 if self.sits_out else length
         _require(self.adapters.shape == (length,), f"adapters have shape {self.adapters.shape}, not {(length,)}")

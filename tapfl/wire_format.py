@@ -1,6 +1,6 @@
-"""A message as Flower's records and back, checked field by field: names, types, sizes, finite numbers.
+"""Converts messages to Flower's records and back, and checks every field: name, type, size and finite values.
 
-Arrays travel in an ArrayRecord, everything else in a ConfigRecord, nothing is pickled. This is the only module of
+Arrays are sent in an ArrayRecord and all other fields in a ConfigRecord; nothing is pickled. This is the only module of
 `tapfl` that imports Flower.
 """
 
@@ -20,11 +20,11 @@ from tapfl.errors import WireError
 
 @dataclass(frozen=True)
 class WireMessage:
-    """Base of all messages, converted field by field to and from Flower's records.
+    """Base class of all messages.
 
     Attributes:
         type: Flower's message type.
-        kind: under which its bytes are counted, except for fields with a kind of their own.
+        kind: category in which its bytes are counted, except for fields with a kind of their own.
         when: when a device sends it.
     """
 
@@ -39,20 +39,20 @@ class WireMessage:
     def to_records(self) -> RecordDict:
         """Returns the message as Flower's records."""
         arrays, config = ArrayRecord(), ConfigRecord()
-        for each in fields(self):
-            value = getattr(self, each.name)
+        for field in fields(self):
+            value = getattr(self, field.name)
             if isinstance(value, np.ndarray):
-                arrays[each.name] = Array(np.ascontiguousarray(value))
+                arrays[field.name] = Array(np.ascontiguousarray(value))
             else:
-                config[each.name] = value
+                config[field.name] = value
         return RecordDict({"arrays": arrays, "config": config})
 
     @classmethod
     def from_records(cls, content: RecordDict, limit: float = math.inf) -> Self:
-        """Returns the message that `content` holds.
+        """Returns the message in `content`.
 
         Args:
-            limit: bytes of all arrays, texts and names together; a larger message is refused unread.
+            limit: largest number of bytes of all arrays, texts and names together; larger messages are not parsed.
 
         Raises:
             WireError: if a field is missing, unknown, of another type, or not finite, or if it is too large.
@@ -66,10 +66,10 @@ class WireMessage:
         if size > limit:
             raise WireError(f"{cls.__name__}: {size} bytes, at most {limit:.0f} are accepted")
         hints = get_type_hints(cls)
-        names = [each.name for each in fields(cls)]
+        names = [field.name for field in fields(cls)]
         in_arrays = {name for name in names if hints[name] is np.ndarray}
-        if odd := sorted((set(arrays) ^ in_arrays) | (set(config) ^ (set(names) - in_arrays))):
-            raise WireError(f"{cls.__name__}: fields differ: {', '.join(name[:40] for name in odd[:5])}")
+        if different := sorted((set(arrays) ^ in_arrays) | (set(config) ^ (set(names) - in_arrays))):
+            raise WireError(f"{cls.__name__}: fields differ: {', '.join(name[:40] for name in different[:5])}")
         values: dict[str, Any] = {}
         for name in names:
             if name in in_arrays:
@@ -84,15 +84,15 @@ class WireMessage:
 
     @property
     def bytes_by_kind(self) -> Counter[str]:
-        """Bytes of the fields by kind, without Flower's envelope; kinds without bytes are left out."""
+        """Bytes of the fields by kind, without Flower's envelope. Kinds without bytes are left out."""
         counted: Counter[str] = Counter()
-        for each in fields(self):
-            counted[each.metadata.get("kind", self.kind)] += _nbytes(getattr(self, each.name))
+        for field in fields(self):
+            counted[field.metadata.get("kind", self.kind)] += _nbytes(getattr(self, field.name))
         return +counted
 
 
 def _array(field: str, array: Array) -> np.ndarray:
-    """Returns the values; memory is allocated by the bytes that arrived, not by the shape in the header."""
+    """Returns the values of an array. Allocates memory for the bytes that arrived, not for the shape in the header."""
     try:
         content = BytesIO(array.data)
         if np.lib.format.read_magic(content) != (1, 0):  # the only version that `np.save` writes for numbers

@@ -408,7 +408,7 @@ def test_rows_of_a_head_that_the_weights_have_not_are_refused(tmp_path: Path) ->
     ("change", "said"),
     [
         ({"args": {"checkpoint_path": "/etc/passwd"}}, "checkpoint_path: is not an argument of the architecture"),
-        ({"args": {"pretrained_cfg": "x"}}, "pretrained_cfg: is no argument"),
+        ({"args": {"pretrained_cfg": "x"}}, "pretrained_cfg: is not an argument"),
         ({"args": {"depth": 10**9}}, "depth = 1000000000: is beyond 65536"),
         ({"args": {"depths": [2, 1e300]}}, "depths = 1e\\+300: is beyond 65536"),
         ({"args": {"depth": 10**400}}, "depth = 1000"),

@@ -1,7 +1,7 @@
-"""Every option of a run: typed, validated once, and the only place with defaults.
+"""Every option of a run: its type, its validation and its default. Defaults are defined nowhere else.
 
-The same options come from three sides: Flower's flat run-config (``"pruning.tau": 5.82``), a TOML file with one table
-a section, and ``--set key=value``. All of them go through `RunConfig.from_flat`.
+Options come from Flower's flat run-config (``"pruning.tau": 5.82``), from a TOML file with one table per section, and
+from ``--set key=value``. All of them go through `RunConfig.from_flat`.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ INPUT_OPTIONS = ("data.source", "data.public", "model.weights", "model.head-rows
 PATH_OPTIONS = ("out", "cache", *INPUT_OPTIONS)
 PLUGIN_OPTIONS = ("pruning.criterion", "adapters.rule", "personalize.method")
 NOT_PATHS = ("", "digits", "letters", "hub", *PROFILE_SETS)
-# options, or beginnings of their names, that do not change a result: a resumed run may have other values
+# options, or prefixes of options, that do not affect results; they may change when a run is resumed
 FREE_OPTIONS = (
     *("resume", "out", "cache", "node-timeout", "window"),
     *("data.cache-gb", "compute.cache-mb", "faults.", "log."),
@@ -56,7 +56,7 @@ class RunConfig(Section):
     resume: bool = Field(False, description="continue the run in the folder `out`")
     cache: str = Field("", description="cache of trained backbones and decoded images; empty: TAPFL_CACHE or ~/.cache")
     node_timeout: float = Field(120.0, gt=0, description="seconds to wait for the nodes to connect")
-    window: Count = Field(16, description="requests in flight at once; with many workers two for each of them")
+    window: Count = Field(16, description="most requests in flight; with Ray actors, two per actor if that is more")
     data: DataOptions = DataOptions()
     devices: DeviceOptions = DeviceOptions()
     model: ModelOptions = ModelOptions()
@@ -73,7 +73,7 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _private_sums_are_linear(self) -> RunConfig:
-        """The noise covers a sum of clipped updates in which each device counts once; all else is refused."""
+        """Refuses rules that DP noise does not cover: it is for a sum of clipped updates with equal weights."""
         adapters, accepted = self.adapters, None
         if adapters.rule not in LINEAR_RULES:
             accepted = f"adapters.rule={adapters.rule}: accepted are fedit, ffa, rolora and embed_side (plain sums)"
@@ -119,7 +119,7 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _heads_fit(self) -> RunConfig:
-        """A new head may stay on the device with the names of its classes; what needs either is refused."""
+        """Refuses options that need the head or its class names on the server if these stay on the device."""
         model, personal = self.model, self.adapters.head == "personal"
         if model.head not in NEW_HEADS:
             return self
@@ -157,10 +157,10 @@ class RunConfig(Section):
 
     @classmethod
     def from_flat(cls, flat: Mapping[str, Any]) -> RunConfig:
-        """Returns the validated configuration of dotted options such as ``{"pruning.tau": 5.82}``.
+        """Returns the validated configuration from dotted options such as ``{"pruning.tau": 5.82}``.
 
         Raises:
-            ConfigError: naming every option that is unknown, of the wrong type or out of range.
+            ConfigError: if options are unknown, of the wrong type or out of range. It names all of them.
         """
         return validated(cls, nested(flat))
 
@@ -169,16 +169,16 @@ class RunConfig(Section):
         return flatten(self.model_dump(by_alias=True))
 
     def paths(self) -> dict[str, str]:
-        """Returns the options whose values are files or folders, with these values."""
+        """Returns the options whose values name files or folders, with their values."""
         flat = self.flat()
         return {option: str(flat[option]) for option in PATH_OPTIONS if names_path(str(flat[option]))}
 
 
 def binding(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns those of a run's dotted options that must not change when it is resumed.
+    """Returns the dotted options of a run that must not change when it is resumed.
 
-    It may get more rounds, unless the learning rates depend on their number. With `adapters.blocks` the size of the
-    cache says what is computed once for all rounds and what in each batch, which may differ in the last bits.
+    The number of rounds may change unless the learning rates depend on it. With `adapters.blocks`, the size of the
+    cache determines what is computed once for all rounds and what in each batch; results may differ in the last bits.
     """
     free = {*FREE_OPTIONS, "train.rounds"}
     if flat.get("train.schedule", "constant") != "constant":

@@ -1,4 +1,4 @@
-"""Options of the rounds: adapters, local training, what is personal, processors, failures, privacy, loggers."""
+"""Options of the rounds: adapters, local training, personalisation, processors, failures, privacy and loggers."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from pydantic import Field, field_validator, model_validator
 
 from tapfl.options import RATE, Count, Number, Section, Share, Words, one_of
 
-LINEAR_RULES = ("fedit", "ffa", "rolora", "embed_side")  # plain sums of uploads, which the noise of DP can cover
+LINEAR_RULES = ("fedit", "ffa", "rolora", "embed_side")  # rules that sum the uploads, so that DP noise covers them
 RULES = (*LINEAR_RULES, "hetlora", "flex")
-REFERENCES = ("alone", "dense+alone", "pooled")  # models for comparison that devices train beside their own
+REFERENCES = ("alone", "dense+alone", "pooled")  # reference models, which devices train for comparison
 PERSONAL_HEAD = ("fedper", "fedrep")  # methods in which the classifier stays on the device
 METHODS = (
     *("apfl", "ditto", "local", "pooled", "fedavg", "fedavg+finetune", "fedprox", "pfedme", "perfedavg", "fedala"),
@@ -29,22 +29,22 @@ class AdapterOptions(Section):
     scale: float = Field(2.0, gt=0, description="s = lora_alpha / rank, the same for every rank")
     head: Literal["class-rows", "mean", "personal"] = Field(
         "class-rows",
-        description="classifier: each class's row averaged over the devices that hold the class, averaged over all, "
-        "or kept on the device",
+        description="classifier: each class's row averaged over the devices that have the class; averaged over all "
+        "devices; or kept on the device",
     )
-    blocks: Number = Field(0, description="last blocks of the backbone, which get adapters; 0: all blocks")
+    blocks: Number = Field(0, description="number of last blocks of the backbone that get adapters; 0: all blocks")
     start: Literal["zero", "metric-sets", "pool"] = Field(
         "zero",
         description="adapters of the first round: without effect, or distilled from the dense model on each device's "
         "metric set or on the public pool",
     )
-    start_rounds: Count = Field(3, description="rounds of this distillation at most; fewer if the held-out loss rises")
-    start_steps: Count = Field(20, description="gradient steps a device in each of them")
+    start_rounds: Count = Field(3, description="most rounds of this distillation; fewer if the held-out loss rises")
+    start_steps: Count = Field(20, description="gradient steps per device in each of these rounds")
     start_learning_rate: float = Field(3e-3, gt=0, le=RATE, description="learning rate of this distillation (Adam)")
     combine: Literal["mean", "median", "trimmed-mean"] = Field(
-        "mean", description="how the values of a coordinate are aggregated over the devices that hold it"
+        "mean", description="how the values of a coordinate are aggregated over the devices that have it"
     )
-    trim: float = Field(0.1, ge=0, lt=0.5, description="share of values that `trimmed-mean` removes at each end")
+    trim: float = Field(0.1, ge=0, lt=0.5, description="fraction of values that `trimmed-mean` removes at each end")
     clip: float = Field(0.0, ge=0, description="L2 norm to which each device's update is clipped; 0: no clipping")
     server: Literal["none", "momentum", "adam"] = Field(
         "none", description="server optimiser: none, FedAvgM (`momentum`) or FedAdam (`adam`)"
@@ -67,10 +67,12 @@ class TrainOptions(Section):
 
     rounds: Count = Field(10, description="federated rounds")
     epochs: Count = Field(3, description="local epochs in each round")
-    steps: Number = Field(0, description="local steps in each round; 0: as many as `epochs` takes")
+    steps: Number = Field(0, description="local steps in each round; 0: the number of steps in `epochs` epochs")
     batch: Count = Field(16, description="images in a minibatch")
     together: Count | Literal["auto"] = Field(
-        1, description="devices whose steps are computed as one; `auto`: as many as gain by it; changes last bits"
+        1,
+        description="number of devices whose steps are computed together; `auto`: as many as make training faster; "
+        "changes the last bits of results",
     )
     learning_rate: float = Field(3e-3, gt=0, le=RATE, description="learning rate of local training")
     optimizer: Literal["adam", "adamw", "sgd"] = Field(
@@ -79,20 +81,21 @@ class TrainOptions(Section):
     momentum: float = Field(0.0, ge=0, lt=1, description="momentum of `sgd`")
     weight_decay: float = Field(0.0, ge=0, description="weight decay of `sgd` and `adamw`")
     schedule: Literal["constant", "cosine", "linear"] = Field(
-        "constant", description="learning rates over the rounds: constant, or falling towards 0 after the last"
+        "constant", description="learning rates over the rounds: constant, or decreasing towards 0 at the end"
     )
-    warmup_rounds: Number = Field(0, description="first rounds, in which the learning rates rise linearly")
+    warmup_rounds: Number = Field(0, description="number of first rounds in which the learning rates rise linearly")
     clip_gradient: float = Field(0.0, ge=0, description="L2 norm to which the gradient of a step is clipped; 0: none")
-    label_smoothing: float = Field(0.0, ge=0, lt=1, description="share of a label that is spread over all classes")
+    label_smoothing: float = Field(0.0, ge=0, lt=1, description="fraction of a label that is spread over all classes")
     label_prior: Literal["none", "counts"] = Field(
         "none",
-        description="what a device's model knows of its classes, in training and in use: nothing, or how often each is "
-        "among its training images, as a term added to the logits",
+        description="`counts`: add the log class frequencies of a device's training images to its logits, in training "
+        "and in inference",
     )
     augment: Literal["none", "flip", "crop"] = Field(
-        "none", description="random changes of training images: left-right flips, or also crops of at least half"
+        "none",
+        description="random augmentation of training images: horizontal flips, or also crops of at least half the area",
     )
-    evaluate_every: Count = Field(1, description="devices evaluate after every so many rounds, and after the last")
+    evaluate_every: Count = Field(1, description="number of rounds between evaluations; also evaluates after the last")
 
     @model_validator(mode="after")
     def _fit_the_optimizer(self) -> TrainOptions:
@@ -112,70 +115,73 @@ class PersonalizeOptions(Section):
         "apfl", description=f"personalisation method: {', '.join(METHODS)}, or module:name of a plugin"
     )
     from_round: Count = Field(
-        5, description="round in which personal parameters begin, as the shared ones, for `apfl` and `ditto`"
+        5,
+        description="first round with personal parameters, which start as the shared ones, for `apfl` and `ditto`",
     )
     learning_rate: float = Field(
-        0.0, ge=0, le=RATE, description="learning rate of the personal model; 0: that of `train`; `fedavg` has none"
+        0.0, ge=0, le=RATE, description="learning rate of the personal model; 0: that of `train`; unused by `fedavg`"
     )
     alpha: float = Field(0.5, ge=0, le=1, description="initial weight α of the personal model, for `apfl`")
     alpha_on: Literal["held-out", "train"] = Field(
         "held-out",
-        description="images that α is learnt on: some that nothing is trained on, or a minibatch (published)",
+        description="images that determine α: held-out images, or training minibatches (as published)",
     )
     held_out_share: float = Field(
-        0.25, gt=0, lt=1, description="share of a device's training images that is held out; none if fewer than 12"
+        0.25, gt=0, lt=1, description="fraction of a device's training images to hold out; none if fewer than 12"
     )
     alpha_update: Literal["round", "step", "fixed"] = Field(
-        "round", description="when α is updated: once a round, at every step (with alpha-on=train), or never"
+        "round", description="when α is updated: once per round, at every step (with alpha-on=train), or never"
     )
     alpha_per: Literal["device", "layer"] = Field(
-        "device", description="one α for the device, or (with alpha-on=train) one for each adapted linear and the head"
+        "device", description="one α per device, or (with alpha-on=train) one for each adapted linear and the head"
     )
     alpha_learning_rate: float = Field(0.1, ge=0, le=RATE, description="learning rate of α, with alpha-on=train")
     references: Words = Field(
         (),
-        description="models that devices also train, for comparison, of which nothing leaves them: alone, dense+alone, "
-        "pooled; a learning rate of its own as alone:0.001, otherwise that of `train`",
+        description="reference models that devices also train, for comparison; they never leave the device: alone, "
+        "dense+alone, pooled; with a learning rate as in alone:0.001, otherwise that of `train`",
     )
     ditto_lambda: float = Field(
-        0.1, ge=0, description="λ of `ditto`: strength of the pull of personal towards shared weights; 0: no pull"
+        0.1, ge=0, description="λ of `ditto`: penalty on the distance of personal from shared weights; 0: none"
     )
     prox_mu: float = Field(
-        0.01, ge=0, description="μ of `fedprox`: strength of the pull of trained towards received weights; 0: no pull"
+        0.01, ge=0, description="μ of `fedprox`: penalty on the distance of trained from received weights; 0: none"
     )
-    pfedme_lambda: float = Field(15.0, ge=0, description="λ of `pfedme`: strength of the pull between θ and w")
-    inner_steps: Count = Field(5, description="steps in which `pfedme` finds θ on each minibatch")
+    pfedme_lambda: float = Field(15.0, ge=0, description="λ of `pfedme`: penalty on the distance between θ and w")
+    inner_steps: Count = Field(5, description="steps of θ on each minibatch, for `pfedme`")
     inner_learning_rate: float = Field(
-        0.1, gt=0, le=RATE, description="α of `perfedavg`: size of the one gradient step from w to a device's model"
+        0.1, gt=0, le=RATE, description="α of `perfedavg`: learning rate of the one step from w to a device's model"
     )
     ala_learning_rate: float = Field(1.0, ge=0, le=RATE, description="learning rate of the weights W of `fedala`")
     ala_layers: Number = Field(
-        0, description="last adapted linears (the head included) of which `fedala` learns a W; 0: all"
+        0, description="number of last adapted linears (including the head) with a learnt W in `fedala`; 0: all"
     )
-    ala_share: Share = Field(0.8, description="share of the training images, drawn in each round, for W of `fedala`")
+    ala_share: Share = Field(
+        0.8, description="fraction of the training images, drawn in each round, on which `fedala` learns W"
+    )
     head_epochs: Count = Field(
         1, description="epochs of a round in which `fedrep` trains the head; in the others it trains the body"
     )
 
     @property
     def holds_out(self) -> bool:
-        """Whether devices keep a part of their training images for α, on which nothing is trained in any round."""
+        """Whether devices hold out a part of their training images in every round to choose α."""
         return self.method == "apfl" and self.alpha_on == "held-out" and self.alpha_update != "fixed"
 
     @property
     def reference_rates(self) -> dict[str, float]:
-        """The learning rate of each of the `references`, in their order; 0: that of `train`."""
-        return {name: float(rate or 0) for name, _, rate in (each.partition(":") for each in self.references)}
+        """The learning rate of each of the `references`, in their order; 0 means that of `train`."""
+        return {name: float(rate or 0) for name, _, rate in (text.partition(":") for text in self.references)}
 
     @field_validator("references")
     @classmethod
     def _references_are_known(cls, references: tuple[str, ...]) -> tuple[str, ...]:
         accepted = f"accepted: {', '.join(REFERENCES)}, each at most once, or with a learning rate as alone:0.001"
-        names = [each.partition(":")[0] for each in references]
-        for each in references:
-            name, colon, rate = each.partition(":")
+        names = [text.partition(":")[0] for text in references]
+        for text in references:
+            name, colon, rate = text.partition(":")
             if name not in REFERENCES or names.count(name) > 1 or (colon and not 0 < _number(rate) <= RATE):
-                raise ValueError(f"{each!r} cannot be a reference; {accepted}")
+                raise ValueError(f"{text!r} cannot be a reference; {accepted}")
         return references
 
     @model_validator(mode="after")
@@ -188,7 +194,7 @@ class PersonalizeOptions(Section):
 
     @model_validator(mode="after")
     def _held_out_alpha_is_one_number(self) -> PersonalizeOptions:
-        """A handful of images chooses one number, not one for each layer; and there is nothing new at each step."""
+        """Refuses a held-out α per layer (too few images) and per step (the images are the same at every step)."""
         if self.holds_out and self.alpha_update == "step":
             raise ValueError("alpha-update=step learns α on minibatches; accepted with alpha-on=held-out: round, fixed")
         if self.holds_out and self.alpha_per == "layer":
@@ -197,7 +203,7 @@ class PersonalizeOptions(Section):
 
 
 class ComputeOptions(Section):
-    """Where it is computed, and how precisely; docs/compute.md."""
+    """Where computations run, and how precisely; see docs/compute.md."""
 
     device: Literal["cpu", "cuda", "auto"] = Field(
         "cpu", description="`cuda`: the GPU that torch sees first; `auto`: a GPU if torch has one, else the CPU"
@@ -206,21 +212,21 @@ class ComputeOptions(Section):
         "exact", description="`fast`: bfloat16 for rankings, evaluation and the products with frozen weights"
     )
     deterministic: bool = Field(
-        False, description="on a GPU, only operations with the same bits each time; other processors are refused"
+        False,
+        description="on a GPU, use only deterministic operations; all GPUs of a run must then be of the same kind",
     )
     graphs: bool = Field(
-        False, description="on a GPU, each step of local training as one launch (CUDA graphs); not tested on a GPU yet"
+        False, description="on a GPU, run each step of local training as a CUDA graph; not tested on a GPU yet"
     )
     cache_mb: Count = Field(
-        512,
-        description="MB that a worker keeps of devices' images, their models, and what arrives at adapters, together",
+        512, description="MB per worker for cached images, models, and inputs of the first adapters"
     )
 
 
 class FaultOptions(Section):
     """Which failures a run tolerates before it stops."""
 
-    min_success: Share = Field(0.5, description="smallest share of the sampled devices that must reply in a round")
+    min_success: Share = Field(0.5, description="smallest fraction of the sampled devices that must reply in a round")
     retries: Number = Field(3, description="how often a message is sent again after its worker was lost")
     device_timeout: float = Field(900.0, gt=0, description="seconds that a device may work on one message")
     exchange_timeout: float = Field(3600.0, gt=0, description="seconds to wait for all replies to one request")
@@ -241,7 +247,7 @@ class PrivacyOptions(Section):
 
 
 class LogOptions(Section):
-    """Loggers that receive the numbers of metrics.jsonl as well; docs/logging.md."""
+    """Loggers that also receive the numbers of metrics.jsonl; see docs/logging.md."""
 
     tensorboard: bool = Field(False, description="write event files to the run's folder; needs tapfl[tensorboard]")
     mlflow: str = Field(
@@ -253,7 +259,7 @@ class LogOptions(Section):
 
     @model_validator(mode="after")
     def _uri_is_public(self) -> LogOptions:
-        """The URI is written to config.json and sent to the devices, and it must not depend on the working folder."""
+        """Refuses passwords, as the URI is stored in config.json and sent to devices, and relative paths."""
         uri = urlsplit(self.mlflow)
         if uri.password or "password" in parse_qs(uri.query):
             raise ValueError(
@@ -266,7 +272,7 @@ class LogOptions(Section):
 
 
 def _number(text: str) -> float:
-    """Returns the number that a text names, NaN if it names none."""
+    """Returns the number that `text` represents, or NaN if it is not a number."""
     try:
         return float(text)
     except ValueError:

@@ -1,1 +1,1 @@
-"""A device's summary of its images, and the public images selected by it."""
+"""A device's summary of its images, and the selection of public images by it."""

@@ -1,12 +1,12 @@
-"""From features of images to descriptors, and by descriptors to the metric set, on which a device's task is measured.
+"""Computes descriptors of images, and selects by them a device's metric set, which represents the device's task.
 
 Descriptors φ(x) are pooled pre-logits features of the frozen backbone, centred and projected by the pool's PCA. The
-metric set are the public images that look like a device's own, by one of these rules:
+metric set consists of public images that are similar to the device's own images, selected by one of these rules:
 
-    top-likelihood     as published: largest log p_i(φ(x)). Mode-seeking: it crowds into the densest component
-    density-ratio      ours: largest log p_i(φ(x)) - log p_pool(φ(x)): more the device's than the pool's
-    component-quota    ours: n_k = round(π_k M) samples a component, the best by responsibility-weighted likelihood
-    random             a control: drawn evenly from the pool
+    top-likelihood     as published: largest log p_i(φ(x)). Mode-seeking: prefers the densest component
+    density-ratio      ours: largest log p_i(φ(x)) - log p_pool(φ(x)): more likely for the device than for the pool
+    component-quota    ours: n_k = round(π_k M) samples per component, the best by responsibility-weighted likelihood
+    random             a control: drawn uniformly from the pool
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from tapfl.models.forward import image_features
 from tapfl.store import content_hash, whole_file
 from tapfl.summary.mixture import GaussianSummary
 
-AT_ONCE = 2**16  # images whose features are in memory together
+AT_ONCE = 2**16  # number of images whose features are in memory at once
 RULES = ("top-likelihood", "density-ratio", "component-quota", "random")
 
 
 @dataclass(frozen=True)
 class Projection:
-    """φ = (f - mean) · components; fitted on the public pool alone, so it tells a device nothing of another.
+    """φ = (f - mean) · components. It is fitted only on the public pool, so it reveals nothing about other devices.
 
     Attributes:
         mean: float32 (features,).
@@ -46,7 +46,7 @@ class Projection:
 
     @classmethod
     def fit(cls, features: np.ndarray, dim: int) -> Projection:
-        """Returns the projection of (n, features) to the first `dim` principal components, or as many as there are."""
+        """Returns the projection to the first `dim` principal components of `features` (n, width), or all if fewer."""
         dim = min(dim, *features.shape)
         pca = PCA(n_components=dim, svd_solver="full").fit(features.astype(np.float64))
         return cls(pca.mean_.astype(np.float32), pca.components_.astype(np.float32))
@@ -63,9 +63,10 @@ class Projection:
 def cached_features(
     model: nn.Module, spec: BackboneSpec, images: ImageSet, transform: Transform, cache: Path, compute: Compute = HERE
 ) -> np.ndarray:
-    """Returns `image_features` of a whole set, mapped from `cache`, where they are written if they are not there.
+    """Returns `image_features` of a set, memory-mapped from a file in `cache`, which is written if it does not exist.
 
-    The same weights are another model under another `spec`, such as one with more heads.
+    Args:
+        spec: is part of the key, because equal weights can belong to different models, such as one with more heads.
     """
     seen = f"{spec.model_dump_json()} {transform} {images.shape}"
     key = content_hash(model.state_dict(), seen, *images.content(), *compute.marks)
@@ -73,17 +74,17 @@ def cached_features(
     if not file.is_file():
         with whole_file(file) as temporary, compute.forward():
             _write_features(temporary, compute.put(model), images, transform)
-    found: np.ndarray = np.load(file, mmap_mode="r")
-    return found
+    features: np.ndarray = np.load(file, mmap_mode="r")
+    return features
 
 
 def _write_features(file: Path, model: nn.Module, images: ImageSet, transform: Transform) -> None:
     written: np.ndarray | None = None
     for part in in_order(len(images), AT_ONCE):
-        found = image_features(model, transform.batches(images.subset(part)), first=int(part[0]))
+        features = image_features(model, transform.batches(images.subset(part)), first=int(part[0]))
         if written is None:
-            written = np.lib.format.open_memmap(file, "w+", np.float32, (len(images), found.shape[1]))
-        written[part] = found
+            written = np.lib.format.open_memmap(file, "w+", np.float32, (len(images), features.shape[1]))
+        written[part] = features
 
 
 def pick_metric_set(
@@ -93,16 +94,16 @@ def pick_metric_set(
     options: MetricOptions | None = None,
     generator: np.random.Generator | None = None,
 ) -> np.ndarray:
-    """Returns `options.size` different positions in the pool, int64, best first, by the rule of the options.
+    """Returns `options.size` distinct positions in the pool, int64, best first, by the rule of the options.
 
     Args:
         device: the device's mixture.
-        pool: a mixture fitted on all of the pool's descriptors, or, where many devices share it, its log-likelihood at
-            `points`, float64 (n,).
+        pool: a mixture fitted on the pool's descriptors, or its log-likelihood at `points`, float64 (n,), which many
+            devices can share.
         points: the pool's descriptors, float64 (n, d).
 
     Raises:
-        DataError: if the pool is smaller than the metric set that is asked for.
+        DataError: if the pool is smaller than the requested metric set.
     """
     options, generator = options or MetricOptions(), generator or np.random.default_rng(0)
     if options.size > len(points):
@@ -111,17 +112,17 @@ def pick_metric_set(
         return generator.choice(len(points), options.size, replace=False)
     if options.rule == "component-quota":
         return _component_quota(device, points, options.size)
-    worth = device.log_likelihood(points)
+    scores = device.log_likelihood(points)
     if options.rule == "density-ratio":
-        worth = worth - (pool.log_likelihood(points) if isinstance(pool, GaussianSummary) else pool)
-    return _largest(worth, options.size)
+        scores = scores - (pool.log_likelihood(points) if isinstance(pool, GaussianSummary) else pool)
+    return _largest(scores, options.size)
 
 
 def effective_size(log_ratios: np.ndarray) -> float:
-    """Returns Kish's effective sample size (Σ w)² / Σ w² of importance weights w, from 1 to their number.
+    """Returns Kish's effective sample size (Σ w)² / Σ w² of importance weights w, between 1 and their number.
 
-    With w = p_i / p_pool it says how many of the images stand for a device: few, if it is on a few that its density
-    rests, and the others are unlike its own. It needs no labels.
+    With w = p_i / p_pool it measures how many of the images represent a device. It is small if the device's density is
+    high at only a few of them and the others differ from its own images. It needs no labels.
 
     Args:
         log_ratios: log w, float64 (n,), n >= 1.

@@ -1,8 +1,9 @@
-"""A device's Gaussian mixture: fitted on the descriptors of its training images, limited in support, and scored.
+"""A device's Gaussian mixture: fitted to descriptors of its training images, limited in support, and used as density.
 
-Before it leaves the device, descriptors can be clipped and noise added to the moments. Both bound what a single image
-can do to the moments and hide part of it. They are no differential privacy of the mixture: which image counts to which
-component, and how many components there are, depends on the images as well, and is not accounted for.
+Before the mixture leaves the device, descriptors can be clipped and noise can be added to the moments. Clipping bounds
+the influence of a single image on the moments, and noise hides part of it. This is not differential privacy of the
+mixture: the assignment of images to components and the number of components depend on the images as well, which is not
+accounted for.
 """
 
 from __future__ import annotations
@@ -24,18 +25,18 @@ from tapfl.seeds import numpy_generator, of_secret
 
 REG_COVAR = 1e-3  # relative to the mean variance of the descriptors
 N_INIT = 3
-SAME = 1e-4  # relative to the median length of descriptors; rounding in float32 is far below, two photographs far above
+SAME = 1e-4  # relative to the median norm of descriptors; far above float32 rounding, far below two photographs
 
 
 @dataclass(frozen=True)
 class GaussianSummary:
-    """p(x) = Σ_k π_k N(x | μ_k, Σ_k). This, and nothing else about its images, leaves a device.
+    """p(x) = Σ_k π_k N(x | μ_k, Σ_k): a device's description of its images for the server.
 
     Attributes:
-        weights: float64 (K,), π, sum 1.
-        means: float64 (K, d), μ.
-        covariances: float64, (K, d) variances if diagonal, else (K, d, d).
-        n: number of different samples the mixture was fitted on.
+        weights: π, float64 (K,), sum 1.
+        means: μ, float64 (K, d).
+        covariances: float64: variances (K, d) if diagonal, otherwise (K, d, d).
+        n: number of distinct samples that the mixture was fitted on.
     """
 
     weights: np.ndarray
@@ -44,7 +45,7 @@ class GaussianSummary:
     n: int
 
     def component_log_densities(self, points: np.ndarray) -> np.ndarray:
-        """Returns log π_k + log N(x | μ_k, Σ_k), float64 (n, K), of points (n, d)."""
+        """Returns log π_k + log N(x | μ_k, Σ_k) at the points (n, d), float64 (n, K)."""
         d = self.means.shape[1]
         columns = []
         for mean, covariance in zip(self.means, self.covariances, strict=True):
@@ -60,17 +61,17 @@ class GaussianSummary:
             return np.stack(columns, axis=1) + np.log(self.weights)
 
     def log_likelihood(self, points: np.ndarray) -> np.ndarray:
-        """Returns log p(x), float64 (n,), by log-sum-exp over the components."""
+        """Returns log p(x) at the points (n, d), float64 (n,), by log-sum-exp over the components."""
         return logsumexp(self.component_log_densities(points), axis=1)
 
     def check(self, dim: int, min_support: float) -> None:
-        """Raises DataError unless this is a mixture of dimension `dim` whose components are all supported."""
+        """Raises DataError unless this is a valid mixture in dimension `dim`, with enough samples in each component."""
         k = len(self.weights) if self.weights.ndim == 1 else 0
         shapes = ((k, dim), (k, dim, dim))
         wrong = ""
         if k == 0 or self.weights.ndim != 1 or self.means.shape != shapes[0] or self.covariances.shape not in shapes:
-            given = f"{self.weights.shape}, {self.means.shape}, {self.covariances.shape}"
-            wrong = f"shapes {given} do not go together in dimension {dim}"
+            got = f"{self.weights.shape}, {self.means.shape}, {self.covariances.shape}"
+            wrong = f"shapes {got} do not go together in dimension {dim}"
         elif not all(np.isfinite(part).all() for part in (self.weights, self.means, self.covariances)):
             wrong = "holds values that are not finite"
         elif (self.weights <= 0).any() or abs(self.weights.sum() - 1) > 1e-6:
@@ -93,14 +94,14 @@ def _positive(covariances: np.ndarray) -> bool:
 def fit_mixture(points: np.ndarray, options: SummaryOptions | None = None, seed: int = 0) -> GaussianSummary:
     """Returns the mixture of descriptors (n, d) with the lowest BIC over K = 1..max_components.
 
-    Ours: diagonal covariance by default and `reg_covar` relative to the variance of the
-    descriptors. As published: full covariance, K = 2..10. Components that stand for fewer than `min_support` samples
-    are merged into their nearest neighbour, moments preserved, since the mean of one sample *is* that sample; and for
-    the same reason a sample that is there many times counts once. No sample then makes up more than 1 / `min_support`
-    of any component's mean.
+    The published method uses full covariances and K = 2..10. Ours uses diagonal covariances by default, and a
+    `reg_covar` relative to the variance of the descriptors. Components of fewer than `min_support` samples are merged
+    into their nearest neighbour, with the moments preserved, because the mean of one sample *is* that sample. For the
+    same reason, copies of a sample count once. No sample then contributes more than 1 / `min_support` of any
+    component's mean.
 
     Raises:
-        DataError: if there are fewer different samples than `min_support`.
+        DataError: if there are fewer distinct samples than `min_support`.
     """
     options = options or SummaryOptions()
     points = distinct(points)
@@ -124,19 +125,19 @@ def fit_mixture(points: np.ndarray, options: SummaryOptions | None = None, seed:
 
 
 def distinct(points: np.ndarray) -> np.ndarray:
-    """Returns points (n, d) in their order, without those that are the same as an earlier one but for rounding."""
+    """Returns points (n, d) in their order, without those that equal an earlier point up to rounding."""
     radius = max(SAME * float(np.median(np.linalg.norm(points, axis=1))), np.finfo(float).tiny)
-    # cells first: the pairs among a thousand copies are half a million
+    # first by cells of a grid: a thousand copies would form half a million pairs
     kept = np.sort(np.unique(np.round(points / radius), axis=0, return_index=True)[1])
     later = cKDTree(points[kept]).query_pairs(radius, output_type="ndarray")[:, 1]
     return points[np.delete(kept, later)]
 
 
 def limit_support(summary: GaussianSummary, min_support: float) -> GaussianSummary:
-    """Returns the mixture with every component that stands for fewer than `min_support` samples merged away.
+    """Returns the mixture with components of fewer than `min_support` samples merged into others.
 
-    The weakest component goes into the one with the nearest mean; weight, mean and covariance of the pair are those of
-    their sum, so the first two moments of the whole mixture stay what they were.
+    The smallest component is merged into the one with the nearest mean. The merged component has the weight, mean and
+    covariance of both together, so the first two moments of the whole mixture are preserved.
     """
     weights, means, covariances = summary.weights, summary.means, summary.covariances
     while len(weights) > 1 and weights.min() * summary.n < min_support:
@@ -160,14 +161,14 @@ def limit_support(summary: GaussianSummary, min_support: float) -> GaussianSumma
 def device_mixture(
     points: np.ndarray, options: SummaryOptions, seed: int, partition_id: int, secret: str = ""
 ) -> GaussianSummary:
-    """Returns the mixture that a device uploads, of its descriptors (n, d).
+    """Returns the mixture that a device uploads, fitted to its descriptors (n, d).
 
     Args:
-        secret: of the device alone. Without one the noise follows from the run's seed, so that a run can be repeated,
-            and whoever knows the seed can take it off again.
+        secret: known only to the device. Without a secret, the noise follows from the run's seed: runs can be repeated,
+            but anyone who knows the seed can remove the noise.
 
     Raises:
-        DataError: if there are fewer different samples than `min_support`.
+        DataError: if there are fewer distinct samples than `min_support`.
     """
     if options.clip:
         points = clip_points(points, options.clip)
@@ -180,19 +181,21 @@ def device_mixture(
 
 
 def clip_points(points: np.ndarray, norm: float) -> np.ndarray:
-    """Returns points (n, d), those longer than `norm` shortened to it."""
+    """Returns points (n, d) scaled to a norm of at most `norm`."""
     return points * (norm / np.maximum(np.linalg.norm(points, axis=1, keepdims=True), norm))
 
 
 def add_noise(summary: GaussianSummary, clip: float, noise: float, generator: np.random.Generator) -> GaussianSummary:
-    """Returns the mixture of noisy moments, made valid again.
+    """Returns a valid mixture with noise on its moments.
 
-    The moments are N_k = Σ r_ik, Σ r_ik x_i / R and Σ r_ik x_i x_iᵀ / R² (its diagonal, for diagonal covariances), r_ik
-    the share of sample i that counts to component k and R = `clip` ≥ ‖x_i‖. With r fixed, one sample more or less
-    moves all of them together by √3 at most in L2; each number gets Gaussian noise of standard deviation √3 · `noise`.
+    The moments are N_k = Σ r_ik, Σ r_ik x_i / R and Σ r_ik x_i x_iᵀ / R² (or its diagonal, for diagonal covariances).
+    r_ik is the responsibility of component k for sample i, and R = `clip` ≥ ‖x_i‖. With r fixed, adding or removing one
+    sample changes all of them together by at most √3 in L2 norm. Each number gets Gaussian noise of standard deviation
+    √3 · `noise`.
 
-    What comes after looks at no image: a component counts one sample at least, its mean lies in the ball of R, and its
-    variances, or the eigenvalues of its covariance, lie between what the noise leaves unknown of them and R².
+    The noisy moments are then made valid without using the images: a component has at least one sample, its mean lies
+    in the ball of radius R, and its variances, or the eigenvalues of its covariance, are at most R² and at least their
+    uncertainty by the noise.
     """
     σ, d = np.sqrt(3) * noise, summary.means.shape[1]
     full = summary.covariances.ndim == 3
@@ -200,19 +203,19 @@ def add_noise(summary: GaussianSummary, clip: float, noise: float, generator: np
     N = summary.n * summary.weights
     count = (slice(None), *[None] * (summary.covariances.ndim - 1))
     squares = N[count] * (summary.covariances + outer(summary.means))
-    hidden = generator.standard_normal(squares.shape)
-    if full:  # a symmetric matrix has one number for each pair
-        hidden = np.triu(hidden) + np.triu(hidden, 1).swapaxes(1, 2)
+    draws = generator.standard_normal(squares.shape)
+    if full:  # the two equal entries of a symmetric matrix get the same noise
+        draws = np.triu(draws) + np.triu(draws, 1).swapaxes(1, 2)
     noisy_N = np.maximum(N + σ * generator.standard_normal(N.shape), 1.0)
     sums = N[:, None] * summary.means + σ * clip * generator.standard_normal((len(N), d))
     means = clip_points(sums / noisy_N[:, None], clip)
-    covariances = (squares + σ * clip**2 * hidden) / noisy_N[count] - outer(means)
+    covariances = (squares + σ * clip**2 * draws) / noisy_N[count] - outer(means)
     floor = np.minimum(σ / noisy_N, 1.0) * clip**2
     return GaussianSummary(noisy_N / noisy_N.sum(), means, _bounded(covariances, floor, clip**2), summary.n)
 
 
 def _bounded(covariances: np.ndarray, floor: np.ndarray, ceiling: float) -> np.ndarray:
-    """Returns variances (K, d), or the eigenvalues of covariances (K, d, d), moved into [floor_k, ceiling]."""
+    """Returns covariances with variances (K, d), or eigenvalues if (K, d, d), clipped to [floor_k, ceiling]."""
     if covariances.ndim == 2:
         return np.clip(covariances, floor[:, None], ceiling)
     values, vectors = np.linalg.eigh(covariances)
