@@ -1,1 +1,1 @@
-"""Federations as a user starts them: command line, engines, comparison, reports."""
+"""What a user starts: the command line, engines, comparisons, sweeps, searches, reports and benchmarks."""

@@ -1,4 +1,4 @@
-"""The `tapfl` command. Exit codes: 0 done, 1 the run failed, 2 the input was refused, 130 interrupted."""
+"""The `tapfl` command. Exit codes: 0 success, 1 a run failed, 2 the input was refused, 130 interrupted."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from tapfl.errors import ConfigError, RunError, TapflError
 
 app = typer.Typer(
     name="tapfl",
-    help="Federated learning of Vision Transformers on devices that differ.",
+    help="Federated learning of Vision Transformers on heterogeneous devices.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -66,13 +66,13 @@ def run(
     as_json: JsonObject = False,
     report: Annotated[bool, typer.Option(help="also write report.html")] = True,
 ) -> None:
-    """Run one federation: summaries, pruning plans, smaller models, adapter rounds, personal models."""
+    """Run one federation: device summaries, pruning plans, pruned models, rounds of adapters, personal models."""
     options = options_of(config, set)
     from experiments.preflight import resolve_run
     from strategies.progress import shown
 
     if resume is not None and out is not None and out.absolute() != resume.absolute():
-        raise ConfigError(f"--out {out}: a resumed run stays in its folder, {resume}")
+        raise ConfigError(f"--out {out}: a resumed run stays in its folder, {resume}; omit --out")
     path = resume or out or options.get("out") or f"runs/{datetime.datetime.now():%Y%m%d-%H%M%S}"
     _require_ray(engine, ray)
     with shown():
@@ -90,7 +90,7 @@ def run(
                 carry_out(resolved.flat(), resolved.devices.count)
         except OSError as error:
             begun = (folder / "config.json").is_file()
-            go_on = f"; once that is solved, continue with: {again}" if begun else ""
+            go_on = f"; after solving this, continue with: {again}" if begun else ""
             raise RunError(of_the_system(error) + go_on) from error
     if not (folder / SUMMARY).is_file():
         raise RunError(f"the run ended without a result; continue with: {again}")
@@ -110,7 +110,7 @@ def run(
 
 @app.command()
 def options() -> None:
-    """List every option of a run with its default. The names are those of --set, TOML files and flwr's --run-config."""
+    """List every option of a run with its default. --set, TOML files and flwr's --run-config use these names."""
     from rich.table import Table
 
     from tapfl.config import RunConfig
@@ -130,22 +130,22 @@ def options() -> None:
 def sweep(
     *,
     config: Annotated[
-        Path, typer.Option(help="TOML: a table \\[grid] of lists, tables \\[\\[run]], options of all runs")
+        Path, typer.Option(help="TOML file with a table \\[grid] of lists, tables \\[\\[run]], and options of all runs")
     ],
-    out: Annotated[Path, typer.Option(help="folder of the runs; runs that are finished there are not repeated")],
+    out: Annotated[Path, typer.Option(help="folder of the runs; runs that are finished in it are not repeated")],
     engine: Annotated[Engine, typer.Option(help="engine of each run")] = "inprocess",
     runs: JobOptions,
     set: Annotated[
-        list[str] | None, typer.Option("--set", help="key=value; overrides the options that the file's runs share")
+        list[str] | None, typer.Option("--set", help="key=value; overrides the options of all runs in the file")
     ] = None,
     reference: Annotated[
-        list[str] | None, typer.Option(help="key=value: test every point against the one with this value, over devices")
+        list[str] | None, typer.Option(help="key=value: compare every point with the point that has this value")
     ] = None,
     as_json: JsonRows = False,
 ) -> None:
     """Run many federations and compare them: mean ± standard deviation over seeds, tests over devices, learning curves.
 
-    With --engine ray they share this process and one pool of actors; otherwise each run is a process of its own.
+    With --engine ray, all runs share this process and one pool of actors; otherwise each run has its own process.
     Runs that differ only in options that take effect after round zero share round zero.
     """
     from experiments.jobs.federation import federations, require_gpus
@@ -184,20 +184,22 @@ def sweep(
 @option_groups
 def search(
     *,
-    config: Annotated[Path, typer.Option(help="TOML with \\[search], \\[space] and the options that all runs share")],
+    config: Annotated[Path, typer.Option(help="TOML file with \\[search], \\[space] and the options of all runs")],
     method: Annotated[
-        Method | None, typer.Option(help="overrides the file's: BOHB, Optuna's TPE with Hyperband, or random search")
+        Method | None, typer.Option(help="BOHB, Optuna's TPE with Hyperband, or random search; overrides the file")
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="folder of the search; default: runs/ and the file's name")] = None,
-    storage: Annotated[str | None, typer.Option(help="URL of an Optuna storage; default: a journal in --out")] = None,
+    out: Annotated[Path | None, typer.Option(help="folder of the search; default: runs/NAME for NAME.toml")] = None,
+    storage: Annotated[
+        str | None, typer.Option(help="URL of an Optuna storage; default: a journal file in --out")
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="continue the search in --out")] = False,
     engine: Annotated[
-        SearchEngine, typer.Option(help="each run in a process of its own, or the devices of all runs on Ray actors")
+        SearchEngine, typer.Option(help="each run in its own process, or the devices of all runs on Ray actors")
     ] = "inprocess",
     runs: JobOptions,
     as_json: JsonObject = False,
 ) -> None:
-    """Search for good options. Budgets are rounds; promising runs continue from their checkpoints."""
+    """Search for good options. A trial's budget is a number of rounds; promising runs continue from checkpoints."""
     from experiments.search.settings import read_search
     from strategies.progress import shown
 
@@ -217,11 +219,11 @@ def search(
         return
     show_rows([{"option": name, "value": str(value)} for name, value in found.params.items()], as_json=False)
     show_line(f"trial {found.trial}: {found.loss:.4f} after {found.rounds} rounds")
-    show_line(f"as options: {found.folder / 'best.toml'}; in pictures: {found.folder / 'search.html'}")
+    show_line(f"options: {found.folder / 'best.toml'}; figures: {found.folder / 'search.html'}")
 
 
 def _report(folder: Path) -> tuple[Path | None, list[str]]:
-    """Writes the report of a finished run, and returns its page and remarks; an error does not fail the run."""
+    """Writes the report of a finished run and returns its page and remarks; an error does not fail the run."""
     from experiments.report.cli import write_report
     from experiments.report.reading import read_run
     from experiments.report.single import differences
@@ -229,7 +231,7 @@ def _report(folder: Path) -> tuple[Path | None, list[str]]:
 
     try:
         run = read_run(folder)
-        found = [f"warning: {each.found} What can be tried: {each.advice}." for each in warnings_of(run)]
+        found = [f"warning: {warning.found} What to try: {warning.advice}." for warning in warnings_of(run)]
         return write_report([run], pictures=False), [*filter(None, [differences(run).strip()]), *found]
     except Exception as error:
         reason = f"{type(error).__name__}: {error}"
@@ -238,7 +240,7 @@ def _report(folder: Path) -> tuple[Path | None, list[str]]:
 
 
 def _require_ray(engine: str, options: RayOptions, needs_ray: Sequence[str] = NEED_RAY) -> None:
-    """Refuses Ray's options with another engine, and an address where no cluster answers."""
+    """Refuses options of Ray with another engine, and an address at which no cluster answers."""
     if engine == "ray":
         from experiments.engines.cluster import require_reachable
 
@@ -255,12 +257,12 @@ def _require_folder() -> None:
     try:
         Path.cwd()
     except FileNotFoundError:
-        raise ConfigError("the folder of this terminal was deleted; accepted: cd to one that is there") from None
+        raise ConfigError("the current folder was deleted; accepted: cd to an existing folder") from None
 
 
 def main() -> NoReturn:
     """Entry point: every TapflError becomes one line on standard error and an exit code."""
-    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # as standard error: α in locale C
+    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # as stderr does: α in locale C
     try:
         _require_folder()
         app()

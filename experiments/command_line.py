@@ -1,4 +1,4 @@
-"""What the commands share: options, groups of options, and messages on standard error.
+"""Code shared by the commands: options, groups of options, and messages on standard error.
 
 A command with many options takes some of them as one frozen dataclass:
 
@@ -36,16 +36,16 @@ JsonRows = Annotated[bool, typer.Option("--json", help="print one JSON object pe
 def option_groups(command: Callable[..., T]) -> Callable[..., T]:
     """Returns `command` as typer should see it: a dataclass parameter becomes one option per field.
 
-    Fields are annotated and named like parameters of a command, with plain defaults (no `default_factory`). The
-    options take the place of the group in the help.
+    Fields are named and annotated like parameters of a command and have plain defaults (no `default_factory`). The
+    help lists the options in the place of the group.
 
     Raises:
         ValueError: if two options have the same name.
     """
     parameters = signature(command, eval_str=True).parameters
-    groups: dict[str, Any] = {n: each.annotation for n, each in parameters.items() if is_dataclass(each.annotation)}
+    groups: dict[str, Any] = {n: part.annotation for n, part in parameters.items() if is_dataclass(part.annotation)}
     options = {name: signature(group, eval_str=True).parameters for name, group in groups.items()}
-    expanded = [part for name, each in parameters.items() for part in options.get(name, {name: each}).values()]
+    expanded = [option for name, part in parameters.items() for option in options.get(name, {name: part}).values()]
 
     @wraps(command)
     def with_groups(**values: Any) -> T:
@@ -53,13 +53,13 @@ def option_groups(command: Callable[..., T]) -> Callable[..., T]:
             values[name] = group(**{option: values.pop(option) for option in options[name]})
         return command(**values)
 
-    vars(with_groups)["__signature__"] = Signature([e.replace(kind=Parameter.KEYWORD_ONLY) for e in expanded])
-    with_groups.__annotations__ = {each.name: each.annotation for each in expanded}
+    vars(with_groups)["__signature__"] = Signature([o.replace(kind=Parameter.KEYWORD_ONLY) for o in expanded])
+    with_groups.__annotations__ = {option.name: option.annotation for option in expanded}
     return with_groups
 
 
 def _finite(value: float) -> float:
-    if not math.isfinite(value):  # which is in any range for click
+    if not math.isfinite(value):  # click accepts nan in any range
         raise typer.BadParameter(f"{value} is not a finite number.")
     return value
 
@@ -71,11 +71,11 @@ class RayOptions:
     workers: Annotated[
         int,
         typer.Option(
-            min=0, help="workers, one torch thread each; 0: as many as there is room for, or none with inprocess"
+            min=0, help="workers, each with one torch thread; 0: as many as the CPUs allow, or none with inprocess"
         ),
     ] = 0
     address: Annotated[
-        str, typer.Option(help="ray: HOST:PORT of a cluster, or auto; empty: RAY_ADDRESS, otherwise a local Ray")
+        str, typer.Option(help="ray: HOST:PORT of a cluster, or auto; empty: RAY_ADDRESS if set, else a local Ray")
     ] = ""
     actor_cpus: Annotated[float, typer.Option(min=0, callback=_finite, help="ray: CPUs that each actor reserves")] = 1.0
     actor_gpus: Annotated[
@@ -83,39 +83,39 @@ class RayOptions:
         typer.Option(
             min=0,
             callback=_finite,
-            help="ray and flower: GPUs that each worker reserves; 0.25: four workers share one",
+            help="ray and flower: GPUs that each worker reserves; with 0.25, four workers share one",
         ),
     ] = 0.0
 
 
 @dataclass(frozen=True)
 class JobOptions(RayOptions):
-    """Options of a command that carries out many runs."""
+    """Options of a command that executes many runs."""
 
-    jobs: Annotated[int, typer.Option(min=0, help="runs at a time; 0: as many as there are CPUs")] = 0
+    jobs: Annotated[int, typer.Option(min=0, help="runs at a time; 0: one per CPU")] = 0
 
 
 def options_of(config: Path | None, assignments: list[str] | None) -> dict[str, Any]:
     """Returns options by dotted name; those of --set override those of --config."""
-    from tapfl.options import parse_assignment, read_toml  # with pydantic, which no help needs
+    from tapfl.options import parse_assignment, read_toml  # imports pydantic, which --help does not need
 
     return (read_toml(config) if config else {}) | dict(parse_assignment(text) for text in assignments or [])
 
 
 def starting(what: str) -> None:
-    """Reports that something starts which takes seconds, before a progress bar can be shown."""
+    """Reports the start of something that takes seconds, before a progress bar can be shown."""
     print(f"tapfl: starting {what}", file=sys.stderr, flush=True)
 
 
 def load_torch() -> None:
-    """Imports torch and timm, and reports it first, because this takes seconds."""
+    """Imports torch and timm, and reports it first, because it takes seconds."""
     if "torch" not in sys.modules:
         starting("torch and timm")
         import timm  # noqa: F401
 
 
 def of_the_system(error: OSError) -> str:
-    """Returns an error of the operating system in one line: ``/data/run/metrics.jsonl: No space left on device``."""
+    """Returns an error of the operating system as one line: ``/data/run/metrics.jsonl: No space left on device``."""
     what = error.strerror or message_of(error)
     if not error.filename:
         return what

@@ -1,4 +1,4 @@
-"""Checks the options of a run against its data, weights and backbone, and logs which images there are."""
+"""Checks the options of a run against its data, weights and backbone, and logs the images that were found."""
 
 from __future__ import annotations
 
@@ -46,13 +46,13 @@ from tapfl.store import cache_folder
 
 
 def check(config: RunConfig) -> None:
-    """Logs what was found in the data sources, and checks all that would otherwise fail later in the run.
+    """Logs the images found in the data sources, and checks everything that would otherwise fail later in the run.
 
     Args:
         config: with absolute paths and the number of devices.
 
     Raises:
-        TapflError: in one line.
+        TapflError: the first problem, as one line.
     """
     Compute.of(config.compute)
     resolved(config.pruning)
@@ -65,15 +65,15 @@ def check(config: RunConfig) -> None:
     public = open_pool(config.data, transform, config.seed, cache)
     labels_of(public, resolved(config.pruning))
     transform(public.read(range(1)))
-    parts = f", and a multiple of metric.batch = {config.metric.batch}, which may be smaller"
+    parts = f", in multiples of metric.batch = {config.metric.batch}, which can be lowered"
     for name, size, also in (
         ("metric.size", config.metric.size, parts),
         ("pruning.recovery-size", config.pruning.recovery_size, ""),
     ):
         if size > len(public):
             has = f"the public pool has {len(public)} images"
-            raise DataError(f"{name} = {size}: {has}; accepted: at most that{also}")
-    if config.data.changing and config.resume:  # whoever has too few images by now sits out
+            raise DataError(f"{name} = {size}: {has}; accepted: at most {len(public)}{also}")
+    if config.data.changing and config.resume:  # a device that has too few images by now does not take part
         require_loggers(config.log)
         return
     private = open_private(config.data, transform, config.seed, cache)
@@ -84,19 +84,20 @@ def check(config: RunConfig) -> None:
     if config.data.changing:
         splits = _splits_of_folders(config, public, private)
     else:
-        splits = kept_partition(private, config.data, config.devices.count, config.seed, cache)  # in the cache: late
+        splits = kept_partition(private, config.data, config.devices.count, config.seed, cache)  # late: fills the cache
     if new_head:
         _check_backbone(config, public, agreed_classes(private.subset(split.train).held for split in splits))
-    require_loggers(config.log)  # the last check: it may make an empty database
+    require_loggers(config.log)  # last, because this check may create an empty database
     for line in found(config.data, public, private):
         log(logging.INFO, "%s", line)
 
 
 def _splits_of_folders(config: RunConfig, public: ImageSet, private: ImageSet) -> list[DeviceSplit]:
-    """Returns the split of each device whose images may change; images of classes that the pool lacks are left out.
+    """Returns the split of each device whose images may change; images of classes not in the pool are left out.
 
     Raises:
-        TapflError: as `device_folders`, or if there are other devices, or one has too few images to begin.
+        TapflError: as `device_folders`, or if `devices.count` is not the number of folders, or a device has too few
+            images to start.
     """
     count, options, splits = len(device_folders(config.data)), config.data, []
     if config.devices.count != count:
@@ -112,7 +113,7 @@ def _splits_of_folders(config: RunConfig, public: ImageSet, private: ImageSet) -
 
 
 def devices_of(config: RunConfig) -> int:
-    """Returns how many devices the partition makes of the private images, where it says that itself.
+    """Returns the number of devices, for a partition that determines it.
 
     Raises:
         TapflError: as `open_private` and `partition`.
@@ -125,7 +126,7 @@ def devices_of(config: RunConfig) -> int:
 
 
 def _check_backbone(config: RunConfig, public: ImageSet, classes: tuple[str, ...]) -> None:
-    """Checks the backbone; `classes` are those of the devices, for a new head."""
+    """Checks the options against the backbone; `classes` are the devices' classes, for a new head."""
     options, new = config.model, config.model.head in NEW_HEADS
     if not options.weights and ("rows" in options.head or (new and options.head_rows)):
         raise ConfigError(f"model.head = {options.head!r}: takes rows of the head of model.weights, which is empty")
@@ -138,18 +139,18 @@ def _check_backbone(config: RunConfig, public: ImageSet, classes: tuple[str, ...
     if new and options.head_rows:
         _require_rows(Path(options.head_rows), classes, spec.num_classes)
     layers = layers_of(model, options)
-    given = build(spec.model_copy(update={"num_classes": len(classes)})) if new else model
+    dense = build(spec.model_copy(update={"num_classes": len(classes)})) if new else model
     last_blocks(layers, config.adapters.blocks)
     widest = max(max(shape) for shape in global_shapes(model, layers, rank=1).values())
     if (rank := max_rank(config.devices)) > widest:
-        raise ConfigError(f"rank {rank} (devices.ranks): the widest layer has {widest} units; accepted: at most that")
-    pruning, cost = aligned(resolved(config.pruning), layers), measure_cost(given)
+        raise ConfigError(f"rank {rank} (devices.ranks): the widest layer has {widest} units; accepted: ≤ {widest}")
+    pruning, cost = aligned(resolved(config.pruning), layers), measure_cost(dense)
     schedule: Schedule = ()
     if pruning.tokens != "none":
         share = pruning.token_share if pruning.tokens == "merge" else min(SHARES)
-        schedule = schedule_of(stream_of(given, pruning), share)
+        schedule = schedule_of(stream_of(dense, pruning), share)
     for budget in sorted({profile.budget for profile in profiles_of(config.devices)}):
-        seen, table = costs_under(given, layers, cost_table(layers, cost, Budget.parse(budget)), schedule)
+        seen, table = costs_under(dense, layers, cost_table(layers, cost, Budget.parse(budget)), schedule)
         shapes = [candidates(n, table.branches[n.name], pruning.unit_shape, pruning.align) for n in seen]
         allocate(shapes, np.ones(len(layers)), table, pruning)
 

@@ -1,8 +1,8 @@
-"""The documentation site's hooks: reference tables made from the code, and pages that show files of the repository.
+"""Hooks of the documentation site: reference tables made from the code, and pages that show files of the repository.
 
-``<!-- table: options -->``, alone on a line of a page, becomes the table of that name (`TABLES`). A relative link to a
-file of the repository leads to a page that shows the file, so that the site needs no network. The pages of
-docs/commands come from mkdocs-click, which looks the commands of `tapfl` up as attributes of this module.
+A line ``<!-- table: options -->`` becomes the table of that name (`TABLES`). A relative link to a file of the
+repository leads to a page that shows the file, so that the site needs no network. For the pages of docs/commands
+mkdocs-click looks up the commands of `tapfl` as attributes of this module.
 """
 
 from __future__ import annotations
@@ -26,20 +26,20 @@ ROOT = Path(__file__).parents[1]
 TABLE = re.compile(r"^<!-- table: (\w+) -->$", re.MULTILINE)
 LINK = re.compile(r"\]\(((?:\.\./)+[^)#\s]+)\)")
 LANGUAGES = {".py": "python", ".toml": "toml", ".yml": "yaml", ".csv": "text", ".json": "json"}
-HUGE = 10**9  # a bound against mistyped numbers, not worth a reader's time
+HUGE = 10**9  # larger bounds only catch mistyped numbers and are not shown
 BOUNDS = {"exclusiveMinimum": ">", "minimum": "≥", "exclusiveMaximum": "<", "maximum": "≤"}
 WORDS = {"integer": "integer", "number": "number", "boolean": "`true`, `false`"}
 
 
 def __getattr__(name: str) -> Any:
-    """Returns the command `tapfl NAME`, as mkdocs-click asks for it."""
+    """Returns the command `tapfl NAME`; mkdocs-click looks it up like this."""
     if found := commands().get(name):
         return found
     raise AttributeError(name)
 
 
 def commands() -> dict[str, Any]:
-    """Returns every command of `tapfl` by name, hidden ones and groups included."""
+    """Returns every command of `tapfl` by name, including hidden ones and groups."""
     from experiments.cli import app
 
     return typer.main.get_command(app).commands  # type: ignore[attr-defined]
@@ -69,7 +69,7 @@ def on_page_content(html: str, page: Page, **_: Any) -> str:
 
 
 def with_tables(markdown: str) -> str:
-    """Returns a page with its tables filled in. Raises PluginError for an unknown table."""
+    """Returns the page with its tables filled in. Raises PluginError for an unknown table."""
 
     def fill(mark: re.Match[str]) -> str:
         if mark[1] not in TABLES:
@@ -80,7 +80,7 @@ def with_tables(markdown: str) -> str:
 
 
 def linked(page: str, markdown: str, docs: Path) -> Iterator[tuple[str, Path]]:
-    """Yields every link of a page to a file of the repository outside `docs`, and the file."""
+    """Yields every link of a page that leads to a file of the repository outside `docs`, with the file."""
     for link in sorted(set(LINK.findall(markdown))):
         file = (docs / page).parent.joinpath(link).resolve()
         if file.is_file() and file.is_relative_to(ROOT) and not file.is_relative_to(docs):
@@ -98,7 +98,7 @@ def _uri(file: Path) -> str:
 
 
 def options_table() -> str:
-    """Returns every option of a run, in one table for each section."""
+    """Returns every option of a run, in one table per section."""
     schema = RunConfig.model_json_schema()
     parts = [f"## The run\n\n{_options('', {k: part for k, part in schema['properties'].items() if 'title' in part})}"]
     for name, part in schema["properties"].items():
@@ -109,7 +109,7 @@ def options_table() -> str:
 
 
 def criteria_table() -> str:
-    """Returns the built-in criteria: what each one is, and the options that it sets."""
+    """Returns a table of the built-in criteria: a description, and the options that each sets."""
     from tapfl.pruning.criteria.registry import BUILT_IN, criterion_of
 
     rows = []
@@ -130,7 +130,7 @@ def criteria_table() -> str:
 
 
 def configs_table() -> str:
-    """Returns the ready configurations: what each one is for, and the commands that its first comment names."""
+    """Returns a table of the ready configurations: the purpose of each, and the commands in its first comment."""
     rows = []
     for file in sorted((ROOT / "experiments" / "configs").glob("*.toml")):
         purpose, named = about(file)

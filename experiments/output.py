@@ -1,6 +1,6 @@
-"""Results as text: numbers in words, tables on the screen, CSV and Markdown, and captions.
+"""Results as text: numbers with units, tables on the screen, CSV and Markdown, and captions.
 
-A caption names the command, the seeds and the versions, but no date: a table that is made again is the same.
+A caption names the command, the seeds and the versions, but no date, so that a table that is made again is identical.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def duration(seconds: float) -> str:
 
 
 def as_csv(rows: Iterable[Mapping[str, Any]], columns: Sequence[str]) -> bytes:
-    """Returns a header and one line per row; a value that a row lacks is empty."""
+    """Returns a header and one line per row; values that a row does not have are left empty."""
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, columns)
     writer.writeheader()
@@ -60,13 +60,13 @@ def as_csv(rows: Iterable[Mapping[str, Any]], columns: Sequence[str]) -> bytes:
 
 
 def as_markdown(rows: Sequence[Mapping[str, str]]) -> str:
-    """Returns rows of the same columns as a Markdown table; a ``|`` outside of code is escaped."""
+    """Returns rows with the same columns as a Markdown table; a ``|`` outside of code is escaped."""
     lines = [rows[0].keys(), ["---"] * len(rows[0]), *(row.values() for row in rows)]
     return "".join("| " + " | ".join(PIPE.sub(r"\|", cell) for cell in line) + " |\n" for line in lines)
 
 
 def console() -> Console:
-    """Returns a console on standard output; 140 columns wide if that is no terminal."""
+    """Returns a console on standard output, 140 columns wide if that is not a terminal."""
     return Console(width=None if sys.stdout.isatty() else 140)
 
 
@@ -81,8 +81,9 @@ def show_rows(rows: Sequence[Mapping[str, str | float]], as_json: bool) -> None:
         return
     screen = console()
     columns = [[name, *(row[name] for row in rows)] for name in rows[0]]
-    upright = _table(rows[0], [row.values() for row in rows])
-    for table in (upright, _table(["", *range(1, len(rows) + 1)], columns)):
+    as_rows = _table(rows[0], [row.values() for row in rows])
+    transposed = _table(["", *range(1, len(rows) + 1)], columns)
+    for table in (as_rows, transposed):
         if screen.measure(table, options=screen.options.update(width=10**6)).minimum <= screen.width:
             screen.print(table)
             return
@@ -103,15 +104,15 @@ def show_line(text: str) -> None:
 
 
 def show_summary(summary: Summary, against: Mapping[str, object]) -> None:
-    """Prints the closing table of a run: one line per device, the means, and remarks.
+    """Prints the final table of a run: one line per device, the means, and remarks.
 
     Args:
-        against: how the personal accuracies differ from those of each reference, by its name.
+        against: the difference of the personal accuracies to those of each reference model, by its name.
     """
     stages = ["dense", "pruned", *(summary.reference_accuracies or {}), "global", "personal"]
     names = ("device", "samples", "classes", "budget", "MACs", "params", *stages, "α", "up", "down")
     columns = [Column(name.replace("+", " + "), justify="right") for name in names]  # wraps at the spaces
-    table = Table(*columns, title="accuracy on each device's own test part", title_justify="left")
+    table = Table(*columns, title="accuracy on each device's own test images", title_justify="left")
     for device in summary.devices:
         table.add_row(
             str(device.device),
@@ -139,17 +140,17 @@ def _accuracies(record: DeviceRecord | Summary, stages: Sequence[str]) -> list[s
 
 
 def _remarks(summary: Summary) -> list[str]:
-    """Returns what the table does not show: simulated time, mixtures that are missing or coarse, failures, privacy."""
+    """Returns remarks on what the table lacks: simulated time, missing or coarse mixtures, failures, privacy."""
     lines = []
     if reached := list(summary.time_to_accuracy.items())[-3:]:
         steps = ", ".join(f"{accuracy} after {duration(seconds)}" for accuracy, seconds in reached)
         lines.append(f"simulated time: {duration(summary.simulated_seconds)}; mean personal accuracy {steps}")
     if generic := [str(device.device) for device in summary.devices if device.generic]:
-        lines.append(f"devices without a mixture, pruned by the generic plan of their budget: {', '.join(generic)}")
+        lines.append(f"devices that sent no mixture and got the generic plan for their budget: {', '.join(generic)}")
     if alike := [str(device.device) for device in summary.devices if device.one_component]:
-        lines.append(f"devices whose mixture has one component, which does not tell classes apart: {', '.join(alike)}")
+        lines.append(f"devices whose mixture has one component, so that classes are not separated: {', '.join(alike)}")
     if summary.failures:
-        lines.append(f"failed messages: {summary.failures}; metrics.jsonl has the reasons")
+        lines.append(f"failed messages: {summary.failures}; the reasons are in metrics.jsonl")
     if summary.epsilon is not None:
         lines.append(f"differential privacy of the shared adapters: ε ≤ {summary.epsilon:.3g}")
     return lines
@@ -159,7 +160,7 @@ def _remarks(summary: Summary) -> list[str]:
 
 
 def command(*parts: str) -> str:
-    """Returns a `tapfl` command as a reader types it; an absolute path is shortened to its last name.
+    """Returns a `tapfl` command as it is typed; absolute paths are shortened to their last part.
 
     >>> command("sweep", "--config", "rules.toml", "--set", "data.source=/home/me/val")
     'tapfl sweep --config rules.toml --set data.source=…/val'
@@ -170,7 +171,7 @@ def command(*parts: str) -> str:
 
 
 def flags(**repeated: Sequence[str] | None) -> list[str]:
-    """Returns options that can be repeated as they are typed.
+    """Returns repeatable options as they are typed.
 
     >>> flags(set=["seed=1"], reference=None)
     ['--set', 'seed=1']
@@ -180,7 +181,7 @@ def flags(**repeated: Sequence[str] | None) -> list[str]:
 
 def installed(packages: Iterable[str] = PACKAGES) -> dict[str, str]:
     """Returns the installed version of each package."""
-    from importlib import metadata  # with all of email, for a caption alone
+    from importlib import metadata  # imports all of email, which only captions need
 
     return {name: metadata.version(name) for name in packages}
 

@@ -1,4 +1,4 @@
-"""The picture of a pruned model: kept widths and layer importance by block, and costs beside the dense model's."""
+"""The picture of a pruned model: kept widths and layer importance by block, and costs relative to the dense model."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from experiments.pruning import costs
 from tapfl.errors import ConfigError
 
 KINDS = {"attention": "attention", "ffn": "FFN"}
-LABELLED_BLOCKS = 16  # with more, bars are too narrow for their widths in words
-INSIDE = 0.3  # share of a bar from which its width is written into it
+LABELLED_BLOCKS = 16  # with more blocks, bars are too narrow for labels
+INSIDE = 0.3  # kept share above which a bar's label is inside the bar
 
 
 def picture(found: Mapping[str, Any], file: Path) -> None:
-    """Writes the picture of what `inspect` found, as SVG if the file's name ends in ``.svg``, else as PNG.
+    """Writes the picture of the model that `inspect` described: SVG if the file's name ends in ``.svg``, else PNG.
 
     Raises:
         ConfigError: if it cannot be written.
@@ -31,7 +31,7 @@ def picture(found: Mapping[str, Any], file: Path) -> None:
 
 
 def kept_widths(found: Mapping[str, Any]) -> Figure:
-    """Returns kept widths, importance where the plan has it, and costs, of what `inspect` found."""
+    """Returns kept widths, importance (if the plan has it) and costs of the model that `inspect` described."""
     stages, spent = _stages(found["layers"]), costs(found)
     rows = [row for stage in stages.values() for row in stage]
     importance = max((row["importance"] for row in rows if row["importance"] is not None), default=None)
@@ -43,13 +43,13 @@ def kept_widths(found: Mapping[str, Any]) -> Figure:
         found["backbone"] + (f" ({made})" if made else ""),
         "; ".join(f"{name}: {small} of {dense}, {share:.1%}" for name, dense, small, share in spent) + ".",
         alt.hconcat(*panels, _costs(max(share for *_, share in spent)), spacing=12),
-        {**stages, "costs": [_cost(*each) for each in spent]},
+        {**stages, "costs": [_cost(*row) for row in spent]},
         rows,
     )
 
 
 def _stages(layers: Sequence[Mapping[str, Any]]) -> dict[str, list[Row]]:
-    """Returns a row a layer by stage of the backbone; blocks are numbered within their stage."""
+    """Returns one row per layer, grouped by stage of the backbone; blocks are numbered within their stage."""
     stages: dict[str, list[Row]] = {}
     numbers: dict[str, dict[str, int]] = {}
     for layer in layers:
@@ -64,7 +64,7 @@ def _stages(layers: Sequence[Mapping[str, Any]]) -> dict[str, list[Row]]:
 
 @dataclass(frozen=True)
 class _Form:
-    """How many stages and layers are drawn, and their largest importance; None if the plan has none."""
+    """Number of stages and layers that are drawn, and their largest importance; None if the plan has none."""
 
     stages: int
     layers: int
@@ -80,9 +80,9 @@ class _Form:
 
 
 def _panel(stage: str, rows: Sequence[Row], form: _Form, first: bool) -> Chart:
-    """Returns kept widths above importance, block by block of a stage."""
+    """Returns the kept widths of each block of a stage, with their importance below."""
     merges = any(row["tokens"] < 1 for row in rows)
-    kept = "share kept: bars units, lines tokens" if merges else "share of units kept"
+    kept = "share kept (bars: units, ticks: tokens)" if merges else "share of units kept"
     drawn: list[Any] = [_bars(stage, rows, _axis("kept", kept, 1.0, first, format="%"), form)]
     if form.labelled:
         text = drawn[0].encode(text="width:N", color=alt.value("white"))
@@ -128,7 +128,7 @@ def _costs(most: float) -> Chart:
     """Returns each cost as a share of the dense model's.
 
     Args:
-        most: the largest share; latency as measured may be above 1.
+        most: the largest share, which may exceed 1, because latency is measured.
     """
     title = alt.TitleParams("cost as a share of the dense model's", fontSize=12)
     base = alt.Chart(alt.NamedData(name="costs"), width=220, height=230, title=title)

@@ -25,7 +25,7 @@ def resolve_run(options: Mapping[str, Any], out: Path, resume: bool) -> RunConfi
         resume: whether `out` contains a run to resume.
 
     Raises:
-        TapflError: in one line, if the run could not be finished.
+        TapflError: one line, if an option would make the run fail.
     """
     kept = RunFolder(out).config() if resume else {}
     config = absolute_paths(RunConfig.from_flat({**kept, **options, "out": str(out), "resume": resume}))
@@ -45,13 +45,13 @@ def resolve_run(options: Mapping[str, Any], out: Path, resume: bool) -> RunConfi
 
 
 def counted(config: RunConfig) -> RunConfig:
-    """Returns the configuration with a number of devices: where it has none, as many as the partition makes, or ten.
+    """Returns the configuration with a number of devices; by default as many as the partition makes, or ten.
 
     Args:
         config: with absolute paths.
 
     Raises:
-        TapflError: if the images, which have to be read for it, are missing or do not serve that many.
+        TapflError: if the partition needs the images for this, and they are missing or cannot be divided.
     """
     if config.devices.count:
         return config
@@ -65,11 +65,11 @@ def require_same_run(folder: RunFolder, config: RunConfig, require: bool = True)
     """Raises unless the run in `folder` has these options and inputs, and its simulated devices have these images.
 
     Args:
-        require: whether images and files must be there; if not, what is gone cannot differ.
+        require: whether images and files must exist; if False, those that do not are not compared.
 
     Raises:
-        ConfigError: naming all that differs.
-        TapflError: if something that must be there cannot be read.
+        ConfigError: naming everything that differs.
+        TapflError: if a required file cannot be read.
     """
     from clients.storage import DeviceStorage
 
@@ -81,7 +81,7 @@ def require_same_run(folder: RunFolder, config: RunConfig, require: bool = True)
 
 
 def with_model_of_hub(config: RunConfig) -> RunConfig:
-    """Returns the configuration with timm's name and arguments of a model that is named by repository or folder."""
+    """Returns the configuration with timm's name and arguments if the model is given as a repository or folder."""
     if ":" not in config.model.name:
         return config
     from tapfl.models.checkpoints import of_hub  # loads torch
@@ -90,12 +90,13 @@ def with_model_of_hub(config: RunConfig) -> RunConfig:
 
 
 def absolute_paths(config: RunConfig) -> RunConfig:
-    """Returns the configuration with absolute paths, because server and devices run in folders of their own.
+    """Returns the configuration with absolute paths, because server and devices run in their own folders.
 
-    A repository of timm's hub, or a copy of one, becomes the model that it holds: no device looks it up.
+    A repository of timm's hub, or a local copy of one, is replaced by the name and arguments of its model, so that no
+    device looks it up.
 
     Raises:
-        ModelError: if that is not there.
+        ModelError: if the repository or folder does not exist.
     """
     config = with_model_of_hub(config)
     absolute = {option: str(Path(value).expanduser().absolute()) for option, value in config.paths().items()}

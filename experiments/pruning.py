@@ -1,6 +1,6 @@
-"""The work of the pruning commands: prune a backbone, apply a plan to other weights, inspect and export the result.
+"""Functions of the pruning commands: prune a backbone, apply a plan to other weights, inspect and export the result.
 
-A pruned model is a folder with `plan.json` and `model.safetensors`; a device's folder of a run contains one.
+A pruned model is a folder with `plan.json` and `model.safetensors`; each device's folder in a run contains one.
 """
 
 from __future__ import annotations
@@ -40,22 +40,22 @@ from tapfl.pruning.surgery import WEIGHTS_FILE, apply_plan, load_pruned, save_pr
 from tapfl.seeds import numpy_generator
 from tapfl.store import cache_folder, content_hash
 
-REFITTED = ("compensation", "recovery")  # provenance of weights that a plan does not contain
-REPEATS = 30  # passes of which an exported model's latency is the median
+REFITTED = ("compensation", "recovery")  # entries of a plan's provenance that changed weights after the cut
+REPEATS = 30  # forward passes; the latency of an exported model is their median
 
 
 def prune(config: RunConfig, budget: Budget | float | str, out: Path) -> PruningPlan:
-    """Prunes the backbone that `config` names for the images of its `data.source`, and saves it to `out`.
+    """Prunes the backbone of `config` for the images of its `data.source`, saves it to `out`, and returns the plan.
 
     The metric set and the fine-tune set are random samples of these images.
 
     Raises:
-        TapflError: if an option is not valid or the budget cannot be met; nothing is written then.
+        TapflError: if an option is not valid or the budget cannot be met; then nothing is written.
     """
     require_new(out)
     if config.model.head in NEW_HEADS:
         accepted = "accepted: train, rows, rows+train"
-        raise ConfigError(f"model.head = {config.model.head!r}: is of classes that devices report; {accepted}")
+        raise ConfigError(f"model.head = {config.model.head!r}: needs the classes that devices report; {accepted}")
     compute = Compute.of(config.compute)
     compute.prepare()
     budget, options = Budget.parse(budget), resolved(config.pruning)
@@ -81,28 +81,28 @@ def prune(config: RunConfig, budget: Budget | float | str, out: Path) -> Pruning
 
 
 def reapply(source: Path, options: ModelOptions, names_backbone: bool, out: Path) -> list[str]:
-    """Applies the plan in `source` to the weights that `options` name, saves the model to `out`; returns warnings.
+    """Applies the plan in `source` to the weights in `options`, saves the model to `out`, and returns warnings.
 
     Args:
-        source: a pruned model's folder, a device's folder of a run, or a plan's JSON file.
-        names_backbone: whether the user gave the backbone's name or arguments, which then must be those of the plan.
+        source: a pruned model's folder, a device's folder in a run, or a plan's JSON file.
+        names_backbone: whether the user gave the backbone's name or arguments; if so, they must match the plan.
 
     Raises:
-        TapflError: if the weights or the plan do not fit; nothing is written then.
+        TapflError: if the weights and the plan do not fit together; then nothing is written.
     """
     require_new(out)
     plan = read_plan(pruned_folder(source))
     classes = tuple(map(str, range(plan.backbone.num_classes)))
-    given = spec_of(options, classes)
-    if names_backbone and (given.name, given.args) != (plan.backbone.name, plan.backbone.args):
+    named = spec_of(options, classes)
+    if names_backbone and (named.name, named.args) != (plan.backbone.name, plan.backbone.args):
         raise ConfigError(
-            f"model.name = {given.name!r} with {given.args}: the plan is for {plan.backbone.name} "
-            f"with {plan.backbone.args}; leave model.name and model.args out"
+            f"model.name = {named.name!r} with {named.args}: the plan is for {plan.backbone.name} "
+            f"with {plan.backbone.args}; omit model.name and model.args"
         )
     model = _with_weights(plan.backbone, options, classes)
     small = apply_plan(plan, model)
     warnings = [
-        f"the plan's own weights were refitted ({key} = {plan.provenance[key]}), which no plan carries"
+        f"the plan's model was changed after the cut by {key} = {plan.provenance[key]}, which is not repeated here"
         for key in REFITTED
         if plan.provenance.get(key, "none") not in ("none", "", False)
     ]
@@ -113,19 +113,19 @@ def reapply(source: Path, options: ModelOptions, names_backbone: bool, out: Path
 
 
 def _with_weights(spec: BackboneSpec, options: ModelOptions, classes: tuple[str, ...]) -> nn.Module:
-    """Returns the backbone with the weights that the options name, including their head; nothing is trained."""
+    """Returns the backbone with the weights in `options`, including their head; nothing is trained."""
     if not options.weights:
-        raise ConfigError("model.weights = '': --plan needs the weights it is applied to; a .safetensors file, or hub")
+        raise ConfigError("model.weights = '': --plan needs weights to prune; accepted: a .safetensors file, or hub")
     if options.head_rows:
-        reason = "a plan knows the number of classes, not their names"
+        reason = "a plan has only the number of classes, not their names"
         raise ConfigError(f"model.head-rows = {options.head_rows!r}: {reason}")
     model = build(spec)
     if options.weights != "hub":
         load_weights(model, Path(options.weights), classes, None, needs_head=True)
         return model
-    theirs = getattr(model, "pretrained_cfg", {}).get("num_classes")
-    if theirs != spec.num_classes:
-        raise ModelError(f"model.weights = 'hub': their head has {theirs} classes, the plan's {spec.num_classes}")
+    available = getattr(model, "pretrained_cfg", {}).get("num_classes")
+    if available != spec.num_classes:
+        raise ModelError(f"model.weights = 'hub': the head has {available} classes, but the plan {spec.num_classes}")
     load_hub_weights(model, spec, classes, None)
     return model
 
@@ -137,18 +137,18 @@ def require_new(out: Path) -> None:
 
 
 def pruned_folder(folder: Path) -> Path:
-    """Returns the pruned model's folder: `folder` itself, or the one inside a device's folder of a run."""
+    """Returns the pruned model's folder: `folder`, or the one inside it if `folder` is a device's folder in a run."""
     inner = DeviceStorage(folder).pruned
     return inner if not (folder / PLAN_FILE).exists() and inner.is_dir() else folder
 
 
 def inspect(folder: Path, repeats: int = 20) -> dict[str, Any]:
-    """Returns layers, cost before and after, and latency of a pruned model, measured on this machine.
+    """Returns the layers of a pruned model, its costs and the dense model's, and both latencies on this machine.
 
-    ``bytes`` is the size of the weights' file, ``bytes_dense`` that of the dense model's tensors.
+    ``bytes`` is the size of the weights' file, ``bytes_dense`` the size of the dense model's tensors.
 
     Raises:
-        PlanError: if the folder lacks a file or is damaged.
+        PlanError: if a file is missing or damaged.
     """
     folder = pruned_folder(folder)
     plan, _ = load_plan(folder)
@@ -175,7 +175,7 @@ def layers_of(dense: Sequence[PrunableLayer], plan: PruningPlan) -> list[dict[st
     """Returns one row per layer of a plan: name, kind, stage, units, kept units, widths, importance and tokens.
 
     Args:
-        dense: the prunable layers of the plan's backbone, with any weights.
+        dense: the prunable layers of the plan's backbone; their weights are not used.
     """
     return [
         {
@@ -195,26 +195,26 @@ def layers_of(dense: Sequence[PrunableLayer], plan: PruningPlan) -> list[dict[st
 
 
 def _width(kind: str, heads: int, units: int) -> str:
-    """Returns heads x dimensions of an attention, all its heads being equally wide, or the neurons of an FFN."""
+    """Returns ``heads x dimensions`` of an attention, whose heads are all equally wide, or the neurons of an FFN."""
     return f"{heads} x {units // heads}" if kind == "attention" and units else str(units)
 
 
 def costs(found: Mapping[str, Any]) -> Sequence[tuple[str, str, str, float]]:
-    """Returns name, dense, pruned and share of each cost that `inspect` returned; the first three as text."""
-    units = {"macs": "MACs", "params": "parameters", "bytes": "bytes of weights", "latency_ms": "ms an image"}
+    """Returns name, dense value, pruned value (all as text) and share of each cost that `inspect` returned."""
+    units = {"macs": "MACs", "params": "parameters", "bytes": "bytes of weights", "latency_ms": "ms per image"}
     show = {"latency_ms": "{:.3g}".format}
     pairs = {key: (found[f"{key}_dense"], found[key]) for key in units}
     return [(units[key], *map(show.get(key, count), pair), pair[1] / pair[0]) for key, pair in pairs.items()]
 
 
 def export_folder(folder: Path, out: Path, format: str, batch: int | None, opset: int | None) -> dict[str, Any]:
-    """Exports a pruned model to the file `out`; returns what was written and checked, and its latency.
+    """Exports a pruned model to the file `out`; returns what was written, the result of the check, and latencies.
 
-    Latencies are milliseconds per pass of `batch` images (one if None) on one thread.
+    Latencies are milliseconds per forward pass of `batch` images (one if None) on one thread.
 
     Raises:
-        TapflError: if the folder or an argument is not valid, or the exported model computes something else; there
-            is no file then.
+        TapflError: if the folder or an argument is not valid, or if the exported model computes something else; then
+            there is no file.
     """
     folder = pruned_folder(folder)
     model, (plan, _) = load_pruned(folder), load_plan(folder)

@@ -1,4 +1,4 @@
-"""The commands without a federation: prune, criteria, inspect, export, compare."""
+"""The commands that need no federation: prune, criteria, inspect, export, compare."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from experiments.output import command, flags, show_line, show_rows
 from tapfl.errors import ConfigError
 
 PRUNED = "pruned model: a folder with plan.json and model.safetensors, or devices/NN of a run"
-BACKBONE = {"model.name", "model.args"}  # options that decide the backbone
+BACKBONE = {"model.name", "model.args"}  # options that determine the backbone
 
 app = typer.Typer()
 
@@ -34,13 +34,13 @@ class PruningShorthands:
 @option_groups
 def prune(
     *,
-    out: Annotated[Path, typer.Option(help="folder of the smaller model; must not exist")],
+    out: Annotated[Path, typer.Option(help="folder of the pruned model; must not exist")],
     budget: Annotated[
         str | None, typer.Option(help="share of the MACs, or limits: macs<=0.5,params<=8e6,latency<=5ms")
     ] = None,
     shorthands: PruningShorthands,
     plan: Annotated[
-        Path | None, typer.Option(help="existing plan for model.weights: a pruned model's folder, or a JSON file")
+        Path | None, typer.Option(help="existing plan to apply to model.weights: a pruned model's folder, or JSON file")
     ] = None,
     config: Config = None,
     set: Set = None,
@@ -48,7 +48,7 @@ def prune(
 ) -> None:
     """Prune a backbone for the images of data.source, or apply an existing plan to other weights."""
     if (plan is None) == (budget is None):
-        raise ConfigError("--budget, --plan: give one of the two")
+        raise ConfigError("--budget, --plan: give exactly one of the two")
     from experiments.preflight import absolute_paths
     from strategies.progress import shown
     from tapfl.config import RunConfig
@@ -74,7 +74,7 @@ def prune(
 
 @app.command()
 def criteria() -> None:
-    """List the pruning criteria, those of installed packages included."""
+    """List the pruning criteria, including those of installed packages."""
     from tapfl.pruning.criteria.registry import criterion_names
 
     print("\n".join(criterion_names()))
@@ -83,9 +83,11 @@ def criteria() -> None:
 @app.command()
 def inspect(
     folder: Annotated[Path | None, typer.Argument(help=PRUNED)] = None,
-    picture: Annotated[Path | None, typer.Option(help="PNG or .svg of kept widths, importance and costs")] = None,
+    picture: Annotated[
+        Path | None, typer.Option(help="file for a picture of kept widths, importance and costs; .svg, else PNG")
+    ] = None,
     uplink: Annotated[
-        bool, typer.Option("--uplink", help="list everything that leaves a device; FOLDER may be a run: bytes sent")
+        bool, typer.Option("--uplink", help="list everything that leaves a device; if FOLDER is a run, also its bytes")
     ] = False,
     as_json: JsonObject = False,
 ) -> None:
@@ -105,16 +107,16 @@ def _inspect_uplink(run: Path | None, as_json: bool) -> None:
     from strategies.records import read_summary
 
     rows = uplink()
-    sent = [{"device": each.device, **each.bytes_up} for each in read_summary(run).devices] if run else []
+    sent = [{"device": device.device, **device.bytes_up} for device in read_summary(run).devices] if run else []
     if as_json:
         print(json.dumps({"uplink": rows} | ({"sent": sent} if run else {})))
         return
     show_rows(rows, as_json=False)
-    print("If a device fails, Flower also sends the class and text of the error.")
+    print("If a device fails, Flower also sends the class and the text of the error.")
     if run:
-        kinds = list(dict.fromkeys(kind for device in sent for kind in device))
+        kinds = list(dict.fromkeys(kind for row in sent for kind in row))
         print("bytes sent by each device, by kind")
-        show_rows([{kind: device.get(kind, 0) for kind in kinds} for device in sent], as_json=False)
+        show_rows([{kind: row.get(kind, 0) for kind in kinds} for row in sent], as_json=False)
 
 
 def _inspect_pruned(folder: Path, picture: Path | None, as_json: bool) -> None:
@@ -158,9 +160,9 @@ def export(
     opset: Annotated[int | None, typer.Option(help="ONNX operator set; default: the exporter's")] = None,
     as_json: JsonObject = False,
 ) -> None:
-    """Export a pruned model for other runtimes. The file is read again, and removed if it computes anything else."""
+    """Export a pruned model for other runtimes. The file is read back, and removed if its outputs are different."""
     if batch != "dynamic" and not batch.isdecimal():
-        raise ConfigError(f"--batch {batch}: accepted are dynamic, or a number of images")
+        raise ConfigError(f"--batch {batch}: accepted: dynamic, or a number of images")
     load_torch()
     from experiments.pruning import export_folder
     from strategies.progress import shown
@@ -185,18 +187,20 @@ def export(
 
 @app.command()
 def compare(
-    config: Annotated[Path, typer.Option(help="TOML with a table \\[compare] of lists, and the options of all cells")],
-    out: Annotated[Path, typer.Option(help="folder of results, table and picture; finished cells are not repeated")],
-    jobs: Annotated[int, typer.Option(min=0, help="devices at a time; 0: as many as there are CPUs")] = 0,
+    config: Annotated[
+        Path, typer.Option(help="TOML file with a table \\[compare] of lists, and the options of all cells")
+    ],
+    out: Annotated[Path, typer.Option(help="folder of results, table and figure; finished cells are not repeated")],
+    jobs: Annotated[int, typer.Option(min=0, help="devices at a time; 0: one per CPU")] = 0,
     measure: Annotated[
-        list[str] | None, typer.Option(help="measure of a table; several give several tables; overrides results.show")
+        list[str] | None, typer.Option(help="measure shown in a table; can be repeated; overrides results.show")
     ] = None,
     reference: Annotated[
         list[str] | None,
-        typer.Option(help="axis=value: adds differences to the line with this value; overrides results.reference"),
+        typer.Option(help="axis=value: add differences to the line with this value; overrides results.reference"),
     ] = None,
     set: Annotated[list[str] | None, typer.Option("--set", help="key=value; overrides the options of --config")] = None,
-    finished: Annotated[bool, typer.Option("--finished", help="only tabulate the cells that are finished")] = False,
+    finished: Annotated[bool, typer.Option("--finished", help="tabulate the finished cells; compute nothing")] = False,
     as_json: JsonRows = False,
 ) -> None:
     """Compare pruning criteria over budgets, options, devices and seeds, on the same metric sets and test images."""
@@ -230,10 +234,10 @@ def compare(
     made_by = command("compare", "--config", str(config), "--out", "DIR", *flags(set=set, reference=reference))
     write_bytes(out / "table.md", page(tables, rows, comparison, origin, results, made_by).encode())
     write_figure(accuracy_against_macs(rows, comparison, results.show[0]), out / "accuracy-against-macs.png")
-    for each in tables:
+    for table in tables:
         if as_json:
-            show_rows([{"measure": each.measure, "devices": each.devices, **row} for row in each.rows], as_json=True)
+            show_rows([{"measure": table.measure, "devices": table.devices, **row} for row in table.rows], as_json=True)
             continue
-        show_line(f"{each.measure}, {each.devices}")
-        show_rows(each.rows, as_json=False)
+        show_line(f"{table.measure}, {table.devices}")
+        show_rows(table.rows, as_json=False)
     print(f"in {out}: results.csv, table.md, accuracy-against-macs.png", file=sys.stderr)

@@ -1,20 +1,23 @@
-"""Are the differences between two methods more than chance? A paired test over devices.
+"""A paired test over devices: is the difference between two methods more than chance?
 
-Devices are what a result should generalise over; seeds of one device are no independent evidence, and count as one
-value, their mean. The test is the sign-flip permutation test on the mean difference (`scipy.stats.permutation_test`,
-``permutation_type="samples"``, two-sided): if the methods were alike, each device's difference could as well have had
-the other sign. It assumes nothing of the differences' distribution, and ties, of which accuracies on small test parts
-are full, do it no harm. All sign flips are tried up to 16 devices; above, 65,536 drawn ones.
+Results should generalise to other devices. Several seeds of one device are not independent evidence, so a device
+counts as one value, the mean over its seeds. The test is the two-sided sign-flip permutation test on the mean
+difference (`scipy.stats.permutation_test`, ``permutation_type="samples"``): if the methods were equally good, the
+difference of each device could as well have the other sign. The test makes no other assumption about the distribution
+of the differences, and stays valid with ties, which are common for accuracies on few test images. With up to 16
+devices all sign flips are tried; with more, 65,536 random ones.
 
-Of many methods against one reference some differ by chance. Holm's correction (Scandinavian Journal of Statistics 6,
-1979) bounds the chance of even one wrong difference among them: with the p-values in order, p_(1) ≤ … ≤ p_(m),
+If many methods are compared with one reference, some differ by chance. Holm's correction (Scandinavian Journal of
+Statistics 6, 1979) bounds the probability of even one false difference among them. For p-values in increasing order,
+p_(1) ≤ … ≤ p_(m),
 
     Holm's p_(i) = max over j ≤ i of min(1, (m − j + 1) p_(j))
 
-whatever the dependence between the tests.
+It holds for any dependence between the tests.
 
-A difference also has a standard error over images, which says what other test images of the same devices would change:
-each image counts as -1, 0 or 1, so that what both methods find hard cancels.
+A difference also has a standard error over images, which tells how much it would vary with other test images of the
+same devices. The difference of each image is -1, 0 or 1, so that images that both methods get right, or both get
+wrong, add nothing.
 """
 
 from __future__ import annotations
@@ -37,14 +40,14 @@ Key = TypeVar("Key", bound=Hashable)
 
 @dataclass(frozen=True)
 class Paired:
-    """What two methods differ by.
+    """The difference between two methods.
 
     Attributes:
         difference: mean over devices of value - reference.
-        p: of the two-sided test; 1 where all differences are zero. No smaller than 2 / 2^n.
-        n: devices that both have.
-        holm: p by Holm's correction over the tests that this one is among; None: it stands alone.
-        error: standard error of the difference over the devices' images; None: it is not known.
+        p: p-value of the two-sided test, at least 2 / 2^n; 1 if all differences are zero.
+        n: number of devices that both methods have.
+        holm: p-value after Holm's correction over a family of tests; None: not corrected.
+        error: standard error of the difference over the devices' images; None: not known.
     """
 
     difference: float
@@ -61,7 +64,7 @@ class Paired:
 
 
 def paired(values: Mapping[Hashable, float], reference: Mapping[Hashable, float]) -> Paired:
-    """Tests whether `values` differ from `reference`, device by device; devices that only one has are left out.
+    """Tests whether `values` differ from `reference`, both by device; devices that only one has are left out.
 
     Raises:
         ValueError: if they have no device in common.
@@ -85,36 +88,36 @@ def paired(values: Mapping[Hashable, float], reference: Mapping[Hashable, float]
 
 
 def as_text(right: Sequence[bool]) -> str:
-    """Returns which images a model is right about, (n,), as a hexadecimal number; its first bit is always 1."""
-    return f"{int('1' + ''.join('1' if each else '0' for each in right), 2):x}"
+    """Returns which images (n,) a model classifies correctly, as a hexadecimal number whose first bit is always 1."""
+    return f"{int('1' + ''.join('1' if correct else '0' for correct in right), 2):x}"
 
 
 def from_text(text: str) -> np.ndarray:
-    """Returns what `as_text` wrote, float64 (n,) of 0 and 1."""
+    """Inverts `as_text`; returns float64 (n,) of 0 and 1."""
     return np.array([float(bit) for bit in f"{int(text, 16):b}"[1:]])
 
 
 def image_error(apart: Mapping[Hashable, Sequence[np.ndarray]]) -> float:
-    """Returns the standard error of the mean over devices of the mean difference over a device's images.
+    """Returns the standard error of the mean over devices of the mean difference over each device's images.
 
     Args:
-        apart: by device, for each of its seeds, the difference of every test image (n,). Seeds share most of a device's
-            images, so that they make its error no smaller: it is that of one seed.
+        apart: for each device and each of its seeds, the differences of the test images (n,). The seeds of a device
+            share most images, so they do not reduce its error: it is the mean of the errors of single seeds.
     """
-    variances = [np.mean([each.std(ddof=1) / np.sqrt(len(each)) for each in seeds]) ** 2 for seeds in apart.values()]
+    variances = [np.mean([seed.std(ddof=1) / np.sqrt(len(seed)) for seed in seeds]) ** 2 for seeds in apart.values()]
     return float(np.sqrt(np.sum(variances)) / len(variances))
 
 
 def against_references(devices: Sequence[DeviceRecord]) -> dict[str, Paired]:
-    """Returns how the personal accuracies differ from those of each of `personalize.references`, by its name."""
-    personal: dict[Hashable, float] = {each.device: each.personal_accuracy for each in devices}
-    beside = {each.device: each.reference_accuracies or {} for each in devices}
-    names = dict.fromkeys(name for known in beside.values() for name in known)
-    return {name: paired(personal, {i: known[name] for i, known in beside.items() if name in known}) for name in names}
+    """Returns the difference of the personal accuracies to those of each of `personalize.references`, by its name."""
+    personal: dict[Hashable, float] = {device.device: device.personal_accuracy for device in devices}
+    theirs = {device.device: device.reference_accuracies or {} for device in devices}
+    names = dict.fromkeys(name for known in theirs.values() for name in known)
+    return {name: paired(personal, {i: known[name] for i, known in theirs.items() if name in known}) for name in names}
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Returns the p-values by Holm's correction, in the order of `p_values`."""
+    """Returns the p-values after Holm's correction, in the order of `p_values`."""
     p = np.asarray(p_values, dtype=float)
     order = p.argsort(kind="stable")
     found = np.empty_like(p)
@@ -123,7 +126,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def corrected(tests: Mapping[Key, Paired], references: Mapping[Key, Hashable]) -> dict[Key, Paired]:
-    """Returns the tests with Holm's p, each corrected over those that have the same reference."""
+    """Returns the tests with Holm's p-values, corrected over the tests that have the same reference."""
     families: dict[Hashable, list[Key]] = {}
     for key in tests:
         families.setdefault(references[key], []).append(key)

@@ -1,1 +1,1 @@
-"""The server's side of one federation."""
+"""The server's side of a federation."""

@@ -1,7 +1,7 @@
-"""What must stay the same when a run goes on: its options, and what lies behind those that name images or files.
+"""What must not change when a run is resumed: its options, and the content of the images and files that they name.
 
-``inputs.json`` in the run's folder holds the fingerprints of what its server reads: the public pool, the weights, the
-rows of the head, the profiles, the modules of plugins. The images of a device are its own, and it compares them itself.
+``inputs.json`` in the run's folder has the fingerprints of everything that the server reads: the public pool, the
+weights, the rows of the head, the profiles, and the modules of plugins. A device checks its own images itself.
 """
 
 from __future__ import annotations
@@ -19,61 +19,61 @@ from tapfl.run_folder import RunFolder
 from tapfl.store import write_json
 
 if TYPE_CHECKING:
-    from tapfl.compute import Compute  # loads torch, which a bad option need not wait for
+    from tapfl.compute import Compute  # loads torch; without it a bad option is refused sooner
 
 INPUTS, VERSIONS = "inputs.json", "versions.json"
 PROCESSOR = "processor"  # entry of versions.json
 
 
 def inputs_of(config: RunConfig, require: bool = True) -> dict[str, str]:
-    """Returns the fingerprints of what the server of a run reads, as `tapfl.data.contents.contents`."""
+    """Returns the fingerprints of the inputs of a run's server; for `require` see `tapfl.data.contents.contents`."""
     private = ("data.source",) if config.data.public else ()
     return contents(config, [option for option in OPTIONS if option not in private], require)
 
 
 def write_begun(folder: RunFolder, config: RunConfig, inputs: Mapping[str, str]) -> None:
-    """Writes down what binds a run: its options, and the fingerprints of its inputs, if it has any."""
+    """Records what must not change later: the options, and the fingerprints of the inputs, if there are any."""
     if inputs:
         write_json(folder.path / INPUTS, inputs)
-    write_json(folder.path / "config.json", config.flat() | {"resume": False})  # last: with it the run has begun
+    write_json(folder.path / "config.json", config.flat() | {"resume": False})  # last: it marks the run as begun
 
 
 def require_same_options(folder: RunFolder, config: RunConfig) -> None:
-    """Raises ConfigError, naming what changed, unless `config` is that of the run in `folder`.
+    """Raises ConfigError, naming what changed, unless `config` has the options of the run in `folder`.
 
-    Options that change no result may differ, and so may `train.rounds`: a run may be continued for longer.
+    Options that change no result may differ. So may `train.rounds`, because a run may be continued for more rounds.
     """
     if odd := differences(binding(folder.config()), binding(config.flat())):
         raise ConfigError(f"resume: the run in {folder.path} has other options: {'; '.join(odd)}")
 
 
 def require_same_inputs(folder: RunFolder, inputs: Mapping[str, str]) -> None:
-    """Raises ConfigError, naming what changed, unless `inputs` are those that the run in `folder` began with."""
+    """Raises ConfigError, naming what changed, unless the run in `folder` began with the same `inputs`."""
     if odd := changed(_noted(folder, INPUTS), inputs):
         raise ConfigError(f"resume: {'; '.join(odd)}; {ACCEPTED}")
 
 
 def require_same_processor(folder: RunFolder, compute: Compute) -> None:
-    """Warns if the run in `folder` was computed on another kind of processor so far, which changes the last bits.
+    """Warns if the run in `folder` was computed on another kind of processor, because results differ in the last bits.
 
     Raises:
-        ConfigError: instead, if it is to be deterministic.
+        ConfigError: instead of the warning, if `compute.deterministic` is set.
     """
     before, now = _noted(folder, VERSIONS).get(PROCESSOR), compute.kind
     if before in (None, now):
         return
     if compute.deterministic:
         raise ConfigError(
-            f"compute.deterministic = true: the run in {folder.path} was computed on {before}, and here is {now}; "
+            f"compute.deterministic = true: the run in {folder.path} was computed on {before}, but this is {now}; "
             "accepted: the same kind of processor"
         )
-    from flwr.common.logger import log  # takes a while, which a bad option need not wait for
+    from flwr.common.logger import log  # slow to import; without it a bad option is refused sooner
 
     log(logging.WARNING, "resume: computed on %s so far, now on %s: results differ in the last bits", before, now)
 
 
 def _noted(folder: RunFolder, name: str) -> dict[str, Any]:
-    """Returns what a file of the run's folder holds; nothing if it cannot be read."""
+    """Returns the JSON object in a file of the run's folder; an empty one if the file cannot be read."""
     try:
         found = json.loads((folder.path / name).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):

@@ -1,4 +1,4 @@
-"""Messages to many devices and their answers, with a window in flight, retries, and a check of all that arrives."""
+"""Sends messages to many devices and collects their answers: a window of requests in flight, retries, and checks."""
 
 from __future__ import annotations
 
@@ -21,28 +21,37 @@ from tapfl.wire_format import WireMessage
 
 R = TypeVar("R", bound=WireMessage)
 
-CLIENT_RAISED = 2  # Flower's code for an exception in the ClientApp: it would only be raised again
-RETRY_AFTER = 2.0  # a worker that died is back within seconds; what was sent to it meanwhile is sent again
-POLL_FIRST, POLL_LAST = 0.01, 0.2
+CLIENT_RAISED = 2  # Flower's code for an exception in the ClientApp; a retry would only raise it again
+RETRY_AFTER = 2.0  # seconds, times the number of attempts; a worker that died is back within seconds
+POLL_FIRST, POLL_LAST = 0.01, 0.2  # seconds between two polls, growing while nothing arrives
 
 
 @dataclass(frozen=True)
 class Request(Generic[R]):
-    """A message to one device, or what makes it when it is sent, and what its answer must be."""
+    """A message to one device, and the requirements for its answer.
+
+    Attributes:
+        content: the message, or a function that makes it when it is sent.
+        check: raises WireError for an answer that must not be used.
+        max_bytes: largest size of the answer.
+        macs: what the device computes for the answer, for the simulated time.
+        cached_bytes: part of the message that the simulated device found in a cache of this machine; a real device
+            would have downloaded it, so it counts as sent.
+    """
 
     content: WireMessage | Callable[[], WireMessage]
     reply_type: type[R]
-    check: Callable[[R], object]  # raises WireError for an answer that must not be used
-    max_bytes: float = math.inf  # that the answer may have
-    macs: float = 0.0  # that the device computes for it, for the simulated time
-    cached_bytes: int = 0  # that it found in a cache here and would have downloaded elsewhere: the message's own
+    check: Callable[[R], object]
+    max_bytes: float = math.inf
+    macs: float = 0.0
+    cached_bytes: int = 0
 
     @property
     def message(self) -> WireMessage:
         return self.content() if callable(self.content) else self.content
 
     def bytes_of(self, message: WireMessage) -> Counter[str]:
-        """Returns the bytes by kind of its message, which may be large to make again."""
+        """Returns the bytes by kind of `message`, this request's message, which is costly to make a second time."""
         return message.bytes_by_kind + Counter({message.kind: self.cached_bytes})
 
     @property
@@ -52,10 +61,12 @@ class Request(Generic[R]):
 
 @dataclass
 class Answers(Generic[R]):
-    """What came back, by partition id: the answers that passed their check, and why the others are missing.
+    """The results of an exchange, by partition id.
 
     Attributes:
-        sent: bytes by kind of the messages.
+        sent: bytes by kind of each message that was sent.
+        replies: the answers that passed their check.
+        failures: for the other devices, why there is no answer.
     """
 
     sent: dict[int, Counter[str]] = field(default_factory=dict)
@@ -73,20 +84,21 @@ class Answers(Generic[R]):
         """Returns the replies in the order of their partition ids.
 
         Raises:
-            RunError: if there are fewer than the share `min_success` of the requests; above 0, at least one.
+            RunError: if `min_success` is above 0, and there is no reply or the share of requests with a reply is below
+                `min_success`.
         """
         if min_success and (not self.replies or len(self.replies) < min_success * len(self)):
             reasons = sorted(set(self.failures.values())) or ["nothing was sent"]
-            few = f"{len(self.replies)} of {len(self)} devices came through, faults.min-success = {min_success:g}"
+            few = f"only {len(self.replies)} of {len(self)} devices succeeded, faults.min-success = {min_success:g}"
             raise RunError(f"{phase}: {few if self.replies else 'no device answered'}; {reasons[0]}")
         return dict(sorted(self.replies.items()))
 
 
 def wait_for_nodes(grid: Grid, count: int, timeout: float) -> list[int]:
-    """Returns the ids of the connected nodes: exactly `count`, or with 0 as many as stay the same for 1 s.
+    """Returns the ids of the connected nodes, once there are `count`; with 0, once their number is stable for 1 s.
 
     Raises:
-        RunError: if they are not there within `timeout` seconds, or there are more than `count`.
+        RunError: if they are not connected within `timeout` seconds, or more than `count` are.
     """
     end = time.monotonic() + timeout
     seen, since = -1, time.monotonic()
@@ -98,17 +110,17 @@ def wait_for_nodes(grid: Grid, count: int, timeout: float) -> list[int]:
                 seen, since = len(nodes), now
                 advance(seen, count)
             if count and seen > count:
-                raise RunError(f"devices.count = {count}, but there are {seen} nodes; give 0 to use them all")
+                raise RunError(f"devices.count = {count}, but {seen} nodes are connected; use 0 for all of them")
             if (count and seen == count) or (not count and seen and now - since >= 1.0):
                 return nodes
             if now >= end:
                 wanted = f"devices.count = {count}" if count else "at least one device was expected"
-                raise RunError(f"{wanted}, but {seen} nodes are there after {timeout:g} s (node-timeout)")
+                raise RunError(f"{wanted}, but {seen} nodes are connected after {timeout:g} s (node-timeout)")
             time.sleep(0.05)
 
 
 class Attempt(NamedTuple):
-    """The `number`-th time that devices which step together are sent their requests, not before `start`."""
+    """The `number`-th attempt to send requests to devices that step together, not before the time `start`."""
 
     devices: tuple[int, ...]
     number: int = 1
@@ -116,7 +128,7 @@ class Attempt(NamedTuple):
 
 
 def _attempts(requests: Mapping[int, Request[R]], groups: Sequence[Sequence[int]]) -> deque[Attempt]:
-    """Returns the first attempts: groups in their order, then all other devices by themselves."""
+    """Returns the first attempts: the groups in their order, then every other device by itself."""
     together = [tuple(i for i in group if i in requests) for group in groups]
     apart = sorted(requests.keys() - {i for group in together for i in group})
     return deque(Attempt(group) for group in (*filter(None, together), *((i,) for i in apart)))
@@ -138,12 +150,13 @@ def exchange(
     Args:
         nodes: node id by partition id.
         phase: name of the stage, and of Flower's message group.
-        timeout: seconds for all of it; what has not arrived by then has failed, and is not looked at later.
-        retries: how often a request is sent again whose worker was lost.
-        window: requests in flight at once, where a group counts as one; Flower slows down with every message that it
-            holds.
-        groups: devices that one worker gets at once; all others get their request by themselves. A group that is lost
-            is sent again as a group.
+        timeout: seconds for the whole exchange; requests without an answer by then have failed, and later answers are
+            ignored.
+        retries: how often a request is sent again if its worker was lost.
+        window: largest number of requests in flight; a group counts as one. Flower slows down with every message that
+            it holds.
+        groups: devices whose requests are handed to one worker together; every other device gets its request by
+            itself. The lost requests of a group are sent again as a group.
     """
 
     def message_to(i: int) -> Message:
@@ -164,8 +177,8 @@ def exchange(
                 for i in (*(i for attempt in waiting for i in attempt.devices), *(i for i, _ in in_flight.values())):
                     answers.fail(i, f"no answer within {timeout:g} s (faults.exchange-timeout)")
                 break
-            while (attempt := next((each for each in waiting if each.start <= now), None)) is not None:
-                if len({each for _, each in in_flight.values()}) >= window:
+            while (attempt := next((one for one in waiting if one.start <= now), None)) is not None:
+                if len({one for _, one in in_flight.values()}) >= window:
                     break
                 waiting.remove(attempt)
                 ids = _push(grid, [message_to(i) for i in attempt.devices])
@@ -174,7 +187,7 @@ def exchange(
             for reply in replies:
                 i, answered = in_flight.pop(reply.metadata.reply_to_message_id, (-1, None))
                 if answered is None:
-                    log(logging.WARNING, "ignored an answer to no request, or a second answer to one")
+                    log(logging.WARNING, "ignored an answer without a request, or a second answer to the same request")
                     continue
                 if reply.has_error() and reply.error.code != CLIENT_RAISED and answered.number <= retries:
                     log(logging.WARNING, "device %d: %s; sent again", i, _reason(reply))
@@ -182,7 +195,7 @@ def exchange(
                 else:
                     _accept(answers, i, reply, requests[i])
                 if answered in lost and all(attempt is not answered for _, attempt in in_flight.values()):
-                    again = tuple(each for each in answered.devices if each in lost[answered])
+                    again = tuple(i for i in answered.devices if i in lost[answered])
                     waiting.append(Attempt(again, answered.number + 1, now + RETRY_AFTER * answered.number))
                 advance(len(answers), len(requests), "devices")
             poll = POLL_FIRST if replies else min(poll * 1.5, POLL_LAST)
@@ -192,12 +205,12 @@ def exchange(
 
 
 def hands_out_groups(grid: Grid) -> bool:
-    """Returns whether a grid can give one worker several messages at once; Flower's own cannot."""
+    """Returns whether a grid can hand several messages to one worker as a group; Flower's own cannot."""
     return hasattr(grid, "push_group")
 
 
 def window_of(grid: Grid, least: int) -> int:
-    """Returns how many requests are in flight at once: two for each worker of an engine that says how many it has."""
+    """Returns the window: two requests per worker if the engine has a number of workers, but at least `least`."""
     return max(least, 2 * getattr(grid, "workers", 0))
 
 
@@ -220,15 +233,15 @@ def _accept(answers: Answers[R], i: int, reply: Message, request: Request[R]) ->
 
 
 def _reason(reply: Message) -> str:
-    """The last line of what may be kilobytes of coloured traceback: the exception itself."""
+    """Returns the line with the exception itself from what may be kilobytes of coloured traceback."""
     plain = re.sub(r"\x1b\[[0-9;]*m", "", reply.error.reason or "")
-    plain = re.sub(r"((?:Error|Exception):)\s*\n", r"\1 ", plain)  # torch begins some messages on a line of their own
+    plain = re.sub(r"((?:Error|Exception):)\s*\n", r"\1 ", plain)  # torch starts some messages on a new line
     lines = [line.strip() for line in plain.splitlines() if line.strip()]
     named = [line for line in lines if re.match(r"[\w.]*(Error|Exception)\b", line)]
-    own = [line for line in named if not re.search(r"RayTaskError|ClientAppException", line)]  # what they only wrap
+    own = [line for line in named if not re.search(r"RayTaskError|ClientAppException", line)]  # only wrappers
     return _printable((own or named or lines or ["no reason given"])[-1])
 
 
 def _printable(text: str) -> str:
-    """A device's words go to screens, logs and reports: one line that commands no terminal."""
+    """Returns a device's text as one line without control characters, for screens, logs and reports."""
     return "".join(sign if sign.isprintable() else " " for sign in text[:300])

@@ -1,8 +1,8 @@
-"""The devices of a run: which node is which, which take part in a round, and what their answers do to the state.
+"""The devices of a run: which node is which device, which devices take part in a round, and the simulated time.
 
-Simulated time stands beside the real time of the simulation. A device downloads, computes and uploads, one after the
-other; a phase ends with its slowest device. A training step counts as three forward passes (the forward pass, and the
-two products of the backward pass).
+Simulated time is independent of the real time of the simulation. A device downloads, computes and uploads, one after
+the other; a phase ends when its slowest device has finished. A training step counts as three forward passes (the
+forward pass, and the two matrix products of the backward pass).
 """
 
 from __future__ import annotations
@@ -27,28 +27,29 @@ from tapfl.run_folder import RunFolder
 from tapfl.seeds import numpy_generator
 from tapfl.wire import ENVELOPE, LONGEST_NAMES, Hello, HelloReply
 
-BACK = 2  # the backward pass in forward passes
-# `train.together = auto`: devices in a group, MACs of its widest over its smallest, and the MACs of a step, forward, up
-# to which it is stacked. With them `tapfl bench together` gains a third for the digits (2e7 to 4e7); DeiT-T at 64 px
-# (4.5e8 and more) loses 13 % in stacks of three. Where between these sizes the gain ends was not measured.
+BACK = 2  # cost of the backward pass, in forward passes
+# Limits of a group with `train.together = auto`: its number of devices; the ratio of the MACs of its widest to those of
+# its smallest device; the MACs of a device's step (forward pass of a batch). With these limits `tapfl bench together`
+# is a third faster for the digits (2e7 to 4e7 MACs); DeiT-T at 64 px (4.5e8 and more) is 13 % slower in stacks of
+# three. Where between these sizes the gain ends was not measured.
 AT_MOST, LIKE, SMALL = 10, 1.6, 2e8
 
 
 class Fleet:
-    """The connected devices. Node ids are random, so nothing is ever ordered by them."""
+    """The connected devices. Node ids are random, so nothing is ever sorted by them."""
 
     def __init__(self, grid: Grid, config: RunConfig, folder: RunFolder) -> None:
         self.grid, self.config, self.folder = grid, config, folder
         self.nodes: dict[int, int] = {}  # node id by partition id
-        self.holds_backbone: set[int] = set()  # devices that have the dense backbone in a cache of their own
-        self.classes: dict[int, tuple[str, ...]] = {}  # the names of a device's classes, for a new head
-        self._seen: set[int] = set()  # nodes
+        self.holds_backbone: set[int] = set()  # devices that have the dense backbone in their own cache
+        self.classes: dict[int, tuple[str, ...]] = {}  # class names of each device, for a new head
+        self._seen: set[int] = set()  # node ids
 
     def meet(self, hello: Hello) -> dict[int, DeviceRecord]:
         """Waits for the devices of a new run, and returns a record of each.
 
         Raises:
-            RunError: if the nodes are not there in time, or too few of them answer.
+            RunError: if the nodes are not connected in time, or too few of them answer.
         """
         records = {}
         for node, record in self._introduce(self._wait(), hello, {}, self.config.faults.min_success):
@@ -56,21 +57,21 @@ class Fleet:
         return dict(sorted(records.items()))
 
     def learn_holders(self, state: FederationState, hello: Hello) -> FederationState:
-        """Asks the known devices which of them hold another backbone; whoever does not answer is sent it."""
+        """Asks the known devices whether they have the backbone of `hello`; without an answer, a device has not."""
         request = self._hello(hello, max(self.nodes) + 1)
         state, replies = self.ask(state, "hello", dict.fromkeys(self.nodes, request), min_success=0)
         self.holds_backbone = {i for i, reply in replies.items() if reply.holds_backbone}
         return state
 
     def meet_again(self, hello: Hello, known: Mapping[int, DeviceRecord], resumed: bool = False) -> None:
-        """Learns which of the known devices the new nodes are: a device that was restarted has another node id.
+        """Asks the new nodes which devices they are, because a device that was restarted has another node id.
 
         Args:
-            resumed: the run was: all nodes are new, and are waited for.
+            resumed: whether the run was just resumed; then all nodes are new, and the call waits for them.
 
         Raises:
             RunError: as `meet`, if resumed.
-            ConfigError: if resumed and a device has another profile now, or other images that must not change.
+            ConfigError: if resumed and a device has another profile, or another number of images that must not change.
         """
         nodes = self._wait() if resumed else sorted(set(self.grid.get_node_ids()) - self._seen)
         if not nodes:
@@ -86,7 +87,7 @@ class Fleet:
                     f"{met.train_samples} and {met.profile!r}"
                 )
             else:
-                log(logging.WARNING, "device %d: is none of those of round zero; left out", i)
+                log(logging.WARNING, "device %d: ignored, because it is not one of the devices of round zero", i)
 
     def ask(
         self,
@@ -99,16 +100,16 @@ class Fleet:
         min_success: float | None = None,
         groups: Sequence[Sequence[int]] = (),
     ) -> tuple[FederationState, dict[int, R]]:
-        """Sends the requests; returns the state after it and the answers, and records traffic and failures.
+        """Sends the requests, records traffic and failures, and returns the new state and the answers.
 
         Args:
             known: answers from before the run was resumed; these devices are not asked again.
-            waited: simulated seconds that the phase takes at least.
-            min_success: in place of the option's; 0 accepts that nobody answers.
+            waited: least duration of the phase, in simulated seconds.
+            min_success: replaces `faults.min-success`; with 0, no device needs to answer.
             groups: devices that step together (`groups_of`).
 
         Raises:
-            RunError: if fewer answered than `min_success` of them.
+            RunError: if the share of devices that answered is below `min_success`.
         """
         known = known or {}
         sent = {i: request for i, request in requests.items() if i in self.nodes and i not in known}
@@ -123,13 +124,13 @@ class Fleet:
     def _wait(self) -> list[int]:
         nodes = wait_for_nodes(self.grid, self.config.devices.count, self.config.node_timeout)
         if not self.config.devices.count and len(nodes) == 2:
-            log(logging.INFO, 'two nodes, Flower\'s default; for ten: --federation-config "num-supernodes=10"')
+            log(logging.INFO, 'two nodes, the default of Flower; for ten: --federation-config "num-supernodes=10"')
         return nodes
 
     def _introduce(
         self, nodes: Sequence[int], hello: Hello, known: Mapping[int, DeviceRecord], min_success: float
     ) -> Iterator[tuple[int, DeviceRecord]]:
-        """Yields each node with its device; of two nodes that claim to be one device, the first."""
+        """Yields each node with the record of its device; if two nodes claim to be the same device, only the first."""
         count = max(len(nodes), 1 + max(known, default=0))
         request = self._hello(hello, count)
         answers = self._exchange(dict(enumerate(nodes)), dict.fromkeys(range(len(nodes)), request), "hello")
@@ -137,7 +138,7 @@ class Fleet:
         met: set[int] = set()
         for position, reply in answers.require("hello", min_success).items():
             if (i := reply.partition_id) in met:
-                log(logging.WARNING, "node %d: says it is device %d, which is there already; left out", position, i)
+                log(logging.WARNING, "node %d: ignored, because another node is device %d already", position, i)
                 continue
             met.add(i)
             if reply.holds_backbone:
@@ -155,7 +156,7 @@ class Fleet:
             )
 
     def _hello(self, hello: Hello, count: int) -> Request[HelloReply]:
-        """Returns the request to introduce itself, to one of `count` devices."""
+        """Returns the request to introduce itself, for one of `count` devices."""
         asked = self._asks_classes
 
         def check(reply: HelloReply) -> object:
@@ -185,9 +186,9 @@ class Fleet:
 def account(
     state: FederationState, phase: str, requests: Mapping[int, Request[R]], answers: Answers[R], waited: float = 0.0
 ) -> tuple[FederationState, list[Line]]:
-    """Returns the state with bytes, failures and simulated time of a phase counted, and the lines that record them.
+    """Returns the state with the bytes, failures and simulated time of a phase added, and the lines that record them.
 
-    All requests count as sent. The phase takes as long as its slowest device, and at least `waited` seconds.
+    All requests count as sent. The phase takes as long as its slowest device, but at least `waited` seconds.
     """
     downs = {i: answers.sent.get(i) or request.bytes_by_kind for i, request in requests.items()}
     state = state.with_sent(downs)
@@ -198,7 +199,7 @@ def account(
         took = seconds(record.profile, down.total(), requests[i].macs, up.total())
         waited = max(waited, took)
         changes[i] = {"bytes_up": added(record.bytes_up, up)}
-        round = getattr(reply, "round", 0)  # round zero has no other
+        round = getattr(reply, "round", 0)  # the replies of round zero have no such field
         lines.append(
             TrafficLine(phase=phase, round=round, device=i, down=dict(down), up=dict(up), simulated_seconds=took)
         )
@@ -211,60 +212,61 @@ def account(
 class ClientSample(NamedTuple):
     """The devices of a round by partition id, in order."""
 
-    asked: tuple[int, ...]  # are sent the adapters and will answer
-    away: tuple[int, ...]  # were not available when the round began
-    dropped: tuple[int, ...]  # are sent the adapters, and lost before they can answer
+    asked: tuple[int, ...]  # get the adapters, train and answer
+    away: tuple[int, ...]  # are not available when the round begins
+    dropped: tuple[int, ...]  # get the adapters, but drop out before they answer
 
 
 def sample_clients(
     profiles: Mapping[int, DeviceProfile], options: DeviceOptions, seed: int, round: int
 ) -> ClientSample:
-    """Returns a sample of the available devices: a share of `participation` (at least one), less the dropouts.
+    """Returns a sample of the available devices: the share `participation` of them (at least one), minus dropouts.
 
-    Each device draws from its own generator, so the draws of the others do not depend on which devices exist.
+    Each device has its own random generator, so that its draws do not depend on which other devices exist.
     """
 
     def chance(what: str, i: int) -> float:
         return float(numpy_generator(seed, what, round, i).random())
 
-    sometimes = [i for i in sorted(profiles) if profiles[i].availability < 1]  # a draw takes 20 µs
+    sometimes = [i for i in sorted(profiles) if profiles[i].availability < 1]  # others need no draw, which takes 20 µs
     away = tuple(i for i in sometimes if chance("availability", i) >= profiles[i].availability)
     available = sorted(profiles.keys() - away)
-    wanted = max(1, int(options.participation * len(available) + 0.5))  # a half goes up, unlike Python's `round`
+    wanted = max(1, int(options.participation * len(available) + 0.5))  # rounds half up, unlike `round`
     sampled = sorted(sorted(available, key=lambda i: chance("participation", i))[:wanted])
     dropped = tuple(i for i in sampled if chance("dropout", i) < options.dropout)
     return ClientSample(tuple(i for i in sampled if i not in dropped), away, dropped)
 
 
 def seconds(profile: DeviceProfile, bytes_down: int, macs: float, bytes_up: int) -> float:
-    """Returns how long a device takes for a message of `bytes_down`, work of `macs`, and an answer of `bytes_up`."""
+    """Returns the seconds that a device takes to download `bytes_down`, compute `macs` and upload `bytes_up`."""
     return bytes_down / profile.download + macs / profile.compute + bytes_up / profile.upload
 
 
 def training_macs(macs: int, trained: float, evaluated: int, models: int, adapted: float = 1.0) -> float:
-    """Returns the MACs of a round on one device: nothing passes back beyond the first block that has adapters.
+    """Returns the MACs of a round on one device; the backward pass ends at the first block that has adapters.
 
     Args:
-        macs: of one image through its model.
-        trained: images that pass through it in training, in each of so many `models`.
-        evaluated: images that pass through the shared and the personal model in evaluation.
-        adapted: share of the MACs from that block on.
+        macs: MACs of one image in the device's model.
+        trained: number of images on which each model is trained, repetitions included.
+        evaluated: number of images on which the shared and the personal model are evaluated.
+        models: number of models that are trained.
+        adapted: share of the MACs in the first block with adapters and all later ones.
     """
     return macs * ((1 + BACK * adapted) * models * trained + 2 * evaluated)
 
 
 def groups_of(macs: Mapping[int, int], options: TrainOptions) -> list[list[int]]:
-    """Returns the devices that step together: a function of their plans, so that any number of workers has the same.
+    """Returns the groups of devices that step together. They depend only on the plans, not on the number of workers.
 
-    Devices of like size stand next to each other, because all of a group are padded to the widest. The largest come
-    first: what is handed out last is then small, and workers end at about the same time.
+    Devices of similar size are grouped, because all devices of a group are padded to the widest. The groups with the
+    largest devices come first, so that the last groups are small and all workers finish at about the same time.
 
     Args:
-        macs: an image, of each device that trains.
+        macs: MACs per image of each device that trains.
     """
     order = sorted(macs, key=lambda i: (macs[i], i), reverse=True)
     if options.together != "auto":
-        groups = [order[at : at + options.together] for at in range(0, len(order), options.together)]
+        groups = [order[start : start + options.together] for start in range(0, len(order), options.together)]
     else:
         small = [i for i in order if macs[i] * options.batch <= SMALL]
         runs = _of_like_size(small, macs)
@@ -273,7 +275,7 @@ def groups_of(macs: Mapping[int, int], options: TrainOptions) -> list[list[int]]
 
 
 def _of_like_size(order: Sequence[int], macs: Mapping[int, int]) -> Iterator[list[int]]:
-    """Yields runs of devices, the largest first, of which each has at least 1 / LIKE of the MACs of its run's first."""
+    """Splits `order` (largest first) into runs whose first device has at most LIKE times the MACs of any other."""
     run: list[int] = []
     for i in order:
         if run and macs[run[0]] > LIKE * macs[i]:

@@ -1,7 +1,7 @@
-"""The global adapters: their shapes, where a device's lie in them, and what they are before the first round.
+"""The global adapters: their shapes, the part of them that a device has, and their values before the first round.
 
-A warm start is kept in the run's folder as ``start.safetensors``: a run that was killed does not train it again, and a
-device that joins later gets the same.
+A warm start is stored in the run's folder as ``start.safetensors``, so that a resumed run does not train it again and
+a device that joins later gets the same one.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ from tapfl.store import read_sealed, write_sealed
 from tapfl.training import Params
 from tapfl.wire import Prune
 
-LAYOUTS = 2**26  # bytes of devices' layouts that are kept; that of DeiT-T has half a megabyte
+LAYOUTS = 2**26  # bytes of devices' layouts that are cached; one layout of DeiT-T has half a megabyte
 
 
 class GlobalAdapters:
-    """See above; `preparation` has the backbone, the pool and the folder."""
+    """The global adapters of a run; `preparation` has the backbone, the pool and the run's folder."""
 
     def __init__(self, preparation: Preparation) -> None:
         self.preparation, self.config = preparation, preparation.config
@@ -59,23 +59,23 @@ class GlobalAdapters:
 
     @cached_property
     def initial(self) -> Params:
-        """Adapters without effect.
+        """Adapters without effect, with the dense model's head.
 
-        Their head is the dense model's. Where recovery or a criterion trained, the devices' models have heads of their
-        own, which give way to the shared one from the first round on: it is trained as a whole anyway, and what they
-        learnt in the rest of the model stays. On digits no device's accuracy changed by it.
+        After recovery, or with a criterion that trains, the devices' models have different heads. From the first round
+        on the shared head replaces them: the head is trained as a whole anyway, and the rest of a device's model keeps
+        what it has learnt. On the digits this changed no device's accuracy.
         """
         generator = torch_generator(self.config.seed, "adapters")
         return rules.initial(self.config.adapters, self.shapes, self.layers, self.backbone, generator)
 
     def layout(self, record: DeviceRecord, checksum: str = "") -> Layout:
-        """Returns where the adapters of a device lie in the global ones, by its plan in the run's folder.
+        """Returns which entries of the global adapters a device has, according to its plan in the run's folder.
 
         Args:
-            checksum: of the plan by which its model was pruned; empty: it has none yet.
+            checksum: checksum of the plan by which the device's model was pruned; empty: it has no model yet.
 
         Raises:
-            PlanError: if the plan is missing, or another one.
+            PlanError: if the plan is missing, or has another checksum.
         """
 
         def make() -> Layout:
@@ -101,7 +101,11 @@ class GlobalAdapters:
         return {name: params[name] for name in self.shapes}
 
     def warm_up(self, devices: Sequence[DeviceRecord]) -> None:
-        """Makes the warm start with the models of these devices, if there shall be one. ModelError if it diverges."""
+        """Trains the warm start on the models of these devices, if it is asked for and does not exist yet.
+
+        Raises:
+            ModelError: if the training diverges.
+        """
         if self.starts_warm and not self._file.exists():
             pupils = [self._pupil(record) for record in devices]
             images, transform, compute = self.preparation.images, transform_of(self.backbone), self.preparation.compute
@@ -115,7 +119,7 @@ class GlobalAdapters:
             write_sealed(self._file, made.params, "start", {"losses": made.losses})
 
     def message(self, record: DeviceRecord) -> Prune:
-        """Returns what brings a device its model, with the warm start if it trains references: they begin so too."""
+        """Returns the message with a device's model, and with the warm start if the device's references need it."""
         message = self.preparation.message(record.device)
         if not (self.starts_warm and self.config.personalize.references):
             return message

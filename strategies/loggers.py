@@ -1,7 +1,7 @@
 """Loggers show a run's metrics in TensorBoard and MLflow. They cannot change or stop a run.
 
-They read finished lines of metrics.jsonl: lines are brought only after the checkpoint that makes them final, because
-a point cannot be taken back. A point is sent once; what an earlier part of the run sent is asked of the logger.
+They read metrics.jsonl, and only lines that a checkpoint has made final, because a point cannot be deleted after it
+was sent. Each point is sent once: after a resume the logger is asked which points it has.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from tapfl.options import Scalar
 from tapfl.run_folder import RunFolder
 from tapfl.store import write_json
 
-POSITION = ("kind", "round", "device")  # what says where a number belongs, and is none itself
+POSITION = ("kind", "round", "device")  # fields of a line that locate its numbers and are not logged themselves
 DEVICE = "device-"
-RESULTS = ("round/personal_accuracy", "round/global_accuracy")  # beside the hyperparameters
-CURVES = ("personal_accuracy", "global_accuracy", "alpha", "next_loss", "simulated_seconds")  # of all devices in one
+RESULTS = ("round/personal_accuracy", "round/global_accuracy")  # shown in TensorBoard's table of hyperparameters
+CURVES = ("personal_accuracy", "global_accuracy", "alpha", "next_loss", "simulated_seconds")  # charts of all devices
 HPARAMS = "_hparams_/session_start_info"
 
 # MLflow's client gives up quickly and sends no usage data, unless the environment says otherwise
@@ -37,11 +37,11 @@ ENVIRONMENT = {
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
     "MLFLOW_DISABLE_TELEMETRY": "true",
 }
-METRICS_AT_ONCE, PARAMS_AT_ONCE = 1000, 100  # what MLflow takes in a request
+METRICS_AT_ONCE, PARAMS_AT_ONCE = 1000, 100  # MLflow's limits per request
 
 
 class Point(NamedTuple):
-    """One number of one curve; the step is the round."""
+    """One value of a curve; the step is the round."""
 
     tag: str
     step: int
@@ -52,32 +52,32 @@ Held = set[tuple[str, int]]  # (tag, step) of the points that a logger has
 
 
 class Logger(Protocol):
-    """Where points go. Any exception means that it cannot be reached; the run goes on without it."""
+    """A destination of points. Any exception means that it cannot be reached, and the run continues without it."""
 
-    def held(self) -> Held: ...  # the points that are there, also those of an earlier part of the run
+    def held(self) -> Held: ...  # the points that it has, including those from before the run was resumed
 
-    def add(self, points: Sequence[Point]) -> None: ...  # when it returns they are kept whatever becomes of the process
+    def add(self, points: Sequence[Point]) -> None: ...  # once this returns, the points survive a crash of the process
 
-    def close(self, finished: bool) -> None: ...  # `finished`: whether the run came to its end
+    def close(self, finished: bool) -> None: ...  # `finished`: whether the run is finished
 
 
 def require_loggers(options: LogOptions) -> None:
-    """Raises ConfigError if a logger that is asked for is not installed, or cannot be reached."""
+    """Raises ConfigError if a logger in the options is not installed, or cannot be reached."""
     if options.tensorboard and find_spec("tensorboard") is None:
         raise ConfigError(
-            "log.tensorboard = true: needs TensorBoard; pip install 'tapfl[tensorboard]'; or leave it off"
+            "log.tensorboard = true: needs TensorBoard; pip install 'tapfl[tensorboard]', or set it to false"
         )
     if not options.mlflow:
         return
     option = f"log.mlflow = {options.mlflow!r}"
     if find_spec("mlflow") is None:
-        raise ConfigError(f"{option}: needs MLflow; pip install 'tapfl[mlflow]'; or leave it empty")
+        raise ConfigError(f"{option}: needs MLflow; pip install 'tapfl[mlflow]', or leave it empty")
     try:
         found = _client(options.mlflow).get_experiment_by_name(options.mlflow_experiment)
-    except Exception as error:  # of many kinds, by what is at the URI
+    except Exception as error:  # its type depends on what is at the URI
         raise ConfigError(
             f"{option}: cannot be used ({_in_short(error)}); accepted: http(s)://HOST:PORT, "
-            f"sqlite:////FOLDER/mlflow.db; or leave it empty"
+            f"sqlite:////FOLDER/mlflow.db, or leave it empty"
         ) from None
     if found is not None and found.lifecycle_stage != "active":
         raise ConfigError(
@@ -87,7 +87,7 @@ def require_loggers(options: LogOptions) -> None:
 
 @contextmanager
 def loggers(config: RunConfig, folder: RunFolder) -> Iterator[Callable[[], None]]:
-    """Opens the loggers that the options ask for. Yields what to call when lines of metrics.jsonl have become final."""
+    """Opens the loggers in the options. Yields a function to call whenever lines of metrics.jsonl have become final."""
     asked = (("log.tensorboard", config.log.tensorboard, EventFiles), ("log.mlflow", config.log.mlflow, Tracking))
     feeds = [Feed(option, partial(logger, folder, config), folder) for option, wanted, logger in asked if wanted]
 
@@ -106,30 +106,32 @@ def loggers(config: RunConfig, folder: RunFolder) -> Iterator[Callable[[], None]
 
 
 class Feed:
-    """Brings one logger the lines that it lacks. One that fails is warned of once, and tried again, ever more rarely.
+    """Sends a logger the points that it does not have yet.
+
+    If the logger fails, a warning is logged once, and later calls try again at growing intervals.
 
     Args:
-        option: that asks for it, for the warning.
-        open: makes it, or finds what an earlier part of the run made.
-        folder: of the run.
+        option: name of the option that enables the logger, for the warning.
+        open: creates the logger, or reopens the one from before the run was resumed.
+        folder: the run's folder.
     """
 
     def __init__(self, option: str, open: Callable[[], Logger], folder: RunFolder) -> None:
         self._option, self._open, self._folder = option, open, folder.path
         self._logger: Logger | None = None
-        self._held: Held | None = None  # None: to be asked, as after a failure, when some points may have arrived
-        self._brought = 0  # bytes of the file
-        self._pause = self._left = 0  # calls of `bring` that are let pass after a failure, and how many still are
+        self._held: Held | None = None  # None: ask the logger; after a failure too, as some points may have arrived
+        self._brought = 0  # bytes of metrics.jsonl that were sent
+        self._pause = self._left = 0  # calls of `bring` to skip after a failure: in total, and still to come
 
     def bring(self) -> None:
-        """Brings all lines that there are."""
+        """Sends all lines of metrics.jsonl that were not sent yet."""
         if self._left:
             self._left -= 1
         else:
             self._try(self._bring)
 
     def close(self, finished: bool) -> None:
-        """Brings what is missing, and ends the logger; lines of a run that broke off are not final, and not brought."""
+        """Closes the logger. If the run is finished, its last lines are sent first; otherwise they are not final."""
 
         def end() -> None:
             if finished:
@@ -151,24 +153,25 @@ class Feed:
     def _try(self, act: Callable[[], None]) -> None:
         try:
             act()
-        except Exception as error:  # of whatever kind: the run is worth more than its pictures
+        except Exception as error:  # of any type: a logger must not stop the run
             if not self._pause:
-                said = "%s: %s; the run continues without it, metrics.jsonl has everything, and it is tried again"
-                log(logging.WARNING, said, self._option, _in_short(error))
+                warning = "%s: %s; the run continues without this logger and tries again; metrics.jsonl has all values"
+                log(logging.WARNING, warning, self._option, _in_short(error))
             self._pause = self._left = 2 * self._pause or 1
 
 
 def points_of(line: Line) -> list[Point]:
-    """Returns the numbers of a line of metrics.jsonl.
+    """Returns the points of a line of metrics.jsonl, by its kind:
 
     ```
-    round    round/NAME                                          for every number of the line
-    device   NAME/device-NN                                      the same
-    drift    drift/device-NN                                     the same
-    traffic  seconds, up, down: simulated_seconds/device-NN, ...  of the rounds; round zero has several phases
+    round    round/NAME for every number of the line
+    device   NAME/device-NN for every number of the line
+    drift    drift/device-NN
+    traffic  simulated_seconds/device-NN, bytes_up/device-NN, bytes_down/device-NN; not of round zero, which has
+             several phases
     ```
 
-    Lines of other kinds (failures, absences) hold no numbers and give none.
+    Lines of other kinds (failures, absences) have no numbers and give no points.
     """
     values = line.model_dump(exclude=set(POSITION), exclude_none=True)
     numbers = {name: value for name, value in values.items() if isinstance(value, int | float)}
@@ -185,7 +188,7 @@ def points_of(line: Line) -> list[Point]:
 
 
 def hyperparameters(config: RunConfig) -> dict[str, Scalar]:
-    """Returns the options that can change a result, without those that name a file or a folder of this machine."""
+    """Returns the options that can change a result, except those that name a file or folder of this machine."""
     paths = config.paths()
     return {
         name: value for name, value in config.flat().items() if not name.startswith(FREE_OPTIONS) and name not in paths
@@ -193,7 +196,7 @@ def hyperparameters(config: RunConfig) -> dict[str, Scalar]:
 
 
 class EventFiles:
-    """A `Logger`. TensorBoard shows one card a tag, and under CUSTOM SCALARS the curves of all devices in one."""
+    """The `Logger` of TensorBoard: one chart per tag, and under CUSTOM SCALARS charts with all devices' curves."""
 
     def __init__(self, folder: RunFolder, config: RunConfig) -> None:
         from torch.utils.tensorboard import SummaryWriter
@@ -219,10 +222,10 @@ class EventFiles:
     def _events(self) -> Any:
         from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-        return EventAccumulator(str(self._path), size_guidance={"scalars": 0}).Reload()  # 0: all of them
+        return EventAccumulator(str(self._path), size_guidance={"scalars": 0}).Reload()  # 0: all points
 
     def _name_run(self, config: RunConfig) -> None:
-        """Writes the hyperparameters into the run's own files: `add_hparams` would make a second run of them."""
+        """Writes the hyperparameters into the files of this run; `add_hparams` would create a second run for them."""
         from torch.utils.tensorboard.summary import hparams
 
         for summary in hparams(hyperparameters(config), dict.fromkeys(RESULTS, 0.0)):
@@ -232,9 +235,9 @@ class EventFiles:
 
 
 class Tracking:
-    """A `Logger`: a run on an MLflow server, found again by its id in ``mlflow.json``.
+    """The `Logger` of MLflow: a run on a tracking server, whose id is kept in ``mlflow.json`` for a resume.
 
-    The hyperparameters are those with which the run began; models and other files are not sent.
+    The hyperparameters are those with which the run began. Models and other files are not sent.
     """
 
     def __init__(self, folder: RunFolder, config: RunConfig) -> None:
@@ -242,8 +245,8 @@ class Tracking:
 
         self._client = _client(config.log.mlflow)
         self._run_id = self._open(folder, config.log)
-        there = self._client.get_run(self._run_id).data.params
-        params = [Param(name, str(value)) for name, value in hyperparameters(config).items() if name not in there]
+        logged = self._client.get_run(self._run_id).data.params
+        params = [Param(name, str(value)) for name, value in hyperparameters(config).items() if name not in logged]
         for start in range(0, len(params), PARAMS_AT_ONCE):
             self._client.log_batch(self._run_id, params=params[start : start + PARAMS_AT_ONCE])
 
@@ -263,7 +266,7 @@ class Tracking:
         self._client.set_terminated(self._run_id, "FINISHED" if finished else "FAILED")
 
     def _open(self, folder: RunFolder, options: LogOptions) -> str:
-        """Returns the id of this run's MLflow run, a new one if there was none or it was deleted."""
+        """Returns the id of the MLflow run, which is created if there was none or it was deleted."""
         file = folder.path / "mlflow.json"
         place = {"uri": options.mlflow, "experiment": options.mlflow_experiment}
         kept = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
@@ -292,17 +295,17 @@ class Tracking:
 
 
 def _client(uri: str) -> Any:
-    """Returns MLflow's client for a tracking URI; no state of this process is changed but its environment."""
+    """Returns MLflow's client for a tracking URI. Of this process it changes only the environment and log levels."""
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     from mlflow import MlflowClient
 
-    for name in ("mlflow", "alembic"):  # a new database is worth no lines on the screen
+    for name in ("mlflow", "alembic"):  # they log the creation of a database
         logging.getLogger(name).setLevel(logging.WARNING)
     return MlflowClient(tracking_uri=uri)
 
 
 def _in_short(error: Exception) -> str:
-    said = " ".join(str(getattr(error, "orig", None) or error).split()) or type(error).__name__
-    said = said.rpartition("Caused by ")[2].rstrip(")")  # of a request that failed, the part that says why
-    return said if len(said) <= 200 else f"{said[:200]}…"
+    text = " ".join(str(getattr(error, "orig", None) or error).split()) or type(error).__name__
+    text = text.rpartition("Caused by ")[2].rstrip(")")  # the cause, if a request failed
+    return text if len(text) <= 200 else f"{text[:200]}…"

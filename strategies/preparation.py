@@ -1,7 +1,7 @@
-"""Round zero with the devices: their mixtures, a plan for each, and its pruned model.
+"""Round zero: the server asks the devices for their mixtures, makes a plan for each, and sends the pruned models.
 
-Each result is kept in the run's folder as it comes, so a run that was killed asks for and computes only what is
-missing. A device that sends no mixture gets the generic plan of its budget, made from the whole public pool.
+Each result is stored in the run's folder at once, so that a resumed run only asks for and computes what is missing. A
+device that sends no mixture gets the generic plan for its budget, made from the whole public pool.
 """
 
 from __future__ import annotations
@@ -43,16 +43,17 @@ from tapfl.summary.heterogeneity import feature_shift
 from tapfl.summary.mixture import GaussianSummary
 from tapfl.wire import ENVELOPE, MAX_SAMPLES, Prune, PruneReply, Summarize, SummaryReply
 
-AT_ONCE = 4  # smaller models at a time: the activations of a batch of 64 are 1.2 GB for DeiT-S at 224 px
+AT_ONCE = 4  # most pruned models made at a time; for each, a batch of 64 has 1.2 GB of activations (DeiT-S, 224 px)
 
 
 class Preparation:
-    """The server's side of round zero, and the dense backbone, whose `key` is its name in the caches.
+    """The server's side of round zero, and the dense backbone.
 
     Attributes:
-        backbone: as devices have it, with a head of `classes`.
-        judge: the same one with the head whose predictions count in round zero; another only if `backbone` has a new
-            head (`tapfl.models.new_head`), which it gets from `agree`.
+        key: name of the backbone in the caches.
+        backbone: the dense backbone as devices have it, with a head of `classes`.
+        judge: the same backbone with the head whose predictions are used in round zero. It differs from `backbone`
+            only if `agree` has given that a new head (`tapfl.models.new_head`).
     """
 
     def __init__(
@@ -65,12 +66,12 @@ class Preparation:
         log(logging.INFO, "dense backbone: ready: %s", self.key)
 
     def agree(self) -> bool:
-        """Gives the backbone a head of the classes that the devices named, if it gets a new one; returns whether.
+        """Gives the backbone a new head of the devices' classes, if `model.head` asks for it; returns whether it does.
 
-        The classes are written down: a run that goes on keeps them, whoever of its devices is there then.
+        The classes are stored in the run's folder. A resumed run keeps them, whichever devices are connected then.
 
         Raises:
-            PlanError: if what was written down is damaged.
+            PlanError: if the stored classes are damaged.
             ModelError: as `with_new_head`.
         """
         if self.config.model.head not in NEW_HEADS:
@@ -92,14 +93,14 @@ class Preparation:
             return describe_pool(self.config, self.images, self.judge, self.compute)
 
     def metric_set(self, record: DeviceRecord) -> np.ndarray:
-        """Returns the positions in the pool of the images that the smaller model of a device is made with."""
+        """Returns the positions in the pool of the images with which a device's model is pruned."""
         reply, options = self._stored_summary(record.device), self.config.summary
         dim = self.pool.points.shape[1]
         summary = reply.mixture(dim, options.min_support, self._announced(record)) if reply else None
         return task_images(self.pool, summary, self.config.metric, self.config.seed, record.device)
 
     def pruned_models(self, state: FederationState) -> tuple[FederationState, list[int]]:
-        """Asks the devices for their mixtures, and makes a plan for each; returns the devices that have one now.
+        """Asks the devices for their mixtures and makes a plan for each; returns the devices that now have a plan.
 
         Raises:
             RunError: if too few devices send a mixture, or no device has a budget that can be met.
@@ -112,7 +113,7 @@ class Preparation:
             try:
                 if not self.plan_file(record.device).exists():
                     self._plan(shared, summaries.get(record.device), record)
-            except BudgetError as error:  # a device's own budget: its loss, and no one else's
+            except BudgetError as error:  # only this device gets no model
                 return error
             return None
 
@@ -121,11 +122,11 @@ class Preparation:
             new_head, records = self.backbone if self.backbone is not self.judge else None, [*state.devices.values()]
             config = probed(self.config, [record.profile.budget for record in records], self.pool)
             shared = Shared(config, self.pool, self.judge, self.compute, new_head)
-            each = side_by_side(shared, make, records, self._at_once(records))
-            for done, (record, made) in enumerate(zip(records, each, strict=True), start=1):
+            errors = side_by_side(shared, make, records, self._at_once(records))
+            for done, (record, error) in enumerate(zip(records, errors, strict=True), start=1):
                 i = record.device
-                if isinstance(made, BudgetError):
-                    append_lines(self.folder.path, FailureLine(phase="smaller models", device=i, reason=str(made)))
+                if isinstance(error, BudgetError):
+                    append_lines(self.folder.path, FailureLine(phase="smaller models", device=i, reason=str(error)))
                     state = state.with_devices({i: {"failures": record.failures + 1}})
                 else:
                     planned.append(i)
@@ -135,9 +136,9 @@ class Preparation:
         return state, planned
 
     def _at_once(self, records: Sequence[DeviceRecord]) -> int:
-        """Returns how many smaller models are made at once: as many as the memory is likely to hold activations of.
+        """Returns how many pruned models are made at once: as many as the memory probably has room for.
 
-        One on a GPU, and where a latency is measured.
+        It is one on a GPU, and if a latency is measured.
         """
         measured = any(Budget.parse(record.profile.budget).measured for record in records)
         return 1 if measured or self.compute.device.type != "cpu" else min(cores(), AT_ONCE, len(records))
@@ -149,10 +150,10 @@ class Preparation:
         message: Callable[[DeviceRecord], Prune],
         min_success: float | None = None,
     ) -> FederationState:
-        """Sends those of the devices that have a plan their models; returns the state in which they have them.
+        """Sends their models to those of the devices that have a plan; returns the state afterwards.
 
         Args:
-            message: makes what a device gets when it is sent: the weights of a thousand devices are gigabytes.
+            message: makes the message to a device, when it is sent: the weights of a thousand devices are gigabytes.
         """
         plans = {i: self.plan(i)[0] for i in devices if self.plan_file(i).exists()}
         if not plans:
@@ -173,7 +174,7 @@ class Preparation:
                 "macs": reply.macs,
                 "macs_share": reply.macs / dense.macs,
                 "adapted_share": adapted_share(layers, plans[i], self.config.adapters.blocks),
-                # so it does until it is first asked in a round, for adapters start without effect; or for all it knows
+                # true until its first round, because adapters start without effect; after a warm start a placeholder
                 **dict.fromkeys(("pruned_accuracy", "global_accuracy", "personal_accuracy"), reply.pruned_accuracy),
                 "reference_accuracies": {name: before.get(name, reply.pruned_accuracy) for name in names} or None,
             }
@@ -184,10 +185,10 @@ class Preparation:
         return self.folder.path / "plans" / f"{i:02d}.json"
 
     def plan(self, i: int) -> tuple[PruningPlan, str]:
-        """Returns the plan of device `i`, and the SHA-256 of the weights beside it.
+        """Returns the plan of device `i`, and the SHA-256 of the weights stored with it.
 
         Raises:
-            PlanError: if it is missing, damaged, or another device's.
+            PlanError: if the plan is missing, damaged, or another device's.
         """
         if not (file := self.plan_file(i)).exists():
             raise PlanError(f"{file}: is missing; the model of device {i} was pruned by this plan")
@@ -196,7 +197,7 @@ class Preparation:
         return plan, checksum
 
     def message(self, i: int) -> Prune:
-        """Returns what brings a device that has a plan its model, from the run's folder. Raises PlanError."""
+        """Returns the message with the model of a device that has a plan, from the run's folder. Raises PlanError."""
         (plan, checksum), weights = self.plan(i), self.plan_file(i).with_suffix(".safetensors")
         content = weights.read_bytes() if weights.exists() else b""
         if checksum and checksum != hashlib.sha256(content).hexdigest():
@@ -207,19 +208,19 @@ class Preparation:
     def _plan(self, shared: Shared, summary: GaussianSummary | None, record: DeviceRecord) -> None:
         i = record.device
         pruned = device_model(shared, self.spec, summary, i, record.profile.budget)
-        # a device that sent no mixture may not have got the backbone either
+        # a device that sent no mixture may not have the backbone either
         weights = pruned.weights(always=self.config.pruning.send == "weights" or record.generic)
         if pruned.metric_set is not None:
             self._keep_metric_set(i, pruned.metric_set, shared.pool.effective_size(summary, pruned.metric_set))
         if weights:
             write_bytes(self.plan_file(i).with_suffix(".safetensors"), weights)
-        # last: with it the device's model is complete
+        # last: the plan marks the device's model as complete
         write_json(self.plan_file(i), signed(pruned.plan, hashlib.sha256(weights).hexdigest()))
 
     def _keep_metric_set(self, i: int, chosen: np.ndarray, effective: float | None) -> None:
-        """Counts the images by class, for the report; no plan depends on that, unless `labels` says so."""
+        """Stores the number of images per class for the report; no plan depends on it, except by `pruning.labels`."""
         labels, classes = self.images.labels, self.images.classes
-        metric, pool = (np.bincount(each[each >= 0], minlength=len(classes)) for each in (labels[chosen], labels))
+        metric, pool = (np.bincount(part[part >= 0], minlength=len(classes)) for part in (labels[chosen], labels))
         counts = {"classes": classes, "metric": metric.tolist(), "pool": pool.tolist()}
         about = {"size": len(chosen), "effective_size": effective}
         write_json(self.folder.metric_set(i), counts | about)
@@ -234,14 +235,15 @@ class Preparation:
         for i, reply in replies.items():
             self._store_summary(i, reply)
         for i in sorted(state.devices.keys() - replies.keys()):
-            log(logging.WARNING, "device %d gave no mixture: it gets the generic plan of its budget", i)
+            log(logging.WARNING, "device %d: sent no mixture and gets the generic plan for its budget", i)
         changes = {i: self._described(reply) for i, reply in replies.items()}
         return state.with_devices(changes), {i: reply.gaussians for i, reply in replies.items()}
 
     def refit(self, state: FederationState) -> FederationState:
-        """Asks the devices for the mixtures of their present images if it is time, and notes how far those have moved.
+        """Every `summary.refresh` rounds, asks the devices for mixtures of their present images and records the drift.
 
-        They are kept beside the first ones. A device keeps its plan, which its personal parameters have the shapes of.
+        The new mixtures are stored in addition to the first ones. A device keeps its plan, because the plan determines
+        the shapes of its personal parameters.
         """
         if not (every := self.config.summary.refresh) or not state.round or state.round % every:
             return state
@@ -264,7 +266,7 @@ class Preparation:
         return {i: self._summary_request(state.devices[i], weights) for i in devices}
 
     def _summary_request(self, record: DeviceRecord, weights: bytes) -> Request[SummaryReply]:
-        """Returns the request for a mixture; a device that does not hold the backbone is sent it."""
+        """Returns the request for a mixture; it includes the backbone if the device does not have it."""
         holds_backbone = record.device in self.fleet.holds_backbone or record.components > 0
         pool = self.pool
         dim, options, classes = pool.points.shape[1], self.config.summary, len(self.classes)
@@ -291,7 +293,7 @@ class Preparation:
         )
 
     def _described(self, reply: SummaryReply) -> dict[str, object]:
-        """Returns what the record of a device holds of a checked answer."""
+        """Returns the fields of a device's record that come from its checked answer."""
         held = reply.held(len(self.classes), self._reports_classes)
         return {
             "dense_accuracy": reply.dense_accuracy,
@@ -302,7 +304,7 @@ class Preparation:
         }
 
     def _announced(self, record: DeviceRecord) -> int:
-        """Returns the most training images that a mixture may be of: more may have joined since, if they change."""
+        """Returns the largest number of training images of a mixture; if images change, there may be more by now."""
         return MAX_SAMPLES if self.config.data.changing else record.train_samples
 
     @property
@@ -310,7 +312,7 @@ class Preparation:
         return self.config.adapters.head == "class-rows"
 
     def mixtures(self, state: FederationState) -> list[GaussianSummary]:
-        """Returns the mixtures of the devices, in order, as far as they sent one and it is still in the folder."""
+        """Returns the mixtures of the devices, in order, of those whose mixture is in the run's folder."""
         stored = [self._stored_summary(i) for i, record in sorted(state.devices.items()) if record.components]
         return [reply.gaussians for reply in stored if reply is not None]
 
@@ -320,7 +322,7 @@ class Preparation:
         write_sealed(self._summary_file(i, again), arrays, "reply", rest | {"device": i})
 
     def _stored_summary(self, i: int) -> SummaryReply | None:
-        """Returns a device's answer from before; None if there is none, or it is damaged, or another device's."""
+        """Returns a device's stored answer; None if it is missing, damaged, or another device's."""
         try:
             tensors, rest = read_sealed(self._summary_file(i), "reply", device=i)
             rest.pop("device", None)

@@ -1,7 +1,7 @@
-"""Who shows the stages of long work: bars with the time left on a terminal, plain lines in a log.
+"""Shows the stages of long work: progress bars with the time left on a terminal, plain lines in a log.
 
-The time left is computed here: rich's own estimate forgets steps of more than half a minute ago, and a caller cannot
-replace it by a better one.
+The time left is computed here, because rich's own estimate forgets steps older than half a minute, and a caller cannot
+replace it with a better one.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from rich.table import Column
 
 from tapfl.progress import Advance, is_shown, shown_on
 
-BRIEF = 0.5  # seconds; a stage within another that lasts no longer is not shown as a bar
-SHARES = 5  # lines of a stage that lies in no other
-GAP = 1.0  # seconds between two such lines, but for the last one: what is done at once has one line
-SILENCE = (10.0, 60.0)  # seconds without a line after which there is one in any case: at first, and in long work
-PATIENCE = 0.05  # of the time that the work has taken: what grows from the one to the other
+BRIEF = 0.5  # seconds; a nested stage that is shorter gets no bar
+SHARES = 5  # log lines of an outermost stage: one after each fifth of its steps
+GAP = 1.0  # least seconds between two such lines, except for the last, so that a quick stage has one line
+SILENCE = (10.0, 60.0)  # least and most seconds without a line, after which one is logged in any case
+PATIENCE = 0.05  # these seconds, between the two limits, as a fraction of the time since the start
 
 
 @contextmanager
 def shown(bars: bool = True) -> Iterator[None]:
-    """Shows the stages of the block, if they are not shown already.
+    """Shows the stages of the block, unless they are shown already.
 
     Args:
-        bars: whether bars will do, where there is a terminal for them.
+        bars: draw bars if standard error is a terminal.
     """
     with ExitStack() as stack:
         if not is_shown():
@@ -42,14 +42,14 @@ def shown(bars: bool = True) -> Iterator[None]:
 
 
 class Pace:
-    """A stage as it goes; times are seconds of `clock`. Without a known number of steps `total` is 0."""
+    """The progress of a stage; times are seconds of `clock`. If the number of steps is unknown, `total` is 0."""
 
     def __init__(self, name: str, clock: Callable[[], float] = time.monotonic) -> None:
         self.name, self._clock, self._begun = name, clock, clock()
         self.done = self.total = 0.0
         self.note = ""
-        self._steps: list[tuple[float, float]] = []  # (when, done) of the first call and of the last that got further
-        self._end: float | None = None  # when all will be done, if the caller knows
+        self._steps: list[tuple[float, float]] = []  # (time, done) of the first call, and of the last with progress
+        self._end: float | None = None  # expected end, if the caller knows it
 
     def advance(self, done: float, total: float, note: str = "", left: float | None = None, /) -> None:
         if not self._steps or done > self._steps[-1][1]:
@@ -67,18 +67,18 @@ class Pace:
 
     @property
     def left(self) -> float | None:
-        """Seconds that it will still take, at the pace of all steps so far if the caller gave none; None: unknown."""
+        """Seconds left, from the mean pace of all steps so far unless the caller gave them; None: unknown."""
         if self._end is not None and self.done < self.total:
             return max(0.0, self._end - self._clock())
         if len(self._steps) < 2 or self.done >= self.total:
             return None
         (start, first), (last, done) = self._steps
-        each = (last - start) / (done - first)
-        return max(0.0, (self.total - done) * each - (self._clock() - last))
+        per_step = (last - start) / (done - first)
+        return max(0.0, (self.total - done) * per_step - (self._clock() - last))
 
     @property
     def count(self) -> str:
-        """``3/10``, or ``0.4/3`` where steps are done in part; empty if their number is unknown."""
+        """``3/10``, or ``0.4/3`` if a step is partly done; empty if the number of steps is unknown."""
         return f"{round(self.done, 1):.12g}/{self.total:.12g}" if self.total else ""
 
     @property
@@ -86,7 +86,7 @@ class Pace:
         return "" if self.left is None else f"{clock_time(self.left)} left"
 
     def words(self) -> str:
-        """Returns the stage in a line: name, steps, note, and the time that is left, or has gone by."""
+        """Returns the stage as a line: name, steps, note, and the time left, or elapsed if that is unknown."""
         where = " ".join(filter(None, (self.count, self.note)))
         time = f"{self.elapsed} so far" if not self.total else self.time_left
         return (f"{self.name}: {where}" if where else self.name) + (f" ({time})" if time else "")
@@ -99,7 +99,7 @@ def clock_time(seconds: float) -> str:
 
 
 class Bars:
-    """A `Screen`. The bars of one outermost stage are drawn together, and stay as they were when it ended."""
+    """A `Screen` of progress bars; the bar of an outermost stage stays when it ends, those of nested stages do not."""
 
     def __init__(self) -> None:
         self._drawn: Drawn | None = None
@@ -120,13 +120,13 @@ class Bars:
                 drawn.update(task, completed=done, total=total or None)
 
             yield advance
-            drawn.update(task, completed=1, total=1)  # full, also where nobody knew how many steps there would be
+            drawn.update(task, completed=1, total=1)  # full, even if the number of steps was unknown
 
 
 @contextmanager
 def drawn_on(console: Console) -> Iterator[Drawn]:
-    """Draws at the foot of `console`; what Flower logs while it lasts goes above."""
-    from flwr.common.logger import FLOWER_LOGGER  # now: all of Flower takes a while, and a refused option shows no bar
+    """Draws bars at the bottom of `console`; what Flower logs meanwhile appears above them."""
+    from flwr.common.logger import FLOWER_LOGGER  # here, because Flower is slow to import
 
     note = Column(no_wrap=True, overflow="ellipsis", ratio=1)
     columns = (
@@ -140,7 +140,7 @@ def drawn_on(console: Console) -> Iterator[Drawn]:
     drawn = Drawn(*columns, console=console, redirect_stdout=sys.stdout.isatty(), expand=True, refresh_per_second=4)
     shown = [h for h in FLOWER_LOGGER.handlers if isinstance(h, logging.StreamHandler) and h.stream is sys.stderr]
     with drawn:
-        for handler in shown:  # they hold the stream as it was
+        for handler in shown:  # they still write to the stream that rich has replaced
             handler.setStream(sys.stderr)
         try:
             yield drawn
@@ -150,20 +150,20 @@ def drawn_on(console: Console) -> Iterator[Drawn]:
 
 
 class Drawn(Progress):
-    """Bars without those of stages that are over at once."""
+    """Progress bars without those of very short nested stages."""
 
     def get_renderables(self) -> Iterable[RenderableType]:
         yield self.make_tasks_table([t for t in self.tasks if not t.fields["inner"] or t.fields["pace"].age >= BRIEF])
 
 
 class Lines:
-    """A `Screen`, and a context manager: while it is open, a line comes now and then whatever the work is at."""
+    """A `Screen` of log lines, and a context manager; while it is open, a line is logged from time to time."""
 
     def __init__(self) -> None:
         self._open: list[Pace] = []
         self._begun = self._said = time.monotonic()
         self._over = threading.Event()
-        # a run that shares its process with others knows its log by the context
+        # runs that share a process find their log by the context
         self._thread = threading.Thread(target=copy_context().run, args=(self._break_silence,), daemon=True)
 
     def __enter__(self) -> Lines:

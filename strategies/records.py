@@ -1,7 +1,7 @@
-"""What a run records, typed: `summary.json` and the lines of `metrics.jsonl`. Both are written and read here only.
+"""The typed records of a run: `summary.json` and the lines of `metrics.jsonl`. Only this module writes and reads them.
 
-Both carry `VERSION`: the summary as a field, metrics.jsonl in its first line. Files without one, from before versions
-existed, are read if they have the required fields. Bytes are counted by kind of content: "adapters", "weights", …
+Both have a `VERSION`: the summary as a field, metrics.jsonl in its first line. Files from before versions existed are
+read if they have the required fields. Bytes are counted by kind of content: "adapters", "weights", …
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Accuracies = dict[str, float]
 
 
 class Record(BaseModel):
-    """Base of all records: numbers are finite and keep every bit, unknown fields are ignored."""
+    """Base of all records: numbers are finite and stored exactly; unknown fields are ignored."""
 
     model_config = ConfigDict(strict=True, allow_inf_nan=False, extra="ignore", frozen=True)
 
@@ -45,20 +45,20 @@ class Accurate(Record):
 
 
 class DeviceRecord(Accurate):
-    """What the server knows of one device. Shares and accuracies lie in [0, 1]."""
+    """What the server knows about a device. Shares and accuracies are in [0, 1]."""
 
     device: Count
     profile: DeviceProfile
     train_samples: Count
     test_samples: Count = 0
     classes: Count = 0
-    held_classes: list[bool] | None = None  # whether it has training images of each class, where it reports that
-    generic: bool = False  # it sent no mixture, so its plan is made from the whole public pool
-    components: Count = 0  # of its mixture; 0: it sent none
+    held_classes: list[bool] | None = None  # for each class, whether it has training images; None: not reported
+    generic: bool = False  # True: it sent no mixture, and its plan was made from the whole public pool
+    components: Count = 0  # components of its mixture; 0: it sent none
     macs: Count = 0
     macs_share: float = 0.0
-    adapted_share: float = 1.0  # of the MACs: that of the blocks with adapters (`adapters.blocks`)
-    params: Count = 0  # of its pruned model; 0: it has none yet
+    adapted_share: float = 1.0  # share of the MACs in blocks with adapters (`adapters.blocks`)
+    params: Count = 0  # parameters of its pruned model; 0: it has none yet
     params_share: float = 0.0
     dense_accuracy: float = 0.0
     pruned_accuracy: float = 0.0
@@ -68,10 +68,10 @@ class DeviceRecord(Accurate):
     bytes_up: ByKind = {}
     bytes_down: ByKind = {}
     failures: Count = 0
-    rounds: Count = 0  # in how many its answer was used
-    last_round: Count = 0  # the last of these; the device continues from its own state after it
-    epsilon: float | None = None  # of differential privacy, in the summary only; None: no guarantee
-    drift: float | None = None  # of its mixture since round zero, when it was last fitted again; docs/data.md
+    rounds: Count = 0  # number of rounds in which its answer was used
+    last_round: Count = 0  # the last of these rounds; the device continues from its own state after it
+    epsilon: float | None = None  # ε of differential privacy, only in the summary; None: no guarantee
+    drift: float | None = None  # distance of its last mixture from that of round zero; see docs/data.md
 
     @model_validator(mode="after")
     def _has_shares(self) -> Self:
@@ -81,15 +81,15 @@ class DeviceRecord(Accurate):
 
     @property
     def one_component(self) -> bool:
-        """Whether the mixture of a device with several classes is one Gaussian, which does not tell them apart."""
+        """Whether the mixture is a single Gaussian although the device has several classes."""
         return self.components == 1 and self.classes > 1
 
 
 class CurvePoint(Record):
-    """How far a run was after a round: cost since the start, and mean personal accuracy over devices with a model."""
+    """The state of a run after a round: cost since the start, and mean personal accuracy of devices with a model."""
 
     seconds: float  # simulated
-    bytes: Count  # of all devices, up and down
+    bytes: Count  # sent and received by all devices
     accuracy: float
 
 
@@ -99,7 +99,7 @@ def first_at(curve: Sequence[CurvePoint], accuracy: float) -> CurvePoint | None:
 
 
 def milestones(curve: Sequence[CurvePoint]) -> dict[str, CurvePoint]:
-    """Returns the first point that reaches each of the accuracies 0.05, 0.10, …, as far as the curve comes."""
+    """Returns, for each of the accuracies 0.05, 0.10, … that the curve reaches, the first point that reaches it."""
     found = {f"{percent / 100:.2f}": first_at(curve, percent / 100) for percent in range(5, 101, 5)}
     return {accuracy: point for accuracy, point in found.items() if point is not None}
 
@@ -107,7 +107,7 @@ def milestones(curve: Sequence[CurvePoint]) -> dict[str, CurvePoint]:
 class Summary(Accurate):
     """The content of `summary.json`, which exists once a run is finished.
 
-    Means are over devices that have a model; the dense one over those that evaluated the dense backbone.
+    Means are over devices that have a model; the mean dense accuracy is over those that evaluated the dense backbone.
     """
 
     version: Literal[1] = VERSION
@@ -116,18 +116,18 @@ class Summary(Accurate):
     global_accuracy: float
     personal_accuracy: float
     personal_accuracy_worst_decile: float  # mean over the worst tenth of the devices (at least one)
-    bytes_up: Count  # of all devices, whole run
+    bytes_up: Count  # total of all devices over the whole run
     bytes_down: Count
-    adapter_bytes_up_per_round: float  # of a device in a round that used its answer; mean over those with such a round
-    full_model_bytes: Count  # what one device would upload if it sent the dense model, fp32, in every round
+    adapter_bytes_up_per_round: float  # mean over devices of the adapter bytes per round in which an answer was used
+    full_model_bytes: Count  # upload of one device if it sent the dense model, fp32, in every round
     failures: Count  # messages without a usable answer
-    epsilon: float | None  # of differential privacy, the largest over devices; None: no guarantee
-    quantity_shift: float | None = None  # how far the devices are apart; docs/data.md. None: not known
+    epsilon: float | None  # ε of differential privacy, the largest over devices; None: no guarantee
+    quantity_shift: float | None = None  # how much the devices differ; see docs/data.md. None: not known
     feature_shift: float | None = None
     drift: float | None = None  # mean over devices whose mixture was fitted again
     simulated_seconds: float  # until the last round ended
-    time_to_accuracy: dict[str, float]  # cost at which the curve first reached 0.05, 0.10, …
-    bytes_to_accuracy: ByKind
+    time_to_accuracy: dict[str, float]  # simulated seconds at which the curve first reached 0.05, 0.10, …
+    bytes_to_accuracy: ByKind  # bytes at which it did
     curve: list[CurvePoint]  # after round zero and after each round
     seconds: dict[str, float]  # wall time by phase
     devices: list[DeviceRecord]
@@ -140,7 +140,7 @@ class Summary(Accurate):
 
     @property
     def equipped(self) -> list[DeviceRecord]:
-        """The devices that have a pruned model; only for these there is an accuracy."""
+        """The devices that have a pruned model; only these have accuracies."""
         return [record for record in self.devices if record.params]
 
 
@@ -152,7 +152,7 @@ class Header(Record):
 
 
 class DeviceLine(Accurate):
-    """How a device did with the adapters that `round` ended with; round 0: with the first ones."""
+    """A device's accuracies with the adapters at the end of `round`; round 0: with the initial adapters."""
 
     kind: Literal["device"] = "device"
     round: Count
@@ -160,15 +160,15 @@ class DeviceLine(Accurate):
     global_accuracy: float | None = None  # None: not evaluated after this round (train.evaluate-every)
     personal_accuracy: float | None = None
     alpha: float
-    next_loss: float | None = None  # mean training loss in the round after, unless this was the last
+    next_loss: float | None = None  # mean training loss in the next round; None after the last round
 
 
 class RoundLine(Accurate):
-    """Means over the devices that answered after `round`, and what the run had cost when it ended."""
+    """Means over the devices that answered after `round`, and the cost of the run until the end of `round`."""
 
     kind: Literal["round"] = "round"
     round: Count
-    devices: Count  # how many answered; if none did, there are no means
+    devices: Count  # number of devices that answered; if none did, there are no means
     simulated_seconds: float
     global_accuracy: float | None = None
     personal_accuracy: float | None = None
@@ -190,7 +190,7 @@ class TrafficLine(Record):
 
 
 class FailureLine(Record):
-    """A message to which no usable answer came, or a device that gets no model."""
+    """A message without a usable answer, or a device that gets no model."""
 
     kind: Literal["failure"] = "failure"
     phase: str
@@ -199,7 +199,7 @@ class FailureLine(Record):
 
 
 class AbsenceLine(Record):
-    """A device that took no part in a round, as simulated: away, dropped out, or late."""
+    """A device that took no part in a round: away, dropped out or late, as simulated, or with too few images."""
 
     kind: Literal["absence"] = "absence"
     round: Count
@@ -208,7 +208,7 @@ class AbsenceLine(Record):
 
 
 class DriftLine(Record):
-    """How far a device's mixture has moved since round zero, when it was fitted again after `round`."""
+    """Distance of a device's mixture, fitted again after `round`, from its mixture of round zero."""
 
     kind: Literal["drift"] = "drift"
     round: Count
@@ -225,12 +225,12 @@ class Metrics(NamedTuple):
     """Lines of metrics.jsonl."""
 
     lines: list[Line]
-    damaged: int  # how many more there are that cannot be read
-    end: int  # bytes of the file up to the end of the last whole line
+    damaged: int  # number of further lines, which cannot be read
+    end: int  # bytes of the file up to the end of the last complete line
 
 
 def added(one: ByKind, other: ByKind) -> ByKind:
-    """Returns the sums by kind, without kinds of 0 bytes."""
+    """Returns the sums by kind, without kinds that have 0 bytes."""
     return dict(Counter(one) + Counter(other))
 
 
@@ -252,7 +252,7 @@ def read_summary(folder: Path) -> Summary:
         raise PlanError(f"{file}: cannot be read ({error.strerror})") from None
     except ValidationError as error:
         _require_version(error, file)
-        raise PlanError(f"{file}: is not a whole summary of version {VERSION} ({_first(error)})") from None
+        raise PlanError(f"{file}: is not a complete summary of version {VERSION} ({_first(error)})") from None
 
 
 def read_classes(file: Path) -> list[str]:
@@ -261,23 +261,23 @@ def read_classes(file: Path) -> list[str]:
         return NAMES.validate_json(file.read_bytes())
     except (OSError, ValidationError) as error:
         why = error.strerror if isinstance(error, OSError) else _first(error)
-        raise PlanError(f"{file}: is no list of class names ({why})") from None
+        raise PlanError(f"{file}: is not a list of class names ({why})") from None
 
 
 def append_lines(folder: Path, *lines: Line) -> None:
-    """Adds lines to metrics.jsonl, to a new file after the header. Raises OSError with the file's name."""
+    """Appends lines to metrics.jsonl; a new file gets a header first. Raises OSError with the file's name."""
     file = folder / METRICS
     try:
         with file.open("ab") as opened:
             new = [] if opened.tell() else [Header()]
             for line in (*new, *lines):
                 opened.write(json.dumps(line.model_dump(exclude_none=True)).encode() + b"\n")
-    except OSError as error:  # that of a full disk names no file
+    except OSError as error:  # on a full disk it has no file name
         raise OSError(error.errno, os.strerror(error.errno or 0), str(file)) from error
 
 
 def read_metrics(folder: Path, start: int = 0) -> Metrics:
-    """Returns the lines after the first `start` bytes; none if there is no file. Unknown kinds are left out.
+    """Returns the lines after the first `start` bytes, without those of unknown kinds; no lines if there is no file.
 
     Raises:
         ConfigError: if the file has another version.
@@ -302,17 +302,17 @@ def read_metrics(folder: Path, start: int = 0) -> Metrics:
 
 
 def metrics_size(folder: Path) -> int:
-    """Returns how many bytes metrics.jsonl has, after waiting until they are on the disk."""
+    """Flushes metrics.jsonl to the disk and returns its size in bytes."""
     with (folder / METRICS).open("rb") as file:
         os.fsync(file.fileno())
         return os.fstat(file.fileno()).st_size
 
 
 def cut_metrics(folder: Path, size: int) -> None:
-    """Drops what follows the first `size` bytes of metrics.jsonl: lines of a round that did not end.
+    """Truncates metrics.jsonl to `size` bytes, which removes the lines of a round that did not end.
 
     Raises:
-        PlanError: if there are fewer.
+        PlanError: if it has fewer bytes.
     """
     file = folder / METRICS
     available = file.stat().st_size if file.exists() else 0
@@ -323,9 +323,9 @@ def cut_metrics(folder: Path, size: int) -> None:
 
 
 def _require_version(error: ValidationError, file: Path) -> None:
-    for each in error.errors():
-        if each["loc"][-1:] == ("version",):
-            raise ConfigError(f"{file}: has version {each['input']!r:.40}; accepted: {VERSION}, or none") from None
+    for problem in error.errors():
+        if problem["loc"][-1:] == ("version",):
+            raise ConfigError(f"{file}: has version {problem['input']!r:.40}; accepted: {VERSION}, or none") from None
 
 
 def _first(error: ValidationError) -> str:

@@ -1,4 +1,4 @@
-"""The server's work from the summaries to the smaller models; pure functions of pool, backbone and a mixture."""
+"""The server's computations from mixtures to pruned models, as functions of the pool, the backbone and a mixture."""
 
 from __future__ import annotations
 
@@ -38,16 +38,16 @@ from tapfl.summary.mixture import GaussianSummary, fit_mixture
 T = TypeVar("T")
 R = TypeVar("R")
 
-BUDGETS, SELECTIONS = 64, 256  # results that are kept; a selection is the kept units of every layer, 90 kB for DeiT-T
+BUDGETS, SELECTIONS = 64, 256  # cached results; a selection (the kept units of all layers) has 90 kB for DeiT-T
 
 
 @dataclass(frozen=True)
 class PublicPool:
-    """The pool as every device's plan needs it; computed once a run."""
+    """The public pool, described once per run for the plans of all devices."""
 
     images: ImageSet  # the public images
     points: np.ndarray  # their descriptors, float64 (n, d)
-    mixture: GaussianSummary  # fitted on them
+    mixture: GaussianSummary  # fitted to the descriptors
     projection: Projection  # from features to descriptors; devices use the same
 
     @cached_property
@@ -56,7 +56,7 @@ class PublicPool:
         return self.mixture.log_likelihood(self.points)
 
     def effective_size(self, summary: GaussianSummary | None, chosen: np.ndarray) -> float | None:
-        """Returns how many of these images stand for the device, by its density ratios; None without a mixture."""
+        """Returns the effective sample size of these images under the device's density ratios; None: no mixture."""
         if summary is None:
             return None
         return effective_size(summary.log_likelihood(self.points[chosen]) - self.density[chosen])
@@ -69,9 +69,9 @@ def describe_pool(config: RunConfig, images: ImageSet, model: nn.Module, compute
 
 
 def pool_of(config: RunConfig, images: ImageSet, features: np.ndarray) -> PublicPool:
-    """Returns the same of images whose features, float32 (n, width), are known.
+    """Returns the pool of images with these features, float32 (n, width).
 
-    Projection and mixture are fitted on `summary.pool-sample` of them; every image has its descriptor.
+    Projection and mixture are fitted to `summary.pool-sample` of the images; every image gets a descriptor.
     """
     options, chosen = config.summary, np.arange(len(features))
     if len(features) > options.pool_sample:
@@ -91,43 +91,47 @@ def task_images(
     partition_id: int,
     size: int = 0,
 ) -> np.ndarray:
-    """Returns the positions in the pool, int64, of the images that stand for a device's task, best first.
+    """Returns the positions in the pool, int64, of the images chosen for a device, the best first.
 
     Args:
-        summary: its mixture; None: its task is the pool as a whole, evenly drawn, the same images for every device.
-        size: how many; 0: as many as the metric set has.
+        summary: the device's mixture; None: the images are a random sample of the whole pool, the same for every
+            device.
+        size: number of images; 0: the size of the metric set.
     """
     options = options.model_copy(update={"size": size or options.size})
     generator = numpy_generator(seed, "metric", *([] if summary is None else [partition_id]))
-    if summary is None:  # by its own mixture all of a pool is equally likely, and a rule would take what comes first
+    if summary is None:  # under the pool's own mixture all images tie, and a rule would just take the first ones
         summary, options = pool.mixture, options.model_copy(update={"rule": "random"})
     return pick_metric_set(summary, pool.density, pool.points, options, generator)
 
 
 def probed(config: RunConfig, budgets: Sequence[float | str], pool: PublicPool) -> RunConfig:
-    """Returns the options of a run with `pruning.probe = auto` decided, given the budget of each device.
+    """Returns the options of a run with `pruning.probe = auto` replaced by ``pool`` or ``own``.
 
-    The pool passes the backbone once for all devices, and about six times for the layers under each different budget; a
-    device's own images pass it as often for the device alone. So the pool pays from devices · metric.size ≥ budgets ·
-    images of the pool on.
+    With ``pool``, the images of the pool pass through the backbone once for all devices, and about six times more for
+    the layers under each different budget. With ``own``, the metric set of each device passes as often for that device
+    alone. So ``pool`` is cheaper if devices · metric.size ≥ different budgets · images of the pool.
+
+    Args:
+        budgets: the budget of each device.
     """
     if config.pruning.probe != "auto":
         return config
-    asked, held = len(budgets) * config.metric.size, len(set(budgets)) * len(pool.images)
-    probe = "pool" if asked >= held else "own"
+    own, whole = len(budgets) * config.metric.size, len(set(budgets)) * len(pool.images)
+    probe = "pool" if own >= whole else "own"
     return config.model_copy(update={"pruning": config.pruning.model_copy(update={"probe": probe})})
 
 
 class Shared:
-    """What the smaller models of all devices have in common: computed when it is first needed, and once.
+    """Results that the pruned models of all devices share, computed when they are first needed, and only once.
 
-    It changes no model, not by a bit, and its memory holds no images and no activations beyond those of the pass at
-    hand.
+    Sharing changes no bit of a model. Images and activations are kept in memory only during the forward pass that
+    needs them.
 
     Args:
-        model: the dense backbone whose predictions count, on the CPU.
-        compute: where all this is computed, and where the smaller models are then.
-        new_head: the same backbone with the classifier that devices get, if that is another.
+        model: the dense backbone whose predictions are used, on the CPU.
+        compute: where to compute, and where the pruned models are placed.
+        new_head: the same backbone with the classifier of the devices, if that is a different one.
     """
 
     def __init__(
@@ -143,20 +147,20 @@ class Shared:
         self.transform = transform_of(model)
         self._tasks, self._selections = Memo(BUDGETS), Memo(SELECTIONS)
         self._origin: Shared | None = None
-        self._lock = RLock()  # while the model is watched, or copied for another thread
+        self._lock = RLock()  # held while hooks observe the model, or it is copied for another thread
 
     def beside(self) -> Shared:
-        """Returns the same for another thread, with models of its own: criteria watch the layers of a model."""
+        """Returns a copy for another thread with its own models, because criteria attach hooks to a model's layers."""
         other = Shared(self.config, self.pool, self._dense, self.compute)
         other.new_head, other._origin = copy.deepcopy(self.new_head), self
         return other
 
     @cached_property
     def model(self) -> nn.Module:
-        """The model of which all smaller ones are parts: the backbone in the basis that the options name.
+        """The model from which all pruned models are cut: the backbone in the basis of the options.
 
-        The canonical basis is found on the whole pool, never for one device: adapters are aggregated by index, which
-        is meaningful only if a dim is the same dim on every device.
+        The canonical basis is computed on the whole pool, never for one device: adapters are aggregated by index, so a
+        dimension must mean the same on every device.
         """
         if self._origin is not None:
             with self._origin._lock:
@@ -167,7 +171,7 @@ class Shared:
 
     @cached_property
     def tables(self) -> PoolTables:
-        """What the pool says of all its images, for ``pruning.probe = pool``; the same for all threads."""
+        """Measurements on all images of the pool, for ``pruning.probe = pool``; shared by all threads."""
         if self._origin is not None:
             with self._origin._lock:
                 return self._origin.tables
@@ -175,7 +179,7 @@ class Shared:
         return PoolTables(task, self._images, len(self.pool.images), cache_folder(self.config.cache), self._lock)
 
     def task(self, chosen: np.ndarray, budget: float | str) -> PruningTask:
-        """Returns the problem of a device; what depends on the backbone and the budget alone is measured once."""
+        """Returns the pruning task of a device; what depends only on the backbone and the budget is measured once."""
         task = self._problem(chosen, budget)
         if self.config.pruning.probe != "pool":
             return task
@@ -202,19 +206,19 @@ class Shared:
         return self.compute.put(self.transform(images.read())), self.compute.put(labels_of(images, self.config.pruning))
 
     def selection(self, chosen: np.ndarray, budget: float | str) -> tuple[PruningTask, Selection]:
-        """Returns the problem and its answer; equal metric sets under equal budgets are scored once.
+        """Returns the pruning task and the selection; equal metric sets with equal budgets are scored once.
 
-        An answer that carries a trained model is not kept: that would be a whole model a device.
+        A selection that contains a trained model is not cached, because each would keep a whole model in memory.
         """
         task, key = self.task(chosen, budget), (chosen.tobytes(), budget)
         return task, self._selections.once(key, lambda: select(task), keep=lambda found: found.model is None)
 
 
 def side_by_side(shared: Shared, make: Callable[[Shared, T], R], items: Sequence[T], at_once: int) -> Iterator[R]:
-    """Yields what `make` returns for each item, in order; threads compute `at_once` of them at a time.
+    """Yields `make(shared, item)` for each item, in order; threads compute `at_once` of them at a time.
 
-    A thread computes what one alone would, bit by bit: none splits its operations among several cores. If the caller
-    stops early, threads end at the next step that they report.
+    The results have the same bits as without threads, because no operation is split among several cores. If the caller
+    stops early, the threads end at the next step that they report.
     """
     if at_once < 2:
         yield from (make(shared, item) for item in items)
@@ -246,9 +250,9 @@ def side_by_side(shared: Shared, make: Callable[[Shared, T], R], items: Sequence
 def device_model(
     shared: Shared, spec: BackboneSpec, summary: GaussianSummary | None, partition_id: int, budget: float | str
 ) -> Pruned:
-    """Returns the smaller model of one device and its plan: by the public images of its task, for its budget.
+    """Returns the pruned model of a device and its plan, made with the public images chosen for it and its budget.
 
-    Without a mixture it is the generic plan of its budget, that of the whole pool.
+    Without a mixture the result is the generic plan for the budget, made with a sample of the whole pool.
 
     Raises:
         BudgetError: if this backbone cannot meet the budget.

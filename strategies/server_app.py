@@ -1,8 +1,9 @@
-"""The ServerApp: options in, one federation out: round zero, then rounds of adapters, then the last evaluation.
+"""The ServerApp runs one federation: round zero, rounds of adapters, and the last evaluation.
 
-A round is a step from one `FederationState` to the next, and the state is on disk after each, so a run that was killed
-continues from there to the same bits. Nothing depends on the order in which replies arrive, on the number of workers or
-on the engine: devices are known by partition id, sums run in that order, and each device draws from its own generator.
+A round is a step from one `FederationState` to the next. The state is saved after each round, so a run that was killed
+continues from there and ends with the same bits. No result depends on the order in which replies arrive, the number of
+workers or the engine: devices are identified by partition id, sums are computed in that order, and each device has its
+own random generator.
 """
 
 from __future__ import annotations
@@ -77,7 +78,7 @@ def main(grid: Grid, context: Context) -> None:
     compute.prepare()
     if config.resume and not config.out:
         raise ConfigError("resume = true: needs out, the folder of the run to continue")
-    # Flower runs an app in the folder in which its daemon was first started: a relative path would go astray there
+    # Flower runs an app in the folder in which its daemon was first started, where relative paths would be wrong
     for option, value in config.paths().items():
         if not Path(value).expanduser().is_absolute():
             raise ConfigError(f"{option} = {value!r}: must be an absolute path, or one that `tapfl run` resolves")
@@ -102,25 +103,25 @@ def run_federation(
     inputs: Mapping[str, str],
     compute: Compute = HERE,
 ) -> None:
-    """Carries a federation out, or continues it, and leaves the results in the run's folder.
+    """Runs a federation, or continues it, and writes the results into the run's folder.
 
     Args:
         images: the public pool.
-        inputs: fingerprints of what the options name, to be written down.
+        inputs: fingerprints of the images and files that the options name; they are stored for a resume.
         compute: where the server computes.
 
     Raises:
-        RunError: if too few devices come through in a phase; the run can be continued from its last state.
+        RunError: if too few devices answer in a phase; the run can be continued from its last state.
         ConfigError: if the run to continue had other options or other devices.
     """
     state = load_checkpoint(folder, config) if config.resume else None
     if state and state.round == config.train.rounds and (folder.path / SUMMARY).exists():
-        with loggers(config, folder):  # they may lack some of it, or all
+        with loggers(config, folder):  # sends what a logger does not have yet
             log(logging.INFO, "the run is finished: %s", folder.path)
         return
     if never_begins(config):
         first = config.personalize.from_round
-        log(logging.WARNING, "personalize.from-round = %d: no device gets a personal model in this run", first)
+        log(logging.WARNING, "personalize.from-round = %d: this run ends before devices get personal models", first)
     (folder.path / SUMMARY).unlink(missing_ok=True)
     write_begun(folder, config, inputs)
     folder.write_versions({PROCESSOR: compute.kind})
@@ -144,10 +145,10 @@ def run_federation(
 
 
 class Federation:
-    """The steps of a run: each takes a state and returns the next one. Nothing else here changes, but for caches.
+    """The steps of a run: each takes a state and returns the next one. Except for caches, nothing else changes.
 
     Args:
-        replay: brings loggers the lines of metrics.jsonl that a saved state has made final.
+        replay: sends the loggers the lines of metrics.jsonl that a saved state has made final.
     """
 
     def __init__(self, preparation: Preparation, replay: Callable[[], None]) -> None:
@@ -162,7 +163,7 @@ class Federation:
         return Hello(self.preparation.key)
 
     def start(self) -> FederationState:
-        """Returns the state after round zero: devices have introduced themselves and received their pruned models."""
+        """Returns the state after round zero: the devices have introduced themselves and have their pruned models."""
         state = FederationState(0, ServerState({}), self.fleet.meet(self.hello), plans={})
         if self.preparation.agree():
             state = self.fleet.learn_holders(state, self.hello)
@@ -175,19 +176,19 @@ class Federation:
         """Returns a saved state, ready for the next round.
 
         Raises:
-            PlanError: if a device's plan is missing, or not the one by which its model was cut.
+            PlanError: if a device's plan is missing, or is not the plan by which its model was pruned.
         """
         self.preparation.agree()
         self.fleet.meet_again(self.hello, state.devices, resumed=True)
         for i in state.plans:
             self.layout(state, i)
         log(logging.INFO, "the run continues after round %d of %d", state.round, self.config.train.rounds)
-        # in the order of the layers, which is that of the noise and of every sum; a file has an order of its own
+        # in the order of the layers, in which noise is drawn and sums are computed; a file has another order
         params = {name: state.server.params[name] for name in self.adapters.shapes}
         return replace(state, server=replace(state.server, params=params))
 
     def save(self, state: FederationState) -> FederationState:
-        """Writes the state, with the length that metrics.jsonl has now, and returns it."""
+        """Sets the present length of metrics.jsonl in the state, saves the state and returns it."""
         state = replace(state, metrics_bytes=metrics_size(self.folder.path))
         save_checkpoint(self.folder, self.config, state)
         self.replay()
@@ -205,21 +206,21 @@ class Federation:
         return state
 
     def one_round(self, state: FederationState) -> FederationState:
-        """Trains the sampled devices from the global adapters, and aggregates what they upload."""
+        """Lets the sampled devices train the global adapters, and aggregates what they upload."""
         t, before = state.round + 1, self.welcome(state)
         state, replies = self.train(before, t)
         state = self.aggregate(state, t, replies)
         return self.save(replace(self.record(state, replies, before), round=t))
 
     def welcome(self, state: FederationState) -> FederationState:
-        """Learns nodes that joined since the last round, and sends pruned models to devices that have none yet."""
+        """Meets nodes that joined since the last round, and sends pruned models to devices that have none yet."""
         self.fleet.meet_again(self.hello, state.devices)
         waiting = [i for i in state.devices if i not in state.plans]
         state = self.preparation.surgery(state, waiting, self.adapters.message, min_success=0)
         return self.preparation.refit(state)
 
     def train(self, state: FederationState, t: int) -> tuple[FederationState, dict[int, TrainReply]]:
-        """Sends the adapters to the devices of round `t`; returns their answers, none if nobody is there."""
+        """Sends the adapters to the devices of round `t`; returns their answers, which may be none."""
         options, devices = self.config.devices, state.devices
         sample = sample_clients({i: devices[i].profile for i in state.plans}, options, self.config.seed, t)
         requests = {i: self._train_request(state, t, i) for i in (*sample.asked, *sample.dropped)}
@@ -244,7 +245,7 @@ class Federation:
         return state, here
 
     def aggregate(self, state: FederationState, t: int, replies: Mapping[int, TrainReply]) -> FederationState:
-        """Returns the state with the global adapters after round `t`; without answers they stay as they were."""
+        """Returns the state with the global adapters after round `t`; without answers they do not change."""
         updates = []
         for i, reply in replies.items():
             record, layout = state.devices[i], self._upload_layout(state, i, t)
@@ -254,17 +255,17 @@ class Federation:
         state = state.with_devices({i: {"rounds": state.devices[i].rounds + 1, "last_round": t} for i in replies})
         if not updates:
             return state
-        # anyone who knows the seed can draw the noise again: a server that needs it secret sets a secret of its own
+        # whoever knows the seed can reproduce the noise, so a server that needs it secret sets TAPFL_SECRET
         generator = torch_generator(self.config.seed, "aggregate", t, *of_secret(os.environ.get("TAPFL_SECRET", "")))
         options, privacy = self.config.adapters, self.config.privacy
         server = rules.aggregate(options, privacy, state.server, updates, self.adapters.initial, t, generator)
         return replace(state, server=server)
 
     def evaluate(self, state: FederationState) -> FederationState:
-        """Has all devices evaluate the last global adapters and keep their personal model."""
+        """Lets all devices evaluate the final global adapters and store their personal model."""
         last, before, requests = self.config.train.rounds + 1, state, {}
 
-        def message(i: int) -> Evaluate:  # made when it is sent: those of all devices would fill the memory
+        def message(i: int) -> Evaluate:  # made when it is sent, because those of all devices would fill the memory
             return Evaluate(last, before.devices[i].last_round, self._download(before, i))
 
         for i in state.plans:
@@ -288,21 +289,21 @@ class Federation:
         return state
 
     def layout(self, state: FederationState, i: int) -> Layout:
-        """Returns where the adapters of device `i` lie in the global ones. Raises PlanError as `resume`."""
+        """Returns which entries of the global adapters device `i` has. Raises PlanError as `resume`."""
         return self.adapters.layout(state.devices[i], state.plans[i])
 
     def _steps_together(self) -> bool:
-        """Returns whether devices may step together. Raises ConfigError for a number of them where they cannot."""
+        """Returns whether devices can step together. Raises ConfigError if they cannot and `train.together` is > 1."""
         wanted, method = self.config.train.together, self.config.personalize.method
         why = ""
         if not hands_out_groups(self.fleet.grid):
-            why = "this engine hands out single messages; those of inprocess and ray hand out groups"
+            why = "this engine hands out single messages; only inprocess and ray hand out groups"
         elif not self._method(self.config.train.rounds).together:
             why = f"personalize.method = {method!r} trains each device by itself"
         elif self.config.compute.precision == "fast":
             why = "compute.precision = 'fast' trains each device by itself"
         elif not isinstance(self.preparation.backbone, VisionTransformer):
-            why = f"{type(self.preparation.backbone).__name__} trains each device by itself; ViT and DeiT step together"
+            why = f"{type(self.preparation.backbone).__name__} trains each device by itself; only ViT and DeiT do not"
         if why and wanted == "auto":
             log(logging.INFO, "train.together = auto: one by one, because %s", why)
         elif why and wanted != 1:
@@ -314,7 +315,7 @@ class Federation:
 
     @property
     def _asked(self) -> tuple[int, bool]:
-        """The number of references, and whether images change: what the check of an answer needs."""
+        """The number of references and whether images change, which the check of an answer needs."""
         return len(self.config.personalize.references), self.config.data.changing
 
     def _train_request(self, state: FederationState, t: int, i: int) -> Request[TrainReply]:
@@ -334,7 +335,7 @@ class Federation:
         return seconds(state.devices[i].profile, request.bytes_by_kind.total(), request.macs, up)
 
     def _download(self, state: FederationState, i: int) -> np.ndarray:
-        """Returns what a device gets of the global adapters; where nothing is shared, only once: to start from."""
+        """Returns the global adapters for a device, packed; if nothing is shared, it gets them only once, to start."""
         if not self.shares_adapters and state.devices[i].last_round:
             return np.zeros(0, np.float32)
         layout = rules.down(self.config.adapters, self.layout(state, i))

@@ -1,8 +1,8 @@
-"""The state of a federation after a round: all that the server knows, and at the same time its checkpoint.
+"""The state of a federation after a round, its checkpoint, and the accuracies and the summary made from it.
 
-``server/round-NNNN.safetensors`` holds the global adapters and the server's optimiser as tensors, and the rest as JSON
-in its metadata, so a state is there as a whole or not at all. The last two are kept. Accuracies after a round and the
-summary at the end are made of it here.
+``server/round-NNNN.safetensors`` contains the global adapters and the server's optimiser as tensors, and everything
+else that the server knows as JSON in the metadata, so that a state is written completely or not at all. The last two
+checkpoints are kept.
 """
 
 from __future__ import annotations
@@ -55,9 +55,9 @@ class FederationState:
 
     round: int
     server: ServerState  # global adapters and the server's optimiser
-    devices: Mapping[int, DeviceRecord]  # by partition id, in that order
-    plans: Mapping[int, str]  # checksum of the plan of each device that has its model, in the same order
-    curve: Sequence[CurvePoint] = ()  # mean personal accuracy, of the rounds before
+    devices: Mapping[int, DeviceRecord]  # by partition id, sorted
+    plans: Mapping[int, str]  # checksum of its plan for each device that has its model, in the same order
+    curve: Sequence[CurvePoint] = ()  # mean personal accuracy after each earlier round
     simulated_seconds: float = 0.0  # since the start
     metrics_bytes: int = 0  # length of metrics.jsonl
 
@@ -70,19 +70,19 @@ class FederationState:
         return sum(sum(record.bytes_down.values()) for record in self.devices.values())
 
     def with_devices(self, changes: Mapping[int, Mapping[str, Any]]) -> FederationState:
-        """Returns the state with other values in the records of some devices."""
+        """Returns the state with changed values in the records of some devices."""
         changed = {i: self.devices[i].model_copy(update=dict(values)) for i, values in changes.items()}
         return replace(self, devices={**self.devices, **changed})
 
     def with_sent(self, bytes_by_kind: Mapping[int, ByKind]) -> FederationState:
-        """Returns the state after so much was sent to some devices."""
+        """Returns the state after these bytes were sent to some devices."""
         return self.with_devices(
             {i: {"bytes_down": added(self.devices[i].bytes_down, sent)} for i, sent in bytes_by_kind.items()}
         )
 
 
 def save_checkpoint(folder: RunFolder, config: RunConfig, state: FederationState) -> None:
-    """Writes the state, and drops those older than the one before it."""
+    """Writes a checkpoint of the state, and deletes all others except that of the round before."""
     tensors = {PARAMS + name: tensor for name, tensor in state.server.params.items()}
     tensors |= {OPTIMIZER + name: tensor for name, tensor in state.server.optimizer.items()}
     about = {
@@ -100,10 +100,10 @@ def save_checkpoint(folder: RunFolder, config: RunConfig, state: FederationState
 
 
 def load_checkpoint(folder: RunFolder, config: RunConfig) -> FederationState | None:
-    """Returns the last state of a run, or None if it did not get through round zero.
+    """Returns the last state of a run, or None if it did not finish round zero.
 
     Raises:
-        ConfigError: if it has another version, was written under other options, or has more rounds than asked for.
+        ConfigError: if it has another version, was written with other options, or has more rounds than `train.rounds`.
         PlanError: if the file is damaged.
     """
     rounds = folder.server.rounds()
@@ -113,17 +113,17 @@ def load_checkpoint(folder: RunFolder, config: RunConfig) -> FederationState | N
     try:
         tensors, about = read_sealed(file, "checkpoint", round=rounds[-1])
     except PlanError as error:
-        raise PlanError(f"{error}; without this file the run continues from the checkpoint before") from None
+        raise PlanError(f"{error}; without this file the run continues from the previous checkpoint") from None
     if (version := about.get("version", "none")) != VERSION:
-        raise ConfigError(f"resume: {file} has version {version}; accepted: {VERSION}; start the run anew")
+        raise ConfigError(f"resume: {file} has version {version}; accepted: {VERSION}; start a new run")
     if about.get("config") != config_hash(config.flat()):
-        raise ConfigError(f"resume: {file} was written with other options than those of config.json beside it")
+        raise ConfigError(f"resume: {file} was written with other options than those in the run's config.json")
     if about["round"] > config.train.rounds:
-        raise ConfigError(f"train.rounds = {config.train.rounds}: the run has done {about['round']} already")
+        raise ConfigError(f"train.rounds = {config.train.rounds}: the run has finished {about['round']} already")
     return FederationState(
         round=about["round"],
         server=ServerState(part_of(tensors, PARAMS), part_of(tensors, OPTIMIZER)),
-        devices={each["device"]: DeviceRecord.model_validate_json(json.dumps(each)) for each in about["records"]},
+        devices={entry["device"]: DeviceRecord.model_validate_json(json.dumps(entry)) for entry in about["records"]},
         plans=dict(about["plans"]),
         curve=tuple(CurvePoint(**point) for point in about["curve"]),
         simulated_seconds=about["simulated"],
@@ -132,7 +132,7 @@ def load_checkpoint(folder: RunFolder, config: RunConfig) -> FederationState | N
 
 
 def config_hash(flat: Mapping[str, Any]) -> str:
-    """Returns the name of the options that can change a result."""
+    """Returns a hash of the options that can change a result."""
     return content_hash(json.dumps(binding(flat), sort_keys=True))
 
 
@@ -145,11 +145,11 @@ def evaluated(
 ) -> tuple[FederationState, list[Line]]:
     """Returns the state with the accuracies after a round, and the lines that record them.
 
-    Devices report how they did before they train again, so those after a round come with the answers of the next one.
+    Devices evaluate before they train, so the accuracies after a round arrive with the answers of the next round.
 
     Args:
-        before: the state when that round had ended.
-        measured: those of `MEASURES` that the answers have.
+        before: the state at the end of the round.
+        measured: which of `MEASURES` the answers have.
         references: names of the `reference_accuracies`.
     """
 
@@ -163,11 +163,11 @@ def evaluated(
         DeviceLine(round=before.round, device=i, **values[i], next_loss=getattr(reply, "loss", None))
         for i, reply in replies.items()
     ]
-    means = {name: _mean_of([each[name] for each in values.values()]) for name in measured if values}
+    means = {name: _mean_of([measures[name] for measures in values.values()]) for name in measured if values}
     spent, up, down = before.simulated_seconds, before.bytes_up, before.bytes_down
     line = RoundLine(round=before.round, devices=len(replies), simulated_seconds=spent, bytes_up=up, bytes_down=down)
     lines.append(line.model_copy(update=means))
-    # devices that were not asked count with their last value: the curve must not follow who happens to answer
+    # devices that were not asked count with their last value, so that the curve does not depend on which ones answer
     accuracy = float(np.mean([state.devices[i].personal_accuracy for i in state.plans]))
     return replace(state, curve=(*state.curve, CurvePoint(seconds=spent, bytes=up + down, accuracy=accuracy))), lines
 
@@ -175,9 +175,10 @@ def evaluated(
 def present(
     state: FederationState, replies: Mapping[int, R], round: int
 ) -> tuple[FederationState, dict[int, R], list[Line]]:
-    """Returns the state with the present numbers of images, the answers of devices with enough, and lines of others.
+    """Handles changing images: returns the state with the present numbers of images, the answers of devices that have
+    enough images, and lines for the others.
 
-    Where images do not change, all answers remain.
+    If images do not change, all answers are returned.
     """
     here = {i: reply for i, reply in replies.items() if not reply.sits_out}
     names = ("train_samples", "test_samples")
@@ -194,12 +195,12 @@ def summarise(
     dense_params: int,
     mixtures: Sequence[GaussianSummary] = (),
 ) -> Summary:
-    """Returns the summary of a run whose last evaluation is in the state.
+    """Returns the summary of a run; the state includes the last evaluation.
 
     Args:
         seconds: wall time by phase.
         dense_params: parameters of the dense backbone.
-        mixtures: of the devices that have one.
+        mixtures: mixtures of the devices that sent one.
     """
     known, rounds, reached = state.devices.values(), config.train.rounds, milestones(state.curve)
     records = [record.model_copy(update={"epsilon": _epsilon(config, record.rounds)}) for record in known]
@@ -239,7 +240,7 @@ def worst_decile(values: Sequence[float]) -> float:
 
 
 class Clock:
-    """Wall seconds by phase and by round, kept in ``timing.json``; a run that goes on adds to those that it had."""
+    """Wall seconds by phase and by round, stored in ``timing.json``; a resumed run adds to its earlier times."""
 
     def __init__(self, file: Path) -> None:
         self.file = file
@@ -247,7 +248,7 @@ class Clock:
             times = TIMES.validate_json(file.read_bytes())
             self.seconds, self.rounds = times["seconds"], times["rounds"]
         except (OSError, ValueError, LookupError):
-            self.seconds, self.rounds = {}, {}  # a new run, or one whose times are lost: no reason not to go on
+            self.seconds, self.rounds = {}, {}  # a new run, or one whose times are lost, which is no reason to stop
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -257,7 +258,7 @@ class Clock:
 
     @contextmanager
     def round(self, number: int) -> Iterator[None]:
-        """Times a round, and keeps the times when it has ended."""
+        """Measures a round, and writes all times when it has ended."""
         start = time.monotonic()
         with self.phase("rounds"):
             yield
@@ -266,7 +267,7 @@ class Clock:
 
 
 def _epsilon(config: RunConfig, rounds: int) -> float | None:
-    """Returns ε of a device whose answer was used in so many rounds; None: no guarantee."""
+    """Returns ε of a device whose answer was used in `rounds` rounds; None: no guarantee."""
     privacy = config.privacy
     value = epsilon(privacy.dp_noise, rounds, privacy.dp_delta) if privacy.dp_noise else math.inf
     return value if math.isfinite(value) else None
@@ -277,7 +278,7 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def _mean_of(values: Sequence[Any]) -> Any:
-    """Returns the mean over devices of a number, or by name of the numbers in tables; None where one has none."""
+    """Returns the mean over devices of a number, or of each entry of a mapping; None if a device has no value."""
     if not values or any(value is None for value in values):
         return None
     if isinstance(values[0], Mapping):

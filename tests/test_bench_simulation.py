@@ -116,7 +116,7 @@ def test_a_variant_that_fails_says_why(tmp_path: Path) -> None:
 def test_rounds_too_short_to_be_timed_are_refused() -> None:
     some, none = Timing(1.0, 2.0, 0.0, 0, 0), Timing(0.5, 0.0, 0.0, 0, 0)
     assert ratio([some], [none], "wall") == "2.00" and ratio([some] * 2, [none, some], "wall") == "1.50 (1.00–2.00)"
-    with pytest.raises(RunError, match=r"too short for its cpu seconds to be counted; give more --devices, --samples"):
+    with pytest.raises(RunError, match=r"too short to measure its cpu seconds; use more --devices, --samples"):
         ratio([some], [none], "cpu")
 
 

@@ -96,11 +96,11 @@ def no_guard(folder: Path) -> None:
 
 
 BROKEN: dict[Callable[[Path], None], str] = {
-    no_weights: "node-1: was sent its pruned weights",
+    no_weights: "node-1: received its pruned weights",
     a_failure: "all devices took part, and nothing failed",
     a_device_on_the_server: "the server has no device's folder",
-    another_backbone: "node-0: received the backbone over the wire",
-    no_personal_adapter: "node-1: keeps model, state and personal adapter",
+    another_backbone: "node-0: received the backbone over the network",
+    no_personal_adapter: "node-1: stores model, state and personal adapter",
     no_guard: "node-1: cannot open the server's files",
 }
 

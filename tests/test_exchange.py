@@ -146,7 +146,7 @@ def test_fewer_than_the_least_share_end_the_run(share: float, enough: bool) -> N
     if enough:
         assert sorted(answers.require("round 1", share)) == [0, 1, 3]
     else:
-        with pytest.raises(RunError, match=r"3 of 4 devices came through, faults.min-success = .*; ValueError: mine"):
+        with pytest.raises(RunError, match=r"only 3 of 4 devices succeeded, faults.min-success = .*; ValueError: mine"):
             answers.require("round 1", share)
 
 
@@ -167,9 +167,9 @@ def test_answers_come_in_the_order_of_the_devices() -> None:
 def test_nodes_that_do_not_match_the_number_asked_for() -> None:
     grid = ScriptedGrid(3, lambda i, _: GOOD)
     assert len(wait_for_nodes(grid, 0, 5)) == len(wait_for_nodes(grid, 3, 5)) == 3
-    with pytest.raises(RunError, match=r"devices.count = 5, but 3 nodes are there after 0.1 s"):
+    with pytest.raises(RunError, match=r"devices.count = 5, but 3 nodes are connected after 0.1 s"):
         wait_for_nodes(grid, 5, 0.1)
-    with pytest.raises(RunError, match=r"devices.count = 2, but there are 3 nodes"):
+    with pytest.raises(RunError, match=r"devices.count = 2, but 3 nodes are connected"):
         wait_for_nodes(grid, 2, 5)
 
 

@@ -213,7 +213,7 @@ def test_names_that_are_none(names: str) -> None:
 
 
 def test_one_model_alone_has_no_devices_that_report_classes(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"model.head = 'new': is of classes that devices report; accepted: train"):
+    with pytest.raises(ConfigError, match=r"model.head = 'new': needs the classes that devices report; accepted: t"):
         prune(RunConfig.from_flat({"model.head": "new"}), 0.5, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -239,7 +239,7 @@ def test_written_down_classes_that_are_damaged(content: str | None, tmp_path: Pa
     file = tmp_path / "classes.json"
     if content is not None:
         file.write_text(content)
-    with pytest.raises(PlanError, match=r"classes\.json: is no list of class names"):
+    with pytest.raises(PlanError, match=r"classes\.json: is not a list of class names"):
         read_classes(file)
     file.write_text('["b", "a"]')
     assert read_classes(file) == ["b", "a"]

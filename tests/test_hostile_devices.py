@@ -121,5 +121,5 @@ def test_a_relative_path_is_refused_where_flower_chooses_the_folder(tmp_path: Pa
 
 
 def test_a_number_of_devices_that_the_nodes_do_not_match_ends_the_run(tmp_path: Path) -> None:
-    with pytest.raises(RunError, match=r"devices.count = 5, but 4 nodes are there after 0.2 s"):
+    with pytest.raises(RunError, match=r"devices.count = 5, but 4 nodes are connected after 0.2 s"):
         federation(tmp_path, real.app, **{"devices.count": 5, "node-timeout": 0.2})

@@ -66,7 +66,7 @@ def test_a_worker_that_dies_is_replaced_but_not_for_ever(processes: ProcessPool,
     before = processes.submit(Job(trivial_jobs.worker)).result(60)
     assert processes.submit(Job(trivial_jobs.dying, (tmp_path / "once", 1))).result(60) == 2
     assert processes.submit(Job(trivial_jobs.worker)).result(60) != before
-    with pytest.raises(RunError, match="3 workers were lost over this job"):
+    with pytest.raises(RunError, match="3 workers died during this job"):
         processes.submit(Job(trivial_jobs.dying, (tmp_path / "always", 99))).result(60)
     assert (tmp_path / "always").read_text() == "xxx"
 

@@ -145,7 +145,7 @@ def test_a_plan_is_applied_to_other_weights(vit: Tiny, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("sets", "message"),
     [
-        ((), "model.weights = '': --plan needs the weights"),
+        ((), "model.weights = '': --plan needs weights"),
         (("model.weights={}/none",), "there is no such file"),
         (("model.weights={}/small/model.safetensors",), r"blocks\.0\.attn\.qkv\.weight: .*\[48, 32\].*\[96, 32\]"),
         (("model.weights={}/headless.safetensors",), r"has no head\.weight for 10 classes"),
@@ -154,7 +154,7 @@ def test_a_plan_is_applied_to_other_weights(vit: Tiny, tmp_path: Path) -> None:
             ("model.weights={}/w.pth", "model.head=rows", "model.head-rows={}/rows.json"),
             "a plan knows the number of classes",
         ),
-        (("model.weights=hub",), r"their head has \d+ classes, the plan's 10"),
+        (("model.weights=hub",), r"the head has \d+ classes, but the plan 10"),
     ],
 )
 def test_weights_that_a_plan_does_not_fit_are_refused(
@@ -173,5 +173,5 @@ def test_weights_that_a_plan_does_not_fit_are_refused(
 
 def test_a_plan_or_a_budget_but_not_both(tmp_path: Path) -> None:
     for arguments in (("--plan", "x", "--budget", "0.5"), ()):
-        with pytest.raises(ConfigError, match="give one of the two"):
+        with pytest.raises(ConfigError, match="give exactly one of the two"):
             tapfl("prune", "--out", str(tmp_path / "small"), *arguments)

@@ -127,7 +127,7 @@ def test_a_damaged_line_is_counted_and_an_unknown_kind_left_out(case: str, tmp_p
 )
 def test_a_summary_that_is_not_whole_is_refused(values: dict[str, Any], reason: str, tmp_path: Path) -> None:
     changed(tmp_path, **values)
-    with pytest.raises(PlanError, match=rf"summary\.json: is not a whole summary of version 1 \({reason}"):
+    with pytest.raises(PlanError, match=rf"summary\.json: is not a complete summary of version 1 \({reason}"):
         read_summary(tmp_path)
 
 
@@ -186,4 +186,4 @@ def test_a_run_says_whose_mixture_does_not_tell_classes_apart(capsys: pytest.Cap
     ]
     show_summary(a_summary(devices=devices), {"alone": "+0.1"})
     said = capsys.readouterr().out
-    assert "one component, which does not tell classes apart: 0, 4\n" in said and "personal - alone: +0.1\n" in said
+    assert "one component, so that classes are not separated: 0, 4\n" in said and "personal - alone: +0.1\n" in said

@@ -193,7 +193,7 @@ def test_a_folder_that_was_deleted(
     (tmp_path / "gone").mkdir()
     monkeypatch.chdir(tmp_path / "gone")
     (tmp_path / "gone").rmdir()
-    assert "was deleted; accepted: cd to one that is there" in refused(capsys, monkeypatch)
+    assert "was deleted; accepted: cd to an existing folder" in refused(capsys, monkeypatch)
 
 
 def test_a_config_that_is_not_there_or_not_toml(

@@ -1,4 +1,4 @@
-"""What a report shows is what the run's folder holds; what is missing is said; what is no run is refused."""
+"""Reports: they show the content of the run's folder, say what is missing, and refuse folders that are no runs."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ def test_curves_begin_at_the_pruned_models_and_end_at_the_summary(
 
 
 def test_a_device_that_is_not_heard_of_keeps_its_value(run: Run, drawn: dict[str, Figure]) -> None:
-    """In the middle of the run some dropped out: a mean over those that answered would be another."""
+    """In the middle of the run some devices dropped out; a mean over those that answered would differ."""
     heard = {line.device for line in run.of(DeviceLine) if line.round == 1}
     assert 0 < len(heard) < 4
     assert {r["device"] for r in rows(drawn["curves"], "accuracy") if r["round"] == 1} == {0, 1, 2, 3}
@@ -177,12 +177,12 @@ def test_the_metric_sets_are_counted(drawn: dict[str, Figure], run: Run, reporte
     assert sum(row["images"] for row in drawn["metric-classes"].rows) == 4 * 64
 
 
-def test_mixtures_of_one_component_are_told_with_what_they_mean(reported: tuple[Path, str], run: Run) -> None:
+def test_mixtures_of_one_component_are_named_and_explained(reported: tuple[Path, str], run: Run) -> None:
     for device in run.devices:
         file = reported[0] / "summaries" / f"{device.device:02d}.safetensors"
         assert device.components == len(load_file(file)["weights"]) > 0
 
-    def told(rule: str, components: tuple[int, ...], classes: int = 3) -> str:
+    def caption(rule: str, components: tuple[int, ...], classes: int = 3) -> str:
         devices = [
             record.model_copy(update={"components": k, "classes": classes})
             for record, k in zip(run.devices, components, strict=True)
@@ -190,12 +190,12 @@ def test_mixtures_of_one_component_are_told_with_what_they_mean(reported: tuple[
         figures = page_of(replace(run, devices=devices, config=run.config | {"metric.rule": rule})).figures
         return next(figure for figure in figures if figure.name == "coverage").alt
 
-    coarse = told("density-ratio", (1, 3, 1, 1))
+    coarse = caption("density-ratio", (1, 3, 1, 1))
     assert "The mixture of devices 0, 2, 3 has one component" in coarse and "between a device's classes" in coarse
-    assert "the same as top-likelihood" in told("component-quota", (1, 2, 2, 2))
-    assert "one component" not in told("random", (1, 1, 1, 1))
-    assert "one component" not in told("density-ratio", (2, 2, 2, 0))
-    assert "one component" not in told("density-ratio", (1, 1, 1, 1), classes=1)
+    assert "the same as top-likelihood" in caption("component-quota", (1, 2, 2, 2))
+    assert "one component" not in caption("random", (1, 1, 1, 1))
+    assert "one component" not in caption("density-ratio", (2, 2, 2, 0))
+    assert "one component" not in caption("density-ratio", (1, 1, 1, 1), classes=1)
 
 
 def test_bytes_and_time_sum_to_the_summary(drawn: dict[str, Figure], summary: dict[str, Any]) -> None:
@@ -209,7 +209,7 @@ def test_bytes_and_time_sum_to_the_summary(drawn: dict[str, Figure], summary: di
     assert list(phases.values()) == list(summary["seconds"].values())
 
 
-def test_what_the_header_says(run: Run, summary: dict[str, Any]) -> None:
+def test_the_header_has_the_numbers_of_the_summary(run: Run, summary: dict[str, Any]) -> None:
     what, result, cost = lead(run)
     assert "4 devices took part" in what and "dirichlet" in what and "2 rounds" in what
     assert f"{summary['personal_accuracy']:.3f}" in result and f"{summary['dense_accuracy']:.3f}" in result
@@ -218,7 +218,7 @@ def test_what_the_header_says(run: Run, summary: dict[str, Any]) -> None:
     assert f"{summary['bytes_up'] / 1e3:.1f} kB" in cost
 
 
-def test_absences_are_told_with_their_reason(run: Run) -> None:
+def test_absences_are_listed_with_their_reason(run: Run) -> None:
     lost = [line for line in run.of(AbsenceLine) if line.reason == "dropped out"]
     assert lost
     (row,) = [row for row in events(run).rows if row[-1] == "dropped out"]
@@ -275,7 +275,7 @@ def test_json_in_a_script_element_is_the_same_and_ends_no_element(content: Any) 
 
 
 def test_no_report_where_it_is_not_wanted(reported: tuple[Path, str], tmp_path: Path) -> None:
-    """The run is finished: what `--resume` does is its last part, the table and the report."""
+    """The run is finished, so `--resume` only prints the table and writes the report."""
     folder = shutil.copytree(reported[0], tmp_path / "run")
     (folder / "report.html").unlink()
     resume(folder, "--no-report")
@@ -284,8 +284,8 @@ def test_no_report_where_it_is_not_wanted(reported: tuple[Path, str], tmp_path: 
     assert (folder / "report.html").read_text().count("<figure") == len(FIGURES)
 
 
-def test_a_figure_is_drawn_whatever_a_stranger_has_written_into_the_run(tmp_path: Path) -> None:
-    """Of letters that no SVG can hold the drawing library does not complain: it ends the process."""
+def test_a_figure_is_drawn_whatever_text_is_in_the_run(tmp_path: Path) -> None:
+    """The drawing library aborts the process if a text has characters that SVG does not allow."""
     names = ["\x00", "\x1b[2J", "\x08", "\ufffe", "\ud800"]
     bars = chart("rows").mark_bar().encode(x="name:N", y="count:Q")
     rows = [{"name": name, "count": 1} for name in names]
@@ -293,7 +293,7 @@ def test_a_figure_is_drawn_whatever_a_stranger_has_written_into_the_run(tmp_path
     assert Image.open(tmp_path / "odd.png").width > 720
 
 
-def test_a_report_that_fails_costs_the_run_nothing(
+def test_a_report_that_fails_does_not_fail_the_run(
     reported: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fails(*_: object) -> None:
@@ -306,7 +306,7 @@ def test_a_report_that_fails_costs_the_run_nothing(
 
 
 def resume(folder: Path, report: str = "--report") -> str:
-    """Returns what is said of a finished run that is to go on; its own options are in its folder."""
+    """Resumes a finished run, whose options are in its folder, and returns the output."""
     done = CliRunner().invoke(
         cli.app, ["run", "--engine", "inprocess", report, "--resume", str(folder)], catch_exceptions=False
     )
@@ -342,7 +342,7 @@ CASES: dict[str, tuple[Callable[[Path], object], str, Iterable[str]]] = {
     ),
     "no clock": (forget("timing.json"), "", {"real-rounds"}),
     "no versions": (forget("versions.json"), "the versions of the packages are not known", {}),
-    "lines that are not whole": (damage, "3 lines of metrics.jsonl are damaged", {}),
+    "damaged lines": (damage, "3 lines of metrics.jsonl are damaged", {}),
     "not finished": (forget("summary.json"), "its state after round 2 of 2", {"alpha-oracle"}),
     "before the first round": (
         forget("summary.json", "server"),
@@ -353,7 +353,7 @@ CASES: dict[str, tuple[Callable[[Path], object], str, Iterable[str]]] = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_what_is_missing_is_said_and_the_rest_is_shown(case: str, reported: tuple[Path, str], tmp_path: Path) -> None:
+def test_a_missing_part_is_named_and_the_rest_is_shown(case: str, reported: tuple[Path, str], tmp_path: Path) -> None:
     change, sentence, gone = CASES[case]
     page = page_of(altered(reported[0], tmp_path, change))
     shown = {figure.name for figure in page.figures}
@@ -366,7 +366,7 @@ def test_what_is_missing_is_said_and_the_rest_is_shown(case: str, reported: tupl
 
 
 def test_without_the_devices_the_server_knows_the_classes(reported: tuple[Path, str], run: Run, tmp_path: Path) -> None:
-    """Under `adapters.head=class-rows` devices say which classes they hold: enough for the coverage."""
+    """With `adapters.head=class-rows` devices report which classes they have, which is enough for the coverage."""
     before = {figure.name: figure for figure in page_of(run).figures}["coverage"]
     alone = altered(reported[0], tmp_path, forget("devices"))
     after = {figure.name: figure for figure in page_of(alone).figures}["coverage"]
@@ -414,7 +414,7 @@ def test_a_place_that_cannot_be_written_is_refused(
 
 @pytest.fixture(scope="module")
 def others(reported: tuple[Path, str], tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """The run, and another one that has one round less, FedAvg, and the same name in another folder."""
+    """The run, and another one with one round less, FedAvg, and the same folder name elsewhere."""
     folder = tmp_path_factory.mktemp("others") / reported[0].name
     options = ["personalize.method=fedavg", "train.rounds=1"]
     done = tapfl("--out", str(folder), cache=reported[0].parent / "cache", options=options)

@@ -1,4 +1,4 @@
-"""A report in a real browser: it needs no network, draws, follows the picked device, darkens; names stay text."""
+"""A report in a real browser: no network, all figures drawn, device selection, dark theme, names shown as text."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def browser() -> Iterator[Any]:
 
 @contextmanager
 def opened(browser: Any, file: Path, **options: Any) -> Iterator[Any]:
-    """Opens a report; asserts in the end that it asked for no other file and had no error to tell."""
+    """Opens a report; asserts at the end that the page requested no other file and logged no error."""
     context = browser.new_context(**options)
     page = context.new_page()
     said: list[str] = []
@@ -60,7 +60,7 @@ def look(page: Any) -> dict[str, str]:
 
 
 def fits(page: Any) -> bool:
-    """Says whether the page scrolls down only, and no drawing is wider than the place it has."""
+    """Returns whether the page scrolls only vertically and no drawing is wider than its container."""
     return bool(
         page.evaluate(
             "(() => { const width = element => element.getBoundingClientRect().width;"
@@ -91,7 +91,7 @@ def test_a_figure_follows_the_width(browser: Any, file: Path) -> None:
         assert fits(page)
 
 
-def test_picking_a_device_changes_what_is_seen(browser: Any, file: Path) -> None:
+def test_selecting_a_device_changes_the_figures(browser: Any, file: Path) -> None:
     follows = FIGURES - {"real-phases", "real-rounds"}
     with opened(browser, file) as page:
         everything = look(page)
@@ -108,11 +108,11 @@ def test_picking_a_device_changes_what_is_seen(browser: Any, file: Path) -> None
         assert page.input_value("#device") == ""
 
 
-def test_a_mark_tells_its_numbers_and_names_stay_text(browser: Any, file: Path) -> None:
+def test_a_tooltip_shows_numbers_and_names_stay_text(browser: Any, file: Path) -> None:
     with opened(browser, file) as page:
         cell = page.query_selector(".drawing[data-figure='partition'] path[aria-label*='script']")
         cell.evaluate("cell => cell.scrollIntoView({ block: 'center' })")
-        cell.hover(force=True)  # its number lies above it, and tells the same
+        cell.hover(force=True)  # its number covers it and has the same tooltip
         page.wait_for_selector("#vg-tooltip-element.visible")
         said = page.inner_text("#vg-tooltip-element")
         assert HOSTILE[0][:20] in said and "training" in said
@@ -124,7 +124,7 @@ def test_a_mark_tells_its_numbers_and_names_stay_text(browser: Any, file: Path) 
 
 
 def colours(page: Any) -> list[str]:
-    """Returns paper, ink, and the colours of a figure's words and of its lines."""
+    """Returns the colours of the page's background and text, and of a figure's text and lines."""
     found: list[str] = page.evaluate(
         "[getComputedStyle(document.body).backgroundColor, getComputedStyle(document.body).color,"
         " getComputedStyle(document.querySelector('[data-figure=curves] svg text')).fill,"

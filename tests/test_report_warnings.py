@@ -1,4 +1,4 @@
-"""What makes the reader of a run look twice: each warning appears when it should, and only then."""
+"""Warnings of the report: each appears when it should, and only then."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def made(
     alphas: tuple[float, float] = (0.5, 0.5),
     **options: Any,
 ) -> Run:
-    """Returns a run of two devices and three rounds in which nothing is odd, but for the arguments."""
+    """Returns a run of two devices and three rounds that causes no warning unless the arguments do."""
     devices = [
         device.model_copy(
             update={
@@ -54,7 +54,7 @@ def made(
     return replace(run, devices=devices, lines=lines, config=config, rounds=3)
 
 
-def test_a_run_in_which_nothing_is_odd_has_no_warning(run: Run) -> None:
+def test_a_normal_run_has_no_warning(run: Run) -> None:
     assert warnings_of(made(run)) == []
     assert "Warnings" not in [section.title for section in page_of(made(run)).sections]
 
@@ -66,20 +66,20 @@ APART = ((True, False, False), (False, True, True))
     ("change", "found", "advice"),
     [
         ({"held": APART}, "teaches the shared model that there are no classes but its own", "or train.label-prior"),
-        ({"shared": 0.3}, "shared model ends at 0.300, below the pruned models before training (0.400)", "learning-"),
+        ({"shared": 0.3}, "at an accuracy of 0.300, below the pruned models before training (0.400)", "learning-"),
         (
             {"accuracies": (0.5, 0.72, 0.7, 0.65)},
             "fallen from 0.720 after round 1 to 0.650 while the training loss went on falling",
             "fewer train.rounds",
         ),
         ({"losses": (1.0, 0.5, 1e-4)}, "The training loss of devices 0, 1 is below 0.001", "fewer train.epochs"),
-        ({"alphas": (0.0, 0.004)}, "α is 0 on devices 0, 1, which then use the shared model alone", "method=fedavg"),
+        ({"alphas": (0.0, 0.004)}, "α is 0 on devices 0, 1: only the shared model is used there", "method=fedavg"),
         (
             {"alphas": (0.0, 0.0), "personalize__from-round": 4},
             "personalize.from-round is 4, and the run has 3 rounds",
-            "begin earlier or train longer",
+            "a smaller personalize.from-round",
         ),
-        ({"alphas": (0.5, 1.0)}, "α is 1 on device 1, which then use", "method=local"),
+        ({"alphas": (0.5, 1.0)}, "α is 1 on device 1: only the personal model is used there", "method=local"),
     ],
     ids=["disjoint", "worse", "overfit", "by heart", "no own part", "never begins", "no shared part"],
 )
@@ -119,7 +119,7 @@ def test_each_warning_says_what_was_found_and_what_can_be_tried(
         "no v",
     ],
 )
-def test_what_is_as_it_should_be_is_no_warning(run: Run, change: dict[str, Any]) -> None:
+def test_no_warning_if_a_condition_does_not_hold(run: Run, change: dict[str, Any]) -> None:
     assert warnings_of(made(run, **change)) == []
 
 

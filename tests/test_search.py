@@ -236,7 +236,7 @@ REFUSED = {
     "twice": ('"adapters.rule" = { choices = ["flex", "flex"] }', "names a value twice"),
     "a bad choice": ('"adapters.rule" = { choices = ["flex", "fedex"] }', "'fedex' is not accepted: adapters.rule"),
     "out of range": ('"data.test-share" = { low = 0.5, high = 1.5 }', r"1\.5 is not accepted: data\.test-share"),
-    "no number": ('"adapters.rule" = { low = 0, high = 1 }', "this option is no number, it needs choices"),
+    "no number": ('"adapters.rule" = { low = 0, high = 1 }', "this option is not a number and needs choices"),
     "no whole number": ('"train.batch" = { low = 1, high = 2.5 }', "takes whole numbers, got low=1, high=2.5"),
     "text": (
         '"train.batch" = { low = "1", high = 2 }',
@@ -250,7 +250,7 @@ REFUSED = {
     "not a table": ('"train.batch" = [1, 2]', "needs low and high"),
     "condition below": (
         '"adapters.trim" = { low = 0.1, high = 0.2, if = { "adapters.combine" = "mean" } }',
-        r"space\.adapters\.trim\.if: adapters\.combine must be in \[space\], before it",
+        r"space\.adapters\.trim\.if: adapters\.combine must be in \[space\], before this option",
     ),
     "condition never": (
         '"adapters.combine" = { choices = ["mean", "median"] }\n'
@@ -260,12 +260,12 @@ REFUSED = {
     "condition of no value": (
         '"adapters.combine" = { choices = ["mean", "median"] }\n'
         '"adapters.clip" = { low = 0.1, high = 0.2, if = { "adapters.combine" = [] } }',
-        r"space\.adapters\.clip\.if: adapters\.combine = \[\]: must be a value of it, or a list of values",
+        r"space\.adapters\.clip\.if: adapters\.combine = \[\]: must be a value of this option, or a list of at least",
     ),
     "condition of a table": (
         '"adapters.combine" = { choices = ["mean", "median"] }\n'
         '"adapters.clip" = { low = 0.1, high = 0.2, if = { "adapters.combine" = { is = "mean" } } }',
-        r"adapters\.combine = {'is': 'mean'}: must be a value of it",
+        r"adapters\.combine = {'is': 'mean'}: must be a value of this option",
     ),
     "condition beyond a range": (
         '"train.epochs" = { low = 1, high = 5 }\n'
@@ -289,7 +289,7 @@ def test_a_space_that_is_none(name: str, tmp_path: Path) -> None:
         ("etaa = 3", r"search\.etaa: is not an option; accepted here: .*eta"),
         ("eta = 1.5", r"search\.eta = 1\.5"),
         ("min-rounds = 10", "min-rounds=10 must not be above max-rounds=9"),
-        ('objective = "median"', "median is no measure; accepted are mean, worst-decile"),
+        ('objective = "median"', "median is not a measure; accepted: mean, worst-decile"),
         ("objective = { mean = -1 }", "needs weights above 0"),
         ('constraints = "bytes_up>5"', "must have the form measure<=number"),
         ('constraints = ["macs<=0.5", "accuracy<=1"]', "'accuracy<=1' must have the form"),

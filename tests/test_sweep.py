@@ -125,7 +125,7 @@ def test_a_run_whose_folder_would_have_too_long_a_name_is_refused(tmp_path: Path
     file = tmp_path / "sweep.toml"
     numbers = [f'"{key}" = {value}' for key, value in RunConfig().flat().items() if type(value) is float]
     file.write_text("\n".join(["[[run]]", *numbers]))
-    with pytest.raises(ConfigError, match=r"would have a folder's name of \d+ bytes, at most 240 are accepted; give a"):
+    with pytest.raises(ConfigError, match=r"the folder of run .* has \d+ bytes; accepted: at most 240; give a"):
         read_sweep(file)
     file.write_text(file.read_text().replace("[[run]]", '[[run]]\nname = "mine"'))
     assert [cell.name for cell in read_sweep(file)[0]] == ["run=mine"]

@@ -68,7 +68,7 @@ def test_the_run_says_how_far_its_devices_are_apart(finished: tuple[Path, Result
     assert summary["quantity_shift"] == pytest.approx(gini) and gini > 0.1
     assert 0 < summary["feature_shift"] < 1
     said = " ".join(done.stdout.split())
-    assert f"How far the devices are apart: labels {label_shift(counts):.3f} (mean total variation" in said
+    assert f"How much the devices differ: labels {label_shift(counts):.3f} (mean total variation" in said
     assert f"quantity {gini:.3f} (Gini" in said and f"features {summary['feature_shift']:.3f} (mean squared" in said
 
 

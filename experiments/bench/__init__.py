@@ -1,1 +1,1 @@
-"""Speed, measured side by side in one process: ratios, never bare times."""
+"""Benchmarks: variants take turns in one run, and results are ratios rather than absolute times."""

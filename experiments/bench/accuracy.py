@@ -1,7 +1,7 @@
-"""Whether a device and a precision cost accuracy: backbones cut by `tap` and trained for two rounds.
+"""Accuracy by processor and precision: backbones that are pruned with `tap` and trained for two rounds.
 
-A ViT of the digits, which scikit-learn has; and with weights and pictures at hand, a backbone with these weights on
-devices of some classes each. It needs neither Flower nor Ray nor a network.
+The problems are a ViT on scikit-learn's digits and, if weights and images are available, a backbone with these weights
+on devices that have a few classes each. Neither Flower nor Ray nor a network is needed.
 """
 
 from __future__ import annotations
@@ -32,11 +32,13 @@ EPOCHS, ROUNDS, BATCH = 8, 2, 32
 
 @dataclass(frozen=True)
 class Problem:
-    """A dense model, and images with labels, of which the first `train` are trained on and the first `metric` measure.
+    """A dense model, and images with labels.
 
     Attributes:
-        inputs: in the model's input format.
-        prototypes: whether the heads, of the dense model and of a smaller one, are prototypes of the training images.
+        inputs: the images, in the model's input format.
+        train: number of training images, the first ones; the others are test images.
+        metric: size of the metric set, the first images.
+        prototypes: whether the heads of the dense and the pruned model are prototypes of the training images.
     """
 
     dense: nn.Module
@@ -48,13 +50,13 @@ class Problem:
     prototypes: bool = False
 
     def with_prototypes(self, model: nn.Module, inputs: Tensor) -> nn.Module:
-        """Returns a model whose head are prototypes of the training images, the first of `inputs`."""
+        """Returns the model with prototypes of the training images, the first of `inputs`, as its head."""
         features = image_features(model, inputs[: self.train].split(64))
         return fill_with_prototypes(model, features, self.labels[: self.train].numpy())
 
 
 def digits() -> Problem:
-    """Returns the digits, in an order that mixes the writers, and a model that was trained on the CPU."""
+    """Returns the digits, in an order that mixes the writers, with a model that was trained on the CPU."""
     found, order = load_digits(), numpy_generator(0, "digits").permutation(1797)
     inputs = torch.from_numpy(found.images[order]).float()[:, None] / 8 - 1
     made = Problem(model_of(DIGITS), DIGITS, inputs, torch.from_numpy(found.target[order]).long(), 1200, 256)
@@ -67,17 +69,17 @@ def digits() -> Problem:
 def pictures(
     source: str, weights: Path, spec: BackboneSpec, devices: int = 3, images: int = 40, cache: Path | None = None
 ) -> Iterator[Problem]:
-    """Yields a problem for each device: it has `spec.num_classes` classes of the source, no two devices the same ones.
+    """Yields a problem for each device, which has its own `spec.num_classes` classes of the source.
 
-    Three of four of so many `images` a class are training images.
+    Each class has `images` images; three quarters of them are training images.
     """
     everything = load_images(source, transform_of(model_of(spec)), cache)
     for i in range(devices):
         order = numpy_generator(0, "pictures", i).permutation(len(everything))
         own = everything.labels[order] - i * spec.num_classes
-        each = [order[own == label][:images] for label in range(spec.num_classes)]
-        chosen = np.stack(each, 1).flatten()  # class by class in turn, so that any beginning has all of them
-        labels = torch.arange(spec.num_classes).repeat(len(each[0]))
+        by_class = [order[own == label][:images] for label in range(spec.num_classes)]
+        chosen = np.stack(by_class, 1).flatten()  # the classes alternate, so that the first images have all of them
+        labels = torch.arange(spec.num_classes).repeat(len(by_class[0]))
         dense, train = model_of(spec), len(chosen) * 3 // 4
         load_weights(dense, weights, everything.classes, None)
         inputs = transform_of(dense)(everything.subset(chosen).read())
@@ -86,9 +88,9 @@ def pictures(
 
 
 def accuracies(problem: Problem, compute: Compute) -> Iterator[tuple[str, float]]:
-    """Yields the accuracy on images that nothing was trained on: of the smaller model, and after each round."""
-    given = compute.put(problem.dense), compute.put(problem.inputs[: problem.metric])
-    task = pruning_task(*given, 0.5, PruningOptions(criterion="tap"), min(64, problem.metric))
+    """Yields the accuracy of the pruned model on the test images: without training, and after each round."""
+    dense, metric_set = compute.put(problem.dense), compute.put(problem.inputs[: problem.metric])
+    task = pruning_task(dense, metric_set, 0.5, PruningOptions(criterion="tap"), min(64, problem.metric))
     made = prune_model(replace(task, compute=compute), problem.spec)
     adapted, params = with_adapters(problem.dense, made, compute)
     x, y, train = compute.put(problem.inputs), compute.put(problem.labels), problem.train

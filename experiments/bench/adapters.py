@@ -1,14 +1,14 @@
 """Adapters: a round's aggregation on the server, and a step of APFL.
 
-Aggregation: every rule, with robust and optimised combinations. Devices have the default budgets and ranks in turn,
-plans of random units that meet the budget, and random adapters: the time depends on shapes and indices, not on values.
-`flex` picks the smaller of two forms of a linear's mean product, Σ r_i thin factors or the dense matrix; here both are
-also forced on all linears.
+Aggregation: every rule, with robust combinations and server optimisers. Devices have the default budgets and ranks in
+turn, plans of random units that meet the budget, and random adapters, because the time depends on shapes and indices,
+not on values. `flex` picks the smaller of two forms of a linear layer's mean product, Σ r_i thin factors or the dense
+matrix; here each form is also measured on all layers.
 
-APFL: a step against the ways in which it is commonly built, stock peft and copies of whole models. All take turns on
-the same noise with the same Adam, on one thread, with dense backbones of random weights. The unit is two steps of stock
-peft, one for the shared adapters and one for the personal ones. *Frozen* is the floor for anything that trains adapters
-in two models: two passes forward and backward through the backbone, without adapters.
+APFL: a step against common implementations, stock peft and copies of whole models. All variants take turns on the same
+random inputs with the same Adam, on one thread, with dense backbones of random weights. The unit is two steps of stock
+peft, one for the shared adapters and one for the personal ones. *Frozen* is the lower bound for any method that trains
+adapters in two models: two forward and backward passes through the backbone, without adapters.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ THIN, DENSE = "flex SVDs, all thin", "flex SVDs, all dense"
 
 @dataclass(frozen=True)
 class Round:
-    """One round: the global adapters, and what the devices sent."""
+    """One round: the global adapters, and the updates of the devices."""
 
     params: Params
     updates: Sequence[Update]
@@ -85,7 +85,7 @@ class Round:
         return rules.aggregate(options, PrivacyOptions(), state, self.updates, self.params, 1, generator).params
 
     def stacked(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yields the stacked factors B, A of every linear, whose product is the mean product."""
+        """Yields the stacked factors B, A of every linear layer, whose product is the mean product."""
         for a in self.params:
             if a.endswith(LORA_A):
                 b = a.removesuffix(LORA_A) + LORA_B
@@ -96,9 +96,9 @@ def aggregate(
     devices: Counts = [10, 100],
     model: Annotated[str, typer.Option(help="timm name")] = "deit_small_patch16_224",
     repeats: Repeats = 3,
-    robust_products: Annotated[bool, typer.Option(help="medians and trimmed means of products too (slow)")] = True,
+    robust_products: Annotated[bool, typer.Option(help="also medians and trimmed means of products (slow)")] = True,
 ) -> Iterator[Row]:
-    """A round's aggregation on the server by every rule: CPU seconds and memory; flex also with either form forced."""
+    """Aggregation on the server by every rule: CPU seconds and memory per round; of flex also each of its two forms."""
     spec = spec_named(model, classes=IMAGENET)
     chosen = VARIANTS | (ROBUST_PRODUCTS if robust_products else {})
     for count in devices:
@@ -106,7 +106,7 @@ def aggregate(
 
 
 def rows_of(round: Round, variants: dict[str, AdapterOptions], repeats: int) -> Iterator[Row]:
-    """Yields a row for each rule, with the elements of the largest linear for the two forms of flex."""
+    """Yields a row for each rule; those of the two forms of flex have the number of elements of the largest layer."""
     torch.set_num_threads(1)
     work: dict[str, Callable[[], object]] = {
         name: partial(round.aggregate, options) for name, options in variants.items()
@@ -130,7 +130,7 @@ def rows_of(round: Round, variants: dict[str, AdapterOptions], repeats: int) -> 
 
 
 def random_round(spec: BackboneSpec, devices: int) -> Round:
-    """Returns random adapters of the largest default rank, and updates near them by different devices."""
+    """Returns random adapters of the largest default rank, and updates close to them from different devices."""
     model = model_of(spec)
     layers, defaults = prunable_layers(model), DeviceOptions()
     shapes = global_shapes(model, layers, max(defaults.ranks))
@@ -182,7 +182,7 @@ class Work:
 
 
 class PeftStep:
-    """Steps of one stock peft model, from the adapters of the work."""
+    """Training steps of a stock peft model, which starts from the adapters of `work`."""
 
     def __init__(self, work: Work) -> None:
         from peft import LoraConfig, get_peft_model
@@ -231,7 +231,7 @@ class DeepCopies:
 
 
 def frozen_passes(work: Work) -> Callable[[], None]:
-    """Returns two passes forward and backward through the backbone and nothing else."""
+    """Returns a function that only does two forward and backward passes through the backbone."""
     model = copy.deepcopy(work.model)
     model.get_submodule(modules_of(work.params)[0]).register_forward_hook(
         lambda module, args, output: output.requires_grad_()
@@ -245,10 +245,10 @@ def frozen_passes(work: Work) -> Callable[[], None]:
 
 
 def step_of(work: Work, method: Apfl | FedAvg, kept: bool = False) -> Callable[[], Tensor]:
-    """Returns a step of ours; each call is the next step of the same round.
+    """Returns our training step; each call is the next step of the same round.
 
     Args:
-        kept: what arrives at the first adapter has been computed.
+        kept: whether the activations that enter the first adapter have been computed before.
     """
     adapted, inputs = work.adapted(), work.inputs
     if kept:
@@ -262,12 +262,14 @@ def apfl(
     model: Models = ["digits"],
     size: Sizes = [64],
     batch: Annotated[int, typer.Option(min=2, help="images per step")] = 16,
-    rank: Annotated[int, typer.Option(min=1, help="of every adapter")] = 8,
-    blocks: Annotated[int, typer.Option(min=0, help="as adapters.blocks; steps from kept images are added")] = 0,
+    rank: Annotated[int, typer.Option(min=1, help="rank of every adapter")] = 8,
+    blocks: Annotated[
+        int, typer.Option(min=0, help="as adapters.blocks; above 0, steps from kept activations are measured too")
+    ] = 0,
     steps: Annotated[int, typer.Option(min=1, help="steps per turn")] = 4,
     repeats: Repeats = 5,
 ) -> Iterator[Row]:
-    """A step of APFL as a share of two steps of stock peft, beside deep copies and the floor; one thread, Adam."""
+    """A step of APFL relative to two steps of stock peft, with deep copies and the lower bound; one thread, Adam."""
     HERE.prepare()
     for name, spec in specs(model, size, CLASSES):
         torch.manual_seed(0)
@@ -277,7 +279,7 @@ def apfl(
 
 
 def _shares(work: Work, steps: int, repeats: int, kept: bool) -> dict[str, float]:
-    """Returns the seconds of two peft steps, and what the other variants take as a share of them."""
+    """Returns the seconds of two peft steps, and the time of each other variant relative to them."""
     both = PeftStep(work), PeftStep(work)
     variants: dict[str, Callable[[], object]] = {
         "two peft": lambda: [step() for step in both],
@@ -291,7 +293,7 @@ def _shares(work: Work, steps: int, repeats: int, kept: bool) -> dict[str, float
     if kept:
         variants |= {"FedAvg, kept": step_of(work, FedAvg(), kept), "APFL, kept": step_of(work, Apfl(), kept)}
     for run in variants.values():
-        run()  # the first step allocates the optimizer's state, and moves α
+        run()  # the first step allocates the optimiser's state and changes α
     seconds = side_by_side({name: partial(_repeat, run, steps) for name, run in variants.items()}, repeats)
     unit = seconds.pop("two peft")
     return {"two peft": unit / steps} | {name: taken / unit for name, taken in seconds.items()}

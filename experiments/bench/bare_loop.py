@@ -1,9 +1,9 @@
-"""The limit of a simulation: a round of FedAvg as a loop, by hand, on processes of one thread that stay alive.
+"""The limit of a simulation: rounds of FedAvg as a loop written by hand, on long-lived processes with one thread.
 
-``python -m experiments.bench.bare_loop FOLDER OUT WORKERS merged|plain`` does the work of `tapfl run` with
+``python -m experiments.bench.bare_loop FOLDER OUT WORKERS merged|plain`` does the same work as `tapfl run` with
 ``personalize.method=fedavg``, ``adapters.rule=fedit`` and full budgets: the same images, batches, optimiser,
-evaluations and average, but without messages to check, an engine, or anything that is kept for later. Each worker holds
-one model and all images; a device's turn is a flat vector in and one out.
+evaluations and average. It has no messages to check, no engine, and stores nothing for a resume. Each worker has one
+model and all images; for each device it receives a flat vector and returns one.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from tapfl.training import accuracy, predict
 
 
 class LoraLinear(nn.Module):
-    """A frozen linear with its adapter, as one product or the usual three."""
+    """A frozen linear layer with its adapter, computed as one product (`merged`) or as the usual three."""
 
     def __init__(self, linear: nn.Linear, rank: int, scale: float, merged: bool) -> None:
         super().__init__()
@@ -42,7 +42,7 @@ class LoraLinear(nn.Module):
 
 
 class LoopWorker:
-    """One model whose adapters take the values of one device after the other."""
+    """A model whose adapters are set to the values of one device after the other."""
 
     def __init__(self, workload: Workload, merged: bool) -> None:
         self.workload, self.model = workload, workload.dense()
@@ -55,7 +55,7 @@ class LoopWorker:
         self.params = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
     def turn(self, round: int, device: int, vector: np.ndarray) -> tuple[np.ndarray, float, float]:
-        """Returns a device's adapters after training, its mean loss, and its accuracy before."""
+        """Returns a device's adapters after training, its mean loss, and its accuracy before training."""
         params: list[Tensor] = list(self.params.values())
         vector_to_parameters(torch.from_numpy(vector), params)
         inputs, labels = self.workload.part(device, "test")
@@ -65,7 +65,7 @@ class LoopWorker:
 
 
 def serve(pipe: Connection, workload: Workload, merged: bool) -> None:
-    """A worker process: turns as they are asked for, until there is nothing more."""
+    """Runs in a worker process: computes the turns that it receives, until it receives None."""
     torch.set_num_threads(1)
     worker = LoopWorker(workload, merged)
     while (task := pipe.recv()) is not None:
@@ -73,7 +73,7 @@ def serve(pipe: Connection, workload: Workload, merged: bool) -> None:
 
 
 def run(workload: Workload, out: Path, workers: int, merged: bool) -> None:
-    """Carries out all rounds; notes when each ended, and writes the last adapters by name."""
+    """Runs all rounds, records the end of each, and writes the final adapters by name."""
     torch.set_num_threads(1)
     names = LoopWorker(workload, merged).params
     initial = workload.initial()
@@ -82,13 +82,13 @@ def run(workload: Workload, out: Path, workers: int, merged: bool) -> None:
     context = multiprocessing.get_context("spawn")
     pipes = []
     for _ in range(workers):
-        here, there = context.Pipe()
-        context.Process(target=serve, args=(there, workload, merged), daemon=True).start()
-        pipes.append(here)
+        ours, theirs = context.Pipe()
+        context.Process(target=serve, args=(theirs, workload, merged), daemon=True).start()
+        pipes.append(ours)
     for t in range(1, workload.config.train.rounds + 1):
         vector = average(_round(pipes, t, len(samples), vector), samples)
         note_round(out, t)
-    time.sleep(0.5)  # what the processes took is read off them while they are there
+    time.sleep(0.5)  # the benchmark reads the CPU seconds of the processes while they are alive
     for pipe in pipes:
         pipe.send(None)
     parts = torch.from_numpy(vector).split([p.numel() for p in names.values()])
@@ -97,13 +97,13 @@ def run(workload: Workload, out: Path, workers: int, merged: bool) -> None:
 
 
 def average(vectors: dict[int, np.ndarray], samples: list[int]) -> np.ndarray:
-    """Returns the mean weighted by samples, in float64 and in the order of the devices."""
+    """Returns the mean weighted by `samples`, computed in float64 and in the order of the devices."""
     total = sum(n * vectors[i].astype(np.float64) for i, n in enumerate(samples))
     return np.asarray(total / sum(samples), dtype=np.float32)
 
 
 def _round(pipes: list[Connection], t: int, devices: int, vector: np.ndarray) -> dict[int, np.ndarray]:
-    """One device after the other to whichever worker is free."""
+    """Sends one device after the other to any free worker; returns the trained vectors by device."""
     waiting = iter(range(devices))
     done: dict[int, np.ndarray] = {}
     for pipe, i in zip(pipes, waiting, strict=False):

@@ -1,4 +1,4 @@
-"""`tapfl bench`: one command for each benchmark. A benchmark is a function from options to the rows of a table."""
+"""`tapfl bench`: one command per benchmark. A benchmark is a function from options to the rows of a table."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ BENCHES = {  # command -> module and function
 
 
 class _Commands(UserDict[str, Any]):
-    """The commands by name. A module is imported when its command is used, for torch, Flower and Ray load slowly."""
+    """The commands by name. A module is imported when its command is used, as torch, Flower and Ray load slowly."""
 
     def __getitem__(self, name: str) -> Any:
         module, _, function = self.data[name].partition(":")
@@ -59,15 +59,15 @@ def _bench(context: typer.Context) -> None:
     from strategies.progress import shown
     from tapfl.progress import stage
 
-    context.with_resource(shown(bars=False))  # an occasional line disturbs no measurement
+    context.with_resource(shown(bars=False))  # bars could disturb measurements, occasional lines do not
     context.with_resource(stage(f"bench {context.invoked_subcommand}"))
 
 
 def command_of(name: str, bench: Callable[..., Iterable[Any]]) -> Any:
     """Returns the command that prints the rows of `bench`.
 
-    Its options are the function's parameters, annotated for typer, and ``--json``, which is passed on if the function
-    has a parameter `as_json`. Its help is the function's docstring.
+    Its options are the function's parameters, annotated for typer, and ``--json``, which is passed to the function if
+    that has a parameter `as_json`. Its help is the function's docstring.
     """
     rows = option_groups(bench)
     parameters = dict(signature(rows).parameters)

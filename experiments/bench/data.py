@@ -1,6 +1,6 @@
-"""A source larger than memory: how long a federation needs to open it, what its processes hold, how fast images come.
+"""A source larger than memory: time to open it, memory of the processes, and the rate at which images are read.
 
-The images are generated JPEGs: a few files, and links to them under as many names as are asked for.
+The images are generated JPEGs: a few files, and hard links to them for the requested number of images.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from tapfl.seeds import numpy_generator
 from tapfl.wire import Hello
 
 CLASSES, SIZE, BATCH = 100, (500, 375), 64
-FILES, LINKS = 16, 50_000  # distinct files at least, and links to one of them at most: file systems have a limit
+FILES, LINKS = 16, 50_000  # least number of distinct files, and most links to a file, which file systems limit
 NO_BACKBONE = "0" * 16
 
 
@@ -45,16 +45,14 @@ def data(
     images: Annotated[int, typer.Option(min=2 * CLASSES, help="images of the devices")] = 4_000,
     devices: Annotated[int, typer.Option(min=1, help="devices that share them")] = 20,
     kilobytes: Annotated[int, typer.Option(min=20, help="size of an image's file")] = 200,
-    threads: Annotated[list[int], typer.Option(min=1, help="threads that decode, and processes of torch's loader")] = [
-        1
-    ],
+    threads: Annotated[list[int], typer.Option(min=1, help="decoding threads, and workers of torch's loader")] = [1],
     repeats: Repeats = 3,
-    folder: Annotated[Path | None, typer.Option(help="where the files are made, and found again")] = None,
+    folder: Annotated[Path | None, typer.Option(help="folder of the files; those that exist are used again")] = None,
 ) -> Iterator[Row]:
-    """Open a folder of JPEGs that nothing is kept of, and read a device's images, beside torch's own loader.
+    """Open a folder of JPEGs without any cache, and read a device's images, compared with torch's own loader.
 
-    `until hello` is what the command and one worker do before round zero: list the files, divide the images, check the
-    options, and answer for every device. Memory is the most that was resident, libraries included.
+    `until hello` is the time of the command and one worker before round zero: list the files, divide the images, check
+    the options, and answer for every device. Memory is the peak resident memory, including libraries.
     """
     with ExitStack() as stack:
         place = folder or Path(stack.enter_context(TemporaryDirectory()))
@@ -77,13 +75,13 @@ def data(
 
 
 def _alone(work: Callable[..., dict[str, float]], *arguments: Any) -> dict[str, float]:
-    """Returns what `work` returns in a process of its own."""
+    """Returns the result of `work`, computed in a separate process."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
         return process.submit(work, *arguments).result()
 
 
 def _make(place: Path, images: int, devices: int, kilobytes: int) -> dict[str, Scalar]:
-    """Makes the folder of images and the pool, as far as they are not there; returns the options of a run with them."""
+    """Makes the folder of images and the pool unless they exist; returns the options of a run that uses them."""
     source, pool = place / f"images-{images}-{kilobytes}kB", place / "pool.npz"
     if not source.exists():
         kinds = max(FILES, -(-images // LINKS))
@@ -107,7 +105,7 @@ def _make(place: Path, images: int, devices: int, kilobytes: int) -> dict[str, S
         "data.source": str(source),
         "data.public": str(pool),
         "data.partition": "iid",
-        "data.cache-gb": 0.1,  # the pool's
+        "data.cache-gb": 0.1,  # enough for the pool only
         "devices.count": devices,
         "cache": str(place / "cache"),
         "model.name": "deit_tiny_patch16_224",
@@ -117,7 +115,7 @@ def _make(place: Path, images: int, devices: int, kilobytes: int) -> dict[str, S
 
 
 def generated_jpeg(kind: int, kilobytes: int) -> bytes:
-    """Returns a picture that compresses as photographs do, with noise that fills the rest of its size."""
+    """Returns a JPEG that compresses like a photograph, with as much noise as its size needs."""
     noise = numpy_generator(0, "jpeg", kind)
     smooth = Image.fromarray(noise.integers(0, 256, (12, 16, 3), dtype=np.uint8)).resize(SIZE, Image.Resampling.BICUBIC)
     for spread in range(4, 120, 4):
@@ -172,15 +170,15 @@ def _now() -> np.ndarray:
 
 
 def _seconds_an_image(batches: Any) -> np.ndarray:
-    """Returns the same two for an image of these batches."""
+    """Returns the wall and CPU seconds per image of reading these batches."""
     start = _now()
     count = sum(len(batch) for batch in batches)
     return (_now() - start) / count
 
 
 def torch_loader(config: RunConfig, positions: Sequence[int], threads: int) -> Iterator[torch.Tensor]:
-    """Yields the images at these positions of the folder as torch's loader reads them, with timm's transform."""
-    from timm.data import create_transform  # here, for what the command and a worker hold is measured
+    """Yields the images at these positions of the folder, read by torch's loader with timm's transform."""
+    from timm.data import create_transform  # here, because the memory of the command and a worker is measured
     from torchvision.datasets import ImageFolder
 
     ours = input_transform(config.model)
@@ -189,6 +187,6 @@ def torch_loader(config: RunConfig, positions: Sequence[int], threads: int) -> I
     )
     torch.set_num_threads(1)
     images = torch.utils.data.Subset(ImageFolder(config.data.source, transform), positions)
-    # forked, as in a script on Linux; this process was spawned, and its children would be, with all their imports
+    # forked, as in a script on Linux; otherwise the workers would be spawned, like this process, with all imports
     own: dict[str, Any] = {"num_workers": threads, "multiprocessing_context": "fork"} if threads > 1 else {}
     return (inputs for inputs, _ in torch.utils.data.DataLoader(images, BATCH, **own))

@@ -1,7 +1,8 @@
-"""A round of federated learning, simulated: on each engine, as a usual Flower app, and as the bare loop.
+"""A simulated round of federated learning: on each engine, as a usual Flower app, and as the bare loop.
 
 All variants are process trees that take turns. The bare loop does the same work without messages, checks or an engine,
-and is the limit. Counted are wall and CPU seconds of the rounds after the first; everything before is start-up.
+and is the limit. The measured times are wall and CPU seconds of the rounds after the first; everything before is
+start-up.
 """
 
 from __future__ import annotations
@@ -39,13 +40,13 @@ def simulation(
     *,
     devices: Counts = [20],
     options: FederationOptions,
-    variant: Annotated[list[str], typer.Option(help=f"besides the loop by hand: {', '.join(VARIANTS + ENGINES)}")] = [
-        *VARIANTS
-    ],
+    variant: Annotated[
+        list[str], typer.Option(help=f"in addition to the loop by hand: {', '.join(VARIANTS + ENGINES)}")
+    ] = [*VARIANTS],
 ) -> Iterator[Row]:
-    """A round of FedAvg on any engine against the bare loop that does its work, and the usual Flower app.
+    """A round of FedAvg on any engine, and in a usual Flower app, against the bare loop that does the same work.
 
-    Engines: Flower's, Ray actors cold and warm, and one process.
+    The engines are Flower's, Ray actors (cold and warm), forked workers, and one process.
     """
     require_proc("tapfl bench simulation")
     names = (LIMIT, *chosen("--variant", variant, VARIANTS + ENGINES))
@@ -64,7 +65,7 @@ def engine(
     options: FederationOptions,
     variant: Annotated[list[str], typer.Option(help=", ".join(ENGINES))] = [*ENGINES],
 ) -> Iterator[Row]:
-    """Engines alone: a round, the start, and the memory, where each device receives and returns 299 kB of adapters."""
+    """Engines alone: time per round, start-up and memory, with devices that only return the 299 kB they receive."""
     require_proc("tapfl bench engine")
     names = chosen("--variant", variant, ENGINES)
     for count in devices:
@@ -77,7 +78,7 @@ def engine(
 
 
 def _command(folder: Path, workers: int, work: str, variant: str, out: Path) -> list[str]:
-    """Returns the arguments with which Python runs a variant."""
+    """Returns the arguments of Python that run a variant."""
     places = [str(folder), str(out), str(workers)]
     if variant == "tapfl run":
         options = ["--config", str(folder / "config.toml"), "--out", str(out), "--workers", str(workers)]
@@ -89,7 +90,7 @@ def _command(folder: Path, workers: int, work: str, variant: str, out: Path) -> 
 
 
 class ProcessTree:
-    """The living processes below `root`, itself included, at each call."""
+    """The process `root` and its descendants that are alive at each call."""
 
     def __init__(self, root: int) -> None:
         self.root = root
@@ -100,20 +101,20 @@ class ProcessTree:
         found = []
         with suppress(psutil.NoSuchProcess):
             root = psutil.Process(self.root)
-            found = [each for each in (root, *root.children(recursive=True)) if _is_alive(each)]
+            found = [process for process in (root, *root.children(recursive=True)) if _is_alive(process)]
         self._seen.update(found)
         return found
 
     def cpu_seconds(self) -> float:
-        """Returns user and system time of all of them, and of their children that have ended."""
+        """Returns the user and system time of all processes, and of their children that have ended."""
         return float(sum(sum(times[:4]) for times in self._each(psutil.Process.cpu_times)))
 
     def memory_bytes(self) -> list[int]:
-        """Returns the proportional set size of each, the root first: pages that several share count once in all."""
+        """Returns the proportional set size of each process, the root first; a shared page counts once in the sum."""
         return [memory.pss for memory in self._each(psutil.Process.memory_full_info)]
 
     def end(self) -> None:
-        """Ends all that is alive, also what lost its parent since it was last seen."""
+        """Ends all processes that are alive, including those that were seen earlier and have lost their parent."""
         self.processes()
         end_processes(lambda: [process for process in self._seen if _is_alive(process)])
 
@@ -133,11 +134,13 @@ def _is_alive(process: psutil.Process) -> bool:
 
 @dataclass(frozen=True)
 class Timing:
-    """One run: seconds per round after the first, seconds before that, and the peak memory seen.
+    """The timing of one run.
 
     Attributes:
-        peak_bytes: of all its processes together.
-        driver_bytes: of its first process.
+        wall, cpu: seconds per round, over the rounds after the first.
+        startup: seconds before the first round.
+        peak_bytes: peak memory of all its processes together.
+        driver_bytes: peak memory of its first process.
     """
 
     wall: float
@@ -150,7 +153,7 @@ class Timing:
 def take_turns(
     variants: Sequence[str], arguments: Callable[[str, Path], list[str]], folder: Path, options: FederationOptions
 ) -> dict[str, list[Timing]]:
-    """Returns the timings of each variant, one for each turn.
+    """Returns the timings of each variant, one per turn.
 
     Args:
         arguments: (variant, folder of its run) → the arguments of Python.
@@ -168,10 +171,10 @@ def take_turns(
 
 
 def measure(arguments: Sequence[str], out: Path, rounds: int) -> Timing:
-    """Runs a variant to its end and returns its timing.
+    """Runs a variant until it ends and returns its timing.
 
-    The variant adds a line to ``out/metrics.jsonl`` at the end of each round. Start-up counts from the start of the
-    process, or from when it creates the file ``OUT.warm``.
+    The variant appends a line to ``out/metrics.jsonl`` at the end of each round. Start-up begins with the process, or
+    when the process creates the file ``OUT.warm``.
     """
     log = out.with_suffix(".log")
     began = time.time()
@@ -207,13 +210,13 @@ def _rounds_done(file: Path) -> int:
 
 
 def require_proc(command: str) -> None:
-    """Raises ConfigError where /proc is missing."""
+    """Raises ConfigError if /proc is not available."""
     if not os.access("/proc/self/smaps_rollup", os.R_OK):
         raise ConfigError(f"{command}: needs Linux's /proc to count CPU seconds and memory of processes")
 
 
 def medians(taken: Sequence[Timing]) -> dict[str, str]:
-    """Returns the columns that a table has for the turns of one variant: medians, and the peaks of memory."""
+    """Returns the columns of a table for the turns of one variant: medians, and peaks of memory."""
     return {
         "CPU s a round": f"{np.median([timing.cpu for timing in taken]):.2f}",
         "wall s a round": f"{np.median([timing.wall for timing in taken]):.2f}",
@@ -224,15 +227,15 @@ def medians(taken: Sequence[Timing]) -> dict[str, str]:
 
 
 def ratio(taken: Sequence[Timing], limit: Sequence[Timing], name: str) -> str:
-    """Returns how many times the limit's `wall` or `cpu` seconds the turns took: the median, and its range.
+    """Returns the ratio of the turns' `wall` or `cpu` seconds to those of the limit: the median, and the range.
 
     Raises:
-        RunError: if the limit's rounds are too short to be counted.
+        RunError: if the rounds of the limit are too short to be measured.
     """
     if not all(getattr(timing, name) > 0 for timing in limit):
         raise RunError(
-            f"bench: a round of the bare loop is too short for its {name} seconds to be counted; "
-            "give more --devices, --samples or --rounds"
+            f"bench: a round of the bare loop is too short to measure its {name} seconds; "
+            "use more --devices, --samples or --rounds"
         )
     values = [getattr(own, name) / getattr(least, name) for own, least in zip(taken, limit, strict=True)]
     extremes = f" ({min(values):.2f}–{max(values):.2f})" if len(values) > 1 else ""

@@ -1,14 +1,14 @@
-"""Flower apps to compare with, and one federation of any app on one engine.
+"""Flower apps for comparison, and a program that runs one federation of an app on an engine.
 
-``python -m experiments.bench.flower_apps ENGINE WORK FOLDER OUT WORKERS``, where work is
+``python -m experiments.bench.flower_apps ENGINE WORK FOLDER OUT WORKERS``, where WORK is
 
 - ``real``: tapfl's own app;
-- ``usual``: a Flower app as it is usually written: Flower's FedAvg, peft's LoRA, model and adapters built anew for each
-  message, state dicts as they are, a train and an evaluate message a round. The images are opened once a process, as
-  quickstarts do it;
-- ``none``: an app that computes nothing: what is left is the engine.
+- ``usual``: a Flower app as it is usually written: Flower's FedAvg, peft's LoRA, model and adapters built for each
+  message, unchanged state dicts, a train and an evaluate message per round. The images are opened once per process, as
+  in quickstarts;
+- ``none``: an app that computes nothing, so that only the engine is measured.
 
-With the engine ``ray warm`` it is the second federation on its actors; the first has one round.
+With the engine ``ray warm`` the measured federation is the second one on its actors; the first has one round.
 """
 
 from __future__ import annotations
@@ -48,9 +48,9 @@ APPS = {
 }
 TARGETS = r"blocks\.\d+\.(attn\.(qkv|proj)|mlp\.(fc1|fc2))"
 VALUES = 75_000  # float32 in both directions: adapters of rank 8 on the ViT of `tapfl bench simulation`, 299 kB
-SLICE = 500  # devices whose replies are in memory at once: the memory that is measured is the engine's
+SLICE = 500  # devices whose replies are in memory at once, so that mainly the engine's memory is measured
 
-idle_client = ClientApp()  # Flower finds an app only as the single name of an assignment
+idle_client = ClientApp()  # Flower finds an app only if its assignment has a single target
 idle_server = ServerApp()
 
 
@@ -72,7 +72,7 @@ def _echo(message: Message, context: Context) -> Message:
 
 @idle_server.main()
 def _ask(grid: Grid, context: Context) -> None:
-    """Asks all devices in every round, as a federation does, and notes when each round ended."""
+    """Asks all devices in every round, as a federation does, and records the end of each round."""
     config = RunConfig.from_flat(context.run_config)
     nodes = dict(enumerate(wait_for_nodes(grid, config.devices.count, config.node_timeout)))
     for t in range(1, config.train.rounds + 1):
@@ -96,8 +96,8 @@ usual_server = ServerApp()
 
 
 def build(workload: Workload) -> Any:
-    """Returns the backbone from its file, with adapters as peft makes them."""
-    from peft import LoraConfig, get_peft_model  # not for apps that do without: it loads transformers
+    """Returns the backbone from its file, with adapters made by peft."""
+    from peft import LoraConfig, get_peft_model  # here, because it loads transformers, which the other apps do not need
 
     options = LoraConfig(
         r=workload.rank,
@@ -162,7 +162,7 @@ def _fedavg(grid: Grid, context: Context) -> None:
 
 
 def drive(engine: str, work: str, config: dict[str, Scalar], out: Path, workers: int) -> None:
-    """Carries the federation out in the folder `out`."""
+    """Runs the federation in the folder `out`."""
     server_app, client_app = APPS[work]
     nodes = RunConfig.from_flat(config).devices.count
     if engine == "flower":
@@ -188,4 +188,4 @@ if __name__ == "__main__":
     except Exception:
         traceback.print_exc()
         sys.stderr.flush()
-        os._exit(1)  # Flower's server thread would wait for replies for ever
+        os._exit(1)  # Flower's server thread would wait for replies forever

@@ -1,7 +1,7 @@
-"""`tapfl bench all`: all measurements of a file, and every goal beside what was measured.
+"""`tapfl bench all`: runs all measurements of a file, and compares every goal with the measured value.
 
-A file lists commands and the goals of their rows. Each command is a process of its own, so that none starts with the
-memory or the caches of another. Its rows are kept in a file, and a command that has its file is not run again.
+A file lists commands and the goals for their rows. Each command runs in its own process, so that none starts with the
+memory or the caches of another. Its rows are stored in a file, and a command whose file exists is not run again.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from tapfl.progress import stage
 from tapfl.store import write_bytes
 
 Rows = Sequence[Mapping[str, Any]]
-# columns of a last row of each command: seconds of the whole command, and the versions with which it was measured
+# columns of the last row of each command: seconds of the whole command, and the versions with which it was measured
 TOOK, VERSIONS = "took s", "versions"
 
 
 class Goal(Section):
-    """A bound on a number of one row."""
+    """A bound on a number in one row."""
 
     what: str = Field(min_length=1, description="in words")
     where: dict[str, str] = Field({}, description="column → value of the row; empty: the first row that has the column")
@@ -42,11 +42,11 @@ class Goal(Section):
     @model_validator(mode="after")
     def _bounded_once(self) -> Goal:
         if (self.at_least is None) == (self.at_most is None):
-            raise ValueError("needs at-least or at-most, one of the two")
+            raise ValueError("needs exactly one of at-least or at-most")
         return self
 
     def judged(self, rows: Rows) -> dict[str, str]:
-        """Returns the goal as a row: in words, the bound, what was measured, and the verdict."""
+        """Returns the goal as a row: its description, the bound, the measured value, and whether it is met."""
         bound = f"≥ {self.at_least:g}" if self.at_least is not None else f"≤ {self.at_most:g}"
         value = self.measured(rows)
         if value is None:
@@ -55,17 +55,17 @@ class Goal(Section):
         return {"what": self.what, "goal": bound, "measured": f"{value:g}", "": "**missed**" if missed else "met"}
 
     def measured(self, rows: Rows) -> float | None:
-        """Returns the first number in the cell; None if there is none, or no such row."""
+        """Returns the first number in the cell; None if the cell has no number, or there is no such row."""
         found = (row for row in rows if self.column in row and self.where.items() <= row.items())
         number = re.match(r"-?\d+(\.\d+)?(e-?\d+)?", str(next(found, {self.column: ""})[self.column]))
         return float(number[0]) if number else None
 
 
 class Measurement(Section):
-    """A command, and the goals of its rows."""
+    """A command, and the goals for its rows."""
 
     command: str = Field(pattern=r"^tapfl \w", description="as it is typed, without --json")
-    about: str = Field("", description="what a reader has to know")
+    about: str = Field("", description="remark for the reader")
     table: bool = Field(True, description="whether the page shows its rows")
     goal: tuple[Goal, ...] = ()
 
@@ -83,27 +83,27 @@ def read_measurements(file: Path) -> Sequence[Measurement]:
 
 def measure_all(
     config: Annotated[Path, typer.Option(help="TOML file with the commands and their goals")],
-    out: Annotated[Path, typer.Option(help="folder of the rows and of bench.md; what is there is not measured again")],
+    out: Annotated[Path, typer.Option(help="folder of the rows and of bench.md; existing rows are not measured again")],
 ) -> list[dict[str, str]]:
-    """Run all measurements of a file, and show every goal beside what was measured.
+    """Run all measurements of a file, and compare every goal with the measured value.
 
-    All tables are in bench.md, which is written anew after each command. If commands fail, or it is interrupted, the
-    rows of the others are kept, and the same command goes on.
+    All tables are in bench.md, which is written again after each command. If a command fails or the run is interrupted,
+    the other rows are kept, and the same command continues.
     """
     measurements = read_measurements(config)
     made_by = command("bench", "all", "--config", str(config), "--out", "DIR")
     rows: dict[str, Rows] = {}
     failed = []
     with stage("measurements") as advance:
-        for number, each in enumerate(measurements):
-            advance(number, len(measurements), each.command)
+        for number, measurement in enumerate(measurements):
+            advance(number, len(measurements), measurement.command)
             try:
-                rows[each.command] = _rows(each.command, out)
+                rows[measurement.command] = _rows(measurement.command, out)
             except RunError as error:
                 failed.append(str(error))
-            goals = [goal.judged(rows.get(each.command, ())) for each in measurements for goal in each.goal]
+            goals = [goal.judged(rows.get(m.command, ())) for m in measurements for goal in m.goal]
             page = [f"Made by `{made_by}`; {_versions(rows.values())}.\n", as_markdown(goals) if goals else ""]
-            page += [_table(each, rows[each.command]) for each in measurements if each.table and each.command in rows]
+            page += [_table(m, rows[m.command]) for m in measurements if m.table and m.command in rows]
             write_bytes(out / "bench.md", "\n".join(filter(None, page)).encode())
     if failed:
         raise RunError("\n".join([*failed, f"{out}: has the other rows; run the same command again to continue"]))
@@ -118,7 +118,7 @@ def _table(measurement: Measurement, rows: Rows) -> str:
 
 
 def _rows(command: str, out: Path) -> Rows:
-    """Returns the rows that a command printed, from its file or by running it now."""
+    """Returns the rows of a command, from its file if it exists, otherwise by running it."""
     name = re.sub(r"[^\w.=-]+", "-", command.removeprefix("tapfl ")).strip("-")
     file = out / f"{name}.jsonl"
     if not file.is_file():
@@ -135,8 +135,6 @@ def _rows(command: str, out: Path) -> Rows:
 
 
 def _versions(measured: Iterable[Rows]) -> str:
-    """Returns the versions with which the rows were measured, which need not be those that are installed now."""
-    known = [
-        row.get(VERSIONS, "versions that were not written down") for rows in measured for row in rows if TOOK in row
-    ]
+    """Returns the versions with which the rows were measured; other versions may be installed now."""
+    known = [row.get(VERSIONS, "unknown versions") for rows in measured for row in rows if TOOK in row]
     return "; or ".join(dict.fromkeys(known))

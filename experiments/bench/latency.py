@@ -1,8 +1,8 @@
-"""Latency of smaller models in torch and onnxruntime: at given shares of the MACs, and of the devices of a run.
+"""Latency of pruned models in torch and onnxruntime: at given shares of the MACs, and of the devices of a run.
 
-How fast a model is depends on its shapes alone, so random weights and random units do. All models take turns on one
-thread; times are the thread's own (`tapfl.models.cost`). Adapters are left out: merged into the weights they cost
-nothing.
+The speed of a model depends only on its shapes, so random weights and random units are sufficient. All models take
+turns on one thread, and times are CPU times of this thread (`tapfl.models.cost`). Adapters are left out, because they
+cost nothing once they are merged into the weights.
 """
 
 from __future__ import annotations
@@ -50,22 +50,23 @@ def latency(
     model: Models = ["deit_small_patch16_224"],
     size: Sizes = [224],
     share: Annotated[list[float], typer.Option(help="shares of the MACs")] = [0.75, 0.5, 0.25],
-    batch: Annotated[list[int], typer.Option(min=1, help="images at once")] = [1, 8],
+    batch: Annotated[list[int], typer.Option(min=1, help="batch sizes")] = [1, 8],
     align: Annotated[int, typer.Option(min=1, help="widths are multiples of this")] = 8,
     unit_shape: Annotated[list[str], typer.Option(help="as pruning.unit-shape")] = ["head-dims", "heads"],
     token_share: Annotated[
-        list[float], typer.Option(help="tokens that stay, see pruning.token-share; widths make up the rest of --share")
+        list[float], typer.Option(help="as pruning.token-share; the widths are cut further until --share is reached")
     ] = [],
     repeats: Repeats = 11,
 ) -> Iterator[Row]:
-    """Latency of dense and pruned models in torch and onnxruntime, beside the ratio of their MACs; one thread.
+    """Latency of dense and pruned models in torch and onnxruntime, and the ratio of their MACs; one thread.
 
-    All layers are cut alike. The ratio of the MACs is the best possible speed-up if all operations cost the same.
+    All layers are pruned to the same share. The ratio of the MACs is the best possible speed-up if all operations cost
+    the same.
     """
     base = {"criterion": "random", "ratio": "uniform", "align": align}
-    tokens: list[dict[str, Any]] = [{}, *({"tokens": "merge", "token_share": each} for each in token_share)]
+    tokens: list[dict[str, Any]] = [{}, *({"tokens": "merge", "token_share": kept} for kept in token_share)]
     ways = [validated(PruningOptions, {**base, "unit_shape": shape, **kept}) for shape in unit_shape for kept in tokens]
-    cuts = [(1.0, PruningOptions(**base)), *((each, options) for each in share for options in ways)]
+    cuts = [(1.0, PruningOptions(**base)), *((macs, options) for macs in share for options in ways)]
     torch.set_num_threads(1)
     for name, spec in specs(model, size, IMAGENET):
         yield from ({"model": name} | row for row in _latency(spec, cuts, batch, repeats))
@@ -74,14 +75,14 @@ def latency(
 def _latency(
     spec: BackboneSpec, cuts: Sequence[tuple[float, PruningOptions]], batches: Sequence[int], repeats: int
 ) -> Iterator[Row]:
-    """Yields a row for each share of the MACs with its options; the first is the dense model."""
+    """Yields a row for each (share of the MACs, options) in `cuts`; the first is the dense model."""
     dense = model_of(spec)
     inputs = example_input(dense, 1)
     macs: list[float] = []
     runs: dict[tuple[str, int, int], Callable[[], object]] = {}
     for i, (share, options) in enumerate(cuts):
         pruned = prune_model(pruning_task(dense, inputs, share, options, batch=1), spec)
-        pruned.model.requires_grad_(False)  # as one that is loaded; for gradients torch takes another form of attention
+        pruned.model.requires_grad_(False)  # as a loaded model; with gradients torch uses another attention kernel
         macs.append(pruned.plan.cost.macs / pruned.plan.dense.macs)
         session = _onnx(pruned.model, pruned.plan)
         for batch in batches:
@@ -92,7 +93,7 @@ def _latency(
     for i, (achieved, (_, options)) in enumerate(zip(macs, cuts, strict=True)):
         row = {"MACs": f"{achieved:.1%}", "MACs ratio": f"{1 / achieved:.2f}"}
         row["unit shape"] = options.unit_shape if achieved < 1 else "dense"
-        if any(each.tokens == "merge" for _, each in cuts):
+        if any(cut.tokens == "merge" for _, cut in cuts):
             row["tokens"] = f"{options.token_share:.0%}" if options.tokens == "merge" else ""
         for engine in ENGINES:
             for batch in batches:
@@ -110,7 +111,7 @@ def gain(
 ) -> list[dict[str, Any]]:
     """Gain of a run's devices: parameters, file, MACs, and latency in torch and onnxruntime; one image, one thread.
 
-    Devices whose models have the same shapes share a row. Each is compared with the dense model, in the first row.
+    Devices whose models have the same shapes share a row. All are compared with the dense model in the first row.
     """
     measured = measure_gain(run, repeats, device)
     numbers, shown = [model.numbers(measured[0]) for model in measured], [model.row(measured[0]) for model in measured]
@@ -133,8 +134,8 @@ class Measured:
     """One model: its costs, and its milliseconds per image in each turn, by engine.
 
     Attributes:
-        devices: the devices with a model of this shape; empty: the dense model.
-        budget: of the first of them.
+        devices: the devices with a model of these shapes; empty: the dense model.
+        budget: budget of the first of these devices.
     """
 
     devices: tuple[int, ...]
@@ -145,9 +146,9 @@ class Measured:
     milliseconds: Mapping[str, np.ndarray]
 
     def numbers(self, dense: Measured) -> dict[str, Any]:
-        """Returns a line of the CSV: the model's numbers, and its shares and speed-ups against the dense model.
+        """Returns a line of the CSV: the model's numbers, and its shares and speed-ups relative to the dense model.
 
-        The speed-up is the median over turns of the two models' ratio in the same turn.
+        The speed-up is the median over turns of the ratio of the two models' times in the same turn.
         """
         row: dict[str, Any] = {
             "devices": " ".join(map(str, self.devices)) or "dense",
@@ -166,7 +167,7 @@ class Measured:
         return row
 
     def row(self, dense: Measured) -> Row:
-        """Returns the numbers for people; times are median (quartiles)."""
+        """Returns the numbers as text for a table; times are median (quartiles)."""
         n = self.numbers(dense)
         row = {
             "devices": str(n["devices"]),
@@ -182,14 +183,14 @@ class Measured:
 
 
 def measure_gain(run: Path, repeats: int, devices: Sequence[int] = ()) -> list[Measured]:
-    """Returns the dense model, and one model for each shape among the run's devices.
+    """Measures the dense model, and one model for each combination of shapes among the run's devices.
 
     Args:
         repeats: turns of every model.
-        devices: whose models to measure; empty: all.
+        devices: the devices to measure; empty: all.
 
     Raises:
-        ConfigError: if the folder is not that of a run, or has no models of these devices.
+        ConfigError: if the folder is not a run's, or has no models of these devices.
         PlanError: if a model is damaged.
     """
     torch.set_num_threads(1)
@@ -229,14 +230,14 @@ def _plans(run: Path, devices: Sequence[int]) -> dict[int, PruningPlan]:
         raise ConfigError(f"RUN {run}: is not a run's folder (there is no config.json)")
     options = RunFolder(run).config().keys()
     names = {path.parent.name for path in run.glob("devices/*/pruned")}
-    there = sorted(int(name) for name in names if re.fullmatch(r"[0-9]{2,18}", name))
-    if not there:
-        raise ConfigError(f"RUN {run}: has no models of devices; they lie in devices/NN/pruned where the devices ran")
+    available = sorted(int(name) for name in names if re.fullmatch(r"[0-9]{2,18}", name))
+    if not available:
+        raise ConfigError(f"RUN {run}: has no models of devices; they are in devices/NN/pruned where the devices ran")
     if lacking := {"model.name", "model.args", "seed"} - options:
         raise ConfigError(f"RUN {run}: is not a run's folder (its config.json lacks {min(lacking)})")
-    if absent := [device for device in devices if device not in there]:
-        raise ConfigError(f"--device {absent[0]}: accepted: {', '.join(map(str, there))}")
-    return {device: load_plan(_pruned(run, device))[0] for device in devices or there}
+    if absent := [device for device in devices if device not in available]:
+        raise ConfigError(f"--device {absent[0]}: accepted: {', '.join(map(str, available))}")
+    return {device: load_plan(_pruned(run, device))[0] for device in devices or available}
 
 
 def _pruned(run: Path, device: int) -> Path:
@@ -244,7 +245,7 @@ def _pruned(run: Path, device: int) -> Path:
 
 
 def _whole(plan: PruningPlan) -> PruningPlan:
-    """Returns the plan that keeps everything."""
+    """Returns the same plan with all units and tokens kept."""
     layers = tuple(layer.model_copy(update={"kept": tuple(range(layer.units))}) for layer in plan.layers)
     return plan.model_copy(update={"layers": layers, "cost": plan.dense, "tokens": ()})
 

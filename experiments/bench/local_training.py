@@ -1,6 +1,6 @@
-"""The models that are measured, with random weights; and a device's local training, beside the same round by hand.
+"""Models with random weights for the benchmarks, and a device's local training, as ours and as a loop by hand.
 
-It needs neither Flower nor Ray.
+Neither Flower nor Ray is needed.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ METHODS: dict[str, Method[Any]] = {"fedavg": FedAvg(), "apfl": Apfl(ALPHA, "fixe
 
 
 def spec_named(name: str, pixels: int = 224, classes: int = CLASSES) -> BackboneSpec:
-    """Returns the spec of `digits`, or of a timm model for images of so many pixels per side."""
+    """Returns the spec of `digits`, or of a timm model for images with `pixels` pixels per side."""
     if name == "digits":
         return DIGITS
     return BackboneSpec(name=name, args={} if pixels == 224 else {"img_size": pixels}, num_classes=classes)
@@ -57,7 +57,7 @@ def specs(models: Sequence[str], sizes: Sequence[int], classes: int = CLASSES) -
 
 
 def model_of(spec: BackboneSpec) -> nn.Module:
-    """Returns a frozen model with random weights, always the same ones."""
+    """Returns a frozen model with random weights, which are the same in each call."""
     torch.manual_seed(0)
     return build(spec).requires_grad_(False)
 
@@ -68,7 +68,7 @@ def drawn(model: nn.Module, count: int, seed: int = 0) -> Tensor:
 
 
 def with_adapters(dense: nn.Module, made: Pruned, compute: Compute, rank: int = RANK) -> tuple[AdaptedModel, Params]:
-    """Returns a smaller model as a function of its adapters, and initial ones."""
+    """Returns a pruned model as a function of its adapters, and the initial adapters."""
     layers = prunable_layers(dense)
     shapes = global_shapes(dense, layers, max(rank, RANK))
     layout = device_layout(shapes, layers, made.plan, rank)
@@ -79,11 +79,11 @@ def with_adapters(dense: nn.Module, made: Pruned, compute: Compute, rank: int = 
 
 @dataclass(frozen=True)
 class Device:
-    """A smaller model as a function of its adapters, the adapters before a round, and training images.
+    """A pruned model as a function of its adapters, the adapters before a round, and training images.
 
     Attributes:
-        seed: of the order of the images.
-        macs: of the model; 0: not measured.
+        seed: seed of the order of the images.
+        macs: MACs of the model; 0: not measured.
     """
 
     adapted: AdaptedModel
@@ -97,7 +97,7 @@ class Device:
     def random(
         cls, spec: BackboneSpec, images: int, compute: Compute, budget: float = 0.5, rank: int = RANK, seed: int = 0
     ) -> Device:
-        """Returns a device with random images, and a model of random weights that is cut at random."""
+        """Returns a device with random images, and a randomly pruned model with random weights."""
         dense, options = model_of(spec), PruningOptions(criterion="random", ratio="uniform")
         made = prune_model(pruning_task(dense, drawn(dense, 4), budget, options, batch=4, seed=seed), spec)
         inputs, labels = compute.put(drawn(dense, images, seed)), compute.put(torch.arange(images) % spec.num_classes)
@@ -109,21 +109,21 @@ class Device:
     def order(self, step: int, epochs: int = 1) -> Sequence[Tensor]:
         """Returns the positions of the images of each step of a round, at most `step` at a time."""
         generator = numpy_generator(0, "train", self.seed)
-        return [torch.from_numpy(each) for each in batches(len(self.labels), step, epochs, generator)]
+        return [torch.from_numpy(batch) for batch in batches(len(self.labels), step, epochs, generator)]
 
     def task(self, method: str, step: int, epochs: int = 1) -> LocalTask:
-        """Returns a round of local training, not computed yet."""
+        """Returns a round of local training that is not computed yet."""
         order = self.order(step, epochs)
         train = TrainOptions(batch=step, steps=len(order), learning_rate=RATE)
         data = ((self.inputs[index], self.labels[index]) for index in order)
         return LocalTask(METHODS[method], self.adapted, self.start, None, data, train, frozenset(self.start), 0)
 
     def round(self, method: str, step: int, epochs: int = 1) -> Params:
-        """Returns the w that a round of local training gives."""
+        """Returns w after a round of local training."""
         return self.task(method, step, epochs).alone().upload or {}
 
     def by_hand(self, method: str, step: int, epochs: int = 1) -> tuple[Params, Params]:
-        """Returns w and v after the same round as anyone would write it; v is empty unless the method is APFL."""
+        """Returns w and v after the same round, in a straightforward loop; v is empty unless the method is APFL."""
         w = _leaves(self.start)
         v = _leaves(self.start) if method == "apfl" else {}
         adam = torch.optim.Adam(list(w.values()), lr=RATE, fused=True)

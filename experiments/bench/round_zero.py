@@ -1,4 +1,4 @@
-"""Round zero on the server: what a device costs, layers probed once for all devices, noise on the mixtures."""
+"""Round zero on the server: cost per device, probing layers once for all devices, noise on the mixtures."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from tapfl.seeds import numpy_generator
 from tapfl.summary.metric_set import RULES
 from tapfl.summary.mixture import GaussianSummary, device_mixture
 
-POOL, COMPONENTS, ALONE = 897, 3, 3  # images of the pool, components a device, devices that are planned without sharing
+POOL, COMPONENTS, ALONE = 897, 3, 3  # images of the pool, components per device, devices planned without sharing
 MEASURES = ("ρ attention", "ρ ffn", "kept alike", "accuracy own", "accuracy pool", "pool - own")
 Seeds = Annotated[list[int], typer.Option(help="seeds of runs")]
 Devices = Annotated[int, typer.Option(min=1, help="devices of the digits run")]
@@ -44,9 +44,10 @@ def devices(
 ) -> Iterator[Row]:
     """Round zero on the server for many devices with one public pool: CPU seconds per device, one thread.
 
-    The pool's descriptors and mixture are computed once, then a metric set, its scores and a plan for each device, with
-    synthetic mixtures and the run's backbone with random weights. `unshared` is a plan of ``probe=own`` that shares
-    nothing, `forward` one forward pass of a metric set, `goal` the plans over 5 × one and a pass for each device.
+    Descriptors and mixture of the pool are computed once, then a metric set, its scores and a plan for each device. The
+    mixtures are synthetic, and the run's backbone has random weights. `unshared` is a plan with ``probe=own`` that
+    shares nothing with others; `forward` is one forward pass of a metric set; `goal` is the time of all plans divided
+    by the sum of 5 unshared plans and one forward pass per device.
     """
     torch.set_num_threads(1)
     torch.manual_seed(0)
@@ -81,7 +82,7 @@ def devices(
 
 
 def synthetic_mixture(points: np.ndarray, device: int) -> GaussianSummary:
-    """Returns a mixture like a device's: a few tight components around points (n, d) of the pool."""
+    """Returns a mixture similar to a device's: a few narrow components around points (n, d) of the pool."""
     generator = numpy_generator(0, "bench devices", device)
     means = points[generator.choice(len(points), COMPONENTS, replace=False)]
     variances = points.var(0) * generator.uniform(0.1, 0.4, means.shape)
@@ -111,9 +112,9 @@ def probe(
 ) -> Iterator[Row]:
     """Layers probed once on the pool against once per device: ranks, kept units and accuracy on the digits devices.
 
-    Accuracy is that of the smaller models among a device's own classes, without training; rows are means over devices
-    and seeds, and ± is the standard deviation of the last difference. At the published τ = 5.82 widths are nearly even,
-    whatever the importance, so a small τ is measured too.
+    Accuracy is that of the pruned models among a device's own classes, without training. Rows are means over devices
+    and seeds; ± is the standard deviation of the difference in the last column. With the published τ = 5.82 widths are
+    nearly even for any importance, so a small τ is measured too.
     """
     torch.set_num_threads(1)
     found: dict[tuple[float, float], list[list[float]]] = {(t, b): [] for t in tau for b in budget}
@@ -125,7 +126,7 @@ def probe(
         views = [DeviceView.of(scenario, device) for device in range(devices)]
         for t in tau:
             flat = [config.flat() | {"pruning.tau": t, "pruning.probe": way} for way in ("own", "pool")]
-            ways = [Shared(RunConfig.from_flat(each), scenario.pool, scenario.model) for each in flat]
+            ways = [Shared(RunConfig.from_flat(options), scenario.pool, scenario.model) for options in flat]
             for device, view in enumerate(views):
                 chosen = task_images(scenario.pool, view.summary, config.metric, run, device)
                 for b in budget:
@@ -161,7 +162,7 @@ def noise(
     devices: Devices = 10,
     set: Set = [],
 ) -> Iterator[Row]:
-    """Noise on the mixture's moments: share of the metric set that is of the device's own classes, mean and worst."""
+    """Noise on the mixture's moments: share of the metric set in the device's own classes, mean and worst."""
     torch.set_num_threads(1)
     described = []
     for run in seed:

@@ -1,11 +1,12 @@
-"""Neuron scores and layer importance of whole backbones, against their formulas as written and the least possible work.
+"""Neuron scores and layer importance of whole backbones, against their formulas and a lower bound of the work.
 
-Scores: the *loop* is the formula as it is written, with kernels, centring matrices and traces for each channel. The
-*hoisted* loop computes once what all channels share. Both take every n-th channel of each layer, exactly, and their
-seconds are multiplied by n; the scores compared are those of these channels. The *floor* is what any implementation
-has to do: one forward pass, copies of the activations in channel-major order, and one Gram matrix and one exponential
-per channel. Memory: the peak of the tensors of the terms besides the activations, which `chunk` bounds; and the growth
-of the process over a whole batch, with the forward pass and the recorded activations of all layers.
+Scores: the *loop* implements the formula literally, with kernels, centring matrices and traces for each channel. The
+*hoisted* loop computes what all channels share only once. Both compute exact scores for every n-th channel of each
+layer, and their seconds are multiplied by n; scores are compared for these channels. The *floor* is the work that any
+implementation has to do: one forward pass, copies of the activations in channel-major order, and one Gram matrix and
+one exponential per channel. Memory: the peak of the tensors of the terms, without the activations, which `chunk`
+bounds; and the growth of the process over a whole batch, with the forward pass and the recorded activations of all
+layers.
 
 Layers: each probe with two whole forward passes, against `layer_importance`, which caches the common prefix.
 """
@@ -58,9 +59,11 @@ def scoring(
     size: Sizes = [64],
     repeats: Repeats = 3,
     chunk: Annotated[int, typer.Option(min=1, help="channels scored at once")] = 128,
-    every: Annotated[int, typer.Option(min=1, help="the loops take every n-th channel, scaled up by n")] = 16,
+    every: Annotated[
+        int, typer.Option(min=1, help="n: loops only for every n-th channel, and their times are scaled by n")
+    ] = 16,
 ) -> Iterator[Row]:
-    """Composite neuron importance against the per-channel loop and the arithmetic floor; one thread, batch 64."""
+    """Composite neuron importance against the per-channel loop and a lower bound of the work; one thread, batch 64."""
     torch.set_num_threads(1)
     for name, spec in specs(model, size, IMAGENET):
         yield {"model": name} | _scoring(model_of(spec), repeats, chunk, every)
@@ -68,7 +71,7 @@ def scoring(
 
 @dataclass(frozen=True)
 class Sized(Compute):
-    """The CPU, with other sizes than those that suit it."""
+    """The CPU, with other chunk sizes than its default."""
 
     at_once: AtOnce = OF_CPU
 
@@ -114,22 +117,22 @@ def _scoring(model: nn.Module, repeats: int, chunk: int, every: int) -> Row:
 
 
 def loop_kernel(Z: Tensor) -> Tensor:
-    """K(Z) of (B, N), each bandwidth by itself."""
+    """Returns K(Z) of Z (B, N); each bandwidth is computed separately."""
     squares = (Z[:, None] - Z[None]).square().sum(-1)
     return torch.stack([torch.exp(-squares / (2 * sigma**2)) for sigma in SIGMAS]).mean(0)
 
 
 def trace_of_centred(K: Tensor, R: Tensor) -> Tensor:
-    """tr(HKH · HRH), as it is written."""
+    """Returns tr(HKH · HRH), computed literally."""
     H = torch.eye(len(K)) - 1 / len(K)
     return torch.trace(H @ K @ H @ H @ R @ H)
 
 
 def loop_terms(X: Tensor, P: Tensor, heads: int, every: int = 1, hoisted: bool = False) -> Terms:
-    """Returns the three terms of every n-th channel of a layer, one channel at a time, each formula as written.
+    """Returns the three terms of every n-th channel of a layer, one channel at a time, each formula literally.
 
     Args:
-        hoisted: computes outside of the loop what does not depend on the channel, which is the best a loop can be.
+        hoisted: compute what does not depend on the channel outside of the loop, the fastest possible loop.
     """
     channels = X.shape[-1]
     groups = max(heads, 1)
@@ -164,7 +167,7 @@ def _floor(activations: Mapping[str, Tensor], chunk: int) -> None:
 def _agreement(
     layers: Sequence[PrunableLayer], loop: Mapping[str, Terms], fused: Mapping[str, Terms], every: int
 ) -> tuple[float, float]:
-    """Returns the largest difference of a score, and which share of the better half both ways keep."""
+    """Returns the largest difference of a score, and the share of the better half that both variants keep."""
     differences, common = [], []
     for layer in layers:
         full = fused[layer.name]
@@ -181,9 +184,11 @@ def layers(
     model: Models = ["deit_tiny_patch16_224"],
     size: Sizes = [64],
     repeats: Repeats = 3,
-    every: Annotated[int, typer.Option(min=1, help="whole passes for every n-th layer, scaled up by n")] = 5,
+    every: Annotated[
+        int, typer.Option(min=1, help="n: whole passes only for every n-th layer, and their times are scaled by n")
+    ] = 5,
 ) -> Iterator[Row]:
-    """Layer importance with all that probes share computed once, against two whole forward passes per probe."""
+    """Layer importance with the common work of all probes done once, against two whole forward passes per probe."""
     torch.set_num_threads(1)
     for name, spec in specs(model, size, IMAGENET):
         yield {"model": name} | _layers(model_of(spec), repeats, every)
@@ -219,7 +224,7 @@ def _layers(model: nn.Module, repeats: int, every: int) -> Row:
 def plain_layer_importance(
     model: nn.Module, layers: Sequence[PrunableLayer], kept: Mapping[str, Tensor], inputs: Tensor
 ) -> dict[str, float]:
-    """Returns KL_l, each probe with a dense pass of its own."""
+    """Returns KL_l of each layer; each probe does its own dense pass."""
     divergence = {}
     for layer in layers:
         dense = model(inputs).double().log_softmax(-1)

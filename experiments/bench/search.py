@@ -1,7 +1,8 @@
 """Searches on a toy problem with a known optimum: regret by rounds spent.
 
-The toy has learning curves: one parameter sets how fast a configuration converges, so that first rungs mislead, and
-every value is noisy. Regret is the noiseless loss after R rounds, minus that of the best configuration.
+The toy problem has learning curves: one parameter determines how fast a configuration converges, so that the first
+rungs mislead, and every value is noisy. Regret is the noiseless loss after R rounds minus that of the best
+configuration.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ NOISE = 0.05
 KINDS = ("a", "b", "c")
 METHODS: dict[str, dict[str, str | int]] = {
     "bohb": {"method": "bohb"},
-    "tpe-hyperband": {"method": "tpe-hyperband", "block": 1},  # one after another, as Optuna does it
+    "tpe-hyperband": {"method": "tpe-hyperband", "block": 1},  # one trial after another, as in Optuna
     "random": {"method": "random"},
 }
 SPACE = SearchSpace(
@@ -50,7 +51,7 @@ SPACE = SearchSpace(
 
 @dataclass(frozen=True)
 class Toy:
-    """A loss over five parameters whose optimum lies elsewhere for each seed."""
+    """A loss over five parameters, with a different optimum for each seed."""
 
     seed: int
 
@@ -64,17 +65,17 @@ class Toy:
         return float(((numbers - optimum) ** 2).sum()) + kind + 0.5 * math.exp(-rounds * (0.1 + 0.4 * speed))
 
     def least(self) -> float:
-        """Returns the least possible loss after R rounds."""
+        """Returns the smallest possible loss after R rounds."""
         speeds, ns = np.logspace(-4, -1, 400), range(1, 21)
         x, y = np.random.default_rng([self.seed, 0]).uniform(0.15, 0.85, 4)[1:3]
         best = {"x": x, "y": y, "kind": KINDS[self.seed % 3]}
-        n = min(ns, key=lambda each: self.loss(best | {"speed": 1e-2, "n": each}, R))
+        n = min(ns, key=lambda value: self.loss(best | {"speed": 1e-2, "n": value}, R))
         return min(self.loss(best | {"speed": speed, "n": n}, R) for speed in speeds)
 
 
 @dataclass
 class ToyRuns:
-    """Runs of the toy that finish at once, and record the rounds spent."""
+    """Runs of the toy problem, which finish immediately and record the rounds spent."""
 
     toy: Toy
     spent: int = 0
@@ -93,7 +94,7 @@ class ToyRuns:
         return future
 
     def truth(self, rounds: int) -> float:
-        """Returns the true loss of the trial that looks best after `rounds` in all, among those trained longest."""
+        """Returns the true loss of the trial that looks best after `rounds` rounds in total, among the longest ones."""
         found = [(-b, value, truth) for spent, b, value, truth in self.log if spent <= rounds]
         return min(found)[2]
 
@@ -111,12 +112,12 @@ def regrets(seed: int, totals: Sequence[int], settings: Mapping[str, object]) ->
 
 def search(
     seeds: Annotated[int, typer.Option(min=1, help="searches per method")] = 20,
-    first_seed: Annotated[int, typer.Option(min=0, help="the others follow")] = 0,
-    rounds: Annotated[list[int], typer.Option(min=27, help="rounds spent in all")] = [200, 400, 800, 1600],
-    method: Annotated[list[str], typer.Option(help="of the table's first column; default: all")] = [],
+    first_seed: Annotated[int, typer.Option(min=0, help="seed of the first search; the others follow")] = 0,
+    rounds: Annotated[list[int], typer.Option(min=27, help="rounds spent in total")] = [200, 400, 800, 1600],
+    method: Annotated[list[str], typer.Option(help=f"{', '.join(METHODS)}; default: all")] = [],
     set: Annotated[list[str], typer.Option("--set", help="key=value, options of \\[search]")] = [],
 ) -> Iterator[Row]:
-    """Methods of `tapfl search` on a toy of five parameters, with learning curves and noise: regret by rounds spent.
+    """Methods of `tapfl search` on a toy problem with five parameters, learning curves and noise: regret by rounds.
 
     Regret is the mean over seeds ± its standard error.
     """

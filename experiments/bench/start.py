@@ -1,4 +1,4 @@
-"""How long a command takes that computes nothing: the help, and an option that is refused."""
+"""Start-up time of a command that computes nothing: the help, and an option that is refused."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ COMMANDS = (("--help",), ("run", "--set", "train.rounds=many"))
 
 
 def start(repeats: Repeats = 5) -> Iterator[Row]:
-    """Wall and CPU seconds of commands that compute nothing, beside those of a Python that does nothing."""
+    """Wall and CPU seconds of commands that compute nothing, compared with a Python that does nothing."""
     arguments = {"python -c pass": ("-c", "pass")}
-    arguments |= {command(*each): ("-m", "experiments.cli", *each) for each in COMMANDS}
-    taken = {name: np.array([_seconds(each) for _ in range(repeats + 1)])[1:] for name, each in arguments.items()}
+    arguments |= {command(*parts): ("-m", "experiments.cli", *parts) for parts in COMMANDS}
+    taken = {name: np.array([_seconds(parts) for _ in range(repeats + 1)])[1:] for name, parts in arguments.items()}
     for name, seconds in taken.items():
         wall, cpu = np.median(seconds, axis=0)
         yield {"command": name, "wall s": f"{wall:.2f}", "CPU s": f"{cpu:.2f}"}

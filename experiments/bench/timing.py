@@ -1,4 +1,4 @@
-"""What the benchmarks share: options, interleaved timing, peak memory, and how busy a GPU is."""
+"""Code shared by the benchmarks: options, interleaved timing, peak memory, and GPU utilisation."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ WATCH = (
 )
 Models = Annotated[list[str], typer.Option("--model", help="timm names, or `digits`")]
 Sizes = Annotated[list[int], typer.Option("--size", help="image sizes, pixels per side")]
-Repeats = Annotated[int, typer.Option(min=1, help="turns; the median counts")]
+Repeats = Annotated[int, typer.Option(min=1, help="turns; results are their medians")]
 Counts = Annotated[list[int], typer.Option(min=1, help="numbers of devices")]
 Set = Annotated[list[str], typer.Option("--set", help="key=value, further options of the runs")]
 
 
 def chosen(option: str, names: Collection[str], known: Sequence[str]) -> list[str]:
-    """Returns the names in the order of `known`; all, if none is given. Raises ConfigError for one that is unknown."""
+    """Returns the names in the order of `known`, or all if none is given. Raises ConfigError for an unknown name."""
     if unknown := [name for name in names if name not in known]:
         raise ConfigError(f"{option} {unknown[0]}: accepted: {', '.join(known)}")
     return [name for name in known if name in names or not names]
@@ -55,7 +55,7 @@ def cpu_seconds(work: Callable[[], object]) -> float:
 def turns(variants: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, np.ndarray]:
     """Returns wall and CPU seconds of each turn of each variant, (repeats, 2).
 
-    They take turns, so that a busy machine is busy for all.
+    The variants take turns, so that other load on the machine affects all of them.
     """
     taken: dict[str, list[tuple[float, float]]] = {name: [] for name in variants}
     for _ in range(repeats):
@@ -63,7 +63,7 @@ def turns(variants: Mapping[str, Callable[[], object]], repeats: int) -> dict[st
             start = time.perf_counter()
             cpu = cpu_seconds(work)
             taken[name].append((time.perf_counter() - start, cpu))
-    return {name: np.array(each) for name, each in taken.items()}
+    return {name: np.array(seconds) for name, seconds in taken.items()}
 
 
 def side_by_side(variants: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, float]:
@@ -73,7 +73,7 @@ def side_by_side(variants: Mapping[str, Callable[[], object]], repeats: int) -> 
 
 def peak_tensor_bytes(work: Callable[[], object]) -> int:
     """Returns the peak bytes of the tensors that `work` creates, as torch's profiler counts them."""
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else it says on standard error that it begins and ends
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # otherwise it logs its start and end to standard error
     with profile(profile_memory=True) as seen:
         work()
     assert seen.profiler is not None and seen.profiler.kineto_results is not None
@@ -82,9 +82,9 @@ def peak_tensor_bytes(work: Callable[[], object]) -> int:
 
 
 def peak_process_bytes(work: Callable[[], object]) -> int | None:
-    """Returns by how many bytes the process grows at most during `work`; None where Linux does not report it.
+    """Returns the largest growth of the process during `work`, in bytes; None if Linux does not report it.
 
-    Memory freed before is returned to the system first, so that its reuse does not hide the growth.
+    Memory that was freed before is returned to the system first, so that its reuse does not hide growth.
     """
     try:
         gc.collect()
@@ -99,7 +99,7 @@ def peak_process_bytes(work: Callable[[], object]) -> int | None:
 
 @contextmanager
 def watched() -> Iterator[dict[str, float]]:
-    """Yields a row that at the end has how busy the GPU was and its memory in use, if NVIDIA's tool is there."""
+    """Yields a row that after the block has the GPU's utilisation and memory in use, if `nvidia-smi` is available."""
     seen: dict[str, float] = {}
     if not shutil.which(WATCH[0]):
         yield seen

@@ -1,6 +1,6 @@
 """Local rounds of devices that step together, against the same devices one by one and against a loop by hand.
 
-All three take turns on one thread. Local training alone is counted: no messages, no evaluation, nothing is stored.
+All three take turns on one thread. Only local training is measured, without messages, evaluation or storage.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ def together(
     model: Models = ["digits"],
     size: Sizes = [64],
     method: Annotated[list[str], typer.Option(help=f"{', '.join(METHODS)}; default: all")] = [],
-    devices: Annotated[int, typer.Option(min=2, help="of the default budgets and ranks in turn")] = 20,
+    devices: Annotated[int, typer.Option(min=2, help="devices, with the default budgets and ranks in turn")] = 20,
     at_once: Annotated[str, typer.Option(help="as train.together: a number, or auto")] = "auto",
     samples: Annotated[int, typer.Option(min=2, help="training images per device")] = 72,
     batch: Annotated[int, typer.Option(min=2, help="images per step")] = 16,
     repeats: Repeats = 3,
 ) -> Iterator[Row]:
-    """A local round of devices that step together, as a share of a bare loop over them; stacking them is included.
+    """A local round of devices that step together, relative to a bare loop over them; the time includes stacking.
 
-    A round has three epochs. `stacking` is the share of the time that goes into making one model of each group.
+    A round has three epochs. `stacking` is the share of the time spent on building one stacked model per group.
     """
     methods = chosen("--method", method, [*METHODS])
     train = RunConfig.from_flat(dict([parse_assignment(f"train.together={at_once}")]) | {"train.batch": batch}).train
@@ -45,13 +45,13 @@ def together(
     for name, spec in specs(model, size):
         made = [Device.random(spec, samples, HERE, *KINDS[i % len(KINDS)], seed=i) for i in range(devices)]
         groups = _groups(made, train)
-        for each in methods:
-            taken = turns(_variants(made, groups, each, train), repeats)
-            yield {"model": name, "method": each, "groups": _sizes(groups)} | _row(taken)
+        for method_name in methods:
+            taken = turns(_variants(made, groups, method_name, train), repeats)
+            yield {"model": name, "method": method_name, "groups": _sizes(groups)} | _row(taken)
 
 
 def _groups(devices: Sequence[Device], train: TrainOptions) -> list[list[int]]:
-    """Returns all devices by what is computed at once, as in a run."""
+    """Returns all devices in the groups that are computed together, as in a run."""
     groups = groups_of({i: device.macs for i, device in enumerate(devices)}, train)
     grouped = {i for group in groups for i in group}
     return groups + [[i] for i in range(len(devices)) if i not in grouped]
@@ -77,7 +77,7 @@ def _variants(
 
 
 def _whole(outcomes: Sequence[Outcome]) -> Sequence[Outcome]:
-    """Returns the results. Raises the error with which a device's training ended."""
+    """Returns the outcomes. Raises the first one that is an error."""
     for outcome in outcomes:
         if isinstance(outcome, Exception):
             raise outcome
@@ -85,7 +85,7 @@ def _whole(outcomes: Sequence[Outcome]) -> Sequence[Outcome]:
 
 
 def _row(taken: dict[str, np.ndarray]) -> Row:
-    """Returns columns of medians; `taken` has wall and CPU seconds of each turn."""
+    """Returns the columns of the table; `taken` has wall and CPU seconds of each turn."""
 
     def ratio(what: str, to: str, unit: int = 1) -> str:
         shares = taken[what][:, unit] / taken[to][:, unit]

@@ -1,4 +1,4 @@
-"""The federation that `tapfl bench simulation` measures, for all its variants: options, images, first adapters."""
+"""The federation that `tapfl bench simulation` measures, for all its variants: options, images, initial adapters."""
 
 from __future__ import annotations
 
@@ -38,28 +38,28 @@ class FederationOptions:
     """Options of the benchmarks that run whole federations."""
 
     rounds: Annotated[int, typer.Option(min=2, help="rounds; the first counts as start-up")] = 5
-    repeats: Annotated[int, typer.Option(min=1, help="turns; the median counts")] = 3
+    repeats: Annotated[int, typer.Option(min=1, help="turns; results are their medians")] = 3
     samples: Annotated[int, typer.Option(min=10, help="training images per device")] = 64
     batch: Annotated[int, typer.Option(min=1, help="images per step")] = 32
     model_args: Annotated[str, typer.Option(help="as model.args")] = (
         "img_size=32,patch_size=4,embed_dim=96,depth=6,num_heads=3"
     )
-    workers: Annotated[int, typer.Option(min=1, help="processes of one thread")] = 2
+    workers: Annotated[int, typer.Option(min=1, help="worker processes, with one thread each")] = 2
     together: Annotated[
-        str, typer.Option(help="as train.together; the loop by hand trains one device after another")
+        str, typer.Option(help="as train.together; the loop by hand always trains one device after another")
     ] = "1"
 
 
 @dataclass(frozen=True)
 class Workload:
-    """A federation of equal devices that keep the whole backbone, so that its FedAvg is a plain mean."""
+    """A federation of equal devices that keep the whole backbone, so that FedAvg is a plain weighted mean."""
 
     config: RunConfig
     backbone_key: str
 
     @classmethod
     def prepare(cls, folder: Path, devices: int, options: FederationOptions) -> Workload:
-        """Writes images of noise, the options as ``config.toml``, and a cache with the backbone to `folder`."""
+        """Writes images of random noise, the options as ``config.toml``, and a cache with the backbone to `folder`."""
         pixels = int(dict(part.split("=") for part in options.model_args.split(","))["img_size"])
         for name, count in (("pool", POOL), ("private", round(devices * options.samples / (1 - TEST_SHARE)))):
             images = numpy_generator(0, name).integers(0, 256, (count, pixels, pixels, 3), dtype=np.uint8)
@@ -99,7 +99,7 @@ class Workload:
     @classmethod
     @cache
     def read(cls, folder: str) -> Workload:
-        """Returns the workload that `prepare` wrote to a folder; the same object in all of a process."""
+        """Returns the workload that `prepare` wrote to a folder; a process reads it only once."""
         config = RunConfig.from_flat(read_toml(Path(folder) / "config.toml"))
         return cls(config, (Path(folder) / "backbone").read_text())
 
@@ -160,7 +160,7 @@ class Workload:
 
 
 def note_round(out: Path, round: int) -> None:
-    """Adds the line that marks a round's end, as `tapfl run` does in its metrics."""
+    """Appends the line that marks the end of a round, as `tapfl run` does in its metrics."""
     out.mkdir(parents=True, exist_ok=True)
     with (out / "metrics.jsonl").open("a") as file:
         file.write(json.dumps({"kind": "round", "round": round}) + "\n")

@@ -1,1 +1,1 @@
-"""Criteria side by side: the same metric sets, budgets, alignment, cost meter and test images for all of them."""
+"""Compares pruning criteria with the same metric sets, budgets, alignment, cost model and test images."""

@@ -1,7 +1,7 @@
 """Measures the cells of a comparison; neighbouring cells share intermediate results.
 
 ```
-scenario ─► device's view ─► metric set ─► scores ─► selection ─► smaller model ─► recovered ─► accuracy
+scenario ─► device's view ─► metric set ─► scores ─► selection ─► pruned model ──► recovered ─► accuracy
                pool-lacks      metric.*    criterion    budget     compensation     recovery
 ```
 """
@@ -37,14 +37,14 @@ Row = dict[str, str]
 Scoring = Callable[[PruningTask], Scores]
 FINISH = tuple(name for name in PruningOptions.model_fields if name.startswith(("compensation", "recovery")))
 RECOVERY = tuple(name for name in FINISH if name.startswith("recovery"))
-# options that scores do not depend on: they decide how a budget is spent
+# options that scores do not depend on, because they only determine how a budget is spent
 OF_TOKENS = ("tokens", "token_share")
 SPENDING = ("criterion", "ratio", "tau", "align", "floor", "unit_shape", "probe", "send", *OF_TOKENS)
-KEPT = {"images": 2, "scores": 64, "sensitivities": 2}  # results kept of a kind; of others the last one
+KEPT = {"images": 2, "scores": 64, "sensitivities": 2}  # number of cached results of each kind; 1 of the others
 
 
 def timed(make: Callable[[], T], compute: Compute) -> tuple[T, float]:
-    """Returns the result of `make`, and the seconds that it took by the clock of what it computes on."""
+    """Returns the result of `make` and the seconds that it took, measured by the clock of the device it computes on."""
     made: list[T] = []
     seconds = compute.seconds(lambda: made.append(make()))
     return made[0], seconds
@@ -54,7 +54,7 @@ class CellRunner:
     """Measures cells one after the other.
 
     Args:
-        rank: also measures the rank correlation of the scores with the oracle's, which needs a second scoring.
+        rank: also measure the rank correlation of the scores with the oracle's, which needs a second scoring.
     """
 
     def __init__(self, rank: bool = False) -> None:
@@ -77,7 +77,7 @@ class CellRunner:
         except ConfigError as error:  # the criterion does not support one of the options
             return {"refused": str(error)}
         view = self._view(cell)
-        later = FINISH if options.tokens != "auto" else RECOVERY  # tokens are chosen by what compensation leaves
+        later = FINISH if options.tokens != "auto" else RECOVERY  # with auto, tokens depend on compensation
         choice = (_images_key(cell), cell.budget, options.model_copy(update=dict.fromkeys(later)))
         task = self._once("task", choice, lambda: self._task(cell))
         task = replace(task, options=task.options.model_copy(update={name: getattr(options, name) for name in FINISH}))
@@ -93,7 +93,7 @@ class CellRunner:
         cost = (plan.cost.macs / plan.dense.macs, plan.cost.params / plan.dense.params)
         values = (*cost, *view.coverage(self._images(cell)), *view.dense, *shares(right), round(seconds, 4))
         measures: dict[str, object] = dict(zip(MEASURES, values, strict=True))
-        measures |= {name: as_text(each.tolist()) for name, each in zip(IMAGES.values(), right, strict=True)}
+        measures |= {name: as_text(part.tolist()) for name, part in zip(IMAGES.values(), right, strict=True)}
         return measures | (self._agreement(cell, task) if self.rank else {})
 
     def _view(self, cell: Cell) -> DeviceView:
@@ -111,7 +111,7 @@ class CellRunner:
         return self._view(cell).task(self._images(cell), cell.budget, config.pruning, config.metric.batch)
 
     def _select(self, cell: Cell, task: PruningTask) -> tuple[Selection | str, float]:
-        """Returns the selection of the criterion, or why there is none, and its seconds."""
+        """Returns the selection of the criterion (or the reason that there is none) and the seconds it took."""
         criterion, compute = criterion_of(task.options.criterion), Compute.of(cell.config.compute)
         try:
             if criterion.scores is None:
@@ -126,7 +126,7 @@ class CellRunner:
         self, cell: Cell, options: PruningOptions, scoring: Scoring, task: Callable[[], PruningTask]
     ) -> tuple[Scores, float]:
         def make() -> tuple[Scores, float]:
-            problem = task()  # its time does not count
+            problem = task()  # not part of the measured time
             return timed(lambda: home(scoring(problem)), Compute.of(cell.config.compute))
 
         plain = options.model_copy(update=dict.fromkeys((*FINISH, *SPENDING)))
@@ -144,23 +144,23 @@ class CellRunner:
 
     def _cut(self, cell: Cell, task: PruningTask, selection: Selection) -> nn.Module:
         options, rows = task.options, None
-        if selection.model is None and options.compensation != "none":  # the same weights for all criteria of a basis
+        if selection.model is None and options.compensation != "none":  # shared by all criteria with the same basis
             key = (_images_key(cell), options.basis, options.compensation_rows)
             rows = self._once("sensitivities", key, lambda: row_sensitivities(task, task.model))
         return cut(task, selection, rows)
 
 
 def scenario_of(config: RunConfig) -> RunConfig:
-    """Returns `config` with the sections that a scenario does not depend on at their defaults."""
+    """Returns `config` with defaults in all sections that a scenario does not depend on."""
     others = ("metric", "pruning", "adapters", "train", "personalize")
     return config.model_copy(update={name: getattr(RunConfig(), name) for name in others})
 
 
 def rank_correlations(layers: Sequence[PrunableLayer], ours: Scores, theirs: Scores) -> dict[str, float]:
-    """Returns Spearman's ρ between two scores of the units of a layer, as ``rank_ffn`` and ``rank_attention``.
+    """Returns Spearman's ρ between two scores of a layer's units, as ``rank_ffn`` and ``rank_attention``.
 
-    Each is a mean over the layers of a kind. A layer whose units all have one score is left out, and so is a kind
-    without any other layer.
+    Each is the mean over the layers of a kind. Layers whose units all have the same score are left out, and so is a
+    kind that has only such layers.
     """
     found: dict[str, list[float]] = {}
     for layer in layers:

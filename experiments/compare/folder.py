@@ -1,8 +1,8 @@
-"""What the cells in a comparison's folder belong to: written down beside them, and compared at the next start.
+"""The origin of the cells in a comparison's folder, which is stored with them and checked when it is continued.
 
-`results.csv` knows a cell by its values along the axes. All else that its numbers depend on stands in
-`comparison.json`: the options that all cells share, what lies behind those that name images or files, and the versions
-of the packages. Cells may be added along an axis; nothing else may change.
+`results.csv` identifies a cell by its values along the axes. Everything else that its numbers depend on is in
+`comparison.json`: the options that all cells share, fingerprints of the images and files that options name, and the
+versions of the packages. Cells may be added along an axis; nothing else may change.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ SHOWN = 8  # digits of a fingerprint in a caption
 
 
 class Origin(BaseModel):
-    """What the cells of a folder have in common.
+    """What the cells in a folder have in common.
 
     Attributes:
-        options: what all cells share, but for the options that change no result; paths are absolute.
-        contents: ``option = 'value'`` -> fingerprint, of every value along an axis too.
+        options: the options that all cells share, except those that change no result; paths are absolute.
+        contents: ``option = 'value'`` -> fingerprint; of an axis, an entry for each value.
         versions: package -> the versions with which cells were measured.
     """
 
@@ -47,7 +47,7 @@ class Origin(BaseModel):
     versions: dict[str, tuple[str, ...]]
 
     def measured_now(self) -> Origin:
-        """Returns it with the versions that are installed: those of the cells that are measured next."""
+        """Returns the origin with the installed versions added, because the next cells are measured with them."""
         now = {name: (version,) for name, version in installed().items()}
         then = {name: versions for name, versions in self.versions.items() if name in now}
         merged = {name: tuple(dict.fromkeys((*then.get(name, ()), *versions))) for name, versions in now.items()}
@@ -55,13 +55,13 @@ class Origin(BaseModel):
 
 
 def origin_of(comparison: Comparison, require: bool = True) -> Origin:
-    """Returns what cells that are measured now would have in common.
+    """Returns the origin of cells that would be measured now.
 
     Args:
-        require: whether all inputs must be there; if not, those that cannot be read are left out.
+        require: whether all inputs must exist; if False, those that cannot be read are left out.
 
     Raises:
-        TapflError: if an input that must be there cannot be read.
+        TapflError: if a required input cannot be read.
     """
     flat = absolute_paths(next(comparison.cells()).config).flat()
     axes = {option_of(axis): values for axis, values in comparison.axes.items()}
@@ -71,16 +71,16 @@ def origin_of(comparison: Comparison, require: bool = True) -> Origin:
 
 
 def require_same(before: Origin | None, now: Origin, out: Path) -> Origin:
-    """Returns `before` with what was added along the axes.
+    """Returns `before` with the inputs that were added along the axes.
 
     Args:
-        before: that of the finished cells in `out`; None: it is not known.
+        before: the origin of the finished cells in `out`; None: not known.
 
     Raises:
-        ConfigError: naming all in which `now` is another one.
+        ConfigError: naming every difference of `now`.
     """
     if before is None:
-        raise ConfigError(f"--out {out}: lacks {FILE}, which says what its cells belong to; give another --out")
+        raise ConfigError(f"--out {out}: {FILE}, the origin of its cells, is missing; give another --out")
     both = {name: fingerprint for name, fingerprint in now.contents.items() if name in before.contents}
     odd = differences(before.options, now.options) + changed(before.contents, both, "its cells were measured")
     if odd:
@@ -89,7 +89,7 @@ def require_same(before: Origin | None, now: Origin, out: Path) -> Origin:
 
 
 def read_origin(out: Path) -> Origin | None:
-    """Returns what the cells in a comparison's folder have in common; None if it is missing or damaged."""
+    """Returns the origin of the cells in a comparison's folder; None if the file is missing or damaged."""
     try:
         return Origin.model_validate_json((out / FILE).read_bytes())
     except (OSError, ValidationError):
@@ -101,7 +101,7 @@ def write_origin(out: Path, origin: Origin) -> None:
 
 
 def inputs_in_words(origin: Origin, comparison: Comparison) -> Iterator[str]:
-    """Yields images and weights with their fingerprints, for a caption: ``images …/val (1f3a5b7c)``."""
+    """Yields the inputs with their fingerprints, for a caption: ``images …/val (1f3a5b7c)``."""
     axes = {option_of(axis): values for axis, values in comparison.axes.items()}
     for option, word in INPUTS.items():
         named = []
@@ -111,4 +111,4 @@ def inputs_in_words(origin: Origin, comparison: Comparison) -> Iterator[str]:
             short = f"…/{path.name}" if path.is_absolute() else str(value)
             named.append(f"{short} ({fingerprint[:SHOWN]})" if fingerprint else short)
         if any(named):
-            yield f"{word} {', '.join(each or 'none' for each in named)}"
+            yield f"{word} {', '.join(name or 'none' for name in named)}"

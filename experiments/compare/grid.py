@@ -16,9 +16,8 @@ device = [0, 3, 6]
 reference = ["criterion=tap"]
 ```
 
-An axis is `device`, `budget`, `pool-lacks`, or any option of a run by its dotted name; the section name `pruning.` may
-be left out. Several tables `[[compare]]` are several grids: an axis that one of them does not name takes its default
-there.
+An axis is `device`, `budget`, `pool-lacks`, or any option of a run by its dotted name, in which `pruning.` may be
+omitted. Several tables `[[compare]]` are several grids; an axis that is missing in one of them has its default there.
 """
 
 from __future__ import annotations
@@ -48,14 +47,15 @@ DEFAULTS: dict[str, list[Any]] = {
     "compensation": ["auto"],
 }
 OWN_AXES = ("device", "budget", "pool-lacks")  # axes that are not options of a run
-# values of metric.rule that only a comparison has: the device's own training images, or images of the whole pool
+# values of metric.rule that exist only in a comparison: the device's own training images, or images of the whole pool
 INSTEAD = ("oracle", "shared")
-# axes whose cells share the most come first: after data and backbone the device, metric set, selection, and finish
+# patterns of axes in the order of the computation: data and backbone (none of these), device, metric set, selection,
+# compensation and recovery; cells that differ only in a late stage share the most
 FINISH = (r"pruning\.compensation.*", r"pruning\.recovery.*")
 STAGES = ("device", "pool-lacks", r"metric\..*", r"pruning\..*", "budget", *FINISH)
 ACCURACIES = ("dense", "dense_own", "pruned", "pruned_own")
 MEASURES = ("macs_share", "params_share", "own_share", "classes_covered", *ACCURACIES, "seconds")
-# by accuracy of the pruned model, the column that says which of the device's test images it was right about
+# for each accuracy of the pruned model, the column with the test images that it classified correctly
 IMAGES = {"pruned": "right", "pruned_own": "right_own"}
 RANK_MEASURES = ("rank_ffn", "rank_attention")
 
@@ -66,12 +66,14 @@ class ResultOptions(Section):
     measures: tuple[Literal["rank"], ...] = Field(
         (), description="expensive measures: `rank`, the correlation of a criterion's scores with the oracle's"
     )
-    show: tuple[str, ...] = Field(("pruned_own",), min_length=1, description="one table each; the first is drawn")
+    show: tuple[str, ...] = Field(
+        ("pruned_own",), min_length=1, description="measures, one table each; the figure shows the first"
+    )
     reference: tuple[str, ...] = Field(
-        (), description="axis=value: each line is compared with the line that differs from it in these values only"
+        (), description="axis=value: each line is compared with the line that differs from it only in these values"
     )
     chosen_on: tuple[int, ...] = Field(
-        (), description="devices that a method was tuned on; further tables leave them out"
+        (), description="devices on which a method was tuned; an additional table leaves them out"
     )
 
     @property
@@ -88,20 +90,20 @@ class ResultOptions(Section):
         return {axis.strip(): value.strip() for axis, _, value in parts}
 
     def override(self, show: Sequence[str] | None, reference: Sequence[str] | None) -> ResultOptions:
-        """Returns the options with those of the command line, which override the file's."""
-        given = {name: tuple(value) for name, value in (("show", show), ("reference", reference)) if value}
-        return self.model_copy(update=given)
+        """Returns the options overridden by those of the command line, if they are given."""
+        update = {name: tuple(value) for name, value in (("show", show), ("reference", reference)) if value}
+        return self.model_copy(update=update)
 
     def check(self, axes: Mapping[str, Sequence[Any]]) -> None:
-        """Raises ConfigError for a measure, a reference or a device that a comparison of these axes does not have."""
+        """Raises ConfigError for a measure, a reference or a device that a comparison with these axes does not have."""
         if odd := [name for name in self.show if name not in self.columns]:
             more = "" if "rank" in self.measures else "; results.measures = ['rank'] adds rank_ffn and rank_attention"
             raise ConfigError(f"--measure {odd[0]}: accepted are {', '.join(self.columns)}{more}")
         for axis, value in self.values.items():
-            values = [str(each) for each in axes.get(axis, ())]
+            values = list(map(str, axes.get(axis, ())))
             if axis in ("device", "seed") or value not in values:
                 named = f"values of {axis}: {', '.join(values)}" if values else f"axes: {', '.join(axes)}"
-                raise ConfigError(f"--reference {axis}={value}: is no line of the table; {named}")
+                raise ConfigError(f"--reference {axis}={value}: is not a line of the table; {named}")
         if missing := [device for device in self.chosen_on if device not in axes["device"]]:
             accepted = ", ".join(map(str, axes["device"]))
             raise ConfigError(f"results.chosen-on = {missing[0]}: accepted are the comparison's devices, {accepted}")
@@ -109,15 +111,15 @@ class ResultOptions(Section):
 
 @dataclass(frozen=True)
 class Cell:
-    """One combination.
+    """One combination of values along the axes.
 
     Attributes:
         point: axis -> value, as in `results.csv`.
         config: all options.
         device: the device's partition id.
-        budget: limits of its model's cost.
+        budget: limits on the cost of its model.
         instead: one of `INSTEAD` if it replaces `metric.rule`, otherwise empty.
-        lacks: share of the device's classes that the public pool has no images of.
+        lacks: share of the device's classes whose images are removed from the public pool.
     """
 
     point: dict[str, str]
@@ -135,7 +137,7 @@ class Comparison:
     Attributes:
         axes: the values along each axis.
         options: options of all cells.
-        parts: the grids, each with values of every axis.
+        parts: the grids, each with values for every axis.
         results: the tables to make.
     """
 
@@ -150,7 +152,7 @@ class Comparison:
         return [*self.axes, *self.results.columns, *IMAGES.values(), "refused"]
 
     def cells(self) -> Iterator[Cell]:
-        """Yields every cell; the axis that is most expensive to change varies slowest.
+        """Yields every cell; the axes that are most expensive to change vary slowest.
 
         Raises:
             ConfigError: for a value that is not accepted.
@@ -188,22 +190,22 @@ def read_comparison(file: Path, assignments: Iterable[str] = ()) -> Comparison:
 
     Raises:
         ConfigError: if an axis or an option is not valid.
-        TapflError: if the devices have to be counted in the images, and these are missing or do not serve.
+        TapflError: if the number of devices depends on the images, and these are missing or cannot be divided.
     """
     tables = read_toml_tables(file)
-    given = tables.pop("compare", None)
-    grids = given if isinstance(given, list) else [given]
+    table = tables.pop("compare", None)
+    grids = table if isinstance(table, list) else [table]
     if not grids or not all(isinstance(g, dict) and all(isinstance(v, list) and v for v in g.values()) for g in grids):
         raise ConfigError(f'{file}: needs a table [compare] of lists, such as criterion = ["tap", "random"]')
     known = {*OWN_AXES, *RunConfig().flat()}
     given_axes = list(dict.fromkeys(itertools.chain(*grids)))
     if odd := sorted(axis for axis in given_axes if option_of(axis) not in known):
         accepted = f"{', '.join(OWN_AXES)}, and any option of a run"
-        raise ConfigError(f"{file}: compare.{odd[0]} is no axis; accepted: {accepted}")
+        raise ConfigError(f"{file}: compare.{odd[0]} is not an axis; accepted: {accepted}")
     results = validated(ResultOptions, tables.pop("results", {}))
     options = flatten(tables) | dict(parse_assignment(text) for text in assignments)
     if twice := sorted({option_of(axis) for axis in given_axes} & options.keys()):
-        raise ConfigError(f"{twice[0]}: is an axis of [compare] and an option of all cells; give one of the two")
+        raise ConfigError(f"{twice[0]}: is an axis of [compare] and an option of all cells; give only one of the two")
     options |= _devices_of({**options, **{axis: values[0] for axis, values in grids[0].items()}})
     named = sorted(dict.fromkeys([*DEFAULTS, *given_axes]), key=stage_of)
     parts = tuple(_part(grid, named, options) for grid in grids)
@@ -216,19 +218,19 @@ def read_comparison(file: Path, assignments: Iterable[str] = ()) -> Comparison:
 
 
 def option_of(axis: str) -> str:
-    """Returns the dotted name of an axis."""
+    """Returns the dotted name of the option of an axis."""
     short = axis.replace("-", "_") in PruningOptions.model_fields
     return f"pruning.{axis}" if short else axis
 
 
 def stage_of(axis: str) -> int:
-    """Returns the position in `STAGES` of an axis; cells that differ in a later stage only share more work."""
+    """Returns the position of an axis in `STAGES`; cells that differ only in a later stage share more work."""
     return max((i for i, pattern in enumerate(STAGES, start=1) if re.fullmatch(pattern, option_of(axis))), default=0)
 
 
 def _devices_of(given: Mapping[str, Any]) -> dict[str, int]:
-    """Returns the number of devices as an option, if the partition makes as many as the images say."""
-    unknown = (*OWN_AXES, "metric.rule")  # which has values that only a comparison knows
+    """Returns the number of devices as an option, if the partition determines it from the images."""
+    unknown = (*OWN_AXES, "metric.rule")  # metric.rule may have a value of `INSTEAD`
     config = RunConfig.from_flat({option_of(name): value for name, value in given.items() if name not in unknown})
     if "devices.count" in given or not config.data.makes_devices:
         return {}

@@ -1,4 +1,4 @@
-"""Accuracy against MACs: one line per criterion, one panel per combination of the other axes."""
+"""The figure of a comparison: accuracy against MACs, one line per criterion, one panel per values of the other axes."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def accuracy_against_macs(rows: pd.DataFrame, comparison: Comparison, measure: s
 
 
 def points(rows: pd.DataFrame, comparison: Comparison, measure: str) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Returns the rows that are drawn, and a row per point: panel, line, x (share of the MACs), mean, standard error.
+    """Returns the rows that are drawn, and one row per point: panel, line, budget, x (share of the MACs), mean, error.
 
     A panel is a combination of the axes other than the criterion. Several grids share one panel.
     """
@@ -54,10 +54,10 @@ def points(rows: pd.DataFrame, comparison: Comparison, measure: str) -> tuple[pd
 
 
 def comparable(rows: pd.DataFrame, measure: str) -> pd.DataFrame:
-    """Returns the rows of the devices and seeds that all lines of several budgets have: other means do not compare.
+    """Returns the rows of the devices and seeds that all lines with several budgets have, so that means are comparable.
 
-    A line of one budget that lacks some of these is left out. If there are none, as in a comparison that has just
-    begun, all rows are returned.
+    A line with one budget is left out if it does not have all of these devices and seeds. If there are none in common,
+    as in a comparison that has just begun, all rows are returned.
     """
     key = ["panel", "line", "budget"]
     owners = {

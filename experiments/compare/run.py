@@ -1,6 +1,6 @@
 """Runs the cells of a comparison, several devices at a time, and writes each as a line of `results.csv`.
 
-A cell that has a line is finished and is not repeated, so a comparison that was killed continues where it was.
+A cell that has a line is finished and is not repeated, so that a comparison that was killed can be continued.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ Key = tuple[str, ...]  # a cell's values along the axes
 def run_comparison(comparison: Comparison, out: Path, progress: Advance, jobs: int = 1) -> list[Row]:
     """Runs the cells that are not finished, and returns the rows of all cells in the order of the grid.
 
-    If a criterion cannot meet a budget or does not support an option, the row has no measures, and the reason in
-    ``refused``. Apart from the seconds a row does not depend on the number of jobs. Finished cells that are no longer
+    If a criterion cannot meet a budget or does not support an option, the row has no measures but the reason in
+    ``refused``. Except for the seconds, a row does not depend on the number of jobs. Finished cells that are no longer
     part of the comparison stay at the end of the file.
 
     Raises:
-        ConfigError: if `out` holds a comparison of other axes, measures, options, images or weights.
-        ModelError: if a backbone is unknown or cannot be pruned; nothing is written then.
+        ConfigError: if `out` has a comparison with other axes, measures, options, images or weights.
+        ModelError: if a backbone is unknown or cannot be pruned; then nothing is written.
     """
     path, origin, finished = out / FILE, origin_of(comparison), _read(out / FILE, comparison)
     cells = {_key(comparison, cell.point): cell for cell in comparison.cells()}
@@ -55,7 +55,7 @@ def run_comparison(comparison: Comparison, out: Path, progress: Advance, jobs: i
     progress(done, len(cells), before)
     for row in _rows(waiting, jobs, "rank" in comparison.results.measures):
         key = _key(comparison, row)
-        done += key not in finished  # otherwise by a worker that was lost later
+        done += key not in finished  # a worker that died may have finished it before
         finished.setdefault(key, row)
         _write(path, cells, finished, comparison)
         progress(done, len(cells), f"device {row['device']} {row['criterion']} {row['budget']}")
@@ -63,7 +63,7 @@ def run_comparison(comparison: Comparison, out: Path, progress: Advance, jobs: i
 
 
 def _write(path: Path, cells: Iterable[Key], finished: Mapping[Key, Row], comparison: Comparison) -> list[Row]:
-    """Writes the rows of finished cells in the order of the grid, and then the others; returns them."""
+    """Writes and returns the rows of finished cells: those of the grid in its order, then all others."""
     order = [key for key in dict.fromkeys([*cells, *finished]) if key in finished]
     rows = [dict.fromkeys(comparison.columns, "") | finished[key] for key in order]
     write_bytes(path, as_csv(rows, comparison.columns))
@@ -74,14 +74,14 @@ def finished_rows(comparison: Comparison, out: Path) -> list[Row]:
     """Returns the rows of the finished cells in the order of the grid; runs nothing and writes nothing.
 
     Raises:
-        ConfigError: if there is none, or as `run_comparison`; images and weights that are gone cannot differ.
+        ConfigError: if there are none, or as `run_comparison`; images and weights that no longer exist are not checked.
     """
     if finished := _read(out / FILE, comparison):
         require_same(read_origin(out), origin_of(comparison, require=False), out)
     keys = (_key(comparison, cell.point) for cell in comparison.cells())
     rows = [finished[key] for key in keys if key in finished]
     if not rows:
-        raise ConfigError(f"--finished: {out} holds no finished cell of this comparison")
+        raise ConfigError(f"--finished: {out} has no finished cells of this comparison")
     return rows
 
 
@@ -102,14 +102,14 @@ def _rows(cells: Sequence[Cell], jobs: int, rank: bool) -> Iterator[Row]:
         left = len(groups)
         while left:
             try:
-                each = arrived.get(timeout=LOOK)
+                event = arrived.get(timeout=LOOK)
             except Empty:
                 continue
-            if isinstance(each, Future):
-                each.result()  # raises what ended it
+            if isinstance(event, Future):
+                event.result()  # raises the exception of a group that failed
                 left -= 1
             else:
-                yield each
+                yield event
 
 
 def _run_group(emit: Emit, cells: Sequence[Cell], rank: bool) -> None:
@@ -117,7 +117,7 @@ def _run_group(emit: Emit, cells: Sequence[Cell], rank: bool) -> None:
         emit(row)
 
 
-_runner = cache(CellRunner)  # of a process of the pool; its caches serve the next group
+_runner = cache(CellRunner)  # one per process of the pool, so that the next group can use its caches
 
 
 def _key(comparison: Comparison, row: Mapping[str, str]) -> Key:
@@ -130,8 +130,8 @@ def _read(path: Path, comparison: Comparison) -> dict[Key, Row]:
         return {}
     with path.open(newline="", encoding="utf-8") as file:
         reader = csv.DictReader(file)
-        rows = [row for row in reader if None not in row.values()]  # earlier versions could leave half a line
+        rows = [row for row in reader if None not in row.values()]  # earlier versions could leave an incomplete line
     if reader.fieldnames is not None and list(reader.fieldnames) != comparison.columns:
         theirs = ", ".join(reader.fieldnames)
-        raise ConfigError(f"{path}: is a comparison of other axes or measures ({theirs}); give another --out")
+        raise ConfigError(f"{path}: is a comparison with other axes or measures ({theirs}); give another --out")
     return {_key(comparison, row): row for row in rows}

@@ -1,4 +1,4 @@
-"""What the cells of a comparison share: data, backbone and public pool, and one device with its test images."""
+"""What cells of a comparison share: data, backbone and public pool, and the view of one device with its test images."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from tapfl.training import predict
 class Scenario:
     """Data, public pool and dense backbone, which all cells of one seed share.
 
-    With a new head (`tapfl.models.new_head`) the private labels are positions in its classes, those of the devices.
+    With a new head (`tapfl.models.new_head`), the private labels are positions in its classes, the devices' classes.
     """
 
     config: RunConfig
@@ -48,7 +48,7 @@ class Scenario:
     spec: BackboneSpec
     model: nn.Module
     compute: Compute
-    new_head: nn.Module | None = None  # the backbone with the classifier that devices get, if that is another
+    new_head: nn.Module | None = None  # the backbone with the devices' classifier, if that is different
 
     @classmethod
     def of(cls, config: RunConfig) -> Scenario:
@@ -70,12 +70,12 @@ class Scenario:
         return cls(config, pool, private, splits, spec, compute.put(model), compute, new_head)
 
     def lacking(self, device: int, share: float) -> Scenario:
-        """Returns the scenario with a pool that has no images of a share of the device's classes.
+        """Returns the scenario with a pool from which the images of a share of the device's classes are removed.
 
-        The pool is described anew; the dense backbone is the same.
+        Descriptors and mixture of the pool are computed again; the dense backbone is the same.
 
         Raises:
-            DataError: if it has images of none of them anyway.
+            DataError: if the pool has no images of these classes anyway.
         """
         if not share:
             return self
@@ -95,7 +95,7 @@ class Scenario:
 
     @cached_property
     def turned(self) -> nn.Module:
-        """The backbone in the canonical basis of its heads, computed from the whole pool: the same for all devices."""
+        """The backbone in the canonical basis, computed on the whole pool, so that it is the same for all devices."""
         return turned_on_pool(self.model, self.pool.images, self.transform, self.config.seed)
 
 
@@ -130,31 +130,31 @@ class DeviceView:
         return shares(hits(dense, self.inputs, self.labels, self.classes))
 
     def own(self, model: nn.Module) -> nn.Module:
-        """Returns a model of these classes, pruned or not, as this device uses it before any training."""
+        """Returns a model, pruned or dense, as this device uses it before any training."""
         if self.scenario.config.model.head != "prototypes":
             return model
         features = image_features(model, self.scenario.transform.batches(self.train))
         return fill_with_prototypes(model, features, self.train.labels)
 
     def public_images(self, options: MetricOptions, size: int, instead: str = "") -> ImageSet:
-        """Returns the metric set: the `size` images that represent the device's task, best first; see `task_images`.
+        """Returns the metric set: `size` images chosen for the device, the best first; see `task_images`.
 
         Args:
-            instead: ``oracle`` draws them evenly from the device's own training images, at most as many as it has;
+            instead: ``oracle`` draws them at random from the device's own training images, at most as many as it has;
                 ``shared`` draws them from the whole pool, the same for every device.
         """
         seed, pool = self.scenario.config.seed, self.scenario.pool
         if instead == "oracle":
-            count = min(size, len(self.train))  # a rest that fills no batch is no use to scores
+            count = min(size, len(self.train))  # scores ignore a rest that fills no batch
             drawn = numpy_generator(seed, "metric", self.device).permutation(len(self.train))
             return self.train.subset(drawn[:count])
         summary = None if instead == "shared" else self.summary
         return pool.images.subset(task_images(pool, summary, options, seed, self.device, size))
 
     def coverage(self, images: ImageSet) -> tuple[float | str, float | str]:
-        """Returns the share of `images` of the device's classes, and the share of these classes that they cover.
+        """Returns the share of `images` in the device's classes, and the share of these classes that they cover.
 
-        Both are empty where `images` have no labels.
+        Both are empty if `images` have no labels.
         """
         own = set(self.train.held)
         if not images.classes:
@@ -162,7 +162,7 @@ class DeviceView:
         return float(_among(own, images).mean()), len(own & set(images.held)) / len(own)
 
     def task(self, images: ImageSet, budget: Budget, options: PruningOptions, batch: int) -> PruningTask:
-        """Returns the input of every criterion."""
+        """Returns the pruning task, the input of every criterion."""
         scenario = self.scenario
         model = in_basis(scenario.model, resolved(options).basis, lambda: scenario.turned)
         compute = scenario.compute
@@ -172,7 +172,7 @@ class DeviceView:
         return replace(task, compute=compute)
 
     def fine_tune_set(self, metric: MetricOptions, options: PruningOptions, instead: str = "") -> FineTuneSet | None:
-        """Returns the images of recovery, or None where they are the metric set."""
+        """Returns the images for recovery, or None if they are the metric set."""
         return fine_tune_set(lambda size: self.public_images(metric, size, instead), self.scenario.transform, options)
 
 
@@ -183,16 +183,16 @@ def _among(names: Collection[str], images: ImageSet) -> np.ndarray:
 
 
 def classes_that_lack(classes: np.ndarray, share: float, seed: int, device: int) -> np.ndarray:
-    """Returns the classes to remove from a device's pool: a share of its own classes, rounded, int64.
+    """Returns the classes to remove from a device's pool, int64: a share of its own classes, rounded to whole classes.
 
-    They are drawn for each device. A larger share removes the classes of a smaller one, and more.
+    They are drawn for each device. A larger share removes the classes of a smaller share, and more.
     """
     drawn: np.ndarray = numpy_generator(seed, "pool-lacks", device).permutation(classes)
     return drawn[: round(share * len(classes))]
 
 
 def hits(model: nn.Module, inputs: Tensor, labels: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns which images a model is right about, bool (n,): among all classes, and among the device's own only."""
+    """Returns which images a model classifies correctly, bool (n,): among all classes, and among the device's own."""
     logits = predict(model, inputs)
     own = torch.full_like(logits, -torch.inf)
     own[:, classes] = logits[:, classes]
@@ -200,6 +200,6 @@ def hits(model: nn.Module, inputs: Tensor, labels: Tensor, classes: Tensor) -> t
 
 
 def shares(hits: tuple[Tensor, Tensor]) -> tuple[float, float]:
-    """Returns the two accuracies."""
-    among_all, among_own = (float(each.double().mean()) for each in hits)
+    """Returns the two accuracies of `hits`."""
+    among_all, among_own = (float(part.double().mean()) for part in hits)
     return among_all, among_own

@@ -1,6 +1,6 @@
 """The tables of a comparison: mean ± standard deviation over devices and seeds, and differences to a reference line.
 
-Results are a `pandas.DataFrame` of text, one row per cell, as in `results.csv`; a measure that a cell lacks is empty.
+Results are a `pandas.DataFrame` of text with one row per cell, as in `results.csv`; missing measures are empty.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from experiments.statistics import CORRECTED, TEST, Paired, corrected, from_text
 from tapfl.models.forward import input_transform
 from tapfl.pruning.budget import Budget
 
-LONGEST = 40  # letters of a reference that fit into the head of a column
-OWNER = ["device", "seed"]  # decide the test images
+LONGEST = 40  # letters of a reference that fit into the header of a column
+OWNER = ["device", "seed"]  # determine the test images
 WORDS = {
     "pruned": "accuracy among all classes",
     "pruned_own": "accuracy among the device's own classes",
-    "own_share": "share of the metric set that is of the device's classes",
+    "own_share": "share of the metric set in the device's classes",
     "classes_covered": "share of the device's classes that occur in the metric set",
     "rank_ffn": "rank correlation (Spearman, mean over FFNs) of the scores with the oracle's",
     "rank_attention": "rank correlation (Spearman, mean over attentions) of the scores with the oracle's",
@@ -31,7 +31,7 @@ WORDS = {
 
 @dataclass(frozen=True)
 class Section:
-    """One table: its measure, its devices in words, and its rows as text."""
+    """One table: its measure, its devices as text, and its rows as text."""
 
     measure: str
     devices: str
@@ -39,7 +39,7 @@ class Section:
 
 
 def sections(rows: pd.DataFrame, comparison: Comparison, results: ResultOptions) -> Iterator[Section]:
-    """Yields the tables of each measure: over the devices that no method was tuned on, and over all devices."""
+    """Yields the tables of each measure: over the devices on which no method was tuned, and over all devices."""
     devices = comparison.axes["device"]
     others = [str(device) for device in devices if device not in results.chosen_on]
     for measure in results.show:
@@ -60,8 +60,8 @@ def table(
     """Returns one row per line and one column per budget: mean ± standard deviation (number of values).
 
     Args:
-        reference: axis -> value; adds one column per budget with the difference to the line that has these values,
-            with Holm's correction over the lines of the column that are compared with the same one.
+        reference: axis -> value; adds one column per budget with the difference to the line that has these values.
+            Holm's correction is over the lines of the column that are compared with the same reference.
     """
     lines, reference = line_axes(comparison), reference or {}
     budgets = {str(budget): budget.title for budget in map(Budget.parse, comparison.axes["budget"])}
@@ -85,29 +85,32 @@ def table(
 def line_axes(comparison: Comparison) -> list[str]:
     """Returns the axes that distinguish the lines of a table.
 
-    These are the criterion and every axis of several values except seed, device and budget.
+    These are the criterion and every axis with several values, except seed, device and budget.
     """
     several = [axis for axis, values in comparison.axes.items() if len(values) > 1]
     return ["criterion", *(axis for axis in several if axis not in ("criterion", "budget", *OWNER))]
 
 
 def named_reference(reference: Mapping[str, str]) -> str:
-    """Returns a reference as the command line takes it: ``axis=value axis=value``."""
+    """Returns a reference as on the command line: ``axis=value axis=value``."""
     return " ".join(f"{axis}={value}" for axis, value in reference.items())
 
 
 def measured(rows: pd.DataFrame, measure: str) -> pd.Series[float]:
-    """Returns the values of a measure, by device and seed, of the rows that have it."""
+    """Returns the values of a measure, indexed by device and seed, for the rows that have it."""
     return rows[rows[measure] != ""].set_index(OWNER)[measure].astype(float)
 
 
 def mean_over_devices(rows: pd.DataFrame, measure: str) -> float:
-    """Returns the mean of a measure that all lines share, such as the dense one; a device and seed counts once."""
+    """Returns the mean of a measure that is the same for all lines, such as the dense accuracy.
+
+    Each combination of device and seed counts once.
+    """
     return float(measured(rows, measure).groupby(level=OWNER, sort=False).last().mean())
 
 
 def difference(line: pd.DataFrame, reference: pd.DataFrame, measure: str) -> Paired | None:
-    """Returns the difference of a line to the reference on the devices and seeds of both; None if there are none."""
+    """Returns the difference of a line to the reference, over the devices and seeds of both; None if there are none."""
     both = pd.concat([measured(line, measure), measured(reference, measure)], axis=1, join="inner", keys=[0, 1])
     if both.empty:
         return None
@@ -139,14 +142,14 @@ def page(
 ) -> str:
     """Returns `table.md`: the caption and the tables as Markdown, without a date."""
     parts = [caption_of(rows, comparison, origin, results, command) + "\n"]
-    for each in tables:
-        title = f"**{WORDS.get(each.measure, each.measure)} (`{each.measure}`), {each.devices}**"
-        parts.append(f"{title}\n\n{as_markdown(each.rows)}")
+    for part in tables:
+        title = f"**{WORDS.get(part.measure, part.measure)} (`{part.measure}`), {part.devices}**"
+        parts.append(f"{title}\n\n{as_markdown(part.rows)}")
     return "\n".join(parts)
 
 
 def caption_of(rows: pd.DataFrame, comparison: Comparison, origin: Origin, results: ResultOptions, command: str) -> str:
-    """Returns how the tables were made, and what their numbers are."""
+    """Returns the caption: how the tables were made, and what their numbers mean."""
     cells = list(comparison.cells())
     config = cells[0].config
     height, width = input_transform(config.model).size
@@ -154,7 +157,7 @@ def caption_of(rows: pd.DataFrame, comparison: Comparison, origin: Origin, resul
         f"backbone {config.model.name} at {height}×{width} px",
         *inputs_in_words(origin, comparison),
         f"{config.devices.count} devices, metric set of {config.metric.size} images",
-        "mean ± standard deviation over devices and seeds (how many)",
+        "mean ± standard deviation over devices and seeds (number of values)",
     ]
     if len(rows) < len(cells):
         about.append(f"{len(rows)} of {len(cells)} cells were finished")
@@ -163,7 +166,7 @@ def caption_of(rows: pd.DataFrame, comparison: Comparison, origin: Origin, resul
         about.append(f"dense: {dense:.3f} among all classes, {own:.3f} among the device's own")
     if results.reference:
         about.append(
-            f"differences to the line of {named_reference(results.values)}: mean over devices ± standard error "
+            f"differences to the line with {named_reference(results.values)}: mean over devices ± standard error "
             "over their images, paired (p, Holm, n devices); "
             f"p: {TEST}; {CORRECTED} in a column"
         )

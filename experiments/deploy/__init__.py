@@ -1,1 +1,1 @@
-"""The same app on a SuperLink and SuperNodes: TLS, keys of nodes, and every process ended by its id."""
+"""A deployment on this machine: the app on a SuperLink and SuperNodes, with TLS and node keys."""

@@ -1,4 +1,4 @@
-"""The command `tapfl deploy-demo`. It is hidden: it checks this project; docs/deploy.md is about real deployments."""
+"""The command `tapfl deploy-demo`. It is hidden, because it only checks this project; see docs/deploy.md for users."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def deploy_demo(
     try:
         demonstrate(folder)
     except BaseException:
-        typer.echo(f"tapfl: all folders and logs lie in {folder}", err=True)
+        typer.echo(f"tapfl: all folders and logs are in {folder}", err=True)
         raise
     if out is None:
         shutil.rmtree(folder)

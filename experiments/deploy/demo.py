@@ -1,4 +1,4 @@
-"""`tapfl deploy-demo`: server and nodes as processes over TLS, one small federation, every step checked."""
+"""`tapfl deploy-demo`: runs a small federation with server and nodes as processes over TLS, and checks every step."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ OPTIONS: dict[str, Scalar] = {
     "metric.size": 128,
     "pruning.send": "weights",
     "train.rounds": ROUNDS,
-    "personalize.from-round": ROUNDS,  # so that nodes have a state to keep
+    "personalize.from-round": ROUNDS,  # so that nodes have a state to store
     "faults.exchange-timeout": 180.0,
 }
 NAMES, OWN_IMAGES = ("9", "7", "5"), 120  # the second node's own classes, in its own order
@@ -54,7 +54,7 @@ REFUSALS = {  # what Flower logs for a node with the wrong credentials
 
 @dataclass(frozen=True)
 class Check:
-    """Something that must hold, whether it does, and what was found."""
+    """Something that was promised, whether it holds, and what was found."""
 
     promise: str
     kept: bool
@@ -62,17 +62,17 @@ class Check:
 
 
 class Demo:
-    """One demonstration in an empty folder, which then holds `server/`, `operator/` and a folder for each node."""
+    """A demonstration in an empty folder, in which it creates `server/`, `operator/` and a folder for each node."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.server = folder, folder / "server"
         self._began = time.monotonic()
 
     def carry_out(self) -> list[Check]:
-        """Starts all processes, runs the federation, ends them, and returns the checks.
+        """Starts all processes, runs the federation, ends all processes, and returns the checks.
 
         Raises:
-            RunError: if the federation ends before there is anything to check.
+            RunError: if the federation fails, so that there is nothing to check.
         """
         if not (ROOT / "pyproject.toml").is_file():
             raise ConfigError(f"deploy-demo: {ROOT} has no pyproject.toml; it needs a checkout of the project")
@@ -82,7 +82,7 @@ class Demo:
         self._print("all processes have ended")
         return [
             *refused,
-            Check("the ServerApp came to its end", True, COMPLETED),
+            Check("the ServerApp completed", True, COMPLETED),
             *outcome(self.server, nodes, ROUNDS),
             *self._own_images(),
             Check("no process is left", not left, ", ".join(map(str, left))),
@@ -111,7 +111,7 @@ class Demo:
         return nodes, refused
 
     def _node(self, i: int, authority: Path) -> Node:
-        """Creates a node's folder. The second node has its own images, the first takes its part of `data.source`."""
+        """Creates a node's folder. The second node has its own images, the first uses its part of `data.source`."""
         folder = _with_authority(self.folder / f"node-{i}", authority)
         write_node_key(folder)
         config: dict[str, Scalar] = {
@@ -162,7 +162,7 @@ class Demo:
 
 
 def demonstrate(folder: Path) -> None:
-    """Carries out the demonstration in `folder` and prints its steps and checks. Raises RunError if a check fails."""
+    """Runs the demonstration in `folder` and prints its steps and checks. Raises RunError if a check fails."""
     checks = Demo(folder).carry_out()
     for check in checks:
         print(f"{'ok  ' if check.kept else 'FAIL'}  {check.promise}{f' ({check.found})' if check.found else ''}")
@@ -171,7 +171,7 @@ def demonstrate(folder: Path) -> None:
 
 
 def outcome(server: Path, nodes: list[Node], rounds: int) -> Iterator[Check]:
-    """Yields the checks of what server and nodes left in their folders after `rounds` rounds.
+    """Yields the checks of the files in the folders of server and nodes after `rounds` rounds.
 
     Args:
         server: the server's folder, with `run/` and `cache/`.
@@ -193,9 +193,9 @@ def outcome(server: Path, nodes: list[Node], rounds: int) -> Iterator[Check]:
         )
         missing = [file for file in wanted if not (storage / file).is_file()]
         macs = f"{record.macs_share:.1%} of the MACs"
-        yield Check(f"{name}: received the backbone over the wire", same, f"{down.get('backbone', 0):,} bytes")
-        yield Check(f"{name}: was sent its pruned weights", sent > 4 * record.params, f"{sent:,} bytes")
-        yield Check(f"{name}: keeps model, state and personal adapter", not missing, ", ".join(missing))
+        yield Check(f"{name}: received the backbone over the network", same, f"{down.get('backbone', 0):,} bytes")
+        yield Check(f"{name}: received its pruned weights", sent > 4 * record.params, f"{sent:,} bytes")
+        yield Check(f"{name}: stores model, state and personal adapter", not missing, ", ".join(missing))
         yield Check(f"{name}: cannot open the server's files", node.is_refused(server / "run" / "summary.json"))
         yield Check(f"{name}: is within its budget", record.macs_share <= float(node.config["budget"]), macs)
 

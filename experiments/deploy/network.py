@@ -1,4 +1,4 @@
-"""A SuperLink, SuperNodes and the operator's `flwr`, each with credentials, folders and an environment of its own."""
+"""A SuperLink, SuperNodes and the operator's `flwr`, each with its own credentials, folder and environment."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ HOST = "127.0.0.1"
 CONNECTION = "deployment"
 PROGRAMS = Path(sys.executable).parent
 LIFETIME = datetime.timedelta(days=30)
-START, SUBMIT = 60.0, 120.0  # seconds for a SuperLink to answer, and for one command of the operator
+START, SUBMIT = 60.0, 120.0  # time limits in seconds: until a SuperLink answers, and for a command of the operator
 PASSED_ON = ("PATH", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "SSL_CERT_FILE", "SSL_CERT_DIR")
 REFUSED = "TAPFL_REFUSED_FOLDER"
 SITECUSTOMIZE = f'''"""Refuses access to the folder {REFUSED}."""
@@ -55,10 +55,11 @@ def write_private(path: Path, content: bytes) -> Path:
 
 
 def write_server_credentials(folder: Path, hosts: Sequence[str]) -> Path:
-    """Writes ``server.crt`` and ``server.key`` for a server that is reached as any of `hosts`.
+    """Writes ``server.crt`` and ``server.key`` for a server with the host names `hosts`.
 
     Returns:
-        ``ca.crt``, by which nodes check it. That authority signs this certificate only; its own key is never written.
+        ``ca.crt``, with which nodes verify the server. This authority signs only this certificate, and its key is never
+        written to disk.
     """
     authority = trustme.CA(path_length=0)
     issued = authority.issue_cert(*hosts, not_after=datetime.datetime.now(datetime.UTC) + LIFETIME)
@@ -78,7 +79,7 @@ def write_node_key(folder: Path) -> tuple[Path, Path]:
 
 
 def environment(folder: Path, more: Mapping[str, str] | None = None) -> dict[str, str]:
-    """Returns the environment of a machine whose only folder is `folder`: home, caches and temporary files in it."""
+    """Returns an environment as on a separate machine: home, caches and temporary files are all in `folder`."""
     inherited = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
     for name in ("home", "tmp"):
         (folder / name).mkdir(parents=True, exist_ok=True)
@@ -90,7 +91,7 @@ def environment(folder: Path, more: Mapping[str, str] | None = None) -> dict[str
         "FLWR_HOME": str(folder / "flwr"),
         "TAPFL_CACHE": str(folder / "cache"),
         "OMP_NUM_THREADS": "1",
-        "PYTHONUNBUFFERED": "1",  # logs are read while they grow
+        "PYTHONUNBUFFERED": "1",  # because logs are read while they are written
         "FLWR_TELEMETRY_ENABLED": "0",
         "FLWR_DISABLE_UPDATE_CHECK": "1",
         **(more or {}),
@@ -98,11 +99,11 @@ def environment(folder: Path, more: Mapping[str, str] | None = None) -> dict[str
 
 
 def guarded(folder: Path, refused: Path) -> dict[str, str]:
-    """Returns environment variables under which Python refuses access to the folder `refused`.
+    """Returns environment variables with which Python refuses access to the folder `refused`.
 
-    They prove that a node needs nothing of the server's folders, which one user on one machine could read. Python
-    imports the ``sitecustomize`` that is written to `folder` before anything else; its audit hook (PEP 578) cannot be
-    removed again.
+    They prove that a node needs nothing from the server's folder, although both belong to the same user on the same
+    machine. Before anything else Python imports the ``sitecustomize`` that is written to `folder`; its audit hook
+    (PEP 578) cannot be removed.
     """
     folder.mkdir(parents=True)
     (folder / "sitecustomize.py").write_text(SITECUSTOMIZE)
@@ -111,7 +112,7 @@ def guarded(folder: Path, refused: Path) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Node:
-    """A SuperNode: its folder, which holds `ca.crt` and `node.key`, and its configuration."""
+    """A SuperNode: its folder, with `ca.crt` and `node.key`, its configuration, and further environment variables."""
 
     folder: Path
     config: Mapping[str, Scalar]
@@ -122,7 +123,7 @@ class Node:
         return environment(self.folder, self.more)
 
     def is_refused(self, file: Path) -> bool:
-        """Returns whether Python in the node's environment cannot open `file`, which is readable without it."""
+        """Returns whether Python cannot open `file` in the node's environment; this process can read it."""
         file.read_bytes()
         command = [sys.executable, "-c", "import sys; open(sys.argv[1], 'rb')", str(file)]
         done = subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=60, check=False)
@@ -130,10 +131,10 @@ class Node:
 
 
 def start_superlink(processes: Processes, folder: Path, port: int) -> subprocess.Popen[bytes]:
-    """Starts a SuperLink with TLS that admits only registered nodes. `folder` holds its credentials.
+    """Starts a SuperLink with TLS that admits only registered nodes. `folder` has its credentials.
 
     Raises:
-        RunError: if it does not answer, over TLS, in time.
+        RunError: if it does not answer over TLS in time.
     """
     command = [
         str(PROGRAMS / "flower-superlink"),
@@ -157,7 +158,7 @@ def start_superlink(processes: Processes, folder: Path, port: int) -> subprocess
 
 
 def start_supernode(processes: Processes, node: Node, superlink: int, port: int) -> subprocess.Popen[bytes]:
-    """Starts a SuperNode, which checks the server by `ca.crt` and identifies itself by its key."""
+    """Starts a SuperNode, which verifies the server with `ca.crt` and identifies itself with its key."""
     command = [
         str(PROGRAMS / "flower-supernode"),
         *("--superlink", f"{HOST}:{superlink}", "--host", HOST, "--port", str(port)),
@@ -169,7 +170,7 @@ def start_supernode(processes: Processes, node: Node, superlink: int, port: int)
 
 
 class Operator:
-    """Registers nodes and submits runs, from a folder that holds `ca.crt`."""
+    """Registers nodes and submits runs, from a folder with `ca.crt`."""
 
     def __init__(self, folder: Path, superlink: int) -> None:
         self.folder, self._environment = folder, environment(folder)
@@ -190,16 +191,16 @@ class Operator:
         return int(self._flwr("run", str(app), CONNECTION, "--run-config", str(file))["run-id"])
 
     def status(self, run: int) -> str:
-        """Returns status and details of a run; ``finished:completed`` alone if the ServerApp came to its end."""
+        """Returns status and details of a run; only ``finished:completed`` if the ServerApp completed."""
         (found,) = self._flwr("list", CONNECTION, "--run-id", str(run))["runs"]
         details = str(found.get("status-details", ""))
         return f"{found['status']} {'' if details == 'N/A' else details}".strip()
 
     def follow(self, processes: Processes, run: int, limit: float) -> Path:
-        """Waits for a run to end; returns the file with what its ServerApp logged.
+        """Waits for a run to end; returns the log file of its ServerApp.
 
         Raises:
-            RunError: after `limit` seconds, or if SuperLink or a SuperNode ends.
+            RunError: after `limit` seconds, or if the SuperLink or a SuperNode ends.
         """
         command = [str(PROGRAMS / "flwr"), "log", str(run), CONNECTION, "--stream"]
         streaming = processes.start(command, self._environment, self.folder)

@@ -1,4 +1,4 @@
-"""The processes of a deployment: started, watched, and all ended, also those that they started in turn."""
+"""Starts, monitors and ends the processes of a deployment, including the processes that they start themselves."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import psutil
 
 from tapfl.errors import RunError
 
-MARK = "TAPFL_DEPLOYMENT"  # an environment variable of every process of a deployment, inherited by what it starts
+MARK = "TAPFL_DEPLOYMENT"  # environment variable of every process of a deployment; child processes inherit it
 PATIENCE = 10.0  # seconds between SIGTERM and SIGKILL
 LINES = 15
 
@@ -24,8 +24,8 @@ LINES = 15
 class Processes:
     """The processes of one deployment. Each logs to a file in its own folder.
 
-    Flower's SuperLink and SuperNodes start further processes, some in sessions of their own. All of them are found by
-    the variable `MARK` in their environment, whose value is `mark`.
+    Flower's SuperLink and SuperNodes start further processes, some in their own sessions. All of them are found by the
+    variable `MARK` in their environment, whose value is `mark`.
     """
 
     def __init__(self, mark: str) -> None:
@@ -49,7 +49,7 @@ class Processes:
         return process
 
     def output(self, process: subprocess.Popen[bytes]) -> str:
-        """Returns what a process has written so far."""
+        """Returns the output of a process so far."""
         return self._started[process].read_text(encoding="utf-8", errors="replace")
 
     def wait(self, process: subprocess.Popen[bytes], limit: float) -> int | None:
@@ -72,7 +72,7 @@ class Processes:
                 raise RunError(f"{Path(str(process.args[0])).name} ended with {process.returncode}:\n{last}")  # type: ignore[index]
 
     def end(self, process: subprocess.Popen[bytes]) -> Path:
-        """Ends one process, forgets it, and returns its log. Its children end with it, or in `end_all`."""
+        """Ends one process and returns its log. Child processes that survive it are ended by `end_all`."""
         process.terminate()
         try:
             process.wait(PATIENCE)
@@ -86,19 +86,19 @@ class Processes:
         return [process.pid for process in self._marked()]
 
     def end_all(self) -> None:
-        """Ends the started processes, the last one first, then all that is left of the deployment."""
+        """Ends the started processes, the last one first, then all other processes of the deployment."""
         for started in reversed(self._started):
             started.terminate()
-        _wait_until(lambda: all([process.poll() is not None for process in self._started]))  # noqa: C419 (asks each)
+        _wait_until(lambda: all([process.poll() is not None for process in self._started]))  # noqa: C419 (polls each)
         end_processes(self._marked)
         self._started.clear()
 
     def _marked(self) -> list[psutil.Process]:
         found = []
         for started in self._started:
-            started.poll()  # so that it is no zombie
+            started.poll()  # reaps it if it has ended
         for process in psutil.process_iter():
-            with suppress(psutil.Error):  # ended meanwhile, a zombie, or another user's
+            with suppress(psutil.Error):  # it has ended meanwhile, is a zombie, or belongs to another user
                 if process.environ().get(MARK) == self.mark:
                     found.append(process)
         return found
@@ -106,7 +106,7 @@ class Processes:
 
 @contextmanager
 def processes(mark: str) -> Iterator[Processes]:
-    """Yields the processes of one deployment and ends all of them with the block, also on an error or a signal."""
+    """Yields the processes of a deployment and ends all of them after the block, also after an error or a signal."""
     running = Processes(mark)
     before = {number: signal.signal(number, _leave) for number in (signal.SIGTERM, signal.SIGHUP)}
     try:
@@ -114,7 +114,7 @@ def processes(mark: str) -> Iterator[Processes]:
     finally:
         before[signal.SIGINT] = signal.getsignal(signal.SIGINT)
         for number in before:
-            signal.signal(number, signal.SIG_IGN)  # a second Ctrl-C must not leave half of them behind
+            signal.signal(number, signal.SIG_IGN)  # a second Ctrl-C must not leave some of them running
         running.end_all()
         for number, handler in before.items():
             signal.signal(number, handler)

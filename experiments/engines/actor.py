@@ -1,4 +1,4 @@
-"""What runs in a worker: a Ray actor, and what the workers of all engines of this project have in common."""
+"""Code that runs in a worker: the Ray actor, and functions that the workers of all engines use."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ from tapfl.config import ComputeOptions
 
 Processors = tuple[str, str]
 Answer = tuple[list[Message], list[tuple[int, str]]]
-"""Replies, and what was logged meanwhile, by level."""
+"""Replies, and the lines that were logged meanwhile with their levels."""
 CLIENT_APP = "clients.client_app:app"
 MUST_AGREE = ("tapfl", "torch", "timm", "flwr", "numpy", "scikit-learn")
 
 
 class Actor:
-    """Code of an actor: answers for one device after the other, on one torch thread."""
+    """A Ray actor that answers for one device after the other, on one torch thread."""
 
     def __init__(self) -> None:
         import torch
 
         torch.set_num_threads(1)
-        load_app(CLIENT_APP)  # its imports take seconds: now, not in the first message
+        load_app(CLIENT_APP)  # its imports take seconds, which would delay the first message
 
     def ready(self) -> tuple[dict[str, str], Processors]:
-        """Returns the versions of the packages that can change a result, and what it can compute on."""
+        """Returns the versions of the packages that can change a result, and the kinds of its processors."""
         return versions(), processors()
 
     def answer(self, client_app: str, messages: list[Message], contexts: list[Context]) -> Answer:
@@ -41,13 +41,13 @@ class Actor:
 
 
 def answer_aside(client_app: ClientApp, messages: Sequence[Message], contexts: Sequence[Context]) -> Answer:
-    """Returns the replies of a ClientApp in a process that has no screen, and what it logged meanwhile."""
-    said = _Lines()
-    FLOWER_LOGGER.addHandler(said)
+    """Returns the replies of a ClientApp in a process without a screen, and the lines that it logged."""
+    logged = _Lines()
+    FLOWER_LOGGER.addHandler(logged)
     try:
-        return answer_group(client_app, messages, contexts), said.lines
+        return answer_group(client_app, messages, contexts), logged.lines
     finally:
-        FLOWER_LOGGER.removeHandler(said)
+        FLOWER_LOGGER.removeHandler(logged)
 
 
 def log_all(lines: Iterable[tuple[int, str]]) -> None:
@@ -69,7 +69,7 @@ def versions() -> dict[str, str]:
 
 
 def processors() -> Processors:
-    """Returns the kinds of processor that ``compute.device = cpu`` and ``auto`` compute on in this process."""
+    """Returns the kinds of processor that ``compute.device = cpu`` and ``auto`` use in this process."""
     from tapfl.compute import Compute
 
     return Compute().kind, Compute.of(ComputeOptions(device="auto")).kind
@@ -77,6 +77,6 @@ def processors() -> Processors:
 
 @lru_cache(maxsize=8)
 def load_app(name: str) -> Any:
-    """Returns the app ``module:name``, imported."""
+    """Imports and returns the app ``module:name``."""
     module, _, attribute = name.partition(":")
     return getattr(importlib.import_module(module), attribute)

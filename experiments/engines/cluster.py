@@ -1,4 +1,4 @@
-"""Starting Ray: its environment, a cluster to join, or a local Ray of this process."""
+"""Starts Ray: sets its environment, and connects to a cluster or starts a local Ray."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from typing import Any
 
 from tapfl.errors import ConfigError, RunError, message_of
 
-# settings of Flower and Ray that they read when they are imported
+# settings that Flower and Ray read when they are imported
 ENVIRONMENT = {
     "FLWR_TELEMETRY_ENABLED": "0",
     "FLWR_DISABLE_UPDATE_CHECK": "1",
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_worker_niceness": "0",  # Ray's default is 15, at which any other process starves the workers
+    "RAY_worker_niceness": "0",  # with Ray's default, 15, any other process would starve the workers
 }
 REACH = 5.0  # seconds within which a cluster must answer; Ray itself would retry for minutes
 
 
 class EngineLostError(RunError):
-    """Nothing is left that could carry a federation out. No federation is to blame, so the command ends."""
+    """No worker is left. This is not the fault of a federation, so the whole command ends."""
 
 
 def prepare_environment() -> None:
@@ -38,17 +38,17 @@ def ray_folder() -> AbstractContextManager[str]:
 
     Its path is short, because a socket's path is limited to 107 bytes. RAY_TMPDIR overrides it and is not removed.
     """
-    if given := os.environ.get("RAY_TMPDIR"):
-        return nullcontext(given)
-    place = "/tmp" if Path("/tmp").is_dir() else None
-    return tempfile.TemporaryDirectory(prefix="tapfl-ray-", dir=place, ignore_cleanup_errors=True)
+    if folder := os.environ.get("RAY_TMPDIR"):
+        return nullcontext(folder)
+    parent = "/tmp" if Path("/tmp").is_dir() else None
+    return tempfile.TemporaryDirectory(prefix="tapfl-ray-", dir=parent, ignore_cleanup_errors=True)
 
 
 @contextmanager
 def ray_cluster(address: str = "") -> Iterator[None]:
-    """Connects this process to a Ray cluster for as long as the block lasts.
+    """Connects this process to a Ray cluster until the end of the block.
 
-    A connection that this process already has is used and left open.
+    If this process is connected already, that connection is used and stays open.
 
     Args:
         address: ``HOST:PORT`` of a cluster's head, or ``auto`` for the cluster that this machine is part of; empty:
@@ -72,9 +72,9 @@ def ray_cluster(address: str = "") -> Iterator[None]:
         stack.callback(ray.shutdown)
         try:
             ray.init(address=address, **options)
-        except Exception as error:  # of many kinds, by version
+        except Exception as error:  # its type depends on the version of Ray
             if address == "auto" and isinstance(error, ConnectionError):
-                reason = "this machine is part of no Ray cluster; see docs/clusters.md"
+                reason = "this machine is not part of a Ray cluster; see docs/clusters.md"
                 raise ConfigError(f"--address auto: {reason}") from None
             raise RunError(f"--address {address}: {message_of(error)}") from None
         yield

@@ -1,8 +1,8 @@
-"""Flower's own simulation on Ray, as `flwr run` starts it, but in this process and with its errors.
+"""Flower's own simulation on Ray, as `flwr run` starts it, but in this process and with its exceptions.
 
-`flwr run` would leave a SuperLink running and return 0 even if the ServerApp raised. `_run_simulation`, which it calls,
-takes the same application folder and raises what the ServerApp raised. It is private to Flower; only this module calls
-it, and a test fails if it changes.
+`flwr run` leaves a SuperLink running, and returns 0 even if the ServerApp raised an exception. `_run_simulation`, which
+it calls, takes the same application folder and raises the ServerApp's exception. The function is private to Flower.
+Only this module calls it, and a test fails if it changes.
 """
 
 from __future__ import annotations
@@ -30,21 +30,21 @@ def run_flower(
     client_app: str = "clients.client_app:app",
     gpus: float = 0.0,
 ) -> None:
-    """Carries out a federation on Flower's simulation. Raises whatever the ServerApp raises.
+    """Runs a federation in Flower's simulation. Raises whatever the ServerApp raises.
 
-    The local Ray that this starts is stopped and its folder removed, however the run ends.
+    It starts a local Ray. However the run ends, this Ray is stopped and its folder removed.
 
     Args:
-        workers: number of Ray actors, one CPU and one torch thread each.
+        workers: number of Ray actors, each with one CPU and one torch thread.
         server_app, client_app: the apps as ``module:name``.
-        gpus: that each actor reserves of those of this machine; at most as many as there are.
+        gpus: GPUs of this machine that each actor reserves; at most as many as there are.
     """
     prepare_environment()
     import ray
     from flwr.simulation.run_simulation import _run_simulation
     from flwr.supercore.telemetry import EventType
 
-    # the application folder's pyproject.toml: the part of the project's own that Flower reads
+    # the pyproject.toml of the application folder has only what Flower reads
     project = {"name": "tapfl", "version": "0.1.0", "description": "tapfl", "license": "Apache-2.0"}
     components = {"serverapp": server_app, "clientapp": client_app}
     app = {"publisher": "tapfl", "components": components, "config": run_config}
@@ -79,7 +79,7 @@ def run_flower(
 
 
 def _run_of(app: Path) -> tuple[Run, Context]:
-    """Returns the run of an application folder and its ServerApp's context, as Flower's own processes make them."""
+    """Returns the run and the ServerApp's context of an application folder, as Flower's own processes make them."""
     from flwr.common.config import get_fused_config_from_dir, get_metadata_from_config, get_project_config
 
     from experiments.engines.local import empty_run, server_context

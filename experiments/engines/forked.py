@@ -1,8 +1,8 @@
-"""Workers that are forked from this process: they share its imports with it, and need no Ray.
+"""Workers that are forked from this process: they share its imports, and need no Ray.
 
-A first fork, the *keeper*, is made before the run and does nothing but fork the workers, and another one for each that
-dies: it has neither threads nor the state of a run, with which a process is better not forked. A worker ends when its
-connection to this process does, so none outlives it, however it ends.
+The first fork, the *keeper*, is made before the run. It only forks the workers, and replaces each that dies. The keeper
+has no threads and no state of a run, so that forking it is safe. A worker ends when its connection to this process is
+closed, so no worker outlives this process, however that ends.
 """
 
 from __future__ import annotations
@@ -36,23 +36,23 @@ class ForkedGrid(LocalGrid):
     """Hands waiting messages to workers as they become free.
 
     Args:
-        keeper: from which each new worker's connection comes.
+        keeper: connection to the keeper, which sends the connection of each new worker.
     """
 
     def __init__(self, keeper: Connection, run_config: dict[str, Scalar], nodes: int, workers: int) -> None:
         super().__init__(run_config, nodes, workers)
         self._keeper = keeper
-        self._at: dict[Connection, list[Message]] = {}  # what each worker works at
+        self._at: dict[Connection, list[Message]] = {}  # the group that each worker is computing
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        """Returns the replies that have arrived; waits a moment if there is none.
+        """Returns the replies that have arrived; waits for up to `PATIENCE` if there is none.
 
         Raises:
-            RunError: if no worker can be forked any more.
+            RunError: if no more workers can be forked.
         """
         wanted, replies = set(message_ids), list[Message]()
-        for group in [each for each in self.waiting if each[0].metadata.message_id not in wanted]:
-            self.waiting.remove(group)  # nobody waits for them any more
+        for group in [group for group in self.waiting if group[0].metadata.message_id not in wanted]:
+            self.waiting.remove(group)  # the caller no longer waits for it
         self._hand_out()
         for ready in wait([self._keeper, *self._at], PATIENCE):
             if ready is self._keeper:
@@ -69,18 +69,18 @@ class ForkedGrid(LocalGrid):
             raise RunError("the process that forks the workers has ended") from None
 
     def _hand_out(self) -> None:
-        for worker in [each for each, group in self._at.items() if not group][: len(self.waiting)]:
+        for worker in [worker for worker, group in self._at.items() if not group][: len(self.waiting)]:
             group = self._at[worker] = self.next_for(worker)
-            with suppress(OSError):  # it died; what it was sent is lost
+            with suppress(OSError):  # the worker died; `_replies_of` reports the group as lost
                 worker.send((group, [self.context(message.metadata.dst_node_id) for message in group]))
 
     def _replies_of(self, worker: Connection) -> list[Message]:
         try:
-            replies, said = worker.recv()
+            replies, logged = worker.recv()
         except (EOFError, OSError):
             worker.close()
             return lost(self._at.pop(worker), "a worker died")
-        log_all(said)
+        log_all(logged)
         self._at[worker] = []
         return list(replies)
 
@@ -88,10 +88,10 @@ class ForkedGrid(LocalGrid):
 def run_forked(
     server_app: ServerApp, client_app: ClientApp, run_config: dict[str, Scalar], nodes: int, workers: int
 ) -> None:
-    """Carries out a federation whose devices are in forked workers. Raises whatever the ServerApp raises.
+    """Runs a federation whose devices are simulated in forked workers. Raises whatever the ServerApp raises.
 
     Args:
-        workers: number of processes, with one torch thread each.
+        workers: number of processes, each with one torch thread.
     """
     with _keeper(client_app, workers) as keeper:
         serve(server_app, ForkedGrid(keeper, run_config, nodes, workers))
@@ -107,7 +107,7 @@ def _keeper(client_app: ClientApp, workers: int) -> Iterator[Connection]:
         _keep(client_app, workers, theirs)
     theirs.close()
     with suppress(OSError):
-        os.setpgid(keeper, keeper)  # as it does itself: whoever comes first
+        os.setpgid(keeper, keeper)  # the keeper does the same; either call may come first
     try:
         with closing(ours):
             yield ours
@@ -117,23 +117,23 @@ def _keeper(client_app: ClientApp, workers: int) -> Iterator[Connection]:
 
 
 def _keep(client_app: ClientApp, workers: int, command: Connection) -> NoReturn:
-    """Forks the workers, and replaces each that ends by itself; ends when all have ended with the command."""
+    """Forks the workers and replaces each that dies; ends when all workers have ended because the command has."""
     try:
         with suppress(OSError):
-            os.setpgid(0, 0)  # Ctrl-C is the command's, which ends all of this group
+            os.setpgid(0, 0)  # so that Ctrl-C reaches only the command, which then kills this group
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        there = {_fork(client_app, command) for _ in range(workers)}
-        while there:
+        alive = {_fork(client_app, command) for _ in range(workers)}
+        while alive:
             process, status = os.wait()
-            there.remove(process)
+            alive.remove(process)
             if status:
-                there.add(_fork(client_app, command))
+                alive.add(_fork(client_app, command))
     finally:
         os._exit(0)
 
 
 def _fork(client_app: ClientApp, command: Connection) -> int:
-    """Returns the id of a new worker, whose connection goes to the command; no other process keeps an end of it."""
+    """Forks a worker, sends its connection to the command, and returns its id; no other process keeps an end of it."""
     ours, theirs = multiprocessing.Pipe()
     if not (worker := os.fork()):
         command.close()
@@ -151,7 +151,7 @@ def _work(client_app: ClientApp, command: Connection) -> NoReturn:
 
         torch.set_num_threads(1)
         os.environ[REPLACED] = "1"
-        FLOWER_LOGGER.handlers.clear()  # the command logs what is said here
+        FLOWER_LOGGER.handlers.clear()  # the command logs the lines of this worker
         sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__  # as they were before the command drew bars on them
         with suppress(EOFError, OSError):
             while True:

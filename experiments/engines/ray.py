@@ -1,8 +1,8 @@
-"""A Grid over long-lived Ray actors, which serve one federation after the other, and several at once.
+"""A Grid over long-lived Ray actors, which serve any number of federations, also several at once.
 
-Ray places the actors, and restarts them when they or their machine die. A message that is lost with an actor is
-answered with an error, and `strategies.exchange` sends it again. Messages wait in this process until an actor is free;
-federations take turns. Of a device only its node id and its partition id are kept.
+Ray places the actors, and restarts them if they or their machine die. A message that is lost with an actor is answered
+with an error, and `strategies.exchange` sends it again. Messages wait in this process until an actor is free;
+federations take turns. The only state of a device here is its node id and its partition id.
 """
 
 from __future__ import annotations
@@ -32,16 +32,13 @@ from tapfl.errors import ConfigError, RunError
 from tapfl.options import Scalar
 from tapfl.progress import stage
 
-START = 180.0  # seconds within which the first actor must be ready: it imports torch, perhaps on a busy machine
-FREE = 6.0  # seconds within which a cluster that others use must have room for one actor
+START = 180.0  # seconds within which the first actor must be ready; it imports torch, perhaps on a busy machine
+FREE = 6.0  # seconds within which a shared cluster must have room for one actor
 PATIENCE = 0.5  # seconds that `pull_messages` waits for a reply; between calls `exchange` checks its time limits
 
 
 class RayGrid(LocalGrid):
-    """One federation on an `ActorPool`.
-
-    Only the pool's thread touches the messages that wait.
-    """
+    """One federation on an `ActorPool`. Only the pool's thread accesses `waiting`."""
 
     def __init__(self, pool: ActorPool, client_app: str, run_config: dict[str, Scalar], nodes: int) -> None:
         super().__init__(run_config, nodes, pool.size)
@@ -56,7 +53,7 @@ class RayGrid(LocalGrid):
         return ids
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        """Returns the replies that have arrived; waits a moment if there is none.
+        """Returns the replies that have arrived; waits for up to `PATIENCE` if there is none.
 
         Raises:
             EngineLostError: if no actor is left.
@@ -76,18 +73,18 @@ class RayGrid(LocalGrid):
 
 
 class ActorPool:
-    """Long-lived actors; a context manager. `run` carries out a federation on them, from any number of threads.
+    """Long-lived Ray actors, as a context manager. `run` runs a federation on them; any number of threads may call it.
 
     The state of actors and waiting messages belongs to one thread, which handles one event after the other.
 
     Args:
         address: address of a Ray cluster, as `ray_cluster` takes it; empty: a local Ray.
         count: number of actors; 0: as many as there is room for.
-        cpus, gpus: resources that Ray reserves for each actor; fractions share a CPU or GPU.
+        cpus, gpus: resources that Ray reserves for each actor; with fractions, actors share a CPU or GPU.
 
     Raises:
-        ConfigError: if the cluster has no room for `count` actors or for one, or other package versions.
-        RunError: if no actor starts, or others use all of the cluster.
+        ConfigError: if the cluster has no room for `count` actors, or not even for one.
+        RunError: if no actor starts, all have other versions of packages, or the whole cluster is in use.
     """
 
     def __init__(self, address: str = "", count: int = 0, cpus: float = 1.0, gpus: float = 0.0) -> None:
@@ -95,8 +92,8 @@ class ActorPool:
         self._address, self._count, self._needs = address, count, {"CPU": cpus, "GPU": gpus}
         self.processors: set[Processors] = set()  # of the actors
         self._actors: list[Any] = []
-        self._at: dict[Any, set[str]] = {}  # first ids of the groups that each actor which is there has
-        self._turns: deque[RayGrid] = deque()  # federations with messages that wait
+        self._at: dict[Any, set[str]] = {}  # for each actor that is running, the first message id of each of its groups
+        self._turns: deque[RayGrid] = deque()  # federations with waiting messages
         self._events: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._first: Future[None] = Future()  # done when the first actor is ready
         self._stack = ExitStack()
@@ -118,16 +115,16 @@ class ActorPool:
 
     @property
     def size(self) -> int:
-        """Number of actors that were started and are still of use."""
+        """Number of actors that were started and have not been given up."""
         return len(self._actors)
 
     def run(
         self, server_app: ServerApp, run_config: dict[str, Scalar], nodes: int, client_app: str = CLIENT_APP
     ) -> None:
-        """Carries out a federation. Raises whatever the ServerApp raises.
+        """Runs a federation. Raises whatever the ServerApp raises.
 
         Raises:
-            ConfigError: if it is to be deterministic, and machines have other kinds of processor.
+            ConfigError: if `compute.deterministic` is set and the machines have different kinds of processor.
         """
         self._require_one_kind(run_config)
         grid = RayGrid(self, client_app, run_config, nodes)
@@ -138,12 +135,12 @@ class ActorPool:
 
     def _require_one_kind(self, run_config: dict[str, Scalar]) -> None:
         on_gpu = run_config.get("compute.device", "cpu") != "cpu"
-        kinds = sorted({each[on_gpu] for each in [processors(), *self.processors]})
+        kinds = sorted({pair[on_gpu] for pair in [processors(), *self.processors]})
         if len(kinds) > 1 and run_config.get("compute.deterministic"):
             accepted = "machines with one kind of processor"
             raise ConfigError(f"compute.deterministic = true: there are {'; '.join(kinds)}; accepted: {accepted}")
         if len(kinds) > 1:
-            log(logging.WARNING, "results depend in the last bits on which machine computes them: %s", "; ".join(kinds))
+            log(logging.WARNING, "the last bits of results depend on which machine computes them: %s", "; ".join(kinds))
 
     def queue(self, grid: RayGrid, group: list[Message]) -> None:
         """Sends a group of messages to an actor as soon as one is free; the replies are delivered to `grid`."""
@@ -152,22 +149,22 @@ class ActorPool:
     # -- start and stop -----------------------------------------------------------------------------------------------
 
     def _room(self) -> int:
-        """Returns how many actors to start: on each machine as many as its CPUs and its GPUs have room for."""
+        """Returns the number of actors to start; by default as many as the CPUs and GPUs of each machine allow."""
         import ray
 
         machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         needed = {kind: share for kind, share in self._needs.items() if share}
         if (gpus := self._needs["GPU"]) > 1 and gpus % 1:
-            raise ConfigError(f"--actor-gpus {gpus:g}: above 1 it must be whole; accepted: a share below 1, 1, 2, …")
+            raise ConfigError(f"--actor-gpus {gpus:g}: must be whole above 1; accepted: a fraction below 1, or 1, 2, …")
         if not needed and not self._count:
-            raise ConfigError("--actor-cpus 0 --actor-gpus 0: needs --workers, because nothing else says how many")
-        fits = [[int(each.get(kind, 0) / share + 1e-9) for kind, share in needed.items()] for each in machines]
+            raise ConfigError("--actor-cpus 0 --actor-gpus 0: needs --workers, the number of actors")
+        fits = [[int(machine.get(kind, 0) / share + 1e-9) for kind, share in needed.items()] for machine in machines]
         room = sum(min(times, default=self._count) for times in fits)
         if room < max(self._count, 1):
-            cpus, gpus = (sum(each.get(kind, 0) for each in machines) for kind in self._needs)
-            asked = "--actor-cpus {CPU:g} --actor-gpus {GPU:g}".format(**self._needs)
-            there = f"{len(machines)} machine(s) with {cpus:g} CPUs and {gpus:g} GPUs"
-            raise ConfigError(f"--workers {self._count} with {asked}: there is room for {room}, on {there}")
+            cpus, gpus = (sum(machine.get(kind, 0) for machine in machines) for kind in self._needs)
+            needs = "--actor-cpus {CPU:g} --actor-gpus {GPU:g}".format(**self._needs)
+            available = f"{len(machines)} machine(s) with {cpus:g} CPUs and {gpus:g} GPUs"
+            raise ConfigError(f"--workers {self._count} with {needs}: there is room for {room}, on {available}")
         return self._count or room
 
     def _start(self, count: int) -> None:
@@ -181,24 +178,24 @@ class ActorPool:
             runtime_env={"env_vars": {"PYTHONPATH": os.pathsep.join(_own_paths())}},
         )
         self._actors = [actor.remote() for _ in range(count)]
-        for each in self._actors:
-            self._events.put(partial(self._await, each))
+        for started in self._actors:
+            self._events.put(partial(self._await, started))
         try:
             self._first.result(timeout=START)
         except TimeoutError:
             raise RunError(f"no Ray actor was ready within {START:g} s") from None
 
     def _require_free(self) -> None:
-        """Raises RunError unless the cluster, which others may use as well, has room for one actor soon."""
+        """Raises RunError unless the cluster, which may be shared, has room for one actor within `FREE` seconds."""
         import ray
 
         end = time.monotonic() + FREE
         while any((free := ray.available_resources()).get(kind, 0) < share for kind, share in self._needs.items()):
             if time.monotonic() > end:
-                have, takes = (
-                    f"{each.get('CPU', 0):g} CPUs and {each.get('GPU', 0):g} GPUs" for each in (free, self._needs)
+                have, needs = (
+                    f"{part.get('CPU', 0):g} CPUs and {part.get('GPU', 0):g} GPUs" for part in (free, self._needs)
                 )
-                raise RunError(f"the Ray cluster is in use: {have} are free, an actor takes {takes}")
+                raise RunError(f"the Ray cluster is in use: {have} are free, but an actor needs {needs}")
             time.sleep(0.2)
 
     def _stop(self, thread: threading.Thread) -> None:
@@ -218,7 +215,7 @@ class ActorPool:
             while (event := self._events.get()) is not None:
                 event()
                 self._hand_out()
-        except Exception as error:  # raised by Ray; without this every federation would wait forever
+        except Exception as error:  # raised by Ray; without this, every federation would wait forever
             self._lose(f"{type(error).__name__}: {error}")
 
     def _watch(self, ref: Any, done: Callable[[Future[Any]], None]) -> None:
@@ -243,14 +240,14 @@ class ActorPool:
             self._watch(ref, partial(self._answered, actor, grid, group))
 
     def _taker(self) -> Any | None:
-        """Returns the actor that gets the next message, None if the message has to wait.
+        """Returns the actor that gets the next group, or None if the group has to wait.
 
-        An actor that works gets one more message in advance, so that it does not idle while its reply and the next
-        message travel. The last messages wait for the first actor that is free.
+        A busy actor gets one more group in advance, so that it is not idle while its reply and the next message are
+        transferred. The last groups wait for the first actor that becomes free.
         """
         if not self._at:
             return None
-        actor = min(self._at, key=lambda each: len(self._at[each]))
+        actor = min(self._at, key=lambda candidate: len(self._at[candidate]))
         waiting = sum(len(grid.waiting) for grid in self._turns)
         return actor if len(self._at[actor]) < (2 if waiting > len(self._at) else 1) else None
 
@@ -259,13 +256,13 @@ class ActorPool:
 
         error = future.exception()
         if error is None:
-            replies, said = future.result()
-            log_all(said)
+            replies, logged = future.result()
+            log_all(logged)
         else:
             code = CLIENT_APP_RAISED if isinstance(error, RayTaskError) else WORKER_LOST
             replies = lost(group, f"{type(error).__name__}: {error}", code)
         first = group[0].metadata.message_id
-        if first in self._at.get(actor, ()):  # otherwise it was lost before with another actor
+        if first in self._at.get(actor, ()):  # otherwise the group was lost earlier, when its actor died
             if isinstance(error, RayActorError):
                 del self._at[actor]
                 self._await(actor)
@@ -275,17 +272,17 @@ class ActorPool:
             grid.deliver(reply)
 
     def _await(self, actor: Any) -> None:
-        """Waits until Ray has started or restarted an actor, however long there is no room for it."""
+        """Waits until Ray has started or restarted an actor, even if there is no room for it for a long time."""
         self._watch(actor.ready.options(max_task_retries=-1).remote(), partial(self._ready, actor))
 
     def _ready(self, actor: Any, future: Future[tuple[dict[str, str], Processors]]) -> None:
-        here, error = versions(), future.exception()
-        there, kinds = (here, ("", "")) if error else future.result()
-        if error is None and there == here:
+        ours, error = versions(), future.exception()
+        theirs, kinds = (ours, ("", "")) if error else future.result()
+        if error is None and theirs == ours:
             self._at[actor] = set()
             self.processors.add(kinds)
         else:
-            differ = "" if error else ", ".join(f"{n} {there[n]}, not {here[n]}" for n in here if there[n] != here[n])
+            differ = "" if error else ", ".join(f"{n} {theirs[n]}, not {ours[n]}" for n in ours if theirs[n] != ours[n])
             log(logging.WARNING, "a Ray actor is not used: %s", differ or error)
             self._actors.remove(actor)
             if not self._actors:
@@ -300,6 +297,6 @@ class ActorPool:
 
 
 def _own_paths() -> list[str]:
-    """Returns where this process finds modules outside its Python installation: an actor needs these paths as well."""
+    """Returns the module search paths outside the Python installation, which an actor needs as well."""
     own = (path for path in sys.path if path and not Path(path).is_relative_to(sys.prefix))
     return [path for path in own if not Path(path).is_relative_to(sys.base_prefix)]

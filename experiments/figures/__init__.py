@@ -1,1 +1,1 @@
-"""Figures: one Altair description each, with its words and numbers; drawn into PNG and SVG files and offline pages."""
+"""Figures: an Altair chart with its text and numbers, written as PNG or SVG, or shown on a page that opens offline."""

@@ -1,4 +1,4 @@
-"""A figure: one Vega-Lite description for the page and for the picture file, with its words and its numbers."""
+"""A figure: one Vega-Lite description, used for both the page and the picture file, with its text and its numbers."""
 
 from __future__ import annotations
 
@@ -20,33 +20,34 @@ Row = dict[str, Any]
 Rows: TypeAlias = Sequence[Row] | pd.DataFrame
 Chart = alt.Chart | alt.LayerChart | alt.FacetChart | alt.HConcatChart | alt.VConcatChart | alt.ConcatChart
 
-DEVICE = "device"  # the variable of a figure that the page's device picker sets; null: all of them
+DEVICE = "device"  # Vega parameter with the device selected on the page; null: all devices
 PICKED = f"{DEVICE} === null || datum.device === {DEVICE}"
 ZOOM = "Drag to move along the axis, Ctrl and the wheel to zoom, double-click to reset."
-LINE = 24  # pixels a device, where there are few
-WIDTH = 720  # pixels of a picture's drawing itself; the file has twice as many
-DASHES = ([1, 0], [6, 4], [2, 3], [10, 3, 2, 3])  # for the second, third, … time that the colours are used
+LINE = 24  # pixels per device, if there are few devices
+WIDTH = 720  # width in points of the plot in a picture file; a PNG has two pixels per point
+DASHES = ([1, 0], [6, 4], [2, 3], [10, 3, 2, 3])  # one for each pass through the colours; the first is solid
 SHAPES = ("circle", "square", "triangle-up", "diamond", "triangle-down")
-MARGIN = 0.05  # of the range of values, above and below the curves of a panel
+MARGIN = 0.05  # space above and below the curves of a panel, as a fraction of the range of values
 NO_XML = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff\ufffe\uffff]")
 
 
 @dataclass(frozen=True)
 class Figure:
-    """A chart with its words and numbers.
+    """A chart with its text and numbers.
 
     Attributes:
-        name: of its files.
-        title: what is seen.
-        alt: what it shows, in sentences with numbers, for readers who cannot see it.
-        chart: as wide as its container, or of several charts with widths of their own.
-        data: rows by the name under which the chart refers to them. They are kept apart from it, because altair would
-            copy and check them against a schema value by value: a minute for a hundred devices of two hundred classes.
-        table: the numbers behind it; default: the first of `data`.
-        columns: of the table that are shown; default: all.
-        wide: as wide as the page, not half of it.
-        hint: how to use it on the page.
-        group, choice: figures of one group share a place on the page, each shown under its choice.
+        name: name of its files, without suffix.
+        title: heading.
+        alt: what the figure shows, in sentences with numbers; caption and text alternative.
+        chart: either as wide as its container, or several charts, each with its own width.
+        data: rows by the name under which the chart refers to them. They are not part of the chart, because altair
+            would copy them and check every value against a schema, which takes a minute for a hundred devices with
+            two hundred classes.
+        table: the numbers behind the figure; default: the first of `data`.
+        columns: the columns of the table that are shown; default: all.
+        wide: as wide as the page instead of half of it.
+        hint: how to use the figure on the page.
+        group, choice: figures of the same group share one place on the page, and a menu of their choices selects one.
     """
 
     name: str
@@ -68,7 +69,7 @@ class Figure:
 
     @cached_property
     def spec(self) -> dict[str, Any]:
-        """Returns the Vega-Lite description without a configuration: page and picture have one each."""
+        """The Vega-Lite description, without a configuration: pages and picture files have different ones."""
         chart = self.chart.properties(title=self.title, description=f"{self.title}. {self.alt}")
         described: dict[str, Any] = chart.to_dict()
         described.pop("config", None)
@@ -78,14 +79,14 @@ class Figure:
 
 
 def plain(rows: Rows) -> list[Row]:
-    """Returns rows of plain values, None where a table has none."""
+    """Returns the rows as dictionaries; missing values of a data frame become None."""
     if isinstance(rows, pd.DataFrame):
         rows = rows.astype(object).where(rows.notna(), None).to_dict("records")
     return list(rows)
 
 
 def write_figure(figure: Figure, file: Path) -> None:
-    """Writes a figure on white: as SVG if the file's name ends in ``.svg``, else as PNG with two pixels a point.
+    """Writes a figure on white: as SVG if the file's name ends in ``.svg``, else as PNG with two pixels per point.
 
     Raises:
         OSError: if the file cannot be written.
@@ -100,33 +101,33 @@ def write_figure(figure: Figure, file: Path) -> None:
 
 
 def _drawable(value: Any) -> Any:
-    """Returns a description with U+FFFD for what no SVG can hold: such a letter would abort the whole process."""
+    """Returns the description with U+FFFD for characters that XML does not allow; they would abort the process."""
     if isinstance(value, str):
         return NO_XML.sub("\ufffd", value)
     if isinstance(value, dict):
-        return {_drawable(key): _drawable(each) for key, each in value.items()}
-    return [_drawable(each) for each in value] if isinstance(value, list | tuple) else value
+        return {_drawable(key): _drawable(item) for key, item in value.items()}
+    return [_drawable(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 # -- parts of charts ---------------------------------------------------------------------------------------------------
 
 
 def chart(data: str) -> alt.Chart:
-    """Returns an empty chart of the rows that its figure has under this name, as wide as its container."""
+    """Returns an empty chart, as wide as its container, of the rows that the figure has under this name."""
     return alt.Chart(alt.NamedData(name=data), width="container")
 
 
 def layered(*layers: alt.Chart, height: float) -> Chart:
-    """Returns the layers on top of each other, with the variable that the device picker sets."""
+    """Returns the layers on top of each other, with the parameter that holds the selected device."""
     stack = alt.layer(*layers).properties(width="container", height=height)
     return stack.add_params(alt.param(name=DEVICE, value=None))
 
 
 def device_axis(devices: Sequence[int], gap: float = 0.0) -> alt.Y:
-    """Returns the axis with a line a device, the same in all figures, its title above it.
+    """Returns the vertical axis with one line per device, the same in all figures; its title is above it.
 
     Args:
-        gap: between the lines, as a share of a line.
+        gap: space between the lines, as a fraction of a line.
     """
     title = alt.Axis(title="device", titleAngle=0, titleAlign="right", titleBaseline="bottom", titleX=-6, titleY=-6)
     scale = alt.Scale(domain=list(devices), paddingInner=gap) if gap else alt.Scale(domain=list(devices))
@@ -134,17 +135,17 @@ def device_axis(devices: Sequence[int], gap: float = 0.0) -> alt.Y:
 
 
 def device_height(devices: Sequence[int]) -> int:
-    """Returns the height of a figure with a line a device; the lines of many devices are thin."""
+    """Returns the height in pixels of a figure with one line per device; with many devices the lines are thin."""
     return len(devices) * max(4, min(LINE, 900 // max(len(devices), 1)))
 
 
 def devices_of(frame: pd.DataFrame) -> list[int]:
-    """Returns the partition ids in `frame`, in order."""
+    """Returns the partition ids in `frame`, sorted."""
     return sorted(frame["device"].unique().tolist())
 
 
 def round_axis(rounds: Iterable[int], title: str = "round") -> alt.X:
-    """Returns the axis of `rounds`, labelled at whole numbers only, however far it is zoomed."""
+    """Returns the axis of `rounds`, labelled at whole numbers only at any zoom."""
     ticks = alt.Axis(
         tickCount=max(1, min(10, int(max(rounds)))),
         labelExpr="datum.value % 1 ? '' : format(datum.value, 'd')",
@@ -159,35 +160,39 @@ def value_axis(field: str, title: str, **scale: Any) -> alt.Y:
 
 
 def faded(faint: float = 0.12, full: float = 1.0) -> Any:
-    """Returns the opacity of a device's mark: faint if another device is picked."""
+    """Returns the opacity of a device's mark: faint if another device is selected."""
     return alt.condition(PICKED, alt.value(full), alt.value(faint))
 
 
 def unless_picked(faint: float = 0.2) -> Any:
-    """Returns the opacity of what stands for all devices: faint if one is picked."""
+    """Returns the opacity of a mark for all devices: faint if one device is selected."""
     return alt.condition(f"{DEVICE} === null", alt.value(1), alt.value(faint))
 
 
 def zoomed() -> alt.Parameter:
-    """Returns the parameter that moves a figure along its x axis: dragging, and Ctrl with the wheel."""
+    """Returns the parameter that lets a reader move (drag) and zoom (Ctrl and the wheel) along the x axis."""
     return alt.selection_interval(bind="scales", encodings=["x"], zoom="wheel![event.ctrlKey]")
 
 
 def tips(*lines: str) -> list[alt.Tooltip]:
-    """Returns a tooltip; a line is ``field:type``, ``field:type|title`` or ``field:type|title|number format of d3``."""
+    """Returns a tooltip; each line is ``field:type``, ``field:type|title`` or ``field:type|title|d3 number format``."""
     parts = [(*line.split("|"), "", "")[:3] for line in lines]
     return [alt.Tooltip(field, title=title or field[:-2], format=form or alt.Undefined) for field, title, form in parts]
 
 
 def labelled_bars(base: alt.Chart, y: alt.Y, value: str, **bars: Any) -> list[alt.Chart]:
-    """Returns horizontal bars of a field, with the field ``text`` at their ends; `bars` are encodings of them alone."""
+    """Returns horizontal bars of a field, with the field ``text`` at their ends.
+
+    Args:
+        bars: encodings of the bars that the text does not have.
+    """
     base = base.encode(y=y, x=alt.X(f"{value}:Q", axis=None))
     values = base.mark_text(align="left", dx=6).encode(text="text:N")
     return [base.mark_bar(height={"band": 0.62}).encode(**bars), values]
 
 
 def line_styles(field: str, names: Sequence[str], legend: alt.Legend) -> dict[str, Any]:
-    """Returns the encodings that tell many lines apart: by colour, by dash after the eighth, and by shape."""
+    """Returns the encodings that distinguish many lines: colour, dash (from the ninth line on) and shape."""
     domain, colours = list(names), len(CATEGORIES)
     dashes = [DASHES[k // colours % len(DASHES)] for k in range(len(domain))]
     shapes = [SHAPES[k % len(SHAPES)] for k in range(len(domain))]
@@ -203,14 +208,14 @@ def line_styles(field: str, names: Sequence[str], legend: alt.Legend) -> dict[st
 
 @dataclass(frozen=True)
 class Panel:
-    """Curves over one quantity.
+    """A panel with several curves.
 
     Attributes:
-        title: of the panel.
+        title: title of the panel.
         across: title of the x axis.
-        rows: line (its name), x, mean, low, high.
-        dense: the dense model's value, a horizontal line.
-        whole: x has whole values only.
+        rows: with the keys line (name of the curve), x, mean, low and high.
+        dense: value of the dense model, drawn as a horizontal line.
+        whole: whether x has only whole values.
     """
 
     title: str
@@ -223,12 +228,12 @@ class Panel:
 def panels_of_curves(
     panels: Sequence[Panel], value: str, columns: int, size: tuple[int, int], bars: bool = False
 ) -> tuple[Chart, dict[str, Sequence[Row]]]:
-    """Returns the panels in rows of `columns`, on one scale of values and with one legend, and the data they refer to.
+    """Returns a chart of the panels in `columns` columns, with a common y scale and legend, and the chart's data.
 
     Args:
         value: title of the y axis.
-        size: of a panel, in pixels.
-        bars: draw error bars from low to high, not a band.
+        size: width and height of a panel, in pixels.
+        bars: draw error bars from low to high instead of a band.
     """
     names = list(dict.fromkeys(row["line"] for panel in panels for row in panel.rows))
     values = [row[key] for panel in panels for row in panel.rows for key in ("low", "high")]

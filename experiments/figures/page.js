@@ -1,6 +1,6 @@
-// Draws the figures of the page and lets them follow the device that is picked.
+// Draws the figures of the page and makes them highlight the selected device.
 (() => {
-  const ERRORS = 1; // of the levels of the library: no warnings
+  const ERRORS = 1; // log level of Vega: errors only, no warnings
   const { config, specs } = JSON.parse(document.getElementById("figures").textContent);
   const views = new Map(); // by name of the figure
   let device = null;

@@ -1,4 +1,4 @@
-"""A page of figures and tables: one HTML file with their library and style, which makes no network request."""
+"""A page of figures and tables: one HTML file that contains its scripts and styles and makes no network request."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from experiments.figures import theme
 from experiments.figures.figure import Figure
 
 HERE = Path(__file__).parent
-MOST_ROWS = 400  # of the numbers behind a figure
+MOST_ROWS = 400  # rows shown of the numbers behind a figure
 
 
 @dataclass(frozen=True)
@@ -26,9 +26,9 @@ class Table:
     """Columns and rows of text.
 
     Attributes:
-        keys: of each row, the device that clicking it picks.
-        words: indices of the columns that are text; numbers are right-aligned.
-        note: shown below it.
+        keys: for each row, the device that a click on it selects.
+        words: indices of the text columns; the others are right-aligned.
+        note: text below the table.
     """
 
     columns: Sequence[str]
@@ -40,11 +40,11 @@ class Table:
 
 @dataclass(frozen=True)
 class Section:
-    """A part of the page; figures of one group stand in one place.
+    """A section of the page; figures of the same group share one place.
 
     Attributes:
-        pick: the rows of the table pick a device.
-        details: titled tables that a click opens.
+        pick: a click on a row of the table selects a device.
+        details: tables that a click on their title opens.
     """
 
     title: str
@@ -61,11 +61,11 @@ class Page:
 
     Attributes:
         lead: paragraphs below the title.
-        headline: the most important values, each with its name.
-        missing: a sentence for everything that the page cannot show.
-        where: the folder it was made from.
-        picker: the devices that can be picked.
-        kicker: above the title: which command made it.
+        headline: the most important values, each with its description.
+        missing: one sentence for each thing that the page cannot show.
+        where: which folder the page was made from.
+        picker: the devices that can be selected.
+        kicker: line above the title: the command that made the page.
     """
 
     title: str
@@ -83,7 +83,7 @@ class Page:
 
 
 def render(page: Page) -> str:
-    """Returns the page as HTML. Text that comes from a run is escaped: never markup, never script."""
+    """Returns the page as HTML. Text that comes from a run is escaped, so that it is neither markup nor script."""
     script = (HERE / "page.js").read_text("utf-8")
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(HERE),
@@ -108,7 +108,7 @@ def render(page: Page) -> str:
 
 
 def for_script(content: object) -> str:
-    """Returns JSON that can stand within a script element: no text in it can end the element or begin another."""
+    """Returns JSON that is safe inside a script element: no text in it can end the element or begin another."""
     text = json.dumps(content, ensure_ascii=True, allow_nan=False)
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
@@ -122,7 +122,7 @@ def library() -> str:
 
 
 def numbers(figure: Figure) -> Table:
-    """Returns the numbers behind a figure as a table, the first `MOST_ROWS` rows of them."""
+    """Returns the numbers behind a figure as a table of at most `MOST_ROWS` rows."""
     rows = figure.rows
     columns = figure.columns or list(dict.fromkeys(key for row in rows for key in row))
     shown = [[_value(row.get(column)) for column in columns] for row in rows[:MOST_ROWS]]
@@ -140,7 +140,7 @@ def _value(value: object) -> str:
 
 
 def _allowed(script: str) -> str:
-    """Returns the content security policy's source for this script and no other."""
+    """Returns the source expression that allows exactly this script in the content security policy."""
     return f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"
 
 

@@ -1,7 +1,8 @@
-"""Colours and type of pages and picture files: one palette, for light and for dark.
+"""Colours and fonts of pages and picture files: one palette with a light and a dark variant.
 
-The hues are those of Okabe and Ito, which people with any kind of colour vision can tell apart, a little darker on
-white and a little lighter on black. On a page a figure's colours are CSS variables: CSS switches to dark and to print.
+The hues are those of Okabe and Ito, which people with any kind of colour vision can distinguish; they are a little
+darker on white and a little lighter on black. On a page the colours of figures are CSS variables, so that CSS alone
+switches to the dark theme and to print.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ COLOURS = {  # on light, on dark
 }
 LIGHT, DARK = ({name: both[k] for name, both in COLOURS.items()} for k in (0, 1))
 CATEGORIES = ("blue", "orange", "green", "grey", "vermilion", "purple", "sky", "yellow")
-# from nearly transparent to full, visible on white and on black; ramps cannot be CSS variables
+# from nearly transparent to opaque, which is visible on white and on black; ramps cannot be CSS variables
 RAMP = ["rgba(34, 118, 184, 0.07)", "rgba(34, 118, 184, 1)"]
 PAGE_FONT = 'system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif'
 PICTURE_FONT = "Helvetica, Arial, sans-serif"  # vl-convert brings its own faces for these

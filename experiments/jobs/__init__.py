@@ -1,1 +1,1 @@
-"""Long calls, several at once: a job is a function and its arguments, a pool carries out jobs."""
+"""Runs several long calls at once: a job is a function with its arguments, and a pool executes jobs."""

@@ -1,8 +1,8 @@
-"""One federation as a job: started or continued in its folder, on the engine that it is given.
+"""A federation as a job: started or continued in its folder, on a given engine.
 
-Runs whose options agree on round zero share it. The devices' summaries and the plans are kept in ``round-zero`` beside
-the runs' folders, by a hash of the options that can change them. A new run starts with these files, computes only what
-is missing, and has the same bits.
+Runs whose options have the same effect on round zero share it. The devices' summaries and the plans are stored in a
+folder ``round-zero`` next to the runs' folders, by a hash of the options that can change them. A new run starts with
+these files, computes only what is missing, and has the same bits.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ if TYPE_CHECKING:
     from experiments.engines.ray import ActorPool
 
 
-Engine = Callable[[dict[str, Scalar], int], None]  # of a run's options and its number of devices
+Engine = Callable[[dict[str, Scalar], int], None]  # called with a run's options and its number of devices
 
 
 def in_process(run_config: dict[str, Scalar], nodes: int, workers: int = 0) -> None:
-    """Carries out a federation with its devices in this process, or in so many that are forked from it: an `Engine`."""
+    """Runs a federation with its devices in this process, or in `workers` processes forked from it: an `Engine`."""
     from clients.client_app import app as client_app
     from experiments.engines.forked import run_forked
     from experiments.engines.local import run_inprocess
@@ -53,7 +53,7 @@ def in_process(run_config: dict[str, Scalar], nodes: int, workers: int = 0) -> N
 
 
 def on_flower(run_config: dict[str, Scalar], nodes: int, workers: int, gpus: float) -> None:
-    """Carries out a federation in Flower's simulation; with `workers` and `gpus` bound an `Engine`."""
+    """Runs a federation in Flower's simulation; with `workers` and `gpus` bound, an `Engine`."""
     from experiments.engines.flower import run_flower
 
     starting("Ray")
@@ -61,7 +61,7 @@ def on_flower(run_config: dict[str, Scalar], nodes: int, workers: int, gpus: flo
 
 
 def on_actors(run_config: dict[str, Scalar], nodes: int, actors: ActorPool) -> None:
-    """Carries out a federation on Ray actors, which others use as well; with `actors` bound an `Engine`."""
+    """Runs a federation on Ray actors, which it may share with others; with `actors` bound, an `Engine`."""
     from strategies.server_app import app as server_app
 
     actors.run(server_app, run_config, nodes)
@@ -69,7 +69,7 @@ def on_actors(run_config: dict[str, Scalar], nodes: int, actors: ActorPool) -> N
 
 @contextmanager
 def engine_of(name: str, options: RayOptions) -> Iterator[Engine]:
-    """Yields the `Engine` of this name: ``inprocess``, ``flower``, or ``ray`` with actors that end with the block."""
+    """Yields the `Engine` ``inprocess``, ``flower`` or ``ray``; the actors of ``ray`` stop at the end of the block."""
     if name == "inprocess":
         yield partial(in_process, workers=options.workers)
     elif name == "flower":
@@ -87,20 +87,20 @@ def federations(engine: str, options: JobOptions) -> Iterator[tuple[ThreadPool, 
     """Yields a pool for ``options.jobs`` federations at a time, and the engine that each of them uses.
 
     Args:
-        engine: ``inprocess`` or ``flower``: each federation in a process; ``ray``: all of them on the same actors.
+        engine: ``inprocess`` or ``flower``: each federation in its own process; ``ray``: all on the same actors.
     """
     make = ThreadPool if engine == "ray" else ProcessPool
-    with engine_of(engine, options) as each, closing(make(options.jobs or os.cpu_count() or 1)) as pool:
-        yield pool, each
+    with engine_of(engine, options) as run, closing(make(options.jobs or os.cpu_count() or 1)) as pool:
+        yield pool, run
 
 
 def require_gpus(engine: str, options: RayOptions, devices: Iterable[str]) -> None:
-    """Raises ConfigError if workers would share a GPU of which they reserve nothing, or reserve more than there is.
+    """Raises ConfigError if workers would use GPUs without reserving any, or reserve more than there are.
 
-    For Ray `ActorPool` does the latter, because a cluster may have more GPUs than this machine.
+    For Ray the second check is done by `ActorPool`, because a cluster may have more GPUs than this machine.
 
     Args:
-        devices: the values of ``compute.device`` that runs have.
+        devices: the values of ``compute.device`` in the runs.
     """
     from tapfl.compute import Compute, gpus_here
 
@@ -112,7 +112,7 @@ def require_gpus(engine: str, options: RayOptions, devices: Iterable[str]) -> No
         return
     for device in sorted(set(devices) - {"cpu"}):
         if device == "cuda" or Compute.of(ComputeOptions(device="auto")).device.type != "cpu":
-            accepted = "above 0, for instance 0.25 for four workers a GPU; or compute.device = cpu"
+            accepted = "above 0, for instance 0.25 for four workers per GPU; or compute.device = cpu"
             if forked:
                 accepted = "--workers 1, or --engine ray with --actor-gpus above 0; or compute.device = cpu"
             what = f"--workers {options.workers}" if forked else "--actor-gpus 0"
@@ -120,31 +120,31 @@ def require_gpus(engine: str, options: RayOptions, devices: Iterable[str]) -> No
 
 
 def resolved(options: Mapping[str, Any], folder: Path) -> RunConfig:
-    """Returns the configuration of a run in `folder`, which continues if it exists."""
+    """Returns the configuration of the run in `folder`, which is continued if it exists."""
     begun = RunFolder(folder).config() if (folder / "config.json").is_file() else {}
-    known = {"devices.count": begun.get("devices.count", 0)}  # which may have been counted in images that are gone
+    known = {"devices.count": begun.get("devices.count", 0)}  # if it was counted in images, these may no longer exist
     return counted(absolute_paths(RunConfig.from_flat({**known, **options, "out": str(folder), "resume": True})))
 
 
 def carry_out(emit: Emit, options: Mapping[str, Any], folder: Path, engine: Engine) -> Summary:
-    """Starts or continues a run in `folder`, up to ``train.rounds``; returns its summary.
+    """Starts or continues the run in `folder` up to ``train.rounds``; returns its summary.
 
-    Round zero is taken from ``round-zero`` beside the folder as far as another run has kept it there.
+    Parts of round zero that another run has stored in ``round-zero``, next to the folder, are taken from there.
 
     Args:
         emit: called with `StageProgress`.
 
     Raises:
-        TapflError: if the run cannot be carried out.
+        TapflError: if the run fails.
     """
     from experiments.feasible import check
 
     config = resolved(options, folder)
-    shared = shared_folders(config, folder.parent / "round-zero")  # before the run: its inputs may change meanwhile
+    shared = shared_folders(config, folder.parent / "round-zero")  # now, because inputs may change during the run
     with Lines() as lines, shown_on(on_both(lines, reporting(emit))):
         if not (folder / "config.json").is_file():
             with stage("checking"):
-                check(config)  # a run that is refused leaves no folder
+                check(config)  # before the folder exists, so that a refused run leaves none
             shutil.rmtree(folder, ignore_errors=True)
             prepare(folder, config, shared)
         else:
@@ -152,14 +152,14 @@ def carry_out(emit: Emit, options: Mapping[str, Any], folder: Path, engine: Engi
         try:
             engine(config.flat(), config.devices.count)
         finally:
-            gc.collect()  # free models in reference cycles now: the next run needs the memory
+            gc.collect()  # frees models in reference cycles, because the next run needs the memory
     keep(folder, shared)
     if not (folder / SUMMARY).is_file():
         raise RunError(f"{folder}: the run ended without a result")
     return read_summary(folder)
 
 
-# options that act after round zero and cannot change a plan; any other option is assumed to change it
+# options that have an effect only after round zero and cannot change a plan; any other option is assumed to change it
 AFTER = (
     *FREE_OPTIONS,
     "train.",
@@ -171,30 +171,30 @@ AFTER = (
     "devices.dropout",
     "devices.deadline",
 )
-BUT = ("adapters.head",)  # with class rows, a device reports its classes
+BUT = ("adapters.head",)  # an exception: with class-rows, a device's summary reports its classes
 # options that cannot change a summary either
 AFTER_SUMMARIES = (*AFTER, "metric.", "pruning.", "devices.budgets")
-# files of a run: the devices' messages and the plans, each with its files for the report
+# files of a run: the devices' summaries and the plans, with the files for the report that belong to them
 SUMMARIES = ("summaries/*", "devices/*/images.json")
 PLANS = ("plans/*", "metric-sets/*")
 
 
 def keep(run: Path, shared: tuple[Path, Path]) -> None:
-    """Keeps the round zero of a run for others, unless it is there already."""
+    """Stores the round zero of a run for other runs, unless it is stored already."""
     summaries, plans = shared
     _fill(summaries, run, [file for pattern in SUMMARIES for file in run.glob(pattern)])
-    # the plan of a device that sent no mixture is a makeshift
+    # the generic plan of a device that sent no mixture is not shared
     sent = {file.stem for file in run.glob("summaries/*")}
     _fill(plans, run, [file for pattern in PLANS for file in run.glob(pattern) if file.stem in sent])
 
 
 def name_of(config: RunConfig) -> str:
-    """Returns a name that is the same for all runs with the same plans."""
+    """Returns a name that runs have in common if and only if they have the same plans."""
     return shared_folders(config, Path())[1].name
 
 
 def prepare(run: Path, config: RunConfig, shared: tuple[Path, Path]) -> None:
-    """Makes the folder of a new run, with as much of its round zero as is kept."""
+    """Makes the folder of a new run, with all parts of its round zero that are stored."""
     with whole_folder(run) as folder:
         for source in shared:
             _link_all(source, folder, [file for file in source.rglob("*") if file.is_file()])
@@ -202,7 +202,7 @@ def prepare(run: Path, config: RunConfig, shared: tuple[Path, Path]) -> None:
 
 
 def shared_folders(config: RunConfig, store: Path) -> tuple[Path, Path]:
-    """Returns where the summaries and the plans of all runs lie that agree on them, by options and by inputs."""
+    """Returns the folders of the summaries and of the plans that runs with the same options and inputs share."""
     decisive = config.flat() | contents(config, require=False)
     return store / f"summaries-{_hash(decisive, AFTER_SUMMARIES)}", store / f"plans-{_hash(decisive, AFTER)}"
 
@@ -219,12 +219,12 @@ def _fill(target: Path, run: Path, files: Sequence[Path]) -> None:
         with whole_folder(target) as folder:
             _link_all(run, folder, files)
     except OSError:
-        if not target.exists():  # otherwise another run has just left the same
+        if not target.exists():  # otherwise another run has just stored the same files
             raise
 
 
 def _link_all(source: Path, target: Path, files: Iterable[Path]) -> None:
-    """Links files into another folder. Runs can share them because a run replaces files and never writes into them."""
+    """Hard-links files into another folder. Sharing is safe because runs replace files and never write into them."""
     for file in files:
         copy = target / file.relative_to(source)
         copy.parent.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,7 @@
 """Pools of workers: processes of this machine, or threads whose work is done elsewhere (on Ray's actors).
 
 Sweep, search and compare submit `Job`s to a pool. What a job emits reaches the submitter while the job runs; its
-result comes with the future. When a pool is closed, or the command ends in whatever way, no worker is left.
+result arrives with the future. When a pool is closed, or the command ends for any reason, no worker is left.
 """
 
 from __future__ import annotations
@@ -25,21 +25,21 @@ from typing import Any, NoReturn
 
 from tapfl.errors import RunError, TapflError
 
-ATTEMPTS = 3  # workers that may be lost over one job before it fails
-LOOK = 1.0  # seconds of a wait: a signal that comes just before a wait begins does not end it
-GRACE = 5.0  # seconds that a worker has to end its own processes after SIGTERM, before it is killed
-SPAWN = multiprocessing.get_context("spawn")  # a forked torch may hang
+ATTEMPTS = 3  # number of workers that may die during one job before it fails
+LOOK = 1.0  # seconds of one wait; short, because a signal that comes just before a wait begins does not interrupt it
+GRACE = 5.0  # seconds that a worker has after SIGTERM to end its own processes, before it is killed
+SPAWN = multiprocessing.get_context("spawn")  # torch may hang in a forked process
 
 Emit = Callable[[Any], None]
 
 
 @dataclass(frozen=True)
 class Job:
-    """One call ``function(emit, *arguments)``; for a process the function must be importable, the arguments picklable.
+    """A call ``function(emit, *arguments)``. For a process, the function must be importable, the arguments picklable.
 
     Attributes:
-        function: called with `emit`, which passes a value to the submitter while the job runs.
-        log: file to which all that the job prints and logs is appended; None: it goes to the command's own output.
+        function: its argument `emit` passes a value to the submitter while the job runs.
+        log: file to which everything that the job prints and logs is appended; None: the command's own output.
     """
 
     function: Callable[..., Any]
@@ -48,9 +48,9 @@ class Job:
 
 
 def first_done(futures: Iterable[Future[Any]]) -> set[Future[Any]]:
-    """Returns the futures that are done, after waiting for one."""
-    flying = list(futures)
-    while not (done := wait(flying, LOOK, FIRST_COMPLETED).done):
+    """Waits until at least one future is done, and returns those that are."""
+    running = list(futures)
+    while not (done := wait(running, LOOK, FIRST_COMPLETED).done):
         pass
     return done
 
@@ -60,9 +60,9 @@ def unheard(value: Any) -> None:
 
 
 class ThreadPool:
-    """Carries out jobs, `jobs` at a time, on threads of this process: for work that is done elsewhere.
+    """Executes jobs, `jobs` at a time, on threads of this process, for work that is done elsewhere.
 
-    Threads cannot be ended: `close` leaves those at work to whoever ends what they wait for.
+    Threads cannot be killed. Those that are running when the pool is closed end when what they wait for ends.
     """
 
     def __init__(self, jobs: int) -> None:
@@ -75,11 +75,11 @@ class ThreadPool:
         Args:
             listen: called in another thread with each value that the job emits.
         """
-        ours = copy_context()  # what listens logs as this thread does, not as the job
+        ours = copy_context()  # so that `listen` logs to the log of this thread, not to that of the job
         return self._threads.submit(self._carry_out, job, lambda value: ours.run(listen, value))
 
     def close(self) -> None:
-        """Ends what waits. A federation that is ended goes on from its checkpoint later."""
+        """Cancels the waiting jobs."""
         self._threads.shutdown(wait=False, cancel_futures=True)
 
     def _carry_out(self, job: Job, emit: Emit) -> Any:
@@ -88,21 +88,21 @@ class ThreadPool:
 
 
 class ProcessPool(ThreadPool):
-    """A pool of `jobs` processes that carry out one job after another, with one torch thread each.
+    """A pool of `jobs` processes that execute one job after another, each with one torch thread.
 
-    A process starts when it is first needed and stays, so that torch is imported once. A process that dies is replaced,
-    and its job is tried again. None outlives this process, however that ends.
+    A process starts when it is first needed and then stays, so that it imports torch only once. A process that dies is
+    replaced, and its job is tried again. No process outlives this one, however it ends.
     """
 
     def __init__(self, jobs: int) -> None:
         super().__init__(jobs)
-        os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the workers, which read it when torch is imported
+        os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the workers, which read it when they import torch
         self._lock = threading.Lock()
-        self._processes: dict[int, _Process] = {}  # one a thread
+        self._processes: dict[int, _Process] = {}  # by the id of the thread that uses it
         self._closed = False
 
     def close(self) -> None:
-        """Ends all jobs at once, and their workers."""
+        """Ends all jobs immediately, and their workers. A federation can be continued from its checkpoint."""
         super().close()
         with self._lock:
             self._closed = True
@@ -123,7 +123,7 @@ class ProcessPool(ThreadPool):
                 process.end(0)
                 with self._lock:
                     del self._processes[threading.get_ident()]
-        raise RunError(f"{ATTEMPTS} workers were lost over this job")
+        raise RunError(f"{ATTEMPTS} workers died during this job")
 
     def _process(self) -> _Process:
         with self._lock:
@@ -141,7 +141,7 @@ class _Process:
         self._ours, theirs = SPAWN.Pipe()
         self._process = SPAWN.Process(target=_serve, args=(theirs,), daemon=True)
         self._process.start()
-        theirs.close()  # else the end of the process would not end `recv`
+        theirs.close()  # otherwise `recv` would not notice that the process has ended
 
     def carry_out(self, job: Job, listen: Emit) -> Any:
         """Raises EOFError or OSError if the process dies."""
@@ -164,7 +164,7 @@ class _Process:
 
 
 def _serve(connection: Connection) -> NoReturn:
-    """Carries out jobs until the command ends. SIGINT is left to the command, which ends its workers."""
+    """Executes jobs until the command ends. The command handles SIGINT and ends its workers."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # so that a job ends its own processes
     threading.Thread(target=_end_with_the_command, daemon=True).start()
@@ -188,7 +188,7 @@ def _serve(connection: Connection) -> NoReturn:
     except (EOFError, OSError, SystemExit):
         pass
     finally:
-        os._exit(1)  # a thread of the job may still run
+        os._exit(1)  # because a thread of the job may still be running
 
 
 def _end_with_the_command() -> None:
@@ -202,7 +202,7 @@ def _end_with_the_command() -> None:
 
 def _called(job: Job, emit: Emit) -> Any:
     """Returns the job's result. Every exception is logged, and raised as a TapflError."""
-    from flwr.common.logger import log  # takes a while, which a refused sweep need not wait for
+    from flwr.common.logger import log  # slow to import; a refused sweep does not need it
 
     try:
         return job.function(emit, *job.arguments)
@@ -228,14 +228,14 @@ _LOG: ContextVar[Path | None] = ContextVar("log", default=None)
 
 @contextmanager
 def own_log(file: Path) -> Iterator[None]:
-    """Within the block all that this thread logs, and only that, goes to `file`, and not to the screen."""
+    """Within the block, everything that this thread logs, and nothing else, goes to `file` instead of the screen."""
     from flwr.common.logger import FLOWER_LOGGER
 
     for shown in FLOWER_LOGGER.handlers:
         if not isinstance(shown, logging.FileHandler):
             shown.addFilter(_of_no_job)
     file.parent.mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(file, encoding="utf-8")  # appends: the job may go on with an earlier one
+    handler = logging.FileHandler(file, encoding="utf-8")  # appends, because the job may continue an earlier one
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     handler.addFilter(lambda record: _LOG.get() == file)
     FLOWER_LOGGER.addHandler(handler)
@@ -263,15 +263,15 @@ def interruptible(go_on: str) -> Iterator[None]:
     def terminate(number: int, _: object) -> NoReturn:
         raise SystemExit(128 + number)
 
-    here = threading.current_thread() is threading.main_thread()  # only there can signals be handled
-    before = signal.signal(signal.SIGTERM, terminate) if here else None
+    in_main = threading.current_thread() is threading.main_thread()  # only the main thread can handle signals
+    before = signal.signal(signal.SIGTERM, terminate) if in_main else None
     try:
         yield
-    except (KeyboardInterrupt, SystemExit):  # the latter also from the handler of SIGTERM that Ray installs
+    except (KeyboardInterrupt, SystemExit):  # Ray's handler of SIGTERM raises SystemExit too
         if sys.stderr.isatty():
-            sys.stderr.write("\x1b[?25h")  # a thread that hid the cursor to draw bars is not asked to end
+            sys.stderr.write("\x1b[?25h")  # shows the cursor, which a thread may have hidden to draw bars
         print(f"tapfl: interrupted; continue with: {go_on}", file=sys.stderr, flush=True)
-        os._exit(130)  # Ray is stopped, but runs in threads of this process would go on
+        os._exit(130)  # Ray is stopped by now, but runs in threads of this process would continue
     finally:
         if before is not None:
             signal.signal(signal.SIGTERM, before)

@@ -1,4 +1,4 @@
-"""Progress of jobs: each job reports its stages, and `Overview` sums up all jobs."""
+"""Progress of jobs: each job reports its stages, and `Overview` combines the reports of all jobs."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from statistics import fmean
 from experiments.jobs.pool import Emit
 from tapfl.progress import Advance, Screen
 
-MAIN = "rounds"  # the stage from whose pace the time of a federation is estimated
-BEFORE = 0.45  # share of a federation before its rounds, assumed until some of them are done
-STAGES = 8  # of that part
+MAIN = "rounds"  # the stage whose pace gives the time of a federation
+BEFORE = 0.45  # share of a federation's time before its rounds, assumed until some rounds are done
+STAGES = 8  # number of stages in that part
 GAP = 0.2  # seconds between two reports of one job
 
 
 @dataclass(frozen=True)
 class StageProgress:
-    """Where a job is: its outermost stage, the share of it that is done, and both as text."""
+    """The state of a job: its outermost stage, the share of the stage that is done, and both as text."""
 
     stage: str
     share: float
@@ -35,9 +35,9 @@ class _Stage:
 
 
 def reporting(emit: Emit, clock: Callable[[], float] = time.monotonic) -> Screen:
-    """Returns a screen that emits a `StageProgress` now and then.
+    """Returns a screen that emits a `StageProgress` from time to time.
 
-    The share counts stages within stages: 3 of 10 rounds and half of the devices of the fourth are 0.35.
+    The share includes nested stages: 3 of 10 rounds, and half of the devices in the fourth round, give 0.35.
     """
     stages: list[_Stage] = []
     last = -GAP
@@ -46,8 +46,8 @@ def reporting(emit: Emit, clock: Callable[[], float] = time.monotonic) -> Screen
         nonlocal last
         last = clock()
         share = 0.0
-        for each in reversed(stages):
-            share = min(1.0, (each.done + share) / each.total) if each.total else share
+        for part in reversed(stages):
+            share = min(1.0, (part.done + share) / part.total) if part.total else share
         outer = stages[0]
         steps = f" {outer.done:.12g}/{outer.total:.12g}" if outer.total else ""
         emit(StageProgress(outer.name, share, outer.name + steps))
@@ -79,11 +79,11 @@ def on_both(*screens: Screen) -> Screen:
     @contextmanager
     def screen(name: str) -> Iterator[Advance]:
         with ExitStack() as stack:
-            advances = [stack.enter_context(each(name)) for each in screens]
+            advances = [stack.enter_context(one(name)) for one in screens]
 
             def advance(done: float, total: float, note: str = "", left: float | None = None, /) -> None:
-                for each in advances:
-                    each(done, total, note, left)
+                for forward in advances:
+                    forward(done, total, note, left)
 
             yield advance
 
@@ -92,17 +92,17 @@ def on_both(*screens: Screen) -> Screen:
 
 @dataclass
 class _Flight:
-    """One federation in flight; times are of the overview's clock."""
+    """A federation that is running; times are those of the overview's clock."""
 
     begun: float
-    before: set[str] = field(default_factory=set)  # stages so far that came before the rounds
-    main: tuple[float, float] | None = None  # when the rounds began, and at which share (a run that goes on)
-    left: float | None = None  # seconds, as of the last report; None: nothing to go by
-    seen: float = 0.0  # when that was
+    before: set[str] = field(default_factory=set)  # stages before the rounds, as far as they were seen
+    main: tuple[float, float] | None = None  # time and share at which the rounds began; the share of a resumed run > 0
+    left: float | None = None  # seconds left at the last report; None: unknown
+    seen: float = 0.0  # time of the last report
     text: str = ""
 
     def advance(self, event: StageProgress, now: float, typical: float | None) -> None:
-        """Args: typical: seconds of a whole federation, if any has ended."""
+        """Handles a report. `typical` is the mean duration of the federations that have ended, if any."""
         self.text, self.seen = event.text, now
         if event.stage == MAIN:
             self.main = self.main or (now, event.share)
@@ -120,7 +120,7 @@ class _Flight:
 
     @property
     def seconds(self) -> float | None:
-        """Of the whole federation."""
+        """Estimated duration of the whole federation; None: unknown."""
         return None if self.left is None else self.seen - self.begun + self.left
 
     @property
@@ -129,15 +129,16 @@ class _Flight:
 
 
 class Overview:
-    """Reports to `advance` the jobs that are done, those in flight, and the time left.
+    """Reports the jobs that are done, those that are running, and the time left to `advance`.
 
-    A federation takes as long as its rounds' pace says; before them, as long as those that have ended; before any has,
-    round zero is taken for a fixed share. What waits is divided among `jobs` workers.
+    The duration of a federation is estimated from the pace of its rounds; before its rounds, from the federations that
+    have ended; and before any has ended, by assuming that round zero takes a fixed share. The waiting jobs are divided
+    among `jobs` workers.
 
     Args:
-        total: all jobs.
-        done: those that need not be carried out.
-        jobs: at a time.
+        total: number of all jobs.
+        done: number of jobs that were finished before.
+        jobs: number of jobs at a time.
     """
 
     def __init__(
@@ -150,45 +151,44 @@ class Overview:
     ) -> None:
         self._advance, self._total, self._done, self._jobs, self._clock = advance, total, done, jobs, clock
         self._flights: dict[str, _Flight] = {}
-        self._seconds: list[float] = []  # of those that have ended
+        self._seconds: list[float] = []  # durations of the jobs that have ended
         self._lock = threading.Lock()
-        self._tell()
+        self._report()
 
     def listen(self, name: str) -> Emit:
-        """Returns what is to be called with each `StageProgress` of a job."""
+        """Returns the function to call with each `StageProgress` of a job."""
 
         def listen(event: StageProgress) -> None:
             with self._lock:
                 now = self._clock()
                 typical = fmean(self._seconds) if self._seconds else None
                 self._flights.setdefault(name, _Flight(now)).advance(event, now, typical)
-                self._tell()
+                self._report()
 
         return listen
 
     def end(self, name: str) -> None:
-        """Counts a job as done, whatever came of it."""
+        """Counts a job as done, whether it succeeded or failed."""
         with self._lock:
             if flight := self._flights.pop(name, None):
                 self._seconds.append(self._clock() - flight.begun)
             self._done += 1
-            self._tell()
+            self._report()
 
-    def _tell(self) -> None:
+    def _report(self) -> None:
         done = self._done + sum(flight.share for flight in self._flights.values())
         note = "; ".join(f"{name}: {flight.text}" for name, flight in self._flights.items())
         self._advance(done, self._total, note, self._left())
 
     def _left(self) -> float | None:
         now = self._clock()
-        seconds = self._seconds or [each.seconds for each in self._flights.values() if each.seconds is not None]
+        seconds = self._seconds or [run.seconds for run in self._flights.values() if run.seconds is not None]
         if not seconds:
             return None
         typical = fmean(seconds)
-        flying = [
-            max(0.0, (typical if each.left is None else each.left) - (now - each.seen))
-            for each in self._flights.values()
+        running = [
+            max(0.0, (typical if run.left is None else run.left) - (now - run.seen)) for run in self._flights.values()
         ]
-        waiting = self._total - self._done - len(flying)
-        evenly = (sum(flying) + waiting * typical) / min(self._jobs, max(1, len(flying) + waiting))
-        return max(evenly, *flying, typical if waiting else 0.0)
+        waiting = self._total - self._done - len(running)
+        evenly = (sum(running) + waiting * typical) / min(self._jobs, max(1, len(running) + waiting))
+        return max(evenly, *running, typical if waiting else 0.0)

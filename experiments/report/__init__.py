@@ -1,1 +1,1 @@
-"""What a run came to, on one page that opens offline, and in pictures."""
+"""The report of a run, or the comparison of several: one HTML page that opens offline, and its figures as PNG."""

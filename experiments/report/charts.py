@@ -1,4 +1,4 @@
-"""Figures of accuracy, model by model and round by round, and of what a run cost."""
+"""Figures of the accuracy of a run by model and by round, and of the run's cost."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from experiments.output import duration, size
 from experiments.report import series
 from experiments.report.reading import Run
 
-# shape and size of the marks by stage, in the order of the palette: blue, orange, green, grey, vermilion,
-# purple, sky
+# shape and size of the mark of each stage; the order assigns the colours of the palette: blue, orange, green, grey,
+# vermilion, purple, sky
 MARKS: dict[str, tuple[str, int]] = {
     "personal": ("circle", 70),
     "pruned": ("triangle-up", 80),
@@ -30,7 +30,7 @@ ONE_PICKED = f"{fig.DEVICE} !== null && {PICKED}"
 
 
 def mark_scales(stages: Sequence[str]) -> dict[str, Any]:
-    """Returns the encodings that tell the models of a device apart, of which these are shown: colour, shape, size."""
+    """Returns the encodings that distinguish a device's models: colour, shape and size; `stages` are in the legend."""
     order, legend = list(MARKS), alt.Legend(values=list(stages))
     shapes, sizes = ([mark[k] for mark in MARKS.values()] for k in (0, 1))
     return {
@@ -69,8 +69,8 @@ def accuracy(run: Run) -> Figure | None:
     return Figure(
         "accuracy",
         "Accuracy of each device, from dense to personal",
-        f"One line a device, one mark a model. Means: {', '.join(f'{stage} {v:.3f}' for stage, v in means.items())}. "
-        f"Device {best.name} gained most by training: {best['pruned']:.3f} pruned, {best['personal']:.3f} personal.",
+        f"One line per device, one mark per model. Means: {', '.join(f'{key} {v:.3f}' for key, v in means.items())}. "
+        f"Device {best.name} gained most from training: {best['pruned']:.3f} pruned, {best['personal']:.3f} personal.",
         layered(span, points, height=fig.device_height(devices)),
         {"spans": spans, "accuracies": long.join(found.add_prefix("of ")).reset_index()},
         found.reset_index(),
@@ -93,9 +93,9 @@ def curves(run: Run) -> Figure | None:
     return Figure(
         "curves",
         "Accuracy after each round",
-        f"Lines are means over devices, bands their middle half. From {means['mean'].iloc[0]:.3f} before the first "
-        f"round to {last['personal']:.3f} personal and {last['global']:.3f} global after round "
-        f"{means['round'].iloc[-1]}.",
+        "Lines are means over devices; bands span the middle half of the devices. The mean goes from "
+        f"{means['mean'].iloc[0]:.3f} before the first round to {last['personal']:.3f} (personal) and "
+        f"{last['global']:.3f} (global) after round {means['round'].iloc[-1]}.",
         layered(
             mean.mark_area(opacity=0.14).encode(y=alt.Y("low:Q"), y2="high:Q"),
             mean.mark_line().encode(y=y, opacity=fig.unless_picked()).add_params(fig.zoomed()),
@@ -116,20 +116,20 @@ def alpha(run: Run) -> Figure | None:
     if found.empty:
         return None
     x = fig.round_axis(found["round"])
-    each = chart("devices").encode(x=x, y=fig.value_axis("α", "α"))
+    own = chart("devices").encode(x=x, y=fig.value_axis("α", "α"))
     dots = alt.condition(PICKED, alt.value(0.4), alt.value(0.0))
     mean = chart("means").encode(x=x, y="mean:Q", color=alt.value(alt.ExprRef("ink")))
     last = found["α"][found["round"] == found["round"].max()]
     return Figure(
         "alpha",
         "α, the weight of a device's own adapters in the interpolation",
-        "A line a device; dashed: the mean. With α = 0 a device uses the shared adapters, as all do until the personal "
-        f"ones begin. At the end α is between {last.min():.3f} and {last.max():.3f}.",
+        "One line per device; the dashed line is the mean. With α = 0 a device uses only the shared adapters, as it "
+        f"does until it has personal ones. At the end, α is between {last.min():.3f} and {last.max():.3f}.",
         layered(
-            each.mark_line(strokeWidth=1.5)
+            own.mark_line(strokeWidth=1.5)
             .encode(detail="device:N", opacity=fig.faded(0.08, 0.4))
             .add_params(fig.zoomed()),
-            each.mark_point(size=40).encode(opacity=dots, tooltip=tips("device:O", "round:Q", "α:Q||.3f")),
+            own.mark_point(size=40).encode(opacity=dots, tooltip=tips("device:O", "round:Q", "α:Q||.3f")),
             mean.mark_line(strokeDash=[6, 4]).encode(opacity=fig.unless_picked(0.35), tooltip=_spread_tips("α")),
             height=300,
         ),
@@ -154,10 +154,10 @@ def oracle(run: Run) -> Figure | None:
     by_alpha = ", ".join(f"{a:g}: {mean:.3f}" for a, mean in zip(alphas, means, strict=True))
     return Figure(
         "alpha-oracle",
-        "α in use against the best on the test images, an oracle",
-        f"One mark a device; dashed: equal. Means: {found['α'].mean():.3f} in use, {found['best'].mean():.3f} best. "
-        "The oracle is for comparison: no choice uses the test images, and with few of them it is noisy itself. Mean "
-        f"test accuracy with one α for all: {by_alpha}.",
+        "α in use against the best α on the test images (oracle)",
+        f"One mark per device; on the dashed line both are equal. Means: {found['α'].mean():.3f} in use, "
+        f"{found['best'].mean():.3f} best. The oracle is for comparison only: no choice uses the test images, and with "
+        f"few test images the oracle is noisy. Mean test accuracy if all devices use the same α: {by_alpha}.",
         layered(line, points.encode(tooltip=tips("device:O", "best:Q|best α|.2f", "α:Q||.3f")), height=300),
         {"devices": found, "equal": ends},
     )
@@ -192,7 +192,7 @@ def traffic(run: Run) -> Figure | None:
     return Figure(
         "bytes",
         "Bytes by kind and direction",
-        f"The devices sent {sent} and received {received}. The largest parts: {most}.",
+        f"The devices sent {sent} and received {received}. The largest parts are {most}.",
         layered(*bars, height=30 * len(order)),
         {"bytes": found},
         columns=("device", "direction", "kind", "bytes"),
@@ -209,7 +209,7 @@ def phases(run: Run) -> Figure | None:
     return Figure(
         "real-phases",
         "Wall time by phase",
-        f"{duration(sum(named.values()))} on this machine in all: "
+        f"{duration(sum(named.values()))} in total on this machine: "
         + ", ".join(f"{row['phase']} {row['text']}" for row in rows)
         + ".",
         layered(*bars, height=30 * len(rows)),
@@ -240,9 +240,9 @@ def simulated_rounds(run: Run) -> Figure | None:
     bars = _round_bars("rounds", title, axis, "slowest:O|slowest device").encode(opacity=fig.unless_picked(0.3))
     return Figure(
         "simulated-rounds",
-        "Simulated time by round, set by its slowest device",
-        f"On devices of these profiles the run would take {duration(found['seconds'].sum())}, of which "
-        f"round zero {duration(found['seconds'].iloc[0])}. If a device is picked: its own time in each round.",
+        "Simulated time of each round, set by its slowest device",
+        f"On devices with these profiles the run would take {duration(found['seconds'].sum())}, of which round zero "
+        f"takes {duration(found['seconds'].iloc[0])}. For a selected device, its own time in each round is shown too.",
         layered(bars, _round_bars("devices", title, axis, "device:O").transform_filter(ONE_PICKED), height=220),
         {"rounds": found, "devices": devices},
         pd.concat([found, devices]),
@@ -250,7 +250,7 @@ def simulated_rounds(run: Run) -> Figure | None:
 
 
 def _round_bars(data: str, title: str, axis: str = "round", *more: str) -> alt.Chart:
-    """Returns a bar a round; its tooltip has the lines `more` too."""
+    """Returns one bar per round; its tooltip begins with the lines `more`, in the format of `tips`."""
     x, y = alt.X("round:O", title=axis, axis=alt.Axis(labelAngle=0)), alt.Y("seconds:Q", title=title)
     bars = chart(data).mark_bar(width={"band": 0.7})
     return bars.encode(x=x, y=y, tooltip=tips(*more, "round:O", "seconds:Q||.3~g"))

@@ -1,4 +1,4 @@
-"""`tapfl report`: runs as a page, `report.html`, and its figures as `figures/*.png` beside it."""
+"""`tapfl report`: writes a run, or a comparison of several, as `report.html`, and its figures as `figures/*.png`."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ COMPARISON = Path("report")
 
 @app.command()
 def report(
-    runs: Annotated[list[Path], typer.Argument(help="folders of runs; several are compared", show_default=False)],
+    runs: Annotated[list[Path], typer.Argument(help="folders of runs; several runs are compared", show_default=False)],
     out: Annotated[
         Path | None, typer.Option(help="output folder; default: the run's own, or ./report for several runs")
     ] = None,
 ) -> None:
-    """Show the result of a run, or compare several: one page that opens offline, and its figures as PNG."""
+    """Show the result of a run, or compare several runs: one page that opens offline, and its figures as PNG."""
     from experiments.output import console
     from experiments.report.reading import read_run
 
@@ -51,7 +51,7 @@ def write_report(runs: Sequence[Run], out: Path | None = None, pictures: bool = 
     page = page_of(runs[0]) if len(runs) == 1 else page_of_all(runs)
     html, place = render(page).encode(), folder / "figures"
     if place.is_symlink() and not place.resolve().is_relative_to(folder.resolve()):
-        raise ConfigError(f"{place}: is a link that leads out of {folder}; nothing is written there")
+        raise ConfigError(f"{place}: is a symbolic link to a place outside {folder}; nothing is written there")
     try:
         for figure in page.figures if pictures else ():
             write_figure(figure, place / f"{figure.name}.png")

@@ -1,4 +1,4 @@
-"""The page of several runs beside each other."""
+"""The report page that compares several runs."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from experiments.report.reading import Run
 from experiments.report.single import PLACE, shown_accuracy, shown_option, source
 from strategies.records import RoundLine
 
-AXES = {"round": "rounds", "MB": "bytes", "seconds": "simulated time"}  # over which runs are compared
+AXES = {"round": "rounds", "MB": "bytes", "seconds": "simulated time"}  # x axes of the accuracy curves
 TITLES = {"round": "round", "MB": "MB sent and received by all devices", "seconds": "simulated seconds"}
-MOST_APART = 6  # runs whose marks on a device's line stand below each other
+MOST_APART = 6  # up to this many runs, the marks of a device are drawn one below the other
 DIRECTIONS = ["up", "down"]
 
 
@@ -33,9 +33,9 @@ def page_of_all(runs: Sequence[Run]) -> Page:
     options = differing(runs)
     sections = [Section("Results", [_stages(begun)] if begun else [], _results(named, options))]
     if begun:
-        sections.append(Section("How they got there", _curves(begun)))
-        sections.append(Section("Device by device", [_devices(begun)]))
-        sections.append(Section("What they cost", [_traffic(begun)]))
+        sections.append(Section("Accuracy during training", _curves(begun)))
+        sections.append(Section("Accuracy of each device", [_devices(begun)]))
+        sections.append(Section("Cost", [_traffic(begun)]))
     folders = [[name, str(run.path)] for name, run in named.items()]
     sections.append(Section("Folders", table=Table(("run", "folder"), folders, words={0, 1})))
     missing = [f"{name}: {sentence}" for name, run in named.items() for sentence in run.missing]
@@ -44,28 +44,31 @@ def page_of_all(runs: Sequence[Run]) -> Page:
 
 
 def names(runs: Sequence[Run]) -> list[str]:
-    """Returns a name a run: the last part of its path, or as much of the path as tells the runs apart."""
+    """Returns one name per run: the last part of its path; if two are equal, the paths below their common folder."""
     paths = [run.path for run in runs]
     if len({path.name for path in paths}) == len(paths):
         return [path.name for path in paths]
     common = Path(os.path.commonpath([path.parent for path in paths]))
     short = [str(path.relative_to(common)) for path in paths]
     seen: Counter[str] = Counter()
-    for k, name in enumerate(short):  # the same folder, given twice
+    for k, name in enumerate(short):  # the same folder may be given twice
         seen[name] += 1
         short[k] = name if seen[name] == 1 else f"{name} ({seen[name]})"
     return short
 
 
 def differing(runs: Sequence[Run]) -> list[str]:
-    """Returns the options in which the runs differ, except those that name places."""
+    """Returns the options whose values differ between the runs, except those that name places."""
     options = dict.fromkeys(option for run in runs for option in run.config)
     places = PLACE - {"devices.count"}
     return [o for o in options if o not in places and len({repr(run.config.get(o)) for run in runs}) > 1]
 
 
 def curve(run: Run) -> pd.DataFrame:
-    """Returns round, MB (sent and received by all devices until its end), seconds (simulated), mean accuracy."""
+    """Returns the mean personal accuracy after each round, with the MB and simulated seconds spent until then.
+
+    Columns: round, MB (sent and received by all devices), seconds, accuracy.
+    """
     personal = series.curves(run).query("kind == 'personal'").groupby("round")["accuracy"].mean()
     spent = [(r.round, (r.bytes_up + r.bytes_down) / 1e6, r.simulated_seconds) for r in run.of(RoundLine)]
     return pd.DataFrame(spent, columns=list(AXES)).join(personal, on="round", how="inner")
@@ -85,7 +88,7 @@ def _lead(runs: dict[str, Run], options: Sequence[str]) -> list[str]:
     return [
         first,
         f"The runs differ in {', '.join(options)}." if options else "The runs have the same options.",
-        f"The devices of {sent.idxmin()} sent least: {size(sent.min())}.",
+        f"The devices of {sent.idxmin()} sent the least: {size(sent.min())}.",
     ]
 
 
@@ -142,7 +145,7 @@ def _curves(runs: dict[str, Run]) -> list[Figure]:
         figure = Figure(
             f"curves-over-{axis.lower()}",
             f"Mean personal accuracy over {what}",
-            f"A line a run. {'; '.join(ends)}.",
+            f"One line per run. {'; '.join(ends)}.",
             layered(*_lines(found, list(runs), axis), height=340),
             {"curves": found},
             columns=list(dict.fromkeys(("run", "round", axis, "accuracy"))),
@@ -169,7 +172,7 @@ def _lines(found: pd.DataFrame, runs: Sequence[str], axis: str) -> list[alt.Char
 
 
 def _legend(runs: Sequence[str]) -> alt.Legend:
-    """Returns the legend of the runs; long names stand below each other."""
+    """Returns the legend of the runs; long names are listed in one column."""
     columns = 1 if max(map(len, runs)) > 14 else 4
     return alt.Legend(columns=columns, labelLimit=320, symbolOpacity=1, symbolStrokeWidth=0)
 
@@ -197,7 +200,7 @@ def _devices(runs: dict[str, Run]) -> Figure:
     return Figure(
         "devices-by-run",
         "Personal accuracy of each device by run",
-        f"A line a device, a mark a run. The runs differ most on device {most}: {ends['min'][most]:.3f} to "
+        f"One line per device, one mark per run. The runs differ most on device {most}: {ends['min'][most]:.3f} to "
         f"{ends['max'][most]:.3f}.",
         layered(drawn, height=(1 + len(names) // 3 if apart else 1) * fig.device_height(devices)),
         {"devices": found},
@@ -222,7 +225,7 @@ def _traffic(runs: dict[str, Run]) -> Figure:
     shown = "; ".join(f"{name} {size(sides['up'])} up, {size(sides['down'])} down" for name, sides in sums.items())
     return Figure(
         "bytes-by-run",
-        "Bytes of all devices by run and direction",
+        "Bytes sent and received by all devices, by run",
         f"{shown}.",
         layered(*bars, height=44 * len(runs)),
         {"bytes": rows},

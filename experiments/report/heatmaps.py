@@ -1,4 +1,4 @@
-"""Figures with a line a device: which images there are, and what is kept of each layer."""
+"""Figures with one line per device: its images, its metric set, and how much of each layer is kept."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from experiments.figures.figure import (
 from experiments.report import series
 from experiments.report.reading import ClassCounts, Run, named
 
-GAP = 0.06  # between the cells of a heat map, as a share of a cell
-CELL_LABELS = 30  # cells across, up to which values are written into them
-ONE_GAUSSIAN = {  # what a mixture of one component means for the choice, by metric.rule
-    "top-likelihood": "it takes the images around the mean of all of a device's classes, of whichever class they are",
-    "density-ratio": "it asks which images are likelier under this one Gaussian than in the pool, and images between a "
-    "device's classes are among them",
-    "component-quota": "with one component it is the same as top-likelihood, and no class has a quota",
+GAP = 0.06  # between the cells of a heat map, as a fraction of a cell
+CELL_LABELS = 30  # with more rows or columns, the cells are too small for their values
+ONE_GAUSSIAN = {  # how a mixture of one component affects the metric set, by metric.rule
+    "top-likelihood": "the rule picks the images nearest to the mean of all the device's classes, whatever their class",
+    "density-ratio": "the rule picks images that are likelier under this one Gaussian than in the pool, which includes "
+    "images between a device's classes",
+    "component-quota": "with one component the rule is the same as top-likelihood, and no class has a quota",
 }
 KEPT = {"attention": ("the attention", "head dimensions"), "ffn": ("the FFN", "hidden neurons")}
 
@@ -43,7 +43,7 @@ def partition(run: Run) -> Figure | None:
     return Figure(
         "partition",
         "Training images by device and class",
-        f"{found['train'].sum()} training images; a device holds {few} of {len(classes)} classes.",
+        f"{found['train'].sum()} training images. Each device holds {few} of {len(classes)} classes.",
         layered(*cells, height=device_height(devices)),
         {"cells": found},
     )
@@ -66,11 +66,12 @@ def coverage(run: Run) -> Figure | None:
     covered = f"{lacking} of {len(found)} devices have classes that no image covers"
     return Figure(
         "coverage",
-        "Share of each metric set that is of the device's own classes",
-        "Bars: the share of the public images chosen for a device that is of its classes; ticks: that share in the "
-        f"whole pool, which a random choice would have. The mean is {found['own share'].mean():.1%}, and "
-        f"{found['by chance'].mean():.1%} in the pool; the lowest is {worst['own share']:.1%} (device "
-        f"{worst['device']}); {covered if lacking else 'all classes of all devices are covered'}.{_one_component(run)}",
+        "Share of each metric set in the device's own classes",
+        "Bars show how many of the public images chosen for a device belong to its own classes. Ticks show the same "
+        "share of the whole pool, which a random choice would have. The mean is "
+        f"{found['own share'].mean():.1%}, against {found['by chance'].mean():.1%} of the pool; the lowest is "
+        f"{worst['own share']:.1%} (device {worst['device']}); "
+        f"{covered if lacking else 'all classes of all devices are covered'}.{_one_component(run)}",
         layered(bars, chance, height=device_height(devices)),
         {"devices": found},
         wide=True,
@@ -78,7 +79,7 @@ def coverage(run: Run) -> Figure | None:
 
 
 def effective(run: Run) -> Figure | None:
-    """Returns how well each metric set stands for its device, where no classes say so."""
+    """Returns the effective size of each metric set, unless the devices' classes are known and `coverage` is shown."""
     found = series.effective_sizes(run)
     if found.empty or not series.coverage(run).empty:
         return None
@@ -89,10 +90,11 @@ def effective(run: Run) -> Figure | None:
     bars = chart("devices").mark_bar(height={"band": 0.45}).encode(y=device_axis(devices), x=x, opacity=faded())
     return Figure(
         "effective",
-        "Share of each metric set that stands for the device",
-        "The public images have none of the devices' classes, so none can be counted. Shown is the effective sample "
-        "size of the metric set (Kish), weighted by how much likelier an image is on the device than in the pool; low: "
-        f"the device's density rests on few of these images. The mean is {found['share'].mean():.1%}; the lowest is "
+        "Effective share of each metric set",
+        "The public images belong to none of the devices' classes, so images of these classes cannot be counted. The "
+        "figure shows the effective sample size of the metric set (Kish) as a share of its images; each image is "
+        "weighted by how much likelier it is on the device than in the pool. A low share means that only a few of the "
+        f"images are likely on the device. The mean is {found['share'].mean():.1%}; the lowest is "
         f"{worst['share']:.1%} (device {int(worst['device'])}).{_one_component(run)}",
         layered(bars.encode(tooltip=tooltip), height=device_height(devices)),
         {"devices": found},
@@ -101,14 +103,14 @@ def effective(run: Run) -> Figure | None:
 
 
 def _one_component(run: Run) -> str:
-    """Returns a sentence on the devices whose mixture does not tell their classes apart, or nothing."""
+    """Returns sentences on the devices whose mixture does not separate their classes, or an empty string."""
     alike = [device.device for device in run.devices if device.one_component]
     rule = run.config.get("metric.rule")
     if not alike or rule not in ONE_GAUSSIAN:
         return ""
     return (
-        f" The mixture of {named(alike)} has one component, as it comes with few images: one Gaussian, which does not "
-        f"tell the device's classes apart. For metric.rule = {rule} that means: {ONE_GAUSSIAN[rule]}."
+        f" The mixture of {named(alike)} has one component, as happens with few images: a single Gaussian, which does "
+        f"not separate the device's classes. For metric.rule = {rule} this means: {ONE_GAUSSIAN[rule]}."
     )
 
 
@@ -130,14 +132,14 @@ def metric_classes(run: Run) -> Figure | None:
     cells = _cells("images:Q|images|d", found["images"].max(), devices, axis, tooltip)
     return Figure(
         "metric-classes",
-        "Classes that each metric set covers",
-        "Images of each device's metric set by class; framed: the device's own classes. "
+        "Classes covered by each metric set",
+        "Number of images of each class in the device's metric set. The device's own classes are framed. "
         + (
             f"{missed} of the framed cells are empty."
             if missed
             else "No framed cell is empty."
             if found["own"].any()
-            else "None of these classes is known to be a device's own."
+            else "The devices' own classes are not known."
         ),
         layered(*cells, own, height=device_height(devices)),
         {"cells": found[found["images"] > 0], "own": found[found["own"]]},
@@ -146,7 +148,7 @@ def metric_classes(run: Run) -> Figure | None:
 
 
 def kept(run: Run, kind: str) -> Figure | None:
-    """Returns the kept widths of the layers of one kind, ``attention`` or ``ffn``."""
+    """Returns the kept widths of all layers of one kind, ``attention`` or ``ffn``."""
     found = series.widths(run)
     found = found[found["kind"] == kind]
     if found.empty:
@@ -155,25 +157,25 @@ def kept(run: Run, kind: str) -> Figure | None:
     mean = found.groupby("block", sort=False)["share"].mean()
     most, least = mean.idxmax(), mean.idxmin()
     said = (
-        f"Share of the {units} that is kept. On average {most} keeps most ({mean[most]:.0%}), {least} least "
-        f"({mean[least]:.0%})."
+        f"Share of the {units} that is kept. On average {most} keeps the most ({mean[most]:.0%}) and {least} the "
+        f"least ({mean[least]:.0%})."
     )
     return _by_block(f"kept-{kind}", f"Kept width of {of} by layer", said, found, ("width", "dense width"))
 
 
 def merged(run: Run) -> Figure | None:
-    """Returns the share of an image's tokens that the FFN of each block sees, where any are merged."""
+    """Returns the share of an image's tokens that the FFN of each block sees, if any tokens are merged."""
     found = series.widths(run)
     found = found[found["kind"] == "ffn"]
     found = found.assign(share=found["tokens"] / found["dense tokens"])
     if not (found["share"] < 1).any():
         return None
-    said = "Share of an image's tokens that is left behind the attention of each block."
+    said = "Share of an image's tokens that remain after the attention of each block."
     return _by_block("tokens", "Tokens by block", said, found, ("tokens", "dense tokens"))
 
 
 def _by_block(key: str, title: str, said: str, found: pd.DataFrame, of: tuple[str, str]) -> Figure:
-    """Returns a heat map of `share` by device and block; `of` are the columns that it is the quotient of, in words."""
+    """Returns a heat map of `share` by device and block; `of` are the columns of the kept and the dense value."""
     devices, places = devices_of(found), _places(list(dict.fromkeys(found["block"])))
     cells = found.assign(text=found["share"].map("{:.0%}".format), place=found["block"].map(places))
     scale = alt.Scale(domain=list(places.values()), paddingInner=GAP)
@@ -192,11 +194,12 @@ def _by_block(key: str, title: str, said: str, found: pd.DataFrame, of: tuple[st
 def _cells(
     colour: str, most: float, devices: Sequence[int], x: alt.X, tooltip: Sequence[alt.Tooltip], text: str = ""
 ) -> list[alt.Chart]:
-    """Returns the layers of a heat map of the figure's `cells`; where there is room, with values written into them.
+    """Returns the layers of a heat map of the figure's `cells`, with a value in each cell if there is room.
 
     Args:
-        colour: ``field:Q|title of the legend|its number format`` of what colours the cells, up to `most`.
-        text: the field that is written into them; default: the same.
+        colour: the field that sets a cell's colour, as ``field:Q|title of the legend|its number format``.
+        most: upper end of the colour scale.
+        text: the field written into the cells; default: that of `colour`.
     """
     field, title, form = colour.split("|")
     written, most = max(len(x["scale"]["domain"]), len(devices)) <= CELL_LABELS, float(most)
@@ -211,20 +214,23 @@ def _cells(
 
 
 def _class_names(counts: Iterable[ClassCounts]) -> list[str]:
-    return list(dict.fromkeys(name for each in counts for name in each.names))
+    return list(dict.fromkeys(name for part in counts for name in part.names))
 
 
 def _class_axis(classes: Sequence[str]) -> alt.X:
     flat = all(len(name) <= 3 for name in classes) and len(classes) <= CELL_LABELS
     return alt.X(
         "class:N",
-        sort=None,  # the domain has the order; a list would put the names into an expression
+        sort=None,  # the domain sets the order; a list here would put the names into a Vega expression
         scale=alt.Scale(domain=list(classes), paddingInner=GAP),
         axis=alt.Axis(labelAngle=0 if flat else -45, labelLimit=90),
     )
 
 
 def _places(blocks: Sequence[str]) -> dict[str, str]:
-    """Returns the blocks' numbers by name, 3 of blocks.3 and 1.0 of layers.1.blocks.0; the names where these fail."""
+    """Returns a short label for each block: 3 for blocks.3, 1.0 for layers.1.blocks.0.
+
+    If a block has no number, or two have the same, the labels are the names.
+    """
     short = {block: ".".join(part for part in block.split(".") if part.isdigit()) for block in blocks}
     return short if all(short.values()) and len(set(short.values())) == len(blocks) else {b: b for b in blocks}

@@ -1,4 +1,4 @@
-"""Reads a run's folder for a report: whatever of it is whole, and in words what is missing."""
+"""Reads a run's folder for a report. What is missing or damaged is left out and described in a sentence."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Timing(Record):
 
 
 class ClassCounts(Record):
-    """Numbers of images, each list with a count a class."""
+    """Numbers of images; every list has one count per class."""
 
     classes: list[str | int | float]
 
@@ -65,7 +65,7 @@ class ClassCounts(Record):
 
 
 class Images(ClassCounts):
-    """A device's own images, and whose they are, where they were divided by that."""
+    """Counts of a device's own images; `ids` are the ids of their owners if the images were divided by owner."""
 
     train: list[Count]
     test: list[Count]
@@ -73,12 +73,12 @@ class Images(ClassCounts):
 
 
 class MetricSet(ClassCounts):
-    """The public images chosen for a device, and the pool that they were chosen from; no classes without labels."""
+    """Counts of the public images chosen for a device, and of their pool; without labels there are no classes."""
 
     metric: list[Count]
     pool: list[Count]
-    size: Count = 0  # how many were chosen; 0: an older file
-    effective_size: float | None = None  # how many of them stand for the device; None: it sent no mixture
+    size: Count = 0  # number of images chosen; 0: the file is older than this field
+    effective_size: float | None = None  # effective sample size (Kish); None: the device sent no mixture
 
 
 class Alphas(Record):
@@ -95,12 +95,12 @@ class Alphas(Record):
 
     @property
     def best(self) -> float:
-        """The α with the highest accuracy; the mean of them if there are several."""
+        """The α with the highest accuracy; if several have it, their mean."""
         return float(np.mean([a for a, x in zip(self.alpha, self.accuracy, strict=True) if x == max(self.accuracy)]))
 
 
 class State(Record):
-    """What a checkpoint records of the devices."""
+    """The part of a checkpoint that a report reads."""
 
     round: Count
     records: list[DeviceRecord]
@@ -112,18 +112,18 @@ ALPHAS = TypeAdapter(Alphas)
 
 @dataclass(frozen=True)
 class Run:
-    """The content of a run's folder; what is missing or damaged is empty here, and described in `missing`.
+    """The content of a run's folder. Parts that are missing or damaged are empty, and `missing` describes them.
 
     Attributes:
-        config: all options, dotted.
-        summary: None of a run that is not finished.
-        lines: of metrics.jsonl, in order.
-        devices: by partition id; of a run that is not finished, from its last checkpoint.
+        config: all options by dotted name.
+        summary: None if the run is not finished.
+        lines: the lines of metrics.jsonl, in order.
+        devices: one record per device, by partition id; from the last checkpoint if the run is not finished.
         plans, images, metric_sets: by partition id.
-        alphas: by partition id, of those devices that have written them.
-        rounds: how many are done.
-        missing: a sentence for everything that a report would show and cannot.
-        classes: of the classifier, if devices reported them.
+        alphas: by partition id; only of devices whose file is in the folder.
+        rounds: number of finished rounds.
+        missing: one sentence for each thing that a report cannot show.
+        classes: the classes of the classifier, if devices reported them.
     """
 
     path: Path
@@ -143,7 +143,7 @@ class Run:
 
     @property
     def equipped(self) -> list[DeviceRecord]:
-        """The devices that have a pruned model; only for these there is an accuracy."""
+        """The devices that have a pruned model; only these have accuracies."""
         return [device for device in self.devices if device.params]
 
     @property
@@ -152,15 +152,15 @@ class Run:
         return (self.summary.seconds if self.summary else {}) or self.timing.seconds
 
     def of(self, kind: type[L]) -> list[L]:
-        """Returns the lines of metrics.jsonl of one kind, in order."""
+        """Returns the lines of metrics.jsonl that are of this kind, in order."""
         return [line for line in self.lines if isinstance(line, kind)]
 
 
 def read_run(path: Path) -> Run:
-    """Returns what a run has left in its folder. Damaged files, and links that lead out of it, count as missing.
+    """Returns the content of a run's folder. Damaged files and symbolic links to places outside count as missing.
 
     Raises:
-        ConfigError: if the folder holds no run, or records of another version.
+        ConfigError: if the folder is not a run's, or its records are of another version.
     """
     path = path.absolute()
     config, summary, folder = _options(path), _summary(path), RunFolder(path)
@@ -178,10 +178,10 @@ def read_run(path: Path) -> Run:
     state = f"after round {rounds} of {config['train.rounds']}" if devices else "before the first round"
     clock = timing.seconds or (summary and summary.seconds)
     sentences = [
-        (not summary, f"The run is not finished (it has no whole {SUMMARY}). This is its state {state}."),
+        (not summary, f"The run is not finished ({SUMMARY} is missing or damaged). This is its state {state}."),
         (metrics.damaged, f"{metrics.damaged} lines of {METRICS} are damaged and were left out."),
         (not metrics.lines, f"{METRICS} is missing or empty: there are no curves, no times and no list of faults."),
-        (not clock, "timing.json is missing: how long the run really took is not known."),
+        (not clock, "timing.json is missing: the wall time of the run is not known."),
         (not versions, "versions.json is missing: the versions of the packages are not known."),
         (
             without := [i for i in equipped if i not in plans],
@@ -190,7 +190,7 @@ def read_run(path: Path) -> Run:
         (
             len(images) < len(ids),
             f"The class counts {_lacking(ids, images)}are missing (devices/NN/{IMAGES_FILE}). Devices do not send "
-            "them: they are here only if the devices were simulated in this run.",
+            "them, so the folder has them only if the devices were simulated in this run.",
         ),
         (
             len(metric_sets) < len(plans),
@@ -218,11 +218,11 @@ def read_run(path: Path) -> Run:
 
 
 def _options(path: Path) -> dict[str, Any]:
-    """Returns the run's options, with the default of the one that a report needs, if the run does not have it."""
+    """Returns the run's options; `train.rounds`, which a report needs, gets its default if it is missing."""
     options = _whole(path, path / "config.json", _json(OPTIONS))
     found: dict[str, Any] = dict(options or {})
     if not found:
-        raise ConfigError(f"report {path}: is not a run's folder, which has the run's options in its config.json")
+        raise ConfigError(f"report {path}: is not a run's folder (no options in config.json)")
     rounds = found.setdefault("train.rounds", RunConfig().train.rounds)
     if type(rounds) is not int:
         raise ConfigError(f"report {path}: config.json is damaged (train.rounds = {rounds!r:.40})")
@@ -237,7 +237,7 @@ def _summary(path: Path) -> Summary | None:
 
 
 def _checkpoint(path: Path) -> tuple[int, list[DeviceRecord]]:
-    """Returns the round of the last whole checkpoint and its records, or 0 and none."""
+    """Returns the round and the records of the last intact checkpoint, or 0 and no records."""
     server = RunFolder(path).server
     for round in reversed(server.rounds()):
         state = _whole(
@@ -259,7 +259,7 @@ def _json(content: TypeAdapter[T]) -> Callable[[Path], T]:
 
 
 def _inside(path: Path, file: Path) -> bool:
-    """Returns whether a file of the folder is no link that leads out of it."""
+    """Returns whether a file really lies in the folder, with symbolic links followed."""
     try:
         return file.resolve().is_relative_to(path.resolve())
     except (OSError, RuntimeError):  # a link to itself
@@ -267,7 +267,7 @@ def _inside(path: Path, file: Path) -> bool:
 
 
 def _whole(path: Path, file: Path, read: Callable[[Path], T]) -> T | None:
-    """Returns what `read` finds in a file; None if it is missing, damaged, or a link out of the folder."""
+    """Returns what `read` returns for a file; None if it is missing, damaged, or a link to a place outside."""
     try:
         return read(file) if _inside(path, file) else None
     except (OSError, ValidationError, TapflError):
@@ -283,6 +283,6 @@ def _lacking(ids: Collection[int], found: Collection[int]) -> str:
 
 
 def named(ids: Sequence[int]) -> str:
-    """Returns ``device 3``, ``devices 0, 1, 2``; of more than 12 the first, and how many more there are."""
+    """Returns ``device 3`` or ``devices 0, 1, 2``; at most 12 ids are listed, then ``and 8 more``."""
     shown = ", ".join(map(str, ids[:12])) + (f" and {len(ids) - 12} more" if len(ids) > 12 else "")
     return f"device {shown}" if len(ids) == 1 else f"devices {shown}"

@@ -1,4 +1,4 @@
-"""The numbers behind a run's figures: a table each, as a pure function of the run that was read."""
+"""The numbers behind a run's figures: pure functions of a `Run`, one per table."""
 
 from __future__ import annotations
 
@@ -18,17 +18,20 @@ from tapfl.models.prunable import prunable_layers
 from tapfl.models.units import PrunableLayer
 from tapfl.summary.heterogeneity import label_shift
 
-KINDS = ("personal", "global", *REFERENCES)  # of accuracy that change from round to round
+KINDS = ("personal", "global", *REFERENCES)  # the accuracies that change from round to round
 
 
 def stages(*runs: Run) -> tuple[str, ...]:
-    """Returns the models whose accuracies are known of each device; references only if a run has them."""
+    """Returns the models whose accuracy is shown for each device; references only if a run has them."""
     known = {name for run in runs for device in run.equipped for name in device.reference_accuracies or {}}
     return ("dense", "pruned", *(name for name in REFERENCES if name in known), "global", "personal")
 
 
 def accuracies(run: Run) -> pd.DataFrame:
-    """Returns the accuracy of every stage by device that has a model; NaN if it never evaluated the dense model."""
+    """Returns the accuracy of every stage (column) for each device that has a model (index).
+
+    The dense accuracy is NaN for a device with the generic plan, which never evaluated the dense model.
+    """
     known = stages(run)
     found = {d.device: {stage: d.accuracy_of(stage) for stage in known} for d in run.equipped}
     frame = pd.DataFrame.from_dict(found, "index", columns=list(known), dtype=float).rename_axis("device")
@@ -37,17 +40,17 @@ def accuracies(run: Run) -> pd.DataFrame:
 
 
 def mean_accuracy(run: Run, stage: str) -> float:
-    """Returns the mean over the devices that have a model, as in summary.json; NaN if there are none."""
+    """Returns the mean over the devices that have a model, as summary.json does; NaN if there are none."""
     return float(accuracies(run).reindex(columns=[stage])[stage].mean())
 
 
 def total_bytes(devices: Iterable[DeviceRecord], side: str) -> int:
-    """Returns all bytes of the devices, `side` being ``up`` or ``down``."""
+    """Returns the total bytes of the devices; `side` is ``up`` or ``down``."""
     return sum(sum(getattr(device, f"bytes_{side}").values()) for device in devices)
 
 
 def curves(run: Run) -> pd.DataFrame:
-    """Returns device, round, kind, accuracy of every device that has a model, after every round."""
+    """Returns device, round, kind and accuracy: of every device that has a model, after every round."""
     start = {device.device: device.pruned_accuracy for device in run.equipped}
     kinds = [kind for kind in KINDS if kind in stages(run)]
     lines = [
@@ -59,9 +62,9 @@ def curves(run: Run) -> pd.DataFrame:
 
 
 def alphas(run: Run) -> pd.DataFrame:
-    """Returns device, round, kind (always ``α``) and α of the devices that trained; nothing unless the method is APFL.
+    """Returns device, round, kind (always ``α``) and α of the devices that trained; no rows unless the method is APFL.
 
-    α is the one with which a device used the result of the round, and 0 as long as it has no personal parameters.
+    α is the value that a device used after the round; it is 0 as long as the device has no personal parameters.
     """
     apfl = run.config.get("personalize.method") == "apfl"
     start = {device.device: 0.0 for device in run.equipped if device.rounds and apfl}
@@ -81,9 +84,14 @@ def _carried(
     name: str,
     rounds: Sequence[int],
 ) -> pd.DataFrame:
-    """Returns device, round (-1: its `start`), kind and value, from lines of device, round and a value a kind.
+    """Returns device, round, kind and value of every device after every round; round -1 has the values of `start`.
 
-    A device that did not answer in a round keeps its value; otherwise means would depend on who answered.
+    A device that did not answer in a round keeps its last value; otherwise means would depend on which devices
+    answered.
+
+    Args:
+        lines: device, round, and one value for each of `kinds`.
+        name: name of the column of values.
     """
     if not start:
         return pd.DataFrame(columns=["device", "round", "kind", name])
@@ -96,14 +104,14 @@ def _carried(
 
 
 def spread(frame: pd.DataFrame, name: str) -> pd.DataFrame:
-    """Returns round, kind, mean, low and high: the quartiles over devices."""
+    """Returns round, kind, mean, low and high over devices; low and high are the lower and upper quartile."""
     groups = frame.groupby(["round", "kind"], sort=False)[name]
     found = {"mean": groups.mean(), "low": groups.quantile(0.25), "high": groups.quantile(0.75)}
     return pd.DataFrame(found, index=found["mean"].index).reset_index()
 
 
 def partition(run: Run) -> pd.DataFrame:
-    """Returns device, class, train, test: how many images a device has of each of its classes."""
+    """Returns device, class, train and test: the number of images of each device in each of its classes."""
     rows = [
         (i, *counts)
         for i, images in run.images.items()
@@ -114,7 +122,7 @@ def partition(run: Run) -> pd.DataFrame:
 
 
 def shifts(run: Run) -> dict[str, float]:
-    """Returns how far the devices are apart in labels, quantity and features, as far as that is known here."""
+    """Returns measures of how much the devices differ in labels, quantity and features, those that are known."""
     counts = [images.train for images in run.images.values() if any(images.train)]
     found = {"labels": label_shift(np.array(counts))} if counts and len(set(map(len, counts))) == 1 else {}
     known = {name: getattr(run.summary, f"{name}_shift", None) for name in ("quantity", "feature")}
@@ -122,7 +130,7 @@ def shifts(run: Run) -> dict[str, float]:
 
 
 def widths(run: Run) -> pd.DataFrame:
-    """Returns a row a device and layer: block, kind, kept units, of how many, the widths in words, and tokens."""
+    """Returns one row per device and layer: block, kind, kept units and all units, widths as text, and tokens."""
     rows = [
         {"device": i, "layer": layer["name"], "block": layer["name"].rpartition(".")[0]}
         | {key: layer[key] for key in ("kind", "kept", "units", "width")}
@@ -141,7 +149,7 @@ def _layers(spec: str) -> list[PrunableLayer]:
 
 
 def metric_classes(run: Run) -> pd.DataFrame:
-    """Returns device, class, images and pool (of its metric set, and of what it was chosen from), own (is it held)."""
+    """Returns device, class, images and pool (counts in its metric set and in the pool), own (has the device it)."""
     rows = [
         (i, *counts, counts[0] in own)
         for i, chosen in run.metric_sets.items()
@@ -152,7 +160,7 @@ def metric_classes(run: Run) -> pd.DataFrame:
 
 
 def _own_classes(run: Run, i: int) -> set[str]:
-    """Returns the names of the classes of which a device has training images, as far as they are known here."""
+    """Returns the names of the classes of which a device has training images; an empty set if they are not known."""
     if i in run.images:
         return {name for name, count in zip(run.images[i].names, run.images[i].train, strict=True) if count}
     held = next((device.held_classes for device in run.devices if device.device == i), None)
@@ -160,7 +168,7 @@ def _own_classes(run: Run, i: int) -> set[str]:
 
 
 def coverage(run: Run) -> pd.DataFrame:
-    """Returns a row a device: the share of its metric set that is of its own classes, and that share in the pool."""
+    """Returns one row per device: the share of its own classes in its metric set and in the pool."""
     rows = []
     for i, part in metric_classes(run).groupby("device", sort=False):
         own, total = part[part["own"]], part[["images", "pool"]].astype(float).sum()
@@ -174,14 +182,14 @@ def coverage(run: Run) -> pd.DataFrame:
 
 
 def effective_sizes(run: Run) -> pd.DataFrame:
-    """Returns device, size of its metric set, how many of these images stand for it, and their share."""
+    """Returns device, size (of its metric set), effective (the effective sample size) and share (their quotient)."""
     known = {i: chosen for i, chosen in run.metric_sets.items() if chosen.effective_size and chosen.size}
     rows = [(i, c.size, c.effective_size, c.effective_size / c.size) for i, c in known.items() if c.effective_size]
     return pd.DataFrame(rows, columns=["device", "size", "effective", "share"])
 
 
 def bytes_by_kind(run: Run) -> pd.DataFrame:
-    """Returns device, direction, kind, bytes."""
+    """Returns device, direction, kind and bytes."""
     rows = [
         (device.device, direction, kind, count)
         for device in run.devices
@@ -193,7 +201,7 @@ def bytes_by_kind(run: Run) -> pd.DataFrame:
 
 
 def simulated_rounds(run: Run) -> pd.DataFrame:
-    """Returns round (0: round zero), its simulated seconds, and the slowest of the devices that answered."""
+    """Returns round (0: round zero), its simulated seconds, and the slowest device that answered."""
     traffic = _frame(run, TrafficLine).sort_values(["simulated_seconds", "device"])
     ended, slowest = _frame(run, RoundLine), traffic.groupby("round")["device"].last()
     seconds = np.diff(ended["simulated_seconds"].astype(float), prepend=0.0)
@@ -203,7 +211,7 @@ def simulated_rounds(run: Run) -> pd.DataFrame:
 
 
 def simulated_devices(run: Run) -> pd.DataFrame:
-    """Returns device, round, simulated seconds of the device in that round."""
+    """Returns device, round and the simulated seconds of the device in that round."""
     traffic = _frame(run, TrafficLine).rename(columns={"simulated_seconds": "seconds"})
     trained = traffic[traffic["phase"] != "evaluation"]
     return trained.groupby(["device", "round"])["seconds"].sum().reset_index()

@@ -1,4 +1,4 @@
-"""The page of one run: its sentences, tables and figures."""
+"""The report page of one run: its sentences, tables and figures."""
 
 from __future__ import annotations
 
@@ -20,25 +20,23 @@ from strategies.records import AbsenceLine, FailureLine
 from tapfl.config import RunConfig
 
 CHAPTERS: dict[str, Sequence[Callable[[Run], Figure | None]]] = {
-    "How accurate the devices are": (charts.accuracy, charts.curves, charts.alpha, charts.oracle),
-    "Which images they hold, and which public images stand for them": (
-        *(heatmaps.partition, heatmaps.metric_classes, heatmaps.coverage, heatmaps.effective),
-    ),
-    "What is kept of the model": [*(partial(heatmaps.kept, kind=kind) for kind in heatmaps.KEPT), heatmaps.merged],
-    "What it cost": (charts.traffic, charts.simulated_rounds, charts.phases, charts.real_rounds),
+    "Accuracy": (charts.accuracy, charts.curves, charts.alpha, charts.oracle),
+    "Images and metric sets": (heatmaps.partition, heatmaps.metric_classes, heatmaps.coverage, heatmaps.effective),
+    "Pruned models": [*(partial(heatmaps.kept, kind=kind) for kind in heatmaps.KEPT), heatmaps.merged],
+    "Cost": (charts.traffic, charts.simulated_rounds, charts.phases, charts.real_rounds),
 }
 PLACE = {"out", "resume", "cache", "devices.count"}  # options that name a place, or that every run sets
-METHODS = {
-    "apfl": "an interpolation of the shared adapters and its own (APFL)",
+METHODS = {  # completes "At the end each device uses"
+    "apfl": "an interpolation of the shared and its personal adapters (APFL)",
     "ditto": "personal adapters that are kept close to the shared ones (Ditto)",
-    "local": "adapters that it trains alone",
-    "pooled": "adapters that are trained on the images of all devices, an upper bound",
+    "local": "adapters that it trained alone",
+    "pooled": "adapters trained on the images of all devices, an upper bound",
     "fedavg": "the shared adapters (FedAvg)",
     "fedavg+finetune": "the shared adapters, fine-tuned on its own images at the end",
-    "fedprox": "the shared adapters, trained near those received (FedProx)",
-    "pfedme": "the shared adapters, trained on its own images near those received (pFedMe)",
-    "perfedavg": "the shared adapters, one gradient step away (Per-FedAvg)",
-    "fedala": "a mixture, layer by layer, of the shared adapters and those it trained last (FedALA)",
+    "fedprox": "the shared adapters, which devices trained close to those they received (FedProx)",
+    "pfedme": "the shared adapters, trained on its own images but kept close to those received (pFedMe)",
+    "perfedavg": "the shared adapters after one gradient step on its own images (Per-FedAvg)",
+    "fedala": "a layer-wise mixture of the shared adapters and those it trained last (FedALA)",
     "fedper": "the shared adapters with its own head (FedPer)",
     "fedrep": "the shared adapters with its own head, each trained in turn (FedRep)",
 }
@@ -54,8 +52,8 @@ def page_of(run: Run) -> Page:
             sections.append(Section(heading, figures))
     lost, changed = events(run), changed_options(run)
     if run.lines:
-        nothing = "" if lost.rows else "Every message was answered, and every device took part in every round."
-        sections.append(Section("Faults, absences and refusals", table=lost, note=nothing))
+        none_lost = "" if lost.rows else "Every message was answered, and every device took part in every round."
+        sections.append(Section("Faults, absences and refusals", table=lost, note=none_lost))
     options = [[name, shown_option(value)] for name, value in run.config.items()]
     details = [
         ("All options", Table(("option", "value"), options, words={0, 1})),
@@ -72,26 +70,26 @@ def page_of(run: Run) -> Page:
 
 
 def source(run: Run) -> str:
-    """Returns the name of the private images' source, or the last part of its path."""
+    """Returns the name of the source of the private images; of a path only its last part."""
     name = str(run.config.get("data.source", "?"))
     return name if name.startswith("hf:") else Path(name).name or name
 
 
 def lead(run: Run) -> list[str]:
-    """Returns a paragraph each on the setup, the result and the cost."""
+    """Returns three paragraphs: on the setup, the result and the cost."""
     if not run.equipped:
         return ["No device has a model yet: round zero is not finished, and there is no result."]
     return [_setup(run), _result(run), _cost(run)]
 
 
 def headline(run: Run) -> list[tuple[str, str]]:
-    """Returns the most important values, each with its name."""
+    """Returns the most important values, each with its description."""
     if not run.equipped:
         return []
     mean = series.accuracies(run).mean()
     return [
         (f"{mean['personal']:.3f}", "mean personal accuracy"),
-        (f"{mean['personal'] - mean['pruned']:+.3f}", "against the pruned models before training"),
+        (f"{mean['personal'] - mean['pruned']:+.3f}", "compared with the pruned models before training"),
         (_shares(run), "of the dense model's MACs"),
         (size(series.total_bytes(run.devices, "up")), "sent by all devices"),
     ]
@@ -101,7 +99,7 @@ def _setup(run: Run) -> str:
     config, equipped = run.config, run.equipped
     images = _between([device.train_samples for device in equipped])
     classes = _between([device.classes for device in equipped if device.classes])
-    holding = f"{images} training images of {source(run)}" + (f" from {classes} classes" if classes else "")
+    holding = f"{images} training images of {source(run)}" + (f" in {classes} classes" if classes else "")
     method = str(config.get("personalize.method"))
     return (
         f"{_devices(len(run.devices))} took part. Each holds {holding} ({config.get('data.partition')} partition), "
@@ -113,16 +111,16 @@ def _setup(run: Run) -> str:
 
 
 def differences(run: Run) -> str:
-    """Returns a sentence on how far the devices are apart, or nothing."""
+    """Returns sentences on how much the devices differ, or an empty string."""
     measures = {
         "labels": "labels {:.3f} (mean total variation distance to all images)",
         "quantity": "quantity {:.3f} (Gini coefficient of the numbers of training images)",
-        "feature": "features {:.3f} (mean squared Fréchet distance to all devices, over the variance)",
+        "feature": "features {:.3f} (mean squared Fréchet distance to all devices, divided by the variance)",
     }
     shown = [measures[name].format(value) for name, value in series.shifts(run).items()]
-    apart = f" How far the devices are apart: {'; '.join(shown)}." if shown else ""
+    apart = f" How much the devices differ: {'; '.join(shown)}." if shown else ""
     drifts = [device.drift for device in run.devices if device.drift is not None]
-    moved = f" Their mixtures have moved by {_between(drifts, '.3f')} since round zero (the unit of the features)."
+    moved = f" Since round zero their mixtures have moved by {_between(drifts, '.3f')} (in the unit of the features)."
     return apart + (moved if drifts else "")
 
 
@@ -140,7 +138,7 @@ def _result(run: Run) -> str:
     )
     tenth = found["personal"].nsmallest(-(-len(found) // 10)).mean()
     against = "; ".join(f"{name} {test}" for name, test in against_references(run.equipped).items())
-    compared = f" Against what was trained for comparison: {against}." if against else ""
+    compared = f" Compared with the reference models: {against}." if against else ""
     return (
         f"On the devices' own test images the mean accuracy of the personal models is {personal:.3f}, "
         f"{_against(personal - pruned)} the pruned models before training ({pruned:.3f}){dense_too}. {gained} The "
@@ -156,10 +154,10 @@ def _cost(run: Run) -> str:
         sentences.append(f"Sending the full model in every round would take {full} up.")
         if simulated := run.summary.simulated_seconds:
             real = sum(run.seconds.values())
-            here = f"; here it took {duration(real)}" if real else ""
-            sentences.append(f"On devices of these profiles the run would take {duration(simulated)}{here}.")
+            here = f"; on this machine it took {duration(real)}" if real else ""
+            sentences.append(f"On devices with these profiles the run would take {duration(simulated)}{here}.")
     if generic := [device.device for device in run.equipped if device.generic]:
-        sentences.append(f"{named(generic).capitalize()} sent no mixture and got the generic plan.")
+        sentences.append(f"{named(generic).capitalize()} sent no mixture and got the generic plan for the budget.")
     if without := [device.device for device in run.devices if not device.params]:
         sentences.append(f"{named(without).capitalize()} got no model.")
     if run.summary and run.summary.epsilon is not None:
@@ -180,7 +178,7 @@ def _devices(count: int) -> str:
 
 
 def _between(values: Sequence[float], form: str = "") -> str:
-    """Returns the lowest and the highest of the values, or one if they look the same; nothing if there are none."""
+    """Returns ``lowest to highest``, a single number if both look the same, and an empty string without values."""
     ends = (min(values), max(values)) if values else ()
     return " to ".join(dict.fromkeys(f"{end:{form}}" for end in ends))
 
@@ -189,11 +187,11 @@ def _between(values: Sequence[float], form: str = "") -> str:
 
 
 def devices(run: Run) -> Table:
-    """Returns a row a device: its data, its model, its accuracies, and its traffic."""
+    """Returns one row per device: its data, its model, its accuracies and its traffic."""
     titles = {"macs": "MACs", "params": "params"}
     for device in run.equipped[:1]:
         dense = {name: getattr(device, name) / getattr(device, f"{name}_share") for name in titles}
-        titles = {name: f"{title}, of {count(dense[name])}" for name, title in titles.items()}
+        titles = {name: f"{title} (dense {count(dense[name])})" for name, title in titles.items()}
     accuracies, apfl = series.accuracies(run), run.config.get("personalize.method") == "apfl"
     rows = []
     for device in run.devices:
@@ -223,17 +221,17 @@ def devices(run: Run) -> Table:
         [[row[column] for column in columns] for row in rows],
         keys=[device.device for device in run.devices],
         words={columns.index(name) for name in words},
-        note="images: training + test; gain: personal minus pruned accuracy.",
+        note="images: training + test images; gain: personal minus pruned accuracy.",
     )
 
 
 def warnings(run: Run) -> Table:
-    """Returns what should make the reader look twice, and what can be tried."""
-    return Table(("warning", "what can be tried"), [list(finding) for finding in warnings_of(run)], words={0, 1})
+    """Returns the warnings of the run, each with what to try."""
+    return Table(("warning", "what to try"), [list(finding) for finding in warnings_of(run)], words={0, 1})
 
 
 def events(run: Run) -> Table:
-    """Returns failures and absences, equal ones in one row, the most frequent first."""
+    """Returns failures and absences; equal ones share a row, and the most frequent come first."""
     groups: dict[tuple[str, str, str], list[tuple[int, str]]] = defaultdict(list)
     for failure in run.of(FailureLine):
         where, number = "rounds" if failure.phase.startswith("round ") else failure.phase, failure.phase[6:]
@@ -241,7 +239,7 @@ def events(run: Run) -> Table:
     for absence in run.of(AbsenceLine):
         groups["absence", "rounds", absence.reason].append((absence.device, str(absence.round)))
     rows = []
-    for (what, where, reason), found in sorted(groups.items(), key=lambda each: -len(each[1])):
+    for (what, where, reason), found in sorted(groups.items(), key=lambda group: -len(group[1])):
         devices, rounds = sorted({i for i, _ in found}), sorted({t for _, t in found}, key=lambda t: (len(t), t))
         place = f"rounds {_some(rounds)}" if where == "rounds" else where
         rows.append([what, place, str(len(found)), _some(devices), reason])
@@ -249,7 +247,7 @@ def events(run: Run) -> Table:
 
 
 def changed_options(run: Run) -> Table:
-    """Returns the options whose values are not the defaults."""
+    """Returns the options whose values differ from the defaults."""
     defaults = RunConfig().flat()
     rows = [
         [name, shown_option(value), shown_option(defaults[name]) if name in defaults else "(no longer an option)"]
@@ -269,4 +267,4 @@ def shown_accuracy(value: float | None) -> str:
 
 def _some(values: Sequence[object], most: int = 12) -> str:
     shown = ", ".join(str(value) for value in values[:most])
-    return f"{shown}, … ({len(values)} in all)" if len(values) > most else shown
+    return f"{shown}, … ({len(values)} in total)" if len(values) > most else shown

@@ -1,4 +1,4 @@
-"""What in a run should make its reader look twice: a sentence each, with what can be tried."""
+"""Warnings about the result of a run: each says what was found and what to try."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from experiments.report.reading import Run, named
 from strategies.records import DeviceLine
 from tapfl.personalize.methods import BEGIN_LATER
 
-BOUND = 0.01  # α nearer than this to 0 or 1 is at its bound
-LEARNT = 1e-3  # mean training loss below which a device knows its images by heart
-LOSS = 0.01  # of accuracy that is worth a warning
-ALONE = ("local", "pooled")  # the methods that share nothing
+BOUND = 0.01  # an α closer than this to 0 or 1 counts as at the bound
+LEARNT = 1e-3  # mean training loss below which a device has memorised its images
+LOSS = 0.01  # drop in accuracy that is worth a warning
+ALONE = ("local", "pooled")  # methods that share nothing
 
 
 class Finding(NamedTuple):
@@ -37,7 +37,7 @@ def shares(run: Run) -> bool:
 
 
 def disjoint(run: Run) -> Finding | None:
-    """No class is on two devices, the head is shared all the same, and no device's model knows which it has."""
+    """Warns if no class is on two devices, the head is shared, and the loss does not use the devices' class counts."""
     held = [set(np.flatnonzero(device.held_classes)) for device in run.equipped if device.held_classes]
     held = held or [set(np.flatnonzero(images.train)) for images in run.images.values()]
     apart = len(held) > 1 and all(not (left & right) for left, right in itertools.combinations(held, 2))
@@ -46,26 +46,26 @@ def disjoint(run: Run) -> Finding | None:
     if not apart or head == "personal" or informed or not shares(run):
         return None
     return Finding(
-        f"No class is on two devices, and the head is shared (adapters.head = {head}). Each device then "
-        "teaches the shared model that there are no classes but its own, and the next device contradicts it.",
+        f"No class is on two devices, and the head is shared (adapters.head = {head}). Each device then teaches "
+        "the shared model that there are no classes but its own, and the updates of the devices conflict.",
         "adapters.head=personal or train.label-prior=counts",
     )
 
 
 def worse_than_start(run: Run) -> Finding | None:
-    """The shared model is worse at the end than the pruned models before training."""
+    """Warns if the shared model is worse at the end than the pruned models were before training."""
     mean = series.accuracies(run).mean()
     if not shares(run) or not run.rounds or not mean["global"] < mean["pruned"] - LOSS:
         return None
     return Finding(
-        f"The shared model ends at {mean['global']:.3f}, below the pruned models before training "
+        f"The shared model ends at an accuracy of {mean['global']:.3f}, below the pruned models before training "
         f"({mean['pruned']:.3f}).",
         "a lower train.learning-rate, fewer train.epochs, or adapters.head=personal",
     )
 
 
 def falling(run: Run) -> Finding | None:
-    """Accuracy has fallen since its best round, while the training loss went on falling."""
+    """Warns if accuracy has fallen since its best round while the training loss went on falling."""
     curves = series.curves(run)
     accuracy = curves[curves["kind"] == "personal"].groupby("round")["accuracy"].mean()
     losses = training_losses(run)
@@ -83,7 +83,7 @@ def falling(run: Run) -> Finding | None:
 
 
 def by_heart(run: Run) -> Finding | None:
-    """Devices whose training loss is next to 0."""
+    """Warns of devices whose training loss is close to 0."""
     last = {line.device: line.next_loss for line in run.of(DeviceLine) if line.next_loss is not None}
     known = sorted(device for device, loss in last.items() if loss < LEARNT)
     if not known:
@@ -95,18 +95,18 @@ def by_heart(run: Run) -> Finding | None:
 
 
 def not_begun(run: Run) -> Finding | None:
-    """The personal parameters begin after the last round."""
+    """Warns if personal parameters would begin only after the last round."""
     first, rounds = run.config.get("personalize.from-round"), run.config["train.rounds"]
     if run.config.get("personalize.method") not in BEGIN_LATER or not isinstance(first, int) or first <= rounds:
         return None
     return Finding(
         f"No device has a personal model: personalize.from-round is {first}, and the run has {rounds} rounds.",
-        "begin earlier or train longer; with personalize.method=fedavg the result is that of all images",
+        "a smaller personalize.from-round, more train.rounds, or personalize.method=fedavg, which holds out no images",
     )
 
 
 def alpha_at_bound(run: Run) -> Finding | None:
-    """APFL's α has reached 0 or 1 on some devices."""
+    """Warns of devices on which APFL's α has reached 0 or 1."""
     if run.config.get("personalize.method") != "apfl" or not_begun(run):
         return None
     trained = [device for device in run.equipped if device.rounds]
@@ -115,8 +115,11 @@ def alpha_at_bound(run: Run) -> Finding | None:
     if not low and not high:
         return None
     parts = [
-        f"α is {bound} on {named(devices)}, which then {uses}"
-        for bound, devices, uses in ((0, low, "use the shared model alone"), (1, high, "use nothing that is shared"))
+        f"α is {bound} on {named(devices)}: {meaning}"
+        for bound, devices, meaning in (
+            (0, low, "only the shared model is used there"),
+            (1, high, "only the personal model is used there"),
+        )
         if devices
     ]
     return Finding(
@@ -126,7 +129,7 @@ def alpha_at_bound(run: Run) -> Finding | None:
 
 
 def training_losses(run: Run) -> pd.Series:
-    """Returns the mean training loss over devices, by round."""
+    """Returns the mean training loss over devices, indexed by round."""
     lines = [line for line in run.of(DeviceLine) if line.next_loss is not None]
     frame = pd.DataFrame({"round": [line.round + 1 for line in lines], "loss": [line.next_loss for line in lines]})
     return frame.groupby("round")["loss"].mean()

@@ -1,4 +1,4 @@
-"""The page of a search: its progress, the importance of options, its configurations, and every trial by rounds."""
+"""The page of a search: its progress, the importance of options, its configurations, and the loss of every trial."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ BEST = alt.value(alt.ExprRef("ink"))
 
 
 def page_of_search(study: optuna.Study, rungs: Sequence[int], loss: str) -> Page:
-    """Returns what there is to see of a search; figures for which there are too few trials are left out.
+    """Returns the page of a search; figures for which there are too few trials are left out.
 
     Args:
         rungs: rounds after which trials were compared.
-        loss: name of the objective's value.
+        loss: name of the objective.
     """
     trials = study.get_trials(deepcopy=False)
     completed = [trial for trial in trials if trial.state == TrialState.COMPLETE]
@@ -43,7 +43,7 @@ def page_of_search(study: optuna.Study, rungs: Sequence[int], loss: str) -> Page
         best = min(completed, key=_loss)
         values = ", ".join(f"{name} = {_text(value)}" for name, value in best.params.items())
         lead.append(f"The best completed trial is {best.number}, {loss} {best.value:.4g}: {values}.")
-    missing = [] if found[1] else ["The importance of the options: too few trials are completed, or all have one loss."]
+    missing = [] if found[1] else ["The importance of options: too few trials are completed, or all losses are equal."]
     sections = [Section("Trials", [figure for figure in found if figure])]
     return Page(study.study_name, lead, sections, missing=missing, kicker="tapfl search")
 
@@ -73,13 +73,13 @@ def history(completed: Sequence[FrozenTrial], loss: str) -> Figure | None:
 
 def importances(study: optuna.Study, completed: Sequence[FrozenTrial]) -> Figure | None:
     """Returns the importance of each option for the loss by fANOVA (Hutter et al., 2014), as Optuna computes it."""
-    if len(set(map(_loss, completed))) < 2:  # of one trial Optuna returns equal shares
+    if len(set(map(_loss, completed))) < 2:  # Optuna would return equal shares
         return None
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             found = get_param_importances(study)
-    except (ValueError, RuntimeError):  # too few trials, or all of them alike
+    except (ValueError, RuntimeError):  # too few trials, or all of them are equal
         return None
     rows = [{"option": name, "importance": share, "text": f"{share:.2f}"} for name, share in found.items()]
     if not rows:
@@ -99,8 +99,8 @@ def importances(study: optuna.Study, completed: Sequence[FrozenTrial]) -> Figure
 
 
 def configurations(completed: Sequence[FrozenTrial], loss: str) -> Figure | None:
-    """Returns the completed trials in parallel coordinates: a line each through its values of all options."""
-    distributions: dict[str, Any] = {name: each for trial in completed for name, each in trial.distributions.items()}
+    """Returns the completed trials in parallel coordinates: one line per trial through its values of all options."""
+    distributions: dict[str, Any] = {name: part for trial in completed for name, part in trial.distributions.items()}
     if not distributions:
         return None
     rows = [
@@ -110,10 +110,10 @@ def configurations(completed: Sequence[FrozenTrial], loss: str) -> Figure | None
         for name, value in t.params.items()
     ]
     ends = [
-        {"option": name, "place": _place(each, value), "text": str(value) if choices else f"{value:g}"}
-        for name, each in distributions.items()
-        for choices in [getattr(each, "choices", ())]
-        for value in choices or (each.low, each.high)
+        {"option": name, "place": _place(part, value), "text": str(value) if choices else f"{value:g}"}
+        for name, part in distributions.items()
+        for choices in [getattr(part, "choices", ())]
+        for value in choices or (part.low, part.high)
     ]
     x = alt.X(
         "option:N", sort=None, title=None, scale=alt.Scale(domain=list(distributions)), axis=alt.Axis(labelAngle=-20)
@@ -128,8 +128,8 @@ def configurations(completed: Sequence[FrozenTrial], loss: str) -> Figure | None
     return Figure(
         "configurations",
         "Configurations of the completed trials",
-        f"A line a trial through its value of each option, the lower the loss the darker. The best is trial "
-        f"{best.number} with {_loss(best):.4g}.",
+        "One line per trial through its values of all options; the lower the loss, the darker the line. The best trial "
+        f"is {best.number} with {_loss(best):.4g}.",
         layered(rules, lines, points, labels, height=320),
         {"trials": rows, "ends": ends},
         [{"trial": t.number, "loss": _loss(t), **t.params} for t in completed],
@@ -138,7 +138,7 @@ def configurations(completed: Sequence[FrozenTrial], loss: str) -> Figure | None
 
 
 def rounds(trials: Sequence[FrozenTrial], rungs: Sequence[int], loss: str) -> Figure | None:
-    """Returns the loss of every trial by rounds, and the rungs at which trials are compared."""
+    """Returns the loss of every trial by round, and the rungs at which trials are compared."""
     rows: list[Row] = [
         {"trial": trial.number, "state": trial.state.name.lower(), "round": t, "loss": value}
         for trial in trials
@@ -155,8 +155,9 @@ def rounds(trials: Sequence[FrozenTrial], rungs: Sequence[int], loss: str) -> Fi
     lines, points = _lines(x, y, colour, tooltip)
     return Figure(
         "rounds",
-        "Loss of every trial by rounds",
-        f"A line a trial; dotted: the rungs, at {', '.join(map(str, rungs))} rounds, where trials are compared.",
+        "Loss of every trial by round",
+        f"One line per trial. The dotted lines are the rungs at {', '.join(map(str, rungs))} rounds, at which trials "
+        "are compared.",
         layered(rules, lines.add_params(fig.zoomed()), points, height=320),
         {"trials": rows, "rungs": [{"round": t} for t in rungs]},
         wide=True,
@@ -165,13 +166,13 @@ def rounds(trials: Sequence[FrozenTrial], rungs: Sequence[int], loss: str) -> Fi
 
 
 def _lines(x: alt.X, y: alt.Y, colour: alt.Color, tooltip: Sequence[alt.Tooltip]) -> tuple[alt.Chart, alt.Chart]:
-    """Returns a line a trial and its points."""
+    """Returns one line per trial, and its points."""
     base = chart("trials").encode(x=x, y=y, color=colour)
     return base.mark_line(strokeWidth=1.5).encode(detail="trial:N"), base.mark_point(size=40).encode(tooltip=tooltip)
 
 
 def _place(distribution: Any, value: Any) -> float:
-    """Returns the place of a value on its option's axis in [0, 1]: choices equally spaced, numbers from low to high."""
+    """Returns the position of a value on its option's axis, in [0, 1]: choices are equally spaced, numbers scaled."""
     if isinstance(distribution, CategoricalDistribution):
         return (distribution.choices.index(value) + 0.5) / len(distribution.choices)
     low, high, place = map(math.log if distribution.log else float, (distribution.low, distribution.high, value))

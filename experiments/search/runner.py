@@ -1,8 +1,8 @@
-"""The driver of a search: draws configurations, runs their rungs, and writes to the study. Nothing else writes to it.
+"""The driver of a search: draws configurations, runs their rungs, and is the only one that writes to the study.
 
-All state is in the study, so an interrupted search can continue: a rung is done when its value is reported, and rungs
-that were in flight are submitted again and continue from their checkpoints. BOHB and random search promote trials by
-brackets (`experiments.search.schedule`); the baseline is Optuna's Hyperband with its TPE.
+All state is in the study, so that an interrupted search can be continued. A rung is done when its value is reported;
+rungs that were in flight are submitted again and continue from their checkpoints. BOHB and random search promote trials
+by brackets (`experiments.search.schedule`); the baseline is Optuna's Hyperband with its TPE.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ from tapfl.errors import TapflError
 from tapfl.options import Scalar
 
 Measures = dict[str, float]
-Start = Callable[[dict[str, Scalar], Path], Future[Measures]]  # a run's options and folder -> its measures
+Start = Callable[[dict[str, Scalar], Path], Future[Measures]]  # (a run's options, its folder) -> its measures
 
 
 @dataclass
 class Runner:
-    """The steps that all methods are made of.
+    """The steps that all search methods use.
 
     Attributes:
         start: starts or continues the run in a folder, up to ``train.rounds``.
         sampler: returns the sampler for a trial number.
-        folder: holds the folders of the trials.
-        jobs: rungs in flight at once.
+        folder: contains the folders of the trials.
+        jobs: largest number of rungs in flight.
         changed: called when a rung is done.
     """
 
@@ -52,7 +52,7 @@ class Runner:
     folder: Path
     jobs: int = 1
     changed: Callable[[], None] = lambda: None
-    _flying: dict[Future[Measures], tuple[int, int]] = field(default_factory=dict)
+    _in_flight: dict[Future[Measures], tuple[int, int]] = field(default_factory=dict)
     _handles: dict[int, Trial] = field(default_factory=dict)
 
     def found(self) -> list[FrozenTrial]:
@@ -68,27 +68,27 @@ class Runner:
         return trial.number
 
     def submit(self, runs: list[tuple[int, int]]) -> None:
-        """Starts as many of the (trial, rounds) as `jobs` allows, except those in flight."""
+        """Starts as many of these (trial, rounds) as `jobs` allows, except those in flight."""
         for number, rounds in runs:
-            if len(self._flying) >= self.jobs:
+            if len(self._in_flight) >= self.jobs:
                 return
-            if (number, rounds) in self._flying.values():
+            if (number, rounds) in self._in_flight.values():
                 continue
             options = {**self.search.options, **self.search.space.suggest(self._handle(number)), "train.rounds": rounds}
-            self._flying[self.start(options, run_folder(self.folder, number))] = (number, rounds)
+            self._in_flight[self.start(options, run_folder(self.folder, number))] = (number, rounds)
 
     def wait(self) -> bool:
         """Waits for the next rung and reports it. Returns False if none is in flight."""
-        if not self._flying:
+        if not self._in_flight:
             return False
-        for future in sorted(first_done(self._flying), key=lambda each: self._flying[each]):
-            number, rounds = self._flying.pop(future)
+        for future in sorted(first_done(self._in_flight), key=lambda future: self._in_flight[future]):
+            number, rounds = self._in_flight.pop(future)
             self._report(self._handle(number), rounds, future)
             self.changed()
         return True
 
     def tell(self, numbers: list[int], state: TrialState) -> None:
-        """Finishes the unfinished among the trials with this state, or as failed."""
+        """Finishes the trials that are unfinished, with this state; a trial without a valid loss has failed."""
         found = self.found()
         for trial in (found[number] for number in numbers if not found[number].state.is_finished()):
             rounds = max(trial.intermediate_values)
@@ -99,7 +99,7 @@ class Runner:
             self.study.tell(trial.number, loss if end == TrialState.COMPLETE else None, state=end)
 
     def _handle(self, number: int) -> Trial:
-        """Returns the trial to write to. One that was being drawn when the search was killed is drawn completely."""
+        """Returns the trial for writing. If the search was killed while the trial was drawn, the draw is completed."""
         if number not in self._handles:
             self.study.sampler = self.sampler(number)
             self._handles[number] = Trial(self.study, self.found()[number]._trial_id)
@@ -122,7 +122,7 @@ class Runner:
 
 
 def measured(emit: Emit, options: Mapping[str, Scalar], folder: Path, engine: Engine) -> Measures:
-    """Starts or continues a run and returns its measures: the job of one rung of a trial."""
+    """Starts or continues a run and returns its measures; this is the job of one rung of a trial."""
     summary = federation.carry_out(emit, options, folder, engine)
     return {name: float(measure(summary)) for name, measure in MEASURES.items()}
 
@@ -133,14 +133,14 @@ def run_folder(folder: Path, number: int) -> Path:
 
 
 def measures_key(rounds: float) -> str:
-    """Returns the user attribute that holds a trial's measures after so many rounds."""
+    """Returns the name of the user attribute with a trial's measures after `rounds` rounds."""
     return f"measures@{rounds:g}"
 
 
 def sampler_of(search: Search) -> Callable[[int], BaseSampler]:
-    """Returns the function from trial number to sampler."""
+    """Returns a function that returns the sampler for a trial number."""
     settings = search.settings
-    if settings.method == "tpe-hyperband":  # a fresh sampler for each trial, so that a resumed search draws the same
+    if settings.method == "tpe-hyperband":  # a new sampler for each trial, so that a resumed search draws the same
         return lambda number: TPESampler(seed=zlib.crc32(f"{settings.seed} {number}".encode()))
     bohb = BOHBSampler(
         seed=settings.seed,
@@ -152,7 +152,7 @@ def sampler_of(search: Search) -> Callable[[int], BaseSampler]:
 
 
 def carry_out(runner: Runner, search: Search) -> None:
-    """Runs the search, or continues it, to its end."""
+    """Runs or continues the search until it is finished."""
     if search.settings.method == "tpe-hyperband":
         _hyperband(runner, search)
     else:
@@ -165,7 +165,7 @@ def rungs_of(settings: SearchOptions) -> list[int]:
 
 
 def spent(trials: Sequence[FrozenTrial]) -> int:
-    """Returns the rounds that were carried out."""
+    """Returns the number of rounds that were run."""
     return sum(max(trial.intermediate_values, default=0) for trial in trials)
 
 
@@ -186,10 +186,10 @@ def _brackets(runner: Runner, search: Search) -> None:
 
 
 def _hyperband(runner: Runner, search: Search) -> None:
-    """Runs Optuna's HyperbandPruner and TPESampler, unchanged, on blocks of trials that are drawn at once.
+    """Runs Optuna's HyperbandPruner and TPESampler, unchanged, on blocks of trials that are drawn together.
 
-    A block goes from rung to rung together and is pruned in the order of its trials, so that pruning does not depend on
-    how many run at once. A trial that is not pruned continues from its checkpoint.
+    The trials of a block go from rung to rung together and are pruned in their order, so that pruning does not depend
+    on how many run at once. A trial that is not pruned continues from its checkpoint.
     """
     settings = search.settings
     runner.study.pruner = HyperbandPruner(settings.min_rounds, settings.max_rounds, round(settings.eta))

@@ -1,11 +1,11 @@
-"""BOHB's model as a sampler of Optuna (Falkner, Klein, Hutter 2018, § 3).
+"""The model of BOHB as an Optuna sampler (Falkner, Klein, Hutter 2018, § 3).
 
-Multivariate product kernels estimate the densities of good and of bad configurations. Numbers have Gaussian kernels,
-categories those of Aitchison and Aitken (1976): ``K(x, x') = 1 − λ`` if they are the same, else ``λ / (c − 1)``,
+Multivariate product kernels estimate the densities of good and of bad configurations. Numbers have Gaussian kernels.
+Categories have the kernels of Aitchison and Aitken (1976): ``K(x, x') = 1 − λ`` if x = x', else ``λ / (c − 1)``, with
 λ ≤ (c − 1) / c.
 
-The sampler keeps no state: a draw depends on the seed, the trial's number and the observations that it sees. A search
-that is resumed therefore draws the same configurations.
+The sampler has no state: a draw depends on the seed, the trial's number and the observations that it sees. Therefore a
+resumed search draws the same configurations.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ class Density:
     """A kernel density over coordinates of the unit cube (`experiments.search.space`).
 
     Attributes:
-        points: where the kernels lie, float64 (n, d).
-        bandwidths: standard deviation of a number's kernel, λ of a category's, float64 (d,).
-        choices: how many choices each parameter has, int64 (d,); 0: it is a number.
+        points: centres of the kernels, float64 (n, d).
+        bandwidths: the standard deviation of a number's kernel, λ of a category's kernel, float64 (d,).
+        choices: number of choices of each parameter, int64 (d,); 0: it is a number.
     """
 
     points: np.ndarray
@@ -48,10 +48,10 @@ class Density:
 
     @classmethod
     def fit(cls, points: np.ndarray, choices: np.ndarray) -> Density:
-        """Returns the density with bandwidths by normal reference, ``1.06 σ n^(−1 / (4 + d))``, at least 1e-3.
+        """Returns the density with normal-reference bandwidths, ``1.06 σ n^(−1 / (4 + d))``, at least 1e-3.
 
-        A category has no σ; with two choices coded 0 and 1 it would be √(p (1 − p)), and ``√(½ Σ_c p_c (1 − p_c))``
-        is what that becomes with more, whatever their order.
+        For a category σ is ``√(½ Σ_c p_c (1 − p_c))``. This generalises the standard deviation √(p (1 − p)) of two
+        choices coded 0 and 1, and does not depend on the order of the choices.
         """
         n, d = points.shape
         spread = np.array([_spread(points[:, j], choices[j]) for j in range(d)])
@@ -69,35 +69,35 @@ class Density:
         return logsumexp(kernels, axis=1) - np.log(len(self.points))
 
     def draw(self, n: int, generator: np.random.Generator) -> np.ndarray:
-        """Returns `n` candidates, float64 (n, d): around points of the density, wider, truncated to [0, 1]."""
+        """Returns `n` candidates, float64 (n, d), from kernels that are `WIDER`; numbers are truncated to [0, 1]."""
         centres = self.points[generator.integers(len(self.points), size=n)]
         u, v = generator.random(centres.shape), generator.random(centres.shape)
         width = _at_most_even(WIDER * self.bandwidths, self.choices)
         below, above = ndtr(-centres / width), ndtr((1 - centres) / width)
         numbers = np.clip(centres + width * ndtri(below + u * (above - below)), 0, 1)
-        others = np.floor(v * np.maximum(self.choices - 1, 1))  # one of the choices that the centre is not
+        others = np.floor(v * np.maximum(self.choices - 1, 1))  # one of the choices other than the centre
         moved = others + (others >= centres)
         return np.where(self.choices > 0, np.where(u < width, moved, centres), numbers)
 
 
 def best_candidate(good: Density, bad: Density, generator: np.random.Generator) -> np.ndarray:
-    """Returns the candidate (d,) with the largest l / g of 64 drawn around good points; of equals the first."""
+    """Returns the one of 64 candidates around good points with the largest l / g, (d,); among equals the first."""
     candidates = good.draw(CANDIDATES, generator)
     return candidates[np.argmax(good.log_pdf(candidates) - bad.log_pdf(candidates))]
 
 
 def split_counts(n: int, d: int) -> tuple[int, int]:
-    """Returns how many of `n` configurations of `d` parameters count as good, and how many as bad."""
+    """Returns how many of `n` configurations with `d` parameters count as good, and how many as bad."""
     least = d + 1
     good = max(least, int(0.15 * n))
     return good, max(least, n - good)
 
 
 def impute(points: np.ndarray, good: np.ndarray, fallback: np.ndarray, generator: np.random.Generator) -> np.ndarray:
-    """Returns points without NaN: a missing parameter is taken from a random good configuration that has it.
+    """Returns the points without NaN: a missing parameter is taken from a random good configuration that has it.
 
     Args:
-        fallback: uniform points, of the shape of `points`, for parameters that no good one has.
+        fallback: uniform points of the same shape, for parameters that no good configuration has.
     """
     filled = points.copy()
     for j in range(points.shape[1]):
@@ -115,25 +115,27 @@ def _spread(column: np.ndarray, choices: int) -> float:
 
 
 def _at_most_even(bandwidths: np.ndarray, choices: np.ndarray) -> np.ndarray:
-    """λ = (c − 1) / c makes all choices alike; with more, a point would be likelier anywhere but where it is."""
+    """Limits λ to (c − 1) / c, at which all choices are equally likely; above, the centre would be the least likely."""
     return np.where(choices > 0, np.minimum(bandwidths, (choices - 1) / np.maximum(choices, 1)), bandwidths)
 
 
 OBSERVED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.RUNNING, TrialState.FAIL)
-Observation = tuple[Score, Mapping[str, Any]]  # the result of a configuration at one budget, and its parameters
+Observation = tuple[Score, Mapping[str, Any]]  # the score of a configuration at one budget, and its parameters
 
 
 class BOHBSampler(BaseSampler):
-    """Draws from the model of the largest budget that has enough observations, and uniformly now and then.
+    """Draws from the model of the largest budget that has enough observations, and sometimes uniformly.
 
-    A budget has enough observations if they are N_min + 2 or more and N_min of them succeeded, which the density of the
-    good ones needs. Each intermediate value of a trial is one, also while the trial runs and after it was pruned.
+    A budget has enough observations if there are at least N_min + 2 and N_min of them succeeded, which the density of
+    the good ones needs. Each intermediate value of a trial is an observation, also while the trial is running and after
+    it was pruned.
 
     Args:
-        space: all possible parameters, also those that exist only under a condition; None: those that all trials have.
+        space: all possible parameters, including those that exist only under a condition; None: those that all trials
+            have in common.
         random_share: ρ, the share of configurations that are always drawn uniformly.
-        sees: (number, other, rounds) -> whether trial `number` may use the result of trial `other` after so many
-            rounds; by default it uses all results.
+        sees: (number, other, rounds) -> whether trial `number` may use the result of trial `other` after `rounds`
+            rounds; by default it may use all results.
     """
 
     def __init__(
@@ -173,7 +175,7 @@ class BOHBSampler(BaseSampler):
         return numpy_generator(self.seed, number, *names)
 
     def _observations(self, study: Study, number: int, d: int) -> list[Observation]:
-        """Returns those of the largest budget that has enough of them, best first; none if no budget has."""
+        """Returns the observations of the largest budget that has enough, the best first; otherwise an empty list."""
         sign = -1.0 if study.direction == StudyDirection.MAXIMIZE else 1.0
         by_budget: dict[int, list[Observation]] = {}
         for other in study.get_trials(deepcopy=False, states=OBSERVED):
@@ -181,7 +183,7 @@ class BOHBSampler(BaseSampler):
                 if other.number != number and self.sees(number, other.number, rounds):
                     by_budget.setdefault(rounds, []).append((score, other.params))
         for rounds in sorted(by_budget, reverse=True):
-            found = sorted(by_budget[rounds], key=lambda each: each[0])
+            found = sorted(by_budget[rounds], key=lambda observation: observation[0])
             if len(found) >= d + 3 and found[d][0] != FAILED:  # N_min = d + 1
                 return found
         return []
@@ -200,12 +202,12 @@ class BOHBSampler(BaseSampler):
 
 
 def violation_key(budget: float) -> str:
-    """Returns the user attribute that holds a trial's violation of the constraints at a budget."""
+    """Returns the name of the user attribute with a trial's violation of the constraints at a budget."""
     return f"violation@{budget:g}"
 
 
 def scores(trial: FrozenTrial, sign: float = 1.0) -> dict[int, Score]:
-    """Returns the results of a trial by rounds; what is not finite failed. `sign` is -1 for a study that maximises."""
+    """Returns the scores of a trial by rounds, `FAILED` if the loss is not finite; `sign` is -1 to maximise."""
     return {
         rounds: (trial.user_attrs.get(violation_key(rounds), 0.0), sign * loss) if math.isfinite(loss) else FAILED
         for rounds, loss in trial.intermediate_values.items()

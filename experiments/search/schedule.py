@@ -1,14 +1,14 @@
-"""Brackets of successive halving, and what a search by brackets does next.
+"""Brackets of successive halving, and the next steps of a search by brackets.
 
 Brackets are those of BOHB (Falkner, Klein, Hutter 2018; Li et al. 2017). The schedule is a pure function of the results
-of all trials: a trial's number determines its bracket and slot, so the whole table can be read from the storage.
+of all trials. A trial's number determines its bracket and slot, so that the study contains the whole state.
 
-**Which results a configuration sees.** It is drawn as soon as all of them exist, and never with more, so draws depend
-neither on the order in which rungs finish nor on how many run at once. It sees
+**Which results a configuration sees.** A configuration is drawn from a fixed set of results, as soon as all of them
+exist. Therefore draws depend neither on the order in which rungs finish nor on how many run at once. It sees
 
 - all rungs of the brackets that come `overlap` + 1 or more before its own;
-- the first rungs of the other brackets before it;
-- in its own first rung, the blocks of `block` configurations before its own.
+- the first rungs of the other brackets before its own;
+- in the first rung of its own bracket, the blocks of `block` configurations before its own block.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
 
-Rungs = tuple[tuple[int, int], ...]  # a bracket: (configurations, rounds) rung by rung
-EXACT = 1e-9  # log and powers of η are taken as whole numbers within this
+Rungs = tuple[tuple[int, int], ...]  # a bracket: (configurations, rounds) of each rung
+EXACT = 1e-9  # tolerance within which logarithms and powers of η count as whole numbers
 
 
 def bracket_tables(b_min: float, b_max: float, eta: float) -> list[Rungs]:
@@ -39,25 +39,25 @@ def _bracket(s: int, s_max: int, b_max: float, eta: float) -> Rungs:
 
 
 def cost(bracket: Rungs) -> int:
-    """Returns the rounds of a bracket whose trials continue from rung to rung."""
+    """Returns the number of rounds of a bracket, in which trials continue from rung to rung."""
     before = [0, *(rounds for _, rounds in bracket)]
     return sum(count * (rounds - start) for (count, rounds), start in zip(bracket, before, strict=False))
 
 
-Score = tuple[float, float]  # (by how much constraints are broken, loss): less is better
+Score = tuple[float, float]  # (violation of the constraints, loss); less is better
 FAILED: Score = (math.inf, math.inf)
 Results = Sequence[Mapping[int, Score]]  # by trial number, then by rounds
 
 
 @dataclass(frozen=True)
 class Standing:
-    """Where a search is.
+    """The state of a search.
 
     Attributes:
-        runs: (trial, rounds) that are wanted now, the most urgent first.
-        draws: how many configurations can be drawn now.
-        losers: trials that go no further, with those that failed.
-        winners: trials that came through their bracket's last rung.
+        runs: (trial, rounds) to run now, the most urgent first.
+        draws: number of configurations that can be drawn now.
+        losers: trials that are not continued, including those that failed.
+        winners: trials that finished the last rung of their bracket.
     """
 
     runs: list[tuple[int, int]]
@@ -68,7 +68,7 @@ class Standing:
 
 @dataclass(frozen=True)
 class Schedule:
-    """Brackets in turn, and how far their configurations see."""
+    """A sequence of brackets, and the parameters that determine which results their configurations see."""
 
     brackets: tuple[Rungs, ...]
     block: int = 0
@@ -79,7 +79,7 @@ class Schedule:
         return self._starts[-1]
 
     def sees(self, number: int, other: int, rounds: float) -> bool:
-        """Says whether trial `number` was drawn with what trial `other` came to after so many rounds."""
+        """Returns whether trial `number` sees the result of trial `other` after `rounds` rounds."""
         if not number < self.trials or not other < self.trials:
             return False
         (own, slot), (bracket, other_slot) = self._place(number), self._place(other)
@@ -90,7 +90,7 @@ class Schedule:
         return bracket < own or other_slot < self._block_start(own, slot)
 
     def standing(self, results: Results) -> Standing:
-        """Returns what is to be done, given what every trial that was drawn came to."""
+        """Returns the state of a search with these results of all trials that were drawn."""
         runs: list[tuple[int, int]] = []
         losers: list[int] = []
         winners: list[int] = []
@@ -130,11 +130,11 @@ class Schedule:
 
     @cached_property
     def _starts(self) -> list[int]:
-        """The first trial of each bracket, and last how many there are."""
+        """The number of the first trial of each bracket, followed by the number of all trials."""
         return list(accumulate((rungs[0][0] for rungs in self.brackets), initial=0))
 
     def _place(self, number: int) -> tuple[int, int]:
-        """Returns bracket and slot of a trial."""
+        """Returns the bracket of a trial and its slot in the bracket."""
         starts = self._starts
         bracket = next(k for k in range(len(self.brackets)) if number < starts[k + 1])
         return bracket, number - starts[bracket]

@@ -1,4 +1,4 @@
-"""The file of a search: `[search]` is the method, `[space]` the options to vary, the rest the options of all runs."""
+"""The file of a search: `[search]` has the method, `[space]` the options to vary, the rest are options of all runs."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ from tapfl.options import Count, Scalar, Section, flatten, read_toml_tables, val
 
 Method = Literal["bohb", "tpe-hyperband", "random"]
 FREE = {"brackets", "rounds", "keep"}  # may differ when a search is continued
-UNSEEN: dict[str, Scalar] = {"data.evaluate": "validation"}  # options are not chosen on the test part
+UNSEEN: dict[str, Scalar] = {"data.evaluate": "validation"}  # so that options are not chosen on test images
 COMPARISON = re.compile(r"\s*([a-z_-]+)\s*<=\s*([0-9.eE+-]+)\s*")
-# of a run so far; less is better for each
+# measures of a run after its rounds so far; less is better for each
 MEASURES: dict[str, Callable[[Summary], float]] = {
     "mean": lambda summary: 1 - summary.personal_accuracy,
     "worst-decile": lambda summary: 1 - summary.personal_accuracy_worst_decile,
@@ -47,9 +47,13 @@ class SearchOptions(Section):
     rounds: int = Field(0, ge=0, description="open brackets until they cost this many rounds; 0: no limit")
     seed: int = Field(0, ge=0, lt=2**32)
     random_share: float = Field(1 / 3, ge=0, le=1, description="ρ: share of configurations that are drawn uniformly")
-    block: int = Field(4, ge=0, description="configurations drawn at once, from the same observations; 0: a whole rung")
-    overlap: int = Field(1, ge=0, description="brackets before a new one that may still be unfinished")
-    objective: dict[str, float] = Field({"mean": 1.0}, description=f"measures to minimise, and weights: {[*MEASURES]}")
+    block: int = Field(
+        4, ge=0, description="configurations drawn together, from the same observations; 0: a whole rung"
+    )
+    overlap: int = Field(1, ge=0, description="number of earlier brackets that may be unfinished when a new one begins")
+    objective: dict[str, float] = Field(
+        {"mean": 1.0}, description=f"measures to minimise, with weights; accepted: {[*MEASURES]}"
+    )
     constraints: tuple[str, ...] = Field((), description="such as bytes_up<=5e6; a trial that violates one ranks last")
     keep: Literal["all", "best"] = Field("all", description="trials whose checkpoints and models stay on disk")
 
@@ -64,9 +68,9 @@ class SearchOptions(Section):
     @classmethod
     def _known_measures(cls, value: dict[str, float]) -> dict[str, float]:
         if unknown := sorted(value.keys() - set(MEASURES)):
-            raise ValueError(f"{', '.join(unknown)} is no measure; accepted are {', '.join(MEASURES)}")
+            raise ValueError(f"{', '.join(unknown)} is not a measure; accepted: {', '.join(MEASURES)}")
         if not value or any(weight <= 0 for weight in value.values()):
-            raise ValueError("needs weights above 0: every measure is minimised")
+            raise ValueError("needs weights above 0, because every measure is minimised")
         return value
 
     @field_validator("constraints")
@@ -89,13 +93,13 @@ class SearchOptions(Section):
         return sum(weight * measures[name] for name, weight in self.objective.items())
 
     def violation(self, measures: Mapping[str, float]) -> float:
-        """Returns the sum of the excesses over the limits, each as a share of its limit; 0 if all constraints hold."""
+        """Returns the sum of the excesses over the limits, relative to the limits; 0 if all constraints hold."""
         limits = [_comparison(text) for text in self.constraints]
         return math.fsum(max(0.0, measures[name] - limit) / (abs(limit) or 1.0) for name, limit in limits)
 
 
 def _comparison(text: str) -> tuple[str, float]:
-    """Returns measure and limit of ``bytes_up<=5e6``. Raises ValueError if it is no such comparison."""
+    """Returns measure and limit of a text such as ``bytes_up<=5e6``. Raises ValueError if it has another form."""
     match = COMPARISON.fullmatch(text)
     if not match or match[1] not in MEASURES:
         raise ValueError(f"{text!r} must have the form measure<=number; measures are {', '.join(MEASURES)}")
@@ -108,10 +112,10 @@ class _File(Section):
 
 @dataclass(frozen=True)
 class Search:
-    """A search, checked.
+    """A search whose options were checked.
 
     Attributes:
-        options: what all runs share, dotted.
+        options: the options that all runs share, by dotted name.
     """
 
     settings: SearchOptions
@@ -119,7 +123,7 @@ class Search:
     options: dict[str, Scalar]
 
     def schedule(self) -> Schedule:
-        """Returns the brackets of the search; of `random` one of a single rung that costs as much as BOHB's."""
+        """Returns the brackets of the search; for `random` one bracket with one rung, which costs as much as BOHB's."""
         s = self.settings
         one = bracket_tables(s.min_rounds, s.max_rounds, s.eta)
         tables: list[Rungs] = []
@@ -137,7 +141,7 @@ class Search:
         return sum(map(cost, self.schedule().brackets))
 
     def identity(self) -> dict[str, str]:
-        """Returns by name what must stay the same when a search is continued."""
+        """Returns everything that must not change when a search is continued, by name."""
         settings = self.settings.model_dump(mode="json", by_alias=True, exclude=FREE)
         parts = {f"search.{name}": value for name, value in settings.items()}
         parts |= {f"space.{name}": str(value) for name, value in self.space.parameters.items()}
@@ -145,7 +149,7 @@ class Search:
         return {name: json.dumps(value, sort_keys=True) for name, value in parts.items()}
 
     def inputs(self) -> dict[str, str]:
-        """Returns the `fingerprints` of what the options of all runs name, and the choices of those that vary."""
+        """Returns the `fingerprints` of the inputs that options name, for every choice of options that vary."""
         flat, varied = RunConfig.from_flat(self.options).flat(), self.space.parameters
         values = {option: self.space.choices(option) if option in varied else (flat[option],) for option in OPTIONS}
         named = [(option, value) for option, several in values.items() for value in several]
@@ -156,7 +160,7 @@ def read_search(file: Path, method: str | None = None) -> Search:
     """Returns the search of a TOML file.
 
     Args:
-        method: overrides the file's.
+        method: overrides the method in the file.
 
     Raises:
         ConfigError: if the file, an option or the space is not valid.
@@ -166,9 +170,9 @@ def read_search(file: Path, method: str | None = None) -> Search:
     if not isinstance(how, dict):
         raise ConfigError(f"{file}: search must be a table, [search]")
     settings = validated(_File, {"search": how | ({"method": method} if method else {})}).search
-    given = flatten(tables)
-    counted = RunConfig.from_flat({**UNSEEN, **given}).data.makes_devices  # in the images, by each run
-    options = {**UNSEEN, **({} if counted else {"devices.count": DEFAULT_DEVICES}), **given}
+    shared = flatten(tables)
+    counted = RunConfig.from_flat({**UNSEEN, **shared}).data.makes_devices  # each run counts them in the images
+    options = {**UNSEEN, **({} if counted else {"devices.count": DEFAULT_DEVICES}), **shared}
     RunConfig.from_flat(options)
     if not isinstance(where, dict) or not where:
         raise ConfigError(

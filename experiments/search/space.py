@@ -8,7 +8,7 @@
 "adapters.server-learning-rate" = { low = 1e-3, high = 1e-1, log = true, if = { "adapters.server" = "adam" } }
 ```
 
-An option that takes whole numbers is searched in whole numbers.
+An option that accepts only whole numbers is searched over whole numbers.
 """
 
 from __future__ import annotations
@@ -67,10 +67,10 @@ class _Range(_Entry):
 
 @dataclass(frozen=True)
 class Parameter:
-    """One option that is searched.
+    """An option that is searched.
 
     Attributes:
-        condition: values that other parameters must have for this one to exist, by option.
+        condition: by option, the values that another parameter must have for this one to exist.
     """
 
     distribution: BaseDistribution
@@ -82,7 +82,7 @@ class Parameter:
 
 @dataclass(frozen=True)
 class SearchSpace:
-    """All parameters, in the order of the file; a condition refers only to parameters above it."""
+    """All parameters in the order of the file; a condition refers only to earlier parameters."""
 
     parameters: Mapping[str, Parameter]
 
@@ -91,7 +91,7 @@ class SearchSpace:
         """Returns the space of a table.
 
         Args:
-            options: those that all runs share.
+            options: the options that all runs share.
 
         Raises:
             ConfigError: for the first entry that is not valid.
@@ -108,12 +108,12 @@ class SearchSpace:
         return {name: parameter.distribution for name, parameter in self.parameters.items()}
 
     def choices(self, name: str) -> tuple[Scalar, ...]:
-        """Returns the choices of a parameter; none if it is a number."""
+        """Returns the choices of a parameter; an empty tuple if it is a number."""
         x = self.parameters[name].distribution
         return tuple(x.choices) if isinstance(x, CategoricalDistribution) else ()  # type: ignore[arg-type]
 
     def suggest(self, trial: Trial) -> dict[str, Scalar]:
-        """Returns the options of a trial, drawn now or before."""
+        """Returns the options of a trial; those that were not drawn before are drawn now."""
         params: dict[str, Scalar] = {}
         for name, parameter in self.parameters.items():
             if not parameter.exists(params):
@@ -132,7 +132,7 @@ def _parameter(name: str, entry: Any, above: Mapping[str, Parameter], options: M
     defaults = RunConfig().flat()
     if name not in defaults:
         known = [option for option in defaults if option.startswith(name.split(".")[0])] or list(defaults)
-        raise ConfigError(f": is not an option of a run; similar ones are {', '.join(known[:12])}")
+        raise ConfigError(f": is not an option of a run; similar options: {', '.join(known[:12])}")
     if not binding({name: entry}):
         why = "is the budget" if name == "train.rounds" else "changes no result"
         raise ConfigError(f": {why}, and cannot be searched")
@@ -151,7 +151,7 @@ def _parameter(name: str, entry: Any, above: Mapping[str, Parameter], options: M
         assert isinstance(read, _Range)
         distribution, values = _numbers(read, defaults[name])
     holds = {other: allowed[0] for other, allowed in condition.items()}
-    for value in values:  # each choice, or both ends of the range, must make a valid run
+    for value in values:  # each choice, or both ends of the range, must be valid in a run
         try:
             RunConfig.from_flat({**options, **holds, name: value})
         except ConfigError as error:
@@ -160,12 +160,12 @@ def _parameter(name: str, entry: Any, above: Mapping[str, Parameter], options: M
 
 
 def _numbers(read: _Range, default: Scalar) -> tuple[BaseDistribution, list[float]]:
-    """Returns the distribution of a range, and its ends."""
+    """Returns the distribution of a range, and both ends of the range."""
     low, high, step = read.low, read.high, read.step
     if isinstance(default, float):
         return FloatDistribution(low, high, log=read.log, step=step), [low, high]
     if isinstance(default, bool) or not isinstance(default, int):
-        raise ConfigError(": this option is no number, it needs choices")
+        raise ConfigError(": this option is not a number and needs choices")
     if any(value % 1 for value in (low, high, step or 1)):
         raise ConfigError(f": this option takes whole numbers, got low={low:g}, high={high:g}, step={step}")
     if step and (high - low) % step:
@@ -174,22 +174,22 @@ def _numbers(read: _Range, default: Scalar) -> tuple[BaseDistribution, list[floa
 
 
 def _allowed(name: str, value: Any, above: Mapping[str, Parameter]) -> tuple[Scalar, ...]:
-    """Returns the values of another parameter under which one exists."""
+    """Returns the values of another parameter for which this one exists."""
     if name not in above:
-        raise ConfigError(f".if: {name} must be in [space], before it")
+        raise ConfigError(f".if: {name} must be in [space], before this option")
     allowed = tuple(value) if isinstance(value, list) else (value,)
-    if not allowed or not all(isinstance(each, Scalar) for each in allowed):
-        raise ConfigError(f".if: {name} = {value!r}: must be a value of it, or a list of values, at least one")
+    if not allowed or not all(isinstance(choice, Scalar) for choice in allowed):
+        raise ConfigError(f".if: {name} = {value!r}: must be a value of this option, or a list of at least one value")
     x = above[name].distribution
-    for each in allowed:
+    for choice in allowed:
         if isinstance(x, CategoricalDistribution):
-            found, values = each in x.choices, ", ".join(map(str, x.choices))
+            possible, values = choice in x.choices, ", ".join(map(str, x.choices))
         else:
             assert isinstance(x, IntDistribution | FloatDistribution)
-            number = isinstance(each, int | float) and not isinstance(each, bool)
-            found, values = number and x.low <= float(each) <= x.high, f"{x.low:g} to {x.high:g}"
-        if not found:
-            raise ConfigError(f".if: {name} is never {each!r}, only {values}")
+            number = isinstance(choice, int | float) and not isinstance(choice, bool)
+            possible, values = number and x.low <= float(choice) <= x.high, f"{x.low:g} to {x.high:g}"
+        if not possible:
+            raise ConfigError(f".if: {name} is never {choice!r}, only {values}")
     return allowed
 
 
@@ -199,12 +199,12 @@ Space = Mapping[str, BaseDistribution]
 
 
 def choices(space: Space) -> np.ndarray:
-    """Returns how many choices each parameter has, int64 (d,); 0 for a number."""
+    """Returns the number of choices of each parameter, int64 (d,); 0 for a number."""
     return np.array([len(x.choices) if isinstance(x, CategoricalDistribution) else 0 for x in space.values()], np.int64)
 
 
 def encode(space: Space, internal: np.ndarray) -> np.ndarray:
-    """Returns coordinates, float64 (n, d), of Optuna's internal values (n, d); NaN stays."""
+    """Returns the coordinates, float64 (n, d), of Optuna's internal values (n, d); NaN stays NaN."""
     points = internal.copy()
     for j, x in enumerate(space.values()):
         if isinstance(x, FloatDistribution | IntDistribution):
@@ -215,7 +215,7 @@ def encode(space: Space, internal: np.ndarray) -> np.ndarray:
 
 
 def decode(space: Space, points: np.ndarray) -> np.ndarray:
-    """Returns internal values (n, d) of coordinates; the inverse of `encode`."""
+    """Returns Optuna's internal values (n, d) of coordinates; the inverse of `encode`."""
     internal = points.copy()
     for j, x in enumerate(space.values()):
         if isinstance(x, FloatDistribution | IntDistribution):
@@ -235,20 +235,18 @@ def _ends(x: FloatDistribution | IntDistribution) -> tuple[float, float]:
 
 
 def uniform(space: Space, n: int, generator: np.random.Generator) -> np.ndarray:
-    """Returns `n` random points of the space, coordinates, float64 (n, d)."""
+    """Returns the coordinates of `n` random points of the space, float64 (n, d)."""
     u, counts = generator.random((n, len(space))), choices(space)
     return np.where(counts > 0, np.floor(u * counts), u)
 
 
 def internal_values(space: Space, params: Sequence[Mapping[str, Any]]) -> np.ndarray:
-    """Returns Optuna's internal values, float64 (n, d), of parameters; NaN where one does not exist."""
-    rows = [
-        [x.to_internal_repr(each[name]) if name in each else math.nan for name, x in space.items()] for each in params
-    ]
+    """Returns Optuna's internal values of parameters, float64 (n, d); NaN for a parameter that does not exist."""
+    rows = [[x.to_internal_repr(row[name]) if name in row else math.nan for name, x in space.items()] for row in params]
     return np.array(rows, dtype=np.float64).reshape(len(params), len(space))
 
 
 def external_values(space: Space, internal: np.ndarray) -> dict[str, Any]:
-    """Returns the parameters that one row of internal values stands for."""
+    """Returns the parameters for one row of internal values."""
     values = {name: x.to_external_repr(float(internal[j])) for j, (name, x) in enumerate(space.items())}
     return {name: int(value) if isinstance(space[name], IntDistribution) else value for name, value in values.items()}

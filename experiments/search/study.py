@@ -1,4 +1,4 @@
-"""`tapfl search`: the study in a storage of Optuna, its runs, and its results."""
+"""`tapfl search`: the study in an Optuna storage, its runs, and its results."""
 
 from __future__ import annotations
 
@@ -44,14 +44,14 @@ PATIENCE = 4  # seconds that a storage may stay locked by another process
 
 
 def open_study(search: Search, name: str, out: Path, url: str | None, resume: bool) -> optuna.Study:
-    """Returns the study, new or to be continued.
+    """Creates the study, or opens it if `resume` is true.
 
     Args:
-        url: of the storage; None: a journal in `out`.
+        url: URL of the storage; None: a journal in `out`.
 
     Raises:
-        ConfigError: if the storage cannot be used, if a study exists and `resume` is false or none exists and it is
-            true, or if the study belongs to another search.
+        ConfigError: if the storage cannot be used, if the study exists and `resume` is false, if it does not exist and
+            `resume` is true, or if it belongs to another search.
     """
     if url is None and resume and not (out / JOURNAL).is_file():
         raise ConfigError(f"--resume: there is no study in {out}")
@@ -75,10 +75,10 @@ def open_study(search: Search, name: str, out: Path, url: str | None, resume: bo
         reason = lines[0].replace(url, shown) if url else lines[0]
         raise ConfigError(f"storage {shown}: cannot be used ({reason})") from None
     identities = json.loads(study.user_attrs.get(IDENTITY, "{}")), search.identity()
-    odd = differences(*({key: json.loads(text) for key, text in each.items()} for each in identities))
+    odd = differences(*({key: json.loads(text) for key, text in identity.items()} for identity in identities))
     odd += changed(study.user_attrs.get(INPUTS, {}), inputs, "it began")
     if odd:
-        raise ConfigError(f"study {name!r} is of another search: {'; '.join(odd)}")
+        raise ConfigError(f"study {name!r} belongs to another search: {'; '.join(odd)}")
     return study
 
 
@@ -91,7 +91,7 @@ def _storage(url: str | None, out: Path) -> BaseStorage:
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         if url is None:
             file = str(out / JOURNAL)
-            # `only_one` keeps other drivers out, so a lock left by a killed one may be broken
+            # `only_one` excludes other drivers, so that a lock left by a killed driver may be broken
             return JournalStorage(JournalFileBackend(file, JournalFileOpenLock(file, grace_period=PATIENCE)))
         if url.startswith("sqlite"):
             return RDBStorage(url, engine_kwargs={"connect_args": {"timeout": PATIENCE}})
@@ -99,7 +99,7 @@ def _storage(url: str | None, out: Path) -> BaseStorage:
 
 
 def best_trial(trials: Sequence[FrozenTrial]) -> tuple[FrozenTrial, int]:
-    """Returns the best of the trials with the most rounds, and its rounds.
+    """Returns the best trial among those with the most rounds, and its rounds.
 
     Raises:
         RunError: if no trial has a result.
@@ -113,13 +113,13 @@ def best_trial(trials: Sequence[FrozenTrial]) -> tuple[FrozenTrial, int]:
 
 
 def write_best(search: Search, trial: FrozenTrial, rounds: int, path: Path) -> None:
-    """Writes the options of a trial for `tapfl run --config`, which reports on the test part."""
+    """Writes the options of a trial for `tapfl run --config`, which then evaluates on the test images."""
     shared = {name: value for name, value in search.options.items() if (name, value) not in UNSEEN.items()}
     write_bytes(path, tomli_w.dumps(nested({**shared, **trial.params, "train.rounds": rounds})).encode())
 
 
 def write_table(search: Search, trials: Sequence[FrozenTrial], path: Path) -> None:
-    """Writes a line for each trial: its rounds, its measures after them, its loss at every rung, and its parameters."""
+    """Writes one line per trial: its rounds, its measures after them, its loss at every rung, and its parameters."""
     rungs = sorted({rounds for trial in trials for rounds in trial.intermediate_values})
     rows = []
     for trial in trials:
@@ -134,7 +134,7 @@ def write_table(search: Search, trials: Sequence[FrozenTrial], path: Path) -> No
 
 
 def drop_losers(trials: Sequence[FrozenTrial], folder: Path) -> None:
-    """Removes the checkpoints of all finished trials but the best; their results stay."""
+    """Removes the checkpoints and models of all finished trials except the best; their results stay."""
     try:
         best = best_trial(trials)[0].number
     except RunError:
@@ -167,14 +167,14 @@ def run_search(
     """Runs a search, or continues it, and writes its results.
 
     Args:
-        name: of Optuna's study.
+        name: name of the study.
         out: the folder of the search.
-        start: starts the pool and the engine of the runs; called when everything is checked.
+        start: starts the pool and the engine of the runs; called when everything has been checked.
         storage: URL of an Optuna storage; None: a journal in `out`.
-        resume: whether the study exists.
+        resume: continue an existing study.
 
     Raises:
-        ConfigError: if an option, the space or the storage is not valid; nothing is written then.
+        ConfigError: if an option, the space or the storage is not valid; then nothing is written.
         RunError: if no trial has a result.
     """
     optuna.logging.set_verbosity(logging.WARNING)
@@ -201,7 +201,7 @@ def run_search(
 
             changed()
             carry_out(Runner(study, search, begin, sampler_of(search), out / "trials", pool.jobs, changed), search)
-            changed()  # with the trials that were finished last
+            changed()  # once more, for the trials that were finished last
         return write_results(search, study, out)
 
 
@@ -220,5 +220,5 @@ def _best_so_far(trials: Sequence[FrozenTrial]) -> str:
     try:
         best, after = best_trial(trials)
     except RunError:
-        return "none has a result yet"
-    return f"best so far: trial {best.number}, {best.intermediate_values[after]:.4f} after {after}"
+        return "no trial has a result yet"
+    return f"best so far: trial {best.number}, {best.intermediate_values[after]:.4f} after {after} rounds"

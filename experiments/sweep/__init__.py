@@ -1,1 +1,1 @@
-"""What came of a sweep: its measures, tables, tests and pictures."""
+"""Sweeps: many federations from one file, and their measures, tables, tests and figures."""

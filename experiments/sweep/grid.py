@@ -1,7 +1,7 @@
-"""Many federations: a grid or a list of options, one run folder for each combination.
+"""The runs of a sweep: a grid or a list of options, with one run folder for each combination.
 
-A sweep's TOML has a table `[grid]`, whose lists are crossed, tables `[[run]]`, each of which is crossed with the grid,
-or both; and the options that all runs share. A `[[run]]` may have a `name`, which then labels it in the table.
+A sweep's TOML has a table `[grid]`, whose lists are crossed, or tables `[[run]]`, or both; then each `[[run]]` is
+crossed with the grid. The other options are shared by all runs. A `[[run]]` may have a `name`, its label in the table.
 
 ```toml
 [grid]
@@ -19,13 +19,13 @@ privacy = { dp-clip = 1.0, dp-noise = 1.0 }
 rounds = 10
 
 [sweep]
-reach = [0.5, 0.6]                                # accuracies: bytes and simulated time to each of them
-reference = { "personalize.method" = "local" }    # every point is tested against the one that differs in this alone
+reach = [0.5, 0.6]                                # report bytes and simulated time until these accuracies
+reference = { "personalize.method" = "local" }    # test every point against the one that differs only in this option
 ```
 
-A run that has its `summary.json` is finished and is not repeated. One that has not, or that has fewer rounds than the
-file now asks for, continues from its checkpoint. Runs that differ only in options that act after round zero share it:
-one of them starts, and the others take its summaries and plans from `round-zero/`.
+A run that has its `summary.json` is finished and is not repeated. A run that has none, or has fewer rounds than the
+file now asks for, continues from its checkpoint. Runs that differ only in options with an effect after round zero share
+round zero: one of them runs first, and the others take its summaries and plans from `round-zero/`.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ from tapfl.options import AnyShares, Scalar, Section, flatten, read_toml_tables,
 from tapfl.progress import Advance
 from tapfl.run_folder import RunFolder
 
-LONGEST_NAME = 240  # bytes of a run's name: file systems take 255, and its log's is longer
+LONGEST_NAME = 240  # bytes of a run's name; file systems allow 255, and the name of its log is longer
 Point = tuple[tuple[str, Any], ...]  # options in which runs differ, without the seed
 
 
@@ -71,7 +71,7 @@ class SweepOptions(Section):
         (), description="mean personal accuracies; the table lists bytes and simulated time until each is reached"
     )
     reference: dict[str, Scalar] = Field(
-        {}, description="option values: each point is tested against the point that differs in these alone"
+        {}, description="option values; each point is tested against the point that differs only in these"
     )
 
     @field_validator("reference", mode="before")
@@ -91,8 +91,8 @@ def read_sweep(
     """Returns the runs of a sweep, and how it is reported.
 
     Args:
-        changes: options that override those that the file's runs share.
-        reference: overrides the file's, unless it is empty.
+        changes: options that override the options that all runs of the file share.
+        reference: overrides the reference of the file, unless it is empty.
 
     Raises:
         ConfigError: if a table or any run is not valid, or if the runs differ in an option of `changes`.
@@ -104,16 +104,16 @@ def read_sweep(
     options = validated(SweepOptions, table | ({"reference": reference} if reference else {}))
     grid, runs = tables.pop("grid", {}), tables.pop("run", [])
     if not isinstance(grid, dict) or not all(isinstance(v, list) and v for v in grid.values()) or not (grid or runs):
-        raise ConfigError(f"{file}: needs a table [grid] of options with a list of values each, or tables [[run]]")
+        raise ConfigError(f"{file}: needs a table [grid] with a list of values for each option, or tables [[run]]")
     if not isinstance(runs, list) or not all(isinstance(run, dict) for run in runs):
         raise ConfigError(f"{file}: runs are tables [[run]], with two brackets")
     changes = changes or {}
     shared = flatten(tables) | dict(changes)
     varied = {*grid, *(key for run in runs for key in flatten(run))}
     if odd := sorted(varied & {"out", "resume"}):
-        raise ConfigError(f"{file}: {odd[0]}: each run has a folder of its own in --out; accepted: other options")
+        raise ConfigError(f"{file}: {odd[0]}: each run has its own folder in --out; accepted: other options")
     if fixed := sorted(varied & {*changes}):
-        raise ConfigError(f"--set {fixed[0]}: the runs of {file} differ in it; change it there")
+        raise ConfigError(f"--set {fixed[0]}: the runs of {file} differ in this option; change it in the file")
     planned: dict[str, SweepRun] = {}
     for run, values in itertools.product(runs or [{}], itertools.product(*grid.values())):
         own, crossed = flatten(run), dict(zip(grid, values, strict=True))
@@ -123,22 +123,22 @@ def read_sweep(
         if name in planned:
             raise ConfigError(f"{file}: two runs are {name!r}; give them different names")
         if (size := len(name.encode())) > LONGEST_NAME:
-            accepted = f"at most {LONGEST_NAME} are accepted; give a [[run]] a name, or cross fewer options"
-            raise ConfigError(f"{file}: the run {name:.60}… would have a folder's name of {size} bytes, {accepted}")
+            accepted = f"accepted: at most {LONGEST_NAME}; give a [[run]] a name, or cross fewer options"
+            raise ConfigError(f"{file}: the name of the folder of run {name:.60}… has {size} bytes; {accepted}")
         planned[name] = SweepRun(name, point, shared | own | crossed)
         RunConfig.from_flat(planned[name].options)
     return list(planned.values()), options
 
 
 def run_sweep(runs: list[SweepRun], out: Path, pool: ThreadPool, engine: Engine, progress: Advance) -> dict[str, str]:
-    """Carries out the runs that are not finished. Of those with the same round zero, one runs before the others.
+    """Executes the runs that are not finished. Of runs that share round zero, one runs before the others.
 
     Returns:
         The error of each run that failed, by name; its output is in ``NAME.log``.
 
     Raises:
         ConfigError: if a run in `out` was started with other options, images or weights.
-        EngineLostError: if no run can be carried out any more.
+        EngineLostError: if the engine has no workers left.
     """
     waiting = [run for run in runs if not _finished(run, out)]
     out.mkdir(parents=True, exist_ok=True)
@@ -146,18 +146,18 @@ def run_sweep(runs: list[SweepRun], out: Path, pool: ThreadPool, engine: Engine,
     for run in waiting:
         alike.setdefault(name_of(resolved(run.options, out / run.name)), []).append(run)
     overview = Overview(progress, len(runs), len(runs) - len(waiting), pool.jobs)
-    flying: dict[Future[Any], tuple[SweepRun, list[SweepRun]]] = {}
+    in_flight: dict[Future[Any], tuple[SweepRun, list[SweepRun]]] = {}
 
     def begin(run: SweepRun, followers: list[SweepRun]) -> None:
         job = Job(carry_out, (run.options, out / run.name, engine), out / f"{run.name}.log")
-        flying[pool.submit(job, overview.listen(run.name))] = run, followers
+        in_flight[pool.submit(job, overview.listen(run.name))] = run, followers
 
     for first, *others in alike.values():
         begin(first, others)
     failures: dict[str, str] = {}
-    while flying:
-        for future in first_done(flying):
-            run, followers = flying.pop(future)
+    while in_flight:
+        for future in first_done(in_flight):
+            run, followers = in_flight.pop(future)
             for follower in followers:
                 begin(follower, [])
             error = future.exception()
@@ -170,7 +170,7 @@ def run_sweep(runs: list[SweepRun], out: Path, pool: ThreadPool, engine: Engine,
 
 
 def _finished(run: SweepRun, out: Path) -> bool:
-    """Returns whether a run has all of its rounds. Raises ConfigError if it has other options or inputs."""
+    """Returns whether a run has finished all its rounds. Raises ConfigError if it has other options or inputs."""
     folder = RunFolder(out / run.name)
     if not (folder.path / "config.json").is_file():
         return False
@@ -180,12 +180,12 @@ def _finished(run: SweepRun, out: Path) -> bool:
 
 
 def references(points: Iterable[Point], reference: Mapping[str, Scalar]) -> dict[Point, Point]:
-    """Returns by point the other point that has `reference`'s values and is equal otherwise, if there is one.
+    """Returns, for each point that has one, the other point with `reference`'s values and otherwise equal values.
 
     Values are compared as text.
 
     Raises:
-        ConfigError: if `reference` names no axis, or no point has another such point.
+        ConfigError: if `reference` names something that is not an axis, or no point has such another point.
     """
     if not reference:
         return {}
@@ -201,6 +201,6 @@ def references(points: Iterable[Point], reference: Mapping[str, Scalar]) -> dict
     others = {point: by_text.get(frozenset((text | wanted).items())) for point, text in texts.items()}
     if found := {point: other for point, other in others.items() if other is not None and other != point}:
         return found
-    given = ", ".join(f"{key}={value}" for key, value in wanted.items())
+    named = ", ".join(f"{key}={value}" for key, value in wanted.items())
     accepted = "; ".join(f"{key}: {', '.join(axes[key])}" for key in wanted)
-    raise ConfigError(f"reference {given}: no two points of the sweep differ in this alone; accepted: {accepted}")
+    raise ConfigError(f"reference {named}: no two points of the sweep differ only in this; accepted: {accepted}")

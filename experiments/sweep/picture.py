@@ -1,4 +1,4 @@
-"""Learning curves of a sweep: accuracy against rounds, bytes and simulated time, one line a point of the grid."""
+"""Learning curves of a sweep: accuracy against rounds, bytes and simulated time, one line per point of the grid."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from experiments.sweep.grid import Point
 from experiments.sweep.results import Outcome, grouped
 from strategies.records import CurvePoint
 
-# x of a point of a learning curve, by axis title; the cost of round zero is the same for all and left out
+# x values of a learning curve, by axis title; the cost of round zero is the same for all runs and left out
 ACROSS: Mapping[str, Callable[[int, CurvePoint, CurvePoint], float]] = {
     "rounds": lambda round, point, start: round,
     "MB after round zero, up and down, all devices": lambda round, point, start: (point.bytes - start.bytes) / 1e6,
@@ -22,8 +22,8 @@ ACROSS: Mapping[str, Callable[[int, CurvePoint, CurvePoint], float]] = {
 def learning_curves(runs: Sequence[Outcome]) -> Figure:
     """Returns the mean curves over seeds, with a band of one standard deviation.
 
-    If several axes of the grid have several values, there is a row of panels for each value of the first of them. The
-    dotted line is the mean accuracy of the dense model on the devices' test parts.
+    If several axes of the grid have several values, there is a row of panels for each value of the first such axis. The
+    dotted line is the mean accuracy of the dense model on the devices' test images.
     """
     groups = grouped(runs)
     panels = []
@@ -45,7 +45,7 @@ def learning_curves(runs: Sequence[Outcome]) -> Figure:
 
 
 def _panels(groups: Mapping[Point, Sequence[Outcome]]) -> dict[str, dict[str, Point]]:
-    """Returns the points by panel title and name of their line."""
+    """Returns the points of each panel, by the panel's title and the name of the point's line."""
     points = {point: dict(point) for point in groups}
     keys = dict.fromkeys(key for place in points.values() for key in place)
     varied = [key for key in keys if len({str(place.get(key, "")) for place in points.values()}) > 1]
@@ -58,12 +58,12 @@ def _panels(groups: Mapping[Point, Sequence[Outcome]]) -> dict[str, dict[str, Po
 
 
 def _name(place: Mapping[str, object], keys: Sequence[str]) -> str:
-    """Returns a short name: the last part of each option's name and its value; of a named run the name alone."""
+    """Returns a short name: the last part of each option's name with its value; a named run has only its name."""
     return ", ".join(str(place[k]) if k == "run" else f"{k.rpartition('.')[2]} {place[k]}" for k in keys)
 
 
 def _curve(name: str, runs: Sequence[Outcome], place: Callable[[int, CurvePoint, CurvePoint], float]) -> Iterator[Row]:
-    for t, points in enumerate(zip(*(run.curve for run in runs), strict=False)):  # as far as all runs have got
+    for t, points in enumerate(zip(*(run.curve for run in runs), strict=False)):  # as long as the shortest
         accuracies = [point.accuracy for point in points]
         mean, deviation = np.mean(accuracies), np.std(accuracies, ddof=1) if len(runs) > 1 else 0.0
         x = np.mean([place(t, point, run.curve[0]) for point, run in zip(points, runs, strict=True)])

@@ -17,7 +17,7 @@ from experiments.sweep.grid import Point, SweepOptions, SweepRun, group_of, refe
 from strategies.records import SUMMARY, CurvePoint, Summary, first_at, read_summary
 from tapfl.store import write_bytes
 
-MEASURES = {  # of a run's summary, with their titles in the table
+MEASURES = {  # fields of a run's summary, with their titles in the table
     "dense_accuracy": "dense",
     "pruned_accuracy": "pruned",
     "global_accuracy": "global",
@@ -45,8 +45,8 @@ class Outcome:
     """A finished run.
 
     Attributes:
-        point: its values along the axes of the grid, with the seed if that is an axis.
-        versions: of the packages that the run used.
+        point: its values along the axes of the grid; they include the seed if that is an axis.
+        versions: the versions of the packages that the run used.
     """
 
     point: Mapping[str, Any]
@@ -64,11 +64,11 @@ class Outcome:
         return self.summary.curve
 
     def measures(self, reach: Sequence[float]) -> dict[str, float | None]:
-        """Returns `MEASURES`, accuracies of references, the cost of round zero, and that after it of reaching `reach`.
+        """Returns `MEASURES`, accuracies of references, the cost of round zero, and the further cost to `reach`.
 
-        Bytes are those of all devices, up and down. The cost is None if an accuracy was never reached, and 0 if the
-        pruned models had it before the first round. Round zero is separate because it dominates the traffic (backbone
-        and pruned models) and is the same for all runs that share it.
+        Bytes are those of all devices, up and down. The cost to an accuracy is None if it was never reached, and 0 if
+        the pruned models had it before the first round. Round zero is separate, because it dominates the traffic
+        (backbone and pruned models) and is the same for all runs that share it.
         """
         start = self.curve[0]
         row: dict[str, float | None] = {name: getattr(self.summary, name) for name in MEASURES}
@@ -81,7 +81,7 @@ class Outcome:
         return row
 
     def devices(self) -> list[dict[str, Any]]:
-        """Returns one row for each device with a model: its data, its model's costs, accuracies, and bytes."""
+        """Returns one row for each device with a model: its data, the costs of its model, accuracies and bytes."""
         return [
             {
                 "device": record.device,
@@ -96,7 +96,7 @@ class Outcome:
 
 
 def outcomes(runs: Sequence[SweepRun], out: Path) -> list[Outcome]:
-    """Returns the finished runs of a sweep, in their order in the file."""
+    """Returns the finished runs of a sweep, in the order of the file."""
     found = []
     for run in runs:
         folder = out / run.name
@@ -107,7 +107,7 @@ def outcomes(runs: Sequence[SweepRun], out: Path) -> list[Outcome]:
 
 
 def grouped(runs: Iterable[Outcome]) -> dict[Point, list[Outcome]]:
-    """Returns the runs that differ in their seed alone, by point of the grid."""
+    """Returns the runs that differ only in their seed, by point of the grid."""
     groups: dict[Point, list[Outcome]] = {}
     for run in runs:
         groups.setdefault(run.group, []).append(run)
@@ -115,7 +115,7 @@ def grouped(runs: Iterable[Outcome]) -> dict[Point, list[Outcome]]:
 
 
 def write_results(runs: Sequence[Outcome], out: Path, options: SweepOptions) -> None:
-    """Writes `results.csv`, a line for each run, and `devices.csv`, a line for each run and device."""
+    """Writes `results.csv`, with one line per run, and `devices.csv`, with one line per run and device."""
     results = [(run.point, run.measures(options.reach)) for run in runs]
     devices = [(run.point, device) for run in runs for device in run.devices()]
     axes = list(dict.fromkeys(key for run in runs for key in run.point))
@@ -125,12 +125,12 @@ def write_results(runs: Sequence[Outcome], out: Path, options: SweepOptions) -> 
 
 
 def means_over_seeds(runs: Sequence[Outcome], options: SweepOptions) -> list[Mapping[str, str]]:
-    """Returns a row for each point of the grid without its seed.
+    """Returns one row for each point of the grid, over its seeds.
 
-    Accuracies are mean ± sample standard deviation over several runs, other values means. With a reference, each point
-    that has one is tested against it: mean difference of the devices' personal accuracies, p, number of devices, and p
-    by Holm's correction over all points with the same reference. Personal accuracies are also tested against those of
-    `personalize.references`, of the same runs.
+    Accuracies are mean ± sample standard deviation over the runs; other values are means. Each point that has a
+    reference is tested against it: mean difference of the devices' personal accuracies, p, number of devices, and p
+    after Holm's correction over all points with the same reference. Personal accuracies are also tested against those
+    of the `personalize.references` of the same runs.
     """
     groups = grouped(runs)
     against = references(groups, options.reference)
@@ -176,13 +176,13 @@ def _shown(measure: str, values: pd.Series[float]) -> str:
 
 
 def _accuracies(runs: Iterable[Outcome], model: str = "personal") -> dict[Hashable, float]:
-    """Returns the accuracy of a model of each device, the mean over the runs."""
-    devices = pd.DataFrame([(each.device, each.accuracy_of(model)) for run in runs for each in run.summary.equipped])
+    """Returns the accuracy of a model on each device, as the mean over the runs."""
+    devices = pd.DataFrame([(r.device, r.accuracy_of(model)) for run in runs for r in run.summary.equipped])
     means: dict[Hashable, float] = devices.groupby(0)[1].mean().to_dict()
     return means
 
 
-SETTING = {  # options in the caption, if all runs share them
+SETTING = {  # options that the caption names if all runs share them
     "model.name": "{}",
     "model.args": "({})",
     "pruning.criterion": "criterion {}",
@@ -194,12 +194,12 @@ SETTING = {  # options in the caption, if all runs share them
 
 
 def caption_of(runs: Sequence[Outcome], made_by: str, options: SweepOptions) -> str:
-    """Returns the caption of a sweep's table: command, seeds, options that all runs share, meaning of the columns."""
+    """Returns the caption of a sweep's table: command, seeds, shared options, and the meaning of the columns."""
     same, versions = _common(run.options for run in runs), _common(run.versions for run in runs)
     setting = ", ".join(form.format(same[key]) for key, form in SETTING.items() if same.get(key, "") != "")
     about = [
         setting.replace(", (", " ("),
-        "bytes of all devices, time simulated; up, down and time include round zero",
+        "bytes of all devices, simulated time; up, down and time include round zero",
     ]
     if options.reach:
         about.append("to an accuracy: bytes up and down, and time, after round zero")
@@ -218,5 +218,5 @@ def _common(tables: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def write_table(rows: Sequence[Mapping[str, str]], text: str, file: Path) -> None:
-    """Writes rows as a Markdown table, and their caption."""
+    """Writes rows as a Markdown table with their caption."""
     write_bytes(file, f"{as_markdown(rows)}\n{text[0].upper()}{text[1:]}\n".encode())
