@@ -1,4 +1,4 @@
-"""Tiny backbones of every supported family, with weights far from timm's near-zero start, so that errors show."""
+"""Tiny backbones of every supported family; weights are far from timm's near-zero initialisation, so errors show."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ SWIN = BackboneSpec(
     args={"img_size": 32, "embed_dim": 24, "depths": (2, 2), "num_heads": (2, 4), "window_size": 2},
     num_classes=CLASSES,
 )
-# with its own windows of 7, which 56 pixels fill
+# with its own windows of 7, which fit into 56 pixels
 SMALL_SWIN = SWIN.model_copy(update={"args": SWIN.args | {"img_size": 56, "window_size": 7}})
 
 
 @dataclass(frozen=True)
 class Tiny:
-    """A backbone that tests share and must leave as it is, what can be pruned in it, and four images for it."""
+    """A backbone that tests share and must not change, its prunable layers, and four images for it."""
 
     spec: BackboneSpec
     model: Any
@@ -54,7 +54,7 @@ def golden(name: str) -> dict[str, Any]:
 
 
 def scramble(model: nn.Module, seed: int = 0) -> nn.Module:
-    """Gives every parameter noise, biases and position tables included, and freezes it."""
+    """Adds noise to every parameter, including biases and position tables, and freezes it."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -78,7 +78,7 @@ def tiny_of_family(family: str) -> Tiny:
 
 @contextmanager
 def masked(model: nn.Module, layers: list[PrunableLayer], kept: Mapping[str, Tensor]) -> Iterator[None]:
-    """The dense model with all units but `kept` set to 0: hidden neurons, or dims of q, k and v."""
+    """The dense model with all units except `kept` set to 0: hidden neurons, or dims of q, k and v."""
     handles = []
     for layer in layers:
         if layer.name in kept:
@@ -98,7 +98,7 @@ def masked(model: nn.Module, layers: list[PrunableLayer], kept: Mapping[str, Ten
 
 
 def random_kept(layers: list[PrunableLayer], share: float, seed: int = 0) -> dict[str, Tensor]:
-    """Returns for each layer a random choice of about `share` of its units, as many in each head."""
+    """Returns, for each layer, a random choice of about `share` of its units, equally many in each head."""
     generator = torch.Generator().manual_seed(seed)
     kept = {}
     for layer in layers:

@@ -1,4 +1,4 @@
-"""Checks of commands that are not run: that the command, its options, their values and the files it names exist."""
+"""Checks commands without running them: the command, its options, their values and the files it names must exist."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ from tapfl.options import parse_assignment, read_toml
 from tapfl.plugin import is_plugin
 from tapfl.pruning.criteria.registry import resolved
 
-# what a shell can do of itself, or a reader's own machine knows
+# shell builtins, and programs of the reader's machine
 UNCHECKED = {"export", "set", "sleep", "source", "srun", "time"}
 ASSIGNED = re.compile(r"\w+=(.*)", re.DOTALL)
-NAMED = re.compile(r"[A-Z]+(\.\w+)?")  # FILE, DIR, NAME: stands for what the reader puts there
-NUMBER = re.compile(r"^(N|RUN_ID)$|\$\{?\w+(:-\w+)?\}?")  # stands for one, or is in a variable
+NAMED = re.compile(r"[A-Z]+(\.\w+)?")  # FILE, DIR, NAME: placeholder for a value of the reader
+NUMBER = re.compile(r"^(N|RUN_ID)$|\$\{?\w+(:-\w+)?\}?")  # placeholder for a number, or a variable
 READERS: dict[str, Callable[[Path], object]] = {
     "all": read_measurements,  # of tapfl bench
     "compare": read_comparison,
@@ -44,12 +44,12 @@ READERS: dict[str, Callable[[Path], object]] = {
 
 @dataclass(frozen=True)
 class Context:
-    """Where a command is found.
+    """The place of a command.
 
     Attributes:
-        files: that the page's own blocks are, by name.
-        folder: to write those to, so that they can be read.
-        mentioned: in a sentence, where what must be given may be left out.
+        folder: where `files` are written, so that they can be read.
+        files: the files that blocks of the page define, by name.
+        mentioned: whether the command is in a sentence, where required arguments may be missing.
     """
 
     folder: Path
@@ -58,18 +58,18 @@ class Context:
 
 
 def check(words: Sequence[str], context: Context) -> None:
-    """Raises an exception that says what is not right about a command.
+    """Raises an exception that says what is wrong with a command.
 
     Args:
-        words: of the command; alternatives are written a|b, and what can be left out stands in brackets.
+        words: the words of the command; alternatives are written a|b, optional parts in brackets.
     """
     words = list(words)
     while words and (assigned := ASSIGNED.fullmatch(words[0])):
         value = shlex.split(assigned[1])
-        if value and value[0] in PROGRAMS:  # a command that is kept for later
+        if value and value[0] in PROGRAMS:  # a command that is stored for later
             check(value, context)
         words.pop(0)
-    if words and words[0] in UNCHECKED:  # some of them carry out another command
+    if words and words[0] in UNCHECKED:  # some of them run another command
         words = words[next((i for i, word in enumerate(words) if word in PROGRAMS), len(words)) :]
     if not words:
         return
@@ -87,7 +87,7 @@ def check_tapfl(words: list[str], context: Context) -> None:
         if not NAMED.fullmatch(file):
             read = READERS.get(path[-1], lambda config: RunConfig.from_flat(read_toml(config)))
             read(_file(file, context))
-    if path[1:2] != ["bench"]:  # whose --set may be of other options
+    if path[1:2] != ["bench"]:  # whose --set may have other options
         pruning = RunConfig.from_flat(_options(rest, path[-1])).pruning
         if not is_plugin(pruning.criterion):
             resolved(pruning)
@@ -141,7 +141,7 @@ PROGRAMS: dict[str, Callable[[list[str], Context], None]] = {
 
 
 def _parse(command: Any, words: list[str], context: Context) -> tuple[list[str], list[str]]:
-    """Parses words as their command would itself; returns its path and what comes after that."""
+    """Parses words as their command would; returns the path of the command and the other words."""
     path, rest = words[:1], words[1:]
     while rest and not rest[0].startswith("-") and hasattr(command, "commands"):
         assert rest[0] in command.commands, f"{' '.join(path)} has no command {rest[0]}"
@@ -149,7 +149,7 @@ def _parse(command: Any, words: list[str], context: Context) -> tuple[list[str],
         command = command.commands[path[-1]]
     try:
         command.make_context(" ".join(path), [NUMBER.sub("1", word) for word in rest if word != "--help"])
-    except Exception as error:  # typer may bring a click of its own, so names are all that is sure
+    except Exception as error:  # typer may use its own copy of click, so only names can be compared
         said = f"{type(error).__name__}: {error.format_message() if hasattr(error, 'format_message') else error}"
         if (
             not (context.mentioned and re.match(r"NoArgsIsHelp|Missing|.*requires an arg", said))
@@ -179,7 +179,7 @@ def _file(name: str, context: Context) -> Path:
 
 
 def _plain(word: str) -> str:
-    """A word of a usage without its brackets."""
+    """Returns a word of a usage line without its brackets."""
     word = word.removeprefix("[")
     return word.removesuffix("]") if "[" not in word else word
 

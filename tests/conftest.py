@@ -19,7 +19,7 @@ def _one_thread() -> None:
 
 @pytest.fixture(scope="session")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of trained backbones: what one test makes, the others of this worker find."""
+    """The cache of trained backbones, shared by all tests of this worker."""
     return tmp_path_factory.mktemp("cache")
 
 
@@ -45,7 +45,7 @@ def families(vit: Tiny, deit: Tiny, swin: Tiny) -> dict[str, Tiny]:
 
 @pytest.fixture(scope="session")
 def reported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """A small run with its report, on classes whose names are meant to be markup or script; and what it said."""
+    """A small run with a report, on classes whose names look like markup or scripts; and its output."""
     from test_inprocess_run import tapfl
     from test_report import HOSTILE
 

@@ -1,4 +1,4 @@
-"""Apps for the engines' tests, most of which fail on purpose."""
+"""Apps for the tests of engines; most of them fail on purpose."""
 
 from __future__ import annotations
 
@@ -42,15 +42,15 @@ mortal = ClientApp()
 
 
 def _dies_once(context: Context, partition_id: int) -> None:
-    """Kills its own process the first time that a device gets here."""
-    mark = Path(str(context.run_config["out"])).with_name("died")  # beside the run, since caches are shared by tests
+    """Kills its own process when a device first gets here."""
+    mark = Path(str(context.run_config["out"])).with_name("died")  # next to the run, because tests share caches
     if context.node_config["partition-id"] == partition_id and not mark.exists():
         mark.touch()
         os.kill(os.getpid(), signal.SIGKILL)
 
 
 class MortalTogether(real.DeviceApp):
-    """Its worker dies with a group, once."""
+    """Its worker dies once with a group."""
 
     def answer_together(self, messages: Sequence[Message], contexts: Sequence[Context]) -> list[Message]:
         for context in contexts:
@@ -109,7 +109,7 @@ def _evaluate(message: Message, context: Context) -> Message:
     return real.evaluate(message, context)
 
 
-# -- chaos: in every round some devices fail, each in a way of its own -----------------------------------------------
+# -- chaos: in every round some devices fail, each in a different way -----------------------------------------------
 
 chaos = ClientApp()
 chaos.query("hello")(real.hello)
@@ -129,7 +129,7 @@ REASONS = {  # what metrics.jsonl says of each; a worker that was killed is aske
 
 
 def fault_of(round: int, partition_id: int, devices: int) -> str | None:
-    """Which way a device fails in a round: one device in five does, and over the rounds each in every way."""
+    """Returns how a device fails in a round, if it does: one device in five fails, over the rounds in every way."""
     step = (partition_id + 3 * round) % devices
     return FAULTS[(round + step) % len(FAULTS)] if step % 5 == 0 else None
 

@@ -1,11 +1,11 @@
-"""What a stranger may send: any bytes become a message's records, which are read and checked as a device's would be.
+"""Fuzzes messages: arbitrary bytes become the records of a message, which are read and checked like a device's.
 
-Run without end, or for a while, with atheris, which is no dependency of the project:
+Run it forever, or for some time, with atheris, which is not a dependency of the project:
 
     python -m pip install --target /tmp/atheris atheris
     PYTHONPATH=.:tests:/tmp/atheris python tests/fuzz_wire.py -max_total_time=300 -rss_limit_mb=2048
 
-An exception that is no WireError ends it and leaves the input in a file `crash-…`; give that file to look at it again.
+Any exception except WireError ends it and leaves the input in a file `crash-…`; pass this file to reproduce it.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ DESCRS = ("<f4", "<f8", ">f8", "|O", "<U0", "|V0", "<f4,<f4", "<M8[ns]", "|S9999
 
 
 class Bytes:
-    """Decisions, one after the other, out of a fuzzer's bytes; zeros when they are used up."""
+    """A sequence of decisions from a fuzzer's bytes; zeros after the last byte."""
 
     def __init__(self, data: bytes) -> None:
         self.data, self.place = data, 0
@@ -70,14 +70,14 @@ class Bytes:
 
 
 def npy(descr: str, shape: str, body: bytes, version: tuple[int, int] = (1, 0)) -> bytes:
-    """Returns a file of numpy's whose header says what it likes."""
+    """Returns a numpy file with an arbitrary header."""
     header = f"{{'descr': {descr}, 'fortran_order': False, 'shape': {shape}, }}\n".encode(errors="replace")
     length = len(header).to_bytes(2 if version == (1, 0) else 4, "little")
     return b"\x93NUMPY" + bytes(version) + length + header + body
 
 
 def array(given: Bytes) -> Array:
-    """Returns an array that is one, one whose header lies, or noise."""
+    """Returns a valid array, one with a lying header, or noise."""
     kind, values = given.number(4), [NUMBERS[given.number(10)] for _ in range(given.number(5))]
     if kind == 0:
         return Array(np.array(values, np.float32 if given.number(2) else np.float64))
@@ -93,7 +93,7 @@ def array(given: Bytes) -> Array:
 
 
 def scalar(given: Bytes) -> object:
-    """Returns any value that a ConfigRecord holds."""
+    """Returns any value that a ConfigRecord can have."""
     kind = given.number(7)
     if kind == 0:
         return TEXTS[given.number(len(TEXTS))]
@@ -109,12 +109,12 @@ def scalar(given: Bytes) -> object:
 
 
 def content(message: WireMessage, given: Bytes) -> RecordDict:
-    """Returns the records of a message with a few things changed, records of anything, or what protobuf reads."""
+    """Returns the records of a message with a few changes, arbitrary records, or whatever protobuf parses."""
     start = given.number(8)
     if start == 0:
         try:
             return recorddict_from_proto(Proto.FromString(given.data[given.place :]))
-        except Exception:  # Flower's own refusal: nothing arrives
+        except Exception:  # refused by Flower itself
             return RecordDict()
     records = RecordDict() if start == 1 else message.to_records()
     names = [*(each.name for each in fields(message)), "odd", "\x1b[31m" + "n" * 5000]
@@ -122,7 +122,7 @@ def content(message: WireMessage, given: Bytes) -> RecordDict:
         name, target = names[given.number(len(names))], given.number(8)
         if target == 0:
             where = ("arrays", "config", name)[given.number(3)]
-            records.pop(where, None)  # Flower warns of what it overwrites
+            records.pop(where, None)  # Flower warns when it overwrites
             records[where] = MetricRecord({"x": 1.0})
         elif target == 1:
             for record in records.values():
@@ -136,13 +136,13 @@ def content(message: WireMessage, given: Bytes) -> RecordDict:
 
 
 def attempt(data: bytes) -> WireMessage | None:
-    """Returns the message that the bytes stand for, if it is accepted. Raises whatever is no refusal."""
+    """Returns the message that the bytes describe, if it is accepted. Raises any exception that is not a refusal."""
     given = Bytes(data)
     message = MESSAGES[given.number(len(MESSAGES))]
     try:
         return accept(type(message), content(message, given))
     except WireError as error:
-        if len(str(error)) > 6000:  # it becomes a line of the log
+        if len(str(error)) > 6000:  # because it becomes a line of the log
             raise AssertionError(f"a refusal of {len(str(error))} characters") from None
         return None
 
@@ -150,12 +150,12 @@ def attempt(data: bytes) -> WireMessage | None:
 if __name__ == "__main__":
     import atheris
 
-    warnings.simplefilter("ignore")  # numpy's about odd headers and overflows
+    warnings.simplefilter("ignore")  # numpy's warnings about odd headers and overflows
     for module in (wire, wire_format, mixture, profiles, budget, np.lib._format_impl):
         for owner in (module, *(kind for kind in vars(module).values() if inspect.isclass(kind))):
             for function in vars(owner).values():
                 function = getattr(function, "__func__", function)
                 if inspect.isfunction(function) and function.__module__ == module.__name__:
-                    atheris.instrument_func(function)  # in place, for what was imported already
+                    atheris.instrument_func(function)  # in place, because the modules are imported already
     atheris.Setup(sys.argv, lambda data: attempt(data) and None)
     atheris.Fuzz()

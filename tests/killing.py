@@ -1,4 +1,4 @@
-"""A run that kills itself at a moment of its own."""
+"""A run that kills its own process at a chosen moment."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Moment = tuple[str, str, int]
 
 
 def killed_after(moment: Moment, *arguments: str, cache: Path, options: list[str]) -> None:
-    """Carries `tapfl` out in a process that kills itself (SIGKILL) right after the n-th call of a function.
+    """Runs `tapfl` in a process that kills itself (SIGKILL) right after the n-th call of a function.
 
     moment: the function's module, its name in there, n.
     """

@@ -1,11 +1,11 @@
-"""The pages of the documentation as tests see them: their blocks, how each is tested, and the commands in them.
+"""Parses the pages of the documentation: their blocks, how each block is tested, and the commands in them.
 
 Every fenced ``bash`` or ``python`` block is run, unless a comment on the line before says otherwise:
 
-    <!-- test: slow -->               run by `make test-slow`, with all blocks of its page, in their order
-    <!-- test: parse, REASON -->      not run; that all in it exists and is valid is checked, as it is for every block
+    <!-- test: slow -->               run by `make test-slow`, with all blocks of the page in their order
+    <!-- test: parse, REASON -->      not run; like in every block, everything in it must exist and be valid
 
-A block with a title is a file: it is written before anything of its page is run.
+A block with a title is a file, which is written before any block of the page is run.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ SEPARATORS = set(";&|()\n")
 
 @dataclass(frozen=True)
 class Block:
-    """A fenced block: of what page and line, in what language, a file of what name, and how it is tested."""
+    """A fenced block: its page and line, its language, its file name, and how it is tested."""
 
     page: str
     line: int
@@ -48,7 +48,7 @@ def name_of(page: Path) -> str:
 
 
 def blocks(page: Path) -> list[Block]:
-    """Returns the blocks of a page. Raises ValueError for a mark that is none, or that no block follows."""
+    """Returns the blocks of a page. Raises ValueError for an invalid mark, or a mark without a block after it."""
     text, found, marks = page.read_text(), [], {mark.end(): mark for mark in MARK.finditer(page.read_text())}
     for fence in FENCE.finditer(text):
         mark = marks.pop(fence.start(), None)

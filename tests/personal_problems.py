@@ -1,4 +1,4 @@
-"""Small problems for personalisation methods, the golden one and a LoRA regression, and the checks on them."""
+"""Small problems for personalisation methods (the golden one and a LoRA regression), and checks on them."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def share(alpha: float) -> Tensor:
 
 
 def of_each(loss: Objective) -> Objective:
-    """Returns an objective that also has the losses of a pair, computed one after the other."""
+    """Returns an objective that also computes the losses of a pair, one after the other."""
 
     def objective(params: Any, batch: object) -> Tensor:
         if not isinstance(params, Pair):
@@ -49,7 +49,7 @@ def quadratic(device: int) -> Objective:
 
 
 def check_golden(method: Method[Any], update: str) -> None:
-    """Fails unless rounds of `method` with the golden α and step sizes give the golden w, v and α to the digit."""
+    """Fails unless rounds of `method` with the golden α and step sizes give the golden w, v and α to all digits."""
     train = TrainOptions(optimizer="sgd", learning_rate=CASE["lr"])
     w: Params = {"x": torch.zeros(2, dtype=torch.float64)}
     personal: list[Personal | None] = [None, None, None]
@@ -89,7 +89,7 @@ ALL = frozenset({"fc.lora_A", "fc.lora_B", "head.weight"})
 
 
 def problem(seed: int) -> tuple[Objective, list[tuple[Tensor, Tensor]], Params, Params]:
-    """A LoRA regression with a head, in fp32: its objective, batches, and two sets of adapters to start from."""
+    """Returns a LoRA regression with a head, in fp32: its objective, batches, and two sets of initial adapters."""
     generator = torch.Generator().manual_seed(seed)
 
     def draw(*shape: int) -> Tensor:
@@ -108,7 +108,7 @@ def problem(seed: int) -> tuple[Objective, list[tuple[Tensor, Tensor]], Params, 
 
 
 def run(method: Method, seed: int = 0, *, alpha: float | None = None, train: TrainOptions = SGD) -> LocalResult:
-    """A round of `method` from w, with v and α from an earlier round unless `alpha` is None."""
+    """Runs a round of `method` from w, with v and α from an earlier round unless `alpha` is None."""
     objective, batches, v, w = problem(seed)
     personal = None if alpha is None else Personal(v, share(alpha))
     return local_round(method, objective, w, personal, batches, train, ALL)

@@ -1,10 +1,10 @@
-"""A pretended accelerator: tensors that say they lie on the device ``lazy:0``, and compute on the CPU.
+"""A pretended accelerator: tensors that claim to be on the device ``lazy:0``, but compute on the CPU.
 
-They refuse what a GPU refuses: to mix with CPU tensors of more than 0 dims, `.numpy()`, a CPU generator. How often the
-host would wait is counted. Nothing is told of speed, memory, the rounding of kernels, or determinism.
+They refuse what a GPU refuses: mixing with CPU tensors of more than 0 dims, `.numpy()`, and a CPU generator. The number
+of times that the host would wait is counted. Speed, memory, rounding of kernels and determinism are not simulated.
 
-`lazy` is a device type of torch that no installation uses, and the one whose guard does nothing, so that autograd runs
-on it: `cuda` and others need their runtime, and `meta` holds no values.
+`lazy` is a device type of torch that no installation uses. Its device guard does nothing, so that autograd works on it;
+`cuda` and others need their runtime, and `meta` has no values.
 
     with accelerator() as counts:
         THERE.put(model)(THERE.put(x)).sum().backward()
@@ -30,7 +30,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from tapfl.compute import Compute
 
 THERE = Compute(torch.device("lazy", 0))
-# what takes indices, which may lie on the CPU
+# operations with indices, which may be on the CPU
 INDEXED = ("aten::index.", "aten::index_put", "aten::_index_put_impl_", "aten::copy_", "aten::_to_copy")
 WAITS = (
     *("aten::_local_scalar_dense", "aten::nonzero", "aten::equal", "aten::masked_select", "aten::is_nonzero"),
@@ -40,7 +40,7 @@ WAITS = (
 
 @dataclass
 class Counts:
-    """How often the host waits for the device, what it copies from there, and by which operations."""
+    """Counts how often the host waits for the device, what it copies from it, and by which operations."""
 
     waits: int = 0
     to_host: int = 0
@@ -100,7 +100,7 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         if not isinstance(out, Tensor):
             return out
         own = [leaf for leaf in leaves if leaf is out or (isinstance(leaf, There) and leaf.inner is out)]
-        return own[0] if own else There(out)  # what works in place gives back its own argument
+        return own[0] if own else There(out)  # in-place operations return their own argument
 
     return tree_map(wrapped, result)
 
@@ -130,7 +130,7 @@ class _Dispatch(TorchDispatchMode):
 
 
 class _Functions(TorchFunctionMode):
-    """Catches what torch's argument parser would look up a real device for."""
+    """Handles calls for which torch's argument parser would look up a real device."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs, name = dict(kwargs or {}), getattr(func, "__name__", "")

@@ -1,8 +1,8 @@
-"""Recorded calls without a GPU: the operations that a call makes, made again on the same tensors without its Python.
+"""Recorded calls without a GPU: the operations of a call are replayed on the same tensors without its Python code.
 
-As a CUDA graph, a recording does nothing but these operations: whatever the code decides, reads or binds anew when it
-is called stays as it was when it was recorded. Recording itself changes no tensor that was there before, and what a GPU
-refuses while it records, a look at a value or a tensor made of numbers on the host, is refused.
+Like a CUDA graph, a recording only replays these operations: what the code decides, reads or rebinds stays as it was
+during the recording. Recording changes no existing tensor. What a GPU refuses while recording is refused here, too:
+reading a value, and creating a tensor from numbers on the host.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ REFUSED = ("aten::_local_scalar_dense", "aten::nonzero", "aten::equal", "aten::l
 
 
 class Operations(TorchDispatchMode):
-    """Notes the operations that are made within, with the tensors that they take and return."""
+    """Records the operations inside the block, with the tensors that they take and return."""
 
     def __init__(self) -> None:
         super().__init__()
         self.made: list[tuple[Any, Any, Any, list[Tensor]]] = []
-        self._before: dict[int, tuple[Tensor, Tensor]] = {}  # storages that were there: a tensor of each, a copy
+        self._before: dict[int, tuple[Tensor, Tensor]] = {}  # existing storages: a tensor and a copy
         self._own: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -43,7 +43,7 @@ class Operations(TorchDispatchMode):
         return result
 
     def undo(self) -> None:
-        """Gives all tensors that were there before what they had."""
+        """Restores all tensors that existed before."""
         for each, copy in self._before.values():
             _all_of(each).copy_(copy)
 
@@ -80,5 +80,5 @@ def _tensors(tree: Any) -> list[Tensor]:
 
 
 def _all_of(tensor: Tensor) -> Tensor:
-    """The whole memory that a tensor is a part of, as bytes."""
+    """Returns the whole storage of a tensor, as bytes."""
     return torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage())

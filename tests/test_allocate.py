@@ -1,4 +1,4 @@
-"""From layer importance and a budget to widths: golden numbers, and the promise on the achieved cost."""
+"""Widths from layer importance and a budget: golden numbers, and the guarantee on the achieved cost."""
 
 from __future__ import annotations
 
@@ -31,18 +31,18 @@ def linear(cost: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
 def widths_of(
     layers: list[PrunableLayer], weights: np.ndarray, dense: int, budget: float | str, options: PruningOptions
 ) -> dict[str, int]:
-    """Widths under a budget in MACs; `dense` are those of the whole model."""
+    """Returns widths under a budget in MACs; `dense` is the cost of the whole model."""
     costs = cost_table(layers, Cost(params=0, macs=dense), Budget.parse(budget))
     steps = [candidates(n, costs.branches[n.name], options.unit_shape, options.align) for n in layers]
     return {name: shape.units for name, shape in allocate(steps, weights, costs, options).items()}
 
 
-def test_softmax_weights_are_the_golden_ones() -> None:
+def test_softmax_weights_are_golden() -> None:
     np.testing.assert_allclose(softmax_weights(np.array(GOLDEN["kl"]), GOLDEN["tau"]), GOLDEN["weights"], rtol=1e-12)
 
 
 @pytest.mark.parametrize("case", GOLDEN["cases"], ids=lambda case: str(case["share"]))
-def test_water_filling_is_the_golden_one(case: dict) -> None:
+def test_water_filling_is_golden(case: dict) -> None:
     cost = np.array(GOLDEN["cost_of_full_layer"])
     budget = case["share"] * cost.sum()
     c, keep = water_fill(np.array(GOLDEN["weights"]), linear(cost), np.array([budget]), GOLDEN["floor"])
@@ -67,7 +67,7 @@ def test_water_filling_spends_the_budget_exactly(weights: list[float], share: fl
 
 
 @pytest.mark.parametrize("scale", [1e-9, 1.0, 1e9])
-def test_water_filling_knows_no_scale_of_weights(scale: float) -> None:
+def test_water_filling_does_not_depend_on_the_scale_of_weights(scale: float) -> None:
     cost = linear(np.array([10.0, 20.0, 30.0]))
     _, keep = water_fill(scale * np.array([1.0, 2.0, 4.0]), cost, np.array([30.0]), 0.05)
     np.testing.assert_allclose(keep, 30 / 170 * np.array([1, 2, 4]), rtol=1e-6)
@@ -75,7 +75,7 @@ def test_water_filling_knows_no_scale_of_weights(scale: float) -> None:
 
 @pytest.mark.parametrize("tau", [5.82, 0.01, 1e-4])
 def test_a_temperature_however_low_gives_an_allocation(tau: float) -> None:
-    """The softmax may underflow to 0; the layer of largest KL is filled first and the budget is met all the same."""
+    """The softmax may underflow to 0; the layer with the largest KL is filled first, and the budget is still met."""
     weights = softmax_weights(np.array([0.1, 12.0, 3.0]), tau)
     cost = np.array([10.0, 20.0, 30.0])
     _, keep = water_fill(weights, linear(cost), np.array([40.0]), 0.1)
@@ -85,7 +85,7 @@ def test_a_temperature_however_low_gives_an_allocation(tau: float) -> None:
 
 @st.composite
 def backbones(draw: st.DrawFn) -> tuple[list[PrunableLayer], int]:
-    """Layers of a made-up backbone and the MACs of all that cannot be pruned."""
+    """Layers of a made-up backbone, and the MACs of everything that cannot be pruned."""
     embed = draw(st.sampled_from([24, 48, 64, 192]))
     tokens = draw(st.integers(1, 200))
     heads = draw(st.integers(1, 4))
@@ -129,7 +129,7 @@ def test_the_achieved_cost_is_within_half_a_percent_below_the_budget_or_it_is_re
 
 
 @given(backbone=backbones(), align=st.sampled_from([1, 4]), floor=st.sampled_from([0.0, 0.05, 0.3]))
-def test_what_the_refusal_of_a_small_budget_names_can_be_had(
+def test_the_least_budget_that_a_refusal_names_is_accepted(
     backbone: tuple[list[PrunableLayer], int], align: int, floor: float
 ) -> None:
     layers, fixed = backbone
@@ -144,8 +144,8 @@ def test_what_the_refusal_of_a_small_budget_names_can_be_had(
 
 
 @given(backbone=backbones(), floor=st.sampled_from([0.0, 0.05, 0.3]))
-def test_the_least_budget_itself_can_be_had(backbone: tuple[list[PrunableLayer], int], floor: float) -> None:
-    """Exactly at the limit rounding must neither refuse nor loop."""
+def test_the_least_budget_itself_is_accepted(backbone: tuple[list[PrunableLayer], int], floor: float) -> None:
+    """Exactly at the limit, rounding must neither cause a refusal nor an endless loop."""
     layers, fixed = backbone
     fixed += 1000
     unit_heads = [layer.macs_per_unit * layer.heads for layer in layers]
@@ -170,7 +170,7 @@ def test_adaptive_ratio_weighs_by_kind(vit: Tiny) -> None:
     np.testing.assert_allclose(ffn, 2 * np.exp([4.5, 1.5]) / np.exp([4.5, 1.5]).sum())
 
 
-def test_layers_of_one_kind_weigh_what_they_do_beside_the_other_kind(vit: Tiny) -> None:
+def test_weights_within_a_kind_do_not_depend_on_the_other_kind(vit: Tiny) -> None:
     kl = {"blocks.0.attn": 1.0, "blocks.1.attn": 2.0, "blocks.0.mlp": 9.0, "blocks.1.mlp": 3.0}
     options = PruningOptions(ratio="adaptive", tau=2.0)
     both = layer_weights(vit.layers, kl, options)
@@ -201,8 +201,8 @@ def test_an_important_layer_is_wider(vit: Tiny) -> None:
     assert widths["blocks.0.mlp"] > 2 * widths["blocks.1.mlp"]
 
 
-def test_steps_are_exchanged_where_greedy_filling_misses_the_budget() -> None:
-    """Two layers of 14 and 10 a unit: greedy filling alone ends below every one of these sums."""
+def test_exchanges_meet_a_budget_that_greedy_filling_misses() -> None:
+    """Two layers with units that cost 14 and 10: greedy filling alone ends below each of these sums."""
     layers = [
         Ffn(name=f"mlp{i}", block="", heads=1, units=4, embed_dim=cost, tokens=1, span=0)
         for i, cost in enumerate((7, 5))
@@ -214,7 +214,7 @@ def test_steps_are_exchanged_where_greedy_filling_misses_the_budget() -> None:
         assert 14 * widths["mlp0"] + 10 * widths["mlp1"] == spent
 
 
-def test_a_grid_too_coarse_for_the_budget_is_refused_with_what_comes_nearest() -> None:
+def test_a_grid_too_coarse_for_the_budget_is_refused_with_the_nearest_values() -> None:
     layer = Ffn(name="mlp", block="", heads=1, units=64, embed_dim=8, tokens=1, span=0)
     dense = layer.macs_per_unit * layer.units
     with pytest.raises(BudgetError, match=r"the nearest below is 0\.5 and above is 1; a smaller pruning\.align"):

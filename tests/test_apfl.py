@@ -1,4 +1,4 @@
-"""APFL: golden runs, and what holds for any data, α, and optimizer."""
+"""APFL: golden runs, and properties that hold for any data, α and optimiser."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from tapfl.training import Params
 @pytest.mark.parametrize("per", ["device", "layer"])
 @pytest.mark.parametrize("update", UPDATES)
 def test_golden_runs(update: Moves, per: Literal["device", "layer"]) -> None:
-    """The golden problem has one layer, so α a layer is α a device."""
+    """The golden problem has one layer, so α per layer equals α per device."""
     check_golden(Apfl(CASE["alpha0"], update, CASE["lr_alpha"], per), update)
 
 
@@ -47,7 +47,7 @@ def test_golden_runs(update: Moves, per: Literal["device", "layer"]) -> None:
     optimizer=st.sampled_from(["sgd", "adam"]),
     seed=st.integers(0, 99),
 )
-def test_w_is_that_of_fedavg_whatever_alpha(alpha: float, update: Moves, optimizer: str, seed: int) -> None:
+def test_w_is_that_of_fedavg_for_any_alpha(alpha: float, update: Moves, optimizer: str, seed: int) -> None:
     train = SGD if optimizer == "sgd" else ADAM
     assert same_bits(
         run(Apfl(alpha, update), seed, alpha=alpha, train=train).upload, run(FedAvg(), seed, train=train).upload
@@ -55,7 +55,7 @@ def test_w_is_that_of_fedavg_whatever_alpha(alpha: float, update: Moves, optimiz
 
 
 @pytest.mark.parametrize("train", [SGD, ADAM], ids=["sgd", "adam"])
-def test_alpha_0_is_fedavg_with_v_frozen(train: TrainOptions) -> None:
+def test_alpha_0_is_fedavg_with_frozen_v(train: TrainOptions) -> None:
     method = Apfl(0.0, "fixed")
     objective, batches, v, w = problem(0)
     result = local_round(method, objective, w, Personal(v, share(0.0)), batches, train, ALL)
@@ -75,7 +75,7 @@ def test_alpha_1_is_local_training(train: TrainOptions) -> None:
     objective, batches, v, w = problem(0)
     local = local_round(Local(), objective, w, Personal(v, share(1.0)), batches, train, ALL)
     assert local.upload is None and local.personal is not None
-    for received in (w, problem(7)[3]):  # v does not depend on what w is
+    for received in (w, problem(7)[3]):  # v does not depend on w
         result = local_round(method, objective, received, Personal(v, share(1.0)), batches, train, ALL)
         assert result.personal is not None and result.personal.alpha == 1
         for name, theta in local.personal.params.items():
@@ -126,8 +126,8 @@ def test_alpha_moves_once_a_round_or_at_every_step() -> None:
 
 
 @pytest.mark.parametrize("train", [SGD, ADAM], ids=["sgd", "adam"])
-def test_alpha_is_a_factor_of_the_step_of_v_under_any_optimizer(train: TrainOptions) -> None:
-    """On a linear loss the steps differ in α alone. Adam would take equal steps: it divides the gradient's size out."""
+def test_alpha_scales_the_step_of_v_with_any_optimizer(train: TrainOptions) -> None:
+    """On a linear loss the steps differ only by α. Adam would take equal steps, because it normalises the gradient."""
     slope = torch.tensor([0.3, -2.0, 1e-4])
     objective = of_each(lambda params, batch: (slope * params["a.x"]).sum() + (slope * params["b.x"]).sum())
     start = {"a.x": torch.zeros(3), "b.x": torch.zeros(3)}
@@ -150,7 +150,7 @@ def test_alpha_is_a_factor_of_the_step_of_v_under_any_optimizer(train: TrainOpti
 # -- one α a layer ----------------------------------------------------------------------------------------------------
 
 
-def test_equal_alphas_that_do_not_move_are_one_alpha() -> None:
+def test_equal_fixed_alphas_equal_a_single_alpha() -> None:
     objective, batches, v, w = problem(1)
     one = local_round(Apfl(0.3, "fixed"), objective, w, Personal(v, share(0.3)), batches, SGD, ALL)
     each = local_round(
@@ -172,7 +172,7 @@ def test_the_gradient_of_one_alpha_is_the_sum_of_those_of_the_layers() -> None:
     assert float(moved[1].sum()) == pytest.approx(float(moved[0]), rel=1e-5)
 
 
-def test_a_device_without_a_past_has_an_alpha_for_every_layer() -> None:
+def test_a_new_device_has_an_alpha_for_every_layer() -> None:
     personal = run(Apfl(0.3, "fixed", per="layer")).personal
     assert personal is not None and personal.alpha.tolist() == [0.3, 0.3] and personal.alpha.dtype == torch.float64
     assert personal.mean_alpha == pytest.approx(0.3)
@@ -182,14 +182,14 @@ def test_each_layer_is_interpolated_with_its_own_alpha() -> None:
     _, _, v, w = problem(0)
     used = Apfl(per="layer").inference(w, Personal(dict(reversed(v.items())), torch.tensor([1.0, 0.0])))
     torch.testing.assert_close(used["fc.lora_B"] @ used["fc.lora_A"], v["fc.lora_B"] @ v["fc.lora_A"])
-    assert torch.equal(used["head.weight"], w["head.weight"])  # the order is that of w, however v was stored
+    assert torch.equal(used["head.weight"], w["head.weight"])  # the order is that of w, in whatever order v was stored
 
 
 # -- what does not move -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("frozen", [{"fc.lora_A"}, {"fc.lora_B"}, {"fc.lora_A", "head.weight"}], ids=sorted)
-def test_constants_of_a_round_stay_and_are_interpolated_exactly(frozen: set[str]) -> None:
+def test_constants_of_a_round_do_not_change_and_are_interpolated_exactly(frozen: set[str]) -> None:
     objective, batches, v, w = problem(2)
     method = Apfl(0.4, "step", 0.1)
     result = local_round(method, objective, w, Personal(v, share(0.4)), batches, ADAM, ALL - frozen)
@@ -197,7 +197,7 @@ def test_constants_of_a_round_stay_and_are_interpolated_exactly(frozen: set[str]
     for name in ALL:
         moved = not torch.equal(result.upload[name], w[name]), not torch.equal(result.personal.params[name], v[name])
         assert moved == (name not in frozen, name not in frozen)
-    # the interpolation that was trained is that of the two models, so its loss is the first step's whatever is frozen
+    # the trained interpolation is that of both models, so its loss equals the first step's for any frozen part
     whole = local_round(method, objective, w, Personal(v, share(0.4)), batches[:1], ADAM, ALL)
     part = local_round(method, objective, w, Personal(v, share(0.4)), batches[:1], ADAM, ALL - frozen)
     assert whole.loss == part.loss and whole.personal and part.personal

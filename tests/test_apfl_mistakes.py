@@ -1,4 +1,4 @@
-"""Mistakes that were made with APFL elsewhere: each is written here as a method, and our own checks refuse it."""
+"""Mistakes made in other implementations of APFL: each is written here as a method, and our checks must fail for it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tapfl.training import Objective, Params
 
 
 class ByHand(Apfl):
-    """APFL of one parameter x, spelt out; a mistake replaces one of its parts."""
+    """APFL with one parameter x, written out; each mistake replaces one of its parts."""
 
     def step(self, state: ApflState, objective: Objective, batch: object) -> Tensor:
         w, v, a = state.w.params["x"].detach(), state.v.params["x"].detach(), float(state.alpha)
@@ -66,14 +66,14 @@ class OutputsInterpolated(ByHand):
 
 
 class WrongSign(ByHand):
-    """The gradient of α, made by hand, is ⟨∇f, w - v⟩."""
+    """The hand-written gradient of α is ⟨∇f, w - v⟩."""
 
     def slope(self, objective: Objective, w: Tensor, v: Tensor, a: float, of_between: Tensor) -> float:
         return -super().slope(objective, w, v, a, of_between)
 
 
 class SteppedTwice(ByHand):
-    """For want of zero_grad, the gradient that the interpolation's loss sends to w is added to w's own."""
+    """zero_grad is missing, so the gradient of the interpolation's loss with respect to w is added to w's own."""
 
     def leak(self, a: float) -> float:
         return 1 - a
@@ -95,14 +95,14 @@ class AlphaMissing(ByHand):
 
 
 class Regularised(ByHand):
-    """0.02 α joins the gradient of α."""
+    """0.02 α is added to the gradient of α."""
 
     def slope(self, objective: Objective, w: Tensor, v: Tensor, a: float, of_between: Tensor) -> float:
         return super().slope(objective, w, v, a, of_between) + 0.02 * a
 
 
 class NewW(ByHand):
-    """The interpolation takes the w that has just moved."""
+    """The interpolation uses the w that was just updated."""
 
     def shared(self, w: Tensor, of_w: Tensor) -> Tensor:
         return w - CASE["lr"] * of_w
@@ -157,14 +157,14 @@ CHECKS = [golden, nonlinear, alpha_0_leaves_v_alone, alpha_1_is_local_training, 
 
 
 @pytest.mark.parametrize("check", CHECKS)
-def test_the_method_passes_and_so_does_the_one_by_hand(check: Check) -> None:
+def test_our_method_and_the_one_by_hand_pass(check: Check) -> None:
     check(Apfl)
     check(ByHand)
 
 
 @pytest.mark.parametrize("check", [golden, nonlinear])
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_golden_and_nonlinear_problem_refuse_each_mistake(mistake: Callable[..., Apfl], check: Check) -> None:
+def test_golden_and_nonlinear_problem_detect_each_mistake(mistake: Callable[..., Apfl], check: Check) -> None:
     with pytest.raises(AssertionError):
         check(mistake)
 
@@ -179,6 +179,6 @@ def test_golden_and_nonlinear_problem_refuse_each_mistake(mistake: Callable[...,
         (alpha_rests_where_v_is_w, NewW),
     ],
 )
-def test_invariants_refuse_what_breaks_them(invariant: Check, mistake: Callable[..., Apfl]) -> None:
+def test_invariants_detect_what_breaks_them(invariant: Check, mistake: Callable[..., Apfl]) -> None:
     with pytest.raises(AssertionError):
         invariant(mistake)

@@ -1,4 +1,4 @@
-"""Arguments of timm's constructors: each that gives no model of images -> (n, classes) is refused by its name."""
+"""Arguments of timm's constructors: each that does not give a model from images to (n, classes) is refused by name."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tapfl.models.backbone import BackboneSpec, build, check_arguments, spec_of
 from tapfl.models.dense import layers_of
 
 CLASSES = tuple("abcde")
-# by family: timm's name, and arguments that make a tiny one of it
+# for each family: timm's name, and arguments for a tiny model
 BASES = {
     "vit": ("vit_tiny_patch16_224", "img_size=16,patch_size=4,embed_dim=16,depth=2,num_heads=2"),
     "deit": ("deit_tiny_distilled_patch16_224", "img_size=32,embed_dim=16,depth=2,num_heads=2"),
@@ -24,7 +24,7 @@ BASES = {
     "swin": ("swin_tiny_patch4_window7_224", "img_size=32,embed_dim=12,depths=2/2,num_heads=2/4,window_size=2"),
 }
 REFUSED = [
-    # text is true to timm, and so is a number: what looks like "no" would have switched something on
+    # for timm text and numbers are true, so a text such as "no" would switch something on
     ("vit", "class_token=no", "accepted for class_token: True or False"),
     ("vit", "qkv_bias=flase", "accepted for qkv_bias: True or False"),
     ("vit", "no_embed_class=2", "accepted for no_embed_class: True or False"),
@@ -42,7 +42,7 @@ REFUSED = [
     ("pit", "distilled=1", "accepted for distilled: True or False"),
     ("pit", "stride=1.5", "accepted for stride: whole numbers"),
     ("swin", "head_dim=False", "accepted for head_dim: whole numbers"),
-    # what timm takes out of them before the constructor sees it
+    # arguments that timm removes before it calls the constructor
     ("vit", "depht=3", "vit_tiny_patch16_224 has no argument depht; accepted: act_layer"),
     ("vit", "kwargs_filter=depth", "has no argument kwargs_filter"),
     ("vit", "features_only=True", "has no argument features_only"),
@@ -56,7 +56,7 @@ REFUSED = [
     ("vit", "num_classes=5", "num_classes: is set by the classes of the data"),
     ("vit", "weight_init=skip", "leaves the weights uninitialised"),
     ("swin", "weight_init=skip", "leaves the weights uninitialised"),
-    # not one row of classes for an image
+    # output is not one row of classes per image
     ("vit", "global_pool=", r"turns one image into \(1, 17, 5\); accepted: \(1, 5\)"),
     ("pit", "global_pool=", r"turns one image into \(1, 1, 5\)"),
     ("swin", "global_pool=", r"turns one image into \(1, 4, 4, 5\)"),
@@ -74,16 +74,16 @@ REFUSED = [
     ("pit", "heads=1/1/1", "differ in length; accepted: one value for each stage"),
     ("swin", "num_heads=1/1/1", "depths=2/2,num_heads=1/1/1': differ in length"),
     ("pit", "patch_size=0", r"has an empty patch_embed\.conv\.weight"),
-    # what timm refuses itself: an assertion without words is quoted
+    # refused by timm itself; an assertion without a message is quoted
     ("vit", "pos_embed=sincos", "timm cannot build .*assert pos_embed in"),
     ("vit", "class_token=False", "timm cannot build .*Token pooling needs the class token"),
     ("vit", "embed_dim=15", "timm cannot build .*divisible by num_heads"),
     ("pit", "global_pool=avg", "timm cannot build .*token pooling"),
-    # nothing that drops is active in any pass
+    # dropout is never active
     ("vit", "patch_drop_rate=0.5", "dropout is not supported, in training either; accepted: 0"),
     ("swin", "drop_path_rate=1.5", "dropout is not supported"),
 ]
-# valid but unusual: taken
+# valid but unusual: accepted
 TAKEN = [
     ("vit", "patch_size=4/2"),
     ("vit", "global_pool=map"),
@@ -117,7 +117,7 @@ def test_an_argument_that_gives_no_classifier_of_images_is_refused(family: str, 
 
 
 @pytest.mark.parametrize(("family", "argument"), TAKEN)
-def test_an_argument_that_is_unusual_is_taken(family: str, argument: str) -> None:
+def test_an_unusual_argument_is_accepted(family: str, argument: str) -> None:
     model = build(spec_of(options(family, argument), CLASSES))
     height, width = model.patch_embed.img_size  # type: ignore[union-attr]
     with torch.no_grad():
@@ -131,7 +131,7 @@ def test_a_backbone_that_cannot_be_cut_is_refused_by_its_options(argument: str, 
         layers_of(build(spec_of(given, CLASSES)), given)
 
 
-def test_no_classes_stand_for_features() -> None:
+def test_zero_classes_mean_features() -> None:
     model = build(BackboneSpec(name=VIT.name, args=VIT.args, num_classes=0))
     assert model(torch.zeros(1, 1, 8, 8)).shape == (1, 32)
 
@@ -159,7 +159,7 @@ def test_a_message_s_arguments_are_checked_as_well() -> None:
 
 
 def test_arguments_of_an_own_class_are_known_by_its_constructors() -> None:
-    """One that says no type takes any value, and one that passes the rest on takes what its parents take."""
+    """A parameter without type takes any value; a class that passes on the rest takes what its parents take."""
 
     class Parent(nn.Module):
         def __init__(self, depth: int = 2) -> None: ...

@@ -1,4 +1,4 @@
-"""What arrives at the first adapter of a model is computed once: `adapters.blocks`, and the worker's cache of it."""
+"""`adapters.blocks`: what enters the first adapter of a model is computed once and cached by the worker."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ BLOCKS = {"adapters.blocks": 1}
 
 
 def own(backbone: Tiny) -> tuple[AdaptedDevice, dict[str, torch.Tensor]]:
-    """A model with adapters in the second half of its layers, and such adapters."""
+    """A model with adapters in the second half of its layers, and values for them."""
     _, layout, params = device(backbone, 0.5, 2)
     layout = {name: layout[name] for name in later(params, backbone)}
     made = AdaptedDevice(layout, only(backbone, layout), {}, (), 0, backbone.spec.name)
@@ -45,10 +45,10 @@ def part(vit: Tiny) -> Part:
 
 
 @pytest.mark.parametrize("family", ["vit", "deit", "swin", "merged"])
-def test_a_model_goes_on_from_what_arrives_at_its_first_adapter(family: str, families: dict[str, Tiny]) -> None:
+def test_a_model_continues_from_the_input_of_its_first_adapter(family: str, families: dict[str, Tiny]) -> None:
     backbone = families.get(family, families["vit"])
     made, params = own(backbone)
-    if family == "merged":  # the first of two blocks merges, so what arrives are tokens with their sizes
+    if family == "merged":  # the first of two blocks merges, so the input consists of tokens and their sizes
         merging(made.adapted.model, (3, 2))
         made.adapted._divide()
     arriving = made.adapted.before(backbone.inputs)
@@ -56,7 +56,7 @@ def test_a_model_goes_on_from_what_arrives_at_its_first_adapter(family: str, fam
     assert len(made.adapted.prefix) > 1 and made.adapted.beyond.before(arriving) is arriving
 
 
-def test_an_image_is_the_same_in_every_batch_and_after_it_was_dropped(vit: Tiny, part: Part) -> None:
+def test_an_image_is_the_same_in_every_batch_and_after_it_was_evicted(vit: Tiny, part: Part) -> None:
     made, _ = own(vit)
     first, again = (Arriving.of(part, made.adapted) for _ in range(2))
     assert torch.equal(first.stream, again.stream) and first.nbytes == 150 * made.adapted.bytes_before
@@ -79,7 +79,7 @@ def test_an_image_is_the_same_in_every_batch_and_after_it_was_dropped(vit: Tiny,
         ("test", {"train.steps": 4, "train.batch": 32}, True),
     ],
 )
-def test_what_is_kept_follows_from_the_options(
+def test_the_options_determine_what_is_kept(
     name: str, options: dict[str, Any], kept: bool, vit: Tiny, part: Part
 ) -> None:
     (made, _), config = own(vit), RunConfig.from_flat(BLOCKS | options)
@@ -88,7 +88,7 @@ def test_what_is_kept_follows_from_the_options(
     assert model is (made.adapted.beyond if kept else made.adapted)
 
 
-def test_what_does_not_fit_the_cache_is_not_kept_and_the_cache_is_then_bound_to_the_run(
+def test_what_does_not_fit_the_cache_is_not_kept_and_the_size_then_binds_the_run(
     vit: Tiny, part: Part, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made, _ = own(vit)
@@ -101,10 +101,10 @@ def test_what_does_not_fit_the_cache_is_not_kept_and_the_cache_is_then_bound_to_
     assert "compute.cache-mb" not in bound(RunConfig().flat()) and "data.cache-gb" not in bound(config.flat())
 
 
-def test_a_run_has_the_same_bits_where_the_cache_drops_all_and_steps_are_recorded_and_when_it_is_resumed(
+def test_a_run_has_the_same_bits_without_cache_and_with_recorded_steps_and_when_resumed(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And its devices step together on what arrives."""
+    """Devices also step together from the cached input."""
     options, sizes, real = (
         ["adapters.blocks=1", "train.together=2", "train.batch=8", "train.epochs=4"],
         [],

@@ -1,4 +1,4 @@
-"""Two commands in one folder at once: the second is refused, and the first loses nothing."""
+"""Two commands in the same folder: the second is refused, and the first loses nothing."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ FILES = {
 
 
 @pytest.mark.parametrize("command", FILES)
-def test_a_folder_at_work_is_refused(
+def test_a_folder_in_use_is_refused(
     command: str, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "c.toml").write_text(FILES[command])
@@ -36,7 +36,7 @@ def test_a_folder_at_work_is_refused(
     assert [file.name for file in (tmp_path / "out").iterdir()] == [".lock"]
 
 
-def test_a_run_that_was_killed_keeps_nobody_out(tmp_path: Path) -> None:
+def test_a_killed_run_leaves_no_lock(tmp_path: Path) -> None:
     there, here = os.pipe()
     child = os.fork()
     if child == 0:
@@ -71,7 +71,7 @@ def test_a_storage_s_password_is_in_no_error(url: str, tmp_path: Path, monkeypat
 
 
 @pytest.mark.parametrize("key", ["../../etc/secret", "/etc/secret", "a" * 15, "A" * 16, "", "a" * 16 + "\n"])
-def test_a_server_s_key_names_no_file_outside_the_cache(key: str, tmp_path: Path) -> None:
+def test_a_key_from_a_server_cannot_name_a_file_outside_the_cache(key: str, tmp_path: Path) -> None:
     for use in (DenseCache(tmp_path).holds, DenseCache(tmp_path).path):
         with pytest.raises(ModelError, match="must be 16 hex digits"):
             use(key)

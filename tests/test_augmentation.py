@@ -1,4 +1,4 @@
-"""Random changes of training images: mirrored, cropped, the same for the same seed."""
+"""Random changes of training images: flips and crops, which are the same for the same seed."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_a_flip_mirrors_about_half_of_the_images_and_leaves_the_others() -> None
     assert torch.equal(y[~same], x[~same].flip(-1)) and 16 < int(same.sum()) < 48
 
 
-def test_a_crop_of_a_ramp_shows_a_part_of_it() -> None:
+def test_a_crop_of_a_ramp_is_a_part_of_it() -> None:
     ramp = torch.linspace(0, 1, 32).expand(64, 1, 32, 32).contiguous()
     y = augmented(ramp, "crop", np.random.default_rng(0))
     width = y[:, 0, 16, -1] - y[:, 0, 16, 0]
@@ -39,7 +39,7 @@ def test_a_crop_of_a_ramp_shows_a_part_of_it() -> None:
 
 
 @given(st.integers(1, 40), st.integers(1, 40), st.integers(0, 999))
-def test_a_part_lies_within_the_image_and_is_at_least_a_part_of_it(height: int, width: int, seed: int) -> None:
+def test_a_crop_lies_within_the_image_and_has_the_least_area(height: int, width: int, seed: int) -> None:
     top, left, tall, wide = _part(height, width, np.random.default_rng(seed))
     assert 0 <= top <= height - tall and 0 <= left <= width - wide and tall >= 1 and wide >= 1
     if min(height, width) >= 20:

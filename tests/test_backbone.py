@@ -1,4 +1,4 @@
-"""Backbones: which are accepted, which weights fit, and how a dense one is made once and found again."""
+"""Backbones: which ones are accepted, which weights fit, and the cache of trained dense backbones."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def spec(**changes: object) -> BackboneSpec:
 # ---------------------------------------------------------------- building
 
 
-def test_arguments_are_read_as_what_they_are() -> None:
+def test_arguments_are_read_with_their_types() -> None:
     assert parse_args("img_size=8, class_token=False,global_pool=avg,drop_rate=0.5,") == {
         "img_size": 8,
         "class_token": False,
@@ -54,7 +54,7 @@ def test_arguments_are_read_as_what_they_are() -> None:
         parse_args("depth")
 
 
-def test_an_unknown_model_is_refused_with_what_is_near() -> None:
+def test_an_unknown_model_is_refused_with_similar_names() -> None:
     with pytest.raises(ModelError, match=r"'vit_teeny_patch16': timm has no such model; similar: .*vit_tiny_patch16"):
         build(spec(name="vit_teeny_patch16"))
 
@@ -74,8 +74,8 @@ def test_arguments_that_timm_does_not_take_are_refused(args: dict) -> None:
         ("swin_tiny_patch4_window7_224", {"img_size": 32768}, r"needs .* elements for its masks"),
     ],
 )
-def test_what_would_fill_the_memory_is_refused_before_it_is_built(name: str, args: dict, message: str) -> None:
-    """A server tells a device what to build, and a plan may come from anyone."""
+def test_a_model_too_large_for_memory_is_refused_before_it_is_built(name: str, args: dict, message: str) -> None:
+    """A server tells a device what to build, and a plan may come from an untrusted source."""
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(ModelError, match=message):
         build(BackboneSpec(name=name, args=args, num_classes=3))
@@ -83,7 +83,7 @@ def test_what_would_fill_the_memory_is_refused_before_it_is_built(name: str, arg
 
 
 @pytest.mark.parametrize("name", ["resnet18", "mixer_s32_224"])
-def test_what_is_no_vit_is_refused(name: str) -> None:
+def test_a_model_that_is_not_a_vit_is_refused(name: str) -> None:
     with pytest.raises(ModelError, match=f"model.name = '{name}': is timm's .*; accepted: timm's ViT, DeiT"):
         build(BackboneSpec(name=name, num_classes=2))
 
@@ -139,7 +139,7 @@ def test_weights_of_another_family_are_refused(weights: Path) -> None:
         load_weights(build(SWIN), weights, NAMES, None)
 
 
-def test_a_head_of_other_classes_is_left_as_initialised(weights: Path) -> None:
+def test_a_head_of_other_classes_stays_as_initialised(weights: Path) -> None:
     model = build(spec(num_classes=3))
     before = model.head.weight.clone()
     load_weights(model, weights, NAMES[:3], None)
@@ -165,7 +165,7 @@ def test_weights_of_any_precision_become_float32(dtype: torch.dtype, weights: Pa
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.bool, torch.complex64])
 def test_weights_of_another_type_are_refused(dtype: torch.dtype, weights: Path, tmp_path: Path) -> None:
-    """Quantised weights mean nothing without their scales: torch would take -3 for -3.0."""
+    """Quantised weights are meaningless without their scales; torch would read -3 as -3.0."""
     state = read_tensors(weights)
     state["blocks.1.mlp.fc1.weight"] = state["blocks.1.mlp.fc1.weight"].to(dtype)
     write_tensors(tmp_path / "other.safetensors", state)
@@ -218,7 +218,7 @@ def test_both_heads_of_a_distilled_deit_are_picked(tmp_path: Path) -> None:
     assert torch.equal(model.head_dist.bias, state["head_dist.bias"][[9, 4]])
 
 
-def test_a_row_that_the_head_has_not_is_refused(weights: Path, tmp_path: Path) -> None:
+def test_a_row_that_the_head_does_not_have_is_refused(weights: Path, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"row 10 is not in head\.weight of vit\.safetensors"):
         load_weights(build(spec(num_classes=2)), weights, ("x", "y"), rows_file(tmp_path, {"x": 10, "y": 4}))
 
@@ -229,13 +229,13 @@ def test_a_class_without_a_row_is_refused(row: object, tmp_path: Path) -> None:
         read_head_rows(rows_file(tmp_path, {"x": 1, "y": row}), ("x", "y"))
 
 
-def test_two_classes_of_one_row_are_refused(tmp_path: Path) -> None:
-    """No image would ever be of the second."""
+def test_two_classes_with_the_same_row_are_refused(tmp_path: Path) -> None:
+    """The second class could never be predicted."""
     with pytest.raises(ModelError, match=r"row 4 is given to 'x' and 'z'; accepted: a different row for each"):
         read_head_rows(rows_file(tmp_path, {"x": 4, "y": 1, "z": 4}), ("x", "y", "z"))
 
 
-def test_a_class_that_is_there_twice_is_refused(tmp_path: Path) -> None:
+def test_a_duplicate_class_is_refused(tmp_path: Path) -> None:
     (tmp_path / "rows.json").write_text('{"x": 1, "y": 2, "x": 3}')
     with pytest.raises(ModelError, match=r"is not a readable JSON file \('x' is in it twice\)"):
         read_head_rows(tmp_path / "rows.json", ("x", "y"))
@@ -252,7 +252,7 @@ def test_rows_of_a_head_without_rows_are_refused(weights: Path, tmp_path: Path) 
         load_weights(build(spec(num_classes=1)), tmp_path / "other.safetensors", ("x",), rows_file(tmp_path, {"x": 4}))
 
 
-def test_a_mapping_that_is_none_is_refused(tmp_path: Path) -> None:
+def test_an_invalid_mapping_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="must map class names to rows"):
         read_head_rows(rows_file(tmp_path, [1, 2]), ("x",))
     (tmp_path / "rows.json").write_text("{")
@@ -260,7 +260,7 @@ def test_a_mapping_that_is_none_is_refused(tmp_path: Path) -> None:
         read_head_rows(tmp_path / "rows.json", ("x",))
 
 
-def test_weights_that_are_not_there_or_damaged_are_refused(weights: Path, tmp_path: Path) -> None:
+def test_missing_or_damaged_weights_are_refused(weights: Path, tmp_path: Path) -> None:
     with pytest.raises(
         ModelError, match=r"model\.weights = .*none.*: there is no such file; accepted: a \.safetensors"
     ):
@@ -271,7 +271,7 @@ def test_weights_that_are_not_there_or_damaged_are_refused(weights: Path, tmp_pa
         load_weights(build(VIT), half, NAMES, None)
 
 
-def test_the_hub_s_weights_are_those_that_timm_has_for_the_model(tmp_path: Path) -> None:
+def test_the_hub_s_weights_are_those_of_timm(tmp_path: Path) -> None:
     theirs = scramble(build(VIT))
     torch.save(theirs.state_dict(), tmp_path / "hub.pt")
     hub = {"file": str(tmp_path / "hub.pt"), "num_classes": CLASSES, "first_conv": "patch_embed.proj"}
@@ -291,7 +291,7 @@ def test_the_hub_s_weights_are_those_that_timm_has_for_the_model(tmp_path: Path)
 
 
 def bright_and_dark(n: int = 40, seed: int = 0) -> ImageSet:
-    """Two classes that a linear model tells apart: bright above, or bright below."""
+    """Two classes that a linear model can separate: bright above, or bright below."""
     generator = np.random.default_rng(seed)
     labels = np.arange(n) % 2
     images = generator.integers(0, 60, (n, 8, 8, 1)).astype(np.uint8)
@@ -320,7 +320,7 @@ def test_a_dense_backbone_learns_and_is_frozen(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("with_weights", [False, True])
-def test_a_backbone_that_diverged_is_refused_and_not_kept(with_weights: bool, weights: Path, tmp_path: Path) -> None:
+def test_a_diverged_backbone_is_refused_and_not_cached(with_weights: bool, weights: Path, tmp_path: Path) -> None:
     text = ",".join(f"{name}={value}" for name, value in VIT_ARGS.items())
     changes = {"args": text, "weights": str(weights)} if with_weights else {}
     said = r"model\.learning-rate = 1e\+30: dense backbone diverged at step \d+ of 8 \(its loss is (nan|inf)\)"
@@ -350,7 +350,7 @@ def test_the_second_call_trains_nothing_and_gives_the_same(tmp_path: Path, monke
             assert torch.equal(tensor, other[2].state_dict()[name])
 
 
-def test_the_key_changes_with_all_that_the_weights_depend_on(weights: Path, tmp_path: Path) -> None:
+def test_the_key_changes_with_everything_that_the_weights_depend_on(weights: Path, tmp_path: Path) -> None:
     pool = bright_and_dark()
     made = BackboneSpec(name=VIT.name, args=parse_args(ARGS), num_classes=2)
     relabelled = replace(pool, labels=1 - pool.labels)
@@ -377,7 +377,7 @@ def test_the_key_changes_with_all_that_the_weights_depend_on(weights: Path, tmp_
     assert dense_key(options(), made, bright_and_dark(), 0) == keys[0]
 
 
-def test_with_weights_the_head_alone_is_trained(weights: Path, tmp_path: Path) -> None:
+def test_with_weights_only_the_head_is_trained(weights: Path, tmp_path: Path) -> None:
     text = ",".join(f"{name}={value}" for name, value in VIT_ARGS.items())
     wanted = options(args=text, weights=str(weights), epochs=3)
     model = dense_backbone(wanted, bright_and_dark(), 0, DenseCache(tmp_path))[2]
@@ -395,8 +395,8 @@ def test_rows_without_training_are_those_of_the_file(weights: Path, tmp_path: Pa
     assert torch.equal(model.head.weight, read_tensors(weights)["head.weight"][[3, 8]])
 
 
-def test_rows_of_a_head_that_the_weights_have_not_are_refused(tmp_path: Path) -> None:
-    """`head = rows` trains no head: one that stayed as initialised would only be found out by its accuracy."""
+def test_rows_of_a_head_that_the_weights_do_not_have_are_refused(tmp_path: Path) -> None:
+    """`head = rows` trains no head, so that only its accuracy would reveal a head that stayed as initialised."""
     file = tmp_path / "other.safetensors"
     write_tensors(file, build(spec(num_classes=7)).state_dict())
     load_weights(build(spec()), file, NAMES, None)
@@ -417,7 +417,7 @@ def test_rows_of_a_head_that_the_weights_have_not_are_refused(tmp_path: Path) ->
         ({"weights": "x"}, "Extra inputs are not permitted"),
     ],
 )
-def test_a_backbone_from_elsewhere_names_shapes_and_no_files(change: dict[str, object], said: str) -> None:
+def test_a_received_backbone_may_name_shapes_but_no_files(change: dict[str, object], said: str) -> None:
     """A device builds what the server describes."""
     with pytest.raises(ModelError, match=said) as caught:
         BackboneSpec.from_json(json.dumps(VIT.model_dump() | change))
@@ -425,8 +425,8 @@ def test_a_backbone_from_elsewhere_names_shapes_and_no_files(change: dict[str, o
     assert BackboneSpec.from_json(VIT.model_dump_json()) == VIT
 
 
-def test_a_head_whose_rows_may_be_in_two_orders_needs_their_names(tmp_path: Path) -> None:
-    """torchvision sorts folders as texts (10 before 2), timm by number."""
+def test_a_head_whose_rows_may_have_two_orders_needs_class_names(tmp_path: Path) -> None:
+    """torchvision sorts folders as text (10 before 2), timm by number."""
     file = tmp_path / "vit.safetensors"
     write_tensors(file, build(spec(num_classes=3)).state_dict())
     model = build(spec(num_classes=3))

@@ -1,4 +1,4 @@
-"""Which of timm's models can be pruned: exactly, for every family that is accepted, and the others refused by name."""
+"""Families of timm that can be pruned: exact for every accepted family; others are refused by name."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ TINY: dict[str, Any] = {"img_size": 32, "embed_dim": 32, "depth": 2, "num_heads"
 SWIN: dict[str, Any] = {"embed_dim": 24, "depths": (2, 2), "num_heads": (2, 4)}
 PIT: dict[str, Any] = {"img_size": 64, "base_dims": (12, 12), "depth": (1, 1), "heads": (2, 4)}
 
-# what `tests/test_surgery.py` has not: it takes a ViT with class token, a distilled DeiT and a Swin of whole windows
+# families not in `tests/test_surgery.py`, which has a ViT with class token, a distilled DeiT, a Swin of whole windows
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "vit, pooled": ("vit_tiny_patch16_224", TINY | {"class_token": False, "global_pool": "avg"}),
     "vit, attention pooling": ("vit_base_patch16_siglip_224", TINY),
@@ -53,7 +53,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 
 @pytest.fixture(scope="module")
 def made() -> dict[str, Tiny]:
-    """Every family, made once."""
+    """Every family, built once."""
     return {
         family: tiny(BackboneSpec(name=name, args=args, num_classes=CLASSES))
         for family, (name, args) in FAMILIES.items()
@@ -66,7 +66,7 @@ def backbone(request: pytest.FixtureRequest, made: dict[str, Tiny]) -> Tiny:
 
 
 def with_attention(model: nn.Module, fused: bool) -> nn.Module:
-    """A copy that takes one of timm's two paths; left alone, timm fuses the attention of ViT and not that of Swin."""
+    """A copy that uses one of timm's two code paths; by default timm fuses the attention of ViT but not of Swin."""
     model = copy.deepcopy(model)
     for module in model.modules():
         if hasattr(module, "fused_attn"):
@@ -75,13 +75,13 @@ def with_attention(model: nn.Module, fused: bool) -> nn.Module:
 
 
 def difference(backbone: Tiny, plan: PruningPlan, model: nn.Module) -> float:
-    """Largest difference of the logits of the shrunk and of the masked model, of the size of its logits."""
+    """Largest difference between the logits of the shrunk and the masked model, relative to the largest logit."""
     kept = kept_units(plan)
     with torch.no_grad():
         got, dense = shrink(model, plan)(backbone.inputs), model(backbone.inputs)
         with masked(model, backbone.layers, kept):
             want = model(backbone.inputs)
-    assert (want - dense).abs().max() > 1e-3  # the mask must matter
+    assert (want - dense).abs().max() > 1e-3  # the mask must have an effect
     return float((got - want).abs().max() / max(1.0, float(want.abs().max())))
 
 
@@ -90,7 +90,7 @@ def difference(backbone: Tiny, plan: PruningPlan, model: nn.Module) -> float:
 def test_shrunk_equals_masked_at_a_share_of_the_macs(backbone: Tiny, fused: bool, share: float) -> None:
     dense = measure_cost(backbone.model)
     prunable = sum(layer.units * layer.macs_per_unit for layer in backbone.layers)
-    budget = 1 - (1 - share) * prunable / dense.macs  # the same as `share` but for stem, poolings and head
+    budget = 1 - (1 - share) * prunable / dense.macs  # the same as `share`, except for stem, poolings and head
     options = PruningOptions(criterion="random", ratio="uniform", align=1, floor=0)
     model = with_attention(backbone.model, fused)
     plan = planned(model, backbone.spec, backbone.inputs, budget, options, batch=4)
@@ -100,20 +100,20 @@ def test_shrunk_equals_masked_at_a_share_of_the_macs(backbone: Tiny, fused: bool
 
 
 @pytest.mark.parametrize("fused", [True, False], ids=["fused", "unfused"])
-def test_whole_heads_and_branches_can_go(backbone: Tiny, fused: bool) -> None:
+def test_whole_heads_and_branches_can_be_removed(backbone: Tiny, fused: bool) -> None:
     kept: dict[str, Tensor] = {}
     first: set[str] = set()
     for i, layer in enumerate(backbone.layers):
-        if layer.kind not in first or i == len(backbone.layers) - 1:  # the first of each kind goes, and the last of all
+        if layer.kind not in first or i == len(backbone.layers) - 1:  # the first of each kind, and the last of all
             first.add(layer.kind)
             kept[layer.name] = torch.empty(0, dtype=torch.int64)
-        elif layer.kind == "attention":  # the last head alone stays, without its first dim
+        elif layer.kind == "attention":  # only the last head stays, without its first dim
             kept[layer.name] = torch.arange(layer.units - layer.units_per_head + 1, layer.units)
     model = with_attention(backbone.model, fused)
     assert difference(backbone, plan_of(backbone, kept), model) <= 1e-5
 
 
-def test_segments_in_turn_are_the_model(backbone: Tiny) -> None:
+def test_the_segments_one_after_another_are_the_model(backbone: Tiny) -> None:
     x = backbone.inputs
     for _, step in segments(backbone.model):
         x = step(x)
@@ -132,7 +132,7 @@ def test_saved_and_loaded_is_the_same_model(backbone: Tiny, tmp_path: Path) -> N
 
 @pytest.mark.parametrize("how", ["one-pass", "sequential"])
 def test_all_of_them_can_be_compensated(how: str, backbone: Tiny) -> None:
-    """Where no unit is lost in truth, because its output weights are 0, nothing is to be compensated."""
+    """If the output weights of all removed units are 0, nothing has to be compensated."""
     model: Any = copy.deepcopy(backbone.model)
     layer = backbone.layers[-1]
     half = torch.arange(layer.units // 2)
@@ -157,8 +157,8 @@ def test_all_of_them_can_be_compensated(how: str, backbone: Tiny) -> None:
         ("pit_ti_224", 24, 4.85, 0.7),
     ],
 )
-def test_the_cost_of_a_backbone_is_the_published_one(name: str, branches: int, params: float, macs: float) -> None:
-    """Parameters (M) and MACs (G) at 224 pixels, of the models' papers (Swin-B: 88 M, 15.4 G)."""
+def test_the_cost_of_a_backbone_is_as_published(name: str, branches: int, params: float, macs: float) -> None:
+    """Parameters (M) and MACs (G) at 224 pixels from the models' papers (Swin-B: 88 M, 15.4 G)."""
     with torch.device("meta"):
         model = build(BackboneSpec(name=name, num_classes=1000))
         assert len(prunable_layers(model)) == branches
@@ -209,7 +209,7 @@ def test_other_families_are_refused(name: str, kind: str) -> None:
 
 
 def test_an_attention_that_computes_something_else_is_refused() -> None:
-    """A subclass has all the linears of timm's attention, and may use them in another way."""
+    """A subclass has all linear layers of timm's attention, but may use them differently."""
 
     class Doubled(Attention):
         def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -221,7 +221,7 @@ def test_an_attention_that_computes_something_else_is_refused() -> None:
         prunable_layers(model)
 
 
-def test_branches_before_their_norm_are_cut_as_well() -> None:
+def test_branches_with_post_norm_are_pruned_as_well() -> None:
     """timm's post-norm block: x + norm(branch(x))."""
     model = timm.create_model("vit_tiny_patch16_224", num_classes=CLASSES, block_fn=ResPostBlock, **TINY)
     backbone = tiny(BackboneSpec(name="vit_tiny_patch16_224", num_classes=CLASSES), model)

@@ -1,4 +1,4 @@
-"""The canonical basis: nothing changes but the order of what a head's dims carry, and that order is the best one."""
+"""The canonical basis: the function does not change, and the order of a head's dimensions is the optimal one."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def unseen(backbone: Tiny) -> Tensor:
 
 
 def largest_difference(a: nn.Module, b: nn.Module, inputs: Tensor) -> float:
-    """The largest difference of the logits, as a share of the largest logit."""
+    """Returns the largest difference of the logits, relative to the largest logit."""
     expected = b(inputs)
     return float((a(inputs) - expected).detach().abs().max() / expected.detach().abs().max())
 
@@ -63,21 +63,21 @@ def test_the_function_is_preserved_without_biases(args: dict[str, Any]) -> None:
     assert turned.state_dict().keys() == backbone.model.state_dict().keys()
 
 
-def test_dead_and_dependent_dims_do_no_harm(vit: Tiny) -> None:
+def test_dead_and_dependent_dims_are_handled(vit: Tiny) -> None:
     model: Any = copy.deepcopy(vit.model)
     qkv, proj = model.blocks[0].attn.qkv, model.blocks[1].attn.proj
     qkv.weight[:8], qkv.bias[:8] = 0, 0  # dims of a query that are 0
     qkv.weight[64 + 3], qkv.bias[64 + 3] = qkv.weight[64 + 5], qkv.bias[64 + 5]  # two equal dims of a value
     model.blocks[1].attn.qkv.weight[16:32], model.blocks[1].attn.qkv.bias[16:32] = 0, 0  # a head without a query
-    proj.weight[:, :16] = 0  # a head that nobody reads
+    proj.weight[:, :16] = 0  # a head whose output is not used
     turned = canonical_basis(model, vit.layers, vit.inputs, batch=4)
     assert largest_difference(turned, model, unseen(vit)) < 1e-5
     assert all(torch.isfinite(tensor).all() for tensor in turned.state_dict().values())
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_a_head_that_says_the_same_everywhere_is_turned(seed: int, vit: Tiny) -> None:
-    """The covariance of its output is rounding alone, and as such has negative eigenvalues now and then."""
+def test_a_head_with_constant_output_is_rotated(seed: int, vit: Tiny) -> None:
+    """The covariance of its output is only rounding, which sometimes has negative eigenvalues."""
     model: Any = copy.deepcopy(vit.model)
     qkv, generator = model.blocks[0].attn.qkv, torch.Generator().manual_seed(seed)
     qkv.weight[64:] = 0
@@ -104,7 +104,7 @@ def test_ordering_balances_both_sides(dims: int, seed: int) -> None:
 
 
 def seen_by(model: nn.Module, name: str, inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(input of qkv, its output, input of proj) of one attention, float64 (spans, tokens, ·)."""
+    """Returns (input of qkv, output of qkv, input of proj) of one attention, float64 (spans, tokens, ·)."""
     module: Any = model.get_submodule(name)
     seen: list[Tensor] = []
     handles = [
@@ -119,7 +119,7 @@ def seen_by(model: nn.Module, name: str, inputs: Tensor) -> tuple[Tensor, Tensor
 
 
 def tails(values: np.ndarray) -> np.ndarray:
-    """Σ_{r >= k} σ_r² for every k: the least squared error of rank k (Eckart-Young)."""
+    """Returns Σ_{r >= k} σ_r² for every k, the smallest squared error of rank k (Eckart-Young)."""
     return np.cumsum((values**2)[::-1])[::-1]
 
 
@@ -136,7 +136,7 @@ def test_the_first_dims_of_v_are_the_best_head_of_that_rank(family: str, familie
         for head in range(layer.heads):
             own = slice(head * d, head * d + d)
             o, W_o = outputs["dense"]
-            written = (o[:, own] - o[:, own].mean(0)) @ W_o[:, own].T  # what the head writes, about its mean
+            written = (o[:, own] - o[:, own].mean(0)) @ W_o[:, own].T  # the head's output minus its mean
             best = tails(np.linalg.svd(written, compute_uv=False)[:d])
             o, W_o = outputs["turned"]
             assert abs(o[:, own].mean(0)).max() < 1e-4
@@ -148,7 +148,7 @@ def test_the_first_dims_of_v_are_the_best_head_of_that_rank(family: str, familie
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_first_dims_of_q_and_k_are_the_best_logits_of_that_rank(family: str, families: dict[str, Tiny]) -> None:
-    """Against the truncated SVD of S_x^½ W_qᵀ W_k C_x^½, x with a coordinate 1 for the biases, C_x within the spans."""
+    """Compares with the truncated SVD of S_x^½ W_qᵀ W_k C_x^½; x has a 1 for the biases, C_x is within spans."""
     backbone = families[family]
     turned = canonical_basis(backbone.model, backbone.layers, backbone.inputs, batch=4)
     for layer in (layer for layer in backbone.layers if layer.kind == "attention"):
@@ -170,7 +170,7 @@ def test_the_first_dims_of_q_and_k_are_the_best_logits_of_that_rank(family: str,
         )
         logits = torch.einsum("bnhd,bmhd->bhnm", q, k)
         difference = torch.einsum("bnhd,bmhd->bhnm", q_turned, k_turned) - logits
-        assert difference.abs().max() < 1e-5 * logits.abs().max()  # key biases too, though the softmax sees them not
+        assert difference.abs().max() < 1e-5 * logits.abs().max()  # key biases too, although the softmax ignores them
         for (Q, K), (Q_turned, K_turned) in zip(whitened["dense"], whitened["turned"], strict=True):
             best = tails(np.linalg.svd(Q @ K.T, compute_uv=False)[:d])
             for rank in range(0, d, 3):
@@ -179,7 +179,7 @@ def test_the_first_dims_of_q_and_k_are_the_best_logits_of_that_rank(family: str,
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_dims_are_ordered_by_what_they_carry(family: str, families: dict[str, Tiny]) -> None:
+def test_dims_are_ordered_by_their_energy(family: str, families: dict[str, Tiny]) -> None:
     backbone = families[family]
     turned = canonical_basis(backbone.model, backbone.layers, backbone.inputs, batch=4)
     carried = carried_energy(turned)
@@ -197,7 +197,7 @@ def test_dims_are_ordered_by_what_they_carry(family: str, families: dict[str, Ti
             torch.testing.assert_close(q_size, k_size, rtol=1e-2, atol=1e-4 * float(q_size.max()))
 
 
-def test_the_dense_model_is_left_as_it_was(swin: Tiny) -> None:
+def test_the_dense_model_is_not_changed(swin: Tiny) -> None:
     state = {name: tensor.clone() for name, tensor in swin.model.state_dict().items()}
     turned = canonical_basis(swin.model, swin.layers, swin.inputs, batch=4)
     assert all(torch.equal(tensor, state[name]) for name, tensor in swin.model.state_dict().items())
@@ -207,13 +207,13 @@ def test_the_dense_model_is_left_as_it_was(swin: Tiny) -> None:
     assert carried_energy(copy.deepcopy(turned)) is not None
 
 
-def test_batches_do_not_matter(vit: Tiny) -> None:
+def test_the_batch_size_does_not_matter(vit: Tiny) -> None:
     one, many = (canonical_basis(vit.model, vit.layers, vit.inputs, batch=batch) for batch in (4, 1))
     for (name, a), b in zip(one.state_dict().items(), many.state_dict().values(), strict=True):
-        assert torch.allclose(a.abs(), b.abs(), atol=1e-3), name  # a dim may turn its sign
+        assert torch.allclose(a.abs(), b.abs(), atol=1e-3), name  # a dim may have the other sign
 
 
-def test_what_cannot_be_is_refused(vit: Tiny) -> None:
+def test_impossible_input_is_refused(vit: Tiny) -> None:
     with pytest.raises(ModelError, match="at least one image"):
         canonical_basis(vit.model, vit.layers, vit.inputs[:0], batch=4)
     with pytest.raises(ModelError, match=r"blocks\.0\.attn: activations are not finite in batch 2"):
@@ -242,7 +242,7 @@ def test_lowrank_heads_keep_the_first_dims(family: str, ratio: Any, families: di
     assert 0.597 * task.dense.macs <= plan.cost.macs <= 0.6 * task.dense.macs
 
 
-def test_a_model_in_the_basis_is_not_turned_again(vit: Tiny) -> None:
+def test_a_model_in_the_basis_is_not_rotated_again(vit: Tiny) -> None:
     turned = canonical_basis(vit.model, vit.layers, unseen(vit), batch=5)
     task = pruning_task(turned, vit.inputs, 0.6, PruningOptions(criterion="lowrank-heads", align=1), batch=4)
     assert task.model is turned
@@ -252,7 +252,7 @@ def test_a_model_in_the_basis_is_not_turned_again(vit: Tiny) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_first_dims_answer_better_than_arbitrary_ones(family: str, families: dict[str, Tiny]) -> None:
+def test_the_first_dims_are_better_than_arbitrary_ones(family: str, families: dict[str, Tiny]) -> None:
     backbone = families[family]
     turned = canonical_basis(backbone.model, backbone.layers, backbone.inputs, batch=4)
     layer = next(layer for layer in backbone.layers if layer.kind == "attention")
@@ -270,14 +270,14 @@ def test_first_dims_answer_better_than_arbitrary_ones(family: str, families: dic
     assert error(turned, first) < 0.5 * min(arbitrary)
 
 
-def test_a_shrunk_low_rank_model_costs_what_it_says(vit: Tiny) -> None:
+def test_a_shrunk_low_rank_model_has_the_stated_cost(vit: Tiny) -> None:
     task = pruning_task(vit.model, vit.inputs, 0.6, PruningOptions(criterion="lowrank-heads", align=1), batch=4)
     selection = criterion_of("lowrank-heads")(task)
     plan = plan_of(task, selection, vit.spec)
     assert sum(p.numel() for p in shrink(task.model, plan).parameters()) == plan.cost.params
 
 
-def test_layers_are_probed_in_the_basis_in_which_they_are_cut(vit: Tiny) -> None:
+def test_layers_are_probed_in_the_basis_in_which_they_are_pruned(vit: Tiny) -> None:
     chosen = {}
     ratios: tuple[Any, ...] = ("uniform", "adaptive")
     for ratio in ratios:
@@ -297,7 +297,7 @@ def test_lowrank_heads_in_another_basis_are_refused(vit: Tiny) -> None:
         criterion_of("lowrank-heads")(replace(task, model=vit.model))
 
 
-def test_any_criterion_can_be_asked_to_work_in_the_basis(vit: Tiny) -> None:
+def test_any_criterion_can_be_used_in_the_basis(vit: Tiny) -> None:
     options = PruningOptions(criterion="tap", align=1, basis="canonical")
     task = pruning_task(vit.model, vit.inputs, 0.6, options, batch=4)
     assert carried_energy(task.model) is not None

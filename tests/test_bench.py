@@ -1,4 +1,4 @@
-"""The benchmarks measure what they say: their references compute the same as what they are compared with."""
+"""Benchmarks: the reference implementations compute the same as what they are compared with."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_a_loop_over_every_third_channel_returns_those_channels(hoisted: bool) -
         torch.testing.assert_close(getattr(part, name), getattr(whole, name)[::3])
 
 
-def test_the_plain_way_gives_the_cached_layer_importance() -> None:
+def test_the_plain_implementation_gives_the_cached_layer_importance() -> None:
     t: Tiny = tiny_of_family("vit")
     kept = {layer.name: torch.arange(0, layer.units, 2) for layer in t.layers}
     plain = plain_layer_importance(t.model, t.layers, kept, t.inputs)
@@ -78,20 +78,20 @@ def test_variants_take_turns() -> None:
     assert order == ["a", "b"] * 3 and set(seconds) == {"a", "b"}
 
 
-def test_the_memory_of_tensors_is_that_of_those_alive_together() -> None:
+def test_tensor_memory_is_the_peak_of_tensors_alive_at_once() -> None:
     given = torch.zeros(500)
 
     def work() -> None:
         first = torch.zeros(1000) + 1  # two of 4000 bytes for a moment
         del first
         second = torch.zeros(1000)
-        second.view(10, 100).add_(given[0])  # no memory of its own
+        second.view(10, 100).add_(given[0])  # a view, without own memory
         assert torch.zeros(100).sum() == 0
 
     assert peak_tensor_bytes(work) in range(8000, 8020)
 
 
-def test_the_memory_of_the_process_sees_what_is_written() -> None:
+def test_process_memory_includes_what_is_written() -> None:
     grown = peak_process_bytes(lambda: torch.ones(10_000_000))
     assert grown is None or 35e6 < grown < 80e6
 
@@ -139,12 +139,12 @@ def test_the_aggregation_bench_has_a_row_for_every_rule_and_both_forms_of_flex(m
     assert set(VARIANTS) <= set(rows) and {"flex, median", "flex, trimmed mean"} <= set(rows)
     assert {row["devices"] for row in rows.values()} == {"2"}
     assert all(float(row["s"]) >= 0 and row["peak MB"] == "?" for row in rows.values())
-    # ranks 4 and 6, and the previous 8 for the units that nobody holds, on the largest linear, of 128 by 32
+    # ranks 4 and 6, and the previous 8 for units without a holder, on the largest linear layer, 128 by 32
     assert rows["flex SVDs, all thin"]["largest form"] == f"{(4 + 6 + 8) * (128 + 32) / 1e3:.0f} k"
     assert rows["flex SVDs, all dense"]["largest form"] == f"{128 * 32 / 1e3:.0f} k"
 
 
-def test_the_devices_of_the_aggregation_bench_differ_as_the_default_ones_do() -> None:
+def test_the_devices_of_the_aggregation_bench_differ_as_by_default() -> None:
     met = random_round(VIT, 6)
     ranks = [update.params["blocks.0.attn.qkv.lora_A"].shape[0] for update in met.updates]
     widths = [update.params["blocks.0.mlp.fc1.lora_B"].shape[0] for update in met.updates]
@@ -163,7 +163,7 @@ TINY = BackboneSpec(
 )
 
 
-def test_a_step_of_stock_peft_is_one_of_fedavg() -> None:
+def test_a_step_of_stock_peft_is_a_step_of_fedavg() -> None:
     torch.manual_seed(0)
     work = Work.of(TINY, 2, 3)
     stock, ours, adapted = PeftStep(work), step_of(work, FedAvg()), work.adapted()
@@ -175,7 +175,7 @@ def test_a_step_of_stock_peft_is_one_of_fedavg() -> None:
     losses += [(float(stock()), float(ours())) for _ in range(4)]
     for theirs, mine in losses:
         assert mine == pytest.approx(theirs, rel=1e-4)
-    assert losses[-1][0] < 0.95 * losses[0][0]  # each step goes on where the last one ended
+    assert losses[-1][0] < 0.95 * losses[0][0]  # each step continues from the last one
 
 
 def test_deep_copies_do_the_work_of_two_models() -> None:
@@ -184,12 +184,12 @@ def test_deep_copies_do_the_work_of_two_models() -> None:
     for _ in range(2):
         copies()
         alone()
-    for name, theta in alone.trained.items():  # with α = 1 v is trained like w, each alone
+    for name, theta in alone.trained.items():  # with α = 1, v is trained in the same way as w
         torch.testing.assert_close(copies.w.trained[name], theta)
         torch.testing.assert_close(copies.v.trained[name], theta)
 
 
-def test_a_row_of_the_apfl_bench() -> None:
+def test_the_apfl_bench_has_a_row() -> None:
     (row,) = apfl(["digits"], [64, 128], batch=2, rank=1, steps=1, repeats=1)
     assert row["model"] == "digits" and row["batch"] == "2"
     assert all(float(row[name]) > 0 for name in ("two peft ms", "deep copies", "frozen", "APFL"))
@@ -243,7 +243,7 @@ def test_torch_s_loader_reads_the_same_pixels(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_source_is_opened_and_read_beside_torch_s_loader(tmp_path: Path) -> None:
+def test_a_source_is_opened_and_compared_with_torch_s_loader(tmp_path: Path) -> None:
     (row,) = data(images=200, devices=2, kilobytes=20, threads=[1], repeats=1, folder=tmp_path)
     assert row["images"] == "200" and row["devices"] == "2"
     assert all(float(row[name]) > 0 for name in ("until hello s", "command MB", "worker MB", "images/s"))

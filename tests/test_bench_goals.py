@@ -1,4 +1,4 @@
-"""All measurements in one go: rows are kept, goals judged, and what fails takes nothing with it."""
+"""`tapfl bench all`: rows are stored, goals are judged, and a failing command does not affect the others."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_a_goal_is_judged_by_the_first_number_of_its_cell(goal: dict[str, object
         ('[[measure]]\ncommand = "tapfl run"\ngoal = [{ what = "x", column = "y", most = 1 }]', "is not an option"),
     ],
 )
-def test_a_file_that_says_nothing_to_measure_is_refused(text: str, said: str, tmp_path: Path) -> None:
+def test_a_file_without_measurements_is_refused(text: str, said: str, tmp_path: Path) -> None:
     (tmp_path / "bench.toml").write_text(text)
     with pytest.raises(ConfigError, match=said):
         measure_all(tmp_path / "bench.toml", tmp_path / "out")
@@ -61,7 +61,7 @@ def test_the_page_names_the_versions_with_which_its_rows_were_measured(tmp_path:
 
 
 @pytest.mark.slow
-def test_what_is_measured_is_kept_whatever_else_fails(tmp_path: Path) -> None:
+def test_measured_rows_are_kept_if_another_command_fails(tmp_path: Path) -> None:
     file, out = tmp_path / "bench.toml", tmp_path / "out"
     devices = """[[measure]]
 command = "tapfl bench devices --devices 1 --probe own"

@@ -1,4 +1,4 @@
-"""`tapfl bench simulation` compares the same work, and counts what its process trees take."""
+"""`tapfl bench simulation`: all variants do the same work, and the time of whole process trees is measured."""
 
 from __future__ import annotations
 
@@ -38,17 +38,19 @@ def workload(tmp_path_factory: pytest.TempPathFactory) -> Workload:
     return Workload.prepare(tmp_path_factory.mktemp("workload"), 2, small(samples=16))
 
 
-def test_every_device_has_as_many_images_as_were_asked_for(workload: Workload) -> None:
+def test_every_device_has_the_requested_number_of_images(workload: Workload) -> None:
     assert [len(workload.part(i, part)[1]) for i in range(2) for part in ("train", "test")] == [16, 4, 16, 4]
 
 
-def test_the_average_weighs_by_samples_in_the_order_of_devices() -> None:
+def test_the_average_is_weighted_by_samples_in_the_order_of_devices() -> None:
     vectors = {1: np.array([3.0, 0.0], np.float32), 0: np.array([0.0, 1.0], np.float32)}
     np.testing.assert_array_equal(average(vectors, [1, 3]), np.array([2.25, 0.25], np.float32))
 
 
 @pytest.mark.parametrize("merged", [True, False])
-def test_the_loop_by_hand_ends_where_the_federation_ends(workload: Workload, merged: bool, tmp_path: Path) -> None:
+def test_the_loop_by_hand_ends_with_the_adapters_of_the_federation(
+    workload: Workload, merged: bool, tmp_path: Path
+) -> None:
     run_inprocess(server_app, client_app, {**workload.config.flat(), "out": str(tmp_path / "run")}, 2)
     checkpoint = load_checkpoint(RunFolder(tmp_path / "run"), workload.config)
     assert checkpoint is not None
@@ -63,7 +65,7 @@ def test_the_loop_by_hand_ends_where_the_federation_ends(workload: Workload, mer
     np.testing.assert_allclose(vector, wanted, atol=1e-4)
 
 
-def test_the_usual_app_takes_the_same_adapters(workload: Workload) -> None:
+def test_the_usual_app_has_the_same_adapters(workload: Workload) -> None:
     model, initial = build(workload).eval(), workload.initial()
     given = {name: torch.randn_like(theta) for name, theta in initial.items()}
     result = set_peft_model_state_dict(model, {peft_name(name): theta for name, theta in given.items()})
@@ -74,7 +76,7 @@ def test_the_usual_app_takes_the_same_adapters(workload: Workload) -> None:
     torch.testing.assert_close(model(x), worker.model(x), rtol=1e-4, atol=1e-4)
 
 
-def test_a_process_tree_counts_children_that_run_and_that_have_ended() -> None:
+def test_a_process_tree_counts_running_and_ended_children() -> None:
     child = f"import subprocess, sys, time; subprocess.run([sys.executable, '-c', {BURN.format(seconds=0.3)!r}]);"
     running = (
         f"subprocess.Popen([sys.executable, '-c', {BURN.format(seconds=60)!r}]); print(1, flush=True); time.sleep(60)"
@@ -85,7 +87,7 @@ def test_a_process_tree_counts_children_that_run_and_that_have_ended() -> None:
         assert process.stdout is not None
         process.stdout.readline()
         before = tree.cpu_seconds()
-        assert before > 0.2  # what has ended; Linux counts in ticks, and rounds down
+        assert before > 0.2  # of ended processes; Linux counts in ticks and rounds down
         until = time.monotonic() + 30
         while tree.cpu_seconds() < before + 0.1:
             assert time.monotonic() < until
@@ -128,7 +130,7 @@ def test_all_variants_in_one_table() -> None:
 
 
 @pytest.mark.slow
-def test_an_engine_takes_its_turn_beside_the_loop() -> None:
+def test_an_engine_is_compared_with_the_loop() -> None:
     rows = list(simulation(devices=[2], options=small(rounds=3, samples=400, workers=1), variant=["inprocess"]))
     assert [row["variant"] for row in rows] == [LIMIT, "inprocess"]
 
@@ -138,6 +140,6 @@ def test_the_engine_bench_measures_a_federation_in_one_process() -> None:
     assert row["engine"] == "inprocess" and float(row["wall s a round"]) >= 0 and float(row["start-up s"]) > 0
 
 
-def test_an_engine_that_is_none_is_refused() -> None:
+def test_an_unknown_engine_is_refused() -> None:
     with pytest.raises(ConfigError, match="accepted: inprocess, forked, flower, ray, ray warm"):
         list(engine(options=small(), variant=["spark"]))

@@ -1,4 +1,4 @@
-"""Budgets: what is written is what is meant, and the table of costs is what the shrunk models cost."""
+"""Budgets: they are parsed as they are written, and the cost table equals the cost of the shrunk models."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ limits = st.one_of(
 
 
 @given(limits=st.lists(limits, min_size=1, max_size=4, unique_by=lambda limit: limit.quantity))
-def test_any_budget_goes_round(limits: list[Limit]) -> None:
+def test_any_budget_round_trips(limits: list[Limit]) -> None:
     budget = Budget(tuple(limits))
     assert Budget.parse(str(budget)) == budget
 
@@ -91,14 +91,14 @@ def test_any_budget_goes_round(limits: list[Limit]) -> None:
         ([0.5], r"budget = \[0.5\]: is not a valid budget"),
     ],
 )
-def test_what_is_no_budget_is_refused(given_: object, said: str) -> None:
+def test_an_invalid_budget_is_refused(given_: object, said: str) -> None:
     with pytest.raises(ConfigError, match=said) as refusal:
         Budget.parse(given_)  # type: ignore[arg-type]
     assert repr(given_) in str(refusal.value) and "\n" not in str(refusal.value)
 
 
 @given(share=st.floats(1e-6, 1), dense=st.integers(10**6, 10**12))
-def test_a_cost_is_told_as_a_limit_that_it_meets_and_reaches(share: float, dense: int) -> None:
+def test_a_cost_is_shown_as_a_limit_that_it_meets(share: float, dense: int) -> None:
     cost = share * dense
     for unit, quantity in (("", "macs"), ("ms", "latency")):
         told = Limit(quantity, 0.5, share=not unit).express(cost, dense)
@@ -119,7 +119,7 @@ def shapes_of(data: st.DataObject, backbone: Tiny) -> dict[str, Shape]:
 
 @settings(max_examples=30, phases=[Phase.generate])
 @given(data=st.data())
-def test_the_table_is_what_the_shrunk_model_costs(data: st.DataObject, families: dict[str, Tiny]) -> None:
+def test_the_table_equals_the_cost_of_the_shrunk_model(data: st.DataObject, families: dict[str, Tiny]) -> None:
     backbone = families[data.draw(st.sampled_from(["vit", "deit", "swin"]))]
     table_is_exact(backbone, shapes_of(data, backbone))
 
@@ -144,13 +144,13 @@ def table_is_exact(backbone: Tiny, shapes: dict[str, Shape]) -> None:
 
 @pytest.mark.parametrize("options", [("qkv_bias",), ("proj_bias",), ("qkv_bias", "proj_bias")])
 @pytest.mark.parametrize("shape", [Shape(2, 16), Shape(1, 3), Shape(0, 0)])
-def test_the_table_knows_which_biases_there_are(options: tuple[str, ...], shape: Shape) -> None:
+def test_the_table_counts_only_existing_biases(options: tuple[str, ...], shape: Shape) -> None:
     backbone = tiny(BackboneSpec(name=VIT.name, args=VIT_ARGS | dict.fromkeys(options, False), num_classes=10))
     for layer in backbone.layers:
         table_is_exact(backbone, {n.name: n.full for n in backbone.layers} | {layer.name: min(shape, layer.full)})
 
 
-def test_layers_that_are_settled_count_as_fixed(swin: Tiny) -> None:
+def test_layers_with_settled_widths_count_as_fixed(swin: Tiny) -> None:
     budget = Budget.parse("macs<=0.5,params<=0.4")
     table = cost_table(swin.layers, measure_cost(swin.model), budget)
     shapes = {layer.name: Shape(1, layer.units_per_head // 2) for layer in swin.layers}
@@ -175,7 +175,7 @@ def test_the_tightest_limit_and_the_price_of_a_unit(vit: Tiny) -> None:
         assert two.price(layer.name) == pytest.approx(sum(layer.macs_per_unit / part for part in spendable))
 
 
-def test_the_fixed_part_of_latency_is_what_the_branches_do_not_take(vit: Tiny) -> None:
+def test_the_fixed_part_of_latency_excludes_the_branches(vit: Tiny) -> None:
     branches = {layer.name: np.linspace(0, 1, (layer.heads + 1) * (layer.units_per_head + 1)) for layer in vit.layers}
     branches = {n.name: branches[n.name].reshape(n.heads + 1, -1) for n in vit.layers}
     table = cost_table(vit.layers, Cost(params=1, macs=1), Budget.parse("latency<=0.5"), Timings(10.0, branches))

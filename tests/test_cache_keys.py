@@ -1,4 +1,4 @@
-"""What a cache hands out was computed from the inputs at hand, whichever of them differ."""
+"""Cache keys: a cached result was computed from the same inputs, in every respect."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ TINY = "img_size=8,patch_size=2,in_chans=1,embed_dim=32,depth=2,class_token=True
 
 
 @pytest.mark.parametrize("other", ["num_heads=4", "num_heads=2,act_layer=relu"])
-def test_features_of_the_same_weights_in_another_architecture_are_other_features(other: str, tmp_path: Path) -> None:
+def test_another_architecture_with_the_same_weights_has_other_features(other: str, tmp_path: Path) -> None:
     generator = np.random.default_rng(0)
     images = ImageSet.of(generator.integers(0, 256, (40, 8, 8, 1), dtype=np.uint8), np.arange(40) % 2, ("a", "b"))
     means = []

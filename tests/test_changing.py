@@ -1,4 +1,4 @@
-"""Devices whose images change between rounds: who is in which part for ever, and runs in which images come and go."""
+"""Devices whose images change between rounds: images never change their part, and runs in which images come and go."""
 
 from __future__ import annotations
 
@@ -41,13 +41,13 @@ DIGITS, HELLO = load_images("digits"), Hello("a1b2" * 4)
 
 
 def images(which: list[int]) -> ImageSet:
-    """Some of the digits as a device's images, identified by their pixels."""
+    """Some digits as a device's images, identified by their pixels."""
     array = DIGITS.read(np.array(which, dtype=np.int64))
     return identified(ImageSet.of(array, np.zeros(len(which), np.int64), "a"), Path("unused"))
 
 
 def parts(which: list[int], evaluate: str = "test") -> dict[str, set[int]]:
-    """The training and the test part, and what is held out of the first, as numbers of digits."""
+    """Returns the training part, the test part and the held-out images as numbers of digits."""
     own, options = images(which), DataOptions(evaluate=evaluate)
     split = split_changing(own, options, seed=3)
     held = drawn(own.subset(split.train), 0.2, 3, "held-out")
@@ -60,7 +60,9 @@ some = st.lists(st.integers(0, 299), min_size=1, max_size=40, unique=True)
 
 
 @given(before=some, after=some, evaluate=st.sampled_from(["test", "validation"]))
-def test_no_image_moves_whatever_joins_or_vanishes(before: list[int], after: list[int], evaluate: str) -> None:
+def test_no_image_changes_its_part_when_others_join_or_vanish(
+    before: list[int], after: list[int], evaluate: str
+) -> None:
     first, second = parts(before, evaluate), parts(after, evaluate)
     both = {*before} & {*after}
     for name in first:
@@ -70,7 +72,7 @@ def test_no_image_moves_whatever_joins_or_vanishes(before: list[int], after: lis
 
 
 @given(which=some)
-def test_who_is_tested_on_for_a_choice_is_no_test_image_and_not_trained_on(which: list[int]) -> None:
+def test_validation_images_are_neither_tested_nor_trained_on(which: list[int]) -> None:
     last, chosen = parts(which), parts(which, "validation")
     assert not chosen["test"] & last["test"] and not (chosen["trained"] | chosen["held out"]) & last["test"]
     assert not chosen["test"] & (chosen["trained"] | chosen["held out"])
@@ -120,7 +122,7 @@ def writers(tmp_path: Path) -> Path:
 
 
 def change(folder: Path) -> None:
-    """Ada writes more, of a class too that nobody knows; bob has hardly any left; cleo loses some, and dora is new."""
+    """Ada gets images, also of an unknown class; bob has hardly any left; cleo loses some; dora is new."""
     write(folder, "ada", range(200, 260))
     shutil.copytree(folder / "ada" / "3", folder / "ada" / "three")
     shutil.rmtree(folder / "bob")
@@ -130,7 +132,7 @@ def change(folder: Path) -> None:
 
 
 class Changing:
-    """A ClientApp whose images change before the second round and come back before the third; then bob loses all."""
+    """A ClientApp whose images change before the second round and return before the third; then bob loses all."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.round = folder, 1
@@ -156,7 +158,7 @@ def carry_out(run: Path, writers: Path, cache: Path, app: object, *options: str,
     run_inprocess(server_app, app, config.flat(), config.devices.count)  # type: ignore[arg-type]
 
 
-def test_images_come_and_go_between_rounds_and_a_killed_run_goes_on(writers: Path, cache: Path, tmp_path: Path) -> None:
+def test_images_come_and_go_between_rounds_and_a_killed_run_resumes(writers: Path, cache: Path, tmp_path: Path) -> None:
     at_first, whole, killed = (tmp_path / name for name in ("at first", "whole", "killed"))
     shutil.copytree(writers, at_first)
     carry_out(whole, writers, cache, Changing(writers), "train.rounds=3", "summary.refresh=2")
@@ -169,9 +171,9 @@ def test_images_come_and_go_between_rounds_and_a_killed_run_goes_on(writers: Pat
     assert [line.devices for line in lines if isinstance(line, RoundLine)] == [3, 2, 3, 2]
     ada, bob, cleo = summary.devices
     assert [device.rounds for device in summary.devices] == [3, 2, 3] and bob.last_round == 3
-    assert ada.train_samples + ada.test_samples == 110  # not those of the class that nobody knows
+    assert ada.train_samples + ada.test_samples == 110  # not those of the unknown class
     assert bob.train_samples + bob.test_samples == 40 and 30 < cleo.train_samples + cleo.test_samples < 50
-    assert [device.failures for device in summary.devices] == [0, 1, 0]  # for bob has no mixture to send
+    assert [device.failures for device in summary.devices] == [0, 1, 0]  # because bob has no mixture to send
     drifts = {line.device: line.drift for line in lines if isinstance(line, DriftLine)}
     assert drifts.keys() == {0, 2} and min(drifts.values()) > 0 and bob.drift is None  # bob could not be asked
     assert "Their mixtures have moved by" in differences(read_run(whole))
@@ -207,7 +209,7 @@ def test_images_come_and_go_between_rounds_and_a_killed_run_goes_on(writers: Pat
         (["data.min-images=70"], "min-images = 70"),
     ],
 )
-def test_what_cannot_change_is_refused(
+def test_options_that_need_fixed_images_are_refused(
     options: list[str], said: str, writers: Path, cache: Path, tmp_path: Path
 ) -> None:
     with pytest.raises((ConfigError, DataError), match=said):
@@ -215,8 +217,8 @@ def test_what_cannot_change_is_refused(
     assert not (tmp_path / "run").exists()
 
 
-def test_a_node_with_its_own_images_begins_with_enough_and_goes_on_with_few(tmp_path: Path) -> None:
-    """Its array is written anew; images of unknown classes are left out of both parts."""
+def test_a_node_with_its_own_images_begins_with_enough_and_continues_with_few(tmp_path: Path) -> None:
+    """Its array is written again; images of unknown classes are left out of both parts."""
     file = tmp_path / "mine.npz"
 
     def device(count: int, classes: str = "0123456789") -> Device:
@@ -255,12 +257,12 @@ def reply(*images: float, adapters: int = 0) -> TrainReply:
         (reply(0, 0, adapters=4), r"adapters have shape \(4,\), not \(0,\)"),
     ],
 )
-def test_numbers_of_images_that_are_none(answer: TrainReply, said: str) -> None:
+def test_invalid_numbers_of_images_are_refused(answer: TrainReply, said: str) -> None:
     with pytest.raises(WireError, match=said):
         answer.check(3, changing=True, length=4)
 
 
-def test_numbers_are_taken_only_if_they_were_asked_for() -> None:
+def test_numbers_of_images_are_accepted_only_if_requested() -> None:
     reply(20, 4, adapters=4).check(3, changing=True, length=4)
     reply(0, 0).check(3, changing=True, length=4)
     reply(adapters=4).check(3, length=4)

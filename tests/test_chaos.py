@@ -1,4 +1,4 @@
-"""Chaos: in each round one device in five crashes, hangs or lies; the run ends, nothing is hidden, little is lost."""
+"""Chaos: each round one device in five crashes, hangs or lies; the run finishes, reports it all and loses little."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from test_hostile_devices import federation
 
 
 def failures_of(lines: list[dict[str, Any]]) -> dict[tuple[int, int], str]:
-    """Reason by (round, device)."""
+    """Returns the reasons by (round, device)."""
     lost = [line for line in lines if line["kind"] == "failure"]
     return {(int(line["phase"].split()[-1]), line["device"]): line["reason"] for line in lost}
 
@@ -24,7 +24,7 @@ def expected(rounds: int, devices: int) -> dict[tuple[int, int], str]:
 
 
 def check_accounts(lines: list[dict[str, Any]], summary: dict[str, Any], rounds: int, devices: int) -> None:
-    """Every loss is in the metrics with its reason, and nothing else is."""
+    """Every failure is in the metrics with its reason, and nothing else."""
     lost, wanted = failures_of(lines), expected(rounds, devices)
     assert lost.keys() == wanted.keys()
     assert {where: said for where, said in lost.items() if REASONS[wanted[where]] not in said} == {}
@@ -44,7 +44,7 @@ def test_chaos_in_one_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.mark.slow
 def test_twenty_devices_ten_rounds_on_flower(tmp_path: Path) -> None:
-    """The run ends, every loss is accounted for, and on 620 test images it costs at most two points of accuracy."""
+    """The run finishes, every failure is recorded, and accuracy on 620 test images falls by at most two points."""
     options = {
         "devices.count": 20,
         "data.public-share": 0.5,

@@ -1,4 +1,4 @@
-"""Weights that people have: every layout becomes the same model, and what is no weights is refused in one line."""
+"""Checkpoint formats: every layout gives the same model, and files that are not weights are refused with one line."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ DEIT3 = BackboneSpec(
 
 
 def as_dinov2(state: State) -> State:
-    """As Meta's checkpoints of DINOv2 with registers have them: no head, the class token's position apart."""
+    """Weights as in Meta's checkpoints of DINOv2 with registers: no head, a separate position of the class token."""
     state = {name: value for name, value in state.items() if not name.startswith("head")}
     state["register_tokens"] = state.pop("reg_token")
     state["mask_token"] = torch.zeros(1, 32)
@@ -54,7 +54,7 @@ def as_deit3(state: State) -> State:
 
 
 def averaged(state: State) -> dict[str, Any]:
-    """A checkpoint of training, whose moving average is meant."""
+    """A training checkpoint, of which the moving average is to be loaded."""
     other = {name: torch.zeros_like(value) for name, value in state.items()}
     return {"epoch": 3, "args": Namespace(lr=0.1), "optimizer": {"step": 1}, "model": other, "model_ema": state}
 
@@ -73,7 +73,7 @@ LAYOUTS: dict[str, tuple[BackboneSpec, Callable[[State], Any]]] = {
 
 
 def trained(spec: BackboneSpec) -> nn.Module:
-    """A model whose every weight matters."""
+    """A model in which every weight has an effect."""
     generator = torch.Generator().manual_seed(3)
     model = build(spec, seed=1)
     with torch.no_grad():
@@ -84,7 +84,7 @@ def trained(spec: BackboneSpec) -> nn.Module:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("ending", [".pth", ".bin", ".pt"])
-def test_each_layout_is_the_model_that_was_saved(layout: str, ending: str, tmp_path: Path) -> None:
+def test_each_layout_gives_the_model_that_was_saved(layout: str, ending: str, tmp_path: Path) -> None:
     spec, written = LAYOUTS[layout]
     wanted, model = trained(spec), build(spec)
     torch.save(written(wanted.state_dict()), tmp_path / f"weights{ending}")
@@ -101,7 +101,7 @@ def test_safetensors_of_a_parallel_model_lose_their_prefix(tmp_path: Path) -> No
     assert read_checkpoint(tmp_path / "w.safetensors").keys() == state.keys()
 
 
-def test_a_head_of_another_size_is_said_and_left_out(tmp_path: Path) -> None:
+def test_a_head_of_another_size_is_reported_and_left_out(tmp_path: Path) -> None:
     torch.save(trained(VIT).state_dict(), tmp_path / "w.pth")
     model = build(VIT.model_copy(update={"num_classes": 3}))
     (note,) = load_weights(model, tmp_path / "w.pth", NAMES[:3], None)
@@ -147,7 +147,7 @@ def test_a_whole_pickled_model_is_refused(tmp_path: Path) -> None:
         ("none.pth", None, "there is no such file; accepted: a .safetensors file, one of torch.save"),
     ],
 )
-def test_a_file_that_is_none_is_refused(name: str, content: bytes | None, message: str, tmp_path: Path) -> None:
+def test_an_invalid_file_is_refused(name: str, content: bytes | None, message: str, tmp_path: Path) -> None:
     if content is not None:
         (tmp_path / name).write_bytes(content)
     with pytest.raises(ModelError, match=f"{re.escape(name)}': .*({message})") as refused:
@@ -180,7 +180,7 @@ def test_a_checkpoint_without_weights_is_refused(content: Any, message: str, tmp
         ("vit_medium_patch16_rope_reg1_gap_256", "is timm's Eva"),
     ],
 )
-def test_what_cannot_be_cut_exactly_is_refused_with_the_reason(name: str, reason: str) -> None:
+def test_a_model_that_cannot_be_pruned_exactly_is_refused_with_the_reason(name: str, reason: str) -> None:
     small = BackboneSpec(name=name, args={"depth": 1}, num_classes=5)
     with pytest.raises(ModelError, match=re.escape(reason)):
         prunable_layers(outline(small))
@@ -190,7 +190,7 @@ def test_what_cannot_be_cut_exactly_is_refused_with_the_reason(name: str, reason
 
 
 def a_copy(folder: Path, weights: str = "model.safetensors", **config: Any) -> ModelOptions:
-    """A local copy of a repository, as timm's `save_for_hf` writes it."""
+    """Writes a local copy of a repository, as timm's `save_for_hf` does."""
     folder.mkdir(exist_ok=True)
     preprocessing = {"input_size": [1, 8, 8], "fixed_input_size": True, "mean": [0.4], "std": [0.2], "crop_pct": 0.875}
     shapes = {key: value for key, value in VIT_ARGS.items() if key not in ("img_size", "in_chans")}
@@ -205,7 +205,7 @@ def a_copy(folder: Path, weights: str = "model.safetensors", **config: Any) -> M
 
 
 @pytest.mark.parametrize("weights", ["model.safetensors", "pytorch_model.bin"])
-def test_a_copy_of_a_repository_is_the_model_that_it_holds(weights: str, tmp_path: Path) -> None:
+def test_a_copy_of_a_repository_gives_its_model(weights: str, tmp_path: Path) -> None:
     found = of_hub(a_copy(tmp_path / "copy", weights))
     assert (found.name, found.weights) == (VIT.name, str(tmp_path / "copy" / weights))
     assert (found.mean, found.std, found.crop_pct, found.interpolation) == ((0.4,), (0.2,), 0.875, "auto")
@@ -229,12 +229,12 @@ def test_options_override_what_a_repository_says(tmp_path: Path) -> None:
         ({"pretrained_cfg": {"crop_pct": 7}}, r"its config\.json: crop-pct = 7: "),
     ],
 )
-def test_a_config_that_will_not_do_is_refused(change: dict[str, Any], message: str, tmp_path: Path) -> None:
+def test_an_unusable_config_is_refused(change: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=message):
         of_hub(a_copy(tmp_path / "copy", **change))
 
 
-def test_a_repository_that_is_not_there_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_repository_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     options = ModelOptions(name=f"local-dir:{tmp_path}", args="", weights="hub")
     with pytest.raises(ModelError, match=r"has no config\.json that timm wrote \(FileNotFoundError"):
         of_hub(options)
@@ -242,7 +242,7 @@ def test_a_repository_that_is_not_there_is_refused(tmp_path: Path, monkeypatch: 
     (tmp_path / "copy" / "model.safetensors").unlink()
     with pytest.raises(ModelError, match=r"local-dir:.* has none of model\.safetensors, pytorch_model\.bin that can"):
         of_hub(copy)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # the environment was read at its import
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # it reads the environment when imported
     with pytest.raises(ModelError, match=r"'hf-hub:timm/no_such': has no config\.json that timm wrote \(.*; accepted"):
         of_hub(options.model_copy(update={"name": "hf-hub:timm/no_such"}))
 

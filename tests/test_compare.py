@@ -1,4 +1,4 @@
-"""Criteria side by side: every cell once, the same test images for all, refusals told."""
+"""`tapfl compare`: every cell is measured once, with the same test images for all; refusals are reported."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ compensation = ["none", "sequential"]
 device = [0, 2]"""
 
 
-def test_a_comparison_is_carried_out_once_and_shown(tmp_path: Path) -> None:
+def test_a_comparison_runs_once_and_is_shown(tmp_path: Path) -> None:
     file, out = comparison_file(tmp_path, AXES), tmp_path / "out"
     invoked = ["compare", "--config", str(file), "--out", str(out), "--json", "--jobs"]
     first = CliRunner().invoke(cli.app, [*invoked, "1"], catch_exceptions=False)
@@ -51,7 +51,7 @@ def test_a_comparison_is_carried_out_once_and_shown(tmp_path: Path) -> None:
     lines = results.splitlines(keepends=True)
     (out / "results.csv").write_text(
         "".join(lines[:5]) + lines[5][:20]
-    )  # as a killed one of an earlier version leaves it
+    )  # as left by a killed comparison of an earlier version
     CliRunner().invoke(cli.app, [*invoked, "2"], catch_exceptions=False)
     again = (out / "results.csv").read_text()
     all_but_seconds = [pd.read_csv(StringIO(each), dtype=str).drop(columns="seconds") for each in (results, again)]
@@ -59,14 +59,14 @@ def test_a_comparison_is_carried_out_once_and_shown(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("args", ["img_size=8,patch_size=16,in_chans=1", "img_size=8,patch_size=2,qk_norm=True"])
-def test_a_backbone_that_will_not_do_is_refused_before_anything_is_written(args: str, tmp_path: Path) -> None:
+def test_an_unusable_backbone_is_refused_before_anything_is_written(args: str, tmp_path: Path) -> None:
     file = comparison_file(tmp_path, 'criterion = ["tap"]\nbudget = [0.5]\ndevice = [0]')
     with pytest.raises(ModelError, match=rf"model\.args = '{args}"):
         run_comparison(read_comparison(file, [f"model.args={args}"]), tmp_path / "out", lambda *_: None)
     assert not (tmp_path / "out").exists()
 
 
-def test_measures_are_shares_and_a_budget_that_cannot_be_met_is_told(tmp_path: Path) -> None:
+def test_measures_are_shares_and_a_budget_that_cannot_be_met_is_reported(tmp_path: Path) -> None:
     file = comparison_file(
         tmp_path, 'criterion = ["tap", "updp"]\nbudget = [0.5, 0.01, "macs<=0.9,params<=0.6"]\ndevice = [1]'
     )
@@ -97,12 +97,12 @@ device = [1]"""
     with pytest.raises(ConfigError, match="--measure loss: accepted are macs_share"):
         comparison.results.override(["loss"], None).check(comparison.axes)
     other = read_comparison(comparison_file(tmp_path, 'criterion = ["tap"]\ndevice = [1]'))
-    assert other.axes["compensation"] == ["auto"]  # what is not named is as in a run
-    with pytest.raises(ConfigError, match="is a comparison of other axes"):
+    assert other.axes["compensation"] == ["auto"]  # options that are not named have the defaults of a run
+    with pytest.raises(ConfigError, match="is a comparison with other axes"):
         run_comparison(other, tmp_path / "out", lambda *_: None)
 
 
-def test_widths_are_aligned_as_heads_allow_where_nothing_is_said(tmp_path: Path) -> None:
+def test_widths_are_aligned_to_heads_by_default(tmp_path: Path) -> None:
     file = comparison_file(tmp_path, 'criterion = ["magnitude"]\ncompensation = ["none", "one-pass"]\ndevice = [0]')
     file.write_text("\n".join(line for line in file.read_text().splitlines() if "pruning.align" not in line))
     rows = run_comparison(read_comparison(file), tmp_path / "out", lambda *_: None)
@@ -124,6 +124,6 @@ def test_widths_are_aligned_as_heads_allow_where_nothing_is_said(tmp_path: Path)
         ("seed = [-1]", "seed"),
     ],
 )
-def test_an_axis_that_is_off_is_refused_before_anything_runs(tmp_path: Path, axes: str, named: str) -> None:
+def test_an_invalid_axis_is_refused_before_anything_runs(tmp_path: Path, axes: str, named: str) -> None:
     with pytest.raises(ConfigError, match=named):
         read_comparison(comparison_file(tmp_path, axes))

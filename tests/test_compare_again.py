@@ -1,4 +1,4 @@
-"""A comparison that goes on: cells are added along an axis, and never mixed with those of other options or inputs."""
+"""Continuing a comparison: cells are added along an axis, and never mixed with those of other options or inputs."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ MEASURED = {"macs_share": "0.5", "dense": "0.75", "dense_own": "0.9", "pruned_ow
 
 @pytest.fixture
 def place(tmp_path: Path) -> Path:
-    """A folder with images, weights and a comparison of both whose cells are finished."""
+    """A folder with images, weights, and a finished comparison that uses both."""
     digits = load_images("digits")
     np.savez(tmp_path / "images.npz", images=digits.read(), labels=digits.labels)
     (tmp_path / "w.safetensors").write_bytes(b"weights" * 1000)
@@ -47,7 +47,7 @@ def write_file(place: Path, axes: str = AXES, options: str = "", source: str = "
 
 
 def compare(place: Path, *arguments: str, out: str = "out") -> Result:
-    """Carries out the command as `tapfl` does, with its exit code and its one line."""
+    """Runs the command as `tapfl` does; returns its exit code and its error line."""
     options = ["--config", str(place / "compare.toml"), "--out", str(place / out), "--jobs", "1"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sys.argv", ["tapfl", "compare", *options, *arguments])
@@ -55,7 +55,7 @@ def compare(place: Path, *arguments: str, out: str = "out") -> Result:
 
 
 def refused(place: Path, *arguments: str, out: str = "out") -> str:
-    """Returns the one line with which the command refuses."""
+    """Returns the line with which the command refuses."""
     said = compare(place, *arguments, out=out)
     assert said.exit_code == 2 and not said.stdout
     (line,) = said.stderr.splitlines()
@@ -98,7 +98,7 @@ OTHERS: dict[str, tuple[Callable[[Path], object], str]] = {
 
 @pytest.mark.parametrize("finished", [False, True], ids=["measuring", "--finished"])
 @pytest.mark.parametrize("other", OTHERS)
-def test_cells_of_another_comparison_are_not_handed_out(other: str, finished: bool, place: Path) -> None:
+def test_cells_of_another_comparison_are_not_returned(other: str, finished: bool, place: Path) -> None:
     change, named = OTHERS[other]
     before = {file: file.read_bytes() for file in (place / "out").iterdir()}
     change(place)
@@ -141,14 +141,14 @@ def test_an_axis_may_grow_along_options_that_name_files(place: Path) -> None:
     write_origin(out, origin_of(one))
     both = read_comparison(file(weights))
     assert len(finished_rows(both, out)) == 1
-    flip(place / "v.safetensors")  # no cell is of it yet
+    flip(place / "v.safetensors")  # no cell has it yet
     assert len(finished_rows(both, out)) == 1
     flip(place / "w.safetensors")
     with pytest.raises(ConfigError, match=r"w\.safetensors': the contents changed"):
         finished_rows(both, out)
 
 
-def test_a_criterion_of_one_s_own_that_was_edited_is_another_one(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_edited_plugin_criterion_counts_as_another_one(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     module = place / "my_criteria.py"
     module.write_text("from tapfl.pruning.criteria.norms import random_units as mine\n")
     monkeypatch.syspath_prepend(place)
@@ -163,14 +163,14 @@ def test_a_criterion_of_one_s_own_that_was_edited_is_another_one(place: Path, mo
 
 
 @pytest.mark.parametrize("damage", [Path.unlink, lambda file: file.write_text("{}")], ids=["missing", "damaged"])
-def test_cells_of_which_nothing_is_known_are_not_handed_out(damage: Callable[[Path], object], place: Path) -> None:
+def test_cells_of_unknown_origin_are_not_returned(damage: Callable[[Path], object], place: Path) -> None:
     damage(place / "out" / FILE)
     assert f"lacks {FILE}" in refused(place)
 
 
 def test_a_folder_without_finished_cells_takes_any_comparison(place: Path) -> None:
     file = place / "out" / "results.csv"
-    file.write_text(file.read_text().splitlines()[0] + "\n")  # a first start that was refused leaves the heading
+    file.write_text(file.read_text().splitlines()[0] + "\n")  # a first start that was refused leaves only the header
     write_file(place, options='"summary.dim" = 8')
     rewrite(place, str(place / "w.safetensors"), "")
     done = compare(place)
@@ -184,7 +184,7 @@ def test_a_folder_without_finished_cells_takes_any_comparison(place: Path) -> No
     assert f"images …/images.npz ({fingerprint[:8]})" in table
 
 
-def test_inputs_that_are_gone_do_not_hide_what_was_measured(place: Path) -> None:
+def test_results_are_shown_although_inputs_no_longer_exist(place: Path) -> None:
     comparison = read_comparison(place / "compare.toml")
     (place / "images.npz").unlink()
     assert len(finished_rows(comparison, place / "out")) == 1
@@ -193,7 +193,7 @@ def test_inputs_that_are_gone_do_not_hide_what_was_measured(place: Path) -> None
     assert "images.npz" in refused(place, out="new") and not (place / "new").exists()
 
 
-def test_the_caption_names_the_versions_of_the_cells_not_those_of_today(
+def test_the_caption_names_the_versions_of_the_cells_not_the_installed_ones(
     place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     origin = read_origin(place / "out")

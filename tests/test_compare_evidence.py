@@ -1,4 +1,4 @@
-"""What a comparison says beyond accuracy: coverage, agreement with the oracle, pools that lack classes, differences."""
+"""Comparisons beyond accuracy: coverage, agreement with the oracle, pools that lack classes, and differences."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def scenario(place: Path, finished: tuple[str, Path]) -> Scenario:
     return Scenario.of(scenario_of(next(comparison.cells()).config))
 
 
-def test_coverage_is_what_counting_by_hand_says(scenario: Scenario, rows: list[dict[str, str]]) -> None:
+def test_coverage_equals_counting_by_hand(scenario: Scenario, rows: list[dict[str, str]]) -> None:
     view = DeviceView.of(scenario, 1)
     own = set(scenario.private.labels[scenario.splits[1].train].tolist())
     images = scenario.pool.images
@@ -94,13 +94,13 @@ def test_scores_agree_with_themselves_and_a_criterion_without_scores_has_no_rank
         ranks = [row["rank_ffn"], row["rank_attention"]]
         if row["criterion"] == "updp":
             assert ranks == ["", ""]
-        elif row["metric.rule"] == "oracle" or row["criterion"] == "magnitude":  # which does not look at images
+        elif row["metric.rule"] == "oracle" or row["criterion"] == "magnitude":  # which does not use images
             assert [round(float(rank), 12) for rank in ranks] == [1, 1]
         else:
             assert all(-1 < float(rank) < 1 for rank in ranks)
 
 
-def test_rank_correlation_is_a_mean_over_the_layers_of_a_kind_that_rank_at_all(scenario: Scenario) -> None:
+def test_rank_correlation_is_a_mean_over_layers_with_different_scores(scenario: Scenario) -> None:
     layers = prunable_layers(scenario.model)
     generator = torch.Generator().manual_seed(0)
     ours, theirs = ({layer.name: torch.randn(layer.units, generator=generator) for layer in layers} for _ in range(2))
@@ -115,16 +115,16 @@ def test_rank_correlation_is_a_mean_over_the_layers_of_a_kind_that_rank_at_all(s
     assert rank_correlations(layers, nothing, theirs) == {}
 
 
-def test_the_shared_plan_is_made_for_images_that_are_the_same_for_all_devices(scenario: Scenario, place: Path) -> None:
+def test_the_shared_plan_uses_the_same_images_for_all_devices(scenario: Scenario, place: Path) -> None:
     metric = next(read_comparison(place / "compare.toml").cells()).config.metric
     chosen = [DeviceView.of(scenario, device).public_images(metric, 128, "shared") for device in (0, 1)]
     assert np.array_equal(chosen[0].read(), chosen[1].read())
-    assert len(np.unique(chosen[0].labels)) == 10  # of all classes, however the pool is sorted
+    assert len(np.unique(chosen[0].labels)) == 10  # of all classes, in whatever order the pool is
     own = [DeviceView.of(scenario, device).public_images(metric, 128) for device in (0, 1)]
     assert not np.array_equal(own[0].read(), own[1].read())
 
 
-def test_the_classes_that_lack_are_a_share_of_the_device_s_own_drawn_for_each() -> None:
+def test_the_removed_classes_are_a_share_of_the_device_s_own() -> None:
     own = np.arange(40, 60)
     gone = [classes_that_lack(own, share, seed=0, device=2).tolist() for share in (0, 0.3, 0.5, 1)]
     assert [len(each) for each in gone] == [0, 6, 10, 20]
@@ -142,7 +142,7 @@ def test_a_pool_that_lacks_classes_really_lacks_them(scenario: Scenario) -> None
     assert len(lacking.pool.points) == len(lacking.pool.density) == len(lacking.pool.images)
     view = DeviceView.of(lacking, 1)
     assert view.coverage(lacking.pool.images)[1] == pytest.approx(1 / 3)
-    assert view.dense == DeviceView.of(scenario, 1).dense  # what is measured is the same
+    assert view.dense == DeviceView.of(scenario, 1).dense  # the measures are the same
 
 
 def test_a_pool_that_lacks_classes_is_an_axis(place: Path, tmp_path: Path) -> None:
@@ -159,7 +159,7 @@ def test_a_pool_that_lacks_classes_is_an_axis(place: Path, tmp_path: Path) -> No
     )
 
 
-def test_a_cell_says_which_images_its_model_was_right_about(rows: list[dict[str, str]]) -> None:
+def test_a_cell_records_which_images_were_classified_correctly(rows: list[dict[str, str]]) -> None:
     measured = [row for row in rows if not row["refused"]]
     for accuracy, column in IMAGES.items():
         assert [from_text(row[column]).mean() for row in measured] == [float(row[accuracy]) for row in measured]
@@ -169,14 +169,14 @@ def line(values: dict[tuple[int, int], float]) -> pd.DataFrame:
     return pd.DataFrame([{"device": str(d), "seed": str(s), "acc": str(v)} for (d, s), v in values.items()])
 
 
-def test_differences_are_of_the_means_of_devices_that_both_lines_have() -> None:
+def test_differences_are_over_devices_that_both_lines_have() -> None:
     ours = {(0, 0): 0.5, (0, 1): 0.7, (1, 0): 0.4, (1, 1): 0.4, (2, 0): 0.9, (2, 1): 0.7}
     theirs = {(0, 0): 0.4, (0, 1): 0.6, (1, 0): 0.3, (1, 1): 0.4, (2, 0): 0.5, (2, 1): 0.7}
     found = difference(line(ours), line(theirs), "acc")
     assert found is not None and found == paired({0: 0.6, 1: 0.4, 2: 0.8}, {0: 0.5, 1: 0.35, 2: 0.6})
     assert found.difference == pytest.approx((0.1 + 0.05 + 0.2) / 3)
     assert str(found) == f"+0.117 (p = {found.p:.3f}, n = 3)"
-    fewer = difference(line(ours), line({(0, 1): 0.6, (2, 0): 0.5, (5, 0): 0.1}), "acc")  # what both lines have
+    fewer = difference(line(ours), line({(0, 1): 0.6, (2, 0): 0.5, (5, 0): 0.1}), "acc")  # common to both lines
     assert fewer is not None and fewer == paired({0: 0.7, 2: 0.9}, {0: 0.6, 2: 0.5})
     assert difference(line(ours), line({(7, 0): 0.5}), "acc") is None
 
@@ -231,7 +231,7 @@ def test_lines_are_drawn_over_the_devices_that_all_of_them_have() -> None:
     assert comparable(begun, "pruned_own").equals(begun)
 
 
-def test_tables_keep_the_devices_apart_that_something_was_chosen_on(
+def test_a_table_leaves_out_devices_on_which_something_was_chosen(
     finished: tuple[str, Path], rows: list[dict[str, str]], place: Path
 ) -> None:
     comparison = read_comparison(place / "compare.toml")
@@ -253,7 +253,7 @@ def test_tables_keep_the_devices_apart_that_something_was_chosen_on(
     assert "(2)" in shown[0].rows[0]["50% MACs"] and "(3)" in shown[1].rows[0]["50% MACs"]
 
 
-def test_the_page_says_how_it_was_made_and_is_the_same_again(finished: tuple[str, Path], place: Path) -> None:
+def test_the_page_names_its_command_and_is_reproducible(finished: tuple[str, Path], place: Path) -> None:
     page = (place / "out" / "table.md").read_text()
     for said in (
         "tapfl compare --config …/compare.toml --out DIR --set data.source=",

@@ -1,4 +1,4 @@
-"""Compensation: exact where the units that go are linear in those that stay, and ridge regression elsewhere."""
+"""Compensation: exact if the removed units are linear in the kept ones, and ridge regression otherwise."""
 
 from __future__ import annotations
 
@@ -62,17 +62,17 @@ def others(layer: PrunableLayer, kept: Tensor) -> Tensor:
 
 
 def with_redundant_units(backbone: Tiny, kept: dict[str, Tensor]) -> nn.Module:
-    """A copy in which every unit outside `kept` is a linear function of those inside, and no logit needs it."""
+    """Returns a copy in which every unit outside `kept` is a linear function of the kept ones."""
     model: Any = copy.deepcopy(backbone.model)
     generator = torch.Generator().manual_seed(2)
     for layer in backbone.layers:
         module, R = model.get_submodule(layer.name), kept[layer.name]
         S = others(layer, R)
-        if layer.kind == "ffn":  # copies of kept units, and one that is constant
+        if layer.kind == "ffn":  # copies of kept units, and a constant one
             source = R[torch.randint(len(R), S.shape, generator=generator)]
             module.fc1.weight[S], module.fc1.bias[S] = module.fc1.weight[source], module.fc1.bias[source]
             module.fc1.weight[S[0]] = 0
-        else:  # mixtures of their head's kept dims, with a bias of their own
+        else:  # mixtures of the kept dims of the same head, with an own bias
             same_head = (S[:, None] // layer.units_per_head == R // layer.units_per_head).float()
             mix = same_head * torch.randn(len(S), len(R), generator=generator)
             for part in range(2):
@@ -83,7 +83,7 @@ def with_redundant_units(backbone: Tiny, kept: dict[str, Tensor]) -> nn.Module:
 
 @BOTH
 @pytest.mark.parametrize("family", FAMILIES)
-def test_linear_functions_of_kept_units_come_back_exactly(
+def test_linear_functions_of_kept_units_are_restored_exactly(
     form: Form, family: str, families: dict[str, Tiny], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(compensation, "RIDGE", 0.0)
@@ -101,7 +101,7 @@ def test_linear_functions_of_kept_units_come_back_exactly(
 
 
 def ridge_by_lstsq(X_R: np.ndarray, r: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(slope (kept, outputs), intercept) of ridge regression: least squares with rows sqrt(nλ) I, λ as documented."""
+    """Returns (slope (kept, outputs), intercept) of ridge regression: least squares with rows sqrt(nλ) I."""
     centred, mean_r = X_R - X_R.mean(0), r.mean(0)
     rows = np.sqrt(1e-3 * centred.var(0).mean() * len(X_R)) * np.eye(X_R.shape[1])
     slope = np.linalg.lstsq(
@@ -132,8 +132,8 @@ def test_one_pass_is_ridge_regression_of_pruned_units(family: str, families: dic
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_one_pass_asks_an_attention_what_its_shrunk_form_lacks(family: str, families: dict[str, Tiny]) -> None:
-    """The logits of a shrunk attention are others, so what it lacks is more than what the dropped dims wrote."""
+def test_one_pass_fits_what_the_shrunk_attention_lacks(family: str, families: dict[str, Tiny]) -> None:
+    """A shrunk attention has other logits, so it lacks more than the contribution of the removed dims."""
     backbone = families[family]
     layer = backbone.layers[0]
     assert layer.kind == "attention"
@@ -158,7 +158,7 @@ def test_one_pass_asks_an_attention_what_its_shrunk_form_lacks(family: str, fami
 
 @pytest.mark.parametrize("share", [0.4, compensation.CORRECTION])
 def test_the_sequential_form_by_hand(share: float, vit: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
-    """blocks.1.mlp behind a shrunk blocks.0.attn: its own loss, and a share of the drift of the stream."""
+    """blocks.1.mlp after a shrunk blocks.0.attn: its own error, and a share of the drift of the residual stream."""
     kept = {
         name: ids for name, ids in random_kept(vit.layers, 0.5).items() if name in ("blocks.0.attn", "blocks.1.mlp")
     }
@@ -166,7 +166,7 @@ def test_the_sequential_form_by_hand(share: float, vit: Tiny, monkeypatch: pytes
     small: Any = sequential(vit.model, kept, vit.inputs, batch=3)
     dense: Any = vit.model
 
-    def parts(model: Any) -> tuple[Tensor, Tensor]:  # the stream before blocks.1.mlp, and what its norm makes of it
+    def parts(model: Any) -> tuple[Tensor, Tensor]:  # the residual stream before blocks.1.mlp, and after its norm
         x = model.blocks[0](model.norm_pre(model._pos_embed(model.patch_embed(vit.inputs))))
         x = x + model.blocks[1].attn(model.blocks[1].norm1(x))
         return x, model.blocks[1].norm2(x)
@@ -185,7 +185,7 @@ def test_the_sequential_form_by_hand(share: float, vit: Tiny, monkeypatch: pytes
 @given(
     st.integers(1, 40), st.integers(0, 8), st.integers(1, 5), st.floats(0, 10), st.floats(-30, 30), st.integers(0, 999)
 )
-def test_the_fit_never_has_the_larger_error(
+def test_the_fit_never_increases_the_error(
     rows: int, kept: int, outputs: int, ridge: float, offset: float, seed: int
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
@@ -202,7 +202,7 @@ def test_the_fit_never_has_the_larger_error(
 
 
 @pytest.mark.parametrize("units", [0.0, 3.0])
-def test_constant_units_carry_nothing(units: float) -> None:
+def test_constant_units_are_not_used_in_the_fit(units: float) -> None:
     lost = LostOutput(3, 2)
     lost.add(torch.full((50, 3), units), torch.randn(50, 2, generator=torch.Generator().manual_seed(0)) + 1)
     D, e = lost.regression()
@@ -211,7 +211,7 @@ def test_constant_units_carry_nothing(units: float) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_an_ffn_alone_answers_with_less_error(family: str, families: dict[str, Tiny]) -> None:
+def test_compensation_reduces_the_error_of_a_single_ffn(family: str, families: dict[str, Tiny]) -> None:
     backbone = families[family]
     layer = next(layer for layer in backbone.layers if layer.kind == "ffn")
     kept = {layer.name: random_kept(backbone.layers, 0.4)[layer.name]}
@@ -248,7 +248,7 @@ def test_layer_by_layer_is_at_least_as_good_as_one_pass(seed: int) -> None:
 
 @BOTH
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_branch_that_is_gone_leaves_its_mean(form: Form, family: str, families: dict[str, Tiny]) -> None:
+def test_a_removed_branch_leaves_its_mean(form: Form, family: str, families: dict[str, Tiny]) -> None:
     backbone = families[family]
     first, last = backbone.layers[0], backbone.layers[-1]
     for layer in (first, last):
@@ -288,7 +288,7 @@ def test_an_output_without_bias_gets_none(form: Form) -> None:
     small: Any = form(backbone.model, kept, backbone.inputs, batch=4)
     assert small.blocks[0].attn.proj.bias is None and small.blocks[1].mlp.fc2.bias is None
     gone: Any = form(backbone.model, {"blocks.0.attn": NOBODY}, backbone.inputs, batch=4)
-    assert gone.blocks[0].attn.proj.bias.abs().max() > 0.01  # a branch that is gone has a bias in any case
+    assert gone.blocks[0].attn.proj.bias.abs().max() > 0.01  # a removed branch has a bias in any case
 
 
 def test_without_intercept_the_moments_are_about_zero() -> None:
@@ -305,7 +305,7 @@ def test_without_intercept_the_moments_are_about_zero() -> None:
 
 @BOTH
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_dense_model_is_left_as_it_was(form: Form, family: str, families: dict[str, Tiny]) -> None:
+def test_the_dense_model_is_not_changed(form: Form, family: str, families: dict[str, Tiny]) -> None:
     backbone = families[family]
     model = backbone.model
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -319,7 +319,7 @@ def test_the_dense_model_is_left_as_it_was(form: Form, family: str, families: di
 
 
 @BOTH
-def test_layers_that_stay_whole_stay_as_they_are(form: Form, deit: Tiny) -> None:
+def test_layers_that_stay_whole_do_not_change(form: Form, deit: Tiny) -> None:
     whole = {layer.name: torch.arange(layer.units) for layer in deit.layers[1:]}
     small = form(deit.model, whole, deit.inputs, batch=4)
     assert torch.equal(small(deit.inputs), deit.model(deit.inputs))
@@ -334,7 +334,7 @@ def test_the_result_is_saved_as_any_pruned_model(form: Form, vit: Tiny, tmp_path
 
 
 @BOTH
-def test_images_whose_rows_do_not_count_might_as_well_not_be_there(form: Form, vit: Tiny) -> None:
+def test_images_with_zero_weight_have_no_effect(form: Form, vit: Tiny) -> None:
     kept, inputs = random_kept(vit.layers, 0.5), images(vit, 6)
     fisher = {}
     for layer in vit.layers:
@@ -347,7 +347,7 @@ def test_images_whose_rows_do_not_count_might_as_well_not_be_there(form: Form, v
 
 
 @BOTH
-def test_what_cannot_be_is_refused(form: Form, vit: Tiny) -> None:
+def test_impossible_input_is_refused(form: Form, vit: Tiny) -> None:
     kept = random_kept(vit.layers, 0.5)
     with pytest.raises(ModelError, match=r"blocks\.0\.attn: activations are not finite in batch 2"):
         form(vit.model, kept, vit.inputs.index_fill(0, torch.tensor(2), torch.inf), batch=1)
@@ -379,7 +379,7 @@ def a_backbone(name: str) -> nn.Module:
 
 
 @pytest.mark.parametrize("name", ["layer scale", "windows", "windows that overhang"])
-def test_a_piece_of_the_stream_as_output_of_a_branch_is_what_the_block_adds(name: str) -> None:
+def test_a_branch_s_output_in_the_stream_is_what_the_block_adds(name: str) -> None:
     model: Any = a_backbone(name)
     backbone = tiny(VIT, model)
     x, streams = backbone.inputs, {}

@@ -1,4 +1,4 @@
-"""Where it is computed, and how precisely: options, what they refuse, and what `fast` costs."""
+"""Processor and precision: the options, what they refuse, and the accuracy of `fast`."""
 
 from __future__ import annotations
 
@@ -46,16 +46,14 @@ def no_gpu(monkeypatch: pytest.MonkeyPatch, cuda: str | None) -> None:
 
 
 @pytest.mark.parametrize(("cuda", "why"), [(None, "torch here has no CUDA"), ("13.2", "torch here finds no GPU")])
-def test_a_device_that_is_not_there_is_refused(cuda: str | None, why: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_device_is_refused(cuda: str | None, why: str, monkeypatch: pytest.MonkeyPatch) -> None:
     no_gpu(monkeypatch, cuda)
     with pytest.raises(ConfigError, match=f"compute.device = 'cuda': {why}.*; accepted: auto, cpu"):
         Compute.of(ComputeOptions(device="cuda"))
     assert Compute.of(ComputeOptions(device="auto", deterministic=True)) == Compute(deterministic=True)
 
 
-def test_a_run_on_a_device_that_is_not_there_leaves_nothing(
-    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_on_a_missing_device_leaves_nothing(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     no_gpu(monkeypatch, None)
     with pytest.raises(ConfigError, match="torch here has no CUDA"):
         tapfl("--out", str(tmp_path / "run"), cache=cache, options=["compute.device=cuda"])
@@ -71,7 +69,7 @@ def test_a_gpu_without_bfloat16_computes_exactly_or_not_at_all(monkeypatch: pyte
     assert Compute.of(ComputeOptions(device="auto")).device == torch.device("cuda", 0)
 
 
-def test_on_the_cpu_nothing_is_copied_and_keys_are_as_they_were() -> None:
+def test_on_the_cpu_nothing_is_copied_and_keys_do_not_change() -> None:
     x, model = torch.ones(2, requires_grad=True), nn.Linear(2, 2)
     assert HERE.put(x) is x and HERE.put(model) is model and HERE.put(None) is None
     assert home({"x": x})["x"].requires_grad is False and home(None) is None
@@ -92,17 +90,19 @@ def elsewhere(tmp_path: Path) -> RunFolder:
     return RunFolder(tmp_path)
 
 
-def test_a_run_that_goes_on_elsewhere_says_so(elsewhere: RunFolder, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_run_resumed_on_another_processor_warns(elsewhere: RunFolder, caplog: pytest.LogCaptureFixture) -> None:
     require_same_processor(elsewhere, HERE)
     assert f"computed on another processor so far, now on {HERE.kind}" in caplog.text
 
 
-def test_a_deterministic_run_does_not_go_on_elsewhere(elsewhere: RunFolder, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_deterministic_run_is_not_resumed_on_another_processor(
+    elsewhere: RunFolder, caplog: pytest.LogCaptureFixture
+) -> None:
     with pytest.raises(ConfigError, match=r"compute\.deterministic = true: .* another processor, and here is"):
         require_same_processor(elsewhere, Compute(deterministic=True))
     (elsewhere.path / "versions.json").write_text(json.dumps({PROCESSOR: HERE.kind}))
     require_same_processor(elsewhere, Compute(deterministic=True))
-    (elsewhere.path / "versions.json").unlink()  # of an older version: nothing is known
+    (elsewhere.path / "versions.json").unlink()  # written by an older version, so nothing is known
     require_same_processor(elsewhere, Compute(deterministic=True))
     assert not caplog.text
 
@@ -128,7 +128,7 @@ def after_one_step(adapted: AdaptedModel, start: Params, x: torch.Tensor) -> tup
 
 
 def test_a_fast_step_is_an_exact_step_to_a_few_percent(vit: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The adapters that a step of Adam gives, by what they do to the logits; they and the optimiser are float32."""
+    """Compares the adapters after a step of Adam by their effect on the logits; adapters and optimiser are float32."""
     plan = plan_of(vit, random_kept(vit.layers, 0.5))
     shapes = global_shapes(vit.model, vit.layers, 4)
     layout = device_layout(shapes, vit.layers, plan, 4)
@@ -148,8 +148,8 @@ def test_a_fast_step_is_an_exact_step_to_a_few_percent(vit: Tiny, monkeypatch: p
     assert (change - wanted).norm() <= 0.05 * wanted.norm()
 
 
-def test_what_a_small_update_does_survives_beside_the_product_and_not_in_it() -> None:
-    """W₀ of the size of a trained linear, B as one step of Adam at 1e-5 leaves it; merged, most of it is gone."""
+def test_a_small_update_survives_outside_the_product_but_not_merged() -> None:
+    """W₀ has the size of a trained linear layer, B that after a step of Adam at 1e-5; merged, most of B is lost."""
     draw = torch.Generator().manual_seed(0)
     W, A, x = (torch.randn(shape, generator=draw) for shape in ((192, 192), (8, 192), (64, 192)))
     W, A, B = W * 0.05, A / 192**0.5, 1e-5 * torch.randn(192, 8, generator=draw).sign()
@@ -163,7 +163,7 @@ def test_what_a_small_update_does_survives_beside_the_product_and_not_in_it() ->
 
 
 def test_fast_plans_keep_nearly_the_same_units(vit: Tiny) -> None:
-    options = PruningOptions(criterion="tap", align=1)  # tap+ weighs near ties, of which a random model has many
+    options = PruningOptions(criterion="tap", align=1)  # tap+ has to decide near ties, of which a random model has many
     task = pruning_task(vit.model, torch.cat([vit.inputs, vit.inputs.flip(0) / 2]), 0.6, options, batch=4)
     exact = kept_units(prune_model(task, vit.spec).plan)
     fast = kept_units(prune_model(replace(task, compute=FAST), vit.spec).plan)
@@ -171,7 +171,7 @@ def test_fast_plans_keep_nearly_the_same_units(vit: Tiny) -> None:
     assert both >= 0.98 * sum(map(len, exact.values()))
 
 
-def test_a_fast_run_comes_through(cache: Path, tmp_path: Path) -> None:
+def test_a_fast_run_finishes(cache: Path, tmp_path: Path) -> None:
     options = ["compute.precision=fast", "train.rounds=1", "train.steps=1", "model.epochs=1"]
     done = tapfl("--out", str(tmp_path / "run"), cache=cache, options=options)
     assert done.exit_code == 0, done.output
@@ -183,7 +183,7 @@ def test_a_fast_run_comes_through(cache: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_the_script_for_a_gpu_comes_through_on_the_cpu(tmp_path: Path) -> None:
+def test_the_script_for_a_gpu_runs_on_the_cpu(tmp_path: Path) -> None:
     out = tmp_path / "gpu.jsonl"
     assert gpu.main([str(out), "--device", "cpu", "--small"]) == 0
     rows = [json.loads(line) for line in out.read_text().splitlines()]
@@ -209,7 +209,7 @@ def test_its_parts_measure_at_the_size_of_a_test(monkeypatch: pytest.MonkeyPatch
     assert all(row["ms as a graph"] > 0 and row["ms to record it"] > 0 for row in rows if row not in ordinary)
 
 
-def test_the_accuracy_of_pictures_is_that_of_devices_with_classes_of_their_own(tmp_path: Path, deit: Tiny) -> None:
+def test_the_accuracy_of_pictures_is_on_devices_with_their_own_classes(tmp_path: Path, deit: Tiny) -> None:
     save_file(deit.model.state_dict(), tmp_path / "weights.safetensors")
     for label in range(4):
         (tmp_path / "pictures" / f"class {label}").mkdir(parents=True)
@@ -227,7 +227,7 @@ def test_the_accuracy_of_pictures_is_that_of_devices_with_classes_of_their_own(t
     assert all(0 <= share <= 1 for share in found.values())
 
 
-def test_how_busy_a_gpu_was_is_read_from_its_tool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gpu_utilisation_is_read_from_its_tool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     with timing.watched() as nothing:
         pass
@@ -240,6 +240,6 @@ def test_how_busy_a_gpu_was_is_read_from_its_tool(tmp_path: Path, monkeypatch: p
     assert (nothing, seen) == ({}, {"GPU busy %": 50, "MB of all processes": 3000})
 
 
-def test_a_part_that_takes_too_long_leaves_what_it_found(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_part_that_takes_too_long_leaves_its_results(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(gpu_parts.PARTS, "steps", (gpu_parts.steps, 0.0))
     assert list(gpu.rows_of("steps", gpu_parts.SMALL, HERE)) == [{"failed": "took more than 0 s"}]

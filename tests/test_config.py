@@ -1,4 +1,4 @@
-"""Options: what is accepted comes back, what is not is named with its value and what is accepted."""
+"""Options: valid values round-trip; invalid ones are named with the value and what is accepted."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tapfl.errors import ConfigError
 from tapfl.options import flatten, parse_assignment, read_toml
 
 
-def test_the_defaults_are_valid_and_go_round() -> None:
+def test_the_defaults_are_valid_and_round_trip() -> None:
     config = RunConfig()
     flat = config.flat()
     assert RunConfig.from_flat(flat) == config
@@ -35,7 +35,7 @@ pairs = st.lists(st.tuples(st.floats(0.01, 1), st.integers(1, 64)), min_size=1, 
     batch=st.integers(4, 128),
     name=st.text(min_size=1),
 )
-def test_any_valid_configuration_goes_round(
+def test_any_valid_configuration_round_trips(
     pairs: list[tuple[float, int]], tau: float, seed: int, batches: int, batch: int, name: str
 ) -> None:
     config = RunConfig.from_flat(
@@ -146,7 +146,7 @@ def test_a_list_of_one_may_be_written_without_a_list(value: object) -> None:
     ],
     ids=lambda case: ",".join(map(str, case)) if isinstance(case, dict) else "",
 )
-def test_what_is_off_is_named_with_its_value_and_what_is_accepted(options: dict, said: list[str]) -> None:
+def test_an_invalid_option_is_named_with_its_value_and_what_is_accepted(options: dict, said: list[str]) -> None:
     with pytest.raises(ConfigError) as refusal:
         RunConfig.from_flat(options)
     for part in said:
@@ -154,7 +154,7 @@ def test_what_is_off_is_named_with_its_value_and_what_is_accepted(options: dict,
     assert "\n" not in str(refusal.value).strip()
 
 
-def test_all_that_is_off_is_named_at_once() -> None:
+def test_all_invalid_options_are_named_at_once() -> None:
     with pytest.raises(ConfigError) as refusal:
         RunConfig.from_flat({"train.rounds": 0, "pruning.floor": 1.0, "nonsense": 1})
     assert len(str(refusal.value).splitlines()) == 3
@@ -178,14 +178,14 @@ def test_toml_is_read_with_dotted_names(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [b"seed = ", b"[data\n", b"\xff\xfe"])
-def test_a_file_that_is_no_toml_is_refused(content: bytes, tmp_path: Path) -> None:
+def test_a_file_that_is_not_toml_is_refused(content: bytes, tmp_path: Path) -> None:
     file = tmp_path / "run.toml"
     file.write_bytes(content)
     with pytest.raises(ConfigError, match=r"run\.toml: is not TOML"):
         read_toml(file)
 
 
-def test_a_file_that_is_not_there_is_refused(tmp_path: Path) -> None:
+def test_a_missing_config_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"none\.toml: cannot be read \(No such file or directory\)"):
         read_toml(tmp_path / "none.toml")
 
@@ -211,7 +211,7 @@ def test_an_assignment(text: str, expected: tuple[str, object]) -> None:
 
 
 @pytest.mark.parametrize("text", ["train.rounds", "=5", " =5", ""])
-def test_an_assignment_that_is_none_is_refused(text: str) -> None:
+def test_an_invalid_assignment_is_refused(text: str) -> None:
     with pytest.raises(ConfigError, match="must have the form key=value, such as"):
         parse_assignment(text)
 
@@ -229,7 +229,7 @@ def test_options_that_name_files_are_known() -> None:
     "option",
     ["model.learning-rate", "train.learning-rate", "pruning.recovery-learning-rate", "adapters.server-learning-rate"],
 )
-def test_a_learning_rate_that_float32_does_not_know_is_refused(option: str) -> None:
+def test_a_learning_rate_that_underflows_in_float32_is_refused(option: str) -> None:
     assert RunConfig.from_flat({option: 1e30}).flat()[option] == 1e30
     with pytest.raises(ConfigError, match=rf"{option} = 1e\+39"):
         RunConfig.from_flat({option: 1e39})

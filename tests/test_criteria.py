@@ -1,4 +1,4 @@
-"""Rival criteria: what each keeps that deserves its name, and what all of them promise."""
+"""Rival criteria: each does what its name promises, and all keep the common guarantees."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ FAMILIES = ["vit", "deit", "swin"]
 LABELS = torch.tensor([3, 1, 4, 1])
 
 
-QUANTISED = {"updp"}  # drops whole branches, so the budget is met from below only
+QUANTISED = {"updp"}  # drops whole branches, so that the cost may be far below the budget
 
 
 def task_of(
@@ -36,7 +36,7 @@ def task_of(
 
 
 def in_double(task: PruningTask) -> PruningTask:
-    """The same problem in float64, in which finite differences are exact enough."""
+    """The same task in float64, in which finite differences are exact enough."""
     return replace(task, model=copy.deepcopy(task.model).double(), inputs=task.inputs.double())
 
 
@@ -45,7 +45,7 @@ def same(a: Selection, b: Selection) -> bool:
 
 
 def loss_with(task: PruningTask, factors: dict[str, Tensor], labels: Tensor) -> Tensor:
-    """Each image's cross-entropy when the units' activations are multiplied by `factors`; hooks written here anew."""
+    """Returns each image's cross-entropy if the units' activations are multiplied by `factors`, with separate hooks."""
     handles = [
         task.model.get_submodule(f"{layer.name}.{layer.output}").register_forward_pre_hook(
             lambda _m, x, f=factors[layer.name]: (x[0] * f,)
@@ -65,7 +65,7 @@ def loss_with(task: PruningTask, factors: dict[str, Tensor], labels: Tensor) -> 
 def test_a_criterion_keeps_its_promises(
     name: str, family: str, families: dict[str, Tiny], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A valid plan within the budget, the same for the same seed, and a dense model that is as it was."""
+    """The plan is valid, within the budget and the same for the same seed; the dense model is not changed."""
     backbone = families[family]
     state = {key: value.clone() for key, value in backbone.model.state_dict().items()}
     modules = [id(module) for module in backbone.model.modules()]
@@ -120,7 +120,7 @@ def test_wanda_is_activation_norm_times_column_norm(family: str, families: dict[
         )
         for layer in backbone.layers
     ]
-    backbone.model(backbone.inputs)  # all images at once, where the criterion goes by batches of two
+    backbone.model(backbone.inputs)  # all images at once; the criterion uses batches of two
     for handle in handles:
         handle.remove()
     for layer in backbone.layers:
@@ -151,7 +151,7 @@ def test_taylor_and_fisher_are_means_over_images(vit: Tiny) -> None:
     each = torch.cat([batch[name] for batch in gradients.image_gradients(task)]).double()
     torch.testing.assert_close(gradients.taylor_scores(task)[name], each.abs().mean(0))
     torch.testing.assert_close(gradients.fisher_scores(task)[name], (each**2).mean(0))
-    whole = gradients.taylor_scores(replace(task, batch=4))[name]  # an image's gradient knows no batch
+    whole = gradients.taylor_scores(replace(task, batch=4))[name]  # an image's gradient is independent of its batch
     torch.testing.assert_close(whole, each.abs().mean(0), rtol=1e-4, atol=1e-7)
 
 
@@ -179,7 +179,7 @@ def test_isomorphic_ranks_only_within_a_type(family: str, families: dict[str, Ti
     plain = gradients.within_types(task, scores)
     louder = {layer.name: scores[layer.name] * (1e6 if layer.kind == "ffn" else 1) for layer in task.layers}
     assert same(plain, gradients.within_types(task, louder))
-    first = task.layers[0].name  # within a type, scale counts: a loud layer takes what there is for its type
+    first = task.layers[0].name  # within a type the scale counts: large scores take most units of the type
     loud = gradients.within_types(task, scores | {first: scores[first] * 1e6})
     assert len(loud.kept[first]) > 0.85 * task.layers[0].units > len(plain.kept[first])
     others = [layer.name for layer in task.layers if layer.kind == "ffn"]
@@ -189,15 +189,15 @@ def test_isomorphic_ranks_only_within_a_type(family: str, families: dict[str, Ti
         members = [layer for layer in task.layers if layer.kind == kind]
         spent = sum(len(plain.kept[layer.name]) * layer.macs_per_unit for layer in members)
         shares[kind] = spent / sum(layer.units * layer.macs_per_unit for layer in members)
-    assert shares["attention"] == pytest.approx(shares["ffn"], abs=0.08)  # slices of an attention are coarse
+    assert shares["attention"] == pytest.approx(shares["ffn"], abs=0.08)  # the slices of an attention are coarse
 
 
-def test_isomorphic_asks_what_a_unit_is_worth_and_not_what_it_costs(swin: Tiny) -> None:
+def test_isomorphic_ranks_by_importance_and_not_by_cost(swin: Tiny) -> None:
     task = task_of(swin, budget=0.5)
     scores = {layer.name: torch.linspace(0, 1, layer.units) for layer in task.layers}
 
     def spread(selection: Selection) -> float:
-        """By how much the kept shares of FFNs differ, of which a unit costs twice as much in the first stage."""
+        """Returns how much the kept shares of FFNs differ; a unit of the first stage costs twice as much."""
         shares = [len(selection.kept[layer.name]) / layer.units for layer in task.layers if layer.kind == "ffn"]
         return max(shares) - min(shares)
 
@@ -205,7 +205,7 @@ def test_isomorphic_asks_what_a_unit_is_worth_and_not_what_it_costs(swin: Tiny) 
     assert spread(gradients.within_types(task, scores)) < 0.15 < spread(across_layers(task, scores))
 
 
-def test_scores_that_are_no_numbers_are_refused_by_layer(vit: Tiny) -> None:
+def test_scores_that_are_not_finite_are_refused_by_layer(vit: Tiny) -> None:
     task = task_of(vit)
     scores = {layer.name: torch.rand(layer.units) for layer in vit.layers}
     scores["blocks.1.mlp"][3] = torch.nan
@@ -232,7 +232,7 @@ def test_a_package_may_offer_a_criterion(monkeypatch: pytest.MonkeyPatch) -> Non
         registry.criterion_of("yours")
 
 
-def test_tap_weighs_its_terms_by_the_options(vit: Tiny) -> None:
+def test_tap_weights_its_terms_by_the_options(vit: Tiny) -> None:
     criterion = registry.criterion_of("tap")
     plain, task = criterion(task_of(vit)), task_of(vit)
     options = PruningOptions(align=1, ratio="uniform", ffn_terms=(1, 0, 0), attention_terms=(0, 0, 1))

@@ -1,6 +1,6 @@
-"""Commands that read a run's or a pruned model's folder, which may be damaged or a stranger's: a line, or what is left.
+"""Commands that read the folder of a run or pruned model that may be damaged or malicious: one line, or what is intact.
 
-Nothing outside of the folder comes into a report, and nothing is written there.
+Nothing outside of the folder gets into a report, and nothing outside is written.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def a_link_out(file: Path) -> None:
 
 
 def with_value(*keys: Any, value: Any) -> Damage:
-    """Returns what sets one value of a JSON file; in metrics.jsonl, of the first line of the kind that comes first."""
+    """Returns a function that sets a value in a JSON file, or in the first line of that kind in metrics.jsonl."""
 
     def change(file: Path) -> None:
         first, *rest = keys
@@ -111,7 +111,7 @@ REPORTED: list[tuple[str, Damage]] = [
 
 
 @pytest.mark.parametrize(("name", "damage"), REPORTED)
-def test_a_report_shows_what_is_whole(name: str, damage: Damage, run: Path) -> None:
+def test_a_report_shows_what_is_intact(name: str, damage: Damage, run: Path) -> None:
     damage(run / name)
     found = read_run(run)
     assert found.missing or (name == "timing.json" and not found.timing.rounds)
@@ -134,7 +134,7 @@ def test_a_damaged_run_has_a_page(names: tuple[str, ...], run: Path) -> None:
         with_value("data.source", value=NO_WORD),
     ],
 )
-def test_what_is_no_run_has_no_report(damage: Damage, run: Path) -> None:
+def test_a_folder_that_is_not_a_run_has_no_report(damage: Damage, run: Path) -> None:
     damage(run / "config.json")
     before = sorted(run.rglob("*"))
     with pytest.raises(ConfigError, match=r"^report .*config\.json") as refused:
@@ -199,13 +199,15 @@ def test_a_pruned_model_that_is_damaged_is_refused(
 
 
 @pytest.mark.parametrize("damage", [half, nested, not_utf8, empty])
-def test_a_gain_of_what_is_no_run_is_refused_before_it_is_measured(damage: Damage, run: Path, tmp_path: Path) -> None:
+def test_the_gain_of_a_folder_that_is_not_a_run_is_refused_before_measuring(
+    damage: Damage, run: Path, tmp_path: Path
+) -> None:
     damage(run / "config.json")
     said = CliRunner().invoke(cli.app, ["bench", "gain", str(run), "--out", str(tmp_path / "out")])
     assert isinstance(said.exception, ConfigError) and "config.json" in str(said.exception)
 
 
-def test_a_folder_beside_the_devices_is_none(run: Path) -> None:
+def test_another_folder_among_the_devices_is_ignored(run: Path) -> None:
     shutil.copytree(run / "devices/00", run / "devices/kept")
     said = CliRunner().invoke(cli.app, ["bench", "gain", str(run), "--repeats", "1"])
     assert said.exit_code == 0, said.output

@@ -1,4 +1,4 @@
-"""A run's folder that was cut, changed, exchanged or written by someone else: one line, no silence."""
+"""A run's folder that was truncated, edited, exchanged or written by someone else: it is refused with one line."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def whole(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def stopped(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run that was killed after its first round, in which all devices have the same budget."""
+    """A run that was killed after its first round; all devices have the same budget."""
     folder = tmp_path_factory.mktemp("runs") / "stopped"
     after_round_one = ("strategies.server_app", "save_checkpoint", 2)
     killed_after(after_round_one, "--out", str(folder), cache=cache, options=OPTIONS)
@@ -44,7 +44,7 @@ def run(stopped: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def resume(run: Path, cache: Path) -> Callable[[], tuple[int, str]]:
-    """Goes on with the run as the command does; returns the exit code and the line that ends it."""
+    """Resumes the run as the command does; returns the exit code and the last line."""
 
     def go_on() -> tuple[int, str]:
         try:
@@ -70,7 +70,7 @@ def nested(file: Path) -> None:
 
 
 def a_bit(file: Path) -> None:
-    """Of the last tensor's values: it stays a file of tensors."""
+    """Flips a bit in the last tensor's values; the file remains a valid file of tensors."""
     data = bytearray(file.read_bytes())
     data[-3] ^= 64
     file.write_bytes(bytes(data))
@@ -100,7 +100,7 @@ def of_another_device(file: Path) -> None:
 
 
 def other_records(file: Path) -> None:
-    """Written by hand: the tensors stay, and a device is said to have more images."""
+    """Edits the records: the tensors stay, and a device claims more images."""
     with safe_open(file, "pt") as opened:
         about = json.loads(opened.metadata()["checkpoint"])
     about["records"][0]["train_samples"] += 1
@@ -133,7 +133,7 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("case", DAMAGE)
-def test_a_run_does_not_go_on_from_what_is_damaged(case: str, run: Path, resume: Callable[[], tuple[int, str]]) -> None:
+def test_a_run_is_not_resumed_from_damaged_files(case: str, run: Path, resume: Callable[[], tuple[int, str]]) -> None:
     name, damage, reason = DAMAGE[case]
     damage(run / name)
     before = {file: file.read_bytes() for file in run.rglob("*") if file.is_file() and name != "config.json"}
@@ -143,7 +143,7 @@ def test_a_run_does_not_go_on_from_what_is_damaged(case: str, run: Path, resume:
     assert all(file.read_bytes() == data for file, data in before.items() if file.parent.name in kept)
 
 
-def test_a_checkpoint_that_is_damaged_may_go(run: Path, whole: Path, resume: Callable[[], tuple[int, str]]) -> None:
+def test_a_damaged_checkpoint_may_be_deleted(run: Path, whole: Path, resume: Callable[[], tuple[int, str]]) -> None:
     (run / CHECKPOINT).unlink()
     assert resume()[0] == 0
     assert content(run) == content(whole)
@@ -158,7 +158,7 @@ def test_a_checkpoint_that_is_damaged_may_go(run: Path, whole: Path, resume: Cal
         ("summaries/00.safetensors", Path.unlink),
     ],
 )
-def test_what_no_later_round_needs_stops_no_run(
+def test_damage_to_files_no_longer_needed_does_not_stop_a_run(
     name: str, damage: Callable[[Path], None], run: Path, whole: Path, resume: Callable[[], tuple[int, str]]
 ) -> None:
     if name == "timing.json":
@@ -170,7 +170,7 @@ def test_what_no_later_round_needs_stops_no_run(
 
 
 def of_device_0(file: Path) -> None:
-    """It is whole, and fits: all devices of this run have the same budget and rank."""
+    """The file is intact and fits, because all devices of this run have the same budget and rank."""
     first = Path(str(file).replace("devices/01", "devices/00"))
     shutil.copytree(first, file, dirs_exist_ok=True) if first.is_dir() else shutil.copy(first, file)
 
@@ -183,7 +183,7 @@ def of_device_0(file: Path) -> None:
         ("pruned", of_device_0, "is the model of device 0, not of 1"),
     ],
 )
-def test_a_device_whose_storage_is_damaged_is_lost_and_named(
+def test_a_device_with_damaged_storage_fails_and_is_named(
     name: str, damage: Callable[[Path], None], reason: str, run: Path, resume: Callable[[], tuple[int, str]]
 ) -> None:
     damage(run / "devices/01" / name)
@@ -199,7 +199,7 @@ def of_device_1(file: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", [half, a_bit, of_device_1])
-def test_a_summary_that_is_damaged_is_asked_for_again(
+def test_a_damaged_summary_is_requested_again(
     damage: Callable[[Path], None], whole: Path, cache: Path, tmp_path: Path
 ) -> None:
     folder = tmp_path / "run"
@@ -210,7 +210,7 @@ def test_a_summary_that_is_damaged_is_asked_for_again(
     assert content(folder) == content(whole)
 
 
-def test_weights_beside_a_plan_are_those_that_it_was_written_with(cache: Path, tmp_path: Path) -> None:
+def test_weights_must_match_the_plan_they_were_written_with(cache: Path, tmp_path: Path) -> None:
     folder, options = tmp_path / "run", [*OPTIONS, "pruning.send=weights"]
     moment = ("strategies.preparation", "Preparation._plan", 4)
     killed_after(moment, "--out", str(folder), cache=cache, options=options)
@@ -219,7 +219,7 @@ def test_weights_beside_a_plan_are_those_that_it_was_written_with(cache: Path, t
         tapfl("--resume", str(folder), cache=cache, options=options)
 
 
-def test_what_is_sealed_says_so_when_it_is_not_what_was_written(tmp_path: Path) -> None:
+def test_a_sealed_file_that_was_changed_is_detected(tmp_path: Path) -> None:
     import torch
 
     tensors, file = {"x": torch.arange(3.0)}, tmp_path / "a.safetensors"

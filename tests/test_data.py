@@ -1,4 +1,4 @@
-"""Sources, partitions and transforms: who holds which image, and what is refused before anything is trained."""
+"""Sources, partitions and transforms: which device has which image, and what is refused before any training."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def held(splits: list[DeviceSplit]) -> np.ndarray:
 
 
 @pytest.mark.parametrize("name", PARTITIONS)
-def test_no_image_is_held_twice_and_all_are_held(name: str) -> None:
+def test_every_image_is_on_exactly_one_device(name: str) -> None:
     splits = partition(LABELS, options(partition=name, test_share=0.25), 5, seed=0)
     assert len(splits) == 5
     images = held(splits)
@@ -108,7 +108,7 @@ def test_more_shards_than_images_are_refused() -> None:
         partition(LABELS, options(partition="shard", shards_per_device=100), 5, seed=0)
 
 
-def test_a_device_that_would_get_too_few_is_refused_with_what_can_be_done() -> None:
+def test_a_device_with_too_few_images_is_refused_with_advice() -> None:
     with pytest.raises(DataError, match=r"device 0 would get 0 training .* it needs 8 and 2: fewer devices"):
         partition(LABELS[:40], options(partition="iid", test_share=0.99), 2, seed=0)
 
@@ -204,7 +204,7 @@ def test_npz_with_and_without_names_and_channels(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_an_npz_that_will_not_do_is_refused(arrays: dict, message: str, tmp_path: Path) -> None:
+def test_an_invalid_npz_is_refused(arrays: dict, message: str, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=f"bad.npz': .*{message}"):
         load_images(npz(tmp_path / "bad.npz", **arrays), None, tmp_path)
 
@@ -232,14 +232,14 @@ def test_a_damaged_npz_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("source", ["no/such/folder", "digit", "images.tar"])
-def test_a_source_that_is_not_there_is_refused(source: str, tmp_path: Path) -> None:
+def test_a_missing_source_is_refused(source: str, tmp_path: Path) -> None:
     with pytest.raises(
         DataError, match=f"'{source}': there is no such file or folder; accepted: digits, letters, a .npz"
     ):
         load_images(source, GREY, tmp_path)
 
 
-def test_an_npz_that_is_not_there_is_refused(tmp_path: Path) -> None:
+def test_a_missing_npz_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"none\.npz': there is no such file"):
         load_images(str(tmp_path / "none.npz"), GREY, tmp_path)
 
@@ -277,7 +277,7 @@ def images_of(classes: tuple[str, ...], labels: list[int]) -> ImageSet:
         (images_of(("a", "b"), [0, 1]), "'elsewhere': has the same images as data.source, of which devices keep some"),
     ],
 )
-def test_a_pool_that_will_not_do_is_refused(public: ImageSet, message: str) -> None:
+def test_an_unsuitable_pool_is_refused(public: ImageSet, message: str) -> None:
     private = images_of(("a", "b"), [0, 1])
     with pytest.raises(DataError, match=message):
         check_pool(options(public="elsewhere"), public, private)

@@ -1,4 +1,4 @@
-"""Certificates that TLS accepts from the right authority alone, and keys that Flower and OpenSSH read."""
+"""Certificates that TLS accepts only from the right authority, and keys that Flower and OpenSSH can read."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def handshake(server: Path, authority: Path, host: str) -> str:
         thread.join(10)
 
 
-def test_a_server_is_known_by_its_names_and_its_authority(tmp_path: Path) -> None:
+def test_a_server_is_verified_by_its_names_and_its_authority(tmp_path: Path) -> None:
     server = tmp_path / "server"
     authority = write_server_credentials(server, ["127.0.0.1", "superlink.example"])
     assert handshake(server, authority, "127.0.0.1") == "TLSv1.3"
@@ -75,5 +75,5 @@ def test_only_the_owner_reads_them_and_none_is_overwritten(tmp_path: Path) -> No
     assert len(key.read_bytes()) > 100
 
 
-def test_the_options_of_the_demo_are_options_of_a_run_in_which_nodes_have_a_state_to_keep() -> None:
+def test_the_options_of_the_demo_are_valid_and_nodes_have_a_state_to_store() -> None:
     assert not never_begins(RunConfig.from_flat(OPTIONS))

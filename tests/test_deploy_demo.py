@@ -1,4 +1,4 @@
-"""`tapfl deploy-demo` from end to end: real processes, TLS, keys; and it fails where something is not as promised."""
+"""`tapfl deploy-demo` from end to end, with real processes, TLS and keys; and each of its checks can fail."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.Com
 
 
 def nodes_of(folder: Path) -> list[Node]:
-    """The nodes of a finished demonstration, whose server's folder may be a copy."""
+    """Returns the nodes of a finished demonstration; the server's folder may be a copy."""
     guards = [{"PYTHONPATH": str(folder / f"node-{i}" / "guard"), REFUSED: str(folder / "server")} for i in range(2)]
     return [Node(folder / f"node-{i}", PROFILES[i], guard) for i, guard in enumerate(guards)]
 
 
-def test_all_is_as_promised(done: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+def test_all_checks_pass(done: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
     folder, run = done
     assert run.returncode == 0, run.stdout + run.stderr
     said = run.stdout.splitlines()
@@ -48,7 +48,7 @@ def test_all_is_as_promised(done: tuple[Path, subprocess.CompletedProcess[str]])
     assert not Processes(str(folder)).left()
 
 
-def test_the_folders_say_so_too(done: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+def test_the_folders_confirm_the_checks(done: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
     folder, _ = done
     run = folder / "server" / "run"
     records = json.loads((run / "summary.json").read_text())["devices"]
@@ -116,7 +116,7 @@ def test_each_check_can_fail(
     assert [c.promise for c in outcome(folder / "server", nodes_of(folder), ROUNDS) if not c.kept] == [BROKEN[damage]]
 
 
-def test_a_budget_that_is_passed_is_found(done: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+def test_an_exceeded_budget_is_detected(done: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
     first, second = nodes_of(done[0])
     nodes = [first, replace(second, config={"budget": 0.3})]
     (broken,) = [check for check in outcome(done[0] / "server", nodes, ROUNDS) if not check.kept]
@@ -137,7 +137,7 @@ def kill_a_node(process: subprocess.Popen[str], folder: Path) -> None:
 @pytest.mark.parametrize(
     ("trouble", "code", "words"), [(interrupt, 130, ""), (kill_a_node, 1, "flower-supernode ended with -9")]
 )
-def test_in_trouble_all_end_and_it_says_so(
+def test_after_a_failure_all_processes_end_and_it_is_reported(
     trouble: Callable[[subprocess.Popen[str], Path], None], code: int, words: str, tmp_path: Path
 ) -> None:
     folder = tmp_path / "demo"

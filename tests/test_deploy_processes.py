@@ -1,4 +1,4 @@
-"""Whatever a deployment starts is ended with it, and a node's Python cannot open what is the server's."""
+"""Processes of a deployment: all of them are ended, and a node's Python cannot open files of the server."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from experiments.deploy.network import Node, guarded
 from experiments.deploy.processes import Processes, processes
 from tapfl.errors import RunError
 
-# one that heeds SIGTERM, a child in a session of its own, and one of that which does not heed
+# a process that obeys SIGTERM, a child in its own session, and a grandchild that ignores SIGTERM
 FAMILY = "setsid sh -c 'trap \"\" TERM; echo deaf; while :; do sleep 0.1; done' & echo here; exec sleep 300"
 
 
@@ -32,7 +32,7 @@ def start_family(running: Processes, folder: Path) -> subprocess.Popen[bytes]:
     return process
 
 
-def test_all_end_with_the_block_even_if_it_fails_and_they_do_not_heed(
+def test_all_end_with_the_block_even_if_it_fails_and_they_ignore_sigterm(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("experiments.deploy.processes.PATIENCE", 0.5)
@@ -75,13 +75,13 @@ def test_a_signal_ends_them_too(tmp_path: Path, number: int, code: int) -> None:
     process = subprocess.Popen([sys.executable, "-c", program, str(tmp_path)], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     assert process.stdout.readline() == "started\n"
-    wait_for(Processes(str(tmp_path)).left)  # an environment is seen only once a program has taken its process over
+    wait_for(Processes(str(tmp_path)).left)  # visible only after the process has executed its program
     process.send_signal(number)
     assert process.wait(30) in (code, -number)
     assert not Processes(str(tmp_path)).left()
 
 
-def test_one_that_ends_by_itself_is_reported_with_its_last_words(tmp_path: Path) -> None:
+def test_a_process_that_ends_by_itself_is_reported_with_its_last_output(tmp_path: Path) -> None:
     with processes(str(tmp_path)) as running:
         short = running.start(["sh", "-c", "echo no port; exit 7"], {"PATH": os.defpath}, tmp_path)
         long = running.start(["sleep", "300"], {"PATH": os.defpath}, tmp_path)

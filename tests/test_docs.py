@@ -1,4 +1,4 @@
-"""Every command and every snippet of the README and the documentation; `pages` says how each is tested."""
+"""Every command and every snippet of the README and the documentation; `pages` describes how each is tested."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ from experiments import cli, manual
 QUICK = [page for page in PAGES if any(b.how == "run" and b.language in ("bash", "python") for b in pages.blocks(page))]
 SLOW = [page for page in PAGES if any(block.how == "slow" for block in pages.blocks(page))]
 CONFIGS = sorted((ROOT / "experiments" / "configs").glob("*.toml"))
-MADE = ("small", "runs/first")  # what pages take as given: a smaller model, and the folder of a run
+MADE = ("small", "runs/first")  # files that pages assume: a pruned model, and the folder of a run
 
 
 def test_the_architecture_page_lists_the_modules_that_lint_knows() -> None:
-    """Each table of docs/architecture.md has the modules of its contract, none above one that may import it."""
+    """Each table of docs/architecture.md has the modules of its import contract, in an order that fits the contract."""
     contracts = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["tool"]["importlinter"]["contracts"]
     lines = {level: contract["layers"] for contract in contracts for level in contract.get("containers", ())}
     depths = {
@@ -52,7 +52,7 @@ def files_of(page: Path) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=pages.name_of)
-def test_all_that_a_page_names_exists(page: Path, tmp_path: Path) -> None:
+def test_everything_that_a_page_names_exists(page: Path, tmp_path: Path) -> None:
     context, wrong = Context(tmp_path, files_of(page)), []
     for block in pages.blocks(page):
         if block.language in ("sh", "shell", "console", "zsh"):
@@ -84,7 +84,7 @@ def named_tests_missing(block: Block) -> list[str]:
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda file: file.name)
-def test_a_configuration_says_what_it_is_for_and_by_which_command(config: Path, tmp_path: Path) -> None:
+def test_a_configuration_states_its_purpose_and_its_command(config: Path, tmp_path: Path) -> None:
     what, found = manual.about(config)
     assert what and any(config.name in line for line in found), (
         "its first comment: what it is for, and by which command"
@@ -122,11 +122,11 @@ def test_every_command_has_a_page(name: str) -> None:
         "rm -rf runs",
     ],
 )
-def test_a_command_that_is_none_is_found(command: str, tmp_path: Path) -> None:
+def test_an_invalid_command_is_detected(command: str, tmp_path: Path) -> None:
     assert complaints("", pages.commands(command), Context(tmp_path, {}))
 
 
-def test_marks_that_say_nothing_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_invalid_marks_are_detected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pages, "ROOT", tmp_path)
     for text in (
         "<!-- test: never -->\n```bash\nls\n```\n",
@@ -138,7 +138,7 @@ def test_marks_that_say_nothing_are_found(tmp_path: Path, monkeypatch: pytest.Mo
             pages.blocks(tmp_path / "page.md")
 
 
-def test_shell_text_is_cut_into_commands() -> None:
+def test_shell_text_is_split_into_commands() -> None:
     text = "export A=1  # why\nx --y 'a b' \\\n  --z | tee file && (make run)\n# nothing\nflwr . --c \"d=1\n  e='2'\"\n"
     assert pages.commands(text) == [
         ["export", "A=1"],
@@ -151,7 +151,7 @@ def test_shell_text_is_cut_into_commands() -> None:
 
 @pytest.fixture(scope="session")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with what pages take as given, small enough for seconds."""
+    """A folder with the files that pages assume, small enough to be made in seconds."""
     folder = tmp_path_factory.mktemp("made")
     small = [part for option in [*SMALL, f"cache={folder / 'cache'}"] for part in ("--set", option)]
     for line in (
@@ -195,7 +195,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("page", SLOW, ids=pages.name_of)
 def test_blocks_run_one_after_another(page: Path, made: Path, shared: Path, tmp_path: Path) -> None:
-    """As a reader does it, in a copy of the repository with its environment set up."""
+    """As a reader would, in a copy of the repository with its environment set up."""
     folder, environment = copy_of_the_repository(tmp_path / "tapfl", shared)
     prepare(page, folder)
     found = pages.blocks(page)
@@ -218,7 +218,7 @@ def prepare(page: Path, folder: Path) -> None:
 
 
 def plain(block: Block) -> bool:
-    """Says whether a block has nothing but commands of tapfl, which can be called in this process."""
+    """Returns whether a block has only commands of tapfl, which can be called in this process."""
     return all(words[0] == "tapfl" for words in pages.commands(block.text)) and "$" not in block.text
 
 
@@ -234,7 +234,7 @@ def run(command: list[str], block: Block, folder: Path, environment: dict[str, s
     process = subprocess.Popen(command, cwd=folder, env=environment, start_new_session=True, **streams)
     try:
         out, err = process.communicate()
-    except BaseException:  # out of time: nothing that it has started is left
+    except BaseException:  # timeout: end everything that it started
         os.killpg(process.pid, signal.SIGKILL)
         raise
     assert process.returncode == 0, f"{block.where}: {block.text}\n{out[-2000:]}\n{err[-4000:]}"

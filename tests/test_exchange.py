@@ -1,4 +1,4 @@
-"""Messages to many devices: what is refused, lost, late, killed or sent twice costs only itself."""
+"""Messages to many devices: refusals, losses, delays, killed workers and duplicates affect only their own device."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ Answer = Callable[[int, int], TrainReply | Error | None]
 
 
 class ScriptedGrid(InProcessGrid):
-    """Devices answer as a function of (partition id, attempt); None is no answer at all."""
+    """Devices answer as a function of (partition id, attempt); None means no answer."""
 
     def __init__(self, nodes: int, answer: Answer) -> None:
         TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
@@ -97,7 +97,7 @@ def test_a_bad_upload_is_refused_with_its_reason_and_the_others_count(bad: Train
     assert answers.failures[1].startswith("refused") and reason in answers.failures[1]
 
 
-def test_a_lost_worker_is_asked_again_and_a_client_that_raises_is_not() -> None:
+def test_a_lost_worker_is_retried_and_a_client_that_raises_is_not() -> None:
     lost, raised = Error(0, "ActorDiedError"), Error(2, "Traceback\n  line\nValueError: mine\n")
     grid = ScriptedGrid(3, lambda i, attempt: [GOOD, lost if attempt < 3 else GOOD, raised][i])
     answers = ask(grid)
@@ -105,8 +105,8 @@ def test_a_lost_worker_is_asked_again_and_a_client_that_raises_is_not() -> None:
     assert answers.failures == {2: "ValueError: mine"}
 
 
-def test_of_a_traceback_through_ray_the_device_s_own_exception_is_told() -> None:
-    """As Flower's simulation gives it: coloured, nested, the exception of the ClientApp wrapped twice."""
+def test_the_device_s_own_exception_is_found_in_a_traceback_through_ray() -> None:
+    """The traceback is as in Flower's simulation: coloured, nested, with the ClientApp's exception wrapped twice."""
     told = (
         "<class 'ray.exceptions.RayTaskError(ClientAppException)'>:<'\x1b[36mray::ClientAppActor.run()\x1b[39m\n"
         "  File app.py, line 3\nArithmeticError: mine\n\nThe above exception was the direct cause of this:\n\n"
@@ -116,13 +116,13 @@ def test_of_a_traceback_through_ray_the_device_s_own_exception_is_told() -> None
     assert answers.failures == {1: "ArithmeticError: mine"}
 
 
-def test_a_message_that_begins_on_a_line_of_its_own_is_told() -> None:
+def test_an_exception_message_that_begins_on_a_new_line_is_found() -> None:
     told = "Traceback\n  line\nRuntimeError: \nNo autocast here\nfor this kernel\n"
     answers = ask(ScriptedGrid(2, lambda i, _: Error(2, told) if i else GOOD))
     assert answers.failures == {1: "RuntimeError: No autocast here"}
 
 
-def test_a_device_that_hangs_costs_only_itself() -> None:
+def test_a_hanging_device_fails_alone() -> None:
     answers = ask(ScriptedGrid(3, lambda i, _: None if i == 0 else GOOD), timeout=0.3)
     assert sorted(answers.replies) == [1, 2] and "no answer within 0.3 s" in answers.failures[0]
 
@@ -150,7 +150,7 @@ def test_fewer_than_the_least_share_end_the_run(share: float, enough: bool) -> N
             answers.require("round 1", share)
 
 
-def test_a_second_answer_to_one_message_and_an_answer_to_none_are_not_looked_at() -> None:
+def test_second_answers_and_answers_without_a_request_are_ignored() -> None:
     class Echo(ScriptedGrid):
         def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
             replies = list(super().pull_messages(message_ids))
@@ -164,7 +164,7 @@ def test_answers_come_in_the_order_of_the_devices() -> None:
     assert list(ask(ScriptedGrid(12, lambda i, _: GOOD), window=5).require("round 1", 1.0)) == list(range(12))
 
 
-def test_nodes_that_do_not_match_the_number_asked_for() -> None:
+def test_a_wrong_number_of_nodes_ends_the_run() -> None:
     grid = ScriptedGrid(3, lambda i, _: GOOD)
     assert len(wait_for_nodes(grid, 0, 5)) == len(wait_for_nodes(grid, 3, 5)) == 3
     with pytest.raises(RunError, match=r"devices.count = 5, but 3 nodes are connected after 0.1 s"):
@@ -173,7 +173,7 @@ def test_nodes_that_do_not_match_the_number_asked_for() -> None:
         wait_for_nodes(grid, 2, 5)
 
 
-def test_records_of_a_stranger_are_refused() -> None:
+def test_malformed_records_are_refused() -> None:
     class Stranger(ScriptedGrid):
         def _respond(self, message: Message, context: Context) -> Message:
             return Message(RecordDict(), reply_to=message)
@@ -182,7 +182,7 @@ def test_records_of_a_stranger_are_refused() -> None:
 
 
 class GroupGrid(ScriptedGrid):
-    """Notes which devices one worker got at once."""
+    """Records which devices one worker got together."""
 
     def push_group(self, messages: Sequence[Message]) -> Sequence[str]:
         if len(messages) > 1:

@@ -1,4 +1,4 @@
-"""Export: what is on disk computes what the model computes, says where it comes from, or is not there."""
+"""Export: an exported file computes the same as the model and states its origin; otherwise it is not kept."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tapfl.pruning.surgery import save_pruned, shrink
 
 
 def cut(backbone: Tiny) -> tuple[nn.Module, PruningPlan]:
-    """Half of the units; of the first attention a head alone, of the first FFN and the last attention nothing."""
+    """Keeps half of the units; one head of the first attention, nothing of the first FFN and the last attention."""
     kept = random_kept(backbone.layers, 0.5)
     attentions = [layer for layer in backbone.layers if layer.kind == "attention"]
     kept[attentions[0].name] = torch.arange(attentions[0].units_per_head)
@@ -42,7 +42,7 @@ PAIRS = {("vit", "onnx"), ("deit", "torch-export"), ("swin", "torchscript"), ("s
         for format in FORMATS
     ],
 )
-def test_what_is_exported_computes_the_same_for_any_batch(
+def test_an_exported_model_computes_the_same_for_any_batch(
     family: str, format: str, families: dict[str, Tiny], tmp_path: Path
 ) -> None:
     backbone = families[family]
@@ -70,7 +70,7 @@ def test_pooled_tokens_and_a_fixed_batch(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("format", FORMATS)
-def test_a_file_says_what_it_is_and_nothing_of_the_machine(format: str, vit: Tiny, tmp_path: Path) -> None:
+def test_a_file_describes_itself_but_not_the_machine(format: str, vit: Tiny, tmp_path: Path) -> None:
     model, plan = cut(vit)
     file = tmp_path / "model"
     export(model, plan, file, format)
@@ -92,7 +92,7 @@ def test_a_file_says_what_it_is_and_nothing_of_the_machine(format: str, vit: Tin
 
 @pytest.mark.parametrize("difference", [1e-3, float("nan")])
 @pytest.mark.parametrize("format", FORMATS)
-def test_what_differs_is_not_kept(
+def test_an_export_that_differs_is_not_kept(
     format: str, difference: float, vit: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write, read, packages = FORMATS[format]
@@ -128,13 +128,13 @@ def test_another_top_1_is_a_difference_however_small(monkeypatch: pytest.MonkeyP
         ({"opset": 99}, "opset = 99: "),
     ],
 )
-def test_arguments_that_are_off_are_refused(arguments: dict[str, Any], message: str, vit: Tiny, tmp_path: Path) -> None:
+def test_invalid_arguments_are_refused(arguments: dict[str, Any], message: str, vit: Tiny, tmp_path: Path) -> None:
     with pytest.raises((ConfigError, RunError), match=message):
         export(*cut(vit), tmp_path / "model", **arguments)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_is_there_is_not_overwritten(vit: Tiny, tmp_path: Path) -> None:
+def test_an_existing_file_is_not_overwritten(vit: Tiny, tmp_path: Path) -> None:
     (tmp_path / "mine").write_text("mine")
     with pytest.raises(ConfigError, match=r"mine': exists already"):
         export(*cut(vit), tmp_path / "mine", "torchscript")

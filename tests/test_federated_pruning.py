@@ -1,4 +1,4 @@
-"""Criteria and options that change weights, in a federation: the devices get the very models that the server made."""
+"""Criteria and options that change weights, in a federation: devices get exactly the models that the server made."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ SHORT = ["devices.count=2", "train.rounds=1"]
 
 @dataclass
 class Run:
-    """A finished federation: its folder, the dense backbone, and what the server made by device, and of what."""
+    """A finished federation: its folder, the dense backbone, and the models that the server made, by device."""
 
     folder: Path
     dense: nn.Module
@@ -52,13 +52,13 @@ class Run:
         return devices
 
     def kept(self, device: int) -> dict[str, Tensor]:
-        """The model in the device's storage."""
+        """Returns the model in the device's storage."""
         return load_file(self.folder / "devices" / f"{device:02d}" / "pruned" / "model.safetensors")
 
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of one backbone, which these tests look at."""
+    """The cache of one backbone, which these tests inspect."""
     return tmp_path_factory.mktemp("cache")
 
 
@@ -94,7 +94,7 @@ def plain(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
         return carry_out(tmp_path_factory.mktemp("runs") / "plain", cache, [], patch)
 
 
-def test_where_no_weight_changes_none_are_sent(plain: Run) -> None:
+def test_weights_are_not_sent_if_none_changed(plain: Run) -> None:
     for i, pruned in plain.made.items():
         assert pruned.exact and pruned.weights() == b""
         down = plain.records[i]["bytes_down"]
@@ -103,7 +103,7 @@ def test_where_no_weight_changes_none_are_sent(plain: Run) -> None:
         assert same(plain.kept(i), shrink(plain.dense, pruned.plan).state_dict())
 
 
-def test_weights_that_were_asked_for_are_sent_and_are_the_backbones_own(
+def test_requested_weights_are_sent_and_equal_the_backbones(
     plain: Run, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = carry_out(tmp_path / "run", cache, ["pruning.send=weights"], monkeypatch)
@@ -113,7 +113,7 @@ def test_weights_that_were_asked_for_are_sent_and_are_the_backbones_own(
 
 
 @pytest.mark.parametrize("case", CHANGED)
-def test_devices_keep_the_very_models_that_the_server_made(
+def test_devices_store_exactly_the_models_that_the_server_made(
     case: str, plain: Run, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = carry_out(tmp_path / "run", cache, CHANGED[case], monkeypatch)
@@ -125,12 +125,12 @@ def test_devices_keep_the_very_models_that_the_server_made(
         assert load_plan(folder)[0] == pruned.plan
         assert record["bytes_down"]["weights"] == len(pruned.weights()) > 4 * record["params"]
         assert record["failures"] == 0 and 0 < float(record["profile"]["budget"]) - record["macs_share"] < 0.01
-        assert record["dense_accuracy"] == plain.records[i]["dense_accuracy"]  # of the backbone as it was
+        assert record["dense_accuracy"] == plain.records[i]["dense_accuracy"]  # of the original backbone
     assert same(run.dense.state_dict(), plain.dense.state_dict())
 
 
 def test_one_basis_serves_all_devices(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where all units stay, a device's attention is the server's turned one: the same dims on every device."""
+    """If all units stay, a device's attention is the server's rotated one, so dims are the same on every device."""
     turned: list[nn.Module] = []
     turn = round_zero.turned_on_pool
     monkeypatch.setattr(round_zero, "turned_on_pool", lambda *given: turned.append(turn(*given)) or turned[-1])
@@ -167,7 +167,7 @@ def test_recovery_is_on_the_best_public_images_of_the_device(
 def test_a_device_refuses_weights_that_do_not_fit_its_plan(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The second device's plan with weights of the first one's: it keeps nothing, and the other goes on.
+    """The second device gets its plan with the first device's weights; it stores nothing, and the other one continues.
 
     It is offered its model again when the next round begins.
     """
@@ -201,14 +201,14 @@ def test_a_device_refuses_weights_that_do_not_fit_its_plan(
     ],
     ids=["cut short", "not safetensors", "one missing", "one too many", "not finite", "integers"],
 )
-def test_damaged_weights_are_one_line(plain: Run, damage: Callable[..., bytes], said: str) -> None:
+def test_damaged_weights_end_with_one_line(plain: Run, damage: Callable[..., bytes], said: str) -> None:
     pruned = plain.made[0]
     with pytest.raises(PlanError, match=said) as refused:
         rebuild(pruned.plan, damage(pruned.model.state_dict()))
     assert "\n" not in str(refused.value)
 
 
-def test_plan_and_weights_make_the_model_again(plain: Run) -> None:
+def test_plan_and_weights_give_the_same_model(plain: Run) -> None:
     pruned = plain.made[1]
     again = rebuild(pruned.plan, pack_tensors(pruned.model.state_dict()))
     loaded = load_pruned(plain.folder / "devices" / "01" / "pruned")

@@ -1,4 +1,4 @@
-"""Several limits at once: all hold, one is reached to 99.5 %, or it is said what can be had."""
+"""Several limits in a budget: all hold and one is reached to 99.5 %, or the refusal names what can be met."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tapfl.pruning.unit_shape import Candidates, candidates
 
 
 def made_up_timings(layers: list[PrunableLayer], seed: int = 0) -> Timings:
-    """Timings with kinks and plateaus, that never fall with a size; the model's fixed part is one of 5 ms."""
+    """Timings with kinks and plateaus that never decrease with the size; the fixed part of the model takes 5 ms."""
     generator = np.random.default_rng(seed)
     branches = {}
     for layer in layers:
@@ -87,7 +87,7 @@ def test_every_limit_holds_and_one_is_reached_or_it_is_refused(
 
 
 @given(backbone=backbones(), share=shares, align=st.sampled_from([4, 16]), quantity=st.sampled_from(["macs", "params"]))
-def test_what_a_refusal_names_can_be_had(
+def test_what_a_refusal_names_is_accepted(
     backbone: tuple[list[PrunableLayer], int], share: float, align: int, quantity: str
 ) -> None:
     layers, fixed = backbone[0][:4], backbone[1]
@@ -110,7 +110,7 @@ def test_what_a_refusal_names_can_be_had(
 @given(seed=st.integers(0, 10**6), share=st.floats(0.1, 1), others=st.floats(0.1, 1.5))
 @settings(max_examples=40)
 def test_the_integer_program_finds_what_brute_force_finds(seed: int, share: float, others: float) -> None:
-    """All choices of three layers: the nearest to the ideal within the budget, or the nearest sums around a limit."""
+    """All choices of three layers: the one nearest to the ideal within the budget, or the sums nearest to a limit."""
     generator = np.random.default_rng(seed)
     layers: list[PrunableLayer] = [
         Ffn(name=f"mlp{i}", block="", heads=1, units=int(generator.integers(4, 9)), embed_dim=d, tokens=1, span=0)
@@ -142,8 +142,8 @@ def test_the_integer_program_finds_what_brute_force_finds(seed: int, share: floa
                 assert fit.total(choice)[aim] == pytest.approx(best, rel=2 * MIP_GAP)
 
 
-def test_a_grid_that_greedy_filling_misses_is_met_by_the_integer_program() -> None:
-    """Steps of 12, 20 and 30, all wanted alike: some of their sums need two exchanges at once."""
+def test_the_integer_program_meets_a_budget_that_greedy_filling_misses() -> None:
+    """Steps of 12, 20 and 30 with equal weights; some of their sums need two exchanges at once."""
     sizes = enumerate((6, 10, 15))
     layers: list[PrunableLayer] = [
         Ffn(name=f"mlp{i}", block="", heads=1, units=3, embed_dim=d, tokens=1, span=0) for i, d in sizes
@@ -164,7 +164,7 @@ def test_limits_that_leave_room_keep_the_model_whole(vit: Tiny) -> None:
 
 
 def test_the_limit_that_binds_decides_and_the_others_hold(vit: Tiny) -> None:
-    """The same backbone under params and latency alone, and under both, in either order."""
+    """The same backbone with a limit on params, on latency, and on both in either order."""
     options, dense = PruningOptions(align=1, floor=0.0), measure_cost(vit.model)
     found = {}
     for text in ("params<=0.5", "latency<=0.7", "params<=0.5,latency<=0.7", "latency<=0.7,params<=0.5"):

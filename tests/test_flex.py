@@ -1,4 +1,4 @@
-"""FlexLoRA on pruned widths: the overlap mean of the products themselves, cut to the rank in the best way."""
+"""FlexLoRA on pruned widths: the overlap mean of the products, truncated optimally to the rank."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def noise(generator: np.random.Generator, *shape: int) -> Tensor:
 
 
 def update(b: Tensor, a: Tensor, kept: list[int] | Tensor, weight: float, side: str = "rows") -> Update:
-    """An update of a linear whose rows, or columns, are cut to `kept`."""
+    """Returns an update of a linear layer whose rows, or columns, are reduced to `kept`."""
     axis, rank = torch.as_tensor(kept, dtype=torch.int64), torch.arange(len(a))
     rows = axis if side == "rows" else torch.arange(len(b))
     columns = axis if side == "columns" else torch.arange(a.shape[1])
@@ -33,13 +33,13 @@ def update(b: Tensor, a: Tensor, kept: list[int] | Tensor, weight: float, side: 
 
 
 def aggregate(previous: tuple[Tensor, Tensor], updates: list[Update], fresh: Tensor) -> tuple[Tensor, Tensor]:
-    """(B, A) in and out."""
+    """Takes and returns (B, A)."""
     result = flex.aggregate({B: previous[0], A: previous[1]}, updates, {A: fresh})
     return result[B], result[A]
 
 
 def golden_case(side: str) -> tuple[list[Update], dict[str, Tensor]]:
-    """The golden layer, or its transpose: an fc2 whose columns are pruned."""
+    """Returns the golden layer, or its transpose, an fc2 whose columns are pruned."""
     case = golden("lora")
     updates = []
     for b, a, kept, n in zip(case["B"], case["A"], case["kept_rows"], case["samples"], strict=True):
@@ -60,7 +60,7 @@ def test_golden_mean_and_singular_values(side: str) -> None:
     zero = torch.zeros(d_out, 4, dtype=F64), torch.zeros(4, d_in, dtype=F64)
     got_B, got_A = aggregate(zero, updates, torch.ones(4, d_in, dtype=F64))
     torch.testing.assert_close(got_B @ got_A, want["mean"], **GOLDEN_TOLERANCE)
-    # balanced factors: column k of B and row k of A both have length sqrt(singular value k)
+    # balanced factors: column k of B and row k of A both have norm sqrt(singular value k)
     torch.testing.assert_close(got_B.square().sum(0), want["singular_values"], **GOLDEN_TOLERANCE)
     torch.testing.assert_close(got_A.square().sum(1), want["singular_values"], **GOLDEN_TOLERANCE)
 
@@ -81,7 +81,7 @@ def test_golden_best_rank_product_of_each_device(side: str) -> None:
 
 @st.composite
 def federations(draw: st.DrawFn) -> tuple[tuple[Tensor, Tensor], list[Update], Tensor]:
-    """(previous, updates, dense overlap mean in a plain float64 loop) of devices that differ in everything."""
+    """Returns (previous, updates, dense overlap mean in a plain float64 loop) of very different devices."""
     side = draw(st.sampled_from(SIDES))
     d_out, d_in = draw(st.integers(1, 9)), draw(st.integers(1, 9))
     generator = np.random.default_rng(draw(st.integers(0, 10**6)))
@@ -112,7 +112,7 @@ def federations(draw: st.DrawFn) -> tuple[tuple[Tensor, Tensor], list[Update], T
 
 
 @given(federation=federations())
-def test_product_is_the_dense_overlap_mean_where_the_rank_suffices(
+def test_the_product_is_the_dense_overlap_mean_if_the_rank_suffices(
     federation: tuple[tuple[Tensor, Tensor], list[Update], Tensor],
 ) -> None:
     previous, updates, mean = federation
@@ -129,7 +129,7 @@ def test_every_prefix_is_the_best_product_of_its_rank(
     got_B, got_A = aggregate(previous, updates, torch.ones(rank, mean.shape[1], dtype=F64))
     assert got_B.shape == (len(mean), rank) and got_A.shape == (rank, mean.shape[1])
     singular_values = torch.linalg.svdvals(mean)
-    for r in range(rank + 1):  # what a device of rank r receives; Eckart-Young says how near it can come
+    for r in range(rank + 1):  # what a device of rank r receives; Eckart-Young gives the smallest possible error
         error = (got_B[:, :r] @ got_A[:r] - mean).norm()
         torch.testing.assert_close(error, singular_values[r:].norm(), rtol=1e-5, atol=1e-5)
 
@@ -141,7 +141,7 @@ def test_thin_path_equals_dense_path(k: int, rank: int, seed: int, transposed: b
     if transposed:
         b, a = a.T, b.T
     fresh = noise(generator, rank, a.shape[1])
-    padding = 6 - k  # zero directions change no product, but k = min(d_out, d_in) takes the dense path
+    padding = 6 - k  # zero directions do not change the product, but with k = min(d_out, d_in) the dense path is used
     dense_b = torch.cat([b, torch.zeros(len(b), padding, dtype=F64)], 1)
     dense_a = torch.cat([a, torch.zeros(padding, a.shape[1], dtype=F64)], 0)
     thin, dense = flex.best_rank(b, a, fresh), flex.best_rank(dense_b, dense_a, fresh)
@@ -149,7 +149,7 @@ def test_thin_path_equals_dense_path(k: int, rank: int, seed: int, transposed: b
         torch.testing.assert_close(got, want, rtol=1e-8, atol=1e-8)
 
 
-def test_a_large_layer_is_never_formed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_dense_matrix_of_a_large_layer_is_never_formed(monkeypatch: pytest.MonkeyPatch) -> None:
     shapes: list[torch.Size] = []
     svd = torch.linalg.svd
     monkeypatch.setattr(torch.linalg, "svd", lambda m, **options: shapes.append(m.shape) or svd(m, **options))
@@ -180,13 +180,13 @@ def test_zero_updates_stay_trainable(side: str) -> None:
     a = fresh if side == "rows" else fresh[:, kept]
     got_B, got_A = aggregate((torch.zeros(4, 2, dtype=F64), fresh), [update(b, a, kept, 1.0, side)], fresh)
     assert not got_B.any() and torch.equal(got_A, fresh)
-    # as at the start, the gradient reaches B through A: two zero factors would never train again
+    # as at the start, the gradient reaches B through A; two zero factors could never be trained
     leaf = got_B.requires_grad_()
     ((leaf @ got_A).sum() - 1).square().backward()
     assert leaf.grad is not None and bool(leaf.grad.all())
 
 
-def test_a_branch_that_nobody_holds_keeps_its_factors() -> None:
+def test_a_branch_without_holders_keeps_its_factors() -> None:
     generator = np.random.default_rng(0)
     previous = noise(generator, 3, 2), noise(generator, 2, 3)
     elsewhere = Update({}, {}, 1.0)
@@ -194,7 +194,7 @@ def test_a_branch_that_nobody_holds_keeps_its_factors() -> None:
     assert torch.equal(got_B, previous[0]) and torch.equal(got_A, previous[1])
 
 
-def test_the_head_is_averaged_as_it_is() -> None:
+def test_the_head_is_averaged_directly() -> None:
     place = Placement((torch.arange(2),))
     updates = [
         Update({"head.bias": torch.tensor(v)}, {"head.bias": place}, n) for v, n in (([1.0, 2], 1), ([5.0, 2], 3))
@@ -206,7 +206,7 @@ def test_the_head_is_averaged_as_it_is() -> None:
 # -- one result -------------------------------------------------------------------------------------------------------
 
 
-def test_signs_are_those_of_the_product_alone() -> None:
+def test_signs_depend_only_on_the_product() -> None:
     generator = np.random.default_rng(3)
     parts = [(noise(generator, 6, 2), noise(generator, 2, 7)) for _ in range(2)]
     zero = torch.zeros(6, 2, dtype=F64), torch.zeros(2, 7, dtype=F64)

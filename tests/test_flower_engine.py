@@ -1,4 +1,4 @@
-"""Flower's own simulation on Ray: the same bits as in one process, its true outcome, and nothing left running."""
+"""Flower's own simulation on Ray: the same bits as in one process, its true exit status, and no process left."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def simulate(
 
 
 def left_running(needle: str) -> list[str]:
-    """Command lines of processes that carry `needle` in their arguments or environment."""
+    """Returns the command lines of processes with `needle` in their arguments or environment."""
     found = []
     for process in Path("/proc").glob("[0-9]*"):
         try:
@@ -60,7 +60,7 @@ def one_process(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[s
     return content(folder)
 
 
-@pytest.mark.slow  # tests/test_flwr_run.py compares the bits in the default suite
+@pytest.mark.slow  # in the default suite tests/test_flwr_run.py compares the bits
 def test_one_worker_and_one_process_give_the_same_bits(
     cache: Path, tmp_path: Path, one_process: dict[str, bytes]
 ) -> None:
@@ -73,7 +73,7 @@ def test_one_worker_and_one_process_give_the_same_bits(
 def test_two_workers_give_the_same_bits_even_if_one_is_killed(
     cache: Path, tmp_path: Path, one_process: dict[str, bytes]
 ) -> None:
-    """The worker that dies takes a message with it; it is restarted, the message is sent again, the round is whole."""
+    """A message is lost with the worker; the worker is restarted, and the message is sent again."""
     done = simulate(tmp_path / "run", cache, workers=2, client_app="faulty_apps:mortal")
     assert done.returncode == 0, done.stderr[-2000:]
     assert (tmp_path / "died").exists()
@@ -82,7 +82,7 @@ def test_two_workers_give_the_same_bits_even_if_one_is_killed(
 
 
 @pytest.mark.slow
-def test_what_the_server_app_raises_ends_the_run_and_nothing_stays(cache: Path, tmp_path: Path) -> None:
+def test_an_exception_of_the_server_app_ends_the_run_and_all_processes(cache: Path, tmp_path: Path) -> None:
     done = simulate(tmp_path / "run", cache, workers=1, server_app="faulty_apps:broken_server")
     assert done.returncode == 1
     assert "ArithmeticError: the server app raised" in done.stderr
@@ -91,7 +91,7 @@ def test_what_the_server_app_raises_ends_the_run_and_nothing_stays(cache: Path, 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ["flower", "ray"])
-def test_ctrl_c_ends_the_run_at_once_and_nothing_stays(engine: str, cache: Path, tmp_path: Path) -> None:
+def test_ctrl_c_ends_the_run_and_all_processes(engine: str, cache: Path, tmp_path: Path) -> None:
     sets = [part for option in [*SMALL, f"cache={cache}", "train.rounds=10000"] for part in ("--set", option)]
     command = [sys.executable, "-m", "experiments.cli", "run", "--engine", engine, "--workers", "1"]
     command += ["--out", str(tmp_path / "run"), *sets]
@@ -117,8 +117,8 @@ def test_ctrl_c_ends_the_run_at_once_and_nothing_stays(engine: str, cache: Path,
 
 
 @pytest.mark.slow
-def test_a_simulation_that_was_killed_goes_on_to_the_same_bits(cache: Path, tmp_path: Path) -> None:
-    """SIGKILL of the process that holds server and driver, in the second round; Ray notices by itself."""
+def test_a_killed_simulation_resumes_to_the_same_bits(cache: Path, tmp_path: Path) -> None:
+    """SIGKILL of the process with server and driver, in the second round; Ray notices it."""
     options = ["train.rounds=3", "devices.participation=0.75"]
     assert tapfl("--out", str(tmp_path / "whole"), cache=cache, options=options).exit_code == 0
     sets = [part for option in [*SMALL, f"cache={cache}", *options] for part in ("--set", option)]

@@ -1,4 +1,4 @@
-"""A plain `flwr run .`, as typed in the project's folder: it works, and nothing is installed for it behind the back."""
+"""A plain `flwr run .` in the project's folder: it works, and it installs nothing."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from typer.testing import CliRunner
 from experiments import cli
 
 ROOT = Path(__file__).parent.parent
-# the command `flwr`, which gives its SuperLink 15 s to start: too few where other processes use the machine as well
+# `flwr` gives its SuperLink 15 s to start, which is not enough on a busy machine
 FLWR = """
 from flwr.cli import constant
 constant.LOCAL_SUPERLINK_STARTUP_TIMEOUT = 300.0
@@ -41,12 +41,12 @@ def free_port() -> int:
 
 @contextmanager
 def flower_at_home(folder: Path) -> Iterator[dict[str, str]]:
-    """Flower in a home and on a port of its own; the SuperLink that `flwr run` leaves behind is ended by its id."""
+    """Flower with its own home and port; the SuperLink that `flwr run` leaves running is ended by its id."""
     home = folder / "home"
-    ray = tempfile.mkdtemp(prefix="tapfl-test-")  # short: a socket's path is limited
+    ray = tempfile.mkdtemp(prefix="tapfl-test-")  # short, because the path of a socket is limited
     yield os.environ | {
         "FLWR_HOME": str(home),
-        "RAY_TMPDIR": ray,  # Ray joins the cluster that its folder names, also one that was killed
+        "RAY_TMPDIR": ray,  # Ray would join the cluster named in its folder, even if that was killed
         "FLWR_LOCAL_SUPERLINK_HTTP_API_PORT": str(free_port()),
         "FLWR_TELEMETRY_ENABLED": "0",
         "FLWR_DISABLE_UPDATE_CHECK": "1",
@@ -65,7 +65,7 @@ def flower_at_home(folder: Path) -> Iterator[dict[str, str]]:
 
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    """That of docs/tutorial.md: no runtime of Flower's own is made."""
+    """The environment of docs/tutorial.md, with which Flower creates no runtime environment."""
     with flower_at_home(tmp_path_factory.mktemp("flower")) as environment:
         yield environment | {"FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1"}
 
@@ -95,7 +95,7 @@ def flwr(environment: dict[str, str], *arguments: str) -> str:
 
 
 def small(**options: object) -> dict[str, object]:
-    """Options of a small run, and these."""
+    """Returns the options of a small run, and these."""
     return {
         "model.args": TINY,
         "model.epochs": 1,
@@ -130,14 +130,14 @@ def test_flwr_run_uses_all_nodes_installs_nothing_and_gives_the_bits_of_one_proc
 
 
 def computed(run: Path) -> dict[str, object]:
-    """Everything a run computed, without the options that stand in a checkpoint: one names the number of devices."""
+    """Returns all results of a run, without the options in the checkpoint, one of which is the number of devices."""
     adapters = load_file(run / "server" / "round-0001.safetensors")
     rest = {name: data for name, data in content(run).items() if not name.startswith("server/")}
     return rest | {name: tensor.tolist() for name, tensor in adapters.items()}
 
 
 @pytest.mark.slow
-def test_flwr_run_goes_on_with_a_run(environment: dict[str, str], tmp_path: Path) -> None:
+def test_flwr_run_resumes_a_run(environment: dict[str, str], tmp_path: Path) -> None:
     options: dict[str, object] = {"out": str(tmp_path / "run"), "log.tensorboard": True}
     flwr(environment, "run", ".", "--stream", "--run-config", run_config(**options))
     more = run_config(**options | {"train.rounds": 2, "resume": True})

@@ -1,4 +1,4 @@
-"""A public pool of other classes than the devices', or without labels; and a classifier of the devices' classes."""
+"""A public pool with other classes than the devices', or without labels; and a classifier of the devices' classes."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def options(**changes: object) -> ModelOptions:
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Weights with a head of 7 classes, none of which anybody here has."""
+    """Weights with a head of 7 classes that neither the pool nor a device has."""
     file = tmp_path_factory.mktemp("weights") / "seven.safetensors"
     args = dict(part.split("=") for part in TINY.split(","))
     spec = SPEC.model_copy(update={"args": {**SPEC.args, "class_token": False, "global_pool": args["global_pool"]}})
@@ -59,7 +59,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def unlabelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Letters whose labels are not told."""
+    """Letters without labels."""
     file = tmp_path_factory.mktemp("pool") / "letters.npz"
     np.savez(file, images=load_images("letters").read()[::5])
     return file
@@ -111,7 +111,7 @@ def test_a_pool_may_have_no_labels_and_devices_must(case: str, tmp_path: Path) -
         load_images(source, RGB, tmp_path / "cache")
 
 
-def test_a_folder_with_classes_stays_one_and_what_lies_beside_them_is_left_out(tmp_path: Path) -> None:
+def test_a_folder_with_classes_is_one_and_other_files_are_left_out(tmp_path: Path) -> None:
     pool = load_images(str(folder_of(tmp_path / "x", "a/1.png", "2.png")), RGB, tmp_path / "cache", unlabelled=True)
     assert (
         pool.classes == ("a",) and len(pool) == 1 and dict(pool.left_out) == {"images outside the classes' folders": 1}
@@ -146,7 +146,7 @@ POOL = ImageSet.of(np.full((4, 8, 8, 1), 9, np.uint8), np.full(4, -1), ())
         ({"head": "new"}, r"model.head = 'new': model.weights = '' and the backbone is trained on the labels"),
     ],
 )
-def test_what_needs_the_labels_of_the_pool(changes: dict[str, str], said: str) -> None:
+def test_options_that_need_labels_of_the_pool_are_refused(changes: dict[str, str], said: str) -> None:
     with pytest.raises(ModelError, match=f"{said}.*accepted: a pool with labels, or model.head = 'new'"):
         dense_spec(options(**changes), POOL)
 
@@ -191,7 +191,7 @@ def test_options_that_contradict_a_new_head(flat: dict[str, object], said: str) 
         (["model.head=new", "model.weights={weights}", "model.head-rows={beyond}"], "row 7 is not in the head, which"),
     ],
 )
-def test_a_run_that_could_not_be_finished_is_refused_before_it_begins(
+def test_a_run_that_would_fail_is_refused_before_it_begins(
     changes: list[str], said: str, weights: Path, cache: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "rows.json").write_text(json.dumps({"0": 0, "1": 1, "2": 2}))
@@ -207,18 +207,18 @@ def test_a_run_that_could_not_be_finished_is_refused_before_it_begins(
     "names",
     ["", "[]", "[1]", '["b", "a"]', '["a", "a"]', '["a\\n"]', '[""]', '{"a": 1}', f'["{"a" * 201}"]', "[" * 9999],
 )
-def test_names_that_are_none(names: str) -> None:
+def test_invalid_class_names_are_refused(names: str) -> None:
     with pytest.raises(WireError):
         replace(HELLO, class_names=names).named(asked=True)
 
 
-def test_one_model_alone_has_no_devices_that_report_classes(tmp_path: Path) -> None:
+def test_pruning_a_single_model_refuses_a_head_of_reported_classes(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"model.head = 'new': needs the classes that devices report; accepted: t"):
         prune(RunConfig.from_flat({"model.head": "new"}), 0.5, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
-def test_names_are_taken_only_if_they_were_asked_for() -> None:
+def test_class_names_are_accepted_only_if_requested() -> None:
     assert HELLO.named(asked=True) == ("a", "b")
     assert replace(HELLO, class_names="[]").named(asked=False) == ()
     with pytest.raises(WireError, match="class names"):
@@ -235,7 +235,7 @@ def test_classes_are_those_of_all_devices_in_one_order() -> None:
 
 
 @pytest.mark.parametrize("content", [None, "", "[]", "[1]", '{"a": 1}', '["a"'])
-def test_written_down_classes_that_are_damaged(content: str | None, tmp_path: Path) -> None:
+def test_damaged_stored_classes_are_refused(content: str | None, tmp_path: Path) -> None:
     file = tmp_path / "classes.json"
     if content is not None:
         file.write_text(content)
@@ -245,10 +245,10 @@ def test_written_down_classes_that_are_damaged(content: str | None, tmp_path: Pa
     assert read_classes(file) == ["b", "a"]
 
 
-def test_a_new_head_is_zero_or_has_the_rows_that_are_named(weights: Path, tmp_path: Path) -> None:
+def test_a_new_head_is_zero_or_has_the_named_rows(weights: Path, tmp_path: Path) -> None:
     cache, given = DenseCache(tmp_path / "cache"), options(head="new", weights=str(weights))
     old = dense_backbone(given, POOL, 0, cache)
-    assert old[1].num_classes == 7  # of the weights, whatever the pool has
+    assert old[1].num_classes == 7  # of the weights, independent of the pool
     torch.testing.assert_close(old[2].head.weight, load_file(weights)["head.weight"])
     key, spec, zero = with_new_head(given, old, ("a", "b", "c"), cache)
     assert key != old[0] and spec.num_classes == 3 and not zero.head.weight.any() and not zero.head.bias.any()
@@ -261,7 +261,7 @@ def test_a_new_head_is_zero_or_has_the_rows_that_are_named(weights: Path, tmp_pa
     torch.testing.assert_close(rows(x), old[2](x)[:, [5, 0, 2]])
 
 
-def test_prototypes_take_an_image_for_the_nearest_class() -> None:
+def test_prototypes_assign_an_image_to_the_nearest_class() -> None:
     model = build(SPEC.model_copy(update={"num_classes": 4}), seed=0).requires_grad_(False)
     generator = np.random.default_rng(0)
     labels = np.array([0, 1, 3] * 20)
@@ -270,7 +270,7 @@ def test_prototypes_take_an_image_for_the_nearest_class() -> None:
     logits = filled.head(torch.from_numpy(features).float())
     means = np.stack([features[labels == label].mean(0) for label in (0, 1, 3)])
     nearest = np.array([0, 1, 3])[((features[:, None] - means) ** 2).sum(-1).argmin(1)]
-    np.testing.assert_array_equal(logits.argmax(1).numpy(), nearest)  # and never class 2, of which there is no image
+    np.testing.assert_array_equal(logits.argmax(1).numpy(), nearest)  # and never class 2, which has no image
     assert not torch.equal(model.head.weight, filled.head.weight)
 
 
@@ -290,7 +290,7 @@ def test_costs_are_those_of_the_model_with_the_new_head() -> None:
 
 
 def test_a_run_with_an_unlabelled_foreign_pool(weights: Path, unlabelled: Path, cache: Path, tmp_path: Path) -> None:
-    """The head is of the devices' classes, is learnt by the federation, and the report tells the effective sizes."""
+    """The head is for the devices' classes and is trained by the federation; the report shows the effective sizes."""
     given = [f"data.public={unlabelled}", f"model.weights={weights}", "model.head=new", "metric.size=64"]
     done = tapfl("--out", str(tmp_path / "run"), cache=cache, options=given, report="--report")
     assert done.exit_code == 0, done.output
@@ -304,7 +304,7 @@ def test_a_run_with_an_unlabelled_foreign_pool(weights: Path, unlabelled: Path, 
     asked = [line for line in lines if isinstance(line, TrafficLine) and line.phase == "hello"]
     for record in run.devices:
         assert float(record.profile.budget) * 0.995 <= record.macs_share <= float(record.profile.budget)
-        # it is asked twice who it is: of the first backbone, and of that with the new head
+        # it introduces itself twice: with the first backbone, and with the new head
         (again,) = [each for each in asked if each.device == record.device]
         assert record.bytes_down["hello"] == 2 * again.down["hello"]
         assert record.bytes_up["hello"] > 2 * again.up["hello"] > 0  # and of two more answers
@@ -319,7 +319,7 @@ def test_a_personal_head_of_prototypes_keeps_the_names_on_the_devices(cache: Pat
     given = ["data.public=letters", "model.head=prototypes", "adapters.head=personal", "data.classes-per-device=2"]
     first = tapfl("--out", str(tmp_path / "run"), cache=cache, options=[*given, "train.rounds=1"])
     assert first.exit_code == 0, first.output
-    assert json.loads((tmp_path / "run" / "classes.json").read_text()) == ["0", "1"]  # of six digits: places, not names
+    assert json.loads((tmp_path / "run" / "classes.json").read_text()) == ["0", "1"]  # six digits: positions, not names
     run = read_run(tmp_path / "run")
     assert {name for images in run.images.values() for name in images.names} - {"0", "1"}
     heads = [

@@ -1,4 +1,4 @@
-"""A disk that is full or cannot be written, at any moment: one line that names the file, and a run that can go on."""
+"""A disk that is full or read-only, at any moment: one line that names the file, and a run that can be continued."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def whole(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def fails_from(monkeypatch: pytest.MonkeyPatch, count: int, error: int) -> None:
-    """Lets the file system refuse to finish any file from the `count`-th on."""
+    """Makes the file system refuse to finish any file from the `count`-th on."""
     real, calls = os.fsync, 0
 
     def refused(file: int) -> None:
@@ -40,12 +40,12 @@ def fails_from(monkeypatch: pytest.MonkeyPatch, count: int, error: int) -> None:
 
 
 FULL, READ_ONLY = errno.ENOSPC, errno.EROFS
-# of the files of a run, which one cannot be written: summaries, plans, models, states, checkpoints
+# which file of a run cannot be written: a summary, plan, model, state or checkpoint
 CASES = [(2, FULL), (9, READ_ONLY), (16, FULL), (28, READ_ONLY), (38, FULL), (44, READ_ONLY)]
 
 
 @pytest.mark.parametrize(("count", "error"), CASES)
-def test_a_run_whose_disk_is_full_goes_on_to_the_same_bits(
+def test_a_run_whose_disk_was_full_resumes_to_the_same_bits(
     count: int, error: int, whole: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tmp_path / "run"
@@ -61,7 +61,7 @@ def test_a_run_whose_disk_is_full_goes_on_to_the_same_bits(
     assert content(folder) == content(whole)
 
 
-def test_a_folder_in_which_nothing_was_begun_is_not_left_behind(
+def test_a_folder_of_a_run_that_did_not_begin_is_removed(
     whole: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as full:
@@ -72,7 +72,7 @@ def test_a_folder_in_which_nothing_was_begun_is_not_left_behind(
     assert tapfl("--out", str(tmp_path / "run"), cache=cache, options=OPTIONS).exit_code == 0
 
 
-def test_the_command_says_it_in_one_line(
+def test_the_command_reports_it_in_one_line(
     tmp_path: Path, cache: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("sys.argv", ["tapfl", "sweep", "--config", "s.toml", "--out", "file/out"])
@@ -85,7 +85,7 @@ def test_the_command_says_it_in_one_line(
     assert ended.value.code == 1 and error == "tapfl: file/out: Not a directory\n"
 
 
-def test_the_file_is_named_that_the_user_knows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_error_names_the_file_that_the_user_knows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fails_from(monkeypatch, 1, errno.ENOSPC)
     with pytest.raises(OSError, match=r"No space left on device: '.*/summary\.json'$"):
         write_bytes(tmp_path / "summary.json", b"{}")

@@ -1,4 +1,4 @@
-"""What devices gained: the models of a run against the dense one, in size, MACs and time."""
+"""`tapfl bench gain`: the models of a run against the dense model, in size, MACs and latency."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from tapfl.pruning.pipeline import prune_model, pruning_task
 from tapfl.pruning.surgery import save_pruned
 from tapfl.store import write_json
 
-BUDGETS = {0: 0.3, 1: 0.6, 2: 0.3}  # by device; 0 and 2 keep other units, but as many
+BUDGETS = {0: 0.3, 1: 0.6, 2: 0.3}  # by device; 0 and 2 keep different units, but the same number
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run's folder as far as it matters here."""
+    """The part of a run's folder that this command reads."""
     folder = tmp_path_factory.mktemp("runs") / "one"
     write_json(folder / "config.json", RunConfig.from_flat({"model.args": TINY}).flat())
     spec = spec_of(ModelOptions(args=TINY), tuple("abcdefghij"))
@@ -40,7 +40,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_devices_with_equal_shapes_share_a_row_of_what_they_cost(run: Path) -> None:
+def test_devices_with_equal_shapes_share_a_row(run: Path) -> None:
     dense, small, middle = measure_gain(run, repeats=2)
     assert [model.devices for model in (dense, small, middle)] == [(), (0, 2), (1,)]
     assert small.macs < 0.3 * dense.macs < middle.macs < 0.6 * dense.macs
@@ -62,7 +62,7 @@ def test_a_speed_up_is_that_of_the_same_turn() -> None:
     assert (row["macs_share"], row["params_share"], row["file_share"]) == (0.5, 0.6, 0.6)
 
 
-def test_the_command_writes_numbers_and_a_table_that_says_how_it_was_made(run: Path, tmp_path: Path) -> None:
+def test_the_command_writes_numbers_and_a_table_with_a_caption(run: Path, tmp_path: Path) -> None:
     arguments = ["bench", "gain", str(run), "--repeats", "1", "--device", "0", "--device", "1"]
     threads = torch.get_num_threads()
     try:

@@ -1,4 +1,4 @@
-"""Shares of GPUs: what is refused, and what a worker does with its share. Stand-ins take the place of a GPU."""
+"""Shares of GPUs: what is refused, and what a worker does with its share, tested with stand-ins for a GPU."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_workers_without_a_share_are_refused(monkeypatch: pytest.MonkeyPatch) ->
     require_gpus("ray", RayOptions(actor_gpus=0.5), ["cuda", "auto"])
 
 
-def test_more_than_there_are_and_odd_numbers_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_more_gpus_than_available_and_odd_numbers_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     require_gpus("flower", RayOptions(actor_gpus=1.0), ["cuda"])
     with pytest.raises(ConfigError, match="--actor-gpus 2: this machine has 1 GPUs"):
@@ -50,8 +50,8 @@ def test_more_than_there_are_and_odd_numbers_are_refused(monkeypatch: pytest.Mon
         ActorPool(gpus=1.5)._room()
 
 
-def test_a_worker_that_ray_gave_no_gpu_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With `flwr run` nothing else can know."""
+def test_a_worker_without_a_gpu_from_ray_reports_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With `flwr run` nothing else can detect it."""
     monkeypatch.setattr(Compute, "of", classmethod(lambda cls, options: Compute(GPU)))
     assert client_app._compute({}, RunConfig()).device == GPU
     monkeypatch.setattr(client_app, "gpu_share", lambda: 0.0)
@@ -61,7 +61,7 @@ def test_a_worker_that_ray_gave_no_gpu_says_so(monkeypatch: pytest.MonkeyPatch) 
 
 def test_flowers_workers_get_their_share(monkeypatch: pytest.MonkeyPatch) -> None:
     given: dict[str, Any] = {}
-    flower = importlib.import_module("flwr.simulation.run_simulation")  # the package has a function of this name
+    flower = importlib.import_module("flwr.simulation.run_simulation")  # the package has a function with this name
     monkeypatch.setattr(flower, "_run_simulation", lambda **arguments: given.update(arguments["backend_config"]))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     run_flower({}, 4, 3, gpus=0.5)
@@ -77,10 +77,10 @@ def test_a_worker_takes_its_share_of_the_memory(
     monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda *given: set_to.append(given))
     Compute(GPU).prepare(share)
     assert set_to == limits
-    assert not torch.backends.cudnn.allow_tf32 and not torch.backends.cuda.matmul.allow_tf32  # exporters ask, too
+    assert not torch.backends.cudnn.allow_tf32 and not torch.backends.cuda.matmul.allow_tf32  # exporters call it, too
 
 
-def test_what_is_a_fault() -> None:
+def test_which_errors_are_gpu_faults() -> None:
     assert is_fault(torch.AcceleratorError("CUDA error: unspecified launch failure"))
     assert is_fault(RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling cublasSgemm"))
     assert not is_fault(torch.OutOfMemoryError("CUDA out of memory."))
@@ -92,7 +92,7 @@ def test_what_is_a_fault() -> None:
 def test_a_group_is_lost_as_a_whole_with_its_gpu(
     in_ray: bool, codes: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Only in a Ray worker, which can be started anew; in another process the devices fail."""
+    """Only in a Ray worker, which can be restarted; in another process the devices fail."""
     ended: list[object] = []
     faults = SimpleNamespace(device_timeout=60.0)
     device = SimpleNamespace(partition_id=0, compute=HERE, config=SimpleNamespace(faults=faults, out="run"))

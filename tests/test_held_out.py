@@ -1,4 +1,4 @@
-"""α from held-out images: which images, what they choose, and where α goes in federations of known optima."""
+"""α from held-out images: which images are held out, how α is chosen, and α in federations with known optima."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ V, W = {"x": torch.ones(1, dtype=torch.float64)}, {"x": torch.zeros(1, dtype=tor
 
 
 def chosen(best: float, images: int, curvature: float = 1.0) -> float:
-    """α where the loss of each image is ½ c (α - best)²."""
+    """Returns α if the loss of each image is ½ c (α - best)²."""
     return float(held_out_alpha(V, W, [lambda p: (curvature / 2 * (p["x"] - best) ** 2).expand(images)]))
 
 
@@ -75,14 +75,14 @@ def test_many_images_choose_the_best_alpha(best: float) -> None:
     assert chosen(best, images=2000) == pytest.approx(best, abs=0.03)
 
 
-def test_few_images_are_not_believed() -> None:
-    """One image that favours v a little moves α a little; the best of the grid would be 1."""
+def test_few_images_move_alpha_only_a_little() -> None:
+    """One image that slightly favours v moves α slightly; the best value of the grid would be 1."""
     assert chosen(1.0, images=1, curvature=0.1) == pytest.approx(chosen(1.0, images=1, curvature=0.0), abs=0.02)
     alphas = [chosen(1.0, images=n) for n in (1, 4, 16, 64, 256)]
     assert alphas == sorted(alphas) and alphas[0] < 0.5 and alphas[-1] > 0.9
 
 
-def test_v_that_is_w_leaves_alpha_at_its_prior_and_the_choice_keeps_v() -> None:
+def test_alpha_stays_at_its_prior_if_v_equals_w_and_v_does_not_change() -> None:
     personal = Apfl().weigh(W, Personal(W, torch.tensor(0.9).double()), [lambda p: p["x"].square()])
     assert float(personal.alpha) == pytest.approx(0.31, abs=0.01) and personal.params is W
     assert personal.alpha.dtype == torch.float64 and personal.alpha.dim() == 0
@@ -161,7 +161,7 @@ def test_alpha_goes_to_0_where_w_is_better_to_1_where_v_is_and_between_elsewhere
 
 
 def test_the_published_rule_trusts_v_where_w_is_better() -> None:
-    """Why the held-out images are the default: v knows the training batch by heart."""
+    """The reason that held-out images are the default: v has memorised the training batch."""
     alpha, oracle = federation(0.0, FEW, held_out=False)
     assert oracle < 0.15 and alpha > 0.6
 
@@ -179,7 +179,7 @@ def test_the_published_rule_trusts_v_where_w_is_better() -> None:
         ({"from-round": 0}, "greater than or equal to 1"),
     ],
 )
-def test_options_that_do_not_go_together_are_refused(options: dict[str, object], accepted: str) -> None:
+def test_incompatible_options_are_refused(options: dict[str, object], accepted: str) -> None:
     with pytest.raises(ConfigError) as refused:
         RunConfig.from_flat({f"personalize.{name}": value for name, value in options.items()})
     (name,) = options
@@ -228,7 +228,7 @@ DISJOINT = ["devices.count=5", "data.partition=class-blocks", "data.classes-per-
 
 @pytest.mark.slow
 def test_on_digits_the_personal_model_is_near_the_shared_one_or_above_it(cache: Path, tmp_path: Path) -> None:
-    """18 training images a device: none is held out. The published rule loses much of w where all devices are alike."""
+    """18 training images per device, none held out. The published rule loses much of w if all devices are alike."""
 
     def run(name: str, *options: str) -> tuple[float, float, float]:
         sets = [part for each in [*FEW_IMAGES, *options, f"cache={cache}"] for part in ("--set", each)]

@@ -1,4 +1,4 @@
-"""What `--help` says, as a reader sees it."""
+"""The output of `--help`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from experiments import cli
 
 
 def help_texts(command: click.Command, name: str) -> Iterator[tuple[str, str]]:
-    """Every help text below a command, by where it stands."""
+    """Yields every help text below a command, with its place."""
     yield name, command.help or ""
     for parameter in command.params:
         yield f"{name} {parameter.name}", getattr(parameter, "help", "") or ""
@@ -26,8 +26,8 @@ def help_texts(command: click.Command, name: str) -> Iterator[tuple[str, str]]:
 TEXTS = dict(help_texts(typer.main.get_command(cli.app), "tapfl"))
 
 
-def test_no_help_text_is_taken_for_markup() -> None:
-    """Rich reads [grid] as a style and drops it: a bracket that is meant is written \\[."""
+def test_no_help_text_is_parsed_as_markup() -> None:
+    """Rich reads [grid] as a style and drops it, so a literal bracket is written \\[."""
     assert len(TEXTS) > 100
     for where, text in TEXTS.items():
         assert Text.from_markup(text).plain == text.replace("\\[", "["), where

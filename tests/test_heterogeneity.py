@@ -1,4 +1,4 @@
-"""The three numbers that say how far devices are apart, against values by hand and against scipy."""
+"""The three measures of how much devices differ, against values computed by hand and by scipy."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tapfl.summary.heterogeneity import feature_shift, label_shift, quantity_shi
 from tapfl.summary.mixture import GaussianSummary
 
 
-def test_alike_devices_have_none() -> None:
+def test_equal_devices_have_no_shift() -> None:
     mixture = GaussianSummary(np.array([0.5, 0.5]), np.eye(2), np.ones((2, 2)), 50)
     assert quantity_shift([40, 40, 40]) == 0
     assert label_shift(np.array([[2, 4], [10, 20]])) == 0
@@ -26,7 +26,7 @@ def test_quantity_is_the_gini_coefficient() -> None:
 
 def test_labels_are_by_total_variation() -> None:
     disjoint = np.array([[30, 0, 0], [0, 30, 0], [0, 0, 30]])
-    assert label_shift(disjoint) == pytest.approx(2 / 3)  # each would need two thirds of its images changed
+    assert label_shift(disjoint) == pytest.approx(2 / 3)  # on each, two thirds of the images would have to change
     assert label_shift(np.array([[3, 1], [1, 3]])) == pytest.approx(0.25)
 
 

@@ -1,4 +1,4 @@
-"""Devices that lie: what they send is refused and told, and the federation goes on with the others."""
+"""Devices that lie: their messages are refused and reported, and the federation continues with the others."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Lie = Callable[[WireMessage], WireMessage]
 
 
 def lying(device: int, kind: type[WireMessage], lie: Lie) -> ClientApp:
-    """A ClientApp that is honest but for one kind of answer of one device."""
+    """A ClientApp that is honest except for one kind of answer of one device."""
     app = ClientApp()
 
     def tampered(answer: Callable[[Message, Context], Message], type: type[WireMessage]) -> Callable[..., Message]:
@@ -74,7 +74,7 @@ def federation(tmp_path: Path, client_app: ClientApp, **changes: object) -> tupl
 
 
 @pytest.mark.parametrize("case", LIES)
-def test_a_lie_is_refused_and_the_federation_goes_on(
+def test_a_lie_is_refused_and_the_federation_continues(
     case: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     kind, lie, reason = LIES[case]
@@ -89,10 +89,10 @@ def test_a_lie_is_refused_and_the_federation_goes_on(
 
 
 @pytest.mark.parametrize(("liar", "said", "there"), [(1, 0, 3), (0, 1, 2)], ids=["liar second", "liar first"])
-def test_a_second_device_of_the_same_number_is_left_out(
+def test_a_second_device_with_the_same_number_is_ignored(
     liar: int, said: int, there: int, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A liar that is first takes the other's place, gets the other's model, and loses itself by it."""
+    """A liar that is met first takes the other device's place and gets its model; it gains nothing by this."""
     node_ids = itertools.count(1)
     monkeypatch.setattr("secrets.randbits", lambda bits: next(node_ids))  # nodes are met in the order of their ids
     _, lines = federation(tmp_path, lying(liar, HelloReply, lambda r: replace(r, partition_id=said)))

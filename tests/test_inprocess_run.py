@@ -1,4 +1,4 @@
-"""The main job on the in-process engine, from the command line: what a run leaves behind and what it says."""
+"""`tapfl run` with the in-process engine: the files of a run, its output, and all rules and methods."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ SMALL = [
     "personalize.held-out-share=0.5",  # of 30 images: enough to choose α
     "metric.size=64",
     "pruning.align=1",
-    "pruning.criterion=tap",  # a plan says all of its models, and it is the fastest
+    "pruning.criterion=tap",  # its plans determine the models, and it is the fastest criterion
 ]
 
 
@@ -68,7 +68,7 @@ def finished(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pat
     return folder, json.loads(done.stdout.splitlines()[-1])
 
 
-def test_json_is_the_last_line_and_says_what_was_promised(finished: tuple[Path, dict[str, object]]) -> None:
+def test_json_is_the_last_line_and_has_the_documented_fields(finished: tuple[Path, dict[str, object]]) -> None:
     folder, said = finished
     assert said["run"] == str(folder)
     for key in ("personal_accuracy", "personal_accuracy_worst_decile", "dense_accuracy", "pruned_accuracy"):
@@ -110,7 +110,7 @@ def test_devices_stay_within_their_budgets(finished: tuple[Path, dict[str, objec
 
 
 def test_the_first_global_adapters_change_nothing(finished: tuple[Path, dict[str, object]]) -> None:
-    """B is zero before the first round, so what a device received first does exactly as well as its pruned model."""
+    """B is zero before the first round, so the first adapters have exactly the accuracy of the pruned model."""
     folder, _ = finished
     pruned = {r["device"]: r["pruned_accuracy"] for r in json.loads((folder / "summary.json").read_text())["devices"]}
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -120,7 +120,7 @@ def test_the_first_global_adapters_change_nothing(finished: tuple[Path, dict[str
 
 
 def test_a_personal_model_loads_with_stock_peft(finished: tuple[Path, dict[str, object]]) -> None:
-    from peft import PeftModel  # with all of transformers, which no other test of this file needs
+    from peft import PeftModel  # imports transformers, which no other test of this file needs
 
     device = finished[0] / "devices" / "01"
     plan, _ = load_plan(device / "pruned")
@@ -184,11 +184,11 @@ TRAINING = [
     *("train.steps=5", "train.clip-gradient=1", "train.label-smoothing=0.1", "train.augment=crop"),
     *("train.evaluate-every=2", "train.label-prior=counts"),
 ]
-PAIRS = list(zip(itertools.cycle(RULES), METHODS, strict=False))  # all, with three kinds of head, are slow tests
+PAIRS = list(zip(itertools.cycle(RULES), METHODS, strict=False))  # all combinations are slow tests
 
 
 def goes_on(folder: Path, cache: Path, options: list[str]) -> dict[str, object]:
-    """Runs one round, goes on for a second one, compares with both in one go, and returns the summary's figures."""
+    """Runs one round, resumes for a second, compares with an uninterrupted run, and returns the summary's figures."""
     assert tapfl("--out", str(folder / "a"), cache=cache, options=[*options, "train.rounds=1"]).exit_code == 0
     done = tapfl("--resume", str(folder / "a"), cache=cache, options=[*options, "train.rounds=2"])
     assert done.exit_code == 0, done.output
@@ -199,7 +199,7 @@ def goes_on(folder: Path, cache: Path, options: list[str]) -> dict[str, object]:
 
 
 @pytest.mark.parametrize(("rule", "method"), PAIRS)
-def test_every_rule_and_every_method_runs_and_goes_on(cache: Path, tmp_path: Path, rule: str, method: str) -> None:
+def test_every_rule_and_every_method_runs_and_resumes(cache: Path, tmp_path: Path, rule: str, method: str) -> None:
     options = [f"personalize.method={method}", f"adapters.rule={rule}", "data.partition=iid", *NEEDS.get(method, [])]
     said = goes_on(tmp_path, cache, options)
     if method == "fedavg":
@@ -213,7 +213,7 @@ def test_every_rule_and_every_method_runs_and_goes_on(cache: Path, tmp_path: Pat
         }
         assert min(down["round 1"]) > 1000 and max(down["round 2"] + down["evaluation"]) < 200
     else:
-        full = {"flex": 1, "fedit": 1}.get(rule, 0.65)  # the others send half of the factors, and the head
+        full = {"flex": 1, "fedit": 1}.get(rule, 0.65)  # the others send half of the factors and the head
         sent = json.loads((tmp_path / "b" / "summary.json").read_text())["devices"][0]["bytes_up"]["adapters"]
         kept = load_file(tmp_path / "b" / "devices" / "00" / "personal" / "adapter_model.safetensors")
         whole = 4 * sum(t.numel() for t in kept.values()) / (2 if method in {"apfl"} else 1)
@@ -251,14 +251,14 @@ def test_every_rule_with_every_method_and_extra(
         ["adapters.rule=hetlora", "adapters.head=personal"],
         ["adapters.start=pool", "adapters.blocks=1", "adapters.rule=embed_side", "personalize.references=alone"],
         ["personalize.method=fedavg+finetune", "adapters.head=personal"],
-        ["personalize.from-round=2", "adapters.rule=embed_side"],  # w alone, then v as well, with private parts of w
-        ["personalize.from-round=3", "personalize.method=ditto"],  # v begins in a round that never comes
+        ["personalize.from-round=2", "adapters.rule=embed_side"],  # first only w, then also v, with private parts of w
+        ["personalize.from-round=3", "personalize.method=ditto"],  # v would begin after the last round
         ["personalize.alpha-on=train", "personalize.alpha-per=layer", "personalize.learning-rate=0.001"],
         ["privacy.dp-clip=1", "privacy.dp-noise=0.5", "adapters.rule=fedit"],
     ],
     ids=lambda options: " ".join(options[:3]),
 )
-def test_what_goes_on_top_of_a_rule_runs_and_goes_on(cache: Path, tmp_path: Path, options: list[str]) -> None:
+def test_options_in_addition_to_a_rule_run_and_resume(cache: Path, tmp_path: Path, options: list[str]) -> None:
     said = goes_on(tmp_path, cache, options)
     if "train.evaluate-every=2" in options:
         lines = [json.loads(line) for line in (tmp_path / "b" / "metrics.jsonl").read_text().splitlines()]
@@ -270,8 +270,8 @@ def test_what_goes_on_top_of_a_rule_runs_and_goes_on(cache: Path, tmp_path: Path
         assert said["epsilon"] is None
 
 
-def test_references_are_what_runs_of_their_own_train(cache: Path, tmp_path: Path) -> None:
-    """And they change nothing else: the shared model is the same to the bit."""
+def test_references_equal_the_models_of_separate_runs(cache: Path, tmp_path: Path) -> None:
+    """They change nothing else: the shared model has the same bits."""
     runs = {}
     alone = ["personalize.method=local", "personalize.learning-rate=0.01", "train.steps=3"]
     for name, options in {
@@ -297,8 +297,8 @@ def test_references_are_what_runs_of_their_own_train(cache: Path, tmp_path: Path
     assert all(torch.equal(shared[0][key], shared[1][key]) for key in shared[1])
 
 
-def test_a_warm_start_is_everybodys(cache: Path, tmp_path: Path) -> None:
-    """Also that of a device which trains alone, beside a method or with `local`."""
+def test_all_devices_get_the_warm_start(cache: Path, tmp_path: Path) -> None:
+    """Including a device that trains alone, as a reference or with `local`."""
     warm = ["adapters.start=metric-sets", "adapters.start-learning-rate=0.001", "devices.participation=0.5"]
     runs = {}
     for name, method in {"beside": "fedavg", "local": "local"}.items():
@@ -318,7 +318,7 @@ def test_a_warm_start_is_everybodys(cache: Path, tmp_path: Path) -> None:
 
 
 def content(folder: Path) -> dict[str, bytes]:
-    """Everything a run computed: tensors, plans and metrics, without the clock and the folder's own name."""
+    """Returns all results of a run: tensors, plans and metrics, without times and the name of the folder."""
     files = {
         str(file.relative_to(folder)): file.read_bytes()
         for file in sorted(folder.rglob("*"))
@@ -329,7 +329,7 @@ def content(folder: Path) -> dict[str, bytes]:
 
 
 def test_devices_that_differ_come_and_go(cache: Path, tmp_path: Path) -> None:
-    """Turnout, losses and lateness are in the metrics, and time and bytes follow from the profiles."""
+    """Participation, losses and late devices are in the metrics, and time and bytes follow from the profiles."""
     file = tmp_path / "devices.toml"
     file.write_text(
         '[[device]]\nname = "fast"\ncount = 3\nbudget = 0.7\nrank = 8\n'
@@ -359,7 +359,7 @@ def test_devices_that_differ_come_and_go(cache: Path, tmp_path: Path) -> None:
     assert [record["rounds"] for record in summary["devices"]][3] == 0
 
 
-def test_a_round_to_which_nobody_comes_changes_nothing(cache: Path, tmp_path: Path) -> None:
+def test_a_round_without_devices_changes_nothing(cache: Path, tmp_path: Path) -> None:
     options = ["devices.dropout=0.999", "train.rounds=2"]
     done = tapfl("--out", str(tmp_path / "run"), "--json", cache=cache, options=options)
     assert done.exit_code == 0, done.output
@@ -370,7 +370,7 @@ def test_a_round_to_which_nobody_comes_changes_nothing(cache: Path, tmp_path: Pa
 def test_nothing_is_trained_on_the_images_that_choose_alpha(
     finished: tuple[Path, dict[str, object]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With other pixels in the held-out images the upload has the same bits, and α is another."""
+    """With other pixels in the held-out images the upload has the same bits, but α differs."""
     folder, _ = finished
     config = RunConfig.from_flat(json.loads((folder / "config.json").read_text()))
     profile = profiles_of(config.devices)[1]
@@ -400,7 +400,7 @@ def test_nothing_is_trained_on_the_images_that_choose_alpha(
     assert not same_bits(upload, of_trained) and alpha == alpha_of_trained
 
 
-def test_a_handful_of_images_is_trained_on_and_alpha_is_its_priors(finished: tuple[Path, dict[str, object]]) -> None:
+def test_with_few_images_none_is_held_out_and_alpha_is_the_prior(finished: tuple[Path, dict[str, object]]) -> None:
     folder, _ = finished
     settings = json.loads((folder / "config.json").read_text())
     config = RunConfig.from_flat(settings | {"personalize.held-out-share": 0.25})
@@ -420,7 +420,7 @@ def test_forked_workers_give_the_same_bits(
     assert content(tmp_path / "run") == content(finished[0])
 
 
-def test_a_forked_worker_that_is_killed_is_replaced_and_what_it_lost_is_sent_again(
+def test_a_killed_forked_worker_is_replaced_and_its_messages_are_sent_again(
     finished: tuple[Path, dict[str, object]], cache: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     given = dict(option.split("=", 1) for option in SMALL) | {"out": str(tmp_path / "run"), "cache": str(cache)}

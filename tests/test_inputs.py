@@ -1,4 +1,4 @@
-"""A run goes on with the images, weights and files that it began with, or is refused by the name of the option."""
+"""Resuming a run: its images, weights and files must be those with which it began; otherwise the option is named."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ CLASSES = ("cat", "dog", "owl")
 
 
 def write_images(folder: Path, seed: int, each: int = 40) -> Path:
-    """Writes files with the same names and counts under every seed, and other pixels."""
+    """Writes files with the same names and counts for every seed, but other pixels."""
     noise = np.random.default_rng(seed)
     for channel, name in enumerate(CLASSES):
         (folder / name).mkdir(parents=True)
@@ -62,7 +62,7 @@ def write_profiles(file: Path, rank: int) -> None:
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of one round, of which every input is a file or a folder."""
+    """A run with one round, in which every input is a file or a folder."""
     place = tmp_path_factory.mktemp("inputs")
     write_images(place / "images", 1)
     write_pool(place / "pool.npz", 2)
@@ -84,7 +84,7 @@ def options(place: Path) -> list[str]:
 
 @pytest.fixture
 def unchanged(place: Path, tmp_path: Path) -> Iterator[None]:
-    """Puts the inputs back after the test, with their times."""
+    """Restores the inputs after the test, with their times."""
     kept = tmp_path / "kept"
     shutil.copytree(place, kept, ignore=shutil.ignore_patterns("cache"))
     yield
@@ -131,18 +131,18 @@ OTHERS: dict[str, tuple[Callable[[Path], object], str]] = {
 
 
 def resumed(place: Path) -> tuple[int, str]:
-    """Carries out the command as `tapfl` does; returns its exit code and what it says of it."""
+    """Runs the command as `tapfl` does; returns its exit code and its message."""
     command = ["run", "--resume", str(place / "run"), "--engine", "inprocess", "--no-report", "--set", "train.rounds=2"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sys.argv", ["tapfl", *command])
-        patch.setattr("strategies.progress.SILENCE", (1e9, 1e9))  # on a busy machine checking may take 10 s
+        patch.setattr("strategies.progress.SILENCE", (1e9, 1e9))  # on a busy machine the checks may take 10 s
         done = CliRunner().invoke(Command("tapfl", callback=cli.main), [])
     return done.exit_code, done.stderr.strip()
 
 
 @pytest.mark.usefixtures("unchanged")
 @pytest.mark.parametrize("other", OTHERS)
-def test_other_inputs_are_refused_and_the_run_is_left_as_it_was(other: str, place: Path) -> None:
+def test_other_inputs_are_refused_and_the_run_is_not_changed(other: str, place: Path) -> None:
     change, named = OTHERS[other]
     change(place)
     before = {file: file.read_bytes() for file in place.rglob("*") if file.is_file()}
@@ -192,7 +192,7 @@ def _full(file: Path) -> None:
 
 
 @pytest.mark.usefixtures("unchanged")
-def test_the_same_inputs_go_on(place: Path) -> None:
+def test_a_run_with_the_same_inputs_continues(place: Path) -> None:
     assert resumed(place)[0] == 0
     assert json.loads((place / "run" / "config.json").read_text())["train.rounds"] == 2
 
@@ -205,7 +205,7 @@ def own_device(folder: Path) -> Device:
     return device_of(Context(1, 2, node, RecordDict(), {"model.args": TINY, "cache": str(folder / "cache")}))
 
 
-def test_a_device_goes_on_with_the_images_with_which_it_began(tmp_path: Path) -> None:
+def test_a_device_continues_only_with_its_own_images(tmp_path: Path) -> None:
     write_images(tmp_path / "mine", 1)
     began = own_device(tmp_path).hello(Hello(KEY))
     assert own_device(tmp_path).hello(Hello(KEY)) == began
@@ -214,17 +214,17 @@ def test_a_device_goes_on_with_the_images_with_which_it_began(tmp_path: Path) ->
         own_device(tmp_path).hello(Hello(KEY))
 
 
-def test_a_new_run_takes_the_images_that_are_there_now(tmp_path: Path) -> None:
+def test_a_new_run_uses_the_current_images(tmp_path: Path) -> None:
     write_images(tmp_path / "mine", 1)
     before = own_device(tmp_path).hello(Hello(KEY))
-    write_images(tmp_path / "mine" / "owl" / "more", 5)  # in this process the images of before are in its caches
+    write_images(tmp_path / "mine" / "owl" / "more", 5)  # in this process the previous images are in the caches
     shutil.rmtree(tmp_path / "storage")
     after = own_device(tmp_path).hello(Hello(KEY))
     assert after.train_samples > before.train_samples
     assert own_device(tmp_path).hello(Hello(KEY)) == after
 
 
-def test_a_worker_that_is_new_in_the_middle_of_a_run_does_not_take_other_images(tmp_path: Path) -> None:
+def test_a_new_worker_during_a_run_refuses_other_images(tmp_path: Path) -> None:
     write_images(tmp_path / "mine", 1)
     own_device(tmp_path).hello(Hello(KEY))
     shutil.rmtree(tmp_path / "mine")
@@ -263,7 +263,7 @@ def test_runs_share_round_zero_only_if_their_inputs_are_the_same(tmp_path: Path)
 
 
 @pytest.mark.usefixtures("unchanged")
-def test_a_sweep_does_not_hand_out_runs_of_other_images(place: Path, tmp_path: Path) -> None:
+def test_a_sweep_does_not_return_runs_with_other_images(place: Path, tmp_path: Path) -> None:
     file, out = tmp_path / "sweep.toml", tmp_path / "out"
     shared = json.loads((place / "run" / "config.json").read_text())
     file.write_text(
@@ -281,4 +281,4 @@ def test_a_sweep_does_not_hand_out_runs_of_other_images(place: Path, tmp_path: P
     with pytest.raises(DataError, match=r"data\.source = .*: the images changed since this run began"):
         again()
     shutil.rmtree(place / "images")
-    assert again() == {}  # what is gone cannot differ: the tables can still be made
+    assert again() == {}  # missing inputs are not compared, so that the tables can still be made

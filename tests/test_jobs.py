@@ -1,4 +1,4 @@
-"""Pools of workers: results, events and errors of jobs; workers that die; and that nothing outlives the command."""
+"""Pools of workers: results, events and errors of jobs; workers that die; and no process outlives the command."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_a_job_s_events_come_before_its_result(pool: ThreadPool) -> None:
     assert heard == [0, 1, 2]
 
 
-def test_what_a_job_raises_is_one_line_and_the_rest_is_in_its_log(pool: ThreadPool, tmp_path: Path) -> None:
+def test_an_exception_of_a_job_is_one_line_and_its_log_has_the_rest(pool: ThreadPool, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"budget = 1\.7"):
         pool.submit(Job(trivial_jobs.refused, (), tmp_path / "a" / "refused.log")).result(60)
     with pytest.raises(RunError, match="LookupError: not there"):
@@ -53,16 +53,14 @@ def test_what_a_job_raises_is_one_line_and_the_rest_is_in_its_log(pool: ThreadPo
     assert "Traceback" in (tmp_path / "broken.log").read_text()
 
 
-def test_a_process_carries_out_one_job_after_another_and_prints_to_its_log(
-    processes: ProcessPool, tmp_path: Path
-) -> None:
+def test_a_process_executes_one_job_after_another_and_prints_to_its_log(processes: ProcessPool, tmp_path: Path) -> None:
     first, again = (processes.submit(Job(trivial_jobs.worker)).result(60) for _ in range(2))
     assert first == again != os.getpid()
     processes.submit(Job(trivial_jobs.doubled, (1,), tmp_path / "job.log")).result(60)
     assert (tmp_path / "job.log").read_text() == "doubling 1\n"
 
 
-def test_a_worker_that_dies_is_replaced_but_not_for_ever(processes: ProcessPool, tmp_path: Path) -> None:
+def test_a_worker_that_dies_is_replaced_a_limited_number_of_times(processes: ProcessPool, tmp_path: Path) -> None:
     before = processes.submit(Job(trivial_jobs.worker)).result(60)
     assert processes.submit(Job(trivial_jobs.dying, (tmp_path / "once", 1))).result(60) == 2
     assert processes.submit(Job(trivial_jobs.worker)).result(60) != before
@@ -71,7 +69,7 @@ def test_a_worker_that_dies_is_replaced_but_not_for_ever(processes: ProcessPool,
     assert (tmp_path / "always").read_text() == "xxx"
 
 
-def test_closing_ends_what_is_at_work_and_what_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_closing_ends_running_and_waiting_jobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pool_module, "GRACE", 60.0)  # ended, not killed
     before = threading.enumerate()
     workers = ProcessPool(1)
@@ -97,9 +95,9 @@ def command(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[subproce
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_no_process_outlives_the_command(number: int, command: subprocess.Popen[str], tmp_path: Path) -> None:
-    """However it ends: neither a worker nor what a worker has started."""
+    """However it ends, neither a worker nor a process that a worker started remains."""
     until(lambda: len(list(tmp_path.glob("?"))) == 2)
-    assert len(running(command.pid)) >= 5  # the command, its two workers, their children
+    assert len(running(command.pid)) >= 5  # the command, its two workers, and their children
     if number == signal.SIGINT:
         os.killpg(command.pid, number)  # as Ctrl-C does it
     else:
@@ -115,7 +113,7 @@ def test_no_process_outlives_the_command(number: int, command: subprocess.Popen[
 # -- progress -------------------------------------------------------------------------------------------------------
 
 
-def test_a_job_reports_the_share_of_its_stage_with_what_lies_in_it() -> None:
+def test_a_job_reports_the_share_of_its_stage_including_nested_stages() -> None:
     now = 0.0
     told: list[StageProgress] = []
     with shown_on(reporting(told.append, lambda: now)), stage("rounds") as advance:
@@ -125,7 +123,7 @@ def test_a_job_reports_the_share_of_its_stage_with_what_lies_in_it() -> None:
         now += 1.0
         advance(1, 4)
         now += 0.01
-        advance(2, 4)  # too soon to be worth a report
+        advance(2, 4)  # too soon for another report
     assert [(each.share, each.text) for each in told] == [
         (0.0, "rounds"),
         (0.0, "rounds 0/4"),
@@ -136,7 +134,7 @@ def test_a_job_reports_the_share_of_its_stage_with_what_lies_in_it() -> None:
 
 
 class Simulated:
-    """A sweep on a clock of its own."""
+    """A sweep with a simulated clock."""
 
     def __init__(self, runs: int, jobs: int) -> None:
         self.now, self.shown = 0.0, list[tuple[float, float | None, str]]()
@@ -145,7 +143,7 @@ class Simulated:
         self.jobs, self.runs = jobs, runs
 
     def carry_out(self, events: Callable[[int], list[tuple[float, StageProgress]]]) -> None:
-        """Carries out runs, each a list of events with the seconds before them; the last one is its end."""
+        """Simulates runs; each is a list of events with the seconds before them, and the last event is its end."""
         waiting, flying = list(range(self.runs)), dict[int, list[tuple[float, StageProgress]]]()
         while waiting or flying:
             while waiting and len(flying) < self.jobs:
@@ -162,7 +160,7 @@ class Simulated:
 
 
 def run_of(before: float, rounds: float, count: int = 10, begun: int = 0) -> list[tuple[float, StageProgress]]:
-    """A federation's events: eight stages, its rounds, evaluation."""
+    """Returns the events of a federation: eight stages, its rounds, evaluation."""
     found = [(before * i / 8, StageProgress(f"stage {i}", 0.0, f"stage {i}")) for i in range(8)]
     for i in range(begun, count + 1):
         at = before + rounds * (i - begun) / (count - begun)

@@ -1,4 +1,4 @@
-"""The classes that a device has, known to its model: the loss by hand, even classes, and Bayes' rule."""
+"""`train.label-prior`: the loss by hand, even classes, and Bayes' rule."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def known(labels: torch.Tensor, classes: int) -> torch.Tensor:
 
 
 def test_by_hand() -> None:
-    """With six images of the first of two classes, a Dirichlet of concentration 0.01, the least, is the likeliest."""
+    """For six images of the first of two classes the most likely concentration is the smallest, 0.01."""
     prior = known(labels_of(6, 0), 2)
     torch.testing.assert_close(prior, torch.tensor([6.01 / 6.02, 0.01 / 6.02]).log())
     logits = torch.tensor([[0.0, 3.0]])
@@ -35,7 +35,7 @@ def test_by_hand() -> None:
 
 
 def test_the_concentration_is_the_likeliest() -> None:
-    """Of the sequences of labels with these counts, by Pólya's urn: each image is drawn by those before it."""
+    """Likelihood of label sequences with these counts, by Pólya's urn: each draw depends on those before it."""
 
     def urn(a: float) -> float:
         seen = torch.zeros(4, dtype=torch.float64)
@@ -52,20 +52,20 @@ def test_the_concentration_is_the_likeliest() -> None:
 
 
 @given(counts=st.lists(st.integers(0, 40), min_size=2, max_size=12))
-def test_it_is_a_distribution_in_the_order_of_the_counts(counts: list[int]) -> None:
+def test_the_prior_is_a_distribution_in_the_order_of_the_counts(counts: list[int]) -> None:
     share = known(labels_of(*counts), len(counts)).exp()
     assert float(share.sum()) == pytest.approx(1, abs=1e-5) and bool((share > 0).all())
     assert bool((share.diff() * torch.tensor(counts).diff() >= 0).all())
 
 
-def test_classes_that_are_as_even_as_chance_has_them_change_nothing() -> None:
-    """Where all classes are alike the prior is uniform, and adds the same to all logits."""
+def test_even_classes_change_nothing() -> None:
+    """If all classes are equal, the prior is uniform and adds the same to all logits."""
     torch.testing.assert_close(known(labels_of(3, 3, 4, 2, 3), 5), torch.full((5,), -math.log(5)), atol=2e-3, rtol=0)
     assert log_prior("none", labels_of(1, 9), 2) is None
 
 
-def test_with_it_one_shared_function_is_right_on_every_device() -> None:
-    """Two devices see the same classes in other shares: log p(x|y) + the device's log prior is Bayes' rule on each."""
+def test_with_the_prior_one_shared_function_is_right_on_every_device() -> None:
+    """Two devices have the same classes in different shares: log p(x|y) + the device's log prior is Bayes' rule."""
     likelihood = torch.tensor([[0.6, 0.3, 0.1], [0.2, 0.4, 0.4]])  # p(x|y) of two classes and three images
     for counts in ((900, 100), (200, 800)):
         share = torch.tensor(counts, dtype=torch.float32) / 1000
@@ -75,8 +75,8 @@ def test_with_it_one_shared_function_is_right_on_every_device() -> None:
 
 
 @pytest.mark.slow
-def test_a_shared_model_survives_disjoint_classes(cache: Path, tmp_path: Path) -> None:
-    """No class is on two of five devices, and the head is shared. The pruned models begin at 0.54."""
+def test_a_shared_model_learns_from_disjoint_classes(cache: Path, tmp_path: Path) -> None:
+    """No class is on two of the five devices, and the head is shared. The pruned models start at 0.54."""
     apart = ["devices.count=5", "data.partition=class-blocks", "data.classes-per-device=2", "data.public-share=0.4"]
     options = [*apart, "personalize.method=fedavg", "train.rounds=3", "train.epochs=2", "model.epochs=15"]
 

@@ -1,4 +1,4 @@
-"""Latency: a table by width from a few timings, and models that are timed in turns on one thread."""
+"""Latency: a table by width from a few timings, and models that take turns on one thread."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_the_median_is_of_calls_that_take_turns_on_one_thread() -> None:
     assert len(found) == 2 and all(0 <= value < 1000 for value in found)
 
 
-def test_the_threads_are_given_back_when_a_call_fails() -> None:
+def test_the_number_of_threads_is_restored_if_a_call_fails() -> None:
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
@@ -66,7 +66,7 @@ def test_every_branch_has_a_table_that_rises_with_both_sizes(family: str, famili
 
 
 def test_a_narrower_model_is_faster(deit: Tiny) -> None:
-    """What a budget on latency rests on; an FFN of 128 units on 6 tokens is small, so one far apart is taken."""
+    """Budgets on latency assume this. An FFN of 128 units on 6 tokens is small, so a much narrower one is compared."""
     wide = torch.nn.Linear(512, 512)
     narrow = torch.nn.Linear(64, 64)
     x = {512: torch.zeros(256, 512), 64: torch.zeros(256, 64)}

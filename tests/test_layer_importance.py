@@ -1,4 +1,4 @@
-"""Layer importance: what probes share, and the tokens that nobody reads, change nothing but the time."""
+"""Layer importance: sharing work between probes and skipping unread tokens changes only the time."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def backbone_of(family: str) -> Tiny:
 
 
 def plain_kl(model: torch.nn.Module, inputs: Tensor, backbone: Tiny, kept: dict[str, Tensor]) -> float:
-    """Mean KL(dense ‖ probe) from two whole passes, the probe being the masked model; float64 from the logits on."""
+    """Returns the mean KL(dense ‖ probe) from two whole passes with the masked model; float64 from the logits on."""
     dense = model(inputs).double().log_softmax(-1)
     with masked(model, backbone.layers, kept):
         probe = model(inputs).double().log_softmax(-1)
@@ -47,15 +47,15 @@ def plain_kl(model: torch.nn.Module, inputs: Tensor, backbone: Tiny, kept: dict[
 def test_equals_two_whole_passes(family: str) -> None:
     backbone = backbone_of(family)
     kept = random_kept(backbone.layers, 0.5)
-    found = layer_importance(backbone.model, backbone.layers, kept, backbone.inputs, batch=3)  # 3 and a rest of 1
+    found = layer_importance(backbone.model, backbone.layers, kept, backbone.inputs, batch=3)  # 3, and then 1
     assert list(found) == [layer.name for layer in backbone.layers]
     for layer in backbone.layers:
         expected = plain_kl(backbone.model, backbone.inputs, backbone, {layer.name: kept[layer.name]})
         assert found[layer.name] == pytest.approx(expected, rel=1e-4, abs=1e-7)
-        assert expected > 1e-4  # far enough from 0 for the comparison to mean something
+        assert expected > 1e-4  # far enough from 0 for a meaningful comparison
 
 
-def test_a_layer_that_keeps_all_has_no_divergence(vit: Tiny) -> None:
+def test_a_layer_that_keeps_all_units_has_no_divergence(vit: Tiny) -> None:
     kept = {layer.name: torch.arange(layer.units) for layer in vit.layers}
     kept["blocks.1.mlp"] = torch.arange(7)
     found = layer_importance(vit.model, vit.layers, kept, vit.inputs, batch=4)
@@ -63,7 +63,7 @@ def test_a_layer_that_keeps_all_has_no_divergence(vit: Tiny) -> None:
     assert set(found.values()) == {0.0}
 
 
-def test_the_model_is_left_as_it_was(swin: Tiny) -> None:
+def test_the_model_is_not_changed(swin: Tiny) -> None:
     state = {name: tensor.clone() for name, tensor in swin.model.state_dict().items()}
     modules = [id(module) for module in swin.model.modules()]
     layer_importance(swin.model, swin.layers, random_kept(swin.layers, 0.3), swin.inputs, batch=4)
@@ -72,7 +72,7 @@ def test_the_model_is_left_as_it_was(swin: Tiny) -> None:
     assert not swin.model.training
 
 
-def test_a_probe_that_fails_puts_the_branch_back(vit: Tiny) -> None:
+def test_a_failing_probe_restores_the_branch(vit: Tiny) -> None:
     original = vit.model.blocks[0].attn
     place = replaced(vit.model, "blocks.0.attn", torch.nn.Flatten(99))
     with pytest.raises(TypeError), place:
@@ -102,7 +102,7 @@ def test_the_head_reads_the_class_token_and_that_of_distillation() -> None:
 
 @pytest.mark.parametrize("family", ["deit", "no qkv bias"])
 @pytest.mark.parametrize("share", [1.0, 0.5])
-def test_few_queries_attend_as_all_of_them_do(family: str, share: float) -> None:
+def test_few_queries_attend_as_all_queries_do(family: str, share: float) -> None:
     backbone = backbone_of(family)
     layer = next(layer for layer in backbone.layers if layer.kind == "attention")
     kept = random_kept([layer], share)[layer.name]
@@ -134,7 +134,7 @@ def test_a_sample_diverges_as_it_does_alone(family: str) -> None:
         torch.testing.assert_close(together[:, image], alone[:, 0], rtol=1e-4, atol=1e-7)
 
 
-def test_what_passes_a_block_together_is_bounded(vit: Tiny) -> None:
+def test_the_size_of_a_joint_pass_is_bounded(vit: Tiny) -> None:
     kept = random_kept(vit.layers, 0.5)
     expected = layer_importance(vit.model, vit.layers, kept, vit.inputs, batch=4)
     sizes: list[int] = []

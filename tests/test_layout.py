@@ -1,4 +1,4 @@
-"""Where adapters lie: gather and overlap mean in literal numbers, and index maps that a pruned model confirms."""
+"""Layouts of adapters: gather and overlap mean with literal numbers, and index maps checked on a pruned model."""
 
 from __future__ import annotations
 
@@ -45,14 +45,14 @@ def at(*axes: list[int], row_scale: list[float] | None = None) -> Placement:
 
 
 def random_adapters(backbone: Tiny, rank: int, seed: int = 0) -> Params:
-    """Global adapters and heads full of noise, B included."""
+    """Random global adapters and heads, including B."""
     generator = torch.Generator().manual_seed(seed)
     shapes = global_shapes(backbone.model, backbone.layers, rank)
     return {name: 0.3 * torch.randn(shape, generator=generator) for name, shape in shapes.items()}
 
 
 def merged(model: nn.Module, params: Params, rank: int, scale: float) -> nn.Module:
-    """The dense model with the first `rank` directions of `params` added to its weights, and their heads in place."""
+    """The dense model with the first `rank` directions of `params` added to its weights, and with their heads."""
     model = copy.deepcopy(model)
     with torch.no_grad():
         for name, theta in params.items():
@@ -88,7 +88,7 @@ def test_vectors_have_one_axis() -> None:
     assert mean.tolist() == [2, 6, 0.5]
 
 
-def test_where_nobody_holds_the_previous_bits_stay() -> None:
+def test_entries_without_a_holder_keep_their_bits() -> None:
     previous = torch.randn(5, 3, generator=torch.Generator().manual_seed(0))
     assert torch.equal(scatter_mean(previous, []), previous)
     mean = scatter_mean(previous, [(torch.ones(2, 3), at([1, 4], [0, 1, 2]), 7.0)])
@@ -96,7 +96,7 @@ def test_where_nobody_holds_the_previous_bits_stay() -> None:
     assert (mean[[1, 4]] == 1).all()
 
 
-def test_row_scale_is_applied_on_the_way_down_and_taken_back_on_the_way_up() -> None:
+def test_row_scale_is_applied_on_download_and_undone_on_upload() -> None:
     theta = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
     place = at([1], [0, 1], row_scale=[0.5])
     assert gather(theta, place).tolist() == [[1.5, 2]]
@@ -104,7 +104,7 @@ def test_row_scale_is_applied_on_the_way_down_and_taken_back_on_the_way_up() -> 
     assert torch.equal(scatter_mean(torch.zeros(2, 2), [(gather(theta, place), place, 2.0)])[1], theta[1])
 
 
-def test_fedit_is_the_golden_one() -> None:
+def test_fedit_is_golden() -> None:
     case = golden("lora")
     tensor = {k: torch.tensor(case[k], dtype=torch.float64) for k in ("A", "B", "previous_A", "previous_B")}
     updates = [
@@ -148,7 +148,7 @@ def test_prefixes_are_heterofl(widths: list[int], weights: list[int], seed: int)
 
 
 def test_layout_of_a_plan_by_hand(vit: Tiny) -> None:
-    # two heads of 16 dims: dims 0 and 5 of head 0, 3 and 4 of head 1; no neuron of the FFN but 7
+    # two heads of 16 dims: dims 0 and 5 of head 0, 3 and 4 of head 1; of the FFN only neuron 7
     kept = {"blocks.0.attn": torch.tensor([0, 5, 19, 20]), "blocks.0.mlp": torch.tensor([7]), "blocks.1.mlp": NOBODY}
     shapes = global_shapes(vit.model, vit.layers, 3)
     layout = device_layout(shapes, vit.layers, plan_of(vit, kept), 2)
@@ -169,15 +169,15 @@ def test_layout_of_a_plan_by_hand(vit: Tiny) -> None:
 
 
 def test_the_share_of_the_work_that_has_adapters(vit: Tiny) -> None:
-    half = {"blocks.0.attn": torch.arange(8), "blocks.0.mlp": NOBODY}  # of 32 units; the second block is whole
+    half = {"blocks.0.attn": torch.arange(8), "blocks.0.mlp": NOBODY}  # of 32 units; the second block is complete
     attention, ffn = (layer.macs_per_unit * layer.units for layer in vit.layers[:2])
     share = adapted_share(vit.layers, plan_of(vit, half), 1)
     assert share == pytest.approx((attention + ffn) / (attention / 4 + attention + ffn))
     assert adapted_share(vit.layers, plan_of(vit, half), 0) == adapted_share(vit.layers, plan_of(vit, half), 2) == 1
 
 
-def test_what_a_placement_holds_is_more_than_its_positions() -> None:
-    """Of a small model most is the tensors themselves: 590 bytes a tensor of torch with six positions, measured."""
+def test_the_size_of_a_placement_includes_tensor_overhead() -> None:
+    """For a small model most is the tensor overhead: 590 bytes per torch tensor with six positions, measured."""
     assert 1000 < Placement((torch.arange(6), torch.arange(6))).nbytes < 2000
 
 
@@ -190,7 +190,7 @@ def test_head_of_every_family_is_in_the_layout(family: str, families: dict[str, 
 
 
 def head_gone(backbone: Tiny) -> dict[str, Tensor]:
-    """Half of the dims of every head but the first of the first attention, which goes."""
+    """Keeps half of the dims of every head, except the first head of the first attention, which is removed."""
     kept = random_kept(backbone.layers, 0.5)
     attention = next(layer for layer in backbone.layers if layer.kind == "attention")
     units = kept[attention.name]
@@ -225,7 +225,7 @@ def test_gathered_adapters_on_the_shrunk_model_equal_the_shrunk_adapted_model(
     want = shrink(merged(backbone.model, params, rank, scale), plan)(backbone.inputs)
     got = adapted(gather_all(params, layout), backbone.inputs)
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
-    assert (want - shrink(backbone.model, plan)(backbone.inputs)).abs().max() > 0.1  # the adapters must matter
+    assert (want - shrink(backbone.model, plan)(backbone.inputs)).abs().max() > 0.1  # the adapters must have an effect
 
 
 def test_devices_with_different_head_dims_agree_on_a_dense_update(vit: Tiny) -> None:
@@ -240,7 +240,7 @@ def test_devices_with_different_head_dims_agree_on_a_dense_update(vit: Tiny) -> 
     result = RULES["fedit"].aggregate(previous, updates, previous)[name]
     held = torch.cat([layout[name].index[0] for layout in layouts]).unique()
     torch.testing.assert_close(result[held], params[name][held], rtol=1e-6, atol=1e-6)
-    # the trap: rows as they are, averaged without their scale
+    # the trap: rows averaged without their scale
     both = set(layouts[0][name].index[0][:8].tolist()) & set(layouts[1][name].index[0][:24].tolist())
     row = next(iter(both))
     raw = [update.params[name][(update.layout[name].index[0] == row).nonzero().item()] for update in updates]
@@ -262,7 +262,7 @@ def test_initial_adapters(vit: Tiny) -> None:
         elif name.endswith(LORA_B):
             assert not theta.any()
     assert torch.equal(params["head.weight"], vit.model.head.weight)
-    params["head.weight"][0] = 0  # a copy, not the model's
+    params["head.weight"][0] = 0  # a copy, not the model's tensor
     assert vit.model.head.weight[0].any()
 
 
@@ -275,15 +275,15 @@ def test_pack_and_unpack_are_inverse(vit: Tiny) -> None:
     assert vector.dtype == np.float32 and vector.shape == (packed_size(layout),)
     assert list(unpack(vector, layout)) == list(layout)
     assert all(torch.equal(theta, own[name]) for name, theta in unpack(vector, layout).items())
-    precise = {name: theta.double() for name, theta in own.items()}  # as a clipped update is
+    precise = {name: theta.double() for name, theta in own.items()}  # as in a clipped update
     assert pack(precise, layout).dtype == np.float32 and np.array_equal(pack(precise, layout), vector)
     # the order is that of the layout, not of the parameters
     assert np.array_equal(pack(dict(reversed(own.items())), layout), vector)
-    vector.setflags(write=False)  # as it comes from the wire
+    vector.setflags(write=False)  # as received
     unpacked = unpack(vector, layout)
     unpacked["head.bias"].zero_()
     assert not np.shares_memory(unpacked["head.bias"].numpy(), vector)
-    assert len({theta.untyped_storage().data_ptr() for theta in unpacked.values()}) == len(unpacked)  # nor each other's
+    assert len({theta.untyped_storage().data_ptr() for theta in unpacked.values()}) == len(unpacked)  # nor each other
 
 
 @pytest.mark.parametrize("rule", RULES)

@@ -1,4 +1,4 @@
-"""TensorBoard and MLflow: they hold the numbers of metrics.jsonl, each once, and neither change nor stop a run."""
+"""TensorBoard and MLflow: they get each number of metrics.jsonl once, and can neither change nor stop a run."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def finished(cache: Path, uri: str, tmp_path_factory: pytest.TempPathFactory) ->
 
 
 def metrics(folder: Path) -> Curves:
-    """What metrics.jsonl holds, as curves by tag."""
+    """Returns the content of metrics.jsonl as curves by tag."""
     curves: Curves = {}
     for line in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines()):
         if line["kind"] == "round":
@@ -75,7 +75,7 @@ def in_mlflow(folder: Path, uri: str) -> Curves:
 
 
 def float32(curves: Curves) -> Curves:
-    """Event files hold float32."""
+    """Event files store float32."""
     return {tag: [(step, pytest.approx(value, rel=1e-6)) for step, value in curve] for tag, curve in curves.items()}
 
 
@@ -107,7 +107,7 @@ def test_loggers_do_not_change_a_bit(finished: Path, cache: Path, tmp_path: Path
     assert not (tmp_path / "untold" / "tensorboard").exists() and not (tmp_path / "untold" / "mlflow.json").exists()
 
 
-def test_nothing_that_names_a_place_is_told(finished: Path, uri: str) -> None:
+def test_options_that_name_a_place_are_not_logged(finished: Path, uri: str) -> None:
     run = MlflowClient(tracking_uri=uri).get_run(json.loads((finished / "mlflow.json").read_text())["run"])
     assert str(finished.parent) not in str(run.data)
     config = RunConfig.from_flat({"data.source": "/home/me/patients", "model.weights": "hub", "cache": "/home/me"})
@@ -138,7 +138,7 @@ def test_killed_and_resumed_has_every_point_once(
     assert content(folder) == content(finished)
 
 
-def test_a_run_may_be_told_of_when_it_goes_on_and_when_it_is_finished(cache: Path, uri: str, tmp_path: Path) -> None:
+def test_loggers_can_be_added_when_a_run_is_resumed_or_finished(cache: Path, uri: str, tmp_path: Path) -> None:
     folder = str(tmp_path / "run")
     assert tapfl("--out", folder, cache=cache, options=["train.rounds=1"]).exit_code == 0
     done = tapfl("--resume", folder, cache=cache, options=["log.tensorboard=true"])
@@ -152,7 +152,7 @@ def test_a_run_may_be_told_of_when_it_goes_on_and_when_it_is_finished(cache: Pat
     assert content(tmp_path / "run") == files
 
 
-def test_a_server_that_goes_away_is_warned_of_once_and_gets_what_it_missed(
+def test_an_unavailable_server_is_warned_of_once_and_gets_missed_points_later(
     cache: Path, uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     real, calls = loggers.Tracking.add, []
@@ -173,7 +173,7 @@ def test_a_server_that_goes_away_is_warned_of_once_and_gets_what_it_missed(
     assert in_mlflow(tmp_path / "run", uri) == metrics(tmp_path / "run")
 
 
-def test_a_batch_of_which_only_a_part_arrived_is_not_doubled(
+def test_points_of_a_partly_sent_batch_are_not_duplicated(
     finished: Path, uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(loggers, "METRICS_AT_ONCE", 40)
@@ -193,7 +193,7 @@ def test_a_batch_of_which_only_a_part_arrived_is_not_doubled(
     assert in_mlflow(tmp_path, uri) == metrics(finished)
 
 
-def test_a_run_that_was_deleted_on_the_server_is_made_anew(finished: Path, uri: str, tmp_path: Path) -> None:
+def test_a_run_deleted_on_the_server_is_created_again(finished: Path, uri: str, tmp_path: Path) -> None:
     config = RunConfig.from_flat({"log.mlflow": uri})
     for _ in range(2):
         feed = Feed("log.mlflow", lambda: loggers.Tracking(_Folder(tmp_path), config), _Folder(finished))
@@ -204,7 +204,7 @@ def test_a_run_that_was_deleted_on_the_server_is_made_anew(finished: Path, uri: 
 
 
 class _Folder:
-    """As much of a run's folder as a logger looks at."""
+    """The part of a run's folder that a logger reads."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -240,7 +240,7 @@ def test_lines_as_points() -> None:
     assert points_of(AbsenceLine(round=2, device=1, reason="late")) == []
 
 
-def test_where_metrics_go_is_no_part_of_a_run_s_identity() -> None:
+def test_loggers_are_not_part_of_a_run_s_identity() -> None:
     plain = RunConfig().flat()
     told = RunConfig.from_flat(
         {"log.tensorboard": True, "log.mlflow": "http://h:1", "log.mlflow-experiment": "x"}
@@ -261,7 +261,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_refused(
+def test_invalid_loggers_are_refused(
     case: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, cache: Path
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -279,7 +279,7 @@ def test_a_password_is_refused_and_not_shown(uri: str) -> None:
     assert "hush" not in str(refusal.value)
 
 
-def test_an_experiment_that_was_deleted_is_refused(finished: Path, uri: str) -> None:
+def test_a_deleted_experiment_is_refused(finished: Path, uri: str) -> None:
     client = MlflowClient(tracking_uri=uri)
     client.delete_experiment(client.create_experiment("gone"))
     options = RunConfig.from_flat({"log.mlflow": uri, "log.mlflow-experiment": "gone"}).log
@@ -307,9 +307,7 @@ def test_without_its_extra_a_logger_is_refused_with_what_installs_it(
     assert not list(tmp_path.iterdir())
 
 
-def test_a_plain_folder_where_mlflow_is_told_to_take_one(
-    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_mlflow_can_use_a_plain_folder(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
     uri = f"file://{tmp_path}/mlruns"
     config = RunConfig.from_flat({"log.mlflow": uri})

@@ -1,4 +1,4 @@
-"""Merged LoRA is LoRA, a model is a function of its adapters, and interpolation acts on effective weights."""
+"""Merged LoRA equals LoRA, a model is a function of its adapters, and interpolation acts on effective weights."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def leaves(seed: int, *shapes: tuple[int, ...], dtype: torch.dtype = torch.float
 
 
 def device(backbone: Tiny, share: float, rank: int) -> tuple[AdaptedModel, Layout, Params]:
-    """A pruned model, where its adapters lie, and its initial ones."""
+    """A pruned model, the layout of its adapters, and its initial adapters."""
     plan = plan_of(backbone, random_kept(backbone.layers, share))
     shapes = global_shapes(backbone.model, backbone.layers, rank)
     layout = device_layout(shapes, backbone.layers, plan, rank)
@@ -68,9 +68,9 @@ def test_gradients_are_those_of_finite_differences() -> None:
     assert torch.autograd.gradcheck(lambda x, a, b: MergedLora.apply(x, weight, offset, a, b, 0.7), (x, a, b))
 
 
-def test_the_base_is_frozen_whatever_it_asks_for() -> None:
+def test_the_base_is_always_frozen() -> None:
     x, a, b = leaves(0, (2, 4), (2, 4), (3, 2))
-    weight = leaves(1, (3, 4))[0]  # asks for a gradient, but the base is frozen
+    weight = leaves(1, (3, 4))[0]  # requires a gradient, but the base is frozen
     output = MergedLora.apply(x.detach(), weight, None, a.detach(), b, 1.0)
     assert torch.autograd.grad(output.sum(), weight, allow_unused=True, retain_graph=True) == (None,)
     (gradient,) = torch.autograd.grad(output.sum(), b)
@@ -97,10 +97,10 @@ def test_parameters_of_a_call_do_not_leak_into_the_next(vit: Tiny) -> None:
     without = {name: theta for name, theta in other.items() if name != "blocks.1.mlp.fc1.lora_B"}
     with pytest.raises(KeyError, match=r"blocks\.1\.mlp\.fc1\.lora_B"):
         adapted(without, vit.inputs)
-    assert torch.equal(adapted(other, vit.inputs), second)  # and a call that failed leaves nothing behind
+    assert torch.equal(adapted(other, vit.inputs), second)  # and a failed call leaves nothing behind
 
 
-def test_the_model_that_was_given_stays_as_it_is(vit: Tiny) -> None:
+def test_the_given_model_is_not_changed(vit: Tiny) -> None:
     small = shrink(vit.model, plan_of(vit, random_kept(vit.layers, 0.5)))
     shapes = global_shapes(vit.model, vit.layers, 2)
     layout = device_layout(shapes, vit.layers, plan_of(vit, random_kept(vit.layers, 0.5)), 2)
@@ -130,13 +130,13 @@ def test_layers_in_the_order_of_the_layout(vit: Tiny) -> None:
 
 
 def pair(seed: int) -> tuple[Params, Params]:
-    """Two adapters, of ranks 2 and 3 for one linear, and a head."""
+    """Two adapters of ranks 2 and 3 for one linear layer, and a head."""
     va, vb, wa, wb, vh, wh = (t.detach() for t in leaves(seed, (2, 4), (3, 2), (3, 4), (3, 3), (5,), (5,)))
     return {A: va, B: vb, "head.bias": vh}, {A: wa, B: wb, "head.bias": wh}
 
 
 @given(alpha=st.floats(0, 1), seed=st.integers(0, 999))
-def test_interpolation_is_one_of_effective_weights(alpha: float, seed: int) -> None:
+def test_interpolation_is_of_effective_weights(alpha: float, seed: int) -> None:
     v, w = pair(seed)
     between = interpolate(v, w, alpha)
     assert between[A].shape == (5, 4) and between[B].shape == (3, 5)
@@ -208,13 +208,13 @@ PIT = BackboneSpec(
 
 
 def later(params: Params, backbone: Tiny) -> Params:
-    """What lies in the second half of the layers, and the head."""
+    """The adapters in the second half of the layers, and the head."""
     first = {layer.name for layer in backbone.layers[: len(backbone.layers) // 2]}
     return {name: theta for name, theta in params.items() if name.rsplit(".", 2)[0] not in first}
 
 
 def only(backbone: Tiny, layout: Layout, reduced: torch.dtype | None = None) -> AdaptedModel:
-    """The model of `device` with adapters where `layout` says."""
+    """The model of `device` with adapters as in `layout`."""
     return AdaptedModel(
         shrink(backbone.model, plan_of(backbone, random_kept(backbone.layers, 0.5))), layout, 2.0, reduced
     )
@@ -245,7 +245,7 @@ def test_a_pair_in_one_pass_is_w_and_the_mixture_in_two(family: str, per: str, f
         assert (mine - theirs).norm() <= 10 * tolerance * theirs.norm() + 1e-6
 
 
-def test_what_lies_before_the_first_adapter_is_passed_once(vit: Tiny) -> None:
+def test_the_part_before_the_first_adapter_is_computed_once(vit: Tiny) -> None:
     _, layout, params = device(vit, 0.5, 2)
     params, seen = later(params, vit), []
     model = only(vit, {name: layout[name] for name in params})

@@ -1,4 +1,4 @@
-"""The documentation site: its tables say what the code says, its links hold, and it needs no network."""
+"""The documentation site: its tables match the code, its links are valid, and it needs no network."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_an_unknown_table_or_command_stops_the_build() -> None:
         )
 
 
-def test_links_to_files_of_the_repository_are_followed_and_no_others(tmp_path: Path) -> None:
+def test_only_links_to_files_of_the_repository_are_followed(tmp_path: Path) -> None:
     docs = ROOT / "docs"
     others = "[b](../tapfl/nowhere.py) [c](privacy.md) [d](../docs/privacy.md) [e](../../x) [f](../tapfl)"
     text = f"[a](../tapfl/seeds.py) {others}"
@@ -84,7 +84,7 @@ def test_the_site_is_built_strictly_and_fetches_nothing(tmp_path: Path) -> None:
         fetched = re.findall(r"<(?:script|img|iframe)[^>]*\ssrc=\"?(https?:[^\s\">]+)", text)
         fetched += re.findall(r"<link[^>]*\shref=\"?(https?:[^\s\">]+)", text)
         assert not fetched, f"{page.name}: {fetched}"
-        if "source" not in page.relative_to(tmp_path / "site").parts:  # a file's own text may name them
+        if "source" not in page.relative_to(tmp_path / "site").parts:  # the text of a source file may contain them
             assert "<!-- table:" not in text and "mkdocs-click" not in text
     assert "numpy_generator" in (tmp_path / "site" / "source" / "tapfl" / "seeds.py.html").read_text()
     for style in (tmp_path / "site" / "assets").rglob("*.css"):

@@ -1,4 +1,4 @@
-"""No component of a mixture that leaves a device is the descriptor of one image, whatever the device holds."""
+"""No component of a mixture that leaves a device is the descriptor of a single image."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ DEVICES, LEAST = 10, SummaryOptions().min_support
 
 @pytest.fixture(scope="module")
 def scenario(tmp_path_factory: pytest.TempPathFactory) -> Scenario:
-    """The digits federation with its defaults, but for a backbone that is trained for less long."""
+    """The digits federation with defaults, except that the backbone is trained for fewer epochs."""
     cache = str(tmp_path_factory.mktemp("cache"))
     return Scenario.of(RunConfig.from_flat({"devices.count": DEVICES, "model.epochs": 5, "cache": cache}))
 
@@ -35,7 +35,7 @@ def describe(scenario: Scenario, images: np.ndarray) -> np.ndarray:
 
 
 def unprotected(points: np.ndarray) -> GaussianSummary:
-    """scikit-learn's mixture of lowest BIC over K = 2..10, as published, with the regularisation of ours."""
+    """scikit-learn's mixture with the lowest BIC over K = 2..10, as published, with our regularisation."""
     reg = REG_COVAR * float(points.var(axis=0).mean())
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
@@ -48,7 +48,7 @@ def unprotected(points: np.ndarray) -> GaussianSummary:
 
 
 def nearest(mixture: GaussianSummary, points: np.ndarray) -> float:
-    """Distance of a component's mean to the nearest descriptor, over how far descriptors lie from their nearest."""
+    """Distance of a component's mean to the nearest descriptor, relative to the descriptors' nearest distances."""
     different = distinct(points)
     apart = np.linalg.norm(different[:, None] - different, axis=2)
     np.fill_diagonal(apart, np.inf)
@@ -64,7 +64,7 @@ def assert_hides_every_image(mixture: GaussianSummary, points: np.ndarray) -> No
     assert np.bincount(r.argmax(axis=1), minlength=len(mixture.weights)).min() >= LEAST
     assert (r / r.sum(axis=0)).max() <= 1 / LEAST * 1.01
     assert nearest(mixture, points) > 0.1
-    # as wide as its own images lie apart: no variance that has collapsed onto one of them
+    # as wide as the distances of its images: no variance has collapsed onto one of them
     assert mixture.covariances.sum(axis=1).min() > 0.05 * different.var(axis=0).sum() * LEAST / len(different)
 
 
@@ -75,26 +75,26 @@ def test_no_component_of_a_digits_device_is_an_image(scenario: Scenario, device:
 
 
 def with_outlier(scenario: Scenario) -> np.ndarray:
-    """A device's descriptors, and that of one image far from all others."""
+    """A device's descriptors, and the descriptor of an image far from all others."""
     points = describe(scenario, own_images(scenario, 0))
     return np.concatenate([points, 10 * describe(scenario, 255 - own_images(scenario, 0)[:1])])
 
 
 def with_copies(scenario: Scenario) -> np.ndarray:
-    """A device that holds one of its images twenty times."""
+    """A device that has one of its images twenty times."""
     images = own_images(scenario, 0)
     return describe(scenario, np.concatenate([images, np.repeat(images[:1], 20, axis=0)]))
 
 
 def with_six(scenario: Scenario) -> np.ndarray:
-    """A device that holds six images in all, one of them of another class than the rest."""
+    """A device with six images, one of which has another class than the rest."""
     labels = scenario.private.labels[scenario.splits[0].train]
     chosen = np.concatenate([np.flatnonzero(labels == labels[0])[:5], np.flatnonzero(labels != labels[0])[:1]])
     return describe(scenario, own_images(scenario, 0)[chosen])
 
 
 @pytest.mark.parametrize("adversary", [with_outlier, with_copies, with_six])
-def test_scikit_learn_gives_an_image_away_and_ours_does_not(
+def test_scikit_learn_reveals_an_image_and_ours_does_not(
     scenario: Scenario, adversary: Callable[[Scenario], np.ndarray]
 ) -> None:
     points = adversary(scenario)
@@ -109,7 +109,7 @@ def test_a_device_with_copies_of_few_images_is_refused(scenario: Scenario) -> No
 
 
 def test_copies_change_nothing(scenario: Scenario) -> None:
-    """An image counts once, in whichever batch its copies are described; n is what is left of them."""
+    """An image counts once, in whatever batches its copies are; n is the number of distinct images."""
     points = describe(scenario, own_images(scenario, 0))
     found, expected = fit_mixture(with_copies(scenario)), fit_mixture(points)
     assert found.n == expected.n == len(points)

@@ -1,11 +1,11 @@
-"""What a memo holds, and what it lets go of."""
+"""`Memo`: which results it keeps, and which it drops."""
 
 from __future__ import annotations
 
 from tapfl.memo import Memo
 
 
-def test_what_was_not_used_for_longest_goes_first() -> None:
+def test_the_least_recently_used_result_is_dropped_first() -> None:
     made: list[str] = []
     memo = Memo(2)
     for key in ("a", "b", "a", "c", "a", "b"):
@@ -13,7 +13,7 @@ def test_what_was_not_used_for_longest_goes_first() -> None:
     assert made == ["a", "b", "c", "b"]
 
 
-def test_results_are_held_by_their_size() -> None:
+def test_results_are_limited_by_their_size() -> None:
     made: list[int] = []
     memo = Memo(10, lambda result: result)
     for size in (4, 6, 4, 3, 6, 12, 12, 3):

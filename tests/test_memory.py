@@ -1,4 +1,4 @@
-"""Images that stay where they are: views, decoded pictures that are kept in part, and sources larger than memory."""
+"""Images that are read on demand: views, partial caches of decoded images, and sources larger than memory."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ BYTES = 6 * 6 * 3
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Thirty pictures of noise in two classes."""
+    """Thirty images of noise in two classes."""
     noise = np.random.default_rng(0)
     for number in range(30):
         place = tmp_path / "images" / ("ant" if number < 10 else "bee")
@@ -77,7 +77,7 @@ def test_images_of_a_folder_are_named_without_being_read(folder: Path, monkeypat
 
 
 @pytest.mark.parametrize("cache_gb", [0.0, 1e-6, 2e-6, 30 * BYTES / 1e9])
-def test_the_same_bits_whatever_is_kept(cache_gb: float, folder: Path) -> None:
+def test_results_have_the_same_bits_for_any_cache_size(cache_gb: float, folder: Path) -> None:
     whole = load_images(str(folder), SIX, folder.parent / "whole").read()
     images = load_images(str(folder), SIX, folder.parent / "cache", cache_gb=cache_gb)
     order = np.random.default_rng(0).permutation(30)
@@ -100,20 +100,20 @@ def counted(folder: Path, limit: float, count: int = 30) -> tuple[ImageSet, list
     return ImageSet(images, np.zeros(count, int), ("a",)), asked
 
 
-def test_what_has_a_place_is_decoded_once(tmp_path: Path) -> None:
+def test_an_image_with_a_place_in_the_cache_is_decoded_once(tmp_path: Path) -> None:
     images, asked = counted(tmp_path, 10 * (BYTES + 4))
     asked.clear()
     images.read()
     assert sorted(asked) == list(range(30))
     asked.clear()
     assert images.read()[:, 0, 0, 0].tolist() == list(range(100, 130))
-    assert asked == [i for i in range(30) if i % 3]  # every third has a place
+    assert asked == [i for i in range(30) if i % 3]  # every third has a place in the cache
     elsewhere, asked = counted(tmp_path, 10 * (BYTES + 4))  # another process
     elsewhere.read()
     assert asked == [i for i in range(30) if i % 3]
 
 
-def test_a_place_that_was_written_by_half_is_decoded_again(tmp_path: Path) -> None:
+def test_a_partly_written_place_is_decoded_again(tmp_path: Path) -> None:
     images, asked = counted(tmp_path, 10 * (BYTES + 4))
     images.read()
     (file,) = tmp_path.iterdir()
@@ -126,14 +126,14 @@ def test_a_place_that_was_written_by_half_is_decoded_again(tmp_path: Path) -> No
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
-def test_a_cache_that_may_only_be_read_costs_time_alone(tmp_path: Path) -> None:
+def test_a_read_only_cache_only_costs_time(tmp_path: Path) -> None:
     images, _ = counted(tmp_path, 10 * (BYTES + 4))
     (file,) = tmp_path.iterdir()
     file.chmod(0o444)
     assert images.read()[:, 0, 0, 0].tolist() == list(range(100, 130))
 
 
-def test_of_a_source_beyond_the_limit_a_sample_is_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_of_a_large_source_only_a_sample_is_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decoded, "SAMPLE", 7)
     _, asked = counted(tmp_path, 0, count=1000)
     assert len(asked) == 7 and asked[0] == 0 and asked[-1] == 999
@@ -143,7 +143,7 @@ def test_of_a_source_beyond_the_limit_a_sample_is_looked_at(tmp_path: Path, monk
     assert not list(tmp_path.glob("dark*"))
 
 
-def test_a_damaged_picture_beyond_the_limit_is_named(folder: Path) -> None:
+def test_a_damaged_image_of_a_large_source_is_named(folder: Path) -> None:
     (folder / "bee" / "17.png").write_bytes(b"not a picture")
     with pytest.raises(DataError, match=r"17\.png': cannot be decoded"):
         load_images(str(folder), SIX, folder.parent / "cache", cache_gb=0.0)
@@ -165,7 +165,7 @@ def test_batches_come_in_order_with_any_number_of_threads(threads: str, monkeypa
     assert (threading.main_thread().name in readers) == (threads == "1")
 
 
-def test_what_a_reader_raises_reaches_the_caller(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_exception_of_a_reader_reaches_the_caller(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
 
     def read(batch: np.ndarray) -> np.ndarray:
@@ -180,16 +180,16 @@ def test_what_a_reader_raises_reaches_the_caller(monkeypatch: pytest.MonkeyPatch
 # ---------------------------------------------------------------- listings and partitions
 
 
-def test_paths_of_any_bytes_come_back() -> None:
+def test_paths_with_any_bytes_round_trip() -> None:
     names = ["ant/1.png", "ant/ü.png", os.fsdecode(b"bee/\xff.png"), "bee/a\nb.png"]
     packed = Names(names)
     assert [packed[i] for i in range(4)] == list(packed) == names and len(packed) == 4
     assert len(Names([])) == 0
 
 
-def test_a_large_folder_is_listed_once_in_a_while(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_large_folder_is_listed_rarely(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = list_images(folder)
-    assert list_images(folder) is not first  # a small one: each time
+    assert list_images(folder) is not first  # a small one is listed each time
     monkeypatch.setattr(folders, "MANY", 29)
     large = list_images(folder)
     assert list_images(folder) is large and list_images(folder.parent / "images") is large
@@ -221,9 +221,7 @@ def test_a_partition_is_computed_once_and_read_by_others(tmp_path: Path, monkeyp
 # ---------------------------------------------------------------- the pool
 
 
-def test_of_a_large_pool_a_sample_is_fitted_and_all_images_are_placed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_mixture_of_a_large_pool_is_fitted_to_a_sample(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     noise = np.random.default_rng(0)
     features = noise.normal(size=(500, 12)).astype(np.float32)
     images = ImageSet.of(np.zeros((500, 1, 1, 1), np.uint8), np.zeros(500, int), "a")

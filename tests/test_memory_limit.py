@@ -1,4 +1,4 @@
-"""A run whose images are more than the memory it may have."""
+"""A run with more images than its memory limit can hold."""
 
 from __future__ import annotations
 
@@ -62,11 +62,11 @@ def write_images(folder: Path, count: int) -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux")
-def test_a_source_larger_than_the_memory_that_is_allowed_is_run_on(tmp_path: Path) -> None:
+def test_a_run_works_with_a_source_larger_than_the_memory_limit(tmp_path: Path) -> None:
     write_images(tmp_path / "few", 240)
     write_images(tmp_path / "many", COUNT)
     arguments = [str(tmp_path), str(COUNT * PIXELS**2 * 3), str(ALLOWED), *OPTIONS]
-    # the limit is on addresses: what is freed has to leave them, and not to stay in the holes of a heap
+    # the limit is on address space, so freed memory must be returned and not remain in holes of the heap
     allocator = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
     one = {**os.environ, **allocator, "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "-c", SCRIPT, *arguments], env=one, capture_output=True, text=True)

@@ -1,4 +1,4 @@
-"""Token merging: what it computes, what it costs, and that a model that merges is saved, sent, exported and trained."""
+"""Token merging: its result, its cost, and models with merging that are saved, sent, exported and trained."""
 
 import copy
 
@@ -67,7 +67,7 @@ def images(count: int, seed: int = 0) -> Tensor:
 # ---------------------------------------------------------------- what is computed
 
 
-def test_nothing_merged_is_the_model_to_the_bit(model: nn.Module) -> None:
+def test_without_merges_the_model_has_the_same_bits(model: nn.Module) -> None:
     same = merging(copy.deepcopy(model), (0,) * 4)
     assert not any(isinstance(module, MergingBlock) for module in same.modules())
     assert torch.equal(same(images(3)), model(images(3)))
@@ -82,10 +82,10 @@ def test_tokens_that_the_head_does_not_read_are_dropped_and_nothing_changes(vit:
 @settings(max_examples=25, deadline=None)
 @given(data=st.data(), kind=st.sampled_from(sorted(KINDS)), seed=st.integers(0, 2**16))
 def test_merging_equal_tokens_changes_nothing(data: st.DataObject, kind: str, seed: int) -> None:
-    """Every patch is there twice, without a position; a merge of each pair is exact, by the sizes in attention."""
+    """Every patch exists twice, without positions; merging each pair is exact because attention uses the sizes."""
     model = build(spec_of(kind, pos_embed="none"), seed=seed).requires_grad_(False)
     drawn = torch.randn(2, 3, 8, 8, 8, generator=torch.Generator().manual_seed(seed))
-    patches = drawn.repeat_interleave(2, dim=2)  # of neighbours, so that one is in A and its twin in B
+    patches = drawn.repeat_interleave(2, dim=2)  # neighbours, so that one is in A and its twin in B
     x = patches.view(2, 3, 4, 4, 8, 8).permute(0, 1, 2, 4, 3, 5).reshape(2, 3, 32, 32)
     first = data.draw(st.integers(0, 8))
     merges = (first, 0, 0, 0) if data.draw(st.booleans()) else (0, first, 0, 0)
@@ -116,7 +116,7 @@ def test_a_merge_counts_every_token_once(free: int, protected: int, data: st.Dat
     torch.testing.assert_close(group_means(x, after.source, after.x.shape[1]), after.x, atol=1e-5, rtol=1e-5)
 
 
-def test_sizes_and_sources_go_on_through_two_merges() -> None:
+def test_sizes_and_sources_are_tracked_through_two_merges() -> None:
     x = torch.randn(2, 9, 4, generator=torch.Generator().manual_seed(0))
     once = Merge(3, 1, drop=False)(Merged.of(x), x)
     twice = Merge(2, 1, drop=False)(once, once.x)
@@ -129,9 +129,9 @@ def test_the_most_alike_merge_and_ties_go_to_the_first() -> None:
     keys = torch.stack([e[0], e[1], e[0] + 0.1 * e[1], e[0], e[2], e[3], e[2], e[3]])[None]  # A: 0 2 4 6, B: 1 3 5 7
     x = torch.arange(8.0).view(1, 8, 1)
     after = Merge(1, 0, drop=False)(Merged.of(x), keys)
-    assert after.x.flatten().tolist() == [2, 4, 6, 1, 1.5, 5, 7]  # of A then of B; 0 went into 3, its equal
+    assert after.x.flatten().tolist() == [2, 4, 6, 1, 1.5, 5, 7]  # first A, then B; 0 was merged into 3, its twin
     equal = Merge(2, 0, drop=False)(Merged.of(x), torch.ones(1, 8, 3))
-    assert equal.x.flatten().tolist() == [4, 6, pytest.approx(1.0), 3, 5, 7]  # 0 and 2 of A, into 1 of B
+    assert equal.x.flatten().tolist() == [4, 6, pytest.approx(1.0), 3, 5, 7]  # 0 and 2 of A were merged into 1 of B
     assert equal.source.tolist() == [[2, 2, 2, 3, 0, 4, 1, 5]]
 
 
@@ -144,7 +144,7 @@ def test_a_token_of_several_counts_as_often_in_attention(vit: nn.Module) -> None
     torch.testing.assert_close(found.x, vit.blocks[0](twice)[:, :5], atol=1e-5, rtol=1e-5)
 
 
-def test_a_cut_branch_that_is_called_beside_has_no_say(vit: nn.Module) -> None:
+def test_a_pruned_branch_called_separately_has_no_effect(vit: nn.Module) -> None:
     model = merging(copy.deepcopy(vit), (4, 3, 0, 0))
     want, layer, attention = model(images(2)), prunable_layers(vit)[0], model.blocks[0].attn
     cut_one = layer.shrink(attention, torch.cat([torch.arange(4), torch.arange(16, 20)]))
@@ -213,7 +213,7 @@ def test_budget_and_compensation_know_the_tokens(model: nn.Module, compensation:
     assert selection.tokens and widths > sum(len(kept) for kept in alone.kept.values())
 
 
-def test_compensation_brings_the_merged_model_nearer(vit: nn.Module) -> None:
+def test_compensation_brings_the_merged_model_closer(vit: nn.Module) -> None:
     x, off = images(64, 9), {}
     for how in ("none", "sequential"):
         task = task_of(vit, compensation=how)
@@ -221,7 +221,7 @@ def test_compensation_brings_the_merged_model_nearer(vit: nn.Module) -> None:
     assert off["sequential"] < 0.7 * off["none"]
 
 
-def test_auto_takes_what_costs_least_on_the_metric_set(vit: nn.Module) -> None:
+def test_auto_takes_the_schedule_with_the_least_loss_on_the_metric_set(vit: nn.Module) -> None:
     how = {"budget": "block-macs<=0.6", "ratio": "uniform"}
     chosen, again = (select(task_of(vit, **how, tokens="auto")) for _ in range(2))
     assert chosen.tokens in [schedule_of(Tokens.of(vit), share) for share in SHARES]
@@ -239,12 +239,12 @@ def test_auto_measures_layer_importance_once(vit: nn.Module, monkeypatch: pytest
     assert len(calls) == 1 and len(chosen.importance) == 8
 
 
-def test_tokens_alone_may_meet_a_budget(vit: nn.Module) -> None:
+def test_merging_alone_may_meet_a_budget(vit: nn.Module) -> None:
     selection = select(task_of(vit, "block-macs<=0.9", token_share=0.5))
     assert all(len(selection.kept[layer.name]) == layer.units for layer in prunable_layers(vit))
 
 
-def test_a_budget_that_is_met_in_no_way_is_refused(vit: nn.Module) -> None:
+def test_a_budget_that_cannot_be_met_is_refused(vit: nn.Module) -> None:
     for tokens in ("merge", "auto"):
         with pytest.raises(BudgetError, match="cannot be met"):
             select(task_of(vit, "macs<=0.01", tokens=tokens))
@@ -271,7 +271,7 @@ def pruned(vit: nn.Module):
     return found
 
 
-def test_a_model_is_what_its_plan_and_weights_say(pruned, tmp_path) -> None:
+def test_a_model_is_determined_by_its_plan_and_weights(pruned, tmp_path) -> None:
     assert pruned.plan.tokens and pruned.plan.provenance["tokens"] == "merge"
     save_pruned(pruned.model, pruned.plan, tmp_path / "phone")
     x = images(3)
@@ -292,7 +292,7 @@ def test_a_schedule_that_does_not_fit_is_refused(pruned, vit: nn.Module, tokens:
 
 
 @pytest.mark.parametrize("tokens", [[-1, 0, 0, 0], [2**16 + 1], ["a"], [0.5], [0] * (2**16 + 1), 3, None])
-def test_a_hostile_schedule_is_no_plan(pruned, tokens: object) -> None:
+def test_a_hostile_schedule_is_refused(pruned, tokens: object) -> None:
     import json
 
     content = json.dumps(pruned.plan.content() | {"tokens": tokens})
@@ -307,13 +307,13 @@ def test_a_schedule_of_another_family_is_refused() -> None:
 
 
 @pytest.mark.parametrize("format", FORMATS)
-def test_every_format_holds_it(pruned, tmp_path, format: str) -> None:
+def test_every_export_format_supports_merging(pruned, tmp_path, format: str) -> None:
     pytest.importorskip("onnxruntime")
     written = export(pruned.model, pruned.plan, tmp_path / "small", format)
     assert written.top1_equal and written.batches_checked == (1, 3)
 
 
-def test_adapters_train_through_it(pruned) -> None:
+def test_adapters_train_with_merging(pruned) -> None:
     names = [f"blocks.{i}.{part}" for i in range(4) for part in ("attn.qkv", "mlp.fc2")]
     shapes = {name: pruned.model.get_submodule(name).weight.shape for name in names}
     generator, params = torch.Generator().manual_seed(0), {}

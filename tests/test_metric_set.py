@@ -1,4 +1,4 @@
-"""The metric set: every rule gives different positions, and the ratio of densities finds the device's task."""
+"""Metric sets: every rule gives distinct positions, and the density ratio finds the device's images."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ D, CLUSTERS = 4, 8
 
 
 def pool_points(seed: int = 0, each: int = 40) -> tuple[np.ndarray, np.ndarray]:
-    """Descriptors of a pool of eight clusters that overlap a little, and the cluster of each."""
+    """Descriptors of a pool with eight slightly overlapping clusters, and the cluster of each."""
     generator = np.random.default_rng(seed)
     centres = 4 * generator.standard_normal((CLUSTERS, D))
     labels = np.repeat(np.arange(CLUSTERS), each)
@@ -31,7 +31,7 @@ def pick(rule: str, size: int, device: GaussianSummary, pool: GaussianSummary, p
 
 @pytest.fixture(scope="module")
 def scene() -> tuple[GaussianSummary, GaussianSummary, np.ndarray, np.ndarray]:
-    """A device that has clusters 1 and 5 (other samples than the pool's), the pool's mixture, points and clusters."""
+    """A device with clusters 1 and 5 (other samples than the pool's), and the pool's mixture, points and clusters."""
     points, labels = pool_points()
     own = np.random.default_rng(1)
     centres = 4 * np.random.default_rng(0).standard_normal((CLUSTERS, D))
@@ -47,7 +47,7 @@ def scene() -> tuple[GaussianSummary, GaussianSummary, np.ndarray, np.ndarray]:
     spread=st.sampled_from([1.0, 1e4]),
     seed=st.integers(0, 1000),
 )
-def test_every_rule_gives_that_many_different_positions(
+def test_every_rule_gives_the_requested_number_of_distinct_positions(
     rule: str, quarters: int, k: int, spread: float, seed: int
 ) -> None:
     generator = np.random.default_rng(seed)
@@ -68,7 +68,7 @@ def test_a_rule_is_a_function_of_its_generator(rule: str, scene: tuple) -> None:
     np.testing.assert_array_equal(pick(rule, 64, device, pool, points), pick(rule, 64, device, pool, points))
 
 
-def test_random_depends_on_the_seed_and_on_nothing_else(scene: tuple) -> None:
+def test_random_depends_only_on_the_seed(scene: tuple) -> None:
     device, pool, points, _ = scene
     first = pick("random", 64, device, pool, points, seed=0)
     assert (first != pick("random", 64, device, pool, points, seed=1)).any()
@@ -76,7 +76,7 @@ def test_random_depends_on_the_seed_and_on_nothing_else(scene: tuple) -> None:
 
 
 def test_the_heaviest_component_chooses_first() -> None:
-    """At 0 and 1, of weights 1 : 3, and a quota of 1 and 3 of points: those nearest to 1 go first, the rest to 0."""
+    """Components at 0 and 1 with weights 1 : 3, so quotas of 1 and 3 points; component 1 picks first."""
     device = GaussianSummary(np.array([0.25, 0.75]), np.array([[0.0], [1.0]]), np.ones((2, 1)), 40)
     points = np.array([[2.2], [1.0], [0.9], [-3.0]])
     assert pick("component-quota", 4, device, device, points).tolist() == [1, 2, 0, 3]
@@ -97,14 +97,14 @@ def test_density_ratio_is_the_largest_ratio(scene: tuple) -> None:
 
 
 def test_quota_gives_each_component_its_share() -> None:
-    """Three components far apart, weights .62/.25/.13: of 20 samples 12.4, 5 and 2.6 are due, so 12, 5 and 3."""
+    """Three distant components with weights .62/.25/.13: of 20 samples 12.4, 5 and 2.6, rounded to 12, 5 and 3."""
     centres = np.array([[0.0, 0], [100, 0], [0, 100]])
     device = GaussianSummary(np.array([0.62, 0.25, 0.13]), centres, np.ones((3, 2)), 100)
     labels = np.repeat(np.arange(3), 30)
     points = centres[labels] + np.random.default_rng(0).standard_normal((90, 2))
     chosen = pick("component-quota", 20, device, device, points)
     assert np.bincount(labels[chosen], minlength=3).tolist() == [12, 5, 3]
-    for k, count in enumerate((12, 5, 3)):  # and within a component the likeliest
+    for k, count in enumerate((12, 5, 3)):  # and the likeliest within a component
         members = np.flatnonzero(labels == k)
         best = members[np.argsort(((points[members] - centres[k]) ** 2).sum(1))[:count]]
         assert set(chosen[labels[chosen] == k]) == set(best)

@@ -1,4 +1,4 @@
-"""Mixtures: golden likelihoods, the limit on support that protects single images, and what a server refuses."""
+"""Mixtures: golden likelihoods, the support limit that protects single images, and what a server refuses."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def random_mixture(seed: int, k: int, d: int, full: bool, n: int = 100) -> Gauss
 
 
 def moments(mixture: GaussianSummary) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and covariance of the whole mixture (its diagonal, if the covariances are diagonal)."""
+    """Returns mean and covariance of the whole mixture (only the diagonal, if the covariances are diagonal)."""
     mean = mixture.weights @ mixture.means
     second = np.einsum("k,ki,kj->ij", mixture.weights, mixture.means, mixture.means)
     if mixture.covariances.ndim == 2:
@@ -34,7 +34,7 @@ def moments(mixture: GaussianSummary) -> tuple[np.ndarray, np.ndarray]:
     return mean, np.tensordot(mixture.weights, mixture.covariances, 1) + second - np.outer(mean, mean)
 
 
-def test_log_likelihood_is_the_golden_one() -> None:
+def test_log_likelihood_is_golden() -> None:
     case = {name: np.array(values) for name, values in golden("mixture").items()}
     mixture = GaussianSummary(case["weights"], case["means"], case["diag_covariances"], 100)
     np.testing.assert_allclose(mixture.log_likelihood(case["points"]), case["log_likelihood"], rtol=1e-10)
@@ -71,7 +71,7 @@ def test_far_points_have_a_finite_likelihood() -> None:
     n=st.integers(5, 60),
     min_support=st.floats(2, 20),
 )
-def test_limited_support_leaves_moments_and_no_weak_component(
+def test_limited_support_keeps_moments_and_leaves_no_weak_component(
     seed: int, k: int, d: int, full: bool, n: int, min_support: float
 ) -> None:
     before = random_mixture(seed, k, d, full, n)
@@ -84,8 +84,8 @@ def test_limited_support_leaves_moments_and_no_weak_component(
         after.check(d, min_support)
 
 
-def test_the_weakest_component_goes_into_its_nearest_one() -> None:
-    """Of 100 samples: 60 at 0, 30 at 10, 4 at 11, 6 at 3; 4 are too few and go to the 30, then all are enough."""
+def test_the_weakest_component_is_merged_into_the_nearest_one() -> None:
+    """100 samples: 60 at 0, 30 at 10, 4 at 11, 6 at 3. The 4 are too few and are merged with the 30."""
     before = GaussianSummary(np.array([0.6, 0.3, 0.04, 0.06]), np.array([[0.0], [10], [11], [3]]), np.ones((4, 1)), 100)
     after = limit_support(before, 5)
     order = after.means[:, 0].argsort()
@@ -94,7 +94,7 @@ def test_the_weakest_component_goes_into_its_nearest_one() -> None:
     np.testing.assert_allclose(after.covariances[order, 0], [1, 1, 1 + 30 * 4 / 34**2])
 
 
-def test_supported_components_are_left_alone() -> None:
+def test_supported_components_are_not_changed() -> None:
     before = replace(random_mixture(1, 3, 2, full=True), weights=np.array([0.5, 0.3, 0.2]))
     after = limit_support(before, 20)
     np.testing.assert_array_equal(after.means, before.means)
@@ -124,8 +124,8 @@ def test_there_are_no_more_components_than_asked_for(most: int) -> None:
 
 
 @pytest.mark.parametrize("alone", [1, 2, 4])
-def test_a_sample_alone_is_never_a_component(alone: int) -> None:
-    """One image far from all others gets a component of its own by BIC; its mean would be the image's descriptor."""
+def test_a_single_sample_is_never_a_component(alone: int) -> None:
+    """By BIC, an image far from all others would get its own component, whose mean would be the image's descriptor."""
     points = clusters([50, alone])
     mixture = fit_mixture(points, SummaryOptions(max_components=4), seed=0)
     assert (mixture.weights * mixture.n).min() >= 5 - 1e-6
@@ -168,7 +168,7 @@ def test_copies_count_once_up_to_rounding(seed: int, n: int, copies: int, scale:
 def test_no_sample_makes_up_more_of_a_mean_than_the_limit_allows(
     seed: int, n: int, far: float, copies: int, min_support: float
 ) -> None:
-    """A device's images around 0, and one far away, many times: no mean is nearer to it than the limit allows."""
+    """A device's images are around 0, and many copies of one far away: no mean is closer to that than allowed."""
     outlier = np.array([far * 100, 0.0, 0.0])
     points = np.concatenate([np.random.default_rng(seed).uniform(-1, 1, (n, 3)), np.tile(outlier, (copies, 1))])
     mixture = fit_mixture(points, SummaryOptions(min_support=min_support, max_components=4), seed=0)
@@ -190,7 +190,7 @@ def lopsided() -> np.ndarray:
     return covariances
 
 
-def test_a_sound_mixture_passes() -> None:
+def test_a_valid_mixture_is_accepted() -> None:
     broken().check(3, 5)
     broken(covariances=np.stack([np.eye(3), 2 * np.eye(3)])).check(3, 5)
 
@@ -218,7 +218,7 @@ def test_a_sound_mixture_passes() -> None:
         (GaussianSummary(np.ones(1), np.zeros((1, 3)), np.ones((1, 3)), 1), "stands for 1.00 samples"),
     ],
 )
-def test_what_is_off_is_refused(mixture: GaussianSummary, message: str) -> None:
+def test_invalid_mixtures_are_refused(mixture: GaussianSummary, message: str) -> None:
     with pytest.raises(DataError, match=message):
         mixture.check(3, 5)
 

@@ -1,4 +1,4 @@
-"""Sources as people have them, after reports of users of neighbouring projects: taken rightly, or refused by name."""
+"""Unusual sources, after bug reports of similar projects: they are read correctly, or refused by name."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SIDE = 16
 ROWS, COLUMNS = np.mgrid[0:SIDE, 0:SIDE]
 PIXELS = np.stack([ROWS * 16, COLUMNS * 16, 255 - ROWS * 8 - COLUMNS * 8], -1).astype(np.uint8)
 GREY = np.repeat(PIXELS[..., :1], 3, -1)
-UPRIGHT = np.rot90(PIXELS, -1)  # of pixels with EXIF's orientation 6
+UPRIGHT = np.rot90(PIXELS, -1)  # pixels of an image with EXIF orientation 6
 RGB = Transform((SIDE, SIDE), 3, (0.5,) * 3, (0.5,) * 3)
 ORIENTATION_6 = struct.pack("<HHII", 0x112, 3, 1, 6)
 
@@ -35,14 +35,14 @@ def chunk(kind: bytes, data: bytes) -> bytes:
 
 
 def png(pixels: np.ndarray, bits: int, colour: int, *extra: bytes) -> bytes:
-    """A PNG file of big-endian samples, with chunks before its pixels."""
+    """Writes a PNG file of big-endian samples, with chunks before its pixels."""
     raw = b"".join(b"\0" + row.tobytes() for row in pixels)
     head = chunk(b"IHDR", struct.pack(">IIBBBBB", SIDE, SIDE, bits, colour, 0, 0, 0))
     return b"\x89PNG\r\n\x1a\n" + head + b"".join(extra) + chunk(b"IDAT", zlib.compress(raw)) + chunk(b"IEND", b"")
 
 
 def tiff(samples: np.ndarray, photometric: int) -> bytes:
-    """A grey TIFF file of 16 bits."""
+    """Writes a grey TIFF file with 16 bits."""
     data = samples.astype("<u2").tobytes()
     tags = [(256, SIDE), (257, SIDE), (258, 16), (259, 1), (262, photometric), (273, 8), (277, 1), (278, SIDE)]
     entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in [*tags, (279, len(data))])
@@ -61,7 +61,7 @@ def exif(*entries: bytes) -> bytes:
 
 
 WIDE = (PIXELS.astype(np.uint32) * 257).astype(">u2")
-PICTURES: dict[str, tuple[bytes, np.ndarray, int]] = {  # content, what is seen, how far it may be off
+PICTURES: dict[str, tuple[bytes, np.ndarray, int]] = {  # content, expected pixels, tolerance
     "APNG.png": (saved(PIXELS, "PNG", save_all=True, append_images=[Image.new("RGB", (SIDE, SIDE))]), PIXELS, 0),
     "frames.tif": (saved(PIXELS, "TIFF", save_all=True, append_images=[Image.new("RGB", (SIDE, SIDE))]), PIXELS, 0),
     "rgb16.png": (png(WIDE, 16, 2), PIXELS, 0),
@@ -111,7 +111,7 @@ def loaded(source: Path | str, root: Path) -> sources.ImageSet:
 
 
 @pytest.mark.parametrize("name", PICTURES)
-def test_a_picture_is_seen_as_it_is_shown(name: str, tmp_path: Path) -> None:
+def test_an_image_is_read_as_it_is_displayed(name: str, tmp_path: Path) -> None:
     content, expected, tolerance = PICTURES[name]
     (tmp_path / "in" / "a").mkdir(parents=True)
     (tmp_path / "in" / "a" / name).write_bytes(content)
@@ -125,7 +125,7 @@ def test_a_picture_that_cannot_be_decoded_is_named(name: str, tmp_path: Path) ->
     (tmp_path / "in" / "a" / name).write_bytes(BROKEN[name])
     with pytest.raises(DataError, match=rf"image '.*{name}': cannot be decoded") as refused:
         loaded(tmp_path / "in", tmp_path)
-    assert "Ghostscript" not in str(refused.value)  # a picture must not start a program
+    assert "Ghostscript" not in str(refused.value)  # an image must not start a program
     assert not list((tmp_path / "cache").rglob("*.npy"))
 
 
@@ -133,24 +133,24 @@ def test_a_picture_that_cannot_be_decoded_is_named(name: str, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("values", [PIXELS.astype(np.uint16) * 16, (PIXELS / 255).astype(np.uint8), PIXELS // 16])
-def test_an_npz_that_does_not_use_its_range_is_refused(values: np.ndarray, tmp_path: Path) -> None:
+def test_an_npz_that_does_not_use_its_value_range_is_refused(values: np.ndarray, tmp_path: Path) -> None:
     """12 bits in 16, and values of 0 to 1 as integers."""
     np.savez(tmp_path / "x.npz", images=values[None], labels=[0])
     with pytest.raises(DataError, match=r"x\.npz': all images are nearly black \(no value is above (16|15|1) of 255"):
         loaded(tmp_path / "x.npz", tmp_path)
-    with pytest.raises(DataError, match="nearly black"):  # of another size, so that they are resized
+    with pytest.raises(DataError, match="nearly black"):  # another size, so that they are resized
         load_images(str(tmp_path / "x.npz"), Transform((8, 8), 3, (0.5,) * 3, (0.5,) * 3), tmp_path / "cache")
     assert not list((tmp_path / "cache").rglob("*.npy"))
 
 
-def test_a_folder_that_does_not_use_its_range_is_refused(tmp_path: Path) -> None:
+def test_a_folder_that_does_not_use_its_value_range_is_refused(tmp_path: Path) -> None:
     (tmp_path / "in" / "a").mkdir(parents=True)
     (tmp_path / "in" / "a" / "x.tif").write_bytes(tiff(PIXELS[..., 0].astype(int) * 16, 1))
     with pytest.raises(DataError, match=r"/in': all images are nearly black"):
         loaded(tmp_path / "in", tmp_path)
 
 
-def test_a_dark_picture_among_others_is_taken(tmp_path: Path) -> None:
+def test_a_dark_image_among_others_is_accepted(tmp_path: Path) -> None:
     folder(tmp_path / "in", "a/bright.png")
     (tmp_path / "in" / "a" / "dark.png").write_bytes(saved(PIXELS // 16, "PNG"))
     assert len(loaded(tmp_path / "in", tmp_path)) == 2
@@ -168,37 +168,37 @@ def test_a_dark_picture_among_others_is_taken(tmp_path: Path) -> None:
         (("x.png",), r"holds no images; .*images outside the classes' folders: 1"),
     ],
 )
-def test_folders_that_are_no_classes_are_refused(names: tuple[str, ...], said: str, tmp_path: Path) -> None:
+def test_folders_that_are_not_classes_are_refused(names: tuple[str, ...], said: str, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=said):
         loaded(folder(tmp_path / "in", *names), tmp_path)
 
 
 @pytest.mark.parametrize("names", [("a/b/x.png", "a/b/y.png"), ("a/b/x.png", "a/c/y.png", "a/z.png")])
-def test_folders_within_the_only_class_are_of_it(names: tuple[str, ...], tmp_path: Path) -> None:
+def test_folders_within_the_only_class_belong_to_it(names: tuple[str, ...], tmp_path: Path) -> None:
     assert loaded(folder(tmp_path / "in", *names), tmp_path).classes == ("a",)
 
 
-def test_what_a_file_server_puts_beside_pictures_is_left_out(tmp_path: Path) -> None:
+def test_files_of_a_file_server_are_left_out(tmp_path: Path) -> None:
     names = ("a/x.png", "a/@eaDir/x.png/SYNOPHOTO_THUMB_M.png", "b/y.png", "$RECYCLE.BIN/z.png", "__MACOSX/a/._x.png")
     found = loaded(folder(tmp_path / "in", *names), tmp_path)
     assert found.classes == ("a", "b") and len(found) == 2
     assert found.left_out == {"system folders": 3}
 
 
-def test_two_classes_that_are_one_folder_are_refused(tmp_path: Path) -> None:
+def test_two_classes_with_the_same_folder_are_refused(tmp_path: Path) -> None:
     folder(tmp_path / "in", "a/x.png")
     (tmp_path / "in" / "b").symlink_to(tmp_path / "in" / "a")
     with pytest.raises(DataError, match="'a' and 'b' are the same folder"):
         loaded(tmp_path / "in", tmp_path)
 
 
-def test_names_that_are_odd_are_taken(tmp_path: Path) -> None:
+def test_unusual_names_are_accepted(tmp_path: Path) -> None:
     names = ("10/x.png", "2/x.png", "Cat/x.png", "cat/x.png", "[bold]b/x.png", " c/a\nb.png")
     found = loaded(folder(tmp_path / "in", *names), tmp_path)
     assert found.classes == (" c", "10", "2", "Cat", "[bold]b", "cat") and len(found) == 6
 
 
-def test_a_picture_that_has_gone_is_named(tmp_path: Path) -> None:
+def test_an_image_that_was_deleted_is_named(tmp_path: Path) -> None:
     found = list_images(folder(tmp_path / "in", "a/x.png", "a/y.png"))
     (tmp_path / "in" / "a" / "y.png").unlink()
     with pytest.raises(DataError, match=r"image '.*/a/y\.png': cannot be read \(No such file or directory\)"):
@@ -206,7 +206,7 @@ def test_a_picture_that_has_gone_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("time", [-10, 0, 2**32])
-def test_files_of_any_time_are_taken(time: int, tmp_path: Path) -> None:
+def test_files_with_any_time_are_accepted(time: int, tmp_path: Path) -> None:
     folder(tmp_path / "in", "a/x.png")
     os.utime(tmp_path / "in" / "a" / "x.png", (time, time))
     assert len(loaded(tmp_path / "in", tmp_path)) == 1
@@ -246,7 +246,7 @@ def test_arrays_in_any_layout_are_the_same_images(tmp_path: Path) -> None:
         ({"images": PIXELS[None], "labels": [-1]}, "must not be negative"),
     ],
 )
-def test_arrays_that_are_no_images_and_labels_are_refused(
+def test_arrays_that_are_not_images_and_labels_are_refused(
     arrays: dict[str, np.ndarray], said: str, tmp_path: Path
 ) -> None:
     np.savez(tmp_path / "x.npz", **arrays)  # type: ignore[arg-type]
@@ -254,7 +254,7 @@ def test_arrays_that_are_no_images_and_labels_are_refused(
         loaded(tmp_path / "x.npz", tmp_path)
 
 
-def test_classes_without_images_are_said(tmp_path: Path) -> None:
+def test_classes_without_images_are_reported(tmp_path: Path) -> None:
     np.savez(tmp_path / "x.npz", images=np.stack([PIXELS] * 2), labels=[1, 3])
     assert "2 images of 4 classes (2 without images), used at 16" in loaded(tmp_path / "x.npz", tmp_path).described()
 
@@ -263,12 +263,12 @@ def test_classes_without_images_are_said(tmp_path: Path) -> None:
     ("name", "said"),
     [
         ("x.npy", "is a file of another kind"),
-        ("pipe.npz", "is a file of another kind"),  # which nobody writes: it would be waited for without end
+        ("pipe.npz", "is a file of another kind"),  # a pipe without a writer, which would block forever
         ("none", "there is no such file"),
         ("a" * 5000, "File name too long"),
     ],
 )
-def test_what_is_no_source_is_refused(name: str, said: str, tmp_path: Path) -> None:
+def test_an_invalid_source_is_refused(name: str, said: str, tmp_path: Path) -> None:
     np.save(tmp_path / "x.npy", PIXELS)
     os.mkfifo(tmp_path / "pipe.npz")
     with pytest.raises(DataError, match=rf"data source .*{said}.*accepted: digits, letters, a \.npz file"):
@@ -296,7 +296,7 @@ def as_hub(monkeypatch: pytest.MonkeyPatch) -> Callable[[datasets.Dataset], None
     return lambda made: monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: made)
 
 
-def test_columns_may_have_any_name_and_those_not_used_are_said(
+def test_columns_may_have_any_name_and_unused_ones_are_reported(
     images: tuple[list[object], object], as_hub: Callable[[datasets.Dataset], None], tmp_path: Path
 ) -> None:
     as_hub(table(img=images, fine=LABELS, coarse=([0, 0], datasets.ClassLabel(names=["c"])), mask=images))
@@ -316,7 +316,7 @@ def test_columns_may_have_any_name_and_those_not_used_are_said(
         ({"label": LABELS, "image": (["/no.png"] * 2, datasets.Image())}, r"image 0: cannot be decoded \(FileNotFou"),
     ],
 )
-def test_tables_that_are_no_labelled_images_are_refused(
+def test_tables_without_labelled_images_are_refused(
     columns: dict[str, tuple[list[object], object]],
     said: str,
     images: tuple[list[object], object],
@@ -341,8 +341,8 @@ def test_a_table_saved_to_disk_is_read(images: tuple[list[object], object], tmp_
         loaded("hf:", tmp_path)
 
 
-def test_a_table_on_disk_is_known_by_its_files(images: tuple[list[object], object], tmp_path: Path) -> None:
-    """A run must not go on with another table in its place."""
+def test_a_table_on_disk_is_identified_by_its_files(images: tuple[list[object], object], tmp_path: Path) -> None:
+    """A run must not be resumed with another table in its place."""
     first = table(image=images, label=LABELS)
     first.save_to_disk(tmp_path / "one")
     before = content_of("data.source", f"hf:{tmp_path / 'one'}")

@@ -1,4 +1,4 @@
-"""Whatever can be computed on a device is computed on one here: the pretended accelerator, which counts the waits."""
+"""Everything that can run on an accelerator does, tested with a pretended accelerator that counts the waits."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ OTHERS: dict[str, tuple[BackboneSpec, dict[str, Any]]] = {
     ),
 }
 WIDE = VIT.model_copy(update={"args": VIT.args | {"mlp_ratio": 8}})
-SEARCHES_BY_KL = {"updp"}  # how much it measures follows from what it finds
+SEARCHES_BY_KL = {"updp"}  # the amount of its work depends on its results
 
 
 def pruned(backbone: Tiny, where: Compute, **options: Any) -> Pruned:
@@ -84,7 +84,7 @@ def pruned(backbone: Tiny, where: Compute, **options: Any) -> Pruned:
 
 
 def check_equal(there: Pruned, here: Pruned, inputs: Tensor) -> None:
-    """Inside `accelerator`. Weights may differ: the sign of a gradient that is 0 but for rounding is a step of Adam."""
+    """Call inside `accelerator`. Weights may differ, because Adam makes a full step of a gradient of mere rounding."""
     assert kept_units(there.plan).keys() == kept_units(here.plan).keys()
     assert all(torch.equal(kept, kept_units(here.plan)[name]) for name, kept in kept_units(there.plan).items())
     for one, other in zip(there.plan.layers, here.plan.layers, strict=True):
@@ -100,10 +100,10 @@ def wide() -> Tiny:
 
 
 @pytest.mark.parametrize("name", sorted(registry.BUILT_IN))
-def test_a_criterion_finds_there_what_it_finds_here(
+def test_a_criterion_has_the_same_result_on_the_accelerator(
     name: str, vit: Tiny, wide: Tiny, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And however many units there are, the device is waited for as often."""
+    """The number of waits does not depend on the number of units."""
     monkeypatch.setattr(upop, "STEPS", 4)
     here, waits = pruned(vit, HERE, criterion=name), []
     for backbone in (vit, wide):
@@ -116,7 +116,7 @@ def test_a_criterion_finds_there_what_it_finds_here(
 
 
 @pytest.mark.parametrize("family", OTHERS)
-def test_other_backbones_find_there_what_they_find_here(family: str) -> None:
+def test_other_backbones_have_the_same_result_on_the_accelerator(family: str) -> None:
     spec, options = OTHERS[family]
     backbone = tiny(spec)
     here = pruned(backbone, HERE, **options)
@@ -124,7 +124,7 @@ def test_other_backbones_find_there_what_they_find_here(family: str) -> None:
         check_equal(pruned(backbone, THERE, **options), here, backbone.inputs)
 
 
-def test_a_pool_says_there_what_it_says_here(vit: Tiny, tmp_path: Path) -> None:
+def test_a_pool_has_the_same_result_on_the_accelerator(vit: Tiny, tmp_path: Path) -> None:
     def chosen_by_tables(where: Compute) -> Selection:
         images, chosen, options = where.put(vit.inputs), np.array([2, 0, 3]), PruningOptions(align=1, criterion="wanda")
         task = pruning_task(where.put(vit.model), images, 0.6, options, batch=2)
@@ -158,13 +158,13 @@ ROUND = TrainOptions(learning_rate=1e-2, epochs=2, steps=4)
 EVERY_METHOD = METHODS | {
     "apfl, α a layer": Apfl(0.5, "step", per="layer"),
     "apfl, α held out": Apfl(0.5, "fixed"),
-    "fedala": FedAla(1e-3),  # with larger steps, W is as sensitive to rounding as it can be
+    "fedala": FedAla(1e-3),  # with larger steps W would be very sensitive to rounding
     "fedala of factors": FedAla(1e-3, products=False),
 }
 
 
 class Place:
-    """A pruned device's model, images and adapters, here or there."""
+    """A device's pruned model, images and adapters, on the CPU or the accelerator."""
 
     def __init__(self, backbone: Tiny, where: Compute) -> None:
         plan = plan_of(backbone, random_kept(backbone.layers, 0.5))
@@ -191,7 +191,7 @@ class Place:
 
 
 @pytest.mark.parametrize("name", EVERY_METHOD)
-def test_a_round_there_is_a_round_here(name: str, vit: Tiny) -> None:
+def test_a_round_has_the_same_result_on_the_accelerator(name: str, vit: Tiny) -> None:
     method, here = EVERY_METHOD[name], Place(vit, HERE)
     want = here.round(method)
     with accelerator():
@@ -222,7 +222,7 @@ def test_no_step_waits_for_the_device_and_a_round_does_once(method: Method[Any],
         assert counts.waits - before[0] <= 1 and counts.to_host - before[1] <= 1, counts.by_operation
 
 
-def test_a_backbone_is_trained_there_as_here(vit: Tiny) -> None:
+def test_a_backbone_is_trained_to_the_same_on_the_accelerator(vit: Tiny) -> None:
     labels, trained = torch.tensor([3, 1, 4, 1]), []
     settings: dict[str, Any] = {"epochs": 2, "batch": 2, "learning_rate": 1e-3}
     with accelerator():
@@ -234,7 +234,7 @@ def test_a_backbone_is_trained_there_as_here(vit: Tiny) -> None:
     torch.testing.assert_close(trained[1], trained[0], rtol=1e-3, atol=1e-3)
 
 
-def test_images_are_changed_there_as_here(vit: Tiny) -> None:
+def test_augmentation_is_the_same_on_the_accelerator(vit: Tiny) -> None:
     with accelerator():
         for where in (HERE, THERE):
             images = where.put(vit.inputs)
@@ -245,7 +245,7 @@ def test_images_are_changed_there_as_here(vit: Tiny) -> None:
 # -- sizes that suit the kind of device -------------------------------------------------------------------------------
 
 
-def test_the_sizes_of_both_kinds_give_the_same(vit: Tiny) -> None:
+def test_the_chunk_sizes_of_cpu_and_gpu_give_the_same(vit: Tiny) -> None:
     kept = random_kept(vit.layers, 0.5)
     found = [
         (
@@ -268,7 +268,7 @@ NO_WORK = {
 
 
 class Kernels(TorchDispatchMode):
-    """Counts the operations that are work for a device: all that are not views."""
+    """Counts the operations that are work for a device: all except views."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -281,7 +281,7 @@ class Kernels(TorchDispatchMode):
 
 @pytest.mark.parametrize("heads", [0, 6])
 def test_scores_of_a_layer_take_few_kernels_on_a_gpu(heads: int) -> None:
-    """A layer of DeiT-S, 64 images with fewer tokens than at 224 px, which changes no count."""
+    """A layer of DeiT-S, 64 images with fewer tokens than at 224 px, which does not change the counts."""
     X, P = torch.randn(64, 3, 1536 if heads == 0 else 384), torch.randn(64, 10).softmax(-1)
     with Kernels() as kernels:
         terms(X, P, heads, OF_GPU)
@@ -290,11 +290,11 @@ def test_scores_of_a_layer_take_few_kernels_on_a_gpu(heads: int) -> None:
 
 @pytest.mark.parametrize(("method", "most"), [("fedavg", 600), ("apfl", 700)])
 def test_a_step_takes_few_kernels(method: str, most: int) -> None:
-    """A backbone of twelve blocks, as DeiT has; their width changes no count."""
+    """A backbone with twelve blocks, as DeiT; their width does not change the counts."""
     small = {"img_size": 8, "patch_size": 2, "in_chans": 1, "embed_dim": 32, "depth": 12, "num_heads": 2}
     device = Device.random(VIT.model_copy(update={"args": small}), 4, HERE)
     state = METHODS_MEASURED[method].init(device.start, None, ROUND, frozenset(device.start))
-    for _ in range(2):  # the first step makes the optimiser's state
+    for _ in range(2):  # the first step creates the optimiser's state
         with Kernels() as kernels:
             METHODS_MEASURED[method].step(state, device.loss, torch.arange(4))
     assert kernels.count <= most
@@ -313,14 +313,14 @@ FEDERATION = [
 ]
 
 
-def test_a_federation_there_is_a_federation_here_resumed_after_its_first_round(
+def test_a_resumed_federation_has_the_same_result_on_the_accelerator(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     here, there = tmp_path / "here", tmp_path / "there"
     assert tapfl("--out", str(here), cache=cache, options=FEDERATION).exit_code == 0
     monkeypatch.setattr(Compute, "of", classmethod(lambda cls, options: THERE))
     monkeypatch.setattr(Compute, "marks", ())  # the same backbone
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # the pretended device is that of one thread
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # the pretended device works in one thread only
     with accelerator():
         done = tapfl("--out", str(there), cache=cache, options=[*FEDERATION, "train.rounds=1"])
         assert done.exit_code == 0, done.output
@@ -339,7 +339,7 @@ def test_a_federation_there_is_a_federation_here_resumed_after_its_first_round(
 
 MAKES = "arange|as_tensor|empty|eye|full|linspace|ones|rand|randn|tensor|zeros"
 ON_THE_CPU = {
-    "torch.arange(0 if layer.name in drop else layer.units)",  # positions of units and images, and what ranks them
+    "torch.arange(0 if layer.name in drop else layer.units)",  # positions of units and images, and rankings of them
     "torch.arange(0)",
     "torch.arange(count)",
     "torch.arange(layer.units)",
@@ -347,9 +347,9 @@ ON_THE_CPU = {
     "torch.ones(self.kept, dtype=torch.bool)",
     "torch.tensor(self.kept, dtype=torch.int64)",
     "torch.zeros(layer.units)",
-    "torch.ones(len(kept))",  # moved where it is used: a plan's, and a placement's
+    "torch.ones(len(kept))",  # moved where they are used: positions in plans and placements
     "torch.linspace(0, 1, 11, dtype=torch.float64)",
-    "torch.as_tensor(alpha, dtype=torch.float64)",  # one number, which goes along with any device
+    "torch.as_tensor(alpha, dtype=torch.float64)",  # one number, which can be mixed with any device
     "torch.as_tensor(share, dtype=torch.float64)",
     "torch.ones((), dtype=torch.float64)",
 }
@@ -361,7 +361,7 @@ def test_no_tensor_is_made_on_the_default_device_by_accident() -> None:
     assert found <= ON_THE_CPU
 
 
-def test_one_file_knows_what_an_accelerator_is_called() -> None:
+def test_only_one_file_names_accelerators() -> None:
     naming = [
         str(file.relative_to(ROOT))
         for file in sources("tapfl", "clients", "strategies")
@@ -375,7 +375,7 @@ def sources(*rooms: str) -> list[Path]:
 
 
 def made_anywhere(file: Path) -> list[str]:
-    """The calls by which a file makes tensors on torch's default device; what is drawn always is on the CPU."""
+    """Returns the calls that create tensors on torch's default device; random numbers are always drawn on the CPU."""
     calls = [node for node in ast.walk(ast.parse(file.read_text("utf-8"))) if isinstance(node, ast.Call)]
     return [
         ast.unparse(call)

@@ -1,4 +1,4 @@
-"""The options as Flower knows them, and as the command line lists them."""
+"""The options as Flower reads them and as the command line lists them."""
 
 from __future__ import annotations
 
@@ -31,22 +31,22 @@ def test_every_option_is_listed_with_its_default() -> None:
         assert name in listed.output
 
 
-def test_text_that_no_file_can_hold_is_refused() -> None:
-    """Python reads what is not of the locale's encoding as lone surrogates."""
+def test_text_that_no_file_can_contain_is_refused() -> None:
+    """Python reads bytes that are invalid in the locale's encoding as lone surrogates."""
     with pytest.raises(ConfigError, match=r"out = 'd\\udcc3\\udca9': is not UTF-8; accepted: another name"):
         RunConfig.from_flat({"out": "d\udcc3\udca9"})
     assert RunConfig.from_flat({"out": "dé α 😀"}).out == "dé α 😀"
 
 
 def test_results_are_shown_in_any_locale() -> None:
-    """In the locale C a terminal has no α: it is escaped, and the command goes on."""
+    """In the C locale a terminal has no α; it is escaped, and the command continues."""
     ascii_only = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONPATH": str(ROOT)}
     program = "import sys; from experiments import cli; sys.argv = ['tapfl', 'options']; cli.main()"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, env=ascii_only, check=True)
     assert b"\\u03b1" in done.stdout and done.stdout.isascii()
 
 
-def test_a_name_of_digits_is_a_name() -> None:
+def test_a_name_of_digits_stays_text() -> None:
     assert RunConfig.from_flat({"data.source": 2024, "out": 7}).data.source == "2024"
     for value in (True, 2024.0):
         with pytest.raises(ConfigError, match=r"data\.source = "):

@@ -1,4 +1,4 @@
-"""Nodes with folders of their own: images, storage and cache by node configuration, and nothing of the server's."""
+"""Nodes with their own folders: images, storage and cache from the node configuration, nothing from the server."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tapfl.errors import ConfigError, DataError
 from tapfl.options import parse_assignment
 from tapfl.wire import Hello
 
-NAMES = ("7", "5", "9")  # a device's own order, and not all that the pool has
+NAMES = ("7", "5", "9")  # in the device's own order, and not all classes of the pool
 
 
 def write_own(file: Path, names: tuple[str, ...] = NAMES, count: int = 60) -> ImageSet:
@@ -39,7 +39,7 @@ def write_own(file: Path, names: tuple[str, ...] = NAMES, count: int = 60) -> Im
 
 @dataclass
 class Nodes:
-    """Device 1 has a configuration of its own; device 0 is as in a simulation."""
+    """Device 1 has its own configuration; device 0 is as in a simulation."""
 
     own: dict[str, str]
 
@@ -57,7 +57,7 @@ def carry_out(folder: Path, own: dict[str, str], *options: str) -> dict[str, obj
     return summary
 
 
-def test_a_node_keeps_all_in_its_own_folders_and_trains_on_its_own_images(tmp_path: Path) -> None:
+def test_a_node_uses_only_its_own_folders_and_trains_on_its_own_images(tmp_path: Path) -> None:
     node = tmp_path / "node"
     node.mkdir()
     write_own(node / "mine.npz")
@@ -87,7 +87,7 @@ def test_a_node_with_a_storage_uses_no_folder_of_the_run(tmp_path: Path, monkeyp
         return found.config.cache, found.storage.folder
 
     assert device() == ("/server/cache", Path("/server/run/devices/00"))
-    assert device(storage="/node/storage") == ("", Path("/node/storage"))  # its cache: TAPFL_CACHE, or in its home
+    assert device(storage="/node/storage") == ("", Path("/node/storage"))  # its cache is TAPFL_CACHE, or in its home
     assert device(storage="/node/storage", cache="/node/cache") == ("/node/cache", Path("/node/storage"))
     with pytest.raises(ConfigError, match=r"storage = 'here' of the node's configuration: must be an absolute path"):
         device(storage="here")
@@ -99,7 +99,7 @@ def test_classes_are_the_same_by_name(tmp_path: Path) -> None:
     assert labels_among(digits.classes, mine, "mine.npz").tolist() == digits.labels.tolist()
 
 
-def test_a_class_that_the_pool_lacks_costs_this_device_alone(tmp_path: Path) -> None:
+def test_a_device_with_a_class_that_the_pool_lacks_fails_alone(tmp_path: Path) -> None:
     write_own(tmp_path / "mine.npz", names=("7", "five", "9"))
     own = {"storage": str(tmp_path / "storage"), "data": str(tmp_path / "mine.npz"), "cache": str(tmp_path / "own")}
     first, second = carry_out(tmp_path, own)["devices"]
@@ -110,7 +110,7 @@ def test_a_class_that_the_pool_lacks_costs_this_device_alone(tmp_path: Path) -> 
     assert all("the public pool has no class five; it has 0, 1, 2" in line["reason"] for line in lost)
 
 
-def test_the_images_of_all_devices_are_known_to_a_simulation_alone(tmp_path: Path) -> None:
+def test_only_a_simulation_knows_the_images_of_all_devices(tmp_path: Path) -> None:
     config = RunConfig.from_flat(dict(map(parse_assignment, [*SMALL, f"cache={tmp_path}"])))
     pooled = part(Owner(config, 4, 0), "pooled", (), HERE)
     each = [part(Owner(config, 4, i), "train", (), HERE) for i in range(4)]

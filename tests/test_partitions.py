@@ -1,4 +1,4 @@
-"""Partitions by the names of flwr-datasets, and natural ones: by folder, array or column of device ids."""
+"""Partitions with the names of flwr-datasets, and natural ones by folder, array or column of device ids."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tapfl.errors import ConfigError, DataError
 LABELS = np.random.default_rng(0).integers(0, 6, 300)
 OWNERS = np.random.default_rng(1).integers(0, 5, 300)
 GREY = Transform((8, 8), 1, (0.5,), (0.5,))
-TABLE = ";".join(["1/2/3/4"] * 6)  # six classes, each on four devices of six with four classes each
+TABLE = ";".join(["1/2/3/4"] * 6)  # six classes, each on four devices; six devices with four classes each
 # class name -> arguments, and the number of devices
 BY_NAME: dict[str, tuple[str, int]] = {
     "IidPartitioner": ("", 5),
@@ -69,7 +69,7 @@ def bits(splits: list[DeviceSplit]) -> str:
         ("shard", "5b69fc5beb32"),
     ],
 )
-def test_short_names_give_what_they_gave_before_there_were_others(short: str, want: str) -> None:
+def test_short_names_give_the_same_partitions_as_before(short: str, want: str) -> None:
     splits = partition(LABELS, options(partition=short, classes_per_device=2), 3, 7)
     assert bits(splits) == want
 
@@ -81,7 +81,7 @@ def test_every_partitioner_of_the_library_has_a_name_here() -> None:
 
 
 @pytest.mark.parametrize("name", BY_NAME)
-def test_a_class_name_with_its_arguments_divides(name: str) -> None:
+def test_a_class_name_with_its_arguments_can_be_used(name: str) -> None:
     args, devices = BY_NAME[name]
     given = options(partition=name, partition_args=args)
     splits = partition(LABELS, given, devices, 3, OWNERS)
@@ -93,7 +93,7 @@ def test_a_class_name_with_its_arguments_divides(name: str) -> None:
         assert len(partition(LABELS, given, 0, 3, OWNERS)) == devices
 
 
-def test_sizes_and_ids_are_as_they_were_given() -> None:
+def test_sizes_and_ids_are_as_given() -> None:
     sizes = partition(LABELS, options(partition="SizePartitioner", partition_args="partition_sizes=40/60/100"), 3, 0)
     assert [len(held([split])) for split in sizes] == [40, 60, 100]
     for name in ("natural", "NaturalIdPartitioner"):
@@ -207,7 +207,7 @@ def as_table(folder: Path) -> str:
 
 
 @pytest.mark.parametrize("made", [as_npz, as_folders, as_table])
-def test_one_device_an_id(made: Any, tmp_path: Path) -> None:
+def test_one_device_per_id(made: Any, tmp_path: Path) -> None:
     source = made(tmp_path)
     given = options(source=source, public=source, partition="natural", test_share=0.2)
     images = open_private(given, GREY, 0, tmp_path)
@@ -251,7 +251,7 @@ def test_ids_may_be_numbers_and_have_another_name(tmp_path: Path) -> None:
     assert options(device_column="writer").ids == "writer" and options().ids == ""
 
 
-def test_ids_that_will_not_do_are_refused(tmp_path: Path) -> None:
+def test_invalid_ids_are_refused(tmp_path: Path) -> None:
     def refused(message: str, **arrays: Any) -> None:
         np.savez(tmp_path / "bad.npz", images=PIXELS, labels=CLASSES, **arrays)
         with pytest.raises(DataError, match=message):

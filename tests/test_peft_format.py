@@ -1,4 +1,4 @@
-"""A saved personal model is an ordinary peft adapter: stock peft loads it onto the pruned backbone."""
+"""A saved personal model is an ordinary peft adapter that stock peft loads onto the pruned backbone."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ NOBODY = torch.empty(0, dtype=torch.int64)
 
 
 def device(backbone: Tiny) -> tuple[PruningPlan, Layout]:
-    """A device with half of the units, whose first FFN is gone."""
+    """A device with half of the units, without its first FFN."""
     gone = next(layer.name for layer in backbone.layers if layer.kind == "ffn")
     plan = plan_of(backbone, random_kept(backbone.layers, 0.5) | {gone: NOBODY})
     return plan, device_layout(global_shapes(backbone.model, backbone.layers, RANK), backbone.layers, plan, RANK)
 
 
 def personal(backbone: Tiny, layout: Layout, seed: int = 0) -> Params:
-    """A mixture of two adapters, of twice their rank, with its head."""
+    """An interpolation of two adapters, with twice their rank, and its head."""
     generator = torch.Generator().manual_seed(seed)
     shapes = global_shapes(backbone.model, backbone.layers, RANK)
     v, w = (
@@ -50,7 +50,7 @@ def test_stock_peft_loads_the_personal_model(family: str, tmp_path: Path, reques
     save_pruned(small, plan, tmp_path / "pruned")
     params, prior = personal(backbone, layout), torch.linspace(-3, 0, 10)
     save_peft(with_prior(params, prior), SCALE, tmp_path / "personal", base=str(tmp_path / "pruned"))
-    # peft replaces modules of the model it is given, so it gets one of its own
+    # peft replaces modules of its model, so it gets its own copy
     loaded = PeftModel.from_pretrained(load_pruned(tmp_path / "pruned"), str(tmp_path / "personal")).eval()
     with torch.no_grad():
         got = loaded(backbone.inputs)
@@ -60,16 +60,16 @@ def test_stock_peft_loads_the_personal_model(family: str, tmp_path: Path, reques
     assert (want - bare).abs().max() > 0.1
 
 
-def test_configuration_says_what_peft_needs(vit: Tiny, tmp_path: Path) -> None:
+def test_the_configuration_has_what_peft_needs(vit: Tiny, tmp_path: Path) -> None:
     _, layout = device(vit)
     save_peft(personal(vit, layout), SCALE, tmp_path, base="pruned")
     config = json.loads((tmp_path / CONFIG_FILE).read_text())
     assert config["peft_type"] == "LORA" and config["inference_mode"] is True
-    assert config["r"] == 2 * RANK  # a mixture of two has twice the rank
+    assert config["r"] == 2 * RANK  # the interpolation of two adapters has twice the rank
     assert config["lora_alpha"] / config["r"] == pytest.approx(SCALE)
     assert config["base_model_name_or_path"] == "pruned"
     assert config["modules_to_save"] == ["head"]
-    assert len(config["target_modules"]) == 6  # four linears a block, less the two of the FFN that is gone
+    assert len(config["target_modules"]) == 6  # four linear layers per block, without the two of the removed FFN
     tensors = read_tensors(tmp_path / WEIGHTS_FILE)
     assert tensors["base_model.model.blocks.1.attn.qkv.lora_A.weight"].shape == (2 * RANK, 32)
     assert tensors["base_model.model.head.bias"].shape == (10,)
@@ -81,10 +81,10 @@ def test_same_content_gives_the_same_bytes(vit: Tiny, tmp_path: Path) -> None:
     params = personal(vit, layout)
     for folder, content in (("one", params), ("two", dict(reversed(params.items())))):
         save_peft(content, SCALE, tmp_path / folder, base="pruned")
-        save_peft(content, SCALE, tmp_path / folder, base="pruned")  # over what is there
+        save_peft(content, SCALE, tmp_path / folder, base="pruned")  # overwrites the existing file
     files = [{f.name: f.read_bytes() for f in (tmp_path / folder).iterdir()} for folder in ("one", "two")]
     assert files[0] == files[1]
     assert {CONFIG_FILE, WEIGHTS_FILE} == set(files[0])
-    # peft keeps these names in a set, whose order changes from process to process
+    # peft keeps these names in a set, whose order differs between processes
     names = json.loads(files[0][CONFIG_FILE])["target_modules"]
     assert names == sorted(names)

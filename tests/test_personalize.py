@@ -1,4 +1,4 @@
-"""Personalisation methods: what holds for all of them, Ditto's pull, fine-tuning, and the options."""
+"""Personalisation methods: properties of all methods, Ditto's proximal term, fine-tuning, and the options."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_a_round_is_a_function_of_its_arguments(method: Method, train: TrainOpti
     given = v | {f"w.{name}": theta for name, theta in w.items()}
     before = {name: theta.clone() for name, theta in given.items()}
     first = local_round(method, objective, w, Personal(v, share(0.5)), batches, train, ALL)
-    torch.rand(3)  # the global generator is not asked
+    torch.rand(3)  # the global generator is not used
     second = local_round(method, objective, w, Personal(v, share(0.5)), batches, train, ALL)
     assert first.loss == second.loss
     if first.upload is not None:
@@ -59,7 +59,7 @@ def test_a_round_is_a_function_of_its_arguments(method: Method, train: TrainOpti
     if first.personal is not None:
         assert second.personal is not None and torch.equal(first.personal.alpha, second.personal.alpha)
         assert same_bits(first.personal.params, second.personal.params)
-    assert same_bits(before, given)  # nothing given was changed
+    assert same_bits(before, given)  # the arguments were not changed
     for params in filter(None, (first.upload, first.personal and first.personal.params)):
         assert not any(theta.requires_grad for theta in params.values())
 
@@ -80,7 +80,7 @@ def test_training_that_diverges_says_at_which_step_and_what_to_lower(method: Met
 
 
 @every_method
-def test_what_a_method_says_of_itself_is_what_it_does(method: Method) -> None:
+def test_a_method_behaves_as_its_attributes_say(method: Method) -> None:
     objective, batches, v, w = problem(0)
     result = local_round(method, objective, w, Personal(v, share(0.5)), batches, SGD, ALL)
     assert method.shares_adapters == (result.upload is not None)
@@ -98,7 +98,7 @@ def test_what_a_method_says_of_itself_is_what_it_does(method: Method) -> None:
 
 
 @every_method
-def test_a_device_without_a_past_uses_what_it_received(method: Method) -> None:
+def test_a_new_device_uses_what_it_received(method: Method) -> None:
     objective, batches, _, w = problem(0)
     torch.testing.assert_close(objective(method.inference(w, None), batches[0]), objective(w, batches[0]))
 
@@ -130,7 +130,7 @@ def test_a_step_does_not_depend_on_how_tensors_lie_in_memory(train: TrainOptions
             trainee.apply([of_gradient])
             results.append(trainee.values()["x"])
     assert all(torch.equal(result, results[0]) for result in results)
-    assert bool(((results[0] - theta) * gradient < 0).all())  # downhill in every coordinate
+    assert bool(((results[0] - theta) * gradient < 0).all())  # the loss decreases in every coordinate
 
 
 @both_optimizers
@@ -156,13 +156,13 @@ def adapters(seed: int) -> Params:
 
 
 def distance(v: Params, w: Params, scale: float) -> Tensor:
-    """½ ‖θ(v) - θ(w)‖² with the products formed."""
+    """Returns ½ ‖θ(v) - θ(w)‖², computed with the products."""
     D = scale * (v["fc.lora_B"] @ v["fc.lora_A"] - w["fc.lora_B"] @ w["fc.lora_A"])
     return ((D**2).sum() + ((v["head.weight"] - w["head.weight"]) ** 2).sum()) / 2
 
 
 @given(seed=st.integers(0, 999), scale=st.floats(0.1, 4))
-def test_the_pull_is_the_gradient_of_the_distance_of_effective_weights(seed: int, scale: float) -> None:
+def test_the_proximal_gradient_is_that_of_the_distance_of_effective_weights(seed: int, scale: float) -> None:
     v, w = adapters(seed), adapters(seed + 1)
     leaves = {name: theta.clone().requires_grad_() for name, theta in v.items()}
     wanted = torch.autograd.grad(distance(leaves, w, scale), list(leaves.values()))
@@ -170,7 +170,7 @@ def test_the_pull_is_the_gradient_of_the_distance_of_effective_weights(seed: int
         torch.testing.assert_close(pull_of(name, v, w, scale), want, rtol=1e-10, atol=1e-10)
 
 
-def test_the_pull_by_hand() -> None:
+def test_the_proximal_gradient_by_hand() -> None:
     """A = 3, B = 2 against A = 1, B = 1, s = 2: D = 5, so s² B D = 40 and s² D A = 60."""
     v, w = ({"fc.lora_A": torch.tensor([[a]]), "fc.lora_B": torch.tensor([[b]])} for a, b in ((3.0, 2.0), (1.0, 1.0)))
     assert pull_of("fc.lora_A", v, w, 2.0).item() == 40 and pull_of("fc.lora_B", v, w, 2.0).item() == 60
@@ -178,7 +178,7 @@ def test_the_pull_by_hand() -> None:
     assert pull_of("head.bias", *head, 2.0).item() == 2
 
 
-def test_there_is_no_pull_between_two_factorings_of_one_weight() -> None:
+def test_there_is_no_proximal_gradient_between_factorings_of_the_same_weight() -> None:
     v = adapters(0)
     turn = torch.tensor([[0.0, -2.0], [0.5, 0.0]], dtype=torch.float64)
     w = v | {"fc.lora_A": turn @ v["fc.lora_A"], "fc.lora_B": v["fc.lora_B"] @ torch.linalg.inv(turn)}
@@ -199,7 +199,7 @@ def test_a_step_of_ditto() -> None:
         torch.testing.assert_close(result.personal.params[name], v[name] - SGD.learning_rate * g, rtol=1e-5, atol=1e-5)
 
 
-def test_the_pull_is_to_what_was_received_not_to_what_w_becomes() -> None:
+def test_the_proximal_term_is_to_the_received_w_not_to_the_new_one() -> None:
     objective, batches, _, w = problem(0)
     method = Ditto(0.5, 2.0)
     state = method.init(w, None, SGD, ALL)
@@ -209,13 +209,13 @@ def test_the_pull_is_to_what_was_received_not_to_what_w_becomes() -> None:
 
 
 @both_optimizers
-def test_ditto_without_a_pull_is_local_training_beside_fedavg(train: TrainOptions) -> None:
+def test_ditto_without_proximal_term_is_local_training_and_fedavg(train: TrainOptions) -> None:
     got, local = run(Ditto(0.0, 2.0), alpha=1.0, train=train), run(Local(), alpha=1.0, train=train)
     assert got.personal is not None and local.personal is not None
     assert same_bits(got.personal.params, local.personal.params)
 
 
-def test_a_strong_pull_holds_v_near_w() -> None:
+def test_a_strong_proximal_term_keeps_v_close_to_w() -> None:
     def away(strength: float) -> float:
         result = run(Ditto(strength, 1.0), train=TrainOptions(optimizer="sgd", learning_rate=0.02))
         assert result.personal is not None
@@ -230,7 +230,7 @@ def test_a_strong_pull_holds_v_near_w() -> None:
 def test_fine_tuning_starts_from_what_arrives_each_time() -> None:
     result, again = run(FineTune(), alpha=None), run(FineTune(), alpha=0.9)
     assert result.personal is not None and again.personal is not None and result.upload is not None
-    assert same_bits(result.personal.params, again.personal.params)  # whatever there was before
+    assert same_bits(result.personal.params, again.personal.params)  # independent of earlier state
     assert same_bits(result.personal.params, result.upload)
     received = problem(7)[3]
     assert same_bits(FineTune().inference(received, result.personal), result.personal.params)
@@ -239,7 +239,7 @@ def test_fine_tuning_starts_from_what_arrives_each_time() -> None:
 @both_optimizers
 @pytest.mark.parametrize("method", [Apfl, Ditto, FineTune, Local])
 def test_the_personal_part_has_a_learning_rate_of_its_own(method: type[Method], train: TrainOptions) -> None:
-    """v moves as with that rate everywhere, and w as with the rate of `train`; 0 is the rate of `train`."""
+    """v is trained with this rate and w with the rate of `train`; 0 means the rate of `train`."""
 
     def made(rate: float) -> Method:
         given = {Apfl: (0.7, "fixed"), Ditto: (0.0, 2.0)}.get(method, ())
@@ -262,7 +262,7 @@ def test_fine_tuning_at_its_own_rate_trains_two_models() -> None:
     assert FineTune().models_per_step == 1 and FineTune(0.1).models_per_step == 2
 
 
-def test_what_a_round_alone_makes_is_evaluated_after_it() -> None:
+def test_a_model_that_lasts_only_one_round_is_evaluated_after_it() -> None:
     assert {name for name, method in METHODS.items() if method.evaluates_after_training} == {
         "tune",
         "pfedme",

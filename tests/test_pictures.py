@@ -1,4 +1,4 @@
-"""Pictures and folders as people have them: what the backbone sees, what is left out, and what is refused."""
+"""Image files and folders: what the backbone gets, which files are left out, and what is refused."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def test_inputs_are_those_of_timm_s_evaluation_transform(
     crop=st.sampled_from([0.875, 0.9, 0.95, 1.0]),
     interpolation=st.sampled_from(["bicubic", "bilinear"]),
 )
-def test_any_picture_fits_as_in_timm(
+def test_any_image_is_fitted_as_in_timm(
     width: int, height: int, size: tuple[int, int], crop: float, interpolation: str
 ) -> None:
     if max(width, height) > 16 * min(width, height):
@@ -107,7 +107,7 @@ def test_any_picture_fits_as_in_timm(
     torch.testing.assert_close(transform(transform.fit(picture)[None])[0], reference(picture), rtol=0, atol=1e-6)
 
 
-def test_options_replace_what_timm_has_of_a_backbone_and_stay_with_it() -> None:
+def test_options_override_timm_s_preprocessing_and_stay_with_the_backbone() -> None:
     plain_options = ModelOptions(name="deit_tiny_patch16_224", args=f"img_size=32,{SMALL}")
     assert input_transform(plain_options).crop == 0.9
     options = plain_options.model_copy(
@@ -128,7 +128,7 @@ def test_options_replace_what_timm_has_of_a_backbone_and_stay_with_it() -> None:
         ({"std": (0.0,)}, r"model\.std = 0\.0: input should be greater than 0"),
     ],
 )
-def test_a_preprocessing_that_will_not_do_is_refused(values: dict, message: str) -> None:
+def test_an_invalid_preprocessing_is_refused(values: dict, message: str) -> None:
     with pytest.raises(ModelError, match=f"(?i){message}"):
         input_transform(ModelOptions(**{"name": "deit_tiny_patch16_224", "args": f"img_size=32,{SMALL}"} | values))
 
@@ -154,9 +154,9 @@ def test_a_folder_an_npz_and_hugging_face_give_the_same_input(size: tuple[int, i
 # ---------------------------------------------------------------- pictures that are not eight plain bits
 
 
-def test_a_turned_photo_is_upright(tmp_path: Path) -> None:
+def test_a_rotated_photo_is_upright(tmp_path: Path) -> None:
     half = np.zeros((48, 64, 3), np.uint8)
-    half[:24] = 255  # white above
+    half[:24] = 255  # white at the top
     images = []
     for orientation in (1, 3, 6, 8):
         image = Image.fromarray(half)
@@ -167,7 +167,7 @@ def test_a_turned_photo_is_upright(tmp_path: Path) -> None:
     white = [image[..., 0] > 128 for image in images]
     assert white[0][:7].all() and not white[0][9:].any()
     assert white[1][9:].all() and not white[1][:7].any()
-    assert white[2][:, 9:].all() and not white[2][:, :7].any()  # 6: stored lying on its left side
+    assert white[2][:, 9:].all() and not white[2][:, :7].any()  # 6: stored rotated by 90°
     assert white[3][:, :7].all() and not white[3][:, 9:].any()
 
 
@@ -199,7 +199,7 @@ def test_values_of_an_unknown_range_are_refused(kind: type, tmp_path: Path) -> N
     ("mode", "ending"),
     [("1", "png"), ("L", "png"), ("LA", "png"), ("P", "png"), ("RGBA", "png"), ("CMYK", "jpg"), ("YCbCr", "jpg")],
 )
-def test_pictures_of_any_mode_become_what_the_backbone_takes(mode: str, ending: str, tmp_path: Path) -> None:
+def test_images_of_any_mode_become_the_backbone_s_input(mode: str, ending: str, tmp_path: Path) -> None:
     picture = noise(16, 16).resize((4, 4)).resize((16, 16)).convert(mode)
     file = save(picture, tmp_path / "in" / "a" / f"x.{ending}")
     with Image.open(file) as stored:
@@ -208,7 +208,7 @@ def test_pictures_of_any_mode_become_what_the_backbone_takes(mode: str, ending: 
     np.testing.assert_array_equal(seen(tmp_path / "in", square(16, 1))[..., 0], np.asarray(rgb.convert("L")))
 
 
-def test_grey_and_colour_fit_a_backbone_of_either(tmp_path: Path) -> None:
+def test_grey_and_colour_images_fit_any_backbone(tmp_path: Path) -> None:
     level = Image.new("L", (28, 28), 51)
     save(level, tmp_path / "in" / "a" / "0.png")
     assert (seen(tmp_path / "in", square(14, 1)) == 51).all()
@@ -217,7 +217,7 @@ def test_grey_and_colour_fit_a_backbone_of_either(tmp_path: Path) -> None:
     assert load_images(str(tmp_path / "x.npz"), square(14, 3), tmp_path).read().shape == (1, 14, 14, 3)
 
 
-def test_a_very_long_picture_is_cropped_before_it_is_scaled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_very_long_image_is_cropped_before_it_is_scaled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     scaled = []
     resize = Image.Image.resize
     monkeypatch.setattr(
@@ -241,7 +241,7 @@ def chunk(kind: bytes, data: bytes) -> bytes:
 
 
 def bomb() -> bytes:
-    """A PNG of 192 million pixels in 24 kB."""
+    """Returns a PNG with 192 million pixels in 24 kB."""
     width, height = 16_000, 12_000
     content = zlib.compress(b"\0" * ((width // 8 + 1) * height), 9)
     header = struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)
@@ -279,7 +279,7 @@ def test_a_picture_that_cannot_be_decoded_is_named(content: bytes, tmp_path: Pat
 @pytest.mark.parametrize(
     "error", [SyntaxError, struct.error, MemoryError, OverflowError, ZeroDivisionError, IndexError]
 )
-def test_whatever_a_decoder_raises_names_the_picture(
+def test_any_exception_of_a_decoder_names_the_image(
     error: type[Exception], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plain(tmp_path / "in" / "a" / "1.png", 1)
@@ -297,7 +297,7 @@ def test_whatever_a_decoder_raises_names_the_picture(
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Two classes; one keeps its images a folder deeper, as Tiny-ImageNet does."""
+    """Two classes; the images of one are a folder deeper, as in Tiny-ImageNet."""
     root = tmp_path / "images"
     plain(root / "cat" / "1.png", 200, 12, 8)
     plain(root / "cat" / "2.png", 100, 8, 20)
@@ -314,7 +314,7 @@ def test_an_image_folder(folder: Path) -> None:
     assert found.described() == "3 images of 2 classes, used at 6 × 6 px, RGB"
 
 
-def test_what_is_no_image_is_left_out_and_counted(folder: Path) -> None:
+def test_files_that_are_not_images_are_left_out_and_counted(folder: Path) -> None:
     before = loaded(folder, square(6))
     (folder / ".ipynb_checkpoints").mkdir()
     plain(folder / ".ipynb_checkpoints" / "1-checkpoint.png", 1)
@@ -350,7 +350,7 @@ def test_links_are_followed(folder: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("names", [("train", "val"), ("Training", "test", "validation")])
-def test_the_parts_of_a_data_set_are_no_classes(names: tuple[str, ...], tmp_path: Path) -> None:
+def test_the_splits_of_a_data_set_are_not_classes(names: tuple[str, ...], tmp_path: Path) -> None:
     for name in names:
         plain(tmp_path / "in" / name / "cat" / "1.png", 1)
     message = (
@@ -361,7 +361,7 @@ def test_the_parts_of_a_data_set_are_no_classes(names: tuple[str, ...], tmp_path
     assert loaded(tmp_path / "in" / names[0], square(6)).classes == ("cat",)
 
 
-def test_a_train_may_be_a_class(tmp_path: Path) -> None:
+def test_train_may_be_a_class(tmp_path: Path) -> None:
     for name in ("bus", "train"):
         plain(tmp_path / "in" / name / "1.png", 1)
     assert loaded(tmp_path / "in", square(6)).classes == ("bus", "train")
@@ -409,11 +409,11 @@ def test_the_second_load_decodes_nothing(folder: Path, monkeypatch: pytest.Monke
         patch.setattr(sources, "_decoded", lambda *_: pytest.fail("decoded again"))
         second = loaded(folder, square(6))
     np.testing.assert_array_equal(first.read(), second.read())
-    assert loaded(folder, square(4)).read().shape == (3, 4, 4, 3)  # another size is another content
-    loaded(folder, square(6, crop=0.5))  # and so is another crop
+    assert loaded(folder, square(4)).read().shape == (3, 4, 4, 3)  # with another size the content is different
+    loaded(folder, square(6, crop=0.5))  # and with another crop as well
     plain(folder / "cat" / "2.png", 7, 8, 21)
     assert loaded(folder, square(6)).read()[2, 3, 3, 0] == 7
-    assert len(list((folder.parent / "cache" / "images").iterdir())) == 4  # and nothing half written
+    assert len(list((folder.parent / "cache" / "images").iterdir())) == 4  # and no partly written file
 
 
 def test_a_fingerprint_changes_with_the_images_and_not_with_their_place(folder: Path, tmp_path: Path) -> None:
@@ -433,7 +433,7 @@ def test_a_fingerprint_changes_with_the_images_and_not_with_their_place(folder: 
     assert fingerprint() not in (first, touched)
 
 
-def test_an_npz_is_known_by_its_content(tmp_path: Path) -> None:
+def test_an_npz_is_identified_by_its_content(tmp_path: Path) -> None:
     def fingerprint(level: int) -> str:
         np.savez(tmp_path / "x.npz", images=np.full((2, 4, 4), level, np.uint8), labels=np.arange(2))
         return load_images(str(tmp_path / "x.npz")).fingerprint
@@ -462,7 +462,7 @@ def test_a_class_whose_name_cannot_be_shown_is_refused(name: str, tmp_path: Path
         loaded(tmp_path / "in", square(6))
 
 
-def test_memory_mapped_images_are_read_without_complaint_or_change(folder: Path) -> None:
+def test_memory_mapped_images_are_read_without_warning_or_change(folder: Path) -> None:
     images = loaded(folder, square(8)).read()
     before = images.copy()
     with warnings.catch_warnings():

@@ -1,4 +1,4 @@
-"""Whatever stands in a plan or in the description of a backbone, it is taken, or refused in one line."""
+"""Any content of a plan or of a backbone's description is accepted, or refused with one line."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def backbone() -> Tiny:
 
 @st.composite
 def changed(draw: st.DrawFn, content: dict[str, Any]) -> dict[str, Any]:
-    """Returns the content of a plan after one to three changes, each anywhere in it."""
+    """Returns the content of a plan after one to three changes at random places."""
     content = copy.deepcopy(content)
     for _ in range(draw(st.integers(1, 3))):
         place: Any = content

@@ -1,4 +1,4 @@
-"""A user's own criterion, rule, method and backbone: one file each, named where a built-in name could stand."""
+"""User-defined criterion, rule, method and backbone: one file each, named instead of a built-in name."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_one_file_is_enough(mine: str) -> None:
 
 
 @pytest.mark.parametrize("value", ["nowhere_at_all:RULE", "json:nothing"])
-def test_what_is_not_there_is_refused_by_its_option(value: str) -> None:
+def test_a_missing_plugin_is_refused_by_its_option(value: str) -> None:
     config = RunConfig.from_flat(
         {"adapters.rule": value, "personalize.method": value, "pruning.criterion": value},
     )
@@ -76,7 +76,7 @@ def test_other_names_are_refused_with_those_that_are_accepted(option: str, value
         RunConfig.from_flat({option: value})
 
 
-def test_privacy_is_not_promised_for_a_rule_that_nobody_has_looked_at(mine: str) -> None:
+def test_privacy_is_refused_for_a_plugin_rule(mine: str) -> None:
     with pytest.raises(ConfigError, match="accepted are fedit, ffa, rolora and embed_side"):
         RunConfig.from_flat({"privacy.dp-clip": 1.0, "adapters.rule": f"{mine}:RULE"})
 

@@ -1,4 +1,4 @@
-"""Differential privacy: ε is what an exact formula says."""
+"""Differential privacy: ε agrees with an exact formula."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tapfl.privacy import epsilon
 
 
 def exact_epsilon(z: float, rounds: int, delta: float) -> float:
-    """ε of k Gaussian mechanisms in a row by Balle and Wang 2018, arXiv 1805.06530, Theorem 8, with μ = √k/z."""
+    """Returns ε of k composed Gaussian mechanisms: Balle and Wang 2018, arXiv 1805.06530, Theorem 8, with μ = √k/z."""
     mu = math.sqrt(rounds) / z
 
     def excess(value: float) -> float:
@@ -61,7 +61,7 @@ def test_epsilon_is_an_upper_bound_that_falls_with_noise_and_rises_with_rounds(
 def test_without_noise_there_is_no_guarantee_and_without_rounds_no_loss() -> None:
     assert epsilon(0.0, 1, 1e-5) == epsilon(1e-3, 1000, 1e-5) == math.inf
     assert epsilon(0.0, 0, 1e-5) == 0.0
-    assert epsilon(0.002, 4, 1e-5) < math.inf  # the least noise that is counted
+    assert epsilon(0.002, 4, 1e-5) < math.inf  # the smallest noise that counts
 
 
 def test_without_the_accountant_noise_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""Clip and noise on a device's moments: calibrated, valid whatever is drawn, and nothing at all at 0."""
+"""Clipping and noise on a device's moments: calibrated, always a valid mixture, and no effect at 0."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ D, CLIP = 6, 6.0
 
 
 def device_points(classes: tuple[int, ...], each: int = 20, seed: int = 0) -> np.ndarray:
-    """Descriptors of some of ten classes, most of them within the clip."""
+    """Returns descriptors of some of ten classes, most of which are within the clip."""
     centres = np.random.default_rng(99).standard_normal((10, D)) * 2
     generator = np.random.default_rng(seed)
     return np.concatenate([centres[c] + 0.4 * generator.standard_normal((each, D)) for c in classes])
@@ -35,7 +35,7 @@ def same(a: GaussianSummary, b: GaussianSummary) -> bool:
     return a.n == b.n and all(np.array_equal(x, y) for x, y in parts)
 
 
-def test_no_noise_changes_no_bit() -> None:
+def test_without_noise_no_bit_changes() -> None:
     points = device_points((1, 5))
     drawn = int(numpy_generator(3, "mixture", 2).integers(2**31))
     assert same(device_mixture(points, options(), 3, 2), fit_mixture(points, options(), drawn))
@@ -52,7 +52,7 @@ def test_every_device_draws_its_own_noise_and_a_secret_hides_it() -> None:
 
 
 def test_a_node_may_have_a_secret() -> None:
-    """It stands in the node's own configuration, which Flower sends nobody, and not in what the device prints."""
+    """It is in the node's own configuration, which Flower never sends, and not in the device's output."""
     node = {"partition-id": 1, "num-partitions": 3, "secret": "open sesame"}
     context = SimpleNamespace(run_config=RunConfig().flat(), run_id=1, node_config=node)
     device = device_of(context)  # type: ignore[arg-type]
@@ -70,8 +70,8 @@ def test_clipped_points_keep_their_direction(seed: int, n: int, norm: float) -> 
 
 
 @pytest.mark.parametrize("covariance", ["diag", "full"])
-def test_the_noise_is_as_large_as_it_says(covariance: str) -> None:
-    """With so many samples that no repair is needed, what comes back are the moments and noise of √3 z (1, R, R²)."""
+def test_the_noise_has_the_stated_size(covariance: str) -> None:
+    """With so many samples that no repair is needed, the result is the moments plus noise of √3 z (1, R, R²)."""
     n, z = 10**9, 0.5
     whole = np.broadcast_to(np.eye(2), (1, 2, 2)) if covariance == "full" else np.ones((1, 2))
     summary = GaussianSummary(np.ones(1), np.array([[1.0, -2.0]]), whole, n)
@@ -88,8 +88,8 @@ def test_the_noise_is_as_large_as_it_says(covariance: str) -> None:
     assert variance.std() == pytest.approx(spread, rel=0.05)
 
 
-def test_one_sample_moves_the_moments_by_no_more_than_is_claimed() -> None:
-    """√3, for (r, r x/R, r x xᵀ/R²) of one sample, its shares r over the components adding up to 1."""
+def test_one_sample_moves_the_moments_at_most_by_the_sensitivity() -> None:
+    """The sensitivity is √3 for (r, r x/R, r x xᵀ/R²) of one sample, whose shares r over the components sum to 1."""
     generator = np.random.default_rng(0)
     for _ in range(300):
         r = generator.dirichlet(np.full(4, 0.1))
@@ -106,7 +106,7 @@ def test_one_sample_moves_the_moments_by_no_more_than_is_claimed() -> None:
     noise=st.floats(1e-6, 1e3),
     clip=st.floats(1e-3, 1e3),
 )
-def test_whatever_is_drawn_the_mixture_is_valid_and_supported(
+def test_the_noisy_mixture_is_always_valid_and_supported(
     seed: int, k: int, full: bool, n: int, noise: float, clip: float
 ) -> None:
     points = np.random.default_rng(seed).standard_normal((n, 3)) * np.random.default_rng(seed).choice([0.01, 1, 100])
@@ -131,7 +131,7 @@ def test_the_metric_set_still_finds_the_classes() -> None:
 
     shares = {noise: [share(noise, seed) for seed in range(8)] for noise in (0.0, 0.1, 100.0)}
     assert min(shares[0.0]) > 0.95 and min(shares[0.1]) > 0.85
-    assert np.mean(shares[100.0]) < 0.4  # as much noise as that tells nothing any more
+    assert np.mean(shares[100.0]) < 0.4  # this much noise hides everything
 
 
 def test_noise_without_a_clip_is_refused() -> None:

@@ -1,4 +1,4 @@
-"""The private mean: every device counts once, moves the sum by the clip at most, and the noise is of that size."""
+"""The private mean: every device counts once, changes the sum by at most the clip, and the noise fits the clip."""
 
 from __future__ import annotations
 
@@ -43,20 +43,20 @@ def norm(params: Params) -> float:
 @pytest.mark.parametrize("rule", ["fedit", "ffa", "rolora", "embed_side"])
 @pytest.mark.parametrize("scale", [1.0, 0.25])
 def test_one_device_moves_the_sum_by_exactly_the_clip(rule: str, scale: float) -> None:
-    # with one device a coordinate, the mean is the sum; on the device's own scale it would pass 4 times as much
+    # with one device per coordinate, the mean is the sum; on the device's own scale it could be 4 times as large
     moved = change([device(range(3000), 4, 7.0, scale=scale)], rule=rule, dp_clip=1.5)
     assert norm(moved) == pytest.approx(1.5, rel=1e-9)
 
 
-def test_devices_count_once_whatever_their_samples() -> None:
+def test_devices_count_once_for_any_number_of_samples() -> None:
     few = change([device(range(3000), 4, 1e-3, 1.0), device(range(3000), 4, -2e-3, 1.0)], dp_clip=10)
     many = change([device(range(3000), 4, 1e-3, 900.0), device(range(3000), 4, -2e-3, 1.0)], dp_clip=10)
     assert all(torch.equal(few[name], many[name]) for name in few)
     torch.testing.assert_close(few[B], torch.full_like(few[B], -5e-4), rtol=1e-4, atol=0)
 
 
-def test_noise_is_of_the_size_that_the_accountant_counts_with() -> None:
-    # rows 0..999 have three holders, 1000..1999 two, the rest none; directions 2 and 3 one less in the first rows
+def test_noise_has_the_size_that_the_accountant_assumes() -> None:
+    # rows 0..999 have three holders, 1000..1999 two, others none; in the first rows directions 2 and 3 have one less
     updates = [device(range(2000), 4, 0.0), device(range(2000), 4, 0.0), device(range(1000), 2, 0.0)]
     moved = change(updates, dp_clip=2.0, dp_noise=1.5)
     std = 1.5 * 2.0
@@ -72,10 +72,10 @@ def test_noise_is_of_the_size_that_the_accountant_counts_with() -> None:
     for noise in (*sums, torch.cat(sums)):
         assert noise.std().item() == pytest.approx(std, rel=4 / (2 * len(noise)) ** 0.5)
         assert abs(noise.mean().item()) < 4 * std / len(noise) ** 0.5
-    assert not moved[B][2000:].any()  # nobody's coordinates say nothing of anybody
+    assert not moved[B][2000:].any()  # coordinates without a holder reveal nothing
 
 
-def test_noise_is_that_of_the_generator() -> None:
+def test_noise_is_drawn_from_the_generator() -> None:
     updates = [device(range(3000), 4, 0.0)]
     first, again, other = (change(updates, seed, dp_clip=1.0, dp_noise=1.0) for seed in (0, 0, 1))
     assert all(torch.equal(first[name], again[name]) for name in first)
@@ -92,7 +92,7 @@ def test_noise_is_added_to_the_clipped_mean() -> None:
         torch.testing.assert_close(loud[name], quiet[name] + noise[name], rtol=1e-6, atol=1e-6)
 
 
-def test_the_tighter_of_both_clips_counts() -> None:
+def test_the_tighter_of_both_clips_is_used() -> None:
     given = AdapterOptions(rule="fedit", clip=0.5)
     state = ServerState({name: theta.double() for name, theta in PREVIOUS.items()})
     sent = [device(range(3000), 4, 7.0)]

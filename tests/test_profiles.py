@@ -1,4 +1,4 @@
-"""What devices can do: profiles as files, who comes to a round, and how long it would have taken."""
+"""Device profiles: files, client sampling, and simulated time."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_the_built_in_sets_are_valid(name: str) -> None:
     assert all(profile.name for profile in profiles_of(DeviceOptions(profiles=name)))
 
 
-def test_without_a_set_budgets_and_ranks_are_dealt_out() -> None:
+def test_without_a_set_budgets_and_ranks_are_assigned_in_turn() -> None:
     dealt = profiles_of(DeviceOptions(budgets=(0.3, 0.7), ranks=(4, 8)))
     assert [(profile.budget, profile.rank) for profile in dealt] == [("0.3", 4), ("0.7", 8)]
     assert max_rank(DeviceOptions(budgets=(0.3, 0.7), ranks=(4, 8))) == 8
@@ -98,7 +98,7 @@ def test_a_client_sample_is_a_function_of_seed_and_round(
     assert not set(drawn.asked) & set(drawn.dropped) and not set(drawn.away) & {*drawn.asked, *drawn.dropped}
 
 
-def test_all_come_by_default_and_shares_are_kept_on_average() -> None:
+def test_all_take_part_by_default_and_shares_hold_on_average() -> None:
     profiles = dict.fromkeys(range(20), PHONE)
     assert sample_clients(profiles, DeviceOptions(), 0, 1).asked == tuple(range(20))
     away = {i: PHONE.model_copy(update={"availability": 0.7}) for i in range(20)}
@@ -115,9 +115,9 @@ def test_all_come_by_default_and_shares_are_kept_on_average() -> None:
 
 def test_simulated_seconds_by_hand() -> None:
     assert seconds(PHONE, bytes_down=2000, macs=3e6, bytes_up=50) == pytest.approx(2 + 3 + 0.5)
-    # 10 images, 2 epochs, two models: 3 x 2 x 2 x 10 forward passes, and 4 test images through two models
+    # 10 images, 2 epochs, two models: 3 x 2 x 2 x 10 forward passes, and 4 test images in two models
     assert training_macs(1000, trained=20, evaluated=4, models=2) == 1000 * (120 + 8)
-    # with adapters in a quarter of the model: a pass through all of it, and twice through that quarter, in each step
+    # adapters in a quarter of the model: each step is a pass through all of it, and twice through that quarter
     assert training_macs(1000, trained=20, evaluated=4, models=2, adapted=0.25) == 1000 * (40 * 1.5 + 8)
 
 

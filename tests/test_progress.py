@@ -1,4 +1,4 @@
-"""Progress of long work: which stages there are, how they look on a terminal, and how in a log."""
+"""Progress of long work: which stages are reported, and how they look on a terminal and in a log."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ Told = list[tuple[str, int, int, str]]
 
 @contextmanager
 def listening() -> Iterator[Told]:
-    """Collects (names of the stages that are open, done, total, note)."""
+    """Collects (names of the open stages, done, total, note)."""
     told: Told = []
     opened: list[str] = []
 
@@ -56,7 +56,7 @@ def listening() -> Iterator[Told]:
 # -- what is told ---------------------------------------------------------------------------------------------------
 
 
-def test_a_loop_tells_each_step_and_gives_the_items() -> None:
+def test_a_loop_reports_each_step_and_yields_the_items() -> None:
     with listening() as told, stage("outer") as advance:
         advance(0, 2)
         assert list(track("ab", "inner")) == ["a", "b"]
@@ -73,7 +73,7 @@ def test_a_loop_tells_each_step_and_gives_the_items() -> None:
     ]
 
 
-def test_nobody_need_listen_and_a_loop_that_is_left_closes_its_stage() -> None:
+def test_a_loop_needs_no_screen_and_closes_its_stage_when_left() -> None:
     assert list(track([1, 2], "alone")) == [1, 2] and not is_shown()
     with listening() as told:
         for _ in track([1, 2], "left"):
@@ -83,7 +83,7 @@ def test_nobody_need_listen_and_a_loop_that_is_left_closes_its_stage() -> None:
 
 
 @pytest.mark.parametrize("name", sorted(set(BUILT_IN) - {"magnitude", "random"}))
-def test_every_criterion_that_looks_at_images_tells_how_far_it_is(name: str, vit: Tiny) -> None:
+def test_every_criterion_that_uses_images_reports_progress(name: str, vit: Tiny) -> None:
     task = pruning_task(vit.model, vit.inputs, 0.6, PruningOptions(criterion=name, align=1), 2)
     with listening() as told:
         criterion_of(name)(task)
@@ -102,7 +102,7 @@ def test_every_criterion_that_looks_at_images_tells_how_far_it_is(name: str, vit
     assert any(own.get(name, "") in path for path in finished), told
 
 
-def test_what_comes_after_the_criterion_is_told_as_well(vit: Tiny) -> None:
+def test_the_steps_after_the_criterion_are_reported_as_well(vit: Tiny) -> None:
     options = PruningOptions(
         criterion="tap+", align=1, recovery="distill", recovery_steps=3, recovery_batch=2, labels="pseudo"
     )
@@ -120,11 +120,11 @@ def test_what_comes_after_the_criterion_is_told_as_well(vit: Tiny) -> None:
 # -- how long it will take ------------------------------------------------------------------------------------------
 
 
-def test_time_left_is_of_the_steps_that_were_done_here() -> None:
+def test_the_time_left_is_estimated_from_steps_of_this_process() -> None:
     now = 100.0
     pace = Pace("rounds", clock=lambda: now)
     assert pace.left is None and pace.words() == "rounds (0:00:00 so far)"
-    pace.advance(5, 10)  # a run that goes on
+    pace.advance(5, 10)  # a resumed run
     assert pace.left is None
     now = 120.0
     pace.advance(6, 10)
@@ -159,7 +159,7 @@ def logged(caplog: pytest.LogCaptureFixture) -> Callable[[], list[str]]:
     return lambda: [re.sub(r" \([\d:]+ (left|so far)\)", r" (\1)", record.getMessage()) for record in caplog.records]
 
 
-def test_a_log_has_a_line_for_every_fifth_of_a_stage_and_none_for_what_lies_in_it(
+def test_a_log_has_a_line_for_every_fifth_of_a_stage_and_none_for_nested_ones(
     logged: Callable[[], list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with shown():
@@ -179,7 +179,7 @@ def test_a_log_has_a_line_for_every_fifth_of_a_stage_and_none_for_what_lies_in_i
     ]
 
 
-def test_a_log_is_not_silent_however_long_a_step_takes(
+def test_a_log_is_not_silent_during_a_long_step(
     logged: Callable[[], list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "SILENCE", (0.5, 0.5))
@@ -250,7 +250,7 @@ print("done")
 
 
 def on_a_terminal(*command: str, columns: int = 110) -> str:
-    """Runs a command on a pseudo terminal and returns all that came, escapes included."""
+    """Runs a command on a pseudo terminal and returns all its output, including escape sequences."""
     pid, terminal = pty.fork()
     if pid == 0:
         os.environ |= {"TERM": "xterm", "PYTHONPATH": str(Path.cwd()), "COLUMNS": str(columns)}
@@ -260,7 +260,7 @@ def on_a_terminal(*command: str, columns: int = 110) -> str:
     try:
         while part := os.read(terminal, 65536):
             came += part
-    except OSError:  # so Linux says that the other end is closed
+    except OSError:  # Linux reports a closed other end like this
         pass
     os.close(terminal)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0, came.decode()
@@ -268,7 +268,7 @@ def on_a_terminal(*command: str, columns: int = 110) -> str:
 
 
 def as_seen(came: str) -> list[str]:
-    """What stands on a terminal (endless, and as wide as need be) after what came."""
+    """Returns the lines on an unlimited terminal after this output."""
     rows, row, column = [""], 0, 0
     for token in re.finditer(r"\x1b\[([?\d;]*)([A-Za-z])|\r|\n|[^\x1b\r\n]+", came):
         text, count, code = token[0], token[1], token[2]
@@ -299,7 +299,7 @@ def test_a_terminal_shows_bars_with_the_time_left_below_the_lines_of_the_log() -
         text for t in range(4) for text in (f"INFO :      a line of the log {t}", f"a line on stdout {t}")
     ]
     bars = [row.split("━")[0].strip() for row in last if "━" in row]
-    assert bars == ["rounds", "evaluation"]  # what lay within is gone, and what is over was not drawn twice
+    assert bars == ["rounds", "evaluation"]  # nested bars are gone, and finished ones were not drawn twice
     assert last[-2:] == ["done", ""] and came.count("\x1b[?25l") == came.count("\x1b[?25h") == 2
 
 
@@ -309,7 +309,7 @@ def test_a_narrow_terminal_cuts_words_and_not_the_bars() -> None:
     assert [row.split("━")[0].strip() for row in rows if "━" in row] == ["rounds", "evaluation"]
 
 
-def test_computing_is_the_same_whoever_watches(vit: Tiny) -> None:
+def test_results_do_not_depend_on_the_screen(vit: Tiny) -> None:
     task = pruning_task(vit.model, vit.inputs, 0.6, PruningOptions(criterion="tap", align=1), 2)
     alone = criterion_of("tap")(task)
     with listening():

@@ -1,4 +1,4 @@
-"""Pruning one backbone from the command line, and a look at the result."""
+"""`tapfl prune` and `tapfl inspect` on one backbone."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_a_backbone_is_pruned_saved_and_shown(tmp_path: Path, how: tuple[str, st
     assert (tmp_path / "widths.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_budget_may_have_several_limits_and_is_told(tmp_path: Path) -> None:
+def test_a_budget_may_have_several_limits_and_is_recorded(tmp_path: Path) -> None:
     said = json.loads(prune(tmp_path, "--set", "pruning.unit-shape=both", "--json", budget="macs<=60%, params<=0.5"))
     assert said["provenance"]["budget"] == "macs<=0.6,params<=0.5"
     assert said["macs"] <= 0.6 * said["macs_dense"]
@@ -76,7 +76,7 @@ def test_a_budget_in_milliseconds_is_measured_here(tmp_path: Path) -> None:
         (("--set", "metric.size=6400"), "0.5", TapflError),
     ],
 )
-def test_what_is_refused_leaves_no_folder(
+def test_a_refused_command_leaves_no_folder(
     tmp_path: Path, arguments: tuple[str, ...], budget: str, error: type[TapflError]
 ) -> None:
     with pytest.raises(error):
@@ -84,13 +84,13 @@ def test_what_is_refused_leaves_no_folder(
     assert not (tmp_path / "small").exists()
 
 
-def test_a_folder_that_is_no_model_is_refused(tmp_path: Path) -> None:
+def test_a_folder_that_is_not_a_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(PlanError, match=r"plan.json: cannot be read"):
         tapfl("inspect", str(tmp_path))
 
 
 @pytest.mark.parametrize("family", ["vit", "swin"])
-def test_a_look_at_a_device_shows_heads_stages_and_costs(family: str, vit: Tiny, tmp_path: Path) -> None:
+def test_inspecting_a_device_shows_heads_stages_and_costs(family: str, vit: Tiny, tmp_path: Path) -> None:
     backbone = tiny(SWIN) if family == "swin" else vit
     attention, ffn = backbone.layers[:2]
     half = attention.units_per_head // 2

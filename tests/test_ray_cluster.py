@@ -1,4 +1,4 @@
-"""The Ray engine on two nodes of a cluster, one of which is killed in the middle of a run."""
+"""The Ray engine on a cluster with two nodes, one of which is killed during a run."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from experiments.engines.ray import ActorPool
 
 @pytest.fixture
 def two_nodes(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, Any]]:
-    """A head that only this driver uses, and two nodes with one CPU each: (address, the cluster)."""
+    """A head that only this driver uses, and two nodes with one CPU each; yields (address, the cluster)."""
     prepare_environment()
     import ray
     from ray.cluster_utils import Cluster
@@ -42,7 +42,7 @@ def two_nodes(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monk
 
 
 @pytest.mark.slow
-def test_a_node_that_is_killed_in_the_middle_of_a_run_changes_nothing(
+def test_killing_a_node_during_a_run_changes_nothing(
     two_nodes: tuple[str, Any], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     address, cluster = two_nodes
@@ -52,7 +52,7 @@ def test_a_node_that_is_killed_in_the_middle_of_a_run_changes_nothing(
 
     with ActorPool(address) as workers:
         deadline = time.monotonic() + 120
-        while len(workers._at) < 2 and time.monotonic() < deadline:  # both nodes are at work when one goes
+        while len(workers._at) < 2 and time.monotonic() < deadline:  # both nodes are busy when one is killed
             time.sleep(0.1)
         assert len(workers._at) == 2
 
@@ -72,4 +72,4 @@ def test_a_node_that_is_killed_in_the_middle_of_a_run_changes_nothing(
     assert not ray.is_initialized()
     host, _, port = address.partition(":")
     with socket.create_connection((host, int(port)), timeout=5):
-        pass  # the cluster itself is still there: what was joined is only left
+        pass  # the cluster still runs, because a joined cluster is only disconnected

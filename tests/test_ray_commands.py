@@ -1,4 +1,4 @@
-"""Sweeps and searches on Ray as they are typed: the same as without, and nothing of Ray is left."""
+"""Sweeps and searches on Ray from the command line: the same results as without Ray, and no Ray process left."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from experiments.sweep.grid import read_sweep
 
 
 class Typed:
-    """A command in a session of its own, and what is seen of the Ray that it starts."""
+    """A command in its own session, and the Ray processes that it starts."""
 
     def __init__(self, *arguments: str, marker: str) -> None:
         environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
@@ -33,7 +33,7 @@ class Typed:
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
-            env=environment | {"MARKER": marker},  # whatever comes from it carries this
+            env=environment | {"MARKER": marker},  # inherited by all processes that it starts
             start_new_session=True,
         )
         self.marker, self._tree = marker, ProcessTree(self.process.pid)
@@ -41,7 +41,7 @@ class Typed:
         self.ports: set[str] = set()
 
     def runs(self) -> bool:
-        """Says whether it is at work, and looks at the Ray processes below it."""
+        """Returns whether the command is running, and records the Ray processes below it."""
         for process in self._tree.processes():
             with suppress(OSError):
                 line = Path(f"/proc/{process.pid}/cmdline").read_bytes().decode(errors="replace")
@@ -50,13 +50,13 @@ class Typed:
         return self.process.poll() is None
 
     def left(self) -> list[str]:
-        """Returns what is left of it: processes, and folders of Ray."""
+        """Returns the processes and folders of Ray that are left."""
         return left_running(self.marker) + [folder for folder in self.folders if Path(folder).exists()]
 
 
 @pytest.fixture
 def typed() -> Iterator[type[Typed]]:
-    """`Typed`, whose commands end with the test."""
+    """Yields `Typed`, whose commands are ended after the test."""
     started: list[Typed] = []
 
     class Ending(Typed):
@@ -70,7 +70,7 @@ def typed() -> Iterator[type[Typed]]:
 
 
 @pytest.mark.slow
-def test_a_sweep_on_ray_comes_to_the_same_and_leaves_nothing(typed: type[Typed], tmp_path: Path) -> None:
+def test_a_sweep_on_ray_has_the_same_results_and_leaves_no_process(typed: type[Typed], tmp_path: Path) -> None:
     file, out = sweep_file(tmp_path, '"personalize.method" = ["fedavg", "local"]'), tmp_path / "ray"
     options = ["--engine", "ray", "--workers", "1", "--jobs", "2"]
     sweep = typed("sweep", "--config", str(file), "--out", str(out), *options, marker=str(tmp_path))
@@ -86,7 +86,7 @@ def test_a_sweep_on_ray_comes_to_the_same_and_leaves_nothing(typed: type[Typed],
 
 
 @pytest.mark.slow
-def test_a_search_on_ray_that_is_interrupted_leaves_nothing_and_goes_on_without_ray(
+def test_an_interrupted_search_on_ray_leaves_no_process_and_resumes_without_ray(
     typed: type[Typed], tmp_path: Path
 ) -> None:
     file, out = search_file(tmp_path), tmp_path / "out"

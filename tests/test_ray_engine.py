@@ -1,4 +1,4 @@
-"""The Ray engine: the same bits as in one process, on warm actors, whoever dies."""
+"""The Ray engine: the same bits as in one process, also on warm actors and if actors die."""
 
 from __future__ import annotations
 
@@ -64,17 +64,17 @@ def test_warm_actors_and_one_process_give_the_same_bits(
     assert on_ray(workers, tmp_path / "run", cache) == one_process
 
 
-def test_an_actor_that_is_killed_comes_back_and_what_it_lost_is_sent_again(
+def test_a_killed_actor_is_restarted_and_its_messages_are_sent_again(
     workers: ActorPool, cache: Path, tmp_path: Path, one_process: dict[str, bytes], caplog: pytest.LogCaptureFixture
 ) -> None:
     assert on_ray(workers, tmp_path / "run", cache, "faulty_apps:mortal") == one_process
     assert (tmp_path / "died").exists() and "sent again" in caplog.text
 
 
-def test_runs_at_the_same_time_do_not_touch_each_other(
+def test_simultaneous_runs_do_not_affect_each_other(
     workers: ActorPool, cache: Path, tmp_path: Path, one_process: dict[str, bytes]
 ) -> None:
-    """Each trains a backbone of its own at first, whose weights are drawn from torch's global generator."""
+    """Each first trains its own backbone, whose weights are drawn from torch's global generator."""
     with ThreadPoolExecutor(3) as pool:
         first, second, third = pool.map(
             lambda seed: on_ray(workers, tmp_path / f"run-{seed}", tmp_path / "cache", seed=seed), (0, 1, 2)
@@ -84,7 +84,7 @@ def test_runs_at_the_same_time_do_not_touch_each_other(
 
 
 @pytest.mark.slow
-def test_a_search_comes_to_the_same_on_ray(workers: ActorPool, cache: Path, tmp_path: Path) -> None:
+def test_a_search_has_the_same_result_on_ray(workers: ActorPool, cache: Path, tmp_path: Path) -> None:
     """Same trials, same values, same best options, and the same run folders."""
     shared = dict(parse_assignment(o) for o in SMALL if "rounds" not in o) | {"cache": str(cache)}
     settings = SearchOptions(max_rounds=2, eta=2, brackets=1)
@@ -111,7 +111,7 @@ def test_a_search_comes_to_the_same_on_ray(workers: ActorPool, cache: Path, tmp_
         assert "mean personal accuracy" in (ray / "trials" / f"{run}.log").read_text()
 
 
-def test_a_search_whose_actors_are_lost_ends_and_blames_no_trial(cache: Path, tmp_path: Path) -> None:
+def test_a_search_whose_actors_are_lost_ends_without_failing_a_trial(cache: Path, tmp_path: Path) -> None:
     shared = dict(parse_assignment(o) for o in SMALL) | {"cache": str(cache)}
     actors = ActorPool()
     actors.lost = "no Ray actor is left"
@@ -122,7 +122,7 @@ def test_a_search_whose_actors_are_lost_ends_and_blames_no_trial(cache: Path, tm
 
 
 def test_flowers_own_strategies_run_on_it(workers: ActorPool) -> None:
-    """They ask by `send_and_receive`, and average what comes."""
+    """They use `send_and_receive` and average the replies."""
     server, results = ServerApp(), []
 
     @server.main()
@@ -142,12 +142,14 @@ def test_flowers_own_strategies_run_on_it(workers: ActorPool) -> None:
         ({"cpus": 0.0}, "needs --workers"),
     ],
 )
-def test_more_than_there_is_is_refused_at_once(workers: ActorPool, asked: dict[str, float], said: str) -> None:
+def test_more_resources_than_available_are_refused_immediately(
+    workers: ActorPool, asked: dict[str, float], said: str
+) -> None:
     with pytest.raises(ConfigError, match=said), ActorPool(**asked):  # type: ignore[arg-type]
         pass
 
 
-def test_a_cluster_that_others_use_to_the_full_is_not_waited_for(
+def test_a_fully_used_cluster_is_refused_after_a_short_time(
     workers: ActorPool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import ray
@@ -160,13 +162,13 @@ def test_a_cluster_that_others_use_to_the_full_is_not_waited_for(
 
 
 @pytest.mark.parametrize("address", ["ray://head:10001", "head", "127.0.0.1:port"])
-def test_an_address_that_is_none_is_refused(address: str) -> None:
+def test_an_invalid_address_is_refused(address: str) -> None:
     with pytest.raises(ConfigError, match="must be HOST:PORT"):
         require_reachable(address)
 
 
 def test_a_cluster_that_does_not_answer_is_refused_in_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A port where something listens that is no Ray."""
+    """The port belongs to a program other than Ray."""
     monkeypatch.setattr("experiments.engines.cluster.REACH", 1.0)
     with socket.create_server(("127.0.0.1", 0)) as server:
         began, port = time.monotonic(), server.getsockname()[1]
@@ -175,14 +177,14 @@ def test_a_cluster_that_does_not_answer_is_refused_in_seconds(monkeypatch: pytes
         assert time.monotonic() - began < 6
 
 
-def test_what_only_ray_has_is_refused_elsewhere(cache: Path, tmp_path: Path) -> None:
+def test_options_of_ray_are_refused_with_other_engines(cache: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="only with --engine ray"):
         tapfl("--out", str(tmp_path / "run"), "--address", "head:6379", cache=cache)
     assert not (tmp_path / "run").exists()
 
 
 class NotedActor:
-    """Stands for an actor of Ray's, and notes whose message it got."""
+    """Stands in for a Ray actor, and records whose message it got."""
 
     def __init__(self, taken: list[int]) -> None:
         self.taken = taken
@@ -198,14 +200,14 @@ class NotedActor:
 
 @pytest.fixture
 def unstarted(monkeypatch: pytest.MonkeyPatch) -> ActorPool:
-    """ActorPool without Ray: what they hand out is done when the test says so."""
+    """An ActorPool without Ray; the test decides when its calls are done."""
     monkeypatch.setattr(ActorPool, "_watch", lambda self, ref, done: None)
     TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
     return ActorPool()
 
 
 def queued(workers: ActorPool, count: int) -> tuple[RayGrid, int, list[Message]]:
-    """Returns a federation of one node with messages that wait, its node, and they."""
+    """Returns a federation with one node and waiting messages, its node, and the messages."""
     grid = RayGrid(workers, "apps:app", {}, 1)
     (node,) = grid.partitions
     messages = [Message(RecordDict(), node, "train") for _ in range(count)]
@@ -217,7 +219,7 @@ def queued(workers: ActorPool, count: int) -> tuple[RayGrid, int, list[Message]]
 
 
 def test_federations_take_turns(unstarted: ActorPool) -> None:
-    """Two that have messages waiting get every second actor that comes free, however many the first has."""
+    """Two federations with waiting messages alternate, however many messages the first one has."""
     handed: list[int] = []
     (_, first, _), (_, second, _) = queued(unstarted, 5), queued(unstarted, 2)
     for _ in range(7):
@@ -226,14 +228,14 @@ def test_federations_take_turns(unstarted: ActorPool) -> None:
     assert handed == [first, second, first, second, first, first, first]
 
 
-def test_a_busy_actor_has_its_next_message_but_the_last_ones_wait_for_who_is_free_first(unstarted: ActorPool) -> None:
+def test_a_busy_actor_gets_its_next_message_but_the_last_ones_wait_for_a_free_actor(unstarted: ActorPool) -> None:
     handed: list[list[int]] = [[], []]
     actors = [NotedActor(taken) for taken in handed]
     grid, _, messages = queued(unstarted, 6)
     unstarted._at = {actor: set() for actor in actors}
 
     def told(number: int) -> list[int]:
-        """Hands out what the second actor's answer to a message makes free; returns how many each was given."""
+        """Lets the second actor answer a message; returns how many messages each actor was given."""
         done = Future[Answer]()
         done.set_result(([Message(RecordDict(), reply_to=messages[number])], []))
         unstarted._answered(actors[1], grid, [messages[number]], done)
@@ -246,9 +248,7 @@ def test_a_busy_actor_has_its_next_message_but_the_last_ones_wait_for_who_is_fre
     assert told(3) == [2, 3]
 
 
-def test_an_actor_that_dies_is_awaited_once_whatever_it_had(
-    unstarted: ActorPool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_actor_that_dies_is_awaited_once(unstarted: ActorPool, monkeypatch: pytest.MonkeyPatch) -> None:
     awaited: list[object] = []
     monkeypatch.setattr(unstarted, "_await", awaited.append)
     actor, (grid, _, messages) = NotedActor([]), queued(unstarted, 3)
@@ -265,7 +265,7 @@ def test_an_actor_that_dies_is_awaited_once_whatever_it_had(
     assert [reply.error.code for reply in replies] == [WORKER_LOST, WORKER_LOST]
 
 
-def test_an_actor_gets_the_devices_that_it_had_last(unstarted: ActorPool) -> None:
+def test_an_actor_prefers_the_devices_that_it_had_last(unstarted: ActorPool) -> None:
     grid = RayGrid(unstarted, "apps:app", {}, 4)
     nodes, taken = list(grid.partitions), ([], [])
     actors = [NotedActor(each) for each in taken]
@@ -282,7 +282,7 @@ def test_an_actor_gets_the_devices_that_it_had_last(unstarted: ActorPool) -> Non
     assert sorted(first[:2] + second[:2]) == sorted(nodes)
 
 
-def test_a_group_is_one_call_of_one_actor_and_is_lost_as_a_whole(unstarted: ActorPool) -> None:
+def test_a_group_is_a_single_call_of_one_actor_and_is_lost_as_a_whole(unstarted: ActorPool) -> None:
     grid = RayGrid(unstarted, "apps:app", {}, 3)
     messages = [Message(RecordDict(), node, "train") for node in grid.partitions]
     actor, ids = NotedActor([]), [grid.stamp(message) for message in messages]

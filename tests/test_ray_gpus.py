@@ -1,4 +1,4 @@
-"""Ray with GPUs that it only counts: placement, and a worker whose GPU is lost. No GPU computes anything here."""
+"""Ray with GPUs that it only counts: placement of actors, and a worker whose GPU is lost. No GPU is used."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def two_gpus() -> Iterator[None]:
         ray.shutdown()
 
 
-def test_actors_of_half_a_gpu_lie_two_on_each_and_know_their_share(two_gpus: None) -> None:
+def test_two_actors_share_a_gpu_and_know_their_share(two_gpus: None) -> None:
     import ray
 
     def place(_: object) -> tuple[str, float]:

@@ -1,4 +1,4 @@
-"""The library example of docs/pruning.md, as a reader would try it."""
+"""The library example of docs/pruning.md."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The sweeps of experiments/configs run: each value along each axis once, small and for one round."""
+"""The sweeps in experiments/configs: each value along each axis runs once, with a tiny backbone and one round."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from tapfl.options import parse_assignment
 
 
 def reduced(cell: SweepRun, cache: Path) -> SweepRun:
-    """The cell with a tiny backbone and one round of two epochs; where it stands in the grid stays."""
+    """The cell with a tiny backbone and one round of two epochs; its point in the grid does not change."""
     small = dict(parse_assignment(option) for option in SMALL) | {"devices.count": 10}
     return replace(cell, options=small | cell.options | {"train.rounds": 1, "train.epochs": 2, "cache": str(cache)})
 
 
 def one_of_each(cells: list[SweepRun]) -> list[SweepRun]:
-    """Cells that together have every value along every axis but the seed's."""
+    """Returns cells that together have every value of every axis except the seed."""
     seen: set[tuple[str, object]] = set()
     chosen = []
     for cell in cells:

@@ -1,4 +1,4 @@
-"""Reconstruction: gradient steps on a branch that was cut, which never leave it worse on the images held out."""
+"""Reconstruction: gradient steps on a pruned branch never increase its error on held-out images."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def calls_of(y: Tensor, target: Tensor, batch: int) -> list[Call]:
 
 
 def test_one_step_by_hand() -> None:
-    """One weight, three images of one token, the last of them held out: Adam's first step is the rate itself."""
+    """One weight, three images with one token, the last one held out: Adam's first step equals the learning rate."""
     branch = nn.Linear(1, 1, bias=False)
     torch.nn.init.constant_(branch.weight, 1.0)
     y = torch.tensor([1.0, 2.0, 3.0]).view(3, 1, 1)
@@ -42,10 +42,10 @@ def test_one_step_by_hand() -> None:
     assert (before, after) == (pytest.approx(9.0), pytest.approx(2.25))  # (3 w - 6)²
 
 
-def test_rows_count_by_their_weights() -> None:
+def test_rows_are_weighted() -> None:
     branch = nn.Linear(1, 1, bias=False)
     y, target = torch.ones(4, 2, 1), torch.tensor([3.0, -1.0]).view(1, 2, 1).expand(4, 2, 1)
-    weights = torch.tensor([1.0, 0.0]).repeat(4)  # the second token of every image does not count
+    weights = torch.tensor([1.0, 0.0]).repeat(4)  # the second token of every image has zero weight
     before, after = reconstruct(branch, [Call(4, ((y,), {}), target, weights)], steps=200, learning_rate=0.1)
     assert branch.weight.item() == pytest.approx(3.0, abs=0.05) and after < 0.01 < before
 
@@ -53,7 +53,7 @@ def test_rows_count_by_their_weights() -> None:
 @settings(max_examples=20, deadline=None)
 @given(st.integers(0, 99), st.floats(1e-4, 10), st.integers(1, 25), st.integers(2, 12))
 def test_the_held_out_error_never_rises(seed: int, rate: float, steps: int, count: int) -> None:
-    """Whatever the rate, and though the targets are noise: then the branch stays as it was."""
+    """This holds for any rate, and if the targets are noise; then the branch does not change."""
     generator = torch.Generator().manual_seed(seed)
     y, target = (torch.randn(count, 2, 3, generator=generator) for _ in range(2))
     branch = nn.Sequential(nn.Linear(3, 3), nn.GELU(), nn.Linear(3, 3)).requires_grad_(False)
@@ -74,7 +74,7 @@ def test_the_held_out_images_are_a_share_spread_evenly(count: int, share: float)
     assert gaps.max() - gaps.min() <= 1 and held[-1] == count - 1
 
 
-def test_one_image_cannot_judge_and_train(vit: Tiny) -> None:
+def test_one_image_is_too_few_to_train_and_judge(vit: Tiny) -> None:
     with pytest.raises(ModelError, match="reconstruction needs at least two images"):
         refitted(vit.model, random_kept(vit.layers, 0.5), vit.inputs[:1], 1, **THIRTY_STEPS)
 
@@ -88,10 +88,10 @@ def test_a_rate_that_diverges_is_named() -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_branch_is_judged_on_what_the_cut_model_sends_it(
+def test_every_branch_is_judged_on_its_input_in_the_pruned_model(
     family: str, families: dict[str, Tiny], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The errors are those of r = f(x') - f'(x') + γ drift, and the whole model is nearer to the dense one."""
+    """The errors are those of r = f(x') - f'(x') + γ drift, and the whole model is closer to the dense one."""
     backbone, errors = families[family], []
 
     def watched(branch: nn.Module, calls: Sequence[Call], steps: int, rate: float) -> tuple[float, float]:
@@ -110,12 +110,12 @@ def test_every_branch_is_judged_on_what_the_cut_model_sends_it(
     assert apart_of[0] < apart_of[1]
     assert {k: v.shape for k, v in small.state_dict().items()} == {k: v.shape for k, v in plain.state_dict().items()}
     torch.manual_seed(3)
-    again = refitted(*given, **THIRTY_STEPS)  # the same bits, whatever the state of torch's own generator
+    again = refitted(*given, **THIRTY_STEPS)  # the same bits for any state of torch's global generator
     assert alike(small, again)
     assert not any(parameter.requires_grad for parameter in small.parameters())
 
 
-def test_layers_that_lose_nothing_stay_as_they_are(vit: Tiny) -> None:
+def test_layers_that_lose_no_unit_do_not_change(vit: Tiny) -> None:
     kept = {"blocks.0.mlp": random_kept(vit.layers, 0.5)["blocks.0.mlp"]}
     small = refitted(vit.model, kept, vit.inputs, 3, **THIRTY_STEPS)
     changed = {name for name, tensor in small.state_dict().items() if not _same(tensor, vit.model.state_dict()[name])}

@@ -1,4 +1,4 @@
-"""A step that is recorded and made again comes to the same bits, of one device and of several together."""
+"""Recorded and replayed training steps give the same bits, for one device and for several together."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ STEADY: dict[str, Method[Any]] = {
     "apfl, α at each step": Apfl(0.3, "step"),
     "apfl, α fixed": Apfl(0.3, "fixed"),
 }
-SIZES = (4, 3, 4, 4, 3, 4, 2, 4)  # a shape often, one too seldom to be recorded, and one that comes once
+SIZES = (4, 3, 4, 4, 3, 4, 2, 4)  # a frequent shape, one that is too rare to be recorded, and one that comes once
 
 
 @pytest.fixture(autouse=True)
@@ -61,7 +61,7 @@ def round_of(backbone: Tiny, method: Method[Any], train: TrainOptions, recorder:
 
 @pytest.mark.parametrize("name", STEADY)
 @pytest.mark.parametrize("optimizer", ["adam", "sgd"])
-def test_a_recorded_step_comes_to_the_same_bits(name: str, optimizer: str, vit: Tiny) -> None:
+def test_a_recorded_step_gives_the_same_bits(name: str, optimizer: str, vit: Tiny) -> None:
     momentum = 0.9 if optimizer == "sgd" else 0.0
     train = TrainOptions(optimizer=optimizer, momentum=momentum, clip_gradient=0.05)
     recording = Recording()
@@ -83,7 +83,7 @@ def test_devices_together_are_recorded_as_one(name: str, vit: Tiny) -> None:
     assert (recording.recorded, recording.replayed) == (1, 4)
 
 
-def test_what_cannot_be_recorded_or_does_not_pay_is_not(vit: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_steps_that_cannot_be_recorded_or_are_rare_are_not(vit: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     recording = Recording()
     round_of(vit, FedAla(), TrainOptions(), recording).alone()
     monkeypatch.setattr(methods_module, "WORTH", len(SIZES) + 1)
@@ -92,7 +92,7 @@ def test_what_cannot_be_recorded_or_does_not_pay_is_not(vit: Tiny, monkeypatch: 
 
 
 class Branching(FedAvg):
-    """Not steady: it looks at its loss."""
+    """Not steady: it reads its loss."""
 
     def step(self, state: Any, objective: Any, batch: object) -> torch.Tensor:
         loss = super().step(state, objective, batch)
@@ -105,14 +105,14 @@ def test_the_stand_in_refuses_what_a_gpu_refuses(vit: Tiny) -> None:
 
 
 class Rebinding(FedAvg):
-    """Not steady: each step counts, in Python."""
+    """Not steady: it counts the steps in Python."""
 
     def step(self, state: Any, objective: Any, batch: object) -> torch.Tensor:
         object.__setattr__(self, "count", getattr(self, "count", 0) + 1)
         return super().step(state, objective, batch) * self.count
 
 
-def test_the_stand_in_makes_operations_again_and_not_their_python(vit: Tiny) -> None:
+def test_the_stand_in_replays_operations_but_not_python(vit: Tiny) -> None:
     train = TrainOptions()
     recorded = round_of(vit, Rebinding(), train, Recording()).alone()
     assert recorded.loss != round_of(vit, Rebinding(), train, None).alone().loss

@@ -1,4 +1,4 @@
-"""The records of a run: what is read is what was written, to the bit; what cannot be read is named or counted."""
+"""The records of a run: they round-trip bit by bit; lines that cannot be read are counted or named."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ def test_a_damaged_line_is_counted_and_an_unknown_kind_left_out(case: str, tmp_p
         ({"simulated_seconds": float("inf")}, "simulated_seconds: "),
     ],
 )
-def test_a_summary_that_is_not_whole_is_refused(values: dict[str, Any], reason: str, tmp_path: Path) -> None:
+def test_an_incomplete_summary_is_refused(values: dict[str, Any], reason: str, tmp_path: Path) -> None:
     changed(tmp_path, **values)
     with pytest.raises(PlanError, match=rf"summary\.json: is not a complete summary of version 1 \({reason}"):
         read_summary(tmp_path)
@@ -141,7 +141,7 @@ def test_devices_of_a_summary_are_checked(tmp_path: Path) -> None:
         read_summary(tmp_path / "nowhere")
 
 
-def test_of_other_versions_none_is_read_and_another_refused_by_name(tmp_path: Path) -> None:
+def test_a_file_without_version_is_read_and_another_version_is_refused(tmp_path: Path) -> None:
     changed(tmp_path, version="gone")
     assert read_summary(tmp_path) == a_summary()
     changed(tmp_path, version=2, curve="gone")
@@ -156,8 +156,8 @@ def test_sums_by_kind() -> None:
     assert added({"a": 1, "b": 2}, {"b": 3, "c": 4, "d": 0}) == {"a": 1, "b": 5, "c": 4}
 
 
-def test_adapter_bytes_a_round_are_of_the_rounds_that_used_an_answer() -> None:
-    """Of four rounds device 0 was in all, 1 in two (and failed twice), 2 in none, and 3 never got a model."""
+def test_adapter_bytes_per_round_count_rounds_that_used_an_answer() -> None:
+    """Of four rounds device 0 took part in all, 1 in two (and failed twice), 2 in none; 3 never got a model."""
     profile = DeviceProfile(budget="0.5", rank=4)
     about = {"profile": profile, "train_samples": 9, "params": 5, "macs_share": 0.5, "params_share": 0.5}
     devices = [
@@ -177,7 +177,7 @@ def test_adapter_bytes_a_round_are_of_the_rounds_that_used_an_answer() -> None:
     assert rate(devices[2]) == 0.0
 
 
-def test_a_run_says_whose_mixture_does_not_tell_classes_apart(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_names_devices_whose_mixture_has_one_component(capsys: pytest.CaptureFixture[str]) -> None:
     profile = DeviceProfile(budget="0.5", rank=4)
     kinds = ((1, 3), (1, 1), (4, 3), (0, 3), (1, 2))  # components, classes
     devices = [

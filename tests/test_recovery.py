@@ -1,4 +1,4 @@
-"""Recovery: a fixed training after surgery that changes weights and nothing else, and branches that fade first."""
+"""Recovery: training after surgery changes only weights, and whole branches fade out first."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from tapfl.training import apart, predict
 FAMILIES = ["vit", "deit", "swin"]
 NOBODY = torch.empty(0, dtype=torch.int64)
 PLAIN = {"criterion": "magnitude", "recovery": "fine-tune", "recovery_batch": 8, "recovery_learning_rate": 1e-2}
-STILL = 1e-12  # a learning rate at which no weight moves
+STILL = 1e-12  # a learning rate at which no weight changes
 
 
 class Task:
@@ -94,7 +94,7 @@ def test_images_held_out_are_not_trained_on(tasks: dict[str, Task], monkeypatch:
 
 @pytest.mark.parametrize("recovery", ["fine-tune", "distill"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_pruned_model_gets_better_on_its_fine_tune_set(family: str, recovery: str, tasks: dict[str, Task]) -> None:
+def test_a_pruned_model_improves_on_its_fine_tune_set(family: str, recovery: str, tasks: dict[str, Task]) -> None:
     task = tasks[family]
     model = task.recovered(16, recovery=recovery)
     assert task.loss(model, recovery=recovery) < 0.7 * task.loss(task.small, recovery=recovery)
@@ -103,7 +103,7 @@ def test_a_pruned_model_gets_better_on_its_fine_tune_set(family: str, recovery: 
 
 
 @pytest.mark.parametrize("recovery", ["fine-tune", "distill"])
-def test_what_is_given_is_left_as_it_is(recovery: str, tasks: dict[str, Task]) -> None:
+def test_the_arguments_are_not_changed(recovery: str, tasks: dict[str, Task]) -> None:
     task = tasks["swin"]
     before = bits(task.small), bits(task.dense)
     task.recovered(4, recovery=recovery, fades=True)
@@ -120,15 +120,15 @@ def test_the_same_seed_gives_the_same_bits(tasks: dict[str, Task]) -> None:
 
 
 @pytest.mark.parametrize(("recovery", "steps"), [("fine-tune", 0), ("distill", 0), ("none", 9)])
-def test_without_steps_the_model_is_left_alone(recovery: str, steps: int, tasks: dict[str, Task]) -> None:
+def test_without_steps_the_model_is_not_changed(recovery: str, steps: int, tasks: dict[str, Task]) -> None:
     task = tasks["vit"]
     before = bits(task.small)
     assert task.recovered(steps, recovery=recovery, fades=True) is task.small and bits(task.small) == before
 
 
 @pytest.mark.parametrize("searched", [0, 3])
-def test_fewer_steps_see_the_first_batches_of_more(searched: int, tasks: dict[str, Task]) -> None:
-    """What a criterion's search has taken is deducted at the end, so that all criteria start alike."""
+def test_fewer_steps_use_the_same_first_batches(searched: int, tasks: dict[str, Task]) -> None:
+    """The steps that a criterion's search has used are deducted at the end, so that all criteria start equally."""
     task, seen = tasks["vit"], []
 
     def inputs(chosen: np.ndarray) -> Tensor:
@@ -144,7 +144,7 @@ def test_fewer_steps_see_the_first_batches_of_more(searched: int, tasks: dict[st
     assert seen[:3] != seen[3:6]
 
 
-def test_progress_is_told_and_no_dropout_is_active(tasks: dict[str, Task]) -> None:
+def test_progress_is_reported_and_no_dropout_is_active(tasks: dict[str, Task]) -> None:
     task, told = tasks["vit"], []
     lively = copy.deepcopy(task.small).train()
     for module in lively.modules():
@@ -166,9 +166,7 @@ def test_a_recovered_model_can_be_saved(tasks: dict[str, Task], tmp_path: Path) 
 
 @pytest.mark.parametrize("recovery", ["fine-tune", "distill"])
 @pytest.mark.parametrize(("steps", "sign"), [(9, "its loss is nan"), (1, "its weights reach 1e")])
-def test_recovery_that_diverges_says_what_to_lower(
-    recovery: str, steps: int, sign: str, tasks: dict[str, Task]
-) -> None:
+def test_diverging_recovery_says_what_to_lower(recovery: str, steps: int, sign: str, tasks: dict[str, Task]) -> None:
     said = rf"pruning\.recovery-learning-rate = 1e\+30: recovery diverged at step \d of {steps} \({sign}"
     with pytest.raises(ModelError, match=said):
         tasks["vit"].recovered(steps, recovery=recovery, recovery_learning_rate=1e30)
@@ -177,8 +175,8 @@ def test_recovery_that_diverges_says_what_to_lower(
 # ---------------------------------------------------------------- the loss
 
 
-def test_the_loss_and_its_gradient_are_those_of_the_formula(monkeypatch: pytest.MonkeyPatch) -> None:
-    """z = (0, 0), t = (2 ln 3, 0), T = 2: the teacher says (3/4, 1/4), and label 1 contradicts it."""
+def test_the_loss_and_its_gradient_match_the_formula(monkeypatch: pytest.MonkeyPatch) -> None:
+    """z = (0, 0), t = (2 ln 3, 0), T = 2: the teacher predicts (3/4, 1/4), and the label is 1."""
     z = torch.zeros(1, 2, requires_grad=True)
     teacher = torch.tensor([[2 * np.log(3), 0.0]], dtype=torch.float32)
     monkeypatch.setattr(recovery, "TEMPERATURE", 2.0)
@@ -202,7 +200,7 @@ def test_the_loss_is_the_mean_over_images() -> None:
     assert recovery_loss(z, labels).item() == pytest.approx((0.693147 + 2.126928) / 2, abs=1e-5)
 
 
-def test_the_teacher_sees_each_image_once_and_only_those_that_are_needed() -> None:
+def test_the_teacher_sees_each_needed_image_once() -> None:
     seen: list[int] = []
 
     def inputs(chosen: np.ndarray) -> Tensor:
@@ -216,8 +214,8 @@ def test_the_teacher_sees_each_image_once_and_only_those_that_are_needed() -> No
     assert torch.isfinite(logits).all(1).tolist() == [True, True, False, True, False, True]
 
 
-def test_the_teacher_of_each_image_is_its_own(tasks: dict[str, Task], monkeypatch: pytest.MonkeyPatch) -> None:
-    """A model that already is its teacher has nothing to learn from soft targets, in whatever order."""
+def test_each_image_has_its_own_soft_targets(tasks: dict[str, Task], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model that equals its teacher learns nothing from soft targets, in any order."""
     task = tasks["vit"]
     monkeypatch.setattr(recovery, "SOFT_SHARE", 1.0)
     model = task.recovered(6, model=task.dense, recovery="distill", recovery_learning_rate=1e-5)
@@ -233,7 +231,7 @@ def test_the_fading_is_linear_over_the_first_30_percent() -> None:
     assert strength(0, 1) == 1
 
 
-def test_what_fades_is_what_the_branch_does_beyond_its_constant(vit: Tiny) -> None:
+def test_a_branch_fades_to_its_constant(vit: Tiny) -> None:
     layer = vit.layers[0]
     f = vit.model.get_submodule(layer.name)
     x = torch.randn(2, layer.tokens, layer.embed_dim)
@@ -244,7 +242,7 @@ def test_what_fades_is_what_the_branch_does_beyond_its_constant(vit: Tiny) -> No
 
 
 def logits_on_the_way(task: Task, steps: int) -> tuple[list[Tensor], Tensor]:
-    """Logits of all images at every step of a recovery in which no weight moves, and those of its result."""
+    """Returns the logits of all images at every step of a recovery in which no weight changes, and of its result."""
     whole = {layer.name: torch.arange(layer.units) for layer in task.backbone.layers}
     way = copy.copy(task)
     way.kept = whole | dict.fromkeys(task.gone, NOBODY)
@@ -257,14 +255,14 @@ def logits_on_the_way(task: Task, steps: int) -> tuple[list[Tensor], Tensor]:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_fading_leads_from_the_dense_to_the_shrunk_model(family: str, tasks: dict[str, Task]) -> None:
+def test_fading_goes_from_the_dense_to_the_shrunk_model(family: str, tasks: dict[str, Task]) -> None:
     task = tasks[family]
     seen, end = logits_on_the_way(task, steps=10)
     dense = task.dense(task.images)
     torch.testing.assert_close(seen[0], dense, rtol=1e-4, atol=1e-4)
     far = [float((logits - end).abs().mean()) for logits in seen[:10]]
     assert far[0] > far[1] > far[2] > 1e-2
-    assert max(far[3:]) < 1e-4  # the dense branch is gone at 30 % of the steps
+    assert max(far[3:]) < 1e-4  # the dense branch has vanished after 30 % of the steps
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -279,7 +277,7 @@ def test_fading_ends_in_the_structure_of_the_shrunk_model(family: str, tasks: di
             k: v.shape for k, v in task.small.state_dict().items()
         }
     assert not any(parameter.requires_grad for parameter in model.parameters())
-    assert bits(model) != bits(task.recovered(7))  # to fade makes a difference
+    assert bits(model) != bits(task.recovered(7))  # fading makes a difference
 
 
 def test_only_whole_branches_of_a_criterion_that_asks_for_it_fade(

@@ -1,4 +1,4 @@
-"""Models for comparison, `personalize.references`: what the option accepts, and what a device needs for them."""
+"""`personalize.references`: which values are accepted, and what a device needs to train them."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_each_reference_may_have_a_learning_rate_of_its_own() -> None:
         ("alone:1e99", "'alone:1e99' cannot"),
     ],
 )
-def test_what_is_no_reference_is_refused(references: str, accepted: str) -> None:
+def test_an_invalid_reference_is_refused(references: str, accepted: str) -> None:
     with pytest.raises(ConfigError) as refused:
         RunConfig.from_flat({"personalize.references": references})
     assert "personalize.references" in str(refused.value) and accepted in str(refused.value)
@@ -68,7 +68,7 @@ def references(names: str, folder: Path) -> References:
     return References(config, DeviceStorage(folder / "device"), 4, Compute.of(config.compute))
 
 
-def test_a_device_refuses_what_it_cannot_train(families: dict[str, Tiny], tmp_path: Path) -> None:
+def test_a_device_refuses_references_that_it_cannot_train(families: dict[str, Tiny], tmp_path: Path) -> None:
     plan = plan_of(families["vit"], {})
     with pytest.raises(ConfigError, match=r"personalize\.references: pooled needs the images of all devices"):
         references("alone,pooled", tmp_path).begin(KEY, plan, simulated=False)
@@ -95,8 +95,8 @@ def test_personal_models_are_tested_against_each_reference() -> None:
     assert against_references([record(0, 0.5, None)]) == {}
 
 
-def test_references_that_begin_alike_are_kept_each_by_itself(tmp_path: Path) -> None:
-    """With a warm start `alone` and `pooled` are the same tensors, for which safetensors has one name only."""
+def test_references_that_begin_with_the_same_tensors_are_stored_separately(tmp_path: Path) -> None:
+    """With a warm start `alone` and `pooled` are the same tensors, and safetensors allows only one name per tensor."""
     storage, start = DeviceStorage(tmp_path), {"head.weight": torch.ones(2, 3)}
     storage.save_state(0, 0, DeviceState(None, start, {"alone": start, "pooled": start}), before=0)
     kept = storage.load_state(0, 0)

@@ -1,4 +1,4 @@
-"""Each refused input: one line that names option, value and what is accepted; exit code 2; nothing written."""
+"""Refused input: one line with option, value and what is accepted; exit code 2; nothing written."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def refused(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *arguments: str) -> str:
     monkeypatch.setattr("sys.argv", ["tapfl", "run", "--engine", "inprocess", *arguments])
-    monkeypatch.setattr("strategies.progress.SILENCE", (1e9, 1e9))  # on a busy machine checking may take 10 s
+    monkeypatch.setattr("strategies.progress.SILENCE", (1e9, 1e9))  # on a busy machine the checks may take 10 s
     with pytest.raises(SystemExit) as stopped:
         cli.main()
     out, err = capsys.readouterr()
@@ -96,7 +96,7 @@ def test_options(
     assert not list(tmp_path.iterdir())
 
 
-def test_a_basis_that_the_criterion_cannot_do_with(
+def test_a_basis_that_the_criterion_does_not_support(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     options = ["--set", "pruning.criterion=lowrank-heads", "--set", "pruning.basis=none"]
@@ -139,7 +139,7 @@ SLOW = {"torch", "timm", "flwr", "ray", "scipy", "sklearn", "pandas", "matplotli
 
 
 def loaded_by(command: str) -> tuple[set[str], subprocess.CompletedProcess[str]]:
-    """Returns which packages a process of `tapfl` has loaded when it ends, and that process."""
+    """Returns the packages that a process of `tapfl` has imported when it ends, and the finished process."""
     program = "import sys\nfrom experiments import cli\ntry:\n    cli.main()\nfinally:\n    print('\\n', *sys.modules)"
     arguments = [sys.executable, "-c", program, *command.split()]
     here = os.environ | {"PYTHONPATH": str(Path(cli.__file__).parent.parent)}
@@ -149,7 +149,7 @@ def loaded_by(command: str) -> tuple[set[str], subprocess.CompletedProcess[str]]
 
 @pytest.mark.parametrize("case", BEFORE_TORCH)
 def test_a_bad_option_is_refused_before_anything_slow_is_loaded(case: str, tmp_path: Path) -> None:
-    """Torch takes seconds, and a minute on a busy machine."""
+    """Importing torch takes seconds, and a minute on a busy machine."""
     for name, text in FILES.items():
         (tmp_path / name).write_text(text)
     loaded, done = loaded_by(BEFORE_TORCH[case])
@@ -165,12 +165,14 @@ def test_help_loads_no_options_and_nothing_slow(command: str) -> None:
     assert not loaded & {*SLOW, "numpy", "pydantic", "grpc", "optuna"}
 
 
-def test_a_share_of_a_machine_is_a_number() -> None:
+def test_actor_resources_must_be_finite() -> None:
     done = CliRunner().invoke(cli.app, ["run", "--engine", "ray", "--actor-cpus", "nan"])
     assert done.exit_code == 2 and "nan is not a finite number" in done.output
 
 
-def test_every_fault_is_named_at_once(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_invalid_option_is_named_at_once(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("sys.argv", ["tapfl", "run", "--set", "seed=-1", "--set", "train.rounds=0"])
     with pytest.raises(SystemExit):
         cli.main()
@@ -196,7 +198,7 @@ def test_a_folder_that_was_deleted(
     assert "was deleted; accepted: cd to an existing folder" in refused(capsys, monkeypatch)
 
 
-def test_a_config_that_is_not_there_or_not_toml(
+def test_a_missing_or_invalid_config(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     assert "none.toml" in refused(capsys, monkeypatch, "--config", "none.toml")

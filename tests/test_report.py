@@ -126,7 +126,7 @@ def test_curves_begin_at_the_pruned_models_and_end_at_the_summary(
     assert last == {record["device"]: record["personal_accuracy"] for record in summary["devices"]}
 
 
-def test_a_device_that_is_not_heard_of_keeps_its_value(run: Run, drawn: dict[str, Figure]) -> None:
+def test_a_device_that_does_not_answer_keeps_its_value(run: Run, drawn: dict[str, Figure]) -> None:
     """In the middle of the run some devices dropped out; a mean over those that answered would differ."""
     heard = {line.device for line in run.of(DeviceLine) if line.round == 1}
     assert 0 < len(heard) < 4
@@ -254,18 +254,18 @@ def test_pictures_are_not_blank(name: str, pictures: Path) -> None:
     assert len(picture) > 400_000
     colours, counts = np.unique(picture, axis=0, return_counts=True)
     assert colours[counts.argmax()].tolist() == [255, 255, 255]
-    strong = np.ptp(colours.astype(int), axis=1) > 60  # the palette's colours: more than words in grey
+    strong = np.ptp(colours.astype(int), axis=1) > 60  # colours of the palette, more than grey text
     assert counts[strong].sum() > 300
 
 
-def test_the_page_asks_for_nothing_and_escapes_everything(reported: tuple[Path, str]) -> None:
+def test_the_page_requests_nothing_and_escapes_everything(reported: tuple[Path, str]) -> None:
     page = (reported[0] / "report.html").read_text()
     assert "default-src 'none'" in page and "unsafe-eval" not in page
     assert page.count("<script") == page.count("</script") == 3
     for name in HOSTILE[:2]:
         assert name not in page
     assert "&lt;b&gt;one" in page and "<b>one" not in page
-    assert "{{ 7 * 7 }}" in page  # a name is no template either
+    assert "{{ 7 * 7 }}" in page  # names are not parsed as templates either
 
 
 @given(st.recursive(st.text() | st.floats(allow_nan=False, allow_infinity=False), lambda each: st.lists(each)))
@@ -274,7 +274,7 @@ def test_json_in_a_script_element_is_the_same_and_ends_no_element(content: Any) 
     assert json.loads(text) == content and not set("<>&\u2028\u2029") & set(text)
 
 
-def test_no_report_where_it_is_not_wanted(reported: tuple[Path, str], tmp_path: Path) -> None:
+def test_no_report_with_no_report(reported: tuple[Path, str], tmp_path: Path) -> None:
     """The run is finished, so `--resume` only prints the table and writes the report."""
     folder = shutil.copytree(reported[0], tmp_path / "run")
     (folder / "report.html").unlink()
@@ -377,7 +377,7 @@ def test_without_the_devices_the_server_knows_the_classes(reported: tuple[Path, 
 
 
 @pytest.mark.parametrize("content", [None, "{}", "[1]", "nonsense", '{"a": {}}'])
-def test_a_folder_that_is_no_run_is_refused(
+def test_a_folder_that_is_not_a_run_is_refused(
     content: str | None,
     reported: tuple[Path, str],
     tmp_path: Path,
@@ -452,7 +452,7 @@ def test_several_runs_are_told_apart(others: list[Path]) -> None:
         assert last["curves-over-mb"]["MB"] * 1e6 == pytest.approx(total - evaluation)
 
 
-def test_a_comparison_is_written_where_it_is_wanted(
+def test_a_comparison_is_written_to_the_given_folder(
     others: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)

@@ -72,7 +72,7 @@ def fits(page: Any) -> bool:
 
 
 @pytest.mark.parametrize("width", [1280, 390])
-def test_all_figures_are_drawn_in_the_width_there_is(width: int, browser: Any, file: Path) -> None:
+def test_all_figures_fit_the_width_of_the_window(width: int, browser: Any, file: Path) -> None:
     with opened(browser, file, viewport={"width": width, "height": 900}) as page:
         drawn = look(page)
         assert drawn.keys() == FIGURES
@@ -133,7 +133,7 @@ def colours(page: Any) -> list[str]:
     return found
 
 
-def test_dark_light_and_paper(browser: Any, file: Path) -> None:
+def test_dark_theme_light_theme_and_print(browser: Any, file: Path) -> None:
     with opened(browser, file, color_scheme="light") as page:
         light = colours(page)
     with opened(browser, file, color_scheme="dark") as page:

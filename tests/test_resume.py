@@ -1,4 +1,4 @@
-"""A run that was killed at any moment goes on to the bits of one that was not."""
+"""A run that was killed at any moment and resumed ends with the same bits as an uninterrupted one."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ OPTIONS = [
     "adapters.start-learning-rate=1e-4",
 ]
 
-# where the process is killed: right after this function was called for the n-th time
+# when the process is killed: right after the n-th call of this function
 MOMENTS = {
     "while the devices sum up": ("clients.device", "Device.summarize", 2),
     "when a summary is kept": ("strategies.preparation", "Preparation._store_summary", 3),
@@ -43,7 +43,9 @@ def uninterrupted(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 
 @pytest.mark.parametrize("moment", MOMENTS)
-def test_killed_and_resumed_is_uninterrupted(moment: str, uninterrupted: Path, cache: Path, tmp_path: Path) -> None:
+def test_a_killed_and_resumed_run_equals_an_uninterrupted_one(
+    moment: str, uninterrupted: Path, cache: Path, tmp_path: Path
+) -> None:
     folder = tmp_path / "run"
     killed_after(MOMENTS[moment], "--out", str(folder), cache=cache, options=OPTIONS)
     assert not (folder / "summary.json").exists()
@@ -61,7 +63,7 @@ def test_killed_twice(uninterrupted: Path, cache: Path, tmp_path: Path) -> None:
     assert content(folder) == content(uninterrupted)
 
 
-def test_a_run_may_go_on_for_longer(uninterrupted: Path, cache: Path, tmp_path: Path) -> None:
+def test_a_run_may_be_continued_for_more_rounds(uninterrupted: Path, cache: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     shorter = [*OPTIONS[1:], "train.rounds=1"]
     assert tapfl("--out", str(folder), cache=cache, options=shorter).exit_code == 0
@@ -70,7 +72,7 @@ def test_a_run_may_go_on_for_longer(uninterrupted: Path, cache: Path, tmp_path: 
     assert content(folder) == content(uninterrupted)
 
 
-def test_a_finished_run_is_left_as_it_is(uninterrupted: Path, cache: Path) -> None:
+def test_a_finished_run_is_not_changed(uninterrupted: Path, cache: Path) -> None:
     before = {file: file.stat().st_mtime_ns for file in uninterrupted.rglob("*") if file.is_file()}
     done = tapfl("--resume", str(uninterrupted), "--json", cache=cache, options=OPTIONS)
     assert done.exit_code == 0 and json.loads(done.stdout.splitlines()[-1])["devices"] == 4
@@ -81,6 +83,6 @@ def test_a_finished_run_is_left_as_it_is(uninterrupted: Path, cache: Path) -> No
 
 
 def measures(folder: Path) -> dict[str, Any]:
-    """The summary without the clock."""
+    """Returns the summary without times."""
     summary: dict[str, Any] = json.loads((folder / "summary.json").read_text())
     return {name: value for name, value in summary.items() if name != "seconds"}

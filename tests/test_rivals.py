@@ -85,7 +85,7 @@ def test_fedprox() -> None:
 
 
 def test_fedrep_trains_the_head_and_then_the_body() -> None:
-    """The first of two epochs of two steps at the head's own rate, the second at that of the body."""
+    """Of two epochs with two steps, the first trains the head with its own rate, the second trains the body."""
     a, b, h = START
     for batch in BATCHES[:2]:
         h -= 0.2 * gradient((a, b, h), batch)[2]
@@ -98,7 +98,7 @@ def test_fedrep_trains_the_head_and_then_the_body() -> None:
 
 @pytest.mark.parametrize("count", [4, 3, 1])
 def test_perfedavg(count: int) -> None:
-    """Pairs of batches; the last of an odd number is its own pair. The device uses one step from what it received."""
+    """Batches come in pairs; a last single batch is its own pair. The device uses one step from what it received."""
     batches, w = BATCHES[:count], START
     for first in range(0, count, 2):
         adapted = moved(w, 0.2, gradient(w, batches[first]))
@@ -123,8 +123,8 @@ def test_pfedme() -> None:
     assert numbers(result.personal.params) == pytest.approx(theta, rel=1e-12)
 
 
-def test_the_inner_steps_of_pfedme_go_to_the_moreau_envelope() -> None:
-    """Where the inner problem is solved, λ (θ - w) is minus the gradient of f at θ (equation 4), for the head too."""
+def test_the_inner_steps_of_pfedme_approach_the_moreau_envelope() -> None:
+    """At the solution of the inner problem λ (θ - w) is minus the gradient of f at θ (equation 4), for the head too."""
     method = PFedMe(5.0, SCALE, 4000, 0.02)
     result = result_of(method, batches=BATCHES[:1])
     assert result.personal is not None
@@ -150,7 +150,7 @@ def mixed(fc: float, head: float) -> Numbers:
 
 
 def learnt(fc: float, head: float, epochs: int, rate: float) -> tuple[float, float]:
-    """α = 1 - W of the two layers after gradient steps on each image."""
+    """Returns α = 1 - W of the two layers after gradient steps on each image."""
     (a, b, h), (a0, b0, h0) = OWN, START
     for batch in BATCHES * epochs:
         of_a, of_b, of_h = gradient(mixed(fc, head), batch)
@@ -161,7 +161,7 @@ def learnt(fc: float, head: float, epochs: int, rate: float) -> tuple[float, flo
 
 @pytest.mark.parametrize(("before", "epochs"), [(0.0, FIRST_EPOCHS), ([0.4, 0.7], 1)])
 def test_fedala(before: float | list[float], epochs: int) -> None:
-    """W is learnt, in more epochs when it is the first time, then the mixture is used, trained and sent."""
+    """W is trained (for more epochs the first time); then the mixture is used, trained and sent."""
     method = FedAla(0.1, products=False)
     weighed = method.weigh(params(START), own(before), [of_image(batch) for batch in BATCHES])
     fc, head = learnt(*(before if isinstance(before, list) else (0.0, 0.0)), epochs, 0.1)
@@ -177,7 +177,7 @@ def test_fedala(before: float | list[float], epochs: int) -> None:
 
 
 def test_fedala_of_products() -> None:
-    """α of the product: ∂f/∂α = r h x (b a - b0 a0). The pair of the mixture is balanced, with b > 0."""
+    """α of the product: ∂f/∂α = r h x (b a - b0 a0). The factors of the mixture are balanced, with b > 0."""
     (a, b, h), (a0, b0, h0) = OWN, START
     fc, head = 0.4, 0.7
     for x, y in BATCHES:
@@ -218,14 +218,14 @@ def test_a_mixture_of_products_is_the_best_of_its_rank() -> None:
     torch.testing.assert_close(found["head.bias"], 0.6 * v["head.bias"] + 0.4 * w["head.bias"])
 
 
-def test_factors_that_are_the_same_stay_so_to_the_bit() -> None:
+def test_equal_factors_stay_equal_to_the_bit() -> None:
     w = {name: theta.float() / 3 for name, theta in params(START).items()}
     found = of_factors(w | {"head.weight": 2 * w["head.weight"]}, w, torch.tensor(0.37, dtype=torch.float64))
     assert [torch.equal(found[name], w[name]) for name in NAMES] == [True, True, False]
 
 
 def test_a_device_keeps_a_tensor_that_is_both_personal_and_a_private_part_of_w(tmp_path: Path) -> None:
-    """FedALA's v is the w that it trained, and with `adapters.head=personal` the head of w stays on the device too."""
+    """FedALA's v is the w that the device trained, and with `adapters.head=personal` the head of w also stays there."""
     result, storage = result_of(FedAla()), DeviceStorage(tmp_path)
     assert result.upload is not None
     state = DeviceState(result.personal, {"head.weight": result.upload["head.weight"]})

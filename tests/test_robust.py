@@ -1,4 +1,4 @@
-"""Medians, trimmed means and clipping: by hand, against numpy on dense products, and against one hostile device."""
+"""Medians, trimmed means and clipping: by hand, against numpy on dense products, and against a hostile device."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def vectors(*values: list[float]) -> list[Part]:
 
 
 def test_median_by_hand() -> None:
-    # coordinate 0 has five holders, 1 has four, 2 has one, 3 has none; weights do not count
+    # coordinate 0 has five holders, 1 has four, 2 has one, 3 has none; weights have no effect
     parts = vectors([1, 10, 7], [5, 40], [2, 20], [1e6, 30], [3])
     assert MEDIAN(torch.full((4,), 0.5, dtype=F64), parts).tolist() == [3, 25, 7, 0.5]
 
@@ -123,7 +123,7 @@ def five_and_one_liar(rule: str) -> tuple[Params, list[Update]]:
         for _ in range(6)
     ]
     liar = {name: 1e6 * torch.sign(noise(generator, *theta.shape)) for name, theta in previous.items()}
-    updates[2] = Update(liar, place, 1e9)  # with as many samples as it likes to claim
+    updates[2] = Update(liar, place, 1e9)  # the number of samples that it claims
     return previous, updates
 
 
@@ -134,7 +134,7 @@ def after(given: AdapterOptions, previous: Params, updates: list[Update]) -> Par
 
 @pytest.mark.parametrize("rule", [rule for rule in RULES if rule != "hetlora"])
 @pytest.mark.parametrize("robust", [{"combine": "median"}, {"combine": "trimmed-mean", "trim": 0.2}])
-def test_one_liar_is_outvoted_where_it_wrecks_the_mean(rule: str, robust: dict[str, Any]) -> None:
+def test_one_liar_is_outvoted_although_it_wrecks_the_mean(rule: str, robust: dict[str, Any]) -> None:
     previous, updates = five_and_one_liar(rule)
 
     def moved(given: AdapterOptions) -> float:
@@ -181,13 +181,13 @@ def test_the_norm_on_the_global_scale_is_exactly_the_bound(bound: float, seed: i
 
     clipped = clip_update(params, received, layout, bound)
     assert norm(clipped) == pytest.approx(min(bound, norm(params)), rel=1e-12)
-    # towards what was received, all coordinates alike
+    # towards the received values, equally in all coordinates
     ratios = [(clipped[n].double() - received[n]) / (params[n].double() - received[n]) for n in layout]
     flat = torch.cat([ratio.flatten() for ratio in ratios])
     torch.testing.assert_close(flat, flat[0].expand_as(flat), rtol=1e-9, atol=1e-9)
 
 
-def test_a_part_by_blocks_is_the_part() -> None:
+def test_the_result_does_not_depend_on_the_block_size() -> None:
     part = (torch.arange(6.0).view(3, 2), at([1, 4, 5], [0, 2], row_scale=[0.5, 1.0, 1.0]), 2.0)
     rows: Callable[[int, int], Part] = lambda start, stop: combination.rows_of(part, start, stop)  # noqa: E731
     values, placement, weight = rows(0, 5)

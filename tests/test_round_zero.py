@@ -1,4 +1,4 @@
-"""Round zero: what devices share is computed once and changes no plan; the pool can stand in for their probes."""
+"""Round zero: sharing computations between devices changes no plan, and layers can be probed on the pool."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ def test_the_pool_is_probed_once_for_a_budget(place: Place, monkeypatch: pytest.
 
 @dataclass(frozen=True)
 class Pool:
-    """Twelve images, and the problem of those at some positions."""
+    """Twelve images, and the pruning task of those at some positions."""
 
     backbone: Tiny
     task: PruningTask
@@ -166,7 +166,7 @@ def test_which_criteria_are_sums_over_images() -> None:
 
 @pytest.mark.parametrize("name", criteria_over_images())
 def test_scores_of_a_metric_set_are_those_of_the_sums_over_its_images(name: str, vit: Tiny, tmp_path: Path) -> None:
-    """Whatever part of the pool it is, in whatever order: as if it were scored alone, to 1e-6 of the largest score."""
+    """For any part of the pool in any order the scores equal separate scoring to 1e-6 of the largest score."""
     pool, scores = pool_of(vit, tmp_path, name), criterion_of(name).scores
     assert isinstance(scores, OverImages)
 
@@ -182,9 +182,7 @@ def test_scores_of_a_metric_set_are_those_of_the_sums_over_its_images(name: str,
     assert pool.seen == [*range(12)]  # once
 
 
-def test_a_table_is_a_file_without_a_name_and_refuses_a_full_disk(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_table_is_an_unnamed_file_and_a_full_disk_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     table = mapped(tmp_path / "new", 3, 2)
     assert table.shape == (3, 2) and not table.any() and not list((tmp_path / "new").iterdir())
 
@@ -197,7 +195,7 @@ def test_a_table_is_a_file_without_a_name_and_refuses_a_full_disk(
 
 
 def test_the_pool_gives_the_layer_importance_of_its_samples(vit: Tiny, tmp_path: Path) -> None:
-    """With the same masks, the mean over a part of the pool is the importance measured on that part."""
+    """With the same masks, the mean over a part of the pool equals the importance measured on that part."""
     pool, chosen, shapes = pool_of(vit, tmp_path), np.array([7, 2, 8]), halves(vit.layers)
     tables = pool.tables
     kept = {layer.name: keep_best(layer, tables.ranking[layer.name], shapes[layer.name]) for layer in vit.layers}
@@ -221,7 +219,7 @@ def test_where_masks_do_not_depend_on_images_the_pool_gives_the_exact_importance
     assert {name: found[name] for name in expected} == pytest.approx(expected, rel=1e-4)
 
 
-def test_only_with_the_pool_is_a_task_answered_by_it(place: Place) -> None:
+def test_a_task_uses_pool_tables_only_with_probe_pool(place: Place) -> None:
     shared = [
         Shared(with_options(place, pruning__probe=way).config, place.pool, place.model) for way in ("own", "pool")
     ]
@@ -229,8 +227,8 @@ def test_only_with_the_pool_is_a_task_answered_by_it(place: Place) -> None:
     assert own.sums is own.probe is None and pool.sums is not None and pool.probe is not None
 
 
-def test_auto_takes_the_pool_where_devices_have_more_images_than_it(place: Place) -> None:
-    """Of 200 images, at 48 a device: from 5 devices of one budget on, or 13 of three."""
+def test_auto_probes_the_pool_if_the_metric_sets_have_more_images(place: Place) -> None:
+    """With 200 images in the pool and 48 per device: from 5 devices on with one budget, or 13 with three."""
     there = with_options(place, pruning__probe="auto")
 
     def decided(budgets: Sequence[float | str]) -> str:
@@ -270,14 +268,14 @@ def test_smaller_models_made_side_by_side_are_the_same_and_come_in_order(
     assert [plan.provenance["device"] for plan in alone] == [*devices]
 
 
-def test_an_error_of_one_ends_the_threads_of_all(place: Place) -> None:
+def test_an_error_in_one_thread_ends_all_threads(place: Place) -> None:
     begun: list[int] = []
 
     def make(_: Shared, i: int) -> int:
         begun.append(i)
         if i == 1:
             raise ConfigError("one")
-        for _ in track(range(i and 10_000), "steps"):  # ended at a step, not after all of them
+        for _ in track(range(i and 10_000), "steps"):  # ended at a step, not after all steps
             time.sleep(0.01)
         return i
 

@@ -1,4 +1,4 @@
-"""The aggregation rules: what travels, what moves and what comes out, by hand and against the dense products."""
+"""Aggregation rules: which tensors are sent and trained, and the result by hand and against dense products."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def options(rule: str, **others: Any) -> AdapterOptions:
 
 
 def layout_of(rows: list[int], columns: list[int], rank: int, pruned: str) -> Layout:
-    """Where the factors of a linear lie whose `pruned` side, rows or columns, is cut."""
+    """Returns the layout of the factors of a linear layer whose `pruned` side, rows or columns, is reduced."""
     prefix, side_B = torch.arange(rank), "width" if pruned == "rows" else "embed"
     return {
         A: Placement((prefix, torch.tensor(columns)), side="width" if pruned == "columns" else "embed"),
@@ -60,7 +60,7 @@ def step(given: AdapterOptions, previous: Params, updates: list[Update], round: 
 
 
 def fc1(b: list[list[float]], a: list[list[float]], rows: list[int], weight: float) -> Update:
-    """An update of an fc1 with 3 neurons on 2 inputs."""
+    """Returns an update of an fc1 with 3 neurons and 2 inputs."""
     params = {A: torch.tensor(a, dtype=F64), B: torch.tensor(b, dtype=F64)}
     return Update(params, layout_of(rows, [0, 1], len(a), "rows"), weight)
 
@@ -76,10 +76,10 @@ def test_the_width_side_counts_a_missing_direction_as_zero(rule: str, round: int
     ]
     result = step(options(rule), PREVIOUS, updates, round)
     assert result[B].tolist() == [[1, 2], [(3 + 15) / 4, (4 + 0) / 4], [6, 0]]
-    assert torch.equal(result[A], PREVIOUS[A])  # what a device says of the other side is not asked
+    assert torch.equal(result[A], PREVIOUS[A])  # the other side of a device's update is ignored
 
 
-def test_what_lies_before_the_width_side_in_a_layout_stays_as_it_is() -> None:
+def test_entries_before_the_width_side_in_a_layout_do_not_change() -> None:
     sent = fc1([[5], [6]], [[7, 7]], [1, 2], 3.0)
     whole = whole_rank(sent, PREVIOUS)
     assert list(sent.layout) == [A, B]
@@ -98,7 +98,7 @@ def test_the_embed_side_is_averaged_over_those_who_have_the_direction(rule: str,
     assert torch.equal(result[B], PREVIOUS[B])
 
 
-def test_of_an_fc2_b_is_the_embed_side() -> None:
+def test_the_embed_side_of_an_fc2_is_b() -> None:
     layout = layout_of([0, 1, 2], [1], 1, "columns")
     update = Update({A: torch.tensor([[4.0]]), B: torch.tensor([[1.0], [2], [3]])}, layout, 2.0)
     previous = {A: torch.zeros(1, 2), B: torch.zeros(3, 1)}
@@ -108,7 +108,7 @@ def test_of_an_fc2_b_is_the_embed_side() -> None:
     assert frozen[A].tolist() == [[0, 4]] and not frozen[B].any()
 
 
-def test_hetlora_weighs_with_the_norm_of_the_product() -> None:
+def test_hetlora_weights_by_the_norm_of_the_product() -> None:
     updates = [
         fc1([[3], [4]], [[0, 1]], [0, 1], 100.0),  # ‖BA‖ = 5
         fc1([[6], [8]], [[3, 4]], [1, 2], 1.0),  # ‖BA‖ = 10 · 5
@@ -120,7 +120,7 @@ def test_hetlora_weighs_with_the_norm_of_the_product() -> None:
     torch.testing.assert_close(result[B], want_B, rtol=1e-12, atol=0)
 
 
-def test_hetlora_measures_on_the_global_scale_and_leaves_the_head_to_the_samples() -> None:
+def test_hetlora_uses_the_global_scale_and_weights_the_head_by_samples() -> None:
     place = layout_of([0, 1, 2], [0, 1], 1, "rows")
     scaled = place | {B: Placement(place[B].index, torch.tensor([0.5, 0.5, 0.5]), "width")}
     head = {"head.bias": Placement((torch.arange(2),))}
@@ -140,7 +140,7 @@ def test_hetlora_measures_on_the_global_scale_and_leaves_the_head_to_the_samples
 
 @st.composite
 def frozen_sides(draw: st.DrawFn) -> tuple[Params, list[Update], Tensor]:
-    """(global adapters, updates that share the embed side, dense overlap mean of the products in plain loops)."""
+    """Returns (global adapters, updates with the same embed side, dense overlap mean of products in plain loops)."""
     pruned = draw(st.sampled_from(["rows", "columns"]))
     d_out, d_in, rank = (draw(st.integers(1, 7)) for _ in range(3))
     generator = np.random.default_rng(draw(st.integers(0, 10**6)))
@@ -206,7 +206,7 @@ E, W = {"embed", "whole"}, {"width", "whole"}
     ],
 )
 @pytest.mark.parametrize("head", ["class-rows", "mean", "personal"])
-def test_what_travels_and_moves(
+def test_which_tensors_are_sent_and_trained(
     rule: str, round: int, down: set[str], up: set[str], trained: set[str], head: str, layout: Layout
 ) -> None:
     given = options(rule, head=head)
@@ -220,7 +220,7 @@ def test_what_travels_and_moves(
     assert rules.trained(given, layout, round) == frozenset(named(trained))
 
 
-def test_nothing_that_stays_at_home_is_combined(vit: Tiny, layout: Layout) -> None:
+def test_private_tensors_are_not_combined(vit: Tiny, layout: Layout) -> None:
     shapes = global_shapes(vit.model, vit.layers, 3)
     previous = {name: torch.zeros(shape) for name, shape in shapes.items()}
     update = Update({name: torch.ones(place.shape) for name, place in layout.items()}, layout, 1.0)
@@ -288,7 +288,7 @@ def test_heads(rule: str, head: str, want: list[float]) -> None:
     assert step(options(rule, head=head), {"head.bias": torch.full((3,), 9.0)}, updates)["head.bias"].tolist() == want
 
 
-def test_who_does_not_say_its_classes_holds_them_all() -> None:
+def test_a_device_without_reported_classes_counts_for_all_classes() -> None:
     updates = list(heads([[1, 2, 3], [5, 6, 7]], [None, [False, True, False]]))
     result = step(options("fedit", head="class-rows"), {"head.bias": torch.zeros(3)}, updates)
     assert result["head.bias"].tolist() == [1, 5, 3]
@@ -312,7 +312,7 @@ COMBINED: dict[str, dict[str, Any]] = {
 
 
 def fleet(vit: Tiny, previous: Params) -> dict[int, Update]:
-    """Devices that differ in widths, ranks, classes and in the branches they have; nobody has the last attention."""
+    """Devices with different widths, ranks, classes and branches; none has the last attention."""
     updates = {}
     for i, share in enumerate((0.25, 0.5, 0.75, 0.9)):
         kept = random_kept(vit.layers, share, i) | {"blocks.1.attn": NOBODY}
@@ -330,7 +330,7 @@ PAIRS = [(r, c) for r in RULES for c, given in COMBINED.items() if r != "hetlora
 
 
 @pytest.mark.parametrize(("rule", "combined"), PAIRS)
-def test_widths_ranks_and_branches_missing_at_once(rule: str, combined: str, vit: Tiny) -> None:
+def test_different_widths_ranks_and_missing_branches_together(rule: str, combined: str, vit: Tiny) -> None:
     given = options(rule, **COMBINED[combined])
     shapes = global_shapes(vit.model, vit.layers, 2)
     previous = rules.initial(given, shapes, vit.layers, vit.model, torch.Generator().manual_seed(0))
@@ -347,7 +347,7 @@ def test_widths_ranks_and_branches_missing_at_once(rule: str, combined: str, vit
     assert list(want.params) == list(previous)
     for name, theta in want.params.items():
         assert theta.shape == shapes[name] and theta.dtype == torch.float32 and theta.isfinite().all()
-        if name.startswith("blocks.1.attn"):  # which nobody has
+        if name.startswith("blocks.1.attn"):  # which no device has
             assert torch.equal(theta, previous[name])
     assert all(moment.dtype == torch.float32 for moment in want.optimizer.values())
     assert bool(want.optimizer) == (given.server != "none")

@@ -1,4 +1,4 @@
-"""Pruned models on disk: whole or not there, refused if anything was changed, and plans applied to other weights."""
+"""Pruned models on disk: complete or absent, refused if anything was changed; and plans applied to other weights."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_saved_and_loaded_is_the_same_model(family: str, families: dict[str, Tin
     small = shrink(backbone.model, plan)
     save_pruned(small, plan, tmp_path)
     assert load_plan(tmp_path)[0] == plan
-    torch.manual_seed(99)  # whatever the loader initialises with must not be seen
+    torch.manual_seed(99)  # the loader's initial values must not remain
     loaded = load_pruned(tmp_path)
     assert torch.equal(loaded(backbone.inputs), small(backbone.inputs))
     assert {name: tuple(t.shape) for name, t in loaded.state_dict().items()} == {
@@ -102,13 +102,13 @@ def test_a_missing_file_is_named(name: str, saved: Path) -> None:
 
 
 @pytest.mark.parametrize("content", ["", "{", "[1]", "3", "null", "{}", '{"sha256": "0"}', "\udcff"])
-def test_a_plan_that_is_none_is_refused(content: str, saved: Path) -> None:
+def test_an_invalid_plan_is_refused(content: str, saved: Path) -> None:
     (saved / "plan.json").write_bytes(content.encode("utf-8", "surrogateescape"))
     with pytest.raises(PlanError, match="plan"):
         load_pruned(saved)
 
 
-def test_a_plan_with_a_field_that_is_off_names_it(saved: Path) -> None:
+def test_an_invalid_field_of_a_plan_is_named(saved: Path) -> None:
     content = json.loads((saved / "plan.json").read_text())
     content["layers"][1]["kept"] = "all"
     (saved / "plan.json").write_text(json.dumps(content))
@@ -120,7 +120,7 @@ Content = dict[str, Any]
 
 
 def edit(folder: Path, change: Callable[[Content], object], sign: bool = True) -> None:
-    """Changes plan.json, and its checksum with it unless the change is to be noticed."""
+    """Changes plan.json, and its checksum as well unless the change should be detected."""
     content = json.loads((folder / "plan.json").read_text())
     change(content)
     if sign:
@@ -151,7 +151,7 @@ def test_a_checksum_does_not_depend_on_the_order_of_keys() -> None:
         lambda content: content.update(checksum="0" * 64),
     ],
 )
-def test_an_edited_plan_is_noticed(change: Callable[[Content], object], saved: Path) -> None:
+def test_an_edited_plan_is_detected(change: Callable[[Content], object], saved: Path) -> None:
     edit(saved, change, sign=False)
     for look in (load_plan, load_pruned, read_plan):
         with pytest.raises(PlanError, match=r"plan\.json: was edited or damaged"):
@@ -200,7 +200,7 @@ def test_an_edited_plan_is_noticed(change: Callable[[Content], object], saved: P
             arguments(patch_size=64),
             r"plan\.json: vit_tiny_patch16_224 cannot be cut by .* \(RuntimeError: Calculated",
         ),
-        # what would take gigabytes or hours to build
+        # models that would take gigabytes or hours to build
         (arguments(depth=10**9), r"backbone\.args: depth = 1000000000: is beyond 65536"),
         (arguments(depth=60000), r"plan\.json: the backbone has more than \d+ parameter tensors"),
         (arguments(embed_dim=65536), r"plan\.json: the backbone has more than 2147483648 parameters"),
@@ -217,7 +217,7 @@ def test_an_edited_plan_is_noticed(change: Callable[[Content], object], saved: P
 def test_a_plan_that_asks_for_another_model_is_refused(
     change: Callable[[Content], object], message: str, saved: Path
 ) -> None:
-    """Though its checksum is right; and in no time, whatever the size of what it asks for."""
+    """Although its checksum is right, and quickly for any size of the model."""
     edit(saved, change)
     start = time.process_time()
     with pytest.raises(PlanError, match=message) as caught:
@@ -226,8 +226,8 @@ def test_a_plan_that_asks_for_another_model_is_refused(
     assert time.process_time() - start < 5
 
 
-def test_masks_that_no_file_holds_are_bounded(tmp_path: Path) -> None:
-    """The parameters of a Swin do not grow with its image; its masks do."""
+def test_the_size_of_computed_masks_is_bounded(tmp_path: Path) -> None:
+    """The parameters of a Swin do not grow with its image, but its masks do."""
     backbone = tiny(SWIN)
     plan = plan_of(backbone, {})
     save_pruned(backbone.model, plan, tmp_path / "swin")
@@ -264,7 +264,7 @@ def test_a_model_that_is_not_the_plans_is_not_saved(vit: Tiny, tmp_path: Path) -
 
 @pytest.mark.parametrize("swapped", ["plan.json", "model.safetensors"])
 def test_equal_widths_do_not_make_two_models_exchangeable(swapped: str, saved: Path, vit: Tiny, tmp_path: Path) -> None:
-    """Not even if all weights are the same: the weights' file carries the plan's checksum."""
+    """Not even if all weights are the same, because the weights' file contains the plan's checksum."""
     plan = load_plan(saved)[0].model_copy(update={"provenance": {"data": "elsewhere"}})
     save_pruned(load_pruned(saved), plan, tmp_path / "other")
     (tmp_path / "other" / swapped).replace(saved / swapped)
@@ -275,7 +275,7 @@ def test_equal_widths_do_not_make_two_models_exchangeable(swapped: str, saved: P
 # ---------------------------------------------------------------- whole or not at all
 
 
-def test_a_model_that_is_there_is_not_overwritten(saved: Path, vit: Tiny) -> None:
+def test_an_existing_model_is_not_overwritten(saved: Path, vit: Tiny) -> None:
     before = {file.name: file.read_bytes() for file in saved.iterdir()}
     other = a_plan(vit, 0.7)
     small = shrink(vit.model, other)
@@ -287,7 +287,7 @@ def test_a_model_that_is_there_is_not_overwritten(saved: Path, vit: Tiny) -> Non
     assert [file.name for file in saved.parent.iterdir()] == ["pruned"]
 
 
-def test_what_is_no_model_is_not_replaced(saved: Path, vit: Tiny) -> None:
+def test_a_folder_that_is_not_a_model_is_not_replaced(saved: Path, vit: Tiny) -> None:
     (saved / "notes.txt").write_text("mine")
     plan = a_plan(vit)
     with pytest.raises(PlanError, match=r"give a new folder, or that of a pruned model alone"):
@@ -330,7 +330,7 @@ def test_a_save_that_fails_at_any_step_leaves_the_old_or_nothing(
 # ---------------------------------------------------------------- plans for other weights
 
 
-def test_a_plan_cuts_other_weights_of_its_backbone_alike(saved: Path, tmp_path: Path) -> None:
+def test_a_plan_prunes_other_weights_of_its_backbone_in_the_same_way(saved: Path, tmp_path: Path) -> None:
     other = scramble(build(VIT), seed=7)
     plan = load_plan(saved)[0]
     bare = tmp_path / "00.json"
@@ -348,7 +348,7 @@ def test_a_plan_made_in_another_basis_is_not_reapplied(vit: Tiny) -> None:
     assert measure_cost(apply_plan(plan, turned)) == plan.cost
 
 
-def test_a_plan_knows_its_layers(vit: Tiny) -> None:
+def test_a_plan_contains_its_layers(vit: Tiny) -> None:
     plan = a_plan(vit)
     assert plan.layer("blocks.1.mlp").units == 128
     with pytest.raises(PlanError, match=r"has no layer blocks\.7\.mlp"):

@@ -1,4 +1,4 @@
-"""SAViT: squared gate gradients, interactions of the two types of gates, and the split that follows."""
+"""SAViT: squared gate gradients, interactions between the two types of gates, and the resulting split."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from tapfl.pruning.criteria import gradients, savit
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_savit_interactions_are_finite_differences_of_gate_gradients(family: str, families: dict[str, Tiny]) -> None:
-    """And its scores are squared gradients of minibatches, of whole heads in attentions."""
+    """The scores are squared gradients of minibatches, in attentions for whole heads."""
     task = replace(in_double(task_of(families[family], batch=2)), labels=LABELS)
     scores, S = savit.importance_and_interactions(task)
     assert (S == S.T).all() and abs(S).min() > 0
 
     def gate_gradients(factors: dict[str, float], rows: slice) -> dict[str, Tensor]:
-        """Gradients of two images' mean loss where all gates of a type have the value that `factors` names."""
+        """Returns gradients of two images' mean loss if all gates of a type have the value in `factors`."""
         gates_ = {
             n.name: torch.full((n.units,), factors[n.kind], dtype=torch.float64).requires_grad_() for n in task.layers
         }
@@ -63,7 +63,7 @@ def test_savit_split_is_that_of_a_brute_force_grid(S: list[list[float]]) -> None
     assert sorted(order) == list(range(241))
 
 
-def test_savit_split_leaves_out_what_the_ffns_cannot_give_or_take() -> None:
+def test_savit_split_respects_the_limits_of_the_ffns() -> None:
     assert sorted(savit.splits(np.eye(2), np.full(10, 10.0), 10, 100.0, 120.0)) == list(range(2, 11))
     assert sorted(savit.splits(np.eye(2), np.full(10, 10.0), 10, 100.0, 40.0)) == list(range(5))
     assert savit.splits(np.eye(2), np.full(10, 10.0), 10, 100.0, 250.0) == []
@@ -84,6 +84,6 @@ def test_savit_removes_whole_heads_by_one_threshold(swin: Tiny) -> None:
     assert gone and (not stay or max(gone) < min(stay))
 
 
-def test_savit_says_what_heads_and_ffns_cannot_meet(deit: Tiny) -> None:
+def test_savit_names_a_budget_that_heads_and_ffns_cannot_meet(deit: Tiny) -> None:
     with pytest.raises(BudgetError, match=r"budget 0\.45 of the MACs cannot be met by whole heads and FFN units"):
         savit.savit(task_of(deit, budget=0.45))

@@ -1,4 +1,4 @@
-"""The composite importance: golden numbers, and equality with the definition written as loops."""
+"""Composite importance: golden numbers, and equality with the definition written as loops."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def loop_kernel(Z: np.ndarray) -> np.ndarray:
 
 
 def loop_terms(X: np.ndarray, P: np.ndarray, heads: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The definition of `tapfl.pruning.scores`, channel by channel in float64."""
+    """Returns the terms as defined in `tapfl.pruning.scores`, channel by channel in float64."""
     B, _, C = X.shape
     H = np.eye(B) - 1 / B
     dims = C // max(heads, 1)
@@ -57,7 +57,7 @@ def loop_terms(X: np.ndarray, P: np.ndarray, heads: int) -> tuple[np.ndarray, np
 
 
 @pytest.mark.parametrize("kind", ["ffn", "attention"])
-def test_terms_and_composite_are_the_golden_ones(kind: str) -> None:
+def test_terms_and_composite_are_golden(kind: str) -> None:
     case = golden("hsic")[kind]
     X, logits = torch.tensor(case["activations"]), torch.tensor(case["logits"])
     parts = terms(X, logits.softmax(-1), case.get("heads", 0))
@@ -106,8 +106,8 @@ def test_strips_of_rows_together_are_the_loop(images: int, heads: int) -> None:
         np.testing.assert_allclose(got.numpy(), want, rtol=1e-3, atol=1e-4)
 
 
-def test_what_all_images_share_takes_no_digits_from_the_kernels() -> None:
-    """Distances do not change with a common offset; squares of it in float32 would drown them."""
+def test_a_common_offset_costs_the_kernels_no_digits() -> None:
+    """A common offset does not change distances, but its square would exceed them in float32."""
     generator = torch.Generator().manual_seed(0)
     X, P = torch.randn(6, 4, 3, generator=generator), torch.randn(6, 4, generator=generator).softmax(-1)
     near = (X * 1024).round() / 1024  # so that X + 2048 is exact
@@ -117,7 +117,7 @@ def test_what_all_images_share_takes_no_digits_from_the_kernels() -> None:
 
 
 def naive_composite(X: np.ndarray, P: np.ndarray, heads: int, weights: tuple[float, float, float]) -> np.ndarray:
-    """The composite of `loop_terms`, float64; a term whose values agree to 1e-5 is constant."""
+    """Returns the composite of `loop_terms`, float64; a term whose values agree to 1e-5 counts as constant."""
 
     def scaled(values: np.ndarray) -> np.ndarray:
         spread = values.max() - values.min()
@@ -130,10 +130,8 @@ def naive_composite(X: np.ndarray, P: np.ndarray, heads: int, weights: tuple[flo
 @pytest.mark.parametrize("weights", [(0.8, 0.1, 0.1), (0.1, 0.1, 0.8), (1.0, 0.0, 0.0), (0.0, 1.0, 0.0)])
 @pytest.mark.parametrize("heads", [0, 2])
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 100.0])
-def test_whatever_the_scale_units_rank_as_in_float64(
-    scale: float, heads: int, weights: tuple[float, float, float]
-) -> None:
-    """Units of different sizes, on 48 tokens: at scale 100 the kernels of most are the identity."""
+def test_units_rank_as_in_float64_at_any_scale(scale: float, heads: int, weights: tuple[float, float, float]) -> None:
+    """Units of different sizes on 48 tokens; at scale 100 the kernels of most units are the identity."""
     generator = np.random.default_rng(5)
     sizes = 10 ** generator.uniform(-2.5, 0.5, 12)
     X = (scale * sizes * generator.standard_normal((8, 48, 12))).astype(np.float32)
@@ -146,19 +144,19 @@ def test_whatever_the_scale_units_rank_as_in_float64(
 
 
 @pytest.mark.parametrize("scale", [1.0, 100.0, 1e4])
-def test_an_image_is_at_no_distance_from_itself(scale: float) -> None:
+def test_an_image_has_zero_distance_from_itself(scale: float) -> None:
     Z = scale * torch.randn(5, 20, 197, generator=torch.Generator().manual_seed(0))
     for strip in exponents(Z, [slice(0, 16), slice(16, 20)]):
         assert not strip.diagonal(dim1=1, dim2=2).any()
         assert (five_kernels(strip).diagonal(dim1=1, dim2=2) == 0).all()  # K - 1
 
 
-def test_what_is_constant_but_for_rounding_has_no_say() -> None:
-    """Logits, activations, or both are the same for all images, to the digits of a float32 pass."""
+def test_values_that_are_constant_up_to_rounding_have_no_effect() -> None:
+    """Logits, activations, or both are the same for all images, up to float32 rounding."""
     generator = torch.Generator().manual_seed(1)
     X, P = torch.randn(8, 6, 10, generator=generator), torch.randn(8, 4, generator=generator).softmax(-1)
 
-    def noisy(values: torch.Tensor) -> torch.Tensor:  # the first image, again and again
+    def noisy(values: torch.Tensor) -> torch.Tensor:  # the first image, repeated
         return values[:1] * (1 + 1e-6 * torch.randn(values.shape, generator=generator))
 
     whole = terms(X, P, heads=2)
@@ -169,11 +167,11 @@ def test_what_is_constant_but_for_rounding_has_no_say() -> None:
     assert not activations.rel.any() and not activations.red.any()
     assert torch.equal(composite(activations, (0.8, 0.2, 0)), torch.full((10,), 0.2))
     one = X.clone()
-    one[:, :, 3] = noisy(X)[:, :, 3]  # one unit alone: no relevance, whatever the others have
+    one[:, :, 3] = noisy(X)[:, :, 3]  # a single unit has no relevance, whatever the others have
     assert terms(one, P, heads=0).rel[3] == 0 and terms(one, P, heads=0).rel[:3].all()
 
 
-def test_a_term_that_is_the_same_for_all_units_but_for_rounding_scales_to_zero() -> None:
+def test_a_term_that_is_constant_up_to_rounding_scales_to_zero() -> None:
     same = 5 + 1e-6 * torch.arange(6.0)
     parts = Terms(same, same, torch.arange(6.0))
     torch.testing.assert_close(composite(parts, (0.5, 0.25, 1.0)), 0.25 + torch.arange(6.0) / 5)
@@ -183,7 +181,7 @@ def test_a_term_that_is_the_same_for_all_units_but_for_rounding_scales_to_zero()
 
 def test_a_layer_that_is_constant_everywhere_scores_without_nan() -> None:
     parts = terms(torch.full((4, 3, 6), 2.0), torch.full((4, 5), 0.2), heads=2)
-    assert torch.equal(composite(parts, (0.8, 0.1, 0.1)), torch.full((6,), 0.1))  # 1 - red alone is left
+    assert torch.equal(composite(parts, (0.8, 0.1, 0.1)), torch.full((6,), 0.1))  # only 1 - red is left
 
 
 def test_importance_is_the_sum_over_whole_batches(vit: Tiny) -> None:
@@ -196,7 +194,7 @@ def test_importance_is_the_sum_over_whole_batches(vit: Tiny) -> None:
 
 
 def test_the_composite_of_a_layer_uses_its_activations_and_heads(vit: Tiny) -> None:
-    """The layer's activations, taken by hand, give the scores that `neuron_importance` reports."""
+    """The layer's activations, recorded separately, give the scores of `neuron_importance`."""
     layer = next(layer for layer in vit.layers if layer.name == "blocks.1.attn")
     seen = []
     handle = vit.model.blocks[1].attn.proj.register_forward_pre_hook(lambda _m, inputs: seen.append(inputs[0]))
@@ -237,8 +235,8 @@ def test_activations_that_are_not_finite_are_refused_by_layer(vit: Tiny) -> None
         neuron_importance(vit.model, vit.layers, inputs, 2)
 
 
-def test_the_weights_of_the_terms_are_those_that_are_given(vit: Tiny) -> None:
-    """Activeness alone ranks as the sum of absolute activations does."""
+def test_the_terms_have_the_given_weights(vit: Tiny) -> None:
+    """Activeness alone ranks units by the sum of absolute activations."""
     found = neuron_importance(vit.model, vit.layers, vit.inputs, 4, dict.fromkeys(("ffn", "attention"), (0, 0, 1)))
     _, activations = record_activations(vit.model, vit.layers, vit.inputs)
     for layer in vit.layers:
@@ -253,7 +251,7 @@ def test_no_hook_stays_behind(vit: Tiny) -> None:
 
 @pytest.mark.parametrize("heads", [0, 3])
 @pytest.mark.parametrize("at_once", [AtOnce(1), AtOnce(5), AtOnce(64), AtOnce(1024, strip=64)])
-def test_what_is_done_at_once_changes_nothing_but_the_memory(heads: int, at_once: AtOnce) -> None:
+def test_chunk_sizes_change_only_the_memory(heads: int, at_once: AtOnce) -> None:
     generator = torch.Generator().manual_seed(heads)
     X = torch.randn(20, 7, 48, generator=generator)
     P, before = torch.randn(20, 4, generator=generator).softmax(-1), X.clone()

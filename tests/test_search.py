@@ -1,4 +1,4 @@
-"""`tapfl search` from its file to its results, on real federations; what it refuses; round zero that is shared."""
+"""`tapfl search` from its file to its results on real federations, what it refuses, and shared round zero."""
 
 from __future__ import annotations
 
@@ -61,14 +61,14 @@ def command(file: Path, out: Path, *more: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
-    """A search's folder, with its file beside it, and what it said."""
+    """The folder of a search, with its file next to it, and its output."""
     folder = tmp_path_factory.mktemp("search")
     done = CliRunner().invoke(cli.app, command(search_file(folder), folder / "out", "--json"), catch_exceptions=False)
     assert done.exit_code == 0, done.output
     return folder / "out", json.loads(done.stdout.splitlines()[-1])
 
 
-def test_a_search_ends_in_options_that_run_takes(finished: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+def test_a_search_ends_with_options_that_run_accepts(finished: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
     out, said = finished
     rows = table(out)
     assert sorted(row["state"] for row in rows) == ["complete", "pruned"]
@@ -76,7 +76,7 @@ def test_a_search_ends_in_options_that_run_takes(finished: tuple[Path, dict[str,
     assert float(best["loss@2"]) == said["loss"] and float(best[RATE]) == said["params"][RATE]
     assert "evaluate" not in (out / "best.toml").read_text(), "a run reports on the test part"
     again = ["run", "--engine", "inprocess", "--config", str(out / "best.toml"), "--out", str(tmp_path / "run")]
-    again += ["--set", "data.evaluate=validation"]  # as the trials did
+    again += ["--set", "data.evaluate=validation"]  # as in the trials
     run = CliRunner().invoke(cli.app, [*again, "--json"], catch_exceptions=False)
     accuracy = json.loads(run.stdout.splitlines()[-1])["personal_accuracy"]
     assert 1 - accuracy == said["loss"], "a run with the best options comes to what the trial came to"
@@ -86,13 +86,11 @@ def test_a_search_ends_in_options_that_run_takes(finished: tuple[Path, dict[str,
     assert not any((out / "trials" / loser / heavy).exists() for heavy in ("server", "devices"))
 
 
-def test_the_page_holds_its_pictures_and_the_study_is_optunas(finished: tuple[Path, dict[str, Any]]) -> None:
+def test_the_page_contains_its_figures_and_the_study_is_optunas(finished: tuple[Path, dict[str, Any]]) -> None:
     out, said = finished
     page = (out / "search.html").read_text()
     figures = re.findall(r'data-figure="(\w+)"', page)
-    assert (
-        figures == ["history", "configurations", "rounds"] and "The importance of the options" in page
-    )  # one completed
+    assert figures == ["history", "configurations", "rounds"] and "The importance of options" in page  # one completed
     assert "default-src 'none'" in page and "<script src=" not in page and len(page) > 8e5, "the library is in it"
     study = optuna.load_study(
         study_name="search", storage=JournalStorage(JournalFileBackend(str(out / "study.journal")))
@@ -100,7 +98,7 @@ def test_the_page_holds_its_pictures_and_the_study_is_optunas(finished: tuple[Pa
     assert len(study.trials) == 2 and study.best_trial.number == said["trial"]
 
 
-def test_the_page_of_a_search_shows_what_the_trials_came_to() -> None:
+def test_the_page_of_a_search_shows_the_results_of_the_trials() -> None:
     study = optuna.create_study()
     space: dict[str, Any] = {"rate": FloatDistribution(1e-4, 1e-1, log=True), "batch": IntDistribution(8, 16)}
     space |= {"rule": CategoricalDistribution(["a", "</script>"])}
@@ -128,7 +126,7 @@ def test_the_page_of_a_search_shows_what_the_trials_came_to() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-def test_a_search_that_is_ended_leaves_nothing_running_and_goes_on(
+def test_an_interrupted_search_leaves_no_process_and_can_be_resumed(
     number: int, finished: tuple[Path, dict[str, Any]], tmp_path: Path
 ) -> None:
     file, out = finished[0].parent / "search.toml", tmp_path / "out"
@@ -148,7 +146,7 @@ def test_a_search_that_is_ended_leaves_nothing_running_and_goes_on(
     assert done.exit_code == 0 and table(out) == table(finished[0])
 
 
-def test_only_one_search_is_at_work_in_a_folder(tmp_path: Path) -> None:
+def test_only_one_search_can_use_a_folder(tmp_path: Path) -> None:
     with only_one(tmp_path, "search"), pytest.raises(ConfigError, match="another search"), only_one(tmp_path, "search"):
         pass
 
@@ -166,7 +164,7 @@ def until(condition: Callable[[], bool], seconds: float = 120) -> None:
 
 
 def running(session: int) -> list[int]:
-    """Processes of a session that are no zombies."""
+    """Returns the processes of a session, without zombies."""
     found = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with suppress(OSError):
@@ -179,7 +177,7 @@ def running(session: int) -> list[int]:
 # -- round zero ------------------------------------------------------------------------------------------------------
 
 
-def test_round_zero_is_shared_by_those_that_agree_on_it(
+def test_round_zero_is_shared_by_runs_with_the_same_options_for_it(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls = {"summaries": 0, "plans": 0}
@@ -213,8 +211,8 @@ def one_round(options: dict[str, Any], folder: Path) -> Summary:
     return carry_out(unheard, options | {"train.rounds": 1}, folder, in_process)
 
 
-def test_what_round_zero_does_not_depend_on_are_options() -> None:
-    """What is not named is taken to change round zero; a name that is no option any more would say nothing."""
+def test_names_of_options_after_round_zero_exist() -> None:
+    """Options that are not named are assumed to change round zero; an outdated name would have no effect."""
     for names in (AFTER, AFTER_SUMMARIES, BUT):
         for name in names:
             assert any(option.startswith(name) for option in RunConfig().flat()), name
@@ -277,7 +275,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_a_space_that_is_none(name: str, tmp_path: Path) -> None:
+def test_an_invalid_space_is_refused(name: str, tmp_path: Path) -> None:
     entry, message = REFUSED[name]
     with pytest.raises(ConfigError, match=message):
         read_search(search_file(tmp_path, space=f"[space]\n{entry}\n" if entry else ""))
@@ -297,12 +295,12 @@ def test_a_space_that_is_none(name: str, tmp_path: Path) -> None:
         ('method = "grid"', r"search\.method = 'grid'"),
     ],
 )
-def test_settings_that_are_none(line: str, message: str, tmp_path: Path) -> None:
+def test_invalid_settings_are_refused(line: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=message):
         read_search(search_file(tmp_path, search=f"[search]\n{line}\n"))
 
 
-def test_one_choice_is_fine(tmp_path: Path) -> None:
+def test_a_single_choice_is_accepted(tmp_path: Path) -> None:
     space = '[space]\n"train.learning-rate" = { low = 1e-3, high = 1e-2 }\n"adapters.rule" = { choices = ["fedit"] }\n'
     assert set(read_search(search_file(tmp_path, space=space)).space.parameters) == {
         "train.learning-rate",
@@ -317,7 +315,7 @@ def test_one_choice_is_fine(tmp_path: Path) -> None:
         (["--storage", "mysql://nowhere/none"], "storage mysql://nowhere/none: cannot be used"),
     ],
 )
-def test_refused_at_once_and_nothing_written(more: list[str], message: str, tmp_path: Path) -> None:
+def test_a_refusal_is_immediate_and_writes_nothing(more: list[str], message: str, tmp_path: Path) -> None:
     out = tmp_path / "out"
     done = CliRunner().invoke(cli.app, command(search_file(tmp_path), out, *more))
     assert (
@@ -327,7 +325,7 @@ def test_refused_at_once_and_nothing_written(more: list[str], message: str, tmp_
 
 
 @pytest.mark.slow
-def test_a_search_of_which_every_run_fails_says_why(tmp_path: Path) -> None:
+def test_a_search_in_which_every_run_fails_says_why(tmp_path: Path) -> None:
     file = search_file(tmp_path, space='[space]\n"devices.profiles" = { choices = ["/no/such/file"] }\n')
     done = CliRunner().invoke(cli.app, command(file, tmp_path / "out"))
     assert isinstance(done.exception, RunError) and "/no/such/file" in str(done.exception)
@@ -336,7 +334,7 @@ def test_a_search_of_which_every_run_fails_says_why(tmp_path: Path) -> None:
 # -- the toy ---------------------------------------------------------------------------------------------------------
 
 
-def test_the_toy_knows_its_best_and_every_method_gets_nearer() -> None:
+def test_every_method_approaches_the_optimum_of_the_toy() -> None:
     toy = Toy(3)
     anywhere = {"speed": 1e-2, "x": 0.5, "y": 0.5, "n": 10, "kind": "a"}
     assert 0 <= toy.least() < toy.loss(anywhere, 27) < toy.loss(anywhere, 1)
@@ -347,6 +345,6 @@ def test_the_toy_knows_its_best_and_every_method_gets_nearer() -> None:
         assert 0 <= late < 1 and early >= 0
 
 
-def test_the_digits_search_is_one() -> None:
+def test_the_ready_search_is_valid() -> None:
     search = read_search(Path(__file__).parent.parent / "experiments" / "configs" / "search-digits.toml")
     assert search.rounds == 138 and len(search.space.parameters) == 8

@@ -1,4 +1,4 @@
-"""The bracket runner: what is drawn from what, what goes on, and what a killed search comes to."""
+"""The bracket runner: what a draw depends on, which trials continue, and searches that are killed."""
 
 from __future__ import annotations
 
@@ -43,11 +43,11 @@ ONE = ((9, 1), (3, 3), (1, 9)), ((5, 3), (1, 9)), ((3, 9),)
 
 
 class Killed(BaseException):
-    """Stands for SIGKILL: nothing of the driver outlives it but what it wrote."""
+    """Stands for SIGKILL: only what the driver has written survives."""
 
 
 class Synthetic:
-    """Trials as a function of their options; they come to their end in an order of one's own."""
+    """Trials whose results are a function of their options, and which end in a chosen order."""
 
     def __init__(self, order: random.Random | None = None, kill_after: int | None = None) -> None:
         self.order, self.kill_after = order, kill_after
@@ -78,7 +78,7 @@ class Synthetic:
 
 @pytest.fixture(autouse=True)
 def _wait(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Waiting is what lets one of the synthetic trials end."""
+    """Lets one of the synthetic trials end."""
 
     def first_done(flying: dict[Future[dict[str, float]], tuple[int, int]]) -> set[Future[dict[str, float]]]:
         Runner.current.finish_one()  # type: ignore[attr-defined]
@@ -94,7 +94,7 @@ def search_of(**options: object) -> Search:
 def carried_out(
     search: Search, trials: Synthetic, storage: BaseStorage | None = None, jobs: int = 3, **changes: object
 ) -> optuna.Study:
-    """Carries a search out, or goes on with the one in `storage`."""
+    """Runs a search, or continues the one in `storage`."""
     study = optuna.create_study(storage=storage or InMemoryStorage(), study_name="test", load_if_exists=True)
     runner = Runner(study, search, trials.start, sampler_of(search), Path(), jobs)
     Runner.current = trials  # type: ignore[attr-defined]
@@ -110,7 +110,7 @@ def table(study: optuna.Study) -> list[tuple]:
 
 
 def walk(schedule: Schedule, loss: Callable[[int, int], Score], order: random.Random) -> tuple[list, list]:
-    """Carries a schedule out, one rung at a time in an order of one's own; returns rungs and what each trial saw."""
+    """Runs a schedule, one rung at a time in a chosen order; returns the rungs and what each trial saw."""
     results: list[dict[int, Score]] = []
     rungs, seen = [], []
     while True:
@@ -134,7 +134,7 @@ def of_number(number: int, rounds: int) -> Score:
 
 
 @given(st.integers(0, 2**32), st.sampled_from([0, 1, 4]), st.sampled_from([0, 1, 2]))
-def test_what_is_run_and_seen_depends_on_no_order(seed: int, block: int, overlap: int) -> None:
+def test_runs_and_draws_do_not_depend_on_the_order_of_results(seed: int, block: int, overlap: int) -> None:
     schedule = Schedule(ONE + ONE, block, overlap)
     rungs, seen = walk(schedule, of_number, random.Random(seed))
     expected, seen_before = walk(schedule, of_number, random.Random(0))
@@ -142,26 +142,26 @@ def test_what_is_run_and_seen_depends_on_no_order(seed: int, block: int, overlap
     assert seen == seen_before
 
 
-def test_the_best_of_a_rung_go_on_and_failed_ones_never() -> None:
+def test_the_best_of_a_rung_continue_and_failed_trials_never() -> None:
     rungs, _ = walk(Schedule((ONE[0],)), lambda n, r: FAILED if n == 8 else (0.0, 10.0 - n), random.Random(0))
     assert sorted(rungs) == sorted([*((n, 1) for n in range(9)), (5, 3), (6, 3), (7, 3), (7, 9)])
     rungs, _ = walk(Schedule((ONE[0],)), lambda n, r: FAILED, random.Random(0))
     assert sorted(rungs) == [(n, 1) for n in range(9)]
 
 
-def test_a_constraint_outranks_the_loss_and_equals_go_by_number() -> None:
+def test_a_constraint_outranks_the_loss_and_ties_go_by_number() -> None:
     schedule = Schedule((((3, 1), (1, 3)),))
     assert schedule.standing([{1: (0.1, 0.0)}, {1: (0.0, 5.0)}, {1: (0.0, 5.0)}]).runs == [(1, 3)]
 
 
-def test_blocks_and_overlap_say_when_a_configuration_is_drawn() -> None:
+def test_blocks_and_overlap_determine_when_a_configuration_is_drawn() -> None:
     none: dict[int, Score] = {}
     done = {1: (0.0, 1.0)}
     assert Schedule(ONE).standing([]).draws == 9
     assert Schedule(ONE, block=4).standing([]).draws == 4
     assert Schedule(ONE, block=4).standing([done] * 3 + [none]).draws == 0
     assert Schedule(ONE, block=4).standing([done] * 4).draws == 4
-    assert Schedule(ONE, overlap=0).standing([done] * 9).draws == 0  # its second rung is not there yet
+    assert Schedule(ONE, overlap=0).standing([done] * 9).draws == 0  # its second rung does not exist yet
     assert Schedule(ONE, overlap=1).standing([done] * 9).draws == 5
     assert Schedule(ONE, overlap=1).standing([done] * 8 + [none]).draws == 0
 
@@ -188,7 +188,7 @@ def test_nothing_depends_on_how_many_run_at_once_or_in_which_order(method: str) 
 
 @pytest.mark.parametrize("method", ["bohb", "random", "tpe-hyperband"])
 @pytest.mark.parametrize("kill_after", [0, 1, 4, 7])
-def test_killed_and_resumed_is_uninterrupted(method: str, kill_after: int) -> None:
+def test_a_killed_and_resumed_run_equals_an_uninterrupted_one(method: str, kill_after: int) -> None:
     search, storage = search_of(method=method), InMemoryStorage()
     whole = carried_out(search, Synthetic())
     killed = Synthetic(random.Random(0), kill_after)
@@ -234,8 +234,8 @@ def test_a_finished_search_may_grow() -> None:
 
 
 @pytest.mark.parametrize("method", ["bohb", "random", "tpe-hyperband"])
-def test_what_losers_leave_goes_but_never_what_is_needed_again(method: str, tmp_path: Path) -> None:
-    """A search that drops losers, and is killed, comes to what one comes to that keeps everything."""
+def test_checkpoints_of_losers_are_removed_unless_they_are_needed(method: str, tmp_path: Path) -> None:
+    """A search that drops losers and is killed has the same result as one that keeps everything."""
     search, storage = search_of(method=method), InMemoryStorage()
 
     class OnDisk(Synthetic):
@@ -268,7 +268,7 @@ def test_what_losers_leave_goes_but_never_what_is_needed_again(method: str, tmp_
     assert len(list(tmp_path.glob("*/summary.json"))) == len(study.trials)
 
 
-def test_what_trials_come_to_is_in_the_study() -> None:
+def test_the_results_of_trials_are_in_the_study() -> None:
     study = carried_out(search_of(brackets=3), Synthetic())
     failed = [trial for trial in study.trials if trial.state.name == "FAIL"]
     assert failed and all(trial.user_attrs["error"] == "diverged" for trial in failed)
@@ -281,13 +281,13 @@ def test_what_trials_come_to_is_in_the_study() -> None:
     assert rungs_of(search_of().settings) == [1, 3, 9]
 
 
-def test_a_constraint_is_kept_if_it_can_be() -> None:
+def test_a_constraint_is_met_if_possible() -> None:
     study = carried_out(search_of(brackets=6, constraints=("bytes_up<=250",)), Synthetic())
     assert best_trial(study.trials)[0].params["train.epochs"] <= 2
     assert study.best_trial.params["train.epochs"] <= 2, "Optuna knows of it too"
 
 
-def test_the_objective_weighs_measures() -> None:
+def test_the_objective_is_a_weighted_sum() -> None:
     measures = {"mean": 0.2, "worst-decile": 0.5, "bytes_up": 3e6, "bytes_down": 1e6, "macs": 0.5}
     options = SearchOptions(objective={"mean": 1.0, "bytes_up": 1e-7}, constraints=("bytes_up<=2e6", "macs<=0.6"))
     assert options.loss(measures) == pytest.approx(0.5)
@@ -297,7 +297,7 @@ def test_the_objective_weighs_measures() -> None:
 # -- refused ----------------------------------------------------------------------------------------------------------
 
 
-def test_a_study_is_gone_on_with_only_as_it_was(tmp_path: Path) -> None:
+def test_a_study_is_resumed_only_with_the_same_settings(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="there is no study"):
         open_study(search_of(), "test", tmp_path, None, resume=True)
     open_study(search_of(), "test", tmp_path, None, resume=False)
@@ -312,7 +312,7 @@ def test_a_study_is_gone_on_with_only_as_it_was(tmp_path: Path) -> None:
         open_study(smaller, "test", tmp_path, None, resume=True)
 
 
-def test_a_study_is_gone_on_with_only_on_the_images_and_weights_with_which_it_began(tmp_path: Path) -> None:
+def test_a_study_is_resumed_only_with_the_same_images_and_weights(tmp_path: Path) -> None:
     files = [tmp_path / name for name in ("images.npz", "one.safetensors", "other.safetensors")]
     for file in files:
         file.write_bytes(file.name.encode())
@@ -332,12 +332,12 @@ def test_a_study_is_gone_on_with_only_on_the_images_and_weights_with_which_it_be
 
 
 @pytest.mark.parametrize("url", ["nonsense", "postgresql://nobody@localhost:1/none", "sqlite:////nowhere/at/all.db"])
-def test_a_storage_that_is_none(url: str, tmp_path: Path) -> None:
+def test_an_invalid_storage_is_refused(url: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="cannot be used"):
         open_study(search_of(), "test", tmp_path, url, resume=False)
 
 
-def test_a_storage_that_is_locked(tmp_path: Path) -> None:
+def test_a_locked_storage_is_refused(tmp_path: Path) -> None:
     import sqlite3
 
     url = f"sqlite:///{tmp_path}/study.db"

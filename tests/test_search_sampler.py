@@ -96,7 +96,7 @@ def test_candidates_are_around_the_points_and_in_the_cube() -> None:
     density = Density(np.array([[0.0, 0.5, 1]]), np.array([0.1, 0.01, 0.1]), CHOICES)
     drawn = density.draw(4000, np.random.default_rng(0))
     assert drawn[:, :2].min() >= 0 and drawn[:, :2].max() <= 1
-    # half a normal of three bandwidths has its mean at 0.3 √(2 / π)
+    # a half-normal with three bandwidths has its mean at 0.3 √(2 / π)
     assert drawn[:, 0].mean() == pytest.approx(0.3 * math.sqrt(2 / math.pi), abs=0.01)
     assert drawn[:, 1].std() == pytest.approx(0.03, rel=0.05)
     shares = np.bincount(drawn[:, 2].astype(int), minlength=3) / len(drawn)
@@ -113,11 +113,11 @@ def test_the_candidate_with_the_largest_ratio_is_taken() -> None:
 
 
 @pytest.mark.parametrize(("n", "d", "good", "bad"), [(8, 5, 6, 6), (27, 5, 6, 21), (100, 5, 15, 85), (5, 2, 3, 3)])
-def test_how_many_are_good_and_bad(n: int, d: int, good: int, bad: int) -> None:
+def test_numbers_of_good_and_bad_configurations(n: int, d: int, good: int, bad: int) -> None:
     assert split_counts(n, d) == (good, bad)
 
 
-def test_what_a_configuration_has_not_is_a_good_ones() -> None:
+def test_missing_parameters_are_imputed_from_good_configurations() -> None:
     good = np.array([[0.1, math.nan, math.nan], [0.2, 0.7, math.nan]])
     both = np.vstack([good, [[0.9, math.nan, math.nan]]])
     filled = impute(both, good, np.full((3, 3), 0.25), np.random.default_rng(0))
@@ -152,7 +152,7 @@ SPACE = {"x": FloatDistribution(0, 1), "kind": CategoricalDistribution(["a", "b"
 
 
 def study_of(values: dict[int, list[float]], **options: object) -> optuna.Study:
-    """A study of trials x = 0, 1/n, … with an intermediate value for each budget."""
+    """Returns a study with trials x = 0, 1/n, … and an intermediate value for each budget."""
     study = optuna.create_study(sampler=BOHBSampler(seed=0, space=SPACE, random_share=0, **options))  # type: ignore[arg-type]
     n = max(len(found) for found in values.values())
     for i in range(n):
@@ -215,13 +215,13 @@ def test_failed_trials_do_not_turn_the_model_off(reported: dict[int, float], cou
 
 
 def test_a_budget_at_which_too_few_succeeded_is_no_model() -> None:
-    """Two parameters: three that succeeded are the least that the density of the good ones needs."""
+    """With two parameters, the density of the good ones needs at least three that succeeded."""
     for succeeded in (2, 3):
         study = study_of({1: LOW_IS_GOOD, 3: [math.nan] * 30 + [-1.0] * succeeded})  # x of 0.75 or more at budget 3
         assert (np.median(drawn(study)) > 0.65) == (succeeded == 3)
 
 
-def test_what_a_trial_does_not_see_does_not_move_it() -> None:
+def test_results_that_a_trial_does_not_see_have_no_effect() -> None:
     values = [i / 40 for i in range(40)]
     blind = study_of({1: values}, sees=lambda number, other, budget: False)
     empty = optuna.create_study(sampler=BOHBSampler(seed=0, space=SPACE, random_share=0))
@@ -235,7 +235,7 @@ def test_the_same_history_gives_the_same_draw_and_another_number_another() -> No
     assert (found := drawn(first, 5)) == drawn(second, 5) and len(set(found)) == 5
 
 
-def test_a_conditional_parameter_is_modelled_where_it_is() -> None:
+def test_a_conditional_parameter_is_modelled_where_it_exists() -> None:
     space = SPACE | {"only-a": FloatDistribution(0, 1)}
     study = optuna.create_study(sampler=BOHBSampler(seed=0, space=space, random_share=0))
     for i in range(30):

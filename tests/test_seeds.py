@@ -1,4 +1,4 @@
-"""Streams of random numbers: another name, other numbers."""
+"""Random streams: different names give different numbers."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_a_stream_can_be_drawn_again(name: tuple[int, tuple]) -> None:
     assert first(name) == first(name)
 
 
-def test_names_of_which_nothing_was_open_keep_their_numbers() -> None:
+def test_unambiguous_names_keep_their_numbers() -> None:
     for path, words in [(("metric",), [METRIC]), (("metric", 3), [METRIC, 3]), (("metric", 0, 3), [METRIC, 0, 3])]:
         before = np.random.default_rng([7, *words]).integers(2**63, size=3)
         np.testing.assert_array_equal(numpy_generator(7, *path).integers(2**63, size=3), before)

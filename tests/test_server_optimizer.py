@@ -1,4 +1,4 @@
-"""The server's optimiser: two rounds by hand, coordinates that sleep, and products instead of factors for flex."""
+"""The server's optimiser: two rounds by hand, coordinates without a holder, and products (not factors) for flex."""
 
 from __future__ import annotations
 
@@ -65,27 +65,27 @@ def test_learning_rate_zero_is_the_default_of_each(server: str, rate: float) -> 
     assert torch.equal(unsaid, said) and unsaid != 1
 
 
-def test_momentum_without_memory_is_the_mean() -> None:
+def test_momentum_zero_gives_the_mean() -> None:
     given = options(server="momentum", server_momentum=0.0)
     assert advance(given, start(1.0, 5.0), says(2.5, -3.0)).params["h"].tolist() == [2.5, -3]
 
 
 @pytest.mark.parametrize("server", ["momentum", "adam"])
-def test_a_coordinate_without_a_holder_sleeps(server: str) -> None:
+def test_a_coordinate_without_a_holder_does_not_move(server: str) -> None:
     given = options(server=server)
     first = advance(given, start(0.0, 0.0), says(1.0, 1.0))
     second = advance(given, first, says(2.0, at=[0]))
     assert second.params["h"][1] == first.params["h"][1] and second.params["h"][0] != first.params["h"][0]
     for name, moment in second.optimizer.items():
         assert moment[1] == first.optimizer[name][1] and moment[0] != first.optimizer[name][0], name
-    # and a tensor that nobody sent keeps all of its moments
+    # and a tensor that no device sent keeps its moments
     other = [Update({}, {}, 1.0)]
     third = advance(given, second, other)
     assert torch.equal(third.params["h"], second.params["h"])
     assert all(torch.equal(third.optimizer[name], moment) for name, moment in second.optimizer.items())
 
 
-def test_the_state_before_is_left_as_it_was() -> None:
+def test_the_previous_state_is_not_changed() -> None:
     given = options(server="adam")
     first = advance(given, start(0.0), says(1.0))
     copies = {name: moment.clone() for name, moment in first.optimizer.items()}
@@ -119,7 +119,7 @@ def test_flex_moves_the_products() -> None:
 
 
 @pytest.mark.parametrize("side", ["rows", "columns"])
-def test_what_nobody_holds_of_a_product_sleeps(side: str) -> None:
+def test_parts_of_a_product_without_holders_do_not_move(side: str) -> None:
     generator = np.random.default_rng(0)
     given = options(rule="flex", server="momentum")
     state = ServerState({B: torch.zeros(4, 4, dtype=F64), A: torch.eye(4, dtype=F64)})
@@ -144,7 +144,7 @@ def test_flex_without_memory_is_flex() -> None:
     torch.testing.assert_close(product_of(stepped), product_of(plain), rtol=1e-9, atol=1e-9)
 
 
-def test_adapters_without_bounds_are_refused_with_what_moved_them() -> None:
+def test_exploding_adapters_are_refused_with_the_cause() -> None:
     wild = options(server="adam", server_learning_rate=1e20)
     with pytest.raises(
         ModelError, match=r"adapters\.server-learning-rate = 1e\+20: the shared adapters reach .* round 1"

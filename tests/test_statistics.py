@@ -1,4 +1,4 @@
-"""Paired tests over devices, and what a caption says."""
+"""Paired tests over devices, and captions."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ def test_the_p_value_is_that_of_all_sign_flips(pairs: list[tuple[int, int]]) -> 
     assert paired(reference, values).p == pytest.approx(found.p)
 
 
-def test_ten_devices_that_all_gain_are_as_sure_as_ten_can_be() -> None:
+def test_ten_devices_that_all_gain_have_the_smallest_p() -> None:
     values = {i: 0.5 + i / 100 for i in range(10)}
     found = paired(values | {"only here": 0.0}, dict.fromkeys(range(10), 0.4))
     assert found.n == 10 and found.p == pytest.approx(2 / 2**10) and found.difference == pytest.approx(0.145)
 
 
-def test_many_devices_are_tested_by_drawn_flips_to_the_same_bits() -> None:
+def test_many_devices_are_tested_reproducibly_by_random_flips() -> None:
     generator = np.random.default_rng(0)
     values = dict(enumerate(generator.normal(size=40)))
     first, again = (paired(values, dict.fromkeys(values, 0.0)) for _ in range(2))
@@ -46,7 +46,7 @@ def test_many_devices_are_tested_by_drawn_flips_to_the_same_bits() -> None:
 @pytest.mark.parametrize(
     ("p", "expected"),
     [
-        ([0.01, 0.04, 0.03, 0.005], [0.03, 0.06, 0.06, 0.02]),  # 4·0.005, 3·0.01, 2·0.03, and 0.04 no less than that
+        ([0.01, 0.04, 0.03, 0.005], [0.03, 0.06, 0.06, 0.02]),  # 4·0.005, 3·0.01, 2·0.03, and for 0.04 at least that
         ([0.02, 0.02, 0.02], [0.06, 0.06, 0.06]),
         ([0.6, 0.5, 0.01], [1.0, 1.0, 0.03]),
         ([0.2], [0.2]),
@@ -64,7 +64,7 @@ def test_holms_correction_keeps_the_order_and_never_helps(p: list[float], random
     assert all(a <= min(1.0, len(p) * b) for a, b in zip(found, p, strict=True))  # no stricter than Bonferroni
     assert all(found[i] <= found[j] for i in range(len(p)) for j in range(len(p)) if p[i] <= p[j])
     assert min(found) == pytest.approx(min(1.0, len(p) * min(p)))
-    more = holm([*p, 0.0])[:-1]  # one more test, and a clear one
+    more = holm([*p, 0.0])[:-1]  # one more test, with a small p
     assert more == pytest.approx(found)
     order = random.sample(range(len(p)), len(p))
     assert holm([p[i] for i in order]) == [found[i] for i in order]
@@ -81,7 +81,7 @@ def test_tests_are_corrected_over_those_with_the_same_reference() -> None:
 
 
 @given(st.lists(st.booleans(), max_size=40))
-def test_which_images_a_model_is_right_about_comes_back_from_text(right: list[bool]) -> None:
+def test_correctly_classified_images_round_trip_as_text(right: list[bool]) -> None:
     assert from_text(as_text(right)).tolist() == right
 
 
@@ -99,7 +99,7 @@ def test_nothing_in_common_is_an_error_and_no_difference_is_none() -> None:
     assert paired({0: 0.5, 1: 0.6}, {0: 0.5, 1: 0.6}).p == 1.0
 
 
-def test_a_caption_says_how_it_was_made_and_not_on_which_machine() -> None:
+def test_a_caption_names_the_command_but_not_the_machine() -> None:
     made_by = command("sweep", "--config", "a/b.toml", "--set", "data.source=/home/me/data/val", "--out", "/tmp/x y")
     assert made_by == "tapfl sweep --config a/b.toml --set data.source=…/val --out '…/x y'"
     assert command("--at", "https://host/x/y", "--set", "a=b/c") == "tapfl --at https://host/x/y --set a=b/c"

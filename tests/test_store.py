@@ -1,4 +1,4 @@
-"""Files: whole or not at all, named by content, and no run over another."""
+"""Files: written completely or not at all, named by content; and no run overwrites another."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_the_content_is_complete_before_it_has_its_name(tmp_path: Path, monkeypa
     assert (tmp_path / "deep" / "file").stat().st_mode & 0o777 == 0o644
 
 
-def test_json_and_tensors_go_round(tmp_path: Path) -> None:
+def test_json_and_tensors_round_trip(tmp_path: Path) -> None:
     write_json(tmp_path / "a.json", {"ü": [1, 2.5, None]})
     text = (tmp_path / "a.json").read_text(encoding="utf-8")
     assert json.loads(text) == {"ü": [1, 2.5, None]}
@@ -57,7 +57,7 @@ def test_json_and_tensors_go_round(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [b"", b"\x80\x04pickle", b"x" * 100])
-def test_a_file_of_no_tensors_is_refused(content: bytes, tmp_path: Path) -> None:
+def test_a_file_without_tensors_is_refused(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "w.safetensors").write_bytes(content)
     with pytest.raises(PlanError, match=r"w\.safetensors: is not a whole safetensors file"):
         read_tensors(tmp_path / "w.safetensors")

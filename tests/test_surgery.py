@@ -1,4 +1,4 @@
-"""Surgery: the smaller model is the masked one, and costs what the plan says."""
+"""Surgery: the shrunk model equals the masked model, and costs what the plan says."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ FAMILIES = ["vit", "deit", "swin"]
 
 
 def distance(backbone: Tiny, kept: dict[str, Tensor], model: nn.Module | None = None) -> float:
-    """Largest difference of the logits of the shrunk and of the masked model."""
+    """Returns the largest difference between the logits of the shrunk and the masked model."""
     model = backbone.model if model is None else model
     small = shrink(model, plan_of(backbone, kept))
     with torch.no_grad():
@@ -33,7 +33,7 @@ def distance(backbone: Tiny, kept: dict[str, Tensor], model: nn.Module | None = 
         with masked(model, backbone.layers, kept):
             want = model(backbone.inputs)
         dense = model(backbone.inputs)
-    assert len(kept) == 0 or (want - dense).abs().max() > 1e-3  # the mask must matter
+    assert len(kept) == 0 or (want - dense).abs().max() > 1e-3  # the mask must have an effect
     return float((got - want).abs().max())
 
 
@@ -54,7 +54,7 @@ def test_shrunk_equals_masked(family: str, fused: bool, share: float, families: 
     assert distance(backbone, random_kept(backbone.layers, share), model) <= 1e-5
 
 
-@settings(max_examples=25, phases=[Phase.generate])  # shrinking a failure would take minutes
+@settings(max_examples=25, phases=[Phase.generate])  # hypothesis would take minutes to shrink a failure
 @given(data=st.data())
 def test_shrunk_equals_masked_at_any_width_with_heads_and_branches_gone(
     data: st.DataObject, families: dict[str, Tiny]
@@ -80,7 +80,7 @@ def test_whole_heads_can_go(family: str, families: dict[str, Tiny]) -> None:
     backbone = families[family]
     kept = {}
     for layer in backbone.layers:
-        if layer.kind == "attention":  # the last head alone stays, without its first dim
+        if layer.kind == "attention":  # only the last head stays, without its first dim
             kept[layer.name] = torch.arange(layer.units - layer.units_per_head + 1, layer.units)
     assert distance(backbone, kept) <= 1e-5
     attention = shrink(backbone.model, plan_of(backbone, kept)).get_submodule(backbone.layers[0].name)
@@ -98,7 +98,7 @@ def test_whole_branches_can_go(family: str, families: dict[str, Tiny]) -> None:
 
 
 def test_the_softmax_scale_trap(vit: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without the factor sqrt(k/d) on q the output is off, by far more than the tolerance of the tests above."""
+    """Without the factor sqrt(k/d) on q the output is wrong, by far more than the tolerance of the tests above."""
     whole = SelfAttention.cuts
 
     def trapped(self: SelfAttention, kept: Tensor) -> list[LinearCut]:
@@ -110,7 +110,7 @@ def test_the_softmax_scale_trap(vit: Tiny, monkeypatch: pytest.MonkeyPatch) -> N
     assert distance(vit, kept) > 1e-2
 
 
-def test_the_dense_model_is_left_as_it_was(swin: Tiny) -> None:
+def test_the_dense_model_is_not_changed(swin: Tiny) -> None:
     state = {name: tensor.clone() for name, tensor in swin.model.state_dict().items()}
     small = shrink(swin.model, plan_of(swin, random_kept(swin.layers, 0.5)))
     with torch.no_grad():
@@ -120,7 +120,7 @@ def test_the_dense_model_is_left_as_it_was(swin: Tiny) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_segments_in_turn_are_the_model(family: str, families: dict[str, Tiny]) -> None:
+def test_the_segments_one_after_another_are_the_model(family: str, families: dict[str, Tiny]) -> None:
     backbone = families[family]
     x = backbone.inputs
     for _, step in segments(backbone.model):
@@ -145,7 +145,7 @@ def test_the_shrunk_model_costs_what_the_plan_says(
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_plan_without_some_branches_costs_what_it_says(family: str, families: dict[str, Tiny]) -> None:
-    """With pruning.floor = 0 a branch may go as a whole, and with Swin its table of position biases."""
+    """With pruning.floor = 0 a whole branch may be removed, and in a Swin its table of position biases too."""
     backbone = families[family]
     options = PruningOptions(align=8, floor=0.0, ratio="uniform")
     dense = measure_cost(backbone.model)
@@ -182,7 +182,7 @@ def test_measured_cost_is_that_of_the_arithmetic(vit: Tiny) -> None:
         ([-1, 16], "sorted, unique and lie in 0..31"),
     ],
 )
-def test_a_plan_that_cannot_be_carried_out_is_refused(kept: list[int], message: str, vit: Tiny) -> None:
+def test_a_plan_that_cannot_be_applied_is_refused(kept: list[int], message: str, vit: Tiny) -> None:
     with pytest.raises(PlanError, match=rf"blocks\.0\.attn: .*{message}"):
         shrink(vit.model, plan_of(vit, {"blocks.0.attn": torch.tensor(kept)}))
 
@@ -226,7 +226,7 @@ def test_a_gated_ffn_is_refused_by_name() -> None:
         prunable_layers(model)
 
 
-def test_a_hook_on_the_dense_branch_is_none_on_the_shrunk_one() -> None:
+def test_hooks_of_the_dense_branch_are_not_on_the_shrunk_one() -> None:
     model = build(VIT)
     layer = prunable_layers(model)[0]
     seen: list[str] = []

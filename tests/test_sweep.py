@@ -1,4 +1,4 @@
-"""A grid of federations: every cell a run of its own, finished ones kept, failures told."""
+"""Sweeps: every cell is a run, finished runs are not repeated, failures are reported."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def sweep_file(tmp_path: Path, grid: str) -> Path:
 
 
 @pytest.mark.slow
-def test_a_sweep_runs_each_cell_once_and_tells_what_failed(tmp_path: Path) -> None:
+def test_a_sweep_runs_each_cell_once_and_reports_failures(tmp_path: Path) -> None:
     file = sweep_file(tmp_path, '"personalize.method" = ["fedavg"]\n"devices.count" = [2, 400]\nseed = [0]')
     out = tmp_path / "out"
 
@@ -61,14 +61,14 @@ def test_a_sweep_runs_each_cell_once_and_tells_what_failed(tmp_path: Path) -> No
     assert f"`tapfl sweep --config …/{file.name} --out DIR`; seed 0" in (out / "table.md").read_text()
     assert (out / "devices.csv").is_file() and (out / "learning-curves.png").is_file()
     (finished,) = [folder for folder in out.iterdir() if (folder / "summary.json").exists()]
-    assert not (finished / "report.html").exists()  # of many runs nobody reads each
+    assert not (finished / "report.html").exists()  # a sweep writes no report for each run
     before = (finished / "summary.json").stat().st_mtime_ns
     invoke()
     assert (finished / "summary.json").stat().st_mtime_ns == before
 
 
 def test_runs_share_a_warm_pool_and_their_logs_do_not_mix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two at a time in one process, the messages of each answered here; one of them fails on its own."""
+    """Two runs at a time in one process; one of them fails alone."""
     file = sweep_file(tmp_path, '"personalize.method" = ["fedavg", "local"]\n"devices.count" = [2, 400]')
     cells, out = read_sweep(file)[0], tmp_path / "out"
     failures = in_threads(cells, out)
@@ -84,7 +84,7 @@ def test_runs_share_a_warm_pool_and_their_logs_do_not_mix(tmp_path: Path, monkey
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("command", ["sweep", "compare"])
-def test_a_command_that_is_ended_leaves_no_process(command: str, number: int, tmp_path: Path) -> None:
+def test_an_interrupted_command_leaves_no_process(command: str, number: int, tmp_path: Path) -> None:
     file, more = sweep_file(tmp_path, "seed = [0, 1]"), ["--set", "train.rounds=300"]
     if command == "compare":
         axes = '[compare]\ncriterion = ["tap+", "updp"]\ndevice = [0, 1]'
@@ -106,12 +106,12 @@ def test_a_command_that_is_ended_leaves_no_process(command: str, number: int, tm
 
 
 def in_threads(runs: list[SweepRun], out: Path, jobs: int = 2) -> dict[str, str]:
-    """Carries a sweep out in this process: the start of worker processes takes seconds."""
+    """Runs a sweep in this process, because starting worker processes takes seconds."""
     with closing(ThreadPool(jobs)) as pool:
         return run_sweep(runs, out, pool, in_process, lambda *_: None)
 
 
-def test_a_sweep_of_which_every_run_fails_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_sweep_in_which_every_run_fails_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from experiments.sweep import grid
 
     monkeypatch.setattr(grid, "run_sweep", lambda runs, *_: {run.name: "no images" for run in runs})
@@ -121,7 +121,7 @@ def test_a_sweep_of_which_every_run_fails_says_why(tmp_path: Path, monkeypatch: 
     assert "seed=1: no images" in str(done.exception)
 
 
-def test_a_run_whose_folder_would_have_too_long_a_name_is_refused(tmp_path: Path) -> None:
+def test_a_run_with_too_long_a_name_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "sweep.toml"
     numbers = [f'"{key}" = {value}' for key, value in RunConfig().flat().items() if type(value) is float]
     file.write_text("\n".join(["[[run]]", *numbers]))
@@ -156,7 +156,7 @@ def test_runs_of_a_list_are_crossed_with_the_grid(tmp_path: Path) -> None:
         'out = ["a", "b"]',
     ],
 )
-def test_a_grid_that_is_not_one_is_refused(tmp_path: Path, grid: str) -> None:
+def test_an_invalid_grid_is_refused(tmp_path: Path, grid: str) -> None:
     with pytest.raises(ConfigError):
         read_sweep(sweep_file(tmp_path, grid))
 
@@ -178,7 +178,7 @@ def test_the_ready_sweeps_leave_nothing_out(file: str, option: str, values: list
     assert {cell.options[option] for cell in read_sweep(CONFIGS / f"{file}.toml")[0]} == set(values)
 
 
-def test_the_run_of_which_gains_are_measured_is_one() -> None:
+def test_the_ready_run_for_gains_is_valid() -> None:
     config = RunConfig.from_flat(read_toml(CONFIGS / "evidence-gain.toml"))
     assert config.devices.count == len(config.devices.budgets) == 3
 

@@ -1,4 +1,4 @@
-"""What a sweep tells: measures by run and device, means and tests, learning curves; and round zero that is shared."""
+"""Results of a sweep: measures by run and device, means and tests, learning curves, and shared round zero."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def rows_of(file: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(table))
 
 
-def test_a_line_a_run_and_a_line_a_device(runs: list[Outcome], tmp_path: Path) -> None:
+def test_one_line_per_run_and_one_per_device(runs: list[Outcome], tmp_path: Path) -> None:
     lowest = runs[0].curve[0].accuracy
     write_results(runs, tmp_path, SweepOptions(reach=(lowest, 1.0)))
     results, devices = rows_of(tmp_path / "results.csv"), rows_of(tmp_path / "devices.csv")
@@ -71,7 +71,7 @@ def test_a_line_a_run_and_a_line_a_device(runs: list[Outcome], tmp_path: Path) -
     assert int(first["round_zero_bytes"]) == runs[0].curve[0].bytes
 
 
-def test_what_an_accuracy_cost_is_counted_after_round_zero() -> None:
+def test_the_cost_to_an_accuracy_is_counted_after_round_zero() -> None:
     curve = [CurvePoint(seconds=5.0 + t, bytes=100 + 10 * t, accuracy=0.2 * t) for t in range(4)]
     run = Outcome({}, Path(), {}, {}, Summary.model_construct(**dict.fromkeys(MEASURES, 0.0), curve=curve))
     found = run.measures((0.4, 0.7))
@@ -139,13 +139,13 @@ def test_round_zero_is_shared_and_changes_nothing(runs: list[Outcome], file: Pat
     done = tapfl("--out", str(tmp_path / "alone"), cache=Path(runs[2].options["cache"]), options=options)
     assert done.exit_code == 0, done.output
     assert content(tmp_path / "alone") == content(runs[2].folder)
-    for told in ("metric-sets/*.json", "devices/*/images.json"):  # what the report tells of round zero
+    for told in ("metric-sets/*.json", "devices/*/images.json"):  # what the report says about round zero
         kept = {file.relative_to(tmp_path / "alone"): file.read_bytes() for file in (tmp_path / "alone").glob(told)}
         assert kept and kept == {name: (runs[2].folder / name).read_bytes() for name in kept}
     assert read_summary(tmp_path / "alone").curve == runs[2].curve
 
 
-def test_a_sweep_goes_on_for_more_rounds_but_not_under_other_options(tmp_path: Path) -> None:
+def test_a_sweep_continues_for_more_rounds_but_not_with_other_options(tmp_path: Path) -> None:
     file = sweep_file(tmp_path, '"personalize.method" = ["fedavg"]')
     (short,) = carry_out(file, tmp_path / "out")
     (long,) = carry_out(file, tmp_path / "out", {"train.rounds": 2})
@@ -155,7 +155,7 @@ def test_a_sweep_goes_on_for_more_rounds_but_not_under_other_options(tmp_path: P
         carry_out(file, tmp_path / "out", {"train.epochs": 2})
 
 
-def test_what_the_runs_differ_in_cannot_be_set_for_all(file: Path) -> None:
+def test_an_option_in_which_runs_differ_cannot_be_set_for_all(file: Path) -> None:
     assert read_sweep(file, {"train.rounds": 7})[0][0].options["train.rounds"] == 7
     with pytest.raises(ConfigError, match=r"--set seed: the runs of .* differ in it"):
         read_sweep(file, {"seed": 3})
@@ -180,14 +180,14 @@ def test_every_point_is_tested_against_its_own_reference() -> None:
         ("sweep = 3", "must be a table"),
     ],
 )
-def test_a_report_that_cannot_be_is_refused(tmp_path: Path, table: str, said: str) -> None:
+def test_invalid_report_options_are_refused(tmp_path: Path, table: str, said: str) -> None:
     file = tmp_path / "sweep.toml"
     file.write_text(table)
     with pytest.raises(ConfigError, match=said):
         read_sweep(file)
 
 
-def test_how_a_sweep_is_reported_stands_in_its_file(tmp_path: Path) -> None:
+def test_a_sweep_s_file_determines_how_it_is_reported(tmp_path: Path) -> None:
     file = tmp_path / "sweep.toml"
     file.write_text('[sweep]\nreach = 0.5\nreference = { "personalize.method" = "local" }\n[grid]\nseed = [0]')
     assert read_sweep(file)[1] == SweepOptions(reach=(0.5,), reference=REFERENCE)

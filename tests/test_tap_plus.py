@@ -35,7 +35,7 @@ def covariance(generator: torch.Generator, units: int) -> Tensor:
 
 
 def error_left(W: Tensor, C: Tensor, M: Tensor, gone: list[int]) -> float:
-    """tr(M W_S C_S|R W_Sᵀ): what the kept units cannot say of what the others wrote."""
+    """Returns tr(M W_S C_S|R W_Sᵀ): the part of the other units' output that the kept units cannot explain."""
     stay = [j for j in range(len(C)) if j not in gone]
     C_SS, C_SR, C_RR = C[gone][:, gone], C[gone][:, stay], C[stay][:, stay]
     left = C_SS - C_SR @ torch.linalg.solve(C_RR, C_SR.T) if stay else C_SS
@@ -45,7 +45,7 @@ def error_left(W: Tensor, C: Tensor, M: Tensor, gone: list[int]) -> float:
 @given(
     units=st.integers(1, 12), outputs=st.integers(1, 6), ridge=st.sampled_from([0.0, 0.3]), seed=st.integers(0, 1000)
 )
-def test_the_errors_are_those_of_the_best_compensation(units: int, outputs: int, ridge: float, seed: int) -> None:
+def test_the_errors_equal_those_of_the_best_compensation(units: int, outputs: int, ridge: float, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     C = covariance(generator, units)
     M = covariance(generator, outputs)
@@ -59,17 +59,17 @@ def test_the_errors_are_those_of_the_best_compensation(units: int, outputs: int,
     assert first[int(order[0])] == pytest.approx(min(first), rel=1e-9)
 
 
-def test_of_two_units_that_say_the_same_one_goes_first_and_the_other_last() -> None:
+def test_of_two_redundant_units_one_is_removed_first_and_the_other_last() -> None:
     C = torch.diag(torch.tensor([1.0, 1.0, 0.1, 0.2], dtype=torch.float64))
     C[0, 1] = C[1, 0] = 1 - 1e-9
     W = torch.ones(1, 4, dtype=torch.float64)
     order, errors = elimination_order(W, C, torch.eye(1, dtype=torch.float64), ridge=1e-6)
-    assert set(order[[0, -1]].tolist()) == {0, 1}  # ranked by its own norm, unit 0 would be among the last to go
+    assert set(order[[0, -1]].tolist()) == {0, 1}  # ranked by its own norm, unit 0 would be removed among the last
     assert float(errors[0]) < 1e-4
 
 
-def test_units_that_never_vary_go_at_no_cost() -> None:
-    """E[x²] − E[x]² of what is constant is rounding, of either sign; the errors are no less than 0."""
+def test_constant_units_are_removed_at_no_cost() -> None:
+    """E[x²] − E[x]² of a constant is rounding with either sign; the errors are at least 0."""
     moments = LostOutput(6, 0)
     for _ in range(50):
         moments.add(torch.full((40, 6), 0.1) * torch.arange(1, 7), torch.zeros(40, 0))
@@ -80,8 +80,8 @@ def test_units_that_never_vary_go_at_no_cost() -> None:
 
 
 @pytest.mark.parametrize("scale", [1e-25, 1.0])
-def test_a_sure_models_rows_have_their_weights(scale: float, vit: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Gradients of 1e-25 have squares that float32 does not know."""
+def test_a_confident_model_has_finite_row_weights(scale: float, vit: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Squares of gradients of 1e-25 underflow in float32."""
     gradient = torch.randn(4, 5, 32, generator=torch.Generator().manual_seed(1))
     found = []
     for size in (1.0, scale):
@@ -116,7 +116,7 @@ def test_sensitivity_is_the_gradient_of_the_sampled_loss(family: str, families: 
     assert not any(module._forward_hooks for module in backbone.model.modules())
 
 
-def test_rows_that_count_more_are_answered_better() -> None:
+def test_rows_with_larger_weights_are_compensated_better() -> None:
     generator = torch.Generator().manual_seed(0)
     Z, r = torch.randn(200, 3, generator=generator), torch.randn(200, 2, generator=generator)
     weights = torch.cat([torch.full((100,), 9.0), torch.full((100,), 1.0)])
@@ -157,7 +157,7 @@ def test_scores_and_compensation_share_their_sensitivities(vit: Tiny, monkeypatc
     assert all(torch.equal(again[name].metric, found.metric) for name, found in task.fisher.items())
 
 
-def test_each_part_of_tap_plus_can_be_taken_out(vit: Tiny) -> None:
+def test_each_part_of_tap_plus_can_be_switched_off(vit: Tiny) -> None:
     own = resolved(PruningOptions(criterion="tap+"))
     assert (own.ratio, own.basis, own.compensation, own.compensation_rows) == (
         "uniform", "canonical", "sequential", "sensitivity",

@@ -1,4 +1,4 @@
-"""Tables as they are shown: whole, however many columns; options as commands take them."""
+"""Tables and error lines on a terminal, and groups of options."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from experiments.output import show_rows
 
 
 @pytest.mark.parametrize(("columns", "lines"), [(3, 3), (30, 3), (3, 30), (30, 30)])
-def test_nothing_of_a_table_is_cut_off(columns: int, lines: int, capsys: pytest.CaptureFixture[str]) -> None:
+def test_tables_are_never_truncated(columns: int, lines: int, capsys: pytest.CaptureFixture[str]) -> None:
     rows = [{f"measure {i}": f"{row}.{i:03d} ± 0.01" for i in range(columns)} for row in range(lines)]
     show_rows(rows, as_json=False)
     shown = capsys.readouterr().out
@@ -22,7 +22,7 @@ def test_nothing_of_a_table_is_cut_off(columns: int, lines: int, capsys: pytest.
         assert all(name in shown and value in shown for name, value in row.items())
 
 
-def test_what_the_system_refused_is_a_line_that_can_be_read() -> None:
+def test_a_system_error_is_one_readable_line() -> None:
     assert of_the_system(OSError(28, "No space left on device", "/data/x")) == "/data/x: No space left on device"
     assert of_the_system(OSError(28, "No space left on device")) == "No space left on device"
     long = of_the_system(OSError(36, "File name too long", "/data/" + "x" * 5000))
@@ -51,7 +51,7 @@ def test_a_group_of_options_is_a_dataclass_parameter() -> None:
     assert [each.name for each in typer.main.get_command(app).params[:4]] == ["name", "width", "deep_end", "slow"]
 
 
-def test_two_options_of_one_name_are_refused() -> None:
+def test_two_options_with_the_same_name_are_refused() -> None:
     with pytest.raises(ValueError, match="duplicate parameter name: 'width'"):
 
         @option_groups

@@ -1,4 +1,4 @@
-"""The time that a device may work on one message."""
+"""The time limit of a device for one message."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from clients.client_app import time_limit
 from tapfl.errors import RunError
 
 
-def test_what_takes_too_long_is_ended_and_says_so() -> None:
+def test_work_that_takes_too_long_is_ended_and_reported() -> None:
     began = time.monotonic()
     said = r"device 3: train took more than 0.2 s \(faults.device-timeout\)"
     with pytest.raises(RunError, match=said), time_limit(0.2, "device 3: train"):
@@ -20,7 +20,7 @@ def test_what_takes_too_long_is_ended_and_says_so() -> None:
     assert time.monotonic() - began < 10
 
 
-def test_what_is_in_time_is_left_alone_and_no_alarm_stays() -> None:
+def test_work_in_time_is_not_interrupted_and_no_alarm_remains() -> None:
     before = signal.getsignal(signal.SIGALRM)
     with time_limit(0.2, "a message"):
         pass
@@ -28,7 +28,7 @@ def test_what_is_in_time_is_left_alone_and_no_alarm_stays() -> None:
     assert signal.getsignal(signal.SIGALRM) is before
 
 
-def test_an_error_inside_passes_and_disarms() -> None:
+def test_an_error_inside_is_raised_and_disarms_the_alarm() -> None:
     with pytest.raises(ValueError, match="mine"), time_limit(0.1, "a message"):
         raise ValueError("mine")
     time.sleep(0.2)

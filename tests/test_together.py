@@ -1,4 +1,4 @@
-"""Devices that step together: as one by one, whatever their widths, ranks, numbers of steps and of images."""
+"""Devices that step together: the same results as one by one, for any widths, ranks, steps and numbers of images."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def task(
     begun: bool = True,
     informed: bool = False,
 ) -> LocalTask:
-    """Returns a device's round: random adapters, and as many batches as `sizes`."""
+    """Returns a device's round with random adapters, and one batch for each of `sizes`."""
     generator = torch.Generator().manual_seed(seed)
     plan = plan_of(backbone, kept)
     shapes = global_shapes(backbone.model, backbone.layers, RANK)
@@ -98,7 +98,7 @@ def assert_near(got: object, want: LocalResult) -> None:
 
 @settings(max_examples=20, phases=[Phase.generate], deadline=None)
 @given(data=st.data())
-def test_together_is_one_by_one(data: st.DataObject, families: dict[str, Tiny]) -> None:
+def test_together_equals_one_by_one(data: st.DataObject, families: dict[str, Tiny]) -> None:
     backbone = families[data.draw(st.sampled_from(["vit", "deit"]))]
     method = METHODS[data.draw(st.sampled_from(sorted(METHODS)))]
     clip = data.draw(st.sampled_from([0.0, 0.05]))
@@ -119,7 +119,7 @@ def test_together_is_one_by_one(data: st.DataObject, families: dict[str, Tiny]) 
 
 
 def two(backbone: Tiny, method: Method | None = None, train: TrainOptions | None = None) -> list[LocalTask]:
-    """Returns the rounds of a narrow device of rank 1 with an FFN less, and of a whole one."""
+    """Returns the rounds of a narrow device with rank 1 and without one FFN, and of an unpruned device."""
     narrow = {"blocks.0.attn": torch.arange(5), "blocks.1.mlp": torch.zeros(0, dtype=torch.int64)}
     method, train = method or FedAvg(), train or TrainOptions()
     return [
@@ -134,7 +134,7 @@ def test_the_padding_has_no_gradient_and_stays_zero(optimizer: str, families: di
     model = StackedModel([each.model for each in tasks])
     ones = [{name: torch.ones_like(theta) for name, theta in each.received.items()} for each in tasks]
     own = model.stacking.up(ones)
-    assert not all(bool(mask.all()) for mask in own.values())  # there is padding
+    assert not all(bool(mask.all()) for mask in own.values())  # padding exists
     train = TrainOptions(optimizer=optimizer, weight_decay=0.0 if optimizer == "adam" else 0.1)
     trainee = Trainee.of(model.stacking.up([each.received for each in tasks]), train, frozenset(own))
     for step in range(2):
@@ -160,7 +160,7 @@ def test_a_device_that_diverges_leaves_the_others_their_bits(families: dict[str,
 
 
 @pytest.mark.parametrize("family", ["swin"])
-def test_what_cannot_step_together_goes_one_by_one(family: str, families: dict[str, Tiny]) -> None:
+def test_devices_that_cannot_step_together_train_one_by_one(family: str, families: dict[str, Tiny]) -> None:
     with pytest.raises(ModelError, match="accepted: ViT and DeiT"):
         StackedModel([AdaptedModel(families[family].model, {}, 2.0)] * 2)
     said: list[str] = []
@@ -171,7 +171,7 @@ def test_what_cannot_step_together_goes_one_by_one(family: str, families: dict[s
     assert said == ["devices 0, 1 are trained one by one: their method cannot train devices together"]
 
 
-def test_why_devices_go_one_by_one_is_said(families: dict[str, Tiny]) -> None:
+def test_the_reason_for_training_one_by_one_is_logged(families: dict[str, Tiny]) -> None:
     def reason(tasks: list[LocalTask]) -> str:
         with pytest.raises(ModelError) as refused:
             stacked(tasks)
@@ -190,7 +190,7 @@ def test_why_devices_go_one_by_one_is_said(families: dict[str, Tiny]) -> None:
     assert len(said) == 1 and said[0].startswith("devices 0, 1 are trained one by one: train.together: norm.weight")
 
 
-def test_an_error_ends_the_work_of_its_device_alone(families: dict[str, Tiny]) -> None:
+def test_an_error_fails_only_its_device(families: dict[str, Tiny]) -> None:
     def work(each: LocalTask) -> Training[float]:
         return (yield each).loss
 
@@ -203,19 +203,19 @@ def test_an_error_ends_the_work_of_its_device_alone(families: dict[str, Tiny]) -
 MACS = {0: 50, 1: 10, 2: 49, 3: 11, 4: 400, 5: 12}
 
 
-def test_groups_follow_from_the_sizes_of_devices_alone() -> None:
+def test_groups_depend_only_on_the_sizes_of_devices() -> None:
     assert groups_of(MACS, TrainOptions(together=1)) == []
     assert groups_of(MACS, TrainOptions(together=2)) == [[0, 4], [2, 5], [1, 3]]
     assert groups_of(MACS, TrainOptions(together=4)) == [[0, 2, 4, 5], [1, 3]]
     assert groups_of(MACS, TrainOptions(together="auto")) == [[0, 2], [1, 3, 5]]
     assert groups_of(dict(reversed(MACS.items())), TrainOptions(together=2)) == [[0, 4], [2, 5], [1, 3]]
     of_one_size = groups_of(dict.fromkeys(range(13), 50), TrainOptions(together="auto"))
-    assert [len(group) for group in of_one_size] == [7, 6]  # even parts of at most ten
+    assert [len(group) for group in of_one_size] == [7, 6]  # equal parts of at most ten
     assert groups_of(dict.fromkeys(range(4), 10**9), TrainOptions(together="auto")) == []
 
 
 @pytest.mark.parametrize("times", [1, 2])
-def test_a_full_memory_is_freed_once_and_then_is_the_devices_loss(times: int) -> None:
+def test_a_full_memory_is_freed_once_and_then_fails_the_device(times: int) -> None:
     full = [torch.OutOfMemoryError("CUDA out of memory.\nMore")] * times
 
     def call() -> int:

@@ -1,4 +1,4 @@
-"""Devices that step together come to the same bits on every engine, with any number of workers, and after a kill."""
+"""Devices that step together: the same bits on every engine, with any number of workers, and after a kill."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def one_process(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[s
 
 
 @pytest.mark.parametrize("count", [1, 2])
-def test_ray_comes_to_the_same_whatever_the_number_of_workers(
+def test_ray_gives_the_same_bits_with_any_number_of_workers(
     count: int, cache: Path, tmp_path: Path, one_process: dict[str, bytes], caplog: pytest.LogCaptureFixture
 ) -> None:
     with ActorPool(count=count) as workers:
@@ -45,7 +45,7 @@ def test_ray_comes_to_the_same_whatever_the_number_of_workers(
             assert (again.parent / "died").exists() and "sent again" in caplog.text
 
 
-def test_auto_comes_to_the_same(cache: Path, tmp_path: Path) -> None:
+def test_auto_gives_the_same_bits(cache: Path, tmp_path: Path) -> None:
     assert tapfl("--out", str(tmp_path / "here"), cache=cache, options=["train.together=auto"]).exit_code == 0
     with ActorPool(count=2) as workers:
         assert on_ray(workers, tmp_path / "ray", cache, **{"train.together": "auto"}) == content(tmp_path / "here")
@@ -54,7 +54,7 @@ def test_auto_comes_to_the_same(cache: Path, tmp_path: Path) -> None:
 def test_killed_within_a_group_and_resumed_on_either_engine(
     cache: Path, tmp_path: Path, one_process: dict[str, bytes]
 ) -> None:
-    """Of the second round, one device of the first group has kept its state and the other has not."""
+    """In the second round, one device of the first group has stored its state and the other has not."""
     moment = ("clients.storage", "DeviceStorage.save_state", 5)
     for name in ("here", "ray"):
         killed_after(moment, "--out", str(tmp_path / name), cache=cache, options=OPTIONS)
@@ -65,7 +65,7 @@ def test_killed_within_a_group_and_resumed_on_either_engine(
         assert on_ray(workers, tmp_path / "ray", cache, resume=True, **TOGETHER) == one_process
 
 
-def test_why_a_group_cannot_step_together_comes_from_an_actor(
+def test_an_actor_reports_why_a_group_cannot_step_together(
     cache: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The final norms of recovered models differ."""

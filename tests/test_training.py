@@ -1,4 +1,4 @@
-"""What local training is made of: batches, optimisers, loss."""
+"""Parts of local training: batches, optimisers, loss."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_every_epoch_sees_every_image_once(size: int, batch: int, epochs: int, s
 
 
 def after_two_steps(**values: object) -> torch.Tensor:
-    """Returns (1, -2) after two steps at rate 0.5 with a gradient of 3."""
+    """Returns (1, -2) after two steps with rate 0.5 and a gradient of 3."""
     theta = torch.tensor([1.0, -2.0], requires_grad=True)
     made = optimizer(TrainOptions.model_validate(values), [theta], 0.5)
     for _ in range(2):
@@ -49,11 +49,11 @@ def after_two_steps(**values: object) -> torch.Tensor:
     [({"optimizer": "sgd"}, 3.0), ({"optimizer": "sgd", "momentum": 0.5}, 3.75), ({"optimizer": "adam"}, 1.0)],
     ids=["sgd", "momentum", "adam"],
 )
-def test_steps_are_those_of_the_optimiser_that_was_named(values: dict, change: float) -> None:
+def test_steps_are_those_of_the_named_optimiser(values: dict, change: float) -> None:
     torch.testing.assert_close(after_two_steps(**values), torch.tensor([1.0, -2.0]) - change)
 
 
-def test_weight_decay_is_part_of_the_gradient_in_sgd_and_beside_it_in_adamw() -> None:
+def test_weight_decay_is_in_the_gradient_of_sgd_and_decoupled_in_adamw() -> None:
     theta = torch.tensor([1.0, -2.0])
     sgd = after_two_steps(optimizer="sgd", weight_decay=0.2)
     torch.testing.assert_close(sgd, (theta * 0.9 - 1.5) * 0.9 - 1.5)
@@ -101,7 +101,7 @@ def test_devices_evaluate_before_the_first_round_and_after_every_so_many() -> No
     assert [t for t in range(8) if is_evaluated(options, t)] == [0, 3, 6]
 
 
-def test_accuracy_is_the_share_that_is_right() -> None:
+def test_accuracy_is_the_share_of_correct_predictions() -> None:
     assert accuracy(torch.eye(4), torch.tensor([0, 1, 2, 0])) == 0.75
 
 
@@ -129,13 +129,13 @@ def test_training_that_diverges_says_at_which_step_and_what_to_lower(
         trained_at(learning_rate, epochs)
 
 
-def test_training_that_goes_badly_has_not_diverged() -> None:
-    """A rate at which nothing is learned, and no training at all, are results."""
+def test_bad_training_has_not_diverged() -> None:
+    """A rate at which nothing is learnt, and no training at all, are valid results."""
     for learning_rate, epochs in ((1.0, 2), (1e-9, 1), (1e30, 0)):
         assert all(bool(tensor.isfinite().all()) for tensor in trained_at(learning_rate, epochs).parameters())
 
 
-def test_weights_that_only_the_last_step_ruined_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_that_the_last_step_made_invalid_are_detected(monkeypatch: pytest.MonkeyPatch) -> None:
     def ruin(self: torch.optim.AdamW) -> None:
         self.param_groups[0]["params"][0].data.fill_(torch.inf)
 

@@ -1,4 +1,4 @@
-"""Unit shapes: dims, whole heads, or both; which units a shape keeps, and that surgery carries it out exactly."""
+"""Unit shapes (dims, whole heads, or both): which units a shape keeps, and exact surgery."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from tapfl.pruning.unit_shape import Candidates, aligned, candidates, keep_best,
 
 FAMILIES = ["vit", "deit", "swin"]
 SHAPES = ["head-dims", "heads", "both"]
-WHOLE = {"updp"}  # drops branches: meets a budget from below only
+WHOLE = {"updp"}  # drops branches, so that the cost may be far below the budget
 
 
 def attention(heads: int, dims: int, columns: int = 0) -> SelfAttention:
@@ -64,7 +64,7 @@ def test_the_shapes_of_an_attention_and_of_an_ffn() -> None:
         assert shapes_of(ffn, unit_shape, 4, torch.rand(10)).shapes == ((1, 0), (1, 4), (1, 8), (1, 10))
 
 
-def test_both_takes_of_a_size_the_shape_that_keeps_most() -> None:
+def test_both_takes_the_shape_that_keeps_most_of_each_size() -> None:
     layer = attention(2, 4)
     one_good_head = torch.tensor([1.0, 1, 1, 1, 0, 0, 0, 0])
     good_dims = torch.tensor([9.0, 9, 0, 0, 9, 9, 0, 0])
@@ -75,7 +75,7 @@ def test_both_takes_of_a_size_the_shape_that_keeps_most() -> None:
 
 
 @given(heads=st.integers(1, 4), dims=st.integers(1, 6), align=st.integers(1, 4), seed=st.integers(0, 999))
-def test_no_shape_of_a_size_keeps_more_than_the_one_of_both(heads: int, dims: int, align: int, seed: int) -> None:
+def test_no_shape_keeps_more_than_that_of_both(heads: int, dims: int, align: int, seed: int) -> None:
     layer = attention(heads, dims)
     scores = torch.rand(layer.units, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     allowed = [d for d in range(1, dims + 1) if d % align == 0 or d == dims]
@@ -93,7 +93,7 @@ def test_no_shape_of_a_size_keeps_more_than_the_one_of_both(heads: int, dims: in
 def test_candidates_rise_in_size_and_never_fall_in_cost(
     heads: int, dims: int, columns: int, align: int, unit_shape: str
 ) -> None:
-    """Also where a head costs by itself, so that few units in many heads cost more than many in few."""
+    """Also if a head has a cost by itself, so that few units in many heads cost more than many units in few heads."""
     layer = attention(heads, dims, columns)
     steps = shapes_of(layer, unit_shape, align, torch.rand(layer.units), "params")
     assert all(a < b for a, b in pairwise(steps.units))
@@ -119,8 +119,8 @@ def test_the_slices_of_an_ffn_are_its_units(unit_shape: str) -> None:
     assert slices(ffn, unit_shape, torch.tensor([1.0, 3.0, 2.0])) == [(3.0, 1.0), (2.0, 1.0), (1.0, 1.0)]
 
 
-def test_widths_are_multiples_of_8_but_of_small_heads_of_4() -> None:
-    ffn = Ffn(name="mlp", block="", heads=1, units=16, embed_dim=8, tokens=4, span=0)  # narrow, and no head
+def test_widths_are_multiples_of_8_or_of_4_for_small_heads() -> None:
+    ffn = Ffn(name="mlp", block="", heads=1, units=16, embed_dim=8, tokens=4, span=0)  # narrow, but not a head
     automatic = PruningOptions(align=0)
     assert aligned(automatic, [attention(2, 32), ffn]).align == 8
     assert aligned(automatic, [attention(2, 31), ffn]).align == 4
@@ -128,7 +128,7 @@ def test_widths_are_multiples_of_8_but_of_small_heads_of_4() -> None:
 
 
 @given(heads=st.integers(1, 4), dims=st.integers(1, 6), unit_shape=st.sampled_from(SHAPES), seed=st.integers(0, 999))
-def test_slices_fall_in_worth_and_add_up_to_the_layer(heads: int, dims: int, unit_shape: str, seed: int) -> None:
+def test_slices_fall_in_importance_and_sum_to_the_layer(heads: int, dims: int, unit_shape: str, seed: int) -> None:
     layer = attention(heads, dims)
     scores = torch.rand(layer.units, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     found = slices(layer, unit_shape, scores)
@@ -157,7 +157,7 @@ def test_masked_is_shrunk_with_whole_heads_gone(
     task = pipeline.pruning_task(model, backbone.inputs, 0.6, options, batch=4)
     scores = random_scores(backbone.layers)
     for layer in backbone.layers:
-        scores[layer.name].view(layer.heads, -1)[0] *= 0.01 if layer.heads > 1 else 1  # a head that is hardly worth it
+        scores[layer.name].view(layer.heads, -1)[0] *= 0.01 if layer.heads > 1 else 1  # a head with little importance
     kept = by_layer(task, scores).kept
     gone = {layer.name: layer.heads - layer.shape_of(kept[layer.name]).heads for layer in task.layers}
     assert any(gone.values())
@@ -198,17 +198,17 @@ def test_every_criterion_keeps_every_limit(name: str, budget: str, vit: Tiny, mo
 @pytest.mark.parametrize("unit_shape", SHAPES)
 @pytest.mark.parametrize("name", ["tap", "taylor-global", "isomorphic", "savit", "upop-oneshot"])
 @pytest.mark.parametrize("family", ["vit", "swin"])
-def test_the_option_decides_in_which_shapes_attentions_are_cut(
+def test_the_option_determines_the_shapes_of_attentions(
     family: str, name: str, unit_shape: str, families: dict[str, Tiny]
 ) -> None:
-    """But for savit, which is about heads, and upop, which is about dims that all heads share."""
+    """Except for savit, which removes heads, and upop, which removes dims that all heads share."""
     backbone = families[family]
     task = task_of(backbone, "macs<=0.6", unit_shape=unit_shape)
     kept = registry.criterion_of(name)(task).kept
     expected = {"savit": "heads", "upop-oneshot": "head-dims"}.get(name, unit_shape)
     attentions = [layer for layer in task.layers if layer.kind == "attention"]
     shapes = [layer.shape_of(kept[layer.name]) for layer in attentions]
-    if name != "savit":  # which may find that FFN units alone should go
+    if name != "savit":  # which may decide to remove only FFN units
         assert any(shape != layer.full for shape, layer in zip(shapes, attentions, strict=True))
     for layer, shape in zip(attentions, shapes, strict=True):
         assert expected != "head-dims" or shape.heads == layer.heads
@@ -218,7 +218,7 @@ def test_the_option_decides_in_which_shapes_attentions_are_cut(
 
 
 def test_across_layers_ranks_by_what_the_budget_counts(swin: Tiny) -> None:
-    """A hidden unit of a late stage of a Swin costs half the MACs, and twice the parameters, of an early one's."""
+    """A hidden unit in a late stage of a Swin costs half the MACs, but twice the parameters, of an early one."""
     scores = {layer.name: torch.full((layer.units,), 1.0) + 0.01 * torch.rand(layer.units) for layer in swin.layers}
 
     def kept(budget: str, stage: int) -> float:
@@ -230,7 +230,7 @@ def test_across_layers_ranks_by_what_the_budget_counts(swin: Tiny) -> None:
     assert kept("params<=0.5", 0) > 0.9 > 0.7 > kept("params<=0.5", 1)
 
 
-def test_savit_takes_the_tightest_limit_for_its_equality(deit: Tiny) -> None:
+def test_savit_uses_the_tightest_limit_as_equality(deit: Tiny) -> None:
     dense = measure_cost(deit.model)
     table = cost_table(deit.layers, dense, Budget.parse("macs<=0.8,params<=0.75"))
     assert table.tightest == int(table.shares.argmin())
@@ -239,7 +239,7 @@ def test_savit_takes_the_tightest_limit_for_its_equality(deit: Tiny) -> None:
     assert (table.total(shapes) / table.allowed)[table.tightest] >= 0.995
 
 
-def test_updp_says_which_limit_branches_cannot_meet(vit: Tiny) -> None:
+def test_updp_names_the_limit_that_branches_cannot_meet(vit: Tiny) -> None:
     task = task_of(vit, "macs<=0.5,params<=0.01")
     with pytest.raises(BudgetError, match=r"0\.01 of the parameters cannot be met: without any branch .* 0\.\d+"):
         registry.criterion_of("updp")(task)

@@ -1,4 +1,4 @@
-"""What is nobody's business stands in no file of a run and in no line that it prints."""
+"""Secrets and private file names are in no file of a run and in no line that it prints."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tapfl.data.sources import load_images
 SECRETS = ("HF_TOKEN", "MLFLOW_TRACKING_PASSWORD", "AWS_SECRET_ACCESS_KEY")
 
 
-def test_neither_secrets_of_the_environment_nor_names_of_private_files(
+def test_no_secret_of_the_environment_and_no_private_file_name_is_disclosed(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in SECRETS:

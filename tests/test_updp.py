@@ -1,4 +1,4 @@
-"""UPDP: the drop set of least divergence, found by a beam that measures few of them on all images."""
+"""UPDP: the drop set with the least divergence, found by a beam search that measures few sets on all images."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tapfl.pruning.surgery import shrink
     ("family", "budget"), [("vit", 0.85), ("vit", 0.6), ("vit", 0.35), ("vit", 0.15), ("deit", 0.85), ("deit", 0.6)]
 )
 def test_updp_finds_the_best_drop_set(family: str, budget: float, families: dict[str, Tiny]) -> None:
-    """Two blocks have 16 drop sets; of those that only just meet the budget, the one of least divergence is found."""
+    """Two blocks have 16 drop sets; of those that just meet the budget, the one with the least divergence is found."""
     backbone = families[family]
     task = task_of(backbone, budget)
     names = [layer.name for layer in task.layers]
@@ -46,7 +46,7 @@ def test_updp_finds_the_best_drop_set(family: str, budget: float, families: dict
     assert all(len(selection.kept[layer.name]) in (0, layer.units) for layer in task.layers)
 
 
-def test_updp_restores_what_may_stay_and_says_what_can_be_had(vit: Tiny) -> None:
+def test_updp_restores_branches_that_fit_and_names_possible_budgets(vit: Tiny) -> None:
     task = task_of(vit, 0.6)
     everything = frozenset(layer.name for layer in vit.layers)
     smaller = updp._minimal(task, everything)
@@ -57,9 +57,7 @@ def test_updp_restores_what_may_stay_and_says_what_can_be_had(vit: Tiny) -> None
         updp.updp(task_of(vit, 0.001))
 
 
-def test_updp_lets_the_finalists_of_a_thinned_search_meet_on_the_whole_metric_set(
-    vit: Tiny, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_updp_compares_finalists_on_the_whole_metric_set(vit: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     task = task_of(vit, 0.35)
     monkeypatch.setattr(updp, "IMAGES", 2)
     part = updp._thinned(task, 2)

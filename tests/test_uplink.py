@@ -1,4 +1,4 @@
-"""What leaves a device is a list made of the messages themselves: nothing can be sent that it does not name."""
+"""The list of what leaves a device is made from the messages, so that nothing else can be sent."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tapfl.wire_format import WireMessage
 
 @dataclass(frozen=True)
 class Base:
-    """Stands for a message; a subclass of WireMessage would be one for all tests of this process."""
+    """Stands in for a message; a subclass of WireMessage would be visible to all tests of this process."""
 
     when: ClassVar[str] = "never"
     kind: ClassVar[str] = "odd"
@@ -54,7 +54,7 @@ def test_every_answer_of_a_device_is_listed_with_every_field() -> None:
     assert len(rows) == sum(len(fields(reply)) for reply in replies)
 
 
-def test_every_field_says_what_it_is_when_it_is_sent_and_as_what_it_counts() -> None:
+def test_every_field_has_a_description_a_time_and_a_kind_of_bytes() -> None:
     rows = uplink()
     assert all(value.strip() for row in rows for value in row.values())
     by_field = {(row["message"], row["field"]): row for row in rows}
@@ -129,6 +129,6 @@ def test_the_command_shows_the_list_and_what_a_run_sent(tmp_path: Path) -> None:
         (("/nowhere", "--uplink"), "/nowhere/summary.json: cannot be read"),
     ],
 )
-def test_what_cannot_be_shown_is_refused(arguments: tuple[str, ...], said: str) -> None:
+def test_an_invalid_combination_of_options_is_refused(arguments: tuple[str, ...], said: str) -> None:
     found = tapfl(*arguments)
     assert isinstance(found.exception, TapflError) and said in str(found.exception)

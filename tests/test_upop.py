@@ -1,4 +1,4 @@
-"""UPop: masks, their standardised gradients, and a search that trains while they fade."""
+"""UPop: masks, their standardised gradients, and a search that trains while masks fade."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tapfl.pruning.criteria import registry, upop
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_upop_masks_are_shared_by_heads_and_sit_before_the_activation(family: str, families: dict[str, Tiny]) -> None:
-    """A mask of 0 does what surgery does to the unit, in every head, and its gradient is a finite difference."""
+    """A mask of 0 equals removing the unit in every head, and its gradient equals a finite difference."""
     task = replace(in_double(task_of(families[family], batch=4)), labels=LABELS)
     masks = upop.open_masks(task.layers, task.inputs)
     with upop.masked(task.model, task.layers, masks):
@@ -53,7 +53,7 @@ def test_upop_masks_are_shared_by_heads_and_sit_before_the_activation(family: st
             torch.testing.assert_close(task.model(task.inputs), zeroed.detach())
 
 
-def test_upop_makes_nothing_of_gradients_that_agree_to_rounding(vit: Tiny) -> None:
+def test_upop_ignores_differences_of_gradients_within_rounding(vit: Tiny) -> None:
     generator = torch.Generator().manual_seed(0)
     gradients = {n.name: 0.1 + 1e-9 * torch.randn(n.units_per_head, generator=generator).double() for n in vit.layers}
     assert all(not z.any() for z in upop.standardise(vit.layers, gradients).values())
@@ -74,18 +74,18 @@ def test_upop_standardises_within_types_and_ranks_all_types_in_one(vit: Tiny) ->
     kept = upop.unified(task, upop.worth(task.layers, z)).kept
     worst_kept = {layer.name: float(z[layer.name][_dims(layer, kept)].max()) for layer in vit.layers}
     ranked = sorted((-float(v), layer.macs_per_unit * layer.heads) for layer in vit.layers for v in z[layer.name])
-    left, threshold = 0.3 * task.dense.macs, 0.0  # by falling z, until the costs sum up to what has to go
+    left, threshold = 0.3 * task.dense.macs, 0.0  # by decreasing z, until the costs sum to the cost to remove
     for value, macs in ranked:
         threshold, left = -value, left - macs
         if left < 0:
             break
-    for layer in vit.layers:  # one threshold for both types, but for the units that make the budget exact
+    for layer in vit.layers:  # one threshold for both types, except for the units that make the budget exact
         count = int((z[layer.name] < threshold).sum())
         assert abs(len(_dims(layer, kept)) - count) <= 2, (layer.name, worst_kept)
 
 
 def _dims(layer: PrunableLayer, kept: dict[str, Tensor]) -> Tensor:
-    """The dims that stay, which must be the same in every head."""
+    """Returns the kept dims, which must be the same in every head."""
     by_head = kept[layer.name].view(layer.heads, -1) - torch.arange(layer.heads)[:, None] * layer.units_per_head
     assert (by_head == by_head[0]).all()
     return by_head[0]
@@ -110,7 +110,7 @@ def test_upop_schedule_runs_from_nothing_to_all() -> None:
     assert steps == sorted(steps)
 
 
-def test_upop_masks_fade_to_nothing_at_a_cost_of_what_has_to_go(vit: Tiny) -> None:
+def test_upop_masks_fade_to_zero_for_the_cost_to_remove(vit: Tiny) -> None:
     task = task_of(vit, budget=0.7)
     p = upop.share_to_go(task)
     z = {layer.name: torch.randn(layer.units_per_head, dtype=torch.float64) for layer in vit.layers}
@@ -124,12 +124,12 @@ def test_upop_masks_fade_to_nothing_at_a_cost_of_what_has_to_go(vit: Tiny) -> No
         for name, mask in masks.items():
             below = mask < 1
             assert (mask[below] == 1 - now / p).all()
-            assert not below.any() or z[name][below].min() > z[name][~below].max()  # the largest z go first
+            assert not below.any() or z[name][below].min() > z[name][~below].max()  # the largest z are removed first
     assert all(set(mask.tolist()) <= {0.0, 1.0} for mask in upop.faded(task, z, p, p).values())
 
 
 def test_upop_adds_up_gradients_from_the_first_step(vit: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With weights and masks that stay, every step has the same gradient: the one-shot variant's."""
+    """With constant weights and masks every step has the same gradient, that of the one-shot variant."""
     monkeypatch.setattr(upop, "STEPS", 5)
     monkeypatch.setattr(upop, "LEARNING_RATE", 0.0)
     seen: list[dict[str, Tensor]] = []
@@ -150,8 +150,8 @@ def test_upop_adds_up_gradients_from_the_first_step(vit: Tiny, monkeypatch: pyte
     assert same(found, upop.upop_oneshot(task))
 
 
-def test_upop_trains_through_masks_that_fade(vit: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Written anew: weights step by their own gradients alone, masks add theirs up, and fade after each selection."""
+def test_upop_trains_while_masks_fade(vit: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A separate implementation: weights step by their own gradients; masks sum theirs and fade after selections."""
     monkeypatch.setattr(upop, "STEPS", 4)
     monkeypatch.setattr(upop, "SELECTIONS", 4)
     task = task_of(vit, batch=4)  # one batch is the whole metric set, in some order
@@ -174,7 +174,7 @@ def test_upop_trains_through_masks_that_fade(vit: Tiny, monkeypatch: pytest.Monk
         masks = {name: values.float().requires_grad_() for name, values in now.items()}
     assert found.model is not None
     for name, weight in model.state_dict().items():
-        if not name.endswith("qkv.bias"):  # that of keys has a gradient of 0 but for rounding, which AdamW makes a step
+        if not name.endswith("qkv.bias"):  # the gradient of keys is only rounding, of which AdamW makes a step
             torch.testing.assert_close(found.model.state_dict()[name], weight, rtol=1e-3, atol=1e-5)
 
 

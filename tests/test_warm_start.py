@@ -39,7 +39,7 @@ def initial(vit: Tiny, given: AdapterOptions) -> Params:
 
 
 def pupil(vit: Tiny, device: int, share: float, rank: int) -> Pupil:
-    """A device with a share of the units; 1: all of them."""
+    """Returns a device with a share of the units; 1: all of them."""
     plan = plan_of(vit, {} if share == 1 else random_kept(vit.layers, share, device))
     layout = device_layout(global_shapes(vit.model, vit.layers, RANK), vit.layers, plan, rank)
     classes = torch.arange(10) % 2 == device
@@ -63,7 +63,7 @@ def test_every_rule_learns_from_the_dense_model_and_repeats_to_the_bit(rule: str
     changed = {name for name in start if not torch.equal(start[name], made.params[name])}
     full = pupil(vit, 0, 1, RANK).layout
     travels = set(rules.down(given, full)) & set().union(*(rules.trained(given, full, t) for t in (1, 2)))
-    # where one factor is 0 and frozen, or the other one was not trained, a factor may have no gradient
+    # if one factor is 0 and frozen, or was not trained, the other may have no gradient
     assert changed and changed <= travels
     assert any("head" in name for name in changed) == (head != "personal")
 
@@ -73,8 +73,8 @@ def test_another_seed_is_another_start(vit: Tiny) -> None:
 
 
 @pytest.mark.parametrize("rate", [0.003, 1.0])
-def test_it_is_never_worse_on_held_out_images_than_no_adapters(rate: float, vit: Tiny) -> None:
-    """A rate that is far too high makes it so at once: the adapters are then those without effect."""
+def test_a_warm_start_is_never_worse_on_held_out_images_than_no_adapters(rate: float, vit: Tiny) -> None:
+    """With a rate that is far too high the adapters are those without effect."""
     given = options(start_learning_rate=rate)
     made, start = warmed(vit, given), initial(vit, given)
     assert same_bits(made.params, start) == (rate == 1)
@@ -100,7 +100,7 @@ def test_a_device_of_full_width_and_rank_gets_back_what_it_learnt(rule: str, vit
     given = options(rule, head="mean", start_rounds=1)
     start, whole = initial(vit, given), pupil(vit, 0, 1, RANK)
     small = pupil(vit, 0, 0.5, RANK)
-    # a smaller model has something to learn; its layout has all rows of what it holds, and nobody holds the others
+    # a pruned model has something to learn; its layout has all its rows, and no device has the others
     lesson = Lesson(given, start, small, 0)
     learnt = lesson.update(start, Teacher(vit.model, inputs, np.arange(48)), 1).params
     made = warm_start(given, start, [small], inputs, vit.model, 0).params

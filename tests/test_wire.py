@@ -1,4 +1,4 @@
-"""The wire: every message survives the trip, and whatever else arrives is refused with a WireError."""
+"""The wire format: every message round-trips, and everything else is refused with a WireError."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def accept(kind: type[WireMessage], content: RecordDict) -> WireMessage:
 
 
 def refuse(message: WireMessage, match: str, **changes: Any) -> None:
-    """Asserts that `message` is accepted, and refused with these changes to its fields."""
+    """Asserts that `message` is accepted, and that it is refused with these changes to its fields."""
     accept(type(message), message.to_records())
     with pytest.raises(WireError, match=match):
         accept(type(message), replace(message, **changes).to_records())
@@ -93,7 +93,7 @@ def test_all_messages_are_tested() -> None:
 
 @pytest.mark.parametrize("message", MESSAGES, ids=IDS)
 def test_round_trip(message: WireMessage) -> None:
-    content = recorddict_from_proto(recorddict_to_proto(message.to_records()))  # as Flower's gRPC has it
+    content = recorddict_from_proto(recorddict_to_proto(message.to_records()))  # as in Flower's gRPC
     got = accept(type(message), content)
     for field in fields(message):
         value, want = getattr(got, field.name), getattr(message, field.name)
@@ -105,7 +105,7 @@ def test_round_trip(message: WireMessage) -> None:
             assert value == want
 
 
-def test_views_and_empty_vectors_survive_the_trip() -> None:
+def test_views_and_empty_vectors_round_trip() -> None:
     every_other = np.arange(6, dtype=np.float32)[::2]
     assert Train.from_records(Train(1, 0, every_other).to_records()).adapters.tolist() == [0, 2, 4]
     assert Train.from_records(Train(1, 0, every_other[:0]).to_records()).adapters.shape == (0,)
@@ -118,7 +118,7 @@ def test_requests_and_replies_share_their_type() -> None:
 
 
 def test_what_leaves_a_device() -> None:
-    """docs/privacy.md lists it; whoever adds a field here adds it there."""
+    """docs/privacy.md lists these fields; a field added here must be added there."""
     assert {field.name for kind in map(type, MESSAGES[1::2]) for field in fields(kind)} == {
         *("partition_id", "budget", "rank", "compute", "upload", "download", "availability"),
         *("train_samples", "holds_backbone", "class_names"),
@@ -246,7 +246,7 @@ def npz() -> bytes:
 
 
 def claims(shape: str) -> bytes:
-    """A file of three floats whose header claims more."""
+    """Returns a file with three floats whose header claims more."""
     header = f"{{'descr': '<f4', 'fortran_order': False, 'shape': {shape}, }}".ljust(117) + "\n"
     return b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header.encode() + bytes(12)
 
@@ -265,7 +265,7 @@ UNREADABLE = {
 
 
 @pytest.mark.parametrize("data", UNREADABLE.values(), ids=UNREADABLE)
-def test_bytes_that_are_no_array(data: bytes) -> None:
+def test_bytes_that_are_not_an_array(data: bytes) -> None:
     assert Train.from_records(
         changed(MESSAGES[6], arrays={"adapters": Array("float32", (3,), "numpy.ndarray", claims("(3,)"))})
     ).adapters.tolist() == [0, 0, 0]
@@ -274,7 +274,7 @@ def test_bytes_that_are_no_array(data: bytes) -> None:
         accept(TrainReply, changed(TRAINED, arrays={"adapters": array}))
 
 
-def test_a_serialisation_that_is_not_numpys() -> None:
+def test_a_serialisation_other_than_numpys() -> None:
     array = Array("float32", (3,), "pickle", claims("(3,)"))
     with pytest.raises(WireError, match="cannot be read"):
         accept(TrainReply, changed(TRAINED, arrays={"adapters": array}))
@@ -341,13 +341,13 @@ def test_weights_without_an_axis() -> None:
         accept(SummaryReply, changed(SUMMARY, arrays={"weights": scalar}))
 
 
-def test_full_covariances_and_single_precision_are_fine() -> None:
+def test_full_covariances_and_single_precision_are_accepted() -> None:
     accept(SummaryReply, replace(SUMMARY, covariances=FULL).to_records())
     accept(SummaryReply, replace(SUMMARY, weights=np.array([0.3, 0.7], np.float32)).to_records())
 
 
 def test_covariances_that_are_singular_to_machine_precision() -> None:
-    """Their least eigenvalue may come out positive where Cholesky, which the densities need, still fails."""
+    """Their smallest computed eigenvalue may be positive although Cholesky, which the densities need, fails."""
     generator, refused = np.random.default_rng(0), 0
     for exponent in range(-18, -10):
         for _ in range(20):
@@ -365,7 +365,7 @@ def test_covariances_that_are_singular_to_machine_precision() -> None:
 
 @pytest.mark.filterwarnings("ignore:overflow")
 @pytest.mark.parametrize("largest", [1e150, 1e300, 1.7e308])
-def test_a_mixture_that_passes_has_densities(largest: float) -> None:
+def test_an_accepted_mixture_has_densities(largest: float) -> None:
     for covariances in (np.full((2, 2), largest), FULL * largest, np.full((2, 2, 2), largest)):
         for means in (np.zeros((2, 2)), np.full((2, 2), largest)):
             message = replace(SUMMARY, covariances=covariances, means=means)
@@ -411,7 +411,7 @@ def test_trained_adapters(match: str, changes: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("value", [1e300, 3e38, -3e38, 1e12])
 def test_adapters_that_would_overflow(value: float) -> None:
-    """Finite, but in the next round's adapters of every device they are not, or their products are not."""
+    """They are finite, but the next round's adapters or their products would not be."""
     dtype = np.float64 if abs(value) > 3.4e38 else np.float32
     refuse(TRAINED, "adapters", adapters=np.array([0, 0, value], dtype))
 
@@ -454,7 +454,7 @@ def arrays(draw: st.DrawFn) -> Array:
     if kind == "noise":
         return Array("float32", (3,), draw(st.sampled_from(["numpy.ndarray", "x"])), draw(st.binary(max_size=200)))
     shape = draw(shapes)
-    if draw(st.booleans()):  # numbers that may well pass for a mixture
+    if draw(st.booleans()):  # numbers that can be a valid mixture
         size = math.prod(shape)
         value = np.array(draw(st.lists(numbers, min_size=size, max_size=size))).reshape(shape)
     else:
@@ -470,7 +470,7 @@ def arrays(draw: st.DrawFn) -> Array:
 
 @st.composite
 def contents(draw: st.DrawFn) -> tuple[type[WireMessage], RecordDict]:
-    """A message with a few things changed, or records of anything."""
+    """Returns the records of a message with a few changes, or arbitrary records."""
     message = draw(st.sampled_from(MESSAGES))
     content = message.to_records() if draw(st.booleans()) else RecordDict()
     names = st.sampled_from([*(field.name for field in fields(message)), "odd"])
@@ -490,7 +490,7 @@ def contents(draw: st.DrawFn) -> tuple[type[WireMessage], RecordDict]:
 
 @settings(max_examples=500)
 @given(sent=contents())
-@pytest.mark.filterwarnings("ignore")  # numpy's about odd headers and overflows
+@pytest.mark.filterwarnings("ignore")  # numpy's warnings about odd headers and overflows
 def test_whatever_arrives_is_accepted_or_refused(sent: tuple[type[WireMessage], RecordDict]) -> None:
     kind, content = sent
     try:

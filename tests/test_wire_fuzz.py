@@ -1,4 +1,4 @@
-"""Whatever a stranger sends is accepted or refused, in memory that is bounded by what was sent."""
+"""Arbitrary messages are accepted or refused, with memory bounded by their size."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from tapfl.wire import TrainReply
 from tapfl.wire_format import WireMessage
 
 MB = 2**20
-CHECKS = {"profile", "named", "mixture", "held", "check"}  # what `accept` applies to a message that could be read
+CHECKS = {"profile", "named", "mixture", "held", "check"}  # the checks of `accept` for a message that could be read
 
 
 @contextmanager
 def within(nbytes: int) -> Iterator[None]:
-    """Asserts that the block allocates no more than that at any moment."""
+    """Asserts that the block never allocates more than this."""
     tracemalloc.start()
     try:
         yield
@@ -48,7 +48,7 @@ def test_every_message_and_every_check_is_attacked() -> None:
 
 @settings(max_examples=1500)
 @given(data=st.binary(max_size=300))
-@pytest.mark.filterwarnings("ignore")  # numpy's about odd headers and overflows
+@pytest.mark.filterwarnings("ignore")  # numpy's warnings about odd headers and overflows
 def test_any_bytes(data: bytes) -> None:
     with within(8 * MB):
         attempt(data)
@@ -89,13 +89,13 @@ HEADERS = {
 
 @pytest.mark.parametrize("data", HEADERS.values(), ids=HEADERS)
 @pytest.mark.filterwarnings("ignore")
-def test_a_header_that_lies_takes_no_memory(data: bytes) -> None:
+def test_a_lying_header_takes_no_memory(data: bytes) -> None:
     content = changed(TRAINED, arrays={"adapters": Array("float32", (3,), "numpy.ndarray", data)})
     with within(4 * MB + 2 * len(data)), pytest.raises(WireError, match=r"TrainReply\.adapters"):
         accept(TrainReply, content)
 
 
-def test_names_count_as_bytes_and_do_not_fill_the_log() -> None:
+def test_names_count_as_bytes_and_do_not_flood_the_log() -> None:
     for content in (
         changed(TRAINED, **{"n" * 100_000: 1}),
         changed(TRAINED, arrays={"n" * 100_000: Array(np.zeros(0, np.float32))}),
@@ -113,7 +113,7 @@ def test_names_count_as_bytes_and_do_not_fill_the_log() -> None:
         assert len(str(refused.value)) < 400
 
 
-def test_text_that_no_encoding_has() -> None:
-    """A grid of the same process does not go through protobuf, which would refuse it."""
+def test_text_that_cannot_be_encoded() -> None:
+    """Within one process messages do not go through protobuf, which would refuse it."""
     with pytest.raises(WireError):
         TrainReply.from_records(changed(TRAINED, loss="\ud800"))

@@ -1,4 +1,4 @@
-"""A run on natural devices, from the command line: as many as there are folders, known by name to the reader alone."""
+"""A run with natural devices from the command line: one device per folder, whose names appear only in the report."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ WRITERS = ("ada", "bob", "zoë")
 
 @pytest.fixture(scope="module")
 def writers(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folders of 30, 50 and 80 digits."""
+    """Folders with 30, 50 and 80 digits."""
     root, digits = tmp_path_factory.mktemp("data") / "writers", load_digits()
     for number, writer in enumerate(np.repeat(WRITERS, (60, 100, 160))):
         folder = root / writer / str(digits.target[number])
@@ -43,13 +43,13 @@ def finished(writers: Path, cache: Path, tmp_path_factory: pytest.TempPathFactor
     return folder, done
 
 
-def test_there_are_as_many_devices_as_folders(finished: tuple[Path, Result]) -> None:
+def test_one_device_per_folder(finished: tuple[Path, Result]) -> None:
     folder, _ = finished
     assert json.loads((folder / "config.json").read_text())["devices.count"] == 3
     assert len(json.loads((folder / "summary.json").read_text())["devices"]) == 3
 
 
-def test_ids_stay_in_the_device_s_folder_and_stand_in_the_report(finished: tuple[Path, Result]) -> None:
+def test_ids_are_only_in_the_device_s_folder_and_in_the_report(finished: tuple[Path, Result]) -> None:
     folder, _ = finished
     kept = [json.loads((folder / f"devices/0{i}/images.json").read_text())["ids"] for i in range(3)]
     assert kept == [[writer] for writer in WRITERS]
@@ -59,7 +59,7 @@ def test_ids_stay_in_the_device_s_folder_and_stand_in_the_report(finished: tuple
         assert not any(f'"{writer}"' in (folder / file).read_text() for writer in WRITERS)
 
 
-def test_the_run_says_how_far_its_devices_are_apart(finished: tuple[Path, Result]) -> None:
+def test_the_run_prints_how_much_its_devices_differ(finished: tuple[Path, Result]) -> None:
     folder, done = finished
     summary = json.loads((folder / "summary.json").read_text())
     counts = np.array([json.loads((folder / f"devices/0{i}/images.json").read_text())["train"] for i in range(3)])
@@ -80,7 +80,7 @@ def test_another_number_of_devices_is_refused(count: int, writers: Path, cache: 
     assert not (tmp_path / "run").exists()
 
 
-def test_other_partitions_have_ten_devices_unless_told() -> None:
+def test_other_partitions_have_ten_devices_by_default() -> None:
     assert counted(RunConfig()).devices.count == 10
     sizes = {"data.partition": "SizePartitioner", "data.partition-args": "partition_sizes=100/200", "model.args": TINY}
     assert counted(RunConfig.from_flat(sizes)).devices.count == 2

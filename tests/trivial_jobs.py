@@ -1,4 +1,4 @@
-"""Jobs for the pools' tests, and a command that carries some out."""
+"""Jobs for the tests of pools, and a command that executes some."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ def broken(emit: Emit) -> None:
 
 
 def worker(emit: Emit) -> int:
-    """Returns which process this is."""
+    """Returns the id of this process."""
     return os.getpid()
 
 
 def dying(emit: Emit, file: Path, times: int) -> int:
-    """Kills its process so many times, and then returns how often it was begun."""
+    """Kills its process `times` times, and then returns how often it was started."""
     with file.open("a") as begun:
         begun.write("x")
     if len(file.read_text()) <= times:
@@ -44,7 +44,7 @@ def dying(emit: Emit, file: Path, times: int) -> int:
 
 
 def with_a_child(emit: Emit, file: Path) -> None:
-    """Takes for ever, in a process of its own."""
+    """Runs forever, in a process of its own."""
     child = subprocess.Popen(["sleep", "600"])
     try:
         file.touch()
