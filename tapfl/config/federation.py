@@ -29,20 +29,20 @@ class AdapterOptions(Section):
     scale: float = Field(2.0, gt=0, description="s = lora_alpha / rank, the same for every rank")
     head: Literal["class-rows", "mean", "personal"] = Field(
         "class-rows",
-        description="classifier: each class's row averaged over the devices that have the class; averaged over all "
+        description="classifier: each class's row averaged over the devices that hold the class; averaged over all "
         "devices; or kept on the device",
     )
-    blocks: Number = Field(0, description="number of last blocks of the backbone that get adapters; 0: all blocks")
+    blocks: Number = Field(0, description="number of the backbone's last blocks that get adapters; 0: all")
     start: Literal["zero", "metric-sets", "pool"] = Field(
         "zero",
-        description="adapters of the first round: without effect, or distilled from the dense model on each device's "
-        "metric set or on the public pool",
+        description="initial adapters: without effect, or distilled from the dense model on each device's metric set "
+        "or on the public pool",
     )
     start_rounds: Count = Field(3, description="most rounds of this distillation; fewer if the held-out loss rises")
     start_steps: Count = Field(20, description="gradient steps per device in each of these rounds")
     start_learning_rate: float = Field(3e-3, gt=0, le=RATE, description="learning rate of this distillation (Adam)")
     combine: Literal["mean", "median", "trimmed-mean"] = Field(
-        "mean", description="how the values of a coordinate are aggregated over the devices that have it"
+        "mean", description="how a coordinate is aggregated over the devices that hold it"
     )
     trim: float = Field(0.1, ge=0, lt=0.5, description="fraction of values that `trimmed-mean` removes at each end")
     clip: float = Field(0.0, ge=0, description="L2 norm to which each device's update is clipped; 0: no clipping")
@@ -71,8 +71,8 @@ class TrainOptions(Section):
     batch: Count = Field(16, description="images in a minibatch")
     together: Count | Literal["auto"] = Field(
         1,
-        description="number of devices whose steps are computed together; `auto`: as many as make training faster; "
-        "changes the last bits of results",
+        description="devices whose training steps are computed as one batched step; `auto`: as many as make training "
+        "faster; changes the last bits of results",
     )
     learning_rate: float = Field(3e-3, gt=0, le=RATE, description="learning rate of local training")
     optimizer: Literal["adam", "adamw", "sgd"] = Field(
@@ -83,7 +83,7 @@ class TrainOptions(Section):
     schedule: Literal["constant", "cosine", "linear"] = Field(
         "constant", description="learning rates over the rounds: constant, or decreasing towards 0 at the end"
     )
-    warmup_rounds: Number = Field(0, description="number of first rounds in which the learning rates rise linearly")
+    warmup_rounds: Number = Field(0, description="rounds at the beginning in which the learning rates rise linearly")
     clip_gradient: float = Field(0.0, ge=0, description="L2 norm to which the gradient of a step is clipped; 0: none")
     label_smoothing: float = Field(0.0, ge=0, lt=1, description="fraction of a label that is spread over all classes")
     label_prior: Literal["none", "counts"] = Field(
@@ -93,9 +93,12 @@ class TrainOptions(Section):
     )
     augment: Literal["none", "flip", "crop"] = Field(
         "none",
-        description="random augmentation of training images: horizontal flips, or also crops of at least half the area",
+        description="random changes of training images: none, horizontal flips, or flips and crops of at least half "
+        "the area",
     )
-    evaluate_every: Count = Field(1, description="number of rounds between evaluations; also evaluates after the last")
+    evaluate_every: Count = Field(
+        1, description="rounds between evaluations; devices also evaluate after the last round"
+    )
 
     @model_validator(mode="after")
     def _fit_the_optimizer(self) -> TrainOptions:
@@ -109,22 +112,22 @@ class TrainOptions(Section):
 
 
 class PersonalizeOptions(Section):
-    """The personal part of a device's model."""
+    """How a device gets a personal model, and the models that it is compared with."""
 
     method: Annotated[str, one_of(METHODS)] = Field(
         "apfl", description=f"personalisation method: {', '.join(METHODS)}, or module:name of a plugin"
     )
     from_round: Count = Field(
         5,
-        description="first round with personal parameters, which start as the shared ones, for `apfl` and `ditto`",
+        description="round in which the private model starts, as a copy of the shared one, for `apfl` and `ditto`",
     )
     learning_rate: float = Field(
-        0.0, ge=0, le=RATE, description="learning rate of the personal model; 0: that of `train`; unused by `fedavg`"
+        0.0, ge=0, le=RATE, description="learning rate of the private model (`fedrep`: the head); 0: that of `train`"
     )
-    alpha: float = Field(0.5, ge=0, le=1, description="initial weight α of the personal model, for `apfl`")
+    alpha: float = Field(0.5, ge=0, le=1, description="initial weight α of the private model, for `apfl`")
     alpha_on: Literal["held-out", "train"] = Field(
         "held-out",
-        description="images that determine α: held-out images, or training minibatches (as published)",
+        description="images on which α is chosen: held-out images, or training minibatches (as published)",
     )
     held_out_share: float = Field(
         0.25, gt=0, lt=1, description="fraction of a device's training images to hold out; none if fewer than 12"
@@ -138,23 +141,23 @@ class PersonalizeOptions(Section):
     alpha_learning_rate: float = Field(0.1, ge=0, le=RATE, description="learning rate of α, with alpha-on=train")
     references: Words = Field(
         (),
-        description="reference models that devices also train, for comparison; they never leave the device: alone, "
-        "dense+alone, pooled; with a learning rate as in alone:0.001, otherwise that of `train`",
+        description="models that devices also train, for comparison, and never send: alone, dense+alone, pooled; each "
+        "may have a learning rate, as in alone:0.001, otherwise that of `train`",
     )
     ditto_lambda: float = Field(
-        0.1, ge=0, description="λ of `ditto`: penalty on the distance of personal from shared weights; 0: none"
+        0.1, ge=0, description="λ of `ditto`: penalty on the distance of private from shared weights; 0: none"
     )
     prox_mu: float = Field(
         0.01, ge=0, description="μ of `fedprox`: penalty on the distance of trained from received weights; 0: none"
     )
     pfedme_lambda: float = Field(15.0, ge=0, description="λ of `pfedme`: penalty on the distance between θ and w")
-    inner_steps: Count = Field(5, description="steps of θ on each minibatch, for `pfedme`")
+    inner_steps: Count = Field(5, description="steps of θ on each minibatch in `pfedme`")
     inner_learning_rate: float = Field(
-        0.1, gt=0, le=RATE, description="α of `perfedavg`: learning rate of the one step from w to a device's model"
+        0.1, gt=0, le=RATE, description="α of `perfedavg`: learning rate of the single step from w to a device's model"
     )
     ala_learning_rate: float = Field(1.0, ge=0, le=RATE, description="learning rate of the weights W of `fedala`")
     ala_layers: Number = Field(
-        0, description="number of last adapted linears (including the head) with a learnt W in `fedala`; 0: all"
+        0, description="`fedala` learns a W for this number of the last adapted linears, head included; 0: for all"
     )
     ala_share: Share = Field(
         0.8, description="fraction of the training images, drawn in each round, on which `fedala` learns W"
@@ -219,7 +222,7 @@ class ComputeOptions(Section):
         False, description="on a GPU, run each step of local training as a CUDA graph; not tested on a GPU yet"
     )
     cache_mb: Count = Field(
-        512, description="MB per worker for cached images, models, and inputs of the first adapters"
+        512, description="most MB of images, models, and inputs of the first block with adapters that a worker caches"
     )
 
 

@@ -51,8 +51,8 @@ class DataOptions(Section):
     source: str = Field("digits", min_length=1, description="`digits`, an .npz file, an image folder, or `hf:NAME`")
     public: str = Field(
         "",
-        description="a second source, as the public pool; with model.head=new it may have other classes or no labels, "
-        "such as `letters`; empty: the pool is a part of `source`",
+        description="source of the public pool; empty: a part of `source`. With model.head=new or prototypes it may "
+        "have other classes, such as `letters`, or no labels",
     )
     public_share: float = Field(0.5, gt=0, lt=1, description="fraction of `source` that becomes the public pool")
     test_share: float = Field(0.3, gt=0, lt=1, description="fraction of a device's images used for testing")
@@ -159,7 +159,7 @@ class ModelOptions(Section):
         "class means",
     )
     head_rows: str = Field(
-        "", description="JSON file, class name -> row of the head in `weights`, for `rows` and `new`"
+        "", description="JSON file, class name -> row of the head in `weights`, for `rows`, `rows+train` and `new`"
     )
     mean: Levels = Field(
         (), description="mean of each channel that `weights` were trained with, or one for all; empty: timm's"
@@ -259,22 +259,22 @@ class PruningOptions(Section):
     compensation_learning_rate: float = Field(
         1e-3, gt=0, le=RATE, description="learning rate of these steps (Adam, constant)"
     )
-    align: Number = Field(0, description="widths are multiples of this; 0: 8, or 4 if heads have under 32 dims")
+    align: Number = Field(0, description="widths are multiples of this; 0: 8, or 4 if heads have under 32 dimensions")
     floor: float = Field(0.05, ge=0, lt=1, description="smallest fraction of its units that a layer keeps")
     unit_shape: Literal["head-dims", "heads", "both"] = Field(
         "head-dims",
-        description="what attentions lose: equally many dims of every head, whole heads, or the better of both",
+        description="what attentions lose: equally many dimensions of every head, whole heads, or the better of both",
     )
     tokens: Literal["none", "merge", "auto"] = Field(
         "none",
-        description="merging of similar tokens in ViT and DeiT; auto: the share of tokens that works best on the "
+        description="merging of similar tokens in ViT and DeiT; auto: the fraction of tokens that works best on the "
         "metric set",
     )
     token_share: float = Field(
         0.8,
         ge=0.5,
         le=1,
-        description="fraction of tokens that stay, on average over the FFNs of all blocks, for tokens=merge",
+        description="fraction of the tokens that is left, on average over the FFNs of all blocks, for tokens=merge",
     )
     ffn_terms: TermWeights = Field(
         (0.1, 0.1, 0.8), description="weights of relevance, 1 - redundancy and activeness in the FFN score of `tap`"
@@ -297,7 +297,7 @@ class PruningOptions(Section):
     recovery: Literal["none", "fine-tune", "distill"] = Field(
         "none", description="training after pruning: none, cross-entropy, or cross-entropy and distillation"
     )
-    recovery_steps: Number = Field(100, description="gradient steps, minus those of the criterion's own training")
+    recovery_steps: Number = Field(100, description="gradient steps of recovery, minus those of the criterion itself")
     recovery_batch: Count = Field(32, description="images in a minibatch of recovery")
     recovery_learning_rate: float = Field(1e-4, gt=0, le=RATE, description="learning rate of recovery (Adam, constant)")
     recovery_size: Number = Field(0, description="public images used for recovery; 0: the metric set")
@@ -305,5 +305,5 @@ class PruningOptions(Section):
         0.0,
         ge=0,
         lt=1,
-        description="fraction of these to hold out; the weights with the smallest held-out loss are kept; 0: the last",
+        description="fraction of these images to hold out; the weights with the least loss on them stay; 0: the last",
     )
