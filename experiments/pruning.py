@@ -133,7 +133,7 @@ def _with_weights(spec: BackboneSpec, options: ModelOptions, classes: tuple[str,
 def require_new(out: Path) -> None:
     """Raises ConfigError if `out` exists."""
     if out.exists():
-        raise ConfigError(f"out = {str(out)!r}: exists already; give a folder that does not")
+        raise ConfigError(f"out = {str(out)!r}: exists already; give a folder that does not exist")
 
 
 def pruned_folder(folder: Path) -> Path:

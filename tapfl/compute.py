@@ -85,8 +85,8 @@ class Compute:
         if name == "auto":
             name = "cuda" if torch.cuda.is_available() else "cpu"
         if name == "cuda" and not torch.cuda.is_available():
-            why = "finds no GPU that it can use" if torch.version.cuda else "has no CUDA"
-            raise ConfigError(f"compute.device = 'cuda': torch here {why}; accepted: auto, cpu")
+            why = "finds no usable GPU" if torch.version.cuda else "was built without CUDA"
+            raise ConfigError(f"compute.device = 'cuda': torch {why}; accepted: auto, cpu")
         if name == "cuda" and options.precision == "fast" and not torch.cuda.is_bf16_supported(False):
             raise ConfigError(
                 f"compute.precision = 'fast': {torch.cuda.get_device_name()} does not compute in bfloat16; "

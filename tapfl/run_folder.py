@@ -50,7 +50,7 @@ def _held(folder: Path, other: str) -> IO[str]:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         lock.close()
-        raise ConfigError(f"{other} is at work in this folder") from None
+        raise ConfigError(f"{other} is using this folder") from None
     return lock
 
 
@@ -110,9 +110,9 @@ class RunFolder:
         try:
             path.mkdir(parents=True)
         except FileExistsError:
-            raise ConfigError(f"out = {str(path)!r}: exists already; give a folder that does not") from None
+            raise ConfigError(f"out = {str(path)!r}: exists already; give a folder that does not exist") from None
         except OSError as error:
-            raise ConfigError(f"out = {str(path)!r}: cannot be made ({error.strerror})") from None
+            raise ConfigError(f"out = {str(path)!r}: cannot be created ({error.strerror})") from None
         folder = cls(path)
         folder._lock, folder._new = _held(path, f"out = {str(path)!r}: another run"), True
         return folder

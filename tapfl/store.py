@@ -116,7 +116,7 @@ def read_about(path: Path) -> dict[str, str]:
         with safe_open(path, framework="pt") as file:
             return file.metadata() or {}
     except (OSError, SafetensorError) as error:
-        raise PlanError(f"{path}: is not a whole safetensors file ({error})") from None
+        raise PlanError(f"{path}: is not a complete safetensors file ({error})") from None
 
 
 def unpack_tensors(content: bytes, source: str) -> dict[str, torch.Tensor]:
@@ -126,7 +126,7 @@ def unpack_tensors(content: bytes, source: str) -> dict[str, torch.Tensor]:
     try:
         return load(content)
     except SafetensorError as error:
-        raise PlanError(f"{source}: is not a whole safetensors file ({error})") from None
+        raise PlanError(f"{source}: is not a complete safetensors file ({error})") from None
 
 
 def seal(about: Mapping[str, Any], tensors: Tensors) -> str:

@@ -171,7 +171,7 @@ def apart(count: int, share: float, what: str) -> tuple[np.ndarray, np.ndarray]:
         ModelError: if there are fewer than two images.
     """
     if count < 2:
-        raise ModelError(f"{what} needs at least two images, one of them to judge by; there are {count}")
+        raise ModelError(f"{what} needs at least two images, of which one is held out; there are {count}")
     number = min(max(round(count * share), 1), count - 1)
     held = (np.arange(number) + 1) * count // number - 1
     return np.setdiff1d(np.arange(count), held), held

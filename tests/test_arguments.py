@@ -71,7 +71,7 @@ REFUSED = [
     ("vit", "embed_norm_layer=layernorm2d", "cannot take an image of"),
     ("deit", "no_embed_class=True", "cannot take an image of .*broadcast"),
     ("pit", "depth=1/", "base_dims=8/8,heads=2/4,depth=1/': differ in length"),
-    ("pit", "heads=1/1/1", "differ in length; accepted: one value for each stage"),
+    ("pit", "heads=1/1/1", "differ in length; accepted: one value per stage"),
     ("swin", "num_heads=1/1/1", "depths=2/2,num_heads=1/1/1': differ in length"),
     ("pit", "patch_size=0", r"has an empty patch_embed\.conv\.weight"),
     # refused by timm itself; an assertion without a message is quoted
@@ -80,7 +80,7 @@ REFUSED = [
     ("vit", "embed_dim=15", "timm cannot build .*divisible by num_heads"),
     ("pit", "global_pool=avg", "timm cannot build .*token pooling"),
     # dropout is never active
-    ("vit", "patch_drop_rate=0.5", "dropout is not supported, in training either; accepted: 0"),
+    ("vit", "patch_drop_rate=0.5", "dropout is not supported, even in training; accepted: 0"),
     ("swin", "drop_path_rate=1.5", "dropout is not supported"),
 ]
 # valid but unusual: accepted

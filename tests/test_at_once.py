@@ -32,7 +32,7 @@ def test_a_folder_in_use_is_refused(
     monkeypatch.setattr("sys.argv", ["tapfl", command, "--config", "c.toml", "--out", "out"])
     with only_one(tmp_path / "out", "command"), pytest.raises(SystemExit) as ended:
         cli.main()
-    assert ended.value.code == 2 and "is at work in this folder" in capfd.readouterr().err
+    assert ended.value.code == 2 and "is using this folder" in capfd.readouterr().err
     assert [file.name for file in (tmp_path / "out").iterdir()] == [".lock"]
 
 
@@ -46,7 +46,7 @@ def test_a_killed_run_leaves_no_lock(tmp_path: Path) -> None:
         signal.pause()
     assert os.read(there, 1) == b"x"
     try:
-        with pytest.raises(ConfigError, match="another run is at work in this folder"):
+        with pytest.raises(ConfigError, match="another run is using this folder"):
             RunFolder.reopen(tmp_path / "run")
         with pytest.raises(ConfigError, match="exists already"):
             RunFolder.create(tmp_path / "run")

@@ -225,7 +225,7 @@ def test_a_row_that_the_head_does_not_have_is_refused(weights: Path, tmp_path: P
 
 @pytest.mark.parametrize("row", [None, "3", 3.0, -1, True])
 def test_a_class_without_a_row_is_refused(row: object, tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match=r"model\.head-rows = .*rows\.json.*: names no row for class 'y'"):
+    with pytest.raises(ModelError, match=r"model\.head-rows = .*rows\.json.*: has no row for class 'y'"):
         read_head_rows(rows_file(tmp_path, {"x": 1, "y": row}), ("x", "y"))
 
 
@@ -237,7 +237,7 @@ def test_two_classes_with_the_same_row_are_refused(tmp_path: Path) -> None:
 
 def test_a_duplicate_class_is_refused(tmp_path: Path) -> None:
     (tmp_path / "rows.json").write_text('{"x": 1, "y": 2, "x": 3}')
-    with pytest.raises(ModelError, match=r"is not a readable JSON file \('x' is in it twice\)"):
+    with pytest.raises(ModelError, match=r"is not a readable JSON file \('x' occurs twice\)"):
         read_head_rows(tmp_path / "rows.json", ("x", "y"))
 
 
@@ -267,7 +267,7 @@ def test_missing_or_damaged_weights_are_refused(weights: Path, tmp_path: Path) -
         load_weights(build(VIT), tmp_path / "none", NAMES, None)
     half = tmp_path / "half.safetensors"
     half.write_bytes(weights.read_bytes()[:2000])
-    with pytest.raises(ModelError, match=r"model\.weights = .*half\.safetensors.*is not a whole safetensors file"):
+    with pytest.raises(ModelError, match=r"model\.weights = .*half\.safetensors.*is not a complete safetensors file"):
         load_weights(build(VIT), half, NAMES, None)
 
 

@@ -45,7 +45,9 @@ def no_gpu(monkeypatch: pytest.MonkeyPatch, cuda: str | None) -> None:
     monkeypatch.setattr(torch.version, "cuda", cuda)
 
 
-@pytest.mark.parametrize(("cuda", "why"), [(None, "torch here has no CUDA"), ("13.2", "torch here finds no GPU")])
+@pytest.mark.parametrize(
+    ("cuda", "why"), [(None, "torch was built without CUDA"), ("13.2", "torch finds no usable GPU")]
+)
 def test_a_missing_device_is_refused(cuda: str | None, why: str, monkeypatch: pytest.MonkeyPatch) -> None:
     no_gpu(monkeypatch, cuda)
     with pytest.raises(ConfigError, match=f"compute.device = 'cuda': {why}.*; accepted: auto, cpu"):
@@ -55,7 +57,7 @@ def test_a_missing_device_is_refused(cuda: str | None, why: str, monkeypatch: py
 
 def test_a_run_on_a_missing_device_leaves_nothing(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     no_gpu(monkeypatch, None)
-    with pytest.raises(ConfigError, match="torch here has no CUDA"):
+    with pytest.raises(ConfigError, match="torch was built without CUDA"):
         tapfl("--out", str(tmp_path / "run"), cache=cache, options=["compute.device=cuda"])
     assert not (tmp_path / "run").exists()
 

@@ -111,8 +111,8 @@ DAMAGE = {
     "half the options": ("config.json", half, "is not a run's folder"),
     "pickled options": ("config.json", pickled, "is not a run's folder"),
     "nested options": ("config.json", nested, "is not a run's folder"),
-    "half a checkpoint": (CHECKPOINT, half, "is not a whole safetensors file"),
-    "a pickled checkpoint": (CHECKPOINT, pickled, "is not a whole safetensors file"),
+    "half a checkpoint": (CHECKPOINT, half, "is not a complete safetensors file"),
+    "a pickled checkpoint": (CHECKPOINT, pickled, "is not a complete safetensors file"),
     "a bit of a checkpoint": (CHECKPOINT, a_bit, "its checksum differs); without this file the run continues from"),
     "a checkpoint with other records": (CHECKPOINT, other_records, "its checksum differs"),
     "a checkpoint of another round": (

@@ -102,7 +102,7 @@ def test_an_export_that_differs_is_not_kept(
         return lambda x: forward(x) + difference
 
     monkeypatch.setitem(FORMATS, format, (write, off, packages))
-    with pytest.raises(RunError, match=rf"model: {format} does not compute what the model computes"):
+    with pytest.raises(RunError, match=rf"model: the outputs of {format} differ from the model's"):
         export(*cut(vit), tmp_path / "model", format)
     assert list(tmp_path.iterdir()) == []
 

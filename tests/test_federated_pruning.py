@@ -192,8 +192,8 @@ def test_a_device_refuses_weights_that_do_not_fit_its_plan(
 @pytest.mark.parametrize(
     ("damage", "said"),
     [
-        (lambda state: pack_tensors(state)[:-1], "is not a whole safetensors file"),
-        (lambda state: b"\x00", "is not a whole safetensors file"),
+        (lambda state: pack_tensors(state)[:-1], "is not a complete safetensors file"),
+        (lambda state: b"\x00", "is not a complete safetensors file"),
         (lambda state: pack_tensors(dict(list(state.items())[1:])), "expected"),
         (lambda state: pack_tensors(state | {"more": torch.zeros(1)}), r"\(more: expected none, found \[1\]\)"),
         (lambda state: pack_tensors({k: v * torch.nan for k, v in state.items()}), "are not finite"),

@@ -93,7 +93,10 @@ def npz_of(root: Path) -> str:
 
 
 SOURCES: dict[str, tuple[Callable[[Path], str], str]] = {
-    "a flat folder": (lambda root: str(folder_of(root / "flat", "a.png", "b.png", "c.png")), "one folder of images a"),
+    "a flat folder": (
+        lambda root: str(folder_of(root / "flat", "a.png", "b.png", "c.png")),
+        "one folder of images per",
+    ),
     "an npz": (npz_of, "has no array `labels`"),
     "a table of images": (lambda root: hugging_face(root, "caption"), "one of type ClassLabel"),
     "an unlabelled split": (lambda root: hugging_face(root, "label"), "3 of 3 images have no label"),
@@ -187,7 +190,7 @@ def test_options_that_contradict_a_new_head(flat: dict[str, object], said: str) 
     [
         ([], "data.public = 'letters' and data.source differ in their classes.*model.head = 'new'"),
         (["model.head=new", "model.head-rows=rows.json"], "takes rows of the head of model.weights, which is empty"),
-        (["model.head=new", "model.weights={weights}", "model.head-rows={rows}"], "names no row for class '3'"),
+        (["model.head=new", "model.weights={weights}", "model.head-rows={rows}"], "has no row for class '3'"),
         (["model.head=new", "model.weights={weights}", "model.head-rows={beyond}"], "row 7 is not in the head, which"),
     ],
 )

@@ -56,7 +56,7 @@ LIES = {
     "π not summing to 1": (SummaryReply, lambda r: replace(r, weights=r.weights * 1.5), "sum to 1"),
     "covariance not positive": (SummaryReply, lambda r: replace(r, covariances=-r.covariances), "positive"),
     "means of NaN": (SummaryReply, lambda r: replace(r, means=r.means * np.nan), "finite"),
-    "means of another dimension": (SummaryReply, lambda r: replace(r, means=r.means[:, :3]), "do not go together"),
+    "means of another dimension": (SummaryReply, lambda r: replace(r, means=r.means[:, :3]), "do not match"),
     "another model": (PruneReply, lambda r: replace(r, macs=r.macs + 1), "the plan says"),
     "adapters of NaN": (TrainReply, nan_adapters, "finite"),
     "adapters too short": (TrainReply, lambda r: replace(r, adapters=r.adapters[:-1]), "shape"),

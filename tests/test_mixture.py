@@ -142,7 +142,7 @@ def test_the_fit_is_a_function_of_points_and_seed() -> None:
     ("points", "different"), [(np.zeros((20, 3)), 1), (np.ones((20, 3)), 1), (np.eye(4), 4), (np.eye(4)[:3], 3)]
 )
 def test_too_few_different_samples_are_refused(points: np.ndarray, different: int) -> None:
-    with pytest.raises(DataError, match=rf"{different} different samples are fewer than summary\.min-support = 5"):
+    with pytest.raises(DataError, match=rf"{different} distinct samples are fewer than summary\.min-support = 5"):
         fit_mixture(points, SummaryOptions(), seed=0)
 
 
@@ -207,12 +207,12 @@ def test_a_valid_mixture_is_accepted() -> None:
         (broken(covariances=np.array([[1.0, 1, 1], [1, 0, 1]])), "positive definite"),
         (broken(covariances=indefinite()), "positive definite"),
         (broken(covariances=lopsided()), "positive definite"),
-        (broken(means=np.zeros((2, 4))), "do not go together in dimension 3"),
-        (broken(means=np.zeros((2, 4)), covariances=np.ones((2, 4))), "do not go together in dimension 3"),
-        (broken(covariances=np.ones((2, 3, 2))), "do not go together"),
-        (broken(weights=np.array([1.0])), "do not go together"),
-        (broken(weights=np.array([[0.5, 0.5]])), "do not go together"),
-        (GaussianSummary(np.zeros(0), np.zeros((0, 3)), np.zeros((0, 3)), 100), "do not go together"),
+        (broken(means=np.zeros((2, 4))), "do not match in dimension 3"),
+        (broken(means=np.zeros((2, 4)), covariances=np.ones((2, 4))), "do not match in dimension 3"),
+        (broken(covariances=np.ones((2, 3, 2))), "do not match"),
+        (broken(weights=np.array([1.0])), "do not match"),
+        (broken(weights=np.array([[0.5, 0.5]])), "do not match"),
+        (GaussianSummary(np.zeros(0), np.zeros((0, 3)), np.zeros((0, 3)), 100), "do not match"),
         (broken(n=9), "stands for 4.50 samples, at least 5 needed"),
         (broken(weights=np.array([0.96, 0.04])), "stands for 4.00 samples, at least 5 needed"),
         (GaussianSummary(np.ones(1), np.zeros((1, 3)), np.ones((1, 3)), 1), "stands for 1.00 samples"),

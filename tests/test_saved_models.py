@@ -82,7 +82,7 @@ def test_a_model_that_lost_branches_can_be_saved(vit: Tiny, tmp_path: Path) -> N
 def test_truncated_weights_are_refused(saved: Path) -> None:
     file = saved / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(PlanError, match=r"model\.safetensors: is not a whole safetensors file"):
+    with pytest.raises(PlanError, match=r"model\.safetensors: is not a complete safetensors file"):
         load_pruned(saved)
 
 

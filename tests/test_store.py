@@ -59,7 +59,7 @@ def test_json_and_tensors_round_trip(tmp_path: Path) -> None:
 @pytest.mark.parametrize("content", [b"", b"\x80\x04pickle", b"x" * 100])
 def test_a_file_without_tensors_is_refused(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "w.safetensors").write_bytes(content)
-    with pytest.raises(PlanError, match=r"w\.safetensors: is not a whole safetensors file"):
+    with pytest.raises(PlanError, match=r"w\.safetensors: is not a complete safetensors file"):
         read_tensors(tmp_path / "w.safetensors")
 
 
@@ -108,10 +108,10 @@ def test_the_hash_sees_every_difference() -> None:
 def test_a_run_s_folder_is_new(tmp_path: Path) -> None:
     folder = RunFolder.create(tmp_path / "runs" / "1")
     assert folder.device(3) == folder.path / "devices" / "03"
-    with pytest.raises(ConfigError, match="exists already; give a folder that does not"):
+    with pytest.raises(ConfigError, match="exists already; give a folder that does not exist"):
         RunFolder.create(folder.path)
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match=r"out = .*file.*: exists already"):
         RunFolder.create(tmp_path / "file")
-    with pytest.raises(ConfigError, match=r"out = .*: cannot be made \(Not a directory\)"):
+    with pytest.raises(ConfigError, match=r"out = .*: cannot be created \(Not a directory\)"):
         RunFolder.create(tmp_path / "file" / "below")

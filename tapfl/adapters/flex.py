@@ -5,9 +5,9 @@ approximation, restricted to the units that it kept.
 
 Every pruned linear is pruned on one side only. The normaliser therefore depends only on the row (qkv, fc1) or only on
 the column (proj, fc2) of ΔW, and is absorbed into the stacked factor of that side: ΔW = B_stack A_stack with inner
-dimension Σ r_i. Its SVD is computed from two thin QRs and a small SVD. The dense matrix is formed only if it is smaller
-than the factors, or if an operation needs its entries: medians and trimmed means, which take a block of rows at a time,
-and the server's optimiser.
+dimension Σ r_i. Its SVD is computed from two thin QRs and a small SVD. The dense matrix is formed only if Σ r_i is at
+least as large as its shorter side, or if an operation needs its entries: medians and trimmed means, which take a block
+of rows at a time, and the server's optimiser.
 
 Shapes: A (r, d_in) and B (d_out, r) of the global adapters. A device has the first r_i of the r directions, and the
 rows of B or the columns of A that its plan kept. Both factors are sent in both directions.

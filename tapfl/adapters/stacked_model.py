@@ -1,4 +1,4 @@
-"""The pruned models of several devices as one model. A training step of all takes as many calls as one of a device.
+"""The pruned models of several devices as one model. A step of all devices takes as many calls as a step of one device.
 
 Heads, dims per head and neurons are padded to the widest device with zero weights. A branch that was removed from a
 device's model has zero weights and its constant as bias. Each slice computes what the device's own model computes,

@@ -16,7 +16,7 @@ from tapfl.errors import ConfigError, DataError, TapflError, message_of
 from tapfl.plugin import file_of_plugin, is_plugin
 from tapfl.store import sha256_of
 
-ACCEPTED = "accepted: what was there then, or a new run in a new folder"
+ACCEPTED = "accepted: the original content, or a new run in a new folder"
 SOURCES = "accepted: digits, letters, a .npz file, an image folder, or hf:NAME"
 OPTIONS = (*INPUT_OPTIONS, *PLUGIN_OPTIONS)
 IMAGES = ("data", "data.source", "data.public")  # the first is an option of a node

@@ -28,7 +28,7 @@ from tapfl.errors import DataError
 from tapfl.progress import stage
 from tapfl.store import whole_file
 
-DIM = 16  # of 255; the brightest value of 12-bit data in 16-bit files, and no proper source is darker
+DIM = 16  # of 255; the largest value of 12-bit data in 16-bit files; no source of 8-bit pictures is darker throughout
 AT_ONCE = 64  # pictures decoded between two writes
 SAMPLE = 256  # pictures of a source beyond the limit that are checked when it is first opened
 

@@ -29,8 +29,8 @@ FAMILIES = VisionTransformer | SwinTransformer | PoolingVisionTransformer
 ENTRY_POINTS = "tapfl.backbones"  # group of entry points; loading one registers its models with timm
 ACCEPTED = "timm's ViT, DeiT, PiT and Swin"
 REFUSED = {  # why a similar family cannot be cut exactly
-    "Eva": ", in which rotary positions turn a head's dims in pairs, or a norm over hidden units ties them",
-    "Beit": ", whose blocks have biases of relative positions, and biases of q and v apart from their linear",
+    "Eva": ", whose rotary position embeddings rotate pairs of a head's dims, or whose norm couples hidden units",
+    "Beit": ", whose blocks have relative position biases, and biases of q and v outside of their linear",
 }
 
 UNSET: tuple[object, ...] = ((), 0.0, "auto")  # option values that stand for timm's own value
@@ -103,7 +103,7 @@ def spec_of(options: ModelOptions, classes: tuple[str, ...]) -> BackboneSpec:
     except ValueError as error:
         raise ModelError(f"model.args = {error}") from None
     if rates := {key: value for key, value in args.items() if "drop" in key and value}:
-        raise ModelError(f"model.args = {written(rates)!r}: dropout is not supported, in training either; accepted: 0")
+        raise ModelError(f"model.args = {written(rates)!r}: dropout is not supported, even in training; accepted: 0")
     values = {name: getattr(options, name) for name in Preprocessing.model_fields}
     try:
         preprocessing = Preprocessing(**{name: value for name, value in values.items() if value not in UNSET})
@@ -134,7 +134,7 @@ def check_arguments(args: Mapping[str, Argument], name: str, kind: type) -> None
         raise ModelError(f"model.args = {error}") from None
     lists = {key: value for key, value in args.items() if isinstance(value, tuple) and is_list(taken[key])}
     if len({len(value) for value in lists.values()}) > 1:
-        why = "differ in length; accepted: one value for each stage in all of them"
+        why = "differ in length; accepted: one value per stage in each of them"
         raise ModelError(f"model.args = {written(lists)!r:.200}: {why}")
 
 

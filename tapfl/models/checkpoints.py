@@ -21,7 +21,7 @@ from tapfl.options import validated
 from tapfl.store import read_tensors
 
 TORCH = (".pth", ".pt", ".bin", ".ckpt", ".tar")  # file name suffixes of torch.save
-ACCEPTED = f"a .safetensors file, one of torch.save ({', '.join(TORCH)}), or hub"
+ACCEPTED = f"a .safetensors file, a file of torch.save ({', '.join(TORCH)}), or hub"
 SOURCES = ("hf-hub:", "local-dir:")  # timm's prefixes for a repository and for a local copy of one
 FILES = ("model.safetensors", "pytorch_model.bin")  # the weights in a timm repository
 
@@ -43,7 +43,7 @@ def read_checkpoint(file: Path) -> dict[str, Tensor]:
         except PlanError as error:
             raise ValueError(f"{error}; accepted: {ACCEPTED}") from None
     if file.suffix.lower() not in TORCH:
-        raise ValueError(f"has no known ending; accepted: {ACCEPTED}")
+        raise ValueError(f"has an unknown suffix; accepted: {ACCEPTED}")
     try:
         with warnings.catch_warnings(action="ignore"):  # about the pickle protocol
             state = load_state_dict(str(file), weights_only=True)

@@ -62,7 +62,7 @@ class DenseCache:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                with stage("the backbone that another run is making"):
+                with stage("waiting for another run to make the backbone"):
                     fcntl.flock(lock, fcntl.LOCK_EX)
             yield
 

@@ -77,13 +77,13 @@ def load_weights(
         take_rows(state, heads, read_head_rows(head_rows, classes), head_rows, file.name)
     for key in own.keys() & state.keys():
         if own[key].is_floating_point() and not state[key].is_floating_point():
-            raise refusal(f"{key} is of type {state[key].dtype}; accepted: floating point (of any precision)")
+            raise refusal(f"{key} is of type {state[key].dtype}; accepted: floating point of any precision")
     notes: list[str] = []
     for key in heads:
         if key in state and state[key].shape != own[key].shape:
             if key.endswith("weight"):
                 theirs, mine = ("×".join(map(str, of[key].shape)) for of in (state, own))
-                notes.append(f"model.weights = {str(file)!r}: {key} is {theirs}, and a new one of {mine} is trained")
+                notes.append(f"model.weights = {str(file)!r}: {key} is {theirs}; a new one of {mine} is trained")
             del state[key]
         if needs_head and key not in state:
             raise refusal(
@@ -96,10 +96,10 @@ def load_weights(
     except Exception as error:  # timm's filters assume names and shapes that these weights may not have
         raise refusal(f"do not fit {type(model).__name__} ({message_of(error)})") from None
     if missing := [key for key in missing if key not in heads]:
-        theirs = f", and hold {unexpected[0]!r}, which it lacks" if unexpected else ""
-        raise refusal(f"do not fit the backbone: they lack {missing[0]!r}{theirs}; accepted: timm's names")
+        theirs = f", and {unexpected[0]!r} is unexpected" if unexpected else ""
+        raise refusal(f"do not fit the backbone: {missing[0]!r} is missing{theirs}; accepted: timm's names")
     if unexpected:
-        raise refusal(f"do not fit the backbone: they hold {unexpected[0]!r}, which the backbone lacks")
+        raise refusal(f"do not fit the backbone: {unexpected[0]!r} is unexpected; accepted: timm's names")
     _require_finite(model, refusal)
     return notes
 
@@ -124,7 +124,7 @@ def _require_one_order(classes: tuple[str, ...]) -> None:
     if list(classes) == sorted(classes) != by_number:
         first = next(name for name, other in zip(classes, by_number, strict=True) if name != other)
         raise ModelError(
-            f"model.head-rows = '': the head's rows may be sorted as text or as numbers, which differ from class "
+            f"model.head-rows = '': the head's rows may be in text order or in number order, which differ from class "
             f"{first!r} on; accepted: a JSON file, class name -> row"
         )
 
@@ -148,7 +148,7 @@ def load_hub_weights(model: nn.Module, spec: BackboneSpec, classes: tuple[str, .
 def _require_finite(model: nn.Module, refusal: Callable[[str], ModelError]) -> None:
     for key, tensor in model.state_dict().items():
         if not bool(tensor.isfinite().all()):
-            raise refusal(f"{key} holds values that are not finite; accepted: finite ones, in float32 as well")
+            raise refusal(f"{key} holds values that are not finite; accepted: values that are finite in float32")
 
 
 def head_tensors(model: nn.Module) -> list[str]:
@@ -178,7 +178,7 @@ def read_head_rows(file: Path, classes: tuple[str, ...]) -> list[int]:
         table: dict[str, object] = {}
         for name, row in pairs:
             if name in table:
-                raise ValueError(f"{name!r} is in it twice")
+                raise ValueError(f"{name!r} occurs twice")
             table[name] = row
         return table
 
@@ -192,7 +192,7 @@ def read_head_rows(file: Path, classes: tuple[str, ...]) -> list[int]:
     for name in classes:
         row = table.get(name)
         if type(row) is not int or row < 0:
-            raise refusal(f"names no row for class {name!r}; accepted: a whole number from 0")
+            raise refusal(f"has no row for class {name!r}; accepted: a whole number from 0")
         if row in holder:
             raise refusal(f"row {row} is given to {holder[row]!r} and {name!r}; accepted: a different row for each")
         holder[row] = name

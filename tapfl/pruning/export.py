@@ -87,11 +87,11 @@ def export(
                     raise
                 except Exception as error:  # torch's exporters raise many types when they cannot represent a model
                     named = format + (f", opset = {opset}" if opset else "")
-                    raise RunError(f"{named}: cannot hold this model ({message_of(error)})") from None
+                    raise RunError(f"{named}: cannot represent this model ({message_of(error)})") from None
                 difference, same = _check(model, read(temporary), batches)
             if not (difference <= TOLERANCE and same):
                 how = f"logits differ by {difference:.2g}" + ("" if same else ", top-1 too")
-                raise RunError(f"{file}: {format} does not compute what the model computes ({how}); not kept")
+                raise RunError(f"{file}: the outputs of {format} differ from the model's ({how}); the file was removed")
             size = temporary.stat().st_size
     except OSError as error:
         raise ConfigError(f"out = {str(file)!r}: cannot be written ({error.strerror})") from None
@@ -188,7 +188,7 @@ def _read_onnx(file: Path) -> Forward:
     try:
         session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime raises exception types of its C++ code
-        raise RunError(f"onnxruntime does not take the file ({message_of(error)})") from None
+        raise RunError(f"onnxruntime cannot load the file ({message_of(error)})") from None
     (images,) = (entry.name for entry in session.get_inputs())
     return lambda x: torch.from_numpy(session.run(None, {images: x.numpy()})[0])
 

@@ -7,7 +7,7 @@
              compensated on one half of the metric set. On the other half, the KL divergence from the dense model's
              prediction is measured. The share with the smallest divergence is taken
 
-Every block merges the same number of tokens. If the head reads only class tokens, the last block drops all others,
+All blocks merge about equally many tokens. If the head reads only class tokens, the last block drops all others,
 which does not change the output.
 """
 
@@ -49,8 +49,8 @@ def schedule_of(stream: Tokens, share: float) -> Schedule:
     for total in range(1, stream.free):
         merges = tuple(b - a for a, b in pairwise([round(total * i / L) for i in range(L + 1)]))
         remaining = stream.free - np.cumsum(merges)  # free tokens after each block
-        pairs = all(m <= (after + m) // 2 for m, after in zip(merges, remaining, strict=True))  # merging halves at most
-        if not pairs or remaining.sum() + L * stream.protected < share * L * T:
+        possible = all(m <= (m + left) // 2 for m, left in zip(merges, remaining, strict=True))  # at most half merge
+        if not possible or remaining.sum() + L * stream.protected < share * L * T:
             break
         schedule = merges
     return (*schedule[:-1], stream.free - sum(schedule[:-1])) if stream.class_only else schedule

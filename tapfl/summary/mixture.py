@@ -71,7 +71,7 @@ class GaussianSummary:
         wrong = ""
         if k == 0 or self.weights.ndim != 1 or self.means.shape != shapes[0] or self.covariances.shape not in shapes:
             got = f"{self.weights.shape}, {self.means.shape}, {self.covariances.shape}"
-            wrong = f"shapes {got} do not go together in dimension {dim}"
+            wrong = f"shapes {got} do not match in dimension {dim}"
         elif not all(np.isfinite(part).all() for part in (self.weights, self.means, self.covariances)):
             wrong = "holds values that are not finite"
         elif (self.weights <= 0).any() or abs(self.weights.sum() - 1) > 1e-6:
@@ -107,7 +107,7 @@ def fit_mixture(points: np.ndarray, options: SummaryOptions | None = None, seed:
     points = distinct(points)
     n = len(points)
     if n < options.min_support:
-        raise DataError(f"mixture: {n} different samples are fewer than summary.min-support = {options.min_support}")
+        raise DataError(f"mixture: {n} distinct samples are fewer than summary.min-support = {options.min_support}")
     reg = REG_COVAR * float(points.var(axis=0).mean()) + 1e-12
     most = min(options.max_components, max(1, int(n / options.min_support)))
 
@@ -194,8 +194,8 @@ def add_noise(summary: GaussianSummary, clip: float, noise: float, generator: np
     √3 · `noise`.
 
     The noisy moments are then made valid without using the images: a component has at least one sample, its mean lies
-    in the ball of radius R, and its variances, or the eigenvalues of its covariance, are at most R² and at least their
-    uncertainty by the noise.
+    in the ball of radius R, and its variances, or the eigenvalues of its covariance, are at most R² and at least the
+    uncertainty that the noise leaves.
     """
     σ, d = np.sqrt(3) * noise, summary.means.shape[1]
     full = summary.covariances.ndim == 3

@@ -242,7 +242,7 @@ def _layer_importance(task: PruningTask, scores: Scores, shapes: Mapping[str, Sh
     if task.probe is not None:
         return task.probe(shapes)
     if task.options.probe == "pool":
-        raise ConfigError("pruning.probe = 'pool': there is no public pool beside the metric set here; accepted: own")
+        raise ConfigError("pruning.probe = 'pool': there is no public pool apart from the metric set; accepted: own")
     kept = _keep(task, scores, shapes)
     return layer_importance(task.model, task.layers, kept, task.inputs, task.batch, task.compute)
 
