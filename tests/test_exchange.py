@@ -13,7 +13,9 @@ import pytest
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
+from experiments.engines import flower
 from experiments.engines.local import InProcessGrid
+from experiments.jobs.federation import on_flower
 from strategies import exchange as module
 from strategies.exchange import Request, exchange, wait_for_nodes, window_of
 from tapfl.errors import RunError
@@ -219,6 +221,14 @@ def test_an_engine_with_many_workers_has_two_requests_for_each() -> None:
     assert window_of(grid, 16) == 16
     grid.workers = 64
     assert window_of(grid, 16) == 128 and window_of(grid, 1000) == 1000
+
+
+def test_flowers_engine_gets_a_window_of_two_requests_per_worker(monkeypatch: pytest.MonkeyPatch) -> None:
+    windows: list[object] = []
+    monkeypatch.setattr(flower, "run_flower", lambda config, nodes, workers, gpus: windows.append(config["window"]))
+    for workers in (2, 64):
+        on_flower({"window": 16}, 100, workers, 0.0)
+    assert windows == [16, 128]
 
 
 def test_messages_that_are_made_when_they_are_sent_are_not_kept() -> None:

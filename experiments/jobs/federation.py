@@ -57,7 +57,8 @@ def on_flower(run_config: dict[str, Scalar], nodes: int, workers: int, gpus: flo
     from experiments.engines.flower import run_flower
 
     starting("Ray")
-    run_flower(run_config, nodes, workers, gpus=gpus)
+    window = max(int(run_config["window"]), 2 * workers)  # Flower's grid does not know its number of workers
+    run_flower(run_config | {"window": window}, nodes, workers, gpus=gpus)
 
 
 def on_actors(run_config: dict[str, Scalar], nodes: int, actors: ActorPool) -> None:
