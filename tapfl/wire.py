@@ -248,9 +248,9 @@ class _Evaluation(WireMessage):
         for name in ("alpha", "global_accuracy", "personal_accuracy"):
             value = getattr(self, name)
             _require(0 <= value <= 1, f"{name.removesuffix('_accuracy')} {value} must lie in [0, 1]")
-        found, expected = self.reference_accuracies, (references,)
-        _require(found.shape == expected, f"accuracies of references have shape {found.shape}, not {expected}")
-        _require(bool(((found >= 0) & (found <= 1)).all()), "accuracies of references must lie in [0, 1]")
+        values, expected = self.reference_accuracies, (references,)
+        _require(values.shape == expected, f"accuracies of references have shape {values.shape}, not {expected}")
+        _require(bool(((values >= 0) & (values <= 1)).all()), "accuracies of references must lie in [0, 1]")
         expected, n = (2 if changing else 0,), self.images
         _require(n.shape == expected, f"numbers of images have shape {n.shape}, not {expected}")
         whole = ((n == n.round()) & (n >= 0 if self.sits_out else n >= 1) & (n <= MAX_SAMPLES)).all()

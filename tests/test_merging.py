@@ -326,6 +326,6 @@ def test_adapters_train_with_merging(pruned) -> None:
     adapted(params, images(2)).square().sum().backward()
     assert all(params[f"{name}.{LORA_B}"].grad.abs().sum() > 0 for name in names)
     with pytest.raises(
-        ModelError, match=r"train.together: blocks.. of the model is no plain block of ViT or DeiT, or merges tokens"
+        ModelError, match=r"train.together: blocks.. is not a plain block of ViT or DeiT, or merges tokens"
     ):
         StackedModel([adapted, adapted])

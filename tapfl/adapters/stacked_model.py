@@ -175,15 +175,15 @@ def _require_plain(model: Any) -> None:
     if not isinstance(model, VisionTransformer):
         raise ModelError(f"train.together: {type(model).__name__} trains one by one; accepted: ViT and DeiT")
     for name, module in model.named_modules():
-        odd = type(module) is not Block if name.count(".") == 1 and name.startswith("blocks.") else False
+        refused = name.count(".") == 1 and name.startswith("blocks.") and type(module) is not Block
         if isinstance(module, Attention):
-            odd = module.gate is not None or not all(
+            refused = module.gate is not None or not all(
                 isinstance(m, nn.Identity) for m in (module.q_norm, module.k_norm, module.norm)
             )
         elif isinstance(module, Mlp):
-            odd = not isinstance(module.norm, nn.Identity) or bool(module.act(torch.zeros(1)).any())
-        if odd:
-            raise ModelError(f"train.together: {name} of the model is no plain block of ViT or DeiT, or merges tokens")
+            refused = not isinstance(module.norm, nn.Identity) or bool(module.act(torch.zeros(1)).any())
+        if refused:
+            raise ModelError(f"train.together: {name} is not a plain block of ViT or DeiT, or merges tokens")
 
 
 def _require_same(models: Sequence[nn.Module]) -> None:

@@ -56,7 +56,9 @@ class RunConfig(Section):
     resume: bool = Field(False, description="continue the run in the folder `out`")
     cache: str = Field("", description="cache of trained backbones and decoded images; empty: TAPFL_CACHE or ~/.cache")
     node_timeout: float = Field(120.0, gt=0, description="seconds to wait for the nodes to connect")
-    window: Count = Field(16, description="most requests in flight; with Ray actors, two per actor if that is more")
+    window: Count = Field(
+        16, description="most requests in flight at once; two per Ray actor or forked worker if that is more"
+    )
     data: DataOptions = DataOptions()
     devices: DeviceOptions = DeviceOptions()
     model: ModelOptions = ModelOptions()

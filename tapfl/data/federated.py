@@ -104,9 +104,9 @@ def check_pool(options: DataOptions, public: ImageSet, private: ImageSet, other_
     if other_classes:
         return
     if public.classes != private.classes:
-        odd = sorted(set(public.classes) ^ set(private.classes)) or ["their order"]
+        different = sorted(set(public.classes) ^ set(private.classes)) or ["their order"]
         raise DataError(
-            f"{name} and data.source differ in their classes: {', '.join(odd[:5])}; "
+            f"{name} and data.source differ in their classes: {', '.join(different[:5])}; "
             "accepted: the same classes, or model.head = 'new'"
         )
     if missing := sorted(set(np.unique(private.labels)) - set(np.unique(public.labels))):

@@ -133,8 +133,8 @@ class ImageSet:
 
     def count_by_class(self) -> dict[str, int]:
         """Returns the number of images of each class that has any, by name."""
-        found, counts = np.unique(self.labels, return_counts=True)
-        return {self.classes[label]: count for label, count in zip(found, counts.tolist(), strict=True) if label >= 0}
+        labels, counts = np.unique(self.labels, return_counts=True)
+        return {self.classes[label]: count for label, count in zip(labels, counts.tolist(), strict=True) if label >= 0}
 
     @property
     def owner_names(self) -> tuple[str, ...]:

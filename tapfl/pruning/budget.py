@@ -79,21 +79,21 @@ class Budget:
     limits: tuple[Limit, ...]
 
     @classmethod
-    def parse(cls, given: Budget | float | str) -> Budget:
+    def parse(cls, value: Budget | float | str) -> Budget:
         """Returns a budget from its text, from a share of the MACs, or from a budget (unchanged).
 
         Raises:
             ConfigError: if it is not valid. The error names the wrong part and the accepted forms.
         """
-        if isinstance(given, Budget):
-            return given
-        if isinstance(given, bool) or not isinstance(given, int | float | str):
-            raise ConfigError(f"budget = {given!r}: is not a valid budget; accepted: {ACCEPTED}")
-        limits = tuple(_limit(part.strip(), given) for part in str(given).split(","))
+        if isinstance(value, Budget):
+            return value
+        if isinstance(value, bool) or not isinstance(value, int | float | str):
+            raise ConfigError(f"budget = {value!r}: is not a valid budget; accepted: {ACCEPTED}")
+        limits = tuple(_limit(part.strip(), value) for part in str(value).split(","))
         quantities = [limit.quantity for limit in limits]
         for quantity in quantities:
             if quantities.count(quantity) > 1:
-                raise ConfigError(f"budget = {given!r}: {quantity} is limited twice; accepted: {ACCEPTED}")
+                raise ConfigError(f"budget = {value!r}: {quantity} is limited twice; accepted: {ACCEPTED}")
         return cls(limits)
 
     def __str__(self) -> str:
@@ -110,9 +110,11 @@ class Budget:
         return any(limit.quantity == "latency" for limit in self.limits)
 
 
-def _limit(part: str, given: object) -> Limit:
+def _limit(part: str, budget: object) -> Limit:
+    """Returns the limit in a part of a budget's text. Raises ConfigError, naming the budget, if it is not valid."""
+
     def refusal(why: str, accepted: str = f"; accepted: {ACCEPTED}") -> ConfigError:
-        return ConfigError(f"budget = {given!r}: {why}{accepted}")
+        return ConfigError(f"budget = {budget!r}: {why}{accepted}")
 
     bare, match = re.fullmatch(r"(\S+?)\s*(%)?", part), LIMIT.fullmatch(part)
     if match:

@@ -81,7 +81,7 @@ def cut(task: PruningTask, selection: Selection, fisher: Sensitivities | None = 
     for (step, dense_step), (_, small_step) in track(steps if real else (), "compensation"):
         after = []
         # one layer or none; several where a step is a whole block, because it is not one of timm's plain blocks
-        for layer in (each for each in pruned.values() if step in (each.name, each.block)):
+        for layer in (layer for layer in pruned.values() if step in (layer.name, layer.block)):
             name = layer.name
             put(small, name, shrunk[name])
             weights = fisher[name].rows if fisher else None
@@ -124,7 +124,7 @@ def _drift(small: nn.Module, layer: PrunableLayer, dense: Passage, now: Passage,
     """
     x, f_x = dense.stream, dense.output
     if now.source is not None:
-        x, f_x = (group_means(each, now.source, own.shape[1]) for each in (x, f_x))
+        x, f_x = (group_means(tensor, now.source, own.shape[1]) for tensor in (x, f_x))
     return as_branch_output(small, layer, x - now.stream) + f_x - own
 
 

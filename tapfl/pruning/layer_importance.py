@@ -64,10 +64,10 @@ def divergences(
         name: of the stage, as progress shows it.
     """
     walk = _Walk(model, [{}, *variants])
-    found = inputs.new_zeros(len(variants), len(inputs), dtype=torch.float64)
+    result = inputs.new_zeros(len(variants), len(inputs), dtype=torch.float64)
     floats = sum(layer.tokens * layer.embed_dim for layer in layers) / len(layers)  # per image, in an average block
     at_once = min(batch, max(1, round(compute.at_once.stream / floats)))
-    parts = list(zip(inputs.split(at_once), found.split(at_once, dim=1), strict=True))
+    parts = list(zip(inputs.split(at_once), result.split(at_once, dim=1), strict=True))
     for part, columns in track(parts, name):
         with compute.forward():
             logits = walk.logits(part)
@@ -76,7 +76,7 @@ def divergences(
             if variant:
                 own = logits[row + 1].double().log_softmax(-1)
                 columns[row] = F.kl_div(own, dense, log_target=True, reduction="none").sum(-1)
-    return home(found.clamp_(min=0))
+    return home(result.clamp_(min=0))
 
 
 class _Walk:
@@ -100,7 +100,7 @@ class _Walk:
             x: the residual stream that enters step `start`; for step 0, the images.
             members: positions of variants; None stands for all of them.
         """
-        found: dict[int, Tensor] = {}
+        logits: dict[int, Tensor] = {}
         members = range(len(self.changes)) if members is None else members
         for position in range(start, len(self.steps)):
             groups: dict[Change, list[int]] = {}
@@ -108,9 +108,9 @@ class _Walk:
                 groups.setdefault(self.changes[i][position], []).append(i)
             (key, members), *others = groups.items()
             for other, leaving in others:
-                found |= self.logits(self._step(position, x, other), position + 1, leaving)
+                logits |= self.logits(self._step(position, x, other), position + 1, leaving)
             x = self._step(position, x, key)
-        return found | dict.fromkeys(members, x)
+        return logits | dict.fromkeys(members, x)
 
     def _step(self, position: int, x: Tensor, change: Change) -> Tensor:
         with ExitStack() as stack:

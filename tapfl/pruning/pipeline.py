@@ -105,10 +105,10 @@ def check_metric_set(model: nn.Module, inputs: Tensor, batch: int) -> None:
         raise ModelError("metric set is empty; it takes at least one batch of images")
     if len(inputs) < batch:
         raise ModelError(f"metric set of {len(inputs)} images is smaller than one batch of {batch}")
-    wanted, given = ("×".join(map(str, x.shape[1:])) or "without sizes" for x in (example_input(model), inputs))
-    if given != wanted:
+    expected, actual = ("×".join(map(str, x.shape[1:])) or "without sizes" for x in (example_input(model), inputs))
+    if actual != expected:
         raise ModelError(
-            f"metric set of images {given} does not fit the backbone, which takes {wanted} (channels×height×width)"
+            f"metric set of images {actual} does not fit the backbone, which takes {expected} (channels×height×width)"
         )
 
 

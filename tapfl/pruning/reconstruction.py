@@ -64,13 +64,12 @@ class Rows:
     @classmethod
     def of(cls, calls: Sequence[Call]) -> Rows:
         (_, *others), options = calls[0].arguments
-        by_name = [call.arguments[1] for call in calls]
-        inputs, targets = (
-            torch.cat([each.unflatten(0, (call.images, -1)) for call, each in zip(calls, values, strict=True)])
-            for values in ([call.arguments[0][0] for call in calls], [call.target for call in calls])
-        )
+        inputs = torch.cat([call.arguments[0][0].unflatten(0, (call.images, -1)) for call in calls])
+        targets = torch.cat([call.target.unflatten(0, (call.images, -1)) for call in calls])
         weights = torch.cat([call.weights.to(inputs.dtype).view(call.images, -1) for call in calls])
-        masks = None if options.get("attn_mask") is None else torch.cat([each["attn_mask"] for each in by_name])
+        masks = None
+        if options.get("attn_mask") is not None:
+            masks = torch.cat([call.arguments[1]["attn_mask"] for call in calls])
         return cls(inputs, targets, weights.view(targets.shape[:3]), tuple(others), options, masks)
 
     def squares(self, branch: nn.Module, chosen: np.ndarray) -> tuple[Tensor, Tensor]:
@@ -102,7 +101,7 @@ def reconstruct(branch: nn.Module, calls: Sequence[Call], steps: int, learning_r
 
     def error() -> float:
         parts = [rows.squares(branch, part) for part in np.array_split(held, -(-len(held) // BATCH))]
-        return float(sum(each[0] for each in parts) / sum(each[1] for each in parts))
+        return float(sum(total for total, _ in parts) / sum(weight for _, weight in parts))
 
     best = BestSoFar(branch, error)
 

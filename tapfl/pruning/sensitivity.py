@@ -62,15 +62,15 @@ def sensitivities(
             g = gradient.flatten(0, -2).double()  # in float32, squared gradients of a confident model underflow to 0
             squares[name].append(g.square().sum(1))
             products[name] = products.get(name, 0) + g.T @ g
-    found = {}
+    result = {}
     for name, parts in squares.items():
         count = sum(len(part) for part in parts)
         mean = sum(torch.stack([part.sum() for part in parts]).tolist()) / count
         rows = tuple(
             (TRUST * part / mean + (1 - TRUST) if mean > 0 else torch.ones_like(part)).float() for part in parts
         )
-        found[name] = Sensitivity(rows, products[name] / count)
-    return found
+        result[name] = Sensitivity(rows, products[name] / count)
+    return result
 
 
 def _output_gradients(

@@ -61,18 +61,18 @@ def require_criterion(name: str) -> None:
 def criterion_of(name: str) -> Criterion:
     """Returns the criterion of that name. Raises ConfigError if there is none."""
     require_criterion(name)
-    found: Any
+    loaded: Any
     if name in BUILT_IN:
         module, _, value = BUILT_IN[name].partition(":")
-        found = getattr(import_module(module), value)
+        loaded = getattr(import_module(module), value)
     elif is_plugin(name):
-        found = load_plugin("pruning.criterion", name)
+        loaded = load_plugin("pruning.criterion", name)
     else:
         (point, *_) = entry_points(group=ENTRY_POINTS, name=name)
-        found = point.load()
+        loaded = point.load()
     from tapfl.pruning.criteria.criterion import Criterion
 
-    return found if isinstance(found, Criterion) else Criterion(search=found)
+    return loaded if isinstance(loaded, Criterion) else Criterion(search=loaded)
 
 
 def resolved(options: PruningOptions) -> PruningOptions:

@@ -102,8 +102,8 @@ def importance_and_interactions(task: PruningTask) -> tuple[dict[str, Tensor], n
         gates = open_gates(task.layers, task.inputs)
         with torch.enable_grad(), gated(model, task.layers, gates):
             loss = F.cross_entropy(model(task.inputs[start : start + size]), labels[start : start + size])
-            found = torch.autograd.grad(loss, list(gates.values()), create_graph=True)
-        gradient = dict(zip(gates, found, strict=True))
+            gradients = torch.autograd.grad(loss, list(gates.values()), create_graph=True)
+        gradient = dict(zip(gates, gradients, strict=True))
         for layer in task.layers:  # the gradient of a head's gate is the sum over the gates of its units
             own = gradient[layer.name].detach().double().view(len(scores[layer.name]), -1).sum(1)
             scores[layer.name] += own.square() / batches
