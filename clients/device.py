@@ -154,7 +154,7 @@ class Device:
         return reply
 
     def training(self, message: Train) -> Training[TrainReply]:
-        """Evaluates the received adapters, trains, stores the personal part and returns the shared part.
+        """Evaluates the received adapters, trains, stores the private model and returns the shared adapters.
 
         A device with too few images does nothing, and keeps its state.
         """
@@ -235,7 +235,7 @@ class Device:
     def _whole(self, method: Method[Any], state: DeviceState, adapters: np.ndarray) -> Params:
         """Returns all of w: the received tensors, and those that are never sent (frozen and private ones).
 
-        With a method that shares nothing, w is received once; later the device's personal parameters take its place.
+        With a method that shares nothing, w is received once; later the device's private model takes its place.
         """
         if not adapters.size and not method.shares_adapters and state.personal is not None:
             return state.personal.params
@@ -250,7 +250,7 @@ class Device:
     def _weighted(
         self, method: Method[Any], received: Params, personal: Personal | None, round: int
     ) -> Personal | None:
-        """Returns the personal parameters with α chosen for the w just received (`Method.weigh`)."""
+        """Returns the private model with α chosen for the w just received (`Method.weigh`)."""
         chosen = self._images.weighing(round)
         if personal is None or not (chosen or self.config.personalize.holds_out):
             return personal

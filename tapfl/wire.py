@@ -207,7 +207,7 @@ class Evaluate(_Adapters, type="evaluate"):
 @dataclass(frozen=True)
 class _Evaluation(WireMessage):
     round: Annotated[int, "number of the round that this replies to"]
-    alpha: Annotated[float, "for the report: weight α of the personal part"]
+    alpha: Annotated[float, "for the report: weight α of the private model"]
     # accuracies are on the test part, and 0 if nothing was evaluated in this round
     global_accuracy: Annotated[float, "for the report: accuracy of the global adapters, on the test part"]
     personal_accuracy: Annotated[float, "for the report: accuracy of the personal model, on the test part"]

@@ -178,7 +178,7 @@ def test_the_reason_for_training_one_by_one_is_logged(families: dict[str, Tiny])
         return str(refused.value)
 
     one, other = two(families["vit"])
-    without = "device 1 has no personal parameters of an earlier round, but others do"
+    without = "device 1 has no private model of an earlier round, but others do"
     assert reason([one, replace(other, personal=None)]) == without
     assert "α" in reason([replace(each, personal=Personal(each.received, torch.zeros(2))) for each in (one, other)])
     assert "arrive at different blocks" in reason([one, replace(other, model=other.model.beyond)])

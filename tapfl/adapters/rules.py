@@ -222,7 +222,7 @@ def up(options: AdapterOptions, layout: Layout, round: int) -> Layout:
 
 
 def trained(options: AdapterOptions, layout: Layout, round: int) -> frozenset[str]:
-    """Returns the names of the tensors that a device trains in a round, among shared and personal parameters."""
+    """Returns the names of the tensors that a device trains in a round, in its shared and in its private model."""
     return frozenset(_cut(layout, rule_of(options).trained(round) | {"whole"}))
 
 

@@ -57,7 +57,7 @@ class RunConfig(Section):
     cache: str = Field("", description="cache of trained backbones and decoded images; empty: TAPFL_CACHE or ~/.cache")
     node_timeout: float = Field(120.0, gt=0, description="seconds to wait for the nodes to connect")
     window: Count = Field(
-        16, description="most requests in flight at once; two per Ray actor or forked worker if that is more"
+        16, description="most requests in flight at once, or two per worker of the engine if that is more"
     )
     data: DataOptions = DataOptions()
     devices: DeviceOptions = DeviceOptions()

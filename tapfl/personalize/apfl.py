@@ -85,7 +85,7 @@ class Apfl(Method[ApflState]):
         return interpolate(personal.params, received, personal.alpha) if personal else received
 
     def weigh(self, received: Params, personal: Personal, batches: Sequence[Losses]) -> Personal:
-        """Returns the personal parameters with the α that the held-out images give for the w just received."""
+        """Returns the private model with the α that the held-out images give for the w just received."""
         return Personal(personal.params, held_out_alpha(personal.params, received, batches))
 
     def _first(self, received: Params) -> Personal:

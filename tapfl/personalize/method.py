@@ -25,7 +25,7 @@ CLIPPED = 1e-6  # added to a norm before dividing by it, as in torch.nn.utils.cl
 
 @dataclass(frozen=True, eq=False)
 class Personal:
-    """A device's personal parameters v, which never leave it, and their weight α in its model.
+    """A device's private model v, which never leaves it, and its weight α in the device's personal model.
 
     Attributes:
         params: v, in the shapes of the device.
@@ -42,7 +42,7 @@ class Personal:
 
 
 def wholly(params: Params) -> Personal:
-    """Returns the personal parameters of a device that uses only these, α = 1."""
+    """Returns `params` as the private model of a device that uses only this model, α = 1."""
     return Personal(params, torch.ones((), dtype=torch.float64))
 
 
@@ -64,7 +64,7 @@ class LocalResult:
 class Method(Protocol, Generic[S]):
     """A personalisation method: `init`, `step` and `final` of a round with a state `S`, and the model used afterwards.
 
-    The defaults are those of a method with personal parameters v in addition to the shared w.
+    The defaults are those of a method with a private model v in addition to the shared w.
 
     Attributes:
         evaluates_after_training: whether the device uses the result of training the w just received. Its accuracy is

@@ -21,7 +21,7 @@ BEGIN_LATER = ("apfl", "ditto")  # methods with `personalize.from-round`: their 
 def method_of(options: PersonalizeOptions, adapters: AdapterOptions, round: int) -> Method[Any]:
     """Returns the method of a round (the first is 1).
 
-    Before `personalize.from-round`, a device has no personal parameters and trains by `FedAvg`. A plugin is called with
+    Before `personalize.from-round`, a device has no private model and trains by `FedAvg`. A plugin is called with
     (options, scale s of the adapters), once for each message.
 
     Raises:

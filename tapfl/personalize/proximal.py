@@ -22,7 +22,7 @@ from tapfl.training import Objective, Params
 
 @dataclass(frozen=True)
 class Ditto(TwoModels):
-    """Ditto (Li et al. 2021, arXiv 2012.04221): a personal model that is pulled towards the shared one.
+    """Ditto (Li et al. 2021, arXiv 2012.04221): a private model that is pulled towards the shared one.
 
         w ← w - η ∇f(w; ξ)
         v ← v - η_v (∇f(v; ξ) + λ ∇_v d(v, w_received)),     d = ½ ‖θ(v) - θ(w_received)‖²

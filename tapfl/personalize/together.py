@@ -136,7 +136,7 @@ def stacked(tasks: Sequence[LocalTask]) -> StackedModel:
         raise ModelError("their method cannot train devices together")
     new = [task.device for task in tasks if task.personal is None]
     if 0 < len(new) < len(tasks):
-        raise ModelError(f"device {new[0]} has no personal parameters of an earlier round, but others do")
+        raise ModelError(f"device {new[0]} has no private model of an earlier round, but others do")
     if any(task.personal and task.personal.alpha.dim() for task in tasks):
         raise ModelError("each layer has an α of its own")
     return StackedModel([task.model for task in tasks])
