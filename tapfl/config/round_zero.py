@@ -123,7 +123,9 @@ class DataOptions(Section):
 class DeviceOptions(Section):
     """The devices: their number, their abilities, and their participation in rounds. Lists are assigned cyclically."""
 
-    count: Number = Field(0, description="number of devices; 0: one for each node")
+    count: Number = Field(
+        0, description="number of devices; 0: one per node, or in a simulation one per id, otherwise 10"
+    )
     budgets: Shares = Field((0.3, 0.5, 0.7), description="fraction of the dense model's MACs that a device can run")
     ranks: Counts = Field((4, 6, 8), description="LoRA rank of the devices with the budget at the same position")
     profiles: str = Field("", description=f"TOML file that replaces budgets and ranks, or {', '.join(PROFILE_SETS)}")
