@@ -130,7 +130,7 @@ class PersonalizeOptions(Section):
         description="images on which α is chosen: held-out images, or training minibatches (as published)",
     )
     held_out_share: float = Field(
-        0.25, gt=0, lt=1, description="fraction of a device's training images to hold out; none if fewer than 12"
+        0.25, gt=0, lt=1, description="fraction of a device's training images to hold out; none if under 12 images"
     )
     alpha_update: Literal["round", "step", "fixed"] = Field(
         "round", description="when α is updated: once per round, at every step (with alpha-on=train), or never"

@@ -233,7 +233,7 @@ class MetricOptions(Section):
 
 
 class PruningOptions(Section):
-    """How units are scored, how many each layer keeps, and what happens after cutting.
+    """How units are scored, how many each layer keeps, and what happens after units are removed.
 
     `auto` stands for the default of the criterion.
     """
@@ -286,15 +286,15 @@ class PruningOptions(Section):
     )
     probe: Literal["own", "pool", "auto"] = Field(
         "own",
-        description="images to measure layer importance (and unit scores, if exact) on: each device's metric set, or "
-        "the pool, once for all devices; auto: whichever needs fewer forward passes",
+        description="images on which layer importance (and unit scores, where this is exact) is measured: each "
+        "device's metric set, or the pool, once for all devices; auto: whichever needs fewer forward passes",
     )
     labels: Literal["pseudo", "public"] = Field(
         "pseudo", description="labels of the metric set: predicted by the dense model, or the true public labels"
     )
     send: Literal["auto", "weights"] = Field(
         "auto",
-        description="auto: send the plan, and the weights only if they are not the backbone's; `weights`: always",
+        description="auto: send the plan, and the weights only if they do not follow from it; `weights`: always both",
     )
     recovery: Literal["none", "fine-tune", "distill"] = Field(
         "none", description="training after pruning: none, cross-entropy, or cross-entropy and distillation"
