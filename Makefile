@@ -27,7 +27,7 @@ test: $(READY) ## run the default test suite
 test-slow: $(READY) ## the slow tests, minutes each
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow --timeout=1800
 
-bench: $(READY) ## measure every goal of docs/benchmarks.md; 25 minutes on two idle cores
+bench: $(READY) ## measure every goal of docs/benchmarks.md; 26 minutes on two idle cores
 	OMP_NUM_THREADS=1 $(BIN)/tapfl bench all --config experiments/configs/bench.toml --out runs/bench
 
 lint: $(READY) ## check style, formatting and import contracts
