@@ -37,10 +37,10 @@ class MergedLora(torch.autograd.Function):
     products are written as (Bᵀ dyᵀ) x and ((A xᵀ) dy)ᵀ, so that their long side comes last, which is 2-4 times as fast
     on a CPU.
 
-    In a stack of devices (`tapfl.adapters.stack`), W₀ is (K, out, in), b is (K, 1, out), and x has the images of one
-    device after those of the other. In a pair, each W₀ has two sets of factors: (2, …), or in a stack (2K, …). The
-    weights of the second set are W₀ + s (B A + R A_first). R, (1, out, rank) or (K, out, rank), is the last argument;
-    A_first is the A of the first set, taken as a constant.
+    In a stack of devices (`tapfl.adapters.stack`), W₀ is (K, out, in), b is (K, 1, out), and x concatenates the images
+    of all devices. In a pair, each W₀ has two sets of factors: (2, …), or in a stack (2K, …). The weights of the second
+    set are W₀ + s (B A + R A_first). R, (1, out, rank) or (K, out, rank), is the last argument; A_first is the A of the
+    first set, taken as a constant.
     """
 
     @staticmethod

@@ -13,8 +13,8 @@ values of the dims that it kept, because its logits are computed from fewer dims
 In the sequential form r is what the branch itself lost plus the fraction γ of the drift of the residual stream. Both
 extremes are worse on held-out images. At half the MACs of DeiT-Tiny, the KL to the dense model for γ = 0, 1/4, 1/2, 1
 is 1.53, 1.13, 1.14, 1.50 for tap and 0.82, 0.66, 0.65, 0.73 for low-rank heads; the one-pass form gives 1.78 and 0.79.
-With γ = 0, the error that one ridge regression leaves is passed on to the next layer. With γ = 1, the target is more
-than the units of the branch can predict. The target f(x) alone is worse (2.31, 1.34).
+With γ = 0, the shrinkage of one ridge regression is passed on to the next. With γ = 1, the target is more than the
+units of the branch can predict. The target f(x) alone is worse (2.31, 1.34).
 
 With merged tokens, x' has fewer tokens than x. Each token of x' is compared with the mean of the tokens of x and f(x)
 that were merged into it, and its weight is the sum of theirs. The attention in f(x') weights tokens by their sizes, as
