@@ -100,7 +100,7 @@ def test_a_run_resumed_on_another_processor_warns(elsewhere: RunFolder, caplog: 
 def test_a_deterministic_run_is_not_resumed_on_another_processor(
     elsewhere: RunFolder, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with pytest.raises(ConfigError, match=r"compute\.deterministic = true: .* another processor, and here is"):
+    with pytest.raises(ConfigError, match=r"compute\.deterministic = true: .* another processor, but this is"):
         require_same_processor(elsewhere, Compute(deterministic=True))
     (elsewhere.path / "versions.json").write_text(json.dumps({PROCESSOR: HERE.kind}))
     require_same_processor(elsewhere, Compute(deterministic=True))
