@@ -150,8 +150,8 @@ class PersonalizeOptions(Section):
     prox_mu: float = Field(
         0.01, ge=0, description="μ of `fedprox`: penalty on the distance of trained from received weights; 0: none"
     )
-    pfedme_lambda: float = Field(15.0, ge=0, description="λ of `pfedme`: penalty on the distance between θ and w")
-    inner_steps: Count = Field(5, description="steps of θ on each minibatch in `pfedme`")
+    pfedme_lambda: float = Field(15.0, ge=0, description="λ of `pfedme`: penalty on the distance between u and w")
+    inner_steps: Count = Field(5, description="steps of u on each minibatch in `pfedme`")
     inner_learning_rate: float = Field(
         0.1, gt=0, le=RATE, description="α of `perfedavg`: learning rate of the single step from w to a device's model"
     )
