@@ -28,7 +28,7 @@ from experiments.command_line import (
     options_of,
 )
 from experiments.deploy import cli as deploy_cli
-from experiments.output import command, console, flags, show_line, show_rows, show_summary
+from experiments.output import command, console, flags, show_line, show_rows, show_summary, show_written
 from experiments.report import cli as report_cli
 from tapfl.errors import ConfigError, RunError, TapflError
 
@@ -101,11 +101,11 @@ def run(
         print(json.dumps(shared | summary.model_dump(exclude={"devices"})))
         return
     show_summary(summary, against_references(summary.equipped))
-    show_line(f"the run's folder: {folder}")
+    show_line(f"run folder: {folder}")
     for remark in remarks:
         show_line(remark)
     if page:
-        show_line(f"the report: {page}")
+        show_line(f"report: {page}")
 
 
 @app.command()
@@ -174,7 +174,7 @@ def sweep(
         write_table(rows, caption_of(found, made_by, options), out / "table.md")
         write_figure(learning_curves(found), out / "learning-curves.png")
         show_rows(rows, as_json)
-        print(f"in {out}: results.csv, devices.csv, table.md, learning-curves.png", file=sys.stderr)
+        show_written(out, "results.csv", "devices.csv", "table.md", "learning-curves.png")
     if failures:
         reasons = "\n".join(f"  {name}: {error}" for name, error in failures.items())
         raise RunError(f"{len(failures)} of {len(planned)} runs failed; their logs are in {out}\n{reasons}")

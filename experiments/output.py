@@ -12,6 +12,7 @@ import re
 import shlex
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -73,7 +74,7 @@ def console() -> Console:
 def show_rows(rows: Sequence[Mapping[str, str | float]], as_json: bool) -> None:
     """Prints rows as a table, or as one JSON object each.
 
-    A table that is too wide is transposed. If it is still too wide, each row is printed as a table of its own.
+    A table that is too wide is transposed. If it is still too wide, each row is printed as a separate table.
     """
     if as_json:
         for row in rows:
@@ -101,6 +102,11 @@ def _table(head: Iterable[object], lines: Iterable[Iterable[object]]) -> Table:
 def show_line(text: str) -> None:
     """Prints a line without colours; it is not wrapped, so that a path in it can be copied."""
     console().print(text, highlight=False, soft_wrap=True)
+
+
+def show_written(folder: Path, *names: str) -> None:
+    """Reports the files that a command has written to a folder, on standard error."""
+    print(f"written to {folder}: {', '.join(names)}", file=sys.stderr)
 
 
 def show_summary(summary: Summary, against: Mapping[str, object]) -> None:

@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from experiments.command_line import Config, JsonObject, JsonRows, Set, load_torch, option_groups, options_of
-from experiments.output import command, flags, show_line, show_rows
+from experiments.output import command, flags, show_line, show_rows, show_written
 from tapfl.errors import ConfigError
 
 PRUNED = "pruned model: a folder with plan.json and model.safetensors, or devices/NN of a run"
@@ -240,4 +240,4 @@ def compare(
             continue
         show_line(f"{table.measure}, {table.devices}")
         show_rows(table.rows, as_json=False)
-    print(f"in {out}: results.csv, table.md, accuracy-against-macs.png", file=sys.stderr)
+    show_written(out, "results.csv", "table.md", "accuracy-against-macs.png")

@@ -15,9 +15,8 @@ p_(1) ≤ … ≤ p_(m),
 
 It holds for any dependence between the tests.
 
-A difference also has a standard error over images, which tells how much it would vary with other test images of the
-same devices. The difference of each image is -1, 0 or 1, so that images that both methods get right, or both get
-wrong, add nothing.
+A difference also has a standard error over images: how much it would vary with other test images of the same devices.
+The difference of each image is -1, 0 or 1, so that images that both methods get right, or both get wrong, add nothing.
 """
 
 from __future__ import annotations

@@ -57,7 +57,7 @@ class Fleet:
         return dict(sorted(records.items()))
 
     def learn_holders(self, state: FederationState, hello: Hello) -> FederationState:
-        """Asks the known devices whether they have the backbone of `hello`; without an answer, a device has not."""
+        """Asks the known devices whether they have the backbone in `hello`; without an answer, no is assumed."""
         request = self._hello(hello, max(self.nodes) + 1)
         state, replies = self.ask(state, "hello", dict.fromkeys(self.nodes, request), min_success=0)
         self.holds_backbone = {i for i, reply in replies.items() if reply.holds_backbone}

@@ -149,7 +149,7 @@ class Shared:
         self._origin: Shared | None = None
         self._lock = RLock()  # held while hooks observe the model, or it is copied for another thread
 
-    def beside(self) -> Shared:
+    def for_thread(self) -> Shared:
         """Returns a copy for another thread with its own models, because criteria attach hooks to a model's layers."""
         other = Shared(self.config, self.pool, self._dense, self.compute)
         other.new_head, other._origin = copy.deepcopy(self.new_head), self
@@ -225,7 +225,7 @@ def side_by_side(shared: Shared, make: Callable[[Shared, T], R], items: Sequence
         return
     ended, free = Event(), SimpleQueue[Shared]()
     for _ in range(at_once):
-        free.put(shared.beside())
+        free.put(shared.for_thread())
 
     def advance(*_: object) -> None:
         if ended.is_set():

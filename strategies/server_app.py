@@ -141,7 +141,7 @@ def run_federation(
         summary = summarise(state, config, clock.seconds, preparation.cost.params, preparation.mixtures(state))
         write_summary(folder.path, summary)
         log(logging.INFO, "mean personal accuracy %.4f", summary.personal_accuracy)
-        log(logging.INFO, "the run's folder: %s", folder.path)
+        log(logging.INFO, "run folder: %s", folder.path)
 
 
 class Federation:
@@ -303,7 +303,7 @@ class Federation:
         elif self.config.compute.precision == "fast":
             why = "compute.precision = 'fast' trains each device by itself"
         elif not isinstance(self.preparation.backbone, VisionTransformer):
-            why = f"{type(self.preparation.backbone).__name__} trains each device by itself; only ViT and DeiT do not"
+            why = f"{type(self.preparation.backbone).__name__} trains each device by itself, unlike ViT and DeiT"
         if why and wanted == "auto":
             log(logging.INFO, "train.together = auto: one by one, because %s", why)
         elif why and wanted != 1:

@@ -235,7 +235,7 @@ def test_options_that_are_not_the_defaults_come_first(run: Run) -> None:
 
 def test_a_run_leaves_its_report_and_says_where(reported: tuple[Path, str]) -> None:
     folder, said = reported
-    assert said.rstrip().endswith(f"the report: {folder / 'report.html'}")
+    assert said.rstrip().endswith(f"\nreport: {folder / 'report.html'}")
     assert not (folder / "figures").exists()
 
 

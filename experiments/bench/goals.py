@@ -19,7 +19,7 @@ from typing import Annotated, Any
 import typer
 from pydantic import Field, model_validator
 
-from experiments.output import as_markdown, command, installed, named
+from experiments.output import as_markdown, command, installed, named, show_written
 from tapfl.errors import RunError
 from tapfl.options import Section, read_toml_tables, validated
 from tapfl.progress import stage
@@ -107,7 +107,7 @@ def measure_all(
             write_bytes(out / "bench.md", "\n".join(filter(None, page)).encode())
     if failed:
         raise RunError("\n".join([*failed, f"{out}: has the other rows; run the same command again to continue"]))
-    print(f"in {out}: bench.md", file=sys.stderr)
+    show_written(out, "bench.md")
     return goals
 
 

@@ -8,7 +8,6 @@ cost nothing once they are merged into the weights.
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -25,7 +24,7 @@ from clients.storage import DeviceStorage
 from experiments.bench.local_training import IMAGENET, model_of, specs
 from experiments.bench.timing import Models, Repeats, Row, Sizes
 from experiments.command_line import JsonRows
-from experiments.output import as_csv, caption, command, installed
+from experiments.output import as_csv, caption, command, installed, show_written
 from experiments.sweep.results import write_table
 from tapfl.config import PruningOptions
 from tapfl.errors import ConfigError
@@ -125,7 +124,7 @@ def gain(
         made_by = command("bench", "gain", "RUN", "--repeats", str(repeats))
         write_bytes(out / "gain.csv", as_csv(numbers, list(numbers[0])))
         write_table(shown, caption(made_by, [options["seed"]], versions, about), out / "gain.md")
-        print(f"in {out}: gain.csv, gain.md", file=sys.stderr)
+        show_written(out, "gain.csv", "gain.md")
     return numbers if as_json else shown
 
 

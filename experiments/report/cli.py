@@ -23,11 +23,11 @@ def report(
     ] = None,
 ) -> None:
     """Show the result of a run, or compare several runs: one page that opens offline, and its figures as PNG."""
-    from experiments.output import console
+    from experiments.output import show_line
     from experiments.report.reading import read_run
 
     path = write_report([read_run(run) for run in runs], out)
-    console().print(f"the report: {path}", highlight=False, soft_wrap=True)
+    show_line(f"report: {path}")
 
 
 def write_report(runs: Sequence[Run], out: Path | None = None, pictures: bool = True) -> Path:

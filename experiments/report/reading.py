@@ -56,7 +56,7 @@ class ClassCounts(Record):
     @model_validator(mode="after")
     def _one_a_class(self) -> Self:
         if any(len(values) != len(self.classes) for values in vars(self).values() if isinstance(values, list)):
-            raise ValueError("needs one count a class")
+            raise ValueError("needs one count per class")
         return self
 
     @property

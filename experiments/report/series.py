@@ -57,8 +57,7 @@ def curves(run: Run) -> pd.DataFrame:
         {"device": line.device, "round": line.round} | {k: line.accuracy_of(k) for k in kinds}
         for line in run.of(DeviceLine)
     ]
-    found = _carried(lines, start, kinds, "accuracy", _ended(run))
-    return found[found["round"] >= 0]
+    return _carried(lines, start, kinds, "accuracy", _ended(run))
 
 
 def alphas(run: Run) -> pd.DataFrame:
@@ -69,8 +68,7 @@ def alphas(run: Run) -> pd.DataFrame:
     apfl = run.config.get("personalize.method") == "apfl"
     start = {device.device: 0.0 for device in run.equipped if device.rounds and apfl}
     lines = [{"device": line.device, "round": line.round, "α": line.alpha} for line in run.of(DeviceLine)]
-    found = _carried(lines, start, ["α"], "α", _ended(run))
-    return found[found["round"] >= 0]
+    return _carried(lines, start, ["α"], "α", _ended(run))
 
 
 def _ended(run: Run) -> list[int]:
@@ -84,10 +82,10 @@ def _carried(
     name: str,
     rounds: Sequence[int],
 ) -> pd.DataFrame:
-    """Returns device, round, kind and value of every device after every round; round -1 has the values of `start`.
+    """Returns device, round, kind and value of every device after every round.
 
-    A device that did not answer in a round keeps its last value; otherwise means would depend on which devices
-    answered.
+    A device that did not answer in a round keeps its last value, which is that of `start` before its first answer;
+    otherwise means would depend on which devices answered.
 
     Args:
         lines: device, round, and one value for each of `kinds`.
@@ -99,8 +97,8 @@ def _carried(
     found = pd.DataFrame([*first, *lines])
     index = pd.MultiIndex.from_product([[-1, *rounds], list(start)], names=["round", "device"])
     known = found.groupby(["round", "device"])[[*kinds]].last().reindex(index).groupby("device").ffill()
-    long = known.rename_axis(columns="kind").stack().rename(name)
-    return long.reset_index()[["device", "round", "kind", name]]
+    long = known.rename_axis(columns="kind").stack().rename(name).reset_index()
+    return long.loc[long["round"] >= 0, ["device", "round", "kind", name]]
 
 
 def spread(frame: pd.DataFrame, name: str) -> pd.DataFrame:

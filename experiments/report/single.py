@@ -62,7 +62,7 @@ def page_of(run: Run) -> Page:
     unchanged = "" if changed.rows else "All options have their default values."
     sections.append(Section("Options", table=changed, note=unchanged, details=details))
     title = f"{_devices(len(run.devices))} on {source(run)}" if run.devices else f"A run on {source(run)}"
-    where, picker = f"The run's folder: {run.path}", [device.device for device in run.devices]
+    where, picker = f"Run folder: {run.path}", [device.device for device in run.devices]
     return Page(title, lead(run), sections, headline(run), run.missing, where, picker)
 
 
@@ -128,7 +128,7 @@ def _result(run: Run) -> str:
     found = series.accuracies(run)
     mean, gain = found.mean(), found["personal"] - found["pruned"]
     personal, pruned, dense = (mean[stage] for stage in ("personal", "pruned", "dense"))
-    dense_too = f" and {_against(personal - dense)} the dense model ({dense:.3f})" if pd.notna(dense) else ""
+    dense_too = f" and {_against(personal - dense)} that of the dense model ({dense:.3f})" if pd.notna(dense) else ""
     best, lost = found.loc[gain.idxmax()], found.index[gain < 0].tolist()
     worse = f"{named(lost).capitalize()} became less accurate" if lost else "no device became less accurate"
     gained = (
@@ -141,8 +141,8 @@ def _result(run: Run) -> str:
     compared = f" Compared with the reference models: {against}." if against else ""
     return (
         f"On the devices' own test images the mean accuracy of the personal models is {personal:.3f}, "
-        f"{_against(personal - pruned)} the pruned models before training ({pruned:.3f}){dense_too}. {gained} The "
-        f"mean of the worst tenth of the devices is {tenth:.3f}.{compared}"
+        f"{_against(personal - pruned)} that of the pruned models before training ({pruned:.3f}){dense_too}. {gained} "
+        f"The mean over the worst tenth of the devices is {tenth:.3f}.{compared}"
     )
 
 
@@ -151,7 +151,7 @@ def _cost(run: Run) -> str:
     sentences = [f"The devices sent {sent} and received {received}, including the dense backbone."]
     if run.summary:
         full = size(run.summary.full_model_bytes * len(run.equipped))
-        sentences.append(f"Sending the full model in every round would take {full} up.")
+        sentences.append(f"Uploading the full model in every round would take {full}.")
         if simulated := run.summary.simulated_seconds:
             real = sum(run.seconds.values())
             here = f"; on this machine it took {duration(real)}" if real else ""

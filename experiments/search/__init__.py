@@ -1,1 +1,1 @@
-"""Search over the options of a run: budgets are federated rounds, and a rung goes on from the checkpoint before."""
+"""Search over the options of a run. Budgets are federated rounds, and each rung continues from the last checkpoint."""
