@@ -86,8 +86,8 @@ def run(
     folder, again = Path(resolved.out), f"tapfl run --resume {resolved.out}"
     with interruptible(again):
         try:
-            with shown(), engine_of(engine, ray) as carry_out:
-                carry_out(resolved.flat(), resolved.devices.count)
+            with shown(), engine_of(engine, ray) as execute:
+                execute(resolved.flat(), resolved.devices.count)
         except OSError as error:
             begun = (folder / "config.json").is_file()
             go_on = f"; after solving this, continue with: {again}" if begun else ""
@@ -161,8 +161,8 @@ def sweep(
     references([group_of(run.point) for run in planned], options.reference)
     with interruptible("the same command"), only_one(out, "sweep"), ExitStack() as stack:
         stack.enter_context(shown())
-        pool, each = stack.enter_context(federations(engine, runs))
-        failures = run_sweep(planned, out, pool, each, stack.enter_context(stage("runs")))
+        pool, execute = stack.enter_context(federations(engine, runs))
+        failures = run_sweep(planned, out, pool, execute, stack.enter_context(stage("runs")))
     from experiments.figures.figure import write_figure
     from experiments.sweep.picture import learning_curves
     from experiments.sweep.results import caption_of, means_over_seeds, outcomes, write_results, write_table

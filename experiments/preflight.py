@@ -33,7 +33,8 @@ def resolve_run(options: Mapping[str, Any], out: Path, resume: bool) -> RunConfi
         require_same_run(RunFolder(out), config)
     elif Path(config.out).exists():
         raise ConfigError(
-            f"out = {config.out!r}: exists already; give a folder that does not, or continue with --resume {config.out}"
+            f"out = {config.out!r}: exists already; give a folder that does not exist, or continue with "
+            f"--resume {config.out}"
         )
     require_criterion(config.pruning.criterion)
     with stage("checking"):

@@ -43,14 +43,14 @@ def require_same_options(folder: RunFolder, config: RunConfig) -> None:
 
     Options that change no result may differ. So may `train.rounds`, because a run may be continued for more rounds.
     """
-    if odd := differences(binding(folder.config()), binding(config.flat())):
-        raise ConfigError(f"resume: the run in {folder.path} has other options: {'; '.join(odd)}")
+    if changes := differences(binding(folder.config()), binding(config.flat())):
+        raise ConfigError(f"resume: the run in {folder.path} has other options: {'; '.join(changes)}")
 
 
 def require_same_inputs(folder: RunFolder, inputs: Mapping[str, str]) -> None:
     """Raises ConfigError, naming what changed, unless the run in `folder` began with the same `inputs`."""
-    if odd := changed(_noted(folder, INPUTS), inputs):
-        raise ConfigError(f"resume: {'; '.join(odd)}; {ACCEPTED}")
+    if changes := changed(_noted(folder, INPUTS), inputs):
+        raise ConfigError(f"resume: {'; '.join(changes)}; {ACCEPTED}")
 
 
 def require_same_processor(folder: RunFolder, compute: Compute) -> None:

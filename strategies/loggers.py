@@ -252,7 +252,7 @@ class Tracking:
 
     def held(self) -> Held:
         tags = self._client.get_run(self._run_id).data.metrics
-        return {(tag, each.step) for tag in tags for each in self._client.get_metric_history(self._run_id, tag)}
+        return {(tag, point.step) for tag in tags for point in self._client.get_metric_history(self._run_id, tag)}
 
     def add(self, points: Sequence[Point]) -> None:
         from mlflow.entities import Metric

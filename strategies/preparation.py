@@ -63,7 +63,7 @@ class Preparation:
         self.cache = DenseCache(cache_folder(config.cache))
         self.key, self.spec, self.backbone = dense_backbone(config.model, images, config.seed, self.cache, compute)
         self.judge, self.classes = self.backbone, images.classes
-        log(logging.INFO, "dense backbone: ready: %s", self.key)
+        log(logging.INFO, "dense backbone ready: %s", self.key)
 
     def agree(self) -> bool:
         """Gives the backbone a new head of the devices' classes, if `model.head` asks for it; returns whether it does.

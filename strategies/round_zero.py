@@ -232,12 +232,12 @@ def side_by_side(shared: Shared, make: Callable[[Shared, T], R], items: Sequence
             raise KeyboardInterrupt
 
     def made(item: T) -> R:
-        mine = free.get()
+        own = free.get()
         try:
             with shown_on(lambda _: nullcontext(advance)):
-                return make(mine, item)
+                return make(own, item)
         finally:
-            free.put(mine)
+            free.put(own)
 
     threads = ThreadPoolExecutor(at_once, "smaller models", shared.compute.prepare)
     try:

@@ -240,9 +240,9 @@ class Federation:
     def _present(
         self, state: FederationState, replies: Mapping[int, R], t: int
     ) -> tuple[FederationState, dict[int, R]]:
-        state, here, lines = present(state, replies, t)
+        state, active, lines = present(state, replies, t)
         append_lines(self.folder.path, *lines)
-        return state, here
+        return state, active
 
     def aggregate(self, state: FederationState, t: int, replies: Mapping[int, TrainReply]) -> FederationState:
         """Returns the state with the global adapters after round `t`; without answers they do not change."""

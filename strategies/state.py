@@ -180,12 +180,12 @@ def present(
 
     If images do not change, all answers are returned.
     """
-    here = {i: reply for i, reply in replies.items() if not reply.sits_out}
+    active = {i: reply for i, reply in replies.items() if not reply.sits_out}
     names = ("train_samples", "test_samples")
-    counts = {i: dict(zip(names, map(int, reply.images), strict=False)) for i, reply in here.items()}
-    out = replies.keys() - here.keys()
+    counts = {i: dict(zip(names, map(int, reply.images), strict=False)) for i, reply in active.items()}
+    out = replies.keys() - active.keys()
     lines: list[Line] = [AbsenceLine(round=round, device=i, reason="too few images") for i in sorted(out)]
-    return state.with_devices(counts), here, lines
+    return state.with_devices(counts), active, lines
 
 
 def summarise(

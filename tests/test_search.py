@@ -242,7 +242,7 @@ REFUSED = {
     ),
     "bad step": (
         '"metric.size" = { low = 64, high = 200, step = 64 }',
-        "step=64 does not lead from low=64 to high=200",
+        "high=200 minus low=64 is not a multiple of step=64",
     ),
     "misspelt": ('"train.batch" = { low = 1, hihg = 2 }', r"space\.train\.batch\.high: field required"),
     "not a table": ('"train.batch" = [1, 2]', "needs low and high"),

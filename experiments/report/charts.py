@@ -44,13 +44,13 @@ def mark_scales(stages: Sequence[str]) -> dict[str, Any]:
 
 
 def accuracy(run: Run) -> Figure | None:
-    found = series.accuracies(run)
-    if found.empty:
+    frame = series.accuracies(run)
+    if frame.empty:
         return None
-    devices, means, gain = sorted(found.index.tolist()), found.mean().dropna(), found["personal"] - found["pruned"]
-    spans = pd.DataFrame({"low": found.min(axis=1), "high": found.max(axis=1)}).reset_index()
+    devices, means, gain = sorted(frame.index.tolist()), frame.mean().dropna(), frame["personal"] - frame["pruned"]
+    spans = pd.DataFrame({"low": frame.min(axis=1), "high": frame.max(axis=1)}).reset_index()
     long = (
-        found[[stage for stage in reversed(MARKS) if stage in found]]
+        frame[[stage for stage in reversed(MARKS) if stage in frame]]
         .melt(var_name="stage", value_name="accuracy", ignore_index=False)
         .dropna()
     )
@@ -65,25 +65,25 @@ def accuracy(run: Run) -> Figure | None:
         .mark_point()
         .encode(y=y, x=x, **mark_scales(series.stages(run)), opacity=fig.faded(), tooltip=tooltip)
     )
-    best = found.loc[gain.idxmax()]
+    best = frame.loc[gain.idxmax()]
     return Figure(
         "accuracy",
         "Accuracy of each device, from dense to personal",
         f"One line per device, one mark per model. Means: {', '.join(f'{key} {v:.3f}' for key, v in means.items())}. "
         f"Device {best.name} gained most from training: {best['pruned']:.3f} pruned, {best['personal']:.3f} personal.",
         layered(span, points, height=fig.device_height(devices)),
-        {"spans": spans, "accuracies": long.join(found.add_prefix("of ")).reset_index()},
-        found.reset_index(),
+        {"spans": spans, "accuracies": long.join(frame.add_prefix("of ")).reset_index()},
+        frame.reset_index(),
         wide=True,
     )
 
 
 def curves(run: Run) -> Figure | None:
-    found = series.curves(run)
-    if found.empty:
+    frame = series.curves(run)
+    if frame.empty:
         return None
-    means = series.spread(found, "accuracy")
-    legend = alt.Legend(values=sorted(set(found["kind"]), key=series.KINDS.index), symbolOpacity=1)
+    means = series.spread(frame, "accuracy")
+    legend = alt.Legend(values=sorted(set(frame["kind"]), key=series.KINDS.index), symbolOpacity=1)
     colour = alt.Color("kind:N", scale=alt.Scale(domain=list(MARKS)), legend=legend)
     mean = chart("means").encode(x=fig.round_axis(means["round"]), color=colour)
     own = chart("devices").encode(x=fig.round_axis(means["round"]), y="accuracy:Q", color=colour)
@@ -104,22 +104,22 @@ def curves(run: Run) -> Figure | None:
             own.mark_point(size=50).encode(tooltip=tips("device:O", "round:Q", "kind:N", "accuracy:Q||.3f")),
             height=300,
         ),
-        {"means": means, "devices": found},
-        pd.concat([means.rename(columns={"mean": "accuracy"}).assign(device="mean"), found]),
+        {"means": means, "devices": frame},
+        pd.concat([means.rename(columns={"mean": "accuracy"}).assign(device="mean"), frame]),
         columns=("device", "round", "kind", "accuracy"),
         hint=ZOOM,
     )
 
 
 def alpha(run: Run) -> Figure | None:
-    found = series.alphas(run)
-    if found.empty:
+    frame = series.alphas(run)
+    if frame.empty:
         return None
-    x = fig.round_axis(found["round"])
+    x = fig.round_axis(frame["round"])
     own = chart("devices").encode(x=x, y=fig.value_axis("α", "α"))
     dots = alt.condition(PICKED, alt.value(0.4), alt.value(0.0))
     mean = chart("means").encode(x=x, y="mean:Q", color=alt.value(alt.ExprRef("ink")))
-    last = found["α"][found["round"] == found["round"].max()]
+    last = frame["α"][frame["round"] == frame["round"].max()]
     return Figure(
         "alpha",
         "α, the weight of a device's own adapters in the interpolation",
@@ -133,7 +133,7 @@ def alpha(run: Run) -> Figure | None:
             mean.mark_line(strokeDash=[6, 4]).encode(opacity=fig.unless_picked(0.35), tooltip=_spread_tips("α")),
             height=300,
         ),
-        {"devices": found, "means": series.spread(found, "α")},
+        {"devices": frame, "means": series.spread(frame, "α")},
         columns=("device", "round", "α"),
         hint=ZOOM,
     )
@@ -143,23 +143,23 @@ def oracle(run: Run) -> Figure | None:
     used = {record.device: record.alpha for record in run.equipped if record.device in run.alphas}
     if not used:
         return None
-    found = pd.DataFrame([{"device": i, "best": run.alphas[i].best, "α": alpha} for i, alpha in used.items()])
+    frame = pd.DataFrame([{"device": i, "best": run.alphas[i].best, "α": alpha} for i, alpha in used.items()])
     span, ends = alt.Scale(domain=[0, 1]), [{"best": 0, "α": 0}, {"best": 1, "α": 1}]
     x = alt.X("best:Q", title="best α on the device's test images (oracle)", scale=span)
     y = alt.Y("α:Q", title="α in use", scale=span)
     line = chart("equal").mark_line(strokeDash=[6, 4], strokeWidth=1).encode(x=x, y=y, opacity=alt.value(0.5))
     points = chart("devices").mark_point(size=70).encode(x=x, y=y, opacity=fig.faded())
     alphas = next(iter(run.alphas.values())).alpha
-    means = np.mean([each.accuracy for each in run.alphas.values() if each.alpha == alphas], axis=0)
+    means = np.mean([device.accuracy for device in run.alphas.values() if device.alpha == alphas], axis=0)
     by_alpha = ", ".join(f"{a:g}: {mean:.3f}" for a, mean in zip(alphas, means, strict=True))
     return Figure(
         "alpha-oracle",
         "α in use against the best α on the test images (oracle)",
-        f"One mark per device; on the dashed line both are equal. Means: {found['α'].mean():.3f} in use, "
-        f"{found['best'].mean():.3f} best. The oracle is for comparison only: no choice uses the test images, and with "
+        f"One mark per device; on the dashed line both are equal. Means: {frame['α'].mean():.3f} in use, "
+        f"{frame['best'].mean():.3f} best. The oracle is for comparison only: no choice uses the test images, and with "
         f"few test images the oracle is noisy. Mean test accuracy if all devices use the same α: {by_alpha}.",
         layered(line, points.encode(tooltip=tips("device:O", "best:Q|best α|.2f", "α:Q||.3f")), height=300),
-        {"devices": found, "equal": ends},
+        {"devices": frame, "equal": ends},
     )
 
 
@@ -171,11 +171,11 @@ def _spread_tips(name: str) -> list[alt.Tooltip]:
 
 
 def traffic(run: Run) -> Figure | None:
-    found = series.bytes_by_kind(run)
-    if found.empty:
+    frame = series.bytes_by_kind(run)
+    if frame.empty:
         return None
-    found["what"] = found["kind"] + " " + found["direction"]
-    sums = found.groupby("what", sort=False)["bytes"].sum().sort_values(ascending=False, kind="stable")
+    frame["what"] = frame["kind"] + " " + frame["direction"]
+    sums = frame.groupby("what", sort=False)["bytes"].sum().sort_values(ascending=False, kind="stable")
     order = sorted(sums.index, key=lambda what: what.endswith(" down"))
     shown = "datum.bytes < 1e6 ? format(datum.bytes / 1e3, '.1f') + ' kB' : format(datum.bytes / 1e6, '.2f') + ' MB'"
     base = (
@@ -194,7 +194,7 @@ def traffic(run: Run) -> Figure | None:
         "Bytes by kind and direction",
         f"The devices sent {sent} and received {received}. The largest parts are {most}.",
         layered(*bars, height=30 * len(order)),
-        {"bytes": found},
+        {"bytes": frame},
         columns=("device", "direction", "kind", "bytes"),
     )
 
@@ -233,19 +233,19 @@ def real_rounds(run: Run) -> Figure | None:
 
 
 def simulated_rounds(run: Run) -> Figure | None:
-    found, devices = series.simulated_rounds(run), series.simulated_devices(run)
-    if not found["seconds"].any():
+    frame, devices = series.simulated_rounds(run), series.simulated_devices(run)
+    if not frame["seconds"].any():
         return None
     title, axis = "simulated seconds", "round (0: round zero)"
     bars = _round_bars("rounds", title, axis, "slowest:O|slowest device").encode(opacity=fig.unless_picked(0.3))
     return Figure(
         "simulated-rounds",
         "Simulated time of each round, set by its slowest device",
-        f"On devices with these profiles the run would take {duration(found['seconds'].sum())}, of which round zero "
-        f"takes {duration(found['seconds'].iloc[0])}. For a selected device, its own time in each round is shown too.",
+        f"On devices with these profiles the run would take {duration(frame['seconds'].sum())}, of which round zero "
+        f"takes {duration(frame['seconds'].iloc[0])}. For a selected device, its own time in each round is shown too.",
         layered(bars, _round_bars("devices", title, axis, "device:O").transform_filter(ONE_PICKED), height=220),
-        {"rounds": found, "devices": devices},
-        pd.concat([found, devices]),
+        {"rounds": frame, "devices": devices},
+        pd.concat([frame, devices]),
     )
 
 

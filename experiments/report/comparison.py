@@ -113,8 +113,8 @@ def _results(runs: dict[str, Run], options: Sequence[str]) -> Table:
 
 def _stages(runs: dict[str, Run]) -> Figure:
     means = pd.DataFrame({name: series.accuracies(run).mean() for name, run in runs.items()})
-    found = means.rename_axis("stage").melt(var_name="run", value_name="accuracy", ignore_index=False)
-    found = found.dropna().reset_index()[["run", "stage", "accuracy"]]
+    frame = means.rename_axis("stage").melt(var_name="run", value_name="accuracy", ignore_index=False)
+    frame = frame.dropna().reset_index()[["run", "stage", "accuracy"]]
     x = alt.X("accuracy:Q", title="mean accuracy", scale=alt.Scale(zero=False, padding=8))
     y = alt.Y("run:N", sort=None, title=None, axis=alt.Axis(labelLimit=220, grid=True))
     drawn = (
@@ -127,17 +127,17 @@ def _stages(runs: dict[str, Run]) -> Figure:
         "Mean accuracy of each run, from dense to personal",
         f"Personal: {'; '.join(f'{name} {value:.3f}' for name, value in means.loc['personal'].items())}.",
         drawn.encode(tooltip=tips("run:N", "stage:N", "accuracy:Q||.3f")).properties(height=(fig.LINE + 4) * len(runs)),
-        {"means": found[::-1]},
-        found,
+        {"means": frame[::-1]},
+        frame,
         wide=True,
     )
 
 
 def _curves(runs: dict[str, Run]) -> list[Figure]:
-    found = pd.concat([curve(run).assign(run=name) for name, run in runs.items()])
-    last = found.groupby("run", sort=False).last()
+    frame = pd.concat([curve(run).assign(run=name) for name, run in runs.items()])
+    last = frame.groupby("run", sort=False).last()
     figures = []
-    for axis, what in AXES.items() if len(found) else ():
+    for axis, what in AXES.items() if len(frame) else ():
         where = "after round {:.0f}" if axis == "round" else f"at {{:.4g}} {TITLES[axis]}"
         ends = [
             f"{name}: {row['accuracy']:.3f} {where.format(row[axis])}" for name, row in last.to_dict("index").items()
@@ -146,8 +146,8 @@ def _curves(runs: dict[str, Run]) -> list[Figure]:
             f"curves-over-{axis.lower()}",
             f"Mean personal accuracy over {what}",
             f"One line per run. {'; '.join(ends)}.",
-            layered(*_lines(found, list(runs), axis), height=340),
-            {"curves": found},
+            layered(*_lines(frame, list(runs), axis), height=340),
+            {"curves": frame},
             columns=list(dict.fromkeys(("run", "round", axis, "accuracy"))),
             wide=True,
             hint=ZOOM,
@@ -158,10 +158,10 @@ def _curves(runs: dict[str, Run]) -> list[Figure]:
     return figures
 
 
-def _lines(found: pd.DataFrame, runs: Sequence[str], axis: str) -> list[alt.Chart]:
+def _lines(frame: pd.DataFrame, runs: Sequence[str], axis: str) -> list[alt.Chart]:
     scale = alt.Scale(nice=False, zero=False, padding=8)
     x = alt.X(f"{axis}:Q", title=TITLES[axis], scale=scale, axis=alt.Axis(grid=False))
-    x, styles = fig.round_axis(found["round"]) if axis == "round" else x, fig.line_styles("run", runs, _legend(runs))
+    x, styles = fig.round_axis(frame["round"]) if axis == "round" else x, fig.line_styles("run", runs, _legend(runs))
     y = fig.value_axis("accuracy", "mean personal accuracy")
     base = chart("curves").encode(x=x, y=y, color=styles["color"])
     tooltip = tips("run:N", "round:Q", f"{axis}:Q||.4~g", "accuracy:Q||.3f")
@@ -179,8 +179,8 @@ def _legend(runs: Sequence[str]) -> alt.Legend:
 
 def _devices(runs: dict[str, Run]) -> Figure:
     tables = [series.accuracies(run)[["pruned", "personal"]].reset_index() for run in runs.values()]
-    found = pd.concat([table.assign(run=name) for name, table in zip(runs, tables, strict=True)])
-    devices, names, apart = fig.devices_of(found), list(runs), len(runs) <= MOST_APART
+    frame = pd.concat([table.assign(run=name) for name, table in zip(runs, tables, strict=True)])
+    devices, names, apart = fig.devices_of(frame), list(runs), len(runs) <= MOST_APART
     title, scale = "personal accuracy on the device's own test images", alt.Scale(zero=False, padding=8)
     drawn = (
         chart("devices")
@@ -195,7 +195,7 @@ def _devices(runs: dict[str, Run]) -> Figure:
     )
     if apart:
         drawn = drawn.encode(yOffset=alt.YOffset("run:N", sort=None, scale=alt.Scale(domain=names, paddingOuter=1)))
-    ends = found.groupby("device")["personal"].agg(["min", "max"])
+    ends = frame.groupby("device")["personal"].agg(["min", "max"])
     most = (ends["max"] - ends["min"]).idxmax()
     return Figure(
         "devices-by-run",
@@ -203,7 +203,7 @@ def _devices(runs: dict[str, Run]) -> Figure:
         f"One line per device, one mark per run. The runs differ most on device {most}: {ends['min'][most]:.3f} to "
         f"{ends['max'][most]:.3f}.",
         layered(drawn, height=(1 + len(names) // 3 if apart else 1) * fig.device_height(devices)),
-        {"devices": found},
+        {"devices": frame},
         columns=("run", "device", "pruned", "personal"),
         wide=True,
     )

@@ -32,28 +32,28 @@ KEPT = {"attention": ("the attention", "head dimensions"), "ffn": ("the FFN", "h
 
 
 def partition(run: Run) -> Figure | None:
-    found = series.partition(run)
-    if found.empty:
+    frame = series.partition(run)
+    if frame.empty:
         return None
-    devices, classes = devices_of(found), _class_names(run.images.values())
-    held = [int((part > 0).sum()) for _, part in found.groupby("device")["train"]]
+    devices, classes = devices_of(frame), _class_names(run.images.values())
+    held = [int((part > 0).sum()) for _, part in frame.groupby("device")["train"]]
     few = " to ".join(dict.fromkeys((str(min(held)), str(max(held)))))
     tooltip = tips("device:O", "class:N", "train:Q|training", "test:Q|test")
-    cells = _cells("train:Q|training images|d", found["train"].max(), devices, _class_axis(classes), tooltip)
+    cells = _cells("train:Q|training images|d", frame["train"].max(), devices, _class_axis(classes), tooltip)
     return Figure(
         "partition",
         "Training images by device and class",
-        f"{found['train'].sum()} training images. Each device holds {few} of {len(classes)} classes.",
+        f"{frame['train'].sum()} training images. Each device holds {few} of {len(classes)} classes.",
         layered(*cells, height=device_height(devices)),
-        {"cells": found},
+        {"cells": frame},
     )
 
 
 def coverage(run: Run) -> Figure | None:
-    found = series.coverage(run)
-    if found.empty:
+    frame = series.coverage(run)
+    if frame.empty:
         return None
-    devices = devices_of(found)
+    devices = devices_of(frame)
     tooltip = tips(
         *("device:O", "own share:Q|of its own classes|.1%", "by chance:Q|of the pool|.1%"),
         *("covered:Q|classes covered", "own classes:Q", "not covered:N"),
@@ -62,28 +62,28 @@ def coverage(run: Run) -> Figure | None:
     x = alt.X("own share:Q", title="share of the metric set", axis=alt.Axis(format="%", tickCount=5), scale=share)
     base = chart("devices").encode(y=device_axis(devices), opacity=faded(), tooltip=tooltip)
     bars, chance = base.mark_bar(height={"band": 0.45}).encode(x=x), base.mark_tick(size=14).encode(x="by chance:Q")
-    worst, lacking = found.loc[found["own share"].idxmin()], int((found["not covered"] != "").sum())
-    covered = f"{lacking} of {len(found)} devices have classes that no image covers"
+    worst, lacking = frame.loc[frame["own share"].idxmin()], int((frame["not covered"] != "").sum())
+    covered = f"{lacking} of {len(frame)} devices have classes that no image covers"
     return Figure(
         "coverage",
         "Share of each metric set in the device's own classes",
         "Bars show how many of the public images chosen for a device belong to its own classes. Ticks show the same "
         "share of the whole pool, which a random choice would have. The mean is "
-        f"{found['own share'].mean():.1%}, against {found['by chance'].mean():.1%} of the pool; the lowest is "
+        f"{frame['own share'].mean():.1%}, against {frame['by chance'].mean():.1%} of the pool; the lowest is "
         f"{worst['own share']:.1%} (device {worst['device']}); "
         f"{covered if lacking else 'all classes of all devices are covered'}.{_one_component(run)}",
         layered(bars, chance, height=device_height(devices)),
-        {"devices": found},
+        {"devices": frame},
         wide=True,
     )
 
 
 def effective(run: Run) -> Figure | None:
     """Returns the effective size of each metric set, unless the devices' classes are known and `coverage` is shown."""
-    found = series.effective_sizes(run)
-    if found.empty or not series.coverage(run).empty:
+    frame = series.effective_sizes(run)
+    if frame.empty or not series.coverage(run).empty:
         return None
-    devices, worst = devices_of(found), found.loc[found["share"].idxmin()]
+    devices, worst = devices_of(frame), frame.loc[frame["share"].idxmin()]
     tooltip = tips("device:O", "effective:Q|effective size|.1f", "size:Q|images", "share:Q|effective share|.1%")
     axis = alt.Axis(format="%", tickCount=5)
     x = alt.X("share:Q", title="effective share of the metric set", axis=axis, scale=alt.Scale(domain=[0, 1]))
@@ -94,10 +94,10 @@ def effective(run: Run) -> Figure | None:
         "The public images belong to none of the devices' classes, so images of these classes cannot be counted. The "
         "figure shows the effective sample size of the metric set (Kish) as a share of its images; each image is "
         "weighted by how much likelier it is on the device than in the pool. A low share means that only a few of the "
-        f"images are likely on the device. The mean is {found['share'].mean():.1%}; the lowest is "
+        f"images are likely on the device. The mean is {frame['share'].mean():.1%}; the lowest is "
         f"{worst['share']:.1%} (device {int(worst['device'])}).{_one_component(run)}",
         layered(bars.encode(tooltip=tooltip), height=device_height(devices)),
-        {"devices": found},
+        {"devices": frame},
         wide=True,
     )
 
@@ -115,21 +115,21 @@ def _one_component(run: Run) -> str:
 
 
 def metric_classes(run: Run) -> Figure | None:
-    found = series.metric_classes(run).drop(columns="pool")
-    found = found[(found["images"] > 0) | found["own"]]
-    if found.empty:
+    frame = series.metric_classes(run).drop(columns="pool")
+    frame = frame[(frame["images"] > 0) | frame["own"]]
+    if frame.empty:
         return None
-    devices, classes = devices_of(found), _class_names(run.metric_sets.values())
+    devices, classes = devices_of(frame), _class_names(run.metric_sets.values())
     axis = _class_axis(classes)
     tooltip = tips("device:O", "class:N", "images:Q|images of its metric set", "own:N|own class")
-    frame = 1.5 if max(len(classes), len(devices)) <= CELL_LABELS else 0.6
+    border = 1.5 if max(len(classes), len(devices)) <= CELL_LABELS else 0.6
     own = (
         chart("own")
-        .mark_rect(filled=False, stroke=alt.ExprRef("ink"), strokeWidth=frame, strokeOpacity=0.8, fillOpacity=0)
+        .mark_rect(filled=False, stroke=alt.ExprRef("ink"), strokeWidth=border, strokeOpacity=0.8, fillOpacity=0)
         .encode(y=device_axis(devices, GAP), x=axis, opacity=faded(), tooltip=tooltip)
     )
-    missed = int((found["images"] == 0).sum())
-    cells = _cells("images:Q|images|d", found["images"].max(), devices, axis, tooltip)
+    missed = int((frame["images"] == 0).sum())
+    cells = _cells("images:Q|images|d", frame["images"].max(), devices, axis, tooltip)
     return Figure(
         "metric-classes",
         "Classes covered by each metric set",
@@ -138,53 +138,53 @@ def metric_classes(run: Run) -> Figure | None:
             f"{missed} of the framed cells are empty."
             if missed
             else "No framed cell is empty."
-            if found["own"].any()
+            if frame["own"].any()
             else "The devices' own classes are not known."
         ),
         layered(*cells, own, height=device_height(devices)),
-        {"cells": found[found["images"] > 0], "own": found[found["own"]]},
-        found,
+        {"cells": frame[frame["images"] > 0], "own": frame[frame["own"]]},
+        frame,
     )
 
 
 def kept(run: Run, kind: str) -> Figure | None:
     """Returns the kept widths of all layers of one kind, ``attention`` or ``ffn``."""
-    found = series.widths(run)
-    found = found[found["kind"] == kind]
-    if found.empty:
+    frame = series.widths(run)
+    frame = frame[frame["kind"] == kind]
+    if frame.empty:
         return None
     of, units = KEPT[kind]
-    mean = found.groupby("block", sort=False)["share"].mean()
+    mean = frame.groupby("block", sort=False)["share"].mean()
     most, least = mean.idxmax(), mean.idxmin()
-    said = (
+    caption = (
         f"Share of the {units} that is kept. On average {most} keeps the most ({mean[most]:.0%}) and {least} the "
         f"least ({mean[least]:.0%})."
     )
-    return _by_block(f"kept-{kind}", f"Kept width of {of} by layer", said, found, ("width", "dense width"))
+    return _by_block(f"kept-{kind}", f"Kept width of {of} by layer", caption, frame, ("width", "dense width"))
 
 
 def merged(run: Run) -> Figure | None:
     """Returns the share of an image's tokens that the FFN of each block sees, if any tokens are merged."""
-    found = series.widths(run)
-    found = found[found["kind"] == "ffn"]
-    found = found.assign(share=found["tokens"] / found["dense tokens"])
-    if not (found["share"] < 1).any():
+    frame = series.widths(run)
+    frame = frame[frame["kind"] == "ffn"]
+    frame = frame.assign(share=frame["tokens"] / frame["dense tokens"])
+    if not (frame["share"] < 1).any():
         return None
-    said = "Share of an image's tokens that remain after the attention of each block."
-    return _by_block("tokens", "Tokens by block", said, found, ("tokens", "dense tokens"))
+    caption = "Share of an image's tokens that remain after the attention of each block."
+    return _by_block("tokens", "Tokens by block", caption, frame, ("tokens", "dense tokens"))
 
 
-def _by_block(key: str, title: str, said: str, found: pd.DataFrame, of: tuple[str, str]) -> Figure:
+def _by_block(key: str, title: str, caption: str, frame: pd.DataFrame, of: tuple[str, str]) -> Figure:
     """Returns a heat map of `share` by device and block; `of` are the columns of the kept and the dense value."""
-    devices, places = devices_of(found), _places(list(dict.fromkeys(found["block"])))
-    cells = found.assign(text=found["share"].map("{:.0%}".format), place=found["block"].map(places))
+    devices, places = devices_of(frame), _places(list(dict.fromkeys(frame["block"])))
+    cells = frame.assign(text=frame["share"].map("{:.0%}".format), place=frame["block"].map(places))
     scale = alt.Scale(domain=list(places.values()), paddingInner=GAP)
     axis = alt.X("place:N", title="block", scale=scale, axis=alt.Axis(labelAngle=0))
     tooltip = tips("device:O", "layer:N", *(f"{name}:N" for name in of), "share:Q|kept|.0%")
     return Figure(
         key,
         title,
-        said,
+        caption,
         layered(*_cells("share:Q|kept share|.0%", 1, devices, axis, tooltip, "text:N"), height=device_height(devices)),
         {"cells": cells},
         columns=("device", "layer", *of, "share"),

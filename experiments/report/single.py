@@ -125,18 +125,18 @@ def differences(run: Run) -> str:
 
 
 def _result(run: Run) -> str:
-    found = series.accuracies(run)
-    mean, gain = found.mean(), found["personal"] - found["pruned"]
+    frame = series.accuracies(run)
+    mean, gain = frame.mean(), frame["personal"] - frame["pruned"]
     personal, pruned, dense = (mean[stage] for stage in ("personal", "pruned", "dense"))
     dense_too = f" and {_against(personal - dense)} that of the dense model ({dense:.3f})" if pd.notna(dense) else ""
-    best, lost = found.loc[gain.idxmax()], found.index[gain < 0].tolist()
+    best, lost = frame.loc[gain.idxmax()], frame.index[gain < 0].tolist()
     worse = f"{named(lost).capitalize()} became less accurate" if lost else "no device became less accurate"
     gained = (
         f"Training helped device {best.name} most, from {best['pruned']:.3f} to {best['personal']:.3f}; {worse}."
         if gain.max() > 0
         else "Training helped no device."
     )
-    tenth = found["personal"].nsmallest(-(-len(found) // 10)).mean()
+    tenth = frame["personal"].nsmallest(-(-len(frame) // 10)).mean()
     against = "; ".join(f"{name} {test}" for name, test in against_references(run.equipped).items())
     compared = f" Compared with the reference models: {against}." if against else ""
     return (
@@ -239,10 +239,10 @@ def events(run: Run) -> Table:
     for absence in run.of(AbsenceLine):
         groups["absence", "rounds", absence.reason].append((absence.device, str(absence.round)))
     rows = []
-    for (what, where, reason), found in sorted(groups.items(), key=lambda group: -len(group[1])):
-        devices, rounds = sorted({i for i, _ in found}), sorted({t for _, t in found}, key=lambda t: (len(t), t))
+    for (what, where, reason), entries in sorted(groups.items(), key=lambda group: -len(group[1])):
+        devices, rounds = sorted({i for i, _ in entries}), sorted({t for _, t in entries}, key=lambda t: (len(t), t))
         place = f"rounds {_some(rounds)}" if where == "rounds" else where
-        rows.append([what, place, str(len(found)), _some(devices), reason])
+        rows.append([what, place, str(len(entries)), _some(devices), reason])
     return Table(("what", "where", "times", "devices", "reason"), rows, words={0, 1, 3, 4})
 
 

@@ -169,7 +169,7 @@ def _numbers(read: _Range, default: Scalar) -> tuple[BaseDistribution, list[floa
     if any(value % 1 for value in (low, high, step or 1)):
         raise ConfigError(f": this option takes whole numbers, got low={low:g}, high={high:g}, step={step}")
     if step and (high - low) % step:
-        raise ConfigError(f": step={step:g} does not lead from low={low:g} to high={high:g}")
+        raise ConfigError(f": high={high:g} minus low={low:g} is not a multiple of step={step:g}")
     return IntDistribution(int(low), int(high), log=read.log, step=int(step or 1)), [int(low), int(high)]
 
 
