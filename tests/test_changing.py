@@ -176,7 +176,7 @@ def test_images_come_and_go_between_rounds_and_a_killed_run_resumes(writers: Pat
     assert [device.failures for device in summary.devices] == [0, 1, 0]  # because bob has no mixture to send
     drifts = {line.device: line.drift for line in lines if isinstance(line, DriftLine)}
     assert drifts.keys() == {0, 2} and min(drifts.values()) > 0 and bob.drift is None  # bob could not be asked
-    assert "Their mixtures have moved by" in differences(read_run(whole))
+    assert "their mixtures have moved by" in differences(read_run(whole))
     assert summary.drift == pytest.approx(np.mean([*drifts.values()]))
     noted = json.loads((whole / "devices" / "00" / "images.json").read_text())
     assert set(noted["left_out"]) == {"three"} and sum(noted["train"]) + sum(noted["test"]) == 110

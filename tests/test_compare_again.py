@@ -165,7 +165,7 @@ def test_an_edited_plugin_criterion_counts_as_another_one(place: Path, monkeypat
 @pytest.mark.parametrize("damage", [Path.unlink, lambda file: file.write_text("{}")], ids=["missing", "damaged"])
 def test_cells_of_unknown_origin_are_not_returned(damage: Callable[[Path], object], place: Path) -> None:
     damage(place / "out" / FILE)
-    assert f"lacks {FILE}" in refused(place)
+    assert f"{FILE}, the origin of its cells, is missing or damaged" in refused(place)
 
 
 def test_a_folder_without_finished_cells_takes_any_comparison(place: Path) -> None:

@@ -114,7 +114,7 @@ def test_actors_on_other_processors_are_named_or_refused(caplog: pytest.LogCaptu
     pool.processors.add((processors()[0], "another GPU"))
     pool._require_one_kind({"compute.deterministic": True})  # their CPUs are of one kind
     pool._require_one_kind({"compute.device": "auto"})
-    assert "depend in the last bits" in caplog.text and "another GPU" in caplog.text
+    assert "the last bits of results depend" in caplog.text and "another GPU" in caplog.text
     with pytest.raises(ConfigError, match=r"compute\.deterministic = true: there are .*another GPU"):
         pool._require_one_kind({"compute.device": "auto", "compute.deterministic": True})
 

@@ -46,7 +46,7 @@ def test_more_gpus_than_available_and_odd_numbers_are_refused(monkeypatch: pytes
     with pytest.raises(ConfigError, match="--actor-gpus 2: this machine has 1 GPUs"):
         require_gpus("flower", RayOptions(actor_gpus=2.0), ["cuda"])
     monkeypatch.setattr("ray.nodes", lambda: [])
-    with pytest.raises(ConfigError, match=r"--actor-gpus 1\.5: .*accepted: a share below 1, 1, 2"):
+    with pytest.raises(ConfigError, match=r"--actor-gpus 1\.5: .*accepted: a fraction below 1, or 1, 2"):
         ActorPool(gpus=1.5)._room()
 
 

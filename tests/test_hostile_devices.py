@@ -96,7 +96,7 @@ def test_a_second_device_with_the_same_number_is_ignored(
     node_ids = itertools.count(1)
     monkeypatch.setattr("secrets.randbits", lambda bits: next(node_ids))  # nodes are met in the order of their ids
     _, lines = federation(tmp_path, lying(liar, HelloReply, lambda r: replace(r, partition_id=said)))
-    assert "is there already; left out" in caplog.text
+    assert "because another node is device" in caplog.text
     assert {line["devices"] for line in lines if line["kind"] == "round"} == {there}
 
 

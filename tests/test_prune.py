@@ -48,7 +48,7 @@ def test_a_backbone_is_pruned_saved_and_shown(tmp_path: Path, how: tuple[str, st
     assert said["provenance"]["criterion"] == criterion and said["provenance"]["compensation"] == compensation
     assert sum(parameter.numel() for parameter in load_pruned(tmp_path / "small").parameters()) == said["params"]
     shown = tapfl("inspect", str(tmp_path / "small"), "--picture", str(tmp_path / "widths.png"))
-    assert "blocks.1.mlp" in shown and "ms an image" in shown and f"criterion = {criterion}" in shown
+    assert "blocks.1.mlp" in shown and "ms per image" in shown and f"criterion = {criterion}" in shown
     assert (tmp_path / "widths.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -152,7 +152,7 @@ def test_a_plan_is_applied_to_other_weights(vit: Tiny, tmp_path: Path) -> None:
         (("model.weights={}/w.pth", "model.name=deit_tiny_patch16_224"), "the plan is for vit_tiny_patch16_224"),
         (
             ("model.weights={}/w.pth", "model.head=rows", "model.head-rows={}/rows.json"),
-            "a plan knows the number of classes",
+            "a plan has only the number of classes",
         ),
         (("model.weights=hub",), r"the head has \d+ classes, but the plan 10"),
     ],

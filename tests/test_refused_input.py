@@ -52,7 +52,7 @@ REFUSED = {
     "rounds without end": ("train.rounds=1000000000000000000000000000000", "train.rounds = 1", "less than or equal to"),
     "batch without end": ("train.batch=1000000000000000000000000000000", "train.batch = 1", "less than or equal to"),
     "devices without end": ("devices.count=1000000000000", "devices.count = 1000000000000", "less than or equal"),
-    "a rank without end": ("devices.ranks=4,6,1000000", "rank 1000000", "at most that"),
+    "a rank without end": ("devices.ranks=4,6,1000000", "rank 1000000", "accepted: ≤ 256"),
     "images too small": ("data.image-size=64", "data.image-size: is not an option", "public-share"),
     "a crop of nothing": ("model.crop-pct=-0.5", "model.crop-pct = -0.5", "greater than or equal to 0"),
     "four channels": ("model.args=img_size=8,patch_size=2,in_chans=4", "in_chans=4", "1 (grey) or 3 (colour)"),

@@ -157,7 +157,7 @@ def test_a_sweep_continues_for_more_rounds_but_not_with_other_options(tmp_path: 
 
 def test_an_option_in_which_runs_differ_cannot_be_set_for_all(file: Path) -> None:
     assert read_sweep(file, {"train.rounds": 7})[0][0].options["train.rounds"] == 7
-    with pytest.raises(ConfigError, match=r"--set seed: the runs of .* differ in it"):
+    with pytest.raises(ConfigError, match=r"--set seed: the runs of .* differ in this option"):
         read_sweep(file, {"seed": 3})
 
 

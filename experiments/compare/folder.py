@@ -80,7 +80,7 @@ def require_same(before: Origin | None, now: Origin, out: Path) -> Origin:
         ConfigError: naming every difference of `now`.
     """
     if before is None:
-        raise ConfigError(f"--out {out}: {FILE}, the origin of its cells, is missing; give another --out")
+        raise ConfigError(f"--out {out}: {FILE}, the origin of its cells, is missing or damaged; give another --out")
     both = {name: fingerprint for name, fingerprint in now.contents.items() if name in before.contents}
     odd = differences(before.options, now.options) + changed(before.contents, both, "its cells were measured")
     if odd:
