@@ -53,7 +53,7 @@ class Preparation:
         key: name of the backbone in the caches.
         backbone: the dense backbone as devices have it, with a head of `classes`.
         judge: the same backbone with the head whose predictions are used in round zero. It differs from `backbone`
-            only if `agree` has given that a new head (`tapfl.models.new_head`).
+            only if `agree` has given `backbone` a new head (`tapfl.models.new_head`).
     """
 
     def __init__(

@@ -175,8 +175,7 @@ def evaluated(
 def present(
     state: FederationState, replies: Mapping[int, R], round: int
 ) -> tuple[FederationState, dict[int, R], list[Line]]:
-    """Handles changing images: returns the state with the present numbers of images, the answers of devices that have
-    enough images, and lines for the others.
+    """Returns the state with current numbers of images, answers of devices with enough images, and lines for others.
 
     If images do not change, all answers are returned.
     """

@@ -104,7 +104,7 @@ def test_scikit_learn_reveals_an_image_and_ours_does_not(
 
 def test_a_device_with_copies_of_few_images_is_refused(scenario: Scenario) -> None:
     points = describe(scenario, np.repeat(own_images(scenario, 0)[:4], 16, axis=0))
-    with pytest.raises(DataError, match="4 different samples"):
+    with pytest.raises(DataError, match="4 distinct samples"):
         device_mixture(points, SummaryOptions(), 0, 0)
 
 

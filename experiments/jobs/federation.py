@@ -190,7 +190,7 @@ def keep(run: Path, shared: tuple[Path, Path]) -> None:
 
 
 def name_of(config: RunConfig) -> str:
-    """Returns a name that runs have in common if and only if they have the same plans."""
+    """Returns a name that all runs with the same plans share."""
     return shared_folders(config, Path())[1].name
 
 

@@ -283,6 +283,11 @@ def _lacking(ids: Collection[int], found: Collection[int]) -> str:
 
 
 def named(ids: Sequence[int]) -> str:
-    """Returns ``device 3`` or ``devices 0, 1, 2``; at most 12 ids are listed, then ``and 8 more``."""
-    shown = ", ".join(map(str, ids[:12])) + (f" and {len(ids) - 12} more" if len(ids) > 12 else "")
-    return f"device {shown}" if len(ids) == 1 else f"devices {shown}"
+    """Returns ``device 3`` or ``devices 0, 1, 2``; of many devices as `listed`."""
+    return f"device{'' if len(ids) == 1 else 's'} {listed(ids)}"
+
+
+def listed(values: Sequence[object], most: int = 12) -> str:
+    """Returns values as text: the first 12, and how many more there are."""
+    shown = ", ".join(map(str, values[:most]))
+    return f"{shown} and {len(values) - most} more" if len(values) > most else shown

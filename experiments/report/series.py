@@ -147,7 +147,7 @@ def _layers(spec: str) -> list[PrunableLayer]:
 
 
 def metric_classes(run: Run) -> pd.DataFrame:
-    """Returns device, class, images and pool (counts in its metric set and in the pool), own (has the device it)."""
+    """Returns device, class, images and pool (counts in metric set and pool), and own (whether the device has it)."""
     rows = [
         (i, *counts, counts[0] in own)
         for i, chosen in run.metric_sets.items()

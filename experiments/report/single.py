@@ -13,7 +13,7 @@ from experiments.figures.figure import Figure
 from experiments.figures.page import Page, Section, Table
 from experiments.output import count, duration, size
 from experiments.report import charts, heatmaps, series
-from experiments.report.reading import Run, named
+from experiments.report.reading import Run, listed, named
 from experiments.report.warnings import warnings_of
 from experiments.statistics import against_references
 from strategies.records import AbsenceLine, FailureLine
@@ -197,7 +197,7 @@ def devices(run: Run) -> Table:
     for device in run.devices:
         data = {
             "device": str(device.device),
-            "id": _some(run.images[device.device].ids) if device.device in run.images else "",
+            "id": listed(run.images[device.device].ids) if device.device in run.images else "",
             "profile": device.profile.name or "",
             "images": f"{device.train_samples} + {device.test_samples}",
             "classes": str(device.classes or "?"),
@@ -241,8 +241,8 @@ def events(run: Run) -> Table:
     rows = []
     for (what, where, reason), entries in sorted(groups.items(), key=lambda group: -len(group[1])):
         devices, rounds = sorted({i for i, _ in entries}), sorted({t for _, t in entries}, key=lambda t: (len(t), t))
-        place = f"rounds {_some(rounds)}" if where == "rounds" else where
-        rows.append([what, place, str(len(entries)), _some(devices), reason])
+        place = f"rounds {listed(rounds)}" if where == "rounds" else where
+        rows.append([what, place, str(len(entries)), listed(devices), reason])
     return Table(("what", "where", "times", "devices", "reason"), rows, words={0, 1, 3, 4})
 
 
@@ -263,8 +263,3 @@ def shown_option(value: object) -> str:
 
 def shown_accuracy(value: float | None) -> str:
     return "–" if pd.isna(value) else f"{value:.3f}"
-
-
-def _some(values: Sequence[object], most: int = 12) -> str:
-    shown = ", ".join(str(value) for value in values[:most])
-    return f"{shown}, … ({len(values)} in total)" if len(values) > most else shown
