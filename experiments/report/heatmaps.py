@@ -24,8 +24,8 @@ GAP = 0.06  # between the cells of a heat map, as a fraction of a cell
 CELL_LABELS = 30  # with more rows or columns, the cells are too small for their values
 ONE_GAUSSIAN = {  # how a mixture of one component affects the metric set, by metric.rule
     "top-likelihood": "the rule picks the images nearest to the mean of all the device's classes, whatever their class",
-    "density-ratio": "the rule picks images that are likelier under this one Gaussian than in the pool, which includes "
-    "images between a device's classes",
+    "density-ratio": "the rule picks images that are likelier under this one Gaussian than in the pool, and these "
+    "include images between a device's classes",
     "component-quota": "with one component the rule is the same as top-likelihood, and no class has a quota",
 }
 KEPT = {"attention": ("the attention", "head dimensions"), "ffn": ("the FFN", "hidden neurons")}
@@ -67,9 +67,9 @@ def coverage(run: Run) -> Figure | None:
     return Figure(
         "coverage",
         "Share of each metric set in the device's own classes",
-        "Bars show how many of the public images chosen for a device belong to its own classes. Ticks show the same "
-        "share of the whole pool, which a random choice would have. The mean is "
-        f"{frame['own share'].mean():.1%}, against {frame['by chance'].mean():.1%} of the pool; the lowest is "
+        "Bars: the share of a device's metric set that belongs to its own classes. Ticks: the same share of the whole "
+        f"pool, which a random choice would have. The mean is {frame['own share'].mean():.1%}, and "
+        f"{frame['by chance'].mean():.1%} of the pool; the lowest is "
         f"{worst['own share']:.1%} (device {worst['device']}); "
         f"{covered if lacking else 'all classes of all devices are covered'}.{_one_component(run)}",
         layered(bars, chance, height=device_height(devices)),
@@ -155,11 +155,13 @@ def kept(run: Run, kind: str) -> Figure | None:
         return None
     of, units = KEPT[kind]
     mean = frame.groupby("block", sort=False)["share"].mean()
-    most, least = mean.idxmax(), mean.idxmin()
-    caption = (
-        f"Share of the {units} that is kept. On average {most} keeps the most ({mean[most]:.0%}) and {least} the "
-        f"least ({mean[least]:.0%})."
+    high, low = f"{mean.max():.0%}", f"{mean.min():.0%}"
+    average = (
+        f"{mean.idxmax()} keeps the most ({high}) and {mean.idxmin()} the least ({low})"
+        if high != low
+        else f"every block keeps {high}"
     )
+    caption = f"Share of the {units} that is kept. On average {average}."
     return _by_block(f"kept-{kind}", f"Kept width of {of} by layer", caption, frame, ("width", "dense width"))
 
 

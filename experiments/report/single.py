@@ -128,7 +128,7 @@ def _result(run: Run) -> str:
     frame = series.accuracies(run)
     mean, gain = frame.mean(), frame["personal"] - frame["pruned"]
     personal, pruned, dense = (mean[stage] for stage in ("personal", "pruned", "dense"))
-    dense_too = f" and {_against(personal - dense)} that of the dense model ({dense:.3f})" if pd.notna(dense) else ""
+    dense_too = f" and {_against(personal - dense)} the dense model ({dense:.3f})" if pd.notna(dense) else ""
     best, lost = frame.loc[gain.idxmax()], frame.index[gain < 0].tolist()
     worse = f"{named(lost).capitalize()} became less accurate" if lost else "no device became less accurate"
     gained = (
@@ -141,7 +141,7 @@ def _result(run: Run) -> str:
     compared = f" Compared with the reference models: {against}." if against else ""
     return (
         f"On the devices' own test images the mean accuracy of the personal models is {personal:.3f}, "
-        f"{_against(personal - pruned)} that of the pruned models before training ({pruned:.3f}){dense_too}. {gained} "
+        f"{_against(personal - pruned)} the pruned models before training ({pruned:.3f}){dense_too}. {gained} "
         f"The mean over the worst tenth of the devices is {tenth:.3f}.{compared}"
     )
 
@@ -170,7 +170,10 @@ def _shares(run: Run) -> str:
 
 
 def _against(difference: float) -> str:
-    return f"{abs(difference):.3f} {'below' if difference < 0 else 'above'}"
+    """Returns ``0.031 above that of``, or ``equal to that of`` if the difference rounds to 0."""
+    amount = f"{abs(difference):.3f}"
+    where = f"{amount} {'below' if difference < 0 else 'above'}" if float(amount) else "equal to"
+    return f"{where} that of"
 
 
 def _devices(count: int) -> str:
