@@ -130,9 +130,9 @@ def _result(run: Run) -> str:
     personal, pruned, dense = (mean[stage] for stage in ("personal", "pruned", "dense"))
     dense_too = f" and {_against(personal - dense)} the dense model ({dense:.3f})" if pd.notna(dense) else ""
     best, lost = frame.loc[gain.idxmax()], frame.index[gain < 0].tolist()
-    worse = f"{named(lost).capitalize()} became less accurate" if lost else "no device became less accurate"
+    worse = f"{named(lost)} became less accurate" if lost else "no device became less accurate"
     gained = (
-        f"Training helped device {best.name} most, from {best['pruned']:.3f} to {best['personal']:.3f}; {worse}."
+        f"Training helped device {best.name} most (from {best['pruned']:.3f} to {best['personal']:.3f}); {worse}."
         if gain.max() > 0
         else "Training helped no device."
     )
