@@ -301,7 +301,7 @@ class PruningOptions(Section):
     )
     recovery_steps: Number = Field(100, description="gradient steps of recovery, minus those of the criterion itself")
     recovery_batch: Count = Field(32, description="images in a minibatch of recovery")
-    recovery_learning_rate: float = Field(1e-4, gt=0, le=RATE, description="learning rate of recovery (Adam, constant)")
+    recovery_learning_rate: float = Field(3e-5, gt=0, le=RATE, description="learning rate of recovery (Adam, constant)")
     recovery_size: Number = Field(0, description="public images used for recovery; 0: the metric set")
     recovery_held_out: float = Field(
         0.0,

@@ -9,7 +9,7 @@ the held-out images. With logits z, label y and the dense model's logits t, the 
     distill     β T² KL(softmax(t/T) ‖ softmax(z/T)) + (1 − β) CE(z, y)            (Hinton et al., arXiv 1503.02531)
 
 TAP-ViTs as published fine-tunes on the 6400 top public images with Adam at 1e-5 and batches of 64. The defaults here
-(100 steps of 32 images at 1e-4) and distillation are ours.
+(100 steps of 32 images at 3e-5) and distillation are ours.
 
 A branch f that is dropped entirely may *fade out* (UPDP, AAAI 2024) instead of disappearing at once. Surgery keeps its
 constant b, the bias of its output linear, so only the rest of its output fades:
