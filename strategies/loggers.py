@@ -203,6 +203,8 @@ class EventFiles:
 
         self._path = folder.path / "tensorboard"
         named = self._path.is_dir() and HPARAMS in self._events().summary_metadata
+        if any(self._path.glob(f"events.out.tfevents.{int(time.time()):010d}.*")):
+            time.sleep(1)  # event files are read in the order of their names, which begin with the second of opening
         self._writer = SummaryWriter(str(self._path))
         if not named:
             self._name_run(config)

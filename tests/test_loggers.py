@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -16,11 +18,12 @@ from test_refused_input import refused
 
 from experiments.jobs.federation import AFTER, AFTER_SUMMARIES, _hash
 from strategies import loggers
-from strategies.loggers import Feed, Point, hyperparameters, points_of
+from strategies.loggers import EventFiles, Feed, Point, hyperparameters, points_of
 from strategies.records import AbsenceLine, DeviceLine, FailureLine, RoundLine, TrafficLine
 from strategies.state import config_hash
 from tapfl.config import RunConfig
 from tapfl.errors import ConfigError
+from tapfl.run_folder import RunFolder
 
 Curves = dict[str, list[tuple[int, float]]]
 MEASURES = ("global_accuracy", "personal_accuracy", "alpha")
@@ -114,6 +117,15 @@ def test_options_that_name_a_place_are_not_logged(finished: Path, uri: str) -> N
     told = hyperparameters(config)
     assert not {"out", "cache", "data.source", "log.mlflow", "resume"} & told.keys()
     assert told["model.weights"] == "hub" and told["seed"] == 0
+
+
+def test_event_files_opened_in_the_same_second_are_read_in_the_order_of_writing(tmp_path: Path) -> None:
+    files = partial(EventFiles, RunFolder(tmp_path), RunConfig())
+    files().add([Point("alpha", 0, 0.5)])
+    (first,) = (tmp_path / "tensorboard").iterdir()
+    first.rename(first.with_name(re.sub(r"\.\d+\.\d+$", ".99999.0", first.name)))  # a process with a larger id
+    files().add([Point("alpha", 1, 0.5)])
+    assert in_event_files(tmp_path) == {"alpha": [(0, 0.5), (1, 0.5)]}
 
 
 MOMENTS = {
