@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import logging
 import os
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -229,7 +229,7 @@ class Federation:
         lines = [AbsenceLine(round=t, device=i, reason=reason) for reason, absent in reasons.items() for i in absent]
         append_lines(self.folder.path, *lines)
         unanswered = {i: requests.pop(i) for i in (*sample.dropped, *late)}
-        state = state.with_sent({i: request.bytes_by_kind for i, request in unanswered.items()})
+        state = state.with_sent({i: self._bytes_down(state, i) for i in unanswered})
         waited = options.deadline if unanswered else 0.0
         if not requests:
             return replace(state, simulated_seconds=state.simulated_seconds + waited), {}
@@ -263,20 +263,8 @@ class Federation:
 
     def evaluate(self, state: FederationState) -> FederationState:
         """Lets all devices evaluate the final global adapters and store their personal model."""
-        last, before, requests = self.config.train.rounds + 1, state, {}
-
-        def message(i: int) -> Evaluate:  # made when it is sent, because those of all devices would fill the memory
-            return Evaluate(last, before.devices[i].last_round, self._download(before, i))
-
-        for i in state.plans:
-            record = state.devices[i]
-            requests[i] = Request(
-                partial(message, i),
-                EvaluateReply,
-                lambda reply: reply.check(last, *self._asked),
-                max_bytes=ENVELOPE,
-                macs=2 * record.macs * record.test_samples,
-            )
+        last, before = self.config.train.rounds + 1, state
+        requests = {i: self._evaluate_request(state, last, i) for i in state.plans}
         state, replies = self._present(*self.fleet.ask(state, "evaluation", requests), last)
         return self.record(state, replies, before)
 
@@ -323,25 +311,40 @@ class Federation:
         trained = images_seen(record.train_samples, self.config.train)
         evaluated = record.test_samples if is_evaluated(self.config.train, t - 1) else 0
         return Request(
-            lambda: Train(t, record.last_round, self._download(state, i)),  # made when it is sent, as in `evaluate`
+            lambda: Train(t, record.last_round, self._download(state, i)),  # made late: all would fill the memory
             TrainReply,
             lambda reply: reply.check(t, *self._asked, length),
             max_bytes=4 * length + ENVELOPE,
             macs=training_macs(record.macs, trained, evaluated, self._method(t).models_per_step, record.adapted_share),
         )
 
+    def _evaluate_request(self, state: FederationState, last: int, i: int) -> Request[EvaluateReply]:
+        record = state.devices[i]
+        return Request(
+            lambda: Evaluate(last, record.last_round, self._download(state, i)),
+            EvaluateReply,
+            lambda reply: reply.check(last, *self._asked),
+            max_bytes=ENVELOPE,
+            macs=2 * record.macs * record.test_samples,
+        )
+
     def _seconds(self, state: FederationState, i: int, request: Request[TrainReply]) -> float:
         up = 4 * packed_size(self._upload_layout(state, i, state.round + 1))
-        return seconds(state.devices[i].profile, request.bytes_by_kind.total(), request.macs, up)
+        return seconds(state.devices[i].profile, self._bytes_down(state, i).total(), request.macs, up)
+
+    def _bytes_down(self, state: FederationState, i: int) -> Counter[str]:
+        """Returns the bytes by kind of a training message; they follow from the layout, without the adapters."""
+        return Train(0, 0, np.zeros(packed_size(self._download_layout(state, i)), np.float32)).bytes_by_kind
 
     def _download(self, state: FederationState, i: int) -> np.ndarray:
-        """Returns the global adapters for a device, packed; if nothing is shared, it gets them only once, to start."""
+        """Returns the global adapters for a device, packed."""
+        layout = self._download_layout(state, i)
+        return pack(gather_all(state.server.params, layout), layout) if layout else np.zeros(0, np.float32)
+
+    def _download_layout(self, state: FederationState, i: int) -> Layout:
         if not self.shares_adapters and state.devices[i].last_round:
-            return np.zeros(0, np.float32)
-        layout = rules.down(self.config.adapters, self.layout(state, i))
-        return pack(gather_all(state.server.params, layout), layout)
+            return {}  # devices that share nothing get the global adapters only once, to start
+        return rules.down(self.config.adapters, self.layout(state, i))
 
     def _upload_layout(self, state: FederationState, i: int, t: int) -> Layout:
-        if not self.shares_adapters:
-            return {}
-        return rules.up(self.config.adapters, self.layout(state, i), t)
+        return rules.up(self.config.adapters, self.layout(state, i), t) if self.shares_adapters else {}

@@ -25,9 +25,9 @@ from clients.storage import DeviceStorage
 from experiments import cli
 from experiments.engines.forked import run_forked
 from experiments.preflight import absolute_paths
-from strategies.server_app import app as server_app
+from strategies import server_app
 from tapfl import load_plan, load_pruned
-from tapfl.adapters.layout import packed_size
+from tapfl.adapters.layout import gather_all, packed_size
 from tapfl.compute import HERE
 from tapfl.config import REFERENCES, RunConfig
 from tapfl.data.images import ImageSet
@@ -328,7 +328,7 @@ def content(folder: Path) -> dict[str, bytes]:
     return files
 
 
-def test_devices_that_differ_come_and_go(cache: Path, tmp_path: Path) -> None:
+def test_devices_that_differ_come_and_go(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Participation, losses and late devices are in the metrics, and time and bytes follow from the profiles."""
     file = tmp_path / "devices.toml"
     file.write_text(
@@ -336,6 +336,8 @@ def test_devices_that_differ_come_and_go(cache: Path, tmp_path: Path) -> None:
         '[[device]]\nname = "slow"\nbudget = "macs<=0.3"\nrank = 2\ncompute = 1e3\n'
     )
     options = [f"devices.profiles={file}", "devices.deadline=50", "devices.dropout=0.3", "train.rounds=4"]
+    made = []
+    monkeypatch.setattr(server_app, "gather_all", lambda *arguments: made.append(1) or gather_all(*arguments))
     done = tapfl("--out", str(tmp_path / "run"), "--json", cache=cache, options=options)
     assert done.exit_code == 0, done.output
     assert "macs<=0.3" in tapfl("--resume", str(tmp_path / "run"), cache=cache, options=options).stdout
@@ -355,6 +357,10 @@ def test_devices_that_differ_come_and_go(cache: Path, tmp_path: Path) -> None:
     traffic = [line for line in lines if line["kind"] == "traffic" and line["phase"] == "evaluation"]
     last = sum(sum(line[side].values()) for line in traffic for side in ("up", "down"))
     assert summary["bytes_up"] + summary["bytes_down"] == spent[-1] + last
+    each_round = sum(line["down"]["adapters"] for line in traffic)  # as much as training: also to those that are absent
+    sent = [line["bytes_down"] for line in lines if line["kind"] == "round"]
+    assert all(later - earlier == each_round for earlier, later in itertools.pairwise(sent))
+    assert len(made) == len(trained) + len(traffic)  # a message that is only counted is not made
     assert list(summary["time_to_accuracy"].values()) == sorted(summary["time_to_accuracy"].values())
     assert [record["rounds"] for record in summary["devices"]][3] == 0
 
@@ -426,7 +432,7 @@ def test_a_killed_forked_worker_is_replaced_and_its_messages_are_sent_again(
     given = dict(option.split("=", 1) for option in SMALL) | {"out": str(tmp_path / "run"), "cache": str(cache)}
     config = absolute_paths(RunConfig.from_flat(given))
     before = psutil.Process().children(recursive=True)
-    run_forked(server_app, mortal, config.flat(), config.devices.count, workers=2)
+    run_forked(server_app.app, mortal, config.flat(), config.devices.count, workers=2)
     assert (tmp_path / "died").exists() and "sent again" in caplog.text
     assert content(tmp_path / "run") == content(finished[0])
     assert set(psutil.Process().children(recursive=True)) <= set(before)
