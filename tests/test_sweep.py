@@ -88,14 +88,16 @@ def test_an_interrupted_command_leaves_no_process(command: str, number: int, tmp
     file, more = sweep_file(tmp_path, "seed = [0, 1]"), ["--set", "train.rounds=300"]
     if command == "compare":
         axes = '[compare]\ncriterion = ["tap+", "updp"]\ndevice = [0, 1]'
-        file.write_text(file.read_text().replace("[grid]", axes))
+        text = file.read_text().replace("[grid]", axes)
+        file.write_text(text.replace('"pruning.criterion" = "tap"\n', ""))  # an axis is not also an option
         more = []
     arguments = ["-m", "experiments.cli", command, "--config", str(file), "--out", str(tmp_path / "out"), "--jobs", "2"]
     working = subprocess.Popen(
         [sys.executable, *arguments, *more], stderr=subprocess.PIPE, text=True, start_new_session=True
     )
     try:
-        until(lambda: len(running(working.pid)) >= 4)  # itself, multiprocessing's tracker, two workers
+        until(lambda: len(running(working.pid)) >= 4 or working.poll() is not None)  # itself, a tracker, two workers
+        assert working.poll() is None, working.communicate()[1]
         (os.killpg if number == signal.SIGINT else os.kill)(working.pid, number)
         _, printed = working.communicate(timeout=60)
         assert working.returncode == 130 and printed.endswith("tapfl: interrupted; continue with: the same command\n")
