@@ -161,5 +161,5 @@ def test_after_a_failure_all_processes_end_and_it_is_reported(
     finally:
         process.kill()
     assert process.returncode == code
-    assert words in said and f"lie in {folder}" in said
+    assert words in said and f"logs are in {folder}" in said
     assert not Processes(str(folder)).left()
