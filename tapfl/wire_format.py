@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from dataclasses import dataclass, fields
+from functools import cache
 from io import BytesIO
 from typing import Any, ClassVar, Self, get_type_hints
 
@@ -16,6 +17,8 @@ import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
 from tapfl.errors import WireError
+
+NPY = "numpy.ndarray"  # Flower's name for the format of `np.save`
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,7 @@ class WireMessage:
         size += sum(map(_nbytes, (*config.values(), *config, *arrays)))
         if size > limit:
             raise WireError(f"{cls.__name__}: {size} bytes, at most {limit:.0f} are accepted")
-        hints = get_type_hints(cls)
+        hints = _types(cls)  # type: ignore[arg-type]  # mypy takes the class of a dataclass as not hashable
         names = [field.name for field in fields(cls)]
         in_arrays = {name for name in names if hints[name] is np.ndarray}
         if different := sorted((set(arrays) ^ in_arrays) | (set(config) ^ (set(names) - in_arrays))):
@@ -91,18 +94,25 @@ class WireMessage:
         return +counted
 
 
+@cache
+def _types(message: type[WireMessage]) -> dict[str, Any]:
+    return get_type_hints(message)
+
+
 def _array(field: str, array: Array) -> np.ndarray:
     """Returns the values of an array. Allocates memory for the bytes that arrived, not for the shape in the header."""
     try:
         content = BytesIO(array.data)
-        if np.lib.format.read_magic(content) != (1, 0):  # the only version that `np.save` writes for numbers
+        # (1, 0) is the only version that `np.save` writes for numbers
+        if array.stype != NPY or np.lib.format.read_magic(content) != (1, 0):
             raise ValueError
-        shape, _, dtype = np.lib.format.read_array_header_1_0(content)
+        shape, by_columns, dtype = np.lib.format.read_array_header_1_0(content)
         if dtype not in (np.float32, np.float64):
             raise WireError(f"{field}: must be finite float32 or float64, got {dtype!s:.40}")
         if math.prod(shape) * dtype.itemsize != len(array.data) - content.tell():
             raise WireError(f"{field}: the shape {shape!s:.80} does not match its number of bytes")
-        value = array.numpy()
+        values = np.frombuffer(array.data, dtype, offset=content.tell())  # `array.numpy` would read the header again
+        value = values.reshape(shape, order="F" if by_columns else "C").copy()
     except WireError:
         raise
     except Exception as error:  # numpy's reader can raise anything on foreign bytes

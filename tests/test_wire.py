@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import math
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -251,6 +251,11 @@ def claims(shape: str) -> bytes:
     return b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header.encode() + bytes(12)
 
 
+@dataclass(frozen=True)
+class MatrixMessage(WireMessage, type="train", kind="matrix", when="never"):
+    values: np.ndarray
+
+
 UNREADABLE = {
     "nothing": b"",
     "noise": b"\x80\x04noise",
@@ -278,6 +283,12 @@ def test_a_serialisation_other_than_numpys() -> None:
     array = Array("float32", (3,), "pickle", claims("(3,)"))
     with pytest.raises(WireError, match="cannot be read"):
         accept(TrainReply, changed(TRAINED, arrays={"adapters": array}))
+
+
+def test_an_array_in_the_order_of_columns() -> None:
+    array = Array(np.asfortranarray([[1.0, 2.0], [3.0, 4.0]], np.float32))
+    received = MatrixMessage.from_records(RecordDict({"arrays": ArrayRecord({"values": array})}))
+    assert received.values.tolist() == [[1, 2], [3, 4]] and received.values.flags.writeable
 
 
 # -- what each answer is refused for ----------------------------------------------------------------------------------

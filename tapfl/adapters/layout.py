@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Literal
 
 import numpy as np
@@ -52,9 +53,9 @@ class Placement:
     row_scale: Tensor | None = None
     side: Side = "whole"
 
-    @property
+    @cached_property
     def shape(self) -> tuple[int, ...]:
-        return tuple(len(axis) for axis in self.index)
+        return tuple(axis.numel() for axis in self.index)
 
     @property
     def nbytes(self) -> int:
@@ -149,7 +150,9 @@ def device_layout(shapes: Shapes, layers: Sequence[PrunableLayer], plan: Pruning
 
 def gather(theta: Tensor, placement: Placement) -> Tensor:
     """Returns the part of a global tensor that a device has, on the device's scale."""
-    part = theta[torch.meshgrid(*placement.index, indexing="ij")]
+    part = theta
+    for axis, index in enumerate(placement.index):
+        part = part.index_select(axis, index)
     return part if placement.row_scale is None else part * placement.row_scale[:, None]
 
 
