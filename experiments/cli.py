@@ -77,6 +77,7 @@ def run(
     _require_ray(engine, ray)
     with shown():
         resolved = resolve_run(options, Path(str(path)), resume is not None or bool(options.get("resume")))
+    from experiments.engines.cluster import EngineLostError
     from experiments.jobs.federation import engine_of, require_gpus
     from experiments.jobs.pool import interruptible
     from experiments.statistics import against_references
@@ -88,10 +89,11 @@ def run(
         try:
             with shown(), engine_of(engine, ray) as execute:
                 execute(resolved.flat(), resolved.devices.count)
-        except OSError as error:
+        except (OSError, EngineLostError) as error:
             begun = (folder / "config.json").is_file()
             go_on = f"; after solving this, continue with: {again}" if begun else ""
-            raise RunError(of_the_system(error) + go_on) from error
+            why = of_the_system(error) if isinstance(error, OSError) else str(error)
+            raise RunError(why + go_on) from error
     if not (folder / SUMMARY).is_file():
         raise RunError(f"the run ended without a result; continue with: {again}")
     summary = read_summary(folder)

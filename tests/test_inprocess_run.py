@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +24,7 @@ from clients.device import Device
 from clients.images import OwnImages
 from clients.storage import DeviceStorage
 from experiments import cli
+from experiments.engines import forked
 from experiments.engines.forked import run_forked
 from experiments.preflight import absolute_paths
 from strategies import server_app
@@ -31,6 +33,7 @@ from tapfl.adapters.layout import gather_all, packed_size
 from tapfl.compute import HERE
 from tapfl.config import REFERENCES, RunConfig
 from tapfl.data.images import ImageSet
+from tapfl.errors import RunError
 from tapfl.memo import Memo
 from tapfl.personalize.methods import FedAvg
 from tapfl.profiles import profiles_of
@@ -363,6 +366,14 @@ def test_devices_that_differ_come_and_go(cache: Path, tmp_path: Path, monkeypatc
     assert len(made) == len(trained) + len(traffic)  # a message that is only counted is not made
     assert list(summary["time_to_accuracy"].values()) == sorted(summary["time_to_accuracy"].values())
     assert [record["rounds"] for record in summary["devices"]][3] == 0
+
+
+def test_a_run_without_workers_ends_and_names_the_command_to_continue(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(forked, "_keep", lambda *_: os._exit(1))
+    with pytest.raises(RunError, match=r"forks the workers has ended; .* continue with: tapfl run --resume .*/run$"):
+        tapfl("--out", str(tmp_path / "run"), "--workers", "2", cache=cache)
 
 
 def test_a_round_without_devices_changes_nothing(cache: Path, tmp_path: Path) -> None:

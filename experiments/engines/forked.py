@@ -25,8 +25,8 @@ from flwr.serverapp import ServerApp
 
 from clients.client_app import REPLACED
 from experiments.engines.actor import answer_aside, log_all
+from experiments.engines.cluster import EngineLostError
 from experiments.engines.local import LocalGrid, lost, serve
-from tapfl.errors import RunError
 from tapfl.options import Scalar
 
 PATIENCE = 0.5  # seconds that `pull_messages` waits for a reply; between calls `exchange` checks its time limits
@@ -48,7 +48,7 @@ class ForkedGrid(LocalGrid):
         """Returns the replies that have arrived; waits for up to `PATIENCE` if there is none.
 
         Raises:
-            RunError: if no more workers can be forked.
+            EngineLostError: if no more workers can be forked.
         """
         wanted, replies = set(message_ids), list[Message]()
         for group in [group for group in self.waiting if group[0].metadata.message_id not in wanted]:
@@ -66,7 +66,7 @@ class ForkedGrid(LocalGrid):
         try:
             return Connection(recv_handle(self._keeper))
         except (EOFError, OSError, RuntimeError):
-            raise RunError("the process that forks the workers has ended") from None
+            raise EngineLostError("the process that forks the workers has ended") from None
 
     def _hand_out(self) -> None:
         for worker in [worker for worker, group in self._at.items() if not group][: len(self.waiting)]:
