@@ -311,7 +311,7 @@ class Federation:
         trained = images_seen(record.train_samples, self.config.train)
         evaluated = record.test_samples if is_evaluated(self.config.train, t - 1) else 0
         return Request(
-            lambda: Train(t, record.last_round, self._download(state, i)),  # made late: all would fill the memory
+            lambda: Train(t, record.last_round, self._download(state, i)),  # made when it is sent, to save memory
             TrainReply,
             lambda reply: reply.check(t, *self._asked, length),
             max_bytes=4 * length + ENVELOPE,

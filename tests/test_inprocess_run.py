@@ -25,7 +25,6 @@ from clients.images import OwnImages
 from clients.storage import DeviceStorage
 from experiments import cli
 from experiments.engines import forked
-from experiments.engines.forked import run_forked
 from experiments.preflight import absolute_paths
 from strategies import server_app
 from tapfl import load_plan, load_pruned
@@ -443,7 +442,7 @@ def test_a_killed_forked_worker_is_replaced_and_its_messages_are_sent_again(
     given = dict(option.split("=", 1) for option in SMALL) | {"out": str(tmp_path / "run"), "cache": str(cache)}
     config = absolute_paths(RunConfig.from_flat(given))
     before = psutil.Process().children(recursive=True)
-    run_forked(server_app.app, mortal, config.flat(), config.devices.count, workers=2)
+    forked.run_forked(server_app.app, mortal, config.flat(), config.devices.count, workers=2)
     assert (tmp_path / "died").exists() and "sent again" in caplog.text
     assert content(tmp_path / "run") == content(finished[0])
     assert set(psutil.Process().children(recursive=True)) <= set(before)
