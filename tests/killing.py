@@ -1,13 +1,18 @@
-"""A run that kills its own process at a chosen moment."""
+"""A run that kills its own process at a chosen moment, and copies of the files that it would leave at such moments."""
 
 from __future__ import annotations
 
 import importlib
 import multiprocessing
 import os
+import shutil
 import signal
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from test_inprocess_run import tapfl
 
@@ -18,14 +23,11 @@ FORKS.set_forkserver_preload(
     ["clients.client_app", "strategies.server_app", "flwr_datasets", "pytest", "sklearn.mixture", "timm"]
 )
 
-Moment = tuple[str, str, int]
+Moment = tuple[str, str, int]  # right after the n-th call of a function: its module, its name in there, n
 
 
 def killed_after(moment: Moment, *arguments: str, cache: Path, options: list[str]) -> None:
-    """Runs `tapfl` in a process that kills itself (SIGKILL) right after the n-th call of a function.
-
-    moment: the function's module, its name in there, n.
-    """
+    """Runs `tapfl` in a process that kills itself (SIGKILL) at the moment."""
     process = FORKS.Process(target=_killed_after, args=(moment, arguments, cache, options))
     process.start()
     process.join()
@@ -33,6 +35,26 @@ def killed_after(moment: Moment, *arguments: str, cache: Path, options: list[str
 
 
 def _killed_after(moment: Moment, arguments: tuple[str, ...], cache: Path, options: list[str]) -> None:
+    with _right_after(moment, lambda: os.kill(os.getpid(), signal.SIGKILL)):
+        tapfl(*arguments, cache=cache, options=options)
+
+
+@contextmanager
+def copied_after(moments: Mapping[str, Moment], folder: Path, copies: Path) -> Iterator[None]:
+    """Copies a run's folder at each of the moments in the block: the files that it would leave if it was killed then.
+
+    The copies have the names of their moments. One uninterrupted run so stands for many killed ones, which would each
+    repeat its beginning in a process of their own.
+    """
+    with ExitStack() as stack:
+        for name, moment in moments.items():
+            stack.enter_context(_right_after(moment, partial(shutil.copytree, folder, copies / name)))
+        yield
+    assert {copy.name for copy in copies.iterdir()} == {*moments}, "the run has passed the other moments by"
+
+
+@contextmanager
+def _right_after(moment: Moment, act: Callable[[], object]) -> Iterator[None]:
     module, name, count = moment
     *path, last = name.split(".")
     owner: Any = importlib.import_module(module)
@@ -45,8 +67,8 @@ def _killed_after(moment: Moment, arguments: tuple[str, ...], cache: Path, optio
         result = real(*arguments, **named)
         calls += 1
         if calls == count:
-            os.kill(os.getpid(), signal.SIGKILL)
+            act()
         return result
 
-    setattr(owner, last, counted)
-    tapfl(*arguments, cache=cache, options=options)
+    with patch.object(owner, last, counted):
+        yield

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from killing import killed_after
+from killing import copied_after, killed_after
 from test_inprocess_run import content, tapfl
 
 OPTIONS = [
@@ -19,7 +19,6 @@ OPTIONS = [
     "adapters.start-learning-rate=1e-4",
 ]
 
-# when the process is killed: right after the n-th call of this function
 MOMENTS = {
     "while the devices sum up": ("clients.device", "Device.summarize", 2),
     "when a summary is kept": ("strategies.preparation", "Preparation._store_summary", 3),
@@ -36,18 +35,17 @@ MOMENTS = {
 
 @pytest.fixture(scope="module")
 def uninterrupted(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run; next to it, in `killed`, the files that it would have left if killed at each of the moments."""
     folder = tmp_path_factory.mktemp("runs") / "whole"
-    done = tapfl("--out", str(folder), cache=cache, options=OPTIONS)
+    with copied_after(MOMENTS, folder, folder.parent / "killed"):
+        done = tapfl("--out", str(folder), cache=cache, options=OPTIONS)
     assert done.exit_code == 0, done.output
     return folder
 
 
 @pytest.mark.parametrize("moment", MOMENTS)
-def test_a_killed_and_resumed_run_equals_an_uninterrupted_one(
-    moment: str, uninterrupted: Path, cache: Path, tmp_path: Path
-) -> None:
-    folder = tmp_path / "run"
-    killed_after(MOMENTS[moment], "--out", str(folder), cache=cache, options=OPTIONS)
+def test_a_killed_and_resumed_run_equals_an_uninterrupted_one(moment: str, uninterrupted: Path, cache: Path) -> None:
+    folder = uninterrupted.parent / "killed" / moment
     assert not (folder / "summary.json").exists()
     done = tapfl("--resume", str(folder), cache=cache, options=OPTIONS)
     assert done.exit_code == 0, done.output
@@ -56,6 +54,7 @@ def test_a_killed_and_resumed_run_equals_an_uninterrupted_one(
 
 
 def test_killed_twice(uninterrupted: Path, cache: Path, tmp_path: Path) -> None:
+    """By a real signal, unlike above."""
     folder = tmp_path / "run"
     killed_after(MOMENTS["while plans are made"], "--out", str(folder), cache=cache, options=OPTIONS)
     killed_after(MOMENTS["in the second round"], "--resume", str(folder), cache=cache, options=OPTIONS)
