@@ -8,7 +8,7 @@ import unicodedata
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import cast
 
@@ -118,6 +118,7 @@ def _owned(images: ImageSet, ids: Sequence[object] | np.ndarray, refusal: Callab
     return replace(images, owners=owners.astype(np.int64), ids=names)
 
 
+@lru_cache(maxsize=1)  # a run opens its source several times; nothing changes the arrays, because reads are copies
 def _digits() -> ImageSet:
     from sklearn.datasets import load_digits  # takes half a second, and only this source needs it
 
@@ -126,6 +127,7 @@ def _digits() -> ImageSet:
     return ImageSet.of(images, digits.target.astype(np.int64), tuple(map(str, digits.target_names)), "digits")
 
 
+@lru_cache(maxsize=1)
 def _letters() -> ImageSet:
     from tapfl.data.letters import drawn_letters
 
