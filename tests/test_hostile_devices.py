@@ -63,22 +63,20 @@ LIES = {
 }
 
 
-def federation(tmp_path: Path, client_app: ClientApp, **changes: object) -> tuple[Path, list[dict[str, object]]]:
-    folder = tmp_path / "run"
-    options = dict(parse_assignment(option) for option in SMALL) | {
-        "out": str(folder),
-        "cache": str(tmp_path / "cache"),
-    }
+def federation(
+    folder: Path, cache: Path, client_app: ClientApp, **changes: object
+) -> tuple[Path, list[dict[str, object]]]:
+    options = dict(parse_assignment(option) for option in SMALL) | {"out": str(folder), "cache": str(cache)}
     run_inprocess(server_app, client_app, RunConfig.from_flat(options | changes).flat(), 4)
     return folder, [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.mark.parametrize("case", LIES)
 def test_a_lie_is_refused_and_the_federation_continues(
-    case: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    case: str, cache: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     kind, lie, reason = LIES[case]
-    folder, lines = federation(tmp_path, lying(1, kind, lie))
+    folder, lines = federation(tmp_path / "run", cache, lying(1, kind, lie))
     assert "refused" in caplog.text and reason in caplog.text
     rounds = [line for line in lines if line["kind"] == "round"]
     assert len(rounds) == 3 and all(line["devices"] >= 3 for line in rounds)
@@ -90,36 +88,44 @@ def test_a_lie_is_refused_and_the_federation_continues(
 
 @pytest.mark.parametrize(("liar", "said", "there"), [(1, 0, 3), (0, 1, 2)], ids=["liar second", "liar first"])
 def test_a_second_device_with_the_same_number_is_ignored(
-    liar: int, said: int, there: int, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    liar: int,
+    said: int,
+    there: int,
+    cache: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A liar that is met first takes the other device's place and gets its model; it gains nothing by this."""
     node_ids = itertools.count(1)
     monkeypatch.setattr("secrets.randbits", lambda bits: next(node_ids))  # nodes are met in the order of their ids
-    _, lines = federation(tmp_path, lying(liar, HelloReply, lambda r: replace(r, partition_id=said)))
+    _, lines = federation(tmp_path / "run", cache, lying(liar, HelloReply, lambda r: replace(r, partition_id=said)))
     assert "because another node is device" in caplog.text
     assert {line["devices"] for line in lines if line["kind"] == "round"} == {there}
 
 
-def test_when_all_lie_the_run_ends_with_the_reason(tmp_path: Path) -> None:
+def test_when_all_lie_the_run_ends_with_the_reason(cache: Path, tmp_path: Path) -> None:
     everyone = ClientApp()
     everyone.query("hello")(real.hello)
     with pytest.raises(RunError, match="summaries: no device answered"):
-        federation(tmp_path, everyone)
+        federation(tmp_path / "run", cache, everyone)
 
 
 @pytest.mark.parametrize("method", ["apfl", "local"])
-def test_when_training_diverges_on_all_devices_the_run_ends_with_what_to_lower(method: str, tmp_path: Path) -> None:
+def test_when_training_diverges_on_all_devices_the_run_ends_with_what_to_lower(
+    method: str, cache: Path, tmp_path: Path
+) -> None:
     said = r"round 1: no device answered; .*train\.learning-rate = 1e\+20: local training diverged at step \d+ of"
     with pytest.raises(RunError, match=said):
-        federation(tmp_path, real.app, **{"train.learning-rate": 1e20, "personalize.method": method})
+        federation(tmp_path / "run", cache, real.app, **{"train.learning-rate": 1e20, "personalize.method": method})
     assert not list((tmp_path / "run" / "devices").rglob("round-*"))
 
 
-def test_a_relative_path_is_refused_where_flower_chooses_the_folder(tmp_path: Path) -> None:
+def test_a_relative_path_is_refused_where_flower_chooses_the_folder(cache: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"out = 'somewhere': must be an absolute path"):
-        federation(tmp_path, real.app, out="somewhere")
+        federation(tmp_path / "run", cache, real.app, out="somewhere")
 
 
-def test_a_number_of_devices_that_the_nodes_do_not_match_ends_the_run(tmp_path: Path) -> None:
+def test_a_number_of_devices_that_the_nodes_do_not_match_ends_the_run(cache: Path, tmp_path: Path) -> None:
     with pytest.raises(RunError, match=r"devices.count = 5, but 4 nodes are connected after 0.2 s"):
-        federation(tmp_path, real.app, **{"devices.count": 5, "node-timeout": 0.2})
+        federation(tmp_path / "run", cache, real.app, **{"devices.count": 5, "node-timeout": 0.2})
