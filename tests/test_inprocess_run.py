@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import re
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,8 +26,11 @@ from clients.images import OwnImages
 from clients.storage import DeviceStorage
 from experiments import cli
 from experiments.engines import forked
+from experiments.jobs.federation import carry_out, in_process
+from experiments.jobs.pool import unheard
 from experiments.preflight import absolute_paths
 from strategies import server_app
+from strategies.records import Summary
 from tapfl import load_plan, load_pruned
 from tapfl.adapters.layout import gather_all, packed_size
 from tapfl.compute import HERE
@@ -34,6 +38,7 @@ from tapfl.config import REFERENCES, RunConfig
 from tapfl.data.images import ImageSet
 from tapfl.errors import RunError
 from tapfl.memo import Memo
+from tapfl.options import parse_assignment
 from tapfl.personalize.methods import FedAvg
 from tapfl.profiles import profiles_of
 from tapfl.training import Params
@@ -189,26 +194,34 @@ TRAINING = [
 PAIRS = list(zip(itertools.cycle(RULES), METHODS, strict=False))  # all combinations are slow tests
 
 
-def goes_on(folder: Path, cache: Path, options: list[str]) -> dict[str, object]:
-    """Runs one round, resumes for a second, compares with an uninterrupted run, and returns the summary's figures."""
-    assert tapfl("--out", str(folder / "a"), cache=cache, options=[*options, "train.rounds=1"]).exit_code == 0
-    done = tapfl("--resume", str(folder / "a"), cache=cache, options=[*options, "train.rounds=2"])
-    assert done.exit_code == 0, done.output
-    done = tapfl("--out", str(folder / "b"), "--json", cache=cache, options=[*options, "train.rounds=2"])
-    assert content(folder / "a") == content(folder / "b")
-    said: dict[str, object] = json.loads(done.stdout.splitlines()[-1])
-    return said
+@pytest.fixture(scope="module")
+def sharing(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder for runs that share round zero if their options for it are equal."""
+    return tmp_path_factory.mktemp("sharing")
+
+
+def goes_on(sharing: Path, cache: Path, options: list[str]) -> tuple[Path, Summary]:
+    """Runs one round, resumes for a second, and compares with an uninterrupted run; returns that run and its results.
+
+    Round zero is another run's, if that had the same options for it: what is compared comes after it.
+    """
+    given = dict(parse_assignment(option) for option in [*SMALL, f"cache={cache}", *options])
+    one, whole = (Path(tempfile.mkdtemp(dir=sharing)) for _ in range(2))
+    for folder, rounds in ((one, 1), (one, 2), (whole, 2)):
+        summary = carry_out(unheard, given | {"train.rounds": rounds}, folder, in_process)
+    assert content(one) == content(whole)
+    return whole, summary
 
 
 @pytest.mark.parametrize(("rule", "method"), PAIRS)
-def test_every_rule_and_every_method_runs_and_resumes(cache: Path, tmp_path: Path, rule: str, method: str) -> None:
+def test_every_rule_and_every_method_runs_and_resumes(cache: Path, sharing: Path, rule: str, method: str) -> None:
     options = [f"personalize.method={method}", f"adapters.rule={rule}", "data.partition=iid", *NEEDS.get(method, [])]
-    said = goes_on(tmp_path, cache, options)
+    run, summary = goes_on(sharing, cache, options)
     if method == "fedavg":
-        assert said["personal_accuracy"] == said["global_accuracy"]
+        assert summary.personal_accuracy == summary.global_accuracy
     if method in ("local", "pooled"):
-        assert said["adapter_bytes_up_per_round"] < 100
-        lines = [json.loads(line) for line in (tmp_path / "b" / "metrics.jsonl").read_text().splitlines()]
+        assert summary.adapter_bytes_up_per_round < 100
+        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
         down = {
             phase: [line["down"]["adapters"] for line in lines if line["kind"] == "traffic" and line["phase"] == phase]
             for phase in ("round 1", "round 2", "evaluation")
@@ -216,8 +229,8 @@ def test_every_rule_and_every_method_runs_and_resumes(cache: Path, tmp_path: Pat
         assert min(down["round 1"]) > 1000 and max(down["round 2"] + down["evaluation"]) < 200
     else:
         full = {"flex": 1, "fedit": 1}.get(rule, 0.65)  # the others send half of the factors and the head
-        sent = json.loads((tmp_path / "b" / "summary.json").read_text())["devices"][0]["bytes_up"]["adapters"]
-        kept = load_file(tmp_path / "b" / "devices" / "00" / "personal" / "adapter_model.safetensors")
+        sent = summary.devices[0].bytes_up["adapters"]
+        kept = load_file(run / "devices" / "00" / "personal" / "adapter_model.safetensors")
         whole = 4 * sum(t.numel() for t in kept.values()) / (2 if method in {"apfl"} else 1)
         assert sent / 2 <= whole * full * 1.1
 
@@ -236,12 +249,12 @@ def test_every_rule_and_every_method_runs_and_resumes(cache: Path, tmp_path: Pat
     ids=" ".join,
 )
 def test_every_rule_with_every_method_and_extra(
-    cache: Path, tmp_path: Path, rule: str, method: str, extra: list[str]
+    cache: Path, sharing: Path, rule: str, method: str, extra: list[str]
 ) -> None:
     if (method, rule) == ("fedala", "rolora"):
         pytest.skip("refused by name: tests/test_personalize.py")
     options = [f"personalize.method={method}", f"adapters.rule={rule}", *extra, *NEEDS.get(method, [])]
-    goes_on(tmp_path, cache, options)
+    goes_on(sharing, cache, options)
 
 
 @pytest.mark.parametrize(
@@ -260,16 +273,16 @@ def test_every_rule_with_every_method_and_extra(
     ],
     ids=lambda options: " ".join(options[:3]),
 )
-def test_options_in_addition_to_a_rule_run_and_resume(cache: Path, tmp_path: Path, options: list[str]) -> None:
-    said = goes_on(tmp_path, cache, options)
+def test_options_in_addition_to_a_rule_run_and_resume(cache: Path, sharing: Path, options: list[str]) -> None:
+    run, summary = goes_on(sharing, cache, options)
     if "train.evaluate-every=2" in options:
-        lines = [json.loads(line) for line in (tmp_path / "b" / "metrics.jsonl").read_text().splitlines()]
+        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
         known = {line["round"]: line.get("personal_accuracy") for line in lines if line["kind"] == "round"}
         assert known[0] is not None and known[1] is None and known[2] is not None
     if "privacy.dp-clip=1" in options:
-        assert said["epsilon"] == pytest.approx(14.7, rel=0.5)  # two rounds at z = 0.5; exact values: test_privacy.py
+        assert summary.epsilon == pytest.approx(14.7, rel=0.5)  # two rounds at z = 0.5; exact values: test_privacy.py
     else:
-        assert said["epsilon"] is None
+        assert summary.epsilon is None
 
 
 def test_references_equal_the_models_of_separate_runs(cache: Path, tmp_path: Path) -> None:
