@@ -26,10 +26,10 @@ Damage = Callable[[Path], None]
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def whole(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "whole"
     options = ["devices.count=2", "model.epochs=1", "train.rounds=1", "personalize.method=apfl"]
-    assert tapfl("--out", str(folder), cache=folder.parent / "cache", options=options).exit_code == 0
+    assert tapfl("--out", str(folder), cache=cache, options=options).exit_code == 0
     return folder
 
 
