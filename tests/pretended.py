@@ -16,7 +16,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,7 +25,6 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._device import _device_constructors
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
 
 from tapfl.compute import Compute
 
@@ -76,7 +75,7 @@ class There(Tensor):
 
 
 def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-    name, leaves = func.name(), tree_leaves((args, kwargs))
+    name, leaves = func.name(), [*_leaves((args, kwargs))]
     tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
     here = [tensor for tensor in tensors if not isinstance(tensor, There)]
     there, to = len(here) < len(tensors), _type_of(kwargs.get("device"))
@@ -86,7 +85,7 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         _check(name, args, here)
     if there and name == "aten::copy_" and not isinstance(args[0], There):
         _counts.note("to_host", name)
-    inner_args, inner_kwargs = tree_map(lambda leaf: leaf.inner if isinstance(leaf, There) else leaf, (args, kwargs))
+    inner_args, inner_kwargs = _mapped(lambda leaf: leaf.inner if isinstance(leaf, There) else leaf, (args, kwargs))
     if to == "lazy":
         inner_kwargs["device"] = torch.device("cpu")
     result = func(*inner_args, **inner_kwargs)
@@ -102,7 +101,26 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         own = [leaf for leaf in leaves if leaf is out or (isinstance(leaf, There) and leaf.inner is out)]
         return own[0] if own else There(out)  # in-place operations return their own argument
 
-    return tree_map(wrapped, result)
+    return _mapped(wrapped, result)
+
+
+# torch's own functions for trees take half of the time of a run, because each operation needs them several times
+
+
+def _leaves(tree: Any) -> Iterator[Any]:
+    if isinstance(tree, dict | tuple | list):
+        for each in tree.values() if isinstance(tree, dict) else tree:
+            yield from _leaves(each)
+    else:
+        yield tree
+
+
+def _mapped(change: Callable[[Any], Any], tree: Any) -> Any:
+    if isinstance(tree, dict):
+        return {key: _mapped(change, each) for key, each in tree.items()}
+    if isinstance(tree, tuple | list):
+        return type(tree)([_mapped(change, each) for each in tree])
+    return change(tree)
 
 
 def _check(name: str, args: Any, here: list[Tensor]) -> None:

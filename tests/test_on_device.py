@@ -309,7 +309,7 @@ FEDERATION = [
         "privacy.dp-clip=1.0",
         "personalize.references=alone,dense+alone",
     ),
-    *("model.epochs=1", "train.steps=2"),
+    *("model.epochs=1", "train.steps=2", "devices.count=2", "data.public-share=0.9"),
 ]
 
 
