@@ -209,5 +209,5 @@ def test_the_gain_of_a_folder_that_is_not_a_run_is_refused_before_measuring(
 
 def test_another_folder_among_the_devices_is_ignored(run: Path) -> None:
     shutil.copytree(run / "devices/00", run / "devices/kept")
-    said = CliRunner().invoke(cli.app, ["bench", "gain", str(run), "--repeats", "1"])
+    said = CliRunner().invoke(cli.app, ["bench", "gain", str(run), "--repeats", "1", "--device", "0"])
     assert said.exit_code == 0, said.output

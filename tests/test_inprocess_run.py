@@ -191,6 +191,7 @@ TRAINING = [
     *("train.steps=5", "train.clip-gradient=1", "train.label-smoothing=0.1", "train.augment=crop"),
     *("train.evaluate-every=2", "train.label-prior=counts"),
 ]
+THREE = ["devices.count=3", "data.public-share=0.85"]  # one for each of the default budgets and ranks
 PAIRS = list(zip(itertools.cycle(RULES), METHODS, strict=False))  # all combinations are slow tests
 
 
@@ -205,7 +206,7 @@ def goes_on(sharing: Path, cache: Path, options: list[str]) -> tuple[Path, Summa
 
     Round zero is another run's, if that had the same options for it: what is compared comes after it.
     """
-    given = dict(parse_assignment(option) for option in [*SMALL, f"cache={cache}", *options])
+    given = dict(parse_assignment(option) for option in [*SMALL, *THREE, f"cache={cache}", *options])
     one, whole = (Path(tempfile.mkdtemp(dir=sharing)) for _ in range(2))
     for folder, rounds in ((one, 1), (one, 2), (whole, 2)):
         summary = carry_out(unheard, given | {"train.rounds": rounds}, folder, in_process)
@@ -287,7 +288,7 @@ def test_options_in_addition_to_a_rule_run_and_resume(cache: Path, sharing: Path
 
 def test_references_equal_the_models_of_separate_runs(cache: Path, tmp_path: Path) -> None:
     """They change nothing else: the shared model has the same bits."""
-    runs = {}
+    runs, two = {}, ["devices.count=2", "data.public-share=0.9"]
     alone = ["personalize.method=local", "personalize.learning-rate=0.01", "train.steps=3"]
     for name, options in {
         "beside": ["personalize.method=fedavg", f"personalize.references={BESIDE}", "train.steps=3"],
@@ -296,7 +297,7 @@ def test_references_equal_the_models_of_separate_runs(cache: Path, tmp_path: Pat
         "dense+alone": [*alone, "devices.budgets=1,1,1"],
         "pooled": [*alone, "personalize.method=pooled"],
     }.items():
-        done = tapfl("--out", str(tmp_path / name), cache=cache, options=options)
+        done = tapfl("--out", str(tmp_path / name), cache=cache, options=[*two, *options])
         assert done.exit_code == 0, done.output
         assert [f"personal - {reference}: " in done.output for reference in REFERENCES] == 3 * [name == "beside"]
         assert bool(re.search(r"pooled\W+global", done.output)) == (name == "beside")

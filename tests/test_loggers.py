@@ -26,6 +26,7 @@ from tapfl.errors import ConfigError
 from tapfl.run_folder import RunFolder
 
 Curves = dict[str, list[tuple[int, float]]]
+TWO = ["devices.count=2", "data.public-share=0.9"]
 MEASURES = ("global_accuracy", "personal_accuracy", "alpha")
 
 
@@ -37,7 +38,7 @@ def uri(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="module")
 def finished(cache: Path, uri: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "told"
-    done = tapfl("--out", str(folder), cache=cache, options=["log.tensorboard=true", f"log.mlflow={uri}"])
+    done = tapfl("--out", str(folder), cache=cache, options=[*TWO, "log.tensorboard=true", f"log.mlflow={uri}"])
     assert done.exit_code == 0, done.output
     return folder
 
@@ -84,7 +85,7 @@ def float32(curves: Curves) -> Curves:
 
 def test_event_files_hold_the_numbers_of_metrics(finished: Path) -> None:
     expected = metrics(finished)
-    assert len(expected) == 7 + 4 * 7 and len(expected["personal_accuracy/device-03"]) == 3
+    assert len(expected) == 7 + 2 * 7 and len(expected["personal_accuracy/device-01"]) == 3
     assert in_event_files(finished) == float32(expected)
 
 
@@ -105,7 +106,7 @@ def test_hyperparameters_are_in_the_event_files_once(finished: Path) -> None:
 
 
 def test_loggers_do_not_change_a_bit(finished: Path, cache: Path, tmp_path: Path) -> None:
-    assert tapfl("--out", str(tmp_path / "untold"), cache=cache).exit_code == 0
+    assert tapfl("--out", str(tmp_path / "untold"), cache=cache, options=TWO).exit_code == 0
     assert content(finished) == content(tmp_path / "untold")
     assert not (tmp_path / "untold" / "tensorboard").exists() and not (tmp_path / "untold" / "mlflow.json").exists()
 
@@ -140,10 +141,10 @@ MOMENTS = {
 def test_killed_and_resumed_has_every_point_once(
     moment: str, finished: Path, cache: Path, uri: str, tmp_path: Path
 ) -> None:
-    folder, options = tmp_path / "run", ["log.tensorboard=true", f"log.mlflow={uri}"]
+    folder, options = tmp_path / "run", [*TWO, "log.tensorboard=true", f"log.mlflow={uri}"]
     killed_after(MOMENTS[moment], "--out", str(folder), cache=cache, options=options)
     before = (folder / "mlflow.json").read_text()
-    done = tapfl("--resume", str(folder), cache=cache)
+    done = tapfl("--resume", str(folder), cache=cache, options=TWO)
     assert done.exit_code == 0, done.output
     assert (folder / "mlflow.json").read_text() == before
     assert in_event_files(folder) == float32(metrics(finished)) and in_mlflow(folder, uri) == metrics(finished)
@@ -152,13 +153,15 @@ def test_killed_and_resumed_has_every_point_once(
 
 def test_loggers_can_be_added_when_a_run_is_resumed_or_finished(cache: Path, uri: str, tmp_path: Path) -> None:
     folder = str(tmp_path / "run")
-    assert tapfl("--out", folder, cache=cache, options=["train.rounds=1"]).exit_code == 0
-    done = tapfl("--resume", folder, cache=cache, options=["log.tensorboard=true"])
+    assert tapfl("--out", folder, cache=cache, options=[*TWO, "train.rounds=1"]).exit_code == 0
+    done = tapfl("--resume", folder, cache=cache, options=[*TWO, "log.tensorboard=true"])
     assert done.exit_code == 0, done.output
     assert in_event_files(tmp_path / "run") == float32(metrics(tmp_path / "run"))
     files = content(tmp_path / "run")
     for _ in range(2):
-        done = tapfl("--resume", folder, cache=cache, options=[f"log.mlflow={uri}", "log.mlflow-experiment=other"])
+        done = tapfl(
+            "--resume", folder, cache=cache, options=[*TWO, f"log.mlflow={uri}", "log.mlflow-experiment=other"]
+        )
         assert done.exit_code == 0, done.output
         assert in_mlflow(tmp_path / "run", uri) == metrics(tmp_path / "run")
     assert content(tmp_path / "run") == files
@@ -176,7 +179,7 @@ def test_an_unavailable_server_is_warned_of_once_and_gets_missed_points_later(
         real(self, points)
 
     monkeypatch.setattr(loggers.Tracking, "add", add)
-    options = [f"log.mlflow={uri}", "train.rounds=4"]
+    options = [*TWO, f"log.mlflow={uri}", "train.rounds=4"]
     done = tapfl("--out", str(tmp_path / "run"), cache=cache, options=options)
     assert done.exit_code == 0, done.output
     warnings = [record.getMessage() for record in caplog.records if "log.mlflow" in record.getMessage()]

@@ -75,12 +75,11 @@ def test_simultaneous_runs_do_not_affect_each_other(
     workers: ActorPool, cache: Path, tmp_path: Path, one_process: dict[str, bytes]
 ) -> None:
     """Each first trains its own backbone, whose weights are drawn from torch's global generator."""
-    with ThreadPoolExecutor(3) as pool:
-        first, second, third = pool.map(
-            lambda seed: on_ray(workers, tmp_path / f"run-{seed}", tmp_path / "cache", seed=seed), (0, 1, 2)
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(
+            lambda seed: on_ray(workers, tmp_path / f"run-{seed}", tmp_path / "cache", seed=seed), (0, 1)
         )
-    assert first == one_process
-    assert second != first != third
+    assert first == one_process != second
 
 
 @pytest.mark.slow
