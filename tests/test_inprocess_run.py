@@ -185,13 +185,19 @@ METHODS = [
     "fedrep",
 ]
 BESIDE = "alone:0.01,dense+alone:0.01,pooled:0.01"
-NEEDS = {"fedper": ["adapters.head=personal"], "fedrep": ["adapters.head=personal", "train.epochs=2"]}
+NEEDS = {
+    "fedper": ["adapters.head=personal"],
+    "fedrep": ["adapters.head=personal", "train.epochs=2"],
+    "pfedme": ["personalize.inner-steps=2"],  # fewer passes than by default, for the test's time
+    "fedala": ["personalize.ala-share=0.3"],
+}
 TRAINING = [
     *("train.optimizer=sgd", "train.learning-rate=0.05", "train.momentum=0.9", "train.weight-decay=1e-4"),
     *("train.steps=5", "train.clip-gradient=1", "train.label-smoothing=0.1", "train.augment=crop"),
     *("train.evaluate-every=2", "train.label-prior=counts"),
 ]
 THREE = ["devices.count=3", "data.public-share=0.85"]  # one for each of the default budgets and ranks
+WARM = ["adapters.start-rounds=1", "adapters.start-steps=4"]
 PAIRS = list(zip(itertools.cycle(RULES), METHODS, strict=False))  # all combinations are slow tests
 
 
@@ -265,7 +271,7 @@ def test_every_rule_with_every_method_and_extra(
         ["adapters.combine=trimmed-mean", "adapters.rule=ffa", "adapters.server=momentum", *TRAINING],
         ["adapters.clip=0.5", "adapters.server=adam", "train.label-prior=counts", f"personalize.references={BESIDE}"],
         ["adapters.rule=hetlora", "adapters.head=personal"],
-        ["adapters.start=pool", "adapters.blocks=1", "adapters.rule=embed_side", "personalize.references=alone"],
+        ["adapters.start=pool", "adapters.blocks=1", "adapters.rule=embed_side", *WARM, "personalize.references=alone"],
         ["personalize.method=fedavg+finetune", "adapters.head=personal"],
         ["personalize.from-round=2", "adapters.rule=embed_side"],  # first only w, then also v, with private parts of w
         ["personalize.from-round=3", "personalize.method=ditto"],  # v would begin after the last round
@@ -315,7 +321,7 @@ def test_references_equal_the_models_of_separate_runs(cache: Path, tmp_path: Pat
 
 def test_all_devices_get_the_warm_start(cache: Path, tmp_path: Path) -> None:
     """Including a device that trains alone, as a reference or with `local`."""
-    warm = ["adapters.start=metric-sets", "adapters.start-learning-rate=0.001", "devices.participation=0.5"]
+    warm = ["adapters.start=metric-sets", "adapters.start-learning-rate=0.001", *WARM, "devices.participation=0.5"]
     runs = {}
     for name, method in {"beside": "fedavg", "local": "local"}.items():
         options = [

@@ -17,6 +17,7 @@ OPTIONS = [
     "adapters.server=adam",
     "adapters.start=metric-sets",
     "adapters.start-learning-rate=1e-4",
+    "adapters.start-steps=4",
 ]
 
 MOMENTS = {
