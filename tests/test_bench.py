@@ -96,9 +96,16 @@ def test_process_memory_includes_what_is_written() -> None:
     assert grown is None or 35e6 < grown < 80e6
 
 
+SHALLOW = [
+    "model.args=img_size=8,patch_size=2,in_chans=1,embed_dim=32,depth=2,num_heads=2",
+    "metric.size=64",
+    "pruning.align=1",
+]
+
+
 @pytest.mark.parametrize("probe", ["own", "pool"])
 def test_a_row_for_every_number_of_devices(probe: str) -> None:
-    rows = list(round_zero.devices([1, 2], [probe], ["wanda"]))
+    rows = list(round_zero.devices([1, 2], [probe], ["wanda"], SHALLOW))
     assert [(row["criterion"], row["probe"], row["devices"]) for row in rows] == [("wanda", probe, c) for c in "12"]
     for row in rows:
         total, plans, pool = (float(row[name]) for name in ("s a device", "plans, s a device", "pool s"))
@@ -106,7 +113,7 @@ def test_a_row_for_every_number_of_devices(probe: str) -> None:
 
 
 def test_the_probe_bench_compares_both_ways(tmp_path: Path) -> None:
-    options = [f"cache={tmp_path}", "model.epochs=1", "metric.size=64"]
+    options = [f"cache={tmp_path}", "model.epochs=1", "metric.size=64", "data.public-share=0.15"]
     rows = list(round_zero.probe([0], 2, [0.5, 0.7], [0.1], options))
     assert [row["budget"] for row in rows] == ["0.5", "0.7"]
     for row in rows:
@@ -223,8 +230,9 @@ def test_the_bench_of_devices_together_has_a_row_for_every_method() -> None:
 
 def test_every_benchmark_is_a_command_with_its_functions_options() -> None:
     shown = CliRunner().invoke(cli.app, ["bench", "--help"]).output
+    shallow = [part for option in SHALLOW for part in ("--set", option)]
     assert all(name in shown for name in BENCHES)
-    done = CliRunner().invoke(cli.app, ["bench", "devices", "--devices", "1", "--probe", "own", "--json"])
+    done = CliRunner().invoke(cli.app, ["bench", "devices", "--devices", "1", "--probe", "own", *shallow, "--json"])
     assert json.loads(done.output.splitlines()[-1])["devices"] == "1"
     assert "No such command 'scorings'" in CliRunner().invoke(cli.app, ["bench", "scorings"]).output
 
