@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from killing import killed_after
+from killing import copied_after
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_inprocess_run import content, tapfl
@@ -21,25 +21,25 @@ OPTIONS = ["train.rounds=2", "devices.budgets=0.5", "devices.ranks=4"]
 CHECKPOINT = "server/round-0001.safetensors"
 
 
+MOMENTS = {
+    "after the summaries": ("strategies.preparation", "Preparation._store_summary", 4),
+    "after the first round": ("strategies.server_app", "save_checkpoint", 2),
+}
+
+
 @pytest.fixture(scope="module")
 def whole(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run in which all devices have the same budget; next to it, in `killed`, what it was at the moments."""
     folder = tmp_path_factory.mktemp("runs") / "whole"
-    assert tapfl("--out", str(folder), cache=cache, options=OPTIONS).exit_code == 0
-    return folder
-
-
-@pytest.fixture(scope="module")
-def stopped(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run that was killed after its first round; all devices have the same budget."""
-    folder = tmp_path_factory.mktemp("runs") / "stopped"
-    after_round_one = ("strategies.server_app", "save_checkpoint", 2)
-    killed_after(after_round_one, "--out", str(folder), cache=cache, options=OPTIONS)
+    with copied_after(MOMENTS, folder, folder.parent / "killed"):
+        assert tapfl("--out", str(folder), cache=cache, options=OPTIONS).exit_code == 0
     return folder
 
 
 @pytest.fixture
-def run(stopped: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(stopped, tmp_path / "run"))
+def run(whole: Path, tmp_path: Path) -> Path:
+    """The files of a run that was killed after its first round."""
+    return Path(shutil.copytree(whole.parent / "killed" / "after the first round", tmp_path / "run"))
 
 
 @pytest.fixture
@@ -202,18 +202,17 @@ def of_device_1(file: Path) -> None:
 def test_a_damaged_summary_is_requested_again(
     damage: Callable[[Path], None], whole: Path, cache: Path, tmp_path: Path
 ) -> None:
-    folder = tmp_path / "run"
-    moment = ("strategies.preparation", "Preparation._store_summary", 4)
-    killed_after(moment, "--out", str(folder), cache=cache, options=OPTIONS)
+    folder = Path(shutil.copytree(whole.parent / "killed" / "after the summaries", tmp_path / "run"))
     damage(folder / "summaries" / "02.safetensors")
     assert tapfl("--resume", str(folder), cache=cache, options=OPTIONS).exit_code == 0
     assert content(folder) == content(whole)
 
 
 def test_weights_must_match_the_plan_they_were_written_with(cache: Path, tmp_path: Path) -> None:
-    folder, options = tmp_path / "run", [*OPTIONS, "pruning.send=weights"]
-    moment = ("strategies.preparation", "Preparation._plan", 4)
-    killed_after(moment, "--out", str(folder), cache=cache, options=options)
+    options, moment = [*OPTIONS, "pruning.send=weights"], ("strategies.preparation", "Preparation._plan", 4)
+    with copied_after({"killed": moment}, tmp_path / "run", tmp_path / "copies"):
+        assert tapfl("--out", str(tmp_path / "run"), cache=cache, options=options).exit_code == 0
+    folder = tmp_path / "copies" / "killed"
     a_bit(folder / "plans" / "02.safetensors")
     with pytest.raises(PlanError, match=r"02\.safetensors: is not the file that 02\.json was written with"):
         tapfl("--resume", str(folder), cache=cache, options=options)
