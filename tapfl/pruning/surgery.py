@@ -43,9 +43,10 @@ def _cut(model: nn.Module, layers: Sequence[PrunableLayer], plan: PruningPlan) -
             f"plan for {plan.backbone.name}: does not fit this model ({name}: expected "
             f"{expected.get(name, 'none')}, found {actual.get(name, 'none')})"
         )
-    small = copy.deepcopy(model)
-    for layer, part in zip(layers, plan.layers, strict=True):
-        put(small, layer.name, layer.shrink(small.get_submodule(layer.name), part.index()))
+    branches = [model.get_submodule(layer.name) for layer in layers]
+    small = copy.deepcopy(model, {id(branch): branch for branch in branches})  # most weights, and all are replaced
+    for layer, branch, part in zip(layers, branches, plan.layers, strict=True):
+        put(small, layer.name, layer.shrink(branch, part.index()))
     try:
         return merging(small, plan.tokens).eval()
     except ModelError as error:
