@@ -146,7 +146,6 @@ def test_after_a_failure_all_processes_end_and_it_is_reported(
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     try:
         assert process.stdout is not None

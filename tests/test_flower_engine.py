@@ -100,7 +100,6 @@ def test_ctrl_c_ends_the_run_and_all_processes(engine: str, cache: Path, tmp_pat
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     try:
         deadline = time.monotonic() + 200

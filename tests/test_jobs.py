@@ -82,24 +82,12 @@ def test_closing_ends_running_and_waiting_jobs(tmp_path: Path, monkeypatch: pyte
     assert not {*threading.enumerate()} - {*before}
 
 
-def heeding_interrupts() -> None:
-    """What a shell starts in the background ignores Ctrl-C, and so would the processes of tests that run there."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-
 @pytest.fixture
 def command(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
     path = os.pathsep.join(part for part in sys.path if part)
     arguments = [sys.executable, trivial_jobs.__file__, str(tmp_path)]
     environment = os.environ | {"PYTHONPATH": path}
-    started = subprocess.Popen(
-        arguments,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-        env=environment,
-        preexec_fn=heeding_interrupts,
-    )
+    started = subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True, start_new_session=True, env=environment)
     yield started
     with suppress(ProcessLookupError):
         os.killpg(started.pid, signal.SIGKILL)
