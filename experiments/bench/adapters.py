@@ -191,7 +191,7 @@ class PeftStep:
         rank = next(len(theta) for name, theta in work.params.items() if name.endswith(LORA_A))
         config = LoraConfig(
             r=rank,
-            lora_alpha=SCALE * rank,  # type: ignore[arg-type]  # peft divides by r
+            lora_alpha=SCALE * rank,  # peft divides by r
             target_modules=modules_of(name for name in work.params if name.endswith(LORA_A)),
             modules_to_save=list(head_names(work.model)),
         )
