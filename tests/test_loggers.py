@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
-from killing import killed_after
+from killing import copied_after
 from mlflow import MlflowClient
+from sqlalchemy import event
+from sqlalchemy.engine import Engine
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_inprocess_run import content, tapfl
 from test_refused_input import refused
@@ -30,15 +33,44 @@ TWO = ["devices.count=2", "data.public-share=0.9"]
 MEASURES = ("global_accuracy", "personal_accuracy", "alpha")
 
 
-@pytest.fixture(scope="module")
-def uri(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return f"sqlite:///{tmp_path_factory.mktemp('store')}/mlflow.db"
+MOMENTS = {
+    "between a checkpoint and the loggers": ("strategies.server_app", "save_checkpoint", 2),
+    "when one logger has been told, the other not": ("strategies.loggers", "EventFiles.add", 1),
+    "between telling and the next checkpoint": ("strategies.server_app", "Federation.record", 2),
+    "when the server has been told": ("strategies.loggers", "Tracking.add", 2),
+}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _no_waiting_for_the_disk() -> Iterator[None]:
+    """SQLite does not use Python's `fsync`."""
+
+    def connected(connection: Any, _record: object) -> None:
+        connection.execute("PRAGMA synchronous=OFF")
+
+    event.listen(Engine, "connect", connected)
+    yield
+    event.remove(Engine, "connect", connected)
 
 
 @pytest.fixture(scope="module")
-def finished(cache: Path, uri: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("runs") / "told"
-    done = tapfl("--out", str(folder), cache=cache, options=[*TWO, "log.tensorboard=true", f"log.mlflow={uri}"])
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of MLflow's database, and of the run `finished`."""
+    return tmp_path_factory.mktemp("store") / "whole"
+
+
+@pytest.fixture(scope="module")
+def uri(store: Path) -> str:
+    store.mkdir()
+    return f"sqlite:///{store}/mlflow.db"
+
+
+@pytest.fixture(scope="module")
+def finished(cache: Path, store: Path, uri: str) -> Path:
+    """A finished run; `killed` has the run and the database as a kill at each of the moments would have left them."""
+    folder = store / "told"
+    with copied_after(MOMENTS, store, store.parent / "killed"):
+        done = tapfl("--out", str(folder), cache=cache, options=[*TWO, "log.tensorboard=true", f"log.mlflow={uri}"])
     assert done.exit_code == 0, done.output
     return folder
 
@@ -129,25 +161,19 @@ def test_event_files_opened_in_the_same_second_are_read_in_the_order_of_writing(
     assert in_event_files(tmp_path) == {"alpha": [(0, 0.5), (1, 0.5)]}
 
 
-MOMENTS = {
-    "between a checkpoint and the loggers": ("strategies.server_app", "save_checkpoint", 2),
-    "when one logger has been told, the other not": ("strategies.loggers", "EventFiles.add", 1),
-    "between telling and the next checkpoint": ("strategies.server_app", "Federation.record", 2),
-    "when the server has been told": ("strategies.loggers", "Tracking.add", 2),
-}
-
-
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_killed_and_resumed_has_every_point_once(
-    moment: str, finished: Path, cache: Path, uri: str, tmp_path: Path
+    moment: str, finished: Path, store: Path, cache: Path, uri: str, tmp_path: Path
 ) -> None:
-    folder, options = tmp_path / "run", [*TWO, "log.tensorboard=true", f"log.mlflow={uri}"]
-    killed_after(MOMENTS[moment], "--out", str(folder), cache=cache, options=options)
+    copy = (store.parent / "killed" / moment).rename(tmp_path / "copy")
+    folder, own = copy / "told", uri.replace(str(store), str(copy))
+    for file in (folder / "config.json", folder / "mlflow.json"):
+        file.write_text(file.read_text().replace(uri, own))
     before = (folder / "mlflow.json").read_text()
     done = tapfl("--resume", str(folder), cache=cache, options=TWO)
     assert done.exit_code == 0, done.output
-    assert (folder / "mlflow.json").read_text() == before
-    assert in_event_files(folder) == float32(metrics(finished)) and in_mlflow(folder, uri) == metrics(finished)
+    assert (folder / "mlflow.json").read_text() == before and own in before
+    assert in_event_files(folder) == float32(metrics(finished)) and in_mlflow(folder, own) == metrics(finished)
     assert content(folder) == content(finished)
 
 
