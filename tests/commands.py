@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import re
 import shlex
-import subprocess
 import sys
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from functools import cache
+from importlib.metadata import entry_points
 from importlib.util import find_spec
+from io import StringIO
 from itertools import product
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
+import pytest
 import typer
 from pages import ROOT
 from ray.scripts.scripts import cli as ray_cli
@@ -186,5 +190,8 @@ def _plain(word: str) -> str:
 
 @cache
 def _help(program: str) -> frozenset[str]:
-    said = subprocess.run([Path(sys.executable).parent / program, "--help"], capture_output=True, text=True, check=True)
-    return frozenset(re.findall(r"--?[\w-]+", said.stdout))
+    (command,) = entry_points(group="console_scripts", name=program)
+    said = StringIO()
+    with patch.object(sys, "argv", [program, "--help"]), redirect_stdout(said), pytest.raises(SystemExit, match=r"^0$"):
+        command.load()()
+    return frozenset(re.findall(r"--?[\w-]+", said.getvalue()))
