@@ -179,6 +179,13 @@ def test_a_log_has_a_line_for_every_fifth_of_a_stage_and_none_for_nested_ones(
     ]
 
 
+def wait_until(true: Callable[[], object]) -> None:
+    end = time.monotonic() + 60
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
 def test_a_log_is_not_silent_during_a_long_step(
     logged: Callable[[], list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -186,7 +193,7 @@ def test_a_log_is_not_silent_during_a_long_step(
     with shown(), stage("smaller models") as advance:
         advance(3, 10, "device 2")
         with stage("export"):
-            time.sleep(2.6)
+            wait_until(logged)
     assert set(logged()) == {"smaller models: 3/10 device 2; export (so far)"}
     assert not [thread for thread in threading.enumerate() if "_break_silence" in thread.name]
 
@@ -198,7 +205,7 @@ def test_lines_of_runs_that_share_a_process_go_to_their_own_logs(
 
     def run(name: str) -> None:
         with own_log(tmp_path / name), shown(), stage(f"rounds of {name}"):
-            time.sleep(1.6)
+            wait_until((tmp_path / name).read_text)
 
     threads = [threading.Thread(target=run, args=(name,)) for name in ("a", "b")]
     for thread in threads:
@@ -229,20 +236,20 @@ def test_a_run_has_lines_for_each_of_its_stages(logged: Callable[[], list[str]],
 # -- on a terminal --------------------------------------------------------------------------------------------------
 
 WORK = """
-import logging, sys, time
+import logging, time
 from flwr.common.logger import log
-from strategies import progress as module
-from strategies.progress import Lines, Pace, clock_time, shown
+from strategies import progress
 from tapfl.progress import stage, track
-with shown(), stage("rounds") as advance:
+progress.BRIEF = 0.1
+with progress.shown(), stage("rounds") as advance:
     advance(0, 4)
     for t in range(4):
         for _ in track(range(4), "devices"):
-            time.sleep(0.3)
+            time.sleep(0.1)
         log(logging.INFO, "a line of the log %d", t)
         print("a line on stdout", t)
         advance(t + 1, 4, f"accuracy 0.{t}")
-with shown():
+with progress.shown():
     for _ in track(range(2), "evaluation"):
         pass
 print("done")
