@@ -113,7 +113,7 @@ def test_a_row_for_every_number_of_devices(probe: str) -> None:
 
 
 def test_the_probe_bench_compares_both_ways(tmp_path: Path) -> None:
-    options = [f"cache={tmp_path}", "model.epochs=1", "metric.size=64", "data.public-share=0.15"]
+    options = [*SHALLOW, f"cache={tmp_path}", "model.epochs=1", "data.public-share=0.15"]
     rows = list(round_zero.probe([0], 2, [0.5, 0.7], [0.1], options))
     assert [row["budget"] for row in rows] == ["0.5", "0.7"]
     for row in rows:
@@ -123,7 +123,7 @@ def test_the_probe_bench_compares_both_ways(tmp_path: Path) -> None:
 
 
 def test_the_noise_bench_has_a_row_for_every_noise(tmp_path: Path) -> None:
-    options = [f"cache={tmp_path}", "model.epochs=8", "metric.size=128"]
+    options = [*SHALLOW, f"cache={tmp_path}", "model.epochs=15", "metric.size=128"]
     none, much = round_zero.noise([0.0, 1e3], 11.0, [0], 3, options)
     assert (none["noise"], much["noise"]) == ("0", "1000")
     shares = {rule: [float(part) for part in none[rule].split(", ")] for rule in list(none)[2:]}
@@ -232,7 +232,9 @@ def test_every_benchmark_is_a_command_with_its_functions_options() -> None:
     shown = CliRunner().invoke(cli.app, ["bench", "--help"]).output
     shallow = [part for option in SHALLOW for part in ("--set", option)]
     assert all(name in shown for name in BENCHES)
-    done = CliRunner().invoke(cli.app, ["bench", "devices", "--devices", "1", "--probe", "own", *shallow, "--json"])
+    done = CliRunner().invoke(
+        cli.app, ["bench", "devices", "--devices", "1", "--criterion", "wanda", *shallow, "--json"]
+    )
     assert json.loads(done.output.splitlines()[-1])["devices"] == "1"
     assert "No such command 'scorings'" in CliRunner().invoke(cli.app, ["bench", "scorings"]).output
 
