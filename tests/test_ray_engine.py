@@ -58,20 +58,7 @@ def on_ray(workers: ActorPool, folder: Path, cache: Path, client_app: str = "", 
     return content(folder)
 
 
-def test_warm_actors_and_one_process_give_the_same_bits(
-    workers: ActorPool, cache: Path, tmp_path: Path, one_process: dict[str, bytes]
-) -> None:
-    assert on_ray(workers, tmp_path / "run", cache) == one_process
-
-
-def test_a_killed_actor_is_restarted_and_its_messages_are_sent_again(
-    workers: ActorPool, cache: Path, tmp_path: Path, one_process: dict[str, bytes], caplog: pytest.LogCaptureFixture
-) -> None:
-    assert on_ray(workers, tmp_path / "run", cache, "faulty_apps:mortal") == one_process
-    assert (tmp_path / "died").exists() and "sent again" in caplog.text
-
-
-def test_simultaneous_runs_do_not_affect_each_other(
+def test_simultaneous_runs_on_warm_actors_give_the_bits_of_one_process(
     workers: ActorPool, cache: Path, tmp_path: Path, one_process: dict[str, bytes]
 ) -> None:
     """Each first trains its own backbone, whose weights are drawn from torch's global generator."""
@@ -158,6 +145,14 @@ def test_a_fully_used_cluster_is_refused_after_a_short_time(
     everything = ray.cluster_resources()["CPU"]
     with pytest.raises(RunError, match="the Ray cluster is in use"), ActorPool(count=1, cpus=everything):
         pass
+
+
+# the last test with these actors, so that nothing waits for the new one
+def test_a_killed_actor_is_restarted_and_its_messages_are_sent_again(
+    workers: ActorPool, cache: Path, tmp_path: Path, one_process: dict[str, bytes], caplog: pytest.LogCaptureFixture
+) -> None:
+    assert on_ray(workers, tmp_path / "run", cache, "faulty_apps:mortal") == one_process
+    assert (tmp_path / "died").exists() and "sent again" in caplog.text
 
 
 @pytest.mark.parametrize("address", ["ray://head:10001", "head", "127.0.0.1:port"])
