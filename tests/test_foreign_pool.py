@@ -60,10 +60,17 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def unlabelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Letters without labels."""
-    file = tmp_path_factory.mktemp("pool") / "letters.npz"
-    np.savez(file, images=load_images("letters").read()[::5])
+def letters(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A fifth of the letters, which a run otherwise draws for a second."""
+    file, drawn = tmp_path_factory.mktemp("pool") / "letters.npz", load_images("letters")
+    np.savez(file, images=drawn.read()[::5], labels=drawn.labels[::5], classes=np.array(drawn.classes))
+    return file
+
+
+@pytest.fixture(scope="module")
+def unlabelled(letters: Path) -> Path:
+    file = letters.with_name("unlabelled.npz")
+    np.savez(file, images=np.load(letters)["images"])
     return file
 
 
@@ -318,14 +325,17 @@ def test_a_run_with_an_unlabelled_foreign_pool(weights: Path, unlabelled: Path, 
     assert all(1 <= chosen.effective_size <= 64 == chosen.size for chosen in run.metric_sets.values())
 
 
-def test_a_personal_head_of_prototypes_keeps_the_names_on_the_devices(cache: Path, tmp_path: Path) -> None:
-    given = ["data.public=letters", "model.head=prototypes", "adapters.head=personal", "data.classes-per-device=2"]
+def test_a_personal_head_of_prototypes_keeps_the_names_on_the_devices(
+    letters: Path, cache: Path, tmp_path: Path
+) -> None:
+    given = [f"data.public={letters}", "model.head=prototypes", "adapters.head=personal", "data.classes-per-device=2"]
+    given += ["devices.count=2", "train.steps=5"]
     with copied_after(
         {"killed": ("strategies.server_app", "save_checkpoint", 2)}, tmp_path / "run", tmp_path / "copies"
     ):
         done = tapfl("--out", str(tmp_path / "run"), cache=cache, options=given)
     assert done.exit_code == 0, done.output
-    assert json.loads((tmp_path / "run" / "classes.json").read_text()) == ["0", "1"]  # six digits: positions, not names
+    assert json.loads((tmp_path / "run" / "classes.json").read_text()) == ["0", "1"]  # positions, not names
     run = read_run(tmp_path / "run")
     assert {name for images in run.images.values() for name in images.names} - {"0", "1"}
     heads = [
