@@ -122,6 +122,7 @@ def test_the_probe_bench_compares_both_ways(tmp_path: Path) -> None:
         assert 0.5 < float(row["kept alike"]) <= 1 and -1 <= float(row["ρ ffn"]) <= 1
 
 
+@pytest.mark.slow
 def test_the_noise_bench_has_a_row_for_every_noise(tmp_path: Path) -> None:
     options = [*SHALLOW, f"cache={tmp_path}", "model.epochs=15", "metric.size=128"]
     none, much = round_zero.noise([0.0, 1e3], 11.0, [0], 3, options)
