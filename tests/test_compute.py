@@ -174,7 +174,7 @@ def test_fast_plans_keep_nearly_the_same_units(vit: Tiny) -> None:
 
 
 def test_a_fast_run_finishes(cache: Path, tmp_path: Path) -> None:
-    options = ["compute.precision=fast", "train.rounds=1", "train.steps=1", "model.epochs=1"]
+    options = ["compute.precision=fast", "train.rounds=1", "train.steps=1", "model.epochs=1", "devices.count=2"]
     done = tapfl("--out", str(tmp_path / "run"), cache=cache, options=options)
     assert done.exit_code == 0, done.output
     assert json.loads((tmp_path / "run" / "versions.json").read_text())[PROCESSOR] == HERE.kind
@@ -202,7 +202,7 @@ def test_the_script_for_a_gpu_runs_on_the_cpu(tmp_path: Path) -> None:
 
 def test_its_parts_measure_at_the_size_of_a_test(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Compute, "recorder", property(lambda way: Recording() if way.graphs else None))
-    rows = list(gpu_parts.steps(gpu_parts.SMALL, HERE))
+    rows = list(gpu_parts.steps(replace(gpu_parts.SMALL, step=2, repeats=1), HERE))
     assert {(row["method"], row["precision"]) for row in rows} == {
         (method, precision) for method in gpu_parts.METHODS for precision in ("exact", "fast")
     }
