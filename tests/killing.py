@@ -14,8 +14,6 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-from test_inprocess_run import tapfl
-
 # A fork of pytest's own process would do, did not torch refuse autograd in the fork of a process in which some test had
 # it start threads. So the fork is of a process that has imported what a run takes seconds to, and done nothing since.
 FORKS = multiprocessing.get_context("forkserver")
@@ -35,6 +33,8 @@ def killed_after(moment: Moment, *arguments: str, cache: Path, options: list[str
 
 
 def _killed_after(moment: Moment, arguments: tuple[str, ...], cache: Path, options: list[str]) -> None:
+    from test_inprocess_run import tapfl  # which itself uses this module
+
     with _right_after(moment, lambda: os.kill(os.getpid(), signal.SIGKILL)):
         tapfl(*arguments, cache=cache, options=options)
 

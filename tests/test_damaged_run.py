@@ -17,12 +17,18 @@ from test_inprocess_run import content, tapfl
 from tapfl.errors import PlanError, RunError, TapflError
 from tapfl.store import read_about, read_tensors, seal, unseal, write_tensors
 
-OPTIONS = ["train.rounds=2", "devices.budgets=0.5", "devices.ranks=4"]
+OPTIONS = [
+    "devices.count=2",
+    "data.public-share=0.9",
+    "personalize.held-out-share=0.1",
+    "devices.budgets=0.5",
+    "devices.ranks=4",
+]
 CHECKPOINT = "server/round-0001.safetensors"
 
 
 MOMENTS = {
-    "after the summaries": ("strategies.preparation", "Preparation._store_summary", 4),
+    "after the summaries": ("strategies.preparation", "Preparation._store_summary", 2),
     "after the first round": ("strategies.server_app", "save_checkpoint", 2),
 }
 
@@ -149,24 +155,26 @@ def test_a_damaged_checkpoint_may_be_deleted(run: Path, whole: Path, resume: Cal
     assert content(run) == content(whole)
 
 
-@pytest.mark.parametrize(
-    ("name", "damage"),
-    [
-        ("timing.json", nested),
-        ("versions.json", pickled),
-        ("metric-sets/00.json", half),
-        ("summaries/00.safetensors", Path.unlink),
-    ],
-)
+NO_LONGER_NEEDED: dict[str, Callable[[Path], None]] = {
+    "timing.json": nested,
+    "versions.json": pickled,
+    "metric-sets/00.json": half,
+    "summaries/00.safetensors": Path.unlink,
+}
+
+
 def test_damage_to_files_no_longer_needed_does_not_stop_a_run(
-    name: str, damage: Callable[[Path], None], run: Path, whole: Path, resume: Callable[[], tuple[int, str]]
+    run: Path, whole: Path, resume: Callable[[], tuple[int, str]]
 ) -> None:
-    if name == "timing.json":
-        shutil.copy(whole / name, run / name)
-    damage(run / name)
+    shutil.copy(whole / "timing.json", run / "timing.json")
+    for name, damage in NO_LONGER_NEEDED.items():
+        damage(run / name)
     assert resume()[0] == 0
-    computed = {file: data for file, data in content(whole).items() if file != name}
-    assert {file: data for file, data in content(run).items() if file != name} == computed
+    computed, again = (
+        {file: data for file, data in content(folder).items() if file not in NO_LONGER_NEEDED}
+        for folder in (whole, run)
+    )
+    assert again == computed
 
 
 def of_device_0(file: Path) -> None:
@@ -198,23 +206,24 @@ def of_device_1(file: Path) -> None:
     shutil.copy(file.with_name("01.safetensors"), file)
 
 
-@pytest.mark.parametrize("damage", [half, a_bit, of_device_1])
+@pytest.mark.parametrize("damages", [{"00": half, "01": a_bit}, {"00": of_device_1}])
 def test_a_damaged_summary_is_requested_again(
-    damage: Callable[[Path], None], whole: Path, cache: Path, tmp_path: Path
+    damages: dict[str, Callable[[Path], None]], whole: Path, cache: Path, tmp_path: Path
 ) -> None:
     folder = Path(shutil.copytree(whole.parent / "killed" / "after the summaries", tmp_path / "run"))
-    damage(folder / "summaries" / "02.safetensors")
+    for device, damage in damages.items():
+        damage(folder / "summaries" / f"{device}.safetensors")
     assert tapfl("--resume", str(folder), cache=cache, options=OPTIONS).exit_code == 0
     assert content(folder) == content(whole)
 
 
 def test_weights_must_match_the_plan_they_were_written_with(cache: Path, tmp_path: Path) -> None:
-    options, moment = [*OPTIONS, "pruning.send=weights"], ("strategies.preparation", "Preparation._plan", 4)
+    options, moment = [*OPTIONS, "pruning.send=weights"], ("strategies.preparation", "Preparation._plan", 2)
     with copied_after({"killed": moment}, tmp_path / "run", tmp_path / "copies"):
         assert tapfl("--out", str(tmp_path / "run"), cache=cache, options=options).exit_code == 0
     folder = tmp_path / "copies" / "killed"
-    a_bit(folder / "plans" / "02.safetensors")
-    with pytest.raises(PlanError, match=r"02\.safetensors: is not the file that 02\.json was written with"):
+    a_bit(folder / "plans" / "00.safetensors")
+    with pytest.raises(PlanError, match=r"00\.safetensors: is not the file that 00\.json was written with"):
         tapfl("--resume", str(folder), cache=cache, options=options)
 
 

@@ -34,7 +34,7 @@ CHANGED = {
     "upop": ["pruning.criterion=upop"],
     "fine-tune": ["pruning.recovery=fine-tune", "pruning.recovery-steps=3"],
 }
-SHORT = ["devices.count=2", "train.rounds=1"]
+SHORT = ["devices.count=2", "data.public-share=0.9", "train.rounds=1", "train.steps=1", "personalize.method=fedavg"]
 
 
 @dataclass

@@ -17,7 +17,7 @@ import torch
 from backbones import DEIT, SWIN, VIT, Tiny, kept_units, plan_of, random_kept, tiny
 from pages import ROOT
 from pretended import THERE, There, accelerator
-from test_inprocess_run import tapfl
+from test_inprocess_run import TINY, tapfl
 from test_lora import with_noise
 from test_personalize import METHODS
 from torch import Tensor
@@ -52,6 +52,7 @@ from tapfl.seeds import numpy_generator
 from tapfl.training import train_dense
 
 PIT: dict[str, Any] = {"img_size": 32, "base_dims": (8, 8), "depth": (1, 1), "heads": (2, 4)}
+NARROW = VIT.model_copy(update={"args": VIT.args | {"mlp_ratio": 2}})
 OTHERS: dict[str, tuple[BackboneSpec, dict[str, Any]]] = {
     "distilled": (DEIT, {"criterion": "tap", "compensation": "one-pass", "recovery": "distill"}),
     "reconstructed": (
@@ -59,21 +60,21 @@ OTHERS: dict[str, tuple[BackboneSpec, dict[str, Any]]] = {
         {
             "criterion": "lowrank-heads",
             "compensation": "reconstruction",
+            "compensation_steps": 5,
             "recovery": "distill",
             "recovery_held_out": 0.5,
         },
     ),
     "windows that overhang": (
-        SWIN.model_copy(update={"args": SWIN.args | {"img_size": 12}}),
+        SWIN.model_copy(update={"args": SWIN.args | {"img_size": 12, "depths": (2, 1), "mlp_ratio": 2}}),
         {"criterion": "tap+"},
     ),
     "pit": (BackboneSpec(name="pit_ti_224", args=PIT, num_classes=10), {"criterion": "tap+"}),
     "no biases": (
-        VIT.model_copy(update={"args": VIT.args | {"qkv_bias": False, "proj_bias": False}}),
+        NARROW.model_copy(update={"args": NARROW.args | {"qkv_bias": False, "proj_bias": False}}),
         {"criterion": "tap+"},
     ),
 }
-WIDE = VIT.model_copy(update={"args": VIT.args | {"mlp_ratio": 8}})
 SEARCHES_BY_KL = {"updp"}  # the amount of its work depends on its results
 
 
@@ -95,23 +96,23 @@ def check_equal(there: Pruned, here: Pruned, inputs: Tensor) -> None:
 
 
 @pytest.fixture(scope="module")
-def wide() -> Tiny:
-    return tiny(WIDE)
+def narrow() -> Tiny:
+    return tiny(NARROW)
 
 
 @pytest.mark.parametrize("name", sorted(registry.BUILT_IN))
 def test_a_criterion_has_the_same_result_on_the_accelerator(
-    name: str, vit: Tiny, wide: Tiny, monkeypatch: pytest.MonkeyPatch
+    name: str, vit: Tiny, narrow: Tiny, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The number of waits does not depend on the number of units."""
     monkeypatch.setattr(upop, "STEPS", 4)
-    here, waits = pruned(vit, HERE, criterion=name), []
-    for backbone in (vit, wide):
+    here, waits = pruned(narrow, HERE, criterion=name), []
+    for backbone in (narrow, vit):
         with accelerator() as counts:
             there = pruned(backbone, THERE, criterion=name)
             waits.append(counts.waits)
-            if backbone is vit:
-                check_equal(there, here, vit.inputs)
+            if backbone is narrow:
+                check_equal(there, here, narrow.inputs)
     assert waits[0] == waits[1] or name in SEARCHES_BY_KL
 
 
@@ -154,7 +155,7 @@ def test_scores_wait_once_a_batch_and_an_elimination_a_few_times_a_branch(vit: T
 
 # -- local training ---------------------------------------------------------------------------------------------------
 
-ROUND = TrainOptions(learning_rate=1e-2, epochs=2, steps=4)
+ROUND = TrainOptions(learning_rate=1e-2, epochs=2, steps=2)
 EVERY_METHOD = METHODS | {
     "apfl, α a layer": Apfl(0.5, "step", per="layer"),
     "apfl, α held out": Apfl(0.5, "fixed"),
@@ -187,7 +188,7 @@ class Place:
 
     def round(self, method: Method[Any]) -> LocalResult:
         weighed = method.weigh(self.w, self.personal, [self.losses])
-        return local_round(method, self.objective, self.w, weighed, range(4), ROUND, self.trained)
+        return local_round(method, self.objective, self.w, weighed, range(ROUND.steps), ROUND, self.trained)
 
 
 @pytest.mark.parametrize("name", EVERY_METHOD)
@@ -218,7 +219,7 @@ def test_no_step_waits_for_the_device_and_a_round_does_once(method: Method[Any],
         for _ in range(2):
             method.step(state, place.objective, None)
         assert (counts.waits, counts.to_host) == before, counts.by_operation
-        local_round(method, place.objective, place.w, place.personal, range(4), ROUND, place.trained)
+        local_round(method, place.objective, place.w, place.personal, range(ROUND.steps), ROUND, place.trained)
         assert counts.waits - before[0] <= 1 and counts.to_host - before[1] <= 1, counts.by_operation
 
 
@@ -307,9 +308,15 @@ FEDERATION = [
         "adapters.head=personal",
         "adapters.rule=fedit",
         "privacy.dp-clip=1.0",
-        "personalize.references=alone,dense+alone",
+        "personalize.references=dense+alone",
     ),
-    *("model.epochs=1", "train.steps=2", "devices.count=2", "data.public-share=0.9"),
+    *(
+        "model.epochs=1",
+        f"model.args={TINY.replace('depth=2', 'depth=1')},mlp_ratio=8",
+        "train.steps=2",
+        "devices.count=2",
+        "data.public-share=0.9",
+    ),
 ]
 
 
