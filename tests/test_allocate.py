@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from backbones import Tiny, golden
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tapfl.config import PruningOptions
@@ -99,6 +99,7 @@ def backbones(draw: st.DrawFn) -> tuple[list[PrunableLayer], int]:
     return layers, draw(st.integers(0, 10)) * embed * embed
 
 
+@settings(max_examples=15)  # some integer programs take a second
 @given(
     backbone=backbones(),
     share=st.floats(0.02, 1.0),

@@ -18,10 +18,10 @@ from tapfl.models.dense import layers_of
 CLASSES = tuple("abcde")
 # for each family: timm's name, and arguments for a tiny model
 BASES = {
-    "vit": ("vit_tiny_patch16_224", "img_size=16,patch_size=4,embed_dim=16,depth=2,num_heads=2"),
-    "deit": ("deit_tiny_distilled_patch16_224", "img_size=32,embed_dim=16,depth=2,num_heads=2"),
+    "vit": ("vit_tiny_patch16_224", "img_size=16,patch_size=4,embed_dim=16,depth=1,num_heads=2"),
+    "deit": ("deit_tiny_distilled_patch16_224", "img_size=32,embed_dim=16,depth=1,num_heads=2"),
     "pit": ("pit_ti_224", "img_size=32,base_dims=8/8,depth=1/1,heads=2/4"),
-    "swin": ("swin_tiny_patch4_window7_224", "img_size=32,embed_dim=12,depths=2/2,num_heads=2/4,window_size=2"),
+    "swin": ("swin_tiny_patch4_window7_224", "img_size=32,embed_dim=12,depths=1/1,num_heads=2/4,window_size=2"),
 }
 REFUSED = [
     # for timm text and numbers are true, so a text such as "no" would switch something on
@@ -72,7 +72,7 @@ REFUSED = [
     ("deit", "no_embed_class=True", "cannot take an image of .*broadcast"),
     ("pit", "depth=1/", "base_dims=8/8,heads=2/4,depth=1/': differ in length"),
     ("pit", "heads=1/1/1", "differ in length; accepted: one value per stage"),
-    ("swin", "num_heads=1/1/1", "depths=2/2,num_heads=1/1/1': differ in length"),
+    ("swin", "num_heads=1/1/1", "depths=1/1,num_heads=1/1/1': differ in length"),
     ("pit", "patch_size=0", r"has an empty patch_embed\.conv\.weight"),
     # refused by timm itself; an assertion without a message is quoted
     ("vit", "pos_embed=sincos", "timm cannot build .*assert pos_embed in"),

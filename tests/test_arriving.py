@@ -105,11 +105,9 @@ def test_a_run_has_the_same_bits_without_cache_and_with_recorded_steps_and_when_
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Devices also step together from the cached input."""
-    options, sizes, real = (
-        ["adapters.blocks=1", "train.together=2", "train.batch=8", "train.epochs=4"],
-        [],
-        together.together,
-    )
+    options = ["adapters.blocks=1", "train.together=2", "train.batch=8", "train.epochs=3"]
+    options += ["devices.count=2", "data.public-share=0.9"]
+    sizes, real = [], together.together
 
     def noted(tasks: list[together.LocalTask], model: together.StackedModel) -> list[together.Outcome]:
         sizes.append((len(tasks), len(model.prefix)))
@@ -118,7 +116,7 @@ def test_a_run_has_the_same_bits_without_cache_and_with_recorded_steps_and_when_
     monkeypatch.setattr(together, "together", noted)
     held, dropped = tmp_path / "held", tmp_path / "dropped"
     assert tapfl("--out", str(held), cache=cache, options=options).exit_code == 0
-    assert sizes == [(2, 0)] * 4  # four devices, two rounds
+    assert sizes == [(2, 0)] * 2  # two devices, two rounds
     monkeypatch.setattr(caches, "kept", memo := Memo(0, lambda each: each.nbytes))
     monkeypatch.setattr(memo, "once", partial(memo.once, keep=lambda each: not isinstance(each, Arriving)))
     monkeypatch.setattr(Compute, "recorder", recording := Recording())

@@ -22,7 +22,7 @@ from tapfl.config import ModelOptions
 from tapfl.data.images import ArrayImages, ImageSet
 from tapfl.errors import ModelError
 from tapfl.models import dense
-from tapfl.models.backbone import BackboneSpec, build
+from tapfl.models.backbone import BackboneSpec, build, outline
 from tapfl.models.dense import DenseCache, dense_backbone, dense_key
 from tapfl.models.forward import example_input, head_names, image_features, transform_of
 from tapfl.models.weights import load_hub_weights, load_weights, read_head_rows
@@ -68,7 +68,9 @@ def test_arguments_that_timm_does_not_take_are_refused(args: dict) -> None:
 @pytest.mark.parametrize(
     ("name", "args", "message"),
     [
-        ("vit_tiny_patch16_224", {"depth": 60000}, "more than 16384 parameter tensors"),
+        pytest.param(
+            *("vit_tiny_patch16_224", {"depth": 60000}, "more than 16384 parameter tensors"), marks=pytest.mark.slow
+        ),
         ("vit_tiny_patch16_224", {"embed_dim": 60000, "num_heads": 4}, "more than 2147483648 parameters"),
         ("vit_tiny_patch16_224", {"img_size": 65536, "patch_size": 1}, "more than 2147483648 parameters"),
         ("swin_tiny_patch4_window7_224", {"img_size": 32768}, r"needs .* elements for its masks"),
@@ -80,6 +82,11 @@ def test_a_model_too_large_for_memory_is_refused_before_it_is_built(name: str, a
     with pytest.raises(ModelError, match=message):
         build(BackboneSpec(name=name, args=args, num_classes=3))
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**18  # KiB: 256 MiB
+
+
+def test_a_model_of_too_many_tensors_is_refused_before_it_is_built() -> None:
+    with pytest.raises(ModelError, match="more than 200 parameter tensors"):
+        outline(spec(args=VIT_ARGS | {"depth": 60000}), 200)
 
 
 @pytest.mark.parametrize("name", ["resnet18", "mixer_s32_224"])

@@ -18,30 +18,31 @@ from experiments.compare.tables import table
 from tapfl.errors import ConfigError, ModelError
 
 
-def comparison_file(tmp_path: Path, axes: str, options: str = "") -> Path:
+def comparison_file(tmp_path: Path, axes: str, options: str = "", cache: Path | None = None) -> Path:
     shared = [
         option.split("=", 1) for option in SMALL if not option.startswith(("train.", "metric", "pruning.criterion"))
     ]
     lines = [f'"{key}" = {value if value.isdigit() else json.dumps(value)}' for key, value in shared]
-    lines += [f'"cache" = {json.dumps(str(tmp_path / "cache"))}', '"metric.size" = 128', '"metric.batch" = 16', options]
+    lines += [f'"cache" = {json.dumps(str(cache or tmp_path / "cache"))}']
+    lines += ['"metric.size" = 64', '"metric.batch" = 16', options]
     file = tmp_path / "compare.toml"
     file.write_text("\n".join(lines) + f"\n[compare]\n{axes}\n")
     return file
 
 
-AXES = """criterion = ["tap", "lowrank-heads"]
+AXES = """criterion = ["tap", "magnitude"]
 budget = [0.5]
 compensation = ["none", "sequential"]
 device = [0, 2]"""
 
 
-def test_a_comparison_runs_once_and_is_shown(tmp_path: Path) -> None:
-    file, out = comparison_file(tmp_path, AXES), tmp_path / "out"
+def test_a_comparison_runs_once_and_is_shown(tmp_path: Path, cache: Path) -> None:
+    file, out = comparison_file(tmp_path, AXES, cache=cache), tmp_path / "out"
     invoked = ["compare", "--config", str(file), "--out", str(out), "--json", "--jobs"]
     first = CliRunner().invoke(cli.app, [*invoked, "1"], catch_exceptions=False)
     rows = [json.loads(line) for line in first.stdout.splitlines() if line.startswith("{")]
     assert [(row["criterion"], row["compensation"]) for row in rows] == [
-        (criterion, how) for criterion in ("tap", "lowrank-heads") for how in ("none", "sequential")
+        (criterion, how) for criterion in ("tap", "magnitude") for how in ("none", "sequential")
     ]
     assert all(row["50% MACs"].endswith("(2)") for row in rows)
     assert "| tap | none |" in (out / "table.md").read_text()
@@ -66,10 +67,9 @@ def test_an_unusable_backbone_is_refused_before_anything_is_written(args: str, t
     assert not (tmp_path / "out").exists()
 
 
-def test_measures_are_shares_and_a_budget_that_cannot_be_met_is_reported(tmp_path: Path) -> None:
-    file = comparison_file(
-        tmp_path, 'criterion = ["tap", "updp"]\nbudget = [0.5, 0.01, "macs<=0.9,params<=0.6"]\ndevice = [1]'
-    )
+def test_measures_are_shares_and_a_budget_that_cannot_be_met_is_reported(tmp_path: Path, cache: Path) -> None:
+    axes = 'criterion = ["tap", "updp"]\nbudget = [0.5, 0.01, "macs<=0.9,params<=0.6"]\ndevice = [1]'
+    file = comparison_file(tmp_path, axes, cache=cache)
     comparison = read_comparison(file)
     rows = run_comparison(comparison, tmp_path / "out", lambda *_: None)
     by_cell = {(row["criterion"], row["budget"]): row for row in rows}
@@ -82,13 +82,13 @@ def test_measures_are_shares_and_a_budget_that_cannot_be_met_is_reported(tmp_pat
     assert "cannot be met" in by_cell["tap", "macs<=0.01"]["refused"] and not by_cell["tap", "macs<=0.01"]["pruned"]
 
 
-def test_any_option_is_an_axis_and_the_oracle_is_the_device_s_own_images(tmp_path: Path) -> None:
+def test_any_option_is_an_axis_and_the_oracle_is_the_device_s_own_images(tmp_path: Path, cache: Path) -> None:
     axes = """criterion = ["taylor"]
 "metric.rule" = ["density-ratio", "oracle"]
 unit-shape = ["head-dims", "heads"]
 recovery = ["none", "fine-tune"]
 device = [1]"""
-    file = comparison_file(tmp_path, axes, '"pruning.recovery-steps" = 3')
+    file = comparison_file(tmp_path, axes, '"pruning.recovery-steps" = 3', cache)
     comparison = read_comparison(file)
     rows = run_comparison(comparison, tmp_path / "out", lambda *_: None)
     assert len(rows) == 8 and all(float(row["macs_share"]) <= 0.5 for row in rows)
@@ -102,8 +102,9 @@ device = [1]"""
         run_comparison(other, tmp_path / "out", lambda *_: None)
 
 
-def test_widths_are_aligned_to_heads_by_default(tmp_path: Path) -> None:
-    file = comparison_file(tmp_path, 'criterion = ["magnitude"]\ncompensation = ["none", "one-pass"]\ndevice = [0]')
+def test_widths_are_aligned_to_heads_by_default(tmp_path: Path, cache: Path) -> None:
+    axes = 'criterion = ["magnitude"]\ncompensation = ["none", "one-pass"]\ndevice = [0]'
+    file = comparison_file(tmp_path, axes, cache=cache)
     file.write_text("\n".join(line for line in file.read_text().splitlines() if "pruning.align" not in line))
     rows = run_comparison(read_comparison(file), tmp_path / "out", lambda *_: None)
     assert [row["compensation"] for row in rows] == ["none", "one-pass"]

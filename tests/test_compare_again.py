@@ -84,7 +84,10 @@ def rewrite_images(place: Path) -> None:
 
 OTHERS: dict[str, tuple[Callable[[Path], object], str]] = {
     "backbone": (partial(write_file, options='"model.name" = "deit_tiny_patch16_224"'), "model.name: 'vit_tiny"),
-    "size of the metric set": (partial(rewrite, before="128", after="64"), "metric.size: 128 then, 64 now"),
+    "size of the metric set": (
+        partial(rewrite, before='size" = 64', after='size" = 32'),
+        "metric.size: 64 then, 32 now",
+    ),
     "training of the backbone": (partial(write_file, options='"model.learning-rate" = 0.01'), "0.003 then, 0.01 now"),
     "partition": (partial(write_file, options='"data.partition" = "iid"'), "'pathological' then, 'iid' now"),
     "images under another name": (

@@ -42,8 +42,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def finished(place: Path) -> tuple[str, Path]:
-    file = comparison_file(place, f"{AXES}\n{RESULTS}")
+def finished(place: Path, cache: Path) -> tuple[str, Path]:
+    file = comparison_file(place, f"{AXES}\n{RESULTS}", cache=cache)
     arguments = [
         "compare",
         "--config",
@@ -72,7 +72,7 @@ def scenario(place: Path, finished: tuple[str, Path]) -> Scenario:
     return Scenario.of(scenario_of(next(comparison.cells()).config))
 
 
-def test_coverage_equals_counting_by_hand(scenario: Scenario, rows: list[dict[str, str]]) -> None:
+def test_coverage_equals_counting_by_hand(scenario: Scenario, rows: list[dict[str, str]], place: Path) -> None:
     view = DeviceView.of(scenario, 1)
     own = set(scenario.private.labels[scenario.splits[1].train].tolist())
     images = scenario.pool.images
@@ -80,9 +80,9 @@ def test_coverage_equals_counting_by_hand(scenario: Scenario, rows: list[dict[st
         [np.flatnonzero(images.labels == label)[0] for label in (*sorted(own)[:1], *sorted(set(range(10)) - own)[:3])]
     )
     assert view.coverage(images.subset(four)) == (0.25, 1 / len(own))
-    metric = next(read_comparison(Path(scenario.config.cache).parent / "compare.toml").cells()).config.metric
+    metric = next(read_comparison(place / "compare.toml").cells()).config.metric
     for instead in ("", "shared", "oracle"):
-        chosen = view.public_images(metric, 128, instead).labels.tolist()
+        chosen = view.public_images(metric, 64, instead).labels.tolist()
         row = next(r for r in rows if r["device"] == "1" and r["metric.rule"] == (instead or "density-ratio"))
         assert float(row["own_share"]) == sum(label in own for label in chosen) / len(chosen)
         assert float(row["classes_covered"]) == len(own & set(chosen)) / len(own)
@@ -117,10 +117,10 @@ def test_rank_correlation_is_a_mean_over_layers_with_different_scores(scenario: 
 
 def test_the_shared_plan_uses_the_same_images_for_all_devices(scenario: Scenario, place: Path) -> None:
     metric = next(read_comparison(place / "compare.toml").cells()).config.metric
-    chosen = [DeviceView.of(scenario, device).public_images(metric, 128, "shared") for device in (0, 1)]
+    chosen = [DeviceView.of(scenario, device).public_images(metric, 64, "shared") for device in (0, 1)]
     assert np.array_equal(chosen[0].read(), chosen[1].read())
     assert len(np.unique(chosen[0].labels)) == 10  # of all classes, in whatever order the pool is
-    own = [DeviceView.of(scenario, device).public_images(metric, 128) for device in (0, 1)]
+    own = [DeviceView.of(scenario, device).public_images(metric, 64) for device in (0, 1)]
     assert not np.array_equal(own[0].read(), own[1].read())
 
 
@@ -145,9 +145,9 @@ def test_a_pool_that_lacks_classes_really_lacks_them(scenario: Scenario) -> None
     assert view.dense == DeviceView.of(scenario, 1).dense  # the measures are the same
 
 
-def test_a_pool_that_lacks_classes_is_an_axis(place: Path, tmp_path: Path) -> None:
+def test_a_pool_that_lacks_classes_is_an_axis(cache: Path, tmp_path: Path) -> None:
     axes = 'criterion = ["magnitude"]\n"metric.rule" = ["random", "density-ratio"]\npool-lacks = [0, 1]\ndevice = [1]'
-    comparison = read_comparison(comparison_file(tmp_path, axes), [f"cache={place / 'cache'}"])
+    comparison = read_comparison(comparison_file(tmp_path, axes, cache=cache))
     rows = run_comparison(comparison, tmp_path / "out", lambda *_: None)
     shares = {(row["metric.rule"], row["pool-lacks"]): float(row["own_share"]) for row in rows}
     assert (

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tapfl.config import RunConfig
@@ -27,6 +27,7 @@ def test_the_defaults_are_valid_and_round_trip() -> None:
 pairs = st.lists(st.tuples(st.floats(0.01, 1), st.integers(1, 64)), min_size=1, max_size=5)
 
 
+@settings(max_examples=15)
 @given(
     pairs=pairs,
     tau=st.floats(1e-3, 1e3),

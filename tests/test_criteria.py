@@ -9,7 +9,7 @@ from importlib.metadata import EntryPoint
 import numpy as np
 import pytest
 import torch
-from backbones import Tiny
+from backbones import SWIN, Tiny, tiny
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -20,6 +20,17 @@ from tapfl.pruning.criteria.criterion import PruningTask, Selection, across_laye
 from tapfl.pruning.pipeline import plan_of, pruning_task
 
 FAMILIES = ["vit", "deit", "swin"]
+
+
+@pytest.fixture(scope="module")
+def swin() -> Tiny:
+    """With fewer tokens than that of other files."""
+    return tiny(SWIN)
+
+
+@pytest.fixture(scope="module")
+def families(vit: Tiny, deit: Tiny, swin: Tiny) -> dict[str, Tiny]:
+    return {"vit": vit, "deit": deit, "swin": swin}
 
 
 LABELS = torch.tensor([3, 1, 4, 1])

@@ -54,6 +54,7 @@ budgets = st.lists(
 ).map(lambda limits: ",".join(f"{quantity}<={share}" for quantity, share in limits))
 
 
+@settings(max_examples=20)
 @given(
     backbone=backbones(),
     budget=budgets,
@@ -86,6 +87,7 @@ def test_every_limit_holds_and_one_is_reached_or_it_is_refused(
             assert dims == layer.units_per_head
 
 
+@settings(max_examples=15)
 @given(backbone=backbones(), share=shares, align=st.sampled_from([4, 16]), quantity=st.sampled_from(["macs", "params"]))
 def test_what_a_refusal_names_is_accepted(
     backbone: tuple[list[PrunableLayer], int], share: float, align: int, quantity: str
@@ -108,7 +110,7 @@ def test_what_a_refusal_names_is_accepted(
 
 
 @given(seed=st.integers(0, 10**6), share=st.floats(0.1, 1), others=st.floats(0.1, 1.5))
-@settings(max_examples=40)
+@settings(max_examples=15)
 def test_the_integer_program_finds_what_brute_force_finds(seed: int, share: float, others: float) -> None:
     """All choices of three layers: the one nearest to the ideal within the budget, or the sums nearest to a limit."""
     generator = np.random.default_rng(seed)

@@ -151,7 +151,13 @@ FEW, MANY = 12, 100
 
 @pytest.mark.parametrize(
     ("apart", "images", "least", "most"),
-    [(0.0, FEW, 0.0, 0.2), (1.0, FEW, 0.25, 0.5), (1.0, 48, 0.5, 0.7), (2.0, 48, 0.8, 0.9), (5.0, MANY, 0.93, 1.0)],
+    [
+        (0.0, FEW, 0.0, 0.2),
+        pytest.param(1.0, FEW, 0.25, 0.5, marks=pytest.mark.slow),
+        (1.0, 48, 0.5, 0.7),
+        pytest.param(2.0, 48, 0.8, 0.9, marks=pytest.mark.slow),
+        (5.0, MANY, 0.93, 1.0),
+    ],
 )
 def test_alpha_goes_to_0_where_w_is_better_to_1_where_v_is_and_between_elsewhere(
     apart: float, images: int, least: float, most: float

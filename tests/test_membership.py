@@ -23,7 +23,7 @@ DEVICES, LEAST = 10, SummaryOptions().min_support
 def scenario(tmp_path_factory: pytest.TempPathFactory) -> Scenario:
     """The digits federation with defaults, except that the backbone is trained for fewer epochs."""
     cache = str(tmp_path_factory.mktemp("cache"))
-    return Scenario.of(RunConfig.from_flat({"devices.count": DEVICES, "model.epochs": 5, "cache": cache}))
+    return Scenario.of(RunConfig.from_flat({"devices.count": DEVICES, "model.epochs": 1, "cache": cache}))
 
 
 def own_images(scenario: Scenario, device: int) -> np.ndarray:
