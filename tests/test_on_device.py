@@ -314,6 +314,7 @@ FEDERATION = [
         "model.epochs=1",
         f"model.args={TINY.replace('depth=2', 'depth=1')},mlp_ratio=8",
         "train.steps=2",
+        "train.evaluate-every=2",
         "devices.count=2",
         "data.public-share=0.9",
     ),
