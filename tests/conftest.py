@@ -9,7 +9,7 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 import torch
-from backbones import Tiny, tiny_of_family
+from backbones import SWIN, Tiny, tiny, tiny_of_family
 from hypothesis import settings
 
 settings.register_profile("tapfl", max_examples=40, deadline=None, derandomize=True)
@@ -68,6 +68,17 @@ def swin() -> Tiny:
 @pytest.fixture(scope="session")
 def families(vit: Tiny, deit: Tiny, swin: Tiny) -> dict[str, Tiny]:
     return {"vit": vit, "deit": deit, "swin": swin}
+
+
+@pytest.fixture(scope="session")
+def small_swin() -> Tiny:
+    """With fewer tokens than `swin`."""
+    return tiny(SWIN)
+
+
+@pytest.fixture(scope="session")
+def small_families(vit: Tiny, deit: Tiny, small_swin: Tiny) -> dict[str, Tiny]:
+    return {"vit": vit, "deit": deit, "swin": small_swin}
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,7 @@ from importlib.metadata import EntryPoint
 import numpy as np
 import pytest
 import torch
-from backbones import SWIN, Tiny, tiny
+from backbones import Tiny
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -20,17 +20,6 @@ from tapfl.pruning.criteria.criterion import PruningTask, Selection, across_laye
 from tapfl.pruning.pipeline import plan_of, pruning_task
 
 FAMILIES = ["vit", "deit", "swin"]
-
-
-@pytest.fixture(scope="module")
-def swin() -> Tiny:
-    """With fewer tokens than that of other files."""
-    return tiny(SWIN)
-
-
-@pytest.fixture(scope="module")
-def families(vit: Tiny, deit: Tiny, swin: Tiny) -> dict[str, Tiny]:
-    return {"vit": vit, "deit": deit, "swin": swin}
 
 
 LABELS = torch.tensor([3, 1, 4, 1])
@@ -74,10 +63,10 @@ def loss_with(task: PruningTask, factors: dict[str, Tensor], labels: Tensor) -> 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("name", sorted(registry.BUILT_IN))
 def test_a_criterion_keeps_its_promises(
-    name: str, family: str, families: dict[str, Tiny], monkeypatch: pytest.MonkeyPatch
+    name: str, family: str, small_families: dict[str, Tiny], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The plan is valid, within the budget and the same for the same seed; the dense model is not changed."""
-    backbone = families[family]
+    backbone = small_families[family]
     state = {key: value.clone() for key, value in backbone.model.state_dict().items()}
     modules = [id(module) for module in backbone.model.modules()]
     monkeypatch.setattr(upop, "STEPS", 10)
@@ -105,8 +94,8 @@ def test_a_criterion_keeps_its_promises(
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_magnitude_is_the_coupled_norm(family: str, families: dict[str, Tiny]) -> None:
-    backbone = families[family]
+def test_magnitude_is_the_coupled_norm(family: str, small_families: dict[str, Tiny]) -> None:
+    backbone = small_families[family]
     weights = {key: value.double().numpy() for key, value in backbone.model.state_dict().items()}
     for layer in backbone.layers:
         found = norms.coupled_norm(layer, backbone.model.get_submodule(layer.name)).numpy()
@@ -121,8 +110,8 @@ def test_magnitude_is_the_coupled_norm(family: str, families: dict[str, Tiny]) -
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_wanda_is_activation_norm_times_column_norm(family: str, families: dict[str, Tiny]) -> None:
-    backbone = families[family]
+def test_wanda_is_activation_norm_times_column_norm(family: str, small_families: dict[str, Tiny]) -> None:
+    backbone = small_families[family]
     task = task_of(backbone)
     seen: dict[str, np.ndarray] = {}
     handles = [
@@ -141,8 +130,8 @@ def test_wanda_is_activation_norm_times_column_norm(family: str, families: dict[
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_gate_gradients_are_finite_differences_of_each_image(family: str, families: dict[str, Tiny]) -> None:
-    task = replace(in_double(task_of(families[family])), labels=LABELS)
+def test_gate_gradients_are_finite_differences_of_each_image(family: str, small_families: dict[str, Tiny]) -> None:
+    task = replace(in_double(task_of(small_families[family])), labels=LABELS)
     batches = list(gradients.image_gradients(task))
     ε = 1e-5
     for layer in task.layers:
@@ -184,8 +173,8 @@ def test_global_ranking_follows_the_scale_of_a_layer_and_ranking_within_layers_d
 
 
 @pytest.mark.parametrize("family", ["vit", "swin"])
-def test_isomorphic_ranks_only_within_a_type(family: str, families: dict[str, Tiny]) -> None:
-    task = task_of(families[family], budget=0.5)
+def test_isomorphic_ranks_only_within_a_type(family: str, small_families: dict[str, Tiny]) -> None:
+    task = task_of(small_families[family], budget=0.5)
     scores = gradients.taylor_scores(task)
     plain = gradients.within_types(task, scores)
     louder = {layer.name: scores[layer.name] * (1e6 if layer.kind == "ffn" else 1) for layer in task.layers}
@@ -203,8 +192,8 @@ def test_isomorphic_ranks_only_within_a_type(family: str, families: dict[str, Ti
     assert shares["attention"] == pytest.approx(shares["ffn"], abs=0.08)  # the slices of an attention are coarse
 
 
-def test_isomorphic_ranks_by_importance_and_not_by_cost(swin: Tiny) -> None:
-    task = task_of(swin, budget=0.5)
+def test_isomorphic_ranks_by_importance_and_not_by_cost(small_swin: Tiny) -> None:
+    task = task_of(small_swin, budget=0.5)
     scores = {layer.name: torch.linspace(0, 1, layer.units) for layer in task.layers}
 
     def spread(selection: Selection) -> float:

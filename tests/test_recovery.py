@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from backbones import SWIN, Tiny, plan_of, random_kept, tiny
+from backbones import Tiny, plan_of, random_kept
 from torch import Tensor, nn
 
 from tapfl.config import PruningOptions
@@ -59,19 +59,8 @@ class Task:
 
 
 @pytest.fixture(scope="module")
-def swin() -> Tiny:
-    """With fewer tokens than that of other files."""
-    return tiny(SWIN)
-
-
-@pytest.fixture(scope="module")
-def families(vit: Tiny, deit: Tiny, swin: Tiny) -> dict[str, Tiny]:
-    return {"vit": vit, "deit": deit, "swin": swin}
-
-
-@pytest.fixture(scope="module")
-def tasks(families: dict[str, Tiny]) -> dict[str, Task]:
-    return {family: Task(backbone) for family, backbone in families.items()}
+def tasks(small_families: dict[str, Tiny]) -> dict[str, Task]:
+    return {family: Task(backbone) for family, backbone in small_families.items()}
 
 
 def bits(model: nn.Module) -> dict[str, bytes]:
