@@ -35,7 +35,7 @@ SWIN = BackboneSpec(
     num_classes=CLASSES,
 )
 # with its own windows of 7, which fit into 56 pixels
-SMALL_SWIN = SWIN.model_copy(update={"args": SWIN.args | {"img_size": 56, "window_size": 7}})
+LARGER_SWIN = SWIN.model_copy(update={"args": SWIN.args | {"img_size": 56, "window_size": 7}})
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def tiny(spec: BackboneSpec, model: nn.Module | None = None) -> Tiny:
 
 
 def tiny_of_family(family: str) -> Tiny:
-    return tiny({"vit": VIT, "deit": DEIT, "swin": SMALL_SWIN}[family])
+    return tiny({"vit": VIT, "deit": DEIT, "swin": LARGER_SWIN}[family])
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from typing import Any
 import onnx
 import pytest
 import torch
-from backbones import DEIT, SMALL_SWIN, VIT, VIT_ARGS, Tiny, plan_of, random_kept, tiny
+from backbones import DEIT, LARGER_SWIN, VIT, VIT_ARGS, Tiny, plan_of, random_kept, tiny
 from test_prune import tapfl
 from torch import Tensor, nn
 
@@ -35,7 +35,7 @@ SPECS = {
     "vit": VIT,
     "deit": DEIT,
     # a block with shifted windows and a second stage
-    "swin": SMALL_SWIN.model_copy(update={"args": SMALL_SWIN.args | {"depths": (2, 1)}}),
+    "swin": LARGER_SWIN.model_copy(update={"args": LARGER_SWIN.args | {"depths": (2, 1)}}),
 }
 PAIRS = {("deit", "torch-export"), ("swin", "torchscript"), ("swin", "onnx")}
 

@@ -8,14 +8,13 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 import torch
-from backbones import DEIT, SWIN, VIT, Tiny, random_kept, tiny
+from backbones import Tiny, random_kept
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_compensation import images, refitted, sequential
 from torch import Tensor, nn
 
 from tapfl.errors import ModelError
-from tapfl.models.backbone import BackboneSpec
 from tapfl.pruning import reconstruction
 from tapfl.pruning.reconstruction import Call, reconstruct
 from tapfl.training import apart
@@ -87,12 +86,12 @@ def test_a_rate_that_diverges_is_named() -> None:
         reconstruct(nn.Linear(1, 1), calls_of(y, y, 6), steps=3, learning_rate=1e30)
 
 
-@pytest.mark.parametrize("spec", [VIT, DEIT, SWIN], ids=["vit", "deit", "swin"])
+@pytest.mark.parametrize("family", ["vit", "deit", "swin"])
 def test_every_branch_is_judged_on_its_input_in_the_pruned_model(
-    spec: BackboneSpec, monkeypatch: pytest.MonkeyPatch
+    family: str, small_families: dict[str, Tiny], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The errors are those of r = f(x') - f'(x') + γ drift, and the whole model is closer to the dense one."""
-    backbone, errors = tiny(spec), []
+    backbone, errors = small_families[family], []
 
     def watched(branch: nn.Module, calls: Sequence[Call], steps: int, rate: float) -> tuple[float, float]:
         errors.append(reconstruct(branch, calls, steps, rate))
