@@ -233,11 +233,14 @@ def compare(
     tables = list(sections(rows, comparison, results))
     made_by = command("compare", "--config", str(config), "--out", "DIR", *flags(set=set, reference=reference))
     write_bytes(out / "table.md", page(tables, rows, comparison, origin, results, made_by).encode())
-    write_figure(accuracy_against_macs(rows, comparison, results.show[0]), out / "accuracy-against-macs.png")
+    written = ["results.csv", "table.md"]
+    if figure := accuracy_against_macs(rows, comparison, results.show[0]):
+        write_figure(figure, out / f"{figure.name}.png")
+        written.append(f"{figure.name}.png")
     for table in tables:
         if as_json:
             show_rows([{"measure": table.measure, "devices": table.devices, **row} for row in table.rows], as_json=True)
             continue
         show_line(f"{table.measure}, {table.devices}")
         show_rows(table.rows, as_json=False)
-    show_written(out, "results.csv", "table.md", "accuracy-against-macs.png")
+    show_written(out, *written)

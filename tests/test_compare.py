@@ -96,10 +96,51 @@ device = [1]"""
     assert list(shown[0]) == ["criterion", "metric.rule", "unit-shape", "recovery", "50% MACs"]
     with pytest.raises(ConfigError, match="--measure loss: accepted are macs_share"):
         comparison.results.override(["loss"], None).check(comparison.axes)
+    for line in ("budget=macs<=0.5", "device=1", "recovery=distill"):
+        with pytest.raises(ConfigError, match=f"--reference {line}: is not a line of the table; "):
+            comparison.results.override(None, [line]).check(comparison.axes)
     other = read_comparison(comparison_file(tmp_path, 'criterion = ["tap"]\ndevice = [1]'))
     assert other.axes["compensation"] == ["auto"]  # options that are not named have the defaults of a run
     with pytest.raises(ConfigError, match="is a comparison with other axes"):
         run_comparison(other, tmp_path / "out", lambda *_: None)
+
+
+def test_an_axis_may_be_named_with_or_without_its_section(tmp_path: Path) -> None:
+    axes = '"pruning.criterion" = ["tap", "random"]\n"pruning.compensation" = ["none"]\ndevice = [0]'
+    comparison = read_comparison(comparison_file(tmp_path, axes))
+    assert {"criterion", "compensation"} < comparison.axes.keys() and "pruning.criterion" not in comparison.axes
+    cells = [(cell.point["criterion"], cell.config.pruning.criterion) for cell in comparison.cells()]
+    assert cells == [("tap", "tap"), ("random", "random")]
+    assert comparison.results.override(None, ["pruning.criterion=tap"]).values == {"criterion": "tap"}
+    twice = comparison_file(tmp_path, f'{axes}\ncriterion = ["tap"]')
+    with pytest.raises(ConfigError, match=r"compare\.pruning\.criterion and compare\.criterion are one axis"):
+        read_comparison(twice)
+    with pytest.raises(ConfigError, match=r"compare\.pruning\.seed is not an axis"):
+        read_comparison(comparison_file(tmp_path, '"pruning.seed" = [0]'))
+
+
+def test_a_cell_that_does_not_support_an_option_is_refused_and_the_others_are_measured(
+    tmp_path: Path, cache: Path
+) -> None:
+    axes = 'criterion = ["magnitude"]\ntokens = ["none", "merge"]\nprobe = ["own", "pool"]\ndevice = [0]'
+    name, args = "swin_tiny_patch4_window7_224", "img_size=16,embed_dim=8,depths=1/1,num_heads=1/1,window_size=2"
+    options = f'"model.name" = "{name}"\n"model.epochs" = 1\n"pruning.ratio" = "adaptive"\n"pruning.floor" = 0.0'
+    file = comparison_file(tmp_path, axes, options, cache)
+    file.write_text(file.read_text().replace('"model.epochs" = 2\n', ""))
+    comparison = read_comparison(file, [f"model.args={args}"])
+    rows = run_comparison(comparison, tmp_path / "out", lambda *_: None)
+    refused = {(row["tokens"], row["probe"]): row["refused"] for row in rows}
+    assert refused["none", "own"] == "" and "pruning.probe = 'pool'" in refused["none", "pool"]
+    assert all("pruning.tokens = 'merge'" in refused["merge", probe] for probe in ("own", "pool"))
+    assert sum(row["pruned"] != "" for row in rows) == 1
+
+
+def test_a_comparison_of_refused_cells_alone_has_a_table_and_no_figure(tmp_path: Path, cache: Path) -> None:
+    file = comparison_file(tmp_path, 'criterion = ["magnitude"]\nbudget = [0.01]\ndevice = [0]', cache=cache)
+    invoked = ["compare", "--config", str(file), "--out", str(tmp_path / "out"), "--jobs", "1"]
+    done = CliRunner().invoke(cli.app, invoked, catch_exceptions=False)
+    assert "| magnitude | refused |" in (tmp_path / "out" / "table.md").read_text()
+    assert "table.md\n" in done.stderr and not (tmp_path / "out" / "accuracy-against-macs.png").exists()
 
 
 def test_widths_are_aligned_to_heads_by_default(tmp_path: Path, cache: Path) -> None:

@@ -17,11 +17,12 @@ from typer.testing import CliRunner
 
 from experiments import cli
 from experiments.compare.cells import rank_correlations, scenario_of
-from experiments.compare.grid import IMAGES, read_comparison
-from experiments.compare.picture import accuracy_against_macs, comparable
+from experiments.compare.folder import Origin
+from experiments.compare.grid import IMAGES, Comparison, read_comparison
+from experiments.compare.picture import accuracy_against_macs, comparable, points
 from experiments.compare.run import run_comparison
 from experiments.compare.scenario import DeviceView, Scenario, classes_that_lack
-from experiments.compare.tables import difference, mean_over_devices, sections
+from experiments.compare.tables import caption_of, difference, mean_over_devices, sections
 from experiments.figures.figure import write_figure
 from experiments.statistics import corrected, from_text, paired
 from tapfl.models.prunable import prunable_layers
@@ -186,6 +187,43 @@ def test_the_dense_model_counts_once_a_device_however_many_lines_it_has() -> Non
         {"device": d, "seed": "0", "dense": acc} for d, acc in (("0", "0.9"), ("0", "0.9"), ("0", "0.9"), ("1", "0.5"))
     ]
     assert mean_over_devices(pd.DataFrame(rows), "dense") == pytest.approx(0.7)
+    other = [*rows, {"device": "1", "seed": "0", "dense": "0.8"}]  # an axis changes the dense model
+    assert mean_over_devices(pd.DataFrame(other), "dense") is None
+    assert mean_over_devices(pd.DataFrame([rows[0] | {"dense": ""}]), "dense") is None
+
+
+def grid_of(tmp_path: Path, text: str) -> tuple[Comparison, pd.DataFrame]:
+    """Returns a comparison and rows of its cells; `pruned_own` is 0.6, and 0.8 on device 1."""
+    (tmp_path / "grid.toml").write_text(text)
+    comparison = read_comparison(tmp_path / "grid.toml")
+    measures = {"macs_share": "0.5", "dense": "0.8", "dense_own": "0.9", "seconds": "30", "pruned": "", "refused": ""}
+    own = {"0": "0.6", "1": "0.8"}
+    rows = [cell.point | measures | {"pruned_own": own[cell.point["device"]]} for cell in comparison.cells()]
+    return comparison, pd.DataFrame(rows)
+
+
+def test_the_figure_has_the_standard_error_over_devices_and_the_dense_model(tmp_path: Path) -> None:
+    comparison, rows = grid_of(tmp_path, '[compare]\ncriterion = ["tap"]\ndevice = [0, 1]')
+    _, drawn = points(rows, comparison, "pruned_own")
+    assert drawn["mean"].item() == pytest.approx(0.7) and drawn["error"].item() == pytest.approx(0.1)
+    assert points(rows[:1], comparison, "pruned_own")[1]["error"].item() == 0
+    figure = accuracy_against_macs(rows, comparison, "pruned_own")
+    assert figure is not None and "the dense model has 0.900" in figure.alt and '"dense"' in json.dumps(figure.spec)
+    seconds = accuracy_against_macs(rows, comparison, "seconds")
+    assert seconds is not None and "dense" not in seconds.alt and '"dense"' not in json.dumps(seconds.spec)
+    assert seconds.title.startswith("seconds against MACs")
+    write_figure(seconds, tmp_path / "seconds.png")
+    assert accuracy_against_macs(rows, comparison, "pruned") is None  # no cell has it
+
+
+def test_the_caption_says_only_what_holds_for_all_cells(tmp_path: Path) -> None:
+    models = [f"img_size={size},patch_size=4,embed_dim=8,depth=1,num_heads=1" for size in (8, 16)]
+    axes = f'"metric.size" = [64, 128]\n"model.args" = {models}\n"devices.count" = [2, 3]\ndevice = [0]'
+    comparison, rows = grid_of(tmp_path, f"[compare]\n{axes}")
+    origin = Origin(options={}, contents={}, versions={})
+    said = caption_of(rows, comparison, origin, comparison.results, "tapfl compare")
+    name = next(comparison.cells()).config.model.name
+    assert f"backbone {name} at 8×8 px or {name} at 16×16 px; 2 or 3 devices, metric set of 64 or 128 images" in said
 
 
 @pytest.mark.parametrize("budgets", ["[0.5]", "[0.5, 0.7]"])
@@ -197,7 +235,9 @@ def test_several_grids_are_drawn_also_if_each_has_one_budget(budgets: str, tmp_p
     comparison = read_comparison(tmp_path / "grids.toml")
     measures = {"macs_share": "0.5", "dense_own": "0.9", "pruned_own": "0.6", "refused": ""}
     rows = pd.DataFrame([cell.point | measures for cell in comparison.cells()])
-    write_figure(accuracy_against_macs(rows, comparison, "pruned_own"), tmp_path / "lines.png")
+    figure = accuracy_against_macs(rows, comparison, "pruned_own")
+    assert figure is not None
+    write_figure(figure, tmp_path / "lines.png")
     assert (tmp_path / "lines.png").read_bytes().startswith(b"\x89PNG")
 
 

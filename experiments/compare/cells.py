@@ -72,14 +72,14 @@ class CellRunner:
 
     def _measure(self, cell: Cell) -> dict[str, object]:
         Compute.of(cell.config.compute).prepare()
+        view, images = self._view(cell), self._images(cell)  # their errors are not about the cell, and end everything
         try:
             options = resolved(cell.config.pruning)
-        except ConfigError as error:  # the criterion does not support one of the options
+            later = FINISH if options.tokens != "auto" else RECOVERY  # with auto, tokens depend on compensation
+            choice = (_images_key(cell), cell.budget, options.model_copy(update=dict.fromkeys(later)))
+            task = self._once("task", choice, lambda: self._task(cell))
+        except ConfigError as error:  # criterion, backbone or pool do not support one of the options
             return {"refused": str(error)}
-        view = self._view(cell)
-        later = FINISH if options.tokens != "auto" else RECOVERY  # with auto, tokens depend on compensation
-        choice = (_images_key(cell), cell.budget, options.model_copy(update=dict.fromkeys(later)))
-        task = self._once("task", choice, lambda: self._task(cell))
         task = replace(task, options=task.options.model_copy(update={name: getattr(options, name) for name in FINISH}))
         selection, seconds = self._once("selection", choice, lambda: self._select(cell, task))
         if isinstance(selection, str):
@@ -91,7 +91,7 @@ class CellRunner:
         plan = plan_of(task, selection, view.scenario.spec)
         right = hits(small, view.inputs, view.labels, view.classes)
         cost = (plan.cost.macs / plan.dense.macs, plan.cost.params / plan.dense.params)
-        values = (*cost, *view.coverage(self._images(cell)), *view.dense, *shares(right), round(seconds, 4))
+        values = (*cost, *view.coverage(images), *view.dense, *shares(right), round(seconds, 4))
         measures: dict[str, object] = dict(zip(MEASURES, values, strict=True))
         measures |= {name: as_text(part.tolist()) for name, part in zip(IMAGES.values(), right, strict=True)}
         return measures | (self._agreement(cell, task) if self.rank else {})
@@ -119,7 +119,7 @@ class CellRunner:
             scores, scoring_seconds = self._scores(cell, task.options, criterion.scores, lambda: task)
             selection, seconds = timed(lambda: select(task, scores), compute)
             return selection, scoring_seconds + seconds
-        except BudgetError as error:
+        except (BudgetError, ConfigError) as error:
             return str(error), 0.0
 
     def _scores(

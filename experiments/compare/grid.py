@@ -16,8 +16,9 @@ device = [0, 3, 6]
 reference = ["criterion=tap"]
 ```
 
-An axis is `device`, `budget`, `pool-lacks`, or any option of a run by its dotted name, in which `pruning.` may be
-omitted. Several tables `[[compare]]` are several grids; an axis that is missing in one of them has its default there.
+An axis is `device`, `budget`, `pool-lacks`, or any option of a run by its dotted name. The prefix `pruning.` may be
+omitted, and results omit it. Several tables `[[compare]]` are several grids; an axis that is missing in one of them has
+its default there.
 """
 
 from __future__ import annotations
@@ -47,6 +48,8 @@ DEFAULTS: dict[str, list[Any]] = {
     "compensation": ["auto"],
 }
 OWN_AXES = ("device", "budget", "pool-lacks")  # axes that are not options of a run
+OWNER = ["device", "seed"]  # axes that determine the test images
+WITHIN_LINE = ("budget", *OWNER)  # axes that do not distinguish the lines of a table
 # values of metric.rule that exist only in a comparison: the device's own training images, or images of the whole pool
 INSTEAD = ("oracle", "shared")
 # patterns of axes in the order of the computation: data and backbone (none of these), device, metric set, selection,
@@ -87,7 +90,7 @@ class ResultOptions(Section):
         parts = [text.partition("=") for text in self.reference]
         if odd := [axis for axis, equals, _ in parts if not equals]:
             raise ConfigError(f"--reference {odd[0]}: must have the form axis=value, such as criterion=tap")
-        return {axis.strip(): value.strip() for axis, _, value in parts}
+        return {axis_of(axis.strip()): value.strip() for axis, _, value in parts}
 
     def override(self, show: Sequence[str] | None, reference: Sequence[str] | None) -> ResultOptions:
         """Returns the options overridden by those of the command line, if they are given."""
@@ -99,10 +102,11 @@ class ResultOptions(Section):
         if odd := [name for name in self.show if name not in self.columns]:
             more = "" if "rank" in self.measures else "; results.measures = ['rank'] adds rank_ffn and rank_attention"
             raise ConfigError(f"--measure {odd[0]}: accepted are {', '.join(self.columns)}{more}")
+        lines = {axis: list(map(str, values)) for axis, values in axes.items() if axis not in WITHIN_LINE}
         for axis, value in self.values.items():
-            values = list(map(str, axes.get(axis, ())))
-            if axis in ("device", "seed") or value not in values:
-                named = f"values of {axis}: {', '.join(values)}" if values else f"axes: {', '.join(axes)}"
+            values = lines.get(axis, [])
+            if value not in values:
+                named = f"values of {axis}: {', '.join(values)}" if values else f"axes: {', '.join(lines)}"
                 raise ConfigError(f"--reference {axis}={value}: is not a line of the table; {named}")
         if missing := [device for device in self.chosen_on if device not in axes["device"]]:
             accepted = ", ".join(map(str, axes["device"]))
@@ -197,6 +201,10 @@ def read_comparison(file: Path, assignments: Iterable[str] = ()) -> Comparison:
     grids = table if isinstance(table, list) else [table]
     if not grids or not all(isinstance(g, dict) and all(isinstance(v, list) and v for v in g.values()) for g in grids):
         raise ConfigError(f'{file}: needs a table [compare] of lists, such as criterion = ["tap", "random"]')
+    for grid in grids:
+        if twice := sorted(axis for axis in grid if axis != axis_of(axis) in grid):
+            raise ConfigError(f"{file}: compare.{twice[0]} and compare.{axis_of(twice[0])} are one axis; give only one")
+    grids = [{axis_of(axis): values for axis, values in grid.items()} for grid in grids]
     known = {*OWN_AXES, *RunConfig().flat()}
     given_axes = list(dict.fromkeys(itertools.chain(*grids)))
     if odd := sorted(axis for axis in given_axes if option_of(axis) not in known):
@@ -215,6 +223,12 @@ def read_comparison(file: Path, assignments: Iterable[str] = ()) -> Comparison:
         raise ConfigError(f"{file}: has no cells; accepted: a list of devices, or devices.count above 0")
     results.check(axes)
     return comparison
+
+
+def axis_of(option: str) -> str:
+    """Returns the name of an option as an axis: options of pruning lose their prefix."""
+    short = option.removeprefix("pruning.")
+    return short if option_of(short) == option else option
 
 
 def option_of(axis: str) -> str:

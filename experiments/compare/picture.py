@@ -4,29 +4,39 @@ from __future__ import annotations
 
 import pandas as pd
 
-from experiments.compare.grid import Comparison
-from experiments.compare.tables import OWNER, line_axes, mean_over_devices
+from experiments.compare.grid import OWNER, Comparison
+from experiments.compare.tables import line_axes, mean_over_devices
 from experiments.figures.figure import Figure, Panel, panels_of_curves
 
+DENSE = {"pruned": "dense", "pruned_own": "dense_own"}  # accuracy of the pruned model -> that of the dense model
 
-def accuracy_against_macs(rows: pd.DataFrame, comparison: Comparison, measure: str) -> Figure:
-    """Returns the mean of `measure` over devices and seeds with its standard error, and the dense model's mean."""
+
+def accuracy_against_macs(rows: pd.DataFrame, comparison: Comparison, measure: str) -> Figure | None:
+    """Returns the mean of `measure` over devices and seeds with its standard error; None if no cell has the measure.
+
+    For an accuracy of the pruned model, each panel also has the mean of the dense model, if that is one model.
+    """
     held, drawn = points(rows, comparison, measure)
+    if drawn.empty:
+        return None
     drawn = drawn.assign(low=drawn["mean"] - drawn["error"], high=drawn["mean"] + drawn["error"])
-    dense = float(mean_over_devices(held, "dense_own" if measure.endswith("own") else "dense"))
     panels = []
-    for panel in held["panel"].unique():
+    for panel, of_panel in held.groupby("panel", sort=False):
         own = drawn[drawn["panel"] == panel].sort_values("x", kind="stable")
         curves = own[["line", "x", "mean", "low", "high"]].to_dict("records")
-        panels.append(Panel(panel, "share of the dense model's MACs", curves, dense))
+        dense = mean_over_devices(of_panel, DENSE[measure]) if measure in DENSE else None
+        panels.append(Panel(str(panel), "share of the dense model's MACs", curves, dense))
     value = "accuracy among the device's classes" if measure.endswith("own") else measure
     size = (640, 380) if len(panels) == 1 else (300, 240)
     chart, data = panels_of_curves(panels, value, min(len(panels), 3), size, bars=True)
     devices = ", ".join(map(str, sorted(held["device"].astype(int).unique())))
+    level = {panel.dense for panel in panels}
+    dense_too = f"; the dense model has {level.pop():.3f}" if len(level) == 1 and None not in level else ""
     return Figure(
         "accuracy-against-macs",
-        f"Accuracy after pruning against MACs: mean ± standard error, devices {devices}",
-        f"Mean and standard error over devices {devices} and all seeds; the dense model has {dense:.3f}.",
+        f"{'Accuracy after pruning' if measure in DENSE else measure} against MACs: "
+        f"mean ± standard error, devices {devices}",
+        f"Mean and standard error over devices {devices} and all seeds{dense_too}.",
         chart,
         data,
         [row for panel in panels for row in panel.rows],
@@ -48,8 +58,8 @@ def points(rows: pd.DataFrame, comparison: Comparison, measure: str) -> tuple[pd
     held = comparable(rows, measure)
     measured = held[held[measure] != ""].astype({measure: float, "macs_share": float})
     groups = measured.groupby(["panel", "line", "budget"], sort=False)
-    drawn = groups.agg(x=("macs_share", "mean"), mean=(measure, "mean"), std=(measure, lambda v: v.std(ddof=0)))
-    drawn["error"] = drawn["std"] / groups.size() ** 0.5
+    drawn = groups.agg(x=("macs_share", "mean"), mean=(measure, "mean"), error=(measure, "sem"))
+    drawn["error"] = drawn["error"].fillna(0)  # of a single value
     return held, drawn.reset_index()
 
 

@@ -34,9 +34,9 @@ Key = tuple[str, ...]  # a cell's values along the axes
 def run_comparison(comparison: Comparison, out: Path, progress: Advance, jobs: int = 1) -> list[Row]:
     """Runs the cells that are not finished, and returns the rows of all cells in the order of the grid.
 
-    If a criterion cannot meet a budget or does not support an option, the row has no measures but the reason in
-    ``refused``. Except for the seconds, a row does not depend on the number of jobs. Finished cells that are no longer
-    part of the comparison stay at the end of the file.
+    If a criterion cannot meet a budget, or criterion, backbone or pool do not support an option of pruning, the row has
+    no measures but the reason in ``refused``. Except for the seconds, a row does not depend on the number of jobs.
+    Finished cells that are no longer part of the comparison stay at the end of the file.
 
     Raises:
         ConfigError: if `out` has a comparison with other axes, measures, options, images or weights.

@@ -11,14 +11,14 @@ from dataclasses import dataclass, replace
 import pandas as pd
 
 from experiments.compare.folder import Origin, inputs_in_words
-from experiments.compare.grid import IMAGES, Comparison, ResultOptions
+from experiments.compare.grid import IMAGES, OWNER, WITHIN_LINE, Comparison, ResultOptions
 from experiments.output import as_markdown, caption
 from experiments.statistics import CORRECTED, TEST, Paired, corrected, from_text, image_error, paired
+from tapfl.config import ModelOptions
 from tapfl.models.forward import input_transform
 from tapfl.pruning.budget import Budget
 
 LONGEST = 40  # letters of a reference that fit into the header of a column
-OWNER = ["device", "seed"]  # determine the test images
 WORDS = {
     "pruned": "accuracy among all classes",
     "pruned_own": "accuracy among the device's own classes",
@@ -88,7 +88,7 @@ def line_axes(comparison: Comparison) -> list[str]:
     These are the criterion and every axis with several values, except seed, device and budget.
     """
     several = [axis for axis, values in comparison.axes.items() if len(values) > 1]
-    return ["criterion", *(axis for axis in several if axis not in ("criterion", "budget", *OWNER))]
+    return ["criterion", *(axis for axis in several if axis not in ("criterion", *WITHIN_LINE))]
 
 
 def named_reference(reference: Mapping[str, str]) -> str:
@@ -101,12 +101,14 @@ def measured(rows: pd.DataFrame, measure: str) -> pd.Series[float]:
     return rows[rows[measure] != ""].set_index(OWNER)[measure].astype(float)
 
 
-def mean_over_devices(rows: pd.DataFrame, measure: str) -> float:
+def mean_over_devices(rows: pd.DataFrame, measure: str) -> float | None:
     """Returns the mean of a measure that is the same for all lines, such as the dense accuracy.
 
-    Each combination of device and seed counts once.
+    Each combination of device and seed counts once. The result is None if no row has the measure, or if it is not the
+    same for all lines, as when an axis changes the dense model.
     """
-    return float(measured(rows, measure).groupby(level=OWNER, sort=False).last().mean())
+    owners = measured(rows, measure).groupby(level=OWNER, sort=False)
+    return float(owners.first().mean()) if len(owners) and (owners.nunique() == 1).all() else None
 
 
 def difference(line: pd.DataFrame, reference: pd.DataFrame, measure: str) -> Paired | None:
@@ -151,18 +153,19 @@ def page(
 def caption_of(rows: pd.DataFrame, comparison: Comparison, origin: Origin, results: ResultOptions, command: str) -> str:
     """Returns the caption: how the tables were made, and what their numbers mean."""
     cells = list(comparison.cells())
-    config = cells[0].config
-    height, width = input_transform(config.model).size
+    configs = [cell.config for cell in cells]
+    backbones = {(config.model.name, config.model.args): config.model for config in configs}.values()
+    counts, sizes = _each(config.devices.count for config in configs), _each(config.metric.size for config in configs)
     about = [
-        f"backbone {config.model.name} at {height}×{width} px",
+        f"backbone {_each(map(_backbone, backbones))}",
         *inputs_in_words(origin, comparison),
-        f"{config.devices.count} devices, metric set of {config.metric.size} images",
+        f"{counts} devices, metric set of {sizes} images",
         "mean ± standard deviation over devices and seeds (number of values)",
     ]
     if len(rows) < len(cells):
         about.append(f"{len(rows)} of {len(cells)} cells were finished")
-    if (rows["dense"] != "").any():
-        dense, own = (mean_over_devices(rows, name) for name in ("dense", "dense_own"))
+    dense, own = (mean_over_devices(rows, name) for name in ("dense", "dense_own"))
+    if dense is not None and own is not None:
         about.append(f"dense: {dense:.3f} among all classes, {own:.3f} among the device's own")
     if results.reference:
         about.append(
@@ -172,3 +175,13 @@ def caption_of(rows: pd.DataFrame, comparison: Comparison, origin: Origin, resul
         )
     versions = {package: " and ".join(known) for package, known in origin.versions.items()}
     return caption(command, comparison.axes["seed"], versions, about)
+
+
+def _backbone(options: ModelOptions) -> str:
+    height, width = input_transform(options).size
+    return f"{options.name} at {height}×{width} px"
+
+
+def _each(values: Iterable[object]) -> str:
+    """Returns the different values among those of all cells: ``64 or 128``."""
+    return " or ".join(dict.fromkeys(map(str, values)))

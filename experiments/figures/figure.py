@@ -214,14 +214,14 @@ class Panel:
         title: title of the panel.
         across: title of the x axis.
         rows: with the keys line (name of the curve), x, mean, low and high.
-        dense: value of the dense model, drawn as a horizontal line.
+        dense: value of the dense model, drawn as a horizontal line; None: not drawn.
         whole: whether x has only whole values.
     """
 
     title: str
     across: str
     rows: Sequence[Row]
-    dense: float
+    dense: float | None
     whole: bool = False
 
 
@@ -237,8 +237,8 @@ def panels_of_curves(
     """
     names = list(dict.fromkeys(row["line"] for panel in panels for row in panel.rows))
     values = [row[key] for panel in panels for row in panel.rows for key in ("low", "high")]
-    values += [panel.dense for panel in panels]
-    margin = MARGIN * (max(values) - min(values))
+    values += [panel.dense for panel in panels if panel.dense is not None]
+    margin = MARGIN * (max(values) - min(values)) or MARGIN
     scale = alt.Scale(domain=[min(values) - margin, max(values) + margin], nice=False, zero=False)
     data = {f"panel {k}": panel.rows for k, panel in enumerate(panels)}
     legend = alt.Legend(orient="right", columns=1, labelLimit=0, symbolOpacity=1, symbolStrokeWidth=0)
@@ -250,14 +250,19 @@ def panels_of_curves(
         y = alt.Y("mean:Q", title=value if k % columns == 0 else None, scale=scale)
         base = alt.Chart(alt.NamedData(name=name)).encode(x=x, color=styles["color"])
         spread = base.mark_rule(strokeWidth=1.5) if bars else base.mark_area(opacity=0.14)
-        level = alt.Chart(alt.InlineData(values=[{"text": "dense"}])).encode(y=alt.YDatum(panel.dense, scale=scale))
         layers = [
             spread.encode(y=alt.Y("low:Q", scale=scale), y2="high:Q"),
-            level.mark_rule(strokeDash=[2, 3]),
-            level.mark_text(align="left", baseline="bottom", dx=4, dy=-2).encode(x=alt.value(0), text="text:N"),
+            *([] if panel.dense is None else _level(panel.dense, scale)),
             base.mark_line().encode(y=y, strokeDash=styles["strokeDash"]),
             base.mark_point().encode(y=y, shape=styles["shape"]),
         ]
         title = {"title": alt.TitleParams(panel.title.split("\n"), fontSize=12, offset=8)} if panel.title else {}
         drawn.append(alt.layer(*layers).properties(width=size[0], height=size[1], **title))
     return alt.concat(*drawn, columns=columns, spacing=24), data
+
+
+def _level(value: float, scale: alt.Scale) -> list[alt.Chart]:
+    """Returns a horizontal line at the value of the dense model, and its name."""
+    level = alt.Chart(alt.InlineData(values=[{"text": "dense"}])).encode(y=alt.YDatum(value, scale=scale))
+    name = level.mark_text(align="left", baseline="bottom", dx=4, dy=-2)
+    return [level.mark_rule(strokeDash=[2, 3]), name.encode(x=alt.value(0), text="text:N")]
