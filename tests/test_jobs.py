@@ -15,6 +15,7 @@ import pytest
 import trivial_jobs
 from test_search import running, until
 
+from experiments.engines.cluster import MachineError
 from experiments.jobs import pool as pool_module
 from experiments.jobs.pool import Job, ProcessPool, ThreadPool
 from experiments.jobs.progress import Overview, StageProgress, reporting
@@ -49,6 +50,8 @@ def test_an_exception_of_a_job_is_one_line_and_its_log_has_the_rest(pool: Thread
         pool.submit(Job(trivial_jobs.refused, (), tmp_path / "a" / "refused.log")).result(60)
     with pytest.raises(RunError, match="LookupError: not there"):
         pool.submit(Job(trivial_jobs.broken, (), tmp_path / "broken.log")).result(60)
+    with pytest.raises(MachineError, match=r"^/data/state: No space left on device$"):
+        pool.submit(Job(trivial_jobs.on_a_full_disk)).result(60)
     assert "budget = 1.7" in (tmp_path / "a" / "refused.log").read_text()
     assert "Traceback" in (tmp_path / "broken.log").read_text()
 
@@ -64,7 +67,7 @@ def test_a_worker_that_dies_is_replaced_a_limited_number_of_times(processes: Pro
     before = processes.submit(Job(trivial_jobs.worker)).result(60)
     assert processes.submit(Job(trivial_jobs.dying, (tmp_path / "once", 1))).result(60) == 2
     assert processes.submit(Job(trivial_jobs.worker)).result(60) != before
-    with pytest.raises(RunError, match="3 workers died during this job"):
+    with pytest.raises(MachineError, match="3 workers died during this job"):
         processes.submit(Job(trivial_jobs.dying, (tmp_path / "always", 99))).result(60)
     assert (tmp_path / "always").read_text() == "xxx"
 

@@ -31,7 +31,9 @@ from experiments.figures.page import render
 from experiments.jobs.federation import AFTER, AFTER_SUMMARIES, BUT, carry_out, in_process
 from experiments.jobs.pool import unheard
 from experiments.search.page import page_of_search
+from experiments.search.sampler import violation_key
 from experiments.search.settings import MEASURES, read_search
+from experiments.search.study import best_trial, run_search
 from strategies import preparation
 from strategies.records import Summary
 from tapfl.config import RunConfig
@@ -104,12 +106,12 @@ def test_the_page_of_a_search_shows_the_results_of_the_trials() -> None:
     space |= {"rule": CategoricalDistribution(["a", "</script>"])}
     tried = [(1e-4, 8, "a"), (1e-1, 16, "</script>"), (1e-2, 12, "a"), (1e-3, 16, "a")]
     for k, values in enumerate(tried):
-        losses = {1: 0.9 - 0.1 * k, 3: 0.8 - 0.1 * k}
+        losses = {1: 0.9 - 0.1 * k} | ({3: 0.8 - 0.1 * k} if k < 3 else {})
         ended: Any = {"state": TrialState.COMPLETE, "value": losses[3]} if k < 3 else {"state": TrialState.PRUNED}
         params = dict(zip(space, values, strict=True))
         study.add_trial(create_trial(params=params, distributions=space, intermediate_values=losses, **ended))
     study.add_trial(create_trial(state=TrialState.FAIL, intermediate_values={1: float("nan")}))
-    page = page_of_search(study, [1, 3], "loss (mean)")
+    page = page_of_search(study, [1, 3], "loss (mean)", *best_trial(study.trials))
     drawn = {figure.name: figure.spec["datasets"] for figure in page.figures}
     assert list(drawn) == ["history", "importances", "configurations", "rounds"]
     assert [row["best"] for row in drawn["history"]["trials"]] == pytest.approx([0.8, 0.7, 0.6])
@@ -117,11 +119,28 @@ def test_the_page_of_a_search_shows_the_results_of_the_trials() -> None:
     places = {(row["trial"], row["option"]): row["place"] for row in drawn["configurations"]["trials"]}
     assert places[0, "rate"] == 0 and places[1, "rate"] == 1 and places[2, "rate"] == pytest.approx(2 / 3)
     assert places[2, "batch"] == 0.5 and places[0, "rule"] == 0.25 and len(places) == 3 * 3
-    assert {row["round"] for row in drawn["rounds"]["rungs"]} == {1, 3} and len(drawn["rounds"]["trials"]) == 8
+    assert {row["round"] for row in drawn["rounds"]["rungs"]} == {1, 3} and len(drawn["rounds"]["trials"]) == 7
     assert "5 trials: 3 complete, 1 fail, 1 pruned" in page.lead[0] and "trial is 2" in page.lead[1]
     assert render(page).count("</script>") == 3
-    empty = page_of_search(optuna.create_study(), [1], "loss")
-    assert not empty.figures and "importance" in empty.missing[0]
+    pruned = optuna.create_study()
+    pruned.add_trial(create_trial(state=TrialState.PRUNED, intermediate_values={1: 0.5}))
+    short = page_of_search(pruned, [1, 3], "loss", *best_trial(pruned.trials))
+    assert [figure.name for figure in short.figures] == ["rounds"] and "importance" in short.missing[0]
+    assert "trial is 0, loss 0.5 after 1 rounds" in short.lead[1]
+
+
+def test_the_page_and_the_best_options_name_the_same_trial_if_the_least_loss_violates_a_constraint() -> None:
+    study = optuna.create_study()
+    for loss, violation in ((0.2, 0.5), (0.4, 0.0), (0.3, 0.0), (0.1, 0.1)):
+        shared: Any = {"params": {"rate": loss}, "distributions": {"rate": FloatDistribution(0, 1)}}
+        attributes = {violation_key(3): violation}
+        study.add_trial(create_trial(value=loss, intermediate_values={3: loss}, user_attrs=attributes, **shared))
+    best, rounds = best_trial(study.trials)
+    page = page_of_search(study, [3], "loss", best, rounds)
+    drawn = {figure.name: figure for figure in page.figures}
+    assert best.number == 2 and "The best trial is 2, loss 0.3 " in page.lead[1]
+    assert [row["best"] for row in drawn["history"].spec["datasets"]["trials"]] == [0.2, 0.4, 0.3, 0.3]
+    assert "to 0.3, the best of 4" in drawn["history"].alt and "trial is 2." in drawn["configurations"].alt
 
 
 @pytest.mark.slow
@@ -298,6 +317,52 @@ def test_an_invalid_space_is_refused(name: str, tmp_path: Path) -> None:
 def test_invalid_settings_are_refused(line: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=message):
         read_search(search_file(tmp_path, search=f"[search]\n{line}\n"))
+
+
+CHANGING = [
+    '"train.schedule" = "cosine"\n',
+    '[space]\n"train.schedule" = { choices = ["constant", "cosine"] }\n',
+    '"train.schedule" = "cosine"\n[space]\n"train.optimizer" = { choices = ["sgd", "adam"] }\n'
+    '"train.schedule" = { choices = ["constant"], if = { "train.optimizer" = "sgd" } }\n',
+]
+SEVERAL, ONE = "[search]\nmax-rounds = 9\n", "[search]\nmin-rounds = 4\nmax-rounds = 9\n"
+
+
+@pytest.mark.parametrize("text", CHANGING)
+def test_a_schedule_that_depends_on_the_rounds_needs_trials_of_one_rung(text: str, tmp_path: Path) -> None:
+    """With it, `train.rounds` must not change when a run is continued, and a trial continues from rung to rung."""
+    shared, _, space = text.partition("[space]\n")
+
+    def read(search: str, method: str) -> object:
+        file = search_file(tmp_path, search, SPACE + space)
+        file.write_text(shared + file.read_text())
+        return read_search(file, method)
+
+    for method in ("bohb", "tpe-hyperband"):
+        with pytest.raises(ConfigError, match=r"train\.schedule = 'cosine': .*; accepted: constant, or search\.method"):
+            read(SEVERAL, method)
+        read(ONE, method)
+    read(SEVERAL, "random")
+
+
+def test_the_check_of_a_search_counts_the_devices_of_changing_images(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = search_file(tmp_path)
+    changing = '"data.partition" = "natural"\n"data.changing" = true\n'
+    lines = [line for line in file.read_text().splitlines() if "devices.count" not in line]
+    file.write_text(changing + "\n".join(lines))
+    checked: list[int] = []
+
+    def check(config: RunConfig) -> None:
+        checked.append(config.devices.count)
+        raise ConfigError("enough")
+
+    monkeypatch.setattr("experiments.search.study.check", check)
+    monkeypatch.setattr("experiments.feasible.devices_of", lambda config: 3)
+    with pytest.raises(ConfigError, match="enough"):
+        run_search(read_search(file), "search", tmp_path / "out", lambda: pytest.fail("started"))
+    assert checked == [3]
 
 
 def test_a_single_choice_is_accepted(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from optuna.storages import BaseStorage, InMemoryStorage
 
+from experiments.engines.cluster import MachineError
 from experiments.search.runner import Runner, carry_out, rungs_of, sampler_of, spent
 from experiments.search.sampler import scores
 from experiments.search.schedule import FAILED, Schedule, Score
@@ -199,6 +200,23 @@ def test_a_killed_and_resumed_run_equals_an_uninterrupted_one(method: str, kill_
     assert table(study) == table(whole)
     assert not set(killed.done) & set(rest.submitted), "a finished rung was run again"
     assert len(killed.done) + len(rest.done) == sum(len(trial.intermediate_values) for trial in whole.trials)
+
+
+@pytest.mark.parametrize("method", ["bohb", "tpe-hyperband"])
+def test_a_fault_of_the_machine_stops_the_search_and_fails_no_trial(method: str) -> None:
+    """A full disk or a worker that was killed says nothing about the options of a trial."""
+
+    class OnAFullDisk(Synthetic):
+        def finish_one(self) -> None:
+            if len(self.done) == 4:
+                self._open.pop(0)[0].set_exception(MachineError("/runs/state: No space left on device"))
+            else:
+                super().finish_one()
+
+    search, storage = search_of(method=method), InMemoryStorage()
+    with pytest.raises(RunError, match=r"^trial \d+: /runs/state: No space left .*; after .* continue with --resume$"):
+        carried_out(search, OnAFullDisk(), storage)
+    assert table(carried_out(search, Synthetic(), storage)) == table(carried_out(search, Synthetic()))
 
 
 WRITES = ("create_new_trial", "set_trial_param", "set_trial_user_attr", "set_trial_intermediate_value")

@@ -11,9 +11,11 @@ import optuna
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.samplers import BaseSampler
+from optuna.search_space import intersection_search_space
 from optuna.testing.pytest_samplers import BasicSamplerTestCase, RelativeSamplerTestCase, SingleOnlySamplerTestCase
+from optuna.trial import FrozenTrial
 
 from experiments.search.sampler import (
     BOHBSampler,
@@ -142,10 +144,21 @@ def test_coordinates_and_values_are_inverse(seed: int) -> None:
 # -- the sampler ------------------------------------------------------------------------------------------------------
 
 
+class OverAnySpace(BOHBSampler):
+    """A sampler for Optuna's own tests, which bring their spaces: it draws the parameters that all trials have."""
+
+    def __init__(self) -> None:
+        super().__init__(seed=1, space={})
+
+    def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
+        self.space = intersection_search_space(study.get_trials(deepcopy=False))
+        return super().infer_relative_search_space(study, trial)
+
+
 class TestConformance(BasicSamplerTestCase, RelativeSamplerTestCase, SingleOnlySamplerTestCase):
     @pytest.fixture
     def sampler(self) -> Callable[[], BaseSampler]:
-        return lambda: BOHBSampler(seed=1)
+        return OverAnySpace
 
 
 SPACE = {"x": FloatDistribution(0, 1), "kind": CategoricalDistribution(["a", "b", "c"])}

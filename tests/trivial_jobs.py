@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -27,6 +28,10 @@ def refused(emit: Emit) -> None:
 
 def broken(emit: Emit) -> None:
     raise LookupError("not there")
+
+
+def on_a_full_disk(emit: Emit) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/data/state")
 
 
 def worker(emit: Emit) -> int:

@@ -23,8 +23,12 @@ ENVIRONMENT = {
 REACH = 5.0  # seconds within which a cluster must answer; Ray itself would retry for minutes
 
 
-class EngineLostError(RunError):
-    """No worker is left. This is not the fault of a federation, so the whole command ends."""
+class MachineError(RunError):
+    """The machine failed, not the federation: a worker process died, or a file could not be read or written."""
+
+
+class EngineLostError(MachineError):
+    """No worker is left, so the whole command ends."""
 
 
 def prepare_environment() -> None:

@@ -23,6 +23,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NoReturn
 
+from experiments.command_line import of_the_system
+from experiments.engines.cluster import MachineError
 from tapfl.errors import RunError, TapflError
 
 ATTEMPTS = 3  # number of workers that may die during one job before it fails
@@ -123,7 +125,7 @@ class ProcessPool(ThreadPool):
                 process.end(0)
                 with self._lock:
                     del self._processes[threading.get_ident()]
-        raise RunError(f"{ATTEMPTS} workers died during this job")
+        raise MachineError(f"{ATTEMPTS} workers died during this job")
 
     def _process(self) -> _Process:
         with self._lock:
@@ -201,7 +203,7 @@ def _end_with_the_command() -> None:
 
 
 def _called(job: Job, emit: Emit) -> Any:
-    """Returns the job's result. Every exception is logged, and raised as a TapflError."""
+    """Returns the job's result. Every exception is logged, and raised as a TapflError; an OSError as a MachineError."""
     from flwr.common.logger import log  # slow to import; a refused sweep does not need it
 
     try:
@@ -211,6 +213,8 @@ def _called(job: Job, emit: Emit) -> Any:
         raise
     except Exception as error:
         log(logging.ERROR, "%s", traceback.format_exc())
+        if isinstance(error, OSError):
+            raise MachineError(of_the_system(error)) from None
         raise RunError(f"{type(error).__name__}: {error}") from None
 
 

@@ -18,42 +18,44 @@ from optuna.trial import FrozenTrial, TrialState
 from experiments.figures import figure as fig
 from experiments.figures.figure import ZOOM, Figure, Row, chart, layered, tips
 from experiments.figures.page import Page, Section
+from experiments.search.sampler import scores
 
 BEST = alt.value(alt.ExprRef("ink"))
 
 
-def page_of_search(study: optuna.Study, rungs: Sequence[int], loss: str) -> Page:
+def page_of_search(study: optuna.Study, rungs: Sequence[int], loss: str, best: FrozenTrial, after: int) -> Page:
     """Returns the page of a search; figures for which there are too few trials are left out.
 
     Args:
         rungs: rounds after which trials were compared.
         loss: name of the objective.
+        best: the best trial.
+        after: its rounds.
     """
     trials = study.get_trials(deepcopy=False)
     completed = [trial for trial in trials if trial.state == TrialState.COMPLETE]
     found = [
         history(completed, loss),
         importances(study, completed),
-        configurations(completed, loss),
+        configurations(completed, loss, best),
         rounds(trials, rungs, loss),
     ]
     states = Counter(trial.state.name.lower() for trial in trials)
     lead = [f"{len(trials)} trials: {', '.join(f'{count} {state}' for state, count in sorted(states.items()))}."]
-    if completed:
-        best = min(completed, key=_loss)
-        values = ", ".join(f"{name} = {_text(value)}" for name, value in best.params.items())
-        lead.append(f"The best completed trial is {best.number}, {loss} {best.value:.4g}: {values}.")
+    values = ", ".join(f"{name} = {_text(value)}" for name, value in best.params.items())
+    reached = best.intermediate_values[after]
+    lead.append(f"The best trial is {best.number}, {loss} {reached:.4g} after {after} rounds: {values}.")
     missing = [] if found[1] else ["The importance of options: too few trials are completed, or all losses are equal."]
     sections = [Section("Trials", [figure for figure in found if figure])]
     return Page(study.study_name, lead, sections, missing=missing, kicker="tapfl search")
 
 
 def history(completed: Sequence[FrozenTrial], loss: str) -> Figure | None:
-    """Returns the loss of each completed trial and the best so far."""
-    losses = [_loss(trial) for trial in completed]
+    """Returns the loss of each completed trial, and of the best so far; one that violates a constraint ranks last."""
+    ranks = [scores(trial)[max(trial.intermediate_values)] for trial in completed]
     rows = [
-        {"trial": trial.number, "loss": loss, "best": best}
-        for trial, loss, best in zip(completed, losses, accumulate(losses, min), strict=True)
+        {"trial": trial.number, "loss": _loss(trial), "best": best}
+        for trial, (_, best) in zip(completed, accumulate(ranks, min), strict=True)
     ]
     if not rows:
         return None
@@ -98,7 +100,7 @@ def importances(study: optuna.Study, completed: Sequence[FrozenTrial]) -> Figure
     )
 
 
-def configurations(completed: Sequence[FrozenTrial], loss: str) -> Figure | None:
+def configurations(completed: Sequence[FrozenTrial], loss: str, best: FrozenTrial) -> Figure | None:
     """Returns the completed trials in parallel coordinates: one line per trial through its values of all options."""
     distributions: dict[str, Any] = {name: part for trial in completed for name, part in trial.distributions.items()}
     if not distributions:
@@ -124,12 +126,11 @@ def configurations(completed: Sequence[FrozenTrial], loss: str) -> Figure | None
     rules = chart("ends").mark_rule(strokeWidth=1).encode(x=x, y=alt.value("height"), y2=alt.value(0))
     lines, points = _lines(x, y, colour, tooltip)
     labels = chart("ends").mark_text(align="left", dx=8).encode(x=x, y=y, text="text:N")
-    best = min(completed, key=_loss)
     return Figure(
         "configurations",
         "Configurations of the completed trials",
         "One line per trial through its values of all options; the lower the loss, the darker the line. The best trial "
-        f"is {best.number} with {_loss(best):.4g}.",
+        f"is {best.number}.",
         layered(rules, lines, points, labels, height=320),
         {"trials": rows, "ends": ends},
         [{"trial": t.number, "loss": _loss(t), **t.params} for t in completed],

@@ -19,14 +19,14 @@ from optuna.samplers import BaseSampler, TPESampler
 from optuna.study import Study
 from optuna.trial import FrozenTrial, Trial, TrialState
 
-from experiments.engines.cluster import EngineLostError
+from experiments.engines.cluster import MachineError
 from experiments.jobs import federation
 from experiments.jobs.federation import Engine
 from experiments.jobs.pool import Emit, first_done
 from experiments.search.sampler import BOHBSampler, scores, violation_key
 from experiments.search.schedule import FAILED, bracket_tables
 from experiments.search.settings import MEASURES, Search, SearchOptions
-from tapfl.errors import TapflError
+from tapfl.errors import RunError, TapflError
 from tapfl.options import Scalar
 
 Measures = dict[str, float]
@@ -108,8 +108,8 @@ class Runner:
     def _report(self, trial: Trial, rounds: int, future: Future[Measures]) -> None:
         try:
             measures = future.result()
-        except EngineLostError:
-            raise
+        except MachineError as error:  # says nothing about the options, so the trial must not count as failed
+            raise RunError(f"trial {trial.number}: {error}; after solving this, continue with --resume") from error
         except TapflError as error:
             trial.set_user_attr("error", str(error))
             trial.report(math.nan, step=rounds)

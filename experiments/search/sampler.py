@@ -18,8 +18,7 @@ from typing import Any
 import numpy as np
 from optuna.distributions import BaseDistribution
 from optuna.samplers import BaseSampler
-from optuna.search_space import intersection_search_space
-from optuna.study import Study, StudyDirection
+from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 from scipy.special import logsumexp, ndtr, ndtri
 
@@ -131,8 +130,7 @@ class BOHBSampler(BaseSampler):
     it was pruned.
 
     Args:
-        space: all possible parameters, including those that exist only under a condition; None: those that all trials
-            have in common.
+        space: all possible parameters, including those that exist only under a condition.
         random_share: ρ, the share of configurations that are always drawn uniformly.
         sees: (number, other, rounds) -> whether trial `number` may use the result of trial `other` after `rounds`
             rounds; by default it may use all results.
@@ -141,7 +139,7 @@ class BOHBSampler(BaseSampler):
     def __init__(
         self,
         seed: int,
-        space: Space | None = None,
+        space: Space,
         random_share: float = 1 / 3,
         sees: Callable[[int, int, float], bool] = lambda number, other, rounds: True,
     ) -> None:
@@ -149,8 +147,7 @@ class BOHBSampler(BaseSampler):
 
     def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
         """Returns the parameters that are drawn together."""
-        space = intersection_search_space(study.get_trials(deepcopy=False)) if self.space is None else self.space
-        return {name: distribution for name, distribution in space.items() if not distribution.single()}
+        return {name: distribution for name, distribution in self.space.items() if not distribution.single()}
 
     def sample_relative(
         self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
@@ -176,10 +173,9 @@ class BOHBSampler(BaseSampler):
 
     def _observations(self, study: Study, number: int, d: int) -> list[Observation]:
         """Returns the observations of the largest budget that has enough, the best first; otherwise an empty list."""
-        sign = -1.0 if study.direction == StudyDirection.MAXIMIZE else 1.0
         by_budget: dict[int, list[Observation]] = {}
         for other in study.get_trials(deepcopy=False, states=OBSERVED):
-            for rounds, score in scores(other, sign).items():
+            for rounds, score in scores(other).items():
                 if other.number != number and self.sees(number, other.number, rounds):
                     by_budget.setdefault(rounds, []).append((score, other.params))
         for rounds in sorted(by_budget, reverse=True):
@@ -206,9 +202,9 @@ def violation_key(budget: float) -> str:
     return f"violation@{budget:g}"
 
 
-def scores(trial: FrozenTrial, sign: float = 1.0) -> dict[int, Score]:
-    """Returns the scores of a trial by rounds, `FAILED` if the loss is not finite; `sign` is -1 to maximise."""
+def scores(trial: FrozenTrial) -> dict[int, Score]:
+    """Returns the scores of a trial by rounds, `FAILED` if the loss is not finite."""
     return {
-        rounds: (trial.user_attrs.get(violation_key(rounds), 0.0), sign * loss) if math.isfinite(loss) else FAILED
+        rounds: (trial.user_attrs.get(violation_key(rounds), 0.0), loss) if math.isfinite(loss) else FAILED
         for rounds, loss in trial.intermediate_values.items()
     }

@@ -150,10 +150,14 @@ class Search:
 
     def inputs(self) -> dict[str, str]:
         """Returns the `fingerprints` of the inputs that options name, for every choice of options that vary."""
-        flat, varied = RunConfig.from_flat(self.options).flat(), self.space.parameters
-        values = {option: self.space.choices(option) if option in varied else (flat[option],) for option in OPTIONS}
-        named = [(option, value) for option, several in values.items() for value in several]
+        named = [(option, value) for option in OPTIONS for value in self.values(option)]
         return fingerprints(named, require=False)
+
+    def values(self, option: str) -> tuple[Scalar, ...]:
+        """Returns the values of an option in the trials: its choices, and the shared value if it has a condition."""
+        parameter, shared = self.space.parameters.get(option), RunConfig.from_flat(self.options).flat()[option]
+        drawn = self.space.choices(option) if parameter else ()
+        return drawn if parameter and not parameter.condition else (*drawn, shared)
 
 
 def read_search(file: Path, method: str | None = None) -> Search:
@@ -178,4 +182,11 @@ def read_search(file: Path, method: str | None = None) -> Search:
         raise ConfigError(
             f'{file}: needs a table [space], such as "train.learning-rate" = {{ low = 1e-4, high = 0.1 }}'
         )
-    return Search(settings, SearchSpace.parse(where, options), options)
+    search = Search(settings, SearchSpace.parse(where, options), options)
+    changing = [value for value in search.values("train.schedule") if value != "constant"]
+    if changing and any(len(rungs) > 1 for rungs in search.schedule().brackets):
+        raise ConfigError(
+            f"train.schedule = {changing[0]!r}: the learning rates depend on the number of rounds, so that a trial "
+            "cannot go on to its next rung; accepted: constant, or search.method = random, or min-rounds = max-rounds"
+        )
+    return search

@@ -24,7 +24,7 @@ from experiments.feasible import check
 from experiments.figures.page import render
 from experiments.jobs.federation import Engine
 from experiments.jobs.pool import Job, ThreadPool
-from experiments.preflight import absolute_paths
+from experiments.preflight import absolute_paths, counted
 from experiments.search.page import page_of_search
 from experiments.search.runner import Runner, carry_out, measured, measures_key, run_folder, rungs_of, sampler_of, spent
 from experiments.search.sampler import scores
@@ -179,7 +179,7 @@ def run_search(
     """
     optuna.logging.set_verbosity(logging.WARNING)
     with stage("checking"):
-        check(absolute_paths(RunConfig.from_flat(search.options)))
+        check(counted(absolute_paths(RunConfig.from_flat(search.options))))
     new = not out.exists()
     with only_one(out, "search"):
         try:
@@ -211,7 +211,8 @@ def write_results(search: Search, study: optuna.Study, out: Path) -> Found:
     write_table(search, found, out / "trials.csv")
     best, rounds = best_trial(found)
     write_best(search, best, rounds, out / "best.toml")
-    page = page_of_search(study, rungs_of(search.settings), f"loss ({' + '.join(search.settings.objective)})")
+    loss = f"loss ({' + '.join(search.settings.objective)})"
+    page = page_of_search(study, rungs_of(search.settings), loss, best, rounds)
     write_bytes(out / "search.html", render(page).encode())
     return Found(best.number, rounds, best.intermediate_values[rounds], dict(best.params), out)
 
