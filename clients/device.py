@@ -278,16 +278,15 @@ class Device:
         """Returns the local training of a round, not computed yet.
 
         Args:
-            reference: a model to train for comparison, on all training images and in as many steps as the device's own
-                model. By default, the device's own model is trained.
+            reference: a model to train for comparison, on all training images. By default, the device's own model is
+                trained.
         """
         own, options, seed = reference or self._pruned, self.config.train, self.config.seed
         adapted, part = self._images.inputs(method.trains_on, own)
-        if reference:
-            steps = local_steps(len(self._images.part("train")), options)
-            positions, options = np.arange(len(part)), options.model_copy(update={"steps": steps})
-        else:
-            positions = self._images.trained_and_held_out[0] if method.trains_on == "train" else np.arange(len(part))
+        positions = self._images.trained_and_held_out[0]
+        if reference or method.trains_on != "train":  # in as many steps as a device's own model on its own images
+            options = options.model_copy(update={"steps": local_steps(len(positions), options)})
+            positions = np.arange(len(part))
 
         def drawn() -> Iterator[tuple[Tensor, Tensor]]:
             order = numpy_generator(seed, "train", round, self.partition_id)

@@ -40,7 +40,7 @@ from tapfl.data.images import ImageSet
 from tapfl.errors import RunError
 from tapfl.memo import Memo
 from tapfl.options import parse_assignment
-from tapfl.personalize.methods import FedAvg
+from tapfl.personalize.methods import FedAvg, Local, Pooled
 from tapfl.privacy import epsilon
 from tapfl.profiles import profiles_of
 from tapfl.training import Params
@@ -436,6 +436,25 @@ def test_nothing_is_trained_on_the_images_that_choose_alpha(
     )
     assert same_bits(upload, of_held) and alpha != alpha_of_held
     assert not same_bits(upload, of_trained) and alpha == alpha_of_trained
+
+
+@pytest.mark.parametrize("length", [{"train.epochs": 3}, {"train.steps": 7}], ids=["epochs", "steps"])
+@pytest.mark.parametrize("method", ["apfl", "pooled"])
+def test_models_for_comparison_take_as_many_steps_as_the_devices_own_on_its_own_images(
+    finished: tuple[Path, dict[str, object]], method: str, length: dict[str, int]
+) -> None:
+    """APFL trains on fewer images than its references, `pooled` on more."""
+    folder, _ = finished
+    options = json.loads((folder / "config.json").read_text()) | {"personalize.method": method, "train.batch": 5}
+    config = RunConfig.from_flat(options | length)
+    device = Device(config, 1, 4, profiles_of(config.devices)[1], DeviceStorage(folder / "devices" / "01"))
+    start = device._start(np.zeros(packed_size(device._pruned.layout), np.float32))
+    own, held_out = (len(positions) for positions in device._images.trained_and_held_out)
+    assert bool(held_out) == (method == "apfl")
+    tasks = [device._local_task(device._method(2), start, None, 2)]
+    tasks += [device._local_task(other, start, None, 2, device._pruned) for other in (Local(0.01), Pooled(0.01))]
+    expected = length.get("train.steps") or 3 * -(-own // 5)
+    assert [(task.train.steps, len([*task.batches])) for task in tasks] == [(expected, expected)] * 3
 
 
 def test_with_few_images_none_is_held_out_and_alpha_is_the_prior(finished: tuple[Path, dict[str, object]]) -> None:
