@@ -63,7 +63,7 @@ from tapfl.personalize.method import Method
 from tapfl.personalize.methods import method_of, never_begins
 from tapfl.progress import stage
 from tapfl.run_folder import RunFolder, run_path
-from tapfl.seeds import of_secret, torch_generator
+from tapfl.seeds import numpy_generator, of_secret
 from tapfl.store import cache_folder
 from tapfl.training import images_seen, is_evaluated
 from tapfl.wire import ENVELOPE, Evaluate, EvaluateReply, Hello, Train, TrainReply
@@ -256,7 +256,7 @@ class Federation:
         if not updates:
             return state
         # whoever knows the seed can reproduce the noise, so a server that needs it secret sets TAPFL_SECRET
-        generator = torch_generator(self.config.seed, "aggregate", t, *of_secret(os.environ.get("TAPFL_SECRET", "")))
+        generator = numpy_generator(self.config.seed, "aggregate", t, *of_secret(os.environ.get("TAPFL_SECRET", "")))
         options, privacy = self.config.adapters, self.config.privacy
         server = rules.aggregate(options, privacy, state.server, updates, self.adapters.initial, t, generator)
         return replace(state, server=server)

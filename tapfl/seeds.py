@@ -43,7 +43,11 @@ def numpy_generator(seed: int, *path: str | int) -> np.random.Generator:
 
 
 def torch_generator(seed: int, *path: str | int) -> torch.Generator:
-    """Returns the torch (CPU) generator of the stream `path` of `seed`."""
+    """Returns the torch (CPU) generator of the stream `path` of `seed`.
+
+    Torch uses only the low 32 bits of a seed, so one of 2³² streams. Noise that must stay secret (`of_secret`) needs
+    `numpy_generator`, whose streams are named by 128 bits.
+    """
     import torch  # here, so that callers of numpy_generator do not import torch
 
     state = np.random.SeedSequence(_entropy(seed, path)).generate_state(1, np.uint64)[0]

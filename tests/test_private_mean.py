@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
+from strategies.records import DeviceRecord
+from strategies.server_app import Federation
+from strategies.state import FederationState
 from tapfl.adapters import rules
-from tapfl.adapters.layout import LORA_A, LORA_B, Placement, Update, gather_all
+from tapfl.adapters.layout import LORA_A, LORA_B, Placement, Update, gather_all, pack
 from tapfl.adapters.rules import ServerState
-from tapfl.config import AdapterOptions, PrivacyOptions
+from tapfl.config import AdapterOptions, PrivacyOptions, RunConfig
+from tapfl.profiles import DeviceProfile
+from tapfl.seeds import numpy_generator, of_secret
 from tapfl.training import Params
+from tapfl.wire import TrainReply
 
 A, B = f"fc.{LORA_A}", f"fc.{LORA_B}"
 PREVIOUS: Params = {A: torch.full((4, 1000), 0.5), B: torch.full((3000, 4), 0.25), "head.bias": torch.ones(10)}
@@ -31,7 +39,7 @@ def device(rows: range, rank: int, change: float, weight: float = 1.0, scale: fl
 def change(updates: list[Update], seed: int = 0, rule: str = "fedit", **privacy: Any) -> Params:
     given = AdapterOptions.model_validate({"rule": rule})
     state = ServerState({name: theta.double() for name, theta in PREVIOUS.items()})
-    generator = torch.Generator().manual_seed(seed)
+    generator = np.random.default_rng(seed)
     after = rules.aggregate(given, PrivacyOptions(**privacy), state, updates, state.params, 1, generator)
     return {name: theta - state.params[name] for name, theta in after.params.items()}
 
@@ -84,6 +92,26 @@ def test_noise_is_drawn_from_the_generator() -> None:
     assert not torch.equal(first[A].flatten()[:10], first["head.bias"])
 
 
+@pytest.mark.parametrize("secret", ["", "known only to the server"])
+def test_the_servers_noise_has_all_bits_of_its_secret(secret: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is numpy's stream of the whole secret; torch uses 32 bits of a seed, which can be tried one by one."""
+    monkeypatch.setenv("TAPFL_SECRET", secret)
+    options = {"adapters.rule": "fedit", "adapters.head": "mean", "privacy.dp-clip": 1.0, "privacy.dp-noise": 2.0}
+    sent, profile = device(range(3000), 4, 0.0), DeviceProfile(budget=0.5, rank=4)
+    server: Any = SimpleNamespace(
+        config=RunConfig.from_flat(options | {"seed": 7}), adapters=SimpleNamespace(initial={})
+    )
+    server._upload_layout = lambda *_: sent.layout
+    records = {0: DeviceRecord(device=0, profile=profile, train_samples=9)}
+    reply = TrainReply(3, 0.0, 0.0, 0.0, np.zeros(0), np.zeros(0), pack(sent.params, sent.layout), loss=0.0)
+    state = FederationState(2, ServerState(PREVIOUS), records, {0: ""})
+    after = Federation.aggregate(server, state, 3, {0: reply}).server
+    generator = numpy_generator(7, "aggregate", 3, *of_secret(secret))
+    for name, theta in PREVIOUS.items():
+        noise = 2.0 * torch.from_numpy(generator.standard_normal(tuple(theta.shape)))
+        torch.testing.assert_close(after.params[name], (theta + noise).float())
+
+
 def test_noise_is_added_to_the_clipped_mean() -> None:
     updates = [device(range(3000), 4, 1.0), device(range(3000), 4, 0.5)]
     quiet, loud = (change(updates, dp_clip=3.0, dp_noise=z) for z in (0.0, 0.7))
@@ -96,5 +124,5 @@ def test_the_tighter_of_both_clips_is_used() -> None:
     given = AdapterOptions(rule="fedit", clip=0.5)
     state = ServerState({name: theta.double() for name, theta in PREVIOUS.items()})
     sent = [device(range(3000), 4, 7.0)]
-    after = rules.aggregate(given, PrivacyOptions(dp_clip=2.0), state, sent, state.params, 1, torch.Generator())
+    after = rules.aggregate(given, PrivacyOptions(dp_clip=2.0), state, sent, state.params, 1, np.random.default_rng())
     assert norm({name: after.params[name] - state.params[name] for name in PREVIOUS}) == pytest.approx(0.5, rel=1e-9)

@@ -129,7 +129,7 @@ def five_and_one_liar(rule: str) -> tuple[Params, list[Update]]:
 
 def after(given: AdapterOptions, previous: Params, updates: list[Update]) -> Params:
     state = ServerState(previous)
-    return rules.aggregate(given, PrivacyOptions(), state, updates, previous, 1, torch.Generator()).params
+    return rules.aggregate(given, PrivacyOptions(), state, updates, previous, 1, np.random.default_rng()).params
 
 
 @pytest.mark.parametrize("rule", [rule for rule in RULES if rule != "hetlora"])

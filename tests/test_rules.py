@@ -51,7 +51,7 @@ def layout_of(rows: list[int], columns: list[int], rank: int, pruned: str) -> La
 
 
 def step(given: AdapterOptions, previous: Params, updates: list[Update], round: int = 1) -> Params:
-    generator = torch.Generator().manual_seed(0)
+    generator = np.random.default_rng(0)
     state = rules.aggregate(given, PrivacyOptions(), ServerState(previous), updates, previous, round, generator)
     return state.params
 
@@ -340,7 +340,7 @@ def test_different_widths_ranks_and_missing_branches_together(rule: str, combine
         state, arrived = ServerState(previous), {i: updates[i] for i in order}
         for t in (1, 2):
             sent = [update for _, update in sorted(arrived.items())]
-            state = rules.aggregate(given, PrivacyOptions(), state, sent, previous, t, torch.Generator().manual_seed(t))
+            state = rules.aggregate(given, PrivacyOptions(), state, sent, previous, t, np.random.default_rng(t))
         return state
 
     want = aggregate((0, 1, 2, 3))
@@ -359,4 +359,4 @@ def test_different_widths_ranks_and_missing_branches_together(rule: str, combine
 def test_a_round_without_updates_leaves_the_state() -> None:
     state = ServerState({A: torch.ones(2, 2)}, {"momentum.x": torch.ones(1)})
     given = options("fedit", server="momentum")
-    assert rules.aggregate(given, PrivacyOptions(), state, [], {}, 1, torch.Generator()) is state
+    assert rules.aggregate(given, PrivacyOptions(), state, [], {}, 1, np.random.default_rng()) is state

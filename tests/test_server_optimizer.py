@@ -24,7 +24,7 @@ def options(**given: Any) -> AdapterOptions:
 
 
 def advance(given: AdapterOptions, state: ServerState, updates: list[Update]) -> ServerState:
-    return rules.aggregate(given, PrivacyOptions(), state, updates, state.params, 1, torch.Generator())
+    return rules.aggregate(given, PrivacyOptions(), state, updates, state.params, 1, np.random.default_rng())
 
 
 def says(*values: float, at: list[int] | None = None) -> list[Update]:
@@ -156,4 +156,4 @@ def test_exploding_adapters_are_refused_with_the_cause() -> None:
         advance(options(), start(1.0), says(float("nan")))
     noisy = PrivacyOptions.model_validate({"dp_clip": 1.0, "dp_noise": 1e20})
     with pytest.raises(ModelError, match=r"privacy\.dp-noise = 1e\+20: the shared adapters reach"):
-        rules.aggregate(options(rule="ffa"), noisy, start(1.0), says(2.0), {}, 1, torch.Generator())
+        rules.aggregate(options(rule="ffa"), noisy, start(1.0), says(2.0), {}, 1, np.random.default_rng())

@@ -48,7 +48,7 @@ from tapfl.personalize.apfl import Apfl
 from tapfl.personalize.methods import FedAvg
 from tapfl.pruning.criteria.norms import random_units
 from tapfl.pruning.pipeline import plan_of, pruning_task
-from tapfl.seeds import torch_generator
+from tapfl.seeds import numpy_generator, torch_generator
 from tapfl.training import Params
 
 VARIANTS: dict[str, AdapterOptions] = {
@@ -80,7 +80,7 @@ class Round:
 
     def aggregate(self, options: AdapterOptions) -> Params:
         """Returns the global adapters after the round."""
-        generator = torch_generator(0, "bench aggregate")
+        generator = numpy_generator(0, "bench aggregate")
         state = rules.ServerState(self.params)
         return rules.aggregate(options, PrivacyOptions(), state, self.updates, self.params, 1, generator).params
 

@@ -74,7 +74,7 @@ def clip_update(params: Mapping[str, Tensor], received: Mapping[str, Tensor], la
     return {name: received[name].double() + change[name] * (bound / norm) for name in layout}
 
 
-def noisy_mean(std: float, generator: torch.Generator) -> Combine:
+def noisy_mean(std: float, generator: np.random.Generator) -> Combine:
     """Returns a function like `scatter_mean` that adds N(0, std²) to each sum before it is divided.
 
     This gives client-level differential privacy (Gaussian mechanism; McMahan et al. 2018, arXiv 1710.06963). Every
@@ -83,11 +83,14 @@ def noisy_mean(std: float, generator: torch.Generator) -> Combine:
     the coordinate. The set of holders is treated as public: kept units, ranks, and with `head = class-rows` classes. A
     coordinate without a holder keeps its value and needs no noise. The step of the server's optimiser is
     post-processing.
+
+    Args:
+        generator: of numpy, because torch's on the CPU has only 2³² streams, which can all be tried.
     """
 
     def combine(previous: Tensor, parts: Sequence[Part]) -> Tensor:
         total, holders = overlap_sums(previous.shape, parts)
-        noise = torch.randn(previous.shape, generator=generator, dtype=torch.float64)
+        noise = torch.from_numpy(generator.standard_normal(previous.shape))
         return quotient(total + std * noise, holders, previous)
 
     return combine

@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -233,7 +234,7 @@ def aggregate(
     updates: Sequence[Update],
     fresh: Params,
     round: int,
-    generator: torch.Generator,
+    generator: np.random.Generator,
 ) -> ServerState:
     """Returns the state after a round.
 
@@ -298,7 +299,7 @@ def _clipped(update: Update, current: Params, bound: float) -> Update:
     return replace(update, params=clip_update(update.params, received, update.layout, bound))
 
 
-def _combine(options: AdapterOptions, privacy: PrivacyOptions, generator: torch.Generator) -> Combine:
+def _combine(options: AdapterOptions, privacy: PrivacyOptions, generator: np.random.Generator) -> Combine:
     if privacy.dp_noise:
         return noisy_mean(privacy.dp_noise * privacy.dp_clip, generator)
     if options.combine == "mean":

@@ -26,7 +26,7 @@ from tapfl.compute import HERE, Compute, home
 from tapfl.config import AdapterOptions, PrivacyOptions
 from tapfl.progress import stage
 from tapfl.pruning.recovery import batch_order, soft_loss, teacher_logits
-from tapfl.seeds import numpy_generator, torch_generator
+from tapfl.seeds import numpy_generator
 from tapfl.training import Params, minimise
 
 BATCH = 32  # images in a minibatch
@@ -168,7 +168,7 @@ def warm_start(
         advance(0, len(rounds), f"held-out loss {losses[0]:.3f}")
         for t in rounds:
             updates = [lesson.update(w, teacher, t) for lesson in lessons]
-            generator = torch_generator(seed, "warm start", t)
+            generator = numpy_generator(seed, "warm start", t)
             state = rules.aggregate(options, PrivacyOptions(), rules.ServerState(w), updates, initial, t, generator)
             losses.append(loss(state.params))
             advance(t, len(rounds), f"held-out loss {losses[-1]:.3f}")
