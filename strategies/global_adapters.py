@@ -101,12 +101,16 @@ class GlobalAdapters:
         return {name: params[name] for name in self.shapes}
 
     def warm_up(self, devices: Sequence[DeviceRecord]) -> None:
-        """Trains the warm start on the models of these devices, if it is asked for and does not exist yet.
+        """Trains the warm start on the models of these devices, if it is asked for and is not stored yet.
 
         Raises:
             ModelError: if the training diverges.
+            PlanError: if the stored file is damaged.
         """
-        if self.starts_warm and not self._file.exists():
+        made_of = [
+            [record.device, self.preparation.plan(record.device)[0].checksum, record.generic] for record in devices
+        ]
+        if self.starts_warm and not (self._file.exists() and read_sealed(self._file, "start")[1]["of"] == made_of):
             pupils = [self._pupil(record) for record in devices]
             images, transform, compute = self.preparation.images, transform_of(self.backbone), self.preparation.compute
 
@@ -116,7 +120,7 @@ class GlobalAdapters:
             options, dense = self.config.adapters, compute.put(self.backbone)
             made = warm_start(options, self.initial, pupils, inputs, dense, self.config.seed, compute)
             log(logging.INFO, "warm start: held-out loss %s", ", ".join(f"{loss:.4f}" for loss in made.losses))
-            write_sealed(self._file, made.params, "start", {"losses": made.losses})
+            write_sealed(self._file, made.params, "start", {"losses": made.losses, "of": made_of})
 
     def message(self, record: DeviceRecord) -> Prune:
         """Returns the message with a device's model, and with the warm start if the device's references need it."""

@@ -184,6 +184,9 @@ class Preparation:
     def plan_file(self, i: int) -> Path:
         return self.folder.path / "plans" / f"{i:02d}.json"
 
+    def _weights_file(self, i: int) -> Path:
+        return self.plan_file(i).with_suffix(".safetensors")
+
     def plan(self, i: int) -> tuple[PruningPlan, str]:
         """Returns the plan of device `i`, and the SHA-256 of the weights stored with it.
 
@@ -198,7 +201,7 @@ class Preparation:
 
     def message(self, i: int) -> Prune:
         """Returns the message with the model of a device that has a plan, from the run's folder. Raises PlanError."""
-        (plan, checksum), weights = self.plan(i), self.plan_file(i).with_suffix(".safetensors")
+        (plan, checksum), weights = self.plan(i), self._weights_file(i)
         content = weights.read_bytes() if weights.exists() else b""
         if checksum and checksum != hashlib.sha256(content).hexdigest():
             name = self.plan_file(i).name
@@ -213,7 +216,7 @@ class Preparation:
         if pruned.metric_set is not None:
             self._keep_metric_set(i, pruned.metric_set, shared.pool.effective_size(summary, pruned.metric_set))
         if weights:
-            write_bytes(self.plan_file(i).with_suffix(".safetensors"), weights)
+            write_bytes(self._weights_file(i), weights)
         # last: the plan marks the device's model as complete
         write_json(self.plan_file(i), signed(pruned.plan, hashlib.sha256(weights).hexdigest()))
 
@@ -226,9 +229,16 @@ class Preparation:
         write_json(self.folder.metric_set(i), counts | about)
 
     def _summaries(self, state: FederationState) -> tuple[FederationState, dict[int, GaussianSummary]]:
-        """Asks every device for its mixture."""
+        """Asks every device for its mixture.
+
+        A stored plan without a stored mixture is removed, because it may be the generic plan from before the run was
+        stopped, and the device may answer now.
+        """
         requests = self._requests(state, state.devices)
         known = {i: reply for i in requests if (reply := self._stored_summary(i)) is not None}
+        for i in requests.keys() - known.keys():
+            for file in (self.plan_file(i), self._weights_file(i)):
+                file.unlink(missing_ok=True)
         for i, reply in known.items():
             requests[i].check(reply)
         state, replies = self.fleet.ask(state, "summaries", requests, known=known)

@@ -10,6 +10,11 @@ import pytest
 from killing import copied_after, killed_after
 from test_inprocess_run import content, tapfl
 
+from clients.device import Device
+from strategies.preparation import Preparation
+from tapfl.errors import RunError
+from tapfl.wire import Summarize, SummaryReply
+
 OPTIONS = [
     "train.rounds=3",
     "devices.participation=0.75",
@@ -61,6 +66,32 @@ def test_killed_twice(uninterrupted: Path, cache: Path, tmp_path: Path) -> None:
     killed_after(MOMENTS["in the second round"], "--resume", str(folder), cache=cache, options=OPTIONS)
     assert tapfl("--resume", str(folder), cache=cache, options=OPTIONS).exit_code == 0
     assert content(folder) == content(uninterrupted)
+
+
+def test_a_device_that_sends_its_mixture_only_after_a_stop_gets_a_plan_of_its_own(
+    uninterrupted: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not the generic plan that was stored before the stop, and the warm start is trained anew."""
+    folder, summarize = tmp_path / "run", Device.summarize
+
+    def fails(device: Device, message: Summarize) -> SummaryReply:
+        if device.partition_id == 1:
+            raise RunError("no mixture")
+        return summarize(device, message)
+
+    def stops(*_: object) -> None:
+        raise RunError("stopped")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Device, "summarize", fails)
+        patched.setattr(Preparation, "surgery", stops)
+        with pytest.raises(RunError, match="stopped"):
+            tapfl("--out", str(folder), cache=cache, options=OPTIONS)
+    generic = (folder / "plans" / "01.json").read_bytes()
+    done = tapfl("--resume", str(folder), cache=cache, options=OPTIONS)
+    assert done.exit_code == 0, done.output
+    assert (folder / "plans" / "01.json").read_bytes() != generic
+    assert content(folder) == content(uninterrupted) and measures(folder) == measures(uninterrupted)
 
 
 def test_a_run_may_be_continued_for_more_rounds(uninterrupted: Path, cache: Path, tmp_path: Path) -> None:
