@@ -113,11 +113,11 @@ def run(
 @app.command()
 def options() -> None:
     """List every option of a run with its default. --set, TOML files and flwr's --run-config use these names."""
-    from rich.table import Table
+    from rich.table import Column, Table
 
     from tapfl.config import RunConfig
 
-    table = Table("option", "default", "meaning")
+    table = Table("option", Column("default", overflow="fold"), "meaning")
     for name, value in RunConfig().flat().items():
         section, _, option = name.rpartition(".")
         model = type(getattr(RunConfig(), section)) if section else RunConfig

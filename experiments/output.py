@@ -26,19 +26,19 @@ PIPE = re.compile(r"\|(?=[^`]*(?:`[^`]*`[^`]*)*$)")  # outside of code
 
 
 def count(number: float) -> str:
-    """Returns ``980k``, ``1.63M``, ``4.6G``."""
-    for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if number >= size:
-            return f"{number / size:.3g}{letter}"
-    return f"{number:g}"
+    """Returns ``980``, ``980k``, ``1.63M``, ``4.6G``, ``1.2T``."""
+    for size, letter in ((1.0, ""), (1e3, "k"), (1e6, "M"), (1e9, "G")):
+        if float(text := f"{number / size:.3g}") < 1e3:  # rounded, because 999,600 is 1M
+            return f"{text}{letter}"
+    return f"{number / 1e12:.3g}T"
 
 
 def size(number_of_bytes: float) -> str:
     """Returns ``339.2 kB``, ``1.20 MB``, ``8.08 GB``."""
-    for unit, letter in ((1e9, "G"), (1e6, "M")):
-        if number_of_bytes >= unit:
-            return f"{number_of_bytes / unit:.2f} {letter}B"
-    return f"{number_of_bytes / 1e3:.1f} kB"
+    for unit, digits, letter in ((1e3, 1, "k"), (1e6, 2, "M")):
+        if float(text := f"{number_of_bytes / unit:.{digits}f}") < 1e3:
+            return f"{text} {letter}B"
+    return f"{number_of_bytes / 1e9:.2f} GB"
 
 
 def duration(seconds: float) -> str:
@@ -67,15 +67,18 @@ def as_markdown(rows: Sequence[Mapping[str, str]]) -> str:
 
 
 def console() -> Console:
-    """Returns a console on standard output, 140 columns wide if that is not a terminal."""
-    return Console(width=None if sys.stdout.isatty() else 140)
+    """Returns a console on standard output, 140 columns wide if that is not a terminal; it prints text as it is."""
+    return Console(width=None if sys.stdout.isatty() else 140, markup=False, emoji=False)
 
 
 def show_rows(rows: Sequence[Mapping[str, str | float]], as_json: bool) -> None:
     """Prints rows as a table, or as one JSON object each.
 
-    A table that is too wide is transposed. If it is still too wide, each row is printed as a separate table.
+    A table that is too wide is transposed. If it is still too wide, each row is printed as a separate table. Without
+    rows nothing is printed.
     """
+    if not rows:
+        return
     if as_json:
         for row in rows:
             print(json.dumps(row))

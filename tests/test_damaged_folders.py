@@ -150,7 +150,8 @@ def test_a_report_follows_no_link_out_of_the_folder(name: str, run: Path, tmp_pa
     assert any(name.partition("/")[0].removesuffix("s") in each for each in read_run(run).missing)
 
 
-def test_no_picture_is_written_elsewhere(run: Path, tmp_path: Path) -> None:
+def test_no_picture_is_written_elsewhere(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("experiments.report.single.page_of", lambda run: pytest.fail("refused before it is drawn"))
     (tmp_path / "outside").mkdir()
     (run / "figures").symlink_to(tmp_path / "outside")
     said = CliRunner().invoke(cli.app, ["report", str(run)])

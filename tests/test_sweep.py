@@ -163,6 +163,12 @@ def test_an_invalid_grid_is_refused(tmp_path: Path, grid: str) -> None:
         read_sweep(sweep_file(tmp_path, grid))
 
 
+def test_an_option_cannot_be_both_in_the_grid_and_in_a_run(tmp_path: Path) -> None:
+    file = sweep_file(tmp_path, '"train.epochs" = [1, 2]\n[[run]]\nname = "a"\n[[run]]\ntrain.epochs = 3')
+    with pytest.raises(ConfigError, match=r"sweep\.toml: train\.epochs = 3 in \[\[run\]\], .* in \[grid\]; accepted"):
+        read_sweep(file)
+
+
 CONFIGS = Path(cli.__file__).parent / "configs"
 
 

@@ -128,6 +128,10 @@ def test_panels_are_the_values_of_the_first_axis_that_varies() -> None:
         "": ["rule p", "rule q"]
     }
     assert {k: list(v) for k, v in _panels(points({"run": "p"}, {"a.rule": "q"})).items()} == {"": ["p", "rule q"]}
+    rates = points({"run": "p"}, {"train.learning-rate": 0.1}, {"personalize.learning-rate": 0.1})
+    assert list(_panels(rates)[""]) == ["p", "train.learning-rate 0.1", "personalize.learning-rate 0.1"]
+    empty = points({"a.rule": "p"}, {"a.rule": "p", "b.file": ""}, {"a.rule": "q"})
+    assert sum(map(len, _panels(empty).values())) == 3
     assert {k: list(v) for k, v in _panels(points({"a.rule": "p"})).items()} == {"": ["rule p"]}
 
 

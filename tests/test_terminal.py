@@ -9,8 +9,9 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
+from experiments import cli
 from experiments.command_line import of_the_system, option_groups
-from experiments.output import show_rows
+from experiments.output import count, show_line, show_rows, size
 
 
 @pytest.mark.parametrize(("columns", "lines"), [(3, 3), (30, 3), (3, 30), (30, 30)])
@@ -20,6 +21,39 @@ def test_tables_are_never_truncated(columns: int, lines: int, capsys: pytest.Cap
     shown = capsys.readouterr().out
     for row in rows:
         assert all(name in shown and value in shown for name, value in row.items())
+
+
+def test_without_rows_nothing_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    show_rows([], as_json=False)
+    assert capsys.readouterr().out == ""
+
+
+def test_text_is_printed_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    """Square brackets are no markup, and names between colons are no emoji."""
+    text = "/data/[/old]/[bold]:dog:/tapfl[tensorboard]"
+    show_line(text)
+    show_rows([{text: text}], as_json=False)
+    assert capsys.readouterr().out.count(text) == 3
+
+
+def test_the_list_of_options_is_complete() -> None:
+    listed = CliRunner().invoke(cli.app, ["options"]).stdout
+    assert "tapfl[tensorboard]" in listed and "…" not in listed
+
+
+@pytest.mark.parametrize(
+    ("number", "text"),
+    [(0.5, "0.5"), (999, "999"), (1000, "1k"), (999_499, "999k"), (999_600, "1M"), (999.7e9, "1T"), (2.5e12, "2.5T")],
+)
+def test_the_unit_of_a_count_fits_the_rounded_number(number: float, text: str) -> None:
+    assert count(number) == text
+
+
+@pytest.mark.parametrize(
+    ("number", "text"), [(10, "0.0 kB"), (999_940, "999.9 kB"), (999_960, "1.00 MB"), (999_996_000, "1.00 GB")]
+)
+def test_the_unit_of_a_size_fits_the_rounded_number(number: float, text: str) -> None:
+    assert size(number) == text
 
 
 def test_a_system_error_is_one_readable_line() -> None:

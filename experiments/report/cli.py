@@ -48,10 +48,11 @@ def write_report(runs: Sequence[Run], out: Path | None = None, pictures: bool = 
     from tapfl.store import write_bytes
 
     folder = out or (runs[0].path if len(runs) == 1 else COMPARISON)
-    page = page_of(runs[0]) if len(runs) == 1 else page_of_all(runs)
-    html, place = render(page).encode(), folder / "figures"
+    place = folder / "figures"
     if place.is_symlink() and not place.resolve().is_relative_to(folder.resolve()):
         raise ConfigError(f"{place}: is a symbolic link to a place outside {folder}; nothing is written there")
+    page = page_of(runs[0]) if len(runs) == 1 else page_of_all(runs)
+    html = render(page).encode()
     try:
         for figure in page.figures if pictures else ():
             write_figure(figure, place / f"{figure.name}.png")

@@ -118,6 +118,9 @@ def read_sweep(
     for run, values in itertools.product(runs or [{}], itertools.product(*grid.values())):
         own, crossed = flatten(run), dict(zip(grid, values, strict=True))
         title = own.pop("name", "")
+        if both := sorted(own.keys() & grid):
+            accepted = "accepted: in one of the two"
+            raise ConfigError(f"{file}: {both[0]} = {own[both[0]]!r} in [[run]], but it is also in [grid]; {accepted}")
         point = ({"run": title} if title else own) | crossed
         name = " ".join(f"{key}={value}" for key, value in point.items()).replace("/", "-")
         if name in planned:

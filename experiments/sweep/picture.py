@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
@@ -48,18 +49,20 @@ def _panels(groups: Mapping[Point, Sequence[Outcome]]) -> dict[str, dict[str, Po
     """Returns the points of each panel, by the panel's title and the name of the point's line."""
     points = {point: dict(point) for point in groups}
     keys = dict.fromkeys(key for place in points.values() for key in place)
-    varied = [key for key in keys if len({str(place.get(key, "")) for place in points.values()}) > 1]
+    short = Counter(key.rpartition(".")[2] for key in keys)
+
+    def name(place: Mapping[str, object], keys: Sequence[str]) -> str:
+        """Names options by their last part, unless two share it; a named run has only its name."""
+        parts = {key: last if short[last := key.rpartition(".")[2]] == 1 else key for key in keys}
+        return ", ".join(str(place[key]) if key == "run" else f"{part} {place[key]}" for key, part in parts.items())
+
+    varied = [key for key in keys if len({str(place.get(key)) for place in points.values()}) > 1]
     first = varied[0] if len(varied) > 1 and all(varied[0] in place for place in points.values()) else None
     panels: dict[str, dict[str, Point]] = {}
     for point, place in points.items():
         rest = [key for key in place if key != first and key in (varied or place)]
-        panels.setdefault(_name(place, [first] if first else []), {})[_name(place, rest)] = point
+        panels.setdefault(name(place, [first] if first else []), {})[name(place, rest)] = point
     return panels
-
-
-def _name(place: Mapping[str, object], keys: Sequence[str]) -> str:
-    """Returns a short name: the last part of each option's name with its value; a named run has only its name."""
-    return ", ".join(str(place[k]) if k == "run" else f"{k.rpartition('.')[2]} {place[k]}" for k in keys)
 
 
 def _curve(name: str, runs: Sequence[Outcome], place: Callable[[int, CurvePoint, CurvePoint], float]) -> Iterator[Row]:
