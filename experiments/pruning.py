@@ -6,7 +6,7 @@ A pruned model is a folder with `plan.json` and `model.safetensors`; each device
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from tapfl.data.sources import load_images
 from tapfl.errors import ConfigError, DataError, ModelError
 from tapfl.models.backbone import BackboneSpec, build, spec_of
 from tapfl.models.cost import latencies_ms, median_ms
-from tapfl.models.dense import DenseCache, dense_backbone
+from tapfl.models.dense import DenseCache, dense_backbone, dense_spec
 from tapfl.models.forward import example_input, input_transform
 from tapfl.models.merging import tokens_seen
 from tapfl.models.prunable import prunable_layers
@@ -37,6 +37,7 @@ from tapfl.pruning.pipeline import prune_model, pruning_task
 from tapfl.pruning.plan import PLAN_FILE, PruningPlan, load_plan, read_plan
 from tapfl.pruning.recovery import fine_tune_set, labels_of
 from tapfl.pruning.surgery import WEIGHTS_FILE, apply_plan, load_pruned, save_pruned
+from tapfl.pruning.tokens import stream_of
 from tapfl.seeds import numpy_generator
 from tapfl.store import cache_folder, content_hash
 
@@ -56,14 +57,18 @@ def prune(config: RunConfig, budget: Budget | float | str, out: Path) -> Pruning
     if config.model.head in NEW_HEADS:
         accepted = "accepted: train, rows, rows+train"
         raise ConfigError(f"model.head = {config.model.head!r}: needs the classes that devices report; {accepted}")
+    if config.pruning.probe == "pool":
+        raise ConfigError("pruning.probe = 'pool': here the only images are those of data.source; accepted: own, auto")
     compute = Compute.of(config.compute)
     compute.prepare()
     budget, options = Budget.parse(budget), resolved(config.pruning)
     cache, transform = cache_folder(config.cache), input_transform(config.model)
-    images = load_images(config.data.source, transform, cache, cache_gb=config.data.cache_gb)
+    images = load_images(config.data.source, transform, cache, config.data.ids, config.data.cache_gb)
     for name, size in (("metric.size", config.metric.size), ("pruning.recovery-size", options.recovery_size)):
         if size > len(images):
             raise DataError(f"{name} = {size}: {config.data.source!r} has {len(images)} images")
+    if options.tokens != "none":
+        stream_of(build(dense_spec(config.model, images)), options)  # raises before the backbone is trained
     _, spec, model = dense_backbone(config.model, images, config.seed, DenseCache(cache), compute)
     with stage(f"pruning by {options.criterion}"):
         dense = compute.put(model)
@@ -71,8 +76,8 @@ def prune(config: RunConfig, budget: Budget | float | str, out: Path) -> Pruning
         drawn = images.subset(numpy_generator(config.seed, "metric").permutation(len(images)))
         metric = drawn.subset(np.arange(config.metric.size))
         inputs, labels = compute.put(transform(metric.read())), compute.put(labels_of(metric, options))
-        task = pruning_task(model, inputs, budget, options, config.metric.batch, labels, config.seed)
-        task = replace(task, compute=compute)
+        batch, seed = config.metric.batch, config.seed
+        task = pruning_task(model, inputs, budget, options, batch, labels, seed, compute=compute)
         fine_tune = fine_tune_set(lambda size: drawn.subset(np.arange(size)), transform, options)
         origin: dict[str, Scalar] = {"data": config.data.source, "metric-size": config.metric.size}
         pruned = prune_model(task, spec, fine_tune, origin | {"budget": str(budget)}, config.seed)

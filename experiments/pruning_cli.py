@@ -17,6 +17,7 @@ from tapfl.errors import ConfigError
 
 PRUNED = "pruned model: a folder with plan.json and model.safetensors, or devices/NN of a run"
 BACKBONE = {"model.name", "model.args"}  # options that determine the backbone
+OF_PRUNING = ("pruning.", "metric.")  # options that a plan leaves nothing to decide
 
 app = typer.Typer()
 
@@ -56,7 +57,11 @@ def prune(
     from tapfl.pruning.criteria.registry import require_criterion
 
     short = {f"pruning.{name}": value for name, value in vars(shorthands).items() if value is not None}
-    options = options_of(config, set) | (short if plan is None else {})
+    typed = options_of(None, set) | short
+    if plan is not None and (unused := [name for name in typed if name.startswith(OF_PRUNING)]):
+        given = ", ".join(f"{name} = {typed[name]!r}" for name in unused)
+        raise ConfigError(f"{given}: not with --plan, which selects no units and trains nothing; omit it")
+    options = options_of(config, set) | short
     checked = absolute_paths(RunConfig.from_flat(options))
     limits = None if budget is None else Budget.parse(budget)
     require_criterion(checked.pruning.criterion)
@@ -73,11 +78,18 @@ def prune(
 
 
 @app.command()
-def criteria() -> None:
+def criteria(*, as_json: JsonRows = False) -> None:
     """List the pruning criteria, including those of installed packages."""
-    from tapfl.pruning.criteria.registry import criterion_names
+    from tapfl.pruning.criteria.registry import criterion_names, criterion_of
 
-    print("\n".join(criterion_names()))
+    load_torch()  # which the modules of the criteria import
+    rows = [{"criterion": name, "about": criterion_of(name).about} for name in criterion_names()]
+    if as_json:
+        show_rows(rows, as_json=True)
+        return
+    width = max(len(row["criterion"]) for row in rows)
+    for row in rows:
+        print(f"{row['criterion']:<{width}}  {row['about']}".rstrip())
 
 
 @app.command()

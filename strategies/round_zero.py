@@ -186,20 +186,13 @@ class Shared:
         return replace(task, probe=partial(self.tables.importance, chosen), sums=partial(self.tables.sums, chosen))
 
     def _problem(self, chosen: np.ndarray, budget: float | str) -> PruningTask:
-        config, head, (inputs, labels) = self.config, self.new_head, self._images(chosen)
+        config, head, compute, (inputs, labels) = self.config, self.new_head, self.compute, self._images(chosen)
+        options, batch, seed = config.pruning, config.metric.batch, config.seed
         task: PruningTask = self._tasks.once(
             budget,
-            lambda: pruning_task(
-                self.model, inputs, budget, config.pruning, config.metric.batch, seed=config.seed, new_head=head
-            ),
+            lambda: pruning_task(self.model, inputs, budget, options, batch, seed=seed, new_head=head, compute=compute),
         )
-        return replace(
-            task,
-            inputs=inputs,
-            labels=labels,
-            generator=torch_generator(config.seed, "criterion"),
-            compute=self.compute,
-        )
+        return replace(task, inputs=inputs, labels=labels, generator=torch_generator(seed, "criterion"))
 
     def _images(self, positions: np.ndarray) -> tuple[Tensor, Tensor | None]:
         images = self.pool.images.subset(positions)

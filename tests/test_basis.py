@@ -15,16 +15,19 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from tapfl.config import PruningOptions
+from tapfl.data.sources import load_images
+from tapfl.data.transform import Transform
 from tapfl.errors import ConfigError, ModelError
 from tapfl.models.backbone import BackboneSpec
-from tapfl.models.forward import example_input
+from tapfl.models.forward import example_input, transform_of
 from tapfl.models.residual import observe
-from tapfl.pruning.basis import canonical_basis, carried_energy, ordering
+from tapfl.pruning.basis import BATCH, POOL_IMAGES, canonical_basis, carried_energy, ordering, turned_on_pool
 from tapfl.pruning.criteria.norms import output_norms
 from tapfl.pruning.criteria.registry import criterion_of
 from tapfl.pruning.layer_importance import layer_importance
 from tapfl.pruning.pipeline import plan_of, prune_model, pruning_task
 from tapfl.pruning.surgery import shrink
+from tapfl.seeds import numpy_generator
 
 FAMILIES = ["vit", "deit", "swin"]
 
@@ -47,7 +50,7 @@ def test_the_function_is_preserved(family: str, fused: bool, families: dict[str,
     for layer in backbone.layers:
         if layer.kind == "attention":
             model.get_submodule(layer.name).fused_attn = fused
-    turned: Any = canonical_basis(model, backbone.layers, backbone.inputs, batch=3)
+    turned: Any = canonical_basis(model, backbone.layers, backbone.inputs.split(3))
     for inputs in (backbone.inputs, unseen(backbone)):
         assert largest_difference(turned, backbone.model, inputs) < 1e-5
     first = next(layer for layer in backbone.layers if layer.kind == "attention").name
@@ -58,7 +61,7 @@ def test_the_function_is_preserved(family: str, fused: bool, families: dict[str,
 @pytest.mark.parametrize("args", [{"qkv_bias": False}, {"proj_bias": False}, {"qkv_bias": False, "proj_bias": False}])
 def test_the_function_is_preserved_without_biases(args: dict[str, Any]) -> None:
     backbone = tiny(BackboneSpec(name=VIT.name, args=VIT_ARGS | args, num_classes=CLASSES))
-    turned = canonical_basis(backbone.model, backbone.layers, backbone.inputs, batch=4)
+    turned = canonical_basis(backbone.model, backbone.layers, backbone.inputs.split(4))
     assert largest_difference(turned, backbone.model, unseen(backbone)) < 1e-5
     assert turned.state_dict().keys() == backbone.model.state_dict().keys()
 
@@ -70,7 +73,7 @@ def test_dead_and_dependent_dims_are_handled(vit: Tiny) -> None:
     qkv.weight[64 + 3], qkv.bias[64 + 3] = qkv.weight[64 + 5], qkv.bias[64 + 5]  # two equal dims of a value
     model.blocks[1].attn.qkv.weight[16:32], model.blocks[1].attn.qkv.bias[16:32] = 0, 0  # a head without a query
     proj.weight[:, :16] = 0  # a head whose output is not used
-    turned = canonical_basis(model, vit.layers, vit.inputs, batch=4)
+    turned = canonical_basis(model, vit.layers, vit.inputs.split(4))
     assert largest_difference(turned, model, unseen(vit)) < 1e-5
     assert all(torch.isfinite(tensor).all() for tensor in turned.state_dict().values())
 
@@ -83,7 +86,7 @@ def test_a_head_with_constant_output_is_rotated(seed: int, vit: Tiny) -> None:
     qkv.weight[64:] = 0
     qkv.bias[64:] = torch.randn(32, generator=generator)
     inputs = torch.randn(16, *vit.inputs.shape[1:], generator=generator)
-    turned = canonical_basis(model, vit.layers, inputs, batch=8)
+    turned = canonical_basis(model, vit.layers, inputs.split(8))
     assert largest_difference(turned, model, unseen(vit)) < 1e-5
 
 
@@ -126,7 +129,7 @@ def tails(values: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_first_dims_of_v_are_the_best_head_of_that_rank(family: str, families: dict[str, Tiny]) -> None:
     backbone = families[family]
-    turned = canonical_basis(backbone.model, backbone.layers, backbone.inputs, batch=4)
+    turned = canonical_basis(backbone.model, backbone.layers, backbone.inputs.split(4))
     for layer in (layer for layer in backbone.layers if layer.kind == "attention"):
         d = layer.units_per_head
         outputs = {}
@@ -150,7 +153,7 @@ def test_the_first_dims_of_v_are_the_best_head_of_that_rank(family: str, familie
 def test_the_first_dims_of_q_and_k_are_the_best_logits_of_that_rank(family: str, families: dict[str, Tiny]) -> None:
     """Compares with the truncated SVD of S_x^½ W_qᵀ W_k C_x^½; x has a 1 for the biases, C_x is within spans."""
     backbone = families[family]
-    turned = canonical_basis(backbone.model, backbone.layers, backbone.inputs, batch=4)
+    turned = canonical_basis(backbone.model, backbone.layers, backbone.inputs.split(4))
     for layer in (layer for layer in backbone.layers if layer.kind == "attention"):
         d = layer.units_per_head
         x, _, _ = seen_by(backbone.model, layer.name, backbone.inputs)
@@ -181,7 +184,7 @@ def test_the_first_dims_of_q_and_k_are_the_best_logits_of_that_rank(family: str,
 @pytest.mark.parametrize("family", FAMILIES)
 def test_dims_are_ordered_by_their_energy(family: str, families: dict[str, Tiny]) -> None:
     backbone = families[family]
-    turned = canonical_basis(backbone.model, backbone.layers, backbone.inputs, batch=4)
+    turned = canonical_basis(backbone.model, backbone.layers, backbone.inputs.split(4))
     carried = carried_energy(turned)
     assert carried is not None
     assert list(carried) == [layer.name for layer in backbone.layers if layer.kind == "attention"]
@@ -199,7 +202,7 @@ def test_dims_are_ordered_by_their_energy(family: str, families: dict[str, Tiny]
 
 def test_the_dense_model_is_not_changed(swin: Tiny) -> None:
     state = {name: tensor.clone() for name, tensor in swin.model.state_dict().items()}
-    turned = canonical_basis(swin.model, swin.layers, swin.inputs, batch=4)
+    turned = canonical_basis(swin.model, swin.layers, swin.inputs.split(4))
     assert all(torch.equal(tensor, state[name]) for name, tensor in swin.model.state_dict().items())
     assert not any(m._forward_hooks or m._forward_pre_hooks for net in (swin.model, turned) for m in net.modules())
     assert turned.state_dict().keys() == state.keys()
@@ -208,16 +211,27 @@ def test_the_dense_model_is_not_changed(swin: Tiny) -> None:
 
 
 def test_the_batch_size_does_not_matter(vit: Tiny) -> None:
-    one, many = (canonical_basis(vit.model, vit.layers, vit.inputs, batch=batch) for batch in (4, 1))
+    one, many = (canonical_basis(vit.model, vit.layers, vit.inputs.split(batch)) for batch in (4, 1))
     for (name, a), b in zip(one.state_dict().items(), many.state_dict().values(), strict=True):
         assert torch.allclose(a.abs(), b.abs(), atol=1e-3), name  # a dim may have the other sign
 
 
+def test_the_basis_of_a_pool_holds_one_batch_of_it_at_a_time(vit: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    digits, transform, sizes = load_images("digits"), transform_of(vit.model), []
+    call = Transform.__call__
+    monkeypatch.setattr(Transform, "__call__", lambda self, x: sizes.append(len(x)) or call(self, x))
+    turned = turned_on_pool(vit.model, digits, transform, seed=3)
+    assert sizes == [BATCH] * (POOL_IMAGES // BATCH)
+    drawn = numpy_generator(3, "basis").permutation(len(digits))[:POOL_IMAGES]
+    whole = canonical_basis(vit.model, vit.layers, transform(digits.read(drawn)).split(BATCH))
+    assert all(map(torch.equal, turned.state_dict().values(), whole.state_dict().values()))
+
+
 def test_impossible_input_is_refused(vit: Tiny) -> None:
     with pytest.raises(ModelError, match="at least one image"):
-        canonical_basis(vit.model, vit.layers, vit.inputs[:0], batch=4)
+        canonical_basis(vit.model, vit.layers, [])
     with pytest.raises(ModelError, match=r"blocks\.0\.attn: activations are not finite in batch 2"):
-        canonical_basis(vit.model, vit.layers, vit.inputs.index_fill(0, torch.tensor(2), torch.inf), batch=1)
+        canonical_basis(vit.model, vit.layers, vit.inputs.index_fill(0, torch.tensor(2), torch.inf).split(1))
 
 
 @pytest.mark.parametrize("ratio", ["uniform", "adaptive"])
@@ -243,7 +257,7 @@ def test_lowrank_heads_keep_the_first_dims(family: str, ratio: Any, families: di
 
 
 def test_a_model_in_the_basis_is_not_rotated_again(vit: Tiny) -> None:
-    turned = canonical_basis(vit.model, vit.layers, unseen(vit), batch=5)
+    turned = canonical_basis(vit.model, vit.layers, unseen(vit).split(5))
     task = pruning_task(turned, vit.inputs, 0.6, PruningOptions(criterion="lowrank-heads", align=1), batch=4)
     assert task.model is turned
     selection = criterion_of("lowrank-heads")(task)
@@ -254,7 +268,7 @@ def test_a_model_in_the_basis_is_not_rotated_again(vit: Tiny) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_first_dims_are_better_than_arbitrary_ones(family: str, families: dict[str, Tiny]) -> None:
     backbone = families[family]
-    turned = canonical_basis(backbone.model, backbone.layers, backbone.inputs, batch=4)
+    turned = canonical_basis(backbone.model, backbone.layers, backbone.inputs.split(4))
     layer = next(layer for layer in backbone.layers if layer.kind == "attention")
     heads = torch.arange(layer.heads)[:, None] * layer.units_per_head
     first = {layer.name: (heads + torch.arange(layer.units_per_head // 2)).flatten()}

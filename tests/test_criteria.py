@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import json
+from collections.abc import Callable
 from dataclasses import replace
 from importlib.metadata import EntryPoint
 
@@ -12,11 +14,13 @@ import torch
 from backbones import Tiny
 from torch import Tensor
 from torch.nn import functional as F
+from typer.testing import CliRunner
 
+from experiments import cli
 from tapfl.config import PruningOptions
 from tapfl.errors import ConfigError, ModelError
 from tapfl.pruning.criteria import gradients, norms, registry, upop
-from tapfl.pruning.criteria.criterion import PruningTask, Selection, across_layers, by_layer
+from tapfl.pruning.criteria.criterion import PruningTask, Scores, Selection, across_layers, by_layer
 from tapfl.pruning.pipeline import plan_of, pruning_task
 
 FAMILIES = ["vit", "deit", "swin"]
@@ -161,6 +165,22 @@ def test_without_labels_the_dense_predictions_are_the_targets(vit: Tiny) -> None
     assert torch.equal(gradients.targets(replace(task, labels=LABELS)), LABELS)
 
 
+@pytest.mark.parametrize("score", [gradients.taylor_scores, gradients.fisher_scores, upop.first_gradients])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_images_without_labels_pass_once_and_have_the_same_scores(
+    family: str, score: Callable[[PruningTask], Scores], small_families: dict[str, Tiny]
+) -> None:
+    task, passes = task_of(small_families[family], batch=2), list[int]()
+    handle = task.model.register_forward_hook(lambda _module, images, _output: passes.append(len(images[0])))
+    try:
+        without = score(task)
+    finally:
+        handle.remove()
+    assert passes == [2, 2]
+    known = score(replace(task, labels=gradients.targets(task)))
+    assert all(torch.equal(without[name], known[name]) for name in known)
+
+
 def test_global_ranking_follows_the_scale_of_a_layer_and_ranking_within_layers_does_not(vit: Tiny) -> None:
     task = task_of(vit)
     scores = gradients.taylor_scores(task)
@@ -228,6 +248,10 @@ def test_a_package_may_offer_a_criterion(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(registry, "entry_points", entry_points)
     assert registry.criterion_of("mine") is offered.load()
     assert "mine" in registry.criterion_names()
+    listed = CliRunner().invoke(cli.app, ["criteria"]).stdout.splitlines()
+    assert f"mine           {norms.random_units.about}" in listed and len(listed) == len(registry.BUILT_IN) + 1
+    rows = CliRunner().invoke(cli.app, ["criteria", "--json"]).stdout.splitlines()
+    assert {"criterion": "mine", "about": norms.random_units.about} in map(json.loads, rows)
     with pytest.raises(ConfigError, match="mine"):
         registry.criterion_of("yours")
 

@@ -6,18 +6,21 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from backbones import SWIN, VIT, Tiny, plan_of, random_kept, scramble, tiny
+from PIL import Image
 from test_inprocess_run import TINY
 from typer.testing import CliRunner
 
-from experiments import cli
+from experiments import cli, pruning
 from experiments.picture import kept_widths, picture
 from experiments.pruning import inspect
 from experiments.pruning import reapply as apply_again
 from tapfl import load_pruned
-from tapfl.config import ModelOptions
+from tapfl.config import ModelOptions, RunConfig
+from tapfl.data.sources import load_images
 from tapfl.errors import BudgetError, ConfigError, PlanError, TapflError
 from tapfl.models.backbone import build
 from tapfl.pruning.surgery import save_pruned, shrink
@@ -86,6 +89,31 @@ def test_a_refused_command_leaves_no_folder(
     assert not (tmp_path / "small").exists()
 
 
+@pytest.mark.parametrize(("option", "value"), [("tokens", "merge"), ("tokens", "auto"), ("probe", "pool")])
+def test_an_option_that_cannot_work_is_refused_before_the_backbone_is_trained(
+    option: str, value: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("experiments.pruning.dense_backbone", lambda *_: pytest.fail("trained first"))
+    args = "img_size=16,embed_dim=8,depths=1/1,num_heads=1/1,window_size=2"
+    flat = {"model.name": "swin_tiny_patch4_window7_224", "model.args": args, f"pruning.{option}": value}
+    config = RunConfig.from_flat(flat | {"cache": str(tmp_path / "cache")})
+    with pytest.raises(ConfigError, match=rf"pruning\.{option} = '{value}'"):
+        pruning.prune(config, 0.5, tmp_path / "small")
+
+
+def test_classes_are_not_the_folders_of_natural_devices(tmp_path: Path) -> None:
+    digits = load_images("digits")
+    for device in ("ann", "bob"):
+        for label in range(3):
+            (folder := tmp_path / "images" / device / str(label)).mkdir(parents=True)
+            for k, image in enumerate(digits.subset(np.flatnonzero(digits.labels == label)[:2]).read()):
+                Image.fromarray(image.squeeze()).save(folder / f"{k}.png")
+    options = {"data.source": str(tmp_path / "images"), "data.partition": "natural", "cache": str(tmp_path / "cache")}
+    options |= {"model.args": TINY, "model.epochs": 1, "metric.size": 8, "metric.batch": 4, "pruning.align": 1}
+    plan = pruning.prune(RunConfig.from_flat(options | {"pruning.criterion": "magnitude"}), 0.6, tmp_path / "small")
+    assert plan.backbone.num_classes == 3
+
+
 def test_a_folder_that_is_not_a_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(PlanError, match=r"plan.json: cannot be read"):
         tapfl("inspect", str(tmp_path))
@@ -140,6 +168,10 @@ def test_a_plan_is_applied_to_other_weights(vit: Tiny, tmp_path: Path) -> None:
     warnings = apply_again(tmp_path / "small", options, names_backbone=False, out=tmp_path / "third")
     assert len(warnings) == 1 and "compensation = sequential" in warnings[0]
     assert apply_again(tmp_path / "other", options, names_backbone=False, out=tmp_path / "fourth") == []
+    turned = plan.model_copy(update={"provenance": {"basis": "canonical"}})
+    save_pruned(shrink(vit.model, turned), turned, tmp_path / "turned")
+    with pytest.raises(PlanError, match="was made in the canonical basis"):
+        apply_again(tmp_path / "turned", options, names_backbone=False, out=tmp_path / "fifth")
 
 
 @pytest.mark.parametrize(
@@ -169,6 +201,20 @@ def test_weights_that_a_plan_does_not_fit_are_refused(
     with pytest.raises(TapflError, match=message):
         reapply(tmp_path, *(text.format(tmp_path) for text in sets))
     assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (("--criterion", "tap"), "pruning.criterion = 'tap'"),
+        (("--compensation", "one-pass"), "pruning.compensation = 'one-pass'"),
+        (("--recovery", "distill"), "pruning.recovery = 'distill'"),
+        (("--set", "pruning.tau=2", "--set", "metric.size=64"), "pruning.tau = 2, metric.size = 64"),
+    ],
+)
+def test_options_that_a_plan_does_not_use_are_refused(arguments: tuple[str, ...], named: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=f"^{named}: not with --plan, "):
+        tapfl("prune", "--plan", str(tmp_path), "--out", str(tmp_path / "small"), *arguments)
 
 
 def test_a_plan_or_a_budget_but_not_both(tmp_path: Path) -> None:

@@ -214,6 +214,19 @@ def test_the_teacher_sees_each_needed_image_once() -> None:
     assert torch.isfinite(logits).all(1).tolist() == [True, True, False, True, False, True]
 
 
+@pytest.mark.parametrize("how", ["fine-tune", "distill"])
+def test_the_teacher_labels_an_image_in_the_pass_that_gives_its_soft_targets(how: str, tasks: dict[str, Task]) -> None:
+    task, seen = copy.copy(tasks["vit"]), list[int]()
+    known = bits(task.recovered(2, recovery=how))  # with labels that were predicted before
+    task.fine_tune = FineTuneSet(lambda chosen: task.images[torch.from_numpy(chosen)], 24, None)
+    handle = task.dense.register_forward_hook(lambda _module, images, _output: seen.append(len(images[0])))
+    try:
+        assert bits(task.recovered(2, recovery=how)) == known
+    finally:
+        handle.remove()
+    assert [size for size in seen if size > 1] == [8, 8]  # the images of the two steps, and one to measure the cost
+
+
 def test_each_image_has_its_own_soft_targets(tasks: dict[str, Task], monkeypatch: pytest.MonkeyPatch) -> None:
     """A model that equals its teacher learns nothing from soft targets, in any order."""
     task = tasks["vit"]

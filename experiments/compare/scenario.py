@@ -168,8 +168,7 @@ class DeviceView:
         compute = scenario.compute
         inputs, labels = compute.put(scenario.transform(images.read())), compute.put(labels_of(images, options))
         seed, new_head = scenario.config.seed, scenario.new_head
-        task = pruning_task(model, inputs, budget, options, batch, labels, seed, new_head=new_head)
-        return replace(task, compute=compute)
+        return pruning_task(model, inputs, budget, options, batch, labels, seed, new_head, compute)
 
     def fine_tune_set(self, metric: MetricOptions, options: PruningOptions, instead: str = "") -> FineTuneSet | None:
         """Returns the images for recovery, or None if they are the metric set."""

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from tapfl.data.images import ImageSet
-from tapfl.data.transform import Transform
+from tapfl.data.transform import Batches, Transform
 from tapfl.errors import ModelError
 from tapfl.models.forward import hooked
 from tapfl.models.prunable import prunable_layers
@@ -64,20 +64,21 @@ class HeadMoments:
 
 
 @torch.no_grad()
-def canonical_basis(model: nn.Module, layers: Sequence[PrunableLayer], inputs: Tensor, batch: int) -> nn.Module:
+def canonical_basis(
+    model: nn.Module, layers: Sequence[PrunableLayer], batches: Sequence[Tensor] | Batches
+) -> nn.Module:
     """Returns a copy of `model` with its heads in the canonical basis. Its outputs stay the same (fp32, 1e-5).
 
     Args:
         model: the dense backbone in evaluation mode; it is not changed.
         layers: its prunable layers.
-        inputs: images in the backbone's input format (n, channels, height, width), n >= 1, such as the public pool; on
-            any device.
-        batch: images per forward pass.
+        batches: images in the backbone's input format (n, channels, height, width), n >= 1, one forward pass each; on
+            any device. They are read one after the other.
 
     Raises:
         ModelError: if there is no image, or a layer's activations are not finite. It names the layer and the batch.
     """
-    if not len(inputs):
+    if not len(batches):
         raise ModelError("the canonical basis needs at least one image")
     turned = copy.deepcopy(model)
     attentions = [layer for layer in layers if layer.kind == "attention"]
@@ -90,7 +91,7 @@ def canonical_basis(model: nn.Module, layers: Sequence[PrunableLayer], inputs: T
         handles.append(module.qkv.register_forward_hook(lambda _m, _x, y, own=own: own.add_qkv(y)))
         handles.append(module.proj.register_forward_pre_hook(lambda _m, x, own=own: own.add_output(x[0])))
     with hooked(handles):
-        for number, part in enumerate(track(inputs.split(batch), "canonical basis")):
+        for number, part in enumerate(track(batches, "canonical basis")):
             turned(part.to(device))
             sums = {name: torch.stack([m.query.sum(), m.key.sum(), m.output.sum()]) for name, m in moments.items()}
             refuse_not_finite(sums, number)
@@ -114,7 +115,7 @@ def turned_on_pool(model: nn.Module, images: ImageSet, transform: Transform, see
     second moments of a head's dims.
     """
     drawn = numpy_generator(seed, "basis").permutation(len(images))[:POOL_IMAGES]
-    return canonical_basis(model, prunable_layers(model), transform(images.read(drawn)), BATCH)
+    return canonical_basis(model, prunable_layers(model), transform.batches(images.subset(drawn), BATCH))
 
 
 def carried_energy(model: nn.Module) -> dict[str, Tensor] | None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor, nn
 
-from tapfl.compute import Compute
+from tapfl.compute import HERE, Compute
 from tapfl.config import PruningOptions
 from tapfl.errors import ModelError
 from tapfl.models.backbone import BackboneSpec
@@ -74,6 +74,7 @@ def pruning_task(
     labels: Tensor | None = None,
     seed: int = 0,
     new_head: nn.Module | None = None,
+    compute: Compute = HERE,
 ) -> PruningTask:
     """Returns the input of a criterion.
 
@@ -82,9 +83,10 @@ def pruning_task(
 
     Args:
         new_head: the same backbone with the classifier that devices get, if it is not the classifier of `model`.
+        compute: see `PruningTask`.
 
     Raises:
-        ConfigError: if the budget is not valid.
+        ConfigError: if the budget is not valid, or the model cannot merge tokens and the options ask for it.
         ModelError: if the metric set is empty, smaller than one batch, or not in the backbone's input format.
     """
     check_metric_set(model, inputs, batch)
@@ -93,10 +95,11 @@ def pruning_task(
         stream_of(model, options)  # raises before anything slow is done
     layers, deployed = tuple(prunable_layers(model)), new_head or model
     dense, options = measure_cost(deployed), aligned(options, layers)
-    model = in_basis(model, options.basis, lambda: canonical_basis(model, layers, inputs, batch))
+    model = in_basis(model, options.basis, lambda: canonical_basis(model, layers, inputs.split(batch)))
     timings = measure_timings(deployed, layers, options.align) if limits.measured else None
     costs, generator = cost_table(layers, dense, limits, timings), torch_generator(seed, "criterion")
-    return PruningTask(model, layers, dense, inputs, labels, costs, options, batch, generator, new_head=new_head)
+    known = (model, layers, dense, inputs, labels, costs, options, batch, generator)
+    return PruningTask(*known, new_head=new_head, compute=compute)
 
 
 def check_metric_set(model: nn.Module, inputs: Tensor, batch: int) -> None:

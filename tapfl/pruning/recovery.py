@@ -41,7 +41,7 @@ from tapfl.models.units import put
 from tapfl.progress import track
 from tapfl.pruning.criteria.criterion import PruningTask, Selection
 from tapfl.seeds import numpy_generator
-from tapfl.training import LOOK, BestSoFar, apart, batches, minimise, predict
+from tapfl.training import LOOK, BestSoFar, apart, batches, minimise
 
 FADING_SHARE = 0.3  # fraction of the steps, as published
 TEMPERATURE, SOFT_SHARE = 4.0, 0.9  # T and β of distillation
@@ -119,9 +119,14 @@ def recovered(
         with task.compute.forward():
             return full(task.model(x))
 
-    labels, targets = _labels(task, images), None
+    used, labels, targets = [*order, held], images.labels, None
     if options.recovery == "distill":
-        targets = teacher_logits(teacher, inputs, images.size, [*order, held])
+        targets = teacher_logits(teacher, inputs, images.size, used)
+    if labels is None:  # the dense model's predictions, which no reduced precision may change
+        exact = task.compute.reduced is None
+        logits = targets if exact and targets is not None else teacher_logits(task.model, inputs, images.size, used)
+        labels = logits.argmax(1)
+    labels = labels.to(device)
 
     def loss_of(chosen: np.ndarray) -> Tensor:
         index = torch.from_numpy(chosen)
@@ -147,14 +152,6 @@ def recovered(
         best.look()
         best.restore()
     return small.requires_grad_(False)
-
-
-def _labels(task: PruningTask, images: FineTuneSet) -> Tensor:
-    device = task.inputs.device
-    if images.labels is not None:
-        return images.labels.to(device)
-    parts = np.array_split(np.arange(images.size), -(-images.size // task.batch))
-    return torch.cat([predict(task.model, images.inputs(part).to(device)).argmax(1) for part in track(parts, "labels")])
 
 
 def recovery_loss(logits: Tensor, labels: Tensor, teacher: Tensor | None = None) -> Tensor:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 from sklearn.decomposition import PCA
@@ -29,7 +30,7 @@ from tapfl.store import content_hash, whole_file
 from tapfl.summary.mixture import GaussianSummary
 
 AT_ONCE = 2**16  # number of images whose features are in memory at once
-RULES = ("top-likelihood", "density-ratio", "component-quota", "random")
+RULES: tuple[str, ...] = get_args(MetricOptions.model_fields["rule"].annotation)
 
 
 @dataclass(frozen=True)

@@ -40,10 +40,21 @@ def targets(task: PruningTask) -> Tensor:
     return task.labels if task.labels is not None else predict(task.model, task.inputs, task.batch).argmax(1)
 
 
-def labelled_batches(task: PruningTask) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yields (images, targets) of the metric set, batch by batch."""
-    parts = list(zip(task.inputs.split(task.batch), targets(task).split(task.batch), strict=True))
-    yield from track(parts, "gradients")
+def labelled_batches(task: PruningTask) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """Yields (images, labels) of the metric set, batch by batch; None stands for the dense model's predictions."""
+    images = task.inputs.split(task.batch)
+    labels = [None] * len(images) if task.labels is None else task.labels.split(task.batch)
+    yield from track(list(zip(images, labels, strict=True)), "gradients")
+
+
+def summed_loss(logits: Tensor, labels: Tensor | None) -> Tensor:
+    """Returns the cross-entropy of a batch, summed over its images.
+
+    Args:
+        logits: of the dense model with gates or masks of 1, which do not change them.
+        labels: None stands for the dense model's predictions. They are taken from the logits, so that images pass once.
+    """
+    return F.cross_entropy(logits, logits.detach().argmax(1) if labels is None else labels, reduction="sum")
 
 
 def open_gates(layers: Sequence[PrunableLayer], like: Tensor, images: int | None = None) -> Gates:
@@ -79,7 +90,7 @@ def image_gradients(task: PruningTask) -> Iterator[Gates]:
     for images, labels in labelled_batches(task):
         gates = open_gates(task.layers, images, len(images))
         with torch.enable_grad(), gated(task.model, task.layers, gates):
-            loss = F.cross_entropy(task.model(images), labels, reduction="sum")
+            loss = summed_loss(task.model(images), labels)
         yield dict(zip(gates, torch.autograd.grad(loss, list(gates.values())), strict=True))
 
 

@@ -47,7 +47,7 @@ from tapfl.models.forward import hooked
 from tapfl.models.units import PrunableLayer
 from tapfl.progress import track
 from tapfl.pruning.criteria.criterion import Criterion, PruningTask, Scores, Selection, across_layers
-from tapfl.pruning.criteria.gradients import labelled_batches, targets
+from tapfl.pruning.criteria.gradients import labelled_batches, summed_loss, targets
 
 STEPS = 100  # T; 100 to 300 is a short form of the method
 SELECTIONS = 20  # number of selections over the search, as published
@@ -103,7 +103,7 @@ def first_gradients(task: PruningTask) -> Scores:
     totals = {name: torch.zeros_like(mask).detach() for name, mask in masks.items()}
     for images, labels in labelled_batches(task):
         with torch.enable_grad(), masked(task.model, task.layers, masks):
-            loss = F.cross_entropy(task.model(images), labels, reduction="sum") / len(task.inputs)
+            loss = summed_loss(task.model(images), labels) / len(task.inputs)
         for total, gradient in zip(totals.values(), torch.autograd.grad(loss, list(masks.values())), strict=True):
             total += gradient
     return worth(task.layers, standardise(task.layers, totals))
