@@ -102,7 +102,7 @@ def run(
         shared = {"run": str(folder)} | ({"report": str(page)} if page else {}) | {"devices": len(summary.devices)}
         print(json.dumps(shared | summary.model_dump(exclude={"devices"})))
         return
-    show_summary(summary, against_references(summary.equipped))
+    show_summary(summary, against_references(summary.equipped), private=resolved.privacy.dp_noise > 0)
     show_line(f"run folder: {folder}")
     for remark in remarks:
         show_line(remark)

@@ -112,11 +112,12 @@ def show_written(folder: Path, *names: str) -> None:
     print(f"written to {folder}: {', '.join(names)}", file=sys.stderr)
 
 
-def show_summary(summary: Summary, against: Mapping[str, object]) -> None:
+def show_summary(summary: Summary, against: Mapping[str, object], private: bool = False) -> None:
     """Prints the final table of a run: one line per device, the means, and remarks.
 
     Args:
         against: the difference of the personal accuracies to those of each reference model, by its name.
+        private: whether the run added the noise of differential privacy.
     """
     stages = ["dense", "pruned", *(summary.reference_accuracies or {}), "global", "personal"]
     names = ("device", "samples", "classes", "budget", "MACs", "params", *stages, "α", "up", "down")
@@ -139,7 +140,8 @@ def show_summary(summary: Summary, against: Mapping[str, object]) -> None:
     table.add_row("mean", "", "", "", "", "", *_accuracies(summary, stages), "", *sent)
     console().print(table)
     gains = [f"personal - {name}: {difference}" for name, difference in against.items()]
-    for line in (*gains, *_remarks(summary)):
+    privacy = [f"differential privacy of the shared adapters: {guarantee(summary)}"] if private else []
+    for line in (*gains, *_remarks(summary), *privacy):
         console().print(line, highlight=False)
 
 
@@ -149,7 +151,7 @@ def _accuracies(record: DeviceRecord | Summary, stages: Sequence[str]) -> list[s
 
 
 def _remarks(summary: Summary) -> list[str]:
-    """Returns remarks on what the table lacks: simulated time, missing or coarse mixtures, failures, privacy."""
+    """Returns remarks on what the table lacks: simulated time, missing or coarse mixtures, failures."""
     lines = []
     if reached := list(summary.time_to_accuracy.items())[-3:]:
         steps = ", ".join(f"{accuracy} after {duration(seconds)}" for accuracy, seconds in reached)
@@ -160,9 +162,14 @@ def _remarks(summary: Summary) -> list[str]:
         lines.append(f"devices whose mixture has one component, so that classes are not separated: {', '.join(alike)}")
     if summary.failures:
         lines.append(f"failed messages: {summary.failures}; the reasons are in metrics.jsonl")
-    if summary.epsilon is not None:
-        lines.append(f"differential privacy of the shared adapters: ε ≤ {summary.epsilon:.3g}")
     return lines
+
+
+def guarantee(summary: Summary) -> str:
+    """Returns the guarantee of differential privacy that holds for every device."""
+    if summary.epsilon is None:
+        return "no guarantee, because the noise is too small for the number of rounds"
+    return f"ε ≤ {summary.epsilon:.3g}"
 
 
 # -- captions ----------------------------------------------------------------------------------------------------------

@@ -199,7 +199,7 @@ def account(
         took = seconds(record.profile, down.total(), requests[i].macs, up.total())
         waited = max(waited, took)
         changes[i] = {"bytes_up": added(record.bytes_up, up)}
-        round = getattr(reply, "round", 0)  # the replies of round zero have no such field
+        round = getattr(reply, "round", state.round)  # replies of round zero and between rounds have no such field
         lines.append(
             TrafficLine(phase=phase, round=round, device=i, down=dict(down), up=dict(up), simulated_seconds=took)
         )

@@ -167,8 +167,8 @@ def points_of(line: Line) -> list[Point]:
     round    round/NAME for every number of the line
     device   NAME/device-NN for every number of the line
     drift    drift/device-NN
-    traffic  simulated_seconds/device-NN, bytes_up/device-NN, bytes_down/device-NN; not of round zero, which has
-             several phases
+    traffic  simulated_seconds/device-NN, bytes_up/device-NN, bytes_down/device-NN, of training and the evaluation;
+             not of messages in round zero and between rounds, of which a round has several
     ```
 
     Lines of other kinds (failures, absences) have no numbers and give no points.
@@ -178,7 +178,7 @@ def points_of(line: Line) -> list[Point]:
     match line:
         case RoundLine():
             return [Point(f"round/{name}", line.round, value) for name, value in numbers.items()]
-        case TrafficLine() if line.round:
+        case TrafficLine() if line.phase in (f"round {line.round}", "evaluation"):
             numbers |= {"bytes_up": sum(line.up.values()), "bytes_down": sum(line.down.values())}
         case DeviceLine() | DriftLine():
             pass

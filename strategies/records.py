@@ -178,7 +178,11 @@ class RoundLine(Accurate):
 
 
 class TrafficLine(Record):
-    """One message and its answer: bytes by kind of content and simulated seconds; round 0: before the first round."""
+    """One message and its answer: bytes by kind of content and simulated seconds.
+
+    Messages between two rounds (mixtures that are fitted again, models for devices that have none) count to the earlier
+    one, as in `RoundLine`. Round 0 is round zero.
+    """
 
     kind: Literal["traffic"] = "traffic"
     phase: str

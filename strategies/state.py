@@ -215,12 +215,12 @@ def summarise(
         personal_accuracy=mean("personal_accuracy"),
         reference_accuracies=_mean_of([record.reference_accuracies for record in equipped]),
         personal_accuracy_worst_decile=worst_decile([record.personal_accuracy for record in equipped]),
-        bytes_up=sum(sum(record.bytes_up.values()) for record in equipped),
-        bytes_down=sum(sum(record.bytes_down.values()) for record in equipped),
+        bytes_up=state.bytes_up,
+        bytes_down=state.bytes_down,
         adapter_bytes_up_per_round=_mean([r.bytes_up.get("adapters", 0) / r.rounds for r in equipped if r.rounds]),
         full_model_bytes=4 * dense_params * rounds,
         failures=sum(record.failures for record in records),
-        epsilon=max((r.epsilon for r in equipped if r.epsilon is not None), default=None),
+        epsilon=_largest([record.epsilon for record in equipped]),
         quantity_shift=quantity_shift([record.train_samples for record in records]),
         feature_shift=feature_shift(mixtures) if mixtures else None,
         drift=_mean(drifts) if (drifts := [r.drift for r in records if r.drift is not None]) else None,
@@ -270,6 +270,12 @@ def _epsilon(config: RunConfig, rounds: int) -> float | None:
     privacy = config.privacy
     value = epsilon(privacy.dp_noise, rounds, privacy.dp_delta) if privacy.dp_noise else math.inf
     return value if math.isfinite(value) else None
+
+
+def _largest(epsilons: Sequence[float | None]) -> float | None:
+    """Returns the largest ε; None, no guarantee, is larger than any number."""
+    known = [value for value in epsilons if value is not None]
+    return max(known) if known and len(known) == len(epsilons) else None
 
 
 def _mean(values: Sequence[float]) -> float:

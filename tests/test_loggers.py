@@ -271,7 +271,9 @@ def test_lines_as_points() -> None:
     traffic = TrafficLine(
         phase="round 2", round=2, device=12, down={"a": 1, "b": 2}, up={"a": 4}, simulated_seconds=0.5
     )
-    assert points_of(traffic.model_copy(update={"phase": "surgery", "round": 0})) == []
+    for phase, round in (("surgery", 0), ("surgery", 2), ("mixtures after round 2", 2)):
+        assert points_of(traffic.model_copy(update={"phase": phase, "round": round})) == []
+    assert len(points_of(traffic.model_copy(update={"phase": "evaluation"}))) == 3
     assert points_of(traffic) == [
         Point("simulated_seconds/device-12", 2, 0.5),
         Point("bytes_up/device-12", 2, 4),

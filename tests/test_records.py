@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from experiments.output import show_summary
+from strategies import state as server_state
+from strategies.exchange import Answers, Request
+from strategies.fleet import account
 from strategies.records import (
     METRICS,
     SUMMARY,
@@ -32,6 +36,7 @@ from tapfl.adapters.rules import ServerState
 from tapfl.config import RunConfig
 from tapfl.errors import ConfigError, PlanError
 from tapfl.profiles import DeviceProfile
+from tapfl.wire import Hello, PruneReply
 
 LINES = [
     TrafficLine(phase="round 1", round=1, device=3, down={"adapters": 7}, up={"hello": 1}, simulated_seconds=0.1 + 0.2),
@@ -156,6 +161,12 @@ def test_sums_by_kind() -> None:
     assert added({"a": 1, "b": 2}, {"b": 3, "c": 4, "d": 0}) == {"a": 1, "b": 5, "c": 4}
 
 
+def summed_up(*devices: DeviceRecord, **options: Any) -> Summary:
+    curve = [CurvePoint(seconds=1.0, bytes=1, accuracy=0.5)]
+    state = FederationState(4, ServerState({}, {}), {record.device: record for record in devices}, {}, curve)
+    return summarise(state, RunConfig.from_flat({"train.rounds": 4, **options}), {}, dense_params=10)
+
+
 def test_adapter_bytes_per_round_count_rounds_that_used_an_answer() -> None:
     """Of four rounds device 0 took part in all, 1 in two (and failed twice), 2 in none; 3 never got a model."""
     profile = DeviceProfile(budget="0.5", rank=4)
@@ -166,15 +177,45 @@ def test_adapter_bytes_per_round_count_rounds_that_used_an_answer() -> None:
         DeviceRecord(device=2, bytes_up={"other": 7}, failures=4, **about),
         DeviceRecord(device=3, profile=profile, train_samples=9, bytes_up={"adapters": 1}, rounds=1),
     ]
-    config = RunConfig.model_validate({"train": {"rounds": 4}})
+    assert summed_up(*devices).adapter_bytes_up_per_round == (100 + 300) / 2
+    assert summed_up(devices[2]).adapter_bytes_up_per_round == 0.0
+    assert summed_up(*devices).bytes_up == 407 + 600 + 7 + 1  # of all devices, also those without a model
 
-    def rate(*records: DeviceRecord) -> float:
-        curve = [CurvePoint(seconds=1.0, bytes=1, accuracy=0.5)]
-        state = FederationState(4, ServerState({}, {}), {r.device: r for r in records}, {}, curve)
-        return summarise(state, config, {}, dense_params=10).adapter_bytes_up_per_round
 
-    assert rate(*devices) == (100 + 300) / 2
-    assert rate(devices[2]) == 0.0
+@pytest.mark.parametrize(
+    ("noise", "said"),
+    [
+        (1.0, "differential privacy of the shared adapters: ε ≤ 7"),
+        (1e-3, "differential privacy of the shared adapters: no guarantee"),  # of device 1; device 0 has one
+    ],
+)
+def test_a_run_has_a_guarantee_only_if_every_device_has_one(
+    noise: float, said: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known = {0: 0.0, 1: 7.0 if noise == 1 else math.inf}  # by number of rounds
+    monkeypatch.setattr(server_state, "epsilon", lambda z, rounds, delta: known[rounds])
+    about = {"profile": DeviceProfile(budget="0.5", rank=4), "train_samples": 9}
+    model = {"params": 5, "macs_share": 0.5, "params_share": 0.5}
+    devices = [DeviceRecord(device=i, rounds=i, **about, **model) for i in range(2)]
+    summary = summed_up(*devices, **{"adapters.rule": "fedit", "privacy.dp-clip": 1.0, "privacy.dp-noise": noise})
+    assert summary.epsilon == (7 if noise == 1 else None) and summary.devices[0].epsilon == 0
+    show_summary(summary, {}, private=True)
+    assert said in capsys.readouterr().out
+    show_summary(summary, {}, private=False)
+    assert "privacy" not in capsys.readouterr().out
+
+
+def test_messages_between_two_rounds_count_to_the_earlier_one() -> None:
+    """They have no round of their own; the bytes of the round's line include them."""
+    record = DeviceRecord(device=0, profile=DeviceProfile(budget="0.5", rank=4), train_samples=9)
+    request, reply = (
+        Request(Hello("key"), PruneReply, PruneReply.check),
+        PruneReply(params=1, macs=1, pruned_accuracy=0.5),
+    )
+    for round in (0, 4):
+        state = FederationState(round, ServerState({}, {}), {0: record}, {})
+        _, (line,) = account(state, "surgery", {0: request}, Answers(replies={0: reply}))
+        assert isinstance(line, TrafficLine) and line.round == round
 
 
 def test_a_run_names_devices_whose_mixture_has_one_component(capsys: pytest.CaptureFixture[str]) -> None:

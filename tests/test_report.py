@@ -24,6 +24,7 @@ from experiments.figures.page import for_script, render
 from experiments.report.cli import write_report
 from experiments.report.comparison import differing, names, page_of_all
 from experiments.report.reading import Alphas, Run, read_run
+from experiments.report.series import curves
 from experiments.report.single import changed_options, events, lead, page_of
 from strategies.records import AbsenceLine, DeviceLine, TrafficLine
 from tapfl.pruning.plan import read_plan
@@ -124,6 +125,17 @@ def test_curves_begin_at_the_pruned_models_and_end_at_the_summary(
     assert means[2, "global"] == pytest.approx(summary["global_accuracy"])
     last = {r["device"]: r["accuracy"] for r in rows(drawn["curves"], "accuracy") if r["kind"] == "personal"}
     assert last == {record["device"]: record["personal_accuracy"] for record in summary["devices"]}
+
+
+def test_before_its_first_answer_a_device_has_the_accuracies_before_training(run: Run) -> None:
+    """Those of the pruned model, except for the reference that is trained from the dense one."""
+    references = {"alone": 0.9, "dense+alone": 0.9}
+    devices = [device.model_copy(update={"reference_accuracies": references}) for device in run.devices]
+    silent = replace(run, devices=devices, lines=[line for line in run.lines if not isinstance(line, DeviceLine)])
+    means = curves(silent).groupby("kind")["accuracy"].mean()
+    before = {model: np.mean([device.accuracy_of(model) for device in devices]) for model in ("pruned", "dense")}
+    assert before["pruned"] != before["dense"] == pytest.approx(means.pop("dense+alone"))
+    assert [*means] == pytest.approx([before["pruned"]] * 3)
 
 
 def test_a_device_that_does_not_answer_keeps_its_value(run: Run, drawn: dict[str, Figure]) -> None:

@@ -22,6 +22,7 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState, create_trial
 from test_inprocess_run import SMALL, content
+from test_records import a_summary
 from typer.testing import CliRunner
 
 from clients.device import Device
@@ -35,7 +36,7 @@ from experiments.search.sampler import violation_key
 from experiments.search.settings import MEASURES, read_search
 from experiments.search.study import best_trial, run_search
 from strategies import preparation
-from strategies.records import Summary
+from strategies.records import DeviceRecord, Summary
 from tapfl.config import RunConfig
 from tapfl.errors import ConfigError, RunError
 from tapfl.options import parse_assignment
@@ -191,6 +192,12 @@ def running(session: int) -> list[int]:
             if int(its) == session and state != "Z":
                 found.append(int(stat.parent.name))
     return found
+
+
+def test_a_device_without_a_model_saves_no_macs() -> None:
+    known = a_summary().devices
+    without = DeviceRecord(device=7, profile=known[0].profile, train_samples=9)
+    assert MEASURES["macs"](a_summary(devices=[*known, without])) == known[0].macs_share
 
 
 # -- round zero ------------------------------------------------------------------------------------------------------

@@ -51,8 +51,10 @@ def total_bytes(devices: Iterable[DeviceRecord], side: str) -> int:
 
 def curves(run: Run) -> pd.DataFrame:
     """Returns device, round, kind and accuracy: of every device that has a model, after every round."""
-    start = {device.device: device.pruned_accuracy for device in run.equipped}
     kinds = [kind for kind in KINDS if kind in stages(run)]
+    # before training each model is the pruned one, except that which is trained from the dense one
+    before = {kind: "dense" if kind == "dense+alone" else "pruned" for kind in kinds}
+    start = {d.device: {kind: d.accuracy_of(model) for kind, model in before.items()} for d in run.equipped}
     lines = [
         {"device": line.device, "round": line.round} | {k: line.accuracy_of(k) for k in kinds}
         for line in run.of(DeviceLine)
@@ -66,7 +68,7 @@ def alphas(run: Run) -> pd.DataFrame:
     α is the value that a device used after the round; it is 0 as long as the device has no personal parameters.
     """
     apfl = run.config.get("personalize.method") == "apfl"
-    start = {device.device: 0.0 for device in run.equipped if device.rounds and apfl}
+    start = {device.device: {"α": 0.0} for device in run.equipped if device.rounds and apfl}
     lines = [{"device": line.device, "round": line.round, "α": line.alpha} for line in run.of(DeviceLine)]
     return _carried(lines, start, ["α"], "α", _ended(run))
 
@@ -77,7 +79,7 @@ def _ended(run: Run) -> list[int]:
 
 def _carried(
     lines: Sequence[Mapping[str, Any]],
-    start: Mapping[int, float],
+    start: Mapping[int, Mapping[str, float | None]],
     kinds: Sequence[str],
     name: str,
     rounds: Sequence[int],
@@ -89,11 +91,12 @@ def _carried(
 
     Args:
         lines: device, round, and one value for each of `kinds`.
+        start: the values of each device, by kind.
         name: name of the column of values.
     """
     if not start:
         return pd.DataFrame(columns=["device", "round", "kind", name])
-    first = [{"device": i, "round": -1, **dict.fromkeys(kinds, value)} for i, value in start.items()]
+    first = [{"device": i, "round": -1, **values} for i, values in start.items()]
     found = pd.DataFrame([*first, *lines])
     index = pd.MultiIndex.from_product([[-1, *rounds], list(start)], names=["round", "device"])
     known = found.groupby(["round", "device"])[[*kinds]].last().reindex(index).groupby("device").ffill()

@@ -11,7 +11,7 @@ import pandas as pd
 
 from experiments.figures.figure import Figure
 from experiments.figures.page import Page, Section, Table
-from experiments.output import count, duration, size
+from experiments.output import count, duration, guarantee, size
 from experiments.report import charts, heatmaps, series
 from experiments.report.reading import Run, listed, named
 from experiments.report.warnings import warnings_of
@@ -160,8 +160,8 @@ def _cost(run: Run) -> str:
         sentences.append(f"{named(generic).capitalize()} sent no mixture and got the generic plan for the budget.")
     if without := [device.device for device in run.devices if not device.params]:
         sentences.append(f"{named(without).capitalize()} got no model.")
-    if run.summary and run.summary.epsilon is not None:
-        sentences.append(f"Differential privacy of the shared adapters: ε ≤ {run.summary.epsilon:.3g}.")
+    if run.summary and run.config.get("privacy.dp-noise"):
+        sentences.append(f"Differential privacy of the shared adapters: {guarantee(run.summary)}.")
     return " ".join(sentences)
 
 

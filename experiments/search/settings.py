@@ -32,7 +32,7 @@ MEASURES: dict[str, Callable[[Summary], float]] = {
     "worst-decile": lambda summary: 1 - summary.personal_accuracy_worst_decile,
     "bytes_up": lambda summary: summary.bytes_up,
     "bytes_down": lambda summary: summary.bytes_down,
-    "macs": lambda summary: float(np.mean([device.macs_share for device in summary.devices])),
+    "macs": lambda summary: float(np.mean([device.macs_share for device in summary.equipped])),
 }
 
 
