@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 from flwr.common.logger import log
 
+from strategies.fleet import reason_for_single
 from strategies.loggers import require_loggers
 from tapfl.adapters.layout import global_shapes, last_blocks
 from tapfl.adapters.rules import rule_of
@@ -58,6 +59,7 @@ def check(config: RunConfig) -> None:
     resolved(config.pruning)
     rule_of(config.adapters)
     method_of(config.personalize, config.adapters, config.personalize.from_round)
+    reason_for_single(config)
     if config.privacy.dp_noise:
         require_accountant()
     cache = cache_folder(config.cache)

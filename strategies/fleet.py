@@ -16,12 +16,15 @@ from typing import Any, NamedTuple
 import numpy as np
 from flwr.common.logger import log
 from flwr.serverapp import Grid
+from timm.models import VisionTransformer
+from torch import nn
 
-from strategies.exchange import Answers, R, Request, exchange, wait_for_nodes, window_of
+from strategies.exchange import Answers, R, Request, exchange, hands_out_groups, wait_for_nodes, window_of
 from strategies.records import DeviceRecord, FailureLine, Line, TrafficLine, added, append_lines
 from strategies.state import FederationState
 from tapfl.config import NEW_HEADS, DeviceOptions, RunConfig, TrainOptions
 from tapfl.errors import ConfigError
+from tapfl.personalize.methods import method_of
 from tapfl.profiles import DeviceProfile, max_rank
 from tapfl.run_folder import RunFolder
 from tapfl.seeds import numpy_generator
@@ -272,6 +275,26 @@ def groups_of(macs: Mapping[int, int], options: TrainOptions) -> list[list[int]]
         runs = _of_like_size(small, macs)
         groups = [part.tolist() for run in runs for part in np.array_split(run, math.ceil(len(run) / AT_MOST))]
     return [sorted(group) for group in groups if len(group) > 1]
+
+
+def reason_for_single(config: RunConfig, grid: Grid | None = None, backbone: nn.Module | None = None) -> str:
+    """Returns why devices cannot step together; empty if they can. What is not given is not considered.
+
+    Raises:
+        ConfigError: if they cannot, and `train.together` is a number above 1.
+    """
+    wanted, why = config.train.together, ""
+    if grid is not None and not hands_out_groups(grid):
+        why = "this engine hands out single messages; only inprocess and ray hand out groups"
+    elif not method_of(config.personalize, config.adapters, config.train.rounds).together:
+        why = f"personalize.method = {config.personalize.method!r} trains each device by itself"
+    elif config.compute.precision == "fast":
+        why = "compute.precision = 'fast' trains each device by itself"
+    elif backbone is not None and not isinstance(backbone, VisionTransformer):
+        why = f"{type(backbone).__name__} trains each device by itself, unlike ViT and DeiT"
+    if why and wanted not in (1, "auto"):
+        raise ConfigError(f"train.together = {wanted}: {why}; accepted: 1, auto")
+    return why
 
 
 def _of_like_size(order: Sequence[int], macs: Mapping[int, int]) -> Iterator[list[int]]:

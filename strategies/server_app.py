@@ -21,7 +21,6 @@ import torch
 from flwr.app import Context
 from flwr.common.logger import log
 from flwr.serverapp import Grid, ServerApp
-from timm.models import VisionTransformer
 
 from strategies.binding import (
     PROCESSOR,
@@ -31,8 +30,8 @@ from strategies.binding import (
     require_same_processor,
     write_begun,
 )
-from strategies.exchange import Request, hands_out_groups
-from strategies.fleet import Fleet, groups_of, sample_clients, seconds, training_macs
+from strategies.exchange import Request
+from strategies.fleet import Fleet, groups_of, reason_for_single, sample_clients, seconds, training_macs
 from strategies.global_adapters import GlobalAdapters
 from strategies.loggers import loggers, require_loggers
 from strategies.preparation import Preparation
@@ -83,6 +82,7 @@ def main(grid: Grid, context: Context) -> None:
         if not Path(value).expanduser().is_absolute():
             raise ConfigError(f"{option} = {value!r}: must be an absolute path, or one that `tapfl run` resolves")
     require_loggers(config.log)
+    reason_for_single(config, grid)
     path = run_path(config.out, context.run_id)
     opened = RunFolder.reopen(path) if config.resume else RunFolder.create(path)
     with opened as folder, shown():
@@ -156,7 +156,10 @@ class Federation:
         self.config, self.folder, self.fleet = preparation.config, preparation.folder, preparation.fleet
         self.adapters = GlobalAdapters(preparation)
         self.shares_adapters = self._method(1).shares_adapters
-        self.steps_together = self._steps_together()
+        why = reason_for_single(self.config, self.fleet.grid, preparation.backbone)
+        if why and self.config.train.together == "auto":
+            log(logging.INFO, "train.together = auto: one by one, because %s", why)
+        self.steps_together = not why
 
     @property
     def hello(self) -> Hello:
@@ -279,24 +282,6 @@ class Federation:
     def layout(self, state: FederationState, i: int) -> Layout:
         """Returns which entries of the global adapters device `i` has. Raises PlanError as `resume`."""
         return self.adapters.layout(state.devices[i], state.plans[i])
-
-    def _steps_together(self) -> bool:
-        """Returns whether devices can step together. Raises ConfigError if they cannot and `train.together` is > 1."""
-        wanted, method = self.config.train.together, self.config.personalize.method
-        why = ""
-        if not hands_out_groups(self.fleet.grid):
-            why = "this engine hands out single messages; only inprocess and ray hand out groups"
-        elif not self._method(self.config.train.rounds).together:
-            why = f"personalize.method = {method!r} trains each device by itself"
-        elif self.config.compute.precision == "fast":
-            why = "compute.precision = 'fast' trains each device by itself"
-        elif not isinstance(self.preparation.backbone, VisionTransformer):
-            why = f"{type(self.preparation.backbone).__name__} trains each device by itself, unlike ViT and DeiT"
-        if why and wanted == "auto":
-            log(logging.INFO, "train.together = auto: one by one, because %s", why)
-        elif why and wanted != 1:
-            raise ConfigError(f"train.together = {wanted}: {why}; accepted: 1, auto")
-        return not why
 
     def _method(self, t: int) -> Method[Any]:
         return method_of(self.config.personalize, self.config.adapters, t)

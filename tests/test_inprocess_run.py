@@ -27,6 +27,7 @@ from clients.images import OwnImages
 from clients.storage import DeviceStorage
 from experiments import cli
 from experiments.engines import forked
+from experiments.engines.local import LocalGrid
 from experiments.jobs.federation import carry_out, in_process
 from experiments.jobs.pool import unheard
 from experiments.preflight import absolute_paths
@@ -37,7 +38,7 @@ from tapfl.adapters.layout import gather_all, packed_size
 from tapfl.compute import HERE
 from tapfl.config import REFERENCES, RunConfig
 from tapfl.data.images import ImageSet
-from tapfl.errors import RunError
+from tapfl.errors import ConfigError, RunError
 from tapfl.memo import Memo
 from tapfl.options import parse_assignment
 from tapfl.personalize.methods import FedAvg, Local, Pooled
@@ -395,6 +396,24 @@ def test_a_run_without_workers_ends_and_names_the_command_to_continue(
     monkeypatch.setattr(forked, "_keep", lambda *_: os._exit(1))
     with pytest.raises(RunError, match=r"forks the workers has ended; .* continue with: tapfl run --resume .*/run$"):
         tapfl("--out", str(tmp_path / "run"), "--workers", "2", cache=cache)
+
+
+@pytest.mark.parametrize(
+    ("method", "why"),
+    [
+        ("fedala", "personalize.method = 'fedala' trains each device by itself"),
+        ("apfl", "this engine hands out single messages; only inprocess and ray hand out groups"),
+    ],
+)
+def test_devices_that_cannot_step_together_are_refused_before_anything_is_computed(
+    method: str, why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if method == "apfl":
+        monkeypatch.delattr(LocalGrid, "push_group")  # like Flower's grid
+    out, options = tmp_path / "run", ["train.together=2", f"personalize.method={method}"]
+    with pytest.raises(ConfigError, match=re.escape(f"train.together = 2: {why}; accepted: 1, auto")):
+        tapfl("--out", str(out), cache=tmp_path / "cache", options=options)
+    assert not out.exists() and not (tmp_path / "cache" / "backbones").exists()
 
 
 def test_a_round_without_devices_changes_nothing(cache: Path, tmp_path: Path) -> None:
