@@ -27,7 +27,7 @@ from clients.storage import DeviceStorage
 from tapfl.compute import Compute, is_fault, within_memory
 from tapfl.config import ComputeOptions, RunConfig, names_path
 from tapfl.errors import ConfigError, RunError
-from tapfl.options import Scalar, validated
+from tapfl.options import Scalar, expanded, validated
 from tapfl.personalize.together import carried_out
 from tapfl.profiles import DeviceProfile, profiles_of
 from tapfl.run_folder import RunFolder, run_path
@@ -144,7 +144,7 @@ def _own_path(node: Mapping[str, Scalar], name: str) -> str:
     value = str(node.get(name, ""))
     if not names_path(value):
         return value
-    if not (path := Path(value).expanduser()).is_absolute():
+    if not (path := expanded(name, value)).is_absolute():
         raise ConfigError(f"{name} = {value!r} of the node's configuration: must be an absolute path")
     return str(path)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 import json
 import sys
 from collections.abc import Sequence
@@ -68,15 +67,13 @@ def run(
 ) -> None:
     """Run one federation: device summaries, pruning plans, pruned models, rounds of adapters, personal models."""
     options = options_of(config, set)
-    from experiments.preflight import resolve_run
+    from experiments.preflight import place_of_run, resolve_run
     from strategies.progress import shown
 
-    if resume is not None and out is not None and out.absolute() != resume.absolute():
-        raise ConfigError(f"--out {out}: a resumed run stays in its folder, {resume}; omit --out")
-    path = resume or out or options.get("out") or f"runs/{datetime.datetime.now():%Y%m%d-%H%M%S}"
+    place, resumed = place_of_run(options, out, resume)
     _require_ray(engine, ray)
     with shown():
-        resolved = resolve_run(options, Path(str(path)), resume is not None or bool(options.get("resume")))
+        resolved = resolve_run(options, place, resumed)
     from experiments.engines.cluster import EngineLostError
     from experiments.jobs.federation import engine_of, require_gpus
     from experiments.jobs.pool import interruptible

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,34 @@ from strategies.binding import inputs_of, require_same_inputs, require_same_opti
 from tapfl.config import RunConfig
 from tapfl.data.contents import contents
 from tapfl.errors import ConfigError
+from tapfl.options import expanded
 from tapfl.progress import stage
 from tapfl.pruning.criteria.registry import require_criterion
 from tapfl.run_folder import RunFolder
 
 DEFAULT_DEVICES = 10
+
+
+def place_of_run(options: Mapping[str, Any], out: Path | None, resume: Path | None) -> tuple[Path, bool]:
+    """Returns the folder of a run, by default a new one, and whether it contains a run to resume.
+
+    Args:
+        options: by dotted name; `out` and `resume` may be among them.
+        out: value of ``--out``, which overrides the option.
+        resume: value of ``--resume``, the folder of the run to resume.
+
+    Raises:
+        ConfigError: if an option is not valid, or they name different folders or no folder to resume.
+    """
+    asked = RunConfig.from_flat({name: options[name] for name in ("out", "resume") if name in options})
+    own = expanded("out", asked.out).absolute() if asked.out else None
+    for named, folder in ((f"--out {out}", out), (f"out = {asked.out!r}", own)):
+        if resume is not None and folder is not None and folder.absolute() != resume.absolute():
+            raise ConfigError(f"{named}: a resumed run stays in its folder, {resume}; omit {named.split()[0]}")
+    place = resume or out or own
+    if asked.resume and place is None:
+        raise ConfigError("resume = true: needs out, the folder of the run to continue")
+    return place or Path(f"runs/{datetime.datetime.now():%Y%m%d-%H%M%S}"), resume is not None or asked.resume
 
 
 def resolve_run(options: Mapping[str, Any], out: Path, resume: bool) -> RunConfig:
@@ -97,8 +121,9 @@ def absolute_paths(config: RunConfig) -> RunConfig:
     device looks it up.
 
     Raises:
+        ConfigError: if a path begins with the ``~`` of an unknown user.
         ModelError: if the repository or folder does not exist.
     """
     config = with_model_of_hub(config)
-    absolute = {option: str(Path(value).expanduser().absolute()) for option, value in config.paths().items()}
+    absolute = {option: str(expanded(option, value).absolute()) for option, value in config.paths().items()}
     return RunConfig.from_flat(config.flat() | absolute)

@@ -13,7 +13,6 @@ import os
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -58,6 +57,7 @@ from tapfl.data.federated import open_pool
 from tapfl.data.images import ImageSet
 from tapfl.errors import ConfigError
 from tapfl.models.forward import input_transform
+from tapfl.options import expanded
 from tapfl.personalize.method import Method
 from tapfl.personalize.methods import method_of, never_begins
 from tapfl.progress import stage
@@ -79,7 +79,7 @@ def main(grid: Grid, context: Context) -> None:
         raise ConfigError("resume = true: needs out, the folder of the run to continue")
     # Flower runs an app in the folder in which its daemon was first started, where relative paths would be wrong
     for option, value in config.paths().items():
-        if not Path(value).expanduser().is_absolute():
+        if not expanded(option, value).is_absolute():
             raise ConfigError(f"{option} = {value!r}: must be an absolute path, or one that `tapfl run` resolves")
     require_loggers(config.log)
     reason_for_single(config, grid)

@@ -149,6 +149,15 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     ]
 
 
+def expanded(option: str, value: str) -> Path:
+    """Returns the path of an option with ``~`` replaced by a home folder. Raises ConfigError if there is none."""
+    try:
+        return Path(value).expanduser()
+    except RuntimeError:
+        accepted = "accepted: a path without ~, or with that of a user who has one"
+        raise ConfigError(f"{option} = {value!r}: there is no such home folder; {accepted}") from None
+
+
 def read_toml(path: Path) -> dict[str, Any]:
     """Returns the options of a TOML file with dotted names. Raises ConfigError if it is missing or not TOML."""
     return flatten(read_toml_tables(path))

@@ -26,7 +26,7 @@ from pydantic import Field, field_validator
 
 from tapfl.config import PROFILE_SETS, DeviceOptions
 from tapfl.errors import ConfigError
-from tapfl.options import Count, Section, Share, read_toml_tables, validated
+from tapfl.options import Count, Section, Share, expanded, read_toml_tables, validated
 from tapfl.pruning.budget import Budget
 
 Speed = Annotated[float, Field(ge=1e-6)]  # otherwise simulated times would be unbounded
@@ -79,7 +79,7 @@ def profiles_of(options: DeviceOptions) -> tuple[DeviceProfile, ...]:
         return tuple(DeviceProfile(budget=repr(budget), rank=rank) for budget, rank in pairs)
     if options.profiles in PROFILE_SETS:
         return _read(FOLDER / f"{options.profiles}.toml")
-    if not (file := Path(options.profiles).expanduser()).exists():
+    if not (file := expanded("devices.profiles", options.profiles)).exists():
         accepted = f"a TOML file, or {', '.join(PROFILE_SETS)}"
         raise ConfigError(f"devices.profiles = {options.profiles!r}: there is no such file; accepted: {accepted}")
     return _read(file)

@@ -12,7 +12,8 @@ import pytest
 from typer.testing import CliRunner
 
 from experiments import cli
-from tapfl.config import RunConfig
+from experiments.preflight import absolute_paths, place_of_run
+from tapfl.config import PATH_OPTIONS, RunConfig
 from tapfl.errors import ConfigError
 from tapfl.options import flatten
 
@@ -51,3 +52,34 @@ def test_a_name_of_digits_stays_text() -> None:
     for value in (True, 2024.0):
         with pytest.raises(ConfigError, match=r"data\.source = "):
             RunConfig.from_flat({"data.source": value})
+
+
+@pytest.mark.parametrize("off", ["False", "no", False])
+def test_a_run_is_resumed_only_if_the_option_says_so(off: object) -> None:
+    assert place_of_run({"resume": off, "out": "/runs/a"}, None, None) == (Path("/runs/a"), False)
+    assert place_of_run({"resume": "yes", "out": "~/a"}, None, None) == (Path.home() / "a", True)
+    assert place_of_run({"resume": off}, None, Path("a")) == (Path("a"), True)
+    assert place_of_run({"out": "/runs/a"}, Path("b"), None) == (Path("b"), False)
+    place, resumed = place_of_run({"train.rounds": 3}, None, None)
+    assert place.parent == Path("runs") and not resumed
+
+
+@pytest.mark.parametrize(
+    ("options", "out", "resume", "said"),
+    [
+        ({"resume": True}, None, None, "resume = true: needs out"),
+        ({"resume": "perhaps"}, None, None, "resume = 'perhaps': input should be a valid boolean"),
+        ({"out": "/runs/b"}, None, Path("/runs/a"), "out = '/runs/b': a resumed run stays in .*/a; omit out"),
+        ({}, Path("/runs/b"), Path("/runs/a"), "--out /runs/b: a resumed run stays in .*/a; omit --out"),
+        ({"out": "~nobody-of-this-name/a"}, None, None, "out = '~nobody-of-this-name/a': there is no such home folder"),
+    ],
+)
+def test_a_run_has_one_folder(options: dict[str, object], out: Path | None, resume: Path | None, said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        place_of_run(options, out, resume)
+
+
+@pytest.mark.parametrize("option", PATH_OPTIONS)
+def test_a_path_in_the_home_of_an_unknown_user_is_refused(option: str) -> None:
+    with pytest.raises(ConfigError, match=f"{option} = '~nobody-of-this-name/a': there is no such home folder"):
+        absolute_paths(RunConfig.from_flat({"model.head": "rows", option: "~nobody-of-this-name/a"}))
