@@ -138,6 +138,7 @@ def run_federation(
         state = federation.rounds(state, clock)
         with clock.phase("evaluation"):
             state = federation.evaluate(state)
+        clock.write()
         summary = summarise(state, config, clock.seconds, preparation.cost.params, preparation.mixtures(state))
         write_summary(folder.path, summary)
         log(logging.INFO, "mean personal accuracy %.4f", summary.personal_accuracy)

@@ -262,6 +262,9 @@ class Clock:
         with self.phase("rounds"):
             yield
         self.rounds[str(number)] = time.monotonic() - start
+        self.write()
+
+    def write(self) -> None:
         write_json(self.file, {"seconds": self.seconds, "rounds": self.rounds})
 
 

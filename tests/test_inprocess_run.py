@@ -84,6 +84,8 @@ def test_json_is_the_last_line_and_has_the_documented_fields(finished: tuple[Pat
     for key in ("personal_accuracy", "personal_accuracy_worst_decile", "dense_accuracy", "pruned_accuracy"):
         assert 0 <= said[key] <= 1
     assert set(said["seconds"]) == {"backbone", "round zero", "rounds", "evaluation"}
+    timing = json.loads((folder / "timing.json").read_text())
+    assert {phase: round(seconds, 3) for phase, seconds in timing["seconds"].items()} == said["seconds"]
     assert said["bytes_up"] > 0 and said["bytes_down"] > 0 and said["devices"] == 4
 
 

@@ -124,7 +124,13 @@ class PersonalizeOptions(Section):
     learning_rate: float = Field(
         0.0, ge=0, le=RATE, description="learning rate of the private model (`fedrep`: the head); 0: that of `train`"
     )
-    alpha: float = Field(0.5, ge=0, le=1, description="initial weight α of the private model, for `apfl`")
+    alpha: float = Field(
+        0.5,
+        ge=0,
+        le=1,
+        description="initial weight α of the private model, for `apfl`; with alpha-on=held-out it is used only in the "
+        "round in which the private model starts",
+    )
     alpha_on: Literal["held-out", "train"] = Field(
         "held-out",
         description="images on which α is chosen: held-out images, or training minibatches (as published)",
