@@ -107,20 +107,21 @@ class GlobalAdapters:
             ModelError: if the training diverges.
             PlanError: if the stored file is damaged.
         """
-        made_of = [
-            [record.device, self.preparation.plan(record.device)[0].checksum, record.generic] for record in devices
-        ]
-        if self.starts_warm and not (self._file.exists() and read_sealed(self._file, "start")[1]["of"] == made_of):
-            pupils = [self._pupil(record) for record in devices]
-            images, transform, compute = self.preparation.images, transform_of(self.backbone), self.preparation.compute
+        if not self.starts_warm:
+            return
+        made_of = [[r.device, self.preparation.plan(r.device)[0].checksum, r.generic] for r in devices]
+        if self._file.exists() and read_sealed(self._file, "start")[1].get("of") == made_of:
+            return
+        pupils = [self._pupil(record) for record in devices]
+        images, transform, compute = self.preparation.images, transform_of(self.backbone), self.preparation.compute
 
-            def inputs(positions: np.ndarray) -> torch.Tensor:
-                return compute.put(transform(images.read(positions)))
+        def inputs(positions: np.ndarray) -> torch.Tensor:
+            return compute.put(transform(images.read(positions)))
 
-            options, dense = self.config.adapters, compute.put(self.backbone)
-            made = warm_start(options, self.initial, pupils, inputs, dense, self.config.seed, compute)
-            log(logging.INFO, "warm start: held-out loss %s", ", ".join(f"{loss:.4f}" for loss in made.losses))
-            write_sealed(self._file, made.params, "start", {"losses": made.losses, "of": made_of})
+        options, dense = self.config.adapters, compute.put(self.backbone)
+        made = warm_start(options, self.initial, pupils, inputs, dense, self.config.seed, compute)
+        log(logging.INFO, "warm start: held-out loss %s", ", ".join(f"{loss:.4f}" for loss in made.losses))
+        write_sealed(self._file, made.params, "start", {"losses": made.losses, "of": made_of})
 
     def message(self, record: DeviceRecord) -> Prune:
         """Returns the message with a device's model, and with the warm start if the device's references need it."""
