@@ -9,6 +9,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 from unittest.mock import patch
 
 import numpy as np
@@ -278,12 +279,17 @@ def test_missing_or_damaged_weights_are_refused(weights: Path, tmp_path: Path) -
         load_weights(build(VIT), half, NAMES, None)
 
 
-def test_the_hub_s_weights_are_those_of_timm(tmp_path: Path) -> None:
+def a_hub(folder: Path) -> tuple[Any, dict[str, object]]:
+    """Returns a backbone, and the entry of timm's hub that has its weights."""
     theirs = scramble(build(VIT))
-    torch.save(theirs.state_dict(), tmp_path / "hub.pt")
-    hub = {"file": str(tmp_path / "hub.pt"), "num_classes": CLASSES, "first_conv": "patch_embed.proj"}
-    options = {"pretrained_cfg_overlay": hub | {"classifier": "head"}}
-    with patch.object(timm, "create_model", partial(timm.create_model, **options)):
+    torch.save(theirs.state_dict(), folder / "hub.pt")
+    names = {"first_conv": "patch_embed.proj", "classifier": "head"}
+    return theirs, {"file": str(folder / "hub.pt"), "num_classes": CLASSES} | names
+
+
+def test_the_hub_s_weights_are_those_of_timm(tmp_path: Path) -> None:
+    theirs, hub = a_hub(tmp_path)
+    with patch.object(timm, "create_model", partial(timm.create_model, pretrained_cfg_overlay=hub)):
         torch.testing.assert_close(build(VIT, pretrained=True).state_dict(), theirs.state_dict(), rtol=0, atol=0)
         own = build(spec(num_classes=2))
         with patch.object(timm, "get_pretrained_cfg", lambda name: SimpleNamespace(**hub)):
@@ -292,6 +298,23 @@ def test_the_hub_s_weights_are_those_of_timm(tmp_path: Path) -> None:
                 load_hub_weights(own, spec(num_classes=2), ("x", "y"), rows_file(tmp_path, {"x": 10, "y": 4}))
     rows = theirs.state_dict() | {f"head.{part}": getattr(theirs.head, part)[[7, 4]] for part in ("weight", "bias")}
     torch.testing.assert_close(dict(own.state_dict()), rows, rtol=0, atol=0)
+
+
+def test_a_new_head_on_the_hub_s_weights_follows_from_the_seed(tmp_path: Path) -> None:
+    theirs, hub = a_hub(tmp_path)
+    text = ",".join(f"{name}={value}" for name, value in VIT_ARGS.items())
+    own, made = partial(dense_backbone, options(args=text, weights="hub", epochs=1), bright_and_dark()), []
+    with patch.object(timm, "create_model", partial(timm.create_model, pretrained_cfg_overlay=hub)):
+        for seed, state_of_torch in ((0, 1), (0, 2), (1, 1)):
+            torch.manual_seed(state_of_torch)
+            _, _, model = own(seed, DenseCache(tmp_path / f"{seed}-{state_of_torch}"))
+            assert torch.equal(model.blocks[0].attn.qkv.weight, theirs.blocks[0].attn.qkv.weight)
+            made.append(model.head.weight)
+        model = build(spec(num_classes=2), seed=5)
+        head = model.head.weight.detach().clone()
+        load_hub_weights(model, spec(num_classes=2), ("x", "y"), None, seed=5)
+    assert torch.equal(made[0], made[1]) and not torch.equal(made[0], made[2])
+    assert torch.equal(model.head.weight, head)  # as it was built
 
 
 # ---------------------------------------------------------------- the dense backbone, made once

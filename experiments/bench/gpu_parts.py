@@ -94,8 +94,7 @@ SMALL = Size(
 def task_of(model: nn.Module, inputs: Tensor, criterion: str, batch: int, compute: Compute) -> PruningTask:
     """Returns a pruning problem at half of the MACs, where `compute` says."""
     options = PruningOptions(criterion=criterion)
-    task = pruning_task(compute.put(model), compute.put(inputs), 0.5, options, batch)
-    return replace(task, compute=compute)
+    return pruning_task(compute.put(model), compute.put(inputs), 0.5, options, batch, compute=compute)
 
 
 def median_seconds(compute: Compute, call: Callable[[], object], repeats: int) -> float:

@@ -134,9 +134,10 @@ def layers_of(model: nn.Module, options: ModelOptions) -> list[PrunableLayer]:
 
 
 def _make(options: ModelOptions, spec: BackboneSpec, pool: ImageSet, seed: int, compute: Compute) -> nn.Module:
-    model = build(spec, seed=int(numpy_generator(seed, "backbone").integers(2**62)))
+    initial = int(numpy_generator(seed, "backbone").integers(2**62))
+    model = build(spec, seed=initial)
     layers_of(model, options)  # raises before training if the model cannot be pruned
-    fill_weights(model, options, spec, pool.classes)
+    fill_weights(model, options, spec, pool.classes, initial)
     train = partial(
         train_dense,
         labels=compute.put(torch.from_numpy(pool.labels)),

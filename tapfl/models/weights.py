@@ -28,8 +28,13 @@ from tapfl.models.forward import head_names
 _DIGITS = re.compile(r"(\d+)")
 
 
-def fill_weights(model: nn.Module, options: ModelOptions, spec: BackboneSpec, classes: tuple[str, ...]) -> list[str]:
+def fill_weights(
+    model: nn.Module, options: ModelOptions, spec: BackboneSpec, classes: tuple[str, ...], seed: int | None = None
+) -> list[str]:
     """Loads the weights that the options name, if any, into `model`. Returns notes for the user.
+
+    Args:
+        seed: with which `model` was built. Tensors that the weights do not have, such as a new head, stay as built.
 
     Raises:
         ModelError: if they are not available, do not fit, or do not have the required head.
@@ -39,7 +44,7 @@ def fill_weights(model: nn.Module, options: ModelOptions, spec: BackboneSpec, cl
     if options.weights == "hub":
         if takes_head and rows is None:
             raise ModelError(f"model.head = {options.head!r} with model.weights = 'hub': needs model.head-rows")
-        load_hub_weights(model, spec, classes, rows)
+        load_hub_weights(model, spec, classes, rows, seed)
     elif options.weights:
         return load_weights(model, Path(options.weights), classes, rows, needs_head=takes_head)
     return []
@@ -129,8 +134,17 @@ def _require_one_order(classes: tuple[str, ...]) -> None:
         )
 
 
-def load_hub_weights(model: nn.Module, spec: BackboneSpec, classes: tuple[str, ...], head_rows: Path | None) -> None:
+def load_hub_weights(
+    model: nn.Module,
+    spec: BackboneSpec,
+    classes: tuple[str, ...],
+    head_rows: Path | None,
+    seed: int | None = None,
+) -> None:
     """Loads the weights of timm's hub for `spec` into `model`.
+
+    Args:
+        seed: of the tensors that the hub's weights do not have; see `fill_weights`.
 
     Raises:
         ModelError: if the hub cannot be reached, has no weights under that name, or their head does not have a row.
@@ -138,7 +152,7 @@ def load_hub_weights(model: nn.Module, spec: BackboneSpec, classes: tuple[str, .
     rows = read_head_rows(head_rows, classes) if head_rows else None  # raises before anything is fetched
     if rows and (theirs := timm.get_pretrained_cfg(spec.name)):
         spec = spec.model_copy(update={"num_classes": theirs.num_classes})
-    state = build(spec, pretrained=True).state_dict()
+    state = build(spec, pretrained=True, seed=seed).state_dict()
     if head_rows and rows:
         take_rows(state, head_tensors(model), rows, head_rows, f"the hub's {spec.name}")
     model.load_state_dict(state)
