@@ -15,6 +15,7 @@ from torch import nn
 
 from clients.storage import DeviceStorage
 from experiments.output import count
+from tapfl.adapters.peft_format import merge_peft
 from tapfl.compute import Compute
 from tapfl.config import NEW_HEADS, ModelOptions, RunConfig
 from tapfl.data.sources import load_images
@@ -212,17 +213,25 @@ def costs(found: Mapping[str, Any]) -> Sequence[tuple[str, str, str, float]]:
     return [(units[key], *map(show.get(key, count), pair), pair[1] / pair[0]) for key, pair in pairs.items()]
 
 
-def export_folder(folder: Path, out: Path, format: str, batch: int | None, opset: int | None) -> dict[str, Any]:
+def export_folder(
+    folder: Path, out: Path, format: str, batch: int | None, opset: int | None, personal: bool = False
+) -> dict[str, Any]:
     """Exports a pruned model to the file `out`; returns what was written, the result of the check, and latencies.
 
     Latencies are milliseconds per forward pass of `batch` images (one if None) on one thread.
+
+    Args:
+        personal: `folder` is a device's folder; export the model that it uses at the end of the run.
 
     Raises:
         TapflError: if the folder or an argument is not valid, or if the exported model computes something else; then
             there is no file.
     """
-    folder = pruned_folder(folder)
+    adapters, folder = DeviceStorage(folder).personal, pruned_folder(folder)
+    if personal and not adapters.is_dir():
+        raise ConfigError(f"--personal: there is no {adapters}; accepted: devices/NN of a run that has ended")
     model, (plan, _) = load_pruned(folder), load_plan(folder)
+    model = merge_peft(model, adapters) if personal else model
     written = export(model, plan, out, format, batch, opset)
     exported, x = load_exported(out, format), example_input(model, batch or 1)
     exported_ms, torch_ms = median_ms([lambda: exported(x), lambda: model(x)], REPEATS)

@@ -170,6 +170,9 @@ def export(
     format: Annotated[str, typer.Option(help="onnx, torch-export or torchscript")] = "onnx",
     batch: Annotated[str, typer.Option(help="images per pass: a number, or dynamic")] = "dynamic",
     opset: Annotated[int | None, typer.Option(help="ONNX operator set; default: the exporter's")] = None,
+    personal: Annotated[
+        bool, typer.Option("--personal", help="with devices/NN of a run: the device's personal model")
+    ] = False,
     as_json: JsonObject = False,
 ) -> None:
     """Export a pruned model for other runtimes. The file is read back, and removed if its outputs are different."""
@@ -181,7 +184,7 @@ def export(
     from tapfl.progress import stage
 
     with shown(), stage(f"export as {format}"):
-        written = export_folder(folder, out, format, None if batch == "dynamic" else int(batch), opset)
+        written = export_folder(folder, out, format, None if batch == "dynamic" else int(batch), opset, personal)
     if as_json:
         print(json.dumps(written))
         return

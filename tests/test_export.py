@@ -13,6 +13,7 @@ from backbones import DEIT, LARGER_SWIN, VIT, VIT_ARGS, Tiny, plan_of, random_ke
 from test_prune import tapfl
 from torch import Tensor, nn
 
+from tapfl.adapters.peft_format import merge_peft, save_peft
 from tapfl.errors import ConfigError, PlanError, RunError
 from tapfl.models.backbone import BackboneSpec
 from tapfl.pruning import export as module
@@ -161,6 +162,18 @@ def test_from_the_command_line(vit: Tiny, tmp_path: Path) -> None:
     pruned = str(tmp_path / "03" / "pruned")
     shown = tapfl("export", pruned, "--out", str(tmp_path / "m.pt"), "--format", "torchscript", "--batch", "2")
     assert "torchscript" in shown and "m.pt" in shown
+    with pytest.raises(ConfigError, match=r"--personal: there is no .*03/personal; accepted: devices/NN"):
+        tapfl("export", str(tmp_path / "03"), "--out", str(tmp_path / "own.pt"), "--personal")
+    name, head = "blocks.0.attn.proj", {f"head.{part}": 2 * theta for part, theta in model.head.state_dict().items()}
+    width = model.get_submodule(name).in_features
+    adapters = {f"{name}.lora_A": torch.ones(2, width), f"{name}.lora_B": torch.ones(32, 2)} | head
+    save_peft(adapters, 2.0, tmp_path / "03" / "personal", base="pruned")
+    as_script = ("--format", "torchscript", "--personal")
+    tapfl("export", str(tmp_path / "03"), "--out", str(tmp_path / "own.pt"), *as_script)
+    personal = merge_peft(model, tmp_path / "03" / "personal")
+    found = load_exported(tmp_path / "own.pt", "torchscript")(vit.inputs)
+    torch.testing.assert_close(found, personal(vit.inputs), rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(found, model(vit.inputs), atol=0.1)
     with pytest.raises(ConfigError, match=r"--batch some: accepted: dynamic"):
         tapfl("export", pruned, "--out", str(tmp_path / "n.pt"), "--batch", "some")
     with pytest.raises(PlanError, match=r"plan\.json: cannot be read"):

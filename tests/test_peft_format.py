@@ -11,7 +11,8 @@ from backbones import Tiny, plan_of, random_kept
 
 from tapfl.adapters.layout import Layout, device_layout, gather_all, global_shapes
 from tapfl.adapters.lora import AdaptedModel, interpolate
-from tapfl.adapters.peft_format import CONFIG_FILE, WEIGHTS_FILE, save_peft
+from tapfl.adapters.peft_format import CONFIG_FILE, WEIGHTS_FILE, merge_peft, save_peft
+from tapfl.errors import PlanError
 from tapfl.personalize.label_prior import with_prior
 from tapfl.pruning.plan import PruningPlan
 from tapfl.pruning.surgery import load_pruned, save_pruned, shrink
@@ -56,8 +57,27 @@ def test_stock_peft_loads_the_personal_model(family: str, tmp_path: Path, reques
         got = loaded(backbone.inputs)
         want = AdaptedModel(small, layout, SCALE)(params, backbone.inputs) + prior
         bare = small(backbone.inputs)
+        merged = merge_peft(small, tmp_path / "personal")(backbone.inputs)
+        assert torch.equal(small(backbone.inputs), bare), "only a copy is changed"
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(merged, want, rtol=1e-5, atol=1e-5)
     assert (want - bare).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("damage", ["missing", "r = 0", "no JSON", "another head", "a plan without this layer"])
+def test_adapters_that_do_not_fit_are_not_merged(damage: str, vit: Tiny, tmp_path: Path) -> None:
+    plan, layout = device(vit)
+    params = personal(vit, layout) | ({"head.bias": torch.zeros(3)} if damage == "another head" else {})
+    save_peft(params, SCALE, tmp_path, base="pruned")
+    config = tmp_path / CONFIG_FILE
+    if damage == "missing":
+        config.unlink()
+    elif damage in ("r = 0", "no JSON"):
+        config.write_text(config.read_text().replace('"r": 4', '"r": 0') if damage == "r = 0" else "{")
+    gone = dict.fromkeys((layer.name for layer in vit.layers), NOBODY)
+    small = shrink(vit.model, plan_of(vit, gone) if damage.startswith("a plan") else plan)
+    with pytest.raises(PlanError, match="is not an adapter of this pruned model"):
+        merge_peft(small, tmp_path)
 
 
 def test_the_configuration_has_what_peft_needs(vit: Tiny, tmp_path: Path) -> None:
