@@ -23,6 +23,7 @@ from tapfl.data.contents import content_of, fingerprints, path_of
 from tapfl.data.federated import DeviceSplit, require_enough
 from tapfl.data.images import ImageSet
 from tapfl.errors import ConfigError, NoImagesError
+from tapfl.models.new_head import numbered
 from tapfl.personalize.held_out import FEWEST, hold_out
 from tapfl.seeds import numpy_generator
 
@@ -147,7 +148,7 @@ class OwnImages:
     @property
     def reported(self) -> Sequence[str]:
         """The class names to report to the server; if names stay on the device, numbers in their place."""
-        return sorted(map(str, range(len(self.names)))) if self.keeps_names else self.names
+        return numbered(self.names) if self.keeps_names else self.names
 
     @cached_property
     def trained_and_held_out(self) -> tuple[np.ndarray, np.ndarray]:

@@ -31,7 +31,7 @@ from tapfl.models.cost import measure_cost
 from tapfl.models.dense import DenseCache, dense_key, dense_spec, layers_of
 from tapfl.models.forward import input_transform
 from tapfl.models.merging import Schedule
-from tapfl.models.new_head import agreed_classes
+from tapfl.models.new_head import agreed_classes, numbered
 from tapfl.models.weights import fill_weights, read_head_rows
 from tapfl.personalize.methods import method_of
 from tapfl.privacy import require_accountant
@@ -88,7 +88,9 @@ def check(config: RunConfig) -> None:
     else:
         splits = kept_partition(private, config.data, config.devices.count, config.seed, cache)  # late: fills the cache
     if new_head:
-        _check_backbone(config, public, agreed_classes(private.subset(split.train).held for split in splits))
+        held = [private.subset(split.train).held for split in splits]
+        reported = map(numbered, held) if config.adapters.head == "personal" else held
+        _check_backbone(config, public, agreed_classes(reported))
     require_loggers(config.log)  # last, because this check may create an empty database
     for line in found(config.data, public, private):
         log(logging.INFO, "%s", line)

@@ -65,13 +65,13 @@ def require_loggers(options: LogOptions) -> None:
     """Raises ConfigError if a logger in the options is not installed, or cannot be reached."""
     if options.tensorboard and find_spec("tensorboard") is None:
         raise ConfigError(
-            "log.tensorboard = true: needs TensorBoard; pip install 'tapfl[tensorboard]', or set it to false"
+            "log.tensorboard = true: needs TensorBoard, of the extra tapfl[tensorboard]; or set it to false"
         )
     if not options.mlflow:
         return
     option = f"log.mlflow = {options.mlflow!r}"
     if find_spec("mlflow") is None:
-        raise ConfigError(f"{option}: needs MLflow; pip install 'tapfl[mlflow]', or leave it empty")
+        raise ConfigError(f"{option}: needs MLflow, of the extra tapfl[mlflow]; or leave it empty")
     try:
         found = _client(options.mlflow).get_experiment_by_name(options.mlflow_experiment)
     except Exception as error:  # its type depends on what is at the URI

@@ -18,7 +18,7 @@ LEAST_NOISE = 1e-3  # smallest z/√rounds; below it, ε is above 500,000 and e^
 def require_accountant() -> None:
     """Raises ConfigError if the package that computes ε is not installed."""
     if find_spec("dp_accounting") is None:
-        raise ConfigError("privacy.dp-noise: needs dp-accounting; pip install 'tapfl[dp]'; or leave it at 0")
+        raise ConfigError("privacy.dp-noise: needs dp-accounting, of the extra tapfl[dp]; or leave it at 0")
 
 
 @lru_cache(maxsize=4096)

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from test_inprocess_run import SMALL, TINY, content, tapfl
 from test_wire import HELLO
 
+from experiments import feasible
 from experiments.pruning import prune
 from experiments.report.reading import read_run
 from experiments.report.single import page_of
@@ -213,6 +214,18 @@ def test_a_run_that_would_fail_is_refused_before_it_begins(
     with pytest.raises(TapflError, match=said):
         tapfl("--out", str(tmp_path / "run"), cache=cache, options=given)
     assert not (tmp_path / "run").exists()
+
+
+def test_preflight_knows_a_personal_head_as_the_devices_report_it(
+    letters: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two devices with two classes each, one of them in common: a shared head has three rows, a personal head two."""
+    rows: list[tuple[str, ...]] = []
+    monkeypatch.setattr(feasible, "_check_backbone", lambda _config, _public, classes: rows.append(classes))
+    options = {"data.public": str(letters), "data.classes-per-device": 2, "devices.count": 2, "model.head": "new"}
+    for head in ("mean", "personal"):
+        feasible.check(RunConfig.from_flat({**options, "cache": str(cache), "adapters.head": head}))
+    assert rows == [("0", "1", "2"), ("0", "1")]
 
 
 @pytest.mark.parametrize(

@@ -69,5 +69,5 @@ def test_without_the_accountant_noise_is_refused(monkeypatch: pytest.MonkeyPatch
         return None
 
     monkeypatch.setattr(privacy, "find_spec", lacks)
-    with pytest.raises(ConfigError, match=r"privacy\.dp-noise: needs dp-accounting; pip install 'tapfl\[dp\]'"):
+    with pytest.raises(ConfigError, match=r"privacy\.dp-noise: needs dp-accounting, of the extra tapfl\[dp\]"):
         epsilon(1.25, 3, 1e-5)

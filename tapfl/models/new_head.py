@@ -32,6 +32,11 @@ NEVER = -100.0  # far below the logits of other classes, which are of the order 
 Dense = tuple[str, BackboneSpec, nn.Module]  # key in the cache, description, model
 
 
+def numbered(classes: Sequence[str]) -> list[str]:
+    """Returns numbers that a device reports in place of its class names, if its classifier is personal."""
+    return sorted(map(str, range(len(classes))))
+
+
 def agreed_classes(names: Iterable[Sequence[str]]) -> tuple[str, ...]:
     """Returns the distinct classes of all devices, sorted by name."""
     return tuple(sorted({name for own in names for name in own}))

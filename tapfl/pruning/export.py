@@ -76,7 +76,7 @@ def export(
         raise ConfigError(f"out = {str(file)!r}: exists already; give a file that does not")
     write, read, packages = FORMATS[format]
     if missing := [package for package in packages if find_spec(package) is None]:
-        raise ConfigError(f"format = {format!r}: needs {', '.join(missing)}; pip install 'tapfl[export]'")
+        raise ConfigError(f"format = {format!r}: needs {', '.join(missing)}, of the extra tapfl[export]")
     batches = (batch,) if batch else (1, 3)
     try:
         with whole_file(file) as temporary:
