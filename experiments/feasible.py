@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from flwr.common.logger import log
+from torch import nn
 
 from strategies.fleet import reason_for_single
 from strategies.loggers import require_loggers
 from tapfl.adapters.layout import global_shapes, last_blocks
 from tapfl.adapters.rules import rule_of
 from tapfl.compute import Compute
-from tapfl.config import NEW_HEADS, RunConfig
+from tapfl.config import NEW_HEADS, PruningOptions, RunConfig
 from tapfl.data.changing import device_folders, identified, split_changing
 from tapfl.data.federated import (
     DeviceSplit,
@@ -32,6 +34,7 @@ from tapfl.models.dense import DenseCache, dense_key, dense_spec, layers_of
 from tapfl.models.forward import input_transform
 from tapfl.models.merging import Schedule
 from tapfl.models.new_head import agreed_classes, numbered
+from tapfl.models.units import PrunableLayer
 from tapfl.models.weights import fill_weights, read_head_rows
 from tapfl.personalize.methods import method_of
 from tapfl.privacy import require_accountant
@@ -148,15 +151,27 @@ def _check_backbone(config: RunConfig, public: ImageSet, classes: tuple[str, ...
     widest = max(max(shape) for shape in global_shapes(model, layers, rank=1).values())
     if (rank := max_rank(config.devices)) > widest:
         raise ConfigError(f"rank {rank} (devices.ranks): the widest layer has {widest} units; accepted: ≤ {widest}")
-    pruning, cost = aligned(resolved(config.pruning), layers), measure_cost(dense)
-    schedule: Schedule = ()
-    if pruning.tokens != "none":
-        share = pruning.token_share if pruning.tokens == "merge" else min(SHARES)
-        schedule = schedule_of(stream_of(dense, pruning), share)
     for budget in sorted({profile.budget for profile in profiles_of(config.devices)}):
-        seen, table = costs_under(dense, layers, cost_table(layers, cost, Budget.parse(budget)), schedule)
-        shapes = [candidates(n, table.branches[n.name], pruning.unit_shape, pruning.align) for n in seen]
-        allocate(shapes, np.ones(len(layers)), table, pruning)
+        require_reachable(dense, layers, config.pruning, Budget.parse(budget))
+
+
+def require_reachable(
+    model: nn.Module, layers: Sequence[PrunableLayer], options: PruningOptions, budget: Budget
+) -> None:
+    """Raises TapflError if no even widths of `model` meet a budget, or it cannot merge tokens that are to be merged.
+
+    The weights of `model` do not matter. Limits that need a measurement are not checked.
+    """
+    options = aligned(resolved(options), layers)
+    schedule: Schedule = ()
+    if options.tokens != "none":
+        share = options.token_share if options.tokens == "merge" else min(SHARES)
+        schedule = schedule_of(stream_of(model, options), share)
+    if budget.measured:
+        return
+    seen, table = costs_under(model, layers, cost_table(layers, measure_cost(model), budget), schedule)
+    shapes = [candidates(n, table.branches[n.name], options.unit_shape, options.align) for n in seen]
+    allocate(shapes, np.ones(len(layers)), table, options)
 
 
 def _require_rows(file: Path, classes: tuple[str, ...], available: int) -> None:

@@ -14,6 +14,7 @@ import numpy as np
 from torch import nn
 
 from clients.storage import DeviceStorage
+from experiments.feasible import require_reachable
 from experiments.output import count
 from tapfl.adapters.peft_format import merge_peft
 from tapfl.compute import Compute
@@ -38,7 +39,6 @@ from tapfl.pruning.pipeline import prune_model, pruning_task
 from tapfl.pruning.plan import PLAN_FILE, PruningPlan, load_plan, read_plan
 from tapfl.pruning.recovery import fine_tune_set, labels_of
 from tapfl.pruning.surgery import WEIGHTS_FILE, apply_plan, load_pruned, save_pruned
-from tapfl.pruning.tokens import stream_of
 from tapfl.seeds import numpy_generator
 from tapfl.store import cache_folder, content_hash
 
@@ -68,8 +68,8 @@ def prune(config: RunConfig, budget: Budget | float | str, out: Path) -> Pruning
     for name, size in (("metric.size", config.metric.size), ("pruning.recovery-size", options.recovery_size)):
         if size > len(images):
             raise DataError(f"{name} = {size}: {config.data.source!r} has {len(images)} images")
-    if options.tokens != "none":
-        stream_of(build(dense_spec(config.model, images)), options)  # raises before the backbone is trained
+    outline = build(dense_spec(config.model, images))
+    require_reachable(outline, prunable_layers(outline), options, budget)  # before the backbone is trained
     _, spec, model = dense_backbone(config.model, images, config.seed, DenseCache(cache), compute)
     with stage(f"pruning by {options.criterion}"):
         dense = compute.put(model)

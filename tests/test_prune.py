@@ -101,6 +101,15 @@ def test_an_option_that_cannot_work_is_refused_before_the_backbone_is_trained(
         pruning.prune(config, 0.5, tmp_path / "small")
 
 
+def test_a_budget_that_cannot_be_met_is_refused_before_the_backbone_is_trained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("experiments.pruning.dense_backbone", lambda *_: pytest.fail("trained first"))
+    config = RunConfig.from_flat({"model.args": TINY, "cache": str(tmp_path / "cache")})
+    with pytest.raises(BudgetError, match=r"budget 0.001 of the MACs cannot be met: this backbone can go down to"):
+        pruning.prune(config, 0.001, tmp_path / "small")
+
+
 def test_classes_are_not_the_folders_of_natural_devices(tmp_path: Path) -> None:
     digits = load_images("digits")
     for device in ("ann", "bob"):
