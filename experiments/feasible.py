@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -151,27 +151,32 @@ def _check_backbone(config: RunConfig, public: ImageSet, classes: tuple[str, ...
     widest = max(max(shape) for shape in global_shapes(model, layers, rank=1).values())
     if (rank := max_rank(config.devices)) > widest:
         raise ConfigError(f"rank {rank} (devices.ranks): the widest layer has {widest} units; accepted: ≤ {widest}")
-    for budget in sorted({profile.budget for profile in profiles_of(config.devices)}):
-        require_reachable(dense, layers, config.pruning, Budget.parse(budget))
+    budgets = sorted({profile.budget for profile in profiles_of(config.devices)})
+    require_budgets(dense, layers, config.pruning, map(Budget.parse, budgets))
 
 
-def require_reachable(
-    model: nn.Module, layers: Sequence[PrunableLayer], options: PruningOptions, budget: Budget
+def require_budgets(
+    model: nn.Module, layers: Sequence[PrunableLayer], options: PruningOptions, budgets: Iterable[Budget]
 ) -> None:
-    """Raises TapflError if no even widths of `model` meet a budget, or it cannot merge tokens that are to be merged.
+    """Checks that even widths of a backbone can meet each budget, and that it can merge tokens if that is asked for.
 
-    The weights of `model` do not matter. Limits that need a measurement are not checked.
+    Its weights do not matter. A budget that limits latency is not checked, because that needs a measurement.
+
+    Raises:
+        BudgetError: if no widths meet a budget.
+        ConfigError: if tokens are to be merged, and the backbone cannot.
     """
-    options = aligned(resolved(options), layers)
+    options, cost = aligned(resolved(options), layers), measure_cost(model)
     schedule: Schedule = ()
     if options.tokens != "none":
         share = options.token_share if options.tokens == "merge" else min(SHARES)
         schedule = schedule_of(stream_of(model, options), share)
-    if budget.measured:
-        return
-    seen, table = costs_under(model, layers, cost_table(layers, measure_cost(model), budget), schedule)
-    shapes = [candidates(n, table.branches[n.name], options.unit_shape, options.align) for n in seen]
-    allocate(shapes, np.ones(len(layers)), table, options)
+    for budget in budgets:
+        if budget.measured:
+            continue
+        seen, table = costs_under(model, layers, cost_table(layers, cost, budget), schedule)
+        shapes = [candidates(n, table.branches[n.name], options.unit_shape, options.align) for n in seen]
+        allocate(shapes, np.ones(len(layers)), table, options)
 
 
 def _require_rows(file: Path, classes: tuple[str, ...], available: int) -> None:

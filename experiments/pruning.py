@@ -14,7 +14,7 @@ import numpy as np
 from torch import nn
 
 from clients.storage import DeviceStorage
-from experiments.feasible import require_reachable
+from experiments.feasible import require_budgets
 from experiments.output import count
 from tapfl.adapters.peft_format import merge_peft
 from tapfl.compute import Compute
@@ -69,7 +69,7 @@ def prune(config: RunConfig, budget: Budget | float | str, out: Path) -> Pruning
         if size > len(images):
             raise DataError(f"{name} = {size}: {config.data.source!r} has {len(images)} images")
     outline = build(dense_spec(config.model, images))
-    require_reachable(outline, prunable_layers(outline), options, budget)  # before the backbone is trained
+    require_budgets(outline, prunable_layers(outline), options, [budget])  # before the backbone is trained
     _, spec, model = dense_backbone(config.model, images, config.seed, DenseCache(cache), compute)
     with stage(f"pruning by {options.criterion}"):
         dense = compute.put(model)
