@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from test_inprocess_run import tapfl
 
 from experiments.report.reading import Run, read_run
 from experiments.report.single import page_of
@@ -15,8 +16,12 @@ from strategies.records import DeviceLine, Line, RoundLine
 
 
 @pytest.fixture(scope="module")
-def run(reported: tuple[Path, str]) -> Run:
-    return read_run(reported[0])
+def run(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    folder = tmp_path_factory.mktemp("runs") / "one"
+    options = ["devices.count=2", "data.public-share=0.9", "train.rounds=1"]
+    done = tapfl("--out", str(folder), cache=cache, options=options)
+    assert done.exit_code == 0, done.output
+    return read_run(folder)
 
 
 def made(
@@ -88,8 +93,13 @@ def test_each_warning_says_what_was_found_and_what_can_be_tried(
 ) -> None:
     (finding,) = warnings_of(made(run, **change))
     assert found in finding.found and advice in finding.advice
-    table = next(section.table for section in page_of(made(run, **change)).sections if section.title == "Warnings")
-    assert table is not None and table.rows == [list(finding)]
+
+
+def test_the_page_begins_with_the_warnings(run: Run) -> None:
+    warned = made(run, held=APART, alphas=(0.5, 1.0))
+    first = page_of(warned).sections[0]
+    assert first.title == "Warnings" and first.table is not None
+    assert first.table.rows == [list(finding) for finding in warnings_of(warned)] and len(first.table.rows) == 2
 
 
 @pytest.mark.parametrize(
