@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 from killing import copied_after, killed_after
-from test_inprocess_run import content, tapfl
+from test_inprocess_run import THREE, content, tapfl
 
 from clients.device import Device
 from strategies.preparation import Preparation
@@ -17,6 +18,7 @@ from tapfl.wire import Summarize, SummaryReply
 
 OPTIONS = [
     "train.rounds=3",
+    *THREE,
     "devices.participation=0.75",
     "devices.profiles=tiers",
     "adapters.server=adam",
@@ -27,16 +29,17 @@ OPTIONS = [
 
 MOMENTS = {
     "while the devices sum up": ("clients.device", "Device.summarize", 2),
-    "when a summary is kept": ("strategies.preparation", "Preparation._store_summary", 3),
+    "when a summary is kept": ("strategies.preparation", "Preparation._store_summary", 2),
     "while plans are made": ("strategies.preparation", "Preparation._plan", 2),
     "after the warm start": ("strategies.global_adapters", "write_sealed", 1),
     "before the first round": ("strategies.server_app", "save_checkpoint", 1),
     "when a device has kept its state": ("clients.storage", "DeviceStorage.save_state", 2),
-    "in the second round": ("clients.storage", "DeviceStorage.save_state", 5),
+    "in the second round": ("clients.storage", "DeviceStorage.save_state", 3),
     "between a round and its checkpoint": ("strategies.server_app", "Federation.aggregate", 2),
     "after the last round": ("strategies.server_app", "save_checkpoint", 4),
     "in the last evaluation": ("clients.device", "Device.evaluate", 2),
 }
+SLOW = {"while the devices sum up", "before the first round", "when a device has kept its state", "in the second round"}
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +52,9 @@ def uninterrupted(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     return folder
 
 
-@pytest.mark.parametrize("moment", MOMENTS)
+@pytest.mark.parametrize(
+    "moment", [pytest.param(moment, marks=pytest.mark.slow if moment in SLOW else []) for moment in MOMENTS]
+)
 def test_a_killed_and_resumed_run_equals_an_uninterrupted_one(moment: str, uninterrupted: Path, cache: Path) -> None:
     folder = uninterrupted.parent / "killed" / moment
     assert not (folder / "summary.json").exists()
@@ -60,9 +65,8 @@ def test_a_killed_and_resumed_run_equals_an_uninterrupted_one(moment: str, unint
 
 
 def test_killed_twice(uninterrupted: Path, cache: Path, tmp_path: Path) -> None:
-    """By a real signal, unlike above."""
-    folder = tmp_path / "run"
-    killed_after(MOMENTS["while plans are made"], "--out", str(folder), cache=cache, options=OPTIONS)
+    """The second time by a real signal."""
+    folder = Path(shutil.copytree(uninterrupted.parent / "killed" / "after the warm start", tmp_path / "run"))
     killed_after(MOMENTS["in the second round"], "--resume", str(folder), cache=cache, options=OPTIONS)
     assert tapfl("--resume", str(folder), cache=cache, options=OPTIONS).exit_code == 0
     assert content(folder) == content(uninterrupted)
@@ -106,7 +110,7 @@ def test_a_run_may_be_continued_for_more_rounds(uninterrupted: Path, cache: Path
 def test_a_finished_run_is_not_changed(uninterrupted: Path, cache: Path) -> None:
     before = {file: file.stat().st_mtime_ns for file in uninterrupted.rglob("*") if file.is_file()}
     done = tapfl("--resume", str(uninterrupted), "--json", cache=cache, options=OPTIONS)
-    assert done.exit_code == 0 and json.loads(done.stdout.splitlines()[-1])["devices"] == 4
+    assert done.exit_code == 0 and json.loads(done.stdout.splitlines()[-1])["devices"] == 3
     after = {file: file.stat().st_mtime_ns for file in uninterrupted.rglob("*") if file.is_file()}
     assert {f: t for f, t in before.items() if f.name != ".lock"} == {
         f: t for f, t in after.items() if f.name != ".lock"
