@@ -14,6 +14,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import optuna
 import pytest
@@ -30,7 +31,7 @@ from experiments import cli
 from experiments.bench.search import METHODS, Toy, search
 from experiments.figures.page import render
 from experiments.jobs.federation import AFTER, AFTER_SUMMARIES, BUT, carry_out, in_process
-from experiments.jobs.pool import unheard
+from experiments.jobs.pool import ThreadPool, unheard
 from experiments.search.page import page_of_search
 from experiments.search.sampler import violation_key
 from experiments.search.settings import MEASURES, read_search
@@ -64,9 +65,11 @@ def command(file: Path, out: Path, *more: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
-    """The folder of a search, with its file next to it, and its output."""
+    """The folder of a search, with its file next to it, and its output; in this process, as new ones take seconds."""
     folder = tmp_path_factory.mktemp("search")
-    done = CliRunner().invoke(cli.app, command(search_file(folder), folder / "out", "--json"), catch_exceptions=False)
+    arguments = command(search_file(folder), folder / "out", "--json")
+    with patch("experiments.jobs.federation.ProcessPool", ThreadPool):
+        done = CliRunner().invoke(cli.app, arguments, catch_exceptions=False)
     assert done.exit_code == 0, done.output
     return folder / "out", json.loads(done.stdout.splitlines()[-1])
 
@@ -219,11 +222,12 @@ def test_round_zero_is_shared_by_runs_with_the_same_options_for_it(
 
     monkeypatch.setattr(Device, "summarize", counted_summarize)
     monkeypatch.setattr(preparation, "device_model", counted_model)
-    options = dict(parse_assignment(option) for option in [*SMALL, f"cache={cache}"])
+    two = ["devices.count=2", "data.public-share=0.9"]
+    options = dict(parse_assignment(option) for option in [*SMALL, *two, f"cache={cache}"])
     one_round(options, tmp_path / "trials" / "0000")
-    assert calls == {"summaries": 4, "plans": 4}
+    assert calls == {"summaries": 2, "plans": 2}
     other = options | {"pruning.tau": 0.3}
-    changes = [({"train.learning-rate": 0.01}, 0, 0), ({"summary.dim": 8}, 4, 4), ({"pruning.tau": 0.3}, 0, 4)]
+    changes = [({"train.learning-rate": 0.01}, 0, 0), ({"summary.dim": 8}, 2, 2), ({"pruning.tau": 0.3}, 0, 2)]
     for i, (change, summaries, plans) in enumerate(changes):
         calls.update(summaries=0, plans=0)
         summary = one_round(options | change, tmp_path / "trials" / f"000{i + 1}")

@@ -32,8 +32,12 @@ from tapfl.options import read_toml
 from tapfl.pruning.criteria.registry import criterion_names
 
 
-def sweep_file(tmp_path: Path, grid: str) -> Path:
-    shared = {**dict(option.split("=", 1) for option in SMALL), "train.rounds": "1", "cache": str(tmp_path / "cache")}
+def sweep_file(tmp_path: Path, grid: str, *options: str) -> Path:
+    shared = {
+        **dict(option.split("=", 1) for option in [*SMALL, *options]),
+        "train.rounds": "1",
+        "cache": str(tmp_path / "cache"),
+    }
     lines = [f'"{key}" = {value if value.isdigit() else json.dumps(value)}' for key, value in shared.items()]
     file = tmp_path / "sweep.toml"
     file.write_text("\n".join(lines) + f"\n[grid]\n{grid}\n")
