@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -119,51 +120,67 @@ FILES = {
     "search.toml": '[space]\n"train.roundz" = { low = 1, high = 2 }\n',
     "compare.toml": '[compare]\ncriterion = ["tapp"]\n',
 }
-BEFORE_TORCH = {
-    "run": "run --set train.roundz=1",
-    "run, criterion": "run --set pruning.criterion=tapp",
-    "run, folder": "run --out .",
-    "run, nothing to go on with": "run --resume nowhere",
-    "run, cluster": "run --engine ray --address head",
-    "sweep": "sweep --config sweep.toml --out out",
-    "search": "search --config search.toml --out out",
-    "search, not on Ray": "search --config search.toml --out out --workers 2",
-    "compare": "compare --config compare.toml --out out",
-    "prune": "prune --budget 0.5 --out out --set train.roundz=1",
-    "prune, budget": "prune --budget 1.5 --out out",
-    "prune, criterion": "prune --budget 0.5 --out out --criterion tapp",
-    "prune, plan": "prune --plan plan --out out --set train.roundz=1",
-}
+BEFORE_TORCH = [
+    "run --set train.roundz=1",
+    "run --set pruning.criterion=tapp",
+    "run --out .",
+    "run --resume nowhere",
+    "run --engine ray --address head",
+    "sweep --config sweep.toml --out out",
+    "search --config search.toml --out out",
+    "search --config search.toml --out out --workers 2",
+    "compare --config compare.toml --out out",
+    "prune --budget 0.5 --out out --set train.roundz=1",
+    "prune --budget 1.5 --out out",
+    "prune --budget 0.5 --out out --criterion tapp",
+    "prune --plan plan --out out --set train.roundz=1",
+]
 
 
 SLOW = {"torch", "timm", "flwr", "ray", "scipy", "sklearn", "pandas", "matplotlib"}  # a tenth of a second to two each
 
 
-def loaded_by(command: str) -> tuple[set[str], subprocess.CompletedProcess[str]]:
-    """Returns the packages that a process of `tapfl` has imported when it ends, and the finished process."""
-    program = "import sys\nfrom experiments import cli\ntry:\n    cli.main()\nfinally:\n    print('\\n', *sys.modules)"
-    arguments = [sys.executable, "-c", program, *command.split()]
+PROGRAM = """
+import contextlib, io, json, sys
+from experiments import cli
+for command in sys.argv[1:]:
+    sys.argv[1:] = command.split()
+    out, err = (io.TextIOWrapper(io.BytesIO(), "utf-8") for _ in range(2))
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            cli.main()
+        except SystemExit as ended:
+            code = ended.code
+    print(json.dumps([command, code, *(each.seek(0) or each.read() for each in (out, err)), [*sys.modules]]))
+"""
+
+
+def ended(*commands: str) -> Iterator[tuple[str, int, str, str, set[str]]]:
+    """Calls commands in one new process; yields each with its exit code, outputs and the modules imported so far."""
+    arguments = [sys.executable, "-c", PROGRAM, *commands]
     here = os.environ | {"PYTHONPATH": str(Path(cli.__file__).parent.parent)}
-    done = subprocess.run(arguments, capture_output=True, text=True, env=here, check=False, timeout=60)
-    return set(done.stdout.splitlines()[-1].split()), done
+    done = subprocess.run(arguments, capture_output=True, text=True, env=here, check=True, timeout=60)
+    for line in done.stdout.splitlines():
+        command, code, out, err, loaded = json.loads(line)
+        yield command, code, out, err, set(loaded)
 
 
-@pytest.mark.parametrize("case", BEFORE_TORCH)
-def test_a_bad_option_is_refused_before_anything_slow_is_loaded(case: str, tmp_path: Path) -> None:
+def test_a_bad_option_is_refused_before_anything_slow_is_loaded(tmp_path: Path) -> None:
     """Importing torch takes seconds, and a minute on a busy machine."""
     for name, text in FILES.items():
         (tmp_path / name).write_text(text)
-    loaded, done = loaded_by(BEFORE_TORCH[case])
-    assert done.returncode == 2 and done.stderr.startswith("tapfl: ") and len(done.stderr.splitlines()) == 1
-    assert not loaded & SLOW
+    told = list(ended(*BEFORE_TORCH))
+    assert [command for command, *_ in told] == BEFORE_TORCH
+    for command, code, out, err, loaded in told:
+        assert code == 2 and not out and err.startswith("tapfl: ") and len(err.splitlines()) == 1, command
+        assert not loaded & SLOW, command
     assert {file.name for file in tmp_path.iterdir()} == set(FILES)
 
 
-@pytest.mark.parametrize("command", ["--help", "run --help"])
-def test_help_loads_no_options_and_nothing_slow(command: str) -> None:
-    loaded, done = loaded_by(command)
-    assert done.returncode == 0 and "Usage" in done.stdout
-    assert not loaded & {*SLOW, "numpy", "pydantic", "grpc", "optuna"}
+def test_help_loads_no_options_and_nothing_slow() -> None:
+    for command, code, out, _, loaded in ended("--help", "run --help"):
+        assert code == 0 and "Usage" in out, command
+        assert not loaded & {*SLOW, "numpy", "pydantic", "grpc", "optuna"}, command
 
 
 def test_actor_resources_must_be_finite() -> None:
