@@ -17,6 +17,7 @@ from pathlib import Path
 from shutil import ignore_patterns
 
 import pytest
+from flwr.common.config import get_fused_config_from_dir
 from flwr.supercore.superexec.dependency_installer import RuntimeDependencyInstallationError, install_app_dependencies
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -173,5 +174,14 @@ def test_without_the_export_it_fails_at_once_instead_of_downloading(project: Pat
         assert "The project is marked as unmanaged" in flwr(project, environment, "run", ".", "--stream")
 
 
+def test_flower_knows_the_options_and_no_others() -> None:
+    """As the SuperLink checks a run before it starts it."""
+    known = get_fused_config_from_dir(ROOT, {"train.rounds": 3})
+    assert known["train.rounds"] == 3
+    with pytest.raises(ValueError, match=r"'train\.roundz' is not present"):
+        get_fused_config_from_dir(ROOT, {"train.roundz": 3})
+
+
+@pytest.mark.slow
 def test_an_unknown_option_is_refused(project: Path, environment: dict[str, str]) -> None:
     assert "Invalid run configuration" in flwr(project, environment, "run", ".", "--run-config", "train.roundz=3")
