@@ -10,14 +10,16 @@ import onnx
 import pytest
 import torch
 from backbones import DEIT, LARGER_SWIN, VIT, VIT_ARGS, Tiny, plan_of, random_kept, tiny
+from test_merging import spec_of, task_of
 from test_prune import tapfl
 from torch import Tensor, nn
 
 from tapfl.adapters.peft_format import merge_peft, save_peft
 from tapfl.errors import ConfigError, PlanError, RunError
-from tapfl.models.backbone import BackboneSpec
+from tapfl.models.backbone import BackboneSpec, build
 from tapfl.pruning import export as module
 from tapfl.pruning.export import FORMATS, export, load_exported
+from tapfl.pruning.pipeline import prune_model
 from tapfl.pruning.plan import PruningPlan
 from tapfl.pruning.surgery import save_pruned, shrink
 
@@ -91,6 +93,19 @@ def test_pooled_tokens_and_a_fixed_batch(tmp_path: Path) -> None:
     torch.testing.assert_close(
         load_exported(tmp_path / "fixed.onnx")(backbone.inputs), model(backbone.inputs), rtol=1e-4, atol=1e-5
     )
+
+
+SLOWLY = pytest.param("torch-export", marks=pytest.mark.slow)  # a step of the export to ONNX
+
+
+@pytest.mark.parametrize("format", [SLOWLY if format == "torch-export" else format for format in FORMATS])
+def test_every_format_supports_merging(tmp_path: Path, format: str) -> None:
+    """Not with the other tests of merging, because the first export to ONNX of a process takes seconds longer."""
+    spec = spec_of("class token", depth=2)
+    pruned = prune_model(task_of(build(spec, seed=1).requires_grad_(False)), spec)
+    assert all(pruned.plan.tokens)
+    written = export(pruned.model, pruned.plan, tmp_path / "small", format)
+    assert written.top1_equal and written.batches_checked == (1, 3)
 
 
 @pytest.mark.parametrize("difference", [1e-3, float("nan")])

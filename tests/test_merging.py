@@ -30,7 +30,6 @@ from tapfl.models.merging import (
 from tapfl.models.prunable import prunable_layers
 from tapfl.pruning.compensation import cut
 from tapfl.pruning.criteria import criterion
-from tapfl.pruning.export import FORMATS, export
 from tapfl.pruning.pipeline import prune_model, pruning_task
 from tapfl.pruning.plan import PruningPlan
 from tapfl.pruning.surgery import load_pruned, rebuild, save_pruned, shrink
@@ -322,19 +321,6 @@ def test_a_schedule_of_another_family_is_refused() -> None:
     swin = timm.create_model("swin_tiny_patch4_window7_224", num_classes=3).eval()
     with pytest.raises(Exception, match="only ViT and DeiT can"):
         merging(swin, (1,) * 12)
-
-
-SLOWLY = pytest.param("torch-export", marks=pytest.mark.slow)  # a step of the export to ONNX
-
-
-@pytest.mark.parametrize("format", [SLOWLY if format == "torch-export" else format for format in FORMATS])
-def test_every_export_format_supports_merging(tmp_path, format: str) -> None:
-    pytest.importorskip("onnxruntime")
-    spec = spec_of("class token", depth=2)
-    pruned = prune_model(task_of(build(spec, seed=1).requires_grad_(False)), spec)
-    assert all(pruned.plan.tokens)
-    written = export(pruned.model, pruned.plan, tmp_path / "small", format)
-    assert written.top1_equal and written.batches_checked == (1, 3)
 
 
 def test_adapters_train_with_merging(pruned) -> None:
