@@ -21,7 +21,6 @@ from unittest.mock import patch
 import pytest
 import typer
 from pages import ROOT
-from ray.scripts.scripts import cli as ray_cli
 
 from experiments import cli
 from experiments.bench.goals import read_measurements
@@ -107,6 +106,8 @@ def check_flwr(words: list[str], context: Context) -> None:
 
 
 def check_ray(words: list[str], context: Context) -> None:
+    from ray.scripts.scripts import cli as ray_cli  # with all of Ray's dashboard, which takes seconds
+
     _parse(ray_cli, words, context)
 
 
