@@ -12,7 +12,7 @@ import torch
 from backbones import SWIN, Tiny, tiny, tiny_of_family
 from hypothesis import settings
 
-settings.register_profile("tapfl", max_examples=40, deadline=None, derandomize=True)
+settings.register_profile("tapfl", max_examples=25, deadline=None, derandomize=True)
 settings.load_profile("tapfl")
 
 

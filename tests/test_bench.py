@@ -103,7 +103,7 @@ SHALLOW = [
 ]
 
 
-@pytest.mark.parametrize("probe", ["own", "pool"])
+@pytest.mark.parametrize("probe", [pytest.param("own", marks=pytest.mark.slow), "pool"])
 def test_a_row_for_every_number_of_devices(probe: str) -> None:
     rows = list(round_zero.devices([1, 2], [probe], ["wanda"], SHALLOW))
     assert [(row["criterion"], row["probe"], row["devices"]) for row in rows] == [("wanda", probe, c) for c in "12"]

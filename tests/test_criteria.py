@@ -64,7 +64,7 @@ def loss_with(task: PruningTask, factors: dict[str, Tensor], labels: Tensor) -> 
     return F.cross_entropy(logits, labels, reduction="none")
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["vit", pytest.param("deit", marks=pytest.mark.slow), "swin"])
 @pytest.mark.parametrize("name", sorted(registry.BUILT_IN))
 def test_a_criterion_keeps_its_promises(
     name: str, family: str, small_families: dict[str, Tiny], monkeypatch: pytest.MonkeyPatch

@@ -186,7 +186,7 @@ def of_device_0(file: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "damage", "reason"),
     [
-        ("state/round-0001.safetensors", a_bit, "its checksum differs"),
+        pytest.param("state/round-0001.safetensors", a_bit, "its checksum differs", marks=pytest.mark.slow),
         ("state/round-0001.safetensors", of_device_0, "is that of device 0, not of device 1"),
         ("pruned", of_device_0, "is the model of device 0, not of 1"),
     ],

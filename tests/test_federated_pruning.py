@@ -112,7 +112,12 @@ def test_requested_weights_are_sent_and_equal_the_backbones(
         assert same(run.kept(i), plain.kept(i))
 
 
-@pytest.mark.parametrize("case", CHANGED)
+SLOW = {"upop", "one-pass"}
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=pytest.mark.slow if case in SLOW else []) for case in CHANGED]
+)
 def test_devices_store_exactly_the_models_that_the_server_made(
     case: str, plain: Run, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

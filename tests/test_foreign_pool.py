@@ -316,7 +316,13 @@ def test_costs_are_those_of_the_model_with_the_new_head() -> None:
 
 def test_a_run_with_an_unlabelled_foreign_pool(weights: Path, unlabelled: Path, cache: Path, tmp_path: Path) -> None:
     """The head is for the devices' classes and is trained by the federation; a report shows the effective sizes."""
-    given = [f"data.public={unlabelled}", f"model.weights={weights}", "model.head=new", "metric.size=64"]
+    given = [
+        f"data.public={unlabelled}",
+        f"model.weights={weights}",
+        "model.head=new",
+        "metric.size=64",
+        "train.steps=5",
+    ]
     done = tapfl("--out", str(tmp_path / "run"), cache=cache, options=given)
     assert done.exit_code == 0, done.output
     classes = json.loads((tmp_path / "run" / "classes.json").read_text())

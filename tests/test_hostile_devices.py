@@ -69,7 +69,10 @@ def federation(
     return folder, [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("case", LIES)
+SLOW = {"means of another dimension", "adapters too short"}
+
+
+@pytest.mark.parametrize("case", [pytest.param(case, marks=pytest.mark.slow if case in SLOW else []) for case in LIES])
 def test_a_lie_is_refused_and_the_federation_continues(
     case: str, cache: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -50,7 +50,7 @@ ARGUMENTS = sorted(
     {*inspect.signature(VisionTransformer).parameters, *inspect.signature(SwinTransformer).parameters}
     - {"num_classes", "kwargs"}
 )
-slowly = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+slowly = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @pytest.fixture(scope="module")

@@ -43,7 +43,14 @@ def prune(tmp_path: Path, cache: Path, *arguments: str, budget: str = "0.5") -> 
     return tapfl("prune", "--budget", budget, "--out", str(tmp_path / "small"), *sets, *arguments)
 
 
-@pytest.mark.parametrize("how", [("tap", "none"), ("lowrank-heads", "sequential"), ("upop-oneshot", "one-pass")])
+@pytest.mark.parametrize(
+    "how",
+    [
+        pytest.param(("tap", "none"), marks=pytest.mark.slow),
+        ("lowrank-heads", "sequential"),
+        pytest.param(("upop-oneshot", "one-pass"), marks=pytest.mark.slow),
+    ],
+)
 def test_a_backbone_is_pruned_saved_and_shown(tmp_path: Path, cache: Path, how: tuple[str, str]) -> None:
     criterion, compensation = how
     said = json.loads(prune(tmp_path, cache, "--criterion", criterion, "--compensation", compensation, "--json"))
@@ -128,7 +135,7 @@ def test_a_folder_that_is_not_a_model_is_refused(tmp_path: Path) -> None:
         tapfl("inspect", str(tmp_path))
 
 
-@pytest.mark.parametrize("family", ["vit", "swin"])
+@pytest.mark.parametrize("family", [pytest.param("vit", marks=pytest.mark.slow), "swin"])
 def test_inspecting_a_device_shows_heads_stages_and_costs(family: str, vit: Tiny, tmp_path: Path) -> None:
     backbone = tiny(SWIN) if family == "swin" else vit
     attention, ffn = backbone.layers[:2]

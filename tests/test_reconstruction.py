@@ -86,7 +86,7 @@ def test_a_rate_that_diverges_is_named() -> None:
         reconstruct(nn.Linear(1, 1), calls_of(y, y, 6), steps=3, learning_rate=1e30)
 
 
-@pytest.mark.parametrize("family", ["vit", "deit", "swin"])
+@pytest.mark.parametrize("family", ["vit", pytest.param("deit", marks=pytest.mark.slow), "swin"])
 def test_every_branch_is_judged_on_its_input_in_the_pruned_model(
     family: str, small_families: dict[str, Tiny], monkeypatch: pytest.MonkeyPatch
 ) -> None:

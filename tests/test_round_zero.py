@@ -82,7 +82,12 @@ def with_options(place: Place, **options: object) -> Place:
 
 @pytest.mark.parametrize(
     ("probe", "rule"),
-    [("own", "density-ratio"), ("own", "top-likelihood"), ("own", "random"), ("pool", "density-ratio")],
+    [
+        ("own", "density-ratio"),
+        pytest.param("own", "top-likelihood", marks=pytest.mark.slow),
+        pytest.param("own", "random", marks=pytest.mark.slow),
+        ("pool", "density-ratio"),
+    ],
 )
 def test_shared_plans_are_unshared_plans_bit_by_bit(place: Place, probe: str, rule: str) -> None:
     there = with_options(place, pruning__probe=probe, metric__rule=rule)
@@ -256,7 +261,9 @@ def test_a_memo_keeps_what_was_used_last() -> None:
     assert memo.once("d", lambda: 4) == 4
 
 
-@pytest.mark.parametrize(("probe", "criterion"), [("own", "tap"), ("pool", "lowrank-heads")])
+@pytest.mark.parametrize(
+    ("probe", "criterion"), [pytest.param("own", "tap", marks=pytest.mark.slow), ("pool", "lowrank-heads")]
+)
 def test_smaller_models_made_side_by_side_are_the_same_and_come_in_order(
     place: Place, probe: str, criterion: str
 ) -> None:

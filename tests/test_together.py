@@ -96,7 +96,7 @@ def assert_near(got: object, want: LocalResult) -> None:
         torch.testing.assert_close(got.personal.alpha, want.personal.alpha, rtol=1e-5, atol=1e-7)
 
 
-@settings(max_examples=20, phases=[Phase.generate], deadline=None)
+@settings(max_examples=12, phases=[Phase.generate], deadline=None)
 @given(data=st.data())
 def test_together_equals_one_by_one(data: st.DataObject, families: dict[str, Tiny]) -> None:
     backbone = families[data.draw(st.sampled_from(["vit", "deit"]))]

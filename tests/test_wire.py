@@ -499,7 +499,7 @@ def contents(draw: st.DrawFn) -> tuple[type[WireMessage], RecordDict]:
     return type(message), content
 
 
-@settings(max_examples=500)
+@settings(max_examples=300)
 @given(sent=contents())
 @pytest.mark.filterwarnings("ignore")  # numpy's warnings about odd headers and overflows
 def test_whatever_arrives_is_accepted_or_refused(sent: tuple[type[WireMessage], RecordDict]) -> None:

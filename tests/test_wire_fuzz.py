@@ -46,7 +46,7 @@ def test_every_message_and_every_check_is_attacked() -> None:
     assert {name for name in methods if not name.startswith("_")} == CHECKS
 
 
-@settings(max_examples=1500)
+@settings(max_examples=1000)
 @given(data=st.binary(max_size=300))
 @pytest.mark.filterwarnings("ignore")  # numpy's warnings about odd headers and overflows
 def test_any_bytes(data: bytes) -> None:
