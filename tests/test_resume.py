@@ -55,8 +55,10 @@ def uninterrupted(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 @pytest.mark.parametrize(
     "moment", [pytest.param(moment, marks=pytest.mark.slow if moment in SLOW else []) for moment in MOMENTS]
 )
-def test_a_killed_and_resumed_run_equals_an_uninterrupted_one(moment: str, uninterrupted: Path, cache: Path) -> None:
-    folder = uninterrupted.parent / "killed" / moment
+def test_a_killed_and_resumed_run_equals_an_uninterrupted_one(
+    moment: str, uninterrupted: Path, cache: Path, tmp_path: Path
+) -> None:
+    folder = copy_of(uninterrupted, moment, tmp_path)
     assert not (folder / "summary.json").exists()
     done = tapfl("--resume", str(folder), cache=cache, options=OPTIONS)
     assert done.exit_code == 0, done.output
@@ -64,9 +66,14 @@ def test_a_killed_and_resumed_run_equals_an_uninterrupted_one(moment: str, unint
     assert measures(folder) == measures(uninterrupted)
 
 
+def copy_of(uninterrupted: Path, moment: str, folder: Path) -> Path:
+    """Returns a run that was killed at the moment."""
+    return Path(shutil.copytree(uninterrupted.parent / "killed" / moment, folder / "run"))
+
+
 def test_killed_twice(uninterrupted: Path, cache: Path, tmp_path: Path) -> None:
     """The second time by a real signal."""
-    folder = Path(shutil.copytree(uninterrupted.parent / "killed" / "after the warm start", tmp_path / "run"))
+    folder = copy_of(uninterrupted, "after the warm start", tmp_path)
     killed_after(MOMENTS["in the second round"], "--resume", str(folder), cache=cache, options=OPTIONS)
     assert tapfl("--resume", str(folder), cache=cache, options=OPTIONS).exit_code == 0
     assert content(folder) == content(uninterrupted)
