@@ -153,7 +153,7 @@ def test_shell_text_is_split_into_commands() -> None:
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the files that pages assume, small enough to be made in seconds."""
     folder = tmp_path_factory.mktemp("made")
-    options = [*SMALL, "devices.count=2", f"cache={folder / 'cache'}"]
+    options = [*SMALL, "devices.count=2", "data.public-share=0.9", "train.steps=5", f"cache={folder / 'cache'}"]
     small = [part for option in options for part in ("--set", option)]
     for line in (
         ["run", "--engine", "inprocess", "--no-report", *small, "--out", str(folder / "runs" / "first")],
