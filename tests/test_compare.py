@@ -135,6 +135,23 @@ def test_a_cell_that_does_not_support_an_option_is_refused_and_the_others_are_me
     assert sum(row["pruned"] != "" for row in rows) == 1
 
 
+def test_a_cell_whose_images_or_training_fail_is_refused_and_the_others_are_measured(
+    tmp_path: Path, cache: Path
+) -> None:
+    axes = """criterion = ["magnitude"]
+"metric.size" = [64, 9984]
+recovery = ["fine-tune"]
+recovery-learning-rate = [1e-5, 1e20]
+device = [0]"""
+    file = comparison_file(tmp_path, axes, '"pruning.recovery-steps" = 3\n"pruning.compensation" = "none"', cache)
+    file.write_text(file.read_text().replace('"metric.size" = 64\n', ""))
+    rows = run_comparison(read_comparison(file), tmp_path / "out", lambda *_: None)
+    refused = {(row["metric.size"], float(row["recovery-learning-rate"])): row["refused"] for row in rows}
+    assert refused.pop(("64", 1e-5)) == "" and sum(row["pruned"] != "" for row in rows) == 1
+    assert "recovery diverged" in refused.pop(("64", 1e20))
+    assert len(refused) == 2 and all("accepted: at most" in reason for reason in refused.values())
+
+
 def test_a_comparison_of_refused_cells_alone_has_a_table_and_no_figure(tmp_path: Path, cache: Path) -> None:
     file = comparison_file(tmp_path, 'criterion = ["magnitude"]\nbudget = [0.01]\ndevice = [0]', cache=cache)
     invoked = ["compare", "--config", str(file), "--out", str(tmp_path / "out"), "--jobs", "1"]

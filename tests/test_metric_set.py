@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tapfl.config import MetricOptions, SummaryOptions
-from tapfl.errors import DataError
+from tapfl.errors import ConfigError
 from tapfl.seeds import numpy_generator
 from tapfl.summary.metric_set import RULES, pick_metric_set
 from tapfl.summary.mixture import GaussianSummary, fit_mixture
@@ -129,7 +129,7 @@ def test_the_device_s_clusters_are_found_far_better_than_at_random(rule: str, sc
 
 def test_a_set_larger_than_the_pool_is_refused(scene: tuple) -> None:
     device, pool, points, _ = scene
-    with pytest.raises(DataError, match=r"metric\.size = 324: the public pool has 320 images"):
+    with pytest.raises(ConfigError, match=r"recovery-size = 324: the public pool has 320 images"):
         pick("random", 324, device, pool, points)
 
 

@@ -22,7 +22,7 @@ from experiments.statistics import as_text
 from tapfl.compute import Compute, home
 from tapfl.config import PruningOptions, RunConfig
 from tapfl.data.images import ImageSet
-from tapfl.errors import BudgetError, ConfigError
+from tapfl.errors import BudgetError, ConfigError, ModelError
 from tapfl.memo import Memo
 from tapfl.models.units import PrunableLayer
 from tapfl.pruning.compensation import cut, row_sensitivities
@@ -71,19 +71,25 @@ class CellRunner:
         return result
 
     def _measure(self, cell: Cell) -> dict[str, object]:
+        """Returns the measures of a cell, or the reason that it has none.
+
+        An error in the data ends the comparison instead, because it may be gone when the command is repeated.
+        """
         Compute.of(cell.config.compute).prepare()
-        view, images = self._view(cell), self._images(cell)  # their errors are not about the cell, and end everything
+        self._scenario(cell)  # its errors are not about one cell
         try:
-            options = resolved(cell.config.pruning)
-            later = FINISH if options.tokens != "auto" else RECOVERY  # with auto, tokens depend on compensation
-            choice = (_images_key(cell), cell.budget, options.model_copy(update=dict.fromkeys(later)))
-            task = self._once("task", choice, lambda: self._task(cell))
-        except ConfigError as error:  # criterion, backbone or pool do not support one of the options
+            return self._measured(cell)
+        except (BudgetError, ConfigError, ModelError) as error:
             return {"refused": str(error)}
+
+    def _measured(self, cell: Cell) -> dict[str, object]:
+        view, images = self._view(cell), self._images(cell)
+        options = resolved(cell.config.pruning)
+        later = FINISH if options.tokens != "auto" else RECOVERY  # with auto, tokens depend on compensation
+        choice = (_images_key(cell), cell.budget, options.model_copy(update=dict.fromkeys(later)))
+        task = self._once("task", choice, lambda: self._task(cell))
         task = replace(task, options=task.options.model_copy(update={name: getattr(options, name) for name in FINISH}))
         selection, seconds = self._once("selection", choice, lambda: self._select(cell, task))
-        if isinstance(selection, str):
-            return {"refused": selection}
         cutting = (*choice, *(getattr(options, name) for name in FINISH if name.startswith("compensation")))
         small = self._once("cut", cutting, lambda: self._cut(cell, task, selection))
         fine_tune = view.fine_tune_set(cell.config.metric, options, cell.instead)
@@ -96,10 +102,13 @@ class CellRunner:
         measures |= {name: as_text(part.tolist()) for name, part in zip(IMAGES.values(), right, strict=True)}
         return measures | (self._agreement(cell, task) if self.rank else {})
 
-    def _view(self, cell: Cell) -> DeviceView:
+    def _scenario(self, cell: Cell) -> Scenario:
         shared = scenario_of(cell.config)
-        scenario = self._once("scenario", shared, lambda: Scenario.of(shared))
-        key = (shared, cell.device, cell.lacks)
+        return self._once("scenario", shared, lambda: Scenario.of(shared))
+
+    def _view(self, cell: Cell) -> DeviceView:
+        scenario = self._scenario(cell)
+        key = (scenario.config, cell.device, cell.lacks)
         return self._once("view", key, lambda: DeviceView.of(scenario.lacking(cell.device, cell.lacks), cell.device))
 
     def _images(self, cell: Cell) -> ImageSet:
@@ -110,17 +119,14 @@ class CellRunner:
         config = cell.config
         return self._view(cell).task(self._images(cell), cell.budget, config.pruning, config.metric.batch)
 
-    def _select(self, cell: Cell, task: PruningTask) -> tuple[Selection | str, float]:
-        """Returns the selection of the criterion (or the reason that there is none) and the seconds it took."""
+    def _select(self, cell: Cell, task: PruningTask) -> tuple[Selection, float]:
+        """Returns the selection of the criterion and the seconds it took."""
         criterion, compute = criterion_of(task.options.criterion), Compute.of(cell.config.compute)
-        try:
-            if criterion.scores is None:
-                return timed(lambda: select(task), compute)
-            scores, scoring_seconds = self._scores(cell, task.options, criterion.scores, lambda: task)
-            selection, seconds = timed(lambda: select(task, scores), compute)
-            return selection, scoring_seconds + seconds
-        except (BudgetError, ConfigError) as error:
-            return str(error), 0.0
+        if criterion.scores is None:
+            return timed(lambda: select(task), compute)
+        scores, scoring_seconds = self._scores(cell, task.options, criterion.scores, lambda: task)
+        selection, seconds = timed(lambda: select(task, scores), compute)
+        return selection, scoring_seconds + seconds
 
     def _scores(
         self, cell: Cell, options: PruningOptions, scoring: Scoring, task: Callable[[], PruningTask]

@@ -16,7 +16,7 @@ from tapfl.config import NEW_HEADS, MetricOptions, PruningOptions, RunConfig
 from tapfl.data.federated import DeviceSplit, check_pool, kept_partition, labels_among, open_pool, open_private
 from tapfl.data.images import ImageSet
 from tapfl.data.transform import Transform
-from tapfl.errors import DataError
+from tapfl.errors import ConfigError
 from tapfl.models.backbone import BackboneSpec
 from tapfl.models.dense import DenseCache, dense_backbone
 from tapfl.models.forward import image_features, input_transform
@@ -75,7 +75,7 @@ class Scenario:
         Descriptors and mixture of the pool are computed again; the dense backbone is the same.
 
         Raises:
-            DataError: if the pool has no images of these classes anyway.
+            ConfigError: if the pool has no images of these classes anyway.
         """
         if not share:
             return self
@@ -83,7 +83,7 @@ class Scenario:
         gone = classes_that_lack(classes, share, self.config.seed, device)
         names = {self.private.classes[label] for label in gone}
         if names and not names & set(images.classes):
-            raise DataError(f"pool-lacks = {share}: the public pool has none of the devices' classes; accepted: 0")
+            raise ConfigError(f"pool-lacks = {share}: the public pool has none of the devices' classes; accepted: 0")
         stay = np.flatnonzero(~_among(names, images))
         cache = cache_folder(self.config.cache)
         features = cached_features(self.model, self.spec, images, self.transform, cache, self.compute)

@@ -23,7 +23,7 @@ from tapfl.compute import HERE, Compute
 from tapfl.config import MetricOptions
 from tapfl.data.images import ImageSet, forget, in_order
 from tapfl.data.transform import Transform
-from tapfl.errors import DataError
+from tapfl.errors import ConfigError
 from tapfl.models.backbone import BackboneSpec
 from tapfl.models.forward import image_features
 from tapfl.store import content_hash, whole_file
@@ -104,11 +104,12 @@ def pick_metric_set(
         points: the pool's descriptors, float64 (n, d).
 
     Raises:
-        DataError: if the pool is smaller than the requested metric set.
+        ConfigError: if the pool has fewer images.
     """
     options, generator = options or MetricOptions(), generator or np.random.default_rng(0)
     if options.size > len(points):
-        raise DataError(f"metric.size = {options.size}: the public pool has {len(points)} images")
+        asked = f"metric.size or pruning.recovery-size = {options.size}"
+        raise ConfigError(f"{asked}: the public pool has {len(points)} images; accepted: at most as many")
     if options.rule == "random":
         return generator.choice(len(points), options.size, replace=False)
     if options.rule == "component-quota":
