@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from tapfl.errors import ConfigError
-from tapfl.store import write_json
+from tapfl.store import home_folder, write_json
 
 
 @contextmanager
@@ -56,7 +56,7 @@ def _held(folder: Path, other: str) -> IO[str]:
 
 def run_path(out: str, run_id: int) -> Path:
     """Returns a run's folder: `out`, or a default that both server and devices derive from Flower's run id."""
-    return Path(out) if out else Path.home() / "tapfl-runs" / str(run_id)
+    return Path(out) if out else home_folder("out") / "tapfl-runs" / str(run_id)
 
 
 class Versions:

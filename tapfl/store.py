@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from safetensors import SafetensorError, safe_open
 
-from tapfl.errors import PlanError
+from tapfl.errors import ConfigError, PlanError
 
 if TYPE_CHECKING:
     import torch
@@ -214,4 +214,13 @@ def content_hash(*parts: bytes | str | Tensors | Pieces) -> str:
 
 def cache_folder(option: str = "") -> Path:
     """Returns the cache folder: `option`, or TAPFL_CACHE, or ~/.cache/tapfl."""
-    return Path(option or os.environ.get("TAPFL_CACHE") or Path.home() / ".cache" / "tapfl")
+    given = option or os.environ.get("TAPFL_CACHE")
+    return Path(given) if given else home_folder("cache or TAPFL_CACHE") / ".cache" / "tapfl"
+
+
+def home_folder(option: str) -> Path:
+    """Returns the user's home folder. Raises ConfigError with the `option` to set if there is none."""
+    try:
+        return Path.home()
+    except RuntimeError:  # as in a container with a user that has no account
+        raise ConfigError(f"{option}: is not set, and this user has no home folder; accepted: a folder") from None

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import pwd
 from pathlib import Path
 
 import pytest
 import torch
 
 from tapfl.errors import ConfigError, PlanError
-from tapfl.run_folder import RunFolder
-from tapfl.store import content_hash, read_tensors, write_bytes, write_json, write_tensors
+from tapfl.run_folder import RunFolder, run_path
+from tapfl.store import cache_folder, content_hash, read_tensors, write_bytes, write_json, write_tensors
 
 
 @pytest.mark.parametrize("step", ["replace", "fsync"])
@@ -115,3 +116,13 @@ def test_a_run_s_folder_is_new(tmp_path: Path) -> None:
         RunFolder.create(tmp_path / "file")
     with pytest.raises(ConfigError, match=r"out = .*: cannot be created \(Not a directory\)"):
         RunFolder.create(tmp_path / "file" / "below")
+
+
+def test_a_user_without_a_home_folder_is_told_which_option_to_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("HOME", "TAPFL_CACHE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", {}.__getitem__)  # as in a container whose user has no account
+    for place, option in ((cache_folder, "cache or TAPFL_CACHE"), (lambda: run_path("", 1), "out")):
+        with pytest.raises(ConfigError, match=rf"^{option}: is not set, and this user has no home folder"):
+            place()
+    assert cache_folder("here") == Path("here")
