@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from representatives import some_slow
 from safetensors.torch import load_file
 from test_inprocess_run import tapfl
 from torch import Tensor, nn
@@ -112,12 +113,7 @@ def test_requested_weights_are_sent_and_equal_the_backbones(
         assert same(run.kept(i), plain.kept(i))
 
 
-SLOW = {"upop", "one-pass"}
-
-
-@pytest.mark.parametrize(
-    "case", [pytest.param(case, marks=pytest.mark.slow if case in SLOW else []) for case in CHANGED]
-)
+@pytest.mark.parametrize("case", some_slow(CHANGED, {"upop", "one-pass"}))
 def test_devices_store_exactly_the_models_that_the_server_made(
     case: str, plain: Run, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

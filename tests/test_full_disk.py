@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 import pytest
+from representatives import some_slow
 from test_inprocess_run import SMALL, content, tapfl
 
 from experiments import cli
@@ -42,12 +43,9 @@ def fails_from(monkeypatch: pytest.MonkeyPatch, count: int, error: int) -> None:
 FULL, READ_ONLY = errno.ENOSPC, errno.EROFS
 # which file of a run cannot be written: its versions, a summary, plan, checkpoint, state or adapter
 CASES = [(2, FULL), (6, READ_ONLY), (10, FULL), (16, READ_ONLY), (23, FULL), (31, READ_ONLY)]
-SLOW = {2, 10, 23}  # their neighbours are similar
 
 
-@pytest.mark.parametrize(
-    ("count", "error"), [pytest.param(*case, marks=pytest.mark.slow if case[0] in SLOW else []) for case in CASES]
-)
+@pytest.mark.parametrize(("count", "error"), some_slow(CASES, CASES[::2]))  # neighbours are similar
 def test_a_run_whose_disk_was_full_resumes_to_the_same_bits(
     count: int, error: int, whole: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

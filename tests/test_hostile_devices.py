@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
+from representatives import some_slow
 from test_inprocess_run import SMALL, THREE
 
 from clients import client_app as real
@@ -72,7 +73,7 @@ def federation(
 SLOW = {"means of another dimension", "adapters too short"}
 
 
-@pytest.mark.parametrize("case", [pytest.param(case, marks=pytest.mark.slow if case in SLOW else []) for case in LIES])
+@pytest.mark.parametrize("case", some_slow(LIES, SLOW))
 def test_a_lie_is_refused_and_the_federation_continues(
     case: str, cache: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

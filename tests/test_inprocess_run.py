@@ -18,6 +18,7 @@ from click.testing import Result
 from faulty_apps import mortal
 from killing import copied_after
 from personal_problems import same_bits
+from representatives import some_slow
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
@@ -240,10 +241,7 @@ def goes_on(sharing: Path, cache: Path, options: list[str]) -> tuple[Path, Summa
     return whole, summary
 
 
-@pytest.mark.parametrize(
-    ("rule", "method"),
-    [pytest.param(*pair, marks=[] if pair[1] in DEFAULT else pytest.mark.slow) for pair in PAIRS],
-)
+@pytest.mark.parametrize(("rule", "method"), some_slow(PAIRS, [pair for pair in PAIRS if pair[1] not in DEFAULT]))
 def test_every_rule_and_every_method_runs_and_resumes(cache: Path, sharing: Path, rule: str, method: str) -> None:
     options = [f"personalize.method={method}", f"adapters.rule={rule}", *NEEDS.get(method, [])]
     run, summary = goes_on(sharing, cache, options)

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from killing import copied_after
 from mlflow import MlflowClient
+from representatives import some_slow
 from sqlalchemy import event
 from sqlalchemy.engine import Engine
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -161,9 +162,7 @@ def test_event_files_opened_in_the_same_second_are_read_in_the_order_of_writing(
     assert in_event_files(tmp_path) == {"alpha": [(0, 0.5), (1, 0.5)]}
 
 
-@pytest.mark.parametrize(
-    "moment", [*list(MOMENTS)[:2], *(pytest.param(m, marks=pytest.mark.slow) for m in list(MOMENTS)[2:])]
-)
+@pytest.mark.parametrize("moment", some_slow(MOMENTS, list(MOMENTS)[2:]))
 def test_killed_and_resumed_has_every_point_once(
     moment: str, finished: Path, store: Path, cache: Path, uri: str, tmp_path: Path
 ) -> None:

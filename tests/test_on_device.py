@@ -17,6 +17,7 @@ import torch
 from backbones import DEIT, SWIN, VIT, Tiny, kept_units, plan_of, random_kept, tiny
 from pages import ROOT
 from pretended import THERE, There, accelerator
+from representatives import some_slow
 from test_inprocess_run import TINY, tapfl
 from test_lora import with_noise
 from test_personalize import METHODS
@@ -104,10 +105,7 @@ def narrow() -> Tiny:
 CRITERIA = {"tap+", "fisher", "wanda", "lowrank-heads", "savit", "updp", "upop"}
 
 
-@pytest.mark.parametrize(
-    "name",
-    [pytest.param(name, marks=[] if name in CRITERIA else pytest.mark.slow) for name in sorted(registry.BUILT_IN)],
-)
+@pytest.mark.parametrize("name", some_slow(sorted(registry.BUILT_IN), registry.BUILT_IN.keys() - CRITERIA))
 def test_a_criterion_has_the_same_result_on_the_accelerator(
     name: str, vit: Tiny, narrow: Tiny, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -126,9 +124,7 @@ def test_a_criterion_has_the_same_result_on_the_accelerator(
 SLOW = {"pit", "no biases"}  # "windows that overhang" is hierarchical as well, and has the same criterion
 
 
-@pytest.mark.parametrize(
-    "family", [pytest.param(name, marks=pytest.mark.slow if name in SLOW else []) for name in OTHERS]
-)
+@pytest.mark.parametrize("family", some_slow(OTHERS, SLOW))
 def test_other_backbones_have_the_same_result_on_the_accelerator(family: str) -> None:
     spec, options = OTHERS[family]
     backbone = tiny(spec)
@@ -206,9 +202,7 @@ class Place:
 ROUNDS = {"apfl", "apfl, α held out", "ditto", "fedala", "fedrep", "perfedavg", "pfedme"}
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[] if name in ROUNDS else pytest.mark.slow) for name in EVERY_METHOD]
-)
+@pytest.mark.parametrize("name", some_slow(EVERY_METHOD, EVERY_METHOD.keys() - ROUNDS))
 def test_a_round_has_the_same_result_on_the_accelerator(name: str, vit: Tiny) -> None:
     method, here = EVERY_METHOD[name], Place(vit, HERE)
     want = here.round(method)

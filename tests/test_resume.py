@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from killing import copied_after, killed_after
+from representatives import some_slow
 from test_inprocess_run import THREE, content, tapfl
 
 from clients.device import Device
@@ -52,9 +53,7 @@ def uninterrupted(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     return folder
 
 
-@pytest.mark.parametrize(
-    "moment", [pytest.param(moment, marks=pytest.mark.slow if moment in SLOW else []) for moment in MOMENTS]
-)
+@pytest.mark.parametrize("moment", some_slow(MOMENTS, SLOW))
 def test_a_killed_and_resumed_run_equals_an_uninterrupted_one(
     moment: str, uninterrupted: Path, cache: Path, tmp_path: Path
 ) -> None:

@@ -12,6 +12,7 @@ import torch
 from backbones import Tiny, masked, plan_of
 from hypothesis import given
 from hypothesis import strategies as st
+from representatives import some_slow
 from test_fit import made_up_timings
 from torch import Tensor
 
@@ -179,10 +180,7 @@ def task_of(backbone: Tiny, budget: str, **options: object) -> PruningTask:
 BUDGETS = ["params<=0.6", "macs<=0.6,params<=0.5", "latency<=0.8", "block-macs<=0.5,latency<=0.9"]
 
 
-# one limit is less than two
-@pytest.mark.parametrize(
-    "budget", [pytest.param(each, marks=[] if "," in each else pytest.mark.slow) for each in BUDGETS]
-)
+@pytest.mark.parametrize("budget", some_slow(BUDGETS, BUDGETS[::2]))  # one limit is less than two
 @pytest.mark.parametrize("name", sorted(registry.BUILT_IN))
 def test_every_criterion_keeps_every_limit(name: str, budget: str, vit: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(upop, "STEPS", 4)
