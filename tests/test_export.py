@@ -142,7 +142,9 @@ def test_another_top_1_is_a_difference_however_small(monkeypatch: pytest.MonkeyP
         ({"format": "tflite"}, "format = 'tflite': accepted are onnx, torch-export, torchscript"),
         ({"batch": 0}, "batch = 0: must be at least 1"),
         ({"format": "torchscript", "opset": 18}, "opset = 18: is for format onnx"),
-        ({"opset": 99}, "opset = 99: "),
+        ({"opset": 99}, "opset = 99: accepted are 1 to [0-9]+"),
+        ({"opset": 0}, "opset = 0: accepted are 1 to [0-9]+"),
+        pytest.param({"opset": 7}, "opset = 7: torch's exporter does not write it", marks=pytest.mark.slow),
     ],
 )
 def test_invalid_arguments_are_refused(arguments: dict[str, Any], message: str, vit: Tiny, tmp_path: Path) -> None:

@@ -77,6 +77,8 @@ def export(
     write, read, packages = FORMATS[format]
     if missing := [package for package in packages if find_spec(package) is None]:
         raise ConfigError(f"format = {format!r}: needs {', '.join(missing)}, of the extra tapfl[export]")
+    if opset is not None and not 0 < opset <= _newest_opset():
+        raise ConfigError(f"opset = {opset}: accepted are 1 to {_newest_opset()}, if torch's exporter writes them")
     batches = (batch,) if batch else (1, 3)
     try:
         with whole_file(file) as temporary:
@@ -177,6 +179,12 @@ def _write_onnx(model: nn.Module, file: Path, about: Mapping[str, str], batch: i
         entry = proto.metadata_props.add()
         entry.key, entry.value = key, value
     file.write_bytes(proto.SerializeToString())
+
+
+def _newest_opset() -> int:
+    import onnx
+
+    return int(onnx.defs.onnx_opset_version())
 
 
 def _read_onnx(file: Path) -> Forward:
