@@ -33,7 +33,7 @@ def one_of_each(cells: list[SweepRun]) -> list[SweepRun]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["criteria", "partitions", "devices", "rules", "personalize"])
+@pytest.mark.parametrize("name", ["criteria", "partitions", "devices", "rules", "methods"])
 def test_a_ready_sweep_runs(name: str, tmp_path: Path) -> None:
     cells = [reduced(cell, tmp_path / "cache") for cell in one_of_each(read_sweep(CONFIGS / f"{name}.toml")[0])]
     failures = in_threads(cells, tmp_path / "out", 1)
