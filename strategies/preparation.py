@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -19,10 +19,11 @@ import numpy as np
 import torch
 from flwr.common.logger import log
 
+from strategies import round_zero
 from strategies.exchange import Request
 from strategies.fleet import Fleet, sample_clients
 from strategies.records import CLASSES, DeviceRecord, DriftLine, FailureLine, append_lines, read_classes
-from strategies.round_zero import PublicPool, Shared, describe_pool, device_model, probed, side_by_side, task_images
+from strategies.round_zero import PublicPool, Shared, alike, describe_pool, device_model, probed, side_by_side
 from strategies.state import FederationState
 from tapfl.adapters.layout import adapted_share
 from tapfl.compute import HERE, Compute
@@ -97,7 +98,7 @@ class Preparation:
         reply, options = self._stored_summary(record.device), self.config.summary
         dim = self.pool.points.shape[1]
         summary = reply.mixture(dim, options.min_support, self._announced(record)) if reply else None
-        return task_images(self.pool, summary, self.config.metric, self.config.seed, record.device)
+        return round_zero.task_images(self.pool, summary, self.config.metric, self.config.seed, record.device)
 
     def pruned_models(self, state: FederationState) -> tuple[FederationState, list[int]]:
         """Asks the devices for their mixtures and makes a plan for each; returns the devices that now have a plan.
@@ -109,39 +110,39 @@ class Preparation:
         state = state.with_devices({i: {"generic": i not in summaries} for i in state.devices})
         planned: list[int] = []
 
-        def make(shared: Shared, record: DeviceRecord) -> BudgetError | None:
+        def make(shared: Shared, group: Sequence[DeviceRecord]) -> BudgetError | None:
             try:
-                if not self.plan_file(record.device).exists():
-                    self._plan(shared, summaries.get(record.device), record)
-            except BudgetError as error:  # only this device gets no model
+                if missing := [record for record in group if not self.plan_file(record.device).exists()]:
+                    self._plan(shared, summaries, missing)
+            except BudgetError as error:  # only these devices get no model
                 return error
             return None
 
         with stage("smaller models") as advance:
-            advance(0, len(state.devices))
-            new_head, records = self.backbone if self.backbone is not self.judge else None, [*state.devices.values()]
-            config = probed(self.config, [record.profile.budget for record in records], self.pool)
+            new_head = self.backbone if self.backbone is not self.judge else None
+            groups = alike(self.config, state.devices.values())
+            advance(0, len(groups))
+            budgets = [group[0].profile.budget for group in groups]
+            config = probed(self.config, budgets, self.pool)
             shared = Shared(config, self.pool, self.judge, self.compute, new_head)
-            errors = side_by_side(shared, make, records, self._at_once(records))
-            for done, (record, error) in enumerate(zip(records, errors, strict=True), start=1):
-                i = record.device
-                if isinstance(error, BudgetError):
-                    append_lines(self.folder.path, FailureLine(phase="smaller models", device=i, reason=str(error)))
-                    state = state.with_devices({i: {"failures": record.failures + 1}})
-                else:
-                    planned.append(i)
-                advance(done, len(records), f"device {i}")
+            errors = side_by_side(shared, make, groups, self._at_once(budgets))
+            for done, (group, error) in enumerate(zip(groups, errors, strict=True), start=1):
+                for record in group:
+                    i = record.device
+                    if isinstance(error, BudgetError):
+                        append_lines(self.folder.path, FailureLine(phase="smaller models", device=i, reason=str(error)))
+                        state = state.with_devices({i: {"failures": record.failures + 1}})
+                    else:
+                        planned.append(i)
+                advance(done, len(groups), f"device {group[-1].device}")
         if not planned:
             raise RunError("smaller models: no device has a budget that this backbone can meet")
-        return state, planned
+        return state, sorted(planned)
 
-    def _at_once(self, records: Sequence[DeviceRecord]) -> int:
-        """Returns how many pruned models are made at once: as many as the memory probably has room for.
-
-        It is one on a GPU, and if a latency is measured.
-        """
-        measured = any(Budget.parse(record.profile.budget).measured for record in records)
-        return 1 if measured or self.compute.device.type != "cpu" else min(cores(), AT_ONCE, len(records))
+    def _at_once(self, budgets: Sequence[float | str]) -> int:
+        """Returns how many pruned models are made at once; one on a GPU, and if a latency is measured."""
+        measured = any(Budget.parse(budget).measured for budget in budgets)
+        return 1 if measured or self.compute.device.type != "cpu" else min(cores(), AT_ONCE, len(budgets))
 
     def surgery(
         self,
@@ -208,17 +209,21 @@ class Preparation:
             raise PlanError(f"{weights}: is not the file that {name} was written with (checksum differs)")
         return Prune(self.key, plan.model_dump_json(), content)
 
-    def _plan(self, shared: Shared, summary: GaussianSummary | None, record: DeviceRecord) -> None:
-        i = record.device
-        pruned = device_model(shared, self.spec, summary, i, record.profile.budget)
-        # a device that sent no mixture may not have the backbone either
-        weights = pruned.weights(always=self.config.pruning.send == "weights" or record.generic)
-        if pruned.metric_set is not None:
-            self._keep_metric_set(i, pruned.metric_set, shared.pool.effective_size(summary, pruned.metric_set))
-        if weights:
-            write_bytes(self._weights_file(i), weights)
-        # last: the plan marks the device's model as complete
-        write_json(self.plan_file(i), signed(pruned.plan, hashlib.sha256(weights).hexdigest()))
+    def _plan(self, shared: Shared, summaries: Mapping[int, GaussianSummary], records: Sequence[DeviceRecord]) -> None:
+        """Makes one model, and stores it and its plan for each of the devices, which get equal ones."""
+        first = records[0]
+        pruned = device_model(shared, self.spec, summaries.get(first.device), first.device, first.profile.budget)
+        for record in records:
+            i, summary = record.device, summaries.get(record.device)
+            # a device that sent no mixture may not have the backbone either
+            weights = pruned.weights(always=self.config.pruning.send == "weights" or record.generic)
+            if pruned.metric_set is not None:
+                self._keep_metric_set(i, pruned.metric_set, shared.pool.effective_size(summary, pruned.metric_set))
+            if weights:
+                write_bytes(self._weights_file(i), weights)
+            plan = pruned.plan.model_copy(update={"provenance": pruned.plan.provenance | {"device": i}})
+            # last: the plan marks the device's model as complete
+            write_json(self.plan_file(i), signed(plan, hashlib.sha256(weights).hexdigest()))
 
     def _keep_metric_set(self, i: int, chosen: np.ndarray, effective: float | None) -> None:
         """Stores the number of images per class for the report; no plan depends on it, except by `pruning.labels`."""

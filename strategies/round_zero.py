@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -15,6 +15,7 @@ from typing import TypeVar
 import numpy as np
 from torch import Tensor, nn
 
+from strategies.records import DeviceRecord
 from tapfl.compute import HERE, Compute
 from tapfl.config import MetricOptions, RunConfig
 from tapfl.data.images import ImageSet
@@ -94,15 +95,24 @@ def task_images(
     """Returns the positions in the pool, int64, of the images chosen for a device, the best first.
 
     Args:
-        summary: the device's mixture; None: the images are a random sample of the whole pool, the same for every
-            device.
+        summary: the device's mixture; None: the images are chosen as by the rule ``shared``, at random from the whole
+            pool and the same for every device.
         size: number of images; 0: the size of the metric set.
     """
     options = options.model_copy(update={"size": size or options.size})
-    generator = numpy_generator(seed, "metric", *([] if summary is None else [partition_id]))
     if summary is None:  # under the pool's own mixture all images tie, and a rule would just take the first ones
-        summary, options = pool.mixture, options.model_copy(update={"rule": "random"})
+        summary, options = pool.mixture, options.model_copy(update={"rule": "shared"})
+    generator = numpy_generator(seed, "metric", *([] if options.rule == "shared" else [partition_id]))
     return pick_metric_set(summary, pool.density, pool.points, options, generator)
+
+
+def alike(config: RunConfig, records: Iterable[DeviceRecord]) -> list[list[DeviceRecord]]:
+    """Returns the devices in groups that get equal models: with `metric.rule = shared`, all with the same budget."""
+    groups: dict[float | str, list[DeviceRecord]] = {}
+    for record in records:
+        key = record.profile.budget if config.metric.rule == "shared" else record.device
+        groups.setdefault(key, []).append(record)
+    return [*groups.values()]
 
 
 def probed(config: RunConfig, budgets: Sequence[float | str], pool: PublicPool) -> RunConfig:
@@ -110,10 +120,10 @@ def probed(config: RunConfig, budgets: Sequence[float | str], pool: PublicPool) 
 
     With ``pool``, the images of the pool pass through the backbone once for all devices, and about six times more for
     the layers under each different budget. With ``own``, the metric set of each device passes as often for that device
-    alone. So ``pool`` is cheaper if devices · metric.size ≥ different budgets · images of the pool.
+    alone. So ``pool`` is cheaper if metric sets · metric.size ≥ different budgets · images of the pool.
 
     Args:
-        budgets: the budget of each device.
+        budgets: the budget of each metric set.
     """
     if config.pruning.probe != "auto":
         return config

@@ -81,10 +81,10 @@ def test_coverage_equals_counting_by_hand(scenario: Scenario, rows: list[dict[st
         [np.flatnonzero(images.labels == label)[0] for label in (*sorted(own)[:1], *sorted(set(range(10)) - own)[:3])]
     )
     assert view.coverage(images.subset(four)) == (0.25, 1 / len(own))
-    metric = next(read_comparison(place / "compare.toml").cells()).config.metric
-    for instead in ("", "shared", "oracle"):
-        chosen = view.public_images(metric, 64, instead).labels.tolist()
-        row = next(r for r in rows if r["device"] == "1" and r["metric.rule"] == (instead or "density-ratio"))
+    cells = {cell.point["metric.rule"]: cell for cell in read_comparison(place / "compare.toml").cells()}
+    for rule in ("density-ratio", "shared", "oracle"):
+        chosen = view.public_images(cells[rule].config.metric, 64, cells[rule].oracle).labels.tolist()
+        row = next(r for r in rows if r["device"] == "1" and r["metric.rule"] == rule)
         assert float(row["own_share"]) == sum(label in own for label in chosen) / len(chosen)
         assert float(row["classes_covered"]) == len(own & set(chosen)) / len(own)
     assert {r["own_share"] for r in rows if r["metric.rule"] == "oracle"} == {"1.0"}
@@ -118,7 +118,8 @@ def test_rank_correlation_is_a_mean_over_layers_with_different_scores(scenario: 
 
 def test_the_shared_plan_uses_the_same_images_for_all_devices(scenario: Scenario, place: Path) -> None:
     metric = next(read_comparison(place / "compare.toml").cells()).config.metric
-    chosen = [DeviceView.of(scenario, device).public_images(metric, 64, "shared") for device in (0, 1)]
+    shared = metric.model_copy(update={"rule": "shared"})
+    chosen = [DeviceView.of(scenario, device).public_images(shared, 64) for device in (0, 1)]
     assert np.array_equal(chosen[0].read(), chosen[1].read())
     assert len(np.unique(chosen[0].labels)) == 10  # of all classes, in whatever order the pool is
     own = [DeviceView.of(scenario, device).public_images(metric, 64) for device in (0, 1)]

@@ -130,6 +130,20 @@ def test_devices_store_exactly_the_models_that_the_server_made(
     assert same(run.dense.state_dict(), plain.dense.state_dict())
 
 
+def test_with_the_shared_rule_devices_with_equal_budgets_get_one_model(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = ["metric.rule=shared", "pruning.compensation=one-pass", "devices.count=3", "devices.budgets=0.5,0.3,0.5"]
+    run = carry_out(tmp_path / "run", cache, options, monkeypatch)
+    assert set(run.made) == {0, 1}
+    plans = [load_plan(run.folder / "devices" / f"{i:02d}" / "pruned")[0] for i in range(3)]
+    assert [plan.provenance["device"] for plan in plans] == [0, 1, 2]
+    assert plans[0].layers == plans[2].layers != plans[1].layers
+    for i, made in enumerate((0, 1, 0)):
+        assert same(run.kept(i), run.made[made].model.state_dict())
+        assert run.records[i]["components"] > 0  # mixtures are sent, and described in the report
+
+
 def test_one_basis_serves_all_devices(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """If all units stay, a device's attention is the server's rotated one, so dims are the same on every device."""
     turned: list[nn.Module] = []

@@ -92,7 +92,7 @@ class CellRunner:
         selection, seconds = self._once("selection", choice, lambda: self._select(cell, task))
         cutting = (*choice, *(getattr(options, name) for name in FINISH if name.startswith("compensation")))
         small = self._once("cut", cutting, lambda: self._cut(cell, task, selection))
-        fine_tune = view.fine_tune_set(cell.config.metric, options, cell.instead)
+        fine_tune = view.fine_tune_set(cell.config.metric, options, cell.oracle)
         small = view.own(finished(task, recovered(task, selection, small, fine_tune, cell.config.seed)))
         plan = plan_of(task, selection, view.scenario.spec)
         right = hits(small, view.inputs, view.labels, view.classes)
@@ -113,7 +113,7 @@ class CellRunner:
 
     def _images(self, cell: Cell) -> ImageSet:
         metric, view = cell.config.metric, self._view(cell)
-        return self._once("images", _images_key(cell), lambda: view.public_images(metric, metric.size, cell.instead))
+        return self._once("images", _images_key(cell), lambda: view.public_images(metric, metric.size, cell.oracle))
 
     def _task(self, cell: Cell) -> PruningTask:
         config = cell.config
@@ -143,7 +143,7 @@ class CellRunner:
         scoring = criterion_of(task.options.criterion).scores
         if scoring is None:
             return {}
-        oracle = replace(cell, instead="oracle")
+        oracle = replace(cell, oracle=True)
         ours, _ = self._scores(cell, task.options, scoring, lambda: task)
         theirs, _ = self._scores(oracle, task.options, scoring, lambda: self._task(oracle))
         return rank_correlations(task.layers, ours, theirs)
@@ -177,4 +177,4 @@ def rank_correlations(layers: Sequence[PrunableLayer], ours: Scores, theirs: Sco
 
 
 def _images_key(cell: Cell) -> Hashable:
-    return scenario_of(cell.config), cell.device, cell.lacks, cell.config.metric, cell.instead
+    return scenario_of(cell.config), cell.device, cell.lacks, cell.config.metric, cell.oracle

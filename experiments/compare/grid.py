@@ -50,8 +50,7 @@ DEFAULTS: dict[str, list[Any]] = {
 OWN_AXES = ("device", "budget", "pool-lacks")  # axes that are not options of a run
 OWNER = ["device", "seed"]  # axes that determine the test images
 WITHIN_LINE = ("budget", *OWNER)  # axes that do not distinguish the lines of a table
-# values of metric.rule that exist only in a comparison: the device's own training images, or images of the whole pool
-INSTEAD = ("oracle", "shared")
+ORACLE = "oracle"  # a value of metric.rule that exists only in a comparison: the device's own training images
 # patterns of axes in the order of the computation: data and backbone (none of these), device, metric set, selection,
 # compensation and recovery; cells that differ only in a late stage share the most
 FINISH = (r"pruning\.compensation.*", r"pruning\.recovery.*")
@@ -122,7 +121,7 @@ class Cell:
         config: all options.
         device: the device's partition id.
         budget: limits on the cost of its model.
-        instead: one of `INSTEAD` if it replaces `metric.rule`, otherwise empty.
+        oracle: the metric set has the device's own training images.
         lacks: share of the device's classes whose images are removed from the public pool.
     """
 
@@ -130,7 +129,7 @@ class Cell:
     config: RunConfig
     device: int
     budget: Budget
-    instead: str
+    oracle: bool
     lacks: float
 
 
@@ -170,8 +169,8 @@ class Comparison:
     def _cell(self, point: Mapping[str, Any]) -> Cell:
         options = {"devices.count": DEFAULT_DEVICES, **self.options}
         options |= {option_of(axis): value for axis, value in point.items() if axis not in OWN_AXES}
-        instead = options.get("metric.rule")
-        if instead in INSTEAD:
+        oracle = options.get("metric.rule") == ORACLE
+        if oracle:
             del options["metric.rule"]
         config = with_model_of_hub(RunConfig.from_flat(options))
         require_criterion(config.pruning.criterion)
@@ -183,7 +182,7 @@ class Comparison:
             raise ConfigError(f"pool-lacks = {lacks!r}: is a share of the device's classes and must lie in 0..1")
         budget = Budget.parse(point["budget"])
         shown = {axis: str(value) for axis, value in point.items()} | {"budget": str(budget)}
-        return Cell(shown, config, device, budget, str(instead) if instead in INSTEAD else "", float(lacks))
+        return Cell(shown, config, device, budget, oracle, float(lacks))
 
 
 def read_comparison(file: Path, assignments: Iterable[str] = ()) -> Comparison:
@@ -244,7 +243,7 @@ def stage_of(axis: str) -> int:
 
 def _devices_of(given: Mapping[str, Any]) -> dict[str, int]:
     """Returns the number of devices as an option, if the partition determines it from the images."""
-    unknown = (*OWN_AXES, "metric.rule")  # metric.rule may have a value of `INSTEAD`
+    unknown = (*OWN_AXES, "metric.rule")  # metric.rule may be `ORACLE`
     config = RunConfig.from_flat({option_of(name): value for name, value in given.items() if name not in unknown})
     if "devices.count" in given or not config.data.makes_devices:
         return {}

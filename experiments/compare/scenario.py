@@ -136,20 +136,18 @@ class DeviceView:
         features = image_features(model, self.scenario.transform.batches(self.train))
         return fill_with_prototypes(model, features, self.train.labels)
 
-    def public_images(self, options: MetricOptions, size: int, instead: str = "") -> ImageSet:
+    def public_images(self, options: MetricOptions, size: int, oracle: bool = False) -> ImageSet:
         """Returns the metric set: `size` images chosen for the device, the best first; see `task_images`.
 
         Args:
-            instead: ``oracle`` draws them at random from the device's own training images, at most as many as it has;
-                ``shared`` draws them from the whole pool, the same for every device.
+            oracle: draw them at random from the device's own training images, at most as many as it has.
         """
         seed, pool = self.scenario.config.seed, self.scenario.pool
-        if instead == "oracle":
+        if oracle:
             count = min(size, len(self.train))  # scores ignore a rest that fills no batch
             drawn = numpy_generator(seed, "metric", self.device).permutation(len(self.train))
             return self.train.subset(drawn[:count])
-        summary = None if instead == "shared" else self.summary
-        return pool.images.subset(task_images(pool, summary, options, seed, self.device, size))
+        return pool.images.subset(task_images(pool, self.summary, options, seed, self.device, size))
 
     def coverage(self, images: ImageSet) -> tuple[float | str, float | str]:
         """Returns the share of `images` in the device's classes, and the share of these classes that they cover.
@@ -170,9 +168,9 @@ class DeviceView:
         seed, new_head = scenario.config.seed, scenario.new_head
         return pruning_task(model, inputs, budget, options, batch, labels, seed, new_head, compute)
 
-    def fine_tune_set(self, metric: MetricOptions, options: PruningOptions, instead: str = "") -> FineTuneSet | None:
+    def fine_tune_set(self, metric: MetricOptions, options: PruningOptions, oracle: bool = False) -> FineTuneSet | None:
         """Returns the images for recovery, or None if they are the metric set."""
-        return fine_tune_set(lambda size: self.public_images(metric, size, instead), self.scenario.transform, options)
+        return fine_tune_set(lambda size: self.public_images(metric, size, oracle), self.scenario.transform, options)
 
 
 def _among(names: Collection[str], images: ImageSet) -> np.ndarray:

@@ -219,8 +219,10 @@ class SummaryOptions(Section):
 class MetricOptions(Section):
     """The metric set: public images chosen for a device, on which importance is measured."""
 
-    rule: Literal["density-ratio", "component-quota", "top-likelihood", "random"] = Field(
-        "density-ratio", description="how a device's mixture selects public images"
+    rule: Literal["density-ratio", "component-quota", "top-likelihood", "random", "shared"] = Field(
+        "density-ratio",
+        description="how a device's mixture selects public images; random: at random; shared: at random, the same for "
+        "all devices, so that devices with equal budgets get equal models, which are made once",
     )
     size: Count = Field(256, description="number of images; a multiple of `batch`")
     batch: Annotated[int, Field(ge=4)] = Field(64, description="images per batch when units are scored")

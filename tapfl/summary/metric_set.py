@@ -110,7 +110,7 @@ def pick_metric_set(
     if options.size > len(points):
         asked = f"metric.size or pruning.recovery-size = {options.size}"
         raise ConfigError(f"{asked}: the public pool has {len(points)} images; accepted: at most as many")
-    if options.rule == "random":
+    if options.rule in ("random", "shared"):
         return generator.choice(len(points), options.size, replace=False)
     if options.rule == "component-quota":
         return _component_quota(device, points, options.size)
