@@ -181,7 +181,7 @@ CONFIGS = Path(cli.__file__).parent / "configs"
     [
         ("criteria", "pruning.criterion", criterion_names()),
         ("rules", "adapters.rule", RULES),
-        ("methods", "personalize.method", [*METHODS.keys() - {"local", "pooled"}]),  # these two are references there
+        ("methods", "personalize.method", [*{*METHODS} - {"local", "pooled"}]),  # these two are references there
         ("partitions", "data.partition", ["pathological", "class-blocks", "dirichlet", "iid", "shard"]),
     ],
 )
