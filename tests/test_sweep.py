@@ -181,7 +181,8 @@ CONFIGS = Path(cli.__file__).parent / "configs"
     [
         ("criteria", "pruning.criterion", criterion_names()),
         ("rules", "adapters.rule", RULES),
-        ("methods", "personalize.method", [*{*METHODS} - {"local", "pooled"}]),  # these two are references there
+        # local and pooled are references there
+        ("methods", "personalize.method", [name for name in METHODS if name not in ("local", "pooled")]),
         ("partitions", "data.partition", ["pathological", "class-blocks", "dirichlet", "iid", "shard"]),
     ],
 )
