@@ -11,16 +11,18 @@ from typing import Any
 
 import pytest
 import torch
-from backbones import SWIN, VIT, Tiny, plan_of, planned, scramble, tiny
+from backbones import CLASSES, SWIN, VIT, Tiny, plan_of, planned, scramble, tiny
 
 from tapfl.config import PruningOptions
 from tapfl.errors import PlanError
-from tapfl.models.backbone import build
+from tapfl.models.backbone import BackboneSpec, build
 from tapfl.models.cost import measure_cost
+from tapfl.models.forward import example_input
+from tapfl.models.prunable import prunable_layers
 from tapfl.pruning.basis import canonical_basis
 from tapfl.pruning.plan import PruningPlan, checksum_of, load_plan, read_plan
-from tapfl.pruning.surgery import apply_plan, load_pruned, save_pruned, shrink
-from tapfl.store import read_tensors, sha256_of, write_tensors
+from tapfl.pruning.surgery import apply_plan, load_pruned, rebuild, save_pruned, shrink
+from tapfl.store import pack_tensors, read_tensors, sha256_of, write_tensors
 
 FAMILIES = ["vit", "deit", "swin"]
 
@@ -77,6 +79,23 @@ def test_a_model_that_lost_branches_can_be_saved(vit: Tiny, tmp_path: Path) -> N
     small = shrink(vit.model, plan)
     save_pruned(small, plan, tmp_path)
     assert torch.equal(load_pruned(tmp_path)(vit.inputs), small(vit.inputs))
+
+
+def test_a_model_with_counters_can_be_saved_and_sent(tmp_path: Path) -> None:
+    """BatchNorm counts its batches in integers."""
+    args = {"img_size": 32, "embed_dim": 32, "depth": 1, "num_heads": 2}
+    spec = BackboneSpec(name="vit_small_resnet26d_224", args=args, num_classes=CLASSES)
+    model = build(spec, seed=0)
+    hybrid = Tiny(spec, model, prunable_layers(model), example_input(model))
+    plan = plan_of(hybrid, {"blocks.0.mlp": torch.arange(8)})
+    small = shrink(model, plan)
+    save_pruned(small, plan, tmp_path)
+    for same in (load_pruned(tmp_path), rebuild(plan, (tmp_path / "model.safetensors").read_bytes())):
+        assert torch.equal(same(hybrid.inputs), small(hybrid.inputs))
+    state = small.state_dict()
+    counter = next(name for name in state if name.endswith("num_batches_tracked"))
+    with pytest.raises(PlanError, match=rf"{counter}: expected torch\.int64, found torch\.float32"):
+        rebuild(plan, pack_tensors(state | {counter: torch.tensor(1.0)}))
 
 
 def test_truncated_weights_are_refused(saved: Path) -> None:

@@ -181,10 +181,13 @@ def _filled(skeleton: nn.Module, state: Mapping[str, Tensor], what: str) -> nn.M
 
 
 def _check_state(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], what: str) -> None:
-    """Raises PlanError, beginning with `what`, if a tensor is missing, has a wrong shape or is not finite."""
+    """Raises PlanError, beginning with `what`, if a tensor is missing, not finite, or of a wrong shape or type."""
     for name in [*expected, *state]:
         want, got = (list(tensors[name].shape) if name in tensors else "none" for tensors in (expected, state))
         if want != got:
             raise PlanError(f"{what} ({name}: expected {want}, found {got})")
-        if not (state[name].is_floating_point() and bool(state[name].isfinite().all())):
+        tensor, like = state[name], expected[name]
+        if tensor.dtype != like.dtype and not (tensor.is_floating_point() and like.is_floating_point()):
+            raise PlanError(f"{what} ({name}: expected {like.dtype}, found {tensor.dtype})")
+        if not bool(tensor.isfinite().all()):
             raise PlanError(f"{what} ({name}: holds values that are not finite)")
