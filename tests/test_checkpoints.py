@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from backbones import DEIT, VIT_ARGS
+from timm.models import save_for_hf
 from torch import Tensor, nn
 
 from tapfl.config import ModelOptions
@@ -190,17 +191,12 @@ def test_a_model_that_cannot_be_pruned_exactly_is_refused_with_the_reason(name: 
 
 
 def a_copy(folder: Path, weights: str = "model.safetensors", **config: Any) -> ModelOptions:
-    """Writes a local copy of a repository, as timm's `save_for_hf` does."""
-    folder.mkdir(exist_ok=True)
+    """Writes a local copy of a repository by timm's `save_for_hf`."""
     preprocessing = {"input_size": [1, 8, 8], "fixed_input_size": True, "mean": [0.4], "std": [0.2], "crop_pct": 0.875}
-    shapes = {key: value for key, value in VIT_ARGS.items() if key not in ("img_size", "in_chans")}
-    content = {"architecture": VIT.name, "num_classes": 5, "model_args": shapes, "pretrained_cfg": preprocessing}
+    about = {"pretrained_cfg": preprocessing}
+    save_for_hf(trained(VIT), folder, model_config=about, safe_serialization=weights.endswith(".safetensors"))
+    content = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(content | config))
-    state = trained(VIT).state_dict()
-    if weights.endswith(".bin"):
-        torch.save(state, folder / weights)
-    else:
-        write_tensors(folder / weights, state)
     return ModelOptions(name=f"local-dir:{folder}", args="", weights="hub", mean=(), crop_pct=0.0)
 
 
@@ -208,7 +204,7 @@ def a_copy(folder: Path, weights: str = "model.safetensors", **config: Any) -> M
 def test_a_copy_of_a_repository_gives_its_model(weights: str, tmp_path: Path) -> None:
     found = of_hub(a_copy(tmp_path / "copy", weights))
     assert (found.name, found.weights) == (VIT.name, str(tmp_path / "copy" / weights))
-    assert (found.mean, found.std, found.crop_pct, found.interpolation) == ((0.4,), (0.2,), 0.875, "auto")
+    assert (found.mean, found.std, found.crop_pct, found.interpolation) == ((0.4,), (0.2,), 0.875, "bicubic")
     model = build(spec_of(found, NAMES))
     load_weights(model, Path(found.weights), NAMES, None)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), trained(VIT).parameters(), strict=True))

@@ -111,6 +111,8 @@ def _arguments(options: ModelOptions, pretrained: Mapping[str, Any], stored: Map
     if channels != 3:
         arguments["in_chans"] = channels
     for key, value in stored.items():
+        if key == "num_classes":  # the spec takes it from the classes of the data
+            continue
         argument = tuple(value) if isinstance(value, list) else value
         if not isinstance(argument, bool | int | float | str | tuple):
             raise ModelError(f"model.name = {options.name!r}: its config.json gives {key} the value {value!r:.80}")
