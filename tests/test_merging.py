@@ -42,6 +42,7 @@ KINDS = {
     "pooled": ("vit_tiny_patch16_224", {"class_token": False, "global_pool": "avg"}),
     "registers": ("vit_tiny_patch16_224", {"reg_tokens": 2}),
     "distilled": ("deit_tiny_distilled_patch16_224", {}),
+    "padded": ("vit_tiny_patch16_224", {"img_size": 26, "dynamic_img_size": True, "dynamic_img_pad": True}),
 }
 
 

@@ -14,6 +14,7 @@ any other.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
@@ -26,7 +27,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tapfl.errors import ModelError
-from tapfl.models.forward import tokens_read
+from tapfl.models.forward import example_input, tokens_read
 from tapfl.models.units import PrunableLayer, put
 
 Schedule = tuple[int, ...]
@@ -257,8 +258,10 @@ class Tokens:
             raise ModelError(f"{type(model).__name__} cannot merge tokens (only ViT and DeiT can)")
         if odd := [i for i, block in enumerate(model.blocks) if type(block) not in (Block, MergingBlock)]:
             raise ModelError(f"blocks.{odd[0]}: a {type(model.blocks[odd[0]]).__name__} cannot merge tokens")
-        class_only = tokens_read(model) is not None
-        return cls(int(model.patch_embed.num_patches), int(model.num_prefix_tokens), len(model.blocks), class_only)
+        with torch.no_grad():
+            patches = model.patch_embed(example_input(model))  # `num_patches` lacks those that are partly padding
+        free = math.prod(patches.shape[1:-1])
+        return cls(free, int(model.num_prefix_tokens), len(model.blocks), tokens_read(model) is not None)
 
     def drops(self, schedule: Schedule) -> bool:
         """Returns whether the last block of a schedule drops all tokens that the head does not read."""
