@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from backbones import VIT, VIT_ARGS, Tiny, kept_units, masked, plan_of, planned, random_kept, scramble, tiny
+from backbones import SWIN, VIT, VIT_ARGS, Tiny, kept_units, masked, plan_of, planned, random_kept, scramble, tiny
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from timm.layers import SwiGLU
@@ -110,13 +110,15 @@ def test_the_softmax_scale_trap(vit: Tiny, monkeypatch: pytest.MonkeyPatch) -> N
     assert distance(vit, kept) > 1e-2
 
 
-def test_the_dense_model_is_not_changed(swin: Tiny) -> None:
-    state = {name: tensor.clone() for name, tensor in swin.model.state_dict().items()}
-    small = shrink(swin.model, plan_of(swin, random_kept(swin.layers, 0.5)))
+@pytest.mark.parametrize("spec", [SWIN, VIT.model_copy(update={"args": VIT_ARGS | {"act_layer": "prelu"}})])
+def test_the_dense_model_is_not_changed(spec: BackboneSpec) -> None:
+    dense = tiny(spec)
+    state = {name: tensor.clone() for name, tensor in dense.model.state_dict().items()}
+    small = shrink(dense.model, plan_of(dense, random_kept(dense.layers, 0.5)))
     with torch.no_grad():
         for parameter in small.parameters():
             parameter.fill_(7)
-    assert all(torch.equal(tensor, state[name]) for name, tensor in swin.model.state_dict().items())
+    assert all(torch.equal(tensor, state[name]) for name, tensor in dense.model.state_dict().items())
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -153,9 +153,12 @@ class PrunableLayer:
             return copy.deepcopy(module)
         if len(kept) == 0:
             return ConstantBranch(self.output, module.get_submodule(self.output))
-        small = _bare_copy(module)
-        for cut in self.cuts(kept):
-            setattr(small, cut.linear, _cut_linear(module.get_submodule(cut.linear), cut))
+        small, cuts = _bare_copy(module), {cut.linear: cut for cut in self.cuts(kept)}
+        for name, child in module.named_children():
+            if name in cuts:
+                setattr(small, name, _cut_linear(child, cuts[name]))
+            elif any(True for _ in child.parameters()):  # such as PReLU's; training must not change the dense model's
+                setattr(small, name, copy.deepcopy(child))
         self._resize(small, kept)
         return small
 
