@@ -22,6 +22,7 @@ from experiments.jobs.pool import ThreadPool
 from experiments.sweep.grid import (
     SweepOptions,
     SweepRun,
+    group_of,
     read_sweep,
     run_sweep,
 )
@@ -165,6 +166,40 @@ def test_runs_of_a_list_are_crossed_with_the_grid(tmp_path: Path) -> None:
 def test_an_invalid_grid_is_refused(tmp_path: Path, grid: str) -> None:
     with pytest.raises(ConfigError):
         read_sweep(sweep_file(tmp_path, grid))
+
+
+@pytest.mark.parametrize(
+    "grid", ["[[run]]", '[[run]]\nname = ""\n[[run]]\ntrain.epochs = 3', "seed = [0]\n[[run]]", '"privacy" = [{}]']
+)
+def test_a_run_without_options_needs_a_name(tmp_path: Path, grid: str) -> None:
+    with pytest.raises(ConfigError, match=r"sweep\.toml: a run without options needs a name; accepted: \[\[run\]\] with"):
+        read_sweep(sweep_file(tmp_path, grid))
+    names = [run.name for run in read_sweep(sweep_file(tmp_path, '[[run]]\nname = "a"\n[[run]]\ntrain.epochs = 3'))[0]]
+    assert names == ["run=a", "train.epochs=3"]
+
+
+def test_a_folder_that_is_not_a_run_s_is_refused_and_kept(tmp_path: Path) -> None:
+    file = sweep_file(tmp_path, "seed = [0]")
+    (run,), _ = read_sweep(file)
+    mine = tmp_path / "out" / run.name / "mine.txt"
+    mine.parent.mkdir(parents=True)
+    mine.write_text("kept")
+    failures = in_threads([run], tmp_path / "out")
+    assert "has no config.json, so it is not a run's folder; accepted: an empty folder" in failures[run.name]
+    assert mine.read_text() == "kept"
+
+
+def test_values_of_the_grid_may_be_lists_and_tables_as_in_a_run(tmp_path: Path) -> None:
+    budgets = '"devices.budgets" = [[0.3, 0.5, 0.6], [0.5, 0.7, 0.8]]'
+    file = sweep_file(tmp_path, f'{budgets}\ntrain = [{{ epochs = 2 }}, {{ epochs = 3, batch = 4 }}]')
+    runs, _ = read_sweep(file)
+    assert [run.name for run in runs][:2] == [
+        "devices.budgets=0.3,0.5,0.6 train.epochs=2",
+        "devices.budgets=0.3,0.5,0.6 train.epochs=3 train.batch=4",
+    ]
+    assert len({group_of(run.point) for run in runs}) == 4
+    with pytest.raises(ConfigError, match=r"--set train\.batch: the runs of .* differ in this option"):
+        read_sweep(file, {"train.batch": 8})
 
 
 def test_an_option_cannot_be_both_in_the_grid_and_in_a_run(tmp_path: Path) -> None:

@@ -136,6 +136,7 @@ def carry_out(emit: Emit, options: Mapping[str, Any], folder: Path, engine: Engi
         emit: called with `StageProgress`.
 
     Raises:
+        ConfigError: if the folder has files, but none of a run.
         TapflError: if the run fails.
     """
     from experiments.feasible import check
@@ -144,9 +145,11 @@ def carry_out(emit: Emit, options: Mapping[str, Any], folder: Path, engine: Engi
     shared = shared_folders(config, folder.parent / "round-zero")  # now, because inputs may change during the run
     with Lines() as lines, shown_on(on_both(lines, reporting(emit))):
         if not (folder / "config.json").is_file():
+            if any(folder.glob("*")):
+                accepted = "accepted: an empty folder, one that does not exist, or one of a run"
+                raise ConfigError(f"{folder}: has no config.json, so it is not a run's folder; {accepted}")
             with stage("checking"):
                 check(config)  # before the folder exists, so that a refused run leaves none
-            shutil.rmtree(folder, ignore_errors=True)
             prepare(folder, config, shared)
         else:
             require_same_run(RunFolder(folder), config)

@@ -109,16 +109,19 @@ def read_sweep(
         raise ConfigError(f"{file}: runs are tables [[run]], with two brackets")
     changes = changes or {}
     shared = flatten(tables) | dict(changes)
-    varied = {*grid, *(key for run in runs for key in flatten(run))}
+    crossings = [flatten(dict(zip(grid, values, strict=True))) for values in itertools.product(*grid.values())]
+    varied = {key for part in (*crossings, *map(flatten, runs)) for key in part}
     if odd := sorted(varied & {"out", "resume"}):
         raise ConfigError(f"{file}: {odd[0]}: each run has its own folder in --out; accepted: other options")
     if fixed := sorted(varied & {*changes}):
         raise ConfigError(f"--set {fixed[0]}: the runs of {file} differ in this option; change it in the file")
     planned: dict[str, SweepRun] = {}
-    for run, values in itertools.product(runs or [{}], itertools.product(*grid.values())):
-        own, crossed = flatten(run), dict(zip(grid, values, strict=True))
+    for run, crossed in itertools.product(runs or [{}], crossings):
+        own = flatten(run)
         title = own.pop("name", "")
-        if both := sorted(own.keys() & grid):
+        if not (title or own) and (runs or not crossed):  # its folder would be `--out`, its label empty
+            raise ConfigError(f'{file}: a run without options needs a name; accepted: [[run]] with name = "baseline"')
+        if both := sorted(own.keys() & crossed.keys()):
             accepted = "accepted: in one of the two"
             raise ConfigError(f"{file}: {both[0]} = {own[both[0]]!r} in [[run]], but it is also in [grid]; {accepted}")
         point = ({"run": title} if title else own) | crossed
