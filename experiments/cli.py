@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -21,6 +22,7 @@ from experiments.command_line import (
     JsonRows,
     RayOptions,
     Set,
+    assignments,
     load_torch,
     of_the_system,
     option_groups,
@@ -81,18 +83,21 @@ def run(
     from strategies.records import SUMMARY, read_summary
 
     require_gpus(engine, ray, [resolved.compute.device])
-    folder, again = Path(resolved.out), f"tapfl run --resume {resolved.out}"
-    with interruptible(again):
+    folder, again = Path(resolved.out), f"tapfl run --resume {shlex.quote(resolved.out)}"
+
+    def begun() -> bool:
+        return (folder / "config.json").is_file()
+
+    with interruptible(lambda: again if begun() else "the same command"):
         try:
             with shown(), engine_of(engine, ray) as execute:
                 execute(resolved.flat(), resolved.devices.count)
         except (OSError, EngineLostError) as error:
-            begun = (folder / "config.json").is_file()
-            go_on = f"; after solving this, continue with: {again}" if begun else ""
+            go_on = f"; after solving this, continue with: {again}" if begun() else ""
             why = of_the_system(error) if isinstance(error, OSError) else str(error)
             raise RunError(why + go_on) from error
     if not (folder / SUMMARY).is_file():
-        raise RunError(f"the run ended without a result; continue with: {again}")
+        raise RunError("the run ended without a result" + (f"; continue with: {again}" if begun() else ""))
     summary = read_summary(folder)
     page, remarks = _report(folder) if report else (None, [])
     if as_json:
@@ -138,7 +143,8 @@ def sweep(
         list[str] | None, typer.Option("--set", help="key=value; overrides the options of all runs in the file")
     ] = None,
     reference: Annotated[
-        list[str] | None, typer.Option(help="key=value: compare every point with the point that has this value")
+        list[str] | None,
+        typer.Option(help="key=value: compare every point with the point that has this value", callback=assignments),
     ] = None,
     as_json: JsonRows = False,
 ) -> None:
@@ -158,7 +164,7 @@ def sweep(
     planned, options = read_sweep(config, options_of(None, set), options_of(None, reference))
     require_gpus(engine, runs, [str(run.options.get("compute.device", "cpu")) for run in planned])
     references([group_of(run.point) for run in planned], options.reference)
-    with interruptible("the same command"), only_one(out, "sweep"), ExitStack() as stack:
+    with interruptible(), only_one(out, "sweep"), ExitStack() as stack:
         stack.enter_context(shown())
         pool, execute = stack.enter_context(federations(engine, runs))
         failures = run_sweep(planned, out, pool, execute, stack.enter_context(stage("runs")))
@@ -207,11 +213,12 @@ def search(
     load_torch()  # only after the file has been checked
     from experiments.jobs.federation import federations, require_gpus
     from experiments.jobs.pool import interruptible
-    from experiments.search.study import run_search
+    from experiments.search.study import begun, run_search
 
     require_gpus(engine, runs, [str(wanted.options.get("compute.device", "cpu"))])
     folder, start = out or Path("runs") / config.stem, partial(federations, engine, runs)
-    with interruptible("the same command and --resume"), shown():
+    same = "the same command"
+    with interruptible(lambda: f"{same} and --resume" if begun(folder) and not resume else same), shown():
         found = run_search(wanted, config.stem, folder, start, storage, resume)
     if as_json:
         print(json.dumps(vars(found) | {"folder": str(found.folder)}))
@@ -233,8 +240,8 @@ def _report(folder: Path) -> tuple[Path | None, list[str]]:
         found = [f"warning: {warning.found} What to try: {warning.advice}." for warning in warnings_of(run)]
         return write_report([run], pictures=False), [*filter(None, [differences(run).strip()]), *found]
     except Exception as error:
-        reason = f"{type(error).__name__}: {error}"
-        print(f"tapfl: no report was written ({reason}); try again with: tapfl report {folder}", file=sys.stderr)
+        reason, again = f"{type(error).__name__}: {error}", f"tapfl report {shlex.quote(str(folder))}"
+        print(f"tapfl: no report was written ({reason}); try again with: {again}", file=sys.stderr)
         return None, []
 
 

@@ -64,6 +64,13 @@ def _finite(value: float) -> float:
     return value
 
 
+def assignments(values: list[str] | None) -> list[str] | None:
+    """Returns the values of an option that takes ``key=value``. Raises BadParameter if one has another form."""
+    if odd := [text for text in values or () if not text.partition("=")[0].strip() or "=" not in text]:
+        raise typer.BadParameter(f"{odd[0]!r} must have the form key=value, such as personalize.method=local.")
+    return values
+
+
 @dataclass(frozen=True)
 class RayOptions:
     """Options of a command whose devices can run on Ray actors."""

@@ -202,6 +202,15 @@ def installed(packages: Iterable[str] = PACKAGES) -> dict[str, str]:
     return {name: metadata.version(name) for name in packages}
 
 
+def versions_of(run: Path) -> dict[str, str]:
+    """Returns the versions of the packages that a run used; empty if `versions.json` is missing or damaged."""
+    try:
+        found = json.loads((run / "versions.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) and all(isinstance(value, str) for value in found.values()) else {}
+
+
 def named(versions: Mapping[str, str]) -> str:
     """Returns versions as text: ``torch 2.8.0, timm 1.0.31``."""
     return ", ".join(f"{name} {version}" for name, version in versions.items())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -58,7 +59,7 @@ def resolve_run(options: Mapping[str, Any], out: Path, resume: bool) -> RunConfi
     elif Path(config.out).exists():
         raise ConfigError(
             f"out = {config.out!r}: exists already; give a folder that does not exist, or continue with "
-            f"--resume {config.out}"
+            f"--resume {shlex.quote(config.out)}"
         )
     require_criterion(config.pruning.criterion)
     with stage("checking"):

@@ -241,7 +241,7 @@ def compare(
     if finished:
         rows = finished_rows(comparison, out)
     else:
-        with interruptible("the same command"), only_one(out, "comparison"), shown(), stage("cells") as advance:
+        with interruptible(), only_one(out, "comparison"), shown(), stage("cells") as advance:
             rows = run_comparison(comparison, out, advance, jobs or os.cpu_count() or 1)
     rows, origin = pd.DataFrame(rows), read_origin(out)
     assert origin is not None  # written before the first cell

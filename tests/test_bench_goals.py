@@ -11,7 +11,11 @@ from experiments.bench.goals import Goal, measure_all
 from tapfl.errors import ConfigError, RunError
 from tapfl.options import validated
 
-ROWS = [{"model": "a", "ratio": "1.07 (1.02–1.10)"}, {"model": "b", "ratio": "2e-7"}, {"took s": 3.5}]
+ROWS = [
+    {"model": "a", "ratio": "1.07 (1.02–1.10)"},
+    {"model": "b", "ratio": "2e-7", "rate": "1.23e+03 (2)"},
+    {"took s": 3.5},
+]
 
 
 @pytest.mark.parametrize(
@@ -20,6 +24,7 @@ ROWS = [{"model": "a", "ratio": "1.07 (1.02–1.10)"}, {"model": "b", "ratio": "
         ({"column": "ratio", "at-most": 1.08}, "1.07", "met"),
         ({"column": "ratio", "at-least": 1.08}, "1.07", "**missed**"),
         ({"column": "ratio", "where": {"model": "b"}, "at-most": 0}, "2e-07", "**missed**"),
+        ({"column": "rate", "at-least": 1000}, "1230", "met"),
         ({"column": "took s", "at-most": 4}, "3.5", "met"),
         ({"column": "ratio", "where": {"model": "c"}, "at-most": 1}, "", "not measured"),
         ({"column": "speed", "at-most": 1}, "", "not measured"),

@@ -12,7 +12,7 @@ from test_inprocess_run import SMALL
 from typer.testing import CliRunner
 
 from experiments import cli
-from experiments.compare.grid import read_comparison
+from experiments.compare.grid import ResultOptions, read_comparison
 from experiments.compare.run import run_comparison
 from experiments.compare.tables import table
 from tapfl.errors import ConfigError, ModelError
@@ -103,6 +103,33 @@ device = [1]"""
     assert other.axes["compensation"] == ["auto"]  # options that are not named have the defaults of a run
     with pytest.raises(ConfigError, match="is a comparison with other axes"):
         run_comparison(other, tmp_path / "out", lambda *_: None)
+
+
+@pytest.mark.parametrize("line", ["data.test-share=0.3", "devices.count=2", "data.public=a"])
+def test_a_reference_that_changes_the_test_images_is_refused(line: str) -> None:
+    axes = {"device": [0], "data.test-share": [0.3, 0.5], "devices.count": [2, 3], "data.public": ["", "a"]}
+    with pytest.raises(ConfigError, match=f"^--reference {line}: lines cannot be paired over other images; accepted"):
+        ResultOptions(reference=(line,)).check(axes)
+    ResultOptions(reference=("data.public=a",)).check(axes | {"data.public": ["a", "b"]})  # only another pool
+
+
+@pytest.mark.parametrize(
+    ("results", "said"),
+    [
+        ("results = 3", r"^results = 3: is a table of options"),
+        ("results.chosen-on = [0.5]", r"^results\.chosen-on = 0\.5: "),
+        ("results.show = []", r"^results\.show = \[\]: "),
+    ],
+)
+def test_invalid_results_are_refused_by_their_names(results: str, said: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=said):
+        read_comparison(comparison_file(tmp_path, "device = [0]", results))
+
+
+def test_a_list_of_one_may_be_written_as_its_value(tmp_path: Path) -> None:
+    lines = 'results.show = "pruned"\nresults.reference = "criterion=tap+"\nresults.chosen-on = 0'
+    results = read_comparison(comparison_file(tmp_path, "device = [0]", lines)).results
+    assert (results.show, results.reference, results.chosen_on) == (("pruned",), ("criterion=tap+",), (0,))
 
 
 def test_an_axis_may_be_named_with_or_without_its_section(tmp_path: Path) -> None:

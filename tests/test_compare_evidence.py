@@ -183,6 +183,14 @@ def test_differences_are_over_devices_that_both_lines_have() -> None:
     assert difference(line(ours), line({(7, 0): 0.5}), "acc") is None
 
 
+def test_a_device_that_is_refused_in_one_line_is_left_out() -> None:
+    ours, theirs = line({(0, 0): 0.5, (1, 0): 0.5}), line({(0, 0): 1.0, (1, 0): 0.5})
+    ours, theirs = (rows.rename(columns={"acc": "pruned"}).assign(right="5") for rows in (ours, theirs))  # 01
+    theirs.loc[0, "right"], theirs.loc[1, ["pruned", "right"]] = "7", ""
+    found = difference(ours, theirs, "pruned")
+    assert found is not None and (found.difference, found.n, found.error) == (-0.5, 1, pytest.approx(0.5))
+
+
 def test_the_dense_model_counts_once_a_device_however_many_lines_it_has() -> None:
     rows = [
         {"device": d, "seed": "0", "dense": acc} for d, acc in (("0", "0.9"), ("0", "0.9"), ("0", "0.9"), ("1", "0.5"))
@@ -225,6 +233,15 @@ def test_the_caption_says_only_what_holds_for_all_cells(tmp_path: Path) -> None:
     said = caption_of(rows, comparison, origin, comparison.results, "tapfl compare")
     name = next(comparison.cells()).config.model.name
     assert f"backbone {name} at 8×8 px or {name} at 16×16 px; 2 or 3 devices, metric set of 64 or 128 images" in said
+
+
+def test_two_spellings_of_a_budget_or_a_seed_are_one(tmp_path: Path) -> None:
+    axes = 'budget = [0.5, "macs<=0.5", "50%"]\nseed = ["1", 2]\ndevice = [0]'
+    comparison, rows = grid_of(tmp_path, f'[[compare]]\n{axes}\n[[compare]]\nbudget = ["macs<=0.50"]\ndevice = [1]')
+    assert comparison.axes["budget"] == ["macs<=0.5"]
+    assert [(cell.device, cell.config.seed) for cell in comparison.cells()] == [(0, 1), (0, 2), (1, 0)]
+    said = caption_of(rows, comparison, Origin(options={}, contents={}, versions={}), comparison.results, "tapfl")
+    assert "seeds 0, 1, 2; " in said and "cells were finished" not in said
 
 
 @pytest.mark.parametrize("budgets", ["[0.5]", "[0.5, 0.7]"])

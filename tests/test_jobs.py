@@ -14,12 +14,15 @@ from pathlib import Path
 import pytest
 import trivial_jobs
 from test_search import running, until
+from typer.testing import CliRunner
 
+from experiments import cli
 from experiments.engines.cluster import MachineError
 from experiments.jobs import pool as pool_module
 from experiments.jobs.pool import Job, ProcessPool, ThreadPool
 from experiments.jobs.progress import Overview, StageProgress, reporting
 from strategies.progress import Pace
+from tapfl.config import RunConfig
 from tapfl.errors import ConfigError, RunError
 from tapfl.progress import shown_on, stage, track
 
@@ -111,6 +114,26 @@ def test_no_process_outlives_the_command(number: int, command: subprocess.Popen[
     else:
         assert command.returncode == 130 and printed == "tapfl: interrupted; continue with: the same command\n"
     until(lambda: not running(command.pid), 30)
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_an_interrupted_run_names_the_command_that_works(
+    begun: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "my run"
+
+    def interrupted(*_: object) -> None:
+        if begun:
+            folder.mkdir()
+            (folder / "config.json").touch()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("experiments.jobs.federation.engine_of", interrupted)
+    monkeypatch.setattr("experiments.preflight.resolve_run", lambda *_: RunConfig(out=str(folder)))
+    monkeypatch.setattr(os, "_exit", sys.exit)
+    done = CliRunner().invoke(cli.app, ["run", "--engine", "inprocess"])
+    go_on = f"tapfl run --resume '{folder}'" if begun else "the same command"
+    assert done.exit_code == 130 and done.stderr.endswith(f"tapfl: interrupted; continue with: {go_on}\n")
 
 
 # -- progress -------------------------------------------------------------------------------------------------------

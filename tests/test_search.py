@@ -274,6 +274,14 @@ REFUSED = {
         '"metric.size" = { low = 64, high = 200, step = 64 }',
         "high=200 minus low=64 is not a multiple of step=64",
     ),
+    "a step that does not divide": (
+        '"train.learning-rate" = { low = 0.001, high = 0.01, step = 0.004 }',
+        "high=0.01 minus low=0.001 is not a multiple of step=0.004",
+    ),
+    "no criterion": (
+        '"pruning.criterion" = { choices = ["tap", "tapp"] }',
+        r"space\.pruning\.criterion: 'tapp' is not accepted: pruning\.criterion = 'tapp': there is no such criterion",
+    ),
     "misspelt": ('"train.batch" = { low = 1, hihg = 2 }', r"space\.train\.batch\.high: field required"),
     "not a table": ('"train.batch" = [1, 2]', "needs low and high"),
     "condition below": (
@@ -322,6 +330,7 @@ def test_an_invalid_space_is_refused(name: str, tmp_path: Path) -> None:
         ('constraints = "bytes_up>5"', "must have the form measure<=number"),
         ('constraints = ["macs<=0.5", "accuracy<=1"]', "'accuracy<=1' must have the form"),
         ("brackets = 1\nrounds = 100", "only one of them can be given"),
+        ('eta = 2.5\nmethod = "tpe-hyperband"', "eta=2.5 must be a whole number with method=tpe-hyperband"),
         ('method = "grid"', r"search\.method = 'grid'"),
     ],
 )
@@ -374,6 +383,35 @@ def test_the_check_of_a_search_counts_the_devices_of_changing_images(
     with pytest.raises(ConfigError, match="enough"):
         run_search(read_search(file), "search", tmp_path / "out", lambda: pytest.fail("started"))
     assert checked == [3]
+
+
+def test_a_search_with_an_unknown_criterion_is_refused(tmp_path: Path) -> None:
+    file = search_file(tmp_path)
+    file.write_text(file.read_text().replace('"pruning.criterion" = "tap"', '"pruning.criterion" = "tapp"'))
+    with pytest.raises(ConfigError, match=r"^pruning\.criterion = 'tapp': there is no such criterion"):
+        read_search(file)
+
+
+def test_a_step_is_compared_with_the_range_as_it_is_written(tmp_path: Path) -> None:
+    space = '[space]\n"train.learning-rate" = { low = 0.1, high = 0.7, step = 0.2 }\n'  # 0.6 % 0.2 > 0 in floats
+    (found,) = read_search(search_file(tmp_path, space=space)).space.distributions().values()
+    assert found == FloatDistribution(0.1, 0.7, step=0.2)
+
+
+def test_an_interrupted_search_names_the_command_that_works(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("experiments.search.study.run_search", interrupted)
+    monkeypatch.setattr(os, "_exit", sys.exit)
+    for begun, more, said in ((False, [], ""), (True, [], " and --resume"), (True, ["--resume"], "")):
+        if begun:
+            (tmp_path / "out" / "trials").mkdir(parents=True, exist_ok=True)
+        done = CliRunner().invoke(cli.app, command(search_file(tmp_path), tmp_path / "out", *more))
+        assert done.exit_code == 130
+        assert done.stderr.endswith(f"tapfl: interrupted; continue with: the same command{said}\n")
 
 
 def test_a_single_choice_is_accepted(tmp_path: Path) -> None:

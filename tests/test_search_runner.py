@@ -296,7 +296,8 @@ def test_the_results_of_trials_are_in_the_study() -> None:
         ("adapters.server-learning-rate" in t.params) == (t.params["adapters.server"] == "adam") for t in study.trials
     )
     assert spent(study.trials) == sum(max(scores(trial)) for trial in study.trials) <= 69
-    assert rungs_of(search_of().settings) == [1, 3, 9]
+    assert rungs_of(search_of()) == rungs_of(search_of(method="tpe-hyperband")) == [1, 3, 9]
+    assert rungs_of(search_of(method="random")) == [9]
 
 
 def test_a_constraint_is_met_if_possible() -> None:
@@ -328,6 +329,17 @@ def test_a_study_is_resumed_only_with_the_same_settings(tmp_path: Path) -> None:
     )
     with pytest.raises(ConfigError, match=r"space\.train\.epochs: .* then, \(not there now\) now"):
         open_study(smaller, "test", tmp_path, None, resume=True)
+
+
+@pytest.mark.parametrize("kept", ["study.journal", "trials"])
+def test_a_folder_has_one_search(kept: str, tmp_path: Path) -> None:
+    if kept == "trials":
+        (tmp_path / kept).mkdir()
+    else:
+        open_study(search_of(), "other", tmp_path, None, resume=False)
+    for url in (None, f"sqlite:///{tmp_path}/study.db") if kept == "trials" else (None,):
+        with pytest.raises(ConfigError, match=r"^--out .*: has the trials of another search; give another --out$"):
+            open_study(search_of(), "test", tmp_path, url, resume=False)
 
 
 def test_a_study_is_resumed_only_with_the_same_images_and_weights(tmp_path: Path) -> None:

@@ -161,6 +161,7 @@ def test_runs_of_a_list_are_crossed_with_the_grid(tmp_path: Path) -> None:
         '"train.roundz" = [1]',
         'seed = ["x"]',
         'out = ["a", "b"]',
+        '"pruning.criterion" = ["tapp"]',
     ],
 )
 def test_an_invalid_grid_is_refused(tmp_path: Path, grid: str) -> None:
@@ -168,11 +169,20 @@ def test_an_invalid_grid_is_refused(tmp_path: Path, grid: str) -> None:
         read_sweep(sweep_file(tmp_path, grid))
 
 
+def test_a_reference_without_a_value_is_refused(tmp_path: Path) -> None:
+    file = sweep_file(tmp_path, "seed = [0, 1]")
+    sweep = ["sweep", "--config", str(file), "--out", str(tmp_path / "out"), "--reference", "local"]
+    done = CliRunner().invoke(cli.app, sweep)
+    assert done.exit_code == 2 and "Invalid value for '--reference': 'local' must have the" in done.stderr
+
+
 @pytest.mark.parametrize(
     "grid", ["[[run]]", '[[run]]\nname = ""\n[[run]]\ntrain.epochs = 3', "seed = [0]\n[[run]]", '"privacy" = [{}]']
 )
 def test_a_run_without_options_needs_a_name(tmp_path: Path, grid: str) -> None:
-    with pytest.raises(ConfigError, match=r"sweep\.toml: a run without options needs a name; accepted: \[\[run\]\] with"):
+    with pytest.raises(
+        ConfigError, match=r"sweep\.toml: a run without options needs a name; accepted: \[\[run\]\] with"
+    ):
         read_sweep(sweep_file(tmp_path, grid))
     names = [run.name for run in read_sweep(sweep_file(tmp_path, '[[run]]\nname = "a"\n[[run]]\ntrain.epochs = 3'))[0]]
     assert names == ["run=a", "train.epochs=3"]
@@ -191,7 +201,7 @@ def test_a_folder_that_is_not_a_run_s_is_refused_and_kept(tmp_path: Path) -> Non
 
 def test_values_of_the_grid_may_be_lists_and_tables_as_in_a_run(tmp_path: Path) -> None:
     budgets = '"devices.budgets" = [[0.3, 0.5, 0.6], [0.5, 0.7, 0.8]]'
-    file = sweep_file(tmp_path, f'{budgets}\ntrain = [{{ epochs = 2 }}, {{ epochs = 3, batch = 4 }}]')
+    file = sweep_file(tmp_path, f"{budgets}\ntrain = [{{ epochs = 2 }}, {{ epochs = 3, batch = 4 }}]")
     runs, _ = read_sweep(file)
     assert [run.name for run in runs][:2] == [
         "devices.budgets=0.3,0.5,0.6 train.epochs=2",

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from test_inprocess_run import THREE, content, tapfl
+from test_records import a_summary
 from test_sweep import in_threads, sweep_file
 
 from experiments.figures.figure import write_figure
@@ -26,8 +27,10 @@ from experiments.sweep.results import (
     write_results,
     write_table,
 )
-from strategies.records import CurvePoint, Summary, read_summary
+from strategies.records import CurvePoint, Summary, read_summary, write_summary
+from tapfl.config import RunConfig
 from tapfl.errors import ConfigError
+from tapfl.store import write_json
 
 GRID = '"personalize.method" = ["local", "fedavg"]\nseed = [0, 1]'
 REFERENCE = {"personalize.method": "local"}
@@ -69,6 +72,19 @@ def test_one_line_per_run_and_one_per_device(runs: list[Outcome], tmp_path: Path
     first = results[0]
     assert int(first[f"bytes_to_{lowest:g}"]) == 0 == float(first[f"seconds_to_{lowest:g}"])
     assert int(first["round_zero_bytes"]) == runs[0].curve[0].bytes
+
+
+def test_a_run_with_missing_or_damaged_files_does_not_stop_the_others(tmp_path: Path) -> None:
+    planned = read_sweep(sweep_file(tmp_path, "seed = [0, 1, 2, 3]"))[0]
+    for run, versions in zip(planned, ({"torch": "2"}, None, ["torch"], {}), strict=True):
+        write_json(tmp_path / run.name / "config.json", RunConfig.from_flat(run.options).flat())
+        write_summary(tmp_path / run.name, a_summary())
+        if versions is not None:
+            write_json(tmp_path / run.name / "versions.json", versions)
+    (tmp_path / planned[3].name / "config.json").unlink()
+    found = outcomes(planned, tmp_path)
+    assert [run.versions for run in found] == [{"torch": "2"}, {}, {}]
+    assert caption_of(found, "tapfl sweep", SweepOptions()).startswith("made by `tapfl sweep`; seeds 0, 1, 2; ")
 
 
 def test_the_cost_to_an_accuracy_is_counted_after_round_zero() -> None:
@@ -178,9 +194,9 @@ def test_every_point_is_tested_against_its_own_reference() -> None:
 @pytest.mark.parametrize(
     ("table", "said"),
     [
-        ("[sweep]\nreach = [0.5, 1.2]", "reach"),
-        ('[sweep]\nreference = "local"', "reference"),
-        ("[sweep]\nreech = 0.5", "reach"),
+        ("[sweep]\nreach = [0.5, 1.2]", r"^sweep\.reach = "),
+        ('[sweep]\nreference = "local"', r"^sweep\.reference = 'local'"),
+        ("[sweep]\nreech = 0.5", r"^sweep\.reech: .*reach"),
         ("sweep = 3", "must be a table"),
     ],
 )

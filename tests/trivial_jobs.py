@@ -60,7 +60,7 @@ def with_a_child(emit: Emit, file: Path) -> None:
 
 if __name__ == "__main__":
     folder = Path(sys.argv[1])
-    with interruptible("the same command"), closing(ProcessPool(2)) as pool:
+    with interruptible(), closing(ProcessPool(2)) as pool:
         for number in range(3):
             pool.submit(Job(with_a_child, (folder / str(number),), folder / f"{number}.log"))
         time.sleep(600)

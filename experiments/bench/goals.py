@@ -57,7 +57,7 @@ class Goal(Section):
     def measured(self, rows: Rows) -> float | None:
         """Returns the first number in the cell; None if the cell has no number, or there is no such row."""
         found = (row for row in rows if self.column in row and self.where.items() <= row.items())
-        number = re.match(r"-?\d+(\.\d+)?(e-?\d+)?", str(next(found, {self.column: ""})[self.column]))
+        number = re.match(r"-?\d+(\.\d+)?(e[+-]?\d+)?", str(next(found, {self.column: ""})[self.column]))
         return float(number[0]) if number else None
 
 

@@ -65,8 +65,10 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("out", type=Path, help="file that gets a line of JSON for each figure")
     parser.add_argument("--device", default="cuda", choices=["cpu", "cuda", "auto"])
     parser.add_argument("--small", action="store_true", help="the size of a test")
-    parser.add_argument("--pictures", default="", help="folder with one of pictures for each class, for accuracy")
-    parser.add_argument("--weights", default="", help="of deit_tiny_patch16_224, for the pictures")
+    parser.add_argument(
+        "--pictures", default="", help="folder with one subfolder of images per class, at least 60 classes"
+    )
+    parser.add_argument("--weights", default="", help="checkpoint of deit_tiny_patch16_224, for --pictures")
     given = parser.parse_args(arguments)
     if bool(given.pictures) != bool(given.weights):
         parser.error("--pictures and --weights need each other")

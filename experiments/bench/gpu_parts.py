@@ -48,9 +48,9 @@ class Size:
         of_round, of_zero: those of a round, and of round zero with its criteria.
         images: of a device; metric: images of a metric set, by batches of `batch`.
         patience: times the limits of the parts.
-        stacked: of which so many devices, a `group`, step together.
-        pictures, weights: a folder with one of pictures for each of 60 classes or more, and a checkpoint of the first
-            of the models; empty: random ones do.
+        stacked: models of which `group` devices step together.
+        pictures, weights: a folder with one subfolder of images per class, at least 60 classes, and a checkpoint of the
+            first of the models; empty: random ones do.
     """
 
     models: tuple[str, ...] = ("deit_tiny_patch16_224", "deit_small_patch16_224", "swin_tiny_patch4_window7_224")

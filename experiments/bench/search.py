@@ -123,7 +123,8 @@ def search(
     """
     methods = chosen("--method", method, [*METHODS])
     changes = options_of(None, set)
-    validated(SearchOptions, changes)
+    for name in methods:
+        validated(SearchOptions, {**METHODS[name], **changes})
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     for name in methods:
         runs = [regrets(seed, rounds, {**METHODS[name], **changes}) for seed in range(first_seed, first_seed + seeds)]

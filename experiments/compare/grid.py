@@ -30,7 +30,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from experiments.preflight import DEFAULT_DEVICES, absolute_paths, counted, with_model_of_hub
 from tapfl.config import PruningOptions, RunConfig
@@ -78,6 +78,11 @@ class ResultOptions(Section):
         (), description="devices on which a method was tuned; an additional table leaves them out"
     )
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _one(cls, value: object) -> object:
+        return (value,) if isinstance(value, str) or type(value) is int else value
+
     @property
     def columns(self) -> tuple[str, ...]:
         """The measures of every cell."""
@@ -107,9 +112,16 @@ class ResultOptions(Section):
             if value not in values:
                 named = f"values of {axis}: {', '.join(values)}" if values else f"axes: {', '.join(lines)}"
                 raise ConfigError(f"--reference {axis}={value}: is not a line of the table; {named}")
+            if axis == "devices.count" or (axis.startswith("data.") and (axis != "data.public" or "" in values)):
+                accepted = "accepted: axes that leave each device its test images"
+                raise ConfigError(f"--reference {axis}={value}: lines cannot be paired over other images; {accepted}")
         if missing := [device for device in self.chosen_on if device not in axes["device"]]:
             accepted = ", ".join(map(str, axes["device"]))
             raise ConfigError(f"results.chosen-on = {missing[0]}: accepted are the comparison's devices, {accepted}")
+
+
+class _File(Section):
+    results: ResultOptions = ResultOptions()
 
 
 @dataclass(frozen=True)
@@ -204,12 +216,15 @@ def read_comparison(file: Path, assignments: Iterable[str] = ()) -> Comparison:
         if twice := sorted(axis for axis in grid if axis != axis_of(axis) in grid):
             raise ConfigError(f"{file}: compare.{twice[0]} and compare.{axis_of(twice[0])} are one axis; give only one")
     grids = [{axis_of(axis): values for axis, values in grid.items()} for grid in grids]
+    for grid in grids:
+        if "budget" in grid:  # one spelling of each budget
+            grid["budget"] = [str(Budget.parse(value)) for value in grid["budget"]]
     known = {*OWN_AXES, *RunConfig().flat()}
     given_axes = list(dict.fromkeys(itertools.chain(*grids)))
     if odd := sorted(axis for axis in given_axes if option_of(axis) not in known):
         accepted = f"{', '.join(OWN_AXES)}, and any option of a run"
         raise ConfigError(f"{file}: compare.{odd[0]} is not an axis; accepted: {accepted}")
-    results = validated(ResultOptions, tables.pop("results", {}))
+    results = validated(_File, {"results": tables.pop("results", {})}).results
     options = flatten(tables) | dict(parse_assignment(text) for text in assignments)
     if twice := sorted({option_of(axis) for axis in given_axes} & options.keys()):
         raise ConfigError(f"{twice[0]}: is an axis of [compare] and an option of all cells; give only one of the two")

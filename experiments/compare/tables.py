@@ -98,7 +98,12 @@ def named_reference(reference: Mapping[str, str]) -> str:
 
 def measured(rows: pd.DataFrame, measure: str) -> pd.Series[float]:
     """Returns the values of a measure, indexed by device and seed, for the rows that have it."""
-    return rows[rows[measure] != ""].set_index(OWNER)[measure].astype(float)
+    return _known(rows, measure)[measure].astype(float)
+
+
+def _known(rows: pd.DataFrame, measure: str) -> pd.DataFrame:
+    """Returns the rows that have a measure, indexed by device and seed."""
+    return rows[rows[measure] != ""].set_index(OWNER)
 
 
 def mean_over_devices(rows: pd.DataFrame, measure: str) -> float | None:
@@ -120,7 +125,7 @@ def difference(line: pd.DataFrame, reference: pd.DataFrame, measure: str) -> Pai
     found = paired(means[0].to_dict(), means[1].to_dict())
     if measure not in IMAGES:
         return found
-    ours, theirs = (rows.set_index(OWNER)[IMAGES[measure]].map(from_text) for rows in (line, reference))
+    ours, theirs = (_known(rows, measure)[IMAGES[measure]].map(from_text) for rows in (line, reference))
     apart = {
         device: [ours[key] - theirs[key] for key in keys] for device, keys in both.groupby("device").groups.items()
     }
@@ -174,7 +179,7 @@ def caption_of(rows: pd.DataFrame, comparison: Comparison, origin: Origin, resul
             f"p: {TEST}; {CORRECTED} in a column"
         )
     versions = {package: " and ".join(known) for package, known in origin.versions.items()}
-    return caption(command, comparison.axes["seed"], versions, about)
+    return caption(command, (config.seed for config in configs), versions, about)
 
 
 def _backbone(options: ModelOptions) -> str:

@@ -257,11 +257,11 @@ def _of_no_job(record: logging.LogRecord) -> bool:
 
 
 @contextmanager
-def interruptible(go_on: str) -> Iterator[None]:
+def interruptible(go_on: Callable[[], str] = lambda: "the same command") -> Iterator[None]:
     """Ends this process with exit code 130 on SIGINT and on SIGTERM, after the block has ended what it started.
 
     Args:
-        go_on: the command that continues the work, for the message.
+        go_on: returns the command that continues the work, for the message; called at the interruption.
     """
 
     def terminate(number: int, _: object) -> NoReturn:
@@ -274,7 +274,7 @@ def interruptible(go_on: str) -> Iterator[None]:
     except (KeyboardInterrupt, SystemExit):  # Ray's handler of SIGTERM raises SystemExit too
         if sys.stderr.isatty():
             sys.stderr.write("\x1b[?25h")  # shows the cursor, which a thread may have hidden to draw bars
-        print(f"tapfl: interrupted; continue with: {go_on}", file=sys.stderr, flush=True)
+        print(f"tapfl: interrupted; continue with: {go_on()}", file=sys.stderr, flush=True)
         os._exit(130)  # Ray is stopped by now, but runs in threads of this process would continue
     finally:
         if before is not None:

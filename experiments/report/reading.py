@@ -11,6 +11,7 @@ import numpy as np
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
 from clients.storage import ALPHAS_FILE, IMAGES_FILE
+from experiments.output import versions_of
 from strategies.records import (
     CLASSES,
     METRICS,
@@ -38,7 +39,6 @@ STRICT = ConfigDict(strict=True, allow_inf_nan=False)
 OPTIONS: TypeAdapter[dict[str, str | bool | int | float]] = TypeAdapter(
     dict[str, str | bool | int | float], config=STRICT
 )
-VERSIONS: TypeAdapter[dict[str, str]] = TypeAdapter(dict[str, str], config=STRICT)
 
 
 class Timing(Record):
@@ -169,7 +169,7 @@ def read_run(path: Path) -> Run:
     ids = [record.device for record in devices]
     metrics = read_metrics(path if _inside(path, path / METRICS) else path / "nowhere")
     timing = _whole(path, path / "timing.json", _json(TIMING)) or Timing()
-    versions = _whole(path, path / "versions.json", _json(VERSIONS)) or {}
+    versions = versions_of(path) if _inside(path, path / "versions.json") else {}
     equipped = [record.device for record in devices if record.params]
     plans = _each(path, {i: path / f"plans/{i:02d}.json" for i in equipped}, _plan)
     images = _each(path, {i: folder.device(i) / IMAGES_FILE for i in ids}, _json(IMAGES))

@@ -24,8 +24,8 @@ from experiments.jobs import federation
 from experiments.jobs.federation import Engine
 from experiments.jobs.pool import Emit, first_done
 from experiments.search.sampler import BOHBSampler, scores, violation_key
-from experiments.search.schedule import FAILED, bracket_tables
-from experiments.search.settings import MEASURES, Search, SearchOptions
+from experiments.search.schedule import FAILED
+from experiments.search.settings import MEASURES, Search
 from tapfl.errors import RunError, TapflError
 from tapfl.options import Scalar
 
@@ -159,9 +159,9 @@ def carry_out(runner: Runner, search: Search) -> None:
         _brackets(runner, search)
 
 
-def rungs_of(settings: SearchOptions) -> list[int]:
+def rungs_of(search: Search) -> list[int]:
     """Returns the rounds after which trials are compared."""
-    return [rounds for _, rounds in bracket_tables(settings.min_rounds, settings.max_rounds, settings.eta)[0]]
+    return [rounds for _, rounds in search.schedule().brackets[0]]
 
 
 def spent(trials: Sequence[FrozenTrial]) -> int:
@@ -192,7 +192,7 @@ def _hyperband(runner: Runner, search: Search) -> None:
     on how many run at once. A trial that is not pruned continues from its checkpoint.
     """
     settings = search.settings
-    runner.study.pruner = HyperbandPruner(settings.min_rounds, settings.max_rounds, round(settings.eta))
+    runner.study.pruner = HyperbandPruner(settings.min_rounds, settings.max_rounds, int(settings.eta))
     block = max(1, settings.block)
     while True:
         trials = runner.found()
@@ -203,7 +203,7 @@ def _hyperband(runner: Runner, search: Search) -> None:
             first = len(trials)
         for _ in range(len(trials), first + block):
             runner.draw()
-        for rounds in rungs_of(settings):
+        for rounds in rungs_of(search):
             _rung(runner, range(first, first + block), rounds, last=rounds == settings.max_rounds)
 
 

@@ -21,6 +21,7 @@ from tapfl.config import RunConfig, binding
 from tapfl.data.contents import OPTIONS, fingerprints
 from tapfl.errors import ConfigError
 from tapfl.options import Count, Scalar, Section, flatten, read_toml_tables, validated
+from tapfl.pruning.criteria.registry import require_criterion
 
 Method = Literal["bohb", "tpe-hyperband", "random"]
 FREE = {"brackets", "rounds", "keep"}  # may differ when a search is continued
@@ -86,6 +87,8 @@ class SearchOptions(Section):
             raise ValueError(f"min-rounds={self.min_rounds} must not be above max-rounds={self.max_rounds}")
         if self.brackets and self.rounds:
             raise ValueError(f"brackets={self.brackets} and rounds={self.rounds}: only one of them can be given")
+        if self.method == "tpe-hyperband" and self.eta % 1:
+            raise ValueError(f"eta={self.eta:g} must be a whole number with method=tpe-hyperband")
         return self
 
     def loss(self, measures: Mapping[str, float]) -> float:
@@ -177,7 +180,7 @@ def read_search(file: Path, method: str | None = None) -> Search:
     shared = flatten(tables)
     counted = RunConfig.from_flat({**UNSEEN, **shared}).data.makes_devices  # each run counts them in the images
     options = {**UNSEEN, **({} if counted else {"devices.count": DEFAULT_DEVICES}), **shared}
-    RunConfig.from_flat(options)
+    require_criterion(RunConfig.from_flat(options).pruning.criterion)
     if not isinstance(where, dict) or not where:
         raise ConfigError(
             f'{file}: needs a table [space], such as "train.learning-rate" = {{ low = 1e-4, high = 0.1 }}'

@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import Annotated, Any
 
 import numpy as np
@@ -26,6 +27,7 @@ from pydantic import Field, Strict, field_validator, model_validator
 from tapfl.config import RunConfig, binding
 from tapfl.errors import ConfigError
 from tapfl.options import Scalar, Section, validated
+from tapfl.pruning.criteria.registry import require_criterion
 
 Number = Annotated[float, Strict()]
 Conditions = Mapping[str, tuple[Scalar, ...]]
@@ -153,7 +155,7 @@ def _parameter(name: str, entry: Any, above: Mapping[str, Parameter], options: M
     holds = {other: allowed[0] for other, allowed in condition.items()}
     for value in values:  # each choice, or both ends of the range, must be valid in a run
         try:
-            RunConfig.from_flat({**options, **holds, name: value})
+            require_criterion(RunConfig.from_flat({**options, **holds, name: value}).pruning.criterion)
         except ConfigError as error:
             raise ConfigError(f": {value!r} is not accepted: {error}") from None
     return Parameter(distribution, condition)
@@ -162,14 +164,15 @@ def _parameter(name: str, entry: Any, above: Mapping[str, Parameter], options: M
 def _numbers(read: _Range, default: Scalar) -> tuple[BaseDistribution, list[float]]:
     """Returns the distribution of a range, and both ends of the range."""
     low, high, step = read.low, read.high, read.step
-    if isinstance(default, float):
-        return FloatDistribution(low, high, log=read.log, step=step), [low, high]
-    if isinstance(default, bool) or not isinstance(default, int):
+    if isinstance(default, bool) or not isinstance(default, int | float):
         raise ConfigError(": this option is not a number and needs choices")
-    if any(value % 1 for value in (low, high, step or 1)):
+    whole = isinstance(default, int)
+    if whole and any(value % 1 for value in (low, high, step or 1)):
         raise ConfigError(f": this option takes whole numbers, got low={low:g}, high={high:g}, step={step}")
-    if step and (high - low) % step:
+    if step and (Decimal(str(high)) - Decimal(str(low))) % Decimal(str(step)):  # exact, as Optuna computes it
         raise ConfigError(f": high={high:g} minus low={low:g} is not a multiple of step={step:g}")
+    if not whole:
+        return FloatDistribution(low, high, log=read.log, step=step), [low, high]
     return IntDistribution(int(low), int(high), log=read.log, step=int(step or 1)), [int(low), int(high)]
 
 

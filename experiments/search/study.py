@@ -39,6 +39,7 @@ from tapfl.run_folder import only_one
 from tapfl.store import write_bytes
 
 JOURNAL = "study.journal"
+TRIALS = "trials"  # the folder of their runs
 IDENTITY, INPUTS = "tapfl:search", "tapfl:inputs"
 PATIENCE = 4  # seconds that a storage may stay locked by another process
 
@@ -50,17 +51,20 @@ def open_study(search: Search, name: str, out: Path, url: str | None, resume: bo
         url: URL of the storage; None: a journal in `out`.
 
     Raises:
-        ConfigError: if the storage cannot be used, if the study exists and `resume` is false, if it does not exist and
-            `resume` is true, or if it belongs to another search.
+        ConfigError: if the storage cannot be used, if the study exists or `out` has another one and `resume` is false,
+            if it does not exist and `resume` is true, or if it belongs to another search.
     """
     if url is None and resume and not (out / JOURNAL).is_file():
         raise ConfigError(f"--resume: there is no study in {out}")
     shown = _without_password(url) if url else str(out / JOURNAL)
     try:
         storage = _storage(url, out)
-        known = name in optuna.get_all_study_names(storage)
+        names = optuna.get_all_study_names(storage)
+        known = name in names
         if known and not resume:
             raise ConfigError(f"storage {shown}: has a study {name!r} already; continue it with --resume")
+        if not resume and ((names and url is None) or (out / TRIALS).exists()):
+            raise ConfigError(f"--out {out}: has the trials of another search; give another --out")
         if resume and not known:
             raise ConfigError(f"--resume: storage {shown} has no study {name!r}")
         inputs = search.inputs()
@@ -80,6 +84,11 @@ def open_study(search: Search, name: str, out: Path, url: str | None, resume: bo
     if odd:
         raise ConfigError(f"study {name!r} belongs to another search: {'; '.join(odd)}")
     return study
+
+
+def begun(out: Path) -> bool:
+    """Returns whether `out` has a search that can be continued."""
+    return (out / JOURNAL).is_file() or (out / TRIALS).is_dir()
 
 
 def _without_password(url: str) -> str:
@@ -197,10 +206,10 @@ def run_search(
                 trials = study.get_trials(deepcopy=False)
                 advance(spent(trials), search.rounds, _best_so_far(trials))
                 if search.settings.keep == "best":
-                    drop_losers(trials, out / "trials")
+                    drop_losers(trials, out / TRIALS)
 
             changed()
-            carry_out(Runner(study, search, begin, sampler_of(search), out / "trials", pool.jobs, changed), search)
+            carry_out(Runner(study, search, begin, sampler_of(search), out / TRIALS, pool.jobs, changed), search)
             changed()  # once more, for the trials that were finished last
         return write_results(search, study, out)
 
@@ -212,7 +221,7 @@ def write_results(search: Search, study: optuna.Study, out: Path) -> Found:
     best, rounds = best_trial(found)
     write_best(search, best, rounds, out / "best.toml")
     loss = f"loss ({' + '.join(search.settings.objective)})"
-    page = page_of_search(study, rungs_of(search.settings), loss, best, rounds)
+    page = page_of_search(study, rungs_of(search), loss, best, rounds)
     write_bytes(out / "search.html", render(page).encode())
     return Found(best.number, rounds, best.intermediate_values[rounds], dict(best.params), out)
 

@@ -49,6 +49,7 @@ from tapfl.config import RunConfig
 from tapfl.errors import ConfigError, TapflError
 from tapfl.options import AnyShares, Scalar, Section, flatten, read_toml_tables, validated
 from tapfl.progress import Advance
+from tapfl.pruning.criteria.registry import require_criterion
 from tapfl.run_folder import RunFolder
 
 LONGEST_NAME = 240  # bytes of a run's name; file systems allow 255, and the name of its log is longer
@@ -80,6 +81,10 @@ class SweepOptions(Section):
         return flatten(value) if isinstance(value, Mapping) else value
 
 
+class _File(Section):
+    sweep: SweepOptions = SweepOptions()
+
+
 def group_of(point: Mapping[str, Any]) -> Point:
     """Returns the options of a point without the seed."""
     return tuple((key, value) for key, value in point.items() if key != "seed")
@@ -101,7 +106,7 @@ def read_sweep(
     table = tables.pop("sweep", {})
     if not isinstance(table, dict):
         raise ConfigError(f"{file}: sweep = {table!r}: must be a table, [sweep]")
-    options = validated(SweepOptions, table | ({"reference": reference} if reference else {}))
+    options = validated(_File, {"sweep": table | ({"reference": reference} if reference else {})}).sweep
     grid, runs = tables.pop("grid", {}), tables.pop("run", [])
     if not isinstance(grid, dict) or not all(isinstance(v, list) and v for v in grid.values()) or not (grid or runs):
         raise ConfigError(f"{file}: needs a table [grid] with a list of values for each option, or tables [[run]]")
@@ -132,7 +137,7 @@ def read_sweep(
             accepted = f"accepted: at most {LONGEST_NAME}; give a [[run]] a name, or cross fewer options"
             raise ConfigError(f"{file}: the name of the folder of run {name:.60}… has {size} bytes; {accepted}")
         planned[name] = SweepRun(name, point, shared | own | crossed)
-        RunConfig.from_flat(planned[name].options)
+        require_criterion(RunConfig.from_flat(planned[name].options).pruning.criterion)
     return list(planned.values()), options
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,10 +10,11 @@ from typing import Any
 
 import pandas as pd
 
-from experiments.output import PACKAGES, as_csv, as_markdown, caption
+from experiments.output import PACKAGES, as_csv, as_markdown, caption, versions_of
 from experiments.statistics import CORRECTED, TEST, corrected, paired
 from experiments.sweep.grid import Point, SweepOptions, SweepRun, group_of, references
 from strategies.records import SUMMARY, CurvePoint, Summary, first_at, read_summary
+from tapfl.run_folder import RunFolder
 from tapfl.store import write_bytes
 
 MEASURES = {  # fields of a run's summary, with their titles in the table
@@ -100,9 +100,9 @@ def outcomes(runs: Sequence[SweepRun], out: Path) -> list[Outcome]:
     found = []
     for run in runs:
         folder = out / run.name
-        if (folder / SUMMARY).is_file():
-            config, versions = (json.loads((folder / name).read_text()) for name in ("config.json", "versions.json"))
-            found.append(Outcome(run.point, folder, config, versions, read_summary(folder)))
+        if (folder / "config.json").is_file() and (folder / SUMMARY).is_file():
+            options = RunFolder(folder).config()
+            found.append(Outcome(run.point, folder, options, versions_of(folder), read_summary(folder)))
     return found
 
 
