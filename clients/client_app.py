@@ -46,18 +46,18 @@ class DeviceApp(ClientApp):
         devices = [device_of(context) for context in contexts]
         devices[0].compute.prepare(memory_share())
         what = f"devices {', '.join(str(device.partition_id) for device in devices)}: train"
-        with time_limit(len(devices) * devices[0].config.faults.device_timeout, what):
-            requests = [Train.from_records(message.content) for message in messages]
+        requests = [Train.from_records(message.content) for message in messages]
 
-            def carry_out() -> list[TrainReply | Exception]:
-                work = [device.training(request) for device, request in zip(devices, requests, strict=True)]
-                return carried_out(work, partial(_log_once, devices[0].config.out))
+        def carry_out() -> list[TrainReply | Exception]:
+            work = [device.training(request) for device, request in zip(devices, requests, strict=True)]
+            return carried_out(work, partial(_log_once, devices[0].config.out))
 
-            try:
+        try:
+            with time_limit(len(devices) * devices[0].config.faults.device_timeout, what):
                 first = within_memory(carry_out, what)
                 replies = [_retried(*entry) for entry in zip(devices, requests, first, strict=True)]
-            except Exception as error:
-                replies = [error] * len(messages)
+        except Exception as error:
+            replies = [error] * len(messages)
         if fault := next((reply for reply in replies if isinstance(reply, Exception) and ends_worker(reply)), None):
             replies = [fault] * len(messages)  # so that the server sends the same group again
         return [
@@ -149,6 +149,10 @@ def _own_path(node: Mapping[str, Scalar], name: str) -> str:
     return str(path)
 
 
+class _Overtime(BaseException):
+    """The time limit is over. It is no Exception, so that code which handles a device's errors lets it pass."""
+
+
 @contextmanager
 def time_limit(seconds: float, what: str) -> Iterator[None]:
     """Raises a RunError that names `what` if the block takes longer than `seconds`. Flower itself never cancels a call.
@@ -162,7 +166,7 @@ def time_limit(seconds: float, what: str) -> Iterator[None]:
         return
 
     def stop(*_: object) -> None:
-        raise RunError(f"{what} took more than {seconds:g} s (faults.device-timeout)")
+        raise _Overtime
 
     before = signal.signal(signal.SIGALRM, stop)
     signal.setitimer(signal.ITIMER_REAL, seconds)
@@ -170,6 +174,8 @@ def time_limit(seconds: float, what: str) -> Iterator[None]:
         faulthandler.dump_traceback_later(HARD * seconds, exit=True)
     try:
         yield
+    except _Overtime:
+        raise RunError(f"{what} took more than {seconds:g} s (faults.device-timeout)") from None
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)

@@ -23,6 +23,7 @@ R = TypeVar("R", bound=WireMessage)
 
 CLIENT_RAISED = 2  # Flower's code for an exception in the ClientApp; a retry would only raise it again
 RETRY_AFTER = 2.0  # seconds, times the number of attempts; a worker that died is back within seconds
+ROUNDING = 1e-9  # tolerance for a share of devices: 0.28 * 25 is more than 7 in floating point
 POLL_FIRST, POLL_LAST = 0.01, 0.2  # seconds between two polls, growing while nothing arrives
 
 
@@ -67,18 +68,20 @@ class Answers(Generic[R]):
         sent: bytes by kind of each message that was sent.
         replies: the answers that passed their check.
         failures: for the other devices, why there is no answer.
+        what: what the numbers are of, for the log.
     """
 
     sent: dict[int, Counter[str]] = field(default_factory=dict)
     replies: dict[int, R] = field(default_factory=dict)
     failures: dict[int, str] = field(default_factory=dict)
+    what: str = "device"
 
     def __len__(self) -> int:
         return len(self.replies) + len(self.failures)
 
     def fail(self, i: int, reason: str) -> None:
         self.failures[i] = _printable(reason)
-        log(logging.WARNING, "device %d: %s", i, self.failures[i])
+        log(logging.WARNING, "%s %d: %s", self.what, i, self.failures[i])
 
     def require(self, phase: str, min_success: float) -> dict[int, R]:
         """Returns the replies in the order of their partition ids.
@@ -87,7 +90,7 @@ class Answers(Generic[R]):
             RunError: if `min_success` is above 0, and there is no reply or the share of requests with a reply is below
                 `min_success`.
         """
-        if min_success and (not self.replies or len(self.replies) < min_success * len(self)):
+        if min_success and (not self.replies or len(self.replies) < min_success * len(self) - ROUNDING):
             reasons = sorted(set(self.failures.values())) or ["nothing was sent"]
             few = f"only {len(self.replies)} of {len(self)} devices succeeded, faults.min-success = {min_success:g}"
             raise RunError(f"{phase}: {few if self.replies else 'no device answered'}; {reasons[0]}")
@@ -144,6 +147,7 @@ def exchange(
     retries: int,
     window: int,
     groups: Sequence[Sequence[int]] = (),
+    what: str = "device",
 ) -> Answers[R]:
     """Sends each device its request; returns the answers that passed their check, and the failures.
 
@@ -157,6 +161,7 @@ def exchange(
             it holds.
         groups: devices whose requests are handed to one worker together; every other device gets its request by
             itself. The lost requests of a group are sent again as a group.
+        what: what the numbers are of, for the log.
     """
 
     def message_to(i: int) -> Message:
@@ -164,7 +169,7 @@ def exchange(
         answers.sent[i] = requests[i].bytes_of(message)
         return Message(message.to_records(), nodes[i], message.type, group_id=phase)
 
-    answers: Answers[R] = Answers()
+    answers: Answers[R] = Answers(what=what)
     waiting = _attempts(requests, groups)
     in_flight: dict[str, tuple[int, Attempt]] = {}
     lost: dict[Attempt, list[int]] = {}
@@ -190,7 +195,7 @@ def exchange(
                     log(logging.WARNING, "ignored an answer without a request, or a second answer to the same request")
                     continue
                 if reply.has_error() and reply.error.code != CLIENT_RAISED and answered.number <= retries:
-                    log(logging.WARNING, "device %d: %s; sent again", i, _reason(reply))
+                    log(logging.WARNING, "%s %d: %s; sent again", what, i, _reason(reply))
                     lost.setdefault(answered, []).append(i)
                 else:
                     _accept(answers, i, reply, requests[i])

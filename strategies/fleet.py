@@ -19,7 +19,7 @@ from flwr.serverapp import Grid
 from timm.models import VisionTransformer
 from torch import nn
 
-from strategies.exchange import Answers, R, Request, exchange, hands_out_groups, wait_for_nodes, window_of
+from strategies.exchange import ROUNDING, Answers, R, Request, exchange, hands_out_groups, wait_for_nodes, window_of
 from strategies.records import DeviceRecord, FailureLine, Line, TrafficLine, added, append_lines
 from strategies.state import FederationState
 from tapfl.config import NEW_HEADS, DeviceOptions, RunConfig, TrainOptions
@@ -82,15 +82,15 @@ class Fleet:
         for node, met in self._introduce(nodes, hello, known, self.config.faults.min_success if resumed else 0.0):
             i, record = met.device, known.get(met.device)
             samples = record and (record.train_samples if not self.config.data.changing else met.train_samples)
-            if record and (record.profile, samples) == (met.profile, met.train_samples):
-                self.nodes[i] = node
-            elif record and resumed:
-                raise ConfigError(
-                    f"resume: device {i} had {record.train_samples} images and {record.profile!r}; now it has "
-                    f"{met.train_samples} and {met.profile!r}"
-                )
-            else:
+            if not record:
                 log(logging.WARNING, "device %d: ignored, because it is not one of the devices of round zero", i)
+            elif (record.profile, samples) == (met.profile, met.train_samples):
+                self.nodes[i] = node
+            else:
+                had, has = (f"{each.train_samples} images and {each.profile!r}" for each in (record, met))
+                if resumed:
+                    raise ConfigError(f"resume: device {i} had {had}; now it has {has}")
+                log(logging.WARNING, "device %d: ignored, because it had %s; now it has %s", i, had, has)
 
     def ask(
         self,
@@ -136,7 +136,8 @@ class Fleet:
         """Yields each node with the record of its device; if two nodes claim to be the same device, only the first."""
         count = max(len(nodes), 1 + max(known, default=0))
         request = self._hello(hello, count)
-        answers = self._exchange(dict(enumerate(nodes)), dict.fromkeys(range(len(nodes)), request), "hello")
+        unknown = dict(enumerate(nodes))  # which devices they are is in their answers
+        answers = self._exchange(unknown, dict.fromkeys(unknown, request), "hello", what="node")
         self._seen |= set(nodes)
         met: set[int] = set()
         for position, reply in answers.require("hello", min_success).items():
@@ -144,8 +145,7 @@ class Fleet:
                 log(logging.WARNING, "node %d: ignored, because another node is device %d already", position, i)
                 continue
             met.add(i)
-            if reply.holds_backbone:
-                self.holds_backbone.add(i)
+            (self.holds_backbone.add if reply.holds_backbone else self.holds_backbone.discard)(i)
             self.classes[i] = reply.named(self._asks_classes)
             yield (
                 nodes[position],
@@ -180,10 +180,11 @@ class Fleet:
         requests: Mapping[int, Request[R]],
         phase: str,
         groups: Sequence[Sequence[int]] = (),
+        what: str = "device",
     ) -> Answers[R]:
         faults, window = self.config.faults, window_of(self.grid, self.config.window)
         limits: dict[str, Any] = {"timeout": faults.exchange_timeout, "retries": faults.retries, "window": window}
-        return exchange(self.grid, nodes, requests, phase, **limits, groups=groups)
+        return exchange(self.grid, nodes, requests, phase, **limits, groups=groups, what=what)
 
 
 def account(
@@ -234,7 +235,8 @@ def sample_clients(
     sometimes = [i for i in sorted(profiles) if profiles[i].availability < 1]  # others need no draw, which takes 20 µs
     away = tuple(i for i in sometimes if chance("availability", i) >= profiles[i].availability)
     available = sorted(profiles.keys() - away)
-    wanted = max(1, int(options.participation * len(available) + 0.5))  # rounds half up, unlike `round`
+    # rounds half up, unlike `round`; ROUNDING because 0.7 * 45 is less than 31.5 in floating point
+    wanted = max(1, int(options.participation * len(available) + 0.5 + ROUNDING))
     sampled = sorted(sorted(available, key=lambda i: chance("participation", i))[:wanted])
     dropped = tuple(i for i in sampled if chance("dropout", i) < options.dropout)
     return ClientSample(tuple(i for i in sampled if i not in dropped), away, dropped)
@@ -286,8 +288,9 @@ def reason_for_single(config: RunConfig, grid: Grid | None = None, backbone: nn.
     wanted, why = config.train.together, ""
     if grid is not None and not hands_out_groups(grid):
         why = "this engine hands out single messages; only inprocess and ray hand out groups"
-    elif not method_of(config.personalize, config.adapters, config.train.rounds).together:
-        why = f"personalize.method = {config.personalize.method!r} trains each device by itself"
+    elif not method_of(own := config.personalize, config.adapters, config.train.rounds).together:
+        cause = f"alpha-per = {own.alpha_per!r}" if own.method == "apfl" else f"method = {own.method!r}"
+        why = f"personalize.{cause} trains each device by itself"
     elif config.compute.precision == "fast":
         why = "compute.precision = 'fast' trains each device by itself"
     elif backbone is not None and not isinstance(backbone, VisionTransformer):

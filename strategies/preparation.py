@@ -23,7 +23,7 @@ from strategies import round_zero
 from strategies.exchange import Request
 from strategies.fleet import Fleet, sample_clients
 from strategies.records import CLASSES, DeviceRecord, DriftLine, FailureLine, append_lines, read_classes
-from strategies.round_zero import PublicPool, Shared, alike, describe_pool, device_model, probed, side_by_side
+from strategies.round_zero import PublicPool, Shared
 from strategies.state import FederationState
 from tapfl.adapters.layout import adapted_share
 from tapfl.compute import HERE, Compute
@@ -91,7 +91,7 @@ class Preparation:
     @cached_property
     def pool(self) -> PublicPool:
         with stage("public pool"):
-            return describe_pool(self.config, self.images, self.judge, self.compute)
+            return round_zero.describe_pool(self.config, self.images, self.judge, self.compute)
 
     def metric_set(self, record: DeviceRecord) -> np.ndarray:
         """Returns the positions in the pool of the images with which a device's model is pruned."""
@@ -120,12 +120,12 @@ class Preparation:
 
         with stage("smaller models") as advance:
             new_head = self.backbone if self.backbone is not self.judge else None
-            groups = alike(self.config, state.devices.values())
+            groups = round_zero.alike(self.config, state.devices.values())
             advance(0, len(groups))
             budgets = [group[0].profile.budget for group in groups]
-            config = probed(self.config, budgets, self.pool)
+            config = round_zero.probed(self.config, budgets, self.pool)
             shared = Shared(config, self.pool, self.judge, self.compute, new_head)
-            errors = side_by_side(shared, make, groups, self._at_once(budgets))
+            errors = round_zero.side_by_side(shared, make, groups, self._at_once(budgets))
             for done, (group, error) in enumerate(zip(groups, errors, strict=True), start=1):
                 for record in group:
                     i = record.device
@@ -159,6 +159,8 @@ class Preparation:
         plans = {i: self.plan(i)[0] for i in devices if self.plan_file(i).exists()}
         if not plans:
             return state
+        layers, blocks = prunable_layers(self.backbone), self.config.adapters.blocks
+        shares = {i: adapted_share(layers, plan, blocks) for i, plan in plans.items()}
         requests = {}
         for i, plan in plans.items():
             params, macs = plan.cost.params, plan.cost.macs
@@ -166,7 +168,7 @@ class Preparation:
             work = macs * state.devices[i].test_samples
             requests[i] = Request(partial(message, state.devices[i]), PruneReply, check, max_bytes=ENVELOPE, macs=work)
         state, replies = self.fleet.ask(state, "surgery", requests, min_success=min_success)
-        changes, names, layers = {}, [*self.config.personalize.reference_rates], prunable_layers(self.backbone)
+        changes, names = {}, [*self.config.personalize.reference_rates]
         for i, reply in replies.items():
             dense, before = plans[i].dense, {"dense+alone": state.devices[i].dense_accuracy}
             changes[i] = {
@@ -174,7 +176,7 @@ class Preparation:
                 "params_share": reply.params / dense.params,
                 "macs": reply.macs,
                 "macs_share": reply.macs / dense.macs,
-                "adapted_share": adapted_share(layers, plans[i], self.config.adapters.blocks),
+                "adapted_share": shares[i],
                 # true until its first round, because adapters start without effect; after a warm start a placeholder
                 **dict.fromkeys(("pruned_accuracy", "global_accuracy", "personal_accuracy"), reply.pruned_accuracy),
                 "reference_accuracies": {name: before.get(name, reply.pruned_accuracy) for name in names} or None,
@@ -212,7 +214,8 @@ class Preparation:
     def _plan(self, shared: Shared, summaries: Mapping[int, GaussianSummary], records: Sequence[DeviceRecord]) -> None:
         """Makes one model, and stores it and its plan for each of the devices, which get equal ones."""
         first = records[0]
-        pruned = device_model(shared, self.spec, summaries.get(first.device), first.device, first.profile.budget)
+        mixture = summaries.get(first.device)
+        pruned = round_zero.device_model(shared, self.spec, mixture, first.device, first.profile.budget)
         for record in records:
             i, summary = record.device, summaries.get(record.device)
             # a device that sent no mixture may not have the backbone either
@@ -282,7 +285,7 @@ class Preparation:
 
     def _summary_request(self, record: DeviceRecord, weights: bytes) -> Request[SummaryReply]:
         """Returns the request for a mixture; it includes the backbone if the device does not have it."""
-        holds_backbone = record.device in self.fleet.holds_backbone or record.components > 0
+        holds_backbone = record.device in self.fleet.holds_backbone
         pool = self.pool
         dim, options, classes = pool.points.shape[1], self.config.summary, len(self.classes)
         message = Summarize(
@@ -332,6 +335,7 @@ class Preparation:
         return [reply.gaussians for reply in stored if reply is not None]
 
     def _store_summary(self, i: int, reply: SummaryReply, again: bool = False) -> None:
+        self.fleet.holds_backbone.add(i)  # it was in the request, if the device did not have it
         arrays = {name: torch.from_numpy(value) for name, value in vars(reply).items() if isinstance(value, np.ndarray)}
         rest = {name: value for name, value in vars(reply).items() if name not in arrays}
         write_sealed(self._summary_file(i, again), arrays, "reply", rest | {"device": i})

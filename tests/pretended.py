@@ -31,6 +31,7 @@ from tapfl.compute import Compute
 THERE = Compute(torch.device("lazy", 0))
 # operations with indices, which may be on the CPU
 INDEXED = ("aten::index.", "aten::index_put", "aten::_index_put_impl_", "aten::copy_", "aten::_to_copy")
+JOINED = ("aten::cat", "aten::stack")  # on a GPU these do not accept CPU tensors with 0 dims either
 WAITS = (
     *("aten::_local_scalar_dense", "aten::nonzero", "aten::equal", "aten::masked_select", "aten::is_nonzero"),
     *("aten::_linalg_check_errors", "aten::linalg_inv.", "aten::unique"),
@@ -124,7 +125,8 @@ def _mapped(change: Callable[[Any], Any], tree: Any) -> Any:
 
 
 def _check(name: str, args: Any, here: list[Tensor]) -> None:
-    if any(tensor.dim() for tensor in here) and not name.startswith(INDEXED):
+    scalars_too = name.startswith(JOINED)
+    if any(tensor.dim() or scalars_too for tensor in here) and not name.startswith(INDEXED):
         raise RuntimeError(f"{name}: expected all tensors on one device, but found {THERE.device} and cpu")
     indexed = name.startswith("aten::index.")
     if indexed and not isinstance(args[0], There):

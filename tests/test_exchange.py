@@ -7,6 +7,7 @@ import weakref
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,8 +19,11 @@ from experiments.engines.local import InProcessGrid
 from experiments.jobs.federation import on_flower
 from strategies import exchange as module
 from strategies.exchange import Request, exchange, wait_for_nodes, window_of
+from strategies.fleet import Fleet
+from tapfl.config import RunConfig
 from tapfl.errors import RunError
-from tapfl.wire import ENVELOPE, Train, TrainReply
+from tapfl.run_folder import RunFolder
+from tapfl.wire import ENVELOPE, Hello, HelloReply, Train, TrainReply
 
 GOOD = TrainReply(
     round=1,
@@ -152,6 +156,11 @@ def test_fewer_than_the_least_share_end_the_run(share: float, enough: bool) -> N
             answers.require("round 1", share)
 
 
+def test_a_share_that_is_met_exactly_is_enough() -> None:
+    answers = ask(ScriptedGrid(25, lambda i, _: GOOD if i < 7 else Error(2, "ValueError: mine")), window=25)
+    assert len(answers.require("round 1", 0.28)) == 7  # in floating point, 0.28 * 25 is above 7
+
+
 def test_second_answers_and_answers_without_a_request_are_ignored() -> None:
     class Echo(ScriptedGrid):
         def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
@@ -248,3 +257,37 @@ def test_messages_that_are_made_when_they_are_sent_are_not_kept() -> None:
     answers = exchange(grid, nodes, requests, "round 1", timeout=300.0, retries=0, window=2)
     assert len(answers.replies) == 6 and most < 3
     assert len(alive) == 6 and answers.sent[4] == Train(1, 0, np.full(3, 4, np.float32)).bytes_by_kind  # made once each
+
+
+# -- devices that introduce themselves --------------------------------------------------------------------------------
+
+INTRODUCED = HelloReply(0, "0.5", 4, 5e9, 1e6, 5e6, 1.0, train_samples=50, holds_backbone=True, class_names="[]")
+
+
+def introducing(*answers: HelloReply | Error) -> InProcessGrid:
+    """Returns a grid with new nodes, whose devices answer a hello as given."""
+
+    def respond(message: Message, context: Context) -> Message:
+        answer = answers[int(context.node_config["partition-id"])]
+        return Message(answer if isinstance(answer, Error) else answer.to_records(), reply_to=message)
+
+    TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
+    return InProcessGrid(respond, {}, len(answers))
+
+
+def test_a_device_that_comes_back_is_met_again_and_told_from_another(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = RunConfig.from_flat({"devices.count": 3, "faults.min-success": 0.5})
+    others = [replace(INTRODUCED, partition_id=i) for i in range(3)]
+    fleet = Fleet(introducing(others[0], Error(2, "ValueError: mine"), others[2]), config, RunFolder(tmp_path))
+    records = fleet.meet(Hello("key"))
+    assert sorted(records) == [0, 2] == sorted(fleet.nodes) and fleet.holds_backbone == {0, 2}
+    assert "node" in caplog.text and "device" not in caplog.text  # which device has failed is not known
+    before = dict(fleet.nodes)
+    fleet.grid = introducing(replace(others[0], holds_backbone=False), others[1], replace(others[2], rank=2))
+    fleet.meet_again(Hello("key"), records)
+    assert fleet.nodes[0] != before[0] and fleet.nodes[2] == before[2]
+    assert "device 1: ignored, because it is not one of the devices of round zero" in caplog.text
+    assert "device 2: ignored, because it had 50 images and DeviceProfile(" in caplog.text and "rank=2" in caplog.text
+    assert 0 not in fleet.holds_backbone  # its cache is gone

@@ -412,6 +412,7 @@ def test_a_run_without_workers_ends_and_names_the_command_to_continue(
     ("method", "why"),
     [
         ("fedala", "personalize.method = 'fedala' trains each device by itself"),
+        ("layer", "personalize.alpha-per = 'layer' trains each device by itself"),
         ("apfl", "this engine hands out single messages; only inprocess and ray hand out groups"),
     ],
 )
@@ -420,7 +421,8 @@ def test_devices_that_cannot_step_together_are_refused_before_anything_is_comput
 ) -> None:
     if method == "apfl":
         monkeypatch.delattr(LocalGrid, "push_group")  # like Flower's grid
-    out, options = tmp_path / "run", ["train.together=2", f"personalize.method={method}"]
+    options = ALPHA if method == "layer" else [f"personalize.method={method}"]
+    out, options = tmp_path / "run", ["train.together=2", *options]
     with pytest.raises(ConfigError, match=re.escape(f"train.together = 2: {why}; accepted: 1, auto")):
         tapfl("--out", str(out), cache=tmp_path / "cache", options=options)
     assert not out.exists() and not (tmp_path / "cache" / "backbones").exists()

@@ -32,6 +32,7 @@ from tapfl.adapters.layout import (
 from tapfl.adapters.lora import AdaptedModel
 from tapfl.adapters.rules import RULES, initial
 from tapfl.config import AdapterOptions
+from tapfl.errors import ConfigError
 from tapfl.pruning.surgery import shrink
 from tapfl.training import Params
 
@@ -173,6 +174,9 @@ def test_the_share_of_the_work_that_has_adapters(vit: Tiny) -> None:
     attention, ffn = (layer.macs_per_unit * layer.units for layer in vit.layers[:2])
     share = adapted_share(vit.layers, plan_of(vit, half), 1)
     assert share == pytest.approx((attention + ffn) / (attention / 4 + attention + ffn))
+    gone = plan_of(vit, {"blocks.1.attn": NOBODY, "blocks.1.mlp": NOBODY})
+    with pytest.raises(ConfigError, match=r"adapters\.blocks = 1: pruning removed everything in these blocks"):
+        adapted_share(vit.layers, gone, 1)
     assert adapted_share(vit.layers, plan_of(vit, half), 0) == adapted_share(vit.layers, plan_of(vit, half), 2) == 1
 
 

@@ -94,13 +94,17 @@ def test_a_client_sample_is_a_function_of_seed_and_round(
     backwards = {i: profiles[i] for i in sorted(profiles, reverse=True)}
     assert drawn == sample_clients(backwards, options, 7, round)
     present = devices - len(drawn.away)
-    assert len(drawn.asked) + len(drawn.dropped) == (max(1, int(participation * present + 0.5)) if present else 0)
+    assert len(drawn.asked) + len(drawn.dropped) == (
+        max(1, int(participation * present + 0.5 + 1e-9)) if present else 0
+    )
     assert not set(drawn.asked) & set(drawn.dropped) and not set(drawn.away) & {*drawn.asked, *drawn.dropped}
 
 
 def test_all_take_part_by_default_and_shares_hold_on_average() -> None:
     profiles = dict.fromkeys(range(20), PHONE)
     assert sample_clients(profiles, DeviceOptions(), 0, 1).asked == tuple(range(20))
+    many = dict.fromkeys(range(45), PHONE)
+    assert len(sample_clients(many, DeviceOptions(participation=0.7), 0, 1).asked) == 32  # 31.5, rounded half up
     away = {i: PHONE.model_copy(update={"availability": 0.7}) for i in range(20)}
     drawn = [sample_clients(away, DeviceOptions(participation=0.5, dropout=0.25), 0, t) for t in range(300)]
     assert sum(len(d.away) for d in drawn) / 6000 == pytest.approx(0.3, abs=0.03)

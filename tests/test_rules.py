@@ -81,7 +81,7 @@ def test_the_width_side_counts_a_missing_direction_as_zero(rule: str, round: int
 
 def test_entries_before_the_width_side_in_a_layout_do_not_change() -> None:
     sent = fc1([[5], [6]], [[7, 7]], [1, 2], 3.0)
-    whole = whole_rank(sent, PREVIOUS)
+    whole = whole_rank(sent, PREVIOUS, "width")
     assert list(sent.layout) == [A, B]
     assert torch.equal(whole.params[A], sent.params[A]) and whole.layout[A].shape == (1, 2)
     assert whole.params[B].tolist() == [[5, 0], [6, 0]] and whole.layout[B].shape == (2, 2)
@@ -118,6 +118,18 @@ def test_hetlora_weights_by_the_norm_of_the_product() -> None:
     torch.testing.assert_close(result[A], torch.tensor([want_A], dtype=F64), rtol=1e-12, atol=0)
     want_B = torch.tensor([[3], [(5 * 4 + 50 * 6) / 55], [8]], dtype=F64)
     torch.testing.assert_close(result[B], want_B, rtol=1e-12, atol=0)
+
+
+def test_hetlora_pads_both_factors_with_zeros() -> None:
+    updates = [
+        fc1([[3, 0], [4, 0]], [[0, 1], [0, 0]], [0, 1], 1.0),  # ‖BA‖ = 5
+        fc1([[6], [8]], [[3, 4]], [1, 2], 1.0),  # ‖BA‖ = 50; rank 1
+    ]
+    updates[0].params[A][1] = torch.tensor([22.0, 0])  # B is 0 there, so ‖BA‖ is still 5
+    result = step(options("hetlora"), PREVIOUS, updates)
+    want = torch.tensor([[50 * 3 / 55, (5 * 1 + 50 * 4) / 55], [5 * 22 / 55, 0]], dtype=F64)
+    torch.testing.assert_close(result[A], want, rtol=1e-12, atol=0)
+    assert result[B][2].tolist() == [8, 0]  # of the neuron that only the second device has
 
 
 def test_hetlora_uses_the_global_scale_and_weights_the_head_by_samples() -> None:

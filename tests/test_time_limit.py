@@ -10,6 +10,7 @@ import pytest
 
 from clients.client_app import time_limit
 from tapfl.errors import RunError
+from tapfl.personalize.together import Training, carried_out
 
 
 def test_work_that_takes_too_long_is_ended_and_reported() -> None:
@@ -17,6 +18,18 @@ def test_work_that_takes_too_long_is_ended_and_reported() -> None:
     said = r"device 3: train took more than 0.2 s \(faults.device-timeout\)"
     with pytest.raises(RunError, match=said), time_limit(0.2, "device 3: train"):
         time.sleep(30)
+    assert time.monotonic() - began < 10
+
+
+def test_code_that_handles_errors_of_a_device_does_not_handle_the_time_limit() -> None:
+    def slow() -> Training[None]:
+        time.sleep(30)
+        yield from ()
+
+    began = time.monotonic()
+    said = r"devices 3, 4: train took more than 0.2 s"
+    with pytest.raises(RunError, match=said), time_limit(0.2, "devices 3, 4: train"):
+        carried_out([slow(), slow()])
     assert time.monotonic() - began < 10
 
 

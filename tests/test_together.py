@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -18,13 +19,13 @@ from tapfl.adapters.stack import flat
 from tapfl.adapters.stacked_model import StackedModel
 from tapfl.compute import within_memory
 from tapfl.config import TrainOptions
-from tapfl.errors import ModelError, RunError
+from tapfl.errors import DataError, ModelError, RunError
 from tapfl.personalize.apfl import Apfl
 from tapfl.personalize.method import LocalResult, Method, Personal, Trainee, wholly
 from tapfl.personalize.methods import FedAvg, FineTune, Local
 from tapfl.personalize.perfedavg import PerFedAvg
 from tapfl.personalize.proximal import Ditto, FedProx
-from tapfl.personalize.together import LocalTask, Training, all_of, carried_out, stacked, together
+from tapfl.personalize.together import Batch, LocalTask, Training, all_of, carried_out, stacked, together
 from tapfl.pruning.surgery import shrink
 
 METHODS: dict[str, Method] = {
@@ -198,6 +199,23 @@ def test_an_error_fails_only_its_device(families: dict[str, Tiny]) -> None:
     tasks[0].received["head.weight"].fill_(float("nan"))
     wild, loss = carried_out([work(each) for each in tasks])
     assert isinstance(wild, ModelError) and isinstance(loss, float)
+
+
+@pytest.mark.parametrize("readable", [0, 1])
+def test_an_image_that_cannot_be_read_fails_only_its_device(readable: int, families: dict[str, Tiny]) -> None:
+    def damaged(each: LocalTask) -> LocalTask:
+        def batches() -> Iterator[Batch]:
+            yield from list(each.batches)[:readable]
+            raise DataError("an image cannot be read")
+
+        return replace(each, batches=batches())
+
+    calm = all_of(two(families["vit"]))
+    first, second = two(families["vit"])
+    failed, other = all_of([damaged(first), second])
+    assert isinstance(failed, DataError) and isinstance(calm[1], LocalResult)
+    assert_near(other, calm[1])
+    assert [type(each) for each in all_of([damaged(each) for each in two(families["vit"])])] == [DataError, DataError]
 
 
 MACS = {0: 50, 1: 10, 2: 49, 3: 11, 4: 400, 5: 12}

@@ -89,24 +89,30 @@ def last_blocks(layers: Sequence[PrunableLayer], count: int) -> list[PrunableLay
     Raises:
         ConfigError: if the backbone has fewer blocks.
     """
-    blocks = list(dict.fromkeys(layer.name.rpartition(".")[0] for layer in layers))
+    blocks = list(dict.fromkeys(layer.block for layer in layers))
     if count > len(blocks):
         has = f"the backbone has {len(blocks)}"
         raise ConfigError(f"adapters.blocks = {count}: {has}; accepted: at most that, or 0 for all")
     adapted = blocks[-count:]  # all if count is 0
-    return [layer for layer in layers if layer.name.rpartition(".")[0] in adapted]
+    return [layer for layer in layers if layer.block in adapted]
 
 
 def adapted_share(layers: Sequence[PrunableLayer], plan: PruningPlan, count: int) -> float:
-    """Returns the fraction of the MACs of a pruned model's branches that is in branches with adapters.
+    """Returns the fraction of the MACs of a pruned model's branches that is in branches with adapters, above 0.
 
     Token merging is not taken into account.
 
     Args:
         count: as for `last_blocks`.
+
+    Raises:
+        ConfigError: if nothing is left of the blocks that get adapters; such a model could not be trained.
     """
     macs = {layer.name: layer.macs(layer.shape_of(plan.layer(layer.name).index())) for layer in layers}
-    return sum(macs[layer.name] for layer in last_blocks(layers, count)) / max(1, sum(macs.values()))
+    if not (adapted := sum(macs[layer.name] for layer in last_blocks(layers, count))):
+        gone = "pruning removed everything in these blocks of a device's model"
+        raise ConfigError(f"adapters.blocks = {count}: {gone}; accepted: more blocks, or a larger budget")
+    return adapted / sum(macs.values())
 
 
 def global_shapes(model: nn.Module, layers: Sequence[PrunableLayer], rank: int) -> Shapes:
@@ -167,8 +173,8 @@ def to_global_scale(theta: Tensor, placement: Placement) -> Tensor:
     return values if placement.row_scale is None else values / placement.row_scale.double()[:, None]
 
 
-def whole_rank(update: Update, previous: Mapping[str, Tensor]) -> Update:
-    """Returns the update with its width-side factors padded with zeros from the device's rank to the global rank.
+def whole_rank(update: Update, previous: Mapping[str, Tensor], *sides: Side) -> Update:
+    """Returns the update with the factors of these sides padded with zeros from the device's rank to the global rank.
 
     If all devices have the same embed-side factor, the overlap mean of the padded factors equals that of the products:
     the product of a device of rank r is 0 in all further directions, so the device contributes a 0 there for every unit
@@ -176,7 +182,7 @@ def whole_rank(update: Update, previous: Mapping[str, Tensor]) -> Update:
     """
     params, layout = dict(update.params), dict(update.layout)
     for name, placement in update.layout.items():
-        if placement.side != "width":
+        if placement.side not in sides:
             continue
         axis = 0 if name.endswith(LORA_A) else 1
         index, shape = list(placement.index), list(placement.shape)

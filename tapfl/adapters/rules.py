@@ -107,15 +107,17 @@ def norm_weighted_means(
 ) -> Params:
     """HetLoRA's sparsity-weighted aggregation (Cho et al. 2024, arXiv 2401.06432): FedIT with weights ‖B_i A_i‖_F.
 
-    A device whose product is 0 has weight 0 in that linear. Heads are weighted by samples. The paper's rank pruning is
-    not implemented: a device's rank is fixed.
+    Both factors are padded with zeros to the global rank, as published, so a device without a rank direction counts as
+    0 in it. A device whose product is 0 has weight 0 in that linear. Heads are weighted by samples. The paper's rank
+    pruning is not implemented: a device's rank is fixed.
     """
+    whole = [whole_rank(update, previous, "width", "embed") for update in updates]
     result: Params = {}
     for name, theta in previous.items():
         a = name.removesuffix(LORA_B) + LORA_A if name.endswith(LORA_B) else name
         weighted = updates
         if a.endswith(LORA_A):
-            weighted = [replace(update, weight=product_norm(update, a)) for update in updates if a in update.layout]
+            weighted = [replace(update, weight=product_norm(update, a)) for update in whole if a in update.layout]
         result |= combination.each({name: theta}, weighted)
     return result
 
@@ -136,7 +138,7 @@ def one_sided_means(
     price is that devices without a direction count as 0 in it, so a direction of few devices is diluted, as in the mean
     of the products.
     """
-    return combination.each(previous, [whole_rank(update, previous) for update in updates])
+    return combination.each(previous, [whole_rank(update, previous, "width") for update in updates])
 
 
 def _turn(round: int) -> frozenset[Side]:

@@ -50,7 +50,6 @@ class Apfl(Method[ApflState]):
         learning_rate: η_v; 0 means η.
     """
 
-    together: ClassVar[bool] = True
     steady: ClassVar[bool] = True
 
     alpha: float = 0.5
@@ -58,6 +57,10 @@ class Apfl(Method[ApflState]):
     alpha_learning_rate: float = 0.1
     per: Literal["device", "layer"] = "device"
     learning_rate: float = 0.0
+
+    @property
+    def together(self) -> bool:  # type: ignore[override]  # a class variable of the other methods
+        return self.per == "device"
 
     def init(self, received: Params, personal: Personal | None, train: TrainOptions, trained: Names) -> ApflState:
         personal = personal or self._first(received)

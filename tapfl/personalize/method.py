@@ -43,7 +43,7 @@ class Personal:
 
 def wholly(params: Params) -> Personal:
     """Returns `params` as the private model of a device that uses only this model, α = 1."""
-    return Personal(params, torch.ones((), dtype=torch.float64))
+    return Personal(params, torch.ones((), dtype=torch.float64, device=next(iter(params.values())).device))
 
 
 @dataclass(frozen=True)

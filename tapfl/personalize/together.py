@@ -146,7 +146,7 @@ def together(tasks: Sequence[LocalTask], model: StackedModel) -> list[Outcome]:
     """Returns the results of tasks with the same method, computed as one stack.
 
     The result of a device is taken after its last step. Its slice then continues with the device's last batch until all
-    devices are done, and is ignored.
+    devices are done, and is ignored. So is the slice of a device whose batches cannot be read.
     """
     method, stacking = tasks[0].method, model.stacking
     train = tasks[0].train.model_copy(update={"steps": max(task.train.steps for task in tasks)})
@@ -167,19 +167,36 @@ def together(tasks: Sequence[LocalTask], model: StackedModel) -> list[Outcome]:
 
     step = step_of(method, state, objective, train, tasks[0].recorder)
     sources = [iter(task.batches) for task in tasks]
-    batches: list[Batch] = [next(source) for source in sources]
+    failed: dict[int, Exception] = {}
+
+    def following() -> list[Batch | None]:
+        batches: list[Batch | None] = [None] * len(tasks)
+        for i, source in enumerate(sources):
+            try:
+                batches[i] = next(source, None)
+            except Exception as error:
+                failed[i] = error
+        return batches
+
+    batches = following()
     ended: dict[int, tuple[Params | None, Personal | None, int]] = {}
     losses: list[Tensor] = []
-    while len(ended) < len(tasks):
-        losses.append(step(_concatenated(batches)).detach())
-        following = [next(source, None) for source in sources]
-        if done := [i for i, batch in enumerate(following) if batch is None and i not in ended]:
+    while len(ended) + len(failed) < len(tasks):
+        some = next(batch for batch in batches if batch)  # in place of a device's first batch that cannot be read
+        losses.append(step(_concatenated([batch or some for batch in batches])).detach())
+        now = following()
+        if done := [i for i, batch in enumerate(now) if not (batch or i in ended or i in failed)]:
             upload, kept = method.final(state)
             for i in done:
                 ended[i] = (upload and stacking.down(upload, i), kept and _own(kept, model, i), len(losses))
-        batches = [batch or last for batch, last in zip(following, batches, strict=True)]
+        batches = [batch or last for batch, last in zip(now, batches, strict=True)]
+    if not losses:
+        return [failed[i] for i in range(len(tasks))]
     by_device = home(torch.stack(losses, 1))
-    return [_outcome(task, *ended[i][:2], by_device[i, : ended[i][2]]) for i, task in enumerate(tasks)]
+    return [
+        failed[i] if i in failed else _outcome(task, *ended[i][:2], by_device[i, : ended[i][2]])
+        for i, task in enumerate(tasks)
+    ]
 
 
 def _outcome(task: LocalTask, upload: Params | None, personal: Personal | None, losses: Tensor) -> Outcome:
