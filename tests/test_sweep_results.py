@@ -149,6 +149,7 @@ def test_panels_are_the_values_of_the_first_axis_that_varies() -> None:
     empty = points({"a.rule": "p"}, {"a.rule": "p", "b.file": ""}, {"a.rule": "q"})
     assert sum(map(len, _panels(empty).values())) == 3
     assert {k: list(v) for k, v in _panels(points({"a.rule": "p"})).items()} == {"": ["rule p"]}
+    assert {k: list(v) for k, v in _panels(points({"seed": 0})).items()} == {"": ["all seeds"]}
 
 
 def test_round_zero_is_shared_and_changes_nothing(runs: list[Outcome], file: Path, tmp_path: Path) -> None:

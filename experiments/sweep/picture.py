@@ -61,7 +61,7 @@ def _panels(groups: Mapping[Point, Sequence[Outcome]]) -> dict[str, dict[str, Po
     panels: dict[str, dict[str, Point]] = {}
     for point, place in points.items():
         rest = [key for key in place if key != first and key in (varied or place)]
-        panels.setdefault(name(place, [first] if first else []), {})[name(place, rest)] = point
+        panels.setdefault(name(place, [first] if first else []), {})[name(place, rest) or "all seeds"] = point
     return panels
 
 
