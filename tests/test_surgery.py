@@ -11,12 +11,13 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from timm.layers import SwiGLU
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from tapfl.config import PruningOptions
 from tapfl.errors import ModelError, PlanError
 from tapfl.models.backbone import BackboneSpec, build
 from tapfl.models.cost import measure_cost
-from tapfl.models.forward import segments
+from tapfl.models.forward import example_input, segments
 from tapfl.models.prunable import prunable_layers
 from tapfl.models.units import LinearCut, SelfAttention
 from tapfl.pruning.surgery import shrink
@@ -171,6 +172,14 @@ def test_measured_cost_is_that_of_the_arithmetic(vit: Tiny) -> None:
     block = tokens * (4 * width * width + 2 * width * hidden) + 2 * tokens * tokens * width
     assert measure_cost(vit.model).macs == 16 * 4 * width + 2 * block + width * 10
     assert measure_cost(vit.model).params == sum(p.numel() for p in vit.model.parameters())
+
+
+@pytest.mark.parametrize("pool", ["token", "map", "prr"])
+def test_measured_cost_is_that_of_torch(pool: str) -> None:
+    model = unfused(build(VIT.model_copy(update={"args": VIT_ARGS | {"global_pool": pool}}))).requires_grad_(False)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(example_input(model))
+    assert measure_cost(model).macs == counter.get_total_flops() / 2
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict
-from timm.layers import Attention
+from timm.layers import Attention, AttentionPoolLatent, AttentionPoolPrr
 from timm.models.swin_transformer import WindowAttention
 from torch import Tensor, nn
 
@@ -58,12 +58,15 @@ def measure_cost(model: nn.Module) -> Cost:
             macs += output.numel() * module.weight[0].numel()
         elif isinstance(module, Attention | WindowAttention):
             macs += 2 * math.prod(x.shape[:-1]) * x.shape[-2] * module.proj.in_features
+        elif isinstance(module, AttentionPoolLatent | AttentionPoolPrr):
+            queries = module.latent_len if isinstance(module, AttentionPoolLatent) else x.shape[-2]
+            macs += 2 * math.prod(x.shape[:-1]) * queries * module.num_heads * module.head_dim
         elif isinstance(module, Merge):
             stream, keys = inputs
             _, tokens, embed_dim = stream.x.shape
             macs += module.macs(tokens, embed_dim, keys.shape[-1])
 
-    counted = (nn.Linear, nn.Conv2d, Attention, WindowAttention, Merge)
+    counted = (nn.Linear, nn.Conv2d, Attention, WindowAttention, AttentionPoolLatent, AttentionPoolPrr, Merge)
     watch_example(model, {module: count for module in model.modules() if isinstance(module, counted)})
     return Cost(params=sum(p.numel() for p in model.parameters()), macs=macs)
 

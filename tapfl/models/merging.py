@@ -4,7 +4,8 @@ This is bipartite soft matching (ToMe, Bolya et al., ICLR 2023, arXiv 2210.09461
 to A and B. Each token of A is matched with the most similar token of B, by the cosine of their keys. The `merges` most
 similar pairs become one token each: the mean of all original tokens that were merged into it. A token of size s (made
 of s original tokens) counts s times in later attentions: log s is added to its logits. Class, distillation and register
-tokens never merge. Ties go to the earlier token.
+tokens never merge. Ties go to the earlier token. Ours is that the keys of all heads are compared together; ToMe's code
+compares their mean over the heads.
 
 A *schedule* is the number of merges in each block. If the head reads only class tokens, the last block may drop all
 other tokens, which does not change the output. Merging depends only on the images, so these models can be exported like
