@@ -36,6 +36,8 @@ SWIN = BackboneSpec(
 )
 # with its own windows of 7, which fit into 56 pixels
 LARGER_SWIN = SWIN.model_copy(update={"args": SWIN.args | {"img_size": 56, "window_size": 7}})
+# 11 patches a side, later 6, which windows of 4 exceed
+PADDED_SWIN = SWIN.model_copy(update={"args": SWIN.args | {"img_size": 44, "window_size": 4}})
 
 
 @dataclass(frozen=True)

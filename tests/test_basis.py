@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from backbones import CLASSES, VIT, VIT_ARGS, Tiny, random_kept, tiny
+from backbones import CLASSES, PADDED_SWIN, VIT, VIT_ARGS, Tiny, random_kept, tiny
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ from tapfl.data.transform import Transform
 from tapfl.errors import ConfigError, ModelError
 from tapfl.models.backbone import BackboneSpec
 from tapfl.models.forward import example_input, transform_of
-from tapfl.models.residual import observe
+from tapfl.models.residual import observe, real_tokens
 from tapfl.pruning.basis import BATCH, POOL_IMAGES, canonical_basis, carried_energy, ordering, turned_on_pool
 from tapfl.pruning.criteria.norms import output_norms
 from tapfl.pruning.criteria.registry import criterion_of
@@ -179,6 +179,23 @@ def test_the_first_dims_of_q_and_k_are_the_best_logits_of_that_rank(family: str,
             for rank in range(0, d, 3):
                 error = ((Q @ K.T - Q_turned[:, :rank] @ K_turned[:, :rank].T) ** 2).sum()
                 assert error == pytest.approx(best[rank], rel=1e-3, abs=1e-7 * best[0])
+
+
+def test_padding_of_windows_does_not_count() -> None:
+    """The moments of queries and outputs are those of the other tokens; keys at the padding get attention, too."""
+    swin = tiny(PADDED_SWIN)
+    turned = canonical_basis(swin.model, swin.layers, swin.inputs.split(3))
+    for layer in (layer for layer in swin.layers if layer.kind == "attention"):
+        real = real_tokens(swin.model, layer)
+        assert real is not None and not real.all()
+        _, qkv, o = seen_by(turned, layer.name, swin.inputs)
+        q, k, _ = qkv.unflatten(-1, (3, layer.heads, -1)).unbind(2)
+        q, o = (x.reshape(-1, layer.tokens, layer.units)[:, real].flatten(0, 1) for x in (q.flatten(2), o))
+        assert o.mean(0).abs().max() < 1e-4
+        k = (k - k.mean(1, keepdim=True)).flatten(0, 1).transpose(0, 1)
+        q = q.unflatten(-1, (layer.heads, -1)).transpose(0, 1)
+        sigma, other = (x.mT @ x / x.shape[1] for x in (q, k))
+        torch.testing.assert_close(sigma, other, rtol=1e-3, atol=1e-3 * float(sigma.max()))
 
 
 @pytest.mark.parametrize("family", FAMILIES)

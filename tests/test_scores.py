@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from backbones import Tiny, golden
+from backbones import PADDED_SWIN, Tiny, golden, tiny
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor, nn
 
 from experiments.bench.timing import peak_tensor_bytes
 from tapfl.compute import AtOnce
@@ -222,6 +224,21 @@ def test_a_row_of_swin_is_one_image_with_all_its_windows(swin: Tiny) -> None:
         _, alone = record_activations(swin.model, swin.layers, swin.inputs[image : image + 1])
         for layer in swin.layers:
             torch.testing.assert_close(together[layer.name][image], alone[layer.name][0], rtol=1e-4, atol=1e-4)
+
+
+def test_padding_of_windows_does_not_count() -> None:
+    swin = tiny(PADDED_SWIN)
+    _, seen = record_activations(swin.model, swin.layers, swin.inputs)
+    for layer in (layer for layer in swin.layers if layer.kind == "attention"):
+        model = copy.deepcopy(swin.model)
+        model.get_submodule(layer.name).proj = nn.Identity()  # the attention's output is then the units
+        attended: list[Tensor] = []
+        block: Any = model.get_submodule(layer.block)
+        block.norm1.register_forward_hook(lambda _m, _x, y, block=block, to=attended: to.append(block._attn(y)))
+        model(swin.inputs)
+        units = attended[0].flatten(1, 2)
+        assert seen[layer.name].shape == units.shape and units.shape[1] < layer.tokens
+        torch.testing.assert_close(seen[layer.name].square().sum(1), units.square().sum(1))
 
 
 def test_activations_that_are_not_finite_are_refused_by_layer(vit: Tiny) -> None:

@@ -7,13 +7,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-from backbones import Tiny
+from backbones import PADDED_SWIN, Tiny, tiny
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tapfl.config import PruningOptions
+from tapfl.models.residual import real_tokens
 from tapfl.pruning import sensitivity
 from tapfl.pruning.basis import carried_energy
 from tapfl.pruning.criteria import criterion
@@ -114,6 +115,14 @@ def test_sensitivity_is_the_gradient_of_the_sampled_loss(family: str, families: 
         norms = g.square().sum(1)
         torch.testing.assert_close(rows.double(), TRUST * norms / norms.mean() + 1 - TRUST, rtol=1e-3, atol=1e-6)
     assert not any(module._forward_hooks for module in backbone.model.modules())
+
+
+def test_the_weights_of_rows_that_are_not_padding_have_mean_one() -> None:
+    swin = tiny(PADDED_SWIN)
+    layer = swin.layers[0]
+    real = real_tokens(swin.model, layer)
+    (rows,) = sensitivities(swin.model, [layer], swin.inputs, 4, torch.Generator().manual_seed(3))[layer.name].rows
+    assert real is not None and rows.view(4, -1)[:, real].mean() == pytest.approx(1)
 
 
 def test_rows_with_larger_weights_are_compensated_better() -> None:

@@ -1,6 +1,7 @@
 """The forward pass of a backbone: its input format, its steps, its features and its heads.
 
-Only this file, `tapfl.models.residual` and `tapfl.models.units` know the layout of timm's models.
+This module knows the layout of timm's models, `tapfl.models.residual` that of their blocks, and `tapfl.models.units`
+that of the branches of a block.
 """
 
 from __future__ import annotations

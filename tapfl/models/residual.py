@@ -74,15 +74,36 @@ def as_branch_output(model: nn.Module, layer: PrunableLayer, stream: Tensor) -> 
     """
     block = _block(model, layer)
     if isinstance(block, SwinTransformerBlock) and layer.kind == "attention":
-        echo = Echo()
-        with replaced(model, layer.name, echo):
-            block._attn(stream)
-        stream = echo.heard
+        stream = _windows(model, layer, stream)
     scale = getattr(block, f"ls{PLACE[layer.kind]}", None)
     if isinstance(scale, LayerScale):
         gamma = scale.gamma
         stream = torch.where(gamma != 0, stream / gamma, 0.0)
     return stream
+
+
+@torch.no_grad()
+def real_tokens(model: nn.Module, layer: PrunableLayer) -> Tensor | None:
+    """Returns a mask of the tokens of an image that are not padding, bool (tokens,), or None if none is padding.
+
+    The tokens are in the order in which the branch sees them. A Swin attention pads windows that extend beyond the
+    grid, and its block drops the output at the padding.
+    """
+    block: Any = model.get_submodule(layer.block)
+    if layer.kind != "attention" or not isinstance(block, SwinTransformerBlock):
+        return None
+    ones = layer.output_of(model).weight.new_ones(1, *block.input_resolution, layer.embed_dim)
+    real = _windows(model, layer, ones)[..., 0].flatten() > 0
+    return None if bool(real.all()) else real
+
+
+def _windows(model: nn.Module, layer: PrunableLayer, stream: Tensor) -> Tensor:
+    """Returns the stream of a Swin block as its attention sees it: in windows, with padding."""
+    block: Any = model.get_submodule(layer.block)
+    echo = Echo()
+    with replaced(model, layer.name, echo):
+        block._attn(stream)
+    return echo.heard
 
 
 def branch_steps(model: nn.Module, all_tokens: bool = False) -> list[Step]:

@@ -29,6 +29,7 @@ from tapfl.data.transform import Batches, Transform
 from tapfl.errors import ModelError
 from tapfl.models.forward import hooked
 from tapfl.models.prunable import prunable_layers
+from tapfl.models.residual import real_tokens
 from tapfl.models.units import PrunableLayer
 from tapfl.progress import track
 from tapfl.pruning.scores import refuse_not_finite
@@ -41,26 +42,38 @@ MARK = "tapfl_canonical"  # an attribute of the model, which copy.deepcopy prese
 
 
 class HeadMoments:
-    """Float64 second moments of one attention: of queries, of keys centred within their span, and of heads' outputs."""
+    """Float64 second moments of one attention: of queries, of keys centred within their span, and of heads' outputs.
 
-    def __init__(self, heads: int, dims: int, device: torch.device | None = None) -> None:
+    Args:
+        real: which tokens of an image are not padding, bool (tokens,); None for all. The block drops the outputs at the
+            padding, so queries and outputs there do not count. Keys there count, because all tokens attend to them.
+    """
+
+    def __init__(self, heads: int, dims: int, real: Tensor | None = None, device: torch.device | None = None) -> None:
+        self.real = real
         self.total = torch.zeros(heads, dims, dtype=torch.float64, device=device)
         self.query, self.key, self.output = (self.total.new_zeros(heads, dims, dims) for _ in range(3))
-        self.tokens = 0
+        self.tokens = self.keys = 0
 
     def add_qkv(self, qkv: Tensor) -> None:
         """Adds the output of the qkv linear (images or windows, tokens of a span, 3 units)."""
         heads, dims = self.total.shape
         q, k, _ = qkv.double().unflatten(-1, (3, heads, dims)).unbind(2)
-        self.query += _products(q)
         self.key += _products(k - k.mean(1, keepdim=True))
+        self.keys += k.shape[0] * k.shape[1]
+        q = self._real(q)
+        self.query += _products(q)
         self.tokens += q.shape[0] * q.shape[1]
 
     def add_output(self, o: Tensor) -> None:
         """Adds the input of the output linear (images or windows, tokens of a span, units)."""
-        o = o.double().unflatten(-1, self.total.shape)
+        o = self._real(o.double().unflatten(-1, self.total.shape))
         self.output += _products(o)
         self.total += o.sum((0, 1))
+
+    def _real(self, x: Tensor) -> Tensor:
+        """Returns x (spans, tokens, heads, dims) without padding; if there is any, with one span per image."""
+        return x if self.real is None else x.reshape(-1, len(self.real), *self.total.shape)[:, self.real]
 
 
 @torch.no_grad()
@@ -83,7 +96,7 @@ def canonical_basis(
     turned = copy.deepcopy(model)
     attentions = [layer for layer in layers if layer.kind == "attention"]
     device = next(model.parameters()).device
-    moments = {layer.name: HeadMoments(layer.heads, layer.units_per_head, device) for layer in attentions}
+    moments = {n.name: HeadMoments(n.heads, n.units_per_head, real_tokens(turned, n), device) for n in attentions}
     handles = []
     for layer in attentions:
         module: Any = turned.get_submodule(layer.name)
@@ -137,7 +150,7 @@ def _turn(module: Any, moments: HeadMoments) -> Tensor:
     foldable = qkv.bias is not None and proj.bias is not None
     mu = moments.total / moments.tokens if foldable else torch.zeros_like(moments.total)
 
-    B_q, B_k, logits = ordering(moments.query / moments.tokens, moments.key / moments.tokens)
+    B_q, B_k, logits = ordering(moments.query / moments.tokens, moments.key / moments.keys)
     second = moments.output / moments.tokens
     # where a head's output hardly varies, its covariance is only rounding error, which need not be positive definite
     rounding = RESOLUTION * second.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True)

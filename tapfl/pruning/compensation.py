@@ -31,11 +31,10 @@ import copy
 from typing import Any
 
 import torch
-from timm.models.swin_transformer import SwinTransformerBlock
 from torch import Tensor, nn
 
 from tapfl.models.merging import group_means, merging, passing
-from tapfl.models.residual import Passage, as_branch_output, branch_steps, observe
+from tapfl.models.residual import Passage, as_branch_output, branch_steps, observe, real_tokens
 from tapfl.models.units import PrunableLayer, put
 from tapfl.progress import track
 from tapfl.pruning.criteria.criterion import PruningTask, Selection
@@ -74,7 +73,7 @@ def cut(task: PruningTask, selection: Selection, fisher: Sensitivities | None = 
     pruned = {n.name: n for n in task.layers if n.name in kept and len(kept[n.name]) < n.units}
     own = {name: merged.get_submodule(name) for name in pruned}
     shrunk = {name: layer.shrink(own[name], kept[name]) for name, layer in pruned.items()}
-    real = {name: _real_tokens(model, layer) for name, layer in pruned.items() if how != "none"}
+    real = {name: real_tokens(model, layer) for name, layer in pruned.items() if how != "none"}
     small = copy.deepcopy(merged, {id(branch): branch for branch in own.values()})
     images = dense_x = small_x = list(task.inputs.split(task.batch))
     steps = list(zip(branch_steps(model, True)[:-1], branch_steps(small, True)[:-1], strict=True))
@@ -126,19 +125,6 @@ def _drift(small: nn.Module, layer: PrunableLayer, dense: Passage, now: Passage,
     if now.source is not None:
         x, f_x = (group_means(tensor, now.source, own.shape[1]) for tensor in (x, f_x))
     return as_branch_output(small, layer, x - now.stream) + f_x - own
-
-
-def _real_tokens(model: nn.Module, layer: PrunableLayer) -> Tensor | None:
-    """Returns a mask of the tokens of an image that are not padding, bool (tokens,), or None if none is padding.
-
-    The tokens are in the order in which the branch sees them. A Swin attention pads windows that extend beyond the
-    grid, and its block drops the output at the padding.
-    """
-    block: Any = model.get_submodule(layer.block)
-    if layer.kind != "attention" or not isinstance(block, SwinTransformerBlock):
-        return None
-    ones = layer.output_of(model).weight.new_ones(1, *block.input_resolution, layer.embed_dim)
-    return as_branch_output(model, layer, ones)[..., 0].flatten() > 0
 
 
 def _absorb(branch: nn.Module, layer: PrunableLayer, lost: LostOutput) -> None:

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from tapfl.compute import HERE, OF_CPU, AtOnce, Compute
 from tapfl.errors import ModelError
 from tapfl.models.forward import full, hooked
+from tapfl.models.residual import real_tokens
 from tapfl.models.units import PrunableLayer
 from tapfl.progress import track
 
@@ -172,6 +173,8 @@ def record_activations(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Returns the logits of a batch and the activations of the units (images, tokens, units) by layer name.
 
+    Tokens that only pad a Swin's windows are left out.
+
     Args:
         number: number of the batch, for the error message.
         compute: sets the precision of the forward pass.
@@ -182,7 +185,13 @@ def record_activations(
     seen: dict[str, Tensor] = {}
 
     def keep(layer: PrunableLayer) -> Callable[..., None]:
-        return lambda _module, inputs: seen.__setitem__(layer.name, full(layer.activations(inputs[0], len(batch))))
+        real = real_tokens(model, layer)
+
+        def hook(_module: nn.Module, inputs: tuple[Tensor]) -> None:
+            X = full(layer.activations(inputs[0], len(batch)))
+            seen[layer.name] = X if real is None else X[:, real]
+
+        return hook
 
     hooks = (layer.output_of(model).register_forward_pre_hook(keep(layer)) for layer in layers)
     with hooked(hooks), torch.no_grad(), compute.forward():

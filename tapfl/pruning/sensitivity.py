@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tapfl.models.forward import hooked
+from tapfl.models.residual import real_tokens
 from tapfl.models.units import PrunableLayer
 from tapfl.progress import track
 
@@ -33,7 +34,7 @@ class Sensitivity:
 
     Attributes:
         rows: weights of the rows, float32 (rows,) per batch, in the order of the rows at the branch's output linear;
-            their mean is 1.
+            their mean over rows that are not padding is 1.
         metric: M, float64 (outputs, outputs).
     """
 
@@ -63,8 +64,12 @@ def sensitivities(
             squares[name].append(g.square().sum(1))
             products[name] = products.get(name, 0) + g.T @ g
     result = {}
-    for name, parts in squares.items():
+    for layer in layers:
+        name, real = layer.name, real_tokens(model, layer)
+        parts = squares[name]
         count = sum(len(part) for part in parts)
+        if real is not None:  # gradients at the padding are 0
+            count = count * int(real.sum()) // len(real)
         mean = sum(torch.stack([part.sum() for part in parts]).tolist()) / count
         rows = tuple(
             (TRUST * part / mean + (1 - TRUST) if mean > 0 else torch.ones_like(part)).float() for part in parts
