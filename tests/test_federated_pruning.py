@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from test_inprocess_run import tapfl
 from torch import Tensor, nn
 
-from strategies import preparation, round_zero
+from strategies import round_zero
 from strategies.round_zero import device_model, task_images
 from tapfl import load_plan, load_pruned
 from tapfl.errors import PlanError
@@ -77,7 +77,7 @@ def carry_out(
         given[i], made[i] = arguments, device_model(*arguments)
         return alter(i, made[i])
 
-    patch.setattr(preparation, "device_model", spy)
+    patch.setattr(round_zero, "device_model", spy)
     patch.setattr(upop, "STEPS", 4)
     done = tapfl("--out", str(folder), cache=cache, options=[*SHORT, *options])
     assert done.exit_code == 0, done.output

@@ -36,7 +36,7 @@ from experiments.search.page import page_of_search
 from experiments.search.sampler import violation_key
 from experiments.search.settings import MEASURES, read_search
 from experiments.search.study import best_trial, run_search
-from strategies import preparation
+from strategies import round_zero
 from strategies.records import DeviceRecord, Summary
 from tapfl.config import RunConfig
 from tapfl.errors import ConfigError, RunError
@@ -210,7 +210,7 @@ def test_round_zero_is_shared_by_runs_with_the_same_options_for_it(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls = {"summaries": 0, "plans": 0}
-    summarize, model = Device.summarize, preparation.device_model
+    summarize, model = Device.summarize, round_zero.device_model
 
     def counted_summarize(self: Device, message: object) -> object:
         calls["summaries"] += 1
@@ -221,7 +221,7 @@ def test_round_zero_is_shared_by_runs_with_the_same_options_for_it(
         return model(*arguments)  # type: ignore[arg-type]
 
     monkeypatch.setattr(Device, "summarize", counted_summarize)
-    monkeypatch.setattr(preparation, "device_model", counted_model)
+    monkeypatch.setattr(round_zero, "device_model", counted_model)
     two = ["devices.count=2", "data.public-share=0.9"]
     options = dict(parse_assignment(option) for option in [*SMALL, *two, f"cache={cache}"])
     one_round(options, tmp_path / "trials" / "0000")
