@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -63,6 +64,13 @@ def scramble(model: nn.Module, seed: int = 0) -> nn.Module:
             spread = 0.2 if parameter.ndim < 2 else 1.5 / parameter.shape[-1] ** 0.5
             parameter.add_(spread * torch.randn(parameter.shape, generator=generator))
     return model.eval().requires_grad_(False)
+
+
+def overflowing(model: nn.Module) -> nn.Module:
+    """A copy with finite weights of the head whose logits are not finite."""
+    model = copy.deepcopy(model)
+    model.get_parameter("head.weight").fill_(3e38)
+    return model
 
 
 def tiny(spec: BackboneSpec, model: nn.Module | None = None) -> Tiny:

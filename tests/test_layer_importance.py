@@ -6,11 +6,12 @@ from functools import cache
 
 import pytest
 import torch
-from backbones import CLASSES, DEIT, VIT, VIT_ARGS, Tiny, masked, random_kept, tiny, tiny_of_family
+from backbones import CLASSES, DEIT, VIT, VIT_ARGS, Tiny, masked, overflowing, random_kept, tiny, tiny_of_family
 from torch import Tensor
 
 from experiments.bench.scores import Sized
 from tapfl.compute import AtOnce
+from tapfl.errors import ModelError
 from tapfl.models.backbone import BackboneSpec
 from tapfl.models.forward import tokens_read
 from tapfl.models.residual import branch_steps, first_queries
@@ -70,6 +71,12 @@ def test_the_model_is_not_changed(swin: Tiny) -> None:
     assert [id(module) for module in swin.model.modules()] == modules
     assert all(torch.equal(tensor, state[name]) for name, tensor in swin.model.state_dict().items())
     assert not swin.model.training
+
+
+def test_a_prediction_that_is_not_finite_is_refused(vit: Tiny) -> None:
+    kept = random_kept(vit.layers, 0.5)
+    with pytest.raises(ModelError, match=r"layer importance: .* is not finite; its weights are too large"):
+        layer_importance(overflowing(vit.model), vit.layers, kept, vit.inputs, batch=4)
 
 
 def test_a_failing_probe_restores_the_branch(vit: Tiny) -> None:

@@ -6,6 +6,7 @@ from itertools import product
 import pytest
 import timm
 import torch
+from backbones import overflowing
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -247,6 +248,14 @@ def test_auto_takes_the_schedule_with_the_least_loss_on_the_metric_set(vit: nn.M
     judge = divergence(task_of(vit))
     others = [select(task_of(vit, **how, token_share=share)) for share in SHARES]
     assert judge(chosen) == min(judge(other) for other in others)
+
+
+def test_auto_is_refused_where_it_cannot_judge(vit: nn.Module) -> None:
+    how = {"criterion": "random", "ratio": "uniform", "compensation": "none", "tokens": "auto"}
+    with pytest.raises(ModelError, match=r"pruning\.tokens = 'auto': takes a metric set of at least two images"):
+        select(pruning_task(vit, images(1), 0.5, PruningOptions(**how), batch=1))
+    with pytest.raises(ModelError, match=r"tokens: .* is not finite; its weights are too large"):
+        select(task_of(overflowing(vit), **how))
 
 
 def test_auto_measures_layer_importance_once(vit: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,13 +7,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-from backbones import PADDED_SWIN, Tiny, tiny
+from backbones import PADDED_SWIN, Tiny, overflowing, tiny
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tapfl.config import PruningOptions
+from tapfl.errors import ModelError
 from tapfl.models.residual import real_tokens
 from tapfl.pruning import sensitivity
 from tapfl.pruning.basis import carried_energy
@@ -115,6 +116,11 @@ def test_sensitivity_is_the_gradient_of_the_sampled_loss(family: str, families: 
         norms = g.square().sum(1)
         torch.testing.assert_close(rows.double(), TRUST * norms / norms.mean() + 1 - TRUST, rtol=1e-3, atol=1e-6)
     assert not any(module._forward_hooks for module in backbone.model.modules())
+
+
+def test_a_prediction_that_is_not_finite_is_refused(vit: Tiny) -> None:
+    with pytest.raises(ModelError, match=r"sensitivity: .* is not finite; its weights are too large"):
+        sensitivities(overflowing(vit.model), vit.layers, vit.inputs, 4, torch.Generator())
 
 
 def test_the_weights_of_rows_that_are_not_padding_have_mean_one() -> None:

@@ -57,6 +57,12 @@ def full(x: Tensor) -> Tensor:
     return x.float() if x.dtype == torch.bfloat16 else x
 
 
+def require_finite(values: Tensor, stage: str) -> None:
+    """Raises ModelError, naming the stage of the work, if predictions, or values computed from them, are not finite."""
+    if not bool(values.isfinite().all()):
+        raise ModelError(f"{stage}: the backbone's prediction of an image is not finite; its weights are too large")
+
+
 def example_input(model: nn.Module, batch: int = 1) -> Tensor:
     """Returns zeros in the input shape of `model`, on its device."""
     return torch.zeros(batch, *input_shape(model), device=next(model.parameters()).device)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tapfl.compute import HERE, Compute, home
+from tapfl.models.forward import require_finite
 from tapfl.models.residual import branch_steps
 from tapfl.models.units import PrunableLayer, replaced
 from tapfl.progress import track
@@ -62,6 +63,9 @@ def divergences(
         batch: largest number of images per pass. Fewer are taken if a block's activations would not fit into a CPU's
             cache, which saves a sixth of the time.
         name: of the stage, as progress shows it.
+
+    Raises:
+        ModelError: if a prediction is not finite.
     """
     walk = _Walk(model, [{}, *variants])
     result = inputs.new_zeros(len(variants), len(inputs), dtype=torch.float64)
@@ -76,6 +80,7 @@ def divergences(
             if variant:
                 own = logits[row + 1].double().log_softmax(-1)
                 columns[row] = F.kl_div(own, dense, log_target=True, reduction="none").sum(-1)
+    require_finite(result, name)
     return home(result.clamp_(min=0))
 
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tapfl.models.forward import hooked
+from tapfl.models.forward import hooked, require_finite
 from tapfl.models.residual import real_tokens
 from tapfl.models.units import PrunableLayer
 from tapfl.progress import track
@@ -55,6 +55,9 @@ def sensitivities(
         inputs: the metric set in the backbone's input format (n, channels, height, width).
         batch: images per pass; `Sensitivity.rows` has one entry per batch.
         generator: draws the labels.
+
+    Raises:
+        ModelError: if a prediction is not finite.
     """
     squares: dict[str, list[Tensor]] = {layer.name: [] for layer in layers}
     products: dict[str, Tensor] = {}
@@ -95,6 +98,7 @@ def _output_gradients(
         torch.enable_grad(),
     ):
         logits = model(images)
+        require_finite(logits, "sensitivity")
         P = logits.detach().softmax(-1).cpu()  # drawing on the CPU gives the same labels on any device
         labels = torch.multinomial(P, 1, generator=generator)[:, 0].to(logits.device)
         loss = F.cross_entropy(logits, labels, reduction="sum")

@@ -26,6 +26,7 @@ from torch.nn import functional as F
 from tapfl.config import PruningOptions
 from tapfl.errors import BudgetError, ConfigError, ModelError
 from tapfl.models.cost import measure_cost, measure_timings
+from tapfl.models.forward import require_finite
 from tapfl.models.merging import Schedule, Tokens, merged_layers, merging
 from tapfl.models.units import PrunableLayer
 from tapfl.progress import track
@@ -136,7 +137,12 @@ def divergence(task: PruningTask) -> Callable[[Selection], float]:
     """Returns a function that measures the divergence KL(P_dense ‖ P_cut) of a selection, in nats, on the metric set.
 
     The model is cut and compensated on the even-numbered images of the metric set and measured on the odd-numbered.
+
+    Raises:
+        ModelError: if there are fewer than two images, or a prediction is not finite.
     """
+    if len(task.inputs) < 2:
+        raise ModelError("pruning.tokens = 'auto': takes a metric set of at least two images, one to judge by")
     half, held = replace(task, inputs=task.inputs[::2]), task.inputs[1::2].split(task.batch)
     dense = [task.model(x).double().log_softmax(-1) for x in held]
 
@@ -144,6 +150,8 @@ def divergence(task: PruningTask) -> Callable[[Selection], float]:
     def judge(selection: Selection) -> float:
         small = cut(half, selection)
         own = [small(x).double().log_softmax(-1) for x in held]
-        return float(F.kl_div(torch.cat(own), torch.cat(dense), log_target=True, reduction="batchmean"))
+        kl = F.kl_div(torch.cat(own), torch.cat(dense), log_target=True, reduction="batchmean")
+        require_finite(kl, "tokens")
+        return float(kl)
 
     return judge
