@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from backbones import DEIT, VIT_ARGS
+from backbones import DEIT, SWIN, VIT_ARGS
 from timm.models import save_for_hf
 from torch import Tensor, nn
 
@@ -81,6 +81,27 @@ def trained(spec: BackboneSpec) -> nn.Module:
         for parameter in model.parameters():
             parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
     return model
+
+
+def test_the_head_of_swin_s_own_layout_is_found(tmp_path: Path) -> None:
+    """Its downsampling is at the end of a stage, and its head is not in a module of its own."""
+    file = tmp_path / "swin.pth"
+    wanted = trained(SWIN.model_copy(update={"num_classes": 5}))
+    state = {
+        name.replace("layers.1.downsample", "layers.0.downsample").replace("head.fc.", "head."): value
+        for name, value in wanted.state_dict().items()
+    }
+    torch.save(state, file)
+    model: Any = build(SWIN.model_copy(update={"num_classes": 5}))
+    assert load_weights(model, file, NAMES, None, needs_head=True) == []
+    assert torch.equal(model.head.fc.weight, wanted.get_parameter("head.fc.weight"))
+    model = build(SWIN.model_copy(update={"num_classes": 3}))
+    (note,) = load_weights(model, file, NAMES[:3], None)
+    assert "head.fc.weight is 5×48; a new one of 3×48 is trained" in note
+    rows = tmp_path / "rows.json"
+    rows.write_text(json.dumps({"a": 4, "b": 0, "c": 2}))
+    load_weights(model, file, NAMES[:3], rows, needs_head=True)
+    assert torch.equal(model.head.fc.weight, wanted.get_parameter("head.fc.weight")[[4, 0, 2]])
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -71,10 +71,17 @@ def load_weights(
     def refusal(why: object) -> ModelError:
         return ModelError(f"model.weights = {str(file)!r}: {why}")
 
+    def unfit(error: Exception) -> ModelError:
+        return refusal(f"do not fit {type(model).__name__} ({message_of(error)})")
+
     try:
         state = read_checkpoint(file)
     except ValueError as error:
         raise refusal(error) from None
+    try:
+        state = _resampled(state, model)
+    except Exception as error:  # timm's filters assume names and shapes that these weights may not have
+        raise unfit(error) from None
     heads, own = head_tensors(model), model.state_dict()
     if needs_head and head_rows is None:
         _require_one_order(classes)
@@ -96,10 +103,9 @@ def load_weights(
                 f"model.head-rows names the rows to take, model.head=train trains a new one"
             )
     try:
-        state = _resampled(state, model)
         missing, unexpected = model.load_state_dict(state, strict=False)
-    except Exception as error:  # timm's filters assume names and shapes that these weights may not have
-        raise refusal(f"do not fit {type(model).__name__} ({message_of(error)})") from None
+    except RuntimeError as error:  # another shape
+        raise unfit(error) from None
     if missing := [key for key in missing if key not in heads]:
         theirs = f", and {unexpected[0]!r} is unexpected" if unexpected else ""
         raise refusal(f"do not fit the backbone: {missing[0]!r} is missing{theirs}; accepted: timm's names")
