@@ -7,6 +7,7 @@ metric set consists of public images that are similar to the device's own images
     density-ratio      ours: largest log p_i(φ(x)) - log p_pool(φ(x)): more likely for the device than for the pool
     component-quota    ours: n_k = round(π_k M) samples per component, the best by responsibility-weighted likelihood
     random             a control: drawn uniformly from the pool
+    shared             as `random`; the caller draws with one seed for all devices
 """
 
 from __future__ import annotations
