@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 
 from tapfl.arguments import parse_args
 from tapfl.config import PruningOptions, RunConfig
-from tapfl.errors import ModelError
+from tapfl.errors import ConfigError, ModelError
 from tapfl.models.backbone import BackboneSpec, build, spec_of
 from tapfl.models.cost import measure_cost
 from tapfl.models.forward import segments
@@ -235,8 +234,10 @@ def test_branches_with_post_norm_are_pruned_as_well() -> None:
     layer = backbone.layers[0]
     assert not torch.equal(*(small.get_submodule(f"{layer.name}.proj").bias for small in (once, plain)))
     options = options.model_copy(update={"compensation": "sequential"})
-    with pytest.raises(ModelError, match=r"blocks\.0: is a ResPostBlock; accepted: timm's Block and"):
-        cut(replace(task, options=options), Selection(kept))
+    with pytest.raises(
+        ConfigError, match=r"pruning\.compensation = 'sequential': blocks\.0: is a ResPostBlock.*: one-pass, none"
+    ):
+        pruning_task(model, backbone.inputs, 1.0, options, 4)
 
 
 # ---------------------------------------------------------------- arguments that are tuples

@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from importlib.metadata import EntryPoint
+from typing import Any
 
 import numpy as np
 import pytest
@@ -279,3 +280,25 @@ def test_tap_weights_its_terms_by_the_options(vit: Tiny) -> None:
 def test_a_metric_set_that_does_not_fit_is_refused(size: tuple[int, ...], said: str, vit: Tiny) -> None:
     with pytest.raises(ModelError, match=said):
         pruning_task(vit.model, torch.zeros(size), 0.5, batch=4)
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"batch": 0}, "batch = 0: must be at least 1"),
+        (
+            {"inputs": torch.zeros(4, 1, 8, 8, dtype=torch.uint8)},
+            r"metric set of torch\.uint8; accepted: ",
+        ),
+        (
+            {"labels": torch.zeros(3, dtype=torch.int64)},
+            r"torch\.int64 \(3,\); accepted: torch\.int64 \(4,\)",
+        ),
+        ({"labels": torch.zeros(4)}, r"labels of torch\.float32 \(4,\); accepted: torch\.int64"),
+        ({"labels": torch.tensor([0, 1, 10, 3])}, "labels of 0 to 10; accepted: 0 to 9"),
+        ({"labels": torch.tensor([0, 1, -1, 3])}, "labels of -1 to 3; accepted: 0 to 9"),
+    ],
+)
+def test_labels_and_batches_that_do_not_fit_are_refused(changed: dict[str, Any], said: str, vit: Tiny) -> None:
+    with pytest.raises(ModelError, match=said):
+        pruning_task(vit.model, **{"inputs": torch.zeros(4, 1, 8, 8), "budget": 0.5, "batch": 4} | changed)

@@ -72,7 +72,7 @@ def as_branch_output(model: nn.Module, layer: PrunableLayer, stream: Tensor) -> 
     Raises:
         ModelError: if the block is not one of timm's pre-norm blocks.
     """
-    block = _block(model, layer)
+    block = pre_norm_block(model, layer)
     if isinstance(block, SwinTransformerBlock) and layer.kind == "attention":
         stream = _windows(model, layer, stream)
     scale = getattr(block, f"ls{PLACE[layer.kind]}", None)
@@ -189,7 +189,8 @@ class Echo(nn.Module):
         return x
 
 
-def _block(model: nn.Module, layer: PrunableLayer) -> Any:
+def pre_norm_block(model: nn.Module, layer: PrunableLayer) -> Any:
+    """Returns the block of a branch. Raises ModelError if it is not one of timm's pre-norm blocks."""
     block = model.get_submodule(layer.block)
     if type(block) not in (Block, SwinTransformerBlock, MergingBlock):
         raise ModelError(f"{layer.block}: is a {type(block).__name__}; accepted: timm's Block and SwinTransformerBlock")

@@ -28,13 +28,16 @@ sequential form (`tapfl.pruning.reconstruction`).
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from tapfl.config import PruningOptions
+from tapfl.errors import ConfigError, ModelError
 from tapfl.models.merging import group_means, merging, passing
-from tapfl.models.residual import Passage, as_branch_output, branch_steps, observe, real_tokens
+from tapfl.models.residual import Passage, as_branch_output, branch_steps, observe, pre_norm_block, real_tokens
 from tapfl.models.units import PrunableLayer, put
 from tapfl.progress import track
 from tapfl.pruning.criteria.criterion import PruningTask, Selection
@@ -44,6 +47,18 @@ from tapfl.pruning.scores import refuse_not_finite
 from tapfl.pruning.sensitivity import Sensitivities
 
 CORRECTION = 0.25  # γ, the fraction of the drift of the residual stream that a branch has to correct
+
+
+def require_compensable(model: nn.Module, layers: Sequence[PrunableLayer], options: PruningOptions) -> None:
+    """Raises ConfigError if the blocks of `model` cannot be compensated as the options say."""
+    if options.compensation in ("none", "one-pass"):
+        return
+    try:
+        for layer in layers:
+            pre_norm_block(model, layer)
+    except ModelError as error:
+        how = f"pruning.compensation = {options.compensation!r}"
+        raise ConfigError(f"{how}: {error}; for this backbone: one-pass, none") from None
 
 
 def row_sensitivities(task: PruningTask, weights: nn.Module) -> Sensitivities | None:

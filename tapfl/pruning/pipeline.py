@@ -9,8 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from tapfl.compute import HERE, Compute
@@ -24,7 +26,7 @@ from tapfl.models.prunable import prunable_layers
 from tapfl.options import Scalar
 from tapfl.pruning.basis import canonical_basis, in_basis
 from tapfl.pruning.budget import Budget
-from tapfl.pruning.compensation import cut
+from tapfl.pruning.compensation import cut, require_compensable
 from tapfl.pruning.cost_table import cost_table
 from tapfl.pruning.criteria.criterion import PruningTask, Selection
 from tapfl.pruning.criteria.registry import resolved
@@ -86,14 +88,15 @@ def pruning_task(
         compute: see `PruningTask`.
 
     Raises:
-        ConfigError: if the budget is not valid, or the model cannot merge tokens and the options ask for it.
-        ModelError: if the metric set is empty, smaller than one batch, or not in the backbone's input format.
+        ConfigError: if the budget is not valid, or the options' merging or compensation does not work on this model.
+        ModelError: as for `check_metric_set`.
     """
-    check_metric_set(model, inputs, batch)
+    check_metric_set(model, inputs, batch, labels)
     limits, options = Budget.parse(budget), resolved(options or PruningOptions())
     if options.tokens != "none":
         stream_of(model, options)  # raises before anything slow is done
     layers, deployed = tuple(prunable_layers(model)), new_head or model
+    require_compensable(model, layers, options)
     dense, options = measure_cost(deployed), aligned(options, layers)
     model = in_basis(model, options.basis, lambda: canonical_basis(model, layers, inputs.split(batch)))
     timings = measure_timings(deployed, layers, options.align) if limits.measured else None
@@ -102,12 +105,23 @@ def pruning_task(
     return PruningTask(*known, new_head=new_head, compute=compute)
 
 
-def check_metric_set(model: nn.Module, inputs: Tensor, batch: int) -> None:
-    """Raises ModelError if `inputs` is empty, smaller than one batch, or not in the input format of `model`."""
+def check_metric_set(model: Any, inputs: Tensor, batch: int, labels: Tensor | None = None) -> None:
+    """Raises ModelError if `inputs` or `labels` do not fit `model` or each other, or are less than one batch."""
+    if batch < 1:
+        raise ModelError(f"batch = {batch}: must be at least 1")
     if not len(inputs):
         raise ModelError("metric set is empty; it takes at least one batch of images")
     if len(inputs) < batch:
         raise ModelError(f"metric set of {len(inputs)} images is smaller than one batch of {batch}")
+    if inputs.dtype != torch.float32:
+        raise ModelError(f"metric set of {inputs.dtype}; accepted: torch.float32, as of transform_of(model)")
+    if labels is not None:
+        classes = model.num_classes or model.num_features
+        if labels.shape != inputs.shape[:1] or labels.dtype != torch.int64:
+            got = f"{labels.dtype} {tuple(labels.shape)}"
+            raise ModelError(f"labels of {got}; accepted: torch.int64 ({len(inputs)},), one for each image")
+        if not bool(((labels >= 0) & (labels < classes)).all()):
+            raise ModelError(f"labels of {int(labels.min())} to {int(labels.max())}; accepted: 0 to {classes - 1}")
     expected, actual = ("×".join(map(str, x.shape[1:])) or "without sizes" for x in (example_input(model), inputs))
     if actual != expected:
         raise ModelError(
