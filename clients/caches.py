@@ -145,7 +145,7 @@ class Part:
     def batch(self, positions: np.ndarray) -> Tensor:
         """Returns the images at these positions in the backbone's input format."""
         kept = self._pixels
-        pixels = self._put(self.images.read(positions)) if kept is None else kept[torch.from_numpy(positions)]
+        pixels = self._put(self.images.read(positions)) if kept is None else kept[self._put(positions)]
         return self.transform.normalised(pixels)
 
     def split(self, batch: int, /) -> Iterable[Tensor]:
@@ -287,7 +287,7 @@ class Arriving:
 
     def batch(self, positions: np.ndarray) -> Any:
         """Returns the inputs for the images at these positions."""
-        index = torch.from_numpy(positions)
+        index = torch.from_numpy(positions).to(self.labels.device, non_blocking=True)
         return tree_map_only(Tensor, lambda tensor: tensor[index], self.stream)
 
     def split(self, batch: int, /) -> Iterable[Any]:

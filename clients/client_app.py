@@ -24,7 +24,7 @@ from flwr.common.logger import log
 from clients.device import Device
 from clients.images import natural_folder
 from clients.storage import DeviceStorage
-from tapfl.compute import Compute, is_fault, within_memory
+from tapfl.compute import Compute, free_memory, is_fault, within_memory
 from tapfl.config import ComputeOptions, RunConfig, names_path
 from tapfl.errors import ConfigError, RunError
 from tapfl.options import Scalar, expanded, validated
@@ -55,6 +55,8 @@ class DeviceApp(ClientApp):
         try:
             with time_limit(len(devices) * devices[0].config.faults.device_timeout, what):
                 first = within_memory(carry_out, what)
+                if full := [reply for reply in first if isinstance(reply, torch.OutOfMemoryError)]:
+                    free_memory(full)  # all of them, before the first is tried again
                 replies = [_retried(*entry) for entry in zip(devices, requests, first, strict=True)]
         except Exception as error:
             replies = [error] * len(messages)

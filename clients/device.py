@@ -293,7 +293,8 @@ class Device:
             changes = numpy_generator(seed, "augment", round, self.partition_id)
             chosen = (positions[batch] for batch in local_batches(len(positions), options, order))
             for index, inputs in ahead(lambda index: (index, part.batch(index)), chosen):
-                yield augmented(inputs, options.augment, changes), part.labels[torch.from_numpy(index)]
+                there = self.compute.put(torch.from_numpy(index))
+                yield augmented(inputs, options.augment, changes), part.labels[there]
 
         trained = rules.trained(self.config.adapters, own.layout, round)
         rate = rate_factor(options, round) * options.learning_rate

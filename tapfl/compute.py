@@ -11,15 +11,17 @@ from __future__ import annotations
 
 import copy
 import ctypes
+import gc
 import os
 import platform
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from traceback import clear_frames
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -121,16 +123,19 @@ class Compute:
             torch.cuda.set_per_process_memory_fraction(share, self.device)
 
     def put(self, x: T) -> T:
-        """Returns a tensor, a dict of tensors or a module on the device: a copy, or if it is the CPU, `x` itself."""
+        """Returns a tensor, a dict of tensors or a module on the device: a copy, or if it is the CPU, `x` itself.
+
+        The host does not wait for a GPU. `x` may change at once, because CUDA has then read it (if it is not pinned).
+        """
         if self.device.type == "cpu" or x is None:
             return x
         moved: Any
         if isinstance(x, nn.Module):  # a copy, because `Module.to` works in place
             moved = copy.deepcopy(x).to(self.device)
         elif isinstance(x, Mapping):
-            moved = {name: tensor.to(self.device) for name, tensor in x.items()}
+            moved = {name: tensor.to(self.device, non_blocking=True) for name, tensor in x.items()}
         else:
-            moved = x.to(self.device)
+            moved = x.to(self.device, non_blocking=True)
         return moved
 
     def forward(self) -> AbstractContextManager[Any]:
@@ -167,7 +172,7 @@ class Compute:
     def release(self) -> None:
         """Releases unused GPU memory, so that other processes can use it."""
         if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+            free_memory()
 
     @property
     def at_once(self) -> AtOnce:
@@ -259,13 +264,27 @@ def within_memory(call: Callable[[], R], what: str) -> R:
     try:
         return call()
     except torch.OutOfMemoryError:
-        torch.cuda.empty_cache()
+        pass  # outside this block, the error and what its frames hold are gone
+    free_memory()
     try:
         return call()
     except torch.OutOfMemoryError as error:
         full = str(error).splitlines()[0]
         lower = "a smaller train.batch, train.together = 1, or fewer workers per GPU (--actor-gpus)"
         raise RunError(f"{what}: the memory is full ({full}); accepted: {lower}") from None
+
+
+def free_memory(errors: Iterable[BaseException] = ()) -> None:
+    """Releases GPU memory that nothing uses, also that of unreachable cycles.
+
+    Args:
+        errors: the frames in their tracebacks, which hold what failed calls had computed, are cleared.
+    """
+    for error in errors:
+        clear_frames(error.__traceback__)
+        error.__traceback__ = None
+    gc.collect()
+    torch.cuda.empty_cache()
 
 
 def is_fault(error: BaseException) -> bool:

@@ -19,7 +19,7 @@ from test_inprocess_run import tapfl
 from torch import nn
 from torch.nn import functional as F
 
-from experiments.bench import gpu, gpu_parts, timing
+from experiments.bench import gpu, gpu_parts
 from experiments.bench.accuracy import accuracies, pictures
 from experiments.engines.actor import processors
 from experiments.engines.ray import ActorPool
@@ -231,12 +231,13 @@ def test_the_accuracy_of_pictures_is_on_devices_with_their_own_classes(tmp_path:
 
 def test_gpu_utilisation_is_read_from_its_tool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    with timing.watched() as nothing:
+    with gpu_parts.watched() as nothing:
         pass
-    tool, begun = tmp_path / timing.WATCH[0], tmp_path / "begun"
-    tool.write_text(f"#!/bin/sh\necho '40, 1000'\necho '60, 3000'\n: > {begun}\nexec /bin/sleep 60\n")
+    tool, begun = tmp_path / gpu_parts.WATCH[0], tmp_path / "begun"
+    lines = "echo '40, 1000'\necho '[N/A], 9000'\necho '60, 3000'"
+    tool.write_text(f"#!/bin/sh\n{lines}\n: > {begun}\nexec /bin/sleep 60\n")
     tool.chmod(0o700)
-    with timing.watched() as seen:
+    with gpu_parts.watched() as seen:
         while not begun.exists():
             time.sleep(0.01)
     assert (nothing, seen) == ({}, {"GPU busy %": 50, "MB of all processes": 3000})

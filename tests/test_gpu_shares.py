@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import weakref
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,7 +19,7 @@ from experiments.command_line import RayOptions
 from experiments.engines.flower import run_flower
 from experiments.engines.ray import ActorPool
 from experiments.jobs.federation import require_gpus
-from tapfl.compute import HERE, Compute, is_fault
+from tapfl.compute import HERE, Compute, free_memory, is_fault, within_memory
 from tapfl.config import RunConfig
 from tapfl.errors import ConfigError
 
@@ -129,6 +130,33 @@ def test_a_device_of_a_group_that_goes_one_by_one_is_tried_again_when_its_memory
     assert client_app._retried(device, "asked", other := ValueError("its own")) is other  # type: ignore[arg-type]
     answer = client_app._retried(device, "asked", torch.OutOfMemoryError("CUDA out of memory."))  # type: ignore[arg-type]
     assert str(answer).startswith("trained asked" if full == 1 else "device 3: train: the memory is full")
+
+
+class Held:
+    """Stands for the activations of an interrupted pass."""
+
+
+def test_a_failed_attempt_holds_no_memory_when_the_work_is_tried_again() -> None:
+    alive: list[weakref.ref[Held]] = []
+
+    def train() -> int:
+        activations = Held()
+        cycle = [activations]
+        cycle.append(cycle)  # type: ignore[arg-type]
+        if not alive:
+            alive.append(weakref.ref(activations))
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return sum(each() is not None for each in alive)
+
+    assert within_memory(train, "device 3: train") == 0
+    alive.clear()
+    try:
+        train()
+    except torch.OutOfMemoryError as error:
+        kept = error
+    assert alive[0]() is not None
+    free_memory([kept])
+    assert alive[0]() is None
 
 
 def test_workers_leave_some_memory_to_the_driver(monkeypatch: pytest.MonkeyPatch) -> None:

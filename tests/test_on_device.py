@@ -31,6 +31,7 @@ from experiments.bench.scores import Sized
 from tapfl.adapters.layout import device_layout, gather_all, global_shapes
 from tapfl.adapters.lora import AdaptedModel
 from tapfl.adapters.rules import initial
+from tapfl.adapters.stacked_model import StackedModel
 from tapfl.compute import HERE, OF_CPU, OF_GPU, AtOnce, Compute, home
 from tapfl.config import AdapterOptions, PruningOptions, TrainOptions
 from tapfl.data.augmentation import augmented
@@ -244,6 +245,13 @@ def test_a_backbone_is_trained_to_the_same_on_the_accelerator(vit: Tiny) -> None
             train_dense(model, lambda index, x=images: x[index], where.put(labels), generator=order, **settings)
             trained.append(home(model(images)))
     torch.testing.assert_close(trained[1], trained[0], rtol=1e-3, atol=1e-3)
+
+
+def test_a_stack_is_checked_where_its_models_are() -> None:
+    """Also the activations, which may have weights."""
+    backbone = tiny(VIT.model_copy(update={"args": VIT.args | {"act_layer": "prelu"}}))
+    with accelerator():
+        StackedModel([AdaptedModel(THERE.put(backbone.model), {}, 2.0)] * 2)
 
 
 def test_augmentation_is_the_same_on_the_accelerator(vit: Tiny) -> None:

@@ -7,9 +7,13 @@ same part on the same device.
 from __future__ import annotations
 
 import multiprocessing
+import shutil
 import statistics
+import subprocess
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -20,7 +24,6 @@ from torch import Tensor, nn
 
 from experiments.bench.accuracy import accuracies, digits, pictures
 from experiments.bench.local_training import DIGITS, METHODS, Device, drawn, model_of, spec_named
-from experiments.bench.timing import watched
 from tapfl.adapters.stacked_model import StackedModel
 from tapfl.compute import HERE, Compute, home
 from tapfl.config import PruningOptions, TrainOptions
@@ -37,6 +40,14 @@ from tapfl.training import Params
 
 Row = dict[str, Any]
 WAIT = 60.0  # seconds that processes wait for each other
+WATCH = (
+    "nvidia-smi",
+    "--id=0",
+    "--query-gpu=utilization.gpu,memory.used",
+    "--format=csv,noheader,nounits",
+    "-lms",
+    "200",
+)
 
 
 @dataclass(frozen=True)
@@ -276,11 +287,36 @@ def _worker(devices: int, size: Size, compute: Compute, meeting: Any) -> None:
     meeting.wait(WAIT * size.patience)
 
 
+@contextmanager
+def watched() -> Iterator[dict[str, float]]:
+    """Yields a row that after the block has the GPU's utilisation and memory in use, if `nvidia-smi` is available."""
+    seen: dict[str, float] = {}
+    if not shutil.which(WATCH[0]):
+        yield seen
+        return
+    with tempfile.TemporaryFile("w+") as out:
+        process = subprocess.Popen(WATCH, stdout=out)
+        try:
+            yield seen
+        finally:
+            process.terminate()
+            process.wait()
+        out.seek(0)
+        pairs = []
+        for line in out:
+            with suppress(ValueError):  # some GPUs report [N/A]
+                if line.endswith("\n"):  # the last line may be incomplete
+                    pairs.append([float(each) for each in line.split(",", 1)])
+        if pairs:
+            busy, used = zip(*pairs, strict=True)
+            seen |= {"GPU busy %": statistics.mean(busy), "MB of all processes": max(used)}
+
+
 PARTS: dict[str, tuple[Callable[[Size, Compute], Iterator[Row]], float]] = {
     "agreement": (agreement, 60),
-    "accuracy": (accuracy, 120),
-    "steps": (steps, 120),
-    "a round": (a_round, 150),
-    "together": (together, 60),
-    "round zero": (round_zero, 130),
+    "accuracy": (accuracy, 100),
+    "steps": (steps, 110),
+    "a round": (a_round, 130),
+    "together": (together, 50),
+    "round zero": (round_zero, 110),
 }

@@ -1,17 +1,12 @@
-"""Code shared by the benchmarks: options, interleaved timing, peak memory, and GPU utilisation."""
+"""Code shared by the benchmarks: options, interleaved timing, and peak memory."""
 
 from __future__ import annotations
 
 import ctypes
 import gc
 import os
-import shutil
-import statistics
-import subprocess
-import tempfile
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import Annotated
@@ -23,14 +18,6 @@ from torch.profiler import profile
 from tapfl.errors import ConfigError
 
 Row = dict[str, str]
-WATCH = (
-    "nvidia-smi",
-    "--id=0",
-    "--query-gpu=utilization.gpu,memory.used",
-    "--format=csv,noheader,nounits",
-    "-lms",
-    "200",
-)
 Models = Annotated[list[str], typer.Option("--model", help="timm names, or `digits`")]
 Sizes = Annotated[list[int], typer.Option("--size", help="image sizes, pixels per side")]
 Repeats = Annotated[int, typer.Option(min=1, help="turns; results are their medians")]
@@ -95,26 +82,6 @@ def peak_process_bytes(work: Callable[[], object]) -> int | None:
         return _status("VmHWM") - before
     except OSError:
         return None
-
-
-@contextmanager
-def watched() -> Iterator[dict[str, float]]:
-    """Yields a row that after the block has the GPU's utilisation and memory in use, if `nvidia-smi` is available."""
-    seen: dict[str, float] = {}
-    if not shutil.which(WATCH[0]):
-        yield seen
-        return
-    with tempfile.TemporaryFile("w+") as out:
-        process = subprocess.Popen(WATCH, stdout=out)
-        try:
-            yield seen
-        finally:
-            process.terminate()
-            process.wait()
-        out.seek(0)
-        if pairs := [tuple(map(float, line.split(","))) for line in out if line.endswith("\n")]:
-            busy, used = zip(*pairs, strict=True)
-            seen |= {"GPU busy %": statistics.mean(busy), "MB of all processes": max(used)}
 
 
 def _status(field: str) -> int:

@@ -174,6 +174,7 @@ def _require_plain(model: Any) -> None:
     """Raises ModelError unless all blocks are attention and FFN as in ViT and DeiT."""
     if not isinstance(model, VisionTransformer):
         raise ModelError(f"train.together: {type(model).__name__} trains one by one; accepted: ViT and DeiT")
+    zero = next(model.parameters()).new_zeros(1)
     for name, module in model.named_modules():
         refused = name.count(".") == 1 and name.startswith("blocks.") and type(module) is not Block
         if isinstance(module, Attention):
@@ -181,7 +182,7 @@ def _require_plain(model: Any) -> None:
                 isinstance(m, nn.Identity) for m in (module.q_norm, module.k_norm, module.norm)
             )
         elif isinstance(module, Mlp):
-            refused = not isinstance(module.norm, nn.Identity) or bool(module.act(torch.zeros(1)).any())
+            refused = not isinstance(module.norm, nn.Identity) or bool(module.act(zero).any())
         if refused:
             raise ModelError(f"train.together: {name} is not a plain block of ViT or DeiT, or merges tokens")
 

@@ -25,7 +25,7 @@ def augmented(images: Tensor, how: str, generator: np.random.Generator) -> Tenso
     from torchvision.transforms.v2 import functional as vision  # takes a second, which other runs need not spend
 
     n, _, height, width = images.shape
-    mirrored = torch.from_numpy(generator.random(n) < 0.5).to(images.device)
+    mirrored = torch.from_numpy(generator.random(n) < 0.5).to(images.device, non_blocking=True)
     images = torch.where(mirrored.view(-1, 1, 1, 1), vision.horizontal_flip(images), images)
     if how == "flip":
         return images

@@ -118,7 +118,8 @@ class Transform:
                 f"{self.size[1]} with {self.channels}: load_images(source, transform) makes them so"
             )
         x = images.permute(0, 3, 1, 2).contiguous().float()  # copies bytes, a quarter of the size of floats
-        mean, std = (x.new_tensor(values).view(1, -1, 1, 1) for values in (self.mean, self.std))
+        scale = torch.tensor([self.mean, self.std], dtype=x.dtype).to(x.device, non_blocking=True)
+        mean, std = scale.view(2, 1, -1, 1, 1)
         return x.div_(255).sub_(mean).div_(std)
 
     def batches(self, images: ImageSet, batch: int = 256) -> Batches:
