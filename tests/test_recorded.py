@@ -98,7 +98,7 @@ class Branching(FedAvg):
 
     def step(self, state: Any, objective: Any, batch: object) -> torch.Tensor:
         loss = super().step(state, objective, batch)
-        return loss if float(loss) > 0 else -loss
+        return loss if float(loss.detach()) > 0 else -loss
 
 
 def test_the_stand_in_refuses_what_a_gpu_refuses(vit: Tiny) -> None:
