@@ -98,7 +98,7 @@ def images_of(owner: Owner) -> tuple[ImageSet, DeviceSplit]:
         return private_images(config, fingerprint), splits(config, devices, fingerprint)[partition_id]
     changing, cache = config.data.changing, cache_folder(config.cache)
     cache_gb = 0.0 if changing else config.data.cache_gb  # otherwise every change would write a file of all images
-    images = load_images(source, input_transform(config.model), cache, cache_gb=cache_gb)
+    images = load_images(source, input_transform(config.model), cache, cache_gb=cache_gb, ignore=config.data.ids)
     if changing:
         images = identified(images, cache)
         return images, split_changing(images, config.data, config.seed)

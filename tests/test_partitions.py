@@ -15,7 +15,7 @@ from PIL import Image
 from tapfl.config import DataOptions, RunConfig
 from tapfl.config.round_zero import UNUSED, Partition
 from tapfl.data.contents import contents
-from tapfl.data.federated import DeviceSplit, open_private, partition
+from tapfl.data.federated import DeviceSplit, open_pool, open_private, partition
 from tapfl.data.images import ImageSet
 from tapfl.data.sources import load_images
 from tapfl.data.transform import Transform
@@ -251,6 +251,32 @@ def test_ids_may_be_numbers_and_have_another_name(tmp_path: Path) -> None:
     assert options(device_column="writer").ids == "writer" and options().ids == ""
 
 
+def as_table_with_named_ids(folder: Path, first: int | None = 1, **columns: Any) -> str:
+    """Writes a table whose ids are a ClassLabel column that comes before the classes."""
+    features = {"image": datasets.Image(), "writer": datasets.ClassLabel(names=["zoë", "ada", "bob"])} | columns
+    numbers = [first, *(["zoë", "ada", "bob"].index(writer) for writer in WRITERS[1:])]
+    rows = {"image": [Image.fromarray(image) for image in PIXELS], "writer": numbers, "label": CLASSES.tolist()}
+    given = {name: rows[name] for name in features}
+    datasets.Dataset.from_dict(given, datasets.Features(features)).save_to_disk(str(folder / "named"))
+    return f"hf:{folder / 'named'}"
+
+
+def test_a_column_of_ids_is_not_taken_for_the_classes(tmp_path: Path) -> None:
+    source = as_table_with_named_ids(tmp_path, label=datasets.ClassLabel(names=["cat", "dog"]))
+    given = options(source=source, public=source, partition="natural", device_column="writer")
+    images = open_private(given, GREY, 0, tmp_path)
+    assert images.classes == ("cat", "dog") and images.labels.tolist() == CLASSES.tolist() and not images.left_out
+    assert images.ids == ("ada", "bob", "zoë") and ids(images) == list(WRITERS)
+    assert open_pool(given, GREY, 0, tmp_path).classes == ("cat", "dog")
+    source = as_table_with_named_ids(tmp_path / "alone")
+    with pytest.raises(DataError, match="one of type ClassLabel .* besides 'writer' of device ids, has image"):
+        load_images(source, GREY, tmp_path, ids="writer")
+    for i, missing in enumerate([None, -1]):
+        source = as_table_with_named_ids(tmp_path / str(i), missing, label=datasets.ClassLabel(names=["cat", "dog"]))
+        with pytest.raises(DataError, match="device id '' is empty"):
+            load_images(source, GREY, tmp_path, ids="writer")
+
+
 def test_invalid_ids_are_refused(tmp_path: Path) -> None:
     def refused(message: str, **arrays: Any) -> None:
         np.savez(tmp_path / "bad.npz", images=PIXELS, labels=CLASSES, **arrays)
@@ -262,6 +288,7 @@ def test_invalid_ids_are_refused(tmp_path: Path) -> None:
     refused("device ids must be 60 texts or integers, got int64 .59,.", device=np.zeros(59, int))
     refused("device id '' is empty or has characters", device=np.repeat(["", "b"], 30))
     refused("two device ids differ only in their Unicode form", device=np.repeat(["zo\u00eb", "zoe\u0308"], 30))
+    refused("device ids are not UTF-8", device=np.array([b"M\xfcller"] * 60))
     with pytest.raises(DataError, match=r"has no column 'writer' of device ids .*; has image, label, device"):
         load_images(as_table(tmp_path), GREY, tmp_path, ids="writer")
     (tmp_path / "flat" / "ada").mkdir(parents=True)

@@ -29,7 +29,8 @@ def open_pool(options: DataOptions, transform: Transform, seed: int, cache: Path
         DataError: if the source is missing, or a class has too few images to divide.
     """
     if options.public:
-        return load_images(options.public, transform, cache, cache_gb=options.cache_gb, unlabelled=True)
+        ids = options.ids  # of devices, in another split of the same table: not the classes
+        return load_images(options.public, transform, cache, cache_gb=options.cache_gb, unlabelled=True, ignore=ids)
     source = load_images(options.source, transform, cache, options.ids, options.cache_gb)
     return source.subset(split_public(source.labels, options.public_share, seed, source.classes)[0])
 

@@ -36,6 +36,7 @@ def load_images(
     ids: str = "",
     cache_gb: float = math.inf,
     unlabelled: bool = False,
+    ignore: str = "",
 ) -> ImageSet:
     """Returns all images of a source.
 
@@ -52,6 +53,7 @@ def load_images(
         cache_gb: gigabytes that a source may take in the cache; see `tapfl.data.decoded`.
         unlabelled: also accept a source without labels: a folder of images without class folders, an .npz file without
             `labels`, or a table that has only images or in which no image has a label.
+        ignore: name of a column of a ``hf:`` table that is not used, even if its type is ClassLabel.
 
     Raises:
         DataError: if the source is missing or of another kind, an image cannot be decoded, all are nearly black, a
@@ -61,7 +63,7 @@ def load_images(
     if source in BUILT_IN:
         images = _array(BUILT_IN[source](), transform, kept, source)
     elif source.startswith("hf:"):
-        images = _hugging_face(source.removeprefix("hf:"), _needed(transform, source), kept, ids, unlabelled)
+        images = _hugging_face(source.removeprefix("hf:"), _needed(transform, source), kept, ids, unlabelled, ignore)
     elif (path := path_of(source)).is_dir():
         images = _folder(path, _needed(transform, source), kept, bool(ids), unlabelled)
     elif path.is_file() and path.suffix.lower() == ".npz":
@@ -95,6 +97,16 @@ def _with_plain_names(images: ImageSet, source: str) -> ImageSet:
     return replace(images, classes=names)
 
 
+def _text(values: np.ndarray, what: str, refusal: Callable[[str], DataError]) -> np.ndarray:
+    """Returns values with bytes converted to text. Raises DataError if they are not UTF-8."""
+    if values.dtype.kind != "S":
+        return values
+    try:
+        return np.char.decode(values, "utf-8")
+    except UnicodeDecodeError as error:
+        raise refusal(f"{what} are not UTF-8 ({error.reason})") from None
+
+
 def _owned(images: ImageSet, ids: Sequence[object] | np.ndarray, refusal: Callable[[str], DataError]) -> ImageSet:
     """Returns the images with their natural devices.
 
@@ -102,13 +114,12 @@ def _owned(images: ImageSet, ids: Sequence[object] | np.ndarray, refusal: Callab
         ids: the id of each image's device, text or an integer.
 
     Raises:
-        DataError: if an id is missing or cannot be shown.
+        DataError: if an id is missing, is not UTF-8, or cannot be shown.
     """
     values = np.asarray(ids)
     if values.shape != (len(images),) or values.dtype.kind not in "iuUS":
         raise refusal(f"device ids must be {len(images)} texts or integers, got {values.dtype} {values.shape}")
-    if values.dtype.kind == "S":
-        values = np.char.decode(values, "utf-8")
+    values = _text(values, "device ids", refusal)
     known, owners = np.unique(values, return_inverse=True)
     names = tuple(unicodedata.normalize("NFC", str(name)) for name in known)
     if odd := [name for name in names if not name or not name.isprintable()]:
@@ -156,8 +167,8 @@ def _npz(path: Path, ids: str, unlabelled: bool) -> ImageSet:
             labels = np.asarray(arrays["labels"]) if "labels" in arrays else None
             names = np.asarray(arrays["classes"]) if "classes" in arrays else None
             owners = np.asarray(arrays[ids]) if ids else None
-        if names is not None and names.dtype.kind == "S":
-            names = np.char.decode(names, "utf-8")
+        if names is not None:
+            names = _text(names, "`classes`", refusal)
     except DataError:
         raise
     except OSError as error:
@@ -220,18 +231,22 @@ def _folder(path: Path, transform: Transform, cache: DecodedCache, by_device: bo
     return _owned(result, listing.owners, _refusal_of(str(path))) if by_device else result
 
 
-def _hugging_face(name: str, transform: Transform, cache: DecodedCache, ids: str, unlabelled: bool) -> ImageSet:
+def _hugging_face(
+    name: str, transform: Transform, cache: DecodedCache, ids: str, unlabelled: bool, ignore: str
+) -> ImageSet:
     from datasets import ClassLabel  # slow to import, and only this source needs it
     from datasets import Image as ImageColumn
 
     table, name = open_table(name), name.partition(":")[0]
     refusal = _refusal_of(f"hf:{name}")
     columns = [
-        [key for key, of in table.features.items() if isinstance(of, kind)] for kind in (ImageColumn, ClassLabel)
+        [key for key, of in table.features.items() if isinstance(of, kind) and key not in (ids, ignore)]
+        for kind in (ImageColumn, ClassLabel)
     ]
     if not columns[0] or not (columns[1] or unlabelled):
         has = ", ".join(f"{key}: {getattr(of, 'dtype', type(of).__name__)}" for key, of in table.features.items())
         more = "" if unlabelled else " and one of type ClassLabel (Dataset.class_encode_column makes one)"
+        more += f" besides {ids!r} of device ids" if ids else ""
         raise refusal(f"needs a column of type Image{more}, has {has}")
     image, label = columns[0][0], next(iter(columns[1]), None)
     unused = {f"column {key}": 1 for kind in columns for key in kind[1:]}
@@ -259,7 +274,13 @@ def _hugging_face(name: str, transform: Transform, cache: DecodedCache, ids: str
     fingerprint = fingerprint_of(table)
     images = _kept(cache, f"hf:{name}", fingerprint, transform, len(table), decode)
     result = ImageSet(images, labels, classes, fingerprint, unused)
-    return _owned(result, list(table[ids]), refusal) if ids else result
+    if not ids:
+        return result
+    owners = list(table[ids])
+    if isinstance(table.features[ids], ClassLabel):  # numbers of names; -1 or None is a missing id
+        names = table.features[ids].names
+        owners = ["" if number is None or number < 0 else names[number] for number in owners]
+    return _owned(result, owners, refusal)
 
 
 def _kept(
