@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import struct
+import tomllib
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pytest
+from packaging.requirements import Requirement
 from PIL import Image
 
 from tapfl.data import sources
@@ -97,6 +99,13 @@ BROKEN = {
     "long-profile.png": png(PIXELS, 8, 2, chunk(b"iCCP", b"x\0\0" + zlib.compress(bytes(3_000_000)))),
     "program.jpg": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 16 16\n",
 }
+
+
+def test_the_oldest_pillow_accepted_knows_every_format() -> None:
+    """`Image.open(formats=…)` raises KeyError at a format that Pillow does not know. AVIF came with 11.3."""
+    project = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text("utf-8"))["project"]
+    (pillow,) = (needed for needed in map(Requirement, project["dependencies"]) if needed.name == "pillow")
+    assert "AVIF" in sources.FORMATS and "11.2.1" not in pillow.specifier and "11.3" in pillow.specifier
 
 
 def folder(root: Path, *names: str) -> Path:
