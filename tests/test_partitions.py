@@ -269,7 +269,7 @@ def test_a_column_of_ids_is_not_taken_for_the_classes(tmp_path: Path) -> None:
     assert images.ids == ("ada", "bob", "zoë") and ids(images) == list(WRITERS)
     assert open_pool(given, GREY, 0, tmp_path).classes == ("cat", "dog")
     source = as_table_with_named_ids(tmp_path / "alone")
-    with pytest.raises(DataError, match="one of type ClassLabel .* besides 'writer' of device ids, has image"):
+    with pytest.raises(DataError, match=r"one of type ClassLabel .* besides 'writer' of device ids, has image"):
         load_images(source, GREY, tmp_path, ids="writer")
     for i, missing in enumerate([None, -1]):
         source = as_table_with_named_ids(tmp_path / str(i), missing, label=datasets.ClassLabel(names=["cat", "dog"]))

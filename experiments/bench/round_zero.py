@@ -52,7 +52,8 @@ def devices(
     torch.set_num_threads(1)
     torch.manual_seed(0)
     options = RunConfig.from_flat(options_of(None, set))
-    images = load_images(options.data.source, input_transform(options.model), ids=options.data.ids).subset(np.arange(POOL))
+    images = load_images(options.data.source, input_transform(options.model), ids=options.data.ids)
+    images = images.subset(np.arange(POOL))
     spec = spec_of(options.model, images.classes)
     model = build(spec).requires_grad_(False)
     for name, way in product(criterion, probe):
