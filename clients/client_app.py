@@ -144,7 +144,7 @@ def _compute(node: Mapping[str, Scalar], config: RunConfig) -> Compute:
 
 def _own_path(node: Mapping[str, Scalar], name: str) -> str:
     value = str(node.get(name, ""))
-    if not names_path(value):
+    if not names_path(name, value):
         return value
     if not (path := expanded(name, value)).is_absolute():
         raise ConfigError(f"{name} = {value!r} of the node's configuration: must be an absolute path")

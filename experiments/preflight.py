@@ -11,6 +11,7 @@ from typing import Any
 from strategies.binding import inputs_of, require_same_inputs, require_same_options
 from tapfl.config import RunConfig
 from tapfl.data.contents import contents
+from tapfl.data.hugging_face import with_absolute_folder
 from tapfl.errors import ConfigError
 from tapfl.options import expanded
 from tapfl.progress import stage
@@ -127,4 +128,7 @@ def absolute_paths(config: RunConfig) -> RunConfig:
     """
     config = with_model_of_hub(config)
     absolute = {option: str(expanded(option, value).absolute()) for option, value in config.paths().items()}
+    for option, value in (("data.source", config.data.source), ("data.public", config.data.public)):
+        if value.startswith("hf:"):
+            absolute[option] = "hf:" + with_absolute_folder(value.removeprefix("hf:"))
     return RunConfig.from_flat(config.flat() | absolute)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from tapfl.errors import ConfigError
-from tapfl.store import home_folder, write_json
+from tapfl.store import home_folder, remove_leftovers, write_json
 
 
 @contextmanager
@@ -43,14 +43,17 @@ def _held(folder: Path, other: str) -> IO[str]:
     """Returns an open file that locks a folder until the file is closed or this process ends.
 
     Raises:
-        ConfigError: if another process has locked it; the message begins with `other`.
+        ConfigError: if it cannot be locked, or another process has locked it; then the message begins with `other`.
     """
     lock = (folder / ".lock").open("w")
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except OSError as error:
         lock.close()
-        raise ConfigError(f"{other} is using this folder") from None
+        if isinstance(error, BlockingIOError):
+            raise ConfigError(f"{other} is using this folder") from None
+        why = f"this folder cannot be locked ({error.strerror}); accepted: one on a file system that has locks"
+        raise ConfigError(f"{other.partition(': ')[0]}: {why}") from None
     return lock
 
 
@@ -123,6 +126,7 @@ class RunFolder:
         folder = cls(path)
         folder.config()
         folder._lock = _held(path, f"out = {str(path)!r}: another run")
+        remove_leftovers(path)
         return folder
 
     def config(self) -> dict[str, Any]:

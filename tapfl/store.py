@@ -10,19 +10,24 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
+import time
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from safetensors import SafetensorError, safe_open
 
 from tapfl.errors import ConfigError, PlanError
+from tapfl.options import expanded
 
 if TYPE_CHECKING:
     import torch
+
+TEMPORARY = re.compile(r"\..+\.[a-z0-9_]{8}(\.\w+)?")  # a name that `tempfile` has completed
 
 Tensors = Mapping[str, "torch.Tensor"]
 
@@ -45,6 +50,19 @@ def whole_file(path: Path) -> Iterator[Path]:
         if isinstance(error, OSError) and error.errno:  # some, such as those of a full disk, do not name the file
             raise OSError(error.errno, os.strerror(error.errno), str(path)) from error
         raise
+
+
+def remove_leftovers(folder: Path, age: float = 0.0) -> None:
+    """Removes the temporary files and folders that killed processes have left in a folder and below it.
+
+    Args:
+        age: seconds since the last change; for a folder in which other processes may be writing.
+    """
+    for found in [*folder.rglob(".*")]:
+        if TEMPORARY.fullmatch(found.name):
+            with suppress(OSError):  # another process may have removed it
+                if time.time() - found.stat().st_mtime >= age:
+                    shutil.rmtree(found) if found.is_dir() else found.unlink()
 
 
 @contextmanager
@@ -214,8 +232,11 @@ def content_hash(*parts: bytes | str | Tensors | Pieces) -> str:
 
 def cache_folder(option: str = "") -> Path:
     """Returns the cache folder: `option`, or TAPFL_CACHE, or ~/.cache/tapfl."""
-    given = option or os.environ.get("TAPFL_CACHE")
-    return Path(given) if given else home_folder("cache or TAPFL_CACHE") / ".cache" / "tapfl"
+    if option:
+        return Path(option)
+    if given := os.environ.get("TAPFL_CACHE"):
+        return expanded("TAPFL_CACHE", given)
+    return home_folder("cache or TAPFL_CACHE") / ".cache" / "tapfl"
 
 
 def home_folder(option: str) -> Path:

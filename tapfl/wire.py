@@ -15,6 +15,7 @@ from typing import Annotated, Any, Self
 import numpy as np
 import torch
 
+from tapfl.data.images import is_plain
 from tapfl.errors import ConfigError, DataError, WireError
 from tapfl.options import validated
 from tapfl.profiles import DeviceProfile
@@ -23,7 +24,7 @@ from tapfl.training import LARGEST
 from tapfl.wire_format import WireMessage
 
 MAX_SAMPLES = 10**9
-LONGEST_NAMES, LONGEST_NAME = 2**20, 200  # most bytes of all class names of a device, and most characters of one
+LONGEST_NAMES = 2**20  # most bytes of all class names of a device
 ENVELOPE = 4096  # bytes that a message may have in addition to its expected arrays: names, headers, scalars
 PROFILE_FIELDS = ("budget", "rank", "compute", "upload", "download", "availability")
 
@@ -80,8 +81,8 @@ class HelloReply(WireMessage, type=Hello.type, kind="hello", when="once, first")
         except (ValueError, RecursionError):
             names = None
         _require(isinstance(names, list) and bool(names) == asked, f"class names {self.class_names!r:.80}")
-        plain = (isinstance(name, str) and 0 < len(name) <= LONGEST_NAME and name.isprintable() for name in names)
-        _require(all(plain) and names == sorted(set(names)), "class names must be printable, sorted and different")
+        plain = all(isinstance(name, str) and is_plain(name) for name in names)
+        _require(plain and names == sorted(set(names)), "class names must be plain text, sorted and different")
         _require(len(names) <= self.train_samples, f"{len(names)} classes of {self.train_samples} training samples")
         return tuple(names)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 from pathlib import Path
@@ -34,6 +35,15 @@ def test_a_folder_in_use_is_refused(
         cli.main()
     assert ended.value.code == 2 and "is using this folder" in capfd.readouterr().err
     assert [file.name for file in (tmp_path / "out").iterdir()] == [".lock"]
+
+
+def test_a_folder_without_locks_is_refused_for_that_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unsupported(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("tapfl.run_folder.fcntl.flock", unsupported)
+    with pytest.raises(ConfigError, match=r"out = '.*run': this folder cannot be locked \(No locks available\)"):
+        RunFolder.create(tmp_path / "run")
 
 
 def test_a_killed_run_leaves_no_lock(tmp_path: Path) -> None:

@@ -9,9 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from experiments.preflight import absolute_paths
 from tapfl.config import RunConfig
 from tapfl.errors import ConfigError
 from tapfl.options import flatten, parse_assignment, read_toml
+from tapfl.store import cache_folder
 
 
 def test_the_defaults_are_valid_and_round_trip() -> None:
@@ -224,6 +226,26 @@ def test_flatten_keeps_scalars_and_joins_lists() -> None:
 def test_options_that_name_files_are_known() -> None:
     config = RunConfig.from_flat({"data.source": "hf:mnist", "model.weights": "w.safetensors", "out": "runs/1"})
     assert config.paths() == {"out": "runs/1", "model.weights": "w.safetensors"}
+    built_in = {"data.source": "digits", "data.public": "letters", "devices.profiles": "tiers"}
+    assert RunConfig.from_flat(built_in).paths() == {}
+
+
+@pytest.mark.parametrize(("option", "value"), [("data.source", "mobile"), ("data.public", "hub"), ("cache", "digits")])
+def test_a_name_that_is_built_in_for_another_option_is_a_path(option: str, value: str) -> None:
+    config = RunConfig.from_flat({option: value})
+    assert config.paths() == {option: value}
+    assert absolute_paths(config).flat()[option] == str(Path(value).absolute())
+
+
+def test_a_table_in_a_folder_gets_its_absolute_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "table").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    config = absolute_paths(RunConfig.from_flat({"data.source": "hf:table:test", "data.public": "hf:~/table"}))
+    assert (config.data.source, config.data.public) == (f"hf:{tmp_path}/table:test", f"hf:{tmp_path}/table")
+    assert absolute_paths(RunConfig.from_flat({"data.source": "hf:mnist"})).data.source == "hf:mnist"
+    monkeypatch.setenv("TAPFL_CACHE", "~/cache")
+    assert cache_folder() == tmp_path / "cache"
 
 
 @pytest.mark.parametrize(

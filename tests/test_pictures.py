@@ -454,7 +454,9 @@ def test_a_folder_of_images_needs_a_transform(folder: Path) -> None:
         load_images(str(folder))
 
 
-@pytest.mark.parametrize("name", ["red\x1b[31m", "two\nlines", "tab\t", b"\xff".decode("utf-8", "surrogateescape")])
+@pytest.mark.parametrize(
+    "name", ["red\x1b[31m", "two\nlines", "tab\t", "\u202eback", b"\xff".decode("utf-8", "surrogateescape")]
+)
 def test_a_class_whose_name_cannot_be_shown_is_refused(name: str, tmp_path: Path) -> None:
     plain(tmp_path / "in" / "ant" / "1.png", 1)
     plain(tmp_path / "in" / name / "2.png", 1)

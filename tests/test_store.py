@@ -12,7 +12,17 @@ import torch
 
 from tapfl.errors import ConfigError, PlanError
 from tapfl.run_folder import RunFolder, run_path
-from tapfl.store import cache_folder, content_hash, read_tensors, write_bytes, write_json, write_tensors
+from tapfl.store import (
+    cache_folder,
+    content_hash,
+    read_tensors,
+    remove_leftovers,
+    whole_file,
+    whole_folder,
+    write_bytes,
+    write_json,
+    write_tensors,
+)
 
 
 @pytest.mark.parametrize("step", ["replace", "fsync"])
@@ -55,6 +65,23 @@ def test_json_and_tensors_round_trip(tmp_path: Path) -> None:
     assert all(
         torch.equal(found[name], tensor) and found[name].dtype == tensor.dtype for name, tensor in tensors.items()
     )
+
+
+def test_what_killed_processes_have_left_is_removed(tmp_path: Path) -> None:
+    for name in ("state.json", ".lock", ".hidden", "deep/a.npy", ".sweep.lock"):
+        write_bytes(tmp_path / name, b"kept")
+    kept = sorted(tmp_path.rglob("*"))
+    if not (child := os.fork()):
+        with whole_file(tmp_path / "deep" / "a.npy") as file, whole_folder(tmp_path / "plans") as folder:
+            file.write_bytes(b"half")
+            (folder / "00.json").write_bytes(b"half")
+            os._exit(0)
+    os.waitpid(child, 0)
+    assert len(list(tmp_path.rglob("*"))) > len(kept)
+    remove_leftovers(tmp_path, age=3600.0)  # a living process may be writing them
+    assert len(list(tmp_path.rglob("*"))) > len(kept)
+    remove_leftovers(tmp_path)
+    assert sorted(tmp_path.rglob("*")) == kept
 
 
 @pytest.mark.parametrize("content", [b"", b"\x80\x04pickle", b"x" * 100])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import math
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -15,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tapfl import wire
+from tapfl.data.images import is_plain
 from tapfl.errors import WireError
 from tapfl.wire import (
     Evaluate,
@@ -511,3 +513,17 @@ def test_whatever_arrives_is_accepted_or_refused(sent: tuple[type[WireMessage], 
     for field in fields(message):
         value = getattr(message, field.name)
         assert not isinstance(value, float | np.ndarray) or np.isfinite(value).all()
+
+
+@pytest.mark.parametrize("name", ["no\u00a0break", "می\u200cخواهم", "👩\u200d🚀", "名前"])
+def test_class_names_that_can_be_loaded_are_accepted_from_a_device(name: str) -> None:
+    assert is_plain(name)
+    assert isinstance(HELLO, HelloReply)
+    assert replace(HELLO, class_names=json.dumps([name])).named(asked=True) == (name,)
+
+
+@pytest.mark.parametrize("name", ["", "x" * 201, "red\x1b[31m", "\u202eback"])
+def test_class_names_that_cannot_be_shown_are_refused(name: str) -> None:
+    assert isinstance(HELLO, HelloReply)
+    with pytest.raises(WireError, match="class names must be plain text"):
+        replace(HELLO, class_names=json.dumps([name])).named(asked=True)

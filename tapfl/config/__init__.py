@@ -40,7 +40,11 @@ from tapfl.options import Count, Scalar, Section, flatten, nested, validated
 INPUT_OPTIONS = ("data.source", "data.public", "model.weights", "model.head-rows", "devices.profiles")
 PATH_OPTIONS = ("out", "cache", *INPUT_OPTIONS)
 PLUGIN_OPTIONS = ("pruning.criterion", "adapters.rule", "personalize.method")
-NOT_PATHS = ("", "digits", "letters", "hub", *PROFILE_SETS)
+BUILT_IN = {  # values that are no paths, by option; `data` is an option of a node
+    **dict.fromkeys(("data", "data.source", "data.public"), ("digits", "letters")),
+    "model.weights": ("hub",),
+    "devices.profiles": PROFILE_SETS,
+}
 # options, or prefixes of options, that do not affect results; they may change when a run is resumed
 FREE_OPTIONS = (
     *("resume", "out", "cache", "node-timeout", "window"),
@@ -173,7 +177,7 @@ class RunConfig(Section):
     def paths(self) -> dict[str, str]:
         """Returns the options whose values name files or folders, with their values."""
         flat = self.flat()
-        return {option: str(flat[option]) for option in PATH_OPTIONS if names_path(str(flat[option]))}
+        return {option: str(flat[option]) for option in PATH_OPTIONS if names_path(option, str(flat[option]))}
 
 
 def binding(flat: Mapping[str, Any]) -> dict[str, Any]:
@@ -190,6 +194,11 @@ def binding(flat: Mapping[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in flat.items() if not k.startswith(tuple(free))}
 
 
-def names_path(value: str) -> bool:
-    """Returns whether the value of one of `PATH_OPTIONS` is a path, rather than a built-in name."""
-    return value not in NOT_PATHS and not value.startswith("hf:")
+def is_built_in(option: str, value: object) -> bool:
+    """Returns whether the value of one of `PATH_OPTIONS` is a built-in name, or empty."""
+    return value in ("", *BUILT_IN.get(option, ()))
+
+
+def names_path(option: str, value: str) -> bool:
+    """Returns whether the value of one of `PATH_OPTIONS` is a path."""
+    return not is_built_in(option, value) and not value.startswith("hf:")

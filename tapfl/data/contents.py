@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from pathlib import Path
 
-from tapfl.config import INPUT_OPTIONS, NOT_PATHS, PLUGIN_OPTIONS, RunConfig
+from tapfl.config import INPUT_OPTIONS, PLUGIN_OPTIONS, RunConfig, is_built_in
 from tapfl.data import hugging_face
 from tapfl.data.folders import list_images
 from tapfl.errors import ConfigError, DataError, TapflError, message_of
@@ -41,7 +41,7 @@ def fingerprints(named: Iterable[tuple[str, object]], require: bool = True, ids:
     result: dict[str, str] = {}
     for option, value in named:
         try:
-            if is_plugin(str(value)) if option in PLUGIN_OPTIONS else value not in NOT_PATHS:
+            if is_plugin(str(value)) if option in PLUGIN_OPTIONS else not is_built_in(option, value):
                 result[f"{option} = {value!r}"] = content_of(option, str(value), ids)
         except TapflError:
             if require:

@@ -26,10 +26,11 @@ import numpy as np
 from tapfl.data.images import ArrayImages, Images, forget, in_order
 from tapfl.errors import DataError
 from tapfl.progress import stage
-from tapfl.store import whole_file
+from tapfl.store import remove_leftovers, whole_file
 
 DIM = 16  # of 255; the largest value of 12-bit data in 16-bit files; no source of 8-bit pictures is darker throughout
 AT_ONCE = 64  # pictures decoded between two writes
+DAY = 86400.0  # seconds; a temporary file that has not changed for so long is that of a killed process
 SAMPLE = 256  # pictures of a source beyond the limit that are checked when it is first opened
 
 T = TypeVar("T")
@@ -178,6 +179,7 @@ class DecodedCache:
         if not file.exists():
             spread = np.unique(np.linspace(0, len(decoded) - 1, SAMPLE).astype(np.int64))
             refuse_dim(int(decoded.read(spread).max()), source)
+            remove_leftovers(self.folder, DAY)
             with whole_file(file) as temporary:
                 np.lib.format.open_memmap(temporary, "w+", _record(decoded.shape), (places,))
         return PartlyKept(decoded, file, places)
@@ -186,6 +188,7 @@ class DecodedCache:
 def _write_whole(file: Path, decoded: DecodedImages, source: str) -> None:
     count = len(decoded)
     header: dict[str, Any] = {"descr": "|u1", "fortran_order": False, "shape": (count, *decoded.shape)}
+    remove_leftovers(file.parent, DAY)
     with whole_file(file) as temporary, temporary.open("wb") as out, stage("reading images") as advance:
         np.lib.format.write_array_header_1_0(out, header)
         advance(0, count)

@@ -8,6 +8,7 @@ from typing import Any
 from tapfl.data.folders import FRESH, MANY
 from tapfl.errors import DataError, message_of
 from tapfl.memo import recent
+from tapfl.options import expanded
 
 
 @recent(FRESH, keep=lambda table: len(table) > MANY)
@@ -21,7 +22,7 @@ def open_table(name: str) -> Any:
     """
     from datasets import load_dataset, load_from_disk  # slow to import, and only this source needs it
 
-    name, _, split = name.partition(":")
+    name, _, split = with_absolute_folder(name).partition(":")
     if not name:
         raise DataError("data source 'hf:': names no table; accepted: hf:NAME or hf:NAME:SPLIT")
     split = split or "train"
@@ -35,6 +36,13 @@ def open_table(name: str) -> Any:
     if split not in tables:
         raise DataError(f"data source 'hf:{name}': has no split {split!r}; accepted: {', '.join(tables)}")
     return tables[split]
+
+
+def with_absolute_folder(name: str) -> str:
+    """Returns ``NAME[:SPLIT]`` with an absolute path if NAME is that of a folder here."""
+    name, colon, split = name.partition(":")
+    folder = expanded("hf", name)
+    return f"{folder.absolute() if name and folder.is_dir() else name}{colon}{split}"
 
 
 def fingerprint_of(table: Any) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
@@ -14,6 +15,14 @@ from tapfl.errors import DataError
 from tapfl.store import Pieces
 
 AT_ONCE = 256  # images per read when all images are read
+LONGEST_NAME = 200  # most characters of a class name
+ORDERING = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"  # they change the order of the text after them
+
+
+def is_plain(name: str) -> bool:
+    """Returns whether a class name can be shown: of 1 to LONGEST_NAME characters, none of which controls the screen."""
+    hidden = (unicodedata.category(letter) in ("Cc", "Cs") or letter in ORDERING for letter in name)
+    return 0 < len(name) <= LONGEST_NAME and not any(hidden)
 
 
 class Images(Protocol):

@@ -19,7 +19,7 @@ from tapfl.data.contents import file_fingerprint, no_such_source, path_of
 from tapfl.data.decoded import DecodedCache, DecodedImages, refuse_dim
 from tapfl.data.folders import list_images
 from tapfl.data.hugging_face import fingerprint_of, open_table
-from tapfl.data.images import ArrayImages, Images, ImageSet
+from tapfl.data.images import LONGEST_NAME, ArrayImages, Images, ImageSet, is_plain
 from tapfl.data.transform import Transform, scaled_to_bytes
 from tapfl.errors import DataError, message_of
 from tapfl.store import cache_folder, content_hash
@@ -89,8 +89,9 @@ def _with_plain_names(images: ImageSet, source: str) -> ImageSet:
     """Returns the images with class names in NFC. Raises DataError if a name cannot be shown or occurs twice."""
     names = tuple(unicodedata.normalize("NFC", name) for name in images.classes)
     for name in names:
-        if any(unicodedata.category(letter) in ("Cc", "Cs") for letter in name):  # control characters, lone surrogates
-            raise DataError(f"data source {source!r}: class {name!r:.80} has characters that cannot be shown")
+        if not is_plain(name):
+            what = f"characters that cannot be shown, or not 1 to {LONGEST_NAME} of them"
+            raise DataError(f"data source {source!r}: class {name!r:.80} has {what}")
     if len(set(names)) < len(names):
         twice = next(name for index, name in enumerate(names) if name in names[:index])
         raise DataError(f"data source {source!r}: two classes have the name {twice!r:.80}")
