@@ -274,7 +274,7 @@ def images_of(classes: tuple[str, ...], labels: list[int]) -> ImageSet:
         (images_of(("a", "c"), [0, 1]), "differ in their classes: b, c"),
         (images_of(("b", "a"), [0, 1]), "differ in their classes: their order"),
         (images_of(("a", "b"), [0, 0]), "'elsewhere' has no image of b"),
-        (images_of(("a", "b"), [0, 1]), "'elsewhere': has the same images as data.source, of which devices keep some"),
+        (images_of(("a", "b"), [0, 1]), "'elsewhere': has images of data.source, of which devices keep some"),
     ],
 )
 def test_an_unsuitable_pool_is_refused(public: ImageSet, message: str) -> None:
@@ -283,6 +283,25 @@ def test_an_unsuitable_pool_is_refused(public: ImageSet, message: str) -> None:
         check_pool(options(public="elsewhere"), public, private)
     if public.fingerprint != private.fingerprint:
         check_pool(options(public="elsewhere"), public, private, other_classes=True)
+
+
+def test_a_pool_of_images_inside_the_source_or_around_it_is_refused(tmp_path: Path) -> None:
+    """By device, classes differ from those of the pool, so the fingerprints differ, too."""
+    for folder in ("X/train/cat", "X/val/ada", "X/val of others"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "X" / "val" / "ada")
+    images, others = images_of(("a",), [0]), images_of(("b",), [0])
+
+    def checked(source: str, public: str) -> None:
+        given = options(source=str(tmp_path / source), public=str(tmp_path / public))
+        check_pool(given, images, others, other_classes=True)
+
+    for source, public in (("X/val", "X/val/ada"), ("X/val", "X/val"), ("X/train", "X"), ("X/val", "link")):
+        with pytest.raises(DataError, match=r"has images of data\.source, of which devices keep some"):
+            checked(source, public)
+    checked("X/train", "X/val")
+    checked("X/val", "X/val of others")
+    check_pool(options(public=str(tmp_path)), images, others, other_classes=True)
 
 
 # ---------------------------------------------------------------- transforms

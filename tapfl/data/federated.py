@@ -11,9 +11,10 @@ import numpy as np
 import torch
 
 from tapfl.config import DataOptions
+from tapfl.data.contents import path_of
 from tapfl.data.images import ImageSet
 from tapfl.data.partitions import MIN_TEST, MIN_TRAIN, divide
-from tapfl.data.sources import load_images
+from tapfl.data.sources import BUILT_IN, load_images
 from tapfl.data.transform import Transform
 from tapfl.errors import DataError
 from tapfl.seeds import numpy_generator
@@ -91,15 +92,16 @@ def labels_among(classes: Sequence[str], images: ImageSet, source: str, other_cl
 def check_pool(options: DataOptions, public: ImageSet, private: ImageSet, other_classes: bool = False) -> None:
     """Raises DataError if the public pool cannot be used with the private images.
 
-    The two must have different images; otherwise the backbone would be trained on test images of the devices. Unless
-    `other_classes` is set, both need the same classes, and the pool needs an image of each private class.
+    The two must have different images; otherwise the backbone would be trained on test images of the devices. Equal
+    sources are noticed, and a folder inside the other; copies of some images are not. Unless `other_classes` is set,
+    both need the same classes, and the pool needs an image of each private class.
     """
     if not options.public:
         return
     name = f"data.public = {options.public!r}"
-    if public.fingerprint == private.fingerprint:
+    if public.fingerprint == private.fingerprint or _overlap(options.source, options.public):
         raise DataError(
-            f"{name}: has the same images as data.source, of which devices keep some for testing; accepted: other "
+            f"{name}: has images of data.source, of which devices keep some for testing; accepted: other "
             "images, or none: the pool is then data.public-share of data.source"
         )
     if other_classes:
@@ -113,6 +115,15 @@ def check_pool(options: DataOptions, public: ImageSet, private: ImageSet, other_
     if missing := sorted(set(np.unique(private.labels)) - set(np.unique(public.labels))):
         names = ", ".join(private.classes[label] for label in missing[:5])
         raise DataError(f"{name} has no image of {names}; model.head = 'new' allows it")
+
+
+def _overlap(source: str, public: str) -> bool:
+    """Returns whether two sources are folders of which one is or contains the other."""
+    folders = [path_of(name).resolve() for name in (source, public) if name not in BUILT_IN and path_of(name).is_dir()]
+    if len(folders) < 2:
+        return False
+    one, other = folders
+    return one.is_relative_to(other) or other.is_relative_to(one)
 
 
 def found(options: DataOptions, public: ImageSet, private: ImageSet) -> list[str]:
