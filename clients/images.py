@@ -80,7 +80,7 @@ class OwnImages:
         with suppress(NoImagesError):
             train, test = self.part("train"), self.part("test")
             enough = DeviceSplit(np.arange(len(train)), np.arange(len(test))).enough
-            if enough and len(train) + len(test) >= self.config.data.min_images:
+            if enough and len(self._divided[0]) >= self.config.data.min_images:  # all images, as in `device_folders`
                 return np.array([len(train), len(test)], dtype=np.float64)
         return np.zeros(2)
 

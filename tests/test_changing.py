@@ -220,11 +220,11 @@ def test_a_node_with_its_own_images_begins_with_enough_and_continues_with_few(tm
     """Its array is written again; images of unknown classes are left out of both parts."""
     file = tmp_path / "mine.npz"
 
-    def device(count: int, classes: str = "0123456789") -> Device:
+    def device(count: int, classes: str = "0123456789", **options: str) -> Device:
         chosen = np.arange(count)
         np.savez(file, images=DIGITS.read(chosen), labels=DIGITS.labels[chosen], classes=np.array(list(classes)))
         node = {"partition-id": 0, "num-partitions": 1, "data": str(file), "storage": str(tmp_path / "node")}
-        return device_of(Context(1, 2, node, RecordDict(), {"data.changing": True, "data.min-images": 20}))
+        return device_of(Context(1, 2, node, RecordDict(), {"data.changing": True, "data.min-images": 20} | options))
 
     with pytest.raises(DataError, match="3 training and 1 test images, it needs 8 and 2"):
         device(4).hello(HELLO)
@@ -233,6 +233,8 @@ def test_a_node_with_its_own_images_begins_with_enough_and_continues_with_few(tm
     device(100).storage.save_classes(DIGITS.classes)
     assert device(4).hello(HELLO).train_samples == 3 and device(4)._images.too_few
     assert device(19)._images.too_few and not device(40)._images.too_few  # of data.min-images
+    validated = device(20, **{"data.evaluate": "validation", "data.test-share": 0.25})._images
+    assert 0 < validated.present.sum() < 20  # counted at the start too: images of the test part, which is not used
     odd = device(100, classes="abc3456789")
     assert odd._images.present.sum() == (DIGITS.labels[:100] > 2).sum()
     assert {*odd._images.part("test").labels.tolist()} <= {*range(3, 10)}
