@@ -98,7 +98,8 @@ def images_of(owner: Owner) -> tuple[ImageSet, DeviceSplit]:
         return private_images(config, fingerprint), splits(config, devices, fingerprint)[partition_id]
     changing, cache = config.data.changing, cache_folder(config.cache)
     cache_gb = 0.0 if changing else config.data.cache_gb  # otherwise every change would write a file of all images
-    images = load_images(source, input_transform(config.model), cache, cache_gb=cache_gb, ignore=config.data.ids)
+    transform, ids = input_transform(config.model), config.data.ids
+    images = load_images(source, transform, cache, cache_gb=cache_gb, ignore=ids, nested=changing)
     if changing:
         images = identified(images, cache)
         return images, split_changing(images, config.data, config.seed)

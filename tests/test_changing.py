@@ -240,6 +240,18 @@ def test_a_node_with_its_own_images_begins_with_enough_and_continues_with_few(tm
     assert {*odd._images.part("test").labels.tolist()} <= {*range(3, 10)}
 
 
+def test_a_device_may_have_one_class_with_folders_of_images(tmp_path: Path) -> None:
+    """In a source without devices they would be taken for the classes, and refused."""
+    for number, pixels in enumerate(DIGITS.read(np.arange(60))):
+        place = tmp_path / "writers" / "ada" / "7" / str(2019 + number % 2)
+        place.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels[..., 0]).save(place / f"{number}.png")
+    run = {"data.source": str(tmp_path / "writers"), "data.partition": "natural"}
+    run |= {"data.changing": True, "data.public": "digits"}
+    node = {"partition-id": 0, "num-partitions": 1, "storage": str(tmp_path / "node")}
+    assert 25 < device_of(Context(1, 2, node, RecordDict(), run)).hello(HELLO).train_samples < 60
+
+
 # -- what the server makes of it ---------------------------------------------------------------------------------------
 
 

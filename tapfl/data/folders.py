@@ -129,7 +129,7 @@ class _Found:
 
 
 @recent(FRESH, keep=lambda listing: len(listing.names) > MANY)
-def list_images(root: Path, by_device: bool = False, flat: bool = False) -> Listing:
+def list_images(root: Path, by_device: bool = False, flat: bool = False, nested: bool = False) -> Listing:
     """Returns the images of a folder that has one folder per class, or is Tiny-ImageNet's validation part.
 
     Images may be in folders within the class's folder. Links are followed.
@@ -137,11 +137,12 @@ def list_images(root: Path, by_device: bool = False, flat: bool = False) -> List
     Args:
         by_device: the folder has one folder per device, and each of these one folder per class.
         flat: accept images directly in the folder as images without classes, if its subfolders have no images.
+        nested: accept one class that contains only folders of images.
 
     Raises:
         NoImagesError: if there are no images.
-        DataError: if the folder contains the parts of a data set, or a single folder of folders, instead of classes, or
-            if two classes are the same folder.
+        DataError: if the folder contains the parts of a data set, or without `nested` a single folder of folders,
+            instead of classes, or if two classes are the same folder.
     """
     found = _Found(root)
     expected = ("one folder per device with " if by_device else "") + "one folder of images per class"
@@ -162,7 +163,7 @@ def list_images(root: Path, by_device: bool = False, flat: bool = False) -> List
     if not files:
         others = f" (found {listed(found.left_out)})" if found.left_out else ""
         raise NoImagesError(f"data source {str(root)!r}: holds no images; {expected} is expected{others}")
-    if not by_device and not (root / ANNOTATIONS).is_file():
+    if not by_device and not nested and not (root / ANNOTATIONS).is_file():
         _refuse_one_above(root, files)
     counts = np.array([len(paths) for paths in files.values()])
     return Listing(root, tuple(files), counts, Names(chain(*files.values())), found.left_out)

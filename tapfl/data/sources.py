@@ -37,6 +37,7 @@ def load_images(
     cache_gb: float = math.inf,
     unlabelled: bool = False,
     ignore: str = "",
+    nested: bool = False,
 ) -> ImageSet:
     """Returns all images of a source.
 
@@ -54,6 +55,8 @@ def load_images(
         unlabelled: also accept a source without labels: a folder of images without class folders, an .npz file without
             `labels`, or a table that has only images or in which no image has a label.
         ignore: name of a column of a ``hf:`` table that is not used, even if its type is ClassLabel.
+        nested: accept a folder with one class that contains only folders of images; otherwise these are probably the
+            classes, and it is refused.
 
     Raises:
         DataError: if the source is missing or of another kind, an image cannot be decoded, all are nearly black, a
@@ -65,7 +68,7 @@ def load_images(
     elif source.startswith("hf:"):
         images = _hugging_face(source.removeprefix("hf:"), _needed(transform, source), kept, ids, unlabelled, ignore)
     elif (path := path_of(source)).is_dir():
-        images = _folder(path, _needed(transform, source), kept, bool(ids), unlabelled)
+        images = _folder(path, _needed(transform, source), kept, bool(ids), unlabelled, nested)
     elif path.is_file() and path.suffix.lower() == ".npz":
         images = _array(_npz(path, ids, unlabelled), transform, kept, source)
     else:
@@ -219,8 +222,10 @@ def _array(source: ImageSet, transform: Transform | None, cache: DecodedCache, n
 # ---------------------------------------------------------------- folders and Hugging Face
 
 
-def _folder(path: Path, transform: Transform, cache: DecodedCache, by_device: bool, unlabelled: bool) -> ImageSet:
-    listing = list_images(path, by_device, flat=unlabelled)
+def _folder(
+    path: Path, transform: Transform, cache: DecodedCache, by_device: bool, unlabelled: bool, nested: bool
+) -> ImageSet:
+    listing = list_images(path, by_device, flat=unlabelled, nested=nested)
 
     def decode(position: int) -> np.ndarray:
         file = listing.file(position)
