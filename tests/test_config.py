@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from experiments.preflight import absolute_paths
-from tapfl.config import RunConfig
+from tapfl.config import BUILT_IN, RunConfig
+from tapfl.data import sources
 from tapfl.errors import ConfigError
 from tapfl.options import flatten, parse_assignment, read_toml
 from tapfl.store import cache_folder
@@ -228,6 +229,7 @@ def test_options_that_name_files_are_known() -> None:
     assert config.paths() == {"out": "runs/1", "model.weights": "w.safetensors"}
     built_in = {"data.source": "digits", "data.public": "letters", "devices.profiles": "tiers"}
     assert RunConfig.from_flat(built_in).paths() == {}
+    assert sources.BUILT_IN.keys() == set(BUILT_IN["data.source"])
 
 
 @pytest.mark.parametrize(("option", "value"), [("data.source", "mobile"), ("data.public", "hub"), ("cache", "digits")])
