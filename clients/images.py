@@ -21,7 +21,6 @@ from tapfl.config import NEW_HEADS, RunConfig
 from tapfl.data.changing import device_folders, drawn
 from tapfl.data.contents import content_of, fingerprints, path_of
 from tapfl.data.federated import DeviceSplit, require_enough
-from tapfl.data.folders import list_images
 from tapfl.data.images import ImageSet
 from tapfl.errors import ConfigError, NoImagesError
 from tapfl.models.new_head import numbered
@@ -178,12 +177,10 @@ class OwnImages:
 
     @cached_property
     def _owner(self) -> caches.Owner:
-        if not self.config.data.changing:
-            known = next(iter(self.storage.source.values()), "")
-        elif (folder := path_of(self.source)).is_dir():
-            known = list_images(folder, nested=True).fingerprint  # a device may have one class left
+        if self.config.data.changing:
+            known = content_of("data", self.source, nested=True)  # the device may have one class left
         else:
-            known = content_of("data", self.source)
+            known = next(iter(self.storage.source.values()), "")
         return caches.Owner(self.config, self.devices, self.partition_id, self.source, known)
 
 

@@ -145,7 +145,10 @@ class Fleet:
                 log(logging.WARNING, "node %d: ignored, because another node is device %d already", position, i)
                 continue
             met.add(i)
-            (self.holds_backbone.add if reply.holds_backbone else self.holds_backbone.discard)(i)
+            if reply.holds_backbone:
+                self.holds_backbone.add(i)
+            else:
+                self.holds_backbone.discard(i)  # its cache may be gone since it was met
             self.classes[i] = reply.named(self._asks_classes)
             yield (
                 nodes[position],

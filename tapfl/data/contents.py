@@ -49,15 +49,19 @@ def fingerprints(named: Iterable[tuple[str, object]], require: bool = True, ids:
     return result
 
 
-def content_of(option: str, value: str, ids: str = "") -> str:
+def content_of(option: str, value: str, ids: str = "", nested: bool = False) -> str:
     """Returns the fingerprint of what an option's value names; for images, that of their `ImageSet`.
+
+    Args:
+        ids: as for `fingerprints`.
+        nested: as for `list_images`.
 
     Raises:
         DataError: if images are missing.
         ConfigError: if a file cannot be read.
     """
     if option in IMAGES:
-        return _of_images(value, bool(ids) and option == "data.source", flat=option == "data.public")
+        return _of_images(value, bool(ids) and option == "data.source", option == "data.public", nested)
     try:
         plugin = option in PLUGIN_OPTIONS
         return file_fingerprint(file_of_plugin(option, value) if plugin else Path(value).expanduser())
@@ -65,12 +69,12 @@ def content_of(option: str, value: str, ids: str = "") -> str:
         raise ConfigError(f"{option} = {value!r}: cannot be read ({message_of(error)})") from None
 
 
-def _of_images(source: str, by_device: bool, flat: bool) -> str:
+def _of_images(source: str, by_device: bool, flat: bool, nested: bool) -> str:
     if source.startswith("hf:"):
         return hugging_face.fingerprint_of(hugging_face.open_table(source.removeprefix("hf:")))
     path = path_of(source)
     if path.is_dir():
-        return list_images(path, by_device, flat).fingerprint
+        return list_images(path, by_device, flat, nested).fingerprint
     if path.is_file() and path.suffix.lower() == ".npz":
         return file_fingerprint(path)
     raise no_such_source(source)
